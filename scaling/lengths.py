@@ -1,0 +1,47 @@
+"""Lengths as people write them: `512`, `8k`, `1M` (k = 1024) and `2x` (times the trained length)."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import ConfigError
+
+_UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
+_LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGxX]?)")
+
+
+def parse_length(text: str | int, trained_length: int | None = None) -> int:
+    """Tokens meant by `text`.
+
+    >>> parse_length("8k"), parse_length("0.25x", trained_length=8192)
+    (8192, 2048)
+
+    Raises:
+        ConfigError: `text` is not a length, is below 1, or is a multiple while no trained length is known.
+    """
+    match = _LENGTH.fullmatch(str(text).strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a length; write 512, 8k, 1M (k = 1024) or 2x (times the trained length)")
+    number, unit = float(match[1]), match[2].lower()
+    if unit == "x":
+        if trained_length is None:
+            raise ConfigError(f"{text!r} is a multiple of the trained length, which is not known here; write it in tokens")
+        tokens = number * trained_length
+    else:
+        tokens = number * _UNITS[unit]
+    if tokens < 1 or tokens != int(tokens):
+        raise ConfigError(f"length {text!r} is {tokens:g} tokens; it must be a whole number of at least 1")
+    return int(tokens)
+
+
+def format_length(tokens: int) -> str:
+    """The shortest way to write `tokens` exactly.
+
+    >>> format_length(8192), format_length(3000), format_length(1536)
+    ('8k', '3000', '1.5k')
+    """
+    for unit in ("m", "k"):
+        scale = _UNITS[unit]
+        if tokens >= scale and tokens * 4 % scale == 0:
+            return f"{tokens / scale:g}{'M' if unit == 'm' else unit}"
+    return str(tokens)

@@ -1,0 +1,195 @@
+"""The rotary geometry of a model, and what a scaler is.
+
+The score of query i on key j in a RoPE model is
+
+    s(i, j) = t(i) * <R(w * Pq(i)) q_i, R(w * Pk(j)) k_j> / sqrt(d)
+
+and every context-extension method changes only the frequencies `w` (with one factor on cos and sin),
+the position maps `Pq, Pk`, or the temperature `t`. A `Scaler` is a frozen value that sets one of these
+facets; scalers that set different facets compose with `|`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+Facet = Literal["frequencies", "wavelength grid", "positions", "temperature"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """The handful of numbers a method computes from.
+
+    Args:
+        dim: rotary dimension d, even; d/2 pairs turn.
+        base: rotary base b.
+        trained_length: L, the number of positions that the plain frequencies were trained on.
+        rotating_pairs: how many of the d/2 pairs turn at all; the slowest others stand still
+            (transformers' `proportional` type). None means all.
+    """
+
+    dim: int
+    base: float
+    trained_length: int
+    rotating_pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dim < 2 or self.dim % 2:
+            raise ConfigError(f"rotary dimension {self.dim} must be even and at least 2")
+        if not (math.isfinite(self.base) and self.base > 1):
+            raise ConfigError(f"rotary base {self.base} must be above 1")
+        if self.trained_length < 1:
+            raise ConfigError(f"trained length {self.trained_length} must be at least 1")
+        if self.rotating_pairs is not None and not 0 <= self.rotating_pairs <= self.dim // 2:
+            raise ConfigError(f"rotating_pairs {self.rotating_pairs} must be in 0..{self.dim // 2}")
+
+    @property
+    def exponents(self) -> Tensor:
+        """2i/d for every pair i, float64 [d/2]."""
+        return torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim
+
+    @property
+    def theta(self) -> Tensor:
+        """Plain frequencies b^(-2i/d) in radians per position, float64 [d/2].
+
+        Rounded to float32 on the way, by the same operations as transformers: these are the numbers
+        the model was trained with, so that a scaler of factor 1 leaves it unchanged to the bit.
+        """
+        exponents = torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim
+        theta = (1.0 / (self.base**exponents)).double()
+        if self.rotating_pairs is not None:
+            theta[self.rotating_pairs :] = 0.0
+        return theta
+
+
+class Frequencies(NamedTuple):
+    """What the rotary module needs: `inv_freq` (float64 [d/2], radians per position) and the factor on
+    cos and sin (attention logits get its square)."""
+
+    inv_freq: Tensor
+    attention_factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaler:
+    """Base of every method. A subclass is a frozen keyword-only dataclass, valid by construction, that
+    overrides the methods of its facet. By itself this class is the identity, written `none`."""
+
+    name: ClassVar[str] = "none"
+    source: ClassVar[str] = "the model as it was trained"
+    facet: ClassVar[Facet | None] = None
+    depends_on_length: ClassVar[bool] = False
+
+    def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
+        """Frequencies for a sequence that will hold `length` tokens (only dynamic methods look at it)."""
+        return Frequencies(rope.theta)
+
+    def reach(self, rope: RopeSpec) -> float:
+        """Tokens that the method is meant to carry; `inf` where it follows the length."""
+        return rope.trained_length
+
+    def check(self, rope: RopeSpec) -> None:
+        """Raise ConfigError if the method cannot work on this geometry."""
+
+    @property
+    def parts(self) -> tuple[Scaler, ...]:
+        """The scalers composed here, in order; the identity has none."""
+        return () if type(self) is Scaler else (self,)
+
+    def __or__(self, other: Scaler) -> Scaler:
+        return compose(*self.parts, *other.parts)
+
+    def __str__(self) -> str:
+        from .spec import format_spec
+
+        return format_spec(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Composition(Scaler):
+    """Scalers of different facets acting together. Built by `|`."""
+
+    members: tuple[Scaler, ...]
+
+    def __post_init__(self) -> None:
+        seen: dict[str, Scaler] = {}
+        for member in self.members:
+            facet = str(member.facet)
+            if facet in seen:
+                raise ConfigError(
+                    f"{seen[facet].name!r} and {member.name!r} both set the {facet}; keep one of them"
+                )
+            seen[facet] = member
+
+    def member(self, facet: Facet) -> Scaler | None:
+        """The member that sets `facet`, if one does."""
+        return next((m for m in self.members if m.facet == facet), None)
+
+    @property
+    def depends_on_length(self) -> bool:  # type: ignore[override]
+        return any(m.depends_on_length for m in self.members)
+
+    @property
+    def parts(self) -> tuple[Scaler, ...]:
+        return self.members
+
+    def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
+        host = self.member("frequencies") or Scaler()
+        frequencies = host.frequencies(rope, length)
+        grid = self.member("wavelength grid")
+        return grid.lay_over(frequencies) if isinstance(grid, WavelengthGrid) else frequencies
+
+    def reach(self, rope: RopeSpec) -> float:
+        return max((m.reach(rope) for m in self.members), default=rope.trained_length)
+
+    def check(self, rope: RopeSpec) -> None:
+        for member in self.members:
+            member.check(rope)
+
+
+class WavelengthGrid(Scaler):
+    """A method laid over the frequencies of another one."""
+
+    facet: ClassVar[Facet] = "wavelength grid"
+
+    def lay_over(self, host: Frequencies) -> Frequencies:
+        """The host's frequencies, moved onto the grid."""
+        raise NotImplementedError
+
+    def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
+        return self.lay_over(super().frequencies(rope, length))
+
+
+def compose(*scalers: Scaler) -> Scaler:
+    """One scaler out of several of different facets; raises ConfigError if two set the same one."""
+    if not scalers:
+        return Scaler()
+    return scalers[0] if len(scalers) == 1 else Composition(members=tuple(scalers))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Factored(Scaler):
+    """Base of the frequency methods that stretch by a factor s = N / L >= 1."""
+
+    facet: ClassVar[Facet] = "frequencies"
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor >= 1):
+            raise ConfigError(
+                f"{self.name}: factor {self.factor:g} must be at least 1 (target length / trained length)"
+            )
+
+    def reach(self, rope: RopeSpec) -> float:
+        return self.factor * rope.trained_length
+
+    def at(self, factor: float) -> Self:
+        """The same method with another factor."""
+        return dataclasses.replace(self, factor=factor)

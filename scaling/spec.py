@@ -1,0 +1,111 @@
+"""Spec strings: `yarn:4`, `ntk-mixed:factor=8,b=0.625`, `ntk:4|resonance`; `parse(str(s)) == s`."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from ..errors import ConfigError, did_you_mean
+from .lengths import format_length, parse_length
+from .rope import Composition, Scaler, compose
+
+
+def parse(spec: str | Scaler | None) -> Scaler:
+    """The scaler that `spec` names. None and `"none"` are the untouched model.
+
+    A spec is one or more methods joined by `|`; a method is `name`, `name:value` or `name:field=value,...`,
+    where the first value may go without its field name. Lists of numbers are joined by `/`.
+
+    >>> parse("yarn:4").factor
+    4.0
+
+    Raises:
+        ConfigError: unknown method or field, a value out of range, or two methods on one facet.
+    """
+    if spec is None:
+        return Scaler()
+    if isinstance(spec, Scaler):
+        return spec
+    members = [_parse_method(part) for part in spec.split("|")]
+    return compose(*(part for member in members for part in member.parts))
+
+
+def format_spec(scaler: Scaler) -> str:
+    """The spec string of `scaler`; fields at their default are left out."""
+    if isinstance(scaler, Composition):
+        return "|".join(format_spec(member) for member in scaler.members)
+    values = []
+    for position, field in enumerate(dataclasses.fields(scaler)):
+        value = getattr(scaler, field.name)
+        if value == field.default:
+            continue
+        text = _format_value(value, is_length=field.metadata.get("length", False))
+        values.append(text if position == 0 else f"{field.name}={text}")
+    return scaler.name + (":" + ",".join(values) if values else "")
+
+
+def _parse_method(text: str) -> Scaler:
+    from . import METHODS
+
+    name, _, arguments = text.strip().partition(":")
+    name = name.strip().lower()
+    if name not in METHODS:
+        raise ConfigError(f"unknown scaler {name!r}.{did_you_mean(name, METHODS)}")
+    method = METHODS[name]
+    fields = {field.name: field for field in dataclasses.fields(method)}
+    types_of = typing.get_type_hints(method)
+    values: dict[str, Any] = {}
+    for position, item in enumerate(filter(None, (a.strip() for a in arguments.split(",")))):
+        key, equals, value = (s.strip() for s in item.partition("="))
+        if not equals:
+            if position > 0 or not fields:
+                raise ConfigError(f"{name}: {item!r} needs a field name, as in {_example(name, fields)}")
+            key, value = next(iter(fields)), key
+        if key not in fields:
+            raise ConfigError(f"{name}: unknown field {key!r}.{did_you_mean(key, fields)}")
+        if key in values:
+            raise ConfigError(f"{name}: {key!r} is given twice")
+        is_length = fields[key].metadata.get("length", False)
+        values[key] = _parse_value(name, key, value, types_of[key], is_length)
+    missing = [k for k, f in fields.items() if f.default is dataclasses.MISSING and k not in values]
+    if missing:
+        raise ConfigError(f"{name}: needs {', '.join(missing)}, as in {_example(name, fields)}")
+    return method(**values)
+
+
+def _example(name: str, fields: dict[str, dataclasses.Field[Any]]) -> str:
+    required = [k for k, f in fields.items() if f.default is dataclasses.MISSING] or list(fields)[:1]
+    values = ",".join(k + "=" + ("32k" if fields[k].metadata.get("length") else "4") for k in required)
+    return f"'{name}:{values}'" if values else f"'{name}' (it has no fields)"
+
+
+def _parse_value(method: str, key: str, text: str, annotation: Any, is_length: bool) -> Any:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    try:
+        if is_length:
+            return parse_length(text)
+        if bool in options:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if any(typing.get_origin(option) is tuple for option in options):
+            return tuple(float(number) for number in text.split("/"))
+        return int(text) if int in options else float(text)
+    except (KeyError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{method}: {key}: {error}") from None
+        kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+        kind = next((kinds[o] for o in options if o in kinds), "numbers joined by '/'")
+        raise ConfigError(f"{method}: {key}={text!r} is not {kind}") from None
+
+
+def _format_value(value: Any, *, is_length: bool) -> str:
+    if is_length:
+        return format_length(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "/".join(_format_value(v, is_length=False) for v in value)
+    if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
+        return str(int(value))
+    return repr(value)

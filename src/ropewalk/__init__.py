@@ -1,0 +1,75 @@
+"""Long-context inference built around RoPE scaling.
+
+    import ropewalk as rw
+
+    model = rw.load("smollm2-135m", rope="yarn:2")
+    print(model.generate("Once upon a time", rw.SamplingParams(max_new_tokens=64)).text)
+
+Names are imported on first use, so that `import ropewalk` and the command line start without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    AssetError,
+    ConfigError,
+    ContextOverflow,
+    DataError,
+    PatchError,
+    RopewalkError,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from .engine.api import Completion, Model, Score
+    from .engine.load import load
+    from .engine.patch import PatchHandle, patch
+    from .engine.sampling import SamplingParams
+    from .scaling.spec import parse
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Completion": ".engine.api",
+    "Model": ".engine.api",
+    "Score": ".engine.api",
+    "load": ".engine.load",
+    "PatchHandle": ".engine.patch",
+    "patch": ".engine.patch",
+    "SamplingParams": ".engine.sampling",
+    "parse": ".scaling.spec",
+}
+
+__all__ = [
+    "AssetError",
+    "Completion",
+    "ConfigError",
+    "ContextOverflow",
+    "DataError",
+    "Model",
+    "PatchError",
+    "PatchHandle",
+    "RopewalkError",
+    "SamplingParams",
+    "Score",
+    "UnsupportedModel",
+    "__version__",
+    "load",
+    "parse",
+    "patch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ropewalk' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
