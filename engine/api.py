@@ -1,0 +1,230 @@
+"""The model object: text in, text out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import overload
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import ConfigError, ContextOverflow, DataError
+from ..scaling.lengths import format_length
+from ..scaling.rope import RopeSpec, Scaler
+from ..scaling.spec import parse
+from ..tokenizer_tools.stream import StopWatch, TextStream
+from . import decode
+from .rotary import RotaryWriter, headline, rotary_sites
+from .sampling import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Token counts of one completion."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What `generate` returns: the new text, without the prompt.
+
+    `finish_reason` is "stop" (an end token or stop string came) or "length". `logprobs` holds one
+    `decode.Token` for each id if `SamplingParams.logprobs` asked for them.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    usage: Usage
+    logprobs: list[decode.Token] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Log-probabilities of a text, nats. `logprobs[t]` is that of `token_ids[t + 1]` given the tokens before it;
+    the first token has none."""
+
+    token_ids: list[int]
+    logprobs: Tensor
+    text_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-probability, nats a token."""
+        return -float(self.logprobs.double().mean())
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Total negative log2-probability over the bytes of the text."""
+        return -float(self.logprobs.double().sum()) / math.log(2) / self.text_bytes
+
+
+@dataclass
+class _Outcome:
+    """Filled in while a completion is streamed."""
+
+    tokens: list[decode.Token] = field(default_factory=list)
+    finish_reason: str = "length"
+    prompt_tokens: int = 0
+
+
+class Model:
+    """A causal language model with its tokenizer and a position scaler. `ropewalk.load` makes one.
+
+    Attributes:
+        hf: the transformers model underneath.
+        tokenizer: its tokenizer.
+        name: what it was loaded as.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        rope: str | Scaler | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.name = name
+        self._max_length = max_length
+        self._sites = rotary_sites(hf)
+        self._writer = RotaryWriter(self._sites, parse(rope))
+
+    @property
+    def rope(self) -> Scaler:
+        """The scaler in use. Assign a scaler or a spec string to change it: `model.rope = "yarn:4"`."""
+        return self._writer.scaler
+
+    @rope.setter
+    def rope(self, scaler: str | Scaler | None) -> None:
+        writer = RotaryWriter(self._sites, parse(scaler))
+        self._writer.restore()
+        self._writer = writer
+
+    @property
+    def spec(self) -> RopeSpec:
+        """The model's rotary geometry: dimension, base, trained length."""
+        return headline(self._sites).configured.rope
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens that the model reads without any scaler of ours; what `2x` is a multiple of."""
+        return headline(self._sites).configured.max_length
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens `generate` accepts, prompt and answer together: the scaler's reach unless set."""
+        if self._max_length is not None:
+            return self._max_length
+        reach = headline(self._sites).reach(self.rope)
+        return int(reach) if math.isfinite(reach) else 2**31
+
+    @overload
+    def generate(self, prompt: str, params: SamplingParams | None = None) -> Completion: ...
+    @overload
+    def generate(self, prompt: list[str], params: SamplingParams | None = None) -> list[Completion]: ...
+    def generate(
+        self, prompt: str | list[str], params: SamplingParams | None = None
+    ) -> Completion | list[Completion]:
+        """Continue `prompt`; a list in, a list out.
+
+        Raises:
+            ContextOverflow: prompt and `max_new_tokens` exceed `max_length`.
+        """
+        params = params or SamplingParams()
+        if not isinstance(prompt, str):
+            return [self.generate(one, params) for one in prompt]
+        outcome = _Outcome()
+        text = "".join(self._pieces(prompt, params, outcome))
+        return Completion(
+            text=text,
+            token_ids=[token.id for token in outcome.tokens],
+            finish_reason=outcome.finish_reason,
+            usage=Usage(prompt_tokens=outcome.prompt_tokens, completion_tokens=len(outcome.tokens)),
+            logprobs=outcome.tokens if params.logprobs is not None else None,
+        )
+
+    def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
+        """The text of `generate`, piece by piece as it is decided."""
+        return self._pieces(prompt, params or SamplingParams(), _Outcome())
+
+    def score(self, text: str) -> Score:
+        """Log-probability of every token of `text` but the first, given all before it.
+
+        Any length is scored: past `max_length` too, which is how one sees what happens there.
+        """
+        ids = self._encode(text)
+        if len(ids) < 2:
+            raise DataError(f"{text!r} is {len(ids)} token(s); scoring needs at least 2")
+        return Score(token_ids=ids, logprobs=self.score_ids(ids), text_bytes=len(text.encode()))
+
+    def score_ids(self, ids: list[int], first: int = 1, progress: decode.Progress | None = None) -> Tensor:
+        """Log-probabilities of `ids[first:]` given all before each, float32 [len(ids) - first] on the CPU."""
+        self._writer.write(len(ids))
+        with torch.inference_mode():
+            return decode.score(self.hf, ids, first, progress).cpu()
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, verbose=False).input_ids
+        return ids
+
+    def _prompt_ids(self, prompt: str, params: SamplingParams) -> list[int]:
+        ids = self._encode(prompt)
+        if not ids:
+            if self.tokenizer.bos_token_id is None:
+                raise ConfigError("the prompt is empty and this tokenizer has no start token; give at least one character")
+            ids = [self.tokenizer.bos_token_id]
+        total = len(ids) + params.max_new_tokens
+        if total > self.max_length:
+            factor = math.ceil(total / self.spec.trained_length)
+            raise ContextOverflow(
+                f"{len(ids)} prompt tokens and max_new_tokens {params.max_new_tokens} make {total}, more than the "
+                f"{format_length(self.max_length)} that {self.name} reaches with rope {str(self.rope)!r}; set "
+                f'model.rope = "yarn:{factor}", shorten the prompt, or load with max_length={total} to go there anyway'
+            )
+        return ids
+
+    def _stop_ids(self) -> frozenset[int]:
+        """End-of-text tokens of the model's generation config and of its tokenizer."""
+        configured = getattr(self.hf.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, list) else [configured]
+        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+
+    def _pieces(self, prompt: str, params: SamplingParams, outcome: _Outcome) -> Iterator[str]:
+        ids = self._prompt_ids(prompt, params)
+        outcome.prompt_tokens = len(ids)
+        length = len(ids) + params.max_new_tokens
+        stop_ids = self._stop_ids()
+        text, watch = TextStream(self.tokenizer, ids), StopWatch(params.stops)
+        tokens = decode.decode(self.hf, ids, params, stop_ids)
+        while True:
+            # Another request may have run since: its frequencies are not ours.
+            self._writer.write(length)
+            with torch.inference_mode():
+                token = next(tokens, None)
+            if token is None:
+                break
+            outcome.tokens.append(token)
+            if token.id in stop_ids:
+                outcome.finish_reason = "stop"
+                break
+            if piece := watch.push(text.push(token.id)):
+                yield piece
+            if watch.stopped:
+                outcome.finish_reason = "stop"
+                return
+        if piece := watch.push(text.finish()) + watch.finish():
+            yield piece

@@ -1,0 +1,95 @@
+"""Causal attention over a cache, in two parts joined by their log-sum-exp.
+
+A chunk of n queries at the end of m keys sees the first m - n keys whole and its own n causally. One fused
+kernel call for each part never builds a mask and never computes what the mask would hide; transformers'
+chunked prefill does both. The parts are joined exactly:
+
+    out = out_1 * sigmoid(lse_1 - lse_2) + out_2 * sigmoid(lse_2 - lse_1)
+
+Shape suffixes: B batch, H query heads, K key-value heads, G = H / K, N queries, M keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+ATTENTION_NAME = "ropewalk_causal"
+
+
+def _flash(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, scale: float | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """torch's fused CPU kernel: output [B, H, N, D] and log-sum-exp [B, H, N] (float32)."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+        q_BHND, k_BHMD, v_BHMD, 0.0, causal, attn_mask=None, scale=scale
+    )
+
+
+def join(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> Tensor:
+    """Attention over the union of two disjoint key sets: outputs [..., N, D], log-sum-exps [..., N]."""
+    weight_2 = torch.sigmoid(lse_2 - lse_1).unsqueeze(-1)
+    return torch.lerp(out_1, out_2, weight_2.to(out_1.dtype))
+
+
+def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of the last N of M positions over all M, causal. Inference on the CPU.
+
+    Returns:
+        [B, H, N, D], equal to masked softmax attention up to rounding.
+    """
+    B, H, N, D = q_BHND.shape
+    K, past = k_BKMD.shape[1], k_BKMD.shape[2] - N
+    if N == 1:  # a decode step sees every key: the heads of a group are the kernel's queries
+        out, _ = _flash(q_BHND.reshape(B, K, H // K, D), k_BKMD, v_BKMD, scale, causal=False)
+        return out.reshape(B, H, 1, D)
+    own_k, own_v = (t[:, :, past:].repeat_interleave(H // K, dim=1) for t in (k_BKMD, v_BKMD))
+    out, lse = _flash(q_BHND, own_k, own_v, scale, causal=True)
+    if past:
+        grouped = q_BHND.reshape(B, K, H // K * N, D)  # [B, K, G * N, D]: keys are read once a group, not repeated
+        past_out, past_lse = _flash(grouped, k_BKMD[:, :, :past], v_BKMD[:, :, :past], scale, causal=False)
+        out = join(out, lse, past_out.reshape(B, H, N, D), past_lse.reshape(B, H, N))
+    return out
+
+
+def _attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The signature of transformers' attention registry; query [B, H, N, D] -> [B, N, H, D]."""
+    if attention_mask is None and not torch.is_grad_enabled():
+        out = causal_attention(query, key, value, scaling)
+    else:
+        mask = causal_lower_right(query.shape[2], key.shape[2]) if attention_mask is None else attention_mask
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout if module.training else 0.0, scale=scaling, enable_gqa=True
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, **kwargs: Any) -> Tensor | None:
+    """None where plain causal attention is meant, else the mask that transformers' SDPA path would build."""
+    padding = kwargs.get("attention_mask")
+    plain = kwargs.get("mask_function") is causal_mask_function and (padding is None or bool(padding.all()))
+    if plain and kwargs.get("kv_offset", 0) == 0 and int(q_offset) + q_length == kv_length:
+        return None
+    kwargs["allow_is_causal_skip"] = False
+    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, q_offset, **kwargs)
+    return mask
+
+
+def register() -> str:
+    """Make the attention known to transformers; returns the name to give `set_attn_implementation`."""
+    AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+    return ATTENTION_NAME

@@ -1,0 +1,199 @@
+"""The `ropewalk` command. Modules that need torch are imported inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import RopewalkError
+
+COMMANDS = {
+    "demo": ("ropewalk.evals.cli:demo", "The whole story on the embedded model, in minutes."),
+    "ppl": ("ropewalk.evals.cli:ppl", "Perplexity across context lengths, by protocol."),
+    "generate": ("ropewalk.engine.cli:generate", "Continue a prompt."),
+    "show": ("ropewalk.engine.cli:show", "Draw what a scaler does."),
+    "scalers": ("ropewalk.engine.cli:scalers", "List every method, its fields and its source."),
+    "base": ("ropewalk.engine.cli:base", "What rotary base does a context need?"),
+    "fetch": ("ropewalk.engine.cli:fetch", "Download the built-in model and texts."),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command only when it is run or asked for its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from ..errors import did_you_mean
+
+            raise click.UsageError(f"no command {args[0]!r}.{did_you_mean(args[0], COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+def cli() -> None:
+    """Long-context inference built around RoPE scaling.
+
+    A scaler is written NAME:FACTOR, as in yarn:4, and several act together as in "ntk:4|resonance";
+    `ropewalk scalers` lists them. Lengths read 512, 8k, 1M (k = 1024) or 2x (times the trained length).
+    """
+
+
+def main() -> None:
+    """Entry point: errors that ropewalk raises on purpose become one sentence and exit code 2."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except RopewalkError as error:
+        click.echo(f"ropewalk: {error}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\nropewalk: stopped; what was finished is kept", err=True)
+        sys.exit(130)
+
+
+EXAMPLES = "\b\nExamples:\n"
+
+
+@click.command(epilog=EXAMPLES + '  ropewalk generate smollm2-135m "Once upon a time" --rope yarn:2\n'
+               '  cat book.txt | ropewalk generate ./my-model - --max-new-tokens 100 --temperature 0')
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--rope", default="none", show_default=True, help="Scaler, such as yarn:4.")
+@click.option("--max-new-tokens", default=128, show_default=True, help="Most tokens to write.")
+@click.option("--temperature", default=0.7, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens that reach this probability.")
+@click.option("--top-k", default=0, show_default=True, help="Keep this many likeliest tokens; 0 keeps all.")
+@click.option("--seed", type=int, help="Make sampling repeatable.")
+@click.option("--stop", multiple=True, help="End the text before this string; may be repeated.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--max-length", help="Go past the scaler's reach, up to this length.")
+def generate(
+    model: str,
+    prompt: str,
+    rope: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    stop: tuple[str, ...],
+    dtype: str,
+    max_length: str | None,
+) -> None:
+    """Continue PROMPT with MODEL (a built-in name, a folder, a .gguf file or a hub id), as it is decided.
+
+    PROMPT is the text itself, or - to read it from standard input.
+    """
+    from ..scaling.lengths import parse_length
+    from .load import load
+    from .sampling import SamplingParams
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
+    )
+    loaded = load(model, rope=rope, dtype=dtype, max_length=parse_length(max_length) if max_length else None)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    for piece in loaded.stream(text, params):
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@click.command(epilog=EXAMPLES + "  ropewalk scalers")
+def scalers() -> None:
+    """List every method: its spec, its fields with their defaults, what it does, and its source."""
+    import dataclasses
+    import inspect
+
+    from ..scaling import METHODS, format_length
+
+    for name, method in METHODS.items():
+        fields = []
+        for f in dataclasses.fields(method):
+            if f.default is dataclasses.MISSING:
+                fields.append(f.name)
+            else:
+                shown = format_length(f.default) if f.metadata.get("length") else f.default
+                fields.append(f"{f.name}={str(shown).lower() if isinstance(shown, bool) else shown}")
+        summary = inspect.cleandoc(method.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        if not method.facet:
+            summary = "The untouched model."
+        click.echo(click.style(name, bold=True) + (f":{','.join(fields)}" if fields else ""))
+        click.echo(f"    {summary}\n    [{method.facet or 'no facet'}; {method.source}]")
+
+
+@click.command(epilog=EXAMPLES + '  ropewalk show yarn:4\n  ropewalk show "ntk:8|resonance" --dim 128 --base 5e5 --trained 8k --length 64k')
+@click.argument("spec")
+@click.option("--dim", default=64, show_default=True, help="Rotary dimension.")
+@click.option("--base", default=1e5, show_default=True, help="Rotary base.")
+@click.option("--trained", default="8k", show_default=True, help="Trained length.")
+@click.option("--length", default="4x", show_default=True, help="Length to draw to, and that dynamic methods see.")
+@click.option("--out", default="rope.png", show_default=True, type=click.Path(dir_okay=False), help="A .png; an .svg is written beside it.")
+def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) -> None:
+    """Draw what SPEC does to the wavelengths and to the long-range decay of attention, and print it in short."""
+    from pathlib import Path
+
+    from ..evals.plots import plot_scaler
+    from ..scaling import RopeSpec, parse, parse_length
+
+    scaler = parse(spec)
+    rope = RopeSpec(dim=dim, base=base, trained_length=parse_length(trained))
+    tokens = parse_length(length, rope.trained_length)
+    scaler.check(rope)
+    inv_freq, factor = scaler.frequencies(rope, tokens)
+    stretch = rope.theta / inv_freq
+    reach = scaler.reach(rope)
+    click.echo(f"scaler               {scaler}")
+    click.echo(f"reach                {'any length' if reach == float('inf') else f'{int(reach)} tokens'} (trained {rope.trained_length})")
+    click.echo(f"wavelengths slowed   fastest pair by {stretch[0]:.4g}, slowest by {stretch[-1]:.4g}")
+    click.echo(f"longest wavelength   {2 * 3.141592653589793 / float(inv_freq[-1]) if inv_freq[-1] else float('inf'):.4g} tokens")
+    click.echo(f"factor on cos, sin   {factor:.6g} (logits by {factor**2:.6g})")
+    for path in plot_scaler(scaler, rope, tokens, Path(out).with_suffix("")):
+        click.echo(f"drawn                {path}")
+
+
+@click.command(epilog=EXAMPLES + "  ropewalk base 128k --dim 128\n  ropewalk base 32k --dim 128 --base 5e5")
+@click.argument("length")
+@click.option("--dim", default=128, show_default=True, help="Rotary dimension.")
+@click.option("--base", type=float, help="Also tell how far this base carries.")
+def base(length: str, dim: int, base: float | None) -> None:
+    """What rotary base does a context of LENGTH tokens need? (arXiv 2405.14591)"""
+    from ..scaling.base_bound import base_report
+    from ..scaling.lengths import parse_length
+
+    click.echo(base_report(parse_length(length), dim, base=base))
+
+
+@click.command(epilog=EXAMPLES + "  ropewalk fetch\n  ropewalk fetch smollm2-135m shakespeare")
+@click.argument("names", nargs=-1)
+def fetch(names: tuple[str, ...]) -> None:
+    """Download built-in models and texts into the cache: NAMES, or all. Nothing is fetched twice."""
+    from . import assets
+
+    for name in names:
+        assets.check_name(name)
+    for name in names or assets.ASSETS:
+        click.echo(f"{name:<14} {assets.fetch(name)}")

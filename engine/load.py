@@ -1,0 +1,137 @@
+"""`load`: a hub id, a folder, a GGUF file or a built-in name becomes a `Model`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
+from ..scaling import hf as hf_config
+from ..scaling.rope import Scaler
+from ..scaling.spec import parse
+from . import assets, attention
+from .api import Model
+from .cache import attends_to_everything
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+def load(
+    name: str | Path,
+    rope: str | Scaler | None = None,
+    *,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    max_length: int | None = None,
+) -> Model:
+    """Load a Llama-style model and give it a position scaler.
+
+        model = rw.load("smollm2-135m", rope="yarn:2")
+
+    Args:
+        name: a built-in name (`ropewalk fetch` lists them), a folder, a `.gguf` file, or a hub id.
+        rope: a spec string or scaler; None is the model as it was trained.
+        dtype: "float32", "bfloat16", "float16" or "float64". "auto" is the checkpoint's own, but float32 on a CPU
+            without bfloat16 arithmetic, where 16-bit products run several times slower.
+        device_map: as in accelerate ("auto", "cuda:0", {...}); None puts everything on the GPU if there is one.
+        max_length: most tokens `generate` accepts; None is the scaler's reach.
+
+    Raises:
+        AssetError: there is no such model, or it cannot be fetched.
+        UnsupportedModel: it has no RoPE, or one that cannot be verified.
+        ConfigError: the scaler or an option is wrong.
+    """
+    scaler = parse(rope)
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}.{did_you_mean(dtype, [*_DTYPES, 'auto'])}")
+    if max_length is not None and max_length < 1:
+        raise ConfigError(f"max_length {max_length} must be at least 1")
+    source = _resolve(str(name))
+    config = _read_config(source, str(name))
+    hf_config.read(config.get_text_config())  # refuses what has no RoPE before any weight is read
+    placement = device_map if device_map is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = placement == "cpu"
+    options: dict[str, Any] = {"dtype": _choose_dtype(dtype, config, on_cpu), "device_map": placement}
+    if on_cpu and attends_to_everything(config.get_text_config()):
+        options["attn_implementation"] = attention.register()
+    with _quiet_transformers():
+        try:
+            hf = AutoModelForCausalLM.from_pretrained(source, config=config, **options)
+        except ValueError as error:
+            raise UnsupportedModel(f"{name}: transformers has no causal language model for it: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    hf.eval()
+    return Model(hf, tokenizer, name=str(name), rope=scaler, max_length=max_length)
+
+
+def _resolve(name: str) -> str:
+    """A folder or hub id that transformers can read."""
+    if name in assets.ASSETS and not Path(name).exists():
+        return str(assets.fetch(name))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise AssetError(f"{name}: no such file")
+        from .gguf import converted_gguf
+
+        return str(converted_gguf(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise AssetError(f"{name}: this folder has no config.json, so it is not a Hugging Face model")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise AssetError(f"{name}: no such folder")
+    return name
+
+
+def _read_config(source: str, name: str) -> Any:
+    try:
+        with _quiet_transformers():
+            return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AssetError(
+            f"{name!r} is not a built-in model, a folder or a .gguf file, and the hub did not give it ({reason})."
+            f"{did_you_mean(name, [n for n, a in assets.ASSETS.items() if a.kind == 'model'])}"
+        ) from error
+
+
+def _choose_dtype(dtype: str, config: Any, on_cpu: bool) -> torch.dtype:
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    own: torch.dtype | None = getattr(config, "dtype", None)
+    own = own or torch.float32
+    if on_cpu and own in (torch.bfloat16, torch.float16) and not (own == torch.bfloat16 and _cpu_has_bfloat16()):
+        return torch.float32
+    return own
+
+
+def _cpu_has_bfloat16() -> bool:
+    """True on CPUs whose matrix products take bfloat16 natively; elsewhere they run at a quarter of float32's
+    speed (17 against 68 GFLOP/s on two AVX2 cores)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+
+
+class _quiet_transformers:  # noqa: N801  (a context manager, used as a word)
+    """No progress bars and no warnings from transformers meanwhile: our errors say what matters."""
+
+    def __enter__(self) -> None:
+        self._level = transformers.logging.get_verbosity()
+        self._bars = transformers.logging.is_progress_bar_enabled()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers.logging.set_verbosity(self._level)
+        if self._bars:
+            transformers.logging.enable_progress_bar()

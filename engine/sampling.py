@@ -1,0 +1,94 @@
+"""Sampling parameters, and the step from logits to a token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop. Names as in vLLM and transformers.
+
+    Args:
+        max_new_tokens: most tokens to write.
+        temperature: 0 takes the likeliest token; 1 samples from the model as it is.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the fewest likeliest tokens whose probabilities reach p.
+        min_p: keep tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: divides positive (multiplies negative) logits of tokens already in the text; 1 is off.
+        stop: strings that end the text; they are not part of it.
+        seed: makes sampling repeatable; None draws a fresh one.
+        logprobs: also return each token's log-probability and this many alternatives; None returns neither.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] | list[str] | str = ()
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens} must be at least 1"),
+            (0 <= self.temperature < math.inf, f"temperature {self.temperature:g} must be 0 or more"),
+            (self.top_k >= 0, f"top_k {self.top_k} must be 0 (all) or more"),
+            (0 < self.top_p <= 1, f"top_p {self.top_p:g} must be above 0 and at most 1"),
+            (0 <= self.min_p <= 1, f"min_p {self.min_p:g} must be between 0 and 1"),
+            (self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty:g} must be above 0"),
+            (self.logprobs is None or self.logprobs >= 0, f"logprobs {self.logprobs} must be 0 or more, or None"),
+        )
+        for valid, message in checks:
+            if not valid:
+                raise ConfigError(message)
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if "" in stops:
+            raise ConfigError("stop: an empty string would end every text at once; leave it out")
+        object.__setattr__(self, "stop", stops)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return tuple(self.stop)
+
+
+def penalize_repetition(logits_V: Tensor, seen_ids: Tensor, penalty: float) -> Tensor:
+    """CTRL's repetition penalty (arXiv 1909.05858) over the tokens of the text so far."""
+    seen = logits_V[seen_ids]
+    penalized = torch.where(seen > 0, seen / penalty, seen * penalty)
+    return logits_V.index_put((seen_ids,), penalized)
+
+
+def filtered(logits_V: Tensor, params: SamplingParams) -> Tensor:
+    """Logits divided by the temperature, with the tokens that top-k, top-p and min-p drop at -inf.
+
+    Applied in that order, as transformers does; the likeliest token always stays.
+    """
+    logits = logits_V / params.temperature
+    if 0 < params.top_k < logits.numel():
+        threshold = logits.topk(params.top_k).values[-1]
+        logits = logits.masked_fill(logits < threshold, -math.inf)
+    if params.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before >= params.top_p), -math.inf)
+    if params.min_p > 0:
+        probabilities = logits.softmax(-1)
+        logits = logits.masked_fill(probabilities < params.min_p * probabilities.max(), -math.inf)
+    return logits
+
+
+def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """One token drawn from float32 `logits_V`; the likeliest at temperature 0 (ties: the lowest id)."""
+    if params.temperature == 0:
+        return int(logits_V.argmax())
+    return int(torch.multinomial(filtered(logits_V, params).softmax(-1), 1, generator=generator))

@@ -1,0 +1,48 @@
+"""From a run's rows to what people read: tables, plots, the report, and the last lines on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from ..scaling.lengths import format_length
+from .findings import findings
+from .perplexity import Cell
+from .plots import plot_by_position, plot_loss_curve
+from .report import Passage, write_report
+from .result import Run
+from .table import write_tables
+
+
+def publish(run: Run, *, title: str, passages: Sequence[Passage] = ()) -> list[Path]:
+    """Write tables, plots and report of everything in `run`; returns the files, the report first."""
+    rows = [row for row in run.rows if row["task"] == "ppl"]
+    by_position = [row for row in rows if row["protocol"] == "by-position"]
+    by_context = [row for row in rows if row["protocol"] != "by-position"]
+    plots: list[Path] = []
+    if by_context:
+        plots += plot_loss_curve(by_context, run, run.folder / "loss")
+    if by_position:
+        plots += plot_by_position(by_position, run, run.folder / "loss_by_position")
+    tables = write_tables(run)
+    report = write_report(
+        run, run.folder / "report.html", title=title, story=findings(run), passages=list(passages), plots=plots
+    )
+    return [report, *tables, *plots]
+
+
+def print_results(run: Run, files: Sequence[Path], left_out: Sequence[Cell], console: Console) -> None:
+    """The table, what was learnt, what was left out, and where the files are."""
+    console.print(Markdown((run.folder / "table.md").read_text(encoding="utf-8")))
+    console.print()
+    for sentence in findings(run):
+        console.print(f"• {sentence}", highlight=False)
+    if left_out:
+        cells = ", ".join(f"{cell.scaler} at {format_length(cell.context)}" for cell in left_out)
+        console.print(f"\nLeft out for lack of time: {cells}. Run the same command again to measure them.", highlight=False)
+    console.print("\nFiles:")
+    for path in files:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,111 @@
+"""Runs cells: skips what is done, shows time left, keeps what is finished, stops in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rich.table import Table
+
+from ..engine.api import Model
+from ..scaling.lengths import format_length
+from .perplexity import Cell, Cost, measure
+from .result import Run
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a run did: cells measured now, found done before, and left out for lack of time."""
+
+    measured: list[Cell] = field(default_factory=list)
+    found: list[Cell] = field(default_factory=list)
+    left_out: list[Cell] = field(default_factory=list)
+
+
+def is_done(cell: Cell, run: Run) -> bool:
+    """True if every row of the cell is in the run's results."""
+    return all(run.find(recipe) is not None for recipe in cell.row_recipes())
+
+
+def measure_all(
+    model: Model, cells: Sequence[Cell], run: Run, console: Console, *, deadline: float | None = None
+) -> Outcome:
+    """Measure `cells` in order, with a progress bar.
+
+    Args:
+        model: the model; its scaler is put back at the end.
+        cells: finished ones are skipped.
+        run: where rows go, each as soon as it is finished.
+        console: where the bar is drawn.
+        deadline: `time.monotonic()` value; a cell that would not finish before it, at the rate measured so far, is
+            left out. The first cell always runs.
+    """
+    cost, outcome, original = Cost.of(model), Outcome(), model.rope
+    todo = []
+    for cell in cells:
+        (outcome.found if is_done(cell, run) else todo).append(cell)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    done, spent = 0.0, 0.0
+    try:
+        with Progress(*columns, console=console, speed_estimate_period=300) as bar:
+            task = bar.add_task("", total=sum(cost.cell(c) for c in todo))
+            for cell in todo:
+                expected = cost.cell(cell) * spent / done if done else 0.0
+                if deadline is not None and time.monotonic() + expected > deadline:
+                    outcome.left_out.append(cell)
+                    bar.update(task, total=(bar.tasks[0].total or 0) - cost.cell(cell))
+                    continue
+                bar.update(task, description=f"{cell.scaler} at {format_length(cell.context)}")
+                started = time.monotonic()
+                rows = measure(model, cell, run, lambda past, n: bar.advance(task, cost.step(past, n)))
+                spent, done = spent + time.monotonic() - started, done + cost.cell(cell)
+                outcome.measured.append(cell)
+                tokens = sum(row["tokens"] for row in rows)
+                loss = sum(row["loss"] * row["tokens"] for row in rows) / tokens
+                bar.console.print(
+                    f"  {cell.scaler!s:<18} {format_length(cell.context):>6}  loss {loss:.4f}"
+                    f"  [dim]{tokens} tokens scored, {rows[0]['seconds']:.0f} s[/dim]"
+                )
+    finally:
+        model.rope = original
+    return outcome
+
+
+def print_plan(model: Model, cells: Sequence[Cell], console: Console) -> None:
+    """The cells, and about how long they would take, from one short forward pass."""
+    cost = Cost.of(model)
+    probe = min(1024, model.trained_length)
+    started = time.monotonic()
+    model.score_ids([0] * probe)
+    rate = cost.step(0, probe - 1) / (time.monotonic() - started)
+    table = Table("scaler", "context", "windows", "tokens fed", "about")
+    for cell in cells:
+        seconds = cost.cell(cell) / rate
+        table.add_row(
+            str(cell.scaler), format_length(cell.context), str(len(cell.windows)), str(cell.tokens), f"{seconds:.0f} s"
+        )
+    console.print(table)
+    total = sum(cost.cell(c) for c in cells) / rate
+    config = model.hf.config.get_text_config()
+    longest = max(len(w.ids) for cell in cells for w in cell.windows)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = model.hf.dtype.itemsize
+    cache_mb = 2 * config.num_hidden_layers * kv_heads * head_dim * width * longest / 1e6
+    weights_mb = model.hf.get_memory_footprint() / 1e6
+    console.print(
+        f"{len(cells)} cells, about {total / 60:.1f} minutes; memory about {weights_mb:.0f} MB of weights and "
+        f"{cache_mb:.0f} MB of cache at the longest context. Nothing was measured: this was --dry-run."
+    )

@@ -1,0 +1,49 @@
+"""The two-part attention against a softmax written out in float64."""
+
+import math
+
+import pytest
+import torch
+from ropewalk.engine.attention import _mask, causal_attention, join
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+
+def brute_force(q, k, v, scale):
+    """[B, H, N, D] by explicit scores, keys repeated for the groups, future keys at -inf."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    n, m = q.shape[2], k.shape[2]
+    scores = q @ k.transpose(-1, -2) * scale
+    visible = torch.arange(m) <= torch.arange(m - n, m)[:, None]
+    return scores.masked_fill(~visible, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 37), (16, 16), (16, 17), (5, 200), (300, 700)])
+def test_equals_masked_softmax(heads, kv_heads, n, m):
+    torch.manual_seed(n * m)
+    q = torch.randn(2, heads, n, 32, dtype=torch.float64)
+    k, v = (torch.randn(2, kv_heads, m, 32, dtype=torch.float64) for _ in range(2))
+    with torch.inference_mode():
+        got = causal_attention(q, k, v, 0.17)
+    assert torch.allclose(got, brute_force(q, k, v, 0.17), rtol=0, atol=1e-6)  # lse is float32 inside
+
+
+def test_join_is_exact_when_one_part_dominates():
+    out_1, out_2 = torch.ones(1, 1, 2, 4), torch.zeros(1, 1, 2, 4)
+    lse = torch.tensor([[[1000.0, -1000.0]]])
+    joined = join(out_1, lse, out_2, torch.zeros(1, 1, 2))
+    assert torch.equal(joined[0, 0, :, 0], torch.tensor([1.0, 0.0]))
+
+
+def test_no_mask_for_plain_causal_attention_and_one_otherwise():
+    shape = {"batch_size": 1, "q_length": 4, "kv_length": 9, "q_offset": 5}
+    assert _mask(**shape, mask_function=causal_mask_function) is None
+    padding = torch.ones(1, 9, dtype=torch.bool)
+    assert _mask(**shape, mask_function=causal_mask_function, attention_mask=padding) is None
+    padding[0, 0] = False
+    masked = _mask(**shape, mask_function=causal_mask_function, attention_mask=padding)
+    assert masked is not None
+    assert not masked[..., 0].any()
+    assert masked[0, 0].sum().item() == 5 + 6 + 7 + 8
+    assert _mask(**shape, mask_function=sliding_window_causal_mask_function(3)) is not None

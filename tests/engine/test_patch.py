@@ -1,0 +1,204 @@
+"""`patch` against transformers' own scaled models, and back to the bit."""
+
+import gc
+
+import pytest
+import ropewalk as rw
+import torch
+from transformers import (
+    CohereConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers import AutoModelForCausalLM as Auto
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+THETA = {"rope_type": "default", "rope_theta": 1e4}
+
+
+def llama(**rope):
+    torch.manual_seed(0)
+    return Auto.from_config(LlamaConfig(**SMALL, rope_parameters={**THETA, **rope})).eval()
+
+
+def gemma3():
+    parameters = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    layers = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(**SMALL, head_dim=16, rope_parameters=parameters, layer_types=layers, sliding_window=8)
+    return Auto.from_config(config).eval()
+
+
+FAMILIES = {
+    "llama": llama,
+    "mistral": lambda: Auto.from_config(MistralConfig(**SMALL, sliding_window=None)).eval(),
+    "qwen2": lambda: Auto.from_config(Qwen2Config(**SMALL)).eval(),
+    "qwen3": lambda: Auto.from_config(Qwen3Config(**SMALL, head_dim=16)).eval(),
+    "cohere": lambda: Auto.from_config(CohereConfig(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval(),
+    "neox": lambda: Auto.from_config(
+        GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}, rotary_pct=0.25)
+    ).eval(),
+    "gemma3": gemma3,
+}
+IDS = torch.arange(1, 91).remainder(97)[None]
+
+
+@torch.inference_mode()
+def logits(model):
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("spec", "rope"),
+    [
+        ("linear:4", {"rope_type": "linear", "factor": 4.0}),
+        ("yarn:4", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+        (
+            "llama3:factor=8",
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+        ("base:5e5", {"rope_theta": 5e5}),
+    ],
+)
+def test_patched_model_equals_transformers_own_scaled_model(spec, rope):
+    patched, native = llama(), llama(**rope)
+    with rw.patch(patched, spec):
+        assert torch.allclose(logits(patched), logits(native), atol=2e-6, rtol=0)
+    assert not torch.allclose(logits(patched), logits(native), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_undo_restores_every_family_to_the_bit(family):
+    model = FAMILIES[family]()
+    buffers = dict(model.named_buffers())
+    before = logits(model)
+    handle = rw.patch(model, "ntk:8")
+    assert not torch.equal(logits(model), before)
+    handle.undo()
+    after = dict(model.named_buffers())
+    assert after.keys() == buffers.keys()
+    assert all(after[name] is buffers[name] for name in buffers)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spec", ["none", "linear:1", "ntk:1", "ntk-mixed:1", "yarn:1", "mrrope:1", "critical-base:64"])
+def test_factor_one_is_the_untouched_model_to_the_bit(family, spec):
+    model = FAMILIES[family]()
+    before = logits(model)
+    with rw.patch(model, spec):
+        assert torch.equal(logits(model), before)
+
+
+def test_generate_goes_on_as_plain_transformers():
+    model = llama()
+    with rw.patch(model, "yarn:4"):
+        cached = model.generate(IDS[:, :80], max_new_tokens=8, do_sample=False)
+        recomputed = model.generate(IDS[:, :80], max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(cached, recomputed)
+
+
+def test_sliding_layers_keep_their_frequencies():
+    model = gemma3()
+    rotary = model.model.rotary_emb
+    local, full = rotary.sliding_attention_inv_freq, rotary.full_attention_inv_freq.clone()
+    with rw.patch(model, "linear:2") as handle:
+        assert rotary.sliding_attention_inv_freq is local
+        assert torch.equal(rotary.full_attention_inv_freq, full / 2)
+        assert "left alone: sliding_attention" in handle.describe()
+
+
+def test_a_model_with_its_own_scaling_keeps_it_under_none_and_is_not_shortened():
+    native = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    model = llama(**native)
+    before = logits(model)
+    with rw.patch(model, "none"):
+        assert torch.equal(logits(model), before)
+    with pytest.raises(rw.ConfigError, match="fewer than its 64; factors count from 16, so ask for one of at least 4"):
+        rw.patch(model, "linear:2")
+    with rw.patch(model, "resonance"):  # laid over the model's own frequencies, not over plain ones
+        wavelengths = 2 * torch.pi / model.model.rotary_emb.inv_freq.double()
+        assert torch.allclose(wavelengths, wavelengths.round(), rtol=1e-6)
+        assert model.model.rotary_emb.attention_scaling == pytest.approx(0.1 * torch.tensor(4.0).log().item() + 1)
+
+
+def test_transformers_dynamic_update_does_not_overwrite_a_patch():
+    model = llama(rope_type="dynamic", factor=2.0)
+    with rw.patch(model, "ntk:8"):
+        before = model.model.rotary_emb.inv_freq
+        logits(model)  # 90 tokens, past max_position_embeddings
+        assert model.model.rotary_emb.inv_freq is before
+
+
+def test_describe_names_scaler_tier_reach_and_cost():
+    with rw.patch(llama(), "yarn:4") as handle:
+        text = handle.describe()
+    for part in ("yarn:4", "static frequencies", "256 tokens (trained: 64)", "1.13863", "cost"):
+        assert part in text
+
+
+def test_a_second_patch_and_a_second_undo_are_refused():
+    model = llama()
+    handle = rw.patch(model, "linear:2")
+    with pytest.raises(rw.PatchError, match="patched with linear:2 already"):
+        rw.patch(model, "yarn:2")
+    handle.undo()
+    with pytest.raises(rw.PatchError, match="undone already"):
+        handle.undo()
+
+
+def test_a_patch_does_not_keep_the_model_alive():
+    import weakref
+
+    model = llama()
+    rw.patch(model, "linear:2")
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+def test_refusals():
+    with pytest.raises(rw.PatchError, match="depends on the length of each sequence"):
+        rw.patch(llama(), "dynamic-ntk")
+    gpt2 = Auto.from_config(GPT2Config(vocab_size=97, n_positions=32, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(rw.UnsupportedModel, match=r"(?i)gpt2"):
+        rw.patch(gpt2, "linear:2")
+    foreign = llama()
+    foreign.model.rotary_emb.inv_freq.mul_(0.5)
+    with pytest.raises(rw.UnsupportedModel, match="not those of its config"):
+        rw.patch(foreign, "linear:2")
+    with pytest.raises(rw.ConfigError, match="below the trained length 64"):
+        rw.patch(llama(), "critical-base:32")
+
+
+def test_a_model_cast_to_bfloat16_as_a_whole_is_patched_in_float32():
+    model = llama().to(torch.bfloat16)
+    with rw.patch(model, "linear:2"):
+        assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16

@@ -1,0 +1,79 @@
+"""Filters against their definitions on small vectors, and draws against probabilities."""
+
+import math
+
+import pytest
+import torch
+from ropewalk import ConfigError, SamplingParams
+from ropewalk.engine.sampling import filtered, penalize_repetition, sample
+
+LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+
+def kept(**fields):
+    return [i for i, x in enumerate(filtered(LOGITS, SamplingParams(**fields)).tolist()) if x > -math.inf]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 2}, [0, 1]),
+        ({"top_k": 9}, [0, 1, 2, 3]),
+        ({"top_p": 0.5}, [0]),
+        ({"top_p": 0.51}, [0, 1]),
+        ({"top_p": 0.79}, [0, 1]),
+        ({"top_p": 1e-9}, [0]),
+        ({"min_p": 0.31}, [0, 1]),
+        ({"min_p": 0.29}, [0, 1, 2]),
+        ({"min_p": 1.0}, [0]),
+        ({"top_k": 3, "top_p": 0.6}, [0, 1]),
+    ],
+)
+def test_filters_keep_what_their_definitions_say(fields, expected):
+    assert kept(**fields) == expected
+
+
+def test_filters_do_not_depend_on_the_order_of_tokens():
+    order = torch.tensor([2, 0, 3, 1])
+    params = SamplingParams(top_p=0.79, temperature=0.9)
+    assert torch.equal(filtered(LOGITS[order], params), filtered(LOGITS, params)[order])
+
+
+def test_draws_follow_the_softmax_at_the_temperature():
+    generator = torch.Generator().manual_seed(0)
+    params = SamplingParams(temperature=2.0)
+    draws = torch.tensor([sample(LOGITS, params, generator) for _ in range(20_000)])
+    frequencies = torch.bincount(draws, minlength=4) / len(draws)
+    expected = (LOGITS / 2).softmax(-1)
+    assert (frequencies - expected).abs().max() < 4 * (expected * (1 - expected) / len(draws)).sqrt().max()
+
+
+def test_greedy_takes_the_likeliest():
+    assert sample(LOGITS.flip(0), SamplingParams(temperature=0), torch.Generator()) == 3
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    got = penalize_repetition(logits, torch.tensor([0, 1, 1]), 2.0)
+    assert got.tolist() == [1.0, -4.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": math.inf},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+        {"logprobs": -1},
+        {"stop": ["a", ""]},
+    ],
+)
+def test_values_out_of_range_are_refused(fields):
+    with pytest.raises(ConfigError, match=next(iter(fields))):
+        SamplingParams(**fields)
