@@ -136,9 +136,7 @@ class Model:
     def generate(self, prompt: str, params: SamplingParams | None = None) -> Completion: ...
     @overload
     def generate(self, prompt: list[str], params: SamplingParams | None = None) -> list[Completion]: ...
-    def generate(
-        self, prompt: str | list[str], params: SamplingParams | None = None
-    ) -> Completion | list[Completion]:
+    def generate(self, prompt: str | list[str], params: SamplingParams | None = None) -> Completion | list[Completion]:
         """Continue `prompt`; a list in, a list out.
 
         Raises:
@@ -185,7 +183,9 @@ class Model:
         ids = self._encode(prompt)
         if not ids:
             if self.tokenizer.bos_token_id is None:
-                raise ConfigError("the prompt is empty and this tokenizer has no start token; give at least one character")
+                raise ConfigError(
+                    "the prompt is empty and this tokenizer has no start token; give at least one character"
+                )
             ids = [self.tokenizer.bos_token_id]
         total = len(ids) + params.max_new_tokens
         if total > self.max_length:

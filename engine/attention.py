@@ -72,7 +72,13 @@ def _attention_forward(
     else:
         mask = causal_lower_right(query.shape[2], key.shape[2]) if attention_mask is None else attention_mask
         out = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout if module.training else 0.0, scale=scaling, enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=dropout if module.training else 0.0,
+            scale=scaling,
+            enable_gqa=True,
         )
     return out.transpose(1, 2).contiguous(), None
 

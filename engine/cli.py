@@ -77,8 +77,10 @@ def main() -> None:
 EXAMPLES = "\b\nExamples:\n"
 
 
-@click.command(epilog=EXAMPLES + '  ropewalk generate smollm2-135m "Once upon a time" --rope yarn:2\n'
-               '  cat book.txt | ropewalk generate ./my-model - --max-new-tokens 100 --temperature 0')
+@click.command(
+    epilog=EXAMPLES + '  ropewalk generate smollm2-135m "Once upon a time" --rope yarn:2\n'
+    "  cat book.txt | ropewalk generate ./my-model - --max-new-tokens 100 --temperature 0"
+)
 @click.argument("model")
 @click.argument("prompt")
 @click.option("--rope", default="none", show_default=True, help="Scaler, such as yarn:4.")
@@ -145,18 +147,28 @@ def scalers() -> None:
         click.echo(f"    {summary}\n    [{method.facet or 'no facet'}; {method.source}]")
 
 
-@click.command(epilog=EXAMPLES + '  ropewalk show yarn:4\n  ropewalk show "ntk:8|resonance" --dim 128 --base 5e5 --trained 8k --length 64k')
+@click.command(
+    epilog=EXAMPLES
+    + '  ropewalk show yarn:4\n  ropewalk show "ntk:8|resonance" --dim 128 --base 5e5 --trained 8k --length 64k'
+)
 @click.argument("spec")
 @click.option("--dim", default=64, show_default=True, help="Rotary dimension.")
 @click.option("--base", default=1e5, show_default=True, help="Rotary base.")
 @click.option("--trained", default="8k", show_default=True, help="Trained length.")
 @click.option("--length", default="4x", show_default=True, help="Length to draw to, and that dynamic methods see.")
-@click.option("--out", default="rope.png", show_default=True, type=click.Path(dir_okay=False), help="A .png; an .svg is written beside it.")
+@click.option(
+    "--out",
+    default="rope.png",
+    show_default=True,
+    type=click.Path(dir_okay=False),
+    help="A .png; an .svg is written beside it.",
+)
 def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) -> None:
     """Draw what SPEC does to the wavelengths and to the long-range decay of attention, and print it in short."""
+    import math
     from pathlib import Path
 
-    from ..evals.plots import plot_scaler
+    from ..evals.scaler_plot import plot_scaler
     from ..scaling import RopeSpec, parse, parse_length
 
     scaler = parse(spec)
@@ -165,11 +177,13 @@ def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) 
     scaler.check(rope)
     inv_freq, factor = scaler.frequencies(rope, tokens)
     stretch = rope.theta / inv_freq
-    reach = scaler.reach(rope)
+    reach, slowest = scaler.reach(rope), float(inv_freq[-1])
+    carried = "any length" if math.isinf(reach) else f"{int(reach)} tokens"
+    longest = 2 * math.pi / slowest if slowest else math.inf
     click.echo(f"scaler               {scaler}")
-    click.echo(f"reach                {'any length' if reach == float('inf') else f'{int(reach)} tokens'} (trained {rope.trained_length})")
+    click.echo(f"reach                {carried} (trained {rope.trained_length})")
     click.echo(f"wavelengths slowed   fastest pair by {stretch[0]:.4g}, slowest by {stretch[-1]:.4g}")
-    click.echo(f"longest wavelength   {2 * 3.141592653589793 / float(inv_freq[-1]) if inv_freq[-1] else float('inf'):.4g} tokens")
+    click.echo(f"longest wavelength   {longest:.4g} tokens")
     click.echo(f"factor on cos, sin   {factor:.6g} (logits by {factor**2:.6g})")
     for path in plot_scaler(scaler, rope, tokens, Path(out).with_suffix("")):
         click.echo(f"drawn                {path}")

@@ -24,6 +24,8 @@ _DTYPES = {
     "float64": torch.float64,
 }
 
+_MODELS = [name for name, asset in assets.ASSETS.items() if asset.kind == "model"]
+
 
 def load(
     name: str | Path,
@@ -75,7 +77,7 @@ def load(
 
 def _resolve(name: str) -> str:
     """A folder or hub id that transformers can read."""
-    if name in assets.ASSETS and not Path(name).exists():
+    if name in _MODELS and not Path(name).exists():
         return str(assets.fetch(name))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -101,7 +103,7 @@ def _read_config(source: str, name: str) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise AssetError(
             f"{name!r} is not a built-in model, a folder or a .gguf file, and the hub did not give it ({reason})."
-            f"{did_you_mean(name, [n for n, a in assets.ASSETS.items() if a.kind == 'model'])}"
+            f"{did_you_mean(name, _MODELS)}"
         ) from error
 
 
@@ -110,12 +112,12 @@ def _choose_dtype(dtype: str, config: Any, on_cpu: bool) -> torch.dtype:
         return _DTYPES[dtype]
     own: torch.dtype | None = getattr(config, "dtype", None)
     own = own or torch.float32
-    if on_cpu and own in (torch.bfloat16, torch.float16) and not (own == torch.bfloat16 and _cpu_has_bfloat16()):
+    if on_cpu and own in (torch.bfloat16, torch.float16) and not (own == torch.bfloat16 and cpu_has_bfloat16()):
         return torch.float32
     return own
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
     """True on CPUs whose matrix products take bfloat16 natively; elsewhere they run at a quarter of float32's
     speed (17 against 68 GFLOP/s on two AVX2 cores)."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -55,8 +55,11 @@ class PatchHandle:
             f"scaler:  {self.scaler}",
             "tier:    static frequencies, written into the model's own rotary modules; every attention kernel works",
             f"layers:  {', '.join(s.layer_type or 'all' for s in sites)}"
-            + (f" (left alone: {', '.join(s.layer_type or '' for s in self._writer.sites if s.is_local)})"
-               if len(sites) < len(self._writer.sites) else ""),
+            + (
+                f" (left alone: {', '.join(s.layer_type or '' for s in self._writer.sites if s.is_local)})"
+                if len(sites) < len(self._writer.sites)
+                else ""
+            ),
             f"reach:   {format_length(int(self.reach))} tokens (trained: {format_length(site.configured.max_length)})",
             f"factor on cos and sin: {site.attention_scaling:.6g}",
             "cost:    none",

@@ -104,10 +104,12 @@ def _verify(model_name: str, module_name: str, site: RotarySite) -> None:
     expected = rope.scaler.frequencies(rope.rope)
     actual = site.inv_freq.detach().double().cpu()
     tolerance = _TOLERANCE.get(site.inv_freq.dtype, _ROUNDED_TOLERANCE)
-    if actual.shape != expected.inv_freq.shape or not torch.allclose(actual, expected.inv_freq, rtol=tolerance, atol=1e-12):
+    if actual.shape != expected.inv_freq.shape or not torch.allclose(
+        actual, expected.inv_freq, rtol=tolerance, atol=1e-12
+    ):
         raise UnsupportedModel(
             f"{model_name}: the frequencies in {module_name} are not those of its config ({rope.scaler} at base "
-            f"{rope.rope.base:g}); it is already patched by other means, or computes them in a way ropewalk does not know"
+            f"{rope.rope.base:g}); it is patched by other means, or computes them in a way ropewalk does not know"
         )
 
 
@@ -153,10 +155,9 @@ class RotaryWriter:
             site.module._buffers[site.attribute("inv_freq")] = frequencies.inv_freq.float().to(device)
             setattr(site.module, site.attribute("attention_scaling"), frequencies.attention_factor)
             # transformers recomputes `dynamic` and `longrope` frequencies inside forward; not while ours are in place
-            types = site.module.rope_type
-            site.module.rope_type = (
-                "default" if site.layer_type is None else {**types, site.layer_type: "default"}  # type: ignore[dict-item]
-            )
+            types: Any = site.module.rope_type
+            kept = "default" if site.layer_type is None else {**types, site.layer_type: "default"}
+            setattr(site.module, "rope_type", kept)  # noqa: B010  (nn.Module declares tensors only)
         self._written_for = length
 
     def restore(self) -> None:
@@ -181,5 +182,3 @@ class RotaryWriter:
 def headline(sites: list[RotarySite]) -> RotarySite:
     """The site that speaks for the model: the global layers' one."""
     return next((site for site in sites if not site.is_local), sites[0])
-
-

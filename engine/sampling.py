@@ -45,7 +45,10 @@ class SamplingParams:
             (0 < self.top_p <= 1, f"top_p {self.top_p:g} must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, f"min_p {self.min_p:g} must be between 0 and 1"),
             (self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty:g} must be above 0"),
-            (self.logprobs is None or self.logprobs >= 0, f"logprobs {self.logprobs} must be 0 or more, or None"),
+            (
+                self.logprobs is None or self.logprobs >= 0,
+                f"logprobs {self.logprobs} must be 0 or more, or None",
+            ),
         )
         for valid, message in checks:
             if not valid:
@@ -80,7 +83,9 @@ def filtered(logits_V: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p < 1:
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before >= params.top_p), -math.inf)
+        logits = logits.masked_fill(
+            torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before >= params.top_p), -math.inf
+        )
     if params.min_p > 0:
         probabilities = logits.softmax(-1)
         logits = logits.masked_fill(probabilities < params.min_p * probabilities.max(), -math.inf)

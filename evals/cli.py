@@ -19,14 +19,33 @@ EXAMPLES = "\b\nExamples:\n"
 @click.argument("model")
 @click.option("--rope", "ropes", multiple=True, default=("none",), show_default=True, help="Scaler; may be repeated.")
 @click.option("--lengths", default="0.25x,0.5x,1x,2x", show_default=True, help="Contexts, separated by commas.")
-@click.option("--text", default="shakespeare", show_default=True, help="kjv, shakespeare, pydoc, stdlib, or a file or folder.")
-@click.option("--protocol", default="fixed-target", show_default=True, help="fixed-target, by-position, sliding or truncate.")
+@click.option(
+    "--text",
+    default="shakespeare",
+    show_default=True,
+    help="kjv, shakespeare, pydoc, stdlib, or a file or folder.",
+)
+@click.option(
+    "--protocol",
+    default="fixed-target",
+    show_default=True,
+    help="fixed-target, by-position, sliding or truncate.",
+)
 @click.option("--target", default=1024, show_default=True, help="fixed-target: tokens scored at the end.")
-@click.option("--samples", default=1, show_default=True, help="fixed-target: places in the text; by-position, truncate: documents.")
+@click.option(
+    "--samples",
+    default=1,
+    show_default=True,
+    help="fixed-target: places in the text; by-position, truncate: documents.",
+)
 @click.option("--stride", default=256, show_default=True, help="sliding: tokens by which the window moves.")
 @click.option("--tokens", default="32k", show_default=True, help="sliding: tokens of the text that are scored.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results  [default: runs/MODEL-TEXT]")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the results  [default: runs/MODEL-TEXT]",
+)
 @click.option("--max-minutes", type=float, help="Leave out what would not finish in this time.")
 @click.option("--dry-run", is_flag=True, help="Print what would be measured, and how long it would take.")
 def ppl(
@@ -55,8 +74,8 @@ def ppl(
     from ..engine.load import load
     from ..scaling import parse, parse_length
     from . import perplexity, runner
-    from .publish import print_results, publish
     from .data import load_text
+    from .publish import print_results, publish
     from .result import Run
 
     console = Console()
@@ -64,7 +83,12 @@ def ppl(
     loaded = load(model, dtype=dtype)
     contexts = tuple(parse_length(length, loaded.trained_length) for length in lengths.split(","))
     plan = perplexity.Plan(
-        protocol=protocol, contexts=contexts, target=target, samples=samples, stride=stride, text_tokens=parse_length(tokens)
+        protocol=protocol,
+        contexts=contexts,
+        target=target,
+        samples=samples,
+        stride=stride,
+        text_tokens=parse_length(tokens),
     )
     cells = perplexity.cells(loaded, load_text(text), scalers, plan)
     if dry_run:
@@ -81,13 +105,19 @@ def ppl(
 @click.command(epilog=EXAMPLES + "  ropewalk demo\n  ropewalk demo --full --out runs/full")
 @click.option("--full", is_flag=True, help="Go to four times the trained length, and take the time it takes.")
 @click.option("--max-minutes", default=12.0, show_default=True, help="Time for measuring; --full takes what it needs.")
-@click.option("--out", default="runs/demo", show_default=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the results.")
+@click.option(
+    "--out",
+    default="runs/demo",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the results.",
+)
 def demo(full: bool, max_minutes: float, out: Path) -> None:
     """Read past the trained length of a real model (SmolLM2-135M), and report what came of it.
 
     Fetches the model and a text, measures the loss on the same last tokens as the context grows, for the untouched
-    model and four scalers, lets the best one write a passage, and leaves a table, plots and a report. Stop it with Ctrl-C
-    and run it again: it goes on where it was.
+    model and four scalers, lets the best one write a passage, and leaves a table, plots and a report. Stop it with
+    Ctrl-C and run it again: it goes on where it was.
     """
     from .demo import run_demo
 

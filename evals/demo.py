@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,6 @@ from ..engine.load import load
 from ..engine.sampling import SamplingParams
 from ..scaling.lengths import format_length
 from ..scaling.spec import parse
-
 from .data import Text, load_text, tokenize_documents
 from .perplexity import Cell, Plan, cells
 from .publish import print_results, publish
@@ -34,8 +34,8 @@ def specs(ratio: int) -> list[str]:
 
 
 def by_importance(planned: list[Cell], trained_length: int) -> list[Cell]:
-    """Cells in the order in which they earn their time: everything short, the untouched model at the trained length (what all
-    else is compared with), everything at the longest context, then what lies between."""
+    """Cells in the order in which they earn their time: everything short, the untouched model at the trained length
+    (what all else is compared with), everything at the longest context, then what lies between."""
     shortest, longest = min(c.context for c in planned), max(c.context for c in planned)
 
     def rank(cell: Cell) -> tuple[int, int]:
@@ -55,7 +55,10 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
     started = time.monotonic()
     console = Console()
     run = Run(out)
-    console.print(f"[bold]ropewalk[/bold]: how far does {MODEL} read, and which scaler carries it further?\n", highlight=False)
+    console.print(
+        f"[bold]ropewalk[/bold]: how far does {MODEL} read, and which scaler carries it further?\n",
+        highlight=False,
+    )
     text = load_text(TEXT)
     model = load(MODEL, max_length=16 * 8192)  # the passage may be written by the untouched model, past its reach
     L = model.trained_length
@@ -64,7 +67,7 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
     planned = by_importance(cells(model, text, [parse(s) for s in specs(ratio)], plan), L)
     console.print(
         f"{model.name}, {model.hf.num_parameters() / 1e6:.0f}M parameters, trained on {format_length(L)} tokens, in "
-        f"{str(model.hf.dtype).removeprefix('torch.')}. Loss on the same last {TARGET} tokens of a play of Shakespeare, "
+        f"{str(model.hf.dtype).removeprefix('torch.')}. Loss on the same last {TARGET} tokens of a play, "
         f"reading {', '.join(format_length(c) for c in plan.contexts)} tokens up to its end.\n",
         highlight=False,
     )
@@ -86,16 +89,17 @@ def winner(run: Run) -> str:
 
 
 def _passage(model: Model, text: Text, run: Run, console: Console) -> Passage:
-    """What the winner writes after reading more than the trained length; kept in the run's folder, so that it is written once."""
+    """What the winner writes after reading more than the trained length; kept in the run's folder, written once."""
     rope = winner(run)
     kept = run.folder / "passage.json"
     if kept.exists():
         stored = json.loads(kept.read_text(encoding="utf-8"))
         if stored["rope"] == rope:
             return Passage(**stored)
-    tokens = tokenize_documents(text, model.tokenizer)[0]
     length = model.trained_length + model.trained_length // 16
-    prompt = model.tokenizer.decode(tokens[:length])
+    play = replace(text, documents=text.documents[:1])
+    tokens = tokenize_documents(play, model.tokenizer, limit_tokens=length)[0]
+    prompt = model.tokenizer.decode(tokens)
     model.rope = parse(rope)
     with console.status(f"{rope} reads {format_length(length)} tokens and goes on writing"):
         params = SamplingParams(max_new_tokens=PASSAGE_TOKENS, temperature=0.7, top_p=0.9, seed=1)
@@ -104,5 +108,3 @@ def _passage(model: Model, text: Text, run: Run, console: Console) -> Passage:
     passage = Passage(prompt=shown, text=completion.text, rope=rope)
     write_atomic(kept, json.dumps({"prompt": shown, "text": passage.text, "rope": rope}).encode())
     return passage
-
-

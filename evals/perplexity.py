@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,8 @@ def fixed_target(
 ) -> list[Window]:
     """Windows of `context` tokens that end at the same places for every context up to `longest`.
 
-    Sample k ends at the (k // D + 1) / ceil(samples / D) part of document k mod D, over the D documents that hold `longest`
-    tokens. The last `target` tokens of each window are scored.
+    Sample k ends at the (k // D + 1) / ceil(samples / D) part of document k mod D, over the D documents that hold
+    `longest` tokens. The last `target` tokens of each window are scored.
     """
     if target >= context:
         raise ConfigError(f"target {target} leaves no context within {context} tokens; ask for fewer scored tokens")
@@ -99,7 +99,9 @@ def from_start(documents: Sequence[Tokens], context: int, *, samples: int, prefi
     return [Window(ids=prefix + doc[:body], first=1, place=f"{n}:{body}") for n, doc in usable[:samples]]
 
 
-def sliding(documents: Sequence[Tokens], context: int, *, stride: int, text_tokens: int, prefix: Tokens) -> list[Window]:
+def sliding(
+    documents: Sequence[Tokens], context: int, *, stride: int, text_tokens: int, prefix: Tokens
+) -> list[Window]:
     """Windows of `context` tokens moved by `stride` over the first `text_tokens` tokens of the text, document by
     document; the first window of a document scores everything, the others their last `stride` tokens."""
     if not 1 <= stride <= context - len(prefix):
@@ -125,8 +127,8 @@ def _too_short(documents: Sequence[Tokens], needed: int, count: int = 1) -> Data
     longest = max((len(d) for d in documents), default=0)
     have = sum(len(d) >= needed for d in documents)
     return DataError(
-        f"the text is too short: {count} document(s) of {format_length(needed)} tokens needed, {have} there, the longest of "
-        f"{longest} tokens; ask for shorter lengths or a longer text"
+        f"the text is too short: {count} document(s) of {format_length(needed)} tokens needed, {have} there, the "
+        f"longest of {longest} tokens; ask for shorter lengths or a longer text"
     )
 
 
@@ -136,12 +138,6 @@ def position_edges(context: int) -> tuple[int, ...]:
     while (edge := 128 * 2 ** len(edges)) < context:
         edges.append(edge)
     return (*edges, context)
-
-
-def loss_of(model: Model, windows: Iterable[Window], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-    """Negative log-probabilities of all scored tokens, nats, float32, window after window."""
-    losses = [-model.score_ids(window.ids, window.first, progress) for window in windows]
-    return torch.cat(losses).numpy()
 
 
 def measure(model: Model, cell: Cell, run: Run, progress: Callable[[int, int], None] | None = None) -> list[Row]:
@@ -244,8 +240,8 @@ def cells(model: Model, text: Text, scalers: Sequence[Scaler], plan: Plan) -> li
     """
     for scaler in scalers:
         model.rope = scaler
-    documents = tokenize_documents(text, model.tokenizer)
     prefix: Tokens = model.tokenizer("", verbose=False).input_ids
+    documents = _documents(model, text, plan)
     shared = {
         "task": "ppl",
         "protocol": plan.protocol,
@@ -270,6 +266,23 @@ def cells(model: Model, text: Text, scalers: Sequence[Scaler], plan: Plan) -> li
         for scaler in scalers
         for context in plan.contexts
     ]
+
+
+def _documents(model: Model, text: Text, plan: Plan) -> list[Tokens]:
+    """The text's documents, tokenised: no more of them, and no more of each, than the plan looks at."""
+    longest = max(plan.contexts)
+    limit = {"fixed-target": None, "sliding": plan.text_tokens}.get(plan.protocol, longest)
+    documents: list[Tokens] = []
+    for document in text.documents:
+        one = replace(text, documents=(document,))
+        documents += tokenize_documents(one, model.tokenizer, limit_tokens=limit)
+        if plan.protocol == "sliding":
+            enough = sum(map(len, documents)) >= plan.text_tokens
+        else:
+            enough = sum(len(d) >= longest for d in documents) >= plan.samples
+        if enough:
+            break
+    return documents
 
 
 def _places(windows: Sequence[Window]) -> str:

@@ -11,7 +11,7 @@ from rich.markdown import Markdown
 from ..scaling.lengths import format_length
 from .findings import findings
 from .perplexity import Cell
-from .plots import plot_by_position, plot_loss_curve
+from .plots import plot_run
 from .report import Passage, write_report
 from .result import Run
 from .table import write_tables
@@ -19,17 +19,10 @@ from .table import write_tables
 
 def publish(run: Run, *, title: str, passages: Sequence[Passage] = ()) -> list[Path]:
     """Write tables, plots and report of everything in `run`; returns the files, the report first."""
-    rows = [row for row in run.rows if row["task"] == "ppl"]
-    by_position = [row for row in rows if row["protocol"] == "by-position"]
-    by_context = [row for row in rows if row["protocol"] != "by-position"]
-    plots: list[Path] = []
-    if by_context:
-        plots += plot_loss_curve(by_context, run, run.folder / "loss")
-    if by_position:
-        plots += plot_by_position(by_position, run, run.folder / "loss_by_position")
+    plots = plot_run(run)
     tables = write_tables(run)
     report = write_report(
-        run, run.folder / "report.html", title=title, story=findings(run), passages=list(passages), plots=plots
+        run, run.folder / "report.html", title=title, story=findings(run), passages=passages, plots=plots
     )
     return [report, *tables, *plots]
 
@@ -42,7 +35,10 @@ def print_results(run: Run, files: Sequence[Path], left_out: Sequence[Cell], con
         console.print(f"• {sentence}", highlight=False)
     if left_out:
         cells = ", ".join(f"{cell.scaler} at {format_length(cell.context)}" for cell in left_out)
-        console.print(f"\nLeft out for lack of time: {cells}. Run the same command again to measure them.", highlight=False)
+        console.print(
+            f"\nLeft out for lack of time: {cells}. Run the same command again to measure them.",
+            highlight=False,
+        )
     console.print("\nFiles:")
     for path in files:
         console.print(f"  {path}", highlight=False, soft_wrap=True)

@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ..engine.api import Model
@@ -44,10 +50,8 @@ def measure_all(
         deadline: `time.monotonic()` value; a cell that would not finish before it, at the rate measured so far, is
             left out. The first cell always runs.
     """
-    cost, outcome, original = Cost.of(model), Outcome(), model.rope
-    todo = []
-    for cell in cells:
-        (outcome.found if is_done(cell, run) else todo).append(cell)
+    cost, outcome, original = Cost.of(model), Outcome(found=[c for c in cells if is_done(c, run)]), model.rope
+    todo = [c for c in cells if c not in outcome.found]
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -94,7 +98,11 @@ def print_plan(model: Model, cells: Sequence[Cell], console: Console) -> None:
     for cell in cells:
         seconds = cost.cell(cell) / rate
         table.add_row(
-            str(cell.scaler), format_length(cell.context), str(len(cell.windows)), str(cell.tokens), f"{seconds:.0f} s"
+            str(cell.scaler),
+            format_length(cell.context),
+            str(len(cell.windows)),
+            str(cell.tokens),
+            f"{seconds:.0f} s",
         )
     console.print(table)
     total = sum(cost.cell(c) for c in cells) / rate

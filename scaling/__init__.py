@@ -1,7 +1,7 @@
 """The mathematics of RoPE scaling: facets, methods, the base bound. Imports torch only.
 
-    from ropewalk.scaling import YaRN, RopeSpec, parse
-    YaRN(factor=4).frequencies(RopeSpec(dim=64, base=1e5, trained_length=8192))
+from ropewalk.scaling import YaRN, RopeSpec, parse
+YaRN(factor=4).frequencies(RopeSpec(dim=64, base=1e5, trained_length=8192))
 """
 
 from __future__ import annotations

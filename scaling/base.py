@@ -76,6 +76,14 @@ class CriticalBase(_ForLength):
     name: ClassVar[str] = "critical-base"
     source: ClassVar[str] = "arXiv 2310.05209"
 
+    def check(self, rope: RopeSpec) -> None:
+        super().check(rope)
+        if rope.trained_length <= 2 * math.pi:
+            raise ConfigError(
+                f"critical-base: no pair turns once within the trained length {rope.trained_length}; "
+                "the rule needs one of 7 or more"
+            )
+
     def base(self, rope: RopeSpec) -> float:
         """b'."""
         two_pi = 2 * math.pi

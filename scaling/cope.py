@@ -26,7 +26,7 @@ class CoPE(Scaler):
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
         theta = rope.theta
-        slow = 2 * math.pi > rope.trained_length * theta
+        slow = (2 * math.pi > rope.trained_length * theta) & (theta > 0)  # a pair at rest has no wavelength
         taper = (1 + torch.cos(torch.linspace(0, math.pi, int(slow.sum()), dtype=torch.float64))) / 2
         theta[slow] *= taper
         return Frequencies(theta)

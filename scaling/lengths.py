@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from ..errors import ConfigError
 
@@ -22,15 +23,17 @@ def parse_length(text: str | int, trained_length: int | None = None) -> int:
     match = _LENGTH.fullmatch(str(text).strip())
     if match is None:
         raise ConfigError(f"{text!r} is not a length; write 512, 8k, 1M (k = 1024) or 2x (times the trained length)")
-    number, unit = float(match[1]), match[2].lower()
+    number, unit = Fraction(match[1]), match[2].lower()  # exact: 0.29x of 100 tokens is 29
     if unit == "x":
         if trained_length is None:
-            raise ConfigError(f"{text!r} is a multiple of the trained length, which is not known here; write it in tokens")
+            raise ConfigError(
+                f"{text!r} is a multiple of the trained length, which is not known here; write it in tokens"
+            )
         tokens = number * trained_length
     else:
         tokens = number * _UNITS[unit]
-    if tokens < 1 or tokens != int(tokens):
-        raise ConfigError(f"length {text!r} is {tokens:g} tokens; it must be a whole number of at least 1")
+    if tokens < 1 or tokens.denominator != 1:
+        raise ConfigError(f"length {text!r} is {float(tokens):g} tokens; it must be a whole number of at least 1")
     return int(tokens)
 
 
@@ -43,5 +46,6 @@ def format_length(tokens: int) -> str:
     for unit in ("m", "k"):
         scale = _UNITS[unit]
         if tokens >= scale and tokens * 4 % scale == 0:
-            return f"{tokens / scale:g}{'M' if unit == 'm' else unit}"
+            quarters = {0: "", 1: ".25", 2: ".5", 3: ".75"}[tokens * 4 // scale % 4]
+            return f"{tokens // scale}{quarters}{'M' if unit == 'm' else unit}"
     return str(tokens)

@@ -31,10 +31,10 @@ class Llama3(Factored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.high_freq_factor > self.low_freq_factor > 0:
+        if not math.inf > self.high_freq_factor > self.low_freq_factor > 0:
             raise ConfigError(
                 f"llama3: high_freq_factor {self.high_freq_factor:g} must be above "
-                f"low_freq_factor {self.low_freq_factor:g}, and both above 0"
+                f"low_freq_factor {self.low_freq_factor:g}, and both finite and above 0"
             )
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:

@@ -35,10 +35,10 @@ class LongRoPE(Factored):
     def __post_init__(self) -> None:
         super().__post_init__()
         for label, factors in (("short", self.short), ("long", self.long)):
-            if not factors or min(factors) <= 0:
-                raise ConfigError(f"longrope: {label} must be numbers above 0, one for each rotary pair")
-        if self.attention_factor is not None and not self.attention_factor > 0:
-            raise ConfigError(f"longrope: attention_factor {self.attention_factor:g} must be above 0")
+            if not factors or not all(math.inf > number > 0 for number in factors):
+                raise ConfigError(f"longrope: {label} must be finite numbers above 0, one for each rotary pair")
+        if self.attention_factor is not None and not math.inf > self.attention_factor > 0:
+            raise ConfigError(f"longrope: attention_factor {self.attention_factor:g} must be finite and above 0")
 
     @property
     def depends_on_length(self) -> bool:  # type: ignore[override]

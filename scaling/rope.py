@@ -123,9 +123,7 @@ class Composition(Scaler):
         for member in self.members:
             facet = str(member.facet)
             if facet in seen:
-                raise ConfigError(
-                    f"{seen[facet].name!r} and {member.name!r} both set the {facet}; keep one of them"
-                )
+                raise ConfigError(f"{seen[facet].name!r} and {member.name!r} both set the {facet}; keep one of them")
             seen[facet] = member
 
     def member(self, facet: Facet) -> Scaler | None:

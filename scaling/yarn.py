@@ -27,7 +27,7 @@ def ramp_ends(rope: RopeSpec, beta_fast: float, beta_slow: float, truncate: bool
     low, high = pair_with_turns(rope, beta_fast), pair_with_turns(rope, beta_slow)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.dim - 1)
+    low, high = (min(max(end, 0), rope.dim - 1) for end in (low, high))
     return low, high if high != low else high + 0.001
 
 
@@ -47,8 +47,10 @@ def _by_parts(rope: RopeSpec, factor: float, beta_fast: float, beta_slow: float,
 
 
 def _check_betas(name: str, beta_fast: float, beta_slow: float) -> None:
-    if not beta_fast > beta_slow > 0:
-        raise ConfigError(f"{name}: beta_fast {beta_fast:g} must be above beta_slow {beta_slow:g}, and both above 0")
+    if not math.inf > beta_fast > beta_slow > 0:
+        raise ConfigError(
+            f"{name}: beta_fast {beta_fast:g} must be above beta_slow {beta_slow:g}, and both finite and above 0"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,10 @@ class YaRN(NTKByParts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.attention_factor is not None and not self.attention_factor > 0:
-            raise ConfigError(f"yarn: attention_factor {self.attention_factor:g} must be above 0")
+        for key in ("attention_factor", "mscale", "mscale_all_dim"):
+            value = getattr(self, key)
+            if value is not None and not math.inf > value > 0:
+                raise ConfigError(f"yarn: {key} {value:g} must be finite and above 0")
         if (self.mscale is None) != (self.mscale_all_dim is None):
             raise ConfigError("yarn: mscale and mscale_all_dim go together; give both or neither")
         if self.attention_factor is not None and self.mscale is not None:
@@ -115,7 +119,7 @@ class YaRN(NTKByParts):
         """m, the factor on cos and sin."""
         if self.attention_factor is not None:
             return self.attention_factor
-        if self.mscale and self.mscale_all_dim:
+        if self.mscale is not None and self.mscale_all_dim is not None:
             return yarn_temperature(self.factor, self.mscale) / yarn_temperature(self.factor, self.mscale_all_dim)
         return yarn_temperature(self.factor)
 

@@ -29,7 +29,9 @@ class TextStream:
         self._read = len(self._ids)
 
     def _decode(self, start: int, stop: int) -> str:
-        return self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(
+            self._ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is unfinished."""
@@ -63,7 +65,10 @@ class StopWatch:
             self.stopped = True
             shown, self._held = self._held[: min(found)], ""
             return shown
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        keep = max(
+            (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
+            default=0,
+        )
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from ropewalk.engine.attention import _mask, causal_attention, join
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+from ropewalk.engine.attention import _mask, causal_attention, join
 
 
 def brute_force(q, k, v, scale):

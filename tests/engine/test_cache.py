@@ -1,9 +1,10 @@
 """The contiguous cache against concatenation."""
 
 import torch
-from ropewalk.engine.cache import ContiguousLayer, new_cache
 from transformers import LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicCache
+
+from ropewalk.engine.cache import ContiguousLayer, new_cache
 
 
 def test_holds_what_was_appended_and_grows():

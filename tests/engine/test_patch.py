@@ -3,8 +3,8 @@
 import gc
 
 import pytest
-import ropewalk as rw
 import torch
+from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     CohereConfig,
     Gemma3TextConfig,
@@ -15,7 +15,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM as Auto
+
+import ropewalk as rw
 
 SMALL = {
     "vocab_size": 97,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from ropewalk import ConfigError, SamplingParams
 from ropewalk.engine.sampling import filtered, penalize_repetition, sample
 

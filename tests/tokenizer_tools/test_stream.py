@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ropewalk.tokenizer_tools.stream import StopWatch, TextStream
 
 

@@ -1,0 +1,83 @@
+"""The cache folder, and folders in it that are either whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from ..errors import AssetError
+
+__all__ = ["cache_dir", "filling"]
+
+_MB = 1_000_000
+
+
+def cache_dir() -> Path:
+    """Where assets are kept: ROPEWALK_CACHE, or the user's cache folder for ropewalk."""
+    chosen = os.environ.get("ROPEWALK_CACHE")
+    return Path(chosen).expanduser().absolute() if chosen else Path(platformdirs.user_cache_dir("ropewalk"))
+
+
+@contextlib.contextmanager
+def filling(target: Path, *, needed: int, what: str) -> Iterator[Path | None]:
+    """An empty folder that becomes `target`, whole, when the block ends without an error.
+
+    After an error, a Ctrl-C or a kill nothing is at `target`; what a killed process left is removed by the next.
+    The folder's parent is scratch space on the same disk, gone afterwards. Processes take turns: the block gets
+    None where another has filled `target` in the meantime.
+
+    Raises:
+        AssetError: less than `needed` bytes are free, or the disk cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _turn(target.with_name(f".{target.name}.lock"), what):
+            if target.exists():
+                yield None
+                return
+            for leftover in target.parent.glob(f".{target.name}-*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            _require_space(target.parent, needed, what)
+            with tempfile.TemporaryDirectory(
+                prefix=f".{target.name}-", suffix=".partial", dir=target.parent, ignore_cleanup_errors=True
+            ) as scratch:
+                work = Path(scratch) / "result"
+                work.mkdir()
+                yield work
+                work.replace(target)
+    except OSError as error:
+        raise AssetError(
+            f"{what}: cannot write to the cache folder {target.parent} ({error.strerror or error}); "
+            "set ROPEWALK_CACHE to a folder that can be written"
+        ) from error
+
+
+@contextlib.contextmanager
+def _turn(lock_file: Path, what: str) -> Iterator[None]:
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        sys.stderr.write(f"{what}: waiting for another process that is preparing it\n")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _require_space(folder: Path, needed: int, what: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise AssetError(
+            f"{what} needs {-(-needed // _MB)} MB of disk space in {folder}, which has {free // _MB} MB free; "
+            "make room, or set ROPEWALK_CACHE to a folder on a larger disk"
+        )

@@ -1,0 +1,213 @@
+"""Texts to measure on: two classics, two that come with Python, or the user's own files."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import hashlib
+import json
+import sysconfig
+import tokenize
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..engine import assets
+from ..errors import DataError, did_you_mean
+
+__all__ = ["TEXTS", "TEXT_SUFFIXES", "Text", "load_text", "tokenize_documents"]
+
+TEXTS: dict[str, str] = {
+    "kjv": assets.ASSETS["kjv"].description,
+    "shakespeare": assets.ASSETS["shakespeare"].description,
+    "pydoc": "Python's own help topics, one document of 110k tokens; differs between Python versions",
+    "stdlib": "the standard library's sources, one document of 12 MB; differs between Python versions",
+}
+"""The built-in texts, each in one line."""
+
+_PROSE = (".txt", ".md", ".rst", ".tex", ".html")
+_CODE = (".py", ".c", ".h", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
+TEXT_SUFFIXES = frozenset(_PROSE + _CODE)
+"""Files that are read from a folder."""
+
+_NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_CHARACTERS = 6
+"""First guess of a token's length; English has about 4.2 characters to a token."""
+
+_MARGIN = 64
+"""Tokens in which the end of a cut text can differ from the whole one's: far more than any tokenizer looks ahead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Documents to measure on.
+
+    Args:
+        name: as the user asked for it.
+        documents: in a fixed order; none is empty.
+        sha256: of the documents in UTF-8, each after its length in bytes (8 bytes, big-endian).
+    """
+
+    name: str
+    documents: tuple[str, ...]
+    sha256: str
+
+
+def load_text(name_or_path: str | Path) -> Text:
+    """A built-in text, a UTF-8 file (one document) or a folder.
+
+    `kjv`: one document; each chapter is a line such as "Genesis 1" and a paragraph of its verses, joined by
+    spaces. `shakespeare`: the plays as Markdown, sorted by path. `pydoc`: all topics, sorted by name. `stdlib`:
+    all modules, sorted by path, without tests, each after a comment with its path.
+
+    A folder gives one document per file whose suffix is in TEXT_SUFFIXES, at any depth, sorted by path; hidden
+    and empty files are left out. A byte order mark is dropped, line ends stay as they are. A file that has the
+    name of a built-in text is written `./kjv`.
+
+    Raises:
+        DataError: no such name or path, not UTF-8, or nothing in it.
+        AssetError: a built-in text that cannot be fetched.
+    """
+    name = str(name_or_path)
+    if name in _BUILT_IN:
+        documents = _BUILT_IN[name]()
+    else:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            documents = _folder(path)
+        elif path.is_file():
+            documents = (_decode(path.read_bytes(), path),)
+        else:
+            raise DataError(f"there is no text or file {name!r}.{_nearest(name, path)}")
+    if not any(document.strip() for document in documents):
+        raise DataError(f"{name}: there is nothing but blanks in it")
+    return Text(name=name, documents=documents, sha256=_digest(documents))
+
+
+def tokenize_documents(text: Text, tokenizer: Any, *, limit_tokens: int | None = None) -> list[list[int]]:
+    """Token ids of every document, without special tokens; kept in memory as long as the tokenizer lives.
+
+    A special token's name that occurs in the text (`<|endoftext|>`) is encoded as the ordinary characters it is.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        limit_tokens: return only this many from the beginning of each document, and encode no more of it than
+            they take: the same ids as encoding everything and cutting it off.
+    """
+    kept = _TOKENS.setdefault(tokenizer, {})
+    key = (text, len(tokenizer), limit_tokens)
+    if key not in kept:
+        if limit_tokens is None:
+            kept[key] = _encode(list(text.documents), tokenizer)
+        else:
+            kept[key] = [_encode_beginning(document, tokenizer, limit_tokens) for document in text.documents]
+    return [list(ids) for ids in kept[key]]
+
+
+_TOKENS: weakref.WeakKeyDictionary[Any, dict[Any, list[list[int]]]] = weakref.WeakKeyDictionary()
+
+
+def _encode_beginning(document: str, tokenizer: Any, limit: int) -> list[int]:
+    characters = _CHARACTERS * (limit + _MARGIN)
+    while characters < len(document):
+        ids = _encode([document[:characters]], tokenizer)[0]
+        if len(ids) >= limit + _MARGIN:
+            return ids[:limit]
+        characters *= 2
+    return _encode([document], tokenizer)[0][:limit]
+
+
+def _encode(documents: list[str], tokenizer: Any) -> list[list[int]]:
+    # verbose=False: no warning that a text is longer than model_max_length; that is the point of it here.
+    encoded = tokenizer(documents, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def _kjv() -> tuple[str, ...]:
+    chapters: dict[str, list[str]] = {}
+    for line in assets.fetch("kjv").read_text(encoding="utf-8").splitlines():
+        verse = json.loads(line)
+        chapters.setdefault(f"{verse['book']} {verse['chapter']}", []).append(verse["text"])
+    return ("".join(f"{heading}\n{' '.join(verses)}\n\n" for heading, verses in chapters.items()),)
+
+
+def _shakespeare() -> tuple[str, ...]:
+    return _folder(assets.fetch("shakespeare"))
+
+
+def _pydoc() -> tuple[str, ...]:
+    from pydoc_data.topics import topics
+
+    return ("\n\n".join(topics[name].strip() for name in sorted(topics)) + "\n",)
+
+
+def _stdlib() -> tuple[str, ...]:
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = []
+    for file in _sorted_files(root, {".py"}):
+        below = file.relative_to(root)
+        # _sysconfigdata holds how this one Python was built, not the library
+        if _NOT_THE_LIBRARY.isdisjoint(below.parts) and not below.name.startswith("_sysconfigdata"):
+            with tokenize.open(file) as source:  # in the encoding that the file declares
+                modules.append(f"# {below.as_posix()}\n{source.read()}")
+    if not modules:
+        raise DataError(f"stdlib: this Python keeps no sources in {root}; name a folder with text instead")
+    return ("\n\n".join(modules),)
+
+
+_BUILT_IN: dict[str, Callable[[], tuple[str, ...]]] = {
+    "kjv": _kjv,
+    "shakespeare": _shakespeare,
+    "pydoc": _pydoc,
+    "stdlib": _stdlib,
+}
+
+
+def _folder(folder: Path) -> tuple[str, ...]:
+    files = _sorted_files(folder, TEXT_SUFFIXES)
+    if not files:
+        raise DataError(f"{folder} holds no text file; these suffixes are read: {' '.join(sorted(TEXT_SUFFIXES))}")
+    documents = (_decode(file.read_bytes(), file) for file in files)
+    return tuple(document for document in documents if document.strip())
+
+
+def _sorted_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """Files below `folder` with one of these suffixes, none of them hidden, sorted alike on every system."""
+    found = [
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    ]
+    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _decode(raw: bytes, file: Path) -> str:
+    body = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = error.start + len(raw) - len(body)
+        raise DataError(
+            f"{file} is not UTF-8: byte 0x{raw[offset]:02x} at offset {offset}; "
+            "convert it first, for example with `iconv -f LATIN1 -t UTF-8`"
+        ) from None
+
+
+def _nearest(name: str, path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if path.name not in TEXTS and (close := difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.6)):
+        return f" Did you mean {str(path.with_name(close[0]))!r}?"
+    return did_you_mean(name, TEXTS)
+
+
+def _digest(documents: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        encoded = document.encode("utf-8")
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()

@@ -1,0 +1,236 @@
+"""The folder of a run: one JSON line per finished cell, per-token losses beside it, the environment.
+
+    run = Run(Path("runs/a"))
+    run.write_environment()                  # takes the lock, so a second writer is refused at once
+    if run.find(recipe) is None:             # a finished cell is not measured again
+        run.add(recipe, measured, losses)
+
+A recipe says what was asked for (method, protocol, model, text, lengths, dtype), `measured` what came out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+
+from ..errors import DataError
+
+Row = dict[str, Any]
+"""`key`, then the fields of the recipe, then what was measured; the values are JSON."""
+
+Losses = np.ndarray[tuple[int], np.dtype[np.float32]]
+"""Nats per scored token, float32 [tokens], in the order of the text."""
+
+
+class Run:
+    """A folder of results that can be interrupted at any moment and gone on with.
+
+    Reading takes no lock, so a report can be made while a run goes on. The first write takes the folder's
+    lock for the life of this process; writing to a folder that another process writes to is a DataError.
+
+    Args:
+        folder: created if it is not there.
+
+    Raises:
+        DataError: `folder` is a file, or a line of its results.jsonl is damaged. A last line that a killed
+            run left unfinished is dropped, and the file repaired at the next write.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise DataError(f"{self.folder} is or lies in a file; name a folder for the run") from None
+        self._file = self.folder / "results.jsonl"
+        self._lock = filelock.FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
+        self._writing = False
+        self._rows, _ = _read(self._file)
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every finished cell in the order of measuring; a cell measured twice counts as measured last."""
+        return list(self._rows.values())
+
+    def find(self, recipe: Mapping[str, Any]) -> Row | None:
+        """The finished cell of exactly this recipe, or None."""
+        return self._rows.get(recipe_key(recipe))
+
+    def add(self, recipe: Mapping[str, Any], measured: Mapping[str, Any], losses: Losses | None = None) -> Row:
+        """Store a finished cell so that it survives the process: the losses first, then its line.
+
+        Numbers that are not finite are stored as null; a cell whose `loss` is null is shown as not run, with
+        `measured["reason"]` as the reason.
+
+        Args:
+            recipe: JSON scalars; equal recipes are one cell.
+            measured: JSON values under other names than the recipe's.
+            losses: nats per scored token, [tokens].
+
+        Raises:
+            DataError: another process is writing to the folder.
+        """
+        shared = (recipe.keys() & measured.keys()) | ({"key"} & {*recipe, *measured})
+        assert not shared, f"recipe and measured share {sorted(shared)}"
+        self._begin_writing()
+        row: Row = {"key": recipe_key(recipe), **_plain(recipe), **_plain(measured)}
+        if losses is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, np.asarray(losses, dtype=np.float32), allow_pickle=False)
+            write_atomic(self._losses_file(row), buffer.getvalue())
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        with self._file.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._rows[row["key"]] = row
+        return row
+
+    def losses(self, row: Row) -> Losses | None:
+        """The per-token losses of a cell, or None if none were stored.
+
+        Raises:
+            DataError: the file is there and cannot be read.
+        """
+        file = self._losses_file(row)
+        if not file.exists():
+            return None
+        try:
+            losses: Losses = np.load(file, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise DataError(f"{file} cannot be read ({error}); delete it and measure the cell again") from None
+        return losses
+
+    def write_environment(self) -> dict[str, Any]:
+        """Write `environment()` to env.json and return it; the first thing that a run writes."""
+        self._begin_writing()
+        found = environment()
+        write_atomic(self.folder / "env.json", (json.dumps(found, indent=2) + "\n").encode())
+        return found
+
+    def _losses_file(self, row: Row) -> Path:
+        return self.folder / "losses" / f"{row['key']}.npy"
+
+    def _begin_writing(self) -> None:
+        if self._writing:
+            return
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise DataError(
+                f"another run is writing to {self.folder}; wait for it to end or name another folder"
+            ) from None
+        # Only now is the file ours: what another run added since we read it counts, and a line that we
+        # saw unfinished may have been in the middle of its writing.
+        self._rows, repaired = _read(self._file)
+        if repaired is not None:
+            write_atomic(self._file, repaired)
+        self._writing = True
+
+
+def recipe_key(recipe: Mapping[str, Any]) -> str:
+    """12 hex digits of the sha256 of the recipe's canonical JSON; the order of its fields does not matter."""
+    plain = _plain(recipe)
+    scalars = (str, int, float, bool, type(None))
+    assert all(isinstance(value, scalars) for value in plain.values()), f"a recipe holds JSON scalars: {plain}"
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file that is at every moment either the old one or the whole new one; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured with: versions, machine, threads and the command."""
+    import torch
+
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return {
+        **{package: importlib.metadata.version(package) for package in ("ropewalk", "torch", "transformers")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "command": shlex.join([name, *sys.argv[1:]]),
+    }
+
+
+def _read(file: Path) -> tuple[dict[str, Row], bytes | None]:
+    """Rows by key, and the repaired content where the last line was cut off by a kill."""
+    data = file.read_bytes() if file.exists() else b""
+    *lines, tail = data.split(b"\n")
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        row = _parse(line)
+        if row is None:
+            raise DataError(f"{file}, line {number} is damaged: {line[:60]!r}; delete that line to go on")
+        rows[row["key"]] = row
+    if not tail:
+        return rows, None
+    row = _parse(tail)
+    if row is None:
+        return rows, data[: len(data) - len(tail)]
+    rows[row["key"]] = row  # the line is whole, only its newline is missing
+    return rows, data + b"\n"
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("key"), str) else None
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numpy scalars as Python's, numbers that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

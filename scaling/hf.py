@@ -1,0 +1,293 @@
+"""Hugging Face configs: read here and nowhere else, strictly, and written back by `write`.
+
+`read` turns every form of `rope_parameters`, and of the older `rope_scaling` with `rope_theta`, into a
+`RopeSpec` and a `Scaler`. What transformers would ignore or only warn about is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError, UnsupportedModel, did_you_mean
+from .hf_write import write
+from .interpolation import DynamicNTK, Linear
+from .llama3 import Llama3
+from .longrope import LongRoPE
+from .rope import RopeSpec, Scaler
+from .yarn import YaRN
+
+__all__ = ["ConfiguredRope", "read", "write"]
+
+_LENGTH = "original_max_position_embeddings"
+_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (
+        (_LENGTH,),
+        ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor", _LENGTH), ("factor", "attention_factor")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _LENGTH), ()),
+    "proportional": ((), ("factor",)),
+}
+"""Keys that a rope type needs, and keys that it may have besides."""
+
+_LENGTH_TYPES = {"su", *(kind for kind, (required, _) in _KEYS.items() if _LENGTH in required)}
+_COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_ALIASES = {"su": "longrope"}  # Phi-3's name for it before transformers had the type
+_MODEL_CODE_KEYS = {
+    "mrope_section": "positions on several axes (multimodal RoPE)",
+    "xdrope_section": "positions on several axes (multimodal RoPE)",
+    "llama_4_scaling_beta": "queries scaled by their position",
+    "short_mscale": "a temperature that changes with the length",
+    "long_mscale": "a temperature that changes with the length",
+    "alpha": "a base multiplied in the model's own code",
+}
+"""Keys of single families, acted on outside the rotary frequencies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfiguredRope:
+    """One rotary embedding as a config describes it.
+
+    Args:
+        rope: the plain geometry; `trained_length` is `original_max_position_embeddings` for yarn, longrope
+            and llama3, else `max_position_embeddings`: a linear config does not say what it was stretched from.
+        scaler: what the config does to the plain frequencies; `Scaler()` for the default type.
+        max_length: `max_position_embeddings`, the tokens that the config promises to carry.
+    """
+
+    rope: RopeSpec
+    scaler: Scaler
+    max_length: int
+
+
+def read(config: Any) -> dict[str | None, ConfiguredRope]:
+    """The rotary embeddings of a transformers config.
+
+    Args:
+        config: a config object, or the dict of a `config.json`. The dict needs its `model_type`: each family
+            fills in what its file leaves out (base, rotary share of the head, layer types) in its own way.
+
+    Returns:
+        One entry under None where the layers share one `rope_parameters`, else one for every layer type that
+        turns; a layer type whose entry is None has no positions and is left out.
+
+    Raises:
+        UnsupportedModel: no RoPE, or one that is more than a frequency for each pair (axial, multimodal).
+        ConfigError: a key is unknown, missing, or holds what it cannot hold.
+    """
+    config = _text_config(config)
+    name = str(getattr(config, "model_type", "") or type(config).__name__)
+    _refuse_other_encodings(name, config)
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not parameters and getattr(config, "rope_theta", None) is None:
+        raise UnsupportedModel(
+            f"{name} has no rotary embedding to scale: no rope_parameters, rope_scaling or rope_theta in its config"
+        )
+    if not any(isinstance(value, Mapping) for value in parameters.values()):
+        return {None: _read_entry(name, config, _with_outside_length(config, parameters))}
+    return {
+        layer_type: _read_entry(f"{name} ({layer_type})", _layer_config(name, config, layer_type), entry)
+        for layer_type, entry in _layer_entries(name, config, parameters).items()
+    }
+
+
+def _text_config(config: Any) -> Any:
+    """The config object of the text decoder."""
+    if isinstance(config, Mapping):
+        config = _from_json(config)
+    if not hasattr(config, "get_text_config"):
+        return config
+    try:
+        return config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise UnsupportedModel(f"the config holds several text models; pass one of them ({error})") from None
+
+
+def _from_json(config: Mapping[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING  # only here, so that reading an object costs no import
+
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise ConfigError(
+            "the config has no 'model_type', which decides what its missing keys mean; add it or pass a config object"
+        )
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedModel(
+            f"the installed transformers has no model_type {model_type!r}; "
+            "pass the config object of the model's own code"
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))  # the classes write into it
+    except Exception as error:  # each family raises its own
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"transformers does not accept this {model_type} config: {reason}") from error
+
+
+def _refuse_other_encodings(name: str, config: Any) -> None:
+    if getattr(config, "alibi", False):
+        raise UnsupportedModel(f"{name} has alibi=True in its config, so it has no rotary embedding to scale")
+    encoding = getattr(config, "position_embedding_type", "rope")
+    if encoding not in ("rope", "rotary"):
+        raise UnsupportedModel(
+            f"{name} has position_embedding_type={encoding!r} in its config, so it has no rotary embedding to scale"
+        )
+
+
+def _layer_entries(name: str, config: Any, parameters: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The entries of the layer types that the model has and that turn."""
+    stray = [key for key, value in parameters.items() if not isinstance(value, Mapping | None)]
+    if stray:
+        raise ConfigError(
+            f"{name}: rope_parameters holds {stray[0]!r} beside the layer types; move it into each of them"
+        )
+    # Classes name layer types that a small model may not have; transformers builds only those it declares.
+    declared = getattr(config, "_rope_type_labels", None) or getattr(config, "layer_types", None) or parameters
+    entries = {key: entry for key, entry in parameters.items() if key in declared and entry is not None}
+    if not entries:
+        key = next(key for key, entry in parameters.items() if entry is not None)
+        raise ConfigError(f"{name}: no layer has the type {key!r} of rope_parameters.{did_you_mean(key, declared)}")
+    return entries
+
+
+def _layer_config(name: str, config: Any, layer_type: str) -> Any:
+    """The config as the layers of one type see it: Gemma 4 gives them their own head_dim."""
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    try:
+        return config.per_layer_config[layer_type]
+    except ValueError as error:
+        raise UnsupportedModel(f"{name}: the layers of type {layer_type!r} are not alike ({error})") from None
+
+
+def _with_outside_length(config: Any, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Phi-3 keeps the trained length outside of the dict; transformers lets that one win."""
+    length = getattr(config, _LENGTH, None)
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    return {**parameters, _LENGTH: length} if length and kind in _LENGTH_TYPES else parameters
+
+
+def _read_entry(name: str, config: Any, parameters: Mapping[str, Any]) -> ConfiguredRope:
+    kind, values = _checked(name, config, parameters)
+    max_length = _length(name, "max_position_embeddings", getattr(config, "max_position_embeddings", None))
+    trained_length = _length(name, _LENGTH, values[_LENGTH]) if _LENGTH in values else max_length
+    rope = _read_geometry(name, config, kind, values, trained_length)
+    scaler = _read_scaler(name, kind, values, max_length / trained_length)
+    scaler.check(rope)
+    return ConfiguredRope(rope=rope, scaler=scaler, max_length=max_length)
+
+
+def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The rope type and its keys: all of them known, none of them missing, nulls left out."""
+    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+    kind = _ALIASES.get(kind, kind)
+    if kind not in _KEYS:
+        raise UnsupportedModel(f"{name}: rope type {kind!r} is not supported.{did_you_mean(kind, _KEYS)}")
+    # transformers reads a null `truncate` as false, but every other null as absent.
+    if not isinstance(parameters.get("truncate", True), bool):
+        raise ConfigError(f"{name}: truncate={parameters['truncate']!r} must be true or false")
+    values = {key: value for key, value in parameters.items() if value is not None}
+    for key in ("rope_theta", "partial_rotary_factor"):  # older configs keep these outside
+        if key not in values and getattr(config, key, None) is not None:
+            values[key] = getattr(config, key)
+    required, optional = _KEYS[kind]
+    known = {*_COMMON_KEYS, *required, *optional}
+    for key in sorted(values.keys() - known):
+        if key in _MODEL_CODE_KEYS:
+            raise UnsupportedModel(f"{name}: {key!r} in rope_parameters means {_MODEL_CODE_KEYS[key]}; not supported")
+        raise ConfigError(f"{name}: unknown key {key!r} for rope type {kind!r}.{did_you_mean(key, known)}")
+    for key in ("rope_theta", *required):
+        if key not in values:
+            raise ConfigError(f"{name}: rope type {kind!r} needs {key!r} in rope_parameters")
+    return kind, values
+
+
+def _read_geometry(name: str, config: Any, kind: str, values: dict[str, Any], trained_length: int) -> RopeSpec:
+    try:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except (AttributeError, RuntimeError) as error:  # the latter where heads differ from layer to layer
+        raise UnsupportedModel(f"{name}: the head dimension cannot be read from the config ({error})") from None
+    base = _number(name, values, "rope_theta")
+    share = _number(name, values, "partial_rotary_factor", 1.0)
+    if not 0 < share <= 1:
+        raise ConfigError(f"{name}: partial_rotary_factor {share:g} must be above 0 and at most 1")
+    if kind == "proportional":
+        pairs = int(share * head_dim // 2)
+        rotating_pairs = pairs if pairs < head_dim // 2 else None
+        return RopeSpec(dim=head_dim, base=base, trained_length=trained_length, rotating_pairs=rotating_pairs)
+    dim = int(head_dim * share)
+    if dim < 2 or dim % 2:
+        raise UnsupportedModel(
+            f"{name}: head_dim {head_dim} with partial_rotary_factor {share:g} rotates {dim} dimensions; "
+            "only even numbers from 2 can be paired"
+        )
+    return RopeSpec(dim=dim, base=base, trained_length=trained_length)
+
+
+def _read_scaler(name: str, kind: str, values: Mapping[str, Any], stretch: float) -> Scaler:
+    """`stretch`: max_position_embeddings over the trained length, the factor where the config names none."""
+    factor = _number(name, values, "factor", 1.0 if kind == "proportional" else stretch)
+    if kind == "default" or (kind == "proportional" and factor == 1):
+        return Scaler()
+    if kind == "dynamic":
+        return DynamicNTK(factor=factor)
+    if kind == "llama3":
+        low, high = (_number(name, values, key) for key in ("low_freq_factor", "high_freq_factor"))
+        return Llama3(factor=factor, low_freq_factor=low, high_freq_factor=high)
+    if kind == "longrope":
+        return LongRoPE(
+            factor=factor,
+            short=_numbers(name, values, "short_factor"),
+            long=_numbers(name, values, "long_factor"),
+            attention_factor=_number_or_none(name, values, "attention_factor"),
+        )
+    if kind == "yarn":
+        return _read_yarn(name, values, factor)
+    return Linear(factor=factor)
+
+
+def _read_yarn(name: str, values: Mapping[str, Any], factor: float) -> YaRN:
+    optional = ("attention_factor", "mscale", "mscale_all_dim")
+    attention_factor, mscale, mscale_all_dim = (_number_or_none(name, values, key) for key in optional)
+    # transformers' order: attention_factor, then both mscales, then the rule; one mscale alone does nothing.
+    if attention_factor is not None or not (mscale and mscale_all_dim):
+        mscale = mscale_all_dim = None
+    return YaRN(
+        factor=factor,
+        beta_fast=_number(name, values, "beta_fast", 32.0),
+        beta_slow=_number(name, values, "beta_slow", 1.0),
+        truncate=values.get("truncate", True),
+        attention_factor=attention_factor,
+        mscale=mscale,
+        mscale_all_dim=mscale_all_dim,
+    )
+
+
+def _number_or_none(name: str, values: Mapping[str, Any], key: str) -> float | None:
+    return _number(name, values, key) if key in values else None
+
+
+def _number(name: str, values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name}: {key}={value!r} must be a number")
+    return float(value)
+
+
+def _numbers(name: str, values: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    items = values[key]
+    if not isinstance(items, list | tuple):
+        raise ConfigError(f"{name}: {key}={items!r} must be a list of numbers, one for each rotary pair")
+    return tuple(_number(name, {key: item}, key) for item in items)
+
+
+def _length(name: str, key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}: {key}={value!r} must be a whole number of tokens")
+    return value

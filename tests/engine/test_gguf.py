@@ -1,0 +1,269 @@
+"""Conversion of tiny GGUF files written here with gguf's own writer, and of the real one."""
+
+import json
+import math
+import os
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ropewalk import AssetError, UnsupportedModel
+from ropewalk.engine import assets
+from ropewalk.engine.gguf import convert_gguf, converted_gguf
+
+HIDDEN, HEADS, KV_HEADS, DIM, INNER, VOCAB = 64, 4, 2, 16, 96, 300
+
+
+def interleaved(weight, heads):
+    """llama.cpp's order of the rows of q and k: the pairs (n, n + d/2) of a head become neighbours."""
+    rows = [h * DIM + n + half for h in range(heads) for n in range(DIM // 2) for half in (0, DIM // 2)]
+    return weight[rows]
+
+
+def llama_tensors(seed=0):
+    """A one-layer Llama under its Hugging Face names."""
+    shapes = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "model.layers.0.input_layernorm.weight": (HIDDEN,),
+        "model.layers.0.post_attention_layernorm.weight": (HIDDEN,),
+        "model.layers.0.self_attn.q_proj.weight": (HEADS * DIM, HIDDEN),
+        "model.layers.0.self_attn.k_proj.weight": (KV_HEADS * DIM, HIDDEN),
+        "model.layers.0.self_attn.v_proj.weight": (KV_HEADS * DIM, HIDDEN),
+        "model.layers.0.self_attn.o_proj.weight": (HIDDEN, HEADS * DIM),
+        "model.layers.0.mlp.gate_proj.weight": (INNER, HIDDEN),
+        "model.layers.0.mlp.up_proj.weight": (INNER, HIDDEN),
+        "model.layers.0.mlp.down_proj.weight": (HIDDEN, INNER),
+    }
+    random = np.random.default_rng(seed)
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers.0.input_layernorm": "blk.0.attn_norm",
+    "model.layers.0.post_attention_layernorm": "blk.0.ffn_norm",
+    "model.layers.0.self_attn.q_proj": "blk.0.attn_q",
+    "model.layers.0.self_attn.k_proj": "blk.0.attn_k",
+    "model.layers.0.self_attn.v_proj": "blk.0.attn_v",
+    "model.layers.0.self_attn.o_proj": "blk.0.attn_output",
+    "model.layers.0.mlp.gate_proj": "blk.0.ffn_gate",
+    "model.layers.0.mlp.up_proj": "blk.0.ffn_up",
+    "model.layers.0.mlp.down_proj": "blk.0.ffn_down",
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch, request):
+    if "model" not in request.keywords:
+        monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes a tiny Llama as GGUF; `extra` gets the writer before it is closed."""
+
+    def write(*, extra=None, leave_out="", pre="smollm", arch="llama", quantized=False):
+        path = tmp_path / "tiny.gguf"
+        writer = gguf.GGUFWriter(path, arch)
+        writer.add_context_length(128)
+        writer.add_embedding_length(HIDDEN)
+        writer.add_block_count(1)
+        writer.add_feed_forward_length(INNER)
+        writer.add_head_count(HEADS)
+        writer.add_head_count_kv(KV_HEADS)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_rope_freq_base(50_000.0)
+        writer.add_rope_dimension_count(DIM)
+        writer.add_vocab_size(VOCAB)
+        tokens = [*(chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]), "ĠĠ"]
+        tokens += [*(f"<{n}>" for n in range(VOCAB - len(tokens) - 1)), "<|endoftext|>"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types([1] * VOCAB)
+        writer.add_token_merges(["Ġ Ġ"])
+        for name, tensor in llama_tensors().items():
+            short = GGUF_NAMES[name.removesuffix(".weight")]
+            if short == leave_out:
+                continue
+            if short.endswith("attn_q"):
+                tensor = interleaved(tensor, HEADS)
+            if short.endswith("attn_k"):
+                tensor = interleaved(tensor, KV_HEADS)
+            if quantized and tensor.ndim == 2:
+                kind = gguf.GGMLQuantizationType.Q8_0
+                writer.add_tensor(short + ".weight", gguf.quantize(tensor, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(short + ".weight", tensor)
+        if extra is not None:
+            extra(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_weights_are_exact_and_in_the_order_of_transformers(write, tmp_path):
+    out = convert_gguf(write(), tmp_path / "out")
+    weights = load_file(out / "model.safetensors")
+    assert weights.keys() == llama_tensors().keys()
+    for name, tensor in llama_tensors().items():
+        assert torch.equal(weights[name], torch.from_numpy(tensor)), name
+
+
+def test_quantized_weights_become_plain_ones(write, tmp_path):
+    path = write(quantized=True)
+    weights = load_file(convert_gguf(path, tmp_path / "out") / "model.safetensors")
+    stored = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.0.ffn_up.weight")
+    expected = gguf.dequantize(stored.data, stored.tensor_type)
+    assert torch.equal(weights["model.layers.0.mlp.up_proj.weight"], torch.from_numpy(expected))
+
+
+def test_the_folder_loads_without_the_gguf_file(write, tmp_path):
+    path = write()
+    out = convert_gguf(path, tmp_path / "out")
+    path.unlink()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.float32
+    assert model.config.rope_parameters == {"rope_type": "default", "rope_theta": 50_000.0}
+    assert not hasattr(model.config, "quantization_config")
+    assert len(AutoTokenizer.from_pretrained(out)) == VOCAB
+
+
+def test_nothing_is_printed_and_the_loggers_are_put_back(write, tmp_path, capfd):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    path = write()
+    capfd.readouterr()
+    convert_gguf(path, tmp_path / "out")
+    assert capfd.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize(("pre", "expected"), [("smollm", ["ĠĠ", "1", "2", "x"]), ("gpt-2", ["Ġ", "Ġ", "1", "2", "x"])])
+def test_digits_are_split_as_the_tokenizer_was_trained(write, tmp_path, pre, expected):
+    """GPT-2's expression alone takes the last space along with the number."""
+    tokenizer = AutoTokenizer.from_pretrained(convert_gguf(write(pre=pre), tmp_path / "out"))
+    assert tokenizer.tokenize("  12x") == expected
+
+
+def linear(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def yarn(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(32)
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (linear, {"rope_type": "linear", "factor": 4.0}),
+        (yarn, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.NONE), {"rope_type": "default"}),
+    ],
+)
+def test_rotary_scaling_is_carried_over(write, tmp_path, extra, expected):
+    config = config_of(convert_gguf(write(extra=extra), tmp_path / "out"))
+    assert config["rope_parameters"] == {"rope_theta": 50_000.0, **expected}
+
+
+def llama3_divisors(factor, low=1.0, high=4.0, length=8192):
+    """llama.cpp's rope_freqs.weight for Llama 3.1, from the wavelengths."""
+    divisors = []
+    for n in range(DIM // 2):
+        wavelength = 2 * math.pi * 50_000.0 ** (2 * n / DIM)
+        if wavelength < length / high:
+            divisors.append(1.0)
+        elif wavelength > length / low:
+            divisors.append(factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, dtype=np.float32)
+
+
+def test_llama3_divisors_are_recognised(write, tmp_path):
+    divisors = llama3_divisors(32.0)
+    assert len(set(divisors)) > 2, "the middle of the ramp is not in the test"
+    path = write(extra=lambda writer: writer.add_tensor("rope_freqs.weight", divisors))
+    model = AutoModelForCausalLM.from_pretrained(convert_gguf(path, tmp_path / "out"))
+    inv_freq, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, "cpu")
+    plain = 50_000.0 ** (-torch.arange(0, DIM, 2) / DIM)
+    torch.testing.assert_close(plain / inv_freq, torch.from_numpy(divisors), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (lambda w: w.add_tensor("rope_freqs.weight", llama3_divisors(8.0, length=4096)), "frequency divisors"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "'longrope'"),
+        (lambda w: (yarn(w), w.add_rope_scaling_attn_factors(1.2)), "'yarn' with attn_factor"),
+    ],
+)
+def test_rotary_scaling_that_would_be_lost_is_refused(write, tmp_path, extra, words):
+    with pytest.raises(UnsupportedModel, match=f"{words}.*load the original checkpoint"):
+        convert_gguf(write(extra=extra), tmp_path / "out")
+
+
+def test_a_missing_tensor_is_refused(write, tmp_path):
+    with pytest.raises(UnsupportedModel, match=r"1 tensors of the model are not in the file.*up_proj"):
+        convert_gguf(write(leave_out="blk.0.ffn_up"), tmp_path / "out")
+
+
+def test_files_that_transformers_cannot_read(write, tmp_path):
+    with pytest.raises(UnsupportedModel, match=r"transformers cannot read this GGUF file \(ValueError"):
+        convert_gguf(write(arch="mpt"), tmp_path / "out")
+    (tmp_path / "text.gguf").write_text("not a GGUF file, but long enough to hold a header\n" * 9)
+    with pytest.raises(UnsupportedModel, match="not a readable GGUF file"):
+        convert_gguf(tmp_path / "text.gguf", tmp_path / "out")
+    with pytest.raises(AssetError, match="no such file"):
+        convert_gguf(tmp_path / "none.gguf", tmp_path / "out")
+
+
+def test_a_file_is_converted_once_and_again_when_it_changes(write, monkeypatch):
+    from ropewalk.engine import gguf as module
+
+    path = write()
+    folder = converted_gguf(path)
+    assert config_of(folder)["hidden_size"] == HIDDEN
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_convert", lambda *a, **k: pytest.fail("converted twice"))
+        assert converted_gguf(path) == folder
+    os.utime(path, ns=(1, 1))
+    assert converted_gguf(path) != folder
+    assert [p.name for p in folder.parent.iterdir() if p.suffix == ".partial"] == []
+
+
+@pytest.mark.model
+def test_the_built_in_model_is_its_file():
+    folder, path = assets.fetch("smollm2-135m"), assets.fetch_files("smollm2-135m")
+    weights = load_file(folder / "model.safetensors")
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert len(weights) == len(stored)
+    for ours, theirs in (("v_proj", "attn_v"), ("k_proj", "attn_k")):
+        expected = gguf.dequantize(stored[f"blk.7.{theirs}.weight"].data, stored[f"blk.7.{theirs}.weight"].tensor_type)
+        if ours == "k_proj":  # 3 heads of 32 neighbouring pairs become two halves
+            expected = expected.reshape(3, 32, 2, 576).transpose(0, 2, 1, 3).reshape(192, 576)
+        assert torch.equal(weights[f"model.layers.7.self_attn.{ours}.weight"], torch.from_numpy(expected))
+    config = config_of(folder)
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 100_000.0}
+    assert AutoTokenizer.from_pretrained(folder).tokenize("x = [\n    12]") == ["x", "Ġ=", "Ġ[", "ĊĠĠĠĠ", "1", "2", "]"]

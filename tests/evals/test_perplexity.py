@@ -1,0 +1,221 @@
+"""The protocols against a few independent lines of plain transformers, on a tiny model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import ropewalk as rw
+from ropewalk.engine.api import Model
+from ropewalk.evals.data import Text
+from ropewalk.evals.perplexity import PROTOCOLS, Cost, Plan, cells, measure, position_edges
+from ropewalk.evals.result import Run
+from ropewalk.scaling import Linear, Scaler, parse
+
+WORDS = "".join(f"word {n} of the text, and so on; " for n in range(60))
+
+
+def byte_tokenizer(bos=False):
+    """One token a byte, without training; with `bos`, a start token before every text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<s>"])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def tiny_model(bos=False, uniform=False):
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    hf = LlamaForCausalLM(config).eval()
+    if uniform:
+        torch.nn.init.zeros_(hf.lm_head.weight)
+    return Model(hf, byte_tokenizer(bos), name="tiny")
+
+
+def text(*documents):
+    return Text(name="words", documents=documents, sha256="0" * 64)
+
+
+def losses(model, ids):
+    """Nats of ids[1:], by one forward pass of transformers."""
+    with torch.inference_mode():
+        logits = model.hf(torch.tensor([ids]), use_cache=False).logits[0, :-1].double()
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").numpy()
+
+
+def run_plan(tmp_path, model, plan, *documents, scaler="none"):
+    run = Run(tmp_path)
+    for cell in cells(model, text(*documents), [parse(scaler)], plan):
+        measure(model, cell, run)
+    return run
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("scaler", ["none", "yarn:4"])
+def test_fixed_target(tmp_path, bos, scaler):
+    model = tiny_model(bos)
+    plan = Plan(contexts=(32, 64, 128), target=16, samples=2)
+    run = run_plan(tmp_path, model, plan, WORDS, scaler=scaler)
+    ids = list(model.tokenizer(WORDS, add_special_tokens=False).input_ids)
+    start = [256] if bos else []
+    ends = [len(ids) // 2, len(ids)]
+    model.rope = None
+    with rw.patch(model.hf, scaler):
+        for row in run.rows:
+            windows = [start + ids[end - row["context"] + len(start) : end] for end in ends]
+            assert all(len(w) == row["context"] for w in windows)
+            expected = np.concatenate([losses(model, w)[-16:] for w in windows])
+            assert np.allclose(run.losses(row), expected, atol=1e-4)
+            assert row["loss"] == pytest.approx(expected.mean(), abs=1e-4)
+            assert row["tokens"] == 32
+            assert row["bits_per_byte"] == pytest.approx(expected.sum() / math.log(2) / 32, abs=1e-3)
+            assert row["places"] == f"0:{ends[0]},0:{ends[1]}"
+
+
+def test_fixed_target_scores_the_same_tokens_at_every_context_and_uses_documents_that_are_long_enough(
+    tmp_path,
+):
+    model = tiny_model()
+    plan = Plan(contexts=(32, 128), target=16, samples=3)
+    documents = (WORDS[:100], WORDS[:400], WORDS[400:900])
+    planned = cells(model, text(*documents), [Scaler()], plan)
+    targets = [[w.ids[w.first :] for w in cell.windows] for cell in planned]
+    assert targets[0] == targets[1]
+    assert [w.place for w in planned[0].windows] == ["1:200", "2:250", "1:400"]
+
+
+def test_by_position_buckets_hold_every_token_once(tmp_path):
+    model = tiny_model()
+    run = run_plan(tmp_path, model, Plan(protocol="by-position", contexts=(600,), samples=2), WORDS, WORDS[7:])
+    expected = [losses(model, model._encode(d)[:600]) for d in (WORDS, WORDS[7:])]
+    assert [(r["bucket_start"], r["bucket_end"]) for r in run.rows] == [(1, 256), (256, 512), (512, 600)]
+    for row in run.rows:
+        part = np.concatenate([e[row["bucket_start"] - 1 : row["bucket_end"] - 1] for e in expected])
+        assert np.allclose(run.losses(row), part, atol=1e-4)
+    assert sum(row["tokens"] for row in run.rows) == 2 * 599
+
+
+@pytest.mark.parametrize("context", [2, 255, 256, 257, 8192])
+def test_bucket_edges_cover_the_context(context):
+    edges = position_edges(context)
+    assert edges[0] == 1
+    assert edges[-1] == context
+    assert list(edges) == sorted(set(edges))
+
+
+@pytest.mark.parametrize(
+    ("context", "stride", "length"), [(64, 16, 200), (64, 64, 200), (64, 64, 192), (64, 7, 100), (64, 16, 40)]
+)
+def test_sliding_scores_each_token_once_with_the_context_it_should_have(tmp_path, context, stride, length):
+    model = tiny_model()
+    plan = Plan(protocol="sliding", contexts=(context,), stride=stride, text_tokens=length)
+    run = run_plan(tmp_path, model, plan, WORDS)
+    ids = model._encode(WORDS)[:length]
+    expected = list(losses(model, ids[:context]))
+    end = context
+    while end < length:  # token by token: the window that ends at the next multiple of the stride
+        new_end = min(end + stride, length)
+        window = ids[max(0, new_end - context) : new_end]
+        expected += list(losses(model, window)[-(new_end - end) :])
+        end = new_end
+    assert np.allclose(run.losses(run.rows[0]), expected, atol=1e-4)
+
+
+def test_stride_equal_to_the_window_is_disjoint(tmp_path):
+    """With a start token as context, disjoint windows score every token."""
+    model = tiny_model(bos=True)
+    plan = Plan(protocol="sliding", contexts=(65,), stride=64, text_tokens=192)
+    run = run_plan(tmp_path, model, plan, WORDS)
+    ids = list(model.tokenizer(WORDS, add_special_tokens=False).input_ids)[:192]
+    expected = np.concatenate([losses(model, [256, *ids[s : s + 64]]) for s in (0, 64, 128)])
+    assert np.allclose(run.losses(run.rows[0]), expected, atol=1e-4)
+
+
+def test_truncate_scores_the_beginning_of_each_document(tmp_path):
+    model = tiny_model()
+    documents = (WORDS, WORDS[:50], WORDS[13:])
+    run = run_plan(tmp_path, model, Plan(protocol="truncate", contexts=(100,), samples=2), *documents)
+    expected = np.concatenate([losses(model, model._encode(d)[:100]) for d in (WORDS, WORDS[13:])])
+    assert np.allclose(run.losses(run.rows[0]), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_uniform_model_gives_exactly_log2_of_the_vocabulary(tmp_path, protocol):
+    plan = Plan(protocol=protocol, contexts=(64,), target=32, stride=16, text_tokens=200)
+    run = run_plan(tmp_path, tiny_model(uniform=True), plan, WORDS)
+    for row in run.rows:
+        assert row["loss"] / math.log(2) == pytest.approx(math.log2(257), abs=1e-6)
+        assert row["bits_per_byte"] == pytest.approx(math.log2(257), abs=1e-6)  # a token is a byte
+        assert row["perplexity"] == pytest.approx(257, rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32, 1000])
+def test_results_do_not_depend_on_the_chunk_or_on_the_order_of_cells(tmp_path, monkeypatch, chunk):
+    plan = Plan(contexts=(64, 128), target=48)
+    whole = run_plan(tmp_path / "a", tiny_model(), plan, WORDS, scaler="dynamic-ntk")
+    monkeypatch.setattr("ropewalk.engine.decode.CHUNK", chunk)
+    model, chunked = tiny_model(), Run(tmp_path / "b")
+    for cell in reversed(cells(model, text(WORDS), [parse("linear:3"), parse("dynamic-ntk")], plan)):
+        measure(model, cell, chunked)
+    for row in whole.rows:
+        found = chunked.find({k: row[k] for k in row if k in _recipe_fields(model, plan)})
+        assert np.allclose(chunked.losses(found), whole.losses(row), atol=2e-5)
+
+
+def _recipe_fields(model, plan):
+    return cells(model, text(WORDS), [Scaler()], plan)[0].row_recipes()[0].keys()
+
+
+def test_the_head_in_small_chunks_is_the_head_at_once(monkeypatch):
+    model = tiny_model()
+    ids = model._encode(WORDS)[:150]
+    whole = model.score_ids(ids, first=20)
+    monkeypatch.setattr("ropewalk.engine.decode.LOGITS_BUDGET", 257 * 3)
+    assert torch.allclose(model.score_ids(ids, first=20), whole, atol=2e-5)
+    assert torch.allclose(whole, -torch.from_numpy(losses(model, ids)[19:]).float(), atol=1e-4)
+
+
+def test_user_mistakes():
+    model = tiny_model()
+    with pytest.raises(rw.DataError, match=r"too short: 1 document\(s\) of 8k tokens needed, 0 there"):
+        cells(model, text(WORDS), [Scaler()], Plan(contexts=(64, 8192), target=16))
+    with pytest.raises(rw.DataError, match=r"2 document\(s\) of 64 tokens needed, 1 there"):
+        cells(model, text(WORDS), [Scaler()], Plan(protocol="truncate", contexts=(64,), samples=2))
+    with pytest.raises(rw.ConfigError, match="target 64 leaves no context within 64 tokens"):
+        cells(model, text(WORDS), [Scaler()], Plan(contexts=(64,), target=64))
+    with pytest.raises(rw.ConfigError, match="stride 65 must be between 1 and the context 64"):
+        cells(model, text(WORDS), [Scaler()], Plan(protocol="sliding", contexts=(64,), stride=65))
+    with pytest.raises(rw.ConfigError, match="Did you mean 'sliding'"):
+        Plan(protocol="slidng", contexts=(64,))
+    with pytest.raises(rw.ConfigError, match="samples 0 must be at least 1"):
+        Plan(contexts=(64,), samples=0)
+
+
+def test_cost_counts_the_steps_of_a_cell_once():
+    model = tiny_model()
+    cost = Cost.of(model)
+    cell = cells(model, text(WORDS), [Linear(factor=2)], Plan(contexts=(128,), target=16))[0]
+    steps = [cost.step(past, 1) for past in range(127)]
+    assert sum(steps) == pytest.approx(cost.cell(cell), rel=1e-9)
+    config = model.hf.config
+    embedding = 257 * config.hidden_size
+    weights = sum(p.numel() for p in model.hf.parameters()) - embedding
+    assert cost.dense == 2 * weights
+    assert cost.attention == 4 * 2 * 4 * 8

@@ -1,0 +1,106 @@
+"""Tables: what is bold, what is missing, what the long CSV holds."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ropewalk.errors import DataError
+from ropewalk.evals.result import Run
+from ropewalk.evals.table import loss_table, to_csv, write_tables
+
+MakeRun = Callable[..., Run]
+
+
+def test_methods_down_contexts_across(make_run: MakeRun) -> None:
+    run = make_run({"yarn:2": {16: 3.5, 8: 3.4956}, "none": {8: 3.48, 16: 6.1}})
+    assert loss_table(run.rows).to_markdown() == (
+        "Loss in nats per token, toy (float32) on novel; fixed-target: the same last 1024 tokens at every context.\n"
+        "\n"
+        "| method | 8k | 16k |\n"
+        "|---|---|---|\n"
+        "| `none` | **3.480** | 6.100 |\n"
+        "| `yarn:2` | 3.496 | **3.500** |\n"
+    )
+
+
+def test_cell_has_its_interval(make_run: MakeRun) -> None:
+    run = make_run({"none": {8: 3.48}})
+    ((cell,),) = loss_table(run.rows).cells
+    assert cell.interval is not None
+    assert cell.interval == (run.rows[0]["loss_low"], run.rows[0]["loss_high"])
+    assert cell.interval[0] < 3.48 < cell.interval[1]
+
+
+def test_missing_cells_say_so(make_run: MakeRun) -> None:
+    run = make_run({"none": {8: 3.48, 16: 6.1}, "yarn:2": {8: 3.5}, "ntk:4": {8: 3.5, 16: None}})
+    lines = loss_table(run.rows).to_markdown().splitlines()
+    assert lines[-2] == "| `yarn:2` | 3.500 | not run |"
+    assert lines[-1] == "| `ntk:4` | 3.500 | not run (out of memory) |"
+    assert "**6.100**" not in lines[-3]  # it is the only one of its column
+
+
+def test_ties_to_three_digits_are_all_bold(make_run: MakeRun) -> None:
+    run = make_run({"none": {8: 3.48}, "a": {8: 3.4801}, "b": {8: 3.481}})
+    assert [cell.is_best for (cell,) in loss_table(run.rows).cells] == [True, True, False]
+
+
+def test_pipes_do_not_break_the_table(make_run: MakeRun) -> None:
+    run = make_run({"rerope:512|logn": {8: 3.5}})
+    assert r"| `rerope:512\|logn` | 3.500 |" in loss_table(run.rows).to_markdown()
+
+
+def test_rows_of_two_settings_are_refused(make_run: MakeRun) -> None:
+    make_run({"none": {8: 3.48}})
+    run = make_run({"none": {8: 3.40}}, text_sha256="cd" * 32)
+    with pytest.raises(DataError, match="one setting, not 2"):
+        loss_table(run.rows)
+    with pytest.raises(DataError, match="not 0: none"):
+        loss_table([])
+
+
+def test_other_scored_tokens_are_another_setting(make_run: MakeRun) -> None:
+    make_run({"none": {8: 3.48}})
+    run = make_run({"yarn:2": {8: 3.40}}, places="0:30000")
+    with pytest.raises(DataError, match="not 2"):
+        loss_table(run.rows)
+
+
+def test_csv_is_long_and_complete() -> None:
+    rows: list[dict[str, Any]] = [
+        {"key": "a", "rope": "none", "loss": 3.5, "versions": {"torch": "2", "ropewalk": "0.1"}},
+        {"key": "b", "rope": 'x,"y"', "loss": None, "reason": "out of memory"},
+    ]
+    found = list(csv.DictReader(to_csv(rows).splitlines()))
+    assert [row["key"] for row in found] == ["a", "b"]
+    assert found[0]["versions.torch"] == "2"
+    assert found[1] == {
+        "key": "b",
+        "rope": 'x,"y"',
+        "loss": "",
+        "versions.torch": "",
+        "versions.ropewalk": "",
+        "reason": "out of memory",
+    }
+
+
+def test_files_of_a_run(make_run: MakeRun) -> None:
+    make_run({"none": {8: 3.48, 16: 6.1}, "yarn:2": {16: 3.5}})
+    run = make_run({"none": {8: 3.40}}, protocol="sliding", target=1024)
+    markdown, csv_file = write_tables(run)
+    assert (markdown.name, csv_file.name) == ("table.md", "table.csv")
+    assert markdown.read_text().count("| method |") == 2
+    rows = list(csv.DictReader(csv_file.read_text().splitlines()))
+    assert rows[0]["delta"] == "0.0"
+    assert float(rows[1]["delta"]) == pytest.approx(2.62, abs=1e-5)
+    assert float(rows[1]["delta_low"]) < 2.62 < float(rows[1]["delta_high"])
+    assert rows[3]["protocol"] == "sliding"
+    assert rows[3]["delta"] == ""
+
+
+def test_empty_run_has_files_too(make_run: MakeRun) -> None:
+    markdown, _ = write_tables(make_run({}))
+    assert markdown.read_text() == "No perplexity rows yet.\n"

@@ -1,0 +1,56 @@
+"""The public face: names, import weight, version, generated docs."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ropewalk as rw
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests", check=False)
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in rw.__all__:
+        value = getattr(rw, name)
+        assert name == "__version__" or value.__doc__
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = rw.lod
+
+
+@pytest.mark.parametrize("module", ["ropewalk", "ropewalk.engine.cli", "ropewalk.evals.cli", "ropewalk.engine.assets"])
+def test_the_command_line_starts_without_torch(module):
+    done = run(
+        f"import {module}, sys; heavy = ('torch', 'transformers', 'numpy', 'matplotlib'); "
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_tokenizer_tools_imports_no_torch():
+    done = run("import ropewalk.tokenizer_tools.stream, sys; print('torch' in sys.modules)")
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize("folder", ["engine", "scaling", "tokenizer_tools", "evals"])
+def test_folders_refuse_to_be_imported_under_their_bare_names(folder):
+    done = run(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {folder}")
+    assert f"import this package as 'ropewalk.{folder}'" in done.stderr
+
+
+def test_the_changelog_has_the_version():
+    assert f"## {rw.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_generated_docs_are_fresh():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for path, content in generate.generated().items():
+        assert path.read_text(encoding="utf-8") == content, f"{path.name} is stale: run `make docs`"
