@@ -194,11 +194,32 @@ def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) 
 @click.option("--dim", default=128, show_default=True, help="Rotary dimension.")
 @click.option("--base", type=float, help="Also tell how far this base carries.")
 def base(length: str, dim: int, base: float | None) -> None:
-    """What rotary base does a context of LENGTH tokens need? (arXiv 2405.14591)"""
-    from ..scaling.base_bound import base_report
-    from ..scaling.lengths import parse_length
+    """What rotary base does a context of LENGTH tokens need? (arXiv 2405.14591)
 
-    click.echo(base_report(parse_length(length), dim, base=base))
+    A base carries N tokens if sum_i cos(m base^(-2i/d)) is not negative at any distance m below N: a similar token
+    then never scores below a random one.
+    """
+    from ..scaling.base_bound import base_report
+    from ..scaling.lengths import format_length, parse_length
+
+    answer = base_report(parse_length(length), dim, base=base)
+    shown = format_length(answer.length)
+    highest = answer.largest_infeasible
+    lines = {
+        "smallest base that carries it": f"{answer.smallest_feasible:.6g}  (larger ones can fail again)",
+        "carried by every base above": "any base" if highest is None else f"{highest:.6g}",
+        "limit for large dimensions": f"{answer.asymptotic:.6g}  (N / 0.6165)",
+    }
+    if answer.base is not None:
+        verdict = f"carries all {shown}" if answer.fails_at is None else f"fails first at distance {answer.fails_at}"
+        lines[f"your base {answer.base:g}"] = verdict
+    click.echo(f"{shown} tokens, rotary dimension {answer.dim}")
+    for label, value in lines.items():
+        click.echo(f"  {label:<32}{value}")
+    click.echo(
+        f"  Searched up to {answer.ceiling:.3g}, above which every base carries {shown}; an island of bases narrower "
+        f"than {answer.resolution:g} of its base can be missed."
+    )
 
 
 @click.command(epilog=EXAMPLES + "  ropewalk fetch\n  ropewalk fetch smollm2-135m shakespeare")
