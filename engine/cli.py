@@ -206,8 +206,8 @@ def base(length: str, dim: int, base: float | None) -> None:
     shown = format_length(answer.length)
     highest = answer.largest_infeasible
     lines = {
-        "smallest base that carries it": f"{answer.smallest_feasible:.6g}  (larger ones can fail again)",
-        "carried by every base above": "any base" if highest is None else f"{highest:.6g}",
+        "smallest base that carries it": f"{_rounded_up(answer.smallest_feasible)}  (larger ones can fail again)",
+        "carried by every base above": "any base" if highest is None else _rounded_up(highest),
         "limit for large dimensions": f"{answer.asymptotic:.6g}  (N / 0.6165)",
     }
     if answer.base is not None:
@@ -220,6 +220,13 @@ def base(length: str, dim: int, base: float | None) -> None:
         f"  Searched up to {answer.ceiling:.3g}, above which every base carries {shown}; an island of bases narrower "
         f"than {answer.resolution:g} of its base can be missed."
     )
+
+
+def _rounded_up(base: float) -> str:
+    """Ten digits, rounded up: below the edge of its island a base fails."""
+    from decimal import ROUND_CEILING, Context, Decimal
+
+    return f"{Context(prec=10, rounding=ROUND_CEILING).create_decimal(Decimal(base)):f}"
 
 
 @click.command(epilog=EXAMPLES + "  ropewalk fetch\n  ropewalk fetch smollm2-135m shakespeare")
