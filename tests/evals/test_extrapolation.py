@@ -125,14 +125,14 @@ def test_yarn_stays_near_its_own_loss_within_the_trained_length(losses):
 
 @pytest.mark.parametrize("context", [128, 256])
 def test_interpolation_without_fine_tuning_costs_at_short_lengths(losses, context):
-    """arXiv 2306.15595 section 3: interpolation crowds nearby positions and needs fine-tuning (3.10 to 3.72
-    at 128, 3.00 to 3.68 at 256), where NTK (bloc97) and YaRN cost little."""
+    """arXiv 2306.15595 fine-tunes after interpolating, and arXiv 2309.00071 section 3.2 says why: it crowds
+    nearby positions (3.10 to 3.72 at 128, 3.00 to 3.68 at 256)."""
     assert_higher(losses, ("linear:4", context), ("none", context), by=0.3)
 
 
 @pytest.mark.parametrize("spec", ["ntk:4", "yarn:4"])
 def test_keeping_the_fast_pairs_costs_less_than_interpolation_at_short_lengths(losses, spec):
-    """arXiv 2309.00071 section 3: high frequencies carry local order, so leave them (3.68 against 3.04, 3.13)."""
+    """arXiv 2309.00071 section 3.1: high frequencies carry local order, so keep them (3.68; 3.04, 3.13)."""
     assert_higher(losses, ("linear:4", 256), (spec, 256), by=0.25)
 
 

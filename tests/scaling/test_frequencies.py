@@ -453,6 +453,16 @@ def test_cope_tapers_the_pairs_that_never_turned(rope: RopeSpec) -> None:
         assert inv_freq[slow[0]] == rope.theta[slow[0]]
 
 
+def test_cope_spreads_its_taper_over_the_pairs_that_turn() -> None:
+    rope = RopeSpec(dim=128, base=1e4, trained_length=4096, rotating_pairs=56)
+    slow = [i for i in range(56) if 2 * math.pi * 1e4 ** (2 * i / 128) > 4096]
+    assert slow == list(range(46, 56))
+    inv_freq = CoPE().frequencies(rope).inv_freq
+    taper = [(1 + math.cos(math.pi * k / 9)) / 2 for k in range(10)]
+    assert (inv_freq[46:56] / rope.theta[46:56]).tolist() == pytest.approx(taper, abs=1e-12)
+    assert inv_freq[55] == pytest.approx(0, abs=1e-30)  # the slowest that turned, not the slowest at rest
+
+
 @given(rope=ropes, s=factors)
 def test_resonance_makes_every_wavelength_whole(rope: RopeSpec, s: float) -> None:
     host = YaRN(factor=s)
