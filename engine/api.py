@@ -10,6 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, ContextOverflow, DataError
 from ..scaling.lengths import format_length
@@ -17,6 +18,7 @@ from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import parse
 from ..tokenizer_tools.stream import StopWatch, TextStream
 from . import decode
+from .cache import new_cache as cache_for
 from .rotary import RotaryWriter, headline, rotary_sites
 from .sampling import SamplingParams
 
@@ -75,7 +77,6 @@ class _Outcome:
 
     tokens: list[decode.Token] = field(default_factory=list)
     finish_reason: str = "length"
-    prompt_tokens: int = 0
 
 
 class Model:
@@ -145,19 +146,11 @@ class Model:
         params = params or SamplingParams()
         if not isinstance(prompt, str):
             return [self.generate(one, params) for one in prompt]
-        outcome = _Outcome()
-        text = "".join(self._pieces(prompt, params, outcome))
-        return Completion(
-            text=text,
-            token_ids=[token.id for token in outcome.tokens],
-            finish_reason=outcome.finish_reason,
-            usage=Usage(prompt_tokens=outcome.prompt_tokens, completion_tokens=len(outcome.tokens)),
-            logprobs=outcome.tokens if params.logprobs is not None else None,
-        )
+        return self.generate_ids(self._prompt_ids(prompt), params)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
         """The text of `generate`, piece by piece as it is decided."""
-        return self._pieces(prompt, params or SamplingParams(), _Outcome())
+        return self._pieces(self._prompt_ids(prompt), params or SamplingParams(), _Outcome())
 
     def score(self, text: str) -> Score:
         """Log-probability of every token of `text` but the first, given all before it.
@@ -169,17 +162,44 @@ class Model:
             raise DataError(f"{text!r} is {len(ids)} token(s); scoring needs at least 2")
         return Score(token_ids=ids, logprobs=self.score_ids(ids), text_bytes=len(text.encode()))
 
-    def score_ids(self, ids: list[int], first: int = 1, progress: decode.Progress | None = None) -> Tensor:
-        """Log-probabilities of `ids[first:]` given all before each, float32 [len(ids) - first] on the CPU."""
+    def score_ids(
+        self,
+        ids: list[int],
+        first: int = 1,
+        progress: decode.Progress | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Log-probabilities of `ids[first:]` given all before each, float32 [len(ids) - first] on the CPU.
+
+        Give an empty `cache` (`new_cache`) to go on from there: it holds `ids[:-1]` afterwards.
+        """
         self._writer.write(len(ids))
+        if cache is None:
+            cache = self.new_cache(len(ids))
         with torch.inference_mode():
-            return decode.score(self.hf, ids, first, progress).cpu()
+            return decode.score(self.hf, ids, first, cache, progress).cpu()
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty key-value cache for one sequence of about `capacity` tokens."""
+        return cache_for(self.hf.config, capacity)
+
+    def generate_ids(self, ids: list[int], params: SamplingParams, cache: Cache | None = None) -> Completion:
+        """Continue token ids. `cache` may hold their beginning, written under the scaler in use."""
+        outcome = _Outcome()
+        text = "".join(self._pieces(ids, params, outcome, cache))
+        return Completion(
+            text=text,
+            token_ids=[token.id for token in outcome.tokens],
+            finish_reason=outcome.finish_reason,
+            usage=Usage(prompt_tokens=len(ids), completion_tokens=len(outcome.tokens)),
+            logprobs=outcome.tokens if params.logprobs is not None else None,
+        )
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, verbose=False).input_ids
         return ids
 
-    def _prompt_ids(self, prompt: str, params: SamplingParams) -> list[int]:
+    def _prompt_ids(self, prompt: str) -> list[int]:
         ids = self._encode(prompt)
         if not ids:
             if self.tokenizer.bos_token_id is None:
@@ -187,6 +207,10 @@ class Model:
                     "the prompt is empty and this tokenizer has no start token; give at least one character"
                 )
             ids = [self.tokenizer.bos_token_id]
+        return ids
+
+    def _check_length(self, ids: list[int], params: SamplingParams) -> int:
+        """Tokens of prompt and answer together; ContextOverflow if they are too many."""
         total = len(ids) + params.max_new_tokens
         if total > self.max_length:
             factor = math.ceil(total / self.spec.trained_length)
@@ -195,7 +219,7 @@ class Model:
                 f"{format_length(self.max_length)} that {self.name} reaches with rope {str(self.rope)!r}; set "
                 f'model.rope = "yarn:{factor}", shorten the prompt, or load with max_length={total} to go there anyway'
             )
-        return ids
+        return total
 
     def _stop_ids(self) -> frozenset[int]:
         """End-of-text tokens of the model's generation config and of its tokenizer."""
@@ -203,13 +227,13 @@ class Model:
         ids = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
-    def _pieces(self, prompt: str, params: SamplingParams, outcome: _Outcome) -> Iterator[str]:
-        ids = self._prompt_ids(prompt, params)
-        outcome.prompt_tokens = len(ids)
-        length = len(ids) + params.max_new_tokens
+    def _pieces(
+        self, ids: list[int], params: SamplingParams, outcome: _Outcome, cache: Cache | None = None
+    ) -> Iterator[str]:
+        length = self._check_length(ids, params)
         stop_ids = self._stop_ids()
         text, watch = TextStream(self.tokenizer, ids), StopWatch(params.stops)
-        tokens = decode.decode(self.hf, ids, params, stop_ids)
+        tokens = decode.decode(self.hf, ids, params, stop_ids, cache)
         while True:
             # Another request may have run since: its frequencies are not ours.
             self._writer.write(length)

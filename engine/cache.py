@@ -54,9 +54,10 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
 
-    def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` tokens (a negative number drops that many from the end)."""
-        self.length = min(self.length, max_length if max_length >= 0 else self.length + max_length)
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number comes negative, as transformers has it."""
+        assert -self.length <= tokens_to_remove <= 0, (tokens_to_remove, self.length)
+        self.length += tokens_to_remove
 
     def reset(self) -> None:
         self.length = 0

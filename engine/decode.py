@@ -47,16 +47,27 @@ def prefill(hf: PreTrainedModel, ids: list[int], cache: Cache, progress: Progres
     return logits[-1]
 
 
-def decode(hf: PreTrainedModel, prompt: list[int], params: SamplingParams, stop_ids: frozenset[int]) -> Iterator[Token]:
-    """Tokens that follow `prompt`, up to `max_new_tokens` or through one of `stop_ids`."""
+def decode(
+    hf: PreTrainedModel,
+    prompt: list[int],
+    params: SamplingParams,
+    stop_ids: frozenset[int],
+    cache: Cache | None = None,
+) -> Iterator[Token]:
+    """Tokens that follow `prompt`, up to `max_new_tokens` or through one of `stop_ids`.
+
+    `cache` may hold the prompt's beginning already, all but its last token at most; it is written to.
+    """
     generator = torch.Generator(device=hf.device)
     if params.seed is None:
         generator.seed()
     else:
         generator.manual_seed(params.seed)
-    cache = new_cache(hf.config, capacity=len(prompt) + params.max_new_tokens)
+    if cache is None:
+        cache = new_cache(hf.config, capacity=len(prompt) + params.max_new_tokens)
+    assert cache.get_seq_length() < len(prompt), "the last token of a prompt must be run to see what follows it"
     seen = list(prompt)
-    logits = prefill(hf, prompt, cache).float()
+    logits = prefill(hf, prompt[cache.get_seq_length() :], cache).float()
     for step in range(params.max_new_tokens):
         scores = logits
         if params.repetition_penalty != 1:
@@ -81,7 +92,7 @@ def _with_logprobs(token: int, logits_V: Tensor, count: int | None) -> Token:
     )
 
 
-def score(hf: PreTrainedModel, ids: list[int], first: int = 1, progress: Progress | None = None) -> Tensor:
+def score(hf: PreTrainedModel, ids: list[int], first: int, cache: Cache, progress: Progress | None = None) -> Tensor:
     """Log-probabilities of `ids[first:]`, each given everything before it.
 
     The prompt runs in chunks; the head is applied in the same chunks, to the scored positions only.
@@ -89,6 +100,7 @@ def score(hf: PreTrainedModel, ids: list[int], first: int = 1, progress: Progres
     Args:
         ids: one sequence.
         first: index of the first token scored, at least 1 (nothing comes before token 0).
+        cache: an empty one; holds all tokens but the last afterwards.
         progress: called after each forward.
 
     Returns:
@@ -96,7 +108,6 @@ def score(hf: PreTrainedModel, ids: list[int], first: int = 1, progress: Progres
     """
     assert 1 <= first < len(ids), (first, len(ids))
     scored_chunk = min(CHUNK, max(1, LOGITS_BUDGET // hf.config.get_text_config().vocab_size))
-    cache = new_cache(hf.config, capacity=len(ids) - 1)
     targets = torch.tensor(ids[1:], device=hf.device)
     scored: list[Tensor] = []
     start, end = 0, len(ids) - 1  # token t is predicted at position t - 1; the last token is never fed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def _resolve(name: str) -> str:
         if not (path / "config.json").is_file():
             raise AssetError(f"{name}: this folder has no config.json, so it is not a Hugging Face model")
         return str(path)
+    if "/" not in name and difflib.get_close_matches(name.lower(), _MODELS, cutoff=0.8):
+        raise AssetError(f"there is no model {name!r}.{did_you_mean(name, _MODELS)}")
     if path.is_absolute() or name.startswith((".", "~")):
         raise AssetError(f"{name}: no such folder")
     return name
@@ -102,8 +105,8 @@ def _read_config(source: str, name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise AssetError(
-            f"{name!r} is not a built-in model, a folder or a .gguf file, and the hub did not give it ({reason})."
-            f"{did_you_mean(name, _MODELS)}"
+            f"{name!r} is not a built-in model ({', '.join(_MODELS)}), a folder or a .gguf file, and the hub did not "
+            f"give it: {reason}"
         ) from error
 
 

@@ -80,6 +80,7 @@ def ppl(
 
     console = Console()
     scalers = [parse(rope) for rope in ropes]
+    documents = load_text(text)
     loaded = load(model, dtype=dtype)
     contexts = tuple(parse_length(length, loaded.trained_length) for length in lengths.split(","))
     plan = perplexity.Plan(
@@ -90,7 +91,7 @@ def ppl(
         stride=stride,
         text_tokens=parse_length(tokens),
     )
-    cells = perplexity.cells(loaded, load_text(text), scalers, plan)
+    cells = perplexity.cells(loaded, documents, scalers, plan)
     if dry_run:
         runner.print_plan(loaded, cells, console)
         return

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from transformers.cache_utils import Cache
 
 from ..engine.api import Model
 from ..errors import ConfigError, DataError, did_you_mean
@@ -140,11 +141,16 @@ def position_edges(context: int) -> tuple[int, ...]:
     return (*edges, context)
 
 
-def measure(model: Model, cell: Cell, run: Run, progress: Callable[[int, int], None] | None = None) -> list[Row]:
-    """Measure one cell, store its rows in `run`, and return them."""
+def measure(
+    model: Model, cell: Cell, run: Run, progress: Callable[[int, int], None] | None = None
+) -> tuple[list[Row], Cache]:
+    """Measure one cell and store its rows in `run`; returns them, and the cache of its last window."""
     model.rope = cell.scaler
     started = time.perf_counter()
-    losses = [-model.score_ids(w.ids, w.first, progress).numpy() for w in cell.windows]
+    losses = []
+    for window in cell.windows:
+        cache = model.new_cache(len(window.ids))
+        losses.append(-model.score_ids(window.ids, window.first, progress, cache).numpy())
     seconds = time.perf_counter() - started
     rows = []
     for recipe in cell.row_recipes():
@@ -161,7 +167,7 @@ def measure(model: Model, cell: Cell, run: Run, progress: Callable[[int, int], N
             "peak_memory_mb": peak_memory_mb(),
         }
         rows.append(run.add(recipe, measured, np.concatenate(chosen)))
-    return rows
+    return rows, cache
 
 
 def summary(losses: np.ndarray, n_bytes: int) -> dict[str, Any]:

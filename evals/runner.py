@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -16,11 +16,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from transformers.cache_utils import Cache
 
 from ..engine.api import Model
 from ..scaling.lengths import format_length
 from .perplexity import Cell, Cost, measure
-from .result import Run
+from .result import Row, Run
 
 
 @dataclass(kw_only=True)
@@ -38,7 +39,14 @@ def is_done(cell: Cell, run: Run) -> bool:
 
 
 def measure_all(
-    model: Model, cells: Sequence[Cell], run: Run, console: Console, *, deadline: float | None = None
+    model: Model,
+    cells: Sequence[Cell],
+    run: Run,
+    console: Console,
+    *,
+    deadline: float | None = None,
+    is_essential: Callable[[Cell], bool] = lambda cell: False,
+    then: Callable[[Cell, list[Row], Cache], None] = lambda cell, rows, cache: None,
 ) -> Outcome:
     """Measure `cells` in order, with a progress bar.
 
@@ -49,6 +57,8 @@ def measure_all(
         console: where the bar is drawn.
         deadline: `time.monotonic()` value; a cell that would not finish before it, at the rate measured so far, is
             left out. The first cell always runs.
+        is_essential: cells that run whatever the time.
+        then: called after each cell with its rows and the key-value cache of its last window.
     """
     cost, outcome, original = Cost.of(model), Outcome(found=[c for c in cells if is_done(c, run)]), model.rope
     todo = [c for c in cells if c not in outcome.found]
@@ -67,15 +77,17 @@ def measure_all(
             task = bar.add_task("", total=sum(cost.cell(c) for c in todo))
             for cell in todo:
                 expected = cost.cell(cell) * spent / done if done else 0.0
-                if deadline is not None and time.monotonic() + expected > deadline:
+                if deadline is not None and not is_essential(cell) and time.monotonic() + expected > deadline:
                     outcome.left_out.append(cell)
                     bar.update(task, total=(bar.tasks[0].total or 0) - cost.cell(cell))
                     continue
                 bar.update(task, description=f"{cell.scaler} at {format_length(cell.context)}")
                 started = time.monotonic()
-                rows = measure(model, cell, run, lambda past, n: bar.advance(task, cost.step(past, n)))
+                rows, cache = measure(model, cell, run, lambda past, n: bar.advance(task, cost.step(past, n)))
                 spent, done = spent + time.monotonic() - started, done + cost.cell(cell)
                 outcome.measured.append(cell)
+                then(cell, rows, cache)
+                del cache  # before the next one is filled
                 tokens = sum(row["tokens"] for row in rows)
                 loss = sum(row["loss"] * row["tokens"] for row in rows) / tokens
                 bar.console.print(

@@ -1,0 +1,173 @@
+"""The model object on the tiny trained model, against plain transformers."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import ropewalk as rw
+
+GREEDY = rw.SamplingParams(max_new_tokens=12, temperature=0)
+TEXT = "def main(argv=None):\n    parser = argparse.ArgumentParser()\n    for name in sorted(names):\n" * 4
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return rw.load(tiny_folder)
+
+
+@pytest.fixture(autouse=True)
+def untouched(model):
+    yield
+    model.rope = None
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_folder):
+    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def reference_logprobs(reference, ids):
+    logprobs = reference(torch.tensor([ids]), use_cache=False).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("spec", ["none", "yarn:4", "ntk:8|resonance"])
+def test_score_equals_transformers(model, reference, spec):
+    model.rope = spec
+    score = model.score(TEXT)
+    with rw.patch(reference, spec):
+        expected = reference_logprobs(reference, score.token_ids)
+    assert torch.allclose(score.logprobs, expected, atol=1e-4)
+    assert score.loss == pytest.approx(-expected.mean().item(), abs=1e-5)
+    assert score.perplexity == pytest.approx(torch.exp(-expected.mean()).item(), rel=1e-4)
+    assert score.bits_per_byte == pytest.approx(-expected.sum().item() / 0.693147181 / len(TEXT), rel=1e-4)
+
+
+def test_greedy_generation_equals_transformers(model, reference):
+    completion = model.generate(TEXT, rw.SamplingParams(max_new_tokens=40, temperature=0))
+    ids = torch.tensor([model.tokenizer(TEXT).input_ids])
+    expected = reference.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert completion.token_ids == expected
+    assert completion.usage.prompt_tokens == ids.shape[1]
+    assert completion.usage.completion_tokens == 40
+    assert completion.finish_reason == "length"
+    assert completion.text == model.tokenizer.decode(ids[0].tolist() + expected)[len(TEXT) :]
+
+
+def test_repetition_penalty_equals_transformers(model, reference):
+    params = rw.SamplingParams(max_new_tokens=30, temperature=0, repetition_penalty=1.3)
+    ids = torch.tensor([model.tokenizer(TEXT).input_ids])
+    expected = reference.generate(ids, max_new_tokens=30, do_sample=False, repetition_penalty=1.3)
+    assert model.generate(TEXT, params).token_ids == expected[0, ids.shape[1] :].tolist()
+
+
+def test_stream_pieces_join_to_the_text_of_generate(model):
+    params = rw.SamplingParams(max_new_tokens=40, seed=5)
+    assert "".join(model.stream("import ", params)) == model.generate("import ", params).text
+
+
+def test_a_list_in_is_a_list_out_and_each_row_is_the_same_alone(model):
+    prompts = ["import os\n", "class Error(Exception):\n    def", "x"]
+    alone = [model.generate(prompt, GREEDY).token_ids for prompt in prompts]
+    assert [c.token_ids for c in model.generate(prompts, GREEDY)] == alone
+    assert model.generate([], GREEDY) == []
+
+
+def test_logprobs_are_those_of_the_chosen_tokens(model):
+    params = rw.SamplingParams(max_new_tokens=6, temperature=0, logprobs=2)
+    completion = model.generate(TEXT, params)
+    prompt = model.tokenizer(TEXT).input_ids
+    expected = model.score_ids(prompt + completion.token_ids, first=len(prompt))
+    assert torch.allclose(torch.tensor([t.logprob for t in completion.logprobs]), expected, atol=1e-4)
+    for token in completion.logprobs:
+        assert len(token.top) == 2
+        assert max(token.top, key=token.top.get) == token.id
+    assert model.generate(TEXT, GREEDY).logprobs is None
+
+
+def test_seeds_reproduce_and_differ(model):
+    def draw(seed):
+        return model.generate("def ", rw.SamplingParams(max_new_tokens=20, seed=seed)).token_ids
+
+    assert draw(1) == draw(1)
+    assert len({tuple(draw(seed)) for seed in range(4)}) > 1
+
+
+def test_a_stop_string_ends_the_text_before_it(model):
+    whole = model.generate(TEXT, rw.SamplingParams(max_new_tokens=40, temperature=0)).text
+    stop = whole[5:8]
+    completion = model.generate(TEXT, rw.SamplingParams(max_new_tokens=40, temperature=0, stop=stop))
+    assert completion.text == whole[: whole.index(stop)]
+    assert completion.finish_reason == "stop"
+
+
+def test_an_end_token_ends_the_text(model, monkeypatch):
+    ids = model.generate(TEXT, GREEDY).token_ids
+    monkeypatch.setattr(model.hf.generation_config, "eos_token_id", [ids[3]])
+    completion = model.generate(TEXT, GREEDY)
+    assert completion.token_ids == ids[: ids.index(ids[3]) + 1]
+    assert completion.finish_reason == "stop"
+
+
+def test_an_empty_prompt_starts_from_the_start_token(model):
+    assert model.generate("", GREEDY).usage.prompt_tokens == 1
+
+
+def test_rope_can_be_changed_and_put_back(model):
+    plain = model.score(TEXT).logprobs
+    model.rope = "linear:2"
+    assert str(model.rope) == "linear:2"
+    assert model.max_length == 512
+    assert not torch.equal(model.score(TEXT).logprobs, plain)
+    model.rope = None
+    assert model.max_length == 256
+    assert torch.equal(model.score(TEXT).logprobs, plain)
+
+
+def test_a_refused_scaler_leaves_the_old_one_in_place(model):
+    model.rope = "linear:2"
+    before = model.score(TEXT).logprobs
+    with pytest.raises(rw.ConfigError, match="below the trained length 256"):
+        model.rope = "critical-base:128"
+    assert str(model.rope) == "linear:2"
+    assert torch.equal(model.score(TEXT).logprobs, before)
+
+
+def test_more_tokens_than_the_reach_are_refused_with_the_next_step(model, tiny_folder):
+    with pytest.raises(rw.ContextOverflow, match=r'more than the 256 that .* set model.rope = "yarn:2"'):
+        model.generate("x", rw.SamplingParams(max_new_tokens=300))
+    model.rope = "yarn:2"
+    assert model.generate("x", rw.SamplingParams(max_new_tokens=300)).usage.completion_tokens <= 300
+    longer = rw.load(tiny_folder, max_length=400)
+    assert longer.generate("x", rw.SamplingParams(max_new_tokens=300)).usage.completion_tokens <= 300
+
+
+def test_scoring_needs_two_tokens(model):
+    with pytest.raises(rw.DataError, match="at least 2"):
+        model.score("")
+
+
+@pytest.mark.parametrize("spec", ["dynamic-ntk", "dynamic-ntk:2", "dynamic-yarn"])
+def test_dynamic_scalers_see_the_length_of_their_own_request_only(model, spec):
+    model.rope = spec
+    short, long = "import os\n", TEXT * 4
+    params = rw.SamplingParams(max_new_tokens=16, temperature=0)
+    alone = {text: model.generate(text, params).token_ids for text in (short, long)}
+    again = {text: model.generate(text, params).token_ids for text in (long, short)}
+    assert alone == again
+    # two streams in turn, with different lengths and so different frequencies
+    streams = {text: model.stream(text, params) for text in (short, long)}
+    pieces = dict.fromkeys(streams, "")
+    for _ in range(20):
+        for text, stream in streams.items():
+            pieces[text] += next(stream, "")
+    assert pieces == {text: model.generate(text, params).text for text in streams}
+
+
+def test_a_dynamic_scaler_is_the_static_one_at_the_requests_length(model):
+    ids = model.tokenizer(TEXT * 8).input_ids[:512]
+    model.rope = "dynamic-ntk"
+    dynamic = model.score_ids(ids)
+    model.rope = "ntk:2"
+    assert torch.equal(model.score_ids(ids), dynamic)
