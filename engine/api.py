@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..errors import ConfigError, ContextOverflow, DataError
+from ..errors import ConfigError, ContextOverflow, DataError, PatchError
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import parse
@@ -103,6 +103,7 @@ class Model:
         self._max_length = max_length
         self._sites = rotary_sites(hf)
         self._writer = RotaryWriter(self._sites, parse(rope))
+        self._writer.write()
 
     @property
     def rope(self) -> Scaler:
@@ -114,6 +115,7 @@ class Model:
         writer = RotaryWriter(self._sites, parse(scaler))
         self._writer.restore()
         self._writer = writer
+        writer.write()
 
     @property
     def spec(self) -> RopeSpec:
@@ -230,13 +232,17 @@ class Model:
     def _pieces(
         self, ids: list[int], params: SamplingParams, outcome: _Outcome, cache: Cache | None = None
     ) -> Iterator[str]:
-        length = self._check_length(ids, params)
+        length, writer = self._check_length(ids, params), self._writer
         stop_ids = self._stop_ids()
         text, watch = TextStream(self.tokenizer, ids), StopWatch(params.stops)
         tokens = decode.decode(self.hf, ids, params, stop_ids, cache)
         while True:
-            # Another request may have run since: its frequencies are not ours.
-            self._writer.write(length)
+            if self._writer is not writer:
+                raise PatchError(
+                    f"the scaler was changed from {writer.scaler} to {self.rope} while a text was being streamed; "
+                    "finish the stream first, or start it again"
+                )
+            writer.write(length)  # another request may have run since, and its frequencies are not ours
             with torch.inference_mode():
                 token = next(tokens, None)
             if token is None:

@@ -75,6 +75,7 @@ def ppl(
     from ..scaling import parse, parse_length
     from . import perplexity, runner
     from .data import load_text
+    from .protocols import Plan
     from .publish import print_results, publish
     from .result import Run
 
@@ -83,7 +84,7 @@ def ppl(
     documents = load_text(text)
     loaded = load(model, dtype=dtype)
     contexts = tuple(parse_length(length, loaded.trained_length) for length in lengths.split(","))
-    plan = perplexity.Plan(
+    plan = Plan(
         protocol=protocol,
         contexts=contexts,
         target=target,

@@ -16,7 +16,8 @@ from ..engine.sampling import SamplingParams
 from ..scaling.lengths import format_length
 from ..scaling.spec import parse
 from .data import load_text
-from .perplexity import Cell, Plan, cells
+from .perplexity import Cell, cells
+from .protocols import Plan
 from .publish import print_results, publish
 from .report import Passage
 from .result import Row, Run, write_atomic

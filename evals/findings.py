@@ -164,7 +164,7 @@ def _effective_lengths(view: _View) -> list[str]:
     plain = known.get(UNTOUCHED)
     limit = max(view.trained_length, (plain.length or 0) if plain else 0)
     if view.scalers and not any((known[rope].length or 0) > limit for rope in view.scalers if rope in known):
-        sentences.append(f"No method extends the effective length beyond {format_length(limit)}.")
+        sentences.append(f"No method is shown to extend the effective length beyond {format_length(limit)}.")
     return sentences
 
 

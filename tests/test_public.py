@@ -48,6 +48,16 @@ def test_the_changelog_has_the_version():
     assert f"## {rw.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_the_lines_of_the_readme_run(tiny_folder, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    for name in ("smollm2-135m", "path/or/hub-id"):
+        assert name in code
+        code = code.replace(name, str(tiny_folder))
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_generated_docs_are_fresh():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     generate = importlib.util.module_from_spec(spec)

@@ -165,6 +165,20 @@ def test_dynamic_scalers_see_the_length_of_their_own_request_only(model, spec):
     assert pieces == {text: model.generate(text, params).text for text in streams}
 
 
+def test_a_stream_does_not_go_on_under_another_scaler(model):
+    stream = model.stream(TEXT, rw.SamplingParams(max_new_tokens=8, temperature=0))
+    next(stream)
+    model.rope = "yarn:2"
+    with pytest.raises(rw.PatchError, match="changed from none to yarn:2 while a text was being streamed"):
+        list(stream)
+
+
+def test_a_static_scaler_is_in_the_model_at_once(model, reference):
+    model.rope = "linear:2"
+    with rw.patch(reference, "linear:2"):
+        assert torch.equal(model.hf.model.rotary_emb.inv_freq, reference.model.rotary_emb.inv_freq)
+
+
 def test_a_dynamic_scaler_is_the_static_one_at_the_requests_length(model):
     ids = model.tokenizer(TEXT * 8).input_ids[:512]
     model.rope = "dynamic-ntk"

@@ -1,7 +1,9 @@
 """The command line: help with examples everywhere, one clear sentence and exit code 2 for mistakes."""
 
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -121,6 +123,23 @@ def test_ppl_measures_reports_and_resumes(tiny_folder, tmp_path):
     again = (run / "results.jsonl").read_text(encoding="utf-8")
     assert again.splitlines()[:5] == rows.splitlines()[:5]
     assert again.count("\n") == 6
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_finished_cells_and_says_so(tiny_folder, tmp_path):
+    (tmp_path / "text.py").write_text("def add(a, b):\n    return a + b\n\n" * 3000, encoding="utf-8")
+    command = [sys.executable, "-m", "ropewalk", "ppl", tiny_folder, "--rope", "yarn:64", "--lengths", "64,16k"]
+    command += ["--text", tmp_path / "text.py", "--target", "32", "--out", tmp_path / "run"]
+    running = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    results = tmp_path / "run" / "results.jsonl"
+    while running.poll() is None and not (results.exists() and results.read_text(encoding="utf-8")):
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    assert errors.strip().endswith("ropewalk: stopped; what was finished is kept")
+    assert "Traceback" not in errors
+    assert len(results.read_text(encoding="utf-8").splitlines()) == 1
 
 
 def test_dry_run_measures_nothing(tiny_folder, tmp_path):

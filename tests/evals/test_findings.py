@@ -45,7 +45,7 @@ def test_the_whole_story(smollm_run: Run) -> None:
 def test_no_method_helped(make_run: MakeRun) -> None:
     run = make_run({"none": {8: 3.5, 16: 3.9}, "a": {8: 4.0, 16: 4.5}, "b": {8: 5.0, 16: 5.0}})
     assert "At 16k, the longest measured, no method helped: the untouched model has the lowest loss, 3.900" in said(run)
-    assert "No method extends the effective length beyond 8k." in said(run)
+    assert "No method is shown to extend the effective length beyond 8k." in said(run)
     assert "Not distinguishable" not in said(run)
 
 

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import ropewalk as rw
 from ropewalk.engine.api import Model
 from ropewalk.evals.data import Text
-from ropewalk.evals.perplexity import PROTOCOLS, Cost, Plan, cells, measure, position_edges
+from ropewalk.evals.perplexity import Cost, cells, measure
+from ropewalk.evals.protocols import PROTOCOLS, Plan, position_edges
 from ropewalk.evals.result import Run
 from ropewalk.scaling import Linear, Scaler, parse
 
