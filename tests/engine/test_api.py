@@ -181,7 +181,16 @@ def test_a_static_scaler_is_in_the_model_at_once(model, reference):
 
 def test_a_dynamic_scaler_is_the_static_one_at_the_requests_length(model):
     ids = model.tokenizer(TEXT * 8).input_ids[:512]
+    params = rw.SamplingParams(max_new_tokens=12, temperature=0, logprobs=0)
+
+    def both():
+        written = model.generate_ids(ids[:500], params)  # 500 + 12 = 512 tokens: twice the trained length
+        return model.score_ids(ids), torch.tensor([token.logprob for token in written.logprobs])
+
     model.rope = "dynamic-ntk"
-    dynamic = model.score_ids(ids)
+    scored, written = both()
     model.rope = "ntk:2"
-    assert torch.equal(model.score_ids(ids), dynamic)
+    assert torch.equal(both()[0], scored)
+    assert torch.equal(both()[1], written)
+    model.rope = "ntk:1.5"
+    assert not torch.equal(both()[1], written)

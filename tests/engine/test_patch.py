@@ -89,12 +89,13 @@ def test_patched_model_equals_transformers_own_scaled_model(spec, rope):
     assert not torch.allclose(logits(patched), logits(native), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("spec", ["ntk:8", "yarn:4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_undo_restores_every_family_to_the_bit(family):
+def test_undo_restores_every_family_to_the_bit(family, spec):
     model = FAMILIES[family]()
     buffers = dict(model.named_buffers())
     before = logits(model)
-    handle = rw.patch(model, "ntk:8")
+    handle = rw.patch(model, spec)
     assert not torch.equal(logits(model), before)
     handle.undo()
     after = dict(model.named_buffers())
