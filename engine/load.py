@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _read_config(source: str, name: str) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise AssetError(
             f"{name!r} is not a built-in model ({', '.join(_MODELS)}), a folder or a .gguf file, and the hub did not "
-            f"give it: {reason}"
+            f"give it ({reason}); check the name, or download the model where there is a network and give its folder"
         ) from error
 
 
@@ -128,15 +129,19 @@ def cpu_has_bfloat16() -> bool:
 
 
 class _quiet_transformers:  # noqa: N801  (a context manager, used as a word)
-    """No progress bars and no warnings from transformers meanwhile: our errors say what matters."""
+    """No progress bars, warnings or retry notices from transformers and the hub meanwhile: our errors say what matters."""
 
     def __enter__(self) -> None:
+        self._hub = logging.getLogger("huggingface_hub")
         self._level = transformers.logging.get_verbosity()
         self._bars = transformers.logging.is_progress_bar_enabled()
+        self._hub_level = self._hub.level
+        self._hub.setLevel(logging.ERROR)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
 
     def __exit__(self, *_: object) -> None:
+        self._hub.setLevel(self._hub_level)
         transformers.logging.set_verbosity(self._level)
         if self._bars:
             transformers.logging.enable_progress_bar()
