@@ -104,7 +104,7 @@ def _read_config(source: str, name: str) -> Any:
         with _quiet_transformers():
             return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise AssetError(
             f"{name!r} is not a built-in model ({', '.join(_MODELS)}), a folder or a .gguf file, and the hub did not "
             f"give it ({reason}); check the name, or download the model where there is a network and give its folder"
@@ -129,7 +129,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 class _quiet_transformers:  # noqa: N801  (a context manager, used as a word)
-    """No progress bars, warnings or retry notices from transformers and the hub meanwhile: our errors say what matters."""
+    """No bars, warnings or retry notices from transformers and the hub meanwhile: our errors say what matters."""
 
     def __enter__(self) -> None:
         self._hub = logging.getLogger("huggingface_hub")
