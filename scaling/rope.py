@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -152,14 +153,14 @@ class Composition(Scaler):
             member.check(rope)
 
 
-class WavelengthGrid(Scaler):
+class WavelengthGrid(Scaler, ABC):
     """A method laid over the frequencies of another one."""
 
     facet: ClassVar[Facet] = "wavelength grid"
 
+    @abstractmethod
     def lay_over(self, host: Frequencies) -> Frequencies:
         """The host's frequencies, moved onto the grid."""
-        raise NotImplementedError
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
         return self.lay_over(super().frequencies(rope, length))
