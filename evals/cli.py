@@ -10,6 +10,19 @@ import click
 EXAMPLES = "\b\nExamples:\n"
 
 
+def _refuse_unused(context: click.Context, protocol: str) -> None:
+    """An option of another protocol, given by the user, is a mistake."""
+    from ..errors import ConfigError
+    from .protocols import PROTOCOLS
+
+    options = {"target": "target", "samples": "samples", "stride": "stride", "tokens": "text_tokens"}
+    for option, setting in options.items():
+        given = context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
+        if given and setting not in PROTOCOLS.get(protocol, (setting,)):
+            users = ", ".join(name for name, settings in PROTOCOLS.items() if setting in settings)
+            raise ConfigError(f"--{option} has no effect on {protocol}; leave it out, or use --protocol {users}")
+
+
 @click.command(
     epilog=EXAMPLES
     + "  ropewalk ppl smollm2-135m --rope none --rope yarn:2 --lengths 0.25x,1x,2x --text shakespeare\n"
@@ -79,6 +92,7 @@ def ppl(
     from .publish import print_results, publish
     from .result import Run
 
+    _refuse_unused(click.get_current_context(), protocol)
     console = Console()
     scalers = [parse(rope) for rope in ropes]
     documents = load_text(text)

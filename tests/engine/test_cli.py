@@ -73,6 +73,7 @@ MISTAKES = {
     "text too short": (["ppl", "TINY", "--text", "TEXT", "--lengths", "1x,64k", "--target", "64"], "too short"),
     "missing text": (["ppl", "TINY", "--text", "no-such-text.txt"], "no-such-text.txt"),
     "bad utf-8": (["ppl", "TINY", "--text", "BAD"], "byte 0xff at offset 5"),
+    "unused option": (["ppl", "TINY", "--stride", "64"], "--stride has no effect on fixed-target"),
     "bad protocol": (
         ["ppl", "TINY", "--text", "TEXT", "--protocol", "fixd-target"],
         "Did you mean 'fixed-target'?",
