@@ -15,8 +15,10 @@ from .interpolation import NTK, DynamicNTK, Linear, NTKFixed, NTKMixed
 from .lengths import format_length, parse_length
 from .llama3 import Llama3
 from .longrope import LongRoPE
+from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
 from .resonance import Resonance
 from .rope import Composition, Frequencies, RopeSpec, Scaler, compose
+from .temperature import LogN, Temperature
 from .yarn import AlphaRoPE, DynamicYaRN, MrRoPE, NTKByParts, YaRN
 
 METHODS: dict[str, type[Scaler]] = {
@@ -40,6 +42,15 @@ METHODS: dict[str, type[Scaler]] = {
         AlphaRoPE,
         Resonance,
         CoPE,
+        ReRoPE,
+        LeakyReRoPE,
+        SelfExtend,
+        DualChunk,
+        String,
+        JetLong,
+        SinkWindow,
+        LogN,
+        Temperature,
     )
 }
 """Every method under its spec name."""
@@ -55,19 +66,28 @@ __all__ = [
     "CoPE",
     "Composition",
     "CriticalBase",
+    "DualChunk",
     "DynamicNTK",
     "DynamicYaRN",
     "Frequencies",
+    "JetLong",
+    "LeakyReRoPE",
     "Linear",
     "Llama3",
+    "LogN",
     "LongRoPE",
     "MrRoPE",
     "NTKByParts",
     "NTKFixed",
     "NTKMixed",
+    "ReRoPE",
     "Resonance",
     "RopeSpec",
     "Scaler",
+    "SelfExtend",
+    "SinkWindow",
+    "String",
+    "Temperature",
     "YaRN",
     "compose",
     "format_length",

@@ -108,8 +108,12 @@ class DynamicNTK(Scaler):
     """Dynamic NTK: beyond L the base becomes b * (s * len / L - (s - 1))^(d/(d-2)); plain within L.
 
     Factor 1 follows the length exactly (the base of NTK with s = len / L); a larger one runs ahead of it.
-    `len` is the length the request was opened for, never a neighbour's. Source: emozilla, 2023; the
-    formula is transformers' `dynamic`.
+    `len` is the sequence's own, never a neighbour's. Source: emozilla, 2023; the formula is transformers'
+    `dynamic`.
+
+    Args:
+        factor: s, at least 1.
+        step: tokens in a step of growing length; by default L / 8.
     """
 
     name: ClassVar[str] = "dynamic-ntk"
@@ -117,10 +121,16 @@ class DynamicNTK(Scaler):
     facet: ClassVar[Facet] = "frequencies"
     depends_on_length: ClassVar[bool] = True
     factor: float = field(default=1.0)
+    step: int | None = field(default=None, metadata={"length": True})
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.factor) and self.factor >= 1):
             raise ConfigError(f"dynamic-ntk: factor {self.factor:g} must be at least 1")
+        if self.step is not None and self.step < 1:
+            raise ConfigError(f"dynamic-ntk: step {self.step} must be at least 1")
+
+    def growing_step(self, rope: RopeSpec) -> int:
+        return self.step or super().growing_step(rope)
 
     def check(self, rope: RopeSpec) -> None:
         _need_two_pairs(self.name, rope)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .band import PLAIN, Band
 
 Facet = Literal["frequencies", "wavelength grid", "positions", "temperature"]
 
@@ -92,6 +93,14 @@ class Scaler:
         """Frequencies for a sequence that will hold `length` tokens (only dynamic methods look at it)."""
         return Frequencies(rope.theta)
 
+    def bands(self, rope: RopeSpec, length: int | None = None) -> tuple[Band, ...]:
+        """The bands of keys for a sequence that will hold `length` tokens."""
+        return (PLAIN,)
+
+    def logit_factor(self, positions: Tensor, rope: RopeSpec) -> Tensor:
+        """Temperature t(i) of the queries at 0-based `positions` (int64), float64 of the same shape."""
+        return torch.ones_like(positions, dtype=torch.float64)
+
     def reach(self, rope: RopeSpec) -> float:
         """Tokens that the method is meant to carry; `inf` where it follows the length."""
         return rope.trained_length
@@ -99,10 +108,29 @@ class Scaler:
     def check(self, rope: RopeSpec) -> None:
         """Raise ConfigError if the method cannot work on this geometry."""
 
+    def growing_step(self, rope: RopeSpec) -> int:
+        """Tokens after which a method that depends on the length is computed anew as a sequence grows."""
+        return max(1, rope.trained_length // 8)
+
+    def growing_length(self, position: int, rope: RopeSpec) -> int:
+        """The length that the query at 0-based `position` reckons with: L, or L and whole steps beyond."""
+        L, step = rope.trained_length, self.growing_step(rope)
+        return L + max(0, math.ceil((position + 1 - L) / step)) * step
+
     @property
     def parts(self) -> tuple[Scaler, ...]:
         """The scalers composed here, in order; the identity has none."""
         return () if type(self) is Scaler else (self,)
+
+    def member(self, facet: Facet) -> Scaler | None:
+        """The part that sets `facet`, if one does."""
+        return next((part for part in self.parts if part.facet == facet), None)
+
+    def carried(self, rope: RopeSpec) -> RopeSpec:
+        """`rope` as a position map sees it: trained on all that the frequencies carry."""
+        frequencies = self.member("frequencies")
+        reach = frequencies.reach(rope) if frequencies else math.inf
+        return dataclasses.replace(rope, trained_length=int(reach)) if math.isfinite(reach) else rope
 
     def __or__(self, other: Scaler) -> Scaler:
         return compose(*self.parts, *other.parts)
@@ -127,10 +155,6 @@ class Composition(Scaler):
                 raise ConfigError(f"{seen[facet].name!r} and {member.name!r} both set the {facet}; keep one of them")
             seen[facet] = member
 
-    def member(self, facet: Facet) -> Scaler | None:
-        """The member that sets `facet`, if one does."""
-        return next((m for m in self.members if m.facet == facet), None)
-
     @property
     def depends_on_length(self) -> bool:  # type: ignore[override]
         return any(m.depends_on_length for m in self.members)
@@ -145,12 +169,25 @@ class Composition(Scaler):
         grid = self.member("wavelength grid")
         return grid.lay_over(frequencies) if isinstance(grid, WavelengthGrid) else frequencies
 
+    def bands(self, rope: RopeSpec, length: int | None = None) -> tuple[Band, ...]:
+        positions = self.member("positions") or Scaler()
+        return positions.bands(self.carried(rope), length)
+
+    def logit_factor(self, positions: Tensor, rope: RopeSpec) -> Tensor:
+        return (self.member("temperature") or Scaler()).logit_factor(positions, rope)
+
     def reach(self, rope: RopeSpec) -> float:
-        return max((m.reach(rope) for m in self.members), default=rope.trained_length)
+        frequencies, positions = self.member("frequencies"), self.member("positions")
+        if frequencies and math.isinf(frequencies.reach(rope)):
+            return math.inf
+        return (positions or Scaler()).reach(self.carried(rope))
 
     def check(self, rope: RopeSpec) -> None:
         for member in self.members:
-            member.check(rope)
+            member.check(self.carried(rope) if member.facet == "positions" else rope)
+
+    def growing_step(self, rope: RopeSpec) -> int:
+        return min((m.growing_step(rope) for m in self.members if m.depends_on_length), default=rope.trained_length)
 
 
 class WavelengthGrid(Scaler, ABC):

@@ -7,7 +7,7 @@ seen every angle and are left alone; pairs with fewer than `beta_slow` have not 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -137,6 +137,7 @@ class DynamicYaRN(Scaler):
         beta_fast: turns above which a pair is kept.
         beta_slow: turns below which a pair is slowed by s.
         truncate: round the ramp's ends outwards to whole pairs.
+        step: tokens in a step of growing length; by default L / 8.
     """
 
     name: ClassVar[str] = "dynamic-yarn"
@@ -146,9 +147,15 @@ class DynamicYaRN(Scaler):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    step: int | None = field(default=None, metadata={"length": True})
 
     def __post_init__(self) -> None:
         _check_betas(self.name, self.beta_fast, self.beta_slow)
+        if self.step is not None and self.step < 1:
+            raise ConfigError(f"dynamic-yarn: step {self.step} must be at least 1")
+
+    def growing_step(self, rope: RopeSpec) -> int:
+        return self.step or super().growing_step(rope)
 
     def reach(self, rope: RopeSpec) -> float:
         return math.inf

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,15 +14,23 @@ from hypothesis import strategies as st
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import (
     NTK,
+    Base,
     Composition,
     CoPE,
+    DualChunk,
     DynamicNTK,
     DynamicYaRN,
+    JetLong,
     Linear,
+    LogN,
     LongRoPE,
+    ReRoPE,
     Resonance,
     RopeSpec,
     Scaler,
+    SelfExtend,
+    String,
+    Temperature,
     YaRN,
     compose,
     parse,
@@ -41,9 +51,79 @@ def test_order_does_not_change_the_frequencies() -> None:
     assert one.frequencies(ROPE).attention_factor == other.frequencies(ROPE).attention_factor != 1
 
 
+def drawn(scaler: Scaler, length: int | None, n: int = 300) -> dict[str, tuple[list[float], ...]]:
+    """Borders and positions of every band for the first n tokens."""
+    i = torch.arange(n)
+    return {
+        band.name: tuple(f(i).tolist() for f in (band.start, band.stop, band.query, band.key))
+        for band in scaler.bands(ROPE, length)
+    }
+
+
+def test_order_changes_nothing() -> None:
+    parts = (NTK(factor=4), Resonance(), ReRoPE(window=64), LogN())
+    at = torch.arange(0, 10_000, 100)
+    wanted = (NTK(factor=4) | Resonance()).frequencies(ROPE)
+    for order in itertools.permutations(parts):
+        scaler = compose(*order)
+        assert torch.equal(scaler.frequencies(ROPE).inv_freq, wanted.inv_freq)
+        assert drawn(scaler, None) == drawn(ReRoPE(window=64), None)
+        assert torch.equal(scaler.logit_factor(at, ROPE), LogN().logit_factor(at, ROPE))
+        assert scaler.reach(ROPE) == math.inf
+
+
+def test_all_three_facets_from_a_spec() -> None:
+    scaler = parse("ntk:4|rerope:512|logn")
+    scaler.check(ROPE)
+    assert scaler == NTK(factor=4) | ReRoPE(window=512) | LogN()
+    assert torch.equal(scaler.frequencies(ROPE).inv_freq, NTK(factor=4).frequencies(ROPE).inv_freq)
+    assert drawn(scaler, None, 2000) == drawn(ReRoPE(window=512), None, 2000)
+    # log n counts from what the model was trained on, not from what the frequencies carry
+    factor = scaler.logit_factor(torch.tensor([2047, 2048, 2048**2 - 1]), ROPE).tolist()
+    assert factor == pytest.approx([1, math.log(2049) / math.log(2048), 2])
+
+
+def test_without_a_map_or_temperature_there_is_none() -> None:
+    assert drawn(YaRN(factor=4) | Resonance(), 300) == drawn(Scaler(), 300)
+    assert (YaRN(factor=4) | ReRoPE(window=64)).logit_factor(torch.arange(9000), ROPE).unique().tolist() == [1]
+
+
 def test_or_is_associative() -> None:
     a, b, c = Scaler(), CoPE(), Resonance()
     assert (a | b) | c == a | (b | c) == compose(b, c)
+
+
+@pytest.mark.parametrize(
+    ("frequencies", "carried"),
+    [
+        (YaRN(factor=2), 4096),
+        (NTK(factor=1.3), int(1.3 * 2048)),
+        (Base(base=1e4), 2048),
+        (DynamicNTK(), 2048),  # carries whatever the length is: the map keeps its trained sizes
+        (Resonance(), 2048),
+        (Scaler(), 2048),
+    ],
+)
+def test_a_map_counts_from_what_the_frequencies_carry(frequencies: Scaler, carried: int) -> None:
+    scaler = frequencies | DualChunk()
+    assert scaler.carried(ROPE).trained_length == carried
+    c, w = 3 * carried // 4, carried // 8
+    same, before, older = scaler.bands(ROPE)
+    i = torch.arange(20_000)
+    assert torch.equal(same.start(i), i // (c - w) * (c - w))
+    assert before.query(i).max() == older.query(i).max() == c
+
+
+def test_yarn_with_dual_chunk_has_chunks_of_three_quarters_of_all_that_yarn_carries() -> None:
+    scaler = parse("yarn:2|dual-chunk")
+    assert scaler.bands(ROPE)[2].query(torch.tensor([9000])).tolist() == [3 * (2 * 2048) / 4]
+    assert drawn(scaler, None, 9000) == drawn(DualChunk(chunk=3072, window=512), None, 9000)
+
+
+def test_a_map_follows_the_length_in_steps_of_what_the_frequencies_carry() -> None:
+    scaler = NTK(factor=4) | JetLong(near=64)
+    far = [scaler.bands(ROPE, length)[1].key(torch.tensor([1000])).item() for length in (8192, 8193, 24577)]
+    assert far == [1000, 500, 250]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +132,8 @@ def test_or_is_associative() -> None:
         (YaRN(factor=2), Linear(factor=2), "frequencies"),
         (DynamicNTK(), DynamicNTK(), "frequencies"),
         (Resonance(), Resonance(), "wavelength grid"),
+        (ReRoPE(window=64), DualChunk(), "positions"),
+        (LogN(), Temperature(factor=2), "temperature"),
     ],
 )
 def test_one_facet_is_set_once(one: Scaler, other: Scaler, facet: str) -> None:
@@ -87,15 +169,87 @@ def test_a_composition_depends_on_the_length_if_a_member_does() -> None:
     assert not (NTK(factor=2) | Resonance()).depends_on_length
 
 
-def test_reach_is_the_furthest_of_the_members() -> None:
-    assert (YaRN(factor=4) | Resonance()).reach(ROPE) == 8192
-    assert (Resonance() | DynamicNTK()).reach(ROPE) == math.inf
+@pytest.mark.parametrize(
+    ("spec", "reach"),
+    [
+        ("logn", 2048),
+        ("resonance|logn", 2048),
+        ("yarn:4|resonance", 8192),
+        ("logn|yarn:4", 8192),
+        ("resonance|dynamic-ntk", math.inf),
+        ("rerope:512|logn", math.inf),
+        ("ntk:4|rerope:512|logn", math.inf),
+        ("self-extend:4,window=512|logn", (2048 - 512) * 4 + 512),
+        ("yarn:2|self-extend:4,window=512", (4096 - 512) * 4 + 512),
+        ("yarn:2|leaky-rerope:512,k=2.5", (4096 - 512) * 2.5 + 512),
+        ("string:600|linear:2", 4096 + 600 - 128),
+        ("dynamic-ntk|string:600", math.inf),
+    ],
+)
+def test_reach(spec: str, reach: float) -> None:
+    """A map reaches on from what the frequencies carry; a temperature and a grid carry nothing themselves."""
+    assert parse(spec).reach(ROPE) == reach
+
+
+@pytest.mark.parametrize(
+    ("scaler", "step"),
+    [
+        (Scaler(), 256),
+        (DynamicNTK(), 256),
+        (DynamicNTK(step=100), 100),
+        (DynamicYaRN(step=100), 100),
+        (JetLong(step=100), 100),
+        (JetLong(), 256),
+        (DynamicNTK(step=100) | JetLong(step=30), 30),
+        (DynamicYaRN(step=30) | JetLong(step=100) | LogN(), 30),
+        (DynamicNTK(step=300) | LogN(), 300),
+        (NTK(factor=4) | JetLong(), 256),
+    ],
+)
+def test_the_step_of_growing_length(scaler: Scaler, step: int) -> None:
+    assert scaler.growing_step(ROPE) == step
+
+
+def test_a_short_model_grows_by_the_token() -> None:
+    assert DynamicNTK().growing_step(RopeSpec(dim=8, base=1e4, trained_length=7)) == 1
+
+
+@given(trained=st.integers(1, 60), step=st.none() | st.integers(1, 50), position=st.integers(0, 400))
+def test_growing_length_is_trained_length_and_whole_steps(trained: int, step: int | None, position: int) -> None:
+    rope = RopeSpec(dim=8, base=1e4, trained_length=trained)
+    wanted = trained
+    while wanted < position + 1:
+        wanted += step or max(1, trained // 8)
+    for scaler in (DynamicNTK(step=step), DynamicYaRN(step=step), JetLong(step=step), DynamicNTK(step=step) | LogN()):
+        assert scaler.growing_length(position, rope) == wanted
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DynamicNTK(step=0), "dynamic-ntk: step 0 must be at least 1"),
+        (lambda: DynamicYaRN(step=-4), "dynamic-yarn: step -4 must be at least 1"),
+    ],
+)
+def test_impossible_steps_are_refused(make: Callable[[], Scaler], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 def test_check_asks_every_member() -> None:
     short = LongRoPE(factor=2, short=(1.0,), long=(2.0,))
     with pytest.raises(ConfigError, match="short has 1 numbers; rotary dimension 64 needs 32"):
         (Resonance() | short).check(ROPE)
+    with pytest.raises(ConfigError, match="window 2048 is not below the length 2048 carried"):
+        (LogN() | ReRoPE(window=2048)).check(ROPE)
+
+
+def test_a_map_is_checked_against_what_the_frequencies_carry() -> None:
+    (YaRN(factor=2) | ReRoPE(window=4095)).check(ROPE)
+    with pytest.raises(ConfigError, match=r"window 4096 is not below .* 4096"):
+        (YaRN(factor=2) | SelfExtend(group=2, window=4096)).check(ROPE)
+    with pytest.raises(ConfigError, match="window 1400 must not exceed the shift 1365"):
+        (NTK(factor=2) | String(window=1400)).check(ROPE)
 
 
 def test_members_and_parts() -> None:

@@ -20,17 +20,26 @@ from ropewalk.scaling import (
     BaseBound,
     CoPE,
     CriticalBase,
+    DualChunk,
     DynamicNTK,
     DynamicYaRN,
+    JetLong,
+    LeakyReRoPE,
     Linear,
     Llama3,
+    LogN,
     LongRoPE,
     MrRoPE,
     NTKByParts,
     NTKFixed,
     NTKMixed,
+    ReRoPE,
     Resonance,
     Scaler,
+    SelfExtend,
+    SinkWindow,
+    String,
+    Temperature,
     YaRN,
     compose,
     parse,
@@ -58,7 +67,7 @@ SCALERS: dict[str, st.SearchStrategy[Scaler]] = {
     "ntk": st.builds(NTK, factor=factor),
     "ntk-fixed": st.builds(NTKFixed, factor=factor),
     "ntk-mixed": st.builds(NTKMixed, factor=factor, b=st.floats(0, 1)),
-    "dynamic-ntk": st.builds(DynamicNTK, factor=factor),
+    "dynamic-ntk": st.builds(DynamicNTK, factor=factor, step=st.none() | tokens),
     "ntk-by-parts": st.builds(
         lambda s, betas, truncate: NTKByParts(factor=s, truncate=truncate, **betas),
         factor,
@@ -72,7 +81,12 @@ SCALERS: dict[str, st.SearchStrategy[Scaler]] = {
         st.booleans(),
         temperatures,
     ),
-    "dynamic-yarn": st.builds(lambda betas, truncate: DynamicYaRN(truncate=truncate, **betas), betas, st.booleans()),
+    "dynamic-yarn": st.builds(
+        lambda betas, truncate, step: DynamicYaRN(truncate=truncate, step=step, **betas),
+        betas,
+        st.booleans(),
+        st.none() | tokens,
+    ),
     "llama3": st.builds(
         lambda s, low, times: Llama3(factor=s, low_freq_factor=low, high_freq_factor=low * times),
         factor,
@@ -89,12 +103,20 @@ SCALERS: dict[str, st.SearchStrategy[Scaler]] = {
     "alpharope": st.builds(AlphaRoPE, factor=factor),
     "resonance": st.just(Resonance()),
     "cope": st.just(CoPE()),
+    "rerope": st.builds(ReRoPE, window=tokens),
+    "leaky-rerope": st.builds(LeakyReRoPE, window=tokens, k=factor),
+    "self-extend": st.builds(SelfExtend, group=st.integers(1, 1000), window=tokens),
+    "dual-chunk": st.builds(DualChunk, chunk=st.none() | tokens, window=st.none() | tokens),
+    "string": st.builds(String, shift=st.none() | tokens, window=tokens),
+    "jet-long": st.builds(JetLong, near=tokens, step=st.none() | tokens),
+    "sink-window": st.builds(SinkWindow, window=tokens, sinks=st.integers(1, 1000)),
+    "logn": st.just(LogN()),
+    "temperature": st.builds(Temperature, factor=positive),
 }
 
 
-def test_every_frequency_method_has_a_strategy_here() -> None:
-    facets = (None, "frequencies", "wavelength grid")
-    assert set(SCALERS) == {name for name, method in METHODS.items() if method.facet in facets}
+def test_every_method_has_a_strategy_here() -> None:
+    assert set(SCALERS) == set(METHODS)
 
 
 @pytest.mark.parametrize("name", SCALERS)
@@ -127,6 +149,15 @@ def test_compositions_read_back(host: Scaler) -> None:
         ("longrope:2,short=1/1.5,long=2/3", LongRoPE(factor=2, short=(1.0, 1.5), long=(2.0, 3.0))),
         ("none|yarn:4", YaRN(factor=4)),
         (" ntk:4 | resonance ", NTK(factor=4) | Resonance()),
+        ("rerope:1k", ReRoPE(window=1024)),
+        ("leaky-rerope:512,k=8", LeakyReRoPE(window=512, k=8)),
+        ("self-extend:4,window=1k", SelfExtend(group=4, window=1024)),
+        ("dual-chunk:window=1k", DualChunk(chunk=None, window=1024)),
+        ("string", String(shift=None, window=128)),
+        ("jet-long:1k,step=512", JetLong(near=1024, step=512)),
+        ("sink-window:1k", SinkWindow(window=1024, sinks=4)),
+        ("dynamic-yarn:step=1k", DynamicYaRN(step=1024)),
+        ("ntk:4|rerope:512|logn", NTK(factor=4) | ReRoPE(window=512) | LogN()),
     ],
 )
 def test_spellings(text: str, scaler: Scaler) -> None:
@@ -144,6 +175,12 @@ def test_spellings(text: str, scaler: Scaler) -> None:
         (CriticalBase(length=131072), "critical-base:128k"),
         (LongRoPE(factor=2, short=(1, 1.5), long=(2, 3)), "longrope:2,short=1/1.5,long=2/3"),
         (NTK(factor=4) | Resonance(), "ntk:4|resonance"),
+        (SelfExtend(group=4, window=1536), "self-extend:4,window=1.5k"),
+        (DualChunk(window=1024), "dual-chunk:window=1k"),
+        (JetLong(near=2048), "jet-long"),
+        (SinkWindow(window=1024, sinks=8), "sink-window:1k,sinks=8"),
+        (DynamicNTK(step=2048), "dynamic-ntk:step=2k"),
+        (NTK(factor=4) | ReRoPE(window=512) | LogN(), "ntk:4|rerope:512|logn"),
     ],
 )
 def test_shortest_spelling(scaler: Scaler, text: str) -> None:
@@ -195,6 +232,14 @@ MISTAKES = [
         "yarn: attention_factor and mscale both set m; give one of them",
     ),
     ("llama3:8,high_freq_factor=1", "llama3: high_freq_factor 1 must be above low_freq_factor 1"),
+    ("rerope", "rerope: needs window, as in 'rerope:window=32k'"),
+    ("rerope:2x", "rerope: window: '2x' is a multiple of the trained length, which is not known here"),
+    ("leaky-rerope:512", "leaky-rerope: needs k, as in 'leaky-rerope:window=32k,k=4'"),
+    ("self-extend:4,512", "self-extend: '512' needs a field name, as in 'self-extend:group=4,window=32k'"),
+    ("self-extend:2.5,window=512", "self-extend: group='2.5' is not a whole number"),
+    ("sink-window:1k,sink=4", "sink-window: unknown field 'sink'. Did you mean 'sinks'?"),
+    ("logn:2", "logn: '2' needs a field name, as in 'logn' (it has no fields)"),
+    ("temperature", "temperature: needs factor, as in 'temperature:factor=4'"),
     ("longrope:4,short=1/0,long=1/1", "longrope: short must be finite numbers above 0"),
     ("longrope:4,short=1/1,long=1/nan", "longrope: long must be finite numbers above 0"),
     ("yarn:4|ntk:4", "'yarn' and 'ntk' both set the frequencies; keep one of them"),
@@ -203,6 +248,8 @@ MISTAKES = [
         "'resonance' and 'resonance' both set the wavelength grid; keep one of them",
     ),
     ("cope|yarn:2", "'cope' and 'yarn' both set the frequencies; keep one of them"),
+    ("rerope:512|logn|dual-chunk", "'rerope' and 'dual-chunk' both set the positions; keep one of them"),
+    ("logn|yarn:2|temperature:2", "'logn' and 'temperature' both set the temperature; keep one of them"),
 ]
 
 

@@ -1,0 +1,414 @@
+"""Position maps: the bands against a matrix of distances written down literally, pair by pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ropewalk.errors import ConfigError
+from ropewalk.scaling import (
+    DualChunk,
+    JetLong,
+    LeakyReRoPE,
+    ReRoPE,
+    RopeSpec,
+    Scaler,
+    SelfExtend,
+    SinkWindow,
+    String,
+    YaRN,
+)
+from ropewalk.scaling.band import Band
+
+Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
+Draw = st.DrawFn
+L = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A map, the trained length, the tokens there are, and the distance of every pair (None: forgotten)."""
+
+    scaler: Scaler
+    trained: int
+    n: int
+    distance: Callable[[int, int], float | None]
+    length: int | None = None
+    chunk: int | None = None  # borders may jump where a chunk ends
+
+    @property
+    def rope(self) -> RopeSpec:
+        return rope(self.trained)
+
+
+def rope(trained: int) -> RopeSpec:
+    return RopeSpec(dim=8, base=1e4, trained_length=trained)
+
+
+@st.composite
+def rerope(draw: Draw) -> Case:
+    trained, n = draw(st.integers(2, 40)), draw(st.integers(1, 80))
+    w = draw(st.integers(1, trained - 1))
+
+    def distance(i: int, j: int) -> float:
+        return i - j if i - j < w else w
+
+    return Case(scaler=ReRoPE(window=w), trained=trained, n=n, distance=distance)
+
+
+@st.composite
+def leaky(draw: Draw) -> Case:
+    trained, n = draw(st.integers(2, 40)), draw(st.integers(1, 80))
+    w, k = draw(st.integers(1, trained - 1)), draw(st.integers(4, 40)) / 4  # quarters: (L - w) k is exact
+
+    def distance(i: int, j: int) -> float:
+        return i - j if i - j < w else (w + (i - w) / k) - j / k
+
+    return Case(scaler=LeakyReRoPE(window=w, k=k), trained=trained, n=n, distance=distance)
+
+
+@st.composite
+def self_extend(draw: Draw) -> Case:
+    trained, n = draw(st.integers(2, 40)), draw(st.integers(1, 80))
+    W, G = draw(st.integers(1, trained - 1)), draw(st.integers(1, 9))
+
+    def distance(i: int, j: int) -> float:
+        return i - j if i - j < W else (i // G + W - W // G) - j // G
+
+    return Case(scaler=SelfExtend(group=G, window=W), trained=trained, n=n, distance=distance)
+
+
+@st.composite
+def dual_chunk(draw: Draw) -> Case:
+    trained, n = draw(st.integers(8, 60)), draw(st.integers(1, 80))
+    if draw(st.booleans()):
+        c, w = 3 * trained // 4, trained // 8
+        scaler = DualChunk()
+    else:
+        c = draw(st.integers(2, trained - 1))
+        w = draw(st.integers(1, c // 2))
+        scaler = DualChunk(chunk=c, window=w)
+    t = c - w
+
+    def distance(i: int, j: int) -> float:
+        if i // t == j // t:
+            return i % t - j % t
+        if i // t == j // t + 1:
+            return min(i % t + t, c) - j % t
+        return c - j % t
+
+    return Case(scaler=scaler, trained=trained, n=n, distance=distance, chunk=t)
+
+
+@st.composite
+def string(draw: Draw) -> Case:
+    trained, n = draw(st.integers(6, 40)), draw(st.integers(1, 80))
+    S = draw(st.none() | st.integers(1, trained - 1))
+    shift = trained // 3 if S is None else S
+    W = draw(st.integers(1, shift))
+
+    def distance(i: int, j: int) -> float:
+        return i - j if i - j < shift else (i - shift + W) - j
+
+    return Case(scaler=String(shift=S, window=W), trained=trained, n=n, distance=distance)
+
+
+@st.composite
+def jet_long(draw: Draw) -> Case:
+    trained, n = draw(st.integers(2, 40)), draw(st.integers(1, 80))
+    near, length = draw(st.integers(1, trained - 1)), n + draw(st.integers(0, 80))
+    G = next(g for g in range(1, length + 2) if g * trained >= length)
+
+    def distance(i: int, j: int) -> float:
+        return i - j if i - j < near else i // G - j // G
+
+    return Case(scaler=JetLong(near=near), trained=trained, n=n, distance=distance, length=length)
+
+
+@st.composite
+def sink_window(draw: Draw) -> Case:
+    trained, n = draw(st.integers(2, 40)), draw(st.integers(1, 60))
+    sinks = draw(st.integers(1, trained - 1))
+    window = draw(st.integers(1, trained - sinks))
+
+    def distance(i: int, j: int) -> float | None:
+        cache = [key for key in range(i + 1) if key < sinks or key > i - window]
+        return cache.index(i) - cache.index(j) if j in cache else None
+
+    return Case(scaler=SinkWindow(window=window, sinks=sinks), trained=trained, n=n, distance=distance)
+
+
+MAPS: dict[str, st.SearchStrategy[Case]] = {
+    "rerope": rerope(),
+    "leaky-rerope": leaky(),
+    "self-extend": self_extend(),
+    "dual-chunk": dual_chunk(),
+    "string": string(),
+    "jet-long": jet_long(),
+    "sink-window": sink_window(),
+}
+
+
+def seen(bands: tuple[Band, ...], n: int) -> tuple[Matrix, Matrix]:
+    """Distance that query i (row) sees key j (column) at, NaN where no band does; and by how many bands."""
+    j = torch.arange(n)
+    distance, count = np.full((n, n), np.nan), np.zeros((n, n))
+    for band in bands:
+        inside = ((j >= band.start(j)[:, None]) & (j < band.stop(j)[:, None])).numpy()
+        between = (band.query(j)[:, None] - band.key(j)[None, :]).numpy()
+        distance[inside], count[inside] = between[inside], count[inside] + 1
+    return distance, count
+
+
+def plain(n: int) -> Matrix:
+    """i - j, NaN above the diagonal."""
+    i = np.arange(n, dtype=np.float64)
+    return np.where(i[:, None] >= i, i[:, None] - i, np.nan)
+
+
+def largest(scaler: Scaler, trained: int, n: int) -> float:
+    """The largest distance that any query sees in a text of n tokens."""
+    return float(np.nanmax(seen(scaler.bands(rope(trained), n), n)[0]))
+
+
+def test_every_map_is_here() -> None:
+    from ropewalk.scaling import METHODS
+
+    assert set(MAPS) == {name for name, method in METHODS.items() if method.facet == "positions"}
+
+
+@pytest.mark.parametrize("name", MAPS)
+@given(data=st.data())
+def test_bands_give_the_distances_of_the_table(name: str, data: st.DataObject) -> None:
+    case = data.draw(MAPS[name])
+    case.scaler.check(case.rope)
+    got, count = seen(case.scaler.bands(case.rope, case.length), case.n)
+    for i in range(case.n):
+        for j in range(case.n):
+            wanted = case.distance(i, j) if j <= i else None
+            assert count[i, j] == (wanted is not None), (i, j)
+            assert wanted is None or got[i, j] == pytest.approx(wanted, rel=1e-12, abs=1e-12), (i, j)
+
+
+@pytest.mark.parametrize("name", MAPS)
+@given(data=st.data())
+def test_borders_and_positions_are_as_a_band_promises(name: str, data: st.DataObject) -> None:
+    case = data.draw(MAPS[name])
+    i = torch.arange(case.n)
+    for band in case.scaler.bands(case.rope, case.length):
+        start, stop = band.start(i), band.stop(i)
+        assert start.dtype == stop.dtype == torch.int64
+        assert band.query(i).dtype == band.key(i).dtype == torch.float64
+        assert (start >= 0).all()
+        assert (start <= stop).all()
+        assert (stop <= i + 1).all()
+        chunk_ends = torch.zeros(case.n - 1, dtype=torch.bool) if case.chunk is None else i[1:] % case.chunk == 0
+        for border in (start, stop):
+            step = border.diff()
+            assert (step >= 0).all()
+            assert ((step <= 1) | chunk_ends).all()
+
+
+@pytest.mark.parametrize("name", MAPS)
+@given(data=st.data())
+def test_a_position_is_mapped_by_itself(name: str, data: st.DataObject) -> None:
+    """Alone, out of order or in a matrix: a chunk of a prefill sees what the whole prefill sees."""
+    case = data.draw(MAPS[name])
+    i = torch.arange(case.n)
+    some = torch.tensor(data.draw(st.lists(st.integers(0, case.n - 1), min_size=1, max_size=6)))
+    for band in case.scaler.bands(case.rope, case.length):
+        for function in (band.start, band.stop, band.query, band.key):
+            assert torch.equal(function(some), function(i)[some])
+            assert torch.equal(function(some[:, None]), function(i)[some][:, None])
+
+
+@pytest.mark.parametrize("name", ["leaky-rerope", "self-extend", "string"])
+@given(data=st.data())
+def test_a_finite_reach_is_the_last_context_within_the_trained_distances(name: str, data: st.DataObject) -> None:
+    case = data.draw(MAPS[name])
+    reach = case.scaler.reach(case.rope)
+    assert reach == int(reach) >= case.trained
+    assert largest(case.scaler, case.trained, int(reach)) < case.trained
+    assert largest(case.scaler, case.trained, int(reach) + 1) >= case.trained
+
+
+@pytest.mark.parametrize("name", ["rerope", "dual-chunk", "jet-long", "sink-window"])
+@given(data=st.data())
+def test_an_infinite_reach_never_leaves_the_trained_distances(name: str, data: st.DataObject) -> None:
+    case = data.draw(MAPS[name])
+    assert case.scaler.reach(case.rope) == float("inf")
+    for n in (case.trained, 2 * case.trained + 1, 5 * case.trained + 3):
+        assert largest(case.scaler, case.trained, n) < case.trained
+
+
+def test_infinite_reaches_at_a_million_tokens() -> None:
+    """Only the last query: a float32 anywhere would lose the distances of single tokens here."""
+    last = torch.tensor([2**20 + 2])
+    keys = torch.arange(2**20 + 3)
+    for scaler in (ReRoPE(window=512), DualChunk(), JetLong(), SinkWindow(window=1024)):
+        far = 0.0
+        for band in scaler.bands(rope(L), len(keys)):
+            inside = keys[int(band.start(last)) : int(band.stop(last))]
+            distances = band.query(last) - band.key(inside)
+            far = max(far, float(distances.max()))
+            if inside[-1] == last:
+                assert distances[-3:].tolist() == [2, 1, 0]
+        assert far < L
+
+
+@pytest.mark.parametrize(
+    ("scaler", "reach"),
+    [
+        (LeakyReRoPE(window=512, k=8), 512 + 7680 * 8),
+        (SelfExtend(group=4, window=512), (L - 512) * 4 + 512),  # the paper's form, where G divides W
+        (SelfExtend(group=5, window=512), (L - 512 + 102) * 5),
+        (String(shift=2730, window=128), L + 2730 - 128),
+    ],
+)
+def test_reaches_by_hand(scaler: Scaler, reach: int) -> None:
+    assert scaler.reach(rope(L)) == reach
+
+
+@given(trained=st.integers(2, 40), length=st.integers(0, 80), step=st.none() | st.integers(1, 30), data=st.data())
+def test_jet_long_grows_within_the_trained_distances(
+    trained: int, length: int, step: int | None, data: st.DataObject
+) -> None:
+    """A query reckons with the length of its own step, and that is never too short for it."""
+    scaler = JetLong(near=data.draw(st.integers(1, trained - 1)), step=step)
+    n = trained + length
+    for i in range(n):
+        row = seen(scaler.bands(rope(trained), scaler.growing_length(i, rope(trained))), n)[0][i]
+        assert np.nanmax(row) < trained
+        if i < trained:
+            np.testing.assert_array_equal(row, plain(n)[i])
+
+
+@given(n=st.integers(1, 80), window=st.integers(1, 30), more=st.integers(0, 5))
+def test_what_leaves_the_distances_alone(n: int, window: int, more: int) -> None:
+    wide = n + more
+    untouched = [
+        Scaler(),
+        YaRN(factor=4),
+        SelfExtend(group=1, window=window),
+        LeakyReRoPE(window=window, k=1),
+        String(shift=window, window=window),
+        ReRoPE(window=wide),
+        LeakyReRoPE(window=wide, k=3),
+        SelfExtend(group=3, window=wide),
+        JetLong(near=wide),
+        String(shift=wide, window=1),
+        SinkWindow(window=wide),
+        SinkWindow(window=window, sinks=max(1, wide - window)),
+        DualChunk(chunk=window + wide, window=window),
+    ]
+    for scaler in untouched:
+        got, count = seen(scaler.bands(rope(500), 500), n)
+        np.testing.assert_array_equal(got, plain(n), err_msg=str(scaler))
+        assert (count == ~np.isnan(got)).all()
+
+
+@given(trained=st.integers(2, 60), near=st.integers(1, 30), data=st.data())
+def test_jet_long_starts_beyond_the_trained_length(trained: int, near: int, data: st.DataObject) -> None:
+    length = data.draw(st.none() | st.integers(1, trained))
+    n = length or trained
+    np.testing.assert_array_equal(seen(JetLong(near=near).bands(rope(trained), length), n)[0], plain(n))
+    far = seen(JetLong(near=1).bands(rope(trained), trained + 1), trained + 1)[0]
+    assert far[-1, 0] == trained // 2  # G = 2
+
+
+@given(n=st.integers(1, 80), window=st.integers(1, 12), more=st.integers(0, 12))
+def test_dual_chunk_keeps_the_nearest_keys(n: int, window: int, more: int) -> None:
+    """Where a chunk holds the window (t >= w), every distance up to the window is itself."""
+    got = seen(DualChunk(chunk=2 * window + more, window=window).bands(rope(500)), n)[0]
+    near = plain(n) <= window
+    np.testing.assert_array_equal(got[near], plain(n)[near])
+
+
+def test_a_worked_example_of_each() -> None:
+    """Query 9, keys 0..9, by hand."""
+    nan = np.nan
+    rows = {
+        ReRoPE(window=4): [4, 4, 4, 4, 4, 4, 3, 2, 1, 0],
+        LeakyReRoPE(window=4, k=2): [6.5, 6, 5.5, 5, 4.5, 4, 3, 2, 1, 0],
+        SelfExtend(group=3, window=4): [6, 6, 6, 5, 5, 5, 3, 2, 1, 0],
+        DualChunk(chunk=6, window=2): [6, 5, 4, 3, 5, 4, 3, 2, 1, 0],
+        String(shift=5, window=2): [6, 5, 4, 3, 2, 4, 3, 2, 1, 0],
+        JetLong(near=3): [4, 4, 3, 3, 2, 2, 1, 2, 1, 0],
+        SinkWindow(window=3, sinks=2): [4, 3, nan, nan, nan, nan, nan, 2, 1, 0],
+    }
+    for scaler, row in rows.items():
+        np.testing.assert_array_equal(seen(scaler.bands(rope(8), 10), 10)[0][9], row, err_msg=str(scaler))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ReRoPE(window=0), "rerope: window 0 must be at least 1"),
+        (lambda: LeakyReRoPE(window=0, k=2), "leaky-rerope: window 0 must be at least 1"),
+        (lambda: LeakyReRoPE(window=4, k=0.5), "leaky-rerope: k 0.5 must be at least 1"),
+        (lambda: LeakyReRoPE(window=4, k=float("inf")), "leaky-rerope: k inf must be at least 1; .* use rerope"),
+        (lambda: LeakyReRoPE(window=4, k=float("nan")), "leaky-rerope: k nan must be at least 1"),
+        (lambda: SelfExtend(group=0, window=4), "self-extend: group 0 must be at least 1"),
+        (lambda: SelfExtend(group=4, window=-1), "self-extend: window -1 must be at least 1"),
+        (lambda: DualChunk(chunk=0), "dual-chunk: chunk 0 must be at least 1"),
+        (lambda: DualChunk(window=0), "dual-chunk: window 0 must be at least 1"),
+        (lambda: String(shift=0), "string: shift 0 must be at least 1"),
+        (lambda: String(window=0), "string: window 0 must be at least 1"),
+        (lambda: JetLong(near=0), "jet-long: near 0 must be at least 1"),
+        (lambda: JetLong(step=0), "jet-long: step 0 must be at least 1"),
+        (lambda: SinkWindow(window=0), "sink-window: window 0 must be at least 1"),
+        (lambda: SinkWindow(window=4, sinks=0), "sink-window: sinks 0 must be at least 1"),
+    ],
+)
+def test_impossible_fields_are_refused(make: Callable[[], Scaler], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+BEYOND = "{} is not below the length 100 carried without it; {} works best at 25 to 50"
+
+
+@pytest.mark.parametrize(
+    ("last_good", "first_bad", "message"),
+    [
+        (ReRoPE(window=99), ReRoPE(window=100), BEYOND.format("window 100", "rerope")),
+        (LeakyReRoPE(window=99, k=2), LeakyReRoPE(window=100, k=2), BEYOND.format("window 100", "leaky-rerope")),
+        (SelfExtend(group=2, window=99), SelfExtend(group=2, window=100), BEYOND.format("window 100", "self-extend")),
+        (JetLong(near=99), JetLong(near=100), BEYOND.format("near 100", "jet-long")),
+        (String(shift=99, window=5), String(shift=100, window=5), BEYOND.format("shift 100", "string")),
+        (String(window=33), String(window=34), "window 34 must not exceed the shift 33; its authors take L/3 and 128"),
+        (String(shift=7, window=7), String(shift=7, window=8), "window 8 must not exceed the shift 7"),
+        (
+            DualChunk(chunk=99, window=49),
+            DualChunk(chunk=100, window=49),
+            "chunk 100 and window 49 must satisfy 2 window <= chunk < 100, the length carried without it; its authors "
+            "take 75 and 12",
+        ),
+        (DualChunk(window=37), DualChunk(window=38), "chunk 75 and window 38 must satisfy 2 window <= chunk"),
+        (
+            SinkWindow(window=90, sinks=10),
+            SinkWindow(window=90, sinks=11),
+            "11 sinks and window 90 exceed the trained length 100; take fewer",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(last_good: Scaler, first_bad: Scaler, message: str) -> None:
+    last_good.check(rope(100))
+    with pytest.raises(ConfigError, match=message) as caught:
+        first_bad.check(rope(100))
+    assert str(caught.value).startswith(first_bad.name + ": ")
+
+
+def test_maps_on_models_that_are_too_short_for_their_defaults() -> None:
+    with pytest.raises(ConfigError, match="chunk 5 and window 0 must satisfy"):
+        DualChunk().check(rope(7))
+    with pytest.raises(ConfigError, match="window 128 must not exceed the shift 100"):
+        String().check(rope(300))
+    with pytest.raises(ConfigError, match="near 2048 is not below the length 2048 carried"):
+        JetLong().check(rope(2048))
