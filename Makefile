@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 	$(BIN)/ropewalk demo $(ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -12,14 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..errors import ConfigError, ContextOverflow, DataError, PatchError
+from ..errors import ConfigError, ContextOverflow, DataError, PatchError, RopewalkError
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import parse
 from ..tokenizer_tools.stream import StopWatch, TextStream
 from . import decode
 from .cache import new_cache as cache_for
-from .rotary import RotaryWriter, headline, rotary_sites
+from .patch import install
+from .rotary import headline, rotary_sites
 from .sampling import SamplingParams
 
 
@@ -102,20 +103,22 @@ class Model:
         self.name = name
         self._max_length = max_length
         self._sites = rotary_sites(hf)
-        self._writer = RotaryWriter(self._sites, parse(rope))
-        self._writer.write()
+        self._installed = install(hf, self._sites, parse(rope), grows=False)
 
     @property
     def rope(self) -> Scaler:
         """The scaler in use. Assign a scaler or a spec string to change it: `model.rope = "yarn:4"`."""
-        return self._writer.scaler
+        return self._installed.scaler
 
     @rope.setter
     def rope(self, scaler: str | Scaler | None) -> None:
-        writer = RotaryWriter(self._sites, parse(scaler))
-        self._writer.restore()
-        self._writer = writer
-        writer.write()
+        wanted, before = parse(scaler), self.rope
+        self._installed.restore()
+        try:
+            self._installed = install(self.hf, self._sites, wanted, grows=False)
+        except RopewalkError:
+            self._installed = install(self.hf, self._sites, before, grows=False)
+            raise
 
     @property
     def spec(self) -> RopeSpec:
@@ -175,7 +178,7 @@ class Model:
 
         Give an empty `cache` (`new_cache`) to go on from there: it holds `ids[:-1]` afterwards.
         """
-        self._writer.write(len(ids))
+        self._installed.write(len(ids))
         if cache is None:
             cache = self.new_cache(len(ids))
         with torch.inference_mode():
@@ -232,17 +235,17 @@ class Model:
     def _pieces(
         self, ids: list[int], params: SamplingParams, outcome: _Outcome, cache: Cache | None = None
     ) -> Iterator[str]:
-        length, writer = self._check_length(ids, params), self._writer
+        length, installed = self._check_length(ids, params), self._installed
         stop_ids = self._stop_ids()
         text, watch = TextStream(self.tokenizer, ids), StopWatch(params.stops)
         tokens = decode.decode(self.hf, ids, params, stop_ids, cache)
         while True:
-            if self._writer is not writer:
+            if self._installed is not installed:
                 raise PatchError(
-                    f"the scaler was changed from {writer.scaler} to {self.rope} while a text was being streamed; "
+                    f"the scaler was changed from {installed.scaler} to {self.rope} while a text was being streamed; "
                     "finish the stream first, or start it again"
                 )
-            writer.write(length)  # another request may have run since, and its frequencies are not ours
+            installed.write(length)  # another request may have run since, and its frequencies are not ours
             with torch.inference_mode():
                 token = next(tokens, None)
             if token is None:

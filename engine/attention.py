@@ -2,9 +2,7 @@
 
 A chunk of n queries at the end of m keys sees the first m - n keys whole and its own n causally. One fused
 kernel call for each part never builds a mask and never computes what the mask would hide; transformers'
-chunked prefill does both. The parts are joined exactly:
-
-    out = out_1 * sigmoid(lse_1 - lse_2) + out_2 * sigmoid(lse_2 - lse_1)
+chunked prefill does both.
 
 Shape suffixes: B batch, H query heads, K key-value heads, G = H / K, N queries, M keys, D head dim.
 """
@@ -20,20 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from .kernel import flash, join
+
 ATTENTION_NAME = "ropewalk_causal"
-
-
-def _flash(q_BHND: Tensor, k_BHMD: Tensor, v_BHMD: Tensor, scale: float | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """torch's fused CPU kernel: output [B, H, N, D] and log-sum-exp [B, H, N] (float32)."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
-        q_BHND, k_BHMD, v_BHMD, 0.0, causal, attn_mask=None, scale=scale
-    )
-
-
-def join(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> Tensor:
-    """Attention over the union of two disjoint key sets: outputs [..., N, D], log-sum-exps [..., N]."""
-    weight_2 = torch.sigmoid(lse_2 - lse_1).unsqueeze(-1)
-    return torch.lerp(out_1, out_2, weight_2.to(out_1.dtype))
 
 
 def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, scale: float | None = None) -> Tensor:
@@ -45,14 +32,14 @@ def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, scale: floa
     B, H, N, D = q_BHND.shape
     K, past = k_BKMD.shape[1], k_BKMD.shape[2] - N
     if N == 1:  # a decode step sees every key: the heads of a group are the kernel's queries
-        out, _ = _flash(q_BHND.reshape(B, K, H // K, D), k_BKMD, v_BKMD, scale, causal=False)
+        out, _ = flash(q_BHND.reshape(B, K, H // K, D), k_BKMD, v_BKMD, scale, causal=False)
         return out.reshape(B, H, 1, D)
     own_k, own_v = (t[:, :, past:].repeat_interleave(H // K, dim=1) for t in (k_BKMD, v_BKMD))
-    out, lse = _flash(q_BHND, own_k, own_v, scale, causal=True)
+    out, lse = flash(q_BHND, own_k, own_v, scale, causal=True)
     if past:
         grouped = q_BHND.reshape(B, K, H // K * N, D)  # [B, K, G * N, D]: keys are read once a group, not repeated
-        past_out, past_lse = _flash(grouped, k_BKMD[:, :, :past], v_BKMD[:, :, :past], scale, causal=False)
-        out = join(out, lse, past_out.reshape(B, H, N, D), past_lse.reshape(B, H, N))
+        past_out, past_lse = flash(grouped, k_BKMD[:, :, :past], v_BKMD[:, :, :past], scale, causal=False)
+        out, _ = join(out, lse, past_out.reshape(B, H, N, D), past_lse.reshape(B, H, N))
     return out
 
 

@@ -1,28 +1,83 @@
 """The key-value cache: one buffer a layer, allocated once, written in place.
 
-transformers' DynamicCache concatenates, which copies the whole cache at every step; here a step writes
-its own rows and attention reads a view.
+transformers' DynamicCache concatenates, which copies the whole cache at every step; here a step writes its own
+rows and attention reads a view. Under a position map the keys are held un-rotated, and next to them the turned
+copies that the bands read, so that a step turns its own keys only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+
+class TurnedKeys:
+    """Copies of one layer's keys, turned as a band sees them; made when first asked for, then extended."""
+
+    def __init__(self) -> None:
+        self._setting: Hashable = None
+        self._copies: dict[int, Tensor] = {}
+        self._lengths: dict[int, int] = {}
+
+    def get(self, setting: Hashable, band: int, keys: Tensor, turn: Callable[[int, int], Tensor]) -> Tensor:
+        """All of `keys` [B, K, M, D] turned; `turn(start, stop)` makes the part that is not held yet.
+
+        Args:
+            setting: what the angles follow from; copies of another setting are dropped.
+        """
+        if setting != self._setting:
+            self.clear()
+            self._setting = setting
+        length, needed = self._lengths.get(band, 0), keys.shape[2]
+        copy = self._copies.get(band)
+        if copy is None or copy.shape[2] < needed:
+            grown = keys.new_empty(*keys.shape[:2], _grown(needed, copy), keys.shape[3])
+            if copy is not None:
+                grown[:, :, :length] = copy[:, :, :length]
+            self._copies[band] = copy = grown
+        if length < needed:
+            copy[:, :, length:needed] = turn(length, needed)
+            self._lengths[band] = needed
+        return copy[:, :, :needed]
+
+    def crop(self, length: int) -> None:
+        """Forget what lies beyond `length` keys."""
+        self._lengths = {band: min(held, length) for band, held in self._lengths.items()}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._copies, self._lengths = {}, {}
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch rows to every copy."""
+        self._copies = {band: change(copy) for band, copy in self._copies.items()}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The buffers held."""
+        return list(self._copies.values())
+
+
+def _grown(needed: int, held: Tensor | None) -> int:
+    return needed if held is None else max(needed, 2 * held.shape[2])
 
 
 class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer, [batch, kv_heads, capacity, head_dim]; doubles when full."""
 
     is_croppable = True
+    is_sliding = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int = 256) -> None:
         super().__init__()
         self.capacity = capacity
         self.length = 0
+        self.turned = TurnedKeys()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -44,7 +99,9 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        keys = self.keys[:, :, :end]
+        keys.turned = self.turned  # type: ignore[attr-defined]  # the only way to the attention function
+        return keys, self.values[:, :, :end]
 
     def _grow(self, needed: int) -> None:
         self.capacity = max(needed, 2 * self.capacity)
@@ -58,9 +115,28 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget the last tokens; their number comes negative, as transformers has it."""
         assert -self.length <= tokens_to_remove <= 0, (tokens_to_remove, self.length)
         self.length += tokens_to_remove
+        self.turned.crop(self.length)
 
     def reset(self) -> None:
         self.length = 0
+        self.turned.clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row beam_idx[b] was."""
+        self._map_rows(lambda held: held.index_select(0, beam_idx.to(held.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        self._map_rows(lambda held: held.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the rows `indices`."""
+        self._map_rows(lambda held: held[indices])
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self.keys, self.values = change(self.keys), change(self.values)
+            self.turned.map_rows(change)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -80,17 +156,29 @@ def attends_to_everything(config: PreTrainedConfig) -> bool:
     return getattr(config, "sliding_window", None) is None
 
 
+def adopt(cache: Cache, capacity: int = 256) -> None:
+    """Give transformers' own growing cache buffers of ours, where it is empty and its layers see the whole past."""
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = ContiguousLayer
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[index] = ContiguousLayer(capacity)
+
+
 def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
     """An empty cache for one sequence of about `capacity` tokens.
 
-    Models with sliding-window or recurrent layers get transformers' own cache, which knows their kinds.
+    Sliding-window and recurrent layers get transformers' own kinds.
     """
-    if not attends_to_everything(config):
-        return DynamicCache(config=config)
-    return Cache(layers=[ContiguousLayer(capacity) for _ in range(config.num_hidden_layers)])
+    cache = DynamicCache(config=config)
+    adopt(cache, capacity)
+    return cache
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes that the cache's tensors occupy."""
-    tensors = (t for layer in cache.layers for t in (layer.keys, layer.values))
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
+    for layer in cache.layers:
+        if isinstance(layer, ContiguousLayer):
+            tensors += layer.turned.tensors
+    return sum(t.numel() * t.element_size() for t in tensors)

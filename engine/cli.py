@@ -138,7 +138,7 @@ def scalers() -> None:
             if f.default is dataclasses.MISSING:
                 fields.append(f.name)
             else:
-                shown = format_length(f.default) if f.metadata.get("length") else f.default
+                shown = format_length(f.default) if f.metadata.get("length") and f.default is not None else f.default
                 fields.append(f"{f.name}={str(shown).lower() if isinstance(shown, bool) else shown}")
         summary = inspect.cleandoc(method.__doc__ or "").split("\n\n")[0].replace("\n", " ")
         if not method.facet:
@@ -149,7 +149,8 @@ def scalers() -> None:
 
 @click.command(
     epilog=EXAMPLES
-    + '  ropewalk show yarn:4\n  ropewalk show "ntk:8|resonance" --dim 128 --base 5e5 --trained 8k --length 64k'
+    + '  ropewalk show yarn:4\n  ropewalk show "rerope:2k|logn" --length 64k\n'
+    + '  ropewalk show "ntk:8|resonance" --dim 128 --base 5e5 --trained 8k --length 64k'
 )
 @click.argument("spec")
 @click.option("--dim", default=64, show_default=True, help="Rotary dimension.")
@@ -164,29 +165,22 @@ def scalers() -> None:
     help="A .png; an .svg is written beside it.",
 )
 def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) -> None:
-    """Draw what SPEC does to the wavelengths and to the long-range decay of attention, and print it in short."""
-    import math
+    """Draw what SPEC does, and print it in short.
+
+    Frequency methods: wavelengths, stretch, and long-range decay of attention. Position maps: the distance seen at
+    every true distance, and between every query and key. Temperatures: the factor at every position.
+    """
     from pathlib import Path
 
-    from ..evals.scaler_plot import plot_scaler
+    from ..evals.scaler_plot import in_short, plot_scaler
     from ..scaling import RopeSpec, parse, parse_length
 
     scaler = parse(spec)
     rope = RopeSpec(dim=dim, base=base, trained_length=parse_length(trained))
     tokens = parse_length(length, rope.trained_length)
-    scaler.check(rope)
-    inv_freq, factor = scaler.frequencies(rope, tokens)
-    stretch = rope.theta / inv_freq
-    reach, slowest = scaler.reach(rope), float(inv_freq[-1])
-    carried = "any length" if math.isinf(reach) else f"{int(reach)} tokens"
-    longest = 2 * math.pi / slowest if slowest else math.inf
-    click.echo(f"scaler               {scaler}")
-    click.echo(f"reach                {carried} (trained {rope.trained_length})")
-    click.echo(f"wavelengths slowed   fastest pair by {stretch[0]:.4g}, slowest by {stretch[-1]:.4g}")
-    click.echo(f"longest wavelength   {longest:.4g} tokens")
-    click.echo(f"factor on cos, sin   {factor:.6g} (logits by {factor**2:.6g})")
-    for path in plot_scaler(scaler, rope, tokens, Path(out).with_suffix("")):
-        click.echo(f"drawn                {path}")
+    paths = plot_scaler(scaler, rope, tokens, Path(out).with_suffix(""))
+    for label, value in [*in_short(scaler, rope, tokens).items(), *(("drawn", path) for path in paths)]:
+        click.echo(f"{label:<20} {value}")
 
 
 @click.command(epilog=EXAMPLES + "  ropewalk base 128k --dim 128\n  ropewalk base 32k --dim 128 --base 5e5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, UnsupportedModel
+from ..scaling.band import Band
 from ..scaling.hf import ConfiguredRope, read
 from ..scaling.lengths import format_length
-from ..scaling.rope import Scaler, compose
+from ..scaling.rope import RopeSpec, Scaler, compose
 
 # inv_freq must be what the config says; a model cast to 16 bits as a whole has rounded its own.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
 _ROUNDED_TOLERANCE = 1e-2
 
 
-@dataclass(kw_only=True)
+def is_local(layer_type: str | None) -> bool:
+    """True for layer types whose attention sees a short window only."""
+    return layer_type is not None and any(word in layer_type for word in ("sliding", "chunked", "local"))
+
+
+@dataclass(kw_only=True, eq=False)
 class RotarySite:
     """One set of frequencies in one rotary module; models with several layer types have one each."""
 
@@ -44,23 +51,38 @@ class RotarySite:
     @property
     def is_local(self) -> bool:
         """True where attention sees a short window only, so that no distance grows with the context."""
-        return self.layer_type is not None and self.layer_type not in ("full_attention", "global")
+        return is_local(self.layer_type)
 
     def effective(self, scaler: Scaler) -> Scaler:
         """`scaler`, over the model's own frequencies where it does not set them."""
-        if any(part.facet == "frequencies" for part in scaler.parts):
+        if scaler.member("frequencies"):
             return scaler
         return compose(*self.configured.scaler.parts, *scaler.parts)
 
+    def rope_for(self, scaler: Scaler) -> RopeSpec:
+        """The geometry that `scaler` starts from: what is trained includes the model's own scaling, unless the
+        scaler replaces that."""
+        rope = self.configured.rope
+        if scaler.member("frequencies"):
+            return rope
+        return dataclasses.replace(rope, trained_length=self.configured.max_length)
+
+    def bands(self, scaler: Scaler, length: int | None) -> tuple[Band, ...]:
+        """The bands of `scaler` for a sequence of `length` tokens."""
+        return scaler.bands(self.rope_for(scaler), length)
+
+    def logit_factor(self, scaler: Scaler, positions: Tensor) -> Tensor:
+        """Temperature of the queries at `positions`; its L is all that the model reads untouched."""
+        rope = dataclasses.replace(self.configured.rope, trained_length=self.configured.max_length)
+        return scaler.logit_factor(positions, rope)
+
     def reach(self, scaler: Scaler) -> float:
         """Tokens that the model is meant to carry under `scaler`."""
-        if any(part.facet == "frequencies" for part in scaler.parts):
-            return scaler.reach(self.configured.rope)
-        return self.configured.max_length
+        return scaler.reach(self.rope_for(scaler))
 
     def check(self, scaler: Scaler) -> None:
         """Refuse a scaler that cannot work here, or that would shorten what the model's own scaling gives."""
-        scaler.check(self.configured.rope)
+        scaler.check(self.rope_for(scaler))
         reach, own = self.reach(scaler), self.configured.max_length
         if self.configured.scaler.parts and reach < own:
             raise ConfigError(
@@ -120,9 +142,17 @@ class RotaryWriter:
     same tensors back.
     """
 
+    tier = "static frequencies, written into the model's own rotary modules; every attention kernel works"
+    cost = "none"
+
     def __init__(self, sites: list[RotarySite], scaler: Scaler) -> None:
         self.sites = sites
         self.scaler = scaler
+        if not self.scaled_sites:
+            raise UnsupportedModel(
+                "all layers of this model that use RoPE see a sliding window only, so no distance grows with the "
+                "context and there is nothing to scale"
+            )
         for site in self.scaled_sites:
             site.check(scaler)
         self._originals: list[dict[str, Any]] = []
@@ -136,7 +166,7 @@ class RotaryWriter:
     @property
     def changes_frequencies(self) -> bool:
         """False for the identity, and for scalers of other facets."""
-        return any(part.facet in ("frequencies", "wavelength grid") for part in self.scaler.parts)
+        return bool(self.scaler.member("frequencies") or self.scaler.member("wavelength grid"))
 
     def write(self, length: int | None = None) -> None:
         """Put the frequencies for a sequence of `length` tokens in place; cheap when they already are."""

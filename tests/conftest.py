@@ -7,6 +7,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+# Small tensors: more threads cost more than they give, and `make test` runs a worker for every core.
+torch.set_num_threads(1)
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 

@@ -1,0 +1,134 @@
+"""Attention over one rectangle of keys, with the log-sum-exp that joins it to others.
+
+Two kernels compute the same thing: torch's fused one on the CPU, for inference, and plain tensor operations
+everywhere else, which have gradients, float64, soft-caps and dropout.
+
+Shape suffixes: B batch, H query heads, K key-value heads, G = H / K, N queries, M keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Sees = Literal["all", "lower", "upper"]
+"""Which keys of a rectangle a query sees: all; those up to its own index; those from its own index on."""
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_KEYS_AT_ONCE = 2048  # of the plain kernel: bounds its scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How a score is made of a dot product.
+
+    Args:
+        scale: factor, 1 / sqrt(D) in most models.
+        softcap: c in c tanh(score / c), or None.
+        dropout: probability that a weight is dropped.
+    """
+
+    scale: float
+    softcap: float | None = None
+    dropout: float = 0.0
+
+
+def attend(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, score: Score, sees: Sees | Tensor = "all"
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every query over the keys it sees.
+
+    Args:
+        sees: "lower" and "upper" need as many queries as keys; a boolean tensor [N, M] says it key by key, and
+            a query may then see none.
+
+    Returns:
+        Output [B, H, N, D] and natural log-sum-exp of the scores [B, H, N]; of a query that sees nothing, finite
+        numbers that weigh nothing in `join`.
+    """
+    if _fused(q_BHND, v_BKMD, score):
+        return _attend_fused(q_BHND, k_BKMD, v_BKMD, score.scale, sees)
+    if sees == "all" and k_BKMD.shape[2] > _KEYS_AT_ONCE:
+        joined = None
+        for start in range(0, k_BKMD.shape[2], _KEYS_AT_ONCE):
+            keys = slice(start, start + _KEYS_AT_ONCE)
+            part = _attend_plain(q_BHND, k_BKMD[:, :, keys], v_BKMD[:, :, keys], score, sees)
+            joined = part if joined is None else join(*joined, *part)
+        assert joined is not None
+        return joined
+    return _attend_plain(q_BHND, k_BKMD, v_BKMD, score, sees)
+
+
+def join(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets, exactly: outputs [..., N, D], log-sum-exps [..., N].
+
+    out = out_1 * sigmoid(lse_1 - lse_2) + out_2 * sigmoid(lse_2 - lse_1)
+    """
+    weight_2 = torch.sigmoid(lse_2 - lse_1).unsqueeze(-1)
+    return torch.lerp(out_1, out_2, weight_2.to(out_1.dtype)), torch.logaddexp(lse_1, lse_2)
+
+
+def _fused(q: Tensor, v: Tensor, score: Score) -> bool:
+    return (
+        q.device.type == "cpu"
+        and q.dtype in FUSED_DTYPES
+        and q.shape[-1] == v.shape[-1]
+        and score.softcap is None
+        and not score.dropout
+        and not torch.is_grad_enabled()
+    )
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """torch's fused CPU kernel: output [B, H, N, D] and float32 log-sum-exp [B, H, N]."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+        q, k, v, 0.0, causal, attn_mask=None, scale=scale
+    )
+
+
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, sees: Sees | Tensor) -> tuple[Tensor, Tensor]:
+    B, H, N, D = q.shape
+    K = k.shape[1]
+    if sees == "all":  # the heads of a group become queries of one head: keys are read once, never repeated
+        out, lse = flash(q.reshape(B, K, H // K * N, D), k, v, scale, causal=False)
+        return out.reshape(B, H, N, D), lse.reshape(B, H, N)
+    if isinstance(sees, Tensor):  # finite, so that a query without keys gives no NaN
+        bias = torch.zeros(sees.shape, dtype=q.dtype).masked_fill_(~sees, torch.finfo(q.dtype).min / 4)
+        bias = bias.repeat(H // K, 1)[None, None].expand(B, K, -1, -1)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.reshape(B, K, H // K * N, D), k, v, 0.0, False, attn_mask=bias, scale=scale
+        )
+        return out.reshape(B, H, N, D), lse.reshape(B, H, N)
+    k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))
+    if sees == "lower":
+        return flash(q, k, v, scale, causal=True)
+    out, lse = flash(q.flip(2), k.flip(2), v.flip(2), scale, causal=True)  # upside down, upper is lower
+    return out.flip(2), lse.flip(2)
+
+
+def _attend_plain(q: Tensor, k: Tensor, v: Tensor, score: Score, sees: Sees | Tensor) -> tuple[Tensor, Tensor]:
+    B, H, N, D = q.shape
+    K = k.shape[1]
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grouped = q.reshape(B, K, H // K, N, D)
+    scores = (grouped @ k.unsqueeze(2).transpose(-1, -2)).to(exact) * score.scale
+    if score.softcap is not None:
+        scores = score.softcap * torch.tanh(scores / score.softcap)
+    if sees != "all":
+        seen = sees if isinstance(sees, Tensor) else _triangle(N, sees, q.device)
+        scores = scores.masked_fill(~seen, torch.finfo(exact).min / 4)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse.unsqueeze(-1))
+    if score.dropout:
+        weights = torch.nn.functional.dropout(weights, score.dropout)
+    out = weights.to(v.dtype) @ v.unsqueeze(2)
+    return out.reshape(B, H, N, -1), lse.reshape(B, H, N)
+
+
+def _triangle(size: int, sees: Literal["lower", "upper"], device: torch.device) -> Tensor:
+    square = torch.ones(size, size, dtype=torch.bool, device=device)
+    return square.tril() if sees == "lower" else square.triu()

@@ -1,0 +1,116 @@
+"""What `patch` does with every family: a row of docs/families.md, or a failed assertion."""
+
+import logging
+from contextlib import contextmanager
+
+import torch
+from families import FAMILIES, WITHOUT_YARN, YARN
+
+import ropewalk as rw
+from ropewalk.engine import band_patch
+from ropewalk.engine.reference import reference_attention
+from ropewalk.engine.rotation import Layout
+
+TOLERANCE = 2e-5  # of the largest logit; float32, and one family runs its layers 16 times
+IDS = torch.arange(1, 91).remainder(96)[None]
+
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@torch.inference_mode()
+def logits(model, ids=IDS, **inputs):
+    return model(input_ids=ids, use_cache=False, **inputs).logits
+
+
+def difference(one, other):
+    """Largest difference, of the largest entry."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def reason(error):
+    """The first clause of a refusal, without the class name in front."""
+    text = str(error).split(";")[0].split(", so ")[0]
+    head, colon, rest = text.partition(": ")
+    if colon and " " not in head:
+        return rest
+    first, _, rest = text.partition(" ")
+    return rest if first.endswith("LM") else text
+
+
+def frequencies(name, model):
+    """Static frequencies: a YaRN patch is the same architecture under a YaRN config."""
+    before = logits(model)
+    try:
+        handle = rw.patch(model, "yarn:4")
+    except rw.RopewalkError as error:
+        assert torch.equal(logits(model), before)
+        return f"refused: {reason(error)}"
+    patched = logits(model)
+    assert handle.describe()
+    handle.undo()
+    assert torch.equal(logits(model), before)
+    assert not torch.equal(patched, before)
+    if name not in WITHOUT_YARN:
+        assert difference(patched, logits(FAMILIES[name](rope_parameters=YARN))) < TOLERANCE
+    return "served"
+
+
+def bands(name, model):
+    """Position maps: nothing changes where no distance is far, padding and caching change nothing, undo is exact."""
+    before, short = logits(model), logits(model, IDS[:, :50])
+    try:
+        handle = rw.patch(model, "rerope:60")
+    except rw.RopewalkError as error:
+        assert torch.equal(logits(model), before)
+        return f"refused: {reason(error)}"
+    assert difference(logits(model, IDS[:, :50]), short) < TOLERANCE
+    handle.undo()
+    assert torch.equal(logits(model), before)
+    if name not in WITHOUT_YARN:  # 250 of the 256 tokens that YaRN carries: all 90 are near
+        with rw.patch(model, "yarn:4|rerope:250"):
+            assert difference(logits(model), logits(FAMILIES[name](rope_parameters=YARN))) < TOLERANCE
+    padded_by_itself = padding_error(model)
+    with rw.patch(model, "rerope:16|logn"):
+        mapped = logits(model)
+        assert difference(mapped, before) > 1e-3
+        with literal_attention():
+            assert difference(mapped, logits(model)) < TOLERANCE
+        assert padding_error(model) < max(TOLERANCE, 2 * padded_by_itself)
+    assert torch.equal(logits(model), before)
+    return "served"
+
+
+def padding_error(model):
+    """How far a left-padded row of a batch is from the same row alone."""
+    ids = torch.cat((IDS, torch.cat((torch.zeros(1, 10, dtype=torch.long), IDS[:, :80]), 1)))
+    mask = torch.ones(2, 90, dtype=torch.long)
+    mask[1, :10] = 0
+    two = logits(model, ids, attention_mask=mask)
+    return max(difference(two[:1], logits(model)), difference(two[1:, 10:], logits(model, IDS[:, :80])))
+
+
+class Given:
+    """A segment's own frequencies, bands and temperature, in the form that the twin takes."""
+
+    def __init__(self, segment):
+        self.frequencies = lambda *_: segment.frequencies
+        self.bands = lambda *_: segment.bands
+        self.logit_factor = lambda i, _: torch.ones_like(i) if segment.temperature is None else segment.temperature
+        self.growing_length = lambda *_: 0
+
+
+@contextmanager
+def literal_attention():
+    """The literal twin in the place of banded attention, in every patched model."""
+    ours = band_patch.banded_attention
+
+    def twin(q, k, v, score, layout, work, sinks=None, _=None):
+        [(_, [segment])] = work
+        nothing = Layout(0, 0, False)
+        return reference_attention(q, k, v, score, layout or nothing, Given(segment), None, sinks_H=sinks)
+
+    band_patch.banded_attention = twin
+    try:
+        yield
+    finally:
+        band_patch.banded_attention = ours

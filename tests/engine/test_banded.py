@@ -1,0 +1,184 @@
+"""Banded attention against its literal twin, and its plan against brute force."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import ropewalk as rw
+from ropewalk.engine.banded import Plan, banded_attention
+from ropewalk.engine.blocks import blocks
+from ropewalk.engine.kernel import Score, attend, join
+from ropewalk.engine.reference import reference_attention
+from ropewalk.engine.rotary import RotarySite
+from ropewalk.engine.rotation import Layout
+from ropewalk.engine.rows import Run
+from ropewalk.scaling import RopeSpec, Scaler, parse
+from ropewalk.scaling.band import PLAIN
+from ropewalk.scaling.hf import ConfiguredRope
+
+MAPS = [
+    "rerope:{w}",
+    "leaky-rerope:{w},k=2.5",
+    "self-extend:3,window={w}",
+    "dual-chunk",
+    "dual-chunk:{w},window=1",
+    "string:{w},window=1",
+    "jet-long:{w}",
+    "sink-window:{w},sinks=2",
+]
+SPECS = [
+    *MAPS,
+    "none",
+    "logn",
+    "yarn:4",
+    "dynamic-ntk:step=5",
+    "dynamic-yarn|rerope:{w}",
+    "ntk:4|rerope:{w}|logn",
+    "yarn:2|dual-chunk|temperature:1.3",
+    "jet-long:{w},step=7|logn|dynamic-ntk:3",
+    "resonance|self-extend:2,window={w}|logn",
+]
+
+
+def usable(spec, rope):
+    try:
+        scaler = parse(spec)
+        scaler.check(rope)
+    except rw.ConfigError:
+        return None
+    return scaler
+
+
+def work(scaler, rope, run, length=None):
+    configured = ConfiguredRope(rope=rope, scaler=Scaler(), max_length=rope.trained_length)
+    site = RotarySite(module=nn.Module(), layer_type=None, configured=configured)
+    return [(run, Plan(site, scaler, length).segments(run))]
+
+
+@st.composite
+def cases(draw):
+    L = draw(st.integers(8, 64))
+    rope = RopeSpec(dim=draw(st.sampled_from([4, 8])), base=100.0, trained_length=L)
+    spec = draw(st.sampled_from(SPECS)).format(w=draw(st.integers(1, L - 1)))
+    scaler = usable(spec, rope)
+    assume(scaler is not None)
+    keys = draw(st.integers(1, 200))
+    queries = draw(st.integers(1, keys))
+    head_dim = rope.dim + draw(st.sampled_from([0, 4]))
+    layout = Layout(draw(st.sampled_from([0, head_dim - rope.dim])), rope.dim, draw(st.booleans()))
+    return scaler, rope, keys, queries, head_dim, layout
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    case=cases(),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    fixed=st.booleans(),
+    softcap=st.sampled_from([None, 4.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_equals_the_literal_twin_in_float64(case, heads, fixed, softcap, seed):
+    scaler, rope, keys, queries, head_dim, layout = case
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(2, h, n, head_dim, dtype=torch.float64, generator=generator)
+        for h, n in ((heads[0], queries), (heads[1], keys), (heads[1], keys))
+    )
+    length = keys + 3 if fixed else None
+    run = Run(None, 0, queries, 0, keys, 0)
+    score = Score(scale=0.4, softcap=softcap)
+    with torch.no_grad():
+        got = banded_attention(q, k, v, score, layout, work(scaler, rope, run, length))
+    expected = reference_attention(q, k, v, score, layout, scaler, rope, length)
+    assert (got - expected).abs().max() < 1e-10
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), first=st.integers(0, 40))
+def test_every_pair_lies_in_one_piece(case, first):
+    scaler, rope, keys, queries, *_ = case
+    for bands in (scaler.bands(rope, keys), (PLAIN,)):
+        counts = torch.zeros(len(bands), keys, keys, dtype=torch.int)
+        for block in blocks(bands, first, keys - queries, keys):
+            for piece in block.pieces:
+                square = counts[piece.band, piece.query_start : piece.query_stop, piece.key_start : piece.key_stop]
+                seen = torch.ones_like(square)
+                if isinstance(piece.sees, torch.Tensor):
+                    seen = piece.sees.int()
+                elif piece.sees != "all":
+                    assert square.shape[0] == square.shape[1]
+                    seen = seen.tril() if piece.sees == "lower" else seen.triu()
+                square += seen
+        i = torch.arange(first + keys - queries, first + keys)[:, None]
+        j = torch.arange(first, first + keys)
+        for band, count in zip(bands, counts, strict=True):
+            assert torch.equal(count[keys - queries :], ((band.start(i) <= j) & (j < band.stop(i))).int())
+
+
+@pytest.mark.parametrize("spec", ["rerope:512", "dual-chunk", "self-extend:4,window=512", "sink-window:1k", "none"])
+def test_long_contexts_take_few_pieces_and_no_masks(spec):
+    rope = RopeSpec(dim=8, base=1e4, trained_length=2048)
+    pieces = [p for block in blocks(parse(spec).bands(rope, 8192), 0, 7168, 8192) for p in block.pieces]
+    assert len(pieces) <= 20
+    assert all(isinstance(piece.sees, str) for piece in pieces)
+
+
+@pytest.mark.parametrize("spec", [*MAPS, "ntk:4|rerope:{w}|logn", "dynamic-ntk"])
+def test_the_fused_kernel_agrees_with_the_plain_one(spec):
+    rope = RopeSpec(dim=16, base=1e4, trained_length=256)
+    scaler = parse(spec.format(w=90))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 16) for h, n in ((4, 700), (2, 1100), (2, 1100)))
+    run, layout = Run(None, 0, 700, 0, 1100, 0), Layout(0, 16, False)
+    with torch.no_grad():
+        fused = banded_attention(q, k, v, Score(scale=0.25), layout, work(scaler, rope, run))
+        plain = banded_attention(*(t.double() for t in (q, k, v)), Score(scale=0.25), layout, work(scaler, rope, run))
+    assert (fused - plain).abs().max() < 2e-6
+
+
+def test_memory_grows_with_the_context_and_not_with_its_square():
+    """Pieces never hold more queries than a block, so scores of the plain kernel stay block x 2048."""
+    rope = RopeSpec(dim=8, base=1e4, trained_length=4096)
+    for block in blocks(parse("rerope:2k").bands(rope), 0, 0, 32768):
+        assert block.stop - block.start <= 512
+
+
+def test_a_query_that_sees_nothing_weighs_nothing():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
+    nothing = torch.zeros(3, 5, dtype=torch.bool)
+    everything = attend(q, k, v, Score(scale=1.0))
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            joined, _ = join(*everything, *attend(q, k, v, Score(scale=1.0), nothing))
+            assert torch.allclose(joined, everything[0], atol=1e-6)
+
+
+def test_the_models_own_sinks_take_weight():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.float64) for _ in range(3))
+    sinks = torch.tensor([0.3, -1.0], dtype=torch.float64)
+    run, rope = Run(None, 0, 6, 0, 6, 0), RopeSpec(dim=8, base=1e4, trained_length=64)
+    with torch.no_grad():
+        got = banded_attention(q, k, v, Score(scale=0.4), None, work(Scaler(), rope, run), sinks)
+    scores = (q @ k.transpose(-1, -2) * 0.4).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -math.inf)
+    with_sink = torch.cat((scores, sinks[None, :, None, None].expand(1, 2, 6, 1)), -1).softmax(-1)
+    assert torch.allclose(got, with_sink[..., :-1] @ v)
+
+
+@pytest.mark.parametrize("spec", [*MAPS, "ntk:4|rerope:{w}|logn", "dynamic-yarn:step=9"])
+def test_gradients_equal_the_twins(spec):
+    rope = RopeSpec(dim=8, base=100.0, trained_length=32)
+    scaler, layout = parse(spec.format(w=12)), Layout(0, 8, True)
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, h, 90, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    weight = torch.randn(1, 4, 90, 8, dtype=torch.float64)
+    run = Run(None, 0, 90, 0, 90, 0)
+    ours = banded_attention(*tensors, Score(scale=0.4), layout, work(scaler, rope, run))
+    twins = reference_attention(*tensors, Score(scale=0.4), layout, scaler, rope)
+    for one, other in zip(*(torch.autograd.grad((out * weight).sum(), tensors) for out in (ours, twins)), strict=True):
+        assert (one - other).abs().max() < 1e-10
