@@ -31,9 +31,9 @@ _MARKERS = "osDvPXp*"  # an upward triangle means "off the scale"
 
 # A method keeps its colour from plot to plot; methods that are rarely drawn together share one.
 _COLOUR_OF_METHOD = {
-    **dict.fromkeys(("yarn", "dynamic-yarn", "selfextend"), 0),
-    **dict.fromkeys(("linear", "llama3", "dualchunk"), 1),
-    **dict.fromkeys(("rerope", "leakyrerope", "ntk-by-parts"), 2),
+    **dict.fromkeys(("yarn", "dynamic-yarn", "self-extend"), 0),
+    **dict.fromkeys(("linear", "llama3", "dual-chunk"), 1),
+    **dict.fromkeys(("rerope", "leaky-rerope", "ntk-by-parts"), 2),
     **dict.fromkeys(("ntk", "dynamic-ntk"), 3),
     **dict.fromkeys(("ntk-mixed", "ntk-fixed"), 4),
     **dict.fromkeys(("longrope", "critical-base", "mrrope"), 5),
