@@ -247,15 +247,23 @@ def _block(
             out, lse = part_out, part_lse
             continue
         rows = slice(piece.query_start - block.start, piece.query_stop - block.start)
-        joined = join(out[:, :, rows], lse[:, :, rows], part_out, part_lse)
-        out, lse = (_replaced(whole, rows, part) for whole, part in zip((out, lse), joined, strict=True))
+        out, lse = _joined(out, lse, rows, part_out, part_lse)
     assert out is not None and lse is not None
     if sinks is not None:
         out = out * torch.sigmoid(lse - sinks[:, None].to(lse.dtype)).unsqueeze(-1).to(out.dtype)
     return out
 
 
-def _replaced(whole: Tensor, rows: slice, part: Tensor) -> Tensor:
-    if part.shape[2] == whole.shape[2]:
-        return part
-    return torch.cat((whole[:, :, : rows.start], part, whole[:, :, rows.stop :]), 2)
+def _joined(out: Tensor, lse: Tensor, rows: slice, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """`out` and `lse` with a part joined into some of their rows; in place where no gradient needs what was there."""
+    joined_out, joined_lse = join(out[:, :, rows], lse[:, :, rows], part_out, part_lse)
+    if joined_out.shape == out.shape:
+        return joined_out, joined_lse
+    if torch.is_grad_enabled():
+        before, behind = slice(0, rows.start), slice(rows.stop, None)
+        return tuple(  # type: ignore[return-value]
+            torch.cat((whole[:, :, before], part, whole[:, :, behind]), 2)
+            for whole, part in ((out, joined_out), (lse, joined_lse))
+        )
+    out[:, :, rows], lse[:, :, rows] = joined_out, joined_lse
+    return out, lse

@@ -99,9 +99,15 @@ def _pieces(band: int, start: int, key_start: Tensor, key_stop: Tensor) -> Itera
         keys = torch.arange(s0, e1)
         yield Piece(band, start, stop, s0, e1, (key_start[:, None] <= keys) & (keys < key_stop[:, None]))
         return
-    if s1 < e0:
-        yield Piece(band, start, stop, s1, e0, "all")
-    if s1 > s0:
-        yield Piece(band, start, stop - 1, s0, s1, "upper")
+    # A triangle takes in one key that all queries see, where there is one: it then has a row for every query.
+    inner_start, inner_stop = s1, e0
     if e1 > e0:
-        yield Piece(band, start + 1, stop, e0, e1, "lower")
+        shared = inner_stop > inner_start
+        inner_stop -= shared
+        yield Piece(band, start + (not shared), stop, inner_stop, e1, "lower")
+    if s1 > s0:
+        shared = inner_stop > inner_start
+        inner_start += shared
+        yield Piece(band, start, stop - (not shared), s0, inner_start, "upper")
+    if inner_stop > inner_start:
+        yield Piece(band, start, stop, inner_start, inner_stop, "all")
