@@ -43,7 +43,8 @@ class Segment:
     bands: tuple[Band, ...]
     frequencies: Frequencies
     temperature: Tensor | None
-    _angles: dict[object, Angles | None] = field(default_factory=dict, repr=False)
+    _angles: dict[object, Angles] = field(default_factory=dict, repr=False)
+    _turns: dict[int, bool] = field(default_factory=dict, repr=False)
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -65,25 +66,30 @@ class Segment:
         """The first band with the same key map: they share turned keys."""
         return next(i for i, other in enumerate(self.bands) if other.key is self.bands[band].key)
 
-    def query_angles(self, band: int, like: Tensor) -> Angles:
-        """Angles of all queries of the segment in `band`. The factor on cos and sin of both sides is in them."""
-        key = ("query", band, like.dtype)
+    def query_angles(self, like: Tensor) -> Angles:
+        """Angles of all queries in every used band, [bands, 1, 1, n, d/2]. The factor on cos and sin of both sides is
+        in them."""
+        key = ("queries", like.dtype)
         if key not in self._angles:
             i = torch.arange(self.start, self.stop) + self.offset + self.first
+            positions = torch.stack([self.bands[band].query(i) for band in self.used_bands])[:, None, None]
             factor = self.frequencies.attention_factor**2
-            self._angles[key] = angles(self.bands[band].query(i), self.frequencies.inv_freq, factor=factor, like=like)
-        found = self._angles[key]
-        assert found is not None
-        return found
+            self._angles[key] = angles(positions, self.frequencies.inv_freq, factor=factor, like=like)
+        return self._angles[key]
 
-    def key_angles(self, band: int, start: int, stop: int, like: Tensor) -> Angles | None:
-        """Angles of the keys [start, stop) in `band`; None where nothing turns."""
-        key = ("key", self.key_map(band), start, stop, like.dtype)
+    def key_angles(self, band: int, start: int, stop: int, like: Tensor) -> Angles:
+        """Angles of the keys [start, stop) in `band`, [n, d/2]."""
+        key = (band, start, stop, like.dtype)
         if key not in self._angles:
             positions = self.bands[band].key(torch.arange(start, stop) + self.first)
-            turns = bool(positions.any())
-            self._angles[key] = angles(positions, self.frequencies.inv_freq, like=like) if turns else None
+            self._angles[key] = angles(positions, self.frequencies.inv_freq, like=like)
         return self._angles[key]
+
+    def turns(self, band: int) -> bool:
+        """False where all keys of `band` stand at position 0, so that they are read as they are held."""
+        if band not in self._turns:
+            self._turns[band] = bool(self.bands[band].key(torch.arange(*self.key_range(band)) + self.first).any())
+        return self._turns[band]
 
 
 @dataclass
@@ -153,8 +159,8 @@ def banded_attention(
     B, H, N, _ = q_BHND.shape
     rows = []
     for run, segments in work:
-        q = q_BHND[run.rows, :, run.query_start : run.query_stop]
-        k, v = (t[run.rows, :, run.key_start : run.key_stop] for t in (k_BKMD, v_BKMD))
+        q = _part(q_BHND, run.row, run.query_start, run.query_stop)
+        k, v = (_part(t, run.row, run.key_start, run.key_stop) for t in (k_BKMD, v_BKMD))
         keep = turned if run.row is None and run.key_start == 0 else None
         parts = [
             _segment(q, k, v, score, layout, segment, sinks_H, keep if segment is segments[-1] else None)
@@ -166,8 +172,15 @@ def banded_attention(
         rows.append((run, out))
     whole = q_BHND.new_zeros(B, H, N, v_BKMD.shape[-1])
     for run, out in rows:
-        whole[run.rows, :, run.query_start : run.query_stop] = out
+        _part(whole, run.row, run.query_start, run.query_stop).copy_(out)
     return whole
+
+
+def _part(x: Tensor, row: int | None, start: int, stop: int) -> Tensor:
+    """Places [start, stop) of dimension 2, of one row or all; a step of decoding makes many of these."""
+    if row is not None:
+        x = x[row : row + 1]
+    return x if start == 0 and stop == x.shape[2] else x[:, :, start:stop]
 
 
 def _segment(
@@ -180,17 +193,15 @@ def _segment(
     sinks: Tensor | None,
     turned: TurnedKeys | None,
 ) -> Tensor:
-    q = q[:, :, segment.start : segment.stop]
+    q = _part(q, None, segment.start, segment.stop)
     if segment.temperature is not None:
         q = (q * segment.temperature.to(q.device)[:, None]).to(q.dtype)
-    queries, keys = [q] * len(segment.bands), [(k, 0)] * len(segment.bands)
+    queries, keys = dict.fromkeys(segment.used_bands, q), dict.fromkeys(segment.used_bands, (k, 0))
     if layout is not None:
-        for band in segment.used_bands:
-            queries[band] = layout.rotate(q, segment.query_angles(band, q))
-            shared = segment.key_map(band)
-            if keys[shared][0] is k:
-                keys[shared] = _turned_keys(k, layout, segment, shared, turned)
-            keys[band] = keys[shared]
+        queries = dict(zip(segment.used_bands, layout.rotate(q, segment.query_angles(q)), strict=True))
+        maps = {segment.key_map(band) for band in segment.used_bands}
+        turned_keys = {key_map: _turned_keys(k, layout, segment, key_map, turned) for key_map in maps}
+        keys = {band: turned_keys[segment.key_map(band)] for band in segment.used_bands}
 
     def block_attention(block: Block) -> Tensor:
         return _block(queries, keys, v, score, block, segment.offset + segment.start, sinks)
@@ -212,20 +223,21 @@ def _turned_keys(
 ) -> tuple[Tensor, int]:
     """Keys as `band` sees them, and the index of the first of them."""
 
-    def turn(start: int, stop: int) -> Tensor:
-        found = segment.key_angles(band, start, stop, k)
-        part = k[:, :, start:stop]
-        return part if found is None else layout.rotate(part, found)
-
     start, stop = segment.key_range(band)
-    if turned is None or segment.key_angles(band, start, stop, k) is None:
+    if not segment.turns(band):
+        return k, 0
+
+    def turn(start: int, stop: int) -> Tensor:
+        return layout.rotate(k[:, :, start:stop], segment.key_angles(band, start, stop, k))
+
+    if turned is None:
         return turn(start, stop), start
     return turned.get((segment.scaler, segment.length, segment.first), band, k[:, :, :stop], turn), 0
 
 
 def _block(
-    queries: list[Tensor],
-    keys: list[tuple[Tensor, int]],
+    queries: dict[int, Tensor],
+    keys: dict[int, tuple[Tensor, int]],
     v: Tensor,
     score: Score,
     block: Block,
@@ -236,9 +248,9 @@ def _block(
     for piece in block.pieces:
         k, first_key = keys[piece.band]
         part_out, part_lse = attend(
-            queries[piece.band][:, :, piece.query_start - query_offset : piece.query_stop - query_offset],
-            k[:, :, piece.key_start - first_key : piece.key_stop - first_key],
-            v[:, :, piece.key_start : piece.key_stop],
+            _part(queries[piece.band], None, piece.query_start - query_offset, piece.query_stop - query_offset),
+            _part(k, None, piece.key_start - first_key, piece.key_stop - first_key),
+            _part(v, None, piece.key_start, piece.key_stop),
             score,
             piece.sees,
         )

@@ -115,13 +115,14 @@ def _lower_fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
 
     The fused kernel works in blocks of 512 keys and would compute most of what a triangle leaves out.
     """
-    B, H, N, D = q.shape
+    B, H, N, _ = q.shape
     if N % 2 or N <= _SMALLEST_TRIANGLE:
         k, v = (t.repeat_interleave(H // k.shape[1], dim=1) for t in (k, v))
         return flash(q, k, v, scale, causal=True)
-    halves = (t.unflatten(2, (2, N // 2)).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-    out, lse = _lower_fused(*halves, scale)
-    out, lse = (t.unflatten(0, (B, 2)).transpose(1, 2).flatten(2, 3) for t in (out, lse))
+    q_half, k_half, v_half = (t.reshape(B, t.shape[1], 2, N // 2, -1).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    out, lse = _lower_fused(q_half, k_half, v_half, scale)
+    out = out.reshape(B, 2, H, N // 2, -1).transpose(1, 2).flatten(2, 3)
+    lse = lse.reshape(B, 2, H, N // 2).transpose(1, 2).flatten(2, 3)
     rows, keys = slice(N // 2, None), slice(N // 2)
     part = _attend_fused(q[:, :, rows], k[:, :, keys], v[:, :, keys], scale, "all")
     out[:, :, rows], lse[:, :, rows] = join(out[:, :, rows], lse[:, :, rows], *part)

@@ -37,15 +37,20 @@ class Layout:
             a, b = turning[..., 0::2], turning[..., 1::2]
         else:
             a, b = turning.chunk(2, dim=-1)
-        turned = (a * angles.cos - b * angles.sin, b * angles.cos + a * angles.sin)
+        turned = (
+            torch.addcmul(a * angles.cos, b, angles.sin, value=-1),
+            torch.addcmul(b * angles.cos, a, angles.sin),
+        )
         both = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
         if self.dim == x.shape[-1]:
             return both.to(x.dtype)
-        return torch.cat((x[..., : self.start], both.to(x.dtype), x[..., self.start + self.dim :]), -1)
+        still = (x[..., : self.start], x[..., self.start + self.dim :])
+        before, behind = (part.expand(*both.shape[:-1], -1) for part in still)
+        return torch.cat((before, both.to(x.dtype), behind), -1)
 
 
 def angles(positions: Tensor, inv_freq: Tensor, *, factor: float = 1.0, like: Tensor) -> Angles:
-    """Cosines and sines at real-valued `positions` (float64 [N]), times `factor`.
+    """Cosines and sines at real-valued `positions` (float64 [...]), times `factor`: [..., d/2].
 
     Computed in float64 and rounded once: float32 angles are off by 0.01 rad at position 100,000.
 
@@ -53,7 +58,7 @@ def angles(positions: Tensor, inv_freq: Tensor, *, factor: float = 1.0, like: Te
         inv_freq: radians per position, float64 [d/2].
         like: device and dtype of what will be turned; 16-bit ones get float32.
     """
-    turns = positions[:, None] * inv_freq.to(positions.device)
+    turns = positions[..., None] * inv_freq.to(positions.device)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     cos, sin = ((f(turns) * factor).to(like.device, dtype) for f in (torch.cos, torch.sin))
     return Angles(cos, sin)

@@ -32,11 +32,6 @@ class Run:
     key_stop: int
     first: int
 
-    @property
-    def rows(self) -> slice:
-        """The batch rows of the run."""
-        return slice(None) if self.row is None else slice(self.row, self.row + 1)
-
 
 def key_slots(padding: Tensor | None, batch: int, kv_length: int, kv_offset: int, q_offset: int | Tensor) -> Tensor:
     """A causal mask without its square: [B, 1, 1, M], the place of every key counted from the first query.
