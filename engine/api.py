@@ -87,6 +87,7 @@ class Model:
         hf: the transformers model underneath.
         tokenizer: its tokenizer.
         name: what it was loaded as.
+        sites: its rotary modules, verified against its config.
     """
 
     def __init__(
@@ -102,8 +103,8 @@ class Model:
         self.tokenizer = tokenizer
         self.name = name
         self._max_length = max_length
-        self._sites = rotary_sites(hf)
-        self._installed = install(hf, self._sites, parse(rope), grows=False)
+        self.sites = rotary_sites(hf)
+        self._installed = install(hf, self.sites, parse(rope), grows=False)
 
     @property
     def rope(self) -> Scaler:
@@ -115,27 +116,27 @@ class Model:
         wanted, before = parse(scaler), self.rope
         self._installed.restore()
         try:
-            self._installed = install(self.hf, self._sites, wanted, grows=False)
+            self._installed = install(self.hf, self.sites, wanted, grows=False)
         except RopewalkError:
-            self._installed = install(self.hf, self._sites, before, grows=False)
+            self._installed = install(self.hf, self.sites, before, grows=False)
             raise
 
     @property
     def spec(self) -> RopeSpec:
         """The model's rotary geometry: dimension, base, trained length."""
-        return headline(self._sites).configured.rope
+        return headline(self.sites).configured.rope
 
     @property
     def trained_length(self) -> int:
         """Tokens that the model reads without any scaler of ours; what `2x` is a multiple of."""
-        return headline(self._sites).configured.max_length
+        return headline(self.sites).configured.max_length
 
     @property
     def max_length(self) -> int:
         """Most tokens `generate` accepts, prompt and answer together: the scaler's reach unless set."""
         if self._max_length is not None:
             return self._max_length
-        reach = headline(self._sites).reach(self.rope)
+        reach = headline(self.sites).reach(self.rope)
         return int(reach) if math.isfinite(reach) else 2**31
 
     @overload

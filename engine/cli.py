@@ -14,6 +14,7 @@ from ..errors import RopewalkError
 COMMANDS = {
     "demo": ("ropewalk.evals.cli:demo", "The whole story on the embedded model, in minutes."),
     "ppl": ("ropewalk.evals.cli:ppl", "Perplexity across context lengths, by protocol."),
+    "speed": ("ropewalk.evals.cli:speed", "What a position map costs, against plain attention."),
     "generate": ("ropewalk.engine.cli:generate", "Continue a prompt."),
     "show": ("ropewalk.engine.cli:show", "Draw what a scaler does."),
     "scalers": ("ropewalk.engine.cli:scalers", "List every method, its fields and its source."),

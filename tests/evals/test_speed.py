@@ -1,0 +1,50 @@
+"""The benchmark of position maps: the public form is the same attention, and the command tells its costs."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import ropewalk as rw
+from ropewalk.engine.banded import Plan, banded_attention
+from ropewalk.engine.cli import cli
+from ropewalk.engine.kernel import Score
+from ropewalk.engine.rotary import RotarySite
+from ropewalk.engine.rotation import Layout
+from ropewalk.engine.rows import Run
+from ropewalk.evals.speed import check_maps, naive_attention
+from ropewalk.scaling import RopeSpec, Scaler, parse
+from ropewalk.scaling.hf import ConfiguredRope
+
+
+@pytest.mark.parametrize("spec", ["rerope:40", "self-extend:4,window=40", "dual-chunk", "leaky-rerope:40,k=3"])
+def test_the_public_form_is_the_same_attention(spec):
+    rope = RopeSpec(dim=16, base=1e4, trained_length=128)
+    configured = ConfiguredRope(rope=rope, scaler=Scaler(), max_length=128)
+    site = RotarySite(module=nn.Module(), layer_type=None, configured=configured)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 300, 16, generator=generator) for h in (4, 2, 2))
+    run = Run(None, 0, 300, 0, 300, 0)
+    with torch.inference_mode():
+        work = [(run, Plan(site, parse(spec), 300).segments(run))]
+        ours = banded_attention(q, k, v, Score(scale=0.25), Layout(0, 16, False), work)
+        assert (naive_attention(q, k, v, 0.25, parse(spec), site) - ours).abs().max() < 1e-5
+
+
+def test_speed_tells_costs_and_ends_in_json(tiny_folder):
+    arguments = ["speed", str(tiny_folder), "--lengths", "256,2x", "--repeats", "1", "--public-form"]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    costs = json.loads(result.output.splitlines()[-1])["costs"]
+    assert {cost["what"] for cost in costs} == {"prefill attention", "prefill attention, public form", "decode"}
+    assert {cost["length"] for cost in costs} == {256, 512}
+    assert {"plain attention", "none", "rerope:64", "self-extend:8,window=64", "dual-chunk"} == {
+        cost["scaler"] for cost in costs
+    }
+    assert all(cost["ratio"] > 0 and len(cost["seconds"]) == 1 for cost in costs)
+
+
+def test_a_scaler_without_a_map_is_refused():
+    with pytest.raises(rw.ConfigError, match="yarn:4 has no position map"):
+        check_maps([parse("rerope:2k"), parse("yarn:4")])
