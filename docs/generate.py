@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import click
+import torch
 import transformers
 from tqdm import tqdm
 
@@ -100,6 +101,7 @@ def family_table() -> str:
     from families import FAMILIES  # type: ignore[import-not-found]
     from serving import bands, frequencies  # type: ignore[import-not-found]
 
+    torch.set_num_threads(1)
     rows = {}
     for name in tqdm(FAMILIES, desc="families"):
         rows[name] = (frequencies(name, FAMILIES[name]()), bands(name, FAMILIES[name]()))
