@@ -14,9 +14,10 @@ from transformers.masking_utils import causal_mask_function
 from ..errors import PatchError, UnsupportedModel
 from ..scaling.lengths import format_length
 from ..scaling.rope import Scaler
-from .banded import Plan, Segment, banded_attention
+from .banded import banded_attention
 from .cache import adopt
 from .kernel import Score
+from .plan import Plan, Segment
 from .probe import LayerRope, layer_ropes, logits
 from .rotary import RotarySite, headline
 from .rotation import angles

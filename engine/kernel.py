@@ -138,7 +138,7 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, score: Score, sees: Sees | Te
     if score.softcap is not None:
         scores = score.softcap * torch.tanh(scores / score.softcap)
     if sees != "all":
-        seen = sees if isinstance(sees, Tensor) else _triangle(N, sees, q.device)
+        seen = sees.to(q.device) if isinstance(sees, Tensor) else _triangle(N, sees, q.device)
         scores = scores.masked_fill(~seen, torch.finfo(exact).min / 4)
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.unsqueeze(-1))

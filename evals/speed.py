@@ -17,9 +17,10 @@ from torch import Tensor
 from ..engine import decode
 from ..engine.api import Model
 from ..engine.attention import causal_attention
-from ..engine.banded import Plan, Segment, banded_attention
+from ..engine.banded import banded_attention
 from ..engine.cache import TurnedKeys
 from ..engine.kernel import Score
+from ..engine.plan import Plan, Segment
 from ..engine.rotary import RotarySite, headline
 from ..engine.rotation import Layout, angles
 from ..engine.rows import Run

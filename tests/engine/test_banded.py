@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ropewalk as rw
-from ropewalk.engine.banded import Plan, banded_attention
+from ropewalk.engine.banded import banded_attention
 from ropewalk.engine.blocks import blocks
 from ropewalk.engine.kernel import Score, attend, join
+from ropewalk.engine.plan import Plan
 from ropewalk.engine.reference import reference_attention
 from ropewalk.engine.rotary import RotarySite
 from ropewalk.engine.rotation import Layout

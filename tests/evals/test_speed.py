@@ -8,9 +8,10 @@ from click.testing import CliRunner
 from torch import nn
 
 import ropewalk as rw
-from ropewalk.engine.banded import Plan, banded_attention
+from ropewalk.engine.banded import banded_attention
 from ropewalk.engine.cli import cli
 from ropewalk.engine.kernel import Score
+from ropewalk.engine.plan import Plan
 from ropewalk.engine.rotary import RotarySite
 from ropewalk.engine.rotation import Layout
 from ropewalk.engine.rows import Run
