@@ -58,6 +58,7 @@ class BandPatch:
         self._plans: list[tuple[RotarySite | None, Plan]] = []
         self._seen: tuple[Tensor, Tensor | None, RotarySite | None, int, Work] | None = None
         self._warned = False
+        self._windowed = (0, 0, 0)  # queries, keys, and the place of query 0 among the keys of a windowed layer
         self._hook: Any = None
         self._install()
 
@@ -134,6 +135,7 @@ class BandPatch:
         """Nothing for causal attention over everything, a tensor of key places with padding, the model's own mask
         for windows and packed texts."""
         if mask_function is not causal_mask_function:
+            self._windowed = (q_length, kv_length, int(q_offset) - kv_offset)
             return self._seam.own_mask(
                 batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **others
             )
@@ -161,7 +163,7 @@ class BandPatch:
         _refuse(others)
         layer = self._layers[module.layer_idx]  # type: ignore[index]
         if layer.is_local:
-            query, key = self._turned_locally(layer, query, key, attention_mask)
+            query, key = self._turned_locally(layer, query, key)
             own = {**others, "position_ids": position_ids, "dropout": dropout, "scaling": scaling}
             own |= {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux)) if v is not None}
             out, _ = self._seam.own_attention(module)(module, query, key, value, attention_mask, **own)
@@ -210,7 +212,7 @@ class BandPatch:
                 stacklevel=2,
             )
 
-    def _turned_locally(self, layer: LayerRope, query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    def _turned_locally(self, layer: LayerRope, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of a local layer, turned as ever but for a shift of all positions.
 
         Where local layers share their frequencies with the others, a scaler changes both, as it does in a config;
@@ -219,12 +221,7 @@ class BandPatch:
         if layer.layout is None or layer.site is None:
             return query, key
         queries, keys = query.shape[2], key.shape[2]
-        offset = keys - queries
-        if isinstance(mask, Tensor) and mask.dim() == 4:  # a static cache has room behind the last query
-            last = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
-            offset = int(torch.nonzero(last.any(0)).max()) - queries + 1
-        elif queries > 1:
-            offset = 0
+        offset = self._windowed[2] if self._windowed[:2] == (queries, keys) else keys - queries
         scaler, length = self._set_for
         grows = scaler.depends_on_length and length is None
         own = layer.site.configured.scaler if layer.site.is_local or grows else layer.site.effective(scaler)

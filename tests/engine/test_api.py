@@ -32,11 +32,22 @@ def reference_logprobs(reference, ids):
     return logprobs.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("spec", ["none", "yarn:4", "ntk:8|resonance"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "none",
+        "yarn:4",
+        "ntk:8|resonance",
+        "ntk:4|rerope:64|logn",
+        "self-extend:8,window=64",
+        "jet-long:64|logn",
+        "logn",
+    ],
+)
 def test_score_equals_transformers(model, reference, spec):
     model.rope = spec
     score = model.score(TEXT)
-    with rw.patch(reference, spec):
+    with rw.patch(reference, spec, length=len(score.token_ids)):
         expected = reference_logprobs(reference, score.token_ids)
     assert torch.allclose(score.logprobs, expected, atol=1e-4)
     assert score.loss == pytest.approx(-expected.mean().item(), abs=1e-5)
@@ -141,6 +152,38 @@ def test_more_tokens_than_the_reach_are_refused_with_the_next_step(model, tiny_f
     assert model.generate("x", rw.SamplingParams(max_new_tokens=300)).usage.completion_tokens <= 300
     longer = rw.load(tiny_folder, max_length=400)
     assert longer.generate("x", rw.SamplingParams(max_new_tokens=300)).usage.completion_tokens <= 300
+
+
+@pytest.mark.parametrize("spec", ["ntk:4|rerope:64|logn", "dual-chunk|logn", "jet-long:64", "logn"])
+def test_maps_write_what_a_patched_transformers_model_writes(model, reference, spec):
+    model.rope = spec
+    completion = model.generate(TEXT, rw.SamplingParams(max_new_tokens=40, temperature=0, logprobs=1))
+    ids = torch.tensor([model.tokenizer(TEXT).input_ids])
+    with rw.patch(reference, spec, length=ids.shape[1] + 40):
+        out = reference.generate(
+            ids, max_new_tokens=40, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+    assert completion.token_ids == out.sequences[0, ids.shape[1] :].tolist()
+    expected = torch.cat(out.logits).log_softmax(-1).max(-1).values
+    assert torch.allclose(torch.tensor([token.logprob for token in completion.logprobs]), expected, atol=1e-4)
+
+
+def test_a_map_reaches_what_it_says(model):
+    model.rope = "self-extend:2,window=128"
+    assert model.max_length == 384
+    with pytest.raises(rw.ContextOverflow, match="more than the 384 that"):
+        model.generate(TEXT, rw.SamplingParams(max_new_tokens=384))
+    model.rope = "rerope:64"
+    assert model.generate(TEXT * 4, GREEDY).usage.prompt_tokens > 512
+
+
+def test_a_map_that_does_not_fit_leaves_the_old_one_in_place(model):
+    model.rope = "rerope:64|logn"
+    before = model.score(TEXT).logprobs
+    with pytest.raises(rw.ConfigError, match="rerope: window 256 is not below the length 256"):
+        model.rope = "rerope:256"
+    assert str(model.rope) == "rerope:64|logn"
+    assert torch.equal(model.score(TEXT).logprobs, before)
 
 
 def test_scoring_needs_two_tokens(model):

@@ -110,6 +110,29 @@ def test_2_a_row_of_a_batch_is_the_row_alone(llama64, spec):
             assert difference(right_rows[row, :length], alone) < 1e-10
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "cohere2", "gpt_oss"])
+def test_2_padding_on_the_right_of_models_with_windows(family):
+    model = FAMILIES[family]()
+    ids = torch.cat((IDS[:, :50], torch.zeros(1, 40, dtype=torch.long)), 1)
+    mask = (torch.arange(90) < 50).long()[None]
+    with rw.patch(model, "rerope:20|logn"):
+        assert difference(logits(model, ids, attention_mask=mask)[:, :50], logits(model, IDS[:, :50])) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [("llama", "eager"), ("gemma3_text", "eager"), ("gemma3_text", "sdpa"), ("llama", "flex_attention")],
+)
+def test_the_models_own_implementation_serves_its_windows(family, implementation):
+    model = FAMILIES[family]()
+    model.set_attn_implementation(implementation)
+    with rw.patch(model, "rerope:20|logn"):
+        whole = logits(model)
+        assert difference(in_chunks(model, [50, 100]), whole) < 2e-5
+    with rw.patch(FAMILIES[family](), "rerope:20|logn") as handle:
+        assert difference(logits(handle._model), whole) < 2e-5
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_3_nothing_depends_on_earlier_calls(llama, spec):
     with rw.patch(llama, spec):
