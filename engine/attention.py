@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .kernel import flash, join
+from .kernel import flash, join, lower_triangle
 
 ATTENTION_NAME = "ropewalk_causal"
 
@@ -34,8 +34,8 @@ def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, scale: floa
     if N == 1:  # a decode step sees every key: the heads of a group are the kernel's queries
         out, _ = flash(q_BHND.reshape(B, K, H // K, D), k_BKMD, v_BKMD, scale, causal=False)
         return out.reshape(B, H, 1, D)
-    own_k, own_v = (t[:, :, past:].repeat_interleave(H // K, dim=1) for t in (k_BKMD, v_BKMD))
-    out, lse = flash(q_BHND, own_k, own_v, scale, causal=True)
+    scale = D**-0.5 if scale is None else scale
+    out, lse = lower_triangle(q_BHND, k_BKMD[:, :, past:], v_BKMD[:, :, past:], scale)
     if past:
         grouped = q_BHND.reshape(B, K, H // K * N, D)  # [B, K, G * N, D]: keys are read once a group, not repeated
         past_out, past_lse = flash(grouped, k_BKMD[:, :, :past], v_BKMD[:, :, :past], scale, causal=False)

@@ -105,13 +105,15 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, sees: Sees | Te
         )
         return out.reshape(B, H, N, D), lse.reshape(B, H, N)
     if sees == "lower":
-        return _lower_fused(q, k, v, scale)
-    out, lse = _lower_fused(q.flip(2), k.flip(2), v.flip(2), scale)  # upside down, upper is lower
+        return lower_triangle(q, k, v, scale)
+    out, lse = lower_triangle(q.flip(2), k.flip(2), v.flip(2), scale)  # upside down, upper is lower
     return out.flip(2), lse.flip(2)
 
 
-def _lower_fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """A triangle as two half as large, side by side in the batch, and the square below the first.
+def lower_triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of N queries over N keys by the fused kernel: output [B, H, N, D], log-sum-exp [B, H, N].
+
+    A triangle is two half as large, side by side in the batch, and the square below the first.
 
     The fused kernel works in blocks of 512 keys and would compute most of what a triangle leaves out.
     """
@@ -120,7 +122,7 @@ def _lower_fused(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
         k, v = (t.repeat_interleave(H // k.shape[1], dim=1) for t in (k, v))
         return flash(q, k, v, scale, causal=True)
     q_half, k_half, v_half = (t.reshape(B, t.shape[1], 2, N // 2, -1).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-    out, lse = _lower_fused(q_half, k_half, v_half, scale)
+    out, lse = lower_triangle(q_half, k_half, v_half, scale)
     out = out.reshape(B, 2, H, N // 2, -1).transpose(1, 2).flatten(2, 3)
     lse = lse.reshape(B, 2, H, N // 2).transpose(1, 2).flatten(2, 3)
     rows, keys = slice(N // 2, None), slice(N // 2)
