@@ -100,7 +100,8 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> dict[int, La
         if not calls:
             raise UnsupportedModel(
                 f"{name} does not call attention through transformers' attention registry, so position maps and "
-                "growing lengths cannot be patched in; static frequency scalers such as yarn:4 can"
+                "growing lengths cannot be patched in; static frequency scalers such as yarn:4 can, and dynamic ones "
+                "with a fixed length="
             )
         seam.install(replay, seam.own_mask)
         with rotary.stilled(_GAIN):
