@@ -128,8 +128,8 @@ def test_ppl_measures_reports_and_resumes(tiny_folder, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_finished_cells_and_says_so(tiny_folder, tmp_path):
-    (tmp_path / "text.py").write_text("def add(a, b):\n    return a + b\n\n" * 3000, encoding="utf-8")
-    command = [sys.executable, "-m", "ropewalk", "ppl", tiny_folder, "--rope", "yarn:64", "--lengths", "64,16k"]
+    (tmp_path / "text.py").write_text("def add(a, b):\n    return a + b\n\n" * 12000, encoding="utf-8")
+    command = [sys.executable, "-m", "ropewalk", "ppl", tiny_folder, "--rope", "yarn:256", "--lengths", "64,64k"]
     command += ["--text", tmp_path / "text.py", "--target", "32", "--out", tmp_path / "run"]
     running = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     results = tmp_path / "run" / "results.jsonl"
