@@ -1,0 +1,285 @@
+"""Every way in which a text that begins with a prompt may have been cut into tokens up to the prompt's end.
+
+A *cover* of a prompt is a token sequence whose last token is the first to reach or pass its end. Every text that
+begins with the prompt has exactly one cover as the beginning of its tokens, so the probabilities of covers add up
+to that of the prompt, and drawing one with its probability is drawing from the model given the *text*, wherever the
+tokenizer cut it. Covers of one beginning are kept together as a node: the tokens before the last one, and the bytes
+of the prompt that the last token begins with.
+
+Papers: arXiv 2410.09303, 2412.03719, 2506.14123. What a canonical beginning is: arXiv 2506.07956.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from ..errors import DataError
+from .boundaries import Hypothesis, hypotheses, split_character
+from .vocab import Vocabulary
+
+_PIECES_BACK = 3  # pieces at the end of a prompt that the probes see, at least
+_WINDOW = 256  # bytes at its end among which they are looked for at first
+_LONG = 512  # bytes of a piece that is not cut into tokens anew for every node
+
+
+@dataclass(frozen=True)
+class Node:
+    """Covers that share all tokens but the last.
+
+    Attributes:
+        path: their tokens between the cover's trunk and the last one.
+        suffix: the end of the prompt after `path`. Every token that is longer and begins with it makes a cover; if
+            it is empty, the path is a cover itself, and any token may follow.
+    """
+
+    path: tuple[int, ...]
+    suffix: bytes
+
+    @property
+    def aligned(self) -> bool:
+        """True if the path ends where the prompt ends."""
+        return not self.suffix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cover:
+    """All covers of a prompt.
+
+    Attributes:
+        prompt: the tokens that the tokenizer makes of it.
+        trunk: the tokens that all covers begin with, always a prefix of `prompt`.
+        nodes: the first is the prompt's own end, unless its last character is cut and cannot be written.
+        text: bytes of the prompt after its last special token.
+    """
+
+    prompt: tuple[int, ...]
+    trunk: tuple[int, ...]
+    nodes: tuple[Node, ...]
+    text: bytes
+
+    @property
+    def only_aligned(self) -> bool:
+        """True if no text that begins with the prompt is cut otherwise than the prompt itself."""
+        return all(node.aligned for node in self.nodes) and len(self.nodes) == 1
+
+    @property
+    def backed_off(self) -> int:
+        """Tokens of the prompt that some cover does not have."""
+        return len(self.prompt) - len(self.trunk)
+
+
+def cover(vocabulary: Vocabulary, prompt: str | bytes) -> Cover:
+    """The covers of a prompt.
+
+    Args:
+        prompt: text, or UTF-8 bytes that may end inside a character. Special tokens in it are walls: only what
+            follows the last of them is cut anew.
+
+    Raises:
+        DataError: bytes that are not UTF-8, or that end in half a character that the tokenizer has no token for.
+    """
+    whole, partial = prompt, b""
+    if isinstance(prompt, bytes):
+        try:
+            head, partial = split_character(prompt)
+        except UnicodeDecodeError as error:
+            raise DataError(f"the prompt is not UTF-8 at byte {error.start}: {error.reason}") from None
+        whole = head.decode()
+    assert isinstance(whole, str)
+    ids = vocabulary.encode(whole)
+    wall = max((n + 1 for n, i in enumerate(ids) if i in vocabulary.walls), default=0)
+    text = vocabulary.text_bytes(ids[wall:])
+    if whole[-1:].isspace() and not text[-1:].isspace() and not (ids and wall == len(ids)):
+        text = _untrimmed(vocabulary, whole)  # a normalizer that strips the end of a text
+        ids[wall:] = _tokens(vocabulary, text)
+    return _Search(vocabulary, ids, wall, text + partial, partial).cover()
+
+
+def _untrimmed(vocabulary: Vocabulary, text: str) -> bytes:
+    """The bytes that `text` has in the middle of a text, where nothing is stripped."""
+    seen = []
+    for probe in ("a", "0"):
+        ids = vocabulary.encode(text + probe)
+        wall = max((n + 1 for n, i in enumerate(ids) if i in vocabulary.walls), default=0)
+        seen.append(vocabulary.text_bytes(ids[wall:]))
+    return seen[0][: _shared(*seen)]
+
+
+def _tokens(vocabulary: Vocabulary, text: bytes) -> list[int]:
+    """The tokens of a text, piece by piece."""
+    decoded = text.decode()
+    cuts = [0, *vocabulary.cuts(decoded), len(decoded)]
+    return [i for a, b in pairwise(cuts) for i in vocabulary.piece(decoded[a:b].encode())]
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+class _Search:
+    """One search for the covers of a prompt.
+
+    Args:
+        ids: its tokens, as the tokenizer makes them; without the half character that it may end in.
+        wall: how many of them come before the text that may be cut otherwise.
+        text: the bytes of that text, `partial`, the half character, included.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, ids: list[int], wall: int, text: bytes, partial: bytes) -> None:
+        self.vocabulary, self.ids, self.wall, self.text, self.partial = vocabulary, ids, wall, text, partial
+        lengths = (len(vocabulary.tokens[i]) for i in ids[wall:])
+        self.borders = [0, *accumulate(lengths)]  # byte offsets at which the tokens after the wall begin and end
+        self.kept, self.start = wall, 0  # tokens that all covers share for certain, and the offset after them
+
+    def cover(self) -> Cover:
+        if not self.text:
+            return Cover(prompt=tuple(self.ids), trunk=tuple(self.ids), nodes=(Node((), b""),), text=b"")
+        self._narrow()
+        found: dict[Node, None] = {}
+        for hypothesis in hypotheses(self.vocabulary, self.text[self.start :]):
+            found.update(dict.fromkeys(self._nodes(hypothesis)))
+        nodes = sorted(found, key=lambda node: not node.aligned)  # stable: the prompt's own end stays first
+        trunk = nodes[0].path
+        for node in nodes[1:]:
+            trunk = trunk[: _shared(trunk, node.path)]
+        kept = tuple(self.ids[: self.kept])
+        return Cover(
+            prompt=kept + nodes[0].path if nodes[0].aligned else tuple(self.ids),
+            trunk=kept + trunk,
+            nodes=tuple(Node(node.path[len(trunk) :], node.suffix) for node in nodes),
+            text=self.text,
+        )
+
+    def _narrow(self) -> None:
+        """Move `start` to a border of pieces near the end that what follows the prompt cannot move."""
+        width, whole = _WINDOW, len(self.text) - len(self.partial)
+        while width < whole:
+            first = bisect_right(self.borders, whole - width) - 1
+            while first and self.text[self.borders[first]] & 0xC0 == 0x80:
+                first -= 1  # a token that begins inside a character
+            if self._narrow_from(first):
+                return
+            width *= 4
+        self._narrow_from(0)
+
+    def _narrow_from(self, first: int) -> bool:
+        """Look for the border after the first `first` tokens; False if there is none, or if the text from there is
+        split otherwise alone than in its place."""
+        window = self.text[self.borders[first] : len(self.text) - len(self.partial)].decode()
+        cuts = self.vocabulary.cuts(window)
+        firm = [cut for cut in cuts[:-_PIECES_BACK] if _is_firm(window[cut - 1], window[cut])]
+        if not firm:
+            return False
+        start = self.borders[first] + len(window[: firm[-1]].encode())
+        n = bisect_left(self.borders, start)
+        if (
+            self.borders[n] != start
+            or _tokens(self.vocabulary, window[firm[-1] :].encode()) != self.ids[self.wall + n :]
+        ):
+            return False
+        self.kept, self.start = self.wall + n, start
+        return True
+
+    def _nodes(self, hypothesis: Hypothesis) -> Iterator[Node]:
+        """The nodes of a text that is split into pieces in this way; the last piece goes on after the prompt."""
+        borders = [self.start, *(self.start + cut for cut in hypothesis.cuts)]
+        before = tuple(i for a, b in pairwise(borders) for i in self.vocabulary.piece(self.text[a:b]))
+        piece = _OpenPiece(self, borders[-1])
+        for path in piece.ends():
+            yield Node(before + path, b"")
+        for begin in piece.begins():
+            path = piece.path(begin)
+            if self._continues(path, self.text[begin:], hypothesis.next_bytes):
+                yield Node(before + path, self.text[begin:])
+
+    def _continues(self, path: tuple[int, ...], suffix: bytes, next_bytes: frozenset[int]) -> bool:
+        """True if a token that is longer than `suffix` can follow the path in the tokens of a text's piece."""
+        vocabulary = self.vocabulary
+        last = vocabulary.tokens[path[-1]] if path else b""
+        if not vocabulary.byte_level and not _is_text(last):
+            return True  # a byte of a character that has no token merges with nothing
+        return any(
+            not path or vocabulary.beginning(last + vocabulary.tokens[token]) == [path[-1], token]
+            for byte, tokens in vocabulary.trie.by_next_byte(suffix)
+            if byte in next_bytes
+            for token in tokens
+        )
+
+
+class _OpenPiece:
+    """The piece that begins at byte `start` and goes on after the prompt."""
+
+    def __init__(self, search: _Search, start: int) -> None:
+        self.vocabulary, self.start = search.vocabulary, start
+        self.text, self.partial = search.text, search.partial
+        self.tokens: list[int] | None = None  # of a long piece
+        if len(self.text) - start > _LONG:
+            n = bisect_left(search.borders, start)
+            own = search.borders[n] == start
+            self.tokens = search.ids[search.wall + n :] if own else self.vocabulary.beginning(self.text[start:])
+            self.borders = [
+                start,
+                *(start + end for end in accumulate(len(self.vocabulary.tokens[i]) for i in self.tokens)),
+            ]
+
+    def ends(self) -> Iterator[tuple[int, ...]]:
+        """Token sequences of the piece up to the prompt's end: where the piece may end there, and where it goes on."""
+        stop = len(self.text)
+        if self.partial and not self.vocabulary.byte_level:
+            single = self.vocabulary.byte_tokens(self.partial)
+            if single is not None:
+                yield (*self.path(stop - len(self.partial)), *single)
+            return
+        if self.tokens is None:
+            yield tuple(self.vocabulary.piece(self.text[self.start :]))
+        yield self.path(stop)
+
+    def begins(self) -> Iterator[int]:
+        """Offsets in the piece at which a token may begin that is longer than the rest of the prompt."""
+        stop = len(self.text)
+        for begin in range(max(self.start, stop - self.vocabulary.trie.longest + 1), stop):
+            inside = self.text[begin] & 0xC0 == 0x80
+            if (self.vocabulary.byte_level or not inside) and self.vocabulary.trie.extends(self.text[begin:]):
+                yield begin
+
+    def path(self, stop: int) -> tuple[int, ...]:
+        """The tokens of the piece up to `stop`, where one of them ends there.
+
+        A long piece keeps the tokens it has, up to one at a distance: a token sequence is what the tokenizer makes of
+        its bytes if every two neighbours are.
+        """
+        if self.tokens is None:
+            return tuple(self.vocabulary.beginning(self.text[self.start : stop]))
+        n = bisect_right(self.borders, max(self.start, stop - 2 * self.vocabulary.trie.longest)) - 1
+        while n > 0:
+            rest = self.vocabulary.beginning(self.text[self.borders[n] : stop]) if self._whole(n) else []
+            if rest and self._neighbours(self.tokens[n - 1], rest[0]):
+                return (*self.tokens[:n], *rest)
+            n -= 1
+        return tuple(self.vocabulary.beginning(self.text[self.start : stop]))
+
+    def _whole(self, n: int) -> bool:
+        return self.vocabulary.byte_level or self.text[self.borders[n]] & 0xC0 != 0x80
+
+    def _neighbours(self, first: int, second: int) -> bool:
+        data = self.vocabulary.tokens[first] + self.vocabulary.tokens[second]
+        return (self.vocabulary.byte_level or _is_text(data)) and self.vocabulary.beginning(data) == [first, second]
+
+
+def _is_firm(before: str, after: str) -> bool:
+    """True if a border of pieces between two characters does not depend on what follows farther on: not inside white
+    space, whose last character may join a word, nor inside digits, which may be grouped from the right."""
+    return not before.isspace() and not (before.isnumeric() and after.isnumeric())
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

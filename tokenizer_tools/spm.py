@@ -1,0 +1,64 @@
+"""SentencePiece models (BPE and Unigram), bare or inside a wrapper that keeps their ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UnsupportedModel
+from .huggingface import SPACE
+from .vocab import Vocabulary
+
+
+class SentencePieceVocabulary(Vocabulary):
+    """A `sentencepiece.SentencePieceProcessor`; `outer` is the tokenizer around it, if any."""
+
+    byte_level = False
+
+    def __init__(self, processor: Any, outer: Any) -> None:
+        self._processor, self._outer = processor, outer
+        self.name = getattr(outer, "name_or_path", "") or type(outer).__name__
+        self._raw = _without_normalizer(processor)
+        size = processor.get_piece_size()
+        convert = getattr(outer, "convert_ids_to_tokens", None)
+        if convert and [convert(i) for i in range(3, size, 97)] != [
+            processor.id_to_piece(i) for i in range(3, size, 97)
+        ]:
+            raise UnsupportedModel(f"{self.name} numbers its tokens otherwise than the SentencePiece model inside it")
+        self.tokens, walls, self._bytes = [], set(), {}
+        for i in range(size):
+            data = processor.id_to_piece(i).replace(SPACE, " ").encode()
+            if processor.is_byte(i):
+                data = bytes([int(processor.id_to_piece(i)[3:5], 16)])
+                self._bytes[data[0]] = i
+            if processor.is_control(i) or processor.is_unused(i) or processor.is_unknown(i):
+                data = b""
+                walls.add(i)
+            self.tokens.append(data)
+        self.walls = frozenset(walls)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._outer(text).input_ids if callable(self._outer) else self._processor.encode(text)
+        return ids
+
+    def cuts(self, text: str) -> list[int]:
+        return []  # a text is one piece
+
+    def piece(self, data: bytes) -> list[int]:
+        ids: list[int] = self._raw.encode(data.decode().replace(" ", SPACE))
+        return ids
+
+    def byte_tokens(self, data: bytes) -> list[int] | None:
+        return [self._bytes[byte] for byte in data] if len(self._bytes) == 256 else None
+
+
+def _without_normalizer(processor: Any) -> Any:
+    """The same model, reading its own alphabet: nothing is normalized, trimmed or put in front."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(processor.serialized_model_proto())
+    spec = model.normalizer_spec
+    spec.name, spec.precompiled_charsmap = "identity", b""
+    spec.add_dummy_prefix = spec.remove_extra_whitespaces = False
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())

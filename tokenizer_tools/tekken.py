@@ -1,0 +1,58 @@
+"""tiktoken encodings, and tekken (mistral_common), which wraps one behind a block of special ids."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from .vocab import Vocabulary
+
+
+class TiktokenVocabulary(Vocabulary):
+    """A `tiktoken.Encoding`; `outer` is the tekken tokenizer around it, if any."""
+
+    byte_level = True
+
+    def __init__(self, encoding: Any, outer: Any) -> None:
+        import regex  # type: ignore[import-untyped]  # comes with tiktoken
+
+        self._encoding = encoding
+        self._offset = int(getattr(outer, "num_special_tokens", 0)) if outer is not encoding else 0
+        self.name = encoding.name
+        self._ranks: dict[bytes, int] = encoding._mergeable_ranks
+        self._pattern = regex.compile(encoding._pat_str)
+        self._inside: dict[int, list[int]] = {}
+        self.tokens = [b""] * (self._offset + encoding.max_token_value + 1)
+        used = set()
+        for data, rank in self._ranks.items():
+            self.tokens[rank + self._offset] = data
+            used.add(rank + self._offset)
+        self.walls = frozenset(range(len(self.tokens))) - used
+
+    def encode(self, text: str) -> list[int]:
+        return [rank + self._offset for rank in self._encoding.encode_ordinary(text)]
+
+    def cuts(self, text: str) -> list[int]:
+        return [found.start() for found in self._pattern.finditer(text) if found.start()]
+
+    def piece(self, data: bytes) -> list[int]:
+        return [rank + self._offset for rank in self._encoding._encode_single_piece(data)] if data else []
+
+    def beginning(self, data: bytes) -> list[int]:
+        tokens = self.piece(data)
+        if len(tokens) != 1:
+            return tokens
+        if tokens[0] not in self._inside:  # a piece that is a token is taken whole, but the beginning of a longer one
+            self._inside[tokens[0]] = [self._ranks[part] + self._offset for part in self._merged(data)]
+        return self._inside[tokens[0]]
+
+    def _merged(self, data: bytes) -> list[bytes]:
+        parts = [data[i : i + 1] for i in range(len(data))]
+        while len(parts) > 1:
+            ranks = [self._ranks.get(a + b, len(self.tokens)) for a, b in pairwise(parts)]
+            best = min(ranks)
+            if best == len(self.tokens):
+                break
+            i = ranks.index(best)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        return parts

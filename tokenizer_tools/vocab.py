@@ -1,0 +1,101 @@
+"""What a tokenizer's tokens are in bytes, and where it may cut a text: the common face of every kind of tokenizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
+
+from ..errors import UnsupportedModel
+from .trie import ByteTrie
+
+
+class Vocabulary(ABC):
+    """A tokenizer, seen as bytes. `vocabulary(tokenizer)` makes one.
+
+    A text is split into *pieces* (pre-tokens), then every piece into tokens. The tokens of a piece depend on its
+    bytes alone.
+
+    Attributes:
+        tokens: the exact bytes of every token, by id; those of special and unused tokens are empty.
+        walls: ids that are not text or that the tokenizer matches before anything else: special, added, unknown and
+            unused tokens. No other token's bytes ever extend over one.
+        byte_level: True if a token may begin or end inside a character.
+        name: what to call the tokenizer in messages.
+    """
+
+    tokens: list[bytes]
+    walls: frozenset[int]
+    byte_level: bool
+    name: str
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a whole prompt, with the special tokens that the tokenizer puts around one."""
+
+    @abstractmethod
+    def cuts(self, text: str) -> list[int]:
+        """Where the pieces of `text` begin, as indices of its characters, without 0; empty for a single piece."""
+
+    @abstractmethod
+    def piece(self, data: bytes) -> list[int]:
+        """Tokens of a whole piece. Where `byte_level`, `data` may be any bytes, else it is UTF-8."""
+
+    def beginning(self, data: bytes) -> list[int]:
+        """Tokens of `data` as the beginning of a longer piece, where a token ends at its end."""
+        return self.piece(data)
+
+    def byte_tokens(self, data: bytes) -> list[int] | None:
+        """Tokens of one byte each, which stand for a character that has no token; None if there are none."""
+        return None
+
+    @cached_property
+    def trie(self) -> ByteTrie:
+        """Every token that is text, by its bytes."""
+        return ByteTrie({i: data for i, data in enumerate(self.tokens) if data and i not in self.walls})
+
+    def text_bytes(self, ids: list[int]) -> bytes:
+        """The bytes of a token sequence; special tokens have none."""
+        return b"".join(self.tokens[i] for i in ids)
+
+
+def vocabulary(tokenizer: Any) -> Vocabulary:
+    """The vocabulary of a tokenizer.
+
+    Args:
+        tokenizer: of transformers, `tokenizers`, `sentencepiece`, `tiktoken` or `mistral_common`.
+
+    Raises:
+        UnsupportedModel: its tokens are not pieces of the text's bytes (WordPiece, word levels, dropout).
+    """
+    if isinstance(tokenizer, Vocabulary):
+        return tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if hasattr(backend, "pre_tokenizer") and hasattr(backend, "to_str"):
+        from .huggingface import HuggingFaceVocabulary
+
+        return HuggingFaceVocabulary(backend, tokenizer)
+    for inner in _layers(tokenizer):
+        if hasattr(inner, "serialized_model_proto"):
+            from .spm import SentencePieceVocabulary
+
+            return SentencePieceVocabulary(inner, tokenizer)
+        if hasattr(inner, "_pat_str") and hasattr(inner, "_mergeable_ranks"):
+            from .tekken import TiktokenVocabulary
+
+            return TiktokenVocabulary(inner, tokenizer)
+    raise UnsupportedModel(
+        f"{type(tokenizer).__name__} is none of the tokenizers whose bytes ropewalk knows: those of transformers, "
+        "tokenizers, sentencepiece, tiktoken and mistral_common"
+    )
+
+
+def _layers(tokenizer: Any) -> list[Any]:
+    """A wrapper and the tokenizers inside it, outermost first."""
+    found = [tokenizer]
+    for inner in found:
+        for name in ("sp_model", "tokenizer", "instruct_tokenizer", "_model", "model"):
+            below = getattr(inner, name, None)
+            if below is not None and not callable(below) and not any(below is known for known in found):
+                found.append(below)
+    return found
