@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from ..errors import PatchError
+
 
 class TurnedKeys:
     """Copies of one layer's keys, turned as a band sees them; made when first asked for, then extended."""
@@ -173,6 +175,26 @@ def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
     cache = DynamicCache(config=config)
     adopt(cache, capacity)
     return cache
+
+
+def can_rewind(cache: Cache) -> bool:
+    """True if the cache can forget its last tokens and leave no trace of them: no layer has a window or a state."""
+    kinds = {type(layer) for layer in cache.layers} | ({cache.layer_class_to_replicate} - {None})
+    return kinds <= {ContiguousLayer, DynamicLayer}
+
+
+def rewind(cache: Cache, count: int) -> None:
+    """Forget the last `count` tokens.
+
+    Raises:
+        PatchError: some layer of it cannot.
+    """
+    if count and not can_rewind(cache):
+        raise PatchError(
+            f"the last {count} tokens of this cache have to be read anew, and its layers (a sliding window, or "
+            "recurrent ones) cannot forget them; give a new cache"
+        )
+    cache.crop(-count)
 
 
 def cache_bytes(cache: Cache) -> int:

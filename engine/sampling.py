@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,9 @@ class SamplingParams:
         stop: strings that end the text; they are not part of it.
         seed: makes sampling repeatable; None draws a fresh one.
         logprobs: also return each token's log-probability and this many alternatives; None returns neither.
+        continuation: what to do where a prompt may end inside a token. "exact" draws the first token among all that
+            a text with this prompt may have there, each with its probability; "off" begins a token at the end of
+            the prompt; "auto" is "exact" for text, and "off" after a chat header and for prompts of token ids.
     """
 
     max_new_tokens: int = 256
@@ -36,6 +40,7 @@ class SamplingParams:
     stop: tuple[str, ...] | list[str] | str = ()
     seed: int | None = None
     logprobs: int | None = None
+    continuation: Literal["auto", "exact", "off"] = "auto"
 
     def __post_init__(self) -> None:
         checks = (
@@ -50,6 +55,11 @@ class SamplingParams:
                 f"logprobs {self.logprobs} must be 0 or more, or None",
             ),
         )
+        if self.continuation not in ("auto", "exact", "off"):
+            raise ConfigError(
+                f"continuation {self.continuation!r} is none of auto, exact, off."
+                f"{did_you_mean(self.continuation, ('auto', 'exact', 'off'))}"
+            )
         for valid, message in checks:
             if not valid:
                 raise ConfigError(message)
@@ -62,6 +72,16 @@ class SamplingParams:
     def stops(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return tuple(self.stop)
+
+
+def random_source(params: SamplingParams, device: torch.device) -> torch.Generator:
+    """The random numbers of one request."""
+    generator = torch.Generator(device=device)
+    if params.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(params.seed)
+    return generator
 
 
 def penalize_repetition(logits_V: Tensor, seen_ids: Tensor, penalty: float) -> Tensor:

@@ -11,6 +11,7 @@ import itertools
 import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 
 from .vocab import Vocabulary
 
@@ -18,7 +19,7 @@ PROBES = (
     *("", "a", "A", " a", " A", "Aa", "aA", " ", "  ", "0", "00", "000", " 0", "0.", "0a"),
     *("s", "t", "d", "m", "e", "l", "re", "ve", "ll", "S", "'", "'s", "’", '"', ".", ",", "-", "_", "(", ")"),
     *("/", "=", "<", "#", "!", " (", "\n", "\n\n", "\na", "\r\n", "\t", " \n", "中", "の", "한", "。", "é"),
-    *("\N{COMBINING ACUTE ACCENT}", "я", "😀", "²"),
+    *("\N{COMBINING ACUTE ACCENT}", "я", "😀", "²", "\N{IDEOGRAPHIC SPACE}", "\N{ZERO WIDTH JOINER}"),
 )
 _AFTER_CHARACTER = ("", "a", "0", " ", ".")
 _MOST_COMPLETIONS = 4096  # of a character cut inside; more are taken at equal steps
@@ -57,23 +58,28 @@ def hypotheses(vocabulary: Vocabulary, text: bytes) -> list[Hypothesis]:
         inside = tuple(offsets[cut] for cut in cuts if cut < len(offsets) and offsets[cut] < len(text))
         found.setdefault(inside, set()).update(_kind(probe[0]) for _ in probe[:1] if goes_on)
     return [
-        Hypothesis(cuts=cuts, next_bytes=_ANY if partial else _NOT_ASCII.union(*(_ASCII[kind] for kind in kinds)))
+        Hypothesis(cuts=cuts, next_bytes=frozenset(range(256)) if partial else _first_bytes(frozenset(kinds)))
         for cuts, kinds in found.items()
     ]
 
 
 def _kind(character: str) -> str:
-    """What pre-tokenizers tell apart by a single character: white space one by one, else the Unicode category."""
-    return character if character.isspace() else unicodedata.category(character)[0]
+    """What pre-tokenizers tell apart by a single character."""
+    return character if character in " \t\n\r" else unicodedata.category(character)[0]
 
 
-_ANY = frozenset(range(256))
-_NOT_ASCII = frozenset(range(128, 256))
-_ASCII: dict[str, set[int]] = defaultdict(set)
-for _byte in range(128):
-    _ASCII[_kind(chr(_byte))].add(_byte)
-for _kind_unseen in _ASCII.keys() - {_kind(_probe[0]) for _probe in PROBES if _probe}:
-    _NOT_ASCII |= _ASCII[_kind_unseen]
+@cache
+def _first_bytes(kinds: frozenset[str]) -> frozenset[int]:
+    """The bytes with which a character of one of `kinds` may begin."""
+    return frozenset(byte for kind in kinds for byte in _by_kind()[kind])
+
+
+@cache
+def _by_kind() -> dict[str, set[int]]:
+    found: dict[str, set[int]] = defaultdict(set)
+    for code in itertools.chain(range(0xD800), range(0xE000, 0x10000), range(0x10000, 0x110000, 16)):
+        found[_kind(chr(code))].add(chr(code).encode()[0])
+    return found
 
 
 def split_character(text: bytes) -> tuple[bytes, bytes]:

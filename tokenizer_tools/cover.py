@@ -71,31 +71,44 @@ class Cover:
         return len(self.prompt) - len(self.trunk)
 
 
-def cover(vocabulary: Vocabulary, prompt: str | bytes) -> Cover:
+def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
     """The covers of a prompt.
 
     Args:
-        prompt: text, or UTF-8 bytes that may end inside a character. Special tokens in it are walls: only what
-            follows the last of them is cut anew.
+        prompt: text, UTF-8 bytes that may end inside a character, or token ids. Special tokens in it are walls: only
+            what follows the last of them is cut anew.
 
     Raises:
-        DataError: bytes that are not UTF-8, or that end in half a character that the tokenizer has no token for.
+        DataError: bytes that are not UTF-8.
     """
-    whole, partial = prompt, b""
-    if isinstance(prompt, bytes):
-        try:
-            head, partial = split_character(prompt)
-        except UnicodeDecodeError as error:
-            raise DataError(f"the prompt is not UTF-8 at byte {error.start}: {error.reason}") from None
-        whole = head.decode()
-    assert isinstance(whole, str)
-    ids = vocabulary.encode(whole)
-    wall = max((n + 1 for n, i in enumerate(ids) if i in vocabulary.walls), default=0)
+    if isinstance(prompt, str):
+        ids, partial = vocabulary.encode(prompt), b""
+    elif isinstance(prompt, bytes):
+        whole, partial = _split(prompt)
+        ids = vocabulary.encode(whole.decode())
+    else:
+        ids, partial = list(prompt), b""
+    wall = _after_walls(vocabulary, ids)
     text = vocabulary.text_bytes(ids[wall:])
-    if whole[-1:].isspace() and not text[-1:].isspace() and not (ids and wall == len(ids)):
-        text = _untrimmed(vocabulary, whole)  # a normalizer that strips the end of a text
-        ids[wall:] = _tokens(vocabulary, text)
+    if not isinstance(prompt, str | bytes):
+        whole, partial = _split(text)
+        ids, text = ids[:wall] + _tokens(vocabulary, whole), whole
+    elif isinstance(prompt, str) and prompt[-1:].isspace() and not text[-1:].isspace() and wall < len(ids):
+        text = _untrimmed(vocabulary, prompt)  # a normalizer that strips the end of a text
+        ids = ids[:wall] + _tokens(vocabulary, text)
     return _Search(vocabulary, ids, wall, text + partial, partial).cover()
+
+
+def _split(data: bytes) -> tuple[bytes, bytes]:
+    try:
+        return split_character(data)
+    except UnicodeDecodeError as error:
+        raise DataError(f"the prompt is not UTF-8 at byte {error.start}: {error.reason}") from None
+
+
+def _after_walls(vocabulary: Vocabulary, ids: list[int]) -> int:
+    """How many tokens there are up to the last wall."""
+    return max((n + 1 for n, i in enumerate(ids) if i in vocabulary.walls), default=0)
 
 
 def _untrimmed(vocabulary: Vocabulary, text: str) -> bytes:
@@ -103,8 +116,7 @@ def _untrimmed(vocabulary: Vocabulary, text: str) -> bytes:
     seen = []
     for probe in ("a", "0"):
         ids = vocabulary.encode(text + probe)
-        wall = max((n + 1 for n, i in enumerate(ids) if i in vocabulary.walls), default=0)
-        seen.append(vocabulary.text_bytes(ids[wall:]))
+        seen.append(vocabulary.text_bytes(ids[_after_walls(vocabulary, ids) :]))
     return seen[0][: _shared(*seen)]
 
 

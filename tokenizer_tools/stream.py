@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import codecs
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-class Decoder(Protocol):
-    """The one method of a tokenizer that streaming needs."""
-
-    def decode(self, token_ids: list[int], **kwargs: bool) -> str:
-        """Text of `token_ids`."""
+from .vocab import Vocabulary
 
 
 class TextStream:
-    """Turns tokens into text as they come.
+    """Turns tokens into text as they come; a character waits until its last byte is there.
 
-    Tokens are decoded together with the few before them, since SentencePiece drops the space of a first token
-    and one character may be spread over several; text that ends in half a character waits for the rest.
+    Args:
+        vocabulary: of the tokenizer.
+        pending: the bytes of half a character that the prompt ends in; the stream gives it whole.
+        starts_text: True if no text comes before the first token: the space that some tokenizers put in front of a
+            text is then left out.
     """
 
-    def __init__(self, tokenizer: Decoder, prompt: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt[-8:])
-        self._shown = 0  # ids before this are in the text handed out already
-        self._read = len(self._ids)
+    def __init__(self, vocabulary: Vocabulary, *, pending: bytes = b"", starts_text: bool = False) -> None:
+        self._vocabulary = vocabulary
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(pending)
+        self._drops_space = starts_text and vocabulary.puts_space_first
 
-    def _decode(self, start: int, stop: int) -> str:
-        return self._tokenizer.decode(
-            self._ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is unfinished."""
-        self._ids.append(token)
-        before, now = self._decode(self._shown, self._read), self._decode(self._shown, len(self._ids))
-        if now.endswith(REPLACEMENT):
-            return ""
-        self._shown, self._read = self._read, len(self._ids)
-        return now[len(before) :]
+    def push(self, token: int, skip: int = 0) -> str:
+        """The text that `token` completes, without its first `skip` bytes; empty while a character is unfinished."""
+        data = self._vocabulary.tokens[token][skip:] if token < len(self._vocabulary.tokens) else b""
+        if self._drops_space and data:
+            data, self._drops_space = data.removeprefix(b" "), False
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
         """What is still held back, half characters as U+FFFD."""
-        before, now = self._decode(self._shown, self._read), self._decode(self._shown, len(self._ids))
-        self._shown = self._read = len(self._ids)
-        return now[len(before) :]
+        return self._decoder.decode(b"", final=True)
 
 
 class StopWatch:

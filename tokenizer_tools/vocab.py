@@ -50,6 +50,11 @@ class Vocabulary(ABC):
         return None
 
     @cached_property
+    def puts_space_first(self) -> bool:
+        """True if the tokenizer begins every text with a space of its own."""
+        return self.text_bytes(self.encode("a")).startswith(b" ")
+
+    @cached_property
     def trie(self) -> ByteTrie:
         """Every token that is text, by its bytes."""
         return ByteTrie({i: data for i, data in enumerate(self.tokens) if data and i not in self.walls})

@@ -1,0 +1,227 @@
+"""The first step after a prompt that may end inside a token: one draw among all covers of the prompt.
+
+A cover's probability is that of its tokens before the last one, times that of the last one. Together they are the
+model's law of the text that follows, given the prompt's *text*; everything after the first draw is ordinary decoding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..errors import ConfigError
+from ..tokenizer_tools.cover import Cover
+from ..tokenizer_tools.vocab import Vocabulary
+from .cache import can_rewind, rewind
+from .prefill import forward, prefill
+from .score import score
+from .sampling import SamplingParams, penalize_repetition, sample
+
+END = 256  # the index of "the text ends here" among next bytes
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What was done at the end of a prompt.
+
+    Attributes:
+        backed_off: tokens of the prompt, counted from its end, that were not taken as certain.
+        nodes: beginnings of covers that were weighed against each other; 1 is ordinary decoding.
+        aligned: probability that a text with this prompt has a token border where the prompt ends.
+        prompt_ids: tokens read before the first one of the answer.
+        overlap: bytes of the answer's first token that belong to the prompt.
+    """
+
+    backed_off: int
+    nodes: int
+    aligned: float
+    prompt_ids: list[int]
+    overlap: int
+
+
+@dataclass(frozen=True)
+class Covers:
+    """The covers of a prompt with their probabilities. Shape suffix C: covers.
+
+    Attributes:
+        node_C, token_C: the node of every cover, and its last token.
+        logits_C: log-probability given the trunk, with the repetition penalty in it: what is sampled from.
+        logprob_C: log-probability given the trunk, nats.
+        held: the tokens that the cache holds after the trunk.
+    """
+
+    cover: Cover
+    context: list[int]
+    node_C: Tensor
+    token_C: Tensor
+    logits_C: Tensor
+    logprob_C: Tensor
+    held: Path
+
+    @property
+    def total(self) -> float:
+        """Log-probability that a text goes on from the trunk with the bytes of the prompt, nats."""
+        return float(self.logprob_C.double().logsumexp(0))
+
+    @property
+    def aligned(self) -> float:
+        """Probability of a token border at the end of the prompt."""
+        nodes = [n for n, node in enumerate(self.cover.nodes) if node.aligned]
+        chosen = torch.isin(self.node_C, torch.tensor(nodes, device=self.node_C.device))
+        return float((self.logprob_C[chosen].double().logsumexp(0) - self.total).exp()) if nodes else 0.0
+
+    def next_byte_logprobs(self, vocabulary: Vocabulary) -> Tensor:
+        """Log-probability of every byte to follow the prompt, and at index 256 that it ends; float32 [257], nats."""
+        skips = [len(node.suffix) for node in self.cover.nodes]
+        next_C = torch.tensor(
+            [
+                vocabulary.tokens[token][skips[node]] if token not in vocabulary.walls else END
+                for node, token in zip(self.node_C.tolist(), self.token_C.tolist(), strict=True)
+            ]
+        )
+        total = torch.zeros(257, dtype=torch.float64)
+        total.index_add_(0, next_C, (self.logprob_C.double().cpu() - self.total).exp())
+        return total.log().float()
+
+
+def weigh(
+    hf: PreTrainedModel, cover: Cover, start: int | None, cache: Cache, vocabulary: Vocabulary, penalty: float = 1.0
+) -> Covers:
+    """Run the trunk and the paths of a cover, and weigh every cover.
+
+    Args:
+        start: token to read before a trunk that is empty.
+        cache: may hold the beginning of the trunk, or more of the prompt; it holds the trunk afterwards, and
+            `Covers.held`.
+        penalty: the repetition penalty of `logits_C`.
+
+    Raises:
+        ConfigError: the trunk is empty and there is no token to start with.
+        PatchError: the cache holds more than the trunk and cannot forget it.
+    """
+    context = list(cover.trunk) or ([] if start is None else [start])
+    if not context:
+        raise ConfigError(
+            f"no token of {cover.text.decode(errors='replace')!r} is certain and this tokenizer has no start token to "
+            "read before it; give a longer prompt, or set continuation='off'"
+        )
+    logits, held = _path_logits(hf, context, [node.path for node in cover.nodes], cache)
+    node_parts, token_parts, logit_parts, logprob_parts = [], [], [], []
+    for n, node in enumerate(cover.nodes):
+        path_logprob = sum(
+            (logits[node.path[:k]].log_softmax(-1)[token] for k, token in enumerate(node.path)), torch.tensor(0.0)
+        )
+        row = logits[node.path]
+        logprobs = row.log_softmax(-1) + path_logprob
+        penalized = logprobs
+        if penalty != 1:
+            seen = torch.tensor([*context, *node.path], device=row.device)
+            penalized = logprobs + penalize_repetition(row, seen, penalty) - row
+        tokens = torch.arange(len(row)) if node.aligned else torch.tensor(vocabulary.trie.extensions(node.suffix))
+        tokens = tokens.to(row.device)
+        node_parts.append(torch.full_like(tokens, n))
+        token_parts.append(tokens)
+        logit_parts.append(penalized[tokens])
+        logprob_parts.append(logprobs[tokens])
+    return Covers(
+        cover,
+        context,
+        torch.cat(node_parts),
+        torch.cat(token_parts),
+        torch.cat(logit_parts),
+        torch.cat(logprob_parts),
+        held,
+    )
+
+
+def text_logprob(
+    hf: PreTrainedModel, cover: Cover, start: int | None, first: int, cache: Cache, vocabulary: Vocabulary
+) -> float:
+    """Log-probability that a text which begins with the first `first` tokens of the trunk begins with the prompt, nats.
+
+    Args:
+        start: token to read before the trunk, not counted in `first`; None if the trunk holds tokens given.
+        cache: an empty one.
+    """
+    context = [*([] if start is None else [start]), *cover.trunk]
+    first += start is not None
+    certain = float(score(hf, context, first, cache).double().sum()) if len(context) > first else 0.0
+    return certain + weigh(hf, replace(cover, trunk=tuple(context)), None, cache, vocabulary).total
+
+
+def _path_logits(
+    hf: PreTrainedModel, context: list[int], paths: Sequence[Path], cache: Cache
+) -> tuple[dict[Path, Tensor], Path]:
+    """Float32 logits [V] after every beginning of the paths, and the path that the cache is left at."""
+    leaves = [path for path in dict.fromkeys(paths) if not any(_goes_on(other, path) for other in paths)]
+    branches = can_rewind(cache)
+    if (excess := cache.get_seq_length() - len(context) + 1) > 0:
+        rewind(cache, excess)
+    first = leaves.pop(0) if branches else ()
+    rows = prefill(hf, [*context, *first][cache.get_seq_length() :], cache, keep=len(first) + 1).float()
+    logits = {first[:k]: row for k, row in enumerate(rows)}
+    held = first
+    for leaf in leaves:
+        common = _common(held, leaf)
+        if branches:
+            rewind(cache, len(held) - common)
+            held, working = leaf, cache
+        else:
+            working = copy.deepcopy(cache)
+        rows = forward(hf, list(leaf[common:]), working, keep=len(leaf) - common).float()
+        logits.update({leaf[: common + k + 1]: row for k, row in enumerate(rows)})
+    return logits, held
+
+
+def _goes_on(longer: Path, path: Path) -> bool:
+    return len(longer) > len(path) and longer[: len(path)] == path
+
+
+def _common(first: Path, second: Path) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """The first token after a prompt, drawn among its covers.
+
+    Attributes:
+        index: which of the covers it is.
+        token: its last token, the first of the answer.
+        pending: the tokens to run next: those of its path that the cache lacks, and `token`.
+    """
+
+    index: int
+    token: int
+    pending: list[int]
+    continuation: Continuation
+
+
+def open_answer(covers: Covers, cache: Cache, params: SamplingParams, generator: torch.Generator) -> Opening:
+    """Draw a cover and leave the cache at the beginning that it shares with what was run."""
+    index = sample(covers.logits_C, params, generator)
+    node, token = covers.cover.nodes[int(covers.node_C[index])], int(covers.token_C[index])
+    common = _common(covers.held, node.path)
+    if len(covers.held) > common:
+        rewind(cache, len(covers.held) - common)
+    return Opening(
+        index=index,
+        token=token,
+        pending=[*node.path[common:], token],
+        continuation=Continuation(
+            backed_off=covers.cover.backed_off,
+            nodes=len(covers.cover.nodes),
+            aligned=covers.aligned,
+            prompt_ids=[*covers.context, *node.path],
+            overlap=len(node.suffix),
+        ),
+    )
