@@ -57,7 +57,6 @@ class BandPatch:
         self._plan(Scaler(), None)
         self._warned = False
         self._windowed = (0, 0, 0)  # queries, keys, and the place of query 0 among the keys of a windowed layer
-        self._hook: Any = None
         self._install()
 
     @property
@@ -94,14 +93,14 @@ class BandPatch:
 
     def _install(self) -> None:
         before = logits(self._model)  # not the probe's: Falcon, for one, runs otherwise when its attention is replaced
-        self._rotary.watch()
-        self._rotary.still()
-        self._seam.install(self._attention, self._mask)
         self._hook = self._model.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
         try:
+            self._rotary.watch()
+            self._rotary.still()
+            self._seam.install(self._attention, self._mask)
             self._verify(before)
             self.write(None)
-        except Exception:
+        except BaseException:  # Ctrl-C too must not leave half a patch
             self.restore()
             raise
 

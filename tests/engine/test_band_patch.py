@@ -498,6 +498,28 @@ def test_a_failed_patch_leaves_the_model_as_it_was(llama, monkeypatch):
     rw.patch(llama, "rerope:20").undo()
 
 
+@pytest.mark.parametrize(("spec", "runs"), [("yarn:4", 1), ("yarn:4|logn", 1), ("yarn:4|rerope:20|logn", 4)])
+def test_an_interrupted_patch_leaves_the_model_as_it_was(spec, runs):
+    model = FAMILIES["llama"]()
+    before, buffers = logits(model), dict(model.named_buffers())
+    for last in range(1, runs + 1):
+        left = iter(range(last, 0, -1))
+
+        def interrupt(*_, left=left):
+            if next(left) == 1:
+                raise KeyboardInterrupt
+
+        hook = model.lm_head.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            rw.patch(model, spec)
+        hook.remove()
+        assert torch.equal(logits(model), before)
+        assert all(value is buffers[name] for name, value in model.named_buffers())
+        assert not model._forward_pre_hooks
+        assert not model.model.rotary_emb._forward_pre_hooks
+    rw.patch(model, spec).undo()
+
+
 def test_a_model_that_runs_otherwise_under_another_attention_is_refused(monkeypatch):
     """Falcon does. What the patch must give is what the untouched model gave, not what it gives while it is watched."""
     model = FAMILIES["llama"]()
