@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..errors import ConfigError, ContextOverflow, DataError, PatchError, RopewalkError
+from ..errors import ConfigError, ContextOverflow, DataError, PatchError
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import parse
@@ -117,7 +117,7 @@ class Model:
         self._installed.restore()
         try:
             self._installed = install(self.hf, self.sites, wanted, grows=False)
-        except RopewalkError:
+        except BaseException:  # Ctrl-C too, or the model would run under none while `rope` names another
             self._installed = install(self.hf, self.sites, before, grows=False)
             raise
 

@@ -1,10 +1,9 @@
 """Causal attention over a cache, in two parts joined by their log-sum-exp.
 
-A chunk of n queries at the end of m keys sees the first m - n keys whole and its own n causally. One fused
-kernel call for each part never builds a mask and never computes what the mask would hide; transformers'
-chunked prefill does both.
+A chunk of n queries at the end of m keys sees the first m - n keys whole and its own n causally. Taken apart
+like that, no mask is built and what it would hide is not computed; transformers' chunked prefill does both.
 
-Shape suffixes: B batch, H query heads, K key-value heads, G = H / K, N queries, M keys, D head dim.
+Shape suffixes: B batch, H query heads, K key-value heads, N queries, M keys, D head dim, Dv that of the values.
 """
 
 from __future__ import annotations
@@ -18,28 +17,24 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .kernel import flash, join, lower_triangle
+from .kernel import Score, attend, join
 
 ATTENTION_NAME = "ropewalk_causal"
 
 
 def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, scale: float | None = None) -> Tensor:
-    """Attention of the last N of M positions over all M, causal. Inference on the CPU.
+    """Attention of the last N of M positions over all M, causal. Inference only.
 
     Returns:
-        [B, H, N, D], equal to masked softmax attention up to rounding.
+        [B, H, N, Dv], equal to masked softmax attention up to rounding.
     """
-    B, H, N, D = q_BHND.shape
-    K, past = k_BKMD.shape[1], k_BKMD.shape[2] - N
-    if N == 1:  # a decode step sees every key: the heads of a group are the kernel's queries
-        out, _ = flash(q_BHND.reshape(B, K, H // K, D), k_BKMD, v_BKMD, scale, causal=False)
-        return out.reshape(B, H, 1, D)
-    scale = D**-0.5 if scale is None else scale
-    out, lse = lower_triangle(q_BHND, k_BKMD[:, :, past:], v_BKMD[:, :, past:], scale)
+    N, past = q_BHND.shape[2], k_BKMD.shape[2] - q_BHND.shape[2]
+    score = Score(scale=q_BHND.shape[-1] ** -0.5 if scale is None else scale)
+    if N == 1:  # a decode step sees every key
+        return attend(q_BHND, k_BKMD, v_BKMD, score)[0]
+    out, lse = attend(q_BHND, k_BKMD[:, :, past:], v_BKMD[:, :, past:], score, "lower")
     if past:
-        grouped = q_BHND.reshape(B, K, H // K * N, D)  # [B, K, G * N, D]: keys are read once a group, not repeated
-        past_out, past_lse = flash(grouped, k_BKMD[:, :, :past], v_BKMD[:, :, :past], scale, causal=False)
-        out, _ = join(out, lse, past_out.reshape(B, H, N, D), past_lse.reshape(B, H, N))
+        out, _ = join(out, lse, *attend(q_BHND, k_BKMD[:, :, :past], v_BKMD[:, :, :past], score))
     return out
 
 

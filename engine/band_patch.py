@@ -54,12 +54,9 @@ class BandPatch:
         self._seam = AttentionSeam(model)
         self._rotary = RotarySeam([site.module for site in sites])
         self._layers = self._probed()
-        self._set_for: tuple[Scaler, int | None] = (Scaler(), None)
-        self._plans: list[tuple[RotarySite | None, Plan]] = []
-        self._seen: tuple[Tensor, Tensor | None, RotarySite | None, int, Work] | None = None
+        self._plan(Scaler(), None)
         self._warned = False
         self._windowed = (0, 0, 0)  # queries, keys, and the place of query 0 among the keys of a windowed layer
-        self._hook: Any = None
         self._install()
 
     @property
@@ -70,8 +67,8 @@ class BandPatch:
     def write(self, length: int | None = None) -> None:
         """Fix the length that a scaler which depends on it is for; None lets it grow with each sequence."""
         length = length if self.scaler.depends_on_length else None
-        if self._set_for != (self.scaler, length):
-            self._set(self.scaler, length)
+        if self._planned != (self.scaler, length):
+            self._plan(self.scaler, length)
 
     def restore(self) -> None:
         """Give the model back its rotary modules and its attention; it is what it was, to the bit."""
@@ -79,10 +76,11 @@ class BandPatch:
         self._rotary.restore()
         self._seam.remove()
 
-    def _set(self, scaler: Scaler, length: int | None) -> None:
-        used = list(dict.fromkeys(layer.site for layer in self._layers.values() if not layer.is_local))
-        self._plans = [(site, Plan(site or headline(self.sites), scaler, length)) for site in used]
-        self._seen, self._set_for = None, (scaler, length)
+    def _plan(self, scaler: Scaler, length: int | None) -> None:
+        used = {layer.site for layer in self._layers.values() if not layer.is_local}
+        self._plans = {site: Plan(site or headline(self.sites), scaler, length) for site in used}
+        self._planned = scaler, length
+        self._seen: tuple[Tensor, Tensor | None, RotarySite | None, int, Work] | None = None
 
     def _probed(self) -> dict[int, LayerRope]:
         layers = layer_ropes(self._model, self.sites)
@@ -94,22 +92,21 @@ class BandPatch:
         return layers
 
     def _install(self) -> None:
-        before = logits(self._model)
-        self._rotary.watch()
-        self._rotary.still()
-        self._seam.install(self._attention, self._mask)
+        before = logits(self._model)  # not the probe's: Falcon, for one, runs otherwise when its attention is replaced
         self._hook = self._model.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
         try:
+            self._rotary.watch()
+            self._rotary.still()
+            self._seam.install(self._attention, self._mask)
             self._verify(before)
             self.write(None)
-        except Exception:
+        except BaseException:  # Ctrl-C too must not leave half a patch
             self.restore()
             raise
 
     def _verify(self, before: Tensor) -> None:
         """Refuse unless the model's own frequencies, in this form, give the logits that they gave before."""
         name = type(self._model).__name__
-        self._set(Scaler(), None)
         try:
             difference = (logits(self._model) - before).abs().max() / before.abs().max()
         except Exception as error:
@@ -192,10 +189,9 @@ class BandPatch:
             seen_positions, seen_mask, seen_site, seen_keys, work = self._seen
             if seen_positions is positions and seen_mask is mask and seen_site is site and seen_keys == keys:
                 return work
-        plan = next(plan for other, plan in self._plans if other is site)
         found = runs(positions, mask, query.shape[0], query.shape[2], keys)
         self._warn_beyond_reach(found)
-        work = [(run, plan.segments(run)) for run in found]
+        work = [(run, self._plans[site].segments(run)) for run in found]
         self._seen = (positions, mask, site, keys, work)
         return work
 
@@ -222,7 +218,7 @@ class BandPatch:
             return query, key
         queries, keys = query.shape[2], key.shape[2]
         offset = self._windowed[2] if self._windowed[:2] == (queries, keys) else keys - queries
-        scaler, length = self._set_for
+        scaler, length = self._planned
         grows = scaler.depends_on_length and length is None
         own = layer.site.configured.scaler if layer.site.is_local or grows else layer.site.effective(scaler)
         frequencies = own.frequencies(layer.site.configured.rope, length)

@@ -84,7 +84,7 @@ def _fused(q: Tensor, v: Tensor, score: Score) -> bool:
     )
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, causal: bool) -> tuple[Tensor, Tensor]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, causal: bool) -> tuple[Tensor, Tensor]:
     """torch's fused CPU kernel: output [B, H, N, D] and float32 log-sum-exp [B, H, N]."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
         q, k, v, 0.0, causal, attn_mask=None, scale=scale
@@ -95,7 +95,7 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, sees: Sees | Te
     B, H, N, D = q.shape
     K = k.shape[1]
     if sees == "all":  # the heads of a group become queries of one head: keys are read once, never repeated
-        out, lse = flash(q.reshape(B, K, H // K * N, D), k, v, scale, causal=False)
+        out, lse = _flash(q.reshape(B, K, H // K * N, D), k, v, scale, causal=False)
         return out.reshape(B, H, N, D), lse.reshape(B, H, N)
     if isinstance(sees, Tensor):  # finite, so that a query without keys gives no NaN
         bias = torch.zeros(sees.shape, dtype=q.dtype).masked_fill_(~sees, torch.finfo(q.dtype).min / 4)
@@ -105,24 +105,23 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, sees: Sees | Te
         )
         return out.reshape(B, H, N, D), lse.reshape(B, H, N)
     if sees == "lower":
-        return lower_triangle(q, k, v, scale)
-    out, lse = lower_triangle(q.flip(2), k.flip(2), v.flip(2), scale)  # upside down, upper is lower
+        return _lower_triangle(q, k, v, scale)
+    out, lse = _lower_triangle(q.flip(2), k.flip(2), v.flip(2), scale)  # upside down, upper is lower
     return out.flip(2), lse.flip(2)
 
 
-def lower_triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _lower_triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of N queries over N keys by the fused kernel: output [B, H, N, D], log-sum-exp [B, H, N].
 
-    A triangle is two half as large, side by side in the batch, and the square below the first.
-
-    The fused kernel works in blocks of 512 keys and would compute most of what a triangle leaves out.
+    The kernel works in blocks of 512 keys and would compute most of what a triangle leaves out. So a triangle is taken
+    as two of half the size, side by side in the batch, and the square below the first.
     """
     B, H, N, _ = q.shape
     if N % 2 or N <= _SMALLEST_TRIANGLE:
         k, v = (t.repeat_interleave(H // k.shape[1], dim=1) for t in (k, v))
-        return flash(q, k, v, scale, causal=True)
+        return _flash(q, k, v, scale, causal=True)
     q_half, k_half, v_half = (t.reshape(B, t.shape[1], 2, N // 2, -1).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-    out, lse = lower_triangle(q_half, k_half, v_half, scale)
+    out, lse = _lower_triangle(q_half, k_half, v_half, scale)
     out = out.reshape(B, 2, H, N // 2, -1).transpose(1, 2).flatten(2, 3)
     lse = lse.reshape(B, 2, H, N // 2).transpose(1, 2).flatten(2, 3)
     rows, keys = slice(N // 2, None), slice(N // 2)

@@ -7,7 +7,7 @@ import weakref
 
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError, PatchError, UnsupportedModel
+from ..errors import ConfigError, PatchError
 from ..scaling.lengths import format_length, parse_length
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
@@ -37,13 +37,13 @@ def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, 
     if scaler.member("temperature"):
         return TemperaturePatch(model, sites, scaler)
     writer = RotaryWriter(sites, scaler)
-    writer.write()
-    if writer.changes_frequencies:
-        try:
+    try:
+        writer.write()
+        if writer.changes_frequencies:
             check_written(model, writer)
-        except UnsupportedModel:
-            writer.restore()
-            raise
+    except BaseException:  # Ctrl-C too must not leave half a patch
+        writer.restore()
+        raise
     return writer
 
 

@@ -1,7 +1,7 @@
 """The literal twin of banded attention: full n x n scores for every band, one softmax. Slow, and easy to believe.
 
-It is also what public code does (Self-Extend, ReRoPE and Dual Chunk compute two or three full passes), so the
-benchmark measures against it.
+Public code (Self-Extend, ReRoPE, Dual Chunk) computes two or three full squares as well. What the benchmark times
+is the faster form of that in `evals/speed.py`; a test holds it against this one.
 """
 
 from __future__ import annotations

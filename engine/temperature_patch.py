@@ -34,11 +34,17 @@ class TemperaturePatch:
         self._rotary = RotarySeam([site.module for site in sites])
         self._padding: Tensor | None = None
         self._calls = 0
+        try:
+            self._install(model)
+        except BaseException:  # Ctrl-C too must not leave half a patch
+            self.restore()
+            raise
+
+    def _install(self, model: PreTrainedModel) -> None:
         self._rotary.watch()
         self._seam.install(self._attention, self._mask)
         logits(model)
         if not self._calls:
-            self.restore()
             raise UnsupportedModel(
                 f"{type(model).__name__} does not call attention through transformers' attention registry, so a "
                 "temperature cannot be patched in; static frequency scalers such as yarn:4 can"

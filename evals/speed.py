@@ -51,7 +51,7 @@ class Cost:
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scaler, site: RotarySite) -> Tensor:
     """A position map as public code has it: the full square for every band, one softmax, n x n memory."""
     n, layout = q.shape[2], Layout(0, site.configured.rope.dim, interleaved=False)
-    inv_freq = site.effective(scaler).frequencies(site.configured.rope, n).inv_freq
+    inv_freq, factor = site.effective(scaler).frequencies(site.configured.rope, n)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     i = torch.arange(n)
     scores: Tensor | None = None
@@ -64,7 +64,8 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scale
         else:
             torch.where((band.start(i)[:, None] <= i) & (i < band.stop(i)[:, None]), square, scores, out=scores)
     assert scores is not None
-    scores.mul_(scale).masked_fill_(i > i[:, None], -torch.inf)
+    weight = site.logit_factor(scaler, i)[:, None] * scale * factor**2
+    scores.mul_(weight.to(scores.dtype)).masked_fill_(i > i[:, None], -torch.inf)
     return torch.softmax(scores, -1) @ v
 
 

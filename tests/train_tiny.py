@@ -1,6 +1,7 @@
 """Train the tiny Llama of the tests on the standard library's sources, and save it as a Hugging Face folder.
 
     python tests/train_tiny.py --out tests/data/tiny-llama
+    python tests/train_tiny.py --held-out FOLDER    # no training: writes the files that the model never saw
 
 0.9M parameters, trained length 256, minutes on two CPU cores. Everything is seeded, but the sources differ
 between Python releases, so that another release gives another, equally useful, model. One source file in
@@ -32,6 +33,7 @@ STEPS = 3000
 WARMUP = 150
 PEAK_RATE = 3e-3
 SEED = 1
+SAVED = Path(__file__).parent / "data" / "tiny-llama"
 END = "<|endoftext|>"
 # Test suites, tables of characters and generated text: much volume, little that reads like a program.
 SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "lib2to3"}
@@ -47,6 +49,16 @@ def source_files(library: Path) -> list[Path]:
 def is_held_out(file: Path) -> bool:
     """One file in sixteen, by its name alone: the same files in every Python release."""
     return zlib.crc32(file.as_posix().encode()) % 16 == 0
+
+
+def write_held_out(library: Path, folder: Path) -> list[Path]:
+    """Write what the saved model never saw, as far as this Python has it, into `folder`; returns the files written."""
+    record = json.loads((SAVED / "training.json").read_text(encoding="utf-8"))
+    sources = {folder / name: library / name for name in record["held_out_files"] if (library / name).is_file()}
+    for file, source in sources.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source.read_text(encoding="utf-8", errors="replace"), encoding="utf-8")
+    return list(sources)
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -162,12 +174,17 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny Llama of the tests.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--out", type=Path, help="train, and write the model into this folder")
+    goal.add_argument("--held-out", type=Path, help="write the files that the saved model never saw into this folder")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"batches of {BATCH} x {CONTEXT} tokens")
     options = parser.parse_args()
+    library = Path(sysconfig.get_path("stdlib"))
+    if options.held_out is not None:
+        print(f"{len(write_held_out(library, options.held_out))} files in {options.held_out}")
+        return
     torch.manual_seed(SEED)
 
-    library = Path(sysconfig.get_path("stdlib"))
     files = source_files(library)
     held_out = [file for file in files if is_held_out(file)]
     read = [(library / file).read_text(encoding="utf-8", errors="replace") for file in files]

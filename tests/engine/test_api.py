@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ropewalk as rw
+from ropewalk.engine import api
 
 GREEDY = rw.SamplingParams(max_new_tokens=12, temperature=0)
 TEXT = "def main(argv=None):\n    parser = argparse.ArgumentParser()\n    for name in sorted(names):\n" * 4
@@ -142,6 +143,23 @@ def test_a_refused_scaler_leaves_the_old_one_in_place(model):
     with pytest.raises(rw.ConfigError, match="below the trained length 256"):
         model.rope = "critical-base:128"
     assert str(model.rope) == "linear:2"
+    assert torch.equal(model.score(TEXT).logprobs, before)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_change_that_is_interrupted_leaves_the_old_scaler_in_place(model, monkeypatch, stop):
+    model.rope = "rerope:64|logn"
+    before = model.score(TEXT).logprobs
+    install = api.install
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.setattr(api, "install", install)
+        raise stop
+
+    monkeypatch.setattr(api, "install", interrupted)
+    with pytest.raises(stop):
+        model.rope = "yarn:4"
+    assert str(model.rope) == "rerope:64|logn"
     assert torch.equal(model.score(TEXT).logprobs, before)
 
 

@@ -1,12 +1,15 @@
 """The two-part attention against a softmax written out in float64."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-from ropewalk.engine.attention import _mask, causal_attention, join
+from ropewalk.engine.attention import _mask, causal_attention
+from ropewalk.engine.kernel import join
 
 
 def brute_force(q, k, v, scale):
@@ -19,15 +22,37 @@ def brute_force(q, k, v, scale):
     return scores.masked_fill(~visible, -math.inf).softmax(-1) @ v
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])  # fused, and plain
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 37), (16, 16), (16, 17), (5, 200), (300, 700)])
-def test_equals_masked_softmax(heads, kv_heads, n, m):
+def test_equals_masked_softmax(heads, kv_heads, n, m, dtype, tolerance):
     torch.manual_seed(n * m)
     q = torch.randn(2, heads, n, 32, dtype=torch.float64)
     k, v = (torch.randn(2, kv_heads, m, 32, dtype=torch.float64) for _ in range(2))
     with torch.inference_mode():
-        got = causal_attention(q, k, v, 0.17)
-    assert torch.allclose(got, brute_force(q, k, v, 0.17), rtol=0, atol=1e-6)  # lse is float32 inside
+        got = causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), 0.17)
+    assert got.dtype == dtype
+    assert torch.allclose(got.double(), brute_force(q, k, v, 0.17), rtol=0, atol=tolerance)
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **kwargs or {})
+
+
+def test_a_decode_step_is_one_fused_call():
+    q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16)
+    with torch.no_grad(), Counted() as counted:
+        causal_attention(q, k, v)
+    assert counted.calls["_scaled_dot_product_flash_attention_for_cpu"] == 1
+    assert not counted.calls.keys() & {"lerp", "bmm", "mm"}
 
 
 def test_join_is_exact_when_one_part_dominates():

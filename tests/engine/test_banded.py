@@ -7,6 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ropewalk as rw
 from ropewalk.engine.banded import banded_attention
@@ -141,11 +143,39 @@ def test_the_fused_kernel_agrees_with_the_plain_one(spec):
     assert (fused - plain).abs().max() < 2e-6
 
 
-def test_memory_grows_with_the_context_and_not_with_its_square():
-    """Pieces never hold more queries than a block, so scores of the plain kernel stay block x 2048."""
-    rope = RopeSpec(dim=8, base=1e4, trained_length=4096)
-    for block in blocks(parse("rerope:2k").bands(rope), 0, 0, 32768):
-        assert block.stop - block.start <= 512
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many entries the largest new tensor had."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if not func.is_view:
+            made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.entries = max([self.entries, *(t.numel() for t in made)])
+        return out
+
+
+def largest_tensor(spec, dtype, tokens):
+    """Of one layer's prefill in one call, forward only or, in float64, with its gradient."""
+    rope = RopeSpec(dim=4, base=1e4, trained_length=512)
+    trains = dtype == torch.float64
+    q, k, v = (torch.ones(1, 1, tokens, 4, dtype=dtype, requires_grad=trains) for _ in range(3))
+    run = Run(None, 0, tokens, 0, tokens, 0)
+    with torch.set_grad_enabled(trains), LargestTensor() as largest:
+        segments = work(parse(spec), rope, run, tokens)
+        out = banded_attention(q, k, v, Score(scale=0.5), Layout(0, 4, False), segments)
+        if trains:
+            out.sum().backward()
+    return largest.entries
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the fused kernel; the plain one, with gradients
+@pytest.mark.parametrize("spec", ["rerope:256|logn", "dual-chunk", "self-extend:8,window=128", "sink-window:256"])
+def test_memory_grows_with_the_context_and_not_with_its_square(spec, dtype):
+    assert largest_tensor(spec, dtype, 4096) <= 2 * largest_tensor(spec, dtype, 2048)
 
 
 def test_a_query_that_sees_nothing_weighs_nothing():

@@ -4,64 +4,17 @@ import gc
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM as Auto
-from transformers import (
-    CohereConfig,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from families import DEFAULT, FAMILIES
+from serving import IDS, TOLERANCE, difference, logits
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import ropewalk as rw
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-THETA = {"rope_type": "default", "rope_theta": 1e4}
+SOME = ("llama", "mistral", "qwen2", "qwen3", "cohere", "gpt_neox", "gemma3_text")
 
 
 def llama(**rope):
-    torch.manual_seed(0)
-    return Auto.from_config(LlamaConfig(**SMALL, rope_parameters={**THETA, **rope})).eval()
-
-
-def gemma3():
-    parameters = {
-        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    }
-    layers = ["sliding_attention", "full_attention"]
-    config = Gemma3TextConfig(**SMALL, head_dim=16, rope_parameters=parameters, layer_types=layers, sliding_window=8)
-    return Auto.from_config(config).eval()
-
-
-FAMILIES = {
-    "llama": llama,
-    "mistral": lambda: Auto.from_config(MistralConfig(**SMALL, sliding_window=None)).eval(),
-    "qwen2": lambda: Auto.from_config(Qwen2Config(**SMALL)).eval(),
-    "qwen3": lambda: Auto.from_config(Qwen3Config(**SMALL, head_dim=16)).eval(),
-    "cohere": lambda: Auto.from_config(CohereConfig(**SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval(),
-    "neox": lambda: Auto.from_config(
-        GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}, rotary_pct=0.25)
-    ).eval(),
-    "gemma3": gemma3,
-}
-IDS = torch.arange(1, 91).remainder(97)[None]
-
-
-@torch.inference_mode()
-def logits(model):
-    return model(IDS).logits
+    return FAMILIES["llama"](rope_parameters={**DEFAULT, **rope})
 
 
 @pytest.mark.parametrize(
@@ -85,12 +38,12 @@ def logits(model):
 def test_patched_model_equals_transformers_own_scaled_model(spec, rope):
     patched, native = llama(), llama(**rope)
     with rw.patch(patched, spec):
-        assert torch.allclose(logits(patched), logits(native), atol=2e-6, rtol=0)
-    assert not torch.allclose(logits(patched), logits(native), atol=1e-3, rtol=0)
+        assert difference(logits(patched), logits(native)) < TOLERANCE
+    assert difference(logits(patched), logits(native)) > 1e-3
 
 
 @pytest.mark.parametrize("spec", ["ntk:8", "yarn:4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_undo_restores_every_family_to_the_bit(family, spec):
     model = FAMILIES[family]()
     buffers = dict(model.named_buffers())
@@ -104,7 +57,7 @@ def test_undo_restores_every_family_to_the_bit(family, spec):
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("spec", ["none", "linear:1", "ntk:1", "ntk-mixed:1", "yarn:1", "mrrope:1", "critical-base:64"])
 def test_factor_one_is_the_untouched_model_to_the_bit(family, spec):
     model = FAMILIES[family]()
@@ -122,7 +75,7 @@ def test_generate_goes_on_as_plain_transformers():
 
 
 def test_sliding_layers_keep_their_frequencies():
-    model = gemma3()
+    model = FAMILIES["gemma3_text"]()
     rotary = model.model.rotary_emb
     local, full = rotary.sliding_attention_inv_freq, rotary.full_attention_inv_freq.clone()
     with rw.patch(model, "linear:2") as handle:
@@ -186,7 +139,7 @@ def test_a_patch_does_not_keep_the_model_alive():
 
 
 def test_refusals():
-    gpt2 = Auto.from_config(GPT2Config(vocab_size=97, n_positions=32, n_embd=32, n_layer=1, n_head=2))
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=97, n_positions=32, n_embd=32, n_layer=1, n_head=2))
     with pytest.raises(rw.UnsupportedModel, match=r"(?i)gpt2"):
         rw.patch(gpt2, "linear:2")
     foreign = llama()

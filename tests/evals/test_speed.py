@@ -8,30 +8,35 @@ from click.testing import CliRunner
 from torch import nn
 
 import ropewalk as rw
-from ropewalk.engine.banded import banded_attention
 from ropewalk.engine.cli import cli
 from ropewalk.engine.kernel import Score
-from ropewalk.engine.plan import Plan
+from ropewalk.engine.reference import reference_attention
 from ropewalk.engine.rotary import RotarySite
 from ropewalk.engine.rotation import Layout
-from ropewalk.engine.rows import Run
 from ropewalk.evals.speed import check_maps, naive_attention
 from ropewalk.scaling import RopeSpec, Scaler, parse
 from ropewalk.scaling.hf import ConfiguredRope
 
 
-@pytest.mark.parametrize("spec", ["rerope:40", "self-extend:4,window=40", "dual-chunk", "leaky-rerope:40,k=3"])
-def test_the_public_form_is_the_same_attention(spec):
-    rope = RopeSpec(dim=16, base=1e4, trained_length=128)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "rerope:40",
+        "self-extend:4,window=40",
+        "dual-chunk",
+        "leaky-rerope:40,k=3",
+        "yarn:2|rerope:40|logn",
+        "jet-long:40",
+    ],
+)
+def test_the_public_form_is_the_literal_twin(spec):
+    rope, scaler = RopeSpec(dim=16, base=1e4, trained_length=128), parse(spec)
     configured = ConfiguredRope(rope=rope, scaler=Scaler(), max_length=128)
     site = RotarySite(module=nn.Module(), layer_type=None, configured=configured)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, h, 300, 16, generator=generator) for h in (4, 2, 2))
-    run = Run(None, 0, 300, 0, 300, 0)
-    with torch.inference_mode():
-        work = [(run, Plan(site, parse(spec), 300).segments(run))]
-        ours = banded_attention(q, k, v, Score(scale=0.25), Layout(0, 16, False), work)
-        assert (naive_attention(q, k, v, 0.25, parse(spec), site) - ours).abs().max() < 1e-5
+    q, k, v = (torch.randn(1, h, 300, 16, dtype=torch.float64, generator=generator) for h in (4, 2, 2))
+    twin = reference_attention(q, k, v, Score(scale=0.25), Layout(0, 16, False), scaler, rope, length=300)
+    assert (naive_attention(q, k, v, 0.25, scaler, site) - twin).abs().max() < 1e-10
 
 
 def test_speed_tells_costs_and_ends_in_json(tiny_folder):

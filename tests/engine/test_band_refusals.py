@@ -1,0 +1,119 @@
+"""What position maps and temperatures refuse, what they say, and that a patch which fails leaves no trace."""
+
+import warnings
+
+import pytest
+import torch
+from families import FAMILIES
+from long_text import IDS, beyond_reach, read
+from transformers import DynamicCache
+
+import ropewalk as rw
+from ropewalk.engine import band_patch
+
+pytestmark = beyond_reach
+
+
+def test_what_cannot_be_honoured_is_refused_by_name(llama):
+    with rw.patch(llama, "rerope:20"):
+        with pytest.raises(rw.PatchError, match="output_attentions=True cannot be honoured"):
+            llama(input_ids=IDS, output_attentions=True)
+        mask = torch.ones(1, 200, dtype=torch.long)
+        mask[0, 50:60] = 0
+        with pytest.raises(
+            rw.PatchError, match="hides tokens between others in row 0; pad on the left or on the right"
+        ):
+            llama(input_ids=IDS, attention_mask=mask)
+        square = torch.ones(1, 1, 200, 200, dtype=torch.bool)
+        with pytest.raises(rw.PatchError, match="not causal attention over its texts"):
+            llama(input_ids=IDS, attention_mask=square)
+        with torch.no_grad():
+            causal = read(llama, IDS, attention_mask=square.tril())
+        assert torch.equal(causal, read(llama))
+        with pytest.raises(rw.PatchError, match="do not count up by one"):
+            llama(input_ids=IDS[:, :4], attention_mask=torch.ones(1, 4), position_ids=torch.tensor([[0, 2, 4, 6]]))
+        cache = DynamicCache(config=llama.config)
+        llama(input_ids=IDS[:, :20], past_key_values=cache)
+        with pytest.raises(rw.PatchError, match="position ids must count the tokens in the cache too"):
+            llama(input_ids=IDS[:, :4], past_key_values=cache, position_ids=torch.arange(4)[None])
+
+
+def test_maps_that_do_not_fit_are_refused_with_numbers(llama):
+    with pytest.raises(rw.ConfigError, match="rerope: window 64 is not below the length 64 carried without it"):
+        rw.patch(llama, "rerope:64")
+    with pytest.raises(rw.ConfigError, match=r"reaches 144 tokens on this model, fewer than the 256 asked for"):
+        rw.patch(llama, "self-extend:3,window=24", length="4x")
+    rw.patch(llama, "self-extend:3,window=24", length=144).undo()
+    rw.patch(llama, "yarn:4|rerope:200").undo()
+    assert read(llama).isfinite().all()
+
+
+def test_a_text_beyond_the_reach_warns_once(llama):
+    with rw.patch(llama, "self-extend:3,window=24"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            read(llama, IDS[:, :144])
+        with pytest.warns(UserWarning, match="reaches 144 tokens on this model and the text has 145"):
+            read(llama, IDS[:, :145])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            read(llama)
+
+
+def test_describe_names_tier_bands_reach_and_cost(llama):
+    with rw.patch(llama, "ntk:4|rerope:20|logn") as handle:
+        text = handle.describe()
+        assert handle.reach == float("inf")
+    for part in ("ntk:4|rerope:20|logn", "position bands", "near, far", "any length (trained: 64)", "scored once"):
+        assert part in text
+    with rw.patch(llama, "dynamic-ntk") as handle:
+        assert "grows with each sequence, in steps of 8 beyond 64" in handle.describe()
+    with rw.patch(llama, "dynamic-ntk", length="4x") as handle:
+        assert "fixed at 256 tokens" in handle.describe()
+        assert "static frequencies" in handle.describe()
+    with rw.patch(llama, "logn") as handle:
+        assert "temperature: queries are multiplied" in handle.describe()
+
+
+def test_a_failed_patch_leaves_the_model_as_it_was(llama, monkeypatch):
+    before = read(llama)
+    monkeypatch.setattr(band_patch, "banded_attention", lambda q, *_: q * 0)
+    with pytest.raises(rw.UnsupportedModel, match="does not reproduce"):
+        rw.patch(llama, "rerope:20")
+    monkeypatch.undo()
+    assert torch.equal(read(llama), before)
+    rw.patch(llama, "rerope:20").undo()
+
+
+@pytest.mark.parametrize(("spec", "runs"), [("yarn:4", 1), ("yarn:4|logn", 1), ("yarn:4|rerope:20|logn", 4)])
+def test_an_interrupted_patch_leaves_the_model_as_it_was(spec, runs):
+    model = FAMILIES["llama"]()
+    before, buffers = read(model), dict(model.named_buffers())
+    for last in range(1, runs + 1):
+        left = iter(range(last, 0, -1))
+
+        def interrupt(*_, left=left):
+            if next(left) == 1:
+                raise KeyboardInterrupt
+
+        hook = model.lm_head.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            rw.patch(model, spec)
+        hook.remove()
+        assert torch.equal(read(model), before)
+        assert all(value is buffers[name] for name, value in model.named_buffers())
+        assert not model._forward_pre_hooks
+        assert not model.model.rotary_emb._forward_pre_hooks
+    rw.patch(model, spec).undo()
+
+
+def test_a_model_that_runs_otherwise_under_another_attention_is_refused(monkeypatch):
+    """Falcon does. What the patch must give is what the untouched model gave, not what it gives while it is watched."""
+    model = FAMILIES["llama"]()
+    forward = model.lm_head.forward
+    own = model.config._attn_implementation
+    monkeypatch.setattr(
+        model.lm_head, "forward", lambda x: forward(x) * (1 if model.config._attn_implementation == own else 2)
+    )
+    with pytest.raises(rw.UnsupportedModel, match="does not reproduce"):
+        rw.patch(model, "rerope:20")
