@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import overload
 
 import torch
@@ -12,72 +13,32 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..errors import ConfigError, ContextOverflow, DataError, PatchError
+from ..errors import ContextOverflow, DataError, PatchError
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import parse
-from ..tokenizer_tools.stream import StopWatch, TextStream
-from . import decode
+from ..tokenizer_tools.cover import cover
+from ..tokenizer_tools.stream import StopWatch
+from ..tokenizer_tools.vocab import Vocabulary, vocabulary
 from .cache import new_cache as cache_for
+from .completion import Completion, Score, Usage
+from .decode import OpeningToken, Token, decode
+from .opening import Continuation, text_logprob
 from .patch import install
+from .prefill import Progress
+from .prompt import Prompt
 from .rotary import headline, rotary_sites
 from .sampling import SamplingParams
-
-
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Token counts of one completion."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """What `generate` returns: the new text, without the prompt.
-
-    `finish_reason` is "stop" (an end token or stop string came) or "length". `logprobs` holds one
-    `decode.Token` for each id if `SamplingParams.logprobs` asked for them.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    usage: Usage
-    logprobs: list[decode.Token] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """Log-probabilities of a text, nats. `logprobs[t]` is that of `token_ids[t + 1]` given the tokens before it;
-    the first token has none."""
-
-    token_ids: list[int]
-    logprobs: Tensor
-    text_bytes: int
-
-    @property
-    def loss(self) -> float:
-        """Mean negative log-probability, nats a token."""
-        return -float(self.logprobs.double().mean())
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Total negative log2-probability over the bytes of the text."""
-        return -float(self.logprobs.double().sum()) / math.log(2) / self.text_bytes
+from .score import score
 
 
 @dataclass
 class _Outcome:
     """Filled in while a completion is streamed."""
 
-    tokens: list[decode.Token] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
     finish_reason: str = "length"
+    continuation: Continuation | None = None
 
 
 class Model:
@@ -139,24 +100,66 @@ class Model:
         reach = headline(self.sites).reach(self.rope)
         return int(reach) if math.isfinite(reach) else 2**31
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's tokens as bytes.
+
+        Raises:
+            UnsupportedModel: they are not pieces of the text's bytes.
+        """
+        return vocabulary(self.tokenizer)
+
     @overload
-    def generate(self, prompt: str, params: SamplingParams | None = None) -> Completion: ...
+    def generate(self, prompt: str | bytes, params: SamplingParams | None = None) -> Completion: ...
     @overload
     def generate(self, prompt: list[str], params: SamplingParams | None = None) -> list[Completion]: ...
-    def generate(self, prompt: str | list[str], params: SamplingParams | None = None) -> Completion | list[Completion]:
-        """Continue `prompt`; a list in, a list out.
+    def generate(
+        self, prompt: str | bytes | list[str], params: SamplingParams | None = None
+    ) -> Completion | list[Completion]:
+        """Continue `prompt`; a list in, a list out. Bytes may end inside a character.
 
         Raises:
             ContextOverflow: prompt and `max_new_tokens` exceed `max_length`.
         """
         params = params or SamplingParams()
-        if not isinstance(prompt, str):
+        if isinstance(prompt, list):
             return [self.generate(one, params) for one in prompt]
-        return self.generate_ids(self._prompt_ids(prompt), params)
+        return self._complete(self._prompt(prompt, params), params)
 
-    def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(self, prompt: str | bytes, params: SamplingParams | None = None) -> Iterator[str]:
         """The text of `generate`, piece by piece as it is decided."""
-        return self._pieces(self._prompt_ids(prompt), params or SamplingParams(), _Outcome())
+        params = params or SamplingParams()
+        return self._pieces(self._prompt(prompt, params), params, _Outcome())
+
+    def next_byte_logprobs(self, text: str | bytes) -> Tensor:
+        """The law of the byte that follows `text`, whatever tokens it takes: float32 [257], nats.
+
+        Index 256 is the end of the text. Exact as `logprob` is.
+        """
+        prompt = self._prompt(text, SamplingParams(continuation="exact"))
+        self._installed.write(len(prompt.ids) + 1)
+        with torch.inference_mode():
+            covers = prompt.weigh(self.hf, self.new_cache(len(prompt.ids) + 1), self.vocabulary)
+            return covers.next_byte_logprobs(self.vocabulary)
+
+    def logprob(self, continuation: str | bytes, given: str | bytes = "") -> float:
+        """Log-probability that a text which begins with `given` goes on with `continuation`, nats.
+
+        The sum over all token sequences of such texts that the tokenizer can make, so it depends on the text alone:
+        divided by its bytes it compares models with different tokenizers. Where no token of `given` is certain, the
+        texts begin with the tokenizer's start token.
+        """
+        text = [part.encode() if isinstance(part, str) else part for part in (given, continuation)]
+        before, after = cover(self.vocabulary, text[0]), cover(self.vocabulary, b"".join(text))
+        start = None if before.trunk else self.tokenizer.bos_token_id
+        length = len(after.prompt) + 1
+        self._installed.write(length)
+        with torch.inference_mode():
+            long, short = (  # a text that begins with `given` begins with its trunk
+                text_logprob(self.hf, one, start, len(before.trunk), self.new_cache(length), self.vocabulary)
+                for one in (after, before)
+            )
+        return long - short
 
     def score(self, text: str) -> Score:
         """Log-probability of every token of `text` but the first, given all before it.
@@ -172,7 +175,7 @@ class Model:
         self,
         ids: list[int],
         first: int = 1,
-        progress: decode.Progress | None = None,
+        progress: Progress | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Log-probabilities of `ids[first:]` given all before each, float32 [len(ids) - first] on the CPU.
@@ -183,37 +186,39 @@ class Model:
         if cache is None:
             cache = self.new_cache(len(ids))
         with torch.inference_mode():
-            return decode.score(self.hf, ids, first, cache, progress).cpu()
+            return score(self.hf, ids, first, cache, progress).cpu()
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty key-value cache for one sequence of about `capacity` tokens."""
         return cache_for(self.hf.config, capacity)
 
     def generate_ids(self, ids: list[int], params: SamplingParams, cache: Cache | None = None) -> Completion:
-        """Continue token ids. `cache` may hold their beginning, written under the scaler in use."""
+        """Continue token ids. `cache` may hold their beginning, written under the scaler in use.
+
+        The answer begins where the ids end, unless `params.continuation` is "exact".
+        """
+        return self._complete(self._prompt(ids, params), params, cache)
+
+    def _complete(self, prompt: Prompt, params: SamplingParams, cache: Cache | None = None) -> Completion:
         outcome = _Outcome()
-        text = "".join(self._pieces(ids, params, outcome, cache))
+        text = "".join(self._pieces(prompt, params, outcome, cache))
+        continuation = outcome.continuation
+        read = prompt.ids if continuation is None else continuation.prompt_ids
         return Completion(
             text=text,
             token_ids=[token.id for token in outcome.tokens],
             finish_reason=outcome.finish_reason,
-            usage=Usage(prompt_tokens=len(ids), completion_tokens=len(outcome.tokens)),
+            usage=Usage(prompt_tokens=len(read), completion_tokens=len(outcome.tokens)),
             logprobs=outcome.tokens if params.logprobs is not None else None,
+            continuation=continuation,
         )
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, verbose=False).input_ids
         return ids
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        ids = self._encode(prompt)
-        if not ids:
-            if self.tokenizer.bos_token_id is None:
-                raise ConfigError(
-                    "the prompt is empty and this tokenizer has no start token; give at least one character"
-                )
-            ids = [self.tokenizer.bos_token_id]
-        return ids
+    def _prompt(self, prompt: str | bytes | list[int], params: SamplingParams) -> Prompt:
+        return Prompt.read(prompt, self.tokenizer, self.vocabulary, params.continuation)
 
     def _check_length(self, ids: list[int], params: SamplingParams) -> int:
         """Tokens of prompt and answer together; ContextOverflow if they are too many."""
@@ -234,12 +239,13 @@ class Model:
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
     def _pieces(
-        self, ids: list[int], params: SamplingParams, outcome: _Outcome, cache: Cache | None = None
+        self, prompt: Prompt, params: SamplingParams, outcome: _Outcome, cache: Cache | None = None
     ) -> Iterator[str]:
-        length, installed = self._check_length(ids, params), self._installed
+        length, installed = self._check_length(prompt.ids, params), self._installed
         stop_ids = self._stop_ids()
-        text, watch = TextStream(self.tokenizer, ids), StopWatch(params.stops)
-        tokens = decode.decode(self.hf, ids, params, stop_ids, cache)
+        text, watch = prompt.text_stream(self.vocabulary), StopWatch(params.stops)
+        weigh = prompt.weigher(self.hf, self.vocabulary, params.repetition_penalty)
+        tokens = decode(self.hf, prompt.ids, params, stop_ids, cache, weigh)
         while True:
             if self._installed is not installed:
                 raise PatchError(
@@ -251,11 +257,14 @@ class Model:
                 token = next(tokens, None)
             if token is None:
                 break
+            overlap = 0
+            if isinstance(token, OpeningToken):
+                outcome.continuation, overlap = token.continuation, token.continuation.overlap
             outcome.tokens.append(token)
             if token.id in stop_ids:
                 outcome.finish_reason = "stop"
                 break
-            if piece := watch.push(text.push(token.id)):
+            if piece := watch.push(text.push(token.id, overlap)):
                 yield piece
             if watch.stopped:
                 outcome.finish_reason = "stop"

@@ -97,11 +97,11 @@ def _open(
     opening = open_answer(covers, cache, params, generator)
     if params.logprobs is None:
         return OpeningToken(id=opening.token, continuation=opening.continuation), opening.pending
-    logprobs = covers.logprob_C - covers.total
+    logprobs = covers.logprobs - covers.total
     best = logprobs.topk(params.logprobs)
     top: dict[int, float] = {}
     for index, logprob in zip(best.indices, best.values.tolist(), strict=True):
-        top.setdefault(int(covers.token_C[index]), logprob)  # a token may end covers of two nodes
+        top.setdefault(int(covers.tokens[index]), logprob)  # a token may end covers of two nodes
     return OpeningToken(
         id=opening.token,
         logprob=float(logprobs[opening.index]),

@@ -20,8 +20,8 @@ from ..tokenizer_tools.cover import Cover
 from ..tokenizer_tools.vocab import Vocabulary
 from .cache import can_rewind, rewind
 from .prefill import forward, prefill
-from .score import score
 from .sampling import SamplingParams, penalize_repetition, sample
+from .score import score
 
 END = 256  # the index of "the text ends here" among next bytes
 
@@ -47,48 +47,48 @@ class Continuation:
     overlap: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Covers:
-    """The covers of a prompt with their probabilities. Shape suffix C: covers.
+    """The covers of a prompt with their probabilities.
 
     Attributes:
-        node_C, token_C: the node of every cover, and its last token.
-        logits_C: log-probability given the trunk, with the repetition penalty in it: what is sampled from.
-        logprob_C: log-probability given the trunk, nats.
+        context: the trunk as it was read, with a start token if it is empty.
+        nodes, tokens: the node of every cover, and its last token; int64 [covers].
+        scores: log-probability given the trunk, with the repetition penalty in it: what is sampled from.
+        logprobs: log-probability given the trunk, nats; float32 [covers].
         held: the tokens that the cache holds after the trunk.
     """
 
     cover: Cover
     context: list[int]
-    node_C: Tensor
-    token_C: Tensor
-    logits_C: Tensor
-    logprob_C: Tensor
+    nodes: Tensor
+    tokens: Tensor
+    scores: Tensor
+    logprobs: Tensor
     held: Path
 
     @property
     def total(self) -> float:
         """Log-probability that a text goes on from the trunk with the bytes of the prompt, nats."""
-        return float(self.logprob_C.double().logsumexp(0))
+        return float(self.logprobs.double().logsumexp(0))
 
     @property
     def aligned(self) -> float:
         """Probability of a token border at the end of the prompt."""
-        nodes = [n for n, node in enumerate(self.cover.nodes) if node.aligned]
-        chosen = torch.isin(self.node_C, torch.tensor(nodes, device=self.node_C.device))
-        return float((self.logprob_C[chosen].double().logsumexp(0) - self.total).exp()) if nodes else 0.0
+        ends = torch.tensor([node.aligned for node in self.cover.nodes], device=self.nodes.device)
+        return float((self.logprobs[ends[self.nodes]].double().logsumexp(0) - self.total).exp())
 
     def next_byte_logprobs(self, vocabulary: Vocabulary) -> Tensor:
         """Log-probability of every byte to follow the prompt, and at index 256 that it ends; float32 [257], nats."""
         skips = [len(node.suffix) for node in self.cover.nodes]
-        next_C = torch.tensor(
+        next_bytes = torch.tensor(
             [
                 vocabulary.tokens[token][skips[node]] if token not in vocabulary.walls else END
-                for node, token in zip(self.node_C.tolist(), self.token_C.tolist(), strict=True)
+                for node, token in zip(self.nodes.tolist(), self.tokens.tolist(), strict=True)
             ]
         )
         total = torch.zeros(257, dtype=torch.float64)
-        total.index_add_(0, next_C, (self.logprob_C.double().cpu() - self.total).exp())
+        total.index_add_(0, next_bytes, (self.logprobs.double().cpu() - self.total).exp())
         return total.log().float()
 
 
@@ -101,7 +101,7 @@ def weigh(
         start: token to read before a trunk that is empty.
         cache: may hold the beginning of the trunk, or more of the prompt; it holds the trunk afterwards, and
             `Covers.held`.
-        penalty: the repetition penalty of `logits_C`.
+        penalty: the repetition penalty of `scores`.
 
     Raises:
         ConfigError: the trunk is empty and there is no token to start with.
@@ -114,32 +114,20 @@ def weigh(
             "read before it; give a longer prompt, or set continuation='off'"
         )
     logits, held = _path_logits(hf, context, [node.path for node in cover.nodes], cache)
-    node_parts, token_parts, logit_parts, logprob_parts = [], [], [], []
+    parts = []
     for n, node in enumerate(cover.nodes):
-        path_logprob = sum(
-            (logits[node.path[:k]].log_softmax(-1)[token] for k, token in enumerate(node.path)), torch.tensor(0.0)
-        )
         row = logits[node.path]
-        logprobs = row.log_softmax(-1) + path_logprob
-        penalized = logprobs
+        steps = (logits[node.path[:k]].log_softmax(-1)[token] for k, token in enumerate(node.path))
+        logprobs = row.log_softmax(-1) + sum(steps, torch.zeros((), device=row.device))
+        scores = logprobs
         if penalty != 1:
             seen = torch.tensor([*context, *node.path], device=row.device)
-            penalized = logprobs + penalize_repetition(row, seen, penalty) - row
-        tokens = torch.arange(len(row)) if node.aligned else torch.tensor(vocabulary.trie.extensions(node.suffix))
-        tokens = tokens.to(row.device)
-        node_parts.append(torch.full_like(tokens, n))
-        token_parts.append(tokens)
-        logit_parts.append(penalized[tokens])
-        logprob_parts.append(logprobs[tokens])
-    return Covers(
-        cover,
-        context,
-        torch.cat(node_parts),
-        torch.cat(token_parts),
-        torch.cat(logit_parts),
-        torch.cat(logprob_parts),
-        held,
-    )
+            scores = logprobs + penalize_repetition(row, seen, penalty) - row
+        ids = range(len(row)) if node.aligned else vocabulary.trie.extensions(node.suffix)
+        tokens = torch.tensor(ids, device=row.device)
+        parts.append((torch.full_like(tokens, n), tokens, scores[tokens], logprobs[tokens]))
+    nodes, tokens, scores, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Covers(cover=cover, context=context, nodes=nodes, tokens=tokens, scores=scores, logprobs=logprobs, held=held)
 
 
 def text_logprob(
@@ -208,8 +196,8 @@ class Opening:
 
 def open_answer(covers: Covers, cache: Cache, params: SamplingParams, generator: torch.Generator) -> Opening:
     """Draw a cover and leave the cache at the beginning that it shares with what was run."""
-    index = sample(covers.logits_C, params, generator)
-    node, token = covers.cover.nodes[int(covers.node_C[index])], int(covers.token_C[index])
+    index = sample(covers.scores, params, generator)
+    node, token = covers.cover.nodes[int(covers.nodes[index])], int(covers.tokens[index])
     common = _common(covers.held, node.path)
     if len(covers.held) > common:
         rewind(cache, len(covers.held) - common)

@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from ..engine import decode
+from ..engine import prefill
 from ..engine.api import Model
 from ..engine.attention import causal_attention
 from ..engine.banded import banded_attention
@@ -117,9 +117,9 @@ def _decoding(model: Model, scaler: Scaler, n: int, progress: Progress) -> Calla
     ids = torch.randint(0, vocabulary, (n,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = model.new_cache(n + 64)
     task = progress.add_task(f"reading {n} tokens, {scaler}", total=n)
-    decode.prefill(model.hf, ids, cache, lambda _, count: progress.advance(task, count))
+    prefill.prefill(model.hf, ids, cache, lambda _, count: progress.advance(task, count))
     progress.remove_task(task)
-    return lambda: decode.forward(model.hf, ids[:1], cache, keep=1)
+    return lambda: prefill.forward(model.hf, ids[:1], cache, keep=1)
 
 
 def _switch(model: Model, ways: dict[tuple[str, str], Callable[[], object]]) -> Callable[[str], None]:
@@ -168,8 +168,8 @@ def _in_turn(
 
 def _chunks(plan: Plan, n: int) -> Segments:
     found = []
-    for start in range(0, n, decode.CHUNK):
-        stop = min(n, start + decode.CHUNK)
+    for start in range(0, n, prefill.CHUNK):
+        stop = min(n, start + prefill.CHUNK)
         run = Run(None, 0, stop - start, 0, stop, 0)
         found.append((start, stop, [(run, plan.segments(run))]))
     return found
@@ -191,8 +191,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, site: 
     def run() -> None:
         turned = layout.rotate(k, found)
         turned_q = layout.rotate(q, found)
-        for start in range(0, n, decode.CHUNK):
-            stop = min(n, start + decode.CHUNK)
+        for start in range(0, n, prefill.CHUNK):
+            stop = min(n, start + prefill.CHUNK)
             causal_attention(turned_q[:, :, start:stop], turned[:, :, :stop], v[:, :, :stop], scale)
 
     return run

@@ -24,7 +24,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .engine.api import Completion, Model, Score
+    from .engine.api import Model
+    from .engine.completion import Completion, Score
     from .engine.load import load
     from .engine.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Completion": ".engine.api",
+    "Completion": ".engine.completion",
     "Model": ".engine.api",
-    "Score": ".engine.api",
+    "Score": ".engine.completion",
     "load": ".engine.load",
     "PatchHandle": ".engine.patch",
     "patch": ".engine.patch",

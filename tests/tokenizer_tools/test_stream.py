@@ -5,20 +5,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ropewalk.tokenizer_tools.stream import StopWatch, TextStream
+from ropewalk.tokenizer_tools.vocab import Vocabulary
 
 
-class Bytes:
-    """A tokenizer whose tokens are bytes."""
+class Bytes(Vocabulary):
+    """Tokens that are bytes, and a special one at the end."""
 
-    def decode(self, token_ids, **_):
-        return bytes(token_ids).decode(errors="replace")
+    def __init__(self, space_first=False):
+        self.tokens = [bytes([byte]) for byte in range(256)] + [b""]
+        self.walls = frozenset([256])
+        self.byte_level = True
+        self.name = "bytes"
+        self.space_first = space_first
 
+    def encode(self, text):
+        return list(b" " * self.space_first + text.encode())
 
-class Words:
-    """A tokenizer that, as SentencePiece does, drops the space of the first token decoded."""
+    def cuts(self, text):
+        return []
 
-    def decode(self, token_ids, **_):
-        return "".join(f" w{i}" for i in token_ids)[1:]
+    def piece(self, data):
+        return list(data)
 
 
 @given(st.text(max_size=40))
@@ -31,15 +38,40 @@ def test_pieces_join_to_the_text_and_hold_whole_characters(text):
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
 
 
+def test_a_character_is_shown_with_its_last_byte():
+    stream = TextStream(Bytes())
+    assert [stream.push(b) for b in "a🙂b".encode()] == ["a", "", "", "", "🙂", "b"]
+
+
 def test_a_text_that_ends_inside_a_character_shows_it_at_the_end():
     stream = TextStream(Bytes())
     assert [stream.push(b) for b in "a🙂".encode()[:3]] == ["a", "", ""]
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_spaces_between_tokens_survive_and_the_prompt_is_not_repeated():
-    stream = TextStream(Words(), prompt=[1, 2])
-    assert [stream.push(3), stream.push(4)] == [" w3", " w4"]
+def test_bytes_that_can_be_no_character_do_not_hold_up_what_follows():
+    stream = TextStream(Bytes())
+    assert "".join(stream.push(b) for b in b"\xf0\x9fab\xffc") == "\ufffdab\ufffdc"
+
+
+def test_half_a_character_of_the_prompt_is_shown_whole_and_no_more_of_it():
+    data = "é🙂!".encode()
+    stream = TextStream(Bytes(), pending=data[2:4])
+    assert "".join(stream.push(b) for b in data[4:]) == "🙂!"
+
+
+def test_bytes_that_belong_to_the_prompt_are_skipped():
+    stream = TextStream(Bytes())
+    stream._vocabulary.tokens[256] = b" numpy"
+    assert stream.push(256, skip=5) == "y"
+
+
+@pytest.mark.parametrize("space_first", [False, True])
+def test_the_space_that_a_tokenizer_puts_before_a_text_is_left_out_once(space_first):
+    tokens = [256, *b" a b"]
+    shown = [TextStream(Bytes(space_first), starts_text=starts) for starts in (True, False)]
+    texts = ["".join(stream.push(token) for token in tokens) for stream in shown]
+    assert texts == ["a b" if space_first else " a b", " a b"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])

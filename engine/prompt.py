@@ -1,0 +1,102 @@
+"""A prompt on its way into the decode loop: its tokens, and what its end leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from ..errors import ConfigError
+from ..tokenizer_tools.boundaries import split_character
+from ..tokenizer_tools.cover import Cover, cover
+from ..tokenizer_tools.stream import TextStream
+from ..tokenizer_tools.vocab import Vocabulary
+from .decode import Weigh
+from .opening import Covers, weigh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Tokens of a prompt.
+
+    Attributes:
+        ids: the tokens that the tokenizer makes of it.
+        starts_text: True if no text is in it.
+        cover: its covers, where the first token of the answer is to be drawn among them.
+        start: the tokenizer's start token.
+        pending: bytes of half a character that it ends in.
+    """
+
+    ids: list[int]
+    starts_text: bool
+    cover: Cover | None = None
+    start: int | None = None
+    pending: bytes = b""
+
+    @classmethod
+    def read(
+        cls,
+        prompt: str | bytes | Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: Vocabulary,
+        continuation: Literal["auto", "exact", "off"],
+    ) -> Prompt:
+        """The prompt of a request.
+
+        Raises:
+            ConfigError: it is empty, and the tokenizer has no start token.
+            DataError: it is not UTF-8.
+        """
+        start = tokenizer.bos_token_id
+        is_text = isinstance(prompt, str | bytes)
+        if not isinstance(prompt, bytes) and (continuation == "off" or (continuation == "auto" and not is_text)):
+            ids = vocabulary.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            return cls(ids=_started(ids, start), starts_text=vocabulary.walls.issuperset(ids))
+        covers = cover(vocabulary, prompt)
+        wanted = continuation == "exact"
+        if continuation == "auto" and not covers.only_aligned:
+            wanted = bool(covers.trunk or start is not None) and not _ends_in_header(prompt, tokenizer)
+        return cls(
+            ids=_started(list(covers.prompt), start),
+            cover=covers if wanted else None,
+            start=start,
+            pending=split_character(covers.text)[1],
+            starts_text=not covers.text,
+        )
+
+    def weigh(self, hf: PreTrainedModel, cache: Cache, vocabulary: Vocabulary, penalty: float = 1.0) -> Covers:
+        """Run the prompt on top of `cache` and weigh its covers."""
+        assert self.cover is not None
+        return weigh(hf, self.cover, self.start, cache, vocabulary, penalty)
+
+    def weigher(self, hf: PreTrainedModel, vocabulary: Vocabulary, penalty: float) -> Weigh | None:
+        """`weigh` for the decode loop; None if the answer can only begin where the prompt's tokens end."""
+        if self.cover is None or self.cover.only_aligned:
+            return None
+        return lambda cache: self.weigh(hf, cache, vocabulary, penalty)
+
+    def text_stream(self, vocabulary: Vocabulary) -> TextStream:
+        """For the text of the answer."""
+        return TextStream(vocabulary, pending=self.pending, starts_text=self.starts_text)
+
+
+def _started(ids: list[int], start: int | None) -> list[int]:
+    if not ids and start is None:
+        raise ConfigError("the prompt is empty and this tokenizer has no start token; give at least one character")
+    return ids or [start]  # type: ignore[list-item]
+
+
+def _ends_in_header(prompt: str | bytes | Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if the prompt ends in what the chat template writes before an answer: a token border by agreement."""
+    if not tokenizer.chat_template:
+        return False
+    question = [{"role": "user", "content": "?"}]
+    without, with_header = (
+        tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=flag) for flag in (False, True)
+    )
+    header = with_header.removeprefix(without)
+    text = prompt if isinstance(prompt, str) else split_character(bytes(prompt))[0].decode()
+    return bool(header) and text.endswith(header)
