@@ -57,7 +57,7 @@ def test_score_equals_transformers(model, reference, spec):
 
 
 def test_greedy_generation_equals_transformers(model, reference):
-    completion = model.generate(TEXT, rw.SamplingParams(max_new_tokens=40, temperature=0))
+    completion = model.generate(TEXT, rw.SamplingParams(max_new_tokens=40, temperature=0, continuation="off"))
     ids = torch.tensor([model.tokenizer(TEXT).input_ids])
     expected = reference.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :].tolist()
     assert completion.token_ids == expected
@@ -68,7 +68,7 @@ def test_greedy_generation_equals_transformers(model, reference):
 
 
 def test_repetition_penalty_equals_transformers(model, reference):
-    params = rw.SamplingParams(max_new_tokens=30, temperature=0, repetition_penalty=1.3)
+    params = rw.SamplingParams(max_new_tokens=30, temperature=0, repetition_penalty=1.3, continuation="off")
     ids = torch.tensor([model.tokenizer(TEXT).input_ids])
     expected = reference.generate(ids, max_new_tokens=30, do_sample=False, repetition_penalty=1.3)
     assert model.generate(TEXT, params).token_ids == expected[0, ids.shape[1] :].tolist()
@@ -87,7 +87,7 @@ def test_a_list_in_is_a_list_out_and_each_row_is_the_same_alone(model):
 
 
 def test_logprobs_are_those_of_the_chosen_tokens(model):
-    params = rw.SamplingParams(max_new_tokens=6, temperature=0, logprobs=2)
+    params = rw.SamplingParams(max_new_tokens=6, temperature=0, logprobs=2, continuation="off")
     completion = model.generate(TEXT, params)
     prompt = model.tokenizer(TEXT).input_ids
     expected = model.score_ids(prompt + completion.token_ids, first=len(prompt))
@@ -175,7 +175,9 @@ def test_more_tokens_than_the_reach_are_refused_with_the_next_step(model, tiny_f
 @pytest.mark.parametrize("spec", ["ntk:4|rerope:64|logn", "dual-chunk|logn", "jet-long:64", "logn"])
 def test_maps_write_what_a_patched_transformers_model_writes(model, reference, spec):
     model.rope = spec
-    completion = model.generate(TEXT, rw.SamplingParams(max_new_tokens=40, temperature=0, logprobs=1))
+    completion = model.generate(
+        TEXT, rw.SamplingParams(max_new_tokens=40, temperature=0, logprobs=1, continuation="off")
+    )
     ids = torch.tensor([model.tokenizer(TEXT).input_ids])
     with rw.patch(reference, spec, length=ids.shape[1] + 40):
         out = reference.generate(
