@@ -8,11 +8,12 @@ from ropewalk.scaling import RopeSpec
 
 LLAMA2 = RopeSpec(dim=128, base=1e4, trained_length=4096)
 LLAMA3 = RopeSpec(dim=128, base=5e5, trained_length=8192)
+SMALL = RopeSpec(dim=16, base=1e4, trained_length=256)
 MODELS = [
     LLAMA2,
     LLAMA3,
     RopeSpec(dim=64, base=1e5, trained_length=2048),
-    RopeSpec(dim=16, base=1e4, trained_length=256),
+    SMALL,
 ]
 
 ropes = st.builds(
