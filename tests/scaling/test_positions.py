@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from geometries import trained_on
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropewalk.errors import ConfigError
 from ropewalk.scaling import (
     DualChunk,
     JetLong,
@@ -44,11 +44,7 @@ class Case:
 
     @property
     def rope(self) -> RopeSpec:
-        return rope(self.trained)
-
-
-def rope(trained: int) -> RopeSpec:
-    return RopeSpec(dim=8, base=1e4, trained_length=trained)
+        return trained_on(self.trained)
 
 
 @st.composite
@@ -174,7 +170,7 @@ def plain(n: int) -> Matrix:
 
 def largest(scaler: Scaler, trained: int, n: int) -> float:
     """The largest distance that any query sees in a text of n tokens."""
-    return float(np.nanmax(seen(scaler.bands(rope(trained), n), n)[0]))
+    return float(np.nanmax(seen(scaler.bands(trained_on(trained), n), n)[0]))
 
 
 def test_every_map_is_here() -> None:
@@ -253,7 +249,7 @@ def test_infinite_reaches_at_a_million_tokens() -> None:
     keys = torch.arange(2**20 + 3)
     for scaler in (ReRoPE(window=512), DualChunk(), JetLong(), SinkWindow(window=1024)):
         far = 0.0
-        for band in scaler.bands(rope(L), len(keys)):
+        for band in scaler.bands(trained_on(L), len(keys)):
             inside = keys[int(band.start(last)) : int(band.stop(last))]
             distances = band.query(last) - band.key(inside)
             far = max(far, float(distances.max()))
@@ -272,7 +268,7 @@ def test_infinite_reaches_at_a_million_tokens() -> None:
     ],
 )
 def test_reaches_by_hand(scaler: Scaler, reach: int) -> None:
-    assert scaler.reach(rope(L)) == reach
+    assert scaler.reach(trained_on(L)) == reach
 
 
 @given(trained=st.integers(2, 40), length=st.integers(0, 80), step=st.none() | st.integers(1, 30), data=st.data())
@@ -283,7 +279,7 @@ def test_jet_long_grows_within_the_trained_distances(
     scaler = JetLong(near=data.draw(st.integers(1, trained - 1)), step=step)
     n = trained + length
     for i in range(n):
-        row = seen(scaler.bands(rope(trained), scaler.growing_length(i, rope(trained))), n)[0][i]
+        row = seen(scaler.bands(trained_on(trained), scaler.growing_length(i, trained_on(trained))), n)[0][i]
         assert np.nanmax(row) < trained
         if i < trained:
             np.testing.assert_array_equal(row, plain(n)[i])
@@ -308,7 +304,7 @@ def test_what_leaves_the_distances_alone(n: int, window: int, more: int) -> None
         DualChunk(chunk=window + wide, window=window),
     ]
     for scaler in untouched:
-        got, count = seen(scaler.bands(rope(500), 500), n)
+        got, count = seen(scaler.bands(trained_on(500), 500), n)
         np.testing.assert_array_equal(got, plain(n), err_msg=str(scaler))
         assert (count == ~np.isnan(got)).all()
 
@@ -317,15 +313,15 @@ def test_what_leaves_the_distances_alone(n: int, window: int, more: int) -> None
 def test_jet_long_starts_beyond_the_trained_length(trained: int, near: int, data: st.DataObject) -> None:
     length = data.draw(st.none() | st.integers(1, trained))
     n = length or trained
-    np.testing.assert_array_equal(seen(JetLong(near=near).bands(rope(trained), length), n)[0], plain(n))
-    far = seen(JetLong(near=1).bands(rope(trained), trained + 1), trained + 1)[0]
+    np.testing.assert_array_equal(seen(JetLong(near=near).bands(trained_on(trained), length), n)[0], plain(n))
+    far = seen(JetLong(near=1).bands(trained_on(trained), trained + 1), trained + 1)[0]
     assert far[-1, 0] == trained // 2  # G = 2
 
 
 @given(n=st.integers(1, 80), window=st.integers(1, 12), more=st.integers(0, 12))
 def test_dual_chunk_keeps_the_nearest_keys(n: int, window: int, more: int) -> None:
     """Where a chunk holds the window (t >= w), every distance up to the window is itself."""
-    got = seen(DualChunk(chunk=2 * window + more, window=window).bands(rope(500)), n)[0]
+    got = seen(DualChunk(chunk=2 * window + more, window=window).bands(trained_on(500)), n)[0]
     near = plain(n) <= window
     np.testing.assert_array_equal(got[near], plain(n)[near])
 
@@ -343,72 +339,4 @@ def test_a_worked_example_of_each() -> None:
         SinkWindow(window=3, sinks=2): [4, 3, nan, nan, nan, nan, nan, 2, 1, 0],
     }
     for scaler, row in rows.items():
-        np.testing.assert_array_equal(seen(scaler.bands(rope(8), 10), 10)[0][9], row, err_msg=str(scaler))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: ReRoPE(window=0), "rerope: window 0 must be at least 1"),
-        (lambda: LeakyReRoPE(window=0, k=2), "leaky-rerope: window 0 must be at least 1"),
-        (lambda: LeakyReRoPE(window=4, k=0.5), "leaky-rerope: k 0.5 must be at least 1"),
-        (lambda: LeakyReRoPE(window=4, k=float("inf")), "leaky-rerope: k inf must be at least 1; .* use rerope"),
-        (lambda: LeakyReRoPE(window=4, k=float("nan")), "leaky-rerope: k nan must be at least 1"),
-        (lambda: SelfExtend(group=0, window=4), "self-extend: group 0 must be at least 1"),
-        (lambda: SelfExtend(group=4, window=-1), "self-extend: window -1 must be at least 1"),
-        (lambda: DualChunk(chunk=0), "dual-chunk: chunk 0 must be at least 1"),
-        (lambda: DualChunk(window=0), "dual-chunk: window 0 must be at least 1"),
-        (lambda: String(shift=0), "string: shift 0 must be at least 1"),
-        (lambda: String(window=0), "string: window 0 must be at least 1"),
-        (lambda: JetLong(near=0), "jet-long: near 0 must be at least 1"),
-        (lambda: JetLong(step=0), "jet-long: step 0 must be at least 1"),
-        (lambda: SinkWindow(window=0), "sink-window: window 0 must be at least 1"),
-        (lambda: SinkWindow(window=4, sinks=0), "sink-window: sinks 0 must be at least 1"),
-    ],
-)
-def test_impossible_fields_are_refused(make: Callable[[], Scaler], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make()
-
-
-BEYOND = "{} is not below the length 100 carried without it; {} works best at 25 to 50"
-
-
-@pytest.mark.parametrize(
-    ("last_good", "first_bad", "message"),
-    [
-        (ReRoPE(window=99), ReRoPE(window=100), BEYOND.format("window 100", "rerope")),
-        (LeakyReRoPE(window=99, k=2), LeakyReRoPE(window=100, k=2), BEYOND.format("window 100", "leaky-rerope")),
-        (SelfExtend(group=2, window=99), SelfExtend(group=2, window=100), BEYOND.format("window 100", "self-extend")),
-        (JetLong(near=99), JetLong(near=100), BEYOND.format("near 100", "jet-long")),
-        (String(shift=99, window=5), String(shift=100, window=5), BEYOND.format("shift 100", "string")),
-        (String(window=33), String(window=34), "window 34 must not exceed the shift 33; its authors take L/3 and 128"),
-        (String(shift=7, window=7), String(shift=7, window=8), "window 8 must not exceed the shift 7"),
-        (
-            DualChunk(chunk=99, window=49),
-            DualChunk(chunk=100, window=49),
-            "chunk 100 and window 49 must satisfy 2 window <= chunk < 100, the length carried without it; its authors "
-            "take 75 and 12",
-        ),
-        (DualChunk(window=37), DualChunk(window=38), "chunk 75 and window 38 must satisfy 2 window <= chunk"),
-        (
-            SinkWindow(window=90, sinks=10),
-            SinkWindow(window=90, sinks=11),
-            "11 sinks and window 90 exceed the trained length 100; take fewer",
-        ),
-    ],
-)
-def test_what_does_not_fit_the_model_is_refused(last_good: Scaler, first_bad: Scaler, message: str) -> None:
-    last_good.check(rope(100))
-    with pytest.raises(ConfigError, match=message) as caught:
-        first_bad.check(rope(100))
-    assert str(caught.value).startswith(first_bad.name + ": ")
-
-
-def test_maps_on_models_that_are_too_short_for_their_defaults() -> None:
-    with pytest.raises(ConfigError, match="chunk 5 and window 0 must satisfy"):
-        DualChunk().check(rope(7))
-    with pytest.raises(ConfigError, match="window 128 must not exceed the shift 100"):
-        String().check(rope(300))
-    with pytest.raises(ConfigError, match="near 2048 is not below the length 2048 carried"):
-        JetLong().check(rope(2048))
+        np.testing.assert_array_equal(seen(scaler.bands(trained_on(8), 10), 10)[0][9], row, err_msg=str(scaler))
