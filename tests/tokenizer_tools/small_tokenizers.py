@@ -42,6 +42,18 @@ def byte_level(
     return tokenizer
 
 
+def across_characters() -> Tokenizer:
+    """Byte-level BPE whose first merges join the last byte of a character to the first of the next."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    a9, a8, c3, a = "©", "¨", "Ã", "a"
+    merges = [(a9, c3), (a8, c3), (a9 + c3, a8), (a9, a), (a8 + c3, a9), (a, c3), (a9 + c3, a9 + c3)]
+    vocab = {token: i for i, token in enumerate([*sorted(letters), *(x + y for x, y in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def byte_fallback(alphabet: str, seed: int) -> Tokenizer:
     """What a SentencePiece BPE model is in this library: one piece a text, bytes for characters without a token."""
     marked = [text.replace(" ", "▁") for text in corpus(alphabet, seed)]
@@ -79,6 +91,7 @@ KINDS = {
     "right-aligned digits": ("12a", 7, lambda alphabet, seed: byte_level(alphabet, RIGHT_ALIGNED, seed)),
     "cased": ("aB 1", 6, lambda alphabet, seed: byte_level(alphabet, CASED, seed)),
     "inside characters": ("éè中a", 5, lambda alphabet, seed: byte_level(alphabet, None, seed)),
+    "across characters": ("éèa", 7, lambda *_: across_characters()),
     "byte fallback": ("ab é", 5, lambda _, seed: byte_fallback("ab ", seed)),
     "unigram": ("ab ", 7, unigram),
 }
