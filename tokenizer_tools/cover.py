@@ -93,8 +93,8 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
     if not isinstance(prompt, str | bytes):
         whole, partial = _split(text)
         ids, text = ids[:wall] + _tokens(vocabulary, whole), whole
-    elif isinstance(prompt, str) and prompt[-1:].isspace() and not text[-1:].isspace() and wall < len(ids):
-        text = _untrimmed(vocabulary, prompt)  # a normalizer that strips the end of a text
+    elif _loses_end(prompt, text) if text else partial:
+        text = _as_beginning(vocabulary, prompt if isinstance(prompt, str) else whole.decode())
         ids = ids[:wall] + _tokens(vocabulary, text)
     return _Search(vocabulary, ids, wall, text + partial, partial).cover()
 
@@ -111,8 +111,15 @@ def _after_walls(vocabulary: Vocabulary, ids: list[int]) -> int:
     return max((n + 1 for n, i in enumerate(ids) if i in vocabulary.walls), default=0)
 
 
-def _untrimmed(vocabulary: Vocabulary, text: str) -> bytes:
-    """The bytes that `text` has in the middle of a text, where nothing is stripped."""
+def _loses_end(prompt: str | bytes, text: bytes) -> bool:
+    """True if a normalizer stripped white space from the end of the prompt."""
+    end = prompt[-1:] if isinstance(prompt, str) else prompt[-1:].decode(errors="ignore")
+    return end.isspace() and not text[-1:].isspace()
+
+
+def _as_beginning(vocabulary: Vocabulary, text: str) -> bytes:
+    """The bytes that `text` has where more follows: nothing is stripped from its end, and what the tokenizer puts
+    before a text is there."""
     seen = []
     for probe in ("a", "0"):
         ids = vocabulary.encode(text + probe)
