@@ -218,16 +218,10 @@ class _Search:
 
     def _continues(self, path: tuple[int, ...], suffix: bytes, next_bytes: frozenset[int]) -> bool:
         """True if a token that is longer than `suffix` can follow the path in the tokens of a text's piece."""
-        vocabulary = self.vocabulary
-        last = vocabulary.tokens[path[-1]] if path else b""
-        if not vocabulary.byte_level and not _is_text(last):
+        last = path[-1] if path else None
+        if last is not None and not self.vocabulary.byte_level and not _is_text(self.vocabulary.tokens[last]):
             return True  # a byte of a character that has no token merges with nothing
-        return any(
-            not path or vocabulary.beginning(last + vocabulary.tokens[token]) == [path[-1], token]
-            for byte, tokens in vocabulary.trie.by_next_byte(suffix)
-            if byte in next_bytes
-            for token in tokens
-        )
+        return self.vocabulary.can_extend(last, suffix, next_bytes)
 
 
 class _OpenPiece:
