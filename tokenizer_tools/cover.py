@@ -22,6 +22,7 @@ from .vocab import Vocabulary
 
 _PIECES_BACK = 3  # pieces at the end of a prompt that the probes see, at least
 _WINDOW = 256  # bytes at its end among which they are looked for at first
+_WIDEST = 4096  # bytes at its end that are looked at, at most: a longer run of letters or spaces is one piece anyway
 _LONG = 512  # bytes of a piece that is not cut into tokens anew for every node
 
 
@@ -182,6 +183,9 @@ class _Search:
             while first and self.text[self.borders[first]] & 0xC0 == 0x80:
                 first -= 1  # a token that begins inside a character
             if self._narrow_from(first):
+                return
+            if width >= _WIDEST:
+                self.kept, self.start = self.wall + first, self.borders[first]
                 return
             width *= 4
         self._narrow_from(0)

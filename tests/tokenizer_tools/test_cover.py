@@ -107,8 +107,8 @@ def test_tokens_of_a_long_text_are_the_same_as_of_its_end():
     for kind in KINDS:
         law = Law(kind, 2)
         letters = KINDS[kind][0]
-        start = "".join(random.Random(3).choices(letters, k=2000))
-        for end in random.Random(4).sample(law.texts[-2000:], 25):
+        start = "".join(random.Random(3).choices(letters, k=6000))
+        for end in random.Random(4).sample(law.texts[-2000:], 8):
             whole = start + letters[0] + end
             for cut in (1, 2):
                 prompt = whole[: len(whole) - cut]
@@ -118,6 +118,19 @@ def test_tokens_of_a_long_text_are_the_same_as_of_its_end():
                     reached += len(law.vocabulary.tokens[tokens[n]])
                     n += 1
                 assert _holds(law.vocabulary, covered, tuple(tokens[:n])), (kind, prompt[-9:])
+
+
+@pytest.mark.parametrize("letter", ["a", " ", "-", "7", "\n", "中", "🙂"])
+def test_a_long_run_of_one_character_takes_no_time(letter):
+    known = Law("llama3", 0).vocabulary
+    prompt = "a. " + letter * 300_000
+    started = known.encode(prompt)
+    calls = []
+    cuts = known.cuts
+    known.cuts = lambda text: calls.append(len(text)) or cuts(text)
+    covered = cover(known, prompt)
+    assert covered.prompt == tuple(started)
+    assert sum(calls) < 10 * len(prompt)
 
 
 def _holds(vocabulary_, covered: Cover, sequence: tuple[int, ...]) -> bool:
