@@ -19,6 +19,10 @@ COMMANDS = {
         "ropewalk.tokenizer_tools.cli:vocab",
         "A tokenizer in numbers: size, compression, prompts cut inside tokens.",
     ),
+    "continuation": (
+        "ropewalk.evals.cli:continuation",
+        "Prompts that end inside a token: the ways to go on, compared.",
+    ),
     "generate": ("ropewalk.engine.cli:generate", "Continue a prompt."),
     "show": ("ropewalk.engine.cli:show", "Draw what a scaler does."),
     "scalers": ("ropewalk.engine.cli:scalers", "List every method, its fields and its source."),

@@ -17,7 +17,7 @@ EXAMPLES = "\b\nExamples:\n"
     "--text",
     default="pydoc",
     show_default=True,
-    help="kjv, shakespeare, pydoc, stdlib, or a file or folder.",
+    help="kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder.",
 )
 @click.option("--cuts", default=1000, show_default=True, type=click.IntRange(min=1), help="Cuts of every kind.")
 @click.option("--seed", default=0, show_default=True, help="Of the places of the cuts.")

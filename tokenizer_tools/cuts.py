@@ -18,8 +18,9 @@ _PLACES = {
     ANYWHERE: re.compile(r""),
     AFTER_SPACE: re.compile(r"(?<=\S )(?=\S)"),
     WORD_END: re.compile(r"(?<=\w)(?!\w)"),
-    INSIDE: re.compile(  # beside a sign, before a line end, before a capital in a word, between ideographs
-        r"(?<=[^\w\s]|_)(?=\S)|(?<=[^\W_])(?=[^\w\s]|_)|(?<=\S)(?=\n)|(?<=[a-z])(?=[A-Z])"
+    # beside a sign (not in a row of the same), before a line end, before a capital in a word, between ideographs
+    INSIDE: re.compile(
+        r"(?<=([^\w\s]|_))(?!\1)(?=\S)|(?<=[^\W_])(?=[^\w\s]|_)|(?<=\S)(?=\n)|(?<=[a-z])(?=[A-Z])"
         r"|(?<=[\u3400-\u9fff])(?=[\u3400-\u9fff])"
     ),
 }
