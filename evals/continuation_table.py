@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from rich.table import Column, Table
@@ -67,7 +68,7 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     """A summary for each text, kind of cut and method, in the order of the rows."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((f"{row['text']}, {row['kind']}", row["method"]), []).append(row)
+        groups.setdefault((f"{Path(row['text']).name}, {row['kind']}", row["method"]), []).append(row)
     return [
         Summary(name=name, method=method, cuts=len(group), values=_values(group, groups[name, EXACT]))
         for (name, method), group in groups.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..tokenizer_tools import cuts
 from ..tokenizer_tools.cuts import Cut
@@ -30,7 +31,7 @@ class CutText:
     @property
     def name(self) -> str:
         """Such as "code, any character"."""
-        return f"{self.text.name}, {self.kind}"
+        return f"{Path(self.text.name).name}, {self.kind}"
 
 
 def draw_all(vocabulary: Vocabulary, text: str | None, count: int, seed: int) -> list[CutText]:

@@ -122,16 +122,16 @@ class Law:
         first, ties = list(self._forks), count()
         waiting: list[tuple[float, int, Fork]] = []  # what comes after `suffix` of these is free
         found = unseen = 0.0
-        for _ in range(_MOST_LAWS):
+        looked_at = 0
+        while first or (waiting and unseen > _MISSED * found and (looked_at < _MOST_LAWS or not found)):
+            looked_at += 1
             if first:
                 fork = first.pop()
                 least = len(fork.suffix)
                 fork = Fork(path=fork.path, suffix=fork.suffix + rest, logweight=fork.logweight)
-            elif unseen > _MISSED * found:
+            else:
                 negative, _, fork = heapq.heappop(waiting)
                 least, unseen = 0, unseen - math.exp(-negative)
-            else:
-                break
             row = self._reader.after(fork.path) + fork.logweight
             complete = [*trie.exact(fork.suffix), *trie.extensions(fork.suffix)]
             found += float(row[torch.tensor(complete, dtype=torch.long)].exp().sum())
@@ -141,4 +141,4 @@ class Law:
                     unseen += math.exp(weight)
                     later = Fork(path=(*fork.path, token), suffix=fork.suffix[len(tokens[token]) :], logweight=weight)
                     heapq.heappush(waiting, (-weight, next(ties), later))
-        return math.log(found / float(self._weights.sum())) if found else -math.inf
+        return math.log(found / float(self._weights.sum()))

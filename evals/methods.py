@@ -14,6 +14,8 @@ that the model would hardly have gone on with, and renormalizing at every step f
 
 from __future__ import annotations
 
+import heapq
+import math
 import time
 from dataclasses import dataclass
 
@@ -29,8 +31,8 @@ from .landings import Fork, Law, Path, Reader
 OFF, ONE_BACK, STEPS, HEALING, EXACT = "off", "one token back", "step mask", "transformers", "exact"
 METHODS = (OFF, HEALING, ONE_BACK, STEPS, EXACT)
 
-PRUNED = 1e-6
-"""Probability below which a path of the step mask is left out of its law."""
+_LEFT_OUT = 1e-3  # share of the step mask's law whose paths are not followed
+_MOST_PATHS = 200  # and no more than these: in a long row of spaces there are thousands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,24 +135,29 @@ class Ending:
         return [Fork(path=self.tail, suffix=b"", logweight=0.0)]
 
     def _steps(self) -> list[Fork]:
+        """The likeliest paths are followed first, until those that are left have one part in a thousand together.
+
+        These are taken to read the prompt's own tokens, so that no byte is impossible.
+        """
         tokens, trie = self.model.vocabulary.tokens, self.model.vocabulary.trie
         path, rest = self._start(STEPS)
-        found, waiting = [], [Fork(path=path, suffix=rest, logweight=0.0)]
-        while waiting:
-            fork = waiting.pop()
-            if not fork.suffix:
-                found.append(fork)
+        found: list[Fork] = []
+        waiting, left = [(0.0, path, rest)], 1.0
+        while waiting and left > _LEFT_OUT and len(found) < _MOST_PATHS:
+            negative, path, rest = heapq.heappop(waiting)
+            left -= math.exp(-negative)
+            if not rest:
+                found.append(Fork(path=path, suffix=b"", logweight=-negative))
                 continue
-            row = self.reader.after(fork.path)
-            shorter, longer = trie.prefixes(fork.suffix), trie.extensions(fork.suffix)
-            allowed = float(row[torch.tensor(shorter + longer)].logsumexp(0))
-            weight = fork.logweight - allowed
-            found.append(Fork(path=fork.path, suffix=fork.suffix, logweight=weight))
+            row = self.reader.after(path)
+            shorter, longer = trie.prefixes(rest), trie.extensions(rest)
+            weight = -negative - float(row[torch.tensor(shorter + longer)].logsumexp(0))
+            found.append(Fork(path=path, suffix=rest, logweight=weight))
             for token in shorter:
-                if (weight + row[token]).exp() > PRUNED:
-                    rest = fork.suffix[len(tokens[token]) :]
-                    waiting.append(Fork(path=(*fork.path, token), suffix=rest, logweight=float(weight + row[token])))
-        return found
+                later = weight + float(row[token])
+                left += math.exp(later)
+                heapq.heappush(waiting, (-later, (*path, token), rest[len(tokens[token]) :]))
+        return [*found, Fork(path=self.tail, suffix=b"", logweight=math.log(left))] if waiting and left > 0 else found
 
     def _exact(self) -> list[Fork]:
         forks = []
