@@ -15,6 +15,14 @@ COMMANDS = {
     "demo": ("ropewalk.evals.cli:demo", "The whole story on the embedded model, in minutes."),
     "ppl": ("ropewalk.evals.cli:ppl", "Perplexity across context lengths, by protocol."),
     "speed": ("ropewalk.evals.cli:speed", "What a position map costs, against plain attention."),
+    "vocab": (
+        "ropewalk.tokenizer_tools.cli:vocab",
+        "A tokenizer in numbers: size, compression, prompts cut inside tokens.",
+    ),
+    "continuation": (
+        "ropewalk.evals.cli:continuation",
+        "Prompts that end inside a token: the ways to go on, compared.",
+    ),
     "generate": ("ropewalk.engine.cli:generate", "Continue a prompt."),
     "show": ("ropewalk.engine.cli:show", "Draw what a scaler does."),
     "scalers": ("ropewalk.engine.cli:scalers", "List every method, its fields and its source."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from ..errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
 from ..scaling import hf as hf_config
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
-from . import assets, attention
+from . import attention
 from .api import Model
 from .cache import attends_to_everything
+from .source import MODELS, resolve
 
 _DTYPES = {
     "float32": torch.float32,
@@ -25,8 +25,6 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
-
-_MODELS = [name for name, asset in assets.ASSETS.items() if asset.kind == "model"]
 
 
 def load(
@@ -59,7 +57,9 @@ def load(
         raise ConfigError(f"unknown dtype {dtype!r}.{did_you_mean(dtype, [*_DTYPES, 'auto'])}")
     if max_length is not None and max_length < 1:
         raise ConfigError(f"max_length {max_length} must be at least 1")
-    source = _resolve(str(name))
+    source = resolve(str(name))
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise AssetError(f"{name}: this folder has no config.json, so it is not a Hugging Face model")
     config = _read_config(source, str(name))
     hf_config.read(config.get_text_config())  # refuses what has no RoPE before any weight is read
     placement = device_map if device_map is not None else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,28 +77,6 @@ def load(
     return Model(hf, tokenizer, name=str(name), rope=scaler, max_length=max_length)
 
 
-def _resolve(name: str) -> str:
-    """A folder or hub id that transformers can read."""
-    if name in _MODELS and not Path(name).exists():
-        return str(assets.fetch(name))
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise AssetError(f"{name}: no such file")
-        from .gguf import converted_gguf
-
-        return str(converted_gguf(path))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise AssetError(f"{name}: this folder has no config.json, so it is not a Hugging Face model")
-        return str(path)
-    if "/" not in name and difflib.get_close_matches(name.lower(), _MODELS, cutoff=0.8):
-        raise AssetError(f"there is no model {name!r}.{did_you_mean(name, _MODELS)}")
-    if path.is_absolute() or name.startswith((".", "~")):
-        raise AssetError(f"{name}: no such folder")
-    return name
-
-
 def _read_config(source: str, name: str) -> Any:
     try:
         with _quiet_transformers():
@@ -106,7 +84,7 @@ def _read_config(source: str, name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise AssetError(
-            f"{name!r} is not a built-in model ({', '.join(_MODELS)}), a folder or a .gguf file, and the hub did not "
+            f"{name!r} is not a built-in model ({', '.join(MODELS)}), a folder or a .gguf file, and the hub did not "
             f"give it ({reason}); check the name, or download the model where there is a network and give its folder"
         ) from error
 

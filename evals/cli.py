@@ -1,4 +1,4 @@
-"""The commands that measure: `ropewalk ppl`, `ropewalk speed` and `ropewalk demo`."""
+"""The commands that measure: `ropewalk ppl`, `speed`, `demo` and `continuation`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _refuse_unused(context: click.Context, protocol: str) -> None:
     "--text",
     default="shakespeare",
     show_default=True,
-    help="kjv, shakespeare, pydoc, stdlib, or a file or folder.",
+    help="kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder.",
 )
 @click.option(
     "--protocol",
@@ -192,3 +192,31 @@ def speed(
         table.add_row(cost.what, cost.scaler, str(cost.length), f"{1000 * middle:.1f} ms", ratio)
     console.print(table)
     click.echo(json.dumps(as_json(costs)))
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk continuation smollm2-135m --cuts 40\n"
+    "  ropewalk continuation ./my-model --text book.txt --out runs/book"
+)
+@click.argument("model")
+@click.option("--text", help="Cut this text: a built-in name, file or folder.  [default: shakespeare, code, chinese]")
+@click.option("--cuts", default=120, show_default=True, type=click.IntRange(min=1), help="Cuts of every kind.")
+@click.option("--seed", default=0, show_default=True, help="Of the places of the cuts.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option(
+    "--out",
+    default="runs/continuation",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the results.",
+)
+def continuation(model: str, text: str | None, cuts: int, seed: int, dtype: str, out: Path) -> None:
+    """How well MODEL goes on from prompts that end inside a token, by each way of doing it.
+
+    Texts are cut at random characters, after spaces, and at word borders that fall inside a token. At every cut the
+    exact continuation is compared with none, with one token back, with a step-by-step mask, and with transformers'
+    token healing. A run resumes: cuts that are in --out already are not measured again.
+    """
+    from .continuation import compare
+
+    compare(model, text, cuts=cuts, seed=seed, dtype=dtype, out=out)

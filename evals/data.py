@@ -24,6 +24,8 @@ TEXTS: dict[str, str] = {
     "shakespeare": assets.ASSETS["shakespeare"].description,
     "pydoc": "Python's own help topics, one document of 110k tokens; differs between Python versions",
     "stdlib": "the standard library's sources, one document of 12 MB; differs between Python versions",
+    "code": "16 of the standard library's modules, one document of 900 kB; differs between Python versions",
+    "chinese": "a story in Chinese, one document of 1600 characters",
 }
 """The built-in texts, each in one line."""
 
@@ -33,6 +35,11 @@ TEXT_SUFFIXES = frozenset(_PROSE + _CODE)
 """Files that are read from a folder."""
 
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_CORE = (
+    *("argparse.py", "ast.py", "configparser.py", "csv.py", "dataclasses.py", "difflib.py"),
+    *("http/client.py", "http/server.py", "json/decoder.py", "logging/__init__.py", "random.py", "shutil.py"),
+    *("socketserver.py", "tarfile.py", "textwrap.py", "urllib/request.py"),
+)
 _CHARACTERS = 6
 """First guess of a token's length; English has about 4.2 characters to a token."""
 
@@ -60,7 +67,7 @@ def load_text(name_or_path: str | Path) -> Text:
 
     `kjv`: one document; each chapter is a line such as "Genesis 1" and a paragraph of its verses, joined by
     spaces. `shakespeare`: the plays as Markdown, sorted by path. `pydoc`: all topics, sorted by name. `stdlib`:
-    all modules, sorted by path, without tests, each after a comment with its path.
+    all modules, sorted by path, without tests, each after a comment with its path. `code`: some of these modules.
 
     A folder gives one document per file whose suffix is in TEXT_SUFFIXES, at any depth, sorted by path; hidden
     and empty files are left out. A byte order mark is dropped, line ends stay as they are. A file that has the
@@ -146,16 +153,32 @@ def _pydoc() -> tuple[str, ...]:
 
 def _stdlib() -> tuple[str, ...]:
     root = Path(sysconfig.get_path("stdlib"))
+    below = (file.relative_to(root) for file in _sorted_files(root, {".py"}))
+    # _sysconfigdata holds how this one Python was built, not the library
+    own = (
+        name for name in below if _NOT_THE_LIBRARY.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata")
+    )
+    return _modules(own)
+
+
+def _code() -> tuple[str, ...]:
+    root = Path(sysconfig.get_path("stdlib"))
+    return _modules(Path(name) for name in _CORE if (root / name).is_file())
+
+
+def _modules(names: Iterable[Path]) -> tuple[str, ...]:
+    root = Path(sysconfig.get_path("stdlib"))
     modules = []
-    for file in _sorted_files(root, {".py"}):
-        below = file.relative_to(root)
-        # _sysconfigdata holds how this one Python was built, not the library
-        if _NOT_THE_LIBRARY.isdisjoint(below.parts) and not below.name.startswith("_sysconfigdata"):
-            with tokenize.open(file) as source:  # in the encoding that the file declares
-                modules.append(f"# {below.as_posix()}\n{source.read()}")
+    for name in names:
+        with tokenize.open(root / name) as source:  # in the encoding that the file declares
+            modules.append(f"# {name.as_posix()}\n{source.read()}")
     if not modules:
         raise DataError(f"stdlib: this Python keeps no sources in {root}; name a folder with text instead")
     return ("\n\n".join(modules),)
+
+
+def _chinese() -> tuple[str, ...]:
+    return (Path(__file__).with_name("chinese.txt").read_text(encoding="utf-8"),)
 
 
 _BUILT_IN: dict[str, Callable[[], tuple[str, ...]]] = {
@@ -163,6 +186,8 @@ _BUILT_IN: dict[str, Callable[[], tuple[str, ...]]] = {
     "shakespeare": _shakespeare,
     "pydoc": _pydoc,
     "stdlib": _stdlib,
+    "code": _code,
+    "chinese": _chinese,
 }
 
 

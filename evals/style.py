@@ -124,6 +124,11 @@ def line_styles(ropes: Sequence[str]) -> dict[str, LineStyle]:
     return styles
 
 
+def categories(count: int) -> list[str]:
+    """Colours for things that are not methods of scaling: the first a quiet one, for what the others improve on."""
+    return [MUTED, *(_COLOURS[index % len(_COLOURS)] for index in range(count - 1))]
+
+
 def length_axis(axes: Axes, ticks: Sequence[int], low: float, high: float) -> None:
     """A log2 axis of lengths with `ticks` labelled as 2k, 4k, 8k where there is room.
 

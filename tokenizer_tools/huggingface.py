@@ -34,6 +34,7 @@ class HuggingFaceVocabulary(Vocabulary):
                 raise UnsupportedModel(f"{self.name} has {field} = {value!r}: its tokens do not follow from the bytes")
         decoders = _types(backend.decoder)
         self.byte_level = "ByteLevel" in decoders | _types(backend.pre_tokenizer)
+        self.kind = f"byte-level {kind}" if self.byte_level else kind
         self._marks_spaces = not self.byte_level and bool(decoders & {"Replace", "Metaspace"})
         self._alphabet = byte_alphabet()
         self._characters = {byte: character for character, byte in self._alphabet.items()}

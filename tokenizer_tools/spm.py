@@ -17,7 +17,9 @@ class SentencePieceVocabulary(Vocabulary):
     def __init__(self, processor: Any, outer: Any) -> None:
         self._processor, self._outer = processor, outer
         self.name = getattr(outer, "name_or_path", "") or type(outer).__name__
-        self._raw = _without_normalizer(processor)
+        model = _model(processor)
+        self.kind = f"SentencePiece {model.trainer_spec.ModelType.Name(model.trainer_spec.model_type)}"
+        self._raw = _without_normalizer(model)
         size = processor.get_piece_size()
         convert = getattr(outer, "convert_ids_to_tokens", None)
         if convert and [convert(i) for i in range(3, size, 97)] != [
@@ -51,13 +53,18 @@ class SentencePieceVocabulary(Vocabulary):
         return [self._bytes[byte] for byte in data] if len(self._bytes) == 256 else None
 
 
-def _without_normalizer(processor: Any) -> Any:
-    """The same model, reading its own alphabet: nothing is normalized, trimmed or put in front."""
-    import sentencepiece
+def _model(processor: Any) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(processor.serialized_model_proto())
+    return model
+
+
+def _without_normalizer(model: Any) -> Any:
+    """A tokenizer of the model that reads its own alphabet: nothing is normalized, trimmed or put in front."""
+    import sentencepiece
+
     spec = model.normalizer_spec
     spec.name, spec.precompiled_charsmap = "identity", b""
     spec.add_dummy_prefix = spec.remove_extra_whitespaces = False

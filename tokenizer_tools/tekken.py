@@ -19,6 +19,7 @@ class TiktokenVocabulary(Vocabulary):
         self._encoding = encoding
         self._offset = int(getattr(outer, "num_special_tokens", 0)) if outer is not encoding else 0
         self.name = encoding.name
+        self.kind = "byte-level BPE (tiktoken)"
         self._ranks: dict[bytes, int] = encoding._mergeable_ranks
         self._pattern = regex.compile(encoding._pat_str)
         self._inside: dict[int, list[int]] = {}

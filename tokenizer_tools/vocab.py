@@ -24,12 +24,14 @@ class Vocabulary(ABC):
             unused tokens. No other token's bytes ever extend over one.
         byte_level: True if a token may begin or end inside a character.
         name: what to call the tokenizer in messages.
+        kind: what sort of tokenizer it is, such as "byte-level BPE".
     """
 
     tokens: list[bytes]
     walls: frozenset[int]
     byte_level: bool
     name: str
+    kind: str
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

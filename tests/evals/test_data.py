@@ -101,7 +101,7 @@ def test_what_is_not_there_is_named_with_what_is_near(tmp_path):
         load_text("shakespear")
     with pytest.raises(DataError, match=r"Did you mean '.*moby-dick.txt'"):
         load_text(tmp_path / "mobydick.txt")
-    with pytest.raises(DataError, match="Known: kjv, pydoc, shakespeare, stdlib"):
+    with pytest.raises(DataError, match="Known: chinese, code, kjv, pydoc, shakespeare, stdlib"):
         load_text("/nowhere/at/all")
 
 
