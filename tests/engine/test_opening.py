@@ -147,7 +147,18 @@ def test_a_cache_that_holds_some_of_the_prompt_is_cropped_and_used(tiny, held):
     assert_same(covers, one_forward_each(tiny.hf, covered, None))
 
 
-def small(kind, **kwargs):
+def test_logits_beyond_the_vocabulary_end_the_text(tiny_folder):
+    known = vocabulary(AutoTokenizer.from_pretrained(tiny_folder))
+    model = small(LlamaForCausalLM, size=len(known.tokens) + 40)
+    with torch.inference_mode():
+        covers = weigh(model, cover(known, "import nump"), None, new_cache(model.config, 8), known)
+    law = covers.next_byte_logprobs(known).exp()
+    beyond = covers.logprobs[covers.tokens >= len(known.tokens)].exp().sum() / math.exp(covers.total)
+    assert law.sum() == pytest.approx(1, abs=1e-5)
+    assert law[256] >= beyond > 0
+
+
+def small(kind, size=1024, **kwargs):
     torch.manual_seed(0)
     config = {LlamaForCausalLM: LlamaConfig, MistralForCausalLM: MistralConfig}[kind](
         vocab_size=1024,
