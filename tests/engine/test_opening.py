@@ -161,7 +161,7 @@ def test_logits_beyond_the_vocabulary_end_the_text(tiny_folder):
 def small(kind, size=1024, **kwargs):
     torch.manual_seed(0)
     config = {LlamaForCausalLM: LlamaConfig, MistralForCausalLM: MistralConfig}[kind](
-        vocab_size=1024,
+        vocab_size=size,
         hidden_size=32,
         num_attention_heads=4,
         num_hidden_layers=2,
