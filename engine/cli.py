@@ -16,7 +16,7 @@ COMMANDS = {
     "ppl": ("ropewalk.evals.cli:ppl", "Perplexity across context lengths, by protocol."),
     "speed": ("ropewalk.evals.cli:speed", "What a position map costs, against plain attention."),
     "vocab": (
-        "ropewalk.tokenizer_tools.cli:vocab",
+        "ropewalk.evals.vocab_cli:vocab",
         "A tokenizer in numbers: size, compression, prompts cut inside tokens.",
     ),
     "continuation": (
