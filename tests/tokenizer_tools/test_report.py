@@ -124,6 +124,9 @@ def test_risk_agrees_with_the_encoder(tiny, code):
         assert risk.depth_max == max(depths)
         assert risk.nodes_max >= risk.nodes_mean >= 1
         assert risk.seconds > 0
+    for example in found.examples:
+        end = example.prompt_end.encode()
+        assert any(end.endswith(example.token[:size]) for size in range(1, len(example.token)))
     anywhere, after_space, _ = found.risks
     assert anywhere.deeper > 0.02
     assert after_space.inside > 0.7
