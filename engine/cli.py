@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -16,7 +16,7 @@ COMMANDS = {
     "ppl": ("ropewalk.evals.cli:ppl", "Perplexity across context lengths, by protocol."),
     "speed": ("ropewalk.evals.cli:speed", "What a position map costs, against plain attention."),
     "vocab": (
-        "ropewalk.tokenizer_tools.cli:vocab",
+        "ropewalk.evals.vocab_cli:vocab",
         "A tokenizer in numbers: size, compression, prompts cut inside tokens.",
     ),
     "continuation": (
@@ -99,6 +99,13 @@ EXAMPLES = "\b\nExamples:\n"
 @click.option("--top-k", default=0, show_default=True, help="Keep this many likeliest tokens; 0 keeps all.")
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @click.option("--stop", multiple=True, help="End the text before this string; may be repeated.")
+@click.option(
+    "--continuation",
+    type=click.Choice(["auto", "exact", "off"]),
+    default="auto",
+    show_default=True,
+    help="Whether the first token may begin inside PROMPT; off begins one at its end.",
+)
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--max-length", help="Go past the scaler's reach, up to this length.")
 def generate(
@@ -111,6 +118,7 @@ def generate(
     top_k: int,
     seed: int | None,
     stop: tuple[str, ...],
+    continuation: Literal["auto", "exact", "off"],
     dtype: str,
     max_length: str | None,
 ) -> None:
@@ -123,7 +131,13 @@ def generate(
     from .sampling import SamplingParams
 
     params = SamplingParams(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+        continuation=continuation,
     )
     loaded = load(model, rope=rope, dtype=dtype, max_length=parse_length(max_length) if max_length else None)
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -81,9 +81,10 @@ class Covers:
     def next_byte_logprobs(self, vocabulary: Vocabulary) -> Tensor:
         """Log-probability of every byte to follow the prompt, and at index 256 that it ends; float32 [257], nats."""
         skips = [len(node.suffix) for node in self.cover.nodes]
+        tokens, walls = vocabulary.tokens, vocabulary.walls  # some models have more logits than there are tokens
         next_bytes = torch.tensor(
             [
-                vocabulary.tokens[token][skips[node]] if token not in vocabulary.walls else END
+                END if token >= len(tokens) or token in walls else tokens[token][skips[node]]
                 for node, token in zip(self.nodes.tolist(), self.tokens.tolist(), strict=True)
             ]
         )

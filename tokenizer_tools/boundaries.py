@@ -97,7 +97,8 @@ def split_character(text: bytes) -> tuple[bytes, bytes]:
     return text, b""
 
 
-def completions(partial: bytes) -> list[str]:
+@cache
+def completions(partial: bytes) -> tuple[str, ...]:
     """Characters that begin with the bytes `partial`, one of each Unicode category."""
     missing = (2 if partial[0] < 0xE0 else 3 if partial[0] < 0xF0 else 4) - len(partial)
     tails = itertools.product(range(0x80, 0xC0), repeat=missing)
@@ -107,4 +108,4 @@ def completions(partial: bytes) -> list[str]:
         character = (partial + bytes(tail)).decode(errors="ignore")
         if len(character) == 1:
             found.setdefault(unicodedata.category(character), character)
-    return list(found.values())
+    return tuple(found.values())

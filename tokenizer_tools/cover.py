@@ -22,6 +22,7 @@ from .vocab import Vocabulary
 
 _PIECES_BACK = 3  # pieces at the end of a prompt that the probes see, at least
 _WINDOW = 256  # bytes at its end among which they are looked for at first
+_WIDEST = 4096  # bytes at its end that are looked at, at most: a longer run of letters or spaces is one piece anyway
 _LONG = 512  # bytes of a piece that is not cut into tokens anew for every node
 
 
@@ -93,8 +94,8 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
     if not isinstance(prompt, str | bytes):
         whole, partial = _split(text)
         ids, text = ids[:wall] + _tokens(vocabulary, whole), whole
-    elif isinstance(prompt, str) and prompt[-1:].isspace() and not text[-1:].isspace() and wall < len(ids):
-        text = _untrimmed(vocabulary, prompt)  # a normalizer that strips the end of a text
+    elif _loses_end(prompt, text) if text else partial:
+        text = _as_beginning(vocabulary, prompt if isinstance(prompt, str) else whole.decode())
         ids = ids[:wall] + _tokens(vocabulary, text)
     return _Search(vocabulary, ids, wall, text + partial, partial).cover()
 
@@ -111,8 +112,15 @@ def _after_walls(vocabulary: Vocabulary, ids: list[int]) -> int:
     return max((n + 1 for n, i in enumerate(ids) if i in vocabulary.walls), default=0)
 
 
-def _untrimmed(vocabulary: Vocabulary, text: str) -> bytes:
-    """The bytes that `text` has in the middle of a text, where nothing is stripped."""
+def _loses_end(prompt: str | bytes, text: bytes) -> bool:
+    """True if a normalizer stripped white space from the end of the prompt."""
+    end = prompt[-1:] if isinstance(prompt, str) else prompt[-1:].decode(errors="ignore")
+    return end.isspace() and not text[-1:].isspace()
+
+
+def _as_beginning(vocabulary: Vocabulary, text: str) -> bytes:
+    """The bytes that `text` has where more follows: nothing is stripped from its end, and what the tokenizer puts
+    before a text is there."""
     seen = []
     for probe in ("a", "0"):
         ids = vocabulary.encode(text + probe)
@@ -176,6 +184,9 @@ class _Search:
                 first -= 1  # a token that begins inside a character
             if self._narrow_from(first):
                 return
+            if width >= _WIDEST:
+                self.kept, self.start = self.wall + first, self.borders[first]
+                return
             width *= 4
         self._narrow_from(0)
 
@@ -211,16 +222,10 @@ class _Search:
 
     def _continues(self, path: tuple[int, ...], suffix: bytes, next_bytes: frozenset[int]) -> bool:
         """True if a token that is longer than `suffix` can follow the path in the tokens of a text's piece."""
-        vocabulary = self.vocabulary
-        last = vocabulary.tokens[path[-1]] if path else b""
-        if not vocabulary.byte_level and not _is_text(last):
+        last = path[-1] if path else None
+        if last is not None and not self.vocabulary.byte_level and not _is_text(self.vocabulary.tokens[last]):
             return True  # a byte of a character that has no token merges with nothing
-        return any(
-            not path or vocabulary.beginning(last + vocabulary.tokens[token]) == [path[-1], token]
-            for byte, tokens in vocabulary.trie.by_next_byte(suffix)
-            if byte in next_bytes
-            for token in tokens
-        )
+        return self.vocabulary.can_extend(last, suffix, next_bytes)
 
 
 class _OpenPiece:

@@ -9,6 +9,8 @@ from typing import Any
 from ..errors import UnsupportedModel
 from .trie import ByteTrie
 
+_MOST_REMEMBERED = 100_000  # answers of `can_extend`, which takes thousands of tokenizations for a short suffix
+
 
 class Vocabulary(ABC):
     """A tokenizer, seen as bytes. `vocabulary(tokenizer)` makes one.
@@ -46,6 +48,25 @@ class Vocabulary(ABC):
     def beginning(self, data: bytes) -> list[int]:
         """Tokens of `data` as the beginning of a longer piece, where a token ends at its end."""
         return self.piece(data)
+
+    def can_extend(self, last: int | None, suffix: bytes, next_bytes: frozenset[int]) -> bool:
+        """True if a token that begins with `suffix` and goes on with one of `next_bytes` can stand behind the token
+        `last`, or at the beginning, of a piece."""
+        known = self._extended.get(key := (last, suffix, next_bytes))
+        if known is None:
+            if len(self._extended) >= _MOST_REMEMBERED:
+                self._extended.clear()
+            known = self._extended[key] = any(
+                last is None or self.beginning(self.tokens[last] + self.tokens[token]) == [last, token]
+                for byte, tokens in self.trie.by_next_byte(suffix)
+                if byte in next_bytes
+                for token in tokens
+            )
+        return known
+
+    @cached_property
+    def _extended(self) -> dict[tuple[int | None, bytes, frozenset[int]], bool]:
+        return {}
 
     def byte_tokens(self, data: bytes) -> list[int] | None:
         """Tokens of one byte each, which stand for a character that has no token; None if there are none."""

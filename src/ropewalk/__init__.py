@@ -26,7 +26,9 @@ from .errors import (
 if TYPE_CHECKING:
     from .engine.api import Model
     from .engine.completion import Completion, Score
+    from .engine.heal import Healed, heal
     from .engine.load import load
+    from .engine.opening import Continuation
     from .engine.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
     from .scaling.spec import parse
@@ -37,6 +39,9 @@ _LAZY = {
     "Completion": ".engine.completion",
     "Model": ".engine.api",
     "Score": ".engine.completion",
+    "Continuation": ".engine.opening",
+    "Healed": ".engine.heal",
+    "heal": ".engine.heal",
     "load": ".engine.load",
     "PatchHandle": ".engine.patch",
     "patch": ".engine.patch",
@@ -49,7 +54,9 @@ __all__ = [
     "Completion",
     "ConfigError",
     "ContextOverflow",
+    "Continuation",
     "DataError",
+    "Healed",
     "Model",
     "PatchError",
     "PatchHandle",
@@ -58,6 +65,7 @@ __all__ = [
     "Score",
     "UnsupportedModel",
     "__version__",
+    "heal",
     "load",
     "parse",
     "patch",

@@ -188,7 +188,7 @@ def test_the_head_in_small_chunks_is_the_head_at_once(monkeypatch):
     model = tiny_model()
     ids = model._encode(WORDS)[:150]
     whole = model.score_ids(ids, first=20)
-    monkeypatch.setattr("ropewalk.engine.decode.LOGITS_BUDGET", 257 * 3)
+    monkeypatch.setattr("ropewalk.engine.score.LOGITS_BUDGET", 257 * 3)
     assert torch.allclose(model.score_ids(ids, first=20), whole, atol=2e-5)
     assert torch.allclose(whole, -torch.from_numpy(losses(model, ids)[19:]).float(), atol=1e-4)
 

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 import ropewalk as rw
 from ropewalk.engine.cli import cli
 from ropewalk.engine.source import load_vocabulary
+from ropewalk.evals.vocab_cli import escaped
 from ropewalk.tokenizer_tools import cuts
-from ropewalk.tokenizer_tools.cli import escaped
 from ropewalk.tokenizer_tools.cuts import KINDS, draw
 from ropewalk.tokenizer_tools.report import report
 from ropewalk.tokenizer_tools.vocab import Vocabulary

@@ -36,8 +36,8 @@ def vocab(model: str, text: str, cuts: int, seed: int, as_json: bool) -> None:
     from rich.table import Table
 
     from ..engine.source import load_vocabulary
-    from ..evals.data import load_text
-    from .report import report
+    from ..tokenizer_tools.report import report
+    from .data import load_text
 
     vocabulary, document = load_vocabulary(model), load_text(text)
     found = report(vocabulary, "\n\n".join(document.documents), cuts=cuts, seed=seed)

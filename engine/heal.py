@@ -1,0 +1,92 @@
+"""The exact first step for plain transformers: prompts made ready for `hf_model.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..tokenizer_tools.vocab import Vocabulary, vocabulary
+from .cache import new_cache
+from .opening import Continuation, open_answer
+from .prompt import Prompt
+from .sampling import SamplingParams, random_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Healed:
+    """Prompts whose first new token is drawn already, where they may end inside one.
+
+    Attributes:
+        input_ids, attention_mask: int64 [prompts, length], padded on the left: arguments of `hf_model.generate`.
+        continuations: what was done at the end of each prompt; None where nothing had to be.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    continuations: list[Continuation | None]
+    prompts: list[Prompt]
+    vocabulary: Vocabulary
+
+    def texts(self, output_ids: Tensor) -> list[str]:
+        """What follows each prompt in the output of `hf_model.generate`, [prompts, length or more]."""
+        texts = []
+        for prompt, continuation, row in zip(self.prompts, self.continuations, output_ids.tolist(), strict=True):
+            drawn = continuation is not None
+            new = row[self.input_ids.shape[1] - drawn :]
+            stream = prompt.text_stream(self.vocabulary)
+            skips = [continuation.overlap if continuation else 0, *[0] * len(new)]
+            shown = [stream.push(token, skip) for token, skip in zip(new, skips, strict=False)]
+            texts.append("".join(shown) + stream.finish())
+        return texts
+
+
+def heal(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | bytes | Sequence[str | bytes],
+    params: SamplingParams | None = None,
+) -> Healed:
+    """Make prompts that may end inside a token ready for transformers' own `generate`.
+
+        healed = rw.heal(hf_model, tokenizer, "import nump")
+        output = hf_model.generate(healed.input_ids, attention_mask=healed.attention_mask)
+        print(healed.texts(output)[0])
+
+    The first new token is drawn from the model's law of the text after the prompt's text, as `Model.generate` does; a
+    patched model may be given.
+
+    Args:
+        params: how to draw it; the rest of the answer is drawn as `generate` is told.
+    """
+    params, known = params or SamplingParams(), vocabulary(tokenizer)
+    generator = random_source(params, hf_model.device)
+    read = [
+        Prompt.read(prompt, tokenizer, known, params.continuation)
+        for prompt in ([prompts] if isinstance(prompts, str | bytes) else prompts)
+    ]
+    rows: list[list[int]] = []
+    continuations: list[Continuation | None] = []
+    for prompt in read:
+        weigh = prompt.weigher(hf_model, known, params.repetition_penalty)
+        if weigh is None:
+            rows.append(prompt.ids)
+            continuations.append(None)
+            continue
+        cache = new_cache(hf_model.config, len(prompt.ids))
+        with torch.inference_mode():
+            opening = open_answer(weigh(cache), cache, params, generator)
+        rows.append([*opening.continuation.prompt_ids, opening.token])
+        continuations.append(opening.continuation)
+    length = max(map(len, rows))
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return Healed(
+        input_ids=torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=hf_model.device),
+        attention_mask=torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows], device=hf_model.device),
+        continuations=continuations,
+        prompts=read,
+        vocabulary=known,
+    )

@@ -1,0 +1,223 @@
+"""The first draw after a prompt: against laws known exactly, and against one forward for every cover."""
+
+import functools
+import math
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_laws import END, Law
+from small_tokenizers import KINDS
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.cache_utils import DynamicCache
+
+import ropewalk as rw
+from ropewalk.engine.cache import can_rewind, new_cache
+from ropewalk.engine.decode import decode
+from ropewalk.engine.opening import open_answer, text_logprob, weigh
+from ropewalk.engine.sampling import random_source
+from ropewalk.tokenizer_tools.cover import cover
+from ropewalk.tokenizer_tools.vocab import vocabulary
+
+PROMPTS = ["import nump", "http:", "x = f(", "    retur", "def ", "a", "\n\n", "if x:\n    ", "-" * 40, "é"]
+
+
+class ExactModel:
+    """A language model whose next-token law follows from a law over strings; token 0 of every context starts it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, law):
+        self.law = law
+        known = law.vocabulary
+        self.start, self.size = len(known.tokens), len(known.tokens) + 2  # a start and an end token
+        known.tokens, known.walls = [*known.tokens, b"", b""], known.walls | {self.start, self.start + 1}
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=self.size))
+
+    def __call__(self, input_ids, past_key_values, use_cache, logits_to_keep):
+        states = input_ids.float()[:, None, :, None]
+        keys, _ = past_key_values.update(states, states, 0)
+        ids = tuple(int(i) for i in keys[0, 0, :, 0] if i != self.start)
+        counts = range(len(ids) - logits_to_keep + 1, len(ids) + 1)
+        return SimpleNamespace(logits=torch.stack([self.logits(ids[:n]) for n in counts])[None])
+
+    @functools.cache  # noqa: B019
+    def logits(self, ids):
+        weights = torch.full((self.size,), 1e-30, dtype=torch.float64)
+        for token in range(self.start):
+            weights[token] += self.law.sequences.get((*ids, token), 0.0)
+        weights[-1] += self.law.sequences.get((*ids, END), 0.0)
+        return weights.log()
+
+
+@pytest.fixture(params=KINDS)
+def exact(request):
+    return ExactModel(Law(request.param, 5))
+
+
+def started(covered, model):
+    """The cover behind the start token, which a law over strings needs to say how one begins."""
+    return replace(covered, trunk=(model.start, *covered.trunk), prompt=(model.start, *covered.prompt))
+
+
+def weighed(model, prompt):
+    covered = cover(model.law.vocabulary, prompt)
+    return covered, weigh(model, started(covered, model), None, DynamicCache(), model.law.vocabulary)
+
+
+def test_next_byte_law_is_the_exact_one(exact):
+    for prompt in exact.law.prompts(25, seed=1):
+        covered, covers = weighed(exact, prompt)
+        whole = exact.law.bytes[covered.text]
+        expected = torch.zeros(257)
+        for byte, weight in exact.law.by_bytes(covered.text).items():
+            expected[256 if byte == END else byte] = weight / whole
+        assert torch.allclose(covers.next_byte_logprobs(exact.law.vocabulary).exp(), expected, atol=1e-5)
+
+
+def test_log_probability_of_a_text_is_the_exact_one(exact):
+    for prompt in exact.law.prompts(10, seed=2):
+        covered = cover(exact.law.vocabulary, prompt)
+        got = text_logprob(exact, covered, exact.start, 0, DynamicCache(), exact.law.vocabulary)
+        assert got == pytest.approx(math.log(exact.law.bytes[covered.text] / exact.law.bytes[b""]), abs=1e-5)
+
+
+def test_answers_are_drawn_with_their_exact_frequency():
+    """Whole answers, to their end: the draw among covers and the ordinary decoding after it."""
+    law = Law("plain", 6)
+    model, known = ExactModel(law), law.vocabulary
+    prompt, draws, found = b"abba", 600, Counter()
+    covered = cover(known, prompt)
+    assert len(covered.nodes) > 1
+    for seed in range(draws):
+        params = rw.SamplingParams(max_new_tokens=12, seed=seed)
+        read = lambda cache: weigh(model, started(covered, model), None, cache, known)  # noqa: E731
+        tokens = list(decode(model, [], params, frozenset([model.size - 1]), DynamicCache(), read))
+        ids = [*tokens[0].continuation.prompt_ids, *(token.id for token in tokens)]
+        found[known.text_bytes(ids)] += 1
+    for text in law.texts:
+        if text.startswith("abba"):
+            p = (law.bytes[text.encode(), END]) / law.bytes[prompt]
+            assert abs(found[text.encode()] - draws * p) < 4.5 * math.sqrt(draws * p * (1 - p)) + 1, text
+    assert sum(found.values()) == draws
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder):
+    return rw.load(tiny_folder)
+
+
+def one_forward_each(model, covered, start):
+    """Log-probability of every cover given the trunk, by a forward of its whole token sequence."""
+    context, found = list(covered.trunk) or [start], []
+    for node in covered.nodes:
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*context, *node.path]])).logits[0].float().log_softmax(-1)
+        path = sum(logits[len(context) - 1 + k, token] for k, token in enumerate(node.path))
+        found.append(logits[-1] + path)
+    return found
+
+
+def assert_same(covers, expected):
+    for n in range(len(expected)):
+        own = covers.nodes == n
+        assert torch.allclose(covers.logprobs[own], expected[n][covers.tokens[own]], atol=2e-4), n
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
+    covered = cover(tiny.vocabulary, prompt)
+    cache = tiny.new_cache(64)
+    covers = weigh(tiny.hf, covered, tiny.tokenizer.bos_token_id, cache, tiny.vocabulary)
+    assert_same(covers, one_forward_each(tiny.hf, covered, tiny.tokenizer.bos_token_id))
+    assert cache.get_seq_length() == len(covers.context) + len(covers.held)
+
+
+@pytest.mark.parametrize("held", ["nothing", "half", "the prompt", "more"])
+def test_a_cache_that_holds_some_of_the_prompt_is_cropped_and_used(tiny, held):
+    text = "import numpy as np\nimport nump"
+    covered = cover(tiny.vocabulary, text)
+    ids = {"nothing": [], "half": covered.prompt[:3], "the prompt": covered.prompt, "more": covered.prompt}[held]
+    cache = tiny.new_cache(64)
+    if ids:
+        tiny.hf(torch.tensor([list(ids)]), past_key_values=cache)
+    covers = weigh(tiny.hf, covered, None, cache, tiny.vocabulary)
+    assert_same(covers, one_forward_each(tiny.hf, covered, None))
+
+
+def test_logits_beyond_the_vocabulary_end_the_text(tiny_folder):
+    known = vocabulary(AutoTokenizer.from_pretrained(tiny_folder))
+    model = small(LlamaForCausalLM, size=len(known.tokens) + 40)
+    with torch.inference_mode():
+        covers = weigh(model, cover(known, "import nump"), None, new_cache(model.config, 8), known)
+    law = covers.next_byte_logprobs(known).exp()
+    beyond = covers.logprobs[covers.tokens >= len(known.tokens)].exp().sum() / math.exp(covers.total)
+    assert law.sum() == pytest.approx(1, abs=1e-5)
+    assert law[256] >= beyond > 0
+
+
+def small(kind, size=1024, **kwargs):
+    torch.manual_seed(0)
+    config = {LlamaForCausalLM: LlamaConfig, MistralForCausalLM: MistralConfig}[kind](
+        vocab_size=size,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        **kwargs,
+    )
+    return kind(config).eval()
+
+
+def test_a_cache_that_cannot_forget_is_copied(tiny_folder):
+    model = small(MistralForCausalLM, sliding_window=4)
+    known = vocabulary(AutoTokenizer.from_pretrained(tiny_folder))
+    covered = cover(known, "import numpy as np\nimport nump")
+    assert len({node.path for node in covered.nodes}) > 1
+    cache = new_cache(model.config, 8)
+    with torch.inference_mode():
+        covers = weigh(model, covered, None, cache, known)
+    assert not can_rewind(cache)
+    assert_same(covers, one_forward_each(model, covered, None))
+    opening = open_answer(
+        covers, cache, rw.SamplingParams(temperature=0), random_source(rw.SamplingParams(), model.device)
+    )
+    step = model(torch.tensor([opening.pending]), past_key_values=cache).logits[0, -1]
+    fresh = model(torch.tensor([[*opening.continuation.prompt_ids, opening.token]])).logits[0, -1]
+    assert torch.allclose(step, fresh, atol=1e-5)
+    with pytest.raises(rw.PatchError, match="give a new cache"):
+        weigh(model, covered, None, cache, known)
+
+
+@pytest.mark.parametrize(
+    "spec", ["yarn:4", "dynamic-ntk", "rerope:64|logn", "self-extend:8,window=64", "ntk:4|sink-window:64"]
+)
+def test_every_scaler_weighs_as_a_fresh_forward_does(tiny, spec):
+    tiny.rope = spec
+    try:
+        text = "def main(argv=None):\n    parser = argparse.ArgumentParser()\n" * 12 + "    pars"
+        tokens = rw.SamplingParams(max_new_tokens=5, temperature=0, continuation="exact", logprobs=1)
+        completion = tiny.generate(text, tokens)
+        read = completion.continuation.prompt_ids
+        assert completion.continuation.nodes > 1
+        covered = cover(tiny.vocabulary, text)
+        tiny._installed.write(len(covered.prompt) + 5)
+        expected = one_forward_each(tiny.hf, covered, None)
+        law = torch.cat(
+            [
+                row if node.aligned else row[tiny.vocabulary.trie.extensions(node.suffix)]
+                for node, row in zip(covered.nodes, expected, strict=True)
+            ]
+        )
+        first = completion.logprobs[0].logprob
+        assert first == pytest.approx(float(law.max() - law.logsumexp(0)), abs=1e-3)
+        rest = tiny.score_ids([*read, *completion.token_ids], first=len(read) + 1)
+        tiny._installed.write(len(covered.prompt) + 5)
+        if "dynamic" not in spec:  # fixed to another length there
+            got = torch.tensor([token.logprob for token in completion.logprobs[1:]])
+            assert torch.allclose(got, rest, atol=1e-3)
+    finally:
+        tiny.rope = None

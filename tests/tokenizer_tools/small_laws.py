@@ -1,0 +1,73 @@
+"""Random laws over all short strings: what a language model that knows them exactly would say."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+from small_tokenizers import KINDS, strings
+
+from ropewalk.tokenizer_tools.cover import cover
+from ropewalk.tokenizer_tools.vocab import vocabulary
+
+END = -1
+
+
+class Law:
+    """Random probabilities of all short strings, and what they make of token sequences and of bytes."""
+
+    def __init__(self, kind, seed):
+        alphabet, length, make = KINDS[kind]
+        self.vocabulary = vocabulary(make(alphabet, seed))
+        self.texts = strings(alphabet, length)
+        rng = random.Random(seed)
+        self.sequences, self.bytes = defaultdict(float), defaultdict(float)
+        for text in self.texts:
+            weight = rng.expovariate(1)
+            ids = tuple(self.vocabulary.encode(text))
+            data = self.vocabulary.text_bytes(list(ids))
+            for n in range(len(ids) + 1):
+                self.sequences[ids[:n]] += weight
+            self.sequences[(*ids, END)] += weight
+            for n in range(len(data) + 1):
+                self.bytes[data[:n]] += weight
+            self.bytes[data, END] += weight
+
+    def prompts(self, count, seed=0):
+        """Texts cut at random bytes, short enough to have many continuations."""
+        rng = random.Random(seed)
+        for text in rng.sample(self.texts, count):
+            data = text.encode()
+            yield data[: rng.randint(1, max(1, len(data) - 2))]
+
+    def by_bytes(self, text):
+        """Next byte -> weight of the strings that begin with `text` and go on with it."""
+        found = {byte: self.bytes[text + bytes([byte])] for byte in range(256) if text + bytes([byte]) in self.bytes}
+        return found | {END: self.bytes.get((text, END), 0.0)}
+
+    def by_cover(self, covered):
+        """The same, from the cover and the weights of token sequences."""
+        found = defaultdict(float)
+        tokens = self.vocabulary.tokens
+        for node in covered.nodes:
+            path = covered.trunk + node.path
+            if node.aligned:
+                found[END] += self.sequences.get((*path, END), 0.0)
+                candidates = self.vocabulary.trie.extensions(b"")
+            else:
+                candidates = self.vocabulary.trie.extensions(node.suffix)
+            for token in candidates:
+                found[tokens[token][len(node.suffix)]] += self.sequences.get((*path, token), 0.0)
+        return found
+
+    def error(self, count=150):
+        """Largest difference of the two, of the prompt's own weight."""
+        worst = 0.0
+        for prompt in self.prompts(count):
+            covered = cover(self.vocabulary, prompt)
+            expected, got = self.by_bytes(covered.text), self.by_cover(covered)
+            whole = self.bytes[covered.text]
+            if whole:
+                keys = expected.keys() | got.keys()
+                worst = max(worst, *(abs(expected.get(k, 0.0) - got.get(k, 0.0)) / whole for k in keys))
+        return worst
