@@ -172,7 +172,8 @@ def test_the_command_prints_tables_or_one_line_of_json(tiny_folder, tmp_path, co
     found = json.loads(line)
     assert found["size"] == 1024
     assert [risk["kind"] for risk in found["risks"]] == ["any character", "after a space", "end of a word"]
-    assert set(found["longest"]) <= set(Tokenizer.from_file(arguments[1]).decode([i]) for i in range(1024))
+    tokenizer = Tokenizer.from_file(arguments[1])
+    assert set(found["longest"]) <= {tokenizer.decode([i]) for i in range(1024)}
 
 
 def test_tokens_are_shown_escaped():
