@@ -43,7 +43,7 @@ def vocab(model: str, text: str, cuts: int, seed: int, as_json: bool) -> None:
     found = report(vocabulary, "\n\n".join(document.documents), cuts=cuts, seed=seed)
     if as_json:
         settings = {"model": model, "text": text, "text_sha256": document.sha256, "seed": seed}
-        click.echo(json.dumps(settings | asdict(found), default=escaped, ensure_ascii=False))
+        click.echo(json.dumps(settings | asdict(found), default=whole, ensure_ascii=False))
         return
     console = Console(markup=False, emoji=False, highlight=False)
     about = Table("tokenizer", model)
@@ -70,7 +70,12 @@ def vocab(model: str, text: str, cuts: int, seed: int, as_json: bool) -> None:
         console.print(table)
 
 
+def whole(token: bytes) -> str:
+    """A token as text, with bytes that are no character as \\xe4."""
+    return token.decode(errors="backslashreplace")
+
+
 def escaped(data: bytes) -> str:
     """Bytes as text in quotes; what cannot be shown is escaped, and a long middle left out."""
-    shown = repr(data.decode(errors="backslashreplace"))
+    shown = repr(whole(data))
     return shown if len(shown) <= 36 else f"{shown[:20]} ... {shown[-10:]}"

@@ -169,6 +169,8 @@ def test_openings_are_the_likeliest(model, every):
             opening = ending.open(method)
             assert text.startswith(opening.past.decode(errors="ignore").encode())
             assert ending.finishes(opening, wanted) == text.startswith(wanted)
+            assert ending.finishes(opening, text[:10])
+            assert not ending.finishes(opening, text[:9] + b"\x00")
         for method in (OFF, ONE_BACK, STEPS, EXACT):
             opening = ending.open(method)
             assert vocabulary.text_bytes(list(opening.ids)) == cut.prompt.encode() + opening.past
@@ -179,17 +181,35 @@ def test_openings_are_the_likeliest(model, every):
     assert {forwards for method, forwards in runs if method == ONE_BACK} == {1, 2}
 
 
+def test_the_likeliest_steps_are_taken_one_by_one(model, every):
+    tokens, lengths = model.vocabulary.tokens, Counter()
+    for cut in every[::2]:
+        ending = Ending(model, cut.prompt)
+        path, rest = ending.trunk, cut.prompt.encode()[len(model.vocabulary.text_bytes(list(ending.cover.trunk))) :]
+        while rest:
+            row = ending.reader.after(path).tolist()
+            agree = [i for i, data in enumerate(tokens) if data and (data.startswith(rest) or rest.startswith(data))]
+            token = max(agree, key=lambda i: row[i])
+            path, rest = (*path, token), rest[len(tokens[token]) :]
+        opened = ending.open(STEPS).ids[len(ending.reader.base) :]
+        assert opened[: len(path)] == path
+        lengths[len(path) - len(ending.trunk)] += 1
+    assert len(lengths) >= 3
+
+
 def test_transformers_healing_is_seen_by_its_text(model, every):
-    outcomes = Counter()
+    outcomes, healed = Counter(), 0
     for cut in every:
         ending, wanted = Ending(model, cut.prompt), cut.token[cut.overlap :]
         finished = ending.transformers_finishes(wanted)
         outcomes[finished] += 1
+        healed += finished and not ending.finishes(ending.open(OFF), wanted)
         if finished:
             assert ending.transformers_finishes(wanted[:1])
         assert not ending.transformers_finishes(b"\x00\x00\x00")
     assert outcomes[True] >= 2
     assert outcomes[False] >= 2
+    assert healed
 
 
 @pytest.fixture
@@ -234,6 +254,7 @@ def test_the_command_resumes_and_writes_tables_and_a_plot(tiny_folder, text_file
     run_command(tiny_folder, text_file, tmp_path / "parts", 3)  # more cuts than before
     assert len(calls) - 10 == 9 - 3
     assert without_time(tmp_path / "parts") == without_time(tmp_path / "whole")
+    assert {row["seed"] for row in without_time(tmp_path / "parts").values()} == {0}
 
 
 def test_a_text_without_places_is_refused(tiny_folder, tmp_path):

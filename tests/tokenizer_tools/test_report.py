@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from click.testing import CliRunner
+from tokenizers import Tokenizer
 
 import ropewalk as rw
 from ropewalk.engine.cli import cli
@@ -124,6 +125,9 @@ def test_risk_agrees_with_the_encoder(tiny, code):
         assert risk.depth_max == max(depths)
         assert risk.nodes_max >= risk.nodes_mean >= 1
         assert risk.seconds > 0
+    for example in found.examples:
+        end = example.prompt_end.encode()
+        assert any(end.endswith(example.token[:size]) for size in range(1, len(example.token)))
     anywhere, after_space, _ = found.risks
     assert anywhere.deeper > 0.02
     assert after_space.inside > 0.7
@@ -168,7 +172,8 @@ def test_the_command_prints_tables_or_one_line_of_json(tiny_folder, tmp_path, co
     found = json.loads(line)
     assert found["size"] == 1024
     assert [risk["kind"] for risk in found["risks"]] == ["any character", "after a space", "end of a word"]
-    assert found["examples"][0]["token"].startswith("'")
+    tokenizer = Tokenizer.from_file(arguments[1])
+    assert set(found["longest"]) <= {tokenizer.decode([i]) for i in range(1024)}
 
 
 def test_tokens_are_shown_escaped():
