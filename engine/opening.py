@@ -124,8 +124,8 @@ def weigh(
         if penalty != 1:
             seen = torch.tensor([*context, *node.path], device=row.device)
             scores = logprobs + penalize_repetition(row, seen, penalty) - row
-        ids = range(len(row)) if node.aligned else vocabulary.trie.extensions(node.suffix)
-        tokens = torch.tensor(ids, device=row.device)
+        tokens = torch.arange(len(row)) if node.aligned else torch.tensor(vocabulary.trie.extensions(node.suffix))
+        tokens = tokens.to(row.device)
         parts.append((torch.full_like(tokens, n), tokens, scores[tokens], logprobs[tokens]))
     nodes, tokens, scores, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
     return Covers(cover=cover, context=context, nodes=nodes, tokens=tokens, scores=scores, logprobs=logprobs, held=held)
