@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from ..errors import ConfigError
 from ..tokenizer_tools.cover import Cover
 from ..tokenizer_tools.vocab import Vocabulary
+from .attention import ATTENTION_NAME
 from .cache import can_rewind, rewind
 from .prefill import forward, prefill
 from .sampling import SamplingParams, penalize_repetition, sample
@@ -151,23 +152,49 @@ def _path_logits(
 ) -> tuple[dict[Path, Tensor], Path]:
     """Float32 logits [V] after every beginning of the paths, and the path that the cache is left at."""
     leaves = [path for path in dict.fromkeys(paths) if not any(_goes_on(other, path) for other in paths)]
-    branches = can_rewind(cache)
     if (excess := cache.get_seq_length() - len(context) + 1) > 0:
         rewind(cache, excess)
-    first = leaves.pop(0) if branches else ()
-    rows = prefill(hf, [*context, *first][cache.get_seq_length() :], cache, keep=len(first) + 1).float()
-    logits = {first[:k]: row for k, row in enumerate(rows)}
-    held = first
+    rewinds = can_rewind(cache)
+    in_a_tree = rewinds and len(leaves) > 1 and hf.config.get_text_config()._attn_implementation in _TAKES_MASKS
+    held = leaves.pop(0) if rewinds and not in_a_tree else ()
+    rows = prefill(hf, [*context, *held][cache.get_seq_length() :], cache, keep=len(held) + 1).float()
+    logits = {held[:k]: row for k, row in enumerate(rows)}
+    if in_a_tree:
+        return logits | _tree_logits(hf, len(context), leaves, cache), held
     for leaf in leaves:
         common = _common(held, leaf)
-        if branches:
+        if rewinds:
             rewind(cache, len(held) - common)
-            held, working = leaf, cache
+            held, branch = leaf, cache
         else:
-            working = copy.deepcopy(cache)
-        rows = forward(hf, list(leaf[common:]), working, keep=len(leaf) - common).float()
+            branch = copy.deepcopy(cache)
+        rows = forward(hf, list(leaf[common:]), branch, keep=len(leaf) - common).float()
         logits.update({leaf[: common + k + 1]: row for k, row in enumerate(rows)})
     return logits, held
+
+
+_TAKES_MASKS = ("sdpa", ATTENTION_NAME)
+"""Attention functions of models without a position map that take a mask of any form."""
+
+
+def _tree_logits(hf: PreTrainedModel, held: int, leaves: Sequence[Path], cache: Cache) -> dict[Path, Tensor]:
+    """Logits after every beginning of the leaves in one forward, in which a token sees the `held` tokens of the cache
+    and those that it follows. The cache is left as it was."""
+    paths = list(dict.fromkeys(leaf[: k + 1] for leaf in leaves for k in range(len(leaf))))
+    place = {path: n for n, path in enumerate(paths)}
+    seen = torch.zeros(len(paths), held + len(paths), dtype=torch.bool)
+    seen[:, :held] = True
+    for path, n in place.items():
+        seen[n, [held + place[path[: k + 1]] for k in range(len(path))]] = True
+    logits = hf(
+        input_ids=torch.tensor([[path[-1] for path in paths]], device=hf.device),
+        position_ids=torch.tensor([[held + len(path) - 1 for path in paths]], device=hf.device),
+        attention_mask=seen[None, None].to(hf.device),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits[0]
+    rewind(cache, len(paths))
+    return dict(zip(paths, logits.float(), strict=True))
 
 
 def _goes_on(longer: Path, path: Path) -> bool:

@@ -34,7 +34,9 @@ class ExactModel:
         known = law.vocabulary
         self.start, self.size = len(known.tokens), len(known.tokens) + 2  # a start and an end token
         known.tokens, known.walls = [*known.tokens, b"", b""], known.walls | {self.start, self.start + 1}
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=self.size))
+        self.config = SimpleNamespace(
+            get_text_config=lambda: SimpleNamespace(vocab_size=self.size, _attn_implementation="exact")
+        )
 
     def __call__(self, input_ids, past_key_values, use_cache, logits_to_keep):
         states = input_ids.float()[:, None, :, None]
@@ -133,6 +135,29 @@ def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
     covers = weigh(tiny.hf, covered, tiny.tokenizer.bos_token_id, cache, tiny.vocabulary)
     assert_same(covers, one_forward_each(tiny.hf, covered, tiny.tokenizer.bos_token_id))
     assert cache.get_seq_length() == len(covers.context) + len(covers.held)
+
+
+@pytest.mark.parametrize(("spec", "most"), [("none", 2), ("yarn:4", 2), ("rerope:64", 2)])
+def test_paths_are_run_together_where_attention_takes_a_mask(tiny, spec, most):
+    runs = []
+    hook = tiny.hf.register_forward_pre_hook(lambda *_: runs.append(1))
+    tiny.rope = spec
+    try:
+        counts, leaves = [], []
+        for prompt in ["import numpy as np\n" + prompt for prompt in PROMPTS]:
+            covered = cover(tiny.vocabulary, prompt)
+            runs.clear()
+            covers = weigh(tiny.hf, covered, None, tiny.new_cache(64), tiny.vocabulary)
+            counts.append(len(runs))
+            paths = {node.path for node in covered.nodes}
+            leaves.append(sum(not any(q[: len(p)] == p and q != p for q in paths) for p in paths))
+            assert_same(covers, one_forward_each(tiny.hf, covered, None))
+    finally:
+        hook.remove()
+        tiny.rope = None
+    assert max(counts) <= most
+    assert all((count == 1) == (n == 1) for count, n in zip(counts, leaves, strict=True))
+    assert max(leaves) > 1
 
 
 @pytest.mark.parametrize("held", ["nothing", "half", "the prompt", "more"])
