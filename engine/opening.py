@@ -155,12 +155,13 @@ def _path_logits(
     if (excess := cache.get_seq_length() - len(context) + 1) > 0:
         rewind(cache, excess)
     rewinds = can_rewind(cache)
-    in_a_tree = rewinds and len(leaves) > 1 and hf.config.get_text_config()._attn_implementation in _TAKES_MASKS
-    held = leaves.pop(0) if rewinds and not in_a_tree else ()
+    leaves.sort(key=len, reverse=True)
+    held = leaves.pop(0) if rewinds else ()
     rows = prefill(hf, [*context, *held][cache.get_seq_length() :], cache, keep=len(held) + 1).float()
     logits = {held[:k]: row for k, row in enumerate(rows)}
-    if in_a_tree:
-        return logits | _tree_logits(hf, len(context), leaves, cache), held
+    if rewinds and len(leaves) > 1 and hf.config.get_text_config()._attn_implementation in _TAKES_MASKS:
+        rewind(cache, len(held))
+        return logits | _tree_logits(hf, len(context), leaves, cache), ()
     for leaf in leaves:
         common = _common(held, leaf)
         if rewinds:
