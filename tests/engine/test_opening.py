@@ -18,7 +18,7 @@ from ropewalk.engine.cache import can_rewind, new_cache
 from ropewalk.engine.decode import decode
 from ropewalk.engine.opening import open_answer, text_logprob, weigh
 from ropewalk.engine.sampling import random_source
-from ropewalk.tokenizer_tools.cover import cover
+from ropewalk.tokenizer_tools.cover import Node, cover
 from ropewalk.tokenizer_tools.vocab import vocabulary
 
 PROMPTS = ["import nump", "http:", "x = f(", "    retur", "def ", "a", "\n\n", "if x:\n    ", "-" * 40, "é"]
@@ -158,6 +158,22 @@ def test_paths_are_run_together_where_attention_takes_a_mask(tiny, spec, most):
     assert max(counts) <= most
     assert all((count == 1) == (n == 1) for count, n in zip(counts, leaves, strict=True))
     assert max(leaves) > 1
+
+
+@pytest.mark.parametrize("spec", ["none", "yarn:4", "rerope:64|logn"])
+def test_many_paths_are_weighed_as_each_alone(tiny, spec):
+    """More than any prompt above has: four leaves, two of which share their first token."""
+    ids = tuple(tiny.vocabulary.encode("def main(argv=None):\n    parser = argparse"))
+    paths = [ids[-3:], (), (10, 20, 30), (10, 21), (40,), (41, 42)]
+    covered = replace(cover(tiny.vocabulary, "x"), prompt=ids, trunk=ids[:-3], nodes=tuple(Node(p, b"") for p in paths))
+    tiny.rope = spec
+    try:
+        cache = tiny.new_cache(64)
+        covers = weigh(tiny.hf, covered, None, cache, tiny.vocabulary)
+        assert_same(covers, one_forward_each(tiny.hf, covered, None))
+        assert cache.get_seq_length() == len(covered.trunk) + len(covers.held)
+    finally:
+        tiny.rope = None
 
 
 @pytest.mark.parametrize("held", ["nothing", "half", "the prompt", "more"])
