@@ -23,7 +23,7 @@ from ..tokenizer_tools.vocab import Vocabulary, vocabulary
 from .cache import new_cache as cache_for
 from .completion import Completion, Score, Usage
 from .decode import OpeningToken, Token, decode
-from .opening import Continuation, text_logprob
+from .opening import Continuation, text_logprob, weigh
 from .patch import install
 from .prefill import Progress
 from .prompt import Prompt
@@ -136,11 +136,12 @@ class Model:
 
         Index 256 is the end of the text. Exact as `logprob` is.
         """
-        prompt = self._prompt(text, SamplingParams(continuation="exact"))
-        self._installed.write(len(prompt.ids) + 1)
+        covers = cover(self.vocabulary, text)
+        length = len(covers.prompt) + 1
+        self._installed.write(length)
         with torch.inference_mode():
-            covers = prompt.weigh(self.hf, self.new_cache(len(prompt.ids) + 1), self.vocabulary)
-            return covers.next_byte_logprobs(self.vocabulary)
+            weighed = weigh(self.hf, covers, self.tokenizer.bos_token_id, self.new_cache(length), self.vocabulary)
+            return weighed.next_byte_logprobs(self.vocabulary)
 
     def logprob(self, continuation: str | bytes, given: str | bytes = "") -> float:
         """Log-probability that a text which begins with `given` goes on with `continuation`, nats.

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..errors import ConfigError
-from ..tokenizer_tools.cover import Cover
+from ..tokenizer_tools.cover import Cover, shared_length
 from ..tokenizer_tools.vocab import Vocabulary
 from .attention import ATTENTION_NAME
 from .cache import can_rewind, rewind
@@ -163,7 +163,7 @@ def _path_logits(
         rewind(cache, len(held))
         return logits | _tree_logits(hf, len(context), leaves, cache), ()
     for leaf in leaves:
-        common = _common(held, leaf)
+        common = shared_length(held, leaf)
         if rewinds:
             rewind(cache, len(held) - common)
             held, branch = leaf, cache
@@ -202,11 +202,6 @@ def _goes_on(longer: Path, path: Path) -> bool:
     return len(longer) > len(path) and longer[: len(path)] == path
 
 
-def _common(first: Path, second: Path) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Opening:
     """The first token after a prompt, drawn among its covers.
@@ -227,7 +222,7 @@ def open_answer(covers: Covers, cache: Cache, params: SamplingParams, generator:
     """Draw a cover and leave the cache at the beginning that it shares with what was run."""
     index = sample(covers.scores, params, generator)
     node, token = covers.cover.nodes[int(covers.nodes[index])], int(covers.tokens[index])
-    common = _common(covers.held, node.path)
+    common = shared_length(covers.held, node.path)
     if len(covers.held) > common:
         rewind(cache, len(covers.held) - common)
     return Opening(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
 
 from ..errors import ConfigError
 from ..tokenizer_tools.boundaries import split_character
@@ -15,7 +14,7 @@ from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
 from ..tokenizer_tools.vocab import Vocabulary
 from .decode import Weigh
-from .opening import Covers, weigh
+from .opening import weigh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +66,11 @@ class Prompt:
             starts_text=not covers.text,
         )
 
-    def weigh(self, hf: PreTrainedModel, cache: Cache, vocabulary: Vocabulary, penalty: float = 1.0) -> Covers:
-        """Run the prompt on top of `cache` and weigh its covers."""
-        assert self.cover is not None
-        return weigh(hf, self.cover, self.start, cache, vocabulary, penalty)
-
     def weigher(self, hf: PreTrainedModel, vocabulary: Vocabulary, penalty: float) -> Weigh | None:
         """`weigh` for the decode loop; None if the answer can only begin where the prompt's tokens end."""
-        if self.cover is None or self.cover.only_aligned:
+        if (covers := self.cover) is None or covers.only_aligned:
             return None
-        return lambda cache: self.weigh(hf, cache, vocabulary, penalty)
+        return lambda cache: weigh(hf, covers, self.start, cache, vocabulary, penalty)
 
     def text_stream(self, vocabulary: Vocabulary) -> TextStream:
         """For the text of the answer."""

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from ..engine.cache import rewind
 from ..engine.opening import END
 from ..engine.prefill import prefill
+from ..tokenizer_tools.cover import shared_length
 from ..tokenizer_tools.vocab import Vocabulary
 
 Path = tuple[int, ...]
@@ -49,8 +50,7 @@ class Reader:
         """Log-probabilities of the token after the base and `path`, float64 [V] on the CPU, nats."""
         if path not in self._laws:
             whole = self.base + path
-            pairs = zip(self._held, whole[:-1], strict=False)  # the last token is run to see what follows it
-            shared = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(self._held), len(whole) - 1))
+            shared = shared_length(self._held, whole[:-1])  # the last token is run to see what follows it
             if len(self._held) > shared:
                 rewind(self._cache, len(self._held) - shared)
             logits = prefill(self._hf, list(whole[shared:]), self._cache)[-1]

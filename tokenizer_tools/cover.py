@@ -125,7 +125,7 @@ def _as_beginning(vocabulary: Vocabulary, text: str) -> bytes:
     for probe in ("a", "0"):
         ids = vocabulary.encode(text + probe)
         seen.append(vocabulary.text_bytes(ids[_after_walls(vocabulary, ids) :]))
-    return seen[0][: _shared(*seen)]
+    return seen[0][: shared_length(*seen)]
 
 
 def _tokens(vocabulary: Vocabulary, text: bytes) -> list[int]:
@@ -135,7 +135,7 @@ def _tokens(vocabulary: Vocabulary, text: bytes) -> list[int]:
     return [i for a, b in pairwise(cuts) for i in vocabulary.piece(decoded[a:b].encode())]
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the longest common beginning."""
     pairs = zip(first, second, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
@@ -166,7 +166,7 @@ class _Search:
         nodes = sorted(found, key=lambda node: not node.aligned)  # stable: the prompt's own end stays first
         trunk = nodes[0].path
         for node in nodes[1:]:
-            trunk = trunk[: _shared(trunk, node.path)]
+            trunk = trunk[: shared_length(trunk, node.path)]
         kept = tuple(self.ids[: self.kept])
         return Cover(
             prompt=kept + nodes[0].path if nodes[0].aligned else tuple(self.ids),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, median, quantiles
 
 from . import cuts as places
-from .cover import cover
+from .cover import cover, shared_length
 from .cuts import Cut
 from .vocab import Vocabulary
 
@@ -128,8 +128,7 @@ def _risk(vocabulary: Vocabulary, kind: str, found: Sequence[Cut]) -> Risk:
 
 def _depth(prompt: Sequence[int], uncut: Sequence[int]) -> int:
     """Tokens of the prompt from the first one on that is not the uncut text's."""
-    shared = next((n for n, (a, b) in enumerate(zip(prompt, uncut, strict=False)) if a != b), len(prompt))
-    return len(prompt) - shared
+    return len(prompt) - shared_length(prompt, uncut)
 
 
 def _examples(found: Sequence[Cut]) -> tuple[Example, ...]:
