@@ -20,9 +20,9 @@ from ..scaling.spec import parse
 from ..tokenizer_tools.cover import cover
 from ..tokenizer_tools.stream import StopWatch
 from ..tokenizer_tools.vocab import Vocabulary, vocabulary
-from .cache import new_cache as cache_for
 from .completion import Completion, Score, Usage
 from .decode import OpeningToken, Token, decode
+from .networks import Settings, network
 from .opening import Continuation, text_logprob, weigh
 from .patch import install
 from .prefill import Progress
@@ -47,6 +47,7 @@ class Model:
     Attributes:
         hf: the transformers model underneath.
         tokenizer: its tokenizer.
+        network: what runs it: our compiled kernels, or the model's own modules.
         name: what it was loaded as.
         sites: its rotary modules, verified against its config.
     """
@@ -59,13 +60,16 @@ class Model:
         name: str,
         rope: str | Scaler | None = None,
         max_length: int | None = None,
+        settings: Settings | None = None,
     ) -> None:
         self.hf = hf
         self.tokenizer = tokenizer
         self.name = name
         self._max_length = max_length
         self.sites = rotary_sites(hf)
+        self.network = network(hf, self.sites, settings or Settings(compile=False))
         self._installed = install(hf, self.sites, parse(rope), grows=False)
+        self._write(None)
 
     @property
     def rope(self) -> Scaler:
@@ -81,6 +85,7 @@ class Model:
         except BaseException:  # Ctrl-C too, or the model would run under none while `rope` names another
             self._installed = install(self.hf, self.sites, before, grows=False)
             raise
+        self._write(None)
 
     @property
     def spec(self) -> RopeSpec:
@@ -99,6 +104,19 @@ class Model:
             return self._max_length
         reach = headline(self.sites).reach(self.rope)
         return int(reach) if math.isfinite(reach) else 2**31
+
+    def describe(self) -> str:
+        """What runs the model, in a few lines."""
+        reach = headline(self.sites).reach(self.rope)
+        lines = {
+            "model": f"{self.name} ({type(self.hf).__name__}, {self.hf.num_parameters() / 1e6:.0f}M parameters)",
+            "run by": self.network.how,
+            "rope": str(self.rope),
+            "reach": "any length" if math.isinf(reach) else f"{format_length(int(reach))} tokens",
+            "trained": f"{format_length(self.trained_length)} tokens",
+        }
+        width = max(map(len, lines))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -138,9 +156,9 @@ class Model:
         """
         covers = cover(self.vocabulary, text)
         length = len(covers.prompt) + 1
-        self._installed.write(length)
+        self._write(length)
         with torch.inference_mode():
-            weighed = weigh(self.hf, covers, self.tokenizer.bos_token_id, self.new_cache(length), self.vocabulary)
+            weighed = weigh(self.network, covers, self.tokenizer.bos_token_id, self.new_cache(length), self.vocabulary)
             return weighed.next_byte_logprobs(self.vocabulary)
 
     def logprob(self, continuation: str | bytes, given: str | bytes = "") -> float:
@@ -154,10 +172,10 @@ class Model:
         before, after = cover(self.vocabulary, text[0]), cover(self.vocabulary, b"".join(text))
         start = None if before.trunk else self.tokenizer.bos_token_id
         length = len(after.prompt) + 1
-        self._installed.write(length)
+        self._write(length)
         with torch.inference_mode():
             long, short = (  # a text that begins with `given` begins with its trunk
-                text_logprob(self.hf, one, start, len(before.trunk), self.new_cache(length), self.vocabulary)
+                text_logprob(self.network, one, start, len(before.trunk), self.new_cache(length), self.vocabulary)
                 for one in (after, before)
             )
         return long - short
@@ -183,15 +201,15 @@ class Model:
 
         Give an empty `cache` (`new_cache`) to go on from there: it holds `ids[:-1]` afterwards.
         """
-        self._installed.write(len(ids))
+        self._write(len(ids))
         if cache is None:
             cache = self.new_cache(len(ids))
         with torch.inference_mode():
-            return score(self.hf, ids, first, cache, progress).cpu()
+            return score(self.network, ids, first, cache, progress).cpu()
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty key-value cache for one sequence of about `capacity` tokens."""
-        return cache_for(self.hf.config, capacity)
+        return self.network.new_cache(capacity)
 
     def generate_ids(self, ids: list[int], params: SamplingParams, cache: Cache | None = None) -> Completion:
         """Continue token ids. `cache` may hold their beginning, written under the scaler in use.
@@ -221,6 +239,11 @@ class Model:
     def _prompt(self, prompt: str | bytes | list[int], params: SamplingParams) -> Prompt:
         return Prompt.read(prompt, self.tokenizer, self.vocabulary, params.continuation)
 
+    def _write(self, length: int | None) -> None:
+        """Make the scaler in use ready for a sequence of `length` tokens."""
+        self._installed.write(length)
+        self.network.use(self.rope, length)
+
     def _check_length(self, ids: list[int], params: SamplingParams) -> int:
         """Tokens of prompt and answer together; ContextOverflow if they are too many."""
         total = len(ids) + params.max_new_tokens
@@ -245,15 +268,15 @@ class Model:
         length, installed = self._check_length(prompt.ids, params), self._installed
         stop_ids = self._stop_ids()
         text, watch = prompt.text_stream(self.vocabulary), StopWatch(params.stops)
-        weigh = prompt.weigher(self.hf, self.vocabulary, params.repetition_penalty)
-        tokens = decode(self.hf, prompt.ids, params, stop_ids, cache, weigh)
+        weigh = prompt.weigher(self.network, self.vocabulary, params.repetition_penalty)
+        tokens = decode(self.network, prompt.ids, params, stop_ids, cache, weigh)
         while True:
             if self._installed is not installed:
                 raise PatchError(
                     f"the scaler was changed from {installed.scaler} to {self.rope} while a text was being streamed; "
                     "finish the stream first, or start it again"
                 )
-            installed.write(length)  # another request may have run since, and its frequencies are not ours
+            self._write(length)  # another request may have run since, and its frequencies are not ours
             with torch.inference_mode():
                 token = next(tokens, None)
             if token is None:

@@ -22,14 +22,13 @@ from .kernel import Score, attend, join
 ATTENTION_NAME = "ropewalk_causal"
 
 
-def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, scale: float | None = None) -> Tensor:
+def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, score: Score) -> Tensor:
     """Attention of the last N of M positions over all M, causal. Inference only.
 
     Returns:
         [B, H, N, Dv], equal to masked softmax attention up to rounding.
     """
     N, past = q_BHND.shape[2], k_BKMD.shape[2] - q_BHND.shape[2]
-    score = Score(scale=q_BHND.shape[-1] ** -0.5 if scale is None else scale)
     if N == 1:  # a decode step sees every key
         return attend(q_BHND, k_BKMD, v_BKMD, score)[0]
     out, lse = attend(q_BHND, k_BKMD[:, :, past:], v_BKMD[:, :, past:], score, "lower")
@@ -50,7 +49,8 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """The signature of transformers' attention registry; query [B, H, N, D] -> [B, N, H, D]."""
     if attention_mask is None and not torch.is_grad_enabled():
-        out = causal_attention(query, key, value, scaling)
+        score = Score(scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
+        out = causal_attention(query, key, value, score)
     else:
         mask = causal_lower_right(query.shape[2], key.shape[2]) if attention_mask is None else attention_mask
         out = scaled_dot_product_attention(

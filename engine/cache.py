@@ -55,6 +55,20 @@ class TurnedKeys:
         """Forget everything."""
         self._copies, self._lengths = {}, {}
 
+    def room(
+        self, setting: Hashable, band: int, keys: Tensor, turn: Callable[[int, int], Tensor], count: int
+    ) -> Tensor:
+        """The copy of `keys` as `get` gives it, in a buffer with room for `count` more, which the caller writes."""
+        held = keys.shape[2]
+        self.get(setting, band, keys, turn)
+        copy = self._copies[band]
+        if copy.shape[2] < held + count:
+            grown = copy.new_empty(*copy.shape[:2], max(held + count, 2 * copy.shape[2]), copy.shape[3])
+            grown[:, :, :held] = copy[:, :, :held]
+            self._copies[band] = copy = grown
+        self._lengths[band] = held + count
+        return copy
+
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch rows to every copy."""
         self._copies = {band: change(copy) for band, copy in self._copies.items()}
@@ -96,8 +110,7 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
-        if end > self.capacity:
-            self._grow(end)
+        self.reserve(end)
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         self.length = end
@@ -105,8 +118,13 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         keys.turned = self.turned  # type: ignore[attr-defined]  # the only way to the attention function
         return keys, self.values[:, :, :end]
 
-    def _grow(self, needed: int) -> None:
-        self.capacity = max(needed, 2 * self.capacity)
+    def reserve(self, length: int) -> None:
+        """Make room for `length` keys."""
+        if length <= self.capacity:
+            return
+        self.capacity = max(length, 2 * self.capacity)
+        if not self.is_initialized:
+            return
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = self._allocate(old)
@@ -148,6 +166,38 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """The cache of one sequence under a compiled network: every layer keeps its whole past, windows too.
+
+    Args:
+        layers: how many.
+        shape: key-value heads and head dim.
+        capacity: tokens that it has room for before it grows.
+        dtype: of the keys and values held.
+    """
+
+    def __init__(self, layers: int, shape: tuple[int, int], capacity: int, dtype: torch.dtype) -> None:
+        super().__init__(layers=[ContiguousLayer(max(capacity, 1)) for _ in range(layers)])
+        like = torch.empty(1, shape[0], 0, shape[1], dtype=dtype)
+        for layer in self.layers:
+            layer.lazy_initialization(like, like)
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return int(self.layers[0].length)
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more tokens."""
+        for layer in self.layers:
+            layer.reserve(layer.length + count)
+
+    def advance(self, count: int) -> None:
+        """Count `count` tokens as held that were written into the buffers."""
+        for layer in self.layers:
+            layer.length += count
 
 
 def attends_to_everything(config: PreTrainedConfig) -> bool:

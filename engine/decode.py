@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .cache import new_cache, rewind
+from .cache import rewind
+from .network import Network
 from .opening import Continuation, Covers, open_answer
-from .prefill import forward, prefill
+from .prefill import prefill
 from .sampling import SamplingParams, penalize_repetition, random_source, sample
 
 Weigh = Callable[[Cache], Covers]
@@ -36,7 +36,7 @@ class OpeningToken(Token):
 
 
 def decode(
-    hf: PreTrainedModel,
+    network: Network,
     prompt: list[int],
     params: SamplingParams,
     stop_ids: frozenset[int],
@@ -50,14 +50,14 @@ def decode(
         weigh: draws the first token from the covers of the prompt, as an `OpeningToken`. Without it the answer
             begins where the prompt's tokens end.
     """
-    generator = random_source(params, hf.device)
+    generator = random_source(params, network.hf.device)
     if cache is None:
-        cache = new_cache(hf.config, capacity=len(prompt) + params.max_new_tokens)
+        cache = network.new_cache(len(prompt) + params.max_new_tokens)
     if weigh is None:
         if (excess := cache.get_seq_length() - len(prompt) + 1) > 0:
             rewind(cache, excess)  # the last token must be run to see what follows it
         seen = list(prompt)
-        logits = prefill(hf, prompt[cache.get_seq_length() :], cache)[-1].float()
+        logits = prefill(network, prompt[cache.get_seq_length() :], cache)[-1].float()
         token = _draw(logits, seen, params, generator)
         pending = [token.id]
     else:
@@ -70,7 +70,7 @@ def decode(
         if token.id in stop_ids or count == params.max_new_tokens:
             return
         seen.append(token.id)
-        logits = forward(hf, pending, cache, keep=1)[0].float()
+        logits = network.forward(pending, cache, keep=1)[0].float()
         token = _draw(logits, seen, params, generator)
         pending = [token.id]
 

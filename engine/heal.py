@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tokenizer_tools.vocab import Vocabulary, vocabulary
 from .cache import new_cache
+from .network import Network
 from .opening import Continuation, open_answer
 from .prompt import Prompt
 from .sampling import SamplingParams, random_source
@@ -71,7 +72,7 @@ def heal(
     rows: list[list[int]] = []
     continuations: list[Continuation | None] = []
     for prompt in read:
-        weigh = prompt.weigher(hf_model, known, params.repetition_penalty)
+        weigh = prompt.weigher(Network(hf_model), known, params.repetition_penalty)
         if weigh is None:
             rows.append(prompt.ids)
             continuations.append(None)

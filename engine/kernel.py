@@ -51,6 +51,7 @@ def attend(
         Output [B, H, N, D] and natural log-sum-exp of the scores [B, H, N]; of a query that sees nothing, finite
         numbers that weigh nothing in `join`.
     """
+    k_BKMD, v_BKMD = k_BKMD.to(q_BHND.dtype), v_BKMD.to(q_BHND.dtype)  # a cache may be narrower than the arithmetic
     if _fused(q_BHND, v_BKMD, score):
         return _attend_fused(q_BHND, k_BKMD, v_BKMD, score.scale, sees)
     if sees == "all" and k_BKMD.shape[2] > _KEYS_AT_ONCE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -17,6 +17,9 @@ from ..scaling.spec import parse
 from . import attention
 from .api import Model
 from .cache import attends_to_everything
+from .family import supported
+from .kernels import UNAVAILABLE
+from .networks import Settings
 from .source import MODELS, resolve
 
 _DTYPES = {
@@ -32,6 +35,8 @@ def load(
     rope: str | Scaler | None = None,
     *,
     dtype: str = "auto",
+    compile: bool | Literal["auto"] = "auto",
+    kv_dtype: str = "auto",
     device_map: str | dict[str, Any] | None = None,
     max_length: int | None = None,
 ) -> Model:
@@ -42,8 +47,12 @@ def load(
     Args:
         name: a built-in name (`ropewalk fetch` lists them), a folder, a `.gguf` file, or a hub id.
         rope: a spec string or scaler; None is the model as it was trained.
-        dtype: "float32", "bfloat16", "float16" or "float64". "auto" is the checkpoint's own, but float32 on a CPU
-            without bfloat16 arithmetic, where 16-bit products run several times slower.
+        dtype: "float32", "bfloat16", "float16", "float64" or "int8" (weights only, made from the model's own). "auto"
+            is the checkpoint's own, but float32 where 16-bit products would run several times slower: on CPUs without
+            bfloat16 arithmetic, unless the compiled kernels run the model, which widen weights as they read them.
+        compile: "auto" runs the model by compiled kernels where they know its family and reproduce it; True insists,
+            False runs transformers' modules. `model.describe()` says which it is.
+        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the model's dtype.
         device_map: as in accelerate ("auto", "cuda:0", {...}); None puts everything on the GPU if there is one.
         max_length: most tokens `generate` accepts; None is the scaler's reach.
 
@@ -53,8 +62,9 @@ def load(
         ConfigError: the scaler or an option is wrong.
     """
     scaler = parse(rope)
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}.{did_you_mean(dtype, [*_DTYPES, 'auto'])}")
+    if dtype not in ("auto", "int8") and dtype not in _DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}.{did_you_mean(dtype, [*_DTYPES, 'auto', 'int8'])}")
+    settings = Settings(compile=compile, weights="int8" if dtype == "int8" else "own", cache=kv_dtype)
     if max_length is not None and max_length < 1:
         raise ConfigError(f"max_length {max_length} must be at least 1")
     source = resolve(str(name))
@@ -64,7 +74,9 @@ def load(
     hf_config.read(config.get_text_config())  # refuses what has no RoPE before any weight is read
     placement = device_map if device_map is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = placement == "cpu"
-    options: dict[str, Any] = {"dtype": _choose_dtype(dtype, config, on_cpu), "device_map": placement}
+    widens = on_cpu and compile is not False and supported(config) and UNAVAILABLE is None
+    chosen = _choose_dtype("auto" if dtype == "int8" else dtype, config, on_cpu, widens)
+    options: dict[str, Any] = {"dtype": chosen, "device_map": placement}
     if on_cpu and attends_to_everything(config.get_text_config()):
         options["attn_implementation"] = attention.register()
     with _quiet_transformers():
@@ -74,7 +86,7 @@ def load(
             raise UnsupportedModel(f"{name}: transformers has no causal language model for it: {error}") from error
         tokenizer = AutoTokenizer.from_pretrained(source)
     hf.eval()
-    return Model(hf, tokenizer, name=str(name), rope=scaler, max_length=max_length)
+    return Model(hf, tokenizer, name=str(name), rope=scaler, max_length=max_length, settings=settings)
 
 
 def _read_config(source: str, name: str) -> Any:
@@ -89,12 +101,16 @@ def _read_config(source: str, name: str) -> Any:
         ) from error
 
 
-def _choose_dtype(dtype: str, config: Any, on_cpu: bool) -> torch.dtype:
+def _choose_dtype(dtype: str, config: Any, on_cpu: bool, widens: bool) -> torch.dtype:
     if dtype != "auto":
         return _DTYPES[dtype]
     own: torch.dtype | None = getattr(config, "dtype", None)
     own = own or torch.float32
-    if on_cpu and own in (torch.bfloat16, torch.float16) and not (own == torch.bfloat16 and cpu_has_bfloat16()):
+    if (
+        on_cpu
+        and own in (torch.bfloat16, torch.float16)
+        and not (own == torch.bfloat16 and (widens or cpu_has_bfloat16()))
+    ):
         return torch.float32
     return own
 

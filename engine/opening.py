@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..errors import ConfigError
 from ..tokenizer_tools.cover import Cover, shared_length
 from ..tokenizer_tools.vocab import Vocabulary
-from .attention import ATTENTION_NAME
 from .cache import can_rewind, rewind
-from .prefill import forward, prefill
+from .network import Network
+from .prefill import prefill
 from .sampling import SamplingParams, penalize_repetition, sample
 from .score import score
 
@@ -95,7 +94,7 @@ class Covers:
 
 
 def weigh(
-    hf: PreTrainedModel, cover: Cover, start: int | None, cache: Cache, vocabulary: Vocabulary, penalty: float = 1.0
+    network: Network, cover: Cover, start: int | None, cache: Cache, vocabulary: Vocabulary, penalty: float = 1.0
 ) -> Covers:
     """Run the trunk and the paths of a cover, and weigh every cover.
 
@@ -115,7 +114,7 @@ def weigh(
             f"no token of {cover.text.decode(errors='replace')!r} is certain and this tokenizer has no start token to "
             "read before it; give a longer prompt, or set continuation='off'"
         )
-    logits, held = _path_logits(hf, context, [node.path for node in cover.nodes], cache)
+    logits, held = _path_logits(network, context, [node.path for node in cover.nodes], cache)
     parts = []
     for n, node in enumerate(cover.nodes):
         row = logits[node.path]
@@ -133,7 +132,7 @@ def weigh(
 
 
 def text_logprob(
-    hf: PreTrainedModel, cover: Cover, start: int | None, first: int, cache: Cache, vocabulary: Vocabulary
+    network: Network, cover: Cover, start: int | None, first: int, cache: Cache, vocabulary: Vocabulary
 ) -> float:
     """Log-probability that a text which begins with the first `first` tokens of the trunk begins with the prompt, nats.
 
@@ -143,12 +142,12 @@ def text_logprob(
     """
     context = [*([] if start is None else [start]), *cover.trunk]
     first += start is not None
-    certain = float(score(hf, context, first, cache).double().sum()) if len(context) > first else 0.0
-    return certain + weigh(hf, replace(cover, trunk=tuple(context)), None, cache, vocabulary).total
+    certain = float(score(network, context, first, cache).double().sum()) if len(context) > first else 0.0
+    return certain + weigh(network, replace(cover, trunk=tuple(context)), None, cache, vocabulary).total
 
 
 def _path_logits(
-    hf: PreTrainedModel, context: list[int], paths: Sequence[Path], cache: Cache
+    network: Network, context: list[int], paths: Sequence[Path], cache: Cache
 ) -> tuple[dict[Path, Tensor], Path]:
     """Float32 logits [V] after every beginning of the paths, and the path that the cache is left at."""
     leaves = [path for path in dict.fromkeys(paths) if not any(_goes_on(other, path) for other in paths)]
@@ -157,11 +156,13 @@ def _path_logits(
     rewinds = can_rewind(cache)
     leaves.sort(key=len, reverse=True)
     held = leaves.pop(0) if rewinds else ()
-    rows = prefill(hf, [*context, *held][cache.get_seq_length() :], cache, keep=len(held) + 1).float()
+    rows = prefill(network, [*context, *held][cache.get_seq_length() :], cache, keep=len(held) + 1).float()
     logits = {held[:k]: row for k, row in enumerate(rows)}
-    if rewinds and len(leaves) > 1 and hf.config.get_text_config()._attn_implementation in _TAKES_MASKS:
+    if rewinds and leaves and network.runs_trees and (len(leaves) > 1 or network.is_compiled):
         rewind(cache, len(held))
-        return logits | _tree_logits(hf, len(context), leaves, cache), ()
+        paths = list(dict.fromkeys(leaf[: k + 1] for leaf in leaves for k in range(len(leaf))))
+        rows = network.tree(paths, cache).float()
+        return logits | dict(zip(paths, rows, strict=True)), ()
     for leaf in leaves:
         common = shared_length(held, leaf)
         if rewinds:
@@ -169,33 +170,9 @@ def _path_logits(
             held, branch = leaf, cache
         else:
             branch = copy.deepcopy(cache)
-        rows = forward(hf, list(leaf[common:]), branch, keep=len(leaf) - common).float()
+        rows = network.forward(list(leaf[common:]), branch, keep=len(leaf) - common).float()
         logits.update({leaf[: common + k + 1]: row for k, row in enumerate(rows)})
     return logits, held
-
-
-_TAKES_MASKS = ("sdpa", ATTENTION_NAME)
-"""Attention functions of models without a position map that take a mask of any form."""
-
-
-def _tree_logits(hf: PreTrainedModel, held: int, leaves: Sequence[Path], cache: Cache) -> dict[Path, Tensor]:
-    """Logits after every beginning of the leaves in one forward, in which a token sees the `held` tokens of the cache
-    and those that it follows. The cache is left as it was."""
-    paths = list(dict.fromkeys(leaf[: k + 1] for leaf in leaves for k in range(len(leaf))))
-    place = {path: n for n, path in enumerate(paths)}
-    seen = torch.zeros(len(paths), held + len(paths), dtype=torch.bool)
-    seen[:, :held] = True
-    for path, n in place.items():
-        seen[n, [held + place[path[: k + 1]] for k in range(len(path))]] = True
-    logits = hf(
-        input_ids=torch.tensor([[path[-1] for path in paths]], device=hf.device),
-        position_ids=torch.tensor([[held + len(path) - 1 for path in paths]], device=hf.device),
-        attention_mask=seen[None, None].to(hf.device),
-        past_key_values=cache,
-        use_cache=True,
-    ).logits[0]
-    rewind(cache, len(paths))
-    return dict(zip(paths, logits.float(), strict=True))
 
 
 def _goes_on(longer: Path, path: Path) -> bool:

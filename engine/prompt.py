@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..tokenizer_tools.boundaries import split_character
@@ -14,6 +14,7 @@ from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
 from ..tokenizer_tools.vocab import Vocabulary
 from .decode import Weigh
+from .network import Network
 from .opening import weigh
 
 
@@ -66,11 +67,11 @@ class Prompt:
             starts_text=not covers.text,
         )
 
-    def weigher(self, hf: PreTrainedModel, vocabulary: Vocabulary, penalty: float) -> Weigh | None:
+    def weigher(self, network: Network, vocabulary: Vocabulary, penalty: float) -> Weigh | None:
         """`weigh` for the decode loop; None if the answer can only begin where the prompt's tokens end."""
         if (covers := self.cover) is None or covers.only_aligned:
             return None
-        return lambda cache: weigh(hf, covers, self.start, cache, vocabulary, penalty)
+        return lambda cache: weigh(network, covers, self.start, cache, vocabulary, penalty)
 
     def text_stream(self, vocabulary: Vocabulary) -> TextStream:
         """For the text of the answer."""

@@ -15,10 +15,10 @@ from itertools import count
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..engine.cache import rewind
+from ..engine.network import Network
 from ..engine.opening import END
 from ..engine.prefill import prefill
 from ..tokenizer_tools.cover import shared_length
@@ -38,10 +38,10 @@ class Reader:
         cache: an empty one that can be rewound.
     """
 
-    def __init__(self, hf: PreTrainedModel, vocabulary: Vocabulary, base: Path, cache: Cache) -> None:
+    def __init__(self, network: Network, vocabulary: Vocabulary, base: Path, cache: Cache) -> None:
         assert base
         self.vocabulary, self.base = vocabulary, base
-        self._hf, self._cache = hf, cache
+        self._network, self._cache = network, cache
         self._held: Path = ()
         self._laws: dict[Path, Tensor] = {}
         self._extensions: dict[bytes, tuple[Tensor, Tensor]] = {}
@@ -53,7 +53,7 @@ class Reader:
             shared = shared_length(self._held, whole[:-1])  # the last token is run to see what follows it
             if len(self._held) > shared:
                 rewind(self._cache, len(self._held) - shared)
-            logits = prefill(self._hf, list(whole[shared:]), self._cache)[-1]
+            logits = prefill(self._network, list(whole[shared:]), self._cache)[-1]
             self._held = whole
             self._laws[path] = logits.double().log_softmax(-1).cpu()
         return self._laws[path]

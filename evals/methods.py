@@ -17,13 +17,16 @@ from __future__ import annotations
 import heapq
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from ..engine.api import Model
+from ..engine.network import Network
 from ..engine.opening import weigh
 from ..tokenizer_tools.cover import Cover, cover
 from .landings import Fork, Law, Path, Reader
@@ -52,6 +55,18 @@ class Opening:
     seconds: float
 
 
+class _CountedNetwork(Network):
+    """A network that counts how often it is run."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network.hf)
+        self._network, self.runs = network, 0
+
+    def forward(self, ids: Sequence[int], cache: Cache, keep: int) -> Tensor:
+        self.runs += 1
+        return self._network.forward(ids, cache, keep)
+
+
 class Ending:
     """The end of a prompt: its tokens, its covers, and the laws of the methods for it.
 
@@ -60,7 +75,7 @@ class Ending:
     """
 
     def __init__(self, model: Model, prompt: str) -> None:
-        self.model, self.prompt = model, prompt
+        self.model, self.prompt, self._network = model, prompt, _CountedNetwork(model.network)
         self.cover: Cover = cover(model.vocabulary, prompt)
         ids = self.cover.prompt
         certain = min(len(self.cover.trunk), len(ids) - 1)
@@ -74,20 +89,10 @@ class Ending:
 
     def open(self, method: str) -> Opening:
         """Find the likeliest beginning from a cold start."""
-        runs = 0
-
-        def counted(*_: object) -> None:
-            nonlocal runs
-            runs += 1
-
-        hook = self.model.hf.register_forward_pre_hook(counted)
-        try:
-            started = time.perf_counter()
-            path, past = self._likeliest(method)
-            seconds = time.perf_counter() - started
-        finally:
-            hook.remove()
-        return Opening(ids=self.reader.base + path, past=past, forwards=runs, seconds=seconds)
+        before, started = self._network.runs, time.perf_counter()
+        path, past = self._likeliest(method)
+        seconds = time.perf_counter() - started
+        return Opening(ids=self.reader.base + path, past=past, forwards=self._network.runs - before, seconds=seconds)
 
     def finishes(self, opening: Opening, wanted: bytes) -> bool:
         """True if the likeliest answer after an opening begins with `wanted`."""
@@ -110,7 +115,7 @@ class Ending:
         return text.lstrip().startswith(self.prompt.lstrip().encode() + wanted)  # it strips the prompt
 
     def _new_reader(self, base: Path) -> Reader:
-        return Reader(self.model.hf, self.model.vocabulary, base, self._new_cache())
+        return Reader(self._network, self.model.vocabulary, base, self._new_cache())
 
     def _new_cache(self) -> Cache:
         return self.model.new_cache(len(self.cover.prompt) + 64)
@@ -191,7 +196,7 @@ class Ending:
 
     def _likeliest_cover(self) -> tuple[Path, bytes]:
         vocabulary = self.model.vocabulary
-        covers = weigh(self.model.hf, cover(vocabulary, self.prompt), None, self._new_cache(), vocabulary)
+        covers = weigh(self._network, cover(vocabulary, self.prompt), None, self._new_cache(), vocabulary)
         best = int(covers.scores.argmax())
         node, token = covers.cover.nodes[int(covers.nodes[best])], int(covers.tokens[best])
         return (*self.trunk, *node.path, token), vocabulary.tokens[token][len(node.suffix) :]

@@ -89,7 +89,7 @@ def attention_costs(
             if scaler.parts:
                 ways["prefill attention", name] = _banded(q, k, v, score, layout, chunks)
             else:
-                ways["prefill attention", name] = _plain(q, k, v, score.scale, layout, site)
+                ways["prefill attention", name] = _plain(q, k, v, score, layout, site)
             if naive and scaler.parts:
                 ways["prefill attention, public form", name] = _naive(q, k, v, score.scale, scaler, site)
         yield from _in_turn(ways, ("prefill attention", PLAIN), n, repeats, progress)
@@ -117,9 +117,9 @@ def _decoding(model: Model, scaler: Scaler, n: int, progress: Progress) -> Calla
     ids = torch.randint(0, vocabulary, (n,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = model.new_cache(n + 64)
     task = progress.add_task(f"reading {n} tokens, {scaler}", total=n)
-    prefill.prefill(model.hf, ids, cache, lambda _, count: progress.advance(task, count))
+    prefill.prefill(model.network, ids, cache, lambda _, count: progress.advance(task, count))
     progress.remove_task(task)
-    return lambda: prefill.forward(model.hf, ids[:1], cache, keep=1)
+    return lambda: model.network.forward(ids[:1], cache, keep=1)
 
 
 def _switch(model: Model, ways: dict[tuple[str, str], Callable[[], object]]) -> Callable[[str], None]:
@@ -184,7 +184,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, chunk
     return run
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, site: RotarySite) -> Callable[[], object]:
+def _plain(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, site: RotarySite) -> Callable[[], object]:
     n, inv_freq = q.shape[2], site.configured.rope.theta
     found = angles(torch.arange(n, dtype=torch.float64), inv_freq, like=q)
 
@@ -193,7 +193,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, layout: Layout, site: 
         turned_q = layout.rotate(q, found)
         for start in range(0, n, prefill.CHUNK):
             stop = min(n, start + prefill.CHUNK)
-            causal_attention(turned_q[:, :, start:stop], turned[:, :, :stop], v[:, :, :stop], scale)
+            causal_attention(turned_q[:, :, start:stop], turned[:, :, :stop], v[:, :, :stop], score)
 
     return run
 

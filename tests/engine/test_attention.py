@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from ropewalk.engine.attention import _mask, causal_attention
-from ropewalk.engine.kernel import join
+from ropewalk.engine.kernel import Score, join
 
 
 def brute_force(q, k, v, scale):
@@ -30,7 +30,7 @@ def test_equals_masked_softmax(heads, kv_heads, n, m, dtype, tolerance):
     q = torch.randn(2, heads, n, 32, dtype=torch.float64)
     k, v = (torch.randn(2, kv_heads, m, 32, dtype=torch.float64) for _ in range(2))
     with torch.inference_mode():
-        got = causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), 0.17)
+        got = causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), Score(scale=0.17))
     assert got.dtype == dtype
     assert torch.allclose(got.double(), brute_force(q, k, v, 0.17), rtol=0, atol=tolerance)
 
@@ -50,7 +50,7 @@ class Counted(TorchDispatchMode):
 def test_a_decode_step_is_one_fused_call():
     q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16)
     with torch.no_grad(), Counted() as counted:
-        causal_attention(q, k, v)
+        causal_attention(q, k, v, Score(scale=0.125))
     assert counted.calls["_scaled_dot_product_flash_attention_for_cpu"] == 1
     assert not counted.calls.keys() & {"lerp", "bmm", "mm"}
 

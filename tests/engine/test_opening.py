@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 import ropewalk as rw
 from ropewalk.engine.cache import can_rewind, new_cache
 from ropewalk.engine.decode import decode
+from ropewalk.engine.network import Network
 from ropewalk.engine.opening import open_answer, text_logprob, weigh
 from ropewalk.engine.sampling import random_source
 from ropewalk.tokenizer_tools.cover import Node, cover
@@ -66,7 +67,7 @@ def started(covered, model):
 
 def weighed(model, prompt):
     covered = cover(model.law.vocabulary, prompt)
-    return covered, weigh(model, started(covered, model), None, DynamicCache(), model.law.vocabulary)
+    return covered, weigh(Network(model), started(covered, model), None, DynamicCache(), model.law.vocabulary)
 
 
 def test_next_byte_law_is_the_exact_one(exact):
@@ -82,7 +83,7 @@ def test_next_byte_law_is_the_exact_one(exact):
 def test_log_probability_of_a_text_is_the_exact_one(exact):
     for prompt in exact.law.prompts(10, seed=2):
         covered = cover(exact.law.vocabulary, prompt)
-        got = text_logprob(exact, covered, exact.start, 0, DynamicCache(), exact.law.vocabulary)
+        got = text_logprob(Network(exact), covered, exact.start, 0, DynamicCache(), exact.law.vocabulary)
         assert got == pytest.approx(math.log(exact.law.bytes[covered.text] / exact.law.bytes[b""]), abs=1e-5)
 
 
@@ -95,8 +96,8 @@ def test_answers_are_drawn_with_their_exact_frequency():
     assert len(covered.nodes) > 1
     for seed in range(draws):
         params = rw.SamplingParams(max_new_tokens=12, seed=seed)
-        read = lambda cache: weigh(model, started(covered, model), None, cache, known)  # noqa: E731
-        tokens = list(decode(model, [], params, frozenset([model.size - 1]), DynamicCache(), read))
+        read = lambda cache: weigh(Network(model), started(covered, model), None, cache, known)  # noqa: E731
+        tokens = list(decode(Network(model), [], params, frozenset([model.size - 1]), DynamicCache(), read))
         ids = [*tokens[0].continuation.prompt_ids, *(token.id for token in tokens)]
         found[known.text_bytes(ids)] += 1
     for text in law.texts:
@@ -132,28 +133,29 @@ def assert_same(covers, expected):
 def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
     covered = cover(tiny.vocabulary, prompt)
     cache = tiny.new_cache(64)
-    covers = weigh(tiny.hf, covered, tiny.tokenizer.bos_token_id, cache, tiny.vocabulary)
+    covers = weigh(tiny.network, covered, tiny.tokenizer.bos_token_id, cache, tiny.vocabulary)
     assert_same(covers, one_forward_each(tiny.hf, covered, tiny.tokenizer.bos_token_id))
     assert cache.get_seq_length() == len(covers.context) + len(covers.held)
 
 
 @pytest.mark.parametrize(("spec", "most"), [("none", 2), ("yarn:4", 2), ("rerope:64", 2)])
-def test_paths_are_run_together_where_attention_takes_a_mask(tiny, spec, most):
+def test_paths_are_run_together(tiny, spec, most, monkeypatch):
     runs = []
-    hook = tiny.hf.register_forward_pre_hook(lambda *_: runs.append(1))
+    for name in ("forward", "tree"):
+        own = getattr(tiny.network, name)
+        monkeypatch.setattr(tiny.network, name, lambda *args, own=own, **kw: runs.append(1) or own(*args, **kw))
     tiny.rope = spec
     try:
         counts, leaves = [], []
         for prompt in ["import numpy as np\n" + prompt for prompt in PROMPTS]:
             covered = cover(tiny.vocabulary, prompt)
             runs.clear()
-            covers = weigh(tiny.hf, covered, None, tiny.new_cache(64), tiny.vocabulary)
+            covers = weigh(tiny.network, covered, None, tiny.new_cache(64), tiny.vocabulary)
             counts.append(len(runs))
             paths = {node.path for node in covered.nodes}
             leaves.append(sum(not any(q[: len(p)] == p and q != p for q in paths) for p in paths))
             assert_same(covers, one_forward_each(tiny.hf, covered, None))
     finally:
-        hook.remove()
         tiny.rope = None
     assert max(counts) <= most
     assert all((count == 1) == (n == 1) for count, n in zip(counts, leaves, strict=True))
@@ -169,7 +171,7 @@ def test_many_paths_are_weighed_as_each_alone(tiny, spec):
     tiny.rope = spec
     try:
         cache = tiny.new_cache(64)
-        covers = weigh(tiny.hf, covered, None, cache, tiny.vocabulary)
+        covers = weigh(tiny.network, covered, None, cache, tiny.vocabulary)
         assert_same(covers, one_forward_each(tiny.hf, covered, None))
         assert cache.get_seq_length() == len(covered.trunk) + len(covers.held)
     finally:
@@ -184,7 +186,7 @@ def test_a_cache_that_holds_some_of_the_prompt_is_cropped_and_used(tiny, held):
     cache = tiny.new_cache(64)
     if ids:
         tiny.hf(torch.tensor([list(ids)]), past_key_values=cache)
-    covers = weigh(tiny.hf, covered, None, cache, tiny.vocabulary)
+    covers = weigh(tiny.network, covered, None, cache, tiny.vocabulary)
     assert_same(covers, one_forward_each(tiny.hf, covered, None))
 
 
@@ -192,7 +194,7 @@ def test_logits_beyond_the_vocabulary_end_the_text(tiny_folder):
     known = vocabulary(AutoTokenizer.from_pretrained(tiny_folder))
     model = small(LlamaForCausalLM, size=len(known.tokens) + 40)
     with torch.inference_mode():
-        covers = weigh(model, cover(known, "import nump"), None, new_cache(model.config, 8), known)
+        covers = weigh(Network(model), cover(known, "import nump"), None, new_cache(model.config, 8), known)
     law = covers.next_byte_logprobs(known).exp()
     beyond = covers.logprobs[covers.tokens >= len(known.tokens)].exp().sum() / math.exp(covers.total)
     assert law.sum() == pytest.approx(1, abs=1e-5)
@@ -220,7 +222,7 @@ def test_a_cache_that_cannot_forget_is_copied(tiny_folder):
     assert len({node.path for node in covered.nodes}) > 1
     cache = new_cache(model.config, 8)
     with torch.inference_mode():
-        covers = weigh(model, covered, None, cache, known)
+        covers = weigh(Network(model), covered, None, cache, known)
     assert not can_rewind(cache)
     assert_same(covers, one_forward_each(model, covered, None))
     opening = open_answer(
@@ -230,7 +232,7 @@ def test_a_cache_that_cannot_forget_is_copied(tiny_folder):
     fresh = model(torch.tensor([[*opening.continuation.prompt_ids, opening.token]])).logits[0, -1]
     assert torch.allclose(step, fresh, atol=1e-5)
     with pytest.raises(rw.PatchError, match="give a new cache"):
-        weigh(model, covered, None, cache, known)
+        weigh(Network(model), covered, None, cache, known)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,297 @@
+"""Attention of single queries over a cache, in parts of a fixed number of keys that are joined afterwards.
+
+A part is what one thread computes: the query heads of one group over up to `PART` keys. The parts of a query follow
+from its own keys alone, never from the threads or the batch, so its bits do not either.
+
+Shape letters: G query heads of a group, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from .simd import (
+    add,
+    div,
+    exp,
+    fetch,
+    fma,
+    get,
+    largest,
+    load,
+    maximum,
+    mul,
+    put,
+    splat,
+    store,
+    store_halves,
+    sub,
+    total,
+    totals,
+)
+
+PART = 256  # most keys of a part
+_AHEAD = 16  # keys asked for before they are needed
+_BLOCK = 32  # keys whose values stay in the innermost cache while all heads and columns read them
+
+_LEAST = np.float32(-1e30)
+
+
+@njit(cache=True)
+def part(kind, keys, values, key_scales, value_scales, count, q, G, D, softcap, out, peak, weight):
+    """Softmax attention of G queries over `count` keys, not yet divided by its weight.
+
+    Args:
+        keys, values: addresses of [count, D] of `kind`.
+        key_scales, value_scales: addresses of float32 [count] that int8 keys and values are multiplied by, or 0.
+        q: address of float32 [G, D], with the factor on the scores in it.
+        out: address of float32 [G, D], the sums of values.
+        peak, weight: float32 [G]: largest score, and sum of e^(score - peak).
+    """
+    scratch = np.empty(G * PART, np.float32)
+    scores = scratch.ctypes.data
+    g = 0
+    while g < G:
+        if G - g >= 3 and G - g != 4:
+            _scores_of_3(kind, keys, count, q + 4 * g * D, D, scores + 4 * g * PART)
+            g += 3
+        elif G - g >= 2:
+            _scores_of_2(kind, keys, count, q + 4 * g * D, D, scores + 4 * g * PART)
+            g += 2
+        else:
+            _scores_of_1(kind, keys, count, q + 4 * g * D, D, scores + 4 * g * PART)
+            g += 1
+    padded = (count + 7) // 8 * 8
+    for g in range(G):
+        row = scores + 4 * g * PART
+        if key_scales:
+            _scale(row, count, key_scales)
+        if softcap > 0:
+            _cap(row, padded, softcap)
+        for j in range(count, padded):
+            scratch[g * PART + j] = _LEAST
+        peak[g], weight[g] = _softmax(row, padded)
+        for j in range(count, padded):
+            scratch[g * PART + j] = np.float32(0)
+        if value_scales:
+            _scale(row, count, value_scales)
+    for g in range(G):
+        for d in range(0, D, 8):
+            store(out, g * D + d, splat(np.float32(0)))
+    for first in range(0, count, _BLOCK):
+        n = min(_BLOCK, count - first)
+        if first + n < count:
+            fetch(kind, values, (first + n) * D, min(_BLOCK, count - first - n) * D)
+        g = 0
+        while g < G:
+            row, target = scores + 4 * (g * PART + first), out + 4 * g * D
+            if G - g >= 3 and G - g != 4:
+                _values_of_3(kind, values, first, n, row, D, target)
+                g += 3
+            elif G - g >= 2:
+                _values_of_2(kind, values, first, n, row, D, target)
+                g += 2
+            else:
+                _values_of_1(kind, values, first, n, row, D, target)
+                g += 1
+
+
+# Scores of one, two or three heads together, so that a key is widened once for all of them. Sixteen registers hold
+# the sums; eight sums come out as one vector. Behind the last key the last one is read again.
+
+
+@njit(cache=True)
+def _scores_of_1(kind, keys, count, q, D, out):
+    for j in range(0, count, 8):
+        last = (count - 1) * D
+        i = j * D
+        i1, i2, i3 = min(i + D, last), min(i + 2 * D, last), min(i + 3 * D, last)
+        i4, i5, i6, i7 = min(i + 4 * D, last), min(i + 5 * D, last), min(i + 6 * D, last), min(i + 7 * D, last)
+        a = b = c = d = e = f = g = h = splat(np.float32(0))
+        for k in range(0, D, 8):
+            x = load(np.float32, q, k)
+            a, b = fma(load(kind, keys, i + k), x, a), fma(load(kind, keys, i1 + k), x, b)
+            c, d = fma(load(kind, keys, i2 + k), x, c), fma(load(kind, keys, i3 + k), x, d)
+            e, f = fma(load(kind, keys, i4 + k), x, e), fma(load(kind, keys, i5 + k), x, f)
+            g, h = fma(load(kind, keys, i6 + k), x, g), fma(load(kind, keys, i7 + k), x, h)
+        store(out, j, totals(a, b, c, d, e, f, g, h))
+
+
+@njit(cache=True)
+def _scores_of_2(kind, keys, count, q, D, out):
+    last = (count - 1) * D
+    for j in range(0, count, 4):
+        i = j * D
+        i1, i2, i3 = min(i + D, last), min(i + 2 * D, last), min(i + 3 * D, last)
+        fetch(kind, keys, i + _AHEAD * D, 4 * D)
+        a = b = c = d = e = f = g = h = splat(np.float32(0))
+        for k in range(0, D, 8):
+            x, y = load(np.float32, q, k), load(np.float32, q, D + k)
+            w = load(kind, keys, i + k)
+            a, e = fma(w, x, a), fma(w, y, e)
+            w = load(kind, keys, i1 + k)
+            b, f = fma(w, x, b), fma(w, y, f)
+            w = load(kind, keys, i2 + k)
+            c, g = fma(w, x, c), fma(w, y, g)
+            w = load(kind, keys, i3 + k)
+            d, h = fma(w, x, d), fma(w, y, h)
+        store_halves(out, j, out, PART + j, totals(a, b, c, d, e, f, g, h))
+
+
+@njit(cache=True)
+def _scores_of_3(kind, keys, count, q, D, out):
+    last = (count - 1) * D
+    for j in range(0, count, 4):
+        i = j * D
+        i1, i2, i3 = min(i + D, last), min(i + 2 * D, last), min(i + 3 * D, last)
+        fetch(kind, keys, i + _AHEAD * D, 4 * D)
+        a = b = c = d = e = f = g = h = r = s = t = u = splat(np.float32(0))
+        for k in range(0, D, 8):
+            x, y, z = load(np.float32, q, k), load(np.float32, q, D + k), load(np.float32, q, 2 * D + k)
+            w = load(kind, keys, i + k)
+            a, e, r = fma(w, x, a), fma(w, y, e), fma(w, z, r)
+            w = load(kind, keys, i1 + k)
+            b, f, s = fma(w, x, b), fma(w, y, f), fma(w, z, s)
+            w = load(kind, keys, i2 + k)
+            c, g, t = fma(w, x, c), fma(w, y, g), fma(w, z, t)
+            w = load(kind, keys, i3 + k)
+            d, h, u = fma(w, x, d), fma(w, y, h), fma(w, z, u)
+        store_halves(out, j, out, PART + j, totals(a, b, c, d, e, f, g, h))
+        store_halves(out, 2 * PART + j, out, 2 * PART + j, totals(r, s, t, u, r, s, t, u))
+
+
+@njit(cache=True)
+def _scale(row, count, scales):
+    for j in range(0, count - count % 8, 8):
+        store(row, j, mul(load(np.float32, row, j), load(np.float32, scales, j)))
+    for j in range(count - count % 8, count):
+        put(row, j, get(row, j) * get(scales, j))
+
+
+@njit(cache=True)
+def _cap(row, count, softcap):
+    """c tanh(s / c), with tanh x = 1 - 2 / (1 + e^2x)."""
+    one, two = splat(np.float32(1)), splat(np.float32(2))
+    factor, cap = splat(np.float32(2 / softcap)), splat(np.float32(softcap))
+    for j in range(0, count, 8):
+        weight = add(one, exp(mul(load(np.float32, row, j), factor)))
+        store(row, j, mul(cap, sub(one, div(two, weight))))
+
+
+@njit(cache=True)
+def _softmax(row, count):
+    """e^(score - peak) in place; returns the peak and the sum."""
+    highest = splat(_LEAST)
+    for j in range(0, count, 8):
+        highest = maximum(highest, load(np.float32, row, j))
+    peak = largest(highest)
+    shift, weight = splat(peak), splat(np.float32(0))
+    for j in range(0, count, 8):
+        x = exp(sub(load(np.float32, row, j), shift))
+        store(row, j, x)
+        weight = add(weight, x)
+    return peak, total(weight)
+
+
+@njit(cache=True)
+def _accumulate(out, index, x):
+    store(out, index, add(load(np.float32, out, index), x))
+
+
+# Weighted sums of the values, sixteen numbers of a head at a time, for one, two or three heads together.
+
+
+@njit(cache=True)
+def _values_of_1(kind, values, first, count, weights, D, out):
+    for d in range(0, D, 16):
+        a = b = c = e = f = g = h = i = splat(np.float32(0))
+        for j in range(0, count - count % 4, 4):
+            k = (first + j) * D + d
+            w, x = splat(get(weights, j)), splat(get(weights, j + 1))
+            y, z = splat(get(weights, j + 2)), splat(get(weights, j + 3))
+            a, b = fma(w, load(kind, values, k), a), fma(w, load(kind, values, k + 8), b)
+            k += D
+            c, e = fma(x, load(kind, values, k), c), fma(x, load(kind, values, k + 8), e)
+            k += D
+            f, g = fma(y, load(kind, values, k), f), fma(y, load(kind, values, k + 8), g)
+            k += D
+            h, i = fma(z, load(kind, values, k), h), fma(z, load(kind, values, k + 8), i)
+        for j in range(count - count % 4, count):
+            w = splat(get(weights, j))
+            a = fma(w, load(kind, values, (first + j) * D + d), a)
+            b = fma(w, load(kind, values, (first + j) * D + d + 8), b)
+        _accumulate(out, d, add(add(a, c), add(f, h)))
+        _accumulate(out, d + 8, add(add(b, e), add(g, i)))
+
+
+@njit(cache=True)
+def _values_of_2(kind, values, first, count, weights, D, out):
+    for d in range(0, D, 16):
+        a = b = c = e = f = g = h = i = splat(np.float32(0))
+        for j in range(0, count - count % 2, 2):
+            k = (first + j) * D + d
+            v, w = load(kind, values, k), load(kind, values, k + 8)
+            x, y = splat(get(weights, j)), splat(get(weights, PART + j))
+            a, b, c, e = fma(x, v, a), fma(x, w, b), fma(y, v, c), fma(y, w, e)
+            v, w = load(kind, values, k + D), load(kind, values, k + D + 8)
+            x, y = splat(get(weights, j + 1)), splat(get(weights, PART + j + 1))
+            f, g, h, i = fma(x, v, f), fma(x, w, g), fma(y, v, h), fma(y, w, i)
+        if count % 2:
+            k = (first + count - 1) * D + d
+            v, w = load(kind, values, k), load(kind, values, k + 8)
+            x, y = splat(get(weights, count - 1)), splat(get(weights, PART + count - 1))
+            a, b, c, e = fma(x, v, a), fma(x, w, b), fma(y, v, c), fma(y, w, e)
+        _accumulate(out, d, add(a, f))
+        _accumulate(out, d + 8, add(b, g))
+        _accumulate(out, D + d, add(c, h))
+        _accumulate(out, D + d + 8, add(e, i))
+
+
+@njit(cache=True)
+def _values_of_3(kind, values, first, count, weights, D, out):
+    for d in range(0, D, 16):
+        a = b = c = e = f = g = h = i = m = n = o = r = splat(np.float32(0))
+        for j in range(0, count - count % 2, 2):
+            k = (first + j) * D + d
+            v, w = load(kind, values, k), load(kind, values, k + 8)
+            x, y, z = splat(get(weights, j)), splat(get(weights, PART + j)), splat(get(weights, 2 * PART + j))
+            a, b, c, e, m, n = fma(x, v, a), fma(x, w, b), fma(y, v, c), fma(y, w, e), fma(z, v, m), fma(z, w, n)
+            j += 1
+            v, w = load(kind, values, k + D), load(kind, values, k + D + 8)
+            x, y, z = splat(get(weights, j)), splat(get(weights, PART + j)), splat(get(weights, 2 * PART + j))
+            f, g, h, i, o, r = fma(x, v, f), fma(x, w, g), fma(y, v, h), fma(y, w, i), fma(z, v, o), fma(z, w, r)
+        if count % 2:
+            j = count - 1
+            v, w = load(kind, values, (first + j) * D + d), load(kind, values, (first + j) * D + d + 8)
+            x, y, z = splat(get(weights, j)), splat(get(weights, PART + j)), splat(get(weights, 2 * PART + j))
+            a, b, c, e, m, n = fma(x, v, a), fma(x, w, b), fma(y, v, c), fma(y, w, e), fma(z, v, m), fma(z, w, n)
+        _accumulate(out, d, add(a, f))
+        _accumulate(out, d + 8, add(b, g))
+        _accumulate(out, D + d, add(c, h))
+        _accumulate(out, D + d + 8, add(e, i))
+        _accumulate(out, 2 * D + d, add(m, o))
+        _accumulate(out, 2 * D + d + 8, add(n, r))
+
+
+@njit(cache=True)
+def join(outs, peaks, weights, first, stop, heads, D, result):
+    """The parts [first, stop) of one query as one: `result` [heads * D] of outs [parts, heads, D]."""
+    for h in range(heads):
+        peak = peaks[first, h]
+        for p in range(first + 1, stop):
+            peak = max(peak, peaks[p, h])
+        whole = np.float32(0)
+        for d in range(D):
+            result[h * D + d] = np.float32(0)
+        for p in range(first, stop):
+            factor = np.float32(math.exp(peaks[p, h] - peak))
+            whole += factor * weights[p, h]
+            f = splat(factor)
+            source, target = outs[p, h].ctypes.data, result.ctypes.data
+            for d in range(0, D, 8):
+                store(target, h * D + d, fma(f, load(np.float32, source, d), load(np.float32, target, h * D + d)))
+        for d in range(D):
+            result[h * D + d] /= whole

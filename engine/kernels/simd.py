@@ -1,0 +1,307 @@
+"""Eight float32 numbers at a time, for JIT-compiled kernels.
+
+numba compiles scalar Python and leaves vectors to LLVM's optimiser, which changes its mind with every edit. Here the
+vectors are written down: `F32x8` is a value in a register, and each function below is one or a few instructions on
+any machine (two at a time on AVX-512's and NEON's other widths). The order of every sum is therefore fixed, so that a
+row of a batch gives the same bits as the row alone.
+
+Memory is named by its address (an integer) and the kind of number that lies there: np.float32, np.uint16 for the
+bits of bfloat16, or np.int8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+WIDTH = 8
+
+_F32, _I32 = ir.FloatType(), ir.IntType(32)
+_VECTOR, _INTEGERS = ir.VectorType(_F32, WIDTH), ir.VectorType(_I32, WIDTH)
+
+
+class _Float32x8(types.Type):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__(name="f32x8")
+
+
+f32x8 = _Float32x8()
+
+
+@register_model(_Float32x8)
+class _Model(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, _VECTOR)
+
+
+def _constant(value: float) -> ir.Constant:
+    return ir.Constant(_VECTOR, [float(np.float32(value))] * WIDTH)
+
+
+def _integer(value: int) -> ir.Constant:
+    return ir.Constant(_INTEGERS, [value] * WIDTH)
+
+
+def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * len(args))
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v8f32"), args)
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
+    return builder.gep(builder.inttoptr(address, element.as_pointer()), [index])
+
+
+@intrinsic
+def load(_context: Any, kind: Any, address: Any, index: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Eight numbers of `kind` from element `index` on, widened to float32."""
+    dtype = kind.dtype
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        _, address, index = args
+        if dtype == types.float32:
+            return builder.load(builder.bitcast(_pointer(builder, address, index, _F32), _VECTOR.as_pointer()), align=4)
+        bits = ir.IntType(16 if dtype == types.uint16 else 8)
+        packed = ir.VectorType(bits, WIDTH)
+        source = builder.bitcast(_pointer(builder, address, index, bits), packed.as_pointer())
+        loaded = builder.load(source, align=bits.width // 8)
+        if dtype == types.uint16:  # bfloat16 is the upper half of float32
+            return builder.bitcast(builder.shl(builder.zext(loaded, _INTEGERS), _integer(16)), _VECTOR)
+        return builder.sitofp(builder.sext(loaded, _INTEGERS), _VECTOR)
+
+    return f32x8(kind, types.int64, types.int64), generate
+
+
+@intrinsic
+def size_of(_context: Any, kind: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Bytes of a number of `kind`."""
+    size = ir.Constant(ir.IntType(64), kind.dtype.bitwidth // 8)
+    return types.int64(kind), lambda _context, _builder, _signature, _args: size
+
+
+@intrinsic
+def store(_context: Any, address: Any, index: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Write eight float32 numbers from element `index` on."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        target = _pointer(builder, args[0], args[1], _F32)
+        builder.store(args[2], builder.bitcast(target, _VECTOR.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, x), generate
+
+
+@intrinsic
+def store_bfloat16(_context: Any, address: Any, index: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Write eight numbers rounded to bfloat16, ties to even, from element `index` on."""
+    packed = ir.VectorType(ir.IntType(16), WIDTH)
+
+    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        bits = builder.bitcast(args[2], _INTEGERS)
+        odd = builder.and_(builder.lshr(bits, _integer(16)), _integer(1))
+        rounded = builder.lshr(builder.add(builder.add(bits, _integer(0x7FFF)), odd), _integer(16))
+        target = _pointer(builder, args[0], args[1], ir.IntType(16))
+        builder.store(builder.trunc(rounded, packed), builder.bitcast(target, packed.as_pointer()), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, x), generate
+
+
+@intrinsic
+def store_int8(_context: Any, address: Any, index: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Write eight numbers between -127 and 127 rounded to int8, ties to even, from element `index` on."""
+    packed = ir.VectorType(ir.IntType(8), WIDTH)
+
+    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        whole = builder.fptosi(_call(builder, "nearbyint", args[2]), _INTEGERS)
+        target = _pointer(builder, args[0], args[1], ir.IntType(8))
+        builder.store(builder.trunc(whole, packed), builder.bitcast(target, packed.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, x), generate
+
+
+@intrinsic
+def splat(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Eight times the float32 `x`."""
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        undefined = ir.Constant(_VECTOR, ir.Undefined)
+        first = builder.insert_element(undefined, args[0], ir.Constant(_I32, 0))
+        return builder.shuffle_vector(first, undefined, ir.Constant(_INTEGERS, [0] * WIDTH))
+
+    return f32x8(types.float32), generate
+
+
+@intrinsic
+def fma(_context: Any, x: Any, y: Any, z: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """x * y + z, rounded once."""
+    return f32x8(x, y, z), lambda _context, builder, _signature, args: _call(builder, "fma", *args)
+
+
+@intrinsic
+def add(_context: Any, x: Any, y: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """x + y."""
+    return f32x8(x, y), lambda _context, builder, _signature, args: builder.fadd(*args)
+
+
+@intrinsic
+def sub(_context: Any, x: Any, y: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """x - y."""
+    return f32x8(x, y), lambda _context, builder, _signature, args: builder.fsub(*args)
+
+
+@intrinsic
+def mul(_context: Any, x: Any, y: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """x * y."""
+    return f32x8(x, y), lambda _context, builder, _signature, args: builder.fmul(*args)
+
+
+@intrinsic
+def div(_context: Any, x: Any, y: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """x / y."""
+    return f32x8(x, y), lambda _context, builder, _signature, args: builder.fdiv(*args)
+
+
+@intrinsic
+def maximum(_context: Any, x: Any, y: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """The larger of each pair."""
+    return f32x8(x, y), lambda _context, builder, _signature, args: _call(builder, "maxnum", *args)
+
+
+def _halved(
+    builder: ir.IRBuilder, x: ir.Value, combine: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]
+) -> ir.Value:
+    """One number from eight: the upper half onto the lower until one is left."""
+    for half in (4, 2, 1):
+        places = [ir.Constant(ir.VectorType(_I32, half), list(range(k, k + half))) for k in (0, half)]
+        x = combine(builder, *(builder.shuffle_vector(x, x, place) for place in places))
+    return builder.extract_element(x, ir.Constant(_I32, 0))
+
+
+@intrinsic
+def total(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """The sum of the eight, always in the same order."""
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        return _halved(builder, args[0], lambda b, low, high: b.fadd(low, high))
+
+    return types.float32(x), generate
+
+
+@intrinsic
+def largest(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """The largest of the eight."""
+
+    def greater(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+        return builder.select(builder.fcmp_ordered(">", low, high), low, high)
+
+    return types.float32(x), lambda _context, builder, _signature, args: _halved(builder, args[0], greater)
+
+
+@intrinsic
+def totals(
+    _context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
+) -> tuple[Any, Callable[..., ir.Value]]:
+    """The sums of eight vectors, in one."""
+    even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]  # within the halves of a 256-bit register
+
+    def pairs(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+        return builder.fadd(*(builder.shuffle_vector(x, y, ir.Constant(_INTEGERS, places)) for places in (even, odd)))
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        twos = [pairs(builder, args[n], args[n + 1]) for n in range(0, WIDTH, 2)]
+        low, high = pairs(builder, twos[0], twos[1]), pairs(builder, twos[2], twos[3])
+        halves = ([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
+        return builder.fadd(*(builder.shuffle_vector(low, high, ir.Constant(_INTEGERS, places)) for places in halves))
+
+    return f32x8(*[f32x8] * WIDTH), generate
+
+
+# e^x = 2^k e^r with k whole and |r| <= log(2) / 2, where seven terms of the series leave 6e-9.
+_LOG2_E = 1 / math.log(2)
+_LOWEST = -87.0  # e^-87 is about the smallest normal float32
+
+
+@intrinsic
+def exp(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """e^x within 2e-7 of its value; x below -87 counts as -87, above 88 as 88."""
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        bounded = _call(builder, "minnum", _call(builder, "maxnum", args[0], _constant(_LOWEST)), _constant(88.0))
+        whole = _call(builder, "nearbyint", builder.fmul(bounded, _constant(_LOG2_E)))
+        # log 2 in two parts, of which the first has few bits: x - k log 2 without cancellation
+        high = float(np.float32(0.693359375))
+        rest = _call(builder, "fma", whole, _constant(-high), bounded)
+        rest = _call(builder, "fma", whole, _constant(high - math.log(2)), rest)
+        value = _constant(1 / math.factorial(7))
+        for n in range(6, -1, -1):
+            value = _call(builder, "fma", value, rest, _constant(1 / math.factorial(n)))
+        exponent = builder.shl(builder.add(builder.fptosi(whole, _INTEGERS), _integer(127)), _integer(23))
+        return builder.fmul(value, builder.bitcast(exponent, _VECTOR))
+
+    return f32x8(x), generate
+
+
+@intrinsic
+def get(_context: Any, address: Any, index: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """The float32 number at element `index`."""
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        return builder.load(_pointer(builder, args[0], args[1], _F32), align=4)
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def put(_context: Any, address: Any, index: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Write one float32 number to element `index`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        builder.store(args[2], _pointer(builder, args[0], args[1], _F32), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def store_halves(
+    _context: Any, low: Any, low_index: Any, high: Any, high_index: Any, x: Any
+) -> tuple[Any, Callable[..., ir.Value]]:
+    """Write the first four of eight float32 numbers to one place and the last four to another."""
+    four = ir.VectorType(_F32, 4)
+
+    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        x = args[4]
+        for address, index, first in ((args[0], args[1], 0), (args[2], args[3], 4)):
+            places = ir.Constant(ir.VectorType(_I32, 4), list(range(first, first + 4)))
+            target = builder.bitcast(_pointer(builder, address, index, _F32), four.as_pointer())
+            builder.store(builder.shuffle_vector(x, x, places), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64, x), generate
+
+
+@intrinsic
+def fetch(_context: Any, kind: Any, address: Any, index: Any, count: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Ask memory for `count` numbers of `kind` from element `index` on, without waiting for them."""
+    size = kind.dtype.bitwidth // 8
+
+    def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+        byte = ir.IntType(8)
+        kind_ = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), _I32, _I32, _I32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind_, "llvm.prefetch.p0")
+        scale = ir.Constant(ir.IntType(64), size)
+        start = builder.inttoptr(builder.add(args[1], builder.mul(args[2], scale)), byte.as_pointer())
+        stop = builder.mul(args[3], scale)
+        with cgutils.for_range_slice(builder, stop.type(0), stop, stop.type(64)) as (offset, _):
+            builder.call(prefetch, [builder.gep(start, [offset]), *(ir.Constant(_I32, n) for n in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(kind, types.int64, types.int64, types.int64), generate

@@ -1,0 +1,87 @@
+"""A model as the decode loop sees it: token ids on top of a cache in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ..scaling.rope import Scaler
+from .attention import ATTENTION_NAME
+from .cache import new_cache, rewind
+
+Path = tuple[int, ...]
+
+
+class Network:
+    """A transformers model, run by its own modules, with whatever is patched into them.
+
+    Attributes:
+        hf: the model.
+    """
+
+    is_compiled = False
+
+    def __init__(self, hf: PreTrainedModel, why: str | None = None) -> None:
+        self.hf = hf
+        self._why = why
+
+    @property
+    def how(self) -> str:
+        """What runs the model, in a few words, and why nothing faster does."""
+        dtype = str(self.hf.dtype).removeprefix("torch.")
+        reason = f" (not the compiled kernels: {self._why})" if self._why else ""
+        return f"transformers' modules in {dtype} on {self.hf.device.type}{reason}"
+
+    def use(self, scaler: Scaler, length: int | None) -> None:
+        """Run under `scaler`, for sequences of `length` tokens, from now on. The model is patched with it already."""
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache for one sequence of about `capacity` tokens."""
+        return new_cache(self.hf.config, capacity)
+
+    def forward(self, ids: Sequence[int], cache: Cache, keep: int) -> Tensor:
+        """Run `ids` on top of `cache` and return the last `keep` logits, [keep, V]."""
+        batch = torch.tensor([ids], device=self.hf.device)
+        logits: Tensor = self.hf(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        return logits[0, -keep:]
+
+    @property
+    def runs_trees(self) -> bool:
+        """True if `tree` can be asked for: without a position map, transformers' attention takes a mask of any form."""
+        return self.hf.config.get_text_config()._attn_implementation in ("sdpa", ATTENTION_NAME)
+
+    def tree(self, paths: Sequence[Path], cache: Cache) -> Tensor:
+        """Logits after each of the paths that go on from what the cache holds, [paths, V], in one forward.
+
+        The cache is left as it was.
+
+        Args:
+            paths: token sequences, every beginning of each among them and before it.
+        """
+        held = cache.get_seq_length()
+        place = {path: n for n, path in enumerate(paths)}
+        seen = torch.zeros(len(paths), held + len(paths), dtype=torch.bool)
+        seen[:, :held] = True
+        for path, n in place.items():
+            seen[n, [held + place[path[: k + 1]] for k in range(len(path))]] = True
+        device = self.hf.device
+        logits: Tensor = self.hf(
+            input_ids=torch.tensor([[path[-1] for path in paths]], device=device),
+            position_ids=torch.tensor([[held + len(path) - 1 for path in paths]], device=device),
+            attention_mask=seen[None, None].to(device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[0]
+        rewind(cache, len(paths))
+        return logits
+
+    def step(self, rows: Sequence[tuple[Sequence[int], Cache]]) -> Tensor:
+        """Run a few tokens of several sequences, each on top of its own cache: the logits after each, [rows, V].
+
+        A row's logits do not depend on the others.
+        """
+        return torch.cat([self.forward(ids, cache, keep=1) for ids, cache in rows])

@@ -1,0 +1,60 @@
+"""Which network runs a model: compiled kernels where they can, the model's own modules otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from ..errors import ConfigError, UnsupportedModel, did_you_mean
+from .compiled import CompiledNetwork
+from .network import Network
+from .rotary import RotarySite
+
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is to be run.
+
+    Args:
+        compile: "auto" takes the compiled kernels where they know the model and reproduce it; True insists on them;
+            False runs the model's own modules.
+        weights: "own", or "int8": each row of a linear layer in 255 steps of its own size.
+        cache: dtype of keys and values; "auto" is that of the model.
+    """
+
+    compile: bool | Literal["auto"] = "auto"
+    weights: Literal["own", "int8"] = "own"
+    cache: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.compile not in (True, False, "auto"):
+            raise ConfigError(f"compile {self.compile!r} is none of 'auto', True, False")
+        if self.cache not in CACHE_DTYPES:
+            raise ConfigError(f"unknown kv_dtype {self.cache!r}.{did_you_mean(self.cache, CACHE_DTYPES)}")
+        if self.compile is False and self.insists:
+            raise ConfigError("int8 weights and a kv_dtype need the compiled kernels; leave out compile=False")
+
+    @property
+    def insists(self) -> bool:
+        """True if only the compiled kernels will do."""
+        return self.compile is True or self.weights != "own" or self.cache != "auto"
+
+
+def network(hf: PreTrainedModel, sites: list[RotarySite], settings: Settings) -> Network:
+    """The network for a model as it was loaded, before any scaler is put into it.
+
+    Raises:
+        UnsupportedModel: the settings insist on the compiled kernels and they cannot run this model.
+    """
+    if settings.compile is False:
+        return Network(hf)
+    try:
+        return CompiledNetwork(hf, sites, settings.weights, settings.cache)
+    except UnsupportedModel as reason:
+        if settings.insists:
+            raise UnsupportedModel(f"the compiled kernels cannot run this model: {reason}") from reason
+        return Network(hf, why=str(reason))
