@@ -192,7 +192,7 @@ class CompiledNetwork(Network):
     def _parts(
         self, positions: np.ndarray[Any, Any], held: int, ancestors: list[list[int]] | None
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Which keys every token sees, cut into the parts that threads compute; those of a tree are parts of one key."""
+        """Which keys every token sees, cut into the parts that threads compute; those of a tree one by one."""
         from .kernels.attention import PART
 
         parts: list[tuple[int, int, int, int, int]] = []
@@ -457,7 +457,7 @@ class _Tables:
             linears=np.array([[one.table for one in linears] for linears in stored], np.int64),
             norms=np.array([*norms, [d.final_norm.data_ptr(), 0, 0, 0, 0, 0]], np.int64),
             groups=np.array(group_of, np.int64),
-            head=np.array(head.table, np.int64),
+            head=np.array([head.table], np.int64),
             half=layout.dim // 2,
             stored=stored,
             stored_head=head,

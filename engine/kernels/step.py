@@ -77,7 +77,7 @@ def step(
         scales: float32 [groups, n]: the factor on the scores of every token.
         places: int64 [n]: the place of a token's key in its cache.
         buffers: int64 [L, n, F, 3]: address, address of the int8 cache's scales, and keys that a head has room for.
-        head: int64 [5], the linear from hidden states to logits.
+        head: int64 [1, 5], the linear from hidden states to logits.
         logits: float32 [m, V].
         threads: into how many parts the work is cut.
     """
@@ -86,21 +86,22 @@ def step(
     L, m, inner = len(linears), len(logits), linears[0, GATE, 3]
     normed, hidden = np.empty((n, E), np.float32), np.empty((n, E), np.float32)
     qkv, mixed = np.empty((n, (H + 2 * K) * D), np.float32), np.empty((n, H * D), np.float32)
-    gate, up = np.empty((n, inner), np.float32), np.empty((n, inner), np.float32)
+    gate_up, gated = np.empty((n, 2 * inner), np.float32), np.empty((n, inner), np.float32)
     queries = np.empty((turns[0].shape[1], n, H, D), np.float32)
     for i in range(L):
         own, norm, group = linears[i], norms[i], groups[i]
         _norm(x, norm[BEFORE_ATTENTION], numbers[0], normed)
-        _project_3(weights, own, normed, qkv, threads)
+        project(weights, own[QUERY:OUT], normed, qkv, threads)
         _norm_heads(shape, norm, numbers[0], qkv)
         _turn_queries(shape, qkv, turns[0][group], scales[group], queries)
         _write(shape, cache, qkv, turns[1][group], places, buffers[i])
         _attend(shape, numbers[1], cache, queries, parts, firsts[group], buffers[i], mixed)
-        project(weights, own[OUT], mixed, hidden, threads)
+        project(weights, own[OUT:GATE], mixed, hidden, threads)
         _add(hidden, norm[AFTER_ATTENTION], numbers[0], x)
         _norm(x, norm[BEFORE_MLP], numbers[0], normed)
-        _project_gated(weights, own, shape[3], normed, gate, up, threads)
-        project(weights, own[DOWN], gate, hidden, threads)
+        project(weights, own[GATE:DOWN], normed, gate_up, threads)
+        _gate(gate_up, shape[3], gated)
+        project(weights, own[DOWN:], gated, hidden, threads)
         _add(hidden, norm[AFTER_MLP], numbers[0], x)
     if m:
         last = x[n - m :]
@@ -109,38 +110,24 @@ def step(
 
 
 @njit(parallel=True, cache=True)
-def project(kind, linear, x, out, threads):
-    """`out` [n, rows] = the linear times x [n, columns]."""
-    n = len(x)
-    for p in prange(threads):
-        start, stop = rows_of(p, threads, linear[3])
-        project_rows(kind, linear, x.ctypes.data, n, start, stop, out, 0)
-
-
-@njit(parallel=True, cache=True)
-def _project_3(kind, linears, x, out, threads):
-    """Queries, keys and values of every token, one after another."""
-    n = len(x)
+def project(kind, linears, x, out, threads):
+    """`out` [n, rows of all] = some linears, int64 [k, 5] as `project_rows` takes them, times x [n, columns]."""
     for p in prange(threads):
         offset = 0
-        for which in range(QUERY, VALUE + 1):
+        for which in range(len(linears)):
             start, stop = rows_of(p, threads, linears[which, 3])
-            project_rows(kind, linears[which], x.ctypes.data, n, start, stop, out, offset)
+            project_rows(kind, linears[which], x.ctypes.data, len(x), start, stop, out, offset)
             offset += linears[which, 3]
 
 
-@njit(parallel=True, cache=True)
-def _project_gated(kind, linears, activation, x, gate, up, threads):
-    """`gate` becomes act(gate x) * (up x)."""
-    n = len(x)
-    for p in prange(threads):
-        start, stop = rows_of(p, threads, linears[GATE, 3])
-        project_rows(kind, linears[GATE], x.ctypes.data, n, start, stop, gate, 0)
-        project_rows(kind, linears[UP], x.ctypes.data, n, start, stop, up, 0)
-        for t in range(n):
-            a, b = gate[t].ctypes.data, up[t].ctypes.data
-            for r in range(start, stop, 8):
-                store(a, r, mul(_activate(load(np.float32, a, r), activation), load(np.float32, b, r)))
+@njit(cache=True)
+def _gate(x, activation, out):
+    """`out` [n, inner] = act(gate) * up of x [n, 2 inner]."""
+    inner = out.shape[1]
+    for t in range(len(x)):
+        gate, up, target = x[t].ctypes.data, x[t].ctypes.data + 4 * inner, out[t].ctypes.data
+        for r in range(0, inner, 8):
+            store(target, r, mul(_activate(load(np.float32, gate, r), activation), load(np.float32, up, r)))
 
 
 @njit(cache=True)
@@ -169,10 +156,12 @@ def _norm_row(x, weights, epsilon, count, out):
 @njit(cache=True)
 def _norm(x, weights, epsilon, out):
     for t in range(len(x)):
+        source, target = x[t].ctypes.data, out[t].ctypes.data
         if weights:
-            _norm_row(x[t].ctypes.data, weights, epsilon, x.shape[1], out[t].ctypes.data)
+            _norm_row(source, weights, epsilon, x.shape[1], target)
         else:
-            out[t] = x[t]
+            for c in range(0, x.shape[1], 8):
+                store(target, c, load(np.float32, source, c))
 
 
 @njit(cache=True)
