@@ -10,8 +10,9 @@ import torch
 READ_BYTES = 256 * 2**20
 """Far more than any cache holds."""
 
-_WEIGHT_BYTES = {"float32": 4.0, "f32": 4.0, "bfloat16": 2.0, "bf16": 2.0, "float16": 2.0, "f16": 2.0, "q8_0": 34 / 32}
-"""Bytes a weight takes: q8_0 has a scale of 2 bytes for 32 of them."""
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
+_BYTES |= {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # a scale of 2 bytes for 32 weights
+"""Bytes of a number, as torch and as GGUF call its type."""
 
 
 class Memory:
@@ -57,14 +58,11 @@ class Traffic:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.cached: int = 2 * config.num_hidden_layers * heads * dim
 
-    def step_bytes(self, dtype: str, length: float) -> float:
-        """Bytes that a step behind `length` tokens reads; the cache of 8-bit weights is in 16 bits.
+    def step_bytes(self, dtype: str, cache_dtype: str, length: float) -> float:
+        """Bytes that a step behind `length` tokens reads.
 
         Args:
-            dtype: as torch or as GGUF calls it.
+            dtype: of the weights, as torch or as GGUF calls it.
+            cache_dtype: of the keys and values.
         """
-        return self.weights * _WEIGHT_BYTES[dtype] + length * self.cached * _cache_bytes(dtype)
-
-
-def _cache_bytes(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
+        return self.weights * _BYTES[dtype] + length * self.cached * _BYTES[cache_dtype]

@@ -93,7 +93,7 @@ def compete(
     repeats: int,
     prefill_repeats: int,
     bandwidth: Callable[[], float],
-    step_bytes: Callable[[str, float], float],
+    step_bytes: Callable[[str, str, float], float],
     progress: Progress,
 ) -> Outcome:
     """Time all `lanes` at every length; the first is what the others are compared with.
@@ -105,7 +105,7 @@ def compete(
         text: token ids, at least the longest length and `new_tokens` more: prompts are its beginnings, and the
             tokens after a prompt are decoded, whatever the engines would have chosen.
         bandwidth: measures what memory gives, bytes a second; called once a turn, and the best counts.
-        step_bytes: of a dtype and a length: bytes that one decode step reads.
+        step_bytes: of a dtype of weights, one of keys and values, and a length: bytes that one decode step reads.
     """
     runs = len(lanes) * (1 + len(lengths) * (prefill_repeats + 1 + repeats))
     task = progress.add_task("", total=runs)
@@ -143,7 +143,7 @@ def compete(
     agreements: list[Agreement] = []
     for n, prefills, decodes, peaks in found:
         timings += _timings(lanes, "prefill", n, n, prefills)
-        shares = [step_bytes(lane.dtype, n + new_tokens / 2) / best for lane in lanes]
+        shares = [step_bytes(lane.dtype, lane.cache_dtype, n + new_tokens / 2) / best for lane in lanes]
         timings += _timings(lanes, "decode", n, new_tokens, decodes, shares)
         agreements += _agreements(lanes, n, [prefills[-1], decodes[-1]], peaks)
     return Outcome(timings=timings, agreements=agreements, bandwidth=best)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import AssetError, ConfigError, did_you_mean
-from .peers import Entry
+from .entry import Entry
 
 HF_DTYPES = ("float32", "bfloat16", "float16")
 

@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from ..errors import RopewalkError
-from .peers import Engine, Entry, Logits, open_engine
+from .entry import Engine, Entry, Logits
+from .peers import open_engine
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 """Read by the libraries when they are imported, so set before."""
@@ -45,6 +46,7 @@ class Lane(Protocol):
 
     name: str
     dtype: str
+    cache_dtype: str
     versions: dict[str, str]
 
     def prefill(self, ids: list[int]) -> Reading:
@@ -65,7 +67,8 @@ class Stopwatch:
 
     def __init__(self, engine: Engine, entry: Entry) -> None:
         self._engine, self._entry = engine, entry
-        self.name, self.dtype, self.versions = f"{entry.kind} {engine.dtype}", engine.dtype, engine.versions
+        self.name, self.versions = f"{entry.kind} {engine.dtype}", engine.versions
+        self.dtype, self.cache_dtype = engine.dtype, engine.cache_dtype
 
     def prefill(self, ids: list[int]) -> Reading:
         return _timed(lambda: [self._engine.prefill(ids)])
@@ -108,7 +111,7 @@ class ProcessLane:
         self._process.start()
         theirs.close()
         try:
-            self.name, self.dtype, self.versions = self._receive("loading")
+            self.name, self.dtype, self.cache_dtype, self.versions = self._receive("loading")
         except BaseException:
             self.close()
             raise
@@ -162,7 +165,7 @@ def _serve(connection: Connection, entry: Entry) -> None:
     os.environ.update(dict.fromkeys(THREADS, str(entry.threads)))
     try:
         lane = Stopwatch(open_engine(entry), entry)
-        connection.send((lane.name, lane.dtype, lane.versions))
+        connection.send((lane.name, lane.dtype, lane.cache_dtype, lane.versions))
         while True:
             method, arguments = connection.recv()
             connection.send(getattr(lane, method)(*arguments))

@@ -1,77 +1,15 @@
-"""Engines that run the same model: ropewalk, transformers and llama.cpp behind one small face.
+"""Engines that run the same model: ropewalk and transformers, and llama.cpp by its name.
 
 Nothing heavy is imported before an engine is opened, so that the memory of one is not that of all.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-
-from ..errors import ConfigError, RopewalkError
-
-Logits = np.ndarray[tuple[int], np.dtype[np.float32]]
-"""Float32 [V] on the CPU, so that whoever holds them has waited for the device."""
-
-BATCH = 512  # tokens that llama.cpp reads at once: its own default
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What an engine is opened with.
-
-    Args:
-        kind: a key of `ENGINES`.
-        dtype: of the weights, in the engine's own words; "auto" for ropewalk alone.
-        source: what it loads: for ropewalk what `load` takes, for hf a folder or hub id, for llama.cpp a file.
-        context: tokens of the longest prompt.
-        room: most tokens that follow a prompt.
-        threads: of the CPU.
-        device: "cpu" or "cuda".
-    """
-
-    kind: str
-    dtype: str
-    source: str
-    context: int
-    room: int
-    threads: int
-    device: str = "cpu"
-
-    @property
-    def name(self) -> str:
-        """How tables call it."""
-        return f"{self.kind} {self.dtype}"
-
-
-class Engine(Protocol):
-    """A model and the state of one text.
-
-    Attributes:
-        dtype: of the weights.
-        versions: of what it is made of.
-    """
-
-    dtype: str
-    versions: dict[str, str]
-
-    def prefill(self, ids: list[int]) -> Logits:
-        """Forget everything, read `ids`, and return the logits after the last of them."""
-        ...
-
-    def step(self, token: int) -> Logits:
-        """Read one token more, and return the logits after it."""
-        ...
-
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        ...
+from .entry import Engine, Entry, Logits, versions_of
+from .llama import LlamaCpp
 
 
 class Ropewalk:
@@ -86,8 +24,11 @@ class Ropewalk:
         torch.set_num_threads(entry.threads)
         self._model = load(entry.source, dtype=entry.dtype)
         self._room = entry.room
-        self.dtype = str(self._model.hf.dtype).removeprefix("torch.")
-        self.versions = {"ropewalk": __version__, **_versions("torch", "transformers", "numba")}
+        self.dtype = "int8" if entry.dtype == "int8" else _name(self._model.hf.dtype)
+        self.prefill([0])  # caches of some networks take their dtype from the first keys
+        self.cache_dtype = _name(self._cache.layers[0].keys.dtype)
+        self.versions = {"ropewalk": __version__, **versions_of("torch", "transformers", "numba")}
+        self.versions["network"] = self._model.network.how
 
     def prefill(self, ids: list[int]) -> Logits:
         self._cache = self._model.new_cache(len(ids) + self._room)
@@ -107,7 +48,7 @@ class Ropewalk:
         from ..engine.prefill import prefill
 
         with torch.inference_mode():
-            return _on_cpu(prefill(self._model.hf, ids, self._cache)[-1])
+            return _on_cpu(prefill(self._model.network, ids, self._cache)[-1])
 
 
 class Transformers:
@@ -124,8 +65,8 @@ class Transformers:
             options = {"dtype": getattr(torch, entry.dtype), "device_map": entry.device}
             model = AutoModelForCausalLM.from_pretrained(entry.source, attn_implementation="sdpa", **options)
         self._model = model.eval()
-        self.dtype = entry.dtype
-        self.versions = _versions("transformers", "torch")
+        self.dtype = self.cache_dtype = entry.dtype
+        self.versions = versions_of("transformers", "torch")
 
     def prefill(self, ids: list[int]) -> Logits:
         from transformers import DynamicCache
@@ -148,79 +89,6 @@ class Transformers:
             return _on_cpu(output.logits[0, -1])
 
 
-class LlamaCpp:
-    """llama.cpp through the functions of its library: flash attention, a cache in float16."""
-
-    def __init__(self, entry: Entry) -> None:
-        import llama_cpp
-
-        if entry.device != "cpu" and not llama_cpp.llama_supports_gpu_offload():
-            raise ConfigError(
-                "this llama-cpp-python was built without support for the GPU that the other engines use; build it "
-                "with one (CMAKE_ARGS=-DGGML_CUDA=on), or compare on the CPU with CUDA_VISIBLE_DEVICES= in front"
-            )
-        self._api = llama_cpp
-        said, _ = _listen()
-        said.clear()
-        try:
-            self._llama = llama_cpp.Llama(
-                entry.source,
-                n_ctx=entry.context + entry.room,
-                n_batch=BATCH,
-                n_ubatch=BATCH,
-                n_threads=entry.threads,
-                n_threads_batch=entry.threads,
-                n_gpu_layers=0 if entry.device == "cpu" else -1,
-                flash_attn=True,
-                verbose=False,
-            )
-        except (ValueError, RuntimeError) as error:
-            told = "; ".join(line for line in said if line)
-            raise RopewalkError(f"llama.cpp cannot load {entry.source} ({told or error})") from error
-        self.dtype = entry.dtype
-        self.versions = _versions("llama-cpp-python")
-        self.versions["llama.cpp"] = llama_cpp.llama_print_system_info().decode().strip(" |")
-
-    def prefill(self, ids: list[int]) -> Logits:
-        self.rewind(0)
-        for start in range(0, len(ids), BATCH):
-            self._decode(ids[start : start + BATCH])
-        return self._logits()
-
-    def step(self, token: int) -> Logits:
-        self._decode([token])
-        return self._logits()
-
-    def rewind(self, length: int) -> None:
-        self._api.llama_memory_seq_rm(self._api.llama_get_memory(self._llama.ctx), -1, length, -1)
-
-    def _decode(self, ids: list[int]) -> None:
-        tokens = (self._api.llama_token * len(ids))(*ids)
-        status = self._api.llama_decode(self._llama.ctx, self._api.llama_batch_get_one(tokens, len(ids)))
-        if status != 0:
-            raise RopewalkError(f"llama.cpp gave status {status} on reading {len(ids)} tokens; try shorter --lengths")
-
-    def _logits(self) -> Logits:
-        row = self._api.llama_get_logits_ith(self._llama.ctx, -1)
-        return np.ctypeslib.as_array(row, (self._llama.n_vocab(),)).copy()
-
-
-@cache
-def _listen() -> tuple[deque[str], object]:
-    """The last lines that llama.cpp said, kept instead of printed; and what it calls, to live as long as the process,
-    since the library has one listener for all models."""
-    import llama_cpp
-
-    said: deque[str] = deque(maxlen=3)
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def listen(_level: int, text: bytes, _data: object) -> None:
-        said.append(text.decode(errors="replace").strip())
-
-    llama_cpp.llama_log_set(listen, None)
-    return said, listen
-
-
 ENGINES: dict[str, Callable[[Entry], Engine]] = {"ropewalk": Ropewalk, "hf": Transformers, "llama.cpp": LlamaCpp}
 """By the names that `--against` takes, and ropewalk."""
 
@@ -234,15 +102,8 @@ def open_engine(entry: Entry) -> Engine:
     return ENGINES[entry.kind](entry)
 
 
-def _versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _on_cpu(logits: Any) -> Logits:

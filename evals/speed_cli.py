@@ -34,7 +34,9 @@ _OF_PEERS = {"new_tokens": "--new-tokens", "prefill_repeats": "--prefill-repeats
     type=click.IntRange(min=1),
     help="Turns; everything is timed once a turn.",
 )
-@click.option("--dtype", default="auto", show_default=True, help="Ropewalk's: auto, float32, bfloat16 or float16.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="Ropewalk's: auto, float32, bfloat16, float16 or int8."
+)
 @click.option(
     "--rope",
     "ropes",
@@ -164,8 +166,13 @@ def _peers(
         threads=threads,
         console=console,
     )
+    built = {"network": "ropewalk", "llama.cpp": "llama.cpp"}
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name not in built)
     console.print(f"{about['cpu']}, {about['threads']} threads; memory gives {outcome.bandwidth / 1e9:.1f} GB/s")
-    console.print(", ".join(f"{name} {version}" for name, version in about["versions"].items() if name != "llama.cpp"))
+    console.print(versions)
+    for name, engine in built.items():
+        if name in about["versions"]:
+            console.print(f"{engine}: {about['versions'][name]}", markup=False)
     for table in tables(outcome, outcome.timings[0].engine):
         console.print(table)
     click.echo(json.dumps(as_json(outcome, about)))

@@ -20,7 +20,7 @@ class FakeLane:
     versions = {}  # noqa: RUF012
 
     def __init__(self, name, log, *, prefill, decode, logits=(0.0, 1.0, 0.5), dtype="float32"):
-        self.name, self.dtype, self._log = name, dtype, log
+        self.name, self.dtype, self.cache_dtype, self._log = name, dtype, f"{dtype} cache", log
         self._seconds = {"prefill": deque(prefill), "decode": deque(decode)}
         self._logits = np.array(logits, dtype=np.float32)
 
@@ -65,7 +65,9 @@ def contest():
             repeats=3,
             prefill_repeats=2,
             bandwidth=lambda: next(widths),
-            step_bytes=lambda dtype, length: {"float32": 4.0, "q8_0": 1.0}[dtype] * length,
+            step_bytes=lambda dtype, cache, length: (
+                ({"float32": 3.0, "q8_0": 0.5}[dtype] + {"float32 cache": 1.0, "q8_0 cache": 0.5}[cache]) * length
+            ),
             progress=progress,
         )
     return outcome, log

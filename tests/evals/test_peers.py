@@ -13,8 +13,9 @@ from ropewalk.engine.gguf_write import write_gguf
 from ropewalk.engine.source import resolve
 from ropewalk.evals.bandwidth import Memory, Traffic
 from ropewalk.evals.entrants import entrants, parse_against
+from ropewalk.evals.entry import Entry
 from ropewalk.evals.lane import ProcessLane
-from ropewalk.evals.peers import ENGINES, Entry, open_engine
+from ropewalk.evals.peers import ENGINES, open_engine
 
 IDS = [5, 9, 300, 41, 77, 1000, 8, 8, 512, 3, 640, 21]
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -50,8 +51,16 @@ def check_engine(engine, expected, tolerance):
 def test_ropewalk_and_transformers_are_the_model(tiny_folder, kind):
     engine = open_engine(entry(kind, tiny_folder))
     check_engine(engine, reference(tiny_folder), 1e-4)
-    assert engine.dtype == "float32"
+    assert (engine.dtype, engine.cache_dtype) == ("float32", "float32")
     assert engine.versions["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_ropewalk_tells_what_it_runs_in(tiny_folder, dtype):
+    engine = open_engine(entry("ropewalk", tiny_folder, dtype))
+    cache = {"bfloat16": "bfloat16", "int8": "float32"}[dtype]  # int8 keeps the checkpoint's own beside it
+    assert (engine.dtype, engine.cache_dtype) == (dtype, cache)
+    assert np.abs(engine.prefill(IDS) - reference(tiny_folder)[-1]).max() < 0.5
 
 
 @pytest.fixture
@@ -205,10 +214,11 @@ def test_what_a_step_reads(tiny_folder):
     weights = 1024 * 128 + 4 * layer + 128  # the embedding is the output matrix
     cached = 2 * 4 * 2 * 32
     traffic = Traffic(config)
-    assert traffic.step_bytes("float32", 100) == 4 * (weights + 100 * cached)
-    assert traffic.step_bytes("bf16", 100) == 2 * (weights + 100 * cached)
-    assert traffic.step_bytes("f32", 100) == 4 * weights + 2 * 100 * cached  # llama.cpp's cache is float16
-    assert traffic.step_bytes("q8_0", 100) == weights * 34 / 32 + 2 * 100 * cached
+    assert traffic.step_bytes("float32", "float32", 100) == 4 * (weights + 100 * cached)
+    assert traffic.step_bytes("bf16", "float16", 100) == 2 * (weights + 100 * cached)
+    assert traffic.step_bytes("f32", "float16", 100) == 4 * weights + 2 * 100 * cached
+    assert traffic.step_bytes("q8_0", "float16", 0) == weights * 34 / 32
+    assert traffic.step_bytes("int8", "bfloat16", 100) == weights + 2 * 100 * cached
     untied = LlamaConfig(**config.to_dict() | {"tie_word_embeddings": False})
     assert Traffic(untied).weights == weights, "one row of the embedding is next to nothing"
     assert Traffic(MistralConfig(num_hidden_layers=1)).weights > 0
