@@ -14,7 +14,7 @@ from ..errors import RopewalkError
 COMMANDS = {
     "demo": ("ropewalk.evals.cli:demo", "The whole story on the embedded model, in minutes."),
     "ppl": ("ropewalk.evals.cli:ppl", "Perplexity across context lengths, by protocol."),
-    "speed": ("ropewalk.evals.cli:speed", "What a position map costs, against plain attention."),
+    "speed": ("ropewalk.evals.speed_cli:speed", "What a position map costs, or how fast other engines are."),
     "vocab": (
         "ropewalk.evals.vocab_cli:vocab",
         "A tokenizer in numbers: size, compression, prompts cut inside tokens.",
