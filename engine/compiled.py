@@ -215,7 +215,7 @@ class CompiledNetwork(Network):
         return self._capped(torch.from_numpy(found))
 
     def _turned(self, which: str, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Angles of all groups in one array, [groups, forms, n, 2, half]; forms that a group lacks are not read."""
+        """Angles of all groups in one array, [groups, forms, n, 2, half]; what fills up forms that a group lacks is not used."""
         found = [getattr(turns, which)(positions, self._tables.half) for turns in self._turns]
         forms = max(map(len, found))
         return np.stack([np.resize(one, (forms, *one.shape[1:])) for one in found])
@@ -406,7 +406,7 @@ def _groups(d: Decoder, ropes: dict[int, LayerRope]) -> tuple[list[Group], list[
     found = []
     for index, layer in enumerate(d.layers):
         rope = ropes[index]
-        if rope.is_local and layer.window is None:
+        if rope.is_local != (layer.window is not None):
             raise UnsupportedModel(f"layer {index} is local in a way that is not a sliding window")
         key = (rope.site, rope.layout, layer.window)
         found.append(groups.setdefault(key, len(groups)))

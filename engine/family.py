@@ -164,7 +164,7 @@ def _layer(family: Family, layer: Any, config: Any) -> Layer:
     return Layer(
         linears=(query, key, value, _linear(attention.o_proj), gate, up, _linear(mlp.down_proj)),
         norms=tuple(norms),
-        window=getattr(attention, "sliding_window", None),
+        window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
         scale=attention.scaling,
         softcap=getattr(attention, "attn_logit_softcapping", None),
     )

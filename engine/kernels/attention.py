@@ -87,7 +87,8 @@ def part(kind, keys, values, key_scales, value_scales, count, q, G, D, softcap, 
             fetch(kind, values, (first + n) * D, min(_BLOCK, count - first - n) * D)
         g = 0
         while g < G:
-            row, target = scores + 4 * (g * PART + first), out + 4 * g * D
+            # by name: numba frees an array behind the last line that names it
+            row, target = scratch.ctypes.data + 4 * (g * PART + first), out + 4 * g * D
             if G - g >= 3 and G - g != 4:
                 _values_of_3(kind, values, first, n, row, D, target)
                 g += 3

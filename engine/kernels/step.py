@@ -76,7 +76,8 @@ def step(
         firsts: int64 [groups, n + 1]: where the parts of every token begin; a token has at least one.
         scales: float32 [groups, n]: the factor on the scores of every token.
         places: int64 [n]: the place of a token's key in its cache.
-        buffers: int64 [L, n, F, 3]: address, address of the int8 cache's scales, and keys that a head has room for.
+        buffers: int64 [L, n, F, 3]: address, address of the int8 cache's scales, and keys that a head has room for;
+            zeros for a form that the layer does not hold.
         head: int64 [1, 5], the linear from hidden states to logits.
         logits: float32 [m, V].
         threads: into how many parts the work is cut.
@@ -223,8 +224,9 @@ def _write(shape, kind, qkv, turns, places, buffers):
         for h in range(K):
             key = qkv[t, (H + h) * D : (H + h + 1) * D]
             for form in range(forms):
-                _turn(shape, key, turns[form, t, 0], turns[form, t, 1], np.float32(1), turned)
-                _write_row(kind, turned.ctypes.data, D, buffers[t, form], h, places[t])
+                if buffers[t, form, DATA]:
+                    _turn(shape, key, turns[form, t, 0], turns[form, t, 1], np.float32(1), turned)
+                    _write_row(kind, turned.ctypes.data, D, buffers[t, form], h, places[t])
             value = qkv[t, (H + K + h) * D : (H + K + h + 1) * D]
             _write_row(kind, value.ctypes.data, D, buffers[t, forms], h, places[t])
 

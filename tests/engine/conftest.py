@@ -1,5 +1,7 @@
 """Fixtures that more than one file of engine tests uses."""
 
+import ctypes
+
 import pytest
 from families import FAMILIES
 
@@ -12,3 +14,15 @@ def llama():
 @pytest.fixture(scope="module")
 def llama64():
     return FAMILIES["llama"]().double()
+
+
+@pytest.fixture
+def freed_memory_is_overwritten():
+    """So that a kernel which reads an array that numba has freed fails, and not only where another thread takes it."""
+    mallopt, perturb = getattr(ctypes.CDLL(None), "mallopt", None), -6
+    if mallopt is None:  # glibc only
+        yield
+        return
+    mallopt(perturb, 165)
+    yield
+    mallopt(perturb, 0)

@@ -1,0 +1,102 @@
+"""Small random models of every family that the compiled network describes, with all that a family may have, and the
+ways to read a text by it."""
+
+import itertools
+from functools import partial
+
+import torch
+from families import DEFAULT, build
+from serving import difference, logits
+
+import ropewalk as rw
+from ropewalk.engine.compiled import CompiledNetwork
+from ropewalk.engine.rotary import rotary_sites
+
+IDS = torch.arange(3, 143).mul(37).remainder(95)[None] + 1
+WINDOW = 24
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 64,
+    "factor": 4.0,
+}
+
+
+def layer_types(*wide):
+    return {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention" if n in wide else "sliding_attention" for n in range(4)],
+        "sliding_window": WINDOW,
+    }
+
+
+THREE = {"num_hidden_layers": 3}
+SIX_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96}
+BIASED = {"attention_bias": True}
+CAPPED = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 24}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+# name: (model type, config fields)
+ROWS = {
+    "llama": ("llama", {**THREE, **BIASED, "mlp_bias": True, **SIX_HEADS}),
+    "llama-one-head": ("llama", {**THREE, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 80}),
+    "llama-3.1": ("llama", {**THREE, "rope_parameters": LLAMA3, "max_position_embeddings": 256}),
+    "mistral": ("mistral", {**THREE, "sliding_window": WINDOW}),
+    "mistral-wide": ("mistral", {**THREE, "sliding_window": None, "tie_word_embeddings": True}),
+    "ministral": ("ministral", layer_types(1)),
+    "qwen2": ("qwen2", {**layer_types(0, 2), "use_sliding_window": True, "max_window_layers": 2}),
+    "qwen2-wide": ("qwen2", {**THREE, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {**layer_types(1, 3), **BIASED, "use_sliding_window": True, "max_window_layers": 2}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], **BIASED, "mlp_bias": True}),
+    "smollm3-windows": ("smollm3", {**layer_types(1, 2), "no_rope_layers": [0, 0, 1, 1], "use_sliding_window": True}),
+    "phi3": ("phi3", {**THREE, "rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}}),
+    "phi3-windows": ("phi3", {**THREE, "sliding_window": WINDOW, **SIX_HEADS}),
+    "olmo2": ("olmo2", {**THREE, **BIASED, **SIX_HEADS}),
+    "gemma": ("gemma", {**THREE, "head_dim": 32, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {**layer_types(1, 2), **CAPPED}),
+    "gemma3_text": ("gemma3_text", {**layer_types(2), **BIASED, "query_pre_attn_scalar": 24}),
+}
+DECODERS = {name: partial(build, *row) for name, row in ROWS.items()}
+
+
+def compiled(hf, **options):
+    return CompiledNetwork(hf, rotary_sites(hf), **options)
+
+
+@torch.inference_mode()
+def in_chunks(network, sizes, ids=None, cache=None):
+    """All logits of a text that is read in chunks of these sizes, over and over."""
+    text = (IDS if ids is None else ids)[0].tolist()
+    cache = network.new_cache(7) if cache is None else cache
+    found, at = [], 0
+    for size in itertools.cycle(sizes):
+        if at == len(text):
+            return torch.cat(found)
+        piece = text[at : at + size]
+        found.append(network.forward(piece, cache, len(piece)))
+        at += len(piece)
+    raise AssertionError("no sizes")
+
+
+def read(hf, ids=IDS):
+    """Logits of the whole text by transformers' modules."""
+    return logits(hf, ids)[0]
+
+
+def under(network, hf, spec, length):
+    """`network` under a scaler, and the same model patched with it, for sequences of `length` tokens."""
+    scaler = rw.scaling.parse(spec)
+    network.use(scaler, length)
+    return rw.patch(hf, scaler, length=length if scaler.depends_on_length else None)
+
+
+__all__ = ["DECODERS", "IDS", "LONGROPE", "WINDOW", "compiled", "difference", "in_chunks", "read", "under"]

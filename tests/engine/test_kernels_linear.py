@@ -1,0 +1,62 @@
+"""Products of every kind of weights with a few vectors, against float64."""
+
+import numpy as np
+import pytest
+from kernel_data import KINDS, address, stored
+
+from ropewalk.engine.kernels import project
+from ropewalk.engine.kernels.linear import rows_of
+
+
+class Case:
+    """Some linears over the same vectors, their table, and what they give."""
+
+    def __init__(self, kind, rows, columns, tokens, biased, seed=0):
+        random = np.random.default_rng(seed)
+        self.kind, self.rows = kind, rows
+        self.x = random.standard_normal((tokens, columns)).astype(np.float32)
+        matrices = [stored(random, kind, r, columns) for r in rows]
+        biases = [random.standard_normal(r).astype(np.float32) if biased else None for r in rows]
+        self.table = np.array(
+            [[address(w), address(s), address(b), *w.shape] for (w, s, _), b in zip(matrices, biases, strict=True)],
+            np.int64,
+        )
+        self.alive = matrices, biases
+        exact = np.concatenate([m for *_, m in matrices])
+        shift = np.concatenate([np.zeros(r) if b is None else b for r, b in zip(rows, biases, strict=True)])
+        self.exact = self.x.astype(np.float64) @ exact.T + shift
+        self.size = np.abs(self.x).astype(np.float64) @ np.abs(exact).T + np.abs(shift)
+
+    def run(self, x=None, threads=1):
+        x = self.x if x is None else x
+        out = np.full((len(x), sum(self.rows)), np.nan, np.float32)
+        project(self.kind, self.table, x, out, threads)
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("tokens", range(1, 10))
+def test_products_are_those_of_float64(kind, biased, tokens):
+    for columns, rows in ((16, [1]), (48, [7, 24, 3]), (176, [33, 8])):
+        case = Case(kind, rows, columns, tokens, biased)
+        assert (np.abs(case.run() - case.exact) < 3e-7 * case.size).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_of_a_row_depend_on_neither_its_company_nor_the_threads(kind):
+    case = Case(kind, [19, 8], 80, 9, True)
+    whole = case.run()
+    for tokens in range(1, 10):
+        assert np.array_equal(case.run(case.x[:tokens]), whole[:tokens])
+        assert np.array_equal(case.run(case.x[9 - tokens :]), whole[9 - tokens :])
+    for threads in (2, 3, 7, 40):
+        assert np.array_equal(case.run(threads=threads), whole)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 97, 1000])
+@pytest.mark.parametrize("parts", [1, 2, 3, 8, 200])
+def test_shares_of_rows_cover_each_once(count, parts):
+    shares = [rows_of(part, parts, count) for part in range(parts)]
+    assert [row for share in shares for row in range(*share)] == list(range(count))
+    assert all(start % 8 == 0 for start, stop in shares if start < stop)

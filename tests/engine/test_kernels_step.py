@@ -1,0 +1,152 @@
+"""The small kernels of a step: norms, activations, rotation and writing to the cache, against float64 and torch."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from kernel_data import KINDS, address, bfloat16_bits, from_bfloat16
+
+from ropewalk.engine.rotation import Angles, Layout
+
+kernels = importlib.import_module("ropewalk.engine.kernels.step")  # the folder's `step` is the function
+
+EPSILON = np.float32(1e-2)  # large enough to be seen
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def rms(x, weight):
+    x = x.astype(np.float64)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + float(EPSILON)) * weight
+
+
+def close(one, other, tolerance=1e-6):
+    return np.abs(one - other).max() < tolerance * np.abs(other).max()
+
+
+@pytest.mark.parametrize("size", [16, 48, 960])
+def test_norms(size):
+    x, weight = normal(3, size) * np.float32([[0.01], [1], [100]]), normal(size, seed=1)
+    out = np.empty((3, size), np.float32)
+    kernels._norm(x, address(weight), EPSILON, out)
+    for row, expected in zip(out, rms(x, weight), strict=True):
+        assert close(row, expected)
+    kernels._norm(x, 0, EPSILON, out)
+    assert np.array_equal(out, x)
+    kernels._norm(x, address(weight), EPSILON, x)  # in place, as the last norm is
+    assert close(x, rms(normal(3, size) * np.float32([[0.01], [1], [100]]), weight))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_what_is_added_is_normed_first_where_there_is_a_norm(normed):
+    x, residual, weight = normal(4, 48), normal(4, 48, seed=1), normal(48, seed=2)
+    expected = residual + (rms(x, weight) if normed else x)
+    kernels._add(x, address(weight) if normed else 0, EPSILON, residual)
+    assert close(residual, expected)
+
+
+def shape_of(H, K, D, together=0, layout=None):
+    layout = layout or Layout(0, D, False)
+    return np.array([H, K, D, 0, together, layout.start, layout.dim, layout.interleaved], np.int64)
+
+
+@pytest.mark.parametrize("together", [0, 1])
+@pytest.mark.parametrize("which", ["both", "queries", "keys", "none"])
+def test_queries_and_keys_are_normed_by_heads_or_together(together, which):
+    H, K, D = 6, 2, 16
+    qkv = normal(3, (H + 2 * K) * D) * np.repeat(np.arange(1, 11), D).astype(np.float32)
+    q, k, v = np.split(qkv.copy(), [H * D, (H + K) * D], axis=1)
+    weights = [normal(heads * D if together else D, seed=1) for heads in (H, K)]
+    used = which in ("both", "queries"), which in ("both", "keys")
+    norms = np.array([0, 0, 0, 0, *(address(w) * u for w, u in zip(weights, used, strict=True))], np.int64)
+    kernels._norm_heads(shape_of(H, K, D, together), norms, EPSILON, qkv)
+    expected = []
+    for x, heads, weight, use in zip((q, k), (H, K), weights, used, strict=True):
+        by_head = x if together else x.reshape(3, heads, D)
+        expected.append(rms(by_head, weight).reshape(x.shape) if use else x)
+    assert close(qkv, np.concatenate([*expected, v], 1))
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+def test_activations(name):
+    gate = np.concatenate([np.linspace(-120, 120, 2000), np.linspace(-3, 3, 2000)]).astype(np.float32).reshape(2, -1)
+    up = normal(*gate.shape)
+    out = np.empty_like(gate)
+    kernels._gate(np.concatenate([gate, up], 1), {"silu": kernels.SILU, "gelu_tanh": kernels.GELU_TANH}[name], out)
+    exact = torch.from_numpy(gate).double()
+    exact = torch.nn.functional.silu(exact) if name == "silu" else torch.nn.functional.gelu(exact, approximate="tanh")
+    assert np.allclose(out, exact.numpy() * up, rtol=1e-6, atol=1e-6)
+
+
+LAYOUTS = [Layout(start, dim, neighbours) for start, dim in ((0, 32), (0, 8), (8, 24)) for neighbours in (False, True)]
+
+
+def turns_of(forms, tokens, half, seed=0):
+    angle = np.random.default_rng(seed).uniform(-3, 3, (forms, tokens, half))
+    return (1.3 * np.stack([np.cos(angle), np.sin(angle)], 2)).astype(np.float32)  # with a factor, as YaRN's
+
+
+def rotated(layout, x, turns):
+    """x [tokens, heads, D] by turns [tokens, 2, half]."""
+    cos, sin = (torch.from_numpy(turns[:, None, n]).double() for n in (0, 1))
+    return layout.rotate(torch.from_numpy(x).double(), Angles(cos, sin)).numpy()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_queries_are_turned_in_every_form_and_scaled(layout):
+    H, K, D, n = 3, 1, 32, 4
+    qkv, turns = normal(n, (H + 2 * K) * D), turns_of(3, n, layout.dim // 2)
+    scales = np.array([0.5, 1, 2, 3], np.float32)
+    queries = np.empty((3, n, H, D), np.float32)
+    kernels._turn_queries(shape_of(H, K, D, layout=layout), qkv, turns, scales, queries)
+    for form in range(3):
+        expected = rotated(layout, qkv[:, : H * D].reshape(n, H, D), turns[form]) * scales[:, None, None]
+        assert close(queries[form], expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1::2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_in_every_form_and_values_are_written_where_they_belong(layout, kind):
+    H, K, D, n, forms = 4, 2, 32, 3, 2
+    qkv, turns = normal(n, (H + 2 * K) * D), turns_of(forms, n, layout.dim // 2)
+    qkv[1, (H + K) * D : (H + K + 1) * D] = 0  # a value of nothing
+    places, capacities = np.array([5, 0, 2]), [7, 9, 8]
+    held = [np.full((n, K, room, D), 3, kind) for room in capacities]
+    scales = [np.full((n, K, room), 3, np.float32) for room in capacities]
+    buffers = np.zeros((n, forms + 1, 3), np.int64)
+    for t in range(n):
+        for form, room in enumerate(capacities):
+            buffers[t, form] = address(held[form][t]), address(scales[form][t]) if kind == np.int8 else 0, room
+    kernels._write(shape_of(H, K, D, layout=layout), kind, qkv, turns, places, buffers)
+    keys, values = (qkv[:, (H + part * K) * D :][:, : K * D].reshape(n, K, D) for part in (0, 1))
+    for form, expected in enumerate([*(rotated(layout, keys, turns[f]) for f in range(forms)), values]):
+        for t in range(n):
+            own, own_scales = held[form][t], scales[form][t]
+            others = np.delete(own, places[t], 1)
+            assert (others == 3).all()
+            found, exact = own[:, places[t]], expected[t]
+            if kind == np.int8:
+                assert np.allclose(own_scales[:, places[t]], np.abs(exact).max(1) / 127, rtol=1e-6, atol=0)
+                assert (np.delete(own_scales, places[t], 1) == 3).all()
+                steps = own_scales[:, places[t], None]
+                assert (np.abs(found * steps.astype(np.float64) - exact) <= 0.501 * steps).all()
+            elif kind == np.uint16:
+                rounded = from_bfloat16(bfloat16_bits(exact.astype(np.float32)))
+                assert np.allclose(from_bfloat16(found), rounded, rtol=2**-7, atol=0)
+                assert (from_bfloat16(found) == rounded).mean() > 0.95  # float32 may fall on either side of a tie
+            else:
+                assert np.allclose(found, exact, rtol=0, atol=1e-6)
+
+
+def test_a_form_that_a_layer_does_not_hold_is_not_written():
+    D, n = 16, 2
+    qkv = normal(n, 3 * D)
+    held = np.full((2, n, 1, 4, D), 3, np.float32)
+    buffers = np.zeros((n, 3, 3), np.int64)
+    for t in range(n):
+        buffers[t, 0], buffers[t, 2] = (address(held[0, t]), 0, 4), (address(held[1, t]), 0, 4)
+    kernels._write(shape_of(1, 1, D), np.float32, qkv, turns_of(2, n, D // 2), np.array([0, 1]), buffers)
+    assert np.array_equal(held[1, 1, 0, 1], qkv[1, 2 * D :])
