@@ -88,6 +88,17 @@ class CompiledNetwork(Network):
         self._folder = folder
 
     @property
+    def bytes_per_token(self) -> int:
+        return self.cache_shape.bytes_per_token
+
+    @property
+    def precision(self) -> str:
+        weights, cache = _name(self._tables.stored_head.weight.dtype), _name(self._dtype)
+        if weights == cache == "float32":
+            return weights
+        return f"{weights}, {cache} cache, float32 arithmetic"
+
+    @property
     def how(self) -> str:
         """What runs the model."""
         import numba
@@ -215,7 +226,7 @@ class CompiledNetwork(Network):
         return self._capped(torch.from_numpy(found))
 
     def _turned(self, which: str, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Angles of all groups in one array, [groups, forms, n, 2, half]; what fills up forms that a group lacks is not used."""
+        """Angles of all groups, [groups, forms, n, 2, half]; forms that a group lacks are filled up and not used."""
         found = [getattr(turns, which)(positions, self._tables.half) for turns in self._turns]
         forms = max(map(len, found))
         return np.stack([np.resize(one, (forms, *one.shape[1:])) for one in found])
@@ -223,7 +234,7 @@ class CompiledNetwork(Network):
     def _parts(
         self, positions: np.ndarray[Any, Any], held: int, ancestors: list[list[int]] | None
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Which keys every token sees, cut into the parts that threads compute; those of a tree one by one."""
+        """Which keys every token sees, in the parts that threads compute; those of a tree are one by one."""
         from .kernels.attention import PART
 
         parts: list[tuple[int, int, int, int, int]] = []

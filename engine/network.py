@@ -33,6 +33,19 @@ class Network:
         self._setting: Setting = Scaler(), None
 
     @property
+    def bytes_per_token(self) -> int:
+        """Bytes that the keys and values of a token take."""
+        config = self.hf.config.get_text_config()
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * dim * self.hf.dtype.itemsize)
+
+    @property
+    def precision(self) -> str:
+        """In which numbers it computes, as results are labelled."""
+        return str(self.hf.dtype).removeprefix("torch.")
+
+    @property
     def how(self) -> str:
         """What runs the model, in a few words, and why nothing faster does."""
         dtype = str(self.hf.dtype).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,8 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from .compiled import CompiledNetwork
+from .family import supported
+from .kernels import FOLDER
 from .network import Network
 from .rotary import RotarySite
 
@@ -55,6 +58,8 @@ def network(hf: PreTrainedModel, sites: list[RotarySite], settings: Settings) ->
     """
     if settings.compile is False:
         return Network(hf)
+    if FOLDER is not None and not FOLDER.exists() and supported(hf.config) and sys.stderr.isatty():
+        sys.stderr.write("ropewalk: compiling kernels for this machine, once (about half a minute)\n")
     try:
         return CompiledNetwork(hf, sites, settings.weights, settings.cache, settings.folder)
     except UnsupportedModel as reason:

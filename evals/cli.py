@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
+
+from ..engine.options import loads_a_model
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -53,7 +56,7 @@ def _refuse_unused(context: click.Context, protocol: str) -> None:
 )
 @click.option("--stride", default=256, show_default=True, help="sliding: tokens by which the window moves.")
 @click.option("--tokens", default="32k", show_default=True, help="sliding: tokens of the text that are scored.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@loads_a_model
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -71,7 +74,7 @@ def ppl(
     samples: int,
     stride: int,
     tokens: str,
-    dtype: str,
+    loading: dict[str, Any],
     out: Path | None,
     max_minutes: float | None,
     dry_run: bool,
@@ -96,7 +99,7 @@ def ppl(
     console = Console()
     scalers = [parse(rope) for rope in ropes]
     documents = load_text(text)
-    loaded = load(model, dtype=dtype)
+    loaded = load(model, **loading)
     contexts = tuple(parse_length(length, loaded.trained_length) for length in lengths.split(","))
     plan = Plan(
         protocol=protocol,
@@ -148,7 +151,7 @@ def demo(full: bool, max_minutes: float, out: Path) -> None:
 @click.option("--text", help="Cut this text: a built-in name, file or folder.  [default: shakespeare, code, chinese]")
 @click.option("--cuts", default=120, show_default=True, type=click.IntRange(min=1), help="Cuts of every kind.")
 @click.option("--seed", default=0, show_default=True, help="Of the places of the cuts.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@loads_a_model
 @click.option(
     "--out",
     default="runs/continuation",
