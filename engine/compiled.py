@@ -85,6 +85,8 @@ class CompiledNetwork(Network):
             self._tables = _Tables.of(self._decoder, self._groups, self._group_of, Stored.in_int8)
         if cache != "auto":
             self._dtype = getattr(torch, cache)
+        elif weights == "int8":
+            self._dtype = torch.bfloat16
         self._folder = folder
 
     @property

@@ -53,7 +53,8 @@ def load(
             bfloat16 arithmetic, unless the compiled kernels run the model, which widen weights as they read them.
         compile: "auto" runs the model by compiled kernels where they know its family and reproduce it; True insists,
             False runs transformers' modules. `model.describe()` says which it is.
-        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the model's dtype.
+        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the model's dtype, and bfloat16
+            with int8 weights.
         offload: a folder; keys and values are kept there in memory-mapped files, gone with the process.
         device_map: as in accelerate ("auto", "cuda:0", {...}); None puts everything on the GPU if there is one.
         max_length: most tokens `generate` accepts; None is the scaler's reach.

@@ -27,7 +27,7 @@ class Settings:
         compile: "auto" takes the compiled kernels where they know the model and reproduce it; True insists on them;
             False runs the model's own modules.
         weights: "own", or "int8": each row of a linear layer in 255 steps of its own size.
-        cache: dtype of keys and values; "auto" is that of the model.
+        cache: dtype of keys and values; "auto" is that of the model, and bfloat16 with int8 weights.
         folder: where keys and values are kept in memory-mapped files; None keeps them in memory.
     """
 
