@@ -86,7 +86,8 @@ class CompiledNetwork(Network):
         )
 
     def use(self, scaler: Scaler, length: int | None) -> None:
-        length = length if scaler.depends_on_length else None
+        own = [group.site.configured.scaler for group in self._groups if group.site]  # LongRoPE, where a model has it
+        length = length if any(one.depends_on_length for one in (scaler, *own)) else None
         if getattr(self, "_used", None) != (scaler, length):
             self._used = scaler, length
             self._turns = [Turns(group, self._headline, scaler, length) for group in self._groups]
@@ -184,7 +185,7 @@ class CompiledNetwork(Network):
         return self._capped(torch.from_numpy(found))
 
     def _turned(self, which: str, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Angles of all groups in one array, [groups, forms, n, 2, half]; what fills up forms that a group lacks is not used."""
+        """Angles of all groups in one array, [groups, forms, n, 2, half]; a group's missing forms are of no use."""
         found = [getattr(turns, which)(positions, self._tables.half) for turns in self._turns]
         forms = max(map(len, found))
         return np.stack([np.resize(one, (forms, *one.shape[1:])) for one in found])
