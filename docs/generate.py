@@ -11,9 +11,11 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -21,7 +23,7 @@ import transformers
 from tqdm import tqdm
 
 from ropewalk.engine.cli import COMMANDS, cli
-from ropewalk.scaling import METHODS
+from ropewalk.scaling import METHODS, format_length
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -124,6 +126,38 @@ def family_table() -> str:
     return "\n".join(parts) + "\n"
 
 
+def speed_table() -> str:
+    """The measurements in docs/speed.jsonl, lines that `ropewalk speed --against` printed, as one table."""
+    parts = []
+    for line in (ROOT / "docs" / "speed.jsonl").read_text(encoding="utf-8").splitlines():
+        run = json.loads(line)
+        cells = {(t["engine"], t["what"], t["length"]): t for t in run["timings"]}
+        lengths = sorted({length for _, _, length in cells})
+        columns = [(what, length) for what in ("decode", "prefill") for length in lengths]
+        engines = list(dict.fromkeys(engine for engine, _, _ in cells))
+        titles = [f"{what} at {format_length(length)}" for what, length in columns]
+        parts += [f"| tokens a second | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+        for engine in engines:
+            found = [cells.get((engine, *column)) for column in columns]
+            shown = ["" if t is None else _speed(t, engine == engines[0]) for t in found]
+            parts.append(f"| {engine} | {' | '.join(shown)} |")
+        parts += [
+            "",
+            f"{run['cpu']}, {run['threads']} threads, memory reads {run['bandwidth_gb_s']:.0f} GB/s; {run['model']}; "
+            f"transformers {run['versions']['transformers']}, llama-cpp-python {run['versions']['llama-cpp-python']}. "
+            "In brackets: how many times as fast ropewalk is, medians of ratios taken in the same turn.",
+            "",
+        ]
+    return "\n".join(parts).strip()
+
+
+def _speed(timing: dict[str, Any], is_ours: bool) -> str:
+    share, speed = timing["memory_share"], f"{timing['speed']['median']:.3g}"
+    if is_ours:
+        return f"**{speed}**" + (f" ({share:.0%} of what memory allows)" if share is not None else "")
+    return f"{speed} ({timing['ratio']['median']:.2g}x)"
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of block `name` replaced."""
     start, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
@@ -140,7 +174,9 @@ def generated() -> dict[Path, str]:
     return {
         ROOT / "docs" / "cli.md": command_help(),
         ROOT / "docs" / "scalers.md": scaler_table(),
-        readme: replace_block(readme.read_text(encoding="utf-8"), "tree", file_tree()),
+        readme: replace_block(
+            replace_block(readme.read_text(encoding="utf-8"), "tree", file_tree()), "speed", speed_table()
+        ),
     }
 
 

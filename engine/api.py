@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import overload
 
 import torch
@@ -13,32 +14,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..errors import ContextOverflow, DataError, PatchError
+from ..errors import DataError
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import parse
 from ..tokenizer_tools.cover import cover
-from ..tokenizer_tools.stream import StopWatch
 from ..tokenizer_tools.vocab import Vocabulary, vocabulary
-from .completion import Completion, Score, Usage
-from .decode import OpeningToken, Token, decode
+from .answer import Answer
+from .completion import Completion, Score
+from .generation import generate_together, pieces
 from .networks import Settings, network
-from .opening import Continuation, text_logprob, weigh
+from .opening import text_logprob, weigh
 from .patch import install
 from .prefill import Progress
 from .prompt import Prompt
 from .rotary import headline, rotary_sites
 from .sampling import SamplingParams
 from .score import score
-
-
-@dataclass
-class _Outcome:
-    """Filled in while a completion is streamed."""
-
-    tokens: list[Token] = field(default_factory=list)
-    finish_reason: str = "length"
-    continuation: Continuation | None = None
+from .session import Session
 
 
 class Model:
@@ -69,7 +62,7 @@ class Model:
         self.sites = rotary_sites(hf)
         self.network = network(hf, self.sites, settings or Settings(compile=False))
         self._installed = install(hf, self.sites, parse(rope), grows=False)
-        self._write(None)
+        self.prepare(None)
 
     @property
     def rope(self) -> Scaler:
@@ -82,10 +75,12 @@ class Model:
         self._installed.restore()
         try:
             self._installed = install(self.hf, self.sites, wanted, grows=False)
+            self.prepare(None)
         except BaseException:  # Ctrl-C too, or the model would run under none while `rope` names another
+            self._installed.restore()
             self._installed = install(self.hf, self.sites, before, grows=False)
+            self.prepare(None)
             raise
-        self._write(None)
 
     @property
     def spec(self) -> RopeSpec:
@@ -141,13 +136,35 @@ class Model:
         """
         params = params or SamplingParams()
         if isinstance(prompt, list):
-            return [self.generate(one, params) for one in prompt]
+            prompts = [self._prompt(one, params) for one in prompt]
+            if self.rope.depends_on_length:  # every text has frequencies of its own
+                return [self._complete(one, params) for one in prompts]
+            return generate_together(self, prompts, params) if prompts else []
         return self._complete(self._prompt(prompt, params), params)
 
     def stream(self, prompt: str | bytes, params: SamplingParams | None = None) -> Iterator[str]:
         """The text of `generate`, piece by piece as it is decided."""
         params = params or SamplingParams()
-        return self._pieces(self._prompt(prompt, params), params, _Outcome())
+        read = self._prompt(prompt, params)
+        return pieces(self, read, params, Answer(read, params, self.vocabulary, self.stop_ids))
+
+    def session(self, path: str | Path | None = None) -> Session:
+        """A text that grows and is never read twice; from a file that `Session.save` wrote, if one is given.
+
+        Raises:
+            DataError: the file is no session of this model.
+        """
+        session = Session(self)
+        if path is not None:
+            session.load(path)
+        return session
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this model's caches from those of others: a hash of its config and of some of its weights."""
+        config = self.hf.config.to_json_string(use_diff=False)
+        some = self.hf.get_input_embeddings().weight.detach().flatten()[::997].float().cpu().numpy().tobytes()
+        return hashlib.sha256(config.encode() + some + self.network.how.encode()).hexdigest()
 
     def next_byte_logprobs(self, text: str | bytes) -> Tensor:
         """The law of the byte that follows `text`, whatever tokens it takes: float32 [257], nats.
@@ -156,7 +173,7 @@ class Model:
         """
         covers = cover(self.vocabulary, text)
         length = len(covers.prompt) + 1
-        self._write(length)
+        self.prepare(length)
         with torch.inference_mode():
             weighed = weigh(self.network, covers, self.tokenizer.bos_token_id, self.new_cache(length), self.vocabulary)
             return weighed.next_byte_logprobs(self.vocabulary)
@@ -172,7 +189,7 @@ class Model:
         before, after = cover(self.vocabulary, text[0]), cover(self.vocabulary, b"".join(text))
         start = None if before.trunk else self.tokenizer.bos_token_id
         length = len(after.prompt) + 1
-        self._write(length)
+        self.prepare(length)
         with torch.inference_mode():
             long, short = (  # a text that begins with `given` begins with its trunk
                 text_logprob(self.network, one, start, len(before.trunk), self.new_cache(length), self.vocabulary)
@@ -201,7 +218,7 @@ class Model:
 
         Give an empty `cache` (`new_cache`) to go on from there: it holds `ids[:-1]` afterwards.
         """
-        self._write(len(ids))
+        self.prepare(len(ids))
         if cache is None:
             cache = self.new_cache(len(ids))
         with torch.inference_mode():
@@ -219,18 +236,10 @@ class Model:
         return self._complete(self._prompt(ids, params), params, cache)
 
     def _complete(self, prompt: Prompt, params: SamplingParams, cache: Cache | None = None) -> Completion:
-        outcome = _Outcome()
-        text = "".join(self._pieces(prompt, params, outcome, cache))
-        continuation = outcome.continuation
-        read = prompt.ids if continuation is None else continuation.prompt_ids
-        return Completion(
-            text=text,
-            token_ids=[token.id for token in outcome.tokens],
-            finish_reason=outcome.finish_reason,
-            usage=Usage(prompt_tokens=len(read), completion_tokens=len(outcome.tokens)),
-            logprobs=outcome.tokens if params.logprobs is not None else None,
-            continuation=continuation,
-        )
+        answer = Answer(prompt, params, self.vocabulary, self.stop_ids)
+        for _ in pieces(self, prompt, params, answer, cache):
+            pass
+        return answer.completion()
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, verbose=False).input_ids
@@ -239,59 +248,14 @@ class Model:
     def _prompt(self, prompt: str | bytes | list[int], params: SamplingParams) -> Prompt:
         return Prompt.read(prompt, self.tokenizer, self.vocabulary, params.continuation)
 
-    def _write(self, length: int | None) -> None:
+    def prepare(self, length: int | None) -> None:
         """Make the scaler in use ready for a sequence of `length` tokens."""
         self._installed.write(length)
         self.network.use(self.rope, length)
 
-    def _check_length(self, ids: list[int], params: SamplingParams) -> int:
-        """Tokens of prompt and answer together; ContextOverflow if they are too many."""
-        total = len(ids) + params.max_new_tokens
-        if total > self.max_length:
-            factor = math.ceil(total / self.spec.trained_length)
-            raise ContextOverflow(
-                f"{len(ids)} prompt tokens and max_new_tokens {params.max_new_tokens} make {total}, more than the "
-                f"{format_length(self.max_length)} that {self.name} reaches with rope {str(self.rope)!r}; set "
-                f'model.rope = "yarn:{factor}", shorten the prompt, or load with max_length={total} to go there anyway'
-            )
-        return total
-
-    def _stop_ids(self) -> frozenset[int]:
+    @property
+    def stop_ids(self) -> frozenset[int]:
         """End-of-text tokens of the model's generation config and of its tokenizer."""
         configured = getattr(self.hf.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
-
-    def _pieces(
-        self, prompt: Prompt, params: SamplingParams, outcome: _Outcome, cache: Cache | None = None
-    ) -> Iterator[str]:
-        length, installed = self._check_length(prompt.ids, params), self._installed
-        stop_ids = self._stop_ids()
-        text, watch = prompt.text_stream(self.vocabulary), StopWatch(params.stops)
-        weigh = prompt.weigher(self.network, self.vocabulary, params.repetition_penalty)
-        tokens = decode(self.network, prompt.ids, params, stop_ids, cache, weigh)
-        while True:
-            if self._installed is not installed:
-                raise PatchError(
-                    f"the scaler was changed from {installed.scaler} to {self.rope} while a text was being streamed; "
-                    "finish the stream first, or start it again"
-                )
-            self._write(length)  # another request may have run since, and its frequencies are not ours
-            with torch.inference_mode():
-                token = next(tokens, None)
-            if token is None:
-                break
-            overlap = 0
-            if isinstance(token, OpeningToken):
-                outcome.continuation, overlap = token.continuation, token.continuation.overlap
-            outcome.tokens.append(token)
-            if token.id in stop_ids:
-                outcome.finish_reason = "stop"
-                break
-            if piece := watch.push(text.push(token.id, overlap)):
-                yield piece
-            if watch.stopped:
-                outcome.finish_reason = "stop"
-                return
-        if piece := watch.push(text.finish()) + watch.finish():
-            yield piece

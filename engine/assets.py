@@ -6,6 +6,7 @@ too), the sha256 is compared, the few files that matter are taken out, and the a
     CACHE/downloads/            an archive that the user puts here is used instead of the network
     CACHE/kjv-e2f4b3a7/         the files of an asset, under its name and the start of its archive's sha256
     CACHE/gguf-.../             a model converted for transformers (gguf.py)
+    CACHE/bf16-.../             a model written for llama.cpp (gguf_write.py)
 
 CACHE is the user's cache folder for ropewalk, or what the environment variable ROPEWALK_CACHE says.
 """

@@ -21,6 +21,8 @@ from .kernel import Score, attend, join
 
 ATTENTION_NAME = "ropewalk_causal"
 
+_AT_ONCE = 1 << 15  # keys of the past that are read at a time
+
 
 def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, score: Score) -> Tensor:
     """Attention of the last N of M positions over all M, causal. Inference only.
@@ -32,8 +34,9 @@ def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, score: Scor
     if N == 1:  # a decode step sees every key
         return attend(q_BHND, k_BKMD, v_BKMD, score)[0]
     out, lse = attend(q_BHND, k_BKMD[:, :, past:], v_BKMD[:, :, past:], score, "lower")
-    if past:
-        out, _ = join(out, lse, *attend(q_BHND, k_BKMD[:, :, :past], v_BKMD[:, :, :past], score))
+    for start in range(0, past, _AT_ONCE):  # so that widening a narrower cache takes little memory
+        keys = slice(start, min(start + _AT_ONCE, past))
+        out, lse = join(out, lse, *attend(q_BHND, k_BKMD[:, :, keys], v_BKMD[:, :, keys], score))
     return out
 
 

@@ -168,38 +168,6 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.length + query_length, 0
 
 
-class KVCache(Cache):  # type: ignore[misc]
-    """The cache of one sequence under a compiled network: every layer keeps its whole past, windows too.
-
-    Args:
-        layers: how many.
-        shape: key-value heads and head dim.
-        capacity: tokens that it has room for before it grows.
-        dtype: of the keys and values held.
-    """
-
-    def __init__(self, layers: int, shape: tuple[int, int], capacity: int, dtype: torch.dtype) -> None:
-        super().__init__(layers=[ContiguousLayer(max(capacity, 1)) for _ in range(layers)])
-        like = torch.empty(1, shape[0], 0, shape[1], dtype=dtype)
-        for layer in self.layers:
-            layer.lazy_initialization(like, like)
-
-    @property
-    def length(self) -> int:
-        """Tokens held."""
-        return int(self.layers[0].length)
-
-    def reserve(self, count: int) -> None:
-        """Make room for `count` more tokens."""
-        for layer in self.layers:
-            layer.reserve(layer.length + count)
-
-    def advance(self, count: int) -> None:
-        """Count `count` tokens as held that were written into the buffers."""
-        for layer in self.layers:
-            layer.length += count
-
-
 def attends_to_everything(config: PreTrainedConfig) -> bool:
     """True if every layer of the model is plain causal attention over the whole past."""
     layer_types = getattr(config, "layer_types", None)
@@ -230,7 +198,7 @@ def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
 def can_rewind(cache: Cache) -> bool:
     """True if the cache can forget its last tokens and leave no trace of them: no layer has a window or a state."""
     kinds = {type(layer) for layer in cache.layers} | ({cache.layer_class_to_replicate} - {None})
-    return kinds <= {ContiguousLayer, DynamicLayer}
+    return all(issubclass(kind, ContiguousLayer) or kind is DynamicLayer for kind in kinds)
 
 
 def rewind(cache: Cache, count: int) -> None:

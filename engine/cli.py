@@ -10,11 +10,12 @@ import click
 
 from .. import __version__
 from ..errors import RopewalkError
+from .options import loads_a_model
 
 COMMANDS = {
     "demo": ("ropewalk.evals.cli:demo", "The whole story on the embedded model, in minutes."),
     "ppl": ("ropewalk.evals.cli:ppl", "Perplexity across context lengths, by protocol."),
-    "speed": ("ropewalk.evals.cli:speed", "What a position map costs, against plain attention."),
+    "speed": ("ropewalk.evals.speed_cli:speed", "What a position map costs, or how fast other engines are."),
     "vocab": (
         "ropewalk.evals.vocab_cli:vocab",
         "A tokenizer in numbers: size, compression, prompts cut inside tokens.",
@@ -106,7 +107,7 @@ EXAMPLES = "\b\nExamples:\n"
     show_default=True,
     help="Whether the first token may begin inside PROMPT; off begins one at its end.",
 )
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@loads_a_model
 @click.option("--max-length", help="Go past the scaler's reach, up to this length.")
 def generate(
     model: str,
@@ -119,7 +120,7 @@ def generate(
     seed: int | None,
     stop: tuple[str, ...],
     continuation: Literal["auto", "exact", "off"],
-    dtype: str,
+    loading: dict[str, Any],
     max_length: str | None,
 ) -> None:
     """Continue PROMPT with MODEL (a built-in name, a folder, a .gguf file or a hub id), as it is decided.
@@ -139,7 +140,7 @@ def generate(
         stop=stop,
         continuation=continuation,
     )
-    loaded = load(model, rope=rope, dtype=dtype, max_length=parse_length(max_length) if max_length else None)
+    loaded = load(model, rope=rope, **loading, max_length=parse_length(max_length) if max_length else None)
     text = sys.stdin.read() if prompt == "-" else prompt
     for piece in loaded.stream(text, params):
         click.echo(piece, nl=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path as Folder
 from typing import Any
 
 import numpy as np
@@ -19,22 +20,24 @@ from torch.nn.functional import gelu, linear, silu
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..errors import UnsupportedModel
+from ..errors import ConfigError, UnsupportedModel
 from ..scaling.band import Band, same
 from ..scaling.rope import Scaler
 from .attention import causal_attention
 from .banded import banded_attention
-from .cache import ContiguousLayer, KVCache, rewind
+from .cache import rewind
 from .family import Decoder, Linear, decoder
 from .kernel import Score
 from .kernels import UNAVAILABLE
-from .network import Network, Path
+from .kv_cache import CacheShape, KVCache, KVLayer
+from .memory import check_room
+from .network import Network, Path, Setting
 from .plan import Segment
 from .probe import LayerRope, layer_ropes, logits, probe_ids
 from .rotary import RotarySite, headline
 from .rotation import Layout, angles
 from .rows import Run
-from .turns import Group, Turns
+from .turns import Group, Turns, retune
 
 Tree = tuple[int, list[list[int]]]
 
@@ -55,25 +58,45 @@ class CompiledNetwork(Network):
 
     is_compiled = True
 
-    def __init__(self, hf: PreTrainedModel, sites: list[RotarySite], weights: str = "own", cache: str = "auto") -> None:
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        sites: list[RotarySite],
+        weights: str = "own",
+        cache: str = "auto",
+        folder: Folder | None = None,
+    ) -> None:
         super().__init__(hf)
         if UNAVAILABLE:
             raise UnsupportedModel(UNAVAILABLE)
         if hf.device.type != "cpu" or hf.dtype not in (torch.float32, torch.bfloat16):
             raise UnsupportedModel(f"compiled kernels run on the CPU in float32 or bfloat16, not {hf.dtype}")
         self._decoder = decoder(hf)
-        self._dtype = hf.dtype
+        self._dtype, self._folder = hf.dtype, None
         self._headline = headline(sites)
         ropes = layer_ropes(hf, sites)
         self._groups, self._group_of = _groups(self._decoder, ropes)
         self._tables = _Tables.of(self._decoder, self._groups, self._group_of)
         self._scratch = torch.empty(0)
+        self._turns: list[Turns] = []
         self.use(Scaler(), None)
         self._verify()  # before anything is rounded
         if weights == "int8":
             self._tables = _Tables.of(self._decoder, self._groups, self._group_of, Stored.in_int8)
         if cache != "auto":
             self._dtype = getattr(torch, cache)
+        self._folder = folder
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.cache_shape.bytes_per_token
+
+    @property
+    def precision(self) -> str:
+        weights, cache = _name(self._tables.stored_head.weight.dtype), _name(self._dtype)
+        if weights == cache == "float32":
+            return weights
+        return f"{weights}, {cache} cache, float32 arithmetic"
 
     @property
     def how(self) -> str:
@@ -86,15 +109,27 @@ class CompiledNetwork(Network):
         )
 
     def use(self, scaler: Scaler, length: int | None) -> None:
+        before = self._setting
+        if self._dtype == torch.int8 and scaler.member("positions"):
+            raise ConfigError(f"{scaler} holds its keys in several forms, an int8 cache in one; leave out kv_dtype")
         own = [group.site.configured.scaler for group in self._groups if group.site]  # LongRoPE, where a model has it
-        length = length if any(one.depends_on_length for one in (scaler, *own)) else None
-        if getattr(self, "_used", None) != (scaler, length):
-            self._used = scaler, length
-            self._turns = [Turns(group, self._headline, scaler, length) for group in self._groups]
+        self._setting = scaler, length if any(one.depends_on_length for one in (scaler, *own)) else None
+        if before != self._setting or not self._turns:
+            self._turns = [Turns(group, self._headline, *self._setting) for group in self._groups]
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """What a cache of this network looks like."""
+        d = self._decoder
+        return CacheShape(
+            layers=len(d.layers), heads=d.key_heads, dim=d.head_dim, dtype=self._dtype, folder=self._folder
+        )
+
+    def check_room(self, tokens: int) -> None:
+        check_room(self.cache_shape, tokens, 1 + max(len(turns.key_bands) for turns in self._turns))
 
     def new_cache(self, capacity: int) -> KVCache:
-        shape = self._decoder.key_heads, self._decoder.head_dim
-        return KVCache(len(self._decoder.layers), shape, capacity, self._dtype)
+        return KVCache(self.cache_shape, capacity)
 
     @torch.no_grad()
     def forward(self, ids: Sequence[int], cache: Cache, keep: int) -> Tensor:
@@ -141,6 +176,13 @@ class CompiledNetwork(Network):
                         f"logits differ by {difference:.2g} of their size)"
                     )
 
+    def retune(self, cache: Cache, before: Setting) -> None:
+        """Turn the keys of a cache that was filled under `before` to what the scaler in use asks for, in place."""
+        used = dict(zip(self._groups, self._turns, strict=True))
+        for index, layer in enumerate(cache.layers):
+            group = self._groups[self._group_of[index]]
+            retune(layer, Turns(group, self._headline, *before), used[group])
+
     # A few tokens
 
     def _few(self, rows: Sequence[tuple[Sequence[int], KVCache]], keep: int, tree: Tree | None = None) -> Tensor:
@@ -185,7 +227,7 @@ class CompiledNetwork(Network):
         return self._capped(torch.from_numpy(found))
 
     def _turned(self, which: str, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Angles of all groups in one array, [groups, forms, n, 2, half]; a group's missing forms are of no use."""
+        """Angles of all groups, [groups, forms, n, 2, half]; forms that a group lacks are filled up and not used."""
         found = [getattr(turns, which)(positions, self._tables.half) for turns in self._turns]
         forms = max(map(len, found))
         return np.stack([np.resize(one, (forms, *one.shape[1:])) for one in found])
@@ -193,7 +235,7 @@ class CompiledNetwork(Network):
     def _parts(
         self, positions: np.ndarray[Any, Any], held: int, ancestors: list[list[int]] | None
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Which keys every token sees, cut into the parts that threads compute; those of a tree one by one."""
+        """Which keys every token sees, in the parts that threads compute; those of a tree are one by one."""
         from .kernels.attention import PART
 
         parts: list[tuple[int, int, int, int, int]] = []
@@ -221,13 +263,15 @@ class CompiledNetwork(Network):
             cache.reserve(len(own))
             for index, layer in enumerate(cache.layers):
                 turns = self._turns[self._group_of[index]]
-                held = [layer.keys, *self._copies(layer, turns, len(own)), layer.values]
-                for form, buffer in zip([*range(len(held) - 1), forms], held, strict=True):
-                    found[index, at : at + len(own), form] = buffer.data_ptr(), 0, buffer.shape[2]
+                key_scales, value_scales = layer.scales
+                held = [(layer.keys, key_scales), *((c, 0) for c in self._copies(layer, turns, len(own)))]
+                for form, (keys, scales) in enumerate(held):
+                    found[index, at : at + len(own), form] = keys.data_ptr(), scales, keys.shape[2]
+                found[index, at : at + len(own), forms] = layer.values.data_ptr(), value_scales, layer.capacity
             at += len(own)
         return found
 
-    def _copies(self, layer: ContiguousLayer, turns: Turns, count: int) -> list[Tensor]:
+    def _copies(self, layer: KVLayer, turns: Turns, count: int) -> list[Tensor]:
         """The turned copies of a layer's keys, with room for `count` more."""
         keys = layer.keys[:, :, : layer.length]
 
@@ -309,7 +353,7 @@ class _Chunk:
         elif group.window is not None and run.key_stop > group.window:
             self._work = [(run, [_window(turns, run, group.window)])]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: ContiguousLayer, score: Score) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, score: Score) -> Tensor:
         """q [1, H, N, D], k and v [1, K, N, D] as they are projected; writes the cache; [1, H, N, D]."""
         layout = self._turns.group.layout
         if self._turns.mapped:

@@ -24,7 +24,8 @@ class Completion:
     """What `generate` returns: the new text, without the prompt.
 
     `token_ids` are the new tokens. The first of them may begin inside the prompt: `continuation` is set where that was
-    weighed. `finish_reason` is "stop" (an end token or stop string came) or "length". `logprobs` holds one `Token` for
+    weighed.
+    `finish_reason` is "stop" (an end token or stop string came), "length" or "time". `logprobs` holds one `Token` for
     each id if `SamplingParams.logprobs` asked for them.
     """
 

@@ -35,6 +35,61 @@ class OpeningToken(Token):
     continuation: Continuation
 
 
+class Decoding:
+    """One answer in the making: it says which tokens to run next, and draws from what they give.
+
+    Args:
+        prompt: token ids.
+        stop_ids: tokens that end the text.
+        cache: may hold the prompt's beginning already; it is written to.
+        weigh: draws the first token from the covers of the prompt, as an `OpeningToken`. Without it the answer
+            begins where the prompt's tokens end.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        prompt: list[int],
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+        cache: Cache | None = None,
+        weigh: Weigh | None = None,
+    ) -> None:
+        self._network, self._prompt, self._params = network, prompt, params
+        self._stop_ids, self._weigh = stop_ids, weigh
+        self._generator = random_source(params, network.hf.device)
+        self._count = 0
+        self._seen: list[int] = []
+        self.cache = cache if cache is not None else network.new_cache(len(prompt) + params.max_new_tokens)
+        self.pending: list[int] = []
+        self.finished = False
+
+    def open(self) -> Token:
+        """Read the prompt and draw the first token."""
+        if self._weigh is not None:
+            token, pending = _open(self._weigh(self.cache), self.cache, self._params, self._generator)
+            self._seen = list(token.continuation.prompt_ids)
+            return self._next(token, pending)
+        held = self.cache.get_seq_length()
+        if held >= len(self._prompt):  # the last token must be run to see what follows it
+            rewind(self.cache, held - len(self._prompt) + 1)
+        self._seen = list(self._prompt)
+        rest = self._prompt[self.cache.get_seq_length() :]
+        return self.draw(prefill(self._network, rest, self.cache)[-1])
+
+    def draw(self, logits_V: Tensor) -> Token:
+        """The token after `pending`, whose logits these are."""
+        token = _draw(logits_V.float(), self._seen, self._params, self._generator)
+        return self._next(token, [token.id])
+
+    def _next(self, token: Token, pending: list[int]) -> Token:
+        self.pending = pending
+        self._seen.append(token.id)
+        self._count += 1
+        self.finished = token.id in self._stop_ids or self._count == self._params.max_new_tokens
+        return token
+
+
 def decode(
     network: Network,
     prompt: list[int],
@@ -43,36 +98,11 @@ def decode(
     cache: Cache | None = None,
     weigh: Weigh | None = None,
 ) -> Iterator[Token]:
-    """Tokens that follow `prompt`, up to `max_new_tokens` or through one of `stop_ids`.
-
-    Args:
-        cache: may hold the prompt's beginning already; it is written to.
-        weigh: draws the first token from the covers of the prompt, as an `OpeningToken`. Without it the answer
-            begins where the prompt's tokens end.
-    """
-    generator = random_source(params, network.hf.device)
-    if cache is None:
-        cache = network.new_cache(len(prompt) + params.max_new_tokens)
-    if weigh is None:
-        if (excess := cache.get_seq_length() - len(prompt) + 1) > 0:
-            rewind(cache, excess)  # the last token must be run to see what follows it
-        seen = list(prompt)
-        logits = prefill(network, prompt[cache.get_seq_length() :], cache)[-1].float()
-        token = _draw(logits, seen, params, generator)
-        pending = [token.id]
-    else:
-        token, pending = _open(weigh(cache), cache, params, generator)
-        seen = list(token.continuation.prompt_ids)
-    count = 0
-    while True:
-        yield token
-        count += 1
-        if token.id in stop_ids or count == params.max_new_tokens:
-            return
-        seen.append(token.id)
-        logits = network.forward(pending, cache, keep=1)[0].float()
-        token = _draw(logits, seen, params, generator)
-        pending = [token.id]
+    """Tokens that follow `prompt`, up to `max_new_tokens` or through one of `stop_ids`. Arguments as of `Decoding`."""
+    decoding = Decoding(network, prompt, params, stop_ids, cache, weigh)
+    yield decoding.open()
+    while not decoding.finished:
+        yield decoding.draw(network.forward(decoding.pending, decoding.cache, keep=1)[0])
 
 
 def _draw(logits_V: Tensor, seen: list[int], params: SamplingParams, generator: torch.Generator) -> Token:

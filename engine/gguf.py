@@ -120,7 +120,7 @@ def _convert(file: Path, reader: Any, out: Path, *, quiet: bool) -> None:
     scaling = _rope_scaling(file, reader)
     console = Console(file=sys.stderr, quiet=quiet)  # this very stream: transformers gets another one meanwhile
     shown = console.status(f"converting {file.name}") if console.is_terminal else contextlib.nullcontext()
-    with shown, _silent_transformers(), _parsed_once(reader):
+    with shown, silent_transformers(), _parsed_once(reader):
         model, tokenizer = _load(file)
         if scaling is not None:
             _set_scaling(file, model.config, scaling)
@@ -254,7 +254,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _silent_transformers() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -37,6 +37,7 @@ def load(
     dtype: str = "auto",
     compile: bool | Literal["auto"] = "auto",
     kv_dtype: str = "auto",
+    offload: str | Path | None = None,
     device_map: str | dict[str, Any] | None = None,
     max_length: int | None = None,
 ) -> Model:
@@ -53,6 +54,7 @@ def load(
         compile: "auto" runs the model by compiled kernels where they know its family and reproduce it; True insists,
             False runs transformers' modules. `model.describe()` says which it is.
         kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the model's dtype.
+        offload: a folder; keys and values are kept there in memory-mapped files, gone with the process.
         device_map: as in accelerate ("auto", "cuda:0", {...}); None puts everything on the GPU if there is one.
         max_length: most tokens `generate` accepts; None is the scaler's reach.
 
@@ -64,7 +66,10 @@ def load(
     scaler = parse(rope)
     if dtype not in ("auto", "int8") and dtype not in _DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}.{did_you_mean(dtype, [*_DTYPES, 'auto', 'int8'])}")
-    settings = Settings(compile=compile, weights="int8" if dtype == "int8" else "own", cache=kv_dtype)
+    folder = None if offload is None else Path(offload)
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"offload {offload} is not a folder; make it, on a disk with room for the cache")
+    settings = Settings(compile=compile, weights="int8" if dtype == "int8" else "own", cache=kv_dtype, folder=folder)
     if max_length is not None and max_length < 1:
         raise ConfigError(f"max_length {max_length} must be at least 1")
     source = resolve(str(name))

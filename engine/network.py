@@ -15,6 +15,8 @@ from .cache import new_cache, rewind
 
 Path = tuple[int, ...]
 
+Setting = tuple[Scaler, int | None]
+
 
 class Network:
     """A transformers model, run by its own modules, with whatever is patched into them.
@@ -28,6 +30,20 @@ class Network:
     def __init__(self, hf: PreTrainedModel, why: str | None = None) -> None:
         self.hf = hf
         self._why = why
+        self._setting: Setting = Scaler(), None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that the keys and values of a token take."""
+        config = self.hf.config.get_text_config()
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * dim * self.hf.dtype.itemsize)
+
+    @property
+    def precision(self) -> str:
+        """In which numbers it computes, as results are labelled."""
+        return str(self.hf.dtype).removeprefix("torch.")
 
     @property
     def how(self) -> str:
@@ -38,6 +54,19 @@ class Network:
 
     def use(self, scaler: Scaler, length: int | None) -> None:
         """Run under `scaler`, for sequences of `length` tokens, from now on. The model is patched with it already."""
+        self._setting = scaler, length if scaler.depends_on_length else None
+
+    @property
+    def setting(self) -> Setting:
+        """The scaler in use, and the length that it is for where it depends on that."""
+        return self._setting
+
+    def retune(self, cache: Cache, before: Setting) -> None:
+        """Turn the keys of a cache of this network's own from `before` to the setting in use, in place."""
+        raise NotImplementedError
+
+    def check_room(self, tokens: int) -> None:
+        """Raise ContextOverflow if a cache of `tokens` tokens is known not to fit into memory."""
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for one sequence of about `capacity` tokens."""

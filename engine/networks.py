@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from .compiled import CompiledNetwork
+from .family import supported
+from .kernels import FOLDER
 from .network import Network
 from .rotary import RotarySite
 
@@ -24,11 +28,13 @@ class Settings:
             False runs the model's own modules.
         weights: "own", or "int8": each row of a linear layer in 255 steps of its own size.
         cache: dtype of keys and values; "auto" is that of the model.
+        folder: where keys and values are kept in memory-mapped files; None keeps them in memory.
     """
 
     compile: bool | Literal["auto"] = "auto"
     weights: Literal["own", "int8"] = "own"
     cache: str = "auto"
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.compile not in (True, False, "auto"):
@@ -36,12 +42,12 @@ class Settings:
         if self.cache not in CACHE_DTYPES:
             raise ConfigError(f"unknown kv_dtype {self.cache!r}.{did_you_mean(self.cache, CACHE_DTYPES)}")
         if self.compile is False and self.insists:
-            raise ConfigError("int8 weights and a kv_dtype need the compiled kernels; leave out compile=False")
+            raise ConfigError("int8 weights, a kv_dtype and offload need the compiled kernels; leave out compile=False")
 
     @property
     def insists(self) -> bool:
         """True if only the compiled kernels will do."""
-        return self.compile is True or self.weights != "own" or self.cache != "auto"
+        return self.compile is True or self.weights != "own" or self.cache != "auto" or self.folder is not None
 
 
 def network(hf: PreTrainedModel, sites: list[RotarySite], settings: Settings) -> Network:
@@ -52,8 +58,10 @@ def network(hf: PreTrainedModel, sites: list[RotarySite], settings: Settings) ->
     """
     if settings.compile is False:
         return Network(hf)
+    if FOLDER is not None and not FOLDER.exists() and supported(hf.config) and sys.stderr.isatty():
+        sys.stderr.write("ropewalk: compiling kernels for this machine, once (about half a minute)\n")
     try:
-        return CompiledNetwork(hf, sites, settings.weights, settings.cache)
+        return CompiledNetwork(hf, sites, settings.weights, settings.cache, settings.folder)
     except UnsupportedModel as reason:
         if settings.insists:
             raise UnsupportedModel(f"the compiled kernels cannot run this model: {reason}") from reason

@@ -36,6 +36,11 @@ class Prompt:
     start: int | None = None
     pending: bytes = b""
 
+    @property
+    def certain(self) -> list[int]:
+        """Tokens that are read whatever is drawn."""
+        return self.ids if self.cover is None or self.cover.only_aligned else list(self.cover.trunk)
+
     @classmethod
     def read(
         cls,

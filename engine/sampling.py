@@ -24,6 +24,7 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the likeliest.
         repetition_penalty: divides positive (multiplies negative) logits of tokens already in the text; 1 is off.
         stop: strings that end the text; they are not part of it.
+        max_time: most seconds to write; the token that is under way then is the last.
         seed: makes sampling repeatable; None draws a fresh one.
         logprobs: also return each token's log-probability and this many alternatives; None returns neither.
         continuation: what to do where a prompt may end inside a token. "exact" draws the first token among all that
@@ -38,6 +39,7 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] | list[str] | str = ()
+    max_time: float | None = None
     seed: int | None = None
     logprobs: int | None = None
     continuation: Literal["auto", "exact", "off"] = "auto"
@@ -49,6 +51,7 @@ class SamplingParams:
             (self.top_k >= 0, f"top_k {self.top_k} must be 0 (all) or more"),
             (0 < self.top_p <= 1, f"top_p {self.top_p:g} must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, f"min_p {self.min_p:g} must be between 0 and 1"),
+            (self.max_time is None or self.max_time > 0, f"max_time {self.max_time} must be above 0 seconds"),
             (self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty:g} must be above 0"),
             (
                 self.logprobs is None or self.logprobs >= 0,

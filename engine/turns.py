@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from ..scaling.band import PLAIN, Band
 from ..scaling.rope import Frequencies, Scaler
+from .kv_cache import KVLayer
 from .plan import Plan
 from .rotary import RotarySite
-from .rotation import Layout
+from .rotation import Layout, angles
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -135,3 +136,30 @@ class Turns:
 
 def _border(band: Band, here: torch.Tensor) -> tuple[int, int]:
     return max(0, int(band.start(here))), int(band.stop(here))
+
+
+_AT_ONCE = 4096  # keys that are turned anew at a time
+
+
+def retune(layer: KVLayer, before: Turns, after: Turns) -> None:
+    """Turn a layer's keys from one scaler's angles to another's, in place.
+
+    Rotations add up, so the keys turn by the difference; nothing of the text is read again. Exact but for the
+    rounding of the cache.
+    """
+    held = [1.0 if turns.mapped else turns.frequencies.attention_factor for turns in (before, after)]
+    rates = [
+        torch.zeros_like(turns.frequencies.inv_freq) if turns.mapped else turns.frequencies.inv_freq
+        for turns in (before, after)
+    ]
+    layout = after.group.layout
+    if layout is None or (held[0] == held[1] and torch.equal(*rates)):
+        return
+    layer.reserve(layer.length)
+    layer.turned.clear()
+    for start in range(0, layer.length, _AT_ONCE):
+        stop = min(start + _AT_ONCE, layer.length)
+        where = torch.arange(start, stop, dtype=torch.float64)
+        keys = layer.key_rows(start, stop)
+        turn = angles(where, rates[1] - rates[0], factor=held[1] / held[0], like=keys)
+        layer.write_keys(start, layout.rotate(keys, turn))

@@ -1,11 +1,14 @@
-"""The commands that measure: `ropewalk ppl`, `speed`, `demo` and `continuation`."""
+"""The commands that measure: `ropewalk ppl`, `demo` and `continuation`."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
+
+from ..engine.options import loads_a_model
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -53,7 +56,7 @@ def _refuse_unused(context: click.Context, protocol: str) -> None:
 )
 @click.option("--stride", default=256, show_default=True, help="sliding: tokens by which the window moves.")
 @click.option("--tokens", default="32k", show_default=True, help="sliding: tokens of the text that are scored.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@loads_a_model
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -71,7 +74,7 @@ def ppl(
     samples: int,
     stride: int,
     tokens: str,
-    dtype: str,
+    loading: dict[str, Any],
     out: Path | None,
     max_minutes: float | None,
     dry_run: bool,
@@ -96,7 +99,7 @@ def ppl(
     console = Console()
     scalers = [parse(rope) for rope in ropes]
     documents = load_text(text)
-    loaded = load(model, dtype=dtype)
+    loaded = load(model, **loading)
     contexts = tuple(parse_length(length, loaded.trained_length) for length in lengths.split(","))
     plan = Plan(
         protocol=protocol,
@@ -141,60 +144,6 @@ def demo(full: bool, max_minutes: float, out: Path) -> None:
 
 
 @click.command(
-    epilog=EXAMPLES + "  ropewalk speed smollm2-135m\n"
-    '  ropewalk speed ./my-model --rope "rerope:2k|logn" --lengths 4k,8k --public-form'
-)
-@click.argument("model")
-@click.option(
-    "--rope",
-    "ropes",
-    multiple=True,
-    help="Scaler with a position map; may be repeated.  [default: ReRoPE and Self-Extend at L/4, dual chunk]",
-)
-@click.option("--lengths", default="4k,8k", show_default=True, help="Contexts, separated by commas.")
-@click.option("--repeats", default=5, show_default=True, help="Turns; every way is timed once a turn.")
-@click.option("--decode/--no-decode", default=True, show_default=True, help="Also time a decode step of the model.")
-@click.option("--public-form", is_flag=True, help="Also time full n x n passes, as public code has them; much memory.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-def speed(
-    model: str, ropes: tuple[str, ...], lengths: str, repeats: int, decode: bool, public_form: bool, dtype: str
-) -> None:
-    """What a position map costs: its prefill attention, and a decode step, against those without it.
-
-    Everything is timed in turn, and ratios are of the same turn. The last line is JSON.
-    """
-    import json
-
-    import torch
-    from rich.console import Console
-    from rich.progress import Progress
-    from rich.table import Table
-
-    from ..engine.load import load
-    from ..scaling import DualChunk, ReRoPE, Scaler, SelfExtend, parse, parse_length
-    from .speed import as_json, attention_costs, check_maps, decode_costs
-
-    console = Console()
-    loaded = load(model, dtype=dtype)
-    quarter = loaded.trained_length // 4
-    usual: list[Scaler] = [ReRoPE(window=quarter), SelfExtend(group=8, window=quarter), DualChunk()]
-    scalers = [parse(rope) for rope in ropes] or usual
-    check_maps(scalers)
-    contexts = [parse_length(length, loaded.trained_length) for length in lengths.split(",")]
-    with Progress(console=console, transient=True) as progress, torch.inference_mode():
-        costs = list(attention_costs(loaded, scalers, contexts, repeats=repeats, naive=public_form, progress=progress))
-        if decode:
-            costs += decode_costs(loaded, scalers, contexts, repeats=repeats, progress=progress)
-    table = Table("what", "scaler", "context", "median", "ratio (least, most)")
-    for cost in costs:
-        middle = sorted(cost.seconds)[len(cost.seconds) // 2]
-        ratio = f"{cost.ratio:.2f} ({cost.lowest:.2f}, {cost.highest:.2f})"
-        table.add_row(cost.what, cost.scaler, str(cost.length), f"{1000 * middle:.1f} ms", ratio)
-    console.print(table)
-    click.echo(json.dumps(as_json(costs)))
-
-
-@click.command(
     epilog=EXAMPLES + "  ropewalk continuation smollm2-135m --cuts 40\n"
     "  ropewalk continuation ./my-model --text book.txt --out runs/book"
 )
@@ -202,7 +151,7 @@ def speed(
 @click.option("--text", help="Cut this text: a built-in name, file or folder.  [default: shakespeare, code, chinese]")
 @click.option("--cuts", default=120, show_default=True, type=click.IntRange(min=1), help="Cuts of every kind.")
 @click.option("--seed", default=0, show_default=True, help="Of the places of the cuts.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@loads_a_model
 @click.option(
     "--out",
     default="runs/continuation",

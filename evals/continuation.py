@@ -59,7 +59,7 @@ def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
         "kind": text.kind,
         "place": cut.place,
         "seed": seed,
-        "dtype": str(model.hf.dtype).removeprefix("torch."),
+        "dtype": model.network.precision,
         "device": model.hf.device.type,
         "transformers": transformers.__version__,
     }

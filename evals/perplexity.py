@@ -109,7 +109,7 @@ def cells(model: Model, text: Text, scalers: Sequence[Scaler], plan: Plan) -> li
         "model": model.name,
         "text": text.name,
         "text_sha256": text.sha256,
-        "dtype": str(model.hf.dtype).removeprefix("torch."),
+        "dtype": model.network.precision,
         "device": model.hf.device.type,
         "trained_length": model.trained_length,
         "target": None,

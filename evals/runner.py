@@ -118,12 +118,8 @@ def print_plan(model: Model, cells: Sequence[Cell], console: Console) -> None:
         )
     console.print(table)
     total = sum(cost.cell(c) for c in cells) / rate
-    config = model.hf.config.get_text_config()
     longest = max(len(w.ids) for cell in cells for w in cell.windows)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = model.hf.dtype.itemsize
-    cache_mb = 2 * config.num_hidden_layers * kv_heads * head_dim * width * longest / 1e6
+    cache_mb = model.network.bytes_per_token * longest / 1e6
     weights_mb = model.hf.get_memory_footprint() / 1e6
     console.print(
         f"{len(cells)} cells, about {total / 60:.1f} minutes; memory about {weights_mb:.0f} MB of weights and "

@@ -15,15 +15,19 @@ from ..storage import cache_dir
 UNAVAILABLE = None if find_spec("numba") else "numba is not installed"
 """Why there are no compiled kernels on this machine; None if there are."""
 
+FOLDER: Path | None = None
+"""Where the compiled kernels are kept; empty before the first use."""
+
 if UNAVAILABLE is None:
     import numba
 
     _sources = sorted(Path(__file__).parent.glob("*.py"))
     _version = hashlib.sha256(b"".join(source.read_bytes() for source in _sources)).hexdigest()[:12]
     _before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(cache_dir() / "kernels" / _version)
+    FOLDER = cache_dir() / "kernels" / _version
+    numba.config.CACHE_DIR = str(FOLDER)
     from .step import project, step
 
     numba.config.CACHE_DIR = _before
 
-__all__ = ["UNAVAILABLE", "project", "step"]
+__all__ = ["FOLDER", "UNAVAILABLE", "project", "step"]

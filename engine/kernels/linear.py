@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .simd import add, fma, get, load, splat, total
+from .simd import add, fetch, fma, get, load, size_of, splat, total
+
+_AHEAD = 4096  # bytes of weights asked for before they are needed
 
 
 @njit(cache=True)
@@ -57,6 +59,7 @@ def project_rows(kind, linear, x, tokens, start, stop, out, offset):
     """
     weights, scales, bias, columns = linear[0], linear[1], linear[2], linear[4]
     for r in range(start, stop):
+        fetch(kind, weights, r * columns + _AHEAD // size_of(kind), columns)
         scale = get(scales, r) if scales else np.float32(1)
         shift = get(bias, r) if bias else np.float32(0)
         t, column = 0, offset + r

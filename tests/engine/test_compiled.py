@@ -1,8 +1,7 @@
 """Every described family by the compiled network, in any chunks, against transformers' own logits."""
 
 import pytest
-import torch
-from decoders import DECODERS, IDS, WINDOW, compiled, difference, in_chunks, read, under
+from decoders import DECODERS, IDS, WINDOW, compiled, difference, in_chunks, read
 
 from ropewalk.engine.compiled import FEW
 from ropewalk.engine.family import FAMILIES

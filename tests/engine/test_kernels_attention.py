@@ -1,5 +1,7 @@
 """Attention in parts that are joined, against softmax in float64."""
 
+import itertools
+
 import numpy as np
 import pytest
 from kernel_data import KINDS, address, stored
@@ -103,7 +105,7 @@ def test_parts_are_joined_to_the_whole(kind, G, cuts):
     assert max(np.diff(edges)) <= PART
     held = Held(kind, count, 48, G)
     q = held.queries(G, 4)
-    found = [held.part(q, first=a, count=b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    found = [held.part(q, first=a, count=b - a) for a, b in itertools.pairwise(edges)]
     junk = [np.full_like(x, np.nan) for x in found[0]]  # of other tokens, before and behind
     outs, peaks, weights = (np.stack(x) for x in zip(junk, *found, junk, strict=True))
     result = np.full(G * 48 + 1, 7, np.float32)

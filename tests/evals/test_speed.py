@@ -54,3 +54,35 @@ def test_speed_tells_costs_and_ends_in_json(tiny_folder):
 def test_a_scaler_without_a_map_is_refused():
     with pytest.raises(rw.ConfigError, match="yarn:4 has no position map"):
         check_maps([parse("rerope:2k"), parse("yarn:4")])
+
+
+@pytest.mark.slow
+def test_against_compares_engines_and_ends_in_json(tiny_folder):
+    arguments = ["speed", str(tiny_folder), "--against", "hf:float32", "--lengths", "2x,64"]
+    arguments += ["--new-tokens", "4", "--repeats", "2", "--prefill-repeats", "1", "--threads", "1"]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    found = json.loads(result.output.splitlines()[-1])
+    rows = [(t["engine"], t["what"], t["length"], len(t["seconds"])) for t in found["timings"]]
+    whats = [(what, n, turns) for n in (64, 512) for what, turns in (("prefill", 1), ("decode", 2))]
+    assert sorted(rows) == sorted((e, *what) for e in ("ropewalk float32", "hf float32") for what in whats)
+    for agreement in found["agreements"]:
+        assert agreement["same"] == agreement["compared"] == 5
+        assert agreement["difference"] < 1e-3
+    assert found["threads"] == 1
+    assert {"python", "ropewalk", "torch", "transformers"} <= found["versions"].keys()
+    assert found["bandwidth_gb_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--against", "hf", "--rope", "rerope:64"], "leave out --rope"),
+        (["--against", "hf", "--no-decode"], "leave out --decode"),
+        (["--new-tokens", "4"], "--new-tokens needs --against"),
+        (["--threads", "1"], "--threads needs --against"),
+    ],
+)
+def test_options_of_the_other_measurement_are_refused(tiny_folder, options, words):
+    result = CliRunner().invoke(cli, ["speed", str(tiny_folder), *options])
+    assert result.exit_code == 2
+    assert words in result.output

@@ -1,0 +1,130 @@
+"""From prompts to answers: one at a time, or several together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import Cache
+
+from ..errors import ContextOverflow, PatchError
+from ..scaling.lengths import format_length
+from ..tokenizer_tools.cover import shared_length
+from .answer import Answer
+from .cache import rewind
+from .completion import Completion
+from .decode import Decoding
+from .kv_cache import KVCache
+from .prompt import Prompt
+from .sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from .api import Model
+
+ROWS = 8  # answers that are written together at most: eight share the reading of the weights
+_SHARED = 32  # tokens of a common beginning from which on it is worth copying
+
+
+def check_length(model: Model, tokens: int, params: SamplingParams) -> int:
+    """Tokens of prompt and answer together.
+
+    Raises:
+        ContextOverflow: they are more than the scaler reaches, or than memory holds.
+    """
+    total = tokens + params.max_new_tokens
+    if total > model.max_length:
+        factor = math.ceil(total / model.spec.trained_length)
+        raise ContextOverflow(
+            f"{tokens} prompt tokens and max_new_tokens {params.max_new_tokens} make {total}, more than the "
+            f"{format_length(model.max_length)} that {model.name} reaches with rope {str(model.rope)!r}; set "
+            f'model.rope = "yarn:{factor}", shorten the prompt, or load with max_length={total} to go there anyway'
+        )
+    model.network.check_room(total)
+    return total
+
+
+def pieces(
+    model: Model, prompt: Prompt, params: SamplingParams, answer: Answer, cache: Cache | None = None
+) -> Iterator[str]:
+    """The text of one answer as it is decided; `answer` is filled meanwhile."""
+    length, rope = check_length(model, len(prompt.ids), params), model.rope
+    decoding = _decoding(model, prompt, params, cache)
+    started = False
+    while not answer.done:
+        if model.rope is not rope:
+            raise PatchError(
+                f"the scaler was changed from {rope} to {model.rope} while a text was being streamed; "
+                "finish the stream first, or start it again"
+            )
+        model.prepare(length)  # another request may have run since, and its frequencies are not ours
+        with torch.inference_mode():
+            if started:
+                logits = model.network.forward(decoding.pending, decoding.cache, keep=1)[0]
+                token = decoding.draw(logits)
+            else:
+                token, started = decoding.open(), True
+        if piece := answer.push(token):
+            yield piece
+
+
+@dataclass
+class _Row:
+    index: int
+    decoding: Decoding
+    answer: Answer
+
+
+def generate_together(model: Model, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
+    """Answers to several prompts, up to `ROWS` at a time; whoever is finished makes room for the next.
+
+    A row is computed as though it were alone. A beginning that a prompt shares with one in progress is not read again.
+    """
+    length = max(check_length(model, len(prompt.ids), params) for prompt in prompts)
+    waiting = list(enumerate(prompts))[::-1]
+    rows: list[_Row] = []
+    found: dict[int, Completion] = {}
+    model.prepare(length)
+    with torch.inference_mode():
+        while waiting or rows:
+            while waiting and len(rows) < ROWS:
+                index, prompt = waiting.pop()
+                row = _Row(
+                    index, _decoding(model, prompt, params, _beginning(rows, prompt)), _answer(model, prompt, params)
+                )
+                row.answer.push(row.decoding.open())
+                rows.append(row)
+            for row in [row for row in rows if row.answer.done]:
+                found[row.index] = row.answer.completion()
+                rows.remove(row)
+            if rows:
+                logits = model.network.step([(row.decoding.pending, row.decoding.cache) for row in rows])
+                for row, own in zip(rows, logits, strict=True):
+                    row.answer.push(row.decoding.draw(own))
+    return [found[index] for index in range(len(prompts))]
+
+
+def _decoding(model: Model, prompt: Prompt, params: SamplingParams, cache: Cache | None) -> Decoding:
+    weigh = prompt.weigher(model.network, model.vocabulary, params.repetition_penalty)
+    return Decoding(model.network, prompt.ids, params, model.stop_ids, cache, weigh)
+
+
+def _answer(model: Model, prompt: Prompt, params: SamplingParams) -> Answer:
+    return Answer(prompt, params, model.vocabulary, model.stop_ids)
+
+
+def _beginning(rows: Sequence[_Row], prompt: Prompt) -> Cache | None:
+    """A cache that holds what the prompt shares with one that was read, if that is worth it."""
+    best, longest = None, _SHARED - 1
+    for row in rows:
+        if isinstance(row.decoding.cache, KVCache):
+            shared = shared_length(row.answer.prompt_ids, prompt.certain)
+            if shared > longest:
+                best, longest = row.decoding.cache, shared
+    if best is None:
+        return None
+    cache = best.fork()
+    rewind(cache, max(0, cache.length - longest))
+    return cache

@@ -1,0 +1,163 @@
+"""The cache of one sequence under a compiled network: shared until written, in memory or in a file, rounded or not."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .cache import ContiguousLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheShape:
+    """What the cache of a model looks like.
+
+    Args:
+        layers, heads, dim: layers, key-value heads, head dim.
+        dtype: of keys and values; int8 ones have a float32 scale each.
+        folder: where they are kept in memory-mapped files; None keeps them in memory.
+    """
+
+    layers: int
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    folder: Path | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token takes."""
+        row = self.dim * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
+        return 2 * self.layers * self.heads * row
+
+
+class KVLayer(ContiguousLayer):
+    """Keys and values of one layer, [1, heads, capacity, dim]; forks share them until one writes."""
+
+    buffers: tuple[str, ...] = ("keys", "values")
+
+    def __init__(self, shape: CacheShape, capacity: int) -> None:
+        super().__init__(capacity)
+        self.shape = shape
+        self._sharers = [1]
+        self.dtype, self.device = shape.dtype, torch.device("cpu")
+        self.is_initialized = True
+        for name in self.buffers:
+            setattr(self, name, self._new(name))
+
+    def _new(self, name: str) -> Tensor:
+        scales = name.endswith("scales")
+        size = (1, self.shape.heads, self.capacity, *(() if scales else (self.shape.dim,)))
+        dtype = torch.float32 if scales else self.shape.dtype
+        if self.shape.folder is None:
+            return torch.empty(size, dtype=dtype)
+        with tempfile.NamedTemporaryFile(dir=self.shape.folder, prefix="ropewalk-", suffix=".kv") as file:
+            count = torch.Size(size).numel()
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` keys, in buffers that nobody else reads."""
+        if length <= self.capacity and self._sharers[0] == 1:
+            return
+        if length > self.capacity:
+            self.capacity = max(length, 2 * self.capacity)
+        self._sharers[0] -= 1
+        self._sharers = [1]
+        for name in self.buffers:
+            old, new = getattr(self, name), self._new(name)
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
+
+    def fork(self) -> KVLayer:
+        """A layer that goes on from here; nothing is copied before one of the two writes."""
+        other = type(self).__new__(type(self))
+        ContiguousLayer.__init__(other, self.capacity)
+        other.__dict__.update(self.__dict__ | {"turned": other.turned})
+        self._sharers[0] += 1
+        return other
+
+    def key_rows(self, start: int, stop: int) -> Tensor:
+        """Keys [start, stop), float32 [1, heads, n, dim]."""
+        return self.keys[:, :, start:stop].float()
+
+    def write_keys(self, start: int, keys: Tensor) -> None:
+        """Put others in the place of the keys from `start` on; the layer must be its own (`reserve`)."""
+        self.keys[:, :, start : start + keys.shape[2]] = keys
+
+    @property
+    def scales(self) -> tuple[int, int]:
+        """Addresses of the scales of keys and values, 0 where there are none."""
+        return 0, 0
+
+
+class Int8Layer(KVLayer):
+    """Keys and values in 255 steps, each row of a head of its own size."""
+
+    buffers = ("keys", "values", "key_scales", "value_scales")
+    key_scales: Tensor
+    value_scales: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start, end = self.length, self.length + key_states.shape[2]
+        self.reserve(end)
+        self.write_keys(start, key_states)
+        _write_codes(self.values, self.value_scales, start, value_states)
+        self.length = end
+        return self.key_rows(0, end), self.values[:, :, :end].float().mul_(self.value_scales[:, :, :end, None])
+
+    def key_rows(self, start: int, stop: int) -> Tensor:
+        return self.keys[:, :, start:stop].float().mul_(self.key_scales[:, :, start:stop, None])
+
+    def write_keys(self, start: int, keys: Tensor) -> None:
+        _write_codes(self.keys, self.key_scales, start, keys)
+
+    @property
+    def scales(self) -> tuple[int, int]:
+        return self.key_scales.data_ptr(), self.value_scales.data_ptr()
+
+
+def _write_codes(codes: Tensor, scales: Tensor, start: int, states: Tensor) -> None:
+    """Round rows to whole steps of a 127th of their largest number."""
+    rows = slice(start, start + states.shape[2])
+    steps = states.float().abs().amax(-1) / 127
+    codes[:, :, rows] = (states / steps.clamp(min=1e-30)[..., None]).round_().to(torch.int8)
+    scales[:, :, rows] = steps
+
+
+class KVCache(Cache):  # type: ignore[misc]
+    """Keys and values of all layers; every layer keeps its whole past, windows too.
+
+    Args:
+        capacity: tokens that it has room for before it grows.
+    """
+
+    def __init__(self, shape: CacheShape, capacity: int) -> None:
+        kind = Int8Layer if shape.dtype == torch.int8 else KVLayer
+        super().__init__(layers=[kind(shape, max(capacity, 1)) for _ in range(shape.layers)])
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return int(self.layers[0].length)
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more tokens."""
+        for layer in self.layers:
+            layer.reserve(layer.length + count)
+
+    def advance(self, count: int) -> None:
+        """Count `count` tokens as held that were written into the buffers."""
+        for layer in self.layers:
+            layer.length += count
+
+    def fork(self) -> KVCache:
+        """A cache that goes on from here on its own."""
+        other = KVCache.__new__(KVCache)
+        Cache.__init__(other, layers=[layer.fork() for layer in self.layers])
+        return other

@@ -1,0 +1,47 @@
+"""Options that every command takes which loads a model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_OPTIONS = (
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        help="auto, float32, bfloat16, float16, or int8 (weights in 255 steps, made from the model's own).",
+    ),
+    click.option(
+        "--kv-dtype", default="auto", show_default=True, help="Of keys and values: auto, float32, bfloat16 or int8."
+    ),
+    click.option(
+        "--offload",
+        type=click.Path(file_okay=False),
+        help="Keep keys and values in a file in this folder, for contexts that memory does not hold.",
+    ),
+    click.option("--compile/--no-compile", default=None, help="Insist on the compiled kernels, or do without."),
+)
+
+
+def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options; the command gets them as `loading`, keywords for `load`."""
+
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any, dtype: str, kv_dtype: str, offload: str | None, compile: bool | None, **kwargs: Any
+    ) -> None:
+        loading = {
+            "dtype": dtype,
+            "kv_dtype": kv_dtype,
+            "offload": offload,
+            "compile": "auto" if compile is None else compile,
+        }
+        command(*args, loading=loading, **kwargs)
+
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
