@@ -15,12 +15,15 @@ from ropewalk.engine.rotary import rotary_sites
 IDS = torch.arange(3, 143).mul(37).remainder(95)[None] + 1
 WINDOW = 24
 LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 256,
     "original_max_position_embeddings": 64,
-    "factor": 4.0,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4 + [1.2] * 4,
+        "long_factor": [2.0] * 4 + [4.0] * 4,
+    },
 }
 
 

@@ -1,0 +1,109 @@
+"""Scalers by the compiled network, beyond the trained length, against the same model patched."""
+
+import pytest
+from decoders import DECODERS, IDS, LONGROPE, compiled, difference, in_chunks, read, under
+from families import build
+
+import ropewalk as rw
+from ropewalk.engine.compiled import FEW
+
+pytestmark = [
+    pytest.mark.usefixtures("freed_memory_is_overwritten"),
+    pytest.mark.filterwarnings("ignore:.*distances that were never trained are in use:UserWarning"),
+]
+TOLERANCE = 5e-5  # of the largest logit
+LENGTH = IDS.shape[1]  # 140; models are trained at 64
+CHUNKS = {"whole": [1000], "one by one": [1], "mixed": [50, 1, 1, FEW, 3, 30]}
+
+SPECS = [
+    "none",
+    "linear:3",
+    "ntk:4",
+    "ntk-fixed:4",
+    "dynamic-ntk",
+    "dynamic-ntk:2",
+    "dynamic-yarn",
+    "yarn:4",
+    "yarn:4|resonance",
+    "llama3:4",
+    "cope",
+    "logn",
+    "temperature:1.3",
+    "yarn:4|logn",
+    "rerope:20",
+    "rerope:20|logn",
+    "leaky-rerope:20,k=4",
+    "self-extend:4,window=20",
+    "dual-chunk",
+    "dual-chunk:chunk=24,window=5|temperature:1.1",
+    "string:window=5",
+    "jet-long:20",
+    "sink-window:30",
+    "sink-window:30,sinks=2|logn",
+    "yarn:4|rerope:20|logn",
+    "dynamic-ntk|dual-chunk|temperature:1.1",
+    "dynamic-yarn|jet-long:20|logn",
+    "resonance|self-extend:4,window=20|logn",
+]
+
+
+@pytest.fixture(scope="module")
+def llama_and_network():
+    hf = DECODERS["llama"]()
+    return hf, compiled(hf)
+
+
+@pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_llama_under_every_kind_of_scaler(llama_and_network, spec, sizes):
+    hf, network = llama_and_network
+    with under(network, hf, spec, LENGTH):
+        expected = read(hf)
+    assert difference(in_chunks(network, sizes), expected) < TOLERANCE
+
+
+def test_the_scalers_differ_enough_to_be_told_apart(llama_and_network):
+    _, network = llama_and_network
+    found = {}
+    for spec in SPECS:
+        network.use(rw.scaling.parse(spec), LENGTH)
+        found[spec] = in_chunks(network, [1000])
+    for one in SPECS:
+        for other in SPECS[: SPECS.index(one)]:
+            assert difference(found[one], found[other]) > 100 * TOLERANCE, (one, other)
+
+
+MIXED = ["yarn:4", "logn", "rerope:30|logn", "self-extend:4,window=30", "dual-chunk", "sink-window:30", "jet-long:20"]
+LAYERED = ["ministral", "qwen2", "smollm3", "smollm3-windows", "gemma2", "gemma3_text"]
+ODD = ["llama-3.1", "llama-one-head", "phi3", "olmo2", "gemma"]
+
+
+@pytest.mark.parametrize("spec", MIXED)
+@pytest.mark.parametrize("name", LAYERED + ODD)
+def test_layers_of_several_kinds_each_turn_their_own_way(name, spec):
+    hf = DECODERS[name]()
+    if name == "phi3" and spec == "yarn:4":
+        spec = "ntk:4"
+    if name == "llama-3.1":
+        spec = spec.replace("yarn:4", "yarn:8")  # its own scaling reaches four times as far
+    network = compiled(hf)
+    with under(network, hf, spec, LENGTH):
+        expected = read(hf)
+    assert difference(expected, read(hf)) > 1e-3 or name == "llama-3.1"
+    for sizes in ([50, 1, 1, FEW, 3, 30], [1]):
+        assert difference(in_chunks(network, sizes), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("spec", ["none", "logn", "rerope:20"])
+@pytest.mark.parametrize("length", [60, LENGTH])
+def test_frequencies_of_the_models_own_that_depend_on_length(spec, length):
+    """Phi-3's long models: one set of frequencies within the trained length, another beyond it."""
+    hf = build("phi3", LONGROPE)
+    network, ids = compiled(hf), IDS[:, :length]
+    network.use(rw.scaling.parse(spec), length)
+    with rw.patch(hf, spec):
+        expected = read(hf, ids)
+    if spec == "rerope:20" and length > 64:  # the patch lets them grow with the text
+        expected = in_chunks(network, [1000], ids)
+    for sizes in ([1000], [1], [20, 1]):
+        assert difference(in_chunks(network, sizes, ids), expected) < TOLERANCE

@@ -1,0 +1,202 @@
+"""What runs a model: int8 and bfloat16, refusals with their reasons, and families that are described wrongly."""
+
+import copy
+import dataclasses
+import re
+
+import pytest
+import torch
+from decoders import DECODERS, IDS, compiled, difference, in_chunks, read
+from families import FAMILIES, build
+from torch import nn
+
+from ropewalk.engine import family as families
+from ropewalk.engine.api import Model
+from ropewalk.engine.compiled import FEW, CompiledNetwork, Stored
+from ropewalk.engine.family import Family, Linear
+from ropewalk.engine.network import Network
+from ropewalk.engine.networks import Settings
+from ropewalk.errors import ConfigError, UnsupportedModel
+
+pytestmark = pytest.mark.usefixtures("freed_memory_is_overwritten")
+CHUNKS = ([1000], [1], [FEW + 4, 2])
+
+
+# Kinds of weights
+
+
+def test_int8_rows_are_within_half_a_step_of_their_own():
+    weight = torch.randn(7, 48, generator=torch.manual_seed(0)) * torch.logspace(-3, 3, 7)[:, None]
+    weight[3] = 0
+    stored = Stored.in_int8(Linear(weight, None))
+    assert stored.weight.dtype == torch.int8 and stored.bias is None
+    assert torch.allclose(stored.scale, weight.abs().amax(1) / 127, rtol=1e-6, atol=1e-29)
+    error = (stored.weight.double() * stored.scale.double()[:, None] - weight.double()).abs()
+    assert (error <= 0.5001 * stored.scale[:, None]).all()
+    assert (stored.weight.abs().amax(1)[weight.abs().amax(1) > 0] == 127).all()
+    assert (stored.weight[3] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
+def test_int8_weights_are_the_model_with_those_weights(name):
+    """Every linear layer and the head, in both ways of running; the embedding stays as it is, tied or not."""
+    hf = DECODERS[name]()
+    network = compiled(hf, weights="int8")
+    expected = read(hf)
+    rounded = copy.deepcopy(hf)
+    rounded.set_output_embeddings(copy.deepcopy(rounded.get_output_embeddings()))
+    for module in rounded.modules():
+        if isinstance(module, nn.Linear):
+            stored = Stored.in_int8(Linear(module.weight.detach(), None))
+            module.weight = nn.Parameter(stored.weight * stored.scale[:, None])
+    for sizes in CHUNKS:
+        found = in_chunks(network, sizes)
+        assert difference(found, read(rounded)) < 5e-5
+        assert 1e-4 < (found - expected).norm() / expected.norm() < 0.2
+
+
+def test_bfloat16_weights_are_widened_exactly():
+    hf = DECODERS["llama"]().bfloat16()
+    exact = compiled(hf, cache="float32")
+    assert exact.new_cache(1).layers[0].keys.dtype == torch.float32
+    narrow = compiled(hf)
+    assert narrow.new_cache(1).layers[0].keys.dtype == torch.bfloat16
+    expected = read(copy.deepcopy(hf).float())
+    for sizes in CHUNKS:
+        assert difference(in_chunks(exact, sizes), expected) < 2e-5
+        found = in_chunks(narrow, sizes)
+        assert 1e-4 < (found - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.parametrize("options", [{}, {"weights": "int8"}])
+def test_chunks_run_without_inference_mode(options):
+    """Weights are widened into a buffer that an earlier call in inference mode may have made."""
+    hf = DECODERS["llama"]()
+    network = compiled(hf if options else hf.bfloat16(), **options)
+    expected = in_chunks(network, [40])
+    ids, cache = IDS[0, :40].tolist(), network.new_cache(1)
+    assert torch.equal(network.forward(ids, cache, 40), expected[:40])
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": "yes"}, "compile 'yes' is none of"),
+        ({"cache": "float16"}, "unknown kv_dtype 'float16'"),
+        ({"compile": False, "weights": "int8"}, "need the compiled kernels"),
+        ({"compile": False, "cache": "bfloat16"}, "need the compiled kernels"),
+    ],
+)
+def test_settings_that_do_not_fit_are_errors(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Settings(**options)
+
+
+def model(hf, **options):
+    return Model(hf, None, name="small", settings=Settings(**options))
+
+
+def test_auto_compiles_what_it_can_and_says_so():
+    for options in ({}, {"compile": True}):
+        served = model(DECODERS["llama"](), **options)
+        assert type(served.network) is CompiledNetwork and served.network.is_compiled
+        assert "compiled steps" in served.describe()
+        assert "weights in float32, cache in float32" in served.describe()
+    assert "weights in int8" in model(DECODERS["llama"](), weights="int8").describe()
+    plain = model(DECODERS["llama"](), compile=False)
+    assert type(plain.network) is Network and "not the compiled kernels" not in plain.describe()
+
+
+class Adapted(nn.Linear):
+    """An adapter that has learned nothing yet."""
+
+
+def adapted(where):
+    hf = DECODERS["llama"]()
+    owner = hf if where == "head" else hf.model.layers[1].self_attn
+    name = "lm_head" if where == "head" else "v_proj"
+    old = getattr(owner, name)
+    new = Adapted(old.in_features, old.out_features, bias=old.bias is not None)
+    new.load_state_dict(old.state_dict())
+    setattr(owner, name, new)
+    return hf
+
+
+def mixed_dtypes():
+    hf = DECODERS["llama"]()
+    hf.lm_head.bfloat16()
+    hf.lm_head.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(),))
+    return hf
+
+
+def resized(**sizes):
+    return build("llama", sizes)
+
+
+REFUSED = {
+    "unknown family": (FAMILIES["granite"], "the family 'granite' is not described"),
+    "odd hidden size": (lambda: resized(hidden_size=72, head_dim=16), "a multiple of 16 .*72"),
+    "odd intermediate size": (lambda: resized(intermediate_size=100), "a multiple of 16 .*100"),
+    "odd head": (lambda: resized(head_dim=24), "a multiple of 16 .*24"),
+    "adapter": (lambda: adapted("layer"), "Adapted is not a plain linear layer"),
+    "adapted head": (lambda: adapted("head"), "Adapted is not a plain linear layer"),
+    "other activation": (lambda: resized(hidden_act="relu"), "the activation 'relu' has no compiled form"),
+    "float64": (lambda: DECODERS["llama"]().double(), "float32 or bfloat16, not torch.float64"),
+    "mixed dtypes": (mixed_dtypes, "more than one dtype"),
+}
+
+
+@pytest.mark.parametrize(("build_model", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_compiled_is_refused_or_run_by_its_own_modules(build_model, message):
+    hf = build_model()
+    with pytest.raises(UnsupportedModel, match=f"the compiled kernels cannot run this model: .*{message}"):
+        model(hf, compile=True)
+    with pytest.raises(UnsupportedModel, match=message):
+        model(hf, weights="int8")
+    with torch.inference_mode():
+        served = model(hf)
+        assert type(served.network) is Network
+        found = served.network.forward(IDS[0].tolist(), served.new_cache(1), 3)
+    assert difference(found, read(hf)[-3:]) < 2e-5
+    assert re.search(f"not the compiled kernels: .*{message}", served.describe())
+
+
+# Families
+
+
+def described(**changes):
+    return dataclasses.replace(Family(), **changes)
+
+
+WRONG = {
+    "norms add one": ("llama", described(norm_adds_one=True)),
+    "norms do not add one": ("gemma", described()),
+    "no norm of the heads": ("qwen3", described()),
+    "norm over all heads": ("qwen3", described(query_key_norm="whole")),
+    "no norm behind": ("gemma2", described(norm_adds_one=True)),
+    "one norm behind": (
+        "gemma2",
+        described(
+            norms=("input_layernorm", None, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+            norm_adds_one=True,
+        ),
+    ),
+    "norms the other way round": (
+        "llama",
+        described(norms=("post_attention_layernorm", None, "input_layernorm", None)),
+    ),
+    "norms that are missing": ("llama", described(norms=families.FAMILIES["gemma2"].norms)),
+    "fused": ("llama", described(fused=True)),
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), WRONG.values(), ids=WRONG)
+def test_a_family_that_is_described_wrongly_is_refused(monkeypatch, name, wrong):
+    hf = DECODERS[name]()
+    compiled(hf)
+    monkeypatch.setitem(families.FAMILIES, hf.config.model_type, wrong)
+    with pytest.raises((UnsupportedModel, RuntimeError), match="than its family's description|is not laid out"):
+        compiled(hf)
