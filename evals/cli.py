@@ -159,7 +159,7 @@ def demo(full: bool, max_minutes: float, out: Path) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the results.",
 )
-def continuation(model: str, text: str | None, cuts: int, seed: int, dtype: str, out: Path) -> None:
+def continuation(model: str, text: str | None, cuts: int, seed: int, loading: dict[str, Any], out: Path) -> None:
     """How well MODEL goes on from prompts that end inside a token, by each way of doing it.
 
     Texts are cut at random characters, after spaces, and at word borders that fall inside a token. At every cut the
@@ -168,4 +168,4 @@ def continuation(model: str, text: str | None, cuts: int, seed: int, dtype: str,
     """
     from .continuation import compare
 
-    compare(model, text, cuts=cuts, seed=seed, dtype=dtype, out=out)
+    compare(model, text, cuts=cuts, seed=seed, loading=loading, out=out)

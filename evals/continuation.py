@@ -86,10 +86,10 @@ def measure(model: Model, cut: Cut) -> dict[str, dict[str, Any]]:
     return measured
 
 
-def compare(name: str, text: str | None, *, cuts: int, seed: int, dtype: str, out: Path) -> None:
+def compare(name: str, text: str | None, *, cuts: int, seed: int, loading: dict[str, Any], out: Path) -> None:
     """The command: measure, then print and write the tables and the plot."""
     console = Console()
-    model = load(name, dtype=dtype)
+    model = load(name, **loading)
     texts = draw_all(model.vocabulary, text, cuts, seed)
     for one in texts:
         if len(one.cuts) < cuts:

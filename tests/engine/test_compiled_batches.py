@@ -1,4 +1,4 @@
-"""Batches, trees and caches of the compiled network: rows do not see each other, and what is forgotten leaves no trace."""
+"""Rows of a step and the paths of a tree: the same bits as alone, under scalers and windows, and no trace afterwards."""
 
 import copy
 

@@ -41,9 +41,12 @@ def test_auto_dtype_avoids_bfloat16_where_the_cpu_has_none(monkeypatch):
     config = LlamaConfig(dtype="bfloat16")
     for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr("ropewalk.engine.load.cpu_has_bfloat16", lambda has=has: has)
-        assert _choose_dtype("auto", config, on_cpu=True) == expected
-    assert _choose_dtype("auto", config, on_cpu=False) == torch.bfloat16
-    assert _choose_dtype("float16", config, on_cpu=True) == torch.float16
+        assert _choose_dtype("auto", config, on_cpu=True, widens=False) == expected
+        assert _choose_dtype("auto", config, on_cpu=True, widens=True) == torch.bfloat16
+    assert _choose_dtype("auto", config, on_cpu=False, widens=False) == torch.bfloat16
+    assert _choose_dtype("float16", config, on_cpu=True, widens=False) == torch.float16
+    half = LlamaConfig(dtype="float16")  # the kernels do not widen it
+    assert _choose_dtype("auto", half, on_cpu=True, widens=True) == torch.float32
 
 
 def test_a_sentencepiece_tokenizer_loads(tmp_path, tiny_folder):
