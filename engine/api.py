@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -161,10 +162,14 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this model's caches from those of others: a hash of its config and of some of its weights."""
-        config = self.hf.config.to_json_string(use_diff=False)
-        some = self.hf.get_input_embeddings().weight.detach().flatten()[::997].float().cpu().numpy().tobytes()
-        return hashlib.sha256(config.encode() + some + self.network.how.encode()).hexdigest()
+        """What tells this model's caches from those of others: a hash of its config and of some of all its weights."""
+        config = self.hf.config.to_dict()
+        lasting = {name: value for name, value in config.items() if name[0] != "_" and name != "transformers_version"}
+        found = hashlib.sha256((json.dumps(lasting, sort_keys=True, default=str) + self.network.weights).encode())
+        for name, weight in sorted(self.hf.named_parameters()):
+            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
+            found.update(f"{name} {tuple(weight.shape)}".encode() + some.float().cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def next_byte_logprobs(self, text: str | bytes) -> Tensor:
         """The law of the byte that follows `text`, whatever tokens it takes: float32 [257], nats.

@@ -58,7 +58,8 @@ class TurnedKeys:
     def room(
         self, setting: Hashable, band: int, keys: Tensor, turn: Callable[[int, int], Tensor], count: int
     ) -> Tensor:
-        """The copy of `keys` as `get` gives it, in a buffer with room for `count` more, which the caller writes."""
+        """The copy of `keys` as `get` gives it, in a buffer with room for `count` more: the caller writes them, then
+        tells `advance`."""
         held = keys.shape[2]
         self.get(setting, band, keys, turn)
         copy = self._copies[band]
@@ -66,8 +67,11 @@ class TurnedKeys:
             grown = copy.new_empty(*copy.shape[:2], max(held + count, 2 * copy.shape[2]), copy.shape[3])
             grown[:, :, :held] = copy[:, :, :held]
             self._copies[band] = copy = grown
-        self._lengths[band] = held + count
         return copy
+
+    def advance(self, held: int, count: int) -> None:
+        """Count `count` more keys as turned, in the copies of all `held` that `room` was made in."""
+        self._lengths = {band: n + count if n == held else n for band, n in self._lengths.items()}
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch rows to every copy."""
@@ -97,13 +101,14 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self._allocate(key_states)
-        self.values = self._allocate(value_states)
+        self.keys = self._allocate(key_states, self.capacity)
+        self.values = self._allocate(value_states, self.capacity)
         self.is_initialized = True
 
-    def _allocate(self, like: Tensor) -> Tensor:
+    @staticmethod
+    def _allocate(like: Tensor, capacity: int) -> Tensor:
         batch, heads, _, dim = like.shape
-        return like.new_empty(batch, heads, self.capacity, dim)
+        return like.new_empty(batch, heads, capacity, dim)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append [batch, kv_heads, n, head_dim] and return views of everything held."""
@@ -122,14 +127,13 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         """Make room for `length` keys."""
         if length <= self.capacity:
             return
-        self.capacity = max(length, 2 * self.capacity)
-        if not self.is_initialized:
-            return
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = self._allocate(old)
-            new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
+        capacity = max(length, 2 * self.capacity)
+        if self.is_initialized:
+            both = [self._allocate(old, capacity) for old in (self.keys, self.values)]
+            for new, old in zip(both, (self.keys, self.values), strict=True):
+                new[:, :, : self.length] = old[:, :, : self.length]
+            self.keys, self.values = both
+        self.capacity = capacity
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens; their number comes negative, as transformers has it."""

@@ -107,8 +107,12 @@ class CompiledNetwork(Network):
 
         return (
             f"compiled steps (numba {numba.__version__}, {numba.get_num_threads()} threads), chunks in torch; weights "
-            f"in {_name(self._tables.stored_head.weight.dtype)}, cache in {_name(self._dtype)}, arithmetic in float32"
+            f"in {self.weights}, cache in {_name(self._dtype)}, arithmetic in float32"
         )
+
+    @property
+    def weights(self) -> str:
+        return _name(self._tables.stored_head.weight.dtype)
 
     def use(self, scaler: Scaler, length: int | None) -> None:
         before = self._setting

@@ -28,8 +28,11 @@ ROWS = 8  # answers that are written together at most: eight share the reading o
 _SHARED = 32  # tokens of a common beginning from which on it is worth copying
 
 
-def check_length(model: Model, tokens: int, params: SamplingParams) -> int:
+def check_length(model: Model, tokens: int, params: SamplingParams, cache: Cache | None = None) -> int:
     """Tokens of prompt and answer together.
+
+    Args:
+        cache: what holds a part of them already.
 
     Raises:
         ContextOverflow: they are more than the scaler reaches, or than memory holds.
@@ -42,7 +45,7 @@ def check_length(model: Model, tokens: int, params: SamplingParams) -> int:
             f"{format_length(model.max_length)} that {model.name} reaches with rope {str(model.rope)!r}; set "
             f'model.rope = "yarn:{factor}", shorten the prompt, or load with max_length={total} to go there anyway'
         )
-    model.network.check_room(total)
+    model.network.check_room(total - (cache.owned if isinstance(cache, KVCache) else 0))
     return total
 
 
@@ -50,7 +53,7 @@ def pieces(
     model: Model, prompt: Prompt, params: SamplingParams, answer: Answer, cache: Cache | None = None
 ) -> Iterator[str]:
     """The text of one answer as it is decided; `answer` is filled meanwhile."""
-    length, rope = check_length(model, len(prompt.ids), params), model.rope
+    length, rope = check_length(model, len(prompt.ids), params, cache), model.rope
     decoding = _decoding(model, prompt, params, cache)
     started = False
     while not answer.done:
@@ -82,28 +85,42 @@ def generate_together(model: Model, prompts: Sequence[Prompt], params: SamplingP
 
     A row is computed as though it were alone. A beginning that a prompt shares with one in progress is not read again.
     """
-    length = max(check_length(model, len(prompt.ids), params) for prompt in prompts)
+    lengths = [check_length(model, len(prompt.ids), params) for prompt in prompts]
+    most = _rows_that_fit(model, lengths)
     waiting = list(enumerate(prompts))[::-1]
     rows: list[_Row] = []
+    left: list[_Row] = []  # the last to finish: the next may share its beginning
     found: dict[int, Completion] = {}
-    model.prepare(length)
+    model.prepare(max(lengths))
     with torch.inference_mode():
         while waiting or rows:
-            while waiting and len(rows) < ROWS:
+            while waiting and len(rows) < most:
                 index, prompt = waiting.pop()
-                row = _Row(
-                    index, _decoding(model, prompt, params, _beginning(rows, prompt)), _answer(model, prompt, params)
-                )
+                beginning = _beginning([*rows, *left], prompt)
+                row = _Row(index, _decoding(model, prompt, params, beginning), _answer(model, prompt, params))
                 row.answer.push(row.decoding.open())
                 rows.append(row)
+            if running := [row for row in rows if not row.answer.done]:
+                logits = model.network.step([(row.decoding.pending, row.decoding.cache) for row in running])
+                for row, own in zip(running, logits, strict=True):
+                    row.answer.push(row.decoding.draw(own))
             for row in [row for row in rows if row.answer.done]:
                 found[row.index] = row.answer.completion()
                 rows.remove(row)
-            if rows:
-                logits = model.network.step([(row.decoding.pending, row.decoding.cache) for row in rows])
-                for row, own in zip(rows, logits, strict=True):
-                    row.answer.push(row.decoding.draw(own))
+                left = [row] if waiting and most > 1 else []
     return [found[index] for index in range(len(prompts))]
+
+
+def _rows_that_fit(model: Model, lengths: list[int]) -> int:
+    """How many rows may be written together, the longest of them too; one is known to fit."""
+    longest = sorted(lengths, reverse=True)
+    for rows in range(min(ROWS, len(lengths)), 1, -1):
+        try:
+            model.network.check_room(sum(longest[: rows + 1]))  # and the last one to finish
+        except ContextOverflow:
+            continue
+        return rows
+    return 1
 
 
 def _decoding(model: Model, prompt: Prompt, params: SamplingParams, cache: Cache | None) -> Decoding:

@@ -49,11 +49,11 @@ class KVLayer(ContiguousLayer):
         self.dtype, self.device = shape.dtype, torch.device("cpu")
         self.is_initialized = True
         for name in self.buffers:
-            setattr(self, name, self._new(name))
+            setattr(self, name, self._new(name, capacity))
 
-    def _new(self, name: str) -> Tensor:
+    def _new(self, name: str, capacity: int) -> Tensor:
         scales = name.endswith("scales")
-        size = (1, self.shape.heads, self.capacity, *(() if scales else (self.shape.dim,)))
+        size = (1, self.shape.heads, capacity, *(() if scales else (self.shape.dim,)))
         dtype = torch.float32 if scales else self.shape.dtype
         if self.shape.folder is None:
             return torch.empty(size, dtype=dtype)
@@ -63,16 +63,20 @@ class KVLayer(ContiguousLayer):
 
     def reserve(self, length: int) -> None:
         """Make room for `length` keys, in buffers that nobody else reads."""
-        if length <= self.capacity and self._sharers[0] == 1:
+        if length <= self.capacity and self.owned:
             return
-        if length > self.capacity:
-            self.capacity = max(length, 2 * self.capacity)
-        self._sharers[0] -= 1
-        self._sharers = [1]
-        for name in self.buffers:
-            old, new = getattr(self, name), self._new(name)
-            new[:, :, : self.length] = old[:, :, : self.length]
-            setattr(self, name, new)
+        capacity = self.capacity if length <= self.capacity else max(length, 2 * self.capacity)
+        grown = {name: self._new(name, capacity) for name in self.buffers}
+        for name, new in grown.items():
+            new[:, :, : self.length] = getattr(self, name)[:, :, : self.length]
+        sharers = self._sharers  # what may fail or be interrupted is done
+        self.__dict__.update(grown, capacity=capacity, _sharers=[1])
+        sharers[0] -= 1
+
+    @property
+    def owned(self) -> bool:
+        """True if nobody else reads the buffers."""
+        return self._sharers[0] == 1
 
     def fork(self) -> KVLayer:
         """A layer that goes on from here; nothing is copied before one of the two writes."""
@@ -151,9 +155,15 @@ class KVCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.reserve(layer.length + count)
 
+    @property
+    def owned(self) -> int:
+        """Tokens whose room is taken already: those held, but none while they are shared."""
+        return self.length if self.layers[0].owned else 0
+
     def advance(self, count: int) -> None:
         """Count `count` tokens as held that were written into the buffers."""
         for layer in self.layers:
+            layer.turned.advance(layer.length, count)
             layer.length += count
 
     def fork(self) -> KVCache:

@@ -14,7 +14,7 @@ from .kv_cache import CacheShape
 
 
 def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
-    """Refuse a cache of `tokens` tokens that does not fit, and say what would.
+    """Refuse `tokens` more tokens of cache that do not fit, and say what would.
 
     Args:
         forms: in how many forms the scaler has keys held, 1 without a position map.

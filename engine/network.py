@@ -48,9 +48,8 @@ class Network:
     @property
     def how(self) -> str:
         """What runs the model, in a few words, and why nothing faster does."""
-        dtype = str(self.hf.dtype).removeprefix("torch.")
         reason = f" (not the compiled kernels: {self._why})" if self._why else ""
-        return f"transformers' modules in {dtype} on {self.hf.device.type}{reason}"
+        return f"transformers' modules in {self.weights} on {self.hf.device.type}{reason}"
 
     def use(self, scaler: Scaler, length: int | None) -> None:
         """Run under `scaler`, for sequences of `length` tokens, from now on. The model is patched with it already."""
@@ -65,8 +64,13 @@ class Network:
         """Turn the keys of a cache of this network's own from `before` to the setting in use, in place."""
         raise NotImplementedError
 
+    @property
+    def weights(self) -> str:
+        """The dtype that the weights are held in."""
+        return str(self.hf.dtype).removeprefix("torch.")
+
     def check_room(self, tokens: int) -> None:
-        """Raise ContextOverflow if a cache of `tokens` tokens is known not to fit into memory."""
+        """Raise ContextOverflow if room for `tokens` more tokens is known to be lacking in memory."""
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for one sequence of about `capacity` tokens."""

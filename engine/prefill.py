@@ -20,14 +20,14 @@ def prefill(
 ) -> Tensor:
     """Run a prompt in chunks; returns the logits after its last `keep` tokens, [keep, V]."""
     assert 1 <= keep <= len(ids), (keep, len(ids))
-    start = 0
+    start, held = 0, cache.get_seq_length()
     while len(ids) - start > CHUNK:
         stop = min(start + CHUNK, len(ids) - keep)  # the logits that are kept come from one step
         network.forward(ids[start:stop], cache, keep=1)
         if progress:
-            progress(start, stop - start)
+            progress(held + start, stop - start)
         start = stop
     logits = network.forward(ids[start:], cache, keep=keep)
     if progress:
-        progress(start, len(ids) - start)
+        progress(held + start, len(ids) - start)
     return logits

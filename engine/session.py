@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import tempfile
+import weakref
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from .api import Model
 
 _FORMAT = "ropewalk session 1"
+_SPARE = 256  # tokens of room beside what a file holds
 
 
 class Session:
@@ -37,7 +40,8 @@ class Session:
             print(chat.generate("\n\nIn one sentence:").text)
 
     What it writes is what `Model.generate` would write after the whole text; the session only saves reading it again.
-    When `model.rope` changes, the keys are turned in place.
+    When `model.rope` changes, or the length that it depends on, the keys are turned in place: what was read stays as it
+    was understood then. Anything done to a session ends the stream that is under way; what it wrote stays.
 
     Attributes:
         text: all that was appended and written.
@@ -49,6 +53,7 @@ class Session:
         self._ids: list[int] = []  # what the cache holds
         self._cache: Cache | None = None
         self._setting = model.network.setting
+        self._stream: weakref.ref[Generator[str, None, None]] | None = None  # dropping a stream closes it
 
     @property
     def tokens(self) -> int:
@@ -58,25 +63,35 @@ class Session:
     def append(self, text: str, progress: Progress | None = None) -> None:
         """Read on. The last few tokens wait until it is known how they end.
 
+        Interrupted, it leaves the text as it was; another try goes on from what was read.
+
         Raises:
             ContextOverflow: the text is longer than the scaler reaches, or than memory holds.
         """
-        prompt = self._read(self.text + text)
-        certain = prompt.certain
-        check_length(self._model, len(certain), SamplingParams(max_new_tokens=1))
-        self.text += text
+        self._end_stream()
+        certain = self._read(self.text + text).certain
+        check_length(self._model, len(certain), SamplingParams(max_new_tokens=1), self._cache)
         cache = self._ready(certain, len(certain) + 1)
+        if not can_rewind(cache):
+            certain = certain[:-1]  # an answer runs the last token again, to see what follows it
         if len(certain) > len(self._ids):
             try:
                 with torch.inference_mode():
                     prefill(self._model.network, certain[len(self._ids) :], cache, progress)
-            except BaseException:  # Ctrl-C: keep what was there before
-                self._settle(self._ids)
+            except BaseException:
+                self._settle(certain, broken=True)
                 raise
-            self._ids = list(certain)
+            self._ids = certain
+        self.text += text
 
     def generate(self, text: str = "", params: SamplingParams | None = None) -> Completion:
-        """Append `text` and continue; the answer becomes part of the session."""
+        """Append `text` and continue; the answer becomes part of the session.
+
+        Interrupted, it leaves what was written; or the text as it was, if nothing was.
+
+        Raises:
+            ContextOverflow: the text is longer than the scaler reaches, or than memory holds.
+        """
         answer, written = self._start(text, params or SamplingParams())
         for _ in written:
             pass
@@ -87,24 +102,36 @@ class Session:
         return self._start(text, params or SamplingParams())[1]
 
     def _start(self, text: str, params: SamplingParams) -> tuple[Answer, Iterator[str]]:
+        self._end_stream()
         prompt = self._read(self.text + text, params)
-        check_length(self._model, len(prompt.ids), params)
+        check_length(self._model, len(prompt.ids), params, self._cache)
         answer = Answer(prompt, params, self._model.vocabulary, self._model.stop_ids)
-        return answer, self._written(text, prompt, params, answer)
+        written = self._written(text, prompt, params, answer)
+        self._stream = weakref.ref(written)
+        return answer, written
 
-    def _written(self, text: str, prompt: Prompt, params: SamplingParams, answer: Answer) -> Iterator[str]:
+    def _written(self, text: str, prompt: Prompt, params: SamplingParams, answer: Answer) -> Generator[str, None, None]:
         cache = self._ready(prompt.certain, len(prompt.ids) + params.max_new_tokens)
+        before, broken = self.text, False
         self.text += text
-        before = list(self._ids)
         try:
             yield from pieces(self._model, prompt, params, answer, cache)
+        except BaseException as error:
+            broken = not isinstance(error, GeneratorExit)  # which comes between two steps
+            raise
         finally:
-            self.text += answer.text
-            known = [*answer.prompt_ids, *(token.id for token in answer.tokens)] if answer.tokens else before
-            self._settle(known)
+            written = [token.id for token in answer.tokens]
+            self.text = self.text + answer.text if written or not broken else before
+            self._settle([*answer.prompt_ids, *written] if written else prompt.certain, broken)
+
+    def _end_stream(self) -> None:
+        if self._stream is not None and (stream := self._stream()) is not None:
+            stream.close()
+        self._stream = None
 
     def fork(self) -> Session:
         """A session that goes on from here on its own. Nothing is copied before one of the two writes."""
+        self._end_stream()
         other = Session(self._model)
         other.text, other._ids, other._setting = self.text, list(self._ids), self._setting
         if isinstance(self._cache, KVCache):
@@ -115,6 +142,7 @@ class Session:
 
     def crop(self, length: int) -> None:
         """Go back to the first `length` characters of the text."""
+        self._end_stream()
         if not 0 <= length <= len(self.text):
             raise ConfigError(f"crop {length} must be between 0 and the session's {len(self.text)} characters")
         self.text = self.text[:length]
@@ -124,9 +152,13 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write text, keys and values to a `.safetensors` file. `Model.session(path)` goes on from it.
 
+        A file that is there already stays as it is until the new one is whole.
+
         Raises:
             ConfigError: the model is not run by the compiled kernels, whose caches alone have a form to keep.
+            DataError: the file cannot be written.
         """
+        self._end_stream()
         if self._cache is not None and not isinstance(self._cache, KVCache):
             raise ConfigError("only sessions of the compiled kernels can be saved; this model is run by transformers")
         tensors = {}
@@ -135,40 +167,52 @@ class Session:
                 tensors[f"{index}.{name}"] = getattr(layer, name)[:, :, : len(self._ids)].contiguous()
         scaler, length = self._setting
         header = {"format": _FORMAT, "text": self.text, "ids": self._ids, "rope": str(scaler), "length": length}
-        save_file(tensors, str(path), metadata={"session": json.dumps(header), "weights": self._model.fingerprint})
+        metadata = {"session": json.dumps(header), "weights": self._model.fingerprint}
+        target = Path(path)
+        try:
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+                save_file(tensors, f"{folder}/session", metadata=metadata)
+                Path(folder, "session").replace(target)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path} cannot be written: {error}") from error
 
     def load(self, path: str | Path) -> None:
-        """Go on from a file that `save` wrote."""
+        """Go on from a file that `save` wrote, in the place of what was here.
+
+        Raises:
+            ConfigError: the model is not run by the compiled kernels.
+            ContextOverflow: the session does not fit into memory.
+            DataError: the file is no session, or one of another model or of another kv_dtype. Nothing has changed then.
+        """
         from ..scaling.spec import parse
 
+        self._end_stream()
+        model = self._model
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if "session" not in metadata:
                     raise DataError(f"{path} is not a session that ropewalk saved")
                 header = json.loads(metadata["session"])
-                if metadata["weights"] != self._model.fingerprint:
-                    raise DataError(f"{path} was saved by another model than {self._model.name}")
-                self.text, self._ids = header["text"], header["ids"]
-                self._setting = parse(header["rope"]), header["length"]
-                cache = self._model.network.new_cache(len(self._ids) + 256)
+                if header["format"] != _FORMAT:
+                    raise DataError(f"{path} is a {header['format']!r}, and this version reads {_FORMAT!r}")
+                if metadata["weights"] != model.fingerprint:
+                    raise DataError(f"{path} was saved by another model than {model.name}")
+                text, ids, setting = header["text"], header["ids"], (parse(header["rope"]), header["length"])
+                model.network.check_room(len(ids) + _SPARE)
+                cache = model.network.new_cache(len(ids) + _SPARE)
                 if not isinstance(cache, KVCache):
                     raise ConfigError("sessions can be loaded by the compiled kernels only")
-                if self._ids and file.get_tensor("0.keys").dtype != cache.layers[0].keys.dtype:
-                    raise DataError(
-                        f"{path} holds {file.get_tensor('0.keys').dtype} keys, and this model "
-                        f"{cache.layers[0].keys.dtype}; load the model with the same dtype and kv_dtype"
-                    )
-                for index, layer in enumerate(cache.layers):
-                    for name in layer.buffers if self._ids else ():
-                        getattr(layer, name)[:, :, : len(self._ids)] = file.get_tensor(f"{index}.{name}")
-                cache.advance(len(self._ids))
-                self._cache = cache
-        except (OSError, SafetensorError) as error:
+                _fill(cache, file, len(ids), path)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            if isinstance(error, ConfigError):  # a ValueError too
+                raise
             raise DataError(f"{path} cannot be read as a session: {error}") from error
+        self.text, self._ids, self._setting, self._cache = text, ids, setting, cache
 
     def close(self) -> None:
         """Give the memory back; the text stays."""
+        self._end_stream()
         self._cache, self._ids = None, []
 
     def __enter__(self) -> Session:
@@ -185,32 +229,56 @@ class Session:
         """The cache under the scaler in use, holding no more than the beginning it shares with `certain`."""
         model = self._model
         model.prepare(length)
-        if self._cache is not None and self._setting != model.network.setting:
-            if isinstance(self._cache, KVCache):
-                with torch.inference_mode():
-                    model.network.retune(self._cache, self._setting)
-            else:
-                self._cache = None
+        if self._setting != model.network.setting:
+            self._retune()
         self._setting = model.network.setting
         shared = shared_length(self._ids, certain)
-        if self._cache is not None and shared < len(self._ids) and not can_rewind(self._cache):
-            self._cache = None
-        if self._cache is None:
-            self._cache, shared = model.network.new_cache(length), 0
+        if self._cache is not None and not can_rewind(self._cache):
+            shared = max(0, min(shared, len(certain) - 1))  # the last token has to be run again
         self._settle(self._ids[:shared])
+        if self._cache is None:
+            self._cache = model.network.new_cache(length)
         return self._cache
 
-    def _settle(self, known: list[int]) -> None:
-        """Keep what the cache holds of `known`, in all layers alike: Ctrl-C may have come between two of them."""
-        if self._cache is None:
-            self._ids = []
+    def _retune(self) -> None:
+        cache, ids = self._cache, self._ids
+        self._cache, self._ids = None, []  # half turned keys would be of no scaler
+        if isinstance(cache, KVCache):
+            with torch.inference_mode():
+                self._model.network.retune(cache, self._setting)
+            self._cache, self._ids = cache, ids
+
+    def _settle(self, known: list[int], broken: bool = False) -> None:
+        """Keep what the cache holds of `known`, in all layers alike.
+
+        Args:
+            broken: a step was broken off (Ctrl-C), maybe between two layers.
+        """
+        cache, self._cache, self._ids = self._cache, None, []
+        if cache is None:
             return
-        if not can_rewind(self._cache):
-            self._ids = known[: self._cache.get_seq_length()]
-            return
-        held = min(len(known), *(layer.get_seq_length() for layer in self._cache.layers)) if self._cache.layers else 0
-        for layer in self._cache.layers:
-            excess = layer.get_seq_length() - held
-            if excess:
-                layer.crop(-excess)
-        self._ids = known[:held]
+        if can_rewind(cache):
+            lengths = [layer.get_seq_length() for layer in cache.layers]
+            held = min([len(known), *lengths])
+            for layer, length in zip(cache.layers, lengths, strict=True):
+                layer.crop(held - length)
+        else:
+            held = cache.get_seq_length()
+            if broken or held > len(known):
+                return
+        self._cache, self._ids = cache, known[:held]
+
+
+def _fill(cache: KVCache, file: Any, count: int, path: str | Path) -> None:
+    for index, layer in enumerate(cache.layers if count else ()):
+        for name in layer.buffers:
+            saved, rows = file.get_tensor(f"{index}.{name}"), getattr(layer, name)[:, :, :count]
+            if saved.dtype != rows.dtype:
+                raise DataError(
+                    f"{path} holds {saved.dtype} {name}, and this model {rows.dtype}; load the model with the same "
+                    "dtype and kv_dtype"
+                )
+            if saved.shape != rows.shape:
+                raise DataError(f"{path} holds {name} {list(saved.shape)} where {list(rows.shape)} belong")
+            rows.copy_(saved)
+    cache.advance(count)

@@ -1,0 +1,82 @@
+"""What the tests of sessions, batches and caches share: texts, the law of a session, interruptions, counts."""
+
+from contextlib import contextmanager
+
+import torch
+
+import ropewalk as rw
+from ropewalk.engine.kv_cache import KVCache, KVLayer
+from ropewalk.engine.prefill import prefill
+
+TEXT = "def main(argv=None):\n    parser = argparse.ArgumentParser()\n    for name in sorted(names):\n"
+MORE = '        if name.startswith("_"):\n            continue\n    return parser.parse_args(argv'
+
+
+def greedy(tokens=6, **options):
+    return rw.SamplingParams(max_new_tokens=tokens, temperature=0, **options)
+
+
+@torch.inference_mode()
+def check_cache(model, session):
+    """The session's cache holds what its tokens, read afresh under the scaler in use, leave in one."""
+    held, ids = session._cache, session._ids
+    if held is None:
+        assert ids == []
+        return
+    assert {layer.get_seq_length() for layer in held.layers} == {len(ids)}
+    if ids:
+        fresh = model.new_cache(len(ids))
+        prefill(model.network, ids, fresh)
+        assert cache_difference(held, fresh, len(ids)) < 1e-4
+
+
+def cache_difference(one, other, tokens, layers=None):
+    """Largest difference of keys or values, of the largest entry."""
+    worst = 0.0
+    for a, b in list(zip(one.layers, other.layers, strict=True))[:layers]:
+        for name in ("keys", "values"):
+            x, y = (getattr(layer, name)[:, :, :tokens].float() for layer in (a, b))
+            worst = max(worst, float((x - y).abs().max() / y.abs().max()))
+    return worst
+
+
+@contextmanager
+def counted(model, monkeypatch):
+    """A list of the number of tokens of every run of the network."""
+    counts = []
+    with monkeypatch.context() as patch:
+        for name in ("_few", "_many"):
+            run = getattr(model.network, name)
+
+            def counting(what, *args, run=run, few=name == "_few"):
+                counts.append(sum(len(ids) for ids, _ in what) if few else len(what))
+                return run(what, *args)
+
+            patch.setattr(model.network, name, counting)
+        yield counts
+
+
+@contextmanager
+def interrupted(monkeypatch, where, after=0, error=KeyboardInterrupt):
+    """`error`, once, at the call of `where` that comes after `after` others.
+
+    Args:
+        where: "layer" (in the middle of a chunk), "written" (a step has written its rows, and nobody has counted them)
+            or "counted" (they are counted, and the logits are lost).
+    """
+    owner, name = {
+        "layer": (KVLayer, "update"),
+        "written": (KVCache, "advance"),
+        "counted": (rw.engine.compiled.CompiledNetwork, "_capped"),
+    }[where]
+    run, calls = getattr(owner, name), iter(range(after + 1))
+
+    def failing(*args, **kwargs):
+        if next(calls, None) == after:
+            raise error
+        return run(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        yield
+        assert next(calls, None) is None, "nothing was interrupted"

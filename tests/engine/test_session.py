@@ -1,0 +1,247 @@
+"""The law of a session: whatever was done to it, it writes what `generate` writes after the whole text."""
+
+from itertools import islice
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from live import MORE, TEXT, check_cache, counted, greedy
+
+import ropewalk as rw
+
+END = "<|endoftext|>"
+PIECES = ["", "import nump", "x = 12", "é", "白云", "\n\n\n", "    ", END, f"{END}class ", "self.f  ", TEXT, "-" * 40, "."]
+PARAMS = [
+    greedy(),
+    greedy(continuation="off"),
+    greedy(continuation="exact", logprobs=2),
+    greedy(stop=["a", "\n"]),
+    greedy(repetition_penalty=1.3),
+    rw.SamplingParams(max_new_tokens=6, seed=7),
+    rw.SamplingParams(max_new_tokens=5, seed=3, top_k=20, continuation="exact"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return rw.load(tiny_folder, max_length=4096, compile=True)
+
+
+@pytest.fixture(autouse=True)
+def untouched(request):
+    yield
+    request.getfixturevalue("model").rope = None
+
+
+def same(written, expected):
+    """Both completions, but for the rounding of log-probabilities."""
+    for name in ("text", "token_ids", "finish_reason", "usage"):
+        assert getattr(written, name) == getattr(expected, name), name
+    assert (written.continuation is None) == (expected.continuation is None)
+    if expected.continuation:
+        assert written.continuation.prompt_ids == expected.continuation.prompt_ids
+    for a, b in zip(written.logprobs or [], expected.logprobs or [], strict=True):
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+class Twin:
+    """A session and the text that should be in it; the text is read anew by whatever is asked of it."""
+
+    def __init__(self, model, session, text=""):
+        self.model, self.session, self.text = model, session, text
+
+    def append(self, piece):
+        self.session.append(piece)
+        self.text += piece
+
+    def generate(self, piece, params):
+        expected = self.model.generate(self.text + piece, params)
+        same(self.session.generate(piece, params), expected)
+        self.text += piece + expected.text
+
+    def leave(self, piece, params, pieces):
+        """Close a stream after so many pieces."""
+        expected = list(self.model.stream(self.text + piece, params))[:pieces]
+        stream = self.session.stream(piece, params)
+        assert list(islice(stream, pieces)) == expected
+        stream.close()
+        self.text += piece + "".join(expected) if pieces else ""
+
+    def crop(self, part):
+        self.text = self.text[: round(part * len(self.text))]
+        self.session.crop(len(self.text))
+
+    def check(self):
+        assert self.session.text == self.text
+        check_cache(self.model, self.session)
+
+
+pieces, params = st.sampled_from(PIECES), st.sampled_from(PARAMS)
+OPERATIONS = st.one_of(
+    st.tuples(st.just("append"), pieces),
+    st.tuples(st.just("generate"), pieces, params),
+    st.tuples(st.just("leave"), pieces, params, st.integers(0, 3)),
+    st.tuples(st.just("crop"), st.floats(0, 1)),
+    st.tuples(st.just("fork")),
+    st.tuples(st.just("save")),
+)
+
+
+@settings(max_examples=25, deadline=None, phases=[Phase.reuse, Phase.generate])  # shrinking takes minutes
+@given(steps=st.lists(st.tuples(st.integers(0, 3), OPERATIONS), min_size=3, max_size=8))
+def test_any_sequence_of_operations(model, tmp_path_factory, steps):
+    file = tmp_path_factory.getbasetemp() / "any.safetensors"
+    twins = [Twin(model, model.session())]
+    for which, (name, *arguments) in steps:
+        twin = twins[which % len(twins)]
+        if name == "fork":
+            twins.append(Twin(model, twin.session.fork(), twin.text))
+        elif name == "save":
+            twin.session.save(file)
+            twin.session = model.session(file)
+        else:
+            getattr(twin, name)(*arguments)
+    for twin in twins:
+        twin.check()
+        twin.generate("", greedy(3))
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_after_every_kind_of_text(model, piece):
+    for settings_of in PARAMS:
+        twin = Twin(model, model.session())
+        twin.append(TEXT + piece)
+        twin.check()
+        twin.generate("", settings_of)
+        twin.generate(piece, settings_of)
+        twin.check()
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "rerope:16|logn", "ntk:4|self-extend:4,window=16"])
+def test_the_law_holds_under_a_scaler(model, spec):
+    model.rope = spec
+    twin = Twin(model, model.session())
+    twin.append(TEXT)
+    twin.generate("for", greedy(8))
+    fork = Twin(model, twin.session.fork(), twin.text)
+    twin.crop(0.8)
+    for one in (twin, fork):
+        one.generate(MORE, greedy(8))
+        one.check()
+
+
+def test_nothing_is_read_twice(model, monkeypatch):
+    session = model.session()
+    session.append(TEXT * 8)
+    assert session.tokens > 200
+    with counted(model, monkeypatch) as counts:
+        session.append("x")
+        session.generate("\n", greedy(4))
+        session.fork().generate("    ", greedy(4))
+        session.crop(len(session.text) - 3)
+        session.append("y\n")
+    assert 8 <= sum(counts) < 60
+
+
+def test_a_text_ends_where_the_start_token_is_no_longer_needed(model):
+    twin = Twin(model, model.session())
+    twin.generate("x", greedy(4, continuation="exact"))  # no token is certain: it is read after a start token
+    twin.generate("", greedy(4))
+    twin.crop(0)
+    twin.generate("", greedy(4))
+    twin.check()
+
+
+def test_a_closed_session_keeps_its_text_and_reads_it_again(model):
+    with model.session() as session:
+        session.append(TEXT)
+        cache = session._cache
+    assert (session.text, session.tokens, session._cache) == (TEXT, 0, None)
+    assert cache is not None
+    same(session.generate(MORE, greedy()), model.generate(TEXT + MORE, greedy()))
+
+
+# Forks
+
+
+def buffers(session):
+    return [layer.keys.data_ptr() for layer in session._cache.layers]
+
+
+def test_a_fork_copies_at_its_first_write_and_its_parent_never(model):
+    parent = model.session()
+    parent.append(TEXT)
+    parent._cache.reserve(100)
+    before = buffers(parent)
+    fork, third = parent.fork(), parent.fork()
+    assert buffers(fork) == buffers(third) == before
+    fork.generate(MORE, greedy())
+    third.append("x = 1\n")
+    assert buffers(parent) == before
+    assert not {*before} & {*buffers(fork), *buffers(third)}
+    parent.append("\n\n\n")
+    assert buffers(parent) == before  # the others are gone from it
+
+
+def test_the_parent_copies_where_it_writes_first(model):
+    parent = model.session()
+    parent.append(TEXT)
+    parent._cache.reserve(100)
+    before, fork = buffers(parent), parent.fork()
+    parent.generate(MORE, greedy())
+    assert buffers(fork) == before
+    assert not {*before} & {*buffers(parent)}
+    check_cache(model, fork)
+    fork.append("x = 1\n")
+    assert buffers(fork) == before
+
+
+@pytest.mark.parametrize("spec", [None, "rerope:16"])
+def test_a_fork_and_its_parent_do_not_see_each_other(model, spec):
+    model.rope = spec
+    parent = Twin(model, model.session())
+    parent.append(TEXT)
+    parent.generate("", greedy(3))
+    forks = [Twin(model, parent.session.fork(), parent.text) for _ in range(3)]
+    for n, twin in enumerate([forks[0], parent, *forks[1:]]):
+        twin.crop(1 - n / 10)
+        twin.generate(f"x{n} = ", greedy())
+    for twin in [parent, *forks]:
+        twin.check()
+
+
+# Refusals
+
+
+def test_too_much_is_refused_before_anything_changes(tiny_folder):
+    short = rw.load(tiny_folder)
+    session = short.session()
+    session.append(TEXT)
+    before = session.text, list(session._ids), buffers(session)
+    with pytest.raises(rw.ContextOverflow, match="more than the 256"):
+        session.append(TEXT * 8)
+    for write in (session.generate, session.stream):
+        with pytest.raises(rw.ContextOverflow, match="more than the 256"):
+            write(MORE, greedy(250))
+    assert (session.text, session._ids, buffers(session)) == before
+    same(session.generate(MORE, greedy()), short.generate(TEXT + MORE, greedy()))
+
+
+@pytest.mark.parametrize("length", [-1, 6])
+def test_a_crop_outside_of_the_text_is_refused(model, length):
+    session = model.session()
+    session.append("x = 1")
+    with pytest.raises(rw.ConfigError, match=rf"crop {length} must be between 0 and the session's 5"):
+        session.crop(length)
+    assert session.text == "x = 1"
+
+
+def test_progress_counts_all_tokens_once_from_where_the_cache_ends(model, monkeypatch):
+    monkeypatch.setattr(rw.engine.prefill, "CHUNK", 40)
+    session, calls = model.session(), []
+    session.append(TEXT * 3, lambda *call: calls.append(call))
+    first = session.tokens
+    session.append(TEXT * 2, lambda *call: calls.append(call))
+    assert calls[0] == (0, 40)
+    assert [start for start, _ in calls] == [sum(n for _, n in calls[:k]) for k in range(len(calls))]
+    assert sum(n for _, n in calls) == session.tokens > first
