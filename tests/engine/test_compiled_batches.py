@@ -1,4 +1,4 @@
-"""Rows of a step and the paths of a tree: the same bits as alone, under scalers and windows, and no trace afterwards."""
+"""Rows of a step and the paths of a tree: the bits of each alone, under scalers and windows, and no trace after it."""
 
 import copy
 

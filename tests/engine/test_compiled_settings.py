@@ -198,5 +198,5 @@ def test_a_family_that_is_described_wrongly_is_refused(monkeypatch, name, wrong)
     hf = DECODERS[name]()
     compiled(hf)
     monkeypatch.setitem(families.FAMILIES, hf.config.model_type, wrong)
-    with pytest.raises((UnsupportedModel, RuntimeError), match="than its family's description|is not laid out"):
+    with pytest.raises((UnsupportedModel, RuntimeError), match=r"than its family's description|is not laid out"):
         compiled(hf)
