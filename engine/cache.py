@@ -58,7 +58,8 @@ class TurnedKeys:
     def room(
         self, setting: Hashable, band: int, keys: Tensor, turn: Callable[[int, int], Tensor], count: int
     ) -> Tensor:
-        """The copy of `keys` as `get` gives it, in a buffer with room for `count` more, which the caller writes."""
+        """The copy of `keys` as `get` gives it, in a buffer with room for `count` more, which the caller writes
+        and then counts by `advance`."""
         held = keys.shape[2]
         self.get(setting, band, keys, turn)
         copy = self._copies[band]
@@ -66,8 +67,11 @@ class TurnedKeys:
             grown = copy.new_empty(*copy.shape[:2], max(held + count, 2 * copy.shape[2]), copy.shape[3])
             grown[:, :, :held] = copy[:, :, :held]
             self._copies[band] = copy = grown
-        self._lengths[band] = held + count
         return copy
+
+    def advance(self, held: int, count: int) -> None:
+        """Count `count` keys behind the first `held` as turned, which were written into the room for them."""
+        self._lengths = {band: held + count if length == held else length for band, length in self._lengths.items()}
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch rows to every copy."""

@@ -154,6 +154,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def advance(self, count: int) -> None:
         """Count `count` tokens as held that were written into the buffers."""
         for layer in self.layers:
+            layer.turned.advance(layer.length, count)
             layer.length += count
 
     def fork(self) -> KVCache:
