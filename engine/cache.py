@@ -58,8 +58,8 @@ class TurnedKeys:
     def room(
         self, setting: Hashable, band: int, keys: Tensor, turn: Callable[[int, int], Tensor], count: int
     ) -> Tensor:
-        """The copy of `keys` as `get` gives it, in a buffer with room for `count` more: the caller writes them, then
-        tells `advance`."""
+        """The copy of `keys` as `get` gives it, in a buffer with room for `count` more, which the caller writes
+        and then counts by `advance`."""
         held = keys.shape[2]
         self.get(setting, band, keys, turn)
         copy = self._copies[band]
@@ -70,8 +70,8 @@ class TurnedKeys:
         return copy
 
     def advance(self, held: int, count: int) -> None:
-        """Count `count` more keys as turned, in the copies of all `held` that `room` was made in."""
-        self._lengths = {band: n + count if n == held else n for band, n in self._lengths.items()}
+        """Count `count` keys behind the first `held` as turned, which were written into the room for them."""
+        self._lengths = {band: held + count if length == held else length for band, length in self._lengths.items()}
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch rows to every copy."""

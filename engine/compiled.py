@@ -201,13 +201,13 @@ class CompiledNetwork(Network):
         from .kernels import step  # compiles, or reads what an earlier process compiled
 
         ids = [token for own, _ in rows for token in own]
+        x = self._decoder.embedding(torch.tensor(ids)).float().numpy()
         places = np.array([cache.length + k for own, cache in rows for k in range(len(own))], np.int64)
         buffers = self._buffers(rows)
         held, ancestors = tree or (0, None)
         at = places if ancestors is None else np.array([held + len(own) - 1 for own in ancestors], np.int64)
         parts, firsts = self._parts(at, held, ancestors)
         tables = self._tables
-        x = self._decoder.embedding(torch.tensor(ids)).float().numpy()
         found = np.empty((keep, self._decoder.head.weight.shape[0]), np.float32)
         step(
             tables.shape,
@@ -326,7 +326,8 @@ class CompiledNetwork(Network):
         weight = one.weight
         if weight.dtype != torch.float32:
             if self._scratch.numel() < weight.numel():
-                self._scratch = torch.empty(weight.numel())
+                with torch.inference_mode(False):  # so that calls outside of it may write there too
+                    self._scratch = torch.empty(weight.numel())
             weight = self._scratch[: weight.numel()].view(weight.shape).copy_(weight)
         if one.scale is None:
             return linear(x, weight, one.bias)
@@ -469,6 +470,31 @@ class Stored:
 Make = Callable[[Linear], Stored]
 
 
+def _check_sizes(d: Decoder) -> None:
+    """Refuse what the kernels, which see addresses only, would read past the end of."""
+    E, q, k = len(d.final_norm), d.heads * d.head_dim, d.key_heads * d.head_dim
+    inner = len(d.layers[0].linears[4].weight)
+    uneven = [size for size in (E, q, inner, d.head_dim) if size % 16]
+    if uneven:
+        raise UnsupportedModel(f"compiled kernels need sizes that are a multiple of 16, which {uneven[0]} is not")
+    shapes = [(q, E), (k, E), (k, E), (E, q), (inner, E), (inner, E), (E, inner)]
+    head_norms = (q, k) if d.norms_whole else (d.head_dim, d.head_dim)
+    for index, layer in enumerate(d.layers):
+        linears = [tuple(one.weight.shape) for one in layer.linears] == shapes
+        norms = all(
+            norm is None or len(norm) == n for norm, n in zip(layer.norms, (E, E, E, E, *head_norms), strict=True)
+        )
+        if not (linears and norms):
+            raise UnsupportedModel(
+                f"the weights of layer {index} are not of the sizes that its family's description says"
+            )
+    dtypes = {one.weight.dtype for one in (*(one for layer in d.layers for one in layer.linears), d.head)}
+    if len(dtypes) > 1:
+        raise UnsupportedModel(
+            f"its linear layers are of more than one dtype ({', '.join(sorted(map(_name, dtypes)))})"
+        )
+
+
 @dataclass(frozen=True)
 class _Tables:
     """The decoder as the compiled step takes it, and the tensors that its addresses point into."""
@@ -490,10 +516,7 @@ class _Tables:
         make = make or Stored.of
         stored = [tuple(map(make, layer.linears)) for layer in d.layers]
         head = make(d.head)
-        sizes = {tuple(one.weight.shape[1] for one in linears) for linears in stored}
-        uneven = [size for columns in sizes for size in (*columns, d.head_dim) if size % 16]
-        if uneven or len({tuple(s.weight.shape for s in linears) for linears in stored}) > 1:
-            raise UnsupportedModel(f"compiled kernels need layers of one size, a multiple of 16 ({uneven[:1]} is not)")
+        _check_sizes(d)
         if len({(layer.scale, layer.softcap) for layer in d.layers}) > 1:
             raise UnsupportedModel("its layers scale their scores differently")
         layout = next((group.layout for group in groups if group.layout is not None), None)

@@ -133,7 +133,7 @@ def decoder(hf: PreTrainedModel) -> Decoder:
         layers=layers,
         embedding=hf.get_input_embeddings(),
         final_norm=_norm(family, body.norm),
-        head=Linear(head.weight, head.bias),
+        head=_linear(head),
         epsilon=config.rms_norm_eps,
         heads=heads,
         key_heads=config.num_key_value_heads,

@@ -1,10 +1,15 @@
 """Every described family by the compiled network, in any chunks, against transformers' own logits."""
 
+import itertools
+
 import pytest
-from decoders import DECODERS, IDS, WINDOW, compiled, difference, in_chunks, read
+import torch
+from decoders import DECODERS, IDS, ROWS, WINDOW, compiled, difference, in_chunks, read
+from families import build
 
 from ropewalk.engine.compiled import FEW
 from ropewalk.engine.family import FAMILIES
+from ropewalk.engine.kernels.attention import PART
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
@@ -37,6 +42,27 @@ def test_only_the_last_logits_that_are_asked_for_come(served):
             found = network.forward(IDS[0, :count].tolist(), network.new_cache(1), keep)
             assert found.shape == (keep, expected.shape[1])
             assert difference(found, expected[count - keep : count]) < TOLERANCE
+
+
+WINDOWS = (WINDOW, PART, 2 * PART + 7)
+
+
+@pytest.mark.parametrize(("name", "window"), [("llama", None), *itertools.product(("mistral", "gemma2"), WINDOWS)])
+def test_a_text_of_many_parts(name, window):
+    """A part of attention is 256 keys at most; texts and windows of more are joined from several."""
+    model_type, fields = ROWS[name]
+    hf = build(model_type, {**fields, "sliding_window": window} if window else fields)
+    ids = torch.arange(700).mul(37).remainder(89)[None] + 1
+    network, expected = compiled(hf), read(hf, ids)
+    assert difference(in_chunks(network, [250, 5, 1, 1, 200, FEW, 1], ids), expected) < 1e-4  # angles in float32
+
+
+def test_a_large_vocabulary_is_widened_in_pieces(monkeypatch):
+    hf = DECODERS["gemma2"]()
+    network = compiled(hf, weights="int8")
+    expected = in_chunks(network, [40])
+    monkeypatch.setattr("ropewalk.engine.compiled._HEAD_ROWS", 20)
+    assert torch.equal(in_chunks(network, [40]), expected)
 
 
 def test_windows_are_seen_by_the_text():

@@ -1,4 +1,4 @@
-"""Rows of a step and the paths of a tree: the bits of each alone, under scalers and windows, and no trace after it."""
+"""Batches, trees and caches of the compiled network: rows are on their own, and what is forgotten leaves no trace."""
 
 import copy
 
@@ -63,9 +63,9 @@ def last(network, text, chunk=1000):
 def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(network):
     lengths, counts = (60, 1, 0, 90, 23, 64, 65), (1, 3, 5, 2, 1, 1, 17)
     rows = [(TEXT[n : n + count], cached(network, TEXT[:n])) for n, count in zip(lengths, counts, strict=True)]
-    alone = [network.step([row])[0] for row in copy.deepcopy(rows)]
-    together = network.step(copy.deepcopy(rows))
-    backwards = network.step(copy.deepcopy(rows)[::-1])
+    alone = [network.step([row])[0] for row in [(ids, cache.fork()) for ids, cache in rows]]
+    together = network.step([(ids, cache.fork()) for ids, cache in rows])
+    backwards = network.step([(ids, cache.fork()) for ids, cache in rows[::-1]])
     assert torch.equal(together, torch.stack(alone))
     assert torch.equal(backwards.flip(0), together)
     for (ids, _), n, found in zip(rows, lengths, together, strict=True):
@@ -116,18 +116,26 @@ def test_a_rewound_cache_is_the_text_run_afresh(network, chunk):
 def test_nothing_depends_on_earlier_calls(network):
     before = in_chunks(network, [30, 7])
     cached(network, TEXT[::-1], 9)
-    scaler, length = network._used
+    scaler, length = network.setting
     network.use(rw.scaling.parse("yarn:8|rerope:9"), 3)
     cached(network, TEXT[:50], 9)
     network.use(scaler, length)
     assert torch.equal(in_chunks(network, [30, 7]), before)
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("error", [IndexError, KeyboardInterrupt])
 @torch.inference_mode()
-def test_a_step_that_failed_leaves_no_trace(network):
+def test_a_step_that_failed_leaves_no_trace(network, monkeypatch, error):
     cache = cached(network, TEXT[:50], 20)
-    with pytest.raises(IndexError):
-        network.forward([3, 10**6], cache, 1)
+    if error is KeyboardInterrupt:
+        monkeypatch.setattr("ropewalk.engine.kernels.step", interrupted)
+    with pytest.raises(error):
+        network.forward([3, 10**6] if error is IndexError else [3, 4], cache, 1)
+    monkeypatch.undo()
     for sizes in ([20], [5]):
         found = in_chunks(network, sizes, IDS[:, 50:LENGTH], copy.deepcopy(cache))
         assert difference(found, in_chunks(network, [1000], IDS[:, :LENGTH])[50:]) < 5e-5
