@@ -1,0 +1,326 @@
+"""The compiled network's cache: forks, growth, int8 rows, memory-mapped files, and what does not fit."""
+
+import copy
+
+import psutil
+import pytest
+import torch
+from live import MORE, TEXT, cache_difference, counted, greedy
+
+import ropewalk as rw
+from ropewalk.engine import memory
+from ropewalk.engine.kv_cache import CacheShape, KVCache
+from ropewalk.engine.prefill import prefill
+
+KINDS = [torch.float32, torch.bfloat16, torch.int8]
+
+
+def shape(dtype=torch.float32, folder=None, dim=16):
+    return CacheShape(layers=3, heads=2, dim=dim, dtype=dtype, folder=folder)
+
+
+def states(count, seed=0, dim=16):
+    return torch.randn(1, 2, count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def fill(cache, count, seed=0):
+    for index, layer in enumerate(cache.layers):
+        layer.update(states(count, seed + index), -states(count, seed + index))
+
+
+def rows(cache, count):
+    return [getattr(layer, name)[:, :, :count].clone() for layer in cache.layers for name in layer.buffers]
+
+
+def unchanged(cache, before, count):
+    return all(torch.equal(a, b) for a, b in zip(rows(cache, count), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_it_holds_what_was_appended_and_grows(dtype):
+    cache, whole = KVCache(shape(dtype), 4), KVCache(shape(dtype), 64)
+    fill(whole, 40)
+    for start, stop in ((0, 3), (3, 4), (4, 5), (5, 29), (29, 40)):
+        for index, layer in enumerate(cache.layers):
+            part = states(40, index)[:, :, start:stop]
+            keys, values = layer.update(part, -part)
+            assert keys.shape[2] == values.shape[2] == stop
+    assert unchanged(cache, rows(whole, 40), 40)
+    assert cache.length == cache.get_seq_length() == 40
+    assert cache.layers[0].capacity == cache.layers[0].values.shape[2] < 80
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_a_write_moves_the_writer_only(dtype):
+    cache = KVCache(shape(dtype), 32)
+    fill(cache, 10)
+    fork = cache.fork()
+    third, before = fork.fork(), rows(cache, 10)
+    places = [layer.keys.data_ptr() for layer in cache.layers]
+
+    def moved(other):
+        return [layer.keys.data_ptr() not in places for layer in other.layers]
+
+    assert moved(fork) == moved(third) == [False] * 3
+    assert (cache.owned, fork.owned) == (0, 0)
+    fork.crop(-4)
+    fill(fork, 5, seed=9)
+    assert (moved(cache), moved(fork), moved(third)) == ([False] * 3, [True] * 3, [False] * 3)
+    assert unchanged(cache, before, 10)
+    assert unchanged(fork, [part[:, :, :6] for part in before], 6)
+    assert (cache.length, fork.length, third.length) == (10, 11, 10)
+    assert (cache.owned, fork.owned) == (0, 11)
+    third.reserve(1)
+    fill(cache, 5, seed=7)  # alone now: in place
+    assert (moved(cache), moved(third)) == ([False] * 3, [True] * 3)
+    assert unchanged(third, before, 10)
+    assert cache.owned == 15
+
+
+def test_a_copy_of_a_fork_is_its_own():
+    cache = KVCache(shape(), 32)
+    fill(cache, 10)
+    fork, before = cache.fork(), rows(cache, 10)
+    fill(copy.deepcopy(fork), 5, seed=3)
+    assert unchanged(cache, before, 10)
+    assert unchanged(fork, before, 10)
+
+
+# int8
+
+
+def test_int8_rows_are_within_half_a_step():
+    layer, sizes = KVCache(shape(torch.int8), 64).layers[0], 10.0 ** torch.arange(-6, 4).repeat(4)[:, None]
+    x = states(40) * sizes
+    x[:, :, 7] = 0
+    x[:, 1, 8, 1:] = 0  # one number alone
+    keys, values = layer.update(x, 3 * x)
+    for found, exact in ((keys, x), (values, 3 * x)):
+        step = exact.abs().amax(-1, keepdim=True) / 127
+        assert ((found - exact).abs() <= step * 0.5001).all()
+        largest = exact.abs().amax(-1)
+        assert torch.allclose(found.abs().amax(-1), largest, rtol=1e-6)
+        assert int(layer.keys[:, :, :40].abs().max()) == 127
+    assert torch.equal(layer.key_scales[:, :, :40], x.abs().amax(-1) / 127)
+    assert torch.equal(layer.value_scales[:, :, :40], (3 * x).abs().amax(-1) / 127)
+
+
+def test_int8_keys_are_written_again_in_place():
+    layer = KVCache(shape(torch.int8), 64).layers[0]
+    layer.update(states(20), states(20))
+    before = rows_of(layer)
+    layer.write_keys(5, 4 * states(6, 1))
+    assert torch.allclose(layer.key_rows(5, 11), 4 * states(6, 1), atol=0.07)
+    for name, old in before.items():
+        kept = torch.ones(64, dtype=torch.bool)
+        kept[5:11] = name.startswith("value")
+        assert torch.equal(getattr(layer, name)[:, :, kept][:, :, :9], old[:, :, kept][:, :, :9])
+
+
+def rows_of(layer):
+    return {name: getattr(layer, name).clone() for name in layer.buffers}
+
+
+def test_a_token_takes_what_it_is_said_to():
+    for dtype, width in ((torch.float32, 64), (torch.bfloat16, 32), (torch.int8, 16 + 4)):
+        cache = KVCache(shape(dtype), 50)
+        held = sum(getattr(layer, name).nbytes for layer in cache.layers for name in layer.buffers)
+        assert held == 50 * shape(dtype).bytes_per_token == 50 * 3 * 2 * 2 * width
+
+
+@pytest.fixture(scope="module")
+def int8(tiny_folder):
+    return rw.load(tiny_folder, kv_dtype="int8", max_length=4096, compile=True)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return rw.load(tiny_folder, max_length=4096, compile=True)
+
+
+@torch.inference_mode()
+def test_a_step_and_a_chunk_write_the_same_codes(int8):
+    ids = int8.vocabulary.encode(TEXT)
+    chunk, steps = int8.new_cache(100), int8.new_cache(100)
+    int8.network.forward(ids, chunk, keep=1)
+    for i in ids:
+        int8.network.forward([i], steps, keep=1)
+    first, other = chunk.layers[0], steps.layers[0]  # deeper ones read rounded keys in another order
+    for name in first.buffers:
+        a, b = (getattr(layer, name)[:, :, : len(ids)].float() for layer in (first, other))
+        if name.endswith("scales"):
+            assert torch.allclose(a, b, rtol=1e-5)
+        else:
+            assert (a - b).abs().max() <= 1
+            assert float((a != b).float().mean()) < 1e-3
+    for a, b in zip(chunk.layers, steps.layers, strict=True):
+        worst = (a.key_rows(0, len(ids)) - b.key_rows(0, len(ids))).abs().max()
+        assert worst < 0.05 * b.key_rows(0, len(ids)).abs().max()
+
+
+def test_int8_writes_about_what_float32_does(int8, model):
+    ids = model.vocabulary.encode(TEXT * 6)
+    one, other = (m.score_ids(ids, cache=m.new_cache(len(ids))) for m in (int8, model))
+    assert not torch.equal(one, other)
+    assert float((one - other).abs().mean()) < 0.02
+
+
+def test_an_int8_session_is_saved_and_turned(int8, tmp_path):
+    session = int8.session()
+    session.append(TEXT * 2)
+    session.save(tmp_path / "s")
+    loaded = int8.session(tmp_path / "s")
+    assert unchanged(loaded._cache, rows(session._cache, session.tokens), session.tokens)
+    try:
+        int8.rope = "yarn:4"
+        for one in (session, loaded):
+            one.append("x = 1\n")
+        fresh = int8.session()
+        fresh.append(TEXT * 2 + "x = 1\n")
+        a, b = (cache.layers[0].key_rows(0, fresh.tokens) for cache in (session._cache, fresh._cache))
+        assert (a - b).abs().max() < 0.02 * b.abs().max()  # rounded twice
+        assert session.generate(MORE, greedy()) == loaded.generate(MORE, greedy())
+    finally:
+        int8.rope = None
+
+
+def test_int8_and_a_position_map_are_refused_and_the_scaler_stays(int8, tiny_folder):
+    int8.rope = "yarn:2"
+    try:
+        before = int8.generate(TEXT, greedy())
+        with pytest.raises(rw.ConfigError, match=r"rerope:16 holds its keys in several forms, an int8 cache in one"):
+            int8.rope = "rerope:16"
+        assert str(int8.rope) == "yarn:2"
+        assert int8.generate(TEXT, greedy()) == before
+    finally:
+        int8.rope = None
+    with pytest.raises(rw.ConfigError, match="leave out kv_dtype"):
+        rw.load(tiny_folder, "yarn:2|rerope:16", kv_dtype="int8")
+
+
+# Files
+
+
+@pytest.mark.parametrize("spec", ["none", "rerope:16"])
+def test_in_a_file_it_is_the_same_to_the_bit_and_leaves_none(tiny_folder, model, tmp_path, spec):
+    mapped = rw.load(tiny_folder, spec, offload=tmp_path, max_length=4096)
+    model.rope = spec
+    try:
+        params = greedy(12, logprobs=2)
+        assert mapped.generate(TEXT * 4 + MORE, params) == model.generate(TEXT * 4 + MORE, params)
+        parent, plain = mapped.session(), model.session()
+        for session in (parent, plain):
+            session.append(TEXT)
+        fork = parent.fork()
+        for session in (parent, plain):
+            session.append(TEXT * 8)  # grows
+        assert cache_difference(parent._cache, plain._cache, plain.tokens) == 0
+        assert fork.generate(MORE, params).token_ids == model.generate(TEXT + MORE, params).token_ids
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        model.rope = None
+
+
+def test_a_folder_that_is_not_there_is_refused(tiny_folder, tmp_path):
+    with pytest.raises(rw.ConfigError, match="offload .*nowhere is not a folder; make it"):
+        rw.load(tiny_folder, offload=tmp_path / "nowhere")
+
+
+# Room
+
+
+class Memory:
+    def __init__(self, available):
+        self.available = available
+
+
+class Disk:
+    def __init__(self, free):
+        self.free = free
+
+
+@pytest.fixture
+def available(monkeypatch):
+    def set_to(count):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(count))
+        monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: Disk(count))
+
+    return set_to
+
+
+def test_the_refusal_has_the_numbers_and_the_ways(available):
+    big = CacheShape(layers=30, heads=3, dim=64, dtype=torch.float32)  # 46080 bytes a token
+    available(1_000_000_000)
+    memory.check_room(big, 21_701, forms=1)
+    with pytest.raises(rw.ContextOverflow) as refused:
+        memory.check_room(big, 64 * 1024, forms=1)
+    assert str(refused.value) == (
+        "keys and values of 64k tokens take 3.02 GB, more than the 1 GB of memory; load with kv_dtype='int8' (0.802 GB), "
+        "or load with offload=FOLDER, which keeps keys and values in a file there, or take at most 21701 tokens"
+    )
+    with pytest.raises(rw.ContextOverflow, match=r"1.51 GB.*take at most 21701") as refused:
+        memory.check_room(big, 32 * 1024, forms=1)
+    with pytest.raises(rw.ContextOverflow) as refused:  # not even int8 is enough
+        memory.check_room(big, 128 * 1024, forms=1)
+    assert "int8" not in str(refused.value)
+    with pytest.raises(rw.ContextOverflow, match="take at most 14467 tokens") as refused:  # keys in two forms
+        memory.check_room(big, 21_701, forms=2)
+    assert "int8" not in str(refused.value)
+
+
+def test_a_file_is_held_against_the_disk(available, tmp_path):
+    available(1_000_000)
+    small = shape(folder=tmp_path)  # 768 bytes a token
+    memory.check_room(small, 1302, forms=1)
+    with pytest.raises(rw.ContextOverflow, match=r"more than the 0.001 GB of free space in .*") as refused:
+        memory.check_room(small, 1303, forms=1)
+    assert "offload" not in str(refused.value)
+    assert "kv_dtype='int8'" in str(refused.value)
+
+
+def test_what_does_not_fit_is_refused_before_any_work(model, available, monkeypatch):
+    session = model.session()
+    session.append(TEXT * 8)
+    before = session.text, list(session._ids), rows(session._cache, session.tokens)
+    available(100 * model.network.cache_shape.bytes_per_token)
+    with counted(model, monkeypatch) as counts:
+        for refused in (
+            lambda: model.generate(TEXT * 8, greedy()),
+            lambda: model.generate([TEXT * 8, "x"], greedy()),
+            lambda: list(model.stream("x", greedy(100))),
+            lambda: session.append(TEXT * 5),
+            lambda: session.generate("", greedy(120)),
+            lambda: session.fork().generate("", greedy(50)),
+        ):
+            with pytest.raises(rw.ContextOverflow, match="keys and values of"):
+                refused()
+    assert counts == []
+    assert (session.text, session._ids) == before[:2]
+    assert unchanged(session._cache, before[2], session.tokens)
+
+
+def test_what_a_session_holds_is_not_counted_twice(model, available):
+    session = model.session()
+    session.append(TEXT * 8)
+    assert session.tokens > 200
+    available(100 * model.network.cache_shape.bytes_per_token)
+    session.append("x = 1\n")
+    assert session.generate("y", greedy()).usage.completion_tokens == 6
+
+
+@torch.inference_mode()
+def test_turned_keys_that_nobody_counted_are_not_read(model):
+    """A step that was broken off has made room for keys, and not written them."""
+    model.rope = "rerope:16"
+    try:
+        ids = model.vocabulary.encode(TEXT * 2)
+        cache, fresh = model.new_cache(200), model.new_cache(200)
+        prefill(model.network, ids[:40], cache)
+        model.network._buffers([(ids[40:44], cache)])
+        for layer in cache.layers:
+            for copy_of in layer.turned.tensors:
+                copy_of[:, :, 40:] = 1e3
+        found = prefill(model.network, ids[40:], cache)
+        assert torch.allclose(found, prefill(model.network, ids, fresh), atol=1e-3)
+    finally:
+        model.rope = None
