@@ -198,6 +198,7 @@ class CompiledNetwork(Network):
             tree: tokens held before a tree, and for each of its tokens the places of those that it follows, and its
                 own.
         """
+        threads = _share_threads()
         from .kernels import step  # compiles, or reads what an earlier process compiled
 
         ids = [token for own, _ in rows for token in own]
@@ -226,7 +227,7 @@ class CompiledNetwork(Network):
             buffers,
             tables.head,
             found,
-            _share_threads(),
+            threads,
         )
         for own, cache in rows:
             cache.advance(len(own))

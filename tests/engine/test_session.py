@@ -10,7 +10,7 @@ from live import MORE, TEXT, check_cache, counted, greedy
 import ropewalk as rw
 
 END = "<|endoftext|>"
-PIECES = ["", "import nump", "x = 12", "é", "白云", "\n\n\n", "    ", END, f"{END}class ", "self.f  ", TEXT, "-" * 40, "."]
+PIECES = ["", "import nump", "x = 12", "é", "白云", "\n\n\n", "    ", END, f"{END}class ", "self.f  ", TEXT, "-" * 40]
 PARAMS = [
     greedy(),
     greedy(continuation="off"),
