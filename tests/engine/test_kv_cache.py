@@ -222,7 +222,7 @@ def test_in_a_file_it_is_the_same_to_the_bit_and_leaves_none(tiny_folder, model,
 
 
 def test_a_folder_that_is_not_there_is_refused(tiny_folder, tmp_path):
-    with pytest.raises(rw.ConfigError, match="offload .*nowhere is not a folder; make it"):
+    with pytest.raises(rw.ConfigError, match=r"offload .*nowhere is not a folder; make it"):
         rw.load(tiny_folder, offload=tmp_path / "nowhere")
 
 
@@ -255,7 +255,8 @@ def test_the_refusal_has_the_numbers_and_the_ways(available):
     with pytest.raises(rw.ContextOverflow) as refused:
         memory.check_room(big, 64 * 1024, forms=1)
     assert str(refused.value) == (
-        "keys and values of 64k tokens take 3.02 GB, more than the 1 GB of memory; load with kv_dtype='int8' (0.802 GB), "
+        "keys and values of 64k tokens take 3.02 GB, more than the 1 GB of memory; load with "
+        "kv_dtype='int8' (0.802 GB), "
         "or load with offload=FOLDER, which keeps keys and values in a file there, or take at most 21701 tokens"
     )
     with pytest.raises(rw.ContextOverflow, match=r"1.51 GB.*take at most 21701") as refused:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,13 +199,12 @@ def test_saving_that_fails_leaves_the_old_file(model, monkeypatch, saved, error)
     session.append(TEXT)
 
     def fails(tensors, path, metadata):
-        with open(path, "wb") as file:
-            file.write(b"half")
+        Path(path).write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(module, "save_file", fails)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else rw.DataError
-    with pytest.raises(expected, match="no space left|^$"):
+    with pytest.raises(expected, match=r"no space left|^$"):
         session.save(saved)
     assert saved.read_bytes() == old
     assert list(saved.parent.iterdir()) == [saved]

@@ -8,7 +8,7 @@ from live import MORE, TEXT, counted, greedy
 import ropewalk as rw
 from ropewalk.engine import answer, generation
 
-MIXED = ["import nump", TEXT * 3, "x", MORE, "", "é", TEXT * 3 + MORE, "白云", TEXT * 3, "import nump", "class A:\n", "("]
+MIXED = ["import nump", TEXT * 3, "x", MORE, "", "é", TEXT * 3 + MORE, "白云", TEXT * 3, "import nump", "class A:\n"]
 
 
 @pytest.fixture(scope="module")
