@@ -42,7 +42,7 @@ def test_int8_rows_are_within_half_a_step_of_their_own():
 def test_int8_weights_are_the_model_with_those_weights(name):
     """Every linear layer and the head, in both ways of running; the embedding stays as it is, tied or not."""
     hf = DECODERS[name]()
-    network = compiled(hf, weights="int8")
+    network = compiled(hf, weights="int8", cache="float32")
     expected = read(hf)
     rounded = copy.deepcopy(hf)
     rounded.set_output_embeddings(copy.deepcopy(rounded.get_output_embeddings()))
@@ -91,7 +91,7 @@ def test_an_int8_cache_is_near_the_whole_one():
         network.use(parse("rerope:20"), 100)
 
 
-@pytest.mark.parametrize("options", [{}, {"weights": "int8"}])
+@pytest.mark.parametrize("options", [{}, {"weights": "int8", "cache": "float32"}])
 def test_chunks_run_without_inference_mode(options):
     """Weights are widened into a buffer that an earlier call in inference mode may have made."""
     hf = DECODERS["llama"]()
