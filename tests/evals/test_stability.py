@@ -1,0 +1,58 @@
+"""The stability run: every kind of request comes up, a leak is told, and none is there."""
+
+import pytest
+from click.testing import CliRunner
+
+import ropewalk as rw
+from ropewalk.evals import stability
+from ropewalk.evals.stability import Load, Verdict, main, serve
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return rw.load(tiny_folder, max_length=4096)
+
+
+def test_requests_are_the_same_for_the_same_seed_and_of_every_kind(model, held_out_texts):
+    loads = [Load(model, held_out_texts[0], longest=64, seed=seed) for seed in (1, 1, 2)]
+    for load in loads:
+        for _ in range(40):
+            load.request()
+    model.rope = None
+    first, again, other = (load.kinds for load in loads)
+    assert first == again != other
+    assert {*first, *other} >= {"generate", "together", "score", "fork", "crop", "close_stream", "cancelled", "rescale"}
+    assert all(len(load.sessions) <= 3 for load in loads)
+
+
+def test_a_leak_is_told(model, held_out_texts, monkeypatch):
+    held, request = [], Load.request
+
+    def leaks(self):
+        held.append(bytearray(b"x") * 3_000_000)
+        request(self)
+
+    monkeypatch.setattr(stability.Load, "request", leaks)
+    assert not serve(model, held_out_texts[0], requests=24, longest=32).stable
+
+
+def test_the_verdict_in_words():
+    verdict = Verdict(requests=40, warm_mb=500.0, last_mb=540.4, allowed_mb=20.0)
+    assert str(verdict) == (
+        "GROWING: 500 MB after the warm-up, 540 MB after 40 requests (+40 MB; 20 are put down to the allocator)"
+    )
+
+
+def test_the_command_prints_a_line_every_20_requests_and_a_verdict(tiny_folder):
+    result = CliRunner().invoke(main, [str(tiny_folder), "--requests", "20", "--longest", "64"])
+    assert result.exit_code in (0, 1), result.output
+    lines = result.output.splitlines()
+    assert lines[0].startswith("   20 requests")
+    assert lines[-1].split(":")[0] in ("stable", "GROWING")
+    assert CliRunner().invoke(main, ["nowhere-model"]).exit_code == 1
+
+
+@pytest.mark.slow
+def test_memory_stays_where_it_is(model, held_out_texts):
+    verdict = serve(model, "\n".join(held_out_texts), requests=60, longest=512, seed=3)
+    assert verdict.stable, str(verdict)
