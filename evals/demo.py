@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,8 +15,9 @@ from ..engine.load import cpu_has_bfloat16, load
 from ..engine.sampling import SamplingParams
 from ..scaling.lengths import format_length
 from ..scaling.spec import parse
+from .cell import Cell
 from .data import load_text
-from .perplexity import Cell, cells
+from .perplexity import PerplexityCell, cells
 from .protocols import Plan
 from .publish import print_results, publish
 from .report import Passage
@@ -33,7 +34,7 @@ CLOSING_SECONDS = 25  # of the time limit kept for the passage and the report
 class Winner:
     """The scaler with the lowest loss at the longest context, with its cache if it was measured just now."""
 
-    cell: Cell
+    cell: PerplexityCell
     loss: float
     cache: Cache | None
 
@@ -74,13 +75,18 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
     run.write_environment()
     best = [_best_so_far(run, planned, longest)]
 
-    def remember_best(cell: Cell, rows: list[Row], cache: Cache) -> None:
+    def remember_best(cell: PerplexityCell, rows: list[Row], cache: Cache) -> None:
         if cell.context == longest and (best[0] is None or rows[0]["loss"] < best[0].loss):
             best[0] = Winner(cell, rows[0]["loss"], cache)
 
     deadline = None if max_minutes is None else started + 60 * max_minutes - CLOSING_SECONDS
     outcome = measure_all(
-        model, planned, run, console, deadline=deadline, is_essential=is_essential, then=remember_best
+        model,
+        [replace(cell, then=remember_best) for cell in planned],
+        run,
+        console,
+        deadline=deadline,
+        is_essential=is_essential,
     )
     assert best[0] is not None, "the longest context is essential"
     with console.status(f"{best[0].cell.scaler} writes a passage"):
@@ -90,7 +96,7 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
     console.print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Open {files[0]}", highlight=False)
 
 
-def _best_so_far(run: Run, planned: list[Cell], longest: int) -> Winner | None:
+def _best_so_far(run: Run, planned: list[PerplexityCell], longest: int) -> Winner | None:
     """The best of the cells that an earlier, interrupted run measured at the longest context."""
     found = [(cell, run.find(cell.row_recipes()[0])) for cell in planned if cell.context == longest]
     measured = [Winner(cell, row["loss"], None) for cell, row in found if row is not None]
@@ -103,7 +109,7 @@ def _passage(model: Model, best: Winner, run: Run) -> Passage:
     Goes on from the cache of the measurement. Kept in the run's folder, so that it is written once.
     """
     rope = str(best.cell.scaler)
-    ids = best.cell.windows[-1].ids[: -TARGET // 2]
+    ids = best.cell.passages[-1].ids[: -TARGET // 2]
     shown = f"[… {len(ids)} tokens of the play, the last of them:]\n{model.tokenizer.decode(ids[-150:])}"
     kept = run.folder / "passage.json"
     if kept.exists():

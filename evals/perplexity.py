@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from ..engine.api import Model
 from ..scaling.rope import Scaler
+from .cell import Advance, Cell
 from .data import Text, tokenize_documents
 from .memory import peak_memory_mb
 from .protocols import Plan, Tokens, Window, position_edges
@@ -25,22 +26,25 @@ from .statistics import block_interval
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """The windows behind one row of the result (or, with `edges`, one row for each bucket of position)."""
+class PerplexityCell(Cell):
+    """The passages behind one row of the result (or, with `edges`, one row for each bucket of position).
+
+    Args:
+        then: gets the rows and the cache of the last passage.
+    """
 
     scaler: Scaler
     context: int
-    windows: tuple[Window, ...]
+    passages: tuple[Window, ...]
     recipe: dict[str, Any]
     edges: tuple[int, ...] = ()
+    then: Callable[[PerplexityCell, list[Row], Cache], None] = field(default=lambda *_: None, compare=False)
 
     @property
-    def tokens(self) -> int:
-        """Tokens fed."""
-        return sum(len(w.ids) - 1 for w in self.windows)
+    def windows(self) -> list[int]:
+        return [len(w.ids) - 1 for w in self.passages]
 
     def row_recipes(self) -> list[dict[str, Any]]:
-        """The recipe of each row."""
         if not self.edges:
             return [{**self.recipe, "bucket_start": None, "bucket_end": None}]
         return [
@@ -48,34 +52,35 @@ class Cell:
             for start, end in zip(self.edges[:-1], self.edges[1:], strict=True)
         ]
 
+    def measure(self, model: Model, run: Run, advance: Advance) -> list[Row]:
+        started = time.perf_counter()
+        losses = []
+        for window in self.passages:
+            cache = model.new_cache(len(window.ids))
+            losses.append(-model.score_ids(window.ids, window.first, advance, cache).numpy())
+        seconds = time.perf_counter() - started
+        rows = []
+        for recipe in self.row_recipes():
+            start, end = recipe["bucket_start"] or 0, recipe["bucket_end"] or self.context
+            chosen, n_bytes = [], 0
+            for window, window_losses in zip(self.passages, losses, strict=True):
+                low, high = max(window.first, start), min(len(window.ids), end)
+                chosen.append(window_losses[low - window.first : high - window.first])
+                n_bytes += len(model.tokenizer.decode(window.ids[low:high]).encode())
+            measured = summary(np.concatenate(chosen), n_bytes) | {
+                "documents": len(self.passages),
+                "seconds": seconds,
+                "tokens_per_second": sum(self.windows) / seconds,
+                "peak_memory_mb": peak_memory_mb(),
+            }
+            rows.append(run.add(recipe, measured, np.concatenate(chosen)))
+        self.then(self, rows, cache)
+        return rows
 
-def measure(
-    model: Model, cell: Cell, run: Run, progress: Callable[[int, int], None] | None = None
-) -> tuple[list[Row], Cache]:
-    """Measure one cell and store its rows in `run`; returns them, and the cache of its last window."""
-    model.rope = cell.scaler
-    started = time.perf_counter()
-    losses = []
-    for window in cell.windows:
-        cache = model.new_cache(len(window.ids))
-        losses.append(-model.score_ids(window.ids, window.first, progress, cache).numpy())
-    seconds = time.perf_counter() - started
-    rows = []
-    for recipe in cell.row_recipes():
-        start, end = recipe["bucket_start"] or 0, recipe["bucket_end"] or cell.context
-        chosen, n_bytes = [], 0
-        for window, window_losses in zip(cell.windows, losses, strict=True):
-            low, high = max(window.first, start), min(len(window.ids), end)
-            chosen.append(window_losses[low - window.first : high - window.first])
-            n_bytes += len(model.tokenizer.decode(window.ids[low:high]).encode())
-        measured = summary(np.concatenate(chosen), n_bytes) | {
-            "documents": len(cell.windows),
-            "seconds": seconds,
-            "tokens_per_second": cell.tokens / seconds,
-            "peak_memory_mb": peak_memory_mb(),
-        }
-        rows.append(run.add(recipe, measured, np.concatenate(chosen)))
-    return rows, cache
+    def outcome(self, rows: Sequence[Row]) -> str:
+        tokens = sum(row["tokens"] for row in rows)
+        loss = sum(row["loss"] * row["tokens"] for row in rows) / tokens
+        return f"loss {loss:.4f}, {tokens} tokens scored"
 
 
 def summary(losses: np.ndarray, n_bytes: int) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def summary(losses: np.ndarray, n_bytes: int) -> dict[str, Any]:
     }
 
 
-def cells(model: Model, text: Text, scalers: Sequence[Scaler], plan: Plan) -> list[Cell]:
+def cells(model: Model, text: Text, scalers: Sequence[Scaler], plan: Plan) -> list[PerplexityCell]:
     """The cells of a plan, scaler by scaler; every scaler is checked against the model first.
 
     Raises:
@@ -117,10 +122,10 @@ def cells(model: Model, text: Text, scalers: Sequence[Scaler], plan: Plan) -> li
     }
     windows = {context: tuple(plan.windows(documents, context, prefix)) for context in plan.contexts}
     return [
-        Cell(
+        PerplexityCell(
             scaler=scaler,
             context=context,
-            windows=windows[context],
+            passages=windows[context],
             recipe=shared | {"rope": str(scaler), "context": context, "places": _places(windows[context])},
             edges=position_edges(context) if plan.protocol == "by-position" else (),
         )
@@ -150,28 +155,3 @@ def _places(windows: Sequence[Window]) -> str:
     """Where the windows end, `document:token`; many are told by their number and the last."""
     places = [w.place for w in windows]
     return ",".join(places) if len(places) <= 16 else f"{len(places)} windows to {places[-1]}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """Arithmetic of a forward pass, for time left: a dense part a token and an attention part a token and key."""
-
-    dense: float
-    attention: float
-
-    @classmethod
-    def of(cls, model: Model) -> Cost:
-        """Operations from the model's shapes."""
-        config = model.hf.config.get_text_config()
-        embedding = model.hf.get_input_embeddings().weight.numel()
-        weights = sum(p.numel() for p in model.hf.parameters()) - embedding
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(dense=2 * weights, attention=4 * config.num_hidden_layers * config.num_attention_heads * head_dim)
-
-    def step(self, past: int, tokens: int) -> float:
-        """Operations of `tokens` tokens on top of `past`."""
-        return tokens * (self.dense + self.attention * (past + tokens / 2))
-
-    def cell(self, cell: Cell) -> float:
-        """Operations of a cell."""
-        return sum(self.step(0, len(w.ids) - 1) for w in cell.windows)

@@ -8,9 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from ..scaling.lengths import format_length
+from .cell import Cell
 from .findings import findings
-from .perplexity import Cell
 from .plots import plot_run
 from .report import Passage, write_report
 from .result import Run
@@ -34,7 +33,7 @@ def print_results(run: Run, files: Sequence[Path], left_out: Sequence[Cell], con
     for sentence in findings(run):
         console.print(f"• {sentence}", highlight=False)
     if left_out:
-        cells = ", ".join(f"{cell.scaler} at {format_length(cell.context)}" for cell in left_out)
+        cells = ", ".join(f"{cell.scaler} at {cell.label}" for cell in left_out)
         console.print(
             f"\nLeft out for lack of time: {cells}. Run the same command again to measure them.",
             highlight=False,

@@ -16,12 +16,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from transformers.cache_utils import Cache
 
 from ..engine.api import Model
-from ..scaling.lengths import format_length
-from .perplexity import Cell, Cost, measure
-from .result import Row, Run
+from .cell import Cell, Cost
+from .result import Run
 
 
 @dataclass(kw_only=True)
@@ -33,11 +31,6 @@ class Outcome:
     left_out: list[Cell] = field(default_factory=list)
 
 
-def is_done(cell: Cell, run: Run) -> bool:
-    """True if every row of the cell is in the run's results."""
-    return all(run.find(recipe) is not None for recipe in cell.row_recipes())
-
-
 def measure_all(
     model: Model,
     cells: Sequence[Cell],
@@ -46,7 +39,6 @@ def measure_all(
     *,
     deadline: float | None = None,
     is_essential: Callable[[Cell], bool] = lambda cell: False,
-    then: Callable[[Cell, list[Row], Cache], None] = lambda cell, rows, cache: None,
 ) -> Outcome:
     """Measure `cells` in order, with a progress bar.
 
@@ -58,9 +50,8 @@ def measure_all(
         deadline: `time.monotonic()` value; a cell that would not finish before it, at the rate measured so far, is
             left out. The first cell always runs.
         is_essential: cells that run whatever the time.
-        then: called after each cell with its rows and the key-value cache of its last window.
     """
-    cost, outcome, original = Cost.of(model), Outcome(found=[c for c in cells if is_done(c, run)]), model.rope
+    cost, outcome, original = Cost.of(model), Outcome(found=[c for c in cells if c.is_done(run)]), model.rope
     todo = [c for c in cells if c not in outcome.found]
     columns = (
         SpinnerColumn(),
@@ -81,18 +72,15 @@ def measure_all(
                     outcome.left_out.append(cell)
                     bar.update(task, total=(bar.tasks[0].total or 0) - cost.cell(cell))
                     continue
-                bar.update(task, description=f"{cell.scaler} at {format_length(cell.context)}")
+                bar.update(task, description=f"{cell.scaler} at {cell.label}")
                 started = time.monotonic()
-                rows, cache = measure(model, cell, run, lambda past, n: bar.advance(task, cost.step(past, n)))
-                spent, done = spent + time.monotonic() - started, done + cost.cell(cell)
+                model.rope = cell.scaler
+                rows = cell.measure(model, run, lambda past, n: bar.advance(task, cost.step(past, n)))
+                seconds = time.monotonic() - started
+                spent, done = spent + seconds, done + cost.cell(cell)
                 outcome.measured.append(cell)
-                then(cell, rows, cache)
-                del cache  # before the next one is filled
-                tokens = sum(row["tokens"] for row in rows)
-                loss = sum(row["loss"] * row["tokens"] for row in rows) / tokens
                 bar.console.print(
-                    f"  {cell.scaler!s:<18} {format_length(cell.context):>6}  loss {loss:.4f}"
-                    f"  [dim]{tokens} tokens scored, {rows[0]['seconds']:.0f} s[/dim]"
+                    f"  {cell.scaler!s:<18} {cell.label:>6}  {cell.outcome(rows)}  [dim]{seconds:.0f} s[/dim]"
                 )
     finally:
         model.rope = original
@@ -111,14 +99,14 @@ def print_plan(model: Model, cells: Sequence[Cell], console: Console) -> None:
         seconds = cost.cell(cell) / rate
         table.add_row(
             str(cell.scaler),
-            format_length(cell.context),
+            cell.label,
             str(len(cell.windows)),
-            str(cell.tokens),
+            str(sum(cell.windows)),
             f"{seconds:.0f} s",
         )
     console.print(table)
     total = sum(cost.cell(c) for c in cells) / rate
-    longest = max(len(w.ids) for cell in cells for w in cell.windows)
+    longest = max(max(cell.windows) for cell in cells)
     cache_mb = model.network.bytes_per_token * longest / 1e6
     weights_mb = model.hf.get_memory_footprint() / 1e6
     console.print(

@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import ropewalk as rw
 from ropewalk.engine.api import Model
+from ropewalk.evals.cell import Cost
 from ropewalk.evals.data import Text
-from ropewalk.evals.perplexity import Cost, cells, measure
+from ropewalk.evals.perplexity import cells
 from ropewalk.evals.protocols import PROTOCOLS, Plan, position_edges
 from ropewalk.evals.result import Run
 from ropewalk.scaling import Linear, Scaler, parse
@@ -61,6 +62,11 @@ def losses(model, ids):
     return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").numpy()
 
 
+def measure(model, cell, run):
+    model.rope = cell.scaler
+    return cell.measure(model, run, lambda past, count: None)
+
+
 def run_plan(tmp_path, model, plan, *documents, scaler="none"):
     run = Run(tmp_path)
     for cell in cells(model, text(*documents), [parse(scaler)], plan):
@@ -97,9 +103,9 @@ def test_fixed_target_scores_the_same_tokens_at_every_context_and_uses_documents
     plan = Plan(contexts=(32, 128), target=16, samples=3)
     documents = (WORDS[:100], WORDS[:400], WORDS[400:900])
     planned = cells(model, text(*documents), [Scaler()], plan)
-    targets = [[w.ids[w.first :] for w in cell.windows] for cell in planned]
+    targets = [[w.ids[w.first :] for w in cell.passages] for cell in planned]
     assert targets[0] == targets[1]
-    assert [w.place for w in planned[0].windows] == ["1:200", "2:250", "1:400"]
+    assert [w.place for w in planned[0].passages] == ["1:200", "2:250", "1:400"]
 
 
 def test_by_position_buckets_hold_every_token_once(tmp_path):
