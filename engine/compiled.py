@@ -415,8 +415,11 @@ def _share_threads() -> int:
     """Let the kernels use as many threads as torch does; their number."""
     import numba
 
-    threads: int = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    wanted = torch.get_num_threads()
+    threads: int = min(wanted, numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
+    if torch.get_num_threads() != wanted:  # both use OpenMP, and numba's start gives it as many as there are cores
+        torch.set_num_threads(wanted)
     return threads
 
 

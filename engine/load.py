@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +57,8 @@ def load(
         kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the model's dtype, and bfloat16
             with int8 weights.
         offload: a folder; keys and values are kept there in memory-mapped files, gone with the process.
-        device_map: as in accelerate ("auto", "cuda:0", {...}); None puts everything on the GPU if there is one.
+        device_map: as in accelerate ("auto", "cuda:0", {...}); None puts everything on the GPU if there is one, and on
+            its own one in each of several processes that were launched together.
         max_length: most tokens `generate` accepts; None is the scaler's reach.
 
     Raises:
@@ -78,7 +80,7 @@ def load(
         raise AssetError(f"{name}: this folder has no config.json, so it is not a Hugging Face model")
     config = _read_config(source, str(name))
     hf_config.read(config.get_text_config())  # refuses what has no RoPE before any weight is read
-    placement = device_map if device_map is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    placement = device_map if device_map is not None else _own_device()
     on_cpu = placement == "cpu"
     widens = on_cpu and compile is not False and supported(config) and UNAVAILABLE is None
     chosen = _choose_dtype("auto" if dtype == "int8" else dtype, config, on_cpu, widens)
@@ -93,6 +95,12 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source)
     hf.eval()
     return Model(hf, tokenizer, name=str(name), rope=scaler, max_length=max_length, settings=settings)
+
+
+def _own_device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
 def _read_config(source: str, name: str) -> Any:

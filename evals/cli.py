@@ -85,8 +85,6 @@ def ppl(
     table.csv, plots and a self-contained report.html.
     """
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-    from rich.console import Console
-
     from ..engine.load import load
     from ..scaling import parse, parse_length
     from . import perplexity, runner
@@ -96,7 +94,7 @@ def ppl(
     from .result import Run
 
     _refuse_unused(click.get_current_context(), protocol)
-    console = Console()
+    console = runner.new_console()
     scalers = [parse(rope) for rope in ropes]
     documents = load_text(text)
     loaded = load(model, **loading)
@@ -117,8 +115,9 @@ def ppl(
     run = Run(folder)
     run.write_environment()
     outcome = runner.measure_all(loaded, cells, run, console, deadline=deadline)
-    files = publish(run, title=f"{loaded.name} on {text}")
-    print_results(run, files, outcome.left_out, console)
+    if runner.is_main():
+        files = publish(run, title=f"{loaded.name} on {text}")
+        print_results(run, files, outcome.left_out, console)
 
 
 @click.command(epilog=EXAMPLES + "  ropewalk demo\n  ropewalk demo --full --out runs/full")

@@ -1,9 +1,13 @@
 """The folder of a run: one JSON line per finished cell, per-token losses beside it, the environment.
 
     run = Run(Path("runs/a"))
-    run.write_environment()                  # takes the lock, so a second writer is refused at once
-    if run.find(recipe) is None:             # a finished cell is not measured again
-        run.add(recipe, measured, losses)
+    run.write_environment()
+    with run.claim(key) as is_ours:          # false while another process measures it
+        if is_ours and run.find(recipe) is None:
+            run.add(recipe, measured, losses)
+
+Any number of processes may share a folder: a line is added under the folder's lock, and a claim is a lock that the
+system lets go with the process that holds it, however that ends.
 
 A recipe says what was asked for (method, protocol, model, text, lengths, dtype), `measured` what came out.
 """
@@ -20,7 +24,8 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +42,7 @@ Losses = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 
 class Run:
-    """A folder of results that can be interrupted at any moment and gone on with.
-
-    Reading takes no lock, so a report can be made while a run goes on. The first write takes the folder's
-    lock for the life of this process; writing to a folder that another process writes to is a DataError.
+    """A folder of results that can be interrupted at any moment and gone on with, and shared by processes.
 
     Args:
         folder: created if it is not there.
@@ -57,9 +59,11 @@ class Run:
         except (FileExistsError, NotADirectoryError):
             raise DataError(f"{self.folder} is or lies in a file; name a folder for the run") from None
         self._file = self.folder / "results.jsonl"
-        self._lock = filelock.FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
-        self._writing = False
-        self._rows, _ = _read(self._file)
+        self._lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
+        self._rows: dict[str, Row] = {}
+        self._read, self._lines = 0, 0  # bytes and whole lines of the file that `_rows` has
+        self._unended = False  # a whole row follows them, without its newline
+        self.refresh()
 
     @property
     def rows(self) -> list[Row]:
@@ -81,23 +85,23 @@ class Run:
             measured: JSON values under other names than the recipe's.
             losses: nats per scored token, [tokens].
 
-        Raises:
-            DataError: another process is writing to the folder.
         """
         shared = (recipe.keys() & measured.keys()) | ({"key"} & {*recipe, *measured})
         assert not shared, f"recipe and measured share {sorted(shared)}"
-        self._begin_writing()
         row: Row = {"key": recipe_key(recipe), **_plain(recipe), **_plain(measured)}
         if losses is not None:
             buffer = io.BytesIO()
             np.save(buffer, np.asarray(losses, dtype=np.float32), allow_pickle=False)
             write_atomic(self._losses_file(row), buffer.getvalue())
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        with self._file.open("ab") as file:
-            file.write(line.encode())
+        with self._lock, self._file.open("ab") as file:
+            self.refresh()
+            if not self._unended:
+                file.truncate(self._read)  # what a killed process left of a line
+            file.write(b"\n" * self._unended + line.encode())
             file.flush()
             os.fsync(file.fileno())
-        self._rows[row["key"]] = row
+            self.refresh()
         return row
 
     def losses(self, row: Row) -> Losses | None:
@@ -116,8 +120,7 @@ class Run:
         return losses
 
     def write_environment(self) -> dict[str, Any]:
-        """Write `environment()` to env.json and return it; the first thing that a run writes."""
-        self._begin_writing()
+        """Write `environment()` to env.json and return it."""
         found = environment()
         write_atomic(self.folder / "env.json", (json.dumps(found, indent=2) + "\n").encode())
         return found
@@ -125,21 +128,43 @@ class Run:
     def _losses_file(self, row: Row) -> Path:
         return self.folder / "losses" / f"{row['key']}.npy"
 
-    def _begin_writing(self) -> None:
-        if self._writing:
+    @contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Hold what is named `key` for this process; false if another one has it. Sees what others have added."""
+        file = self.folder / ".claims" / key
+        file.parent.mkdir(exist_ok=True)
+        lock = filelock.FileLock(file, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            yield False
             return
         try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise DataError(
-                f"another run is writing to {self.folder}; wait for it to end or name another folder"
-            ) from None
-        # Only now is the file ours: what another run added since we read it counts, and a line that we
-        # saw unfinished may have been in the middle of its writing.
-        self._rows, repaired = _read(self._file)
-        if repaired is not None:
-            write_atomic(self._file, repaired)
-        self._writing = True
+            self.refresh()
+            yield True
+        finally:
+            file.unlink(missing_ok=True)  # who opened it before sees, once it has the lock, that the cell is done
+            lock.release()
+
+    def refresh(self) -> None:
+        """Read what other processes have added."""
+        if not self._file.exists():
+            return
+        with self._file.open("rb") as file:
+            file.seek(self._read)
+            *lines, tail = file.read().split(b"\n")
+        for line in lines:
+            row = _parse(line)
+            if row is None:
+                number = self._lines + 1
+                raise DataError(f"{self._file}, line {number} is damaged: {line[:60]!r}; delete that line to go on")
+            self._rows[row["key"]] = row
+            self._read += len(line) + 1
+            self._lines += 1
+        row = _parse(tail)
+        self._unended = row is not None
+        if row is not None:
+            self._rows[row["key"]] = row
 
 
 def recipe_key(recipe: Mapping[str, Any]) -> str:
@@ -183,25 +208,6 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "command": shlex.join([name, *sys.argv[1:]]),
     }
-
-
-def _read(file: Path) -> tuple[dict[str, Row], bytes | None]:
-    """Rows by key, and the repaired content where the last line was cut off by a kill."""
-    data = file.read_bytes() if file.exists() else b""
-    *lines, tail = data.split(b"\n")
-    rows: dict[str, Row] = {}
-    for number, line in enumerate(lines, start=1):
-        row = _parse(line)
-        if row is None:
-            raise DataError(f"{file}, line {number} is damaged: {line[:60]!r}; delete that line to go on")
-        rows[row["key"]] = row
-    if not tail:
-        return rows, None
-    row = _parse(tail)
-    if row is None:
-        return rows, data[: len(data) - len(tail)]
-    rows[row["key"]] = row  # the line is whole, only its newline is missing
-    return rows, data + b"\n"
 
 
 def _parse(line: bytes) -> Row | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,18 @@ from rich.table import Table
 
 from ..engine.api import Model
 from .cell import Cell, Cost
-from .result import Run
+from .result import Run, recipe_key
+
+_PATIENCE = 0.5  # seconds between two looks at what other processes have done
+_COLUMNS = (
+    SpinnerColumn(),
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.percentage:>3.0f}%"),
+    TimeElapsedColumn(),
+    TextColumn("left"),
+    TimeRemainingColumn(elapsed_when_finished=False),
+)
 
 
 @dataclass(kw_only=True)
@@ -31,6 +43,16 @@ class Outcome:
     left_out: list[Cell] = field(default_factory=list)
 
 
+def is_main() -> bool:
+    """True unless a launcher (`accelerate launch`, torchrun) started this process as one of several, and not first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def new_console() -> Console:
+    """Where progress is drawn: the terminal, for the first of several processes."""
+    return Console(quiet=not is_main())
+
+
 def measure_all(
     model: Model,
     cells: Sequence[Cell],
@@ -40,7 +62,10 @@ def measure_all(
     deadline: float | None = None,
     is_essential: Callable[[Cell], bool] = lambda cell: False,
 ) -> Outcome:
-    """Measure `cells` in order, with a progress bar.
+    """Measure `cells` in order, with a progress bar; returns when all are done, here or by others.
+
+    Processes that are given the same cells and folder share them: a cell is done by whoever claims it first, and one
+    whose process died is taken over.
 
     Args:
         model: the model; its scaler is put back at the end.
@@ -51,40 +76,71 @@ def measure_all(
             left out. The first cell always runs.
         is_essential: cells that run whatever the time.
     """
-    cost, outcome, original = Cost.of(model), Outcome(found=[c for c in cells if c.is_done(run)]), model.rope
+    outcome, original = Outcome(found=[c for c in cells if c.is_done(run)]), model.rope
     todo = [c for c in cells if c not in outcome.found]
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    done, spent = 0.0, 0.0
-    try:
-        with Progress(*columns, console=console, speed_estimate_period=300) as bar:
-            task = bar.add_task("", total=sum(cost.cell(c) for c in todo))
-            for cell in todo:
-                expected = cost.cell(cell) * spent / done if done else 0.0
-                if deadline is not None and not is_essential(cell) and time.monotonic() + expected > deadline:
-                    outcome.left_out.append(cell)
-                    bar.update(task, total=(bar.tasks[0].total or 0) - cost.cell(cell))
-                    continue
-                bar.update(task, description=f"{cell.scaler} at {cell.label}")
-                started = time.monotonic()
-                model.rope = cell.scaler
-                rows = cell.measure(model, run, lambda past, n: bar.advance(task, cost.step(past, n)))
-                seconds = time.monotonic() - started
-                spent, done = spent + seconds, done + cost.cell(cell)
-                outcome.measured.append(cell)
-                bar.console.print(
-                    f"  {cell.scaler!s:<18} {cell.label:>6}  {cell.outcome(rows)}  [dim]{seconds:.0f} s[/dim]"
-                )
-    finally:
-        model.rope = original
+    with Progress(*_COLUMNS, console=console, speed_estimate_period=300) as bar:
+        work = _Work(model, run, bar, sum(map(Cost.of(model).cell, todo)))
+        try:
+            while todo:
+                busy = []
+                for cell in todo:
+                    if deadline is not None and not is_essential(cell) and work.would_end(cell) > deadline:
+                        outcome.left_out.append(cell)
+                        work.drop(cell)
+                        continue
+                    with run.claim(recipe_key(cell.row_recipes()[0])) as is_ours:
+                        if not is_ours:
+                            busy.append(cell)
+                        elif cell.is_done(run):
+                            outcome.found.append(cell)
+                            work.drop(cell)
+                        else:
+                            work.do(cell)
+                            outcome.measured.append(cell)
+                if len(busy) == len(todo):
+                    work.wait()
+                todo = busy
+        finally:
+            model.rope = original
     return outcome
+
+
+class _Work:
+    """Cells measured one after the other, with a bar, and the rate at which it goes."""
+
+    def __init__(self, model: Model, run: Run, bar: Progress, total: float) -> None:
+        self._model, self._run, self._bar = model, run, bar
+        self._cost, self._total = Cost.of(model), total
+        self._done, self._spent = 0.0, 0.0  # operations, seconds
+        self._task = bar.add_task("", total=total)
+
+    def would_end(self, cell: Cell) -> float:
+        """When `cell` would be done, as `time.monotonic()` tells it."""
+        return time.monotonic() + (self._cost.cell(cell) * self._spent / self._done if self._done else 0.0)
+
+    def drop(self, cell: Cell) -> None:
+        """Count a cell out that is not measured here."""
+        self._total -= self._cost.cell(cell)
+        self._bar.update(self._task, total=self._total)
+
+    def wait(self) -> None:
+        """What is left is in the hands of other processes."""
+        self._bar.update(self._task, description="waiting for other processes")
+        time.sleep(_PATIENCE)
+
+    def do(self, cell: Cell) -> None:
+        """Measure a cell."""
+        self._bar.update(self._task, description=f"{cell.scaler} at {cell.label}")
+        started = time.monotonic()
+        self._model.rope = cell.scaler
+        rows = cell.measure(
+            self._model, self._run, lambda past, n: self._bar.advance(self._task, self._cost.step(past, n))
+        )
+        seconds = time.monotonic() - started
+        self._spent, self._done = self._spent + seconds, self._done + self._cost.cell(cell)
+        self._bar.console.print(
+            f"  {cell.scaler!s:<18} {cell.label:>6}  {cell.outcome(rows)}  [dim]{seconds:.0f} s[/dim]"
+        )
 
 
 def print_plan(model: Model, cells: Sequence[Cell], console: Console) -> None:

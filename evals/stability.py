@@ -22,8 +22,8 @@ from ..engine.session import Session
 from ..errors import ConfigError, ContextOverflow, RopewalkError
 from .data import load_text
 
-EVERY = 20
-"""Requests between two readings."""
+READINGS = 16
+"""Readings of a run, at least."""
 
 SCALERS = ("none", "yarn:2", "ntk:4|resonance", "dynamic-ntk", "logn", "rerope:128", "yarn:2|self-extend:2,window=128")
 """What the model is put under in turn."""
@@ -211,36 +211,29 @@ def serve(
     longest: int,
     seed: int = 0,
     tell: Callable[[Reading], None] = lambda _: None,
-    every: int = EVERY,
 ) -> Verdict:
     """Serve random requests and read the resident memory; the first quarter is the warm-up.
 
     Args:
         text: what prompts are cut from.
         longest: tokens of the longest prompt.
-        tell: gets a reading every `every` requests.
+        tell: gets every reading.
     """
     process, load, started = psutil.Process(), Load(model, text, longest=longest, seed=seed), time.monotonic()
     before, readings = model.rope, []
+    every = max(1, requests // READINGS)
     try:
         for n in range(1, requests + 1):
             load.request()
-            gc.collect()
-            resident = process.memory_info().rss / _MB
-            readings.append(resident)
             if n % every == 0:
-                tell(
-                    Reading(
-                        requests=n,
-                        seconds=time.monotonic() - started,
-                        resident_mb=resident,
-                        kinds=dict(load.kinds),
-                    )
-                )
+                gc.collect()
+                readings.append(process.memory_info().rss / _MB)
+                seconds = time.monotonic() - started
+                tell(Reading(requests=n, seconds=seconds, resident_mb=readings[-1], kinds=dict(load.kinds)))
     finally:
         model.rope = before
-    quarter = max(1, requests // 4)
-    warm = min(readings[quarter : 2 * quarter] or readings)
+    quarter = len(readings) // 4
+    warm = min(readings[quarter : 2 * quarter])
     shape = getattr(model.network, "cache_shape", None)
     cache = 0 if shape is None else shape.bytes_per_token * longest / _MB
     return Verdict(requests=requests, warm_mb=warm, last_mb=min(readings[-quarter:]), allowed_mb=0.03 * warm + cache)
@@ -248,7 +241,7 @@ def serve(
 
 @click.command()
 @click.argument("model")
-@click.option("--requests", default=200, show_default=True, type=click.IntRange(min=8))
+@click.option("--requests", default=200, show_default=True, type=click.IntRange(min=READINGS))
 @click.option("--longest", default="4k", show_default=True, help="Tokens of the longest prompt.")
 @click.option("--text", default="code", show_default=True, help="As of `ropewalk ppl`.")
 @click.option("--seed", default=0, show_default=True)

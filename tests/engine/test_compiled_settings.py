@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import re
 
+import numba
 import pytest
 import torch
 from decoders import DECODERS, IDS, compiled, difference, in_chunks, read
@@ -223,3 +224,10 @@ def test_a_family_that_is_described_wrongly_is_refused(monkeypatch, name, wrong)
     monkeypatch.setitem(families.FAMILIES, hf.config.model_type, wrong)
     with pytest.raises(UnsupportedModel, match=r"family's description says|is not laid out"):
         compiled(hf)
+
+
+def test_the_kernels_use_as_many_threads_as_torch_does_and_leave_it_its_own():
+    """Numba's start gives OpenMP, which torch uses too, a thread for every core; the tests have set one."""
+    network = compiled(DECODERS["llama"]())
+    network.forward([1], network.new_cache(8), 1)
+    assert (torch.get_num_threads(), numba.get_num_threads()) == (1, 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ropewalk.errors import DataError, RopewalkError
+from ropewalk.errors import DataError
 from ropewalk.evals.result import Run, recipe_key, write_atomic
 
 RECIPE = {"task": "ppl", "rope": "yarn:4", "context": 8192, "target": None}
@@ -91,7 +91,6 @@ def test_damaged_line_in_the_middle_is_named(tmp_path: Path, damaged: bytes) -> 
 
 def test_losses_are_stored_before_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path)
-    run.write_environment()
 
     def killed(path: Path, data: bytes) -> None:
         raise KeyboardInterrupt
@@ -140,21 +139,53 @@ def other_process(folder: Path) -> str:
     return done.stdout.strip()
 
 
-def test_second_process_is_refused_while_the_first_writes(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.write_environment()
-    assert other_process(tmp_path) == (
-        f"DataError another run is writing to {tmp_path}; wait for it to end or name another folder"
-    )
-    assert issubclass(DataError, RopewalkError)
-    assert not (tmp_path / "results.jsonl").exists()
-
-
-def test_reader_takes_no_lock_and_first_write_sees_what_others_added(tmp_path: Path) -> None:
+def test_processes_share_a_folder(tmp_path: Path) -> None:
     early = Run(tmp_path)
     assert other_process(tmp_path) == "added 1"
+    assert early.rows == []
     early.add(RECIPE, {"loss": 1.0})
     assert [row["rope"] for row in early.rows] == ["other", "yarn:4"]
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+CLAIMER = """
+import sys, time
+from pathlib import Path
+from ropewalk.evals.result import Run
+with Run(Path(sys.argv[1])).claim("cell") as is_ours:
+    print(is_ours, flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def claimer(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CLAIMER, str(folder), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_claim_is_held_by_one_process_and_let_go_when_it_is_killed(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    holder = claimer(tmp_path, 60)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "True\n"
+    with run.claim("cell") as is_ours:
+        assert not is_ours
+    with run.claim("another cell") as is_ours:
+        assert is_ours
+    holder.kill()
+    holder.wait()
+    with run.claim("cell") as is_ours:
+        assert is_ours
+        other = claimer(tmp_path, 0)
+        assert other.communicate()[0] == "False\n"
+    assert list((tmp_path / ".claims").iterdir()) == []
+
+
+def test_a_claim_sees_what_was_added_before_it(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    other_process(tmp_path)
+    with run.claim("cell"):
+        assert run.find({"rope": "other"}) is not None
 
 
 def test_two_runs_in_one_process_share_the_folder(tmp_path: Path) -> None:

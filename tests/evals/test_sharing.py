@@ -1,0 +1,145 @@
+"""Runs that are killed, and runs that share a folder: every cell is done once, and nothing is lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+KILLS = 20
+CELLS, ROWS = 30, 55
+
+# A process loads once; its children measure, and are killed.
+MEASURE = """
+import os, sys, time
+from pathlib import Path
+from rich.console import Console
+import torch
+torch.set_num_threads(1)
+import ropewalk as rw
+from ropewalk.evals.data import load_text
+from ropewalk.evals.perplexity import cells
+from ropewalk.evals.protocols import Plan
+from ropewalk.evals.result import Run
+from ropewalk.evals.runner import measure_all
+from ropewalk.scaling import parse
+
+folder, model_folder, text = sys.argv[1:4]
+model = rw.load(model_folder, compile=False)
+plan = Plan(protocol="by-position", contexts=(100, 200, 300, 400, 500, 600))
+todo = cells(model, load_text(text), [parse(s) for s in ("none", "yarn:2", "ntk:2", "linear:2", "rerope:64")], plan)
+Path(folder).mkdir(exist_ok=True)
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os._exit(len(measure_all(model, todo, Run(Path(folder)), Console(quiet=True)).measured))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory, held_out_texts):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(held_out_texts[0] * 3)
+    return file
+
+
+@pytest.fixture
+def measurer(tiny_folder, text_file):
+    """Starts a process that measures the grid into a folder, once for each line that it gets."""
+    started = []
+
+    def start(folder):
+        command = [sys.executable, "-c", MEASURE, str(folder), str(tiny_folder), str(text_file)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.stdin.close()
+        process.wait()
+
+
+def again(process):
+    """Let it measure; the process that does."""
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
+
+
+def lines(folder):
+    file = Path(folder) / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def timeless(row):
+    return {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory_mb")}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_goes_on_and_no_row_is_lost_or_doubled(measurer, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = measurer(whole)
+    started = time.monotonic()
+    again(process)
+    assert process.stdout.readline() == f"{CELLS}\n"
+    seconds = time.monotonic() - started
+    chance, kills, kept = random.Random(0), 0, 0
+    process = measurer(killed)
+    for _ in range(KILLS):
+        child = again(process)
+        time.sleep(chance.random() * 3 * seconds / CELLS)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        kills += process.stdout.readline() == f"{-signal.SIGKILL}\n"
+        assert len(lines_of_whole_rows(killed)) >= kept
+        kept = len(lines_of_whole_rows(killed))
+    again(process)
+    assert 0 <= int(process.stdout.readline()) < CELLS
+    assert kills > KILLS // 2  # the others came after its end
+    expected, found = ({row["key"]: timeless(row) for row in lines(folder)} for folder in (whole, killed))
+    assert found == expected
+    assert len(lines(killed)) == len(expected) == ROWS
+    for key in expected:
+        a, b = (np.load(folder / "losses" / f"{key}.npy") for folder in (whole, killed))
+        assert np.array_equal(a, b)
+
+
+def lines_of_whole_rows(folder):
+    file = folder / "results.jsonl"
+    return file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_grid(measurer, tmp_path):
+    processes = [measurer(tmp_path / "both") for _ in range(2)]
+    for process in processes:
+        again(process)
+    assert sum(int(process.stdout.readline()) for process in processes) == CELLS
+    keys = [row["key"] for row in lines(tmp_path / "both")]
+    assert len(keys) == len(set(keys)) == ROWS
+    assert list((tmp_path / "both" / ".claims").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_accelerate_launch_shares_one_grid(tiny_folder, text_file, tmp_path):
+    launch = "accelerate.commands.launch"
+    command = [sys.executable, "-m", launch, "--cpu", "--num_processes", "2", "--num_machines", "1", "-m", "ropewalk"]
+    command += ["ppl", str(tiny_folder), "--rope", "none", "--rope", "yarn:2", "--lengths", "128,256,512"]
+    command += ["--target", "64", "--text", str(text_file), "--out", str(tmp_path / "run"), "--no-compile"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    keys = [row["key"] for row in lines(tmp_path / "run")]
+    assert len(keys) == len(set(keys)) == 6
+    assert done.stdout.count("report.html") == 1  # the first process alone speaks
