@@ -1,0 +1,38 @@
+"""The fast engine on the real model: its greedy text is transformers'."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import ropewalk as rw
+from ropewalk.engine.source import resolve
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+PROMPTS = [
+    "The history of the rope begins",
+    "def quicksort(items):\n",
+    "Once upon a time, in a town by the sea,",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "Water boils at a lower temperature on a mountain because",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "<html>\n<head>\n",
+    "The three most important rules of chess are:\n1.",
+    "In the year 1815 the",
+    '{"name": "Ada", "age": 36, ',
+]
+
+
+def test_256_greedy_tokens_on_ten_prompts_are_those_of_transformers():
+    """A token is transformers' greedy one if it has the highest logit after the same tokens, read at once."""
+    model = rw.load("smollm2-135m", dtype="float32", compile=True)
+    params = rw.SamplingParams(max_new_tokens=256, temperature=0, continuation="off")
+    written = model.generate(PROMPTS, params)
+    reference = AutoModelForCausalLM.from_pretrained(resolve("smollm2-135m"), dtype=torch.float32).eval()
+    for prompt, completion in zip(PROMPTS, written, strict=True):
+        asked = model.tokenizer(prompt).input_ids
+        with torch.inference_mode():
+            logits = reference(torch.tensor([asked + completion.token_ids]), use_cache=False).logits[0]
+        greedy = logits[len(asked) - 1 : -1].argmax(-1).tolist()
+        assert completion.token_ids == greedy, prompt
+        assert len(greedy) == 256 or completion.finish_reason == "stop", prompt
