@@ -9,7 +9,6 @@ Shape suffixes: N tokens of a chunk, E hidden size, H query heads, K key-value h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path as Folder
 from typing import Any
 
@@ -21,29 +20,26 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, UnsupportedModel
-from ..scaling.band import Band, same
 from ..scaling.rope import Scaler
-from .attention import causal_attention
-from .banded import banded_attention
 from .cache import rewind
-from .family import Decoder, Linear, decoder
+from .chunk import Chunk
+from .family import decoder
 from .kernel import Score
 from .kernels import UNAVAILABLE
 from .kv_cache import CacheShape, KVCache, KVLayer
 from .memory import check_room
 from .network import Network, Path, Setting
-from .plan import Segment
-from .probe import LayerRope, layer_ropes, logits, probe_ids
+from .probe import layer_ropes, logits, probe_ids
 from .rotary import RotarySite, headline
-from .rotation import Layout, angles
+from .rotation import angles
 from .rows import Run
-from .turns import Group, Turns, retune
+from .tables import KINDS, Stored, Tables, dtype_name, groups_of
+from .turns import Turns, retune
 
 Tree = tuple[int, list[list[int]]]
 
 FEW = 16  # tokens up to which the compiled step is faster than a chunk in torch
 
-_KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}
 _VERIFIED = {torch.float32: 1e-4}  # difference of the logits, of their size, in the Euclidean norm
 _VERIFIED_16_BIT = 3e-2
 _HEAD_ROWS = 8192  # of the vocabulary that are widened at a time
@@ -75,14 +71,14 @@ class CompiledNetwork(Network):
         self._dtype, self._folder = hf.dtype, None
         self._headline = headline(sites)
         ropes = layer_ropes(hf, sites)
-        self._groups, self._group_of = _groups(self._decoder, ropes)
-        self._tables = _Tables.of(self._decoder, self._groups, self._group_of)
+        self._groups, self._group_of = groups_of(self._decoder, ropes)
+        self._tables = Tables.of(self._decoder, self._groups, self._group_of)
         self._scratch = torch.empty(0)
         self._turns: list[Turns] = []
         self.use(Scaler(), None)
         self._verify()  # before anything is rounded
         if weights == "int8":
-            self._tables = _Tables.of(self._decoder, self._groups, self._group_of, Stored.in_int8)
+            self._tables = Tables.of(self._decoder, self._groups, self._group_of, Stored.in_int8)
         if cache != "auto":
             self._dtype = getattr(torch, cache)
         elif weights == "int8":
@@ -95,7 +91,7 @@ class CompiledNetwork(Network):
 
     @property
     def precision(self) -> str:
-        weights, cache = _name(self._tables.stored_head.weight.dtype), _name(self._dtype)
+        weights, cache = dtype_name(self._tables.stored_head.weight.dtype), dtype_name(self._dtype)
         if weights == cache == "float32":
             return weights
         return f"{weights}, {cache} cache, float32 arithmetic"
@@ -107,12 +103,12 @@ class CompiledNetwork(Network):
 
         return (
             f"compiled steps (numba {numba.__version__}, {numba.get_num_threads()} threads), chunks in torch; weights "
-            f"in {self.weights}, cache in {_name(self._dtype)}, arithmetic in float32"
+            f"in {self.weights}, cache in {dtype_name(self._dtype)}, arithmetic in float32"
         )
 
     @property
     def weights(self) -> str:
-        return _name(self._tables.stored_head.weight.dtype)
+        return dtype_name(self._tables.stored_head.weight.dtype)
 
     def use(self, scaler: Scaler, length: int | None) -> None:
         before = self._setting
@@ -214,7 +210,7 @@ class CompiledNetwork(Network):
             tables.shape,
             tables.numbers,
             tables.kind,
-            _KINDS[self._dtype],
+            KINDS[self._dtype],
             tables.linears,
             tables.norms,
             tables.groups,
@@ -299,7 +295,7 @@ class CompiledNetwork(Network):
         """A chunk of one sequence, in torch: the logits of the last `keep` tokens, [keep, V]."""
         start, count = cache.length, len(ids)
         run = Run(None, 0, count, 0, start + count, 0)
-        chunk = [_Chunk(turns, run) for turns in self._turns]
+        chunk = [Chunk(turns, run) for turns in self._turns]
         d = self._decoder
         x_NE = d.embedding(torch.tensor(ids)).float()
         for index, layer in enumerate(d.layers):
@@ -340,75 +336,10 @@ class CompiledNetwork(Network):
         return found if cap is None else torch.tanh(found / cap) * cap
 
 
-class _Chunk:
-    """Attention of one chunk in one group of layers, with what all its layers share."""
-
-    def __init__(self, turns: Turns, run: Run) -> None:
-        self._turns = turns
-        self._run = run
-        group, site = turns.group, turns.plan.site
-        where = torch.arange(run.key_stop - run.query_stop, run.key_stop)
-        self._angles = None
-        if group.layout is not None and not turns.mapped:
-            f = turns.frequencies
-            self._angles = angles(where.double(), f.inv_freq, factor=f.attention_factor, like=torch.empty(0))
-        self._temperature = None
-        if turns.tempered and not turns.mapped:
-            self._temperature = site.logit_factor(turns.plan.scaler, where).float()[:, None]
-        self._work: list[tuple[Run, list[Segment]]] | None = None
-        if turns.mapped:
-            self._work = [(run, turns.plan.segments(run))]
-        elif group.window is not None and run.key_stop > group.window:
-            self._work = [(run, [_window(turns, run, group.window)])]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, score: Score) -> Tensor:
-        """q [1, H, N, D], k and v [1, K, N, D] as they are projected; writes the cache; [1, H, N, D]."""
-        layout = self._turns.group.layout
-        if self._turns.mapped:
-            keys, values = layer.update(k, v)
-            assert self._work is not None
-            return banded_attention(q, keys, values, score, layout, self._work, turned=layer.turned)
-        if layout is not None:
-            assert self._angles is not None
-            q, k = layout.rotate(q, self._angles), layout.rotate(k, self._angles)
-        if self._temperature is not None:
-            q = q * self._temperature
-        keys, values = layer.update(k, v)
-        if self._work is None:
-            return causal_attention(q, keys, values, score)
-        return banded_attention(q, keys, values, score, None, self._work)
-
-
-def _window(turns: Turns, run: Run, window: int) -> Segment:
-    """The queries of a run under a sliding window, as one band."""
-    band = Band(
-        name="window",
-        start=lambda i: (i - window + 1).clamp(min=0),
-        stop=lambda i: i + 1,
-        query=same,
-        key=same,
-    )
-    return Segment(
-        scaler=turns.plan.scaler,
-        start=0,
-        stop=run.query_stop,
-        length=None,
-        first=0,
-        offset=run.key_stop - run.query_stop,
-        bands=(band,),
-        frequencies=turns.frequencies,
-        temperature=None,
-    )
-
-
 def _rms(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     if weight is None:
         return x
     return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _share_threads() -> int:
@@ -421,122 +352,3 @@ def _share_threads() -> int:
     if torch.get_num_threads() != wanted:  # both use OpenMP, and numba's start gives it as many as there are cores
         torch.set_num_threads(wanted)
     return threads
-
-
-def _groups(d: Decoder, ropes: dict[int, LayerRope]) -> tuple[list[Group], list[int]]:
-    """Layers that turn alike, and the group of every layer."""
-    groups: dict[tuple[RotarySite | None, Layout | None, int | None], int] = {}
-    found = []
-    for index, layer in enumerate(d.layers):
-        rope = ropes[index]
-        if rope.is_local != (layer.window is not None):
-            raise UnsupportedModel(f"layer {index} is local in a way that is not a sliding window")
-        key = (rope.site, rope.layout, layer.window)
-        found.append(groups.setdefault(key, len(groups)))
-    layouts = {layout for _, layout, _ in groups if layout is not None}
-    if len(layouts) > 1:
-        raise UnsupportedModel("its layers lay out their rotary pairs differently")
-    return [Group(*key) for key in groups], found
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A linear as the kernels read it: weights in their own dtype, float32 scales and bias [rows] or None."""
-
-    weight: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, one: Linear) -> Stored:
-        """The model's own weights, not copied."""
-        return cls(one.weight.contiguous(), None, None if one.bias is None else one.bias.float())
-
-    @classmethod
-    def in_int8(cls, one: Linear) -> Stored:
-        """Every row in whole steps of a 127th of its largest weight."""
-        weight = one.weight.float()
-        scale = weight.abs().amax(1).clamp(min=1e-30) / 127
-        return cls((weight / scale[:, None]).round_().to(torch.int8), scale, Stored.of(one).bias)
-
-    def rows(self, start: int, stop: int) -> Stored:
-        """Some of its rows."""
-        scale, bias = (None if x is None else x[start:stop] for x in (self.scale, self.bias))
-        return Stored(self.weight[start:stop], scale, bias)
-
-    @property
-    def table(self) -> list[int]:
-        """As `project_rows` takes it."""
-        scale, bias = (0 if x is None else x.data_ptr() for x in (self.scale, self.bias))
-        return [self.weight.data_ptr(), scale, bias, *self.weight.shape]
-
-
-Make = Callable[[Linear], Stored]
-
-
-def _check_sizes(d: Decoder) -> None:
-    """Refuse what the kernels, which see addresses only, would read past the end of."""
-    E, q, k = len(d.final_norm), d.heads * d.head_dim, d.key_heads * d.head_dim
-    inner = len(d.layers[0].linears[4].weight)
-    uneven = [size for size in (E, q, inner, d.head_dim) if size % 16]
-    if uneven:
-        raise UnsupportedModel(f"compiled kernels need sizes that are a multiple of 16, which {uneven[0]} is not")
-    shapes = [(q, E), (k, E), (k, E), (E, q), (inner, E), (inner, E), (E, inner)]
-    head_norms = (q, k) if d.norms_whole else (d.head_dim, d.head_dim)
-    for index, layer in enumerate(d.layers):
-        linears = [tuple(one.weight.shape) for one in layer.linears] == shapes
-        norms = all(
-            norm is None or len(norm) == n for norm, n in zip(layer.norms, (E, E, E, E, *head_norms), strict=True)
-        )
-        if not (linears and norms):
-            raise UnsupportedModel(
-                f"the weights of layer {index} are not of the sizes that its family's description says"
-            )
-    dtypes = {one.weight.dtype for one in (*(one for layer in d.layers for one in layer.linears), d.head)}
-    if len(dtypes) > 1:
-        raise UnsupportedModel(
-            f"its linear layers are of more than one dtype ({', '.join(sorted(map(_name, dtypes)))})"
-        )
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """The decoder as the compiled step takes it, and the tensors that its addresses point into."""
-
-    shape: np.ndarray[Any, Any]
-    numbers: np.ndarray[Any, Any]
-    kind: type
-    linears: np.ndarray[Any, Any]
-    norms: np.ndarray[Any, Any]
-    groups: np.ndarray[Any, Any]
-    head: np.ndarray[Any, Any]
-    half: int
-    stored: list[tuple[Stored, ...]] = field(repr=False)
-    stored_head: Stored = field(repr=False)
-
-    @classmethod
-    def of(cls, d: Decoder, groups: list[Group], group_of: list[int], make: Make | None = None) -> _Tables:
-        """Raises UnsupportedModel where a kernel's assumption does not hold."""
-        make = make or Stored.of
-        stored = [tuple(map(make, layer.linears)) for layer in d.layers]
-        head = make(d.head)
-        _check_sizes(d)
-        if len({(layer.scale, layer.softcap) for layer in d.layers}) > 1:
-            raise UnsupportedModel("its layers scale their scores differently")
-        layout = next((group.layout for group in groups if group.layout is not None), None)
-        if layout is None:
-            raise UnsupportedModel("no layer turns its queries and keys")
-        norms = [[0 if norm is None else norm.data_ptr() for norm in layer.norms] for layer in d.layers]
-        shape = [d.heads, d.key_heads, d.head_dim, {"silu": 0, "gelu_tanh": 1}[d.activation], d.norms_whole]
-        return cls(
-            shape=np.array([*shape, layout.start, layout.dim, layout.interleaved], np.int64),
-            numbers=np.array([d.epsilon, d.layers[0].softcap or 0], np.float32),
-            kind=_KINDS[head.weight.dtype],
-            linears=np.array([[one.table for one in linears] for linears in stored], np.int64),
-            norms=np.array([*norms, [d.final_norm.data_ptr(), 0, 0, 0, 0, 0]], np.int64),
-            groups=np.array(group_of, np.int64),
-            head=np.array([head.table], np.int64),
-            half=layout.dim // 2,
-            stored=stored,
-            stored_head=head,
-        )

@@ -13,10 +13,11 @@ from torch import nn
 
 from ropewalk.engine import family as families
 from ropewalk.engine.api import Model
-from ropewalk.engine.compiled import FEW, CompiledNetwork, Stored
+from ropewalk.engine.compiled import FEW, CompiledNetwork
 from ropewalk.engine.family import Family, Linear
 from ropewalk.engine.network import Network
 from ropewalk.engine.networks import Settings
+from ropewalk.engine.tables import Stored
 from ropewalk.errors import ConfigError, UnsupportedModel
 from ropewalk.scaling import parse
 

@@ -1,0 +1,159 @@
+"""Peak memory of the perplexity of a long text: this engine beside transformers, each in a process of its own.
+
+python -m ropewalk.evals.footprint smollm2-135m --lengths 8k,32k --dtype bfloat16 --rope yarn:4 --hf
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+
+TARGET = 1024
+"""Tokens scored: the last ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Memory of one process that scored one text, MB (10^6 bytes).
+
+    Args:
+        imports: resident before the model was loaded.
+        loaded: most resident while it was.
+        peak: most resident in the end.
+        weights, cache: what they take by themselves.
+        loss: nats per token of the last `TARGET` tokens.
+    """
+
+    engine: str
+    length: int
+    seconds: float
+    imports: float
+    loaded: float
+    peak: float
+    weights: float
+    cache: float
+    loss: float
+
+    @property
+    def rest(self) -> float:
+        """What is held beyond weights and cache: the libraries, the buffers of a chunk, the allocator's spare."""
+        return self.peak - self.weights - self.cache
+
+
+def _ropewalk(model: str, ids: list[int], dtype: str, rope: str) -> Footprint:
+    from ..engine.load import load
+    from .memory import peak_resident_mb
+
+    imports = peak_resident_mb()
+    loaded = load(model, rope, dtype=dtype, max_length=len(ids))
+    after = peak_resident_mb()
+    started = time.perf_counter()
+    scores = loaded.score_ids(ids, len(ids) - TARGET)
+    return Footprint(
+        engine=f"ropewalk {loaded.network.precision}",
+        length=len(ids),
+        seconds=time.perf_counter() - started,
+        imports=imports,
+        loaded=after,
+        peak=peak_resident_mb(),
+        weights=loaded.hf.get_memory_footprint() / 1e6,
+        cache=loaded.network.bytes_per_token * len(ids) / 1e6,
+        loss=-float(scores.mean()),
+    )
+
+
+def _transformers(model: str, ids: list[int], dtype: str, _: str) -> Footprint:
+    """The loss of transformers' own forward, as its perplexity page computes it: all logits at once."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..engine.source import resolve
+    from .memory import peak_resident_mb
+
+    imports = peak_resident_mb()
+    hf = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=getattr(torch, dtype)).eval()
+    after = peak_resident_mb()
+    labels = torch.tensor([[-100] * (len(ids) - TARGET) + ids[-TARGET:]])
+    started = time.perf_counter()
+    with torch.inference_mode():
+        loss = hf(torch.tensor([ids]), labels=labels, use_cache=False).loss
+    return Footprint(
+        engine=f"transformers {dtype}",
+        length=len(ids),
+        seconds=time.perf_counter() - started,
+        imports=imports,
+        loaded=after,
+        peak=peak_resident_mb(),
+        weights=hf.get_memory_footprint() / 1e6,
+        cache=0.0,
+        loss=float(loss),
+    )
+
+
+_ENGINES = {"ropewalk": _ropewalk, "transformers": _transformers}
+
+
+def _measure(engine: str, arguments: tuple[Any, ...], connection: Any) -> None:
+    connection.send(_ENGINES[engine](*arguments))
+
+
+def measure(engine: str, model: str, ids: list[int], dtype: str, rope: str) -> Footprint:
+    """Score `ids` in a new process, which "ropewalk" or "transformers" has for itself."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_measure, args=(engine, (model, ids, dtype, rope), theirs))
+    process.start()
+    theirs.close()
+    try:
+        found: Footprint = ours.recv()
+    except EOFError:
+        process.join()
+        raise click.ClickException(f"{engine} died at {len(ids)} tokens (exit code {process.exitcode})") from None
+    process.join()
+    return found
+
+
+@click.command()
+@click.argument("model")
+@click.option("--lengths", default="8k,32k", show_default=True)
+@click.option("--text", default="kjv", show_default=True, help="As of `ropewalk ppl`.")
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--rope", default="none", show_default=True, help="Of ropewalk; transformers runs the model as it is.")
+@click.option("--hf", is_flag=True, help="Measure transformers too.")
+def main(model: str, lengths: str, text: str, dtype: str, rope: str, hf: bool) -> None:
+    """Score the last 1024 tokens of a text of each length, and print the memory that it took."""
+    from transformers import AutoTokenizer
+
+    from ..engine.source import resolve
+    from ..errors import RopewalkError
+    from ..scaling.lengths import format_length, parse_length
+    from .data import load_text, tokenize_documents
+
+    try:
+        contexts = [parse_length(length) for length in lengths.split(",")]
+        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+        ids = tokenize_documents(load_text(text), tokenizer, limit_tokens=max(contexts))[0]
+        if len(ids) < max(contexts):
+            raise click.ClickException(f"{text} holds {len(ids)} tokens of the {max(contexts)} that are asked for")
+        found = []
+        for length in contexts:
+            for engine in ("ropewalk", "transformers") if hf else ("ropewalk",):
+                one = measure(engine, model, ids[:length], dtype, rope)
+                found.append(one)
+                click.echo(
+                    f"{format_length(length):>5}  {one.engine:<44} peak {one.peak:7.0f} MB = weights {one.weights:.0f} "
+                    f"+ cache {one.cache:.0f} + {one.rest:.0f} (libraries {one.imports:.0f}; {one.loaded:.0f} once "
+                    f"loaded)  {one.seconds:.0f} s  loss {one.loss:.4f}"
+                )
+    except RopewalkError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(json.dumps([asdict(one) | {"rest": one.rest} for one in found]))
+
+
+if __name__ == "__main__":
+    main()

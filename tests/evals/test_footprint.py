@@ -1,0 +1,21 @@
+"""The memory benchmark: both engines score the same text, and the parts add up."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from ropewalk.evals.footprint import main
+
+
+@pytest.mark.slow
+def test_both_engines_score_the_text_and_tell_their_memory(tiny_folder, tmp_path, held_out_texts):
+    (tmp_path / "text.txt").write_text("".join(held_out_texts))
+    options = ["--lengths", "2k", "--text", str(tmp_path / "text.txt"), "--dtype", "float32", "--hf"]
+    result = CliRunner().invoke(main, [str(tiny_folder), *options])
+    assert result.exit_code == 0, result.output
+    ours, theirs = json.loads(result.output.splitlines()[-1])
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    for one in (ours, theirs):
+        assert 0 < one["imports"] <= one["loaded"] <= one["peak"]
+        assert one["rest"] == pytest.approx(one["peak"] - one["weights"] - one["cache"])
