@@ -21,8 +21,8 @@ _LABEL = 0.06  # height of a label at the end of a curve as a share of the axes
 def plot_retrieval(run: Run) -> list[Path]:
     """Every retrieval plot of a run into its folder; returns the PNG and SVG files.
 
-    `passkey_heat` and `passkey_curve` for the suite `passkey`, and so on; further settings of the same suite are
-    `passkey_heat_2` and so on.
+    `passkey_heat` and `passkey_curve` for the suite `passkey`, and so on (no curve while no length has every task);
+    further settings of the same suite are `passkey_heat_2` and so on.
     """
     paths: list[Path] = []
     taken: Counter[str] = Counter()
@@ -31,7 +31,8 @@ def plot_retrieval(run: Run) -> list[Path]:
         number = f"_{taken[setting.suite]}" if taken[setting.suite] > 1 else ""
         stem = run.folder / setting.suite.replace("-", "_")
         paths += plot_heat(setting, stem.with_name(f"{stem.name}_heat{number}"))
-        paths += plot_curve(setting, stem.with_name(f"{stem.name}_curve{number}"))
+        if any(map(setting.scores, setting.methods)):
+            paths += plot_curve(setting, stem.with_name(f"{stem.name}_curve{number}"))
     return paths
 
 
@@ -52,6 +53,8 @@ def plot_heat(setting: Setting, out_stem: Path) -> tuple[Path, Path]:
         )
         for rope in setting.methods
     ]
+    dotted = "Dotted line:" if 0 < trained < len(setting.lengths) else "Within" if trained else "Beyond"
+    note = f"{dotted} the trained length {format_length(setting.trained_length)}."
     return plot_heat_maps(
         panels,
         out_stem,
@@ -59,7 +62,7 @@ def plot_heat(setting: Setting, out_stem: Path) -> tuple[Path, Path]:
         lines=lines,
         columns=[format_length(length) for length in setting.lengths],
         y="depth of the needle" if by_depth else "",
-        footnote=f"Share of right answers of n trials. Dotted: trained length {format_length(setting.trained_length)}.",
+        footnote=f"Share of right answers of n trials. {note}",
     )
 
 
@@ -70,7 +73,7 @@ def plot_curve(setting: Setting, out_stem: Path) -> tuple[Path, Path]:
     with style.figure(8, 4.6, f"{setting.name}: {setting.measured_on}") as fig:
         axes = fig.add_subplot()
         style.style_axes(axes, x="length (tokens)", y="right answers")
-        ends = (min(*lengths, setting.trained_length) / 1.15, max(*lengths, setting.trained_length) * 1.15)
+        ends = (min(*lengths, setting.trained_length) / 1.15, max(*lengths, 1.4 * setting.trained_length) * 1.15)
         style.length_axis(axes, [*lengths], *ends)
         axes.set_ylim(-0.03, 1.03)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
@@ -93,16 +96,18 @@ def _lines(axes: Axes, setting: Setting) -> None:
         if len(points) == 1:  # nothing to shade between
             axes.vlines(xs, lows, highs, color=look.color, alpha=0.35, lw=5)
         axes.plot(xs, means, color=look.color, ls=look.dashes, lw=look.width, marker=look.marker, ms=5, zorder=3)
-        ends.append(means[-1])
-    for (rope, look), place in zip(looks.items(), style.spread(ends, _LABEL), strict=True):
+        early = "" if xs[-1] == setting.lengths[-1] else f" at {format_length(xs[-1])}"
+        ends.append((means[-1], f"{rope}  {means[-1]:.0%}{early}", look.color))
+    places = style.spread([end for end, _, _ in ends], _LABEL)
+    for (_, label, colour), place in zip(ends, places, strict=True):
         axes.annotate(
-            f"{rope}  {ends[list(curves).index(rope)]:.0%}",
+            label,
             (1.0, place),
             xycoords=axes.get_yaxis_transform(),
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
             fontsize=9.5,
-            color=look.color,
+            color=colour,
             annotation_clip=False,
         )

@@ -130,11 +130,18 @@ def encode(text: str, tokenizer: Any) -> Tokens:
 def answer_ids(draft: Draft, tokenizer: Any) -> Tokens:
     """Tokens of the answer behind those of the prompt. Where the tokenizer would merge the two, those of the answer
     alone."""
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+
+    def ids(text: str) -> Tokens:
+        found: Tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        return found
+
     tail = draft.prompt[-_TAIL:]
-    before, both = (tokenizer(text, **options).input_ids for text in (tail, tail + draft.target))
-    ids: Tokens = both[len(before) :] if both[: len(before)] == before else tokenizer(draft.target, **options).input_ids
-    return ids
+    before, both = ids(tail), ids(tail + draft.target)
+    if both[: len(before)] == before:
+        return both[len(before) :]
+    alone = [ids(draft.target), ids(draft.target[1:])]  # SentencePiece puts a blank of its own first
+    end = tail[-20:] + draft.target
+    return next((own for own in alone if tokenizer.decode(before + own).endswith(end)), alone[0])
 
 
 def rebuild(row: Row, tokenizer: Any, text: Text | None = None) -> Trial:
