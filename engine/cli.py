@@ -15,6 +15,10 @@ from .options import loads_a_model
 COMMANDS = {
     "demo": ("ropewalk.evals.cli:demo", "The whole story on the embedded model, in minutes."),
     "ppl": ("ropewalk.evals.cli:ppl", "Perplexity across context lengths, by protocol."),
+    "passkey": ("ropewalk.evals.retrieval_cli:passkey", "Is a number found in a long text of nothing?"),
+    "niah": ("ropewalk.evals.retrieval_cli:niah", "Is a needle found in a real haystack?"),
+    "kv": ("ropewalk.evals.retrieval_cli:kv", "Is one of many random pairs looked up?"),
+    "ruler": ("ropewalk.evals.retrieval_cli:ruler", "RULER-11, offline: eleven tasks of RULER."),
     "speed": ("ropewalk.evals.speed_cli:speed", "What a position map costs, or how fast other engines are."),
     "vocab": (
         "ropewalk.evals.vocab_cli:vocab",

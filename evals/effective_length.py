@@ -7,9 +7,16 @@ from dataclasses import dataclass
 
 from .compare import Difference
 from .result import Row
+from .retrieval_score import Score
 
 TOLERANCE = 0.02
 """Nats per token by which a context may be worse than the trained length and still count."""
+
+LEAST_FOUND = 0.80
+"""Share of passkeys, needles or values that a length must give to count."""
+
+LEAST_KEPT = 0.90
+"""Share of its own score at the trained length that a method must keep of RULER-11 for a length to count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,4 +61,44 @@ def effective_length(rows: Sequence[Row], delta: Mapping[str, Difference], rope:
         length=length,
         breaks=tuple(c for c, change in found.items() if trained <= c < reached and not is_kept(change)),
         undecided=tuple(c for c, change in found.items() if c > reached and change.low <= TOLERANCE < change.high),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How far a method finds things.
+
+    Args:
+        length: the largest measured length such that it and all measured below it keep the rule; None if the
+            shortest does not.
+        certain: the same with the lower bounds of 95% intervals.
+        longest: the largest length that was measured.
+    """
+
+    length: int | None
+    certain: int | None
+    longest: int
+
+
+def reach(scores: Mapping[int, Score], least: float) -> Reach:
+    """The lengths up to which scores are at least `least`.
+
+    Args:
+        scores: of one method by length; at least one.
+        least: the score that must be reached, 0 to 1.
+    """
+    lengths = sorted(scores)
+
+    def up_to(values: Mapping[int, float]) -> int | None:
+        kept = None
+        for length in lengths:
+            if not values[length] >= least:  # an unknown bound is NaN, and keeps nothing
+                break
+            kept = length
+        return kept
+
+    return Reach(
+        length=up_to({length: score.mean for length, score in scores.items()}),
+        certain=up_to({length: score.low for length, score in scores.items()}),
+        longest=lengths[-1],
     )

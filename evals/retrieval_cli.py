@@ -1,0 +1,201 @@
+"""The commands that ask for things in long texts: `ropewalk passkey`, `niah`, `kv` and `ruler`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..engine.options import loads_a_model
+
+EXAMPLES = "\b\nExamples:\n"
+
+_DEPTHS = click.option(
+    "--depths",
+    default="0,0.25,0.5,0.75,1",
+    show_default=True,
+    help="Where the needle stands, 0 (beginning) to 1 (end), separated by commas.",
+)
+_TEXT = click.option(
+    "--text",
+    default="kjv",
+    show_default=True,
+    help="The haystack: kjv, shakespeare, pydoc, stdlib, code, or a file or folder.",
+)
+_SHARED = (
+    click.argument("model"),
+    click.option(
+        "--rope", "ropes", multiple=True, default=("none",), show_default=True, help="Scaler; may be repeated."
+    ),
+    click.option("--lengths", default="0.5x,1x,2x", show_default=True, help="Tokens of prompt and answer together."),
+    click.option(
+        "--trials",
+        default=20,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Prompts for each scaler, length and depth; below 20 intervals are wide.",
+    ),
+    click.option(
+        "--fake",
+        type=click.Choice(["uniform", "oracle"]),
+        help="Check the harness: a network that knows nothing, or every answer.",
+    ),
+    click.option(
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder for the results  [default: runs/MODEL-COMMAND]",
+    ),
+    click.option("--max-minutes", type=float, help="Leave out what would not finish in this time."),
+    click.option("--dry-run", is_flag=True, help="Print what would be measured, and how long it would take."),
+    loads_a_model,
+)
+
+
+def _asks(*own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The options of a command: the shared ones, and its `own` after them."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed((*_SHARED[:3], *own, *_SHARED[3:])):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk passkey smollm2-135m --lengths 2k --trials 5\n"
+    "  ropewalk passkey smollm2-135m --rope none --rope yarn:2 --lengths 1x,2x --depths 0.1,0.5,0.9"
+)
+@_asks(_DEPTHS)
+def passkey(**options: Any) -> None:
+    """Does MODEL find a number of five digits in a long text of nothing? (arXiv 2305.16300)
+
+    Every trial is scored twice from one reading of the prompt: the answer that the model writes, and the
+    log-probability of the right one. A run resumes: trials that are in --out already are not asked again.
+    """
+    _run("passkey", **options)
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk niah smollm2-135m --lengths 4k,8k --text shakespeare\n"
+    "  ropewalk niah ./my-model --rope yarn:4 --lengths 8k,32k --depths 0,0.5,1 --out runs/niah"
+)
+@_asks(_DEPTHS, _TEXT)
+def niah(**options: Any) -> None:
+    """Does MODEL find a sentence in a real text: a needle in a haystack?
+
+    The needle and the question are those of RULER's niah_single_2, at depths that you choose. Keys and values occur
+    nowhere in the text. Scored and resumed as `ropewalk passkey` does.
+    """
+    _run("niah", **options)
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk kv smollm2-135m --lengths 4k,8k\n"
+    "  ropewalk kv ./my-model --rope none --rope ntk:8 --lengths 1x,4x --depths 0.5"
+)
+@_asks(_DEPTHS)
+def kv(**options: Any) -> None:
+    """Does MODEL look up one of many random pairs in a JSON object? (arXiv 2307.03172)
+
+    Keys and values are UUIDs, which models cannot guess. Scored and resumed as `ropewalk passkey` does.
+    """
+    _run("kv", **options)
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk ruler smollm2-135m --lengths 4k,8k\n"
+    "  ropewalk ruler smollm2-135m --tasks niah_single_2,vt --lengths 2k --trials 5"
+)
+@_asks(
+    click.option("--tasks", default="all", show_default=True, help="Names of RULER's tasks, separated by commas."),
+    _TEXT,
+)
+def ruler(tasks: str, **options: Any) -> None:
+    """RULER-11, offline: eleven tasks of RULER (arXiv 2404.06654) that need no download.
+
+    niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe and fwe. The haystack is --text
+    instead of essays, and the two question answering tasks are left out, so numbers are not RULER's. Scored and
+    resumed as `ropewalk passkey` does.
+    """
+    from .tasks import RULER
+
+    _run(RULER, tasks=tasks, **options)
+
+
+def _run(
+    suite: str,
+    *,
+    model: str,
+    ropes: tuple[str, ...],
+    lengths: str,
+    trials: int,
+    fake: str | None,
+    out: Path | None,
+    max_minutes: float | None,
+    dry_run: bool,
+    loading: dict[str, Any],
+    depths: str = "",
+    text: str | None = None,
+    tasks: str = "all",
+) -> None:
+    deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+    from rich.console import Console
+
+    from ..engine.load import load
+    from ..scaling import parse, parse_length
+    from . import runner
+    from .data import load_text
+    from .result import Run
+    from .retrieval import cells
+    from .retrieval_publish import print_retrieval, publish_retrieval
+    from .stand_in import Oracle, replace_network
+    from .tasks import TASKS
+
+    console = Console()
+    names = _names(tasks, suite)
+    scalers = [parse(rope) for rope in ropes]
+    shares = _numbers(depths)
+    haystack = None if text is None else load_text(text)
+    loaded = load(model, **loading, max_length=2**31)  # past the scaler's reach is what is looked at here
+    stand_in = replace_network(loaded, fake) if fake else None
+    planned = cells(
+        loaded,
+        [TASKS[name] for name in names],
+        scalers,
+        contexts=[parse_length(length, loaded.trained_length) for length in lengths.split(",")],
+        depths=shares,
+        trials=trials,
+        text=haystack,
+        **({"before": stand_in.learn} if isinstance(stand_in, Oracle) else {}),
+    )
+    if dry_run:
+        runner.print_plan(loaded, planned, console)
+        return
+    run = Run(out or Path("runs") / f"{Path(model).name}-{click.get_current_context().info_name}")
+    run.write_environment()
+    outcome = runner.measure_all(loaded, planned, run, console, deadline=deadline)
+    files = publish_retrieval(run)
+    print_retrieval(run, files, outcome.left_out, console)
+
+
+def _names(tasks: str, suite: str) -> list[str]:
+    from ..errors import ConfigError, did_you_mean
+    from .tasks import SUITES
+
+    names = list(SUITES[suite]) if tasks == "all" else [name.strip() for name in tasks.split(",")]
+    if unknown := [name for name in names if name not in SUITES[suite]]:
+        raise ConfigError(f"unknown task {unknown[0]!r}.{did_you_mean(unknown[0], SUITES[suite])}")
+    return names
+
+
+def _numbers(depths: str) -> list[float]:
+    from ..errors import ConfigError
+
+    try:
+        return [float(depth) for depth in depths.split(",")] if depths else []
+    except ValueError:
+        raise ConfigError(f"--depths {depths!r} must be numbers from 0 to 1, such as 0,0.5,1") from None

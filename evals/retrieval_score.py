@@ -1,0 +1,149 @@
+"""Rows of trials put together: which belong to one setting, and the scores of any of them with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from .compare import methods
+from .result import Row
+from .statistics import block_interval, score_interval
+from .tasks import SUITES
+
+ENOUGH = 20
+"""Trials below which an interval is too wide to tell much."""
+
+_SETTING = ("suite", "model", "trained_length", "text", "text_sha256", "dtype", "device", "form")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How right some trials were, 0 to 1, with a 95% interval (NaN where there are too few for one).
+
+    Args:
+        mean: over tasks of the mean of each.
+        trials: all together.
+        fewest: of the task that has the fewest.
+        nats: mean log-probability of the right answer, nats a token, with the bounds of its interval.
+    """
+
+    mean: float
+    low: float
+    high: float
+    trials: int
+    fewest: int
+    nats: float
+    nats_low: float
+    nats_high: float
+
+    @property
+    def has_interval(self) -> bool:
+        """False where there were too few trials for one."""
+        return math.isfinite(self.low)
+
+
+def score(rows: Sequence[Row]) -> Score:
+    """The score of rows of one or more tasks; every task counts alike."""
+    by_task: dict[str, list[Row]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
+    groups = [[float(row["correct"]) for row in own] for own in by_task.values()]
+    low, high = score_interval(groups)
+    nats = np.array([row["answer_logprob_per_token"] for row in rows], dtype=np.float64)
+    nats_low, nats_high = block_interval(nats, block=1)
+    return Score(
+        mean=fmean(map(fmean, groups)),
+        low=low,
+        high=high,
+        trials=len(rows),
+        fewest=min(map(len, groups)),
+        nats=float(nats.mean()),
+        nats_low=nats_low,
+        nats_high=nats_high,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Rows that differ only in method, length, task, depth and seed.
+
+    Args:
+        rows: at least one.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def suite(self) -> str:
+        """`passkey`, `niah`, `kv` or `ruler-11-offline`."""
+        return str(self.rows[0]["suite"])
+
+    @property
+    def trained_length(self) -> int:
+        """Of the model, tokens."""
+        return int(self.rows[0]["trained_length"])
+
+    @property
+    def methods(self) -> list[str]:
+        """Rope specs, the untouched model first."""
+        return methods(self.rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """In tokens, ascending."""
+        return sorted({row["context"] for row in self.rows})
+
+    @property
+    def depths(self) -> list[float]:
+        """As asked for, ascending; empty where the seed chose them."""
+        return sorted({row["depth"] for row in self.rows if row["depth"] is not None})
+
+    @property
+    def tasks(self) -> list[str]:
+        """In the suite's order."""
+        found = {row["task"] for row in self.rows}
+        return [task for task in SUITES[self.suite] if task in found]
+
+    @property
+    def name(self) -> str:
+        """What was asked, for people."""
+        if self.suite in SUITES[self.suite]:
+            return self.suite
+        tasks = self.tasks
+        return "RULER-11, offline" if len(tasks) == len(SUITES[self.suite]) else f"{len(tasks)} of RULER's tasks"
+
+    @property
+    def measured_on(self) -> str:
+        """`smollm2-135m (bfloat16) on kjv`."""
+        row = self.rows[0]
+        return f"{row['model']} ({row['dtype']})" + (f" on {row['text']}" if row["text"] else "")
+
+    def score(self, rope: str, length: int, *, task: str | None = None, depth: float | None = None) -> Score | None:
+        """Of these trials; None if there are none. Over several tasks, None too while one of them is missing."""
+        rows = [
+            row
+            for row in self.rows
+            if (row["rope"], row["context"]) == (rope, length)
+            and task in (None, row["task"])
+            and depth in (None, row["depth"])
+        ]
+        wanted = {task} if task else {*self.tasks}
+        return score(rows) if {row["task"] for row in rows} == wanted else None
+
+    def scores(self, rope: str) -> dict[int, Score]:
+        """Of a method, by length."""
+        found = {length: self.score(rope, length) for length in self.lengths}
+        return {length: own for length, own in found.items() if own is not None}
+
+
+def settings(rows: Iterable[Row]) -> list[Setting]:
+    """Retrieval rows in settings, in order of appearance; rows of other kinds are left out."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        if "suite" in row:
+            groups.setdefault(tuple(row.get(field) for field in _SETTING), []).append(row)
+    return [Setting(rows=tuple(group)) for group in groups.values()]

@@ -1,0 +1,123 @@
+"""English words, and the tasks made of words alone: which of them are common, which frequent."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+from typing import Any, ClassVar
+
+from .task import Draft, Place, Task, enumerated, match_all
+
+WORDS_VERSION = f"wonderwords {importlib.metadata.version('wonderwords')}"
+"""Where the words come from; a change of the lists changes prompts."""
+
+_TOP = 10  # common words asked for
+_FREQUENT = 3  # frequent words asked for
+_SHORT = 4096  # below so many tokens RULER repeats words less often
+_ALPHA = 2.0  # of the zeta distribution of coded words
+
+
+@functools.cache
+def _list(kind: str) -> tuple[str, ...]:
+    from wonderwords import RandomWord
+
+    return tuple(sorted(set(RandomWord().filter(include_categories=[kind]))))
+
+
+@functools.cache
+def all_words() -> tuple[str, ...]:
+    """Nouns, adjectives and verbs, sorted, none of them twice."""
+    return tuple(sorted({*_list("noun"), *_list("adjective"), *_list("verb")}))
+
+
+def random_key(random: Random) -> str:
+    """An adjective and a noun, `quiet-lantern`."""
+    return f"{random.choice(_list('adjective'))}-{random.choice(_list('noun'))}"
+
+
+@dataclass(frozen=True)
+class CommonWords(Task):
+    """RULER's common words extraction (arXiv 2404.06654): the ten words of a numbered list that come oftener.
+
+    Ten words come 30 times and the others 3 times, after an example with 10 and 3 times; for contexts below 4k, 6 and
+    1 times after 3 and 1. A unit is a word that is in the list, however often.
+    """
+
+    name: str = "cwe"
+    new_tokens: ClassVar[int] = 120
+    least: ClassVar[int] = 2 * _TOP
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"words": WORDS_VERSION}
+
+    def most(self, place: Place) -> int | None:
+        return len(all_words())
+
+    def draft(self, random: Random, units: int, place: Place) -> Draft:
+        if place.context < _SHORT:
+            example, real = (20, 3, 1), (units, 6, 1)
+        else:
+            example, real = (40, 10, 3), (units, 30, 3)
+        shown, shown_words = self._question(random, *example)
+        asked, words = self._question(random, *real)
+        return Draft(
+            prompt=f"{shown} {_numbered(shown_words)}\n{asked}", answers=tuple(words), target=f" {_numbered(words)}"
+        )
+
+    def _question(self, random: Random, count: int, often: int, seldom: int) -> tuple[str, list[str]]:
+        words = random.sample(all_words(), count)
+        listed = words[:_TOP] * often + words[_TOP:] * seldom
+        random.shuffle(listed)
+        return (
+            "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones "
+            f"that appear most often.\n{_numbered(listed)}\nQuestion: What are the {_TOP} most common words in the "
+            f"above list? Answer: The top {_TOP} words that appear most often in the list are:"
+        ), words[:_TOP]
+
+    def mark(self, written: str, answers: Sequence[str]) -> float:
+        return match_all(written, answers)
+
+
+@dataclass(frozen=True)
+class FrequentWords(Task):
+    """RULER's frequent words extraction (arXiv 2404.06654): the three most frequent of made-up words.
+
+    Words of six letters, one for every 50 tokens of the context; the word of rank k makes up k^-2 / zeta(2) of the
+    text, the first rank being dots that do not count. A unit is a word of the text.
+    """
+
+    name: str = "fwe"
+    new_tokens: ClassVar[int] = 50
+    least: ClassVar[int] = 60  # below, ranks 4 and 5 tie
+
+    def draft(self, random: Random, units: int, place: Place) -> Draft:
+        from scipy.special import zeta
+
+        words: dict[str, None] = {"...": None}
+        while len(words) < max((place.context - self.new_tokens) // 50, _FREQUENT + 2):
+            words["".join(random.choices(string.ascii_lowercase, k=6))] = None
+        counts = [int(units * rank**-_ALPHA / float(zeta(_ALPHA))) for rank in range(1, len(words) + 1)]
+        assert all(more > fewer for more, fewer in pairwise(counts[: _FREQUENT + 2])), counts
+        text = [word for word, count in zip(words, counts, strict=True) for _ in range(count)]
+        random.shuffle(text)
+        answers = list(words)[1 : _FREQUENT + 1]
+        prompt = (
+            "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+            f"appeared coded words. {' '.join(text)}\nQuestion: Do not provide any explanation. Please ignore the dots "
+            "'....'. What are the three most frequently appeared words in the above coded text? Answer: According to "
+            "the coded text above, the three most frequently appeared words are:"
+        )
+        return Draft(prompt=prompt, answers=tuple(answers), target=f" {enumerated(answers)}")
+
+    def mark(self, written: str, answers: Sequence[str]) -> float:
+        return match_all(written, answers)
+
+
+def _numbered(words: Sequence[str]) -> str:
+    return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))

@@ -1,0 +1,225 @@
+"""Retrieval cells against plain transformers, stand-ins that know everything or nothing, and the commands."""
+
+import json
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import ropewalk as rw
+from ropewalk.engine.cli import cli
+from ropewalk.evals.data import Text
+from ropewalk.evals.result import Run
+from ropewalk.evals.retrieval import cells, listen
+from ropewalk.evals.stand_in import Oracle, replace_network
+from ropewalk.evals.task import Place
+from ropewalk.evals.tasks import RULER, SUITES, TASKS
+from ropewalk.evals.trial import assemble, rebuild
+from ropewalk.scaling import parse
+
+STORY = Text(name="story", documents=("A ship went out to sea. It had a crew of nine. " * 300,), sha256="cd" * 32)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return rw.load(tiny_folder, max_length=2**31, compile=False)
+
+
+@pytest.fixture(autouse=True)
+def untouched(model):
+    yield
+    model.rope = None
+
+
+def trial_of(model, name="passkey", length=400, seed=0):
+    task = TASKS[name]
+    place = Place(context=length, depth=0.5 if task.has_depth else None, text=STORY if task.needs_text else None)
+    return assemble(task, model.tokenizer, place, seed)
+
+
+def measure(model, run, names=("passkey",), spec="none", **options):
+    rows = []
+    planned = cells(
+        model, [TASKS[name] for name in names], [parse(spec)], **{"contexts": [400], "depths": [0.5], **options}
+    )
+    for cell in planned:
+        model.rope = cell.scaler
+        rows += cell.measure(model, run, lambda past, count: None)
+    return rows
+
+
+@pytest.mark.parametrize("spec", ["none", "yarn:4", "dynamic-ntk", "rerope:100"])
+def test_scores_are_those_of_plain_transformers(model, spec):
+    trial = trial_of(model, length=600)
+    model.rope = spec
+    heard = listen(model, trial)
+    model.rope = None
+    fixed = {"length": len(trial.prompt_ids) + trial.new_tokens} if parse(spec).depends_on_length else {}
+    with rw.patch(model.hf, spec, **fixed), torch.inference_mode():
+        ids = torch.tensor([trial.prompt_ids + trial.answer_ids])
+        laws = model.hf(ids, use_cache=False).logits[0].double().log_softmax(-1)
+        start = len(trial.prompt_ids)
+        expected = [float(laws[start + n - 1, token]) for n, token in enumerate(trial.answer_ids)]
+        written = []
+        while len(written) < trial.new_tokens:
+            now = torch.tensor([trial.prompt_ids + written])
+            written.append(int(model.hf(now, use_cache=False).logits[0, -1].argmax()))
+    assert heard.logprobs == pytest.approx(expected, abs=2e-4)
+    likeliest = [int(laws[start + n - 1].argmax()) for n in range(len(trial.answer_ids))]
+    assert heard.is_likeliest == (likeliest == trial.answer_ids)
+    assert heard.written == model.tokenizer.decode(written)
+
+
+def test_the_prompt_is_read_once(model, monkeypatch):
+    trial, read = trial_of(model), []
+    forward = model.network.forward
+    monkeypatch.setattr(
+        model.network, "forward", lambda ids, *rest, **more: read.append(len(ids)) or forward(ids, *rest, **more)
+    )
+    listen(model, trial)
+    assert sum(read) == len(trial.prompt_ids) + len(trial.answer_ids) - 1 + trial.new_tokens
+
+
+def test_a_cache_that_cannot_forget_is_not_gone_on_from(model, monkeypatch):
+    trial = trial_of(model)
+    whole = listen(model, trial)
+    monkeypatch.setattr("ropewalk.evals.retrieval.can_rewind", lambda cache: False)
+    assert listen(model, trial) == whole
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_an_oracle_is_always_right_and_a_uniform_network_exactly_uniform(tiny_folder, tmp_path, name):
+    for kind in ("oracle", "uniform"):
+        model = rw.load(tiny_folder, max_length=2**31, compile=False)
+        stand_in = replace_network(model, kind)
+        before = {"before": stand_in.learn} if isinstance(stand_in, Oracle) else {}
+        rows = measure(model, Run(tmp_path / kind), [name], contexts=[5000], trials=2, text=STORY, **before)
+        for row in rows:
+            assert row["model"] == f"{tiny_folder} replaced by {kind}"
+            if kind == "oracle":
+                assert row["correct"] == 1
+                assert row["answer_logprob"] == 0
+                assert row["answer_is_likeliest"]
+            else:
+                assert row["correct"] == 0
+                assert row["answer_logprob"] == pytest.approx(-row["answer_tokens"] * math.log(1024), rel=1e-6)
+                assert not row["answer_is_likeliest"]
+
+
+def test_an_oracle_that_is_asked_something_else_objects(tiny_folder):
+    model = rw.load(tiny_folder, max_length=2**31, compile=False)
+    replace_network(model, "oracle").learn(trial_of(model, seed=1))
+    with pytest.raises(AssertionError, match="other tokens than the trial's"):
+        listen(model, trial_of(model, seed=2))
+
+
+def test_rows_hold_what_was_asked_and_what_came_out(model, tmp_path):
+    run = Run(tmp_path)
+    (row,) = measure(model, run, ["niah"], "yarn:4", contexts=[700], trials=1, text=STORY)
+    trial = rebuild(row, model.tokenizer, STORY)
+    assert row["prompt_tokens"] == len(trial.prompt_ids) <= 700 - trial.new_tokens
+    assert (row["suite"], row["task"], row["rope"], row["context"]) == ("niah", "niah", "yarn:4", 700)
+    assert (row["depth"], row["seed"], row["trained_length"]) == (0.5, 0, 256)
+    assert (row["text"], row["text_sha256"]) == ("story", STORY.sha256)
+    assert row["actual_depth"] == trial.depth
+    assert row["answer"] in trial.prompt
+    assert row["answer_logprob_per_token"] * row["answer_tokens"] == pytest.approx(row["answer_logprob"])
+    assert row["correct"] == TASKS["niah"].mark(row["generated"], trial.answers)
+    assert row["seconds"] > 0
+
+
+def test_a_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    measure(model, run, trials=2)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    asked = []
+    monkeypatch.setattr("ropewalk.evals.retrieval.listen", lambda *rest: asked.append(1) or listen(*rest))
+    rows = measure(model, Run(tmp_path), trials=4)
+    assert len(asked) == 2
+    assert [row["seed"] for row in rows] == [0, 1, 2, 3]
+    assert (tmp_path / "results.jsonl").read_text().splitlines()[:2] == lines
+    for line in lines:
+        first = json.loads(line)
+        again = measure(model, Run(tmp_path / "new"), trials=2)[first["seed"]]
+        timing = {"seconds", "peak_memory_mb"}
+        assert {k: v for k, v in again.items() if k not in timing} == {
+            k: v for k, v in first.items() if k not in timing
+        }
+
+
+def test_cells_come_scaler_by_scaler_and_mistakes_are_told(model):
+    planned = cells(
+        model,
+        [TASKS["passkey"], TASKS["kv"]],
+        [parse("none"), parse("yarn:4")],
+        contexts=[600, 800],
+        depths=[0, 1],
+        trials=3,
+    )
+    assert [(str(c.scaler), c.context) for c in planned] == sorted(
+        ((str(c.scaler), c.context) for c in planned), key=lambda pair: (pair[0] != "none", pair[1])
+    )
+    assert len(planned) == 16
+    assert planned[1].label == "600 passkey depth 1"
+    with pytest.raises(rw.ConfigError, match=r"depth 1.5 must lie between 0 .* and 1"):
+        cells(model, [TASKS["passkey"]], [parse("none")], contexts=[600], depths=[1.5])
+    with pytest.raises(rw.DataError, match="the shortest prompt"):
+        cells(model, [TASKS["kv"]], [parse("none")], contexts=[50], depths=[1])
+
+
+def ropewalk(*arguments):
+    return CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False)
+
+
+def test_the_command_measures_reports_and_resumes(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    options = (tiny_folder, "--rope", "none", "--rope", "yarn:4", "--lengths", "300,2x", "--depths", "0,1")
+    arguments = ("passkey", *options, "--no-compile", "--trials", 1, "--out", out)
+    assert "8 cells" in ropewalk(*arguments, "--dry-run").output
+    assert not out.exists()
+    shown = ropewalk(*arguments).output
+    assert "warning: cells of one length and depth or task have as few as 1 trials" in " ".join(shown.split())
+    rows = Run(out).rows
+    assert len(rows) == 8
+    for file in ("retrieval.md", "retrieval.csv", "passkey_heat.png", "passkey_heat.svg", "passkey_curve.png"):
+        assert (out / file).stat().st_size > 100
+    assert str(out / "passkey_curve.svg") in shown
+    ropewalk(*arguments)
+    assert Run(out).rows == rows
+
+
+def test_ruler_by_command(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    text = tmp_path / "text.txt"
+    text.write_text(STORY.documents[0])
+    arguments = (
+        "ruler",
+        tiny_folder,
+        "--fake",
+        "oracle",
+        "--lengths",
+        "6k",
+        "--trials",
+        1,
+        "--text",
+        text,
+        "--out",
+        out,
+    )
+    shown = ropewalk(*arguments).output
+    assert "RULER-11, offline" in shown
+    assert {row["task"] for row in Run(out).rows} == {*SUITES[RULER]}
+    assert "100%" in (out / "retrieval.md").read_text()
+    with pytest.raises(rw.ConfigError, match="Did you mean 'vt'"):
+        ropewalk("ruler", tiny_folder, "--tasks", "vtt")
+    with pytest.raises(rw.ConfigError, match="must be numbers from 0 to 1"):
+        ropewalk("passkey", tiny_folder, "--depths", "0,a")
+
+
+@pytest.mark.model
+def test_the_real_model_finds_a_passkey(tmp_path):
+    real = rw.load("smollm2-135m", max_length=2**31)
+    rows = measure(real, Run(tmp_path), contexts=[512], trials=2)
+    assert [row["correct"] for row in rows] == [1, 1]
+    assert all(row["answer_logprob_per_token"] > -1 for row in rows)

@@ -1,0 +1,197 @@
+"""Intervals of scores, how far methods reach, and what tables, sentences and plots say of made-up trials."""
+
+import math
+import random
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ropewalk.evals.effective_length import LEAST_FOUND, reach
+from ropewalk.evals.result import Run
+from ropewalk.evals.retrieval_findings import retrieval_findings
+from ropewalk.evals.retrieval_plots import plot_retrieval
+from ropewalk.evals.retrieval_score import score, settings
+from ropewalk.evals.retrieval_table import retrieval_tables
+from ropewalk.evals.statistics import score_interval, share_interval
+from ropewalk.evals.tasks import RULER, SUITES
+
+K = 1024
+
+
+@pytest.mark.parametrize(("right", "trials"), [(0, 20), (20, 20), (17, 20), (1, 3), (0, 1), (400, 500)])
+def test_the_interval_of_a_share_is_wilsons(right, trials):
+    z, p = 1.959963984540054, right / trials
+    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
+    assert share_interval(right, trials) == pytest.approx((centre - half, centre + half), abs=1e-9)
+
+
+def test_scores_of_nothing_and_one_have_wilsons_interval_and_fractions_a_bootstrap():
+    assert score_interval([[1, 0, 1, 1]]) == share_interval(3, 4)
+    assert score_interval([[1] * 5, [1] * 5]) == share_interval(10, 10)
+    rng = np.random.default_rng(1)
+    groups = [rng.choice([0, 0.25, 0.5, 1], 30).tolist(), rng.choice([0, 1], 40).tolist()]
+    low, high = score_interval(groups)
+    assert (low, high) == score_interval(groups)
+    drawn = np.mean([[rng.choice(g, len(g)).mean() for g in groups] for _ in range(3000)], axis=1)
+    assert (low, high) == pytest.approx((np.quantile(drawn, 0.025), np.quantile(drawn, 0.975)), abs=0.015)
+    assert np.isnan(score_interval([[0.5, 0.5, 0.5, 0.5, 0.5]])).all()
+    assert np.isnan(score_interval([[0.5, 0.25]])).all()
+
+
+def row(rope="none", context=8 * K, correct=1.0, seed=0, suite="passkey", task=None, depth=0.5, nats=-0.5):
+    return {
+        "suite": suite,
+        "task": task or suite,
+        "rope": rope,
+        "context": context,
+        "depth": depth if suite != RULER else None,
+        "seed": seed,
+        "model": "toy",
+        "text": None,
+        "text_sha256": None,
+        "dtype": "float32",
+        "device": "cpu",
+        "trained_length": 8 * K,
+        "form": 1,
+        "correct": correct,
+        "answer_logprob_per_token": nats,
+    }
+
+
+def trials(rope, context, right, of, **options):
+    return [row(rope, context, float(seed < right), seed, **options) for seed in range(of)]
+
+
+def ruler(rope, context, means, of=4):
+    return [
+        row(rope, context, mean, seed, suite=RULER, task=task)
+        for task, mean in zip(SUITES[RULER], means, strict=True)
+        for seed in range(of)
+    ]
+
+
+def test_every_task_counts_alike():
+    rows = trials("none", K, 1, 2, suite=RULER, task="vt") + trials("none", K, 10, 10, suite=RULER, task="cwe")
+    found = score(rows)
+    assert found.mean == 0.75
+    assert (found.trials, found.fewest) == (12, 2)
+
+
+def test_the_log_probability_is_a_mean_with_an_interval():
+    rng = random.Random(0)
+    rows = [row(seed=seed, nats=-rng.random()) for seed in range(40)]
+    found = score(rows)
+    assert found.nats == pytest.approx(np.mean([r["answer_logprob_per_token"] for r in rows]))
+    assert found.nats_low < found.nats < found.nats_high
+    assert math.isnan(score(rows[:3]).nats_low)
+
+
+def reach_of(**right_of_20):
+    rows = [r for name, right in right_of_20.items() for r in trials("none", int(name[1:]) * K, right, 20)]
+    return reach(settings(rows)[0].scores("none"), LEAST_FOUND)
+
+
+def test_a_length_counts_while_it_and_all_below_keep_the_rule():
+    found = reach_of(k2=20, k4=20, k8=16, k16=12)
+    assert (found.length, found.certain, found.longest) == (8 * K, 4 * K, 16 * K)
+    assert reach_of(k2=20, k4=15, k8=20).length == 2 * K  # the break at 4k ends it
+    assert reach_of(k2=15, k4=20).length is None
+    assert reach_of(k2=16).length == 2 * K  # exactly 80 %
+    assert reach_of(k2=16).certain is None
+
+
+def test_sentences_of_a_passkey_run():
+    rows = [
+        *trials("none", 8 * K, 20, 20),
+        *trials("none", 16 * K, 0, 20),
+        *trials("yarn:2", 8 * K, 20, 20),
+        *trials("yarn:2", 16 * K, 19, 20),
+        *trials("ntk:4", 16 * K, 17, 20),
+    ]
+    best, reached = retrieval_findings(rows)
+    assert best.startswith("passkey: at 16k, the longest measured, yarn:2 is right in 95% (76-99) of 20 trials")
+    assert "intervals of the untouched model lie below; intervals overlap with ntk:4." in best
+    assert "scores at least 80%" in reached
+    assert "the untouched model 8k; yarn:2 16k or more (lower bounds: 8k)" in reached
+    assert "ntk:4 16k or more (lower bounds: none measured)" in reached
+    assert any("as few as 5 trials" in said for said in retrieval_findings(rows + trials("none", 4 * K, 5, 5)))
+    assert retrieval_findings([{"task": "ppl", "loss": 3.0}]) == []
+
+
+def test_rulers_rule_is_a_share_of_the_methods_own_score():
+    half = [0.5] * 11
+    rows = ruler("none", 8 * K, half) + ruler("none", 16 * K, [0.46] * 11) + ruler("yarn:2", 16 * K, half)
+    (reached,) = (said for said in retrieval_findings(rows) if "effective length" in said)
+    assert "90% of the method's own score at 8k" in reached
+    assert "the untouched model 16k or more (lower bounds: none measured)" in reached
+    assert "yarn:2" not in reached  # it has no score at 8k
+    rows = ruler("none", 8 * K, half) + ruler("none", 16 * K, [0.44] * 11)
+    assert any("the untouched model 8k (" in said for said in retrieval_findings(rows))
+    part = [r for r in rows if r["task"] in ("vt", "cwe")]
+    assert not any("effective length" in said for said in retrieval_findings(part))
+    assert any("2 of RULER's tasks" in said for said in retrieval_findings(part))
+
+
+def test_tables():
+    rows = [r for c in (4, 8) for depth in (0.0, 1.0) for r in trials("none", c * K, 15, 20, depth=depth)]
+    right, nats = retrieval_tables([*rows, *trials("rerope:4k|logn", 8 * K, 40, 40)])
+    text = right.to_markdown()
+    assert "depths 0, 0.5, 1 together; 95% intervals, n=40 trials in each cell" in text
+    assert "| `none` | 75% (60-86) | 75% (60-86) |" in text
+    assert r"| `rerope:4k\|logn` | not run | 100% (91-100) |" in text
+    assert "| `none` | -0.500 (-0.500 to -0.500) |" in nats.to_markdown()
+    right, *_ = retrieval_tables(rows + trials("ntk:2", 8 * K, 1, 2))
+    assert "| 50% (9-91), n=2 |" in right.to_markdown()
+    all_tasks = ruler("none", 8 * K, [1, 0.5, *[0.25] * 9]) + ruler("none", 4 * K, [1] * 11)[:4]
+    over, _, by_task = retrieval_tables(all_tasks)
+    assert "| `none` | not run | 34%" in over.to_markdown()
+    assert "| `niah_single_1` | 100% (51-100) | 100% (51-100) |" in by_task.to_markdown()
+    assert "| `niah_single_2` | not run | 50% |" in by_task.to_markdown()
+
+
+def texts(svg):
+    tree = ET.parse(svg)
+    return ["".join(element.itertext()).strip() for element in tree.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def make_run(folder, rows):
+    run = Run(folder)
+    measured = ("correct", "answer_logprob_per_token")
+    for r in rows:
+        run.add({k: v for k, v in r.items() if k not in measured}, {k: r[k] for k in measured})
+    return run
+
+
+def test_plots(tmp_path):
+    rows = [r for c in (4, 8, 16) for d in (0.0, 1.0) for r in trials("none", c * K, 24 // c, 6, depth=d)]
+    rows += trials("yarn:2", 8 * K, 4, 5, depth=1.0) + ruler("none", 8 * K, [0.3] * 11, of=2)
+    run = make_run(tmp_path, rows)
+    paths = plot_retrieval(run)
+    assert [path.name for path in paths] == [
+        f"{stem}.{kind}"
+        for stem in ("passkey_heat", "passkey_curve", "ruler_11_offline_heat", "ruler_11_offline_curve")
+        for kind in ("png", "svg")
+    ]
+    for path in paths[::2]:
+        with Image.open(path) as image:
+            assert np.asarray(image.convert("L")).std() > 5
+    heat = texts(paths[1])
+    assert heat.count("n=6") == 6
+    assert heat.count("n=5") == 1
+    assert heat.count("not run") == 5
+    assert {"none", "yarn:2", "0.80", "0.50", "0.17", "4k", "16k", "depth of the needle"} <= {*heat}
+    assert {"0.00", "0.25", "0.50", "0.75", "1.00"} <= {*heat}  # one scale for all
+    curve = texts(paths[3])
+    assert {"none  17%", "yarn:2  80% at 8k", "trained length 8k", "100%"} <= {*curve}
+    assert {*SUITES[RULER], "0.30", "n=2"} <= {*texts(paths[5])}
+    first = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in plot_retrieval(run)] == first
+
+
+def test_an_unfinished_ruler_run_has_no_curve(tmp_path):
+    rows = [row(context=c * K, suite=RULER, task=task) for c, task in ((4, "vt"), (8, "cwe"))]
+    assert [path.stem for path in plot_retrieval(make_run(tmp_path, rows))] == ["ruler_11_offline_heat"] * 2
+    assert any("no method has every task" in said for said in retrieval_findings(rows))
