@@ -60,7 +60,8 @@ class LongPPL(SameTarget):
 
     @classmethod
     def scored(cls, row: Row) -> str:
-        return f"{row.get('tokens', 'the')} key tokens among the last {row['target']}, judged by {row['judge']}"
+        count = f"{row['tokens']} of {row['candidates']} tokens" if row.get("loss") is not None else "the tokens"
+        return f"{count} that need far context, the same everywhere, chosen by {row['judge']} tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +97,21 @@ class JudgeCell(Cell):
         return self.record(ModelReader(model), run, advance)
 
     def record(self, reader: Reader, run: Run, advance: Advance) -> list[Row]:
-        """Measure it on any reader."""
-        rows = []
+        """Measure it on any reader.
+
+        Raises:
+            DataError: it finds too few key tokens.
+        """
         for recipe, windows in zip(self.row_recipes(), (self.short, self.full), strict=True):
             losses = np.concatenate([reader.losses(w.ids, w.first, advance) for w in windows])
-            rows.append(run.add(recipe, {"tokens": len(losses), "loss": float(losses.mean())}, losses))
-        return rows
+            run.add(recipe, {"tokens": len(losses), "loss": float(losses.mean())}, losses)
+        self.keys(run)
+        return [row for recipe in self.row_recipes() if (row := run.find(recipe)) is not None]
 
     def outcome(self, rows: Sequence[Row]) -> str:
-        return f"loss {rows[0]['loss']:.4f} at {format_length(rows[0]['context'])}, {rows[1]['loss']:.4f} beyond"
+        short, full = rows
+        at = f"loss {short['loss']:.4f} at {format_length(short['context'])}"
+        return f"{at}, {full['loss']:.4f} at {format_length(full['context'])}"
 
     def keys(self, run: Run) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which of the scored tokens are keys, bool [tokens].

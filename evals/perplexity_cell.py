@@ -83,7 +83,8 @@ class PerplexityCell(Cell):
     def outcome(self, rows: Sequence[Row]) -> str:
         tokens = sum(row["tokens"] for row in rows)
         loss = sum(row["loss"] * row["tokens"] for row in rows) / tokens
-        return f"loss {loss:.4f}, {tokens} tokens scored"
+        of = f" of {rows[0]['candidates']}" if "candidates" in rows[0] else ""
+        return f"loss {loss:.4f}, {tokens}{of} tokens scored"
 
     def _chosen(self, start: float, end: float, keys: np.ndarray[Any, Any] | None) -> list[np.ndarray[Any, Any]]:
         """Which of the scored tokens of each window count, bool [scored tokens]."""

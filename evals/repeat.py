@@ -49,4 +49,4 @@ class Repeat(SameTarget):
 
     @classmethod
     def scored(cls, row: Row) -> str:
-        return f"{row['target']} tokens that every context began with too"
+        return f"the last {row['target']} tokens, with which every window begins too"

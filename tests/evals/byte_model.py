@@ -64,3 +64,17 @@ def run_plan(tmp_path, model, plan, *documents, scaler="none"):
     for cell in cells(model, text(*documents), [parse(scaler)], plan):
         measure(model, cell, run)
     return run
+
+
+def llama_cpp_nats(logits_of, tokens, n_ctx, bos=None):
+    """The sum that llama.cpp's `perplexity` takes, and how many tokens are in it."""
+    total, count, first = 0.0, 0, n_ctx // 2
+    for chunk in range(len(tokens) // n_ctx):
+        ids = tokens[chunk * n_ctx : (chunk + 1) * n_ctx]
+        if bos is not None:
+            ids = [bos, *ids[1:]]
+        logits = torch.as_tensor(logits_of(ids)).double()
+        for i in range(first, n_ctx - 1):
+            total -= float(logits[i].log_softmax(-1)[ids[i + 1]])
+            count += 1
+    return total, count

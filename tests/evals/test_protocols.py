@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from byte_model import WORDS, losses, measure, run_plan, text, tiny_model
+from byte_model import WORDS, llama_cpp_nats, losses, measure, run_plan, text, tiny_model
 
 import ropewalk as rw
 from ropewalk.evals import longppl
@@ -32,20 +32,6 @@ def bos_model():
 
 def body(model, document=WORDS):
     return list(model.tokenizer(document, add_special_tokens=False).input_ids)
-
-
-def llama_cpp_nats(logits_of, tokens, n_ctx, bos=None):
-    """The sum that llama.cpp's `perplexity` takes, and how many tokens are in it."""
-    total, count, first = 0.0, 0, n_ctx // 2
-    for chunk in range(len(tokens) // n_ctx):
-        ids = tokens[chunk * n_ctx : (chunk + 1) * n_ctx]
-        if bos is not None:
-            ids = [bos, *ids[1:]]
-        logits = torch.as_tensor(logits_of(ids)).double()
-        for i in range(first, n_ctx - 1):
-            total -= float(logits[i].log_softmax(-1)[ids[i + 1]])
-            count += 1
-    return total, count
 
 
 @pytest.mark.parametrize("bos", [False, True])
