@@ -15,6 +15,10 @@ from .options import loads_a_model
 COMMANDS = {
     "demo": ("ropewalk.evals.cli:demo", "The whole story on the embedded model, in minutes."),
     "ppl": ("ropewalk.evals.cli:ppl", "Perplexity across context lengths, by protocol."),
+    "lm-eval": (
+        "ropewalk.evals.lm_eval_cli:lm_eval",
+        "lm-evaluation-harness: any task there under any scaler.",
+    ),
     "speed": ("ropewalk.evals.speed_cli:speed", "What a position map costs, or how fast other engines are."),
     "vocab": (
         "ropewalk.evals.vocab_cli:vocab",

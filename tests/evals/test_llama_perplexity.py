@@ -32,10 +32,11 @@ def engine(llama_cpp, file, n_ctx):
     return llama, logits_of
 
 
-def theirs(llama_cpp, file, text, n_ctx, chunks):
+def theirs(llama_cpp, file, text, n_ctx, chunks, wants_bos):
     """What `llama-perplexity -c n_ctx --chunks chunks` prints for a text."""
     llama, logits_of = engine(llama_cpp, file, n_ctx)
     adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(llama._model.vocab))
+    assert adds_bos == wants_bos
     tokens = llama.tokenize(text.encode(), add_bos=True)
     total, count = llama_cpp_nats(logits_of, tokens[: chunks * n_ctx], n_ctx, llama.token_bos() if adds_bos else None)
     return math.exp(total / count), count
@@ -43,23 +44,21 @@ def theirs(llama_cpp, file, text, n_ctx, chunks):
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_llamacpp_is_llama_cpp_on_a_tiny_model(tiny_folder, tmp_path, llama_cpp, adds_bos):
-    model = rw.load(tiny_folder, dtype="float32")
+    model = rw.load(tiny_folder, dtype="float32", compile=False)
     if adds_bos:
-        model.tokenizer.bos_token = model.tokenizer.eos_token = model.tokenizer.eos_token or "<s>"
         model.tokenizer.add_bos_token = True
-        if not model.tokenizer("").input_ids:
-            pytest.skip("this tokenizer cannot be told to add a start token")
+    assert bool(model.tokenizer("").input_ids) == adds_bos
     file = write_gguf(model, tmp_path / "tiny.gguf", "f32")
-    expected, count = theirs(llama_cpp, file, SOURCE, 128, 4)
+    expected, count = theirs(llama_cpp, file, SOURCE, 128, 4, adds_bos)
     text = Text(name="areas", documents=(SOURCE,), sha256="0" * 64)
     given = {"protocol": "llamacpp", "lengths": [128], "text_tokens": 4 * 128}
     (row,) = rw.evals.perplexity(model, text, **given)
     assert (row.tokens, row.documents) == (count, 4) == (4 * 63, 4)
-    assert row.perplexity == pytest.approx(expected, rel=1e-3)
+    assert row.perplexity == pytest.approx(expected, rel=3e-4)
 
 
 def test_llama_cpp_can_be_measured_by_any_protocol(tiny_folder, tmp_path, llama_cpp):
-    model = rw.load(tiny_folder, dtype="float32")
+    model = rw.load(tiny_folder, dtype="float32", compile=False)
     file = write_gguf(model, tmp_path / "tiny.gguf", "f32")
     _, logits_of = engine(llama_cpp, file, 256)
     text = Text(name="areas", documents=(SOURCE,), sha256="0" * 64)
@@ -77,7 +76,7 @@ def test_llama_cpp_can_be_measured_by_any_protocol(tiny_folder, tmp_path, llama_
 def test_llamacpp_is_llama_cpp_on_smollm2(tmp_path, llama_cpp):
     file = write_gguf(resolve("smollm2-135m"), tmp_path / "smollm2.gguf", "f32")
     play = load_text("shakespeare").documents[0][:8000]
-    expected, count = theirs(llama_cpp, file, play, 256, 4)
+    expected, count = theirs(llama_cpp, file, play, 256, 4, False)
     gc.collect()
     text = Text(name="a play", documents=(play,), sha256="0" * 64)
     model = rw.load("smollm2-135m", dtype="float32")
