@@ -19,6 +19,10 @@ COMMANDS = {
     "niah": ("ropewalk.evals.retrieval_cli:niah", "Is a needle found in a real haystack?"),
     "kv": ("ropewalk.evals.retrieval_cli:kv", "Is one of many random pairs looked up?"),
     "ruler": ("ropewalk.evals.retrieval_cli:ruler", "RULER-11, offline: eleven tasks of RULER."),
+    "lm-eval": (
+        "ropewalk.evals.lm_eval_cli:lm_eval",
+        "lm-evaluation-harness: any task there under any scaler.",
+    ),
     "speed": ("ropewalk.evals.speed_cli:speed", "What a position map costs, or how fast other engines are."),
     "vocab": (
         "ropewalk.evals.vocab_cli:vocab",

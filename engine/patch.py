@@ -151,3 +151,8 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
     installed.write(tokens)
     _patched[model] = scaler
     return PatchHandle(model, installed, tokens)
+
+
+def patched_with(model: PreTrainedModel) -> Scaler | None:
+    """The scaler that `patch` put into a model, if one is in place."""
+    return _patched.get(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ LOGITS_BUDGET = 2**25  # most float32 logits held at once: 128 MiB
 def score(network: Network, ids: Sequence[int], first: int, cache: Cache, progress: Progress | None = None) -> Tensor:
     """Log-probabilities of `ids[first:]`, each given everything before it.
 
-    The prompt runs in chunks; the head is applied in the same chunks, to the scored positions only.
-
     Args:
         ids: one sequence.
         first: index of the first token scored, at least 1 (nothing comes before token 0).
@@ -28,20 +26,43 @@ def score(network: Network, ids: Sequence[int], first: int, cache: Cache, progre
     Returns:
         float32 [len(ids) - first], nats.
     """
-    assert 1 <= first < len(ids), (first, len(ids))
-    scored_chunk = min(CHUNK, max(1, LOGITS_BUDGET // network.hf.config.get_text_config().vocab_size))
-    targets = torch.tensor(ids[1:], device=network.hf.device)
+    targets = torch.tensor(ids[first:], device=network.hf.device)
     scored: list[Tensor] = []
+    done = 0
+    for logits in scored_logits(network, ids, first, cache, progress):
+        chosen = logits.gather(-1, targets[done : done + len(logits), None])[:, 0]
+        scored.append(chosen - logits.logsumexp(-1))
+        done += len(logits)
+    return torch.cat(scored)
+
+
+def scored_logits(
+    network: Network,
+    ids: Sequence[int],
+    first: int,
+    cache: Cache,
+    progress: Progress | None = None,
+    *,
+    budget: int | None = None,
+) -> Iterator[Tensor]:
+    """The logits that predict `ids[first:]`, float32 [tokens, V], some tokens at a time and in order.
+
+    The prompt runs in chunks; the head is applied in the same chunks, to the scored positions only.
+
+    Args:
+        ids, first, cache, progress: as for `score`.
+        budget: most logits held at once; None is `LOGITS_BUDGET`.
+    """
+    assert 1 <= first < len(ids), (first, len(ids))
+    vocabulary = network.hf.config.get_text_config().vocab_size
+    scored_chunk = min(CHUNK, max(1, (budget or LOGITS_BUDGET) // vocabulary))
     start, end = 0, len(ids) - 1  # token t is predicted at position t - 1; the last token is never fed
     while start < end:
         inside = start >= first - 1
         stop = min(start + scored_chunk, end) if inside else min(start + CHUNK, first - 1)
         logits = network.forward(ids[start:stop], cache, keep=stop - start if inside else 1)
-        if inside:
-            logits = logits.float()
-            chosen = logits.gather(-1, targets[start:stop, None])[:, 0]
-            scored.append(chosen - logits.logsumexp(-1))
         if progress:
             progress(start, stop - start)
+        if inside:
+            yield logits.float()
         start = stop
-    return torch.cat(scored)

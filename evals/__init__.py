@@ -2,5 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 if not __name__.startswith("ropewalk."):
     raise ImportError("import this package as 'ropewalk.evals'")
+
+if TYPE_CHECKING:
+    from .api import perplexity
+    from .perplexity_row import HarmRow, LongPPLRow, PerplexityRow, RepeatRow
+
+_LAZY = {
+    "perplexity": ".api",
+    **dict.fromkeys(("PerplexityRow", "LongPPLRow", "RepeatRow", "HarmRow"), ".perplexity_row"),
+}
+
+__all__ = ["HarmRow", "LongPPLRow", "PerplexityRow", "RepeatRow", "perplexity"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ropewalk.evals' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -49,6 +49,10 @@ class Cell(ABC):
     def outcome(self, rows: Sequence[Row]) -> str:
         """What came out, in a few words: `loss 3.512, 1024 tokens scored`."""
 
+    def is_ready(self, run: Run) -> bool:
+        """False while it needs what another cell has yet to measure."""
+        return True
+
     def is_done(self, run: Run) -> bool:
         """True if all its rows are in the results."""
         return all(run.find(recipe) is not None for recipe in self.row_recipes())

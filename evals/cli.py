@@ -13,24 +13,27 @@ from ..engine.options import loads_a_model
 EXAMPLES = "\b\nExamples:\n"
 
 
-def _refuse_unused(context: click.Context, protocol: str) -> None:
-    """An option of another protocol, given by the user, is a mistake."""
+def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a protocol that were given as options; one of another protocol is a mistake."""
     from ..errors import ConfigError
-    from .protocols import PROTOCOLS
+    from .protocols import settings_of, users_of
 
-    options = {"target": "target", "samples": "samples", "stride": "stride", "tokens": "text_tokens"}
-    for option, setting in options.items():
-        given = context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
-        if given and setting not in PROTOCOLS.get(protocol, (setting,)):
-            users = ", ".join(name for name, settings in PROTOCOLS.items() if setting in settings)
-            raise ConfigError(f"--{option} has no effect on {protocol}; leave it out, or use --protocol {users}")
+    known = settings_of(protocol)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name in chosen:
+        if name not in known:
+            option = "--tokens" if name == "text_tokens" else f"--{name}"
+            users = ", ".join(users_of(name))
+            raise ConfigError(f"{option} has no effect on {protocol}; leave it out, or use --protocol {users}")
+    return chosen
 
 
 @click.command(
     epilog=EXAMPLES
     + "  ropewalk ppl smollm2-135m --rope none --rope yarn:2 --lengths 0.25x,1x,2x --text shakespeare\n"
     + "  ropewalk ppl ./my-model --rope ntk:8 --lengths 8k,32k --text book.txt --out runs/a\n"
-    + "  ropewalk ppl smollm2-135m --protocol by-position --rope none --rope yarn:2 --lengths 2x"
+    + "  ropewalk ppl smollm2-135m --protocol by-position --rope none --rope yarn:2 --lengths 2x\n"
+    + "  ropewalk ppl smollm2-135m --protocol harm --rope yarn:2 --rope linear:2 --lengths 1k,1x --samples 4"
 )
 @click.argument("model")
 @click.option("--rope", "ropes", multiple=True, default=("none",), show_default=True, help="Scaler; may be repeated.")
@@ -45,17 +48,22 @@ def _refuse_unused(context: click.Context, protocol: str) -> None:
     "--protocol",
     default="fixed-target",
     show_default=True,
-    help="fixed-target, by-position, sliding or truncate.",
+    help="fixed-target, by-position, sliding, truncate, llamacpp, disjoint, longppl, repeat or harm "
+    "(docs/perplexity.md).",
 )
-@click.option("--target", default=1024, show_default=True, help="fixed-target: tokens scored at the end.")
+@click.option(
+    "--target",
+    type=int,
+    help="fixed-target, longppl, repeat: tokens scored at the end; harm too.  [default: 1024; harm: all]",
+)
 @click.option(
     "--samples",
-    default=1,
-    show_default=True,
-    help="fixed-target: places in the text; by-position, truncate: documents.",
+    type=int,
+    help="by-position, truncate: documents; fixed-target, longppl, repeat, harm: places in the text.  [default: 1]",
 )
-@click.option("--stride", default=256, show_default=True, help="sliding: tokens by which the window moves.")
-@click.option("--tokens", default="32k", show_default=True, help="sliding: tokens of the text that are scored.")
+@click.option("--stride", type=int, help="sliding: tokens by which the window moves.  [default: 256]")
+@click.option("--tokens", help="sliding, llamacpp, disjoint: tokens of the text that are read.  [default: 32k]")
+@click.option("--judge", help="longppl: the scaler that chooses the key tokens.  [default: dual-chunk]")
 @loads_a_model
 @click.option(
     "--out",
@@ -70,10 +78,11 @@ def ppl(
     lengths: str,
     text: str,
     protocol: str,
-    target: int,
-    samples: int,
-    stride: int,
-    tokens: str,
+    target: int | None,
+    samples: int | None,
+    stride: int | None,
+    tokens: str | None,
+    judge: str | None,
     loading: dict[str, Any],
     out: Path | None,
     max_minutes: float | None,
@@ -87,27 +96,21 @@ def ppl(
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     from ..engine.load import load
     from ..scaling import parse, parse_length
-    from . import perplexity, runner
+    from . import runner
     from .data import load_text
-    from .protocols import Plan
+    from .perplexity_cell import cells as cells_of
+    from .protocols import protocol as named_protocol
     from .publish import print_results, publish
     from .result import Run
 
-    _refuse_unused(click.get_current_context(), protocol)
+    given = {"target": target, "samples": samples, "stride": stride, "judge": judge}
+    settings = _settings(protocol, given | {"text_tokens": parse_length(tokens) if tokens else None})
     console = runner.new_console()
     scalers = [parse(rope) for rope in ropes]
     documents = load_text(text)
     loaded = load(model, **loading)
     contexts = tuple(parse_length(length, loaded.trained_length) for length in lengths.split(","))
-    plan = Plan(
-        protocol=protocol,
-        contexts=contexts,
-        target=target,
-        samples=samples,
-        stride=stride,
-        text_tokens=parse_length(tokens),
-    )
-    cells = perplexity.cells(loaded, documents, scalers, plan)
+    cells = cells_of(loaded, documents, scalers, named_protocol(protocol, contexts, **settings))
     if dry_run:
         runner.print_plan(loaded, cells, console)
         return

@@ -15,12 +15,13 @@ UNTOUCHED = "none"
 
 _SETTING = (
     *("protocol", "model", "trained_length", "text", "text_sha256", "target", "samples"),
-    *("stride", "text_tokens", "seed", "dtype", "device"),
+    *("stride", "text_tokens", "judge", "seed", "dtype", "device"),
 )
 
-# Under fixed-target the same tokens must be scored at every context, and `places` tells which; by position,
-# one pass is one context.
-_SETTING_OF_PROTOCOL = {"fixed-target": "places", "by-position": "context"}
+_SAME_TOKENS = ("fixed-target", "longppl", "repeat")  # are scored at every context; `places` tells which
+
+# By position, one pass is one context.
+_SETTING_OF_PROTOCOL = {**dict.fromkeys((*_SAME_TOKENS, "harm"), "places"), "by-position": "context"}
 
 Column = tuple[int, int]
 """A column of a table: (0, context), or (bucket start, bucket end) by position."""
@@ -108,7 +109,7 @@ def reference(rows: Sequence[Row]) -> Row | None:
 
     None if it was not measured, or if the protocol scores other tokens at other contexts.
     """
-    if not rows or rows[0]["protocol"] != "fixed-target":
+    if not rows or rows[0]["protocol"] not in _SAME_TOKENS:
         return None
     return measured(rows, UNTOUCHED, (0, rows[0]["trained_length"]))
 

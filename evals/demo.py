@@ -17,8 +17,8 @@ from ..scaling.lengths import format_length
 from ..scaling.spec import parse
 from .cell import Cell
 from .data import load_text
-from .perplexity import PerplexityCell, cells
-from .protocols import Plan
+from .fixed_target import FixedTarget
+from .perplexity_cell import PerplexityCell, cells
 from .publish import print_results, publish
 from .report import Passage
 from .result import Row, Run, write_atomic
@@ -56,14 +56,15 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
     model = load(MODEL, dtype="bfloat16" if cpu_has_bfloat16() else "auto", max_length=2**20)
     L = model.trained_length
     ratio = 4 if full else 2
-    plan = Plan(contexts=tuple(L * n // 4 for n in (1, 2, 4, 8, *((16,) if full else ()))), target=TARGET)
+    plan = FixedTarget(contexts=tuple(L * n // 4 for n in (1, 2, 4, 8, *((16,) if full else ()))), target=TARGET)
     shortest, longest = min(plan.contexts), max(plan.contexts)
 
     def is_essential(cell: Cell) -> bool:
         is_reference = cell.context == L and not cell.scaler.parts
         return cell.context in (shortest, longest) or is_reference
 
-    planned = cells(model, text, [parse(spec) for spec in specs(ratio)], plan)
+    every = cells(model, text, [parse(spec) for spec in specs(ratio)], plan)
+    planned = [cell for cell in every if isinstance(cell, PerplexityCell)]
     # In the order in which they earn their time, so that the time limit leaves the least out.
     planned.sort(key=lambda cell: (not is_essential(cell), cell.context if is_essential(cell) else -cell.context))
     console.print(

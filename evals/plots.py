@@ -1,4 +1,4 @@
-"""Plots of a run: loss against context, and loss by position. `plot_scaler` draws a method itself."""
+"""Plots of a run: loss against context, loss by position, and harm. `plot_scaler` draws a method itself."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from matplotlib.transforms import Transform
 from ..errors import DataError
 from ..scaling import format_length
 from . import compare, style
+from .fixed_target import FixedTarget
+from .from_start import ByPosition
+from .harm import Harm
+from .harm_plot import plot_harm
+from .protocols import PROTOCOLS
 from .result import Row, Run
 from .scaler_plot import plot_scaler
 
@@ -43,16 +48,16 @@ Curves = dict[str, list[Point]]
 def plot_run(run: Run) -> list[Path]:
     """Every plot of a run into its folder, one for each setting; returns the PNG and SVG files.
 
-    `loss` and `loss_by_position`; further settings of the same kind are `loss_2` and so on.
+    `loss`, `loss_by_position` and `harm`; further settings of the same kind are `loss_2` and so on.
     """
     paths: list[Path] = []
     taken: Counter[str] = Counter()
     for group in compare.settings(row for row in run.rows if row.get("loss") is not None):
-        by_position = group[0]["protocol"] == "by-position"
-        stem = "loss_by_position" if by_position else "loss"
+        stem = {ByPosition.name: "loss_by_position", Harm.name: "harm"}.get(group[0]["protocol"], "loss")
         taken[stem] += 1
         out = run.folder / (f"{stem}_{taken[stem]}" if taken[stem] > 1 else stem)
-        paths += plot_by_position(group, out) if by_position else plot_loss_curve(group, run, out)
+        draw = {"harm": plot_harm, "loss_by_position": plot_by_position}.get(stem)
+        paths += draw(group, out) if draw else plot_loss_curve(group, run, out)
     return paths
 
 
@@ -221,18 +226,18 @@ def _one_setting(rows: Sequence[Row]) -> list[Row]:
 
 
 def _title(group: Sequence[Row]) -> str:
-    row = group[0]
-    what = "Loss by position" if row["protocol"] == "by-position" else "Loss against context"
-    return f"{what}: {row['model']} on {row['text']}"
+    what = "by position" if group[0]["protocol"] == ByPosition.name else "against context"
+    return f"Loss {what}: {group[0]['model']} on {group[0]['text']}"
 
 
 def _scored(group: Sequence[Row]) -> str:
     row = group[0]
-    if row["protocol"] == "fixed-target":
+    if row["protocol"] == FixedTarget.name:
         return f"The same last {row['target']} tokens are scored at every context."
-    if row["protocol"] == "by-position":
+    if row["protocol"] == ByPosition.name:
         return f"One pass over {format_length(row['context'])} tokens, in buckets between the marks."
-    return f"Protocol: {row['protocol']}."
+    known = PROTOCOLS.get(row["protocol"])
+    return f"Protocol {row['protocol']}" + (f": {known.scored(row)}." if known else ".")
 
 
 def _interval(row: Row) -> tuple[float, float]:

@@ -89,7 +89,7 @@ def measure_all(
                         work.drop(cell)
                         continue
                     with run.claim(recipe_key(cell.row_recipes()[0])) as is_ours:
-                        if not is_ours:
+                        if not (is_ours and cell.is_ready(run)):
                             busy.append(cell)
                         elif cell.is_done(run):
                             outcome.found.append(cell)

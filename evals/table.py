@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..scaling import format_length
 from . import compare
+from .extra_table import extra_table
+from .protocols import PROTOCOLS
 from .result import Row, Run, write_atomic
 
 
@@ -97,13 +98,8 @@ def loss_table(rows: Sequence[Row]) -> Table:
 
 def caption(group: Sequence[Row]) -> str:
     """What the rows of one setting measured, in one line."""
-    row = group[0]
-    scored = {
-        "fixed-target": f"the same last {row.get('target')} tokens at every context",
-        "by-position": f"every token of one pass over {format_length(row['context'])}, by position",
-        "sliding": "the new tokens of a sliding window",
-        "truncate": "the first tokens of each document",
-    }.get(row["protocol"], "")
+    row = next((row for row in group if row.get("loss") is not None), group[0])
+    scored = PROTOCOLS[row["protocol"]].scored(row) if row["protocol"] in PROTOCOLS else ""
     what = f"{row['protocol']}: {scored}" if scored else row["protocol"]
     return f"Loss in nats per token, {row['model']} ({row['dtype']}) on {row['text']}; {what}."
 
@@ -120,11 +116,11 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_tables(run: Run) -> tuple[Path, Path]:
-    """Write table.md (a table per setting) and table.csv (every row, with its difference to the untouched
-    model at its trained length); returns both paths."""
+    """Write table.md (tables of every setting) and table.csv (every row, with its difference to the untouched model
+    at its trained length); returns both paths."""
     groups = compare.settings(run.rows)
     markdown, csv_file = run.folder / "table.md", run.folder / "table.csv"
-    texts = [loss_table(group).to_markdown() for group in groups]
+    texts = [text for group in groups for text in (loss_table(group).to_markdown(), extra_table(group)) if text]
     write_atomic(markdown, ("\n".join(texts) or "No perplexity rows yet.\n").encode())
     delta = {key: value for group in groups for key, value in compare.deltas(run, group).items()}
     long = []

@@ -24,6 +24,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from . import evals
     from .engine.api import Model
     from .engine.completion import Completion, Score
     from .engine.heal import Healed, heal
@@ -65,6 +66,7 @@ __all__ = [
     "Score",
     "UnsupportedModel",
     "__version__",
+    "evals",
     "heal",
     "load",
     "parse",
@@ -73,6 +75,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "evals":
+        return importlib.import_module(".evals", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module 'ropewalk' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name], __name__), name)

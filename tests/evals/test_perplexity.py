@@ -5,80 +5,24 @@ import math
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from byte_model import WORDS, losses, measure, run_plan, text, tiny_model
 
 import ropewalk as rw
-from ropewalk.engine.api import Model
 from ropewalk.evals.cell import Cost
-from ropewalk.evals.data import Text
-from ropewalk.evals.perplexity import cells
-from ropewalk.evals.protocols import PROTOCOLS, Plan, position_edges
+from ropewalk.evals.fixed_target import FixedTarget
+from ropewalk.evals.from_start import ByPosition, Truncate, position_edges
+from ropewalk.evals.perplexity_cell import cells
+from ropewalk.evals.protocols import PROTOCOLS, protocol, settings_of
 from ropewalk.evals.result import Run
+from ropewalk.evals.whole_text import Sliding
 from ropewalk.scaling import Linear, Scaler, parse
-
-WORDS = "".join(f"word {n} of the text, and so on; " for n in range(60))
-
-
-def byte_tokenizer(bos=False):
-    """One token a byte, without training; with `bos`, a start token before every text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<s>"])}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if bos:
-        from tokenizers.processors import TemplateProcessing
-
-        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-
-
-def tiny_model(bos=False, uniform=False):
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    hf = LlamaForCausalLM(config).eval()
-    if uniform:
-        torch.nn.init.zeros_(hf.lm_head.weight)
-    return Model(hf, byte_tokenizer(bos), name="tiny")
-
-
-def text(*documents):
-    return Text(name="words", documents=documents, sha256="0" * 64)
-
-
-def losses(model, ids):
-    """Nats of ids[1:], by one forward pass of transformers."""
-    with torch.inference_mode():
-        logits = model.hf(torch.tensor([ids]), use_cache=False).logits[0, :-1].double()
-    return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").numpy()
-
-
-def measure(model, cell, run):
-    model.rope = cell.scaler
-    return cell.measure(model, run, lambda past, count: None)
-
-
-def run_plan(tmp_path, model, plan, *documents, scaler="none"):
-    run = Run(tmp_path)
-    for cell in cells(model, text(*documents), [parse(scaler)], plan):
-        measure(model, cell, run)
-    return run
 
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("scaler", ["none", "yarn:4"])
 def test_fixed_target(tmp_path, bos, scaler):
     model = tiny_model(bos)
-    plan = Plan(contexts=(32, 64, 128), target=16, samples=2)
+    plan = FixedTarget(contexts=(32, 64, 128), target=16, samples=2)
     run = run_plan(tmp_path, model, plan, WORDS, scaler=scaler)
     ids = list(model.tokenizer(WORDS, add_special_tokens=False).input_ids)
     start = [256] if bos else []
@@ -100,7 +44,7 @@ def test_fixed_target_scores_the_same_tokens_at_every_context_and_uses_documents
     tmp_path,
 ):
     model = tiny_model()
-    plan = Plan(contexts=(32, 128), target=16, samples=3)
+    plan = FixedTarget(contexts=(32, 128), target=16, samples=3)
     documents = (WORDS[:100], WORDS[:400], WORDS[400:900])
     planned = cells(model, text(*documents), [Scaler()], plan)
     targets = [[w.ids[w.first :] for w in cell.passages] for cell in planned]
@@ -110,7 +54,7 @@ def test_fixed_target_scores_the_same_tokens_at_every_context_and_uses_documents
 
 def test_by_position_buckets_hold_every_token_once(tmp_path):
     model = tiny_model()
-    run = run_plan(tmp_path, model, Plan(protocol="by-position", contexts=(600,), samples=2), WORDS, WORDS[7:])
+    run = run_plan(tmp_path, model, ByPosition(contexts=(600,), samples=2), WORDS, WORDS[7:])
     expected = [losses(model, model._encode(d)[:600]) for d in (WORDS, WORDS[7:])]
     assert [(r["bucket_start"], r["bucket_end"]) for r in run.rows] == [(1, 256), (256, 512), (512, 600)]
     for row in run.rows:
@@ -132,7 +76,7 @@ def test_bucket_edges_cover_the_context(context):
 )
 def test_sliding_scores_each_token_once_with_the_context_it_should_have(tmp_path, context, stride, length):
     model = tiny_model()
-    plan = Plan(protocol="sliding", contexts=(context,), stride=stride, text_tokens=length)
+    plan = Sliding(contexts=(context,), stride=stride, text_tokens=length)
     run = run_plan(tmp_path, model, plan, WORDS)
     ids = model._encode(WORDS)[:length]
     expected = list(losses(model, ids[:context]))
@@ -148,7 +92,7 @@ def test_sliding_scores_each_token_once_with_the_context_it_should_have(tmp_path
 def test_stride_equal_to_the_window_is_disjoint(tmp_path):
     """With a start token as context, disjoint windows score every token."""
     model = tiny_model(bos=True)
-    plan = Plan(protocol="sliding", contexts=(65,), stride=64, text_tokens=192)
+    plan = Sliding(contexts=(65,), stride=64, text_tokens=192)
     run = run_plan(tmp_path, model, plan, WORDS)
     ids = list(model.tokenizer(WORDS, add_special_tokens=False).input_ids)[:192]
     expected = np.concatenate([losses(model, [256, *ids[s : s + 64]]) for s in (0, 64, 128)])
@@ -158,16 +102,20 @@ def test_stride_equal_to_the_window_is_disjoint(tmp_path):
 def test_truncate_scores_the_beginning_of_each_document(tmp_path):
     model = tiny_model()
     documents = (WORDS, WORDS[:50], WORDS[13:])
-    run = run_plan(tmp_path, model, Plan(protocol="truncate", contexts=(100,), samples=2), *documents)
+    run = run_plan(tmp_path, model, Truncate(contexts=(100,), samples=2), *documents)
     expected = np.concatenate([losses(model, model._encode(d)[:100]) for d in (WORDS, WORDS[13:])])
     assert np.allclose(run.losses(run.rows[0]), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_uniform_model_gives_exactly_log2_of_the_vocabulary(tmp_path, protocol):
-    plan = Plan(protocol=protocol, contexts=(64,), target=32, stride=16, text_tokens=200)
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_uniform_model_gives_exactly_log2_of_the_vocabulary(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("ropewalk.evals.longppl.key_tokens", lambda short, full: np.arange(len(full)) % 2 == 0)
+    settings = {"target": 32, "stride": 16, "text_tokens": 200, "judge": "none"}
+    contexts = (64, 80) if name == "longppl" else (64,)
+    plan = protocol(name, contexts, **{key: value for key, value in settings.items() if key in settings_of(name)})
     run = run_plan(tmp_path, tiny_model(uniform=True), plan, WORDS)
-    for row in run.rows:
+    assert run.rows
+    for row in (row for row in run.rows if row["task"] == "ppl"):
         assert row["loss"] / math.log(2) == pytest.approx(math.log2(257), abs=1e-6)
         assert row["bits_per_byte"] == pytest.approx(math.log2(257), abs=1e-6)  # a token is a byte
         assert row["perplexity"] == pytest.approx(257, rel=1e-6)
@@ -175,7 +123,7 @@ def test_a_uniform_model_gives_exactly_log2_of_the_vocabulary(tmp_path, protocol
 
 @pytest.mark.parametrize("chunk", [1, 7, 32, 1000])
 def test_results_do_not_depend_on_the_chunk_or_on_the_order_of_cells(tmp_path, monkeypatch, chunk):
-    plan = Plan(contexts=(64, 128), target=48)
+    plan = FixedTarget(contexts=(64, 128), target=48)
     whole = run_plan(tmp_path / "a", tiny_model(), plan, WORDS, scaler="dynamic-ntk")
     monkeypatch.setattr("ropewalk.engine.score.CHUNK", chunk)
     model, chunked = tiny_model(), Run(tmp_path / "b")
@@ -202,23 +150,27 @@ def test_the_head_in_small_chunks_is_the_head_at_once(monkeypatch):
 def test_user_mistakes():
     model = tiny_model()
     with pytest.raises(rw.DataError, match=r"too short: 1 document\(s\) of 8k tokens needed, 0 there"):
-        cells(model, text(WORDS), [Scaler()], Plan(contexts=(64, 8192), target=16))
+        cells(model, text(WORDS), [Scaler()], FixedTarget(contexts=(64, 8192), target=16))
     with pytest.raises(rw.DataError, match=r"2 document\(s\) of 64 tokens needed, 1 there"):
-        cells(model, text(WORDS), [Scaler()], Plan(protocol="truncate", contexts=(64,), samples=2))
+        cells(model, text(WORDS), [Scaler()], Truncate(contexts=(64,), samples=2))
     with pytest.raises(rw.ConfigError, match="target 64 leaves no context within 64 tokens"):
-        cells(model, text(WORDS), [Scaler()], Plan(contexts=(64,), target=64))
+        cells(model, text(WORDS), [Scaler()], FixedTarget(contexts=(64,), target=64))
     with pytest.raises(rw.ConfigError, match="stride 65 must be between 1 and the context 64"):
-        cells(model, text(WORDS), [Scaler()], Plan(protocol="sliding", contexts=(64,), stride=65))
+        cells(model, text(WORDS), [Scaler()], Sliding(contexts=(64,), stride=65))
     with pytest.raises(rw.ConfigError, match="Did you mean 'sliding'"):
-        Plan(protocol="slidng", contexts=(64,))
+        protocol("slidng", (64,))
+    with pytest.raises(rw.ConfigError, match="stride has no effect on fixed-target; leave it out, or use sliding"):
+        protocol("fixed-target", (64,), stride=3)
+    with pytest.raises(rw.ConfigError, match="strid has no effect on sliding; it takes text_tokens, stride"):
+        protocol("sliding", (64,), strid=3)
     with pytest.raises(rw.ConfigError, match="samples 0 must be at least 1"):
-        Plan(contexts=(64,), samples=0)
+        FixedTarget(contexts=(64,), samples=0)
 
 
 def test_cost_counts_the_steps_of_a_cell_once():
     model = tiny_model()
     cost = Cost.of(model)
-    cell = cells(model, text(WORDS), [Linear(factor=2)], Plan(contexts=(128,), target=16))[0]
+    cell = cells(model, text(WORDS), [Linear(factor=2)], FixedTarget(contexts=(128,), target=16))[0]
     steps = [cost.step(past, 1) for past in range(127)]
     assert sum(steps) == pytest.approx(cost.cell(cell), rel=1e-9)
     config = model.hf.config

@@ -25,15 +25,15 @@ import torch
 torch.set_num_threads(1)
 import ropewalk as rw
 from ropewalk.evals.data import load_text
-from ropewalk.evals.perplexity import cells
-from ropewalk.evals.protocols import Plan
+from ropewalk.evals.perplexity_cell import cells
+from ropewalk.evals.protocols import protocol
 from ropewalk.evals.result import Run
 from ropewalk.evals.runner import measure_all
 from ropewalk.scaling import parse
 
 folder, model_folder, text = sys.argv[1:4]
 model = rw.load(model_folder, compile=False)
-plan = Plan(protocol="by-position", contexts=(100, 200, 300, 400, 500, 600))
+plan = protocol("by-position", (100, 200, 300, 400, 500, 600))
 todo = cells(model, load_text(text), [parse(s) for s in ("none", "yarn:2", "ntk:2", "linear:2", "rerope:64")], plan)
 Path(folder).mkdir(exist_ok=True)
 print("ready", flush=True)

@@ -1,0 +1,135 @@
+"""`ropewalk.evals.perplexity`: a protocol measured from Python."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..engine.api import Model
+from ..engine.patch import patched_with
+from ..errors import ConfigError
+from ..scaling.lengths import parse_length
+from ..scaling.rope import Scaler
+from ..scaling.spec import parse
+from .data import Text, load_text
+from .longppl import JudgeCell, LongPPL
+from .perplexity_cell import PerplexityCell, Source, plan
+from .perplexity_row import ROWS, PerplexityRow
+from .protocol import Protocol
+from .protocols import protocol as named_protocol
+from .reader import CallableReader, Logits, ModelReader, Reader, Start
+from .result import Run
+
+
+def perplexity(
+    model: Model | PreTrainedModel | Logits,
+    text: str | Path | Text | Sequence[Sequence[int]],
+    *,
+    protocol: str = "fixed-target",
+    lengths: Sequence[int | str] = ("1x",),
+    ropes: Sequence[str | Scaler] | None = None,
+    tokenizer: Any = None,
+    trained_length: int | None = None,
+    **settings: Any,
+) -> list[PerplexityRow]:
+    """Measure `model` on `text` by a protocol: a row for every scaler and length.
+
+        rows = rw.evals.perplexity(model, "shakespeare", lengths=["1x", "2x"], ropes=["none", "yarn:2"])
+
+    Args:
+        model: a ropewalk model, a transformers model, or any function from token ids [n] (a list) to logits [n, V]
+            (torch or numpy) of the token after each.
+        text: a built-in text's name, a file or folder, a loaded text, or documents as token ids.
+        protocol: its name; `ropewalk ppl --help` lists them.
+        lengths: contexts in tokens, or as "8k" and "2x" (times the trained length).
+        ropes: scalers; by default the model as it is. A function takes none.
+        tokenizer: a transformers tokenizer; for a transformers model always, for a function if `text` is text.
+        trained_length: of a function, if the protocol or "2x" needs it.
+        settings: of the protocol: target, samples, stride, text_tokens, judge.
+
+    Raises:
+        ConfigError: something that cannot be measured so.
+        DataError: the text is too short.
+    """
+    if isinstance(model, Model):
+        _refuse(type(model).__name__, tokenizer=tokenizer, trained_length=trained_length)
+        return _of_model(model, text, protocol, lengths, ropes, settings)
+    if isinstance(model, PreTrainedModel):
+        _refuse("a transformers model", trained_length=trained_length)
+        if tokenizer is None:
+            raise ConfigError("a transformers model needs its tokenizer too: perplexity(..., tokenizer=tokenizer)")
+        if (scaler := patched_with(model)) is not None:
+            raise ConfigError(f"this model is patched with {scaler}; undo that, and name the scaler in `ropes`")
+        was_training = model.training
+        wrapped = Model(model.eval(), tokenizer, name=model.name_or_path or type(model).__name__)
+        try:
+            return _of_model(wrapped, text, protocol, lengths, ropes, settings)
+        finally:
+            model.train(was_training)
+    if not callable(model):
+        raise ConfigError(f"{type(model).__name__} is no model and no function from token ids to logits")
+    _refuse("a function from tokens to logits", ropes=ropes)
+    name = getattr(model, "__name__", type(model).__name__)
+    reader = CallableReader(model, name=name, tokenizer=tokenizer, trained_length=trained_length)
+    if protocol == LongPPL.name:
+        settings.setdefault("judge", "none")
+    chosen = _protocol(protocol, lengths, trained_length, settings)
+    return _rows(reader, _source(text, tokenizer, chosen), [Scaler()], chosen)
+
+
+def _of_model(
+    model: Model, text: Any, name: str, lengths: Any, ropes: Sequence[str | Scaler] | None, settings: dict[str, Any]
+) -> list[PerplexityRow]:
+    """Measure a ropewalk model; its scaler is put back at the end."""
+    before = model.rope
+    scalers = [before] if ropes is None else [parse(rope) for rope in ropes]
+    chosen = _protocol(name, lengths, model.trained_length, settings)
+    try:
+        for scaler in scalers:  # a scaler that cannot work is found out before anything is measured
+            model.rope = scaler
+        return _rows(ModelReader(model), _source(text, model.tokenizer, chosen), scalers, chosen)
+    finally:
+        model.rope = before
+
+
+def _rows(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Protocol) -> list[PerplexityRow]:
+    found = []
+    with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
+        run = Run(Path(folder))
+        for cell in plan(reader, source, scalers, protocol):
+            assert isinstance(cell, PerplexityCell | JudgeCell)
+            rows = cell.record(reader.under(cell.scaler), run, lambda past, count: None)
+            if isinstance(cell, PerplexityCell):
+                kind = ROWS.get(type(protocol), PerplexityRow)
+                found += [kind.of(row, losses) for row in rows if (losses := run.losses(row)) is not None]
+    return found
+
+
+def _protocol(name: str, lengths: Any, trained_length: int | None, settings: dict[str, Any]) -> Protocol:
+    given = (lengths,) if isinstance(lengths, str | int) else lengths
+    return named_protocol(name, [parse_length(length, trained_length) for length in given], **settings)
+
+
+def _source(text: Any, tokenizer: Any, protocol: Protocol) -> Source:
+    if isinstance(text, str | Path):
+        text = load_text(text)
+    if not isinstance(text, Text):
+        documents = [[int(token) for token in document] for document in text]
+        start = Start(prefix=[], token=None) if tokenizer is None else Start.of(tokenizer)
+        digest = hashlib.sha256(repr(documents).encode()).hexdigest()
+        return Source(documents=documents, start=start, name="token ids", sha256=digest)
+    if tokenizer is None:
+        raise ConfigError(f"the text {text.name} needs a tokenizer: perplexity(..., tokenizer=...), or give token ids")
+    return Source.of(text, tokenizer, protocol)
+
+
+def _refuse(what: str, **arguments: Any) -> None:
+    """An argument without effect is a mistake."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ConfigError(f"{name} has no effect on {what}; leave it out")
