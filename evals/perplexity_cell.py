@@ -184,7 +184,7 @@ def plan(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Pr
             context=context,
             protocol=protocol,
             passages=windows[context],
-            recipe=shared | {"rope": str(scaler), "context": context, "places": _places(windows[context])},
+            recipe=shared | {"rope": str(scaler), "context": context, "places": places_of(windows[context])},
             judge=judge,
         )
         for scaler in scalers
@@ -205,11 +205,11 @@ def _judge(protocol: LongPPL, reader: Reader, source: Source, shared: dict[str, 
         context=protocol.longest,
         short=short,
         full=full,
-        recipe=recipe | {"task": "judge", "rope": protocol.judge, "places": _places(full)},
+        recipe=recipe | {"task": "judge", "rope": protocol.judge, "places": places_of(full)},
     )
 
 
-def _places(windows: Sequence[Window]) -> str:
+def places_of(windows: Sequence[Window]) -> str:
     """Where the windows end, `document:token`; many are told by their number and the last."""
     places = [w.place for w in windows]
     return ",".join(places) if len(places) <= 16 else f"{len(places)} windows to {places[-1]}"

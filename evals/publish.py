@@ -8,36 +8,46 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
+from . import compare
 from .cell import Cell
 from .findings import findings
 from .plots import plot_run
 from .report import Passage, write_report
 from .result import Run
+from .retrieval_findings import retrieval_findings
+from .retrieval_plots import plot_retrieval
 from .table import write_tables
 
 
 def publish(run: Run, *, title: str, passages: Sequence[Passage] = ()) -> list[Path]:
     """Write tables, plots and report of everything in `run`; returns the files, the report first."""
-    plots = plot_run(run)
+    plots = [*plot_run(run), *plot_retrieval(run)]
     tables = write_tables(run)
     report = write_report(
-        run, run.folder / "report.html", title=title, story=findings(run), passages=passages, plots=plots
+        run, run.folder / "report.html", title=title, story=story(run), passages=passages, plots=plots
     )
     return [report, *tables, *plots]
+
+
+def story(run: Run) -> list[str]:
+    """What the rows say, in sentences."""
+    sentences = retrieval_findings(run.rows)
+    return sentences if sentences and not compare.settings(run.rows) else [*findings(run), *sentences]
 
 
 def print_results(run: Run, files: Sequence[Path], left_out: Sequence[Cell], console: Console) -> None:
     """The table, what was learnt, what was left out, and where the files are."""
     console.print(Markdown((run.folder / "table.md").read_text(encoding="utf-8")))
     console.print()
-    for sentence in findings(run):
-        console.print(f"• {sentence}", highlight=False)
+    for sentence in story(run):
+        console.print(f"• {sentence}", highlight=False, markup=False)
     if left_out:
         cells = ", ".join(f"{cell.scaler} at {cell.label}" for cell in left_out)
         console.print(
             f"\nLeft out for lack of time: {cells}. Run the same command again to measure them.",
             highlight=False,
+            markup=False,
         )
     console.print("\nFiles:")
     for path in files:
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
+        console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)

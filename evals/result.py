@@ -74,6 +74,10 @@ class Run:
         """The finished cell of exactly this recipe, or None."""
         return self._rows.get(recipe_key(recipe))
 
+    def find_key(self, key: str) -> Row | None:
+        """The finished cell of that key, or None."""
+        return self._rows.get(key)
+
     def add(self, recipe: Mapping[str, Any], measured: Mapping[str, Any], losses: Losses | None = None) -> Row:
         """Store a finished cell so that it survives the process: the losses first, then its line.
 
@@ -88,7 +92,10 @@ class Run:
         """
         shared = (recipe.keys() & measured.keys()) | ({"key"} & {*recipe, *measured})
         assert not shared, f"recipe and measured share {sorted(shared)}"
-        row: Row = {"key": recipe_key(recipe), **_plain(recipe), **_plain(measured)}
+        return self.copy({"key": recipe_key(recipe), **_plain(recipe), **_plain(measured)}, losses)
+
+    def copy(self, row: Row, losses: Losses | None) -> Row:
+        """Store a whole row, of another run for example."""
         if losses is not None:
             buffer = io.BytesIO()
             np.save(buffer, np.asarray(losses, dtype=np.float32), allow_pickle=False)

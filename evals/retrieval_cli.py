@@ -143,19 +143,17 @@ def _run(
     tasks: str = "all",
 ) -> None:
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-    from rich.console import Console
-
     from ..engine.load import load
     from ..scaling import parse, parse_length
     from . import runner
     from .data import load_text
+    from .publish import print_results, publish
     from .result import Run
     from .retrieval import cells
-    from .retrieval_publish import print_retrieval, publish_retrieval
     from .stand_in import Oracle, replace_network
     from .tasks import TASKS
 
-    console = Console()
+    console = runner.new_console()
     names = _names(tasks, suite)
     scalers = [parse(rope) for rope in ropes]
     shares = _numbers(depths)
@@ -178,8 +176,9 @@ def _run(
     run = Run(out or Path("runs") / f"{Path(model).name}-{click.get_current_context().info_name}")
     run.write_environment()
     outcome = runner.measure_all(loaded, planned, run, console, deadline=deadline)
-    files = publish_retrieval(run)
-    print_retrieval(run, files, outcome.left_out, console)
+    if runner.is_main():
+        files = publish(run, title=f"{loaded.name}: {click.get_current_context().info_name}")
+        print_results(run, files, outcome.left_out, console)
 
 
 def _names(tasks: str, suite: str) -> list[str]:

@@ -12,9 +12,11 @@ from typing import Any
 
 from ..errors import DataError
 from . import compare
-from .extra_table import extra_table
+from .extra_grids import extra_grids
 from .protocols import PROTOCOLS
+from .reach_table import reach_table
 from .result import Row, Run, write_atomic
+from .retrieval_table import retrieval_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +122,15 @@ def write_tables(run: Run) -> tuple[Path, Path]:
     at its trained length); returns both paths."""
     groups = compare.settings(run.rows)
     markdown, csv_file = run.folder / "table.md", run.folder / "table.csv"
-    texts = [text for group in groups for text in (loss_table(group).to_markdown(), extra_table(group)) if text]
-    write_atomic(markdown, ("\n".join(texts) or "No perplexity rows yet.\n").encode())
+    texts = [
+        text
+        for group in groups
+        for text in (loss_table(group).to_markdown(), *(grid.to_markdown() for grid in extra_grids(group)))
+    ]
+    texts += [table.to_markdown() for table in retrieval_tables(run.rows)]
+    if (reaches := reach_table(run)) is not None:
+        texts.append(reaches.to_markdown())
+    write_atomic(markdown, ("\n".join(texts) or "Nothing has been measured yet.\n").encode())
     delta = {key: value for group in groups for key, value in compare.deltas(run, group).items()}
     long = []
     for row in run.rows:

@@ -92,7 +92,7 @@ def test_files_of_a_run(make_run: MakeRun) -> None:
     run = make_run({"none": {8: 3.40}}, protocol="sliding", target=1024)
     markdown, csv_file = write_tables(run)
     assert (markdown.name, csv_file.name) == ("table.md", "table.csv")
-    assert markdown.read_text().count("| method |") == 2
+    assert markdown.read_text().count("| method |") == 3  # two of losses, one of effective lengths
     rows = list(csv.DictReader(csv_file.read_text().splitlines()))
     assert rows[0]["delta"] == "0.0"
     assert float(rows[1]["delta"]) == pytest.approx(2.62, abs=1e-5)
@@ -103,4 +103,4 @@ def test_files_of_a_run(make_run: MakeRun) -> None:
 
 def test_empty_run_has_files_too(make_run: MakeRun) -> None:
     markdown, _ = write_tables(make_run({}))
-    assert markdown.read_text() == "No perplexity rows yet.\n"
+    assert markdown.read_text() == "Nothing has been measured yet.\n"

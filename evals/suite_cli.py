@@ -1,0 +1,153 @@
+"""The commands about whole runs: `ropewalk all`, `report`, `compare` and `reconstruct`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..engine.options import loads_a_model
+
+EXAMPLES = "\b\nExamples:\n"
+
+_FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
+_NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command(
+    "all",
+    epilog=EXAMPLES + "  ropewalk all smollm2-135m --preset smoke\n"
+    '  ropewalk all ./my-model --rope none --rope yarn:4 --rope "rerope:2k|logn" --preset full --out runs/mine',
+)
+@click.argument("model")
+@click.option(
+    "--rope",
+    "ropes",
+    multiple=True,
+    default=("none", "yarn:2"),
+    show_default=True,
+    help="Scaler; may be repeated.",
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["smoke", "quick", "full"]),
+    default="quick",
+    show_default=True,
+    help="About 1 minute, 10 minutes, or all the time it takes, for a model of 135M on two cores.",
+)
+@click.option("--text", default="shakespeare", show_default=True, help="As of `ropewalk ppl`; the haystack too.")
+@loads_a_model
+@click.option("--out", type=_NEW_FOLDER, help="Folder for the results  [default: runs/MODEL-PRESET]")
+@click.option("--max-minutes", type=float, help="Instead of the preset's.")
+@click.option("--dry-run", is_flag=True, help="Print what would be measured, and how long it would take.")
+def all_(
+    model: str,
+    ropes: tuple[str, ...],
+    preset: str,
+    text: str,
+    loading: dict[str, Any],
+    out: Path | None,
+    max_minutes: float | None,
+    dry_run: bool,
+) -> None:
+    """Everything at once: loss against context, harm within the trained length, passkeys, RULER-11.
+
+    The model is loaded once for all scalers. A run resumes; what did not fit into the preset's minutes is named, and
+    the same command again measures it.
+    """
+    from ..engine.load import load
+    from ..scaling import parse
+    from . import runner
+    from .data import load_text
+    from .preset import PRESETS
+    from .publish import print_results, publish
+    from .result import Run
+
+    console, chosen = runner.new_console(), PRESETS[preset]
+    scalers, document = [parse(rope) for rope in ropes], load_text(text)
+    loaded = load(model, **loading, max_length=2**31)  # past a scaler's reach is what is looked at here
+    cells = chosen.cells(loaded, document, scalers)
+    if dry_run:
+        runner.print_plan(loaded, cells, console)
+        return
+    run = Run(out or Path("runs") / f"{Path(model).name}-{preset}")
+    run.write_environment()
+    minutes = chosen.minutes if max_minutes is None else max_minutes
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    outcome = runner.measure_all(loaded, cells, run, console, deadline=deadline)
+    if runner.is_main():
+        files = publish(run, title=f"{loaded.name}: {', '.join(ropes)}")
+        print_results(run, files, outcome.left_out, console)
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk report runs/smollm2-135m-quick\n"
+    "  ropewalk report runs/monday runs/tuesday --out runs/both"
+)
+@click.argument("runs", nargs=-1, required=True, type=_FOLDER)
+@click.option("--out", type=_NEW_FOLDER, help="Several runs are put together here.")
+@click.option("--title", help="The report's heading.")
+def report(runs: tuple[Path, ...], out: Path | None, title: str | None) -> None:
+    """Tables, plots and report.html of RUNS anew; several become one run in --out."""
+    from ..errors import ConfigError
+    from .merge import merge, open_run
+    from .publish import print_results, publish
+    from .runner import new_console
+
+    opened = [open_run(folder) for folder in runs]
+    if len(opened) > 1 and out is None:
+        raise ConfigError(f"{len(opened)} runs become one in a folder of its own; name it with --out")
+    run = opened[0] if out is None else merge(opened, out)
+    files = publish(run, title=title or ", ".join(folder.name for folder in runs))
+    print_results(run, files, [], new_console())
+
+
+@click.command(epilog=EXAMPLES + "  ropewalk compare runs/float32 runs/int8")
+@click.argument("a", type=_FOLDER)
+@click.argument("b", type=_FOLDER)
+def compare(a: Path, b: Path) -> None:
+    """Run B against run A, cell by cell: the same text and scaler, another model, dtype or version.
+
+    Losses are paired token by token and answers trial by trial. Where each run has one scaler, the scalers are
+    compared.
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from ..errors import DataError
+    from .merge import open_run
+    from .run_comparison import compare_runs
+
+    found = compare_runs(open_run(a), open_run(b))
+    if not found.pairs:
+        raise DataError(f"{a} and {b} have no cell in common: other texts, lengths, protocols or scalers")
+    console = Console()
+    console.print(Markdown(found.grid().to_markdown()))
+    if found.only_a or found.only_b:
+        console.print(f"Without a partner: {found.only_a} rows of A, {found.only_b} of B.")
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk reconstruct runs/smollm2-135m-passkey --row 3\n"
+    "  ropewalk reconstruct runs/smollm2-135m-passkey --row 3 | tail -c 300"
+)
+@click.argument("run", type=_FOLDER)
+@click.option("--row", required=True, type=click.IntRange(min=1), help="Line of results.jsonl, from 1.")
+def reconstruct(run: Path, row: int) -> None:
+    """The exact text that the model read for a row of RUN, rebuilt from its recipe and checked by its sha256."""
+    from transformers import AutoTokenizer
+
+    from ..engine.source import resolve
+    from ..errors import DataError
+    from .merge import open_run
+    from .passages import passages_of
+
+    rows = open_run(run).rows
+    if row > len(rows):
+        raise DataError(f"{run} has {len(rows)} rows; there is no row {row}")
+    found = rows[row - 1]
+    tokenizer = AutoTokenizer.from_pretrained(resolve(found["model"]))
+    for passage in passages_of(found, rows, tokenizer):
+        click.echo(passage)

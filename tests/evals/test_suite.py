@@ -1,0 +1,195 @@
+"""Whole runs: everything by preset, several runs as one, two runs compared, and the text behind a row."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from transformers import AutoTokenizer
+
+from ropewalk.engine.cli import cli
+from ropewalk.errors import DataError, RopewalkError
+from ropewalk.evals import preset
+from ropewalk.evals.merge import merge, open_run
+from ropewalk.evals.passages import passages_of
+from ropewalk.evals.reach_table import reach_table
+from ropewalk.evals.result import Run
+from ropewalk.evals.run_comparison import compare_runs
+
+SMALL = preset.Preset(
+    minutes=None,
+    loss=("128", "1x"),
+    target=32,
+    samples=2,
+    by_position=("2x",),
+    harm=("128", "2x"),
+    passkey=("512",),
+    passkey_trials=1,
+    ruler=("1k",),
+    ruler_trials=1,
+    ruler_tasks=("niah_multikey_2", "fwe"),
+)
+
+
+def ropewalk(*arguments):
+    return CliRunner().invoke(cli, list(map(str, arguments)), catch_exceptions=False)
+
+
+def mistake(*arguments):
+    with pytest.raises(RopewalkError) as caught:
+        ropewalk(*arguments)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory, held_out_texts):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(held_out_texts)[:60_000])
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_folder, text_file):
+    """A run of everything under two scalers."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(preset.PRESETS, "smoke", SMALL)
+        command = ("all", tiny_folder, "--preset", "smoke", "--rope", "none", "--rope", "yarn:2", "--text", text_file)
+        done = ropewalk(*command, "--out", out)
+        assert done.exit_code == 0, done.output
+        again = ropewalk(*command, "--out", out)
+    assert again.exit_code == 0, again.output
+    return out
+
+
+def test_everything_is_measured_once_and_reported(whole):
+    rows = [json.loads(line) for line in (whole / "results.jsonl").read_text().splitlines()]
+    assert len({row["key"] for row in rows}) == len(rows)  # the second run measured nothing
+    kinds = [(row["task"], row.get("protocol"), row["rope"], row["context"]) for row in rows]
+    expected = [("ppl", "fixed-target", rope, n) for rope in ("none", "yarn:2") for n in (128, 256)]
+    expected += [("ppl", "harm", "yarn:2", n) for n in (128, 256)]
+    expected += [("passkey", None, rope, 512) for rope in ("none", "yarn:2") for _ in range(3)]
+    expected += [(task, None, rope, 1024) for rope in ("none", "yarn:2") for task in ("niah_multikey_2", "fwe")]
+    expected += [("ppl", "by-position", rope, 512) for rope in ("none", "yarn:2") for _ in range(2)]
+    assert sorted(kinds, key=str) == sorted(expected, key=str)
+    html, tables = (whole / "report.html").read_text(), (whole / "table.md").read_text()
+    for words in ("Effective length", "KL divergence", "Right answers", "Loss by position", "fixed-target"):
+        assert words in html
+    assert "Effective length" in tables and "KL divergence" in tables and "| `yarn:2`" in tables
+    assert "http-equiv" not in html and "<script" not in html
+    names = {file.stem for file in whole.glob("*.svg")}
+    assert names >= {"loss", "loss_by_position", "harm", "passkey_heat", "ruler_11_offline_heat"}
+
+
+def test_reach_table_has_a_column_for_each_rule_that_can_be_told(whole, smollm_run):
+    grid = reach_table(Run(whole))
+    assert grid is not None
+    assert grid.columns == ("passkey",)  # RULER-11 needs all of its tasks, and 64 tokens have no interval
+    assert [rope for rope, _ in grid.rows] == ["none", "yarn:2"]
+    by_loss = reach_table(smollm_run)
+    assert by_loss is not None and by_loss.columns == ("loss on novel",)
+    assert by_loss.rows[0][0] == "none" and by_loss.rows[0][1][0].main == "10k"
+
+
+def test_every_row_has_its_text_again(whole, tiny_folder, monkeypatch):
+    run, tokenizer = open_run(whole), AutoTokenizer.from_pretrained(tiny_folder)
+    rows = run.rows
+    for row in rows:
+        passages = passages_of(row, rows, tokenizer)
+        assert all(passages)
+        if row["task"] == "ppl":
+            tokens = [len(tokenizer(p, add_special_tokens=False).input_ids) for p in passages]
+            assert max(tokens) == pytest.approx(row["context"], abs=4)  # a cut character may be written otherwise
+    printed = ropewalk("reconstruct", whole, "--row", 1)
+    assert printed.output.rstrip("\n") == "\n".join(passages_of(rows[0], rows, tokenizer)).rstrip("\n")
+    fixed = next(row for row in rows if row["protocol"] == "fixed-target")
+    with pytest.raises(DataError, match="do not come out so again"):
+        passages_of(fixed | {"places": "0:17,0:40"}, rows, tokenizer)
+    with pytest.raises(DataError, match="has sha256"):
+        passages_of(fixed | {"text_sha256": "0"}, rows, tokenizer)
+
+
+def test_a_row_that_is_not_there(whole):
+    assert "there is no row 999" in mistake("reconstruct", whole, "--row", 999)
+
+
+def test_several_runs_become_one(make_run, tmp_path):
+    first = make_run({"none": {8: 3.5, 16: 6.0}})
+    second = Run(tmp_path / "second")
+    row = first.rows[0]
+    second.copy(row | {"loss": 3.6}, np.full(1024, 3.6, np.float32))  # the same cell, measured later
+    third = second.copy(row | {"key": "x", "rope": "yarn:2"}, None)
+    merged = merge([first, second], tmp_path / "merged")
+    assert {r["key"] for r in merged.rows} == {*(r["key"] for r in first.rows), "x"}
+    assert merged.find_key(row["key"])["loss"] == 3.6 and merged.losses(row)[0] == np.float32(3.6)
+    assert merged.find_key("x") == third
+    assert len(merge([first, second], tmp_path / "merged").rows) == 3
+
+
+def test_report_needs_a_folder_for_several_runs_and_results_in_each(whole, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "name it with --out" in mistake("report", whole, whole)
+    assert "not the folder of a run" in mistake("report", tmp_path / "empty")
+    assert ropewalk("report", whole, whole, "--out", tmp_path / "both").exit_code == 0
+    assert (tmp_path / "both" / "report.html").exists()
+
+
+def test_runs_are_compared_cell_by_cell_on_the_same_tokens(make_run, tmp_path):
+    a = make_run({"none": {8: 3.5, 16: 6.0}, "yarn:2": {8: 3.6}})
+    b = Run(tmp_path / "b")
+    for row in a.rows:
+        b.copy(row | {"key": f"b{row['key']}", "dtype": "int8", "loss": row["loss"] + 0.25}, a.losses(row) + 0.25)
+    found = compare_runs(a, b)
+    assert [(pair.what, pair.rope, pair.verdict) for pair in found.pairs] == [
+        ("fixed-target at 8k", "none", "A better"),
+        ("fixed-target at 16k", "none", "A better"),
+        ("fixed-target at 8k", "yarn:2", "A better"),
+    ]
+    assert all(pair.difference.mean == pytest.approx(0.25, abs=1e-6) for pair in found.pairs)
+    assert (found.only_a, found.only_b) == (0, 0)
+    assert {pair.verdict for pair in compare_runs(a, a).pairs} == {"the same"}
+
+
+def test_runs_of_one_scaler_each_compare_the_scalers(tmp_path, make_run):
+    whole = make_run({"none": {8: 3.5, 16: 6.0}, "yarn:2": {8: 3.6, 16: 3.55}})
+    parts = [Run(tmp_path / name) for name in ("a", "b")]
+    for part, rope in zip(parts, ("none", "yarn:2"), strict=True):
+        for row in whole.rows:
+            if row["rope"] == rope:
+                part.copy(row, whole.losses(row))
+    found = compare_runs(*parts)
+    assert [(pair.rope, pair.verdict) for pair in found.pairs] == [
+        ("none against yarn:2", "A better"),
+        ("none against yarn:2", "B better"),
+    ]
+
+
+def test_answers_are_paired_by_trial(whole, tmp_path):
+    a, b = Run(whole), Run(tmp_path / "b")
+    for row in a.rows:
+        if row["task"] == "passkey":
+            b.copy(row | {"correct": 1.0}, None)
+    pairs = compare_runs(a, b).pairs
+    assert [(pair.what, pair.unit, pair.b) for pair in pairs] == [("passkey at 512, n=3", "right answers", 1.0)] * 2
+
+
+def test_other_tokens_are_not_paired(make_run, tmp_path):
+    a = make_run({"none": {8: 3.5}})
+    b = Run(tmp_path / "b")
+    row = a.rows[0]
+    b.copy(row | {"model": "other", "bits_per_byte": 1.0}, np.ones(700, np.float32))
+    (pair,) = compare_runs(a, b).pairs
+    assert (pair.unit, pair.b, pair.difference, pair.verdict) == ("bits a byte", 1.0, None, "no interval")
+
+
+def test_runs_with_nothing_in_common(whole, make_run):
+    other = make_run({"none": {8: 3.5}})
+    assert "have no cell in common" in mistake("compare", whole, other.folder)
+
+
+def test_presets_grow():
+    smoke, quick, full = (preset.PRESETS[name] for name in ("smoke", "quick", "full"))
+    assert (smoke.minutes, quick.minutes, full.minutes) == (1, 10, None)
+    names = [field.name for field in dataclasses.fields(preset.Preset) if field.name.endswith("trials")]
+    assert all(getattr(smoke, name) <= getattr(quick, name) <= getattr(full, name) for name in names)
