@@ -97,6 +97,7 @@ def ppl(
     from ..engine.load import load
     from ..scaling import parse, parse_length
     from . import runner
+    from .compare import short
     from .data import load_text
     from .perplexity_cell import cells as cells_of
     from .protocols import protocol as named_protocol
@@ -119,7 +120,7 @@ def ppl(
     run.write_environment()
     outcome = runner.measure_all(loaded, cells, run, console, deadline=deadline)
     if runner.is_main():
-        files = publish(run, title=f"{loaded.name} on {text}")
+        files = publish(run, title=f"{short(loaded.name)} on {short(text)}")
         print_results(run, files, outcome.left_out, console)
 
 

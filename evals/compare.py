@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..scaling import format_length
 from .result import Row, Run
@@ -22,6 +23,12 @@ _SAME_TOKENS = ("fixed-target", "longppl", "repeat")  # are scored at every cont
 
 # By position, one pass is one context.
 _SETTING_OF_PROTOCOL = {**dict.fromkeys((*_SAME_TOKENS, "harm"), "places"), "by-position": "context"}
+
+
+def short(name: str) -> str:
+    """A model or text as captions call it: of a path the last part, names and hub ids whole."""
+    return Path(name).name if name.startswith(("/", ".", "~")) else name
+
 
 Column = tuple[int, int]
 """A column of a table: (0, context), or (bucket start, bucket end) by position."""

@@ -8,6 +8,9 @@ from ..scaling import format_length
 from . import compare
 from .compare import UNTOUCHED, Column, Difference
 from .effective_length import TOLERANCE, effective_length
+from .extra_findings import harm_findings, repeat_findings
+from .harm import Harm
+from .repeat import Repeat
 from .result import Row, Run
 
 
@@ -25,7 +28,11 @@ def findings(run: Run) -> list[str]:
     for rows in groups:
         view = _View(run, rows)
         prefix = f"[{_setting_name(rows)}] " if len(groups) > 1 else ""
-        if any(row.get("loss") is not None for row in rows):
+        if rows[0]["protocol"] == Harm.name:
+            said = [*harm_findings(rows), *_missing(view)]
+        elif rows[0]["protocol"] == Repeat.name:
+            said = [*repeat_findings(rows), *_missing(view)]
+        elif any(row.get("loss") is not None for row in rows):
             said = [
                 *_untouched(view),
                 *_longest(view),
@@ -66,7 +73,7 @@ def _setting_name(rows: Sequence[Row]) -> str:
     row = rows[0]
     context = f" over {format_length(row['context'])}" if row["protocol"] == "by-position" else ""
     target = f", last {row['target']} tokens" if row.get("target") else ""
-    return f"{row['protocol']}{context}{target}, {row['model']} on {row['text']}"
+    return f"{row['protocol']}{context}{target}, {compare.short(row['model'])} on {compare.short(row['text'])}"
 
 
 def _untouched(view: _View) -> list[str]:

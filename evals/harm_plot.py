@@ -32,7 +32,11 @@ def plot_harm(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
         raise DataError(f"a plot of harm needs measured rows of one setting of it; these hold {len(groups)} settings")
     (group,) = groups
     row = group[0]
-    with style.figure(9, 6.6, f"What scaling costs within the trained length: {row['model']} on {row['text']}") as fig:
+    with style.figure(
+        9,
+        6.6,
+        f"What scaling costs within the trained length: {compare.short(row['model'])} on {compare.short(row['text'])}",
+    ) as fig:
         panels = fig.subplots(len(_PANELS), 1, sharex=True)
         for axes, field in zip(panels, _PANELS, strict=True):
             _draw(axes, group, field)

@@ -227,7 +227,7 @@ def _one_setting(rows: Sequence[Row]) -> list[Row]:
 
 def _title(group: Sequence[Row]) -> str:
     what = "by position" if group[0]["protocol"] == ByPosition.name else "against context"
-    return f"Loss {what}: {group[0]['model']} on {group[0]['text']}"
+    return f"Loss {what}: {compare.short(group[0]['model'])} on {compare.short(group[0]['text'])}"
 
 
 def _scored(group: Sequence[Row]) -> str:

@@ -26,7 +26,7 @@ def reach_table(run: Run) -> Grid | None:
     columns: dict[str, dict[str, Shown]] = {}
     for group in compare.settings(run.rows):
         if found := _by_loss(run, group):
-            columns[_free(f"loss on {group[0]['text']}", columns)] = found
+            columns[_free(f"loss on {compare.short(group[0]['text'])}", columns)] = found
     for setting in settings(run.rows):
         if found := _by_score(setting):
             columns[_free(setting.name, columns)] = found

@@ -77,7 +77,9 @@ def write_report(
 
 
 def _subtitle(rows: Sequence[Row]) -> str:
-    models, texts = (", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name))) for name in _ABOUT)
+    models, texts = (
+        ", ".join(dict.fromkeys(compare.short(row[name]) for row in rows if row.get(name))) for name in _ABOUT
+    )
     if not rows:
         return "Nothing has been measured yet."
     return f"{models} on {texts}" if texts else models

@@ -146,6 +146,7 @@ def _run(
     from ..engine.load import load
     from ..scaling import parse, parse_length
     from . import runner
+    from .compare import short
     from .data import load_text
     from .publish import print_results, publish
     from .result import Run
@@ -177,7 +178,7 @@ def _run(
     run.write_environment()
     outcome = runner.measure_all(loaded, planned, run, console, deadline=deadline)
     if runner.is_main():
-        files = publish(run, title=f"{loaded.name}: {click.get_current_context().info_name}")
+        files = publish(run, title=f"{short(loaded.name)}: {click.get_current_context().info_name}")
         print_results(run, files, outcome.left_out, console)
 
 

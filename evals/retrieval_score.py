@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from .compare import methods
+from .compare import methods, short
 from .result import Row
 from .statistics import block_interval, score_interval
 from .tasks import SUITES
@@ -120,7 +120,7 @@ class Setting:
     def measured_on(self) -> str:
         """`smollm2-135m (bfloat16) on kjv`."""
         row = self.rows[0]
-        return f"{row['model']} ({row['dtype']})" + (f" on {row['text']}" if row["text"] else "")
+        return f"{short(row['model'])} ({row['dtype']})" + (f" on {short(row['text'])}" if row["text"] else "")
 
     def score(self, rope: str, length: int, *, task: str | None = None, depth: float | None = None) -> Score | None:
         """Of these trials; None if there are none. Over several tasks, None too while one of them is missing."""

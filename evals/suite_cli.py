@@ -60,6 +60,7 @@ def all_(
     from ..engine.load import load
     from ..scaling import parse
     from . import runner
+    from .compare import short
     from .data import load_text
     from .preset import PRESETS
     from .publish import print_results, publish
@@ -78,7 +79,7 @@ def all_(
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     outcome = runner.measure_all(loaded, cells, run, console, deadline=deadline)
     if runner.is_main():
-        files = publish(run, title=f"{loaded.name}: {', '.join(ropes)}")
+        files = publish(run, title=f"{short(loaded.name)}: {', '.join(ropes)}")
         print_results(run, files, outcome.left_out, console)
 
 

@@ -103,7 +103,8 @@ def caption(group: Sequence[Row]) -> str:
     row = next((row for row in group if row.get("loss") is not None), group[0])
     scored = PROTOCOLS[row["protocol"]].scored(row) if row["protocol"] in PROTOCOLS else ""
     what = f"{row['protocol']}: {scored}" if scored else row["protocol"]
-    return f"Loss in nats per token, {row['model']} ({row['dtype']}) on {row['text']}; {what}."
+    model, text = compare.short(row["model"]), compare.short(row["text"])
+    return f"Loss in nats per token, {model} ({row['dtype']}) on {text}; {what}."
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -163,3 +163,26 @@ def test_rows_without_losses_still_speak(make_run: MakeRun) -> None:
 def test_verdict_against_the_trained_length(make_run: MakeRun, loss: float, verdict: str) -> None:
     run = make_run({"none": {8: 3.5, 16: 9.0}, "a": {16: loss}})
     assert f"Against the untouched model at its trained length (8k) it is {verdict}:" in said(run)
+
+
+def test_harm_tells_where_it_is_largest(make_run: MakeRun) -> None:
+    run = make_run({"yarn:2": {4: 3.6, 8: 3.5}}, protocol="harm")
+    for row, kl in zip(run.rows, (0.02, 0.01), strict=True):
+        run.copy(row | {"kl": kl, "same_top1": 97.25, "difference": 0.1, "difference_low": 0.08}, None)
+    assert findings(run) == [
+        "Harm within the trained length, where it is largest: yarn:2 moves the law of the next token by 0.0200 nats (KL) "
+        "at 4k, keeps the likeliest one in 97.2 % of the places, and changes the loss by +0.100 (too few tokens for an "
+        "interval)."
+    ]
+
+
+def test_repeat_tells_the_gain_at_the_longest_context(make_run: MakeRun) -> None:
+    run = make_run({"none": {8: 1.5, 16: 3.2}, "yarn:2": {16: 1.6}}, protocol="repeat")
+    for row in run.rows:
+        run.copy(row | {"gain": 2.0, "gain_low": 1.9, "gain_high": 2.1, "fresh_loss": 3.5}, None)
+    said, missing = findings(run)
+    assert said == (
+        "What it gains, at 16k, from a passage that it has read before, nats per token of that passage: none +2.000 "
+        "(95% interval +1.900 to +2.100), of 3.500; yarn:2 +2.000 (95% interval +1.900 to +2.100), of 3.500."
+    )
+    assert missing == "Not run: yarn:2 at 8k."
