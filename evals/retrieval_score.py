@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 import numpy as np
@@ -22,48 +22,59 @@ _SETTING = ("suite", "model", "trained_length", "text", "text_sha256", "dtype", 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How right some trials were, 0 to 1, with a 95% interval (NaN where there are too few for one).
+    """How right some trials were, 0 to 1, with 95% intervals (NaN where there are too few trials for one).
 
     Args:
-        mean: over tasks of the mean of each.
-        trials: all together.
-        fewest: of the task that has the fewest.
-        nats: mean log-probability of the right answer, nats a token, with the bounds of its interval.
+        right: of each trial, task by task.
+        logprobs: of the right answer of each trial, nats a token.
     """
 
-    mean: float
-    low: float
-    high: float
-    trials: int
-    fewest: int
-    nats: float
-    nats_low: float
-    nats_high: float
+    right: tuple[tuple[float, ...], ...]
+    logprobs: tuple[float, ...]
 
     @property
-    def has_interval(self) -> bool:
-        """False where there were too few trials for one."""
-        return math.isfinite(self.low)
+    def trials(self) -> int:
+        """Of all tasks together."""
+        return len(self.logprobs)
+
+    @property
+    def mean(self) -> float:
+        """Over tasks, of the mean of each: every task counts alike."""
+        return fmean(map(fmean, self.right))
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """Of `mean`."""
+        return score_interval(self.right)
+
+    @property
+    def low(self) -> float:
+        """Lower bound of `mean`."""
+        return self.interval[0]
+
+    @property
+    def high(self) -> float:
+        """Upper bound of `mean`."""
+        return self.interval[1]
+
+    @property
+    def nats(self) -> float:
+        """Mean log-probability of the right answer, nats a token."""
+        return fmean(self.logprobs)
+
+    @cached_property
+    def nats_interval(self) -> tuple[float, float]:
+        """Of `nats`."""
+        return block_interval(np.array(self.logprobs), block=1)
 
 
 def score(rows: Sequence[Row]) -> Score:
-    """The score of rows of one or more tasks; every task counts alike."""
-    by_task: dict[str, list[Row]] = {}
+    """The score of rows of one or more tasks."""
+    by_task: dict[str, list[float]] = {}
     for row in rows:
-        by_task.setdefault(row["task"], []).append(row)
-    groups = [[float(row["correct"]) for row in own] for own in by_task.values()]
-    low, high = score_interval(groups)
-    nats = np.array([row["answer_logprob_per_token"] for row in rows], dtype=np.float64)
-    nats_low, nats_high = block_interval(nats, block=1)
+        by_task.setdefault(row["task"], []).append(float(row["correct"]))
     return Score(
-        mean=fmean(map(fmean, groups)),
-        low=low,
-        high=high,
-        trials=len(rows),
-        fewest=min(map(len, groups)),
-        nats=float(nats.mean()),
-        nats_low=nats_low,
-        nats_high=nats_high,
+        right=tuple(map(tuple, by_task.values())), logprobs=tuple(row["answer_logprob_per_token"] for row in rows)
     )
 
 

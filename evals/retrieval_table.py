@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -107,11 +108,11 @@ def _trials(cells: Iterable[Iterable[Score | None]]) -> tuple[str, Callable[[Sco
 
 def show_share(score: Score) -> str:
     """`85% (64-95)`; without the interval where there are too few trials."""
-    interval = f" ({100 * score.low:.0f}-{100 * score.high:.0f})" if score.has_interval else ""
+    interval = f" ({100 * score.low:.0f}-{100 * score.high:.0f})" if math.isfinite(score.low) else ""
     return f"{100 * score.mean:.0f}%{interval}"
 
 
 def show_nats(score: Score) -> str:
     """`-1.204 (-1.310 to -1.101)`; without the interval where there are too few trials."""
-    known = score.nats_low == score.nats_low
-    return f"{score.nats:.3f}" + (f" ({score.nats_low:.3f} to {score.nats_high:.3f})" if known else "")
+    low, high = score.nats_interval
+    return f"{score.nats:.3f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low) else "")
