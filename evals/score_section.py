@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ..scaling import format_length
@@ -51,15 +52,15 @@ def _grid(title: str, note: str, setting: Setting, rows: list[tuple[str, list[Sh
 def _share(score: Score | None) -> Shown:
     if score is None:
         return NOTHING
-    small = (f"{100 * score.low:.0f} to {100 * score.high:.0f} %",) if score.has_interval else ()
+    small = (f"{100 * score.low:.0f} to {100 * score.high:.0f} %",) if math.isfinite(score.low) else ()
     return Shown(main=f"{100 * score.mean:.0f} %", small=(*small, f"n = {score.trials}"))
 
 
 def _nats(score: Score | None) -> Shown:
     if score is None:
         return NOTHING
-    known = score.nats_low == score.nats_low
-    small = (interval(score.nats_low, score.nats_high),) if known else ()
+    low, high = score.nats_interval
+    small = (interval(low, high),) if math.isfinite(low) else ()
     return Shown(main=f"{score.nats:.3f}".replace("-", "−"), small=small)
 
 

@@ -21,6 +21,7 @@ from ropewalk.engine.cli import cli
 from ropewalk.errors import ConfigError, DataError
 from ropewalk.evals import style
 from ropewalk.evals.distance_plot import broken, distance_map, distances_seen
+from ropewalk.evals.harm_plot import plot_harm
 from ropewalk.evals.plots import Point, plot_by_position, plot_loss_curve, plot_run, plot_scaler, scale
 from ropewalk.evals.result import Run
 from ropewalk.evals.scaler_plot import decay, in_short
@@ -344,3 +345,24 @@ def test_what_cannot_be_drawn_is_refused(make_run: MakeRun, tmp_path: Path) -> N
     run = make_run({"none": {8: 3.5}})
     with pytest.raises(DataError, match="no position buckets"):
         plot_by_position(run.rows, tmp_path / "x")
+
+
+def test_harm_has_a_bar_for_every_scaler_and_context(make_run: MakeRun) -> None:
+    extra = {"kl": 0.0188, "kl_low": 0.015, "kl_high": 0.02, "same_top1": 87.5}
+    extra |= {"difference": -0.25, "difference_low": None, "difference_high": None}
+    run = make_run({"yarn:2": {4: 3.5, 8: 3.4}, "linear:2": {8: 4.3, 4: None}}, protocol="harm", **extra)
+    png, svg = plot_run(run)
+    assert png.name == "harm.png"
+    assert_drawn((png, svg))
+    shown = texts(svg)
+    assert shown.count("-0.25") == 3  # the axis writes a true minus sign
+    assert {"yarn:2", "linear:2", "4k", "8k"} <= {*shown}
+    assert any("88% same" in text for text in shown)
+    with pytest.raises(DataError, match="one setting of it; these hold 0 settings"):
+        plot_harm([], run.folder / "x")
+
+
+def test_harm_of_many_scalers_is_drawn_without_values(make_run: MakeRun) -> None:
+    extra = {"kl": 0.1, "same_top1": 90.0, "difference": 0.125}
+    run = make_run({f"yarn:{n}": {4: 3.5, 8: 3.4} for n in range(2, 9)}, protocol="harm", **extra)
+    assert not any("same" in text and "%" in text for text in texts(plot_run(run)[1]) if "Scored" not in text)

@@ -90,3 +90,18 @@ def test_pairing_is_antisymmetric_and_zero_on_itself() -> None:
 def test_unequal_lengths_are_refused() -> None:
     with pytest.raises(DataError, match="512 and 256 tokens"):
         paired_difference(np.ones(512), np.ones(256))
+
+
+def test_paired_interval_is_scipys_over_paired_blocks() -> None:
+    rng = np.random.default_rng(8)
+    a, b = rng.gamma(2.0, 1.0, (2, 640))
+    blocks = [x.reshape(-1, 32).mean(axis=1) for x in (a, b)]
+    expected = bootstrap(
+        blocks,
+        lambda x, y, axis: x.mean(axis=axis) - y.mean(axis=axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert paired_difference(a, b)[1:] == pytest.approx((expected.low, expected.high), abs=1e-12)

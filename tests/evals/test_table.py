@@ -104,3 +104,55 @@ def test_files_of_a_run(make_run: MakeRun) -> None:
 def test_empty_run_has_files_too(make_run: MakeRun) -> None:
     markdown, _ = write_tables(make_run({}))
     assert markdown.read_text() == "Nothing has been measured yet.\n"
+
+
+HARM = {"base_loss": 3.4, "difference": 0.0223, "difference_low": -0.0056, "difference_high": 0.054} | {
+    "kl": 0.0188,
+    "kl_low": None,
+    "kl_high": None,
+    "same_top1": 87.5,
+}
+REPEAT = {"fresh_loss": 3.364, "gain": 2.937, "gain_low": 2.314, "gain_high": 3.409}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "extra", "lines"),
+    [
+        (
+            "harm",
+            HARM,
+            (
+                "harm: the last 1024 tokens, against the untouched model at the same context.",
+                r"| `yarn:2\|logn` | – | 0.0188 |",
+                r"| `yarn:2\|logn` | – | 87.5 % |",
+                r"| `yarn:2\|logn` | – | +0.0223 (-0.0056 to +0.0540) |",
+            ),
+        ),
+        (
+            "repeat",
+            REPEAT,
+            (
+                "repeat: the last 1024 tokens, with which every window begins too.",
+                r"| `yarn:2\|logn` | – | 3.364 |",
+                r"| `yarn:2\|logn` | – | +2.937 (+2.314 to +3.409) |",
+            ),
+        ),
+        (
+            "longppl",
+            {"candidates": 4096, "judge": "dual-chunk at 16384"},
+            ("1024 of 4096 tokens that need far context, the same everywhere, chosen by dual-chunk at 16384 tokens.",),
+        ),
+        ("llamacpp", {}, ("llamacpp: the second half of each chunk.",)),
+        ("disjoint", {}, ("disjoint: every token once, in windows that share one token.",)),
+        ("sliding", {"stride": 256}, ("sliding: the new tokens of a window that slides by 256.",)),
+    ],
+)
+def test_protocols_say_what_they_scored_and_what_they_measured_besides(
+    make_run: MakeRun, protocol: str, extra: dict[str, Any], lines: tuple[str, ...]
+) -> None:
+    run = make_run({"yarn:2|logn": {8: 3.5, 4: None}}, protocol=protocol, **extra)
+    table = write_tables(run)[0].read_text()
+    assert r"| `yarn:2\|logn` | not run (out of memory) | 3.500 |" in table
+    for line in lines:
+        assert line in table
+    assert table.count("| method |") == {"harm": 4, "repeat": 3}.get(protocol, 1)

@@ -1,0 +1,127 @@
+"""`rw.evals.perplexity` on ropewalk models, transformers models and functions."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from byte_model import WORDS, byte_tokenizer, run_plan, text, tiny_model
+
+import ropewalk as rw
+from ropewalk.evals import HarmRow, LongPPLRow, PerplexityRow, RepeatRow, perplexity
+from ropewalk.evals.fixed_target import FixedTarget
+from ropewalk.evals.protocols import PROTOCOLS, settings_of
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def uniform(ids):
+    return np.zeros((len(ids), 256), dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_uniform_function_takes_eight_bits_a_byte(monkeypatch, name):
+    """Exactly log2 V bits a token, under every protocol. `harm` needs a model that can be scaled."""
+    monkeypatch.setattr("ropewalk.evals.longppl.key_tokens", lambda short, full: np.arange(len(full)) % 2 == 0)
+    settings = {"target": 64, "stride": 32, "text_tokens": 512}
+    given = {key: value for key, value in settings.items() if key in settings_of(name)}
+    arguments = {"protocol": name, "lengths": [128, 256], "tokenizer": byte_tokenizer(), "trained_length": 128}
+    if name == "harm":
+        with pytest.raises(rw.ConfigError, match="cannot be held against another scaler's; load it with ropewalk"):
+            perplexity(uniform, text(WORDS), **(arguments | {"lengths": [128]}), **given)
+        return
+    rows = perplexity(uniform, text(WORDS), **arguments, **given)
+    assert {row.context for row in rows} == {128, 256}
+    for row in rows:
+        assert row.bits_per_byte == pytest.approx(8, abs=1e-6)
+        assert row.loss == pytest.approx(math.log(256), abs=1e-6)
+        assert row.model == "uniform"
+
+
+def test_models_and_functions_give_the_rows_of_a_run(tmp_path, model):
+    run = run_plan(tmp_path, model, FixedTarget(contexts=(64, 128), target=32), WORDS)
+    model.rope = None
+    given = {"lengths": ["1x", 128], "target": 32}
+
+    def logits(ids):
+        with torch.inference_mode():
+            return model.hf(torch.tensor([ids])).logits[0]
+
+    for rows in (
+        perplexity(model, text(WORDS), **given),
+        perplexity(model.hf, text(WORDS), tokenizer=model.tokenizer, **given),
+        perplexity(logits, text(WORDS), tokenizer=model.tokenizer, trained_length=64, **given),
+        perplexity(lambda ids: logits(ids).numpy(), [model._encode(WORDS)], trained_length=64, **given),
+    ):
+        for row, stored in zip(rows, run.rows, strict=True):
+            assert type(row) is PerplexityRow
+            assert row.losses.dtype == np.float32
+            np.testing.assert_allclose(row.losses, run.losses(stored), atol=1e-4)
+            assert (row.context, row.tokens) == (stored["context"], 32)
+            assert row.bits_per_byte is None or row.bits_per_byte == pytest.approx(stored["bits_per_byte"], abs=1e-4)
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                row.loss = 0
+
+
+def test_scalers_in_turn_and_the_model_is_given_back(model):
+    model.rope = "linear:3"
+    (own,) = perplexity(model, text(WORDS), lengths=64, target=32)
+    assert own.rope == "linear:3"
+    rows = perplexity(model, text(WORDS), lengths="1x", target=32, ropes=["none", "linear:3", "rerope:16"])
+    assert [row.rope for row in rows] == ["none", "linear:3", "rerope:16"]
+    assert np.array_equal(rows[1].losses, own.losses)
+    assert not np.array_equal(rows[0].losses, own.losses)
+    assert str(model.rope) == "linear:3"
+    with pytest.raises(rw.ConfigError, match="window"):
+        perplexity(model, text(WORDS), lengths=64, target=32, ropes=["linear:2", "rerope:64"])
+    assert str(model.rope) == "linear:3"
+    model.rope = None
+    hf = model.hf.train()
+    before = {name: buffer.clone() for name, buffer in hf.named_buffers()}
+    (row,) = perplexity(hf, text(WORDS), lengths=64, target=32, ropes=["linear:3"], tokenizer=model.tokenizer)
+    np.testing.assert_allclose(row.losses, own.losses, atol=1e-5)
+    assert hf.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in hf.named_buffers())
+    hf.eval()
+
+
+def test_rows_have_the_fields_of_their_protocol(model):
+    (harm,) = perplexity(model, text(WORDS), protocol="harm", lengths=64, ropes=["linear:2"])
+    assert type(harm) is HarmRow
+    assert harm.kl > 0
+    assert harm.difference == pytest.approx(harm.loss - harm.base_loss)
+    assert harm.kl_low is None  # 63 tokens are too few for an interval
+    (again,) = perplexity(model, text(WORDS), protocol="repeat", lengths=400, target=160)
+    assert type(again) is RepeatRow
+    assert again.gain == pytest.approx(again.fresh_loss - again.loss, abs=1e-6)
+    assert again.gain_low < again.gain < again.gain_high
+    first, second = perplexity(model, text(WORDS), protocol="by-position", lengths=400)
+    assert (first.bucket_start, first.bucket_end, second.bucket_end) == (1, 256, 400)
+    assert LongPPLRow.__dataclass_fields__.keys() >= {"judge", "candidates"}
+
+
+def test_what_cannot_be_measured_is_refused(model):
+    with pytest.raises(rw.ConfigError, match="needs its tokenizer too"):
+        perplexity(model.hf, text(WORDS))
+    with pytest.raises(rw.ConfigError, match="tokenizer has no effect on Model"):
+        perplexity(model, text(WORDS), tokenizer=model.tokenizer)
+    with pytest.raises(rw.ConfigError, match="ropes has no effect on a function from tokens to logits"):
+        perplexity(uniform, text(WORDS), ropes=["none"])
+    with pytest.raises(rw.ConfigError, match=r"'1x' is a multiple of the trained length, which is not known"):
+        perplexity(uniform, [[1, 2, 3]])
+    with pytest.raises(rw.ConfigError, match="the text words needs a tokenizer"):
+        perplexity(uniform, text(WORDS), lengths=64)
+    with pytest.raises(rw.ConfigError, match=r"logits of shape \[1, 62, 256\] for 63 tokens; \[63, V\] needed"):
+        perplexity(lambda ids: np.zeros((1, 62, 256)), [[1] * 64], lengths=64, target=8)
+    with pytest.raises(rw.ConfigError, match="positions cannot be scaled by yarn:2"):
+        perplexity(uniform, [[1] * 99], protocol="longppl", lengths=99, target=8, judge="yarn:2", trained_length=64)
+    with pytest.raises(rw.ConfigError, match="stride has no effect on fixed-target"):
+        perplexity(model, text(WORDS), stride=3)
+    with pytest.raises(rw.ConfigError, match="int is no model and no function"):
+        perplexity(3, text(WORDS))
+    with rw.patch(model.hf, "linear:2"), pytest.raises(rw.ConfigError, match="patched with linear:2; undo that"):
+        perplexity(model.hf, text(WORDS), tokenizer=model.tokenizer)
