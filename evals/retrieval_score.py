@@ -11,7 +11,7 @@ import numpy as np
 
 from .compare import methods, short
 from .result import Row
-from .statistics import block_interval, score_interval
+from .statistics import block_interval, mean_interval
 from .tasks import SUITES
 
 ENOUGH = 20
@@ -45,7 +45,7 @@ class Score:
     @cached_property
     def interval(self) -> tuple[float, float]:
         """Of `mean`."""
-        return score_interval(self.right)
+        return mean_interval(self.right)
 
     @property
     def low(self) -> float:

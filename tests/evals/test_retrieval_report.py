@@ -13,10 +13,10 @@ from PIL import Image
 from ropewalk.evals.effective_length import LEAST_FOUND, reach
 from ropewalk.evals.result import Run
 from ropewalk.evals.retrieval_findings import retrieval_findings
-from ropewalk.evals.retrieval_plots import plot_retrieval
+from ropewalk.evals.retrieval_plots import plot_heat, plot_retrieval
 from ropewalk.evals.retrieval_score import score, settings
 from ropewalk.evals.retrieval_table import retrieval_tables
-from ropewalk.evals.statistics import score_interval, share_interval
+from ropewalk.evals.statistics import mean_interval, score_interval, share_interval
 from ropewalk.evals.tasks import RULER, SUITES
 
 K = 1024
@@ -31,16 +31,37 @@ def test_the_interval_of_a_share_is_wilsons(right, trials):
 
 
 def test_scores_of_nothing_and_one_have_wilsons_interval_and_fractions_a_bootstrap():
-    assert score_interval([[1, 0, 1, 1]]) == share_interval(3, 4)
-    assert score_interval([[1] * 5, [1] * 5]) == share_interval(10, 10)
+    assert score_interval([1, 0, 1, 1]) == share_interval(3, 4)
     rng = np.random.default_rng(1)
-    groups = [rng.choice([0, 0.25, 0.5, 1], 30).tolist(), rng.choice([0, 1], 40).tolist()]
-    low, high = score_interval(groups)
-    assert (low, high) == score_interval(groups)
-    drawn = np.mean([[rng.choice(g, len(g)).mean() for g in groups] for _ in range(3000)], axis=1)
-    assert (low, high) == pytest.approx((np.quantile(drawn, 0.025), np.quantile(drawn, 0.975)), abs=0.015)
-    assert np.isnan(score_interval([[0.5, 0.5, 0.5, 0.5, 0.5]])).all()
-    assert np.isnan(score_interval([[0.5, 0.25]])).all()
+    scores = rng.choice([0, 0.25, 0.5, 1], 40).tolist()
+    assert score_interval(scores) == score_interval(scores)
+    drawn = [rng.choice(scores, 40).mean() for _ in range(5000)]
+    assert score_interval(scores) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.015)
+    assert np.isnan(score_interval([0.5, 0.5, 0.5, 0.5, 0.5])).all()
+    assert np.isnan(score_interval([0.5, 0.25])).all()
+
+
+def test_the_interval_over_tasks_is_wilsons_with_the_effective_number_of_trials():
+    assert mean_interval([[1, 0, 1, 1]]) == share_interval(3, 4)
+    # alike tasks are nearly one task with all the trials
+    alike = mean_interval([[1.0] * 10 + [0.0] * 10] * 8)
+    assert alike == pytest.approx(share_interval(80, 160), abs=1e-3)
+    # tasks that are always right or always wrong vary less than a share of a half
+    low, high = mean_interval([[1.0] * 20] * 4 + [[0.0] * 20] * 4)
+    assert low < 0.5 < high
+    assert high - low < 0.6 * (alike[1] - alike[0])
+    low, high = mean_interval([[1.0] * 5] * 11)
+    assert (high, low) == (pytest.approx(1), pytest.approx(share_interval(55, 55)[0], abs=0.01))
+
+
+@pytest.mark.parametrize(("chances", "trials"), [([0.95] * 11, 5), ([0.98, 0.9, 0.6, 0.2], 10), ([0.5] * 11, 20)])
+def test_intervals_over_tasks_hold_the_mean_as_often_as_they_say(chances, trials):
+    rng = np.random.default_rng(2)
+    held = 0
+    for _ in range(600):
+        low, high = mean_interval([(rng.random(trials) < chance).astype(float).tolist() for chance in chances])
+        held += low <= np.mean(chances) <= high
+    assert 0.925 < held / 600 < 0.985
 
 
 def row(rope="none", context=8 * K, correct=1.0, seed=0, suite="passkey", task=None, depth=0.5, nats=-0.5):
@@ -191,8 +212,8 @@ def test_plots(tmp_path):
     curve = texts(paths[3])
     assert {"none  17%", "yarn:2  80% at 8k", "trained length 8k", "100%"} <= {*curve}
     assert {*SUITES[RULER], "0.30", "n=2"} <= {*texts(paths[5])}
-    first = [path.read_bytes() for path in paths]
-    assert [path.read_bytes() for path in plot_retrieval(run)] == first
+    again = plot_heat(settings(run.rows)[0], tmp_path / "again")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths[:2]]
 
 
 def test_an_unfinished_ruler_run_has_no_curve(tmp_path):

@@ -59,7 +59,6 @@ MAKERS = {
     "bytes": lambda folder: byte_tokenizer(),
     "tiny": lambda folder: AutoTokenizer.from_pretrained(folder),
     "sentencepiece": lambda folder: PreTrainedTokenizerFast(tokenizer_object=byte_fallback("the gras ", 0)),
-    "sticky": lambda folder: sticky_tokenizer(),
 }
 
 
