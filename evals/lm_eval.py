@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
+from rich.progress import track
 
 from ..engine.load import load
 from ..engine.sampling import SamplingParams
@@ -162,4 +162,4 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
 
 
 def _bar(requests: Sequence[Any], what: str, disable: bool) -> Iterable[Any]:
-    return tqdm(requests, desc=what, disable=disable)
+    return track(requests, description=what, disable=disable)
