@@ -316,8 +316,10 @@ class CompiledNetwork(Network):
             x_NE = x_NE + _rms(self._apply(down, gated.mul_(self._apply(up, normed))), after_mlp, d.epsilon)
         last = _rms(x_NE[-keep:], d.final_norm, d.epsilon)
         head = self._tables.stored_head
-        rows = range(0, head.weight.shape[0], _HEAD_ROWS)
-        return self._capped(torch.cat([self._apply(head.rows(r, r + _HEAD_ROWS), last) for r in rows], -1))
+        found = torch.empty(keep, head.weight.shape[0])
+        for r in range(0, found.shape[1], _HEAD_ROWS):
+            found[:, r : r + _HEAD_ROWS] = self._apply(head.rows(r, r + _HEAD_ROWS), last)
+        return self._capped(found)
 
     def _apply(self, one: Stored, x: Tensor) -> Tensor:
         weight = one.weight

@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache
 from .network import Network
 from .prefill import CHUNK, Progress
 
-LOGITS_BUDGET = 2**25  # most float32 logits held at once: 128 MiB
+LOGITS_BUDGET = 2**24  # most float32 logits held at once: 64 MiB
+_ROWS = 64  # whose probabilities are added up at a time
 
 
 def score(network: Network, ids: Sequence[int], first: int, cache: Cache, progress: Progress | None = None) -> Tensor:
@@ -31,8 +32,9 @@ def score(network: Network, ids: Sequence[int], first: int, cache: Cache, progre
     done = 0
     for logits in scored_logits(network, ids, first, cache, progress):
         chosen = logits.gather(-1, targets[done : done + len(logits), None])[:, 0]
-        scored.append(chosen - logits.logsumexp(-1))
+        scored.append(chosen - torch.cat([rows.logsumexp(-1) for rows in logits.split(_ROWS)]))
         done += len(logits)
+        del logits  # before the next ones are made
     return torch.cat(scored)
 
 
@@ -65,4 +67,5 @@ def scored_logits(
             progress(start, stop - start)
         if inside:
             yield logits.float()
+        del logits
         start = stop
