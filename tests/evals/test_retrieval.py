@@ -182,7 +182,7 @@ def test_the_command_measures_reports_and_resumes(tiny_folder, tmp_path):
     assert "warning: cells of one length and depth or task have as few as 1 trials" in " ".join(shown.split())
     rows = Run(out).rows
     assert len(rows) == 8
-    for file in ("retrieval.md", "retrieval.csv", "passkey_heat.png", "passkey_heat.svg", "passkey_curve.png"):
+    for file in ("table.md", "table.csv", "report.html", "passkey_heat.png", "passkey_heat.svg", "passkey_curve.png"):
         assert (out / file).stat().st_size > 100
     assert str(out / "passkey_curve.svg") in shown
     ropewalk(*arguments)
@@ -210,7 +210,7 @@ def test_ruler_by_command(tiny_folder, tmp_path):
     shown = ropewalk(*arguments).output
     assert "RULER-11, offline" in shown
     assert {row["task"] for row in Run(out).rows} == {*SUITES[RULER]}
-    assert "100%" in (out / "retrieval.md").read_text()
+    assert "100%" in (out / "table.md").read_text()
     with pytest.raises(rw.ConfigError, match="Did you mean 'vt'"):
         ropewalk("ruler", tiny_folder, "--tasks", "vtt")
     with pytest.raises(rw.ConfigError, match="must be numbers from 0 to 1"):
