@@ -2,6 +2,7 @@
 
 python docs/generate.py                    # docs/cli.md, docs/scalers.md, the file tree in README.md
 python docs/generate.py --run runs/demo    # also the table and plot in README.md, from a run of the demo
+python docs/generate.py --results          # also the plots of docs/results.md, from the runs in docs/results
 python docs/generate.py --families         # also docs/families.md, by patching every architecture (3 minutes)
 """
 
@@ -23,6 +24,12 @@ import transformers
 from tqdm import tqdm
 
 from ropewalk.engine.cli import COMMANDS, cli
+from ropewalk.evals import compare
+from ropewalk.evals.extra_grids import extra_grids
+from ropewalk.evals.plots import plot_run
+from ropewalk.evals.reach_table import reach_table
+from ropewalk.evals.result import Run
+from ropewalk.evals.table import loss_table
 from ropewalk.scaling import METHODS, format_length
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,13 +165,63 @@ def _speed(timing: dict[str, Any], is_ours: bool) -> str:
     return f"{speed} ({timing['ratio']['median']:.2g}x)"
 
 
+def result_tables(name: str) -> str:
+    """The tables of the run docs/results/NAME, each below its plot."""
+    run = Run(ROOT / "docs" / "results" / name)
+    parts = []
+    for number, group in enumerate(compare.settings(run.rows), start=1):
+        stem = "harm" if group[0]["protocol"] == "harm" else "loss" if number == 1 else f"loss_{number}"
+        if (run.folder / f"{stem}.svg").exists():
+            parts.append(f"![{group[0]['protocol']}](results/{name}/{stem}.svg)\n")
+        if group[0]["protocol"] not in ("harm", "repeat"):
+            parts.append(loss_table(group).to_markdown())
+        parts += [grid.to_markdown() for grid in extra_grids(group)]
+    reaches = reach_table(run)
+    return "\n".join([*parts, *([reaches.to_markdown()] if reaches else [])]).strip()
+
+
+PUBLISHED = {
+    "none": (49.41, 24.17, 23.16),
+    "linear:8": (None, 15.04, 13.54),
+    "ntk:8": (None, 51.28, 39.27),
+    "ntk-fixed:8": (None, 51.86, 39.61),
+    "ntk-mixed:8": (None, 53.09, 40.12),
+    "ntk-mixed:8|logn": (None, 59.11, 42.38),
+    "rerope:128": (None, 77.90, 48.48),
+    "rerope:128|logn": (None, 82.40, 48.85),
+}
+"""kexue.fm 9675, 9706 and 9708: percent within the trained length of 512, and at 4096, repeated and fresh."""
+
+
+def repetition_table() -> str:
+    """Our accuracies beside the published ones."""
+    found = json.loads((ROOT / "docs" / "results" / "repetition.json").read_text(encoding="utf-8"))
+    lines = [
+        "| method | ours: 256 | 2k, repeated | 2k, fresh | published: 512 | 4k, repeated | 4k, fresh |",
+        "|---" * 7 + "|",
+    ]
+    for one in found:
+        ours = [f"{100 * one[kind]['mean']:.1f}" for kind in ("within", "repeated", "fresh")]
+        theirs = ["" if value is None else f"{value:.1f}" for value in PUBLISHED[one["rope"]]]
+        lines.append(f"| `{one['rope'].replace('|', chr(92) + '|')}` | {' | '.join([*ours, *theirs])} |")
+    return "\n".join(lines)
+
+
+def results_page() -> str:
+    """docs/results.md with its generated blocks anew."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for name in ("tiny", "smollm2"):
+        text = replace_block(text, name, result_tables(name))
+    return replace_block(text, "repetition", repetition_table())
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of block `name` replaced."""
     start, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
     before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise SystemExit(f"README.md has no block {name!r}")
+        raise SystemExit(f"there is no block {name!r}")
     return f"{before}{start}\n{content}\n{end}{after}"
 
 
@@ -174,6 +231,7 @@ def generated() -> dict[Path, str]:
     return {
         ROOT / "docs" / "cli.md": command_help(),
         ROOT / "docs" / "scalers.md": scaler_table(),
+        ROOT / "docs" / "results.md": results_page(),
         readme: replace_block(
             replace_block(readme.read_text(encoding="utf-8"), "tree", file_tree()), "speed", speed_table()
         ),
@@ -185,10 +243,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="folder of a demo run")
     parser.add_argument("--families", action="store_true", help="patch every architecture again")
+    parser.add_argument("--results", action="store_true", help="draw the plots of docs/results.md again")
     arguments = parser.parse_args()
     run = arguments.run
     if arguments.families:
         (ROOT / "docs" / "families.md").write_text(family_table(), encoding="utf-8")
+    if arguments.results:
+        for folder in ("tiny", "smollm2"):
+            for path in plot_run(Run(ROOT / "docs" / "results" / folder)):
+                if path.suffix == ".png":
+                    path.unlink()
     for path, content in generated().items():
         path.write_text(content, encoding="utf-8")
     if run is not None:

@@ -8,6 +8,7 @@ from ..scaling import format_length
 from . import compare
 from .compare import UNTOUCHED
 from .effective_length import LEAST_FOUND, LEAST_KEPT, TOLERANCE, effective_length, reach
+from .fixed_target import FixedTarget
 from .grid import NOTHING, Grid, Shown
 from .result import Row, Run
 from .retrieval_score import Setting, settings
@@ -25,7 +26,7 @@ def reach_table(run: Run) -> Grid | None:
     """Methods down, rules across; None where no rule has what it needs."""
     columns: dict[str, dict[str, Shown]] = {}
     for group in compare.settings(run.rows):
-        if found := _by_loss(run, group):
+        if group[0]["protocol"] == FixedTarget.name and (found := _by_loss(run, group)):
             columns[_free(f"loss on {compare.short(group[0]['text'])}", columns)] = found
     for setting in settings(run.rows):
         if found := _by_score(setting):
