@@ -54,7 +54,7 @@ class Difference:
 
     def __str__(self) -> str:
         if not self.has_interval:
-            return f"{self.mean:+.3f} (too few tokens for an interval)"
+            return f"{self.mean:+.3f} (too few for an interval)"
         return f"{self.mean:+.3f} (95% interval {self.low:+.3f} to {self.high:+.3f})"
 
 

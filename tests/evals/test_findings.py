@@ -127,7 +127,7 @@ def test_effective_length_undecided(make_run: MakeRun) -> None:
 def test_too_few_tokens_for_an_interval(make_run: MakeRun) -> None:
     run = make_run({"none": {8: 3.5, 16: 5.0}, "a": {8: 3.5, 16: 4.0}}, target=64)
     assert effective_length(run.rows, compare.deltas(run, run.rows), "a") is None
-    assert "(too few tokens for an interval)" in said(run)
+    assert "(too few for an interval)" in said(run)
     assert "nan" not in said(run)
 
 
@@ -172,7 +172,7 @@ def test_harm_tells_where_it_is_largest(make_run: MakeRun) -> None:
     assert findings(run) == [
         "Harm within the trained length, where it is largest: yarn:2 moves the law of the next token by 0.0200 nats "
         "(KL) at 4k, keeps the likeliest one in 97.2 % of the places, and changes the loss by +0.100 (too few "
-        "tokens for an interval)."
+        "for an interval)."
     ]
 
 
@@ -182,7 +182,8 @@ def test_repeat_tells_the_gain_at_the_longest_context(make_run: MakeRun) -> None
         run.copy(row | {"gain": 2.0, "gain_low": 1.9, "gain_high": 2.1, "fresh_loss": 3.5}, None)
     said, missing = findings(run)
     assert said == (
-        "What it gains, at 16k, from a passage that it has read before, nats per token of that passage: none +2.000 "
+        "What it gains, at 16k, from a passage that it has read before, nats per token of that passage: the "
+        "untouched model +2.000 "
         "(95% interval +1.900 to +2.100), of 3.500; yarn:2 +2.000 (95% interval +1.900 to +2.100), of 3.500."
     )
     assert missing == "Not run: yarn:2 at 8k."
