@@ -24,10 +24,11 @@ import transformers
 from tqdm import tqdm
 
 from ropewalk.engine.cli import COMMANDS, cli
-from ropewalk.evals import compare
 from ropewalk.evals.extra_grids import extra_grids
-from ropewalk.evals.plots import plot_run
+from ropewalk.evals.harm import Harm
+from ropewalk.evals.plots import named_settings, plot_run
 from ropewalk.evals.reach_table import reach_table
+from ropewalk.evals.repeat import Repeat
 from ropewalk.evals.result import Run
 from ropewalk.evals.table import loss_table
 from ropewalk.scaling import METHODS, format_length
@@ -169,11 +170,10 @@ def result_tables(name: str) -> str:
     """The tables of the run docs/results/NAME, each below its plot."""
     run = Run(ROOT / "docs" / "results" / name)
     parts = []
-    for number, group in enumerate(compare.settings(run.rows), start=1):
-        stem = "harm" if group[0]["protocol"] == "harm" else "loss" if number == 1 else f"loss_{number}"
-        if (run.folder / f"{stem}.svg").exists():
-            parts.append(f"![{group[0]['protocol']}](results/{name}/{stem}.svg)\n")
-        if group[0]["protocol"] not in ("harm", "repeat"):
+    for stem, group in named_settings(run.rows):
+        protocol = group[0]["protocol"]
+        parts.append(f"![{protocol}](results/{name}/{stem}.svg)\n")
+        if protocol not in (Harm.name, Repeat.name):
             parts.append(loss_table(group).to_markdown())
         parts += [grid.to_markdown() for grid in extra_grids(group)]
     reaches = reach_table(run)

@@ -32,7 +32,7 @@ def score(network: Network, ids: Sequence[int], first: int, cache: Cache, progre
     done = 0
     for logits in scored_logits(network, ids, first, cache, progress):
         chosen = logits.gather(-1, targets[done : done + len(logits), None])[:, 0]
-        scored.append(chosen - torch.cat([rows.logsumexp(-1) for rows in logits.split(_ROWS)]))
+        scored.append(chosen - torch.cat([rows.logsumexp(-1) for rows in torch.split(logits, _ROWS)]))
         done += len(logits)
         del logits  # before the next ones are made
     return torch.cat(scored)
@@ -44,8 +44,6 @@ def scored_logits(
     first: int,
     cache: Cache,
     progress: Progress | None = None,
-    *,
-    budget: int | None = None,
 ) -> Iterator[Tensor]:
     """The logits that predict `ids[first:]`, float32 [tokens, V], some tokens at a time and in order.
 
@@ -53,11 +51,10 @@ def scored_logits(
 
     Args:
         ids, first, cache, progress: as for `score`.
-        budget: most logits held at once; None is `LOGITS_BUDGET`.
     """
     assert 1 <= first < len(ids), (first, len(ids))
     vocabulary = network.hf.config.get_text_config().vocab_size
-    scored_chunk = min(CHUNK, max(1, (budget or LOGITS_BUDGET) // vocabulary))
+    scored_chunk = min(CHUNK, max(1, LOGITS_BUDGET // vocabulary))
     start, end = 0, len(ids) - 1  # token t is predicted at position t - 1; the last token is never fed
     while start < end:
         inside = start >= first - 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,68 +46,76 @@ class Footprint:
         return self.peak - self.weights - self.cache
 
 
-def _ropewalk(model: str, ids: list[int], dtype: str, rope: str) -> Footprint:
-    from ..engine.load import load
-    from .memory import peak_resident_mb
+@dataclass(frozen=True)
+class _Loaded:
+    """An engine with its model: its name, the bytes of weights and of keys and values, and how it scores tokens."""
 
-    imports = peak_resident_mb()
+    name: str
+    weights: int
+    cache: int
+    loss: Callable[[], float]
+
+
+def _ropewalk(model: str, ids: list[int], dtype: str, rope: str) -> _Loaded:
+    from ..engine.load import load
+
     loaded = load(model, rope, dtype=dtype, max_length=len(ids))
-    after = peak_resident_mb()
-    started = time.perf_counter()
-    scores = loaded.score_ids(ids, len(ids) - TARGET)
-    return Footprint(
-        engine=f"ropewalk {loaded.network.precision}",
-        length=len(ids),
-        seconds=time.perf_counter() - started,
-        imports=imports,
-        loaded=after,
-        peak=peak_resident_mb(),
-        weights=loaded.hf.get_memory_footprint() / 1e6,
-        cache=loaded.network.bytes_per_token * len(ids) / 1e6,
-        loss=-float(scores.mean()),
+    return _Loaded(
+        f"ropewalk {loaded.network.precision}",
+        loaded.hf.get_memory_footprint(),
+        loaded.network.bytes_per_token * len(ids),
+        lambda: -float(loaded.score_ids(ids, len(ids) - TARGET).mean()),
     )
 
 
-def _transformers(model: str, ids: list[int], dtype: str, _: str) -> Footprint:
+def _transformers(model: str, ids: list[int], dtype: str, _: str) -> _Loaded:
     """The loss of transformers' own forward, as its perplexity page computes it: all logits at once."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from ..engine.source import resolve
-    from .memory import peak_resident_mb
 
-    imports = peak_resident_mb()
     hf = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=getattr(torch, dtype)).eval()
-    after = peak_resident_mb()
     labels = torch.tensor([[-100] * (len(ids) - TARGET) + ids[-TARGET:]])
-    started = time.perf_counter()
-    with torch.inference_mode():
-        loss = hf(torch.tensor([ids]), labels=labels, use_cache=False).loss
-    return Footprint(
-        engine=f"transformers {dtype}",
-        length=len(ids),
-        seconds=time.perf_counter() - started,
-        imports=imports,
-        loaded=after,
-        peak=peak_resident_mb(),
-        weights=hf.get_memory_footprint() / 1e6,
-        cache=0.0,
-        loss=float(loss),
-    )
+
+    def loss() -> float:
+        with torch.inference_mode():
+            return float(hf(torch.tensor([ids]), labels=labels, use_cache=False).loss)
+
+    return _Loaded(f"transformers {dtype}", hf.get_memory_footprint(), 0, loss)
 
 
 _ENGINES = {"ropewalk": _ropewalk, "transformers": _transformers}
 
 
-def _measure(engine: str, arguments: tuple[Any, ...], connection: Any) -> None:
-    connection.send(_ENGINES[engine](*arguments))
+def _measure(engine: str, model: str, ids: list[int], dtype: str, rope: str, connection: Any) -> None:
+    import transformers  # noqa: F401  (counts as a library, not as loading)
+
+    from .memory import peak_resident_mb
+
+    imports = peak_resident_mb()
+    loaded = _ENGINES[engine](model, ids, dtype, rope)
+    once_loaded, started = peak_resident_mb(), time.perf_counter()
+    loss = loaded.loss()
+    found = Footprint(
+        engine=loaded.name,
+        length=len(ids),
+        seconds=time.perf_counter() - started,
+        imports=imports,
+        loaded=once_loaded,
+        peak=peak_resident_mb(),
+        weights=loaded.weights / 1e6,
+        cache=loaded.cache / 1e6,
+        loss=loss,
+    )
+    connection.send(found)
 
 
 def measure(engine: str, model: str, ids: list[int], dtype: str, rope: str) -> Footprint:
     """Score `ids` in a new process, which "ropewalk" or "transformers" has for itself."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_measure, args=(engine, (model, ids, dtype, rope), theirs))
+    process = spawn.Process(target=_measure, args=(engine, model, ids, dtype, rope, theirs))
     process.start()
     theirs.close()
     try:

@@ -20,9 +20,6 @@ from .reader import Reader
 from .result import Losses, Row
 from .statistics import block_interval, paired_difference
 
-LOGITS_BUDGET = 2**24
-"""Most float32 logits of each network held at once: 64 MiB."""
-
 _ROWS = 64  # tokens whose laws are compared at once
 
 
@@ -82,12 +79,12 @@ Laws = tuple[Losses, Losses, Losses, np.ndarray[tuple[int], np.dtype[np.bool_]]]
 def compare_laws(base: Reader, other: Reader, window: Window, advance: Advance) -> Laws:
     """Both models' losses, KL(base || other) and whether the likeliest token is the same; each [scored tokens].
 
-    They read the window in lock step, each on a cache of its own, so that no more than `LOGITS_BUDGET` logits of each
-    are held at once.
+    They read the window in lock step, each on a cache of its own, so that only some logits of each are
+    held at once.
     """
     parts: list[list[Tensor]] = []
     with torch.inference_mode():
-        pairs = (one.logits(window.ids, window.first, advance, LOGITS_BUDGET) for one in (base, other))
+        pairs = (one.logits(window.ids, window.first, advance) for one in (base, other))
         targets, done = torch.tensor(window.ids[window.first :]), 0
         for p, q in zip(*pairs, strict=True):
             for rows in range(0, len(p), _ROWS):

@@ -18,7 +18,6 @@ from rich.progress import track
 
 from ..engine.load import load
 from ..engine.sampling import SamplingParams
-from ..engine.score import LOGITS_BUDGET
 from ..errors import ConfigError, did_you_mean
 from .reader import ModelReader, Start, Tokens
 
@@ -143,7 +142,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         first = max(len(ids) - len(continuation), 1)
         targets, total, done, is_greedy = torch.tensor(ids[first:]), 0.0, 0, True
         with torch.inference_mode():
-            for logits in ModelReader(self.model).logits(ids, first, lambda past, count: None, LOGITS_BUDGET):
+            for logits in ModelReader(self.model).logits(ids, first, lambda past, count: None):
                 wanted = targets[done : done + len(logits)].to(logits.device)
                 chosen = logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
                 total += float(chosen.double().sum())

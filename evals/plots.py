@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,22 @@ def plot_run(run: Run) -> list[Path]:
     `loss`, `loss_by_position` and `harm`; further settings of the same kind are `loss_2` and so on.
     """
     paths: list[Path] = []
-    taken: Counter[str] = Counter()
-    for group in compare.settings(row for row in run.rows if row.get("loss") is not None):
-        stem = {ByPosition.name: "loss_by_position", Harm.name: "harm"}.get(group[0]["protocol"], "loss")
-        taken[stem] += 1
-        out = run.folder / (f"{stem}_{taken[stem]}" if taken[stem] > 1 else stem)
-        draw = {"harm": plot_harm, "loss_by_position": plot_by_position}.get(stem)
+    for stem, group in named_settings(run.rows):
+        draw = {Harm.name: plot_harm, ByPosition.name: plot_by_position}.get(group[0]["protocol"])
+        out = run.folder / stem
         paths += draw(group, out) if draw else plot_loss_curve(group, run, out)
     return paths
+
+
+def named_settings(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """The settings that have a loss, each with the name of its plot's files."""
+    found: list[tuple[str, list[Row]]] = []
+    taken: Counter[str] = Counter()
+    for group in compare.settings(row for row in rows if row.get("loss") is not None):
+        stem = {ByPosition.name: "loss_by_position", Harm.name: "harm"}.get(group[0]["protocol"], "loss")
+        taken[stem] += 1
+        found.append((f"{stem}_{taken[stem]}" if taken[stem] > 1 else stem, group))
+    return found
 
 
 def plot_loss_curve(rows: Sequence[Row], run: Run, out_stem: Path) -> tuple[Path, Path]:

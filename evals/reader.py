@@ -70,8 +70,8 @@ class Reader(ABC):
         """Nats of `ids[first:]`, each given all before it, float32 [len(ids) - first]."""
 
     @abstractmethod
-    def logits(self, ids: Tokens, first: int, advance: Advance, budget: int) -> Iterator[Tensor]:
-        """The logits that predict `ids[first:]`, float32 [tokens, V], no more than `budget` numbers at once."""
+    def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
+        """The logits that predict `ids[first:]`, float32 [tokens, V], some tokens at a time."""
 
     @abstractmethod
     def under(self, scaler: Scaler) -> Reader:
@@ -107,12 +107,12 @@ class ModelReader(Reader):
         losses: Losses = -self._model.score_ids(ids, first, advance, self.cache).numpy()
         return losses
 
-    def logits(self, ids: Tokens, first: int, advance: Advance, budget: int) -> Iterator[Tensor]:
+    def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
         from ..engine.score import scored_logits
 
         self._put(len(ids))
         self.cache = self._model.new_cache(len(ids))
-        pieces = scored_logits(self._model.network, ids, first, self.cache, advance, budget=budget)
+        pieces = scored_logits(self._model.network, ids, first, self.cache, advance)
         while True:
             self._put(len(ids))  # another reader may have had the model since the last piece
             piece = next(pieces, None)
@@ -157,7 +157,7 @@ class CallableReader(Reader):
             parts.append((logits.logsumexp(-1) - chosen).numpy())
         return np.concatenate(parts)
 
-    def logits(self, ids: Tokens, first: int, advance: Advance, budget: int) -> Iterator[Tensor]:
+    def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
         raise ConfigError(f"{self.name}: its logits cannot be held against another scaler's; load it with ropewalk")
 
     def under(self, scaler: Scaler) -> Reader:

@@ -17,7 +17,6 @@ import click
 import numpy as np
 
 from ..engine.api import Model
-from ..engine.score import LOGITS_BUDGET
 from ..scaling.rope import Scaler
 from .data import Text, tokenize_documents
 from .reader import ModelReader, Tokens
@@ -65,9 +64,7 @@ def accuracy(model: Model, texts: Sequence[Tokens]) -> Accuracy:
     reader = ModelReader(model)
     right = []
     for ids in texts:
-        guesses = [
-            rows.argmax(-1).cpu().numpy() for rows in reader.logits(ids, 1, lambda past, count: None, LOGITS_BUDGET)
-        ]
+        guesses = [rows.argmax(-1).cpu().numpy() for rows in reader.logits(ids, 1, lambda past, count: None)]
         right.append(np.concatenate(guesses) == np.array(ids[1:]))
     values = np.concatenate(right).astype(np.float32)
     low, high = block_interval(values)

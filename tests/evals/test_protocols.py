@@ -275,7 +275,7 @@ def test_harm_does_not_depend_on_how_much_is_held_at_once(monkeypatch):
     window = Window(ids=body(model)[:64], first=10, place="0:64")
     readers = ModelReader(model), ModelReader(model, parse("linear:2"))
     whole = compare_laws(*readers, window, lambda past, count: None)
-    monkeypatch.setattr("ropewalk.evals.harm.LOGITS_BUDGET", 257 * 5)
+    monkeypatch.setattr("ropewalk.engine.score.LOGITS_BUDGET", 257 * 5)
     monkeypatch.setattr("ropewalk.evals.harm._ROWS", 3)
     monkeypatch.setattr("ropewalk.engine.score.CHUNK", 7)
     steps = []
