@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, silu
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -27,12 +26,14 @@ from .family import decoder
 from .kernel import Score
 from .kernels import UNAVAILABLE
 from .kv_cache import CacheShape, KVCache, KVLayer
+from .layers import Layers
 from .memory import check_room
 from .network import Network, Path, Setting
 from .probe import layer_ropes, logits, probe_ids
 from .rotary import RotarySite, headline
 from .rotation import angles
 from .rows import Run
+from .skim import Sample, SkimmedChunk
 from .tables import KINDS, Stored, Tables, dtype_name, groups_of
 from .turns import Turns, retune
 
@@ -42,7 +43,6 @@ FEW = 16  # tokens up to which the compiled step is faster than a chunk in torch
 
 _VERIFIED = {torch.float32: 1e-4}  # difference of the logits, of their size, in the Euclidean norm
 _VERIFIED_16_BIT = 3e-2
-_HEAD_ROWS = 8192  # of the vocabulary that are widened at a time
 
 
 class CompiledNetwork(Network):
@@ -73,12 +73,13 @@ class CompiledNetwork(Network):
         ropes = layer_ropes(hf, sites)
         self._groups, self._group_of = groups_of(self._decoder, ropes)
         self._tables = Tables.of(self._decoder, self._groups, self._group_of)
-        self._scratch = torch.empty(0)
+        self._layers = Layers(self._decoder, self._tables)
         self._turns: list[Turns] = []
         self.use(Scaler(), None)
         self._verify()  # before anything is rounded
         if weights == "int8":
             self._tables = Tables.of(self._decoder, self._groups, self._group_of, Stored.in_int8)
+            self._layers = Layers(self._decoder, self._tables)
         if cache != "auto":
             self._dtype = getattr(torch, cache)
         elif weights == "int8":
@@ -227,7 +228,7 @@ class CompiledNetwork(Network):
         )
         for own, cache in rows:
             cache.advance(len(own))
-        return self._capped(torch.from_numpy(found))
+        return self._layers.capped(torch.from_numpy(found))
 
     def _turned(self, which: str, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Angles of all groups, [groups, forms, n, 2, half]; forms that a group lacks are filled up and not used."""
@@ -295,53 +296,22 @@ class CompiledNetwork(Network):
         """A chunk of one sequence, in torch: the logits of the last `keep` tokens, [keep, V]."""
         start, count = cache.length, len(ids)
         run = Run(None, 0, count, 0, start + count, 0)
-        chunk = [Chunk(turns, run) for turns in self._turns]
-        d = self._decoder
-        x_NE = d.embedding(torch.tensor(ids)).float()
-        for index, layer in enumerate(d.layers):
-            query, key, value, out, gate, up, down = self._tables.stored[index]
-            before, after, before_mlp, after_mlp, *head_norms = layer.norms
-            normed = _rms(x_NE, before, d.epsilon)
-            q, k, v = (self._apply(one, normed) for one in (query, key, value))
-            if not d.norms_whole:
-                q, k, v = (x.view(count, -1, d.head_dim) for x in (q, k, v))
-            q, k = (_rms(x, norm, d.epsilon) for x, norm in zip((q, k), head_norms, strict=True))
-            q, k, v = (x.reshape(count, -1, d.head_dim).transpose(0, 1)[None] for x in (q, k, v))
-            score = Score(scale=layer.scale, softcap=layer.softcap)
-            mixed = chunk[self._group_of[index]].attend(q, k, v, cache.layers[index], score)
-            x_NE = x_NE + _rms(self._apply(out, mixed[0].transpose(0, 1).reshape(count, -1)), after, d.epsilon)
-            normed = _rms(x_NE, before_mlp, d.epsilon)
-            gated = self._apply(gate, normed)
-            gated = silu(gated, inplace=True) if d.activation == "silu" else gelu(gated, approximate="tanh")
-            x_NE = x_NE + _rms(self._apply(down, gated.mul_(self._apply(up, normed))), after_mlp, d.epsilon)
-        last = _rms(x_NE[-keep:], d.final_norm, d.epsilon)
-        head = self._tables.stored_head
-        found = torch.empty(keep, head.weight.shape[0])
-        for r in range(0, found.shape[1], _HEAD_ROWS):
-            found[:, r : r + _HEAD_ROWS] = self._apply(head.rows(r, r + _HEAD_ROWS), last)
-        return self._capped(found)
+        chunks = [Chunk(turns, run) for turns in self._turns]
 
-    def _apply(self, one: Stored, x: Tensor) -> Tensor:
-        weight = one.weight
-        if weight.dtype != torch.float32:
-            if self._scratch.numel() < weight.numel():
-                with torch.inference_mode(False):  # so that calls outside of it may write there too
-                    self._scratch = torch.empty(weight.numel())
-            weight = self._scratch[: weight.numel()].view(weight.shape).copy_(weight)
-        if one.scale is None:
-            return linear(x, weight, one.bias)
-        out = linear(x, weight).mul_(one.scale)
-        return out if one.bias is None else out.add_(one.bias)
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
+            return chunks[self._group_of[index]].attend(q, k, v, cache.layers[index], score)
 
-    def _capped(self, found: Tensor) -> Tensor:
-        cap = self._decoder.softcap
-        return found if cap is None else torch.tanh(found / cap) * cap
+        return self._layers.logits(self._layers.run(ids, attend)[-keep:])
 
+    @torch.inference_mode()
+    def skim(self, ids: Sequence[int], sample: Sample, keep: int) -> Tensor:
+        """Read only the tokens of a sample of a text, `ids`: the logits of the last `keep`, [keep, V]."""
+        chunks = [SkimmedChunk(turns, sample) for turns in self._turns]
 
-def _rms(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
-    if weight is None:
-        return x
-    return torch.nn.functional.rms_norm(x, weight.shape, weight, epsilon)
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
+            return chunks[self._group_of[index]].attend(q, k, v, score)
+
+        return self._layers.logits(self._layers.run(ids, attend)[-keep:])
 
 
 def _share_threads() -> int:

@@ -1,0 +1,92 @@
+"""Skimming: a sample that leaves nothing out is the full reading, and a weight is as good as that many equal keys."""
+
+import math
+
+import pytest
+import torch
+from decoders import DECODERS, IDS, compiled, difference, in_chunks
+from test_compiled_scalers import LAYERED, LENGTH, SPECS, TOLERANCE
+
+import ropewalk as rw
+from ropewalk.engine.kernel import Score
+from ropewalk.engine.skim import Sample, SkimmedChunk
+from ropewalk.errors import ConfigError
+
+IDS_LIST = IDS[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def network():
+    return compiled(DECODERS["llama"]())
+
+
+def everything(stretch):
+    """A sample of all tokens, in stretches."""
+    far = (LENGTH - 30) // stretch * stretch
+    return Sample.of(LENGTH, local=LENGTH - far, far=far, stretch=stretch)
+
+
+@pytest.mark.parametrize("stretch", [110, 10])
+@pytest.mark.parametrize("spec", SPECS)
+def test_reading_everything_is_the_full_reading(network, spec, stretch):
+    network.use(rw.scaling.parse(spec), LENGTH)
+    sample = everything(stretch)
+    assert sample.positions.tolist() == list(range(LENGTH))
+    assert sample.log_weights.abs().max() == 0
+    found = network.skim(IDS_LIST, sample, LENGTH)
+    assert difference(found, in_chunks(network, [1000])) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", LAYERED)
+def test_windows_soft_caps_and_layers_without_rotation(family):
+    network = compiled(DECODERS[family]())
+    network.use(rw.scaling.parse("rerope:20|logn"), LENGTH)
+    assert difference(network.skim(IDS_LIST, everything(10), LENGTH), in_chunks(network, [1000])) < TOLERANCE
+
+
+def test_a_sample_is_evenly_spaced_and_weighs_what_was_left_out():
+    sample = Sample.of(1000, local=200, far=160, stretch=16)
+    assert len(sample.positions) == len(set(sample.positions.tolist())) == 360
+    assert sample.positions[:16].tolist() == list(range(16))
+    assert sample.positions[-200:].tolist() == list(range(800, 1000))
+    gaps = sample.positions.diff()
+    assert set(gaps[gaps != 1].tolist()) <= {71, 72, 73}  # (800 - 16) / 9 - 15, rounded
+    weights = sample.log_weights.exp()
+    assert weights[:4].tolist() == [1] * 4  # the first tokens are like no others
+    assert float(weights[:160].sum()) == pytest.approx(800)
+    assert sample.stretches.unique_consecutive().tolist() == list(range(11))
+
+
+@pytest.mark.parametrize("spec", ["none", "rerope:20|logn", "dual-chunk", "sink-window:30"])
+def test_a_key_counts_for_as_many_as_it_stands_for(network, spec):
+    """Against a softmax over keys that are literally repeated."""
+    network.use(rw.scaling.parse(spec), LENGTH)
+    sample = Sample.of(LENGTH, local=20, far=40, stretch=10)  # 120 tokens before: each of 36 stands for 116 / 36
+    sample = Sample(
+        positions=sample.positions, stretches=sample.stretches, log_weights=(sample.log_weights > 0) * math.log(3)
+    )
+    n, turns = len(sample.positions), network._turns[0]
+    g = torch.Generator().manual_seed(0)
+    heads, dim = 6, network._decoder.head_dim
+    q, k, v = (torch.randn(1, h, n, dim, generator=g) for h in (heads, 2, 2))
+    score = Score(scale=0.3)
+    found = SkimmedChunk(turns, sample).attend(q, k, v, score)
+    plain = Sample(positions=sample.positions, stretches=sample.stretches, log_weights=torch.zeros(n))
+    for query in (n - 1, n - 20, 15):
+        copies = torch.where(
+            (sample.stretches != sample.stretches[query]) & (sample.log_weights > 0), 3, 1
+        )  # of each key, for this query
+        copies[query + 1 :] = 0
+        index = torch.arange(n).repeat_interleave(copies)
+        index = torch.cat([index[index != query], torch.tensor([query])])
+        # The same positions several times: a sample may say so.
+        repeated = Sample(
+            positions=plain.positions[index], stretches=torch.zeros(len(index)), log_weights=torch.zeros(len(index))
+        )
+        expected = SkimmedChunk(turns, repeated).attend(q[:, :, index], k[:, :, index], v[:, :, index], score)
+        torch.testing.assert_close(found[:, :, query], expected[:, :, -1], atol=2e-6, rtol=1e-5)
+
+
+def test_a_sample_that_cannot_be_had():
+    with pytest.raises(ConfigError, match="10 stretches of 16 tokens and 900 more cannot be had of 1000"):
+        Sample.of(1000, local=900, far=160, stretch=16)
