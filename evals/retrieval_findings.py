@@ -9,7 +9,7 @@ from .compare import UNTOUCHED
 from .effective_length import LEAST_FOUND, LEAST_KEPT, reach
 from .result import Row
 from .retrieval_score import ENOUGH, Setting, settings
-from .retrieval_table import show_share
+from .score_grids import share
 from .tasks import RULER, SUITES
 
 
@@ -33,7 +33,7 @@ def _longest(setting: Setting) -> list[str]:
     scores = {rope: own for rope in setting.methods if (own := setting.score(rope, at)) is not None}
     best = max(scores, key=lambda rope: scores[rope].mean)
     parts = [
-        f"at {format_length(at)}, the longest measured, {_name(best)} is right in {show_share(scores[best])} of "
+        f"at {format_length(at)}, the longest measured, {_name(best)} is right in {share(scores[best]).text} of "
         f"{scores[best].trials} trials"
     ]
     if len(scores) > 1:
