@@ -22,7 +22,7 @@ from .score_grids import score_grids
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class TableCell:
     """One method in one column.
 
     Args:
@@ -57,7 +57,7 @@ class Table:
     caption: str
     methods: tuple[str, ...]
     columns: tuple[str, ...]
-    cells: tuple[tuple[Cell, ...], ...]
+    cells: tuple[tuple[TableCell, ...], ...]
 
     def to_markdown(self) -> str:
         """A Markdown table under its caption, the best of each column in bold."""
@@ -82,7 +82,7 @@ def loss_table(rows: Sequence[Row]) -> Table:
         texts = sorted((cells[index].text for cells in grid if cells[index].row), key=float)
         for cells in grid if len(texts) > 1 else ():
             if cells[index].text == texts[0]:
-                cells[index] = Cell(row=cells[index].row, is_best=True)
+                cells[index] = TableCell(row=cells[index].row, is_best=True)
     return Table(
         caption=caption(group),
         methods=tuple(methods),
@@ -136,9 +136,9 @@ def write_tables(run: Run) -> tuple[Path, Path]:
     return markdown, csv_file
 
 
-def _cell(group: Sequence[Row], rope: str, at: compare.Column) -> Cell:
+def _cell(group: Sequence[Row], rope: str, at: compare.Column) -> TableCell:
     row = compare.measured(group, rope, at)
-    return Cell(row=row, reason="" if row else compare.reason(compare.cell(group, rope, at)))
+    return TableCell(row=row, reason="" if row else compare.reason(compare.cell(group, rope, at)))
 
 
 def _flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
