@@ -2,10 +2,10 @@
 
 import math
 import random
-import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from drawings import texts
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image
@@ -179,11 +179,6 @@ def test_tables():
     assert "| `none` | not run | 34%" in over.to_markdown()
     assert "| `niah_single_1` | 100% (51-100) | 100% (51-100) |" in by_task.to_markdown()
     assert "| `niah_single_2` | not run | 50% |" in by_task.to_markdown()
-
-
-def texts(svg):
-    tree = ET.parse(svg)
-    return ["".join(element.itertext()).strip() for element in tree.iter("{http://www.w3.org/2000/svg}text")]
 
 
 def make_run(folder, rows):
