@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..engine.options import loads_a_model
+from .measurement import Measurement, deadline_in, measures
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -35,46 +35,39 @@ def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
     + "  ropewalk ppl smollm2-135m --protocol by-position --rope none --rope yarn:2 --lengths 2x\n"
     + "  ropewalk ppl smollm2-135m --protocol harm --rope yarn:2 --rope linear:2 --lengths 1k,1x --samples 4"
 )
-@click.argument("model")
-@click.option("--rope", "ropes", multiple=True, default=("none",), show_default=True, help="Scaler; may be repeated.")
-@click.option("--lengths", default="0.25x,0.5x,1x,2x", show_default=True, help="Contexts, separated by commas.")
-@click.option(
-    "--text",
-    default="shakespeare",
-    show_default=True,
-    help="kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder.",
+@measures(
+    click.option(
+        "--text",
+        default="shakespeare",
+        show_default=True,
+        help="kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder.",
+    ),
+    click.option(
+        "--protocol",
+        default="fixed-target",
+        show_default=True,
+        help="fixed-target, by-position, sliding, truncate, llamacpp, disjoint, longppl, repeat or harm "
+        "(docs/perplexity.md).",
+    ),
+    click.option(
+        "--target",
+        type=int,
+        help="fixed-target, longppl, repeat: tokens scored at the end; harm too.  [default: 1024; harm: all]",
+    ),
+    click.option(
+        "--samples",
+        type=int,
+        help="by-position, truncate: documents; fixed-target, longppl, repeat, harm: places in the text.  [default: 1]",
+    ),
+    click.option("--stride", type=int, help="sliding: tokens by which the window moves.  [default: 256]"),
+    click.option("--tokens", help="sliding, llamacpp, disjoint: tokens of the text that are read.  [default: 32k]"),
+    click.option("--judge", help="longppl: the scaler that chooses the key tokens.  [default: dual-chunk]"),
+    loads_a_model,
+    lengths=("0.25x,0.5x,1x,2x", "Contexts, separated by commas."),
+    out="runs/MODEL-TEXT",
 )
-@click.option(
-    "--protocol",
-    default="fixed-target",
-    show_default=True,
-    help="fixed-target, by-position, sliding, truncate, llamacpp, disjoint, longppl, repeat or harm "
-    "(docs/perplexity.md).",
-)
-@click.option(
-    "--target",
-    type=int,
-    help="fixed-target, longppl, repeat: tokens scored at the end; harm too.  [default: 1024; harm: all]",
-)
-@click.option(
-    "--samples",
-    type=int,
-    help="by-position, truncate: documents; fixed-target, longppl, repeat, harm: places in the text.  [default: 1]",
-)
-@click.option("--stride", type=int, help="sliding: tokens by which the window moves.  [default: 256]")
-@click.option("--tokens", help="sliding, llamacpp, disjoint: tokens of the text that are read.  [default: 32k]")
-@click.option("--judge", help="longppl: the scaler that chooses the key tokens.  [default: dual-chunk]")
-@loads_a_model
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the results  [default: runs/MODEL-TEXT]",
-)
-@click.option("--max-minutes", type=float, help="Leave out what would not finish in this time.")
-@click.option("--dry-run", is_flag=True, help="Print what would be measured, and how long it would take.")
 def ppl(
-    model: str,
-    ropes: tuple[str, ...],
+    asked: Measurement,
     lengths: str,
     text: str,
     protocol: str,
@@ -84,44 +77,28 @@ def ppl(
     tokens: str | None,
     judge: str | None,
     loading: dict[str, Any],
-    out: Path | None,
-    max_minutes: float | None,
-    dry_run: bool,
 ) -> None:
     """Loss and perplexity of MODEL across context lengths, for every --rope.
 
     A run resumes: cells that are in --out already are not measured again. The folder gets results.jsonl, table.md,
     table.csv, plots and a self-contained report.html.
     """
-    deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+    deadline = deadline_in(asked.max_minutes)
     from ..engine.load import load
-    from ..scaling import parse, parse_length
-    from . import runner
+    from ..scaling import parse_length
     from .compare import short
     from .data import load_text
     from .perplexity_cell import cells as cells_of
     from .protocols import protocol as named_protocol
-    from .publish import print_results, publish
-    from .result import Run
 
     given = {"target": target, "samples": samples, "stride": stride, "judge": judge}
     settings = _settings(protocol, given | {"text_tokens": parse_length(tokens) if tokens else None})
-    console = runner.new_console()
-    scalers = [parse(rope) for rope in ropes]
-    documents = load_text(text)
-    loaded = load(model, **loading)
+    scalers, documents = asked.scalers(), load_text(text)
+    loaded = load(asked.model, **loading)
     contexts = tuple(parse_length(length, loaded.trained_length) for length in lengths.split(","))
     cells = cells_of(loaded, documents, scalers, named_protocol(protocol, contexts, **settings))
-    if dry_run:
-        runner.print_plan(loaded, cells, console)
-        return
-    folder = out or Path("runs") / f"{Path(model).name}-{Path(text).stem}"
-    run = Run(folder)
-    run.write_environment()
-    outcome = runner.measure_all(loaded, cells, run, console, deadline=deadline)
-    if runner.is_main():
-        files = publish(run, title=f"{short(loaded.name)} on {short(text)}")
-        print_results(run, files, outcome.left_out, console)
+    title = f"{short(loaded.name)} on {short(text)}"
+    asked.carry_out(loaded, cells, name=Path(text).stem, title=title, deadline=deadline)
 
 
 @click.command(epilog=EXAMPLES + "  ropewalk demo\n  ropewalk demo --full --out runs/full")

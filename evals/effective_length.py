@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..scaling import format_length
 from .compare import Difference
 from .result import Row
-from .retrieval_score import Score
+from .retrieval_score import Score, Setting
+from .tasks import RULER, SUITES
 
 TOLERANCE = 0.02
 """Nats per token by which a context may be worse than the trained length and still count."""
@@ -102,3 +104,27 @@ def reach(scores: Mapping[int, Score], least: float) -> Reach:
         certain=up_to({length: score.low for length, score in scores.items()}),
         longest=lengths[-1],
     )
+
+
+def reaches(setting: Setting) -> dict[str, Reach]:
+    """How far the methods of a setting find things, each by the rule of its suite.
+
+    Passkey, niah and kv: `LEAST_FOUND`. RULER-11: `LEAST_KEPT` of the method's own score at the trained length, so
+    only where all its tasks were asked, and of methods that were asked at that length.
+    """
+    of_own, trained = setting.suite == RULER, setting.trained_length
+    if of_own and setting.tasks != [*SUITES[RULER]]:
+        return {}
+    found = {}
+    for rope in setting.methods:
+        scores = setting.scores(rope)
+        if scores and (trained in scores or not of_own):
+            found[rope] = reach(scores, LEAST_KEPT * scores[trained].mean if of_own else LEAST_FOUND)
+    return found
+
+
+def length_or_more(length: int | None, longest: int) -> str:
+    """`8k`, `16k or more` where 16k is the longest measured, or `none measured`."""
+    if length is None:
+        return "none measured"
+    return f"{format_length(length)} or more" if length == longest else format_length(length)

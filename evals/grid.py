@@ -1,8 +1,8 @@
-"""Tables of the report, as its template sees them."""
+"""Tables as the report's template sees them, and as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -14,6 +14,12 @@ class Shown:
     small: tuple[str, ...] = ()
     css: str = ""
     tip: str = ""
+
+    @property
+    def text(self) -> str:
+        """In one line: `85% (64-95), n=20`."""
+        head = f"{self.main} ({self.small[0]})" if self.small else self.main
+        return ", ".join((head, *self.small[1:]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +34,8 @@ class Grid:
 
     def to_markdown(self) -> str:
         """A Markdown table under its title and note."""
-        lines = [f"{self.title}. {self.note}", "", f"| {self.corner} | {' | '.join(self.columns)} |"]
-        lines.append("|---" * (len(self.columns) + 1) + "|")
-        for name, cells in self.rows:
-            texts = [" ".join((cell.main, *(f"({line})" for line in cell.small))) for cell in cells]
-            # A pipe ends a Markdown cell even between backticks.
-            lines.append(f"| `{name.replace('|', chr(92) + '|')}` | {' | '.join(texts)} |")
-        return "\n".join(lines) + "\n"
+        rows = [(name, [cell.text for cell in cells]) for name, cells in self.rows]
+        return markdown_table(f"{self.title}. {self.note}", self.columns, rows, self.corner)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,22 @@ class Section:
 
 
 NOTHING = Shown(main="–", css="none")
+"""A cell that has no value."""
+
+NOT_RUN = Shown(main="not run", css="none")
 """A cell that was not measured."""
+
+
+def markdown_table(
+    caption: str, columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], corner: str = "method"
+) -> str:
+    """A Markdown table under its caption; the rows are (name, texts), and `corner` says what the names are."""
+    lines = [caption, "", f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, texts in rows:
+        cells = [f"`{name}`", *texts]
+        # A pipe ends a Markdown cell even between backticks.
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def signed(value: float) -> str:

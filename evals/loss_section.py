@@ -11,7 +11,7 @@ from .effective_length import TOLERANCE, is_kept
 from .extra_grids import extra_grids
 from .grid import NOTHING, Grid, Section, Shown, interval, signed, span
 from .result import Row, Run
-from .table import Cell, loss_table
+from .table import TableCell, loss_table
 
 _PROTOCOLS = {
     "fixed-target": "Windows of every context length end at the same place, and the same last tokens are scored in "
@@ -38,11 +38,11 @@ def loss_section(run: Run, group: list[Row]) -> Section:
     base, delta = compare.reference(group), compare.deltas(run, group)
     trained = format_length(group[0]["trained_length"])
 
-    def grid(title: str, note: str, show: Callable[[Cell], Shown]) -> Grid:
+    def grid(title: str, note: str, show: Callable[[TableCell], Shown]) -> Grid:
         rows = [(m, [show(c) for c in cells]) for m, cells in zip(table.methods, table.cells, strict=True)]
         return Grid(title=title, note=note, columns=table.columns, rows=rows)
 
-    def show_delta(cell: Cell) -> Shown:
+    def show_delta(cell: TableCell) -> Shown:
         change = delta.get(cell.row["key"]) if cell.row else None
         if change is None:
             return NOTHING
@@ -74,7 +74,7 @@ def loss_section(run: Run, group: list[Row]) -> Section:
     return Section(caption=table.caption, grids=grids, method=_method(group))
 
 
-def _loss(cell: Cell) -> Shown:
+def _loss(cell: TableCell) -> Shown:
     if cell.row is None:
         return Shown(main="not run", small=(cell.reason,) if cell.reason else (), css="none")
     row = cell.row
@@ -83,7 +83,7 @@ def _loss(cell: Cell) -> Shown:
     return Shown(main=cell.text, small=small, css="best" if cell.is_best else "", tip=tip)
 
 
-def _speed(cell: Cell) -> Shown:
+def _speed(cell: TableCell) -> Shown:
     if cell.row is None:
         return NOTHING
     memory = cell.row.get("peak_memory_mb")

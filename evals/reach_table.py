@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..scaling import format_length
 from . import compare
 from .compare import UNTOUCHED
-from .effective_length import LEAST_FOUND, LEAST_KEPT, TOLERANCE, effective_length, reach
+from .effective_length import LEAST_FOUND, LEAST_KEPT, TOLERANCE, effective_length, length_or_more, reaches
 from .fixed_target import FixedTarget
 from .grid import NOTHING, Grid, Shown
 from .result import Row, Run
-from .retrieval_score import Setting, settings
-from .tasks import RULER, SUITES
+from .retrieval_score import settings
 
 _NOTE = (
     f"Loss: the largest context whose difference to the untouched model at its trained length has an upper bound of "
@@ -29,8 +27,10 @@ def reach_table(run: Run) -> Grid | None:
         if group[0]["protocol"] == FixedTarget.name and (found := _by_loss(run, group)):
             columns[_free(f"loss on {compare.short(group[0]['text'])}", columns)] = found
     for setting in settings(run.rows):
-        if found := _by_score(setting):
-            columns[_free(setting.name, columns)] = found
+        if by_score := reaches(setting):
+            columns[_free(setting.name, columns)] = {
+                rope: _shown(own.length, own.certain, own.longest) for rope, own in by_score.items()
+            }
     if not columns:
         return None
     methods = sorted(dict.fromkeys(rope for own in columns.values() for rope in own), key=lambda r: r != UNTOUCHED)
@@ -54,24 +54,6 @@ def _by_loss(run: Run, group: Sequence[Row]) -> dict[str, Shown]:
     return {rope: _shown(own.length, own.length, longest) for rope, own in found.items() if own is not None}
 
 
-def _by_score(setting: Setting) -> dict[str, Shown]:
-    """The same conditions as `retrieval_findings`: all of RULER-11, and the trained length among the lengths."""
-    of_own, trained = setting.suite == RULER, setting.trained_length
-    found = {}
-    for rope in setting.methods:
-        scores = setting.scores(rope)
-        if scores and not (of_own and (trained not in scores or setting.tasks != [*SUITES[RULER]])):
-            own = reach(scores, LEAST_KEPT * scores[trained].mean if of_own else LEAST_FOUND)
-            found[rope] = _shown(own.length, own.certain, own.longest)
-    return found
-
-
 def _shown(length: int | None, certain: int | None, longest: int) -> Shown:
-    small = () if certain == length else (f"surely {_length(certain, longest)}",)
-    return Shown(main=_length(length, longest), small=small, css="" if length else "none")
-
-
-def _length(length: int | None, longest: int) -> str:
-    if length is None:
-        return "none measured"
-    return f"{format_length(length)} or more" if length == longest else format_length(length)
+    small = () if certain == length else (f"surely {length_or_more(certain, longest)}",)
+    return Shown(main=length_or_more(length, longest), small=small, css="" if length else "none")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ..engine.options import loads_a_model
+from .measurement import Measurement, deadline_in, measures
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -25,44 +24,25 @@ _TEXT = click.option(
     show_default=True,
     help="The haystack: kjv, shakespeare, pydoc, stdlib, code, or a file or folder.",
 )
-_SHARED = (
-    click.argument("model"),
-    click.option(
-        "--rope", "ropes", multiple=True, default=("none",), show_default=True, help="Scaler; may be repeated."
-    ),
-    click.option("--lengths", default="0.5x,1x,2x", show_default=True, help="Tokens of prompt and answer together."),
-    click.option(
-        "--trials",
-        default=20,
-        show_default=True,
-        type=click.IntRange(min=1),
-        help="Prompts for each scaler, length and depth; below 20 intervals are wide.",
-    ),
-    click.option(
-        "--fake",
-        type=click.Choice(["uniform", "oracle"]),
-        help="Check the harness: a network that knows nothing, or every answer.",
-    ),
-    click.option(
-        "--out",
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder for the results  [default: runs/MODEL-COMMAND]",
-    ),
-    click.option("--max-minutes", type=float, help="Leave out what would not finish in this time."),
-    click.option("--dry-run", is_flag=True, help="Print what would be measured, and how long it would take."),
-    loads_a_model,
+_TRIALS = click.option(
+    "--trials",
+    default=20,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Prompts for each scaler, length and depth; below 20 intervals are wide.",
+)
+_FAKE = click.option(
+    "--fake",
+    type=click.Choice(["uniform", "oracle"]),
+    help="Check the harness: a network that knows nothing, or every answer.",
 )
 
 
 def _asks(*own: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The options of a command: the shared ones, and its `own` after them."""
-
-    def decorate(command: Any) -> Any:
-        for option in reversed((*_SHARED[:3], *own, *_SHARED[3:])):
-            command = option(command)
-        return command
-
-    return decorate
+    """The options of a command: its `own` among those that all of them have."""
+    lengths = ("0.5x,1x,2x", "Tokens of prompt and answer together.")
+    shared = measures(*own, _TRIALS, _FAKE, lengths=lengths, out="runs/MODEL-COMMAND")
+    return lambda command: shared(loads_a_model(command))
 
 
 @click.command(
@@ -129,37 +109,29 @@ def ruler(tasks: str, **options: Any) -> None:
 def _run(
     suite: str,
     *,
-    model: str,
-    ropes: tuple[str, ...],
+    asked: Measurement,
     lengths: str,
     trials: int,
     fake: str | None,
-    out: Path | None,
-    max_minutes: float | None,
-    dry_run: bool,
     loading: dict[str, Any],
     depths: str = "",
     text: str | None = None,
     tasks: str = "all",
 ) -> None:
-    deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+    deadline = deadline_in(asked.max_minutes)
     from ..engine.load import load
-    from ..scaling import parse, parse_length
-    from . import runner
+    from ..scaling import parse_length
     from .compare import short
     from .data import load_text
-    from .publish import print_results, publish
-    from .result import Run
     from .retrieval import cells
     from .stand_in import Oracle, replace_network
     from .tasks import TASKS
 
-    console = runner.new_console()
     names = _names(tasks, suite)
-    scalers = [parse(rope) for rope in ropes]
+    scalers = asked.scalers()
     shares = _numbers(depths)
     haystack = None if text is None else load_text(text)
-    loaded = load(model, **loading, max_length=2**31)  # past the scaler's reach is what is looked at here
+    loaded = load(asked.model, **loading, max_length=2**31)  # past the scaler's reach is what is looked at here
     stand_in = replace_network(loaded, fake) if fake else None
     planned = cells(
         loaded,
@@ -171,15 +143,8 @@ def _run(
         text=haystack,
         **({"before": stand_in.learn} if isinstance(stand_in, Oracle) else {}),
     )
-    if dry_run:
-        runner.print_plan(loaded, planned, console)
-        return
-    run = Run(out or Path("runs") / f"{Path(model).name}-{click.get_current_context().info_name}")
-    run.write_environment()
-    outcome = runner.measure_all(loaded, planned, run, console, deadline=deadline)
-    if runner.is_main():
-        files = publish(run, title=f"{short(loaded.name)}: {click.get_current_context().info_name}")
-        print_results(run, files, outcome.left_out, console)
+    command = str(click.get_current_context().info_name)
+    asked.carry_out(loaded, planned, name=command, title=f"{short(loaded.name)}: {command}", deadline=deadline)
 
 
 def _names(tasks: str, suite: str) -> list[str]:

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from ..scaling import format_length
 from .compare import UNTOUCHED
-from .effective_length import LEAST_FOUND, LEAST_KEPT, reach
+from .effective_length import LEAST_FOUND, LEAST_KEPT, length_or_more, reaches
 from .result import Row
 from .retrieval_score import ENOUGH, Setting, settings
-from .retrieval_table import show_share
-from .tasks import RULER, SUITES
+from .score_grids import share
+from .tasks import RULER
 
 
 def retrieval_findings(rows: Iterable[Row]) -> list[str]:
@@ -33,7 +33,7 @@ def _longest(setting: Setting) -> list[str]:
     scores = {rope: own for rope in setting.methods if (own := setting.score(rope, at)) is not None}
     best = max(scores, key=lambda rope: scores[rope].mean)
     parts = [
-        f"at {format_length(at)}, the longest measured, {_name(best)} is right in {show_share(scores[best])} of "
+        f"at {format_length(at)}, the longest measured, {_name(best)} is right in {share(scores[best]).text} of "
         f"{scores[best].trials} trials"
     ]
     if len(scores) > 1:
@@ -47,23 +47,14 @@ def _longest(setting: Setting) -> list[str]:
 
 
 def _reaches(setting: Setting) -> list[str]:
-    L = setting.trained_length
-    of_own = setting.suite == RULER
-    if of_own and setting.tasks != [*SUITES[RULER]]:
-        return []
     parts = []
-    for rope in setting.methods:
-        scores = setting.scores(rope)
-        if not scores or (of_own and L not in scores):
-            continue
-        found = reach(scores, LEAST_KEPT * scores[L].mean if of_own else LEAST_FOUND)
-        parts.append(
-            f"{_name(rope)} {_reached(found.length, found.longest)}"
-            + ("" if found.certain == found.length else f" (lower bounds: {_reached(found.certain, found.longest)})")
-        )
+    for rope, found in reaches(setting).items():
+        length, certain = (length_or_more(one, found.longest) for one in (found.length, found.certain))
+        parts.append(f"{_name(rope)} {length}" + ("" if certain == length else f" (lower bounds: {certain})"))
     if not parts:
         return []
-    least = f"{LEAST_KEPT:.0%} of the method's own score at {format_length(L)}" if of_own else f"{LEAST_FOUND:.0%}"
+    own = f"{LEAST_KEPT:.0%} of the method's own score at {format_length(setting.trained_length)}"
+    least = own if setting.suite == RULER else f"{LEAST_FOUND:.0%}"
     rule = f"largest measured length that scores at least {least}, as do all measured below it"
     return [f"effective length ({rule}): {'; '.join(parts)}."]
 
@@ -83,12 +74,6 @@ def _few(setting: Setting) -> list[str]:
         return []
     wide = "the interval of 50% is 24% to 76% with 10 trials and 30% to 70% with 20"
     return [f"warning: cells of one length and depth or task have as few as {fewest} trials; {wide}."]
-
-
-def _reached(length: int | None, longest: int) -> str:
-    if length is None:
-        return "none measured"
-    return f"{format_length(length)} or more" if length == longest else format_length(length)
 
 
 def _name(rope: str) -> str:

@@ -133,6 +133,11 @@ class Setting:
         row = self.rows[0]
         return f"{short(row['model'])} ({row['dtype']})" + (f" on {short(row['text'])}" if row["text"] else "")
 
+    @property
+    def caption(self) -> str:
+        """What was asked on what, in one line."""
+        return f"{self.name}: {self.measured_on}."
+
     def score(self, rope: str, length: int, *, task: str | None = None, depth: float | None = None) -> Score | None:
         """Of these trials; None if there are none. Over several tasks, None too while one of them is missing."""
         rows = [

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from ..scaling import format_length
-from .grid import NOTHING, Grid, Section, Shown, interval, span
-from .retrieval_score import Score, Setting
+from .grid import Section, span
+from .retrieval_score import Setting
+from .score_grids import score_grids
 
 _SUITES = {
     "passkey": "A number of five digits stands in a long text of the same few sentences, and is asked for at its end.",
@@ -19,49 +18,8 @@ _SUITES = {
 
 
 def score_section(setting: Setting) -> Section:
-    """Right answers and log-probabilities by method and length, and by task where there are several."""
-    by_method = [(rope, setting.scores(rope)) for rope in setting.methods]
-    grids = [
-        _grid(
-            "Right answers",
-            "Share of the trials whose written answer is right, with 95% intervals; trials below.",
-            setting,
-            [(rope, [_share(found.get(length)) for length in setting.lengths]) for rope, found in by_method],
-        ),
-        _grid(
-            "Log-probability of the right answer, nats a token",
-            "Of the right answer's own tokens behind the prompt: a graded signal where no answer is right yet.",
-            setting,
-            [(rope, [_nats(found.get(length)) for length in setting.lengths]) for rope, found in by_method],
-        ),
-    ]
-    if len(setting.tasks) > 1:
-        for rope in setting.methods:
-            scores = [
-                (task, [_share(setting.score(rope, length, task=task)) for length in setting.lengths])
-                for task in setting.tasks
-            ]
-            grids.append(_grid(f"Right answers by task, {rope}", "Parts of an answer count.", setting, scores, "task"))
-    return Section(caption=f"{setting.name}: {setting.measured_on}.", grids=grids, method=_method(setting))
-
-
-def _grid(title: str, note: str, setting: Setting, rows: list[tuple[str, list[Shown]]], corner: str = "method") -> Grid:
-    return Grid(title=title, note=note, columns=tuple(map(format_length, setting.lengths)), rows=rows, corner=corner)
-
-
-def _share(score: Score | None) -> Shown:
-    if score is None:
-        return NOTHING
-    small = (f"{100 * score.low:.0f} to {100 * score.high:.0f} %",) if math.isfinite(score.low) else ()
-    return Shown(main=f"{100 * score.mean:.0f} %", small=(*small, f"n = {score.trials}"))
-
-
-def _nats(score: Score | None) -> Shown:
-    if score is None:
-        return NOTHING
-    low, high = score.nats_interval
-    small = (interval(low, high),) if math.isfinite(low) else ()
-    return Shown(main=f"{score.nats:.3f}".replace("-", "−"), small=small)
+    """The retrieval rows of one setting."""
+    return Section(caption=setting.caption, grids=score_grids(setting), method=_method(setting))
 
 
 def _method(setting: Setting) -> dict[str, str]:

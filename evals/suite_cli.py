@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..engine.options import loads_a_model
+from .measurement import Measurement, deadline_in, measures
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -21,66 +21,37 @@ _NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
     epilog=EXAMPLES + "  ropewalk all smollm2-135m --preset smoke\n"
     '  ropewalk all ./my-model --rope none --rope yarn:4 --rope "rerope:2k|logn" --preset full --out runs/mine',
 )
-@click.argument("model")
-@click.option(
-    "--rope",
-    "ropes",
-    multiple=True,
-    default=("none", "yarn:2"),
-    show_default=True,
-    help="Scaler; may be repeated.",
+@measures(
+    click.option(
+        "--preset",
+        type=click.Choice(["smoke", "quick", "full"]),
+        default="quick",
+        show_default=True,
+        help="About 1 minute, 10 minutes, or all the time it takes, for a model of 135M on two cores.",
+    ),
+    click.option("--text", default="shakespeare", show_default=True, help="As of `ropewalk ppl`; the haystack too."),
+    loads_a_model,
+    ropes=("none", "yarn:2"),
+    out="runs/MODEL-PRESET",
+    max_minutes="Instead of the preset's.",
 )
-@click.option(
-    "--preset",
-    type=click.Choice(["smoke", "quick", "full"]),
-    default="quick",
-    show_default=True,
-    help="About 1 minute, 10 minutes, or all the time it takes, for a model of 135M on two cores.",
-)
-@click.option("--text", default="shakespeare", show_default=True, help="As of `ropewalk ppl`; the haystack too.")
-@loads_a_model
-@click.option("--out", type=_NEW_FOLDER, help="Folder for the results  [default: runs/MODEL-PRESET]")
-@click.option("--max-minutes", type=float, help="Instead of the preset's.")
-@click.option("--dry-run", is_flag=True, help="Print what would be measured, and how long it would take.")
-def all_(
-    model: str,
-    ropes: tuple[str, ...],
-    preset: str,
-    text: str,
-    loading: dict[str, Any],
-    out: Path | None,
-    max_minutes: float | None,
-    dry_run: bool,
-) -> None:
+def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) -> None:
     """Everything at once: loss against context, harm within the trained length, passkeys, RULER-11.
 
     The model is loaded once for all scalers. A run resumes; what did not fit into the preset's minutes is named, and
     the same command again measures it.
     """
     from ..engine.load import load
-    from ..scaling import parse
-    from . import runner
     from .compare import short
     from .data import load_text
     from .preset import PRESETS
-    from .publish import print_results, publish
-    from .result import Run
 
-    console, chosen = runner.new_console(), PRESETS[preset]
-    scalers, document = [parse(rope) for rope in ropes], load_text(text)
-    loaded = load(model, **loading, max_length=2**31)  # past a scaler's reach is what is looked at here
+    chosen, scalers, document = PRESETS[preset], asked.scalers(), load_text(text)
+    loaded = load(asked.model, **loading, max_length=2**31)  # past a scaler's reach is what is looked at here
     cells = chosen.cells(loaded, document, scalers)
-    if dry_run:
-        runner.print_plan(loaded, cells, console)
-        return
-    run = Run(out or Path("runs") / f"{Path(model).name}-{preset}")
-    run.write_environment()
-    minutes = chosen.minutes if max_minutes is None else max_minutes
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    outcome = runner.measure_all(loaded, cells, run, console, deadline=deadline)
-    if runner.is_main():
-        files = publish(run, title=f"{short(loaded.name)}: {', '.join(ropes)}")
-        print_results(run, files, outcome.left_out, console)
+    minutes = chosen.minutes if asked.max_minutes is None else asked.max_minutes
+    title = f"{short(loaded.name)}: {', '.join(asked.ropes)}"
+    asked.carry_out(loaded, cells, name=preset, title=title, deadline=deadline_in(minutes))
 
 
 @click.command(

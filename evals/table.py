@@ -13,14 +13,16 @@ from typing import Any
 from ..errors import DataError
 from . import compare
 from .extra_grids import extra_grids
+from .grid import markdown_table
 from .protocols import PROTOCOLS
 from .reach_table import reach_table
 from .result import Row, Run, write_atomic
-from .retrieval_table import retrieval_tables
+from .retrieval_score import settings
+from .score_grids import score_grids
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class TableCell:
     """One method in one column.
 
     Args:
@@ -55,21 +57,12 @@ class Table:
     caption: str
     methods: tuple[str, ...]
     columns: tuple[str, ...]
-    cells: tuple[tuple[Cell, ...], ...]
+    cells: tuple[tuple[TableCell, ...], ...]
 
     def to_markdown(self) -> str:
         """A Markdown table under its caption, the best of each column in bold."""
-        lines = [
-            self.caption,
-            "",
-            f"| method | {' | '.join(self.columns)} |",
-            "|---" * (len(self.columns) + 1) + "|",
-        ]
-        for method, cells in zip(self.methods, self.cells, strict=True):
-            texts = [f"**{cell.text}**" if cell.is_best else cell.text.replace("|", "\\|") for cell in cells]
-            # A pipe ends a Markdown cell even between backticks.
-            lines.append(f"| `{method.replace('|', chr(92) + '|')}` | {' | '.join(texts)} |")
-        return "\n".join(lines) + "\n"
+        texts = [[f"**{cell.text}**" if cell.is_best else cell.text for cell in cells] for cells in self.cells]
+        return markdown_table(self.caption, self.columns, zip(self.methods, texts, strict=True))
 
 
 def loss_table(rows: Sequence[Row]) -> Table:
@@ -89,7 +82,7 @@ def loss_table(rows: Sequence[Row]) -> Table:
         texts = sorted((cells[index].text for cells in grid if cells[index].row), key=float)
         for cells in grid if len(texts) > 1 else ():
             if cells[index].text == texts[0]:
-                cells[index] = Cell(row=cells[index].row, is_best=True)
+                cells[index] = TableCell(row=cells[index].row, is_best=True)
     return Table(
         caption=caption(group),
         methods=tuple(methods),
@@ -128,7 +121,8 @@ def write_tables(run: Run) -> tuple[Path, Path]:
         for group in groups
         for text in (loss_table(group).to_markdown(), *(grid.to_markdown() for grid in extra_grids(group)))
     ]
-    texts += [table.to_markdown() for table in retrieval_tables(run.rows)]
+    for setting in settings(run.rows):
+        texts += [f"{setting.caption}\n", *(grid.to_markdown() for grid in score_grids(setting))]
     if (reaches := reach_table(run)) is not None:
         texts.append(reaches.to_markdown())
     write_atomic(markdown, ("\n".join(texts) or "Nothing has been measured yet.\n").encode())
@@ -142,9 +136,9 @@ def write_tables(run: Run) -> tuple[Path, Path]:
     return markdown, csv_file
 
 
-def _cell(group: Sequence[Row], rope: str, at: compare.Column) -> Cell:
+def _cell(group: Sequence[Row], rope: str, at: compare.Column) -> TableCell:
     row = compare.measured(group, rope, at)
-    return Cell(row=row, reason="" if row else compare.reason(compare.cell(group, rope, at)))
+    return TableCell(row=row, reason="" if row else compare.reason(compare.cell(group, rope, at)))
 
 
 def _flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

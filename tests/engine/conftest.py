@@ -5,6 +5,21 @@ import ctypes
 import pytest
 from families import FAMILIES
 
+import ropewalk as rw
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    """The tiny model in the compiled network, with room beyond its trained length."""
+    return rw.load(tiny_folder, max_length=4096, compile=True)
+
+
+@pytest.fixture
+def untouched(model):
+    """Every test finds the model without a scaler, whatever the one before it did."""
+    yield
+    model.rope = None
+
 
 @pytest.fixture(scope="module")
 def llama():

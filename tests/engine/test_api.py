@@ -7,6 +7,8 @@ from transformers import AutoModelForCausalLM
 import ropewalk as rw
 from ropewalk.engine import api
 
+pytestmark = pytest.mark.usefixtures("untouched")
+
 GREEDY = rw.SamplingParams(max_new_tokens=12, temperature=0)
 TEXT = "def main(argv=None):\n    parser = argparse.ArgumentParser()\n    for name in sorted(names):\n" * 4
 
@@ -14,12 +16,6 @@ TEXT = "def main(argv=None):\n    parser = argparse.ArgumentParser()\n    for na
 @pytest.fixture(scope="module")
 def model(tiny_folder):
     return rw.load(tiny_folder)
-
-
-@pytest.fixture(autouse=True)
-def untouched(model):
-    yield
-    model.rope = None
 
 
 @pytest.fixture(scope="module")

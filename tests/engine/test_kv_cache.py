@@ -133,11 +133,6 @@ def int8(tiny_folder):
     return rw.load(tiny_folder, kv_dtype="int8", max_length=4096, compile=True)
 
 
-@pytest.fixture(scope="module")
-def model(tiny_folder):
-    return rw.load(tiny_folder, max_length=4096, compile=True)
-
-
 @torch.inference_mode()
 def test_a_step_and_a_chunk_write_the_same_codes(int8):
     ids = int8.vocabulary.encode(TEXT)

@@ -9,6 +9,8 @@ from live import MORE, TEXT, check_cache, counted, greedy
 
 import ropewalk as rw
 
+pytestmark = pytest.mark.usefixtures("untouched")
+
 END = "<|endoftext|>"
 PIECES = ["", "import nump", "x = 12", "é", "白云", "\n\n\n", "    ", END, f"{END}class ", "self.f  ", TEXT, "-" * 40]
 PARAMS = [
@@ -20,17 +22,6 @@ PARAMS = [
     rw.SamplingParams(max_new_tokens=6, seed=7),
     rw.SamplingParams(max_new_tokens=5, seed=3, top_k=20, continuation="exact"),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_folder):
-    return rw.load(tiny_folder, max_length=4096, compile=True)
-
-
-@pytest.fixture(autouse=True)
-def untouched(model):
-    yield
-    model.rope = None
 
 
 def same(written, expected):

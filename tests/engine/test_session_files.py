@@ -15,16 +15,7 @@ from ropewalk.engine import session as module
 from ropewalk.engine.api import Model
 from ropewalk.engine.networks import Settings
 
-
-@pytest.fixture(scope="module")
-def model(tiny_folder):
-    return rw.load(tiny_folder, max_length=4096, compile=True)
-
-
-@pytest.fixture(autouse=True)
-def untouched(model):
-    yield
-    model.rope = None
+pytestmark = pytest.mark.usefixtures("untouched")
 
 
 @pytest.fixture

@@ -8,18 +8,9 @@ import ropewalk as rw
 from ropewalk.engine import turns
 from ropewalk.engine.kv_cache import KVLayer
 
+pytestmark = pytest.mark.usefixtures("untouched")
+
 LONG = TEXT * 3
-
-
-@pytest.fixture(scope="module")
-def model(tiny_folder):
-    return rw.load(tiny_folder, max_length=4096, compile=True)
-
-
-@pytest.fixture(autouse=True)
-def untouched(model):
-    yield
-    model.rope = None
 
 
 def goes_on(model, session):

@@ -43,11 +43,6 @@ def shallow(tiny_folder, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder):
-    return rw.load(tiny_folder, max_length=4096, compile=True)
-
-
-@pytest.fixture(scope="module")
 def afresh(shallow):
     """Under every scaler: a session that read the whole text under it, and what it writes."""
     found = {}

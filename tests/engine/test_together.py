@@ -8,18 +8,9 @@ from live import MORE, TEXT, counted, greedy
 import ropewalk as rw
 from ropewalk.engine import answer, generation
 
+pytestmark = pytest.mark.usefixtures("untouched")
+
 MIXED = ["import nump", TEXT * 3, "x", MORE, "", "é", TEXT * 3 + MORE, "白云", TEXT * 3, "import nump", "class A:\n"]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_folder):
-    return rw.load(tiny_folder, max_length=4096, compile=True)
-
-
-@pytest.fixture(autouse=True)
-def untouched(model):
-    yield
-    model.rope = None
 
 
 def same(rows, alone):

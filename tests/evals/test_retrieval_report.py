@@ -2,10 +2,10 @@
 
 import math
 import random
-import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from drawings import texts
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image
@@ -15,8 +15,9 @@ from ropewalk.evals.result import Run
 from ropewalk.evals.retrieval_findings import retrieval_findings
 from ropewalk.evals.retrieval_plots import plot_heat, plot_retrieval
 from ropewalk.evals.retrieval_score import score, settings
-from ropewalk.evals.retrieval_table import retrieval_tables
+from ropewalk.evals.score_grids import score_grids
 from ropewalk.evals.statistics import mean_interval, score_interval, share_interval
+from ropewalk.evals.table import write_tables
 from ropewalk.evals.tasks import RULER, SUITES
 
 K = 1024
@@ -158,26 +159,26 @@ def test_rulers_rule_is_a_share_of_the_methods_own_score():
     assert any("2 of RULER's tasks" in said for said in retrieval_findings(part))
 
 
+def tables(rows):
+    (setting,) = settings(rows)
+    return score_grids(setting)
+
+
 def test_tables():
     rows = [r for c in (4, 8) for depth in (0.0, 1.0) for r in trials("none", c * K, 15, 20, depth=depth)]
-    right, nats = retrieval_tables([*rows, *trials("rerope:4k|logn", 8 * K, 40, 40)])
+    right, nats = tables([*rows, *trials("rerope:4k|logn", 8 * K, 40, 40)])
     text = right.to_markdown()
     assert "depths 0, 0.5, 1 together; 95% intervals, n=40 trials in each cell" in text
     assert "| `none` | 75% (60-86) | 75% (60-86) |" in text
     assert r"| `rerope:4k\|logn` | not run | 100% (91-100) |" in text
     assert "| `none` | -0.500 (-0.500 to -0.500) |" in nats.to_markdown()
-    right, *_ = retrieval_tables(rows + trials("ntk:2", 8 * K, 1, 2))
+    right, *_ = tables(rows + trials("ntk:2", 8 * K, 1, 2))
     assert "| 50% (9-91), n=2 |" in right.to_markdown()
     all_tasks = ruler("none", 8 * K, [1, 0.5, *[0.25] * 9]) + ruler("none", 4 * K, [1] * 11)[:4]
-    over, _, by_task = retrieval_tables(all_tasks)
+    over, _, by_task = tables(all_tasks)
     assert "| `none` | not run | 34%" in over.to_markdown()
     assert "| `niah_single_1` | 100% (51-100) | 100% (51-100) |" in by_task.to_markdown()
     assert "| `niah_single_2` | not run | 50% |" in by_task.to_markdown()
-
-
-def texts(svg):
-    tree = ET.parse(svg)
-    return ["".join(element.itertext()).strip() for element in tree.iter("{http://www.w3.org/2000/svg}text")]
 
 
 def make_run(folder, rows):
@@ -186,6 +187,20 @@ def make_run(folder, rows):
     for r in rows:
         run.add({k: v for k, v in r.items() if k not in measured}, {k: r[k] for k in measured})
     return run
+
+
+def test_tables_of_several_settings_stand_below_what_was_asked(tmp_path):
+    rows = [*trials("none", 8 * K, 5, 5), row(suite=RULER, task="vt")]
+    lines = write_tables(make_run(tmp_path, rows))[0].read_text().splitlines()
+    titles = [line.partition(". ")[0] for line in lines if line and not line.startswith("|")]
+    of_each = ["Right answers", "Log-probability of the right answer, nats a token"]
+    assert titles == [
+        "passkey: toy (float32).",
+        *of_each,
+        "1 of RULER's tasks: toy (float32).",
+        *of_each,
+        "Effective length by rule",
+    ]
 
 
 def test_plots(tmp_path):
