@@ -75,7 +75,8 @@ def cli() -> None:
     """Long-context inference built around RoPE scaling.
 
     A scaler is written NAME:FACTOR, as in yarn:4, and several act together as in "ntk:4|resonance";
-    `ropewalk scalers` lists them. Lengths read 512, 8k, 1M (k = 1024) or 2x (times the trained length).
+    `ropewalk scalers` lists them. Lengths, also those in a scaler, read 512, 8k, 1M (k = 1024) or 2x (times the
+    trained length).
     """
 
 
@@ -211,8 +212,8 @@ def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) 
     from ..evals.scaler_plot import in_short, plot_scaler
     from ..scaling import RopeSpec, parse, parse_length
 
-    scaler = parse(spec)
     rope = RopeSpec(dim=dim, base=base, trained_length=parse_length(trained))
+    scaler = parse(spec, rope.trained_length)
     tokens = parse_length(length, rope.trained_length)
     paths = plot_scaler(scaler, rope, tokens, Path(out).with_suffix(""))
     for label, value in [*in_short(scaler, rope, tokens).items(), *(("drawn", path) for path in paths)]:

@@ -52,6 +52,16 @@ def headline_rope(config: Any) -> hf.ConfiguredRope:
     return next(seeing_all, next(iter(configured.values())))
 
 
+def trained_length(name: str) -> int:
+    """Tokens that a model reads without any scaler of ours, by its config; what `2x` is a multiple of.
+
+    Raises:
+        AssetError: as `find_config`.
+        UnsupportedModel, ConfigError: as `headline_rope`.
+    """
+    return headline_rope(find_config(name)[1]).max_length
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No bars, warnings or retry notices from transformers and the hub meanwhile: our errors say what matters."""

@@ -15,7 +15,7 @@ from ..scaling.spec import parse
 from . import attention
 from .api import Model
 from .cache import attends_to_everything
-from .config import find_config, headline_rope, quiet_transformers
+from .config import find_config, headline_rope, quiet_transformers, trained_length
 from .family import supported
 from .kernels import UNAVAILABLE
 from .networks import Settings
@@ -45,7 +45,8 @@ def load(
 
     Args:
         name: a built-in name (`ropewalk fetch` lists them), a folder, a `.gguf` file, or a hub id.
-        rope: a spec string or scaler; None is the model as it was trained.
+        rope: a spec string, whose lengths may be multiples of the trained one ("rerope:0.5x"), or a scaler; None is the
+            model as it was trained.
         dtype: "float32", "bfloat16", "float16", "float64" or "int8" (weights only, made from the model's own). "auto"
             is the checkpoint's own, but float32 where 16-bit products would run several times slower: on CPUs without
             bfloat16 arithmetic, unless the compiled kernels run the model, which widen weights as they read them.
@@ -63,7 +64,7 @@ def load(
         UnsupportedModel: it has no RoPE, or one that cannot be verified.
         ConfigError: the scaler or an option is wrong.
     """
-    scaler = parse(rope)
+    scaler = parse(rope, lambda: trained_length(str(name)))
     if dtype not in ("auto", "int8") and dtype not in _DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}.{did_you_mean(dtype, [*_DTYPES, 'auto', 'int8'])}")
     folder = None if offload is None else Path(offload)
