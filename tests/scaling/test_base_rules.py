@@ -94,6 +94,11 @@ def test_rounding_goes_up_and_leaves_short_numbers_alone() -> None:
         (RopeSpec(dim=64, base=1e5, trained_length=64, rotating_pairs=8), 128, "8 of 32 pairs turn"),
         (RopeSpec(dim=4, base=1e5, trained_length=64), 128, "dim 4 must be even and at least 6"),
         (RopeSpec(dim=64, base=1e5, trained_length=6), 128, "trained length 6"),
+        (
+            RopeSpec(dim=64, base=1e4, trained_length=7),
+            1 << 17,
+            "base 10000 becomes its power of 92.*more than float64",
+        ),
     ],
 )
 def test_what_no_rule_answers(rope: RopeSpec, length: int, words: str) -> None:
