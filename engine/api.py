@@ -62,7 +62,7 @@ class Model:
         self._max_length = max_length
         self.sites = rotary_sites(hf)
         self.network = network(hf, self.sites, settings or Settings(compile=False))
-        self._installed = install(hf, self.sites, parse(rope), grows=False)
+        self._installed = install(hf, self.sites, parse(rope, self.trained_length), grows=False)
         self.prepare(None)
 
     @property
@@ -72,7 +72,7 @@ class Model:
 
     @rope.setter
     def rope(self, scaler: str | Scaler | None) -> None:
-        wanted, before = parse(scaler), self.rope
+        wanted, before = parse(scaler, self.trained_length), self.rope
         self._installed.restore()
         try:
             self._installed = install(self.hf, self.sites, wanted, grows=False)

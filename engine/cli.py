@@ -39,7 +39,7 @@ COMMANDS = {
     "generate": ("ropewalk.engine.cli:generate", "Continue a prompt."),
     "show": ("ropewalk.engine.cli:show", "Draw what a scaler does."),
     "scalers": ("ropewalk.engine.cli:scalers", "List every method, its fields and its source."),
-    "base": ("ropewalk.engine.cli:base", "What rotary base does a context need?"),
+    "base": ("ropewalk.engine.base_cli:base", "What rotary base does a context need?"),
     "fetch": ("ropewalk.engine.cli:fetch", "Download the built-in model and texts."),
 }
 
@@ -75,7 +75,8 @@ def cli() -> None:
     """Long-context inference built around RoPE scaling.
 
     A scaler is written NAME:FACTOR, as in yarn:4, and several act together as in "ntk:4|resonance";
-    `ropewalk scalers` lists them. Lengths read 512, 8k, 1M (k = 1024) or 2x (times the trained length).
+    `ropewalk scalers` lists them. Lengths, also those in a scaler, read 512, 8k, 1M (k = 1024) or 2x (times the
+    trained length).
     """
 
 
@@ -211,52 +212,12 @@ def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) 
     from ..evals.scaler_plot import in_short, plot_scaler
     from ..scaling import RopeSpec, parse, parse_length
 
-    scaler = parse(spec)
     rope = RopeSpec(dim=dim, base=base, trained_length=parse_length(trained))
+    scaler = parse(spec, rope.trained_length)
     tokens = parse_length(length, rope.trained_length)
     paths = plot_scaler(scaler, rope, tokens, Path(out).with_suffix(""))
     for label, value in [*in_short(scaler, rope, tokens).items(), *(("drawn", path) for path in paths)]:
         click.echo(f"{label:<20} {value}")
-
-
-@click.command(epilog=EXAMPLES + "  ropewalk base 128k --dim 128\n  ropewalk base 32k --dim 128 --base 5e5")
-@click.argument("length")
-@click.option("--dim", default=128, show_default=True, help="Rotary dimension.")
-@click.option("--base", type=float, help="Also tell how far this base carries.")
-def base(length: str, dim: int, base: float | None) -> None:
-    """What rotary base does a context of LENGTH tokens need? (arXiv 2405.14591)
-
-    A base carries N tokens if sum_i cos(m base^(-2i/d)) is not negative at any distance m below N: a similar token
-    then never scores below a random one.
-    """
-    from ..scaling.base_bound import base_report
-    from ..scaling.lengths import format_length, parse_length
-
-    answer = base_report(parse_length(length), dim, base=base)
-    shown = format_length(answer.length)
-    highest = answer.largest_infeasible
-    lines = {
-        "smallest base that carries it": f"{_rounded_up(answer.smallest_feasible)}  (larger ones can fail again)",
-        "carried by every base above": "any base" if highest is None else _rounded_up(highest),
-        "limit for large dimensions": f"{answer.asymptotic:.6g}  (N / 0.6165)",
-    }
-    if answer.base is not None:
-        verdict = f"carries all {shown}" if answer.fails_at is None else f"fails first at distance {answer.fails_at}"
-        lines[f"your base {answer.base:g}"] = verdict
-    click.echo(f"{shown} tokens, rotary dimension {answer.dim}")
-    for label, value in lines.items():
-        click.echo(f"  {label:<32}{value}")
-    click.echo(
-        f"  Searched up to {answer.ceiling:.3g}, above which every base carries {shown}; an island of bases narrower "
-        f"than {answer.resolution:g} of its base can be missed."
-    )
-
-
-def _rounded_up(base: float) -> str:
-    """Ten digits, rounded up: below the edge of its island a base fails."""
-    from decimal import ROUND_CEILING, Context, Decimal
-
-    return f"{Context(prec=10, rounding=ROUND_CEILING).create_decimal(Decimal(base)):f}"
 
 
 @click.command(epilog=EXAMPLES + "  ropewalk fetch\n  ropewalk fetch smollm2-135m shakespeare")

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
-from ..scaling import hf as hf_config
+from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
 from . import attention
 from .api import Model
 from .cache import attends_to_everything
+from .config import find_config, headline_rope, quiet_transformers, trained_length
 from .family import supported
 from .kernels import UNAVAILABLE
 from .networks import Settings
-from .source import MODELS, resolve
 
 _DTYPES = {
     "float32": torch.float32,
@@ -48,7 +45,8 @@ def load(
 
     Args:
         name: a built-in name (`ropewalk fetch` lists them), a folder, a `.gguf` file, or a hub id.
-        rope: a spec string or scaler; None is the model as it was trained.
+        rope: a spec string, whose lengths may be multiples of the trained one ("rerope:0.5x"), or a scaler; None is the
+            model as it was trained.
         dtype: "float32", "bfloat16", "float16", "float64" or "int8" (weights only, made from the model's own). "auto"
             is the checkpoint's own, but float32 where 16-bit products would run several times slower: on CPUs without
             bfloat16 arithmetic, unless the compiled kernels run the model, which widen weights as they read them.
@@ -66,7 +64,7 @@ def load(
         UnsupportedModel: it has no RoPE, or one that cannot be verified.
         ConfigError: the scaler or an option is wrong.
     """
-    scaler = parse(rope)
+    scaler = parse(rope, lambda: trained_length(str(name)))
     if dtype not in ("auto", "int8") and dtype not in _DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}.{did_you_mean(dtype, [*_DTYPES, 'auto', 'int8'])}")
     folder = None if offload is None else Path(offload)
@@ -75,11 +73,8 @@ def load(
     settings = Settings(compile=compile, weights="int8" if dtype == "int8" else "own", cache=kv_dtype, folder=folder)
     if max_length is not None and max_length < 1:
         raise ConfigError(f"max_length {max_length} must be at least 1")
-    source = resolve(str(name))
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise AssetError(f"{name}: this folder has no config.json, so it is not a Hugging Face model")
-    config = _read_config(source, str(name))
-    hf_config.read(config.get_text_config())  # refuses what has no RoPE before any weight is read
+    source, config = find_config(str(name))
+    headline_rope(config)  # refuses what has no RoPE before any weight is read
     placement = device_map if device_map is not None else _own_device()
     on_cpu = placement == "cpu"
     widens = on_cpu and compile is not False and supported(config) and UNAVAILABLE is None
@@ -87,7 +82,7 @@ def load(
     options: dict[str, Any] = {"dtype": chosen, "device_map": placement}
     if on_cpu and attends_to_everything(config.get_text_config()):
         options["attn_implementation"] = attention.register()
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             hf = AutoModelForCausalLM.from_pretrained(source, config=config, **options)
         except ValueError as error:
@@ -101,18 +96,6 @@ def _own_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}" if "LOCAL_RANK" in os.environ else "cuda"
-
-
-def _read_config(source: str, name: str) -> Any:
-    try:
-        with _quiet_transformers():
-            return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise AssetError(
-            f"{name!r} is not a built-in model ({', '.join(MODELS)}), a folder or a .gguf file, and the hub did not "
-            f"give it ({reason}); check the name, or download the model where there is a network and give its folder"
-        ) from error
 
 
 def _choose_dtype(dtype: str, config: Any, on_cpu: bool, widens: bool) -> torch.dtype:
@@ -134,22 +117,3 @@ def cpu_has_bfloat16() -> bool:
     speed (17 against 68 GFLOP/s on two AVX2 cores)."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
-
-
-class _quiet_transformers:  # noqa: N801  (a context manager, used as a word)
-    """No bars, warnings or retry notices from transformers and the hub meanwhile: our errors say what matters."""
-
-    def __enter__(self) -> None:
-        self._hub = logging.getLogger("huggingface_hub")
-        self._level = transformers.logging.get_verbosity()
-        self._bars = transformers.logging.is_progress_bar_enabled()
-        self._hub_level = self._hub.level
-        self._hub.setLevel(logging.ERROR)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self._hub.setLevel(self._hub_level)
-        transformers.logging.set_verbosity(self._level)
-        if self._bars:
-            transformers.logging.enable_progress_bar()

@@ -127,7 +127,8 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
 
     Args:
         model: any transformers model with RoPE that computes its frequencies as its config says.
-        scaler: a spec string (`ropewalk scalers` lists them) or a scaler.
+        scaler: a spec string (`ropewalk scalers` lists them) or a scaler; lengths in a string may be multiples of the
+            trained one, as in "rerope:0.5x".
         length: the longest text to come, such as 16384, "16k" or "2x". A scaler that depends on length is fixed
             to it; without it, it grows with every sequence of its own. Any other must reach it.
 
@@ -136,11 +137,11 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
         UnsupportedModel: the model's position encoding cannot be verified.
         PatchError: the model is patched already.
     """
-    scaler = parse(scaler)
     if model in _patched:
         raise PatchError(f"this model is patched with {_patched[model]} already; undo that first")
     sites = rotary_sites(model)
     site = headline(sites)
+    scaler = parse(scaler, site.configured.max_length)
     tokens = parse_length(str(length), site.configured.max_length) if length is not None else None
     if tokens is not None and site.reach(scaler) < tokens:
         raise ConfigError(

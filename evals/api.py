@@ -87,7 +87,7 @@ def _of_model(
 ) -> list[PerplexityRow]:
     """Measure a ropewalk model; its scaler is put back at the end."""
     before = model.rope
-    scalers = [before] if ropes is None else [parse(rope) for rope in ropes]
+    scalers = [before] if ropes is None else [parse(rope, model.trained_length) for rope in ropes]
     chosen = _protocol(name, lengths, model.trained_length, settings)
     try:
         for scaler in scalers:  # a scaler that cannot work is found out before anything is measured
@@ -112,6 +112,8 @@ def _rows(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: P
 
 def _protocol(name: str, lengths: Any, trained_length: int | None, settings: dict[str, Any]) -> Protocol:
     given = (lengths,) if isinstance(lengths, str | int) else lengths
+    if settings.get("judge") is not None:
+        settings = settings | {"judge": str(parse(settings["judge"], trained_length))}
     return named_protocol(name, [parse_length(length, trained_length) for length in given], **settings)
 
 

@@ -22,8 +22,17 @@ from .data import Text, tokenize_documents
 from .reader import ModelReader, Tokens
 from .statistics import block_interval
 
-ROPES = ("none", "linear:8", "ntk:8", "ntk-fixed:8", "ntk-mixed:8", "ntk-mixed:8|logn", "rerope:0.5", "rerope:0.5|logn")
-"""Those of the published table; a ReRoPE window below 1 is a share of the trained length."""
+ROPES = (
+    "none",
+    "linear:8",
+    "ntk:8",
+    "ntk-fixed:8",
+    "ntk-mixed:8",
+    "ntk-mixed:8|logn",
+    "rerope:0.5x",
+    "rerope:0.5x|logn",
+)
+"""Those of the published table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +114,7 @@ def main(model: str, text: str, ropes: tuple[str, ...], times: int, samples: int
 
     try:
         loaded = load(model, dtype="float32", max_length=2**31)
-        window = f"rerope:{loaded.trained_length // 2}"
-        scalers = [parse(rope.replace("rerope:0.5", window)) for rope in ropes or ROPES]
+        scalers = [parse(rope, loaded.trained_length) for rope in ropes or ROPES]
         found = run(loaded, load_text(text), scalers, times=times, samples=samples)
     except RopewalkError as error:
         raise click.ClickException(str(error)) from error

@@ -123,7 +123,7 @@ def _maps(
     loaded = load(model, dtype=dtype)
     quarter = loaded.trained_length // 4
     usual: list[Scaler] = [ReRoPE(window=quarter), SelfExtend(group=8, window=quarter), DualChunk()]
-    scalers = [parse(rope) for rope in ropes] or usual
+    scalers = [parse(rope, loaded.trained_length) for rope in ropes] or usual
     check_maps(scalers)
     contexts = [parse_length(length, loaded.trained_length) for length in lengths.split(",")]
     with Progress(console=console, transient=True) as progress, torch.inference_mode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -83,11 +84,18 @@ class CriticalBase(_ForLength):
                 f"critical-base: no pair turns once within the trained length {rope.trained_length}; "
                 "the rule needs one of 7 or more"
             )
+        if self._power(rope) * math.log(rope.base) > math.log(sys.float_info.max):
+            raise ConfigError(
+                f"critical-base: from {rope.trained_length} to {self.length} tokens the base {rope.base:g} becomes its "
+                f"power of {self._power(rope):.4g}, more than float64 holds; ask for a shorter length"
+            )
+
+    def _power(self, rope: RopeSpec) -> float:
+        return math.log(self.length / (2 * math.pi)) / math.log(rope.trained_length / (2 * math.pi))
 
     def base(self, rope: RopeSpec) -> float:
         """b'."""
-        two_pi = 2 * math.pi
-        return float(rope.base ** (math.log(self.length / two_pi) / math.log(rope.trained_length / two_pi)))
+        return float(rope.base ** self._power(rope))
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
         return with_base(rope, self.base(rope))

@@ -16,8 +16,11 @@ import functools
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from ..errors import ConfigError
-from .base_search import RESOLUTION, climb, find_failure, highest_failure, one_thread
+from .base_search import RESOLUTION, climb, find_failure, highest_failure, one_thread, values
 
 __all__ = [
     "ASYMPTOTIC",
@@ -27,6 +30,7 @@ __all__ = [
     "ceiling_base",
     "first_failure",
     "largest_infeasible_base",
+    "preference",
     "smallest_feasible_base",
 ]
 
@@ -101,6 +105,18 @@ def first_failure(base: float, dim: int, limit: int) -> int | None:
         return find_failure(base, dim, limit)
 
 
+def preference(base: float, dim: int, length: int) -> Tensor:
+    """f_b(m) for every distance 0 <= m < `length`, float64 [length]; its signs are those of `first_failure`.
+
+    Raises:
+        ConfigError: as `first_failure`.
+    """
+    _check(length, dim, fewest=2)
+    _check_base(base)
+    with one_thread():
+        return torch.cat([f for _, f in values(base, dim, length)])
+
+
 @functools.lru_cache(maxsize=64)  # a scaler asks again for every model it is put into
 def smallest_feasible_base(length: int, dim: int, *, at_least: float = _ABOVE_ONE) -> float:
     """The smallest base, not below `at_least`, that carries N = `length` tokens.
@@ -110,7 +126,7 @@ def smallest_feasible_base(length: int, dim: int, *, at_least: float = _ABOVE_ON
     shown to fail, except that an island narrower than 1e-10 (relative, `RESOLUTION`) may have been stepped
     over, and that the answer may lie that far right of the true edge. A rounded answer may fail.
 
-    CPU time for d = 128 on one busy core: 2 s at N = 32k, 5 s at 128k, 25 s at 1M.
+    CPU time for d = 128 on one core: 2 s at N = 32k, 5 s at 128k, 24 s at 1M.
 
     Raises:
         ConfigError: dim odd or below 6, length below 1, or at_least not above 1.
@@ -123,6 +139,7 @@ def smallest_feasible_base(length: int, dim: int, *, at_least: float = _ABOVE_ON
         return climb(length, dim, at_least)
 
 
+@functools.lru_cache(maxsize=64)
 def largest_infeasible_base(length: int, dim: int) -> float | None:
     """The largest base that fails within N = `length`: all bases above it carry N. None if no base fails.
 

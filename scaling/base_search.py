@@ -69,19 +69,29 @@ def _rows(length: int) -> Iterator[Tensor]:
         yield torch.arange(start, min(start + _ROWS, count))
 
 
-def find_failure(base: float, dim: int, limit: int) -> int | None:
+def values(base: float, dim: int, limit: int) -> Iterator[tuple[int, Tensor]]:
+    """f(m) for every 0 <= m < `limit`, in blocks: a block's first distance, and float64 [its distances].
+
+    The sign is that of the plain sum of cosines.
+    """
     theta = base ** -_exponents(dim)
     inner = _inner(theta)
     step = torch.cat([inner.real, -inner.imag], 1).T  # cos(a + b) = cos a cos b - sin a sin b
     for rows in _rows(limit):
-        f = (_starts(theta, rows) @ step).flatten()
-        suspects = (f < _noise(limit)).nonzero().flatten() + int(rows[0]) * _WIDTH
-        suspects = suspects[suspects < limit]
-        for start in range(0, len(suspects), _ROWS):
-            m = suspects[start : start + _ROWS]
-            failing = m[(m[:, None] * theta).cos().sum(1) < 0]
-            if len(failing):
-                return int(failing[0])
+        first = int(rows[0]) * _WIDTH
+        f = (_starts(theta, rows) @ step).flatten()[: limit - first]
+        near_zero = (f.abs() < _noise(limit)).nonzero().flatten()
+        for start in range(0, len(near_zero), _ROWS):
+            m = near_zero[start : start + _ROWS]
+            f[m] = ((m + first)[:, None] * theta).cos().sum(1)
+        yield first, f
+
+
+def find_failure(base: float, dim: int, limit: int) -> int | None:
+    for first, f in values(base, dim, limit):
+        failing = (f < 0).nonzero()
+        if len(failing):
+            return first + int(failing[0])
     return None
 
 

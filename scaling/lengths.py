@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 from ..errors import ConfigError
+
+TrainedLength = int | Callable[[], int] | None
+"""Tokens that `1x` means; a function that finds them out is called at the first multiple only; None is unknown."""
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGxX]?)")
 
 
-def parse_length(text: str | int, trained_length: int | None = None) -> int:
+def parse_length(text: str | int, trained_length: TrainedLength = None) -> int:
     """Tokens meant by `text`.
 
     >>> parse_length("8k"), parse_length("0.25x", trained_length=8192)
@@ -29,7 +33,7 @@ def parse_length(text: str | int, trained_length: int | None = None) -> int:
             raise ConfigError(
                 f"{text!r} is a multiple of the trained length, which is not known here; write it in tokens"
             )
-        tokens = number * trained_length
+        tokens = number * (trained_length() if callable(trained_length) else trained_length)
     else:
         tokens = number * _UNITS[unit]
     if tokens < 1 or tokens.denominator != 1:

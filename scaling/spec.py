@@ -8,27 +8,36 @@ import typing
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
-from .lengths import format_length, parse_length
+from .lengths import TrainedLength, format_length, parse_length
 from .rope import Composition, Scaler, compose
 
 
-def parse(spec: str | Scaler | None) -> Scaler:
+def parse(spec: str | Scaler | None, trained_length: TrainedLength = None) -> Scaler:
     """The scaler that `spec` names. None and `"none"` are the untouched model.
 
     A spec is one or more methods joined by `|`; a method is `name`, `name:value` or `name:field=value,...`,
-    where the first value may go without its field name. Lists of numbers are joined by `/`.
+    where the first value may go without its field name. Lists of numbers are joined by `/`. Lengths read 512, 8k
+    (k = 1024) or, where the trained length is known, 0.5x of it.
 
     >>> parse("yarn:4").factor
     4.0
+    >>> parse("rerope:0.5x", trained_length=8192).window
+    4096
+
+    Args:
+        spec: of the scaler; one that is a scaler already is returned.
+        trained_length: tokens that `1x` means: what the model reads without any scaler (`Model.trained_length`). A
+            function that finds them out is called only if the spec has a multiple.
 
     Raises:
-        ConfigError: unknown method or field, a value out of range, or two methods on one facet.
+        ConfigError: unknown method or field, a value out of range, two methods on one facet, or a multiple where the
+            trained length is not known or the product is no whole number.
     """
     if spec is None:
         return Scaler()
     if isinstance(spec, Scaler):
         return spec
-    members = [_parse_method(part) for part in spec.split("|")]
+    members = [_parse_method(part, trained_length) for part in spec.split("|")]
     return compose(*(part for member in members for part in member.parts))
 
 
@@ -46,7 +55,7 @@ def format_spec(scaler: Scaler) -> str:
     return scaler.name + (":" + ",".join(values) if values else "")
 
 
-def _parse_method(text: str) -> Scaler:
+def _parse_method(text: str, trained_length: TrainedLength) -> Scaler:
     from . import METHODS
 
     name, _, arguments = text.strip().partition(":")
@@ -67,8 +76,10 @@ def _parse_method(text: str) -> Scaler:
             raise ConfigError(f"{name}: unknown field {key!r}.{did_you_mean(key, fields)}")
         if key in values:
             raise ConfigError(f"{name}: {key!r} is given twice")
-        is_length = fields[key].metadata.get("length", False)
-        values[key] = _parse_value(name, key, value, types_of[key], is_length)
+        if fields[key].metadata.get("length", False):
+            values[key] = _parse_length(name, key, value, trained_length)
+        else:
+            values[key] = _parse_value(name, key, value, types_of[key])
     missing = [k for k, f in fields.items() if f.default is dataclasses.MISSING and k not in values]
     if missing:
         raise ConfigError(f"{name}: needs {', '.join(missing)}, as in {_example(name, fields)}")
@@ -81,19 +92,22 @@ def _example(name: str, fields: dict[str, dataclasses.Field[Any]]) -> str:
     return f"'{name}:{values}'" if values else f"'{name}' (it has no fields)"
 
 
-def _parse_value(method: str, key: str, text: str, annotation: Any, is_length: bool) -> Any:
+def _parse_length(method: str, key: str, text: str, trained_length: TrainedLength) -> int:
+    try:
+        return parse_length(text, trained_length)
+    except ConfigError as error:
+        raise ConfigError(f"{method}: {key}: {error}") from None
+
+
+def _parse_value(method: str, key: str, text: str, annotation: Any) -> Any:
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     try:
-        if is_length:
-            return parse_length(text)
         if bool in options:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
         if any(typing.get_origin(option) is tuple for option in options):
             return tuple(float(number) for number in text.split("/"))
         return int(text) if int in options else float(text)
-    except (KeyError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise ConfigError(f"{method}: {key}: {error}") from None
+    except (KeyError, ValueError):
         kinds = {bool: "true or false", int: "a whole number", float: "a number"}
         kind = next((kinds[o] for o in options if o in kinds), "numbers joined by '/'")
         raise ConfigError(f"{method}: {key}={text!r} is not {kind}") from None

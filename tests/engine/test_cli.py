@@ -46,13 +46,6 @@ def test_show_draws_and_tells(tmp_path):
     assert out.with_suffix(".svg").exists()
 
 
-def test_base_gives_the_three_answers():
-    text = CliRunner().invoke(cli, ["base", "1k", "--dim", "128", "--base", "1e4"], catch_exceptions=False).output
-    assert "4293.43757" in text
-    assert "6018.28" in text
-    assert "your base 10000                 carries all 1k" in text
-
-
 def test_generate_streams_and_scores_are_repeatable(tiny_folder):
     arguments = ["generate", str(tiny_folder), "import ", "--max-new-tokens", "8", "--seed", "3"]
     first = CliRunner().invoke(cli, arguments, catch_exceptions=False)

@@ -104,6 +104,18 @@ def test_a_model_without_rope_is_refused_before_its_weights_are_read(tmp_path, t
         rw.load(folder)
 
 
+def test_a_mistake_in_a_scaler_is_found_before_the_weights_are_read(tmp_path, tiny_folder):
+    """Also where it takes the config to read the scaler."""
+    for file in tiny_folder.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(rw.ConfigError, match=r"Did you mean 'rerope'\?"):
+        rw.load(tmp_path, rope="yarn:2|reropee:0.5x")
+    with pytest.raises(rw.ConfigError, match=r"rerope: window: length '0\.3x' is 76\.8 tokens"):
+        rw.load(tmp_path, rope="rerope:0.3x")
+
+
 def test_mistakes_in_names_and_options(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(rw.AssetError, match="no such folder"):

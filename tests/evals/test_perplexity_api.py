@@ -67,6 +67,16 @@ def test_models_and_functions_give_the_rows_of_a_run(tmp_path, model):
                 row.loss = 0
 
 
+def test_multiples_of_the_trained_length_in_scalers(monkeypatch, model):
+    monkeypatch.setattr("ropewalk.evals.longppl.key_tokens", lambda short, full: np.arange(len(full)) % 2 == 0)
+    (row,) = perplexity(model, text(WORDS), lengths=64, target=32, ropes=["rerope:0.25x"])
+    assert row.rope == "rerope:16"
+    (row,) = perplexity(model, text(WORDS), protocol="longppl", lengths="2x", target=32, judge="rerope:0.5x")
+    assert row.judge == "rerope:32 at 128"
+    with pytest.raises(rw.ConfigError, match=r"'0\.5x' is a multiple of the trained length, which is not known here"):
+        perplexity(uniform, [[1] * 300], protocol="longppl", lengths=128, judge="rerope:0.5x")
+
+
 def test_scalers_in_turn_and_the_model_is_given_back(model):
     model.rope = "linear:3"
     (own,) = perplexity(model, text(WORDS), lengths=64, target=32)

@@ -57,7 +57,7 @@ def test_the_command_prints_a_table_and_a_line_of_json(tiny_folder, text_file):
         "--rope",
         "none",
         "--rope",
-        "rerope:0.5|logn",
+        "rerope:0.5x|logn",
     ]
     done = CliRunner().invoke(main, [str(tiny_folder), *options])
     assert done.exit_code == 0, done.output

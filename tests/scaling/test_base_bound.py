@@ -15,6 +15,7 @@ from ropewalk.scaling.base_bound import (
     ceiling_base,
     first_failure,
     largest_infeasible_base,
+    preference,
     smallest_feasible_base,
 )
 
@@ -70,6 +71,34 @@ def test_first_failure_past_one_block_of_rows() -> None:
     assert first == brute_first(1e7, 128, first + 1)
 
 
+@pytest.mark.parametrize(("base", "dim", "length"), [(1e4, 128, 3000), (50.0, 64, 257), (1.5, 6, 1), (1e7, 2, 70_000)])
+def test_preference_is_the_sum(base: float, dim: int, length: int) -> None:
+    found, expected = preference(base, dim, length).numpy(), brute(base, dim, length)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-9
+    assert found[0] == dim / 2
+
+
+def test_preference_next_to_zero_is_the_plain_sum_to_the_bit() -> None:
+    """Or a base at the very edge of its island would be drawn as failing while `first_failure` finds nothing."""
+    exponents = torch.arange(0, 64, 2, dtype=torch.float64) / 64
+    base = smallest_feasible_base(1024, 64)
+    m = int(preference(base, 64, 1024).argmin())
+
+    def plain(base: float) -> float:
+        return float((m * base**-exponents).cos().sum())
+
+    low = base * (1 - 1e-9)
+    for _ in range(40):
+        middle = (low + base) / 2
+        low, base = (middle, base) if plain(middle) < 0 else (low, middle)
+    for _ in range(40):
+        assert float(preference(base, 64, 1024)[m]) == plain(base)
+        assert (first_failure(base, 64, 1024) is None) == (plain(base) >= 0)
+        base = math.nextafter(base, 1)
+    assert plain(base) < 0
+
+
 def test_a_base_near_one_fails_at_two() -> None:
     assert first_failure(1 + 1e-9, 64, 100) == 2  # f = d/2 cos(m), and cos(2) is the first below 0
 
@@ -118,6 +147,37 @@ def test_against_brute_force_over_bases(length: int, dim: int) -> None:
     feasible = {b: brute(b, dim, length).min() >= 0 for b in [*grid, *edges]}
     assert not any(ok for b, ok in feasible.items() if b < smallest)
     assert all(ok for b, ok in feasible.items() if b > largest)
+
+
+def carries(base: float, dim: int, length: int) -> bool:
+    """By numpy sums of cosines; near distances first, where most bases fail."""
+    theta, start = float(base) ** (-2 * np.arange(dim // 2) / dim), 0
+    for stop in (16, 64, 256, 1024, 4096):
+        m = np.arange(start, min(stop, length))
+        if (np.cos(m[:, None] * theta).sum(1) < 0).any():
+            return False
+        start = stop
+    assert length <= start
+    return True
+
+
+@pytest.mark.parametrize(
+    ("length", "dim", "answer"),
+    [
+        (1024, 64, 7752.982),
+        (4096, 64, 100070.29),
+        (1024, 96, 4956.940),
+        (4096, 96, 54600.17),
+        (2048, 256, 6563.948),
+    ],
+)
+def test_smallest_by_a_grid_of_bases(length: int, dim: int, answer: float) -> None:
+    smallest = smallest_feasible_base(length, dim)
+    assert smallest == pytest.approx(answer, rel=1e-6)
+    assert carries(smallest * (1 + 1e-12), dim, length)
+    below = np.linspace(1e-6, math.log(smallest), 3000, endpoint=False)
+    near = math.log(smallest) - np.geomspace(3e-10, 1e-2, 200)
+    assert not any(carries(base, dim, length) for base in np.exp([*below, *near]))
 
 
 def test_feasibility_is_not_monotone() -> None:

@@ -193,6 +193,57 @@ def test_parse_passes_scalers_and_none_through() -> None:
     assert parse(None) == Scaler()
 
 
+LENGTH_FIELDS = [
+    (name, field.name)
+    for name, method in METHODS.items()
+    for field in dataclasses.fields(method)
+    if field.metadata.get("length")
+]
+
+
+@pytest.mark.parametrize(("name", "field"), LENGTH_FIELDS)
+def test_every_length_may_be_a_multiple_of_the_trained_one(name: str, field: str) -> None:
+    others = {"self-extend": "group=4,", "leaky-rerope": "k=2,"}.get(name, "")
+    scaler = parse(f"{name}:{others}{field}=0.5x", trained_length=8192)
+    assert scaler == parse(f"{name}:{others}{field}=4096")
+    assert getattr(scaler, field) == 4096
+    assert parse(str(scaler)) == scaler
+    with pytest.raises(ConfigError) as caught:
+        parse(f"{name}:{others}{field}=0.5x")
+    message = f"{name}: {field}: '0.5x' is a multiple of the trained length, which is not known here"
+    assert str(caught.value).startswith(message)
+
+
+def test_there_are_lengths_in_all_kinds_of_methods() -> None:
+    assert {"critical-base", "base-bound", "rerope", "dual-chunk", "dynamic-ntk", "sink-window"} <= {
+        *dict(LENGTH_FIELDS)
+    }
+
+
+def test_multiples_in_compositions_and_what_is_no_length() -> None:
+    scaler = parse("critical-base:4x|dual-chunk:0.75x,window=0.125x", 8192)
+    assert scaler == CriticalBase(length=32768) | DualChunk(chunk=6144, window=1024)
+    with pytest.raises(ConfigError, match="yarn: factor='2x' is not a number"):
+        parse("yarn:2x", 8192)
+    with pytest.raises(ConfigError, match=r"rerope: window: length '0.3x' is 2457.6 tokens; it must be a whole number"):
+        parse("rerope:0.3x", 8192)
+
+
+def test_the_trained_length_is_looked_for_at_the_first_multiple_only() -> None:
+    asked: list[str] = []
+
+    def trained() -> int:
+        asked.append("asked")
+        return 8192
+
+    assert parse("yarn:4|rerope:512", trained) == parse("yarn:4|rerope:512")
+    with pytest.raises(ConfigError, match="unknown scaler 'reropee'"):
+        parse("reropee:0.5x", trained)
+    assert not asked
+    assert parse("rerope:0.5x", trained) == ReRoPE(window=4096)
+    assert asked
+
+
 MISTAKES = [
     ("yran:4", "unknown scaler 'yran'. Did you mean 'yarn'?"),
     ("", "unknown scaler ''. Known: "),

@@ -1,0 +1,34 @@
+"""A model's config, read without its weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from families import FAMILIES
+
+from ropewalk.engine.config import find_config, headline_rope
+from ropewalk.engine.rotary import headline, rotary_sites
+from ropewalk.errors import AssetError, UnsupportedModel
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma4_text", "phi3", "gpt_neox"])
+def test_the_config_says_what_the_model_says(name: str) -> None:
+    model = FAMILIES[name]()
+    assert headline_rope(model.config) == headline(rotary_sites(model)).configured
+
+
+def test_no_weights_are_needed(tmp_path: Path, tiny_folder: Path) -> None:
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    source, config = find_config(str(tmp_path))
+    assert source == str(tmp_path)
+    assert headline_rope(config).max_length == 256
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(AssetError, match=r"no config\.json"):
+        find_config(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    with pytest.raises(UnsupportedModel, match="no rotary"):
+        headline_rope(find_config(str(tmp_path))[1])
