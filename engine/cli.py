@@ -23,6 +23,7 @@ COMMANDS = {
     "report": ("ropewalk.evals.suite_cli:report", "Tables, plots and report of one or more runs."),
     "compare": ("ropewalk.evals.suite_cli:compare", "Two runs, cell by cell."),
     "reconstruct": ("ropewalk.evals.suite_cli:reconstruct", "The exact text behind a row of a run."),
+    "tune": ("ropewalk.evals.tune_cli:tune", "Which scaler carries this model to a length? Measured."),
     "lm-eval": (
         "ropewalk.evals.lm_eval_cli:lm_eval",
         "lm-evaluation-harness: any task there under any scaler.",

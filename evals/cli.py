@@ -91,7 +91,12 @@ def ppl(
     from .perplexity_cell import cells as cells_of
     from .protocols import protocol as named_protocol
 
-    given = {"target": target, "samples": samples, "stride": stride, "judge": judge}
+    given = {
+        "target": target,
+        "samples": samples,
+        "stride": stride,
+        "judge": str(asked.scaler(judge)) if judge else None,
+    }
     settings = _settings(protocol, given | {"text_tokens": parse_length(tokens) if tokens else None})
     scalers, documents = asked.scalers(), load_text(text)
     loaded = load(asked.model, **loading)

@@ -1,9 +1,12 @@
-"""Tables as the report's template sees them, and as Markdown."""
+"""Tables as the report's template sees them, as Markdown, and for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,16 @@ class Grid:
         """A Markdown table under its title and note."""
         rows = [(name, [cell.text for cell in cells]) for name, cells in self.rows]
         return markdown_table(f"{self.title}. {self.note}", self.columns, rows, self.corner)
+
+    def to_table(self, rows: int) -> Table:
+        """The first `rows` of it for a terminal."""
+        table = Table(title=self.title, title_justify="left")
+        table.add_column(self.corner, no_wrap=True)
+        for column in self.columns:
+            table.add_column(column, justify="right")
+        for name, cells in self.rows[:rows]:
+            table.add_row(escape(name), *(escape("\n".join((cell.main, *cell.small))) for cell in cells))
+        return table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,9 +41,14 @@ class Measurement:
         Raises:
             ConfigError: a spec names no scaler, or one with values that it cannot have.
         """
+        return [self.scaler(rope) for rope in self.ropes]
+
+    def scaler(self, spec: str) -> Scaler:
+        """One scaler; multiples in its lengths are of the model's trained length."""
+        from ..engine.config import trained_length
         from ..scaling import parse
 
-        return [parse(rope) for rope in self.ropes]
+        return parse(spec, lambda: trained_length(self.model))
 
     def carry_out(self, model: Model, cells: Sequence[Cell], *, name: str, title: str, deadline: float | None) -> None:
         """Measure `cells` and publish the run; of several processes the first one publishes.

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from ..errors import DataError
 from . import compare, style
+from .grid import Grid, Section
 from .loss_section import loss_section
 from .reach_table import reach_table
 from .result import Row, Run, write_atomic
@@ -59,18 +60,44 @@ def write_report(
     """
     sections = [loss_section(run, group) for group in compare.settings(run.rows)]
     sections += [score_section(setting) for setting in settings(run.rows)]
+    return write_page(
+        out,
+        title=title,
+        subtitle=_subtitle(run.rows),
+        story=story,
+        plots=plots,
+        reaches=reach_table(run),
+        sections=sections,
+        passages=passages,
+        environment=environment_of(run),
+    )
+
+
+def write_page(
+    out: Path,
+    *,
+    title: str,
+    subtitle: str,
+    story: Sequence[str],
+    plots: Sequence[Path],
+    sections: Sequence[Section],
+    environment: dict[str, Any],
+    reaches: Grid | None = None,
+    passages: Sequence[Passage] = (),
+) -> Path:
+    """Write a report of these parts to `out`, and return it."""
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page = template.from_string((resources.files(__package__ or "") / "report.html.j2").read_text("utf-8")).render(
         title=title,
-        subtitle=_subtitle(run.rows),
+        subtitle=subtitle,
         story=story,
         figures=[_picture(path) for path in plots if path.with_suffix(".svg") not in plots or path.suffix == ".svg"],
-        reaches=reach_table(run),
+        reaches=reaches,
         sections=sections,
         passages=passages,
-        environment=_environment(run),
+        environment=environment,
     )
     write_atomic(out, page.encode())
     return out
@@ -85,7 +112,8 @@ def _subtitle(rows: Sequence[Row]) -> str:
     return f"{models} on {texts}" if texts else models
 
 
-def _environment(run: Run) -> dict[str, Any]:
+def environment_of(run: Run) -> dict[str, Any]:
+    """What env.json of a run says; nothing if it is not there."""
     file = run.folder / "env.json"
     if not file.exists():
         return {}

@@ -36,11 +36,16 @@ _COLUMNS = (
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a run did: cells measured now, found done before, and left out for lack of time."""
+    """What a run did: cells measured now, found done before, and left out for lack of time.
+
+    Attributes:
+        rate: operations a second of what was measured now; None if nothing was.
+    """
 
     measured: list[Cell] = field(default_factory=list)
     found: list[Cell] = field(default_factory=list)
     left_out: list[Cell] = field(default_factory=list)
+    rate: float | None = None
 
 
 def is_main() -> bool:
@@ -60,7 +65,9 @@ def measure_all(
     console: Console,
     *,
     deadline: float | None = None,
+    rate: float | None = None,
     is_essential: Callable[[Cell], bool] = lambda cell: False,
+    then: Callable[[Cell], None] = lambda cell: None,
 ) -> Outcome:
     """Measure `cells` in order, with a progress bar; returns when all are done, here or by others.
 
@@ -73,13 +80,15 @@ def measure_all(
         run: where rows go, each as soon as it is finished.
         console: where the bar is drawn.
         deadline: `time.monotonic()` value; a cell that would not finish before it, at the rate measured so far, is
-            left out. The first cell always runs.
+            left out. Without a `rate` the first cell always runs.
+        rate: operations a second, as an earlier outcome tells it.
         is_essential: cells that run whatever the time.
+        then: called with each cell that has been measured here.
     """
     outcome, original = Outcome(found=[c for c in cells if c.is_done(run)]), model.rope
     todo = [c for c in cells if c not in outcome.found]
     with Progress(*_COLUMNS, console=console, speed_estimate_period=300) as bar:
-        work = _Work(model, run, bar, sum(map(Cost.of(model).cell, todo)))
+        work = _Work(model, run, bar, sum(map(Cost.of(model).cell, todo)), rate)
         try:
             while todo:
                 busy = []
@@ -97,26 +106,34 @@ def measure_all(
                         else:
                             work.do(cell)
                             outcome.measured.append(cell)
+                            then(cell)
                 if len(busy) == len(todo):
                     work.wait()
                 todo = busy
         finally:
             model.rope = original
+        outcome.rate = work.rate
     return outcome
 
 
 class _Work:
     """Cells measured one after the other, with a bar, and the rate at which it goes."""
 
-    def __init__(self, model: Model, run: Run, bar: Progress, total: float) -> None:
-        self._model, self._run, self._bar = model, run, bar
+    def __init__(self, model: Model, run: Run, bar: Progress, total: float, rate: float | None) -> None:
+        self._model, self._run, self._bar, self._known_rate = model, run, bar, rate
         self._cost, self._total = Cost.of(model), total
         self._done, self._spent = 0.0, 0.0  # operations, seconds
         self._task = bar.add_task("", total=total)
 
     def would_end(self, cell: Cell) -> float:
         """When `cell` would be done, as `time.monotonic()` tells it."""
-        return time.monotonic() + (self._cost.cell(cell) * self._spent / self._done if self._done else 0.0)
+        rate = self.rate or self._known_rate
+        return time.monotonic() + (self._cost.cell(cell) / rate if rate else 0.0)
+
+    @property
+    def rate(self) -> float | None:
+        """Operations a second of what was measured here."""
+        return self._done / self._spent if self._spent else None
 
     def drop(self, cell: Cell) -> None:
         """Count a cell out that is not measured here."""
