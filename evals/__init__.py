@@ -11,13 +11,15 @@ if not __name__.startswith("ropewalk."):
 if TYPE_CHECKING:
     from .api import perplexity
     from .perplexity_row import HarmRow, LongPPLRow, PerplexityRow, RepeatRow
+    from .tuned import Candidate, Tuned
 
 _LAZY = {
     "perplexity": ".api",
     **dict.fromkeys(("PerplexityRow", "LongPPLRow", "RepeatRow", "HarmRow"), ".perplexity_row"),
+    **dict.fromkeys(("Candidate", "Tuned"), ".tuned"),
 }
 
-__all__ = ["HarmRow", "LongPPLRow", "PerplexityRow", "RepeatRow", "perplexity"]
+__all__ = ["Candidate", "HarmRow", "LongPPLRow", "PerplexityRow", "RepeatRow", "Tuned", "perplexity"]
 
 
 def __getattr__(name: str) -> Any:

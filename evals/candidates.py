@@ -7,11 +7,12 @@ import math
 
 from ..errors import ConfigError
 from ..scaling import hf_write
-from ..scaling.rope import Factored, RopeSpec, Scaler, compose
+from ..scaling.positions import SelfExtend
+from ..scaling.rope import RopeSpec, Scaler, compose
 from ..scaling.spec import parse
 from ..scaling.temperature import LogN
 
-_STEP = 2**0.25  # between neighbouring factors; windows go by its square
+_STEP = 2**0.25  # between neighbouring factors; windows go by its square, whole numbers by one at least
 
 
 def starting_points(rope: RopeSpec, target: int) -> list[Scaler]:
@@ -23,10 +24,15 @@ def starting_points(rope: RopeSpec, target: int) -> list[Scaler]:
     L, s = rope.trained_length, target / rope.trained_length
 
     def extend(window: int) -> str:
-        return f"self-extend:{math.ceil((target - window) / (L - window))},window={window}"
+        """Self-Extend with the smallest group that reaches the target."""
+        group = math.ceil((target - window) / (L - window))
+        while SelfExtend(group=group, window=window).reach(rope) < target:
+            group += 1
+        return f"self-extend:{group},window={window}"
 
     def leak(window: int) -> str:
-        return f"leaky-rerope:{window},k={(target - window) / (L - window):g}"
+        k = math.ceil(1.02 * (target - window) / (L - window) * 100) / 100  # its reach ends just before the target
+        return f"leaky-rerope:{window},k={k:g}"
 
     specs = [
         f"yarn:{s:g}",
@@ -65,7 +71,7 @@ def starting_points(rope: RopeSpec, target: int) -> list[Scaler]:
 
 
 def neighbours(scaler: Scaler) -> list[Scaler]:
-    """Scalers that differ from `scaler` in one thing: a factor or window a step up or down, log n there or not."""
+    """Scalers that differ from `scaler` in one thing: a number a step up or down, log n there or not."""
     found = []
     for part in scaler.parts:
         for changed in _varied(part):
@@ -79,17 +85,26 @@ def neighbours(scaler: Scaler) -> list[Scaler]:
 
 
 def _varied(part: Scaler) -> list[Scaler]:
+    """`part` with one number a step up or down."""
+    steps: dict[str, float] = {}
+    if part.facet == "frequencies":
+        steps = {"factor": _STEP}
+    elif part.facet == "positions":
+        steps = {"window": _STEP**2, "near": _STEP**2, "k": _STEP, "group": _STEP}
     found: list[Scaler] = []
-    if isinstance(part, Factored) and part.facet == "frequencies":
-        for factor in (part.factor * _STEP, part.factor / _STEP):
-            if factor >= 1:
-                found.append(part.at(float(f"{factor:.3g}")))
-    elif part.facet == "positions" and (window := getattr(part, "window", None)):
-        for wanted in (window * _STEP**2, window / _STEP**2):
+    for name, step in steps.items():
+        value = getattr(part, name, None)
+        if value is None:
+            continue
+        for wanted in (value * step, value / step):
+            if isinstance(value, int):
+                wanted = max(round(wanted), value + 1) if wanted > value else min(round(wanted), value - 1)
+            else:
+                wanted = float(f"{wanted:.3g}")
             try:
-                found.append(dataclasses.replace(part, window=max(1, round(wanted))))  # type: ignore[call-arg]
+                found.append(dataclasses.replace(part, **{name: wanted}))
             except ConfigError:
-                continue  # a field that depends on the window does not allow it
+                continue  # below what the field allows
     return found
 
 

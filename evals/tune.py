@@ -6,9 +6,10 @@ Rounds, each with the best of the one before, best first:
     near        scalers next to the best three, the same way
     skim 3      the best third, at two places more
     read 1      the best four, and two that a config can hold; the text read whole, at another place
-    harm        those, on short texts
     read 3, 9   the best three, and two, at more places
+    near        scalers next to the leader, skimmed; the better two read; again while the leader changes
     read        the simplest tie and the best that a config can hold, at all places
+    harm        the best, on short texts
     passkeys    the best three, asked for numbers hidden at the target length
 
 Skimming costs a tenth of reading, and ranks scalers nearly as reading does (`engine.skim`). Where it cannot be done
@@ -47,7 +48,7 @@ from .retrieval import cells as retrieval_cells
 from .runner import measure_all
 from .skim_cell import SkimCell, can_skim
 from .tasks import TASKS
-from .tuned import Candidate, Tuned, ranked
+from .tuned import Candidate, Tuned, by_skimming, ranked
 
 MOST_PLACES = 9
 """Places of the text that are read in the last round."""
@@ -55,6 +56,7 @@ MOST_PLACES = 9
 _SKIMMED = 3  # places
 _READ_SHARE = 8  # a skim reads one in so many tokens, but no fewer than it needs
 _FINALISTS, _SERVABLE = 4, 2
+_CLIMBS = 4
 _DEPTHS = (0.1, 0.5, 0.9)
 _SHARES = {"skim": 0.45, "near": 0.15, "skim more": 0.15}  # of the budget that is left, at most
 
@@ -143,10 +145,10 @@ class _Search:
         self._rate: float | None = None
         self._complete = True
         L = model.trained_length
-        self._scored = min(1024, target // 8)
+        self._scored = min(1024, target // 4)
         self._protocol = FixedTarget(contexts=(target,), target=self._scored, samples=MOST_PLACES)
         short = min(1024, max(L // 8, 2))
-        self._harm = Harm(contexts=(2 * short,), target=short, samples=math.ceil(1024 / short))
+        self._harm = Harm(contexts=(2 * short,), target=short, samples=math.ceil(512 / short))
         self._reader = ModelReader(model)
         self._source = Source.of(text, model.tokenizer, self._protocol)
         windows = self._protocol.windows(self._source.documents, target, self._source.start)
@@ -165,25 +167,36 @@ class _Search:
             best = self._ranking()[:3]
             self._skim("near", self._new([one for c in best for one in neighbours(c.scaler)]), 1)
             self._skim("skim more", self._ranking()[: len(self._candidates) // 3], _SKIMMED)
-            if self._keep_short:
-                self._measure_harm(self._ranking()[: len(self._candidates) // 3])
             self._read(self._finalists(), 1)
         else:
             self._read(self._new(start), 1)
             best = self._ranking()[:3]
             self._read(self._new([one for c in best for one in neighbours(c.scaler)]), 1)
-        finalists = self._finalists()
-        self._measure_harm(finalists)
-        self._read(finalists[:3], 3)
-        self._read(self._ranking(finalists)[:2], len(self._windows))
+        self._read(self._finalists()[:3], 3)
+        self._read(self._finalists()[:2], len(self._windows))
+        self._climb()
         while self._complete and (named := self._named()):
             self._read(named, len(self._windows))
-        self._ask(self._ranking(finalists)[:3])
+        best = self._finalists()
+        self._measure_harm(best)
+        self._ask(best[:3])
         found = self._tuned()
         if not found.eligible:
             why = "no scaler that was measured is harmless to short texts" if found.ranking else "nothing was measured"
             raise ConfigError(f"{why} within the budget; give more")
         return found
+
+    def _climb(self) -> None:
+        """From the leader to what lies next to it, as long as that is better."""
+        for _ in range(_CLIMBS):
+            leader = self._finalists()[:1]
+            near = self._new([one for c in leader for one in neighbours(c.scaler)])
+            if can_skim(self._model):
+                self._skim("near", near, _SKIMMED)
+                near = by_skimming(near)
+            self._read(near[:2], len(self._windows))
+            if self._finalists()[:1] == leader:
+                break
 
     def _named(self) -> list[Candidate]:
         """Those that would be named and were not read at all places yet: to be known as well as the winner."""
@@ -207,8 +220,11 @@ class _Search:
 
     def _finalists(self) -> list[Candidate]:
         """The best, and the best of those that other engines can serve."""
-        order = [c for c in self._ranking() if c.is_harmless or not self._keep_short]
+        order = self._ranking()
         servable = [c for c in order if c.scaler.parts and fits_config(c.scaler, self._model.spec)]
+        if self._keep_short:  # looked at first, so that what cannot win costs no reading
+            self._measure_harm([*order[: 2 * _FINALISTS], *servable[: 2 * _SERVABLE]])
+            order, servable = ([c for c in some if c.is_harmless] for some in (order, servable))
         return [*order[:_FINALISTS], *(c for c in servable[:_SERVABLE] if c not in order[:_FINALISTS])]
 
     def _new(self, scalers: Sequence[Scaler]) -> list[Candidate]:
@@ -251,7 +267,7 @@ class _Search:
         self._carry_out("read", cells, keep)
 
     def _measure_harm(self, candidates: Sequence[Candidate]) -> None:
-        scalers = [c.scaler for c in candidates if c.scaler.parts]
+        scalers = [*{str(c.scaler): c.scaler for c in candidates if c.scaler.parts}.values()]
 
         def keep(row: Row) -> None:
             low, high = (math.nan if row[name] is None else row[name] for name in ("difference_low", "difference_high"))
@@ -274,7 +290,7 @@ class _Search:
     # Cells
 
     def _sample(self) -> Sample:
-        """The last quarter of what is skimmed lies in one piece, with the scored tokens in its second half."""
+        """Half of what is skimmed lies in one piece at the end, the scored tokens in its last three quarters."""
         read = max(min(self._target // _READ_SHARE, 4096), min(self._target // 2, 1024))
         local = read // 2
         stretch = max(8, min(64, (read - local) // 8))
@@ -295,7 +311,7 @@ class _Search:
 
     def _skim_cell(self, scaler: Scaler, window: Window, sample: Sample) -> SkimCell:
         read, local = len(sample.positions), int((sample.stretches == sample.stretches[-1]).sum())
-        scored = min(self._scored, local // 2)
+        scored = min(self._scored, 3 * local // 4)
         recipe = self._shared(scaler, window) | {"task": "skim", "target": scored, "read": read, "local": local}
         cut = Window(ids=window.ids, first=len(window.ids) - scored, place=window.place)
         return SkimCell(scaler=scaler, context=self._target, window=cut, sample=sample, recipe=recipe)

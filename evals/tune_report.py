@@ -82,11 +82,11 @@ def sentences(found: Tuned) -> list[str]:
 def ranking_grid(found: Tuned) -> Grid:
     """Every candidate, best first."""
     winner = found.winner
-    tolerance = f"{TOLERANCE:g}"
     note = (
         "Best first. Differences to the winner are paired, token by token, with 95% intervals; green ones cannot be "
-        "told from it. Skimmed losses are of the text's end after a sample of the rest, and compare with each other "
-        f"only. Harm is the loss difference to the untouched model on short texts, red where it may exceed {tolerance}."
+        "told from it. Skimmed losses are of the end of one place after a sample of the rest, and compare with one "
+        "another only. Harm is the loss difference to the untouched model on short texts, red if it may exceed "
+        f"{TOLERANCE:g}."
     )
     columns = ("loss", "to the winner", "places", "skimmed", "harm", "passkeys", "in a config")
     rows = [(str(c.scaler), _cells(found, c, winner)) for c in found.ranking]
@@ -109,7 +109,7 @@ def _cells(found: Tuned, c: Candidate, winner: Candidate) -> list[Shown]:
         Shown(main=f"{c.loss:.3f}", css="best" if c is winner else "") if c.loss is not None else NOTHING,
         against,
         Shown(main=str(c.places)) if c.places else NOTHING,
-        Shown(main=f"{c.skimmed_loss:.3f}", small=(f"{len(c.skimmed)}",)) if c.skimmed_loss is not None else NOTHING,
+        Shown(main=f"{c.skimmed_loss:.3f}") if c.skimmed_loss is not None else NOTHING,
         harm,
         Shown(main=f"{fmean(c.found.values()):.0%}", small=(f"n={len(c.found)}",)) if c.found else NOTHING,
         Shown(main="yes") if found.fits_config(c) else NOTHING,

@@ -16,7 +16,7 @@ from .result import Losses
 from .statistics import paired_difference
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Candidate:
     """A scaler, and what has been measured of it so far.
 
@@ -45,8 +45,8 @@ class Candidate:
 
     @property
     def skimmed_loss(self) -> float | None:
-        """Nats per token as skimmed; None if it was not."""
-        return float(np.concatenate([*self.skimmed.values()]).mean(dtype=np.float64)) if self.skimmed else None
+        """Nats per token as skimmed at the first place, which all have; None if it was not."""
+        return float(next(iter(self.skimmed.values())).mean(dtype=np.float64)) if self.skimmed else None
 
     @property
     def is_harmless(self) -> bool:
@@ -59,12 +59,16 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
 
     Only places that every candidate compared has are compared, so that no one gains by an easier text.
     """
-    return _by_losses([c for c in candidates if c.read], "read") + _by_losses(
-        [c for c in candidates if not c.read and c.skimmed], "skimmed"
-    )
+    return _by_losses(candidates, "read") + by_skimming([c for c in candidates if not c.read])
+
+
+def by_skimming(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The same of what was skimmed alone; those that were not are left out."""
+    return _by_losses(candidates, "skimmed")
 
 
 def _by_losses(candidates: Sequence[Candidate], kind: str) -> list[Candidate]:
+    candidates = [c for c in candidates if getattr(c, kind)]
     counts = sorted({len(getattr(c, kind)) for c in candidates}, reverse=True)
     if len(counts) > 1 and sum(len(getattr(c, kind)) == counts[0] for c in candidates) == 1:
         counts = counts[1:]  # the only one with more places is held against the next ones on theirs

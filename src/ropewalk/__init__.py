@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .engine.opening import Continuation
     from .engine.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
+    from .evals.tune import tune
     from .scaling.spec import parse
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ _LAZY = {
     "patch": ".engine.patch",
     "SamplingParams": ".engine.sampling",
     "parse": ".scaling.spec",
+    "tune": ".evals.tune",
 }
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "load",
     "parse",
     "patch",
+    "tune",
 ]
 
 

@@ -1,0 +1,190 @@
+"""`tune` on the small model, which breaks past its trained length of 256 tokens."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+import ropewalk as rw
+from ropewalk.errors import ConfigError, DataError
+from ropewalk.evals.data import Text
+from ropewalk.evals.perplexity_cell import cells
+from ropewalk.evals.protocols import protocol
+from ropewalk.evals.result import Run
+from ropewalk.evals.runner import measure_all, new_console
+from ropewalk.evals.statistics import paired_difference
+from ropewalk.evals.tune_report import as_json, config_fragment
+from ropewalk.evals.tuned import difference
+from ropewalk.scaling import hf
+from ropewalk.scaling.rope import Scaler
+
+TARGET = 512
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return rw.load(tiny_folder, dtype="float32", max_length=2**31)
+
+
+@pytest.fixture(scope="module")
+def text(held_out_texts):
+    return Text(name="held-out", documents=tuple(sorted(held_out_texts, key=len)[-6:]), sha256="of this Python")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tune")
+
+
+@pytest.fixture(scope="module")
+def found(model, text, folder):
+    """A whole search, whose measurements other tests use again."""
+    return rw.tune(model, TARGET, text=text, out=folder)
+
+
+def test_the_winner_has_the_lowest_loss_of_all_that_were_read_as_far(found):
+    assert found.complete
+    assert found.winner.places == 9
+    for other in found.ranking:
+        change = difference(other, found.winner)
+        assert change.mean >= 0 or other in found.ties or not other.read
+
+
+def test_it_extends_the_model(found, model):
+    plain = next(c for c in found.ranking if type(c.scaler) is Scaler)
+    change = difference(found.winner, plain)
+    assert change.mean < -0.5  # nats: the untouched model breaks past 256 tokens
+
+
+def test_what_is_named_is_read_at_every_place(found):
+    assert {found.winner.places, found.simplest.places, found.servable.places} == {9}
+    assert not found.is_worse(found.simplest, found.winner)
+
+
+def test_another_call_measures_nothing_anew(found, model, text, folder):
+    def never(progress):
+        raise AssertionError(f"{progress.scaler} was measured again")
+
+    again = rw.tune(model, TARGET, text=text, out=folder, progress=never)
+    assert as_json(again) == as_json(found)
+
+
+def test_the_scaler_is_put_back(found, model):
+    assert str(model.rope) == "none"
+
+
+@pytest.mark.parametrize("after", [20, 50])
+def test_a_search_that_was_stopped_comes_to_the_same(found, model, text, tmp_path, after):
+    seen = []
+
+    def stop(progress):
+        seen.append(progress.round)
+        if len(seen) == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rw.tune(model, TARGET, text=text, out=tmp_path, progress=stop)
+    assert str(model.rope) == "none"
+    assert as_json(rw.tune(model, TARGET, text=text, out=tmp_path)) == as_json(found)
+
+
+def test_a_budget_ends_it_with_the_best_so_far(found, model, text, tmp_path):
+    short = rw.tune(model, TARGET, text=text, out=tmp_path, budget=1.0)
+    assert not short.complete
+    assert short.ranking
+    assert as_json(rw.tune(model, TARGET, text=text, out=tmp_path)) == as_json(found)
+
+
+def test_a_network_that_cannot_skim_reads_everything(tiny_folder, text, tmp_path):
+    plain = rw.load(tiny_folder, dtype="float32", compile=False, max_length=2**31)
+    found = rw.tune(plain, TARGET, text=text, out=tmp_path, budget=30, ropes=["yarn:2.5"])
+    assert not any(c.skimmed for c in found.ranking)
+    assert sum(c.places > 0 for c in found.ranking) > 20
+    assert "yarn:2.5" in {str(c.scaler) for c in found.ranking}
+
+
+def test_keep_short_leaves_no_winner_that_harms(model, text, folder, found):
+    careful = rw.tune(model, TARGET, text=text, out=folder, keep_short=True)
+    assert careful.winner.is_harmless
+    assert careful.servable is None or careful.servable.is_harmless
+    harmful = [c for c in careful.ranking if c.harm is not None and not c.is_harmless]
+    assert harmful, "nothing that was measured would have been refused"
+    assert not {str(c.scaler) for c in harmful} & {str(c.scaler) for c in careful.eligible}
+
+
+def test_the_config_gives_the_frequencies_that_were_measured(found, model):
+    fragment = json.loads(json.dumps(config_fragment(found)))
+    config = type(model.hf.config)(**model.hf.config.to_dict() | fragment)
+    assert config.max_position_embeddings == TARGET
+    (read,) = hf.read(config).values()
+    expected, got = (s.frequencies(model.spec, TARGET) for s in (found.servable.scaler, read.scaler))
+    assert got.inv_freq.tolist() == pytest.approx(expected.inv_freq.tolist(), rel=1e-12)
+    assert got.attention_factor == pytest.approx(expected.attention_factor, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (200, ConfigError, "target 200 is not beyond the trained length 256, which the untouched model reads"),
+        ("1x", ConfigError, "ask for more, such as 2x"),
+        ("1M", DataError, "the text is too short"),
+    ],
+)
+def test_targets_that_make_no_sense(model, text, target, error, message):
+    with pytest.raises(error, match=message):
+        rw.tune(model, target, text=text)
+
+
+def grid(rope, target):
+    """Every method at several values, with log n and without."""
+    L, s = rope.trained_length, target / rope.trained_length
+    specs = [
+        f"{name}:{s * step:.3g}"
+        for name in ("linear", "ntk", "ntk-fixed", "ntk-mixed", "ntk-by-parts", "yarn", "mrrope", "alpharope", "llama3")
+        for step in (1, 1.4, 2)
+    ]
+    specs += [f"rerope:{L * eighths // 8}" for eighths in range(1, 8)]
+    for window in (L // 4, 3 * L // 8, L // 2):
+        least = (target - window) / (L - window)
+        specs += [f"leaky-rerope:{window},k={least:g}", f"leaky-rerope:{window},k={1.5 * least:g}"]
+        specs += [f"self-extend:{math.ceil(least) + more},window={window}" for more in (0, 1, 2)]
+    specs += ["dual-chunk", f"jet-long:{L // 4}", f"base-bound:{target}", f"critical-base:{target}"]
+    return [rw.parse(one) for spec in specs for one in (spec, f"{spec}|logn")] + [rw.parse("none")]
+
+
+def tokens_read(rows):
+    """What the measurements behind rows cost, in tokens; two readings for harm."""
+    total = 0
+    for row in rows:
+        if row["task"] == "skim":
+            total += row["read"]
+        elif row.get("protocol") == "harm":
+            total += 2 * row["context"] * row["documents"]
+        else:
+            total += row["context"] * row.get("documents", 1)
+    return total
+
+
+@pytest.mark.slow
+def test_a_grid_of_everything_finds_nothing_better(model, text, found, folder, tmp_path):
+    """Read whole at the same places, at several times the cost; docs/tune.md has a finer grid, at 14 times."""
+    plan = protocol("fixed-target", (TARGET,), target=TARGET // 4, samples=9)
+    run = Run(tmp_path)
+    measure_all(model, cells(model, text, grid(model.spec, TARGET), plan), run, new_console())
+    best = min(run.rows, key=lambda row: row["loss"])
+    won = np.concatenate([*found.winner.read.values()])
+    mean, low, high = paired_difference(won, run.losses(best))
+    cost, exhaustive = tokens_read(Run(folder).rows), tokens_read(run.rows)
+    told = (
+        f"{found.winner.scaler} against {best['rope']}: {mean:+.4f} ({low:+.4f} to {high:+.4f}), {cost} of {exhaustive}"
+    )
+    assert low <= 0, told
+    assert cost <= exhaustive / 5, told
+
+
+def test_candidates_are_told_apart(found):
+    specs = [str(c.scaler) for c in found.ranking]
+    assert len(specs) == len(set(specs)) >= 35
+    assert dataclasses.is_dataclass(found)

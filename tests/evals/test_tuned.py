@@ -1,0 +1,148 @@
+"""Which candidate is named, from losses that are made up; and which candidates there are."""
+
+import math
+
+import numpy as np
+import pytest
+
+from ropewalk.evals.candidates import fits_config, neighbours, simplicity, starting_points
+from ropewalk.evals.compare import Difference
+from ropewalk.evals.tune_report import as_json, sentences
+from ropewalk.evals.tuned import Candidate, Tuned, difference, ranked
+from ropewalk.scaling import RopeSpec, parse
+
+ROPE = RopeSpec(dim=64, base=1e5, trained_length=8192)
+TOKENS = 256
+
+
+def candidate(spec, read=(), skimmed=(), **more):
+    """Losses by place: of every place the same tokens are hard for everyone, and later places are harder."""
+
+    def losses(means):
+        found = {}
+        for place, mean in enumerate(means):
+            rng = np.random.default_rng(place)
+            hardness = rng.gamma(1.2, 1.0, TOKENS)
+            noise = np.random.default_rng([place, *spec.encode()]).normal(0, 0.02, TOKENS)
+            values = hardness - hardness.mean() + noise - noise.mean() + mean + place
+            found[f"0:{place}"] = values.astype(np.float32)
+        return found
+
+    return Candidate(scaler=parse(spec), read=losses(read), skimmed=losses(skimmed), **more)
+
+
+def tuned(*candidates, keep_short=False):
+    return Tuned(target=16384, rope=ROPE, ranking=tuple(ranked(candidates)), keep_short=keep_short, complete=True)
+
+
+def order(*candidates):
+    return [str(c.scaler) for c in ranked(candidates)]
+
+
+def test_those_who_came_farther_rank_first_and_those_who_came_as_far_by_loss():
+    assert order(
+        candidate("none", skimmed=[6]),
+        candidate("yarn:2", skimmed=[3.2]),
+        candidate("linear:2", read=[3.9], skimmed=[3.3]),
+        candidate("ntk:4", read=[3.5, 3.5], skimmed=[3.4]),
+        candidate("dual-chunk", read=[3.4, 3.4], skimmed=[3.1]),
+    ) == ["dual-chunk", "ntk:4", "linear:2", "yarn:2", "none"]
+
+
+def test_nobody_gains_by_the_places_that_others_have_read():
+    """The third place is harder for all; the one that read it is held against the other on the first two."""
+    far, near = candidate("yarn:2", read=[3.0, 3.0, 3.0]), candidate("ntk:4", read=[3.1, 3.1])
+    assert far.loss > near.loss
+    assert order(near, far) == ["yarn:2", "ntk:4"]
+    assert order(candidate("ntk:4", read=[2.9, 2.9]), far) == ["ntk:4", "yarn:2"]
+
+
+def test_differences_are_over_shared_places_and_read_ones_before_skimmed():
+    a, b = candidate("yarn:2", read=[3.0, 3.0], skimmed=[9.0]), candidate("ntk:4", read=[3.1], skimmed=[8.0])
+    assert difference(a, b).mean == pytest.approx(-0.1, abs=1e-6)
+    assert difference(a, candidate("linear:2", skimmed=[9.5])).mean == pytest.approx(-0.5, abs=1e-6)
+    assert difference(candidate("yarn:2"), b) is None
+
+
+def test_the_simplest_of_those_that_cannot_be_told_apart():
+    found = tuned(
+        candidate("rerope:4k|logn", read=[3.000] * 3),
+        candidate("rerope:4k", read=[3.001] * 3),
+        candidate("ntk-mixed:3", read=[3.0015] * 3),
+        candidate("yarn:2", read=[3.05] * 3),
+    )
+    assert str(found.winner.scaler) == "rerope:4k|logn"
+    assert [str(c.scaler) for c in found.ties] == ["rerope:4k|logn", "rerope:4k", "ntk-mixed:3"]
+    assert str(found.simplest.scaler) == "ntk-mixed:3"  # yarn is simpler, and distinguishably worse
+    assert str(found.servable.scaler) == "ntk-mixed:3"
+    assert any("Not distinguishable from it on the same tokens: rerope:4k, ntk-mixed:3" in s for s in sentences(found))
+
+
+def test_passkeys_decide_among_ties_and_only_there():
+    found = tuned(
+        candidate("rerope:4k", read=[3.000] * 3, found={0.1: 0.0, 0.9: 1.0}),
+        candidate("dual-chunk", read=[3.001] * 3, found={0.1: 1.0, 0.9: 1.0}),
+        candidate("yarn:2", read=[3.2] * 3, found={0.1: 1.0, 0.9: 1.0}),
+    )
+    assert str(found.winner.scaler) == "dual-chunk"
+
+
+def test_harm_counts_only_where_it_is_asked():
+    harm = Difference(mean=0.015, low=0.005, high=0.025)
+    harmful, careful = candidate("ntk:4", read=[3.0], harm=harm), candidate("rerope:4k", read=[3.3])
+    careful.harm = Difference(mean=0.0, low=0.0, high=0.0)
+    unknown = candidate("yarn:2", read=[2.9])
+    assert str(tuned(harmful, careful).winner.scaler) == "ntk:4"
+    assert str(tuned(harmful, careful, unknown, keep_short=True).winner.scaler) == "rerope:4k"
+    assert str(tuned(harmful, candidate("none", read=[6.0]), keep_short=True).winner.scaler) == "none"
+    assert tuned(harmful, keep_short=True).eligible == []
+
+
+def test_too_few_tokens_for_an_interval_are_told_by_their_mean():
+    few = {"0:0": np.array([3.0, 3.0], np.float32)}, {"0:0": np.array([3.1, 3.1], np.float32)}
+    better, worse = (Candidate(scaler=parse(s), read=r) for s, r in zip(("ntk:4", "none"), few, strict=True))
+    found = tuned(better, worse)
+    assert found.ties == [better]
+    assert as_json(found)["ranking"][1]["difference"] == [pytest.approx(0.1), None, None]
+
+
+def test_what_was_only_skimmed_is_not_named_beside_what_was_read():
+    found = tuned(candidate("yarn:2", read=[3.4], skimmed=[3.4]), candidate("ntk:4", skimmed=[3.0]))
+    assert str(found.winner.scaler) == str(found.servable.scaler) == "yarn:2"
+
+
+@pytest.mark.parametrize("target", [9000, 16384, 32768])
+@pytest.mark.parametrize("rope", [ROPE, RopeSpec(dim=128, base=5e5, trained_length=4096)], ids=["smollm2", "llama"])
+def test_starting_points_are_all_different_and_work(rope, target):
+    found = starting_points(rope, target)
+    assert len({str(one) for one in found}) == len(found) > 25
+    for one in found:
+        one.check(rope)
+        one.frequencies(rope, target)
+        if one.member("positions"):
+            assert one.reach(rope) >= target
+
+
+def test_neighbours_differ_in_one_thing():
+    assert {str(n) for n in neighbours(parse("yarn:2"))} == {"yarn:2.38", "yarn:1.68", "yarn:2|logn"}
+    assert {str(n) for n in neighbours(parse("rerope:512|logn"))} == {
+        "rerope:724|logn",
+        "rerope:362|logn",
+        "rerope:512",
+    }
+    assert {str(n) for n in neighbours(parse("self-extend:3,window=64"))} == {
+        "self-extend:4,window=64",
+        "self-extend:2,window=64",
+        "self-extend:3,window=91",
+        "self-extend:3,window=45",
+        "self-extend:3,window=64|logn",
+    }
+    assert {str(n) for n in neighbours(parse("yarn:1"))} == {"yarn:1.19", "yarn:1|logn"}  # a factor below 1 is none
+    assert neighbours(parse("none")) == []
+
+
+def test_simplicity_and_what_a_config_holds():
+    specs = ["none", "yarn:2", "ntk-mixed:2", "rerope:4k", "rerope:4k|logn"]
+    assert sorted({*specs}, key=lambda spec: simplicity(parse(spec), ROPE)) == specs
+    assert [fits_config(parse(spec), ROPE) for spec in specs] == [True, True, True, False, False]
+    assert math.isfinite(sum(simplicity(parse("logn"), ROPE)))
