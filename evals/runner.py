@@ -23,6 +23,7 @@ from .cell import Cell, Cost
 from .result import Run, recipe_key
 
 _PATIENCE = 0.5  # seconds between two looks at what other processes have done
+_WIDEST = 48  # letters of a spec on the screen
 _COLUMNS = (
     SpinnerColumn(),
     TextColumn("{task.description}"),
@@ -147,7 +148,7 @@ class _Work:
 
     def do(self, cell: Cell) -> None:
         """Measure a cell."""
-        self._bar.update(self._task, description=f"{cell.scaler} at {cell.label}")
+        self._bar.update(self._task, description=f"{_shown(cell)} at {cell.label}")
         started = time.monotonic()
         self._model.rope = cell.scaler
         rows = cell.measure(
@@ -156,8 +157,14 @@ class _Work:
         seconds = time.monotonic() - started
         self._spent, self._done = self._spent + seconds, self._done + self._cost.cell(cell)
         self._bar.console.print(
-            f"  {cell.scaler!s:<18} {cell.label:>6}  {cell.outcome(rows)}  [dim]{seconds:.0f} s[/dim]"
+            f"  {_shown(cell):<18} {cell.label:>6}  {cell.outcome(rows)}  [dim]{seconds:.0f} s[/dim]"
         )
+
+
+def _shown(cell: Cell) -> str:
+    """Its scaler in one line: lists of factors make a spec far longer than a screen is wide."""
+    spec = str(cell.scaler)
+    return spec if len(spec) <= _WIDEST else spec[: _WIDEST - 3] + "..."
 
 
 def print_plan(model: Model, cells: Sequence[Cell], console: Console) -> None:

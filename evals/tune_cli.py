@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -37,7 +37,8 @@ class _Duration(click.ParamType[float]):
 
 @click.command(
     epilog=EXAMPLES + "  ropewalk tune smollm2-135m --target 2x --budget 20m\n"
-    "  ropewalk tune ./my-model --target 32k --text book.txt --keep-short --out runs/tune"
+    "  ropewalk tune ./my-model --target 32k --text book.txt --keep-short --out runs/tune\n"
+    "  ropewalk tune ./my-model --target 4x --search factors"
 )
 @click.argument("model")
 @click.option("--target", default="2x", show_default=True, help="Tokens that are to be carried.")
@@ -48,6 +49,16 @@ class _Duration(click.ParamType[float]):
     help="kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder.",
 )
 @click.option("--budget", type=_Duration(), help="Time for measuring, such as 10m; else as long as it takes.")
+@click.option(
+    "--search",
+    type=click.Choice(["methods", "factors"]),
+    default="methods",
+    show_default=True,
+    help="factors: also search for a LongRoPE factor for every rotary pair.",
+)
+@click.option(
+    "--largest-factor", type=float, help="Bound of searched factors  [default: target over trained length, or more]"
+)
 @click.option("--keep-short", is_flag=True, help="What may cost short texts more than 0.02 nats cannot win.")
 @click.option("--rope", "ropes", multiple=True, help="A scaler to try too; may be repeated.")
 @loads_a_model
@@ -59,6 +70,8 @@ def tune(
     target: str,
     text: str,
     budget: float | None,
+    search: Literal["methods", "factors"],
+    largest_factor: float | None,
     keep_short: bool,
     ropes: tuple[str, ...],
     loading: dict[str, Any],
@@ -68,14 +81,15 @@ def tune(
 
     Candidates are skimmed (the end of a long text after a sample of the rest), the best are read whole at more and
     more places, and asked for passkeys. Prints a ranked table, the winner, the simplest one that cannot be told from
-    it, and the best that a config can hold. A search that was stopped goes on from its folder.
+    it, and the best that a config can hold. With --search factors, CMA-ES then looks for better factors of the rotary
+    pairs from the best closed form that a config can hold. A search that was stopped goes on from its folder.
     """
     from ..engine.load import load
     from .compare import short
     from .data import load_text
     from .result import Run
     from .runner import new_console
-    from .tune import tune as search
+    from .tune import tune as find
     from .tune_report import publish_tuned, ranking_grid, sentences
 
     console = new_console()
@@ -83,11 +97,13 @@ def tune(
     loaded = load(model, **loading, max_length=2**31)  # past a scaler's reach is what is looked at here
     run = Run(out or Path("runs") / f"{Path(model).name}-tune")
     run.write_environment()
-    found = search(
+    found = find(
         loaded,
         target,
         text=document,
         budget=budget,
+        search=search,
+        largest_factor=largest_factor,
         keep_short=keep_short,
         ropes=ropes,
         out=run.folder,

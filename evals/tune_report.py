@@ -55,23 +55,25 @@ def publish_tuned(found: Tuned, run: Run, *, model: str, text: str) -> list[Path
 def sentences(found: Tuned) -> list[str]:
     """What was found, in plain sentences."""
     winner, simplest, servable = found.winner, found.simplest, found.servable
-    said = [f"Winner at {format_length(found.target)}: {winner.scaler}{_loss_words(winner)}."]
+    said = [f"Winner at {format_length(found.target)}: {winner.label}{_loss_words(winner)}."]
     if len(found.ties) > 1:
-        others = ", ".join(str(c.scaler) for c in found.ties if c is not winner)
+        others = ", ".join(c.label for c in found.ties if c is not winner)
         said.append(f"Not distinguishable from it on the same tokens: {others}.")
     if simplest is winner:
         said.append("Nothing simpler comes as near to it as can be told.")
     else:
-        said.append(f"The simplest of these is {simplest.scaler}.")
+        said.append(f"The simplest of these is {simplest.label}.")
     if servable is None:
         said.append("No scaler that a config can hold was measured.")
     elif servable is not winner:
         change = difference(servable, winner)
         cost = f": {change} against the winner" if change is not None else ""
-        said.append(f"The best that a config can hold, for other engines, is {servable.scaler}{cost}.")
+        said.append(f"The best that a config can hold, for other engines, is {servable.label}{cost}.")
     plain = next((c for c in found.ranking if not c.scaler.parts), None)
     if plain is not None and plain is not winner and (change := difference(winner, plain)) is not None:
         said.append(f"Against the untouched model the winner changes the loss by {change}.")
+    if named := [c.label for c in (winner, servable) if c is not None and c.name]:
+        said.append(f"tuned.json has the spec of {named[0]}.")
     if not winner.read:
         said.append("The budget allowed no full reading: all this is from skimming, which ranks well but measures ill.")
     if not found.complete:
@@ -89,7 +91,7 @@ def ranking_grid(found: Tuned) -> Grid:
         f"{TOLERANCE:g}."
     )
     columns = ("loss", "to the winner", "places", "skimmed", "harm", "passkeys", "in a config")
-    rows = [(str(c.scaler), _cells(found, c, winner)) for c in found.ranking]
+    rows = [(c.label, _cells(found, c, winner)) for c in found.ranking]
     return Grid(title=f"Loss at {format_length(found.target)}, nats per token", note=note, columns=columns, rows=rows)
 
 
@@ -126,6 +128,7 @@ def as_json(found: Tuned) -> dict[str, Any]:
         change = difference(c, found.winner)
         return {
             "rope": str(c.scaler),
+            "label": c.label,
             "loss": c.loss,
             "places": c.places,
             "difference": None if change is None else [number(v) for v in (change.mean, change.low, change.high)],
@@ -162,7 +165,7 @@ def _loss_words(c: Candidate) -> str:
 
 
 def _method(found: Tuned, text: str) -> dict[str, str]:
-    return {
+    method = {
         "Search": "Successive halving: every starting point is skimmed, then those next to the best; the best third at "
         "more places; the best few are read whole, at one, three and nine places.",
         "Places": f"Ends of windows of {found.target:,} tokens in {text}. Skimming and reading begin at opposite ends.",
@@ -170,17 +173,23 @@ def _method(found: Tuned, text: str) -> dict[str, str]:
         "one with the lowest loss. Choosing among many favours the lucky: measure it on another text.",
         "Intervals": "95%, percentile bootstrap over blocks of 32 consecutive tokens.",
     }
+    if any(c.name for c in found.ranking):
+        method["Factors"] = (
+            "Searched by CMA-ES from the best closed form that a config can hold, skimmed at places of their own: no "
+            "token that decided the search is among those that are read."
+        )
+    return method
 
 
 def _plot(found: Tuned, out: Path, measured_on: str) -> list[Path]:
     """The losses of the best, hollow where they were only skimmed."""
     drawn: Sequence[Candidate] = found.ranking[:_DRAWN]
-    names = [str(c.scaler) for c in drawn]
+    names = [c.label for c in drawn]
     styles = line_styles([*dict.fromkeys([UNTOUCHED, *names])])
     with figure(8.5, 1.6 + 0.26 * len(drawn), f"Loss at {format_length(found.target)}, {measured_on}") as fig:
         axes = fig.subplots()
         for row, c in enumerate(drawn):
-            color = styles[str(c.scaler)].color
+            color = styles[c.label].color
             if c.skimmed_loss is not None:
                 axes.plot(c.skimmed_loss, row, "o", color=color, fillstyle="none", markersize=6)
             if c.loss is not None:

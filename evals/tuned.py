@@ -25,6 +25,7 @@ class Candidate:
         read: the same of the text read whole.
         harm: loss difference to the untouched model on a short text, nats.
         found: by the depth of each passkey that was hidden at the target length, 1 if it was found.
+        name: what it is called where its spec is too long; empty if it is not.
     """
 
     scaler: Scaler
@@ -32,6 +33,12 @@ class Candidate:
     read: dict[str, Losses] = field(default_factory=dict)
     harm: Difference | None = None
     found: dict[float, float] = field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """For people: its name, or its spec."""
+        return self.name or str(self.scaler)
 
     @property
     def places(self) -> int:
