@@ -31,6 +31,7 @@ from ..engine.api import Model
 from ..engine.rotary import headline
 from ..engine.skim import Sample
 from ..errors import ConfigError, DataError, UnsupportedModel
+from ..scaling.auto import Auto
 from ..scaling.lengths import format_length, parse_length
 from ..scaling.rope import Scaler
 from .candidates import fits_config, neighbours, starting_points
@@ -111,6 +112,8 @@ def tune(
             f"target {format_length(tokens)} is not beyond the trained length {format_length(model.trained_length)}, "
             "which the untouched model reads; ask for more, such as 2x"
         )
+    if any(str(rope).strip() == Auto.name for rope in ropes):
+        raise ConfigError("auto is no scaler of its own, but the choice among what was tuned; leave it out of ropes")
     console = console or Console(quiet=True)
     document = text if isinstance(text, Text) else load_text(text)
     before = model.rope
