@@ -31,7 +31,7 @@ from ropewalk.evals.reach_table import reach_table
 from ropewalk.evals.repeat import Repeat
 from ropewalk.evals.result import Run
 from ropewalk.evals.table import loss_table
-from ropewalk.scaling import METHODS, format_length
+from ropewalk.scaling import METHODS, Auto, format_length
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,6 +85,8 @@ def scaler_table() -> str:
                 field, colon, meaning = line.partition(": ")
                 is_new = bool(colon) and field in method.__dataclass_fields__
                 parts.append(f"- `{field}`: {meaning}" if is_new else f"  {line.strip()}")
+    parts += ["", f"## `{Auto.name}`", "", f"`{Auto.__name__}()`: a choice, of {Auto.source}.", ""]
+    parts.append(inspect.cleandoc(Auto.__doc__ or ""))
     return "\n".join(parts) + "\n"
 
 

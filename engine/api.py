@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -16,23 +14,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from ..errors import DataError
+from ..scaling.auto import Auto
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import parse
 from ..tokenizer_tools.cover import cover
 from ..tokenizer_tools.vocab import Vocabulary, vocabulary
+from . import identity, tunings
 from .answer import Answer
+from .auto import Choice
 from .completion import Completion, Score
-from .generation import generate_together, pieces
+from .generation import generate_all, pieces
 from .networks import Settings, network
 from .opening import text_logprob, weigh
-from .patch import install
 from .prefill import Progress
 from .prompt import Prompt
 from .rotary import headline, rotary_sites
 from .sampling import SamplingParams
 from .score import score
 from .session import Session
+from .switch import Switch
+
+if TYPE_CHECKING:
+    from ..evals.tuned import Tuned
 
 
 class Model:
@@ -62,26 +66,30 @@ class Model:
         self._max_length = max_length
         self.sites = rotary_sites(hf)
         self.network = network(hf, self.sites, settings or Settings(compile=False))
-        self._installed = install(hf, self.sites, parse(rope, self.trained_length), grows=False)
-        self.prepare(None)
+        self._switch = Switch(hf, self.sites, self.network)
+        self.rope = rope
 
     @property
     def rope(self) -> Scaler:
-        """The scaler in use. Assign a scaler or a spec string to change it: `model.rope = "yarn:4"`."""
-        return self._installed.scaler
+        """The scaler in use. Assign a scaler or a spec string to change it: `model.rope = "yarn:4"`.
+
+        "auto" chooses one for the length of every request; see `rope_at`.
+        """
+        return self._rope
 
     @rope.setter
     def rope(self, scaler: str | Scaler | None) -> None:
-        wanted, before = parse(scaler, self.trained_length), self.rope
-        self._installed.restore()
-        try:
-            self._installed = install(self.hf, self.sites, wanted, grows=False)
-            self.prepare(None)
-        except BaseException:  # Ctrl-C too, or the model would run under none while `rope` names another
-            self._installed.restore()
-            self._installed = install(self.hf, self.sites, before, grows=False)
-            self.prepare(None)
-            raise
+        wanted, choice = parse(scaler, self.trained_length), None
+        if isinstance(wanted, Auto):
+            choice = Choice.of(self.spec, self.trained_length, tunings.read(self.identity), self._switch.takes)
+        else:
+            self._switch.put(wanted)
+        self._rope, self._choice = wanted, choice
+        self.prepare(None)
+
+    def rope_at(self, length: int | None) -> Scaler:
+        """The scaler for a request of `length` tokens: `rope`, or what "auto" stands for there."""
+        return self._rope if self._choice is None else self._choice.at(length)
 
     @property
     def spec(self) -> RopeSpec:
@@ -98,16 +106,19 @@ class Model:
         """Most tokens `generate` accepts, prompt and answer together: the scaler's reach unless set."""
         if self._max_length is not None:
             return self._max_length
-        reach = headline(self.sites).reach(self.rope)
-        return int(reach) if math.isfinite(reach) else 2**31
+        return int(self._reach) if math.isfinite(self._reach) else 2**31
+
+    @property
+    def _reach(self) -> float:
+        return headline(self.sites).reach(self._rope) if self._choice is None else math.inf
 
     def describe(self) -> str:
         """What runs the model, in a few lines."""
-        reach = headline(self.sites).reach(self.rope)
+        reach = self._reach
         lines = {
             "model": f"{self.name} ({type(self.hf).__name__}, {self.hf.num_parameters() / 1e6:.0f}M parameters)",
             "run by": self.network.how,
-            "rope": str(self.rope),
+            "rope": str(self.rope) if self._choice is None else f"{self.rope}: {self._choice}",
             "reach": "any length" if math.isinf(reach) else f"{format_length(int(reach))} tokens",
             "trained": f"{format_length(self.trained_length)} tokens",
         }
@@ -137,10 +148,7 @@ class Model:
         """
         params = params or SamplingParams()
         if isinstance(prompt, list):
-            prompts = [self._prompt(one, params) for one in prompt]
-            if self.rope.depends_on_length:  # every text has frequencies of its own
-                return [self._complete(one, params) for one in prompts]
-            return generate_together(self, prompts, params) if prompts else []
+            return generate_all(self, [self._prompt(one, params) for one in prompt], params)
         return self._complete(self._prompt(prompt, params), params)
 
     def stream(self, prompt: str | bytes, params: SamplingParams | None = None) -> Iterator[str]:
@@ -163,13 +171,32 @@ class Model:
     @cached_property
     def fingerprint(self) -> str:
         """What tells this model's caches from those of others: a hash of its config and of some of all its weights."""
-        config = self.hf.config.to_dict()
-        lasting = {name: value for name, value in config.items() if name[0] != "_" and name != "transformers_version"}
-        found = hashlib.sha256((json.dumps(lasting, sort_keys=True, default=str) + self.network.weights).encode())
-        for name, weight in sorted(self.hf.named_parameters()):
-            some = weight.detach().flatten()[:: max(1, weight.numel() // 64)]
-            found.update(f"{name} {tuple(weight.shape)}".encode() + some.float().cpu().numpy().tobytes())
-        return found.hexdigest()
+        return identity.fingerprint(self.hf, self.network.weights)
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells this model from others, in whatever dtype it runs: a hash as `fingerprint` is."""
+        return identity.identity(self.hf)
+
+    def remember(self, found: Tuned, *, text: str) -> Path:
+        """Keep what `tune` found, so that "auto" takes it for this model from now on; returns the file.
+
+            found = rw.tune(model, "2x", text="book.txt")
+            model.remember(found, text="book.txt")
+            model.rope = "auto"
+
+        Args:
+            found: replaces what is kept for the same target.
+            text: what it was measured on, as `describe` shall tell it.
+
+        Raises:
+            AssetError: the cache folder cannot be written.
+            DataError: the file that is there is damaged.
+        """
+        path = tunings.keep(self.identity, self.name, tunings.Tuning.of(found, text))
+        if self._choice is not None:
+            self.rope = self._rope
+        return path
 
     def next_byte_logprobs(self, text: str | bytes) -> Tensor:
         """The law of the byte that follows `text`, whatever tokens it takes: float32 [257], nats.
@@ -255,8 +282,10 @@ class Model:
 
     def prepare(self, length: int | None) -> None:
         """Make the scaler in use ready for a sequence of `length` tokens."""
-        self._installed.write(length)
-        self.network.use(self.rope, length)
+        scaler = self.rope_at(length)
+        if scaler != self._switch.scaler:
+            self._switch.put(scaler, keep=True)
+        self._switch.prepare(length)
 
     @property
     def stop_ids(self) -> frozenset[int]:

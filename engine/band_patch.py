@@ -93,16 +93,20 @@ class BandPatch:
 
     def _install(self) -> None:
         before = logits(self._model)  # not the probe's: Falcon, for one, runs otherwise when its attention is replaced
-        self._hook = self._model.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
         try:
-            self._rotary.watch()
-            self._rotary.still()
-            self._seam.install(self._attention, self._mask)
+            self.apply()
             self._verify(before)
             self.write(None)
         except BaseException:  # Ctrl-C too must not leave half a patch
             self.restore()
             raise
+
+    def apply(self) -> None:
+        """Move the rotation into attention; after `restore` too, without looking at the model anew."""
+        self._hook = self._model.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
+        self._rotary.watch()
+        self._rotary.still()
+        self._seam.install(self._attention, self._mask)
 
     def _verify(self, before: Tensor) -> None:
         """Refuse unless the model's own frequencies, in this form, give the logits that they gave before."""

@@ -76,8 +76,8 @@ def cli() -> None:
     """Long-context inference built around RoPE scaling.
 
     A scaler is written NAME:FACTOR, as in yarn:4, and several act together as in "ntk:4|resonance";
-    `ropewalk scalers` lists them. Lengths, also those in a scaler, read 512, 8k, 1M (k = 1024) or 2x (times the
-    trained length).
+    `ropewalk scalers` lists them, and auto chooses one for the length of each request. Lengths, also those in a scaler,
+    read 512, 8k, 1M (k = 1024) or 2x (times the trained length).
     """
 
 
@@ -107,7 +107,9 @@ EXAMPLES = "\b\nExamples:\n"
 )
 @click.argument("model")
 @click.argument("prompt")
-@click.option("--rope", default="none", show_default=True, help="Scaler, such as yarn:4.")
+@click.option(
+    "--rope", default="none", show_default=True, help="Scaler, such as yarn:4; auto chooses one for the length."
+)
 @click.option("--max-new-tokens", default=128, show_default=True, help="Most tokens to write.")
 @click.option("--temperature", default=0.7, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens that reach this probability.")

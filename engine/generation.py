@@ -45,6 +45,7 @@ def check_length(model: Model, tokens: int, params: SamplingParams, cache: Cache
             f"{format_length(model.max_length)} that {model.name} reaches with rope {str(model.rope)!r}; set "
             f'model.rope = "yarn:{factor}", shorten the prompt, or load with max_length={total} to go there anyway'
         )
+    model.prepare(total)  # how much room a token takes depends on the scaler
     model.network.check_room(total - (cache.owned if isinstance(cache, KVCache) else 0))
     return total
 
@@ -78,6 +79,20 @@ class _Row:
     index: int
     decoding: Decoding
     answer: Answer
+
+
+def generate_all(model: Model, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
+    """Answers to several prompts; those under the same scaler, at the same frequencies, are written together."""
+    alike: dict[object, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        scaler = model.rope_at(len(prompt.ids) + params.max_new_tokens)
+        own = index if scaler.depends_on_length else None  # every text has frequencies of its own
+        alike.setdefault((scaler, own), []).append(index)
+    found: dict[int, Completion] = {}
+    for members in alike.values():
+        answers = generate_together(model, [prompts[index] for index in members], params)
+        found |= dict(zip(members, answers, strict=True))
+    return [found[index] for index in range(len(prompts))]
 
 
 def generate_together(model: Model, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:

@@ -46,7 +46,7 @@ def load(
     Args:
         name: a built-in name (`ropewalk fetch` lists them), a folder, a `.gguf` file, or a hub id.
         rope: a spec string, whose lengths may be multiples of the trained one ("rerope:0.5x"), or a scaler; None is the
-            model as it was trained.
+            model as it was trained, and "auto" chooses for the length of every request.
         dtype: "float32", "bfloat16", "float16", "float64" or "int8" (weights only, made from the model's own). "auto"
             is the checkpoint's own, but float32 where 16-bit products would run several times slower: on CPUs without
             bfloat16 arithmetic, unless the compiled kernels run the model, which widen weights as they read them.

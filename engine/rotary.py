@@ -190,6 +190,10 @@ class RotaryWriter:
             setattr(site.module, "rope_type", kept)  # noqa: B010  (nn.Module declares tensors only)
         self._written_for = length
 
+    def apply(self) -> None:
+        """Put it back after `restore`."""
+        self.write()
+
     def restore(self) -> None:
         """Undo every write; the model is again what it was, to the bit."""
         for site, original in zip(self.scaled_sites, self._originals, strict=False):

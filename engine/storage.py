@@ -1,4 +1,4 @@
-"""The cache folder, and folders in it that are either whole or absent."""
+"""The cache folder, and files and folders that are either whole or absent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import AssetError
 
-__all__ = ["cache_dir", "filling"]
+__all__ = ["cache_dir", "filling", "write_atomic"]
 
 _MB = 1_000_000
 
@@ -60,6 +60,23 @@ def filling(target: Path, *, needed: int, what: str) -> Iterator[Path | None]:
         ) from error
 
 
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file that is at every moment either the old one or the whole new one; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 @contextlib.contextmanager
 def _turn(lock_file: Path, what: str) -> Iterator[None]:
     lock = FileLock(lock_file)
@@ -81,3 +98,9 @@ def _require_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {-(-needed // _MB)} MB of disk space in {folder}, which has {free // _MB} MB free; "
             "make room, or set ROPEWALK_CACHE to a folder on a larger disk"
         )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -41,14 +41,18 @@ class TemperaturePatch:
             raise
 
     def _install(self, model: PreTrainedModel) -> None:
-        self._rotary.watch()
-        self._seam.install(self._attention, self._mask)
+        self.apply()
         logits(model)
         if not self._calls:
             raise UnsupportedModel(
                 f"{type(model).__name__} does not call attention through transformers' attention registry, so a "
                 "temperature cannot be patched in; static frequency scalers such as yarn:4 can"
             )
+
+    def apply(self) -> None:
+        """Put it in place; after `restore` too, without looking at the model anew."""
+        self._rotary.watch()
+        self._seam.install(self._attention, self._mask)
         self.write(None)
 
     def write(self, length: int | None = None) -> None:

@@ -31,6 +31,7 @@ from rich.console import Console
 
 from ..engine.api import Model
 from ..errors import ConfigError
+from ..scaling.auto import Auto
 from ..scaling.lengths import format_length, parse_length
 from ..scaling.rope import Scaler
 from .data import Text, load_text
@@ -88,6 +89,8 @@ def tune(
             "which the untouched model reads; ask for more, such as 2x"
         )
     _check_search(model, tokens, search, largest_factor)
+    if any(str(rope).strip() == Auto.name for rope in ropes):
+        raise ConfigError("auto is no scaler of its own, but the choice among what was tuned; leave it out of ropes")
     console = console or Console(quiet=True)
     document = text if isinstance(text, Text) else load_text(text)
     before = model.rope

@@ -82,7 +82,8 @@ def tune(
     Candidates are skimmed (the end of a long text after a sample of the rest), the best are read whole at more and
     more places, and asked for passkeys. Prints a ranked table, the winner, the simplest one that cannot be told from
     it, and the best that a config can hold. With --search factors, CMA-ES then looks for better factors of the rotary
-    pairs from the best closed form that a config can hold. A search that was stopped goes on from its folder.
+    pairs from the best closed form that a config can hold. A search that was stopped goes on from its folder. The
+    winner is kept in the cache folder, where --rope auto of other commands finds it.
     """
     from ..engine.load import load
     from .compare import short
@@ -118,3 +119,5 @@ def tune(
     console.print("\nFiles:")
     for path in files:
         console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)
+    kept = loaded.remember(found, text=short(text))
+    console.print(f"\nKept for --rope auto: {kept}", highlight=False, soft_wrap=True, markup=False)

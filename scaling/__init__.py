@@ -9,6 +9,7 @@ from __future__ import annotations
 if not __name__.startswith("ropewalk."):
     raise ImportError("import this package as 'ropewalk.scaling'")
 
+from .auto import Auto
 from .base import Base, BaseBound, CriticalBase
 from .cope import CoPE
 from .interpolation import NTK, DynamicNTK, Linear, NTKFixed, NTKMixed
@@ -61,6 +62,7 @@ __all__ = [
     "METHODS",
     "NTK",
     "AlphaRoPE",
+    "Auto",
     "Base",
     "BaseBound",
     "CoPE",

@@ -150,6 +150,10 @@ class Composition(Scaler):
     def __post_init__(self) -> None:
         seen: dict[str, Scaler] = {}
         for member in self.members:
+            if member.facet is None:
+                raise ConfigError(
+                    f"{member.name!r} stands for a whole scaler and cannot be joined by '|'; use it alone"
+                )
             facet = str(member.facet)
             if facet in seen:
                 raise ConfigError(f"{seen[facet].name!r} and {member.name!r} both set the {facet}; keep one of them")

@@ -17,7 +17,7 @@ def parse(spec: str | Scaler | None, trained_length: TrainedLength = None) -> Sc
 
     A spec is one or more methods joined by `|`; a method is `name`, `name:value` or `name:field=value,...`,
     where the first value may go without its field name. Lists of numbers are joined by `/`. Lengths read 512, 8k
-    (k = 1024) or, where the trained length is known, 0.5x of it.
+    (k = 1024) or, where the trained length is known, 0.5x of it. `"auto"` leaves the choice to each request's length.
 
     >>> parse("yarn:4").factor
     4.0
@@ -57,12 +57,14 @@ def format_spec(scaler: Scaler) -> str:
 
 def _parse_method(text: str, trained_length: TrainedLength) -> Scaler:
     from . import METHODS
+    from .auto import Auto
 
+    known = METHODS | {Auto.name: Auto}
     name, _, arguments = text.strip().partition(":")
     name = name.strip().lower()
-    if name not in METHODS:
-        raise ConfigError(f"unknown scaler {name!r}.{did_you_mean(name, METHODS)}")
-    method = METHODS[name]
+    if name not in known:
+        raise ConfigError(f"unknown scaler {name!r}.{did_you_mean(name, known)}")
+    method = known[name]
     fields = {field.name: field for field in dataclasses.fields(method)}
     types_of = typing.get_type_hints(method)
     values: dict[str, Any] = {}

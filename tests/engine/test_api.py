@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ropewalk as rw
-from ropewalk.engine import api
+from ropewalk.engine import switch
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -146,13 +146,13 @@ def test_a_refused_scaler_leaves_the_old_one_in_place(model):
 def test_a_change_that_is_interrupted_leaves_the_old_scaler_in_place(model, monkeypatch, stop):
     model.rope = "rerope:64|logn"
     before = model.score(TEXT).logprobs
-    install = api.install
+    install = switch.install
 
     def interrupted(*args, **kwargs):
-        monkeypatch.setattr(api, "install", install)
+        monkeypatch.setattr(switch, "install", install)
         raise stop
 
-    monkeypatch.setattr(api, "install", interrupted)
+    monkeypatch.setattr(switch, "install", interrupted)
     with pytest.raises(stop):
         model.rope = "yarn:4"
     assert str(model.rope) == "rerope:64|logn"

@@ -247,7 +247,7 @@ def test_every_scaler_weighs_as_a_fresh_forward_does(tiny, spec):
         read = completion.continuation.prompt_ids
         assert completion.continuation.nodes > 1
         covered = cover(tiny.vocabulary, text)
-        tiny._installed.write(len(covered.prompt) + 5)
+        tiny.prepare(len(covered.prompt) + 5)
         expected = one_forward_each(tiny.hf, covered, None)
         law = torch.cat(
             [
@@ -258,7 +258,7 @@ def test_every_scaler_weighs_as_a_fresh_forward_does(tiny, spec):
         first = completion.logprobs[0].logprob
         assert first == pytest.approx(float(law.max() - law.logsumexp(0)), abs=1e-3)
         rest = tiny.score_ids([*read, *completion.token_ids], first=len(read) + 1)
-        tiny._installed.write(len(covered.prompt) + 5)
+        tiny.prepare(len(covered.prompt) + 5)
         if "dynamic" not in spec:  # fixed to another length there
             got = torch.tensor([token.logprob for token in completion.logprobs[1:]])
             assert torch.allclose(got, rest, atol=1e-3)

@@ -248,7 +248,7 @@ MISTAKES = [
     ("yran:4", "unknown scaler 'yran'. Did you mean 'yarn'?"),
     ("", "unknown scaler ''. Known: "),
     ("yarn:4|", "unknown scaler ''. Known: "),
-    ("zigzag", "unknown scaler 'zigzag'. Known: alpharope, base, "),
+    ("zigzag", "unknown scaler 'zigzag'. Known: alpharope, auto, base, "),
     ("yarn:4,beta_fats=3", "yarn: unknown field 'beta_fats'. Did you mean 'beta_fast'?"),
     ("yarn:four", "yarn: factor='four' is not a number"),
     ("yarn:", "yarn: needs factor, as in 'yarn:factor=4'"),
