@@ -64,7 +64,7 @@ def sentences(found: Tuned) -> list[str]:
     else:
         said.append(f"The simplest of these is {simplest.label}.")
     if servable is None:
-        said.append("No scaler that a config can hold was measured.")
+        said.append("No scaler that a config can hold was measured as well as the winner.")
     elif servable is not winner:
         change = difference(servable, winner)
         cost = f": {change} against the winner" if change is not None else ""

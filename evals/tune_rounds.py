@@ -93,7 +93,9 @@ class Rounds:
             self._skim("skim more", self._ranking()[: len(self._candidates) // 3], _SKIMMED)
             if search == "factors":
                 self._search_factors(largest_factor)
-            self._read(self._finalists(), 1)
+            best = self._finalists()
+            first = [*best[:1], *self._servable(best)[:1]]  # if there is time for two only
+            self._read([*dict.fromkeys([*first, *best])], 1)
         else:
             self._read(self._new(start), 1)
             best = self._ranking()[:3]
@@ -147,12 +149,16 @@ class Rounds:
     def _finalists(self) -> list[Candidate]:
         """The best, and the best of those that other engines can serve, and what was searched; best first."""
         order = self._ranking()
-        servable = [c for c in order if c.scaler.parts and fits_config(c.scaler, self._model.spec)]
+        servable = self._servable(order)
         if self._keep_short:  # looked at first, so that what cannot win costs no reading
             self._measure_harm([*order[: 2 * _FINALISTS], *servable[: 2 * _SERVABLE]])
             order, servable = ([c for c in some if c.is_harmless] for some in (order, servable))
         chosen = {*order[:_FINALISTS], *servable[:_SERVABLE], *(c for c in order if c.name == SEARCHED)}
         return [c for c in order if c in chosen]
+
+    def _servable(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that change something and that a config can hold."""
+        return [c for c in candidates if c.scaler.parts and fits_config(c.scaler, self._model.spec)]
 
     def _new(self, scalers: Sequence[Scaler]) -> list[Candidate]:
         """Candidates of those scalers that this model takes and that reach the target."""
@@ -196,7 +202,7 @@ class Rounds:
         """Add the best LongRoPE factors found around the best that a config can hold."""
         until = self._share("factors")
         order = [c for c in self._ranking() if c.is_harmless or not self._keep_short]
-        starts = [c for c in order if fits_config(c.scaler, self._model.spec)][:_STARTS]
+        starts = self._servable(order)[:_STARTS]
 
         def measure(scalers: Sequence[Scaler]) -> list[float] | None:
             return self._search_losses(scalers, until)
