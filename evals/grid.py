@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -40,14 +41,16 @@ class Grid:
         rows = [(name, [cell.text for cell in cells]) for name, cells in self.rows]
         return markdown_table(f"{self.title}. {self.note}", self.columns, rows, self.corner)
 
-    def to_table(self, rows: int) -> Table:
-        """The first `rows` of it for a terminal."""
-        table = Table(title=self.title, title_justify="left")
+    def to_table(self, columns: Sequence[str], rows: int) -> Table:
+        """The first `rows` of some columns for a terminal."""
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column(self.corner, no_wrap=True)
-        for column in self.columns:
-            table.add_column(column, justify="right")
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        chosen = [self.columns.index(column) for column in columns]
         for name, cells in self.rows[:rows]:
-            table.add_row(escape(name), *(escape("\n".join((cell.main, *cell.small))) for cell in cells))
+            texts = [" ".join((cells[at].main, *(f"({line})" for line in cells[at].small))) for at in chosen]
+            table.add_row(escape(name), *map(escape, texts))
         return table
 
 

@@ -88,6 +88,8 @@ def measure_all(
     """
     outcome, original = Outcome(found=[c for c in cells if c.is_done(run)]), model.rope
     todo = [c for c in cells if c not in outcome.found]
+    if not todo:
+        return outcome
     with Progress(*_COLUMNS, console=console, speed_estimate_period=300) as bar:
         work = _Work(model, run, bar, sum(map(Cost.of(model).cell, todo)), rate)
         try:

@@ -111,7 +111,7 @@ def tune(
         console=console,
     )
     files = publish_tuned(found, run, model=short(loaded.name), text=short(text))
-    console.print(ranking_grid(found).to_table(rows=_SHOWN))
+    console.print(ranking_grid(found).to_table(("loss", "to the winner", "skimmed"), rows=_SHOWN))
     if len(found.ranking) > _SHOWN:
         console.print(f"  and {len(found.ranking) - _SHOWN} more in {files[1]}\n", highlight=False, soft_wrap=True)
     for sentence in sentences(found):

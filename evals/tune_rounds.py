@@ -17,7 +17,7 @@ from ..errors import ConfigError, DataError, UnsupportedModel
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
 from .candidates import fits_config, neighbours, starting_points
-from .cell import Cell
+from .cell import Cell, Cost
 from .compare import Difference
 from .factor_search import FactorSpace, FoundFactors, search_factors
 from .harm import Harm
@@ -266,6 +266,10 @@ class Rounds:
         now = time.monotonic()
         return None if self._deadline is None else now + (self._deadline - now) * _SHARES.get(name, 1)
 
+    def _ends_before(self, deadline: float, cell: Cell) -> bool:
+        seconds = Cost.of(self._model).cell(cell) / self._rate if self._rate else 0.0
+        return time.monotonic() + seconds <= deadline
+
     def _carry_out(
         self,
         name: str,
@@ -294,7 +298,7 @@ class Rounds:
 
         todo = [cell for cell in cells if not look(cell)]
         deadline = self._share(name) if until is None else until
-        if todo and deadline is not None and time.monotonic() > deadline:
+        if todo and deadline is not None and not any(self._ends_before(deadline, cell) for cell in todo):
             self._complete = False
             return
         outcome = measure_all(
