@@ -61,7 +61,7 @@ def test_a_large_vocabulary_is_widened_in_pieces(monkeypatch):
     hf = DECODERS["gemma2"]()
     network = compiled(hf, weights="int8", cache="float32")
     expected = in_chunks(network, [40])
-    monkeypatch.setattr("ropewalk.engine.compiled._HEAD_ROWS", 20)
+    monkeypatch.setattr("ropewalk.engine.layers._HEAD_ROWS", 20)
     assert torch.equal(in_chunks(network, [40]), expected)
 
 
