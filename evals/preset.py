@@ -97,7 +97,7 @@ PRESETS = {
         by_position=(),
         harm=("0.25x",),
         passkey=("0.125x", "0.25x"),
-        passkey_trials=4,
+        passkey_trials=2,
         ruler=("0.125x",),
         ruler_trials=2,
     ),
