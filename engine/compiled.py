@@ -179,12 +179,14 @@ class CompiledNetwork(Network):
                         f"logits differ by {difference:.2g} of their size)"
                     )
 
-    def retune(self, cache: Cache, before: Setting) -> None:
-        """Turn the keys of a cache that was filled under `before` to what the scaler in use asks for, in place."""
+    def retune(self, cache: Cache, before: Setting) -> bool:
+        if not isinstance(cache, KVCache):
+            return False
         used = dict(zip(self._groups, self._turns, strict=True))
         for index, layer in enumerate(cache.layers):
             group = self._groups[self._group_of[index]]
             retune(layer, Turns(group, self._headline, *before), used[group])
+        return True
 
     # A few tokens
 

@@ -60,9 +60,9 @@ class Network:
         """The scaler in use, and the length that it is for where it depends on that."""
         return self._setting
 
-    def retune(self, cache: Cache, before: Setting) -> None:
-        """Turn the keys of a cache of this network's own from `before` to the setting in use, in place."""
-        raise NotImplementedError
+    def retune(self, cache: Cache, before: Setting) -> bool:
+        """Turn the keys of a cache from `before` to the setting in use, in place; False if it has to be read anew."""
+        return False
 
     @property
     def weights(self) -> str:

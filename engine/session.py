@@ -243,10 +243,11 @@ class Session:
     def _retune(self) -> None:
         cache, ids = self._cache, self._ids
         self._cache, self._ids = None, []  # half turned keys would be of no scaler
-        if isinstance(cache, KVCache):
-            with torch.inference_mode():
-                self._model.network.retune(cache, self._setting)
-            self._cache, self._ids = cache, ids
+        if cache is None:
+            return
+        with torch.inference_mode():
+            if self._model.network.retune(cache, self._setting):
+                self._cache, self._ids = cache, ids
 
     def _settle(self, known: list[int], broken: bool = False) -> None:
         """Keep what the cache holds of `known`, in all layers alike.

@@ -24,13 +24,14 @@ from rich.progress import track
 
 from ..engine.api import Model
 from ..engine.load import load
+from ..engine.storage import write_atomic
 from ..errors import DataError
 from ..tokenizer_tools.cuts import Cut
 from .continuation_plot import plot_continuation
 from .continuation_table import LEGEND, summarize, tables, to_markdown
 from .cuts import CutText, draw_all
 from .methods import HEALING, METHODS, OFF, Ending
-from .result import Row, Run, write_atomic
+from .result import Row, Run
 
 AHEAD = 8
 """Bytes after the prompt whose probability is measured."""

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from ..engine.api import Model
 from ..engine.load import cpu_has_bfloat16, load
 from ..engine.sampling import SamplingParams
+from ..engine.storage import write_atomic
 from ..scaling.lengths import format_length
 from ..scaling.spec import parse
 from .cell import Cell
@@ -21,7 +22,7 @@ from .fixed_target import FixedTarget
 from .perplexity_cell import PerplexityCell, cells
 from .publish import print_results, publish
 from .report import Passage
-from .result import Row, Run, write_atomic
+from .result import Row, Run
 from .runner import measure_all
 
 MODEL, TEXT = "smollm2-135m", "shakespeare"

@@ -48,6 +48,11 @@ def print_results(run: Run, files: Sequence[Path], left_out: Sequence[Cell], con
             highlight=False,
             markup=False,
         )
+    print_files(files, console)
+
+
+def print_files(files: Sequence[Path], console: Console) -> None:
+    """Where the files are."""
     console.print("\nFiles:")
     for path in files:
         console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)

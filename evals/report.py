@@ -14,12 +14,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ..engine.storage import write_atomic
 from ..errors import DataError
 from . import compare, style
 from .grid import Grid, Section
 from .loss_section import loss_section
 from .reach_table import reach_table
-from .result import Row, Run, write_atomic
+from .result import Row, Run
 from .retrieval_score import settings
 from .score_section import score_section
 

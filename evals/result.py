@@ -31,7 +31,7 @@ from typing import Any
 import filelock
 import numpy as np
 
-from ..engine.storage import write_atomic as write_atomic
+from ..engine.storage import write_atomic
 from ..errors import DataError
 
 Row = dict[str, Any]

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from ..engine.storage import write_atomic
 from ..scaling import format_length
 from .compare import UNTOUCHED
-from .result import write_atomic
 
 INK = "#1f2328"
 MUTED = "#656d76"

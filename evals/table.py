@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..engine.storage import write_atomic
 from ..errors import DataError
 from . import compare
 from .extra_grids import extra_grids
 from .grid import markdown_table
 from .protocols import PROTOCOLS
 from .reach_table import reach_table
-from .result import Row, Run, write_atomic
+from .result import Row, Run
 from .retrieval_score import settings
 from .score_grids import score_grids
 

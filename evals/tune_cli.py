@@ -88,6 +88,7 @@ def tune(
     from ..engine.load import load
     from .compare import short
     from .data import load_text
+    from .publish import print_files
     from .result import Run
     from .runner import new_console
     from .tune import tune as find
@@ -116,8 +117,6 @@ def tune(
         console.print(f"  and {len(found.ranking) - _SHOWN} more in {files[1]}\n", highlight=False, soft_wrap=True)
     for sentence in sentences(found):
         console.print(f"• {sentence}", highlight=False, markup=False)
-    console.print("\nFiles:")
-    for path in files:
-        console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)
+    print_files(files, console)
     kept = loaded.remember(found, text=short(text))
     console.print(f"\nKept for --rope auto: {kept}", highlight=False, soft_wrap=True, markup=False)

@@ -9,14 +9,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..engine.storage import write_atomic
 from ..scaling import hf_write
 from ..scaling.lengths import format_length
 from .compare import UNTOUCHED
 from .effective_length import TOLERANCE
 from .grid import NOTHING, Grid, Section, Shown, interval, signed
 from .report import environment_of, write_page
-from .result import Run, write_atomic
-from .style import figure, line_styles, save, style_axes
+from .result import Run
+from .style import GRID, figure, line_styles, save, style_axes
 from .tuned import Candidate, Tuned, difference
 
 _DRAWN = 24  # candidates in the plot
@@ -197,5 +198,5 @@ def _plot(found: Tuned, out: Path, measured_on: str) -> list[Path]:
         axes.set_yticks(range(len(drawn)), names)
         axes.invert_yaxis()
         style_axes(axes, x="nats per token; filled: read whole, hollow: skimmed", y="")
-        axes.grid(axis="x", color="#e3e6ea", linewidth=0.8)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
         return list(save(fig, out))

@@ -108,11 +108,20 @@ class Rounds:
         best = self._finalists()
         self._measure_harm(best)
         self._ask(best[:3])
+        self._recall()
         found = self._tuned()
         if not found.eligible:
             why = "no scaler that was measured is harmless to short texts" if found.ranking else "nothing was measured"
             raise ConfigError(f"{why} within the budget; give more")
         return found
+
+    def _recall(self) -> None:
+        """Take in what an earlier search in this folder, with another budget perhaps, has read of the candidates."""
+        for candidate in self._candidates.values():
+            for window in self._text.windows:
+                row = self._run.find(self._text.read(candidate.scaler, window).row_recipes()[0])
+                if row is not None and (losses := self._run.losses(row)) is not None:
+                    candidate.read[window.place] = losses
 
     def _climb(self) -> None:
         """From the leader to what lies next to it, as long as that is better."""
@@ -201,8 +210,7 @@ class Rounds:
     def _search_factors(self, largest: float | None) -> None:
         """Add the best LongRoPE factors found around the best that a config can hold."""
         until = self._share("factors")
-        order = [c for c in self._ranking() if c.is_harmless or not self._keep_short]
-        starts = self._servable(order)[:_STARTS]
+        starts = self._servable(self._ranking())[:_STARTS]
 
         def measure(scalers: Sequence[Scaler]) -> list[float] | None:
             return self._search_losses(scalers, until)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import fmean
 
 import numpy as np
@@ -116,13 +117,13 @@ class Tuned:
     keep_short: bool
     complete: bool
 
-    @property
+    @cached_property
     def eligible(self) -> list[Candidate]:
         """Those that may win, best first: harmless if that is asked, and read whole if any such was."""
         found = [c for c in self.ranking if c.is_harmless or not self.keep_short]
         return [c for c in found if c.read] or found
 
-    @property
+    @cached_property
     def ties(self) -> list[Candidate]:
         """The one with the lowest loss, and those that cannot be told from it."""
         first, *others = self.eligible
@@ -136,7 +137,7 @@ class Tuned:
             return True
         return change.low > 0 if change.has_interval else change.mean > 0
 
-    @property
+    @cached_property
     def winner(self) -> Candidate:
         """Among the ties, the one that finds most passkeys, then the one with the lowest loss."""
         ties = self.ties
@@ -145,7 +146,7 @@ class Tuned:
             return next(c for c in ties if c.found and fmean(c.found.values()) == most)
         return ties[0]
 
-    @property
+    @cached_property
     def simplest(self) -> Candidate:
         """The simplest of those that cannot be told from the winner."""
         return min(
@@ -153,7 +154,7 @@ class Tuned:
             key=lambda c: simplicity(c.scaler, self.rope),
         )
 
-    @property
+    @cached_property
     def servable(self) -> Candidate | None:
         """The best that a config can hold, so that other engines can serve it; None if no such one was measured."""
         return next((c for c in self.eligible if c.scaler.parts and self.fits_config(c)), None)

@@ -18,8 +18,9 @@ class Auto(Scaler):
 
     Up to the trained length L it is the untouched model, to the bit. Beyond, it is what `ropewalk tune` has found for
     this model: of the results kept in the cache folder the one for the smallest target that holds the length. Where
-    there is none it is `rerope:0.5x|logn`, which reaches any length and did best without a search on our two models, or
-    on a model that takes no position map YaRN with the factor that the length needs. `model.describe()` says which.
+    there is none it is `rerope:0.5x|logn`, which reaches any length and lost at most 0.08 nats to the best map on our
+    two models (docs/results.md), or on a model that takes no position map YaRN with the factor that the length needs.
+    `model.describe()` says which.
     It stands alone, and only a model that ropewalk runs takes it.
 
     It has no facet of its own: asked for one, it raises ConfigError.

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -146,6 +147,13 @@ def test_the_searched_factors_are_at_least_as_good_as_their_start_where_they_wer
     best = min(closed, key=means.__getitem__)
     frequencies = [parse(one).frequencies(found.rope).inv_freq for one in (start, best)]
     torch.testing.assert_close(*frequencies, rtol=1e-5, atol=0)
+
+
+def test_they_are_searched_where_harm_counts_too(searched, small, model, text, tmp_path):
+    _, run = searched
+    shutil.copytree(run.folder, tmp_path / "run")
+    careful = tune(model, "4x", text=text, search="factors", keep_short=True, out=tmp_path / "run")
+    assert [c.harm is not None for c in careful.ranking if c.name == SEARCHED] == [True]
 
 
 def test_they_are_read_at_places_where_they_were_not_searched(searched):

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ropewalk.engine.storage import write_atomic
 from ropewalk.errors import DataError
-from ropewalk.evals.result import Run, recipe_key, write_atomic
+from ropewalk.evals.result import Run, recipe_key
 
 RECIPE = {"task": "ppl", "rope": "yarn:4", "context": 8192, "target": None}
 

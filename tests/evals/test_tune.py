@@ -1,8 +1,9 @@
 """`tune` on the small model, which breaks past its trained length of 256 tokens."""
 
-import dataclasses
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from ropewalk.evals.result import Run
 from ropewalk.evals.runner import measure_all, new_console
 from ropewalk.evals.statistics import paired_difference
 from ropewalk.evals.tune_report import as_json, config_fragment
+from ropewalk.evals.tune_text import TuneText
 from ropewalk.evals.tuned import difference
 from ropewalk.scaling import hf
 from ropewalk.scaling.rope import Scaler
@@ -142,8 +144,19 @@ def test_a_network_that_cannot_skim_reads_everything(tiny_folder, text, tmp_path
     assert "yarn:2.5" in {str(c.scaler) for c in found.ranking}
 
 
-def test_keep_short_leaves_no_winner_that_harms(model, text, folder, found):
-    careful = rw.tune(model, TARGET, text=text, out=folder, keep_short=True)
+def test_what_an_earlier_search_has_read_is_taken_in(model, text, folder, found, tmp_path):
+    last = next(c for c in reversed(found.ranking) if not c.read)
+    run = Run(Path(shutil.copytree(folder, tmp_path / "run")))
+    measured = TuneText(model, text, TARGET, searches=False)
+    measure_all(model, [measured.read(last.scaler, window) for window in measured.windows], run, new_console())
+    again = rw.tune(model, TARGET, text=text, out=run.folder)
+    assert next(c for c in again.ranking if str(c.scaler) == str(last.scaler)).places == 9
+    assert str(again.winner.scaler) == str(found.winner.scaler)
+
+
+def test_keep_short_leaves_no_winner_that_harms(model, text, folder, found, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    careful = rw.tune(model, TARGET, text=text, out=tmp_path / "run", keep_short=True)
     assert careful.winner.is_harmless
     assert careful.servable is None or careful.servable.is_harmless
     harmful = [c for c in careful.ranking if c.harm is not None and not c.is_harmless]
@@ -224,4 +237,3 @@ def test_a_grid_of_everything_finds_nothing_better(model, text, found, folder, t
 def test_candidates_are_told_apart(found):
     specs = [str(c.scaler) for c in found.ranking]
     assert len(specs) == len(set(specs)) >= 35
-    assert dataclasses.is_dataclass(found)
