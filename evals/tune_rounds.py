@@ -93,26 +93,28 @@ class Rounds:
             self._skim("skim more", self._ranking()[: len(self._candidates) // 3], _SKIMMED)
             if search == "factors":
                 self._search_factors(largest_factor)
-            best = self._finalists()
+            best = self._pick_finalists()
             first = [*best[:1], *self._servable(best)[:1]]  # if there is time for two only
             self._read([*dict.fromkeys([*first, *best])], 1)
         else:
             self._read(self._new(start), 1)
             best = self._ranking()[:3]
             self._read(self._new([one for c in best for one in neighbours(c.scaler)]), 1)
-        self._read(self._finalists()[:3], 3)
-        self._read(self._finalists()[:2], len(self._text.windows))
+        self._read(self._pick_finalists()[:3], 3)
+        self._read(self._pick_finalists()[:2], len(self._text.windows))
         self._climb()
         while self._complete and (named := self._named()):
             self._read(named, len(self._text.windows))
-        best = self._finalists()
+        best = self._pick_finalists()
         self._measure_harm(best)
         self._ask(best[:3])
         self._recall()
         found = self._tuned()
         if not found.eligible:
             why = "no scaler that was measured is harmless to short texts" if found.ranking else "nothing was measured"
-            raise ConfigError(f"{why} within the budget; give more")
+            raise ConfigError(
+                f"{why}; allow harm, or add rope 'none'" if self._complete else f"{why} within the budget; give more"
+            )
         return found
 
     def _recall(self) -> None:
@@ -126,13 +128,13 @@ class Rounds:
     def _climb(self) -> None:
         """From the leader to what lies next to it, as long as that is better."""
         for _ in range(_CLIMBS):
-            leader = self._finalists()[:1]
+            leader = self._pick_finalists()[:1]
             near = self._new([one for c in leader for one in neighbours(c.scaler)])
             if can_skim(self._model):
                 self._skim("near", near, _SKIMMED)
                 near = by_skimming(near)
             self._read(near[:2], len(self._text.windows))
-            if self._finalists()[:1] == leader:
+            if self._pick_finalists()[:1] == leader:
                 break
 
     def _named(self) -> list[Candidate]:
@@ -155,11 +157,11 @@ class Rounds:
     def _ranking(self) -> list[Candidate]:
         return ranked(list(self._candidates.values()))
 
-    def _finalists(self) -> list[Candidate]:
+    def _pick_finalists(self) -> list[Candidate]:
         """The best, and the best of those that other engines can serve, and what was searched; best first."""
         order = self._ranking()
         servable = self._servable(order)
-        if self._keep_short:  # looked at first, so that what cannot win costs no reading
+        if self._keep_short:  # measured first, so that what cannot win costs no reading
             self._measure_harm([*order[: 2 * _FINALISTS], *servable[: 2 * _SERVABLE]])
             order, servable = ([c for c in some if c.is_harmless] for some in (order, servable))
         chosen = {*order[:_FINALISTS], *servable[:_SERVABLE], *(c for c in order if c.name == SEARCHED)}
