@@ -110,7 +110,7 @@ class Model:
 
     @property
     def _reach(self) -> float:
-        return headline(self.sites).reach(self._rope) if self._choice is None else math.inf
+        return headline(self.sites).configured.reach(self._rope) if self._choice is None else math.inf
 
     def describe(self) -> str:
         """What runs the model, in a few lines."""

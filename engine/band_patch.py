@@ -50,7 +50,7 @@ class BandPatch:
         self.sites = sites
         self.scaler = scaler
         for site in self.scaled_sites:
-            site.check(scaler)
+            site.configured.check(scaler)
         self._seam = AttentionSeam(model)
         self._rotary = RotarySeam([site.module for site in sites])
         self._layers = self._probed()
@@ -200,7 +200,7 @@ class BandPatch:
         return work
 
     def _warn_beyond_reach(self, found: list[Run]) -> None:
-        reach = headline(self.sites).reach(self.scaler)
+        reach = headline(self.sites).configured.reach(self.scaler)
         if self._warned or math.isinf(reach) or not self.scaler.member("positions"):
             return
         longest = max((run.first + run.key_stop - run.key_start for run in found), default=0)
@@ -224,7 +224,7 @@ class BandPatch:
         offset = self._windowed[2] if self._windowed[:2] == (queries, keys) else keys - queries
         scaler, length = self._planned
         grows = scaler.depends_on_length and length is None
-        own = layer.site.configured.scaler if layer.site.is_local or grows else layer.site.effective(scaler)
+        own = layer.site.configured.scaler if layer.site.is_local or grows else layer.site.configured.effective(scaler)
         frequencies = own.frequencies(layer.site.configured.rope, length)
         turned = []
         for x, start in ((query, offset), (key, 0)):

@@ -41,6 +41,8 @@ COMMANDS = {
     "show": ("ropewalk.engine.cli:show", "Draw what a scaler does."),
     "scalers": ("ropewalk.engine.cli:scalers", "List every method, its fields and its source."),
     "base": ("ropewalk.engine.base_cli:base", "What rotary base does a context need?"),
+    "export": ("ropewalk.engine.export_cli:export", "Write a model under a scaler for the software that serves it."),
+    "explain": ("ropewalk.engine.explain_cli:explain", "What would each engine do with a model's rotary config?"),
     "fetch": ("ropewalk.engine.cli:fetch", "Download the built-in model and texts."),
 }
 

@@ -13,16 +13,18 @@ import contextlib
 import functools
 import hashlib
 import io
-import re
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from ..errors import AssetError, UnsupportedModel
 from .storage import cache_dir, filling
+
+if TYPE_CHECKING:
+    from .gguf_file import GgufFile
 
 __all__ = ["conversion_folder", "convert_gguf", "converted_gguf"]
 
@@ -43,11 +45,13 @@ def converted_gguf(file: Path, *, quiet: bool = False) -> Path:
     """
     folder = conversion_folder(file)
     if not folder.exists():
-        reader = _open(file)
-        needed = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors) + 20_000_000
+        from .gguf_file import GgufFile
+
+        opened = GgufFile(file)
+        needed = 4 * opened.weights + 20_000_000
         with filling(folder, needed=needed, what=file.name) as work:
             if work is not None:
-                _convert(file, reader, work, quiet=quiet)
+                _convert(opened, work, quiet=quiet)
     return folder
 
 
@@ -72,32 +76,10 @@ def convert_gguf(file: Path, out: Path, *, quiet: bool = False) -> Path:
         UnsupportedModel: transformers cannot read it, tensors are missing, or its rotary scaling is one that
             cannot be carried over.
     """
-    if not file.is_file():
-        raise AssetError(f"{file}: no such file")
-    _convert(file, _open(file), out, quiet=quiet)
+    from .gguf_file import GgufFile
+
+    _convert(GgufFile(file), out, quiet=quiet)
     return out
-
-
-def _open(file: Path) -> Any:
-    import gguf
-    import numpy as np
-
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
-        """Looks at the mapped file through a plain array: slicing a memmap costs three times as much, and parsing
-        a vocabulary of 49k tokens is a million slices (4.5 s against 1.5 s)."""
-
-        @property
-        def data(self) -> Any:
-            return self._data
-
-        @data.setter
-        def data(self, mapped: Any) -> None:
-            self._data = mapped.view(np.ndarray)
-
-    try:
-        return Reader(file)
-    except Exception as error:  # the reader parses bytes unchecked: a damaged file raises anything
-        raise UnsupportedModel(f"{file}: not a readable GGUF file ({_first_line(error)})") from error
 
 
 @contextlib.contextmanager
@@ -114,17 +96,17 @@ def _parsed_once(reader: Any) -> Iterator[None]:
         yield
 
 
-def _convert(file: Path, reader: Any, out: Path, *, quiet: bool) -> None:
+def _convert(file: GgufFile, out: Path, *, quiet: bool) -> None:
     from rich.console import Console
 
-    scaling = _rope_scaling(file, reader)
+    scaling = _rope_parameters(file)
     console = Console(file=sys.stderr, quiet=quiet)  # this very stream: transformers gets another one meanwhile
-    shown = console.status(f"converting {file.name}") if console.is_terminal else contextlib.nullcontext()
-    with shown, silent_transformers(), _parsed_once(reader):
-        model, tokenizer = _load(file)
+    shown = console.status(f"converting {file.path.name}") if console.is_terminal else contextlib.nullcontext()
+    with shown, silent_transformers(), _parsed_once(file.reader):
+        model, tokenizer = _load(file.path)
         if scaling is not None:
-            _set_scaling(file, model.config, scaling)
-        if _field(reader, "tokenizer.ggml.pre") in _SINGLE_DIGITS:
+            _set_scaling(file.path, model.config, scaling)
+        if file.field("tokenizer.ggml.pre") in _SINGLE_DIGITS:
             _split_digits(tokenizer)
         # transformers calls every model that came from a GGUF quantized, and would not save it.
         if hasattr(model, "hf_quantizer"):
@@ -140,6 +122,8 @@ def _load(file: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .gguf_file import first_line
+
     where = {"gguf_file": file.name, "local_files_only": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -147,7 +131,7 @@ def _load(file: Path) -> tuple[Any, Any]:
         )
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
     except Exception as error:  # from a parser of foreign files: KeyError, ValueError, RuntimeError and more
-        raise UnsupportedModel(f"{file}: transformers cannot read this GGUF file ({_first_line(error)})") from error
+        raise UnsupportedModel(f"{file}: transformers cannot read this GGUF file ({first_line(error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise UnsupportedModel(
             f"{file}: {len(missing)} tensors of the model are not in the file, {missing[0]!r} first; "
@@ -175,62 +159,15 @@ def _split_digits(tokenizer: Any) -> None:
     )
 
 
-def _rope_scaling(file: Path, reader: Any) -> dict[str, Any] | None:
-    """`rope_parameters` entries for the file's rotary scaling, which transformers does not read.
-
-    llama.cpp writes linear and yarn as metadata, Llama-3's as a tensor of d/2 divisors of the frequencies, and
-    LongRoPE's as two of them.
-    """
-    prefix = f"{_field(reader, 'general.architecture')}.rope."
-    fields = {
-        name.removeprefix(prefix + "scaling."): _field(reader, name)
-        for name in reader.fields
-        if name.startswith(prefix + "scaling.")
-    }
-    fields.pop("finetuned", None)
-    kind = fields.pop("type", "none")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if "rope_freqs.weight" in tensors:
-        base = float(_field(reader, prefix + "freq_base") or 10_000.0)
-        return _llama3(file, tensors["rope_freqs.weight"].data, base)
-    if kind == "none" and not fields:
+def _rope_parameters(file: GgufFile) -> dict[str, Any] | None:
+    """`rope_parameters` entries for the file's rotary scaling, which transformers does not read."""
+    rope = file.rope
+    if not rope.scaling and rope.divisors is None:
         return None
-    if kind == "linear" and set(fields) == {"factor"}:
-        return {"rope_type": "linear", "factor": float(fields["factor"])}
-    if kind == "yarn" and set(fields) == {"factor", "original_context_length"}:
-        return {
-            "rope_type": "yarn",
-            "factor": float(fields["factor"]),
-            "original_max_position_embeddings": int(fields["original_context_length"]),
-        }
-    raise UnsupportedModel(
-        f"{file}: rotary scaling {kind!r} with {', '.join(sorted(fields)) or 'no fields'} cannot be carried over from "
-        "a GGUF file; load the original checkpoint"
-    )
+    from ..scaling import hf_write
 
-
-def _llama3(file: Path, divisors: Any, base: float) -> dict[str, Any]:
-    """The Llama-3 parameters that give these divisors [d/2], found by trying the released ones."""
-    import torch
-
-    from ..scaling.llama3 import Llama3
-    from ..scaling.rope import RopeSpec
-
-    given = torch.tensor(divisors, dtype=torch.float64).flatten()
-    rope = RopeSpec(dim=2 * len(given), base=base, trained_length=8192)
-    scaler = Llama3(factor=float(given.max()))
-    if not torch.allclose(rope.theta / scaler.frequencies(rope).inv_freq, given, rtol=1e-4, atol=0):
-        raise UnsupportedModel(
-            f"{file}: its frequency divisors (rope_freqs.weight) are not those of Llama 3.1 with factor "
-            f"{scaler.factor:g}; load the original checkpoint"
-        )
-    return {
-        "rope_type": "llama3",
-        "factor": scaler.factor,
-        "low_freq_factor": scaler.low_freq_factor,
-        "high_freq_factor": scaler.high_freq_factor,
-        "original_max_position_embeddings": rope.trained_length,
-    }
+    configured = file.configured
+    return hf_write.write(configured.rope, configured.scaler) if configured.scaler.parts else None
 
 
 def _set_scaling(file: Path, config: Any, scaling: dict[str, Any]) -> None:
@@ -241,16 +178,6 @@ def _set_scaling(file: Path, config: Any, scaling: dict[str, Any]) -> None:
             "cannot be carried over from a GGUF file; load the original checkpoint"
         )
     config.rope_parameters = {**parameters, **scaling}
-
-
-def _field(reader: Any, name: str) -> Any:
-    field = reader.get_field(name)
-    return None if field is None else field.contents()
-
-
-def _first_line(error: Exception) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 @contextlib.contextmanager

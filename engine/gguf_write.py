@@ -13,30 +13,30 @@ from gguf import (
     MODEL_ARCH,
     MODEL_ARCH_NAMES,
     GGMLQuantizationType,
+    GGUFValueType,
     GGUFWriter,
     LlamaFileType,
-    RopeScalingType,
     get_tensor_name_map,
 )
 from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION
 from gguf.quants import quantize
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
 from ..scaling import hf as hf_config
-from ..scaling.interpolation import Linear
-from ..scaling.llama3 import Llama3
-from ..scaling.rope import Scaler
-from ..scaling.yarn import YaRN
+from ..scaling.gguf_rope import GgufRope
 from .gguf import silent_transformers
 from .gguf_vocab import add_vocabulary
+from .rotary import headline
 from .storage import cache_dir, filling
 
 if TYPE_CHECKING:
     from .api import Model
 
 __all__ = ["GGUF_DTYPES", "cached_gguf", "write_gguf"]
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 
 GGUF_DTYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -50,32 +50,45 @@ _REVISION = 1
 """Raised when the files change, so that those of an older version are not used."""
 
 
-def write_gguf(model: Model | str | Path, path: str | Path, dtype: str = "bf16") -> Path:
+def write_gguf(
+    model: Model | Loaded | str | Path,
+    path: str | Path,
+    dtype: str = "bf16",
+    *,
+    rope: GgufRope | None = None,
+    context_length: int | None = None,
+) -> Path:
     """Write a Llama checkpoint with its tokenizer to one GGUF file, and return `path`.
 
     Matrices are written as `dtype`, vectors (the norms) in float32. The rows of the query and key projections
     [heads * d, hidden] change places: llama.cpp turns neighbours (2n, 2n + 1) of a head where transformers turns
-    (n, n + d/2). Scaled frequencies of the config (linear, yarn, llama3) are written too.
+    (n, n + d/2).
 
     Args:
-        model: what `load` gave, under no scaler, or the folder of a Hugging Face checkpoint.
+        model: what `load` gave, under its scaler; a transformers model and its tokenizer; or the folder of a Hugging
+            Face checkpoint.
         path: the file; it is there whole or not at all.
         dtype: "f32", "bf16", "f16" or "q8_0" (8 bits and a scale for 32 weights; a matrix whose rows are no multiple
             of 32 is written as f16).
+        rope: the rotary frequencies; None is the model's own.
+        context_length: tokens that the file promises to carry; None is what the config does.
 
     Raises:
-        ConfigError: unknown dtype, or the model is under a scaler.
+        ConfigError: unknown dtype, or frequencies that one file cannot hold.
         UnsupportedModel: not a LlamaForCausalLM, or with something that the format cannot say.
         AssetError: no such checkpoint, or the file cannot be written.
     """
     if dtype not in GGUF_DTYPES:
         raise ConfigError(f"unknown GGUF dtype {dtype!r}.{did_you_mean(dtype, GGUF_DTYPES)}")
     hf, tokenizer, name = _parts(model)
+    if rope is None:
+        rope = _rope_of(hf.config if isinstance(model, str | Path | tuple) else model)
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.partial")
     writer = GGUFWriter(unfinished, MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA])
     try:
-        rope_freqs = _add_config(writer, hf.config, name)
+        _add_config(writer, hf.config, name, context_length)
+        rope_freqs = add_rope(writer, rope)
         add_vocabulary(writer, tokenizer, hf.config.vocab_size, name)
         kind, file_type = GGUF_DTYPES[dtype]
         writer.add_file_type(file_type)
@@ -114,13 +127,15 @@ def cached_gguf(folder: Path, dtype: str) -> Path:
     return target / file
 
 
-def _parts(model: Model | str | Path) -> tuple[Any, Any, str]:
+def _parts(model: Model | Loaded | str | Path) -> tuple[Any, Any, str]:
     """The transformers model, the tokenizer and a name."""
     if not isinstance(model, str | Path):
-        if model.rope.parts:
-            raise ConfigError(f"{model.name} is under {model.rope}, which GGUF cannot say; set model.rope = 'none'")
-        _check(model.hf.config, model.name)
-        return model.hf, model.tokenizer, Path(model.name).name
+        hf, tokenizer = model if isinstance(model, tuple) else (model.hf, model.tokenizer)
+        name = hf.name_or_path or type(hf).__name__
+        _check(hf.config, name)
+        if tokenizer is None:
+            raise ConfigError(f"{name}: a GGUF file holds a tokenizer too; give tokenizer=")
+        return hf, tokenizer, Path(name).name
     folder = Path(model)
     if not (folder / "config.json").is_file():
         raise AssetError(f"{folder}: no Hugging Face checkpoint there: a folder with a config.json is needed")
@@ -141,11 +156,18 @@ def _check(config: Any, name: str) -> None:
         raise UnsupportedModel(f"{name} is quantized; only plain weights are written to GGUF")
 
 
-def _add_config(writer: GGUFWriter, config: Any, name: str) -> dict[str, Tensor]:
-    """The hyperparameters; returns the frequency divisors as a tensor [d/2] where they are written as one."""
-    rope = hf_config.read(config)[None]
+def _rope_of(model: Any) -> GgufRope:
+    """Of a model under its scaler, or of a config."""
+    if not hasattr(model, "sites"):
+        configured = hf_config.read(model)[None]
+        return GgufRope.of(configured.rope, configured.scaler)
+    return GgufRope.of(model.spec, headline(model.sites).configured.effective(model.rope))
+
+
+def _add_config(writer: GGUFWriter, config: Any, name: str, context_length: int | None) -> None:
+    """The hyperparameters but for the rotary ones."""
     writer.add_name(name)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context_length or config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -155,22 +177,16 @@ def _add_config(writer: GGUFWriter, config: Any, name: str) -> dict[str, Tensor]
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(rope.rope.dim)
-    writer.add_rope_freq_base(rope.rope.base)
-    scaler = rope.scaler
-    if isinstance(scaler, Llama3):
-        return {"rope_freqs.weight": (rope.rope.theta / scaler.frequencies(rope.rope).inv_freq).float()}
-    if scaler == Scaler():
-        return {}
-    if isinstance(scaler, Linear):
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-    elif scaler == YaRN(factor=getattr(scaler, "factor", 1.0)):
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_orig_ctx_len(rope.rope.trained_length)
-    else:
-        raise UnsupportedModel(f"{name}: its rotary scaling {scaler} is none of linear, plain yarn and llama3")
-    writer.add_rope_scaling_factor(scaler.factor)
-    return {}
+
+
+def add_rope(writer: GGUFWriter, rope: GgufRope) -> dict[str, Tensor]:
+    """The keys of the rotary frequencies; returns the tensors that belong to them."""
+    writer.add_rope_dimension_count(rope.dim)
+    writer.add_rope_freq_base(rope.base)
+    for key, value in rope.scaling.items():
+        kind = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}[type(value)]
+        writer.add_key_value(f"{writer.arch}.rope.scaling.{key}", value, kind)
+    return {} if rope.divisors is None else {"rope_freqs.weight": rope.divisors}
 
 
 def _tensors(hf: Any, name: str) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ class PatchHandle:
     @property
     def reach(self) -> float:
         """Tokens that the model is now meant to carry: up to there no distance leaves the trained range."""
-        return headline(self._installed.sites).reach(self.scaler)
+        return headline(self._installed.sites).configured.reach(self.scaler)
 
     def undo(self) -> None:
         """Restore the model to what it was before, bit for bit. Caches filled under the patch are void.
@@ -87,7 +87,7 @@ class PatchHandle:
         left_alone = [s.layer_type or "" for s in self._installed.sites if s.is_local]
         layers = ", ".join(s.layer_type or "all" for s in sites)
         reach = "any length" if math.isinf(self.reach) else f"{format_length(int(self.reach))} tokens"
-        frequencies = site.effective(self.scaler).frequencies(site.configured.rope, self.length)
+        frequencies = site.configured.effective(self.scaler).frequencies(site.configured.rope, self.length)
         lines = {
             "scaler": str(self.scaler),
             "tier": self._installed.tier,
@@ -96,7 +96,7 @@ class PatchHandle:
         if self.scaler.member("positions"):
             lines["bands"] = ", ".join(band.name for band in site.bands(self.scaler, self.length))
         if self.scaler.depends_on_length:
-            step = site.effective(self.scaler).growing_step(site.configured.rope)
+            step = site.configured.effective(self.scaler).growing_step(site.configured.rope)
             grows = f"grows with each sequence, in steps of {step} beyond {site.configured.rope.trained_length}"
             lines["length"] = grows if self.length is None else f"fixed at {format_length(self.length)} tokens"
         lines |= {
@@ -143,9 +143,10 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
     site = headline(sites)
     scaler = parse(scaler, site.configured.max_length)
     tokens = parse_length(str(length), site.configured.max_length) if length is not None else None
-    if tokens is not None and site.reach(scaler) < tokens:
+    reach = site.configured.reach(scaler)
+    if tokens is not None and reach < tokens:
         raise ConfigError(
-            f"{scaler} reaches {format_length(int(site.reach(scaler)))} tokens on this model, fewer than the "
+            f"{scaler} reaches {format_length(int(reach))} tokens on this model, fewer than the "
             f"{format_length(tokens)} asked for; take a larger factor, or rerope, which reaches any length"
         )
     installed = install(model, sites, scaler, grows=tokens is None)

@@ -101,7 +101,7 @@ class Plan:
 
     def segments(self, run: Run) -> list[Segment]:
         """The queries of a run, cut where a growing length steps on."""
-        effective, rope = self.site.effective(self.scaler), self.site.configured.rope
+        effective, rope = self.site.configured.effective(self.scaler), self.site.configured.rope
         offset = run.key_stop - run.key_start - (run.query_stop - run.query_start)
         position, end = run.first + offset, run.first + run.key_stop - run.key_start
         found = []

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError, UnsupportedModel
+from ..errors import UnsupportedModel
 from ..scaling.band import Band
 from ..scaling.hf import ConfiguredRope, read
-from ..scaling.lengths import format_length
-from ..scaling.rope import RopeSpec, Scaler, compose
+from ..scaling.rope import Scaler
 
 # inv_freq must be what the config says; a model cast to 16 bits as a whole has rounded its own.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -53,44 +52,14 @@ class RotarySite:
         """True where attention sees a short window only, so that no distance grows with the context."""
         return is_local(self.layer_type)
 
-    def effective(self, scaler: Scaler) -> Scaler:
-        """`scaler`, over the model's own frequencies where it does not set them."""
-        if scaler.member("frequencies"):
-            return scaler
-        return compose(*self.configured.scaler.parts, *scaler.parts)
-
-    def rope_for(self, scaler: Scaler) -> RopeSpec:
-        """The geometry that `scaler` starts from: what is trained includes the model's own scaling, unless the
-        scaler replaces that."""
-        rope = self.configured.rope
-        if scaler.member("frequencies"):
-            return rope
-        return dataclasses.replace(rope, trained_length=self.configured.max_length)
-
     def bands(self, scaler: Scaler, length: int | None) -> tuple[Band, ...]:
         """The bands of `scaler` for a sequence of `length` tokens."""
-        return scaler.bands(self.rope_for(scaler), length)
+        return scaler.bands(self.configured.rope_for(scaler), length)
 
     def logit_factor(self, scaler: Scaler, positions: Tensor) -> Tensor:
         """Temperature of the queries at `positions`; its L is all that the model reads untouched."""
         rope = dataclasses.replace(self.configured.rope, trained_length=self.configured.max_length)
         return scaler.logit_factor(positions, rope)
-
-    def reach(self, scaler: Scaler) -> float:
-        """Tokens that the model is meant to carry under `scaler`."""
-        return scaler.reach(self.rope_for(scaler))
-
-    def check(self, scaler: Scaler) -> None:
-        """Refuse a scaler that cannot work here, or that would shorten what the model's own scaling gives."""
-        scaler.check(self.rope_for(scaler))
-        reach, own = self.reach(scaler), self.configured.max_length
-        if self.configured.scaler.parts and reach < own:
-            raise ConfigError(
-                f"{scaler} replaces this model's own {self.configured.scaler.name} scaling and reaches "
-                f"{format_length(int(reach))} tokens, fewer than its {format_length(own)}; factors count from "
-                f"{format_length(self.configured.rope.trained_length)}, so ask for one of at least "
-                f"{own / self.configured.rope.trained_length:g}, or 'none'"
-            )
 
 
 def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:
@@ -154,7 +123,7 @@ class RotaryWriter:
                 "context and there is nothing to scale"
             )
         for site in self.scaled_sites:
-            site.check(scaler)
+            site.configured.check(scaler)
         self._originals: list[dict[str, Any]] = []
         self._written_for: int | None = -1
 
@@ -179,7 +148,7 @@ class RotaryWriter:
         if not self._originals:
             self._originals = [self._remember(site) for site in self.scaled_sites]
         for site in self.scaled_sites:
-            effective = site.effective(self.scaler)
+            effective = site.configured.effective(self.scaler)
             frequencies = effective.frequencies(site.configured.rope, length)
             device = site.inv_freq.device
             site.module._buffers[site.attribute("inv_freq")] = frequencies.inv_freq.float().to(device)

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import AssetError
 
-__all__ = ["cache_dir", "filling", "write_atomic"]
+__all__ = ["cache_dir", "filling", "new_folder", "write_atomic"]
 
 _MB = 1_000_000
 
@@ -58,6 +58,35 @@ def filling(target: Path, *, needed: int, what: str) -> Iterator[Path | None]:
             f"{what}: cannot write to the cache folder {target.parent} ({error.strerror or error}); "
             "set ROPEWALK_CACHE to a folder that can be written"
         ) from error
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, *, needed: int) -> Iterator[Path]:
+    """An empty folder that becomes `target`, whole, when the block ends without an error; else nothing is there.
+
+    Raises:
+        AssetError: something is at `target` that is no empty folder, less than `needed` bytes are free, or the disk
+            cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise AssetError(f"{target} exists and is not an empty folder; choose another name, or delete it first")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed:
+            raise AssetError(
+                f"{target} needs {-(-needed // _MB)} MB, and {free // _MB} MB are free on its disk; make room, or "
+                "choose a folder on a larger disk"
+            )
+        with tempfile.TemporaryDirectory(
+            prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
+        ) as scratch:
+            work = Path(scratch) / "result"
+            work.mkdir()
+            yield work
+            work.replace(target)
+    except OSError as error:
+        raise AssetError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:

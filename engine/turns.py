@@ -62,7 +62,7 @@ class Turns:
     def frequencies(self) -> Frequencies:
         """The frequencies of the group; a window's own site keeps the model's."""
         site = self.plan.site
-        scaler = site.configured.scaler if site.is_local else site.effective(self.plan.scaler)
+        scaler = site.configured.scaler if site.is_local else site.configured.effective(self.plan.scaler)
         return scaler.frequencies(site.configured.rope, self._length)
 
     @cached_property

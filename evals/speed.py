@@ -51,7 +51,7 @@ class Cost:
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scaler, site: RotarySite) -> Tensor:
     """A position map as public code has it: the full square for every band, one softmax, n x n memory."""
     n, layout = q.shape[2], Layout(0, site.configured.rope.dim, interleaved=False)
-    inv_freq, factor = site.effective(scaler).frequencies(site.configured.rope, n)
+    inv_freq, factor = site.configured.effective(scaler).frequencies(site.configured.rope, n)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     i = torch.arange(n)
     scores: Tensor | None = None

@@ -182,7 +182,7 @@ class Rounds:
                 self._model.rope = scaler
             except (ConfigError, UnsupportedModel):
                 continue
-            if scaler.member("positions") and site.reach(scaler) < self._target:
+            if scaler.member("positions") and site.configured.reach(scaler) < self._target:
                 continue
             found.append(Candidate(scaler=scaler))
             self._candidates[str(scaler)] = found[-1]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from typing import Any
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from .hf_write import write
 from .interpolation import DynamicNTK, Linear
+from .lengths import format_length
 from .llama3 import Llama3
 from .longrope import LongRoPE
-from .rope import RopeSpec, Scaler
+from .rope import RopeSpec, Scaler, compose
 from .yarn import YaRN
 
-__all__ = ["ConfiguredRope", "read", "write"]
+__all__ = ["ConfiguredRope", "merged_parameters", "read", "write"]
 
 _LENGTH = "original_max_position_embeddings"
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -60,11 +62,39 @@ class ConfiguredRope:
             and llama3, else `max_position_embeddings`: a linear config does not say what it was stretched from.
         scaler: what the config does to the plain frequencies; `Scaler()` for the default type.
         max_length: `max_position_embeddings`, the tokens that the config promises to carry.
+        head_dim: the whole head; None where all of it rotates.
     """
 
     rope: RopeSpec
     scaler: Scaler
     max_length: int
+    head_dim: int | None = None
+
+    def effective(self, scaler: Scaler) -> Scaler:
+        """`scaler`, over the model's own frequencies where it does not set them."""
+        return scaler if scaler.member("frequencies") else compose(*self.scaler.parts, *scaler.parts)
+
+    def rope_for(self, scaler: Scaler) -> RopeSpec:
+        """The geometry that `scaler` starts from: what is trained includes the model's own scaling, unless the
+        scaler replaces that."""
+        if scaler.member("frequencies"):
+            return self.rope
+        return dataclasses.replace(self.rope, trained_length=self.max_length)
+
+    def reach(self, scaler: Scaler) -> float:
+        """Tokens that the model is meant to carry under `scaler`."""
+        return scaler.reach(self.rope_for(scaler))
+
+    def check(self, scaler: Scaler) -> None:
+        """Refuse a scaler that cannot work here, or that would shorten what the model's own scaling gives."""
+        scaler.check(self.rope_for(scaler))
+        reach, own, trained = self.reach(scaler), self.max_length, self.rope.trained_length
+        if self.scaler.parts and reach < own:
+            raise ConfigError(
+                f"{scaler} replaces this model's own {self.scaler.name} scaling and reaches "
+                f"{format_length(int(reach))} tokens, fewer than its {format_length(own)}; factors count from "
+                f"{format_length(trained)}, so ask for one of at least {own / trained:g}, or 'none'"
+            )
 
 
 def read(config: Any) -> dict[str | None, ConfiguredRope]:
@@ -96,6 +126,17 @@ def read(config: Any) -> dict[str | None, ConfiguredRope]:
         layer_type: _read_entry(f"{name} ({layer_type})", _layer_config(name, config, layer_type), entry)
         for layer_type, entry in _layer_entries(name, config, parameters).items()
     }
+
+
+def merged_parameters(config: Any) -> dict[str, Any]:
+    """`rope_parameters` as transformers has them: also from `rope_scaling`, and from keys beside it; without nulls.
+
+    Args:
+        config: as for `read`, of a model whose layers share one rotary embedding.
+    """
+    config = _text_config(config)
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return {key: value for key, value in _with_outside_length(config, parameters).items() if value is not None}
 
 
 def _text_config(config: Any) -> Any:
@@ -177,10 +218,12 @@ def _read_entry(name: str, config: Any, parameters: Mapping[str, Any]) -> Config
     kind, values = _checked(name, config, parameters)
     max_length = _length(name, "max_position_embeddings", getattr(config, "max_position_embeddings", None))
     trained_length = _length(name, _LENGTH, values[_LENGTH]) if _LENGTH in values else max_length
-    rope = _read_geometry(name, config, kind, values, trained_length)
+    head_dim = _head_dim(name, config)
+    rope = _read_geometry(name, head_dim, kind, values, trained_length)
     scaler = _read_scaler(name, kind, values, max_length / trained_length)
     scaler.check(rope)
-    return ConfiguredRope(rope=rope, scaler=scaler, max_length=max_length)
+    whole = None if head_dim == rope.dim else head_dim
+    return ConfiguredRope(rope=rope, scaler=scaler, max_length=max_length, head_dim=whole)
 
 
 def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -196,6 +239,7 @@ def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str
     for key in ("rope_theta", "partial_rotary_factor"):  # older configs keep these outside
         if key not in values and getattr(config, key, None) is not None:
             values[key] = getattr(config, key)
+    values = _without_repetition(values) if kind == "longrope" else values
     required, optional = _KEYS[kind]
     known = {*_COMMON_KEYS, *required, *optional}
     for key in sorted(values.keys() - known):
@@ -208,11 +252,22 @@ def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str
     return kind, values
 
 
-def _read_geometry(name: str, config: Any, kind: str, values: dict[str, Any], trained_length: int) -> RopeSpec:
+def _without_repetition(values: dict[str, Any]) -> dict[str, Any]:
+    """LongRoPE without the keys in which vLLM and SGLang look for `attention_factor`, where they say the same."""
+    repeated = ("short_mscale", "long_mscale")
+    if any(values.get(key) != values.get("attention_factor") for key in repeated):
+        return values
+    return {key: value for key, value in values.items() if key not in repeated}
+
+
+def _head_dim(name: str, config: Any) -> int:
     try:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     except (AttributeError, RuntimeError) as error:  # the latter where heads differ from layer to layer
         raise UnsupportedModel(f"{name}: the head dimension cannot be read from the config ({error})") from None
+
+
+def _read_geometry(name: str, head_dim: int, kind: str, values: dict[str, Any], trained_length: int) -> RopeSpec:
     base = _number(name, values, "rope_theta")
     share = _number(name, values, "partial_rotary_factor", 1.0)
     if not 0 < share <= 1:

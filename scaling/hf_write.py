@@ -14,7 +14,7 @@ from .longrope import LongRoPE
 from .rope import Composition, RopeSpec, Scaler
 from .yarn import NTKByParts, YaRN
 
-__all__ = ["write"]
+__all__ = ["check_carried", "write", "write_served"]
 
 _STANDING_STILL = 1e30
 """LongRoPE factor of a pair that does not turn: finite in float32 and in JSON, no angle at any position."""
@@ -35,21 +35,58 @@ def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dic
         ConfigError: the scaler follows the length in a way that transformers does not know, or acts on more
             than the frequencies.
     """
+    check_carried(scaler)
+    scaler.check(rope)
+    return _with_share(rope, head_dim, _native(rope, scaler) or _carried(rope, scaler))
+
+
+def write_served(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dict[str, Any]:
+    """The `rope_parameters` from which vLLM and SGLang too compute `scaler.frequencies(rope)`.
+
+    Both look for LongRoPE's temperature in `short_mscale` and `long_mscale`, and SGLang ignores the
+    `attention_factor` of yarn; so whatever has a temperature of its own is carried as LongRoPE with those keys.
+
+    Raises:
+        ConfigError: the scaler follows the length of the text, which they do not do, or acts on more than the
+            frequencies.
+    """
+    check_carried(scaler)
+    scaler.check(rope)
+    if scaler.depends_on_length:
+        raise ConfigError(f"'{scaler}' follows the length of the text, which vLLM and SGLang do not do")
+    parameters = _native(rope, scaler)
+    if (
+        parameters is None
+        or parameters.keys() & {"attention_factor", "mscale", "short_factor"}
+        or not parameters.get("truncate", True)
+    ):
+        parameters = _carried(rope, scaler)
+        parameters |= dict.fromkeys(("short_mscale", "long_mscale"), parameters["attention_factor"])
+    return _with_share(rope, head_dim, parameters)
+
+
+def _with_share(rope: RopeSpec, head_dim: int | None, parameters: dict[str, Any]) -> dict[str, Any]:
+    if head_dim is None or head_dim == rope.dim:
+        return parameters
+    if parameters["rope_type"] == "proportional":
+        raise ConfigError(
+            f"rotary dimension {rope.dim} of a head of {head_dim} with {rope.rotating_pairs} rotating pairs "
+            "cannot be written: transformers' proportional type spans the whole head"
+        )
+    return {**parameters, "partial_rotary_factor": _share(rope.dim, head_dim)}
+
+
+def check_carried(scaler: Scaler) -> None:
+    """Refuse what acts on more than the frequencies.
+
+    Raises:
+        ConfigError: names the part that does.
+    """
     for part in scaler.parts:
         if part.facet not in ("frequencies", "wavelength grid"):
             raise ConfigError(
-                f"{part.name!r} sets the {part.facet}, which a Hugging Face config cannot hold; patch the model instead"
+                f"{part.name!r} sets the {part.facet}, which no model file holds; patch the model where it runs instead"
             )
-    scaler.check(rope)
-    parameters = _native(rope, scaler) or _carried(rope, scaler)
-    if head_dim is not None and head_dim != rope.dim:
-        if parameters["rope_type"] == "proportional":
-            raise ConfigError(
-                f"rotary dimension {rope.dim} of a head of {head_dim} with {rope.rotating_pairs} rotating pairs "
-                "cannot be written: transformers' proportional type spans the whole head"
-            )
-        parameters["partial_rotary_factor"] = _share(rope.dim, head_dim)
-    return parameters
 
 
 def _native(rope: RopeSpec, scaler: Scaler) -> dict[str, Any] | None:

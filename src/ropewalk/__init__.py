@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import evals
     from .engine.api import Model
     from .engine.completion import Completion, Score
+    from .engine.export import Export, export
     from .engine.heal import Healed, heal
     from .engine.load import load
     from .engine.opening import Continuation
@@ -42,6 +43,8 @@ _LAZY = {
     "Model": ".engine.api",
     "Score": ".engine.completion",
     "Continuation": ".engine.opening",
+    "Export": ".engine.export",
+    "export": ".engine.export",
     "Healed": ".engine.heal",
     "heal": ".engine.heal",
     "load": ".engine.load",
@@ -59,6 +62,7 @@ __all__ = [
     "ContextOverflow",
     "Continuation",
     "DataError",
+    "Export",
     "Healed",
     "Model",
     "PatchError",
@@ -69,6 +73,7 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "evals",
+    "export",
     "heal",
     "load",
     "parse",

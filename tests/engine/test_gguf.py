@@ -177,7 +177,17 @@ def yarn(writer):
     ("extra", "expected"),
     [
         (linear, {"rope_type": "linear", "factor": 4.0}),
-        (yarn, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+        (
+            yarn,
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": True,
+            },
+        ),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.NONE), {"rope_type": "default"}),
     ],
 )
@@ -211,10 +221,23 @@ def test_llama3_divisors_are_recognised(write, tmp_path):
     torch.testing.assert_close(plain / inv_freq, torch.from_numpy(divisors), rtol=1e-5, atol=0)
 
 
+def test_other_divisors_and_a_temperature_become_longrope_factors(write, tmp_path):
+    divisors = llama3_divisors(8.0, length=4096)
+
+    def extra(writer):
+        writer.add_tensor("rope_freqs.weight", divisors)
+        writer.add_rope_scaling_attn_factors(1.25)
+
+    model = AutoModelForCausalLM.from_pretrained(convert_gguf(write(extra=extra), tmp_path / "out"))
+    inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](model.config, "cpu")
+    plain = 50_000.0 ** (-torch.arange(0, DIM, 2) / DIM)
+    torch.testing.assert_close(plain / inv_freq, torch.from_numpy(divisors), rtol=1e-5, atol=0)
+    assert attention_factor == 1.25
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        (lambda w: w.add_tensor("rope_freqs.weight", llama3_divisors(8.0, length=4096)), "frequency divisors"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "'longrope'"),
         (lambda w: (yarn(w), w.add_rope_scaling_attn_factors(1.2)), "'yarn' with attn_factor"),
     ],

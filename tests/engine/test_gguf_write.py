@@ -136,7 +136,7 @@ def test_an_output_matrix_of_its_own_is_written(variant, tmp_path):
 def test_rotary_scaling_is_written(variant, tmp_path, rope):
     folder = variant(rope_parameters={"rope_theta": 10_000.0, **rope}, max_position_embeddings=65_536)
     back = json.loads((read_back(folder, tmp_path) / "config.json").read_text())
-    assert back["rope_parameters"] == {"rope_theta": 10_000.0, **rope}
+    assert back["rope_parameters"].items() >= {"rope_theta": 10_000.0, **rope}.items()
     assert back["max_position_embeddings"] == 65_536
 
 
@@ -150,8 +150,7 @@ PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "is a MistralForCausalLM; only Llama"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"hidden_act": "gelu"}, "hidden_act gelu"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary scaling dynamic"),
-        ({"rope_parameters": YARN | {"beta_fast": 16.0}}, "rotary scaling yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic-ntk:2 follows"),
         ({"tokenizer": {"normalizer": {"type": "NFC"}}}, "normalizes texts .NFC."),
         ({"tokenizer": {"pre_tokenizer": {"type": "Whitespace"}}}, "BPE after Whitespace"),
         ({"tokenizer": {"pre_tokenizer": None}}, "BPE after none"),
@@ -159,7 +158,7 @@ PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
     ],
 )
 def test_what_the_format_cannot_say_is_refused(variant, tmp_path, config, words):
-    with pytest.raises(rw.UnsupportedModel, match=words):
+    with pytest.raises((rw.UnsupportedModel, rw.ConfigError), match=words):
         write_gguf(variant(**config), tmp_path / "out.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["variant"]
 
@@ -171,8 +170,8 @@ def test_mistakes_are_refused(tiny_folder, tmp_path):
         write_gguf(tmp_path, tmp_path / "out.gguf")
     with pytest.raises(rw.AssetError, match=r"out\.gguf: cannot be written"):
         write_gguf(tiny_folder, tmp_path / "none" / "out.gguf")
-    with pytest.raises(rw.ConfigError, match="under yarn:2"):
-        write_gguf(rw.load(tiny_folder, rope="yarn:2"), tmp_path / "out.gguf")
+    with pytest.raises(rw.ConfigError, match="'logn' sets the temperature"):
+        write_gguf(rw.load(tiny_folder, rope="yarn:2|logn"), tmp_path / "out.gguf")
 
 
 def test_an_interrupted_file_is_not_there(tiny_folder, tmp_path, monkeypatch):

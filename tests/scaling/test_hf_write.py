@@ -195,5 +195,5 @@ def test_facets_beyond_the_frequencies_are_refused() -> None:
         name = "sharper"
         facet = "temperature"
 
-    with pytest.raises(ConfigError, match="'sharper' sets the temperature, which a Hugging Face config cannot hold"):
+    with pytest.raises(ConfigError, match="'sharper' sets the temperature, which no model file holds"):
         write(SMALL, YaRN(factor=4) | Sharper())

@@ -1,0 +1,356 @@
+"""What serving engines compute from the rotary part of a Hugging Face config, each in its own way.
+
+A reading is a scaler: what an engine makes of a config can be measured with it. Read in the engines' sources in
+November 2026; docs/interop.md says which of the readings have been held against a running engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedModel
+from . import hf
+from .base import Base
+from .gguf_rope import GgufRope
+from .longrope import LongRoPE
+from .rope import Frequencies, RopeSpec, Scaler
+from .yarn import YaRN, yarn_temperature
+
+__all__ = ["ENGINES", "EngineRope", "Reading", "agrees", "read_all", "read_gguf"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What an engine makes of a config.
+
+    Attributes:
+        engine: a key of `ENGINES`.
+        rope: the geometry that it reckons with.
+        scaler: what it does to the plain frequencies; None if it refuses the config.
+        max_length: tokens that it serves unless it is told otherwise; None where the config does not limit it.
+        notes: what a user should know, sentences.
+    """
+
+    engine: str
+    rope: RopeSpec
+    scaler: Scaler | None
+    max_length: int | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The scaler in one line, without its lists of factors."""
+        if isinstance(self.scaler, LongRoPE):
+            kinds = "factors" if self.scaler.short == self.scaler.long else "short and long factors"
+            return f"{len(self.scaler.long)} {kinds}"
+        return "refuses it" if self.scaler is None else str(self.scaler)
+
+    def frequencies(self, length: int) -> Frequencies | None:
+        """For a text of `length` tokens."""
+        return None if self.scaler is None else self.scaler.frequencies(self.rope, length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRope:
+    """The rotary part of a config as the engines find it.
+
+    Args:
+        parameters: `rope_parameters`, or what transformers makes of the older `rope_scaling`.
+        configured: as transformers computes it.
+        has_new, has_old: the file has `rope_parameters`; it has `rope_scaling` or a `rope_theta` beside it.
+    """
+
+    parameters: Mapping[str, Any]
+    configured: hf.ConfiguredRope
+    has_new: bool
+    has_old: bool
+
+    @property
+    def kind(self) -> str:
+        """`rope_type`."""
+        return str(self.parameters.get("rope_type", "default"))
+
+    @property
+    def rope(self) -> RopeSpec:
+        """As transformers reckons."""
+        return self.configured.rope
+
+    @property
+    def scaler(self) -> Scaler:
+        """As transformers reckons."""
+        return self.configured.scaler
+
+    @property
+    def max_length(self) -> int:
+        """`max_position_embeddings`."""
+        return self.configured.max_length
+
+    @property
+    def stretch(self) -> float:
+        """`max_position_embeddings` over the trained length."""
+        return self.max_length / self.rope.trained_length
+
+    def get(self, key: str) -> Any:
+        """A value of `parameters`; None if it is not there."""
+        return self.parameters.get(key)
+
+
+def read_all(config: Mapping[str, Any]) -> list[Reading]:
+    """Every engine's reading of the content of a config.json, that of transformers first.
+
+    Raises:
+        UnsupportedModel: no RoPE, or frequencies of their own for each kind of layer.
+        ConfigError: transformers does not accept it.
+    """
+    configured = hf.read(config)
+    if None not in configured:
+        raise UnsupportedModel(
+            f"this model has frequencies of their own for {', '.join(map(str, configured))}; engines are compared on "
+            "models with one set for all layers"
+        )
+    text = config.get("text_config", config)
+    found = EngineRope(
+        parameters=hf.merged_parameters(config),
+        configured=configured[None],
+        has_new=text.get("rope_parameters") is not None,
+        has_old=text.get("rope_scaling") is not None or text.get("rope_theta") is not None,
+    )
+    return [read(found) for read in ENGINES.values()]
+
+
+def _reading(
+    engine: str, raw: EngineRope, scaler: Scaler | None, *notes: str, max_length: int | None = 0, **rope: Any
+) -> Reading:
+    return Reading(
+        engine=engine,
+        rope=replace(raw.rope, **rope),
+        scaler=scaler,
+        max_length=raw.max_length if max_length == 0 else max_length,
+        notes=tuple(filter(None, notes)),
+    )
+
+
+def _transformers(raw: EngineRope) -> Reading:
+    follows = "follows the longest text of a batch" if raw.scaler.depends_on_length else ""
+    return _reading("transformers", raw, raw.scaler, follows)
+
+
+def _vllm(raw: EngineRope) -> Reading:
+    name = "vLLM"
+    match raw.kind:
+        case "dynamic":
+            return _reading(
+                name,
+                raw,
+                Scaler(),
+                "dynamic is not dynamic there: plain frequencies (before May 2026, base * (s^2 - s + 1)^(d/(d-2)))",
+            )
+        case "yarn":
+            odd = [key for key in ("attention_factor", "mscale") if raw.get(key) is not None]
+            note = f"releases before autumn 2026 ignore {' and '.join(odd)}" if odd else ""
+            return _reading(name, raw, raw.scaler, note)
+        case "longrope":
+            return _fixed_longrope(name, raw, "if the server's max_model_len is above the trained length")
+        case "proportional":
+            return _reading(name, raw, None, "proportional is served for Gemma 4 alone")
+    return _reading(name, raw, raw.scaler, _needs_float(raw))
+
+
+def _sglang(raw: EngineRope) -> Reading:
+    name = "SGLang"
+    match raw.kind:
+        case "dynamic":
+            s, d = float(raw.parameters["factor"]), raw.rope.dim
+            base = raw.rope.base * (s * s - s + 1) ** (d / (d - 2))
+            return _reading(name, raw, Base(base=base), "dynamic is not dynamic there: one larger base at every length")
+        case "yarn":
+            note = "ignores attention_factor; attn_factor multiplies its own" if raw.get("attention_factor") else ""
+            return _reading(name, raw, _sglang_yarn(raw), note)
+        case "longrope":
+            return _fixed_longrope(name, raw, "for a batch in which any text is longer than the trained length")
+        case "proportional":
+            return _reading(name, raw, None, "proportional is served for Gemma 4 alone")
+        case "linear":
+            return _reading(
+                name,
+                raw,
+                raw.scaler,
+                _needs_float(raw),
+                "multiplies the context length by the factor; give --context-length",
+                max_length=int(raw.max_length * float(raw.parameters["factor"])),
+            )
+    return _reading(name, raw, raw.scaler)
+
+
+def _sglang_yarn(raw: EngineRope) -> YaRN:
+    yarn = _yarn(raw)
+    mscale, all_dim = raw.get("mscale"), raw.get("mscale_all_dim")
+    own = yarn_temperature(yarn.factor)
+    if mscale is not None and all_dim is not None:
+        own = yarn_temperature(yarn.factor, mscale) / yarn_temperature(yarn.factor, all_dim)
+    return replace(yarn, attention_factor=own * float(raw.get("attn_factor") or 1.0), mscale=None, mscale_all_dim=None)
+
+
+def _llama_cpp(raw: EngineRope) -> Reading:
+    name = "llama.cpp"
+    by = "by its converter; `ropewalk export --target llama.cpp` carries it exactly"
+    match raw.kind:
+        case "yarn":
+            yarn = YaRN(factor=_yarn(raw).factor)
+            lost = [
+                key
+                for key, plain in (("attention_factor", None), ("mscale", None), ("truncate", True))
+                if raw.get(key) not in (None, plain)
+            ]
+            lost += [key for key, plain in (("beta_fast", 32), ("beta_slow", 1)) if raw.get(key) not in (None, plain)]
+            return _reading(name, raw, yarn, f"loses {', '.join(lost)} {by}" if lost else "")
+        case "longrope":
+            return _reading(name, raw, Scaler(), f"a Llama model becomes plain {by}")
+        case "dynamic" | "proportional":
+            return _reading(name, raw, Scaler(), f"{raw.kind} becomes plain {by}")
+        case "llama3" if raw.rope.trained_length != 8192:
+            scaler = raw.scaler
+            return _reading(
+                name,
+                raw,
+                scaler,
+                "most versions of its converter take 8192 for the trained length",
+                trained_length=8192,
+            )
+    return _reading(name, raw, raw.scaler)
+
+
+def _exllama(raw: EngineRope) -> Reading:
+    name = "ExLlamaV3"
+    match raw.kind:
+        case "dynamic":
+            return _reading(name, raw, None, "knows no dynamic scaling")
+        case "yarn":
+            factor = raw.stretch if raw.get("original_max_position_embeddings") else _yarn(raw).factor
+            yarn, given = _yarn(raw), raw.get("attention_factor")
+            scaler = replace(yarn, factor=max(factor, 1.0), attention_factor=given, mscale=None, mscale_all_dim=None)
+            return _reading(
+                name,
+                raw,
+                scaler,
+                ""
+                if math.isclose(factor, yarn.factor)
+                else "takes max_position_embeddings over the trained length "
+                "for the factor, and ignores the one that is there",
+                "ignores mscale" if raw.get("mscale") is not None and given is None else "",
+                max_length=None,
+            )
+        case "longrope":
+            return _fixed_longrope(
+                name, raw, "if max_position_embeddings is above the trained length", reads_mscale=False
+            )
+    return _reading(name, raw, raw.scaler, max_length=None)
+
+
+def _mlx(raw: EngineRope) -> Reading:
+    name = "mlx-lm"
+    if not raw.has_old:
+        return _reading(
+            name,
+            raw,
+            Scaler(),
+            "its Llama reads rope_theta and rope_scaling alone, which this file has not: base 10000, no scaling",
+            base=10_000.0,
+            max_length=None,
+        )
+    match raw.kind:
+        case "dynamic":
+            return _reading(name, raw, None, "knows no dynamic scaling")
+        case "yarn":
+            trained = raw.get("original_max_position_embeddings") or 4096
+            ignored = [key for key in ("attention_factor", "truncate") if raw.get(key) is not None]
+            scaler = replace(_yarn(raw), attention_factor=None, truncate=True)
+            note = f"ignores {' and '.join(ignored)}" if ignored and scaler != raw.scaler else ""
+            return _reading(name, raw, scaler, note, max_length=None, trained_length=trained)
+        case "longrope":
+            reading = _fixed_longrope(name, raw, "at every length", reads_mscale=False)
+            return replace(reading, max_length=None)
+    return _reading(name, raw, raw.scaler, max_length=None)
+
+
+def _fixed_longrope(name: str, raw: EngineRope, when: str, *, reads_mscale: bool = True) -> Reading:
+    """The long factors for all texts, with m by the rule, or as `long_mscale` has it."""
+    own = raw.scaler
+    assert isinstance(own, LongRoPE)
+    trained, is_long = raw.rope.trained_length, raw.max_length > raw.rope.trained_length
+    factors = own.long if is_long or name == "mlx-lm" else own.short
+    m = math.sqrt(1 + math.log(raw.stretch) / math.log(trained)) if raw.stretch > 1 else 1.0
+    if reads_mscale and raw.get("long_mscale"):
+        m = float(raw.parameters["long_mscale"])
+    scaler = replace(own, short=factors, long=factors, attention_factor=m)
+    given = own.temperature(raw.rope)
+    return _reading(
+        name,
+        raw,
+        scaler,
+        f"the long factors {when}" if own.short != own.long else "",
+        ""
+        if math.isclose(m, given, rel_tol=1e-6)
+        else f"ignores attention_factor and factor: m {m:.4g}, not {given:.4g}",
+    )
+
+
+def _yarn(raw: EngineRope) -> YaRN:
+    assert isinstance(raw.scaler, YaRN)
+    return raw.scaler
+
+
+def _needs_float(raw: EngineRope) -> str:
+    whole = isinstance(raw.get("factor"), int) and raw.kind == "linear"
+    return "fails on a whole number as the factor; write it with a decimal point" if whole else ""
+
+
+ENGINES: dict[str, Callable[[EngineRope], Reading]] = {
+    "transformers": _transformers,
+    "vLLM": _vllm,
+    "SGLang": _sglang,
+    "llama.cpp": _llama_cpp,
+    "ExLlamaV3": _exllama,
+    "mlx-lm": _mlx,
+}
+"""What reads a config, by the engine's name."""
+
+
+def agrees(one: Reading, other: Reading, length: int) -> bool:
+    """True if two engines compute the same for a text of `length` tokens."""
+    a, b = one.frequencies(length), other.frequencies(length)
+    if a is None or b is None:
+        return False
+    same = torch.allclose(a.inv_freq, b.inv_freq, rtol=1e-5, atol=1e-12)
+    return same and math.isclose(a.attention_factor, b.attention_factor, rel_tol=1e-6)
+
+
+def read_gguf(file: GgufRope, context_length: int) -> list[Reading]:
+    """The readings of a GGUF file, that of llama.cpp first."""
+    configured = file.configured(context_length)
+    others = {
+        "Ollama's own engine": (
+            GgufRope(
+                dim=file.dim,
+                base=file.base,
+                scaling={"type": "linear", "factor": file.factor} if file.factor != 1 else {},
+                divisors=file.divisors,
+            ),
+            "where OLLAMA_NEW_ENGINE is set; reads base, factor and divisors alone",
+        ),
+        "transformers": (GgufRope(dim=file.dim, base=file.base), "its GGUF reader takes the base alone"),
+    }
+    found = [_of_file("llama.cpp", configured, configured)]
+    for engine, (read, note) in others.items():
+        own = _of_file(engine, read.configured(context_length), configured)
+        found.append(own if agrees(own, found[0], context_length) else replace(own, notes=(note,)))
+    return found
+
+
+def _of_file(engine: str, read: hf.ConfiguredRope, file: hf.ConfiguredRope) -> Reading:
+    return Reading(engine=engine, rope=read.rope, scaler=read.scaler, max_length=file.max_length)

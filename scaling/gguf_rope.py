@@ -1,0 +1,123 @@
+"""Rotary frequencies as a GGUF file says them, and what llama.cpp computes from that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import hf_write
+from .hf import ConfiguredRope
+from .interpolation import Linear
+from .llama3 import Llama3
+from .longrope import LongRoPE
+from .rope import RopeSpec, Scaler
+from .yarn import YaRN
+
+__all__ = ["GgufRope"]
+
+_LLAMA3_LENGTH = 8192
+"""Trained length of Llama 3, whose divisors come without it."""
+
+_DIVISOR_MOST = 1e30
+"""Of a pair that stands still: finite in float32, and no angle at any position."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class GgufRope:
+    """The rotary part of a GGUF file.
+
+    Args:
+        dim: `rope.dimension_count`.
+        base: `rope.freq_base`.
+        scaling: what is below `rope.scaling.`, by the rest of the key.
+        divisors: `rope_freqs.weight`, by which each frequency is divided, float32 [d/2]; None for none.
+    """
+
+    dim: int
+    base: float
+    scaling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    divisors: Tensor | None = None
+
+    @classmethod
+    def of(cls, rope: RopeSpec, scaler: Scaler) -> GgufRope:
+        """The simplest form in which llama.cpp computes `scaler.frequencies(rope)`.
+
+        A base, linear interpolation and plain YaRN have keys of their own; everything else static is one divisor
+        for every pair, and a factor on cos and sin.
+
+        Raises:
+            ConfigError: the scaler follows the length, or acts on more than the frequencies.
+        """
+        hf_write.check_carried(scaler)
+        if scaler.depends_on_length:
+            raise ConfigError(f"{scaler} follows the length of the text, and a GGUF file holds one set of frequencies")
+        scaler.check(rope)
+        written = hf_write.write(rope, scaler)
+        base = float(written["rope_theta"])
+        scaling: dict[str, Any] | None = None
+        match written["rope_type"]:
+            case "default":
+                scaling = {}
+            case "linear":
+                scaling = {"type": "linear", "factor": float(written["factor"])}
+            case "yarn" if isinstance(scaler, YaRN) and scaler == YaRN(factor=scaler.factor):
+                trained = {"original_context_length": rope.trained_length}
+                scaling = {"type": "yarn", "factor": scaler.factor, **trained}
+        if scaling is not None:
+            return cls(dim=rope.dim, base=base, scaling=scaling)
+        found = scaler.frequencies(rope)
+        plain = dataclasses.replace(rope, rotating_pairs=None).theta
+        scaling = {"original_context_length": rope.trained_length}
+        if found.attention_factor != 1:
+            scaling["attn_factor"] = found.attention_factor
+        divisors = (plain / found.inv_freq).clamp(max=_DIVISOR_MOST).float()
+        return cls(dim=rope.dim, base=rope.base, scaling=scaling, divisors=divisors)
+
+    def configured(self, context_length: int) -> ConfiguredRope:
+        """The geometry and scaler that a file with this `context_length` describes.
+
+        Divisors that are those of Llama 3.1 become `Llama3`, others `LongRoPE` factors.
+
+        Raises:
+            ConfigError: divisors of another number than the pairs, or scaling of a kind that is not known.
+        """
+        trained = int(self.scaling.get("original_context_length", context_length))
+        rope = RopeSpec(dim=self.dim, base=self.base, trained_length=trained)
+        scaler: Scaler = Scaler()
+        if self.divisors is not None or "attn_factor" in self.scaling:
+            rope, scaler = self._divided(rope, context_length)
+        elif self.kind == "linear":
+            scaler = Linear(factor=self.factor)
+        elif self.kind == "yarn":
+            scaler = YaRN(factor=self.factor)
+        scaler.check(rope)
+        return ConfiguredRope(rope=rope, scaler=scaler, max_length=max(context_length, trained))
+
+    def _divided(self, rope: RopeSpec, context_length: int) -> tuple[RopeSpec, Scaler]:
+        if self.kind != "none":
+            raise ConfigError(f"rotary scaling of type {self.kind!r} together with divisors or attn_factor")
+        divisors = torch.ones(self.dim // 2) if self.divisors is None else self.divisors
+        m = float(self.scaling.get("attn_factor", 1.0))
+        llama = dataclasses.replace(rope, trained_length=_LLAMA3_LENGTH)
+        released = Llama3(factor=max(float(divisors.max()), 1.0))
+        theirs = llama.theta / released.frequencies(llama).inv_freq
+        if m == 1 and theirs.shape == divisors.shape and torch.allclose(theirs, divisors.double(), rtol=1e-4, atol=0):
+            return llama, released
+        factors = tuple(divisors.double().tolist())
+        factor = max(context_length / rope.trained_length, 1.0)
+        return rope, LongRoPE(factor=factor, short=factors, long=factors, attention_factor=m)
+
+    @property
+    def kind(self) -> str:
+        """`rope.scaling.type`."""
+        return str(self.scaling.get("type", "none"))
+
+    @property
+    def factor(self) -> float:
+        """`rope.scaling.factor`."""
+        return float(self.scaling.get("factor", 0.0)) or 1.0  # llama.cpp takes 0 for none

@@ -1,0 +1,157 @@
+"""What other engines make of a config: that of `write_served` is read alike, and the known disagreements show."""
+
+import math
+
+import pytest
+import torch
+
+from ropewalk.errors import ConfigError
+from ropewalk.scaling import hf, hf_write
+from ropewalk.scaling.engines import ENGINES, agrees, read_all
+from ropewalk.scaling.frozen import frozen
+from ropewalk.scaling.rope import RopeSpec
+from ropewalk.scaling.spec import parse
+
+ROPE = RopeSpec(dim=64, base=10_000.0, trained_length=2048)
+STATIC = [
+    "none",
+    "linear:4",
+    "ntk:4",
+    "ntk-fixed:4",
+    "ntk-mixed:4",
+    "ntk-by-parts:4",
+    "yarn:4",
+    "yarn:4,attention_factor=1.3",
+    "yarn:4,mscale=0.8,mscale_all_dim=0.5",
+    "yarn:4,truncate=false",
+    "yarn:4,beta_fast=20",
+    "llama3:4",
+    "base:2e5",
+    "critical-base:8k",
+    "mrrope:4",
+    "alpharope:4",
+    "yarn:4|resonance",
+    "cope",
+]
+
+
+def config(parameters, max_length=8192, *, old=True, new=True):
+    found = {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": max_length,
+    }
+    if new:
+        found["rope_parameters"] = parameters
+    if old:
+        found["rope_theta"] = parameters["rope_theta"]
+        found["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    return found
+
+
+def readings(parameters, **options):
+    return {one.engine: one for one in read_all(config(parameters, **options))}
+
+
+@pytest.mark.parametrize("spec", STATIC)
+def test_what_is_written_for_servers_is_read_alike_by_all_three(spec):
+    scaler = parse(spec)
+    wanted = scaler.frequencies(ROPE)
+    found = readings(hf_write.write_served(ROPE, scaler))
+    for engine in ("transformers", "vLLM", "SGLang"):
+        for length in (100, 8192):
+            own = found[engine].frequencies(length)
+            torch.testing.assert_close(own.inv_freq, wanted.inv_freq, rtol=1e-6, atol=1e-30)  # a pair that stands still
+            assert own.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-6), engine
+
+
+@pytest.mark.parametrize("spec", ["dynamic-ntk:4", "dynamic-yarn", "yarn:4|logn", "rerope:512", "temperature:1.1"])
+def test_what_no_server_does_is_refused(spec):
+    with pytest.raises(ConfigError, match=r"follows the length|no model file holds"):
+        hf_write.write_served(ROPE, parse(spec))
+
+
+@pytest.mark.parametrize("spec", ["dynamic-ntk:4", "dynamic-yarn", "dynamic-yarn|resonance"])
+@pytest.mark.parametrize("rope", [ROPE, RopeSpec(dim=64, base=1e4, trained_length=2048, rotating_pairs=20)])
+def test_a_frozen_scaler_is_the_same_at_its_length_and_still(spec, rope):
+    scaler = parse(spec)
+    still = frozen(scaler, rope, 8192)
+    wanted = scaler.frequencies(rope, 8192)
+    for length in (None, 100, 8192, 10**6):
+        found = still.frequencies(rope, length)
+        torch.testing.assert_close(found.inv_freq, wanted.inv_freq, rtol=1e-12, atol=0)
+        assert found.attention_factor == wanted.attention_factor
+    assert frozen(parse("yarn:4"), rope, 8192) == parse("yarn:4")
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 2048,
+    "short_factor": [1.0] * 32,
+    "long_factor": [2.0] * 32,
+}
+
+
+@pytest.mark.parametrize("parameters", [{"rope_type": "default", "rope_theta": 1e4}, YARN])
+def test_plain_and_plain_yarn_are_read_alike_by_all(parameters):
+    found = readings(parameters)
+    assert {*found} == {*ENGINES}
+    for one in found.values():
+        assert agrees(one, found["transformers"], 8192), one.engine
+
+
+@pytest.mark.parametrize(
+    ("parameters", "engine", "spec"),
+    [
+        (YARN | {"attention_factor": 1.3}, "SGLang", "yarn:4"),
+        (YARN | {"attention_factor": 1.3}, "llama.cpp", "yarn:4"),
+        (YARN | {"attention_factor": 1.3}, "mlx-lm", "yarn:4"),
+        (YARN | {"attention_factor": 1.3}, "vLLM", "yarn:4,attention_factor=1.3"),
+        (YARN | {"truncate": False}, "llama.cpp", "yarn:4"),
+        (YARN | {"factor": 8.0}, "ExLlamaV3", "yarn:4"),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "vLLM", "none"),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "SGLang", f"base:{1e4 * 13 ** (64 / 62)!r}"),
+        (LONG, "llama.cpp", "none"),
+    ],
+)
+def test_known_disagreements(parameters, engine, spec):
+    found = readings(parameters)[engine]
+    wanted = parse(spec).frequencies(ROPE)
+    own = found.frequencies(8192)
+    torch.testing.assert_close(own.inv_freq, wanted.inv_freq, rtol=1e-9, atol=0)
+    assert own.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-9)
+    assert found.notes or agrees(found, readings(parameters)["transformers"], 8192)
+
+
+@pytest.mark.parametrize("engine", ["vLLM", "SGLang", "ExLlamaV3", "mlx-lm"])
+def test_longrope_is_chosen_once_and_its_temperature_is_by_the_rule(engine):
+    found = readings(LONG | {"attention_factor": 1.5})[engine]
+    for length in (100, 8192):  # transformers takes the short factors at 100
+        own = found.frequencies(length)
+        torch.testing.assert_close(own.inv_freq, ROPE.theta / 2)
+        assert own.attention_factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(2048)))
+    assert any("long factors" in note for note in found.notes)
+    assert any("attention_factor" in note for note in found.notes)
+
+
+def test_keys_that_an_engine_does_not_look_for():
+    new_only = readings(YARN, old=False)["mlx-lm"]
+    assert new_only.rope.base == 10_000 and str(new_only.scaler) == "none" and "rope_theta" in new_only.notes[0]
+    old_only = readings(YARN, new=False)
+    assert all(agrees(one, old_only["transformers"], 8192) for one in old_only.values())
+    whole = readings({"rope_type": "linear", "rope_theta": 1e4, "factor": 4})
+    assert "decimal point" in whole["vLLM"].notes[0]
+    assert whole["SGLang"].max_length == 4 * 8192
+
+
+def test_mscales_that_repeat_the_attention_factor_are_read_and_others_refused():
+    repeated = LONG | {"attention_factor": 1.2, "short_mscale": 1.2, "long_mscale": 1.2}
+    assert hf.read(config(repeated))[None].scaler.attention_factor == 1.2
+    for other in ({"short_mscale": 1.1}, {"attention_factor": 1.1}, {"long_mscale": None}):
+        with pytest.raises(Exception, match="a temperature that changes with the length"):
+            hf.read(config(repeated | other))
