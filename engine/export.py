@@ -207,6 +207,11 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
             f"this model has frequencies of their own for {', '.join(map(str, configured))}; how {target} reads them "
             "has not been checked, so export it for hf"
         )
+    if all(is_local(kind) for kind in configured):
+        raise UnsupportedModel(
+            "every layer of this model that uses RoPE sees a sliding window only, so no distance grows with the "
+            "context and there is nothing to scale"
+        )
     ropes: dict[str | None, dict[str, Any]] = {}
     scalers: dict[str | None, Scaler] = {}
     for kind, one in configured.items():

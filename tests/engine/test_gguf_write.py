@@ -140,7 +140,6 @@ def test_rotary_scaling_is_written(variant, tmp_path, rope):
     assert back["max_position_embeddings"] == 65_536
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}
 PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 
 
