@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..scaling.engines import Reading
 
 EXAMPLES = "\b\nExamples:\n"
@@ -86,31 +88,34 @@ def _load(path: Path) -> dict[str, object]:
     return content
 
 
-def _print(readings: Sequence[Reading], tokens: int, console: object) -> None:
+def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from ..scaling.engines import agrees
     from ..scaling.lengths import format_length
 
-    assert isinstance(console, Console)
-    table = Table("engine", "computes", "m", "slowest pair", "serves", "", "note", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("engine", "computes", "m", "slowed by", "serves", ""):
+        table.add_column(heading, no_wrap=heading in ("engine", "m", ""))
+    first = readings[0]
     for one in readings:
         found = one.frequencies(tokens)
-        slowest = m = ""
+        m = slowed = ""
         if found is not None:
             m = f"{found.attention_factor:.4g}"
-            plain = readings[0].rope.theta[-1]
-            slowest = "still" if not found.inv_freq[-1] else f"{float(plain / found.inv_freq[-1]):.4g}x slower"
-        same = one is readings[0] or agrees(one, readings[0], tokens)
+            slowed = f"{float(first.rope.theta[-1] / found.inv_freq[-1]):.4g}" if found.inv_freq[-1] else "still"
+        same = one is first or agrees(one, first, tokens)
         table.add_row(
             one.engine,
             one.label,
             m,
-            slowest,
+            slowed,
             format_length(one.max_length) if one.max_length else "any length",
             "" if same else "[bold red]differs[/]",
-            "; ".join(one.notes),
         )
     console.print(table)
+    console.print("m multiplies cos and sin; slowed by: the slowest rotary pair against the plain one.", style="dim")
+    for one in readings:
+        for note in one.notes:
+            console.print(f"[bold]{one.engine}[/] {note}", highlight=False)

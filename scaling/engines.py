@@ -136,7 +136,7 @@ def _reading(
 
 
 def _transformers(raw: EngineRope) -> Reading:
-    follows = "follows the longest text of a batch" if raw.scaler.depends_on_length else ""
+    follows = "follows the longest text of each batch" if raw.scaler.depends_on_length else ""
     return _reading("transformers", raw, raw.scaler, follows)
 
 
@@ -148,16 +148,16 @@ def _vllm(raw: EngineRope) -> Reading:
                 name,
                 raw,
                 Scaler(),
-                "dynamic is not dynamic there: plain frequencies (before May 2026, base * (s^2 - s + 1)^(d/(d-2)))",
+                "has no dynamic scaling that follows the text: plain frequencies, and before May 2026 a larger base",
             )
         case "yarn":
             odd = [key for key in ("attention_factor", "mscale") if raw.get(key) is not None]
-            note = f"releases before autumn 2026 ignore {' and '.join(odd)}" if odd else ""
+            note = f"in releases before autumn 2026 ignores {' and '.join(odd)}" if odd else ""
             return _reading(name, raw, raw.scaler, note)
         case "longrope":
             return _fixed_longrope(name, raw, "if the server's max_model_len is above the trained length")
         case "proportional":
-            return _reading(name, raw, None, "proportional is served for Gemma 4 alone")
+            return _reading(name, raw, None, "serves proportional for Gemma 4 alone")
     return _reading(name, raw, raw.scaler, _needs_float(raw))
 
 
@@ -167,21 +167,26 @@ def _sglang(raw: EngineRope) -> Reading:
         case "dynamic":
             s, d = float(raw.parameters["factor"]), raw.rope.dim
             base = raw.rope.base * (s * s - s + 1) ** (d / (d - 2))
-            return _reading(name, raw, Base(base=base), "dynamic is not dynamic there: one larger base at every length")
+            return _reading(
+                name,
+                raw,
+                Base(base=base),
+                "has no dynamic scaling that follows the text: one larger base at every length",
+            )
         case "yarn":
             note = "ignores attention_factor; attn_factor multiplies its own" if raw.get("attention_factor") else ""
             return _reading(name, raw, _sglang_yarn(raw), note)
         case "longrope":
             return _fixed_longrope(name, raw, "for a batch in which any text is longer than the trained length")
         case "proportional":
-            return _reading(name, raw, None, "proportional is served for Gemma 4 alone")
+            return _reading(name, raw, None, "serves proportional for Gemma 4 alone")
         case "linear":
             return _reading(
                 name,
                 raw,
                 raw.scaler,
                 _needs_float(raw),
-                "multiplies the context length by the factor; give --context-length",
+                "multiplies the context length by the factor: give it --context-length",
                 max_length=int(raw.max_length * float(raw.parameters["factor"])),
             )
     return _reading(name, raw, raw.scaler)
@@ -190,10 +195,11 @@ def _sglang(raw: EngineRope) -> Reading:
 def _sglang_yarn(raw: EngineRope) -> YaRN:
     yarn = _yarn(raw)
     mscale, all_dim = raw.get("mscale"), raw.get("mscale_all_dim")
-    own = yarn_temperature(yarn.factor)
+    m = rule = yarn_temperature(yarn.factor)
     if mscale is not None and all_dim is not None:
-        own = yarn_temperature(yarn.factor, mscale) / yarn_temperature(yarn.factor, all_dim)
-    return replace(yarn, attention_factor=own * float(raw.get("attn_factor") or 1.0), mscale=None, mscale_all_dim=None)
+        m = yarn_temperature(yarn.factor, mscale) / yarn_temperature(yarn.factor, all_dim)
+    m *= float(raw.get("attn_factor") or 1.0)
+    return replace(yarn, attention_factor=None if m == rule else m, mscale=None, mscale_all_dim=None)
 
 
 def _llama_cpp(raw: EngineRope) -> Reading:
@@ -210,16 +216,16 @@ def _llama_cpp(raw: EngineRope) -> Reading:
             lost += [key for key, plain in (("beta_fast", 32), ("beta_slow", 1)) if raw.get(key) not in (None, plain)]
             return _reading(name, raw, yarn, f"loses {', '.join(lost)} {by}" if lost else "")
         case "longrope":
-            return _reading(name, raw, Scaler(), f"a Llama model becomes plain {by}")
+            return _reading(name, raw, Scaler(), f"makes a Llama model plain {by}")
         case "dynamic" | "proportional":
-            return _reading(name, raw, Scaler(), f"{raw.kind} becomes plain {by}")
+            return _reading(name, raw, Scaler(), f"makes {raw.kind} plain {by}")
         case "llama3" if raw.rope.trained_length != 8192:
             scaler = raw.scaler
             return _reading(
                 name,
                 raw,
                 scaler,
-                "most versions of its converter take 8192 for the trained length",
+                "takes 8192 for the trained length in most versions of its converter",
                 trained_length=8192,
             )
     return _reading(name, raw, raw.scaler)
@@ -259,7 +265,7 @@ def _mlx(raw: EngineRope) -> Reading:
             name,
             raw,
             Scaler(),
-            "its Llama reads rope_theta and rope_scaling alone, which this file has not: base 10000, no scaling",
+            "reads rope_theta and rope_scaling alone for a Llama, which this file has not: base 10000, no scaling",
             base=10_000.0,
             max_length=None,
         )
@@ -268,9 +274,10 @@ def _mlx(raw: EngineRope) -> Reading:
             return _reading(name, raw, None, "knows no dynamic scaling")
         case "yarn":
             trained = raw.get("original_max_position_embeddings") or 4096
-            ignored = [key for key in ("attention_factor", "truncate") if raw.get(key) is not None]
-            scaler = replace(_yarn(raw), attention_factor=None, truncate=True)
-            note = f"ignores {' and '.join(ignored)}" if ignored and scaler != raw.scaler else ""
+            yarn = _yarn(raw)
+            scaler = replace(yarn, attention_factor=None, truncate=True)
+            ignored = [key for key in ("attention_factor", "truncate") if getattr(scaler, key) != getattr(yarn, key)]
+            note = f"ignores {' and '.join(ignored)}" if ignored else ""
             return _reading(name, raw, scaler, note, max_length=None, trained_length=trained)
         case "longrope":
             reading = _fixed_longrope(name, raw, "at every length", reads_mscale=False)
@@ -293,7 +300,7 @@ def _fixed_longrope(name: str, raw: EngineRope, when: str, *, reads_mscale: bool
         name,
         raw,
         scaler,
-        f"the long factors {when}" if own.short != own.long else "",
+        f"takes the long factors {when}" if own.short != own.long else "",
         ""
         if math.isclose(m, given, rel_tol=1e-6)
         else f"ignores attention_factor and factor: m {m:.4g}, not {given:.4g}",

@@ -1,0 +1,84 @@
+"""`ropewalk explain` and `ropewalk export` as people type them."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from ropewalk.engine.cli import cli
+from ropewalk.evals.engine_plot import plot_readings
+from ropewalk.scaling.engines import read_all
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    return lambda *args: CliRunner().invoke(cli, [*map(str, args)], catch_exceptions=False)
+
+
+def line_of(result, engine):
+    return next(line for line in result.output.split("\n") if line.strip().startswith(engine))
+
+
+@pytest.fixture
+def exported(tiny_folder, tmp_path, run):
+    result = run("export", tiny_folder, tmp_path / "out", "--rope", "yarn:4,attention_factor=1.3")
+    assert "yarn:4,attention_factor=1.3 up to 1k tokens, as rope_type 'yarn' in config.json" in result.output
+    return tmp_path / "out"
+
+
+def test_the_table_says_what_each_engine_computes(run, exported):
+    result = run("explain", exported)
+    for engine, m, differs in (("vLLM", "1.3", False), ("SGLang", "1.139", True), ("llama.cpp", "1.139", True)):
+        line = line_of(result, engine)
+        assert f" {m} " in line and ("differs" in line) == differs
+    assert "SGLang ignores attention_factor" in result.output
+    assert run("explain", exported / "config.json").output.split("\n")[2:] == result.output.split("\n")[2:]
+
+
+def test_what_was_exported_for_servers_differs_nowhere_there(run, tiny_folder, tmp_path):
+    made = run("export", tiny_folder, tmp_path / "out", "--rope", "yarn:4,attention_factor=1.3", "--target", "sglang")
+    assert f"serve it by: python -m sglang.launch_server --model-path {tmp_path / 'out'}" in made.output
+    result = run("explain", tmp_path / "out")
+    for engine in ("vLLM", "SGLang"):
+        assert "differs" not in line_of(result, engine)
+
+
+def test_gguf_files_are_explained(run, tiny_folder, tmp_path):
+    run("export", tiny_folder, tmp_path / "a.gguf", "--rope", "yarn:4", "--target", "llama.cpp", "--dtype", "q8_0")
+    result = run("explain", tmp_path / "a.gguf")
+    assert "yarn:4" in line_of(result, "llama.cpp") and "linear:4" in line_of(result, "Ollama's own engine")
+    assert "differs" in line_of(result, "transformers")
+
+
+def test_it_is_drawn(run, exported, tmp_path):
+    result = run("explain", exported, "--out", tmp_path / "read.png")
+    assert (tmp_path / "read.png").stat().st_size > 10_000 and "drawn" in result.output
+    drawn = (tmp_path / "read.svg").read_text()
+    assert "transformers, vLLM, ExLlamaV3: m = 1.3" in drawn and "SGLang, llama.cpp, mlx-lm: m = 1.139" in drawn
+
+
+def test_engines_that_refuse_are_left_out_of_the_plot(tiny_folder, tmp_path):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    readings = read_all(config)
+    assert {one.engine for one in readings if one.scaler is None} == {"ExLlamaV3"}
+    _, svg = plot_readings(readings, 1024, "tiny", tmp_path / "d")
+    assert "ExLlamaV3" not in svg.read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "holds no object"),
+        ('{"model_type": "llama", "rope_parameters": {"rope_type": "spiral"}}', "does not accept|not supported"),
+        ('{"model_type": "gpt2"}', "has no rotary embedding"),
+    ],
+)
+def test_what_is_no_config_is_refused(run, tmp_path, content, words):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(Exception, match=words):
+        run("explain", tmp_path / "config.json")
+    with pytest.raises(Exception, match="cannot be read"):
+        run("explain", tmp_path / "none.json")
