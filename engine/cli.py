@@ -146,6 +146,7 @@ def generate(
     PROMPT is the text itself, or - to read it from standard input.
     """
     from ..scaling.lengths import parse_length
+    from . import split
     from .load import load
     from .sampling import SamplingParams
 
@@ -160,10 +161,13 @@ def generate(
     )
     loaded = load(model, rope=rope, **loading, max_length=parse_length(max_length) if max_length else None)
     text = sys.stdin.read() if prompt == "-" else prompt
+    shown = split.is_first()
     for piece in loaded.stream(text, params):
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
-    click.echo()
+        if shown:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    if shown:
+        click.echo()
 
 
 @click.command(epilog=EXAMPLES + "  ropewalk scalers")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
-from . import attention
+from . import attention, split
 from .api import Model
 from .cache import attends_to_everything
 from .config import find_config, headline_rope, quiet_transformers, trained_length
@@ -37,6 +37,7 @@ def load(
     kv_dtype: str = "auto",
     offload: str | Path | None = None,
     device_map: str | dict[str, Any] | None = None,
+    tp_plan: Literal["auto"] | None = None,
     max_length: int | None = None,
 ) -> Model:
     """Load a Llama-style model and give it a position scaler.
@@ -57,6 +58,8 @@ def load(
         offload: a folder; keys and values are kept there in memory-mapped files, gone with the process.
         device_map: as in accelerate ("auto", "cuda:0", {...}); None puts everything on the GPU if there is one, and on
             its own one in each of several processes that were launched together.
+        tp_plan: "auto" splits every layer over the processes that torchrun started; each of them has to make the same
+            calls. None leaves the model whole.
         max_length: most tokens `generate` accepts; None is the scaler's reach.
 
     Raises:
@@ -71,15 +74,20 @@ def load(
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"offload {offload} is not a folder; make it, on a disk with room for the cache")
     settings = Settings(compile=compile, weights="int8" if dtype == "int8" else "own", cache=kv_dtype, folder=folder)
+    if tp_plan is not None:
+        split.check(tp_plan, settings, device_map)
+        settings = Settings(compile=False)
     if max_length is not None and max_length < 1:
         raise ConfigError(f"max_length {max_length} must be at least 1")
     source, config = find_config(str(name))
     headline_rope(config)  # refuses what has no RoPE before any weight is read
     placement = device_map if device_map is not None else _own_device()
     on_cpu = placement == "cpu"
+    compile = settings.compile
     widens = on_cpu and compile is not False and supported(config) and UNAVAILABLE is None
     chosen = _choose_dtype("auto" if dtype == "int8" else dtype, config, on_cpu, widens)
-    options: dict[str, Any] = {"dtype": chosen, "device_map": placement}
+    options: dict[str, Any] = {"dtype": chosen}
+    options |= {"device_map": placement} if tp_plan is None else split.options(tp_plan)
     if on_cpu and attends_to_everything(config.get_text_config()):
         options["attn_implementation"] = attention.register()
     with quiet_transformers():

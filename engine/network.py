@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..scaling.rope import Scaler
+from . import split
 from .attention import ATTENTION_NAME
 from .cache import new_cache, rewind
 
@@ -49,7 +51,8 @@ class Network:
     def how(self) -> str:
         """What runs the model, in a few words, and why nothing faster does."""
         reason = f" (not the compiled kernels: {self._why})" if self._why else ""
-        return f"transformers' modules in {self.weights} on {self.hf.device.type}{reason}"
+        shared = f", split over {dist.get_world_size()} processes" if split.is_split() else ""
+        return f"transformers' modules in {self.weights} on {self.hf.device.type}{shared}{reason}"
 
     def use(self, scaler: Scaler, length: int | None) -> None:
         """Run under `scaler`, for sequences of `length` tokens, from now on. The model is patched with it already."""

@@ -23,6 +23,12 @@ _OPTIONS = (
         type=click.Path(file_okay=False),
         help="Keep keys and values in a file in this folder, for contexts that memory does not hold.",
     ),
+    click.option("--device-map", help="Where the layers are, as in accelerate: auto spreads them over all devices."),
+    click.option(
+        "--tp-plan",
+        type=click.Choice(["auto"]),
+        help="Split every layer over the processes that torchrun started.",
+    ),
     click.option("--compile/--no-compile", default=None, help="Insist on the compiled kernels, or do without."),
 )
 
@@ -31,15 +37,10 @@ def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options; the command gets them as `loading`, keywords for `load`."""
 
     @functools.wraps(command)
-    def wrapped(
-        *args: Any, dtype: str, kv_dtype: str, offload: str | None, compile: bool | None, **kwargs: Any
-    ) -> None:
-        loading = {
-            "dtype": dtype,
-            "kv_dtype": kv_dtype,
-            "offload": offload,
-            "compile": "auto" if compile is None else compile,
-        }
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        loading = {name: kwargs.pop(name) for name in ("dtype", "kv_dtype", "offload", "device_map", "tp_plan")}
+        chosen = kwargs.pop("compile")
+        loading["compile"] = "auto" if chosen is None else chosen
         command(*args, loading=loading, **kwargs)
 
     for option in reversed(_OPTIONS):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
+from . import split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def random_source(params: SamplingParams, device: torch.device) -> torch.Generat
     """The random numbers of one request."""
     generator = torch.Generator(device=device)
     if params.seed is None:
-        generator.seed()
+        generator.manual_seed(split.fresh_seed())
     else:
         generator.manual_seed(params.seed)
     return generator

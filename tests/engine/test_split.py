@@ -1,0 +1,73 @@
+"""A model split over two processes by torchrun computes what the whole one does."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import ropewalk as rw
+
+SCRIPT = """
+import json, os, sys
+import ropewalk as rw
+
+folder, out = sys.argv[1:3]
+found = {}
+for rope in sys.argv[3:]:
+    model = rw.load(folder, rope=rope, dtype="float32", tp_plan="auto", max_length=4096)
+    greedy = rw.SamplingParams(max_new_tokens=8, temperature=0)
+    found[rope] = {
+        "how": model.network.how,
+        "written": [one.text for one in model.generate(["import nump", "class A"], greedy)],
+        "sampled": model.generate("def f(x):", rw.SamplingParams(max_new_tokens=8)).text,
+        "losses": model.score_ids([i % 1000 for i in range(400)]).tolist(),
+    }
+with open(f"{out}/{os.environ['RANK']}.json", "w") as file:
+    json.dump(found, file)
+"""
+ROPES = ["none", "yarn:4", "rerope:64|logn", "dynamic-yarn"]
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tiny_folder, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, tmp_path / "script.py", tiny_folder, tmp_path, *ROPES], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second, "also what was sampled without a seed"
+    for rope in ROPES:
+        whole = rw.load(tiny_folder, rope=rope, dtype="float32", compile=False, max_length=4096)
+        greedy = rw.SamplingParams(max_new_tokens=8, temperature=0)
+        assert [one.text for one in whole.generate(["import nump", "class A"], greedy)] == first[rope]["written"]
+        wanted = whole.score_ids([i % 1000 for i in range(400)]).tolist()
+        assert wanted == pytest.approx(first[rope]["losses"], abs=1e-4)
+        assert "split over 2 processes" in first[rope]["how"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "this one stands alone; start it by torchrun"),
+        ({"tp_plan": "rows"}, "tp_plan 'rows' is not 'auto'"),
+        ({"device_map": "auto", "rank": "0"}, "both say where the weights are"),
+        ({"compile": True, "rank": "0"}, "need the whole model in one process"),
+        ({"dtype": "int8", "rank": "0"}, "need the whole model in one process"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(tiny_folder, monkeypatch, options, words):
+    options = {"tp_plan": "auto"} | options
+    if rank := options.pop("rank", None):
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(rw.ConfigError, match=words):
+        rw.load(tiny_folder, **options)
+
+
+def test_layers_are_placed_as_accelerate_does(tiny_folder):
+    ids = list(range(300))
+    placed = rw.load(tiny_folder, rope="yarn:4", dtype="float32", device_map="auto", compile=False)
+    whole = rw.load(tiny_folder, rope="yarn:4", dtype="float32", compile=False)
+    assert placed.score_ids(ids).tolist() == pytest.approx(whole.score_ids(ids).tolist(), abs=1e-4)
