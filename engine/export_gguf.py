@@ -16,8 +16,8 @@ from .storage import new_folder
 
 __all__ = ["place", "rewrite_gguf", "write_gguf"]
 
-_DIVIDED = {"llama", "granite", "minicpm", "deci"}
-"""Architectures for which llama.cpp reads `rope_freqs.weight`."""
+_DIVIDED = {"llama", "granite"}
+"""Architectures for which llama.cpp was seen to read `rope_freqs.weight`."""
 
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _MODEL_FILE = "model.gguf"
@@ -50,7 +50,8 @@ def rewrite_gguf(file: GgufFile, out: Path, rope: GgufRope, context_length: int)
     """
     if rope.divisors is not None and file.arch not in _DIVIDED:
         raise UnsupportedModel(
-            f"{file.path.name} is a {file.arch} model, for which llama.cpp reads no divisors of the frequencies; take "
+            f"{file.path.name} is a {file.arch} model, for which llama.cpp is not known to read divisors of the "
+            "frequencies; take "
             "a scaler that needs none: base, ntk, ntk-fixed, linear or yarn"
         )
     unfinished = out.with_name(f"{out.name}.partial")

@@ -50,12 +50,13 @@ def test_the_changelog_has_the_version():
     assert f"## {rw.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_the_lines_of_the_readme_run(tiny_folder, capsys):
+def test_the_lines_of_the_readme_run(tiny_folder, tmp_path, monkeypatch, capsys):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code = readme.partition("```python\n")[2].partition("```")[0]
     for name in ("smollm2-135m", "path/or/hub-id"):
         assert name in code
         code = code.replace(name, str(tiny_folder))
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
 

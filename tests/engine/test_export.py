@@ -237,7 +237,9 @@ def test_an_architecture_without_divisors_takes_what_needs_none(tiny_folder, tmp
     for spec in ("linear:4", "ntk:4", "yarn:4"):
         done = rw.export(tmp_path / "qwen2.gguf", tmp_path / f"{spec[:3]}.gguf", rope=spec, target="llama.cpp")
         assert done.length == 4 * TRAINED
-    with pytest.raises(rw.UnsupportedModel, match=r"is a qwen2 model, for which llama\.cpp reads no divisors"):
+    with pytest.raises(
+        rw.UnsupportedModel, match=r"is a qwen2 model, for which llama\.cpp is not known to read divisors"
+    ):
         rw.export(tmp_path / "qwen2.gguf", tmp_path / "no.gguf", rope="mrrope:4", target="llama.cpp")
 
 
