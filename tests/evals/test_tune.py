@@ -188,20 +188,18 @@ def test_targets_that_make_no_sense(model, text, target, error, message):
 
 
 def grid(rope, target):
-    """Every method at several values, with log n and without."""
+    """Every method at several values; position maps with log n and without, which hardly helps the others."""
     L, s = rope.trained_length, target / rope.trained_length
-    specs = [
-        f"{name}:{s * step:.3g}"
-        for name in ("linear", "ntk", "ntk-fixed", "ntk-mixed", "ntk-by-parts", "yarn", "mrrope", "alpharope", "llama3")
-        for step in (1, 1.4, 2)
-    ]
-    specs += [f"rerope:{L * eighths // 8}" for eighths in range(1, 8)]
+    names = ("linear", "ntk", "ntk-fixed", "ntk-mixed", "ntk-by-parts", "yarn", "mrrope", "alpharope", "llama3")
+    specs = [f"{name}:{s * step:g}" for name in names for step in (1, 1.5)]
+    maps = [f"rerope:{L * eighths // 8}" for eighths in range(1, 8)]
     for window in (L // 4, 3 * L // 8, L // 2):
         least = (target - window) / (L - window)
-        specs += [f"leaky-rerope:{window},k={least:g}", f"leaky-rerope:{window},k={1.5 * least:g}"]
-        specs += [f"self-extend:{math.ceil(least) + more},window={window}" for more in (0, 1, 2)]
-    specs += ["dual-chunk", f"jet-long:{L // 4}", f"base-bound:{target}", f"critical-base:{target}"]
-    return [rw.parse(one) for spec in specs for one in (spec, f"{spec}|logn")] + [rw.parse("none")]
+        maps += [f"leaky-rerope:{window},k={least:g}", f"leaky-rerope:{window},k={1.5 * least:g}"]
+        maps += [f"self-extend:{math.ceil(least) + more},window={window}" for more in (0, 1, 2)]
+    maps += ["dual-chunk", f"jet-long:{L // 4}"]
+    specs += ["none", f"base-bound:{target}", f"critical-base:{target}", *maps, *(f"{one}|logn" for one in maps)]
+    return [rw.parse(spec) for spec in specs]
 
 
 def tokens_read(rows):
