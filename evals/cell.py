@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..engine.api import Model
 from ..scaling.lengths import format_length
 from ..scaling.rope import Scaler
 from .result import Row, Run
+
+if TYPE_CHECKING:
+    from .subject import Subject
 
 Advance = Callable[[int, int], None]
 """Called with the tokens that a cache held and how many have just been read on top of them."""
@@ -20,7 +23,7 @@ class Cell(ABC):
     """A unit of work: done as a whole or not at all, by one process.
 
     Attributes:
-        scaler: what the model is put under.
+        scaler: what the subject is put under.
         context: tokens of its longest window or prompt.
     """
 
@@ -42,8 +45,8 @@ class Cell(ABC):
         """The recipe of each row that it gives."""
 
     @abstractmethod
-    def measure(self, model: Model, run: Run, advance: Advance) -> list[Row]:
-        """Measure it under the scaler that `model` has, store its rows in `run` and return them."""
+    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
+        """Measure it under the scaler that `subject` has, store its rows in `run` and return them."""
 
     @abstractmethod
     def outcome(self, rows: Sequence[Row]) -> str:
@@ -68,9 +71,18 @@ class Cost:
     @classmethod
     def of(cls, model: Model) -> Cost:
         """Operations from the model's shapes."""
-        config = model.hf.config.get_text_config()
         embedding = model.hf.get_input_embeddings().weight.numel()
-        weights = sum(p.numel() for p in model.hf.parameters()) - embedding
+        return cls._of(model.hf.config, sum(p.numel() for p in model.hf.parameters()) - embedding)
+
+    @classmethod
+    def of_config(cls, config: Any) -> Cost:
+        """Operations of a model whose weights nobody has counted: 12 matrices of the hidden size squared a layer."""
+        text = config.get_text_config()
+        return cls._of(config, 12 * text.num_hidden_layers * text.hidden_size**2)
+
+    @classmethod
+    def _of(cls, config: Any, weights: int) -> Cost:
+        config = config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(dense=2 * weights, attention=4 * config.num_hidden_layers * config.num_attention_heads * head_dim)
 

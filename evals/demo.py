@@ -19,8 +19,10 @@ from ..scaling.spec import parse
 from .cell import Cell
 from .data import load_text
 from .fixed_target import FixedTarget
+from .local import Local
 from .perplexity_cell import PerplexityCell, cells
 from .publish import print_results, publish
+from .reader import Reader
 from .report import Passage
 from .result import Row, Run
 from .runner import measure_all
@@ -64,7 +66,7 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
         is_reference = cell.context == L and not cell.scaler.parts
         return cell.context in (shortest, longest) or is_reference
 
-    every = cells(model, text, [parse(spec) for spec in specs(ratio)], plan)
+    every = cells(Local(model), text, [parse(spec) for spec in specs(ratio)], plan)
     planned = [cell for cell in every if isinstance(cell, PerplexityCell)]
     # In the order in which they earn their time, so that the time limit leaves the least out.
     planned.sort(key=lambda cell: (not is_essential(cell), cell.context if is_essential(cell) else -cell.context))
@@ -77,13 +79,13 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
     run.write_environment()
     best = [_best_so_far(run, planned, longest)]
 
-    def remember_best(cell: PerplexityCell, rows: list[Row], cache: Cache) -> None:
+    def remember_best(cell: PerplexityCell, rows: list[Row], reader: Reader) -> None:
         if cell.context == longest and (best[0] is None or rows[0]["loss"] < best[0].loss):
-            best[0] = Winner(cell, rows[0]["loss"], cache)
+            best[0] = Winner(cell, rows[0]["loss"], reader.cache)
 
     deadline = None if max_minutes is None else started + 60 * max_minutes - CLOSING_SECONDS
     outcome = measure_all(
-        model,
+        Local(model),
         [replace(cell, then=remember_best) for cell in planned],
         run,
         console,

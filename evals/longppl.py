@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..engine.api import Model
 from ..errors import ConfigError, DataError
 from ..scaling.lengths import format_length
 from ..scaling.rope import Scaler
@@ -16,8 +15,9 @@ from ..scaling.spec import parse
 from .cell import Advance, Cell
 from .fixed_target import SameTarget
 from .protocol import Window
-from .reader import ModelReader, Reader
+from .reader import Reader
 from .result import Row, Run
+from .subject import Subject
 
 GAIN = 2.0
 """A key token's loss falls by more than this from the short to the full context, nats."""
@@ -49,6 +49,7 @@ class LongPPL(SameTarget):
         object.__setattr__(self, "judge", str(parse(self.judge)))  # one way to write it, so that a run finds it again
 
     def check(self, reader: Reader) -> None:
+        reader.under(parse(self.judge))  # refused now where the model can only be read as it is
         L = reader.trained_length
         if L is None:
             raise ConfigError("longppl takes the trained length as the short context; give trained_length")
@@ -93,8 +94,8 @@ class JudgeCell(Cell):
     def row_recipes(self) -> list[dict[str, Any]]:
         return [{**self.recipe, "context": len(windows[0].ids)} for windows in (self.short, self.full)]
 
-    def measure(self, model: Model, run: Run, advance: Advance) -> list[Row]:
-        return self.record(ModelReader(model), run, advance)
+    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
+        return self.record(subject.reader(), run, advance)
 
     def record(self, reader: Reader, run: Run, advance: Advance) -> list[Row]:
         """Measure it on any reader.

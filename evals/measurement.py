@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..engine.api import Model
     from ..scaling.rope import Scaler
     from .cell import Cell
+    from .subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,13 @@ class Measurement:
 
         return parse(spec, lambda: trained_length(self.model))
 
-    def carry_out(self, model: Model, cells: Sequence[Cell], *, name: str, title: str, deadline: float | None) -> None:
+    def carry_out(
+        self, subject: Subject, cells: Sequence[Cell], *, name: str, title: str, deadline: float | None
+    ) -> None:
         """Measure `cells` and publish the run; of several processes the first one publishes.
 
         Args:
-            model: `self.model`, loaded.
+            subject: `self.model`, ready to be measured.
             cells: in the order of measuring.
             name: of the run where no folder was given: runs/MODEL-NAME.
             title: the report's heading.
@@ -66,11 +68,11 @@ class Measurement:
 
         console = runner.new_console()
         if self.dry_run:
-            runner.print_plan(model, cells, console)
+            runner.print_plan(subject, cells, console)
             return
         run = Run(self.out or Path("runs") / f"{Path(self.model).name}-{name}")
         run.write_environment()
-        outcome = runner.measure_all(model, cells, run, console, deadline=deadline)
+        outcome = runner.measure_all(subject, cells, run, console, deadline=deadline)
         if runner.is_main():
             files = publish(run, title=title)
             print_results(run, files, outcome.left_out, console)

@@ -12,19 +12,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from transformers.cache_utils import Cache
 
-from ..engine.api import Model
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
 from .cell import Advance, Cell
 from .data import Text, tokenize_documents
 from .longppl import JudgeCell, LongPPL
-from .memory import peak_memory_mb
 from .protocol import Protocol, Window
-from .reader import ModelReader, Reader, Start, Tokens
+from .reader import Reader, Start, Tokens
 from .result import Losses, Row, Run
 from .statistics import block_interval
+from .subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,7 @@ class PerplexityCell(Cell):
     Args:
         passages: the windows.
         judge: where the tokens that count are chosen; None counts all scored ones.
-        then: gets the rows and the cache of the last window.
+        then: gets the rows and what read them.
     """
 
     scaler: Scaler
@@ -43,7 +41,7 @@ class PerplexityCell(Cell):
     passages: tuple[Window, ...]
     recipe: dict[str, Any]
     judge: JudgeCell | None = None
-    then: Callable[[PerplexityCell, list[Row], Cache], None] = field(default=lambda *_: None, compare=False)
+    then: Callable[[PerplexityCell, list[Row], Reader], None] = field(default=lambda *_: None, compare=False)
 
     @property
     def windows(self) -> list[int]:
@@ -56,10 +54,10 @@ class PerplexityCell(Cell):
     def is_ready(self, run: Run) -> bool:
         return self.judge is None or self.judge.is_done(run)
 
-    def measure(self, model: Model, run: Run, advance: Advance) -> list[Row]:
-        reader = ModelReader(model)
+    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
+        reader = subject.reader()
         rows = self.record(reader, run, advance)
-        self.then(self, rows, reader.cache)
+        self.then(self, rows, reader)
         return rows
 
     def record(self, reader: Reader, run: Run, advance: Advance) -> list[Row]:
@@ -76,7 +74,7 @@ class PerplexityCell(Cell):
                 "documents": len(self.passages),
                 "seconds": seconds,
                 "tokens_per_second": sum(self.windows) / seconds,
-                "peak_memory_mb": peak_memory_mb(),
+                "peak_memory_mb": reader.memory_mb,
             }
             if keys is not None:
                 measured["candidates"] = len(keys)
@@ -146,16 +144,17 @@ class Source:
         return cls(documents=documents, start=Start.of(tokenizer), name=text.name, sha256=text.sha256)
 
 
-def cells(model: Model, text: Text, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
+def cells(subject: Subject, text: Text, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
     """The cells of a protocol on a model, scaler by scaler; every scaler is checked against the model first.
 
     Raises:
         DataError: the text is too short for a context.
         ConfigError: a scaler or the protocol cannot work on this model.
+        ContextOverflow: a context is more than the subject can be asked for.
     """
     for scaler in scalers:
-        model.rope = scaler
-    return plan(ModelReader(model), Source.of(text, model.tokenizer, protocol), scalers, protocol)
+        subject.rope = scaler
+    return plan(subject.reader(), Source.of(text, subject.tokenizer, protocol), scalers, protocol)
 
 
 def plan(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
@@ -170,10 +169,12 @@ def plan(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Pr
         "dtype": reader.precision,
         "device": reader.device,
         "trained_length": reader.trained_length,
+        **reader.marks,
         "target": None,
         **protocol.settings,
     }
     windows = {c: tuple(protocol.windows(source.documents, c, source.start)) for c in protocol.contexts}
+    reader.check(max(len(window.ids) for own in windows.values() for window in own))
     judge = None
     if isinstance(protocol, LongPPL):
         judge = _judge(protocol, reader, source, shared)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..engine.api import Model
 from ..scaling.lengths import parse_length
 from ..scaling.rope import Scaler
 from .cell import Cell
@@ -13,6 +12,7 @@ from .data import Text
 from .perplexity_cell import cells as perplexity_cells
 from .protocols import protocol
 from .retrieval import cells as retrieval_cells
+from .subject import Subject
 from .tasks import RULER, SUITES, TASKS
 
 
@@ -43,21 +43,21 @@ class Preset:
     ruler_trials: int
     ruler_tasks: tuple[str, ...] = SUITES[RULER]
 
-    def cells(self, model: Model, text: Text, scalers: Sequence[Scaler]) -> list[Cell]:
+    def cells(self, subject: Subject, text: Text, scalers: Sequence[Scaler]) -> list[Cell]:
         """The cells in the order of measuring: the loss first, and every kind for all scalers before the next."""
-        L = model.trained_length
+        L = subject.trained_length
 
         def lengths(asked: Sequence[str]) -> tuple[int, ...]:
             return tuple(dict.fromkeys(parse_length(one, L) for one in asked))
 
         found: list[Cell] = []
         curve = protocol("fixed-target", lengths(self.loss), target=self.target, samples=self.samples)
-        found += perplexity_cells(model, text, scalers, curve)
+        found += perplexity_cells(subject, text, scalers, curve)
         within = tuple(dict.fromkeys(min(length, L) for length in lengths(self.harm)))
         harm = protocol("harm", within, target=self.target, samples=self.samples)
-        found += perplexity_cells(model, text, [one for one in scalers if one.parts], harm)
+        found += perplexity_cells(subject, text, [one for one in scalers if one.parts], harm)
         found += retrieval_cells(
-            model,
+            subject,
             [TASKS["passkey"]],
             scalers,
             contexts=lengths(self.passkey),
@@ -66,10 +66,10 @@ class Preset:
         )
         tasks = [TASKS[name] for name in self.ruler_tasks]
         found += retrieval_cells(
-            model, tasks, scalers, contexts=lengths(self.ruler), trials=self.ruler_trials, text=text
+            subject, tasks, scalers, contexts=lengths(self.ruler), trials=self.ruler_trials, text=text
         )
         if self.by_position:
-            found += perplexity_cells(model, text, scalers, protocol("by-position", lengths(self.by_position)))
+            found += perplexity_cells(subject, text, scalers, protocol("by-position", lengths(self.by_position)))
         return found
 
 

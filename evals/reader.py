@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from ..errors import ConfigError, UnsupportedModel
 from ..scaling.rope import Scaler
 from .cell import Advance
+from .memory import peak_memory_mb
 from .result import Losses
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from ..engine.api import Model
+    from ..tokenizer_tools.vocab import Vocabulary
 
 Tokens = list[int]
 
@@ -58,12 +61,24 @@ class Reader(ABC):
         precision: in which numbers it computes.
         device: where.
         trained_length: tokens that it was trained to read; None where nobody said.
+        marks: further fields in the recipes of its rows, JSON scalars.
+        cache: of the text that it read last, to go on from; None where that is not at hand.
     """
 
     name: str
     precision: str
     device: str
     trained_length: int | None
+    marks: Mapping[str, Any] = MappingProxyType({})
+    cache: Cache | None = None
+
+    @property
+    def memory_mb(self) -> float | None:
+        """Most memory that it has held so far, MB; None where that is not known."""
+        return peak_memory_mb()
+
+    def check(self, length: int) -> None:  # noqa: B027  (most read any length)
+        """Raise ContextOverflow if `length` tokens are more than it can read."""
 
     @abstractmethod
     def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
@@ -86,14 +101,16 @@ class Reader(ABC):
         """Bytes of the text that tokens stand for; None where the tokenizer is not known."""
 
 
+def bytes_of(ids: Sequence[int], tokenizer: Any, vocabulary: Callable[[], Vocabulary]) -> int:
+    """Bytes of the text that tokens stand for, by the tokens' own bytes where the tokenizer's are known."""
+    try:
+        return len(vocabulary().text_bytes(list(ids)))
+    except (UnsupportedModel, IndexError):  # no bytes of its own, or ids that only pad the matrix
+        return len(tokenizer.decode(list(ids)).encode())
+
+
 class ModelReader(Reader):
-    """A ropewalk model.
-
-    Attributes:
-        cache: of the last ids that were read.
-    """
-
-    cache: Cache
+    """A ropewalk model."""
 
     def __init__(self, model: Model, scaler: Scaler | None = None) -> None:
         self._model = model
@@ -124,10 +141,7 @@ class ModelReader(Reader):
         return ModelReader(self._model, scaler)
 
     def count_bytes(self, ids: Sequence[int]) -> int:
-        try:
-            return len(self._model.vocabulary.text_bytes(list(ids)))
-        except (UnsupportedModel, IndexError):  # no bytes of its own, or ids that only pad the matrix
-            return len(self._model.tokenizer.decode(list(ids)).encode())
+        return bytes_of(ids, self._model.tokenizer, lambda: self._model.vocabulary)
 
     def _put(self, length: int) -> None:
         if self._model.rope != self._scaler:

@@ -18,9 +18,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ..engine.api import Model
-from .cell import Cell, Cost
+from .cell import Cell
 from .result import Run, recipe_key
+from .subject import Subject
 
 _PATIENCE = 0.5  # seconds between two looks at what other processes have done
 _WIDEST = 48  # letters of a spec on the screen
@@ -60,7 +60,7 @@ def new_console() -> Console:
 
 
 def measure_all(
-    model: Model,
+    subject: Subject,
     cells: Sequence[Cell],
     run: Run,
     console: Console,
@@ -76,7 +76,7 @@ def measure_all(
     whose process died is taken over.
 
     Args:
-        model: the model; its scaler is put back at the end.
+        subject: the model; its scaler is put back at the end.
         cells: finished ones are skipped.
         run: where rows go, each as soon as it is finished.
         console: where the bar is drawn.
@@ -86,12 +86,12 @@ def measure_all(
         is_essential: cells that run whatever the time.
         then: called with each cell that has been measured here.
     """
-    outcome, original = Outcome(found=[c for c in cells if c.is_done(run)]), model.rope
+    outcome, original = Outcome(found=[c for c in cells if c.is_done(run)]), subject.rope
     todo = [c for c in cells if c not in outcome.found]
     if not todo:
         return outcome
     with Progress(*_COLUMNS, console=console, speed_estimate_period=300) as bar:
-        work = _Work(model, run, bar, sum(map(Cost.of(model).cell, todo)), rate)
+        work = _Work(subject, run, bar, sum(map(subject.cost.cell, todo)), rate)
         try:
             while todo:
                 busy = []
@@ -114,7 +114,7 @@ def measure_all(
                     work.wait()
                 todo = busy
         finally:
-            model.rope = original
+            subject.rope = original
         outcome.rate = work.rate
     return outcome
 
@@ -122,9 +122,9 @@ def measure_all(
 class _Work:
     """Cells measured one after the other, with a bar, and the rate at which it goes."""
 
-    def __init__(self, model: Model, run: Run, bar: Progress, total: float, rate: float | None) -> None:
-        self._model, self._run, self._bar, self._known_rate = model, run, bar, rate
-        self._cost, self._total = Cost.of(model), total
+    def __init__(self, subject: Subject, run: Run, bar: Progress, total: float, rate: float | None) -> None:
+        self._subject, self._run, self._bar, self._known_rate = subject, run, bar, rate
+        self._cost, self._total = subject.cost, total
         self._done, self._spent = 0.0, 0.0  # operations, seconds
         self._task = bar.add_task("", total=total)
 
@@ -152,9 +152,9 @@ class _Work:
         """Measure a cell."""
         self._bar.update(self._task, description=f"{_shown(cell)} at {cell.label}")
         started = time.monotonic()
-        self._model.rope = cell.scaler
+        self._subject.rope = cell.scaler
         rows = cell.measure(
-            self._model, self._run, lambda past, n: self._bar.advance(self._task, self._cost.step(past, n))
+            self._subject, self._run, lambda past, n: self._bar.advance(self._task, self._cost.step(past, n))
         )
         seconds = time.monotonic() - started
         self._spent, self._done = self._spent + seconds, self._done + self._cost.cell(cell)
@@ -169,12 +169,12 @@ def _shown(cell: Cell) -> str:
     return spec if len(spec) <= _WIDEST else spec[: _WIDEST - 3] + "..."
 
 
-def print_plan(model: Model, cells: Sequence[Cell], console: Console) -> None:
+def print_plan(subject: Subject, cells: Sequence[Cell], console: Console) -> None:
     """The cells, and about how long they would take, from one short forward pass."""
-    cost = Cost.of(model)
-    probe = min(1024, model.trained_length)
+    cost = subject.cost
+    probe = min(1024, subject.trained_length)
     started = time.monotonic()
-    model.score_ids([0] * probe)
+    subject.rehearse(probe)
     rate = cost.step(0, probe - 1) / (time.monotonic() - started)
     table = Table("scaler", "context", "windows", "tokens fed", "about")
     for cell in cells:
@@ -189,9 +189,7 @@ def print_plan(model: Model, cells: Sequence[Cell], console: Console) -> None:
     console.print(table)
     total = sum(cost.cell(c) for c in cells) / rate
     longest = max(max(cell.windows) for cell in cells)
-    cache_mb = model.network.bytes_per_token * longest / 1e6
-    weights_mb = model.hf.get_memory_footprint() / 1e6
     console.print(
-        f"{len(cells)} cells, about {total / 60:.1f} minutes; memory about {weights_mb:.0f} MB of weights and "
-        f"{cache_mb:.0f} MB of cache at the longest context. Nothing was measured: this was --dry-run."
+        f"{len(cells)} cells, about {total / 60:.1f} minutes; {subject.needs(longest)}. Nothing was measured: this was "
+        "--dry-run."
     )

@@ -15,8 +15,10 @@ from ..engine.skim import Sample
 from ..scaling.lengths import format_length
 from ..scaling.rope import Scaler
 from .cell import Advance, Cell
+from .local import Local
 from .protocol import Window
 from .result import Row, Run
+from .subject import Subject
 
 
 def can_skim(model: Model) -> bool:
@@ -51,7 +53,9 @@ class SkimCell(Cell):
     def row_recipes(self) -> list[dict[str, Any]]:
         return [self.recipe]
 
-    def measure(self, model: Model, run: Run, advance: Advance) -> list[Row]:
+    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
+        assert isinstance(subject, Local), "only a network in this process skims"
+        model = subject.model
         assert isinstance(model.network, CompiledNetwork)
         started = time.perf_counter()
         model.prepare(self.context)

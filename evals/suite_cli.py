@@ -44,10 +44,11 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
     from ..engine.load import load
     from .compare import short
     from .data import load_text
+    from .local import Local
     from .preset import PRESETS
 
     chosen, scalers, document = PRESETS[preset], asked.scalers(), load_text(text)
-    loaded = load(asked.model, **loading, max_length=2**31)  # past a scaler's reach is what is looked at here
+    loaded = Local(load(asked.model, **loading, max_length=2**31))  # past a scaler's reach is what is looked at here
     cells = chosen.cells(loaded, document, scalers)
     minutes = chosen.minutes if asked.max_minutes is None else asked.max_minutes
     title = f"{short(loaded.name)}: {', '.join(asked.ropes)}"

@@ -17,10 +17,11 @@ from ..errors import ConfigError, DataError, UnsupportedModel
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
 from .candidates import fits_config, neighbours, starting_points
-from .cell import Cell, Cost
+from .cell import Cell
 from .compare import Difference
 from .factor_search import FactorSpace, FoundFactors, search_factors
 from .harm import Harm
+from .local import Local
 from .perplexity_cell import plan
 from .result import Row, Run
 from .retrieval import cells as retrieval_cells
@@ -73,6 +74,7 @@ class Rounds:
         console: Console,
     ) -> None:
         self._model, self._target, self._text, self._run, self._console = model, target, text, run, console
+        self._subject = Local(model)
         self._keep_short, self._progress = keep_short, progress
         self._deadline = None if budget is None else time.monotonic() + budget
         self._rate: float | None = None
@@ -262,7 +264,7 @@ class Rounds:
     def _ask(self, candidates: Sequence[Candidate]) -> None:
         scalers, task = [c.scaler for c in candidates], TASKS["passkey"]
         try:
-            cells = retrieval_cells(self._model, [task], scalers, contexts=[self._target], depths=_DEPTHS, trials=1)
+            cells = retrieval_cells(self._subject, [task], scalers, contexts=[self._target], depths=_DEPTHS, trials=1)
         except DataError:
             return  # the length does not hold the prompt
 
@@ -277,7 +279,7 @@ class Rounds:
         return None if self._deadline is None else now + (self._deadline - now) * _SHARES.get(name, 1)
 
     def _ends_before(self, deadline: float, cell: Cell) -> bool:
-        seconds = Cost.of(self._model).cell(cell) / self._rate if self._rate else 0.0
+        seconds = self._subject.cost.cell(cell) / self._rate if self._rate else 0.0
         return time.monotonic() + seconds <= deadline
 
     def _carry_out(
@@ -312,7 +314,7 @@ class Rounds:
             self._complete = False
             return
         outcome = measure_all(
-            self._model, todo, self._run, console or self._console, deadline=deadline, rate=self._rate, then=tell
+            self._subject, todo, self._run, console or self._console, deadline=deadline, rate=self._rate, then=tell
         )
         self._rate = outcome.rate or self._rate
         self._complete &= not outcome.left_out

@@ -11,6 +11,7 @@ import ropewalk as rw
 from ropewalk.evals.cell import Cost
 from ropewalk.evals.fixed_target import FixedTarget
 from ropewalk.evals.from_start import ByPosition, Truncate, position_edges
+from ropewalk.evals.local import Local
 from ropewalk.evals.perplexity_cell import cells
 from ropewalk.evals.protocols import PROTOCOLS, protocol, settings_of
 from ropewalk.evals.result import Run
@@ -46,7 +47,7 @@ def test_fixed_target_scores_the_same_tokens_at_every_context_and_uses_documents
     model = tiny_model()
     plan = FixedTarget(contexts=(32, 128), target=16, samples=3)
     documents = (WORDS[:100], WORDS[:400], WORDS[400:900])
-    planned = cells(model, text(*documents), [Scaler()], plan)
+    planned = cells(Local(model), text(*documents), [Scaler()], plan)
     targets = [[w.ids[w.first :] for w in cell.passages] for cell in planned]
     assert targets[0] == targets[1]
     assert [w.place for w in planned[0].passages] == ["1:200", "2:250", "1:400"]
@@ -127,7 +128,7 @@ def test_results_do_not_depend_on_the_chunk_or_on_the_order_of_cells(tmp_path, m
     whole = run_plan(tmp_path / "a", tiny_model(), plan, WORDS, scaler="dynamic-ntk")
     monkeypatch.setattr("ropewalk.engine.score.CHUNK", chunk)
     model, chunked = tiny_model(), Run(tmp_path / "b")
-    for cell in reversed(cells(model, text(WORDS), [parse("linear:3"), parse("dynamic-ntk")], plan)):
+    for cell in reversed(cells(Local(model), text(WORDS), [parse("linear:3"), parse("dynamic-ntk")], plan)):
         measure(model, cell, chunked)
     for row in whole.rows:
         found = chunked.find({k: row[k] for k in row if k in _recipe_fields(model, plan)})
@@ -135,7 +136,7 @@ def test_results_do_not_depend_on_the_chunk_or_on_the_order_of_cells(tmp_path, m
 
 
 def _recipe_fields(model, plan):
-    return cells(model, text(WORDS), [Scaler()], plan)[0].row_recipes()[0].keys()
+    return cells(Local(model), text(WORDS), [Scaler()], plan)[0].row_recipes()[0].keys()
 
 
 def test_the_head_in_small_chunks_is_the_head_at_once(monkeypatch):
@@ -150,13 +151,13 @@ def test_the_head_in_small_chunks_is_the_head_at_once(monkeypatch):
 def test_user_mistakes():
     model = tiny_model()
     with pytest.raises(rw.DataError, match=r"too short: 1 document\(s\) of 8k tokens needed, 0 there"):
-        cells(model, text(WORDS), [Scaler()], FixedTarget(contexts=(64, 8192), target=16))
+        cells(Local(model), text(WORDS), [Scaler()], FixedTarget(contexts=(64, 8192), target=16))
     with pytest.raises(rw.DataError, match=r"2 document\(s\) of 64 tokens needed, 1 there"):
-        cells(model, text(WORDS), [Scaler()], Truncate(contexts=(64,), samples=2))
+        cells(Local(model), text(WORDS), [Scaler()], Truncate(contexts=(64,), samples=2))
     with pytest.raises(rw.ConfigError, match="target 64 leaves no context within 64 tokens"):
-        cells(model, text(WORDS), [Scaler()], FixedTarget(contexts=(64,), target=64))
+        cells(Local(model), text(WORDS), [Scaler()], FixedTarget(contexts=(64,), target=64))
     with pytest.raises(rw.ConfigError, match="stride 65 must be between 1 and the context 64"):
-        cells(model, text(WORDS), [Scaler()], Sliding(contexts=(64,), stride=65))
+        cells(Local(model), text(WORDS), [Scaler()], Sliding(contexts=(64,), stride=65))
     with pytest.raises(rw.ConfigError, match="Did you mean 'sliding'"):
         protocol("slidng", (64,))
     with pytest.raises(rw.ConfigError, match="stride has no effect on fixed-target; leave it out, or use sliding"):
@@ -170,7 +171,7 @@ def test_user_mistakes():
 def test_cost_counts_the_steps_of_a_cell_once():
     model = tiny_model()
     cost = Cost.of(model)
-    cell = cells(model, text(WORDS), [Linear(factor=2)], FixedTarget(contexts=(128,), target=16))[0]
+    cell = cells(Local(model), text(WORDS), [Linear(factor=2)], FixedTarget(contexts=(128,), target=16))[0]
     steps = [cost.step(past, 1) for past in range(127)]
     assert sum(steps) == pytest.approx(cost.cell(cell), rel=1e-9)
     config = model.hf.config

@@ -10,8 +10,9 @@ from click.testing import CliRunner
 import ropewalk as rw
 from ropewalk.engine.cli import cli
 from ropewalk.evals.data import Text
+from ropewalk.evals.local import Local
 from ropewalk.evals.result import Run
-from ropewalk.evals.retrieval import cells, listen
+from ropewalk.evals.retrieval import cells
 from ropewalk.evals.stand_in import Oracle, replace_network
 from ropewalk.evals.task import Place
 from ropewalk.evals.tasks import RULER, SUITES, TASKS
@@ -41,11 +42,11 @@ def trial_of(model, name="passkey", length=400, seed=0):
 def measure(model, run, names=("passkey",), spec="none", **options):
     rows = []
     planned = cells(
-        model, [TASKS[name] for name in names], [parse(spec)], **{"contexts": [400], "depths": [0.5], **options}
+        Local(model), [TASKS[name] for name in names], [parse(spec)], **{"contexts": [400], "depths": [0.5], **options}
     )
     for cell in planned:
         model.rope = cell.scaler
-        rows += cell.measure(model, run, lambda past, count: None)
+        rows += cell.measure(Local(model), run, lambda past, count: None)
     return rows
 
 
@@ -53,7 +54,7 @@ def measure(model, run, names=("passkey",), spec="none", **options):
 def test_scores_are_those_of_plain_transformers(model, spec):
     trial = trial_of(model, length=600)
     model.rope = spec
-    heard = listen(model, trial)
+    heard = Local(model).listen(trial)
     model.rope = None
     fixed = {"length": len(trial.prompt_ids) + trial.new_tokens} if parse(spec).depends_on_length else {}
     with rw.patch(model.hf, spec, **fixed), torch.inference_mode():
@@ -77,15 +78,15 @@ def test_the_prompt_is_read_once(model, monkeypatch):
     monkeypatch.setattr(
         model.network, "forward", lambda ids, *rest, **more: read.append(len(ids)) or forward(ids, *rest, **more)
     )
-    listen(model, trial)
+    Local(model).listen(trial)
     assert sum(read) == len(trial.prompt_ids) + len(trial.answer_ids) - 1 + trial.new_tokens
 
 
 def test_a_cache_that_cannot_forget_is_not_gone_on_from(model, monkeypatch):
     trial = trial_of(model)
-    whole = listen(model, trial)
-    monkeypatch.setattr("ropewalk.evals.retrieval.can_rewind", lambda cache: False)
-    assert listen(model, trial) == whole
+    whole = Local(model).listen(trial)
+    monkeypatch.setattr("ropewalk.evals.local.can_rewind", lambda cache: False)
+    assert Local(model).listen(trial) == whole
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -111,7 +112,7 @@ def test_an_oracle_that_is_asked_something_else_objects(tiny_folder):
     model = rw.load(tiny_folder, max_length=2**31, compile=False)
     replace_network(model, "oracle").learn(trial_of(model, seed=1))
     with pytest.raises(AssertionError, match="other tokens than the trial's"):
-        listen(model, trial_of(model, seed=2))
+        Local(model).listen(trial_of(model, seed=2))
 
 
 def test_rows_hold_what_was_asked_and_what_came_out(model, tmp_path):
@@ -133,8 +134,8 @@ def test_a_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
     run = Run(tmp_path)
     measure(model, run, trials=2)
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    asked = []
-    monkeypatch.setattr("ropewalk.evals.retrieval.listen", lambda *rest: asked.append(1) or listen(*rest))
+    asked, listen = [], Local.listen
+    monkeypatch.setattr(Local, "listen", lambda *rest: asked.append(1) or listen(*rest))
     rows = measure(model, Run(tmp_path), trials=4)
     assert len(asked) == 2
     assert [row["seed"] for row in rows] == [0, 1, 2, 3]
@@ -150,7 +151,7 @@ def test_a_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
 
 def test_cells_come_scaler_by_scaler_and_mistakes_are_told(model):
     planned = cells(
-        model,
+        Local(model),
         [TASKS["passkey"], TASKS["kv"]],
         [parse("none"), parse("yarn:4")],
         contexts=[600, 800],
@@ -163,9 +164,9 @@ def test_cells_come_scaler_by_scaler_and_mistakes_are_told(model):
     assert len(planned) == 16
     assert planned[1].label == "600 passkey depth 1"
     with pytest.raises(rw.ConfigError, match=r"depth 1.5 must lie between 0 .* and 1"):
-        cells(model, [TASKS["passkey"]], [parse("none")], contexts=[600], depths=[1.5])
+        cells(Local(model), [TASKS["passkey"]], [parse("none")], contexts=[600], depths=[1.5])
     with pytest.raises(rw.DataError, match="the shortest prompt"):
-        cells(model, [TASKS["kv"]], [parse("none")], contexts=[50], depths=[1])
+        cells(Local(model), [TASKS["kv"]], [parse("none")], contexts=[50], depths=[1])
 
 
 def ropewalk(*arguments):

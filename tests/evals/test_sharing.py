@@ -25,6 +25,7 @@ import torch
 torch.set_num_threads(1)
 import ropewalk as rw
 from ropewalk.evals.data import load_text
+from ropewalk.evals.local import Local
 from ropewalk.evals.perplexity_cell import cells
 from ropewalk.evals.protocols import protocol
 from ropewalk.evals.result import Run
@@ -34,13 +35,14 @@ from ropewalk.scaling import parse
 folder, model_folder, text = sys.argv[1:4]
 model = rw.load(model_folder, compile=False)
 plan = protocol("by-position", (100, 200, 300, 400, 500, 600))
-todo = cells(model, load_text(text), [parse(s) for s in ("none", "yarn:2", "ntk:2", "linear:2", "rerope:64")], plan)
+subject = Local(model)
+todo = cells(subject, load_text(text), [parse(s) for s in ("none", "yarn:2", "ntk:2", "linear:2", "rerope:64")], plan)
 Path(folder).mkdir(exist_ok=True)
 print("ready", flush=True)
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
-        os._exit(len(measure_all(model, todo, Run(Path(folder)), Console(quiet=True)).measured))
+        os._exit(len(measure_all(subject, todo, Run(Path(folder)), Console(quiet=True)).measured))
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

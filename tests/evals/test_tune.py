@@ -13,6 +13,7 @@ import ropewalk as rw
 from ropewalk.engine.cli import cli
 from ropewalk.errors import ConfigError, DataError
 from ropewalk.evals.data import load_text
+from ropewalk.evals.local import Local
 from ropewalk.evals.perplexity_cell import cells
 from ropewalk.evals.protocols import protocol
 from ropewalk.evals.result import Run
@@ -148,7 +149,7 @@ def test_what_an_earlier_search_has_read_is_taken_in(model, text, folder, found,
     last = next(c for c in reversed(found.ranking) if not c.read)
     run = Run(Path(shutil.copytree(folder, tmp_path / "run")))
     measured = TuneText(model, text, TARGET, searches=False)
-    measure_all(model, [measured.read(last.scaler, window) for window in measured.windows], run, new_console())
+    measure_all(Local(model), [measured.read(last.scaler, window) for window in measured.windows], run, new_console())
     again = rw.tune(model, TARGET, text=text, out=run.folder)
     assert next(c for c in again.ranking if str(c.scaler) == str(last.scaler)).places == 9
     assert str(again.winner.scaler) == str(found.winner.scaler)
@@ -220,7 +221,7 @@ def test_a_grid_of_everything_finds_nothing_better(model, text, found, folder, t
     """Read whole at the same places, at several times the cost; docs/tune.md has a finer grid, at 14 times."""
     plan = protocol("fixed-target", (TARGET,), target=TARGET // 4, samples=9)
     run = Run(tmp_path)
-    measure_all(model, cells(model, text, grid(model.spec, TARGET), plan), run, new_console())
+    measure_all(Local(model), cells(Local(model), text, grid(model.spec, TARGET), plan), run, new_console())
     best = min(run.rows, key=lambda row: row["loss"])
     won = np.concatenate([*found.winner.read.values()])
     mean, low, high = paired_difference(won, run.losses(best))
