@@ -9,6 +9,7 @@ import click
 
 from ..engine.options import loads_a_model
 from .measurement import Measurement, deadline_in, measures
+from .whereabouts import Whereabouts, runs_anywhere
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -33,7 +34,8 @@ def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
     + "  ropewalk ppl smollm2-135m --rope none --rope yarn:2 --lengths 0.25x,1x,2x --text shakespeare\n"
     + "  ropewalk ppl ./my-model --rope ntk:8 --lengths 8k,32k --text book.txt --out runs/a\n"
     + "  ropewalk ppl smollm2-135m --protocol by-position --rope none --rope yarn:2 --lengths 2x\n"
-    + "  ropewalk ppl smollm2-135m --protocol harm --rope yarn:2 --rope linear:2 --lengths 1k,1x --samples 4"
+    + "  ropewalk ppl smollm2-135m --protocol harm --rope yarn:2 --rope linear:2 --lengths 1k,1x --samples 4\n"
+    + "  ropewalk ppl ./exported --endpoint http://localhost:8000/v1 --text shakespeare --lengths 4k,8k"
 )
 @measures(
     click.option(
@@ -62,7 +64,7 @@ def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
     click.option("--stride", type=int, help="sliding: tokens by which the window moves.  [default: 256]"),
     click.option("--tokens", help="sliding, llamacpp, disjoint: tokens of the text that are read.  [default: 32k]"),
     click.option("--judge", help="longppl: the scaler that chooses the key tokens.  [default: dual-chunk]"),
-    loads_a_model,
+    runs_anywhere,
     lengths=("0.25x,0.5x,1x,2x", "Contexts, separated by commas."),
     out="runs/MODEL-TEXT",
 )
@@ -76,7 +78,7 @@ def ppl(
     stride: int | None,
     tokens: str | None,
     judge: str | None,
-    loading: dict[str, Any],
+    where: Whereabouts,
 ) -> None:
     """Loss and perplexity of MODEL across context lengths, for every --rope.
 
@@ -84,7 +86,6 @@ def ppl(
     table.csv, plots and a self-contained report.html.
     """
     deadline = deadline_in(asked.max_minutes)
-    from ..engine.load import load
     from ..scaling import parse_length
     from .compare import short
     from .data import load_text
@@ -99,11 +100,11 @@ def ppl(
     }
     settings = _settings(protocol, given | {"text_tokens": parse_length(tokens) if tokens else None})
     scalers, documents = asked.scalers(), load_text(text)
-    loaded = load(asked.model, **loading)
-    contexts = tuple(parse_length(length, loaded.trained_length) for length in lengths.split(","))
-    cells = cells_of(loaded, documents, scalers, named_protocol(protocol, contexts, **settings))
-    title = f"{short(loaded.name)} on {short(text)}"
-    asked.carry_out(loaded, cells, name=Path(text).stem, title=title, deadline=deadline)
+    subject = where.open(asked.model)
+    contexts = tuple(parse_length(length, subject.trained_length) for length in lengths.split(","))
+    cells = cells_of(subject, documents, scalers, named_protocol(protocol, contexts, **settings))
+    title = f"{short(subject.name)} on {short(text)}"
+    asked.carry_out(subject, cells, name=Path(text).stem, title=title, deadline=deadline)
 
 
 @click.command(epilog=EXAMPLES + "  ropewalk demo\n  ropewalk demo --full --out runs/full")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..engine.options import loads_a_model
 from .measurement import Measurement, deadline_in, measures
+from .whereabouts import Whereabouts, runs_anywhere
+
+if TYPE_CHECKING:
+    from .subject import Subject
+    from .trial import Trial
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -42,12 +46,13 @@ def _asks(*own: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The options of a command: its `own` among those that all of them have."""
     lengths = ("0.5x,1x,2x", "Tokens of prompt and answer together.")
     shared = measures(*own, _TRIALS, _FAKE, lengths=lengths, out="runs/MODEL-COMMAND")
-    return lambda command: shared(loads_a_model(command))
+    return lambda command: shared(runs_anywhere(command))
 
 
 @click.command(
     epilog=EXAMPLES + "  ropewalk passkey smollm2-135m --lengths 2k --trials 5\n"
-    "  ropewalk passkey smollm2-135m --rope none --rope yarn:2 --lengths 1x,2x --depths 0.1,0.5,0.9"
+    "  ropewalk passkey smollm2-135m --rope none --rope yarn:2 --lengths 1x,2x --depths 0.1,0.5,0.9\n"
+    "  ropewalk passkey ./exported --endpoint http://localhost:8000/v1 --lengths 4k,8k"
 )
 @_asks(_DEPTHS)
 def passkey(**options: Any) -> None:
@@ -113,38 +118,48 @@ def _run(
     lengths: str,
     trials: int,
     fake: str | None,
-    loading: dict[str, Any],
+    where: Whereabouts,
     depths: str = "",
     text: str | None = None,
     tasks: str = "all",
 ) -> None:
     deadline = deadline_in(asked.max_minutes)
-    from ..engine.load import load
     from ..scaling import parse_length
     from .compare import short
     from .data import load_text
     from .retrieval import cells
-    from .stand_in import Oracle, replace_network
     from .tasks import TASKS
 
     names = _names(tasks, suite)
     scalers = asked.scalers()
     shares = _numbers(depths)
     haystack = None if text is None else load_text(text)
-    loaded = load(asked.model, **loading, max_length=2**31)  # past the scaler's reach is what is looked at here
-    stand_in = replace_network(loaded, fake) if fake else None
+    subject = where.open(asked.model)
+    before = _stand_in(subject, fake) if fake else None
     planned = cells(
-        loaded,
+        subject,
         [TASKS[name] for name in names],
         scalers,
-        contexts=[parse_length(length, loaded.trained_length) for length in lengths.split(",")],
+        contexts=[parse_length(length, subject.trained_length) for length in lengths.split(",")],
         depths=shares,
         trials=trials,
         text=haystack,
-        **({"before": stand_in.learn} if isinstance(stand_in, Oracle) else {}),
+        **({"before": before} if before else {}),
     )
     command = str(click.get_current_context().info_name)
-    asked.carry_out(loaded, planned, name=command, title=f"{short(loaded.name)}: {command}", deadline=deadline)
+    asked.carry_out(subject, planned, name=command, title=f"{short(subject.name)}: {command}", deadline=deadline)
+
+
+def _stand_in(subject: Subject, fake: str) -> Callable[[Trial], None] | None:
+    """Put a stand-in in the place of the network; returns what it must be told of each trial, if anything."""
+    from ..errors import ConfigError
+    from .local import Local
+    from .stand_in import Oracle, replace_network
+
+    if not isinstance(subject, Local):
+        raise ConfigError("--fake replaces a network that is loaded here; leave it out, or --endpoint")
+    stand_in = replace_network(subject.model, fake)
+    return stand_in.learn if isinstance(stand_in, Oracle) else None
 
 
 def _names(tasks: str, suite: str) -> list[str]:

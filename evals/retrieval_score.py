@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ class Score:
 
     Args:
         right: of each trial, task by task.
-        logprobs: of the right answer of each trial, nats a token.
+        logprobs: of the right answer of each trial, nats a token; none of those whose server did not tell.
     """
 
     right: tuple[tuple[float, ...], ...]
@@ -35,7 +36,7 @@ class Score:
     @property
     def trials(self) -> int:
         """Of all tasks together."""
-        return len(self.logprobs)
+        return sum(map(len, self.right))
 
     @property
     def mean(self) -> float:
@@ -59,8 +60,8 @@ class Score:
 
     @property
     def nats(self) -> float:
-        """Mean log-probability of the right answer, nats a token."""
-        return fmean(self.logprobs)
+        """Mean log-probability of the right answer, nats a token; NaN where no server told."""
+        return fmean(self.logprobs) if self.logprobs else math.nan
 
     @cached_property
     def nats_interval(self) -> tuple[float, float]:
@@ -73,9 +74,8 @@ def score(rows: Sequence[Row]) -> Score:
     by_task: dict[str, list[float]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(float(row["correct"]))
-    return Score(
-        right=tuple(map(tuple, by_task.values())), logprobs=tuple(row["answer_logprob_per_token"] for row in rows)
-    )
+    told = (row["answer_logprob_per_token"] for row in rows)
+    return Score(right=tuple(map(tuple, by_task.values())), logprobs=tuple(nats for nats in told if nats is not None))
 
 
 @dataclass(frozen=True, kw_only=True)

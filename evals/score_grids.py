@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from ..scaling import format_length
-from .grid import NOT_RUN, Grid, Shown
+from .grid import NOT_RUN, NOTHING, Grid, Shown
 from .retrieval_score import Score, Setting
 
 Line = tuple[str, list[Score | None]]
@@ -14,17 +14,17 @@ Line = tuple[str, list[Score | None]]
 
 
 def score_grids(setting: Setting) -> list[Grid]:
-    """Right answers and their log-probabilities by method and length, and, where there are several tasks, right
-    answers by task and length for each method."""
+    """Right answers and, where they are known, their log-probabilities by method and length; where there are several
+    tasks, right answers by task and length for each method."""
     lines = [(rope, [setting.score(rope, length) for length in setting.lengths]) for rope in setting.methods]
     depths = f", depths {', '.join(f'{depth:g}' for depth in setting.depths)} together" if setting.depths else ""
     alike = ", each task counting alike" if len(setting.tasks) > 1 else ""
     what = f"Share of the trials whose written answer is right{depths}{alike}"
     tokens = f"Of the right answer's own tokens behind the prompt{depths}: a graded signal where no answer is right yet"
-    grids = [
-        _shares(setting, "Right answers", what, lines),
-        _grid(setting, "Log-probability of the right answer, nats a token", f"{tokens}; 95% intervals.", lines, nats),
-    ]
+    grids = [_shares(setting, "Right answers", what, lines)]
+    if any(row["answer_logprob_per_token"] is not None for row in setting.rows):
+        title = "Log-probability of the right answer, nats a token"
+        grids.append(_grid(setting, title, f"{tokens}; 95% intervals.", lines, nats))
     if len(setting.tasks) > 1:
         for rope in setting.methods:
             lines = [(task, [setting.score(rope, n, task=task) for n in setting.lengths]) for task in setting.tasks]
@@ -40,6 +40,8 @@ def share(score: Score) -> Shown:
 
 def nats(score: Score) -> Shown:
     """`-1.204 (-1.310 to -1.101)`; without the interval where there are too few trials."""
+    if not score.logprobs:
+        return NOTHING
     low, high = score.nats_interval
     return Shown(main=f"{score.nats:.3f}", small=(f"{low:.3f} to {high:.3f}",) if math.isfinite(low) else ())
 

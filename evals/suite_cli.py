@@ -121,6 +121,6 @@ def reconstruct(run: Path, row: int) -> None:
     if row > len(rows):
         raise DataError(f"{run} has {len(rows)} rows; there is no row {row}")
     found = rows[row - 1]
-    tokenizer = AutoTokenizer.from_pretrained(resolve(found["model"]))
+    tokenizer = AutoTokenizer.from_pretrained(resolve(found.get("tokenizer") or found["model"]))
     for passage in passages_of(found, rows, tokenizer):
         click.echo(passage)

@@ -6,7 +6,8 @@
     ├── PatchError          a patch that cannot be applied or undone now
     ├── ContextOverflow     more tokens asked for than the model and scaler reach
     ├── AssetError          a model or text that cannot be fetched, checked or stored
-    └── DataError           a text that cannot be read or is too short
+    ├── DataError           a text that cannot be read or is too short
+    └── EndpointError       a server that cannot be reached, or answers what cannot be used
 
 Messages name the offending value, the limit it met, and the next step. The shell prints the message
 alone and exits with code 2.
@@ -22,6 +23,7 @@ __all__ = [
     "ConfigError",
     "ContextOverflow",
     "DataError",
+    "EndpointError",
     "PatchError",
     "RopewalkError",
     "UnsupportedModel",
@@ -55,6 +57,10 @@ class AssetError(RopewalkError):
 
 class DataError(RopewalkError):
     """A text that cannot be read, or is too short for what is asked of it."""
+
+
+class EndpointError(RopewalkError):
+    """A server that cannot be reached, or answers what cannot be used."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

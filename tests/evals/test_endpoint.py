@@ -1,0 +1,307 @@
+"""Models that are measured where they are served, held against the same model measured here."""
+
+import re
+import shutil
+import socket
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from served import serving
+
+import ropewalk as rw
+from ropewalk.engine.cli import cli
+from ropewalk.evals import endpoint as endpoints
+from ropewalk.evals.endpoint import Endpoint
+from ropewalk.evals.result import Run
+from ropewalk.evals.run_comparison import compare_runs
+
+TIMING = ("key", "model", "dtype", "device", "tokenizer", "seconds", "tokens_per_second", "peak_memory_mb")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return rw.load(tiny_folder, max_length=2**31, compile=False)
+
+
+@pytest.fixture(scope="module")
+def named(tiny_folder, tmp_path_factory):
+    """What MODEL names: the tokenizer and the config, and no weights."""
+    folder = tmp_path_factory.mktemp("named") / "exported"
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory, held_out_texts):
+    file = tmp_path_factory.mktemp("text") / "book.txt"
+    file.write_text(held_out_texts[0])
+    return file
+
+
+@pytest.fixture
+def unpublished(monkeypatch):
+    """Rows only: tables, plots and reports take most of the time."""
+    monkeypatch.setattr("ropewalk.evals.publish.publish", lambda run, **rest: [])
+    monkeypatch.setattr("ropewalk.evals.publish.print_results", lambda *rest: None)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("ropewalk.evals.server.PAUSES", (0.01, 0.01))
+
+
+def ropewalk(*arguments):
+    """The output; errors are raised."""
+    return CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False).output
+
+
+def passkey(named, server, out, *options, lengths="300"):
+    where = ("--endpoint", server if isinstance(server, str) else server.url)
+    return ropewalk(
+        "passkey", named, *where, "--lengths", lengths, "--depths", "0,1", "--trials", 1, "--out", out, *options
+    )
+
+
+def plain(row):
+    return {name: value for name, value in row.items() if name not in TIMING}
+
+
+def assert_same(rows, expected):
+    """But for where, when, and the last digits of log-probabilities."""
+    assert len(rows) == len(expected) > 0
+    for row, other in zip(rows, expected, strict=True):
+        assert row["dtype"] == "served"
+        assert plain(row).keys() == plain(other).keys()
+        for name, value in plain(other).items():
+            assert row[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), name
+
+
+@pytest.mark.usefixtures("unpublished")
+@pytest.mark.parametrize("suite", ["passkey", "kv"])
+@pytest.mark.parametrize("tells", ["prompt_logprobs", "echo"])
+def test_trials_are_those_of_the_same_model_here(model, tiny_folder, named, tmp_path, suite, tells):
+    options = ("--lengths", {"passkey": "300", "kv": "500"}[suite], "--depths", "0,1", "--trials", 1)
+    here, there = tmp_path / "here", tmp_path / "there"
+    ropewalk(suite, tiny_folder, "--no-compile", *options, "--out", here)
+    with serving(model, tells=tells) as server:
+        shown = ropewalk(suite, named, "--endpoint", server.url, *options, "--out", there)
+    assert f"tiny is served at {server.url}; log-probabilities: {tells}" in " ".join(shown.split())
+    rows = Run(there).rows
+    assert_same(rows, Run(here).rows)
+    assert {(row["model"], row["device"], row["trained_length"]) for row in rows} == {
+        (f"tiny at 127.0.0.1:{server.server_port}", server.url, 256)
+    }
+    assert {row["tokenizer"] for row in rows} == {str(named)}
+    assert {body["max_tokens"] for body in server.asked[2:]} <= {1, 16, 48, *(row["answer_tokens"] for row in rows)}
+    (pair,) = compare_runs(Run(here), Run(there)).pairs
+    assert pair.a == pair.b
+
+
+@pytest.mark.usefixtures("unpublished")
+@pytest.mark.parametrize("tells", ["prompt_logprobs", "echo"])
+@pytest.mark.parametrize("protocol", ["fixed-target", "by-position"])
+def test_losses_are_those_of_the_same_model_here(model, tiny_folder, named, book, tmp_path, protocol, tells):
+    options = ("--text", book, "--lengths", "1x,2x", "--protocol", protocol)
+    options += ("--target", 64) if protocol == "fixed-target" else ()
+    here, there = Run(tmp_path / "here"), tmp_path / "there"
+    ropewalk("ppl", tiny_folder, "--no-compile", *options, "--out", here.folder)
+    with serving(model, tells=tells) as server:
+        ropewalk("ppl", named, "--endpoint", server.url, *options, "--out", there)
+    here.refresh()
+    found = Run(there)
+    assert_same(found.rows, here.rows)
+    for row, other in zip(found.rows, here.rows, strict=True):
+        losses = found.losses(row)
+        assert losses.dtype == np.float32
+        np.testing.assert_allclose(losses, here.losses(other), atol=1e-4)
+
+
+def test_the_report_tells_where_it_was_measured(model, named, book, tmp_path):
+    with serving(model) as server:
+        ropewalk(
+            "ppl",
+            named,
+            "--endpoint",
+            server.url,
+            "--text",
+            book,
+            "--lengths",
+            "128",
+            "--target",
+            64,
+            "--out",
+            tmp_path,
+        )
+    assert f"tiny at 127.0.0.1:{server.server_port} (served) on" in (tmp_path / "table.md").read_text()
+    assert "memory unknown" in (tmp_path / "report.html").read_text()
+    text = ropewalk("reconstruct", tmp_path, "--row", 1)  # by the tokenizer that the row names
+    assert text.strip() in book.read_text()
+
+
+def test_a_server_without_log_probabilities_can_still_be_asked_to_write(model, tiny_folder, named, book, tmp_path):
+    here, there, told = tmp_path / "here", tmp_path / "there", tmp_path / "told"
+    with serving(model, tells="nothing") as server:
+        shown = passkey(named, server, there)
+        with pytest.raises(
+            rw.ConfigError, match=r"tells no log-probabilities .* vLLM or SGLang.* work with this server"
+        ):
+            ropewalk("ppl", named, "--endpoint", server.url, "--text", book, "--out", told)
+    assert not told.exists()
+    assert "no log-probabilities of prompts" in " ".join(shown.split())
+    assert "nats a token" not in shown
+    rows = Run(there).rows
+    ropewalk("passkey", tiny_folder, "--no-compile", "--lengths", 300, "--depths", "0,1", "--trials", 1, "--out", here)
+    local = Run(here).rows
+    for row, other in zip(rows, local, strict=True):
+        assert [row[name] for name in row if name.startswith("answer_") and name != "answer_tokens"] == [None] * 3
+        assert (row["generated"], row["correct"]) == (other["generated"], other["correct"])
+    assert "Log-probability of the right answer" not in (there / "table.md").read_text()
+    assert {"report.html", "table.csv", "passkey_heat.png"} <= {file.name for file in there.iterdir()}
+    assert len(compare_runs(Run(there), Run(here)).pairs) == 1
+    both = tmp_path / "both"
+    ropewalk("report", here, there, "--out", both)
+    assert (both / "table.md").read_text().count("Log-probability of the right answer") == 1
+
+
+@pytest.mark.usefixtures("unpublished")
+def test_a_run_goes_on_after_its_server_has_died(model, named, tmp_path):
+    out = tmp_path / "run"
+    with (
+        serving(model, left=7) as server,
+        pytest.raises(rw.EndpointError, match=r"could not be reached .* is kept") as told,
+    ):
+        passkey(named, server, out, "--trials", 2, lengths="300,400")
+    assert f"{server.url}/completions" in str(told.value)
+    kept = (out / "results.jsonl").read_text().splitlines()
+    assert len(kept) == 2  # of 2 probes and 5 requests, two for each trial
+    with serving(model, port=server.server_port) as again:
+        passkey(named, again, out, "--trials", 2, lengths="300,400")
+        assert len(again.asked) == 2 + 2 * 6
+        passkey(named, again, out, "--trials", 2, lengths="300,400")
+    lines = (out / "results.jsonl").read_text().splitlines()
+    assert lines[:2] == kept
+    assert len(Run(out).rows) == len(lines) == 8
+
+
+@pytest.mark.usefixtures("unpublished")
+def test_what_passes_is_tried_again(model, named, tmp_path):
+    with serving(model, troubles=(503, 429)) as server:
+        passkey(named, server, tmp_path / "run")
+        assert len(Run(tmp_path / "run").rows) == 2
+        server.troubles = [500] * 3
+        with pytest.raises(rw.EndpointError, match=r"answered 500 \(busy with something else\), in 3 tries"):
+            passkey(named, server, tmp_path / "other")
+        server.troubles = [400]
+        with pytest.raises(rw.EndpointError, match="/completions answered 400: busy with something else"):
+            passkey(named, server, tmp_path / "other")
+
+
+@pytest.mark.usefixtures("unpublished")
+def test_one_of_several_models_is_chosen(model, named, tmp_path):
+    with serving(model, names=("a", "b")) as server:
+        with pytest.raises(rw.ConfigError, match="serves a, b; choose one with --served-as"):
+            passkey(named, server, tmp_path)
+        with pytest.raises(rw.ConfigError, match=r"serves no model 'c'. Known: a, b"):
+            passkey(named, server, tmp_path, "--served-as", "c")
+        passkey(named, server, tmp_path, "--served-as", "b")
+        assert {body["model"] for body in server.asked} == {"b"}
+    assert Run(tmp_path).rows[0]["model"].startswith("b at ")
+
+
+@pytest.mark.usefixtures("unpublished")
+def test_longer_than_the_server_goes_is_refused_before_anything_is_asked(model, named, book, tmp_path):
+    with serving(model, limit=400) as server:
+        shown = passkey(named, server, tmp_path / "run", lengths="400")
+        assert "at most 400 tokens" in " ".join(shown.split())
+        asked = len(server.asked)
+        with pytest.raises(rw.ContextOverflow, match=r"512 tokens are more than the 400 that .*--max-model-len"):
+            passkey(named, server, tmp_path / "long", lengths="300,2x")
+        ppl = ("ppl", named, "--endpoint", server.url, "--text", book, "--target", 64, "--out", tmp_path / "long")
+        with pytest.raises(rw.ContextOverflow, match=r"400 tokens and the 1 that a server must write .* with 401"):
+            ropewalk(*ppl, "--lengths", "300,400")
+        assert len(server.asked) == asked + 4  # the probes
+        assert not (tmp_path / "long").exists()
+        ropewalk(*ppl, "--lengths", "399")
+
+
+def test_the_servers_own_words_are_shown(model, named):
+    with serving(model, limit=40) as server:
+        found = Endpoint(str(named), server.url)
+        found.limit = None
+        with pytest.raises(rw.EndpointError, match=r"answered 400: This model's maximum context length is 40 tokens\."):
+            found.score([5] * 40, 1)
+
+
+def test_addresses_that_are_none(model, named, tmp_path):
+    for url in ("localhost:8000/v1", "ftp://host/v1", "http://"):
+        with pytest.raises(rw.ConfigError, match="no http address; give one as http://localhost:8000/v1"):
+            passkey(named, url, tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(
+        rw.EndpointError, match=rf"127.0.0.1:{port}/v1/models could not be reached .*refused.*in 3 tries"
+    ):
+        passkey(named, f"http://127.0.0.1:{port}/v1", tmp_path)
+    with serving(model) as server, pytest.raises(rw.EndpointError, match="404: Not Found; most addresses end in /v1"):
+        passkey(named, server.url.removesuffix("/v1"), tmp_path)
+
+
+def test_the_key_of_the_environment_is_sent_and_a_password_not_kept(model, named, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    with serving(model) as server:
+        Endpoint(str(named), server.url)
+        assert {*server.keys} == {"Bearer sesame"}
+        monkeypatch.delenv("OPENAI_API_KEY")
+        server.keys.clear()
+        found = Endpoint(str(named), server.url.replace("//", "//me:hush@"))
+        assert {key.split()[0] for key in server.keys} == {"Basic"}
+    assert found.device == server.url
+    assert "hush" not in found.name + found.describe()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("passkey", ["--rope", "yarn:2"], "under the scaler that it is served with, not under yarn:2"),
+        ("passkey", ["--rope", "auto"], "under the scaler that it is served with, not under auto"),
+        ("passkey", ["--fake", "oracle"], "--fake replaces a network that is loaded here"),
+        ("passkey", ["--dtype", "int8"], "--dtype has no effect on a model that is served"),
+        ("kv", ["--kv-dtype", "int8"], "--kv-dtype has no effect on a model that is served"),
+        ("ppl", ["--no-compile"], "--compile has no effect on a model that is served"),
+        ("ppl", ["--protocol", "harm", "--lengths", "128"], "not the logits of all, .* leave out --endpoint"),
+        ("ppl", ["--protocol", "longppl", "--lengths", "1x,2x"], "not under dual-chunk.*--judge none"),
+    ],
+)
+def test_what_a_server_cannot_do(model, named, book, tmp_path, command, options, message):
+    text = ["--text", book] if command == "ppl" else ["--lengths", "600"]
+    with serving(model) as server, pytest.raises(rw.ConfigError, match=message):
+        ropewalk(command, named, "--endpoint", server.url, *text, *options, "--out", tmp_path)
+    assert Run(tmp_path).rows == []
+
+
+def test_a_dry_run_asks_once_and_measures_nothing(model, named, tmp_path):
+    with serving(model, limit=512) as server:
+        shown = " ".join(passkey(named, server, tmp_path / "run", "--dry-run").split())
+        assert len(server.asked) == 3  # two probes, and a prompt for the time
+        assert len(server.asked[-1]["prompt"]) == 256
+    assert "2 cells, about" in shown
+    assert f"{server.url} reads prompts of up to 300 tokens" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_served_as_needs_an_endpoint(tiny_folder, tmp_path):
+    with pytest.raises(rw.ConfigError, match="--served-as has no effect without --endpoint"):
+        ropewalk("passkey", tiny_folder, "--served-as", "a", "--out", tmp_path)
+
+
+def test_an_answer_that_lost_its_log_probabilities_is_no_loss(model, named, monkeypatch):
+    with serving(model) as server:
+        found = Endpoint(str(named), server.url)
+        server.tells = "nothing"
+        message = re.escape(f"{server.url} answered a prompt of 9 tokens without the prompt_logprobs of each")
+        with pytest.raises(rw.EndpointError, match=message):
+            found.reader().losses([*range(5, 14)], 1, lambda past, count: None)
+    assert endpoints.FORMS[0].read({"prompt_logprobs": [None, {"7": {"logprob": -1.0}}]}, [3, 7]) == [(-1.0, None)]
