@@ -6,6 +6,7 @@ import socket
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from served import serving
 
@@ -224,6 +225,23 @@ def test_longer_than_the_server_goes_is_refused_before_anything_is_asked(model, 
         assert len(server.asked) == asked + 4  # the probes
         assert not (tmp_path / "long").exists()
         ropewalk(*ppl, "--lengths", "399")
+
+
+@pytest.mark.parametrize("tells", ["prompt_logprobs", "echo"])
+def test_which_tokens_are_the_likeliest(model, named, held_out_texts, tells):
+    ids = model.tokenizer(held_out_texts[0]).input_ids[:100]
+    with torch.inference_mode():
+        laws = model.hf(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+    with serving(model, tells=tells, limit=101) as server:
+        found = Endpoint(str(named), server.url)
+        scored = found.score(ids, 20)
+        with pytest.raises(rw.ContextOverflow, match="101 tokens and the 1"):
+            found.score([*ids, 5], 20)
+    likeliest = [int(law.argmax()) == token for law, token in zip(laws[19:], ids[20:], strict=False)]
+    assert [one for _, one in scored] == likeliest
+    assert 10 < sum(likeliest) < 70
+    expected = [float(law[token]) for law, token in zip(laws[19:], ids[20:], strict=False)]
+    assert [nats for nats, _ in scored] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_servers_own_words_are_shown(model, named):
