@@ -13,7 +13,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from .networks import Settings
 
-__all__ = ["check", "fresh_seed", "is_first", "is_split", "options", "told_by_first"]
+__all__ = ["check", "fresh_seed", "is_first", "is_split", "options", "refuse", "told_by_first"]
 
 _state = {"split": False}
 """Of this process: the processes of a launch split one model, or none."""
@@ -59,6 +59,12 @@ def is_split() -> bool:
 def is_first() -> bool:
     """True unless a launcher (torchrun, `accelerate launch`) started this process as one of several, and not first."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def refuse(what: str) -> None:
+    """Raise ConfigError where the processes of a launch split one model, which `what` cannot do."""
+    if is_split():
+        raise ConfigError(f"{what} decides by the clock, and needs the model in one process; leave out tp_plan")
 
 
 def told_by_first(value: Any) -> Any:

@@ -22,6 +22,7 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 
+from ..engine import split
 from ..engine.api import Model
 from ..engine.load import load
 from ..engine.storage import write_atomic
@@ -91,6 +92,7 @@ def compare(name: str, text: str | None, *, cuts: int, seed: int, loading: dict[
     """The command: measure, then print and write the tables and the plot."""
     console = Console()
     model = load(name, **loading)
+    split.refuse("continuation")
     texts = draw_all(model.vocabulary, text, cuts, seed)
     for one in texts:
         if len(one.cuts) < cuts:

@@ -62,18 +62,19 @@ class Measurement:
             title: the report's heading.
             deadline: `time.monotonic()` value; what would not finish before it is left out. None for no limit.
         """
+        from ..engine import split
         from . import runner
+        from .follower import open_run
         from .publish import print_results, publish
-        from .result import Run
 
         console = runner.new_console()
         if self.dry_run:
             runner.print_plan(subject, cells, console)
             return
-        run = Run(self.out or Path("runs") / f"{Path(self.model).name}-{name}")
+        run = open_run(self.out or Path("runs") / f"{Path(self.model).name}-{name}")
         run.write_environment()
         outcome = runner.measure_all(subject, cells, run, console, deadline=deadline)
-        if runner.is_main():
+        if split.is_first():
             files = publish(run, title=title)
             print_results(run, files, outcome.left_out, console)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ..engine import split
 from .cell import Cell
 from .result import Run, recipe_key
 from .subject import Subject
@@ -49,14 +49,9 @@ class Outcome:
     rate: float | None = None
 
 
-def is_main() -> bool:
-    """True unless a launcher (`accelerate launch`, torchrun) started this process as one of several, and not first."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def new_console() -> Console:
     """Where progress is drawn: the terminal, for the first of several processes."""
-    return Console(quiet=not is_main())
+    return Console(quiet=not split.is_first())
 
 
 def measure_all(
@@ -73,7 +68,8 @@ def measure_all(
     """Measure `cells` in order, with a progress bar; returns when all are done, here or by others.
 
     Processes that are given the same cells and folder share them: a cell is done by whoever claims it first, and one
-    whose process died is taken over.
+    whose process died is taken over. Processes that split one model measure every cell together, each with a run of
+    its own (`open_run`).
 
     Args:
         subject: the model; its scaler is put back at the end.
@@ -96,7 +92,8 @@ def measure_all(
             while todo:
                 busy = []
                 for cell in todo:
-                    if deadline is not None and not is_essential(cell) and work.would_end(cell) > deadline:
+                    too_late = deadline is not None and work.would_end(cell) > deadline
+                    if split.told_by_first(too_late) and not is_essential(cell):
                         outcome.left_out.append(cell)
                         work.drop(cell)
                         continue

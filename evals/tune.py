@@ -29,6 +29,7 @@ from typing import get_args
 
 from rich.console import Console
 
+from ..engine import split
 from ..engine.api import Model
 from ..errors import ConfigError
 from ..scaling.auto import Auto
@@ -82,6 +83,7 @@ def tune(
         ConfigError: the target is not beyond the trained length, or the search is unknown or cannot be done.
         DataError: the text is too short.
     """
+    split.refuse("tune")
     tokens = parse_length(str(target), model.trained_length)
     if tokens <= model.trained_length:
         raise ConfigError(

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
 import ropewalk as rw
+from ropewalk.engine.cli import cli
 
 SCRIPT = """
 import json, os, sys
@@ -71,3 +73,28 @@ def test_layers_are_placed_as_accelerate_does(tiny_folder):
     placed = rw.load(tiny_folder, rope="yarn:4", dtype="float32", device_map="auto", compile=False)
     whole = rw.load(tiny_folder, rope="yarn:4", dtype="float32", compile=False)
     assert placed.score_ids(ids).tolist() == pytest.approx(whole.score_ids(ids).tolist(), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_measurement_of_a_split_model_is_that_of_the_whole_one(tiny_folder, tmp_path):
+    asked = ["passkey", str(tiny_folder), "--rope", "none", "--rope", "rerope:64|logn", "--lengths", "1x"]
+    asked += ["--depths", "0.5", "--trials", "1", "--dtype", "float32"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ropewalk"]
+    done = subprocess.run(
+        [*launch, *asked, "--max-minutes", "5", "--tp-plan", "auto", "--out", tmp_path / "split"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report.html") == 1, "one process tells"
+    assert CliRunner().invoke(cli, [*asked, "--no-compile", "--out", str(tmp_path / "whole")]).exit_code == 0
+    rows = {}
+    for name in ("split", "whole"):
+        lines = [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+        rows[name] = {line["key"]: line for line in lines}
+        assert len(lines) == len(rows[name]) == 2, "each once"
+    for key, row in rows["whole"].items():
+        other = rows["split"][key]
+        assert (row["generated"], row["correct"]) == (other["generated"], other["correct"])
+        assert row["answer_logprob"] == pytest.approx(other["answer_logprob"], abs=1e-3)
