@@ -157,7 +157,7 @@ def _vllm(raw: EngineRope) -> Reading:
         case "longrope":
             return _fixed_longrope(name, raw, "if the server's max_model_len is above the trained length")
         case "proportional":
-            return _reading(name, raw, None, "serves proportional for Gemma 4 alone")
+            return _proportional(name, raw)
     return _reading(name, raw, raw.scaler, _needs_float(raw))
 
 
@@ -179,7 +179,7 @@ def _sglang(raw: EngineRope) -> Reading:
         case "longrope":
             return _fixed_longrope(name, raw, "for a batch in which any text is longer than the trained length")
         case "proportional":
-            return _reading(name, raw, None, "serves proportional for Gemma 4 alone")
+            return _proportional(name, raw)
         case "linear":
             return _reading(
                 name,
@@ -310,6 +310,12 @@ def _fixed_longrope(name: str, raw: EngineRope, when: str, *, reads_mscale: bool
 def _yarn(raw: EngineRope) -> YaRN:
     assert isinstance(raw.scaler, YaRN)
     return raw.scaler
+
+
+def _proportional(name: str, raw: EngineRope) -> Reading:
+    """The same frequencies, whatever factor there is to divide them."""
+    ignored = "ignores the factor of proportional" if raw.scaler != Scaler() else ""
+    return _reading(name, raw, Scaler(), "older releases refuse proportional", ignored)
 
 
 def _needs_float(raw: EngineRope) -> str:

@@ -97,6 +97,9 @@ LONG = {
 }
 
 
+PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "factor": 4.0}
+
+
 @pytest.mark.parametrize("parameters", [{"rope_type": "default", "rope_theta": 1e4}, YARN])
 def test_plain_and_plain_yarn_are_read_alike_by_all(parameters):
     found = readings(parameters)
@@ -117,6 +120,8 @@ def test_plain_and_plain_yarn_are_read_alike_by_all(parameters):
         ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "vLLM", "none"),
         ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "SGLang", f"base:{1e4 * 13 ** (64 / 62)!r}"),
         (LONG, "llama.cpp", "none"),
+        (PROPORTIONAL, "vLLM", "none"),
+        (PROPORTIONAL, "SGLang", "none"),
     ],
 )
 def test_known_disagreements(parameters, engine, spec):
