@@ -158,7 +158,9 @@ def _vllm(raw: EngineRope) -> Reading:
             return _fixed_longrope(name, raw, "if the server's max_model_len is above the trained length")
         case "proportional":
             return _proportional(name, raw)
-    return _reading(name, raw, raw.scaler, _needs_float(raw))
+        case "linear":
+            return _reading(name, raw, *_linear(raw))
+    return _reading(name, raw, raw.scaler)
 
 
 def _sglang(raw: EngineRope) -> Reading:
@@ -184,8 +186,7 @@ def _sglang(raw: EngineRope) -> Reading:
             return _reading(
                 name,
                 raw,
-                raw.scaler,
-                _needs_float(raw),
+                *_linear(raw),
                 "multiplies the context length by the factor: give it --context-length",
                 max_length=int(raw.max_length * float(raw.parameters["factor"])),
             )
@@ -318,9 +319,11 @@ def _proportional(name: str, raw: EngineRope) -> Reading:
     return _reading(name, raw, Scaler(), "older releases refuse proportional", ignored)
 
 
-def _needs_float(raw: EngineRope) -> str:
-    whole = isinstance(raw.get("factor"), int) and raw.kind == "linear"
-    return "fails on a whole number as the factor; write it with a decimal point" if whole else ""
+def _linear(raw: EngineRope) -> tuple[Scaler | None, str]:
+    """The scaler, and a note."""
+    if isinstance(raw.get("factor"), int):
+        return None, "fails on a whole number as the factor; write it with a decimal point"
+    return raw.scaler, ""
 
 
 ENGINES: dict[str, Callable[[EngineRope], Reading]] = {

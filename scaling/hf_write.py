@@ -37,7 +37,7 @@ def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dic
     """
     check_carried(scaler)
     scaler.check(rope)
-    return _with_share(rope, head_dim, _native(rope, scaler) or _carried(rope, scaler))
+    return _finished(rope, head_dim, _native(rope, scaler) or _carried(rope, scaler))
 
 
 def write_served(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dict[str, Any]:
@@ -62,10 +62,13 @@ def write_served(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None)
     ):
         parameters = _carried(rope, scaler)
         parameters |= dict.fromkeys(("short_mscale", "long_mscale"), parameters["attention_factor"])
-    return _with_share(rope, head_dim, parameters)
+    return _finished(rope, head_dim, parameters)
 
 
-def _with_share(rope: RopeSpec, head_dim: int | None, parameters: dict[str, Any]) -> dict[str, Any]:
+def _finished(rope: RopeSpec, head_dim: int | None, parameters: dict[str, Any]) -> dict[str, Any]:
+    """With the share of the head, and the factor as a number with a point, without which vLLM and SGLang fail."""
+    if "factor" in parameters:
+        parameters = {**parameters, "factor": float(parameters["factor"])}
     if head_dim is None or head_dim == rope.dim:
         return parameters
     if parameters["rope_type"] == "proportional":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ropewalk.errors import ConfigError
-from ropewalk.scaling import hf, hf_write
+from ropewalk.scaling import Linear, Llama3, YaRN, hf, hf_write
 from ropewalk.scaling.engines import ENGINES, agrees, read_all
 from ropewalk.scaling.frozen import frozen
 from ropewalk.scaling.rope import RopeSpec
@@ -65,6 +65,13 @@ def test_what_is_written_for_servers_is_read_alike_by_all_three(spec):
             own = found[engine].frequencies(length)
             torch.testing.assert_close(own.inv_freq, wanted.inv_freq, rtol=1e-6, atol=1e-30)  # a pair that stands still
             assert own.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-6), engine
+
+
+@pytest.mark.parametrize("scaler", [Linear(factor=4), YaRN(factor=4), Llama3(factor=4)])
+def test_factors_are_written_with_a_point_without_which_servers_fail(scaler):
+    for write in (hf_write.write, hf_write.write_served):
+        assert isinstance(write(ROPE, scaler)["factor"], float)
+    assert readings(hf_write.write_served(ROPE, scaler))["vLLM"].scaler is not None
 
 
 @pytest.mark.parametrize("spec", ["dynamic-ntk:4", "dynamic-yarn", "yarn:4|logn", "rerope:512", "temperature:1.1"])
@@ -150,7 +157,8 @@ def test_keys_that_an_engine_does_not_look_for():
     old_only = readings(YARN, new=False)
     assert all(agrees(one, old_only["transformers"], 8192) for one in old_only.values())
     whole = readings({"rope_type": "linear", "rope_theta": 1e4, "factor": 4})
-    assert "decimal point" in whole["vLLM"].notes[0]
+    for engine in ("vLLM", "SGLang"):
+        assert whole[engine].scaler is None and "decimal point" in whole[engine].notes[0]
     assert whole["SGLang"].max_length == 4 * 8192
 
 
