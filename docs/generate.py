@@ -218,6 +218,17 @@ def results_page() -> str:
     return replace_block(text, "repetition", repetition_table())
 
 
+def interop_page() -> str:
+    """docs/interop.md with its tables anew."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    from interop_tables import tables  # type: ignore[import-not-found]
+
+    text = (ROOT / "docs" / "interop.md").read_text(encoding="utf-8")
+    for name, content in tables().items():
+        text = replace_block(text, name, content)
+    return text
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of block `name` replaced."""
     start, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
@@ -235,6 +246,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "cli.md": command_help(),
         ROOT / "docs" / "scalers.md": scaler_table(),
         ROOT / "docs" / "results.md": results_page(),
+        ROOT / "docs" / "interop.md": interop_page(),
         readme: replace_block(
             replace_block(readme.read_text(encoding="utf-8"), "tree", file_tree()), "speed", speed_table()
         ),
