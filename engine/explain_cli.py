@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..scaling.engines import Reading
+    from ..scaling.reading import Reading
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -92,8 +92,8 @@ def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    from ..scaling.engines import agrees
     from ..scaling.lengths import format_length
+    from ..scaling.reading import agrees
 
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("engine", "computes", "m", "slowed by", "serves", ""):

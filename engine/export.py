@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
 from ..scaling import hf, hf_write
-from ..scaling.auto import Auto
-from ..scaling.frozen import follows_length, frozen
 from ..scaling.gguf_rope import GgufRope
-from ..scaling.interpolation import DynamicNTK
-from ..scaling.lengths import format_length, parse_length
-from ..scaling.longrope import LongRoPE
-from ..scaling.rope import RopeSpec, Scaler
-from ..scaling.spec import parse
+from ..scaling.rope import Scaler
 from . import launch
-from .config import quiet_transformers
+from .carried import check_written, configured_in, settle
 from .export_folder import with_rope, write_copy, write_loaded
 from .patch import patched_with
 from .rotary import is_local
@@ -132,7 +124,7 @@ def _source(model: str | Path | Model | PreTrainedModel, rope: str | Scaler | No
             folder = _from_hub(str(model))
         if not (folder / "config.json").is_file():
             raise AssetError(f"{model}: this folder has no config.json, so it is not a Hugging Face model")
-        return _Source(folder=folder, model=None, tokenizer=None, configured=_configured(folder), scaler=rope)
+        return _Source(folder=folder, model=None, tokenizer=None, configured=configured_in(folder), scaler=rope)
     if isinstance(model, PreTrainedModel):
         inner, own = model, patched_with(model)
     else:
@@ -154,51 +146,6 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _settle(
-    asked: str | Scaler | None, configured: hf.ConfiguredRope, length: int | str | None, target: str
-) -> tuple[Scaler, int]:
-    """The static scaler to be written, with the model's own frequencies where it sets none, and the length."""
-    scaler = parse(asked, configured.max_length)
-    if isinstance(scaler, Auto):
-        raise ConfigError(
-            "'auto' chooses for every request; name one scaler, such as the one that `tune` says a config holds"
-        )
-    tokens = None if length is None else parse_length(length, configured.max_length)
-    _check_carried(scaler, configured)
-    configured.check(scaler)
-    reach = configured.reach(scaler)
-    if tokens is not None and tokens > reach:
-        raise ConfigError(
-            f"{scaler} reaches {format_length(int(reach))} tokens on this model, fewer than the "
-            f"{format_length(tokens)} asked for; take a larger factor, or a smaller length"
-        )
-    effective = configured.effective(scaler)
-    if not follows_length(effective):
-        return effective, tokens or int(reach)
-    if tokens is not None:
-        return frozen(effective, configured.rope, tokens), tokens
-    if target == "hf" and isinstance(effective, DynamicNTK | LongRoPE):  # which transformers has
-        return effective, configured.max_length
-    raise ConfigError(
-        f"{effective} follows the length of the text in a way that {target} does not; give the length at which it is "
-        "to be held still, such as 4x"
-    )
-
-
-def _check_carried(scaler: Scaler, configured: hf.ConfiguredRope) -> None:
-    """Refuse what acts on more than the frequencies, and say what comes nearest."""
-    try:
-        hf_write.check_carried(scaler)
-    except ConfigError as error:
-        reach = configured.reach(scaler)
-        own = scaler.member("frequencies")
-        stretch = reach / configured.rope.trained_length
-        nearest = str(own) if own else f"yarn:{stretch:g}" if math.isfinite(stretch) and stretch > 1 else "yarn:4"
-        raise ConfigError(
-            f"{error}. The nearest that can be carried is {nearest}; `ropewalk tune` measures which is the best"
-        ) from None
-
-
 def _write_folder(source: _Source, out: Path, target: str, length: int | str | None) -> Export:
     """A Hugging Face folder."""
     configured = source.configured
@@ -218,7 +165,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
         if is_local(kind):  # no distance grows there
             scalers[kind] = one.scaler
         else:
-            scaler, tokens = _settle(source.scaler, one, length, target)
+            scaler, tokens = settle(source.scaler, one, length, target)
             scalers[kind] = scaler
         write = hf_write.write if target == "hf" else hf_write.write_served
         ropes[kind] = write(one.rope, scalers[kind], head_dim=one.head_dim)
@@ -232,7 +179,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
         return with_rope(config, ropes, tokens)
 
     def check(folder: Path) -> None:
-        _check_written(folder, {kind: (one.rope, scalers[kind]) for kind, one in configured.items()})
+        check_written(folder, {kind: (one.rope, scalers[kind]) for kind, one in configured.items()})
 
     if source.folder is not None:
         write_copy(source.folder, out, change, extra, check)
@@ -249,32 +196,6 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
     )
 
 
-def _check_written(folder: Path, wanted: Mapping[str | None, tuple[RopeSpec, Scaler]]) -> None:
-    """Refuse a folder whose config transformers does not accept, or from which it computes other frequencies."""
-    try:
-        found = _configured(folder)
-    except Exception as error:  # the config classes raise their own
-        reason = " ".join(str(error).split())[:200]
-        raise UnsupportedModel(
-            f"transformers does not accept the scaled config of this model ({reason}); patch it where it runs instead"
-        ) from error
-    for kind, (rope, scaler) in wanted.items():
-        for length in (1, 2 * rope.trained_length):
-            ours, theirs = scaler.frequencies(rope, length), found[kind].scaler.frequencies(found[kind].rope, length)
-            same = torch.allclose(ours.inv_freq, theirs.inv_freq, rtol=1e-6, atol=1e-20)
-            if not (same and math.isclose(ours.attention_factor, theirs.attention_factor, rel_tol=1e-6)):
-                raise UnsupportedModel(
-                    f"transformers would read {scaler} otherwise from the config of this model; patch it where it runs "
-                    "instead"
-                )
-
-
-def _configured(folder: Path) -> dict[str | None, hf.ConfiguredRope]:
-    """The rotary embeddings of the checkpoint in a folder."""
-    with quiet_transformers():
-        return hf.read(AutoConfig.from_pretrained(folder).get_text_config())
-
-
 def _write_gguf(source: _Source, out: Path, target: str, length: int | str | None, dtype: str) -> Export:
     """A GGUF file from a checkpoint."""
     from .export_gguf import place, write_gguf
@@ -282,7 +203,7 @@ def _write_gguf(source: _Source, out: Path, target: str, length: int | str | Non
     configured = source.configured
     if None not in configured:
         raise UnsupportedModel("a model with frequencies of their own for some layers cannot be written to GGUF")
-    scaler, tokens = _settle(source.scaler, configured[None], length, target)
+    scaler, tokens = settle(source.scaler, configured[None], length, target)
     rope = GgufRope.of(configured[None].rope, scaler)
     model = source.folder if source.model is None else (source.model, source.tokenizer)
     assert model is not None
@@ -298,7 +219,7 @@ def _rewrite(file: Path, out: Path, target: str, asked: str | Scaler | None, len
 
     opened = GgufFile(file)
     configured = opened.configured
-    scaler, tokens = _settle(asked, configured, length, target)
+    scaler, tokens = settle(asked, configured, length, target)
     rope = GgufRope.of(configured.rope, scaler)
     place(out, target, tokens, file.stat().st_size, lambda path: rewrite_gguf(opened, path, rope, tokens))
     return _gguf_export(out, target, scaler, tokens, rope)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..scaling import format_length
-from ..scaling.engines import Reading, agrees
+from ..scaling.reading import Reading, agrees
 from . import style
 
 _DASHES = ("-", "--", "-.", ":")

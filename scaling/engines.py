@@ -8,96 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from ..errors import UnsupportedModel
 from . import hf
 from .base import Base
 from .gguf_rope import GgufRope
 from .longrope import LongRoPE
-from .rope import Frequencies, RopeSpec, Scaler
+from .reading import EngineRope, Reading, agrees
+from .rope import Scaler
 from .yarn import YaRN, yarn_temperature
 
-__all__ = ["ENGINES", "EngineRope", "Reading", "agrees", "read_all", "read_gguf"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What an engine makes of a config.
-
-    Attributes:
-        engine: a key of `ENGINES`.
-        rope: the geometry that it reckons with.
-        scaler: what it does to the plain frequencies; None if it refuses the config.
-        max_length: tokens that it serves unless it is told otherwise; None where the config does not limit it.
-        notes: what a user should know, sentences.
-    """
-
-    engine: str
-    rope: RopeSpec
-    scaler: Scaler | None
-    max_length: int | None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """The scaler in one line, without its lists of factors."""
-        if isinstance(self.scaler, LongRoPE):
-            kinds = "factors" if self.scaler.short == self.scaler.long else "short and long factors"
-            return f"{len(self.scaler.long)} {kinds}"
-        return "refuses it" if self.scaler is None else str(self.scaler)
-
-    def frequencies(self, length: int) -> Frequencies | None:
-        """For a text of `length` tokens."""
-        return None if self.scaler is None else self.scaler.frequencies(self.rope, length)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineRope:
-    """The rotary part of a config as the engines find it.
-
-    Args:
-        parameters: `rope_parameters`, or what transformers makes of the older `rope_scaling`.
-        configured: as transformers computes it.
-        has_new, has_old: the file has `rope_parameters`; it has `rope_scaling` or a `rope_theta` beside it.
-    """
-
-    parameters: Mapping[str, Any]
-    configured: hf.ConfiguredRope
-    has_new: bool
-    has_old: bool
-
-    @property
-    def kind(self) -> str:
-        """`rope_type`."""
-        return str(self.parameters.get("rope_type", "default"))
-
-    @property
-    def rope(self) -> RopeSpec:
-        """As transformers reckons."""
-        return self.configured.rope
-
-    @property
-    def scaler(self) -> Scaler:
-        """As transformers reckons."""
-        return self.configured.scaler
-
-    @property
-    def max_length(self) -> int:
-        """`max_position_embeddings`."""
-        return self.configured.max_length
-
-    @property
-    def stretch(self) -> float:
-        """`max_position_embeddings` over the trained length."""
-        return self.max_length / self.rope.trained_length
-
-    def get(self, key: str) -> Any:
-        """A value of `parameters`; None if it is not there."""
-        return self.parameters.get(key)
+__all__ = ["ENGINES", "read_all", "read_gguf"]
 
 
 def read_all(config: Mapping[str, Any]) -> list[Reading]:
@@ -117,7 +40,6 @@ def read_all(config: Mapping[str, Any]) -> list[Reading]:
     found = EngineRope(
         parameters=hf.merged_parameters(config),
         configured=configured[None],
-        has_new=text.get("rope_parameters") is not None,
         has_old=text.get("rope_scaling") is not None or text.get("rope_theta") is not None,
     )
     return [read(found) for read in ENGINES.values()]
@@ -335,15 +257,6 @@ ENGINES: dict[str, Callable[[EngineRope], Reading]] = {
     "mlx-lm": _mlx,
 }
 """What reads a config, by the engine's name."""
-
-
-def agrees(one: Reading, other: Reading, length: int) -> bool:
-    """True if two engines compute the same for a text of `length` tokens."""
-    a, b = one.frequencies(length), other.frequencies(length)
-    if a is None or b is None:
-        return False
-    same = torch.allclose(a.inv_freq, b.inv_freq, rtol=1e-5, atol=1e-12)
-    return same and math.isclose(a.attention_factor, b.attention_factor, rel_tol=1e-6)
 
 
 def read_gguf(file: GgufRope, context_length: int) -> list[Reading]:

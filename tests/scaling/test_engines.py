@@ -7,8 +7,9 @@ import torch
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import Linear, Llama3, YaRN, hf, hf_write
-from ropewalk.scaling.engines import ENGINES, agrees, read_all
+from ropewalk.scaling.engines import ENGINES, read_all
 from ropewalk.scaling.frozen import frozen
+from ropewalk.scaling.reading import agrees
 from ropewalk.scaling.rope import RopeSpec
 from ropewalk.scaling.spec import parse
 
