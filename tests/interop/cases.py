@@ -28,7 +28,7 @@ class Model:
 
 MODELS = {
     "tiny": Model(name="tests/data/tiny-llama", dim=32, within=200, beyond=900),
-    "smollm2": Model(name="smollm2-135m", dim=64, within=600, beyond=8448, far=("yarn:4", "tuned")),
+    "smollm2": Model(name="smollm2-135m", dim=64, within=600, beyond=8448, far=("tuned",)),
 }
 
 TUNED = "tuned"
