@@ -123,7 +123,7 @@ def test_ppl_measures_reports_and_resumes(tiny_folder, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_keeps_finished_cells_and_says_so(tiny_folder, tmp_path):
     (tmp_path / "text.py").write_text("def add(a, b):\n    return a + b\n\n" * 12000, encoding="utf-8")
-    command = [sys.executable, "-m", "ropewalk", "ppl", tiny_folder, "--rope", "yarn:128", "--lengths", "64,32k"]
+    command = [sys.executable, "-m", "ropewalk", "ppl", tiny_folder, "--rope", "yarn:256", "--lengths", "64,64k"]
     command += ["--text", tmp_path / "text.py", "--target", "32", "--out", tmp_path / "run"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests compute beside this one
     running = subprocess.Popen(
