@@ -46,8 +46,10 @@ def settle(
         return effective, tokens or int(reach)
     if tokens is not None:
         return frozen(effective, configured.rope, tokens), tokens
-    if target == "hf" and isinstance(effective, DynamicNTK | LongRoPE):  # which transformers has
-        return effective, configured.max_length
+    if target == "hf" and isinstance(effective, LongRoPE):
+        return effective, int(reach)
+    if target == "hf" and isinstance(effective, DynamicNTK):  # transformers counts it from the length of the config
+        return effective, configured.rope.trained_length
     raise ConfigError(
         f"{effective} follows the length of the text in a way that {target} does not; give the length at which it is "
         "to be held still, such as 4x"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,19 +14,18 @@ from ..scaling import hf, hf_write
 from ..scaling.gguf_rope import GgufRope
 from ..scaling.rope import Scaler
 from . import launch
-from .carried import check_written, configured_in, settle
-from .export_folder import with_rope, write_copy, write_loaded
+from .carried import check_written, settle
+from .config import find_config
+from .export_folder import KEPT, with_rope, write_copy, write_loaded
+from .gguf_file import GgufFile, first_line
+from .launch import TARGETS, Target
 from .patch import patched_with
 from .rotary import is_local
-from .source import resolve
 
 if TYPE_CHECKING:
     from .api import Model
 
-__all__ = ["TARGETS", "Export", "Target", "export"]
-
-Target = Literal["hf", "vllm", "sglang", "llama.cpp", "ollama"]
-TARGETS: tuple[str, ...] = get_args(Target)
+__all__ = ["Export", "export"]
 
 _GGUF = ("llama.cpp", "ollama")
 
@@ -37,7 +36,7 @@ class Export:
 
     Attributes:
         path: the folder, or the GGUF file.
-        target: a member of `TARGETS`.
+        target: a member of `launch.TARGETS`.
         scaler: what it holds; where the one asked for follows the length, as it is at `length`.
         length: tokens that it promises to carry.
         carrier: how the frequencies are said there, a few words.
@@ -104,6 +103,8 @@ def export(
     """
     if target not in TARGETS:
         raise ConfigError(f"unknown target {target!r}.{did_you_mean(target, TARGETS)}")
+    if tokenizer is not None and not isinstance(model, PreTrainedModel):
+        raise ConfigError("tokenizer is for a transformers model; others have their own")
     if dtype is not None and target not in _GGUF:
         raise ConfigError(f"dtype {dtype!r} is for GGUF files; {target} keeps the weights as they are")
     out = Path(out)
@@ -119,12 +120,10 @@ def export(
 
 def _source(model: str | Path | Model | PreTrainedModel, rope: str | Scaler | None, tokenizer: Any) -> _Source:
     if isinstance(model, str | Path):
-        folder = Path(resolve(str(model)))
-        if not folder.is_dir():
-            folder = _from_hub(str(model))
-        if not (folder / "config.json").is_file():
-            raise AssetError(f"{model}: this folder has no config.json, so it is not a Hugging Face model")
-        return _Source(folder=folder, model=None, tokenizer=None, configured=configured_in(folder), scaler=rope)
+        source, config = find_config(str(model))
+        configured = hf.read(config.get_text_config())
+        folder = Path(source) if Path(source).is_dir() else _from_hub(source)
+        return _Source(folder=folder, model=None, tokenizer=None, configured=configured, scaler=rope)
     if isinstance(model, PreTrainedModel):
         inner, own = model, patched_with(model)
     else:
@@ -138,12 +137,9 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=list(KEPT)))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise AssetError(
-            f"{name!r} is not a built-in model, a folder or a .gguf file, and the hub did not give it ({reason})"
-        ) from error
+        raise AssetError(f"the hub did not give the files of {name} ({first_line(error)})") from error
 
 
 def _write_folder(source: _Source, out: Path, target: str, length: int | str | None) -> Export:
@@ -215,7 +211,6 @@ def _write_gguf(source: _Source, out: Path, target: str, length: int | str | Non
 def _rewrite(file: Path, out: Path, target: str, asked: str | Scaler | None, length: int | str | None) -> Export:
     """A GGUF file from another one."""
     from .export_gguf import place, rewrite_gguf
-    from .gguf_file import GgufFile
 
     opened = GgufFile(file)
     configured = opened.configured

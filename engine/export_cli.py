@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from .launch import TARGETS
+
 EXAMPLES = "\b\nExamples:\n"
 
 
@@ -24,7 +26,7 @@ EXAMPLES = "\b\nExamples:\n"
     "--target",
     default="hf",
     show_default=True,
-    type=click.Choice(["hf", "vllm", "sglang", "llama.cpp", "ollama"]),
+    type=click.Choice(TARGETS),
     help="What will run it; hf is transformers.",
 )
 @click.option("--length", help="Tokens to be served, such as 32k or 4x.  [default: the scaler's reach]")

@@ -14,14 +14,16 @@ from ..errors import AssetError
 from .config import quiet_transformers
 from .storage import new_folder
 
-__all__ = ["with_rope", "write_copy", "write_loaded"]
+__all__ = ["KEPT", "with_rope", "write_copy", "write_loaded"]
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 """From the content of a config.json to another."""
 
 Check = Callable[[Path], None]
 
-_KEPT = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README*")
+KEPT = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README*")
+"""The files of a checkpoint: weights as safetensors, config, tokenizer, and what says whose it is."""
+
 _FLAT_KEYS = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
 """Where configs keep their rotary part beside or instead of `rope_parameters`."""
 
@@ -63,7 +65,7 @@ def write_copy(source: Path, out: Path, change: Change, extra: Mapping[str, str]
     Raises:
         AssetError: no safetensors in `source`, or `out` is not empty or cannot be written.
     """
-    files = sorted({file for pattern in _KEPT for file in source.glob(pattern) if file.is_file()})
+    files = sorted({file for pattern in KEPT for file in source.glob(pattern) if file.is_file()})
     if not any(file.suffix == ".safetensors" for file in files):
         raise AssetError(
             f"{source} has no .safetensors weights; transformers' save_pretrained writes them, once the model is loaded"

@@ -11,7 +11,7 @@ from ..errors import AssetError, UnsupportedModel
 from ..scaling.gguf_rope import GgufRope
 from . import launch
 from .gguf_file import GgufFile
-from .gguf_write import add_rope, write_gguf
+from .gguf_write import add_rope, write_gguf, writing
 from .storage import new_folder
 
 __all__ = ["place", "rewrite_gguf", "write_gguf"]
@@ -51,22 +51,13 @@ def rewrite_gguf(file: GgufFile, out: Path, rope: GgufRope, context_length: int)
     if rope.divisors is not None and file.arch not in _DIVIDED:
         raise UnsupportedModel(
             f"{file.path.name} is a {file.arch} model, for which llama.cpp is not known to read divisors of the "
-            "frequencies; take "
-            "a scaler that needs none: base, ntk, ntk-fixed, linear or yarn"
+            "frequencies; take a scaler that needs none: base, ntk, linear or yarn"
         )
-    unfinished = out.with_name(f"{out.name}.partial")
-    writer = GGUFWriter(unfinished, file.arch, endianess=file.reader.endianess)
-    writer.data_alignment = file.reader.alignment
-    try:
+    with writing(out, file.arch, endianess=file.reader.endianess) as writer:
+        writer.data_alignment = file.reader.alignment
         _copy_fields(file, writer)
         writer.add_context_length(context_length)
         _write(file, writer, rope)
-        unfinished.replace(out)
-    except OSError as error:
-        raise AssetError(f"{out}: cannot be written ({error.strerror or error})") from error
-    finally:
-        writer.close()
-        unfinished.unlink(missing_ok=True)
 
 
 def _copy_fields(file: GgufFile, writer: GGUFWriter) -> None:

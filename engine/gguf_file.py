@@ -64,10 +64,21 @@ class GgufFile:
         field = self.reader.get_field(name.replace("{arch}", self.arch) if "{" in name else name)
         return None if field is None else field.contents()
 
+    def required(self, name: str) -> Any:
+        """The same of a field that has to be there.
+
+        Raises:
+            UnsupportedModel: it is not: the file holds something else than a language model, or is damaged.
+        """
+        value = self.field(name)
+        if value is None:
+            raise UnsupportedModel(f"{self.path}: no field {name!r}, which the file of a language model has")
+        return value
+
     @cached_property
     def arch(self) -> str:
         """`general.architecture`."""
-        return str(self.field("general.architecture"))
+        return str(self.required("general.architecture"))
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
@@ -103,7 +114,7 @@ class GgufFile:
                 "carried over from a GGUF file; load the original checkpoint"
             )
         head_dim = self.field("{arch}.attention.key_length") or (
-            self.field("{arch}.embedding_length") // self.field("{arch}.attention.head_count")
+            self.required("{arch}.embedding_length") // self.required("{arch}.attention.head_count")
         )
         return GgufRope(
             dim=int(self.field("{arch}.rope.dimension_count") or head_dim),
@@ -120,7 +131,7 @@ class GgufFile:
             UnsupportedModel: as `rope`.
         """
         try:
-            return self.rope.configured(int(self.field("{arch}.context_length")))
+            return self.rope.configured(int(self.required("{arch}.context_length")))
         except ConfigError as error:
             raise UnsupportedModel(f"{self.path}: {error}") from error
 

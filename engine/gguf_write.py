@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from .storage import cache_dir, filling
 if TYPE_CHECKING:
     from .api import Model
 
-__all__ = ["GGUF_DTYPES", "cached_gguf", "write_gguf"]
+__all__ = ["GGUF_DTYPES", "add_rope", "cached_gguf", "write_gguf", "writing"]
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 
@@ -84,9 +85,7 @@ def write_gguf(
     if rope is None:
         rope = _rope_of(hf.config if isinstance(model, str | Path | tuple) else model)
     path = Path(path)
-    unfinished = path.with_name(f"{path.name}.partial")
-    writer = GGUFWriter(unfinished, MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA])
-    try:
+    with writing(path, MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA]) as writer:
         _add_config(writer, hf.config, name, context_length)
         rope_freqs = add_rope(writer, rope)
         add_vocabulary(writer, tokenizer, hf.config.vocab_size, name)
@@ -94,13 +93,28 @@ def write_gguf(
         writer.add_file_type(file_type)
         writer.add_quantization_version(GGML_QUANT_VERSION)
         _write(writer, _tensors(hf, name) | rope_freqs, kind, hf.config)
+    return path
+
+
+@contextlib.contextmanager
+def writing(path: Path, arch: str, **options: Any) -> Iterator[GGUFWriter]:
+    """gguf's writer of a file that is at `path`, whole, when the block ends without an error; else nothing is there.
+
+    Raises:
+        AssetError: the file cannot be written.
+    """
+    unfinished = path.with_name(f"{path.name}.partial")
+    try:
+        writer = GGUFWriter(unfinished, arch, **options)
+        try:
+            yield writer
+        finally:
+            writer.close()
         unfinished.replace(path)
     except OSError as error:
         raise AssetError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        writer.close()
         unfinished.unlink(missing_ok=True)
-    return path
 
 
 def cached_gguf(folder: Path, dtype: str) -> Path:

@@ -6,9 +6,13 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-__all__ = ["command", "modelfile", "script"]
+__all__ = ["TARGETS", "Target", "command", "modelfile", "script"]
+
+Target = Literal["hf", "vllm", "sglang", "llama.cpp", "ollama"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+"""What `export` writes for."""
 
 _SERVERS = {
     "vllm": ("vllm serve {model} --max-model-len {length}", "--hf-overrides"),

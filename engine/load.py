@@ -97,6 +97,8 @@ def load(
             raise UnsupportedModel(f"{name}: transformers has no causal language model for it: {error}") from error
         tokenizer = AutoTokenizer.from_pretrained(source)
     hf.eval()
+    if tp_plan is not None:
+        split.begin()
     return Model(hf, tokenizer, name=str(name), rope=scaler, max_length=max_length, settings=settings)
 
 

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from .networks import Settings
 
-__all__ = ["check", "fresh_seed", "is_first", "is_split", "options", "refuse", "told_by_first"]
+__all__ = ["begin", "check", "fresh_seed", "is_first", "is_split", "options", "refuse", "told_by_first"]
 
 _state = {"split": False}
 """Of this process: the processes of a launch split one model, or none."""
@@ -42,13 +42,17 @@ def check(tp_plan: str, settings: Settings, device_map: object) -> None:
 
 
 def options(tp_plan: str) -> dict[str, Any]:
-    """Keywords of transformers' `from_pretrained`; from now on this process is one of several."""
-    _state["split"] = True
+    """Keywords of transformers' `from_pretrained`."""
     try:
         from transformers.distributed import DistributedConfig
     except ImportError:  # before transformers 5.1x
         return {"tp_plan": tp_plan}
     return {"distributed_config": DistributedConfig(tp_plan=tp_plan)}
+
+
+def begin() -> None:
+    """From now on this process is one of several that split a model."""
+    _state["split"] = True
 
 
 def is_split() -> bool:

@@ -45,14 +45,9 @@ def filling(target: Path, *, needed: int, what: str) -> Iterator[Path | None]:
                 return
             for leftover in target.parent.glob(f".{target.name}-*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            _require_space(target.parent, needed, what)
-            with tempfile.TemporaryDirectory(
-                prefix=f".{target.name}-", suffix=".partial", dir=target.parent, ignore_cleanup_errors=True
-            ) as scratch:
-                work = Path(scratch) / "result"
-                work.mkdir()
+            _require_space(target.parent, needed, what, "set ROPEWALK_CACHE to a folder on a larger disk")
+            with _becoming(target) as work:
                 yield work
-                work.replace(target)
     except OSError as error:
         raise AssetError(
             f"{what}: cannot write to the cache folder {target.parent} ({error.strerror or error}); "
@@ -72,19 +67,9 @@ def new_folder(target: Path, *, needed: int) -> Iterator[Path]:
         raise AssetError(f"{target} exists and is not an empty folder; choose another name, or delete it first")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < needed:
-            raise AssetError(
-                f"{target} needs {-(-needed // _MB)} MB, and {free // _MB} MB are free on its disk; make room, or "
-                "choose a folder on a larger disk"
-            )
-        with tempfile.TemporaryDirectory(
-            prefix=f".{target.name}-", dir=target.parent, ignore_cleanup_errors=True
-        ) as scratch:
-            work = Path(scratch) / "result"
-            work.mkdir()
+        _require_space(target.parent, needed, str(target), "choose a folder on a larger disk")
+        with _becoming(target) as work:
             yield work
-            work.replace(target)
     except OSError as error:
         raise AssetError(f"{target}: cannot be written ({error.strerror or error})") from error
 
@@ -107,6 +92,18 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def _becoming(target: Path) -> Iterator[Path]:
+    """A folder in scratch space beside `target` that takes its place at the end."""
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}-", suffix=".partial", dir=target.parent, ignore_cleanup_errors=True
+    ) as scratch:
+        work = Path(scratch) / "result"
+        work.mkdir()
+        yield work
+        work.replace(target)
+
+
+@contextlib.contextmanager
 def _turn(lock_file: Path, what: str) -> Iterator[None]:
     lock = FileLock(lock_file)
     try:
@@ -120,12 +117,12 @@ def _turn(lock_file: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-def _require_space(folder: Path, needed: int, what: str) -> None:
+def _require_space(folder: Path, needed: int, what: str, remedy: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise AssetError(
             f"{what} needs {-(-needed // _MB)} MB of disk space in {folder}, which has {free // _MB} MB free; "
-            "make room, or set ROPEWALK_CACHE to a folder on a larger disk"
+            f"make room, or {remedy}"
         )
 
 

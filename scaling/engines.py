@@ -45,16 +45,25 @@ def read_all(config: Mapping[str, Any]) -> list[Reading]:
     return [read(found) for read in ENGINES.values()]
 
 
-def _reading(
-    engine: str, raw: EngineRope, scaler: Scaler | None, *notes: str, max_length: int | None = 0, **rope: Any
-) -> Reading:
+def _reading(engine: str, raw: EngineRope, scaler: Scaler | None, *notes: str, **rope: Any) -> Reading:
+    """A reading that serves what the config promises.
+
+    Args:
+        notes: empty ones are left out.
+        rope: fields of the geometry that differ from what transformers reckons with.
+    """
     return Reading(
         engine=engine,
         rope=replace(raw.rope, **rope),
         scaler=scaler,
-        max_length=raw.max_length if max_length == 0 else max_length,
+        max_length=raw.max_length,
         notes=tuple(filter(None, notes)),
     )
+
+
+def _without_limit(read: Callable[[EngineRope], Reading]) -> Callable[[EngineRope], Reading]:
+    """Of an engine that serves any length."""
+    return lambda raw: replace(read(raw), max_length=None)
 
 
 def _transformers(raw: EngineRope) -> Reading:
@@ -105,13 +114,9 @@ def _sglang(raw: EngineRope) -> Reading:
         case "proportional":
             return _proportional(name, raw)
         case "linear":
-            return _reading(
-                name,
-                raw,
-                *_linear(raw),
-                "multiplies the context length by the factor: give it --context-length",
-                max_length=int(raw.max_length * float(raw.parameters["factor"])),
-            )
+            note = "multiplies the context length by the factor: give it --context-length"
+            reading = _reading(name, raw, *_linear(raw), note)
+            return replace(reading, max_length=int(raw.max_length * float(raw.parameters["factor"])))
     return _reading(name, raw, raw.scaler)
 
 
@@ -143,11 +148,10 @@ def _llama_cpp(raw: EngineRope) -> Reading:
         case "dynamic" | "proportional":
             return _reading(name, raw, Scaler(), f"makes {raw.kind} plain {by}")
         case "llama3" if raw.rope.trained_length != 8192:
-            scaler = raw.scaler
             return _reading(
                 name,
                 raw,
-                scaler,
+                raw.scaler,
                 "takes 8192 for the trained length in most versions of its converter",
                 trained_length=8192,
             )
@@ -172,13 +176,12 @@ def _exllama(raw: EngineRope) -> Reading:
                 else "takes max_position_embeddings over the trained length "
                 "for the factor, and ignores the one that is there",
                 "ignores mscale" if raw.get("mscale") is not None and given is None else "",
-                max_length=None,
             )
         case "longrope":
             return _fixed_longrope(
                 name, raw, "if max_position_embeddings is above the trained length", reads_mscale=False
             )
-    return _reading(name, raw, raw.scaler, max_length=None)
+    return _reading(name, raw, raw.scaler)
 
 
 def _mlx(raw: EngineRope) -> Reading:
@@ -190,7 +193,6 @@ def _mlx(raw: EngineRope) -> Reading:
             Scaler(),
             "reads rope_theta and rope_scaling alone for a Llama, which this file has not: base 10000, no scaling",
             base=10_000.0,
-            max_length=None,
         )
     match raw.kind:
         case "dynamic":
@@ -201,20 +203,25 @@ def _mlx(raw: EngineRope) -> Reading:
             scaler = replace(yarn, attention_factor=None, truncate=True)
             ignored = [key for key in ("attention_factor", "truncate") if getattr(scaler, key) != getattr(yarn, key)]
             note = f"ignores {' and '.join(ignored)}" if ignored else ""
-            return _reading(name, raw, scaler, note, max_length=None, trained_length=trained)
+            return _reading(name, raw, scaler, note, trained_length=trained)
         case "longrope":
-            reading = _fixed_longrope(name, raw, "at every length", reads_mscale=False)
-            return replace(reading, max_length=None)
-    return _reading(name, raw, raw.scaler, max_length=None)
+            return _fixed_longrope(name, raw, "at every length", reads_mscale=False, always_long=True)
+    return _reading(name, raw, raw.scaler)
 
 
-def _fixed_longrope(name: str, raw: EngineRope, when: str, *, reads_mscale: bool = True) -> Reading:
-    """The long factors for all texts, with m by the rule, or as `long_mscale` has it."""
+def _fixed_longrope(
+    name: str, raw: EngineRope, when: str, *, reads_mscale: bool = True, always_long: bool = False
+) -> Reading:
+    """One list of factors for all texts, with m by the rule, or as `long_mscale` has it.
+
+    Args:
+        when: the long list is taken, in words.
+        always_long: also where the config promises no more than the trained length.
+    """
     own = raw.scaler
     assert isinstance(own, LongRoPE)
-    trained, is_long = raw.rope.trained_length, raw.max_length > raw.rope.trained_length
-    factors = own.long if is_long or name == "mlx-lm" else own.short
-    m = math.sqrt(1 + math.log(raw.stretch) / math.log(trained)) if raw.stretch > 1 else 1.0
+    factors = own.long if raw.stretch > 1 or always_long else own.short
+    m = math.sqrt(1 + math.log(raw.stretch) / math.log(raw.rope.trained_length)) if raw.stretch > 1 else 1.0
     if reads_mscale and raw.get("long_mscale"):
         m = float(raw.parameters["long_mscale"])
     scaler = replace(own, short=factors, long=factors, attention_factor=m)
@@ -253,8 +260,8 @@ ENGINES: dict[str, Callable[[EngineRope], Reading]] = {
     "vLLM": _vllm,
     "SGLang": _sglang,
     "llama.cpp": _llama_cpp,
-    "ExLlamaV3": _exllama,
-    "mlx-lm": _mlx,
+    "ExLlamaV3": _without_limit(_exllama),
+    "mlx-lm": _without_limit(_mlx),
 }
 """What reads a config, by the engine's name."""
 

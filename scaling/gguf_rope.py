@@ -23,9 +23,6 @@ __all__ = ["GgufRope"]
 _LLAMA3_LENGTH = 8192
 """Trained length of Llama 3, whose divisors come without it."""
 
-_DIVISOR_MOST = 1e30
-"""Of a pair that stands still: finite in float32, and no angle at any position."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class GgufRope:
@@ -53,10 +50,8 @@ class GgufRope:
         Raises:
             ConfigError: the scaler follows the length, or acts on more than the frequencies.
         """
-        hf_write.check_carried(scaler)
         if scaler.depends_on_length:
             raise ConfigError(f"{scaler} follows the length of the text, and a GGUF file holds one set of frequencies")
-        scaler.check(rope)
         written = hf_write.write(rope, scaler)
         base = float(written["rope_theta"])
         scaling: dict[str, Any] | None = None
@@ -71,11 +66,10 @@ class GgufRope:
         if scaling is not None:
             return cls(dim=rope.dim, base=base, scaling=scaling)
         found = scaler.frequencies(rope)
-        plain = dataclasses.replace(rope, rotating_pairs=None).theta
         scaling = {"original_context_length": rope.trained_length}
         if found.attention_factor != 1:
             scaling["attn_factor"] = found.attention_factor
-        divisors = (plain / found.inv_freq).clamp(max=_DIVISOR_MOST).float()
+        divisors = hf_write.divisors(rope, found).float()
         return cls(dim=rope.dim, base=rope.base, scaling=scaling, divisors=divisors)
 
     def configured(self, context_length: int) -> ConfiguredRope:

@@ -115,7 +115,7 @@ def read(config: Any) -> dict[str | None, ConfiguredRope]:
     config = _text_config(config)
     name = str(getattr(config, "model_type", "") or type(config).__name__)
     _refuse_other_encodings(name, config)
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parameters = _parameters(config)
     if not parameters and getattr(config, "rope_theta", None) is None:
         raise UnsupportedModel(
             f"{name} has no rotary embedding to scale: no rope_parameters, rope_scaling or rope_theta in its config"
@@ -135,8 +135,12 @@ def merged_parameters(config: Any) -> dict[str, Any]:
         config: as for `read`, of a model whose layers share one rotary embedding.
     """
     config = _text_config(config)
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return {key: value for key, value in _with_outside_length(config, parameters).items() if value is not None}
+    parameters = _with_outside_length(config, _parameters(config))
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def _parameters(config: Any) -> Mapping[str, Any]:
+    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
 
 
 def _text_config(config: Any) -> Any:

@@ -6,18 +6,20 @@ import dataclasses
 import math
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import ConfigError
 from .base import Base, BaseBound, CriticalBase
 from .interpolation import NTK, DynamicNTK, Linear
 from .llama3 import Llama3
 from .longrope import LongRoPE
-from .rope import Composition, RopeSpec, Scaler
+from .rope import Composition, Frequencies, RopeSpec, Scaler
 from .yarn import NTKByParts, YaRN
 
-__all__ = ["check_carried", "write", "write_served"]
+__all__ = ["check_carried", "divisors", "write", "write_served"]
 
 _STANDING_STILL = 1e30
-"""LongRoPE factor of a pair that does not turn: finite in float32 and in JSON, no angle at any position."""
+"""Divisor of a pair that does not turn: finite in float32 and in JSON, no angle at any position."""
 
 
 def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dict[str, Any]:
@@ -77,6 +79,12 @@ def _finished(rope: RopeSpec, head_dim: int | None, parameters: dict[str, Any]) 
             "cannot be written: transformers' proportional type spans the whole head"
         )
     return {**parameters, "partial_rotary_factor": _share(rope.dim, head_dim)}
+
+
+def divisors(rope: RopeSpec, found: Frequencies) -> Tensor:
+    """By what the plain frequencies have to be divided to give `found`, float64 [d/2]; finite for a pair at rest."""
+    plain = dataclasses.replace(rope, rotating_pairs=None).theta
+    return (plain / found.inv_freq).clamp(max=_STANDING_STILL)
 
 
 def check_carried(scaler: Scaler) -> None:
@@ -142,9 +150,8 @@ def _carried(rope: RopeSpec, scaler: Scaler) -> dict[str, Any]:
             f"'{scaler}' follows the length of the text in a way that no rope type of transformers does; "
             "write a static method such as yarn, or patch the model instead"
         )
-    plain = dataclasses.replace(rope, rotating_pairs=None).theta
     within, beyond = (scaler.frequencies(rope, rope.trained_length + more) for more in (0, 1))
-    short, long = ((plain / f.inv_freq).clamp(max=_STANDING_STILL).tolist() for f in (within, beyond))
+    short, long = (divisors(rope, found).tolist() for found in (within, beyond))
     factor = max(scaler.reach(rope) / rope.trained_length, 1.0)
     return _longrope(rope, factor, short, long, within.attention_factor)
 

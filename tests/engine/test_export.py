@@ -8,8 +8,8 @@ import subprocess
 import gguf
 import pytest
 import torch
+from carried import STATIC
 from families import FAMILIES
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropewalk as rw
@@ -20,23 +20,6 @@ from ropewalk.scaling import hf
 from ropewalk.scaling.spec import parse
 
 TRAINED = 256
-STATIC = [
-    "none",
-    "linear:4",
-    "ntk:4",
-    "ntk-fixed:4",
-    "ntk-mixed:4",
-    "ntk-by-parts:4",
-    "yarn:4",
-    "yarn:4,attention_factor=1.3",
-    "llama3:4",
-    "base:2e5",
-    "critical-base:1k",
-    "mrrope:4",
-    "alpharope:4",
-    "cope",
-    "yarn:4|resonance",
-]
 IDS = torch.arange(2 * 300).reshape(2, 300) % 1000
 
 
@@ -70,7 +53,7 @@ def test_stock_transformers_computes_the_same(plain, tiny_folder, tmp_path, spec
     done = rw.export(tiny_folder, tmp_path / "out", rope=spec, target=target)
     assert off(stock(done.path), patched(plain, spec)) < 1e-5
     assert done.length == json.loads((done.path / "config.json").read_text())["max_position_embeddings"]
-    assert done.scaler == parse(spec)
+    assert done.scaler == parse(spec, TRAINED)
 
 
 def test_weights_and_tokenizer_are_the_same_bytes(tiny_folder, tmp_path):
@@ -97,6 +80,24 @@ def test_transformers_own_dynamic_type_stays_dynamic(tiny_folder, tmp_path):
     config = json.loads((done.path / "config.json").read_text())
     assert config["rope_parameters"]["rope_type"] == "dynamic" and config["max_position_embeddings"] == TRAINED
     assert hf.read(config)[None].scaler == parse("dynamic-ntk:4")
+
+
+def test_longrope_with_two_lists_promises_its_reach(plain, tiny_folder, tmp_path):
+    spec = "longrope:4,short=" + "/".join(["1"] * 16) + ",long=" + "/".join(["3"] * 16)
+    done = rw.export(tiny_folder, tmp_path / "out", rope=spec)
+    assert done.length == 4 * TRAINED
+    assert hf.read(json.loads((done.path / "config.json").read_text()))[None].max_length == 4 * TRAINED
+    assert off(stock(done.path), patched(plain, spec, length=4 * TRAINED)) < 1e-5
+
+
+def test_a_file_that_holds_no_language_model_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "clip")
+    writer.add_uint32("clip.vision.block_count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(rw.UnsupportedModel, match=r"no field 'clip\.|no field '\{arch\}"):
+        rw.export(tmp_path / "other.gguf", tmp_path / "out.gguf", target="llama.cpp")
 
 
 def test_models_in_memory_are_written_as_they_are_now(tiny_folder, tmp_path):
@@ -127,6 +128,7 @@ def test_models_in_memory_are_written_as_they_are_now(tiny_folder, tmp_path):
         ({"rope": "auto"}, "'auto' chooses for every request"),
         ({"rope": "yarn:2", "length": "4x"}, "yarn:2 reaches 512 tokens on this model, fewer than the 1k asked for"),
         ({"target": "tgi"}, "unknown target 'tgi'"),
+        ({"tokenizer": object()}, "tokenizer is for a transformers model"),
         ({"dtype": "q8_0"}, "dtype 'q8_0' is for GGUF files; hf keeps the weights"),
         ({"rope": "dynamic-yarn"}, "follows the length of the text"),
     ],
@@ -190,7 +192,7 @@ def test_servers_get_a_script_with_the_command_and_the_overrides(tiny_folder, tm
 def test_a_gguf_file_holds_the_frequencies(tiny_folder, tmp_path, spec):
     done = rw.export(tiny_folder, tmp_path / "out.gguf", rope=spec, target="llama.cpp", dtype="f32")
     back = GgufFile(done.path).configured
-    wanted = parse(spec).frequencies(hf.read(json.loads((tiny_folder / "config.json").read_text()))[None].rope)
+    wanted = parse(spec, TRAINED).frequencies(hf.read(json.loads((tiny_folder / "config.json").read_text()))[None].rope)
     found = back.scaler.frequencies(back.rope)
     torch.testing.assert_close(found.inv_freq, wanted.inv_freq, rtol=1e-6, atol=1e-30)
     assert found.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-6)
@@ -303,8 +305,3 @@ def test_families_that_cannot_be_carried_say_why(family, tmp_path):
 def test_frequencies_for_kinds_of_layers_are_written_for_transformers_alone(tmp_path, target):
     with pytest.raises(rw.UnsupportedModel, match="frequencies of their own"):
         rw.export(FAMILIES["gemma3_text"](), tmp_path / "no", rope="ntk:4", target=target)
-
-
-def test_safetensors_alone_are_taken_from_a_folder(tiny_folder, tmp_path):
-    rw.export(tiny_folder, tmp_path / "out")
-    assert {*load_file(tmp_path / "out" / "model.safetensors")} == {*load_file(tiny_folder / "model.safetensors")}

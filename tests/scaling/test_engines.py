@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from carried import STATIC
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import Linear, Llama3, YaRN, hf, hf_write
@@ -14,26 +15,6 @@ from ropewalk.scaling.rope import RopeSpec
 from ropewalk.scaling.spec import parse
 
 ROPE = RopeSpec(dim=64, base=10_000.0, trained_length=2048)
-STATIC = [
-    "none",
-    "linear:4",
-    "ntk:4",
-    "ntk-fixed:4",
-    "ntk-mixed:4",
-    "ntk-by-parts:4",
-    "yarn:4",
-    "yarn:4,attention_factor=1.3",
-    "yarn:4,mscale=0.8,mscale_all_dim=0.5",
-    "yarn:4,truncate=false",
-    "yarn:4,beta_fast=20",
-    "llama3:4",
-    "base:2e5",
-    "critical-base:8k",
-    "mrrope:4",
-    "alpharope:4",
-    "yarn:4|resonance",
-    "cope",
-]
 
 
 def config(parameters, max_length=8192, *, old=True, new=True):
@@ -58,7 +39,7 @@ def readings(parameters, **options):
 
 @pytest.mark.parametrize("spec", STATIC)
 def test_what_is_written_for_servers_is_read_alike_by_all_three(spec):
-    scaler = parse(spec)
+    scaler = parse(spec, ROPE.trained_length)
     wanted = scaler.frequencies(ROPE)
     found = readings(hf_write.write_served(ROPE, scaler))
     for engine in ("transformers", "vLLM", "SGLang"):
