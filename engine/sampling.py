@@ -95,6 +95,15 @@ def penalize_repetition(logits_V: Tensor, seen_ids: Tensor, penalty: float) -> T
     return logits_V.index_put((seen_ids,), penalized)
 
 
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Logits [..., V] without all but the fewest likeliest tokens whose probabilities reach `top_p`: those are -inf."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    return logits.masked_fill(drop, -math.inf)
+
+
 def filtered(logits_V: Tensor, params: SamplingParams) -> Tensor:
     """Logits divided by the temperature, with the tokens that top-k, top-p and min-p drop at -inf.
 
@@ -105,11 +114,7 @@ def filtered(logits_V: Tensor, params: SamplingParams) -> Tensor:
         threshold = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < threshold, -math.inf)
     if params.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.masked_fill(
-            torch.zeros_like(logits, dtype=torch.bool).scatter(0, order, before >= params.top_p), -math.inf
-        )
+        logits = nucleus(logits, params.top_p)
     if params.min_p > 0:
         probabilities = logits.softmax(-1)
         logits = logits.masked_fill(probabilities < params.min_p * probabilities.max(), -math.inf)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, DataError
 from ..tokenizer_tools.cover import shared_length
@@ -20,6 +19,7 @@ from .answer import Answer
 from .cache import can_rewind
 from .completion import Completion
 from .generation import check_length, pieces
+from .kept_cache import KeptCache
 from .kv_cache import KVCache
 from .prefill import Progress, prefill
 from .prompt import Prompt
@@ -50,15 +50,13 @@ class Session:
     def __init__(self, model: Model) -> None:
         self._model = model
         self.text = ""
-        self._ids: list[int] = []  # what the cache holds
-        self._cache: Cache | None = None
-        self._setting = model.network.setting
+        self._kept = KeptCache(model)
         self._stream: weakref.ref[Generator[str, None, None]] | None = None  # dropping a stream closes it
 
     @property
     def tokens(self) -> int:
         """Tokens held."""
-        return len(self._ids)
+        return len(self._kept.ids)
 
     def append(self, text: str, progress: Progress | None = None) -> None:
         """Read on. The last few tokens wait until it is known how they end.
@@ -70,18 +68,18 @@ class Session:
         """
         self._end_stream()
         certain = self._read(self.text + text).certain
-        check_length(self._model, len(certain), SamplingParams(max_new_tokens=1), self._cache)
-        cache = self._ready(certain, len(certain) + 1)
+        check_length(self._model, len(certain), SamplingParams(max_new_tokens=1), self._kept.cache)
+        cache = self._kept.ready(certain, len(certain) + 1)
         if not can_rewind(cache):
             certain = certain[:-1]  # an answer runs the last token again, to see what follows it
-        if len(certain) > len(self._ids):
+        if len(certain) > len(self._kept.ids):
             try:
                 with torch.inference_mode():
-                    prefill(self._model.network, certain[len(self._ids) :], cache, progress)
+                    prefill(self._model.network, certain[len(self._kept.ids) :], cache, progress)
             except BaseException:
-                self._settle(certain, broken=True)
+                self._kept.settle(certain, broken=True)
                 raise
-            self._ids = certain
+            self._kept.ids = certain
         self.text += text
 
     def generate(self, text: str = "", params: SamplingParams | None = None) -> Completion:
@@ -104,14 +102,14 @@ class Session:
     def _start(self, text: str, params: SamplingParams) -> tuple[Answer, Iterator[str]]:
         self._end_stream()
         prompt = self._read(self.text + text, params)
-        check_length(self._model, len(prompt.ids), params, self._cache)
+        check_length(self._model, len(prompt.ids), params, self._kept.cache)
         answer = Answer(prompt, params, self._model.vocabulary, self._model.stop_ids)
         written = self._written(text, prompt, params, answer)
         self._stream = weakref.ref(written)
         return answer, written
 
     def _written(self, text: str, prompt: Prompt, params: SamplingParams, answer: Answer) -> Generator[str, None, None]:
-        cache = self._ready(prompt.certain, len(prompt.ids) + params.max_new_tokens)
+        cache = self._kept.ready(prompt.certain, len(prompt.ids) + params.max_new_tokens)
         before, broken = self.text, False
         self.text += text
         try:
@@ -122,7 +120,7 @@ class Session:
         finally:
             written = [token.id for token in answer.tokens]
             self.text = self.text + answer.text if written or not broken else before
-            self._settle([*answer.prompt_ids, *written] if written else prompt.certain, broken)
+            self._kept.settle([*answer.prompt_ids, *written] if written else prompt.certain, broken)
 
     def _end_stream(self) -> None:
         if self._stream is not None and (stream := self._stream()) is not None:
@@ -133,11 +131,9 @@ class Session:
         """A session that goes on from here on its own. Nothing is copied before one of the two writes."""
         self._end_stream()
         other = Session(self._model)
-        other.text, other._ids, other._setting = self.text, list(self._ids), self._setting
-        if isinstance(self._cache, KVCache):
-            other._cache = self._cache.fork()
-        else:  # transformers' caches are not shared: the fork reads again
-            other._ids = []
+        other.text = self.text
+        if isinstance(self._kept.cache, KVCache):  # transformers' caches are not shared: the fork reads again
+            other._kept.hold(self._kept.cache.fork(), list(self._kept.ids), self._kept.setting)
         return other
 
     def crop(self, length: int) -> None:
@@ -147,7 +143,7 @@ class Session:
             raise ConfigError(f"crop {length} must be between 0 and the session's {len(self.text)} characters")
         self.text = self.text[:length]
         certain = self._read(self.text).certain if self.text else []
-        self._settle(self._ids[: shared_length(self._ids, certain)])
+        self._kept.settle(self._kept.ids[: shared_length(self._kept.ids, certain)])
 
     def save(self, path: str | Path) -> None:
         """Write text, keys and values to a `.safetensors` file. `Model.session(path)` goes on from it.
@@ -159,14 +155,15 @@ class Session:
             DataError: the file cannot be written.
         """
         self._end_stream()
-        if self._cache is not None and not isinstance(self._cache, KVCache):
+        kept = self._kept
+        if kept.cache is not None and not isinstance(kept.cache, KVCache):
             raise ConfigError("only sessions of the compiled kernels can be saved; this model is run by transformers")
         tensors = {}
-        for index, layer in enumerate(self._cache.layers if self._cache is not None else []):
+        for index, layer in enumerate(kept.cache.layers if kept.cache is not None else []):
             for name in layer.buffers:
-                tensors[f"{index}.{name}"] = getattr(layer, name)[:, :, : len(self._ids)].contiguous()
-        scaler, length = self._setting
-        header = {"format": _FORMAT, "text": self.text, "ids": self._ids, "rope": str(scaler), "length": length}
+                tensors[f"{index}.{name}"] = getattr(layer, name)[:, :, : layer.length].contiguous()
+        scaler, length = kept.setting
+        header = {"format": _FORMAT, "text": self.text, "ids": kept.ids, "rope": str(scaler), "length": length}
         metadata = {"session": json.dumps(header), "weights": self._model.fingerprint}
         target = Path(path)
         try:
@@ -208,12 +205,13 @@ class Session:
             if isinstance(error, ConfigError):  # a ValueError too
                 raise
             raise DataError(f"{path} cannot be read as a session: {error}") from error
-        self.text, self._ids, self._setting, self._cache = text, ids, setting, cache
+        self.text = text
+        self._kept.hold(cache, ids, setting)
 
     def close(self) -> None:
         """Give the memory back; the text stays."""
         self._end_stream()
-        self._cache, self._ids = None, []
+        self._kept.clear()
 
     def __enter__(self) -> Session:
         return self
@@ -224,50 +222,6 @@ class Session:
     def _read(self, text: str, params: SamplingParams | None = None) -> Prompt:
         continuation = (params or SamplingParams()).continuation
         return Prompt.read(text, self._model.tokenizer, self._model.vocabulary, continuation)
-
-    def _ready(self, certain: list[int], length: int) -> Cache:
-        """The cache under the scaler in use, holding no more than the beginning it shares with `certain`."""
-        model = self._model
-        model.prepare(length)
-        if self._setting != model.network.setting:
-            self._retune()
-        self._setting = model.network.setting
-        shared = shared_length(self._ids, certain)
-        if self._cache is not None and not can_rewind(self._cache):
-            shared = max(0, min(shared, len(certain) - 1))  # the last token has to be run again
-        self._settle(self._ids[:shared])
-        if self._cache is None:
-            self._cache = model.network.new_cache(length)
-        return self._cache
-
-    def _retune(self) -> None:
-        cache, ids = self._cache, self._ids
-        self._cache, self._ids = None, []  # half turned keys would be of no scaler
-        if cache is None:
-            return
-        with torch.inference_mode():
-            if self._model.network.retune(cache, self._setting):
-                self._cache, self._ids = cache, ids
-
-    def _settle(self, known: list[int], broken: bool = False) -> None:
-        """Keep what the cache holds of `known`, in all layers alike.
-
-        Args:
-            broken: a step was broken off (Ctrl-C), maybe between two layers.
-        """
-        cache, self._cache, self._ids = self._cache, None, []
-        if cache is None:
-            return
-        if can_rewind(cache):
-            lengths = [layer.get_seq_length() for layer in cache.layers]
-            held = min([len(known), *lengths])
-            for layer, length in zip(cache.layers, lengths, strict=True):
-                layer.crop(held - length)
-        else:
-            held = cache.get_seq_length()
-            if broken or held > len(known):
-                return
-        self._cache, self._ids = cache, known[:held]
 
 
 def _fill(cache: KVCache, file: Any, count: int, path: str | Path) -> None:

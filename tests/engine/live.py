@@ -19,7 +19,7 @@ def greedy(tokens=6, **options):
 @torch.inference_mode()
 def check_cache(model, session):
     """The session's cache holds what its tokens, read afresh under the scaler in use, leave in one."""
-    held, ids = session._cache, session._ids
+    held, ids = session._kept.cache, session._kept.ids
     if held is None:
         assert ids == []
         return

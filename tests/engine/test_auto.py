@@ -151,12 +151,12 @@ def test_a_session_that_grows_past_it_is_one_whose_scaler_was_changed(compiled, 
     changed.append(SHORT * 2)
     compiled.rope = spec
     assert found == law(changed.generate(TEXT * 6, greedy(4, logprobs=3)))
-    assert cache_difference(growing._cache, changed._cache, changed.tokens) == 0
+    assert cache_difference(growing._kept.cache, changed._kept.cache, changed.tokens) == 0
     assert str(compiled.network.setting[0]) == spec
     compiled.rope = "auto"
     growing.crop(len(SHORT))
     growing.append("")
-    assert growing._setting == (rw.parse(None), None)
+    assert growing._kept.setting == (rw.parse(None), None)
 
 
 def test_a_session_saved_under_it(compiled, tmp_path):

@@ -165,14 +165,14 @@ def test_an_int8_session_is_saved_and_turned(int8, tmp_path):
     session.append(TEXT * 2)
     session.save(tmp_path / "s")
     loaded = int8.session(tmp_path / "s")
-    assert unchanged(loaded._cache, rows(session._cache, session.tokens), session.tokens)
+    assert unchanged(loaded._kept.cache, rows(session._kept.cache, session.tokens), session.tokens)
     try:
         int8.rope = "yarn:4"
         for one in (session, loaded):
             one.append("x = 1\n")
         fresh = int8.session()
         fresh.append(TEXT * 2 + "x = 1\n")
-        a, b = (cache.layers[0].key_rows(0, fresh.tokens) for cache in (session._cache, fresh._cache))
+        a, b = (cache.layers[0].key_rows(0, fresh.tokens) for cache in (session._kept.cache, fresh._kept.cache))
         assert (a - b).abs().max() < 0.02 * b.abs().max()  # rounded twice
         assert session.generate(MORE, greedy()) == loaded.generate(MORE, greedy())
     finally:
@@ -209,7 +209,7 @@ def test_in_a_file_it_is_the_same_to_the_bit_and_leaves_none(tiny_folder, model,
         fork = parent.fork()
         for session in (parent, plain):
             session.append(TEXT * 8)  # grows
-        assert cache_difference(parent._cache, plain._cache, plain.tokens) == 0
+        assert cache_difference(parent._kept.cache, plain._kept.cache, plain.tokens) == 0
         assert fork.generate(MORE, params).token_ids == model.generate(TEXT + MORE, params).token_ids
         assert list(tmp_path.iterdir()) == []
     finally:
@@ -277,7 +277,7 @@ def test_a_file_is_held_against_the_disk(available, tmp_path):
 def test_what_does_not_fit_is_refused_before_any_work(model, available, monkeypatch):
     session = model.session()
     session.append(TEXT * 8)
-    before = session.text, list(session._ids), rows(session._cache, session.tokens)
+    before = session.text, list(session._kept.ids), rows(session._kept.cache, session.tokens)
     available(100 * model.network.cache_shape.bytes_per_token)
     with counted(model, monkeypatch) as counts:
         for refused in (
@@ -291,8 +291,8 @@ def test_what_does_not_fit_is_refused_before_any_work(model, available, monkeypa
             with pytest.raises(rw.ContextOverflow, match="keys and values of"):
                 refused()
     assert counts == []
-    assert (session.text, session._ids) == before[:2]
-    assert unchanged(session._cache, before[2], session.tokens)
+    assert (session.text, session._kept.ids) == before[:2]
+    assert unchanged(session._kept.cache, before[2], session.tokens)
 
 
 def test_what_a_session_holds_is_not_counted_twice(model, available):

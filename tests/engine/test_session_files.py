@@ -43,7 +43,7 @@ def test_a_saved_session_goes_on_without_reading_again(model, monkeypatch, tmp_p
     assert (found.text, found.token_ids) == (expected.text, expected.token_ids)
     for a, b in zip(found.logprobs, expected.logprobs, strict=True):
         assert a.logprob == pytest.approx(b.logprob, abs=1e-4)  # a map's keys are turned anew
-    assert (loaded.text, loaded._ids) == (session.text, session._ids)
+    assert (loaded.text, loaded._kept.ids) == (session.text, session._kept.ids)
 
 
 def test_a_loaded_session_is_turned_from_the_scaler_it_was_saved_under(model, tmp_path):
@@ -170,14 +170,14 @@ DAMAGE = {
 def test_what_is_no_session_is_refused_and_nothing_is_lost(model, saved, damage):
     session = model.session()
     session.append(TEXT)
-    before = session.text, list(session._ids), session._cache, session._setting
+    before = session.text, list(session._kept.ids), session._kept.cache, session._kept.setting
     harm, message = DAMAGE[damage]
     harm(saved)
     with pytest.raises(rw.DataError, match=message):
         session.load(saved)
     with pytest.raises(rw.DataError, match=message):
         model.session(saved)
-    assert (session.text, session._ids, session._cache, session._setting) == before
+    assert (session.text, session._kept.ids, session._kept.cache, session._kept.setting) == before
     check_cache(model, session)
 
 

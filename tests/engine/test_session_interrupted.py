@@ -198,9 +198,9 @@ def test_keys_that_are_turned_half_way_are_not_kept(model, monkeypatch):
 def test_an_interrupted_retune_of_a_fork_leaves_its_parent(model, monkeypatch):
     parent = model.session()
     parent.append(LONG)
-    expected, fork = parent._cache.fork(), parent.fork()
+    expected, fork = parent._kept.cache.fork(), parent.fork()
     model.rope = "linear:2"
     fork.append("x")
-    assert cache_difference(parent._cache, expected, parent.tokens) == 0
+    assert cache_difference(parent._kept.cache, expected, parent.tokens) == 0
     model.rope = None
     goes_on(model, parent)

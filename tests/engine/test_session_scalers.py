@@ -66,8 +66,8 @@ def test_turned_in_place_is_read_afresh(shallow, afresh, before):
         fork = session.fork()
         fork.append(MORE)
         fresh, expected = afresh[after]
-        assert fork._ids == fresh._ids
-        assert cache_difference(fork._cache, fresh._cache, fork.tokens) < 1e-5, after
+        assert fork._kept.ids == fresh._kept.ids
+        assert cache_difference(fork._kept.cache, fresh._kept.cache, fork.tokens) < 1e-5, after
         written = fork.generate("", greedy(2, logprobs=3))
         assert written.token_ids == expected.token_ids
         for a, b in zip(written.logprobs, expected.logprobs, strict=True):
@@ -80,7 +80,7 @@ def test_the_same_session_through_all_scalers(shallow, afresh):
     for after in [*SPECS, *SPECS[::-2]]:
         shallow.rope = after
         session.append(MORE)
-        assert cache_difference(session._cache, afresh[after][0]._cache, session.tokens) < 3e-5, after
+        assert cache_difference(session._kept.cache, afresh[after][0]._kept.cache, session.tokens) < 3e-5, after
         session.generate("", greedy(2))
         session.crop(len(LONG))
     shallow.rope = None
@@ -91,18 +91,18 @@ def test_what_was_read_stays_as_it_was_understood(model, monkeypatch, after):
     model.rope = None
     session = model.session()
     session.append(LONG)
-    held = [layer.values[:, :, : session.tokens].clone() for layer in session._cache.layers]
-    norms = [layer.keys[:, :, : session.tokens].norm(dim=-1) for layer in session._cache.layers]
-    tokens, first = session.tokens, session._cache.layers[0].keys[:, :, : session.tokens].clone()
+    held = [layer.values[:, :, : session.tokens].clone() for layer in session._kept.cache.layers]
+    norms = [layer.keys[:, :, : session.tokens].norm(dim=-1) for layer in session._kept.cache.layers]
+    tokens, first = session.tokens, session._kept.cache.layers[0].keys[:, :, : session.tokens].clone()
     model.rope = after
     with counted(model, monkeypatch) as counts:
         session.append("x = 1\n")
     assert sum(counts) < 20
-    for layer, values, norm in zip(session._cache.layers, held, norms, strict=True):
+    for layer, values, norm in zip(session._kept.cache.layers, held, norms, strict=True):
         assert torch.equal(layer.values[:, :, :tokens], values)
         ratio = layer.keys[:, :, :tokens].norm(dim=-1) / norm
         assert float(ratio.max() - ratio.min()) < 1e-4
-    assert not torch.allclose(session._cache.layers[0].keys[:, :, :tokens], first, atol=1e-2)
+    assert not torch.allclose(session._kept.cache.layers[0].keys[:, :, :tokens], first, atol=1e-2)
     session.crop(len(LONG))
     model.rope = None
     session.append("x")
@@ -120,7 +120,7 @@ def test_two_sessions_are_turned_on_their_own(shallow, afresh):
     other.append(MORE)
     one.append("")
     for session in (one, other):
-        assert cache_difference(session._cache, afresh["rerope:16"][0]._cache, one.tokens) < 1e-5
+        assert cache_difference(session._kept.cache, afresh["rerope:16"][0]._kept.cache, one.tokens) < 1e-5
     shallow.rope = None
 
 
@@ -129,7 +129,7 @@ def test_a_length_that_grows_turns_the_keys(shallow, afresh):
     session = shallow.session()
     for end in range(50, len(LONG + MORE) + 50, 50):
         session.append((LONG + MORE)[end - 50 : end])
-    assert cache_difference(session._cache, afresh["dynamic-ntk:2"][0]._cache, session.tokens) < 1e-5
+    assert cache_difference(session._kept.cache, afresh["dynamic-ntk:2"][0]._kept.cache, session.tokens) < 1e-5
     shallow.rope = None
 
 
