@@ -75,4 +75,5 @@ class Answer:
             usage=Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=len(self.tokens)),
             logprobs=self.tokens if self._params.logprobs is not None else None,
             continuation=self.continuation,
+            sources=[token.source for token in self.tokens if token.source is not None] or None,
         )

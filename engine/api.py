@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..scaling.auto import Auto
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
@@ -25,8 +25,10 @@ from .answer import Answer
 from .auto import Choice
 from .completion import Completion, Score
 from .generation import generate_all, pieces
+from .nbce import NBCE
 from .networks import Settings, network
 from .opening import text_logprob, weigh
+from .pooled import ContextCaches, PooledAnswer
 from .prefill import Progress
 from .prompt import Prompt
 from .rotary import headline, rotary_sites
@@ -37,6 +39,8 @@ from .switch import Switch
 
 if TYPE_CHECKING:
     from ..evals.tuned import Tuned
+
+Pooling = Literal["entropy", "mean", "max"] | NBCE
 
 
 class Model:
@@ -68,6 +72,7 @@ class Model:
         self.network = network(hf, self.sites, settings or Settings(compile=False))
         self._switch = Switch(hf, self.sites, self.network)
         self.rope = rope
+        self._contexts = ContextCaches(self)
 
     @property
     def rope(self) -> Scaler:
@@ -135,27 +140,83 @@ class Model:
         return vocabulary(self.tokenizer)
 
     @overload
-    def generate(self, prompt: str | bytes, params: SamplingParams | None = None) -> Completion: ...
-    @overload
-    def generate(self, prompt: list[str], params: SamplingParams | None = None) -> list[Completion]: ...
     def generate(
-        self, prompt: str | bytes | list[str], params: SamplingParams | None = None
+        self,
+        prompt: str | bytes,
+        params: SamplingParams | None = None,
+        *,
+        contexts: Sequence[str] | None = None,
+        pooling: Pooling = "entropy",
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[str],
+        params: SamplingParams | None = None,
+        *,
+        contexts: Sequence[str] | None = None,
+        pooling: Pooling = "entropy",
+    ) -> list[Completion]: ...
+    def generate(
+        self,
+        prompt: str | bytes | list[str],
+        params: SamplingParams | None = None,
+        *,
+        contexts: Sequence[str] | None = None,
+        pooling: Pooling = "entropy",
     ) -> Completion | list[Completion]:
         """Continue `prompt`; a list in, a list out. Bytes may end inside a character.
+
+            model.generate("Question: Who found it?\nAnswer:", contexts=[report, diary, letter]).sources
+
+        Args:
+            contexts: texts that are read one by one, each with the prompt as a question behind it; see `NBCE`. What was
+                read of them is kept for the next question, until other contexts come or `forget_contexts` is called.
+            pooling: how their answers become one: "entropy", "mean", "max", or an `NBCE` with all that can be set.
 
         Raises:
             ContextOverflow: prompt and `max_new_tokens` exceed `max_length`.
         """
         params = params or SamplingParams()
+        if contexts is not None:
+            answers = []
+            for question in prompt if isinstance(prompt, list) else [prompt]:
+                answer = self.over_contexts(question, contexts, pooling, params)
+                for _ in answer.pieces():
+                    pass
+                answers.append(answer.completion())
+            return answers if isinstance(prompt, list) else answers[0]
         if isinstance(prompt, list):
             return generate_all(self, [self._prompt(one, params) for one in prompt], params)
         return self._complete(self._prompt(prompt, params), params)
 
-    def stream(self, prompt: str | bytes, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str | bytes,
+        params: SamplingParams | None = None,
+        *,
+        contexts: Sequence[str] | None = None,
+        pooling: Pooling = "entropy",
+    ) -> Iterator[str]:
         """The text of `generate`, piece by piece as it is decided."""
         params = params or SamplingParams()
+        if contexts is not None:
+            return self.over_contexts(prompt, contexts, pooling, params).pieces()
         read = self._prompt(prompt, params)
         return pieces(self, read, params, Answer(read, params, self.vocabulary, self.stop_ids))
+
+    def over_contexts(
+        self, question: str | bytes, contexts: Sequence[str], pooling: Pooling, params: SamplingParams
+    ) -> PooledAnswer:
+        """An answer over contexts, to be written: what `generate` and `stream` do with it shows each token's source."""
+        if isinstance(question, bytes):
+            raise ConfigError("with contexts the prompt is text, not bytes")
+        nbce = pooling if isinstance(pooling, NBCE) else NBCE(pooling=pooling)
+        return PooledAnswer(self, question, contexts, nbce, params, self._contexts)
+
+    def forget_contexts(self) -> None:
+        """Give back the memory that the contexts of the last question hold."""
+        self._contexts.clear()
 
     def session(self, path: str | Path | None = None) -> Session:
         """A text that grows and is never read twice; from a file that `Session.save` wrote, if one is given.

@@ -26,7 +26,8 @@ class Completion:
     `token_ids` are the new tokens. The first of them may begin inside the prompt: `continuation` is set where that was
     weighed.
     `finish_reason` is "stop" (an end token or stop string came), "length" or "time". `logprobs` holds one `Token` for
-    each id if `SamplingParams.logprobs` asked for them.
+    each id if `SamplingParams.logprobs` asked for them, `sources` the index of the context that each relied on if the
+    answer was over contexts.
     """
 
     text: str
@@ -35,6 +36,7 @@ class Completion:
     usage: Usage
     logprobs: list[Token] | None = None
     continuation: Continuation | None = None
+    sources: list[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from .cache import rewind
 from .network import Network
-from .opening import Continuation, Covers, open_answer
+from .opening import Continuation, Covers, Opening, open_answer
 from .prefill import prefill
 from .sampling import SamplingParams, penalize_repetition, random_source, sample
 
@@ -21,11 +22,16 @@ Weigh = Callable[[Cache], Covers]
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """One decoded token; `logprob` and `top` (id -> log-probability) are set if asked for."""
+    """One decoded token.
+
+    `logprob` and `top` (id -> log-probability) are set if asked for, `source` where the answer is over contexts: the
+    index of the one that the token relied on.
+    """
 
     id: int
     logprob: float | None = None
     top: dict[int, float] | None = None
+    source: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +73,10 @@ class Decoding:
     def open(self) -> Token:
         """Read the prompt and draw the first token."""
         if self._weigh is not None:
-            token, pending = _open(self._weigh(self.cache), self.cache, self._params, self._generator)
-            self._seen = list(token.continuation.prompt_ids)
-            return self._next(token, pending)
+            covers = self._weigh(self.cache)
+            opening = open_answer(covers, self.cache, self._params, self._generator)
+            self._seen = list(opening.continuation.prompt_ids)
+            return self._next(opening_token(opening, covers, self._params), opening.pending)
         held = self.cache.get_seq_length()
         if held >= len(self._prompt):  # the last token must be run to see what follows it
             rewind(self.cache, held - len(self._prompt) + 1)
@@ -79,7 +86,7 @@ class Decoding:
 
     def draw(self, logits_V: Tensor) -> Token:
         """The token after `pending`, whose logits these are."""
-        token = _draw(logits_V.float(), self._seen, self._params, self._generator)
+        token = draw_token(logits_V.float(), self._seen, self._params, self._generator)
         return self._next(token, [token.id])
 
     def _next(self, token: Token, pending: list[int]) -> Token:
@@ -105,7 +112,12 @@ def decode(
         yield decoding.draw(network.forward(decoding.pending, decoding.cache, keep=1)[0])
 
 
-def _draw(logits_V: Tensor, seen: list[int], params: SamplingParams, generator: torch.Generator) -> Token:
+def draw_token(logits_V: Tensor, seen: list[int], params: SamplingParams, generator: torch.Generator) -> Token:
+    """A token from float32 logits.
+
+    Args:
+        seen: tokens that the repetition penalty is for.
+    """
     scores = logits_V
     if params.repetition_penalty != 1:
         scores = penalize_repetition(logits_V, torch.tensor(seen, device=logits_V.device), params.repetition_penalty)
@@ -117,24 +129,24 @@ def _draw(logits_V: Tensor, seen: list[int], params: SamplingParams, generator: 
     return Token(
         id=token,
         logprob=float(logprobs[token]),
-        top=dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+        top={
+            index: value
+            for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            if value > -math.inf
+        },
     )
 
 
-def _open(
-    covers: Covers, cache: Cache, params: SamplingParams, generator: torch.Generator
-) -> tuple[OpeningToken, list[int]]:
-    opening = open_answer(covers, cache, params, generator)
+def opening_token(opening: Opening, covers: Covers, params: SamplingParams) -> OpeningToken:
+    """The first token of an answer, as it was drawn from the covers of its prompt."""
     if params.logprobs is None:
-        return OpeningToken(id=opening.token, continuation=opening.continuation), opening.pending
+        return OpeningToken(id=opening.token, continuation=opening.continuation)
     logprobs = covers.logprobs - covers.total
-    best = logprobs.topk(params.logprobs)
+    best = logprobs.topk(min(params.logprobs, len(logprobs)))
     top: dict[int, float] = {}
     for index, logprob in zip(best.indices, best.values.tolist(), strict=True):
-        top.setdefault(int(covers.tokens[index]), logprob)  # a token may end covers of two nodes
+        if logprob > -math.inf:
+            top.setdefault(int(covers.tokens[index]), logprob)  # a token may end covers of two nodes
     return OpeningToken(
-        id=opening.token,
-        logprob=float(logprobs[opening.index]),
-        top=top,
-        continuation=opening.continuation,
-    ), opening.pending
+        id=opening.token, logprob=float(logprobs[opening.index]), top=top, continuation=opening.continuation
+    )

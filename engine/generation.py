@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import ContextOverflow, PatchError
 from ..scaling.lengths import format_length
+from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import shared_length
 from .answer import Answer
 from .cache import rewind
@@ -50,6 +51,15 @@ def check_length(model: Model, tokens: int, params: SamplingParams, cache: Cache
     return total
 
 
+def refuse_change(model: Model, rope: Scaler) -> None:
+    """Raise PatchError if the scaler is no longer what it was when a text was begun."""
+    if model.rope is not rope:
+        raise PatchError(
+            f"the scaler was changed from {rope} to {model.rope} while a text was being streamed; "
+            "finish the stream first, or start it again"
+        )
+
+
 def pieces(
     model: Model, prompt: Prompt, params: SamplingParams, answer: Answer, cache: Cache | None = None
 ) -> Iterator[str]:
@@ -58,11 +68,7 @@ def pieces(
     decoding = _decoding(model, prompt, params, cache)
     started = False
     while not answer.done:
-        if model.rope is not rope:
-            raise PatchError(
-                f"the scaler was changed from {rope} to {model.rope} while a text was being streamed; "
-                "finish the stream first, or start it again"
-            )
+        refuse_change(model, rope)
         model.prepare(length)  # another request may have run since, and its frequencies are not ours
         with torch.inference_mode():
             if started:

@@ -32,6 +32,10 @@ class KeptCache:
         self.cache: Cache | None = None
         self.setting = model.network.setting
 
+    def shared(self, ids: list[int]) -> int:
+        """Tokens that it holds of the beginning of `ids`."""
+        return shared_length(self.ids, ids)
+
     def ready(self, certain: list[int], length: int) -> Cache:
         """The cache under the scaler in use, holding no more than the beginning it shares with `certain`.
 
@@ -43,7 +47,7 @@ class KeptCache:
         if self.setting != network.setting:
             self._retune()
         self.setting = network.setting
-        shared = shared_length(self.ids, certain)
+        shared = self.shared(certain)
         if self.cache is not None and not can_rewind(self.cache):
             shared = max(0, min(shared, len(certain) - 1))  # the last token has to be run again
         self.settle(self.ids[:shared])

@@ -197,7 +197,11 @@ class Opening:
 
 def open_answer(covers: Covers, cache: Cache, params: SamplingParams, generator: torch.Generator) -> Opening:
     """Draw a cover and leave the cache at the beginning that it shares with what was run."""
-    index = sample(covers.scores, params, generator)
+    return open_at(covers, cache, sample(covers.scores, params, generator))
+
+
+def open_at(covers: Covers, cache: Cache, index: int) -> Opening:
+    """The opening by the cover `index`."""
     node, token = covers.cover.nodes[int(covers.nodes[index])], int(covers.tokens[index])
     common = shared_length(covers.held, node.path)
     if len(covers.held) > common:

@@ -1,0 +1,208 @@
+"""One answer over many contexts: a row for each, and a token that all of them take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..errors import ConfigError, ContextOverflow
+from .answer import Answer
+from .cache import rewind
+from .completion import Completion, Usage
+from .decode import Token, draw_token, opening_token
+from .generation import check_length, refuse_change
+from .kept_cache import KeptCache
+from .kv_cache import KVCache
+from .nbce import NBCE
+from .opening import open_answer, open_at, weigh
+from .prefill import prefill
+from .prompt import Prompt
+from .sampling import SamplingParams, random_source
+
+if TYPE_CHECKING:
+    from .api import Model
+
+
+class ContextCaches:
+    """The caches of the rows of the last question, for the next one."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._kept: list[KeptCache] = []
+
+    def take(self, rows: Sequence[Prompt]) -> list[KeptCache]:
+        """One for each row: that which holds most of its beginning, or an empty one. Those not taken are dropped."""
+        free, taken = self._kept, []
+        for row in rows:
+            best = max(free, key=lambda kept: kept.shared(row.certain), default=None)
+            if best is None or not best.shared(row.certain):
+                best = KeptCache(self._model)
+            else:
+                free = [kept for kept in free if kept is not best]
+            taken.append(best)
+        self._kept = taken
+        return taken
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._kept = []
+
+
+class PooledAnswer:
+    """An answer to a question over contexts, as it is written.
+
+    Args:
+        caches: what was read for earlier questions.
+
+    Raises:
+        ConfigError: there are no contexts, or one is blank.
+        ContextOverflow: a context with the question is longer than the scaler reaches, or all of them are more than
+            memory holds.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        question: str,
+        contexts: Sequence[str],
+        nbce: NBCE,
+        params: SamplingParams,
+        caches: ContextCaches,
+    ) -> None:
+        _check(question, contexts)
+        self._model, self._nbce, self._params = model, nbce, params
+        self._rows = _read(model, nbce.rows(question, list(contexts)), params)
+        self._length = _longest(model, self._rows, params)
+        self._kept = caches.take(self._rows)
+        owned = sum(kept.cache.owned for kept in self._kept if isinstance(kept.cache, KVCache))
+        wanted = sum(len(row.ids) + params.max_new_tokens for row in self._rows)
+        model.network.check_room(max(0, wanted - owned))
+        self._prompts = [row.ids for row in self._rows]
+        self._answer = Answer(self._rows[0], params, model.vocabulary, model.stop_ids)
+
+    @property
+    def tokens(self) -> list[Token]:
+        """Those written so far; their `source` is the context that each relied on."""
+        return self._answer.tokens
+
+    def completion(self) -> Completion:
+        """What `generate` returns."""
+        found = self._answer.completion()
+        read = sum(map(len, self._prompts))
+        return replace(found, usage=Usage(prompt_tokens=read, completion_tokens=found.usage.completion_tokens))
+
+    def pieces(self) -> Iterator[str]:
+        """The text as it is decided."""
+        model, rope, broken = self._model, self._model.rope, True
+        generator = random_source(self._params, model.hf.device)
+        caches = [kept.ready(row.certain, self._length) for kept, row in zip(self._kept, self._rows, strict=True)]
+        pending: list[list[int]] = []
+        try:
+            while not self._answer.done:
+                refuse_change(model, rope)
+                model.prepare(self._length)
+                with torch.inference_mode():
+                    if pending:
+                        logits = model.network.step(list(zip(pending, caches, strict=True))).float()
+                        token = self._draw(logits, generator)
+                        pending = [[token.id]] * len(caches)
+                    else:
+                        token, pending = self._open(caches, generator)
+                if piece := self._answer.push(token):
+                    yield piece
+            broken = False
+        except GeneratorExit:  # which comes between two steps
+            broken = False
+            raise
+        finally:
+            written = [token.id for token in self._answer.tokens]
+            for kept, prompt, row in zip(self._kept, self._prompts, self._rows, strict=True):
+                kept.settle([*prompt, *written] if written else row.certain, broken)
+
+    def _open(self, caches: list[Cache], generator: torch.Generator) -> tuple[Token, list[list[int]]]:
+        """Read all prompts and draw the first token: among the covers of the question's end, where there are any."""
+        network, params = self._model.network, self._params
+        if self._rows[0].cover is None:
+            read = [
+                prefill(network, row.ids[cache.get_seq_length() :], cache)[-1]
+                for row, cache in zip(self._rows, map(_with_room_for_one, caches, self._rows), strict=True)
+            ]
+            token = self._draw(torch.stack(read).float(), generator)
+            return token, [[token.id]] * len(caches)
+        vocabulary, penalty = self._model.vocabulary, params.repetition_penalty
+        weighed = [
+            weigh(network, row.cover, row.start, cache, vocabulary, penalty)
+            for row, cache in zip(self._rows, caches, strict=True)
+            if row.cover is not None
+        ]
+        scores, spoken = self._nbce.pool(torch.stack([covers.logprobs - covers.total for covers in weighed]), None)
+        penalties = weighed[0].scores - weighed[0].logprobs
+        pooled = replace(weighed[0], scores=scores + penalties, logprobs=scores.log_softmax(-1))
+        first = open_answer(pooled, caches[0], params, generator)
+        openings = [
+            first,
+            *(open_at(one, cache, first.index) for one, cache in zip(weighed[1:], caches[1:], strict=True)),
+        ]
+        self._prompts = [opening.continuation.prompt_ids for opening in openings]
+        token = replace(opening_token(first, pooled, params), source=_source(spoken, first.index))
+        return token, [opening.pending for opening in openings]
+
+    def _draw(self, logits: Tensor, generator: torch.Generator) -> Token:
+        """The token that all rows take, from the logits of each, [1 + n, V]."""
+        written = self._answer.tokens
+        scores, spoken = self._nbce.pool(logits, written[-1].source if written else None)
+        seen = [*self._prompts[0], *(token.id for token in written)]
+        token = draw_token(scores, seen, self._params, generator)
+        return replace(token, source=_source(spoken, token.id))
+
+
+def _check(question: str, contexts: Sequence[str]) -> None:
+    if isinstance(contexts, str):
+        raise ConfigError(
+            "contexts is one string; give a list: [text], or rw.windows(text, tokenizer, ...) of a long one"
+        )
+    if not contexts:
+        raise ConfigError("contexts is empty; give one text at least, or leave it out")
+    if blank := [n for n, context in enumerate(contexts) if not context.strip()]:
+        raise ConfigError(f"contexts[{blank[0]}] is blank; leave it out (a row without context is always there)")
+    if not question.strip():
+        raise ConfigError("the prompt is blank; with contexts, it is the question that each of them is asked")
+
+
+def _read(model: Model, texts: list[str], params: SamplingParams) -> list[Prompt]:
+    """The prompts of all rows; their covers, if any, are the same: outcomes of one law."""
+    rows = [Prompt.read(text, model.tokenizer, model.vocabulary, params.continuation) for text in texts]
+    ends = {None if row.cover is None or row.cover.only_aligned else row.cover.nodes for row in rows}
+    if len(ends) == 1 and None not in ends:
+        return rows
+    return [Prompt.read(text, model.tokenizer, model.vocabulary, "off") for text in texts]
+
+
+def _longest(model: Model, rows: Sequence[Prompt], params: SamplingParams) -> int:
+    """Tokens of the longest row with its answer: what the scaler of all of them is for."""
+    lengths = []
+    for number, row in enumerate(rows):
+        try:
+            lengths.append(check_length(model, len(row.ids), params))
+        except ContextOverflow as error:
+            where = f"contexts[{number - 1}] with the question" if number else "the question"
+            raise ContextOverflow(
+                f"{where}: {error}; or split it: rw.windows(text, model.tokenizer, tokens=...)"
+            ) from error
+    return max(lengths)
+
+
+def _with_room_for_one(cache: Cache, row: Prompt) -> Cache:
+    """A cache that lacks the last token of a prompt at least, which is run to see what follows it."""
+    rewind(cache, max(0, cache.get_seq_length() - len(row.ids) + 1))
+    return cache
+
+
+def _source(spoken: Tensor, outcome: int) -> int:
+    """The context that speaks most for an outcome."""
+    return int(spoken[:, min(outcome, spoken.shape[1] - 1)].argmax())
