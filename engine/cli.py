@@ -105,10 +105,12 @@ EXAMPLES = "\b\nExamples:\n"
 
 @click.command(
     epilog=EXAMPLES + '  ropewalk generate smollm2-135m "Once upon a time" --rope yarn:2\n'
-    "  cat book.txt | ropewalk generate ./my-model - --max-new-tokens 100 --temperature 0"
+    "  cat book.txt | ropewalk generate ./my-model - --max-new-tokens 100 --temperature 0\n"
+    '  ropewalk generate smollm2-135m "The captain of the ship is" --window 2k --contexts moby-dick.txt'
 )
 @click.argument("model")
 @click.argument("prompt")
+@click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @click.option(
     "--rope", default="none", show_default=True, help="Scaler, such as yarn:4; auto chooses one for the length."
 )
@@ -125,11 +127,28 @@ EXAMPLES = "\b\nExamples:\n"
     show_default=True,
     help="Whether the first token may begin inside PROMPT; off begins one at its end.",
 )
+@click.option(
+    "--contexts",
+    "over_contexts",
+    is_flag=True,
+    help="PROMPT is a question over the FILES that follow, each read by itself (NBCE).",
+)
+@click.option(
+    "--window", help="Split FILES into windows of this many tokens, 2k, say, which overlap by an eighth, at sentences."
+)
+@click.option(
+    "--pooling",
+    type=click.Choice(["entropy", "mean", "max"]),
+    default="entropy",
+    show_default=True,
+    help="How the answers of contexts become one: that of the least uncertain one, the mean, or the largest.",
+)
 @loads_a_model
 @click.option("--max-length", help="Go past the scaler's reach, up to this length.")
 def generate(
     model: str,
     prompt: str,
+    files: tuple[str, ...],
     rope: str,
     max_new_tokens: int,
     temperature: float,
@@ -138,15 +157,23 @@ def generate(
     seed: int | None,
     stop: tuple[str, ...],
     continuation: Literal["auto", "exact", "off"],
+    over_contexts: bool,
+    window: str | None,
+    pooling: Literal["entropy", "mean", "max"],
     loading: dict[str, Any],
     max_length: str | None,
 ) -> None:
     """Continue PROMPT with MODEL (a built-in name, a folder, a .gguf file or a hub id), as it is decided.
 
     PROMPT is the text itself, or - to read it from standard input.
+
+    With --contexts, the next token is drawn from the laws after every one of FILES, each with PROMPT behind it, pooled
+    into one; in a terminal every context has its colour, and so has what it answered. Contexts have no order, a span of
+    the answer comes from one of them, and a confident answer from a context that does not tell may win.
     """
     from ..scaling.lengths import parse_length
     from . import split
+    from .contexts_cli import answer_over_files
     from .load import load
     from .sampling import SamplingParams
 
@@ -159,8 +186,20 @@ def generate(
         stop=stop,
         continuation=continuation,
     )
+    if over_contexts != bool(files):
+        raise click.UsageError(
+            "--contexts needs the files to ask: --contexts a.txt b.txt"
+            if over_contexts
+            else f"{files[0]} is a second prompt; put prompts of several words in quotes, and files after --contexts"
+        )
+    if window and not over_contexts:
+        raise click.UsageError("--window splits the files of --contexts, and there are none")
     loaded = load(model, rope=rope, **loading, max_length=parse_length(max_length) if max_length else None)
     text = sys.stdin.read() if prompt == "-" else prompt
+    if over_contexts:
+        size = parse_length(window, loaded.trained_length) if window else None
+        answer_over_files(loaded, text, files, size, pooling, params)
+        return
     shown = split.is_first()
     for piece in loaded.stream(text, params):
         if shown:

@@ -125,7 +125,7 @@ def draw_token(logits_V: Tensor, seen: list[int], params: SamplingParams, genera
     if params.logprobs is None:
         return Token(id=token)
     logprobs = logits_V.log_softmax(-1)
-    top = logprobs.topk(params.logprobs)
+    top = logprobs.topk(min(params.logprobs, len(logprobs)))
     return Token(
         id=token,
         logprob=float(logprobs[token]),

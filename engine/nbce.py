@@ -63,12 +63,11 @@ class NBCE:
 
     def rows(self, question: str, contexts: list[str]) -> list[str]:
         """The texts of the rows: without a context, then with each."""
-        before, _, after = self.template.partition("{context}")
-        if "{question}" in before:  # whatever stands in a context or a question is text
-            before = before.replace("{question}", question)
-        else:
-            after = after.replace("{question}", question)
-        return [(before + after).lstrip(), *(before + context + after for context in contexts)]
+        without, template = self.template.replace("{context}", "").lstrip(), self.template.split("{question}")
+        return [
+            without.replace("{question}", question),
+            *(question.join(part.replace("{context}", context) for part in template) for context in contexts),
+        ]
 
     def pool(self, logits: Tensor, last: int | None) -> tuple[Tensor, Tensor]:
         """One law from those of all rows.

@@ -97,6 +97,8 @@ def penalize_repetition(logits_V: Tensor, seen_ids: Tensor, penalty: float) -> T
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Logits [..., V] without all but the fewest likeliest tokens whose probabilities reach `top_p`: those are -inf."""
+    if top_p == 1:  # rounded sums reach it before the last token does
+        return logits
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
@@ -113,8 +115,7 @@ def filtered(logits_V: Tensor, params: SamplingParams) -> Tensor:
     if 0 < params.top_k < logits.numel():
         threshold = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < threshold, -math.inf)
-    if params.top_p < 1:
-        logits = nucleus(logits, params.top_p)
+    logits = nucleus(logits, params.top_p)
     if params.min_p > 0:
         probabilities = logits.softmax(-1)
         logits = logits.masked_fill(probabilities < params.min_p * probabilities.max(), -math.inf)

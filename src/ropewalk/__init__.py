@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from .engine.export import Export, export
     from .engine.heal import Healed, heal
     from .engine.load import load
+    from .engine.nbce import NBCE
     from .engine.opening import Continuation
     from .engine.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
     from .evals.tune import tune
     from .scaling.spec import parse
+    from .tokenizer_tools.windows import windows
 
 __version__ = "0.1.0"
 
@@ -49,11 +51,13 @@ _LAZY = {
     "Healed": ".engine.heal",
     "heal": ".engine.heal",
     "load": ".engine.load",
+    "NBCE": ".engine.nbce",
     "PatchHandle": ".engine.patch",
     "patch": ".engine.patch",
     "SamplingParams": ".engine.sampling",
     "parse": ".scaling.spec",
     "tune": ".evals.tune",
+    "windows": ".tokenizer_tools.windows",
 }
 
 __all__ = [
@@ -67,6 +71,7 @@ __all__ = [
     "Export",
     "Healed",
     "Model",
+    "NBCE",
     "PatchError",
     "PatchHandle",
     "RopewalkError",
@@ -81,6 +86,7 @@ __all__ = [
     "parse",
     "patch",
     "tune",
+    "windows",
 ]
 
 

@@ -1,0 +1,95 @@
+"""Long texts split at sentences."""
+
+import itertools
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+import ropewalk as rw
+
+TEXT = (
+    "The keel was laid in May. Mr. Smith had paid for it.\n\nNobody knew why! Was it a ship? It was one of three. "
+    "They were long; they were low. At last the rope was ready, and it was longer than the walk itself."
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+def size(text, tokenizer):
+    return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def test_windows_are_whole_sentences_in_order(tokenizer):
+    found = rw.windows(TEXT, tokenizer, tokens=40)
+    assert len(found) == 3
+    assert all(size(window, tokenizer) <= 40 for window in found)
+    assert all(window[-1] in ".!?" for window in found)
+    assert "".join(found).replace(" ", "").replace("\n", "") == TEXT.replace(" ", "").replace("\n", "")
+    assert not any(window.endswith("Mr.") for window in found)
+
+
+def test_windows_repeat_whole_sentences(tokenizer):
+    plain, found = (rw.windows(TEXT, tokenizer, tokens=60, overlap=overlap) for overlap in (0, 30))
+    assert len(found) > len(plain)
+    for before, after in itertools.pairwise(found):
+        shared = max(n for n in range(len(after) + 1) if before.endswith(after[:n]))
+        assert 0 < size(after[:shared], tokenizer) <= 30
+        assert after[:shared].strip()[-1] in ".!?"
+
+
+def test_a_text_that_fits_is_one_window(tokenizer):
+    assert rw.windows(f"  {TEXT}\n", tokenizer, tokens=1000, overlap=999) == [TEXT]
+    assert rw.windows(" \n", tokenizer, tokens=5) == []
+
+
+def test_a_long_sentence_is_cut_between_words(tokenizer):
+    text = "one two three four five six seven eight nine ten " * 20
+    found = rw.windows(text, tokenizer, tokens=50)
+    assert " ".join(found).split() == text.split()
+    assert all(size(window, tokenizer) <= 50 for window in found)
+
+
+def test_sentences_end_as_the_language_has_it(tokenizer):
+    assert rw.windows("第一句。第二句！第三句？", tokenizer, tokens=16, language="zh")[0] == "第一句。"
+
+
+SENTENCES = st.lists(st.text(alphabet="ab \n。é\U0001f600", max_size=30), max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SENTENCES, st.integers(1, 40), st.data())
+def test_nothing_is_lost(tokenizer, sentences, tokens, data):
+    text = "".join(f"{n} {sentence}. " for n, sentence in enumerate(sentences))
+    overlap = data.draw(st.integers(0, tokens - 1))
+    apart, found = (rw.windows(text, tokenizer, tokens=tokens, overlap=each) for each in (0, overlap))
+    assert "".join("".join(apart).split()) == "".join(text.split())
+    for window in found:
+        assert window in text
+        assert size(window, tokenizer) <= tokens or len(window) == 1
+    places = {(0, 0)}  # where the last window may stand: each begins after it and leaves only blanks between
+    for window in found:
+        starts = [match.start() for match in re.finditer(f"(?={re.escape(window)})", text)]
+        places = {
+            (start, start + len(window))
+            for start in starts
+            for before, end in places
+            if (start > before or end == 0) and start + len(window) > end and not text[end:start].strip()
+        }
+    assert any(not text[end:].strip() for _, end in places)
+
+
+def test_a_word_of_a_megabyte_is_cut_in_seconds(tokenizer):
+    found = rw.windows("x" * 1_000_000, tokenizer, tokens=100_000)
+    assert "".join(found) == "x" * 1_000_000
+
+
+@pytest.mark.parametrize(("tokens", "overlap"), [(0, 0), (5, 5), (5, -1)])
+def test_sizes_that_cannot_be(tokenizer, tokens, overlap):
+    with pytest.raises(rw.ConfigError, match="must be at least"):
+        rw.windows(TEXT, tokenizer, tokens=tokens, overlap=overlap)
