@@ -88,8 +88,16 @@ def _grown(needed: int, held: Tensor | None) -> int:
 
 
 class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer, [batch, kv_heads, capacity, head_dim]; doubles when full."""
+    """Keys and values of one layer, [batch, kv_heads, capacity, head_dim]; doubles when full.
 
+    Attributes:
+        length: keys held.
+        forgotten: keys that were dropped behind the first ones. Those behind them have moved up, position and all:
+            under a map that sees the first and the last keys only, a text without what lies between is the same text.
+        needed: keys that must stay for that.
+    """
+
+    buffers: tuple[str, ...] = ("keys", "values")
     is_croppable = True
     is_sliding = False
 
@@ -97,6 +105,8 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.capacity = capacity
         self.length = 0
+        self.forgotten = 0
+        self.needed = 0
         self.turned = TurnedKeys()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -129,10 +139,7 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         capacity = max(length, 2 * self.capacity)
         if self.is_initialized:
-            both = [self._allocate(old, capacity) for old in (self.keys, self.values)]
-            for new, old in zip(both, (self.keys, self.values), strict=True):
-                new[:, :, : self.length] = old[:, :, : self.length]
-            self.keys, self.values = both
+            self.__dict__.update(self._copied(capacity))
         self.capacity = capacity
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -141,8 +148,27 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length += tokens_to_remove
         self.turned.crop(self.length)
 
+    def forget(self, first: int, count: int, needed: int) -> None:
+        """Drop `count` keys behind the first `first`. Interrupted, it has done nothing."""
+        kept = self._copied(self.capacity, first, count)
+        self.turned.crop(first)
+        self.__dict__.update(kept, length=self.length - count, forgotten=self.forgotten + count, needed=needed)
+
+    def _copied(self, capacity: int, first: int = 0, skip: int = 0) -> dict[str, Tensor]:
+        """New buffers with all that is held but `skip` keys behind the first `first`."""
+        found = {}
+        for name in self.buffers:
+            old, new = getattr(self, name), self._new(name, capacity)
+            new[:, :, :first] = old[:, :, :first]
+            new[:, :, first : self.length - skip] = old[:, :, first + skip : self.length]
+            found[name] = new
+        return found
+
+    def _new(self, name: str, capacity: int) -> Tensor:
+        return self._allocate(getattr(self, name), capacity)
+
     def reset(self) -> None:
-        self.length = 0
+        self.length = self.forgotten = 0
         self.turned.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -199,10 +225,42 @@ def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
     return cache
 
 
-def can_rewind(cache: Cache) -> bool:
-    """True if the cache can forget its last tokens and leave no trace of them: no layer has a window or a state."""
+SPARE = 256  # keys beyond those that a map needs, for texts that go back a little
+_STRIDE = 1024  # keys dropped at a time at least
+
+
+def most_held(kept: tuple[int, int]) -> int:
+    """Keys that a cache holds at most, between two forward passes, of a map that sees the first and the last `kept`."""
+    return sum(kept) + SPARE + max(kept[1], _STRIDE)
+
+
+def forget(cache: Cache, kept: tuple[int, int]) -> None:
+    """Drop the keys between the first and the last `kept`, once they are many; no later token sees them."""
+    if not all(isinstance(layer, ContiguousLayer) for layer in cache.layers):
+        return
+    excess = cache.get_seq_length() - sum(kept) - SPARE
+    if excess >= max(kept[1], _STRIDE):
+        for layer in cache.layers:
+            layer.forget(kept[0], excess, sum(kept) - 1)
+
+
+def tokens_read(held: Cache | CacheLayerMixin) -> int:
+    """Tokens that a cache, or a layer of it, has read, those that it forgot too."""
+    first = held if isinstance(held, CacheLayerMixin) else next(iter(held.layers), None)
+    return int(held.get_seq_length()) + getattr(first, "forgotten", 0)
+
+
+def can_rewind(cache: Cache, count: int = 0) -> bool:
+    """True if the cache can forget its last `count` tokens and leave no trace of them: no layer has a window or a
+    state, or lacks keys that were dropped."""
     kinds = {type(layer) for layer in cache.layers} | ({cache.layer_class_to_replicate} - {None})
-    return all(issubclass(kind, ContiguousLayer) or kind is DynamicLayer for kind in kinds)
+    if not all(issubclass(kind, ContiguousLayer) or kind is DynamicLayer for kind in kinds):
+        return False
+    return all(
+        layer.length - count >= layer.needed
+        for layer in cache.layers
+        if isinstance(layer, ContiguousLayer) and layer.forgotten
+    )
 
 
 def rewind(cache: Cache, count: int) -> None:
@@ -211,10 +269,10 @@ def rewind(cache: Cache, count: int) -> None:
     Raises:
         PatchError: some layer of it cannot.
     """
-    if count and not can_rewind(cache):
+    if count and not can_rewind(cache, count):
         raise PatchError(
-            f"the last {count} tokens of this cache have to be read anew, and its layers (a sliding window, or "
-            "recurrent ones) cannot forget them; give a new cache"
+            f"the last {count} tokens of this cache have to be read anew, and its layers (a sliding window, recurrent "
+            "ones, or keys that were dropped) cannot forget them; give a new cache"
         )
     cache.crop(-count)
 

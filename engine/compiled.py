@@ -129,18 +129,22 @@ class CompiledNetwork(Network):
         )
 
     def check_room(self, tokens: int) -> None:
-        check_room(self.cache_shape, tokens, 1 + max(len(turns.key_bands) for turns in self._turns))
+        check_room(self.cache_shape, self._room(tokens), 1 + max(len(turns.key_bands) for turns in self._turns))
 
     def new_cache(self, capacity: int) -> KVCache:
-        return KVCache(self.cache_shape, capacity)
+        return KVCache(self.cache_shape, self._room(capacity))
+
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        return None if any(group.window for group in self._groups) else super().kept  # windows hold turned keys
 
     @torch.no_grad()
     def forward(self, ids: Sequence[int], cache: Cache, keep: int) -> Tensor:
         if not isinstance(cache, KVCache):
             return super().forward(ids, cache, keep)
-        if len(ids) <= FEW:
-            return self._few([(ids, cache)], keep)
-        return self._many(ids, cache, keep)
+        found = self._few([(ids, cache)], keep) if len(ids) <= FEW else self._many(ids, cache, keep)
+        self._forget(cache)
+        return found
 
     @property
     def runs_trees(self) -> bool:
@@ -163,6 +167,7 @@ class CompiledNetwork(Network):
             return super().step(rows)
         counts = [len(ids) for ids, _ in rows]
         found = self._few(rows, sum(counts))
+        self._forget(*(cache for _, cache in rows))
         return found[torch.tensor(counts).cumsum(0) - 1]
 
     def _verify(self) -> None:
@@ -180,7 +185,7 @@ class CompiledNetwork(Network):
                     )
 
     def retune(self, cache: Cache, before: Setting) -> bool:
-        if not isinstance(cache, KVCache):
+        if not isinstance(cache, KVCache) or cache.layers[0].forgotten:
             return False
         used = dict(zip(self._groups, self._turns, strict=True))
         for index, layer in enumerate(cache.layers):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache import rewind
+from .cache import rewind, tokens_read
 from .network import Network
 from .opening import Continuation, Covers, Opening, open_answer
 from .prefill import prefill
@@ -77,11 +77,11 @@ class Decoding:
             opening = open_answer(covers, self.cache, self._params, self._generator)
             self._seen = list(opening.continuation.prompt_ids)
             return self._next(opening_token(opening, covers, self._params), opening.pending)
-        held = self.cache.get_seq_length()
+        held = tokens_read(self.cache)
         if held >= len(self._prompt):  # the last token must be run to see what follows it
             rewind(self.cache, held - len(self._prompt) + 1)
         self._seen = list(self._prompt)
-        rest = self._prompt[self.cache.get_seq_length() :]
+        rest = self._prompt[tokens_read(self.cache) :]
         return self.draw(prefill(self._network, rest, self.cache)[-1])
 
     def draw(self, logits_V: Tensor) -> Token:

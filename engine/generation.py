@@ -15,7 +15,7 @@ from ..scaling.lengths import format_length
 from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import shared_length
 from .answer import Answer
-from .cache import rewind
+from .cache import can_rewind, rewind, tokens_read
 from .completion import Completion
 from .decode import Decoding
 from .kv_cache import KVCache
@@ -164,5 +164,8 @@ def _beginning(rows: Sequence[_Row], prompt: Prompt) -> Cache | None:
     if best is None:
         return None
     cache = best.fork()
-    rewind(cache, max(0, cache.length - longest))
+    excess = max(0, tokens_read(cache) - longest)
+    if not can_rewind(cache, excess):
+        return None
+    rewind(cache, excess)
     return cache

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..tokenizer_tools.cover import shared_length
-from .cache import can_rewind
+from .cache import can_rewind, tokens_read
 from .network import Setting
 
 if TYPE_CHECKING:
@@ -75,12 +75,17 @@ class KeptCache:
         if cache is None:
             return
         if can_rewind(cache):
-            lengths = [layer.get_seq_length() for layer in cache.layers]
+            lengths = [tokens_read(layer) for layer in cache.layers]
             held = min([len(known), *lengths])
+            whole = all(
+                getattr(layer, "forgotten", 0) == getattr(cache.layers[0], "forgotten", 0) for layer in cache.layers
+            )
+            if not (whole and can_rewind(cache, max(lengths, default=0) - held)):
+                return
             for layer, length in zip(cache.layers, lengths, strict=True):
                 layer.crop(held - length)
         else:
-            held = cache.get_seq_length()
+            held = tokens_read(cache)
             if broken or held > len(known):
                 return
         self.cache, self.ids = cache, known[:held]

@@ -40,8 +40,6 @@ class CacheShape:
 class KVLayer(ContiguousLayer):
     """Keys and values of one layer, [1, heads, capacity, dim]; forks share them until one writes."""
 
-    buffers: tuple[str, ...] = ("keys", "values")
-
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         super().__init__(capacity)
         self.shape = shape
@@ -66,12 +64,15 @@ class KVLayer(ContiguousLayer):
         if length <= self.capacity and self.owned:
             return
         capacity = self.capacity if length <= self.capacity else max(length, 2 * self.capacity)
-        grown = {name: self._new(name, capacity) for name in self.buffers}
-        for name, new in grown.items():
-            new[:, :, : self.length] = getattr(self, name)[:, :, : self.length]
+        grown = self._copied(capacity)
         sharers = self._sharers  # what may fail or be interrupted is done
         self.__dict__.update(grown, capacity=capacity, _sharers=[1])
         sharers[0] -= 1
+
+    def forget(self, first: int, count: int, needed: int) -> None:
+        super().forget(first, count, needed)
+        self._sharers[0] -= 1
+        self._sharers = [1]  # the buffers are new
 
     @property
     def owned(self) -> bool:
@@ -147,7 +148,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """Keys held."""
         return int(self.layers[0].length)
 
     def reserve(self, count: int) -> None:

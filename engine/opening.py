@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from ..errors import ConfigError
 from ..tokenizer_tools.cover import Cover, shared_length
 from ..tokenizer_tools.vocab import Vocabulary
-from .cache import can_rewind, rewind
+from .cache import can_rewind, rewind, tokens_read
 from .network import Network
 from .prefill import prefill
 from .sampling import SamplingParams, penalize_repetition, sample
@@ -151,12 +151,12 @@ def _path_logits(
 ) -> tuple[dict[Path, Tensor], Path]:
     """Float32 logits [V] after every beginning of the paths, and the path that the cache is left at."""
     leaves = [path for path in dict.fromkeys(paths) if not any(_goes_on(other, path) for other in paths)]
-    if (excess := cache.get_seq_length() - len(context) + 1) > 0:
+    if (excess := tokens_read(cache) - len(context) + 1) > 0:
         rewind(cache, excess)
-    rewinds = can_rewind(cache)
+    rewinds = can_rewind(cache, max(map(len, leaves), default=0))
     leaves.sort(key=len, reverse=True)
     held = leaves.pop(0) if rewinds else ()
-    rows = prefill(network, [*context, *held][cache.get_seq_length() :], cache, keep=len(held) + 1).float()
+    rows = prefill(network, [*context, *held][tokens_read(cache) :], cache, keep=len(held) + 1).float()
     logits = {held[:k]: row for k, row in enumerate(rows)}
     if rewinds and leaves and network.runs_trees and (len(leaves) > 1 or network.is_compiled):
         rewind(cache, len(held))

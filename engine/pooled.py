@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, ContextOverflow
 from .answer import Answer
-from .cache import rewind
+from .cache import rewind, tokens_read
 from .completion import Completion, Usage
 from .decode import Token, draw_token, opening_token
 from .generation import check_length, refuse_change
@@ -129,7 +129,7 @@ class PooledAnswer:
         network, params = self._model.network, self._params
         if self._rows[0].cover is None:
             read = [
-                prefill(network, row.ids[cache.get_seq_length() :], cache)[-1]
+                prefill(network, row.ids[tokens_read(cache) :], cache)[-1]
                 for row, cache in zip(self._rows, map(_with_room_for_one, caches, self._rows), strict=True)
             ]
             token = self._draw(torch.stack(read).float(), generator)
@@ -199,7 +199,7 @@ def _longest(model: Model, rows: Sequence[Prompt], params: SamplingParams) -> in
 
 def _with_room_for_one(cache: Cache, row: Prompt) -> Cache:
     """A cache that lacks the last token of a prompt at least, which is run to see what follows it."""
-    rewind(cache, max(0, cache.get_seq_length() - len(row.ids) + 1))
+    rewind(cache, max(0, tokens_read(cache) - len(row.ids) + 1))
     return cache
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .network import Network
-from .prefill import CHUNK, Progress
+from .network import CHUNK, Network
+from .prefill import Progress
 
 LOGITS_BUDGET = 2**24  # most float32 logits held at once: 64 MiB
 _ROWS = 64  # whose probabilities are added up at a time

@@ -164,6 +164,8 @@ class Session:
                 tensors[f"{index}.{name}"] = getattr(layer, name)[:, :, : layer.length].contiguous()
         scaler, length = kept.setting
         header = {"format": _FORMAT, "text": self.text, "ids": kept.ids, "rope": str(scaler), "length": length}
+        if kept.cache is not None:
+            header["dropped"] = [kept.cache.layers[0].forgotten, kept.cache.layers[0].needed]
         metadata = {"session": json.dumps(header), "weights": self._model.fingerprint}
         target = Path(path)
         try:
@@ -196,11 +198,13 @@ class Session:
                 if metadata["weights"] != model.fingerprint:
                     raise DataError(f"{path} was saved by another model than {model.name}")
                 text, ids, setting = header["text"], header["ids"], (parse(header["rope"]), header["length"])
-                model.network.check_room(len(ids) + _SPARE)
-                cache = model.network.new_cache(len(ids) + _SPARE)
+                dropped = header.get("dropped", [0, 0])
+                held = len(ids) - dropped[0]
+                model.network.check_room(held + _SPARE)
+                cache = model.network.new_cache(held + _SPARE)
                 if not isinstance(cache, KVCache):
                     raise ConfigError("sessions can be loaded by the compiled kernels only")
-                _fill(cache, file, len(ids), path)
+                _fill(cache, file, held, dropped, path)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             if isinstance(error, ConfigError):  # a ValueError too
                 raise
@@ -224,7 +228,8 @@ class Session:
         return Prompt.read(text, self._model.tokenizer, self._model.vocabulary, continuation)
 
 
-def _fill(cache: KVCache, file: Any, count: int, path: str | Path) -> None:
+def _fill(cache: KVCache, file: Any, count: int, dropped: list[int], path: str | Path) -> None:
+    cache.reserve(count)
     for index, layer in enumerate(cache.layers if count else ()):
         for name in layer.buffers:
             saved, rows = file.get_tensor(f"{index}.{name}"), getattr(layer, name)[:, :, :count]
@@ -237,3 +242,5 @@ def _fill(cache: KVCache, file: Any, count: int, path: str | Path) -> None:
                 raise DataError(f"{path} holds {name} {list(saved.shape)} where {list(rows.shape)} belong")
             rows.copy_(saved)
     cache.advance(count)
+    for layer in cache.layers:
+        layer.forgotten, layer.needed = dropped

@@ -14,13 +14,14 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from ..engine import prefill
 from ..engine.api import Model
 from ..engine.attention import causal_attention
 from ..engine.banded import banded_attention
 from ..engine.cache import TurnedKeys
 from ..engine.kernel import Score
+from ..engine.network import CHUNK
 from ..engine.plan import Plan, Segment
+from ..engine.prefill import prefill
 from ..engine.rotary import RotarySite, headline
 from ..engine.rotation import Layout, angles
 from ..engine.rows import Run
@@ -117,7 +118,7 @@ def _decoding(model: Model, scaler: Scaler, n: int, progress: Progress) -> Calla
     ids = torch.randint(0, vocabulary, (n,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = model.new_cache(n + 64)
     task = progress.add_task(f"reading {n} tokens, {scaler}", total=n)
-    prefill.prefill(model.network, ids, cache, lambda _, count: progress.advance(task, count))
+    prefill(model.network, ids, cache, lambda _, count: progress.advance(task, count))
     progress.remove_task(task)
     return lambda: model.network.forward(ids[:1], cache, keep=1)
 
@@ -168,8 +169,8 @@ def _in_turn(
 
 def _chunks(plan: Plan, n: int) -> Segments:
     found = []
-    for start in range(0, n, prefill.CHUNK):
-        stop = min(n, start + prefill.CHUNK)
+    for start in range(0, n, CHUNK):
+        stop = min(n, start + CHUNK)
         run = Run(None, 0, stop - start, 0, stop, 0)
         found.append((start, stop, [(run, plan.segments(run))]))
     return found
@@ -191,8 +192,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, site: 
     def run() -> None:
         turned = layout.rotate(k, found)
         turned_q = layout.rotate(q, found)
-        for start in range(0, n, prefill.CHUNK):
-            stop = min(n, start + prefill.CHUNK)
+        for start in range(0, n, CHUNK):
+            stop = min(n, start + CHUNK)
             causal_attention(turned_q[:, :, start:stop], turned[:, :, :stop], v[:, :, :stop], score)
 
     return run

@@ -22,6 +22,14 @@ class PositionScaler(Scaler):
 
     facet: ClassVar[Facet] = "positions"
 
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """The first and the last keys of a text that its last query sees; None if it sees all of them.
+
+        Those of later queries are among them, and the tokens between might as well not have been there.
+        """
+        return None
+
     @abstractmethod
     def bands(self, rope: RopeSpec, length: int | None = None) -> tuple[Band, ...]:
         """The bands for a sequence that will hold `length` tokens (only dynamic maps look at it)."""
@@ -329,6 +337,10 @@ class SinkWindow(PositionScaler):
 
     def reach(self, rope: RopeSpec) -> float:
         return math.inf
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        return self.sinks, self.window
 
     def bands(self, rope: RopeSpec, length: int | None = None) -> tuple[Band, ...]:
         s, w = self.sinks, self.window

@@ -1,0 +1,170 @@
+"""Streams without an end: keys that no later token sees are dropped, and nothing else changes."""
+
+import pytest
+import torch
+from decoders import DECODERS, compiled
+from live import counted
+
+import ropewalk as rw
+from ropewalk.engine import cache as caches
+from ropewalk.engine.cache import most_held, tokens_read
+from ropewalk.engine.network import CHUNK
+
+SPECS = ("sink-window:64", "sink-window:window=48,sinks=1", "yarn:2|sink-window:96")
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "modules"])
+def endless(request, tiny_folder):
+    return rw.load(tiny_folder, compile=request.param)
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Caches drop keys early, so that short texts show it."""
+    monkeypatch.setattr(caches, "SPARE", 24)
+    monkeypatch.setattr(caches, "_STRIDE", 40)
+
+
+@pytest.fixture
+def ids(held_out_texts, endless):
+    return endless.tokenizer(max(held_out_texts, key=len)).input_ids[:1500]
+
+
+def holding_all(model, monkeypatch, work):
+    """What `work` gives where nothing is dropped."""
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.network), "kept", None)
+        return work()
+
+
+def same(one, other):
+    return (one.text, one.token_ids, one.usage) == (other.text, other.token_ids, other.usage)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_scores_are_those_of_a_cache_that_holds_everything(endless, ids, spec, soon, monkeypatch):
+    endless.rope = spec
+    cache = endless.new_cache(8)
+    found = endless.score_ids(ids, cache=cache)
+    held = cache.get_seq_length()
+    assert held < 300 < len(ids) - 1 == tokens_read(cache)
+    expected = holding_all(endless, monkeypatch, lambda: endless.score_ids(ids))
+    assert found == pytest.approx(expected, abs=2e-4)
+
+
+def test_steps_are_those_of_a_cache_that_holds_everything(endless, ids, soon, monkeypatch):
+    endless.rope = "sink-window:64"
+    endless.prepare(len(ids))
+    network = endless.network
+
+    def steps():
+        cache = endless.new_cache(8)
+        network.forward(ids[:1000], cache, 1)
+        rows = [network.step([([token], cache)]) for token in ids[1000:1200]]
+        return torch.cat(rows), cache
+
+    with torch.inference_mode():
+        (found, cache), (expected, whole) = steps(), holding_all(endless, monkeypatch, steps)
+    assert cache.get_seq_length() < 200
+    assert whole.get_seq_length() == tokens_read(cache) == tokens_read(whole) == 1200
+    assert (found - expected).abs().max() < 3e-4
+
+
+def test_a_text_written_without_an_end_takes_the_memory_of_its_window(endless, ids, monkeypatch):
+    endless.rope = "sink-window:64"
+    bound = most_held((4, 64)) + CHUNK
+    params = rw.SamplingParams(max_new_tokens=1500, temperature=0, continuation="off")
+    cache = endless.new_cache(10**9)
+    assert cache.layers[0].capacity == bound  # not a billion
+    prompt = ids[:1200]
+    found = endless.generate_ids(prompt, params, cache)
+    assert cache.layers[0].capacity == bound
+    assert tokens_read(cache) == len(prompt) + len(found.token_ids) - 1
+    if len(found.token_ids) == 1500:
+        assert cache.layers[0].forgotten > 1000
+    assert found == holding_all(endless, monkeypatch, lambda: endless.generate_ids(prompt, params))
+
+
+@pytest.mark.parametrize("spec", ["sink-window:64|logn", "dynamic-ntk:2|sink-window:64", "rerope:64", "yarn:2"])
+def test_what_asks_for_true_positions_or_old_keys_holds_everything(endless, ids, spec, soon):
+    endless.rope = spec
+    cache = endless.new_cache(8)
+    endless.score_ids(ids[:600], cache=cache)
+    assert cache.get_seq_length() == 599
+
+
+@pytest.mark.parametrize("name", ["smollm3-windows", "mistral-wide"])
+def test_windows_of_the_model_hold_everything(name):
+    """They hold turned keys, which cannot move up; layers without rotation can."""
+    network = compiled(DECODERS[name]())
+    network.use(rw.parse("sink-window:16"), None)
+    assert network.kept == (None if name == "smollm3-windows" else (4, 16))
+
+
+def test_going_back_is_exact_or_refused(endless, ids, soon):
+    endless.rope = "sink-window:64"
+    endless.prepare(len(ids))
+    network, cache = endless.network, endless.new_cache(8)
+    with torch.inference_mode():
+        network.forward(ids[:1000], cache, 1)
+        room = cache.layers[0].length - cache.layers[0].needed
+        assert room >= 24
+        caches.rewind(cache, room)
+        found = network.forward(ids[1000 - room : 1000], cache, 1)
+        again = endless.new_cache(8)
+        expected = network.forward(ids[:1000], again, 1)
+        assert (found - expected).abs().max() < 3e-4
+        with pytest.raises(rw.PatchError, match="keys that were dropped"):
+            caches.rewind(cache, cache.layers[0].length - cache.layers[0].needed + 1)
+
+
+def test_sessions_read_again_what_was_dropped(endless, held_out_texts, soon, monkeypatch):
+    endless.rope = "sink-window:64"
+    text = max(held_out_texts, key=len)[:3000]
+    params = rw.SamplingParams(max_new_tokens=8, temperature=0)
+    session = endless.session()
+    session.append(text)
+    fork = session.fork()
+    assert same(session.generate("\ndef ", params), endless.generate(text + "\ndef ", params))
+    session.crop(1000)
+    assert same(session.generate("\ndef ", params), endless.generate(text[:1000] + "\ndef ", params))
+    endless.rope = "yarn:8"
+    assert fork.generate("\ndef ", params).token_ids  # the keys of another scaler cannot be made of what is left
+    assert fork.tokens > 500
+
+
+def test_a_session_without_an_end_is_saved(tiny_folder, held_out_texts, soon, tmp_path):
+    model = rw.load(tiny_folder, rope="sink-window:64", compile=True)
+    text = max(held_out_texts, key=len)[:3000]
+    params = rw.SamplingParams(max_new_tokens=8, temperature=0)
+    session = model.session()
+    session.append(text)
+    session.save(tmp_path / "session.safetensors")
+    loaded = model.session(tmp_path / "session.safetensors")
+    with pytest.MonkeyPatch.context() as monkeypatch, counted(model, monkeypatch) as read:
+        found = loaded.generate("\ndef ", params)
+    assert sum(read) < 60
+    assert same(found, session.generate("\ndef ", params))
+
+
+def test_a_step_broken_off_while_keys_are_dropped_loses_the_cache_only(tiny_folder, held_out_texts, soon, monkeypatch):
+    model = rw.load(tiny_folder, rope="sink-window:64", compile=True)
+    text = max(held_out_texts, key=len)[:3000]
+    params = rw.SamplingParams(max_new_tokens=8, temperature=0)
+    expected = model.generate(text + "\ndef ", params)
+    session, seen = model.session(), []
+    forget = caches.ContiguousLayer.forget
+
+    def interrupted(layer, *args):
+        seen.append(layer)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        forget(layer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caches.ContiguousLayer, "forget", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.append(text)
+    assert session.text == ""
+    session.append(text)
+    assert same(session.generate("\ndef ", params), expected)
