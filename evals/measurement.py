@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..scaling.rope import Scaler
     from .cell import Cell
+    from .result import Run
     from .subject import Subject
 
 
@@ -62,10 +65,26 @@ class Measurement:
             title: the report's heading.
             deadline: `time.monotonic()` value; what would not finish before it is left out. None for no limit.
         """
+        from .publish import print_results, publish
+
+        def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:
+            print_results(run, publish(run, title=title), left_out, console)
+
+        self.measure(subject, cells, finish, name=name, deadline=deadline)
+
+    def measure(
+        self,
+        subject: Subject,
+        cells: Sequence[Cell],
+        finish: Callable[[Run, Sequence[Cell], Console], None],
+        *,
+        name: str,
+        deadline: float | None,
+    ) -> None:
+        """Measure `cells` as `carry_out` does; `finish` then gets the run and the cells left out for lack of time."""
         from ..engine import split
         from . import runner
         from .follower import open_run
-        from .publish import print_results, publish
 
         console = runner.new_console()
         if self.dry_run:
@@ -75,8 +94,7 @@ class Measurement:
         run.write_environment()
         outcome = runner.measure_all(subject, cells, run, console, deadline=deadline)
         if split.is_first():
-            files = publish(run, title=title)
-            print_results(run, files, outcome.left_out, console)
+            finish(run, outcome.left_out, console)
 
 
 def deadline_in(minutes: float | None) -> float | None:

@@ -41,6 +41,12 @@ def print_results(run: Run, files: Sequence[Path], left_out: Sequence[Cell], con
     console.print()
     for sentence in story(run):
         console.print(f"• {sentence}", highlight=False, markup=False)
+    print_left_out(left_out, console)
+    print_files(files, console)
+
+
+def print_left_out(left_out: Sequence[Cell], console: Console) -> None:
+    """What there was no time for, if anything."""
     if left_out:
         cells = ", ".join(f"{cell.scaler} at {cell.label}" for cell in left_out)
         console.print(
@@ -48,7 +54,6 @@ def print_results(run: Run, files: Sequence[Path], left_out: Sequence[Cell], con
             highlight=False,
             markup=False,
         )
-    print_files(files, console)
 
 
 def print_files(files: Sequence[Path], console: Console) -> None:
