@@ -20,6 +20,7 @@ COMMANDS = {
     "kv": ("ropewalk.evals.retrieval_cli:kv", "Is one of many random pairs looked up?"),
     "ruler": ("ropewalk.evals.retrieval_cli:ruler", "RULER-11, offline: eleven tasks of RULER."),
     "facts": ("ropewalk.evals.facts_cli:facts", "Scaling or pooling? Facts all over a long document, asked for."),
+    "endless": ("ropewalk.evals.endless_cli:endless", "A text without an end in the memory of a window."),
     "all": ("ropewalk.evals.suite_cli:all_", "Everything at once, by preset: smoke, quick or full."),
     "report": ("ropewalk.evals.suite_cli:report", "Tables, plots and report of one or more runs."),
     "compare": ("ropewalk.evals.suite_cli:compare", "Two runs, cell by cell."),

@@ -54,7 +54,7 @@ def facts(
     from ..scaling import parse_length
     from .data import load_text
     from .facts import cells
-    from .facts_table import plot_facts, to_markdown
+    from .facts_table import facts_rows, plot_facts, to_markdown
     from .local import Local
     from .publish import print_files, print_left_out
 
@@ -79,14 +79,13 @@ def facts(
     def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:
         from rich.markdown import Markdown
 
-        if not any(row.get("experiment") == "facts" for row in run.rows):
-            print_left_out(left_out, console)
-            return
-        table = run.folder / "table.md"
-        markdown = to_markdown(run.rows)
-        write_atomic(table, markdown.encode())
-        console.print(Markdown(markdown))
+        files = []
+        if facts_rows(run.rows):
+            table, markdown = run.folder / "table.md", to_markdown(run.rows)
+            write_atomic(table, markdown.encode())
+            console.print(Markdown(markdown))
+            files = [table, *plot_facts(run.rows, run.folder / "facts")]
         print_left_out(left_out, console)
-        print_files([table, *plot_facts(run.rows, run.folder / "facts")], console)
+        print_files(files, console)
 
     asked.measure(subject, planned, finish, name="facts", deadline=deadline)

@@ -47,12 +47,16 @@ class WayScore:
     later: float
 
 
+def facts_rows(rows: Sequence[Row]) -> list[Row]:
+    """Those of such questions."""
+    return [row for row in rows if row.get("experiment") == "facts"]
+
+
 def way_scores(rows: Sequence[Row]) -> list[WayScore]:
     """A score for every length and way, in the order of the rows."""
     groups: dict[tuple[int, str, int, str], list[Row]] = {}
-    for row in rows:
-        if row.get("experiment") == "facts":
-            groups.setdefault((row["context"], row["way"], row["parts"], row["rope"]), []).append(row)
+    for row in facts_rows(rows):
+        groups.setdefault((row["context"], row["way"], row["parts"], row["rope"]), []).append(row)
     found = []
     for (context, way, parts, rope), group in groups.items():
         right = sum(row["correct"] for row in group)
@@ -80,7 +84,7 @@ def way_scores(rows: Sequence[Row]) -> list[WayScore]:
 def to_markdown(rows: Sequence[Row]) -> str:
     """The table, with what was measured above it."""
     scores = way_scores(rows)
-    row = next(row for row in rows if row.get("experiment") == "facts")
+    row = facts_rows(rows)[0]
     lines = [
         f"{row['facts']} facts in {short(row['text'])}, {short(row['model'])} (trained at "
         f"{format_length(row['trained_length'])}). {LEGEND}",
@@ -100,7 +104,7 @@ def plot_facts(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
     """Shares of right answers with their intervals, a bar for each way; writes `out_stem`.png and .svg."""
     scores = way_scores(rows)
     lengths = list(dict.fromkeys(score.context for score in scores))
-    row = next(row for row in rows if row.get("experiment") == "facts")
+    row = facts_rows(rows)[0]
     with style.figure(8.5, 1.4 + 0.34 * len(scores), f"Facts in a long document: {short(row['model'])}") as fig:
         panels = fig.subplots(len(lengths), 1, squeeze=False)[:, 0]
         for axes, length in zip(panels, lengths, strict=True):
