@@ -10,16 +10,18 @@ if not __name__.startswith("ropewalk."):
 
 if TYPE_CHECKING:
     from .api import perplexity
+    from .data import load_text
     from .perplexity_row import HarmRow, LongPPLRow, PerplexityRow, RepeatRow
     from .tuned import Candidate, Tuned
 
 _LAZY = {
+    "load_text": ".data",
     "perplexity": ".api",
     **dict.fromkeys(("PerplexityRow", "LongPPLRow", "RepeatRow", "HarmRow"), ".perplexity_row"),
     **dict.fromkeys(("Candidate", "Tuned"), ".tuned"),
 }
 
-__all__ = ["Candidate", "HarmRow", "LongPPLRow", "PerplexityRow", "RepeatRow", "Tuned", "perplexity"]
+__all__ = ["Candidate", "HarmRow", "LongPPLRow", "PerplexityRow", "RepeatRow", "Tuned", "load_text", "perplexity"]
 
 
 def __getattr__(name: str) -> Any:

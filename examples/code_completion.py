@@ -1,0 +1,43 @@
+"""Code completion at any cursor: the text may end inside a word, an indent or a character.
+
+    python examples/code_completion.py
+
+An editor asks in the middle of what the model would write as one token. To begin a new token there is what no model
+was trained for; ropewalk draws the first token among all that the text may have there, each with its probability.
+"""
+
+import argparse
+
+import ropewalk as rw
+
+parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser.add_argument("--model", default="smollm2-135m")
+args = parser.parse_args()
+
+FILE = '''import numpy as np
+import matplotlib.pyplot as plt
+
+def moving_average(values, window):
+    """The mean of every `window` values."""
+    return np.convolve(values, np.ones(window), mode="valid") / window
+
+def plot(values):
+    plt.plot(moving_average(values, 10))
+    plt.show()
+
+'''
+CURSORS = ["def mov", "average = moving_av", "    retur", "for value in range(", "if __name__ == '__ma", "plt.sho"]
+
+model = rw.load(args.model)
+editor = model.session()  # what was read of the file is kept from cursor to cursor
+editor.append(FILE)
+for cursor in CURSORS:
+    row = [cursor]
+    for continuation in ("off", "exact"):
+        params = rw.SamplingParams(max_new_tokens=8, temperature=0, stop="\n", continuation=continuation)
+        row.append(editor.generate(cursor, params).text)
+        editor.crop(len(FILE))
+    print("{:<24} begun anew: {!r:<28} exact: {!r}".format(*row))
+print("\nnext byte after 'import nump':", end=" ")
+law = model.next_byte_logprobs("import nump").exp()
+print(", ".join(f"{chr(byte)!r} {law[byte]:.1%}" for byte in law.argsort(descending=True)[:3].tolist()))

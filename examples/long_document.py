@@ -1,0 +1,61 @@
+"""A question over a document longer than the model was trained for, answered three ways side by side.
+
+    python examples/long_document.py
+    python examples/long_document.py --file report.txt --question "Question: Who signed it?\nAnswer:"
+
+scaled        the whole document at once, under YaRN
+NBCE          in windows that are read one by one; the next token is drawn from all of their answers, pooled
+sink window   as a stream that forgets: only the last part is still known at the end
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import ropewalk as rw
+from ropewalk.evals import load_text
+
+parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser.add_argument("--model", default="smollm2-135m")
+parser.add_argument("--file", type=Path, help="a text; by default the Bible's beginning, with a sentence hidden in it")
+parser.add_argument(
+    "--question", default="Question: What is the code of the lighthouse?\nAnswer: The code of the lighthouse is"
+)
+parser.add_argument("--tokens", type=int, default=8600, help="of the document that are read")
+parser.add_argument("--window", type=int, default=1024, help="tokens of a part, and of the stream's memory")
+args = parser.parse_args()
+
+model = rw.load(args.model)
+text = args.file.read_text() if args.file else load_text("kjv").documents[0]
+text = rw.windows(text, model.tokenizer, tokens=args.tokens)[0]  # as much of it as fits, in whole sentences
+if args.file is None:
+    half = text.index(". ", len(text) // 2) + 2
+    text = f"{text[:half]}The code of the lighthouse is 48213. {text[half:]}"
+params = rw.SamplingParams(max_new_tokens=12, temperature=0)
+length = len(model.tokenizer(text).input_ids)
+print(f"{length} tokens; the model was trained for {model.trained_length}\n")
+
+
+def scaled():
+    factor = max(2, -(-(length + 100) // model.trained_length))
+    model.rope = f"yarn:{factor}"
+    return model.generate(f"{text}\n\n{args.question}", params).text, str(model.rope)
+
+
+def pooled():
+    model.rope = None
+    parts = rw.windows(text, model.tokenizer, tokens=args.window, overlap=args.window // 8)
+    found = model.generate(args.question, params, contexts=parts)
+    source = max(set(found.sources), key=found.sources.count)
+    return found.text, f"{len(parts)} windows; most of it from window {source + 1}: ...{parts[source][-60:]!r}"
+
+
+def streamed():
+    model.rope = f"sink-window:{args.window}"
+    return model.generate(f"{text}\n\n{args.question}", params).text, str(model.rope)
+
+
+for name, answer in {"scaled": scaled, "NBCE": pooled, "sink window": streamed}.items():
+    started = time.perf_counter()
+    written, how = answer()
+    print(f"{name:<12} {time.perf_counter() - started:5.1f} s  {written!r}\n{'':<21}{how}")
