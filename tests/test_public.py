@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 import ropewalk as rw
+from ropewalk.evals.protocols import PROTOCOLS
+from ropewalk.evals.tasks import RULER, SUITES
+from ropewalk.scaling import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,15 +53,22 @@ def test_the_changelog_has_the_version():
     assert f"## {rw.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_the_lines_of_the_readme_run(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_the_numbers_of_the_readme_are_those_of_the_code():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = readme.partition("```python\n")[2].partition("```")[0]
-    for name in ("smollm2-135m", "path/or/hub-id"):
-        assert name in code
-        code = code.replace(name, str(tiny_folder))
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip()
+    families = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    cells = [line.strip("|\n ").split(" | ") for line in families.splitlines() if line.startswith("| ")]
+    rows = [[cell == "served" for cell in row[1:]] for row in cells[1:]]
+    facets = [method.facet for method in METHODS.values()]
+    words = {9: "nine", 11: "eleven"}
+    for text in (
+        f"**{facets.count('frequencies') + facets.count('wavelength grid')} frequency methods**",
+        f"**{facets.count('positions')} position maps and log n**",
+        f"[{len(rows)} architectures tried](docs/families.md): {sum(all(row) for row in rows)} take every method, "
+        f"{sum(any(row) and not all(row) for row in rows)} more a part",
+        f"{words[len(PROTOCOLS)]} named protocols",
+        f"RULER-{len(SUITES[RULER])}",
+    ):
+        assert text in readme, text
 
 
 def test_generated_docs_are_fresh():
