@@ -11,17 +11,38 @@ if not __name__.startswith("ropewalk."):
 if TYPE_CHECKING:
     from .api import perplexity
     from .data import load_text
+    from .haystack import boundary, noise, with_needles
     from .perplexity_row import HarmRow, LongPPLRow, PerplexityRow, RepeatRow
+    from .task import Draft, Place, Task, match_all, match_first
     from .tuned import Candidate, Tuned
 
 _LAZY = {
     "load_text": ".data",
     "perplexity": ".api",
     **dict.fromkeys(("PerplexityRow", "LongPPLRow", "RepeatRow", "HarmRow"), ".perplexity_row"),
+    **dict.fromkeys(("Draft", "Place", "Task", "match_all", "match_first"), ".task"),
+    **dict.fromkeys(("boundary", "noise", "with_needles"), ".haystack"),
     **dict.fromkeys(("Candidate", "Tuned"), ".tuned"),
 }
 
-__all__ = ["Candidate", "HarmRow", "LongPPLRow", "PerplexityRow", "RepeatRow", "Tuned", "load_text", "perplexity"]
+__all__ = [
+    "Candidate",
+    "Draft",
+    "HarmRow",
+    "LongPPLRow",
+    "PerplexityRow",
+    "Place",
+    "RepeatRow",
+    "Task",
+    "Tuned",
+    "boundary",
+    "load_text",
+    "match_all",
+    "match_first",
+    "noise",
+    "perplexity",
+    "with_needles",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ def _method(setting: Setting) -> dict[str, str]:
     row, rows = setting.rows[0], setting.rows
     depths = ", ".join(f"{depth:g}" for depth in setting.depths) or "chosen by the seed"
     return {
-        "Task": _SUITES[setting.suite],
+        "Task": _SUITES.get(setting.suite, f"The task {setting.suite} of another package."),
         "Trials": f"{len(rows)} in all, {_range([one['prompt_tokens'] for one in rows])} tokens of prompt",
         "Depths": depths,
         **({"Text": f"{row['text']}, sha256 {row['text_sha256']}"} if row.get("text") else {}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 if not __name__.startswith("ropewalk."):
     raise ImportError("import this package as 'ropewalk.scaling'")
 
+from ..plugins import Plugins
 from .auto import Auto
 from .base import Base, BaseBound, CriticalBase
 from .cope import CoPE
@@ -16,13 +17,14 @@ from .interpolation import NTK, DynamicNTK, Linear, NTKFixed, NTKMixed
 from .lengths import format_length, parse_length
 from .llama3 import Llama3
 from .longrope import LongRoPE
+from .plugin import as_method
 from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
 from .resonance import Resonance
-from .rope import Composition, Frequencies, RopeSpec, Scaler, compose
+from .rope import Composition, Factored, Frequencies, RopeSpec, Scaler, compose
 from .temperature import LogN, Temperature
 from .yarn import AlphaRoPE, DynamicYaRN, MrRoPE, NTKByParts, YaRN
 
-METHODS: dict[str, type[Scaler]] = {
+_BUILT_IN: dict[str, type[Scaler]] = {
     method.name: method
     for method in (
         Scaler,
@@ -54,7 +56,9 @@ METHODS: dict[str, type[Scaler]] = {
         Temperature,
     )
 }
-"""Every method under its spec name."""
+
+METHODS = Plugins(_BUILT_IN, group="ropewalk.scalers", kind="scaler", check=as_method)
+"""Every method under its spec name: ours, then those of other packages."""
 
 from .spec import parse  # noqa: E402  (reads METHODS)
 
@@ -71,6 +75,7 @@ __all__ = [
     "DualChunk",
     "DynamicNTK",
     "DynamicYaRN",
+    "Factored",
     "Frequencies",
     "JetLong",
     "LeakyReRoPE",

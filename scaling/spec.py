@@ -59,12 +59,11 @@ def _parse_method(text: str, trained_length: TrainedLength) -> Scaler:
     from . import METHODS
     from .auto import Auto
 
-    known = METHODS | {Auto.name: Auto}
     name, _, arguments = text.strip().partition(":")
     name = name.strip().lower()
-    if name not in known:
-        raise ConfigError(f"unknown scaler {name!r}.{did_you_mean(name, known)}")
-    method = known[name]
+    if name not in METHODS and name != Auto.name:
+        raise ConfigError(f"unknown scaler {name!r}.{did_you_mean(name, [*METHODS.names, Auto.name])}")
+    method = Auto if name == Auto.name else METHODS[name]
     fields = {field.name: field for field in dataclasses.fields(method)}
     types_of = typing.get_type_hints(method)
     values: dict[str, Any] = {}

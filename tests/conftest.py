@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,41 @@ def held_out_texts() -> list[str]:
     library = Path(sysconfig.get_path("stdlib"))
     files = (library / name for name in record["held_out_files"])
     return [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Installs a package for the length of a test: its files by name, `pyproject.toml` among them. They are put, with
+    the metadata that pip would write, into a folder of the path."""
+    from ropewalk.evals.tasks import TASKS
+    from ropewalk.scaling import METHODS
+
+    modules = set(sys.modules)
+
+    def look_again():
+        for plugins in (METHODS, TASKS):
+            vars(plugins).pop("_found", None)
+            vars(plugins).pop("_usable", None)
+            plugins._loaded.clear()
+
+    def install(files: dict[str, str]) -> Path:
+        project = tomllib.loads(files["pyproject.toml"])["project"]
+        folder = tmp_path / "installed" / project["name"]
+        metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+        metadata.mkdir(parents=True)
+        head = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        (metadata / "METADATA").write_text(head)
+        groups = project["entry-points"].items()
+        lines = [line for group, points in groups for line in (f"[{group}]", *map(" = ".join, points.items()))]
+        (metadata / "entry_points.txt").write_text("\n".join(lines))
+        for name, content in files.items():
+            (folder / name).write_text(content)
+        monkeypatch.syspath_prepend(folder)
+        look_again()
+        return folder
+
+    yield install
+    for name in set(sys.modules) - modules:
+        if str(tmp_path) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
+    look_again()
