@@ -64,7 +64,7 @@ def scaler_table() -> str:
         "`ropewalk show SPEC` draws any of them; `ropewalk base N --model MODEL` compares those that change the base.",
         "Lengths in a spec read `512`, `8k` or, where the model is known, `0.5x` (times the trained length).",
     ]
-    for name, method in METHODS.items():
+    for name, method in METHODS.built_in.items():
         if method.facet is None:
             continue
         fields = []
@@ -137,7 +137,7 @@ def file_tree() -> str:
     lines += [
         "tests/                 mirrors the folders; tests/train_tiny.py makes the small model they use",
         "docs/                  design, methods, evaluation, the command line, the log of what failed",
-        "src/ropewalk/          the import root: links to the four folders, errors.py, the public names",
+        "src/ropewalk/          the import root: links to the four folders, errors.py, plugins.py, the public names",
         "```",
     ]
     return "\n".join(lines)

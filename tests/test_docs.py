@@ -1,5 +1,6 @@
 """The pages: code blocks run or are commands that exist, links lead somewhere, every page is on the site."""
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -19,6 +20,7 @@ from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
 from ropewalk.engine.cli import COMMANDS, cli
+from ropewalk.evals.ask import ask
 from ropewalk.scaling import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +33,7 @@ STANDS_FOR = {
     "path/or/hub-id": str(TINY),
     "./my-model": str(TINY),
     "MODEL": str(TINY),
-    "budget=1200": "budget=8",
+    "budget=1200": "budget=6",
     '"shakespeare"': '"book.txt"',
     '["1k"]': '["1x"]',
 }
@@ -39,6 +41,8 @@ STANDS_FOR = {
 
 RUN = ("scalers", "explain", "export")
 """Commands that take no time on the small model: they are run, the others held against their options."""
+
+ASK = "ropewalk.evals.ask"
 
 LANGUAGES = {"python", "sh", "text", "toml"}
 
@@ -77,8 +81,8 @@ def run_python(example):
     exec(compile(source, example.path, "exec", dont_inherit=True), example.namespace)
 
 
-def run_shell(example):
-    """Take the commands of a block apart as bash does, and check each."""
+def run_shell(example, runs=RUN):
+    """Take the commands of a block apart as bash does, and check each; those named in `runs` are run."""
     code = f"exec 3>commands\n{RECORD}{example.parsed}"
     bash = shutil.which("bash")
     done = subprocess.run([bash, "-c", code], env={"PATH": "/nowhere"}, capture_output=True, text=True, check=False)
@@ -93,15 +97,17 @@ def run_shell(example):
             command.append(word)
     assert commands, "a block of no commands"
     for name, *arguments in commands:
-        CHECKS.get(name, unknown)(arguments)
+        CHECKS.get(name, unknown)(arguments, runs)
 
 
-def unknown(arguments):
+def unknown(arguments, runs):
     raise AssertionError(f"a command that no test knows: {arguments}")
 
 
-def check_ropewalk(arguments):
+def check_ropewalk(arguments, runs):
     parent = click.Context(cli, info_name="ropewalk", **cli.context_settings)
+    if arguments == ["--version"]:
+        return
     name, command, rest = cli.resolve_command(parent, arguments)
     for argument in rest:
         if argument.startswith("runs/"):  # some commands refuse folders that are not there
@@ -112,14 +118,25 @@ def check_ropewalk(arguments):
             parse(value, 8192)
     if name == "show":
         parse(rest[0], 8192)
-    if name in RUN and not any(argument.endswith(".gguf") for argument in rest):
-        done = CliRunner().invoke(cli, [replaced(argument) for argument in arguments], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
+    if name in runs and not any(argument.endswith(".gguf") for argument in rest):
+        run_command(cli, arguments)
 
 
-def check_python(arguments):
+def run_command(command, arguments, name="ropewalk"):
+    arguments = [replaced(argument) for argument in arguments]
+    done = CliRunner().invoke(command, arguments, prog_name=name, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def check_python(arguments, runs):
     if arguments[:2] == ["-m", "ropewalk"]:
-        check_ropewalk(arguments[2:])
+        check_ropewalk(arguments[2:], runs)
+        return
+    if arguments[:2] == ["-m", ASK] and ASK in runs:
+        output = run_command(ask, arguments[2:], "ask")
+        if "oracle" in arguments:
+            assert set(re.findall(r"(\d+)% of \d", output)) == {"100"}, output
         return
     if arguments[0] == "-m":
         found = importlib.util.find_spec(arguments[1])
@@ -131,7 +148,7 @@ def check_python(arguments):
         assert f'"{option}"' in source.read_text(encoding="utf-8"), (option, source)
 
 
-def check_pip(arguments):
+def check_pip(arguments, runs):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert arguments[0] == "install"
     for argument in arguments:
@@ -141,16 +158,16 @@ def check_pip(arguments):
             assert (ROOT / argument).is_file(), argument
 
 
-def check_make(arguments):
+def check_make(arguments, runs):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for argument in arguments:
         name = argument.partition("=")[0]
         assert re.search(rf"^{name}:|\$\({name}\)", makefile, re.MULTILINE), argument
 
 
-def check_launch(arguments):
+def check_launch(arguments, runs):
     at = arguments.index("-m")
-    check_python(arguments[at:])
+    check_python(arguments[at:], runs)
 
 
 CHECKS = {
@@ -162,9 +179,24 @@ CHECKS = {
 }
 
 
+def files_of(page):
+    """The files that a page has in its blocks, each with its name in the first line."""
+    blocks = [token.content for token in markdown(page) if token.type == "fence"]
+    return {found[1]: block for block in blocks if (found := re.match(r"# (\w+\.(?:py|toml))\n", block))}
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_every_code_block_runs(page, folder, capsys):
-    parsers = [SkipParser(), CodeBlockParser("python", run_python), CodeBlockParser("sh", run_shell)]
+def test_every_code_block_runs(page, folder, capsys, installed):
+    """A page that holds the files of a package is followed to the letter, with that package installed."""
+    files, runs = files_of(page), RUN
+    if files:
+        installed(files)
+        runs = {*COMMANDS, ASK} - {"show"}  # which takes seconds to draw
+    parsers = [
+        SkipParser(),
+        CodeBlockParser("python", run_python),
+        CodeBlockParser("sh", functools.partial(run_shell, runs=runs)),
+    ]
     for example in Document.parse(str(PAGES[page]), *parsers):
         try:
             example.evaluate()
