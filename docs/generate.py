@@ -219,47 +219,71 @@ def result_tables(name: str) -> str:
 
 
 MAPS = {
-    "none": "",
-    "yarn:4": "",
-    "ntk-mixed:4": "",
-    "rerope:2k": " (L/4)",
-    "rerope:4k": " (L/2)",
-    "self-extend:8,window=2k": "",
-    "dual-chunk": "",
+    "smollm2": {
+        "none": "",
+        "yarn:4": "",
+        "ntk-mixed:4": "",
+        "rerope:2k": " (L/4)",
+        "rerope:4k": " (L/2)",
+        "self-extend:8,window=2k": "",
+        "dual-chunk": "",
+    },
+    "maps-tiny": {
+        "none": "",
+        "yarn:4": "",
+        "ntk-mixed:4": "",
+        "rerope:64": " (L/4)",
+        "rerope:128": " (L/2)",
+        "self-extend:8,window=64": "",
+        "dual-chunk": "",
+    },
 }
-"""The methods of the README's table, with what is said of their windows."""
+"""The methods of the README's tables by run, with what is said of their windows."""
 
-MAP_COLUMNS = (
-    ("Dream: 8k", "0:32207", 8192, False),
-    ("16k", "0:32207", 16384, False),
-    ("with log n: 16k", "0:32207", 16384, True),
-    ("As You Like It: 8k", "1:41813", 8192, False),
-    ("32k", "1:41813", 32768, False),
-    ("with log n: 32k", "1:41813", 32768, True),
-)
-"""Its columns: title, the place of the scored tokens in the run, context, with log n or without."""
+MAP_COLUMNS = {
+    "smollm2": (
+        ("Dream: 8k", "0:32207", 8192, False),
+        ("16k", "0:32207", 16384, False),
+        ("with log n: 16k", "0:32207", 16384, True),
+        ("As You Like It: 8k", "1:41813", 8192, False),
+        ("32k", "1:41813", 32768, False),
+        ("with log n: 32k", "1:41813", 32768, True),
+    ),
+    "maps-tiny": (
+        ("256", None, 256, False),
+        ("512", None, 512, False),
+        ("1k", None, 1024, False),
+        ("with log n: 512", None, 512, True),
+        ("1k", None, 1024, True),
+    ),
+}
+"""Their columns: title, the places of the scored tokens where a run has several, context, with log n or without."""
 
 
-def maps_table() -> str:
-    """The README's table of what position maps do on the real model."""
+def maps_table(name: str) -> str:
+    """A table of the README: what position maps do, from the run docs/results/NAME."""
+    methods, columns = MAPS[name], MAP_COLUMNS[name]
     found = {
-        (row["places"], row["context"], row["rope"]): row["loss"]
-        for row in Run(ROOT / "docs" / "results" / "smollm2").rows
+        (place, row["context"], row["rope"]): row["loss"]
+        for row in Run(ROOT / "docs" / "results" / name).rows
+        for place in (row["places"], None)
     }
-    lines = [f"| method | {' | '.join(title for title, *_ in MAP_COLUMNS)} |", "|---" * (len(MAP_COLUMNS) + 1) + "|"]
 
-    def loss(rope: str, place: str, context: int, has_logn: bool) -> float | None:
+    def loss(rope: str, place: str | None, context: int, has_logn: bool) -> float | None:
         with_logn = "logn" if rope == "none" else f"{rope}|logn"
         return found.get((place, context, with_logn if has_logn else rope))
 
-    best = [min(value for rope in MAPS if (value := loss(rope, *column)) is not None) for _, *column in MAP_COLUMNS]
-    for rope, remark in MAPS.items():
+    lines = [f"| method | {' | '.join(title for title, *_ in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    best = [min(value for rope in methods if (value := loss(rope, *column)) is not None) for _, *column in columns]
+    for rope, remark in methods.items():
         cells = []
-        for lowest, (_, place, context, has_logn) in zip(best, MAP_COLUMNS, strict=True):
+        for lowest, (_, place, context, has_logn) in zip(best, columns, strict=True):
             value = loss(rope, place, context, has_logn)
-            text = "" if value is None else f"**{value:.3f}**" if value == lowest else f"{value:.3f}"
-            instead = None if value is not None or has_logn else loss(rope, place, context, True)
-            cells.append(text if instead is None or context != 8192 else f"{instead:.3f} (log n)")
+            if value is not None:
+                cells.append(f"**{value:.3f}**" if value == lowest else f"{value:.3f}")
+            else:
+                instead = loss(rope, place, context, True) if context == columns[0][2] else None
+                cells.append("" if instead is None else f"{instead:.3f} (log n)")
         lines.append(f"| `{rope}`{remark} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -323,7 +347,8 @@ def replace_block(text: str, name: str, content: str) -> str:
 def generated() -> dict[Path, str]:
     """Every generated file with what it should hold."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, content in {"tree": file_tree(), "speed": speed_table(), "maps": maps_table()}.items():
+    blocks = {"tree": file_tree(), "speed": speed_table(), **{name: maps_table(name) for name in MAPS}}
+    for name, content in blocks.items():
         readme = replace_block(readme, name, content)
     return {
         ROOT / "docs" / "cli.md": command_help(),
