@@ -61,6 +61,7 @@ def test_nothing_of_another_package_is_loaded_before_it_is_asked_for(stretch):
     assert "stretching" in sys.modules
 
 
+@pytest.mark.slow
 def test_a_package_that_is_imported_before_ropewalk_asks_for_it_works(stretch):
     code = "import stretching, ropewalk; print(ropewalk.parse('stretch:3'))"
     environment = os.environ | {"PYTHONPATH": str(stretch)}
