@@ -25,6 +25,7 @@ import transformers
 from tqdm import tqdm
 
 from ropewalk.engine.cli import COMMANDS, cli
+from ropewalk.evals import endless_table, facts_table
 from ropewalk.evals.extra_grids import extra_grids
 from ropewalk.evals.harm import Harm
 from ropewalk.evals.plots import named_settings, plot_run
@@ -323,6 +324,15 @@ def results_page() -> str:
     return replace_block(text, "repetition", repetition_table())
 
 
+def contexts_page() -> str:
+    """docs/contexts.md with its tables anew."""
+    results = ROOT / "docs" / "results"
+    passes = [row for name in ("endless-tiny", "endless-smollm2") for row in Run(results / name).rows]
+    text = (ROOT / "docs" / "contexts.md").read_text(encoding="utf-8")
+    text = replace_block(text, "facts", facts_table.to_markdown(Run(results / "facts").rows).rstrip())
+    return replace_block(text, "endless", endless_table.to_markdown(passes).rstrip())
+
+
 def interop_page() -> str:
     """docs/interop.md with its tables anew."""
     sys.path.insert(0, str(ROOT / "docs"))
@@ -356,6 +366,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "api.md": api_page(),
         ROOT / "docs" / "results.md": results_page(),
         ROOT / "docs" / "interop.md": interop_page(),
+        ROOT / "docs" / "contexts.md": contexts_page(),
         ROOT / "README.md": readme,
     }
 
@@ -375,6 +386,12 @@ def main() -> None:
             for path in plot_run(Run(ROOT / "docs" / "results" / folder)):
                 if path.suffix == ".png":
                     path.unlink()
+        results = ROOT / "docs" / "results"
+        for rows, draw, stem in (
+            (Run(results / "facts").rows, facts_table.plot_facts, results / "facts" / "facts"),
+            (Run(results / "endless-tiny").rows, endless_table.plot_endless, results / "endless-tiny" / "endless"),
+        ):
+            draw(rows, stem)[0].unlink()
     for path, content in generated().items():
         path.write_text(content, encoding="utf-8")
     if run is not None:

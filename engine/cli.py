@@ -19,6 +19,7 @@ COMMANDS = {
     "niah": ("ropewalk.evals.retrieval_cli:niah", "Is a needle found in a real haystack?"),
     "kv": ("ropewalk.evals.retrieval_cli:kv", "Is one of many random pairs looked up?"),
     "ruler": ("ropewalk.evals.retrieval_cli:ruler", "RULER-11, offline: eleven tasks of RULER."),
+    "ask": ("ropewalk.evals.retrieval_cli:ask", "Any retrieval task by name, those of other packages too."),
     "facts": ("ropewalk.evals.facts_cli:facts", "Scaling or pooling? Facts all over a long document, asked for."),
     "endless": ("ropewalk.evals.endless_cli:endless", "A text without an end in the memory of a window."),
     "all": ("ropewalk.evals.suite_cli:all_", "Everything at once, by preset: smoke, quick or full."),

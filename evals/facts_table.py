@@ -92,11 +92,12 @@ def to_markdown(rows: Sequence[Row]) -> str:
         "| the document is | length | right | 95% | questions | first, s | later, s |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    lines += [
-        f"| {s.name} | {format_length(s.context)} | {s.right:.0%} | {s.low:.0%} to {s.high:.0%} | {s.trials} "
-        f"| {s.first:.0f} | {s.later:.1f} |"
-        for s in scores
-    ]
+    for s in scores:
+        name = s.name.replace("|", "\\|")
+        lines.append(
+            f"| {name} | {format_length(s.context)} | {s.right:.0%} | {s.low:.0%} to {s.high:.0%} | {s.trials} "
+            f"| {s.first:.0f} | {s.later:.1f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

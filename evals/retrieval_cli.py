@@ -1,4 +1,4 @@
-"""The commands that ask for things in long texts: `ropewalk passkey`, `niah`, `kv` and `ruler`."""
+"""The commands that ask for things in long texts: `ropewalk passkey`, `niah`, `kv`, `ruler` and `ask`."""
 
 from __future__ import annotations
 
@@ -109,6 +109,22 @@ def ruler(tasks: str, **options: Any) -> None:
     from .tasks import RULER
 
     _run(RULER, tasks=tasks, **options)
+
+
+@click.command(epilog=EXAMPLES + "  ropewalk ask niah_single_2 smollm2-135m --lengths 2k --trials 5")
+@click.argument("task")
+@_asks(_DEPTHS, _TEXT)
+def ask(task: str, text: str, **options: Any) -> None:
+    """Measure TASK on MODEL, as `ropewalk passkey` does its own.
+
+    TASK is one of the tasks of `ropewalk passkey`, `niah`, `kv` and `ruler`, or of another package.
+    """
+    from ..errors import ConfigError, did_you_mean
+    from .tasks import TASKS
+
+    if task not in TASKS:
+        raise ConfigError(f"unknown task {task!r}.{did_you_mean(task, TASKS.names)}")
+    _run(task, text=text if TASKS[task].needs_text else None, **options)
 
 
 def _run(
