@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from ..errors import ConfigError, UnsupportedModel
 from ..scaling import hf, hf_write
@@ -18,6 +17,7 @@ from ..scaling.lengths import format_length, parse_length
 from ..scaling.longrope import LongRoPE
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import parse
+from .checkpoint import read_config
 from .config import quiet_transformers
 
 __all__ = ["check_written", "configured_in", "settle"]
@@ -93,4 +93,4 @@ def check_written(folder: Path, wanted: Mapping[str | None, tuple[RopeSpec, Scal
 def configured_in(folder: Path) -> dict[str | None, hf.ConfiguredRope]:
     """The rotary embeddings of the checkpoint in a folder."""
     with quiet_transformers():
-        return hf.read(AutoConfig.from_pretrained(folder).get_text_config())
+        return hf.read(read_config(str(folder)).get_text_config())

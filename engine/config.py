@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig
 
-from ..errors import AssetError
+from ..errors import AssetError, first_line
 from ..scaling import hf
+from .checkpoint import read_config
 from .rotary import is_local
 from .source import MODELS, resolve
 
@@ -31,12 +31,12 @@ def find_config(name: str) -> tuple[str, Any]:
         raise AssetError(f"{name}: this folder has no config.json, so it is not a Hugging Face model")
     try:
         with quiet_transformers():
-            return source, AutoConfig.from_pretrained(source)
+            return source, read_config(source)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise AssetError(
             f"{name!r} is not a built-in model ({', '.join(MODELS)}), a folder or a .gguf file, and the hub did not "
-            f"give it ({reason}); check the name, or download the model where there is a network and give its folder"
+            f"give it ({first_line(error)}); check the name, or download the model where there is a network and give its "
+            "folder"
         ) from error
 
 

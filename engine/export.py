@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
+from ..errors import AssetError, ConfigError, UnsupportedModel, did_you_mean, first_line
 from ..scaling import hf, hf_write
 from ..scaling.gguf_rope import GgufRope
 from ..scaling.rope import Scaler
@@ -17,7 +17,7 @@ from . import launch
 from .carried import check_written, settle
 from .config import find_config
 from .export_folder import KEPT, with_rope, write_copy, write_loaded
-from .gguf_file import GgufFile, first_line
+from .gguf_file import GgufFile
 from .launch import TARGETS, Target
 from .patch import patched_with
 from .rotary import is_local

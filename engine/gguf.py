@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from ..errors import AssetError, UnsupportedModel
+from ..errors import AssetError, UnsupportedModel, first_line
 from .storage import cache_dir, filling
 
 if TYPE_CHECKING:
@@ -122,9 +122,7 @@ def _load(file: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .gguf_file import first_line
-
-    where = {"gguf_file": file.name, "local_files_only": True}
+    where = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(file.parent), **where, **_dequantize(), dtype=torch.float32, output_loading_info=True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import gguf
 import numpy as np
 import torch
 
-from ..errors import AssetError, ConfigError, UnsupportedModel
+from ..errors import AssetError, ConfigError, UnsupportedModel, first_line
 from ..scaling.gguf_rope import GgufRope
 from ..scaling.hf import ConfiguredRope
 
-__all__ = ["GgufFile", "first_line"]
+__all__ = ["GgufFile"]
 
 _SCALING_KEYS = {
     "none": {"type", "factor", "original_context_length", "attn_factor"},
@@ -134,9 +133,3 @@ class GgufFile:
             return self.rope.configured(int(self.required("{arch}.context_length")))
         except ConfigError as error:
             raise UnsupportedModel(f"{self.path}: {error}") from error
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line: the class and the beginning of what it says."""
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

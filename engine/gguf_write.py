@@ -22,11 +22,12 @@ from gguf import (
 from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION
 from gguf.quants import quantize
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
 from ..scaling import hf as hf_config
 from ..scaling.gguf_rope import GgufRope
+from .checkpoint import read_config, read_tokenizer, read_weights
 from .gguf import silent_transformers
 from .gguf_vocab import add_vocabulary
 from .rotary import headline
@@ -153,10 +154,11 @@ def _parts(model: Model | Loaded | str | Path) -> tuple[Any, Any, str]:
     folder = Path(model)
     if not (folder / "config.json").is_file():
         raise AssetError(f"{folder}: no Hugging Face checkpoint there: a folder with a config.json is needed")
-    _check(AutoConfig.from_pretrained(folder), str(folder))
+    config = read_config(str(folder))
+    _check(config, str(folder))
     with silent_transformers():
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return hf, AutoTokenizer.from_pretrained(folder), folder.resolve().name
+        hf = read_weights(str(folder), config, dtype="auto")
+    return hf, read_tokenizer(folder), folder.resolve().name
 
 
 def _check(config: Any, name: str) -> None:

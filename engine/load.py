@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import ConfigError, UnsupportedModel, did_you_mean
+from ..errors import ConfigError, did_you_mean
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
 from . import attention, split
 from .api import Model
 from .cache import attends_to_everything
+from .checkpoint import read_tokenizer, read_weights
 from .config import find_config, headline_rope, quiet_transformers, trained_length
 from .family import supported
 from .kernels import UNAVAILABLE
@@ -63,7 +63,8 @@ def load(
         max_length: most tokens `generate` accepts; None is the scaler's reach.
 
     Raises:
-        AssetError: there is no such model, or it cannot be fetched.
+        AssetError: there is no such model, or it cannot be fetched; or its files are damaged, hold a weight that is no
+            number, or could run code: pickled weights and code of a checkpoint's own are never used.
         UnsupportedModel: it has no RoPE, or one that cannot be verified.
         ConfigError: the scaler or an option is wrong.
     """
@@ -91,12 +92,8 @@ def load(
     if on_cpu and attends_to_everything(config.get_text_config()):
         options["attn_implementation"] = attention.register()
     with quiet_transformers():
-        try:
-            hf = AutoModelForCausalLM.from_pretrained(source, config=config, **options)
-        except ValueError as error:
-            raise UnsupportedModel(f"{name}: transformers has no causal language model for it: {error}") from error
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    hf.eval()
+        hf = read_weights(source, config, **options)
+        tokenizer = read_tokenizer(source)
     if tp_plan is not None:
         split.begin()
     return Model(hf, tokenizer, name=str(name), rope=scaler, max_length=max_length, settings=settings)

@@ -13,6 +13,7 @@ from ..tokenizer_tools.boundaries import split_character
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
 from ..tokenizer_tools.vocab import Vocabulary
+from .chat_header import chat_headers
 from .decode import Weigh
 from .network import Network
 from .opening import weigh
@@ -91,12 +92,8 @@ def _started(ids: list[int], start: int | None) -> list[int]:
 
 def _ends_in_header(prompt: str | bytes | Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
     """True if the prompt ends in what the chat template writes before an answer: a token border by agreement."""
-    if not tokenizer.chat_template:
-        return False
-    question = [{"role": "user", "content": "?"}]
-    without, with_header = (
-        tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=flag) for flag in (False, True)
-    )
-    header = with_header.removeprefix(without)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
     text = prompt if isinstance(prompt, str) else split_character(bytes(prompt))[0].decode()
-    return bool(header) and text.endswith(header)
+    return isinstance(template, str) and text.endswith(chat_headers(template))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoConfig, AutoTokenizer
 
+from ..engine.checkpoint import read_config, read_tokenizer
 from ..scaling import hf as hf_config
 from ..scaling.lengths import parse_length
 from .bandwidth import Memory, Traffic
@@ -53,7 +53,7 @@ def measure(
     """
     asked = parse_against(against)
     folder = model_folder(model)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(str(folder))
     trained = next(iter(hf_config.read(config.get_text_config()).values())).max_length
     contexts = sorted({parse_length(length, trained) for length in lengths})
     if threads is not None:
@@ -98,6 +98,6 @@ def measure(
 
 def _text(folder: Path, needed: int) -> list[int]:
     """Token ids of a text; one that is too short begins anew."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     ids = tokenize_documents(load_text(TEXT), tokenizer, limit_tokens=needed)[0]
     return (ids * -(-needed // len(ids)))[:needed]

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
+from ..engine.checkpoint import read_tokenizer
 from ..engine.config import find_config, headline_rope, quiet_transformers
 from ..errors import ConfigError, ContextOverflow, EndpointError
 from ..scaling.rope import Scaler
@@ -52,7 +52,7 @@ class Endpoint:
         self.trained_length = headline_rope(config).max_length
         self.cost = Cost.of_config(config)
         with quiet_transformers():
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            self.tokenizer: Any = read_tokenizer(source)
         self.marks = {"tokenizer": model}
         self._server = Server(url)
         told = self._server.model(served_as)

@@ -71,11 +71,12 @@ def _ropewalk(model: str, ids: list[int], dtype: str, rope: str) -> _Loaded:
 def _transformers(model: str, ids: list[int], dtype: str, _: str) -> _Loaded:
     """The loss of transformers' own forward, as its perplexity page computes it: all logits at once."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from ..engine.checkpoint import read_config, read_weights
     from ..engine.source import resolve
 
-    hf = AutoModelForCausalLM.from_pretrained(resolve(model), dtype=getattr(torch, dtype)).eval()
+    source = resolve(model)
+    hf = read_weights(source, read_config(source), dtype=getattr(torch, dtype))
     labels = torch.tensor([[-100] * (len(ids) - TARGET) + ids[-TARGET:]])
 
     def loss() -> float:
@@ -136,8 +137,7 @@ def measure(engine: str, model: str, ids: list[int], dtype: str, rope: str) -> F
 @click.option("--hf", is_flag=True, help="Measure transformers too.")
 def main(model: str, lengths: str, text: str, dtype: str, rope: str, hf: bool) -> None:
     """Score the last 1024 tokens of a text of each length, and print the memory that it took."""
-    from transformers import AutoTokenizer
-
+    from ..engine.checkpoint import read_tokenizer
     from ..engine.source import resolve
     from ..errors import RopewalkError
     from ..scaling.lengths import format_length, parse_length
@@ -145,7 +145,7 @@ def main(model: str, lengths: str, text: str, dtype: str, rope: str, hf: bool) -
 
     try:
         contexts = [parse_length(length) for length in lengths.split(",")]
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+        tokenizer = read_tokenizer(resolve(model))
         ids = tokenize_documents(load_text(text), tokenizer, limit_tokens=max(contexts))[0]
         if len(ids) < max(contexts):
             raise click.ClickException(f"{text} holds {len(ids)} tokens of the {max(contexts)} that are asked for")

@@ -56,15 +56,15 @@ class Transformers:
 
     def __init__(self, entry: Entry) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
 
+        from ..engine.checkpoint import read_config, read_weights
         from ..engine.gguf import silent_transformers
 
         torch.set_num_threads(entry.threads)
         with silent_transformers():
             options = {"dtype": getattr(torch, entry.dtype), "device_map": entry.device}
-            model = AutoModelForCausalLM.from_pretrained(entry.source, attn_implementation="sdpa", **options)
-        self._model = model.eval()
+            config = read_config(entry.source)
+            self._model = read_weights(entry.source, config, attn_implementation="sdpa", **options)
         self.dtype = self.cache_dtype = entry.dtype
         self.versions = versions_of("transformers", "torch")
 

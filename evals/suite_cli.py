@@ -110,8 +110,7 @@ def compare(a: Path, b: Path) -> None:
 @click.option("--row", required=True, type=click.IntRange(min=1), help="Line of results.jsonl, from 1.")
 def reconstruct(run: Path, row: int) -> None:
     """The exact text that the model read for a row of RUN, rebuilt from its recipe and checked by its sha256."""
-    from transformers import AutoTokenizer
-
+    from ..engine.checkpoint import read_tokenizer
     from ..engine.source import resolve
     from ..errors import DataError
     from .merge import open_run
@@ -121,6 +120,6 @@ def reconstruct(run: Path, row: int) -> None:
     if row > len(rows):
         raise DataError(f"{run} has {len(rows)} rows; there is no row {row}")
     found = rows[row - 1]
-    tokenizer = AutoTokenizer.from_pretrained(resolve(found.get("tokenizer") or found["model"]))
+    tokenizer = read_tokenizer(resolve(found.get("tokenizer") or found["model"]))
     for passage in passages_of(found, rows, tokenizer):
         click.echo(passage)

@@ -16,6 +16,7 @@ alone and exits with code 2.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "RopewalkError",
     "UnsupportedModel",
     "did_you_mean",
+    "first_line",
 ]
 
 
@@ -68,3 +70,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names)}."
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library in one line: its class and the beginning of what it says."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
