@@ -19,7 +19,7 @@ from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import parse
 from ..tokenizer_tools.cover import cover
-from ..tokenizer_tools.vocab import Vocabulary, vocabulary
+from ..tokenizer_tools.vocab import Vocabulary, check_text, vocabulary
 from . import identity, tunings
 from .answer import Answer
 from .auto import Choice
@@ -335,6 +335,7 @@ class Model:
         return answer.completion()
 
     def _encode(self, text: str) -> list[int]:
+        check_text(text)
         ids: list[int] = self.tokenizer(text, verbose=False).input_ids
         return ids
 
