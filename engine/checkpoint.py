@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ..errors import AssetError, UnsupportedModel, first_line
+from ..scaling.hf import check_counts
 from .gguf import silent_transformers
 
 __all__ = ["read_config", "read_tokenizer", "read_weights"]
@@ -28,7 +29,6 @@ __all__ = ["read_config", "read_tokenizer", "read_weights"]
 _DATA_ONLY = {"trust_remote_code": False}
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_MOST_LAYERS = 10_000  # of a config: transformers makes a list entry or a module for each before it sees a weight
 _PACKED = 8  # weights in a stored byte at most, where a config says that they are quantized
 
 
@@ -41,7 +41,7 @@ def read_config(source: str) -> Any:
     """
     try:
         content, _ = PreTrainedConfig.get_config_dict(source)
-        _check_counts(content)
+        check_counts(content)
         config = AutoConfig.from_pretrained(source, **_DATA_ONLY)
     except Exception as error:  # each family's config class raises its own
         if isinstance(error, OSError | ValueError) and not Path(source).is_dir():
@@ -97,16 +97,6 @@ def _reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it needs code of its own, which ropewalk never runs; give a model whose code transformers has"
     return first_line(error)
-
-
-def _check_counts(content: Any) -> None:
-    """Refuse counts of layers that only a damaged config has: they are gone through before any weight is looked at."""
-    if isinstance(content, Mapping):
-        for key, value in content.items():
-            is_count = str(key).endswith(("layer", "layers", "experts"))
-            if is_count and isinstance(value, int | float) and value > _MOST_LAYERS:
-                raise ValueError(f"{key} {value} is more than {_MOST_LAYERS}")
-            _check_counts(value)
 
 
 def _from_hub(name: str) -> Path:

@@ -35,8 +35,8 @@ def find_config(name: str) -> tuple[str, Any]:
     except (OSError, ValueError) as error:
         raise AssetError(
             f"{name!r} is not a built-in model ({', '.join(MODELS)}), a folder or a .gguf file, and the hub did not "
-            f"give it ({first_line(error)}); check the name, or download the model where there is a network and give its "
-            "folder"
+            f"give it ({first_line(error)}); check the name, or download the model where there is a network and give "
+            "its folder"
         ) from error
 
 

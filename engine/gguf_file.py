@@ -60,8 +60,12 @@ class GgufFile:
 
     def field(self, name: str) -> Any:
         """The value of a field; None if there is none. `{arch}` in its name is the model's architecture."""
-        field = self.reader.get_field(name.replace("{arch}", self.arch) if "{" in name else name)
-        return None if field is None else field.contents()
+        name = name.replace("{arch}", self.arch) if "{" in name else name
+        try:
+            field = self.reader.get_field(name)
+            return None if field is None else field.contents()
+        except Exception as error:  # the reader decodes it only now
+            raise UnsupportedModel(f"{self.path}: field {name!r} is damaged ({first_line(error)})") from error
 
     def required(self, name: str) -> Any:
         """The same of a field that has to be there.

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..tokenizer_tools.boundaries import split_character
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
-from ..tokenizer_tools.vocab import Vocabulary
+from ..tokenizer_tools.vocab import Vocabulary, check_text
 from .chat_header import chat_headers
 from .decode import Weigh
 from .network import Network
@@ -54,10 +54,12 @@ class Prompt:
 
         Raises:
             ConfigError: it is empty, and the tokenizer has no start token.
-            DataError: it is not UTF-8.
+            DataError: it is not UTF-8, or holds half a surrogate pair.
         """
         start = tokenizer.bos_token_id
         is_text = isinstance(prompt, str | bytes)
+        if isinstance(prompt, str):
+            check_text(prompt)
         if not isinstance(prompt, bytes) and (continuation == "off" or (continuation == "auto" and not is_text)):
             ids = vocabulary.encode(prompt) if isinstance(prompt, str) else list(prompt)
             return cls(ids=_started(ids, start), starts_text=vocabulary.walls.issuperset(ids))

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import AssetError, ConfigError, did_you_mean
+from ..errors import AssetError, ConfigError, RopewalkError, did_you_mean, first_line
 from ..tokenizer_tools.vocab import Vocabulary, vocabulary
 from . import assets
 
@@ -71,13 +71,15 @@ def load_vocabulary(name: str | Path) -> Vocabulary:
 
 def _read(file: Path) -> Vocabulary:
     try:
-        tokenizer = _open(file)
+        return vocabulary(_open(file))
     except ImportError as error:
         raise ConfigError(f"{file} needs a library that is not here ({error}); pip install mistral-common") from None
-    except Exception as error:  # the tokenizers library raises no class of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AssetError(f"{file} is no tokenizer that can be read: {reason}") from error
-    return vocabulary(tokenizer)
+    except RopewalkError:
+        raise
+    except BaseException as error:  # the tokenizers library raises no class of its own, and panics as BaseException
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise AssetError(f"{file} is no tokenizer that can be read ({first_line(error)})") from error
 
 
 def _open(file: Path) -> Any:

@@ -95,7 +95,7 @@ def read(identity: str) -> tuple[Tuning, ...]:
         tunings = [Tuning.from_json(entry) for entry in found["tunings"]]
     except FileNotFoundError:
         return ()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path} cannot be read as what was tuned for this model ({error}); delete it, and run `ropewalk tune` "
             "again"

@@ -119,8 +119,8 @@ def environment_of(run: Run) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        found: dict[str, Any] = json.loads(file.read_bytes())
-    except ValueError:
+        found: dict[str, Any] = dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError, RecursionError):
         raise DataError(f"{file} is damaged; delete it, and the next run writes it anew") from None
     return found
 

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,8 @@ import numpy as np
 
 from ..engine.storage import write_atomic
 from ..errors import DataError
+
+_KEY = re.compile(r"\w{1,64}")  # it names a file
 
 Row = dict[str, Any]
 """`key`, then the fields of the recipe, then what was measured; the values are JSON."""
@@ -122,7 +125,9 @@ class Run:
             return None
         try:
             losses: Losses = np.load(file, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+            if losses.dtype != np.float32 or losses.ndim != 1:
+                raise ValueError(f"it holds {losses.dtype} {list(losses.shape)}, not float32 [tokens]")
+        except Exception as error:  # the header of a damaged file is read as Python, and may promise any size
             raise DataError(f"{file} cannot be read ({error}); delete it and measure the cell again") from None
         return losses
 
@@ -203,9 +208,10 @@ def environment() -> dict[str, Any]:
 def _parse(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("key"), str) else None
+    key = row.get("key") if isinstance(row, dict) else None
+    return row if isinstance(key, str) and _KEY.fullmatch(key) else None
 
 
 def _plain(value: Any) -> Any:

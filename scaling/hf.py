@@ -22,7 +22,7 @@ from .longrope import LongRoPE
 from .rope import RopeSpec, Scaler, compose
 from .yarn import YaRN
 
-__all__ = ["ConfiguredRope", "merged_parameters", "read", "write"]
+__all__ = ["ConfiguredRope", "check_counts", "merged_parameters", "read", "write"]
 
 _LENGTH = "original_max_position_embeddings"
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -51,6 +51,10 @@ _MODEL_CODE_KEYS = {
     "alpha": "a base multiplied in the model's own code",
 }
 """Keys of single families, acted on outside the rotary frequencies."""
+
+_MOST_LAYERS = 10_000  # transformers makes a list entry or a module for each before it sees a weight
+_WIDEST_HEAD = 2**16
+_LONGEST = 2**48  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +143,21 @@ def merged_parameters(config: Any) -> dict[str, Any]:
     return {key: value for key, value in parameters.items() if value is not None}
 
 
+def check_counts(content: Any) -> None:
+    """Refuse the content of a config.json with more layers or experts than any model has: a damaged or hostile one
+    would fill the memory before a weight is looked at.
+
+    Raises:
+        ConfigError: with the key.
+    """
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            is_count = str(key).endswith(("layer", "layers", "experts"))
+            if is_count and isinstance(value, int | float) and value > _MOST_LAYERS:
+                raise ConfigError(f"{key}={value:.3g} is more than {_MOST_LAYERS}")
+            check_counts(value)
+
+
 def _parameters(config: Any) -> Mapping[str, Any]:
     return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
 
@@ -163,7 +182,8 @@ def _from_json(config: Mapping[str, Any]) -> Any:
         raise ConfigError(
             "the config has no 'model_type', which decides what its missing keys mean; add it or pass a config object"
         )
-    if model_type not in CONFIG_MAPPING:
+    check_counts(config)
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UnsupportedModel(
             f"the installed transformers has no model_type {model_type!r}; "
             "pass the config object of the model's own code"
@@ -266,9 +286,13 @@ def _without_repetition(values: dict[str, Any]) -> dict[str, Any]:
 
 def _head_dim(name: str, config: Any) -> int:
     try:
-        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    except (AttributeError, RuntimeError) as error:  # the latter where heads differ from layer to layer
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # The second where heads differ from layer to layer.
+    except (AttributeError, RuntimeError, TypeError, ArithmeticError) as error:
         raise UnsupportedModel(f"{name}: the head dimension cannot be read from the config ({error})") from None
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim > _WIDEST_HEAD:
+        raise ConfigError(f"{name}: head_dim={head_dim!r:.40} must be a whole number up to {_WIDEST_HEAD}")
+    return head_dim
 
 
 def _read_geometry(name: str, head_dim: int, kind: str, values: dict[str, Any], trained_length: int) -> RopeSpec:
@@ -334,9 +358,12 @@ def _number_or_none(name: str, values: Mapping[str, Any], key: str) -> float | N
 
 def _number(name: str, values: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
         raise ConfigError(f"{name}: {key}={value!r} must be a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{name}: {key} is a whole number of {len(str(value))} digits; that cannot be") from None
 
 
 def _numbers(name: str, values: Mapping[str, Any], key: str) -> tuple[float, ...]:
@@ -347,6 +374,6 @@ def _numbers(name: str, values: Mapping[str, Any], key: str) -> tuple[float, ...
 
 
 def _length(name: str, key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}: {key}={value!r} must be a whole number of tokens")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LONGEST:
+        raise ConfigError(f"{name}: {key}={value!r:.40} must be a whole number of tokens")
     return value

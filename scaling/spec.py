@@ -37,6 +37,8 @@ def parse(spec: str | Scaler | None, trained_length: TrainedLength = None) -> Sc
         return Scaler()
     if isinstance(spec, Scaler):
         return spec
+    if not isinstance(spec, str):
+        raise ConfigError(f"a scaler is written as a string such as 'yarn:4', not as {type(spec).__name__}")
     members = [_parse_method(part, trained_length) for part in spec.split("|")]
     return compose(*(part for member in members for part in member.parts))
 

@@ -18,7 +18,7 @@ from itertools import accumulate, pairwise
 
 from ..errors import DataError
 from .boundaries import Hypothesis, hypotheses, split_character
-from .vocab import Vocabulary
+from .vocab import Vocabulary, check_text
 
 _PIECES_BACK = 3  # pieces at the end of a prompt that the probes see, at least
 _WINDOW = 256  # bytes at its end among which they are looked for at first
@@ -83,6 +83,7 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
         DataError: bytes that are not UTF-8.
     """
     if isinstance(prompt, str):
+        check_text(prompt)
         ids, partial = vocabulary.encode(prompt), b""
     elif isinstance(prompt, bytes):
         whole, partial = _split(prompt)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any
 
-from ..errors import UnsupportedModel
+from ..errors import DataError, UnsupportedModel
 from .trie import ByteTrie
 
 _MOST_REMEMBERED = 100_000  # answers of `can_extend`, which takes thousands of tokenizations for a short suffix
@@ -85,6 +85,21 @@ class Vocabulary(ABC):
     def text_bytes(self, ids: list[int]) -> bytes:
         """The bytes of a token sequence; special tokens have none."""
         return b"".join(self.tokens[i] for i in ids)
+
+
+def check_text(text: str) -> None:
+    """Refuse a lone surrogate, which no tokenizer and no file can hold.
+
+    Raises:
+        DataError: with its place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text holds half a surrogate pair, {text[error.start]!r}, as character {error.start}; it is no "
+            "Unicode text (text.encode(errors='replace').decode() puts a question mark there)"
+        ) from None
 
 
 def vocabulary(tokenizer: Any) -> Vocabulary:

@@ -1,0 +1,167 @@
+"""A little of tests/fuzz/run.py with every change, and each input that it found to be neither read nor refused."""
+
+import contextlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from parsers import PARSERS, TINY, _gguf, _spm
+
+import ropewalk as rw
+from ropewalk.engine import tunings
+from ropewalk.engine.gguf_file import GgufFile
+from ropewalk.engine.source import load_vocabulary
+from ropewalk.evals.merge import open_run
+from ropewalk.evals.report import environment_of
+from ropewalk.evals.result import Run
+from ropewalk.scaling import parse
+from ropewalk.scaling.hf import read
+
+SLOW = {"GGUF conversion", "safetensors index"}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_input_is_read_or_refused(name):
+    parser = PARSERS[name]
+
+    @settings(
+        max_examples=5 if name in SLOW else 30,
+        derandomize=True,
+        database=None,
+        deadline=10_000,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(parser.inputs())
+    def one(value):
+        with contextlib.suppress(rw.RopewalkError):
+            parser.read(value)
+
+    one()
+
+
+def test_a_parser_that_fails_would_be_seen(monkeypatch):
+    monkeypatch.setitem(PARSERS, "broken", PARSERS["length"].__class__(PARSERS["length"].inputs, lambda _: 1 / 0, 1))
+    with pytest.raises(ZeroDivisionError):
+        test_input_is_read_or_refused("broken")
+
+
+# What it found
+
+
+def config(**changes):
+    return json.loads((TINY / "config.json").read_text()) | changes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": {}},
+        {"model_type": "qwen2", "num_hidden_layers": 10**12},
+        {"model_type": "phi3", "head_dim": 10**30},
+        {"model_type": "gpt_neox", "head_dim": float("-inf")},
+        {"max_position_embeddings": 10**400},
+        {"rope_parameters": {"rope_theta": 10**400, "rope_type": "default"}},
+    ],
+    ids=lambda changes: list(changes)[-1],
+)
+def test_numbers_of_a_config_that_cannot_be(changes):
+    with pytest.raises(rw.RopewalkError):
+        read(config(**changes))
+
+
+def test_a_scaler_is_a_string():
+    with pytest.raises(rw.ConfigError, match="not as int"):
+        parse(4)
+
+
+def test_a_gguf_field_that_is_no_text(tmp_path):
+    data = _gguf().replace(b"linear", b"line\xec\xff")
+    (tmp_path / "a.gguf").write_bytes(data)
+    with pytest.raises(rw.UnsupportedModel, match=r"'llama\.rope\.scaling\.type' is damaged"):
+        _ = GgufFile(tmp_path / "a.gguf").configured
+
+
+def test_a_sentencepiece_model_whose_pieces_are_no_text(tmp_path):
+    (tmp_path / "a.model").write_bytes(_spm("bpe").replace("▁t".encode(), b"\xe2\x96t\xe2", 1))
+    with pytest.raises(rw.AssetError, match="is no tokenizer that can be read"):
+        load_vocabulary(tmp_path / "a.model")
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", "import \udfff", "\udc80"])
+def test_half_a_surrogate_pair_is_no_text(prompt):
+    model = rw.load(TINY, compile=False)
+    for ask in (model.generate, lambda text: list(model.stream(text)), model.score, model.session().append):
+        with pytest.raises(rw.DataError, match="half a surrogate pair"):
+            ask(prompt)
+
+
+def test_nul_and_a_very_long_word_are_text():
+    model = rw.load(TINY, compile=False)
+    params = rw.SamplingParams(max_new_tokens=1, temperature=0)
+    assert model.generate("\0\0a\0", params).token_ids
+    with pytest.raises(rw.ContextOverflow):
+        model.generate("a" * 1_000_000, params)
+
+
+def run_of(tmp_path, **changes):
+    row = {"key": "a", "task": "ppl", "protocol": "fixed-target", "model": "m", "rope": "none", "text": "t"}
+    row |= {"dtype": "float32", "context": 128, "loss": 1.0} | changes
+    (tmp_path / "results.jsonl").write_text(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope": None}, {"protocol": None}, {"text": {}}, {"dtype": None}, {"context": [0]}, {"text_sha256": {}}],
+    ids=str,
+)
+def test_a_row_that_no_run_wrote_is_named(tmp_path, changes):
+    with pytest.raises(rw.DataError, match=rf"the row 'a' is damaged, '{next(iter(changes))}' is"):
+        open_run(run_of(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("key", ["../../x", "/x", "a" * 300, "", 5])
+def test_a_key_names_a_file_of_its_run_and_no_other(tmp_path, key):
+    """Merging runs writes the losses under the keys of their rows."""
+    with pytest.raises(rw.DataError, match="line 1 is damaged"):
+        open_run(run_of(tmp_path, key=key))
+
+
+def test_json_that_is_nested_deeper_than_a_parser_goes(tmp_path, monkeypatch):
+    (tmp_path / "results.jsonl").write_bytes(b"[" * 100_000 + b"\n")
+    with pytest.raises(rw.DataError, match="line 1 is damaged"):
+        Run(tmp_path)
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path))
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "m.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(rw.DataError, match="cannot be read as what was tuned"):
+        tunings.read("m")
+    (tmp_path / "results.jsonl").unlink()
+    (tmp_path / "env.json").write_bytes(b"[" * 100_000)
+    with pytest.raises(rw.DataError, match=r"env\.json is damaged"):
+        environment_of(Run(tmp_path))
+
+
+@pytest.mark.parametrize("data", [b"\x93NUMPY\x01\x00v\x00{'descr': (\n" + b" " * 107, b"", b"\x93NUMPY"])
+def test_losses_whose_header_is_no_python(tmp_path, data):
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "losses" / "a.npy").write_bytes(data)
+    with pytest.raises(rw.DataError, match="delete it and measure the cell again"):
+        Run(tmp_path).losses({"key": "a"})
+
+
+def test_losses_of_another_shape(tmp_path):
+    (tmp_path / "losses").mkdir()
+    np.save(tmp_path / "losses" / "a.npy", np.ones((2, 2)))
+    with pytest.raises(rw.DataError, match="not float32"):
+        Run(tmp_path).losses({"key": "a"})
+
+
+def test_a_tokenizer_beside_the_weights_is_named(tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    (folder / "tokenizer.json").write_text('{"model": 5}')
+    with pytest.raises(rw.AssetError, match="its tokenizer cannot be read"):
+        rw.load(folder)
