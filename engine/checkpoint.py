@@ -22,6 +22,7 @@ from transformers import (
 from ..errors import AssetError, UnsupportedModel, first_line
 from ..scaling.hf import check_counts
 from .gguf import silent_transformers
+from .storage import cache_dir
 
 __all__ = ["read_config", "read_tokenizer", "read_weights"]
 
@@ -137,19 +138,22 @@ def _files(folder: Path) -> list[Path]:
 def _check_size(folder: Path, config: Any) -> None:
     """Refuse a config that promises more than the files hold, before memory is taken for it."""
     stored = tensors = 0
+    again = (
+        " It is a copy of ropewalk's: delete its folder, and it is made anew." if folder.parent == cache_dir() else ""
+    )
     for file in _files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
                 shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
         except Exception as error:
-            raise AssetError(f"{file} is damaged or no safetensors file ({first_line(error)})") from error
+            raise AssetError(f"{file} is damaged or no safetensors file ({first_line(error)}).{again}") from error
         tensors += len(shapes)
         stored += sum(torch.Size(shape).numel() for shape in shapes)
         if getattr(config, "quantization_config", None):
             stored += _PACKED * file.stat().st_size
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not 1 <= layers <= tensors:
-        raise AssetError(f"{folder}: its config has {layers} layers, and its files hold {tensors} tensors")
+        raise AssetError(f"{folder}: its config has {layers} layers, and its files hold {tensors} tensors.{again}")
     try:
         with torch.device("meta"), silent_transformers():
             promised = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(config).parameters())
@@ -160,7 +164,7 @@ def _check_size(folder: Path, config: Any) -> None:
             f"{folder}: transformers cannot build the model of its config ({first_line(error)})"
         ) from error
     if promised > stored:
-        raise AssetError(f"{folder}: its config promises {promised} weights, and its files hold {stored}")
+        raise AssetError(f"{folder}: its config promises {promised} weights, and its files hold {stored}.{again}")
 
 
 def _check_numbers(source: str, model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .network import CHUNK, Network
-from .prefill import Progress
+from .prefill import Progress, forward
 
 LOGITS_BUDGET = 2**24  # most float32 logits held at once: 64 MiB
 _ROWS = 64  # whose probabilities are added up at a time
@@ -59,7 +59,7 @@ def scored_logits(
     while start < end:
         inside = start >= first - 1
         stop = min(start + scored_chunk, end) if inside else min(start + CHUNK, first - 1)
-        logits = network.forward(ids[start:stop], cache, keep=stop - start if inside else 1)
+        logits = forward(network, ids[start:stop], cache, keep=stop - start if inside else 1)
         if progress:
             progress(start, stop - start)
         if inside:

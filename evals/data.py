@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import assets
-from ..errors import DataError, did_you_mean
+from ..errors import DataError, did_you_mean, first_line
 
 __all__ = ["TEXTS", "TEXT_SUFFIXES", "Text", "load_text", "tokenize_documents"]
 
@@ -135,9 +135,15 @@ def _encode(documents: list[str], tokenizer: Any) -> list[list[int]]:
 
 def _kjv() -> tuple[str, ...]:
     chapters: dict[str, list[str]] = {}
-    for line in assets.fetch("kjv").read_text(encoding="utf-8").splitlines():
-        verse = json.loads(line)
-        chapters.setdefault(f"{verse['book']} {verse['chapter']}", []).append(verse["text"])
+    file = assets.fetch("kjv")
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            verse = json.loads(line)
+            chapters.setdefault(f"{verse['book']} {verse['chapter']}", []).append(verse["text"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{file} is damaged ({first_line(error)}); delete its folder, and it is fetched anew"
+        ) from error
     return ("".join(f"{heading}\n{' '.join(verses)}\n\n" for heading, verses in chapters.items()),)
 
 

@@ -51,8 +51,8 @@ class Run:
         folder: created if it is not there.
 
     Raises:
-        DataError: `folder` is a file, or a line of its results.jsonl is damaged. A last line that a killed
-            run left unfinished is dropped, and the file repaired at the next write.
+        DataError: `folder` is a file or cannot be made, or a line of its results.jsonl is damaged. A last line that a
+            killed run left unfinished is dropped, and the file repaired at the next write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,6 +61,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise DataError(f"{self.folder} is or lies in a file; name a folder for the run") from None
+        except OSError as error:
+            raise self._unwritable(error) from error
         self._file = self.folder / "results.jsonl"
         self._lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
         self._rows: dict[str, Row] = {}
@@ -92,26 +94,35 @@ class Run:
             measured: JSON values under other names than the recipe's.
             losses: nats per scored token, [tokens].
 
+        Raises:
+            DataError: as `copy`.
         """
         shared = (recipe.keys() & measured.keys()) | ({"key"} & {*recipe, *measured})
         assert not shared, f"recipe and measured share {sorted(shared)}"
         return self.copy({"key": recipe_key(recipe), **_plain(recipe), **_plain(measured)}, losses)
 
     def copy(self, row: Row, losses: Losses | None) -> Row:
-        """Store a whole row, of another run for example."""
-        if losses is not None:
-            buffer = io.BytesIO()
-            np.save(buffer, np.asarray(losses, dtype=np.float32), allow_pickle=False)
-            write_atomic(self._losses_file(row), buffer.getvalue())
+        """Store a whole row, of another run for example.
+
+        Raises:
+            DataError: the folder cannot be written, or its disk is full. What was stored before is whole.
+        """
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        with self._lock, self._file.open("ab") as file:
-            self.refresh()
-            if not self._unended:
-                file.truncate(self._read)  # what a killed process left of a line
-            file.write(b"\n" * self._unended + line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-            self.refresh()
+        try:
+            if losses is not None:
+                buffer = io.BytesIO()
+                np.save(buffer, np.asarray(losses, dtype=np.float32), allow_pickle=False)
+                write_atomic(self._losses_file(row), buffer.getvalue())
+            with self._lock, self._file.open("ab") as file:
+                self.refresh()
+                if not self._unended:
+                    file.truncate(self._read)  # what a killed process left of a line
+                file.write(b"\n" * self._unended + line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+                self.refresh()
+        except OSError as error:
+            raise self._unwritable(error) from error
         return row
 
     def losses(self, row: Row) -> Losses | None:
@@ -134,8 +145,17 @@ class Run:
     def write_environment(self) -> dict[str, Any]:
         """Write `environment()` to env.json and return it."""
         found = environment()
-        write_atomic(self.folder / "env.json", (json.dumps(found, indent=2) + "\n").encode())
+        try:
+            write_atomic(self.folder / "env.json", (json.dumps(found, indent=2) + "\n").encode())
+        except OSError as error:
+            raise self._unwritable(error) from error
         return found
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self.folder} cannot be written ({error.strerror or error}); make room, or name another folder with "
+            "--out. What was finished is kept, and the same command goes on from there"
+        )
 
     def _losses_file(self, row: Row) -> Path:
         return self.folder / "losses" / f"{row['key']}.npy"
@@ -144,13 +164,15 @@ class Run:
     def claim(self, key: str) -> Iterator[bool]:
         """Hold what is named `key` for this process; false if another one has it. Sees what others have added."""
         file = self.folder / ".claims" / key
-        file.parent.mkdir(exist_ok=True)
         lock = filelock.FileLock(file, timeout=0)
         try:
+            file.parent.mkdir(exist_ok=True)
             lock.acquire()
         except filelock.Timeout:
             yield False
             return
+        except OSError as error:
+            raise self._unwritable(error) from error
         try:
             self.refresh()
             yield True

@@ -154,7 +154,7 @@ def check_counts(content: Any) -> None:
         for key, value in content.items():
             is_count = str(key).endswith(("layer", "layers", "experts"))
             if is_count and isinstance(value, int | float) and value > _MOST_LAYERS:
-                raise ConfigError(f"{key}={value:.3g} is more than {_MOST_LAYERS}")
+                raise ConfigError(f"{key}={value!r:.20} is more than {_MOST_LAYERS}")
             check_counts(value)
 
 
