@@ -109,6 +109,10 @@ def _from_hub(name: str) -> Path:
         raise AssetError(f"the hub did not give the files of {name} ({first_line(error)})") from error
 
 
+def _again(folder: Path) -> str:
+    return " It is ropewalk's own copy: delete its folder, and it is made anew" if folder.parent == cache_dir() else ""
+
+
 def _files(folder: Path) -> list[Path]:
     """The safetensors files that hold the weights of a folder."""
     if (folder / "adapter_config.json").exists():
@@ -122,7 +126,7 @@ def _files(folder: Path) -> list[Path]:
                 "convert it with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT) of transformers, "
                 "which writes safetensors, copy the tokenizer's files to OUT, and load that"
             )
-        raise AssetError(f"{folder}: no {_WEIGHTS} there")
+        raise AssetError(f"{folder}: no {_WEIGHTS} there.{_again(folder)}")
     try:
         names = set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values())
     except Exception as error:
@@ -138,9 +142,7 @@ def _files(folder: Path) -> list[Path]:
 def _check_size(folder: Path, config: Any) -> None:
     """Refuse a config that promises more than the files hold, before memory is taken for it."""
     stored = tensors = 0
-    again = (
-        " It is a copy of ropewalk's: delete its folder, and it is made anew." if folder.parent == cache_dir() else ""
-    )
+    again = _again(folder)
     for file in _files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
