@@ -116,15 +116,18 @@ class GgufFile:
                 f"{self.path}: rotary scaling {kind!r} with {', '.join(sorted(scaling)) or 'no fields'} cannot be "
                 "carried over from a GGUF file; load the original checkpoint"
             )
-        head_dim = self.field("{arch}.attention.key_length") or (
-            self.required("{arch}.embedding_length") // self.required("{arch}.attention.head_count")
-        )
-        return GgufRope(
-            dim=int(self.field("{arch}.rope.dimension_count") or head_dim),
-            base=float(self.field("{arch}.rope.freq_base") or 10_000.0),
-            scaling=scaling,
-            divisors=None if divisors is None else torch.tensor(divisors.data).flatten(),
-        )
+        try:
+            head_dim = self.field("{arch}.attention.key_length") or (
+                self.required("{arch}.embedding_length") // self.required("{arch}.attention.head_count")
+            )
+            return GgufRope(
+                dim=int(self.field("{arch}.rope.dimension_count") or head_dim),
+                base=float(self.field("{arch}.rope.freq_base") or 10_000.0),
+                scaling=scaling,
+                divisors=None if divisors is None else torch.tensor(divisors.data).flatten(),
+            )
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise UnsupportedModel(f"{self.path}: its rotary fields are damaged ({first_line(error)})") from error
 
     @property
     def configured(self) -> ConfiguredRope:
@@ -135,5 +138,5 @@ class GgufFile:
         """
         try:
             return self.rope.configured(int(self.required("{arch}.context_length")))
-        except ConfigError as error:
+        except (ConfigError, TypeError, ValueError, ArithmeticError) as error:
             raise UnsupportedModel(f"{self.path}: {error}") from error

@@ -18,6 +18,8 @@ MODELS = [name for name, asset in assets.ASSETS.items() if asset.kind == "model"
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model")
 """The files that hold a tokenizer, the first of them that is there."""
 
+_MOST_TOKENS = 2**24  # a list as long as a tekken file says is made of them
+
 
 def resolve(name: str) -> str:
     """A folder, or else a hub id.
@@ -87,7 +89,11 @@ def _open(file: Path) -> Any:
         import sentencepiece
 
         return sentencepiece.SentencePieceProcessor(model_file=str(file))
-    if isinstance(json.loads(file.read_bytes()).get("vocab"), list):  # tekken's; Hugging Face has it below "model"
+    content = json.loads(file.read_bytes())
+    if isinstance(content.get("vocab"), list):  # tekken's; Hugging Face has it below "model"
+        numbers = [*content["config"].values(), *(token["rank"] for token in content["vocab"])]
+        if any(isinstance(number, int | float) and number > _MOST_TOKENS for number in numbers):
+            raise ValueError(f"it counts more than {_MOST_TOKENS} tokens")
         return importlib.import_module("mistral_common.tokens.tokenizers.tekken").Tekkenizer.from_file(str(file))
     from tokenizers import Tokenizer
 

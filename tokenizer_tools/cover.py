@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from ..errors import DataError
+from ..errors import DataError, UnsupportedModel
 from .boundaries import Hypothesis, hypotheses, split_character
 from .vocab import Vocabulary, check_text
 
@@ -80,7 +80,8 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
             what follows the last of them is cut anew.
 
     Raises:
-        DataError: bytes that are not UTF-8.
+        DataError: bytes that are not UTF-8, or text with half a surrogate pair.
+        UnsupportedModel: a tokenizer that cuts characters, though its kind does not.
     """
     if isinstance(prompt, str):
         check_text(prompt)
@@ -98,7 +99,10 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
     elif _loses_end(prompt, text) if text else partial:
         text = _as_beginning(vocabulary, prompt if isinstance(prompt, str) else whole.decode())
         ids = ids[:wall] + _tokens(vocabulary, text)
-    return _Search(vocabulary, ids, wall, text + partial, partial).cover()
+    try:
+        return _Search(vocabulary, ids, wall, text + partial, partial).cover()
+    except UnicodeDecodeError as error:
+        raise UnsupportedModel(f"{vocabulary.name} cuts characters, which its kind of tokenizer does not") from error
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:

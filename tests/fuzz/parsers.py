@@ -19,6 +19,7 @@ import torch
 from gguf import GGUFWriter, TokenType
 from hypothesis import strategies as st
 from inputs import deep, json_mutants, mutants, text, written
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ropewalk as rw
 from ropewalk.engine import tunings
@@ -73,8 +74,12 @@ def _length(value: str) -> None:
 def _specs() -> st.SearchStrategy[str]:
     fields = sorted({name for method in METHODS.values() for name in method.__dataclass_fields__})
     number = st.from_regex(r"-?[0-9]{1,12}[.]?[0-9]{0,4}(e-?[0-9]{1,4})?", fullmatch=True)
-    value = number | st.sampled_from(
-        ["nan", "inf", "-inf", "1/2/3", "0.5x", "8k", "true", "", "1_0", "٣", "1e999", "\0"]
+    plain = st.sampled_from(["2", "4", "8.5", "1", "64", "512", "1k"])
+    value = (
+        plain
+        | plain
+        | number
+        | st.sampled_from(["nan", "inf", "-inf", "1/2/3", "0.5x", "8k", "true", "", "1_0", "٣", "1e999", "\0"])
     )
     item = value | st.builds("{}={}".format, st.sampled_from(fields), value)
     method = st.builds(
@@ -82,8 +87,14 @@ def _specs() -> st.SearchStrategy[str]:
         st.sampled_from(sorted(METHODS)),
         st.lists(item, max_size=4),
     )
+    own = st.sampled_from(sorted(METHODS)).flatmap(
+        lambda name: st.lists(
+            st.builds("{}={}".format, st.sampled_from([*METHODS[name].__dataclass_fields__, "factor"]), value),
+            max_size=3,
+        ).map(lambda items: f"{name}:{','.join(items)}")
+    )
     noise = text(4) | st.text(string.printable, max_size=20)
-    return st.lists(method | noise, min_size=1, max_size=3).map("|".join)
+    return own | method | st.lists(own | method | noise, min_size=2, max_size=3).map("|".join)
 
 
 def _spec(value: str) -> None:
@@ -168,8 +179,19 @@ def _config_file(value: bytes) -> None:
 
 
 @functools.cache
+def _small() -> Path:
+    """A Llama of a few thousand weights: of a megabyte of them a mutant would change nothing that is looked at."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(_WORK / "small")
+    return _WORK / "small"
+
+
+@functools.cache
 def _header() -> tuple[dict[str, Any], bytes]:
-    data = (TINY / "model.safetensors").read_bytes()
+    data = (_small() / "model.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 
@@ -185,12 +207,12 @@ def _safetensors() -> st.SearchStrategy[bytes]:
 
 
 def _weights(value: bytes) -> None:
-    folder = _folder(**{"model.safetensors": value})
-    try:
-        read_weights(*find_config(str(folder)), attn_implementation="sdpa")
-    finally:
-        (folder / "model.safetensors").unlink()
-        (folder / "model.safetensors").symlink_to(TINY / "model.safetensors")
+    folder = _WORK / "weights"
+    if not folder.exists():
+        shutil.copytree(_small(), folder)
+    (folder / "model.safetensors").unlink()  # what has mapped the last one keeps it
+    (folder / "model.safetensors").write_bytes(value)
+    read_weights(*find_config(str(folder)), attn_implementation="sdpa")
 
 
 def _indexes() -> st.SearchStrategy[bytes]:
@@ -202,7 +224,7 @@ def _indexes() -> st.SearchStrategy[bytes]:
 def _index(value: bytes) -> None:
     folder = _WORK / "sharded"
     if not folder.exists():
-        shutil.copytree(TINY, folder)
+        shutil.copytree(_small(), folder)
         (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     (folder / "model.safetensors.index.json").write_bytes(value)
     read_weights(*find_config(str(folder)), attn_implementation="sdpa")
@@ -355,8 +377,8 @@ def _tekkens() -> st.SearchStrategy[bytes]:
     config = {
         "pattern": r"[^\s]+|\s+",
         "num_vocab_tokens": len(vocab),
-        "default_vocab_size": len(vocab) + 10,
-        "default_num_special_tokens": 10,
+        "default_vocab_size": len(vocab) + 20,
+        "default_num_special_tokens": 20,
         "version": "v3",
     }
     tekken = {"config": config, "vocab": vocab, "multimodal": None}

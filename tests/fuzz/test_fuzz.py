@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from parsers import PARSERS, TINY, _gguf, _spm
+from small_tokenizers import KINDS
+from tokenizers import Tokenizer
 
 import ropewalk as rw
 from ropewalk.engine import tunings
@@ -18,6 +20,8 @@ from ropewalk.evals.report import environment_of
 from ropewalk.evals.result import Run
 from ropewalk.scaling import parse
 from ropewalk.scaling.hf import read
+from ropewalk.tokenizer_tools.cover import cover
+from ropewalk.tokenizer_tools.vocab import vocabulary
 
 SLOW = {"GGUF conversion", "safetensors index"}
 
@@ -84,10 +88,33 @@ def test_a_gguf_field_that_is_no_text(tmp_path):
         _ = GgufFile(tmp_path / "a.gguf").configured
 
 
+@pytest.mark.parametrize("field", ["attention.head_count", "rope.freq_base", "context_length"])
+def test_a_gguf_number_that_cannot_be(tmp_path, field):
+    data, name = _gguf(), f"llama.{field}".encode()
+    at = data.index(name) + len(name) + 4  # behind the type
+    data = data[:at] + b"\0\0\0\0" + data[at + 4 :]
+    data = data.replace(b"llama.rope.dimension_count", b"llama.rope.dimension_kount")
+    (tmp_path / "a.gguf").write_bytes(data)
+    try:
+        _ = GgufFile(tmp_path / "a.gguf").configured
+    except rw.UnsupportedModel:
+        return
+    assert field == "rope.freq_base"  # 0 is read as absent
+
+
 def test_a_sentencepiece_model_whose_pieces_are_no_text(tmp_path):
     (tmp_path / "a.model").write_bytes(_spm("bpe").replace("▁t".encode(), b"\xe2\x96t\xe2", 1))
     with pytest.raises(rw.AssetError, match="is no tokenizer that can be read"):
         load_vocabulary(tmp_path / "a.model")
+
+
+def test_a_tokenizer_that_cuts_characters_though_its_kind_does_not():
+    """Byte-level tokens, and no step that makes bytes of a text."""
+    described = json.loads(KINDS["cased"][2](KINDS["cased"][0], 0).to_str())
+    described["pre_tokenizer"]["pretokenizers"].pop()
+    tokens = vocabulary(Tokenizer.from_str(json.dumps(described)))
+    with pytest.raises(rw.UnsupportedModel, match="cuts characters"):
+        cover(tokens, "a b1 é")
 
 
 @pytest.mark.parametrize("prompt", ["\ud800", "import \udfff", "\udc80"])
@@ -165,3 +192,10 @@ def test_a_tokenizer_beside_the_weights_is_named(tmp_path):
     (folder / "tokenizer.json").write_text('{"model": 5}')
     with pytest.raises(rw.AssetError, match="its tokenizer cannot be read"):
         rw.load(folder)
+
+
+def test_a_tekken_file_that_counts_more_tokens_than_there_are(tmp_path):
+    config = {"pattern": ".", "num_vocab_tokens": 10**9, "default_vocab_size": 10**9, "default_num_special_tokens": 9}
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": []}))
+    with pytest.raises(rw.AssetError, match="counts more than 16777216 tokens"):
+        load_vocabulary(tmp_path / "tekken.json")
