@@ -198,13 +198,19 @@ class Session:
                 if metadata["weights"] != model.fingerprint:
                     raise DataError(f"{path} was saved by another model than {model.name}")
                 text, ids, setting = header["text"], header["ids"], (parse(header["rope"]), header["length"])
-                dropped = header.get("dropped", [0, 0])
-                held = len(ids) - dropped[0]
+                if not (isinstance(text, str) and isinstance(ids, list) and all(isinstance(i, int) for i in ids)):
+                    raise TypeError("its text or its token ids are of another kind")
+                if not isinstance(setting[1], int | None):
+                    raise TypeError("its length is no number")
+                dropped, needed = map(int, header.get("dropped", (0, 0)))
+                held = len(ids) - dropped
+                if not 0 <= needed <= held <= len(ids):
+                    raise ValueError("it holds more or fewer keys than its tokens have")
                 model.network.check_room(held + _SPARE)
                 cache = model.network.new_cache(held + _SPARE)
                 if not isinstance(cache, KVCache):
                     raise ConfigError("sessions can be loaded by the compiled kernels only")
-                _fill(cache, file, held, dropped, path)
+                _fill(cache, file, held, (dropped, needed), path)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             if isinstance(error, ConfigError):  # a ValueError too
                 raise
@@ -228,7 +234,7 @@ class Session:
         return Prompt.read(text, self._model.tokenizer, self._model.vocabulary, continuation)
 
 
-def _fill(cache: KVCache, file: Any, count: int, dropped: list[int], path: str | Path) -> None:
+def _fill(cache: KVCache, file: Any, count: int, dropped: tuple[int, int], path: str | Path) -> None:
     cache.reserve(count)
     for index, layer in enumerate(cache.layers if count else ()):
         for name in layer.buffers:
