@@ -344,6 +344,37 @@ def interop_page() -> str:
     return text
 
 
+def reliability_page() -> str:
+    """docs/reliability.md with what was counted anew."""
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    return replace_block(replace_block(text, "fuzz", fuzz_table()), "long life", long_life())
+
+
+def fuzz_table() -> str:
+    """What tests/fuzz/run.py counted."""
+    rows = json.loads((ROOT / "docs" / "results" / "fuzz.json").read_text(encoding="utf-8"))
+    lines = ["| parser | inputs | read | refused | failed | slowest | memory |", "|---" * 7 + "|"]
+    for row in rows:
+        counts = " | ".join(f"{row[key]:,}" for key in ("inputs", "read", "refused", "failed"))
+        lines.append(f"| {row['parser']} | {counts} | {row['slowest_s']:.2g} s | +{row['grown_mb']} MB |")
+    total = " | ".join(f"{sum(row[key] for row in rows):,}" for key in ("inputs", "read", "refused", "failed"))
+    slowest, memory = max(row["slowest_s"] for row in rows), max(row["grown_mb"] for row in rows)
+    return "\n".join([*lines, f"| **all** | {total} | {slowest:.2g} s | +{memory} MB |"])
+
+
+def long_life() -> str:
+    """What tests/long_life.py saw."""
+    found = json.loads((ROOT / "docs" / "results" / "long_life.json").read_text(encoding="utf-8"))
+    memory, files = ([sample[key] for sample in found["samples"]] for key in ("memory_mb", "files"))
+    same = "the same as" if found["same_answers"] else "other than"
+    works = sum(found["works"].values())
+    return (
+        f"{found['minutes']:g} minutes on the tests' small model, {works:,} pieces of work: memory {memory[0]} MB at "
+        f"the beginning, {memory[1]} MB after a twentieth of the time, {memory[-1]} MB at the end; files {files[0]} "
+        f"and {files[-1]}; the answers at the end {same} those at the beginning, to the bit."
+    )
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of block `name` replaced."""
     start, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
@@ -367,6 +398,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "results.md": results_page(),
         ROOT / "docs" / "interop.md": interop_page(),
         ROOT / "docs" / "contexts.md": contexts_page(),
+        ROOT / "docs" / "reliability.md": reliability_page(),
         ROOT / "README.md": readme,
     }
 

@@ -46,14 +46,15 @@ def forward(network: Network, ids: Sequence[int], cache: Cache, *, keep: int) ->
     Raises:
         ContextOverflow: not even a few tokens fit. The cache holds what was read before.
     """
-    held = cache.get_seq_length()
+    held = tokens_read(cache)
     try:
         return network.forward(ids, cache, keep=keep)
     except (MemoryError, RuntimeError) as error:
-        if not _is_lack_of_memory(error) or not can_rewind(cache):
+        excess = [tokens_read(layer) - held for layer in cache.layers]  # some layers may have the tokens already
+        if not _is_lack_of_memory(error) or not can_rewind(cache, max(excess, default=0)):
             raise
-        for layer in cache.layers:  # some of them may have the tokens already
-            layer.crop(held - layer.get_seq_length())
+        for layer, count in zip(cache.layers, excess, strict=True):
+            layer.crop(-count)
         if len(ids) < 2 * _SMALLEST:
             raise ContextOverflow(
                 f"out of memory after {held} tokens, even for {len(ids)} at a time; shorten the text, load with a "

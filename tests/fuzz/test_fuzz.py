@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from parsers import PARSERS, TINY, _gguf, _spm
+from inputs import written
+from parsers import PARSERS, TINY, _compiled, _gguf, _session_file, _spm
 from small_tokenizers import KINDS
 from tokenizers import Tokenizer
 
@@ -192,6 +193,16 @@ def test_a_tokenizer_beside_the_weights_is_named(tmp_path):
     (folder / "tokenizer.json").write_text('{"model": 5}')
     with pytest.raises(rw.AssetError, match="its tokenizer cannot be read"):
         rw.load(folder)
+
+
+@pytest.mark.parametrize("change", [{"text": -0.0}, {"ids": {}}, {"ids": ["x"]}, {"length": "x"}, {"rope": 4}], ids=str)
+def test_a_session_whose_header_is_of_another_kind(tmp_path, change):
+    outer, rest = _session_file()
+    inner = json.loads(outer["__metadata__"]["session"]) | change
+    header = written({**outer, "__metadata__": {**outer["__metadata__"], "session": json.dumps(inner)}})
+    (tmp_path / "s").write_bytes(len(header).to_bytes(8, "little") + header + rest)
+    with pytest.raises(rw.RopewalkError):
+        _compiled().session(tmp_path / "s")
 
 
 def test_a_tekken_file_that_counts_more_tokens_than_there_are(tmp_path):
