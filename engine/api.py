@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,7 @@ class Model:
         network: what runs it: our compiled kernels, or the model's own modules.
         name: what it was loaded as.
         sites: its rotary modules, verified against its config.
+        turn: held while the network runs under what was prepared for a request, so that threads take turns.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Model:
         self.sites = rotary_sites(hf)
         self.network = network(hf, self.sites, settings or Settings(compile=False))
         self._switch = Switch(hf, self.sites, self.network)
+        self.turn = threading.RLock()
         self.rope = rope
         self._contexts = ContextCaches(self)
 
@@ -87,10 +90,11 @@ class Model:
         wanted, choice = parse(scaler, self.trained_length), None
         if isinstance(wanted, Auto):
             choice = Choice.of(self.spec, self.trained_length, tunings.read(self.identity), self._switch.takes)
-        else:
-            self._switch.put(wanted)
-        self._rope, self._choice = wanted, choice
-        self.prepare(None)
+        with self.turn:
+            if choice is None:
+                self._switch.put(wanted)
+            self._rope, self._choice = wanted, choice
+            self.prepare(None)
 
     def rope_at(self, length: int | None) -> Scaler:
         """The scaler for a request of `length` tokens: `rope`, or what "auto" stands for there."""
@@ -266,8 +270,8 @@ class Model:
         """
         covers = cover(self.vocabulary, text)
         length = len(covers.prompt) + 1
-        self.prepare(length)
-        with torch.inference_mode():
+        with self.turn, torch.inference_mode():
+            self.prepare(length)
             weighed = weigh(self.network, covers, self.tokenizer.bos_token_id, self.new_cache(length), self.vocabulary)
             return weighed.next_byte_logprobs(self.vocabulary)
 
@@ -282,8 +286,8 @@ class Model:
         before, after = cover(self.vocabulary, text[0]), cover(self.vocabulary, b"".join(text))
         start = None if before.trunk else self.tokenizer.bos_token_id
         length = len(after.prompt) + 1
-        self.prepare(length)
-        with torch.inference_mode():
+        with self.turn, torch.inference_mode():
+            self.prepare(length)
             long, short = (  # a text that begins with `given` begins with its trunk
                 text_logprob(self.network, one, start, len(before.trunk), self.new_cache(length), self.vocabulary)
                 for one in (after, before)
@@ -311,10 +315,10 @@ class Model:
 
         Give an empty `cache` (`new_cache`) to go on from there: it holds `ids[:-1]` afterwards.
         """
-        self.prepare(len(ids))
-        if cache is None:
-            cache = self.new_cache(len(ids))
-        with torch.inference_mode():
+        with self.turn, torch.inference_mode():
+            self.prepare(len(ids))
+            if cache is None:
+                cache = self.new_cache(len(ids))
             return score(self.network, ids, first, cache, progress).cpu()
 
     def new_cache(self, capacity: int) -> Cache:

@@ -46,8 +46,9 @@ def check_length(model: Model, tokens: int, params: SamplingParams, cache: Cache
             f"{format_length(model.max_length)} that {model.name} reaches with rope {str(model.rope)!r}; set "
             f'model.rope = "yarn:{factor}", shorten the prompt, or load with max_length={total} to go there anyway'
         )
-    model.prepare(total)  # how much room a token takes depends on the scaler
-    model.network.check_room(total - (cache.owned if isinstance(cache, KVCache) else 0))
+    with model.turn:
+        model.prepare(total)  # how much room a token takes depends on the scaler
+        model.network.check_room(total - (cache.owned if isinstance(cache, KVCache) else 0))
     return total
 
 
@@ -69,8 +70,8 @@ def pieces(
     started = False
     while not answer.done:
         refuse_change(model, rope)
-        model.prepare(length)  # another request may have run since, and its frequencies are not ours
-        with torch.inference_mode():
+        with model.turn, torch.inference_mode():
+            model.prepare(length)  # another request may have run since, and its frequencies are not ours
             if started:
                 logits = model.network.forward(decoding.pending, decoding.cache, keep=1)[0]
                 token = decoding.draw(logits)
@@ -112,8 +113,8 @@ def generate_together(model: Model, prompts: Sequence[Prompt], params: SamplingP
     rows: list[_Row] = []
     left: list[_Row] = []  # the last to finish: the next may share its beginning
     found: dict[int, Completion] = {}
-    model.prepare(max(lengths))
-    with torch.inference_mode():
+    with model.turn, torch.inference_mode():
+        model.prepare(max(lengths))
         while waiting or rows:
             while waiting and len(rows) < most:
                 index, prompt = waiting.pop()

@@ -43,10 +43,11 @@ class KeptCache:
             length: tokens that it is going to hold.
         """
         network = self._model.network
-        self._model.prepare(length)
-        if self.setting != network.setting:
-            self._retune()
-        self.setting = network.setting
+        with self._model.turn:
+            self._model.prepare(length)
+            if self.setting != network.setting:
+                self._retune()
+            self.setting = network.setting
         shared = self.shared(certain)
         if self.cache is not None and not can_rewind(self.cache):
             shared = max(0, min(shared, len(certain) - 1))  # the last token has to be run again

@@ -105,8 +105,8 @@ class PooledAnswer:
         try:
             while not self._answer.done:
                 refuse_change(model, rope)
-                model.prepare(self._length)
-                with torch.inference_mode():
+                with model.turn, torch.inference_mode():
+                    model.prepare(self._length)
                     if pending:
                         logits = model.network.step(list(zip(pending, caches, strict=True))).float()
                         token = self._draw(logits, generator)

@@ -74,7 +74,8 @@ class Session:
             certain = certain[:-1]  # an answer runs the last token again, to see what follows it
         if len(certain) > len(self._kept.ids):
             try:
-                with torch.inference_mode():
+                with self._model.turn, torch.inference_mode():
+                    self._model.prepare(len(certain) + 1)
                     prefill(self._model.network, certain[len(self._kept.ids) :], cache, progress)
             except BaseException:
                 self._kept.settle(certain, broken=True)

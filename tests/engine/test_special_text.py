@@ -14,7 +14,7 @@ def test_a_prompt_holds_the_special_tokens_that_are_written_in_it(model):
     assert model.score(text).token_ids.count(0) == 1
     with model.session() as session:
         session.append(text + " c")
-        assert session._ids.count(0) == 1
+        assert session._kept.ids.count(0) == 1
 
 
 def test_text_of_a_stranger_is_kept_plain(model):

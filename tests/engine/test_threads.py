@@ -33,9 +33,6 @@ def test_two_threads_under_one_scaler(model, spec):
     assert list(both(model, *prompts)) == alone
 
 
-@pytest.mark.xfail(
-    reason="engine/generation.py prepares the scaler for a length and runs it without a lock", strict=True
-)
 def test_a_request_of_another_length_does_not_come_between(model, monkeypatch):
     """A scaler that depends on the length is prepared for one request; another thread's must wait until it has run."""
     model.rope = "dynamic-yarn"

@@ -1,0 +1,81 @@
+"""One pass over a long text, and its loss by position against recomputation."""
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import ropewalk as rw
+from ropewalk.engine.cli import cli
+from ropewalk.evals.data import Text
+from ropewalk.evals.endless import cells
+from ropewalk.evals.endless_table import endless_rows, to_markdown
+from ropewalk.evals.local import Local
+from ropewalk.evals.result import Run
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_folder):
+    return Local(rw.load(tiny_folder, max_length=2**31))
+
+
+@pytest.fixture(scope="module")
+def text(held_out_texts):
+    return Text(name="held out", documents=tuple(held_out_texts), sha256="1" * 64)
+
+
+def test_rows_are_the_losses_of_the_pass_and_of_windows_read_afresh(subject, text, tmp_path):
+    (cell,) = cells(subject, text, [rw.parse("sink-window:64")], contexts=[3000], places=8)
+    run, read = Run(tmp_path), []
+    subject.rope = cell.scaler
+    rows = cell.measure(subject, run, lambda held, count: read.append(count))
+    assert [(row["start"], row["end"]) for row in rows] == [
+        (1, 256),
+        (256, 512),
+        (512, 1024),
+        (1024, 2048),
+        (2048, 3000),
+    ]
+    model, ids = subject.model, list(cell.ids)
+    model.rope = cell.scaler
+    with torch.inference_mode():
+        losses = -model.score_ids(ids).numpy()
+    model.rope = None
+    for row in rows:
+        start, end = row["start"], row["end"]
+        assert row["loss"] == pytest.approx(losses[start - 1 : end - 1].mean(), abs=1e-5)
+        places = np.linspace(start, end - 1, 8).astype(int)
+        afresh = []
+        for t in places.tolist():
+            with torch.inference_mode():
+                window = torch.tensor([ids[max(0, t - 64) : t]])
+                afresh.append(-float(model.hf(window).logits[0, -1].log_softmax(-1)[ids[t]]))
+        assert row["recomputed"] == pytest.approx(np.mean(afresh), abs=1e-4)
+        assert row["streamed"] == pytest.approx(losses[places - 1].mean(), abs=1e-4)
+        assert row["difference"] == pytest.approx(row["streamed"] - row["recomputed"], abs=1e-5)
+    assert rows[-1]["cache_mb"] < 1.2 * rows[2]["cache_mb"]
+    assert sum(read) > 2999
+    assert cell.is_done(run) and endless_rows(run.rows) == rows
+    assert to_markdown(rows).count("\n| ") == 6
+
+
+@pytest.mark.parametrize("spec", ["none", "rerope:64", "yarn:2"])
+def test_scalers_that_hold_every_key_are_refused(subject, text, spec):
+    with pytest.raises(rw.ConfigError, match=r"sees every key.* take sink-window"):
+        cells(subject, text, [rw.parse(spec)], contexts=[1000], places=4)
+
+
+def test_a_text_that_is_too_short_is_refused(subject):
+    short = Text(name="short", documents=("import os\n" * 50,), sha256="2" * 64)
+    with pytest.raises(rw.DataError, match="take a longer --text"):
+        cells(subject, short, [rw.parse("sink-window:64")], contexts=[4096], places=4)
+
+
+def test_the_command(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["endless", str(tiny_folder), "--text", "stdlib", "--lengths", "4x", "--places", "4", "--out", str(out)]
+    for _ in range(2):
+        done = CliRunner().invoke(cli, arguments)
+        assert done.exit_code == 0, done.output
+    assert {path.name for path in out.iterdir()} >= {"results.jsonl", "table.md", "endless.png", "endless.svg"}
+    assert len(Run(out).rows) == 3
