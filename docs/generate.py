@@ -136,6 +136,7 @@ def file_tree() -> str:
             if file.name != "__init__.py":
                 lines.append(f"    {file.name:<18} {doc.splitlines()[0]}")
     lines += [
+        "examples/              five programs to start from: a long document, a pipeline, tuning, code, a study",
         "tests/                 mirrors the folders; tests/train_tiny.py makes the small model they use",
         "docs/                  design, methods, evaluation, the command line, the log of what failed",
         "src/ropewalk/          the import root: links to the four folders, errors.py, plugins.py, the public names",
