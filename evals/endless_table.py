@@ -78,7 +78,7 @@ def plot_endless(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
         for axes in (upper, lower):
             style.length_axis(axes, ends, ends[0] / 1.2, ends[-1] * 1.2)
         style.mark_length(upper, found[0]["trained_length"], "trained length")
-        fig.legend(loc="outside upper left", ncols=3, frameon=False)
+        upper.legend(loc="upper right", frameon=False)
         memory = max(row["cache_mb"] for row in found)
         note = f"Every point is a bucket that ends there. The cache never took more than {memory:.3g} MB."
         fig.supxlabel(note, **style.FOOTNOTE)
