@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, ContextOverflow, DataError
 from ..scaling.auto import Auto
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from ..evals.tuned import Tuned
 
 Pooling = Literal["entropy", "mean", "max"] | NBCE
+Continuing = Literal["auto", "exact", "off"]
+
+_LONGEST_MARK = 64  # characters of the name of a special token, which the vocabulary's trie does not hold
 
 
 class Model:
@@ -191,8 +194,8 @@ class Model:
                 answers.append(answer.completion())
             return answers if isinstance(prompt, list) else answers[0]
         if isinstance(prompt, list):
-            return generate_all(self, [self._prompt(one, params) for one in prompt], params)
-        return self._complete(self._prompt(prompt, params), params)
+            return generate_all(self, [self.read(one, params.continuation) for one in prompt], params)
+        return self._complete(self.read(prompt, params.continuation), params)
 
     def stream(
         self,
@@ -206,7 +209,7 @@ class Model:
         params = params or SamplingParams()
         if contexts is not None:
             return self.over_contexts(prompt, contexts, pooling, params).pieces()
-        read = self._prompt(prompt, params)
+        read = self.read(prompt, params.continuation)
         return pieces(self, read, params, Answer(read, params, self.vocabulary, self.stop_ids))
 
     def over_contexts(
@@ -330,7 +333,7 @@ class Model:
 
         The answer begins where the ids end, unless `params.continuation` is "exact".
         """
-        return self._complete(self._prompt(ids, params), params, cache)
+        return self._complete(self.read(ids, params.continuation), params, cache)
 
     def _complete(self, prompt: Prompt, params: SamplingParams, cache: Cache | None = None) -> Completion:
         answer = Answer(prompt, params, self.vocabulary, self.stop_ids)
@@ -343,8 +346,19 @@ class Model:
         ids: list[int] = self.tokenizer(text, verbose=False).input_ids
         return ids
 
-    def _prompt(self, prompt: str | bytes | list[int], params: SamplingParams) -> Prompt:
-        return Prompt.read(prompt, self.tokenizer, self.vocabulary, params.continuation)
+    def read(self, prompt: str | bytes | list[int], continuation: Continuing) -> Prompt:
+        """A prompt as the decode loop takes it.
+
+        Raises:
+            ContextOverflow: its text is longer than `max_length` tokens can be. Tokenizing that might take minutes.
+        """
+        longest = max(self.vocabulary.trie.longest, _LONGEST_MARK)
+        if not isinstance(prompt, list) and len(prompt) > self.max_length * longest:
+            raise ContextOverflow(
+                f"the prompt has {len(prompt):,} characters, more than {format_length(self.max_length)} tokens of at "
+                f"most {longest} bytes can hold, which {self.name} reaches with rope {str(self.rope)!r}; shorten it"
+            )
+        return Prompt.read(prompt, self.tokenizer, self.vocabulary, continuation)
 
     def prepare(self, length: int | None) -> None:
         """Make the scaler in use ready for a sequence of `length` tokens."""

@@ -176,11 +176,11 @@ def _check(question: str, contexts: Sequence[str]) -> None:
 
 def _read(model: Model, texts: list[str], params: SamplingParams) -> list[Prompt]:
     """The prompts of all rows; their covers, if any, are the same: outcomes of one law."""
-    rows = [Prompt.read(text, model.tokenizer, model.vocabulary, params.continuation) for text in texts]
+    rows = [model.read(text, params.continuation) for text in texts]
     ends = {None if row.cover is None or row.cover.only_aligned else row.cover.nodes for row in rows}
     if len(ends) == 1 and None not in ends:
         return rows
-    return [Prompt.read(text, model.tokenizer, model.vocabulary, "off") for text in texts]
+    return [model.read(text, "off") for text in texts]
 
 
 def _longest(model: Model, rows: Sequence[Prompt], params: SamplingParams) -> int:

@@ -232,7 +232,7 @@ class Session:
 
     def _read(self, text: str, params: SamplingParams | None = None) -> Prompt:
         continuation = (params or SamplingParams()).continuation
-        return Prompt.read(text, self._model.tokenizer, self._model.vocabulary, continuation)
+        return self._model.read(text, continuation)
 
 
 def _fill(cache: KVCache, file: Any, count: int, dropped: tuple[int, int], path: str | Path) -> None:

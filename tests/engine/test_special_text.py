@@ -1,7 +1,11 @@
 """The names of special tokens in a text: a prompt has the tokens, a stranger's text can be kept from having them."""
 
+import time
+
+import pytest
 from live import greedy
 
+import ropewalk as rw
 from ropewalk.engine.prompt import Prompt
 
 NAME = "<|endoftext|>"
@@ -23,3 +27,13 @@ def test_text_of_a_stranger_is_kept_plain(model):
     assert 0 not in plain
     assert model.vocabulary.text_bytes(plain).decode() == f"a{NAME}b"
     assert model.generate_ids([*before, *plain, *after], greedy(2)).token_ids
+
+
+def test_a_word_of_ten_million_letters_is_refused_at_once(model):
+    word = "x" * 10_000_000
+    with model.session() as session:
+        for ask in (model.generate, session.append, lambda text: model.generate("why?", contexts=[text])):
+            started = time.monotonic()
+            with pytest.raises(rw.ContextOverflow, match=r"10,000,0.. characters, more than 4k tokens"):
+                ask(word)
+            assert time.monotonic() - started < 5
