@@ -6,9 +6,16 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ropewalk.engine.attention import _mask, causal_attention
+from ropewalk.engine import attention
+from ropewalk.engine.attention import _attention_forward, _mask, causal_attention
 from ropewalk.engine.kernel import Score, join
 
 
@@ -73,3 +80,76 @@ def test_no_mask_for_plain_causal_attention_and_one_otherwise():
     assert not masked[..., 0].any()
     assert masked[0, 0].sum().item() == 5 + 6 + 7 + 8
     assert _mask(**shape, mask_function=sliding_window_causal_mask_function(3)) is not None
+
+
+def forward(q, k, v, mask=None, *, training=False, **options):
+    """What transformers' attention layers call, heads in front again."""
+    module = torch.nn.Identity().train(training)
+    out, weights = _attention_forward(module, q, k, v, mask, **options)
+    assert weights is None
+    assert out.is_contiguous()
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("scale", [None, 0.17])
+def test_what_transformers_calls_is_the_same_attention(scale):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 16, dtype=torch.float64) for heads, n in ((6, 5), (2, 40), (2, 40)))
+    expected = brute_force(q, k, v, 0.25 if scale is None else scale)
+    options = {} if scale is None else {"scaling": scale}
+    with torch.no_grad():
+        assert torch.allclose(forward(q, k, v, **options), expected, rtol=0, atol=1e-13)
+        mask = torch.arange(40) <= torch.arange(35, 40)[:, None]
+        assert torch.allclose(forward(q, k, v, mask, **options), expected, rtol=0, atol=1e-13)
+        mask = mask & (torch.arange(40) > 3)
+        hidden = brute_force(q, k[:, :, 4:], v[:, :, 4:], 0.25 if scale is None else scale)
+        assert torch.allclose(forward(q, k, v, mask, **options), hidden, rtol=0, atol=1e-13)
+    q.requires_grad_()
+    with_gradients = forward(q, k, v, **options)
+    assert torch.allclose(with_gradients, expected, rtol=0, atol=1e-13)
+    with_gradients.sum().backward()
+    assert q.grad is not None
+
+
+def test_dropout_is_for_training_only():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 30, 16) for heads in (4, 2, 2))
+    plain = forward(q, k, v)
+    assert torch.equal(forward(q, k, v, dropout=0.5), plain)
+    assert torch.equal(forward(q, k, v, training=True), plain)
+    assert not torch.allclose(forward(q, k, v, dropout=0.5, training=True), plain)
+
+
+def test_a_long_past_is_read_in_parts(monkeypatch):
+    monkeypatch.setattr(attention, "_AT_ONCE", 16)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, 16, dtype=torch.float64) for heads, n in ((4, 3), (2, 50), (2, 50)))
+    seen = []
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda q, k, *rest: seen.append(k.shape[2]) or attend(q, k, *rest))
+    assert torch.allclose(causal_attention(q, k, v, Score(scale=0.17)), brute_force(q, k, v, 0.17), rtol=0, atol=1e-13)
+    assert seen == [3, 16, 16, 15]
+
+
+def test_the_mask_is_that_of_transformers_wherever_there_is_one():
+    shape = {"batch_size": 2, "q_length": 4, "kv_length": 9, "q_offset": 5, "mask_function": causal_mask_function}
+    padding = torch.ones(2, 9, dtype=torch.bool)
+    padding[1, :2] = False
+    for case in (
+        {**shape, "q_offset": 3},  # the last keys are ahead of every query
+        {**shape, "kv_offset": 2, "q_offset": 7},
+        {**shape, "attention_mask": padding},
+        {**shape, "mask_function": sliding_window_causal_mask_function(3)},
+        {**shape, "q_length": 9, "q_offset": torch.tensor(0), "attention_mask": padding},
+    ):
+        assert torch.equal(_mask(**case), sdpa_mask(**case, allow_is_causal_skip=False))
+    assert _mask(2, 9, 9, mask_function=causal_mask_function) is None
+    assert _mask(**{**shape, "q_offset": torch.tensor(5)}) is None
+    assert _mask(**{**shape, "kv_offset": 0}, allow_is_causal_skip=True) is None
+
+
+def test_transformers_finds_it_by_name():
+    name = attention.register()
+    assert name == attention.ATTENTION_NAME
+    assert ALL_ATTENTION_FUNCTIONS[name] is _attention_forward
+    assert ALL_MASK_ATTENTION_FUNCTIONS[name] is _mask
