@@ -1,10 +1,29 @@
 """The contiguous cache against concatenation."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ropewalk.engine.cache import ContiguousLayer, new_cache
+from ropewalk import PatchError
+from ropewalk.engine import cache as caches
+from ropewalk.engine.cache import (
+    ContiguousLayer,
+    TurnedKeys,
+    adopt,
+    attends_to_everything,
+    cache_bytes,
+    can_rewind,
+    forget,
+    most_held,
+    new_cache,
+    rewind,
+    tokens_read,
+)
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
 
 
 def test_holds_what_was_appended_and_grows():
@@ -37,6 +56,227 @@ def test_crop_forgets_the_end():
 
 
 def test_models_with_windows_keep_transformers_cache():
-    small = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
-    assert isinstance(new_cache(LlamaConfig(**small), 8).layers[0], ContiguousLayer)
-    assert isinstance(new_cache(MistralConfig(**small, sliding_window=4), 8), DynamicCache)
+    assert isinstance(new_cache(LlamaConfig(**SMALL), 8).layers[0], ContiguousLayer)
+    assert isinstance(new_cache(MistralConfig(**SMALL, sliding_window=4), 8), DynamicCache)
+
+
+def states(n, rows=1):
+    return torch.randn(rows, 2, n, 8)
+
+
+def turning(calls):
+    """Turned keys are keys times 10; `calls` are the parts that were asked for."""
+
+    def turn(start, stop):
+        calls.append((start, stop))
+        return 10 * turn.keys[:, :, start:stop]
+
+    return turn
+
+
+def test_turned_keys_are_made_once_and_extended():
+    held, calls = TurnedKeys(), []
+    turn = turning(calls)
+    turn.keys = states(20)
+    for length in (3, 4, 4, 9):
+        assert torch.equal(held.get("a", 0, turn.keys[:, :, :length], turn), 10 * turn.keys[:, :, :length])
+    assert calls == [(0, 3), (3, 4), (4, 9)]
+    assert [copy.shape[2] for copy in held.tensors] == [12]  # twice 3, then twice 6
+    held.get("a", 1, turn.keys[:, :, :2], turn)  # another band, on its own
+    held.get("a", 0, turn.keys[:, :, :9], turn)
+    assert calls[3:] == [(0, 2)]
+    held.crop(5)
+    held.get("a", 1, turn.keys[:, :, :2], turn)
+    assert torch.equal(held.get("a", 0, turn.keys[:, :, :9], turn), 10 * turn.keys[:, :, :9])
+    assert calls[4:] == [(5, 9)]
+    held.get("b", 0, turn.keys[:, :, :2], turn)
+    assert calls[5:] == [(0, 2)]
+    assert len(held.tensors) == 1
+    held.get("b", 0, turn.keys[:, :, :2], turn)
+    assert len(calls) == 6
+    held.clear()
+    assert held.tensors == []
+    held.get("b", 0, turn.keys[:, :, :2], turn)
+    assert calls[6:] == [(0, 2)]
+
+
+def test_room_for_turned_keys_is_written_by_the_caller():
+    held, calls = TurnedKeys(), []
+    turn = turning(calls)
+    turn.keys = states(40)
+    exact = held.room("a", 0, turn.keys[:, :, :4], turn, 0)
+    assert exact.shape == (1, 2, 4, 8)
+    roomy = held.room("a", 0, turn.keys[:, :, :4], turn, 1)
+    assert roomy.shape == (1, 2, 8, 8)
+    assert torch.equal(roomy[:, :, :4], 10 * turn.keys[:, :, :4])
+    assert held.room("a", 0, turn.keys[:, :, :4], turn, 4) is roomy
+    assert held.room("a", 0, turn.keys[:, :, :4], turn, 26).shape[2] == 30
+    held.get("a", 1, turn.keys[:, :, :2], turn)
+    held.room("a", 0, turn.keys[:, :, :4], turn, 26)[:, :, 4:6] = 7
+    held.advance(4, 2)
+    assert (held.get("a", 0, turn.keys[:, :, :6], turn)[:, :, 4:] == 7).all()
+    assert calls == [(0, 4), (0, 2)]
+    held.get("a", 1, turn.keys[:, :, :6], turn)  # it held 2, not 4, so it was not advanced
+    assert calls[2:] == [(2, 6)]
+
+
+def test_rows_are_chosen_repeated_and_put_in_order():
+    layer, given, turn = ContiguousLayer(capacity=4), states(3, rows=2), turning([])
+    for change in (layer.reorder_cache, layer.batch_select_indices, layer.batch_repeat_interleave):
+        change(torch.tensor([0]))  # nothing is held yet
+    layer.update(given, -given)
+    turn.keys = given
+    layer.turned.get("a", 0, given, turn)
+    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([0, 2, 3]))
+    expected = given[[1, 0, 0]]
+    assert torch.equal(layer.keys[:, :, :3], expected)
+    assert torch.equal(layer.values[:, :, :3], -expected)
+    assert torch.equal(layer.turned.tensors[0], 10 * expected)
+
+
+def test_room_is_doubled_and_what_is_held_stays():
+    layer, given = ContiguousLayer(), states(3)
+    assert (layer.capacity, layer.length, layer.forgotten, layer.needed) == (256, 0, 0, 0)
+    layer.reserve(256)
+    assert layer.capacity == 256
+    layer.reserve(257)
+    assert layer.capacity == 512
+    layer = ContiguousLayer(capacity=3)
+    layer.update(given, -given)
+    assert layer.is_initialized
+    assert layer.keys.shape[2] == 3
+    assert (layer.dtype, layer.device) == (given.dtype, given.device)
+    layer.reserve(4)
+    assert layer.capacity == layer.keys.shape[2] == layer.values.shape[2] == 6
+    layer.reserve(100)
+    assert layer.capacity == layer.keys.shape[2] == 100
+    keys, values = layer.update(given, -given)
+    assert torch.equal(keys, torch.cat((given, given), 2))
+    assert torch.equal(values, -keys)
+    assert keys.turned is layer.turned
+    assert layer.get_mask_sizes(5) == (11, 0)
+    assert layer.get_max_length() == -1
+    assert layer.is_croppable
+    assert not layer.is_sliding
+
+
+def test_crop_and_reset_forget_turned_keys_too():
+    layer, given, calls = ContiguousLayer(), states(6), []
+    turn = turning(calls)
+    turn.keys = given
+    layer.update(given, given)
+    layer.turned.get("a", 0, given, turn)
+    layer.crop(-2)
+    assert layer.length == 4
+    layer.turned.get("a", 0, given, turn)
+    assert calls == [(0, 6), (4, 6)]
+    for wrong in (1, -5):
+        with pytest.raises(AssertionError):
+            layer.crop(wrong)
+    layer.crop(-4)
+    assert layer.length == 0
+    layer.update(given, given)
+    layer.forget(1, 2, 3)
+    layer.turned.get("a", 0, given[:, :, :4], turn)
+    layer.reset()
+    assert (layer.length, layer.forgotten, layer.turned.tensors) == (0, 0, [])
+
+
+def test_keys_are_dropped_behind_the_first_ones():
+    layer, given, calls = ContiguousLayer(capacity=16), states(10), []
+    turn = turning(calls)
+    turn.keys = given
+    layer.update(given, -given)
+    layer.turned.get("a", 0, given, turn)
+    layer.forget(2, 3, 6)
+    kept = torch.cat((given[:, :, :2], given[:, :, 5:]), 2)
+    assert (layer.length, layer.forgotten, layer.needed, layer.capacity) == (7, 3, 6, 16)
+    assert torch.equal(layer.keys[:, :, :7], kept)
+    assert torch.equal(layer.values[:, :, :7], -kept)
+    turn.keys = kept
+    assert torch.equal(layer.turned.get("a", 0, kept, turn), 10 * kept)
+    assert calls == [(0, 10), (2, 7)]
+    layer.forget(2, 1, 6)
+    assert layer.forgotten == 4
+
+
+def filled(tokens, layers=2, capacity=16):
+    cache = new_cache(LlamaConfig(**SMALL), capacity)
+    for index in range(layers):
+        given = states(tokens)
+        cache.update(given, given, index)
+    return cache
+
+
+def test_many_keys_are_dropped_at_once_and_the_end_stays():
+    (first, last), most = (4, 64), most_held((4, 64))
+    assert most == 68 + caches.SPARE + caches._STRIDE
+    assert most_held((4, 5000)) == 5004 + caches.SPARE + 5000
+    cache = filled(most - 1)
+    forget(cache, (first, last))
+    assert cache.get_seq_length() == most - 1
+    cache = filled(most)
+    forget(cache, (first, last))
+    assert [layer.length for layer in cache.layers] == [68 + caches.SPARE] * 2
+    assert [layer.forgotten for layer in cache.layers] == [caches._STRIDE] * 2
+    assert [layer.needed for layer in cache.layers] == [67] * 2
+    assert tokens_read(cache) == tokens_read(cache.layers[1]) == most
+    assert can_rewind(cache, caches.SPARE + 1)
+    assert not can_rewind(cache, caches.SPARE + 2)
+    rewind(cache, caches.SPARE + 1)
+    assert cache.get_seq_length() == 67
+    rewind(cache, 0)
+    with pytest.raises(PatchError, match="the last 1 tokens of this cache have to be read anew, and its layers"):
+        rewind(cache, 1)
+    wide = filled(5004 + caches.SPARE + 4999)
+    forget(wide, (4, 5000))
+    assert wide.layers[0].forgotten == 0
+
+
+def test_caches_of_other_kinds_are_left_alone():
+    windows = new_cache(MistralConfig(**SMALL, sliding_window=4), 8)
+    given = states(2000)
+    for index in range(2):
+        windows.update(given, given, index)
+    forget(windows, (4, 8))
+    assert tokens_read(windows) == 2000
+    assert not can_rewind(windows)
+    own = DynamicCache()
+    assert can_rewind(own)
+    assert tokens_read(own) == 0
+    adopt(own, 32)
+    assert own.layer_class_to_replicate is ContiguousLayer
+    own.update(given, given, 0)
+    assert type(own.layers[0]) is ContiguousLayer
+    assert can_rewind(own, 2000)  # nothing was dropped, so nothing is needed
+    full = DynamicCache(config=LlamaConfig(**SMALL))
+    full.update(given, given, 0)
+    adopt(full, 32)
+    assert [type(layer) for layer in full.layers] == [DynamicLayer, ContiguousLayer]  # one holds keys already
+    assert full.layers[1].capacity == 32
+    mixed = new_cache(LlamaConfig(**SMALL), 8)
+    mixed.layers[1] = windows.layers[1]
+    assert not can_rewind(mixed)
+
+
+def test_which_models_attend_to_everything():
+    assert attends_to_everything(LlamaConfig(**SMALL))
+    assert not attends_to_everything(MistralConfig(**SMALL, sliding_window=4))
+    assert attends_to_everything(MistralConfig(**SMALL, sliding_window=None))
+    assert not attends_to_everything(SimpleNamespace(layer_types=["full_attention", "sliding_attention"]))
+    assert attends_to_everything(SimpleNamespace(layer_types=["full_attention"] * 2, sliding_window=4))
+    assert not attends_to_everything(SimpleNamespace(layer_types=None, sliding_window=4))
+    assert attends_to_everything(SimpleNamespace())
+
+
+def test_bytes_are_those_of_buffers_and_turned_keys():
+    cache = filled(10, capacity=16)
+    one = 2 * 16 * 8 * 4
+    assert cache_bytes(cache) == 4 * one
+    turn = turning([])
+    turn.keys = cache.layers[0].keys
+    cache.layers[0].turned.get("a", 0, turn.keys, turn)
+    assert cache_bytes(cache) == 5 * one
+    assert cache_bytes(new_cache(LlamaConfig(**SMALL), 8)) == 0
