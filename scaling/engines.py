@@ -37,8 +37,11 @@ def read_all(config: Mapping[str, Any]) -> list[Reading]:
             "models with one set for all layers"
         )
     text = config.get("text_config", config)
+    parameters, length = hf.merged_parameters(config), "original_max_position_embeddings"
+    if not any(length in (part or {}) for part in (text, text.get("rope_scaling"), text.get("rope_parameters"))):
+        parameters.pop(length, None)  # transformers fills it in; other engines find nothing and go by that
     found = EngineRope(
-        parameters=hf.merged_parameters(config),
+        parameters=parameters,
         configured=configured[None],
         has_old=text.get("rope_scaling") is not None or text.get("rope_theta") is not None,
     )

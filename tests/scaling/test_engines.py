@@ -1,10 +1,12 @@
 """What other engines make of a config: that of `write_served` is read alike, and the known disagreements show."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from carried import STATIC
+from words import lines
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import Linear, Llama3, YaRN, hf, hf_write
@@ -144,9 +146,24 @@ def test_keys_that_an_engine_does_not_look_for():
     assert whole["SGLang"].max_length == 4 * 8192
 
 
+def test_a_trained_length_that_only_transformers_fills_in():
+    """mlx-lm takes 4096 for it, and ExLlamaV3 the factor as it is."""
+    found = readings({key: value for key, value in YARN.items() if key != "original_max_position_embeddings"})
+    assert found["transformers"].rope.trained_length == 8192
+    assert found["mlx-lm"].rope.trained_length == 4096
+    assert found["ExLlamaV3"].scaler == YaRN(factor=4)
+    assert found["ExLlamaV3"].notes == ()
+
+
 def test_mscales_that_repeat_the_attention_factor_are_read_and_others_refused():
     repeated = LONG | {"attention_factor": 1.2, "short_mscale": 1.2, "long_mscale": 1.2}
     assert hf.read(config(repeated))[None].scaler.attention_factor == 1.2
     for other in ({"short_mscale": 1.1}, {"attention_factor": 1.1}, {"long_mscale": None}):
         with pytest.raises(Exception, match="a temperature that changes with the length"):
             hf.read(config(repeated | other))
+
+
+def test_every_reading_is_what_it_was_when_it_was_read():
+    """Scalers, lengths and sentences: what no other test asks for one by one."""
+    stored = Path(__file__).with_name("readings.txt").read_text(encoding="utf-8").splitlines()
+    assert list(lines()) == stored, "if the change is meant: python tests/scaling/words.py > tests/scaling/readings.txt"
