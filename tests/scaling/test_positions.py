@@ -25,6 +25,7 @@ from ropewalk.scaling import (
     YaRN,
 )
 from ropewalk.scaling.band import Band
+from ropewalk.scaling.spec import parse
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 Draw = st.DrawFn
@@ -340,3 +341,20 @@ def test_a_worked_example_of_each() -> None:
     }
     for scaler, row in rows.items():
         np.testing.assert_array_equal(seen(scaler.bands(trained_on(8), 10), 10)[0][9], row, err_msg=str(scaler))
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("none", "all"),
+        ("rerope:64", "near, far"),
+        ("leaky-rerope:window=64,k=4", "near, far"),
+        ("self-extend:4,window=64", "near, far"),
+        ("dual-chunk", "same chunk, chunk before, older"),
+        ("string", "near, far"),
+        ("jet-long:64", "near, far"),
+        ("sink-window:64", "window, sinks"),
+    ],
+)
+def test_bands_have_names(spec, names) -> None:
+    assert ", ".join(band.name for band in parse(spec).bands(trained_on(2048))) == names
