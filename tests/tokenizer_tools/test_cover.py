@@ -12,7 +12,7 @@ from ropewalk.errors import DataError
 from ropewalk.tokenizer_tools import boundaries
 from ropewalk.tokenizer_tools import cover as cover_module
 from ropewalk.tokenizer_tools.boundaries import split_character
-from ropewalk.tokenizer_tools.cover import Cover, Node, cover
+from ropewalk.tokenizer_tools.cover import Cover, Node, _is_firm, cover
 from ropewalk.tokenizer_tools.vocab import vocabulary
 
 
@@ -111,13 +111,25 @@ def test_tokens_of_a_long_text_are_the_same_as_of_its_end():
         for end in random.Random(4).sample(law.texts[-2000:], 8):
             whole = start + letters[0] + end
             for cut in (1, 2):
-                prompt = whole[: len(whole) - cut]
-                covered = cover(law.vocabulary, prompt)
-                tokens, n, reached = law.vocabulary.encode(whole), 0, 0
-                while reached < len(covered.text):
-                    reached += len(law.vocabulary.tokens[tokens[n]])
-                    n += 1
-                assert _holds(law.vocabulary, covered, tuple(tokens[:n])), (kind, prompt[-9:])
+                assert _has_its_own_cover(law, whole, cut), (kind, whole[-9:], cut)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_border_inside_a_long_run_of_one_character_is_relied_on(kind):
+    """Digits may be grouped from the right, and the last space joins a word: what comes moves such borders."""
+    law, letters = Law(kind, 2), KINDS[kind][0]
+    for letter in letters:
+        other = next(one for one in letters if one != letter)
+        for count in range(10, 16):
+            whole = 100 * "".join(letters) + other + count * letter
+            for after in (letter, other):
+                for cut in (1, 2, 3):
+                    assert _has_its_own_cover(law, whole + after, cut), (letter, count, after, cut)
+
+
+def test_borders_that_what_follows_cannot_move():
+    firm = ("ab", "a ", "a1", "1a", "1 ", "-1")
+    assert [pair for pair in (*firm, " a", " 1", "  ", "\n ", "11", "1²") if _is_firm(*pair)] == list(firm)
 
 
 @pytest.mark.parametrize("letter", ["a", " ", "-", "7", "\n", "中", "🙂"])
@@ -131,6 +143,16 @@ def test_a_long_run_of_one_character_takes_no_time(letter):
     covered = cover(known, prompt)
     assert covered.prompt == tuple(started)
     assert sum(calls) < 10 * len(prompt)
+
+
+def _has_its_own_cover(law, whole: str, cut: int) -> bool:
+    """Whether the beginning of a text, without its last characters, has the cover that the text's own tokens are."""
+    covered = cover(law.vocabulary, whole[: len(whole) - cut])
+    tokens, n, reached = law.vocabulary.encode(whole), 0, 0
+    while reached < len(covered.text):
+        reached += len(law.vocabulary.tokens[tokens[n]])
+        n += 1
+    return _holds(law.vocabulary, covered, tuple(tokens[:n]))
 
 
 def _holds(vocabulary_, covered: Cover, sequence: tuple[int, ...]) -> bool:
