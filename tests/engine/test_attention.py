@@ -137,6 +137,8 @@ def test_the_mask_is_that_of_transformers_wherever_there_is_one():
     padding[1, :2] = False
     for case in (
         {**shape, "q_offset": 3},  # the last keys are ahead of every query
+        {**shape, "q_length": 1, "q_offset": 3},  # transformers would leave it out here, for its own attention
+        {**shape, "kv_offset": 1},
         {**shape, "kv_offset": 2, "q_offset": 7},
         {**shape, "attention_mask": padding},
         {**shape, "mask_function": sliding_window_causal_mask_function(3)},

@@ -187,6 +187,9 @@ def test_a_prompt_of_token_ids_is_that_of_its_text():
     text = "a's  a"
     letters = [i for byte in text.encode() for i in law.vocabulary.trie.exact(bytes([byte]))]
     assert cover(law.vocabulary, letters) == cover(law.vocabulary, text) == cover(law.vocabulary, text.encode())
+    known, long = law.vocabulary, 200 * text  # of which the end alone is cut anew
+    assert cover(known, 200 * letters) == cover(known, long)
+    assert cover(known, long).prompt == tuple(known.encode(long))
 
 
 def test_an_empty_prompt_has_one_node_and_no_trunk():
