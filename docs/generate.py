@@ -410,6 +410,34 @@ def versions_page() -> str:
     return replace_block(text, "versions", versions_table())
 
 
+def mutants_table() -> str:
+    """What came of the mutants, as tests/mutation/sample.py stored it: counts by file, survivors with their reasons."""
+    found = json.loads((ROOT / "docs" / "results" / "mutants.json").read_text(encoding="utf-8"))
+    lines = ["| file | mutants | tried | killed | equivalent | survived |", "|---" * 6 + "|"]
+    reasons = []
+    for files in found.values():
+        for file, row in files.items():
+            explained = [one for one in row["survivors"].values() if one["why"]]
+            numbers = (
+                row["mutants"],
+                row["tried"],
+                row["killed"],
+                len(explained),
+                len(row["survivors"]) - len(explained),
+            )
+            lines.append(f"| {file} | {' | '.join(map(str, numbers))} |")
+            for one in row["survivors"].values():
+                change = " becomes ".join(f"`{line[1:].strip()}`" for line in one["change"])
+                reasons.append(f"- {file}: {change}. {one['why'] or '**Not explained.**'}")
+    return "\n".join([*lines, "", *(reasons or ["No mutant survived."])])
+
+
+def mutants_page() -> str:
+    """docs/reliability-mutations.md with its tables anew."""
+    text = (ROOT / "docs" / "reliability-mutations.md").read_text(encoding="utf-8")
+    return replace_block(text, "mutants", mutants_table())
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of block `name` replaced."""
     start, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
@@ -435,6 +463,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "contexts.md": contexts_page(),
         ROOT / "docs" / "reliability.md": reliability_page(),
         ROOT / "docs" / "reliability-versions.md": versions_page(),
+        ROOT / "docs" / "reliability-mutations.md": mutants_page(),
         ROOT / "README.md": readme,
     }
 
