@@ -12,7 +12,7 @@ from ropewalk.errors import DataError
 from ropewalk.tokenizer_tools import boundaries
 from ropewalk.tokenizer_tools import cover as cover_module
 from ropewalk.tokenizer_tools.boundaries import split_character
-from ropewalk.tokenizer_tools.cover import Cover, Node, _is_firm, cover
+from ropewalk.tokenizer_tools.cover import Cover, Node, _is_firm, _loses_end, cover
 from ropewalk.tokenizer_tools.vocab import vocabulary
 
 
@@ -125,6 +125,13 @@ def test_no_border_inside_a_long_run_of_one_character_is_relied_on(kind):
             for after in (letter, other):
                 for cut in (1, 2, 3):
                     assert _has_its_own_cover(law, whole + after, cut), (letter, count, after, cut)
+
+
+def test_white_space_that_a_normalizer_stripped_is_noticed():
+    for prompt in ("a ", b"a ", "  "):
+        assert _loses_end(prompt, b"a")
+    for prompt, text in (("a ", b"a "), ("a", b"a"), (b" a", b"a"), ("中".encode()[:-1], b"a")):
+        assert not _loses_end(prompt, text)
 
 
 def test_borders_that_what_follows_cannot_move():
