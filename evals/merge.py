@@ -25,9 +25,10 @@ def open_run(folder: Path) -> Run:
 
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
-        ("text_sha256", "device", "places", "stride", "judge", "text_tokens", "seed"), (str, int, float, type(None))
+        ("text", "text_sha256", "device", "places", "stride", "judge", "text_tokens", "seed"),
+        (str, int, float, type(None)),
     ),
-    **dict.fromkeys(("task", "protocol", "model", "rope", "text", "dtype", "suite"), (str,)),
+    **dict.fromkeys(("task", "protocol", "model", "rope", "dtype", "suite"), (str,)),
     **dict.fromkeys(("context", "trained_length", "target", "samples", "tokens", "documents"), (int, type(None))),
     **dict.fromkeys(("bucket_start", "bucket_end"), (int, type(None))),
     **dict.fromkeys(("loss", "loss_low", "loss_high", "perplexity", "bits_per_byte"), (int, float, type(None))),

@@ -87,9 +87,10 @@ def test_memory_that_runs_out_while_the_cache_grows(model, monkeypatch, error):
             raise error
         return make(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(error):
+    with monkeypatch.context() as patch, pytest.raises(rw.ContextOverflow, match="out of memory") as told:
         patch.setattr(KVLayer, "_new", fails)
         session.append(LONG)
+    assert isinstance(told.value.__cause__, error)
     for one in (fork, session):
         goes_on(model, one)
 

@@ -109,7 +109,7 @@ def test_killed_at_any_moment_a_run_goes_on_and_no_row_is_lost_or_doubled(measur
         kept = len(lines_of_whole_rows(killed))
     again(process)
     assert 0 <= int(process.stdout.readline()) < CELLS
-    assert kills > KILLS // 2  # the others came after its end
+    assert kills > KILLS // 4  # the others came after its end, or on a busy machine before its first row
     expected, found = ({row["key"]: timeless(row) for row in lines(folder)} for folder in (whole, killed))
     assert found == expected
     assert len(lines(killed)) == len(expected) == ROWS

@@ -31,8 +31,8 @@ def test_a_leak_is_told(model, held_out_texts, monkeypatch):
     held, request = [], Load.request
 
     def leaks(self):
-        held.append(mmap.mmap(-1, 5_000_000))  # memory of its own, not what the process has and does not use
-        held[-1].write(b"x" * 5_000_000)
+        held.append(mmap.mmap(-1, 10_000_000))  # memory of its own, not what the process has and does not use
+        held[-1].write(b"x" * 10_000_000)
         request(self)
 
     monkeypatch.setattr(stability.Load, "request", leaks)
