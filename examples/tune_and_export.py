@@ -3,7 +3,7 @@
     python examples/tune_and_export.py --out exported
     python examples/tune_and_export.py --target 4x --budget 3600 --out exported --serve vllm
 
-A budget of a minute only skims a few scalers; give it twenty for one that you want to keep.
+A budget of a minute or two only skims a few scalers; give it twenty for one that you want to keep.
 """
 
 import argparse
@@ -12,9 +12,9 @@ import ropewalk as rw
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", default="smollm2-135m")
-parser.add_argument("--target", default="1.1x", help="tokens, or times the trained length")
+parser.add_argument("--target", default="1.125x", help="tokens, or times the trained length")
 parser.add_argument("--text", default="kjv", help="a built-in text, a file or a folder: like what the model will read")
-parser.add_argument("--budget", type=float, default=60, help="seconds for measuring")
+parser.add_argument("--budget", type=float, default=90, help="seconds for measuring")
 parser.add_argument("--serve", default="hf", help="hf, vllm, sglang, llama.cpp or ollama")
 parser.add_argument("--out", required=True, help="a new folder")
 args = parser.parse_args()
