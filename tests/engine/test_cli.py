@@ -133,7 +133,7 @@ def test_ctrl_c_keeps_finished_cells_and_says_so(tiny_folder, tmp_path):
     while running.poll() is None and not (results.exists() and results.read_text(encoding="utf-8")):
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=240)
     assert running.returncode == 130, errors
     assert errors.strip().endswith("ropewalk: stopped; what was finished is kept")
     assert "Traceback" not in errors
