@@ -18,7 +18,7 @@ parser.add_argument("--model", default="smollm2-135m")
 parser.add_argument("--text", default="shakespeare")
 parser.add_argument("--ropes", nargs="+", default=["none", "yarn:2"])
 parser.add_argument("--lengths", nargs="+", default=["1k", "1.125x"])
-parser.add_argument("--target", type=int, default=1024, help="tokens that are scored")
+parser.add_argument("--target", type=int, default=512, help="tokens that are scored")
 parser.add_argument("--out", type=Path, required=True, help="a folder")
 args = parser.parse_args()
 
