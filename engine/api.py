@@ -68,11 +68,12 @@ class Model:
         rope: str | Scaler | None = None,
         max_length: int | None = None,
         settings: Settings | None = None,
+        special_tokens: bool = False,
     ) -> None:
         self.hf = hf
         self.tokenizer = tokenizer
         self.name = name
-        self._max_length = max_length
+        self._max_length, self._special_tokens = max_length, special_tokens
         self.sites = rotary_sites(hf)
         self.network = network(hf, self.sites, settings or Settings(compile=False))
         self._switch = Switch(hf, self.sites, self.network)
@@ -144,7 +145,7 @@ class Model:
         Raises:
             UnsupportedModel: they are not pieces of the text's bytes.
         """
-        return vocabulary(self.tokenizer)
+        return vocabulary(self.tokenizer, special_tokens=self._special_tokens)
 
     @overload
     def generate(
@@ -285,6 +286,9 @@ class Model:
         divided by its bytes it compares models with different tokenizers. Where no token of `given` is certain, the
         texts begin with the tokenizer's start token.
         """
+        for part in (given, continuation):
+            if isinstance(part, str):
+                check_text(part)
         text = [part.encode() if isinstance(part, str) else part for part in (given, continuation)]
         before, after = cover(self.vocabulary, text[0]), cover(self.vocabulary, b"".join(text))
         start = None if before.trunk else self.tokenizer.bos_token_id
@@ -343,7 +347,7 @@ class Model:
 
     def _encode(self, text: str) -> list[int]:
         check_text(text)
-        ids: list[int] = self.tokenizer(text, verbose=False).input_ids
+        ids: list[int] = self.tokenizer(text, split_special_tokens=not self._special_tokens, verbose=False).input_ids
         return ids
 
     def read(self, prompt: str | bytes | list[int], continuation: Continuing) -> Prompt:

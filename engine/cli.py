@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from typing import Any, Literal
 
 import click
@@ -88,6 +89,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: errors that ropewalk raises on purpose become one sentence and exit code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"ropewalk: {message}\n"
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -146,6 +148,11 @@ EXAMPLES = "\b\nExamples:\n"
     show_default=True,
     help="How the answers of contexts become one: that of the least uncertain one, the mean, or the largest.",
 )
+@click.option(
+    "--special-tokens",
+    is_flag=True,
+    help="Names of special tokens in PROMPT stand for them, as a chat template means it; else they are plain text.",
+)
 @loads_a_model
 @click.option("--max-length", help="Go past the scaler's reach, up to this length.")
 def generate(
@@ -163,6 +170,7 @@ def generate(
     over_contexts: bool,
     window: str | None,
     pooling: Literal["entropy", "mean", "max"],
+    special_tokens: bool,
     loading: dict[str, Any],
     max_length: str | None,
 ) -> None:
@@ -197,7 +205,8 @@ def generate(
         )
     if window and not over_contexts:
         raise click.UsageError("--window splits the files of --contexts, and there are none")
-    loaded = load(model, rope=rope, **loading, max_length=parse_length(max_length) if max_length else None)
+    longest = parse_length(max_length) if max_length else None
+    loaded = load(model, rope=rope, **loading, max_length=longest, special_tokens=special_tokens)
     text = sys.stdin.read() if prompt == "-" else prompt
     if over_contexts:
         size = parse_length(window, loaded.trained_length) if window else None

@@ -50,6 +50,8 @@ def heal(
     tokenizer: PreTrainedTokenizerBase,
     prompts: str | bytes | Sequence[str | bytes],
     params: SamplingParams | None = None,
+    *,
+    special_tokens: bool = False,
 ) -> Healed:
     """Make prompts that may end inside a token ready for transformers' own `generate`.
 
@@ -62,8 +64,9 @@ def heal(
 
     Args:
         params: how to draw it; the rest of the answer is drawn as `generate` is told.
+        special_tokens: whether names of special tokens in the prompts stand for them, as a chat template means them.
     """
-    params, known = params or SamplingParams(), vocabulary(tokenizer)
+    params, known = params or SamplingParams(), vocabulary(tokenizer, special_tokens=special_tokens)
     generator = random_source(params, hf_model.device)
     read = [
         Prompt.read(prompt, tokenizer, known, params.continuation)

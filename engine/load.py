@@ -39,6 +39,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     tp_plan: Literal["auto"] | None = None,
     max_length: int | None = None,
+    special_tokens: bool = False,
 ) -> Model:
     """Load a Llama-style model and give it a position scaler.
 
@@ -61,6 +62,8 @@ def load(
         tp_plan: "auto" splits every layer over the processes that torchrun started; each of them has to make the same
             calls. None leaves the model whole.
         max_length: most tokens `generate` accepts; None is the scaler's reach.
+        special_tokens: True where texts come from a chat template: names of special tokens in them (`<|im_start|>`)
+            stand for those tokens, whoever wrote them. Else they are text like any other.
 
     Raises:
         AssetError: there is no such model, or it cannot be fetched; or its files are damaged, hold a weight that is no
@@ -96,7 +99,15 @@ def load(
         tokenizer = read_tokenizer(source)
     if tp_plan is not None:
         split.begin()
-    return Model(hf, tokenizer, name=str(name), rope=scaler, max_length=max_length, settings=settings)
+    return Model(
+        hf,
+        tokenizer,
+        name=str(name),
+        rope=scaler,
+        max_length=max_length,
+        settings=settings,
+        special_tokens=special_tokens,
+    )
 
 
 def _own_device() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -60,6 +61,7 @@ class Prompt:
         is_text = isinstance(prompt, str | bytes)
         if isinstance(prompt, str):
             check_text(prompt)
+            _tell_of_names(vocabulary, prompt)
         if not isinstance(prompt, bytes) and (continuation == "off" or (continuation == "auto" and not is_text)):
             ids = vocabulary.encode(prompt) if isinstance(prompt, str) else list(prompt)
             return cls(ids=_started(ids, start), starts_text=vocabulary.walls.issuperset(ids))
@@ -84,6 +86,15 @@ class Prompt:
     def text_stream(self, vocabulary: Vocabulary) -> TextStream:
         """For the text of the answer."""
         return TextStream(vocabulary, pending=self.pending, starts_text=self.starts_text)
+
+
+def _tell_of_names(vocabulary: Vocabulary, text: str) -> None:
+    if not vocabulary.special_tokens and (names := vocabulary.names_in(text)):
+        warnings.warn(
+            f"the prompt holds {', '.join(names[:3])}, read as the characters that they are; if it comes from a chat "
+            "template, ask for the tokens: load(..., special_tokens=True), or --special-tokens",
+            stacklevel=2,
+        )
 
 
 def _started(ids: list[int], start: int | None) -> list[int]:

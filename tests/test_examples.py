@@ -18,7 +18,7 @@ SMOLLM2 = {
     "long_document": ("--tokens", "900", "--window", "256"),
     "transformers_pipeline": ("--tokens", "600"),
     "code_completion": (),
-    "perplexity_study": ("--lengths", "1k", "1.2k", "--out", "{folder}"),
+    "perplexity_study": ("--lengths", "1k", "1280", "--out", "{folder}"),
 }
 SAYS = {
     "long_document": "sink-window:",

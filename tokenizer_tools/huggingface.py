@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import threading
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +13,8 @@ from ..errors import UnsupportedModel
 from .vocab import Vocabulary
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+
+_ENCODING = threading.Lock()  # a tokenizer keeps the last call's setting, which another thread's call would change
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -23,8 +27,8 @@ def byte_alphabet() -> dict[str, int]:
 class HuggingFaceVocabulary(Vocabulary):
     """A `tokenizers.Tokenizer`; `outer` is the transformers tokenizer around it, if any."""
 
-    def __init__(self, backend: Any, outer: Any) -> None:
-        self._backend, self._outer = backend, outer
+    def __init__(self, backend: Any, outer: Any, special_tokens: bool) -> None:
+        self._backend, self._outer, self.special_tokens = backend, outer, special_tokens
         self.name = getattr(outer, "name_or_path", "") or type(outer).__name__
         kind = type(backend.model).__name__
         if kind not in ("BPE", "Unigram"):
@@ -81,11 +85,22 @@ class HuggingFaceVocabulary(Vocabulary):
             raise UnsupportedModel(f"{self.name} decodes {own!r} where its tokens' bytes are {ours!r}")
 
     def encode(self, text: str) -> list[int]:
-        if self._outer is self._backend:
-            ids: list[int] = self._backend.encode(text).ids
-        else:
-            ids = self._outer(text, verbose=False).input_ids
+        with _ENCODING:
+            if self._outer is self._backend:
+                self._backend.encode_special_tokens = not self.special_tokens
+                ids: list[int] = self._backend.encode(text).ids
+            else:
+                ids = self._outer(text, split_special_tokens=not self.special_tokens, verbose=False).input_ids
         return ids
+
+    def names_in(self, text: str) -> list[str]:
+        return sorted(set(self._names.findall(text))) if self._names else []
+
+    @cached_property
+    def _names(self) -> re.Pattern[str] | None:
+        added = self._backend.get_added_tokens_decoder().values()
+        names = [re.escape(token.content) for token in added if token.special]
+        return re.compile("|".join(sorted(names, key=len, reverse=True))) if names else None
 
     def cuts(self, text: str) -> list[int]:
         splitter = self._backend.pre_tokenizer

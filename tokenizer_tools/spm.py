@@ -14,8 +14,8 @@ class SentencePieceVocabulary(Vocabulary):
 
     byte_level = False
 
-    def __init__(self, processor: Any, outer: Any) -> None:
-        self._processor, self._outer = processor, outer
+    def __init__(self, processor: Any, outer: Any, special_tokens: bool) -> None:
+        self._processor, self._outer, self.special_tokens = processor, outer, special_tokens
         self.name = getattr(outer, "name_or_path", "") or type(outer).__name__
         model = _model(processor)
         self.kind = f"SentencePiece {model.trainer_spec.ModelType.Name(model.trainer_spec.model_type)}"
@@ -39,7 +39,10 @@ class SentencePieceVocabulary(Vocabulary):
         self.walls = frozenset(walls)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._outer(text).input_ids if callable(self._outer) else self._processor.encode(text)
+        if not callable(self._outer):
+            ids: list[int] = self._processor.encode(text)
+        else:
+            ids = self._outer(text, split_special_tokens=not self.special_tokens).input_ids
         return ids
 
     def cuts(self, text: str) -> list[int]:

@@ -12,6 +12,7 @@ class TiktokenVocabulary(Vocabulary):
     """A `tiktoken.Encoding`; `outer` is the tekken tokenizer around it, if any."""
 
     byte_level = True
+    special_tokens = False
 
     def __init__(self, encoding: Any, outer: Any) -> None:
         import regex  # type: ignore[import-untyped]  # comes with tiktoken

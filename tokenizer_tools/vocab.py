@@ -23,6 +23,8 @@ class Vocabulary(ABC):
         walls: ids that are not text or that the tokenizer matches before anything else: special, added, unknown and
             unused tokens. No other token's bytes ever extend over one.
         byte_level: True if a token may begin or end inside a character.
+        special_tokens: True if the name of a special token in a text stands for that token; else it is text like any
+            other, so that nobody's text can act as one.
         name: what to call the tokenizer in messages.
         kind: what sort of tokenizer it is, such as "byte-level BPE".
     """
@@ -30,6 +32,7 @@ class Vocabulary(ABC):
     tokens: list[bytes]
     walls: frozenset[int]
     byte_level: bool
+    special_tokens: bool
     name: str
     kind: str
 
@@ -72,6 +75,10 @@ class Vocabulary(ABC):
         """Tokens of one byte each, which stand for a character that has no token; None if there are none."""
         return None
 
+    def names_in(self, text: str) -> list[str]:
+        """Names of special tokens in `text` that `special_tokens` decides about."""
+        return []
+
     @cached_property
     def puts_space_first(self) -> bool:
         """True if the tokenizer begins every text with a space of its own."""
@@ -102,11 +109,13 @@ def check_text(text: str) -> None:
         ) from None
 
 
-def vocabulary(tokenizer: Any) -> Vocabulary:
+def vocabulary(tokenizer: Any, *, special_tokens: bool = False) -> Vocabulary:
     """The vocabulary of a tokenizer.
 
     Args:
         tokenizer: of transformers, `tokenizers`, `sentencepiece`, `tiktoken` or `mistral_common`.
+        special_tokens: whether names of special tokens in a text stand for them. Those of tiktoken and mistral_common
+            never do, those of a bare SentencePiece model neither.
 
     Raises:
         UnsupportedModel: its tokens are not pieces of the text's bytes (WordPiece, word levels, dropout).
@@ -117,12 +126,12 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
     if hasattr(backend, "pre_tokenizer") and hasattr(backend, "to_str"):
         from .huggingface import HuggingFaceVocabulary
 
-        return HuggingFaceVocabulary(backend, tokenizer)
+        return HuggingFaceVocabulary(backend, tokenizer, special_tokens)
     for inner in _layers(tokenizer):
         if hasattr(inner, "serialized_model_proto"):
             from .spm import SentencePieceVocabulary
 
-            return SentencePieceVocabulary(inner, tokenizer)
+            return SentencePieceVocabulary(inner, tokenizer, special_tokens)
         if hasattr(inner, "_pat_str") and hasattr(inner, "_mergeable_ranks"):
             from .tekken import TiktokenVocabulary
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ropewalk as rw
+from ropewalk.engine.api import Model
 from ropewalk.tokenizer_tools.cover import cover
 
 pytestmark = pytest.mark.model
@@ -12,6 +13,12 @@ pytestmark = pytest.mark.model
 @pytest.fixture(scope="module")
 def model():
     return rw.load("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def chatting(model):
+    """The same model, for prompts that a chat template made."""
+    return Model(model.hf, model.tokenizer, name="smollm2-135m", special_tokens=True)
 
 
 def greedy(continuation="exact", tokens=6):
@@ -77,16 +84,16 @@ def test_the_chinese_example_of_the_post(model):
     assert chain == pytest.approx(sum(steps), abs=2e-3)
 
 
-def test_a_special_token_at_the_end_is_a_border(model):
-    assert cover(model.vocabulary, "some text<|im_end|>").only_aligned
-    assert model.generate("some text<|im_end|>", greedy()).continuation is None
+def test_a_special_token_at_the_end_is_a_border(chatting):
+    assert cover(chatting.vocabulary, "some text<|im_end|>").only_aligned
+    assert chatting.generate("some text<|im_end|>", greedy()).continuation is None
 
 
-def test_after_the_chat_header_nothing_is_drawn_again(model):
+def test_after_the_chat_header_nothing_is_drawn_again(chatting):
     chat = [{"role": "user", "content": "Say hello."}]
-    prompt = model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert model.generate(prompt, greedy("auto")).continuation is None
-    begun = model.generate(prompt + "Hello! How can I hel", greedy("auto"))
+    prompt = chatting.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert chatting.generate(prompt, greedy("auto")).continuation is None
+    begun = chatting.generate(prompt + "Hello! How can I hel", greedy("auto"))
     assert begun.text.startswith("p")
 
 

@@ -1,32 +1,87 @@
-"""The names of special tokens in a text: a prompt has the tokens, a stranger's text can be kept from having them."""
+"""The names of special tokens in a text: characters like any others, unless it is asked for the tokens."""
 
 import time
+import warnings
 
 import pytest
 from live import greedy
 
 import ropewalk as rw
 from ropewalk.engine.prompt import Prompt
+from ropewalk.tokenizer_tools.vocab import vocabulary
 
 NAME = "<|endoftext|>"
+TEXT = f"a{NAME}b"
 
 
-def test_a_prompt_holds_the_special_tokens_that_are_written_in_it(model):
-    text = f"a{NAME}b"
-    read = [Prompt.read(text, model.tokenizer, model.vocabulary, policy).ids for policy in ("auto", "exact", "off")]
-    assert all(ids.count(0) == 1 for ids in read)
-    assert model.score(text).token_ids.count(0) == 1
-    with model.session() as session:
-        session.append(text + " c")
-        assert session._kept.ids.count(0) == 1
+@pytest.fixture(scope="module")
+def asking(tiny_folder):
+    return rw.load(tiny_folder, special_tokens=True)
 
 
-def test_text_of_a_stranger_is_kept_plain(model):
-    before, after = ([model.tokenizer.convert_tokens_to_ids(NAME)], model.tokenizer("\n").input_ids)
-    plain = model.tokenizer(f"a{NAME}b", add_special_tokens=False, split_special_tokens=True).input_ids
-    assert 0 not in plain
-    assert model.vocabulary.text_bytes(plain).decode() == f"a{NAME}b"
+def readings(model):
+    """Token ids of TEXT by every way in."""
+    with warnings.catch_warnings(), model.session() as session:
+        warnings.simplefilter("ignore")
+        session.append(TEXT + " c")
+        return [
+            *(Prompt.read(TEXT, model.tokenizer, model.vocabulary, policy).ids for policy in ("auto", "exact", "off")),
+            list(model.vocabulary.encode(TEXT)),
+            model.score(TEXT).token_ids,
+            list(session._kept.ids),
+            list(rw.heal(model.hf, model.tokenizer, TEXT, special_tokens=model._special_tokens).prompts[0].ids),
+        ]
+
+
+def test_names_are_plain_text(model):
+    special = model.tokenizer.convert_tokens_to_ids(NAME)
+    for ids in readings(model):
+        assert special not in ids
+        assert model.vocabulary.text_bytes(ids).decode().startswith(f"a{NAME}")
+
+
+def test_names_are_tokens_where_that_is_asked_for(asking):
+    special = asking.tokenizer.convert_tokens_to_ids(NAME)
+    assert all(ids.count(special) == 1 for ids in readings(asking))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert asking.generate(TEXT, greedy(2)).token_ids
+
+
+def test_one_call_does_not_change_how_the_next_one_reads(model, asking):
+    special = model.tokenizer.convert_tokens_to_ids(NAME)
+    for _ in range(2):
+        assert special in asking.vocabulary.encode(TEXT)
+        assert special not in model.vocabulary.encode(TEXT)
+        assert special in vocabulary(model.tokenizer, special_tokens=True).encode(TEXT)
+        assert special not in vocabulary(model.tokenizer.backend_tokenizer).encode(TEXT)
+        assert special in vocabulary(model.tokenizer.backend_tokenizer, special_tokens=True).encode(TEXT)
+
+
+def test_a_prompt_that_looks_like_a_chat_is_told_how_to_become_one(model):
+    with pytest.warns(UserWarning, match=r"holds <\|endoftext\|>, read as the characters.*special_tokens=True"):
+        model.generate(TEXT, greedy(1))
+
+
+def test_contexts_and_laws_of_bytes_are_plain_too(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert model.generate("why?", greedy(1), contexts=[TEXT]).sources
+    law = model.next_byte_logprobs(f"{NAME[:-1]}")
+    assert law[ord(">")] > law[256]  # it may go on as text
+    assert model.logprob(">", given=NAME[:-1]) == pytest.approx(float(law[ord(">")]), abs=1e-4)
+
+
+def test_a_strangers_text_between_special_tokens(model):
+    before, after = [model.tokenizer.convert_tokens_to_ids(NAME)], model.tokenizer("\n").input_ids
+    plain = model.vocabulary.encode(TEXT)
     assert model.generate_ids([*before, *plain, *after], greedy(2)).token_ids
+
+
+@pytest.mark.parametrize("ask", ["generate", "score", "logprob", "next_byte_logprobs"])
+def test_half_a_surrogate_pair_is_refused(model, ask):
+    with pytest.raises(rw.DataError, match="half a surrogate pair"):
+        getattr(model, ask)("ab\ud83d")
 
 
 def test_a_word_of_ten_million_letters_is_refused_at_once(model):

@@ -176,7 +176,7 @@ def test_special_tokens_are_walls():
     law = Law("plain", 0)
     tokenizer = KINDS["plain"][2]("ab ", 0)
     tokenizer.add_special_tokens(["<s>"])
-    walled = vocabulary(tokenizer)
+    walled = vocabulary(tokenizer, special_tokens=True)
     special = tokenizer.token_to_id("<s>")
     assert walled.walls == {special}
     behind, alone = cover(walled, "ab<s>ab"), cover(law.vocabulary, "ab")
@@ -187,6 +187,9 @@ def test_special_tokens_are_walls():
     assert end.only_aligned
     assert end.trunk == end.prompt == (*walled.encode("ab"), special)
     assert end.text == b""
+    plain = cover(vocabulary(tokenizer), "ab<s>ab")
+    assert special not in plain.prompt
+    assert plain.text == b"ab<s>ab"
 
 
 def test_a_prompt_of_token_ids_is_that_of_its_text():
