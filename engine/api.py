@@ -29,7 +29,7 @@ from .generation import generate_all, pieces
 from .nbce import NBCE
 from .networks import Settings, network
 from .opening import text_logprob, weigh
-from .pooled import ContextCaches, PooledAnswer
+from .pooled import ContextCaches, PooledAnswer, answer_all
 from .prefill import Progress
 from .prompt import Prompt
 from .rotary import headline, rotary_sites
@@ -184,15 +184,12 @@ class Model:
 
         Raises:
             ContextOverflow: prompt and `max_new_tokens` exceed `max_length`.
+            OutOfMemory: memory ran out; its `finished` holds the answers to a list that were done.
         """
         params = params or SamplingParams()
         if contexts is not None:
-            answers = []
-            for question in prompt if isinstance(prompt, list) else [prompt]:
-                answer = self.over_contexts(question, contexts, pooling, params)
-                for _ in answer.pieces():
-                    pass
-                answers.append(answer.completion())
+            questions = prompt if isinstance(prompt, list) else [prompt]
+            answers = answer_all(self.over_contexts(question, contexts, pooling, params) for question in questions)
             return answers if isinstance(prompt, list) else answers[0]
         if isinstance(prompt, list):
             return generate_all(self, [self.read(one, params.continuation) for one in prompt], params)

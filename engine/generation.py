@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache
 
-from ..errors import ContextOverflow, PatchError
+from ..errors import ContextOverflow, OutOfMemory, PatchError
 from ..scaling.lengths import format_length
 from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import shared_length
@@ -19,6 +19,7 @@ from .cache import can_rewind, rewind, tokens_read
 from .completion import Completion
 from .decode import Decoding
 from .kv_cache import KVCache
+from .memory import restoring
 from .prompt import Prompt
 from .sampling import SamplingParams
 
@@ -70,7 +71,7 @@ def pieces(
     started = False
     while not answer.done:
         refuse_change(model, rope)
-        with model.turn, torch.inference_mode():
+        with model.turn, torch.inference_mode(), restoring(decoding.cache):
             model.prepare(length)  # another request may have run since, and its frequencies are not ours
             if started:
                 logits = model.network.forward(decoding.pending, decoding.cache, keep=1)[0]
@@ -89,7 +90,11 @@ class _Row:
 
 
 def generate_all(model: Model, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
-    """Answers to several prompts; those under the same scaler, at the same frequencies, are written together."""
+    """Answers to several prompts; those under the same scaler, at the same frequencies, are written together.
+
+    Raises:
+        OutOfMemory: not even one text at a time fits. `finished` holds the others.
+    """
     alike: dict[object, list[int]] = {}
     for index, prompt in enumerate(prompts):
         scaler = model.rope_at(len(prompt.ids) + params.max_new_tokens)
@@ -97,40 +102,74 @@ def generate_all(model: Model, prompts: Sequence[Prompt], params: SamplingParams
         alike.setdefault((scaler, own), []).append(index)
     found: dict[int, Completion] = {}
     for members in alike.values():
-        answers = generate_together(model, [prompts[index] for index in members], params)
-        found |= dict(zip(members, answers, strict=True))
+        done: dict[int, Completion] = {}
+        try:
+            _generate_together(model, [prompts[index] for index in members], params, done)
+        except OutOfMemory as error:
+            error.finished = found | {members[n]: completion for n, completion in done.items()}
+            raise
+        found |= {members[n]: completion for n, completion in done.items()}
     return [found[index] for index in range(len(prompts))]
 
 
-def generate_together(model: Model, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
-    """Answers to several prompts, up to `ROWS` at a time; whoever is finished makes room for the next.
+def _generate_together(
+    model: Model, prompts: Sequence[Prompt], params: SamplingParams, found: dict[int, Completion]
+) -> None:
+    """Answers to several prompts into `found`, up to `ROWS` at a time; whoever is finished makes room for the next.
 
     A row is computed as though it were alone. A beginning that a prompt shares with one in progress is not read again.
+    Where memory runs out, the last row waits until another is finished, and is begun anew.
     """
     lengths = [check_length(model, len(prompt.ids), params) for prompt in prompts]
     most = _rows_that_fit(model, lengths)
     waiting = list(enumerate(prompts))[::-1]
     rows: list[_Row] = []
     left: list[_Row] = []  # the last to finish: the next may share its beginning
-    found: dict[int, Completion] = {}
     with model.turn, torch.inference_mode():
         model.prepare(max(lengths))
         while waiting or rows:
-            while waiting and len(rows) < most:
-                index, prompt = waiting.pop()
-                beginning = _beginning([*rows, *left], prompt)
-                row = _Row(index, _decoding(model, prompt, params, beginning), _answer(model, prompt, params))
-                row.answer.push(row.decoding.open())
-                rows.append(row)
-            if running := [row for row in rows if not row.answer.done]:
-                logits = model.network.step([(row.decoding.pending, row.decoding.cache) for row in running])
-                for row, own in zip(running, logits, strict=True):
-                    row.answer.push(row.decoding.draw(own))
             for row in [row for row in rows if row.answer.done]:
                 found[row.index] = row.answer.completion()
                 rows.remove(row)
                 left = [row] if waiting and most > 1 else []
-    return [found[index] for index in range(len(prompts))]
+            while waiting and len(rows) < most:
+                try:
+                    rows.append(_opened(model, *waiting[-1], params, [*rows, *left]))
+                except OutOfMemory:
+                    if not rows and not left:
+                        raise
+                    most, left = max(1, len(rows)), []
+                else:
+                    waiting.pop()
+            running = [row for row in rows if not row.answer.done]
+            try:
+                _step(model, running)
+            except OutOfMemory:
+                if len(rows) == 1 and not left:
+                    raise
+                if len(rows) > 1:
+                    rows.remove(running[-1])
+                    waiting.append((running[-1].index, prompts[running[-1].index]))
+                most, left = len(rows), []
+
+
+def _opened(model: Model, index: int, prompt: Prompt, params: SamplingParams, others: Sequence[_Row]) -> _Row:
+    """A row whose prompt is read and whose first token is drawn."""
+    decoding = _decoding(model, prompt, params, _beginning(others, prompt))
+    row = _Row(index, decoding, Answer(prompt, params, model.vocabulary, model.stop_ids))
+    with restoring(decoding.cache):
+        row.answer.push(decoding.open())
+    return row
+
+
+def _step(model: Model, rows: Sequence[_Row]) -> None:
+    """The next token of every row."""
+    if not rows:
+        return
+    with restoring(*(row.decoding.cache for row in rows)):
+        logits = model.network.step([(row.decoding.pending, row.decoding.cache) for row in rows])
+    for row, own in zip(rows, logits, strict=True):
+        row.answer.push(row.decoding.draw(own))
 
 
 def _rows_that_fit(model: Model, lengths: list[int]) -> int:
@@ -148,10 +187,6 @@ def _rows_that_fit(model: Model, lengths: list[int]) -> int:
 def _decoding(model: Model, prompt: Prompt, params: SamplingParams, cache: Cache | None) -> Decoding:
     weigh = prompt.weigher(model.network, model.vocabulary, params.repetition_penalty)
     return Decoding(model.network, prompt.ids, params, model.stop_ids, cache, weigh)
-
-
-def _answer(model: Model, prompt: Prompt, params: SamplingParams) -> Answer:
-    return Answer(prompt, params, model.vocabulary, model.stop_ids)
 
 
 def _beginning(rows: Sequence[_Row], prompt: Prompt) -> Cache | None:

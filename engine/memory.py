@@ -1,15 +1,19 @@
-"""Whether a context fits into memory, known before any work is done."""
+"""Whether a context fits into memory: known before any work is done, or found out under way."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
+from collections.abc import Iterator
 
 import psutil
 import torch
+from transformers.cache_utils import Cache
 
-from ..errors import ContextOverflow
+from ..errors import ContextOverflow, OutOfMemory
 from ..scaling.lengths import format_length
+from .cache import can_rewind, tokens_read
 from .kv_cache import CacheShape
 
 
@@ -41,6 +45,36 @@ def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
         f"keys and values of {format_length(tokens)} tokens take {_gb(needed)}, more than the {_gb(available)} of "
         f"{where}; {', or '.join(ways)}"
     )
+
+
+@contextlib.contextmanager
+def restoring(*caches: Cache) -> Iterator[None]:
+    """Where memory runs out inside, caches are what they were before.
+
+    Raises:
+        OutOfMemory: in the place of what numpy and torch raise.
+    """
+    before = [tokens_read(cache) for cache in caches]
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        for cache, held in zip(caches, before, strict=True):
+            excess = [tokens_read(layer) - held for layer in cache.layers]  # some layers may have the tokens already
+            if not can_rewind(cache, max(excess, default=0)):
+                raise
+            for layer, count in zip(cache.layers, excess, strict=True):
+                layer.crop(-count)
+        raise OutOfMemory(
+            f"out of memory after {sum(before)} tokens; shorten the text, ask for less at a time, load with a smaller "
+            "dtype or kv_dtype, or end what else takes memory"
+        ) from error
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Also torch's on the CPU, which has no class of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _bytes(shape: CacheShape, forms: int) -> int:

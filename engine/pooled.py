@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..errors import ConfigError, ContextOverflow
+from ..errors import ConfigError, ContextOverflow, OutOfMemory
 from .answer import Answer
 from .cache import rewind, tokens_read
 from .completion import Completion, Usage
@@ -18,6 +18,7 @@ from .decode import Token, draw_token, opening_token
 from .generation import check_length, refuse_change
 from .kept_cache import KeptCache
 from .kv_cache import KVCache
+from .memory import restoring
 from .nbce import NBCE
 from .opening import open_answer, open_at, weigh
 from .prefill import prefill
@@ -105,7 +106,7 @@ class PooledAnswer:
         try:
             while not self._answer.done:
                 refuse_change(model, rope)
-                with model.turn, torch.inference_mode():
+                with model.turn, torch.inference_mode(), restoring(*caches):
                     model.prepare(self._length)
                     if pending:
                         logits = model.network.step(list(zip(pending, caches, strict=True))).float()
@@ -159,6 +160,24 @@ class PooledAnswer:
         seen = [*self._prompts[0], *(token.id for token in written)]
         token = draw_token(scores, seen, self._params, generator)
         return replace(token, source=_source(spoken, token.id))
+
+
+def answer_all(questions: Iterable[PooledAnswer]) -> list[Completion]:
+    """Write one answer after another.
+
+    Raises:
+        OutOfMemory: `finished` holds those before.
+    """
+    found: dict[int, Completion] = {}
+    try:
+        for index, answer in enumerate(questions):
+            for _ in answer.pieces():
+                pass
+            found[index] = answer.completion()
+    except OutOfMemory as error:
+        error.finished = found
+        raise
+    return list(found.values())
 
 
 def _check(question: str, contexts: Sequence[str]) -> None:

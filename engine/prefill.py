@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..errors import ContextOverflow
-from .cache import can_rewind, tokens_read
+from ..errors import OutOfMemory
+from .cache import tokens_read
+from .memory import restoring
 from .network import CHUNK, Network
 
 _SMALLEST = 64  # tokens of a step that are tried before memory is said to be too small
@@ -24,7 +25,7 @@ def prefill(
     """Run a prompt in chunks; returns the logits after its last `keep` tokens, [keep, V].
 
     Raises:
-        ContextOverflow: as `forward`.
+        OutOfMemory: as `forward`.
     """
     assert 1 <= keep <= len(ids), (keep, len(ids))
     start, held = 0, tokens_read(cache)
@@ -44,29 +45,16 @@ def forward(network: Network, ids: Sequence[int], cache: Cache, *, keep: int) ->
     """`network.forward`, in halves where it does not fit into memory as a whole.
 
     Raises:
-        ContextOverflow: not even a few tokens fit. The cache holds what was read before.
+        OutOfMemory: not even a few tokens fit. The cache holds what was read before.
     """
-    held = tokens_read(cache)
     try:
-        return network.forward(ids, cache, keep=keep)
-    except (MemoryError, RuntimeError) as error:
-        excess = [tokens_read(layer) - held for layer in cache.layers]  # some layers may have the tokens already
-        if not _is_lack_of_memory(error) or not can_rewind(cache, max(excess, default=0)):
-            raise
-        for layer, count in zip(cache.layers, excess, strict=True):
-            layer.crop(-count)
+        with restoring(cache):
+            return network.forward(ids, cache, keep=keep)
+    except OutOfMemory:
         if len(ids) < 2 * _SMALLEST:
-            raise ContextOverflow(
-                f"out of memory after {held} tokens, even for {len(ids)} at a time; shorten the text, load with a "
-                "smaller dtype or kv_dtype, or end what else takes memory"
-            ) from error
+            raise
     half = len(ids) // 2
     later = min(keep, len(ids) - half)
     first = forward(network, ids[:half], cache, keep=max(1, keep - later))
     second = forward(network, ids[half:], cache, keep=later)
     return second if later == keep else torch.cat([first, second])
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    """Also torch's on the CPU, which has no class of its own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

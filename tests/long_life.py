@@ -65,6 +65,10 @@ class Life:
             one.save(self.folder / "session")
         self.model.session(self.folder / "session").close()
 
+    def contexts(self) -> None:
+        texts = [self.prompt(600) for _ in range(self.rng.randrange(1, 5))]
+        self.model.generate("What is it?", GREEDY, contexts=texts)
+
     def score(self) -> None:
         self.model.score(self.prompt())
 

@@ -5,6 +5,7 @@
     ├── UnsupportedModel    a model whose position encoding ropewalk cannot verify
     ├── PatchError          a patch that cannot be applied or undone now
     ├── ContextOverflow     more tokens asked for than the model and scaler reach
+    │   └── OutOfMemory     memory ran out under way
     ├── AssetError          a model or text that cannot be fetched, checked or stored
     ├── DataError           a text that cannot be read or is too short
     └── EndpointError       a server that cannot be reached, or answers what cannot be used
@@ -18,6 +19,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "AssetError",
@@ -25,6 +27,7 @@ __all__ = [
     "ContextOverflow",
     "DataError",
     "EndpointError",
+    "OutOfMemory",
     "PatchError",
     "RopewalkError",
     "UnsupportedModel",
@@ -51,6 +54,18 @@ class PatchError(RopewalkError):
 
 class ContextOverflow(RopewalkError):
     """More tokens asked for than the model and its scaler reach."""
+
+
+class OutOfMemory(ContextOverflow):
+    """Memory ran out under way, and less at a time did not help.
+
+    Attributes:
+        finished: of several prompts, the `Completion`s that were done, by index.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.finished: dict[int, Any] = {}
 
 
 class AssetError(RopewalkError):

@@ -46,7 +46,7 @@ def test_when_nothing_fits_it_is_said_and_the_model_goes_on(model, monkeypatch):
     expected = model.generate(TEXT, params)
     with monkeypatch.context() as tight:
         limit(tight, model, 10)
-        with pytest.raises(rw.ContextOverflow, match=r"out of memory after 0 tokens, even for \d+ at a time"):
+        with pytest.raises(rw.ContextOverflow, match=r"out of memory after 0 tokens; shorten the text"):
             model.generate(TEXT, params)
     assert model.generate(TEXT, params) == expected
 
@@ -69,3 +69,90 @@ def test_other_errors_are_not_taken_for_it(model, monkeypatch):
     limit(monkeypatch, model, 10, RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         model.score(TEXT)
+
+
+BATCH = ["import os\n", TEXT[:300], "def f(x):\n", TEXT[:200], "class A:\n    "]
+
+
+def tokens(completions):
+    return [completion.token_ids for completion in completions]
+
+
+def answer_alone(model, params):
+    return tokens([model.generate(prompt, params) for prompt in BATCH])
+
+
+def most_rows(monkeypatch, model, most):
+    """No step of more than `most` rows fits; it fails when its first cache has been written."""
+    step, sizes = model.network.step, []
+
+    def limited(rows):
+        sizes.append(len(rows))
+        if len(rows) > most:
+            layer = rows[0][1].layers[0]
+            layer.update(layer.keys[:, :, :1].clone(), layer.values[:, :, :1].clone())
+            raise MemoryError("cannot allocate")
+        return step(rows)
+
+    monkeypatch.setattr(model.network, "step", limited)
+    return sizes
+
+
+def test_fewer_texts_are_written_together_where_memory_runs_out(model, monkeypatch):
+    params = rw.SamplingParams(max_new_tokens=6, temperature=1, seed=3)
+    expected = answer_alone(model, params)
+    sizes = most_rows(monkeypatch, model, 2)
+    assert tokens(model.generate(BATCH, params)) == expected
+    assert sizes[:3] == [5, 4, 3]
+    assert max(sizes[3:]) == 2
+
+
+def test_fewer_texts_are_begun_together_where_memory_runs_out(model, monkeypatch):
+    params = rw.SamplingParams(max_new_tokens=6, temperature=1, seed=3)
+    expected = answer_alone(model, params)
+    forward, failures = model.network.forward, []
+
+    def limited(ids, cache, keep):
+        if not failures and len(ids) > 30:  # a long prompt, while a short one is in progress
+            failures.append(len(ids))
+            raise MemoryError("cannot allocate")
+        return forward(ids, cache, keep=keep)
+
+    monkeypatch.setattr(model.network, "forward", limited)
+    assert tokens(model.generate(BATCH, params)) == expected
+    assert len(failures) == 1
+
+
+def test_answers_that_were_finished_come_with_the_error(model, monkeypatch):
+    params = rw.SamplingParams(max_new_tokens=6, temperature=0)
+    expected = answer_alone(model, params)
+    with monkeypatch.context() as tight:
+        limit(tight, model, 20)
+        with pytest.raises(rw.OutOfMemory, match="out of memory after") as raised:
+            model.generate(BATCH, params)
+    assert list(raised.value.finished) == [0]
+    assert tokens(raised.value.finished.values()) == expected[:1]
+    assert tokens(model.generate(BATCH, params)) == expected
+
+
+def test_a_step_that_does_not_fit_is_told(model, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("cannot allocate")
+
+    stream = model.stream("import os\n", rw.SamplingParams(max_new_tokens=6, temperature=0))
+    next(stream)
+    with monkeypatch.context() as tight:
+        tight.setattr(model.network, "forward", fail)
+        with pytest.raises(rw.OutOfMemory, match=r"out of memory after \d+ tokens"):
+            list(stream)
+
+
+def test_answers_over_contexts_come_with_the_error_too(model, monkeypatch):
+    params = rw.SamplingParams(max_new_tokens=3, temperature=0)
+    ask = {"contexts": ["import os", "def f(x)"]}
+    expected = model.generate("\nWhat is it?", params, **ask)
+    with monkeypatch.context() as tight:
+        limit(tight, model, 30)
+        with pytest.raises(rw.OutOfMemory) as raised:
+            model.generate(["\nWhat is it?", "\n" + TEXT], params, **ask)
+    assert {n: one.token_ids for n, one in raised.value.finished.items()} == {0: expected.token_ids}
