@@ -14,6 +14,7 @@ import functools
 import hashlib
 import io
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,10 +125,12 @@ def _load(file: Path) -> tuple[Any, Any]:
 
     where = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), **where, **_dequantize(), dtype=torch.float32, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
+        with tempfile.TemporaryDirectory() as alone:  # a tokenizer_config.json beside the file is not the file's
+            (Path(alone) / file.name).symlink_to(file.resolve())
+            model, info = AutoModelForCausalLM.from_pretrained(
+                alone, **where, **_dequantize(), dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(alone, **where)
     except Exception as error:  # from a parser of foreign files: KeyError, ValueError, RuntimeError and more
         raise UnsupportedModel(f"{file}: transformers cannot read this GGUF file ({first_line(error)})") from error
     if missing := sorted(info["missing_keys"]):

@@ -129,7 +129,6 @@ def _sglang_yarn(raw: EngineRope) -> YaRN:
     m = rule = yarn_temperature(yarn.factor)
     if mscale is not None and all_dim is not None:
         m = yarn_temperature(yarn.factor, mscale) / yarn_temperature(yarn.factor, all_dim)
-    m *= float(raw.get("attn_factor") or 1.0)
     return replace(yarn, attention_factor=None if m == rule else m, mscale=None, mscale_all_dim=None)
 
 

@@ -247,6 +247,15 @@ def test_rotary_scaling_that_would_be_lost_is_refused(write, tmp_path, extra, wo
         convert_gguf(write(extra=extra), tmp_path / "out")
 
 
+def test_what_lies_beside_the_file_is_not_read(write, tmp_path):
+    convert_gguf(write(), tmp_path / "alone")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<7>", "tokenizer_class": "BertTokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "beside")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "beside" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
 def test_a_missing_tensor_is_refused(write, tmp_path):
     with pytest.raises(UnsupportedModel, match=r"1 tensors of the model are not in the file.*up_proj"):
         convert_gguf(write(leave_out="blk.0.ffn_up"), tmp_path / "out")
