@@ -26,14 +26,14 @@ import transformers
 from tqdm import tqdm
 
 from ropewalk.engine.cli import COMMANDS, cli
-from ropewalk.evals import endless_table, facts_table
-from ropewalk.evals.extra_grids import extra_grids
-from ropewalk.evals.harm import Harm
-from ropewalk.evals.plots import named_settings, plot_run
-from ropewalk.evals.reach_table import reach_table
-from ropewalk.evals.repeat import Repeat
-from ropewalk.evals.result import Run
-from ropewalk.evals.table import loss_table
+from ropewalk.evals.contexts import endless_table, facts_table
+from ropewalk.evals.protocols.harm import Harm
+from ropewalk.evals.protocols.repeat import Repeat
+from ropewalk.evals.reports.extra_grids import extra_grids
+from ropewalk.evals.reports.plots import named_settings, plot_run
+from ropewalk.evals.reports.reach_table import reach_table
+from ropewalk.evals.reports.table import loss_table
+from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import METHODS, Auto, format_length
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,10 +132,15 @@ def file_tree() -> str:
     lines = ["```text"]
     for folder in ("engine", "scaling", "tokenizer_tools", "evals"):
         lines.append(f"{folder}/")
-        for file in sorted((ROOT / folder).glob("*.py")):
-            doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        for file in sorted(
+            (ROOT / folder).rglob("*.py"), key=lambda file: (file.parent, file.name != "__init__.py", file)
+        ):
+            doc = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+            inner = file.parent != ROOT / folder
             if file.name != "__init__.py":
-                lines.append(f"    {file.name:<18} {doc.splitlines()[0]}")
+                lines.append(f"    {'    ' * inner}{file.name:<18} {doc}")
+            elif inner:
+                lines.append(f"    {file.parent.name + '/':<18} {doc}")
     lines += [
         "examples/              five programs to start from: a long document, a pipeline, tuning, code, a study",
         "tests/                 mirrors the folders; tests/train_tiny.py makes the small model they use",

@@ -39,7 +39,7 @@ from .session import Session
 from .switch import Switch
 
 if TYPE_CHECKING:
-    from ..evals.tuned import Tuned
+    from ..evals.tuning.tuned import Tuned
 
 Pooling = Literal["entropy", "mean", "max"] | NBCE
 Continuing = Literal["auto", "exact", "off"]

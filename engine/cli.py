@@ -16,23 +16,23 @@ from .options import loads_a_model
 COMMANDS = {
     "demo": ("ropewalk.evals.cli:demo", "The whole story on the embedded model, in minutes."),
     "ppl": ("ropewalk.evals.cli:ppl", "Perplexity across context lengths, by protocol."),
-    "passkey": ("ropewalk.evals.retrieval_cli:passkey", "Is a number found in a long text of nothing?"),
-    "niah": ("ropewalk.evals.retrieval_cli:niah", "Is a needle found in a real haystack?"),
-    "kv": ("ropewalk.evals.retrieval_cli:kv", "Is one of many random pairs looked up?"),
-    "ruler": ("ropewalk.evals.retrieval_cli:ruler", "RULER-11, offline: eleven tasks of RULER."),
-    "ask": ("ropewalk.evals.retrieval_cli:ask", "Any retrieval task by name, those of other packages too."),
-    "facts": ("ropewalk.evals.facts_cli:facts", "Scaling or pooling? Facts all over a long document, asked for."),
-    "endless": ("ropewalk.evals.endless_cli:endless", "A text without an end in the memory of a window."),
+    "passkey": ("ropewalk.evals.retrieval.cli:passkey", "Is a number found in a long text of nothing?"),
+    "niah": ("ropewalk.evals.retrieval.cli:niah", "Is a needle found in a real haystack?"),
+    "kv": ("ropewalk.evals.retrieval.cli:kv", "Is one of many random pairs looked up?"),
+    "ruler": ("ropewalk.evals.retrieval.cli:ruler", "RULER-11, offline: eleven tasks of RULER."),
+    "ask": ("ropewalk.evals.retrieval.cli:ask", "Any retrieval task by name, those of other packages too."),
+    "facts": ("ropewalk.evals.contexts.facts_cli:facts", "Scaling or pooling? Facts of a long document, asked for."),
+    "endless": ("ropewalk.evals.contexts.endless_cli:endless", "A text without an end in the memory of a window."),
     "all": ("ropewalk.evals.suite_cli:all_", "Everything at once, by preset: smoke, quick or full."),
     "report": ("ropewalk.evals.suite_cli:report", "Tables, plots and report of one or more runs."),
     "compare": ("ropewalk.evals.suite_cli:compare", "Two runs, cell by cell."),
     "reconstruct": ("ropewalk.evals.suite_cli:reconstruct", "The exact text behind a row of a run."),
-    "tune": ("ropewalk.evals.tune_cli:tune", "Which scaler carries this model to a length? Measured."),
+    "tune": ("ropewalk.evals.tuning.cli:tune", "Which scaler carries this model to a length? Measured."),
     "lm-eval": (
         "ropewalk.evals.lm_eval_cli:lm_eval",
         "lm-evaluation-harness: any task there under any scaler.",
     ),
-    "speed": ("ropewalk.evals.speed_cli:speed", "What a position map costs, or how fast other engines are."),
+    "speed": ("ropewalk.evals.speed.cli:speed", "What a position map costs, or how fast other engines are."),
     "vocab": (
         "ropewalk.evals.vocab_cli:vocab",
         "A tokenizer in numbers: size, compression, prompts cut inside tokens.",
@@ -269,7 +269,7 @@ def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) 
     """
     from pathlib import Path
 
-    from ..evals.scaler_plot import in_short, plot_scaler
+    from ..evals.reports.scaler_plot import in_short, plot_scaler
     from ..scaling import RopeSpec, parse, parse_length
 
     rope = RopeSpec(dim=dim, base=base, trained_length=parse_length(trained))

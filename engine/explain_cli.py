@@ -50,7 +50,7 @@ def explain(model: str, length: str | None, out: Path | None) -> None:
     )
     _print(readings, tokens, console)
     if out is not None:
-        from ..evals.engine_plot import plot_readings
+        from ..evals.reports.engine_plot import plot_readings
 
         for path in plot_readings(readings, tokens, Path(model).name, out.with_suffix("")):
             console.print(f"drawn  {path}", highlight=False)

@@ -19,7 +19,7 @@ from ..scaling.spec import parse
 from .storage import cache_dir, write_atomic
 
 if TYPE_CHECKING:
-    from ..evals.tuned import Tuned
+    from ..evals.tuning.tuned import Tuned
 
 _FORMAT = "ropewalk tuned 1"
 

@@ -11,18 +11,18 @@ if not __name__.startswith("ropewalk."):
 if TYPE_CHECKING:
     from .api import perplexity
     from .data import load_text
-    from .haystack import boundary, noise, with_needles
-    from .perplexity_row import HarmRow, LongPPLRow, PerplexityRow, RepeatRow
-    from .task import Draft, Place, Task, match_all, match_first
-    from .tuned import Candidate, Tuned
+    from .protocols.perplexity_row import HarmRow, LongPPLRow, PerplexityRow, RepeatRow
+    from .retrieval.haystack import boundary, noise, with_needles
+    from .retrieval.task import Draft, Place, Task, match_all, match_first
+    from .tuning.tuned import Candidate, Tuned
 
 _LAZY = {
     "load_text": ".data",
     "perplexity": ".api",
-    **dict.fromkeys(("PerplexityRow", "LongPPLRow", "RepeatRow", "HarmRow"), ".perplexity_row"),
-    **dict.fromkeys(("Draft", "Place", "Task", "match_all", "match_first"), ".task"),
-    **dict.fromkeys(("boundary", "noise", "with_needles"), ".haystack"),
-    **dict.fromkeys(("Candidate", "Tuned"), ".tuned"),
+    **dict.fromkeys(("PerplexityRow", "LongPPLRow", "RepeatRow", "HarmRow"), ".protocols.perplexity_row"),
+    **dict.fromkeys(("Draft", "Place", "Task", "match_all", "match_first"), ".retrieval.task"),
+    **dict.fromkeys(("boundary", "noise", "with_needles"), ".retrieval.haystack"),
+    **dict.fromkeys(("Candidate", "Tuned"), ".tuning.tuned"),
 }
 
 __all__ = [

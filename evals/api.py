@@ -17,13 +17,13 @@ from ..scaling.lengths import parse_length
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
 from .data import Text, load_text
-from .longppl import JudgeCell, LongPPL
-from .perplexity_cell import PerplexityCell, Source, plan
-from .perplexity_row import ROWS, PerplexityRow
-from .protocol import Protocol
-from .protocols import protocol as named_protocol
-from .reader import CallableReader, Logits, ModelReader, Reader, Start
-from .result import Run
+from .protocols.by_name import protocol as named_protocol
+from .protocols.longppl import JudgeCell, LongPPL
+from .protocols.perplexity_cell import PerplexityCell, Source, plan
+from .protocols.perplexity_row import ROWS, PerplexityRow
+from .protocols.protocol import Protocol
+from .runs.result import Run
+from .subjects.reader import CallableReader, Logits, ModelReader, Reader, Start
 
 
 def perplexity(

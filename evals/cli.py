@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from ..engine.options import loads_a_model
-from .measurement import Measurement, deadline_in, measures
-from .whereabouts import Whereabouts, runs_anywhere
+from .runs.measurement import Measurement, deadline_in, measures
+from .subjects.whereabouts import Whereabouts, runs_anywhere
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -17,7 +17,7 @@ EXAMPLES = "\b\nExamples:\n"
 def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a protocol that were given as options; one of another protocol is a mistake."""
     from ..errors import ConfigError
-    from .protocols import settings_of, users_of
+    from .protocols.by_name import settings_of, users_of
 
     known = settings_of(protocol)
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -87,10 +87,10 @@ def ppl(
     """
     deadline = deadline_in(asked.max_minutes)
     from ..scaling import parse_length
-    from .compare import short
     from .data import load_text
-    from .perplexity_cell import cells as cells_of
-    from .protocols import protocol as named_protocol
+    from .protocols.by_name import protocol as named_protocol
+    from .protocols.perplexity_cell import cells as cells_of
+    from .runs.compare import short
 
     given = {
         "target": target,
@@ -152,6 +152,6 @@ def continuation(model: str, text: str | None, cuts: int, seed: int, loading: di
     exact continuation is compared with none, with one token back, with a step-by-step mask, and with transformers'
     token healing. A run resumes: cuts that are in --out already are not measured again.
     """
-    from .continuation import compare
+    from .continuation.benchmark import compare
 
     compare(model, text, cuts=cuts, seed=seed, loading=loading, out=out)

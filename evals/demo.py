@@ -16,16 +16,16 @@ from ..engine.sampling import SamplingParams
 from ..engine.storage import write_atomic
 from ..scaling.lengths import format_length
 from ..scaling.spec import parse
-from .cell import Cell
 from .data import load_text
-from .fixed_target import FixedTarget
-from .local import Local
-from .perplexity_cell import PerplexityCell, cells
-from .publish import print_results, publish
-from .reader import Reader
-from .report import Passage
-from .result import Row, Run
-from .runner import measure_all
+from .protocols.fixed_target import FixedTarget
+from .protocols.perplexity_cell import PerplexityCell, cells
+from .reports.publish import print_results, publish
+from .reports.report import Passage
+from .runs.cell import Cell
+from .runs.result import Row, Run
+from .runs.runner import measure_all
+from .subjects.local import Local
+from .subjects.reader import Reader
 
 MODEL, TEXT = "smollm2-135m", "shakespeare"
 TARGET = 1024  # tokens scored: the last ones of a play

@@ -19,7 +19,7 @@ from rich.progress import track
 from ..engine.load import load
 from ..engine.sampling import SamplingParams
 from ..errors import ConfigError, did_you_mean
-from .reader import ModelReader, Start, Tokens
+from .subjects.reader import ModelReader, Start, Tokens
 
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
 

@@ -19,8 +19,8 @@ import numpy as np
 from ..engine.api import Model
 from ..scaling.rope import Scaler
 from .data import Text, tokenize_documents
-from .reader import ModelReader, Tokens
 from .statistics import block_interval
+from .subjects.reader import ModelReader, Tokens
 
 ROPES = (
     "none",

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..engine.options import loads_a_model
-from .measurement import Measurement, deadline_in, measures
+from .runs.measurement import Measurement, deadline_in, measures
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -42,10 +42,10 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
     the same command again measures it.
     """
     from ..engine.load import load
-    from .compare import short
     from .data import load_text
-    from .local import Local
-    from .preset import PRESETS
+    from .runs.compare import short
+    from .runs.preset import PRESETS
+    from .subjects.local import Local
 
     chosen, scalers, document = PRESETS[preset], asked.scalers(), load_text(text)
     loaded = Local(load(asked.model, **loading, max_length=2**31))  # past a scaler's reach is what is looked at here
@@ -65,9 +65,9 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
 def report(runs: tuple[Path, ...], out: Path | None, title: str | None) -> None:
     """Tables, plots and report.html of RUNS anew; several become one run in --out."""
     from ..errors import ConfigError
-    from .merge import merge, open_run
-    from .publish import print_results, publish
-    from .runner import new_console
+    from .reports.publish import print_results, publish
+    from .runs.merge import merge, open_run
+    from .runs.runner import new_console
 
     opened = [open_run(folder) for folder in runs]
     if len(opened) > 1 and out is None:
@@ -90,8 +90,8 @@ def compare(a: Path, b: Path) -> None:
     from rich.markdown import Markdown
 
     from ..errors import DataError
-    from .merge import open_run
-    from .run_comparison import compare_runs
+    from .runs.comparison import compare_runs
+    from .runs.merge import open_run
 
     found = compare_runs(open_run(a), open_run(b))
     if not found.pairs:
@@ -113,8 +113,8 @@ def reconstruct(run: Path, row: int) -> None:
     from ..engine.checkpoint import read_tokenizer
     from ..engine.source import resolve
     from ..errors import DataError
-    from .merge import open_run
-    from .passages import passages_of
+    from .reports.passages import passages_of
+    from .runs.merge import open_run
 
     rows = open_run(run).rows
     if row > len(rows):

@@ -40,7 +40,7 @@ def held_out_texts() -> list[str]:
 def installed(tmp_path, monkeypatch):
     """Installs a package for the length of a test: its files by name, `pyproject.toml` among them. They are put, with
     the metadata that pip would write, into a folder of the path."""
-    from ropewalk.evals.tasks import TASKS
+    from ropewalk.evals.retrieval.tasks import TASKS
     from ropewalk.scaling import METHODS
 
     modules = set(sys.modules)

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from ropewalk.errors import ConfigError, RopewalkError
-from ropewalk.evals.retrieval_cli import ask
-from ropewalk.evals.tasks import TASKS
+from ropewalk.evals.retrieval.cli import ask
+from ropewalk.evals.retrieval.tasks import TASKS
 from ropewalk.scaling import METHODS, Factored, YaRN, parse
 
 SCALER = """
@@ -25,7 +25,7 @@ class Stretch(Factored):
 """
 
 TASK = """
-from ropewalk.evals.task import Task
+from ropewalk.evals.retrieval.task import Task
 
 class Riddle(Task):
     name = "riddle"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import ropewalk as rw
-from ropewalk.evals.protocols import PROTOCOLS
-from ropewalk.evals.tasks import RULER, SUITES
+from ropewalk.evals.protocols.by_name import PROTOCOLS
+from ropewalk.evals.retrieval.tasks import RULER, SUITES
 from ropewalk.scaling import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent

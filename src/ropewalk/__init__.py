@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .engine.opening import Continuation
     from .engine.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
-    from .evals.tune import tune
+    from .evals.tuning.tune import tune
     from .scaling.spec import parse
     from .tokenizer_tools.windows import windows
 
@@ -57,7 +57,7 @@ _LAZY = {
     "patch": ".engine.patch",
     "SamplingParams": ".engine.sampling",
     "parse": ".scaling.spec",
-    "tune": ".evals.tune",
+    "tune": ".evals.tuning.tune",
     "windows": ".tokenizer_tools.windows",
 }
 

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from ropewalk.engine.cli import cli
-from ropewalk.evals.engine_plot import plot_readings
+from ropewalk.evals.reports.engine_plot import plot_readings
 from ropewalk.scaling.engines import read_all
 
 

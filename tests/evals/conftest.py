@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ropewalk.evals.result import Run
+from ropewalk.evals.runs.result import Run
 from ropewalk.evals.statistics import block_interval
 
 K = 1024

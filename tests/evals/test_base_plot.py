@@ -9,7 +9,7 @@ import pytest
 from test_plots import assert_drawn, texts
 
 from ropewalk.errors import ConfigError
-from ropewalk.evals.base_plot import curves, plot_bases
+from ropewalk.evals.reports.base_plot import curves, plot_bases
 from ropewalk.scaling import RopeSpec
 from ropewalk.scaling.base_rules import base_rules
 

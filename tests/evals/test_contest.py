@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from ropewalk.evals.contest import Spread, compete
-from ropewalk.evals.contest_table import as_json, tables
-from ropewalk.evals.lane import Reading
+from ropewalk.evals.speed.contest import Spread, compete
+from ropewalk.evals.speed.contest_table import as_json, tables
+from ropewalk.evals.speed.lane import Reading
 
 
 class FakeLane:

@@ -14,12 +14,12 @@ from PIL import Image
 
 import ropewalk as rw
 from ropewalk.engine.cli import cli
-from ropewalk.evals import continuation
-from ropewalk.evals.continuation_plot import plot_continuation
-from ropewalk.evals.continuation_table import summarize, tables, to_markdown
-from ropewalk.evals.cuts import draw_all
-from ropewalk.evals.methods import EXACT, HEALING, METHODS, OFF, ONE_BACK, STEPS, Ending
-from ropewalk.evals.result import Run
+from ropewalk.evals.continuation import benchmark as continuation
+from ropewalk.evals.continuation.cuts import draw_all
+from ropewalk.evals.continuation.methods import EXACT, HEALING, METHODS, OFF, ONE_BACK, STEPS, Ending
+from ropewalk.evals.continuation.plot import plot_continuation
+from ropewalk.evals.continuation.table import summarize, tables, to_markdown
+from ropewalk.evals.runs.result import Run
 from ropewalk.tokenizer_tools import cuts
 
 WITH_LAWS = [method for method in METHODS if method != HEALING]

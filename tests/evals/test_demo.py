@@ -6,7 +6,7 @@ import json
 import pytest
 
 from ropewalk.evals import demo
-from ropewalk.evals.result import Run
+from ropewalk.evals.runs.result import Run
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from ropewalk.evals.distance_plot import broken, distance_map, distances_seen
+from ropewalk.evals.reports.distance_plot import broken, distance_map, distances_seen
 from ropewalk.scaling import RopeSpec, parse
 
 

@@ -7,11 +7,11 @@ from click.testing import CliRunner
 
 import ropewalk as rw
 from ropewalk.engine.cli import cli
+from ropewalk.evals.contexts.endless import cells
+from ropewalk.evals.contexts.endless_table import endless_rows, to_markdown
 from ropewalk.evals.data import Text
-from ropewalk.evals.endless import cells
-from ropewalk.evals.endless_table import endless_rows, to_markdown
-from ropewalk.evals.local import Local
-from ropewalk.evals.result import Run
+from ropewalk.evals.runs.result import Run
+from ropewalk.evals.subjects.local import Local
 
 
 @pytest.fixture(scope="module")

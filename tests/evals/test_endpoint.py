@@ -12,10 +12,10 @@ from served import serving
 
 import ropewalk as rw
 from ropewalk.engine.cli import cli
-from ropewalk.evals import endpoint as endpoints
-from ropewalk.evals.endpoint import Endpoint
-from ropewalk.evals.result import Run
-from ropewalk.evals.run_comparison import compare_runs
+from ropewalk.evals.runs.comparison import compare_runs
+from ropewalk.evals.runs.result import Run
+from ropewalk.evals.subjects import endpoint as endpoints
+from ropewalk.evals.subjects.endpoint import Endpoint
 
 TIMING = ("key", "model", "dtype", "device", "tokenizer", "seconds", "tokens_per_second", "peak_memory_mb")
 
@@ -43,14 +43,14 @@ def book(tmp_path_factory, held_out_texts):
 @pytest.fixture
 def unpublished(monkeypatch):
     """Rows only: tables, plots and reports take most of the time."""
-    monkeypatch.setattr("ropewalk.evals.publish.publish", lambda run, **rest: [])
-    monkeypatch.setattr("ropewalk.evals.publish.print_results", lambda *rest: None)
+    monkeypatch.setattr("ropewalk.evals.reports.publish.publish", lambda run, **rest: [])
+    monkeypatch.setattr("ropewalk.evals.reports.publish.print_results", lambda *rest: None)
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("ropewalk.evals.server.PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("ropewalk.evals.subjects.server.PAUSES", (0.01, 0.01))
 
 
 def ropewalk(*arguments):

@@ -11,13 +11,14 @@ import torch
 
 import ropewalk as rw
 from ropewalk.errors import ConfigError, DataError
-from ropewalk.evals import tune_rounds, tune_text
 from ropewalk.evals.data import Text
-from ropewalk.evals.factor_search import FactorSpace, project, search_factors
-from ropewalk.evals.result import Run
-from ropewalk.evals.tune import tune
-from ropewalk.evals.tune_report import as_json, ranking_grid, sentences
-from ropewalk.evals.tune_rounds import SEARCHED
+from ropewalk.evals.runs.result import Run
+from ropewalk.evals.tuning import rounds as tune_rounds
+from ropewalk.evals.tuning import text as tune_text
+from ropewalk.evals.tuning.factor_search import FactorSpace, project, search_factors
+from ropewalk.evals.tuning.report import as_json, ranking_grid, sentences
+from ropewalk.evals.tuning.rounds import SEARCHED
+from ropewalk.evals.tuning.tune import tune
 from ropewalk.scaling import hf, hf_write
 from ropewalk.scaling.longrope import LongRoPE
 from ropewalk.scaling.rope import RopeSpec

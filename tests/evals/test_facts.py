@@ -8,11 +8,11 @@ from click.testing import CliRunner
 import ropewalk as rw
 from ropewalk.engine.cli import cli
 from ropewalk.engine.session import Session
+from ropewalk.evals.contexts.facts import Document, FactsCell, cells, question
+from ropewalk.evals.contexts.facts_table import facts_rows, to_markdown, way_scores
 from ropewalk.evals.data import Text, load_text
-from ropewalk.evals.facts import Document, FactsCell, cells, question
-from ropewalk.evals.facts_table import facts_rows, to_markdown, way_scores
-from ropewalk.evals.local import Local
-from ropewalk.evals.result import Run
+from ropewalk.evals.runs.result import Run
+from ropewalk.evals.subjects.local import Local
 
 HAY = Text(
     name="hay",

@@ -12,14 +12,14 @@ import ropewalk as rw
 from ropewalk.engine import assets
 from ropewalk.engine.storage import cache_dir
 from ropewalk.evals.data import load_text
-from ropewalk.evals.result import Run
+from ropewalk.evals.runs.result import Run
 
 # A disk with room for so many bytes a file: writes beyond it fail as on a full one.
 FULL = """
 import resource, signal, sys
 from pathlib import Path
 from ropewalk.errors import DataError
-from ropewalk.evals.result import Run
+from ropewalk.evals.runs.result import Run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = Run(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))

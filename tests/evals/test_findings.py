@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from ropewalk.evals import compare
-from ropewalk.evals.effective_length import effective_length
-from ropewalk.evals.findings import findings
-from ropewalk.evals.result import Run
+from ropewalk.evals.protocols.effective_length import effective_length
+from ropewalk.evals.reports.findings import findings
+from ropewalk.evals.runs import compare
+from ropewalk.evals.runs.result import Run
 
 MakeRun = Callable[..., Run]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from ropewalk.evals.footprint import main
+from ropewalk.evals.speed.footprint import main
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from click.testing import CliRunner
 import ropewalk as rw
 from ropewalk.engine.cli import cli
 from ropewalk.evals.data import Text
-from ropewalk.evals.reader import Start
-from ropewalk.evals.whole_text import Disjoint
+from ropewalk.evals.protocols.whole_text import Disjoint
+from ropewalk.evals.subjects.reader import Start
 
 CODE = "def area(side):\n    return side * side\n\n\ndef volume(side):\n    return side ** 3\n" * 12
 

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 import ropewalk as rw
 from ropewalk.engine.gguf_write import write_gguf
 from ropewalk.engine.source import resolve
-from ropewalk.evals.bandwidth import Memory, Traffic
-from ropewalk.evals.entrants import entrants, parse_against
-from ropewalk.evals.entry import Entry
-from ropewalk.evals.lane import ProcessLane
-from ropewalk.evals.peers import ENGINES, open_engine
+from ropewalk.evals.speed.bandwidth import Memory, Traffic
+from ropewalk.evals.speed.entrants import entrants, parse_against
+from ropewalk.evals.speed.entry import Entry
+from ropewalk.evals.speed.lane import ProcessLane
+from ropewalk.evals.speed.peers import ENGINES, open_engine
 
 IDS = [5, 9, 300, 41, 77, 1000, 8, 8, 512, 3, 640, 21]
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -8,14 +8,14 @@ import torch
 from byte_model import WORDS, losses, measure, run_plan, text, tiny_model
 
 import ropewalk as rw
-from ropewalk.evals.cell import Cost
-from ropewalk.evals.fixed_target import FixedTarget
-from ropewalk.evals.from_start import ByPosition, Truncate, position_edges
-from ropewalk.evals.local import Local
-from ropewalk.evals.perplexity_cell import cells
-from ropewalk.evals.protocols import PROTOCOLS, protocol, settings_of
-from ropewalk.evals.result import Run
-from ropewalk.evals.whole_text import Sliding
+from ropewalk.evals.protocols.by_name import PROTOCOLS, protocol, settings_of
+from ropewalk.evals.protocols.fixed_target import FixedTarget
+from ropewalk.evals.protocols.from_start import ByPosition, Truncate, position_edges
+from ropewalk.evals.protocols.perplexity_cell import cells
+from ropewalk.evals.protocols.whole_text import Sliding
+from ropewalk.evals.runs.cell import Cost
+from ropewalk.evals.runs.result import Run
+from ropewalk.evals.subjects.local import Local
 from ropewalk.scaling import Linear, Scaler, parse
 
 
@@ -110,7 +110,9 @@ def test_truncate_scores_the_beginning_of_each_document(tmp_path):
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_uniform_model_gives_exactly_log2_of_the_vocabulary(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("ropewalk.evals.longppl.key_tokens", lambda short, full: np.arange(len(full)) % 2 == 0)
+    monkeypatch.setattr(
+        "ropewalk.evals.protocols.longppl.key_tokens", lambda short, full: np.arange(len(full)) % 2 == 0
+    )
     settings = {"target": 32, "stride": 16, "text_tokens": 200, "judge": "none"}
     contexts = (64, 80) if name == "longppl" else (64,)
     plan = protocol(name, contexts, **{key: value for key, value in settings.items() if key in settings_of(name)})

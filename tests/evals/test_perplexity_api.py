@@ -10,8 +10,8 @@ from byte_model import WORDS, byte_tokenizer, run_plan, text, tiny_model
 
 import ropewalk as rw
 from ropewalk.evals import HarmRow, LongPPLRow, PerplexityRow, RepeatRow, perplexity
-from ropewalk.evals.fixed_target import FixedTarget
-from ropewalk.evals.protocols import PROTOCOLS, settings_of
+from ropewalk.evals.protocols.by_name import PROTOCOLS, settings_of
+from ropewalk.evals.protocols.fixed_target import FixedTarget
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,9 @@ def uniform(ids):
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_uniform_function_takes_eight_bits_a_byte(monkeypatch, name):
     """Exactly log2 V bits a token, under every protocol. `harm` needs a model that can be scaled."""
-    monkeypatch.setattr("ropewalk.evals.longppl.key_tokens", lambda short, full: np.arange(len(full)) % 2 == 0)
+    monkeypatch.setattr(
+        "ropewalk.evals.protocols.longppl.key_tokens", lambda short, full: np.arange(len(full)) % 2 == 0
+    )
     settings = {"target": 64, "stride": 32, "text_tokens": 512}
     given = {key: value for key, value in settings.items() if key in settings_of(name)}
     arguments = {"protocol": name, "lengths": [128, 256], "tokenizer": byte_tokenizer(), "trained_length": 128}
@@ -68,7 +70,9 @@ def test_models_and_functions_give_the_rows_of_a_run(tmp_path, model):
 
 
 def test_multiples_of_the_trained_length_in_scalers(monkeypatch, model):
-    monkeypatch.setattr("ropewalk.evals.longppl.key_tokens", lambda short, full: np.arange(len(full)) % 2 == 0)
+    monkeypatch.setattr(
+        "ropewalk.evals.protocols.longppl.key_tokens", lambda short, full: np.arange(len(full)) % 2 == 0
+    )
     (row,) = perplexity(model, text(WORDS), lengths=64, target=32, ropes=["rerope:0.25x"])
     assert row.rope == "rerope:16"
     (row,) = perplexity(model, text(WORDS), protocol="longppl", lengths="2x", target=32, judge="rerope:0.5x")

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 
 import ropewalk as rw
 from ropewalk.engine.cli import cli
-from ropewalk.evals import longppl
-from ropewalk.evals.result import Run
+from ropewalk.evals.protocols import longppl
+from ropewalk.evals.runs.result import Run
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ import torch
 from byte_model import WORDS, llama_cpp_nats, losses, measure, run_plan, text, tiny_model
 
 import ropewalk as rw
-from ropewalk.evals import longppl
-from ropewalk.evals.harm import Harm, compare_laws
-from ropewalk.evals.local import Local
-from ropewalk.evals.longppl import JudgeCell, LongPPL, key_tokens
-from ropewalk.evals.perplexity_cell import cells
-from ropewalk.evals.protocol import Window
-from ropewalk.evals.reader import ModelReader
-from ropewalk.evals.repeat import Repeat
-from ropewalk.evals.result import Run
-from ropewalk.evals.whole_text import Disjoint, LlamaCpp, Sliding
+from ropewalk.evals.protocols import longppl
+from ropewalk.evals.protocols.harm import Harm, compare_laws
+from ropewalk.evals.protocols.longppl import JudgeCell, LongPPL, key_tokens
+from ropewalk.evals.protocols.perplexity_cell import cells
+from ropewalk.evals.protocols.protocol import Window
+from ropewalk.evals.protocols.repeat import Repeat
+from ropewalk.evals.protocols.whole_text import Disjoint, LlamaCpp, Sliding
+from ropewalk.evals.runs.result import Run
+from ropewalk.evals.subjects.local import Local
+from ropewalk.evals.subjects.reader import ModelReader
 from ropewalk.scaling import Scaler, parse
 
 
@@ -277,7 +277,7 @@ def test_harm_does_not_depend_on_how_much_is_held_at_once(monkeypatch):
     readers = ModelReader(model), ModelReader(model, parse("linear:2"))
     whole = compare_laws(*readers, window, lambda past, count: None)
     monkeypatch.setattr("ropewalk.engine.score.LOGITS_BUDGET", 257 * 5)
-    monkeypatch.setattr("ropewalk.evals.harm._ROWS", 3)
+    monkeypatch.setattr("ropewalk.evals.protocols.harm._ROWS", 3)
     monkeypatch.setattr("ropewalk.engine.score.CHUNK", 7)
     steps = []
     parts = compare_laws(*readers, window, lambda past, count: steps.append((past, count)))

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from ropewalk.errors import DataError
-from ropewalk.evals.findings import findings
-from ropewalk.evals.plots import plot_run
-from ropewalk.evals.report import Passage, write_report
-from ropewalk.evals.result import Run
+from ropewalk.evals.reports.findings import findings
+from ropewalk.evals.reports.plots import plot_run
+from ropewalk.evals.reports.report import Passage, write_report
+from ropewalk.evals.runs.result import Run
 
 MakeRun = Callable[..., Run]
 

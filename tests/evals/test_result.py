@@ -12,7 +12,7 @@ import pytest
 
 from ropewalk.engine.storage import write_atomic
 from ropewalk.errors import DataError
-from ropewalk.evals.result import Run, recipe_key
+from ropewalk.evals.runs.result import Run, recipe_key
 
 RECIPE = {"task": "ppl", "rope": "yarn:4", "context": 8192, "target": None}
 
@@ -96,7 +96,7 @@ def test_losses_are_stored_before_the_line(tmp_path: Path, monkeypatch: pytest.M
     def killed(path: Path, data: bytes) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ropewalk.evals.result.write_atomic", killed)
+    monkeypatch.setattr("ropewalk.evals.runs.result.write_atomic", killed)
     with pytest.raises(KeyboardInterrupt):
         run.add(RECIPE, {"loss": 1.0}, np.ones(3, np.float32))
     assert Run(tmp_path).rows == []  # no row that promises losses which are not there
@@ -124,7 +124,7 @@ def test_losses_absent_or_damaged(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from ropewalk.evals.result import Run
+from ropewalk.evals.runs.result import Run
 run = Run(Path(sys.argv[1]))
 try:
     run.add({"rope": "other"}, {"loss": 2.0})
@@ -152,7 +152,7 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
 CLAIMER = """
 import sys, time
 from pathlib import Path
-from ropewalk.evals.result import Run
+from ropewalk.evals.runs.result import Run
 with Run(Path(sys.argv[1])).claim("cell") as is_ours:
     print(is_ours, flush=True)
     time.sleep(float(sys.argv[2]))

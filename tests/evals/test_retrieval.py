@@ -10,13 +10,13 @@ from click.testing import CliRunner
 import ropewalk as rw
 from ropewalk.engine.cli import cli
 from ropewalk.evals.data import Text
-from ropewalk.evals.local import Local
-from ropewalk.evals.result import Run
-from ropewalk.evals.retrieval import cells
-from ropewalk.evals.stand_in import Oracle, replace_network
-from ropewalk.evals.task import Place
-from ropewalk.evals.tasks import RULER, SUITES, TASKS
-from ropewalk.evals.trial import assemble, rebuild
+from ropewalk.evals.retrieval.cells import cells
+from ropewalk.evals.retrieval.task import Place
+from ropewalk.evals.retrieval.tasks import RULER, SUITES, TASKS
+from ropewalk.evals.retrieval.trial import assemble, rebuild
+from ropewalk.evals.runs.result import Run
+from ropewalk.evals.subjects.local import Local
+from ropewalk.evals.subjects.stand_in import Oracle, replace_network
 from ropewalk.scaling import parse
 
 STORY = Text(name="story", documents=("A ship went out to sea. It had a crew of nine. " * 300,), sha256="cd" * 32)
@@ -85,7 +85,7 @@ def test_the_prompt_is_read_once(model, monkeypatch):
 def test_a_cache_that_cannot_forget_is_not_gone_on_from(model, monkeypatch):
     trial = trial_of(model)
     whole = Local(model).listen(trial)
-    monkeypatch.setattr("ropewalk.evals.local.can_rewind", lambda cache: False)
+    monkeypatch.setattr("ropewalk.evals.subjects.local.can_rewind", lambda cache: False)
     assert Local(model).listen(trial) == whole
 
 

@@ -10,15 +10,15 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from ropewalk.evals.effective_length import LEAST_FOUND, reach
-from ropewalk.evals.result import Run
-from ropewalk.evals.retrieval_findings import retrieval_findings
-from ropewalk.evals.retrieval_plots import plot_heat, plot_retrieval
-from ropewalk.evals.retrieval_score import score, settings
-from ropewalk.evals.score_grids import score_grids
+from ropewalk.evals.protocols.effective_length import LEAST_FOUND, reach
+from ropewalk.evals.reports.retrieval_findings import retrieval_findings
+from ropewalk.evals.reports.retrieval_plots import plot_heat, plot_retrieval
+from ropewalk.evals.reports.score_grids import score_grids
+from ropewalk.evals.reports.table import write_tables
+from ropewalk.evals.retrieval.score import score, settings
+from ropewalk.evals.retrieval.tasks import RULER, SUITES
+from ropewalk.evals.runs.result import Run
 from ropewalk.evals.statistics import mean_interval, score_interval, share_interval
-from ropewalk.evals.table import write_tables
-from ropewalk.evals.tasks import RULER, SUITES
 
 K = 1024
 

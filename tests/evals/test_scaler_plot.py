@@ -17,9 +17,9 @@ from matplotlib.transforms import Bbox
 
 from ropewalk.engine.cli import cli
 from ropewalk.errors import ConfigError
-from ropewalk.evals import style
-from ropewalk.evals.plots import plot_scaler
-from ropewalk.evals.scaler_plot import decay, in_short
+from ropewalk.evals.reports import style
+from ropewalk.evals.reports.plots import plot_scaler
+from ropewalk.evals.reports.scaler_plot import decay, in_short
 from ropewalk.scaling import RopeSpec, Scaler, parse
 
 ROPE = RopeSpec(dim=64, base=1e5, trained_length=8192)

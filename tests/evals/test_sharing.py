@@ -25,11 +25,11 @@ import torch
 torch.set_num_threads(1)
 import ropewalk as rw
 from ropewalk.evals.data import load_text
-from ropewalk.evals.local import Local
-from ropewalk.evals.perplexity_cell import cells
-from ropewalk.evals.protocols import protocol
-from ropewalk.evals.result import Run
-from ropewalk.evals.runner import measure_all
+from ropewalk.evals.subjects.local import Local
+from ropewalk.evals.protocols.perplexity_cell import cells
+from ropewalk.evals.protocols.by_name import protocol
+from ropewalk.evals.runs.result import Run
+from ropewalk.evals.runs.runner import measure_all
 from ropewalk.scaling import parse
 
 folder, model_folder, text = sys.argv[1:4]

@@ -13,7 +13,7 @@ from ropewalk.engine.kernel import Score
 from ropewalk.engine.reference import reference_attention
 from ropewalk.engine.rotary import RotarySite
 from ropewalk.engine.rotation import Layout
-from ropewalk.evals.speed import check_maps, naive_attention
+from ropewalk.evals.speed.map_cost import check_maps, naive_attention
 from ropewalk.scaling import RopeSpec, Scaler, parse
 from ropewalk.scaling.hf import ConfiguredRope
 

@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 import ropewalk as rw
-from ropewalk.evals import stability
-from ropewalk.evals.stability import Load, Verdict, main, serve
+from ropewalk.evals.speed import stability
+from ropewalk.evals.speed.stability import Load, Verdict, main, serve
 
 
 @pytest.fixture(scope="module")

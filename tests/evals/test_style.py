@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ropewalk.evals import style
+from ropewalk.evals.reports import style
 
 
 def test_colours_are_fixed_and_distinct() -> None:

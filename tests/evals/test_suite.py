@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 
 from ropewalk.engine.cli import cli
 from ropewalk.errors import DataError, RopewalkError
-from ropewalk.evals import preset
-from ropewalk.evals.merge import merge, open_run
-from ropewalk.evals.passages import passages_of
-from ropewalk.evals.reach_table import reach_table
-from ropewalk.evals.result import Run
-from ropewalk.evals.run_comparison import compare_runs
+from ropewalk.evals.reports.passages import passages_of
+from ropewalk.evals.reports.reach_table import reach_table
+from ropewalk.evals.runs import preset
+from ropewalk.evals.runs.comparison import compare_runs
+from ropewalk.evals.runs.merge import merge, open_run
+from ropewalk.evals.runs.result import Run
 
 SMALL = preset.Preset(
     minutes=None,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ropewalk.errors import DataError
-from ropewalk.evals.result import Run
-from ropewalk.evals.table import loss_table, to_csv, write_tables
+from ropewalk.evals.reports.table import loss_table, to_csv, write_tables
+from ropewalk.evals.runs.result import Run
 
 MakeRun = Callable[..., Run]
 

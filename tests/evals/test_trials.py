@@ -11,13 +11,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import ropewalk as rw
-from ropewalk.evals import haystack, needles, words
 from ropewalk.evals.data import Text, load_text
-from ropewalk.evals.haystack import boundary, drawn_anew, sentences, stretch, with_needles
-from ropewalk.evals.needles import Needles
-from ropewalk.evals.task import FORM, Draft, Place, match_all, match_first
-from ropewalk.evals.tasks import RULER, SUITES, TASKS
-from ropewalk.evals.trial import answer_ids, assemble, encode, rebuild
+from ropewalk.evals.retrieval import haystack, needles, words
+from ropewalk.evals.retrieval.haystack import boundary, drawn_anew, sentences, stretch, with_needles
+from ropewalk.evals.retrieval.needles import Needles
+from ropewalk.evals.retrieval.task import FORM, Draft, Place, match_all, match_first
+from ropewalk.evals.retrieval.tasks import RULER, SUITES, TASKS
+from ropewalk.evals.retrieval.trial import answer_ids, assemble, encode, rebuild
 
 LENGTH = 8_000  # every task fits, even where a byte is a token
 

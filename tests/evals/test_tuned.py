@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from ropewalk.evals.candidates import fits_config, neighbours, simplicity, starting_points
-from ropewalk.evals.compare import Difference
-from ropewalk.evals.tune_report import as_json, sentences
-from ropewalk.evals.tuned import Candidate, Tuned, difference, ranked
+from ropewalk.evals.runs.compare import Difference
+from ropewalk.evals.tuning.candidates import fits_config, neighbours, simplicity, starting_points
+from ropewalk.evals.tuning.report import as_json, sentences
+from ropewalk.evals.tuning.tuned import Candidate, Tuned, difference, ranked
 from ropewalk.scaling import RopeSpec, parse
 
 ROPE = RopeSpec(dim=64, base=1e5, trained_length=8192)

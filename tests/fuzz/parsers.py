@@ -30,9 +30,9 @@ from ropewalk.engine.gguf import convert_gguf
 from ropewalk.engine.gguf_file import GgufFile
 from ropewalk.engine.source import load_vocabulary
 from ropewalk.evals.data import load_text
-from ropewalk.evals.merge import open_run
-from ropewalk.evals.report import environment_of
-from ropewalk.evals.table import loss_table
+from ropewalk.evals.reports.report import environment_of
+from ropewalk.evals.reports.table import loss_table
+from ropewalk.evals.runs.merge import open_run
 from ropewalk.scaling import METHODS, RopeSpec, parse
 from ropewalk.scaling.hf import read
 from ropewalk.scaling.lengths import format_length, parse_length

@@ -16,9 +16,9 @@ import ropewalk as rw
 from ropewalk.engine import tunings
 from ropewalk.engine.gguf_file import GgufFile
 from ropewalk.engine.source import load_vocabulary
-from ropewalk.evals.merge import open_run
-from ropewalk.evals.report import environment_of
-from ropewalk.evals.result import Run
+from ropewalk.evals.reports.report import environment_of
+from ropewalk.evals.runs.merge import open_run
+from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import parse
 from ropewalk.scaling.hf import read
 from ropewalk.tokenizer_tools.cover import cover

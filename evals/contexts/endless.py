@@ -1,0 +1,162 @@
+"""One pass over a text without an end, in the memory of a window: the loss by position, against recomputation."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+
+from ...engine.cache import cache_bytes
+from ...errors import ConfigError, DataError
+from ...scaling.lengths import format_length
+from ...scaling.positions import PositionScaler
+from ...scaling.rope import Scaler
+from ..data import Text, tokenize_documents
+from ..protocols.from_start import position_edges
+from ..runs.cell import Advance, Cell
+from ..runs.result import Row, Run
+from ..statistics import block_interval, paired_difference
+from ..subjects.local import Local
+from ..subjects.subject import Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndlessCell(Cell):
+    """The first `context` tokens of a text in one pass under a scaler that forgets; a row for each bucket of position.
+
+    At some places of every bucket the token is also predicted by recomputation: the untouched model reads the window
+    before it afresh, which costs a window a token and is what the pass is to be as good as.
+
+    Args:
+        ids: the text, with the token that begins it.
+        window: tokens of a recomputed window: the keys that the scaler's last query sees.
+        places: recomputed tokens of every bucket.
+        recipe: of its rows, but for the bucket.
+    """
+
+    scaler: Scaler
+    context: int
+    ids: tuple[int, ...]
+    window: int
+    places: int
+    recipe: dict[str, Any]
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """Positions [start, end), in powers of two."""
+        return list(itertools.pairwise(position_edges(self.context)))
+
+    @property
+    def windows(self) -> list[int]:
+        return [self.window] * (self.context // self.window + self.places * len(self.buckets))
+
+    def row_recipes(self) -> list[dict[str, Any]]:
+        return [self.recipe | {"start": start, "end": end} for start, end in self.buckets]
+
+    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
+        assert isinstance(subject, Local)
+        reader, ids = subject.reader(), list(self.ids)
+        process, marks = psutil.Process(), [(0, time.perf_counter(), 0.0)]
+        sizes: list[float] = []
+
+        def watch(held: int, count: int) -> None:
+            marks.append((held + count, time.perf_counter(), process.memory_info().rss / 1e6))
+            sizes.append(cache_bytes(reader.cache) / 1e6)
+            advance(0, count)  # the past that a token sees does not grow
+
+        losses = reader.losses(ids, 1, watch)
+        plain, rows = reader.under(Scaler()), []
+        for recipe in self.row_recipes():
+            start, end = recipe["start"], recipe["end"]
+            own = losses[start - 1 : end - 1]
+            at = np.unique(np.linspace(start, end - 1, self.places).astype(int)).tolist()
+            afresh = np.array([self._recomputed(plain, ids, t, advance) for t in at], np.float32)
+            streamed = np.array([losses[t - 1] for t in at], np.float32)
+            low, high = block_interval(own)
+            difference, *bounds = paired_difference(streamed, afresh, block=1)
+            inside = [n for n, (tokens, _, _) in enumerate(marks) if start <= tokens <= end] or [len(marks) - 1]
+            first, last = marks[max(inside[0] - 1, 0)], marks[inside[-1]]
+            rows.append(
+                run.add(
+                    recipe,
+                    {
+                        "loss": float(own.mean()),
+                        "low": low,
+                        "high": high,
+                        "streamed": float(streamed.mean()),
+                        "recomputed": float(afresh.mean()),
+                        "difference": difference,
+                        "difference_low": bounds[0],
+                        "difference_high": bounds[1],
+                        "recomputed_tokens": len(at),
+                        "tokens_per_second": (last[0] - first[0]) / (last[1] - first[1]),
+                        "cache_mb": max(sizes[n - 1] for n in inside),
+                        "resident_mb": max(marks[n][2] for n in inside),
+                    },
+                )
+            )
+        return rows
+
+    def _recomputed(self, plain: Any, ids: list[int], at: int, advance: Advance) -> float:
+        """The loss of a token after the window before it, read afresh."""
+        window = ids[max(0, at - self.window) : at + 1]
+        loss = float(plain.losses(window, len(window) - 1, lambda *_: None)[0])
+        advance(0, len(window))
+        return loss
+
+    def outcome(self, rows: Sequence[Row]) -> str:
+        first, last = rows[0], rows[-1]
+        return f"loss {last['loss']:.3f} at the end, cache {first['cache_mb']:.3g} to {last['cache_mb']:.3g} MB"
+
+
+def cells(
+    subject: Local, text: Text, scalers: Sequence[Scaler], *, contexts: Sequence[int], places: int
+) -> list[EndlessCell]:
+    """A cell for every scaler and length.
+
+    Raises:
+        ConfigError: a scaler holds every key, or cannot work on this model.
+        DataError: the text is too short.
+    """
+    found = []
+    documents = tokenize_documents(text, subject.tokenizer, limit_tokens=max(contexts))
+    ids = [token for document in documents for token in document]
+    for scaler in scalers:
+        subject.rope = scaler
+        map_ = scaler.member("positions")
+        if not isinstance(map_, PositionScaler) or map_.kept is None:
+            raise ConfigError(f"{scaler} sees every key, so no cache holds it without an end; take sink-window:1k, say")
+        for context in contexts:
+            if len(ids) < context:
+                raise DataError(
+                    f"{text.name} has {format_length(len(ids))} tokens, and {format_length(context)} are asked for; "
+                    "take a longer --text or a shorter length"
+                )
+            found.append(
+                EndlessCell(
+                    scaler=scaler,
+                    context=context,
+                    ids=tuple(ids[:context]),
+                    window=map_.kept[1],
+                    places=places,
+                    recipe={
+                        "experiment": "endless",
+                        "model": subject.name,
+                        "text": text.name,
+                        "text_sha256": text.sha256,
+                        "dtype": subject.precision,
+                        "device": subject.device,
+                        "trained_length": subject.trained_length,
+                        "context": context,
+                        "places": places,
+                        "window": map_.kept[1],
+                        "rope": str(scaler),
+                    },
+                )
+            )
+    return found

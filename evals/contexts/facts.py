@@ -1,0 +1,269 @@
+"""Facts all over a long document, asked for one by one: it is read whole, cut short, or in parts that are pooled."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from statistics import fmean
+from typing import Any, Literal
+
+from ...engine.api import Model
+from ...engine.nbce import NBCE
+from ...engine.sampling import SamplingParams
+from ...errors import ConfigError
+from ...scaling.lengths import format_length
+from ...scaling.rope import Scaler
+from ..data import Text
+from ..retrieval.haystack import boundary, drawn_anew, sentences, stretch
+from ..retrieval.task import match_first
+from ..retrieval.words import WORDS_VERSION, random_key
+from ..runs.cell import Advance, Cell
+from ..runs.result import Row, Run
+from ..subjects.local import Local
+from ..subjects.subject import Subject
+
+Way = Literal["whole", "cut", "parts"]
+
+FORM = 1
+"""Counts changes of the documents; part of every recipe."""
+
+_PARAMS = SamplingParams(max_new_tokens=16, temperature=0, continuation="off")
+_SPARE = 16  # tokens for blanks between document and question, and keys of rare words
+
+
+@dataclass(frozen=True)
+class Document:
+    """Hay in sentences, with as many facts as are asked for, one in each of as many equal stretches.
+
+    Attributes:
+        units: sentences and facts in order, each with the blank behind it.
+        facts: key and value of each fact, in order.
+    """
+
+    units: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def draw(cls, text: Text, count: Callable[[str], int], tokens: int, facts: int, seed: int) -> Document:
+        """The document of a seed: the most sentences of a text that make, with the facts, at most `tokens` tokens."""
+        random = Random(f"facts {FORM} {text.sha256} {facts} {seed}")
+        taken: list[str] = []
+
+        def fresh(draw: Callable[[], str]) -> str:
+            taken.append(drawn_anew(draw, taken, text))
+            return taken[-1]
+
+        pairs = tuple(
+            (fresh(lambda: random_key(random)), fresh(lambda: str(random.randrange(10**4, 10**5))))
+            for _ in range(facts)
+        )
+        start, shares = random.randrange(len(sentences(text))), [random.random() for _ in pairs]
+
+        def assembled(hay: int) -> tuple[str, ...]:
+            units = stretch(text, start, hay)
+            places = [boundary(units, (n + share) / facts) for n, share in enumerate(shares)]
+            found: list[str] = []
+            used = 0
+            for place, (key, value) in zip(places, pairs, strict=True):
+                found += [*units[used:place], f"The secret number of the {key} is {value}. "]
+                used = place
+            return (*found, *units[used:])
+
+        low, high = 1, min(tokens, len(sentences(text)))
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if count("".join(assembled(middle))) <= tokens else (low, middle - 1)
+        return cls(assembled(low), pairs)
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.units).rstrip()
+
+    def parts(self, count: int) -> list[str]:
+        """As many parts of nearly equal length, in whole sentences."""
+        borders = [boundary(self.units, n / count) for n in range(count + 1)]
+        return ["".join(self.units[a:b]).strip() for a, b in itertools.pairwise(borders)]
+
+
+def question(key: str) -> str:
+    """What is asked for the value of a key."""
+    return f"Question: What is the secret number of the {key}?\nAnswer: The secret number of the {key} is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactsCell(Cell):
+    """The questions to one document, which is read in one way; each gives a row as soon as it is answered.
+
+    Args:
+        scaler: "parts" and "cut" are read without one.
+        context: tokens of the document with a question and its answer.
+        way: "whole"; "cut", only its end, as much as the model was trained for; or "parts", by NBCE.
+        parts: into how many it is cut.
+        document: its seed.
+        facts: how many there are.
+        asked: which of them.
+        recipe: of its rows, but for the question.
+    """
+
+    scaler: Scaler
+    context: int
+    way: Way
+    parts: int
+    document: int
+    facts: int
+    asked: tuple[int, ...]
+    text: Text
+    recipe: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return f"{super().label}, document {self.document}, {way_name(self.way, self.parts)}"
+
+    @property
+    def windows(self) -> list[int]:
+        if self.way == "cut":
+            return [self.recipe["trained_length"]]
+        return [self.context // self.parts] * self.parts
+
+    def row_recipes(self) -> list[dict[str, Any]]:
+        return [self.recipe | {"question": number} for number in self.asked]
+
+    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
+        assert isinstance(subject, Local)
+        model, rows, answer = subject.model, [], None
+        recipes = self.row_recipes()
+        for recipe in recipes:
+            row = run.find(recipe)  # of an earlier run that was stopped within this cell
+            if row is None:
+                started = time.perf_counter()
+                if answer is None:
+                    document = self._document(model)
+                    answer = self._reader(model, document)
+                key, value = document.facts[recipe["question"]]
+                written, sources = answer(question(key))
+                row = run.add(
+                    recipe,
+                    {
+                        "correct": match_first(written, [value]),
+                        "answer": value,
+                        "generated": written,
+                        "sources": sources,
+                        "seconds": time.perf_counter() - started,
+                        "peak_memory_mb": subject.memory_mb,
+                    },
+                )
+            rows.append(row)
+        model.forget_contexts()
+        for tokens in self.windows:
+            advance(0, tokens)
+        return rows
+
+    def _document(self, model: Model) -> Document:
+        def count(text: str) -> int:
+            return len(model.tokenizer(text, verbose=False).input_ids)
+
+        longest = count(question("considerable-acknowledgement")) + _PARAMS.max_new_tokens + _SPARE
+        return Document.draw(self.text, count, self.context - longest, self.facts, self.document)
+
+    def _reader(self, model: Model, document: Document) -> Callable[[str], tuple[str, list[int] | None]]:
+        """Answers to questions; the document is read with the first of them."""
+        if self.way == "parts":
+            contexts = document.parts(self.parts)
+
+            def over_parts(asked: str) -> tuple[str, list[int] | None]:
+                found = model.generate(asked, _PARAMS, contexts=contexts, pooling=NBCE())
+                return found.text, found.sources
+
+            return over_parts
+        text = document.text
+        if self.way == "cut":
+            ids = model.tokenizer(text, verbose=False).input_ids
+            text = model.tokenizer.decode(ids[-(self.recipe["trained_length"] - (self.context - len(ids))) :])
+        session = model.session()
+
+        def over_text(asked: str) -> tuple[str, list[int] | None]:
+            found = session.generate(f"{text}\n\n{asked}" if not session.text else f"\n\n{asked}", _PARAMS)
+            session.crop(len(text))
+            return found.text, None
+
+        return over_text
+
+    def outcome(self, rows: Sequence[Row]) -> str:
+        return f"{fmean(row['correct'] for row in rows):.0%} of {len(rows)}"
+
+
+def way_name(way: str, parts: int) -> str:
+    """Of a way of reading, for people."""
+    return {"whole": "read whole", "cut": "only its end"}.get(way, f"{parts} part{'s' * (parts > 1)}")
+
+
+def cells(
+    subject: Local,
+    text: Text,
+    scalers: Sequence[Scaler],
+    *,
+    contexts: Sequence[int],
+    parts: Sequence[int],
+    documents: int,
+    questions: int,
+) -> list[FactsCell]:
+    """Cells of every length and document: read whole under every scaler, its end only, and in parts.
+
+    Args:
+        parts: numbers of parts.
+        documents: seeds 0, 1, ...
+        questions: to each document, which has twice as many facts or `parts` at its most, whichever is more.
+
+    Raises:
+        ConfigError: a scaler cannot work on this model, or a part is longer than the model was trained for.
+    """
+    trained = subject.trained_length
+    for scaler in scalers:
+        subject.rope = scaler
+    facts = max(2 * questions, *parts)
+    asked = tuple(n * facts // questions + facts // (2 * questions) for n in range(questions))
+    ways: list[tuple[Way, int, Scaler]] = [("whole", 1, scaler) for scaler in scalers]
+    ways += [("cut", 1, Scaler()), *(("parts", count, Scaler()) for count in parts)]
+    found = []
+    for context in contexts:
+        if short := [count for count in parts if context / count > 0.97 * trained]:
+            raise ConfigError(
+                f"{short[0]} parts of {format_length(context)} tokens are longer than the {format_length(trained)} "
+                f"that the model was trained for; take {1 + int(context / (0.97 * trained))} parts or more"
+            )
+        for document in range(documents):
+            for way, count, scaler in ways:
+                found.append(
+                    FactsCell(
+                        scaler=scaler,
+                        context=context,
+                        way=way,
+                        parts=count,
+                        document=document,
+                        facts=facts,
+                        asked=asked,
+                        text=text,
+                        recipe={
+                            "experiment": "facts",
+                            "form": FORM,
+                            "words": WORDS_VERSION,
+                            "model": subject.name,
+                            "text": text.name,
+                            "text_sha256": text.sha256,
+                            "dtype": subject.precision,
+                            "device": subject.device,
+                            "trained_length": trained,
+                            "context": context,
+                            "facts": facts,
+                            "document": document,
+                            "way": way,
+                            "parts": count,
+                            "rope": str(scaler),
+                        },
+                    )
+                )
+    return found

@@ -1,0 +1,91 @@
+"""`ropewalk facts`: scaling, pooling or cutting short, on the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...engine.options import loads_a_model
+from ..runs.measurement import Measurement, deadline_in, measures
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..runs.cell import Cell
+    from ..runs.result import Run
+
+EXAMPLES = "\b\nExamples:\n"
+
+
+@click.command(
+    epilog=EXAMPLES + '  ropewalk facts smollm2-135m --rope yarn:2 --rope "rerope:0.25x|logn"\n'
+    "  ropewalk facts ./my-model --lengths 2x,4x --parts 4,16 --documents 10"
+)
+@measures(
+    click.option("--parts", default="2,4,8,16", show_default=True, help="Into how many parts, separated by commas."),
+    click.option("--documents", default=4, show_default=True, type=click.IntRange(min=1), help="Of each length."),
+    click.option("--questions", default=8, show_default=True, type=click.IntRange(min=1), help="To each document."),
+    click.option("--text", default="kjv", show_default=True, help="The hay: a built-in text, or a file or folder."),
+    loads_a_model,
+    lengths=("1.25x", "Tokens of a document with a question and its answer, separated by commas."),
+    ropes=("none", "yarn:2", "rerope:0.25x|logn"),
+    out="runs/MODEL-facts",
+)
+def facts(
+    asked: Measurement,
+    lengths: str,
+    parts: str,
+    documents: int,
+    questions: int,
+    text: str,
+    loading: dict[str, Any],
+) -> None:
+    """Scaling or pooling? Facts all over a document longer than MODEL was trained for, asked for one by one.
+
+    The document is read whole under every --rope; only its end, as much as MODEL was trained for; and in --parts, each
+    read by itself, whose answers are pooled (NBCE, as in `ropewalk generate --contexts`). A run resumes.
+    """
+    deadline = deadline_in(asked.max_minutes)
+    from ...engine.load import load
+    from ...engine.storage import write_atomic
+    from ...errors import ConfigError
+    from ...scaling import parse_length
+    from ..data import load_text
+    from ..reports.publish import print_files, print_left_out
+    from ..subjects.local import Local
+    from .facts import cells
+    from .facts_table import facts_rows, plot_facts, to_markdown
+
+    try:
+        counts = [int(count) for count in parts.split(",")]
+    except ValueError:
+        raise ConfigError(f"--parts {parts!r} must be whole numbers, such as 2,4,8") from None
+    if min(counts) < 1:
+        raise ConfigError(f"--parts {parts!r} must be 1 or more each")
+    scalers, hay = asked.scalers(), load_text(text)
+    subject = Local(load(asked.model, **loading, max_length=2**31))
+    planned = cells(
+        subject,
+        hay,
+        scalers,
+        contexts=[parse_length(length, subject.trained_length) for length in lengths.split(",")],
+        parts=counts,
+        documents=documents,
+        questions=questions,
+    )
+
+    def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:
+        from rich.markdown import Markdown
+
+        files = []
+        if facts_rows(run.rows):
+            table, markdown = run.folder / "table.md", to_markdown(run.rows)
+            write_atomic(table, markdown.encode())
+            console.print(Markdown(markdown))
+            files = [table, *plot_facts(run.rows, run.folder / "facts")]
+        print_left_out(left_out, console)
+        print_files(files, console)
+
+    asked.measure(subject, planned, finish, name="facts", deadline=deadline)

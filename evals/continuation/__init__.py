@@ -1,0 +1,1 @@
+"""Ways of going on from a prompt that is cut off anywhere, compared."""

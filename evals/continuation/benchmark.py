@@ -1,0 +1,112 @@
+"""How well a model goes on from prompts that are cut off anywhere, by each way of doing it.
+
+A cut is measured under all methods at once, and its rows are kept as soon as it is done. What is measured:
+
+    next_byte_bits  bits that the byte after the prompt takes
+    top1            whether it is the likeliest byte
+    finished        whether the likeliest text finishes the token that was cut
+    bits_per_byte   bits a byte of the next 8
+    extra_forwards  runs of the model up to the first token past the prompt, more than `off` takes
+    extra_ms        time up to that token, more than `off` takes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+
+from ...engine import split
+from ...engine.api import Model
+from ...engine.load import load
+from ...engine.storage import write_atomic
+from ...errors import DataError
+from ...tokenizer_tools.cuts import Cut
+from ..runs.result import Row, Run
+from .cuts import CutText, draw_all
+from .methods import HEALING, METHODS, OFF, Ending
+from .plot import plot_continuation
+from .table import LEGEND, summarize, tables, to_markdown
+
+AHEAD = 8
+"""Bytes after the prompt whose probability is measured."""
+
+
+def measure_all(model: Model, texts: Sequence[CutText], run: Run, seed: int, console: Console) -> list[Row]:
+    """Measure every cut that is not in `run` yet, with a progress bar; returns the rows of all."""
+    found: list[Row] = []
+    todo = [(text, cut) for text in texts for cut in text.cuts]
+    for text, cut in track(todo, "cuts", console=console):
+        recipes = {method: _recipe(model, text, cut, seed) | {"method": method} for method in METHODS}
+        rows = [run.find(recipe) for recipe in recipes.values()]
+        if None in rows:
+            measured = measure(model, cut)
+            rows = [run.add(recipe, measured[method]) for method, recipe in recipes.items()]
+        found += [row for row in rows if row is not None]
+    return found
+
+
+def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
+    return {
+        "task": "continuation",
+        "model": model.name,
+        "text": text.text.name,
+        "text_sha256": text.text.sha256,
+        "kind": text.kind,
+        "place": cut.place,
+        "seed": seed,
+        "dtype": model.network.precision,
+        "device": model.hf.device.type,
+        "transformers": transformers.__version__,
+    }
+
+
+def measure(model: Model, cut: Cut) -> dict[str, dict[str, Any]]:
+    """What is measured at one cut, by method."""
+    wanted = cut.token[cut.overlap :]
+    with torch.inference_mode():
+        ending = Ending(model, cut.prompt)
+        openings = {method: ending.open(method) for method in METHODS if method != HEALING}
+        measured: dict[str, dict[str, Any]] = {HEALING: {"finished": ending.transformers_finishes(wanted)}}
+        for method, opening in openings.items():
+            law = ending.law(method)
+            next_byte = law.next_byte_logprobs
+            measured[method] = {
+                "next_byte_bits": -float(next_byte[cut.rest[0]]) / math.log(2),
+                "top1": int(next_byte.argmax()) == cut.rest[0],
+                "finished": ending.finishes(opening, wanted),
+                "bits_per_byte": -law.logprob(cut.rest[:AHEAD]) / math.log(2) / AHEAD,
+                "extra_forwards": opening.forwards - openings[OFF].forwards,
+                "extra_ms": 1e3 * (opening.seconds - openings[OFF].seconds),
+            }
+    return measured
+
+
+def compare(name: str, text: str | None, *, cuts: int, seed: int, loading: dict[str, Any], out: Path) -> None:
+    """The command: measure, then print and write the tables and the plot."""
+    console = Console()
+    model = load(name, **loading)
+    split.refuse("continuation")
+    texts = draw_all(model.vocabulary, text, cuts, seed)
+    for one in texts:
+        if len(one.cuts) < cuts:
+            console.print(f"{one.name}: {len(one.cuts)} of {cuts} cuts, the text has no more such places")
+    run = Run(out)
+    run.write_environment()
+    summaries = summarize(measure_all(model, texts, run, seed, console))
+    if not summaries:
+        raise DataError(f"{text} has no place to cut; give a longer text")
+    table = run.folder / "table.md"
+    write_atomic(table, to_markdown(summaries, model.name).encode())
+    files = [table, *plot_continuation(summaries, model.name, run.folder / "continuation")]
+    for shown in tables(summaries):
+        console.print(shown)
+    console.print(LEGEND)
+    for path in files:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,202 @@
+"""Ways of going on from a prompt that may end inside a token. P is the prompt.
+
+    off             read P's tokens; any token may follow
+    one token back  read all but the last, then draw among the tokens that begin with the last one's bytes
+    step mask       read what is certain, then draw tokens that agree with the rest of P one by one, until P's end is
+                    reached; at every step the others are masked, and those left are renormalized
+    exact           draw one of the covers of P, each with its probability
+
+    transformers    its `token_healing`, as it behaves; only the text that it writes can be seen
+
+One token back is the remedy of kexue.fm 9762. The step mask is biased: a token that agrees with P may leave a rest
+that the model would hardly have gone on with, and renormalizing at every step forgets that.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
+
+from ...engine.api import Model
+from ...engine.network import Network
+from ...engine.opening import weigh
+from ...tokenizer_tools.cover import Cover, cover
+from ..retrieval.landings import Fork, Law, Path, Reader
+
+OFF, ONE_BACK, STEPS, HEALING, EXACT = "off", "one token back", "step mask", "transformers", "exact"
+METHODS = (OFF, HEALING, ONE_BACK, STEPS, EXACT)
+
+_LEFT_OUT = 1e-3  # share of the step mask's law whose paths are not followed
+_MOST_PATHS = 200  # and no more than these: in a long row of spaces there are thousands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """The likeliest beginning of an answer, as a method finds it.
+
+    Attributes:
+        ids: all tokens, the prompt's included.
+        past: bytes of them that come after the prompt.
+        forwards: runs of the model that it took.
+        seconds: time that it took, the prompt included.
+    """
+
+    ids: Path
+    past: bytes
+    forwards: int
+    seconds: float
+
+
+class _CountedNetwork(Network):
+    """A network that counts how often it is run."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__(network.hf)
+        self._network, self.runs = network, 0
+
+    def forward(self, ids: Sequence[int], cache: Cache, keep: int) -> Tensor:
+        self.runs += 1
+        return self._network.forward(ids, cache, keep)
+
+
+class Ending:
+    """The end of a prompt: its tokens, its covers, and the laws of the methods for it.
+
+    Args:
+        prompt: text with at least one token that is certain.
+    """
+
+    def __init__(self, model: Model, prompt: str) -> None:
+        self.model, self.prompt, self._network = model, prompt, _CountedNetwork(model.network)
+        self.cover: Cover = cover(model.vocabulary, prompt)
+        ids = self.cover.prompt
+        certain = min(len(self.cover.trunk), len(ids) - 1)
+        self.tail, self.trunk = ids[certain:], self.cover.trunk[certain:]
+        self.reader = self._new_reader(ids[:certain])
+
+    def law(self, method: str) -> Law:
+        """The law of what follows, under every method but transformers' own."""
+        forks = {OFF: self._off, ONE_BACK: self._one_back, STEPS: self._steps, EXACT: self._exact}[method]()
+        return Law(self.reader, forks)
+
+    def open(self, method: str) -> Opening:
+        """Find the likeliest beginning from a cold start."""
+        before, started = self._network.runs, time.perf_counter()
+        path, past = self._likeliest(method)
+        seconds = time.perf_counter() - started
+        return Opening(ids=self.reader.base + path, past=past, forwards=self._network.runs - before, seconds=seconds)
+
+    def finishes(self, opening: Opening, wanted: bytes) -> bool:
+        """True if the likeliest answer after an opening begins with `wanted`."""
+        ids, past = opening.ids, opening.past
+        tokens = self.model.vocabulary.tokens
+        while len(past) < len(wanted) and wanted.startswith(past) and ids[-1] not in self.model.vocabulary.walls:
+            token = int(self.reader.after(ids[len(self.reader.base) :]).argmax())
+            ids, past = (*ids, token), past + (tokens[token] if token < len(tokens) else b"")
+        return past.startswith(wanted)
+
+    def transformers_finishes(self, wanted: bytes) -> bool:
+        """`finishes` for transformers' `token_healing`, as it is; False where it fails."""
+        ids = torch.tensor([self.model.vocabulary.encode(self.prompt)], device=self.model.hf.device)
+        config = GenerationConfig(token_healing=True, do_sample=False, max_new_tokens=len(wanted), pad_token_id=0)
+        try:
+            out = self.model.hf.generate(ids, generation_config=config, tokenizer=self.model.tokenizer)
+        except KeyError:  # 5.23 raises the bias of the last token, which is not always among those that it looked up
+            return False
+        text = self.model.vocabulary.text_bytes([i for i in out[0].tolist() if i < len(self.model.vocabulary.tokens)])
+        return text.lstrip().startswith(self.prompt.lstrip().encode() + wanted)  # it strips the prompt
+
+    def _new_reader(self, base: Path) -> Reader:
+        return Reader(self._network, self.model.vocabulary, base, self._new_cache())
+
+    def _new_cache(self) -> Cache:
+        return self.model.new_cache(len(self.cover.prompt) + 64)
+
+    def _start(self, method: str) -> tuple[Path, bytes]:
+        """The tokens that a method keeps, and the prompt's bytes after them."""
+        if method == STEPS:
+            return self.trunk, self.model.vocabulary.text_bytes(list(self.tail[len(self.trunk) :]))
+        if method == OFF or self.tail[-1] in self.model.vocabulary.walls:
+            return self.tail, b""
+        return self.tail[:-1], self.model.vocabulary.tokens[self.tail[-1]]
+
+    def _one_back(self) -> list[Fork]:
+        path, last = self._start(ONE_BACK)
+        if not last:
+            return self._off()
+        row = self.reader.after(path)
+        same = self.model.vocabulary.trie.exact(last)
+        return [
+            Fork(path=path, suffix=last, logweight=0.0),
+            *(Fork(path=(*path, token), suffix=b"", logweight=float(row[token])) for token in same),
+        ]
+
+    def _off(self) -> list[Fork]:
+        return [Fork(path=self.tail, suffix=b"", logweight=0.0)]
+
+    def _steps(self) -> list[Fork]:
+        """The likeliest paths are followed first, until those that are left have one part in a thousand together.
+
+        These are taken to read the prompt's own tokens, so that no byte is impossible.
+        """
+        tokens, trie = self.model.vocabulary.tokens, self.model.vocabulary.trie
+        path, rest = self._start(STEPS)
+        found: list[Fork] = []
+        waiting, left = [(0.0, path, rest)], 1.0
+        while waiting and left > _LEFT_OUT and len(found) < _MOST_PATHS:
+            negative, path, rest = heapq.heappop(waiting)
+            left -= math.exp(-negative)
+            if not rest:
+                found.append(Fork(path=path, suffix=b"", logweight=-negative))
+                continue
+            row = self.reader.after(path)
+            shorter, longer = trie.prefixes(rest), trie.extensions(rest)
+            weight = -negative - float(row[torch.tensor(shorter + longer)].logsumexp(0))
+            found.append(Fork(path=path, suffix=rest, logweight=weight))
+            for token in shorter:
+                later = weight + float(row[token])
+                left += math.exp(later)
+                heapq.heappush(waiting, (-later, (*path, token), rest[len(tokens[token]) :]))
+        return [*found, Fork(path=self.tail, suffix=b"", logweight=math.log(left))] if waiting and left > 0 else found
+
+    def _exact(self) -> list[Fork]:
+        forks = []
+        for node in self.cover.nodes:
+            path, weight = self.trunk, 0.0
+            for token in node.path:
+                weight += float(self.reader.after(path)[token])
+                path = (*path, token)
+            forks.append(Fork(path=path, suffix=node.suffix, logweight=weight))
+        return forks
+
+    def _likeliest(self, method: str) -> tuple[Path, bytes]:
+        """Tokens after the reader's base up to the first one past the prompt's end, and their bytes past it."""
+        tokens, trie = self.model.vocabulary.tokens, self.model.vocabulary.trie
+        if method == EXACT:
+            return self._likeliest_cover()
+        path, rest = self._start(method)
+        reader = self._new_reader(self.reader.base)
+        while rest:
+            allowed = [*(trie.prefixes(rest) if method == STEPS else trie.exact(rest)), *trie.extensions(rest)]
+            token = allowed[int(reader.after(path)[torch.tensor(allowed)].argmax())]
+            path = (*path, token)
+            if len(tokens[token]) > len(rest):
+                return path, tokens[token][len(rest) :]
+            rest = rest[len(tokens[token]) :]
+        token = int(reader.after(path).argmax())
+        return (*path, token), tokens[token] if token < len(tokens) else b""
+
+    def _likeliest_cover(self) -> tuple[Path, bytes]:
+        vocabulary = self.model.vocabulary
+        covers = weigh(self._network, cover(vocabulary, self.prompt), None, self._new_cache(), vocabulary)
+        best = int(covers.scores.argmax())
+        node, token = covers.cover.nodes[int(covers.nodes[best])], int(covers.tokens[best])
+        return (*self.trunk, *node.path, token), vocabulary.tokens[token][len(node.suffix) :]

@@ -1,0 +1,128 @@
+"""The measurements of `continuation` as means with intervals, in tables for the screen and for a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Column, Table
+
+from ..runs.result import Row
+from ..statistics import block_interval, paired_difference
+from .methods import EXACT
+
+OVER_EXACT = "over_exact"
+COLUMNS = {
+    "next_byte_bits": "next byte",
+    OVER_EXACT: "over exact",
+    "top1": "top-1",
+    "finished": "finished",
+    "bits_per_byte": "8 bytes",
+    "extra_forwards": "runs",
+    "extra_ms": "ms",
+}
+
+LEGEND = (
+    "Next byte: bits it takes; over exact: bits more than under the exact method, cut by cut; top-1: share where it "
+    "is the likeliest; finished: share where the likeliest text finishes the token that was cut; 8 bytes: bits a byte "
+    "of the next 8; runs, ms: of the model and in time, more than off takes up to its first token. Means over cuts "
+    "with 95% intervals; ms is a median."
+)
+"""What the columns are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A mean over cuts with its 95% interval (NaN where there are too few cuts for one, or the mean is a median)."""
+
+    mean: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + ("" if math.isnan(self.low) else f" ±{(self.high - self.low) / 2:.2f}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One method on one kind of cuts in one text.
+
+    Attributes:
+        name: of the text and the kind of cuts.
+        method: one of `methods.METHODS`.
+        cuts: how many.
+        values: by the fields of `COLUMNS`, those that were measured. `over_exact` is what the next byte takes more
+            than under the exact method, paired cut by cut; `extra_ms` is a median.
+    """
+
+    name: str
+    method: str
+    cuts: int
+    values: dict[str, Value]
+
+
+def summarize(rows: Sequence[Row]) -> list[Summary]:
+    """A summary for each text, kind of cut and method, in the order of the rows."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((f"{Path(row['text']).name}, {row['kind']}", row["method"]), []).append(row)
+    return [
+        Summary(name=name, method=method, cuts=len(group), values=_values(group, groups[name, EXACT]))
+        for (name, method), group in groups.items()
+    ]
+
+
+def _values(rows: Sequence[Row], exact: Sequence[Row]) -> dict[str, Value]:
+    values = {}
+    for field in COLUMNS:
+        if field == OVER_EXACT and "next_byte_bits" in rows[0]:
+            mean, low, high = paired_difference(
+                _numbers(rows, "next_byte_bits"), _numbers(exact, "next_byte_bits"), block=1
+            )
+            values[field] = Value(mean=mean, low=low, high=high)
+        elif field == "extra_ms" and field in rows[0]:
+            values[field] = Value(mean=float(np.median(_numbers(rows, field))))
+        elif field in rows[0]:
+            numbers = _numbers(rows, field)
+            low, high = block_interval(numbers, block=1)
+            values[field] = Value(mean=float(numbers.mean()), low=low, high=high)
+    return values
+
+
+def _numbers(rows: Sequence[Row], field: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return np.array([row[field] for row in rows], dtype=np.float64)
+
+
+def tables(summaries: Sequence[Summary]) -> list[Table]:
+    """A table for the screen for each text and kind of cuts."""
+    found = []
+    for name, group in _by_name(summaries).items():
+        table = Table(Column("method", no_wrap=True), *COLUMNS.values(), title=f"{name}: {group[0].cuts} cuts")
+        for summary in group:
+            table.add_row(summary.method, *_cells(summary))
+        found.append(table)
+    return found
+
+
+def to_markdown(summaries: Sequence[Summary], model: str) -> str:
+    """The same as Markdown."""
+    lines = [f"Ways to go on from prompts of {model} that are cut off anywhere. {LEGEND}"]
+    for name, group in _by_name(summaries).items():
+        lines += ["", f"{name}: {group[0].cuts} cuts", "", f"| method | {' | '.join(COLUMNS.values())} |"]
+        lines.append("|---" * (1 + len(COLUMNS)) + "|")
+        lines += [f"| {summary.method} | {' | '.join(_cells(summary))} |" for summary in group]
+    return "\n".join(lines) + "\n"
+
+
+def _by_name(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
+    groups: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        groups.setdefault(summary.name, []).append(summary)
+    return groups
+
+
+def _cells(summary: Summary) -> list[str]:
+    return [str(summary.values[field]) if field in summary.values else "" for field in COLUMNS]

@@ -1,0 +1,1 @@
+"""The protocols of perplexity, and the cells that measure them."""

@@ -1,0 +1,130 @@
+"""The effective length of a method, by the rule that is printed with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...scaling import format_length
+from ..retrieval.score import Score, Setting
+from ..retrieval.tasks import RULER, SUITES
+from ..runs.compare import Difference
+from ..runs.result import Row
+
+TOLERANCE = 0.02
+"""Nats per token by which a context may be worse than the trained length and still count."""
+
+LEAST_FOUND = 0.80
+"""Share of passkeys, needles or values that a length must give to count."""
+
+LEAST_KEPT = 0.90
+"""Share of its own score at the trained length that a method must keep of RULER-11 for a length to count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectiveLength:
+    """How far a method goes.
+
+    Args:
+        length: the largest measured context that keeps the rule; None if none does.
+        breaks: contexts from the trained length up to `length` that do not keep it all the same.
+        undecided: contexts beyond `length` whose interval holds the tolerance: more tokens would tell.
+    """
+
+    length: int | None
+    breaks: tuple[int, ...] = ()
+    undecided: tuple[int, ...] = ()
+
+
+def is_kept(change: Difference) -> bool:
+    """The rule: the upper bound of the difference to the untouched model at its trained length is at most
+    `TOLERANCE`."""
+    return change.high <= TOLERANCE
+
+
+def effective_length(rows: Sequence[Row], delta: Mapping[str, Difference], rope: str) -> EffectiveLength | None:
+    """The largest context of `rope` that keeps the rule; None if no context of it has an interval.
+
+    Args:
+        rows: one fixed-target setting.
+        delta: `compare.deltas` of these rows.
+        rope: a rope spec.
+    """
+    found = {
+        row["context"]: delta[row["key"]]
+        for row in sorted(rows, key=lambda row: int(row["context"]))
+        if row["rope"] == rope and row["key"] in delta and delta[row["key"]].has_interval
+    }
+    if not found:
+        return None
+    length = max((context for context, change in found.items() if is_kept(change)), default=None)
+    trained, reached = rows[0]["trained_length"], length or 0
+    return EffectiveLength(
+        length=length,
+        breaks=tuple(c for c, change in found.items() if trained <= c < reached and not is_kept(change)),
+        undecided=tuple(c for c, change in found.items() if c > reached and change.low <= TOLERANCE < change.high),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How far a method finds things.
+
+    Args:
+        length: the largest measured length such that it and all measured below it keep the rule; None if the
+            shortest does not.
+        certain: the same with the lower bounds of 95% intervals.
+        longest: the largest length that was measured.
+    """
+
+    length: int | None
+    certain: int | None
+    longest: int
+
+
+def reach(scores: Mapping[int, Score], least: float) -> Reach:
+    """The lengths up to which scores are at least `least`.
+
+    Args:
+        scores: of one method by length; at least one.
+        least: the score that must be reached, 0 to 1.
+    """
+    lengths = sorted(scores)
+
+    def up_to(values: Mapping[int, float]) -> int | None:
+        kept = None
+        for length in lengths:
+            if not values[length] >= least:  # an unknown bound is NaN, and keeps nothing
+                break
+            kept = length
+        return kept
+
+    return Reach(
+        length=up_to({length: score.mean for length, score in scores.items()}),
+        certain=up_to({length: score.low for length, score in scores.items()}),
+        longest=lengths[-1],
+    )
+
+
+def reaches(setting: Setting) -> dict[str, Reach]:
+    """How far the methods of a setting find things, each by the rule of its suite.
+
+    Passkey, niah and kv: `LEAST_FOUND`. RULER-11: `LEAST_KEPT` of the method's own score at the trained length, so
+    only where all its tasks were asked, and of methods that were asked at that length.
+    """
+    of_own, trained = setting.suite == RULER, setting.trained_length
+    if of_own and setting.tasks != [*SUITES[RULER]]:
+        return {}
+    found = {}
+    for rope in setting.methods:
+        scores = setting.scores(rope)
+        if scores and (trained in scores or not of_own):
+            found[rope] = reach(scores, LEAST_KEPT * scores[trained].mean if of_own else LEAST_FOUND)
+    return found
+
+
+def length_or_more(length: int | None, longest: int) -> str:
+    """`8k`, `16k or more` where 16k is the longest measured, or `none measured`."""
+    if length is None:
+        return "none measured"
+    return f"{format_length(length)} or more" if length == longest else format_length(length)

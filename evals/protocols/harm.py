@@ -1,0 +1,99 @@
+"""What scaling costs texts that the model could read without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...scaling.lengths import format_length
+from ...scaling.rope import Scaler
+from ..runs.cell import Advance
+from ..runs.result import Losses, Row
+from ..statistics import block_interval, paired_difference
+from ..subjects.reader import Reader
+from .fixed_target import SamePlaces
+from .protocol import Measured, Window
+
+_ROWS = 64  # tokens whose laws are compared at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Harm(SamePlaces):
+    """The scaled model against the untouched one, token by token, at contexts up to the trained length.
+
+    KL(untouched || scaled) of the next token's law in nats, the share of tokens with the same likeliest next token,
+    and the paired difference of losses.
+
+    Args:
+        target: tokens scored at the end of each window; None is all but the first.
+    """
+
+    name: ClassVar[str] = "harm"
+    passes: ClassVar[int] = 2
+    target: int | None = None
+
+    def scored_tokens(self, context: int) -> int:
+        return context - 1 if self.target is None else self.target
+
+    def check(self, reader: Reader) -> None:
+        L = reader.trained_length
+        if L is None or self.longest > L:
+            known = "an unknown length" if L is None else format_length(L)
+            raise ConfigError(
+                f"harm holds a scaled model against the untouched one, which was trained to read {known}; the context "
+                f"{format_length(self.longest)} is beyond it: ask for shorter ones"
+            )
+
+    def measure(self, reader: Reader, windows: Sequence[Window], advance: Advance) -> Measured:
+        found = [compare_laws(reader.under(Scaler()), reader, window, advance) for window in windows]
+        base, scaled, kl, same = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        difference, low, high = paired_difference(scaled, base)
+        kl_low, kl_high = block_interval(kl)
+        extra = {
+            "base_loss": float(base.mean(dtype=np.float64)),
+            "difference": difference,
+            "difference_low": low,
+            "difference_high": high,
+            "kl": float(kl.mean(dtype=np.float64)),
+            "kl_low": kl_low,
+            "kl_high": kl_high,
+            "same_top1": 100 * float(same.mean()),
+        }
+        return Measured(losses=[one[1] for one in found], extra=extra)
+
+    @classmethod
+    def scored(cls, row: Row) -> str:
+        which = "all tokens" if row.get("target") is None else f"the last {row['target']} tokens"
+        return f"{which}, against the untouched model at the same context"
+
+
+Laws = tuple[Losses, Losses, Losses, np.ndarray[tuple[int], np.dtype[np.bool_]]]
+
+
+def compare_laws(base: Reader, other: Reader, window: Window, advance: Advance) -> Laws:
+    """Both models' losses, KL(base || other) and whether the likeliest token is the same; each [scored tokens].
+
+    They read the window in lock step, each on a cache of its own, so that only some logits of each are
+    held at once.
+    """
+    parts: list[list[Tensor]] = []
+    with torch.inference_mode():
+        pairs = (one.logits(window.ids, window.first, advance) for one in (base, other))
+        targets, done = torch.tensor(window.ids[window.first :]), 0
+        for p, q in zip(*pairs, strict=True):
+            for rows in range(0, len(p), _ROWS):
+                block = slice(rows, rows + _ROWS)
+                wanted = targets[done : done + _ROWS, None][: len(p) - rows].to(p.device)
+                log_p, log_q = p[block].log_softmax(-1), q[block].log_softmax(-1)
+                kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+                losses = (-law.gather(-1, wanted)[:, 0] for law in (log_p, log_q))
+                parts.append([*losses, kl, log_p.argmax(-1) == log_q.argmax(-1)])
+                done += len(kl)
+    first, second, kl, same = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    return first, second, kl, same

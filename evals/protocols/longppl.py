@@ -1,0 +1,144 @@
+"""LongPPL: perplexity of the tokens that need far context, chosen once by a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ...errors import ConfigError, DataError
+from ...scaling.lengths import format_length
+from ...scaling.rope import Scaler
+from ...scaling.spec import parse
+from ..runs.cell import Advance, Cell
+from ..runs.result import Row, Run
+from ..subjects.reader import Reader
+from ..subjects.subject import Subject
+from .fixed_target import SameTarget
+from .protocol import Window
+
+GAIN = 2.0
+"""A key token's loss falls by more than this from the short to the full context, nats."""
+
+MOST_LOSS = 2.0
+"""And is below this under the full context, nats."""
+
+LEAST_KEYS = 16
+"""Fewer key tokens than these are refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongPPL(SameTarget):
+    """The loss of key tokens, those that a judge predicts far better with the full context than with a short one.
+
+    Key tokens: loss_short - loss_full > 2 and loss_full < 2 nats (Fang et al., arXiv 2410.23771). Here loss_full is
+    that of the judge at the longest context and loss_short that at the trained length; the same keys are scored for
+    every scaler and context.
+
+    Args:
+        judge: the scaler under which the model chooses.
+    """
+
+    name: ClassVar[str] = "longppl"
+    judge: str = "dual-chunk"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "judge", str(parse(self.judge)))  # one way to write it, so that a run finds it again
+
+    def check(self, reader: Reader) -> None:
+        reader.under(parse(self.judge))  # refused now where the model can only be read as it is
+        L = reader.trained_length
+        if L is None:
+            raise ConfigError("longppl takes the trained length as the short context; give trained_length")
+        if self.longest <= L:
+            raise ConfigError(
+                f"longppl holds the longest context, {format_length(self.longest)}, against the trained length, "
+                f"{format_length(L)}; ask for a longer one too"
+            )
+
+    @classmethod
+    def scored(cls, row: Row) -> str:
+        count = f"{row['tokens']} of {row['candidates']} tokens" if row.get("loss") is not None else "the tokens"
+        return f"{count} that need far context, the same everywhere, chosen by {row['judge']} tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeCell(Cell):
+    """The judge's two passes over every place. Its losses are stored, and whoever comes later reads them.
+
+    Args:
+        scaler: the judge.
+        context: the longest one, that of `full`.
+        short: windows of the trained length.
+        full: windows of the longest context.
+        recipe: of both rows, without the context.
+    """
+
+    scaler: Scaler
+    context: int
+    short: tuple[Window, ...]
+    full: tuple[Window, ...]
+    recipe: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return "judge"
+
+    @property
+    def windows(self) -> list[int]:
+        return [len(w.ids) - 1 for w in (*self.short, *self.full)]
+
+    def row_recipes(self) -> list[dict[str, Any]]:
+        return [{**self.recipe, "context": len(windows[0].ids)} for windows in (self.short, self.full)]
+
+    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
+        return self.record(subject.reader(), run, advance)
+
+    def record(self, reader: Reader, run: Run, advance: Advance) -> list[Row]:
+        """Measure it on any reader.
+
+        Raises:
+            DataError: it finds too few key tokens.
+        """
+        for recipe, windows in zip(self.row_recipes(), (self.short, self.full), strict=True):
+            if run.find(recipe) is None:  # one of the two may be there, after a kill
+                losses = np.concatenate([reader.losses(w.ids, w.first, advance) for w in windows])
+                run.add(recipe, {"tokens": len(losses), "loss": float(losses.mean())}, losses)
+        self.keys(run)
+        return [row for recipe in self.row_recipes() if (row := run.find(recipe)) is not None]
+
+    def outcome(self, rows: Sequence[Row]) -> str:
+        short, full = rows
+        at = f"loss {short['loss']:.4f} at {format_length(short['context'])}"
+        return f"{at}, {full['loss']:.4f} at {format_length(full['context'])}"
+
+    def keys(self, run: Run) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which of the scored tokens are keys, bool [tokens].
+
+        Raises:
+            DataError: too few are, or the judge's losses are gone.
+        """
+        found = [run.find(recipe) for recipe in self.row_recipes()]
+        losses = [None if row is None else run.losses(row) for row in found]
+        if losses[0] is None or losses[1] is None:
+            raise DataError(f"{run.folder} holds no losses of the judge {self.scaler}; measure in another folder")
+        is_key = key_tokens(losses[0], losses[1])
+        if (count := int(is_key.sum())) < LEAST_KEYS:
+            short, full = (format_length(recipe["context"]) for recipe in self.row_recipes())
+            raise DataError(
+                f"the judge {self.scaler} finds {count} key tokens among {len(is_key)} ({full} of context against "
+                f"{short}); longppl needs at least {LEAST_KEYS}: score more tokens (target, samples), or take a text "
+                "whose tokens depend on what is far"
+            )
+        return is_key
+
+
+def key_tokens(
+    short: np.ndarray[Any, np.dtype[Any]], full: np.ndarray[Any, np.dtype[Any]]
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which tokens are keys, from their losses under both contexts, bool [tokens]."""
+    found: np.ndarray[Any, np.dtype[np.bool_]] = (short - full > GAIN) & (full < MOST_LOSS)
+    return found

@@ -1,0 +1,216 @@
+"""A cell of perplexity: the windows of a protocol under one scaler and context, measured on any reader.
+
+What is scored, and what each scored token may see, is the protocol's business. Every token is scored once, in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ...scaling.rope import Scaler
+from ...scaling.spec import parse
+from ..data import Text, tokenize_documents
+from ..runs.cell import Advance, Cell
+from ..runs.result import Losses, Row, Run
+from ..statistics import block_interval
+from ..subjects.reader import Reader, Start, Tokens
+from ..subjects.subject import Subject
+from .longppl import JudgeCell, LongPPL
+from .protocol import Protocol, Window
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityCell(Cell):
+    """The windows behind one row of the result (or, by position, behind one row for each bucket).
+
+    Args:
+        passages: the windows.
+        judge: where the tokens that count are chosen; None counts all scored ones.
+        then: gets the rows and what read them.
+    """
+
+    scaler: Scaler
+    context: int
+    protocol: Protocol
+    passages: tuple[Window, ...]
+    recipe: dict[str, Any]
+    judge: JudgeCell | None = None
+    then: Callable[[PerplexityCell, list[Row], Reader], None] = field(default=lambda *_: None, compare=False)
+
+    @property
+    def windows(self) -> list[int]:
+        return [len(w.ids) - 1 for w in self.passages for _ in range(self.protocol.passes)]
+
+    def row_recipes(self) -> list[dict[str, Any]]:
+        buckets = (bucket or (None, None) for bucket in self.protocol.buckets(self.context))
+        return [{**self.recipe, "bucket_start": start, "bucket_end": end} for start, end in buckets]
+
+    def is_ready(self, run: Run) -> bool:
+        return self.judge is None or self.judge.is_done(run)
+
+    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
+        reader = subject.reader()
+        rows = self.record(reader, run, advance)
+        self.then(self, rows, reader)
+        return rows
+
+    def record(self, reader: Reader, run: Run, advance: Advance) -> list[Row]:
+        """Measure it on any reader, and store its rows in `run`."""
+        keys = self.judge.keys(run) if self.judge else None
+        started = time.perf_counter()
+        found = self.protocol.measure(reader, self.passages, advance)
+        seconds = time.perf_counter() - started
+        rows = []
+        for recipe in self.row_recipes():
+            chosen = self._chosen(recipe["bucket_start"] or 0, recipe["bucket_end"] or math.inf, keys)
+            losses = np.concatenate([one[mask] for one, mask in zip(found.losses, chosen, strict=True)])
+            measured = summary(losses, self._count_bytes(reader, chosen)) | {
+                "documents": len(self.passages),
+                "seconds": seconds,
+                "tokens_per_second": sum(self.windows) / seconds,
+                "peak_memory_mb": reader.memory_mb,
+            }
+            if keys is not None:
+                measured["candidates"] = len(keys)
+            rows.append(run.find(recipe) or run.add(recipe, measured | found.extra, losses))  # some, after a kill
+        return rows
+
+    def outcome(self, rows: Sequence[Row]) -> str:
+        tokens = sum(row["tokens"] for row in rows)
+        loss = sum(row["loss"] * row["tokens"] for row in rows) / tokens
+        of = f" of {rows[0]['candidates']}" if "candidates" in rows[0] else ""
+        return f"loss {loss:.4f}, {tokens}{of} tokens scored"
+
+    def _chosen(self, start: float, end: float, keys: np.ndarray[Any, Any] | None) -> list[np.ndarray[Any, Any]]:
+        """Which of the scored tokens of each window count, bool [scored tokens]."""
+        places = [np.arange(w.first, len(w.ids)) for w in self.passages]
+        masks = [(place >= start) & (place < end) for place in places]
+        if keys is None:
+            return masks
+        borders = np.cumsum([len(mask) for mask in masks])[:-1]
+        return [mask & part for mask, part in zip(masks, np.split(keys, borders), strict=True)]
+
+    def _count_bytes(self, reader: Reader, chosen: Sequence[np.ndarray[Any, Any]]) -> int | None:
+        counts = []
+        for window, mask in zip(self.passages, chosen, strict=True):
+            scored = np.array(window.ids[window.first :])
+            counts.append(reader.count_bytes(scored[mask].tolist()))
+        return None if None in counts else sum(count or 0 for count in counts)
+
+
+def summary(losses: Losses, n_bytes: int | None) -> dict[str, Any]:
+    """What is reported of per-token losses (nats, float32) of a text of `n_bytes` bytes."""
+    loss = float(losses.astype(np.float64).mean())
+    low, high = block_interval(losses)
+    return {
+        "tokens": len(losses),
+        "loss": loss,
+        "loss_low": low,
+        "loss_high": high,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": None if n_bytes is None else loss * len(losses) / math.log(2) / max(n_bytes, 1),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A text as tokens.
+
+    Args:
+        documents: token ids, without what the tokenizer puts around a text.
+        start: that.
+    """
+
+    documents: list[Tokens]
+    start: Start
+    name: str
+    sha256: str
+
+    @classmethod
+    def of(cls, text: Text, tokenizer: Any, protocol: Protocol) -> Source:
+        """Of a text: no more documents, and no more of each, than the protocol reads."""
+        documents: list[Tokens] = []
+        for document in text.documents:
+            one = replace(text, documents=(document,))
+            documents += tokenize_documents(one, tokenizer, limit_tokens=protocol.limit)
+            if protocol.is_enough(documents):
+                break
+        return cls(documents=documents, start=Start.of(tokenizer), name=text.name, sha256=text.sha256)
+
+
+def cells(subject: Subject, text: Text, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
+    """The cells of a protocol on a model, scaler by scaler; every scaler is checked against the model first.
+
+    Raises:
+        DataError: the text is too short for a context.
+        ConfigError: a scaler or the protocol cannot work on this model.
+        ContextOverflow: a context is more than the subject can be asked for.
+    """
+    for scaler in scalers:
+        subject.rope = scaler
+    return plan(subject.reader(), Source.of(text, subject.tokenizer, protocol), scalers, protocol)
+
+
+def plan(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
+    """The cells of a protocol on any reader, the judge's first."""
+    protocol.check(reader)
+    shared = {
+        "task": "ppl",
+        "protocol": protocol.name,
+        "model": reader.name,
+        "text": source.name,
+        "text_sha256": source.sha256,
+        "dtype": reader.precision,
+        "device": reader.device,
+        "trained_length": reader.trained_length,
+        **reader.marks,
+        "target": None,
+        **protocol.settings,
+    }
+    windows = {c: tuple(protocol.windows(source.documents, c, source.start)) for c in protocol.contexts}
+    reader.check(max(len(window.ids) for own in windows.values() for window in own))
+    judge = None
+    if isinstance(protocol, LongPPL):
+        judge = _judge(protocol, reader, source, shared)
+        shared["judge"] = f"{judge.scaler} at {protocol.longest}"
+    measured = [
+        PerplexityCell(
+            scaler=scaler,
+            context=context,
+            protocol=protocol,
+            passages=windows[context],
+            recipe=shared | {"rope": str(scaler), "context": context, "places": places_of(windows[context])},
+            judge=judge,
+        )
+        for scaler in scalers
+        for context in protocol.contexts
+    ]
+    return [*([judge] if judge else []), *measured]
+
+
+def _judge(protocol: LongPPL, reader: Reader, source: Source, shared: dict[str, Any]) -> JudgeCell:
+    assert reader.trained_length is not None, "the protocol has checked it"
+    short, full = (
+        tuple(protocol.windows(source.documents, context, source.start))
+        for context in (reader.trained_length, protocol.longest)
+    )
+    recipe = {name: value for name, value in shared.items() if name != "judge"}
+    return JudgeCell(
+        scaler=parse(protocol.judge),
+        context=protocol.longest,
+        short=short,
+        full=full,
+        recipe=recipe | {"task": "judge", "rope": protocol.judge, "places": places_of(full)},
+    )
+
+
+def places_of(windows: Sequence[Window]) -> str:
+    """Where the windows end, `document:token`; many are told by their number and the last."""
+    places = [w.place for w in windows]
+    return ",".join(places) if len(places) <= 16 else f"{len(places)} windows to {places[-1]}"

@@ -1,0 +1,119 @@
+"""What a protocol of perplexity is: windows of a text, and which of their tokens are scored."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ...errors import ConfigError, DataError
+from ...scaling.lengths import format_length
+from ..runs.cell import Advance
+from ..runs.result import Losses, Row
+from ..subjects.reader import Reader, Start, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """One forward pass: token ids, and the index of the first one scored (to the end).
+
+    Args:
+        place: where it ends, `document:token`.
+        twin: ids that are read too, in a pass of their own, with the same tokens scored.
+    """
+
+    ids: Tokens
+    first: int
+    place: str
+    twin: Tokens | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What came out of some windows.
+
+    Args:
+        losses: nats of the scored tokens, window by window.
+        extra: further fields of the row.
+    """
+
+    losses: list[Losses]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol(ABC):
+    """Base of the protocols: frozen, keyword-only, with only their own fields.
+
+    Args:
+        contexts: window lengths in tokens.
+    """
+
+    name: ClassVar[str]
+    passes: ClassVar[int] = 1  # forward passes for each window
+    contexts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, value in self.settings.items():
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"{name} {value} must be at least 1")
+        if not self.contexts or min(self.contexts) < 2:
+            raise ConfigError("give at least one context of 2 tokens or more")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its own fields: those besides the contexts."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del own["contexts"]
+        return own
+
+    @property
+    def longest(self) -> int:
+        """The longest context."""
+        return max(self.contexts)
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens that are read of a document; None is all of it."""
+        return self.longest
+
+    @abstractmethod
+    def is_enough(self, documents: Sequence[Tokens]) -> bool:
+        """True if no more documents need be read."""
+
+    @abstractmethod
+    def windows(self, documents: Sequence[Tokens], context: int, start: Start) -> list[Window]:
+        """The windows of one context length.
+
+        Raises:
+            DataError: the text is too short.
+            ConfigError: the settings do not fit the context.
+        """
+
+    def check(self, reader: Reader) -> None:  # noqa: B027  (most can be measured on any)
+        """Raise ConfigError if it cannot be measured on this model."""
+
+    def buckets(self, context: int) -> list[tuple[int, int] | None]:
+        """The positions [start, end) that each row of a context tells of; None is all of them."""
+        return [None]
+
+    def measure(self, reader: Reader, windows: Sequence[Window], advance: Advance) -> Measured:
+        """Read the windows."""
+        return Measured(losses=[reader.losses(w.ids, w.first, advance) for w in windows])
+
+    @classmethod
+    @abstractmethod
+    def scored(cls, row: Row) -> str:
+        """What the rows like `row` score, in a few words, for captions."""
+
+
+def too_short(documents: Sequence[Tokens], needed: int, count: int = 1) -> DataError:
+    """The error for a text without `count` documents of `needed` tokens."""
+    longest = max((len(d) for d in documents), default=0)
+    have = sum(len(d) >= needed for d in documents)
+    return DataError(
+        f"the text is too short: {count} document(s) of {format_length(needed)} tokens needed, {have} there, the "
+        f"longest of {longest} tokens; ask for shorter lengths or a longer text"
+    )

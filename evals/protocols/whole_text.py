@@ -1,0 +1,139 @@
+"""Windows that cover a text from its start: `sliding`, `disjoint` and `llamacpp`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...errors import ConfigError, DataError
+from ..runs.result import Row
+from ..subjects.reader import Start, Tokens
+from .protocol import Protocol, Window
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeText(Protocol):
+    """Base of the protocols that go through the text.
+
+    Args:
+        text_tokens: tokens of the text that are read, document by document.
+    """
+
+    text_tokens: int = 32768
+
+    @property
+    def limit(self) -> int | None:
+        return self.text_tokens
+
+    def is_enough(self, documents: Sequence[Tokens]) -> bool:
+        return sum(map(len, documents)) >= self.text_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByDocument(WholeText):
+    """Base of those whose windows end where a document ends."""
+
+    def windows(self, documents: Sequence[Tokens], context: int, start: Start) -> list[Window]:
+        windows, left = [], self.text_tokens
+        for number, doc in enumerate(documents):
+            windows += self.of_document(doc[:left], number, context, start)
+            left = max(left - len(doc), 0)
+        if not windows:
+            raise DataError("the text has fewer than 2 tokens; there is nothing to score")
+        return windows
+
+    @abstractmethod
+    def of_document(self, doc: Tokens, number: int, context: int, start: Start) -> list[Window]:
+        """The windows of one document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sliding(ByDocument):
+    """Windows moved by a stride; the first one of a document scores everything, the others the tokens new to them.
+
+    As transformers' documentation does it, but the last window of a document is as long as the others, and every
+    scored token counts once in the mean.
+
+    Args:
+        stride: tokens by which the window moves.
+    """
+
+    name: ClassVar[str] = "sliding"
+    stride: int = 256
+
+    def of_document(self, doc: Tokens, number: int, context: int, start: Start) -> list[Window]:
+        body, scored_to = context - len(start.prefix), 0
+        if not 1 <= self.stride <= body:
+            raise ConfigError(f"stride {self.stride} must be between 1 and the context {context}")
+        windows = []
+        for end in range(min(body, len(doc)), len(doc) + self.stride, self.stride):
+            end = min(end, len(doc))
+            ids = start.prefix + doc[max(0, end - body) : end]
+            first = max(len(ids) - (end - scored_to), 1)
+            if end > scored_to and first < len(ids):
+                windows.append(Window(ids=ids, first=first, place=f"{number}:{end}"))
+            scored_to = end
+        return windows
+
+    @classmethod
+    def scored(cls, row: Row) -> str:
+        return f"the new tokens of a window that slides by {row.get('stride')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disjoint(ByDocument):
+    """Disjoint windows with one token of context, as `loglikelihood_rolling` of lm-evaluation-harness.
+
+    The start token (or else the end token) is put before a document. A window feeds `context` tokens and scores as
+    many, so that every token of the document is scored once; the last window scores what is left, on `context` tokens.
+    Of a tokenizer without either token, the document's own first token is the context of the others.
+    """
+
+    name: ClassVar[str] = "disjoint"
+
+    def of_document(self, doc: Tokens, number: int, context: int, start: Start) -> list[Window]:
+        whole = doc if start.token is None else [start.token, *doc]
+        windows = []
+        for scored in range(1, len(whole), context):
+            end = min(scored + context, len(whole))
+            ids = whole[max(0, end - context - 1) : end]
+            windows.append(Window(ids=ids, first=len(ids) - (end - scored), place=f"{number}:{end}"))
+        return windows
+
+    @classmethod
+    def scored(cls, row: Row) -> str:
+        return "every token once, in windows that share one token"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaCpp(WholeText):
+    """Chunks of the whole text, the second half of each scored, as llama.cpp's `perplexity` does it.
+
+    The start token, if the tokenizer adds one, stands before the text and replaces the first token of every chunk. Of
+    a chunk of n tokens those at n // 2 + 1 .. n - 1 are scored; a rest that fills no chunk is left out.
+    """
+
+    name: ClassVar[str] = "llamacpp"
+
+    def windows(self, documents: Sequence[Tokens], context: int, start: Start) -> list[Window]:
+        if context < 3:
+            raise ConfigError(f"context {context} leaves nothing to score in its second half; ask for at least 3")
+        bos = start.prefix[:1]
+        text = [*bos, *(token for doc in documents for token in doc)][: self.text_tokens]
+        if len(text) < 2 * context:
+            raise DataError(
+                f"llamacpp needs two chunks: {2 * context} tokens of text for a context of {context}, and there are "
+                f"{len(text)}; take a longer text, more text tokens or a shorter context"
+            )
+        ends = range(context, len(text) + 1, context)
+        chunks = (text[end - context : end] for end in ends)
+        return [
+            Window(ids=bos + chunk[len(bos) :], first=context // 2 + 1, place=f"all:{end}")
+            for end, chunk in zip(ends, chunks, strict=True)
+        ]
+
+    @classmethod
+    def scored(cls, row: Row) -> str:
+        return "the second half of each chunk"

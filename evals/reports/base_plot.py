@@ -1,0 +1,144 @@
+"""Rotary bases held against the base bound, drawn: f_b(m) by distance, and where each base fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from ...errors import ConfigError
+from ...scaling import RopeSpec, format_length
+from ...scaling.base_bound import preference
+from ...scaling.base_rules import BaseRule
+from ..runs.compare import UNTOUCHED
+from . import style
+from .distance_plot import Array, Whole, length_ticks
+
+_STEPS = 320
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One base: the rules that give it, and what its f_b(m) is in every step of distances.
+
+    Args:
+        edges: first distance of every step, and N: int64 [steps + 1].
+        least: lowest f_b(m) of every step, [steps].
+    """
+
+    name: str
+    base: float
+    fails_at: int | None
+    look: style.LineStyle
+    edges: Whole
+    least: Array
+
+
+def plot_bases(rules: Sequence[BaseRule], rope: RopeSpec, length: int, out_stem: Path) -> tuple[Path, Path]:
+    """f_b(m) of every rule's base up to `length`, and below it the distances at which it is negative.
+
+    Writes `out_stem`.png and .svg and returns their paths. Every distance is looked at: they are put together in steps
+    that are even in log m, and the lowest f_b(m) of each step is drawn.
+
+    Args:
+        rules: from `base_rules(rope, length)`.
+        rope: geometry of the model.
+        length: N in tokens, at least 2.
+        out_stem: path without suffix.
+
+    Raises:
+        ConfigError: `length` is below 2.
+    """
+    if length < 2:
+        raise ConfigError(f"length {length} leaves nothing to draw; take at least 2 tokens")
+    found = curves(rules, rope.dim, length)
+    strips = 0.9 + 0.3 * len(found)
+    trained = f"trained length {format_length(rope.trained_length)}"
+    title = f"Bases for {format_length(length)} tokens: d = {rope.dim}, base {rope.base:g}, {trained}"
+    with style.figure(9, 4.4 + strips, title) as fig:
+        sums, failures = fig.subplots(2, 1, height_ratios=(3.6, strips), sharex=True)
+        _draw_sums(sums, found)
+        _draw_failures(failures, found)
+        length_ticks(failures, _first_shown(found, rope), length)
+        sums.tick_params(labelbottom=True)
+        for axes in (sums, failures):
+            axes.axvline(rope.trained_length, color=style.MUTED, linewidth=1.1, linestyle=":", zorder=1)
+        at = {"xy": (rope.trained_length, 1), "xycoords": sums.get_xaxis_transform()}
+        right = "right" if rope.trained_length == length else "center"
+        sums.annotate(trained, **at, va="bottom", ha=right, color=style.MUTED, fontsize=9)
+        fig.supxlabel(
+            "Lowest f(m) of each step of m. Where it is below zero (bars), a similar token at that distance scores "
+            "below a random one (arXiv 2405.14591).",
+            **style.FOOTNOTE,
+        )
+        return style.save(fig, out_stem)
+
+
+def curves(rules: Sequence[BaseRule], dim: int, length: int) -> list[Curve]:
+    """A curve for every base that `rules` give, the model's own first; rules that give the same share one."""
+    edges = np.unique(np.geomspace(1, length, _STEPS).round().astype(np.int64))
+    names: dict[float, list[str]] = {}
+    for rule in rules:
+        names.setdefault(rule.base, []).append(rule.name)
+    first = {rule.base: rule for rule in reversed(rules)}
+    specs = [UNTOUCHED, *(first[base].spec for base in list(names)[1:])]
+    looks = style.line_styles(specs)
+    return [
+        Curve(
+            name=", ".join(names[base]),
+            base=base,
+            fails_at=first[base].fails_at,
+            look=looks[spec],
+            edges=edges,
+            least=np.minimum.reduceat(preference(base, dim, length).numpy(), edges[:-1]),
+        )
+        for base, spec in zip(names, specs, strict=True)
+    ]
+
+
+def _first_shown(found: Sequence[Curve], rope: RopeSpec) -> int:
+    """A power of two a good deal nearer than where anything fails: there is nothing to see before."""
+    nearest = min([rope.trained_length, *(curve.fails_at for curve in found if curve.fails_at is not None)])
+    return 1 << max(0, nearest.bit_length() - 6)
+
+
+def _draw_sums(axes: Axes, found: Sequence[Curve]) -> None:
+    style.style_axes(axes, x="", y="f(m) = sum over pairs of cos(m w)")
+    axes.axhline(0, color=style.INK, lw=0.9, zorder=1)
+    for curve in found:
+        middle = np.sqrt(curve.edges[:-1] * (curve.edges[1:] - 1))
+        axes.plot(middle, curve.least, color=curve.look.color, ls=curve.look.dashes, lw=0.7 * curve.look.width)
+    axes.set_yscale("symlog", linthresh=3)
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in (-100, -30, -10, -3, 0, 3, 10, 30, 100) if low <= tick <= high])
+    axes.set_yticks([], minor=True)
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _draw_failures(axes: Axes, found: Sequence[Curve]) -> None:
+    """A line for every base, with bars where it fails."""
+    style.style_axes(axes, x="distance m (tokens)", y="")
+    axes.grid(visible=False)
+    for row, curve in enumerate(found):
+        axes.axhline(row, color=style.GRID, lw=1.1, zorder=1)
+        turns = np.flatnonzero(np.diff(curve.least < 0, prepend=False, append=False))
+        for start, stop in turns.reshape(-1, 2):
+            axes.plot(curve.edges[[start, stop]], [row, row], color=curve.look.color, lw=6, solid_capstyle="butt")
+        axes.annotate(
+            "carries all" if curve.fails_at is None else f"fails at {curve.fails_at}",
+            (1, row),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
+    bases = [f"{curve.base:,.0f}" if curve.base >= 1000 else f"{curve.base:.4g}" for curve in found]
+    labels = [f"{curve.name}  {base}" for curve, base in zip(found, bases, strict=True)]
+    axes.set_yticks(range(len(found)), labels, fontsize=9)
+    for tick, curve in zip(axes.get_yticklabels(), found, strict=True):
+        tick.set_color(curve.look.color)
+    axes.set_ylim(len(found) - 0.4, -0.6)

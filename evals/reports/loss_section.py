@@ -1,0 +1,108 @@
+"""The report's section on perplexity rows of one setting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+from ...scaling import format_length
+from ..protocols.effective_length import TOLERANCE, is_kept
+from ..runs import compare
+from ..runs.result import Row, Run
+from .extra_grids import extra_grids
+from .grid import NOTHING, Grid, Section, Shown, interval, signed, span
+from .table import TableCell, loss_table
+
+_PROTOCOLS = {
+    "fixed-target": "Windows of every context length end at the same place, and the same last tokens are scored in "
+    "all of them. Only the context before those tokens differs, so a difference is the effect of context.",
+    "by-position": "One long pass over the text; the loss of every token counts in a bucket of its position. Later "
+    "buckets hold other tokens than earlier ones, so compare methods within a bucket.",
+    "sliding": "A window moves over the text by a stride, and only the tokens new to it are scored. A token sees at "
+    "least the context length less the stride.",
+    "truncate": "The first tokens of each document are scored, all of them. Longer contexts score more tokens, so "
+    "compare methods at one length, not lengths with each other.",
+    "llamacpp": "Disjoint chunks, of which the second half is scored, as llama.cpp's perplexity tool does.",
+    "disjoint": "Disjoint windows with one token of context, every token scored, as lm-evaluation-harness does.",
+    "longppl": "As fixed-target, but only those tokens count that need far context: the judge, one scaler for all, "
+    "predicts them far better from the longest context than from the trained length (arXiv 2410.23771).",
+    "repeat": "A passage, other text, and the passage again. The loss on its second occurrence, against the loss on it "
+    "where other text stood in the place of the first, tells whether far context is used.",
+    "harm": "The law of every next token within the trained length, held against the untouched model's.",
+}
+
+
+def loss_section(run: Run, group: list[Row]) -> Section:
+    """The perplexity rows of one setting."""
+    table = loss_table(group)
+    base, delta = compare.reference(group), compare.deltas(run, group)
+    trained = format_length(group[0]["trained_length"])
+
+    def grid(title: str, note: str, show: Callable[[TableCell], Shown]) -> Grid:
+        rows = [(m, [show(c) for c in cells]) for m, cells in zip(table.methods, table.cells, strict=True)]
+        return Grid(title=title, note=note, columns=table.columns, rows=rows)
+
+    def show_delta(cell: TableCell) -> Shown:
+        change = delta.get(cell.row["key"]) if cell.row else None
+        if change is None:
+            return NOTHING
+        if cell.row is base:
+            return Shown(main="0", small=("reference",), css="good")
+        if not change.has_interval:
+            return Shown(main=signed(change.mean), small=("no interval",))
+        long_enough = cell.row is not None and cell.row["context"] >= cell.row["trained_length"]
+        css = "good" if is_kept(change) else "bad" if change.low > TOLERANCE and long_enough else ""
+        return Shown(main=signed(change.mean), small=(interval(change.low, change.high),), css=css)
+
+    grids = [
+        grid(
+            "Loss, nats per token",
+            "Lower is better; the lowest of each column is bold. 95% intervals below.",
+            _loss,
+        )
+    ]
+    if delta:
+        note = (
+            f"Paired, token by token, with 95% intervals. Green: upper bound at most +{TOLERANCE:g}, the rule of "
+            f"the effective length. Red: lower bound above +{TOLERANCE:g}. Below {trained} a model reads less, so "
+            "a difference there is not the fault of the method alone."
+        )
+        grids.append(grid(f"Difference to the untouched model at its trained length ({trained})", note, show_delta))
+    grids += extra_grids(group)
+    note = "Tokens per second of the whole forward pass; seconds and peak memory of the process so far below."
+    grids.append(grid("Speed and memory", note, _speed))
+    return Section(caption=table.caption, grids=grids, method=_method(group))
+
+
+def _loss(cell: TableCell) -> Shown:
+    if cell.row is None:
+        return Shown(main="not run", small=(cell.reason,) if cell.reason else (), css="none")
+    row = cell.row
+    tip = f"perplexity {row['perplexity']:.4g}, {row['bits_per_byte']:.3f} bits per byte, {row['tokens']:,} tokens"
+    small = (interval(*cell.interval),) if cell.interval else ()
+    return Shown(main=cell.text, small=small, css="best" if cell.is_best else "", tip=tip)
+
+
+def _speed(cell: TableCell) -> Shown:
+    if cell.row is None:
+        return NOTHING
+    memory = cell.row.get("peak_memory_mb")
+    small = (f"{cell.row['seconds']:,.3g} s", f"{memory:,.0f} MB" if memory is not None else "memory unknown")
+    return Shown(main=f"{cell.row['tokens_per_second']:,.0f}", small=small)
+
+
+def _method(group: Sequence[Row]) -> dict[str, str]:
+    """How the rows of one setting were measured, by name."""
+    row = group[0]
+    done = [r for r in group if r.get("loss") is not None]
+    tokens, documents = (sorted({r[name] for r in done}) for name in ("tokens", "documents"))
+    versions = {json.dumps(r["versions"], sort_keys=True) for r in done if r.get("versions")}
+    return {
+        "Protocol": f"{row['protocol']}. {_PROTOCOLS.get(row['protocol'], '')}".strip(),
+        "Scored": f"{span(tokens)} tokens per cell, from {span(documents)} document(s) or window(s)",
+        "Text": f"{row['text']}, sha256 {row['text_sha256']}",
+        "Model": f"{row['model']}, trained length {row['trained_length']:,} tokens, {row['dtype']} on {row['device']}",
+        "Intervals": "95%, percentile bootstrap over blocks of 32 consecutive tokens, because neighbouring tokens "
+        "are hard or easy together. They cover the choice of tokens within this text, not other texts.",
+        **({"Note": "The cells were measured with different versions; see table.csv."} if len(versions) > 1 else {}),
+    }

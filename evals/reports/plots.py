@@ -1,0 +1,264 @@
+"""Plots of a run: loss against context, loss by position, and harm. `plot_scaler` draws a method itself."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.transforms import Transform
+
+from ...errors import DataError
+from ...scaling import format_length
+from ..protocols.by_name import PROTOCOLS
+from ..protocols.fixed_target import FixedTarget
+from ..protocols.from_start import ByPosition
+from ..protocols.harm import Harm
+from ..runs import compare
+from ..runs.result import Row, Run
+from . import style
+from .harm_plot import plot_harm
+from .scaler_plot import plot_scaler
+
+__all__ = ["plot_by_position", "plot_loss_curve", "plot_run", "plot_scaler"]
+
+OFF_SCALE = 1.0
+"""Nats above the best loss at the trained length beyond which a value is marked at the edge instead."""
+
+_HEIGHT = 5.2  # inches
+_LINE = 0.052  # height of a line of text as a share of the axes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A loss at a length, with its interval (NaN where there is none)."""
+
+    x: float
+    loss: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+Curves = dict[str, list[Point]]
+
+
+def plot_run(run: Run) -> list[Path]:
+    """Every plot of a run into its folder, one for each setting; returns the PNG and SVG files.
+
+    `loss`, `loss_by_position` and `harm`; further settings of the same kind are `loss_2` and so on.
+    """
+    paths: list[Path] = []
+    for stem, group in named_settings(run.rows):
+        draw = {Harm.name: plot_harm, ByPosition.name: plot_by_position}.get(group[0]["protocol"])
+        out = run.folder / stem
+        paths += draw(group, out) if draw else plot_loss_curve(group, run, out)
+    return paths
+
+
+def named_settings(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """The settings that have a loss, each with the name of its plot's files."""
+    found: list[tuple[str, list[Row]]] = []
+    taken: Counter[str] = Counter()
+    for group in compare.settings(row for row in rows if row.get("loss") is not None):
+        stem = {ByPosition.name: "loss_by_position", Harm.name: "harm"}.get(group[0]["protocol"], "loss")
+        taken[stem] += 1
+        found.append((f"{stem}_{taken[stem]}" if taken[stem] > 1 else stem, group))
+    return found
+
+
+def plot_loss_curve(rows: Sequence[Row], run: Run, out_stem: Path) -> tuple[Path, Path]:
+    """Loss against context, a line for each method; writes `out_stem`.png and .svg and returns their paths.
+
+    Shaded are 95% intervals: of the paired difference to the untouched model at its trained length where the
+    run holds the losses for it, since the difficulty of the text is common to all; else of each loss.
+
+    Args:
+        rows: one setting, any protocol but by-position.
+        run: where the per-token losses are.
+        out_stem: path without suffix.
+
+    Raises:
+        DataError: nothing to draw, or rows measured in different ways.
+    """
+    group = _one_setting(rows)
+    base, delta = compare.reference(group), compare.deltas(run, group)
+    curves: Curves = {}
+    for rope in compare.methods(group):
+        points = []
+        for at in compare.columns(group):
+            row = compare.measured(group, rope, at)
+            if row is None:
+                continue
+            if base is None:
+                low, high = _interval(row)
+            elif row["key"] in delta:
+                low, high = (base["loss"] + bound for bound in (delta[row["key"]].low, delta[row["key"]].high))
+            else:
+                low, high = math.nan, math.nan
+            points.append(Point(x=row["context"], loss=row["loss"], low=low, high=high))
+        curves[rope] = points
+    of = f"the difference to the untouched model at {format_length(base['context'])}" if base else "the loss"
+    with style.figure(9, _HEIGHT, _title(group)) as fig:
+        axes = fig.add_subplot()
+        style.style_axes(axes, x="context (tokens)", y="loss (nats per token)")
+        contexts = [row["context"] for row in group]
+        style.length_axis(axes, sorted({*contexts}), min(contexts) / 1.1, max(contexts) * 1.06)
+        _draw(axes, curves, group[0]["trained_length"])
+        fig.supxlabel(f"{_scored(group)} Shaded: 95% interval of {of}.", **style.FOOTNOTE)
+        return style.save(fig, out_stem)
+
+
+def plot_by_position(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
+    """Loss in buckets of position (powers of two), a line for each method; files as `plot_loss_curve`.
+
+    Args:
+        rows: one by-position setting, that is, one context.
+        out_stem: path without suffix.
+
+    Raises:
+        DataError: nothing to draw, or rows measured in different ways.
+    """
+    group = _one_setting(rows)
+    if group[0]["protocol"] != "by-position":
+        raise DataError(f"rows of protocol {group[0]['protocol']!r} have no position buckets; plot their loss curve")
+    curves: Curves = {}
+    for rope in compare.methods(group):
+        measured = [compare.measured(group, rope, at) for at in compare.columns(group)]
+        curves[rope] = [
+            Point(x=_centre(row), loss=row["loss"], low=_interval(row)[0], high=_interval(row)[1])
+            for row in measured
+            if row is not None
+        ]
+    edges = {edge for row in group for edge in (_left(row), row["bucket_end"])}
+    with style.figure(9, _HEIGHT, _title(group)) as fig:
+        axes = fig.add_subplot()
+        style.style_axes(axes, x="position in the text (tokens)", y="loss (nats per token)")
+        style.length_axis(axes, sorted(edges), min(edges), max(edges) * 1.02)
+        _draw(axes, curves, group[0]["trained_length"])
+        fig.supxlabel(f"{_scored(group)} Shaded: 95% interval of the loss.", **style.FOOTNOTE)
+        return style.save(fig, out_stem)
+
+
+def _draw(axes: Axes, curves: Curves, trained_length: int) -> None:
+    """Curves, the trained length, marks for what is off the scale, and a label at the end of each curve."""
+    bottom, top = scale(curves, trained_length)
+    axes.set_ylim(bottom, top)
+    left, right = axes.get_xlim()
+    if left < trained_length < right:
+        style.mark_length(axes, trained_length, f"trained length {format_length(trained_length)}")
+    looks = style.line_styles(list(curves))
+    for rope, points in curves.items():
+        look, xs = looks[rope], [p.x for p in points]
+        axes.fill_between(xs, [p.low for p in points], [p.high for p in points], color=look.color, alpha=0.13, lw=0)
+        axes.plot(xs, [p.loss for p in points], color=look.color, ls=look.dashes, lw=look.width, zorder=3)
+        shown = [p for p in points if p.loss <= top]
+        axes.plot([p.x for p in shown], [p.loss for p in shown], look.marker, ms=5, color=look.color, zorder=4)
+    last = max(p.x for points in curves.values() for p in points)
+    off_scale = [(p, looks[rope]) for rope, points in curves.items() for p in points if p.loss > top]
+    stacked: dict[float, int] = {}
+    for point, look in sorted(off_scale, key=lambda pair: pair[0].loss):
+        if point.x < last:  # in the last column the curve's label says it
+            _mark_off_scale(axes, point, look, stacked.setdefault(point.x, 0))
+            stacked[point.x] += 1
+    _label_ends(axes, curves, looks)
+
+
+def scale(curves: Curves, trained_length: int) -> tuple[float, float]:
+    """Bottom and top of the loss axis: every value up to `OFF_SCALE` above the best at the trained length
+    (of all, where that was not measured), so that a broken baseline does not flatten the rest; and the
+    untouched model up to its trained length, whose short contexts may lie higher than that."""
+    points = [point for curve in curves.values() for point in curve]
+    at_length = [p.loss for p in points if p.x == trained_length] or [p.loss for p in points]
+    shown = [p for p in points if p.loss <= min(at_length) + OFF_SCALE]
+    shown += [p for p in curves.get(compare.UNTOUCHED, []) if p.x <= trained_length]
+    bounds = [b for p in shown for b in (p.loss, p.low, p.high) if math.isfinite(b)]
+    low, high = min(bounds), max(bounds)
+    margin = max(0.06 * (high - low), 0.02)
+    return low - margin, high + margin
+
+
+def _mark_off_scale(axes: Axes, point: Point, look: style.LineStyle, above: int) -> None:
+    """An arrowhead and the value over the plot, on top of the `above` marks that are there already."""
+    place = (point.x, 1.03 + _LINE * above)
+    transform = axes.get_xaxis_transform()
+    axes.plot(*place, marker="^", ms=6, color=look.color, transform=transform, clip_on=False)
+    _text(axes, f"{point.loss:.2f}", place, transform)
+
+
+def _label_ends(axes: Axes, curves: Curves, looks: dict[str, style.LineStyle]) -> None:
+    """`yarn:2  3.50` to the right of each curve, pushed apart where curves meet, tied to its last point."""
+    bottom, top = axes.get_ylim()
+    left, right = axes.get_xlim()
+    drawn = {rope: points[-1] for rope, points in curves.items() if points}
+    furthest = max(last.x for last in drawn.values())
+    ends = [min((last.loss - bottom) / (top - bottom), 1.0) for last in drawn.values()]
+    # Off the scale all ends are alike; the worst goes on top.
+    wanted = [end + 1e-6 * last.loss for end, last in zip(ends, drawn.values(), strict=True)]
+    for (rope, last), end, place in zip(drawn.items(), ends, style.spread(wanted, _LINE), strict=True):
+        start, color = math.log(last.x / left) / math.log(right / left), looks[rope].color
+        options: dict[str, Any] = {
+            "transform": axes.transAxes,
+            "clip_on": False,
+            "color": color,
+            "lw": 1.0,
+            "zorder": 2,
+        }
+        axes.plot([start, 1.0], [end, end], ls=":", **options)
+        axes.plot([1.0, 1.02, 1.04], [end, place, place], **options)
+        axes.plot(1.052, place, "^" if last.loss > top else looks[rope].marker, ms=6, **options)
+        early = f" at {format_length(int(last.x))}" if last.x < furthest else ""
+        _text(axes, f"{rope}  {last.loss:.2f}{early}", (1.052, place), axes.transAxes)
+
+
+def _text(axes: Axes, text: str, place: tuple[float, float], transform: Transform) -> None:
+    axes.annotate(
+        text,
+        place,
+        xycoords=transform,
+        xytext=(7, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=9.5,
+        annotation_clip=False,
+    )
+
+
+def _one_setting(rows: Sequence[Row]) -> list[Row]:
+    groups = compare.settings(row for row in rows if row.get("loss") is not None)
+    if len(groups) != 1:
+        raise DataError(f"a plot needs measured perplexity rows of one setting; these hold {len(groups)}")
+    return groups[0]
+
+
+def _title(group: Sequence[Row]) -> str:
+    what = "by position" if group[0]["protocol"] == ByPosition.name else "against context"
+    return f"Loss {what}: {compare.short(group[0]['model'])} on {compare.short(group[0]['text'])}"
+
+
+def _scored(group: Sequence[Row]) -> str:
+    row = group[0]
+    if row["protocol"] == FixedTarget.name:
+        return f"The same last {row['target']} tokens are scored at every context."
+    if row["protocol"] == ByPosition.name:
+        return f"One pass over {format_length(row['context'])} tokens, in buckets between the marks."
+    known = PROTOCOLS.get(row["protocol"])
+    return f"Protocol {row['protocol']}" + (f": {known.scored(row)}." if known else ".")
+
+
+def _interval(row: Row) -> tuple[float, float]:
+    bounds = (row.get("loss_low"), row.get("loss_high"))
+    return (math.nan, math.nan) if None in bounds else (row["loss_low"], row["loss_high"])
+
+
+def _left(row: Row) -> int:
+    """The left edge of a bucket; the first one, which starts at 0 or 1, is drawn one octave wide."""
+    start, end = compare.column(row)
+    return max(start, end // 2)
+
+
+def _centre(row: Row) -> float:
+    return math.sqrt(_left(row) * row["bucket_end"])

@@ -1,0 +1,158 @@
+"""Retrieval: trials in cells, each scored twice from one reading of its prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from ...errors import ConfigError
+from ...scaling.rope import Scaler
+from ..data import Text
+from ..runs.cell import Advance, Cell
+from ..runs.result import Row, Run
+from ..subjects.subject import Subject
+from .task import Place, Task
+from .tasks import SUITE_OF
+from .trial import Trial, assemble
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalCell(Cell):
+    """The trials of one task under one scaler at one length and depth; each gives a row as soon as it is done.
+
+    Args:
+        recipe: of its rows, but for the seed.
+        seeds: one for each trial.
+        before: called with each trial before the model reads it.
+    """
+
+    scaler: Scaler
+    context: int
+    task: Task
+    place: Place
+    recipe: dict[str, Any]
+    seeds: tuple[int, ...]
+    before: Callable[[Trial], None] = field(default=lambda _: None, compare=False)
+
+    @property
+    def label(self) -> str:
+        depth = "" if self.place.depth is None else f" depth {self.place.depth:.2g}"
+        return f"{super().label} {self.task.name}{depth}"
+
+    @property
+    def windows(self) -> list[int]:
+        return [self.context] * len(self.seeds)
+
+    def row_recipes(self) -> list[dict[str, Any]]:
+        return [self.recipe | {"seed": seed} for seed in self.seeds]
+
+    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
+        rows = []
+        for recipe in self.row_recipes():
+            row = run.find(recipe)  # of an earlier run that was stopped within this cell
+            if row is None:
+                row = run.add(recipe, self._trial(subject, recipe["seed"], advance))
+            else:
+                advance(0, self.context)
+            rows.append(row)
+        return rows
+
+    def _trial(self, subject: Subject, seed: int, advance: Advance) -> dict[str, Any]:
+        started = time.perf_counter()
+        trial = assemble(self.task, subject.tokenizer, self.place, seed)
+        self.before(trial)
+        heard = subject.listen(trial, advance)
+        read = len(trial.prompt_ids) + len(trial.answer_ids) - 1
+        advance(read, self.context - read)  # the writing, and what the prompt left free
+        total = None if heard.logprobs is None else sum(heard.logprobs)
+        return {
+            "correct": self.task.mark(heard.written, trial.answers),
+            "answer": trial.target,
+            "generated": heard.written,
+            "answer_logprob": total,
+            "answer_logprob_per_token": None if total is None else total / len(trial.answer_ids),
+            "answer_is_likeliest": heard.is_likeliest,
+            "answer_tokens": len(trial.answer_ids),
+            "prompt_tokens": len(trial.prompt_ids),
+            "actual_depth": trial.depth,
+            "prompt_sha256": trial.sha256,
+            "seconds": time.perf_counter() - started,
+            "peak_memory_mb": subject.memory_mb,
+        }
+
+    def outcome(self, rows: Sequence[Row]) -> str:
+        right = f"{fmean(row['correct'] for row in rows):.0%} of {len(rows)}"
+        nats = [row["answer_logprob_per_token"] for row in rows if row["answer_logprob_per_token"] is not None]
+        return f"{right}, {fmean(nats):+.2f} nats a token" if nats else right
+
+
+def cells(
+    subject: Subject,
+    tasks: Sequence[Task],
+    scalers: Sequence[Scaler],
+    *,
+    contexts: Sequence[int],
+    depths: Sequence[float] = (),
+    trials: int = 20,
+    text: Text | None = None,
+    before: Callable[[Trial], None] = lambda _: None,
+) -> list[RetrievalCell]:
+    """Cells of every scaler, length, task and depth, in that order; every scaler is checked against the subject first.
+
+    Args:
+        depths: for tasks with a depth, 0 to 1; the others leave the places to the seed.
+        trials: seeds 0, 1, ... of each cell.
+        text: the haystack.
+
+    Raises:
+        ConfigError: a scaler cannot work on this model, or a depth is not between 0 and 1.
+        DataError: the shortest length does not hold a prompt of some task.
+        ContextOverflow: a length is more than the subject can be asked for.
+    """
+    if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
+        raise ConfigError(f"depth {wrong[0]:g} must lie between 0 (the beginning) and 1 (the end)")
+    for scaler in scalers:
+        subject.rope = scaler
+    for context in contexts:
+        subject.check(context)
+    shared = {
+        "model": subject.name,
+        "text": None if text is None else text.name,
+        "text_sha256": None if text is None else text.sha256,
+        "dtype": subject.precision,
+        "device": subject.device,
+        "trained_length": subject.trained_length,
+        **subject.marks,
+    }
+    places = [
+        (task, Place(context=context, depth=depth, text=text if task.needs_text else None))
+        for context in contexts
+        for task in tasks
+        for depth in (depths if task.has_depth else (None,))
+    ]
+    for task, place in places:
+        assemble(task, subject.tokenizer, place, 0)  # refuses a length that is too short before anything is measured
+    return [
+        RetrievalCell(
+            scaler=scaler,
+            context=place.context,
+            task=task,
+            place=place,
+            recipe=shared
+            | task.settings
+            | {
+                "task": task.name,
+                "suite": SUITE_OF[task.name],
+                "rope": str(scaler),
+                "context": place.context,
+                "depth": place.depth,
+            },
+            seeds=tuple(range(trials)),
+            before=before,
+        )
+        for scaler in scalers
+        for task, place in places
+    ]

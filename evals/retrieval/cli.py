@@ -1,0 +1,197 @@
+"""The commands that ask for things in long texts: `ropewalk passkey`, `niah`, `kv`, `ruler` and `ask`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..runs.measurement import Measurement, deadline_in, measures
+from ..subjects.whereabouts import Whereabouts, runs_anywhere
+
+if TYPE_CHECKING:
+    from ..subjects.subject import Subject
+    from .trial import Trial
+
+EXAMPLES = "\b\nExamples:\n"
+
+_DEPTHS = click.option(
+    "--depths",
+    default="0,0.25,0.5,0.75,1",
+    show_default=True,
+    help="Where the needle stands, 0 (beginning) to 1 (end), separated by commas.",
+)
+_TEXT = click.option(
+    "--text",
+    default="kjv",
+    show_default=True,
+    help="The haystack: kjv, shakespeare, pydoc, stdlib, code, or a file or folder.",
+)
+_TRIALS = click.option(
+    "--trials",
+    default=20,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Prompts for each scaler, length and depth; below 20 intervals are wide.",
+)
+_FAKE = click.option(
+    "--fake",
+    type=click.Choice(["uniform", "oracle"]),
+    help="Check the harness: a network that knows nothing, or every answer.",
+)
+
+
+def _asks(*own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The options of a command: its `own` among those that all of them have."""
+    lengths = ("0.5x,1x,2x", "Tokens of prompt and answer together.")
+    shared = measures(*own, _TRIALS, _FAKE, lengths=lengths, out="runs/MODEL-COMMAND")
+    return lambda command: shared(runs_anywhere(command))
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk passkey smollm2-135m --lengths 2k --trials 5\n"
+    "  ropewalk passkey smollm2-135m --rope none --rope yarn:2 --lengths 1x,2x --depths 0.1,0.5,0.9\n"
+    "  ropewalk passkey ./exported --endpoint http://localhost:8000/v1 --lengths 4k,8k"
+)
+@_asks(_DEPTHS)
+def passkey(**options: Any) -> None:
+    """Does MODEL find a number of five digits in a long text of nothing? (arXiv 2305.16300)
+
+    Every trial is scored twice from one reading of the prompt: the answer that the model writes, and the
+    log-probability of the right one. A run resumes: trials that are in --out already are not asked again.
+    """
+    _run("passkey", **options)
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk niah smollm2-135m --lengths 4k,8k --text shakespeare\n"
+    "  ropewalk niah ./my-model --rope yarn:4 --lengths 8k,32k --depths 0,0.5,1 --out runs/niah"
+)
+@_asks(_DEPTHS, _TEXT)
+def niah(**options: Any) -> None:
+    """Does MODEL find a sentence in a real text: a needle in a haystack?
+
+    The needle and the question are those of RULER's niah_single_2, at depths that you choose. Keys and values occur
+    nowhere in the text. Scored and resumed as `ropewalk passkey` does.
+    """
+    _run("niah", **options)
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk kv smollm2-135m --lengths 4k,8k\n"
+    "  ropewalk kv ./my-model --rope none --rope ntk:8 --lengths 1x,4x --depths 0.5"
+)
+@_asks(_DEPTHS)
+def kv(**options: Any) -> None:
+    """Does MODEL look up one of many random pairs in a JSON object? (arXiv 2307.03172)
+
+    Keys and values are UUIDs, which models cannot guess. Scored and resumed as `ropewalk passkey` does.
+    """
+    _run("kv", **options)
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk ruler smollm2-135m --lengths 4k,8k\n"
+    "  ropewalk ruler smollm2-135m --tasks niah_single_2,vt --lengths 2k --trials 5"
+)
+@_asks(
+    click.option("--tasks", default="all", show_default=True, help="Names of RULER's tasks, separated by commas."),
+    _TEXT,
+)
+def ruler(tasks: str, **options: Any) -> None:
+    """RULER-11, offline: eleven tasks of RULER (arXiv 2404.06654) that need no download.
+
+    niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe and fwe. The haystack is --text
+    instead of essays, and the two question answering tasks are left out, so numbers are not RULER's. Scored and
+    resumed as `ropewalk passkey` does.
+    """
+    from .tasks import RULER
+
+    _run(RULER, tasks=tasks, **options)
+
+
+@click.command(epilog=EXAMPLES + "  ropewalk ask niah_single_2 smollm2-135m --lengths 2k --trials 5")
+@click.argument("task")
+@_asks(_DEPTHS, _TEXT)
+def ask(task: str, text: str, **options: Any) -> None:
+    """Measure TASK on MODEL, as `ropewalk passkey` does its own.
+
+    TASK is one of the tasks of `ropewalk passkey`, `niah`, `kv` and `ruler`, or of another package.
+    """
+    from ...errors import ConfigError, did_you_mean
+    from .tasks import TASKS
+
+    if task not in TASKS:
+        raise ConfigError(f"unknown task {task!r}.{did_you_mean(task, TASKS.names)}")
+    _run(task, text=text if TASKS[task].needs_text else None, **options)
+
+
+def _run(
+    suite: str,
+    *,
+    asked: Measurement,
+    lengths: str,
+    trials: int,
+    fake: str | None,
+    where: Whereabouts,
+    depths: str = "",
+    text: str | None = None,
+    tasks: str = "all",
+) -> None:
+    deadline = deadline_in(asked.max_minutes)
+    from ...scaling import parse_length
+    from ..data import load_text
+    from ..runs.compare import short
+    from .cells import cells
+    from .tasks import TASKS
+
+    names = _names(tasks, suite)
+    scalers = asked.scalers()
+    shares = _numbers(depths)
+    haystack = None if text is None else load_text(text)
+    subject = where.open(asked.model)
+    before = _stand_in(subject, fake) if fake else None
+    planned = cells(
+        subject,
+        [TASKS[name] for name in names],
+        scalers,
+        contexts=[parse_length(length, subject.trained_length) for length in lengths.split(",")],
+        depths=shares,
+        trials=trials,
+        text=haystack,
+        **({"before": before} if before else {}),
+    )
+    command = str(click.get_current_context().info_name)
+    asked.carry_out(subject, planned, name=command, title=f"{short(subject.name)}: {command}", deadline=deadline)
+
+
+def _stand_in(subject: Subject, fake: str) -> Callable[[Trial], None] | None:
+    """Put a stand-in in the place of the network; returns what it must be told of each trial, if anything."""
+    from ...errors import ConfigError
+    from ..subjects.local import Local
+    from ..subjects.stand_in import Oracle, replace_network
+
+    if not isinstance(subject, Local):
+        raise ConfigError("--fake replaces a network that is loaded here; leave it out, or --endpoint")
+    stand_in = replace_network(subject.model, fake)
+    return stand_in.learn if isinstance(stand_in, Oracle) else None
+
+
+def _names(tasks: str, suite: str) -> list[str]:
+    from ...errors import ConfigError, did_you_mean
+    from .tasks import SUITES
+
+    names = list(SUITES[suite]) if tasks == "all" else [name.strip() for name in tasks.split(",")]
+    if unknown := [name for name in names if name not in SUITES[suite]]:
+        raise ConfigError(f"unknown task {unknown[0]!r}.{did_you_mean(unknown[0], SUITES[suite])}")
+    return names
+
+
+def _numbers(depths: str) -> list[float]:
+    from ...errors import ConfigError
+
+    try:
+        return [float(depth) for depth in depths.split(",")] if depths else []
+    except ValueError:
+        raise ConfigError(f"--depths {depths!r} must be numbers from 0 to 1, such as 0,0.5,1") from None

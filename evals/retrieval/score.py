@@ -1,0 +1,165 @@
+"""Rows of trials put together: which belong to one setting, and the scores of any of them with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+import numpy as np
+
+from ..runs.compare import methods, short
+from ..runs.result import Row
+from ..statistics import block_interval, mean_interval
+from .tasks import SUITES
+
+ENOUGH = 20
+"""Trials below which an interval is too wide to tell much."""
+
+_SETTING = ("suite", "model", "trained_length", "text", "text_sha256", "dtype", "device", "form")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How right some trials were, 0 to 1, with 95% intervals (NaN where there are too few trials for one).
+
+    Args:
+        right: of each trial, task by task.
+        logprobs: of the right answer of each trial, nats a token; none of those whose server did not tell.
+    """
+
+    right: tuple[tuple[float, ...], ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def trials(self) -> int:
+        """Of all tasks together."""
+        return sum(map(len, self.right))
+
+    @property
+    def mean(self) -> float:
+        """Over tasks, of the mean of each: every task counts alike."""
+        return fmean(map(fmean, self.right))
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """Of `mean`."""
+        return mean_interval(self.right)
+
+    @property
+    def low(self) -> float:
+        """Lower bound of `mean`."""
+        return self.interval[0]
+
+    @property
+    def high(self) -> float:
+        """Upper bound of `mean`."""
+        return self.interval[1]
+
+    @property
+    def nats(self) -> float:
+        """Mean log-probability of the right answer, nats a token; NaN where no server told."""
+        return fmean(self.logprobs) if self.logprobs else math.nan
+
+    @cached_property
+    def nats_interval(self) -> tuple[float, float]:
+        """Of `nats`."""
+        return block_interval(np.array(self.logprobs), block=1)
+
+
+def score(rows: Sequence[Row]) -> Score:
+    """The score of rows of one or more tasks."""
+    by_task: dict[str, list[float]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(float(row["correct"]))
+    told = (row["answer_logprob_per_token"] for row in rows)
+    return Score(right=tuple(map(tuple, by_task.values())), logprobs=tuple(nats for nats in told if nats is not None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Rows that differ only in method, length, task, depth and seed.
+
+    Args:
+        rows: at least one.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def suite(self) -> str:
+        """`passkey`, `niah`, `kv` or `ruler-11-offline`."""
+        return str(self.rows[0]["suite"])
+
+    @property
+    def trained_length(self) -> int:
+        """Of the model, tokens."""
+        return int(self.rows[0]["trained_length"])
+
+    @property
+    def methods(self) -> list[str]:
+        """Rope specs, the untouched model first."""
+        return methods(self.rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """In tokens, ascending."""
+        return sorted({row["context"] for row in self.rows})
+
+    @property
+    def depths(self) -> list[float]:
+        """As asked for, ascending; empty where the seed chose them."""
+        return sorted({row["depth"] for row in self.rows if row["depth"] is not None})
+
+    @property
+    def tasks(self) -> list[str]:
+        """In the suite's order."""
+        found = {row["task"] for row in self.rows}
+        return [task for task in SUITES[self.suite] if task in found]
+
+    @property
+    def name(self) -> str:
+        """What was asked, for people."""
+        if self.suite in SUITES[self.suite]:
+            return self.suite
+        tasks = self.tasks
+        return "RULER-11, offline" if len(tasks) == len(SUITES[self.suite]) else f"{len(tasks)} of RULER's tasks"
+
+    @property
+    def measured_on(self) -> str:
+        """`smollm2-135m (bfloat16) on kjv`."""
+        row = self.rows[0]
+        return f"{short(row['model'])} ({row['dtype']})" + (f" on {short(row['text'])}" if row["text"] else "")
+
+    @property
+    def caption(self) -> str:
+        """What was asked on what, in one line."""
+        return f"{self.name}: {self.measured_on}."
+
+    def score(self, rope: str, length: int, *, task: str | None = None, depth: float | None = None) -> Score | None:
+        """Of these trials; None if there are none. Over several tasks, None too while one of them is missing."""
+        rows = [
+            row
+            for row in self.rows
+            if (row["rope"], row["context"]) == (rope, length)
+            and task in (None, row["task"])
+            and depth in (None, row["depth"])
+        ]
+        wanted = {task} if task else {*self.tasks}
+        return score(rows) if {row["task"] for row in rows} == wanted else None
+
+    def scores(self, rope: str) -> dict[int, Score]:
+        """Of a method, by length."""
+        found = {length: self.score(rope, length) for length in self.lengths}
+        return {length: own for length, own in found.items() if own is not None}
+
+
+def settings(rows: Iterable[Row]) -> list[Setting]:
+    """Retrieval rows in settings, in order of appearance; rows of other kinds are left out."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        if "suite" in row:
+            groups.setdefault(tuple(row.get(field) for field in _SETTING), []).append(row)
+    return [Setting(rows=tuple(group)) for group in groups.values()]

@@ -1,0 +1,175 @@
+"""A trial: a prompt filled up to a length in tokens, its right answer, and where it stands."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from ...errors import DataError
+from ...scaling.lengths import format_length
+from ..data import Text, load_text
+from ..runs.result import Row
+from .task import Draft, Place, Task
+from .tasks import TASKS
+
+Tokens = list[int]
+
+_TAIL = 200  # characters of a prompt's end with which its answer is tokenised: no token looks back that far
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What one row asks.
+
+    Attributes:
+        prompt: the text, exactly.
+        prompt_ids: its tokens, a start token included where the tokenizer puts one.
+        answer_ids: tokens of the right answer, behind those of the prompt.
+        answers: what a right answer holds.
+        new_tokens: tokens that may be written; with the prompt they stay within the length asked for.
+        needle: tokens of the prompt before the needle; None where several are asked for.
+    """
+
+    prompt: str
+    prompt_ids: Tokens
+    answer_ids: Tokens
+    answers: tuple[str, ...]
+    target: str
+    new_tokens: int
+    needle: int | None
+
+    @property
+    def depth(self) -> float | None:
+        """The share of the prompt's tokens that stand before the needle."""
+        return None if self.needle is None else self.needle / len(self.prompt_ids)
+
+    @property
+    def sha256(self) -> str:
+        """Of the prompt in UTF-8."""
+        return hashlib.sha256(self.prompt.encode()).hexdigest()
+
+
+def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
+    """The prompt of as many whole units as fit into `place.context` with the answer.
+
+    The same task, place, seed and tokenizer give the same trial. Prompts of different lengths or depths differ in
+    everything: they are independent draws.
+
+    Raises:
+        DataError: not even the smallest prompt fits, or the task has too few units for the length.
+    """
+    source = f"{task.name} {task.settings} {place.context} {place.depth} {seed}"
+
+    @functools.cache
+    def draft(units: int) -> Draft:
+        return task.draft(Random(source), units, place)
+
+    def needed(units: int) -> int:
+        drafted = draft(units)
+        answer = answer_ids(drafted, tokenizer)
+        return len(encode(drafted.prompt, tokenizer)) + max(task.new_tokens, len(answer))
+
+    units = most_within(place.context, needed, task, place)
+    found = draft(units)
+    prompt_ids, answer = encode(found.prompt, tokenizer), answer_ids(found, tokenizer)
+    return Trial(
+        prompt=found.prompt,
+        prompt_ids=prompt_ids,
+        answer_ids=answer,
+        answers=found.answers,
+        target=found.target.strip(),
+        new_tokens=max(task.new_tokens, len(answer)),
+        needle=None if found.needle is None else len(encode(found.prompt[: found.needle].rstrip(), tokenizer)),
+    )
+
+
+def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Place) -> int:
+    """The largest number of units for which `needed` is at most `budget`, by secant steps, then halving."""
+    low, most = task.least, task.most(place)
+    at_low = needed(low)
+    if at_low > budget:
+        raise DataError(
+            f"{task.name} at {format_length(budget)}: the shortest prompt and its answer take {at_low} tokens with "
+            f"this tokenizer; ask for a length of at least {at_low}"
+        )
+    if most is not None and most <= low:
+        raise DataError(f"{task.name}: the haystack has {most} sentences, {low + 1} are needed; take a longer --text")
+    high, rate, steps = None, None, 0
+    while high is None or high - low > 1:
+        wanted = low + int((budget - at_low) / rate) if rate else low + 16
+        guess = max(wanted, low + 1) if high is None else min(max(wanted, low + 1), high - 1)
+        if steps > 8 and high is not None:
+            guess = (low + high) // 2
+        if most is not None and guess > most:
+            guess = most
+        tokens, steps = needed(guess), steps + 1
+        rate = max((tokens - at_low) / (guess - low), 0.5)
+        if tokens > budget:
+            high = guess
+        else:
+            low, at_low = guess, tokens
+            if guess == most:
+                raise DataError(
+                    f"{task.name} at {format_length(budget)}: all {most} sentences or words that there are take "
+                    f"{tokens} tokens; ask for a shorter length or take a longer --text"
+                )
+    return low
+
+
+def encode(text: str, tokenizer: Any) -> Tokens:
+    """Tokens of a whole text, with the special tokens that the tokenizer puts around one; names of special tokens
+    in it are ordinary characters."""
+    ids: Tokens = tokenizer(text, split_special_tokens=True, verbose=False).input_ids
+    return ids
+
+
+def answer_ids(draft: Draft, tokenizer: Any) -> Tokens:
+    """Tokens of the answer behind those of the prompt. Where the tokenizer would merge the two, those of the answer
+    alone."""
+
+    def ids(text: str) -> Tokens:
+        found: Tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        return found
+
+    tail = draft.prompt[-_TAIL:]
+    before, both = ids(tail), ids(tail + draft.target)
+    if both[: len(before)] == before:
+        return both[len(before) :]
+    alone = [ids(draft.target), ids(draft.target[1:])]  # SentencePiece puts a blank of its own first
+    end = tail[-20:] + draft.target
+    return next((own for own in alone if tokenizer.decode(before + own).endswith(end)), alone[0])
+
+
+def rebuild(row: Row, tokenizer: Any, text: Text | None = None) -> Trial:
+    """The trial that a row of a retrieval run was measured on, to the character.
+
+    Args:
+        row: of results.jsonl.
+        tokenizer: the model's.
+        text: the haystack; loaded by the row's name of it if it is not given.
+
+    Raises:
+        DataError: it is no retrieval row, or the prompt comes out otherwise than it was.
+    """
+    task = TASKS.get(str(row.get("task")))
+    if task is None:
+        raise DataError(f"a row of task {row.get('task')!r} has no prompt; rebuild one of {', '.join(TASKS)}")
+    if task.needs_text and text is None:
+        text = load_text(row["text"])
+    if text is not None and task.needs_text and text.sha256 != row["text_sha256"]:
+        raise DataError(f"the text {text.name} has sha256 {text.sha256}, the row was measured on {row['text_sha256']}")
+    settings = {name: row.get(name) for name in task.settings}
+    if settings != task.settings:
+        raise DataError(f"the row was measured with {settings}, this installation has {task.settings}")
+    place = Place(context=row["context"], depth=row["depth"], text=text if task.needs_text else None)
+    trial = assemble(task, tokenizer, place, row["seed"])
+    if trial.sha256 != row["prompt_sha256"]:
+        raise DataError(
+            f"the prompt comes out with sha256 {trial.sha256}, the row has {row['prompt_sha256']}; take the tokenizer "
+            f"of {row['model']} and the versions in env.json"
+        )
+    return trial

@@ -1,0 +1,1 @@
+"""Runs: cells that are measured once, kept in a folder, compared and merged."""

@@ -1,0 +1,139 @@
+"""Which rows may be compared, and the paired difference of two of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...scaling import format_length
+from ..statistics import paired_difference
+from .result import Row, Run
+
+UNTOUCHED = "none"
+"""The rope spec of the model as it was trained."""
+
+_SETTING = (
+    *("protocol", "model", "trained_length", "text", "text_sha256", "target", "samples"),
+    *("stride", "text_tokens", "judge", "seed", "dtype", "device"),
+)
+
+_SAME_TOKENS = ("fixed-target", "longppl", "repeat")  # are scored at every context; `places` tells which
+
+# By position, one pass is one context.
+_SETTING_OF_PROTOCOL = {**dict.fromkeys((*_SAME_TOKENS, "harm"), "places"), "by-position": "context"}
+
+
+def short(name: str) -> str:
+    """A model or text as captions call it: of a path the last part, names and hub ids whole."""
+    return Path(name).name if name.startswith(("/", ".", "~")) else name
+
+
+Column = tuple[int, int]
+"""A column of a table: (0, context), or (bucket start, bucket end) by position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A difference of two mean losses over the same tokens, nats per token, with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def has_interval(self) -> bool:
+        """False where there were too few tokens for one; the bounds are then NaN."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
+    def is_distinguishable(self) -> bool:
+        """The interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        if not self.has_interval:
+            return f"{self.mean:+.3f} (too few for an interval)"
+        return f"{self.mean:+.3f} (95% interval {self.low:+.3f} to {self.high:+.3f})"
+
+
+def settings(rows: Iterable[Row]) -> list[list[Row]]:
+    """Perplexity rows in groups that differ only in method and column, in order of appearance."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        if row.get("task") != "ppl":
+            continue
+        fields = (*_SETTING, _SETTING_OF_PROTOCOL.get(row["protocol"], "protocol"))
+        setting = tuple(row.get(field) for field in fields)
+        groups.setdefault(setting, []).append(row)
+    return list(groups.values())
+
+
+def methods(rows: Iterable[Row]) -> list[str]:
+    """The rope specs of `rows`, the untouched model first, the others in order of appearance."""
+    return sorted(dict.fromkeys(str(row["rope"]) for row in rows), key=lambda rope: rope != UNTOUCHED)
+
+
+def column(row: Row) -> Column:
+    """The column of a row; columns sort by length."""
+    if row["protocol"] == "by-position":
+        return row["bucket_start"], row["bucket_end"]
+    return 0, row["context"]
+
+
+def column_name(row: Row) -> str:
+    """`8k`, or `4k-8k` by position."""
+    start, end = column(row)
+    if row["protocol"] == "by-position":
+        return f"{format_length(start)}-{format_length(end)}"
+    return format_length(end)
+
+
+def columns(rows: Iterable[Row]) -> dict[Column, str]:
+    """Every column of `rows` in order, with its name."""
+    return dict(sorted({column(row): column_name(row) for row in rows}.items()))
+
+
+def cell(rows: Iterable[Row], rope: str, at: Column) -> Row | None:
+    """The row of a method in a column, whether or not it has a loss; None if there is none."""
+    return next((row for row in rows if row["rope"] == rope and column(row) == at), None)
+
+
+def measured(rows: Iterable[Row], rope: str, at: Column) -> Row | None:
+    """Like `cell`, but None too where nothing could be measured."""
+    row = cell(rows, rope, at)
+    return row if row is not None and row.get("loss") is not None else None
+
+
+def reason(row: Row | None) -> str:
+    """Why a cell has no loss; empty where nobody tried."""
+    return "" if row is None else str(row.get("reason") or "loss is not finite")
+
+
+def reference(rows: Sequence[Row]) -> Row | None:
+    """The untouched model at its trained length, scored on the tokens that every row of the group scores.
+
+    None if it was not measured, or if the protocol scores other tokens at other contexts.
+    """
+    if not rows or rows[0]["protocol"] not in _SAME_TOKENS:
+        return None
+    return measured(rows, UNTOUCHED, (0, rows[0]["trained_length"]))
+
+
+def difference(run: Run, a: Row | None, b: Row | None) -> Difference | None:
+    """Loss of `a` minus loss of `b`, paired token by token; None if either has no stored losses."""
+    if a is None or b is None:
+        return None
+    losses_a, losses_b = run.losses(a), run.losses(b)
+    if losses_a is None or losses_b is None or losses_a.shape != losses_b.shape:
+        return None
+    mean, low, high = paired_difference(losses_a, losses_b)
+    return Difference(mean=mean, low=low, high=high) if math.isfinite(mean) else None
+
+
+def deltas(run: Run, rows: Sequence[Row]) -> dict[str, Difference]:
+    """By row key: the difference to the untouched model at its trained length, where there is one."""
+    base = reference(rows)
+    found = {row["key"]: difference(run, row, base) for row in rows}
+    return {key: delta for key, delta in found.items() if delta is not None}

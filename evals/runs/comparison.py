@@ -1,0 +1,158 @@
+"""Two runs side by side: cells that asked the same, and the paired difference of what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from ...scaling import format_length
+from ..reports.grid import Grid, Shown
+from ..statistics import paired_difference
+from .compare import Difference
+from .result import Row, Run
+
+_LOSS = (
+    *("task", "protocol", "text_sha256", "target", "samples", "stride", "text_tokens", "judge"),
+    *("context", "places", "bucket_start", "bucket_end"),
+)
+_TRIALS = ("suite", "task", "text_sha256", "form", "context")
+_TRIAL = ("depth", "seed", "prompt_sha256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """What two runs measured in the same way.
+
+    Args:
+        what: for people: `fixed-target at 8k`.
+        ropes: of both; the same unless each run has one only.
+        unit: of the values: nats a token, bits a byte, or the share of right answers.
+        difference: B less A, with the interval; None where tokens cannot be paired.
+    """
+
+    what: str
+    ropes: tuple[str, str]
+    unit: str
+    a: float
+    b: float
+    difference: Difference | None
+
+    @property
+    def rope(self) -> str:
+        """`yarn:4`, or `yarn:2 against yarn:4`."""
+        first, second = self.ropes
+        return first if first == second else f"{first} against {second}"
+
+    @property
+    def verdict(self) -> str:
+        """`A better`, `B better`, `the same`, or `not distinguishable`."""
+        if self.difference is None or not self.difference.has_interval:
+            return "no interval"
+        if self.difference.low == self.difference.high == 0:
+            return "the same"
+        if not self.difference.is_distinguishable:
+            return "not distinguishable"
+        b_is_higher = self.difference.low > 0
+        return "B better" if b_is_higher == (self.unit == RIGHT) else "A better"
+
+
+NATS, BITS, RIGHT = "nats a token", "bits a byte", "right answers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Pairs in the order of run A, and how many rows of each run have no partner."""
+
+    pairs: list[Pair]
+    only_a: int
+    only_b: int
+
+    def grid(self) -> Grid:
+        """A line for every pair."""
+        rows = [(pair.rope, [Shown(main=text) for text in _texts(pair)]) for pair in self.pairs]
+        return Grid(
+            title="B less A",
+            note="Paired on the same tokens or trials, with 95% intervals.",
+            columns=("what", "A", "B", "unit", "difference", "verdict"),
+            rows=rows,
+        )
+
+
+def compare_runs(a: Run, b: Run) -> Comparison:
+    """Pair the rows of two runs that ask the same of the same text under the same scaler.
+
+    Two runs with one scaler each are taken to compare the scalers; any two runs may differ in model and dtype.
+    """
+    each_one = all(len({row["rope"] for row in run.rows if "rope" in row}) == 1 for run in (a, b))
+    rope = () if each_one else ("rope",)
+    pairs, matched = [], [0, 0]
+    groups_a, groups_b = (_groups(run.rows, rope) for run in (a, b))
+    for identity, rows_a in groups_a.items():
+        rows_b = groups_b.get(identity)
+        if rows_b is None:
+            continue
+        pair = _trials(rows_a, rows_b) if "suite" in rows_a[0] else _losses(a, b, rows_a[-1], rows_b[-1])
+        if pair is not None:
+            pairs.append(pair)
+            matched = [matched[0] + len(rows_a), matched[1] + len(rows_b)]
+    return Comparison(pairs=pairs, only_a=_count(groups_a) - matched[0], only_b=_count(groups_b) - matched[1])
+
+
+Groups = dict[tuple[object, ...], list[Row]]
+
+
+def _groups(rows: Iterable[Row], rope: tuple[str, ...]) -> Groups:
+    """Rows of one loss, or all trials of one task and length."""
+    found: Groups = {}
+    for row in rows:
+        if "suite" in row or row.get("task") == "ppl":
+            fields = (*(_TRIALS if "suite" in row else _LOSS), *rope)
+            found.setdefault(tuple(row.get(field) for field in fields), []).append(row)
+    return found
+
+
+def _count(groups: Groups) -> int:
+    return sum(map(len, groups.values()))
+
+
+def _losses(run_a: Run, run_b: Run, a: Row, b: Row) -> Pair | None:
+    if a.get("loss") is None or b.get("loss") is None:
+        return None
+    bucket = f" {format_length(a['bucket_start'])}-{format_length(a['bucket_end'])}" if a.get("bucket_end") else ""
+    what, ropes = f"{a['protocol']} at {format_length(a['context'])}{bucket}", (a["rope"], b["rope"])
+    losses_a, losses_b = run_a.losses(a), run_b.losses(b)
+    if losses_a is None or losses_b is None or losses_a.shape != losses_b.shape:  # another tokenizer
+        bits = a.get("bits_per_byte"), b.get("bits_per_byte")
+        if None in bits:
+            return None
+        return Pair(what=what, ropes=ropes, unit=BITS, a=bits[0] or 0.0, b=bits[1] or 0.0, difference=None)
+    mean, low, high = paired_difference(losses_b, losses_a)
+    difference = Difference(mean=mean, low=low, high=high)
+    return Pair(what=what, ropes=ropes, unit=NATS, a=a["loss"], b=b["loss"], difference=difference)
+
+
+def _trials(a: Sequence[Row], b: Sequence[Row]) -> Pair | None:
+    """The trials that both have: the same prompts."""
+    of_b = {tuple(row.get(field) for field in _TRIAL): row for row in b}
+    both = [(row, of_b[key]) for row in a if (key := tuple(row.get(field) for field in _TRIAL)) in of_b]
+    if not both:
+        return None
+    first, second = (np.array([pair[side]["correct"] for pair in both], dtype=np.float64) for side in (0, 1))
+    mean, low, high = paired_difference(second, first, block=1)
+    return Pair(
+        what=f"{a[0]['task']} at {format_length(a[0]['context'])}, n={len(both)}",
+        ropes=(a[0]["rope"], b[0]["rope"]),
+        unit=RIGHT,
+        a=fmean(first),
+        b=fmean(second),
+        difference=Difference(mean=mean, low=low, high=high),
+    )
+
+
+def _texts(pair: Pair) -> tuple[str, ...]:
+    values = (f"{value:.0%}" if pair.unit == RIGHT else f"{value:.4f}" for value in (pair.a, pair.b))
+    change = "–" if pair.difference is None else str(pair.difference)
+    return pair.what, *values, pair.unit, change, pair.verdict

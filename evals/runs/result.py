@@ -1,0 +1,254 @@
+"""The folder of a run: one JSON line per finished cell, per-token losses beside it, the environment.
+
+    run = Run(Path("runs/a"))
+    run.write_environment()
+    with run.claim(key) as is_ours:          # false while another process measures it
+        if is_ours and run.find(recipe) is None:
+            run.add(recipe, measured, losses)
+
+Any number of processes may share a folder: a line is added under the folder's lock, and a claim is a lock that the
+system lets go with the process that holds it, however that ends.
+
+A recipe says what was asked for (method, protocol, model, text, lengths, dtype), `measured` what came out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+
+from ...engine.storage import write_atomic
+from ...errors import DataError
+
+_KEY = re.compile(r"\w{1,64}")  # it names a file
+
+Row = dict[str, Any]
+"""`key`, then the fields of the recipe, then what was measured; the values are JSON."""
+
+Losses = np.ndarray[tuple[int], np.dtype[np.float32]]
+"""Nats per scored token, float32 [tokens], in the order of the text."""
+
+
+class Run:
+    """A folder of results that can be interrupted at any moment and gone on with, and shared by processes.
+
+    Args:
+        folder: created if it is not there.
+
+    Raises:
+        DataError: `folder` is a file or cannot be made, or a line of its results.jsonl is damaged. A last line that a
+            killed run left unfinished is dropped, and the file repaired at the next write.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise DataError(f"{self.folder} is or lies in a file; name a folder for the run") from None
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._file = self.folder / "results.jsonl"
+        self._lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
+        self._rows: dict[str, Row] = {}
+        self._read, self._lines = 0, 0  # bytes and whole lines of the file that `_rows` has
+        self._unended = False  # a whole row follows them, without its newline
+        self.refresh()
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every finished cell in the order of measuring; a cell measured twice counts as measured last."""
+        return list(self._rows.values())
+
+    def find(self, recipe: Mapping[str, Any]) -> Row | None:
+        """The finished cell of exactly this recipe, or None."""
+        return self._rows.get(recipe_key(recipe))
+
+    def find_key(self, key: str) -> Row | None:
+        """The finished cell of that key, or None."""
+        return self._rows.get(key)
+
+    def add(self, recipe: Mapping[str, Any], measured: Mapping[str, Any], losses: Losses | None = None) -> Row:
+        """Store a finished cell so that it survives the process: the losses first, then its line.
+
+        Numbers that are not finite are stored as null; a cell whose `loss` is null is shown as not run, with
+        `measured["reason"]` as the reason.
+
+        Args:
+            recipe: JSON scalars; equal recipes are one cell.
+            measured: JSON values under other names than the recipe's.
+            losses: nats per scored token, [tokens].
+
+        Raises:
+            DataError: as `copy`.
+        """
+        shared = (recipe.keys() & measured.keys()) | ({"key"} & {*recipe, *measured})
+        assert not shared, f"recipe and measured share {sorted(shared)}"
+        return self.copy({"key": recipe_key(recipe), **_plain(recipe), **_plain(measured)}, losses)
+
+    def copy(self, row: Row, losses: Losses | None) -> Row:
+        """Store a whole row, of another run for example.
+
+        Raises:
+            DataError: the folder cannot be written, or its disk is full. What was stored before is whole.
+        """
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            if losses is not None:
+                buffer = io.BytesIO()
+                np.save(buffer, np.asarray(losses, dtype=np.float32), allow_pickle=False)
+                write_atomic(self._losses_file(row), buffer.getvalue())
+            with self._lock, self._file.open("ab") as file:
+                self.refresh()
+                if not self._unended:
+                    file.truncate(self._read)  # what a killed process left of a line
+                file.write(b"\n" * self._unended + line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+                self.refresh()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return row
+
+    def losses(self, row: Row) -> Losses | None:
+        """The per-token losses of a cell, or None if none were stored.
+
+        Raises:
+            DataError: the file is there and cannot be read.
+        """
+        file = self._losses_file(row)
+        if not file.exists():
+            return None
+        try:
+            losses: Losses = np.load(file, allow_pickle=False)
+            if losses.dtype != np.float32 or losses.ndim != 1:
+                raise ValueError(f"it holds {losses.dtype} {list(losses.shape)}, not float32 [tokens]")
+        except Exception as error:  # the header of a damaged file is read as Python, and may promise any size
+            raise DataError(f"{file} cannot be read ({error}); delete it and measure the cell again") from None
+        return losses
+
+    def write_environment(self) -> dict[str, Any]:
+        """Write `environment()` to env.json and return it."""
+        found = environment()
+        try:
+            write_atomic(self.folder / "env.json", (json.dumps(found, indent=2) + "\n").encode())
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return found
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self.folder} cannot be written ({error.strerror or error}); make room, or name another folder with "
+            "--out. What was finished is kept, and the same command goes on from there"
+        )
+
+    def _losses_file(self, row: Row) -> Path:
+        return self.folder / "losses" / f"{row['key']}.npy"
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Hold what is named `key` for this process; false if another one has it. Sees what others have added."""
+        file = self.folder / ".claims" / key
+        lock = filelock.FileLock(file, timeout=0)
+        try:
+            file.parent.mkdir(exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout:
+            yield False
+            return
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            self.refresh()
+            yield True
+        finally:
+            file.unlink(missing_ok=True)  # who opened it before sees, once it has the lock, that the cell is done
+            lock.release()
+
+    def refresh(self) -> None:
+        """Read what other processes have added."""
+        if not self._file.exists():
+            return
+        with self._file.open("rb") as file:
+            file.seek(self._read)
+            *lines, tail = file.read().split(b"\n")
+        for line in lines:
+            row = _parse(line)
+            if row is None:
+                number = self._lines + 1
+                raise DataError(f"{self._file}, line {number} is damaged: {line[:60]!r}; delete that line to go on")
+            self._rows[row["key"]] = row
+            self._read += len(line) + 1
+            self._lines += 1
+        row = _parse(tail)
+        self._unended = row is not None
+        if row is not None:
+            self._rows[row["key"]] = row
+
+
+def recipe_key(recipe: Mapping[str, Any]) -> str:
+    """12 hex digits of the sha256 of the recipe's canonical JSON; the order of its fields does not matter."""
+    plain = _plain(recipe)
+    scalars = (str, int, float, bool, type(None))
+    assert all(isinstance(value, scalars) for value in plain.values()), f"a recipe holds JSON scalars: {plain}"
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured with: versions, machine, threads and the command."""
+    import torch
+
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return {
+        **{package: importlib.metadata.version(package) for package in ("ropewalk", "torch", "transformers")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "command": shlex.join([name, *sys.argv[1:]]),
+    }
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    key = row.get("key") if isinstance(row, dict) else None
+    return row if isinstance(key, str) and _KEY.fullmatch(key) else None
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numpy scalars as Python's, numbers that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

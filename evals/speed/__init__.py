@@ -1,0 +1,1 @@
+"""Speed and memory: of position maps, and beside other engines."""

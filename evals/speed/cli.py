@@ -1,0 +1,178 @@
+"""The command `ropewalk speed`: what position maps cost, or how fast other engines run the same model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXAMPLES = "\b\nExamples:\n"
+
+_OF_MAPS = {"ropes": "--rope", "decode": "--decode", "public_form": "--public-form"}
+_OF_PEERS = {"new_tokens": "--new-tokens", "prefill_repeats": "--prefill-repeats", "threads": "--threads"}
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk speed smollm2-135m\n"
+    '  ropewalk speed ./my-model --rope "rerope:2k|logn" --lengths 4k,8k --public-form\n'
+    "  ropewalk speed smollm2-135m --against hf,llama.cpp\n"
+    "  ropewalk speed ./my-model --against hf:bfloat16,llama.cpp:q8_0 --lengths 1k --dtype bfloat16"
+)
+@click.argument("model")
+@click.option(
+    "--against",
+    help="Compare with hf (transformers) and llama.cpp, separated by commas; hf:float32, llama.cpp:f16 name a dtype.",
+)
+@click.option("--lengths", help="Contexts, separated by commas.  [default: 4k,8k; with --against 512,4k,8k]")
+@click.option(
+    "--repeats",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Turns; everything is timed once a turn.",
+)
+@click.option(
+    "--dtype", default="auto", show_default=True, help="Ropewalk's: auto, float32, bfloat16, float16 or int8."
+)
+@click.option(
+    "--rope",
+    "ropes",
+    multiple=True,
+    help="Scaler with a position map; may be repeated.  [default: ReRoPE and Self-Extend at L/4, dual chunk]",
+)
+@click.option("--decode/--no-decode", default=True, show_default=True, help="Also time a decode step of the model.")
+@click.option("--public-form", is_flag=True, help="Also time full n x n passes, as public code has them; much memory.")
+@click.option(
+    "--new-tokens",
+    default=32,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="--against: tokens decoded in a turn.",
+)
+@click.option(
+    "--prefill-repeats", default=2, show_default=True, type=click.IntRange(min=1), help="--against: turns of prefill."
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="--against: threads of every engine.  [default: torch's own number]"
+)
+def speed(
+    model: str,
+    against: str | None,
+    lengths: str | None,
+    repeats: int,
+    dtype: str,
+    ropes: tuple[str, ...],
+    decode: bool,
+    public_form: bool,
+    new_tokens: int,
+    prefill_repeats: int,
+    threads: int | None,
+) -> None:
+    """What a position map costs on this machine; with --against, how fast other engines run the same model.
+
+    Without --against: the prefill attention of every --rope, and a decode step, against those without it.
+
+    With --against: decode and prefill speed of the plain MODEL in ropewalk and in the other engines, each in a
+    process of its own; what share of the memory's bandwidth a decode step makes use of; whether the next tokens are
+    the same; and peak memory. llama.cpp gets MODEL as GGUF, written once into the cache.
+
+    Everything is timed in turn, and ratios are of the same turn. The last line is JSON.
+    """
+    from rich.console import Console
+
+    _refuse_unused(click.get_current_context(), against)
+    console = Console()
+    if against is None:
+        _maps(model, ropes, lengths or "4k,8k", repeats, decode, public_form, dtype, console)
+    else:
+        _peers(model, against, lengths or "512,4k,8k", repeats, prefill_repeats, new_tokens, dtype, threads, console)
+
+
+def _refuse_unused(context: click.Context, against: str | None) -> None:
+    """An option of the other measurement, given by the user, is a mistake."""
+    for parameter, option in (_OF_PEERS if against is None else _OF_MAPS).items():
+        if context.get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE:
+            if against is None:
+                raise click.UsageError(f"{option} needs --against, such as --against hf,llama.cpp")
+            raise click.UsageError(f"--against measures the plain model; leave out {option}")
+
+
+def _maps(
+    model: str,
+    ropes: tuple[str, ...],
+    lengths: str,
+    repeats: int,
+    decode: bool,
+    public_form: bool,
+    dtype: str,
+    console: Console,
+) -> None:
+    import json
+
+    import torch
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from ...engine.load import load
+    from ...scaling import DualChunk, ReRoPE, Scaler, SelfExtend, parse, parse_length
+    from .map_cost import as_json, attention_costs, check_maps, decode_costs
+
+    loaded = load(model, dtype=dtype)
+    quarter = loaded.trained_length // 4
+    usual: list[Scaler] = [ReRoPE(window=quarter), SelfExtend(group=8, window=quarter), DualChunk()]
+    scalers = [parse(rope, loaded.trained_length) for rope in ropes] or usual
+    check_maps(scalers)
+    contexts = [parse_length(length, loaded.trained_length) for length in lengths.split(",")]
+    with Progress(console=console, transient=True) as progress, torch.inference_mode():
+        costs = list(attention_costs(loaded, scalers, contexts, repeats=repeats, naive=public_form, progress=progress))
+        if decode:
+            costs += decode_costs(loaded, scalers, contexts, repeats=repeats, progress=progress)
+    table = Table("what", "scaler", "context", "median", "ratio (least, most)")
+    for cost in costs:
+        middle = sorted(cost.seconds)[len(cost.seconds) // 2]
+        ratio = f"{cost.ratio:.2f} ({cost.lowest:.2f}, {cost.highest:.2f})"
+        table.add_row(cost.what, cost.scaler, str(cost.length), f"{1000 * middle:.1f} ms", ratio)
+    console.print(table)
+    click.echo(json.dumps(as_json(costs)))
+
+
+def _peers(
+    model: str,
+    against: str,
+    lengths: str,
+    repeats: int,
+    prefill_repeats: int,
+    new_tokens: int,
+    dtype: str,
+    threads: int | None,
+    console: Console,
+) -> None:
+    import json
+
+    from .against import measure
+    from .contest_table import as_json, tables
+
+    outcome, about = measure(
+        model,
+        against,
+        lengths=lengths.split(","),
+        repeats=repeats,
+        prefill_repeats=prefill_repeats,
+        new_tokens=new_tokens,
+        dtype=dtype,
+        threads=threads,
+        console=console,
+    )
+    built = {"network": "ropewalk", "llama.cpp": "llama.cpp"}
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name not in built)
+    console.print(f"{about['cpu']}, {about['threads']} threads; memory gives {outcome.bandwidth / 1e9:.1f} GB/s")
+    console.print(versions)
+    for name, engine in built.items():
+        if name in about["versions"]:
+            console.print(f"{engine}: {about['versions'][name]}", markup=False)
+    for table in tables(outcome, outcome.timings[0].engine):
+        console.print(table)
+    click.echo(json.dumps(as_json(outcome, about)))

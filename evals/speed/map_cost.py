@@ -1,0 +1,222 @@
+"""What a position map costs: its attention against plain attention and against the public form, and a step of decoding.
+
+Everything is taken in turn, so that a machine which drifts slows all alike; ratios are of runs in the same turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from ...engine.api import Model
+from ...engine.attention import causal_attention
+from ...engine.banded import banded_attention
+from ...engine.cache import TurnedKeys
+from ...engine.kernel import Score
+from ...engine.network import CHUNK
+from ...engine.plan import Plan, Segment
+from ...engine.prefill import prefill
+from ...engine.rotary import RotarySite, headline
+from ...engine.rotation import Layout, angles
+from ...engine.rows import Run
+from ...errors import ConfigError
+from ...scaling import Scaler
+
+PLAIN = "plain attention"
+Segments = list[tuple[int, int, list[tuple[Run, list[Segment]]]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds of one thing, turn by turn, and its ratio to plain attention or to the plain scaler.
+
+    `what` is "prefill attention" (one layer), "prefill attention, public form", or "decode" (a step of the whole
+    model).
+    """
+
+    what: str
+    scaler: str
+    length: int
+    seconds: list[float]
+    ratio: float
+    lowest: float
+    highest: float
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scaler, site: RotarySite) -> Tensor:
+    """A position map as public code has it: the full square for every band, one softmax, n x n memory."""
+    n, layout = q.shape[2], Layout(0, site.configured.rope.dim, interleaved=False)
+    inv_freq, factor = site.configured.effective(scaler).frequencies(site.configured.rope, n)
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    i = torch.arange(n)
+    scores: Tensor | None = None
+    for band in site.bands(scaler, n):
+        turned_q = layout.rotate(q, angles(band.query(i), inv_freq, like=q))
+        turned_k = layout.rotate(k, angles(band.key(i), inv_freq, like=k))
+        square = turned_q @ turned_k.transpose(-1, -2)
+        if scores is None:
+            scores = square
+        else:
+            torch.where((band.start(i)[:, None] <= i) & (i < band.stop(i)[:, None]), square, scores, out=scores)
+    assert scores is not None
+    weight = site.logit_factor(scaler, i)[:, None] * scale * factor**2
+    scores.mul_(weight.to(scores.dtype)).masked_fill_(i > i[:, None], -torch.inf)
+    return torch.softmax(scores, -1) @ v
+
+
+def attention_costs(
+    model: Model, scalers: list[Scaler], lengths: list[int], *, repeats: int, naive: bool, progress: Progress
+) -> Iterator[Cost]:
+    """Prefill attention of one layer of `model`'s geometry, in the engine's chunks."""
+    config, site = model.hf.config.get_text_config(), headline(model.sites)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layout = Layout(0, site.configured.rope.dim, interleaved=False)
+    score = Score(scale=dim**-0.5)
+    for n in lengths:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, h, n, dim, generator=generator) for h in (heads, kv_heads, kv_heads))
+        ways: dict[tuple[str, str], Callable[[], object]] = {}
+        for scaler in [Scaler(), *scalers]:
+            chunks = _chunks(Plan(site, scaler, n), n)
+            name = str(scaler) if scaler.parts else PLAIN
+            if scaler.parts:
+                ways["prefill attention", name] = _banded(q, k, v, score, layout, chunks)
+            else:
+                ways["prefill attention", name] = _plain(q, k, v, score, layout, site)
+            if naive and scaler.parts:
+                ways["prefill attention, public form", name] = _naive(q, k, v, score.scale, scaler, site)
+        yield from _in_turn(ways, ("prefill attention", PLAIN), n, repeats, progress)
+
+
+def decode_costs(
+    model: Model, scalers: list[Scaler], lengths: list[int], *, repeats: int, progress: Progress
+) -> Iterator[Cost]:
+    """A decode step of the whole model with `length` tokens in its cache, under every scaler and under `none`."""
+    before = model.rope
+    try:
+        for n in lengths:
+            ways: dict[tuple[str, str], Callable[[], object]] = {}
+            for scaler in [Scaler(), *scalers]:
+                ways["decode", str(scaler)] = _decoding(model, scaler, n, progress)
+            yield from _in_turn(ways, ("decode", "none"), n, repeats, progress, _switch(model, ways))
+    finally:
+        model.rope = before
+
+
+def _decoding(model: Model, scaler: Scaler, n: int, progress: Progress) -> Callable[[], object]:
+    """A decode step behind `n` tokens that were read under `scaler`."""
+    model.rope = scaler
+    vocabulary = model.hf.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocabulary, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+    cache = model.new_cache(n + 64)
+    task = progress.add_task(f"reading {n} tokens, {scaler}", total=n)
+    prefill(model.network, ids, cache, lambda _, count: progress.advance(task, count))
+    progress.remove_task(task)
+    return lambda: model.network.forward(ids[:1], cache, keep=1)
+
+
+def _switch(model: Model, ways: dict[tuple[str, str], Callable[[], object]]) -> Callable[[str], None]:
+    """Put a scaler in place and run a step that is not timed."""
+
+    def switch(name: str) -> None:
+        model.rope = name
+        ways["decode", name]()
+
+    return switch
+
+
+def _in_turn(
+    ways: dict[tuple[str, str], Callable[[], object]],
+    baseline: tuple[str, str],
+    length: int,
+    repeats: int,
+    progress: Progress,
+    prepare: Callable[[str], None] = lambda _: None,
+) -> Iterator[Cost]:
+    seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    task = progress.add_task(f"timing at {length} tokens", total=repeats * len(ways))
+    for turn in range(repeats + 1):  # the first turn warms up
+        for way, run in ways.items():
+            if turn == 0 and way[0].endswith("public form"):
+                continue
+            prepare(way[1])
+            started = time.perf_counter()
+            run()
+            if turn:
+                seconds[way].append(time.perf_counter() - started)
+                progress.advance(task)
+    progress.remove_task(task)
+    for (what, scaler), own in seconds.items():
+        ratios = [one / other for one, other in zip(own, seconds[baseline], strict=True)]
+        yield Cost(
+            what=what,
+            scaler=scaler,
+            length=length,
+            seconds=own,
+            ratio=median(ratios),
+            lowest=min(ratios),
+            highest=max(ratios),
+        )
+
+
+def _chunks(plan: Plan, n: int) -> Segments:
+    found = []
+    for start in range(0, n, CHUNK):
+        stop = min(n, start + CHUNK)
+        run = Run(None, 0, stop - start, 0, stop, 0)
+        found.append((start, stop, [(run, plan.segments(run))]))
+    return found
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, chunks: Segments) -> Callable[[], object]:
+    def run() -> None:
+        turned = TurnedKeys()
+        for start, stop, work in chunks:
+            banded_attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], score, layout, work, turned=turned)
+
+    return run
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, site: RotarySite) -> Callable[[], object]:
+    n, inv_freq = q.shape[2], site.configured.rope.theta
+    found = angles(torch.arange(n, dtype=torch.float64), inv_freq, like=q)
+
+    def run() -> None:
+        turned = layout.rotate(k, found)
+        turned_q = layout.rotate(q, found)
+        for start in range(0, n, CHUNK):
+            stop = min(n, start + CHUNK)
+            causal_attention(turned_q[:, :, start:stop], turned[:, :, :stop], v[:, :, :stop], score)
+
+    return run
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scaler, site: RotarySite) -> Callable[[], object]:
+    return lambda: naive_attention(q, k, v, scale, scaler, site)
+
+
+def check_maps(scalers: list[Scaler]) -> None:
+    """Refuse scalers that change nothing about attention: their cost is that of `none`."""
+    for scaler in scalers:
+        if not scaler.member("positions"):
+            raise ConfigError(
+                f"{scaler} has no position map: it runs in the model's own attention, at no cost; give a map such as "
+                "rerope:2k"
+            )
+
+
+def as_json(costs: list[Cost]) -> dict[str, object]:
+    """All costs with the versions and the machine's threads, for one line of JSON."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "costs": [asdict(cost) for cost in costs],
+    }

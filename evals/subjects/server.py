@@ -1,0 +1,146 @@
+"""A server that speaks the OpenAI protocol: its list of models, and what it makes of prompts of token ids."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx2
+
+from ...errors import ConfigError, EndpointError, did_you_mean
+
+PAUSES = (1.0, 2.0, 4.0, 8.0)
+"""Seconds before each further try of a request that got no answer, or a 429 or 5xx."""
+
+_TIMEOUT = httpx2.Timeout(1800, connect=10)  # seconds; a million tokens take long to read
+_SHOWN = 300  # characters of what a server says
+
+
+class RefusedRequest(EndpointError):
+    """An answer 4xx: the request is wrong, and would be again.
+
+    Attributes:
+        status: of the answer.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Server:
+    """Requests to one server, with a bearer token where the environment has OPENAI_API_KEY.
+
+    Args:
+        url: the root of the protocol, such as http://localhost:8000/v1.
+
+    Attributes:
+        address: the same without a password.
+        host: `localhost:8000`.
+
+    Raises:
+        ConfigError: this is no web address.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = httpx2.URL(url.rstrip("/"))
+        except httpx2.InvalidURL as error:
+            raise ConfigError(
+                f"endpoint {url!r} is no address ({error}); give one as http://localhost:8000/v1"
+            ) from None
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ConfigError(f"endpoint {url!r} is no http address; give one as http://localhost:8000/v1")
+        self.address, self.host = str(parsed.copy_with(userinfo=b"")), parsed.netloc.decode()
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx2.Client(base_url=parsed, headers=headers, timeout=_TIMEOUT)
+
+    def model(self, name: str | None) -> dict[str, Any]:
+        """What the server tells of the model `name`, or of its only one.
+
+        Raises:
+            ConfigError: there is no such model, or several and no name.
+            EndpointError: as `ask`.
+        """
+        listed = self.ask("/models").get("data")
+        known = {str(one["id"]): one for one in listed or [] if isinstance(one, dict) and "id" in one}
+        if name is None and len(known) == 1:
+            return next(iter(known.values()))
+        if not known:
+            raise EndpointError(f"{self.address}/models lists no model; wait until the server has loaded one")
+        if name is None:
+            raise ConfigError(f"{self.address} serves {', '.join(known)}; choose one with --served-as")
+        if name not in known:
+            raise ConfigError(f"{self.address} serves no model {name!r}.{did_you_mean(name, known)}")
+        return known[name]
+
+    def complete(self, model: str, ids: Sequence[int], **fields: Any) -> dict[str, Any]:
+        """The likeliest continuation of token ids: the first choice of the server's answer.
+
+        Args:
+            fields: of the request, `max_tokens` among them.
+
+        Raises:
+            EndpointError: as `ask`, or the answer holds no choice.
+        """
+        answer = self.ask("/completions", {"model": model, "prompt": list(ids), "temperature": 0, **fields})
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise EndpointError(f"{self.address}/completions answered without choices: {str(answer)[:_SHOWN]}")
+        choice: dict[str, Any] = choices[0]
+        return choice
+
+    def ask(self, path: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON object that the server answers to a POST of `payload`, or without one to a GET.
+
+        Raises:
+            RefusedRequest: the answer is 4xx.
+            EndpointError: there is none after several tries, or none that can be read.
+        """
+        trouble = ""
+        for pause in (0, *PAUSES):
+            time.sleep(pause)
+            try:
+                response = self._client.request("GET" if payload is None else "POST", path, json=payload)
+            except httpx2.RequestError as error:
+                trouble = f"could not be reached ({str(error) or type(error).__name__})"
+                continue
+            if response.status_code != 429 and response.status_code < 500:
+                return self._read(response, path)
+            trouble = f"answered {response.status_code} ({_said(response)})"
+        raise EndpointError(
+            f"{self.address}{path} {trouble}, in {len(PAUSES) + 1} tries; check that the server runs there and the "
+            "address is right. What was measured is kept: the same command goes on from there"
+        )
+
+    def _read(self, response: httpx2.Response, path: str) -> dict[str, Any]:
+        status = response.status_code
+        if status >= 300:
+            hint = {401: "; set OPENAI_API_KEY to a key that it takes", 404: "; most addresses end in /v1"}.get(
+                status, ""
+            )
+            raise RefusedRequest(f"{self.address}{path} answered {status}: {_said(response)}{hint}", status)
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise EndpointError(
+                f"{self.address}{path} answered no JSON object but {response.text[:60]!r}; most addresses end in /v1"
+            )
+        return answer
+
+
+def _said(response: httpx2.Response) -> str:
+    """The message of an error, in whichever place the server puts it."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = response.text
+    if isinstance(body, dict):
+        error = body.get("error", body)
+        body = error.get("message") or error.get("detail") or error if isinstance(error, dict) else error
+    return " ".join(str(body).split())[:_SHOWN] or response.reason_phrase

@@ -1,0 +1,1 @@
+"""`tune`: the scaler that carries a model to a length, found by measuring."""

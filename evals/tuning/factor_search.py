@@ -1,0 +1,166 @@
+"""Factors of LongRoPE, one for every rotary pair, searched by CMA-ES from a closed form.
+
+A point is the displacement of ln lambda_i from the start's, for every pair, and of ln m. It is projected onto what
+may be, factors that do not fall from a pair to the next slower one and lie between 1 and a largest, and measured
+there, so that no point is lost. LongRoPE (arXiv 2402.13753) searches the same set by mutation and crossover; CMA-ES
+(Hansen, arXiv 1604.00772; the package `cmaes`) needs far fewer measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from cmaes import CMA
+from scipy.optimize import isotonic_regression
+
+from ...errors import ConfigError
+from ...scaling.longrope import LongRoPE
+from ...scaling.rope import RopeSpec, Scaler
+
+GENERATIONS = 40
+"""After so many the search ends, converged or not."""
+
+Measure = Callable[[Sequence[LongRoPE]], list[float] | None]
+"""Mean loss of each of some scalers, in order; None if there was no time for all of them."""
+
+_Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+_CONVERGED = 1e-4  # nats between the best and the worst of a generation
+_STEP = 0.1  # first standard deviation of a factor, of the logarithm of the largest
+_STEP_OF_M = 0.02  # of ln m
+_SEED = 0  # the same points for the same losses: a search that was stopped finds its measurements again
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorSpace:
+    """The LongRoPE scalers that a search chooses from, around a start.
+
+    Args:
+        rope: the model's geometry.
+        factor: target length over trained length, above 1; the reach of every scaler.
+        logs: ln lambda_i of the start, float64 [rotating pairs], within the bounds and not decreasing.
+        log_m: ln m of the start.
+        largest: bound of lambda_i, above 1.
+    """
+
+    rope: RopeSpec
+    factor: float
+    logs: _Vector
+    log_m: float
+    largest: float
+
+    @classmethod
+    def around(cls, start: Scaler, rope: RopeSpec, target: int, largest: float | None = None) -> FactorSpace:
+        """The space around the frequencies of `start` at `target` tokens.
+
+        Args:
+            largest: bound of the factors; None is the ratio N / L, or the start's own largest if that is more. A
+                start beyond it begins at its projection.
+
+        Raises:
+            ConfigError: `largest` leaves nothing to search.
+        """
+        factor = target / rope.trained_length
+        if largest is not None and not math.inf > largest > 1:
+            raise ConfigError(
+                f"largest factor {largest:g} must be finite and above 1, since factors lie between 1 and it; "
+                f"the ratio of target and trained length, {factor:g}, is a good one"
+            )
+        pairs = rope.dim // 2 if rope.rotating_pairs is None else rope.rotating_pairs
+        frequencies = start.frequencies(rope, target)
+        logs = (rope.theta / frequencies.inv_freq)[:pairs].log().numpy()
+        if largest is None:
+            largest = max(factor, *np.exp(logs[np.isfinite(logs)]).tolist())
+        return cls(
+            rope=rope,
+            factor=factor,
+            logs=project(np.minimum(logs, math.log(largest)), largest),
+            log_m=math.log(frequencies.attention_factor),
+            largest=largest,
+        )
+
+    @property
+    def dimension(self) -> int:
+        """Numbers of a point: one for each rotating pair, and one for m."""
+        return len(self.logs) + 1
+
+    def scaler(self, point: _Vector) -> LongRoPE:
+        """The scaler at a point, [dimension]; zeros are the start.
+
+        Numbers have six digits, which no loss can tell from more and a spec can be read with.
+        """
+        step = _STEP * math.log(self.largest)
+        logs = project(self.logs + step * point[:-1], self.largest)
+        found = [min(max(float(f"{value:.6g}"), 1.0), self.largest) for value in np.exp(logs)]
+        still = self.rope.dim // 2 - len(found)  # pairs that do not turn, whatever their factor
+        factors = tuple(found + found[-1:] * still)
+        m = float(f"{math.exp(self.log_m + _STEP_OF_M * point[-1]):.6g}")
+        return LongRoPE(factor=self.factor, short=factors, long=factors, attention_factor=m)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundFactors:
+    """The outcome of a search.
+
+    Attributes:
+        scaler: the best that was measured.
+        loss: its mean loss at the searched places, nats.
+        start_loss: that of the start.
+        evaluations: scalers measured.
+    """
+
+    scaler: LongRoPE
+    loss: float
+    start_loss: float
+    evaluations: int
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, skimmed, from {self.start_loss:.4f} after {self.evaluations} evaluations"
+
+
+def project(logs: _Vector, largest: float) -> _Vector:
+    """The nearest logarithms of factors, in the Euclidean norm, that do not decrease and lie in 0..ln(largest)."""
+    ordered: _Vector = isotonic_regression(logs).x
+    return np.clip(ordered, 0.0, math.log(largest))
+
+
+def search_factors(
+    space: FactorSpace,
+    measure: Measure,
+    *,
+    generations: int = GENERATIONS,
+    tell: Callable[[int, FoundFactors], None] = lambda *_: None,
+) -> FoundFactors | None:
+    """Find the scaler of `space` with the least loss; None if there was no time for the start.
+
+    Ends once a generation's losses are alike, or `measure` has no time. The same losses give the same points.
+
+    Args:
+        tell: called after each generation with its number and what has been found so far.
+    """
+    origin = space.scaler(np.zeros(space.dimension))
+    losses = measure([origin])
+    if losses is None:
+        return None
+    best, start_loss, evaluations = (losses[0], origin), losses[0], 1
+
+    def found() -> FoundFactors:
+        return FoundFactors(scaler=best[1], loss=best[0], start_loss=start_loss, evaluations=evaluations)
+
+    optimiser = CMA(mean=np.zeros(space.dimension), sigma=1.0, seed=_SEED)
+    for generation in range(1, generations + 1):
+        points = [optimiser.ask() for _ in range(optimiser.population_size)]
+        scalers = [space.scaler(point) for point in points]
+        losses = measure(scalers)
+        if losses is None:
+            break
+        evaluations += len(losses)
+        best = min([best, *zip(losses, scalers, strict=True)], key=lambda one: one[0])
+        optimiser.tell(list(zip(points, losses, strict=True)))
+        tell(generation, found())
+        if max(losses) - min(losses) < _CONVERGED:
+            break
+    return found()

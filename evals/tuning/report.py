@@ -1,0 +1,202 @@
+"""What `tune` found, for people and for programs: sentences, a table, a plot, a report, the spec, a config."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ...engine.storage import write_atomic
+from ...scaling import hf_write
+from ...scaling.lengths import format_length
+from ..protocols.effective_length import TOLERANCE
+from ..reports.grid import NOTHING, Grid, Section, Shown, interval, signed
+from ..reports.report import environment_of, write_page
+from ..reports.style import GRID, figure, line_styles, save, style_axes
+from ..runs.compare import UNTOUCHED
+from ..runs.result import Run
+from .tuned import Candidate, Tuned, difference
+
+_DRAWN = 24  # candidates in the plot
+
+
+def publish_tuned(found: Tuned, run: Run, *, model: str, text: str) -> list[Path]:
+    """Write everything into the run's folder; returns the files, the report first.
+
+    `tuned.json` has the ranking and the named specs, `config.json` what to merge into the model's own config to serve
+    the best scaler that a config can hold.
+    """
+    grid = ranking_grid(found)
+    plots = _plot(found, run.folder / "ranking", f"{model} on {text}")
+    title = f"{model} at {format_length(found.target)}"
+    report = write_page(
+        run.folder / "report.html",
+        title=title,
+        subtitle=f"Which scaler carries it there? Measured on {text}",
+        story=sentences(found),
+        plots=plots,
+        sections=[Section(caption=f"{len(found.ranking)} candidates", grids=[grid], method=_method(found, text))],
+        environment=environment_of(run),
+    )
+    table = run.folder / "table.md"
+    write_atomic(table, grid.to_markdown().encode())
+    summary = run.folder / "tuned.json"
+    write_atomic(summary, (json.dumps(as_json(found), indent=2) + "\n").encode())
+    files = [report, table, summary, *plots]
+    if found.servable is not None:
+        config = run.folder / "config.json"
+        write_atomic(config, (json.dumps(config_fragment(found), indent=2) + "\n").encode())
+        files.append(config)
+    return files
+
+
+def sentences(found: Tuned) -> list[str]:
+    """What was found, in plain sentences."""
+    winner, simplest, servable = found.winner, found.simplest, found.servable
+    said = [f"Winner at {format_length(found.target)}: {winner.label}{_loss_words(winner)}."]
+    if len(found.ties) > 1:
+        others = ", ".join(c.label for c in found.ties if c is not winner)
+        said.append(f"Not distinguishable from it on the same tokens: {others}.")
+    if simplest is winner:
+        said.append("Nothing simpler comes as near to it as can be told.")
+    else:
+        said.append(f"The simplest of these is {simplest.label}.")
+    if servable is None:
+        said.append("No scaler that a config can hold was measured as well as the winner.")
+    elif servable is not winner:
+        change = difference(servable, winner)
+        cost = f": {change} against the winner" if change is not None else ""
+        said.append(f"The best that a config can hold, for other engines, is {servable.label}{cost}.")
+    plain = next((c for c in found.ranking if not c.scaler.parts), None)
+    if plain is not None and plain is not winner and (change := difference(winner, plain)) is not None:
+        said.append(f"Against the untouched model the winner changes the loss by {change}.")
+    if named := [c.label for c in (winner, servable) if c is not None and c.name]:
+        said.append(f"tuned.json has the spec of {named[0]}.")
+    if not winner.read:
+        said.append("The budget allowed no full reading: all this is from skimming, which ranks well but measures ill.")
+    if not found.complete:
+        said.append("The budget ended the search; the same command goes on from here.")
+    return said
+
+
+def ranking_grid(found: Tuned) -> Grid:
+    """Every candidate, best first."""
+    winner = found.winner
+    note = (
+        "Best first. Differences to the winner are paired, token by token, with 95% intervals; green ones cannot be "
+        "told from it. Skimmed losses are of the end of one place after a sample of the rest, and compare with one "
+        "another only. Harm is the loss difference to the untouched model on short texts, red if it may exceed "
+        f"{TOLERANCE:g}."
+    )
+    columns = ("loss", "to the winner", "places", "skimmed", "harm", "passkeys", "in a config")
+    rows = [(c.label, _cells(found, c, winner)) for c in found.ranking]
+    return Grid(title=f"Loss at {format_length(found.target)}, nats per token", note=note, columns=columns, rows=rows)
+
+
+def _cells(found: Tuned, c: Candidate, winner: Candidate) -> list[Shown]:
+    change = None if c is winner else difference(c, winner)
+    against = NOTHING
+    if c is winner:
+        against = Shown(main="0", small=("winner",), css="good")
+    elif change is not None and c.read:
+        around = interval(change.low, change.high) if change.has_interval else "no interval"
+        against = Shown(main=signed(change.mean), small=(around,), css="" if found.is_worse(c, winner) else "good")
+    harm = NOTHING
+    if c.harm is not None:
+        around = interval(c.harm.low, c.harm.high) if c.harm.has_interval else "no interval"
+        harm = Shown(main=signed(c.harm.mean), small=(around,), css="" if c.is_harmless else "bad")
+    return [
+        Shown(main=f"{c.loss:.3f}", css="best" if c is winner else "") if c.loss is not None else NOTHING,
+        against,
+        Shown(main=str(c.places)) if c.places else NOTHING,
+        Shown(main=f"{c.skimmed_loss:.3f}") if c.skimmed_loss is not None else NOTHING,
+        harm,
+        Shown(main=f"{fmean(c.found.values()):.0%}", small=(f"n={len(c.found)}",)) if c.found else NOTHING,
+        Shown(main="yes") if found.fits_config(c) else NOTHING,
+    ]
+
+
+def as_json(found: Tuned) -> dict[str, Any]:
+    """The outcome as JSON holds it."""
+
+    def number(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    def told(c: Candidate) -> dict[str, Any]:
+        change = difference(c, found.winner)
+        return {
+            "rope": str(c.scaler),
+            "label": c.label,
+            "loss": c.loss,
+            "places": c.places,
+            "difference": None if change is None else [number(v) for v in (change.mean, change.low, change.high)],
+            "skimmed_loss": c.skimmed_loss,
+            "harm": None if c.harm is None else [number(v) for v in (c.harm.mean, c.harm.low, c.harm.high)],
+            "passkeys": c.found or None,
+        }
+
+    return {
+        "target": found.target,
+        "trained_length": found.rope.trained_length,
+        "winner": str(found.winner.scaler),
+        "simplest": str(found.simplest.scaler),
+        "servable": None if found.servable is None else str(found.servable.scaler),
+        "complete": found.complete,
+        "ranking": [told(c) for c in found.ranking],
+    }
+
+
+def config_fragment(found: Tuned) -> dict[str, Any]:
+    """What to merge into the model's config.json to serve the best scaler that a config can hold."""
+    assert found.servable is not None
+    return {
+        "max_position_embeddings": found.target,
+        "rope_parameters": hf_write.write(found.rope, found.servable.scaler),
+    }
+
+
+def _loss_words(c: Candidate) -> str:
+    if c.loss is None:
+        return ""
+    places = f"{c.places} place{'s' if c.places > 1 else ''}"
+    return f", {c.loss:.3f} nats per token over {places}"
+
+
+def _method(found: Tuned, text: str) -> dict[str, str]:
+    method = {
+        "Search": "Successive halving: every starting point is skimmed, then those next to the best; the best third at "
+        "more places; the best few are read whole, at one, three and nine places.",
+        "Places": f"Ends of windows of {found.target:,} tokens in {text}. Skimming and reading begin at opposite ends.",
+        "Winner": "Among those that cannot be told from the lowest loss, the one that finds most passkeys, then the "
+        "one with the lowest loss. Choosing among many favours the lucky: measure it on another text.",
+        "Intervals": "95%, percentile bootstrap over blocks of 32 consecutive tokens.",
+    }
+    if any(c.name for c in found.ranking):
+        method["Factors"] = (
+            "Searched by CMA-ES from the best closed form that a config can hold, skimmed at places of their own: no "
+            "token that decided the search is among those that are read."
+        )
+    return method
+
+
+def _plot(found: Tuned, out: Path, measured_on: str) -> list[Path]:
+    """The losses of the best, hollow where they were only skimmed."""
+    drawn: Sequence[Candidate] = found.ranking[:_DRAWN]
+    names = [c.label for c in drawn]
+    styles = line_styles([*dict.fromkeys([UNTOUCHED, *names])])
+    with figure(8.5, 1.6 + 0.26 * len(drawn), f"Loss at {format_length(found.target)}, {measured_on}") as fig:
+        axes = fig.subplots()
+        for row, c in enumerate(drawn):
+            color = styles[c.label].color
+            if c.skimmed_loss is not None:
+                axes.plot(c.skimmed_loss, row, "o", color=color, fillstyle="none", markersize=6)
+            if c.loss is not None:
+                axes.plot(c.loss, row, "o", color=color, markersize=7)
+        axes.set_yticks(range(len(drawn)), names)
+        axes.invert_yaxis()
+        style_axes(axes, x="nats per token; filled: read whole, hollow: skimmed", y="")
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+        return list(save(fig, out))

@@ -1,0 +1,322 @@
+"""The rounds of `tune`, and what they have measured so far."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from rich.console import Console
+
+from ...engine.api import Model
+from ...engine.rotary import headline
+from ...errors import ConfigError, DataError, UnsupportedModel
+from ...scaling.rope import Scaler
+from ...scaling.spec import parse
+from ..protocols.harm import Harm
+from ..protocols.perplexity_cell import plan
+from ..protocols.skim_cell import can_skim
+from ..retrieval.cells import cells as retrieval_cells
+from ..retrieval.tasks import TASKS
+from ..runs.cell import Cell
+from ..runs.compare import Difference
+from ..runs.result import Row, Run
+from ..runs.runner import measure_all
+from ..subjects.local import Local
+from .candidates import fits_config, neighbours, starting_points
+from .factor_search import FactorSpace, FoundFactors, search_factors
+from .text import TuneText
+from .tuned import Candidate, Tuned, by_skimming, ranked
+
+SEARCHED = "longrope (searched)"
+"""What a scaler with searched factors is called where its spec is too long."""
+
+Search = Literal["methods", "factors"]
+
+_SKIMMED = 3  # places
+_FINALISTS, _SERVABLE = 4, 2
+_CLIMBS = 4
+_STARTS = 4  # closed forms of which the best is where a search starts
+_DEPTHS = (0.1, 0.5, 0.9)
+_SHARES = {"skim": 0.45, "near": 0.15, "skim more": 0.15, "factors": 0.5}  # of the budget that is left, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What `tune` tells its caller after every measurement.
+
+    Attributes:
+        round: `skim`, `near`, `skim more`, `factors`, `read`, `harm` or `passkeys`.
+        scaler: what was measured.
+        candidates: all so far, best first.
+    """
+
+    round: str
+    scaler: Scaler
+    candidates: tuple[Candidate, ...]
+
+
+class Rounds:
+    """A search under way."""
+
+    def __init__(
+        self,
+        model: Model,
+        target: int,
+        text: TuneText,
+        run: Run,
+        budget: float | None,
+        keep_short: bool,
+        progress: Callable[[Progress], None],
+        console: Console,
+    ) -> None:
+        self._model, self._target, self._text, self._run, self._console = model, target, text, run, console
+        self._subject = Local(model)
+        self._keep_short, self._progress = keep_short, progress
+        self._deadline = None if budget is None else time.monotonic() + budget
+        self._rate: float | None = None
+        self._complete = True
+        short = min(1024, max(model.trained_length // 8, 2))
+        self._harm = Harm(contexts=(2 * short,), target=short, samples=math.ceil(512 / short))
+        self._candidates: dict[str, Candidate] = {}
+
+    def run(self, ropes: Sequence[str | Scaler], search: Search, largest_factor: float | None) -> Tuned:
+        """All rounds, or as many as the budget allows."""
+        L = self._model.trained_length
+        given = [parse(rope, L) if isinstance(rope, str) else rope for rope in ropes]
+        start = [*given, *starting_points(self._model.spec, self._target)]
+        if can_skim(self._model):
+            self._skim("skim", self._new(start), 1)
+            best = self._ranking()[:3]
+            self._skim("near", self._new([one for c in best for one in neighbours(c.scaler)]), 1)
+            self._skim("skim more", self._ranking()[: len(self._candidates) // 3], _SKIMMED)
+            if search == "factors":
+                self._search_factors(largest_factor)
+            best = self._pick_finalists()
+            first = [*best[:1], *self._servable(best)[:1]]  # if there is time for two only
+            self._read([*dict.fromkeys([*first, *best])], 1)
+        else:
+            self._read(self._new(start), 1)
+            best = self._ranking()[:3]
+            self._read(self._new([one for c in best for one in neighbours(c.scaler)]), 1)
+        self._read(self._pick_finalists()[:3], 3)
+        self._read(self._pick_finalists()[:2], len(self._text.windows))
+        self._climb()
+        while self._complete and (named := self._named()):
+            self._read(named, len(self._text.windows))
+        best = self._pick_finalists()
+        self._measure_harm(best)
+        self._ask(best[:3])
+        self._recall()
+        found = self._tuned()
+        if not found.eligible:
+            why = "no scaler that was measured is harmless to short texts" if found.ranking else "nothing was measured"
+            raise ConfigError(
+                f"{why}; allow harm, or add rope 'none'" if self._complete else f"{why} within the budget; give more"
+            )
+        return found
+
+    def _recall(self) -> None:
+        """Take in what an earlier search in this folder, with another budget perhaps, has read of the candidates."""
+        for candidate in self._candidates.values():
+            for window in self._text.windows:
+                row = self._run.find(self._text.read(candidate.scaler, window).row_recipes()[0])
+                if row is not None and (losses := self._run.losses(row)) is not None:
+                    candidate.read[window.place] = losses
+
+    def _climb(self) -> None:
+        """From the leader to what lies next to it, as long as that is better."""
+        for _ in range(_CLIMBS):
+            leader = self._pick_finalists()[:1]
+            near = self._new([one for c in leader for one in neighbours(c.scaler)])
+            if can_skim(self._model):
+                self._skim("near", near, _SKIMMED)
+                near = by_skimming(near)
+            self._read(near[:2], len(self._text.windows))
+            if self._pick_finalists()[:1] == leader:
+                break
+
+    def _named(self) -> list[Candidate]:
+        """Those that would be named and were not read at all places yet: to be known as well as the winner."""
+        found = self._tuned()
+        if not found.eligible:
+            return []
+        named = [found.simplest, *([found.servable] if found.servable else [])]
+        return [one for one in named if 0 < one.places < len(self._text.windows)]
+
+    def _tuned(self) -> Tuned:
+        return Tuned(
+            target=self._target,
+            rope=self._model.spec,
+            ranking=tuple(self._ranking()),
+            keep_short=self._keep_short,
+            complete=self._complete,
+        )
+
+    def _ranking(self) -> list[Candidate]:
+        return ranked(list(self._candidates.values()))
+
+    def _pick_finalists(self) -> list[Candidate]:
+        """The best, and the best of those that other engines can serve, and what was searched; best first."""
+        order = self._ranking()
+        servable = self._servable(order)
+        if self._keep_short:  # measured first, so that what cannot win costs no reading
+            self._measure_harm([*order[: 2 * _FINALISTS], *servable[: 2 * _SERVABLE]])
+            order, servable = ([c for c in some if c.is_harmless] for some in (order, servable))
+        chosen = {*order[:_FINALISTS], *servable[:_SERVABLE], *(c for c in order if c.name == SEARCHED)}
+        return [c for c in order if c in chosen]
+
+    def _servable(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that change something and that a config can hold."""
+        return [c for c in candidates if c.scaler.parts and fits_config(c.scaler, self._model.spec)]
+
+    def _new(self, scalers: Sequence[Scaler]) -> list[Candidate]:
+        """Candidates of those scalers that this model takes and that reach the target."""
+        found = []
+        site = headline(self._model.sites)
+        for scaler in scalers:
+            if str(scaler) in self._candidates:
+                continue
+            try:
+                self._model.rope = scaler
+            except (ConfigError, UnsupportedModel):
+                continue
+            if scaler.member("positions") and site.configured.reach(scaler) < self._target:
+                continue
+            found.append(Candidate(scaler=scaler))
+            self._candidates[str(scaler)] = found[-1]
+        return found
+
+    # Rounds
+
+    def _skim(self, name: str, candidates: Sequence[Candidate], places: int) -> None:
+        windows = list(reversed(self._text.windows))[:places]  # the reading begins with the others
+        cells = [self._text.skim(c.scaler, window) for window in windows for c in candidates]
+
+        def keep(row: Row) -> None:
+            if (losses := self._run.losses(row)) is not None:
+                self._candidates[row["rope"]].skimmed[row["places"]] = losses
+
+        self._carry_out(name, cells, keep)
+
+    def _read(self, candidates: Sequence[Candidate], places: int) -> None:
+        cells = [self._text.read(c.scaler, window) for window in self._text.windows[:places] for c in candidates]
+
+        def keep(row: Row) -> None:
+            if (losses := self._run.losses(row)) is not None:
+                self._candidates[row["rope"]].read[row["places"]] = losses
+
+        self._carry_out("read", cells, keep)
+
+    def _search_factors(self, largest: float | None) -> None:
+        """Add the best LongRoPE factors found around the best that a config can hold."""
+        until = self._share("factors")
+        starts = self._servable(self._ranking())[:_STARTS]
+
+        def measure(scalers: Sequence[Scaler]) -> list[float] | None:
+            return self._search_losses(scalers, until)
+
+        def tell(generation: int, found: FoundFactors) -> None:
+            self._console.print(f"  factors: generation {generation}, {found}", highlight=False)
+
+        losses = measure([c.scaler for c in starts])  # one place has ranked them, or three
+        if not losses:
+            return
+        start = starts[losses.index(min(losses))]
+        self._console.print(f"  factors: the search starts from {start.label}", highlight=False)
+        space = FactorSpace.around(start.scaler, self._model.spec, self._target, largest)
+        found = search_factors(space, measure, tell=tell)
+        if found is None:
+            return
+        for candidate in self._new([found.scaler]):
+            candidate.name = SEARCHED
+            self._skim("factors", [start, candidate], _SKIMMED)
+            if self._keep_short:
+                self._measure_harm([candidate])
+
+    def _search_losses(self, scalers: Sequence[Scaler], until: float | None) -> list[float] | None:
+        """Mean losses over the places of a search; None if there was no time for all."""
+        losses: dict[tuple[str, str], float] = {}
+
+        def keep(row: Row) -> None:
+            losses[row["rope"], row["places"]] = math.inf if row["loss"] is None else row["loss"]
+
+        windows = self._text.searched
+        cells = [self._text.skim(scaler, window) for scaler in scalers for window in windows]
+        self._carry_out("factors", cells, keep, until, Console(quiet=True))  # it would print hundreds of lines
+        wanted = [[(str(scaler), window.place) for window in windows] for scaler in scalers]
+        if any(key not in losses for keys in wanted for key in keys):
+            return None
+        return [fmean(losses[key] for key in keys) for keys in wanted]
+
+    def _measure_harm(self, candidates: Sequence[Candidate]) -> None:
+        scalers = [*{str(c.scaler): c.scaler for c in candidates if c.scaler.parts}.values()]
+
+        def keep(row: Row) -> None:
+            low, high = (math.nan if row[name] is None else row[name] for name in ("difference_low", "difference_high"))
+            self._candidates[row["rope"]].harm = Difference(mean=row["difference"], low=low, high=high)
+
+        self._carry_out("harm", plan(self._text.reader, self._text.source, scalers, self._harm), keep)
+
+    def _ask(self, candidates: Sequence[Candidate]) -> None:
+        scalers, task = [c.scaler for c in candidates], TASKS["passkey"]
+        try:
+            cells = retrieval_cells(self._subject, [task], scalers, contexts=[self._target], depths=_DEPTHS, trials=1)
+        except DataError:
+            return  # the length does not hold the prompt
+
+        def keep(row: Row) -> None:
+            self._candidates[row["rope"]].found[row["depth"]] = float(row["correct"])
+
+        self._carry_out("passkeys", cells, keep)
+
+    def _share(self, name: str) -> float | None:
+        """When a round that begins now has had its share of the budget."""
+        now = time.monotonic()
+        return None if self._deadline is None else now + (self._deadline - now) * _SHARES.get(name, 1)
+
+    def _ends_before(self, deadline: float, cell: Cell) -> bool:
+        seconds = self._subject.cost.cell(cell) / self._rate if self._rate else 0.0
+        return time.monotonic() + seconds <= deadline
+
+    def _carry_out(
+        self,
+        name: str,
+        cells: Sequence[Cell],
+        keep: Callable[[Row], None],
+        until: float | None = None,
+        console: Console | None = None,
+    ) -> None:
+        """Measure what is not in the run yet, as far as there is time, and keep the rows of all that there is.
+
+        Args:
+            until: when the round has to end; None is when it has had its share from now.
+            console: where the bar is drawn; None is where all are.
+        """
+
+        def look(cell: Cell) -> bool:
+            rows = [self._run.find(recipe) for recipe in cell.row_recipes()]
+            for row in rows:
+                if row is not None:
+                    keep(row)
+            return None not in rows
+
+        def tell(cell: Cell) -> None:
+            look(cell)
+            self._progress(Progress(round=name, scaler=cell.scaler, candidates=tuple(self._ranking())))
+
+        todo = [cell for cell in cells if not look(cell)]
+        deadline = self._share(name) if until is None else until
+        if todo and deadline is not None and not any(self._ends_before(deadline, cell) for cell in todo):
+            self._complete = False
+            return
+        outcome = measure_all(
+            self._subject, todo, self._run, console or self._console, deadline=deadline, rate=self._rate, then=tell
+        )
+        self._rate = outcome.rate or self._rate
+        self._complete &= not outcome.left_out
+        for cell in outcome.found:  # measured by another process, meanwhile
+            look(cell)

@@ -1,0 +1,122 @@
+"""The text that `tune` measures on: its places, and the cells that skim or read one of them under a scaler."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+from ...engine.api import Model
+from ...engine.skim import Sample
+from ...errors import DataError
+from ...scaling.rope import Scaler
+from ..data import Text
+from ..protocols.fixed_target import FixedTarget
+from ..protocols.perplexity_cell import PerplexityCell, Source
+from ..protocols.protocol import Window
+from ..protocols.skim_cell import SkimCell
+from ..subjects.reader import ModelReader
+
+MOST_PLACES = 9
+"""Places of the text that are read in the last round."""
+
+_READ_SHARE = 8  # a skim reads one in so many tokens, but no fewer than it needs
+_SEARCHED = 2048  # tokens scored in each evaluation of a search, at least
+_SEARCHED_PLACES = (2, 16)
+
+
+class TuneText:
+    """Windows of `target` tokens in a text, for a model.
+
+    Args:
+        searches: more places are to be had than those that are read.
+
+    Raises:
+        DataError: the text is too short.
+    """
+
+    def __init__(self, model: Model, text: Text, target: int, *, searches: bool) -> None:
+        self._model, self._target = model, target
+        self._scored = min(1024, target // 4)
+        self.reader = ModelReader(model)
+        self._protocol = self._places(MOST_PLACES)
+        wanted = self._places(MOST_PLACES + self._wanted) if searches else self._protocol
+        self.source = Source.of(text, model.tokenizer, wanted)
+        self.windows = self._windows(self._protocol)
+        self.searched = self._apart(self._windows(wanted)) if searches else []
+
+    @cached_property
+    def sample(self) -> Sample:
+        """What is skimmed: half of it in one piece at the end, with the scored tokens in its last three quarters."""
+        read = max(min(self._target // _READ_SHARE, 4096), min(self._target // 2, 1024))
+        local = read // 2
+        stretch = max(8, min(64, (read - local) // 8))
+        return Sample.of(self._target, local=local, far=read - local, stretch=stretch)
+
+    def skim(self, scaler: Scaler, window: Window) -> SkimCell:
+        """The cell that skims `window`."""
+        scored = self._skim_scored
+        recipe = self._shared(scaler, window) | {
+            "task": "skim",
+            "target": scored,
+            "read": len(self.sample.positions),
+            "local": self._local,
+        }
+        cut = Window(ids=window.ids, first=len(window.ids) - scored, place=window.place)
+        return SkimCell(scaler=scaler, context=self._target, window=cut, sample=self.sample, recipe=recipe)
+
+    def read(self, scaler: Scaler, window: Window) -> PerplexityCell:
+        """The cell that reads `window` whole."""
+        recipe = self._shared(scaler, window) | {"task": "tune", "protocol": FixedTarget.name, "target": self._scored}
+        return PerplexityCell(
+            scaler=scaler, context=self._target, protocol=self._protocol, passages=(window,), recipe=recipe
+        )
+
+    @property
+    def _local(self) -> int:
+        return int((self.sample.stretches == self.sample.stretches[-1]).sum())
+
+    @property
+    def _skim_scored(self) -> int:
+        return min(self._scored, 3 * self._local // 4)
+
+    @property
+    def _wanted(self) -> int:
+        """Places to search at."""
+        fewest, most = _SEARCHED_PLACES
+        return min(max(math.ceil(_SEARCHED / self._skim_scored), fewest), most)
+
+    def _places(self, samples: int) -> FixedTarget:
+        return FixedTarget(contexts=(self._target,), target=self._scored, samples=samples)
+
+    def _windows(self, protocol: FixedTarget) -> list[Window]:
+        windows = protocol.windows(self.source.documents, self._target, self.source.start)
+        return [*{window.place: window for window in windows}.values()]
+
+    def _apart(self, windows: list[Window]) -> list[Window]:
+        """The last of `windows` whose scored tokens are none of those that are read."""
+        read = [window.place.split(":") for window in self.windows]
+
+        def is_apart(window: Window) -> bool:
+            document, end = window.place.split(":")
+            return all(document != other or abs(int(end) - int(place)) >= self._scored for other, place in read)
+
+        found = [window for window in reversed(windows) if is_apart(window)][: self._wanted]
+        if not found:
+            raise DataError(
+                f"the text {self.source.name!r} has {len(self.windows)} places with {self._target} tokens before "
+                "them, all of which are read; a search needs others: give a longer text"
+            )
+        return found
+
+    def _shared(self, scaler: Scaler, window: Window) -> dict[str, str | int | None]:
+        return {
+            "rope": str(scaler),
+            "context": self._target,
+            "places": window.place,
+            "model": self._model.name,
+            "text": self.source.name,
+            "text_sha256": self.source.sha256,
+            "dtype": self.reader.precision,
+            "device": self.reader.device,
+            "trained_length": self._model.trained_length,
+        }

@@ -1,0 +1,122 @@
+"""`tune`: which scaler carries this model to a length? Measured, by successive halving.
+
+Rounds, each with the best of the one before, best first:
+
+    skim 1      every starting point, at one place of the text
+    near        scalers next to the best three, the same way
+    skim 3      the best third, at two places more
+    factors     if asked: the factors of every rotary pair, searched from the best that a config can hold, at places
+                that no other round has (`factor_search`)
+    read 1      the best four, and two that a config can hold; the text read whole, at another place
+    read 3, 9   the best three, and two, at more places
+    near        scalers next to the leader, skimmed; the better two read; again while the leader changes
+    read        the simplest tie and the best that a config can hold, at all places
+    harm        the best, on short texts
+    passkeys    the best three, asked for numbers hidden at the target length
+
+Skimming costs a tenth of reading, and ranks scalers nearly as reading does (`engine.skim`). Where it cannot be done
+(a network that is not compiled) every starting point is read whole at once. A budget ends the search wherever it is;
+every measurement is kept, and the same call again goes on from there.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+
+from ...engine import split
+from ...engine.api import Model
+from ...errors import ConfigError
+from ...scaling.auto import Auto
+from ...scaling.lengths import format_length, parse_length
+from ...scaling.rope import Scaler
+from ..data import Text, load_text
+from ..protocols.skim_cell import can_skim
+from ..runs.result import Run
+from .factor_search import FactorSpace
+from .rounds import Progress, Rounds, Search
+from .text import TuneText
+from .tuned import Tuned
+
+__all__ = ["Progress", "tune"]
+
+
+def tune(
+    model: Model,
+    target: int | str = "2x",
+    *,
+    text: str | Path | Text = "shakespeare",
+    budget: float | None = None,
+    search: Search = "methods",
+    largest_factor: float | None = None,
+    keep_short: bool = False,
+    ropes: Sequence[str | Scaler] = (),
+    out: str | Path | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    console: Console | None = None,
+) -> Tuned:
+    """Find the scaler that carries `model` to `target` tokens with the least loss.
+
+        found = rw.tune(model, "2x", text="book.txt", budget=1200)
+        model.rope = found.winner.scaler
+
+    Args:
+        target: tokens, or "32k", or "2x" the trained length.
+        text: a built-in text's name, a file or folder, or a loaded text, with documents of `target` tokens.
+        budget: seconds for measuring; None is as long as it takes.
+        search: "methods" measures closed forms and what lies next to them; "factors" also searches for one LongRoPE
+            factor for every rotary pair, and needs a model that is compiled.
+        largest_factor: bound of those factors, above 1; None is the ratio of target and trained length, or what the
+            closed form has where the search starts if that is more.
+        keep_short: a scaler that may cost short texts more than 0.02 nats cannot win.
+        ropes: further starting points, tried first.
+        out: a folder; a search that was ended goes on from what is there. None keeps nothing.
+        progress: called after every measurement.
+        console: where a bar is drawn; None draws none.
+
+    Raises:
+        ConfigError: the target is not beyond the trained length, or the search is unknown or cannot be done.
+        DataError: the text is too short.
+    """
+    split.refuse("tune")
+    tokens = parse_length(str(target), model.trained_length)
+    if tokens <= model.trained_length:
+        raise ConfigError(
+            f"target {format_length(tokens)} is not beyond the trained length {format_length(model.trained_length)}, "
+            "which the untouched model reads; ask for more, such as 2x"
+        )
+    _check_search(model, tokens, search, largest_factor)
+    if any(str(rope).strip() == Auto.name for rope in ropes):
+        raise ConfigError("auto is no scaler of its own, but the choice among what was tuned; leave it out of ropes")
+    console = console or Console(quiet=True)
+    document = text if isinstance(text, Text) else load_text(text)
+    before = model.rope
+    try:
+        with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
+            run = Run(Path(folder))
+            measured = TuneText(model, document, tokens, searches=search == "factors")
+            rounds = Rounds(model, tokens, measured, run, budget, keep_short, progress, console)
+            return rounds.run(ropes, search, largest_factor)
+    finally:
+        model.rope = before
+
+
+def _check_search(model: Model, target: int, search: str, largest_factor: float | None) -> None:
+    if search not in get_args(Search):
+        raise ConfigError(f"unknown search {search!r}; choose one of {', '.join(get_args(Search))}")
+    if search == "factors" and not can_skim(model):
+        raise ConfigError(
+            "search 'factors' needs skimming, which only a compiled network can do; load the model on the CPU with "
+            "compile=True, or search 'methods'"
+        )
+    if search == "methods" and largest_factor is not None:
+        raise ConfigError(
+            f"largest_factor {largest_factor:g} bounds searched factors, and search 'methods' searches none; "
+            "search 'factors'"
+        )
+    FactorSpace.around(Scaler(), model.spec, target, largest_factor)
