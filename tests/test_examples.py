@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = {
     "long_document": ("--tokens", "400", "--window", "100"),
     "transformers_pipeline": ("--tokens", "300"),
-    "tune_and_export": ("--target", "300", "--text", "stdlib", "--budget", "30", "--out", "{folder}/exported"),
+    "tune_and_export": ("--target", "300", "--text", "{code}", "--budget", "15", "--out", "{folder}/exported"),
     "code_completion": (),
-    "perplexity_study": ("--text", "stdlib", "--lengths", "64", "300", "--target", "32", "--out", "{folder}"),
+    "perplexity_study": ("--text", "{code}", "--lengths", "64", "300", "--target", "32", "--out", "{folder}"),
 }
 SMOLLM2 = {
     "long_document": ("--tokens", "900", "--window", "256"),
@@ -31,7 +31,7 @@ SAYS = {
 
 def run(name, options, folder, model):
     command = [sys.executable, ROOT / "examples" / f"{name}.py", "--model", model]
-    command += [option.format(folder=folder) for option in options]
+    command += [option.format(folder=folder, code=ROOT / "engine") for option in options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert SAYS[name] in done.stdout
