@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+from ..errors import DataError, UnsupportedModel, first_line
 from .vocab import Vocabulary
 
 
@@ -22,6 +23,10 @@ class TiktokenVocabulary(Vocabulary):
         self.name = encoding.name
         self.kind = "byte-level BPE (tiktoken)"
         self._ranks: dict[bytes, int] = encoding._mergeable_ranks
+        missing = [byte for byte in range(256) if bytes([byte]) not in self._ranks]
+        if missing:  # tiktoken panics where it meets one
+            others = f", nor for {len(missing) - 1} others" if missing[1:] else ""
+            raise UnsupportedModel(f"{self.name} is damaged: it has no token for the byte {missing[0]:#04x}{others}")
         self._pattern = regex.compile(encoding._pat_str)
         self._inside: dict[int, list[int]] = {}
         self.tokens = [b""] * (self._offset + encoding.max_token_value + 1)
@@ -32,7 +37,15 @@ class TiktokenVocabulary(Vocabulary):
         self.walls = frozenset(range(len(self.tokens))) - used
 
     def encode(self, text: str) -> list[int]:
-        return [rank + self._offset for rank in self._encoding.encode_ordinary(text)]
+        try:
+            return [rank + self._offset for rank in self._encoding.encode_ordinary(text)]
+        except BaseException as error:  # the class of a panic has no other name that can be imported
+            if type(error).__name__ != "PanicException":
+                raise
+            raise DataError(
+                f"the tokenizer gave up on this text of {len(text):,} characters ({first_line(error)}); it may hold a "
+                "very long run of spaces"
+            ) from None
 
     def cuts(self, text: str) -> list[int]:
         return [found.start() for found in self._pattern.finditer(text) if found.start()]

@@ -1,11 +1,13 @@
 """A little of tests/fuzz/run.py with every change, and each input that it found to be neither read nor refused."""
 
+import base64
 import contextlib
 import json
 import shutil
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import HealthCheck, Phase, given, settings
 from inputs import written
 from parsers import PARSERS, TINY, _compiled, _gguf, _session_file, _spm
@@ -210,3 +212,34 @@ def test_a_tekken_file_that_counts_more_tokens_than_there_are(tmp_path):
     (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": []}))
     with pytest.raises(rw.AssetError, match="counts more than 16777216 tokens"):
         load_vocabulary(tmp_path / "tekken.json")
+
+
+def test_a_tekken_file_that_keeps_too_few_tokens(tmp_path):
+    """One that takes most tokens for special ones is left with some bytes only; tiktoken panics at the others."""
+    vocab = [
+        {"rank": rank, "token_bytes": base64.b64encode(bytes([rank])).decode(), "token_str": None}
+        for rank in range(256)
+    ]
+    config = {
+        "pattern": r"\S+|\s+",
+        "num_vocab_tokens": 256,
+        "default_vocab_size": 276,
+        "default_num_special_tokens": 209,
+    }
+    config["version"] = "v3"
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
+    with pytest.raises(rw.UnsupportedModel, match="has no token for the byte 0x43, nor for 188 others"):
+        load_vocabulary(tmp_path / "tekken.json")
+
+
+def test_a_text_that_the_tokenizers_pattern_gives_up_on():
+    """A million spaces before a letter are more than tekken's own pattern can go back over."""
+    encoding = tiktoken.Encoding(
+        "x",
+        pat_str=r"\s+(?!\S)|\s+|\S+",
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={},
+    )
+    assert len(vocabulary(encoding).encode(" " * 1000 + "a")) == 1001
+    with pytest.raises(rw.DataError, match="the tokenizer gave up on this text of 1,000,001 characters"):
+        vocabulary(encoding).encode(" " * 1_000_000 + "a")
