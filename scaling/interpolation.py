@@ -124,8 +124,8 @@ class DynamicNTK(Scaler):
     step: int | None = field(default=None, metadata={"length": True})
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.factor) and self.factor >= 1):
-            raise ConfigError(f"dynamic-ntk: factor {self.factor:g} must be at least 1")
+        if not 1 <= self.factor <= 2**63:
+            raise ConfigError(f"dynamic-ntk: factor {self.factor:g} must be at least 1, and 2^63 at most")
         if self.step is not None and self.step < 1:
             raise ConfigError(f"dynamic-ntk: step {self.step} must be at least 1")
 

@@ -12,7 +12,8 @@ TrainedLength = int | Callable[[], int] | None
 """Tokens that `1x` means; a function that finds them out is called at the first multiple only; None is unknown."""
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
-_LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGxX]?)")
+_LENGTH = re.compile(r"(\d{1,99}(?:\.\d{1,99})?)\s*([kKmMgGxX]?)")
+_MOST = 2**63 - 1  # positions are int64
 
 
 def parse_length(text: str | int, trained_length: TrainedLength = None) -> int:
@@ -22,7 +23,8 @@ def parse_length(text: str | int, trained_length: TrainedLength = None) -> int:
     (8192, 2048)
 
     Raises:
-        ConfigError: `text` is not a length, is below 1, or is a multiple while no trained length is known.
+        ConfigError: `text` is not a length, is below 1 or above 2^63, or is a multiple while no trained length is
+            known.
     """
     match = _LENGTH.fullmatch(str(text).strip())
     if match is None:
@@ -38,6 +40,8 @@ def parse_length(text: str | int, trained_length: TrainedLength = None) -> int:
         tokens = number * _UNITS[unit]
     if tokens < 1 or tokens.denominator != 1:
         raise ConfigError(f"length {text!r} is {float(tokens):g} tokens; it must be a whole number of at least 1")
+    if tokens > _MOST:
+        raise ConfigError(f"length {text!r} is {float(tokens):g} tokens, more than can be counted (2^63)")
     return int(tokens)
 
 

@@ -101,8 +101,8 @@ class LeakyReRoPE(PositionScaler):
 
     def __post_init__(self) -> None:
         self._check_positive(window=self.window)
-        if not (math.isfinite(self.k) and self.k >= 1):
-            raise ConfigError(f"leaky-rerope: k {self.k:g} must be at least 1; for a very large one use rerope")
+        if not 1 <= self.k <= 2**63:
+            raise ConfigError(f"leaky-rerope: k {self.k:g} must be at least 1; for one above 2^63 use rerope")
 
     def check(self, rope: RopeSpec) -> None:
         self._check_below("window", self.window, rope)

@@ -47,9 +47,10 @@ def _by_parts(rope: RopeSpec, factor: float, beta_fast: float, beta_slow: float,
 
 
 def _check_betas(name: str, beta_fast: float, beta_slow: float) -> None:
-    if not math.inf > beta_fast > beta_slow > 0:
+    if not 1e100 >= beta_fast > beta_slow >= 1e-100:
         raise ConfigError(
-            f"{name}: beta_fast {beta_fast:g} must be above beta_slow {beta_slow:g}, and both finite and above 0"
+            f"{name}: beta_fast {beta_fast:g} must be above beta_slow {beta_slow:g}, and both finite and above 0 "
+            "(1e-100 to 1e100)"
         )
 
 

@@ -61,11 +61,13 @@ class Parser:
 
 # Text
 
+_EXTREMES = ["1e308", "1e-320", "9" * 19, "9" * 400, "9" * 5000, "0." + "1" * 5000]
+
 
 def _lengths() -> st.SearchStrategy[str]:
     number = st.from_regex(r"-?[0-9]{0,25}[.]?[0-9]{0,8}(e[0-9]{1,5})?", fullmatch=True)
     written = st.builds(str.__add__, number, st.sampled_from(["", "k", "M", "g", "x", "X", " k", "kk", "ＫB", "\0"]))
-    hostile = written | text(6) | st.text("0123456789.xkMg٣²", max_size=12)
+    hostile = written | st.sampled_from(_EXTREMES) | text(6) | st.text("0123456789.xkMg٣²", max_size=12)
     return _most(_valid_lengths(), hostile)
 
 
@@ -127,7 +129,7 @@ def _valid_specs() -> st.SearchStrategy[str]:
         items = []
         for field in chosen:
             kind = values.get(field.name, short if field.metadata.get("length") else values["factor"])
-            items.append((field, draw(kind)))
+            items.append((field, draw(kind if draw(st.integers(0, 15)) else st.sampled_from(_EXTREMES))))
         bare = items[:1] if items and items[0][0] is fields[0] and draw(st.booleans()) else []
         named = [f"{field.name}={value}" for field, value in draw(st.permutations(items[len(bare) :]))]
         joined = draw(st.sampled_from([",", ", "])).join([value for _, value in bare] + named)
@@ -152,7 +154,9 @@ def _specs() -> st.SearchStrategy[str]:
         plain
         | plain
         | number
-        | st.sampled_from(["nan", "inf", "-inf", "1/2/3", "0.5x", "8k", "true", "", "1_0", "٣", "1e999", "\0"])
+        | st.sampled_from(
+            ["nan", "inf", "-inf", "1/2/3", "0.5x", "8k", "true", "", "1_0", "٣", "1e999", "\0", *_EXTREMES]
+        )
     )
     item = value | st.builds("{}={}".format, st.sampled_from(fields), value)
     method = st.builds(

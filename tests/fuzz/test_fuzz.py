@@ -23,6 +23,7 @@ from ropewalk.evals.runs.merge import open_run
 from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import parse
 from ropewalk.scaling.hf import read
+from ropewalk.scaling.lengths import parse_length
 from ropewalk.tokenizer_tools.cover import cover
 from ropewalk.tokenizer_tools.vocab import vocabulary
 
@@ -82,6 +83,32 @@ def test_numbers_of_a_config_that_cannot_be(changes):
 def test_a_scaler_is_a_string():
     with pytest.raises(rw.ConfigError, match="not as int"):
         parse(4)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "dynamic-ntk:1e308",
+        "dynamic-yarn:beta_fast=1e308",
+        "dynamic-yarn:beta_slow=1e-320",
+        "yarn:4,beta_fast=1e308",
+        "leaky-rerope:1,k=1e308",
+        "critical-base:" + "9" * 400,
+        "critical-base:" + "9" * 5000,
+    ],
+    ids=lambda spec: spec[:30],
+)
+def test_numbers_of_a_spec_that_cannot_be(spec):
+    with pytest.raises(rw.ConfigError):
+        parse(spec, 8192)
+
+
+@pytest.mark.parametrize(
+    "length", ["9" * 20, "9" * 5000, "0." + "9" * 5000 + "k", "8589934592g"], ids=lambda text: text[:9]
+)
+def test_a_length_beyond_every_position(length):
+    with pytest.raises(rw.ConfigError):
+        parse_length(length)
 
 
 def test_a_gguf_field_that_is_no_text(tmp_path):
