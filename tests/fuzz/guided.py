@@ -2,9 +2,9 @@
 
 Inputs of tests/fuzz/parsers.py are the seeds; atheris changes them, and goes on from those that reach code of ropewalk
 or gguf that none reached before. As in tests/fuzz/run.py, each parser runs in a process of its own, and what is
-neither read nor refused by a RopewalkError, takes longer than 10 s of CPU time or more than 4 GiB is a failure, and is kept in
-runs/fuzz/guided. Any parser that takes bytes or text can be named. Without names it runs those whose reading is
-Python's (the code of other languages is not measured), and writes docs/results/fuzz_guided.json.
+neither read nor refused by a RopewalkError, takes longer than 10 s (of CPU time) or more than 4 GiB is a failure, and
+is kept in runs/fuzz/guided. Any parser that takes bytes or text can be named. Without names it runs those whose
+reading is Python's, as the code of other languages is not measured, and writes docs/results/fuzz_guided.json.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def keep(file: Path, value: Any, reason: str) -> None:
 
 def work(name: str, seconds: int, counts: Path) -> None:
     """Fuzz one parser in this process, which libFuzzer ends; the counts go into a file."""
-    import atheris  # type: ignore[import-not-found]
+    import atheris
 
     # numba compiles the kernels from their own bytecode.
     with atheris.instrument_imports(include=["ropewalk", "gguf"], exclude=["ropewalk.engine.kernels"]):

@@ -3,8 +3,12 @@
 import base64
 import contextlib
 import json
+import pickle
 import shutil
+import sys
+from collections import Counter
 
+import guided
 import numpy as np
 import pytest
 import tiktoken
@@ -54,6 +58,26 @@ def test_a_parser_that_fails_would_be_seen(monkeypatch):
     monkeypatch.setitem(PARSERS, "broken", PARSERS["length"].__class__(PARSERS["length"].inputs, lambda _: 1 / 0, 1))
     with pytest.raises(ZeroDivisionError):
         test_input_is_read_or_refused("broken")
+
+
+def test_guided_fuzzing_counts_and_keeps_by_the_same_criterion(tmp_path, capsys):
+    found = Counter()
+    guided.judge(parse_length, tmp_path, "8k", found)
+    guided.judge(parse_length, tmp_path, "8kk", found)
+    for value in (0, False):
+        guided.judge(lambda value: 1 / value, tmp_path / "kept", value, found)
+    assert found == {"read": 1, "refused": 1, "failed": 2}
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert kept.name.startswith("ZeroDivisionError-test_fuzz.py-")
+    assert pickle.loads(kept.read_bytes()) == 0
+    assert capsys.readouterr().err.count("FAILED ZeroDivisionError") == 1
+
+
+def test_guided_fuzzing_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["guided.py", "length"])
+    monkeypatch.setattr(guided.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install atheris"):
+        guided.main()
 
 
 # What it found
