@@ -25,9 +25,10 @@ def open_run(folder: Path) -> Run:
 
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
-        ("text", "text_sha256", "device", "places", "stride", "judge", "text_tokens", "seed"),
+        ("text_sha256", "device", "places", "stride", "judge", "text_tokens", "seed"),
         (str, int, float, type(None)),
     ),
+    "text": (str, type(None)),
     **dict.fromkeys(("task", "protocol", "model", "rope", "dtype", "suite"), (str,)),
     **dict.fromkeys(("context", "trained_length", "target", "samples", "tokens", "documents"), (int, type(None))),
     **dict.fromkeys(("bucket_start", "bucket_end"), (int, type(None))),

@@ -196,7 +196,15 @@ def run_of(tmp_path, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rope": None}, {"protocol": None}, {"text": {}}, {"dtype": None}, {"context": [0]}, {"text_sha256": {}}],
+    [
+        {"rope": None},
+        {"protocol": None},
+        {"text": {}},
+        {"text": 3},
+        {"dtype": None},
+        {"context": [0]},
+        {"text_sha256": {}},
+    ],
     ids=str,
 )
 def test_a_row_that_no_run_wrote_is_named(tmp_path, changes):
