@@ -36,6 +36,12 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
     def data(self, mapped: Any) -> None:
         self._data = mapped.view(np.ndarray)
 
+    def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
+        found = super()._get(offset, dtype, count, **order)
+        if len(found) < count:  # gguf goes on with nothing, for an array as often as its damaged count says
+            raise ValueError("the file ends within a field or tensor")
+        return found
+
 
 class GgufFile:
     """An open file.

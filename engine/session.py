@@ -212,7 +212,7 @@ class Session:
                 if not isinstance(cache, KVCache):
                     raise ConfigError("sessions can be loaded by the compiled kernels only")
                 _fill(cache, file, held, (dropped, needed), path)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
             if isinstance(error, ConfigError):  # a ValueError too
                 raise
             raise DataError(f"{path} cannot be read as a session: {error}") from error

@@ -156,6 +156,16 @@ def test_a_gguf_number_that_cannot_be(tmp_path, field):
     assert field == "rope.freq_base"  # 0 is read as absent
 
 
+def test_a_gguf_array_that_counts_more_than_the_file_holds(tmp_path):
+    data, name = _gguf(), b"tokenizer.ggml.token_type"
+    at = data.index(name) + len(name) + 8  # behind the types of the field and of its items
+    rest = data[at + 8 :]
+    rest = rest[: len(rest) // 4 * 4]  # whole items: gguf then finds none, and looks for the next
+    (tmp_path / "a.gguf").write_bytes(data[:at] + (2**40).to_bytes(8, "little") + rest)
+    with pytest.raises(rw.UnsupportedModel, match="the file ends within a field or tensor"):
+        GgufFile(tmp_path / "a.gguf")
+
+
 def test_a_sentencepiece_model_whose_pieces_are_no_text(tmp_path):
     (tmp_path / "a.model").write_bytes(_spm("bpe").replace("▁t".encode(), b"\xe2\x96t\xe2", 1))
     with pytest.raises(rw.AssetError, match="is no tokenizer that can be read"):
@@ -256,7 +266,11 @@ def test_a_tokenizer_beside_the_weights_is_named(tmp_path):
         rw.load(folder)
 
 
-@pytest.mark.parametrize("change", [{"text": -0.0}, {"ids": {}}, {"ids": ["x"]}, {"length": "x"}, {"rope": 4}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"text": -0.0}, {"ids": {}}, {"ids": ["x"]}, {"length": "x"}, {"rope": 4}, {"dropped": [0, float("-inf")]}],
+    ids=str,
+)
 def test_a_session_whose_header_is_of_another_kind(tmp_path, change):
     outer, rest = _session_file()
     inner = json.loads(outer["__metadata__"]["session"]) | change
