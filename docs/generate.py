@@ -354,7 +354,10 @@ def interop_page() -> str:
 def reliability_page() -> str:
     """docs/reliability.md with what was counted anew."""
     text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    return replace_block(replace_block(text, "fuzz", fuzz_table()), "long life", long_life())
+    blocks = {"fuzz": fuzz_table(), "guided fuzz": guided_fuzz_table(), "long life": long_life()}
+    for name, content in blocks.items():
+        text = replace_block(text, name, content)
+    return text
 
 
 def fuzz_table() -> str:
@@ -367,6 +370,17 @@ def fuzz_table() -> str:
     total = " | ".join(f"{sum(row[key] for row in rows):,}" for key in ("inputs", "read", "refused", "failed"))
     slowest, memory = max(row["slowest_s"] for row in rows), max(row["grown_mb"] for row in rows)
     return "\n".join([*lines, f"| **all** | {total} | {slowest:.2g} s | +{memory} MB |"])
+
+
+def guided_fuzz_table() -> str:
+    """What tests/fuzz/guided.py counted."""
+    rows = json.loads((ROOT / "docs" / "results" / "fuzz_guided.json").read_text(encoding="utf-8"))
+    keys = ("executions", "read", "refused", "failed", "edges", "features")
+    lines = [f"| parser | {' | '.join(keys)} | time |", "|---" * 8 + "|"]
+    for row in rows:
+        counts = " | ".join(f"{row[key]:,}" for key in keys)
+        lines.append(f"| {row['parser']} | {counts} | {row['seconds'] / 60:.1f} min |")
+    return "\n".join(lines)
 
 
 def long_life() -> str:
