@@ -34,6 +34,7 @@ from ropewalk.evals.data import load_text
 from ropewalk.evals.reports.report import environment_of
 from ropewalk.evals.reports.table import loss_table
 from ropewalk.evals.runs.merge import open_run
+from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import METHODS, BaseBound, RopeSpec, parse
 from ropewalk.scaling.hf import read
 from ropewalk.scaling.lengths import format_length, parse_length
@@ -512,7 +513,7 @@ def _losses(value: bytes) -> None:
     folder = _WORK / "losses-run"
     (folder / "losses").mkdir(parents=True, exist_ok=True)
     (folder / "losses" / "a.npy").write_bytes(value)
-    losses = rw.evals.result.Run(folder).losses({"key": "a"})
+    losses = Run(folder).losses({"key": "a"})
     assert losses is None or losses.dtype == np.float32
 
 
