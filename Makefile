@@ -25,7 +25,7 @@ check: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python docs/generate.py
 
-# The tests that touch transformers, under several versions of it: docs/reliability-versions.md.
+# The tests that touch transformers and torch, under several versions of each: docs/reliability-versions.md.
 versions: $(VENV)/.ready
 	$(BIN)/python tests/versions/matrix.py $(ARGS)
 	$(BIN)/python docs/generate.py

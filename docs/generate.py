@@ -16,7 +16,6 @@ import inspect
 import json
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -396,37 +395,15 @@ def long_life() -> str:
     )
 
 
-def versions_table() -> str:
-    """What came of the tests under several versions of transformers, as tests/versions/matrix.py stored it."""
-    rows = json.loads((ROOT / "docs" / "results" / "versions.json").read_text(encoding="utf-8"))
-    lines = ["| transformers | with | passed | failed | reasons |", "|---" * 5 + "|"]
-    for row in rows:
-        others = [
-            f"{name} {row['others'][name]}" for name in ("tokenizers", "huggingface-hub") if name in row["others"]
-        ]
-        reasons = Counter(_reason(found) for found in row["failed"])
-        shown = [f"{count} x {reason}" for reason, count in reasons.most_common()]
-        cells = [row["transformers"], ", ".join(others), str(row["passed"]), str(len(row["failed"])), "; ".join(shown)]
-        lines.append(f"| {' | '.join(cells)} |")
-    machines = {f"torch {row['torch']}, Python {row['python']}" for row in rows}
-    return "\n".join([*lines, "", f"All under {' or '.join(sorted(machines))}."])
-
-
-def _reason(failure: str) -> str:
-    """The first words of why a test failed."""
-    _, _, message = failure.partition(": ")
-    message = message.splitlines()[0].removeprefix('failed on setup with "').rstrip('"')
-    message = message.removeprefix("ropewalk.errors.").split(" (its logits")[0]
-    kind, bar, row = message.partition("AssertionError: | ")
-    if bar and not kind and "refused: " in row:  # a family
-        message = f"{row.split(' | ')[0]} refused: {row.split('refused: ')[1]}"
-    return message.replace("|", chr(92) + "|").split(";")[0][:110].strip()
-
-
 def versions_page() -> str:
-    """docs/reliability-versions.md with its table anew."""
+    """docs/reliability-versions.md with its tables anew."""
     text = (ROOT / "docs" / "reliability-versions.md").read_text(encoding="utf-8")
-    return replace_block(text, "versions", versions_table())
+    sys.path.insert(0, str(ROOT / "docs"))
+    from versions_tables import tables  # type: ignore[import-not-found]
+
+    for name, content in tables().items():
+        text = replace_block(text, name, content)
+    return text
 
 
 def mutants_table() -> str:

@@ -1,11 +1,14 @@
-"""Runs a fixed selection of tests against several versions of transformers: `make versions`.
+"""Runs the tests against several versions of transformers, torch and Python: `make versions`.
 
-    python tests/versions/matrix.py                        # all of VERSIONS
-    python tests/versions/matrix.py 5.15.0 --families all  # one version, and every architecture
+    python tests/versions/matrix.py                                       # TRANSFORMERS and TORCH: those of the docs
+    python tests/versions/matrix.py --transformers 5.15.0 --families all  # one version, and every architecture
+    python tests/versions/matrix.py --torch 2.9.1                         # two to six gigabytes, deleted afterwards
+    python tests/versions/matrix.py --python python3.13                   # a whole environment, deleted afterwards
 
-nox and tox make a whole environment for each version, a gigabyte of torch each. Here a version is a folder with
-transformers and those of its requirements that it wants otherwise, in front of the environment that runs this. The
-results go into docs/results/versions.json, by version, and from there into docs/reliability-versions.md.
+nox and tox make a whole environment for each version, gigabytes of torch each. Here a version is a folder with the
+package and what it wants otherwise, in front of the environment that runs this; only another Python needs one of its
+own. The results go into docs/results/versions.json (transformers) and torch_versions.json (torch and Python), and from
+there into docs/reliability-versions.md.
 """
 
 from __future__ import annotations
@@ -13,22 +16,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import distributions, version
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results" / "versions.json"
+from packages import install_project, install_torch, install_transformers
 
-VERSIONS = ("5.10.1", "5.13.1", "5.14.1", "5.16.1", "5.18.0", "5.20.2", "5.23.0")
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+TRANSFORMERS = ("5.10.1", "5.13.1", "5.14.1", "5.16.1", "5.18.0", "5.20.2", "5.23.0")
 """Those of the table: some below the range of pyproject.toml, its oldest, its newest, and one in between."""
 
-TESTS = (
+TORCH = ("2.9.0", "2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
+"""The oldest of the range, and one of every minor version since."""
+
+TRANSFORMERS_TESTS = (
     "tests/scaling/test_frequencies_of_transformers.py",
     "tests/scaling/test_hf.py",
     "tests/scaling/test_hf_write.py",
@@ -39,9 +49,29 @@ TESTS = (
     "tests/engine/test_attention.py",
     "tests/engine/test_load.py",
     "tests/engine/test_api.py",
-    "tests/engine/test_families.py",
 )
 """What touches transformers: its configs, rotary modules, attention and mask registry, caches, `generate`, loading."""
+
+TORCH_TESTS = (
+    *TRANSFORMERS_TESTS,
+    "tests/engine/test_banded.py",
+    "tests/engine/test_band_training.py",
+    "tests/engine/test_kv_cache.py",
+    "tests/engine/test_sampling.py",
+    "tests/engine/test_session_files.py",
+    "tests/engine/test_kernels_attention.py",
+    "tests/engine/test_kernels_linear.py",
+    "tests/engine/test_kernels_simd.py",
+    "tests/engine/test_kernels_step.py",
+    "tests/engine/test_compiled.py",
+    "tests/engine/test_compiled_batches.py",
+    "tests/engine/test_compiled_scalers.py",
+    "tests/engine/test_compiled_settings.py",
+)
+"""What touches torch besides: attention in bands, gradients, sampling, files of tensors, and the memory that the
+compiled network shares with it."""
+
+PYTHON_TESTS = (*TORCH_TESTS, "tests/test_public.py", "tests/test_plugins.py", "tests/tokenizer_tools")
 
 FAMILIES = [
     "llama",
@@ -61,50 +91,29 @@ FAMILIES = [
 ]
 """Architectures that stand for the ways in which rotary positions are done; all of them take minutes."""
 
-CHANGING = {"transformers", "huggingface-hub", "tokenizers"}
-"""What a version of transformers may choose for itself; all else is as in constraints.txt."""
+FAMILY_TEST = "tests/engine/test_families.py::test_family_is_served_or_refused_as_the_docs_say"
 
-IN_FRONT = "PYTHONPATH"
-
-
-def canonical(name: str) -> str:
-    """A package name as pip compares it."""
-    return name.lower().replace("_", "-")
+ASK = """
+import json, platform, torch, transformers
+versions = {"transformers": transformers.__version__, "torch": torch.__version__, "python": platform.python_version()}
+print(json.dumps(versions))
+"""
 
 
-def install(release: str, folder: Path) -> dict[str, str]:
-    """Put transformers `release` into `folder`; returns what else is another version there than in the environment."""
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if canonical(line.partition("==")[0]) not in CHANGING]
-    if not (folder / "transformers").is_dir():
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
-            constraints.write("\n".join(kept))
-            constraints.flush()
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
-            subprocess.run([*command, "--constraint", constraints.name, f"transformers=={release}"], check=True)
-    own = {canonical(found.name): found.version for found in distributions()}
-    there = {canonical(found.name): found.version for found in distributions(path=[str(folder)])}
-    return {
-        name: number for name, number in sorted(there.items()) if own.get(name) != number and name != "transformers"
+def run(interpreter: Path, in_front: list[Path], tests: list[str]) -> dict[str, object]:
+    """`tests` under `interpreter`, with the packages in the folders `in_front` before its own."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, [*in_front, ROOT / "src"])),
+        "HF_HUB_OFFLINE": "1",
     }
-
-
-def run(release: str, folder: Path, families: list[str]) -> dict[str, object]:
-    """The selection under transformers `release`."""
-    others = install(release, folder)
-    chosen = [test for test in TESTS if "test_families" not in test]
-    chosen += [
-        f"{TESTS[-1]}::test_family_is_served_or_refused_as_the_docs_say{name and f'[{name}]'}" for name in families
-    ]
-    report = folder / "report.xml"
+    asked = subprocess.run([interpreter, "-c", ASK], env=environment, check=True, stdout=subprocess.PIPE, text=True)
     started = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not slow and not model", f"--junitxml={report}", *chosen],
-        cwd=ROOT,
-        env={**os.environ, IN_FRONT: str(folder), "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    cases = list(ElementTree.parse(report).iter("testcase"))
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        chosen = ["-m", "not slow and not model", f"--junitxml={report}", *tests]
+        subprocess.run([interpreter, "-m", "pytest", "-q", *chosen], cwd=ROOT, env=environment, check=False)
+        cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [
         f"{case.get('classname', '').removeprefix('tests.')}::{case.get('name')}: {found.get('message', '')[:300]}"
         for case in cases
@@ -112,11 +121,7 @@ def run(release: str, folder: Path, families: list[str]) -> dict[str, object]:
     ]
     skipped = sum(case.find("skipped") is not None for case in cases)
     return {
-        "transformers": release,
-        "others": others,
-        "torch": version("torch"),
-        "python": platform.python_version(),
-        "families": "all" if families == [""] else len(families),
+        **json.loads(asked.stdout),
         "passed": len(cases) - len(failed) - skipped,
         "skipped": skipped,
         "failed": failed,
@@ -124,19 +129,63 @@ def run(release: str, folder: Path, families: list[str]) -> dict[str, object]:
     }
 
 
+def keep(row: dict[str, object], name: str) -> None:
+    """Put `row` into docs/results/`name`, in place of an older one of the same three versions."""
+    file = RESULTS / name
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    rows = [*(one for one in rows if key(one) != key(row)), row]
+    rows.sort(key=key)
+    file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def key(row: dict[str, object]) -> list[list[int]]:
+    """The versions of a row, in the order of the tables."""
+    names = ("python", "torch", "transformers")
+    return [[int(part) for part in str(row[name]).partition("+")[0].split(".")] for name in names]
+
+
+@contextmanager
+def deleted_afterwards(folder: Path) -> Iterator[Path]:
+    """`folder`, which is gone at the end unless it was there before."""
+    there = folder.is_dir()
+    try:
+        yield folder
+    finally:
+        if not there:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> None:
     """Run the versions asked for and keep what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="*", default=VERSIONS)
+    parser.add_argument("--transformers", nargs="+", default=[])
+    parser.add_argument("--torch", nargs="+", default=[])
+    parser.add_argument("--python", nargs="+", default=[], help="interpreters, by name or path")
     parser.add_argument("--families", default="some", choices=("some", "all"))
     parser.add_argument("--work", type=Path, default=ROOT / ".venv-versions", help="where the folders lie")
     arguments = parser.parse_args()
-    for release in arguments.versions:
-        row = run(release, arguments.work / release, [""] if arguments.families == "all" else FAMILIES)
-        rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else []
-        rows = [*(one for one in rows if one["transformers"] != release), row]
-        rows.sort(key=lambda one: [int(part) for part in one["transformers"].split(".")])
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if not (arguments.transformers or arguments.torch or arguments.python):
+        arguments.transformers, arguments.torch = TRANSFORMERS, TORCH
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    own = Path(sys.executable)
+    families = [FAMILY_TEST] if arguments.families == "all" else [f"{FAMILY_TEST}[{name}]" for name in FAMILIES]
+
+    for release in arguments.transformers:
+        folder = work / release
+        others = install_transformers(release, folder)
+        row = run(own, [folder], [*TRANSFORMERS_TESTS, *families])
+        counted = "all" if arguments.families == "all" else len(families)
+        keep({**row, "others": others, "families": counted}, "versions.json")
+    for release in arguments.torch:
+        with deleted_afterwards(work / f"torch-{release}") as folder:
+            if release != version("torch").partition("+")[0]:
+                install_torch(release, folder)
+            keep(run(own, [folder], [*TORCH_TESTS, *families]), "torch_versions.json")
+    for interpreter in arguments.python:
+        with deleted_afterwards(work / Path(interpreter).name) as folder:
+            environment = install_project(interpreter, folder)
+            keep(run(environment, [], [*PYTHON_TESTS, *families]), "python_versions.json")
 
 
 if __name__ == "__main__":
