@@ -8,8 +8,8 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+from ropewalk.engine.cli import cli
 from ropewalk.errors import ConfigError, RopewalkError
-from ropewalk.evals.retrieval.cli import ask
 from ropewalk.evals.retrieval.tasks import TASKS
 from ropewalk.scaling import METHODS, Factored, YaRN, parse
 
@@ -138,7 +138,7 @@ def test_the_shell_names_a_broken_package_and_goes_on(installed):
 
 
 def refused(task, message):
-    error = CliRunner().invoke(ask, [task, "nothing"]).exception
+    error = CliRunner().invoke(cli, ["ask", task, "nothing"]).exception
     assert isinstance(error, RopewalkError)
     assert message in str(error)
 
