@@ -80,7 +80,8 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
             what follows the last of them is cut anew.
 
     Raises:
-        DataError: bytes that are not UTF-8, or text with half a surrogate pair.
+        DataError: bytes that are not UTF-8, or that end in half a character that has no token; text with half a
+            surrogate pair.
         UnsupportedModel: a tokenizer that cuts characters, though its kind does not.
     """
     if isinstance(prompt, str):
@@ -169,6 +170,8 @@ class _Search:
         for hypothesis in hypotheses(self.vocabulary, self.text[self.start :]):
             found.update(dict.fromkeys(self._nodes(hypothesis)))
         nodes = sorted(found, key=lambda node: not node.aligned)  # stable: the prompt's own end stays first
+        if not nodes:
+            raise DataError(f"{self.vocabulary.name} has no tokens for a character that begins with {self.partial!r}")
         trunk = nodes[0].path
         for node in nodes[1:]:
             trunk = trunk[: shared_length(trunk, node.path)]

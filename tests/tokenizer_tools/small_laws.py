@@ -16,10 +16,10 @@ END = -1
 class Law:
     """Random probabilities of all short strings, and what they make of token sequences and of bytes."""
 
-    def __init__(self, kind, seed):
+    def __init__(self, kind, seed, longest=None):
         alphabet, length, make = KINDS[kind]
         self.vocabulary = vocabulary(make(alphabet, seed))
-        self.texts = strings(alphabet, length)
+        self.texts = strings(alphabet, longest or length)
         rng = random.Random(seed)
         self.sequences, self.bytes = defaultdict(float), defaultdict(float)
         for text in self.texts:
@@ -71,3 +71,18 @@ class Law:
                 keys = expected.keys() | got.keys()
                 worst = max(worst, *(abs(expected.get(k, 0.0) - got.get(k, 0.0)) / whole for k in keys))
         return worst
+
+    def has_own_cover(self, whole, prompt):
+        """Whether a beginning of a text has the cover that the text's own tokens are."""
+        covered = cover(self.vocabulary, prompt)
+        own, n, reached = self.vocabulary.encode(whole), 0, 0
+        while reached < len(covered.text):
+            reached += len(self.vocabulary.tokens[own[n]])
+            n += 1
+        last = self.vocabulary.tokens[own[n - 1]]
+        return any(
+            covered.trunk + node.path == tuple(own[: n - 1] if node.suffix else own[:n])
+            and last.startswith(node.suffix)
+            and len(last) > len(node.suffix)
+            for node in covered.nodes
+        )

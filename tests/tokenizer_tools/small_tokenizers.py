@@ -44,12 +44,18 @@ def byte_level(
 
 def across_characters() -> Tokenizer:
     """Byte-level BPE whose first merges join the last byte of a character to the first of the next."""
-    letters = pre_tokenizers.ByteLevel.alphabet()
     a9, a8, c3, a = "©", "¨", "Ã", "a"
-    merges = [(a9, c3), (a8, c3), (a9 + c3, a8), (a9, a), (a8 + c3, a9), (a, c3), (a9 + c3, a9 + c3)]
+    return by_merges((a9, c3), (a8, c3), (a9 + c3, a8), (a9, a), (a8 + c3, a9), (a, c3), (a9 + c3, a9 + c3))
+
+
+def by_merges(*merges: tuple[str, str], pattern: str = "") -> Tokenizer:
+    """Byte-level BPE with these merges, written in the characters that stand for bytes."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
     vocab = {token: i for i, token in enumerate([*sorted(letters), *(x + y for x, y in merges)])}
-    tokenizer = Tokenizer(models.BPE(vocab, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE(vocab, list(merges)))
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

@@ -1,0 +1,163 @@
+"""Covers of short prompts, against all short texts and by hand: quick enough to be run for every mutant."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from small_laws import Law
+from small_tokenizers import GPT2, KINDS, by_merges, byte_fallback
+
+from ropewalk.errors import DataError, UnsupportedModel
+from ropewalk.tokenizer_tools import cover as cover_module
+from ropewalk.tokenizer_tools.cover import Node, _is_firm, _loses_end, cover
+from ropewalk.tokenizer_tools.vocab import vocabulary
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_next_byte_law_is_the_sum_over_the_shortest_strings(kind):
+    assert Law(kind, 0, longest=4).error(40) < 1e-12
+
+
+JOINED = by_merges(("a", "b"), ("ab", "c"), ("b", "c"), ("Ã", "©"))
+SPACED = by_merges(("Ġ", "b"), ("Ġ", "Ġ"), ("'", "s"), pattern=GPT2)
+FALLEN = byte_fallback("ab ", 0)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "trunk", "nodes"),
+    [
+        (JOINED, "a", [], {(b"a",): b"", (): b"a"}),
+        (JOINED, "ab", [], {(b"ab",): b"", (): b"ab"}),  # not a|bc: a and b come together first
+        (JOINED, "xb", [b"x"], {(b"b",): b"", (): b"b"}),
+        (JOINED, "xabc", [b"x", b"abc"], {(): b""}),
+        (JOINED, b"a\xc3", [b"a"], {(b"\xc3",): b"", (): b"\xc3"}),
+        (JOINED, b"\xc3\xa9\xe4", [b"\xc3\xa9", b"\xe4"], {(): b""}),
+        (SPACED, "a ", [b"a"], {(b" ",): b"", (): b" "}),
+        (SPACED, "a  ", [b"a"], {(b"  ",): b"", (b" ", b" "): b"", (b" ",): b" "}),
+        (SPACED, "a'", [b"a"], {(b"'",): b"", (): b"'"}),
+        (FALLEN, b"a\xc3", [b" a", b"\xc3"], {(): b""}),
+        (FALLEN, "a\u00e9", [b" a", b"\xc3", b"\xa9"], {(): b""}),
+    ],
+)
+def test_covers_by_hand(tokenizer, prompt, trunk, nodes):
+    known = vocabulary(tokenizer)
+    covered = cover(known, prompt)
+    assert [known.tokens[i] for i in covered.trunk] == trunk
+    assert {tuple(known.tokens[i] for i in node.path): node.suffix for node in covered.nodes} == nodes
+    assert len(covered.nodes) == len(nodes)
+    assert covered.prompt == covered.trunk + covered.nodes[0].path
+    assert covered.only_aligned == (len(nodes) == 1)
+
+
+def long_text(kind, length, seed=0):
+    return "".join(random.Random(seed).choices(KINDS[kind][0], k=length))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_end_of_a_long_prompt_is_enough(kind):
+    law, text = Law(kind, 2, longest=1), long_text(kind, 700)
+    for length in range(600, 700, 33):
+        whole = text[:length]
+        data = whole.encode()
+        for prompt in (whole[:-1], whole[:-3], data[:-1], data[:-2]):
+            assert law.has_own_cover(whole, prompt), (whole[-9:], prompt[-9:])
+
+
+@pytest.mark.parametrize("kind", ["llama3", "right-aligned digits", "cased", "byte fallback"])
+def test_the_last_borders_before_a_long_run_are_not_relied_on(kind):
+    law = Law(kind, 2, longest=1)
+    letters = KINDS[kind][0]
+    for letter in letters[:2]:
+        for count in (11, 12, 13):
+            whole = 100 * letters + "a" + count * letter + "a"
+            assert law.has_own_cover(whole, whole[:-1]), (letter, count)
+            assert law.has_own_cover(whole, whole[:-2]), (letter, count)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("gpt2", 300), ("plain", 4200), ("inside characters", 4200)])
+def test_only_the_end_of_a_long_prompt_is_looked_at(kind, most):
+    """Words at the end are found in the first window; without borders of pieces the widest one has to do."""
+    known, text = Law(kind, 0, longest=1).vocabulary, long_text(kind, 20_000)
+    seen, cuts = [], known.cuts
+    known.cuts = lambda part: seen.append(len(part.encode())) or cuts(part)
+    covered = cover(known, text)
+    assert covered.prompt == tuple(known.encode(text))
+    assert 0 < max(seen) <= most
+
+
+@pytest.mark.parametrize("kind", ["plain", "inside characters", "across characters", "byte fallback"])
+def test_a_long_piece_has_the_covers_that_it_has_when_cut_anew(kind, monkeypatch):
+    known = Law(kind, 0, longest=1).vocabulary
+    texts = [long_text(kind, 700, seed).encode()[:-cut] for seed, cut in enumerate((1, 2, 3, 4))]
+    found = [cover(known, text) for text in texts]
+    monkeypatch.setattr(cover_module, "_LONG", 10_000)
+    assert found == [cover(known, text) for text in texts]
+
+
+def test_a_long_piece_that_begins_inside_a_token_of_the_prompt():
+    """The prompt has the token xy; before an a that follows, x is a piece by itself."""
+    law = Law("plain", 0, longest=1)
+    law.vocabulary = vocabulary(by_merges(("x", "y"), ("y", "a"), ("y", "y"), pattern="x(?=y+a)|.+"))
+    for count in (600, 601):
+        whole = "x" + count * "y" + "a"
+        for cut in (1, 2, 5):
+            assert law.has_own_cover(whole, whole[:-cut]), (count, cut)
+
+
+def test_half_a_character_that_has_no_token_is_refused():
+    with pytest.raises(DataError, match="no tokens for a character"):
+        cover(Law("unigram", 0, longest=1).vocabulary, b"a\xc3")
+
+
+def test_white_space_that_a_normalizer_stripped_is_noticed():
+    for prompt in ("a ", b"a ", "  "):
+        assert _loses_end(prompt, b"a")
+    for prompt, text in (("a ", b"a "), ("a", b"a"), (b" a", b"a"), ("中".encode()[:-1], b"a")):
+        assert not _loses_end(prompt, text)
+
+
+def test_borders_that_what_follows_cannot_move():
+    firm = ("ab", "a ", "a1", "1a", "1 ", "-1")
+    assert [pair for pair in (*firm, " a", " 1", "  ", "\n ", "11", "1²") if _is_firm(*pair)] == list(firm)
+
+
+def test_special_tokens_are_walls():
+    law = Law("plain", 0, longest=1)
+    tokenizer = KINDS["plain"][2]("ab ", 0)
+    tokenizer.add_special_tokens(["<s>"])
+    walled = vocabulary(tokenizer, special_tokens=True)
+    special = tokenizer.token_to_id("<s>")
+    assert walled.walls == {special}
+    behind, alone = cover(walled, "ab<s>ab"), cover(law.vocabulary, "ab")
+    assert behind.text == b"ab"
+    assert behind.nodes == alone.nodes
+    assert behind.trunk == (*walled.encode("ab<s>"), *alone.trunk)
+    end = cover(walled, "ab<s>")
+    assert end.only_aligned
+    assert end.trunk == end.prompt == (*walled.encode("ab"), special)
+    assert end.text == b""
+    plain = cover(vocabulary(tokenizer), "ab<s>ab")
+    assert special not in plain.prompt
+    assert plain.text == b"ab<s>ab"
+
+
+def test_a_prompt_of_token_ids_is_that_of_its_text():
+    law = Law("gpt2", 0, longest=1)
+    text = "a's  a"
+    letters = [i for byte in text.encode() for i in law.vocabulary.trie.exact(bytes([byte]))]
+    assert cover(law.vocabulary, letters) == cover(law.vocabulary, text) == cover(law.vocabulary, text.encode())
+    known, long = law.vocabulary, 200 * text  # of which the end alone is cut anew
+    assert cover(known, 200 * letters) == cover(known, long)
+    assert cover(known, long).prompt == tuple(known.encode(long))
+
+
+def test_an_empty_prompt_has_one_node_and_no_trunk():
+    covered = cover(Law("gpt2", 0, longest=1).vocabulary, "")
+    assert covered.nodes == (Node((), b""),)
+    assert covered.trunk == covered.prompt == ()
+
+
+def test_bytes_that_are_not_utf8_are_refused():
+    with pytest.raises(DataError, match="not UTF-8 at byte 1"):
+        cover(Law("gpt2", 0, longest=1).vocabulary, b"a\xffb")
