@@ -88,7 +88,7 @@ def prepare(work: Path, group: Group) -> None:
     lines += [
         'process_isolation = "forkserver"  # torch does not like to be forked',
         "use_git_change_detection = false",
-        "timeout_multiplier = 6  # of the seconds that the tests take: a mutant that runs without an end is in most samples",
+        "timeout_multiplier = 6  # of the time that the tests take; 15 would be minutes for every endless loop",
     ]
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (work / "pyproject.toml").write_text("\n".join([project, "[tool.mutmut]", *lines, ""]), encoding="utf-8")

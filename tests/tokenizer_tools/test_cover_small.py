@@ -8,7 +8,7 @@ import pytest
 from small_laws import Law
 from small_tokenizers import GPT2, KINDS, by_merges, byte_fallback
 
-from ropewalk.errors import DataError, UnsupportedModel
+from ropewalk.errors import DataError
 from ropewalk.tokenizer_tools import cover as cover_module
 from ropewalk.tokenizer_tools.cover import Node, _is_firm, _loses_end, cover
 from ropewalk.tokenizer_tools.vocab import vocabulary
