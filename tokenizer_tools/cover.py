@@ -23,7 +23,7 @@ from .vocab import Vocabulary, check_text
 _PIECES_BACK = 3  # pieces at the end of a prompt that the probes see, at least
 _WINDOW = 256  # bytes at its end among which they are looked for at first
 _WIDEST = 4096  # bytes at its end that are looked at, at most: a longer run of letters or spaces is one piece anyway
-_LONG = 512  # bytes of a piece that is not cut into tokens anew for every node
+_LONG = 512  # bytes of a piece that BPE does not cut into tokens anew for every node
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class _OpenPiece:
         self.vocabulary, self.start = search.vocabulary, start
         self.text, self.partial = search.text, search.partial
         self.tokens: list[int] | None = None  # of a long piece
-        if len(self.text) - start > _LONG:
+        if len(self.text) - start > _LONG and not self.vocabulary.unigram:
             n = bisect_left(search.borders, start)
             own = search.borders[n] == start
             self.tokens = search.ids[search.wall + n :] if own else self.vocabulary.beginning(self.text[start:])
@@ -268,15 +268,14 @@ class _OpenPiece:
         """Offsets in the piece at which a token may begin that is longer than the rest of the prompt."""
         stop = len(self.text)
         for begin in range(max(self.start, stop - self.vocabulary.trie.longest + 1), stop):
-            inside = self.text[begin] & 0xC0 == 0x80
-            if (self.vocabulary.byte_level or not inside) and self.vocabulary.trie.extends(self.text[begin:]):
+            if self.vocabulary.trie.extends(self.text[begin:]):
                 yield begin
 
     def path(self, stop: int) -> tuple[int, ...]:
         """The tokens of the piece up to `stop`, where one of them ends there.
 
-        A long piece keeps the tokens it has, up to one at a distance: a token sequence is what the tokenizer makes of
-        its bytes if every two neighbours are.
+        A long piece keeps the tokens it has, up to one at a distance: a token sequence is what BPE makes of its bytes
+        if every two neighbours are.
         """
         if self.tokens is None:
             return tuple(self.vocabulary.beginning(self.text[self.start : stop]))

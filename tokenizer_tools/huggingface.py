@@ -36,6 +36,7 @@ class HuggingFaceVocabulary(Vocabulary):
         for field in ("dropout", "end_of_word_suffix", "continuing_subword_prefix") if kind == "BPE" else ():
             if value := getattr(backend.model, field):
                 raise UnsupportedModel(f"{self.name} has {field} = {value!r}: its tokens do not follow from the bytes")
+        self.unigram = kind == "Unigram"
         decoders = _types(backend.decoder)
         self.byte_level = "ByteLevel" in decoders | _types(backend.pre_tokenizer)
         self.kind = f"byte-level {kind}" if self.byte_level else kind

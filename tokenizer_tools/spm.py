@@ -18,7 +18,8 @@ class SentencePieceVocabulary(Vocabulary):
         self._processor, self._outer, self.special_tokens = processor, outer, special_tokens
         self.name = getattr(outer, "name_or_path", "") or type(outer).__name__
         model = _model(processor)
-        self.kind = f"SentencePiece {model.trainer_spec.ModelType.Name(model.trainer_spec.model_type)}"
+        kind = model.trainer_spec.ModelType.Name(model.trainer_spec.model_type)
+        self.kind, self.unigram = f"SentencePiece {kind}", kind == "UNIGRAM"
         self._raw = _without_normalizer(model)
         size = processor.get_piece_size()
         convert = getattr(outer, "convert_ids_to_tokens", None)

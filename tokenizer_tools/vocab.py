@@ -23,6 +23,8 @@ class Vocabulary(ABC):
         walls: ids that are not text or that the tokenizer matches before anything else: special, added, unknown and
             unused tokens. No other token's bytes ever extend over one.
         byte_level: True if a token may begin or end inside a character.
+        unigram: True if tokens are the best segmentation of a piece; unlike those of BPE, they need not be right where
+            every two neighbours are.
         special_tokens: True if the name of a special token in a text stands for that token; else it is text like any
             other, so that nobody's text can act as one.
         name: what to call the tokenizer in messages.
@@ -32,6 +34,7 @@ class Vocabulary(ABC):
     tokens: list[bytes]
     walls: frozenset[int]
     byte_level: bool
+    unigram: bool = False
     special_tokens: bool
     name: str
     kind: str

@@ -48,11 +48,12 @@ def across_characters() -> Tokenizer:
     return by_merges((a9, c3), (a8, c3), (a9 + c3, a8), (a9, a), (a8 + c3, a9), (a, c3), (a9 + c3, a9 + c3))
 
 
-def by_merges(*merges: tuple[str, str], pattern: str = "") -> Tokenizer:
-    """Byte-level BPE with these merges, written in the characters that stand for bytes."""
+def by_merges(*merges: tuple[str, str], pattern: str = "", whole: tuple[str, ...] = ()) -> Tokenizer:
+    """Byte-level BPE with these merges, written in the characters that stand for bytes, and with tokens that are whole
+    pieces only."""
     letters = pre_tokenizers.ByteLevel.alphabet()
-    vocab = {token: i for i, token in enumerate([*sorted(letters), *(x + y for x, y in merges)])}
-    tokenizer = Tokenizer(models.BPE(vocab, list(merges)))
+    vocab = {token: i for i, token in enumerate([*sorted(letters), *(x + y for x, y in merges), *whole])}
+    tokenizer = Tokenizer(models.BPE(vocab, list(merges), ignore_merges=bool(whole)))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, bytes_only])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
+from string import ascii_lowercase
 
 import pytest
 from small_laws import Law
@@ -21,6 +23,7 @@ def test_next_byte_law_is_the_sum_over_the_shortest_strings(kind):
 
 JOINED = by_merges(("a", "b"), ("ab", "c"), ("b", "c"), ("Ã", "©"))
 SPACED = by_merges(("Ġ", "b"), ("Ġ", "Ġ"), ("'", "s"), pattern=GPT2)
+WHOLE = by_merges(("a", "b"), ("ab", "c"), whole=("cab",))
 FALLEN = byte_fallback("ab ", 0)
 
 
@@ -36,6 +39,7 @@ FALLEN = byte_fallback("ab ", 0)
         (SPACED, "a ", [b"a"], {(b" ",): b"", (): b" "}),
         (SPACED, "a  ", [b"a"], {(b"  ",): b"", (b" ", b" "): b"", (b" ",): b" "}),
         (SPACED, "a'", [b"a"], {(b"'",): b"", (): b"'"}),
+        (WHOLE, "cab", [], {(b"cab",): b"", (b"c", b"ab"): b"", (b"c",): b"ab"}),  # if more follows, cab is no token
         (FALLEN, b"a\xc3", [b" a", b"\xc3"], {(): b""}),
         (FALLEN, "a\u00e9", [b" a", b"\xc3", b"\xa9"], {(): b""}),
     ],
@@ -64,12 +68,41 @@ def test_the_end_of_a_long_prompt_is_enough(kind):
             assert law.has_own_cover(whole, prompt), (whole[-9:], prompt[-9:])
 
 
+@pytest.mark.parametrize("kind", ["plain", "inside characters", "across characters", "byte fallback"])
+def test_a_prompt_that_is_hardly_longer_than_the_first_window(kind):
+    law, text = Law(kind, 0, longest=1), long_text(kind, 300).replace("a", KINDS[kind][0][0])
+    for size in range(252, 264):
+        assert law.has_own_cover(text, text.encode()[:size]), size
+
+
+def test_a_token_as_long_as_the_first_window():
+    law = Law("plain", 0, longest=1)
+    law.vocabulary = vocabulary(by_merges(*(("x" * 2**n, "x" * 2**n) for n in range(8))))
+    assert law.has_own_cover("ab" + 300 * "x", "ab" + 256 * "x")
+
+
+def test_the_last_pieces_before_the_end_are_not_relied_on():
+    law = Law("gpt2", 0, longest=1)
+    law.vocabulary = vocabulary(by_merges(("'", "r"), ("'r", "e"), pattern=GPT2))
+    whole = 300 * "a" + " b're"
+    assert law.has_own_cover(whole, whole[:-1])
+
+
+def test_a_window_that_is_split_otherwise_than_in_its_place_is_not_relied_on():
+    law = Law("plain", 0, longest=1)
+    law.vocabulary = vocabulary(by_merges(("a", "b"), pattern=".{1,2}"))
+    for length in (600, 601):
+        for first in ("", "x"):
+            whole = first + (300 * "aab" + 100 * "ab")[-length:]
+            assert law.has_own_cover(whole, whole[:-1]), (length, first)
+
+
 @pytest.mark.parametrize("kind", ["llama3", "right-aligned digits", "cased", "byte fallback"])
 def test_the_last_borders_before_a_long_run_are_not_relied_on(kind):
     law = Law(kind, 2, longest=1)
     letters = KINDS[kind][0]
     for letter in letters[:2]:
-        for count in (11, 12, 13):
+        for count in (12, 13, 14):
             whole = 100 * letters + "a" + count * letter + "a"
             assert law.has_own_cover(whole, whole[:-1]), (letter, count)
             assert law.has_own_cover(whole, whole[:-2]), (letter, count)
@@ -95,14 +128,41 @@ def test_a_long_piece_has_the_covers_that_it_has_when_cut_anew(kind, monkeypatch
     assert found == [cover(known, text) for text in texts]
 
 
+@pytest.mark.parametrize("kind", ["plain", "across characters", "byte fallback"])
+def test_a_long_piece_is_not_cut_anew_for_every_node(kind):
+    known, text = Law(kind, 0, longest=1).vocabulary, long_text(kind, 3000)
+    seen, piece = [], known.piece
+    known.piece = lambda data: seen.append(len(data)) or piece(data)
+    cover(known, text)
+    assert 0 < max(seen) < 100
+
+
+def test_a_long_piece_of_a_unigram_model_is_the_best_segmentation_of_all_of_it():
+    """One more letter can move every border of a text that repeats itself."""
+    law = Law("unigram", 0, longest=1)
+    for pattern in ("abba", "aabab"):
+        whole = 300 * pattern
+        for cut in (1, 2, 3, 4):
+            assert law.has_own_cover(whole, whole[:-cut]), (pattern, cut)
+
+
 def test_a_long_piece_that_begins_inside_a_token_of_the_prompt():
     """The prompt has the token xy; before an a that follows, x is a piece by itself."""
     law = Law("plain", 0, longest=1)
-    law.vocabulary = vocabulary(by_merges(("x", "y"), ("y", "a"), ("y", "y"), pattern="x(?=y+a)|.+"))
-    for count in (600, 601):
-        whole = "x" + count * "y" + "a"
-        for cut in (1, 2, 5):
-            assert law.has_own_cover(whole, whole[:-cut]), (count, cut)
+    law.vocabulary = vocabulary(by_merges(("x", "y"), ("y", "a"), ("y", "z"), ("z", "z"), pattern="x(?=[yz]+a)|.+"))
+    whole = "xy" + "".join(random.Random(0).choices("yz", k=600)) + "ya"
+    for cut in (1, 2, 5):
+        assert law.has_own_cover(whole, whole[:-cut]), cut
+
+
+def test_a_last_letter_that_moves_borders_far_back_in_a_long_piece():
+    """Of two pairs of letters the later one comes together first, so every pair depends on the last letter."""
+    law = Law("plain", 0, longest=1)
+    pairs = list(pairwise(ascii_lowercase))
+    law.vocabulary = vocabulary(by_merges(("z", "!"), *reversed(pairs)))
+    for first in range(4):
+        whole = 300 * "0." + ascii_lowercase[first:] + "!"
+        assert law.has_own_cover(whole, whole[:-1]), first
 
 
 def test_half_a_character_that_has_no_token_is_refused():
@@ -111,7 +171,7 @@ def test_half_a_character_that_has_no_token_is_refused():
 
 
 def test_white_space_that_a_normalizer_stripped_is_noticed():
-    for prompt in ("a ", b"a ", "  "):
+    for prompt in ("a ", b"a ", "  ", "ab "):
         assert _loses_end(prompt, b"a")
     for prompt, text in (("a ", b"a "), ("a", b"a"), (b" a", b"a"), ("中".encode()[:-1], b"a")):
         assert not _loses_end(prompt, text)
