@@ -171,7 +171,7 @@ def test_half_a_character_that_has_no_token_is_refused():
 
 
 def test_white_space_that_a_normalizer_stripped_is_noticed():
-    for prompt in ("a ", b"a ", "  ", "ab "):
+    for prompt in ("a ", b"a ", "  ", "ab ", b"ab "):
         assert _loses_end(prompt, b"a")
     for prompt, text in (("a ", b"a "), ("a", b"a"), (b" a", b"a"), ("中".encode()[:-1], b"a")):
         assert not _loses_end(prompt, text)
