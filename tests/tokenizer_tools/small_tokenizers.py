@@ -84,8 +84,12 @@ def unigram(alphabet: str, seed: int) -> Tokenizer:
     letters = alphabet.replace(" ", "▁")
     pieces = {"".join(rng.choices(letters, k=k)) for k in (1, 2, 2, 3, 3, 4) for _ in range(8)}
     pieces = {p for p in pieces if "▁" not in p[1:]} | set(letters)
-    vocab = [("<unk>", 0.0), *((piece, -rng.uniform(1, 2) * len(piece) ** 0.6) for piece in sorted(pieces))]
-    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0))
+    return by_scores({piece: -rng.uniform(1, 2) * len(piece) ** 0.6 for piece in sorted(pieces)})
+
+
+def by_scores(scores: dict[str, float]) -> Tokenizer:
+    """A Unigram model with these pieces."""
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *scores.items()], unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     return tokenizer

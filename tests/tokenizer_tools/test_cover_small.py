@@ -8,7 +8,7 @@ from string import ascii_lowercase
 
 import pytest
 from small_laws import Law
-from small_tokenizers import GPT2, KINDS, by_merges, byte_fallback
+from small_tokenizers import GPT2, KINDS, by_merges, by_scores, byte_fallback
 
 from ropewalk.errors import DataError
 from ropewalk.tokenizer_tools import cover as cover_module
@@ -155,6 +155,14 @@ def test_a_long_piece_that_begins_inside_a_token_of_the_prompt():
         assert law.has_own_cover(whole, whole[:-cut]), cut
 
 
+def test_a_long_piece_of_short_tokens_that_ends_inside_a_character():
+    law = Law("plain", 0, longest=1)
+    law.vocabulary = vocabulary(by_merges(("a", "b")))
+    whole = 400 * "ab" + "🙂"
+    for cut in (1, 2, 3):
+        assert law.has_own_cover(whole, whole.encode()[:-cut]), cut
+
+
 def test_a_last_letter_that_moves_borders_far_back_in_a_long_piece():
     """Of two pairs of letters the later one comes together first, so every pair depends on the last letter."""
     law = Law("plain", 0, longest=1)
@@ -163,6 +171,15 @@ def test_a_last_letter_that_moves_borders_far_back_in_a_long_piece():
     for first in range(4):
         whole = 300 * "0." + ascii_lowercase[first:] + "!"
         assert law.has_own_cover(whole, whole[:-1]), first
+
+
+def test_half_a_character_that_only_whole_tokens_can_complete():
+    known = vocabulary(by_scores({"▁": -1, "a": -1, "é": -1, "aé": -1.5}))
+    covered = cover(known, b"a\xc3")
+    space, a = known.encode("a")
+    assert covered.prompt == (space, a)
+    assert covered.trunk == (space,)
+    assert covered.nodes == (Node((), b"a\xc3"),)  # a|é is never written: aé is better
 
 
 def test_half_a_character_that_has_no_token_is_refused():
