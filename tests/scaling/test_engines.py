@@ -64,6 +64,25 @@ def test_what_no_server_does_is_refused(spec):
         hf_write.write_served(ROPE, parse(spec))
 
 
+def test_mlx_goes_by_either_of_the_old_keys():
+    parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+
+    for missing, misses in (
+        ((), False),
+        (("rope_theta",), False),
+        (("rope_scaling",), False),
+        (("rope_theta", "rope_scaling"), True),
+    ):
+        found = {key: value for key, value in config(parameters).items() if key not in missing}
+        mlx = next(one for one in read_all(found) if one.engine == "mlx-lm")
+        assert any("this file has not" in note for note in mlx.notes) == misses, missing
+
+
+@pytest.mark.parametrize(("length", "reach"), [(8192, 8192), (1000, 2048)])
+def test_a_frozen_scaler_reaches_its_length_and_never_less_than_what_was_trained(length, reach):
+    assert frozen(parse("dynamic-ntk:4"), ROPE, length).reach(ROPE) == reach
+
+
 @pytest.mark.parametrize("spec", ["dynamic-ntk:4", "dynamic-yarn", "dynamic-yarn|resonance"])
 @pytest.mark.parametrize("rope", [ROPE, RopeSpec(dim=64, base=1e4, trained_length=2048, rotating_pairs=20)])
 def test_a_frozen_scaler_is_the_same_at_its_length_and_still(spec, rope):

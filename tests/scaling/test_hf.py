@@ -10,7 +10,7 @@ import torch
 import transformers
 from hf_configs import TINY, TYPES, assert_like_its_model, difference, llama, old, rotary_modules
 
-from ropewalk.errors import RopewalkError, UnsupportedModel
+from ropewalk.errors import ConfigError, RopewalkError, UnsupportedModel
 from ropewalk.scaling import (
     DynamicNTK,
     Linear,
@@ -21,6 +21,7 @@ from ropewalk.scaling import (
     YaRN,
 )
 from ropewalk.scaling.hf import ConfiguredRope, read
+from ropewalk.scaling.spec import parse
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -52,6 +53,15 @@ def test_types_are_read_as_their_methods() -> None:
     assert read(llama(dict(TYPES["proportional"])))[None].rope == RopeSpec(
         dim=16, base=1e4, trained_length=1024, rotating_pairs=2
     )
+
+
+def test_factors_count_from_what_was_trained_and_position_maps_from_what_the_model_carries() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+    entry = read(llama(yarn))[None]
+    assert entry.reach(Linear(factor=8)) == 8 * 256
+    assert entry.reach(parse("leaky-rerope:window=128,k=2")) == 128 + 2 * (1024 - 128)
+    with pytest.raises(ConfigError, match="reaches 512 tokens, fewer than its 1k"):
+        entry.check(Linear(factor=2))
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])

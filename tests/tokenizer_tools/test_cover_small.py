@@ -9,8 +9,9 @@ from string import ascii_lowercase
 import pytest
 from small_laws import Law
 from small_tokenizers import GPT2, KINDS, by_merges, by_scores, byte_fallback
+from tokenizers import Regex, normalizers, pre_tokenizers
 
-from ropewalk.errors import DataError
+from ropewalk.errors import DataError, UnsupportedModel
 from ropewalk.tokenizer_tools import cover as cover_module
 from ropewalk.tokenizer_tools.cover import Node, _is_firm, _loses_end, cover
 from ropewalk.tokenizer_tools.vocab import vocabulary
@@ -41,6 +42,7 @@ FALLEN = byte_fallback("ab ", 0)
         (SPACED, "a'", [b"a"], {(b"'",): b"", (): b"'"}),
         (WHOLE, "cab", [], {(b"cab",): b"", (b"c", b"ab"): b"", (b"c",): b"ab"}),  # if more follows, cab is no token
         (FALLEN, b"a\xc3", [b" a", b"\xc3"], {(): b""}),
+        (FALLEN, b"\xc3", [b" ", b"\xc3"], {(): b""}),
         (FALLEN, "a\u00e9", [b" a", b"\xc3", b"\xa9"], {(): b""}),
     ],
 )
@@ -192,6 +194,21 @@ def test_white_space_that_a_normalizer_stripped_is_noticed():
         assert _loses_end(prompt, b"a")
     for prompt, text in (("a ", b"a "), ("a", b"a"), (b" a", b"a"), ("中".encode()[:-1], b"a")):
         assert not _loses_end(prompt, text)
+
+
+def test_white_space_at_the_end_is_there_though_a_normalizer_strips_it():
+    tokenizer = by_merges(("a", "b"), ("Ġ", "b"), pattern=GPT2)
+    kept = vocabulary(by_merges(("a", "b"), ("Ġ", "b"), pattern=GPT2))
+    tokenizer.normalizer = normalizers.Strip(left=False, right=True)
+    for prompt in ("ab ", "a  ", b"ab "):
+        assert cover(vocabulary(tokenizer), prompt) == cover(kept, prompt)
+
+
+def test_a_tokenizer_that_makes_no_bytes_of_a_text_is_refused():
+    tokenizer = by_merges(("a", "b"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(GPT2), "isolated")
+    with pytest.raises(UnsupportedModel, match="cuts characters"):
+        cover(vocabulary(tokenizer), "é")
 
 
 def test_borders_that_what_follows_cannot_move():
