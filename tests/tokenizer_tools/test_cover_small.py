@@ -90,13 +90,20 @@ def test_the_last_pieces_before_the_end_are_not_relied_on():
     assert law.has_own_cover(whole, whole[:-1])
 
 
-def test_a_window_that_is_split_otherwise_than_in_its_place_is_not_relied_on():
-    law = Law("plain", 0, longest=1)
-    law.vocabulary = vocabulary(by_merges(("a", "b"), pattern=".{1,2}"))
-    for length in (600, 601):
-        for first in ("", "x"):
-            whole = first + (300 * "aab" + 100 * "ab")[-length:]
-            assert law.has_own_cover(whole, whole[:-1]), (length, first)
+def test_a_window_that_is_split_otherwise_than_in_its_place_is_widened():
+    """Letters go two by two from the beginning of the text: a|b at its end, but ab where the first window begins."""
+    known = vocabulary(by_merges(("a", "b"), pattern=".{1,2}"))
+    widest = looked_at(known, 5000 * "ab" + "a" + 200 * "ab")
+    assert 256 < widest < 1100
+
+
+def looked_at(known, text):
+    """The most bytes that were split into pieces at once."""
+    seen, cuts = [], known.cuts
+    known.cuts = lambda part: seen.append(len(part.encode())) or cuts(part)
+    covered = cover(known, text)
+    assert covered.prompt == tuple(known.encode(text))
+    return max(seen)
 
 
 @pytest.mark.parametrize("kind", ["llama3", "right-aligned digits", "cased", "byte fallback"])
@@ -113,12 +120,7 @@ def test_the_last_borders_before_a_long_run_are_not_relied_on(kind):
 @pytest.mark.parametrize(("kind", "most"), [("gpt2", 300), ("plain", 4200), ("inside characters", 4200)])
 def test_only_the_end_of_a_long_prompt_is_looked_at(kind, most):
     """Words at the end are found in the first window; without borders of pieces the widest one has to do."""
-    known, text = Law(kind, 0, longest=1).vocabulary, long_text(kind, 20_000)
-    seen, cuts = [], known.cuts
-    known.cuts = lambda part: seen.append(len(part.encode())) or cuts(part)
-    covered = cover(known, text)
-    assert covered.prompt == tuple(known.encode(text))
-    assert 0 < max(seen) <= most
+    assert 0 < looked_at(Law(kind, 0, longest=1).vocabulary, long_text(kind, 20_000)) <= most
 
 
 @pytest.mark.parametrize("kind", ["plain", "inside characters", "across characters", "byte fallback"])
@@ -165,13 +167,14 @@ def test_a_long_piece_of_short_tokens_that_ends_inside_a_character():
         assert law.has_own_cover(whole, whole.encode()[:-cut]), cut
 
 
-def test_a_last_letter_that_moves_borders_far_back_in_a_long_piece():
+@pytest.mark.parametrize("before", [300 * "0.", ""])
+def test_a_last_letter_that_moves_borders_far_back_in_a_long_piece(before, monkeypatch):
     """Of two pairs of letters the later one comes together first, so every pair depends on the last letter."""
+    monkeypatch.setattr(cover_module, "_LONG", 20)
     law = Law("plain", 0, longest=1)
-    pairs = list(pairwise(ascii_lowercase))
-    law.vocabulary = vocabulary(by_merges(("z", "!"), *reversed(pairs)))
+    law.vocabulary = vocabulary(by_merges(("z", "!"), *reversed(list(pairwise(ascii_lowercase)))))
     for first in range(4):
-        whole = 300 * "0." + ascii_lowercase[first:] + "!"
+        whole = before + ascii_lowercase[first:] + "!"
         assert law.has_own_cover(whole, whole[:-1]), first
 
 
