@@ -51,7 +51,7 @@ GROUPS = {
     "cover": Group(
         ("tokenizer_tools/cover.py",),
         ("tests/tokenizer_tools/test_cover_small.py",),
-        130,
+        500,
         "tokenizer_tools.cover.x_shared_length",
     ),
     "attention": Group(
