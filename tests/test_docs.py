@@ -47,6 +47,8 @@ RECORD = """
 record() { printf '%s\\0' "$@" >&3; printf '\\n\\0' >&3; }
 ropewalk() { record ropewalk "$@"; }
 python() { record python "$@"; }
+python3() { record python "$@"; }
+source() { :; }
 pip() { record pip "$@"; }
 make() { record make "$@"; }
 torchrun() { record launch "$@"; }
