@@ -68,7 +68,7 @@ def test_groups_of_three_counted_by_hand():
 def test_a_cut_says_what_the_uncut_text_has_there(tiny, code, kind):
     found = draw(tiny, code, kind, 100, seed=3)
     assert len({cut.place for cut in found}) == 100
-    assert any(cut.overlap for cut in found) == (kind != cuts.WORD_END)
+    assert kind == cuts.WORD_END or any(cut.overlap for cut in found)  # a token may go over the end of a word too
     for cut in found:
         text = cut.prompt + cut.rest.decode()
         assert code[cut.place - len(cut.prompt) :].startswith(text)
