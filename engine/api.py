@@ -33,7 +33,7 @@ from .pooled import ContextCaches, PooledAnswer, answer_all
 from .prefill import Progress
 from .prompt import Prompt
 from .rotary import headline, rotary_sites
-from .sampling import SamplingParams
+from .sampling import Continuing, SamplingParams
 from .score import score
 from .session import Session
 from .switch import Switch
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from ..evals.tuning.tuned import Tuned
 
 Pooling = Literal["entropy", "mean", "max"] | NBCE
-Continuing = Literal["auto", "exact", "off"]
 
 _LONGEST_MARK = 64  # characters of the name of a special token, which the vocabulary's trie does not hold
 
@@ -283,10 +282,7 @@ class Model:
         divided by its bytes it compares models with different tokenizers. Where no token of `given` is certain, the
         texts begin with the tokenizer's start token.
         """
-        for part in (given, continuation):
-            if isinstance(part, str):
-                check_text(part)
-        text = [part.encode() if isinstance(part, str) else part for part in (given, continuation)]
+        text = [_utf8(part) for part in (given, continuation)]
         before, after = cover(self.vocabulary, text[0]), cover(self.vocabulary, b"".join(text))
         start = None if before.trunk else self.tokenizer.bos_token_id
         length = len(after.prompt) + 1
@@ -344,8 +340,7 @@ class Model:
 
     def _encode(self, text: str) -> list[int]:
         check_text(text)
-        ids: list[int] = self.tokenizer(text, split_special_tokens=not self._special_tokens, verbose=False).input_ids
-        return ids
+        return self.vocabulary.encode(text)
 
     def read(self, prompt: str | bytes | list[int], continuation: Continuing) -> Prompt:
         """A prompt as the decode loop takes it.
@@ -374,3 +369,10 @@ class Model:
         configured = getattr(self.hf.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+
+
+def _utf8(text: str | bytes) -> bytes:
+    if isinstance(text, bytes):
+        return text
+    check_text(text)
+    return text.encode()

@@ -19,7 +19,7 @@ from .cache import can_rewind, rewind, tokens_read
 from .completion import Completion
 from .decode import Decoding
 from .kv_cache import KVCache
-from .memory import restoring
+from .memory import CacheLost, restoring
 from .prompt import Prompt
 from .sampling import SamplingParams
 
@@ -93,7 +93,8 @@ def generate_all(model: Model, prompts: Sequence[Prompt], params: SamplingParams
     """Answers to several prompts; those under the same scaler, at the same frequencies, are written together.
 
     Raises:
-        OutOfMemory: not even one text at a time fits. `finished` holds the others.
+        OutOfMemory: not even one text at a time fits, or not one more token of those in progress, and their caches
+            cannot go back. `finished` holds the answers that were done.
     """
     alike: dict[object, list[int]] = {}
     for index, prompt in enumerate(prompts):
@@ -144,8 +145,8 @@ def _generate_together(
             running = [row for row in rows if not row.answer.done]
             try:
                 _step(model, running)
-            except OutOfMemory:
-                if len(rows) == 1 and not left:
+            except OutOfMemory as error:
+                if isinstance(error, CacheLost) or (len(rows) == 1 and not left):
                     raise
                 if len(rows) > 1:
                     rows.remove(running[-1])

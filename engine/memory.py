@@ -47,12 +47,17 @@ def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
     )
 
 
+class CacheLost(OutOfMemory):
+    """Memory ran out in the middle of a cache that cannot go back: whoever holds it has to read anew."""
+
+
 @contextlib.contextmanager
 def restoring(*caches: Cache) -> Iterator[None]:
     """Where memory runs out inside, caches are what they were before.
 
     Raises:
         OutOfMemory: in the place of what numpy and torch raise.
+        CacheLost: the same, but a cache could not go back.
     """
     before = [tokens_read(cache) for cache in caches]
     try:
@@ -60,13 +65,15 @@ def restoring(*caches: Cache) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):
             raise
+        kind = OutOfMemory
         for cache, held in zip(caches, before, strict=True):
             excess = [tokens_read(layer) - held for layer in cache.layers]  # some layers may have the tokens already
             if not can_rewind(cache, max(excess, default=0)):
-                raise
+                kind = CacheLost
+                break
             for layer, count in zip(cache.layers, excess, strict=True):
                 layer.crop(-count)
-        raise OutOfMemory(
+        raise kind(
             f"out of memory after {sum(before)} tokens; shorten the text, ask for less at a time, load with a smaller "
             "dtype or kv_dtype, or end what else takes memory"
         ) from error

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import OutOfMemory
 from .cache import tokens_read
-from .memory import restoring
+from .memory import CacheLost, restoring
 from .network import CHUNK, Network
 
 _SMALLEST = 64  # tokens of a step that are tried before memory is said to be too small
@@ -50,8 +50,8 @@ def forward(network: Network, ids: Sequence[int], cache: Cache, *, keep: int) ->
     try:
         with restoring(cache):
             return network.forward(ids, cache, keep=keep)
-    except OutOfMemory:
-        if len(ids) < 2 * _SMALLEST:
+    except OutOfMemory as error:
+        if len(ids) < 2 * _SMALLEST or isinstance(error, CacheLost):
             raise
     half = len(ids) // 2
     later = min(keep, len(ids) - half)

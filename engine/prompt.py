@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +17,7 @@ from .chat_header import chat_headers
 from .decode import Weigh
 from .network import Network
 from .opening import weigh
+from .sampling import Continuing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Prompt:
         prompt: str | bytes | Sequence[int],
         tokenizer: PreTrainedTokenizerBase,
         vocabulary: Vocabulary,
-        continuation: Literal["auto", "exact", "off"],
+        continuation: Continuing,
     ) -> Prompt:
         """The prompt of a request.
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
 from . import split
+
+Continuing = Literal["auto", "exact", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class SamplingParams:
     max_time: float | None = None
     seed: int | None = None
     logprobs: int | None = None
-    continuation: Literal["auto", "exact", "off"] = "auto"
+    continuation: Continuing = "auto"
 
     def __post_init__(self) -> None:
         checks = (
@@ -59,10 +61,10 @@ class SamplingParams:
                 f"logprobs {self.logprobs} must be 0 or more, or None",
             ),
         )
-        if self.continuation not in ("auto", "exact", "off"):
+        if self.continuation not in get_args(Continuing):
             raise ConfigError(
                 f"continuation {self.continuation!r} is none of auto, exact, off."
-                f"{did_you_mean(self.continuation, ('auto', 'exact', 'off'))}"
+                f"{did_you_mean(self.continuation, get_args(Continuing))}"
             )
         for valid, message in checks:
             if not valid:

@@ -116,7 +116,8 @@ def vocabulary(tokenizer: Any, *, special_tokens: bool = False) -> Vocabulary:
     """The vocabulary of a tokenizer.
 
     Args:
-        tokenizer: of transformers, `tokenizers`, `sentencepiece`, `tiktoken` or `mistral_common`.
+        tokenizer: of transformers, `tokenizers`, `sentencepiece`, `tiktoken` or `mistral_common`; a vocabulary is
+            returned as it is.
         special_tokens: whether names of special tokens in a text stand for them. Those of tiktoken and mistral_common
             never do, those of a bare SentencePiece model neither.
 

@@ -92,4 +92,5 @@ def _size(text: str, tokenizer: Any) -> int:
 def _sizes(texts: list[str], tokenizer: Any) -> list[int]:
     if not texts:
         return []
-    return list(map(len, tokenizer(texts, add_special_tokens=False, verbose=False).input_ids))
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return list(map(len, encoded.input_ids))

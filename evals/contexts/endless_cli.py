@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,10 +10,7 @@ from ...engine.options import loads_a_model
 from ..runs.measurement import Measurement, deadline_in, measures
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ..runs.cell import Cell
-    from ..runs.result import Run
+    pass
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -45,29 +41,17 @@ def endless(asked: Measurement, lengths: str, text: str, places: int, loading: d
     """
     deadline = deadline_in(asked.max_minutes)
     from ...engine.load import load
-    from ...engine.storage import write_atomic
     from ...scaling import parse_length
     from ..data import load_text
-    from ..reports.publish import print_files, print_left_out
     from ..subjects.local import Local
     from .endless import cells
     from .endless_table import endless_rows, plot_endless, to_markdown
+    from .publish import publisher
 
     scalers, document = asked.scalers(), load_text(text)
     subject = Local(load(asked.model, **loading, max_length=2**31))
     contexts = [parse_length(length, subject.trained_length) for length in lengths.split(",")]
     planned = cells(subject, document, scalers, contexts=contexts, places=places)
 
-    def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:
-        from rich.markdown import Markdown
-
-        files = []
-        if endless_rows(run.rows):
-            table, markdown = run.folder / "table.md", to_markdown(run.rows)
-            write_atomic(table, markdown.encode())
-            console.print(Markdown(markdown))
-            files = [table, *plot_endless(run.rows, run.folder / "endless")]
-        print_left_out(left_out, console)
-        print_files(files, console)
-
+    finish = publisher("endless", endless_rows, to_markdown, plot_endless)
     asked.measure(subject, planned, finish, name="endless", deadline=deadline)

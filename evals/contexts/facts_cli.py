@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,10 +10,7 @@ from ...engine.options import loads_a_model
 from ..runs.measurement import Measurement, deadline_in, measures
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from ..runs.cell import Cell
-    from ..runs.result import Run
+    pass
 
 EXAMPLES = "\b\nExamples:\n"
 
@@ -49,14 +45,13 @@ def facts(
     """
     deadline = deadline_in(asked.max_minutes)
     from ...engine.load import load
-    from ...engine.storage import write_atomic
     from ...errors import ConfigError
     from ...scaling import parse_length
     from ..data import load_text
-    from ..reports.publish import print_files, print_left_out
     from ..subjects.local import Local
     from .facts import cells
     from .facts_table import facts_rows, plot_facts, to_markdown
+    from .publish import publisher
 
     try:
         counts = [int(count) for count in parts.split(",")]
@@ -76,16 +71,5 @@ def facts(
         questions=questions,
     )
 
-    def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:
-        from rich.markdown import Markdown
-
-        files = []
-        if facts_rows(run.rows):
-            table, markdown = run.folder / "table.md", to_markdown(run.rows)
-            write_atomic(table, markdown.encode())
-            console.print(Markdown(markdown))
-            files = [table, *plot_facts(run.rows, run.folder / "facts")]
-        print_left_out(left_out, console)
-        print_files(files, console)
-
+    finish = publisher("facts", facts_rows, to_markdown, plot_facts)
     asked.measure(subject, planned, finish, name="facts", deadline=deadline)

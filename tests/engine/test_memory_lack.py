@@ -135,6 +135,20 @@ def test_answers_that_were_finished_come_with_the_error(model, monkeypatch):
     assert tokens(model.generate(BATCH, params)) == expected
 
 
+@pytest.mark.parametrize(("fails", "done"), [(lambda *at: limit(*at, 20), [0]), (lambda *at: most_rows(*at, 2), [])])
+def test_a_cache_that_cannot_go_back_loses_no_answer_that_was_done(model, monkeypatch, fails, done):
+    """So it is with the caches of some windowed families, whose layers have dropped what stood before."""
+    params = rw.SamplingParams(max_new_tokens=6, temperature=0)
+    expected = answer_alone(model, params)
+    with monkeypatch.context() as tight:
+        tight.setattr("ropewalk.engine.memory.can_rewind", lambda *_: False)
+        fails(tight, model)
+        with pytest.raises(rw.OutOfMemory, match="out of memory after") as raised:
+            model.generate(BATCH, params)
+    assert {n: one.token_ids for n, one in raised.value.finished.items()} == {n: expected[n] for n in done}
+    assert tokens(model.generate(BATCH, params)) == expected
+
+
 def test_a_step_that_does_not_fit_is_told(model, monkeypatch):
     def fail(*_, **__):
         raise MemoryError("cannot allocate")

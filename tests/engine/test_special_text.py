@@ -4,10 +4,12 @@ import time
 import warnings
 
 import pytest
+import torch
 from live import greedy
 
 import ropewalk as rw
 from ropewalk.engine.prompt import Prompt
+from ropewalk.tokenizer_tools.cover import cover
 from ropewalk.tokenizer_tools.vocab import vocabulary
 
 NAME = "<|endoftext|>"
@@ -63,13 +65,29 @@ def test_a_prompt_that_looks_like_a_chat_is_told_how_to_become_one(model):
         model.generate(TEXT, greedy(1))
 
 
-def test_contexts_and_laws_of_bytes_are_plain_too(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert model.generate("why?", greedy(1), contexts=[TEXT]).sources
-    law = model.next_byte_logprobs(f"{NAME[:-1]}")
-    assert law[ord(">")] > law[256]  # it may go on as text
-    assert model.logprob(">", given=NAME[:-1]) == pytest.approx(float(law[ord(">")]), abs=1e-4)
+def test_contexts_are_read_the_same_way(model, asking):
+    special = model.tokenizer.convert_tokens_to_ids(NAME)
+    for one, count in ((model, 0), (asking, 1)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            answer = one.over_contexts("why?", [TEXT], "entropy", greedy(1))
+        assert [row.ids.count(special) for row in answer._rows] == [0, count]  # without a context, and with it
+
+
+def test_laws_of_bytes_go_on_behind_a_name_and_inside_it(model, asking):
+    special = model.tokenizer.convert_tokens_to_ids(NAME)
+    behind = model.next_byte_logprobs(TEXT)
+    assert not torch.allclose(behind, asking.next_byte_logprobs(TEXT))
+    assert model.logprob("c", given=TEXT) == pytest.approx(float(behind[ord("c")]), abs=1e-4)
+    assert special not in cover(model.vocabulary, TEXT).prompt
+    inside = model.next_byte_logprobs(NAME[:-1])
+    assert model.logprob(">", given=NAME[:-1]) == pytest.approx(float(inside[ord(">")]), abs=1e-4)
+
+
+def test_windows_are_measured_as_they_are_read(model):
+    text = f"{NAME} {NAME} b. " * 20
+    for part in rw.windows(text, model.tokenizer, tokens=60):
+        assert len(model.vocabulary.encode(part)) <= 60
 
 
 def test_a_strangers_text_between_special_tokens(model):

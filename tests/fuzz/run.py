@@ -22,10 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
-KEPT = ROOT / "runs" / "fuzz"
-MOST_SECONDS = 10
-MOST_MEMORY = 4 * 2**30  # bytes, of the whole process
+from judge import KEPT, MOST_MEMORY, MOST_SECONDS, ROOT, judge
 
 
 def too_long(*_: Any) -> None:
@@ -37,8 +34,6 @@ def work(name: str, count: int, seed: int) -> dict[str, Any]:
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
     from parsers import PARSERS
-
-    from ropewalk.errors import RopewalkError
 
     parser, kept = PARSERS[name], KEPT / name.replace(" ", "-")
     kept.mkdir(parents=True, exist_ok=True)
@@ -64,23 +59,7 @@ def work(name: str, count: int, seed: int) -> dict[str, Any]:
         began = time.perf_counter()
         signal.alarm(MOST_SECONDS)
         try:
-            parser.read(value)
-            found["read"] += 1
-        except RopewalkError:
-            found["refused"] += 1
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            found["failed"] += 1
-            kind = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            trace = error.__traceback__
-            while trace is not None and trace.tb_next is not None:
-                trace = trace.tb_next
-            where = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else ""
-            target = kept / f"{type(error).__name__}-{where.replace(':', '-')}"
-            if not target.exists():
-                target.write_bytes(pickle.dumps(value))
-                sys.stderr.write(f"{name}: {kind} at {where}\n")
+            judge(parser.read, kept, value, found)
         finally:
             signal.alarm(0)
         if (seconds := time.perf_counter() - began) > slowest[0]:

@@ -14,6 +14,7 @@ import pytest
 import tiktoken
 from hypothesis import HealthCheck, Phase, given, settings
 from inputs import written
+from judge import judge
 from parsers import PARSERS, TINY, _compiled, _gguf, _session_file, _spm
 from small_tokenizers import KINDS
 from tokenizers import Tokenizer
@@ -60,12 +61,12 @@ def test_a_parser_that_fails_would_be_seen(monkeypatch):
         test_input_is_read_or_refused("broken")
 
 
-def test_guided_fuzzing_counts_and_keeps_by_the_same_criterion(tmp_path, capsys):
+def test_what_counts_as_a_failure_and_is_kept(tmp_path, capsys):
     found = Counter()
-    guided.judge(parse_length, tmp_path, "8k", found)
-    guided.judge(parse_length, tmp_path, "8kk", found)
+    judge(parse_length, tmp_path, "8k", found)
+    judge(parse_length, tmp_path, "8kk", found)
     for value in (0, False):
-        guided.judge(lambda value: 1 / value, tmp_path / "kept", value, found)
+        judge(lambda value: 1 / value, tmp_path / "kept", value, found)
     assert found == {"read": 1, "refused": 1, "failed": 2}
     (kept,) = (tmp_path / "kept").iterdir()
     assert kept.name.startswith("ZeroDivisionError-test_fuzz.py-")
