@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -131,6 +132,18 @@ def _spots(value: Any, rng: random.Random) -> Any:
 def written(value: Any) -> bytes:
     """A JSON value as a file holds it; lone surrogates are escaped, numbers that are none stay."""
     return json.dumps(value).encode()
+
+
+def header(value: Any) -> bytes:
+    """JSON as the header of a safetensors file."""
+    return len(written(value)).to_bytes(8, "little") + written(value)
+
+
+def parts(file: Path) -> tuple[dict[str, Any], bytes]:
+    """The header of a safetensors file, and what stands behind it."""
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:start]), data[start:]
 
 
 def deep(depth: int = 100_000) -> list[bytes]:

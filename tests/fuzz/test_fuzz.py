@@ -12,11 +12,15 @@ import guided
 import numpy as np
 import pytest
 import tiktoken
+from checkpoint_parsers import gguf_file
 from hypothesis import HealthCheck, Phase, given, settings
-from inputs import written
+from inputs import header
 from judge import judge
-from parsers import PARSERS, TINY, _compiled, _gguf, _session_file, _spm
+from parser import TINY, tiny_model
+from parsers import PARSERS
+from run_parsers import session_file
 from small_tokenizers import KINDS
+from text_parsers import sentencepiece_file
 from tokenizers import Tokenizer
 
 import ropewalk as rw
@@ -137,7 +141,7 @@ def test_a_length_beyond_every_position(length):
 
 
 def test_a_gguf_field_that_is_no_text(tmp_path):
-    data = _gguf().replace(b"linear", b"line\xec\xff")
+    data = gguf_file().replace(b"linear", b"line\xec\xff")
     (tmp_path / "a.gguf").write_bytes(data)
     with pytest.raises(rw.UnsupportedModel, match=r"'llama\.rope\.scaling\.type' is damaged"):
         _ = GgufFile(tmp_path / "a.gguf").configured
@@ -145,7 +149,7 @@ def test_a_gguf_field_that_is_no_text(tmp_path):
 
 @pytest.mark.parametrize("field", ["attention.head_count", "rope.freq_base", "context_length"])
 def test_a_gguf_number_that_cannot_be(tmp_path, field):
-    data, name = _gguf(), f"llama.{field}".encode()
+    data, name = gguf_file(), f"llama.{field}".encode()
     at = data.index(name) + len(name) + 4  # behind the type
     data = data[:at] + b"\0\0\0\0" + data[at + 4 :]
     data = data.replace(b"llama.rope.dimension_count", b"llama.rope.dimension_kount")
@@ -158,7 +162,7 @@ def test_a_gguf_number_that_cannot_be(tmp_path, field):
 
 
 def test_a_gguf_array_that_counts_more_than_the_file_holds(tmp_path):
-    data, name = _gguf(), b"tokenizer.ggml.token_type"
+    data, name = gguf_file(), b"tokenizer.ggml.token_type"
     at = data.index(name) + len(name) + 8  # behind the types of the field and of its items
     rest = data[at + 8 :]
     rest = rest[: len(rest) // 4 * 4]  # whole items: gguf then finds none, and looks for the next
@@ -168,7 +172,7 @@ def test_a_gguf_array_that_counts_more_than_the_file_holds(tmp_path):
 
 
 def test_a_sentencepiece_model_whose_pieces_are_no_text(tmp_path):
-    (tmp_path / "a.model").write_bytes(_spm("bpe").replace("▁t".encode(), b"\xe2\x96t\xe2", 1))
+    (tmp_path / "a.model").write_bytes(sentencepiece_file("bpe").replace("▁t".encode(), b"\xe2\x96t\xe2", 1))
     with pytest.raises(rw.AssetError, match="is no tokenizer that can be read"):
         load_vocabulary(tmp_path / "a.model")
 
@@ -273,12 +277,12 @@ def test_a_tokenizer_beside_the_weights_is_named(tmp_path):
     ids=str,
 )
 def test_a_session_whose_header_is_of_another_kind(tmp_path, change):
-    outer, rest = _session_file()
+    outer, rest = session_file()
     inner = json.loads(outer["__metadata__"]["session"]) | change
-    header = written({**outer, "__metadata__": {**outer["__metadata__"], "session": json.dumps(inner)}})
-    (tmp_path / "s").write_bytes(len(header).to_bytes(8, "little") + header + rest)
+    changed = {**outer, "__metadata__": {**outer["__metadata__"], "session": json.dumps(inner)}}
+    (tmp_path / "s").write_bytes(header(changed) + rest)
     with pytest.raises(rw.RopewalkError):
-        _compiled().session(tmp_path / "s")
+        tiny_model(compiled=True).session(tmp_path / "s")
 
 
 def test_a_tekken_file_that_counts_more_tokens_than_there_are(tmp_path):
