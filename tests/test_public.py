@@ -1,11 +1,11 @@
 """The public face: names, import weight, version, generated docs."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from generate import generated
 
 import ropewalk as rw
 from ropewalk.evals.protocols.by_name import PROTOCOLS
@@ -72,8 +72,5 @@ def test_the_numbers_of_the_readme_are_those_of_the_code():
 
 
 def test_generated_docs_are_fresh():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    for path, content in generate.generated().items():
+    for path, content in generated().items():
         assert path.read_text(encoding="utf-8") == content, f"{path.name} is stale: run `make docs`"

@@ -1,0 +1,83 @@
+"""The tables and plots of docs/results.md and docs/contexts.md, from the runs in docs/results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ropewalk.evals.contexts import endless_table, facts_table
+from ropewalk.evals.protocols.harm import Harm
+from ropewalk.evals.protocols.repeat import Repeat
+from ropewalk.evals.reports.extra_grids import extra_grids
+from ropewalk.evals.reports.plots import named_settings, plot_run
+from ropewalk.evals.reports.reach_table import reach_table
+from ropewalk.evals.reports.table import loss_table
+from ropewalk.evals.runs.result import Run
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RUNS = ("tiny", "smollm2")
+
+PUBLISHED = {
+    "none": (49.41, 24.17, 23.16),
+    "linear:8": (None, 15.04, 13.54),
+    "ntk:8": (None, 51.28, 39.27),
+    "ntk-fixed:8": (None, 51.86, 39.61),
+    "ntk-mixed:8": (None, 53.09, 40.12),
+    "ntk-mixed:8|logn": (None, 59.11, 42.38),
+    "rerope:128": (None, 77.90, 48.48),
+    "rerope:128|logn": (None, 82.40, 48.85),
+}
+"""kexue.fm 9675, 9706 and 9708: percent within the trained length of 512, and at 4096, repeated and fresh."""
+
+
+def tables() -> dict[str, str]:
+    """Every table of docs/results.md by the name of its block."""
+    return {**{name: _run(name) for name in RUNS}, "repetition": _repetition()}
+
+
+def contexts_tables() -> dict[str, str]:
+    """Those of docs/contexts.md."""
+    passes = [row for name in ("endless-tiny", "endless-smollm2") for row in Run(RESULTS / name).rows]
+    return {
+        "facts": facts_table.to_markdown(Run(RESULTS / "facts").rows).rstrip(),
+        "endless": endless_table.to_markdown(passes).rstrip(),
+    }
+
+
+def draw() -> None:
+    """Every plot that the two pages show."""
+    drawn = [plot for name in RUNS for plot in plot_run(Run(RESULTS / name))]
+    drawn += facts_table.plot_facts(Run(RESULTS / "facts").rows, RESULTS / "facts" / "facts")
+    endless = RESULTS / "endless-tiny"
+    drawn += endless_table.plot_endless(Run(endless).rows, endless / "endless")
+    for plot in drawn:
+        if plot.suffix == ".png":
+            plot.unlink()
+
+
+def _run(name: str) -> str:
+    """The tables of the run docs/results/NAME, each below its plot."""
+    run = Run(RESULTS / name)
+    parts = []
+    for stem, group in named_settings(run.rows):
+        protocol = group[0]["protocol"]
+        parts.append(f"![{protocol}](results/{name}/{stem}.svg)\n")
+        if protocol not in (Harm.name, Repeat.name):
+            parts.append(loss_table(group).to_markdown())
+        parts += [grid.to_markdown() for grid in extra_grids(group)]
+    reaches = reach_table(run)
+    return "\n".join([*parts, *([reaches.to_markdown()] if reaches else [])]).strip()
+
+
+def _repetition() -> str:
+    """Our accuracies beside the published ones."""
+    found = json.loads((RESULTS / "repetition.json").read_text(encoding="utf-8"))
+    lines = [
+        "| method | ours: 256 | 2k, repeated | 2k, fresh | published: 512 | 4k, repeated | 4k, fresh |",
+        "|---" * 7 + "|",
+    ]
+    for one in found:
+        ours = [f"{100 * one[kind]['mean']:.1f}" for kind in ("within", "repeated", "fresh")]
+        theirs = ["" if value is None else f"{value:.1f}" for value in PUBLISHED[one["rope"]]]
+        lines.append(f"| `{one['rope'].replace('|', chr(92) + '|')}` | {' | '.join([*ours, *theirs])} |")
+    return "\n".join(lines)
