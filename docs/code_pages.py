@@ -113,11 +113,11 @@ def file_tree() -> str:
             (ROOT / folder).rglob("*.py"), key=lambda file: (file.parent, file.name != "__init__.py", file)
         ):
             doc = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
-            inner = file.parent != ROOT / folder
+            indent = "    " * len(file.parent.relative_to(ROOT / folder).parts)
             if file.name != "__init__.py":
-                lines.append(f"    {'    ' * inner}{file.name:<18} {doc}")
-            elif inner:
-                lines.append(f"    {file.parent.name + '/':<18} {doc}")
+                lines.append(f"{indent}    {file.name:<18} {doc}")
+            elif indent:
+                lines.append(f"{indent}{file.parent.name + '/':<18} {doc}")
     lines += [
         "examples/              five programs to start from: a long document, a pipeline, tuning, code, a study",
         "tests/                 mirrors the folders; tests/train_tiny.py makes the small model they use",

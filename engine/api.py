@@ -29,14 +29,14 @@ from .generation import generate_all, pieces
 from .nbce import NBCE
 from .networks import Settings, network
 from .opening import text_logprob, weigh
+from .patches.rotary import headline, rotary_sites
+from .patches.switch import Switch
 from .pooled import ContextCaches, PooledAnswer, answer_all
 from .prefill import Progress
 from .prompt import Prompt
-from .rotary import headline, rotary_sites
 from .sampling import Continuing, SamplingParams
 from .score import score
 from .session import Session
-from .switch import Switch
 
 if TYPE_CHECKING:
     from ..evals.tuning.tuned import Tuned

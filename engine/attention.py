@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .kernel import Score, attend, join
+from .bands.kernel import Score, attend, join
 
 ATTENTION_NAME = "ropewalk_causal"
 

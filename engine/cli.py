@@ -11,7 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import RopewalkError
-from .options import loads_a_model
+from .commands.options import loads_a_model
 
 COMMANDS = {
     "demo": ("ropewalk.evals.cli:demo", "The whole story on the embedded model, in minutes."),
@@ -44,9 +44,9 @@ COMMANDS = {
     "generate": ("ropewalk.engine.cli:generate", "Continue a prompt."),
     "show": ("ropewalk.engine.cli:show", "Draw what a scaler does."),
     "scalers": ("ropewalk.engine.cli:scalers", "List every method, its fields and its source."),
-    "base": ("ropewalk.engine.base_cli:base", "What rotary base does a context need?"),
-    "export": ("ropewalk.engine.export_cli:export", "Write a model under a scaler for the software that serves it."),
-    "explain": ("ropewalk.engine.explain_cli:explain", "What would each engine do with a model's rotary config?"),
+    "base": ("ropewalk.engine.commands.base:base", "What rotary base does a context need?"),
+    "export": ("ropewalk.engine.exports.cli:export", "Write a model under a scaler for the software that serves it."),
+    "explain": ("ropewalk.engine.commands.explain:explain", "What would each engine do with a model's rotary config?"),
     "fetch": ("ropewalk.engine.cli:fetch", "Download the built-in model and texts."),
 }
 
@@ -184,7 +184,7 @@ def generate(
     """
     from ..scaling.lengths import parse_length
     from . import split
-    from .contexts_cli import answer_over_files
+    from .commands.contexts import answer_over_files
     from .load import load
     from .sampling import SamplingParams
 
@@ -284,7 +284,7 @@ def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) 
 @click.argument("names", nargs=-1)
 def fetch(names: tuple[str, ...]) -> None:
     """Download built-in models and texts into the cache: NAMES, or all. Nothing is fetched twice."""
-    from . import assets
+    from .checkpoints import assets
 
     for name in names:
         assets.check_name(name)

@@ -14,10 +14,10 @@ from ..scaling.spec import parse
 from . import attention, split
 from .api import Model
 from .cache import attends_to_everything
-from .checkpoint import read_tokenizer, read_weights
-from .config import find_config, headline_rope, quiet_transformers, trained_length
-from .family import supported
-from .kernels import UNAVAILABLE
+from .checkpoints.checkpoint import read_tokenizer, read_weights
+from .checkpoints.config import find_config, headline_rope, quiet_transformers, trained_length
+from .compiled.family import supported
+from .compiled.kernels import UNAVAILABLE
 from .networks import Settings
 
 _DTYPES = {

@@ -10,11 +10,11 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
-from .compiled import CompiledNetwork
-from .family import supported
-from .kernels import FOLDER
+from .compiled.family import supported
+from .compiled.kernels import FOLDER
+from .compiled.network import CompiledNetwork
 from .network import Network
-from .rotary import RotarySite
+from .patches.rotary import RotarySite
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..engine.options import loads_a_model
+from ..engine.commands.options import loads_a_model
 from .runs.measurement import Measurement, deadline_in, measures
 from .subjects.whereabouts import Whereabouts, runs_anywhere
 

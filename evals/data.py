@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine import assets
+from ..engine.checkpoints import assets
 from ..errors import DataError, did_you_mean, first_line
 
 __all__ = ["TEXTS", "TEXT_SUFFIXES", "Text", "load_text", "tokenize_documents"]

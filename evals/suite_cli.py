@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..engine.options import loads_a_model
+from ..engine.commands.options import loads_a_model
 from .runs.measurement import Measurement, deadline_in, measures
 
 EXAMPLES = "\b\nExamples:\n"
@@ -110,8 +110,8 @@ def compare(a: Path, b: Path) -> None:
 @click.option("--row", required=True, type=click.IntRange(min=1), help="Line of results.jsonl, from 1.")
 def reconstruct(run: Path, row: int) -> None:
     """The exact text that the model read for a row of RUN, rebuilt from its recipe and checked by its sha256."""
-    from ..engine.checkpoint import read_tokenizer
-    from ..engine.source import resolve
+    from ..engine.checkpoints.checkpoint import read_tokenizer
+    from ..engine.checkpoints.source import resolve
     from ..errors import DataError
     from .reports.passages import passages_of
     from .runs.merge import open_run

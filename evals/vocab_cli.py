@@ -35,7 +35,7 @@ def vocab(model: str, text: str, cuts: int, seed: int, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..engine.source import load_vocabulary
+    from ..engine.checkpoints.source import load_vocabulary
     from ..tokenizer_tools.report import report
     from .data import load_text
 

@@ -27,7 +27,9 @@ def test_every_public_name_is_there_and_documented():
         _ = rw.lod
 
 
-@pytest.mark.parametrize("module", ["ropewalk", "ropewalk.engine.cli", "ropewalk.evals.cli", "ropewalk.engine.assets"])
+@pytest.mark.parametrize(
+    "module", ["ropewalk", "ropewalk.engine.cli", "ropewalk.evals.cli", "ropewalk.engine.checkpoints.assets"]
+)
 def test_the_command_line_starts_without_torch(module):
     done = run(
         f"import {module}, sys; heavy = ('torch', 'transformers', 'numpy', 'matplotlib'); "

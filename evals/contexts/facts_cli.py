@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...engine.options import loads_a_model
+from ...engine.commands.options import loads_a_model
 from ..runs.measurement import Measurement, deadline_in, measures
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ...engine.api import Model
-from ...engine.compiled import CompiledNetwork
-from ...engine.skim import Sample
+from ...engine.compiled.network import CompiledNetwork
+from ...engine.compiled.skim import Sample
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ..runs.cell import Advance, Cell

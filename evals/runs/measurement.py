@@ -48,7 +48,7 @@ class Measurement:
 
     def scaler(self, spec: str) -> Scaler:
         """One scaler; multiples in its lengths are of the model's trained length."""
-        from ...engine.config import trained_length
+        from ...engine.checkpoints.config import trained_length
         from ...scaling import parse
 
         return parse(spec, lambda: trained_length(self.model))

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ...engine.checkpoint import read_config, read_tokenizer
+from ...engine.checkpoints.checkpoint import read_config, read_tokenizer
 from ...scaling import hf as hf_config
 from ...scaling.lengths import parse_length
 from ..data import load_text, tokenize_documents

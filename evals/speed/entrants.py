@@ -20,7 +20,7 @@ def parse_against(text: str) -> list[tuple[str, str | None]]:
     Raises:
         ConfigError: no such peer or dtype, or its package is not installed.
     """
-    from ...engine.gguf_write import GGUF_DTYPES
+    from ...engine.exports.gguf_write import GGUF_DTYPES
 
     known = {"hf": HF_DTYPES, "llama.cpp": tuple(GGUF_DTYPES)}
     asked = []
@@ -54,7 +54,7 @@ def entrants(
     """
     import torch
 
-    from ...engine.gguf_write import cached_gguf
+    from ...engine.exports.gguf_write import cached_gguf
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = model_folder(model)
@@ -86,7 +86,7 @@ def model_folder(model: str) -> Path:
     Raises:
         AssetError: there is no such model.
     """
-    from ...engine.source import resolve
+    from ...engine.checkpoints.source import resolve
 
     source = resolve(model)
     if Path(source).is_dir():

@@ -72,8 +72,8 @@ def _transformers(model: str, ids: list[int], dtype: str, _: str) -> _Loaded:
     """The loss of transformers' own forward, as its perplexity page computes it: all logits at once."""
     import torch
 
-    from ...engine.checkpoint import read_config, read_weights
-    from ...engine.source import resolve
+    from ...engine.checkpoints.checkpoint import read_config, read_weights
+    from ...engine.checkpoints.source import resolve
 
     source = resolve(model)
     hf = read_weights(source, read_config(source), dtype=getattr(torch, dtype))
@@ -137,8 +137,8 @@ def measure(engine: str, model: str, ids: list[int], dtype: str, rope: str) -> F
 @click.option("--hf", is_flag=True, help="Measure transformers too.")
 def main(model: str, lengths: str, text: str, dtype: str, rope: str, hf: bool) -> None:
     """Score the last 1024 tokens of a text of each length, and print the memory that it took."""
-    from ...engine.checkpoint import read_tokenizer
-    from ...engine.source import resolve
+    from ...engine.checkpoints.checkpoint import read_tokenizer
+    from ...engine.checkpoints.source import resolve
     from ...errors import RopewalkError
     from ...scaling.lengths import format_length, parse_length
     from ..data import load_text, tokenize_documents

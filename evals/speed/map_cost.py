@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ...engine.api import Model
 from ...engine.attention import causal_attention
-from ...engine.banded import banded_attention
+from ...engine.bands.banded import banded_attention
+from ...engine.bands.kernel import Score
+from ...engine.bands.plan import Plan, Segment
+from ...engine.bands.rotation import Layout, angles
+from ...engine.bands.rows import Run
 from ...engine.cache import TurnedKeys
-from ...engine.kernel import Score
 from ...engine.network import CHUNK
-from ...engine.plan import Plan, Segment
+from ...engine.patches.rotary import RotarySite, headline
 from ...engine.prefill import prefill
-from ...engine.rotary import RotarySite, headline
-from ...engine.rotation import Layout, angles
-from ...engine.rows import Run
 from ...errors import ConfigError
 from ...scaling import Scaler
 

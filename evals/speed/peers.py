@@ -57,8 +57,8 @@ class Transformers:
     def __init__(self, entry: Entry) -> None:
         import torch
 
-        from ...engine.checkpoint import read_config, read_weights
-        from ...engine.gguf import silent_transformers
+        from ...engine.checkpoints.checkpoint import read_config, read_weights
+        from ...engine.checkpoints.gguf import silent_transformers
 
         torch.set_num_threads(entry.threads)
         with silent_transformers():

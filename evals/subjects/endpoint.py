@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...engine.checkpoint import read_tokenizer
-from ...engine.config import find_config, headline_rope, quiet_transformers
+from ...engine.checkpoints.checkpoint import read_tokenizer
+from ...engine.checkpoints.config import find_config, headline_rope, quiet_transformers
 from ...errors import ConfigError, ContextOverflow, EndpointError
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.vocab import Vocabulary, vocabulary

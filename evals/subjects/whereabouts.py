@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...engine.options import loads_a_model
+from ...engine.commands.options import loads_a_model
 from ...errors import ConfigError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from ...engine.options import loads_a_model
+from ...engine.commands.options import loads_a_model
 
 EXAMPLES = "\b\nExamples:\n"
 

@@ -12,7 +12,7 @@ from typing import Literal
 from rich.console import Console
 
 from ...engine.api import Model
-from ...engine.rotary import headline
+from ...engine.patches.rotary import headline
 from ...errors import ConfigError, DataError, UnsupportedModel
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse

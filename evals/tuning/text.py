@@ -6,7 +6,7 @@ import math
 from functools import cached_property
 
 from ...engine.api import Model
-from ...engine.skim import Sample
+from ...engine.compiled.skim import Sample
 from ...errors import DataError
 from ...scaling.rope import Scaler
 from ..data import Text

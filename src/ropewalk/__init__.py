@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from . import evals
     from .engine.api import Model
     from .engine.completion import Completion, Score
-    from .engine.export import Export, export
+    from .engine.exports.export import Export, export
     from .engine.heal import Healed, heal
     from .engine.load import load
     from .engine.nbce import NBCE
     from .engine.opening import Continuation
-    from .engine.patch import PatchHandle, patch
+    from .engine.patches.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
     from .evals.tuning.tune import tune
     from .scaling.spec import parse
@@ -47,14 +47,14 @@ _LAZY = {
     "Model": ".engine.api",
     "Score": ".engine.completion",
     "Continuation": ".engine.opening",
-    "Export": ".engine.export",
-    "export": ".engine.export",
+    "Export": ".engine.exports.export",
+    "export": ".engine.exports.export",
     "Healed": ".engine.heal",
     "heal": ".engine.heal",
     "load": ".engine.load",
     "NBCE": ".engine.nbce",
-    "PatchHandle": ".engine.patch",
-    "patch": ".engine.patch",
+    "PatchHandle": ".engine.patches.patch",
+    "patch": ".engine.patches.patch",
     "SamplingParams": ".engine.sampling",
     "parse": ".scaling.spec",
     "tune": ".evals.tuning.tune",

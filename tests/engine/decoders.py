@@ -9,8 +9,8 @@ from families import DEFAULT, build
 from serving import difference, logits
 
 import ropewalk as rw
-from ropewalk.engine.compiled import CompiledNetwork
-from ropewalk.engine.rotary import rotary_sites
+from ropewalk.engine.compiled.network import CompiledNetwork
+from ropewalk.engine.patches.rotary import rotary_sites
 
 IDS = torch.arange(3, 143).mul(37).remainder(95)[None] + 1
 WINDOW = 24

@@ -67,7 +67,7 @@ def interrupted(monkeypatch, where, after=0, error=KeyboardInterrupt):
     owner, name = {
         "layer": (KVLayer, "update"),
         "written": (KVCache, "advance"),
-        "counted": (rw.engine.layers.Layers, "capped"),
+        "counted": (rw.engine.compiled.layers.Layers, "capped"),
     }[where]
     run, calls = getattr(owner, name), iter(range(after + 1))
 

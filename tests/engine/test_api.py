@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ropewalk as rw
-from ropewalk.engine import switch
+from ropewalk.engine.patches import switch
 
 pytestmark = pytest.mark.usefixtures("untouched")
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from ropewalk import AssetError
-from ropewalk.engine import archive, assets, storage
-from ropewalk.engine.archive import Archive
-from ropewalk.engine.assets import Asset
+from ropewalk.engine import storage
+from ropewalk.engine.checkpoints import archive, assets
+from ropewalk.engine.checkpoints.archive import Archive
+from ropewalk.engine.checkpoints.assets import Asset
 
 FAKE_PIP = """
 import pathlib, shutil, sys, time
@@ -270,7 +271,8 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 def test_the_module_loads_without_torch():
-    code = "import sys, ropewalk.engine.assets; print(sorted({'torch', 'transformers', 'rich'} & set(sys.modules)))"
+    heavy = "{'torch', 'transformers', 'rich'}"
+    code = f"import sys, ropewalk.engine.checkpoints.assets; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

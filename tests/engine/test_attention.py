@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ropewalk.engine import attention
 from ropewalk.engine.attention import _attention_forward, _mask, causal_attention
-from ropewalk.engine.kernel import Score, join
+from ropewalk.engine.bands.kernel import Score, join
 
 
 def brute_force(q, k, v, scale):

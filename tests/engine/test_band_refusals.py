@@ -9,7 +9,7 @@ from long_text import IDS, beyond_reach, read
 from transformers import DynamicCache
 
 import ropewalk as rw
-from ropewalk.engine import band_patch
+from ropewalk.engine.patches import band_patch
 
 pytestmark = beyond_reach
 

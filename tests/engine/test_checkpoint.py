@@ -188,6 +188,6 @@ def test_files_of_other_shapes_are_named(folder, file, text):
 
 def test_a_kernel_of_the_hub_is_not_fetched_because_a_config_names_it(folder):
     edit(folder / "config.json", attn_implementation="kernels-community/flash-attn")
-    from ropewalk.engine.checkpoint import read_config
+    from ropewalk.engine.checkpoints.checkpoint import read_config
 
     assert read_config(str(folder))._attn_implementation is None

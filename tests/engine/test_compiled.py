@@ -7,9 +7,9 @@ import torch
 from decoders import DECODERS, IDS, ROWS, WINDOW, compiled, difference, in_chunks, read
 from families import build
 
-from ropewalk.engine.compiled import FEW
-from ropewalk.engine.family import FAMILIES
-from ropewalk.engine.kernels.attention import PART
+from ropewalk.engine.compiled.family import FAMILIES
+from ropewalk.engine.compiled.kernels.attention import PART
+from ropewalk.engine.compiled.network import FEW
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
@@ -61,7 +61,7 @@ def test_a_large_vocabulary_is_widened_in_pieces(monkeypatch):
     hf = DECODERS["gemma2"]()
     network = compiled(hf, weights="int8", cache="float32")
     expected = in_chunks(network, [40])
-    monkeypatch.setattr("ropewalk.engine.layers._HEAD_ROWS", 20)
+    monkeypatch.setattr("ropewalk.engine.compiled.layers._HEAD_ROWS", 20)
     assert torch.equal(in_chunks(network, [40]), expected)
 
 

@@ -132,7 +132,7 @@ def interrupted(*_):
 def test_a_step_that_failed_leaves_no_trace(network, monkeypatch, error):
     cache = cached(network, TEXT[:50], 20)
     if error is KeyboardInterrupt:
-        monkeypatch.setattr("ropewalk.engine.kernels.step", interrupted)
+        monkeypatch.setattr("ropewalk.engine.compiled.kernels.step", interrupted)
     with pytest.raises(error):
         network.forward([3, 10**6] if error is IndexError else [3, 4], cache, 1)
     monkeypatch.undo()

@@ -5,7 +5,7 @@ from decoders import DECODERS, IDS, LONGROPE, compiled, difference, in_chunks, r
 from families import build
 
 import ropewalk as rw
-from ropewalk.engine.compiled import FEW
+from ropewalk.engine.compiled.network import FEW
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),

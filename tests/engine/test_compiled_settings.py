@@ -11,13 +11,13 @@ from decoders import DECODERS, IDS, compiled, difference, in_chunks, read
 from families import FAMILIES, build
 from torch import nn
 
-from ropewalk.engine import family as families
 from ropewalk.engine.api import Model
-from ropewalk.engine.compiled import FEW, CompiledNetwork
-from ropewalk.engine.family import Family, Linear
+from ropewalk.engine.compiled import family as families
+from ropewalk.engine.compiled.family import Family, Linear
+from ropewalk.engine.compiled.network import FEW, CompiledNetwork
+from ropewalk.engine.compiled.tables import Stored
 from ropewalk.engine.network import Network
 from ropewalk.engine.networks import Settings
-from ropewalk.engine.tables import Stored
 from ropewalk.errors import ConfigError, UnsupportedModel
 from ropewalk.scaling import parse
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from families import FAMILIES
 
-from ropewalk.engine.config import find_config, headline_rope
-from ropewalk.engine.rotary import headline, rotary_sites
+from ropewalk.engine.checkpoints.config import find_config, headline_rope
+from ropewalk.engine.patches.rotary import headline, rotary_sites
 from ropewalk.errors import AssetError, UnsupportedModel
 
 

@@ -13,9 +13,9 @@ from families import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropewalk as rw
-from ropewalk.engine.gguf import convert_gguf
-from ropewalk.engine.gguf_file import GgufFile
-from ropewalk.engine.gguf_write import write_gguf
+from ropewalk.engine.checkpoints.gguf import convert_gguf
+from ropewalk.engine.checkpoints.gguf_file import GgufFile
+from ropewalk.engine.exports.gguf_write import write_gguf
 from ropewalk.scaling import hf
 from ropewalk.scaling.spec import parse
 
@@ -154,7 +154,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(tiny_folder, tmp_path, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ropewalk.engine.export_folder.shutil.copyfile", full)
+    monkeypatch.setattr("ropewalk.engine.exports.folder.shutil.copyfile", full)
     with pytest.raises(rw.AssetError, match="No space left on device"):
         rw.export(tiny_folder, tmp_path / "other")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gguf", "out"]

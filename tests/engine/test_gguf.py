@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk import AssetError, UnsupportedModel
-from ropewalk.engine import assets
-from ropewalk.engine.gguf import convert_gguf, converted_gguf
+from ropewalk.engine.checkpoints import assets
+from ropewalk.engine.checkpoints.gguf import convert_gguf, converted_gguf
 
 HIDDEN, HEADS, KV_HEADS, DIM, INNER, VOCAB = 64, 4, 2, 16, 96, 300
 
@@ -272,7 +272,7 @@ def test_files_that_transformers_cannot_read(write, tmp_path):
 
 
 def test_a_file_is_converted_once_and_again_when_it_changes(write, monkeypatch):
-    from ropewalk.engine import gguf as module
+    from ropewalk.engine.checkpoints import gguf as module
 
     path = write()
     folder = converted_gguf(path)

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropewalk as rw
-from ropewalk.engine import assets, gguf_write
-from ropewalk.engine.gguf import convert_gguf
-from ropewalk.engine.gguf_write import cached_gguf, write_gguf
+from ropewalk.engine.checkpoints import assets
+from ropewalk.engine.checkpoints.gguf import convert_gguf
+from ropewalk.engine.exports import gguf_write
+from ropewalk.engine.exports.gguf_write import cached_gguf, write_gguf
 
 TEXT = "def f(x):\n    return 12 + x  # it's 1990\n\n  naïve <|endoftext|> 日本"
 HEADS, KV_HEADS, DIM = 4, 2, 32

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ropewalk as rw
-from ropewalk.engine.source import resolve
+from ropewalk.engine.checkpoints.source import resolve
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from kernel_data import address, bfloat16_bits, from_bfloat16
 from numba import njit
 
-from ropewalk.engine.kernels import simd
-from ropewalk.engine.kernels.simd import load, store
+from ropewalk.engine.compiled.kernels import simd
+from ropewalk.engine.compiled.kernels.simd import load, store
 
 RANDOM = np.random.default_rng(0)
 

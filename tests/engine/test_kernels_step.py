@@ -7,9 +7,9 @@ import pytest
 import torch
 from kernel_data import KINDS, address, bfloat16_bits, from_bfloat16
 
-from ropewalk.engine.rotation import Angles, Layout
+from ropewalk.engine.bands.rotation import Angles, Layout
 
-kernels = importlib.import_module("ropewalk.engine.kernels.step")  # the folder's `step` is the function
+kernels = importlib.import_module("ropewalk.engine.compiled.kernels.step")  # the folder's `step` is the function
 
 EPSILON = np.float32(1e-2)  # large enough to be seen
 

@@ -140,7 +140,7 @@ def test_mistakes_in_names_and_options(tmp_path, tiny_folder, monkeypatch):
 @pytest.mark.slow
 def test_the_embedded_model_scores_as_transformers_does():
     model = rw.load("smollm2-135m", dtype="float32")
-    from ropewalk.engine import assets
+    from ropewalk.engine.checkpoints import assets
 
     reference = AutoModelForCausalLM.from_pretrained(assets.fetch("smollm2-135m"), dtype=torch.float32).eval()
     score = model.score("It was the best of times, it was the worst of times, it was the age of wisdom. " * 60)

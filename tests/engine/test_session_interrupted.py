@@ -5,7 +5,7 @@ import torch
 from live import MORE, TEXT, cache_difference, check_cache, greedy, interrupted
 
 import ropewalk as rw
-from ropewalk.engine import turns
+from ropewalk.engine.compiled import turns
 from ropewalk.engine.kv_cache import KVLayer
 
 pytestmark = pytest.mark.usefixtures("untouched")

@@ -8,8 +8,8 @@ from decoders import DECODERS, IDS, compiled, difference, in_chunks
 from test_compiled_scalers import LAYERED, LENGTH, SPECS, TOLERANCE
 
 import ropewalk as rw
-from ropewalk.engine.kernel import Score
-from ropewalk.engine.skim import Sample, SkimmedChunk
+from ropewalk.engine.bands.kernel import Score
+from ropewalk.engine.compiled.skim import Sample, SkimmedChunk
 from ropewalk.errors import ConfigError
 
 IDS_LIST = IDS[0].tolist()

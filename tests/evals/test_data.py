@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from ropewalk import DataError
-from ropewalk.engine import assets
+from ropewalk.engine.checkpoints import assets
 from ropewalk.evals import data
 from ropewalk.evals.data import TEXTS, Text, load_text, tokenize_documents
 

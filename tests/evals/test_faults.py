@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ropewalk as rw
-from ropewalk.engine import assets
+from ropewalk.engine.checkpoints import assets
 from ropewalk.engine.storage import cache_dir
 from ropewalk.evals.data import load_text
 from ropewalk.evals.runs.result import Run

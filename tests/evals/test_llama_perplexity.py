@@ -8,8 +8,8 @@ import pytest
 from byte_model import llama_cpp_nats
 
 import ropewalk as rw
-from ropewalk.engine.gguf_write import write_gguf
-from ropewalk.engine.source import resolve
+from ropewalk.engine.checkpoints.source import resolve
+from ropewalk.engine.exports.gguf_write import write_gguf
 from ropewalk.evals.data import Text, load_text
 
 SOURCE = "\n".join(f"def area_{n}(side):\n    return side * {n} + side ** 2  # of shape {n}\n" for n in range(30))

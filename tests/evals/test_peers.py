@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 
 import ropewalk as rw
-from ropewalk.engine.gguf_write import write_gguf
-from ropewalk.engine.source import resolve
+from ropewalk.engine.checkpoints.source import resolve
+from ropewalk.engine.exports.gguf_write import write_gguf
 from ropewalk.evals.speed.bandwidth import Memory, Traffic
 from ropewalk.evals.speed.entrants import entrants, parse_against
 from ropewalk.evals.speed.entry import Entry

@@ -8,11 +8,11 @@ from click.testing import CliRunner
 from torch import nn
 
 import ropewalk as rw
+from ropewalk.engine.bands.kernel import Score
+from ropewalk.engine.bands.reference import reference_attention
+from ropewalk.engine.bands.rotation import Layout
 from ropewalk.engine.cli import cli
-from ropewalk.engine.kernel import Score
-from ropewalk.engine.reference import reference_attention
-from ropewalk.engine.rotary import RotarySite
-from ropewalk.engine.rotation import Layout
+from ropewalk.engine.patches.rotary import RotarySite
 from ropewalk.evals.speed.map_cost import check_maps, naive_attention
 from ropewalk.scaling import RopeSpec, Scaler, parse
 from ropewalk.scaling.hf import ConfiguredRope

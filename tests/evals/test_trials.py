@@ -291,7 +291,7 @@ def test_words_are_many_and_sorted():
 
 @pytest.fixture(scope="module")
 def real():
-    from ropewalk.engine.source import resolve
+    from ropewalk.engine.checkpoints.source import resolve
 
     return AutoTokenizer.from_pretrained(resolve("smollm2-135m"))
 

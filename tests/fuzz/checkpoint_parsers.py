@@ -16,10 +16,10 @@ from inputs import deep, header, json_mutants, mutants, parts, written
 from parser import TINY, WORK, Parser, stored
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropewalk.engine.checkpoint import read_weights
-from ropewalk.engine.config import find_config
-from ropewalk.engine.gguf import convert_gguf
-from ropewalk.engine.gguf_file import GgufFile
+from ropewalk.engine.checkpoints.checkpoint import read_weights
+from ropewalk.engine.checkpoints.config import find_config
+from ropewalk.engine.checkpoints.gguf import convert_gguf
+from ropewalk.engine.checkpoints.gguf_file import GgufFile
 from ropewalk.scaling.hf import read
 
 

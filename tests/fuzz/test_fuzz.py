@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 
 import ropewalk as rw
 from ropewalk.engine import tunings
-from ropewalk.engine.gguf_file import GgufFile
-from ropewalk.engine.source import load_vocabulary
+from ropewalk.engine.checkpoints.gguf_file import GgufFile
+from ropewalk.engine.checkpoints.source import load_vocabulary
 from ropewalk.evals.reports.report import environment_of
 from ropewalk.evals.runs.merge import open_run
 from ropewalk.evals.runs.result import Run

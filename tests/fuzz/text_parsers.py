@@ -15,9 +15,9 @@ from parser import TINY, WORK, Parser, stored, tiny_model
 from small_tokenizers import KINDS
 
 import ropewalk as rw
-from ropewalk.engine.checkpoint import read_tokenizer
+from ropewalk.engine.checkpoints.checkpoint import read_tokenizer
+from ropewalk.engine.checkpoints.source import load_vocabulary
 from ropewalk.engine.prompt import Prompt
-from ropewalk.engine.source import load_vocabulary
 from ropewalk.tokenizer_tools.cover import cover
 from ropewalk.tokenizer_tools.vocab import Vocabulary
 

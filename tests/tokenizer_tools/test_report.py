@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer
 
 import ropewalk as rw
+from ropewalk.engine.checkpoints.source import load_vocabulary
 from ropewalk.engine.cli import cli
-from ropewalk.engine.source import load_vocabulary
 from ropewalk.evals.vocab_cli import escaped
 from ropewalk.tokenizer_tools import cuts
 from ropewalk.tokenizer_tools.cuts import KINDS, draw

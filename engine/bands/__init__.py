@@ -1,0 +1,1 @@
+"""Banded attention: the attention of position maps."""

@@ -1,0 +1,1 @@
+"""Commands of the engine that have a file each, and options that they share."""

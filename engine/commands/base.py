@@ -1,0 +1,124 @@
+"""The command `ropewalk base`: which rotary base a context needs, by the base bound and by every rule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ...scaling.base_bound import BaseAnswer
+    from ...scaling.base_rules import BaseRule
+    from ...scaling.hf import ConfiguredRope
+
+EXAMPLES = "\b\nExamples:\n"
+
+_DIM = 128
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk base 128k --dim 128\n  ropewalk base 32k --dim 128 --base 5e5\n"
+    "  ropewalk base 128k --dim 128 --base 1e4 --trained 4k\n"
+    "  ropewalk base 4x --model smollm2-135m --out base.png"
+)
+@click.argument("length")
+@click.option("--model", help="Take dimension, base and trained length from the config of this model.")
+@click.option("--dim", type=int, help=f"Rotary dimension.  [default: {_DIM}]")
+@click.option("--base", type=float, help="Also tell how far this base carries.")
+@click.option("--trained", help="Trained length; with --base, all rules for a larger base side by side.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Draw the rules' bases: a .png; an .svg beside it.")
+def base(
+    length: str, model: str | None, dim: int | None, base: float | None, trained: str | None, out: str | None
+) -> None:
+    """What rotary base does a context of LENGTH tokens need? (arXiv 2405.14591)
+
+    A base carries N tokens if f(m) = sum_i cos(m base^(-2i/d)) is not negative at any distance m below N: a similar
+    token then never scores below a random one.
+
+    Where the model's base and trained length are known, by --model or by --base and --trained, LENGTH may be a
+    multiple such as 4x, and every rule is listed: the base it gives, whether that carries LENGTH by the bound, and the
+    scaler that uses it.
+    """
+    from ...scaling.base_bound import base_report
+    from ...scaling.base_rules import base_rules
+    from ...scaling.lengths import format_length, parse_length
+
+    known = _known(model, dim, base, trained)
+    if out is not None and known is None:
+        raise click.UsageError("--out draws the rules' bases; give --model, or --base and --trained")
+    tokens = parse_length(length, known.max_length if known else None)
+    rules = base_rules(known.rope, tokens) if known else ()
+    answer = (
+        base_report(tokens, known.rope.dim, base=known.rope.base)
+        if known
+        else base_report(tokens, dim or _DIM, base=base)
+    )
+    _print_bound(answer)
+    if known is None:
+        return
+    click.echo(f"From base {known.rope.base:g}, trained on {format_length(known.rope.trained_length)} tokens (L):")
+    _print_rules(rules, format_length(tokens))
+    if known.scaler.parts:
+        own, carried = known.scaler.name, format_length(known.max_length)
+        click.echo(f"  The model's own {own} scaling, to {carried}, is not in these numbers; each scaler replaces it.")
+    if out is not None:
+        from pathlib import Path
+
+        from ...evals.reports.base_plot import plot_bases
+
+        for path in plot_bases(rules, known.rope, tokens, Path(out).with_suffix("")):
+            click.echo(f"drawn  {path}")
+
+
+def _known(model: str | None, dim: int | None, base: float | None, trained: str | None) -> ConfiguredRope | None:
+    """The model that the rules start from, if it is known."""
+    given = {"--dim": dim, "--base": base, "--trained": trained}
+    if model is not None:
+        if option := next((name for name, value in given.items() if value is not None), None):
+            raise click.UsageError(f"--model {model} has its own {option[2:]}; leave out {option}, or --model")
+        from ..checkpoints.config import find_config, headline_rope
+
+        return headline_rope(find_config(model)[1])
+    if trained is None:
+        return None
+    if base is None:
+        raise click.UsageError(f"--trained {trained} needs --base too: the rules start from the model's own base")
+    from ...scaling import RopeSpec, Scaler, parse_length
+    from ...scaling.hf import ConfiguredRope
+
+    rope = RopeSpec(dim=dim or _DIM, base=base, trained_length=parse_length(trained))
+    return ConfiguredRope(rope=rope, scaler=Scaler(), max_length=rope.trained_length)
+
+
+def _print_bound(answer: BaseAnswer) -> None:
+    from ...scaling.base_rules import round_up
+    from ...scaling.lengths import format_length
+
+    shown, highest = format_length(answer.length), answer.largest_infeasible
+    lines = {
+        "smallest base that carries it": f"{round_up(answer.smallest_feasible):f}  (larger ones can fail again)",
+        "carried by every base above": "any base" if highest is None else f"{round_up(highest):f}",
+        "limit for large dimensions": f"{answer.asymptotic:.6g}  (N / 0.6165)",
+    }
+    if answer.base is not None:
+        verdict = f"carries all {shown}" if answer.fails_at is None else f"fails first at distance {answer.fails_at}"
+        lines[f"your base {answer.base:g}"] = verdict
+    click.echo(f"{shown} tokens, rotary dimension {answer.dim}")
+    for label, value in lines.items():
+        click.echo(f"  {label:<32}{value}")
+    click.echo(
+        f"  Searched up to {answer.ceiling:.3g}, above which every base carries {shown}; an island of bases narrower "
+        f"than {answer.resolution:g} of its base can be missed."
+    )
+
+
+def _print_rules(rules: tuple[BaseRule, ...], shown: str) -> None:
+    from ...scaling.base_rules import round_up
+
+    rows = [("rule", "base", "by the bound", "scaler", "assumes")]
+    for rule in rules:
+        verdict = f"carries {shown}" if rule.fails_at is None else f"fails at {rule.fails_at}"
+        rows.append((rule.name, f"{round_up(rule.base):f}", verdict, rule.spec, rule.assumes))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,121 @@
+"""The command `ropewalk explain`: what each engine would do with a model's rotary config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ...scaling.reading import Reading
+
+EXAMPLES = "\b\nExamples:\n"
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk explain ./my-model\n  ropewalk explain ./my-model/config.json --length 64k\n"
+    "  ropewalk explain model.gguf --out explain.png"
+)
+@click.argument("model")
+@click.option("--length", help="Tokens of the text that is looked at.  [default: what the config promises]")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Draw it: a .png; an .svg beside it.")
+def explain(model: str, length: str | None, out: Path | None) -> None:
+    """What would transformers, vLLM, SGLang, llama.cpp, ExLlamaV3 and mlx-lm do with the rotary config of MODEL?
+
+    MODEL is a config.json, a folder, a hub id or a .gguf file. Engines read the same keys in different ways; each line
+    says what one of them computes, as a scaler that other commands take, so that the difference can be measured.
+
+    The readings are those of the engines' sources in November 2026; docs/interop.md says which were held against
+    running engines.
+    """
+    from rich.console import Console
+
+    from ...scaling.lengths import format_length, parse_length
+
+    readings = _readings(model)
+    first = readings[0]
+    tokens = (
+        parse_length(length, first.rope.trained_length) if length else first.max_length or first.rope.trained_length
+    )
+    console = Console()
+    console.print(
+        f"{model}: rotary dimension {first.rope.dim}, base {first.rope.base:g}, trained on "
+        f"{format_length(first.rope.trained_length)} tokens, looked at {format_length(tokens)}",
+        highlight=False,
+    )
+    _print(readings, tokens, console)
+    if out is not None:
+        from ...evals.reports.engine_plot import plot_readings
+
+        for path in plot_readings(readings, tokens, Path(model).name, out.with_suffix("")):
+            console.print(f"drawn  {path}", highlight=False)
+
+
+def _readings(model: str) -> list[Reading]:
+    from ...scaling.engines import read_all, read_gguf
+
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        from ..checkpoints.gguf_file import GgufFile
+
+        file = GgufFile(path)
+        return read_gguf(file.rope, file.configured.max_length)
+    if path.suffix == ".json":
+        return read_all(_load(path))
+    from ..checkpoints.config import find_config
+
+    source, config = find_config(model)
+    file_here = Path(source) / "config.json"
+    return read_all(_load(file_here) if file_here.is_file() else config.to_dict())
+
+
+def _load(path: Path) -> dict[str, object]:
+    from ...errors import AssetError, DataError
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AssetError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no object, so it is no config")
+    return content
+
+
+def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from ...scaling.lengths import format_length
+    from ...scaling.reading import agrees
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("engine", "computes", "m", "slowed by", "serves", ""):
+        table.add_column(heading, no_wrap=heading in ("engine", "m", ""))
+    first = readings[0]
+    for one in readings:
+        found = one.frequencies(tokens)
+        m = slowed = ""
+        if found is not None:
+            m = f"{found.attention_factor:.4g}"
+            slowed = f"{float(first.rope.theta[-1] / found.inv_freq[-1]):.4g}" if found.inv_freq[-1] else "still"
+        same = one is first or agrees(one, first, tokens)
+        table.add_row(
+            one.engine,
+            one.label,
+            m,
+            slowed,
+            format_length(one.max_length) if one.max_length else "any length",
+            "" if same else "[bold red]differs[/]",
+        )
+    console.print(table)
+    console.print("m multiplies cos and sin; slowed by: the slowest rotary pair against the plain one.", style="dim")
+    for one in readings:
+        for note in one.notes:
+            console.print(f"[bold]{one.engine}[/] {note}", highlight=False)

@@ -1,0 +1,1 @@
+"""A network of our own on the CPU."""

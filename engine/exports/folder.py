@@ -1,0 +1,104 @@
+"""A Hugging Face folder with another rotary config: weights and tokenizer as they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...errors import AssetError
+from ..checkpoints.config import quiet_transformers
+from ..storage import new_folder
+
+__all__ = ["KEPT", "with_rope", "write_copy", "write_loaded"]
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+"""From the content of a config.json to another."""
+
+Check = Callable[[Path], None]
+
+KEPT = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README*")
+"""The files of a checkpoint: weights as safetensors, config, tokenizer, and what says whose it is."""
+
+_FLAT_KEYS = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
+"""Where configs keep their rotary part beside or instead of `rope_parameters`."""
+
+
+def with_rope(config: Mapping[str, Any], ropes: Mapping[str | None, dict[str, Any]], length: int) -> dict[str, Any]:
+    """The content of a config.json with other rotary embeddings.
+
+    Args:
+        config: the content as it is.
+        ropes: `rope_parameters` by layer type, or under None where the layers share one.
+        length: the tokens that the config shall promise.
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    text = changed.get("text_config", changed)
+    for key in _FLAT_KEYS:
+        text.pop(key, None)
+    text["max_position_embeddings"] = length
+    if None not in ropes:
+        text["rope_parameters"] = {str(layer_type): rope for layer_type, rope in ropes.items()}
+        return changed
+    rope = ropes[None]
+    text["rope_parameters"] = rope
+    # for engines on transformers 4, which know these two alone
+    text["rope_theta"] = rope["rope_theta"]
+    text["rope_scaling"] = (
+        None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
+    )
+    return changed
+
+
+def write_copy(source: Path, out: Path, change: Change, extra: Mapping[str, str], check: Check) -> None:
+    """Copy a checkpoint to the new folder `out`, with another config.json.
+
+    Args:
+        change: makes the content of config.json out of what it was.
+        extra: further texts, by file name.
+        check: called with the finished folder, before it is at its place; an error leaves nothing there.
+
+    Raises:
+        AssetError: no safetensors in `source`, or `out` is not empty or cannot be written.
+    """
+    files = sorted({file for pattern in KEPT for file in source.glob(pattern) if file.is_file()})
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise AssetError(
+            f"{source} has no .safetensors weights; transformers' save_pretrained writes them, once the model is loaded"
+        )
+    with new_folder(out, needed=sum(file.stat().st_size for file in files)) as work:
+        for file in files:
+            shutil.copyfile(file, work / file.name)
+        _finish(work, change, extra)
+        check(work)
+
+
+def write_loaded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path,
+    change: Change,
+    extra: Mapping[str, str],
+    check: Check,
+) -> None:
+    """The same for a model in memory, with its weights as they are now."""
+    with new_folder(out, needed=model.get_memory_footprint()) as work:
+        with quiet_transformers():
+            model.save_pretrained(work)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(work)
+        _finish(work, change, extra)
+        check(work)
+
+
+def _finish(folder: Path, change: Change, extra: Mapping[str, str]) -> None:
+    config = folder / "config.json"
+    changed = change(json.loads(config.read_text(encoding="utf-8")))
+    config.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+    for name, text in extra.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).chmod(0o755 if name.endswith(".sh") else 0o644)

@@ -1,0 +1,1 @@
+"""Scalers put into transformers models, and taken out again."""

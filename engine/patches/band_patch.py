@@ -1,0 +1,253 @@
+"""The patch for position maps and growing lengths: rotation moves from the rotary module into attention."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import causal_mask_function
+
+from ...errors import PatchError, UnsupportedModel
+from ...scaling.lengths import format_length
+from ...scaling.rope import Scaler
+from ..bands.banded import banded_attention
+from ..bands.kernel import Score
+from ..bands.plan import Plan, Segment
+from ..bands.rotation import angles
+from ..bands.rows import Run, key_slots, runs
+from ..cache import adopt
+from .probe import LayerRope, layer_ropes, logits
+from .rotary import RotarySite, headline
+from .seam import AttentionSeam, RotarySeam
+
+_VERIFIED = {torch.float64: 1e-5, torch.float32: 1e-4}  # largest difference of logits, of their largest
+_VERIFIED_16_BIT = 5e-2
+
+Work = list[tuple[Run, list[Segment]]]
+
+
+class BandPatch:
+    """Queries, keys and the cache of a model stay un-rotated; its attention turns them band by band as it reads.
+
+    Layers with a short window go on with the model's own attention, at the model's own frequencies.
+
+    Raises:
+        UnsupportedModel: the model is not reproduced by its own frequencies in this form.
+    """
+
+    tier = "position bands: queries, keys and the cache stay un-rotated, attention turns them band by band"
+    cost = (
+        "each (query, key) pair is scored once; keys of a foreign or static cache are turned anew at every step, "
+        "those of transformers' default cache once; turned copies of the keys are kept beside it"
+    )
+
+    def __init__(self, model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> None:
+        self._model = model
+        self.sites = sites
+        self.scaler = scaler
+        for site in self.scaled_sites:
+            site.configured.check(scaler)
+        self._seam = AttentionSeam(model)
+        self._rotary = RotarySeam([site.module for site in sites])
+        self._layers = self._probed()
+        self._plan(Scaler(), None)
+        self._warned = False
+        self._windowed = (0, 0, 0)  # queries, keys, and the place of query 0 among the keys of a windowed layer
+        self._install()
+
+    @property
+    def scaled_sites(self) -> list[RotarySite]:
+        """The sites that the scaler applies to: all but sliding-window layers."""
+        return [site for site in self.sites if not site.is_local]
+
+    def write(self, length: int | None = None) -> None:
+        """Fix the length that a scaler which depends on it is for; None lets it grow with each sequence."""
+        length = length if self.scaler.depends_on_length else None
+        if self._planned != (self.scaler, length):
+            self._plan(self.scaler, length)
+
+    def restore(self) -> None:
+        """Give the model back its rotary modules and its attention; it is what it was, to the bit."""
+        self._hook.remove()
+        self._rotary.restore()
+        self._seam.remove()
+
+    def _plan(self, scaler: Scaler, length: int | None) -> None:
+        used = {layer.site for layer in self._layers.values() if not layer.is_local}
+        self._plans = {site: Plan(site or headline(self.sites), scaler, length) for site in used}
+        self._planned = scaler, length
+        self._seen: tuple[Tensor, Tensor | None, RotarySite | None, int, Work] | None = None
+
+    def _probed(self) -> dict[int, LayerRope]:
+        layers = layer_ropes(self._model, self.sites)
+        if all(layer.is_local for layer in layers.values()):
+            raise UnsupportedModel(
+                f"every layer of {type(self._model).__name__} sees a sliding window only, so no distance grows with "
+                "the context; set config.sliding_window to None before loading, or patch a frequency scaler"
+            )
+        return layers
+
+    def _install(self) -> None:
+        before = logits(self._model)  # not the probe's: Falcon, for one, runs otherwise when its attention is replaced
+        try:
+            self.apply()
+            self._verify(before)
+            self.write(None)
+        except BaseException:  # Ctrl-C too must not leave half a patch
+            self.restore()
+            raise
+
+    def apply(self) -> None:
+        """Move the rotation into attention; after `restore` too, without looking at the model anew."""
+        self._hook = self._model.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
+        self._rotary.watch()
+        self._rotary.still()
+        self._seam.install(self._attention, self._mask)
+
+    def _verify(self, before: Tensor) -> None:
+        """Refuse unless the model's own frequencies, in this form, give the logits that they gave before."""
+        name = type(self._model).__name__
+        try:
+            difference = (logits(self._model) - before).abs().max() / before.abs().max()
+        except Exception as error:
+            raise UnsupportedModel(f"{name} does not run with its rotation moved into attention: {error}") from error
+        if not difference < _VERIFIED.get(before.dtype, _VERIFIED_16_BIT):
+            raise UnsupportedModel(
+                f"{name} computes attention in a way that ropewalk does not reproduce (its "
+                f"logits differ by {float(difference):.2g} of the largest); static frequency scalers such as yarn:4 "
+                "can be patched"
+            )
+
+    def _mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | Tensor = 0,
+        kv_offset: int = 0,
+        mask_function: Any = causal_mask_function,
+        attention_mask: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        """Nothing for causal attention over everything, a tensor of key places with padding, the model's own mask
+        for windows and packed texts."""
+        if mask_function is not causal_mask_function:
+            self._windowed = (q_length, kv_length, int(q_offset) - kv_offset)
+            return self._seam.own_mask(
+                batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **others
+            )
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        if not padded and not isinstance(q_offset, Tensor) and q_offset + q_length == kv_length + kv_offset:
+            return None
+        return key_slots(attention_mask if padded else None, batch_size, kv_length, kv_offset, q_offset)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """The signature of transformers' attention registry; query [B, H, N, D] -> [B, N, H, Dv]."""
+        _refuse(others)
+        layer = self._layers[module.layer_idx]  # type: ignore[index]
+        if layer.is_local:
+            query, key = self._turned_locally(layer, query, key)
+            own = {**others, "position_ids": position_ids, "dropout": dropout, "scaling": scaling}
+            own |= {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux)) if v is not None}
+            out, _ = self._seam.own_attention(module)(module, query, key, value, attention_mask, **own)
+            return out, None
+        positions = position_ids if position_ids is not None else self._rotary.positions
+        assert positions is not None
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        out = banded_attention(
+            query,
+            key,
+            value,
+            Score(scale=scale, softcap=softcap, dropout=dropout if module.training else 0.0),
+            layer.layout,
+            self._work(layer.site, positions, attention_mask, query, key),
+            s_aux,
+            getattr(key, "turned", None),
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    def _work(
+        self, site: RotarySite | None, positions: Tensor, mask: Tensor | None, query: Tensor, key: Tensor
+    ) -> Work:
+        """Runs and segments of the call: the same for all layers of one forward, so made once."""
+        keys = key.shape[2]
+        if self._seen is not None:
+            seen_positions, seen_mask, seen_site, seen_keys, work = self._seen
+            if seen_positions is positions and seen_mask is mask and seen_site is site and seen_keys == keys:
+                return work
+        found = runs(positions, mask, query.shape[0], query.shape[2], keys)
+        self._warn_beyond_reach(found)
+        work = [(run, self._plans[site].segments(run)) for run in found]
+        self._seen = (positions, mask, site, keys, work)
+        return work
+
+    def _warn_beyond_reach(self, found: list[Run]) -> None:
+        reach = headline(self.sites).configured.reach(self.scaler)
+        if self._warned or math.isinf(reach) or not self.scaler.member("positions"):
+            return
+        longest = max((run.first + run.key_stop - run.key_start for run in found), default=0)
+        if longest > reach:
+            self._warned = True
+            warnings.warn(
+                f"{self.scaler} reaches {format_length(int(reach))} tokens on this model and the text has {longest}: "
+                "distances that were never trained are in use",
+                stacklevel=2,
+            )
+
+    def _turned_locally(self, layer: LayerRope, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of a local layer, turned as ever but for a shift of all positions.
+
+        Where local layers share their frequencies with the others, a scaler changes both, as it does in a config;
+        but a length that grows leaves them alone.
+        """
+        if layer.layout is None or layer.site is None:
+            return query, key
+        queries, keys = query.shape[2], key.shape[2]
+        offset = self._windowed[2] if self._windowed[:2] == (queries, keys) else keys - queries
+        scaler, length = self._planned
+        grows = scaler.depends_on_length and length is None
+        own = layer.site.configured.scaler if layer.site.is_local or grows else layer.site.configured.effective(scaler)
+        frequencies = own.frequencies(layer.site.configured.rope, length)
+        turned = []
+        for x, start in ((query, offset), (key, 0)):
+            positions = torch.arange(start, start + x.shape[2], dtype=torch.float64)
+            found = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor, like=x)
+            turned.append(layer.layout.rotate(x, found))
+        return turned[0], turned[1]
+
+
+def _refuse(others: dict[str, Any]) -> None:
+    if others.get("output_attentions"):
+        raise PatchError(
+            "output_attentions=True cannot be honoured under a position map, which never forms the weights; undo the "
+            "patch first"
+        )
+    if others.get("position_bias") is not None or others.get("cache") is not None:
+        raise PatchError("position bias and paged caches cannot be honoured under a position map; undo the patch first")
+    if others.get("is_causal") is False:
+        raise PatchError("a position map needs causal attention; this call asks for attention in both directions")
+
+
+def _adopt_cache(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """transformers' default cache gets layers that keep turned keys."""
+    cache = kwargs.get("past_key_values")
+    if cache is not None and not torch.is_grad_enabled():
+        adopt(cache)

@@ -1,0 +1,160 @@
+"""`patch`: give a transformers model that you already have another position scaling, and take it back."""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+from transformers import PreTrainedModel
+
+from ...errors import ConfigError, PatchError
+from ...scaling.lengths import format_length, parse_length
+from ...scaling.rope import Scaler
+from ...scaling.spec import parse
+from .band_patch import BandPatch
+from .probe import check_written
+from .rotary import RotarySite, RotaryWriter, headline, rotary_sites
+from .temperature_patch import TemperaturePatch
+
+Installed = RotaryWriter | TemperaturePatch | BandPatch
+
+_patched: weakref.WeakKeyDictionary[PreTrainedModel, Scaler] = weakref.WeakKeyDictionary()
+"""Models patched now; no reference from here to the model, or it would never be freed."""
+
+
+def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, grows: bool) -> Installed:
+    """Put `scaler` into a model in the simplest way that is exact.
+
+    Args:
+        grows: a scaler that depends on length follows every sequence; otherwise its length is set by `write`.
+
+    Raises:
+        ConfigError: the scaler cannot work on this model.
+        UnsupportedModel: the model cannot be patched in the way that this scaler needs.
+    """
+    if scaler.member("positions") or (grows and scaler.depends_on_length):
+        return BandPatch(model, sites, scaler)
+    if scaler.member("temperature"):
+        return TemperaturePatch(model, sites, scaler)
+    writer = RotaryWriter(sites, scaler)
+    try:
+        writer.write()
+        if writer.changes_frequencies:
+            check_written(model, writer)
+    except BaseException:  # Ctrl-C too must not leave half a patch
+        writer.restore()
+        raise
+    return writer
+
+
+class PatchHandle:
+    """A patch in place. Also a context manager: `with patch(model, "yarn:4"): ...` undoes it at the end.
+
+    Attributes:
+        scaler: what was patched in.
+        length: tokens that a scaler which depends on length is fixed to; None where it grows.
+        active: True until `undo`.
+    """
+
+    def __init__(self, model: PreTrainedModel, installed: Installed, length: int | None) -> None:
+        self._model = model
+        self._installed = installed
+        self.scaler = installed.scaler
+        self.length = length
+        self.active = True
+
+    @property
+    def reach(self) -> float:
+        """Tokens that the model is now meant to carry: up to there no distance leaves the trained range."""
+        return headline(self._installed.sites).configured.reach(self.scaler)
+
+    def undo(self) -> None:
+        """Restore the model to what it was before, bit for bit. Caches filled under the patch are void.
+
+        Raises:
+            PatchError: it was undone already.
+        """
+        if not self.active:
+            raise PatchError(f"the patch {self.scaler} was undone already")
+        self._installed.restore()
+        del _patched[self._model]
+        self.active = False
+
+    def describe(self) -> str:
+        """What was done to the model, in a few lines."""
+        sites = self._installed.scaled_sites
+        site = headline(sites)
+        left_alone = [s.layer_type or "" for s in self._installed.sites if s.is_local]
+        layers = ", ".join(s.layer_type or "all" for s in sites)
+        reach = "any length" if math.isinf(self.reach) else f"{format_length(int(self.reach))} tokens"
+        frequencies = site.configured.effective(self.scaler).frequencies(site.configured.rope, self.length)
+        lines = {
+            "scaler": str(self.scaler),
+            "tier": self._installed.tier,
+            "layers": layers + (f" (left alone: {', '.join(left_alone)})" if left_alone else ""),
+        }
+        if self.scaler.member("positions"):
+            lines["bands"] = ", ".join(band.name for band in site.bands(self.scaler, self.length))
+        if self.scaler.depends_on_length:
+            step = site.configured.effective(self.scaler).growing_step(site.configured.rope)
+            grows = f"grows with each sequence, in steps of {step} beyond {site.configured.rope.trained_length}"
+            lines["length"] = grows if self.length is None else f"fixed at {format_length(self.length)} tokens"
+        lines |= {
+            "reach": f"{reach} (trained: {format_length(site.configured.max_length)})",
+            "factor on cos and sin": f"{frequencies.attention_factor:.6g}",
+            "cost": self._installed.cost,
+        }
+        width = max(map(len, lines))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            self.undo()
+
+
+def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | None = None) -> PatchHandle:
+    """Put `scaler` into a transformers causal language model, in place.
+
+    The model goes on as a plain transformers model: `model(...)`, `model.generate(...)`, any cache, training.
+    Its weights and config are not touched.
+
+        handle = patch(model, "ntk:4|rerope:512|logn")
+        model.generate(...)
+        handle.undo()
+
+    Args:
+        model: any transformers model with RoPE that computes its frequencies as its config says.
+        scaler: a spec string (`ropewalk scalers` lists them) or a scaler; lengths in a string may be multiples of the
+            trained one, as in "rerope:0.5x".
+        length: the longest text to come, such as 16384, "16k" or "2x". A scaler that depends on length is fixed
+            to it; without it, it grows with every sequence of its own. Any other must reach it.
+
+    Raises:
+        ConfigError: the scaler is wrong, cannot work on this model, or does not reach `length`.
+        UnsupportedModel: the model's position encoding cannot be verified.
+        PatchError: the model is patched already.
+    """
+    if model in _patched:
+        raise PatchError(f"this model is patched with {_patched[model]} already; undo that first")
+    sites = rotary_sites(model)
+    site = headline(sites)
+    scaler = parse(scaler, site.configured.max_length)
+    tokens = parse_length(str(length), site.configured.max_length) if length is not None else None
+    reach = site.configured.reach(scaler)
+    if tokens is not None and reach < tokens:
+        raise ConfigError(
+            f"{scaler} reaches {format_length(int(reach))} tokens on this model, fewer than the "
+            f"{format_length(tokens)} asked for; take a larger factor, or rerope, which reaches any length"
+        )
+    installed = install(model, sites, scaler, grows=tokens is None)
+    installed.write(tokens)
+    _patched[model] = scaler
+    return PatchHandle(model, installed, tokens)
+
+
+def patched_with(model: PreTrainedModel) -> Scaler | None:
+    """The scaler that `patch` put into a model, if one is in place."""
+    return _patched.get(model)

@@ -1,0 +1,193 @@
+"""What a model's attention layers do with rotary positions, found by running it.
+
+No model family is known by name. A short text is run twice, with the model's own rotation and without any; the
+queries and keys that reach attention tell where the rotary pairs lie, in every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...errors import RopewalkError, UnsupportedModel
+from ..bands.rotation import Layout, angles
+from .rotary import RotarySite, RotaryWriter, is_local
+from .seam import AttentionSeam, RotarySeam
+
+TOKENS = 12
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest entry; transformers' angles are float32
+_TOLERANCE_16_BIT = 3e-2
+_GAIN = 2.0  # on the un-rotated pairs: a norm behind the rotation would swallow it, and with it YaRN's factor
+
+
+@dataclass(frozen=True)
+class LayerRope:
+    """How one attention layer uses RoPE.
+
+    Args:
+        site: the rotary frequencies it turns by; None for a layer without rotation.
+        layout: where its pairs lie; None for a layer without rotation.
+        is_local: it sees a short window only, so that no distance grows with the context.
+    """
+
+    site: RotarySite | None
+    layout: Layout | None
+    is_local: bool
+
+
+@dataclass
+class _Call:
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    sliding_window: int | None
+    output: tuple[Tensor, Any] | None = None
+
+
+def probe_ids(model: PreTrainedModel) -> Tensor:
+    """A short text, [1, TOKENS]."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return (torch.arange(TOKENS) * 7 % (vocabulary - 1) + 1).to(model.device)[None]
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    """Logits of the probe text, as the model stands, in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            found: Tensor = model(input_ids=probe_ids(model), use_cache=False).logits
+    finally:
+        for module in training:
+            module.training = True
+    return found
+
+
+def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> dict[int, LayerRope]:
+    """How every attention layer of `model` uses RoPE, by its index.
+
+    Raises:
+        UnsupportedModel: attention does not go through the registry, or a layer does more than turn pairs.
+    """
+    name = type(model).__name__
+    seam, rotary = AttentionSeam(model), RotarySeam([site.module for site in sites])
+    calls: list[_Call] = []
+
+    def capture(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        if kwargs.get("indices") is not None:
+            raise UnsupportedModel(f"{name} picks keys with an indexer of its own, which a position map cannot follow")
+        call = _Call(module, query, key, kwargs.get("sliding_window"))
+        call.output = seam.own_attention(module)(module, query, key, value, attention_mask, **kwargs)
+        calls.append(call)
+        return call.output
+
+    unturned: list[_Call] = []
+
+    def replay(module: nn.Module, query: Tensor, key: Tensor, *_: Any, **kwargs: Any) -> Any:
+        call = calls[len(unturned)]  # the output of the first run, so that the layers behind see the same input
+        unturned.append(_Call(module, query, key, kwargs.get("sliding_window")))
+        return call.output
+
+    try:
+        seam.install(capture, seam.own_mask)
+        logits(model)
+        if not calls:
+            raise UnsupportedModel(
+                f"{name} does not call attention through transformers' attention registry, so position maps and "
+                "growing lengths cannot be patched in; static frequency scalers such as yarn:4 can, and dynamic ones "
+                "with a fixed length="
+            )
+        seam.install(replay, seam.own_mask)
+        with rotary.stilled(_GAIN):
+            logits(model)
+    except RopewalkError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(f"{name} does not run without its rotation ({type(error).__name__}: {error})") from error
+    finally:
+        seam.remove()
+    found: dict[int, LayerRope] = {}
+    for turned, plain in zip(calls, unturned, strict=True):
+        index = getattr(turned.module, "layer_idx", None)
+        if index is None:
+            raise UnsupportedModel(f"{name}: its attention layers have no number")
+        layer = _layer(model, index, turned, plain, sites)
+        if found.setdefault(index, layer) != layer:
+            raise UnsupportedModel(f"{name}: two attention layers have the number {index} and turn differently")
+    return found
+
+
+def check_written(model: PreTrainedModel, writer: RotaryWriter) -> None:
+    """See that the model's rotary modules turn by what `writer` wrote into them.
+
+    Raises:
+        UnsupportedModel: they compute their angles from something else.
+    """
+    outputs: list[tuple[nn.Module, Any]] = []
+    modules = dict.fromkeys(site.module for site in writer.scaled_sites)
+    hooks = [module.register_forward_hook(lambda module, _, out: outputs.append((module, out))) for module in modules]
+    try:
+        logits(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for site in writer.scaled_sites:
+        turns = [out for module, out in outputs if module is site.module]
+        if turns and not any(_cosines_of(site, out) for out in turns):
+            raise UnsupportedModel(
+                f"{type(model).__name__}: its rotary module computes its angles anew in every call, from the config "
+                "and not from inv_freq, so frequencies cannot be patched in; write them into the config instead"
+            )
+
+
+def _cosines_of(site: RotarySite, out: Any) -> bool:
+    """True if a rotary module's output holds the cosines of the frequencies in `site`, in any usual layout."""
+    cos = out.real if isinstance(out, Tensor) and out.is_complex() else out[0]
+    if cos.shape[-2] != TOKENS:  # positions of something else, such as compressed keys
+        return False
+    turns = torch.arange(TOKENS, dtype=torch.float64)[:, None] * site.inv_freq.double().cpu()
+    expected = torch.cos(turns) * site.attention_scaling
+    pairs = expected.shape[1]
+    found = cos.detach().double().cpu().reshape(-1, TOKENS, cos.shape[-1])[0]
+    tolerance = 1e-4 if cos.dtype in _TOLERANCE else 2e-2
+    return any(
+        one.shape == expected.shape and torch.allclose(one, expected, rtol=0, atol=tolerance)
+        for one in (found[:, :pairs], found[:, ::2])
+    )
+
+
+def _layer(model: PreTrainedModel, index: int, turned: _Call, plain: _Call, sites: list[RotarySite]) -> LayerRope:
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
+    local = turned.sliding_window is not None or is_local(layer_types[index] if 0 <= index < len(layer_types) else None)
+    pairs = ((turned.query, plain.query), (turned.key, plain.key))
+    if all(torch.equal(a, b) for a, b in pairs):
+        return LayerRope(site=None, layout=None, is_local=local)
+    for site in sorted(sites, key=lambda site: site.is_local != local):
+        for layout in _layouts(2 * len(site.inv_freq), turned.query.shape[-1]):
+            if all(_turns(layout, site, a, b) for a, b in pairs):
+                return LayerRope(site=site, layout=layout, is_local=local)
+    raise UnsupportedModel(
+        f"{type(model).__name__}: layer {index} does more to queries and keys than turn pairs of numbers (for "
+        "example a norm behind the rotation), so they cannot be turned later; static frequency scalers such as yarn:4 "
+        "can be patched"
+    )
+
+
+def _layouts(dim: int, head_dim: int) -> list[Layout]:
+    starts = {0, head_dim - dim} if dim <= head_dim else set()
+    return [Layout(start, dim, interleaved) for start in sorted(starts) for interleaved in (False, True)]
+
+
+def _turns(layout: Layout, site: RotarySite, turned: Tensor, plain: Tensor) -> bool:
+    positions = torch.arange(plain.shape[2], dtype=torch.float64)
+    frequencies = site.configured.scaler.frequencies(site.configured.rope, plain.shape[2])
+    found = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor / _GAIN, like=plain)
+    expected = layout.rotate(plain, found)
+    tolerance = _TOLERANCE.get(plain.dtype, _TOLERANCE_16_BIT) * float(turned.abs().max())
+    return torch.allclose(expected, turned, rtol=0, atol=tolerance)

@@ -1,0 +1,187 @@
+"""The rotary modules of a transformers model: found, held against the config, rewritten, restored."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...errors import UnsupportedModel
+from ...scaling.band import Band
+from ...scaling.hf import ConfiguredRope, read
+from ...scaling.rope import Scaler
+
+# inv_freq must be what the config says; a model cast to 16 bits as a whole has rounded its own.
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
+_ROUNDED_TOLERANCE = 1e-2
+
+
+def is_local(layer_type: str | None) -> bool:
+    """True for layer types whose attention sees a short window only."""
+    return layer_type is not None and any(word in layer_type for word in ("sliding", "chunked", "local"))
+
+
+@dataclass(kw_only=True, eq=False)
+class RotarySite:
+    """One set of frequencies in one rotary module; models with several layer types have one each."""
+
+    module: nn.Module
+    layer_type: str | None
+    configured: ConfiguredRope
+
+    def attribute(self, name: str) -> str:
+        """The module's name for `inv_freq` or `attention_scaling` of this layer type."""
+        return name if self.layer_type is None else f"{self.layer_type}_{name}"
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """The buffer in use, [d/2]."""
+        return getattr(self.module, self.attribute("inv_freq"))  # type: ignore[no-any-return]
+
+    @property
+    def attention_scaling(self) -> float:
+        """The factor on cos and sin in use."""
+        return float(getattr(self.module, self.attribute("attention_scaling")))
+
+    @property
+    def is_local(self) -> bool:
+        """True where attention sees a short window only, so that no distance grows with the context."""
+        return is_local(self.layer_type)
+
+    def bands(self, scaler: Scaler, length: int | None) -> tuple[Band, ...]:
+        """The bands of `scaler` for a sequence of `length` tokens."""
+        return scaler.bands(self.configured.rope_for(scaler), length)
+
+    def logit_factor(self, scaler: Scaler, positions: Tensor) -> Tensor:
+        """Temperature of the queries at `positions`; its L is all that the model reads untouched."""
+        rope = dataclasses.replace(self.configured.rope, trained_length=self.configured.max_length)
+        return scaler.logit_factor(positions, rope)
+
+
+def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:
+    """Every set of rotary frequencies of `model`, verified against its config.
+
+    Raises:
+        UnsupportedModel: there is none, or one is not what the config says.
+    """
+    configured = read(model.config.get_text_config())
+    sites = []
+    for name, module in model.named_modules():
+        if not any(key == "inv_freq" or key.endswith("_inv_freq") for key in module._buffers):
+            continue
+        for layer_type, rope in configured.items():
+            site = RotarySite(module=module, layer_type=layer_type, configured=rope)
+            if site.attribute("inv_freq") not in module._buffers:
+                raise UnsupportedModel(
+                    f"{type(model).__name__}: {name} has no {site.attribute('inv_freq')}; its position encoding is "
+                    "laid out in a way ropewalk does not know"
+                )
+            _verify(type(model).__name__, name, site)
+            sites.append(site)
+    if not sites:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no rotary position embedding that ropewalk can find; "
+            "only RoPE models can be scaled"
+        )
+    return sites
+
+
+def _verify(model_name: str, module_name: str, site: RotarySite) -> None:
+    rope = site.configured
+    expected = rope.scaler.frequencies(rope.rope)
+    actual = site.inv_freq.detach().double().cpu()
+    tolerance = _TOLERANCE.get(site.inv_freq.dtype, _ROUNDED_TOLERANCE)
+    if actual.shape != expected.inv_freq.shape or not torch.allclose(
+        actual, expected.inv_freq, rtol=tolerance, atol=1e-12
+    ):
+        raise UnsupportedModel(
+            f"{model_name}: the frequencies in {module_name} are not those of its config ({rope.scaler} at base "
+            f"{rope.rope.base:g}); it is patched by other means, or computes them in a way ropewalk does not know"
+        )
+
+
+class RotaryWriter:
+    """Writes a scaler's frequencies into a model's rotary modules and puts the original ones back.
+
+    Writes are exact and reversible: buffers are replaced, never changed, so that `restore` brings the very
+    same tensors back.
+    """
+
+    tier = "static frequencies, written into the model's own rotary modules; every attention kernel works"
+    cost = "none"
+
+    def __init__(self, sites: list[RotarySite], scaler: Scaler) -> None:
+        self.sites = sites
+        self.scaler = scaler
+        if not self.scaled_sites:
+            raise UnsupportedModel(
+                "all layers of this model that use RoPE see a sliding window only, so no distance grows with the "
+                "context and there is nothing to scale"
+            )
+        for site in self.scaled_sites:
+            site.configured.check(scaler)
+        self._originals: list[dict[str, Any]] = []
+        self._written_for: int | None = -1
+
+    @property
+    def scaled_sites(self) -> list[RotarySite]:
+        """The sites that the scaler applies to: all but sliding-window layers."""
+        return [site for site in self.sites if not site.is_local]
+
+    @property
+    def changes_frequencies(self) -> bool:
+        """False for the identity, and for scalers of other facets."""
+        return bool(self.scaler.member("frequencies") or self.scaler.member("wavelength grid"))
+
+    def write(self, length: int | None = None) -> None:
+        """Put the frequencies for a sequence of `length` tokens in place; cheap when they already are."""
+        if not self.changes_frequencies:
+            return
+        if not self.scaler.depends_on_length:
+            length = None
+        if self._written_for == length:
+            return
+        if not self._originals:
+            self._originals = [self._remember(site) for site in self.scaled_sites]
+        for site in self.scaled_sites:
+            effective = site.configured.effective(self.scaler)
+            frequencies = effective.frequencies(site.configured.rope, length)
+            device = site.inv_freq.device
+            site.module._buffers[site.attribute("inv_freq")] = frequencies.inv_freq.float().to(device)
+            setattr(site.module, site.attribute("attention_scaling"), frequencies.attention_factor)
+            # transformers recomputes `dynamic` and `longrope` frequencies inside forward; not while ours are in place
+            types: Any = site.module.rope_type
+            kept = "default" if site.layer_type is None else {**types, site.layer_type: "default"}
+            setattr(site.module, "rope_type", kept)  # noqa: B010  (nn.Module declares tensors only)
+        self._written_for = length
+
+    def apply(self) -> None:
+        """Put it back after `restore`."""
+        self.write()
+
+    def restore(self) -> None:
+        """Undo every write; the model is again what it was, to the bit."""
+        for site, original in zip(self.scaled_sites, self._originals, strict=False):
+            buffer = original["inv_freq"]
+            site.module._buffers[site.attribute("inv_freq")] = buffer.to(site.inv_freq.device)
+            setattr(site.module, site.attribute("attention_scaling"), original["attention_scaling"])
+            site.module.rope_type = original["rope_type"]
+        self._originals = []
+        self._written_for = -1
+
+    @staticmethod
+    def _remember(site: RotarySite) -> dict[str, Any]:
+        return {
+            "inv_freq": site.inv_freq,
+            "attention_scaling": getattr(site.module, site.attribute("attention_scaling")),
+            "rope_type": site.module.rope_type,
+        }
+
+
+def headline(sites: list[RotarySite]) -> RotarySite:
+    """The site that speaks for the model: the global layers' one."""
+    return next((site for site in sites if not site.is_local), sites[0])

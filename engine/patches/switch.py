@@ -1,0 +1,73 @@
+"""Scalers put into a model one after the other, and back again."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from ...errors import ConfigError, UnsupportedModel
+from ...scaling.rope import Scaler
+from ..network import Network
+from .patch import Installed, install
+from .rotary import RotarySite
+
+
+class Switch:
+    """Puts one scaler at a time into a model and into the network that runs it; the untouched model first."""
+
+    def __init__(self, hf: PreTrainedModel, sites: list[RotarySite], network: Network) -> None:
+        self._hf, self._sites, self._network = hf, sites, network
+        self._kept: dict[Scaler, Installed] = {}
+        self._refused: set[Scaler] = set()
+        self._installed = install(hf, sites, Scaler(), grows=False)
+        self.prepare(None)
+
+    @property
+    def scaler(self) -> Scaler:
+        """The one that is in place."""
+        return self._installed.scaler
+
+    def put(self, scaler: Scaler, *, keep: bool = False) -> None:
+        """Put `scaler` in the place of the one before, which stays if this one is refused or interrupted.
+
+        Args:
+            keep: remember how it is done. The second time costs nothing then, where looking at the model anew takes a
+                few short forwards.
+
+        Raises:
+            ConfigError: the scaler cannot work on this model.
+            UnsupportedModel: the model cannot be patched in the way that this scaler needs.
+        """
+        before = self._installed
+        before.restore()
+        try:
+            if keep and scaler in self._kept:
+                self._installed = self._kept[scaler]
+                self._installed.apply()
+            else:
+                self._installed = install(self._hf, self._sites, scaler, grows=False)
+            self.prepare(None)
+        except BaseException:  # Ctrl-C too, or the model would run under none while `scaler` names another
+            self._installed.restore()
+            self._installed = before
+            before.apply()
+            self.prepare(None)
+            raise
+        if keep:
+            self._kept[scaler] = self._installed
+
+    def takes(self, scaler: Scaler) -> bool:
+        """True if the model can be put under `scaler`; it is tried once."""
+        if scaler not in self._kept and scaler not in self._refused:
+            before = self.scaler
+            try:
+                self.put(scaler, keep=True)
+            except (ConfigError, UnsupportedModel):
+                self._refused.add(scaler)
+            else:
+                self.put(before, keep=True)
+        return scaler in self._kept
+
+    def prepare(self, length: int | None) -> None:
+        """Make the scaler in place ready for a sequence of `length` tokens."""
+        self._installed.write(length)
+        self._network.use(self.scaler, length)
