@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from ..tokenizer_tools.stream import StopWatch
 from ..tokenizer_tools.vocab import Vocabulary
 from .completion import Completion, Usage
@@ -11,6 +13,13 @@ from .decode import OpeningToken, Token
 from .opening import Continuation
 from .prompt import Prompt
 from .sampling import SamplingParams
+
+
+def stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """End-of-text tokens of a model's generation config and of its tokenizer."""
+    configured = getattr(hf.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
 
 
 class Answer:

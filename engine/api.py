@@ -22,7 +22,7 @@ from ..scaling.spec import parse
 from ..tokenizer_tools.cover import cover
 from ..tokenizer_tools.vocab import Vocabulary, check_text, vocabulary
 from . import identity, tunings
-from .answer import Answer
+from .answer import Answer, stop_ids
 from .auto import Choice
 from .completion import Completion, Score
 from .generation import generate_all, pieces
@@ -33,7 +33,7 @@ from .patches.rotary import headline, rotary_sites
 from .patches.switch import Switch
 from .pooled import ContextCaches, PooledAnswer, answer_all
 from .prefill import Progress
-from .prompt import Prompt
+from .prompt import Prompt, token_ids
 from .sampling import Continuing, SamplingParams
 from .score import score
 from .session import Session
@@ -107,6 +107,11 @@ class Model:
     def spec(self) -> RopeSpec:
         """The model's rotary geometry: dimension, base, trained length."""
         return headline(self.sites).configured.rope
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens that the model has; the tokenizer may make fewer."""
+        return int(self.hf.config.get_text_config().vocab_size)
 
     @property
     def trained_length(self) -> int:
@@ -213,8 +218,8 @@ class Model:
         self, question: str | bytes, contexts: Sequence[str], pooling: Pooling, params: SamplingParams
     ) -> PooledAnswer:
         """An answer over contexts, to be written: what `generate` and `stream` do with it shows each token's source."""
-        if isinstance(question, bytes):
-            raise ConfigError("with contexts the prompt is text, not bytes")
+        if not isinstance(question, str):
+            raise ConfigError(f"with contexts the prompt is text, not {type(question).__name__}")
         nbce = pooling if isinstance(pooling, NBCE) else NBCE(pooling=pooling)
         return PooledAnswer(self, question, contexts, nbce, params, self._contexts)
 
@@ -314,7 +319,15 @@ class Model:
         """Log-probabilities of `ids[first:]` given all before each, float32 [len(ids) - first] on the CPU.
 
         Give an empty `cache` (`new_cache`) to go on from there: it holds `ids[:-1]` afterwards.
+
+        Raises:
+            DataError: there are fewer than 2 ids, none from `first` on, or one that the model has not.
         """
+        ids = token_ids(ids, self.vocabulary_size)
+        if not 1 <= first < len(ids):
+            raise DataError(
+                f"first {first} of {len(ids)} token ids: there has to be one before it, and it has to exist"
+            )
         with self.turn, torch.inference_mode():
             self.prepare(len(ids))
             if cache is None:
@@ -329,6 +342,9 @@ class Model:
         """Continue token ids. `cache` may hold their beginning, written under the scaler in use.
 
         The answer begins where the ids end, unless `params.continuation` is "exact".
+
+        Raises:
+            DataError: the model has no such token.
         """
         return self._complete(self.read(ids, params.continuation), params, cache)
 
@@ -347,9 +363,13 @@ class Model:
 
         Raises:
             ContextOverflow: its text is longer than `max_length` tokens can be. Tokenizing that might take minutes.
+            ConfigError: it is neither text nor token ids.
+            DataError: the model has no such token.
         """
         longest = max(self.vocabulary.trie.longest, _LONGEST_MARK)
-        if not isinstance(prompt, list) and len(prompt) > self.max_length * longest:
+        if not isinstance(prompt, str | bytes | bytearray | memoryview):
+            prompt = token_ids(prompt, self.vocabulary_size)
+        elif len(prompt) > self.max_length * longest:
             raise ContextOverflow(
                 f"the prompt has {len(prompt):,} characters, more than {format_length(self.max_length)} tokens of at "
                 f"most {longest} bytes can hold, which {self.name} reaches with rope {str(self.rope)!r}; shorten it"
@@ -366,9 +386,7 @@ class Model:
     @property
     def stop_ids(self) -> frozenset[int]:
         """End-of-text tokens of the model's generation config and of its tokenizer."""
-        configured = getattr(self.hf.generation_config, "eos_token_id", None)
-        ids = configured if isinstance(configured, list) else [configured]
-        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+        return stop_ids(self.hf, self.tokenizer)
 
 
 def _utf8(text: str | bytes) -> bytes:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import ConfigError
 from ..tokenizer_tools.vocab import Vocabulary, vocabulary
+from .answer import stop_ids
 from .cache import new_cache
 from .network import Network
 from .opening import Continuation, open_answer
@@ -24,18 +26,24 @@ class Healed:
     Attributes:
         input_ids, attention_mask: int64 [prompts, length], padded on the left: arguments of `hf_model.generate`.
         continuations: what was done at the end of each prompt; None where nothing had to be.
+        ended: for each prompt, whether the token that was drawn ends its text; `generate` writes on all the same.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     continuations: list[Continuation | None]
+    ended: list[bool]
     prompts: list[Prompt]
     vocabulary: Vocabulary
 
     def texts(self, output_ids: Tensor) -> list[str]:
         """What follows each prompt in the output of `hf_model.generate`, [prompts, length or more]."""
         texts = []
-        for prompt, continuation, row in zip(self.prompts, self.continuations, output_ids.tolist(), strict=True):
+        rows = zip(self.prompts, self.continuations, self.ended, output_ids.tolist(), strict=True)
+        for prompt, continuation, ended, row in rows:
+            if ended:
+                texts.append("")
+                continue
             drawn = continuation is not None
             new = row[self.input_ids.shape[1] - drawn :]
             stream = prompt.text_stream(self.vocabulary)
@@ -65,7 +73,13 @@ def heal(
     Args:
         params: how to draw it; the rest of the answer is drawn as `generate` is told.
         special_tokens: whether names of special tokens in the prompts stand for them, as a chat template means them.
+
+    Raises:
+        ConfigError: there are no prompts, or one is empty and the tokenizer has no start token.
+        DataError: a prompt is not UTF-8, or holds half a surrogate pair.
     """
+    if not prompts and not isinstance(prompts, str | bytes):
+        raise ConfigError("prompts is empty; give at least one")
     params, known = params or SamplingParams(), vocabulary(tokenizer, special_tokens=special_tokens)
     generator = random_source(params, hf_model.device)
     read = [
@@ -74,23 +88,28 @@ def heal(
     ]
     rows: list[list[int]] = []
     continuations: list[Continuation | None] = []
+    ended: list[bool] = []
+    ends = stop_ids(hf_model, tokenizer)
     for prompt in read:
         weigh = prompt.weigher(Network(hf_model), known, params.repetition_penalty)
         if weigh is None:
             rows.append(prompt.ids)
             continuations.append(None)
+            ended.append(False)
             continue
         cache = new_cache(hf_model.config, len(prompt.ids))
         with torch.inference_mode():
             opening = open_answer(weigh(cache), cache, params, generator)
         rows.append([*opening.continuation.prompt_ids, opening.token])
         continuations.append(opening.continuation)
+        ended.append(opening.token in ends)
     length = max(map(len, rows))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Healed(
         input_ids=torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=hf_model.device),
         attention_mask=torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows], device=hf_model.device),
         continuations=continuations,
+        ended=ended,
         prompts=read,
         vocabulary=known,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..tokenizer_tools.boundaries import split_character
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
@@ -18,6 +20,27 @@ from .decode import Weigh
 from .network import Network
 from .opening import weigh
 from .sampling import Continuing
+
+
+def token_ids(given: object, size: int | None = None) -> list[int]:
+    """Token ids as a list of int.
+
+    Args:
+        size: tokens of the model, where that is known.
+
+    Raises:
+        ConfigError: it is no sequence of whole numbers.
+        DataError: the model has no such token.
+    """
+    try:
+        ids = list(map(operator.index, given))  # type: ignore[call-overload]
+    except TypeError:
+        raise ConfigError(
+            f"a prompt is text, UTF-8 bytes or a list of token ids, not {reprlib.repr(given)}; several go into a list"
+        ) from None
+    if size is not None and ids and not 0 <= min(ids) <= max(ids) < size:
+        raise DataError(f"token id {min(ids) if min(ids) < 0 else max(ids)} is not among this model's 0 to {size - 1}")
+    return ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +77,20 @@ class Prompt:
         """The prompt of a request.
 
         Raises:
-            ConfigError: it is empty, and the tokenizer has no start token.
+            ConfigError: it is empty, and the tokenizer has no start token, or it is neither text nor token ids.
             DataError: it is not UTF-8, or holds half a surrogate pair.
         """
+        if isinstance(prompt, bytearray | memoryview):
+            prompt = bytes(prompt)
+        if not isinstance(prompt, str | bytes):
+            prompt = token_ids(prompt)
         start = tokenizer.bos_token_id
         is_text = isinstance(prompt, str | bytes)
         if isinstance(prompt, str):
             check_text(prompt)
             _tell_of_names(vocabulary, prompt)
         if not isinstance(prompt, bytes) and (continuation == "off" or (continuation == "auto" and not is_text)):
-            ids = vocabulary.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            ids = vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
             return cls(ids=_started(ids, start), starts_text=vocabulary.walls.issuperset(ids))
         covers = cover(vocabulary, prompt)
         wanted = continuation == "exact"

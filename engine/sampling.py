@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +15,14 @@ from . import split
 
 Continuing = Literal["auto", "exact", "off"]
 
+_KINDS = {
+    "a whole number": (Integral, ("max_new_tokens", "top_k")),
+    "a number": (Real, ("temperature", "top_p", "min_p", "repetition_penalty")),
+    "a whole number, or None": (Integral | None, ("seed", "logprobs")),
+    "a number of seconds, or None": (Real | None, ("max_time",)),
+}
+_LEAST = 1e-6  # temperature, below which logits divided by it overflow
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -21,7 +30,7 @@ class SamplingParams:
 
     Args:
         max_new_tokens: most tokens to write.
-        temperature: 0 takes the likeliest token; 1 samples from the model as it is.
+        temperature: 0 takes the likeliest token; 1, or any from 1e-6 on, samples from the model as it is.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the fewest likeliest tokens whose probabilities reach p.
         min_p: keep tokens at least this fraction as likely as the likeliest.
@@ -48,9 +57,17 @@ class SamplingParams:
     continuation: Continuing = "auto"
 
     def __post_init__(self) -> None:
+        for kind, (types, names) in _KINDS.items():
+            for name in names:
+                if not isinstance(value := getattr(self, name), types):
+                    raise ConfigError(f"{name} {value!r} must be {kind}")
         checks = (
             (self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens} must be at least 1"),
-            (0 <= self.temperature < math.inf, f"temperature {self.temperature:g} must be 0 or more"),
+            (
+                self.temperature == 0 or _LEAST <= self.temperature < math.inf,
+                f"temperature {self.temperature:g} must be 0 (the likeliest token) or at least {_LEAST:g}",
+            ),
+            (self.seed is None or 0 <= self.seed < 2**64, f"seed {self.seed} must be at least 0 and below 2^64"),
             (self.top_k >= 0, f"top_k {self.top_k} must be 0 (all) or more"),
             (0 < self.top_p <= 1, f"top_p {self.top_p:g} must be above 0 and at most 1"),
             (0 <= self.min_p <= 1, f"min_p {self.min_p:g} must be between 0 and 1"),
@@ -69,10 +86,12 @@ class SamplingParams:
         for valid, message in checks:
             if not valid:
                 raise ConfigError(message)
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not (isinstance(stops, tuple | list) and all(isinstance(one, str) for one in stops)):
+            raise ConfigError(f"stop {self.stop!r} must be a string, or a list of them")
         if "" in stops:
             raise ConfigError("stop: an empty string would end every text at once; leave it out")
-        object.__setattr__(self, "stop", stops)
+        object.__setattr__(self, "stop", tuple(stops))
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -52,7 +52,6 @@ def scored_logits(
     Args:
         ids, first, cache, progress: as for `score`.
     """
-    assert 1 <= first < len(ids), (first, len(ids))
     vocabulary = network.hf.config.get_text_config().vocab_size
     scored_chunk = min(CHUNK, max(1, LOGITS_BUDGET // vocabulary))
     start, end = 0, len(ids) - 1  # token t is predicted at position t - 1; the last token is never fed

@@ -114,8 +114,7 @@ def decode_costs(
 def _decoding(model: Model, scaler: Scaler, n: int, progress: Progress) -> Callable[[], object]:
     """A decode step behind `n` tokens that were read under `scaler`."""
     model.rope = scaler
-    vocabulary = model.hf.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocabulary, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(0, model.vocabulary_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = model.new_cache(n + 64)
     task = progress.add_task(f"reading {n} tokens, {scaler}", total=n)
     prefill(model.network, ids, cache, lambda _, count: progress.advance(task, count))

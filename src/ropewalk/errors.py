@@ -80,10 +80,10 @@ class EndpointError(RopewalkError):
     """A server that cannot be reached, or answers what cannot be used."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """`" Did you mean 'yarn'?"` when `word` is close to one of `known`, else the list of all."""
     names = sorted(known)
-    close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names)}."
 
 

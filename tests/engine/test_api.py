@@ -1,7 +1,9 @@
 """The model object on the tiny trained model, against plain transformers."""
 
+import numpy as np
 import pytest
 import torch
+from live import greedy
 from transformers import AutoModelForCausalLM
 
 import ropewalk as rw
@@ -253,3 +255,46 @@ def test_a_dynamic_scaler_is_the_static_one_at_the_requests_length(model):
     assert torch.equal(both()[1], written)
     model.rope = "ntk:3"
     assert not torch.equal(both()[1], written)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "words"),
+    [
+        (("And", "God"), rw.ConfigError, "several go into a list"),
+        ([[1.5]], rw.ConfigError, "a prompt is text"),
+        ([5], rw.ConfigError, "not 5"),
+        ([[5, 10**6]], rw.DataError, "token id 1000000"),
+        ([[-1]], rw.DataError, "token id -1"),
+        (None, rw.ConfigError, "not None"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(model, wrong, error, words):
+    with pytest.raises(error, match=words):
+        model.generate(wrong, greedy(1))
+
+
+def test_bytes_of_any_kind_are_text(model):
+    for prompt in (b"import os", bytearray(b"import os"), memoryview(b"import os")):
+        assert model.generate(prompt, greedy(4)) == model.generate("import os", greedy(4))
+
+
+@pytest.mark.parametrize(
+    ("ids", "first", "words"),
+    [
+        ([], 1, "of 0 token ids"),
+        ([5], 1, "of 1"),
+        ([5, 6], 0, "first 0"),
+        ([5, 6], 2, "first 2"),
+        ([5, 9999], 1, "9999"),
+    ],
+)
+def test_ids_that_cannot_be_scored_are_refused(model, ids, first, words):
+    with pytest.raises(rw.DataError, match=words):
+        model.score_ids(ids, first)
+
+
+def test_numbers_of_other_libraries_are_numbers(model):
+    ids = np.array([5, 6, 7])
+    assert torch.equal(model.score_ids(ids), model.score_ids([5, 6, 7]))
+    params = rw.SamplingParams(max_new_tokens=np.int64(2), temperature=np.float32(0))
+    assert model.generate_ids(ids, params).token_ids == model.generate_ids([5, 6, 7], greedy(2)).token_ids

@@ -250,3 +250,21 @@ def test_one_healed_prompt(plain):
     assert healed.continuations[0].nodes > 1
     output = hf.generate(healed.input_ids, attention_mask=healed.attention_mask, do_sample=False, max_new_tokens=4)
     assert healed.texts(output)[0].startswith("er.add_")
+
+
+def test_a_healed_prompt_whose_text_ends_at_once(model, plain):
+    hf, tokenizer = plain
+    params = next(
+        params
+        for params in (rw.SamplingParams(max_new_tokens=1, seed=seed) for seed in range(2000))
+        if model.generate("he went.\n\n\n", params).token_ids[0] in model.stop_ids
+    )
+    healed = rw.heal(hf, tokenizer, "he went.\n\n\n", params)
+    assert healed.ended == [True]
+    output = hf.generate(healed.input_ids, attention_mask=healed.attention_mask, do_sample=False, max_new_tokens=4)
+    assert healed.texts(output) == [""]
+
+
+def test_no_prompts_to_heal(plain):
+    with pytest.raises(rw.ConfigError, match="prompts is empty"):
+        rw.heal(*plain, [])

@@ -73,6 +73,17 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
         {"repetition_penalty": 0.0},
         {"logprobs": -1},
         {"stop": ["a", ""]},
+        {"temperature": 1e-38},
+        {"temperature": "1"},
+        {"seed": 2**64},
+        {"seed": -1},
+        {"seed": 1.5},
+        {"max_new_tokens": 2.5},
+        {"top_k": 2.5},
+        {"max_time": "1"},
+        {"stop": None},
+        {"stop": [1]},
+        {"continuation": True},
     ],
 )
 def test_values_out_of_range_are_refused(fields):
