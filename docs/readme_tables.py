@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ropewalk.evals.continuation.methods import EXACT, HEALING, OFF, ONE_BACK, STEPS
+from ropewalk.evals.continuation.table import OVER_EXACT, summarize
 from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import format_length
 
@@ -63,9 +65,28 @@ MAP_COLUMNS = {
 }
 
 
+CUTS = {
+    "shakespeare, any character": "Shakespeare, any character",
+    "code, any character": "code, any character",
+    "shakespeare, after a space": "Shakespeare, after a space",
+    "code, word border in a token": "code, word border in a token",
+    "chinese, word border in a token": "Chinese, word border in a token",
+}
+"""The columns of the table of continuations, by the names of their cuts."""
+
+WAYS = {
+    OFF: "off",
+    HEALING: "transformers' `token_healing`",
+    ONE_BACK: "one token back",
+    STEPS: "step-by-step mask",
+    EXACT: "**exact**",
+}
+"""Its rows."""
+
+
 def tables() -> dict[str, str]:
     """Every table by the name of its block."""
-    return {"speed": _speeds(), **{name: _maps(name) for name in MAPS}}
+    return {"speed": _speeds(), **{name: _maps(name) for name in MAPS}, "continuation": _continuation()}
 
 
 def _speeds() -> str:
@@ -125,3 +146,34 @@ def _maps(name: str) -> str:
     for rope, remark in methods.items():
         lines.append(f"| `{rope}`{remark} | {' | '.join(cell(rope, column) for column in columns)} |")
     return "\n".join(lines)
+
+
+def _continuation() -> str:
+    """Ways of going on from a cut prompt, from the run docs/results/continuation."""
+    summaries = summarize(Run(DOCS / "results" / "continuation").rows)
+    values = {(summary.name, summary.method): summary.values for summary in summaries}
+    counts = sorted({summary.cuts for summary in summaries if summary.name in CUTS})
+    lines = [f"| | {' | '.join(CUTS.values())} |", "|---" * (len(CUTS) + 1) + "|"]
+    for method, title in WAYS.items():
+        cells = []
+        for name in CUTS:
+            found = [values[name, method].get(field) for field in ("next_byte_bits", "finished")]
+            cells.append(", ".join(f"{value.mean:.2f}" for value in found if value is not None))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"{' to '.join(map(str, (counts[0], counts[-1])))} cuts of each kind. Bits that the next byte takes more than "
+        "under exact, cut by cut, with 95 % intervals:",
+        "",
+        f"| | {' | '.join(CUTS.values())} |",
+        "|---" * (len(CUTS) + 1) + "|",
+    ]
+    for method in (ONE_BACK, STEPS):
+        more = [values[name, method][OVER_EXACT] for name in CUTS]
+        cells = [f"{_plain(one.mean)} ({_plain(one.low)} to {_plain(one.high)})" for one in more]
+        lines.append(f"| {WAYS[method]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _plain(value: float) -> str:
+    return f"{value:.2f}".replace("-0.00", "0.00")
