@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 from ropewalk.evals.contexts import endless_table, facts_table
+from ropewalk.evals.continuation.plot import plot_continuation
+from ropewalk.evals.continuation.table import summarize
 from ropewalk.evals.protocols.harm import Harm
 from ropewalk.evals.protocols.repeat import Repeat
 from ropewalk.evals.reports.extra_grids import extra_grids
@@ -45,11 +47,13 @@ def contexts_tables() -> dict[str, str]:
 
 
 def draw() -> None:
-    """Every plot that the two pages show."""
+    """Every plot of a run in docs/results."""
     drawn = [plot for name in RUNS for plot in plot_run(Run(RESULTS / name))]
     drawn += facts_table.plot_facts(Run(RESULTS / "facts").rows, RESULTS / "facts" / "facts")
     endless = RESULTS / "endless-tiny"
     drawn += endless_table.plot_endless(Run(endless).rows, endless / "endless")
+    summaries = summarize(Run(RESULTS / "continuation").rows)
+    drawn += plot_continuation(summaries, "smollm2-135m", RESULTS.parent / "continuation")
     for plot in drawn:
         if plot.suffix == ".png":
             plot.unlink()

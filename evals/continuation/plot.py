@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def plot_continuation(summaries: Sequence[Summary], model: str, out_stem: Path) 
         for axes, field in zip(panels, _PANELS, strict=True):
             _draw(axes, summaries, field)
         handles, labels = panels[-1].get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
+        panels[0].legend(handles, labels, ncols=len(labels), frameon=False, **above)
         note = "Bars: means over cuts; lines: 95% intervals. Of transformers' healing only the text can be seen."
         fig.supxlabel(note, **style.FOOTNOTE)
         return style.save(fig, out_stem)
@@ -49,4 +51,4 @@ def _draw(axes: Axes, summaries: Sequence[Summary], field: str) -> None:
 def _label(name: str, summaries: Sequence[Summary]) -> str:
     text, _, kind = name.partition(", ")
     cuts = next(s.cuts for s in summaries if s.name == name)
-    return f"{text}\n{kind}\n({cuts} cuts)"
+    return f"{text}\n{textwrap.fill(kind, 16)}\n({cuts} cuts)"

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drawings import overlaps
 
+from ropewalk.evals.reports import style
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.statistics import block_interval
 
@@ -84,3 +86,15 @@ def smollm_run(make_run: MakeRun) -> Run:
             "rerope:4k|logn": {2: 3.53, 8: 3.48, 10: 3.48, 16: 3.47},
         }
     )
+
+
+@pytest.fixture(autouse=True)
+def _no_text_over_another(monkeypatch):
+    """Whatever a test draws can be read."""
+    save = style.save
+
+    def checked(fig, out_stem):
+        assert overlaps(fig) == []
+        return save(fig, out_stem)
+
+    monkeypatch.setattr(style, "save", checked)

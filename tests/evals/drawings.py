@@ -6,7 +6,11 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
+
+_TOUCHING = 2  # pixels that two texts may share: the boxes of letters without descenders are empty there
 
 
 def texts(svg: Path) -> list[str]:
@@ -22,3 +26,21 @@ def assert_drawn(paths: tuple[Path, Path]) -> None:
         assert np.asarray(image.convert("L")).std() > 5
     assert svg.suffix == ".svg"
     assert texts(svg)
+
+
+def overlaps(fig: Figure) -> list[tuple[str, str]]:
+    """Texts of a figure that are written over one another."""
+    fig.draw_without_rendering()
+    axes = [axis for one in fig.axes for axis in (one.xaxis, one.yaxis)]
+    ticks = {id(label) for axis in axes for tick in _ticks(axis) for label in (tick.label1, tick.label2)}
+    shown = {id(label) for axis in axes for tick in axis._update_ticks() for label in (tick.label1, tick.label2)}
+    found = [
+        (text.get_text(), text.get_window_extent().padded(-_TOUCHING / 2))
+        for text in fig.findobj(Text)
+        if text.get_visible() and text.get_text().strip() and (id(text) not in ticks or id(text) in shown)
+    ]
+    return [(a, b) for n, (a, one) in enumerate(found) for b, other in found[:n] if one.overlaps(other)]
+
+
+def _ticks(axis):
+    return [*axis.get_major_ticks(), *axis.get_minor_ticks()]
