@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Small tensors: more threads cost more than they give, and `make test` runs a worker for every core.
 torch.set_num_threads(1)
+
+# No deadline: tests share their machine, and a slow example is not a wrong one.
+settings.register_profile("ropewalk", deadline=None, max_examples=50)
+settings.load_profile("ropewalk")
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 

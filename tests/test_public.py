@@ -22,7 +22,8 @@ def run(code):
 def test_every_public_name_is_there_and_documented():
     for name in rw.__all__:
         value = getattr(rw, name)
-        assert name == "__version__" or value.__doc__
+        written = f"{name}("  # what a dataclass writes where nobody did
+        assert name == "__version__" or (value.__doc__ and not value.__doc__.startswith(written)), name
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = rw.lod
 

@@ -99,12 +99,13 @@ def test_after_the_chat_header_nothing_is_drawn_again(chatting):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["yarn:4", "rerope:2k|logn", "self-extend:8,window=1k"])
-def test_every_scaler_gives_the_same_law_as_a_fresh_run(model, spec):
+def test_every_scaler_gives_the_law_that_transformers_modules_give(model, spec):
     text = "It was a dark and stormy night; the rain fell in torrents. " * 12 + "import nump"
     model.rope = spec
     try:
-        chunks = [model.next_byte_logprobs(text) for _ in range(2)]
-        assert torch.equal(*chunks)
-        assert chunks[0].argmax() == ord("y")
+        law = model.next_byte_logprobs(text)
+        other = rw.load("smollm2-135m", rope=spec, compile=False).next_byte_logprobs(text)
+        assert torch.allclose(law.exp(), other.exp(), atol=1e-4)
+        assert law.argmax() == ord("y")
     finally:
         model.rope = None

@@ -124,8 +124,8 @@ def test_sliding_is_what_transformers_documents(tmp_path, model):
     ids = body(model)[:length]
     exact = documented_by_transformers(model.hf, ids, 64, 32, exact_weights=True)
     assert row["loss"] == pytest.approx(exact, abs=1e-5)
-    assert row["loss"] == pytest.approx(
-        documented_by_transformers(model.hf, ids, 64, 32, exact_weights=False), abs=5e-3
+    assert row["loss"] != pytest.approx(
+        documented_by_transformers(model.hf, ids, 64, 32, exact_weights=False), abs=1e-4
     )
 
 

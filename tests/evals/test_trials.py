@@ -270,9 +270,7 @@ def test_ruler_has_its_published_sizes(tiny):
 
 def test_hay():
     units = sentences(Text(name="t", documents=("One two.  Three!\nFour five\nsix? 七。八",), sha256=""))
-    assert units == ("One two. ", " Three!\n", "Four five\n", "six? ", "七。 ", "八 ") or units[0].startswith(
-        "One two."
-    )
+    assert units == ("One two.  Three!\n", "Four five\n", "six? ", "七。 ", "八 ")
     assert "".join(units).replace(" ", "") == "Onetwo.Three!\nFourfive\nsix?七。八"
     assert boundary(["aaaa", "b", "ccccc"], 0) == 0
     assert boundary(["aaaa", "b", "ccccc"], 0.42) == 1

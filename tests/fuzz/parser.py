@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import ropewalk as rw
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 WORK = Path(tempfile.mkdtemp(prefix="ropewalk-fuzz-"))
+atexit.register(shutil.rmtree, WORK, ignore_errors=True)
 
 
 @dataclass(frozen=True)

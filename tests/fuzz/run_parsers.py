@@ -7,6 +7,7 @@ import io
 import json
 import os
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from hypothesis import strategies as st
@@ -100,11 +101,11 @@ def _tunings() -> st.SearchStrategy[bytes]:
 
 
 def _tuning(value: bytes) -> None:
-    os.environ["ROPEWALK_CACHE"] = str(WORK)
     (WORK / "tuned").mkdir(exist_ok=True)
     (WORK / "tuned" / "m.json").write_bytes(value)
-    for tuning in tunings.read("m"):
-        tuning.as_json()
+    with mock.patch.dict(os.environ, ROPEWALK_CACHE=str(WORK)):
+        for tuning in tunings.read("m"):
+            tuning.as_json()
 
 
 def _text_file(value: bytes) -> None:

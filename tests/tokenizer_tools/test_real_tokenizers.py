@@ -87,6 +87,7 @@ TOKENIZERS = {
     "nfkc": nfkc,
     "t5-like": t5_like,
 }
+NORMALIZING = ("nfkc", "t5-like", "unigram")
 CASES = [pytest.param(name, marks=[pytest.mark.model] if name == "smollm2" else []) for name in TOKENIZERS]
 
 
@@ -105,14 +106,14 @@ def spans(seed, count):
         yield span, rng.randint(1, len(span.encode()))
 
 
-def test_the_uncut_texts_tokens_begin_with_a_cover(known):
+def test_the_uncut_texts_tokens_begin_with_a_cover(known, request):
     changed = 0
     for text, cut in spans(0, 250):
         covered = cover(known, text.encode()[:cut])
         tokens = known.encode(text)
         whole, reached, n = known.text_bytes(tokens), 0, 0
         if not whole.startswith(covered.text):  # what follows changed how the prompt is normalized
-            assert known.name in ("Tokenizer", "SentencePieceProcessor"), text
+            assert request.node.callspec.params["known"] in NORMALIZING, text
             changed += 1
             continue
         while reached < len(covered.text):
@@ -139,12 +140,13 @@ def test_few_nodes_are_left_to_run(known):
     assert max(sizes) <= 12
 
 
-def test_bytes_of_the_tokens_are_the_text(known):
+def test_bytes_of_the_tokens_are_the_text(known, request):
+    if request.node.callspec.params["known"] in NORMALIZING:
+        assert known.text_bytes(known.encode("ﬁ  a")).strip() != b"\xef\xac\x81  a"
+        return
     for text, _ in spans(2, 40):
         ids = known.encode(text)
-        if known.name in ("Tokenizer", "SentencePieceProcessor"):
-            continue  # these normalize
-        assert known.text_bytes(ids).removeprefix(b" ") == text.encode().removeprefix(b" ")
+        assert known.text_bytes(ids) in (text.encode(), b" " + text.encode())  # some put a space in front
 
 
 def test_trailing_space_that_a_normalizer_strips_is_kept():
