@@ -17,7 +17,8 @@ class LongRoPE(Factored):
     """LongRoPE: theta_i / lambda_i with the `short` list up to L tokens and the `long` list beyond.
 
     m = sqrt(1 + ln s / ln L) on cos and sin, at every length, unless given. Which list holds is decided
-    once for a request, by its length. Source: Ding et al., arXiv 2402.13753.
+    by the length of a request; in a patched model, unless a length is given, by that of each growing
+    sequence. Source: Ding et al., arXiv 2402.13753.
 
     Args:
         factor: s, at least 1; sets m and the reach.
