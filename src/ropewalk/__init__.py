@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .engine.opening import Continuation
     from .engine.patches.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
+    from .engine.session import Session
     from .evals.tuning.tune import tune
     from .scaling.spec import parse
     from .tokenizer_tools.windows import windows
@@ -56,12 +57,14 @@ _LAZY = {
     "PatchHandle": ".engine.patches.patch",
     "patch": ".engine.patches.patch",
     "SamplingParams": ".engine.sampling",
+    "Session": ".engine.session",
     "parse": ".scaling.spec",
     "tune": ".evals.tuning.tune",
     "windows": ".tokenizer_tools.windows",
 }
 
 __all__ = [
+    "NBCE",
     "AssetError",
     "Completion",
     "ConfigError",
@@ -72,13 +75,13 @@ __all__ = [
     "Export",
     "Healed",
     "Model",
-    "NBCE",
     "OutOfMemory",
     "PatchError",
     "PatchHandle",
     "RopewalkError",
     "SamplingParams",
     "Score",
+    "Session",
     "UnsupportedModel",
     "__version__",
     "evals",
