@@ -136,7 +136,7 @@ def _arguments(value: Any) -> str:
         one.replace(annotation=inspect.Parameter.empty, default=... if inspect.isfunction(one.default) else one.default)
         for one in taken
     ]
-    return str(inspect.Signature(plain))
+    return str(inspect.Signature(plain)).replace("Ellipsis", "...")
 
 
 def file_tree() -> str:
