@@ -51,7 +51,7 @@ def base(
     answer = (
         base_report(tokens, known.rope.dim, base=known.rope.base)
         if known
-        else base_report(tokens, dim or _DIM, base=base)
+        else base_report(tokens, _DIM if dim is None else dim, base=base)
     )
     _print_bound(answer)
     if known is None:
@@ -86,7 +86,7 @@ def _known(model: str | None, dim: int | None, base: float | None, trained: str 
     from ...scaling import RopeSpec, Scaler, parse_length
     from ...scaling.hf import ConfiguredRope
 
-    rope = RopeSpec(dim=dim or _DIM, base=base, trained_length=parse_length(trained))
+    rope = RopeSpec(dim=_DIM if dim is None else dim, base=base, trained_length=parse_length(trained))
     return ConfiguredRope(rope=rope, scaler=Scaler(), max_length=rope.trained_length)
 
 

@@ -89,3 +89,9 @@ def test_lengths_that_do_not_work() -> None:
         base("4x", "--base", "1e4")
     with pytest.raises(ConfigError, match="length 512 is below the trained length 1024"):
         base("512", "--base", "1e4", "--trained", "1k")
+
+
+def test_a_dimension_of_nothing_is_not_the_default() -> None:
+    for more in ([], ["--base", "1e4", "--trained", "1k"]):
+        with pytest.raises(ConfigError, match="0 must be even"):
+            base("4k", "--dim", "0", *more)
