@@ -99,10 +99,11 @@ def _parsed_once(reader: Any) -> Iterator[None]:
 
 def _convert(file: GgufFile, out: Path, *, quiet: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     scaling = _rope_parameters(file)
     console = Console(file=sys.stderr, quiet=quiet)  # this very stream: transformers gets another one meanwhile
-    shown = console.status(f"converting {file.path.name}") if console.is_terminal else contextlib.nullcontext()
+    shown = console.status(escape(f"converting {file.path.name}")) if console.is_terminal else contextlib.nullcontext()
     with shown, silent_transformers(), _parsed_once(file.reader):
         model, tokenizer = _load(file.path)
         if scaling is not None:

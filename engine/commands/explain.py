@@ -34,6 +34,7 @@ def explain(model: str, length: str | None, out: Path | None) -> None:
     running engines.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from ...scaling.lengths import format_length, parse_length
 
@@ -44,7 +45,7 @@ def explain(model: str, length: str | None, out: Path | None) -> None:
     )
     console = Console()
     console.print(
-        f"{model}: rotary dimension {first.rope.dim}, base {first.rope.base:g}, trained on "
+        f"{escape(model)}: rotary dimension {first.rope.dim}, base {first.rope.base:g}, trained on "
         f"{format_length(first.rope.trained_length)} tokens, looked at {format_length(tokens)}",
         highlight=False,
     )
@@ -53,7 +54,7 @@ def explain(model: str, length: str | None, out: Path | None) -> None:
         from ...evals.reports.engine_plot import plot_readings
 
         for path in plot_readings(readings, tokens, Path(model).name, out.with_suffix("")):
-            console.print(f"drawn  {path}", highlight=False)
+            console.print(f"drawn  {escape(str(path))}", highlight=False)
 
 
 def _readings(model: str) -> list[Reading]:
@@ -90,6 +91,7 @@ def _load(path: Path) -> dict[str, object]:
 
 def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     from ...scaling.lengths import format_length
@@ -108,7 +110,7 @@ def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
         same = one is first or agrees(one, first, tokens)
         table.add_row(
             one.engine,
-            one.label,
+            escape(one.label),
             m,
             slowed,
             format_length(one.max_length) if one.max_length else "any length",
@@ -118,4 +120,4 @@ def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
     console.print("m multiplies cos and sin; slowed by: the slowest rotary pair against the plain one.", style="dim")
     for one in readings:
         for note in one.notes:
-            console.print(f"[bold]{one.engine}[/] {note}", highlight=False)
+            console.print(f"[bold]{one.engine}[/] {escape(note)}", highlight=False)

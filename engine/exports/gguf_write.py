@@ -125,6 +125,7 @@ def cached_gguf(folder: Path, dtype: str) -> Path:
         ConfigError, UnsupportedModel, AssetError: as `write_gguf`.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     files = sorted(file for file in folder.iterdir() if file.is_file())
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -134,7 +135,7 @@ def cached_gguf(folder: Path, dtype: str) -> Path:
     if not target.exists():
         what = f"{folder.name} as {dtype} GGUF"
         console = Console(file=sys.stderr)
-        shown = console.status(f"writing {what}") if console.is_terminal else contextlib.nullcontext()
+        shown = console.status(escape(f"writing {what}")) if console.is_terminal else contextlib.nullcontext()
         needed = 2 * sum(size for _, size, _ in states)  # float32 of a checkpoint in 16 bits
         with shown, filling(target, needed=needed, what=what) as work:
             if work is not None:

@@ -1,6 +1,7 @@
 """`ropewalk explain` and `ropewalk export` as people type them."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -56,6 +57,18 @@ def test_it_is_drawn(run, exported, tmp_path):
     assert (tmp_path / "read.png").stat().st_size > 10_000 and "drawn" in result.output
     drawn = (tmp_path / "read.svg").read_text()
     assert "transformers, vLLM, ExLlamaV3: m = 1.3" in drawn and "SGLang, llama.cpp, mlx-lm: m = 1.139" in drawn
+
+
+@pytest.mark.parametrize("name", ["[v2]", "[", "x[/a]"])
+def test_names_are_shown_as_they_are(run, tiny_folder, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(name)
+    folder.mkdir(parents=True)
+    config = json.loads((tiny_folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    shown = run("explain", folder / "config.json", "--out", folder / "x.png").output
+    assert f"{name}/config.json: rotary" in shown and f"drawn  {name}/x.png" in shown
 
 
 def test_engines_that_refuse_are_left_out_of_the_plot(tiny_folder, tmp_path):

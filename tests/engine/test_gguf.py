@@ -155,6 +155,13 @@ def test_nothing_is_printed_and_the_loggers_are_put_back(write, tmp_path, capfd)
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
+def test_a_terminal_sees_the_name_as_it_is(write, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    path = write().rename(tmp_path / "[v2].gguf")
+    convert_gguf(path, tmp_path / "out")
+    assert "converting [v2].gguf" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(("pre", "expected"), [("smollm", ["ĠĠ", "1", "2", "x"]), ("gpt-2", ["Ġ", "Ġ", "1", "2", "x"])])
 def test_digits_are_split_as_the_tokenizer_was_trained(write, tmp_path, pre, expected):
     """GPT-2's expression alone takes the last space along with the number."""
