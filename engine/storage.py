@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -15,9 +16,10 @@ from filelock import FileLock, Timeout
 
 from ..errors import AssetError
 
-__all__ = ["cache_dir", "filling", "new_folder", "write_atomic"]
+__all__ = ["cache_dir", "filling", "make_room", "new_folder", "write_atomic"]
 
 _MB = 1_000_000
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
 def cache_dir() -> Path:
@@ -37,22 +39,20 @@ def filling(target: Path, *, needed: int, what: str) -> Iterator[Path | None]:
     Raises:
         AssetError: less than `needed` bytes are free, or the disk cannot be written.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _turn(target.with_name(f".{target.name}.lock"), what):
-            if target.exists():
-                yield None
-                return
-            for leftover in target.parent.glob(f".{target.name}-*.partial"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            _require_space(target.parent, needed, what, "set ROPEWALK_CACHE to a folder on a larger disk")
-            with _becoming(target) as work:
-                yield work
-    except OSError as error:
-        raise AssetError(
-            f"{what}: cannot write to the cache folder {target.parent} ({error.strerror or error}); "
-            "set ROPEWALK_CACHE to a folder that can be written"
-        ) from error
+    told = (
+        f"{what}: cannot write to the cache folder {target.parent}",
+        "; set ROPEWALK_CACHE to a folder that can be written",
+    )
+    with contextlib.ExitStack() as stack:
+        with _told(*told):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_turn(target.with_name(f".{target.name}.lock"), what))
+            there = target.exists()
+            if not there:
+                for leftover in target.parent.glob(f".{target.name}-*.partial"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                _require_space(target.parent, needed, what, "set ROPEWALK_CACHE to a folder on a larger disk")
+        yield None if there else stack.enter_context(_becoming(target, *told))
 
 
 @contextlib.contextmanager
@@ -65,13 +65,20 @@ def new_folder(target: Path, *, needed: int) -> Iterator[Path]:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise AssetError(f"{target} exists and is not an empty folder; choose another name, or delete it first")
-    try:
+    make_room(target, needed)
+    with _becoming(target, f"{target}: cannot be written") as work:
+        yield work
+
+
+def make_room(target: Path, needed: int) -> None:
+    """Make the folder that `target` will be in.
+
+    Raises:
+        AssetError: it cannot be made, or less than `needed` bytes are free there.
+    """
+    with _told(f"{target}: cannot be written"):
         target.parent.mkdir(parents=True, exist_ok=True)
         _require_space(target.parent, needed, str(target), "choose a folder on a larger disk")
-        with _becoming(target) as work:
-            yield work
-    except OSError as error:
-        raise AssetError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -92,15 +99,36 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _becoming(target: Path) -> Iterator[Path]:
-    """A folder in scratch space beside `target` that takes its place at the end."""
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}-", suffix=".partial", dir=target.parent, ignore_cleanup_errors=True
-    ) as scratch:
-        work = Path(scratch) / "result"
-        work.mkdir()
-        yield work
-        work.replace(target)
+def _becoming(target: Path, failed: str, remedy: str = "") -> Iterator[Path]:
+    """A folder in scratch space beside `target` that takes its place at the end; `failed` and `remedy` as `_told`."""
+    with contextlib.ExitStack() as stack:
+        with _told(failed, remedy):
+            scratch = tempfile.TemporaryDirectory(
+                prefix=f".{target.name}-", suffix=".partial", dir=target.parent, ignore_cleanup_errors=True
+            )
+            work = Path(stack.enter_context(scratch)) / "result"
+            work.mkdir()
+        with _told(failed, remedy, within=work.parent):
+            yield work
+        with _told(failed, remedy):
+            work.replace(target)
+
+
+@contextlib.contextmanager
+def _told(failed: str, remedy: str = "", *, within: Path | None = None) -> Iterator[None]:
+    """Raise errors of the system as AssetError: what failed, why, and what to do.
+
+    Args:
+        within: a folder; the errors of a block that does more than write to it, and does not name a file there, pass,
+            but for those of a disk that is full or broken.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = within in Path(str(error.filename)).absolute().parents
+        if within is not None and not named and error.errno not in _OF_THE_DISK:
+            raise
+        raise AssetError(f"{failed} ({error.strerror or error}){remedy}") from error
 
 
 @contextlib.contextmanager

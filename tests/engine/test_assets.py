@@ -1,5 +1,6 @@
 """Fetching with a fake pip (a small script run for real), with the real pip off line, and once from the index."""
 
+import functools
 import hashlib
 import io
 import json
@@ -158,6 +159,19 @@ def test_a_file_in_the_downloads_folder_is_used_and_left(tales, cache):
     assert not path.with_name("pip-calls").exists()
 
 
+def test_a_file_in_the_downloads_folder_that_cannot_be_read(tales, cache, monkeypatch):
+    path = tales()
+    (cache / "downloads").mkdir(parents=True)
+    (cache / "downloads" / path.name).write_bytes(path.read_bytes())
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(archive.hashlib, "file_digest", denied)
+    with pytest.raises(AssetError, match=r"downloads.*: cannot be read \(Permission denied\)"):
+        assets.fetch("tales")
+
+
 def test_a_wrong_file_in_the_downloads_folder(tales, cache):
     path = tales()
     (cache / "downloads").mkdir(parents=True)
@@ -184,6 +198,17 @@ def test_a_cache_that_cannot_be_written(tales, tmp_path, monkeypatch):
     monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path / "file" / "below"))
     with pytest.raises(AssetError, match=r"cannot write to the cache folder .*; set ROPEWALK_CACHE"):
         assets.fetch("tales")
+
+
+@pytest.mark.parametrize("make", [functools.partial(storage.filling, what="a"), storage.new_folder])
+def test_errors_of_who_fills_a_folder_are_not_those_of_the_disk(tmp_path, make):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), make(tmp_path / "a", needed=0):
+        (tmp_path / "elsewhere").read_text()
+    with pytest.raises(AssetError, match=r"cannot .*No space left on device"), make(tmp_path / "a", needed=0):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(AssetError, match=r"cannot .*No such file"), make(tmp_path / "a", needed=0) as work:
+        (work / "none" / "file").write_text("")
+    assert kept(tmp_path) == []
 
 
 def test_ctrl_c_during_the_download_stops_pip_and_leaves_nothing(tales, cache, monkeypatch):
