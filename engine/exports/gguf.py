@@ -10,7 +10,7 @@ from gguf import GGUFValueType, GGUFWriter
 from ...errors import AssetError, UnsupportedModel
 from ...scaling.gguf_rope import GgufRope
 from ..checkpoints.gguf_file import GgufFile
-from ..storage import new_folder
+from ..storage import make_room, new_folder
 from . import launch
 from .gguf_write import add_rope, write_gguf, writing
 
@@ -28,7 +28,7 @@ def place(out: Path, target: str, length: int, needed: int, write: Callable[[Pat
     ollama.
 
     Raises:
-        AssetError: something is at `out`.
+        AssetError: something is at `out`, its folder cannot be made, or less than `needed` bytes are free there.
     """
     if target == "ollama":
         with new_folder(out, needed=needed) as work:
@@ -37,7 +37,7 @@ def place(out: Path, target: str, length: int, needed: int, write: Callable[[Pat
         return
     if out.exists():
         raise AssetError(f"{out} exists; choose another name, or delete it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_room(out, needed)
     write(out)
 
 

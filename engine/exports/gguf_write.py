@@ -115,7 +115,8 @@ def writing(path: Path, arch: str, **options: Any) -> Iterator[GGUFWriter]:
     except OSError as error:
         raise AssetError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # such as that its folder is none, which the error above says
+            unfinished.unlink(missing_ok=True)
 
 
 def cached_gguf(folder: Path, dtype: str) -> Path:

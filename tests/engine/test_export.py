@@ -157,12 +157,29 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(tiny_folder, tmp_path, 
     monkeypatch.setattr("ropewalk.engine.exports.folder.shutil.copyfile", full)
     with pytest.raises(rw.AssetError, match="No space left on device"):
         rw.export(tiny_folder, tmp_path / "other")
+
+    def denied(source, _):
+        raise PermissionError(13, "Permission denied", str(source))
+
+    monkeypatch.setattr("ropewalk.engine.exports.folder.shutil.copyfile", denied)
+    with pytest.raises(rw.AssetError, match=r"tiny-llama/.*: cannot be read \(Permission denied\)"):
+        rw.export(tiny_folder, tmp_path / "other")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gguf", "out"]
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     with pytest.raises(rw.AssetError, match=r"no \.safetensors weights"):
         rw.export(bare, tmp_path / "other")
+
+
+def test_a_gguf_file_needs_a_folder_and_room(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(rw.AssetError, match=r"file/x\.gguf: cannot be written \((File exists|Not a directory)\)"):
+        rw.export(tiny_folder, tmp_path / "file" / "x.gguf", target="llama.cpp")
+    usage = type("Usage", (), {"free": 1_000_000})
+    monkeypatch.setattr("ropewalk.engine.storage.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(rw.AssetError, match=r"x\.gguf needs \d+ MB of disk space in .*, which has 1 MB free"):
+        rw.export(tiny_folder, tmp_path / "x.gguf", target="llama.cpp")
 
 
 def test_servers_get_a_script_with_the_command_and_the_overrides(tiny_folder, tmp_path):

@@ -170,6 +170,9 @@ def test_mistakes_are_refused(tiny_folder, tmp_path):
         write_gguf(tmp_path, tmp_path / "out.gguf")
     with pytest.raises(rw.AssetError, match=r"out\.gguf: cannot be written"):
         write_gguf(tiny_folder, tmp_path / "none" / "out.gguf")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(rw.AssetError, match=r"out\.gguf: cannot be written \(Not a directory\)"):
+        write_gguf(tiny_folder, tmp_path / "file" / "out.gguf")
     with pytest.raises(rw.ConfigError, match="'logn' sets the temperature"):
         write_gguf(rw.load(tiny_folder, rope="yarn:2|logn"), tmp_path / "out.gguf")
 
