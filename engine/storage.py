@@ -111,6 +111,8 @@ def _becoming(target: Path, failed: str, remedy: str = "") -> Iterator[Path]:
         with _told(failed, remedy, within=work.parent):
             yield work
         with _told(failed, remedy):
+            for file in work.rglob("*"):  # safetensors makes files that only their owner can read
+                file.chmod(file.stat().st_mode | 0o666 & ~_umask())
             work.replace(target)
 
 

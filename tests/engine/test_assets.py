@@ -4,6 +4,8 @@ import functools
 import hashlib
 import io
 import json
+import os
+import stat
 import subprocess
 import sys
 import tarfile
@@ -209,6 +211,19 @@ def test_errors_of_who_fills_a_folder_are_not_those_of_the_disk(tmp_path, make):
     with pytest.raises(AssetError, match=r"cannot .*No such file"), make(tmp_path / "a", needed=0) as work:
         (work / "none" / "file").write_text("")
     assert kept(tmp_path) == []
+
+
+def test_what_is_kept_can_be_read_by_others_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with storage.filling(tmp_path / "a", needed=0, what="a") as work:
+            for name, mode in (("private", 0o600), ("script", 0o700)):
+                (work / name).touch()
+                (work / name).chmod(mode)
+    finally:
+        os.umask(before)
+    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [tmp_path / "a", *(tmp_path / "a").iterdir()]}
+    assert found == {"a": 0o750, "private": 0o640, "script": 0o740}
 
 
 def test_ctrl_c_during_the_download_stops_pip_and_leaves_nothing(tales, cache, monkeypatch):
