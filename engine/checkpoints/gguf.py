@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["conversion_folder", "convert_gguf", "converted_gguf"]
 
-_REVISION = 1
+_REVISION = 2
 """Raised when the conversion changes, so that folders of an older one are not used."""
 
 _SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}

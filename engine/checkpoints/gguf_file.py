@@ -101,7 +101,8 @@ class GgufFile:
 
     @property
     def rope(self) -> GgufRope:
-        """What the file says of the rotary frequencies.
+        """What the file says of the rotary frequencies, as llama.cpp takes it: a factor may stand under an older key,
+        and is a linear one where no type is given.
 
         Raises:
             UnsupportedModel: LongRoPE's two sets of divisors, which depend on the server's settings, or scaling of a
@@ -112,6 +113,10 @@ class GgufFile:
             name.removeprefix(prefix): self.field(name) for name in self.reader.fields if name.startswith(prefix)
         }
         scaling.pop("finetuned", None)
+        if "factor" not in scaling and (older := self.field("{arch}.rope.scale_linear")) is not None:
+            scaling["factor"] = older
+        if "type" not in scaling and scaling.get("factor") not in (None, 0, 1):
+            scaling["type"] = "linear"
         kind, divisors = scaling.get("type", "none"), self.tensors.get("rope_freqs.weight")
         if (
             kind not in _SCALING_KEYS

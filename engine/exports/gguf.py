@@ -63,7 +63,8 @@ def rewrite_gguf(file: GgufFile, out: Path, rope: GgufRope, context_length: int)
 def _copy_fields(file: GgufFile, writer: GGUFWriter) -> None:
     """All fields but those of the rotary embedding and what the writer sets itself."""
     arch = file.arch
-    own = {f"{arch}.context_length", f"{arch}.rope.freq_base", f"{arch}.rope.dimension_count", "general.architecture"}
+    rotary = ("freq_base", "dimension_count", "scale_linear")
+    own = {"general.architecture", f"{arch}.context_length", *(f"{arch}.rope.{key}" for key in rotary)}
     for name, field in file.reader.fields.items():
         if name in own or name.startswith(("GGUF.", f"{arch}.rope.scaling.")):
             continue

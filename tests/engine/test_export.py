@@ -244,6 +244,7 @@ def test_an_architecture_without_divisors_takes_what_needs_none(tiny_folder, tmp
     path = write_gguf(tiny_folder, tmp_path / "llama.gguf", "f32")
     file = GgufFile(path)
     writer = gguf.GGUFWriter(tmp_path / "qwen2.gguf", "qwen2")
+    writer.add_float32("qwen2.rope.scale_linear", 2.0)
     for name in ("context_length", "embedding_length", "attention.head_count", "rope.freq_base"):
         value = file.field(f"llama.{name}")
         kind = gguf.GGUFValueType.FLOAT32 if isinstance(value, float) else gguf.GGUFValueType.UINT32
@@ -256,6 +257,7 @@ def test_an_architecture_without_divisors_takes_what_needs_none(tiny_folder, tmp
     for spec in ("linear:4", "ntk:4", "yarn:4"):
         done = rw.export(tmp_path / "qwen2.gguf", tmp_path / f"{spec[:3]}.gguf", rope=spec, target="llama.cpp")
         assert done.length == 4 * TRAINED
+        assert GgufFile(done.path).field("qwen2.rope.scale_linear") is None, "it would slow the positions as well"
     with pytest.raises(
         rw.UnsupportedModel, match=r"is a qwen2 model, for which llama\.cpp is not known to read divisors"
     ):

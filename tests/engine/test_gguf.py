@@ -180,10 +180,19 @@ def yarn(writer):
     writer.add_rope_scaling_orig_ctx_len(32)
 
 
+def older(writer, factor=4.0):
+    writer.add_float32("llama.rope.scale_linear", factor)
+
+
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
         (linear, {"rope_type": "linear", "factor": 4.0}),
+        (lambda w: w.add_rope_scaling_factor(4.0), {"rope_type": "linear", "factor": 4.0}),
+        (lambda w: w.add_rope_scaling_factor(1.0), {"rope_type": "default"}),
+        (older, {"rope_type": "linear", "factor": 4.0}),
+        (lambda w: (linear(w), older(w, 2.0)), {"rope_type": "linear", "factor": 4.0}),
+        (lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.NONE), older(w)), {"rope_type": "default"}),
         (
             yarn,
             {
@@ -247,6 +256,7 @@ def test_other_divisors_and_a_temperature_become_longrope_factors(write, tmp_pat
     [
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "'longrope'"),
         (lambda w: (yarn(w), w.add_rope_scaling_attn_factors(1.2)), "'yarn' with attn_factor"),
+        (lambda w: (older(w), w.add_rope_scaling_attn_factors(1.2)), "'linear' with attn_factor"),
     ],
 )
 def test_rotary_scaling_that_would_be_lost_is_refused(write, tmp_path, extra, words):
