@@ -69,6 +69,8 @@ def _copy_fields(file: GgufFile, writer: GGUFWriter) -> None:
         if name in own or name.startswith(("GGUF.", f"{arch}.rope.scaling.")):
             continue
         kind = field.types[0]
+        if kind == GGUFValueType.ARRAY and not field.data:
+            continue  # gguf writes no empty array
         of = field.types[-1] if kind == GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), kind, sub_type=of)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import struct
 import subprocess
 
 import gguf
@@ -238,6 +239,18 @@ def test_another_gguf_file_keeps_its_quantized_weights_and_fields(tiny_folder, t
     assert other.field("llama.context_length") == 1024 and again.field("llama.context_length") == 100
     found = [one.configured.scaler.frequencies(one.configured.rope).inv_freq for one in (other, again)]
     assert torch.equal(*found), "the file's own scaling is kept where none is asked for"
+
+
+def test_empty_arrays_of_a_gguf_file_are_left_out(tiny_folder, tmp_path):
+    first = write_gguf(tiny_folder, tmp_path / "first.gguf").read_bytes()
+    count = int.from_bytes(first[16:24], "little") + 1
+    name = b"some.list"  # gguf would not write it; 64 bytes in all, so that the tensors stay aligned
+    name += b"." * (64 - 8 - len(name) - 16)
+    empty = len(name).to_bytes(8, "little") + name + struct.pack("<IIQ", 9, 8, 0)
+    (tmp_path / "more.gguf").write_bytes(first[:16] + count.to_bytes(8, "little") + empty + first[24:])
+    assert GgufFile(tmp_path / "more.gguf").field(name.decode()) == []
+    done = rw.export(tmp_path / "more.gguf", tmp_path / "out.gguf", rope="ntk:4", target="llama.cpp")
+    assert GgufFile(done.path).field(name.decode()) is None
 
 
 def test_an_architecture_without_divisors_takes_what_needs_none(tiny_folder, tmp_path):
