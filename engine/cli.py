@@ -10,7 +10,7 @@ from typing import Any, Literal
 import click
 
 from .. import __version__
-from ..errors import RopewalkError
+from ..errors import DataError, RopewalkError
 from .commands.options import loads_a_model
 
 COMMANDS = {
@@ -205,10 +205,13 @@ def generate(
         )
     if window and not over_contexts:
         raise click.UsageError("--window splits the files of --contexts, and there are none")
+    text = _standard_input() if prompt == "-" else prompt
+    if over_contexts and isinstance(text, bytes):
+        raise DataError("standard input ends inside a character; a question over --contexts is a whole text")
     longest = parse_length(max_length) if max_length else None
     loaded = load(model, rope=rope, **loading, max_length=longest, special_tokens=special_tokens)
-    text = sys.stdin.read() if prompt == "-" else prompt
     if over_contexts:
+        assert isinstance(text, str)
         size = parse_length(window, loaded.trained_length) if window else None
         answer_over_files(loaded, text, files, size, pooling, params)
         return
@@ -219,6 +222,24 @@ def generate(
             sys.stdout.flush()
     if shown:
         click.echo()
+
+
+def _standard_input() -> str | bytes:
+    """Text; bytes where it ends inside a character, which the model can complete.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    from ..tokenizer_tools.boundaries import split_character
+
+    read = sys.stdin.buffer.read().replace(b"\r\n", b"\n")
+    try:
+        whole, cut = split_character(read)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"standard input is not UTF-8 at byte {error.start}; convert it, as `iconv -f latin1 -t utf-8` does"
+        ) from None
+    return read if cut else whole.decode()
 
 
 @click.command(epilog=EXAMPLES + "  ropewalk scalers")

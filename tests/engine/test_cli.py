@@ -56,6 +56,23 @@ def test_generate_streams_and_scores_are_repeatable(tiny_folder):
     assert piped.output == first.output
 
 
+def test_standard_input_is_text_that_may_end_inside_a_character(tiny_folder, tmp_path):
+    def piped(data, *arguments):
+        return CliRunner().invoke(cli, ["generate", *map(str, arguments)], input=data)
+
+    short = ["--max-new-tokens", 4, "--seed", 3]
+    whole = piped("# A café\nimport os\n".encode(), tiny_folder, "-", *short)
+    assert whole.exit_code == 0
+    assert piped("# A café\r\nimport os\r\n".encode(), tiny_folder, "-", *short).output == whole.output
+    cut = piped("# A café".encode()[:-1], tiny_folder, "-", *short)
+    assert cut.exit_code == 0, "the model completes the character"
+    none = tmp_path / "none"  # it is refused before the model is looked for
+    assert "not UTF-8 at byte 4" in str(piped(b"abc \xff and more", none, "-").exception)
+    (tmp_path / "a.txt").write_text("A text.")
+    asked = piped(b"caf\xc3", none, "-", tmp_path / "a.txt", "--contexts")
+    assert "ends inside a character" in str(asked.exception)
+
+
 MISTAKES = {
     "unknown scaler": (["show", "yran:4"], "unknown scaler 'yran'. Did you mean 'yarn'?"),
     "factor below 1": (["show", "yarn:0.5"], "yarn: factor 0.5 must be at least 1"),
