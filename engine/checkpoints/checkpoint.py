@@ -24,7 +24,7 @@ from ...scaling.hf import check_counts
 from ..storage import cache_dir
 from .gguf import silent_transformers
 
-__all__ = ["read_config", "read_tokenizer", "read_weights"]
+__all__ = ["from_hub", "read_config", "read_tokenizer", "read_weights", "weight_files"]
 
 # Left open, transformers asks on the terminal whether to run code, and takes a `y` that was piped in for a prompt.
 _DATA_ONLY = {"trust_remote_code": False}
@@ -77,7 +77,7 @@ def read_weights(source: str, config: Any, **options: Any) -> PreTrainedModel:
         AssetError: weights that are pickled, damaged, not all there, or not finite.
         UnsupportedModel: transformers has no causal language model for the config.
     """
-    folder = Path(source) if Path(source).is_dir() else _from_hub(source)
+    folder = Path(source) if Path(source).is_dir() else from_hub(source, "*.json")
     _check_size(folder, config)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -94,27 +94,27 @@ def read_weights(source: str, config: Any, **options: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def _reason(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "it needs code of its own, which ropewalk never runs; give a model whose code transformers has"
-    return first_line(error)
+def from_hub(name: str, *patterns: str) -> Path:
+    """The folder of a hub id: its weights, and the files beside them whose names match `patterns`.
 
-
-def _from_hub(name: str) -> Path:
+    Raises:
+        AssetError: the hub did not give them.
+    """
     from huggingface_hub import snapshot_download
 
+    wanted = ["model*.safetensors", *patterns]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"], ignore_patterns=["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
         raise AssetError(f"the hub did not give the files of {name} ({first_line(error)})") from error
 
 
-def _again(folder: Path) -> str:
-    return " It is ropewalk's own copy: delete its folder, and it is made anew" if folder.parent == cache_dir() else ""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the weights of a folder.
 
-
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the weights of a folder."""
+    Raises:
+        AssetError: there are none, or its index names what is none.
+    """
     if (folder / "adapter_config.json").exists():
         raise AssetError(f"{folder} holds an adapter; merge it into its model first (peft: merge_and_unload)")
     if (folder / _WEIGHTS).exists():
@@ -131,19 +131,30 @@ def _files(folder: Path) -> list[Path]:
         names = set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values())
     except Exception as error:
         raise AssetError(f"{folder / _INDEX} cannot be read ({first_line(error)})") from error
+    there = {file.name for file in folder.glob("*.safetensors")}
     for name in names:
-        if not (isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name):
+        if name not in there:
             raise AssetError(f"{folder / _INDEX} names {name!r}, which is no .safetensors file of its folder")
     if not names:
         raise AssetError(f"{folder / _INDEX} names no file")
     return [folder / name for name in sorted(names)]
 
 
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which ropewalk never runs; give a model whose code transformers has"
+    return first_line(error)
+
+
+def _again(folder: Path) -> str:
+    return " It is ropewalk's own copy: delete its folder, and it is made anew" if folder.parent == cache_dir() else ""
+
+
 def _check_size(folder: Path, config: Any) -> None:
     """Refuse a config that promises more than the files hold, before memory is taken for it."""
     stored = tensors = 0
     again = _again(folder)
-    for file in _files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
                 shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118

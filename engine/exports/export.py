@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import AssetError, ConfigError, UnsupportedModel, did_you_mean, first_line
+from ...errors import ConfigError, UnsupportedModel, did_you_mean
 from ...scaling import hf, hf_write
 from ...scaling.gguf_rope import GgufRope
 from ...scaling.rope import Scaler
+from ..checkpoints.checkpoint import from_hub, weight_files
 from ..checkpoints.config import find_config
 from ..checkpoints.gguf_file import GgufFile
 from ..patches.patch import patched_with
@@ -122,7 +123,7 @@ def _source(model: str | Path | Model | PreTrainedModel, rope: str | Scaler | No
     if isinstance(model, str | Path):
         source, config = find_config(str(model))
         configured = hf.read(config.get_text_config())
-        folder = Path(source) if Path(source).is_dir() else _from_hub(source)
+        folder = Path(source) if Path(source).is_dir() else from_hub(source, *KEPT)
         return _Source(folder=folder, model=None, tokenizer=None, configured=configured, scaler=rope)
     if isinstance(model, PreTrainedModel):
         inner, own = model, patched_with(model)
@@ -131,15 +132,6 @@ def _source(model: str | Path | Model | PreTrainedModel, rope: str | Scaler | No
     scaler = own if rope is None else rope
     configured = hf.read(inner.config.get_text_config())
     return _Source(folder=None, model=inner, tokenizer=tokenizer, configured=configured, scaler=scaler)
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(KEPT)))
-    except (OSError, ValueError) as error:
-        raise AssetError(f"the hub did not give the files of {name} ({first_line(error)})") from error
 
 
 def _write_folder(source: _Source, out: Path, target: str, length: int | str | None) -> Export:
@@ -203,7 +195,7 @@ def _write_gguf(source: _Source, out: Path, target: str, length: int | str | Non
     rope = GgufRope.of(configured[None].rope, scaler)
     model = source.folder if source.model is None else (source.model, source.tokenizer)
     assert model is not None
-    needed = 4 * sum(file.stat().st_size for file in source.folder.glob("*.safetensors")) if source.folder else 0
+    needed = 4 * sum(file.stat().st_size for file in weight_files(source.folder)) if source.folder else 0
     place(out, target, tokens, needed, lambda path: write_gguf(model, path, dtype, rope=rope, context_length=tokens))
     return _gguf_export(out, target, scaler, tokens, rope)
 

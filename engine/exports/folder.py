@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import AssetError
+from ..checkpoints.checkpoint import weight_files
 from ..checkpoints.config import quiet_transformers
 from ..storage import new_folder
 
@@ -21,8 +22,8 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 Check = Callable[[Path], None]
 
-KEPT = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README*")
-"""The files of a checkpoint: weights as safetensors, config, tokenizer, and what says whose it is."""
+KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README*")
+"""The files of a checkpoint beside its weights: config, tokenizer, and what says whose it is."""
 
 _FLAT_KEYS = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
 """Where configs keep their rotary part beside or instead of `rope_parameters`."""
@@ -65,11 +66,8 @@ def write_copy(source: Path, out: Path, change: Change, extra: Mapping[str, str]
     Raises:
         AssetError: no safetensors in `source`, or `out` is not empty or cannot be written.
     """
-    files = sorted({file for pattern in KEPT for file in source.glob(pattern) if file.is_file()})
-    if not any(file.suffix == ".safetensors" for file in files):
-        raise AssetError(
-            f"{source} has no .safetensors weights; transformers' save_pretrained writes them, once the model is loaded"
-        )
+    beside = {file for pattern in KEPT for file in source.glob(pattern) if file.is_file()}
+    files = sorted({*weight_files(source), *beside})
     with new_folder(out, needed=sum(file.stat().st_size for file in files)) as work:
         for file in files:
             try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import struct
 import subprocess
@@ -14,8 +15,10 @@ from families import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropewalk as rw
+from ropewalk.engine.checkpoints.checkpoint import read_config
 from ropewalk.engine.checkpoints.gguf import convert_gguf
 from ropewalk.engine.checkpoints.gguf_file import GgufFile
+from ropewalk.engine.exports import export
 from ropewalk.engine.exports.gguf_write import write_gguf
 from ropewalk.scaling import hf
 from ropewalk.scaling.spec import parse
@@ -55,6 +58,33 @@ def test_stock_transformers_computes_the_same(plain, tiny_folder, tmp_path, spec
     assert off(stock(done.path), patched(plain, spec)) < 1e-5
     assert done.length == json.loads((done.path / "config.json").read_text())["max_position_embeddings"]
     assert done.scaler == parse(spec, TRAINED)
+
+
+def test_weights_that_are_there_twice_are_copied_once(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "in")
+    for name in ("consolidated.safetensors", "original/model.safetensors"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(tiny_folder / "model.safetensors", tmp_path / "in" / name)
+    rw.export(tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("target", ["hf", "llama.cpp"])
+def test_of_the_hub_only_what_is_used_is_fetched(tiny_folder, tmp_path, monkeypatch, target):
+    from huggingface_hub.utils import filter_repo_objects
+
+    used = {"model-00001-of-00002.safetensors", "config.json", "tokenizer.json", "README.md"}
+    others = {"consolidated.safetensors", "original/model.safetensors", "onnx/config.json", "pytorch_model.bin"}
+    fetched = []
+
+    def download(name, **patterns):
+        fetched.extend(filter_repo_objects([*used, *others], **patterns))
+        return str(tiny_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(export, "find_config", lambda name: (name, read_config(str(tiny_folder))))
+    rw.export("some/model", tmp_path / "out", target=target)
+    assert {*fetched} == used
 
 
 def test_weights_and_tokenizer_are_the_same_bytes(tiny_folder, tmp_path):
@@ -169,7 +199,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(tiny_folder, tmp_path, 
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
-    with pytest.raises(rw.AssetError, match=r"no \.safetensors weights"):
+    with pytest.raises(rw.AssetError, match=r"no model\.safetensors there"):
         rw.export(bare, tmp_path / "other")
 
 
