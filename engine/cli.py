@@ -11,7 +11,7 @@ import click
 
 from .. import __version__
 from ..errors import DataError, RopewalkError
-from .commands.options import loads_a_model
+from .commands.options import EXAMPLES, loads_a_model
 
 COMMANDS = {
     "demo": ("ropewalk.evals.cli:demo", "The whole story on the embedded model, in minutes."),
@@ -103,9 +103,6 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("\nropewalk: stopped; what was finished is kept", err=True)
         sys.exit(130)
-
-
-EXAMPLES = "\b\nExamples:\n"
 
 
 @click.command(

@@ -7,11 +7,9 @@ from typing import Any
 
 import click
 
-from ..engine.commands.options import loads_a_model
+from ..engine.commands.options import EXAMPLES, loads_a_model
 from .runs.measurement import Measurement, deadline_in, measures
 from .subjects.whereabouts import Whereabouts, runs_anywhere
-
-EXAMPLES = "\b\nExamples:\n"
 
 
 def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,8 @@ from typing import Any
 
 import click
 
-from ..engine.commands.options import loads_a_model
+from ..engine.commands.options import EXAMPLES, loads_a_model
 from .runs.measurement import Measurement, deadline_in, measures
-
-EXAMPLES = "\b\nExamples:\n"
 
 _FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
 _NEW_FOLDER = click.Path(file_okay=False, path_type=Path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-EXAMPLES = "\b\nExamples:\n"
+from ..engine.commands.options import EXAMPLES
 
 
 @click.command(

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .options import EXAMPLES
+
 if TYPE_CHECKING:
     from ...scaling.base_bound import BaseAnswer
     from ...scaling.base_rules import BaseRule
     from ...scaling.hf import ConfiguredRope
-
-EXAMPLES = "\b\nExamples:\n"
 
 _DIM = 128
 

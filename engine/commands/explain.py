@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .options import EXAMPLES
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ...scaling.reading import Reading
-
-EXAMPLES = "\b\nExamples:\n"
 
 
 @click.command(

@@ -1,4 +1,4 @@
-"""Options that every command takes which loads a model."""
+"""What commands share: the options of those that load a model, and the heading of examples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+
+EXAMPLES = "\b\nExamples:\n"
+"""Heading of an epilog."""
 
 _OPTIONS = (
     click.option(

@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
+from ..commands.options import EXAMPLES
 from .launch import TARGETS
-
-EXAMPLES = "\b\nExamples:\n"
 
 
 @click.command(

@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...engine.commands.options import loads_a_model
+from ...engine.commands.options import EXAMPLES, loads_a_model
 from ..runs.measurement import Measurement, deadline_in, measures
 
 if TYPE_CHECKING:
     pass
-
-EXAMPLES = "\b\nExamples:\n"
 
 
 @click.command(

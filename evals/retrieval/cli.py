@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ...engine.commands.options import EXAMPLES
 from ..runs.measurement import Measurement, deadline_in, measures
 from ..subjects.whereabouts import Whereabouts, runs_anywhere
 
 if TYPE_CHECKING:
     from ..subjects.subject import Subject
     from .trial import Trial
-
-EXAMPLES = "\b\nExamples:\n"
 
 _DEPTHS = click.option(
     "--depths",

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ...engine.commands.options import EXAMPLES
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-EXAMPLES = "\b\nExamples:\n"
 
 _OF_MAPS = {"ropes": "--rope", "decode": "--decode", "public_form": "--public-form"}
 _OF_PEERS = {"new_tokens": "--new-tokens", "prefill_repeats": "--prefill-repeats", "threads": "--threads"}

@@ -7,10 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from ...engine.commands.options import loads_a_model
-
-EXAMPLES = "\b\nExamples:\n"
-
+from ...engine.commands.options import EXAMPLES, loads_a_model
 
 _SHOWN = 16  # candidates on the screen
 
