@@ -15,7 +15,7 @@ from . import attention, split
 from .api import Model
 from .cache import attends_to_everything
 from .checkpoints.checkpoint import read_tokenizer, read_weights
-from .checkpoints.config import find_config, headline_rope, quiet_transformers, trained_length
+from .checkpoints.config import find_config, headline_rope, trained_length
 from .compiled.family import supported
 from .compiled.kernels import UNAVAILABLE
 from .networks import Settings
@@ -94,9 +94,8 @@ def load(
     options |= {"device_map": placement} if tp_plan is None else split.options(tp_plan)
     if on_cpu and attends_to_everything(config.get_text_config()):
         options["attn_implementation"] = attention.register()
-    with quiet_transformers():
-        hf = read_weights(source, config, **options)
-        tokenizer = read_tokenizer(source)
+    hf = read_weights(source, config, **options)
+    tokenizer = read_tokenizer(source)
     if tp_plan is not None:
         split.begin()
     return Model(

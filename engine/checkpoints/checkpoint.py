@@ -22,7 +22,7 @@ from transformers import (
 from ...errors import AssetError, UnsupportedModel, first_line
 from ...scaling.hf import check_counts
 from ..storage import cache_dir
-from .gguf import silent_transformers
+from .quiet import quiet_transformers
 
 __all__ = ["from_hub", "read_config", "read_tokenizer", "read_weights", "weight_files"]
 
@@ -33,6 +33,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PACKED = 8  # weights in a stored byte at most, where a config says that they are quantized
 
 
+@quiet_transformers()
 def read_config(source: str) -> Any:
     """The transformers config of a folder or hub id.
 
@@ -53,6 +54,7 @@ def read_config(source: str) -> Any:
     return config
 
 
+@quiet_transformers()
 def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The transformers tokenizer of a folder or hub id.
 
@@ -66,6 +68,7 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@quiet_transformers()
 def read_weights(source: str, config: Any, **options: Any) -> PreTrainedModel:
     """The model of a folder or hub id, in eval mode; every weight is from its safetensors files, and a number.
 
@@ -168,7 +171,7 @@ def _check_size(folder: Path, config: Any) -> None:
     if not 1 <= layers <= tensors:
         raise AssetError(f"{folder}: its config has {layers} layers, and its files hold {tensors} tensors.{again}")
     try:
-        with torch.device("meta"), silent_transformers():
+        with torch.device("meta"):
             promised = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(config).parameters())
     except ValueError as error:
         raise UnsupportedModel(f"{folder}: transformers has no causal language model for it: {error}") from error

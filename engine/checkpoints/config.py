@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import transformers
 
 from ...errors import AssetError, first_line
 from ...scaling import hf
@@ -30,8 +25,7 @@ def find_config(name: str) -> tuple[str, Any]:
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise AssetError(f"{name}: this folder has no config.json, so it is not a Hugging Face model")
     try:
-        with quiet_transformers():
-            return source, read_config(source)
+        return source, read_config(source)
     except (OSError, ValueError) as error:
         raise AssetError(
             f"{name!r} is not a built-in model ({', '.join(MODELS)}), a folder or a .gguf file, and the hub did not "
@@ -60,21 +54,3 @@ def trained_length(name: str) -> int:
         UnsupportedModel, ConfigError: as `headline_rope`.
     """
     return headline_rope(find_config(name)[1]).max_length
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No bars, warnings or retry notices from transformers and the hub meanwhile: our errors say what matters."""
-    hub = logging.getLogger("huggingface_hub")
-    level, hub_level = transformers.logging.get_verbosity(), hub.level
-    has_bars = transformers.logging.is_progress_bar_enabled()
-    hub.setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hub.setLevel(hub_level)
-        transformers.logging.set_verbosity(level)
-        if has_bars:
-            transformers.logging.enable_progress_bar()

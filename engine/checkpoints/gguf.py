@@ -12,10 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import io
-import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +20,7 @@ from unittest import mock
 
 from ...errors import AssetError, UnsupportedModel, first_line
 from ..storage import cache_dir, filling
+from .quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from .gguf_file import GgufFile
@@ -87,12 +85,14 @@ def convert_gguf(file: Path, out: Path, *, quiet: bool = False) -> Path:
 def _parsed_once(reader: Any) -> Iterator[None]:
     """Gives transformers the reader that is there already, and one table of tensor names: by itself it parses the
     file three times and builds the table once for every module (SmolLM2-135M: 92 s against 23 s, on two busy
-    cores)."""
+    cores). Its bar is left out, which it would draw whatever its settings say."""
     import gguf
+    from transformers import modeling_gguf_pytorch_utils
 
     with (
         mock.patch.object(gguf, "GGUFReader", lambda *_, **__: reader),
         mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors, create=True),
     ):
         yield
 
@@ -102,9 +102,9 @@ def _convert(file: GgufFile, out: Path, *, quiet: bool) -> None:
     from rich.markup import escape
 
     scaling = _rope_parameters(file)
-    console = Console(file=sys.stderr, quiet=quiet)  # this very stream: transformers gets another one meanwhile
+    console = Console(stderr=True, quiet=quiet)
     shown = console.status(escape(f"converting {file.path.name}")) if console.is_terminal else contextlib.nullcontext()
-    with shown, silent_transformers(), _parsed_once(file.reader):
+    with shown, quiet_transformers(), _parsed_once(file.reader):
         model, tokenizer = _load(file.path)
         if scaling is not None:
             _set_scaling(file.path, model.config, scaling)
@@ -180,21 +180,3 @@ def _set_scaling(file: Path, config: Any, scaling: dict[str, Any]) -> None:
             "cannot be carried over from a GGUF file; load the original checkpoint"
         )
     config.rope_parameters = {**parameters, **scaling}
-
-
-@contextlib.contextmanager
-def silent_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        # One of its progress bars is drawn whatever the logging says.
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -18,7 +18,6 @@ from ...scaling.longrope import LongRoPE
 from ...scaling.rope import RopeSpec, Scaler
 from ...scaling.spec import parse
 from ..checkpoints.checkpoint import read_config
-from ..checkpoints.config import quiet_transformers
 
 __all__ = ["check_written", "configured_in", "settle"]
 
@@ -92,5 +91,4 @@ def check_written(folder: Path, wanted: Mapping[str | None, tuple[RopeSpec, Scal
 
 def configured_in(folder: Path) -> dict[str | None, hf.ConfiguredRope]:
     """The rotary embeddings of the checkpoint in a folder."""
-    with quiet_transformers():
-        return hf.read(read_config(str(folder)).get_text_config())
+    return hf.read(read_config(str(folder)).get_text_config())

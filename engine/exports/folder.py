@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import AssetError
 from ..checkpoints.checkpoint import weight_files
-from ..checkpoints.config import quiet_transformers
+from ..checkpoints.quiet import quiet_transformers
 from ..storage import new_folder
 
 __all__ = ["KEPT", "with_rope", "write_copy", "write_loaded"]

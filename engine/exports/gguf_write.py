@@ -28,7 +28,6 @@ from ...errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
 from ...scaling import hf as hf_config
 from ...scaling.gguf_rope import GgufRope
 from ..checkpoints.checkpoint import read_config, read_tokenizer, read_weights
-from ..checkpoints.gguf import silent_transformers
 from ..patches.rotary import headline
 from ..storage import cache_dir, filling
 from .gguf_vocab import add_vocabulary
@@ -158,8 +157,7 @@ def _parts(model: Model | Loaded | str | Path) -> tuple[Any, Any, str]:
         raise AssetError(f"{folder}: no Hugging Face checkpoint there: a folder with a config.json is needed")
     config = read_config(str(folder))
     _check(config, str(folder))
-    with silent_transformers():
-        hf = read_weights(str(folder), config, dtype="auto")
+    hf = read_weights(str(folder), config, dtype="auto")
     return hf, read_tokenizer(folder), folder.resolve().name
 
 

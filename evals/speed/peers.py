@@ -58,13 +58,11 @@ class Transformers:
         import torch
 
         from ...engine.checkpoints.checkpoint import read_config, read_weights
-        from ...engine.checkpoints.gguf import silent_transformers
 
         torch.set_num_threads(entry.threads)
-        with silent_transformers():
-            options = {"dtype": getattr(torch, entry.dtype), "device_map": entry.device}
-            config = read_config(entry.source)
-            self._model = read_weights(entry.source, config, attn_implementation="sdpa", **options)
+        options = {"dtype": getattr(torch, entry.dtype), "device_map": entry.device}
+        config = read_config(entry.source)
+        self._model = read_weights(entry.source, config, attn_implementation="sdpa", **options)
         self.dtype = self.cache_dtype = entry.dtype
         self.versions = versions_of("transformers", "torch")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...engine.checkpoints.checkpoint import read_tokenizer
-from ...engine.checkpoints.config import find_config, headline_rope, quiet_transformers
+from ...engine.checkpoints.config import find_config, headline_rope
 from ...errors import ConfigError, ContextOverflow, EndpointError
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.vocab import Vocabulary, vocabulary
@@ -51,8 +51,7 @@ class Endpoint:
         source, config = find_config(model)
         self.trained_length = headline_rope(config).max_length
         self.cost = Cost.of_config(config)
-        with quiet_transformers():
-            self.tokenizer: Any = read_tokenizer(source)
+        self.tokenizer: Any = read_tokenizer(source)
         self.marks = {"tokenizer": model}
         self._server = Server(url)
         told = self._server.model(served_as)

@@ -1,7 +1,10 @@
 """`load`: every kind of name, every kind of tokenizer, and refusals in one sentence."""
 
+import concurrent.futures
 import json
 import shutil
+import sys
+import warnings
 
 import pytest
 import sentencepiece
@@ -94,6 +97,19 @@ def save(config, folder, tiny_folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_folder / name, folder)
     return folder
+
+
+def test_threads_load_whole_models_and_leave_the_process_as_it_was(tiny_folder):
+    from transformers.utils import logging
+
+    def state():
+        return sys.stderr, logging.get_verbosity(), logging.is_progress_bar_enabled(), [*warnings.filters]
+
+    before = state()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        models = [*pool.map(lambda _: rw.load(tiny_folder, compile=False), range(9))]
+    assert {model.fingerprint for model in models} == {models[0].fingerprint}
+    assert state() == before
 
 
 def test_a_model_without_rope_is_refused_before_its_weights_are_read(tmp_path, tiny_folder):
