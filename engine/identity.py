@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 _SAMPLED = 64  # weights of each tensor, about
@@ -41,7 +42,15 @@ def _as_text(config: dict[str, Any]) -> str:
 
 def _digest(hf: PreTrainedModel, config: str, rounded_to: torch.dtype) -> str:
     found = hashlib.sha256(config.encode())
-    for name, weight in sorted(hf.named_parameters()):
+    for name, parameter in sorted(hf.named_parameters()):
+        weight = _elsewhere(hf, name).to(parameter.dtype) if parameter.is_meta else parameter
         some = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)]
         found.update(f"{name} {tuple(weight.shape)}".encode() + some.to(rounded_to).float().cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def _elsewhere(hf: PreTrainedModel, name: str) -> Tensor:
+    """A weight that accelerate keeps on the disk, or in memory for a device that has no room."""
+    module, _, own = name.rpartition(".")
+    weight: Tensor = hf.get_submodule(module)._hf_hook.weights_map[own]
+    return weight

@@ -32,6 +32,17 @@ def test_device_map_goes_through_accelerate(tiny_folder, device_map):
     assert model.generate("import ", GREEDY).token_ids == rw.load(tiny_folder).generate("import ", GREEDY).token_ids
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_on_the_disk_count_for_what_the_model_is(tiny_folder, dtype):
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "disk"}
+    places |= {f"model.layers.{n}": "cpu" if n < 2 else "disk" for n in range(4)}
+    model = rw.load(tiny_folder, device_map=places, dtype=dtype, compile=False)
+    whole = rw.load(tiny_folder, dtype=dtype, compile=False)
+    assert (model.fingerprint, model.identity) == (whole.fingerprint, whole.identity)
+    model.rope = whole.rope = "auto"
+    assert model.generate("import ", GREEDY).token_ids == whole.generate("import ", GREEDY).token_ids
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_dtype_is_honoured_and_frequencies_stay_exact(tiny_folder, dtype):
     model = rw.load(tiny_folder, dtype=dtype)
