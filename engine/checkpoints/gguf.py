@@ -25,7 +25,7 @@ from .quiet import quiet_transformers
 if TYPE_CHECKING:
     from .gguf_file import GgufFile
 
-__all__ = ["conversion_folder", "convert_gguf", "converted_gguf"]
+__all__ = ["conversion_folder", "convert_gguf", "converted_gguf", "gguf_tokenizer"]
 
 _REVISION = 2
 """Raised when the conversion changes, so that folders of an older one are not used."""
@@ -81,6 +81,18 @@ def convert_gguf(file: Path, out: Path, *, quiet: bool = False) -> Path:
     return out
 
 
+def gguf_tokenizer(file: Path) -> Any:
+    """The transformers tokenizer of `file`, without its weights.
+
+    Raises:
+        AssetError: no such file.
+        UnsupportedModel: transformers cannot read it.
+    """
+    from .gguf_file import GgufFile
+
+    return _load_tokenizer(GgufFile(file))
+
+
 @contextlib.contextmanager
 def _parsed_once(reader: Any) -> Iterator[None]:
     """Gives transformers the reader that is there already, and one table of tensor names: by itself it parses the
@@ -104,12 +116,10 @@ def _convert(file: GgufFile, out: Path, *, quiet: bool) -> None:
     scaling = _rope_parameters(file)
     console = Console(stderr=True, quiet=quiet)
     shown = console.status(escape(f"converting {file.path.name}")) if console.is_terminal else contextlib.nullcontext()
-    with shown, quiet_transformers(), _parsed_once(file.reader):
-        model, tokenizer = _load(file.path)
+    with shown, quiet_transformers():
+        model, tokenizer = _load_model(file), _load_tokenizer(file)
         if scaling is not None:
             _set_scaling(file.path, model.config, scaling)
-        if file.field("tokenizer.ggml.pre") in _SINGLE_DIGITS:
-            _split_digits(tokenizer)
         # transformers calls every model that came from a GGUF quantized, and would not save it.
         if hasattr(model, "hf_quantizer"):
             del model.hf_quantizer
@@ -120,26 +130,46 @@ def _convert(file: GgufFile, out: Path, *, quiet: bool) -> None:
         tokenizer.save_pretrained(out)
 
 
-def _load(file: Path) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@contextlib.contextmanager
+def _read_by_transformers(file: GgufFile) -> Iterator[dict[str, Any]]:
+    """Keywords with which transformers finds the file, and nothing that lies beside it.
 
-    where = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    Raises:
+        UnsupportedModel: it cannot read the file.
+    """
     try:
-        with tempfile.TemporaryDirectory() as alone:  # a tokenizer_config.json beside the file is not the file's
-            (Path(alone) / file.name).symlink_to(file.resolve())
-            model, info = AutoModelForCausalLM.from_pretrained(
-                alone, **where, **_dequantize(), dtype=torch.float32, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(alone, **where)
+        with tempfile.TemporaryDirectory() as alone, quiet_transformers(), _parsed_once(file.reader):
+            (Path(alone) / file.path.name).symlink_to(file.path.resolve())
+            where = {"pretrained_model_name_or_path": alone, "gguf_file": file.path.name}
+            yield {**where, "local_files_only": True, "trust_remote_code": False}
     except Exception as error:  # from a parser of foreign files: KeyError, ValueError, RuntimeError and more
-        raise UnsupportedModel(f"{file}: transformers cannot read this GGUF file ({first_line(error)})") from error
+        raise UnsupportedModel(f"{file.path}: transformers cannot read this GGUF file ({first_line(error)})") from error
+
+
+def _load_model(file: GgufFile) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _read_by_transformers(file) as where:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **where, **_dequantize(), dtype=torch.float32, output_loading_info=True
+        )
     if missing := sorted(info["missing_keys"]):
         raise UnsupportedModel(
-            f"{file}: {len(missing)} tensors of the model are not in the file, {missing[0]!r} first; "
+            f"{file.path}: {len(missing)} tensors of the model are not in the file, {missing[0]!r} first; "
             "transformers would fill them with random numbers"
         )
-    return model, tokenizer
+    return model
+
+
+def _load_tokenizer(file: GgufFile) -> Any:
+    from transformers import AutoTokenizer
+
+    with _read_by_transformers(file) as where:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    if file.field("tokenizer.ggml.pre") in _SINGLE_DIGITS:
+        _split_digits(tokenizer)
+    return tokenizer
 
 
 def _dequantize() -> dict[str, Any]:

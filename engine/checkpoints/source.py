@@ -11,6 +11,7 @@ from typing import Any
 from ...errors import AssetError, ConfigError, RopewalkError, did_you_mean, first_line
 from ...tokenizer_tools.vocab import Vocabulary, vocabulary
 from . import assets
+from .gguf import conversion_folder, converted_gguf, gguf_tokenizer
 
 MODELS = [name for name, asset in assets.ASSETS.items() if asset.kind == "model"]
 """Names of the built-in models."""
@@ -27,15 +28,9 @@ def resolve(name: str) -> str:
     Raises:
         AssetError: there is no such file or folder, or the name is nearly that of a built-in model.
     """
-    if name in MODELS and not Path(name).exists():
-        return str(assets.fetch(name))
+    if (file := _gguf_file(name)) is not None:
+        return str(converted_gguf(file))
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise AssetError(f"{name}: no such file")
-        from .gguf import converted_gguf
-
-        return str(converted_gguf(path))
     if path.is_dir():
         return str(path)
     if "/" not in name and difflib.get_close_matches(name.lower(), MODELS, cutoff=0.8):
@@ -45,8 +40,20 @@ def resolve(name: str) -> str:
     return name
 
 
+def _gguf_file(name: str) -> Path | None:
+    """The file of a built-in model, or the GGUF file that is named; else None."""
+    if name in MODELS and not Path(name).exists():
+        return assets.fetch_files(name)
+    path = Path(name).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise AssetError(f"{name}: no such file")
+    return path
+
+
 def load_vocabulary(name: str | Path) -> Vocabulary:
-    """The tokenizer of a model, without its weights and without torch.
+    """The tokenizer of a model, without its weights; torch is not used but to read GGUF files.
 
     Args:
         name: as for `ropewalk.load`, or a tokenizer's own file: tokenizer.json of Hugging Face, a SentencePiece
@@ -61,13 +68,16 @@ def load_vocabulary(name: str | Path) -> Vocabulary:
         if not path.is_file():
             raise AssetError(f"{name}: no such file; name a tokenizer.json, a SentencePiece .model or a tekken .json")
         return _read(path)
+    if (file := _gguf_file(str(name))) is not None:
+        made = conversion_folder(file) / "tokenizer.json"
+        return _read(made if made.exists() else file)
     source = resolve(str(name))
     folder = Path(source)
     if not folder.is_dir():
         return _read(_from_hub(source))
-    for file in TOKENIZER_FILES:
-        if (folder / file).is_file():
-            return _read(folder / file)
+    for kind in TOKENIZER_FILES:
+        if (folder / kind).is_file():
+            return _read(folder / kind)
     raise AssetError(f"{name}: this folder has none of {', '.join(TOKENIZER_FILES)}")
 
 
@@ -89,6 +99,8 @@ def _open(file: Path) -> Any:
         import sentencepiece
 
         return sentencepiece.SentencePieceProcessor(model_file=str(file))
+    if file.suffix == ".gguf":
+        return gguf_tokenizer(file).backend_tokenizer
     content = json.loads(file.read_bytes())
     if isinstance(content.get("vocab"), list):  # tekken's; Hugging Face has it below "model"
         numbers = [*content["config"].values(), *(token["rank"] for token in content["vocab"])]

@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ropewalk import AssetError, UnsupportedModel
 from ropewalk.engine.checkpoints import assets
 from ropewalk.engine.checkpoints.gguf import convert_gguf, converted_gguf
+from ropewalk.engine.checkpoints.source import load_vocabulary
 
 HIDDEN, HEADS, KV_HEADS, DIM, INNER, VOCAB = 64, 4, 2, 16, 96, 300
 
@@ -167,6 +168,18 @@ def test_digits_are_split_as_the_tokenizer_was_trained(write, tmp_path, pre, exp
     """GPT-2's expression alone takes the last space along with the number."""
     tokenizer = AutoTokenizer.from_pretrained(convert_gguf(write(pre=pre), tmp_path / "out"))
     assert tokenizer.tokenize("  12x") == expected
+
+
+def test_the_vocabulary_alone_is_read_without_the_weights(write, tmp_path, monkeypatch):
+    from ropewalk.engine.checkpoints import gguf as module
+
+    path = write(leave_out="blk.0.ffn_up")  # not a model that could be converted
+    texts = ["  12x", "a Ġ", "<|endoftext|>"]
+    alone = load_vocabulary(path)
+    assert not (tmp_path / "cache").exists()
+    converted_gguf(write())
+    monkeypatch.setattr(module, "_load_tokenizer", lambda _: pytest.fail("read again"))
+    assert [load_vocabulary(path).encode(text) for text in texts] == [alone.encode(text) for text in texts]
 
 
 def linear(writer):
