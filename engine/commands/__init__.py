@@ -1,1 +1,1 @@
-"""Commands of the engine that have a file each, and options that they share."""
+"""Commands of the engine, and what they share. What needs torch is imported inside them, so that help is instant."""

@@ -1,0 +1,145 @@
+"""The command `ropewalk generate`: a prompt continued."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+import click
+
+from ...errors import DataError
+from .options import EXAMPLES, loads_a_model
+
+
+@click.command(
+    epilog=EXAMPLES + '  ropewalk generate smollm2-135m "Once upon a time" --rope yarn:2\n'
+    "  cat book.txt | ropewalk generate ./my-model - --max-new-tokens 100 --temperature 0\n"
+    '  ropewalk generate smollm2-135m "The captain of the ship is" --window 2k --contexts moby-dick.txt'
+)
+@click.argument("model")
+@click.argument("prompt")
+@click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--rope", default="none", show_default=True, help="Scaler, such as yarn:4; auto chooses one for the length."
+)
+@click.option("--max-new-tokens", default=128, show_default=True, help="Most tokens to write.")
+@click.option("--temperature", default=0.7, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens that reach this probability.")
+@click.option("--top-k", default=0, show_default=True, help="Keep this many likeliest tokens; 0 keeps all.")
+@click.option("--seed", type=int, help="Make sampling repeatable.")
+@click.option("--stop", multiple=True, help="End the text before this string; may be repeated.")
+@click.option(
+    "--continuation",
+    type=click.Choice(["auto", "exact", "off"]),
+    default="auto",
+    show_default=True,
+    help="Whether the first token may begin inside PROMPT; off begins one at its end.",
+)
+@click.option(
+    "--contexts",
+    "over_contexts",
+    is_flag=True,
+    help="PROMPT is a question over the FILES that follow, each read by itself (NBCE).",
+)
+@click.option(
+    "--window", help="Split FILES into windows of this many tokens, 2k, say, which overlap by an eighth, at sentences."
+)
+@click.option(
+    "--pooling",
+    type=click.Choice(["entropy", "mean", "max"]),
+    default="entropy",
+    show_default=True,
+    help="How the answers of contexts become one: that of the least uncertain one, the mean, or the largest.",
+)
+@click.option(
+    "--special-tokens",
+    is_flag=True,
+    help="Names of special tokens in PROMPT stand for them, as a chat template means it; else they are plain text.",
+)
+@loads_a_model
+@click.option("--max-length", help="Go past the scaler's reach, up to this length.")
+def generate(
+    model: str,
+    prompt: str,
+    files: tuple[str, ...],
+    rope: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    stop: tuple[str, ...],
+    continuation: Literal["auto", "exact", "off"],
+    over_contexts: bool,
+    window: str | None,
+    pooling: Literal["entropy", "mean", "max"],
+    special_tokens: bool,
+    loading: dict[str, Any],
+    max_length: str | None,
+) -> None:
+    """Continue PROMPT with MODEL (a built-in name, a folder, a .gguf file or a hub id), as it is decided.
+
+    PROMPT is the text itself, or - to read it from standard input.
+
+    With --contexts, the next token is drawn from the laws after every one of FILES, each with PROMPT behind it, pooled
+    into one; in a terminal every context has its colour, and so has what it answered. Contexts have no order, a span of
+    the answer comes from one of them, and a confident answer from a context that does not tell may win.
+    """
+    from ...scaling.lengths import parse_length
+    from .. import split
+    from ..load import load
+    from ..sampling import SamplingParams
+    from .contexts import answer_over_files
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+        continuation=continuation,
+    )
+    if over_contexts != bool(files):
+        raise click.UsageError(
+            "--contexts needs the files to ask: --contexts a.txt b.txt"
+            if over_contexts
+            else f"{files[0]} is a second prompt; put prompts of several words in quotes, and files after --contexts"
+        )
+    if window and not over_contexts:
+        raise click.UsageError("--window splits the files of --contexts, and there are none")
+    text = _standard_input() if prompt == "-" else prompt
+    if over_contexts and isinstance(text, bytes):
+        raise DataError("standard input ends inside a character; a question over --contexts is a whole text")
+    longest = parse_length(max_length) if max_length else None
+    loaded = load(model, rope=rope, **loading, max_length=longest, special_tokens=special_tokens)
+    if over_contexts:
+        assert isinstance(text, str)
+        size = parse_length(window, loaded.trained_length) if window else None
+        answer_over_files(loaded, text, files, size, pooling, params)
+        return
+    shown = split.is_first()
+    for piece in loaded.stream(text, params):
+        if shown:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    if shown:
+        click.echo()
+
+
+def _standard_input() -> str | bytes:
+    """Text; bytes where it ends inside a character, which the model can complete.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    from ...tokenizer_tools.boundaries import split_character
+
+    read = sys.stdin.buffer.read().replace(b"\r\n", b"\n")
+    try:
+        whole, cut = split_character(read)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"standard input is not UTF-8 at byte {error.start}; convert it, as `iconv -f latin1 -t utf-8` does"
+        ) from None
+    return read if cut else whole.decode()
