@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -30,15 +32,29 @@ if TYPE_CHECKING:
 
 
 class ContextCaches:
-    """The caches of the rows of the last question, for the next one."""
+    """The caches of the rows of the question that ended last, for the next one."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._kept: list[KeptCache] = []
+        self._lent: WeakSet[KeptCache] = WeakSet()
 
-    def take(self, rows: Sequence[Prompt]) -> list[KeptCache]:
-        """One for each row: that which holds most of its beginning, or an empty one. Those not taken are dropped."""
-        free, taken = self._kept, []
+    @contextlib.contextmanager
+    def lent(self, rows: Sequence[Prompt]) -> Iterator[list[KeptCache]]:
+        """A cache for each row, the block's alone; afterwards they are kept in the place of what came back before."""
+        taken = self._take(rows)
+        self._lent.update(taken)
+        try:
+            yield taken
+        finally:
+            if all(kept in self._lent for kept in taken):  # else `clear` was called meanwhile
+                self._kept = taken
+
+    def _take(self, rows: Sequence[Prompt]) -> list[KeptCache]:
+        """The caches that hold most of the rows' beginnings, or empty ones. Those not taken are dropped."""
+        with self._model.turn:
+            free, self._kept = self._kept, []
+        taken = []
         for row in rows:
             best = max(free, key=lambda kept: kept.shared(row.certain), default=None)
             if best is None or not best.shared(row.certain):
@@ -46,12 +62,11 @@ class ContextCaches:
             else:
                 free = [kept for kept in free if kept is not best]
             taken.append(best)
-        self._kept = taken
         return taken
 
     def clear(self) -> None:
-        """Give the memory back."""
-        self._kept = []
+        """Give the memory back; what is lent is not kept either."""
+        self._kept, self._lent = [], WeakSet()
 
 
 class PooledAnswer:
@@ -62,8 +77,7 @@ class PooledAnswer:
 
     Raises:
         ConfigError: there are no contexts, or one is blank.
-        ContextOverflow: a context with the question is longer than the scaler reaches, or all of them are more than
-            memory holds.
+        ContextOverflow: a context with the question is longer than the scaler reaches.
     """
 
     def __init__(
@@ -79,10 +93,7 @@ class PooledAnswer:
         self._model, self._nbce, self._params = model, nbce, params
         self._rows = _read(model, nbce.rows(question, list(contexts)), params)
         self._length = _longest(model, self._rows, params)
-        self._kept = caches.take(self._rows)
-        owned = sum(kept.cache.owned for kept in self._kept if isinstance(kept.cache, KVCache))
-        wanted = sum(len(row.ids) + params.max_new_tokens for row in self._rows)
-        model.network.check_room(max(0, wanted - owned))
+        self._caches = caches
         self._prompts = [row.ids for row in self._rows]
         self._answer = Answer(self._rows[0], params, model.vocabulary, model.stop_ids)
 
@@ -98,10 +109,19 @@ class PooledAnswer:
         return replace(found, usage=Usage(prompt_tokens=read, completion_tokens=found.usage.completion_tokens))
 
     def pieces(self) -> Iterator[str]:
-        """The text as it is decided."""
+        """The text as it is decided.
+
+        Raises:
+            ContextOverflow: all contexts together are more than memory holds.
+        """
+        with self._caches.lent(self._rows) as kept:
+            yield from self._written(kept)
+
+    def _written(self, rows: list[KeptCache]) -> Iterator[str]:
         model, rope, broken = self._model, self._model.rope, True
+        self._check_room(rows)
         generator = random_source(self._params, model.hf.device)
-        caches = [kept.ready(row.certain, self._length) for kept, row in zip(self._kept, self._rows, strict=True)]
+        caches = [kept.ready(row.certain, self._length) for kept, row in zip(rows, self._rows, strict=True)]
         pending: list[list[int]] = []
         try:
             while not self._answer.done:
@@ -122,8 +142,13 @@ class PooledAnswer:
             raise
         finally:
             written = [token.id for token in self._answer.tokens]
-            for kept, prompt, row in zip(self._kept, self._prompts, self._rows, strict=True):
+            for kept, prompt, row in zip(rows, self._prompts, self._rows, strict=True):
                 kept.settle([*prompt, *written] if written else row.certain, broken)
+
+    def _check_room(self, rows: list[KeptCache]) -> None:
+        owned = sum(kept.cache.owned for kept in rows if isinstance(kept.cache, KVCache))
+        wanted = sum(len(row.ids) + self._params.max_new_tokens for row in self._rows)
+        self._model.network.check_room(max(0, wanted - owned))
 
     def _open(self, caches: list[Cache], generator: torch.Generator) -> tuple[Token, list[list[int]]]:
         """Read all prompts and draw the first token: among the covers of the question's end, where there are any."""

@@ -1,6 +1,7 @@
 """One answer over many contexts, against a naive twin that encodes everything anew at every step."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +198,52 @@ def test_a_stream_is_the_answer_and_may_be_dropped(model):
         next(stream)
     model.rope = "none"
     assert model.generate(QUESTION, params(), contexts=CONTEXTS).text == whole.text
+
+
+def test_answers_that_overlap_in_time_do_not_share_caches(model):
+    questions = QUESTION, "\nimport sys\n\nclass Writer:\n    def read"
+    fresh = []
+    for question in questions:
+        model.forget_contexts()
+        fresh.append(model.generate(question, params(), contexts=CONTEXTS))
+    stream = model.stream(questions[0], params(), contexts=CONTEXTS)
+    first = next(stream)
+    left = model.stream(questions[0], params(), contexts=CONTEXTS)
+    next(left)  # and neither ended nor closed
+    assert model.generate(questions[1], params(), contexts=CONTEXTS) == fresh[1]
+    assert first + "".join(stream) == fresh[0].text
+    for question, expected in zip(questions * 2, fresh * 2, strict=True):
+        assert model.generate(question, params(), contexts=CONTEXTS) == expected
+
+
+def test_what_ends_last_is_kept_and_what_was_forgotten_meanwhile_is_not(model, monkeypatch):
+    def read_for(question):
+        with counted(model, monkeypatch) as read:
+            model.generate(question, params(), contexts=CONTEXTS)
+        return sum(read)
+
+    whole = read_for(QUESTION)
+    stream = model.stream("\nimport ", params(), contexts=CONTEXTS)
+    next(stream)
+    assert read_for(QUESTION) >= whole  # the stream holds the caches
+    stream.close()
+    assert read_for(QUESTION) < whole / 2
+    stream = model.stream("\nimport ", params(), contexts=CONTEXTS)
+    next(stream)
+    model.forget_contexts()
+    stream.close()
+    assert model._contexts._kept == []
+
+
+def test_contexts_that_memory_does_not_hold_are_refused_and_what_was_read_stays(model, monkeypatch):
+    model.generate(QUESTION, params(), contexts=CONTEXTS)
+    with monkeypatch.context() as tight:
+        tight.setattr("ropewalk.engine.memory.psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
+        with pytest.raises(rw.ContextOverflow, match="keys and values of"):
+            model.generate(QUESTION * 9, params(), contexts=CONTEXTS)
+    with counted(model, monkeypatch) as read:
+        model.generate(QUESTION, params(1), contexts=CONTEXTS)
+    assert sum(read) < 60
 
 
 def test_seeds_repeat_an_answer(model):
