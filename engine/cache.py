@@ -250,6 +250,11 @@ def tokens_read(held: Cache | CacheLayerMixin) -> int:
     return int(held.get_seq_length()) + getattr(first, "forgotten", 0)
 
 
+def layers_agree(cache: Cache) -> bool:
+    """True if all layers have dropped the same keys; a step that is broken off may leave them at odds."""
+    return len({getattr(layer, "forgotten", 0) for layer in cache.layers}) < 2
+
+
 def can_rewind(cache: Cache, count: int = 0) -> bool:
     """True if the cache can forget its last `count` tokens and leave no trace of them: no layer has a window or a
     state, or lacks keys that were dropped."""

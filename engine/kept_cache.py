@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..tokenizer_tools.cover import shared_length
-from .cache import can_rewind, tokens_read
+from .cache import can_rewind, layers_agree, tokens_read
 from .network import Setting
 
 if TYPE_CHECKING:
@@ -78,10 +78,7 @@ class KeptCache:
         if can_rewind(cache):
             lengths = [tokens_read(layer) for layer in cache.layers]
             held = min([len(known), *lengths])
-            whole = all(
-                getattr(layer, "forgotten", 0) == getattr(cache.layers[0], "forgotten", 0) for layer in cache.layers
-            )
-            if not (whole and can_rewind(cache, max(lengths, default=0) - held)):
+            if not (layers_agree(cache) and can_rewind(cache, max(lengths, default=0) - held)):
                 return
             for layer, length in zip(cache.layers, lengths, strict=True):
                 layer.crop(held - length)

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import ContextOverflow, OutOfMemory
 from ..scaling.lengths import format_length
-from .cache import can_rewind, tokens_read
+from .cache import can_rewind, layers_agree, tokens_read
 from .kv_cache import CacheShape
 
 
@@ -68,7 +68,7 @@ def restoring(*caches: Cache) -> Iterator[None]:
         kind = OutOfMemory
         for cache, held in zip(caches, before, strict=True):
             excess = [tokens_read(layer) - held for layer in cache.layers]  # some layers may have the tokens already
-            if not can_rewind(cache, max(excess, default=0)):
+            if not (layers_agree(cache) and can_rewind(cache, max(excess, default=0))):
                 kind = CacheLost
                 break
             for layer, count in zip(cache.layers, excess, strict=True):

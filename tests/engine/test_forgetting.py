@@ -8,7 +8,10 @@ from live import counted
 import ropewalk as rw
 from ropewalk.engine import cache as caches
 from ropewalk.engine.cache import most_held, tokens_read
+from ropewalk.engine.kv_cache import KVLayer
+from ropewalk.engine.memory import CacheLost
 from ropewalk.engine.network import CHUNK
+from ropewalk.engine.prefill import prefill
 
 SPECS = ("sink-window:64", "sink-window:window=48,sinks=1", "yarn:2|sink-window:96")
 
@@ -168,3 +171,35 @@ def test_a_step_broken_off_while_keys_are_dropped_loses_the_cache_only(tiny_fold
     assert session.text == ""
     session.append(text)
     assert same(session.generate("\ndef ", params), expected)
+
+
+def lacking(patch, layer):
+    """Memory runs out when the keys of this layer are dropped, once."""
+    copied, calls = KVLayer._copied, []
+
+    def fails(self, capacity, first=0, skip=0):
+        if skip:
+            calls.append(self)
+            if len(calls) - 1 == layer:
+                raise MemoryError("cannot allocate")
+        return copied(self, capacity, first, skip)
+
+    patch.setattr(KVLayer, "_copied", fails)
+
+
+def test_memory_that_runs_out_while_keys_are_dropped_leaves_a_cache_or_loses_it(tiny_folder, monkeypatch):
+    model = rw.load(tiny_folder, rope="sink-window:64", compile=True)
+    ids = [1 + 7 * n % 1000 for n in range(1400)]
+
+    def read(layer):
+        cache = model.new_cache(8)
+        prefill(model.network, ids[:1200], cache)
+        with monkeypatch.context() as patch:
+            lacking(patch, layer)
+            return prefill(model.network, ids[1200:], cache)
+
+    with torch.inference_mode():
+        expected = read(None)
+        assert (read(0) - expected).abs().max() < 3e-4  # nothing was dropped yet: read in halves
+        with pytest.raises(CacheLost):
+            read(2)
