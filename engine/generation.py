@@ -195,14 +195,14 @@ def _beginning(rows: Sequence[_Row], prompt: Prompt) -> Cache | None:
     best, longest = None, _SHARED - 1
     for row in rows:
         if isinstance(row.decoding.cache, KVCache):
-            shared = shared_length(row.answer.prompt_ids, prompt.certain)
+            shared = shared_length(row.answer.prompt_ids, prompt.certain[:-1])  # the last token is run again
             if shared > longest:
                 best, longest = row.decoding.cache, shared
     if best is None:
         return None
-    cache = best.fork()
-    excess = max(0, tokens_read(cache) - longest)
-    if not can_rewind(cache, excess):
+    excess = max(0, tokens_read(best) - longest)
+    if not can_rewind(best, excess):
         return None
+    cache = best.fork()
     rewind(cache, excess)
     return cache

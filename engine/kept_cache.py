@@ -39,6 +39,8 @@ class KeptCache:
     def ready(self, certain: list[int], length: int) -> Cache:
         """The cache under the scaler in use, holding no more than the beginning it shares with `certain`.
 
+        The last token is left out: it is run again, to see what follows it.
+
         Args:
             length: tokens that it is going to hold.
         """
@@ -48,10 +50,7 @@ class KeptCache:
             if self.setting != network.setting:
                 self._retune()
             self.setting = network.setting
-        shared = self.shared(certain)
-        if self.cache is not None and not can_rewind(self.cache):
-            shared = max(0, min(shared, len(certain) - 1))  # the last token has to be run again
-        self.settle(self.ids[:shared])
+        self.settle(self.ids[: self.shared(certain[:-1])])
         if self.cache is None:
             self.cache = network.new_cache(length)
         return self.cache

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, ContextOverflow, OutOfMemory
 from .answer import Answer
-from .cache import rewind, tokens_read
+from .cache import tokens_read
 from .completion import Completion, Usage
 from .decode import Token, draw_token, opening_token
 from .generation import check_length, refuse_change
@@ -156,7 +156,7 @@ class PooledAnswer:
         if self._rows[0].cover is None:
             read = [
                 prefill(network, row.ids[tokens_read(cache) :], cache)[-1]
-                for row, cache in zip(self._rows, map(_with_room_for_one, caches, self._rows), strict=True)
+                for row, cache in zip(self._rows, caches, strict=True)
             ]
             token = self._draw(torch.stack(read).float(), generator)
             return token, [[token.id]] * len(caches)
@@ -239,12 +239,6 @@ def _longest(model: Model, rows: Sequence[Prompt], params: SamplingParams) -> in
                 f"{where}: {error}; or split it: rw.windows(text, model.tokenizer, tokens=...)"
             ) from error
     return max(lengths)
-
-
-def _with_room_for_one(cache: Cache, row: Prompt) -> Cache:
-    """A cache that lacks the last token of a prompt at least, which is run to see what follows it."""
-    rewind(cache, max(0, tokens_read(cache) - len(row.ids) + 1))
-    return cache
 
 
 def _source(spoken: Tensor, outcome: int) -> int:

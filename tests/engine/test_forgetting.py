@@ -136,6 +136,39 @@ def test_sessions_read_again_what_was_dropped(endless, held_out_texts, soon, mon
     assert fork.tokens > 500
 
 
+def test_going_back_as_far_as_the_keys_that_are_left_reach(tiny_folder, soon):
+    """The last token of a prompt is run again, so one key more than the map sees has to be there."""
+    model = rw.load(tiny_folder, rope="sink-window:64", compile=True)
+    text = "".join(f"x{n} = {n}\n" for n in range(301))
+    params = rw.SamplingParams(max_new_tokens=3, temperature=0)
+    session = model.session()
+    session.append(text)
+    layer, ids = session._kept.cache.layers[0], session._kept.ids
+    assert layer.forgotten
+    most = len(model.tokenizer.decode(ids[: len(ids) - layer.length + layer.needed]))
+    held = []
+    for end in range(most, most + 6):
+        fork = session.fork()
+        fork.crop(end)
+        held.append(fork.tokens)
+        assert same(fork.generate("", params), model.generate(text[:end], params))
+    assert len(ids) - layer.length + layer.needed in held
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_a_beginning_shared_as_far_as_the_keys_that_are_left_reach(tiny_folder, soon, more):
+    model = rw.load(tiny_folder, rope="sink-window:64", compile=True)
+    text = "".join(f"x{n} = {n}\n" for n in range(301))
+    params = rw.SamplingParams(max_new_tokens=2, temperature=0, continuation="off")
+    ids, cache = model.vocabulary.encode(text), model.new_cache(8)
+    model.generate_ids(ids, rw.SamplingParams(max_new_tokens=1), cache)
+    layer = cache.layers[0]
+    end = len(model.tokenizer.decode(ids[: len(ids) - layer.length + layer.needed + more]))
+    prompts = [text, text[:end]]
+    for one, alone in zip(model.generate(prompts, params), prompts, strict=True):
+        assert same(one, model.generate(alone, params))
+
+
 def test_a_session_without_an_end_is_saved(tiny_folder, held_out_texts, soon, tmp_path):
     model = rw.load(tiny_folder, rope="sink-window:64", compile=True)
     text = max(held_out_texts, key=len)[:3000]
