@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class KVLayer(ContiguousLayer):
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         super().__init__(capacity)
         self.shape = shape
-        self._sharers = [1]
+        self._join(set())
         self.dtype, self.device = shape.dtype, torch.device("cpu")
         self.is_initialized = True
         for name in self.buffers:
@@ -64,27 +65,37 @@ class KVLayer(ContiguousLayer):
         if length <= self.capacity and self.owned:
             return
         capacity = self.capacity if length <= self.capacity else max(length, 2 * self.capacity)
-        grown = self._copied(capacity)
-        sharers = self._sharers  # what may fail or be interrupted is done
-        self.__dict__.update(grown, capacity=capacity, _sharers=[1])
-        sharers[0] -= 1
+        self.__dict__.update(self._copied(capacity), capacity=capacity)
+        self._part()
 
     def forget(self, first: int, count: int, needed: int) -> None:
         super().forget(first, count, needed)
-        self._sharers[0] -= 1
-        self._sharers = [1]  # the buffers are new
+        self._part()
+
+    def _join(self, sharers: set[object]) -> None:
+        """Be counted among those who read the same buffers, until `_leave` is called or this layer is gone."""
+        own = object()
+        sharers.add(own)
+        self._sharers = sharers
+        self._leave = weakref.finalize(self, sharers.discard, own)
+
+    def _part(self) -> None:
+        """The buffers are new; interrupted, it is still counted as one who reads the old ones."""
+        leave = self._leave
+        self._join(set())
+        leave()
 
     @property
     def owned(self) -> bool:
         """True if nobody else reads the buffers."""
-        return self._sharers[0] == 1
+        return len(self._sharers) == 1
 
     def fork(self) -> KVLayer:
         """A layer that goes on from here; nothing is copied before one of the two writes."""
         other = type(self).__new__(type(self))
         ContiguousLayer.__init__(other, self.capacity)
         other.__dict__.update(self.__dict__ | {"turned": other.turned})
-        self._sharers[0] += 1
+        other._join(self._sharers)
         return other
 
     def key_rows(self, start: int, stop: int) -> Tensor:

@@ -77,6 +77,28 @@ def test_a_write_moves_the_writer_only(dtype):
     assert cache.owned == 15
 
 
+def test_who_is_gone_does_not_share():
+    cache = KVCache(shape(), 32)
+    fill(cache, 10)
+    place = cache.layers[0].keys.data_ptr()
+    fork = cache.fork()
+    third = fork.fork()
+    del fork
+    assert (cache.owned, third.owned) == (0, 0)
+    del third
+    assert cache.owned == 10
+    fork = cache.fork()
+    del cache
+    assert fork.owned == 10
+    fill(fork, 5)
+    assert fork.layers[0].keys.data_ptr() == place
+    third = fork.fork()
+    fork.reserve(1)  # has buffers of its own now
+    fourth = third.fork()
+    del fork
+    assert (third.owned, fourth.owned) == (0, 0)
+
+
 def test_a_copy_of_a_fork_is_its_own():
     cache = KVCache(shape(), 32)
     fill(cache, 10)
