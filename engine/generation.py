@@ -49,7 +49,7 @@ def check_length(model: Model, tokens: int, params: SamplingParams, cache: Cache
         )
     with model.turn:
         model.prepare(total)  # how much room a token takes depends on the scaler
-        model.network.check_room(total - (cache.owned if isinstance(cache, KVCache) else 0))
+        model.network.check_room(total, owned=cache.owned if isinstance(cache, KVCache) else 0)
     return total
 
 
@@ -178,7 +178,7 @@ def _rows_that_fit(model: Model, lengths: list[int]) -> int:
     longest = sorted(lengths, reverse=True)
     for rows in range(min(ROWS, len(lengths)), 1, -1):
         try:
-            model.network.check_room(sum(longest[: rows + 1]))  # and the last one to finish
+            model.network.check_room(*longest[: rows + 1])  # and the last one to finish
         except ContextOverflow:
             continue
         return rows

@@ -97,8 +97,12 @@ class Network:
         """The dtype that the weights are held in."""
         return str(self.hf.dtype).removeprefix("torch.")
 
-    def check_room(self, tokens: int) -> None:
-        """Raise ContextOverflow if room for `tokens` more tokens is known to be lacking in memory."""
+    def check_room(self, *rows: int, owned: int = 0) -> None:
+        """Raise ContextOverflow if room for caches of so many tokens is known to be lacking in memory.
+
+        Args:
+            owned: tokens whose room they take already.
+        """
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for one sequence of about `capacity` tokens."""

@@ -147,8 +147,10 @@ class PooledAnswer:
 
     def _check_room(self, rows: list[KeptCache]) -> None:
         owned = sum(kept.cache.owned for kept in rows if isinstance(kept.cache, KVCache))
-        wanted = sum(len(row.ids) + self._params.max_new_tokens for row in self._rows)
-        self._model.network.check_room(max(0, wanted - owned))
+        wanted = [len(row.ids) + self._params.max_new_tokens for row in self._rows]
+        with self._model.turn:
+            self._model.prepare(self._length)  # how much room a token takes depends on the scaler
+            self._model.network.check_room(*wanted, owned=owned)
 
     def _open(self, caches: list[Cache], generator: torch.Generator) -> tuple[Token, list[list[int]]]:
         """Read all prompts and draw the first token: among the covers of the question's end, where there are any."""

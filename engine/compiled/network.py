@@ -128,8 +128,9 @@ class CompiledNetwork(Network):
             layers=len(d.layers), heads=d.key_heads, dim=d.head_dim, dtype=self._dtype, folder=self._folder
         )
 
-    def check_room(self, tokens: int) -> None:
-        check_room(self.cache_shape, self._room(tokens), 1 + max(len(turns.key_bands) for turns in self._turns))
+    def check_room(self, *rows: int, owned: int = 0) -> None:
+        needed = max(0, sum(map(self._room, rows)) - owned)
+        check_room(self.cache_shape, needed, 1 + max(len(turns.key_bands) for turns in self._turns))
 
     def new_cache(self, capacity: int) -> KVCache:
         return KVCache(self.cache_shape, self._room(capacity))

@@ -256,10 +256,15 @@ def test_it_stands_alone(compiled, spec):
 def test_room_in_memory_is_that_under_the_scaler_of_the_request(compiled, monkeypatch):
     compiled.rope = "auto"
     seen = []
-    monkeypatch.setattr(compiled.network, "check_room", lambda _: seen.append(str(compiled.network.setting[0])))
+    monkeypatch.setattr(compiled.network, "check_room", lambda *_, **__: seen.append(str(compiled.network.setting[0])))
     for text in (LONG, SHORT):
         compiled.generate(text, greedy(1))
     assert seen == [DEFAULT, "none"]
+    stream = compiled.stream(LONG, greedy(1), contexts=[SHORT])
+    compiled.generate(SHORT, greedy(1))
+    seen.clear()
+    next(stream)
+    assert seen == [DEFAULT]
 
 
 def test_spec():

@@ -9,7 +9,9 @@ from live import MORE, TEXT, cache_difference, counted, greedy
 
 import ropewalk as rw
 from ropewalk.engine import memory
+from ropewalk.engine.cache import most_held
 from ropewalk.engine.kv_cache import CacheShape, KVCache
+from ropewalk.engine.network import CHUNK
 from ropewalk.engine.prefill import prefill
 
 KINDS = [torch.float32, torch.bfloat16, torch.int8]
@@ -294,6 +296,19 @@ def test_a_file_is_held_against_the_disk(available, tmp_path):
         memory.check_room(small, 1303, forms=1)
     assert "offload" not in str(refused.value)
     assert "kv_dtype='int8'" in str(refused.value)
+
+
+def test_every_cache_that_forgets_takes_its_own_room(tiny_folder, available):
+    network = rw.load(tiny_folder, "sink-window:64", compile=True).network
+    one = most_held((4, 64)) + CHUNK
+    available(8 * one * network.cache_shape.bytes_per_token * 3 // 2)  # keys in two forms
+    network.check_room(*[20_000] * 8)
+    network.check_room(*[20_000] * 9, owned=one)
+    network.check_room(10, *[20_000] * 7)
+    with pytest.raises(rw.ContextOverflow):
+        network.check_room(*[20_000] * 9)
+    with pytest.raises(rw.ContextOverflow):
+        network.check_room(10, *[20_000] * 8)
 
 
 def test_what_does_not_fit_is_refused_before_any_work(model, available, monkeypatch):

@@ -147,6 +147,13 @@ def test_no_more_rows_than_memory_holds(model, monkeypatch, rows, expected):
     assert max(widths) == (expected if expected in (1, 5) else expected - 1 or 1)
 
 
+def test_no_more_rows_than_memory_holds_where_each_forgets(model, monkeypatch):
+    model.rope = "sink-window:64"
+    bytes_a_row = model.network._room(3000) * model.network.cache_shape.bytes_per_token * 3 // 2  # keys in two forms
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(int(3.5 * bytes_a_row)))
+    assert generation._rows_that_fit(model, [3000] * 5) == 2  # and the last one to finish
+
+
 def test_an_interrupted_batch_leaves_nothing_behind(model, monkeypatch):
     expected = model.generate(MIXED, greedy(4))
     step, calls = model.network.step, []
