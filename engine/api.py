@@ -91,10 +91,10 @@ class Model:
     @rope.setter
     def rope(self, scaler: str | Scaler | None) -> None:
         wanted, choice = parse(scaler, self.trained_length), None
-        if isinstance(wanted, Auto):
-            choice = Choice.of(self.spec, self.trained_length, tunings.read(self.identity), self._switch.takes)
         with self.turn:
-            if choice is None:
+            if isinstance(wanted, Auto):
+                choice = Choice.of(self.spec, self.trained_length, tunings.read(self.identity), self._switch.takes)
+            else:
                 self._switch.put(wanted)
             self._rope, self._choice = wanted, choice
             self.prepare(None)

@@ -63,15 +63,25 @@ def refuse_change(model: Model, rope: Scaler) -> None:
 
 
 def pieces(
-    model: Model, prompt: Prompt, params: SamplingParams, answer: Answer, cache: Cache | None = None
+    model: Model,
+    prompt: Prompt,
+    params: SamplingParams,
+    answer: Answer,
+    cache: Cache | None = None,
+    rope: Scaler | None = None,
 ) -> Iterator[str]:
-    """The text of one answer as it is decided; `answer` is filled meanwhile."""
-    length, rope = check_length(model, len(prompt.ids), params, cache), model.rope
+    """The text of one answer as it is decided; `answer` is filled meanwhile.
+
+    Args:
+        rope: what the model was under when the cache was made ready; None is what it is under now.
+    """
+    rope = rope or model.rope
+    length = check_length(model, len(prompt.ids), params, cache)
     decoding = _decoding(model, prompt, params, cache)
     started = False
     while not answer.done:
-        refuse_change(model, rope)
         with model.turn, torch.inference_mode(), restoring(decoding.cache):
+            refuse_change(model, rope)
             model.prepare(length)  # another request may have run since, and its frequencies are not ours
             if started:
                 logits = model.network.forward(decoding.pending, decoding.cache, keep=1)[0]

@@ -125,8 +125,8 @@ class PooledAnswer:
         pending: list[list[int]] = []
         try:
             while not self._answer.done:
-                refuse_change(model, rope)
                 with model.turn, torch.inference_mode(), restoring(*caches):
+                    refuse_change(model, rope)
                     model.prepare(self._length)
                     if pending:
                         logits = model.network.step(list(zip(pending, caches, strict=True))).float()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, DataError
 from ..tokenizer_tools.cover import shared_length
@@ -69,19 +70,22 @@ class Session:
         self._end_stream()
         certain = self._read(self.text + text).certain
         check_length(self._model, len(certain), SamplingParams(max_new_tokens=1), self._kept.cache)
-        cache = self._kept.ready(certain, len(certain) + 1)
-        if not can_rewind(cache):
-            certain = certain[:-1]  # an answer runs the last token again, to see what follows it
-        if len(certain) > len(self._kept.ids):
-            try:
-                with self._model.turn, torch.inference_mode():
-                    self._model.prepare(len(certain) + 1)
-                    prefill(self._model.network, certain[len(self._kept.ids) :], cache, progress)
-            except BaseException:
-                self._kept.settle(certain, broken=True)
-                raise
-            self._kept.ids = certain
+        with self._model.turn:  # the scaler must not change between the two
+            cache = self._kept.ready(certain, len(certain) + 1)
+            if not can_rewind(cache):
+                certain = certain[:-1]  # an answer runs the last token again, to see what follows it
+            if len(certain) > len(self._kept.ids):
+                self._read_on(certain, cache, progress)
         self.text += text
+
+    def _read_on(self, certain: list[int], cache: Cache, progress: Progress | None) -> None:
+        try:
+            with torch.inference_mode():
+                prefill(self._model.network, certain[len(self._kept.ids) :], cache, progress)
+        except BaseException:
+            self._kept.settle(certain, broken=True)
+            raise
+        self._kept.ids = certain
 
     def generate(self, text: str = "", params: SamplingParams | None = None) -> Completion:
         """Append `text` and continue; the answer becomes part of the session.
@@ -110,11 +114,12 @@ class Session:
         return answer, written
 
     def _written(self, text: str, prompt: Prompt, params: SamplingParams, answer: Answer) -> Generator[str, None, None]:
+        rope = self._model.rope
         cache = self._kept.ready(prompt.certain, len(prompt.ids) + params.max_new_tokens)
         before, broken = self.text, False
         self.text += text
         try:
-            yield from pieces(self._model, prompt, params, answer, cache)
+            yield from pieces(self._model, prompt, params, answer, cache, rope)
         except BaseException as error:
             broken = not isinstance(error, GeneratorExit)  # which comes between two steps
             raise

@@ -1,9 +1,14 @@
 """Threads that share one model: each gets what it would get alone."""
 
+import contextlib
 import threading
 
 import pytest
-from live import TEXT, greedy
+import torch
+from live import TEXT, cache_difference, greedy
+
+import ropewalk as rw
+from ropewalk.engine.prefill import prefill
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -58,3 +63,64 @@ def test_a_request_of_another_length_does_not_come_between(model, monkeypatch):
     finally:
         thread.join()
     assert [one.logprob for one in found.logprobs] == [one.logprob for one in expected.logprobs]
+
+
+class ChangedMeanwhile:
+    """A lock; whoever waits for it finds, once, that another thread has changed the scaler."""
+
+    def __init__(self, model, waits=0):
+        self.model, self.lock, self.waits = model, model.turn, waits
+
+    def __enter__(self):
+        if not self.lock._is_owned():
+            self.waits -= 1
+            if self.waits == -1:
+                self.model.rope = "linear:8"
+        return self.lock.__enter__()
+
+    def __exit__(self, *error):
+        return self.lock.__exit__(*error)
+
+
+@pytest.mark.parametrize("contexts", [None, ["import os", "def f(x)"]])
+def test_a_change_of_scaler_while_a_step_waits_is_noticed(model, monkeypatch, contexts):
+    stream = model.stream(TEXT, greedy(6), contexts=contexts)
+    next(stream)
+    monkeypatch.setattr(model, "turn", ChangedMeanwhile(model))
+    with pytest.raises(rw.PatchError, match="changed from none to linear:8"):
+        next(stream)
+
+
+@pytest.mark.parametrize("waits", range(8))
+def test_a_change_of_scaler_at_any_time_leaves_sessions_right(model, monkeypatch, waits):
+    for work in (
+        lambda session: session.append(TEXT),
+        lambda session: session.generate(TEXT, greedy(3)),
+        lambda session: list(session.stream("x", greedy(3))),
+    ):
+        model.rope = None
+        session = model.session()
+        session.append(TEXT)
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "turn", ChangedMeanwhile(model, waits))
+            with contextlib.suppress(rw.PatchError):
+                work(session)
+        session.append("")  # turns what it holds
+        ids, fresh = session._kept.ids, model.new_cache(session.tokens)
+        with torch.inference_mode():
+            prefill(model.network, ids, fresh)
+        assert cache_difference(session._kept.cache, fresh, len(ids), layers=1) < 1e-4  # no others are below it
+
+
+def test_a_scaler_is_tried_out_while_no_request_runs(model, monkeypatch):
+    held, use = [], model.network.use
+
+    def watched(*setting):
+        held.append(model.turn._is_owned())
+        use(*setting)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.network, "use", watched)
+        model.rope = "auto"
+    assert held
+    assert all(held)
