@@ -18,10 +18,21 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from ..errors import PatchError
 
 
-class TurnedKeys:
-    """Copies of one layer's keys, turned as a band sees them; made when first asked for, then extended."""
+def _allocate(like: Tensor, capacity: int) -> Tensor:
+    """Room for `capacity` keys of the form of `like` [batch, kv_heads, n, head_dim]."""
+    batch, heads, _, dim = like.shape
+    return like.new_empty(batch, heads, capacity, dim)
 
-    def __init__(self) -> None:
+
+class TurnedKeys:
+    """Copies of one layer's keys, turned as a band sees them; made when first asked for, then extended.
+
+    Args:
+        allocate: makes the room for so many keys like others, as that of the keys is made.
+    """
+
+    def __init__(self, allocate: Callable[[Tensor, int], Tensor] = _allocate) -> None:
+        self._allocate = allocate
         self._setting: Hashable = None
         self._copies: dict[int, Tensor] = {}
         self._lengths: dict[int, int] = {}
@@ -32,20 +43,7 @@ class TurnedKeys:
         Args:
             setting: what the angles follow from; copies of another setting are dropped.
         """
-        if setting != self._setting:
-            self.clear()
-            self._setting = setting
-        length, needed = self._lengths.get(band, 0), keys.shape[2]
-        copy = self._copies.get(band)
-        if copy is None or copy.shape[2] < needed:
-            grown = keys.new_empty(*keys.shape[:2], _grown(needed, copy), keys.shape[3])
-            if copy is not None:
-                grown[:, :, :length] = copy[:, :, :length]
-            self._copies[band] = copy = grown
-        if length < needed:
-            copy[:, :, length:needed] = turn(length, needed)
-            self._lengths[band] = needed
-        return copy[:, :, :needed]
+        return self.room(setting, band, keys, turn, 0)[:, :, : keys.shape[2]]
 
     def crop(self, length: int) -> None:
         """Forget what lies beyond `length` keys."""
@@ -60,13 +58,19 @@ class TurnedKeys:
     ) -> Tensor:
         """The copy of `keys` as `get` gives it, in a buffer with room for `count` more, which the caller writes
         and then counts by `advance`."""
-        held = keys.shape[2]
-        self.get(setting, band, keys, turn)
-        copy = self._copies[band]
-        if copy.shape[2] < held + count:
-            grown = copy.new_empty(*copy.shape[:2], max(held + count, 2 * copy.shape[2]), copy.shape[3])
-            grown[:, :, :held] = copy[:, :, :held]
+        if setting != self._setting:
+            self.clear()
+            self._setting = setting
+        length, needed = self._lengths.get(band, 0), keys.shape[2]
+        copy = self._copies.get(band)
+        if copy is None or copy.shape[2] < needed + count:
+            grown = self._allocate(keys, _grown(needed + count, copy))
+            if copy is not None:
+                grown[:, :, :length] = copy[:, :, :length]
             self._copies[band] = copy = grown
+        if length < needed:
+            copy[:, :, length:needed] = turn(length, needed)
+            self._lengths[band] = needed
         return copy
 
     def advance(self, held: int, count: int) -> None:
@@ -111,14 +115,9 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self._allocate(key_states, self.capacity)
-        self.values = self._allocate(value_states, self.capacity)
+        self.keys = _allocate(key_states, self.capacity)
+        self.values = _allocate(value_states, self.capacity)
         self.is_initialized = True
-
-    @staticmethod
-    def _allocate(like: Tensor, capacity: int) -> Tensor:
-        batch, heads, _, dim = like.shape
-        return like.new_empty(batch, heads, capacity, dim)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append [batch, kv_heads, n, head_dim] and return views of everything held."""
@@ -165,7 +164,7 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         return found
 
     def _new(self, name: str, capacity: int) -> Tensor:
-        return self._allocate(getattr(self, name), capacity)
+        return _allocate(getattr(self, name), capacity)
 
     def reset(self) -> None:
         self.length = self.forgotten = 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache import ContiguousLayer
+from .cache import ContiguousLayer, TurnedKeys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,20 @@ class CacheShape:
         row = self.dim * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
         return 2 * self.layers * self.heads * row
 
+    def buffer(self, capacity: int, scales: bool = False) -> Tensor:
+        """Room for the keys or the values of a layer, [1, heads, capacity, dim], or for their scales, without dim."""
+        size = (1, self.heads, capacity, *(() if scales else (self.dim,)))
+        dtype = torch.float32 if scales else self.dtype
+        if self.folder is None:
+            return torch.empty(size, dtype=dtype)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix="ropewalk-", suffix=".kv") as file:
+            count = torch.Size(size).numel()
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
+
+    def turned(self) -> TurnedKeys:
+        """Copies of keys, which lie where the keys do; none yet."""
+        return TurnedKeys(lambda _, capacity: self.buffer(capacity))
+
 
 class KVLayer(ContiguousLayer):
     """Keys and values of one layer, [1, heads, capacity, dim]; forks share them until one writes."""
@@ -44,6 +58,7 @@ class KVLayer(ContiguousLayer):
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         super().__init__(capacity)
         self.shape = shape
+        self.turned = shape.turned()
         self._join(set())
         self.dtype, self.device = shape.dtype, torch.device("cpu")
         self.is_initialized = True
@@ -51,14 +66,7 @@ class KVLayer(ContiguousLayer):
             setattr(self, name, self._new(name, capacity))
 
     def _new(self, name: str, capacity: int) -> Tensor:
-        scales = name.endswith("scales")
-        size = (1, self.shape.heads, capacity, *(() if scales else (self.shape.dim,)))
-        dtype = torch.float32 if scales else self.shape.dtype
-        if self.shape.folder is None:
-            return torch.empty(size, dtype=dtype)
-        with tempfile.NamedTemporaryFile(dir=self.shape.folder, prefix="ropewalk-", suffix=".kv") as file:
-            count = torch.Size(size).numel()
-            return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
+        return self.shape.buffer(capacity, name.endswith("scales"))
 
     def reserve(self, length: int) -> None:
         """Make room for `length` keys, in buffers that nobody else reads."""
@@ -93,8 +101,7 @@ class KVLayer(ContiguousLayer):
     def fork(self) -> KVLayer:
         """A layer that goes on from here; nothing is copied before one of the two writes."""
         other = type(self).__new__(type(self))
-        ContiguousLayer.__init__(other, self.capacity)
-        other.__dict__.update(self.__dict__ | {"turned": other.turned})
+        other.__dict__.update(self.__dict__ | {"turned": self.shape.turned()})
         other._join(self._sharers)
         return other
 

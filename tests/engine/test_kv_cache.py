@@ -1,6 +1,8 @@
 """The compiled network's cache: forks, growth, int8 rows, memory-mapped files, and what does not fit."""
 
 import copy
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -238,6 +240,30 @@ def test_in_a_file_it_is_the_same_to_the_bit_and_leaves_none(tiny_folder, model,
         assert list(tmp_path.iterdir()) == []
     finally:
         model.rope = None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("steps", [True, False])
+def test_turned_copies_lie_in_files_too(tiny_folder, tmp_path, steps):
+    mapped = rw.load(tiny_folder, "rerope:16", offload=tmp_path, max_length=4096)
+    mapped.prepare(100)
+    parent, ids = mapped.new_cache(8), mapped.vocabulary.encode(TEXT * 4)[:60]
+    forward = mapped.network.forward
+    with torch.inference_mode():
+        for part in [[i] for i in ids] if steps else [ids]:
+            forward(part, parent, keep=1)
+        fork = parent.fork()
+        forward(ids[:1], fork, keep=1)
+    ranges = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "/ropewalk-" in line
+    ]
+    for cache in (parent, fork):
+        for layer in cache.layers:
+            assert layer.turned.tensors
+            for tensor in (layer.keys, layer.values, *layer.turned.tensors):
+                assert any(start <= tensor.data_ptr() < stop for start, stop in ranges)
 
 
 def test_a_folder_that_is_not_there_is_refused(tiny_folder, tmp_path):
