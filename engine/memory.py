@@ -55,6 +55,8 @@ class CacheLost(OutOfMemory):
 def restoring(*caches: Cache) -> Iterator[None]:
     """Where memory runs out inside, caches are what they were before.
 
+    An OutOfMemory of a block inside is let through: what was read before that block stays.
+
     Raises:
         OutOfMemory: in the place of what numpy and torch raise.
         CacheLost: the same, but a cache could not go back.

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import ropewalk as rw
+from ropewalk.engine.cache import tokens_read
+from ropewalk.engine.network import CHUNK
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -63,6 +65,24 @@ def test_a_session_keeps_what_it_had_read(model, monkeypatch):
         session.append(TEXT[700:])
         params = rw.SamplingParams(max_new_tokens=4, temperature=0)
         assert session.generate("", params).token_ids == model.generate(TEXT, params).token_ids
+
+
+def test_a_cache_of_ones_own_keeps_whole_chunks_and_goes_on_from_them(model, monkeypatch):
+    ids, params = model.vocabulary.encode(TEXT * 2), rw.SamplingParams(max_new_tokens=4, temperature=0)
+    expected, cache = model.generate_ids(ids, params), model.new_cache(len(ids))
+    assert len(ids) > CHUNK
+    forward = model.network.forward
+
+    def limited(ids, cache, keep):
+        if len(ids) < CHUNK:  # the last chunk, and its halves
+            raise MemoryError("cannot allocate")
+        return forward(ids, cache, keep=keep)
+
+    with monkeypatch.context() as tight, pytest.raises(rw.OutOfMemory, match="after 1024 tokens"):
+        tight.setattr(model.network, "forward", limited)
+        model.generate_ids(ids, params, cache)
+    assert tokens_read(cache) == CHUNK
+    assert model.generate_ids(ids, params, cache) == expected
 
 
 def test_other_errors_are_not_taken_for_it(model, monkeypatch):
