@@ -176,8 +176,11 @@ class Session:
         target = Path(path)
         try:
             with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
-                save_file(tensors, f"{folder}/session", metadata=metadata)
-                Path(folder, "session").replace(target)
+                written, plain = Path(folder, "session"), Path(folder, "plain")
+                save_file(tensors, str(written), metadata=metadata)
+                plain.touch()
+                written.chmod(plain.stat().st_mode)  # safetensors makes files that only their owner can read
+                written.replace(target)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path} cannot be written: {error}") from error
 
@@ -217,7 +220,7 @@ class Session:
                 if not isinstance(cache, KVCache):
                     raise ConfigError("sessions can be loaded by the compiled kernels only")
                 _fill(cache, file, held, (dropped, needed), path)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, OverflowError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
             if isinstance(error, ConfigError):  # a ValueError too
                 raise
             raise DataError(f"{path} cannot be read as a session: {error}") from error

@@ -1,6 +1,7 @@
 """Sessions on disk: what is saved is what goes on, a file is whole or absent, and what is no session is refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -162,6 +163,10 @@ DAMAGE = {
     "weights": (lambda path: save_file({"x": torch.ones(2)}, str(path)), "is not a session that ropewalk saved"),
     "format": (lambda path: rewritten(path, format="ropewalk session 9"), "is a 'ropewalk session 9', and this"),
     "tokens": (lambda path: rewritten(path, ids=[1] * 500), r"holds keys \[.*\] where \[1, 2, 500, 32\] belong"),
+    "nested": (
+        lambda path: save_file({}, str(path), {"session": "[" * 100_000, "weights": ""}),
+        "cannot be read as a session",
+    ),
     "json": (lambda path: rewritten(path, ids=None), "cannot be read as a session"),
 }
 
@@ -200,6 +205,18 @@ def test_saving_that_fails_leaves_the_old_file(model, monkeypatch, saved, error)
     assert saved.read_bytes() == old
     assert list(saved.parent.iterdir()) == [saved]
     check_cache(model, session)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such modes")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_the_file_is_for_the_umask_to_say(model, tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        model.session().save(tmp_path / "s")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "s").stat().st_mode & 0o777 == mode
+    assert list(tmp_path.iterdir()) == [tmp_path / "s"]
 
 
 def test_a_folder_that_is_not_there_is_named(model, tmp_path):
