@@ -50,7 +50,7 @@ def _attention_forward(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The signature of transformers' attention registry; query [B, H, N, D] -> [B, N, H, D]."""
+    """What transformers' SDPA function computes, by its signature; query [B, H, N, D] -> [B, N, H, D]."""
     if attention_mask is None and not torch.is_grad_enabled():
         score = Score(scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
         out = causal_attention(query, key, value, score)

@@ -92,10 +92,11 @@ def load(
     chosen = _choose_dtype("auto" if dtype == "int8" else dtype, config, on_cpu, widens)
     options: dict[str, Any] = {"dtype": chosen}
     options |= {"device_map": placement} if tp_plan is None else split.options(tp_plan)
-    if on_cpu and attends_to_everything(config.get_text_config()):
-        options["attn_implementation"] = attention.register()
     hf = read_weights(source, config, **options)
     tokenizer = read_tokenizer(source)
+    text_config = hf.config.get_text_config()
+    if on_cpu and text_config._attn_implementation == "sdpa" and attends_to_everything(text_config):
+        hf.set_attn_implementation(attention.register())  # in place of SDPA only: others cap scores or have sinks
     if tp_plan is not None:
         split.begin()
     return Model(

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GptOssConfig, LlamaConfig, LlamaForCausalLM
 
 import ropewalk as rw
 from ropewalk.engine.load import _choose_dtype
@@ -121,6 +121,43 @@ def test_threads_load_whole_models_and_leave_the_process_as_it_was(tiny_folder):
         models = [*pool.map(lambda _: rw.load(tiny_folder, compile=False), range(9))]
     assert {model.fingerprint for model in models} == {models[0].fingerprint}
     assert state() == before
+
+
+WHOLE = {
+    "vocab_size": 1024,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "layer_types": ["full_attention"] * 2,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GptOssConfig(**WHOLE, num_local_experts=2, num_experts_per_tok=1),
+        Gemma2Config(**WHOLE, attn_logit_softcapping=1.0, query_pre_attn_scalar=1),
+    ],
+    ids=["sinks", "softcap"],
+)
+@pytest.mark.parametrize("compile", [False, "auto"])
+def test_what_sdpa_cannot_do_is_left_to_the_models_own_attention(tmp_path, tiny_folder, config, compile):
+    torch.manual_seed(0)
+    reference = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for name, weight in reference.named_parameters():
+        weight.data = torch.full_like(weight, 4.0) if name.endswith("sinks") else weight * 10
+    reference.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder / name, tmp_path)
+    model = rw.load(tmp_path, dtype="float32", compile=compile)
+    ids = list(range(5, 45))
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0]
+        found = model.network.forward(ids, model.new_cache(50), 40)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_a_model_without_rope_is_refused_before_its_weights_are_read(tmp_path, tiny_folder):
