@@ -71,11 +71,11 @@ def _attention_forward(
 def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, **kwargs: Any) -> Tensor | None:
     """None where plain causal attention is meant, else the mask that transformers' SDPA path would build."""
     padding = kwargs.get("attention_mask")
-    plain = kwargs.get("mask_function") is causal_mask_function and (padding is None or bool(padding.all()))
+    causal = kwargs.pop("allow_is_causal_skip", True) and kwargs.get("mask_function") is causal_mask_function
+    plain = causal and (padding is None or bool(padding.all()))
     if plain and kwargs.get("kv_offset", 0) == 0 and int(q_offset) + q_length == kv_length:
         return None
-    kwargs["allow_is_causal_skip"] = False
-    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, q_offset, **kwargs)
+    mask: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, q_offset, allow_is_causal_skip=False, **kwargs)
     return mask
 
 

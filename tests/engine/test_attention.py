@@ -143,8 +143,9 @@ def test_the_mask_is_that_of_transformers_wherever_there_is_one():
         {**shape, "attention_mask": padding},
         {**shape, "mask_function": sliding_window_causal_mask_function(3)},
         {**shape, "q_length": 9, "q_offset": torch.tensor(0), "attention_mask": padding},
+        {**shape, "allow_is_causal_skip": False},  # Doge adds to the mask
     ):
-        assert torch.equal(_mask(**case), sdpa_mask(**case, allow_is_causal_skip=False))
+        assert torch.equal(_mask(**case), sdpa_mask(**{**case, "allow_is_causal_skip": False}))
     assert _mask(2, 9, 9, mask_function=causal_mask_function) is None
     assert _mask(**{**shape, "q_offset": torch.tensor(5)}) is None
     assert _mask(**{**shape, "kv_offset": 0}, allow_is_causal_skip=True) is None
