@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..scaling.hf import read
 from ..scaling.positions import PositionScaler
 from ..scaling.rope import Scaler
 from . import split
@@ -59,7 +60,8 @@ class Network:
 
     def use(self, scaler: Scaler, length: int | None) -> None:
         """Run under `scaler`, for sequences of `length` tokens, from now on. The model is patched with it already."""
-        self._setting = scaler, length if scaler.depends_on_length else None
+        own = [rope.scaler for rope in read(self.hf.config.get_text_config()).values()]  # LongRoPE, where there is one
+        self._setting = scaler, length if any(one.depends_on_length for one in (scaler, *own)) else None
 
     @property
     def setting(self) -> Setting:

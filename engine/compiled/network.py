@@ -115,8 +115,7 @@ class CompiledNetwork(Network):
         before = self._setting
         if self._dtype == torch.int8 and scaler.member("positions"):
             raise ConfigError(f"{scaler} holds its keys in several forms, an int8 cache in one; leave out kv_dtype")
-        own = [group.site.configured.scaler for group in self._groups if group.site]  # LongRoPE, where a model has it
-        self._setting = scaler, length if any(one.depends_on_length for one in (scaler, *own)) else None
+        super().use(scaler, length)
         if before != self._setting or not self._turns:
             self._turns = [Turns(group, self._headline, *self._setting) for group in self._groups]
 

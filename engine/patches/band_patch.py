@@ -21,7 +21,7 @@ from ..bands.rotation import angles
 from ..bands.rows import Run, key_slots, runs
 from ..cache import adopt
 from .probe import LayerRope, layer_ropes, logits
-from .rotary import RotarySite, headline
+from .rotary import RotarySite, depends_on_length, headline
 from .seam import AttentionSeam, RotarySeam
 
 _VERIFIED = {torch.float64: 1e-5, torch.float32: 1e-4}  # largest difference of logits, of their largest
@@ -66,7 +66,7 @@ class BandPatch:
 
     def write(self, length: int | None = None) -> None:
         """Fix the length that a scaler which depends on it is for; None lets it grow with each sequence."""
-        length = length if self.scaler.depends_on_length else None
+        length = length if depends_on_length(self.scaled_sites, self.scaler) else None
         if self._planned != (self.scaler, length):
             self._plan(self.scaler, length)
 

@@ -139,11 +139,12 @@ class RotaryWriter:
 
     def write(self, length: int | None = None) -> None:
         """Put the frequencies for a sequence of `length` tokens in place; cheap when they already are."""
-        if not self.changes_frequencies:
-            return
-        if not self.scaler.depends_on_length:
+        if not depends_on_length(self.scaled_sites, self.scaler):
             length = None
         if self._written_for == length:
+            return
+        if length is None and not self.changes_frequencies:
+            self.restore()
             return
         if not self._originals:
             self._originals = [self._remember(site) for site in self.scaled_sites]
@@ -180,6 +181,11 @@ class RotaryWriter:
             "attention_scaling": getattr(site.module, site.attribute("attention_scaling")),
             "rope_type": site.module.rope_type,
         }
+
+
+def depends_on_length(sites: list[RotarySite], scaler: Scaler) -> bool:
+    """True if `scaler`, or a scaling of the model's own that it leaves in place, depends on length."""
+    return any(site.configured.effective(scaler).depends_on_length for site in sites)
 
 
 def headline(sites: list[RotarySite]) -> RotarySite:

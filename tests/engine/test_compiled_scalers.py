@@ -2,10 +2,13 @@
 
 import pytest
 from decoders import DECODERS, IDS, LONGROPE, compiled, difference, in_chunks, read, under
-from families import build
+from families import DEFAULT, build
 
 import ropewalk as rw
 from ropewalk.engine.compiled.network import FEW
+from ropewalk.engine.network import Network
+from ropewalk.engine.patches.rotary import rotary_sites
+from ropewalk.engine.patches.switch import Switch
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
@@ -107,3 +110,26 @@ def test_frequencies_of_the_models_own_that_depend_on_length(spec, length):
         expected = in_chunks(network, [1000], ids)
     for sizes in ([1000], [1], [20, 1]):
         assert difference(in_chunks(network, sizes, ids), expected) < TOLERANCE
+
+
+DYNAMIC = "llama", {"rope_parameters": {**DEFAULT, "rope_type": "dynamic", "factor": 2.0}}
+
+
+@pytest.mark.parametrize("spec", ["none", "logn", "rerope:20"])
+@pytest.mark.parametrize("length", [60, LENGTH])
+@pytest.mark.parametrize("row", [("phi3", LONGROPE), DYNAMIC])
+def test_transformers_modules_do_it_too(row, spec, length):
+    """Left alone they would switch in the middle of a text, and keep the keys of before."""
+    hf, ids, scaler = build(*row), IDS[:, :length], rw.scaling.parse(spec)
+    kernels, modules = compiled(hf), Network(hf)
+    kernels.use(scaler, length)
+    expected = read(build(*row), ids) if spec == "none" else in_chunks(kernels, [1000], ids)
+    switch = Switch(hf, rotary_sites(hf), modules)
+    switch.put(scaler)
+    for sizes in ([1000], [1], [20, 1]):
+        switch.prepare(length)
+        assert modules.setting == (scaler, length)
+        assert difference(in_chunks(modules, sizes, ids), expected) < TOLERANCE
+        switch.prepare(None)
+    switch.put(rw.scaling.Scaler())
+    assert difference(read(hf), read(build(*row))) == 0
