@@ -7,6 +7,7 @@ copies that the bands read, so that a step turns its own keys only.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -202,7 +203,13 @@ def attends_to_everything(config: PreTrainedConfig) -> bool:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return set(layer_types) == {"full_attention"}
-    return getattr(config, "sliding_window", None) is None
+    return common_window(config) is None
+
+
+def common_window(config: PreTrainedConfig) -> int | None:
+    """The window of a model whose layers are all alike, or None. Where the family has no windows it is None whatever
+    the config says: one converted from Mistral may still say something, and the model does not read it."""
+    return getattr(config, "sliding_window", None) if hasattr(type(config), "sliding_window") else None
 
 
 def adopt(cache: Cache, capacity: int = 256) -> None:
@@ -219,6 +226,10 @@ def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
 
     Sliding-window and recurrent layers get transformers' own kinds.
     """
+    config = config.get_text_config(decoder=True)
+    if attends_to_everything(config):
+        config = copy.copy(config)
+        config.sliding_window = None  # transformers would believe one that the model does not read
     cache = DynamicCache(config=config)
     adopt(cache, capacity)
     return cache

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModel
+from ..cache import common_window
 
 _PRE = ("input_layernorm", None, "post_attention_layernorm", None)
 _POST = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
@@ -164,7 +165,7 @@ def _layer(family: Family, layer: Any, config: Any) -> Layer:
     return Layer(
         linears=(query, key, value, _linear(attention.o_proj), gate, up, _linear(mlp.down_proj)),
         norms=tuple(norms),
-        window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
+        window=getattr(attention, "sliding_window", common_window(config)),
         scale=attention.scaling,
         softcap=getattr(attention, "attn_logit_softcapping", None),
     )

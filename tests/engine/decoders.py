@@ -53,6 +53,7 @@ ROWS = {
     "llama": ("llama", {**THREE, **BIASED, "mlp_bias": True, **SIX_HEADS}),
     "llama-one-head": ("llama", {**THREE, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 80}),
     "llama-3.1": ("llama", {**THREE, "rope_parameters": LLAMA3, "max_position_embeddings": 256}),
+    "llama-unused-window": ("llama", {**THREE, "sliding_window": WINDOW}),
     "mistral": ("mistral", {**THREE, "sliding_window": WINDOW}),
     "mistral-wide": ("mistral", {**THREE, "sliding_window": None, "tie_word_embeddings": True}),
     "ministral": ("ministral", layer_types(1)),

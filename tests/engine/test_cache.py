@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ropewalk import PatchError
 from ropewalk.engine import cache as caches
@@ -57,7 +57,14 @@ def test_crop_forgets_the_end():
 
 def test_models_with_windows_keep_transformers_cache():
     assert isinstance(new_cache(LlamaConfig(**SMALL), 8).layers[0], ContiguousLayer)
-    assert isinstance(new_cache(MistralConfig(**SMALL, sliding_window=4), 8), DynamicCache)
+    windows = new_cache(MistralConfig(**SMALL, sliding_window=4), 8)
+    assert [type(layer) for layer in windows.layers] == [DynamicSlidingWindowLayer] * 2
+
+
+def test_a_window_that_the_model_does_not_know_drops_no_keys():
+    config = LlamaConfig(**SMALL, sliding_window=4)  # as in a Mistral that was converted
+    assert [type(layer) for layer in new_cache(config, 8).layers] == [ContiguousLayer] * 2
+    assert config.sliding_window == 4
 
 
 def states(n, rows=1):
@@ -267,7 +274,7 @@ def test_which_models_attend_to_everything():
     assert attends_to_everything(MistralConfig(**SMALL, sliding_window=None))
     assert not attends_to_everything(SimpleNamespace(layer_types=["full_attention", "sliding_attention"]))
     assert attends_to_everything(SimpleNamespace(layer_types=["full_attention"] * 2, sliding_window=4))
-    assert not attends_to_everything(SimpleNamespace(layer_types=None, sliding_window=4))
+    assert attends_to_everything(LlamaConfig(**SMALL, sliding_window=4))
     assert attends_to_everything(SimpleNamespace())
 
 
