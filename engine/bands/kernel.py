@@ -136,7 +136,7 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, score: Score, sees: Sees | Te
     K = k.shape[1]
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.reshape(B, K, H // K, N, D)
-    scores = (grouped @ k.unsqueeze(2).transpose(-1, -2)).to(exact) * score.scale
+    scores = (grouped * score.scale @ k.unsqueeze(2).transpose(-1, -2)).to(exact)  # float16 overflows unscaled
     if score.softcap is not None:
         scores = score.softcap * torch.tanh(scores / score.softcap)
     if sees != "all":

@@ -143,6 +143,16 @@ def test_the_fused_kernel_agrees_with_the_plain_one(spec):
     assert (fused - plain).abs().max() < 2e-6
 
 
+def test_large_products_do_not_overflow_float16():
+    torch.manual_seed(0)
+    q, k = (torch.full((1, 1, n, 128), 24.0, dtype=torch.float16) for n in (2, 3))  # 73728, and a score of 6517
+    v = torch.randn(1, 1, 3, 128).half()
+    with torch.enable_grad():  # the plain kernel, which is the only one on a GPU
+        out, lse = attend(q, k, v, Score(scale=128**-0.5))
+    assert torch.allclose(out, v.mean(2, keepdim=True), atol=2e-3)
+    assert torch.allclose(lse, torch.tensor(24.0 * 24 * 128**0.5 + math.log(3)), rtol=1e-3)
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers how many entries the largest new tensor had."""
 
