@@ -70,6 +70,7 @@ class RotarySeam:
         self._modules = list(dict.fromkeys(modules))
         self.positions: Tensor | None = None
         self._watchers: list[Any] = []
+        self._replaced: list[tuple[nn.Module, Any]] = []  # with the forward that was set on it, such as accelerate's
 
     def watch(self) -> None:
         """Remember the position ids of every call."""
@@ -85,12 +86,12 @@ class RotarySeam:
     def still(self, gain: float = 1.0) -> None:
         """Let the modules return cos `gain` and sin 0, so that queries, keys and the cache stay un-rotated."""
         for module in self._modules:
+            self._replaced.append((module, module.__dict__.get("forward")))
             module.forward = _still(module.forward, gain)
 
     def restore(self) -> None:
         """Let the modules turn as before."""
-        for module in self._modules:
-            module.__dict__.pop("forward", None)
+        self._put_back()
         for watcher in self._watchers:
             watcher.remove()
 
@@ -101,8 +102,14 @@ class RotarySeam:
         try:
             yield
         finally:
-            for module in self._modules:
-                module.__dict__.pop("forward", None)
+            self._put_back()
+
+    def _put_back(self) -> None:
+        while self._replaced:
+            module, forward = self._replaced.pop()
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 def _still(forward: Callable[..., Any], gain: float) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from families import DEFAULT, FAMILIES
 from serving import IDS, TOLERANCE, difference, logits
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -64,6 +65,17 @@ def test_factor_one_is_the_untouched_model_to_the_bit(family, spec):
     before = logits(model)
     with rw.patch(model, spec):
         assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "logn", "rerope:16"])
+def test_a_hook_of_accelerate_on_the_rotary_module_stays(spec):
+    model = llama()
+    rotary = model.model.rotary_emb
+    add_hook_to_module(rotary, AlignDevicesHook(io_same_device=True))
+    hooked = rotary.forward
+    with rw.patch(model, spec):
+        logits(model)
+    assert rotary.__dict__["forward"] is hooked
 
 
 def test_generate_goes_on_as_plain_transformers():
