@@ -26,6 +26,7 @@ class TemperaturePatch:
     cost = "one multiplication of the queries a layer"
 
     def __init__(self, model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> None:
+        self._model = model
         self.sites = sites
         self.scaler = scaler
         self._frequencies = RotaryWriter(sites, scaler)
@@ -35,22 +36,23 @@ class TemperaturePatch:
         self._padding: Tensor | None = None
         self._calls = 0
         try:
-            self._install(model)
+            self._install()
         except BaseException:  # Ctrl-C too must not leave half a patch
             self.restore()
             raise
 
-    def _install(self, model: PreTrainedModel) -> None:
+    def _install(self) -> None:
         self.apply()
-        logits(model)
+        logits(self._model)
         if not self._calls:
             raise UnsupportedModel(
-                f"{type(model).__name__} does not call attention through transformers' attention registry, so a "
+                f"{type(self._model).__name__} does not call attention through transformers' attention registry, so a "
                 "temperature cannot be patched in; static frequency scalers such as yarn:4 can"
             )
 
     def apply(self) -> None:
         """Put it in place; after `restore` too, without looking at the model anew."""
+        self._hook = self._model.register_forward_pre_hook(self._begin)
         self._rotary.watch()
         self._seam.install(self._attention, self._mask)
         self.write(None)
@@ -61,9 +63,13 @@ class TemperaturePatch:
 
     def restore(self) -> None:
         """Give the model back its frequencies and its attention; it is what it was, to the bit."""
+        self._hook.remove()
         self._frequencies.restore()
         self._rotary.restore()
         self._seam.remove()
+
+    def _begin(self, *_: Any) -> None:
+        self._padding = None  # a mask with four dimensions says nothing of padding, and `_mask` never sees it
 
     def _mask(self, *args: Any, attention_mask: Tensor | None = None, **others: Any) -> Any:
         self._padding = attention_mask

@@ -76,6 +76,18 @@ def test_3_nothing_depends_on_earlier_calls(llama, spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
+def test_3_nothing_depends_on_the_padding_of_an_earlier_call(llama, spec):
+    ids = IDS[:, :100].expand(2, -1)
+    causal = torch.ones(100, 100, dtype=torch.bool).tril()[None, None].expand(2, 1, -1, -1)
+    padding = torch.ones(2, 100, dtype=torch.long)
+    padding[0, :40] = 0
+    with rw.patch(llama, spec):
+        before = read(llama, ids, attention_mask=causal)
+        read(llama, ids, attention_mask=padding)
+        assert torch.equal(read(llama, ids, attention_mask=causal), before)
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_4_undone_is_untouched_to_the_bit(llama, spec):
     before, buffers, config = read(llama), dict(llama.named_buffers()), llama.config.to_dict()
     handle = rw.patch(llama, spec)
