@@ -72,7 +72,8 @@ class BandPatch:
 
     def restore(self) -> None:
         """Give the model back its rotary modules and its attention; it is what it was, to the bit."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._rotary.restore()
         self._seam.remove()
 
@@ -80,6 +81,9 @@ class BandPatch:
         used = {layer.site for layer in self._layers.values() if not layer.is_local}
         self._plans = {site: Plan(site or headline(self.sites), scaler, length) for site in used}
         self._planned = scaler, length
+        self._forget()
+
+    def _forget(self, *_: Any) -> None:
         self._seen: tuple[Tensor, Tensor | None, RotarySite | None, int, Work] | None = None
 
     def _probed(self) -> dict[int, LayerRope]:
@@ -103,7 +107,11 @@ class BandPatch:
 
     def apply(self) -> None:
         """Move the rotation into attention; after `restore` too, without looking at the model anew."""
-        self._hook = self._model.register_forward_pre_hook(_adopt_cache, with_kwargs=True)
+        self._hooks = [
+            self._model.register_forward_pre_hook(_adopt_cache, with_kwargs=True),
+            self._model.register_forward_pre_hook(self._forget),  # positions may be changed in place between calls
+            self._model.register_forward_hook(self._forget),  # and need not be held until the next
+        ]
         self._rotary.watch()
         self._rotary.still()
         self._seam.install(self._attention, self._mask)

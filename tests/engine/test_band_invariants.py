@@ -88,6 +88,16 @@ def test_3_nothing_depends_on_the_padding_of_an_earlier_call(llama, spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
+def test_3_positions_that_were_changed_in_place_are_seen(llama, spec):
+    ids, positions = IDS[:, :100], torch.arange(100)[None]
+    with rw.patch(llama, spec):
+        read(llama, ids, position_ids=positions)
+        positions += 1000
+        found = read(llama, ids, position_ids=positions)
+        assert torch.equal(found, read(llama, ids, position_ids=positions.clone()))
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_4_undone_is_untouched_to_the_bit(llama, spec):
     before, buffers, config = read(llama), dict(llama.named_buffers()), llama.config.to_dict()
     handle = rw.patch(llama, spec)
@@ -97,7 +107,7 @@ def test_4_undone_is_untouched_to_the_bit(llama, spec):
     assert all(value is buffers[name] for name, value in llama.named_buffers())
     assert llama.config.to_dict() == config
     assert "forward" not in vars(llama.model.rotary_emb)
-    assert not llama._forward_pre_hooks
+    assert not llama._forward_pre_hooks and not llama._forward_hooks
 
 
 @pytest.mark.parametrize("spec", [*MAPS, "dynamic-yarn:step=16", "ntk:4|rerope:20|logn"])
