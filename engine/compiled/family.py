@@ -118,9 +118,10 @@ def decoder(hf: PreTrainedModel) -> Decoder:
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModel(f"the family {config.model_type!r} is not described in engine/compiled/family.py")
-    activation = _ACTIVATIONS.get(getattr(config, "hidden_activation", None) or config.hidden_act)
+    named = getattr(config, "hidden_activation", None) or config.hidden_act
+    activation = _ACTIVATIONS.get(named)
     if activation is None:
-        raise UnsupportedModel(f"the activation {config.hidden_act!r} has no compiled form")
+        raise UnsupportedModel(f"the activation {named!r} has no compiled form")
     body = hf.get_decoder()
     try:
         layers = [_layer(family, layer, config) for layer in body.layers]

@@ -169,6 +169,10 @@ REFUSED = {
     "adapter": (lambda: adapted("layer"), "Adapted is not a plain linear layer"),
     "adapted head": (lambda: adapted("head"), "Adapted is not a plain linear layer"),
     "other activation": (lambda: resized(hidden_act="relu"), "the activation 'relu' has no compiled form"),
+    "other activation by its other name": (
+        lambda: build("gemma2", {"hidden_activation": "gelu"}),
+        "the activation 'gelu' has no compiled form",
+    ),
     "float64": (lambda: DECODERS["llama"]().double(), "float32 or bfloat16, not torch.float64"),
     "mixed dtypes": (mixed_dtypes, "more than one dtype"),
 }
