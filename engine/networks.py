@@ -37,7 +37,7 @@ class Settings:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.compile not in (True, False, "auto"):
+        if not isinstance(self.compile, bool) and self.compile != "auto":
             raise ConfigError(f"compile {self.compile!r} is none of 'auto', True, False")
         if self.cache not in CACHE_DTYPES:
             raise ConfigError(f"unknown kv_dtype {self.cache!r}.{did_you_mean(self.cache, CACHE_DTYPES)}")

@@ -110,6 +110,8 @@ def test_chunks_run_without_inference_mode(options):
     ("options", "message"),
     [
         ({"compile": "yes"}, "compile 'yes' is none of"),
+        ({"compile": 0}, "compile 0 is none of"),
+        ({"compile": 1}, "compile 1 is none of"),
         ({"cache": "float16"}, "unknown kv_dtype 'float16'"),
         ({"compile": False, "weights": "int8"}, "need the compiled kernels"),
         ({"compile": False, "cache": "bfloat16"}, "need the compiled kernels"),
