@@ -58,7 +58,7 @@ def network(hf: PreTrainedModel, sites: list[RotarySite], settings: Settings) ->
     """
     if settings.compile is False:
         return Network(hf)
-    if FOLDER is not None and not FOLDER.exists() and supported(hf.config) and sys.stderr.isatty():
+    if FOLDER is not None and not any(FOLDER.rglob("*.nbi")) and supported(hf.config) and sys.stderr.isatty():
         sys.stderr.write("ropewalk: compiling kernels for this machine, once (about half a minute)\n")
     try:
         return CompiledNetwork(hf, sites, settings.weights, settings.cache, settings.folder)

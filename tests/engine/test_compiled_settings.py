@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import io
 import re
+import sys
 
 import numba
 import pytest
@@ -135,6 +137,23 @@ def test_auto_compiles_what_it_can_and_says_so():
     assert "weights in int8" in model(DECODERS["llama"](), weights="int8").describe()
     plain = model(DECODERS["llama"](), compile=False)
     assert type(plain.network) is Network and "not the compiled kernels" not in plain.describe()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_is_told_that_kernels_are_compiled_once(tmp_path, monkeypatch):
+    (tmp_path / "kernels_of_this_place").mkdir()  # numba makes it when it reads the sources
+    monkeypatch.setattr("ropewalk.engine.networks.FOLDER", tmp_path)
+    said = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        model(DECODERS["llama"]())
+        said.append("compiling kernels for this machine, once" in sys.stderr.getvalue())
+        (tmp_path / "kernels_of_this_place" / "step.nbi").touch()
+    assert said == [True, False]
 
 
 class Adapted(nn.Linear):

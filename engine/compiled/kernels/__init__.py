@@ -16,7 +16,7 @@ UNAVAILABLE = None if find_spec("numba") else "numba is not installed"
 """Why there are no compiled kernels on this machine; None if there are."""
 
 FOLDER: Path | None = None
-"""Where the compiled kernels are kept; empty before the first use."""
+"""Where the compiled kernels are kept; without a kernel (`*.nbi`) before the first use."""
 
 if UNAVAILABLE is None:
     import numba
