@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import io
+import os
 import re
+import subprocess
 import sys
 
 import numba
@@ -137,6 +139,16 @@ def test_auto_compiles_what_it_can_and_says_so():
     assert "weights in int8" in model(DECODERS["llama"](), weights="int8").describe()
     plain = model(DECODERS["llama"](), compile=False)
     assert type(plain.network) is Network and "not the compiled kernels" not in plain.describe()
+
+
+def test_a_numba_that_cannot_be_imported_is_a_reason(tmp_path, tiny_folder):
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text("raise ImportError('Numba needs NumPy 1.9 or less')")
+    code = f"import ropewalk as rw; print(rw.load({str(tiny_folder)!r}).describe())"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    reason = "not the compiled kernels: numba cannot be imported: Numba needs NumPy 1.9 or less"
+    assert reason in run.stdout, run.stderr
 
 
 class Terminal(io.StringIO):
