@@ -20,6 +20,7 @@ from .completion import Completion
 from .decode import Decoding
 from .kv_cache import KVCache
 from .memory import CacheLost, restoring
+from .patches.rotary import depends_on_length
 from .prompt import Prompt
 from .sampling import SamplingParams
 
@@ -109,7 +110,7 @@ def generate_all(model: Model, prompts: Sequence[Prompt], params: SamplingParams
     alike: dict[object, list[int]] = {}
     for index, prompt in enumerate(prompts):
         scaler = model.rope_at(len(prompt.ids) + params.max_new_tokens)
-        own = index if scaler.depends_on_length else None  # every text has frequencies of its own
+        own = index if depends_on_length(model.sites, scaler) else None  # every text has frequencies of its own
         alike.setdefault((scaler, own), []).append(index)
     found: dict[int, Completion] = {}
     for members in alike.values():

@@ -1,5 +1,8 @@
 """Several prompts at once: every row is what it is alone, and no shared beginning is read twice."""
 
+import json
+import shutil
+
 import psutil
 import pytest
 import torch
@@ -169,3 +172,24 @@ def test_an_interrupted_batch_leaves_nothing_behind(model, monkeypatch):
         model.generate(MIXED, greedy(4))
     same(model.generate(MIXED, greedy(4)), expected)
     assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("compile", [False, "auto"])
+def test_rows_of_a_model_whose_own_scaling_follows_the_length(tiny_folder, tmp_path, compile):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= {"rope_type": "dynamic", "factor": 4.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = rw.load(folder, max_length=1024, compile=compile)
+    prompts = [TEXT, TEXT * 12]
+    same(model.generate(prompts, greedy(10)), [model.generate(prompt, greedy(10)) for prompt in prompts])
+    short, long = (model.generate(prompt, greedy(1)).usage.prompt_tokens for prompt in prompts)
+    assert short < 200 < 256 < long
+
+
+def test_nothing_is_written_together_with_what_needs_other_frequencies(model, monkeypatch):
+    model.rope = "dynamic-ntk"
+    sizes, step = [], model.network.step
+    monkeypatch.setattr(model.network, "step", lambda rows: sizes.append(len(rows)) or step(rows))
+    model.generate([TEXT, TEXT * 3], greedy(4))
+    assert set(sizes) == {1}
