@@ -25,6 +25,7 @@ from .kv_cache import KVCache
 from .prefill import Progress, prefill
 from .prompt import Prompt
 from .sampling import SamplingParams
+from .storage import share
 
 if TYPE_CHECKING:
     from .api import Model
@@ -176,10 +177,9 @@ class Session:
         target = Path(path)
         try:
             with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
-                written, plain = Path(folder, "session"), Path(folder, "plain")
+                written = Path(folder, "session")
                 save_file(tensors, str(written), metadata=metadata)
-                plain.touch()
-                written.chmod(plain.stat().st_mode)  # safetensors makes files that only their owner can read
+                share(written)
                 written.replace(target)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path} cannot be written: {error}") from error

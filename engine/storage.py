@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,18 +85,27 @@ def make_room(target: Path, needed: int) -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file that is at every moment either the old one or the whole new one; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def share(*files: Path) -> None:
+    """Let others read files as far as they read new ones: safetensors makes files for their owner alone."""
+    for file in files:
+        plain = file.with_name(f"{file.name}.new")
+        plain.touch()  # asking for the umask would change it for a moment, for all threads
+        try:
+            file.chmod(file.stat().st_mode | plain.stat().st_mode)
+        finally:
+            plain.unlink()
 
 
 @contextlib.contextmanager
@@ -111,8 +121,7 @@ def _becoming(target: Path, failed: str, remedy: str = "") -> Iterator[Path]:
         with _told(failed, remedy, within=work.parent):
             yield work
         with _told(failed, remedy):
-            for file in work.rglob("*"):  # safetensors makes files that only their owner can read
-                file.chmod(file.stat().st_mode | 0o666 & ~_umask())
+            share(*(file for file in work.rglob("*") if file.is_file()))
             work.replace(target)
 
 
@@ -154,9 +163,3 @@ def _require_space(folder: Path, needed: int, what: str, remedy: str) -> None:
             f"{what} needs {-(-needed // _MB)} MB of disk space in {folder}, which has {free // _MB} MB free; "
             f"make room, or {remedy}"
         )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
