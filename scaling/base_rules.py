@@ -1,4 +1,4 @@
-"""The rules that say which base a length needs, side by side, each held against the base bound."""
+"""The rules that say which base a length needs, side by side, each compared with the base bound."""
 
 from __future__ import annotations
 

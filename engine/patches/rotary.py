@@ -1,4 +1,4 @@
-"""The rotary modules of a transformers model: found, held against the config, rewritten, restored."""
+"""The rotary modules of a transformers model: found, checked against the config, rewritten, restored."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def _by_losses(candidates: Sequence[Candidate], kind: str) -> list[Candidate]:
     candidates = [c for c in candidates if getattr(c, kind)]
     counts = sorted({len(getattr(c, kind)) for c in candidates}, reverse=True)
     if len(counts) > 1 and sum(len(getattr(c, kind)) == counts[0] for c in candidates) == 1:
-        counts = counts[1:]  # the only one with more places is held against the next ones on theirs
+        counts = counts[1:]  # the only one with more places is compared with the next ones on theirs
     order: list[Candidate] = []
     for count in counts:
         group = [c for c in candidates if len(getattr(c, kind)) >= count and c not in order]
