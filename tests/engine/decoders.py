@@ -104,3 +104,42 @@ def under(network, hf, spec, length):
 
 
 __all__ = ["DECODERS", "IDS", "LONGROPE", "WINDOW", "compiled", "difference", "in_chunks", "read", "under"]
+
+
+# What readings by several networks are compared on
+
+TOLERANCE = 5e-5  # of the largest logit
+LENGTH = IDS.shape[1]  # 140; models are trained at 64
+
+SPECS = [
+    "none",
+    "linear:3",
+    "ntk:4",
+    "ntk-fixed:4",
+    "dynamic-ntk",
+    "dynamic-ntk:2",
+    "dynamic-yarn",
+    "yarn:4",
+    "yarn:4|resonance",
+    "llama3:4",
+    "cope",
+    "logn",
+    "temperature:1.3",
+    "yarn:4|logn",
+    "rerope:20",
+    "rerope:20|logn",
+    "leaky-rerope:20,k=4",
+    "self-extend:4,window=20",
+    "dual-chunk",
+    "dual-chunk:chunk=24,window=5|temperature:1.1",
+    "string:window=5",
+    "jet-long:20",
+    "sink-window:30",
+    "sink-window:30,sinks=2|logn",
+    "yarn:4|rerope:20|logn",
+    "dynamic-ntk|dual-chunk|temperature:1.1",
+    "dynamic-yarn|jet-long:20|logn",
+    "resonance|self-extend:4,window=20|logn",
+]
+
+LAYERED = ["ministral", "qwen2", "smollm3", "smollm3-windows", "gemma2", "gemma3_text"]

@@ -80,3 +80,10 @@ def interrupted(monkeypatch, where, after=0, error=KeyboardInterrupt):
         patch.setattr(owner, name, failing)
         yield
         assert next(calls, None) is None, "nothing was interrupted"
+
+
+class Memory:
+    """What psutil says of the machine's memory."""
+
+    def __init__(self, available):
+        self.available = available

@@ -1,7 +1,20 @@
 """Scalers by the compiled network, beyond the trained length, against the same model patched."""
 
 import pytest
-from decoders import DECODERS, IDS, LONGROPE, compiled, difference, in_chunks, read, under
+from decoders import (
+    DECODERS,
+    IDS,
+    LAYERED,
+    LENGTH,
+    LONGROPE,
+    SPECS,
+    TOLERANCE,
+    compiled,
+    difference,
+    in_chunks,
+    read,
+    under,
+)
 from families import DEFAULT, build
 
 import ropewalk as rw
@@ -14,40 +27,7 @@ pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
     pytest.mark.filterwarnings("ignore:.*distances that were never trained are in use:UserWarning"),
 ]
-TOLERANCE = 5e-5  # of the largest logit
-LENGTH = IDS.shape[1]  # 140; models are trained at 64
 CHUNKS = {"whole": [1000], "one by one": [1], "mixed": [50, 1, 1, FEW, 3, 30]}
-
-SPECS = [
-    "none",
-    "linear:3",
-    "ntk:4",
-    "ntk-fixed:4",
-    "dynamic-ntk",
-    "dynamic-ntk:2",
-    "dynamic-yarn",
-    "yarn:4",
-    "yarn:4|resonance",
-    "llama3:4",
-    "cope",
-    "logn",
-    "temperature:1.3",
-    "yarn:4|logn",
-    "rerope:20",
-    "rerope:20|logn",
-    "leaky-rerope:20,k=4",
-    "self-extend:4,window=20",
-    "dual-chunk",
-    "dual-chunk:chunk=24,window=5|temperature:1.1",
-    "string:window=5",
-    "jet-long:20",
-    "sink-window:30",
-    "sink-window:30,sinks=2|logn",
-    "yarn:4|rerope:20|logn",
-    "dynamic-ntk|dual-chunk|temperature:1.1",
-    "dynamic-yarn|jet-long:20|logn",
-    "resonance|self-extend:4,window=20|logn",
-]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +57,6 @@ def test_the_scalers_differ_enough_to_be_told_apart(llama_and_network):
 
 
 MIXED = ["yarn:4", "logn", "rerope:30|logn", "self-extend:4,window=30", "dual-chunk", "sink-window:30", "jet-long:20"]
-LAYERED = ["ministral", "qwen2", "smollm3", "smollm3-windows", "gemma2", "gemma3_text"]
 ODD = ["llama-3.1", "llama-one-head", "phi3", "olmo2", "gemma"]
 
 

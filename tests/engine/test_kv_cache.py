@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from live import MORE, TEXT, cache_difference, counted, greedy
+from live import MORE, TEXT, Memory, cache_difference, counted, greedy
 
 import ropewalk as rw
 from ropewalk.engine import memory
@@ -272,11 +272,6 @@ def test_a_folder_that_is_not_there_is_refused(tiny_folder, tmp_path):
 
 
 # Room
-
-
-class Memory:
-    def __init__(self, available):
-        self.available = available
 
 
 class Disk:

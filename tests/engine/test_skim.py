@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from decoders import DECODERS, IDS, compiled, difference, in_chunks
-from test_compiled_scalers import LAYERED, LENGTH, SPECS, TOLERANCE
+from decoders import DECODERS, IDS, LAYERED, LENGTH, SPECS, TOLERANCE, compiled, difference, in_chunks
 
 import ropewalk as rw
 from ropewalk.engine.bands.kernel import Score

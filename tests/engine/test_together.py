@@ -6,7 +6,7 @@ import shutil
 import psutil
 import pytest
 import torch
-from live import MORE, TEXT, counted, greedy
+from live import MORE, TEXT, Memory, counted, greedy
 
 import ropewalk as rw
 from ropewalk.engine import answer, generation
@@ -129,11 +129,6 @@ def test_one_prompt_that_is_too_long_refuses_all_before_any_work(model, monkeypa
     with counted(model, monkeypatch) as counts, pytest.raises(rw.ContextOverflow, match="more than the 4k that"):
         model.generate([TEXT, "x" * 20000], greedy())
     assert counts == []
-
-
-class Memory:
-    def __init__(self, available):
-        self.available = available
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(8, 5), (2.5, 2), (1.2, 1)])

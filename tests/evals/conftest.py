@@ -98,3 +98,8 @@ def _no_text_over_another(monkeypatch):
         return save(fig, out_stem)
 
     monkeypatch.setattr(style, "save", checked)
+
+
+@pytest.fixture
+def llama_cpp():
+    return pytest.importorskip("llama_cpp")

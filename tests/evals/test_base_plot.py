@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_plots import assert_drawn, texts
+from drawings import assert_drawn, texts
 
 from ropewalk.errors import ConfigError
 from ropewalk.evals.reports.base_plot import curves, plot_bases

@@ -15,11 +15,6 @@ from ropewalk.evals.data import Text, load_text
 SOURCE = "\n".join(f"def area_{n}(side):\n    return side * {n} + side ** 2  # of shape {n}\n" for n in range(30))
 
 
-@pytest.fixture
-def llama_cpp():
-    return pytest.importorskip("llama_cpp")
-
-
 def engine(llama_cpp, file, n_ctx):
     """llama.cpp, and its logits as a function of token ids."""
     llama = llama_cpp.Llama(str(file), n_ctx=n_ctx, n_batch=n_ctx, logits_all=True, n_threads=2, verbose=False)

@@ -63,11 +63,6 @@ def test_ropewalk_tells_what_it_runs_in(tiny_folder, dtype):
     assert np.abs(engine.prefill(IDS) - reference(tiny_folder)[-1]).max() < 0.5
 
 
-@pytest.fixture
-def llama_cpp():
-    return pytest.importorskip("llama_cpp")
-
-
 def test_llama_cpp_is_the_model(tiny_folder, tmp_path, llama_cpp):
     file = write_gguf(tiny_folder, tmp_path / "tiny.gguf", "f32")
     check_engine(open_engine(entry("llama.cpp", file, "f32")), reference(tiny_folder), 0.01)  # its cache is float16

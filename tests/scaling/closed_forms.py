@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 from hypothesis import strategies as st
 
 from ropewalk.scaling import (
@@ -167,3 +168,14 @@ def llama3_stretch(d: int, b: float, L: float, s: float, low: float = 1, high: f
             smooth = (L / wavelength - low) / (high - low)
             out.append(1 / ((1 - smooth) / s + smooth))
     return out
+
+
+def brute(base: float, dim: int, length: int) -> np.ndarray:
+    """f_b(m) for every m < length, by numpy, straight from the definition."""
+    theta = float(base) ** (-2 * np.arange(dim // 2) / dim)
+    return np.cos(np.arange(length)[:, None] * theta).sum(1)
+
+
+def brute_first(base: float, dim: int, length: int) -> int | None:
+    bad = np.flatnonzero(brute(base, dim, length) < 0)
+    return int(bad[0]) if len(bad) else None

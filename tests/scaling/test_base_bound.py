@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from closed_forms import brute, brute_first
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling.base_bound import (
@@ -37,17 +38,6 @@ LONG = [
     (1048576, 65374955.2, 3914047851.0),
 ]
 KEXUE = [4.3e3, 1.2e4, 2.7e4, 8.4e4, 2.3e5, 6.3e5, 2.1e6, 4.9e6, 2.4e7, 5.8e7, 6.5e7]
-
-
-def brute(base: float, dim: int, length: int) -> np.ndarray:
-    """f_b(m) for every m < length, by numpy, straight from the definition."""
-    theta = float(base) ** (-2 * np.arange(dim // 2) / dim)
-    return np.cos(np.arange(length)[:, None] * theta).sum(1)
-
-
-def brute_first(base: float, dim: int, length: int) -> int | None:
-    bad = np.flatnonzero(brute(base, dim, length) < 0)
-    return int(bad[0]) if len(bad) else None
 
 
 @pytest.mark.parametrize(("base", "first"), [(1e4, 1707), (5e5, 18438), (1e6, 27115)])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_base_bound import brute_first
+from closed_forms import brute_first
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import Base, BaseBound, RopeSpec, parse
