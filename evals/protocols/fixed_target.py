@@ -19,7 +19,7 @@ class SamePlaces(Protocol):
     """Base of the protocols whose windows of every length end at the same places.
 
     Args:
-        samples: places in the text.
+        samples: places in the text; fewer where they would score the same tokens.
     """
 
     samples: int = 1
@@ -36,23 +36,35 @@ class SamePlaces(Protocol):
         return sum(len(d) >= self.longest for d in documents) >= self.samples
 
     def windows(self, documents: Sequence[Tokens], context: int, start: Start) -> list[Window]:
-        """Sample k ends at the (k // D + 1) / ceil(samples / D) part of document k mod D, over the D documents that
-        hold the longest context."""
         target = self.scored_tokens(context)
         if target >= context:
             raise ConfigError(f"target {target} leaves no context within {context} tokens; ask for fewer scored tokens")
-        room = self.longest - len(start.prefix)
-        usable = [(n, doc) for n, doc in enumerate(documents) if len(doc) >= room]
+        windows = []
+        for number, end in self._places(documents, self.longest - len(start.prefix)):
+            ids = start.prefix + documents[number][end - context + len(start.prefix) : end]
+            windows.append(Window(ids=ids, first=len(ids) - target, place=f"{number}:{end}"))
+        return windows
+
+    def _places(self, documents: Sequence[Tokens], room: int) -> list[tuple[int, int]]:
+        """Documents and where in them windows end.
+
+        Sample k ends at the (k // D + 1) / ceil(samples / D) part of document k mod D, over the D documents of `room`
+        tokens or more. One that would score tokens of the sample before it in its document is left out.
+        """
+        usable = [number for number, doc in enumerate(documents) if len(doc) >= room]
         if not usable:
             raise too_short(documents, self.longest)
         rounds = math.ceil(self.samples / len(usable))
-        windows = []
+        most = max(map(self.scored_tokens, self.contexts))
+        places: list[tuple[int, int]] = []
+        last: dict[int, int] = {}
         for k in range(self.samples):
-            number, doc = usable[k % len(usable)]
-            end = max(len(doc) * (k // len(usable) + 1) // rounds, room)
-            ids = start.prefix + doc[end - context + len(start.prefix) : end]
-            windows.append(Window(ids=ids, first=len(ids) - target, place=f"{number}:{end}"))
-        return windows
+            number = usable[k % len(usable)]
+            end = max(len(documents[number]) * (k // len(usable) + 1) // rounds, room)
+            if number not in last or end - last[number] >= most:
+                places.append((number, end))
+                last[number] = end
+        return places
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ What is scored, and what each scored token may see, is the protocol's business. 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from ..subjects.reader import Reader, Start, Tokens
 from ..subjects.subject import Subject
 from .longppl import JudgeCell, LongPPL
 from .protocol import Protocol, Window
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +178,11 @@ def plan(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Pr
     }
     windows = {c: tuple(protocol.windows(source.documents, c, source.start)) for c in protocol.contexts}
     reader.check(max(len(window.ids) for own in windows.values() for window in own))
+    asked, found = protocol.settings.get("samples", 0), len(windows[protocol.longest])
+    if found < asked:
+        _LOG.warning(
+            "%s: %s has room for %d of %d samples that score no token twice", protocol.name, source.name, found, asked
+        )
     judge = None
     if isinstance(protocol, LongPPL):
         judge = _judge(protocol, reader, source, shared)

@@ -89,8 +89,7 @@ class TuneText:
         return FixedTarget(contexts=(self._target,), target=self._scored, samples=samples)
 
     def _windows(self, protocol: FixedTarget) -> list[Window]:
-        windows = protocol.windows(self.source.documents, self._target, self.source.start)
-        return [*{window.place: window for window in windows}.values()]
+        return protocol.windows(self.source.documents, self._target, self.source.start)
 
     def _apart(self, windows: list[Window]) -> list[Window]:
         """The last of `windows` whose scored tokens are none of those that are read."""

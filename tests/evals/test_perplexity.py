@@ -11,11 +11,13 @@ import ropewalk as rw
 from ropewalk.evals.protocols.by_name import PROTOCOLS, protocol, settings_of
 from ropewalk.evals.protocols.fixed_target import FixedTarget
 from ropewalk.evals.protocols.from_start import ByPosition, Truncate, position_edges
+from ropewalk.evals.protocols.harm import Harm
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.whole_text import Sliding
 from ropewalk.evals.runs.cell import Cost
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.subjects.local import Local
+from ropewalk.evals.subjects.reader import Start
 from ropewalk.scaling import Linear, Scaler, parse
 
 
@@ -51,6 +53,26 @@ def test_fixed_target_scores_the_same_tokens_at_every_context_and_uses_documents
     targets = [[w.ids[w.first :] for w in cell.passages] for cell in planned]
     assert targets[0] == targets[1]
     assert [w.place for w in planned[0].passages] == ["1:200", "2:250", "1:400"]
+
+
+def test_no_token_is_scored_twice_and_fewer_samples_are_told_once(tmp_path, caplog):
+    """Samples in the first 800 tokens, or less than 100 apart, are one place."""
+    document = list(range(1000))
+    plan = FixedTarget(contexts=(200, 800), target=100, samples=8)
+    for context in plan.contexts:
+        windows = plan.windows([document, document[::-1]], context, Start(prefix=[], token=None))
+        assert [w.place for w in windows] == ["0:800", "1:800", "0:1000", "1:1000"]
+        assert len({token for w in windows[::2] for token in w.ids[w.first :]}) == 200
+    harm = Harm(contexts=(200, 400), samples=5)
+    assert [w.place for w in harm.windows([document], 200, Start(prefix=[], token=None))] == ["0:400", "0:800"]
+    model = tiny_model()
+    assert run_plan(tmp_path, model, FixedTarget(contexts=(64, 128), target=16, samples=2), WORDS).rows
+    assert not caplog.records
+    (row,) = run_plan(tmp_path / "b", model, FixedTarget(contexts=(64,), target=32, samples=99), WORDS[:640]).rows
+    assert (row["tokens"], row["documents"]) == (32 * 18, 18)
+    assert [r.message for r in caplog.records] == [
+        "fixed-target: words has room for 18 of 99 samples that score no token twice"
+    ]
 
 
 def test_by_position_buckets_hold_every_token_once(tmp_path):
