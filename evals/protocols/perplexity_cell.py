@@ -5,6 +5,7 @@ What is scored, and what each scored token may see, is the protocol's business. 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -219,6 +220,8 @@ def _judge(protocol: LongPPL, reader: Reader, source: Source, shared: dict[str, 
 
 
 def places_of(windows: Sequence[Window]) -> str:
-    """Where the windows end, `document:token`; many are told by their number and the last."""
-    places = [w.place for w in windows]
-    return ",".join(places) if len(places) <= 16 else f"{len(places)} windows to {places[-1]}"
+    """Where the windows end, `document:token`; many are told by their number, the last, and a hash of all."""
+    every = ",".join(w.place for w in windows)
+    if len(windows) <= 16:
+        return every
+    return f"{len(windows)} windows to {windows[-1].place}, sha256 {hashlib.sha256(every.encode()).hexdigest()[:8]}"

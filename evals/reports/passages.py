@@ -37,7 +37,7 @@ def passages_of(row: Row, rows: Iterable[Row], tokenizer: Any) -> list[str]:
             windows = _windows(row, max(context, row["context"]), text, tokenizer)
         except DataError:
             continue
-        if places_of(windows) == row["places"]:
+        if row["places"] in (places := places_of(windows), places.partition(", sha256 ")[0]):  # older rows have no hash
             return [tokenizer.decode(ids) for w in windows for ids in (w.ids, w.twin) if ids is not None]
     raise DataError(
         f"the windows of this row ended at {row['places']}, and do not come out so again; take the tokenizer of "

@@ -15,7 +15,7 @@ from ropewalk.evals.protocols.harm import Harm
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.whole_text import Sliding
 from ropewalk.evals.runs.cell import Cost
-from ropewalk.evals.runs.result import Run
+from ropewalk.evals.runs.result import Run, recipe_key
 from ropewalk.evals.subjects.local import Local
 from ropewalk.evals.subjects.reader import Start
 from ropewalk.scaling import Linear, Scaler, parse
@@ -73,6 +73,18 @@ def test_no_token_is_scored_twice_and_fewer_samples_are_told_once(tmp_path, capl
     assert [r.message for r in caplog.records] == [
         "fixed-target: words has room for 18 of 99 samples that score no token twice"
     ]
+
+
+def test_cells_of_other_windows_are_other_cells():
+    """The longest context decides where windows end: the first of twenty cannot end at 95 in both."""
+    model = tiny_model()
+    short, long = (
+        cells(Local(model), text(WORDS), [Scaler()], FixedTarget(contexts=contexts, target=16, samples=20))[0]
+        for contexts in ((32,), (32, 100))
+    )
+    assert [w.place for w in short.passages[1:]] == [w.place for w in long.passages[1:]]
+    assert short.recipe["places"].startswith("20 windows to 0:1910, sha256 ")
+    assert recipe_key(short.recipe) != recipe_key(long.recipe)
 
 
 def test_by_position_buckets_hold_every_token_once(tmp_path):

@@ -110,6 +110,21 @@ def test_every_row_has_its_text_again(whole, tiny_folder, monkeypatch):
         passages_of(fixed | {"text_sha256": "0"}, rows, tokenizer)
 
 
+def test_rows_of_many_windows_have_their_text_again_with_the_hash_of_their_places_or_without(
+    tiny_folder, text_file, tmp_path
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    options = ("--lengths", "64", "--target", "16", "--samples", "20", "--text", text_file, "--out", tmp_path)
+    assert ropewalk("ppl", tiny_folder, *options).exit_code == 0
+    (row,) = open_run(tmp_path).rows
+    passages = passages_of(row, [row], tokenizer)
+    assert len(passages) == 20
+    before = row["places"].partition(", sha256")[0]  # as older versions wrote it
+    assert before != row["places"] and passages_of(row | {"places": before}, [row], tokenizer) == passages
+    with pytest.raises(DataError, match="do not come out so again"):
+        passages_of(row | {"places": f"{before}, sha256 00000000"}, [row], tokenizer)
+
+
 def test_a_row_that_is_not_there(whole):
     assert "there is no row 999" in mistake("reconstruct", whole, "--row", 999)
 
