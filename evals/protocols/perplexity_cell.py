@@ -24,7 +24,7 @@ from ..statistics import block_interval
 from ..subjects.reader import Reader, Start, Tokens
 from ..subjects.subject import Subject
 from .longppl import JudgeCell, LongPPL
-from .protocol import Protocol, Window
+from .protocol import Protocol, Window, tokens_sha256
 
 _LOG = logging.getLogger(__name__)
 
@@ -74,7 +74,9 @@ class PerplexityCell(Cell):
         for recipe in self.row_recipes():
             chosen = self._chosen(recipe["bucket_start"] or 0, recipe["bucket_end"] or math.inf, keys)
             losses = np.concatenate([one[mask] for one, mask in zip(found.losses, chosen, strict=True)])
-            measured = summary(losses, self._count_bytes(reader, chosen)) | {
+            scored = self._scored(chosen)
+            measured = summary(losses, _count_bytes(reader, scored)) | {
+                "tokens_sha256": tokens_sha256([token for window in scored for token in window]),
                 "documents": len(self.passages),
                 "seconds": seconds,
                 "tokens_per_second": sum(self.windows) / seconds,
@@ -100,12 +102,17 @@ class PerplexityCell(Cell):
         borders = np.cumsum([len(mask) for mask in masks])[:-1]
         return [mask & part for mask, part in zip(masks, np.split(keys, borders), strict=True)]
 
-    def _count_bytes(self, reader: Reader, chosen: Sequence[np.ndarray[Any, Any]]) -> int | None:
-        counts = []
-        for window, mask in zip(self.passages, chosen, strict=True):
-            scored = np.array(window.ids[window.first :])
-            counts.append(reader.count_bytes(scored[mask].tolist()))
-        return None if None in counts else sum(count or 0 for count in counts)
+    def _scored(self, chosen: Sequence[np.ndarray[Any, Any]]) -> list[Tokens]:
+        """The scored tokens of each window that count."""
+        return [
+            np.array(window.ids[window.first :])[mask].tolist()
+            for window, mask in zip(self.passages, chosen, strict=True)
+        ]
+
+
+def _count_bytes(reader: Reader, scored: Sequence[Tokens]) -> int | None:
+    counts = [reader.count_bytes(ids) for ids in scored]
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def summary(losses: Losses, n_bytes: int | None) -> dict[str, Any]:

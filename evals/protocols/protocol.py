@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+import numpy as np
 
 from ...errors import ConfigError, DataError
 from ...scaling.lengths import format_length
@@ -107,6 +110,11 @@ class Protocol(ABC):
     @abstractmethod
     def scored(cls, row: Row) -> str:
         """What the rows like `row` score, in a few words, for captions."""
+
+
+def tokens_sha256(ids: Sequence[int]) -> str:
+    """16 hex digits of the sha256 of scored tokens: losses may be paired where it is the same."""
+    return hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def too_short(documents: Sequence[Tokens], needed: int, count: int = 1) -> DataError:

@@ -18,7 +18,7 @@ from ..runs.cell import Advance, Cell
 from ..runs.result import Row, Run
 from ..subjects.local import Local
 from ..subjects.subject import Subject
-from .protocol import Window
+from .protocol import Window, tokens_sha256
 
 
 def can_skim(model: Model) -> bool:
@@ -64,7 +64,11 @@ class SkimCell(Cell):
         logits = model.network.skim(ids, self.sample, len(scored) + 1)[:-1]
         losses = (logits.logsumexp(-1) - logits.gather(-1, torch.tensor(scored)[:, None])[:, 0]).numpy()
         advance(0, len(ids))
-        measured = {"loss": float(losses.mean(dtype="float64")), "seconds": time.perf_counter() - started}
+        measured = {
+            "loss": float(losses.mean(dtype="float64")),
+            "tokens_sha256": tokens_sha256(scored),
+            "seconds": time.perf_counter() - started,
+        }
         return [run.add(self.recipe, measured, losses)]
 
     def outcome(self, rows: Sequence[Row]) -> str:

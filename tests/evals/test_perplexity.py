@@ -1,6 +1,8 @@
 """The protocols against a few independent lines of plain transformers, on a tiny model."""
 
+import hashlib
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -96,6 +98,22 @@ def test_by_position_buckets_hold_every_token_once(tmp_path):
         part = np.concatenate([e[row["bucket_start"] - 1 : row["bucket_end"] - 1] for e in expected])
         assert np.allclose(run.losses(row), part, atol=1e-4)
     assert sum(row["tokens"] for row in run.rows) == 2 * 599
+
+
+def test_rows_tell_which_tokens_were_scored(tmp_path):
+    """The same ids give the same hash, whatever the context and the scaler."""
+
+    def digest(ids):
+        return hashlib.sha256(b"".join(struct.pack("<q", token) for token in ids)).hexdigest()[:16]
+
+    model = tiny_model()
+    plan = FixedTarget(contexts=(32, 64), target=16, samples=2)
+    rows = [row for scaler in ("none", "yarn:4") for row in run_plan(tmp_path, model, plan, WORDS, scaler=scaler).rows]
+    ids = model._encode(WORDS)
+    middle = len(ids) // 2
+    assert {row["tokens_sha256"] for row in rows} == {digest([*ids[middle - 16 : middle], *ids[-16:]])}
+    buckets = run_plan(tmp_path / "b", model, ByPosition(contexts=(300,)), WORDS).rows
+    assert [row["tokens_sha256"] for row in buckets] == [digest(ids[1:256]), digest(ids[256:300])]
 
 
 @pytest.mark.parametrize("context", [2, 255, 256, 257, 8192])

@@ -15,6 +15,7 @@ from ropewalk.errors import ConfigError, DataError
 from ropewalk.evals.data import load_text
 from ropewalk.evals.protocols.by_name import protocol
 from ropewalk.evals.protocols.perplexity_cell import cells
+from ropewalk.evals.protocols.protocol import tokens_sha256
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.runs.runner import measure_all, new_console
 from ropewalk.evals.statistics import paired_difference
@@ -236,6 +237,14 @@ def test_a_grid_of_everything_finds_nothing_better(model, text, found, folder, t
     )
     assert low <= 0, told
     assert cost <= exhaustive / 5, told
+
+
+def test_a_skim_tells_which_tokens_it_scored(model, text, tmp_path):
+    places = TuneText(model, text, TARGET, searches=False)
+    skim, read = (make(Scaler(), places.windows[0]) for make in (places.skim, places.read))
+    rows = [cell.measure(Local(model), Run(tmp_path), lambda past, count: None)[0] for cell in (skim, read)]
+    scored = [one.ids[one.first :] for one in (skim.window, read.passages[0])]
+    assert [row["tokens_sha256"] for row in rows] == [tokens_sha256(ids) for ids in scored]
 
 
 def test_candidates_are_told_apart(found):
