@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 _SAMPLED = 64  # weights of each tensor, about
@@ -45,6 +46,8 @@ def _digest(hf: PreTrainedModel, config: str, rounded_to: torch.dtype) -> str:
     for name, parameter in sorted(hf.named_parameters()):
         weight = _elsewhere(hf, name).to(parameter.dtype) if parameter.is_meta else parameter
         some = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)]
+        if isinstance(some, DTensor):  # split over processes, each of which gets all of the sample
+            some = some.full_tensor()
         found.update(f"{name} {tuple(weight.shape)}".encode() + some.to(rounded_to).float().cpu().numpy().tobytes())
     return found.hexdigest()
 

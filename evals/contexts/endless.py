@@ -19,6 +19,7 @@ from ...scaling.rope import Scaler
 from ..data import Text, tokenize_documents
 from ..protocols.from_start import position_edges
 from ..runs.cell import Advance, Cell
+from ..runs.recipe import shared_recipe
 from ..runs.result import Row, Run
 from ..statistics import block_interval, paired_difference
 from ..subjects.local import Local
@@ -144,14 +145,9 @@ def cells(
                     ids=tuple(ids[:context]),
                     window=map_.kept[1],
                     places=places,
-                    recipe={
+                    recipe=shared_recipe(subject, text)
+                    | {
                         "experiment": "endless",
-                        "model": subject.name,
-                        "text": text.name,
-                        "text_sha256": text.sha256,
-                        "dtype": subject.precision,
-                        "device": subject.device,
-                        "trained_length": subject.trained_length,
                         "context": context,
                         "places": places,
                         "window": map_.kept[1],

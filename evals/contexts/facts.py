@@ -21,6 +21,7 @@ from ..retrieval.haystack import boundary, drawn_anew, sentences, stretch
 from ..retrieval.task import match_first
 from ..retrieval.words import WORDS_VERSION, random_key
 from ..runs.cell import Advance, Cell
+from ..runs.recipe import shared_recipe
 from ..runs.result import Row, Run
 from ..subjects.local import Local
 from ..subjects.subject import Subject
@@ -247,16 +248,11 @@ def cells(
                         facts=facts,
                         asked=asked,
                         text=text,
-                        recipe={
+                        recipe=shared_recipe(subject, text)
+                        | {
                             "experiment": "facts",
                             "form": FORM,
                             "words": WORDS_VERSION,
-                            "model": subject.name,
-                            "text": text.name,
-                            "text_sha256": text.sha256,
-                            "dtype": subject.precision,
-                            "device": subject.device,
-                            "trained_length": trained,
                             "context": context,
                             "facts": facts,
                             "document": document,

@@ -19,6 +19,7 @@ from ...scaling.rope import Scaler
 from ...scaling.spec import parse
 from ..data import Text, tokenize_documents
 from ..runs.cell import Advance, Cell
+from ..runs.recipe import shared_recipe
 from ..runs.result import Losses, Row, Run
 from ..statistics import block_interval
 from ..subjects.reader import Reader, Start, Tokens
@@ -174,13 +175,7 @@ def plan(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Pr
     shared = {
         "task": "ppl",
         "protocol": protocol.name,
-        "model": reader.name,
-        "text": source.name,
-        "text_sha256": source.sha256,
-        "dtype": reader.precision,
-        "device": reader.device,
-        "trained_length": reader.trained_length,
-        **reader.marks,
+        **shared_recipe(reader, source),
         "target": None,
         **protocol.settings,
     }

@@ -12,6 +12,7 @@ from ...errors import ConfigError
 from ...scaling.rope import Scaler
 from ..data import Text
 from ..runs.cell import Advance, Cell
+from ..runs.recipe import shared_recipe
 from ..runs.result import Row, Run
 from ..subjects.subject import Subject
 from .task import Place, Task
@@ -118,15 +119,7 @@ def cells(
         subject.rope = scaler
     for context in contexts:
         subject.check(context)
-    shared = {
-        "model": subject.name,
-        "text": None if text is None else text.name,
-        "text_sha256": None if text is None else text.sha256,
-        "dtype": subject.precision,
-        "device": subject.device,
-        "trained_length": subject.trained_length,
-        **subject.marks,
-    }
+    shared = shared_recipe(subject, text)
     places = [
         (task, Place(context=context, depth=depth, text=text if task.needs_text else None))
         for context in contexts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ from ..retrieval.heard import Heard
 from ..retrieval.trial import Trial
 from ..runs.cell import Advance, Cost
 from ..speed.memory import peak_memory_mb
-from .reader import ModelReader
+from .reader import ModelReader, weight_marks
 
 
 class Local:
@@ -26,8 +26,6 @@ class Local:
     Args:
         model: its scaler is what `rope` is.
     """
-
-    marks: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -57,6 +55,10 @@ class Local:
     @property
     def trained_length(self) -> int:
         return self.model.trained_length
+
+    @property
+    def marks(self) -> Mapping[str, Any]:
+        return weight_marks(self.model)
 
     @property
     def tokenizer(self) -> Any:

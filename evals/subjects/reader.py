@@ -109,6 +109,11 @@ def bytes_of(ids: Sequence[int], tokenizer: Any, vocabulary: Callable[[], Vocabu
         return len(tokenizer.decode(list(ids)).encode())
 
 
+def weight_marks(model: Model) -> dict[str, str]:
+    """What tells a model from another one at the same path, for recipes."""
+    return {"weights": model.fingerprint[:16]}
+
+
 class ModelReader(Reader):
     """A ropewalk model."""
 
@@ -117,6 +122,7 @@ class ModelReader(Reader):
         self._scaler = model.rope if scaler is None else scaler
         self.name, self.precision = model.name, model.network.precision
         self.device, self.trained_length = model.hf.device.type, model.trained_length
+        self.marks = weight_marks(model)
 
     def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
         self._put(len(ids))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import Any
 
 from ...engine.api import Model
 from ...engine.compiled.skim import Sample
@@ -14,6 +15,7 @@ from ..protocols.fixed_target import FixedTarget
 from ..protocols.perplexity_cell import PerplexityCell, Source
 from ..protocols.protocol import Window
 from ..protocols.skim_cell import SkimCell
+from ..runs.recipe import shared_recipe
 from ..subjects.reader import ModelReader
 
 MOST_PLACES = 9
@@ -107,15 +109,9 @@ class TuneText:
             )
         return found
 
-    def _shared(self, scaler: Scaler, window: Window) -> dict[str, str | int | None]:
-        return {
+    def _shared(self, scaler: Scaler, window: Window) -> dict[str, Any]:
+        return shared_recipe(self.reader, self.source) | {
             "rope": str(scaler),
             "context": self._target,
             "places": window.place,
-            "model": self._model.name,
-            "text": self.source.name,
-            "text_sha256": self.source.sha256,
-            "dtype": self.reader.precision,
-            "device": self.reader.device,
-            "trained_length": self._model.trained_length,
         }

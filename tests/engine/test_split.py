@@ -75,6 +75,22 @@ def test_layers_are_placed_as_accelerate_does(tiny_folder):
     assert placed.score_ids(ids).tolist() == pytest.approx(whole.score_ids(ids).tolist(), abs=1e-4)
 
 
+def test_a_model_with_layers_on_disk_is_known_by_the_others(tiny_folder):
+    parts = (
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        *(f"model.layers.{n}" for n in range(4)),
+    )
+    where = {**dict.fromkeys(parts, "cpu"), "model.layers.0": "disk"}
+    placed = rw.load(tiny_folder, dtype="float32", device_map=where, compile=False)
+    assert any(weight.is_meta for weight in placed.hf.parameters())
+    (row,) = rw.evals.perplexity(placed, [list(range(64))], lengths=[64], target=32)
+    assert row.tokens == 32
+    assert placed.fingerprint == rw.load(tiny_folder, dtype="float32", device_map=where, compile=False).fingerprint
+
+
 @pytest.mark.slow
 def test_a_measurement_of_a_split_model_is_that_of_the_whole_one(tiny_folder, tmp_path):
     asked = ["passkey", str(tiny_folder), "--rope", "none", "--rope", "rerope:64|logn", "--lengths", "1x"]

@@ -100,6 +100,15 @@ def test_by_position_buckets_hold_every_token_once(tmp_path):
     assert sum(row["tokens"] for row in run.rows) == 2 * 599
 
 
+def test_other_weights_at_the_same_path_are_measured_anew(tmp_path):
+    first, plan = tiny_model(), FixedTarget(contexts=(64,), target=16)
+    run = run_plan(tmp_path, first, plan, WORDS)
+    other = tiny_model(uniform=True)  # of the same name
+    for model, is_done in ((tiny_model(), True), (other, False)):
+        (cell,) = cells(Local(model), text(WORDS), [Scaler()], plan)
+        assert cell.is_done(run) == is_done
+
+
 def test_rows_tell_which_tokens_were_scored(tmp_path):
     """The same ids give the same hash, whatever the context and the scaler."""
 

@@ -12,6 +12,7 @@ import ropewalk as rw
 from ropewalk.evals import HarmRow, LongPPLRow, PerplexityRow, RepeatRow, perplexity
 from ropewalk.evals.protocols.by_name import PROTOCOLS, settings_of
 from ropewalk.evals.protocols.fixed_target import FixedTarget
+from ropewalk.evals.runs.result import Run
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,19 @@ def test_models_and_functions_give_the_rows_of_a_run(tmp_path, model):
             assert row.bits_per_byte is None or row.bits_per_byte == pytest.approx(stored["bits_per_byte"], abs=1e-4)
             with pytest.raises(dataclasses.FrozenInstanceError):
                 row.loss = 0
+
+
+def test_a_transformers_model_is_known_by_its_weights(model):
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "add", lambda run, recipe, measured, losses: kept.append(recipe) or recipe | measured)
+        patch.setattr(Run, "losses", lambda run, row: None)
+        perplexity(model, text(WORDS), lengths=64, target=32)
+        perplexity(model.hf, text(WORDS), lengths=64, target=32, tokenizer=model.tokenizer)
+        perplexity(uniform, text(WORDS), lengths=64, target=32, tokenizer=model.tokenizer)
+    own, plain, function = kept
+    assert own["weights"] == plain["weights"] == model.fingerprint[:16]
+    assert "weights" not in function
 
 
 def test_multiples_of_the_trained_length_in_scalers(monkeypatch, model):

@@ -1,0 +1,43 @@
+"""What every recipe of a measurement holds: the model, how it runs, and the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class Measured(Protocol):
+    """What a recipe tells of a model: a `Subject` or a `Reader`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def trained_length(self) -> int | None: ...
+    @property
+    def marks(self) -> Mapping[str, Any]: ...
+
+
+class Named(Protocol):
+    """What a recipe tells of a text: a `Text` or a `Source`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+def shared_recipe(model: Measured, text: Named | None) -> dict[str, Any]:
+    """The fields that all recipes of a model and a text share."""
+    return {
+        "model": model.name,
+        "text": None if text is None else text.name,
+        "text_sha256": None if text is None else text.sha256,
+        "dtype": model.precision,
+        "device": model.device,
+        "trained_length": model.trained_length,
+        **model.marks,
+    }
