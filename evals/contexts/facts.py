@@ -21,7 +21,7 @@ from ..retrieval.haystack import boundary, drawn_anew, sentences, stretch
 from ..retrieval.task import match_first
 from ..retrieval.words import WORDS_VERSION, random_key
 from ..runs.cell import Advance, Cell
-from ..runs.recipe import shared_recipe
+from ..runs.recipe import rope_recipe, shared_recipe
 from ..runs.result import Row, Run
 from ..subjects.local import Local
 from ..subjects.subject import Subject
@@ -223,8 +223,10 @@ def cells(
         ConfigError: a scaler cannot work on this model, or a part is longer than the model was trained for.
     """
     trained = subject.trained_length
-    for scaler in scalers:
+    ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
+    for scaler in (Scaler(), *scalers):
         subject.rope = scaler
+        ropes |= {(scaler, context): rope_recipe(scaler, subject.rope_at, [context]) for context in contexts}
     facts = max(2 * questions, *parts)
     asked = tuple(n * facts // questions + facts // (2 * questions) for n in range(questions))
     ways: list[tuple[Way, int, Scaler]] = [("whole", 1, scaler) for scaler in scalers]
@@ -258,8 +260,8 @@ def cells(
                             "document": document,
                             "way": way,
                             "parts": count,
-                            "rope": str(scaler),
-                        },
+                        }
+                        | ropes[scaler, context],
                     )
                 )
     return found

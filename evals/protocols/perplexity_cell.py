@@ -19,7 +19,7 @@ from ...scaling.rope import Scaler
 from ...scaling.spec import parse
 from ..data import Text, tokenize_documents
 from ..runs.cell import Advance, Cell
-from ..runs.recipe import shared_recipe
+from ..runs.recipe import rope_recipe, shared_recipe
 from ..runs.result import Losses, Row, Run
 from ..statistics import block_interval
 from ..subjects.reader import Reader, Start, Tokens
@@ -189,14 +189,16 @@ def plan(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Pr
     judge = None
     if isinstance(protocol, LongPPL):
         judge = _judge(protocol, reader, source, shared)
-        shared["judge"] = f"{judge.scaler} at {protocol.longest}"
+        shared["judge"] = f"{judge.recipe.get('chosen', judge.scaler)} at {protocol.longest}"
     measured = [
         PerplexityCell(
             scaler=scaler,
             context=context,
             protocol=protocol,
             passages=windows[context],
-            recipe=shared | {"rope": str(scaler), "context": context, "places": places_of(windows[context])},
+            recipe=shared
+            | rope_recipe(scaler, reader.under(scaler).rope_at, [len(window.ids) for window in windows[context]])
+            | {"context": context, "places": places_of(windows[context])},
             judge=judge,
         )
         for scaler in scalers
@@ -211,13 +213,16 @@ def _judge(protocol: LongPPL, reader: Reader, source: Source, shared: dict[str, 
         tuple(protocol.windows(source.documents, context, source.start))
         for context in (reader.trained_length, protocol.longest)
     )
+    scaler = parse(protocol.judge)
     recipe = {name: value for name, value in shared.items() if name != "judge"}
     return JudgeCell(
-        scaler=parse(protocol.judge),
+        scaler=scaler,
         context=protocol.longest,
         short=short,
         full=full,
-        recipe=recipe | {"task": "judge", "rope": protocol.judge, "places": places_of(full)},
+        recipe=recipe
+        | rope_recipe(scaler, reader.under(scaler).rope_at, (reader.trained_length, protocol.longest))
+        | {"task": "judge", "places": places_of(full)},
     )
 
 

@@ -12,7 +12,7 @@ from ...errors import ConfigError
 from ...scaling.rope import Scaler
 from ..data import Text
 from ..runs.cell import Advance, Cell
-from ..runs.recipe import shared_recipe
+from ..runs.recipe import rope_recipe, shared_recipe
 from ..runs.result import Row, Run
 from ..subjects.subject import Subject
 from .task import Place, Task
@@ -115,8 +115,10 @@ def cells(
     """
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ConfigError(f"depth {wrong[0]:g} must lie between 0 (the beginning) and 1 (the end)")
+    ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
     for scaler in scalers:
         subject.rope = scaler
+        ropes |= {(scaler, context): rope_recipe(scaler, subject.rope_at, [context]) for context in contexts}
     for context in contexts:
         subject.check(context)
     shared = shared_recipe(subject, text)
@@ -139,10 +141,10 @@ def cells(
             | {
                 "task": task.name,
                 "suite": SUITE_OF[task.name],
-                "rope": str(scaler),
                 "context": place.context,
                 "depth": place.depth,
-            },
+            }
+            | ropes[scaler, place.context],
             seeds=tuple(range(trials)),
             before=before,
         )

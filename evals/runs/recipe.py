@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
+
+from ...scaling.auto import Auto
+from ...scaling.rope import Scaler
 
 
 class Measured(Protocol):
@@ -41,3 +44,15 @@ def shared_recipe(model: Measured, text: Named | None) -> dict[str, Any]:
         "trained_length": model.trained_length,
         **model.marks,
     }
+
+
+def rope_recipe(scaler: Scaler, rope_at: Callable[[int], Scaler], lengths: Iterable[int]) -> dict[str, str]:
+    """The fields that tell the scaler.
+
+    Args:
+        rope_at: what runs at a length; for `auto` that depends on what was tuned, so the recipe holds it.
+        lengths: in tokens.
+    """
+    if not isinstance(scaler, Auto):
+        return {"rope": str(scaler)}
+    return {"rope": str(scaler), "chosen": ", ".join(dict.fromkeys(str(rope_at(length)) for length in lengths))}

@@ -74,6 +74,9 @@ class Endpoint:
                 "--rope (for longppl: --judge none), or serve what `ropewalk export` writes under that scaler"
             )
 
+    def rope_at(self, length: int) -> Scaler:
+        return self.rope
+
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The tokenizer's tokens as bytes; UnsupportedModel if they are not pieces of the text's."""

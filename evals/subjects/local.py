@@ -39,6 +39,9 @@ class Local:
     def rope(self, scaler: Scaler) -> None:
         self.model.rope = scaler
 
+    def rope_at(self, length: int) -> Scaler:
+        return self.model.rope_at(length)
+
     @property
     def name(self) -> str:
         return self.model.name

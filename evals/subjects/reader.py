@@ -96,6 +96,10 @@ class Reader(ABC):
             ConfigError: it can only be read as it is.
         """
 
+    def rope_at(self, length: int) -> Scaler:
+        """The scaler for `length` tokens: the one that it is under, or what `auto` stands for there."""
+        return Scaler()
+
     @abstractmethod
     def count_bytes(self, ids: Sequence[int]) -> int | None:
         """Bytes of the text that tokens stand for; None where the tokenizer is not known."""
@@ -145,6 +149,10 @@ class ModelReader(Reader):
 
     def under(self, scaler: Scaler) -> ModelReader:
         return ModelReader(self._model, scaler)
+
+    def rope_at(self, length: int) -> Scaler:
+        self._put(length)
+        return self._model.rope_at(length)
 
     def count_bytes(self, ids: Sequence[int]) -> int:
         return bytes_of(ids, self._model.tokenizer, lambda: self._model.vocabulary)

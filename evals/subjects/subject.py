@@ -23,6 +23,9 @@ class Subject(Protocol):
 
     rope: Scaler
 
+    def rope_at(self, length: int) -> Scaler:
+        """The scaler for a request of `length` tokens: the one in use, or what `auto` stands for there."""
+
     @property
     def name(self) -> str:
         """Of the model, as its rows tell it."""

@@ -14,12 +14,16 @@ from ropewalk.evals.protocols.by_name import PROTOCOLS, protocol, settings_of
 from ropewalk.evals.protocols.fixed_target import FixedTarget
 from ropewalk.evals.protocols.from_start import ByPosition, Truncate, position_edges
 from ropewalk.evals.protocols.harm import Harm
+from ropewalk.evals.protocols.longppl import LongPPL
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.whole_text import Sliding
+from ropewalk.evals.retrieval.cells import cells as retrieval_cells
+from ropewalk.evals.retrieval.tasks import TASKS
 from ropewalk.evals.runs.cell import Cost
 from ropewalk.evals.runs.result import Run, recipe_key
 from ropewalk.evals.subjects.local import Local
 from ropewalk.evals.subjects.reader import Start
+from ropewalk.evals.tuning.tuned import Candidate, Tuned
 from ropewalk.scaling import Linear, Scaler, parse
 
 
@@ -107,6 +111,34 @@ def test_other_weights_at_the_same_path_are_measured_anew(tmp_path):
     for model, is_done in ((tiny_model(), True), (other, False)):
         (cell,) = cells(Local(model), text(WORDS), [Scaler()], plan)
         assert cell.is_done(run) == is_done
+
+
+def test_auto_is_told_by_what_it_stands_for_and_measured_anew_when_that_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path / "cache"))
+    model, auto = tiny_model(), parse("auto")
+    plan = FixedTarget(contexts=(64, 128), target=16)
+
+    def planned():
+        model.rope = None
+        found = cells(Local(model), text(WORDS), [Scaler(), auto], plan)
+        asked = retrieval_cells(Local(model), [TASKS["passkey"]], [auto], contexts=[1024], depths=[0.5], trials=1)
+        return [*found, *asked]
+
+    default = "rerope:32|logn"
+    before = planned()
+    assert [(cell.recipe["rope"], cell.recipe.get("chosen")) for cell in before] == [
+        *(("none", None), ("none", None), ("auto", "none"), ("auto", default), ("auto", default))
+    ]
+    run = Run(tmp_path / "run")
+    measure(model, before[3], run)
+    best = Candidate(scaler=parse("yarn:2"), read={"0:9": np.ones(64, np.float32)})
+    model.remember(Tuned(target=128, rope=model.spec, ranking=(best,), keep_short=False, complete=True), text="words")
+    after = planned()
+    assert [cell.recipe.get("chosen") for cell in after] == [None, None, "none", "yarn:2", default]
+    assert before[3].is_done(run) and not after[3].is_done(run)
+    longppl = LongPPL(contexts=(128,), target=16, judge="auto")
+    judge, cell = cells(Local(model), text(WORDS), [Scaler()], longppl)
+    assert judge.recipe["chosen"] == "none, yarn:2" and cell.recipe["judge"] == "none, yarn:2 at 128"
 
 
 def test_rows_tell_which_tokens_were_scored(tmp_path):
