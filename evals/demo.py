@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,8 +81,8 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
     best = [_best_so_far(run, planned, longest)]
 
     def remember_best(cell: PerplexityCell, rows: list[Row], reader: Reader) -> None:
-        if cell.context == longest and (best[0] is None or rows[0]["loss"] < best[0].loss):
-            best[0] = Winner(cell, rows[0]["loss"], reader.cache)
+        if cell.context == longest and (best[0] is None or _loss(rows[0]) < best[0].loss):
+            best[0] = Winner(cell, _loss(rows[0]), reader.cache)
 
     deadline = None if max_minutes is None else started + 60 * max_minutes - CLOSING_SECONDS
     outcome = measure_all(
@@ -103,8 +104,13 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
 def _best_so_far(run: Run, planned: list[PerplexityCell], longest: int) -> Winner | None:
     """The best of the cells that an earlier, interrupted run measured at the longest context."""
     found = [(cell, run.find(cell.row_recipes()[0])) for cell in planned if cell.context == longest]
-    measured = [Winner(cell, row["loss"], None) for cell, row in found if row is not None]
+    measured = [Winner(cell, _loss(row), None) for cell, row in found if row is not None]
     return min(measured, key=lambda winner: winner.loss, default=None)
+
+
+def _loss(row: Row) -> float:
+    """Of a row; one that is not finite, which is stored as null, is the worst."""
+    return math.inf if row["loss"] is None else float(row["loss"])
 
 
 def _passage(model: Model, best: Winner, run: Run) -> Passage:

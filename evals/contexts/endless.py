@@ -20,7 +20,7 @@ from ..data import Text, tokenize_documents
 from ..protocols.from_start import position_edges
 from ..runs.cell import Advance, Cell
 from ..runs.recipe import shared_recipe
-from ..runs.result import Row, Run
+from ..runs.result import Row, Run, loss_text
 from ..statistics import block_interval, paired_difference
 from ..subjects.local import Local
 from ..subjects.subject import Subject
@@ -112,7 +112,7 @@ class EndlessCell(Cell):
 
     def outcome(self, rows: Sequence[Row]) -> str:
         first, last = rows[0], rows[-1]
-        return f"loss {last['loss']:.3f} at the end, cache {first['cache_mb']:.3g} to {last['cache_mb']:.3g} MB"
+        return f"{loss_text(last, 3)} at the end, cache {first['cache_mb']:.3g} to {last['cache_mb']:.3g} MB"
 
 
 def cells(

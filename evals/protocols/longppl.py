@@ -13,7 +13,7 @@ from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
 from ..runs.cell import Advance, Cell
-from ..runs.result import Row, Run
+from ..runs.result import Row, Run, loss_text
 from ..subjects.reader import Reader
 from ..subjects.subject import Subject
 from .fixed_target import SameTarget
@@ -112,8 +112,7 @@ class JudgeCell(Cell):
 
     def outcome(self, rows: Sequence[Row]) -> str:
         short, full = rows
-        at = f"loss {short['loss']:.4f} at {format_length(short['context'])}"
-        return f"{at}, {full['loss']:.4f} at {format_length(full['context'])}"
+        return ", ".join(f"{loss_text(row)} at {format_length(row['context'])}" for row in (short, full))
 
     def keys(self, run: Run) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which of the scored tokens are keys, bool [tokens].

@@ -20,7 +20,7 @@ from ...scaling.spec import parse
 from ..data import Text, tokenize_documents
 from ..runs.cell import Advance, Cell
 from ..runs.recipe import rope_recipe, shared_recipe
-from ..runs.result import Losses, Row, Run
+from ..runs.result import Losses, Row, Run, loss_text
 from ..statistics import block_interval
 from ..subjects.reader import Reader, Start, Tokens
 from ..subjects.subject import Subject
@@ -85,14 +85,17 @@ class PerplexityCell(Cell):
             }
             if keys is not None:
                 measured["candidates"] = len(keys)
-            rows.append(run.find(recipe) or run.add(recipe, measured | found.extra, losses))  # some, after a kill
+            rows.append(
+                run.find(recipe) or run.add(recipe, _whole(measured | found.extra), losses)
+            )  # some, after a kill
         return rows
 
     def outcome(self, rows: Sequence[Row]) -> str:
         tokens = sum(row["tokens"] for row in rows)
-        loss = sum(row["loss"] * row["tokens"] for row in rows) / tokens
+        lost = [row for row in rows if row["loss"] is None]
+        told = lost[0] if lost else {"loss": sum(row["loss"] * row["tokens"] for row in rows) / tokens}
         of = f" of {rows[0]['candidates']}" if "candidates" in rows[0] else ""
-        return f"loss {loss:.4f}, {tokens}{of} tokens scored"
+        return f"{loss_text(told)}, {tokens}{of} tokens scored"
 
     def _chosen(self, start: float, end: float, keys: np.ndarray[Any, Any] | None) -> list[np.ndarray[Any, Any]]:
         """Which of the scored tokens of each window count, bool [scored tokens]."""
@@ -116,6 +119,14 @@ def _count_bytes(reader: Reader, scored: Sequence[Tokens]) -> int | None:
     return None if None in counts else sum(count or 0 for count in counts)
 
 
+def _whole(measured: dict[str, Any]) -> dict[str, Any]:
+    """Without its loss, and with the reason, where a number is not finite; bounds of intervals need not be."""
+    for name, value in measured.items():
+        if isinstance(value, float) and not math.isfinite(value) and not name.endswith(("_low", "_high")):
+            return measured | {"loss": None, "reason": f"{name} is not finite"}
+    return measured
+
+
 def summary(losses: Losses, n_bytes: int | None) -> dict[str, Any]:
     """What is reported of per-token losses (nats, float32) of a text of `n_bytes` bytes."""
     loss = float(losses.astype(np.float64).mean())
@@ -125,9 +136,17 @@ def summary(losses: Losses, n_bytes: int | None) -> dict[str, Any]:
         "loss": loss,
         "loss_low": low,
         "loss_high": high,
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "bits_per_byte": None if n_bytes is None else loss * len(losses) / math.log(2) / max(n_bytes, 1),
     }
+
+
+def perplexity(loss: float) -> float:
+    """Its exponential; infinite where a float has no room for it (above 709 nats)."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True, kw_only=True)

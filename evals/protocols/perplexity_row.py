@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
 
 from ..runs.result import Losses, Row
 from .harm import Harm
 from .longppl import LongPPL
+from .perplexity_cell import perplexity
 from .protocol import Protocol
 from .repeat import Repeat
 
@@ -21,7 +25,8 @@ class PerplexityRow:
         rope: the scaler, as a spec.
         context: window length in tokens.
         bucket_start, bucket_end: positions told of, by position only.
-        loss: nats per token; `loss_low` and `loss_high` its 95 % interval, None where there are too few tokens.
+        loss: nats per token; `loss_low` and `loss_high` its 95 % interval, None where there
+            are too few tokens.
         bits_per_byte: None where no tokenizer is known.
         tokens: scored.
         documents: windows.
@@ -50,9 +55,15 @@ class PerplexityRow:
 
     @classmethod
     def of(cls, row: Row, losses: Losses) -> Self:
-        """From a row of a run."""
-        names = {f.name for f in dataclasses.fields(cls)} - {"losses"}
-        return cls(**{name: row[name] for name in names}, losses=losses)
+        """From a row of a run, where numbers that are not finite are null."""
+        kinds = {f.name: f.type for f in dataclasses.fields(cls) if f.name != "losses"}
+        values: dict[str, Any] = {
+            name: math.nan if row[name] is None and kind == "float" else row[name] for name, kind in kinds.items()
+        }
+        if row["loss"] is None:
+            loss = float(losses.mean(dtype=np.float64))
+            values |= {"loss": loss, "perplexity": perplexity(loss)}
+        return cls(**values, losses=losses)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from ...engine.compiled.skim import Sample
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ..runs.cell import Advance, Cell
-from ..runs.result import Row, Run
+from ..runs.result import Row, Run, loss_text
 from ..subjects.local import Local
 from ..subjects.subject import Subject
 from .protocol import Window, tokens_sha256
@@ -72,4 +72,4 @@ class SkimCell(Cell):
         return [run.add(self.recipe, measured, losses)]
 
     def outcome(self, rows: Sequence[Row]) -> str:
-        return f"loss {rows[0]['loss']:.4f}, skimmed"
+        return f"{loss_text(rows[0])}, skimmed"

@@ -210,6 +210,11 @@ def recipe_key(recipe: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def loss_text(row: Row, digits: int = 4) -> str:
+    """`loss 3.5123`, or why there is none."""
+    return str(row.get("reason", "loss is not finite")) if row["loss"] is None else f"loss {row['loss']:.{digits}f}"
+
+
 def environment() -> dict[str, Any]:
     """What the numbers were measured with: versions, machine, threads and the command."""
     import torch

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from ropewalk.engine.api import Model
 from ropewalk.evals import demo
 from ropewalk.evals.runs.result import Run
 
@@ -62,3 +63,16 @@ def test_the_passage_is_the_same_from_the_measured_cache_and_from_the_start(smal
 def test_full_goes_to_four_times_the_trained_length(small_demo, tmp_path):
     small_demo(full=True, max_minutes=None, out=tmp_path / "run")
     assert cells(tmp_path / "run") == {(m, c) for m in demo.specs(4) for c in (64, 128, 256, 512, 1024)}
+
+
+def test_a_method_without_a_finite_loss_writes_no_passage(small_demo, tmp_path, monkeypatch):
+    score = Model.score_ids
+
+    def broken(model, ids, *more):
+        return score(model, ids, *more) * (float("nan") if len(ids) == 512 and not model.rope.parts else 1)
+
+    monkeypatch.setattr(Model, "score_ids", broken)
+    for _ in range(2):  # the second one finds the measurements of the first
+        small_demo(full=False, max_minutes=0, out=tmp_path / "run")
+        assert json.loads((tmp_path / "run" / "passage.json").read_text(encoding="utf-8"))["rope"] != "none"
+    assert [row["rope"] for row in Run(tmp_path / "run").rows if row["loss"] is None] == ["none"]

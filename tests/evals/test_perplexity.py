@@ -8,19 +8,25 @@ import numpy as np
 import pytest
 import torch
 from byte_model import WORDS, losses, measure, run_plan, text, tiny_model
+from rich.console import Console
 
 import ropewalk as rw
+from ropewalk.evals.contexts.endless import EndlessCell
+from ropewalk.evals.protocols import harm
 from ropewalk.evals.protocols.by_name import PROTOCOLS, protocol, settings_of
 from ropewalk.evals.protocols.fixed_target import FixedTarget
 from ropewalk.evals.protocols.from_start import ByPosition, Truncate, position_edges
 from ropewalk.evals.protocols.harm import Harm
-from ropewalk.evals.protocols.longppl import LongPPL
+from ropewalk.evals.protocols.longppl import JudgeCell, LongPPL
 from ropewalk.evals.protocols.perplexity_cell import cells
+from ropewalk.evals.protocols.skim_cell import SkimCell
 from ropewalk.evals.protocols.whole_text import Sliding
+from ropewalk.evals.reports.publish import publish
 from ropewalk.evals.retrieval.cells import cells as retrieval_cells
 from ropewalk.evals.retrieval.tasks import TASKS
 from ropewalk.evals.runs.cell import Cost
 from ropewalk.evals.runs.result import Run, recipe_key
+from ropewalk.evals.runs.runner import measure_all
 from ropewalk.evals.subjects.local import Local
 from ropewalk.evals.subjects.reader import Start
 from ropewalk.evals.tuning.tuned import Candidate, Tuned
@@ -139,6 +145,45 @@ def test_auto_is_told_by_what_it_stands_for_and_measured_anew_when_that_changes(
     longppl = LongPPL(contexts=(128,), target=16, judge="auto")
     judge, cell = cells(Local(model), text(WORDS), [Scaler()], longppl)
     assert judge.recipe["chosen"] == "none, yarn:2" and cell.recipe["judge"] == "none, yarn:2 at 128"
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """A model whose losses are NaN at 64 tokens."""
+    model = tiny_model()
+    score = model.score_ids
+    monkeypatch.setattr(model, "score_ids", lambda ids, *more: score(ids, *more) * (np.nan if len(ids) == 64 else 1))
+    return model
+
+
+def test_a_loss_that_is_not_finite_does_not_end_the_run(tmp_path, broken):
+    run, plan = Run(tmp_path), FixedTarget(contexts=(64, 128), target=16)
+    with (tmp_path / "told").open("w") as file:
+        measure_all(Local(broken), cells(Local(broken), text(WORDS), [Scaler()], plan), run, Console(file=file))
+    lost, found = run.rows
+    assert (lost["loss"], lost["perplexity"], lost["reason"]) == (None, None, "loss is not finite")
+    assert found["loss"] > 0 and "reason" not in found
+    assert "loss is not finite, 16 tokens scored" in (tmp_path / "told").read_text()
+    assert "loss is not finite" in publish(run, title="broken")[0].read_text()
+    by_position = run_plan(tmp_path / "b", broken, ByPosition(contexts=(64,)), WORDS)
+    assert by_position.rows[0]["loss"] is None
+
+
+def test_other_numbers_that_are_not_finite_are_told_in_place_of_the_loss(tmp_path, monkeypatch):
+    laws = harm.compare_laws
+    monkeypatch.setattr(
+        harm, "compare_laws", lambda *given: [part * np.nan if n == 2 else part for n, part in enumerate(laws(*given))]
+    )
+    run = run_plan(tmp_path, tiny_model(), Harm(contexts=(64,)), WORDS, scaler="yarn:2")
+    assert (run.rows[0]["kl"], run.rows[0]["loss"], run.rows[0]["reason"]) == (None, None, "kl is not finite")
+    assert "kl is not finite" in publish(run, title="broken")[0].read_text()
+
+
+def test_outcomes_without_a_finite_loss():
+    rows = [{"loss": None, "context": 64, "cache_mb": 1.0}, {"loss": 2.0, "context": 128, "cache_mb": 1.0}]
+    assert JudgeCell.outcome(None, rows) == "loss is not finite at 64, loss 2.0000 at 128"
+    assert SkimCell.outcome(None, rows) == "loss is not finite, skimmed"
+    assert EndlessCell.outcome(None, rows[::-1]) == "loss is not finite at the end, cache 1 to 1 MB"
 
 
 def test_rows_tell_which_tokens_were_scored(tmp_path):

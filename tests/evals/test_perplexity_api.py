@@ -132,6 +132,14 @@ def test_rows_have_the_fields_of_their_protocol(model):
     assert LongPPLRow.__dataclass_fields__.keys() >= {"judge", "candidates"}
 
 
+def test_losses_that_are_not_finite_or_have_no_exponential():
+    (lost,) = perplexity(lambda ids: np.full((len(ids), 8), np.nan, np.float32), [[1] * 64], lengths=64, target=8)
+    assert math.isnan(lost.loss) and math.isnan(lost.perplexity) and np.isnan(lost.losses).all()
+    far = np.array([2000, 0, 0, 0], np.float32)
+    (large,) = perplexity(lambda ids: np.tile(far, (len(ids), 1)), [[1] * 64], lengths=64, target=8)
+    assert (large.loss, large.perplexity) == (2000.0, math.inf)
+
+
 def test_what_cannot_be_measured_is_refused(model):
     with pytest.raises(rw.ConfigError, match="needs its tokenizer too"):
         perplexity(model.hf, text(WORDS))
