@@ -52,7 +52,8 @@ def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
     click.option(
         "--target",
         type=int,
-        help="fixed-target, longppl, repeat: tokens scored at the end; harm too.  [default: 1024; harm: all]",
+        help="fixed-target, longppl, repeat: tokens scored at the end; harm too.  "
+        "[default: 1024, or half of the shortest length; harm: all]",
     ),
     click.option(
         "--samples",

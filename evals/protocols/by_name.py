@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import ConfigError, did_you_mean
-from .fixed_target import FixedTarget
+from .fixed_target import FixedTarget, SameTarget, usual_target
 from .from_start import ByPosition, Truncate
 from .harm import Harm
 from .longppl import LongPPL
@@ -45,7 +45,7 @@ def protocol(name: str, contexts: Sequence[int], **settings: Any) -> Protocol:
 
     Args:
         contexts: window lengths in tokens.
-        settings: fields of the protocol; the others keep their defaults.
+        settings: fields of the protocol; the others keep their defaults, and `target` is `usual_target`.
 
     Raises:
         ConfigError: unknown name, or a setting that it does not take or that cannot be right.
@@ -56,4 +56,7 @@ def protocol(name: str, contexts: Sequence[int], **settings: Any) -> Protocol:
             users = ", ".join(users_of(setting))
             hint = f"leave it out, or use {users}" if users else f"it takes {', '.join(known)}"
             raise ConfigError(f"{setting} has no effect on {name}; {hint}")
-    return PROTOCOLS[name](contexts=tuple(contexts), **settings)
+    chosen = PROTOCOLS[name]
+    if issubclass(chosen, SameTarget):
+        settings = {"target": usual_target(contexts)} | settings
+    return chosen(contexts=tuple(contexts), **settings)

@@ -14,6 +14,11 @@ from ..subjects.reader import Start, Tokens
 from .protocol import Protocol, Window, too_short
 
 
+def usual_target(contexts: Sequence[int], most: int = 1024) -> int:
+    """Tokens to score where nobody asked for a number: `most`, and at most half of the shortest context."""
+    return max(1, min(most, min(contexts, default=2) // 2))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamePlaces(Protocol):
     """Base of the protocols whose windows of every length end at the same places.
@@ -75,7 +80,7 @@ class SameTarget(SamePlaces):
         target: tokens scored at the end of each window.
     """
 
-    target: int = 1024
+    target: int
 
     def scored_tokens(self, context: int) -> int:
         return self.target

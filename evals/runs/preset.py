@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ...scaling.lengths import parse_length
+from ...errors import DataError
+from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ..data import Text
 from ..protocols.by_name import protocol
+from ..protocols.fixed_target import usual_target
 from ..protocols.perplexity_cell import cells as perplexity_cells
 from ..retrieval.cells import cells as retrieval_cells
 from ..retrieval.tasks import RULER, SUITES, TASKS
 from ..subjects.subject import Subject
 from .cell import Cell
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,7 @@ class Preset:
     Args:
         minutes: for measuring; what does not fit is left out, the last things first. None takes what it takes.
         loss: contexts of the fixed-target curve.
-        target, samples: tokens scored at the end of each context, and places in the text.
+        target, samples: tokens scored at the end of each context, at most half of the shortest, and places in the text.
         by_position: length of the one long pass.
         harm: contexts at which the harm within the trained length is measured; longer ones are cut to it.
         passkey, passkey_trials: lengths, and trials at each of three depths.
@@ -51,23 +57,34 @@ class Preset:
             return tuple(dict.fromkeys(parse_length(one, L) for one in asked))
 
         found: list[Cell] = []
-        curve = protocol("fixed-target", lengths(self.loss), target=self.target, samples=self.samples)
-        found += perplexity_cells(subject, text, scalers, curve)
         within = tuple(dict.fromkeys(min(length, L) for length in lengths(self.harm)))
-        harm = protocol("harm", within, target=self.target, samples=self.samples)
-        found += perplexity_cells(subject, text, [one for one in scalers if one.parts], harm)
-        found += retrieval_cells(
-            subject,
-            [TASKS["passkey"]],
-            scalers,
-            contexts=lengths(self.passkey),
-            depths=_DEPTHS,
-            trials=self.passkey_trials,
+        curves = (
+            ("fixed-target", lengths(self.loss), scalers),
+            ("harm", within, [one for one in scalers if one.parts]),
         )
-        tasks = [TASKS[name] for name in self.ruler_tasks]
-        found += retrieval_cells(
-            subject, tasks, scalers, contexts=lengths(self.ruler), trials=self.ruler_trials, text=text
-        )
+        for name, contexts, own in curves:
+            target = usual_target(contexts, self.target)
+            curve = protocol(name, contexts, target=target, samples=self.samples)
+            found += perplexity_cells(subject, text, own, curve)
+
+        def asked(tasks: Sequence[str], asked_lengths: Sequence[str], trials: int, **settings: Any) -> list[Cell]:
+            """Cells of the tasks at the lengths that hold their prompts: those of a short model hold few."""
+            cells, unfit, why = [], [], ""
+            for length in lengths(asked_lengths):
+                for task in tasks:
+                    try:
+                        cells += retrieval_cells(
+                            subject, [TASKS[task]], scalers, contexts=[length], trials=trials, **settings
+                        )
+                    except DataError as error:
+                        why = why or str(error)
+                        unfit.append(f"{task} at {format_length(length)}")
+            if unfit:
+                _LOG.warning("left out, since their prompts do not fit: %s (%s)", ", ".join(unfit), why)
+            return sorted(cells, key=lambda cell: scalers.index(cell.scaler))
+
+        found += asked(["passkey"], self.passkey, self.passkey_trials, depths=_DEPTHS)
+        found += asked(self.ruler_tasks, self.ruler, self.ruler_trials, text=text)
         if self.by_position:
             found += perplexity_cells(subject, text, scalers, protocol("by-position", lengths(self.by_position)))
         return found

@@ -305,7 +305,16 @@ def test_user_mistakes():
     with pytest.raises(rw.ConfigError, match="strid has no effect on sliding; it takes text_tokens, stride"):
         protocol("sliding", (64,), strid=3)
     with pytest.raises(rw.ConfigError, match="samples 0 must be at least 1"):
-        FixedTarget(contexts=(64,), samples=0)
+        FixedTarget(contexts=(64,), target=16, samples=0)
+
+
+def test_the_usual_target_leaves_as_much_context():
+    for contexts, target in (((8192, 2048), 1024), ((1024, 4096), 512), ((64,), 32), ((2,), 1)):
+        assert protocol("fixed-target", contexts).settings["target"] == target
+    assert protocol("fixed-target", (1024,), target=1000).settings["target"] == 1000
+    assert protocol("harm", (1024,)).settings["target"] is None
+    with pytest.raises(rw.ConfigError, match="at least one context"):
+        protocol("repeat", ())
 
 
 def test_cost_counts_the_steps_of_a_cell_once():

@@ -125,6 +125,33 @@ def test_rows_of_many_windows_have_their_text_again_with_the_hash_of_their_place
         passages_of(row | {"places": f"{before}, sha256 00000000"}, [row], tokenizer)
 
 
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_presets_for_a_model_that_was_trained_on_little(tiny_folder, text_file, monkeypatch, caplog, name):
+    """256 tokens: every curve is there, and only prompts that do not fit are left out."""
+    planned = []
+    monkeypatch.setattr("ropewalk.evals.runs.runner.print_plan", lambda subject, cells, console: planned.extend(cells))
+    done = ropewalk("all", tiny_folder, "--preset", name, "--text", text_file, "--dry-run")
+    assert done.exit_code == 0, done.output
+    recipes = [cell.recipe for cell in planned]
+    assert {(one["protocol"], one["target"]) for one in recipes if one["task"] == "ppl"} >= {
+        *(("fixed-target", 32), ("harm", 32))
+    }
+    passkeys = [cell.context for cell in planned if cell.recipe["task"] == "passkey"]
+    assert set(passkeys) == {"quick": set(), "full": {128, 256, 512, 1024}}[name]
+    assert [cell.scaler.parts == () for cell in planned if cell.recipe["task"] == "passkey"] == (
+        [True] * 12 + [False] * 12 if name == "full" else []
+    )
+    assert "niah_single_1 at " in caplog.text and "the shortest prompt and its answer take" in caplog.text
+
+
+def test_the_usual_command_for_a_model_that_was_trained_on_little(tiny_folder, text_file, tmp_path):
+    done = ropewalk("ppl", tiny_folder, "--text", text_file, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert [(row["context"], row["target"]) for row in open_run(tmp_path).rows] == [
+        (length, 32) for length in (64, 128, 256, 512)
+    ]
+
+
 def test_a_row_that_is_not_there(whole):
     assert "there is no row 999" in mistake("reconstruct", whole, "--row", 999)
 
