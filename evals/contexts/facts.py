@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ...engine.api import Model
 from ...engine.nbce import NBCE
 from ...engine.sampling import SamplingParams
-from ...errors import ConfigError
+from ...errors import ConfigError, DataError
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ..data import Text
@@ -49,7 +49,11 @@ class Document:
 
     @classmethod
     def draw(cls, text: Text, count: Callable[[str], int], tokens: int, facts: int, seed: int) -> Document:
-        """The document of a seed: the most sentences of a text that make, with the facts, at most `tokens` tokens."""
+        """The document of a seed: the most sentences of a text that make, with the facts, at most `tokens` tokens.
+
+        Raises:
+            DataError: there is no room for the facts and a sentence.
+        """
         random = Random(f"facts {FORM} {text.sha256} {facts} {seed}")
         taken: list[str] = []
 
@@ -73,6 +77,11 @@ class Document:
                 used = place
             return (*found, *units[used:])
 
+        if (least := count("".join(assembled(1)))) > tokens:
+            raise DataError(
+                f"a document with {facts} facts and a sentence takes {least} tokens with this tokenizer, and there is "
+                f"room for {tokens}; ask for a longer length or fewer questions"
+            )
         low, high = 1, min(tokens, len(sentences(text)))
         while low < high:
             middle = (low + high + 1) // 2
@@ -142,7 +151,7 @@ class FactsCell(Cell):
             if row is None:
                 started = time.perf_counter()
                 if answer is None:
-                    document = self._document(model)
+                    document = _document(model, self.text, self.context, self.facts, self.document)
                     answer = self._reader(model, document)
                 key, value = document.facts[recipe["question"]]
                 written, sources = answer(question(key))
@@ -162,13 +171,6 @@ class FactsCell(Cell):
         for tokens in self.windows:
             advance(0, tokens)
         return rows
-
-    def _document(self, model: Model) -> Document:
-        def count(text: str) -> int:
-            return len(model.tokenizer(text, verbose=False).input_ids)
-
-        longest = count(question("considerable-acknowledgement")) + _PARAMS.max_new_tokens + _SPARE
-        return Document.draw(self.text, count, self.context - longest, self.facts, self.document)
 
     def _reader(self, model: Model, document: Document) -> Callable[[str], tuple[str, list[int] | None]]:
         """Answers to questions; the document is read with the first of them."""
@@ -197,6 +199,16 @@ class FactsCell(Cell):
         return f"{fmean(row['correct'] for row in rows):.0%} of {len(rows)}"
 
 
+def _document(model: Model, text: Text, context: int, facts: int, seed: int) -> Document:
+    """The one that leaves room for a question and its answer within `context` tokens."""
+
+    def count(part: str) -> int:
+        return len(model.tokenizer(part, verbose=False).input_ids)
+
+    longest = count(question("considerable-acknowledgement")) + _PARAMS.max_new_tokens + _SPARE
+    return Document.draw(text, count, context - longest, facts, seed)
+
+
 def way_name(way: str, parts: int) -> str:
     """Of a way of reading, for people."""
     return {"whole": "read whole", "cut": "only its end"}.get(way, f"{parts} part{'s' * (parts > 1)}")
@@ -221,6 +233,7 @@ def cells(
 
     Raises:
         ConfigError: a scaler cannot work on this model, or a part is longer than the model was trained for.
+        DataError: a length does not hold the facts.
     """
     trained = subject.trained_length
     ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
@@ -231,6 +244,7 @@ def cells(
     asked = tuple(n * facts // questions + facts // (2 * questions) for n in range(questions))
     ways: list[tuple[Way, int, Scaler]] = [("whole", 1, scaler) for scaler in scalers]
     ways += [("cut", 1, Scaler()), *(("parts", count, Scaler()) for count in parts)]
+    _document(subject.model, text, min(contexts), facts, 0)  # refused before anything is measured
     found = []
     for context in contexts:
         if short := [count for count in parts if context / count > 0.97 * trained]:

@@ -39,6 +39,15 @@ def test_a_document_is_as_long_as_asked_and_holds_every_fact_once():
     assert document == Document.draw(HAY, count, 500, 8, seed=3) != Document.draw(HAY, count, 500, 8, seed=4)
 
 
+def test_documents_that_do_not_fit_are_refused(subject):
+    with pytest.raises(rw.DataError, match=r"16 facts and a sentence takes 1\d\d tokens .* and there is room for 130"):
+        Document.draw(HAY, count, 130, 16, seed=0)
+    for tokens in (170, 180, 500):  # a fact has nine words or ten
+        assert count(Document.draw(HAY, count, tokens, 16, seed=0).text) <= tokens
+    with pytest.raises(rw.DataError, match="ask for a longer length"):
+        cells(subject, HAY, [rw.parse("none")], contexts=[320, 128], parts=[2], documents=1, questions=8)
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 8, 16])
 def test_parts_are_the_document_in_nearly_equal_pieces(parts):
     document = Document.draw(HAY, count, 2000, 16, seed=0)
