@@ -23,6 +23,7 @@ from ..runs.recipe import shared_recipe
 from ..runs.result import Row, Run, loss_text
 from ..statistics import block_interval, paired_difference
 from ..subjects.local import Local
+from ..subjects.reader import Start
 from ..subjects.subject import Subject
 
 
@@ -34,8 +35,9 @@ class EndlessCell(Cell):
     before it afresh, which costs a window a token and is what the pass is to be as good as.
 
     Args:
-        ids: the text, with the token that begins it.
-        window: tokens of a recomputed window: the keys that the scaler's last query sees.
+        ids: the text, with the tokens that the tokenizer puts before one.
+        start: how many these are; every recomputed window begins with them too.
+        window: tokens of a recomputed window: the last keys that the scaler's last query sees; its sinks come on top.
         places: recomputed tokens of every bucket.
         recipe: of its rows, but for the bucket.
     """
@@ -43,6 +45,7 @@ class EndlessCell(Cell):
     scaler: Scaler
     context: int
     ids: tuple[int, ...]
+    start: int
     window: int
     places: int
     recipe: dict[str, Any]
@@ -105,7 +108,8 @@ class EndlessCell(Cell):
 
     def _recomputed(self, plain: Any, ids: list[int], at: int, advance: Advance) -> float:
         """The loss of a token after the window before it, read afresh."""
-        window = ids[max(0, at - self.window) : at + 1]
+        begin = max(self.start, at - self.window + self.start)
+        window = [*ids[: self.start], *ids[begin : at + 1]]
         loss = float(plain.losses(window, len(window) - 1, lambda *_: None)[0])
         advance(0, len(window))
         return loss
@@ -126,7 +130,8 @@ def cells(
     """
     found = []
     documents = tokenize_documents(text, subject.tokenizer, limit_tokens=max(contexts))
-    ids = [token for document in documents for token in document]
+    prefix = Start.of(subject.tokenizer).prefix
+    ids = [*prefix, *(token for document in documents for token in document)]
     for scaler in scalers:
         subject.rope = scaler
         map_ = scaler.member("positions")
@@ -143,6 +148,7 @@ def cells(
                     scaler=scaler,
                     context=context,
                     ids=tuple(ids[:context]),
+                    start=len(prefix),
                     window=map_.kept[1],
                     places=places,
                     recipe=shared_recipe(subject, text)

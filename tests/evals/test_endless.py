@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from byte_model import WORDS, tiny_model
+from byte_model import text as words
 from click.testing import CliRunner
 
 import ropewalk as rw
@@ -12,6 +14,7 @@ from ropewalk.evals.contexts.endless_table import endless_rows, to_markdown
 from ropewalk.evals.data import Text
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.subjects.local import Local
+from ropewalk.evals.subjects.reader import ModelReader
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,24 @@ def test_rows_are_the_losses_of_the_pass_and_of_windows_read_afresh(subject, tex
     assert sum(read) > 2999
     assert cell.is_done(run) and endless_rows(run.rows) == rows
     assert to_markdown(rows).count("\n| ") == 6
+
+
+def test_the_start_token_stands_before_the_text_and_every_window(tmp_path, monkeypatch):
+    model = tiny_model(bos=True)
+    (cell,) = cells(Local(model), words(WORDS), [rw.parse("sink-window:32")], contexts=[300], places=4)
+    plain, read = list(model.tokenizer(WORDS, add_special_tokens=False).input_ids), []
+    assert list(cell.ids) == [256, *plain[:299]]
+    losses = ModelReader.losses
+    monkeypatch.setattr(
+        ModelReader, "losses", lambda reader, ids, *more: read.append(ids) or losses(reader, ids, *more)
+    )
+    model.rope = cell.scaler
+    cell.measure(Local(model), Run(tmp_path), lambda *_: None)
+    assert read[0] == list(cell.ids)
+    places = [int(t) for start, end in cell.buckets for t in np.linspace(start, end - 1, 4)]
+    assert read[1:] == [[256, *plain[max(0, t - 32) : t]] for t in places]  # 32 tokens, and the one they predict
+    bare = cells(Local(tiny_model()), words(WORDS), [rw.parse("sink-window:32")], contexts=[300], places=4)[0]
+    assert (list(bare.ids), bare.start) == (plain[:300], 0)
 
 
 @pytest.mark.parametrize("spec", ["none", "rerope:64", "yarn:2"])
