@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+import reprlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,13 +123,23 @@ def _source(text: Any, tokenizer: Any, protocol: Protocol) -> Source:
     if isinstance(text, str | Path):
         text = load_text(text)
     if not isinstance(text, Text):
-        documents = [[int(token) for token in document] for document in text]
+        documents = _token_ids(text)
         start = Start(prefix=[], token=None) if tokenizer is None else Start.of(tokenizer)
         digest = hashlib.sha256(repr(documents).encode()).hexdigest()
         return Source(documents=documents, start=start, name="token ids", sha256=digest)
     if tokenizer is None:
         raise ConfigError(f"the text {text.name} needs a tokenizer: perplexity(..., tokenizer=...), or give token ids")
     return Source.of(text, tokenizer, protocol)
+
+
+def _token_ids(documents: Any) -> list[list[int]]:
+    try:
+        return [list(map(operator.index, document)) for document in documents]
+    except TypeError:
+        raise ConfigError(
+            f"a text is a built-in one's name, a path, a loaded text, or documents as lists of token ids, not "
+            f"{reprlib.repr(documents)}"
+        ) from None
 
 
 def _refuse(what: str, **arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Texts to measure on: two classics, two that come with Python, or the user's own files."""
+"""Texts to measure on: two classics, three that come with Python, a story in Chinese, or the user's own files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import codecs
 import difflib
 import hashlib
 import json
+import reprlib
 import sysconfig
 import tokenize
 import weakref
@@ -81,13 +82,13 @@ def load_text(name_or_path: str | Path) -> Text:
     if name in _BUILT_IN:
         documents = _BUILT_IN[name]()
     else:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            documents = _folder(path)
-        elif path.is_file():
-            documents = (_decode(path.read_bytes(), path),)
-        else:
-            raise DataError(f"there is no text or file {name!r}.{_nearest(name, path)}")
+        try:
+            documents = _of_path(name)
+        except (OSError, RuntimeError) as error:  # too long for a path, unreadable, or ~ of a user who is not there
+            why = getattr(error, "strerror", None) or error
+            raise DataError(
+                f"{reprlib.repr(name)} cannot be read ({why}); a text is given by its name or by the path of its file"
+            ) from None
     if not any(document.strip() for document in documents):
         raise DataError(f"{name}: there is nothing but blanks in it")
     return Text(name=name, documents=documents, sha256=_digest(documents))
@@ -195,6 +196,15 @@ _BUILT_IN: dict[str, Callable[[], tuple[str, ...]]] = {
     "code": _code,
     "chinese": _chinese,
 }
+
+
+def _of_path(name: str) -> tuple[str, ...]:
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return _folder(path)
+    if name and path.is_file():
+        return (_decode(path.read_bytes(), path),)
+    raise DataError(f"there is no text or file {name!r}.{_nearest(name, path)}")
 
 
 def _folder(folder: Path) -> tuple[str, ...]:

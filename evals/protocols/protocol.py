@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,9 +60,15 @@ class Protocol(ABC):
     contexts: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name, value in self.settings.items():
-            if isinstance(value, int) and value < 1:
-                raise ConfigError(f"{name} {value} must be at least 1")
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if one.type == "int" or (one.type == "int | None" and value is not None):
+                try:
+                    object.__setattr__(self, one.name, operator.index(value))  # of numpy's integers Python's
+                except TypeError:
+                    raise ConfigError(f"{one.name} {value!r} must be a whole number") from None
+                if value < 1:
+                    raise ConfigError(f"{one.name} {value} must be at least 1")
         if not self.contexts or min(self.contexts) < 2:
             raise ConfigError("give at least one context of 2 tokens or more")
 

@@ -109,13 +109,15 @@ def cells(
         text: the haystack.
 
     Raises:
-        ConfigError: a scaler cannot work on this model, or a depth is not between 0 and 1.
+        ConfigError: a scaler cannot work on this model, or a depth is missing or not between 0 and 1.
         DataError: the shortest length does not hold a prompt of some task.
         ContextOverflow: a length is more than the subject can be asked for.
     """
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ConfigError(f"depth {wrong[0]:g} must lie between 0 (the beginning) and 1 (the end)")
     ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
+    if not depths and (asked := [task.name for task in tasks if task.has_depth]):
+        raise ConfigError(f"{asked[0]} has a needle at a depth that is asked for; give one at least, such as 0.5")
     for scaler in scalers:
         subject.rope = scaler
         ropes |= {(scaler, context): rope_recipe(scaler, subject.rope_at, [context]) for context in contexts}

@@ -145,6 +145,8 @@ def main(model: str, lengths: str, text: str, dtype: str, rope: str, hf: bool) -
 
     try:
         contexts = [parse_length(length) for length in lengths.split(",")]
+        if min(contexts) <= TARGET:
+            raise click.UsageError(f"--lengths {lengths}: each must be more than the {TARGET} tokens that are scored")
         tokenizer = read_tokenizer(resolve(model))
         ids = tokenize_documents(load_text(text), tokenizer, limit_tokens=max(contexts))[0]
         if len(ids) < max(contexts):

@@ -135,8 +135,10 @@ class ModelReader(Reader):
         return losses
 
     def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
+        from ...engine.prompt import token_ids
         from ...engine.score import scored_logits
 
+        ids = token_ids(ids, self._model.vocabulary_size)
         self._put(len(ids))
         self.cache = self._model.new_cache(len(ids))
         pieces = scored_logits(self._model.network, ids, first, self.cache, advance)

@@ -105,6 +105,24 @@ def test_what_is_not_there_is_named_with_what_is_near(tmp_path):
         load_text("/nowhere/at/all")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "A long text. " * 60,
+            r"'A long text.*\.\.\..*' cannot be read \(File name too long\); a text is given by its name",
+        ),
+        ("~nobody-of-that-name/text", "cannot be read .*home directory"),
+        ("", "there is no text or file ''"),
+    ],
+)
+def test_what_is_no_path_is_refused(name, words, tmp_path, monkeypatch):
+    (tmp_path / "other.txt").write_text("not asked for")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=words):
+        load_text(name)
+
+
 def test_nothing_to_read(tmp_path):
     (tmp_path / "blank.txt").write_text(" \n\n")
     with pytest.raises(DataError, match="nothing but blanks"):

@@ -8,6 +8,12 @@ from click.testing import CliRunner
 from ropewalk.evals.speed.footprint import main
 
 
+def test_lengths_without_room_for_what_is_scored_are_refused(tiny_folder):
+    result = CliRunner().invoke(main, [str(tiny_folder), "--lengths", "2k,1k"])
+    assert result.exit_code == 2
+    assert "each must be more than the 1024 tokens that are scored" in result.output
+
+
 @pytest.mark.slow
 def test_both_engines_score_the_text_and_tell_their_memory(tiny_folder, tmp_path, held_out_texts):
     (tmp_path / "text.txt").write_text("".join(held_out_texts))

@@ -157,6 +157,18 @@ def test_what_cannot_be_measured_is_refused(model):
         perplexity(uniform, [[1] * 99], protocol="longppl", lengths=99, target=8, judge="yarn:2", trained_length=64)
     with pytest.raises(rw.ConfigError, match="stride has no effect on fixed-target"):
         perplexity(model, text(WORDS), stride=3)
+    for documents in (["hello world"], [[1, 2.5]], [3], 3, None, [["a"]]):
+        with pytest.raises(rw.ConfigError, match="or documents as lists of token ids, not "):
+            perplexity(model, documents)
+    for name, given in (("target", 64.5), ("target", "64"), ("target", None), ("samples", 2.0), ("stride", [1])):
+        protocol = {"protocol": "sliding"} if name == "stride" else {}
+        with pytest.raises(rw.ConfigError, match=f"{name} .* must be a whole number"):
+            perplexity(model, text(WORDS), lengths=64, **protocol, **{name: given})
+    for name in ("fixed-target", "harm"):
+        with pytest.raises(rw.DataError, match="token id 257 is not among this model's 0 to 256"):
+            perplexity(model, [[257] * 64], protocol=name, lengths=64)
+    (row,) = perplexity(model, [np.arange(80)], lengths=64, target=np.int64(16))
+    assert row.tokens == 16
     with pytest.raises(rw.ConfigError, match="int is no model and no function"):
         perplexity(3, text(WORDS))
     with rw.patch(model.hf, "linear:2"), pytest.raises(rw.ConfigError, match="patched with linear:2; undo that"):
