@@ -68,8 +68,8 @@ def perplexity(
         if (scaler := patched_with(model)) is not None:
             raise ConfigError(f"this model is patched with {scaler}; undo that, and name the scaler in `ropes`")
         was_training = model.training
-        wrapped = Model(model.eval(), tokenizer, name=model.name_or_path or type(model).__name__)
         try:
+            wrapped = Model(model.eval(), tokenizer, name=model.name_or_path or type(model).__name__)
             return _of_model(wrapped, text, protocol, lengths, ropes, settings)
         finally:
             model.train(was_training)

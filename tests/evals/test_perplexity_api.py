@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from byte_model import WORDS, byte_tokenizer, run_plan, text, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import ropewalk as rw
 from ropewalk.evals import HarmRow, LongPPLRow, PerplexityRow, RepeatRow, perplexity
@@ -115,6 +116,13 @@ def test_scalers_in_turn_and_the_model_is_given_back(model):
     assert hf.training
     assert all(torch.equal(buffer, before[name]) for name, buffer in hf.named_buffers())
     hf.eval()
+
+
+def test_a_model_that_is_refused_is_left_as_it_was(model):
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=64)).train()
+    with pytest.raises(rw.UnsupportedModel):
+        perplexity(gpt2, [list(range(60))], tokenizer=model.tokenizer, lengths=[32])
+    assert gpt2.training
 
 
 def test_rows_have_the_fields_of_their_protocol(model):
