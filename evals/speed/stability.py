@@ -187,7 +187,7 @@ class Load:
 
 @contextmanager
 def _cancelled(model: Model, after: int) -> Iterator[None]:
-    """Raise `Cancelled` in the `after`-th call of a layer's linear or of the network, if there are as many."""
+    """Raise `Cancelled` at the end of the network's call number `after` + 1, if there are as many."""
     forward, calls = model.network.forward, iter(range(after))
 
     def stops(*args: object, **kwargs: object) -> object:
