@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.signal import lfilter
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, norm
+from scipy.stats import t as student
 
 from ropewalk.errors import DataError
 from ropewalk.evals.statistics import block_interval, block_means, paired_difference
@@ -20,19 +22,33 @@ def ar1(rng: np.random.Generator, rho: float, shape: tuple[int, ...]) -> np.ndar
     return np.asarray(lfilter([1.0], [1.0, -rho], noise, axis=-1))
 
 
+def widened(interval: Any, means: np.ndarray) -> tuple[float, float]:
+    """Percentiles as far from the mean as Student's interval is wider than the normal one of the sample's variance."""
+    n, mean = len(means), means.mean()
+    ratio = student.ppf(0.975, n - 1) * means.std(ddof=1) / (norm.ppf(0.975) * means.std())
+    return mean + ratio * (interval.low - mean), mean + ratio * (interval.high - mean)
+
+
 @pytest.mark.parametrize("tokens", [128, 1024, 3200])
-def test_equals_scipy_on_block_means(tokens: int) -> None:
+def test_is_scipys_on_block_means_and_wider(tokens: int) -> None:
     losses = np.random.default_rng(3).gamma(2.0, 1.0, tokens).astype(np.float32)
     means = losses.astype(np.float64).reshape(-1, 32).mean(axis=1)
     expected = bootstrap((means,), np.mean, method="percentile", rng=np.random.default_rng(5)).confidence_interval
-    assert block_interval(losses, seed=5) == (expected.low, expected.high)
+    assert block_interval(losses, seed=5) == pytest.approx(widened(expected, means), rel=1e-12)
 
 
 def test_large_texts_are_resampled_in_parts_with_the_same_result() -> None:
     losses = np.random.default_rng(3).gamma(2.0, 1.0, 32 * 450)  # 9999 x 450 values are more than one part
     means = losses.reshape(-1, 32).mean(axis=1)
     expected = bootstrap((means,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    np.testing.assert_allclose(block_interval(losses), (expected.low, expected.high), rtol=1e-12)
+    np.testing.assert_allclose(block_interval(losses), widened(expected, means), rtol=1e-12)
+
+
+@pytest.mark.parametrize("blocks", [4, 8, 16, 32])
+def test_coverage_of_few_blocks(blocks: int) -> None:
+    draws = np.random.default_rng(4).normal(size=(500, blocks))
+    held = [low <= 0 <= high for low, high in (block_interval(x, block=1) for x in draws)]
+    assert 0.92 <= np.mean(held) <= 0.98
 
 
 def test_coverage_under_correlation() -> None:
@@ -104,4 +120,4 @@ def test_paired_interval_is_scipys_over_paired_blocks() -> None:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    assert paired_difference(a, b)[1:] == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert paired_difference(a, b)[1:] == pytest.approx(widened(expected, blocks[0] - blocks[1]), abs=1e-12)
