@@ -1,13 +1,15 @@
-"""Intervals: for mean losses over correlated tokens, by a bootstrap over blocks; for shares of right answers."""
+"""Intervals: for mean losses over correlated tokens, by a bootstrap over blocks; for shares of right answers, and for
+differences of such shares over the same trials."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import binomtest, bootstrap, norm, t
 
 from ..errors import DataError
@@ -18,6 +20,7 @@ LEAST_BLOCKS = 4
 """Below this many blocks no interval is given: resampling two or three numbers says nothing."""
 
 _VALUES_AT_ONCE = 2**22
+_Z = float(norm.ppf(0.975))
 
 
 def block_means(losses: Losses, block: int = 32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -132,6 +135,55 @@ def mean_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     """
     if len(groups) == 1:
         return score_interval(groups[0])
+    return _wilson(float(np.mean([np.mean(group) for group in groups])), _effective_trials(groups))
+
+
+def paired_score_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean of `a - b` over independent trials that both did.
+
+    Where all scores are 0 or 1 it is Tango's score interval (Statistics in Medicine 17, 1998) with the continuity
+    correction of McNemar's test: without it four trials that all differ in one direction would tell the two apart,
+    and four coins fall alike one time in eight. Otherwise it is that of `mean_interval`, with Student's t, of the
+    differences moved to 0 to 1. Both have a width where all trials agree.
+
+    Args:
+        a: 0 to 1, [trials].
+        b: scores of the same trials, [trials].
+
+    Returns:
+        Both bounds; NaN twice for fractions of fewer than `LEAST_BLOCKS` trials.
+    """
+    count = len(a)
+    if {*a, *b} <= {0, 1}:
+        only_a, only_b = (sum(x > y for x, y in zip(*both, strict=True)) for both in ((a, b), (b, a)))
+        return _tango(only_a, only_b, count)
+    if count < LEAST_BLOCKS:
+        return math.nan, math.nan
+    moved = [(1 + x - y) / 2 for x, y in zip(a, b, strict=True)]
+    low, high = _wilson(fmean(moved), _effective_trials([moved]), float(t.ppf(0.975, count - 1)))
+    return 2 * low - 1, 2 * high - 1
+
+
+def _tango(only_a: int, only_b: int, trials: int) -> tuple[float, float]:
+    """The differences that a score test with continuity correction does not reject at 5 %."""
+    more = only_a - only_b
+
+    def rejects(difference: float) -> float:
+        """Above 0 where the test rejects."""
+        linear = (2 * trials - more) * difference - only_a - only_b
+        root = math.sqrt(linear**2 + 8 * trials * only_b * difference * (1 - difference))
+        share = (root - linear) / (4 * trials)  # of trials that b alone has right: the likeliest if the test is right
+        variance = trials * (2 * share + difference * (1 - difference))
+        return max(abs(more - trials * difference) - 1, 0) ** 2 - _Z**2 * variance
+
+    # nothing is rejected where one trial more or less would make the difference
+    low = -1.0 if rejects(-1) <= 0 else brentq(rejects, -1, (more - 1) / trials)
+    high = 1.0 if rejects(1) <= 0 else brentq(rejects, (more + 1) / trials, 1)
+    return float(low), float(high)
+
+
+def _effective_trials(groups: Sequence[Sequence[float]]) -> float:
+    """How many trials of one share would vary as the mean over `groups` of their means does."""
     padded = [np.array([*group, 0.0, 1.0]) for group in groups]
     weights = [np.array([1.0] * len(group) + [0.5, 0.5]) / (len(group) + 1) for group in groups]
     means = [float(weight @ values) for weight, values in zip(weights, padded, strict=True)]
@@ -143,12 +195,11 @@ def mean_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
         / len(groups) ** 2
     )
     mean = float(np.mean(means))
-    return _wilson(float(np.mean([np.mean(group) for group in groups])), mean * (1 - mean) / variance)
+    return mean * (1 - mean) / variance
 
 
-def _wilson(share: float, trials: float) -> tuple[float, float]:
+def _wilson(share: float, trials: float, z: float = _Z) -> tuple[float, float]:
     """Wilson's 95% interval where neither the number of right answers nor that of trials is whole."""
-    z = NormalDist().inv_cdf(0.975)
     centre = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
     return (centre - half) / (1 + z * z / trials), (centre + half) / (1 + z * z / trials)

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import numpy as np
-
 from ...scaling import format_length
 from ..reports.grid import Grid, Shown
-from ..statistics import paired_difference
+from ..statistics import paired_difference, paired_score_interval
 from .compare import Difference
 from .result import Row, Run
 
@@ -140,15 +138,15 @@ def _trials(a: Sequence[Row], b: Sequence[Row]) -> Pair | None:
     both = [(row, of_b[key]) for row in a if (key := tuple(row.get(field) for field in _TRIAL)) in of_b]
     if not both:
         return None
-    first, second = (np.array([pair[side]["correct"] for pair in both], dtype=np.float64) for side in (0, 1))
-    mean, low, high = paired_difference(second, first, block=1)
+    first, second = ([float(pair[side]["correct"]) for pair in both] for side in (0, 1))
+    low, high = paired_score_interval(second, first)
     return Pair(
         what=f"{a[0]['task']} at {format_length(a[0]['context'])}, n={len(both)}",
         ropes=(a[0]["rope"], b[0]["rope"]),
         unit=RIGHT,
         a=fmean(first),
         b=fmean(second),
-        difference=Difference(mean=mean, low=low, high=high),
+        difference=Difference(mean=fmean(second) - fmean(first), low=low, high=high),
     )
 
 

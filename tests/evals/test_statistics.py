@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
 from scipy.signal import lfilter
-from scipy.stats import bootstrap, norm
+from scipy.stats import bootstrap, multinomial, norm
 from scipy.stats import t as student
 
 from ropewalk.errors import DataError
-from ropewalk.evals.statistics import block_interval, block_means, paired_difference
+from ropewalk.evals.statistics import block_interval, block_means, paired_difference, paired_score_interval
 
 
 def ar1(rng: np.random.Generator, rho: float, shape: tuple[int, ...]) -> np.ndarray:
@@ -121,3 +122,69 @@ def test_paired_interval_is_scipys_over_paired_blocks() -> None:
         rng=np.random.default_rng(0),
     ).confidence_interval
     assert paired_difference(a, b)[1:] == pytest.approx(widened(expected, blocks[0] - blocks[1]), abs=1e-12)
+
+
+def scored(only_a: int, only_b: int, trials: int) -> tuple[float, float]:
+    rest = [1] * (trials - only_a - only_b)
+    return paired_score_interval([1] * only_a + [0] * only_b + rest, [0] * only_a + [1] * only_b + rest)
+
+
+def score_test(only_a: int, only_b: int, trials: int, difference: float) -> float:
+    """Tango's statistic with continuity correction, the nuisance found by maximizing the likelihood."""
+
+    def unlikelihood(share: float) -> float:
+        counts = {share + difference: only_a, share: only_b, 1 - difference - 2 * share: trials - only_a - only_b}
+        return -sum(count * math.log(max(chance, 1e-300)) for chance, count in counts.items() if count)
+
+    bounds = (max(0, -difference), (1 - difference) / 2)
+    share = minimize_scalar(unlikelihood, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+    variance = trials * (2 * share + difference - difference**2)
+    return max(abs(only_a - only_b - trials * difference) - 1, 0) / math.sqrt(variance)
+
+
+@pytest.mark.parametrize(("only_a", "only_b", "trials"), [(6, 1, 20), (1, 7, 21), (4, 0, 4), (12, 2, 50), (9, 30, 400)])
+def test_the_bounds_of_a_paired_interval_are_where_the_score_test_begins_to_reject(
+    only_a: int, only_b: int, trials: int
+) -> None:
+    low, high = scored(only_a, only_b, trials)
+    inside = [bound for bound in (low, high) if abs(bound) < 1]
+    found = [score_test(only_a, only_b, trials, bound) for bound in inside]
+    assert found == pytest.approx([norm.ppf(0.975)] * len(inside), abs=1e-4)
+    assert low < (only_a - only_b) / trials < high or high == 1
+
+
+def test_paired_intervals_are_wider_than_published_ones_without_the_correction() -> None:
+    """Airway hyper-responsiveness of 21 children (Bentur): Fagerland et al., Statistics in Medicine 33, 2014."""
+    low, high = scored(1, 7, 21)
+    assert -0.517 - 2 / 21 < low < -0.517
+    assert -0.026 < high < -0.026 + 2 / 21
+
+
+@pytest.mark.parametrize("trials", [3, 5, 12])
+def test_paired_intervals_hold_the_difference_whatever_the_chances(trials: int) -> None:
+    """Summed over every outcome."""
+    outcomes = [(a, b, trials - a - b) for a in range(trials + 1) for b in range(trials + 1 - a)]
+    intervals = np.array([scored(a, b, trials) for a, b, _ in outcomes])
+    for a in np.linspace(0, 1, 6):
+        for b in np.linspace(0, 1 - a, 6):
+            chances = multinomial.pmf(outcomes, trials, [a, b, max(1 - a - b, 0)])
+            held = (intervals[:, 0] <= a - b + 1e-9) & (a - b - 1e-9 <= intervals[:, 1])
+            assert chances[held].sum() > 0.95
+
+
+def test_few_trials_tell_nothing_apart_and_agreement_has_a_width() -> None:
+    assert scored(4, 0, 4)[0] < 0 < scored(7, 0, 7)[0]
+    low, high = scored(0, 0, 20)
+    assert low == -high < 0
+    assert scored(3, 9, 40) == pytest.approx([-bound for bound in scored(9, 3, 40)[::-1]])
+
+
+def test_paired_fractions_have_a_width_and_cover() -> None:
+    low, high = paired_score_interval([0.75] * 20, [0.5] * 20)
+    assert low < 0.25 < high
+    assert all(map(math.isnan, paired_score_interval([0.5] * 3, [0.25] * 3)))
+    rng, parts, held = np.random.default_rng(3), [0, 0.25, 0.5, 1], 0
+    for a, b in zip(rng.choice(parts, (1000, 10)), rng.choice(parts, (1000, 10), p=[0.4, 0.3, 0.2, 0.1]), strict=True):
+        low, high = paired_score_interval(a, b)
+        held += low <= 0.4375 - 0.275 <= high
+    assert 0.93 < held / 1000 < 0.995

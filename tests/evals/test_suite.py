@@ -216,6 +216,22 @@ def test_answers_are_paired_by_trial(whole, tmp_path):
     assert [(pair.what, pair.unit, pair.b) for pair in pairs] == [("passkey at 512, n=3", "right answers", 1.0)] * 2
 
 
+def trial(run, seed, correct, **recipe):
+    shared = {"suite": "niah", "task": "niah", "model": "toy", "text_sha256": "ab", "dtype": "float32", "form": 1}
+    shared |= {"rope": "none", "context": 256, "depth": 0.5, "seed": seed}
+    run.add(shared | recipe, {"correct": correct, "prompt_sha256": str(seed)})
+
+
+def test_four_trials_tell_nothing_apart(tmp_path):
+    a, b = Run(tmp_path / "a"), Run(tmp_path / "b")
+    for seed in range(4):
+        trial(a, seed, 0.0)
+        trial(b, seed, 1.0)
+    (pair,) = compare_runs(a, b).pairs
+    assert (pair.difference.mean, pair.verdict) == (1.0, "not distinguishable")
+    assert pair.difference.low < 0
+
+
 def test_other_tokens_are_not_paired(make_run, tmp_path):
     a = make_run({"none": {8: 3.5}})
     b = Run(tmp_path / "b")
