@@ -10,15 +10,23 @@ from statistics import fmean
 
 import numpy as np
 
-from ..runs.compare import methods, short
+from ..runs.compare import methods, setting, short
 from ..runs.result import Row
 from ..statistics import block_interval, mean_interval
-from .tasks import SUITES
+from .tasks import SUITES, TASKS
 
 ENOUGH = 20
 """Trials below which an interval is too wide to tell much."""
 
-_SETTING = ("suite", "model", "trained_length", "text", "text_sha256", "dtype", "device", "form")
+MEASURED = frozenset(
+    (
+        *("key", "correct", "answer", "generated", "answer_tokens", "prompt_tokens", "actual_depth", "prompt_sha256"),
+        *("answer_logprob", "answer_logprob_per_token", "answer_is_likeliest", "seconds", "peak_memory_mb"),
+    )
+)
+"""Fields of a trial's row that are not of its recipe."""
+
+_COLUMN = frozenset(("rope", "context", "depth", "seed", "task"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +165,22 @@ class Setting:
 
 
 def settings(rows: Iterable[Row]) -> list[Setting]:
-    """Retrieval rows in settings, in order of appearance; rows of other kinds are left out."""
-    groups: dict[tuple[object, ...], list[Row]] = {}
+    """Retrieval rows in settings, in order of appearance; rows of other kinds are left out.
+
+    Tasks of one suite may have settings of their own (RULER's with drawn words have the list's version): a row goes
+    with every setting of other tasks that holds all of its own.
+    """
+    groups: dict[str, dict[frozenset[tuple[str, object]], list[Row]]] = {}
     for row in rows:
         if "suite" in row:
-            groups.setdefault(tuple(row.get(field) for field in _SETTING), []).append(row)
-    return [Setting(rows=tuple(group)) for group in groups.values()]
+            task = TASKS.get(row["task"])
+            names = () if task is None else task.settings
+            own = frozenset((name, row.get(name)) for name in names)
+            shared = setting(row, MEASURED | _COLUMN | {*names})
+            groups.setdefault(shared, {}).setdefault(own, []).append(row)
+    return [
+        Setting(rows=tuple(row for other, part in group.items() if other <= own for row in part))
+        for group in groups.values()
+        for own in group
+        if not any(own < other for other in group)
+    ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,17 @@ from .result import Row, Run
 UNTOUCHED = "none"
 """The rope spec of the model as it was trained."""
 
-_SETTING = (
-    *("protocol", "model", "trained_length", "text", "text_sha256", "target", "samples"),
-    *("stride", "text_tokens", "judge", "seed", "dtype", "device"),
+MEASURED = frozenset(
+    (
+        *("key", "tokens", "tokens_sha256", "loss", "loss_low", "loss_high", "perplexity", "bits_per_byte", "reason"),
+        *("documents", "candidates", "seconds", "tokens_per_second", "peak_memory_mb"),
+        *("fresh_loss", "gain", "gain_low", "gain_high"),
+        *("base_loss", "difference", "difference_low", "difference_high", "kl", "kl_low", "kl_high", "same_top1"),
+    )
 )
+"""Fields of a perplexity row that are not of its recipe."""
+
+_COLUMN = frozenset(("rope", "context", "bucket_start", "bucket_end", "places"))
 
 _SAME_TOKENS = ("fixed-target", "longppl", "repeat")  # are scored at every context; `places` tells which
 
@@ -60,14 +68,18 @@ class Difference:
 
 def settings(rows: Iterable[Row]) -> list[list[Row]]:
     """Perplexity rows in groups that differ only in method and column, in order of appearance."""
-    groups: dict[tuple[object, ...], list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        if row.get("task") != "ppl":
-            continue
-        fields = (*_SETTING, _SETTING_OF_PROTOCOL.get(row["protocol"], "protocol"))
-        setting = tuple(row.get(field) for field in fields)
-        groups.setdefault(setting, []).append(row)
+        if row.get("task") == "ppl":
+            apart = MEASURED | (_COLUMN - {_SETTING_OF_PROTOCOL.get(row["protocol"])})
+            groups.setdefault(setting(row, apart), []).append(row)
     return list(groups.values())
+
+
+def setting(row: Row, apart: Collection[str]) -> str:
+    """What a row was measured with: all its fields but those in `apart`, as JSON; a field that is null is no field."""
+    fields = {field: value for field, value in row.items() if field not in apart and value is not None}
+    return json.dumps(fields, sort_keys=True)
 
 
 def methods(rows: Iterable[Row]) -> list[str]:

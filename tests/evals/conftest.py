@@ -63,7 +63,6 @@ def fill(folder: Path, losses: Mapping[str, Mapping[int, float | None]], **recip
                 "seconds": 3.0 * thousands,
                 "tokens_per_second": 340.0,
                 "peak_memory_mb": 900.0,
-                "versions": {"torch": "2.13.0"},
             }
             run.add(cell, measured, per_token)
     return run

@@ -113,6 +113,17 @@ def test_the_log_probability_is_a_mean_with_an_interval():
     assert np.isnan(score(rows[:3]).nats_interval).all()
 
 
+def test_settings_differ_in_any_field_of_the_recipe():
+    rows = [r | {"words": "2.2"} for r in trials("none", K, 4, 4, suite="niah")]
+    rows += [r | {"words": "3.0", "correct": 0.0} for r in rows]
+    rows += [rows[0] | {"tokenizer": "other"}, rows[0] | {"weights": "ab"}]
+    assert [s.score("none", K).mean for s in settings(rows)] == [1, 0, 1, 1]
+    (vt,) = trials("none", K, 1, 1, suite=RULER, task="vt")  # draws no words
+    cwe = [vt | {"task": "cwe", "words": version} for version in ("2.2", "3.0")]
+    assert [s.tasks for s in settings([cwe[0], vt, cwe[1]])] == [["vt", "cwe"]] * 2
+    assert len(settings([vt, vt | {"form": 2}])) == 2
+
+
 def reach_of(**right_of_20):
     rows = [r for name, right in right_of_20.items() for r in trials("none", int(name[1:]) * K, right, 20)]
     return reach(settings(rows)[0].scores("none"), LEAST_FOUND)

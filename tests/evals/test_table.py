@@ -10,6 +10,7 @@ import pytest
 
 from ropewalk.errors import DataError
 from ropewalk.evals.reports.table import loss_table, to_csv, write_tables
+from ropewalk.evals.runs import compare
 from ropewalk.evals.runs.result import Run
 
 MakeRun = Callable[..., Run]
@@ -67,6 +68,13 @@ def test_other_scored_tokens_are_another_setting(make_run: MakeRun) -> None:
     run = make_run({"yarn:2": {8: 3.40}}, places="0:30000")
     with pytest.raises(DataError, match="not 2"):
         loss_table(run.rows)
+
+
+@pytest.mark.parametrize("field", ["tokenizer", "weights", "text_tokens"])
+def test_any_other_field_of_the_recipe_is_another_setting(make_run: MakeRun, field: str) -> None:
+    make_run({"none": {8: 3.48}})
+    run = make_run({"none": {8: 3.40}}, **{field: "other"})
+    assert len(compare.settings(run.rows)) == 2
 
 
 def test_csv_is_long_and_complete() -> None:
