@@ -6,18 +6,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from ...errors import DataError
 from ...scaling import format_length
 from ..reports.grid import Grid, Shown
+from ..retrieval.score import MEASURED as TRIAL_MEASURED
 from ..statistics import paired_difference, paired_score_interval
-from .compare import Difference
+from .compare import MEASURED, Difference
 from .result import Row, Run
 
 _LOSS = (
     *("task", "protocol", "text_sha256", "target", "samples", "stride", "text_tokens", "judge"),
-    *("context", "places", "bucket_start", "bucket_end"),
+    *("context", "bucket_start", "bucket_end"),
 )
 _TRIALS = ("suite", "task", "text_sha256", "form", "context")
 _TRIAL = ("depth", "seed", "prompt_sha256")
+_TOKENIZER = ("model", "tokenizer")  # models of one name have one
+_MAY_DIFFER = MEASURED | TRIAL_MEASURED | {*_TRIAL, "text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,20 +86,25 @@ class Comparison:
 def compare_runs(a: Run, b: Run) -> Comparison:
     """Pair the rows of two runs that ask the same of the same text under the same scaler.
 
-    Two runs with one scaler each are taken to compare the scalers; any two runs may differ in model and dtype.
+    Two runs with one scaler each are taken to compare the scalers; any two runs may differ in model and dtype. Losses
+    are paired where both scored the same tokens, else bits per byte stand side by side.
+
+    Raises:
+        DataError: a run has several rows that could be the partner of one.
     """
     each_one = all(len({row["rope"] for row in run.rows if "rope" in row}) == 1 for run in (a, b))
     rope = () if each_one else ("rope",)
     pairs, matched = [], [0, 0]
     groups_a, groups_b = (_groups(run.rows, rope) for run in (a, b))
     for identity, rows_a in groups_a.items():
-        rows_b = groups_b.get(identity)
-        if rows_b is None:
-            continue
-        pair = _trials(rows_a, rows_b) if "suite" in rows_a[0] else _losses(a, b, rows_a[-1], rows_b[-1])
-        if pair is not None:
-            pairs.append(pair)
-            matched = [matched[0] + len(rows_a), matched[1] + len(rows_b)]
+        rows_b = groups_b.get(identity, [])
+        for some_a, some_b in _partners(rows_a, rows_b):
+            for run, rows in ((a, some_a), (b, some_b)):
+                _refuse_several_settings(run, rows)
+            pair = _trials(some_a, some_b) if "suite" in rows_a[0] else _losses(a, b, some_a[0], some_b[0])
+            if pair is not None:
+                pairs.append(pair)
+                matched = [matched[0] + len(some_a), matched[1] + len(some_b)]
     return Comparison(pairs=pairs, only_a=_count(groups_a) - matched[0], only_b=_count(groups_b) - matched[1])
 
 
@@ -116,13 +125,45 @@ def _count(groups: Groups) -> int:
     return sum(map(len, groups.values()))
 
 
+def _partners(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[list[Row], list[Row]]]:
+    """Those that end at the same places of the text (as all trials do, which tell none).
+
+    Another tokenizer ends at others; where each run has one place, these are partners too.
+    """
+    at_a, at_b = _by_place(a), _by_place(b)
+    found = [(rows, at_b[place]) for place, rows in at_a.items() if place in at_b]
+    if not found and len(at_a) == len(at_b) == 1 and any(a[0].get(name) != b[0].get(name) for name in _TOKENIZER):
+        return [(list(a), list(b))]
+    return found
+
+
+def _by_place(rows: Sequence[Row]) -> dict[object, list[Row]]:
+    found: dict[object, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.get("places"), []).append(row)
+    return found
+
+
+def _refuse_several_settings(run: Run, rows: Sequence[Row]) -> None:
+    """Raise DataError if rows differ in what would have to be the same for one of them to be the partner."""
+    fields = {field for row in rows for field in row} - _MAY_DIFFER
+    for field in sorted(fields):
+        values = list(dict.fromkeys(str(row.get(field)) for row in rows))
+        if len(values) > 1:
+            what = f"{rows[0].get('protocol') or rows[0]['task']} at {format_length(rows[0]['context'])}"
+            raise DataError(
+                f"{run.folder} has rows of {what} with {field} {' and '.join(values)}, so there is no telling which to "
+                "compare; measure each with an --out of its own, or delete the lines of one in a copy of the folder"
+            )
+
+
 def _losses(run_a: Run, run_b: Run, a: Row, b: Row) -> Pair | None:
     if a.get("loss") is None or b.get("loss") is None:
         return None
     bucket = f" {format_length(a['bucket_start'])}-{format_length(a['bucket_end'])}" if a.get("bucket_end") else ""
     what, ropes = f"{a['protocol']} at {format_length(a['context'])}{bucket}", (a["rope"], b["rope"])
     losses_a, losses_b = run_a.losses(a), run_b.losses(b)
-    if losses_a is None or losses_b is None or losses_a.shape != losses_b.shape:  # another tokenizer
+    if losses_a is None or losses_b is None or not _same_tokens(a, b, losses_a.shape == losses_b.shape):
         bits = a.get("bits_per_byte"), b.get("bits_per_byte")
         if None in bits:
             return None
@@ -130,6 +171,14 @@ def _losses(run_a: Run, run_b: Run, a: Row, b: Row) -> Pair | None:
     mean, low, high = paired_difference(losses_b, losses_a)
     difference = Difference(mean=mean, low=low, high=high)
     return Pair(what=what, ropes=ropes, unit=NATS, a=a["loss"], b=b["loss"], difference=difference)
+
+
+def _same_tokens(a: Row, b: Row, as_many: bool) -> bool:
+    """Rows of before `tokens_sha256` tell only how many they are and where they end."""
+    known = a.get("tokens_sha256"), b.get("tokens_sha256")
+    if None not in known:
+        return known[0] == known[1]
+    return as_many and a.get("places") == b.get("places")
 
 
 def _trials(a: Sequence[Row], b: Sequence[Row]) -> Pair | None:

@@ -12,10 +12,12 @@ from ropewalk.engine.cli import cli
 from ropewalk.errors import DataError, RopewalkError
 from ropewalk.evals.reports.passages import passages_of
 from ropewalk.evals.reports.reach_table import reach_table
+from ropewalk.evals.retrieval.score import MEASURED as TRIAL_MEASURED
 from ropewalk.evals.runs import preset
+from ropewalk.evals.runs.compare import MEASURED
 from ropewalk.evals.runs.comparison import compare_runs
 from ropewalk.evals.runs.merge import merge, open_run
-from ropewalk.evals.runs.result import Run
+from ropewalk.evals.runs.result import Run, recipe_key
 
 SMALL = preset.Preset(
     minutes=None,
@@ -239,6 +241,45 @@ def test_other_tokens_are_not_paired(make_run, tmp_path):
     b.copy(row | {"model": "other", "bits_per_byte": 1.0}, np.ones(700, np.float32))
     (pair,) = compare_runs(a, b).pairs
     assert (pair.unit, pair.b, pair.difference, pair.verdict) == ("bits a byte", 1.0, None, "no interval")
+
+
+def test_losses_are_paired_where_the_scored_tokens_are_the_same(make_run, tmp_path):
+    a = make_run({"none": {8: 3.5}})
+    (row,), losses = a.rows, a.losses(a.rows[0])
+    a.copy(row | {"tokens_sha256": "a"}, losses)
+
+    def unit(**changes):
+        b = Run(tmp_path / "b")
+        b.copy(row | changes, losses + 0.25)
+        found = compare_runs(a, b).pairs
+        return found[0].unit if found else None
+
+    assert unit(tokens_sha256="a") == "nats a token"
+    assert unit() == "nats a token"  # of before there was a hash
+    assert unit(tokens_sha256="b", model="other") == "bits a byte"
+    assert unit(tokens_sha256="b", model="other", places="0:9") == "bits a byte"
+    assert unit(model="other", places="0:9") == "bits a byte"
+    assert unit(tokens_sha256="b", places="0:9") is None  # the same tokenizer elsewhere in the text
+
+
+def test_a_run_of_several_settings_is_refused(make_run, tmp_path):
+    a = make_run({"none": {8: 3.5}})
+    b = Run(tmp_path / "b")
+    for key, dtype in (("x", "float32"), ("y", "int8")):
+        b.copy(a.rows[0] | {"key": key, "dtype": dtype}, a.losses(a.rows[0]))
+    with pytest.raises(DataError, match="fixed-target at 8k with dtype float32 and int8"):
+        compare_runs(a, b)
+    trials = Run(tmp_path / "trials")
+    for dtype in ("float32", "int8"):
+        trial(trials, 0, 1.0, dtype=dtype)
+    with pytest.raises(DataError, match="niah at 256 with dtype float32 and int8"):
+        compare_runs(trials, trials)
+
+
+def test_what_is_not_of_the_recipe_is_known(whole):
+    for row in Run(whole).rows:
+        measured = TRIAL_MEASURED if "suite" in row else MEASURED
+        assert recipe_key({field: value for field, value in row.items() if field not in measured}) == row["key"]
 
 
 def test_runs_with_nothing_in_common(whole, make_run):
