@@ -1,5 +1,4 @@
-"""Intervals: for mean losses over correlated tokens, by a bootstrap over blocks; for shares of right answers, and for
-differences of such shares over the same trials."""
+"""Intervals: of mean losses over correlated tokens, of shares of right answers, and of paired differences of both."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -110,7 +111,8 @@ def reaches(setting: Setting) -> dict[str, Reach]:
     """How far the methods of a setting find things, each by the rule of its suite.
 
     Passkey, niah and kv: `LEAST_FOUND`. RULER-11: `LEAST_KEPT` of the method's own score at the trained length, so
-    only where all its tasks were asked, and of methods that were asked at that length.
+    only where all its tasks were asked, and of methods that were asked at that length. One that finds nothing there
+    reaches no length.
     """
     of_own, trained = setting.suite == RULER, setting.trained_length
     if of_own and setting.tasks != [*SUITES[RULER]]:
@@ -118,13 +120,21 @@ def reaches(setting: Setting) -> dict[str, Reach]:
     found = {}
     for rope in setting.methods:
         scores = setting.scores(rope)
-        if scores and (trained in scores or not of_own):
-            found[rope] = reach(scores, LEAST_KEPT * scores[trained].mean if of_own else LEAST_FOUND)
+        if not of_own and scores:
+            found[rope] = reach(scores, LEAST_FOUND)
+        elif trained in scores:
+            own = scores[trained].mean  # of nothing, any share is kept everywhere
+            found[rope] = reach(scores, LEAST_KEPT * own if own > 0 else math.inf)
     return found
 
 
 def length_or_more(length: int | None, longest: int) -> str:
-    """`8k`, `16k or more` where 16k is the longest measured, or `none measured`."""
+    """`8k`, `16k or more` where 16k is the longest measured, or `no measured length`."""
     if length is None:
-        return "none measured"
+        return "no measured length"
     return f"{format_length(length)} or more" if length == longest else format_length(length)
+
+
+def by_lower_bounds(certain: int | None, longest: int) -> str:
+    """`by the lower bounds: 8k`, or `by the lower bounds: none`."""
+    return f"by the lower bounds: {'none' if certain is None else length_or_more(certain, longest)}"

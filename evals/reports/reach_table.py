@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..protocols.effective_length import LEAST_FOUND, LEAST_KEPT, TOLERANCE, effective_length, length_or_more, reaches
+from ..protocols.effective_length import (
+    LEAST_FOUND,
+    LEAST_KEPT,
+    TOLERANCE,
+    by_lower_bounds,
+    effective_length,
+    length_or_more,
+    reaches,
+)
 from ..protocols.fixed_target import FixedTarget
 from ..retrieval.score import settings
 from ..runs import compare
@@ -55,5 +63,5 @@ def _by_loss(run: Run, group: Sequence[Row]) -> dict[str, Shown]:
 
 
 def _shown(length: int | None, certain: int | None, longest: int) -> Shown:
-    small = () if certain == length else (f"surely {length_or_more(certain, longest)}",)
+    small = () if certain == length else (by_lower_bounds(certain, longest),)
     return Shown(main=length_or_more(length, longest), small=small, css="" if length else "none")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...scaling import format_length
-from ..protocols.effective_length import LEAST_FOUND, LEAST_KEPT, length_or_more, reaches
+from ..protocols.effective_length import LEAST_FOUND, LEAST_KEPT, by_lower_bounds, length_or_more, reaches
 from ..retrieval.score import ENOUGH, Setting, settings
 from ..retrieval.tasks import RULER
 from ..runs.compare import UNTOUCHED
@@ -49,8 +49,10 @@ def _longest(setting: Setting) -> list[str]:
 def _reaches(setting: Setting) -> list[str]:
     parts = []
     for rope, found in reaches(setting).items():
-        length, certain = (length_or_more(one, found.longest) for one in (found.length, found.certain))
-        parts.append(f"{_name(rope)} {length}" + ("" if certain == length else f" (lower bounds: {certain})"))
+        part = f"{_name(rope)} {length_or_more(found.length, found.longest)}"
+        if found.certain != found.length:
+            part += f" ({by_lower_bounds(found.certain, found.longest)})"
+        parts.append(part)
     if not parts:
         return []
     own = f"{LEAST_KEPT:.0%} of the method's own score at {format_length(setting.trained_length)}"

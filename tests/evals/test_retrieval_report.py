@@ -150,8 +150,8 @@ def test_sentences_of_a_passkey_run():
     assert best.startswith("passkey: at 16k, the longest measured, yarn:2 is right in 95% (76-99) of 20 trials")
     assert "intervals of the untouched model lie below; intervals overlap with ntk:4." in best
     assert "scores at least 80%" in reached
-    assert "the untouched model 8k; yarn:2 16k or more (lower bounds: 8k)" in reached
-    assert "ntk:4 16k or more (lower bounds: none measured)" in reached
+    assert "the untouched model 8k; yarn:2 16k or more (by the lower bounds: 8k)" in reached
+    assert "ntk:4 16k or more (by the lower bounds: none)" in reached
     assert any("as few as 5 trials" in said for said in retrieval_findings(rows + trials("none", 4 * K, 5, 5)))
     assert retrieval_findings([{"task": "ppl", "loss": 3.0}]) == []
 
@@ -161,10 +161,12 @@ def test_rulers_rule_is_a_share_of_the_methods_own_score():
     rows = ruler("none", 8 * K, half) + ruler("none", 16 * K, [0.46] * 11) + ruler("yarn:2", 16 * K, half)
     (reached,) = (said for said in retrieval_findings(rows) if "effective length" in said)
     assert "90% of the method's own score at 8k" in reached
-    assert "the untouched model 16k or more (lower bounds: none measured)" in reached
+    assert "the untouched model 16k or more (by the lower bounds: none)" in reached
     assert "yarn:2" not in reached  # it has no score at 8k
     rows = ruler("none", 8 * K, half) + ruler("none", 16 * K, [0.44] * 11)
     assert any("the untouched model 8k (" in said for said in retrieval_findings(rows))
+    rows = ruler("none", 8 * K, [0] * 11) + ruler("none", 16 * K, [0] * 11)
+    assert any("the untouched model no measured length." in said for said in retrieval_findings(rows))
     part = [r for r in rows if r["task"] in ("vt", "cwe")]
     assert not any("effective length" in said for said in retrieval_findings(part))
     assert any("2 of RULER's tasks" in said for said in retrieval_findings(part))
