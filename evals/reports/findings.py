@@ -100,7 +100,7 @@ def _untouched(view: _View) -> list[str]:
     loss, change = _loss(rows[at]), view.delta.get(rows[at]["key"])
     if change is None or not change.has_interval:
         return [*sentences, f"{place} the untouched model has a loss of {loss}."]
-    if not change.is_distinguishable:
+    if change.is_tie:
         return [
             *sentences,
             f"{place} the loss of the untouched model is not distinguishable from that: {loss}, {change}.",
@@ -130,11 +130,11 @@ def _longest(view: _View) -> list[str]:
             sentence += "; the untouched model was not run there"
         else:
             sentence += f", against {plain['loss']:.3f} untouched" + (f": {change}" if change else "")
-            sentence += "; the two are not distinguishable" if change and not change.is_distinguishable else ""
+            sentence += "; the two are not distinguishable" if change and change.is_tie else ""
     sentences = [f"{sentence}."]
     # The sentence above has held the winner against the untouched model already.
     pairs = {rope: view.difference(row, winner) for rope, row in found.items() if rope not in (best, UNTOUCHED)}
-    ties = [rope for rope, pair in pairs.items() if pair is not None and not pair.is_distinguishable]
+    ties = [rope for rope, pair in pairs.items() if pair is not None and pair.is_tie]
     if ties:
         sentences.append(f"Not distinguishable from {_name(best)} there: {', '.join(ties)}.")
     delta = view.delta.get(winner["key"])
@@ -189,7 +189,7 @@ def _costs(view: _View) -> list[str]:
         if all(pair.mean == pair.low == pair.high == 0 for pair in known.values()):
             parts.append(f"{rope} exactly nothing")
         else:
-            certain = "" if known[at].is_distinguishable else ", not distinguishable from the untouched model"
+            certain = ", not distinguishable from the untouched model" if known[at].is_tie else ""
             parts.append(f"{rope} {known[at]} {view.place(at)}{certain}")
     if not parts:
         return []

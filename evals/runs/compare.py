@@ -33,6 +33,11 @@ _SAME_TOKENS = ("fixed-target", "longppl", "repeat")  # are scored at every cont
 _SETTING_OF_PROTOCOL = {**dict.fromkeys((*_SAME_TOKENS, "harm"), "places"), "by-position": "context"}
 
 
+def method_name(rope: str) -> str:
+    """A method as sentences call it: its spec, or `the untouched model`."""
+    return "the untouched model" if rope == UNTOUCHED else rope
+
+
 def short(name: str) -> str:
     """A model or text as captions call it: of a path the last part, names and hub ids whole."""
     return Path(name).name if name.startswith(("/", ".", "~")) else name
@@ -59,6 +64,11 @@ class Difference:
     def is_distinguishable(self) -> bool:
         """The interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def is_tie(self) -> bool:
+        """The interval holds zero; without one nothing can be said."""
+        return self.has_interval and not self.is_distinguishable
 
     def __str__(self) -> str:
         if not self.has_interval:

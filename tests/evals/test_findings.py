@@ -128,6 +128,7 @@ def test_too_few_tokens_for_an_interval(make_run: MakeRun) -> None:
     run = make_run({"none": {8: 3.5, 16: 5.0}, "a": {8: 3.5, 16: 4.0}}, target=64)
     assert effective_length(run.rows, compare.deltas(run, run.rows), "a") is None
     assert "(too few for an interval)" in said(run)
+    assert "istinguishable" not in said(run)
     assert "nan" not in said(run)
 
 
