@@ -30,6 +30,7 @@ class Trial:
         prompt_ids: its tokens, a start token included where the tokenizer puts one.
         answer_ids: tokens of the right answer, behind those of the prompt.
         answers: what a right answer holds.
+        target: the right answer as text; `answer_ids` have the blank before it too.
         new_tokens: tokens that may be written; with the prompt they stay within the length asked for.
         needle: tokens of the prompt before the needle; None where several are asked for.
     """
