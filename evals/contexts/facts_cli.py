@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ...engine.commands.options import EXAMPLES, loads_a_model
 from ..runs.measurement import Measurement, deadline_in, measures
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(

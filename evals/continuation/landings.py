@@ -30,7 +30,7 @@ _MISSED = 0.01  # share of the probability of given bytes that may be left out
 _MOST_LAWS = 200  # next-token laws that are looked at for it
 
 
-class Reader:
+class LawReader:
     """The model's next-token laws after token sequences that share a beginning; each is computed once.
 
     Args:
@@ -95,7 +95,7 @@ class Fork:
 class Law:
     """What follows a prompt, by the forks of a method."""
 
-    def __init__(self, reader: Reader, forks: Sequence[Fork]) -> None:
+    def __init__(self, reader: LawReader, forks: Sequence[Fork]) -> None:
         self._reader, self._forks = reader, forks
 
     @cached_property

@@ -29,7 +29,7 @@ from ...engine.api import Model
 from ...engine.network import Network
 from ...engine.opening import weigh
 from ...tokenizer_tools.cover import Cover, cover
-from ..retrieval.landings import Fork, Law, Path, Reader
+from .landings import Fork, Law, LawReader, Path
 
 OFF, ONE_BACK, STEPS, HEALING, EXACT = "off", "one token back", "step mask", "transformers", "exact"
 METHODS = (OFF, HEALING, ONE_BACK, STEPS, EXACT)
@@ -114,8 +114,8 @@ class Ending:
         text = self.model.vocabulary.text_bytes([i for i in out[0].tolist() if i < len(self.model.vocabulary.tokens)])
         return text.lstrip().startswith(self.prompt.lstrip().encode() + wanted)  # it strips the prompt
 
-    def _new_reader(self, base: Path) -> Reader:
-        return Reader(self._network, self.model.vocabulary, base, self._new_cache())
+    def _new_reader(self, base: Path) -> LawReader:
+        return LawReader(self._network, self.model.vocabulary, base, self._new_cache())
 
     def _new_cache(self) -> Cache:
         return self.model.new_cache(len(self.cover.prompt) + 64)

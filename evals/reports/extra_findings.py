@@ -32,7 +32,7 @@ def repeat_findings(rows: Sequence[Row]) -> list[str]:
         return []
     longest = max(row["context"] for row in measured)
     parts = [
-        f"{_name(row)} {_difference(row, 'gain')}, of {row['fresh_loss']:.3f}"
+        f"{compare.method_name(row['rope'])} {_difference(row, 'gain')}, of {row['fresh_loss']:.3f}"
         for row in measured
         if row["context"] == longest
     ]
@@ -40,10 +40,6 @@ def repeat_findings(rows: Sequence[Row]) -> list[str]:
         f"What it gains, at {format_length(longest)}, from a passage that it has read before, nats per token of that "
         f"passage: {'; '.join(parts)}."
     ]
-
-
-def _name(row: Row) -> str:
-    return "the untouched model" if row["rope"] == compare.UNTOUCHED else str(row["rope"])
 
 
 def _difference(row: Row, field: str) -> Difference:

@@ -9,7 +9,7 @@ from ..protocols.effective_length import TOLERANCE, effective_length
 from ..protocols.harm import Harm
 from ..protocols.repeat import Repeat
 from ..runs import compare
-from ..runs.compare import UNTOUCHED, Column, Difference
+from ..runs.compare import UNTOUCHED, Column, Difference, method_name
 from ..runs.result import Row, Run
 from .extra_findings import harm_findings, repeat_findings
 
@@ -136,7 +136,7 @@ def _longest(view: _View) -> list[str]:
     pairs = {rope: view.difference(row, winner) for rope, row in found.items() if rope not in (best, UNTOUCHED)}
     ties = [rope for rope, pair in pairs.items() if pair is not None and pair.is_tie]
     if ties:
-        sentences.append(f"Not distinguishable from {_name(best)} there: {', '.join(ties)}.")
+        sentences.append(f"Not distinguishable from {method_name(best)} there: {', '.join(ties)}.")
     delta = view.delta.get(winner["key"])
     if best != UNTOUCHED and delta is not None and delta.has_interval:
         against = f"the untouched model at its trained length ({format_length(view.trained_length)})"
@@ -157,7 +157,7 @@ def _effective_lengths(view: _View) -> list[str]:
         return []
     parts = []
     for rope, reach in known.items():
-        part = f"{_name(rope)} {format_length(reach.length) if reach.length else 'at no measured context'}"
+        part = f"{method_name(rope)} {format_length(reach.length) if reach.length else 'at no measured context'}"
         if reach.breaks:
             part += f" (but not at {_lengths(reach.breaks)})"
         if reach.undecided:
@@ -205,16 +205,12 @@ def _missing(view: _View) -> list[str]:
         for at, name in view.columns.items():
             if view.row(rope, at) is None:
                 why = compare.reason(compare.cell(view.rows, rope, at))
-                parts.append(f"{_name(rope)} at {name}" + (f" ({why})" if why else ""))
+                parts.append(f"{method_name(rope)} at {name}" + (f" ({why})" if why else ""))
     return [f"Not run: {', '.join(parts)}."] if parts else []
 
 
 def _loss(row: Row) -> str:
     return f"{row['loss']:.3f} nats per token (perplexity {row['perplexity']:.4g})"
-
-
-def _name(rope: str) -> str:
-    return "the untouched model" if rope == UNTOUCHED else rope
 
 
 def _lengths(lengths: Iterable[int]) -> str:

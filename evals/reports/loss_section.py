@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 
 from ...scaling import format_length
@@ -96,7 +95,6 @@ def _method(group: Sequence[Row]) -> dict[str, str]:
     row = group[0]
     done = [r for r in group if r.get("loss") is not None]
     tokens, documents = (sorted({r[name] for r in done}) for name in ("tokens", "documents"))
-    versions = {json.dumps(r["versions"], sort_keys=True) for r in done if r.get("versions")}
     return {
         "Protocol": f"{row['protocol']}. {_PROTOCOLS.get(row['protocol'], '')}".strip(),
         "Scored": f"{span(tokens)} tokens per cell, from {span(documents)} document(s) or window(s)",
@@ -104,5 +102,4 @@ def _method(group: Sequence[Row]) -> dict[str, str]:
         "Model": f"{row['model']}, trained length {row['trained_length']:,} tokens, {row['dtype']} on {row['device']}",
         "Intervals": "95%, percentile bootstrap over blocks of 32 consecutive tokens, because neighbouring tokens "
         "are hard or easy together. They cover the choice of tokens within this text, not other texts.",
-        **({"Note": "The cells were measured with different versions; see table.csv."} if len(versions) > 1 else {}),
     }

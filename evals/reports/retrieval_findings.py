@@ -8,7 +8,7 @@ from ...scaling import format_length
 from ..protocols.effective_length import LEAST_FOUND, LEAST_KEPT, by_lower_bounds, length_or_more, reaches
 from ..retrieval.score import ENOUGH, Setting, settings
 from ..retrieval.tasks import RULER
-from ..runs.compare import UNTOUCHED
+from ..runs.compare import method_name
 from ..runs.result import Row
 from .score_grids import share
 
@@ -33,7 +33,7 @@ def _longest(setting: Setting) -> list[str]:
     scores = {rope: own for rope in setting.methods if (own := setting.score(rope, at)) is not None}
     best = max(scores, key=lambda rope: scores[rope].mean)
     parts = [
-        f"at {format_length(at)}, the longest measured, {_name(best)} is right in {share(scores[best]).text} of "
+        f"at {format_length(at)}, the longest measured, {method_name(best)} is right in {share(scores[best]).text} of "
         f"{scores[best].trials} trials"
     ]
     if len(scores) > 1:
@@ -49,7 +49,7 @@ def _longest(setting: Setting) -> list[str]:
 def _reaches(setting: Setting) -> list[str]:
     parts = []
     for rope, found in reaches(setting).items():
-        part = f"{_name(rope)} {length_or_more(found.length, found.longest)}"
+        part = f"{method_name(rope)} {length_or_more(found.length, found.longest)}"
         if found.certain != found.length:
             part += f" ({by_lower_bounds(found.certain, found.longest)})"
         parts.append(part)
@@ -78,9 +78,5 @@ def _few(setting: Setting) -> list[str]:
     return [f"warning: cells of one length and depth or task have as few as {fewest} trials; {wide}."]
 
 
-def _name(rope: str) -> str:
-    return "the untouched model" if rope == UNTOUCHED else rope
-
-
 def _names(ropes: Iterable[str]) -> str:
-    return ", ".join(map(_name, ropes))
+    return ", ".join(map(method_name, ropes))
