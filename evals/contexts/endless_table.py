@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...scaling.lengths import format_length
 from ..reports import style
-from ..runs.compare import short
+from ..runs.compare import METHOD, by_setting, short
 from ..runs.result import Row
 
 LEGEND = (
@@ -16,6 +16,14 @@ LEGEND = (
 )
 """What the columns are."""
 
+_APART = frozenset(
+    (
+        *("start", "end", "key", "loss", "low", "high", "streamed", "recomputed", "recomputed_tokens"),
+        *("difference", "difference_low", "difference_high", "tokens_per_second", "cache_mb", "resident_mb"),
+    )
+)
+"""Fields of the rows of one table that differ: its lines, and what was measured."""
+
 
 def endless_rows(rows: Sequence[Row]) -> list[Row]:
     """Those of such passes."""
@@ -23,38 +31,49 @@ def endless_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """A table for every scaler and length."""
-    found = endless_rows(rows)
+    """A table for every setting, scaler and length."""
     lines = [LEGEND]
-    for rope, context in dict.fromkeys((row["rope"], row["context"]) for row in found):
-        own = [row for row in found if (row["rope"], row["context"]) == (rope, context)]
+    for own in by_setting(endless_rows(rows), _APART):
+        row = own[0]
         lines += [
             "",
-            f"`{rope}`, {short(own[0]['model'])} (trained at {format_length(own[0]['trained_length'])}) on "
-            f"{short(own[0]['text'])}, {context:,} tokens; {own[0]['places']} tokens recomputed in each row",
+            f"`{row['rope']}`, {short(row['model'])} ({row['dtype']}, trained at "
+            f"{format_length(row['trained_length'])}) on {short(row['text'])}, {row['context']:,} tokens; "
+            f"{row['places']} tokens recomputed in each row",
             "",
             "| position | loss | 95% | over recomputation | 95% | cache, MB | memory, MB | tokens/s |",
             "|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         lines += [
-            f"| {row['start']:,} to {row['end']:,} | {row['loss']:.3f} | {_range(row['low'], row['high'], '.3f')} "
-            f"| {row['difference']:+.3f} | {_range(row['difference_low'], row['difference_high'], '+.3f')} "
+            f"| {row['start']:,} to {row['end']:,} "
+            f"| {_number(row['loss'], '.3f')} | {_range(row['low'], row['high'], '.3f')} "
+            f"| {_number(row['difference'], '+.3f')} | {_range(row['difference_low'], row['difference_high'], '+.3f')} "
             f"| {row['cache_mb']:.1f} | {row['resident_mb']:.0f} | {row['tokens_per_second']:.0f} |"
             for row in own
         ]
     return "\n".join(lines) + "\n"
 
 
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else f"{value:{form}}"
+
+
 def _range(low: float | None, high: float | None, form: str) -> str:
     return "" if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
 
-def plot_endless(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
-    """Loss, and loss over recomputation, by position; writes `out_stem`.png and .svg."""
-    found = endless_rows(rows)
+def plot_endless(rows: Sequence[Row], out_stem: Path) -> list[Path]:
+    """Loss, and loss over recomputation, by position, a line for each scaler; writes `out_stem`.png and .svg,
+    `out_stem`_2 for a second setting, and so on."""
+    groups = by_setting(endless_rows(rows), _APART | METHOD | {"window", "context"})
+    return [path for group, stem in zip(groups, style.stems(out_stem), strict=False) for path in _plot(group, stem)]
+
+
+def _plot(found: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
     ropes = list(dict.fromkeys(row["rope"] for row in found))
     drawn = style.line_styles(ropes)
-    with style.figure(8.5, 6.2, f"A text without an end: {short(found[0]['model'])}") as fig:
+    about = f"{short(found[0]['model'])} ({found[0]['dtype']}) on {short(found[0]['text'])}"
+    with style.figure(8.5, 6.2, f"A text without an end: {about}") as fig:
         upper, lower = fig.subplots(2, 1, sharex=True)
         style.style_axes(upper, x="", y="loss, nats a token")
         style.style_axes(lower, x="position", y="over recomputation, nats")

@@ -9,7 +9,7 @@ from statistics import fmean, median
 
 from ...scaling.lengths import format_length
 from ..reports import style
-from ..runs.compare import short
+from ..runs.compare import METHOD, by_setting, short
 from ..runs.result import Row
 from ..statistics import share_interval
 from .facts import way_name
@@ -20,6 +20,12 @@ LEGEND = (
     "which reads it, and the median of the others."
 )
 """What the columns are."""
+
+_APART = METHOD | {
+    *("context", "way", "parts", "document", "question"),
+    *("key", "correct", "answer", "generated", "sources", "seconds", "peak_memory_mb"),
+}
+"""Fields of the rows of one table that differ: its columns, and what was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +59,9 @@ def facts_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def way_scores(rows: Sequence[Row]) -> list[WayScore]:
-    """A score for every length and way, in the order of the rows."""
+    """A score for every length and way of one setting, in the order of the rows."""
     groups: dict[tuple[int, str, int, str], list[Row]] = {}
-    for row in facts_rows(rows):
+    for row in rows:
         groups.setdefault((row["context"], row["way"], row["parts"], row["rope"]), []).append(row)
     found = []
     for (context, way, parts, rope), group in groups.items():
@@ -82,11 +88,14 @@ def way_scores(rows: Sequence[Row]) -> list[WayScore]:
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """The table, with what was measured above it."""
-    scores = way_scores(rows)
-    row = facts_rows(rows)[0]
+    """A table for every setting, with what was measured above it."""
+    return "\n".join(map(_table, by_setting(facts_rows(rows), _APART)))
+
+
+def _table(rows: Sequence[Row]) -> str:
+    scores, row = way_scores(rows), rows[0]
     lines = [
-        f"{row['facts']} facts in {short(row['text'])}, {short(row['model'])} (trained at "
+        f"{row['facts']} facts in {short(row['text'])}, {short(row['model'])} ({row['dtype']}, trained at "
         f"{format_length(row['trained_length'])}). {LEGEND}",
         "",
         "| the document is | length | right | 95% | questions | first, s | later, s |",
@@ -101,12 +110,19 @@ def to_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot_facts(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
-    """Shares of right answers with their intervals, a bar for each way; writes `out_stem`.png and .svg."""
+def plot_facts(rows: Sequence[Row], out_stem: Path) -> list[Path]:
+    """Shares of right answers with their intervals, a bar for each way; writes `out_stem`.png and .svg, `out_stem`_2
+    for a second setting, and so on."""
+    groups = by_setting(facts_rows(rows), _APART)
+    return [path for group, stem in zip(groups, style.stems(out_stem), strict=False) for path in _plot(group, stem)]
+
+
+def _plot(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
     scores = way_scores(rows)
     lengths = list(dict.fromkeys(score.context for score in scores))
-    row = facts_rows(rows)[0]
-    with style.figure(8.5, 1.4 + 0.34 * len(scores), f"Facts in a long document: {short(row['model'])}") as fig:
+    row = rows[0]
+    title = f"Facts in a long document: {short(row['model'])} ({row['dtype']}) on {short(row['text'])}"
+    with style.figure(8.5, 1.4 + 0.34 * len(scores), title) as fig:
         panels = fig.subplots(len(lengths), 1, squeeze=False)[:, 0]
         for axes, length in zip(panels, lengths, strict=True):
             own = [score for score in scores if score.context == length][::-1]

@@ -18,12 +18,12 @@ def publisher(
     name: str,
     own: Callable[[Sequence[Row]], Sequence[Row]],
     to_markdown: Callable[[Sequence[Row]], str],
-    plot: Callable[[Sequence[Row], Path], tuple[Path, ...]],
+    plot: Callable[[Sequence[Row], Path], list[Path]],
 ) -> Callable[[Run, Sequence[Cell], Console], None]:
     """What a command does with its run when it is measured.
 
     Args:
-        name: of the plot's files.
+        name: of the plots' files.
         own: the rows of a run that the table and the plot are of.
     """
 

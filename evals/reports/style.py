@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,12 @@ def save(fig: Figure, out_stem: Path) -> tuple[Path, Path]:
         write_atomic(path, buffer.getvalue())
         paths.append(path)
     return paths[0], paths[1]
+
+
+def stems(first: Path) -> Iterator[Path]:
+    """`first`, then `first`_2 and so on, for the plots of further settings."""
+    yield first
+    yield from (first.with_name(f"{first.name}_{number}") for number in itertools.count(2))
 
 
 def style_axes(axes: Axes, *, x: str, y: str) -> None:

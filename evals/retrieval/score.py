@@ -10,7 +10,7 @@ from statistics import fmean
 
 import numpy as np
 
-from ..runs.compare import methods, setting, short
+from ..runs.compare import METHOD, methods, setting, short
 from ..runs.result import Row
 from ..statistics import block_interval, mean_interval
 from .tasks import SUITES, TASKS
@@ -26,7 +26,7 @@ MEASURED = frozenset(
 )
 """Fields of a trial's row that are not of its recipe."""
 
-_COLUMN = frozenset(("rope", "context", "depth", "seed", "task"))
+_COLUMN = METHOD | {"context", "depth", "seed", "task"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,10 @@ MEASURED = frozenset(
 )
 """Fields of a perplexity row that are not of its recipe."""
 
-_COLUMN = frozenset(("rope", "context", "bucket_start", "bucket_end", "places"))
+METHOD = frozenset(("rope", "chosen"))
+"""Fields that tell the scaler, and what `auto` stood for."""
+
+_COLUMN = METHOD | {"context", "bucket_start", "bucket_end", "places"}
 
 _SAME_TOKENS = ("fixed-target", "longppl", "repeat")  # are scored at every context; `places` tells which
 
@@ -83,6 +86,14 @@ def settings(rows: Iterable[Row]) -> list[list[Row]]:
         if row.get("task") == "ppl":
             apart = MEASURED | (_COLUMN - {_SETTING_OF_PROTOCOL.get(row["protocol"])})
             groups.setdefault(setting(row, apart), []).append(row)
+    return list(groups.values())
+
+
+def by_setting(rows: Iterable[Row], apart: Collection[str]) -> list[list[Row]]:
+    """Rows in groups that differ only in the fields `apart`, in order of appearance."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(setting(row, apart), []).append(row)
     return list(groups.values())
 
 

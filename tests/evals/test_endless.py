@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import ropewalk as rw
 from ropewalk.engine.cli import cli
 from ropewalk.evals.contexts.endless import cells
-from ropewalk.evals.contexts.endless_table import endless_rows, to_markdown
+from ropewalk.evals.contexts.endless_table import endless_rows, plot_endless, to_markdown
 from ropewalk.evals.data import Text
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.subjects.local import Local
@@ -100,3 +100,28 @@ def test_the_command(tiny_folder, tmp_path):
         assert done.exit_code == 0, done.output
     assert {path.name for path in out.iterdir()} >= {"results.jsonl", "table.md", "endless.png", "endless.svg"}
     assert len(Run(out).rows) == 3
+
+
+def endless_row(start, **changes):
+    row = {"experiment": "endless", "model": "toy", "dtype": "float32", "trained_length": 256, "text": "kjv"}
+    row |= {"context": 512, "places": 32, "window": 32, "rope": "sink-window:32", "start": start, "end": start + 256}
+    row |= {"loss": 3.0, "low": None, "high": None, "difference": 0.0, "difference_low": None, "difference_high": None}
+    return row | {"cache_mb": 1.0, "resident_mb": 1.0, "tokens_per_second": 1.0} | changes
+
+
+def test_settings_have_tables_and_plots_of_their_own(tmp_path):
+    rows = [endless_row(start) for start in (1, 256)]
+    rows += [endless_row(start, rope="sink-window:64", window=64, loss=4.0) for start in (1, 256)]
+    rows += [endless_row(start, text="other", dtype="int8", places=8, loss=5.0) for start in (1, 256)]
+    tables = to_markdown(rows).split("tokens recomputed in each row")
+    assert len(tables) == 4
+    assert [table.count("| 5.000 |") for table in tables] == [0, 0, 0, 2]
+    assert "| not finite |" in to_markdown([endless_row(1, loss=None), endless_row(256)])
+    assert "`sink-window:32`, toy (int8, trained at 256) on other, 512 tokens; 8 " in tables[2]
+    rows[0]["loss"] = None
+    assert [path.name for path in plot_endless(rows, tmp_path / "endless")] == [
+        "endless.png",
+        "endless.svg",
+        "endless_2.png",
+        "endless_2.svg",
+    ]

@@ -9,7 +9,7 @@ import ropewalk as rw
 from ropewalk.engine.cli import cli
 from ropewalk.engine.session import Session
 from ropewalk.evals.contexts.facts import Document, FactsCell, cells, question
-from ropewalk.evals.contexts.facts_table import facts_rows, to_markdown, way_scores
+from ropewalk.evals.contexts.facts_table import facts_rows, plot_facts, to_markdown, way_scores
 from ropewalk.evals.data import Text, load_text
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.subjects.local import Local
@@ -140,7 +140,7 @@ def test_the_real_model_answers_in_every_way(subject, tmp_path):
         rows = cell.measure(subject, run, lambda *_: None)
         assert all(isinstance(row["generated"], str) and 0 <= row["correct"] <= 1 for row in rows)
         assert isinstance(cell, FactsCell) and cell.outcome(rows).endswith("of 2")
-    scores = way_scores(run.rows)
+    scores = way_scores(facts_rows(run.rows))
     assert [score.name for score in scores] == ["read whole, yarn:4", "only its end", "4 parts"]
     assert all(score.trials == 2 and score.low <= score.right <= score.high for score in scores)
     assert to_markdown(run.rows).count("\n| ") == 4
@@ -169,3 +169,23 @@ def test_the_command(tiny_folder, tmp_path):
     assert load_text("stdlib").sha256 == Run(out).rows[0]["text_sha256"]
     done = CliRunner().invoke(cli, [*arguments[:2], "--parts", "four"])
     assert isinstance(done.exception, rw.ConfigError)
+
+
+def facts_row(document, question, **changes):
+    row = {"experiment": "facts", "model": "toy", "dtype": "float32", "trained_length": 256, "text": "kjv", "facts": 16}
+    row |= {"context": 320, "way": "whole", "parts": 1, "rope": "none", "document": document, "question": question}
+    return row | {"correct": 1.0, "seconds": 1.0 + question} | changes
+
+
+def test_settings_have_tables_and_plots_of_their_own(tmp_path):
+    asked = [(0, question) for question in range(4)]
+    rows = [facts_row(*one) for one in asked]
+    for changes in ({"dtype": "int8"}, {"text": "other"}, {"facts": 32}):
+        rows += [facts_row(*one, correct=0.0, **changes) for one in asked]
+    text = to_markdown(rows)
+    assert text.count("| read whole, none | 320 | 100% |") == 1
+    assert text.count("| read whole, none | 320 | 0% |") == 3
+    for caption in ("16 facts in kjv, toy (int8", "16 facts in other, toy (float32", "32 facts in kjv, toy (float32"):
+        assert caption in text
+    stems = [path.stem for path in plot_facts(rows, tmp_path / "facts")]
+    assert stems == [stem for stem in ("facts", "facts_2", "facts_3", "facts_4") for _ in range(2)]
