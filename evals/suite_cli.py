@@ -107,7 +107,10 @@ def compare(a: Path, b: Path) -> None:
 @click.argument("run", type=_FOLDER)
 @click.option("--row", required=True, type=click.IntRange(min=1), help="Line of results.jsonl, from 1.")
 def reconstruct(run: Path, row: int) -> None:
-    """The exact text that the model read for a row of RUN, rebuilt from its recipe and checked by its sha256."""
+    """The exact text that the model read for a row of RUN, rebuilt from its recipe and checked.
+
+    A trial's prompt is checked by its sha256, windows of `ppl` by those of the text and of the scored tokens.
+    """
     from ..engine.checkpoints.checkpoint import read_tokenizer
     from ..engine.checkpoints.source import resolve
     from ..errors import DataError

@@ -110,6 +110,11 @@ def test_every_row_has_its_text_again(whole, tiny_folder, monkeypatch):
     fixed = next(row for row in rows if row["protocol"] == "fixed-target")
     with pytest.raises(DataError, match="do not come out so again"):
         passages_of(fixed | {"places": "0:17,0:40"}, rows, tokenizer)
+    for row in rows:
+        if row["task"] == "ppl":
+            assert passages_of({**row, "tokens_sha256": None}, rows, tokenizer)  # of before it was stored
+            with pytest.raises(DataError, match="scored other tokens"):
+                passages_of(row | {"tokens_sha256": "0"}, rows, tokenizer)
     with pytest.raises(DataError, match="has sha256"):
         passages_of(fixed | {"text_sha256": "0"}, rows, tokenizer)
 
