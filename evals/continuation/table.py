@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Column, Table
 
 from ..runs.result import Row
-from ..statistics import block_interval, paired_difference
+from ..statistics import block_interval, paired_difference, score_interval
 from .methods import EXACT
 
 OVER_EXACT = "over_exact"
@@ -24,6 +24,8 @@ COLUMNS = {
     "extra_forwards": "runs",
     "extra_ms": "ms",
 }
+
+SHARES = ("top1", "finished")
 
 LEGEND = (
     "Next byte: bits it takes; over exact: bits more than under the exact method, cut by cut; top-1: share where it "
@@ -87,7 +89,7 @@ def _values(rows: Sequence[Row], exact: Sequence[Row]) -> dict[str, Value]:
             values[field] = Value(mean=float(np.median(_numbers(rows, field))))
         elif field in rows[0]:
             numbers = _numbers(rows, field)
-            low, high = block_interval(numbers, block=1)
+            low, high = score_interval(numbers.tolist()) if field in SHARES else block_interval(numbers, block=1)
             values[field] = Value(mean=float(numbers.mean()), low=low, high=high)
     return values
 
