@@ -24,7 +24,7 @@ _NOTE = (
     f"Loss: the largest context whose difference to the untouched model at its trained length has an upper bound of "
     f"at most +{TOLERANCE:g} nats. Passkey, niah and kv: the largest length such that it and all measured below it "
     f"give {LEAST_FOUND:.0%}. RULER-11: such that they keep {LEAST_KEPT:.0%} of the method's own score at the trained "
-    "length. Only measured lengths count; below, what the 95% intervals vouch for."
+    "length. Only measured lengths count; below it, the length that the 95% intervals guarantee."
 )
 
 
