@@ -144,7 +144,12 @@ def test_ctrl_c_keeps_finished_cells_and_says_so(tiny_folder, tmp_path):
     command += ["--text", tmp_path / "text.py", "--target", "32", "--out", tmp_path / "run"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # other tests compute beside this one
     running = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=one_thread
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=one_thread,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     results = tmp_path / "run" / "results.jsonl"
     while running.poll() is None and not (results.exists() and results.read_text(encoding="utf-8")):

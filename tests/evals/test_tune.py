@@ -224,7 +224,7 @@ def tokens_read(rows):
 
 @pytest.mark.slow
 def test_a_grid_of_everything_finds_nothing_better(model, text, found, folder, tmp_path):
-    """Read whole at the same places, at several times the cost; docs/tune.md has a finer grid, at 14 times."""
+    """Read whole at the same places, at several times the cost; docs/tune.md has a finer grid, at 13 times."""
     plan = protocol("fixed-target", (TARGET,), target=TARGET // 4, samples=9)
     run = Run(tmp_path)
     measure_all(Local(model), cells(Local(model), text, grid(model.spec, TARGET), plan), run, new_console())
@@ -236,7 +236,7 @@ def test_a_grid_of_everything_finds_nothing_better(model, text, found, folder, t
         f"{found.winner.scaler} against {best['rope']}: {mean:+.4f} ({low:+.4f} to {high:+.4f}), {cost} of {exhaustive}"
     )
     assert low <= 0, told
-    assert cost <= exhaustive / 5, told
+    assert cost <= exhaustive / 4, told
 
 
 def test_a_skim_tells_which_tokens_it_scored(model, text, tmp_path):
