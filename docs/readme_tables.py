@@ -172,6 +172,8 @@ def _continuation() -> str:
         more = [values[name, method][OVER_EXACT] for name in CUTS]
         cells = [f"{_plain(one.mean)} ({_plain(one.low)} to {_plain(one.high)})" for one in more]
         lines.append(f"| {WAYS[method]} | {' | '.join(cells)} |")
+    runs = ", ".join(_plain(values[name, EXACT]["extra_forwards"].mean) for name in CUTS)
+    lines += ["", f"Runs of the model that exact takes more than off, by column: {runs}."]
     return "\n".join(lines)
 
 

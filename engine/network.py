@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..scaling.hf import read
 from ..scaling.positions import PositionScaler
 from ..scaling.rope import Scaler
 from . import split
@@ -59,9 +58,12 @@ class Network:
         return f"transformers' modules in {self.weights} on {self.hf.device.type}{shared}{reason}"
 
     def use(self, scaler: Scaler, length: int | None) -> None:
-        """Run under `scaler`, for sequences of `length` tokens, from now on. The model is patched with it already."""
-        own = [rope.scaler for rope in read(self.hf.config.get_text_config()).values()]  # LongRoPE, where there is one
-        self._setting = scaler, length if any(one.depends_on_length for one in (scaler, *own)) else None
+        """Run under `scaler` from now on; the model is patched with it already.
+
+        Args:
+            length: of the sequences in tokens, where frequencies depend on it, else None.
+        """
+        self._setting = scaler, length
 
     @property
     def setting(self) -> Setting:

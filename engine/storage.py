@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import AssetError
 
-__all__ = ["cache_dir", "filling", "make_room", "new_folder", "write_atomic"]
+__all__ = ["cache_dir", "filling", "make_room", "new_folder", "share", "write_atomic"]
 
 _MB = 1_000_000
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}

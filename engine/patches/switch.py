@@ -8,7 +8,7 @@ from ...errors import ConfigError, UnsupportedModel
 from ...scaling.rope import Scaler
 from ..network import Network
 from .patch import Installed, install
-from .rotary import RotarySite
+from .rotary import RotarySite, depends_on_length
 
 
 class Switch:
@@ -69,5 +69,7 @@ class Switch:
 
     def prepare(self, length: int | None) -> None:
         """Make the scaler in place ready for a sequence of `length` tokens."""
+        if not depends_on_length(self._sites, self.scaler):
+            length = None
         self._installed.write(length)
         self._network.use(self.scaler, length)

@@ -85,9 +85,8 @@ class PerplexityCell(Cell):
             }
             if keys is not None:
                 measured["candidates"] = len(keys)
-            rows.append(
-                run.find(recipe) or run.add(recipe, _whole(measured | found.extra), losses)
-            )  # some, after a kill
+            # after a kill some are there already
+            rows.append(run.find(recipe) or run.add(recipe, _whole(measured | found.extra), losses))
         return rows
 
     def outcome(self, rows: Sequence[Row]) -> str:

@@ -25,8 +25,7 @@ class PerplexityRow:
         rope: the scaler, as a spec.
         context: window length in tokens.
         bucket_start, bucket_end: positions told of, by position only.
-        loss: nats per token; `loss_low` and `loss_high` its 95 % interval, None where there
-            are too few tokens.
+        loss: nats per token; `loss_low` and `loss_high` its 95 % interval, None where there are too few tokens.
         bits_per_byte: None where no tokenizer is known.
         tokens: scored.
         documents: windows.

@@ -101,5 +101,6 @@ def _method(group: Sequence[Row]) -> dict[str, str]:
         "Text": f"{row['text']}, sha256 {row['text_sha256']}",
         "Model": f"{row['model']}, trained length {row['trained_length']:,} tokens, {row['dtype']} on {row['device']}",
         "Intervals": "95%, percentile bootstrap over blocks of 32 consecutive tokens, because neighbouring tokens "
-        "are hard or easy together. They cover the choice of tokens within this text, not other texts.",
+        "are hard or easy together; for few blocks wider, as Student's t. They cover the choice of tokens within this "
+        "text, not other texts.",
     }

@@ -115,9 +115,9 @@ def cells(
     """
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ConfigError(f"depth {wrong[0]:g} must lie between 0 (the beginning) and 1 (the end)")
-    ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
     if not depths and (asked := [task.name for task in tasks if task.has_depth]):
         raise ConfigError(f"{asked[0]} has a needle at a depth that is asked for; give one at least, such as 0.5")
+    ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
     for scaler in scalers:
         subject.rope = scaler
         ropes |= {(scaler, context): rope_recipe(scaler, subject.rope_at, [context]) for context in contexts}

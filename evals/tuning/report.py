@@ -172,7 +172,7 @@ def _method(found: Tuned, text: str) -> dict[str, str]:
         "Places": f"Ends of windows of {found.target:,} tokens in {text}. Skimming and reading begin at opposite ends.",
         "Winner": "Among those that cannot be told from the lowest loss, the one that finds most passkeys, then the "
         "one with the lowest loss. Choosing among many favours the lucky: measure it on another text.",
-        "Intervals": "95%, percentile bootstrap over blocks of 32 consecutive tokens.",
+        "Intervals": "95%, percentile bootstrap over blocks of 32 consecutive tokens, widened by Student's t.",
     }
     if any(c.name for c in found.ranking):
         method["Factors"] = (

@@ -61,11 +61,12 @@ def interrupted(monkeypatch, where, after=0, error=KeyboardInterrupt):
     """`error`, once, at the call of `where` that comes after `after` others.
 
     Args:
-        where: "layer" (in the middle of a chunk), "written" (a step has written its rows, and nobody has counted them)
-            or "counted" (they are counted, and the logits are lost).
+        where: "layer" (in the middle of a chunk), "turned" (some keys are turned to another scaler), "written" (a step
+            has written its rows, and nobody has counted them) or "counted" (they are counted, and the logits are lost).
     """
     owner, name = {
         "layer": (KVLayer, "update"),
+        "turned": (KVLayer, "write_keys"),
         "written": (KVCache, "advance"),
         "counted": (rw.engine.compiled.layers.Layers, "capped"),
     }[where]

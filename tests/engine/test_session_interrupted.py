@@ -5,7 +5,6 @@ import torch
 from live import MORE, TEXT, cache_difference, check_cache, greedy, interrupted
 
 import ropewalk as rw
-from ropewalk.engine.compiled import turns
 from ropewalk.engine.kv_cache import KVLayer
 
 pytestmark = pytest.mark.usefixtures("untouched")
@@ -192,16 +191,7 @@ def test_keys_that_are_turned_half_way_are_not_kept(model, monkeypatch):
     session = model.session()
     session.append(LONG)
     model.rope = "linear:2"
-    turn, calls = turns.KVLayer.write_keys, []
-
-    def stops(self, *args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        turn(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(KVLayer, "write_keys", stops)
+    with interrupted(monkeypatch, "turned", 2), pytest.raises(KeyboardInterrupt):
         session.append("x")
     assert session.text == LONG
     goes_on(model, session)
@@ -212,16 +202,7 @@ def test_an_interrupted_retune_of_a_fork_leaves_its_parent(model, monkeypatch):
     parent.append(LONG)
     expected, fork = parent._kept.cache.fork(), parent.fork()
     model.rope = "linear:2"
-    turn, calls = KVLayer.write_keys, []
-
-    def stops(self, *args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        turn(self, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(KVLayer, "write_keys", stops)
+    with interrupted(monkeypatch, "turned", 2), pytest.raises(KeyboardInterrupt):
         fork.append("x")
     assert fork.text == LONG
     goes_on(model, fork)
