@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -23,6 +22,7 @@ from ...errors import AssetError, UnsupportedModel, first_line
 from ...scaling.hf import check_counts
 from ..storage import cache_dir
 from .quiet import quiet_transformers
+from .tensors import Shapes, check_loaded, stored_shapes
 
 __all__ = ["from_hub", "read_config", "read_tokenizer", "read_weights", "weight_files"]
 
@@ -77,22 +77,17 @@ def read_weights(source: str, config: Any, **options: Any) -> PreTrainedModel:
         options: of transformers' `from_pretrained`.
 
     Raises:
-        AssetError: weights that are pickled, damaged, not all there, or not finite.
+        AssetError: weights that are pickled, damaged, not all there, not finite, or that the model does not use.
         UnsupportedModel: transformers has no causal language model for the config.
     """
     folder = Path(source) if Path(source).is_dir() else from_hub(source, "*.json")
-    _check_size(folder, config)
+    stored = _check_size(folder, config)
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, use_safetensors=True, output_loading_info=True, **_DATA_ONLY, **options
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **_DATA_ONLY, **options)
     except Exception as error:  # transformers and what it calls raise anything
         raise AssetError(f"{source}: its weights cannot be loaded ({first_line(error)})") from error
-    if missing := sorted(info["missing_keys"]):
-        raise AssetError(
-            f"{source}: {len(missing)} tensors of the model are not in its files, {missing[0]!r} first; transformers "
-            "would fill them with random numbers"
-        )
+    check_loaded(source, model, info, stored)
     _check_numbers(source, model)
     return model.eval()
 
@@ -118,8 +113,12 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         AssetError: there are none, or its index names what is none.
     """
-    if (folder / "adapter_config.json").exists():
-        raise AssetError(f"{folder} holds an adapter; merge it into its model first (peft: merge_and_unload)")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if (folder / name).exists():
+            raise AssetError(
+                f"{folder} holds an adapter; merge it into its model first (peft: merge_and_unload), or remove {name} "
+                "if that is done"
+            )
     if (folder / _WEIGHTS).exists():
         return [folder / _WEIGHTS]
     if not (folder / _INDEX).exists():
@@ -153,23 +152,16 @@ def _again(folder: Path) -> str:
     return " It is ropewalk's own copy: delete its folder, and it is made anew" if folder.parent == cache_dir() else ""
 
 
-def _check_size(folder: Path, config: Any) -> None:
-    """Refuse a config that promises more than the files hold, before memory is taken for it."""
-    stored = tensors = 0
-    again = _again(folder)
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                shapes = [opened.get_slice(name).get_shape() for name in opened.keys()]  # noqa: SIM118
-        except Exception as error:
-            raise AssetError(f"{file} is damaged or no safetensors file ({first_line(error)}).{again}") from error
-        tensors += len(shapes)
-        stored += sum(torch.Size(shape).numel() for shape in shapes)
-        if getattr(config, "quantization_config", None):
-            stored += _PACKED * file.stat().st_size
+def _check_size(folder: Path, config: Any) -> Shapes:
+    """The tensors of the files; a config that promises more is refused before memory is taken for it."""
+    again, files = _again(folder), weight_files(folder)
+    shapes = stored_shapes(files, again)
+    stored = sum(torch.Size(shape).numel() for shape in shapes.values())
+    if getattr(config, "quantization_config", None):
+        stored += _PACKED * sum(file.stat().st_size for file in files)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
-    if not 1 <= layers <= tensors:
-        raise AssetError(f"{folder}: its config has {layers} layers, and its files hold {tensors} tensors.{again}")
+    if not 1 <= layers <= len(shapes):
+        raise AssetError(f"{folder}: its config has {layers} layers, and its files hold {len(shapes)} tensors.{again}")
     try:
         with torch.device("meta"):
             promised = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(config).parameters())
@@ -181,6 +173,7 @@ def _check_size(folder: Path, config: Any) -> None:
         ) from error
     if promised > stored:
         raise AssetError(f"{folder}: its config promises {promised} weights, and its files hold {stored}.{again}")
+    return shapes
 
 
 def _check_numbers(source: str, model: PreTrainedModel) -> None:

@@ -150,15 +150,12 @@ def _load_model(file: GgufFile) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from .gguf_tensors import check_loaded
+
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
     with _read_by_transformers(file) as where:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            **where, **_dequantize(), dtype=torch.float32, output_loading_info=True
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise UnsupportedModel(
-            f"{file.path}: {len(missing)} tensors of the model are not in the file, {missing[0]!r} first; "
-            "transformers would fill them with random numbers"
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(**where, **_dequantize(), **options, dtype=torch.float32)
+    check_loaded(file, model, info)
     return model
 
 

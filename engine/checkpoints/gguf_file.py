@@ -52,7 +52,7 @@ class GgufFile:
 
     Raises:
         AssetError: no such file.
-        UnsupportedModel: not a readable GGUF file.
+        UnsupportedModel: not a readable GGUF file, or a part of one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,6 +63,11 @@ class GgufFile:
             self.reader = _Reader(path)
         except Exception as error:  # the reader parses bytes unchecked: a damaged file raises anything
             raise UnsupportedModel(f"{path}: not a readable GGUF file ({first_line(error)})") from error
+        if (parts := self.field("split.count") or 1) > 1:
+            raise UnsupportedModel(
+                f"{path} is part {(self.field('split.no') or 0) + 1} of a GGUF file that was split in {parts}; join "
+                "them first (llama-gguf-split --merge FIRST_PART OUT.gguf), and give the whole one"
+            )
 
     def field(self, name: str) -> Any:
         """The value of a field; None if there is none. `{arch}` in its name is the model's architecture."""

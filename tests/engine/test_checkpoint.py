@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import ropewalk as rw
 from ropewalk.engine.chat_header import chat_headers
@@ -92,6 +93,9 @@ def test_an_adapter_does_not_lead_to_another_model(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/else", "peft_type": "LORA"}')
     with pytest.raises(rw.AssetError, match="holds an adapter; merge it"):
         rw.load(folder)
+    (folder / "adapter_config.json").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(rw.AssetError, match=r"holds an adapter; .* or remove adapter_model\.safetensors"):
+        rw.load(folder)
 
 
 HOSTILE = {
@@ -145,6 +149,139 @@ def test_a_missing_tensor_is_named_and_not_made_up(folder):
 
     edit_weights(folder, rename)
     with pytest.raises(rw.AssetError, match=r"1 tensors .*'model\.layers\.1\.mlp\.up_proj\.weight' first"):
+        rw.load(folder)
+
+
+HIDDEN, INNER = 128, 384  # of the tiny model
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.1.self_attn.k_proj.bias",
+        "model.layers.1.mlp.up_proj.bias",
+        "model.layers.1.self_attn.k_norm.weight",
+        "model.layers.1.self_attn.q_proj.lora_A.weight",
+        "base_model.model.model.layers.1.self_attn.q_proj.lora_B.default.weight",
+        "model.layers.1.self_attn.q_proj.weight_scale",
+        "model.layers.4.input_layernorm.weight",
+        "model.layers.1.post_feedforward_layernorm.weight",
+        "model.embed_positions.weight",
+        "lm_head.bias",
+        "score.weight",
+        "v_head.summary.weight",
+    ],
+)
+def test_a_tensor_that_the_model_does_not_use_is_named(folder, name):
+    edit_weights(folder, lambda weights: weights.update({name: torch.ones(HIDDEN)}))
+    with pytest.raises(rw.AssetError, match=rf"1 tensors of its files have no place .*'{name}' first"):
+        rw.load(folder)
+
+
+def test_biases_that_the_config_has_are_used(folder, tiny_folder):
+    """The other way out of the refusal, and the right value."""
+    edit(folder / "config.json", attention_bias=True)
+    biases = {f"model.layers.{n}.self_attn.{kind}_proj.bias": kind for n in range(4) for kind in "qkvo"}
+    torch.manual_seed(0)
+    edit_weights(
+        folder,
+        lambda weights: weights.update(
+            {name: torch.randn(weights[name.replace("bias", "weight")].shape[0]) for name in biases}
+        ),
+    )
+    score = rw.load(folder, dtype="float32").score("import os\n")
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([score.token_ids])
+    with torch.inference_mode():
+        logprobs = reference(ids).logits[0, :-1].log_softmax(-1)
+    expected = logprobs.gather(-1, ids[0, 1:, None])[:, 0]
+    assert (score.logprobs - expected).abs().max() < 1e-4
+    assert (rw.load(tiny_folder, dtype="float32").score("import os\n").logprobs - expected).abs().max() > 0.1
+
+
+def test_fewer_layers_in_the_config_than_in_the_files(folder):
+    edit(folder / "config.json", num_hidden_layers=3)
+    with pytest.raises(
+        rw.AssetError, match=r"9 tensors of its files .*'model\.layers\.3\.input_layernorm\.weight' first"
+    ):
+        rw.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (16,)),
+        ("rotary_emb.inv_freq", (16,)),
+        ("model.layers.0.self_attn.rotary_emb.cos_cached", (1, 1, 256, 32)),
+        ("model.layers.0.self_attn.masked_bias", ()),
+        ("model.layers.0.attn.bias", (1, 1, 256, 256)),
+        ("mtp.layers.0.mlp.up_proj.weight", (INNER, HIDDEN)),
+        ("model.mtp_layers.0.mlp.up_proj.weight", (INNER, HIDDEN)),
+    ],
+)
+def test_what_no_logit_depends_on_may_be_stored(folder, tiny_folder, name, shape):
+    edit_weights(folder, lambda weights: weights.update({name: torch.ones(shape)}))
+    assert torch.equal(
+        rw.load(folder).score("import os\n").logprobs, rw.load(tiny_folder).score("import os\n").logprobs
+    )
+
+
+def test_a_layer_for_further_tokens_may_be_stored(folder):
+    """DeepSeek's, behind the last one of the model; a layer without its projection is one of the model."""
+
+    def add(weights):
+        for name in [name for name in weights if ".layers.3." in name]:
+            weights[name.replace("layers.3", "layers.4")] = weights[name].clone()
+        weights["model.layers.4.eh_proj.weight"] = torch.ones(HIDDEN, 2 * HIDDEN)
+
+    edit_weights(folder, add)
+    assert rw.load(folder).generate("import ", GREEDY).token_ids
+    edit_weights(folder, lambda weights: weights.pop("model.layers.4.eh_proj.weight"))
+    with pytest.raises(rw.AssetError, match=r"9 tensors of its files"):
+        rw.load(folder)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(folder):
+    edit(folder / "config.json", intermediate_size=INNER - 32)
+    with pytest.raises(
+        rw.AssetError,
+        match=rf"'model\.layers\.0\.mlp\.down_proj\.weight' has the shape \[{HIDDEN}, {INNER}\], and its config",
+    ):
+        rw.load(folder)
+
+
+def test_an_output_matrix_beside_a_tied_embedding(folder, tiny_folder):
+    """The same numbers are one matrix; others are one that some programs use and some do not."""
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    edit_weights(folder, lambda weights: weights.update({"lm_head.weight": embedding.clone()}))
+    expected = rw.load(tiny_folder).score("import os\n").logprobs
+    assert torch.equal(rw.load(folder).score("import os\n").logprobs, expected)
+    edit_weights(folder, lambda weights: weights.update({"lm_head.weight": embedding.flip(0).contiguous()}))
+    with pytest.raises(
+        rw.AssetError, match=r"ties the output matrix.*another one, 'lm_head\.weight'.*programs disagree"
+    ):
+        rw.load(folder)
+    edit(folder / "config.json", tie_word_embeddings=False)
+    assert not torch.equal(rw.load(folder).score("import os\n").logprobs, expected)
+
+
+def test_two_tensors_for_one_weight(folder):
+    for other in ("model.model.norm.weight", "norm.weight"):
+        edit_weights(folder, lambda weights, other=other: weights.update({other: torch.ones(HIDDEN)}))
+        with pytest.raises(rw.AssetError, match=r"its tensors '.*' and '.*' are the same weight"):
+            rw.load(folder)
+        edit_weights(folder, lambda weights, other=other: weights.pop(other))
+
+
+def test_one_tensor_in_two_files(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    save_file({"model.norm.weight": torch.ones(HIDDEN)}, folder / "two.safetensors", {"format": "pt"})
+    index = {name: "two" if name == "model.norm.weight" else "one" for name in weights}
+    content = {"metadata": {}, "weight_map": {name: f"{file}.safetensors" for name, file in index.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(rw.AssetError, match=r"two\.safetensors: its tensor 'model\.norm\.weight' is in another file"):
         rw.load(folder)
 
 

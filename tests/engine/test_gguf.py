@@ -291,6 +291,57 @@ def test_a_missing_tensor_is_refused(write, tmp_path):
         convert_gguf(write(leave_out="blk.0.ffn_up"), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("blk.0.attn_q.bias", (HEADS * DIM,)),
+        ("blk.0.ffn_up.bias", (INNER,)),
+        ("blk.0.attn_q_norm.weight", (DIM,)),
+        ("blk.1.ffn_up.weight", (INNER, HIDDEN)),
+        ("blk.0.ffn_up.weight.lora_a", (4, HIDDEN)),
+        ("output.bias", (VOCAB,)),
+        ("unheard.of", (3,)),
+    ],
+)
+def test_a_tensor_that_the_model_does_not_use_is_refused(write, tmp_path, name, shape):
+    path = write(extra=lambda writer: writer.add_tensor(name, np.ones(shape, dtype=np.float32)))
+    with pytest.raises(UnsupportedModel, match=rf"some are not used \({name}\)"):
+        convert_gguf(path, tmp_path / "out")
+
+
+def test_a_tensor_of_another_shape_is_refused(write, tmp_path):
+    def extra(writer):
+        writer.add_tensor("blk.0.ffn_norm.weight", np.ones(HIDDEN + 1, dtype=np.float32))
+
+    with pytest.raises(
+        UnsupportedModel, match=r"post_attention_layernorm.* has the shape \[65\], and its fields say \[64\]"
+    ):
+        convert_gguf(write(extra=extra, leave_out="blk.0.ffn_norm"), tmp_path / "out")
+
+
+def test_the_embedding_may_be_stored_once_more_as_the_output_matrix(write, tmp_path):
+    rows = llama_tensors()["model.embed_tokens.weight"]
+    path = write(extra=lambda writer: writer.add_tensor("output.weight", rows))
+    weights = load_file(convert_gguf(path, tmp_path / "out") / "model.safetensors")
+    assert torch.equal(weights.get("lm_head.weight", weights["model.embed_tokens.weight"]), torch.from_numpy(rows))
+    path = write(extra=lambda writer: writer.add_tensor("output.weight", rows[::-1].copy()))
+    weights = load_file(convert_gguf(path, tmp_path / "other") / "model.safetensors")
+    assert torch.equal(weights["lm_head.weight"], torch.from_numpy(rows[::-1].copy()))
+
+
+def test_a_part_of_a_file_is_refused_by_its_name(write, tmp_path):
+    def split(writer):
+        writer.add_uint16("split.count", 3)
+        writer.add_uint16("split.no", 1)
+        writer.add_int32("split.tensors.count", 11)
+
+    path = write(extra=split)
+    for read in (lambda: convert_gguf(path, tmp_path / "out"), lambda: load_vocabulary(path)):
+        with pytest.raises(UnsupportedModel, match=r"is part 2 of a GGUF file that was split in 3; join them"):
+            read()
+    assert convert_gguf(write(extra=lambda writer: writer.add_uint16("split.count", 1)), tmp_path / "out").is_dir()
+
+
 def test_files_that_transformers_cannot_read(write, tmp_path):
     with pytest.raises(UnsupportedModel, match=r"transformers cannot read this GGUF file \(ValueError"):
         convert_gguf(write(arch="mpt"), tmp_path / "out")

@@ -1,0 +1,120 @@
+"""Every tensor of a checkpoint's files has to be in the model that is loaded from them, with its shape, and once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from ...errors import AssetError, first_line
+
+__all__ = ["Shapes", "check_loaded", "next_token_layers", "stored_shapes"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of stored tensors, by name."""
+
+_HARMLESS = re.compile(
+    r"(^|\.)(rotary_emb\.\w+|inv_freq|position_ids|masked_bias|causal_mask|_extra_state)$"  # made anew from the config
+    r"|(^|\.)mtp[._]"  # heads that guess further tokens; the model's own next token does not depend on them
+)
+_CAUSAL_MASK = re.compile(r"\.(attn|attention)\.bias$")
+_NEXT_TOKEN_LAYER = re.compile(r"(?:layers|blk)\.(\d+)\.(?:nextn\.)?eh_proj\.")
+_LAYER = re.compile(r"\.?(?:layers|blk)\.(\d+)\.")
+
+
+def stored_shapes(files: list[Path], again: str = "") -> dict[str, tuple[int, ...]]:
+    """The tensors of some safetensors files.
+
+    Args:
+        again: what to add to an error.
+
+    Raises:
+        AssetError: a file is damaged, or two of them have a tensor of the same name.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                here = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise AssetError(f"{file} is damaged or no safetensors file ({first_line(error)}).{again}") from error
+        if twice := sorted(shapes.keys() & here.keys()):
+            raise AssetError(
+                f"{file}: its tensor {twice[0]!r} is in another file of the folder too; remove one of them"
+            )
+        shapes |= here
+    return shapes
+
+
+def check_loaded(source: str, model: Any, info: Mapping[str, Any], stored: Shapes) -> None:
+    """Refuse a model that is not all of its files.
+
+    Args:
+        source: the folder or hub id.
+        model: of transformers.
+        info: what `from_pretrained` says with `output_loading_info`.
+        stored: the tensors in its files.
+
+    Raises:
+        AssetError: a tensor is missing, has another shape, has no place in the model, or shares one with another.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise AssetError(
+            f"{source}: {len(missing)} tensors of the model are not in its files, {missing[0]!r} first; transformers "
+            "would fill them with random numbers"
+        )
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise AssetError(
+            f"{source}: its tensor {name!r} has the shape {list(found)}, and its config says {list(expected)}; the "
+            "config belongs to another model, or was changed"
+        )
+    _check_places(source, model, stored)
+    extra = next_token_layers(stored)
+    unused = [name for name in sorted(info["unexpected_keys"]) if not _harmless(name, stored, extra)]
+    if unused:
+        raise AssetError(
+            f"{source}: {len(unused)} tensors of its files have no place in the {type(model).__name__} of its config, "
+            f"{unused[0]!r} first, so the model would compute something else; correct config.json (number of layers, "
+            "biases, architecture), merge an adapter into its model, or remove them from the files if they are no part "
+            "of it"
+        )
+
+
+def next_token_layers(names: Mapping[str, Any]) -> set[int]:
+    """Numbers of the layers that only guess further tokens (DeepSeek's multi-token prediction)."""
+    return {int(found[1]) for name in names if (found := _NEXT_TOKEN_LAYER.search(name))}
+
+
+def _harmless(name: str, stored: Shapes, next_token: set[int]) -> bool:
+    layer = _LAYER.search(name)
+    return bool(
+        _HARMLESS.search(name)
+        or (_CAUSAL_MASK.search(name) and len(stored.get(name, ())) == 4)
+        or (layer and int(layer[1]) in next_token)
+    )
+
+
+def _check_places(source: str, model: Any, stored: Shapes) -> None:
+    """Refuse two stored tensors for one weight: transformers takes one of them and says nothing."""
+    places: dict[str, str] = {}
+    prefix = f"{model.base_model_prefix}."
+    for name in stored:
+        place = name
+        while place.startswith(prefix):
+            place = place.removeprefix(prefix)
+        if place in places:
+            raise AssetError(f"{source}: its tensors {places[place]!r} and {name!r} are the same weight; remove one")
+        places[place] = name
+    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or rows is None or not model.config.get_text_config().tie_word_embeddings:
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    if f"{name}.weight" in stored and head.weight is not rows.weight and not head.weight.is_meta:
+        raise AssetError(
+            f"{source}: its config ties the output matrix to the embedding (tie_word_embeddings), and its files hold "
+            f"another one, {name + '.weight'!r}; programs disagree which of them counts, so set tie_word_embeddings to "
+            "false in config.json to use it, or remove it from the files"
+        )
