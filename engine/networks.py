@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,4 +66,10 @@ def network(hf: PreTrainedModel, sites: list[RotarySite], settings: Settings) ->
     except UnsupportedModel as reason:
         if settings.insists:
             raise UnsupportedModel(f"the compiled kernels cannot run this model: {reason}") from reason
+        if supported(hf.config) and hf.device.type == "cpu":
+            warnings.warn(
+                f"transformers' modules run this model, which is several times slower: {reason}; compile=False asks "
+                "for them without this warning",
+                stacklevel=2,
+            )
         return Network(hf, why=str(reason))

@@ -27,6 +27,7 @@ from ..cache import rewind
 from ..kv_cache import CacheShape, KVCache, KVLayer
 from ..memory import check_room
 from ..network import Network, Path, Setting
+from ..patches.float32 import float32_arithmetic
 from ..patches.probe import layer_ropes, logits, probe_ids
 from ..patches.rotary import RotarySite, headline
 from .chunk import Chunk
@@ -41,8 +42,7 @@ Tree = tuple[int, list[list[int]]]
 
 FEW = 16  # tokens up to which the compiled step is faster than a chunk in torch
 
-_VERIFIED = {torch.float32: 1e-4}  # difference of the logits, of their size, in the Euclidean norm
-_VERIFIED_16_BIT = 3e-2
+_VERIFIED = 1e-4  # difference of the logits from float32 arithmetic, of their size, in the Euclidean norm
 
 
 class CompiledNetwork(Network):
@@ -68,7 +68,7 @@ class CompiledNetwork(Network):
         if hf.device.type != "cpu" or hf.dtype not in (torch.float32, torch.bfloat16):
             raise UnsupportedModel(f"compiled kernels run on the CPU in float32 or bfloat16, not {hf.dtype}")
         self._decoder = decoder(hf)
-        self._dtype, self._folder = hf.dtype, None
+        self._dtype, self._folder = torch.float32, None
         self._headline = headline(sites)
         ropes = layer_ropes(hf, sites)
         self._groups, self._group_of = groups_of(self._decoder, ropes)
@@ -76,7 +76,8 @@ class CompiledNetwork(Network):
         self._layers = Layers(self._decoder, self._tables)
         self._turns: list[Turns] = []
         self.use(Scaler(), None)
-        self._verify()  # before anything is rounded
+        self._verify()  # before anything is rounded, keys and values neither
+        self._dtype = hf.dtype
         if weights == "int8":
             self._tables = Tables.of(self._decoder, self._groups, self._group_of, Stored.in_int8)
             self._layers = Layers(self._decoder, self._tables)
@@ -171,14 +172,15 @@ class CompiledNetwork(Network):
         return found[torch.tensor(counts).cumsum(0) - 1]
 
     def _verify(self) -> None:
-        """Refuse unless both ways of running give the logits of the model's own modules."""
+        """Refuse unless both ways of running give the logits of the model's own modules in float32 arithmetic."""
         with torch.inference_mode():
-            expected = logits(self.hf)[0].float()
+            with float32_arithmetic(self.hf):
+                expected = logits(self.hf)[0]
             ids: list[int] = probe_ids(self.hf)[0].tolist()
             caches = self.new_cache(len(ids)), self.new_cache(len(ids))
             for found in (self._few([(ids, caches[0])], len(ids)), self._many(ids, caches[1], len(ids))):
                 difference = float((found - expected).norm() / expected.norm())
-                if not difference < _VERIFIED.get(self._dtype, _VERIFIED_16_BIT):
+                if not difference < _VERIFIED:
                     raise UnsupportedModel(
                         f"{type(self.hf).__name__} computes something else than its family's description says (its "
                         f"logits differ by {difference:.2g} of their size)"

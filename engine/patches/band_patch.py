@@ -20,6 +20,7 @@ from ..bands.plan import Plan, Segment
 from ..bands.rotation import angles
 from ..bands.rows import Run, key_slots, runs
 from ..cache import adopt
+from .float32 import float32_arithmetic
 from .probe import LayerRope, layer_ropes, logits
 from .rotary import RotarySite, depends_on_length, headline
 from .seam import AttentionSeam, RotarySeam
@@ -96,14 +97,17 @@ class BandPatch:
         return layers
 
     def _install(self) -> None:
-        before = logits(self._model)  # not the probe's: Falcon, for one, runs otherwise when its attention is replaced
-        try:
-            self.apply()
-            self._verify(before)
-            self.write(None)
-        except BaseException:  # Ctrl-C too must not leave half a patch
-            self.restore()
-            raise
+        rounded = any(site.inv_freq.dtype not in _VERIFIED for site in self.sites)  # by `model.bfloat16()`, say
+        with float32_arithmetic(self._model):
+            # not the probe's logits: Falcon, for one, runs otherwise when its attention is replaced
+            before = logits(self._model)
+            try:
+                self.apply()
+                self._verify(before, _VERIFIED_16_BIT if rounded else _VERIFIED.get(before.dtype, _VERIFIED_16_BIT))
+                self.write(None)
+            except BaseException:  # Ctrl-C too must not leave half a patch
+                self.restore()
+                raise
 
     def apply(self) -> None:
         """Move the rotation into attention; after `restore` too, without looking at the model anew."""
@@ -116,14 +120,14 @@ class BandPatch:
         self._rotary.still()
         self._seam.install(self._attention, self._mask)
 
-    def _verify(self, before: Tensor) -> None:
+    def _verify(self, before: Tensor, tolerance: float) -> None:
         """Refuse unless the model's own frequencies, in this form, give the logits that they gave before."""
         name = type(self._model).__name__
         try:
             difference = (logits(self._model) - before).abs().max() / before.abs().max()
         except Exception as error:
             raise UnsupportedModel(f"{name} does not run with its rotation moved into attention: {error}") from error
-        if not difference < _VERIFIED.get(before.dtype, _VERIFIED_16_BIT):
+        if not difference < tolerance:
             raise UnsupportedModel(
                 f"{name} computes attention in a way that ropewalk does not reproduce (its "
                 f"logits differ by {float(difference):.2g} of the largest); static frequency scalers such as yarn:4 "

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ...errors import RopewalkError, UnsupportedModel
 from ..bands.rotation import Layout, angles
+from .float32 import float32_arithmetic
 from .rotary import RotarySite, RotaryWriter, is_local
 from .seam import AttentionSeam, RotarySeam
 
@@ -95,17 +96,18 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> dict[int, La
         return call.output
 
     try:
-        seam.install(capture, seam.own_mask)
-        logits(model)
-        if not calls:
-            raise UnsupportedModel(
-                f"{name} does not call attention through transformers' attention registry, so position maps and "
-                "growing lengths cannot be patched in; static frequency scalers such as yarn:4 can, and dynamic ones "
-                "with a fixed length="
-            )
-        seam.install(replay, seam.own_mask)
-        with rotary.stilled(_GAIN):
+        with float32_arithmetic(model):
+            seam.install(capture, seam.own_mask)
             logits(model)
+            if not calls:
+                raise UnsupportedModel(
+                    f"{name} does not call attention through transformers' attention registry, so position maps and "
+                    "growing lengths cannot be patched in; static frequency scalers such as yarn:4 can, and dynamic "
+                    "ones with a fixed length="
+                )
+            seam.install(replay, seam.own_mask)
+            with rotary.stilled(_GAIN):
+                logits(model)
     except RopewalkError:
         raise
     except Exception as error:
@@ -189,5 +191,6 @@ def _turns(layout: Layout, site: RotarySite, turned: Tensor, plain: Tensor) -> b
     frequencies = site.configured.scaler.frequencies(site.configured.rope, plain.shape[2])
     found = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor / _GAIN, like=plain)
     expected = layout.rotate(plain, found)
-    tolerance = _TOLERANCE.get(plain.dtype, _TOLERANCE_16_BIT) * float(turned.abs().max())
+    exact = _TOLERANCE.get(plain.dtype, _TOLERANCE_16_BIT)
+    tolerance = max(exact, _TOLERANCE.get(site.inv_freq.dtype, _TOLERANCE_16_BIT)) * float(turned.abs().max())
     return torch.allclose(expected, turned, rtol=0, atol=tolerance)

@@ -47,11 +47,13 @@ class Engine(Protocol):
         dtype: of the weights.
         cache_dtype: of the keys and values.
         versions: of what it is made of.
+        remark: what the tables say after its name, such as that a slower path runs the model; empty for most.
     """
 
     dtype: str
     cache_dtype: str
     versions: dict[str, str]
+    remark: str
 
     def prefill(self, ids: list[int]) -> Logits:
         """Forget everything, read `ids`, and return the logits after the last of them."""

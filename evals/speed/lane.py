@@ -67,7 +67,7 @@ class Stopwatch:
 
     def __init__(self, engine: Engine, entry: Entry) -> None:
         self._engine, self._entry = engine, entry
-        self.name, self.versions = f"{entry.kind} {engine.dtype}", engine.versions
+        self.name, self.versions = f"{entry.kind} {engine.dtype} {engine.remark}".rstrip(), engine.versions
         self.dtype, self.cache_dtype = engine.dtype, engine.cache_dtype
 
     def prefill(self, ids: list[int]) -> Reading:

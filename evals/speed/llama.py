@@ -43,7 +43,7 @@ class LlamaCpp:
             told = "; ".join(line for line in said if line)
             raise RopewalkError(f"llama.cpp cannot load {entry.source} ({told or error})") from error
         self.dtype, self.cache_dtype = entry.dtype, "float16"
-        self.versions = versions_of("llama-cpp-python")
+        self.versions, self.remark = versions_of("llama-cpp-python"), ""
         self.versions["llama.cpp"] = llama_cpp.llama_print_system_info().decode().strip(" |")
 
     def prefill(self, ids: list[int]) -> Logits:

@@ -29,6 +29,7 @@ class Ropewalk:
         self.cache_dtype = _name(self._cache.layers[0].keys.dtype)
         self.versions = {"ropewalk": __version__, **versions_of("torch", "transformers", "numba")}
         self.versions["network"] = self._model.network.how
+        self.remark = "" if self._model.network.is_compiled else "(by transformers' modules)"
 
     def prefill(self, ids: list[int]) -> Logits:
         self._cache = self._model.new_cache(len(ids) + self._room)
@@ -64,7 +65,7 @@ class Transformers:
         config = read_config(entry.source)
         self._model = read_weights(entry.source, config, attn_implementation="sdpa", **options)
         self.dtype = self.cache_dtype = entry.dtype
-        self.versions = versions_of("transformers", "torch")
+        self.versions, self.remark = versions_of("transformers", "torch"), ""
 
     def prefill(self, ids: list[int]) -> Logits:
         from transformers import DynamicCache

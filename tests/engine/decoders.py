@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from families import DEFAULT, build
 from serving import difference, logits
+from torch import nn
 
 import ropewalk as rw
 from ropewalk.engine.compiled.network import CompiledNetwork
@@ -96,6 +97,29 @@ def read(hf, ids=IDS):
     return logits(hf, ids)[0]
 
 
+def in_bfloat16(hf):
+    """As a checkpoint is loaded: `hf.bfloat16()` would round its rotary frequencies too."""
+    for weight in hf.parameters():
+        weight.data = weight.data.bfloat16()
+    return hf
+
+
+def noisy(hf):
+    """A model in bfloat16 whose own products are wrong by a tenth, which is worse than on any CPU."""
+    noise = torch.manual_seed(0)
+
+    def blur(_module, _args, out):
+        if out.dtype == torch.float32:
+            return out
+        return out * (1 + 0.1 * torch.randn(out.shape, generator=noise, dtype=out.dtype))
+
+    hf = in_bfloat16(hf)
+    for module in hf.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(blur)
+    return hf
+
+
 def under(network, hf, spec, length):
     """`network` under a scaler, and the same model patched with it, for sequences of `length` tokens."""
     scaler = rw.scaling.parse(spec)
@@ -103,7 +127,19 @@ def under(network, hf, spec, length):
     return rw.patch(hf, scaler, length=length if scaler.depends_on_length else None)
 
 
-__all__ = ["DECODERS", "IDS", "LONGROPE", "WINDOW", "compiled", "difference", "in_chunks", "read", "under"]
+__all__ = [
+    "DECODERS",
+    "IDS",
+    "LONGROPE",
+    "WINDOW",
+    "compiled",
+    "difference",
+    "in_bfloat16",
+    "in_chunks",
+    "noisy",
+    "read",
+    "under",
+]
 
 
 # What readings by several networks are compared on
