@@ -63,6 +63,14 @@ def test_ropewalk_tells_what_it_runs_in(tiny_folder, dtype):
     assert np.abs(engine.prefill(IDS) - reference(tiny_folder)[-1]).max() < 0.5
 
 
+def test_ropewalk_says_in_its_name_that_transformers_modules_run_it(tiny_folder, tmp_path):
+    with ProcessLane(entry("ropewalk", tiny_folder, "bfloat16")) as lane:
+        assert lane.name == "ropewalk bfloat16"
+    with ProcessLane(entry("ropewalk", tiny_folder, "float16")) as lane:
+        assert lane.name == "ropewalk float16 (by transformers' modules)"
+        assert "not the compiled kernels: compiled kernels run on the CPU in float32" in lane.versions["network"]
+
+
 def test_llama_cpp_is_the_model(tiny_folder, tmp_path, llama_cpp):
     file = write_gguf(tiny_folder, tmp_path / "tiny.gguf", "f32")
     check_engine(open_engine(entry("llama.cpp", file, "f32")), reference(tiny_folder), 0.01)  # its cache is float16

@@ -49,6 +49,10 @@ def test_speed_tells_costs_and_ends_in_json(tiny_folder):
         cost["scaler"] for cost in costs
     }
     assert all(cost["ratio"] > 0 and len(cost["seconds"]) == 1 for cost in costs)
+    assert (
+        "run by compiled steps" in result.output
+        and "compiled steps" in json.loads(result.output.splitlines()[-1])["network"]
+    )
 
 
 def test_a_scaler_without_a_map_is_refused():
@@ -71,6 +75,15 @@ def test_against_compares_engines_and_ends_in_json(tiny_folder):
     assert found["threads"] == 1
     assert {"python", "ropewalk", "torch", "transformers"} <= found["versions"].keys()
     assert found["bandwidth_gb_s"] > 0
+
+
+@pytest.mark.slow
+def test_the_tables_of_a_comparison_say_that_the_fast_engine_did_not_run(tiny_folder):
+    arguments = ["speed", str(tiny_folder), "--against", "hf:float32", "--lengths", "64", "--dtype", "float16"]
+    arguments += ["--new-tokens", "2", "--repeats", "1", "--prefill-repeats", "1", "--threads", "1"]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False, env={"COLUMNS": "160"})
+    rows = [line for line in result.output.splitlines() if line.startswith("       64")]
+    assert len(rows) == 6 and sum("ropewalk float16 (by transformers' modules)" in row for row in rows) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""The fast engine as CPUs of other kinds run it: tests again with fewer instructions than this CPU has.
+
+A machine with AVX512-BF16 and one with AVX2 only round their products differently; neither may hide a failure of the
+other. Run on the newer kind of machine, these tests cover both.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+AVX2 = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi2",
+}
+FILES = (
+    "test_compiled.py",
+    "test_compiled_settings.py",
+    "test_compiled_scalers.py",
+    "test_kernels_linear.py",
+    "test_float32.py",
+)
+
+pytestmark = pytest.mark.slow
+
+
+def run(settings, *arguments):
+    env = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
+    env.pop("PYTEST_XDIST_WORKER", None)
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_engine_passes_its_tests_with_avx2():
+    files = [str(HERE / name) for name in FILES]
+    ran = run(AVX2, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
+    assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-3000:]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("settings", [{}, AVX2], ids=["this CPU", "AVX2"])
+def test_the_engine_runs_smollm2_on_every_cpu(settings, dtype):
+    code = f"import ropewalk as rw; print(rw.load('smollm2-135m', dtype={dtype!r}).describe())"
+    ran = run(settings, "-c", code)
+    assert "compiled steps" in ran.stdout, ran.stdout + ran.stderr
