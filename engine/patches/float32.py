@@ -57,7 +57,8 @@ class _Widened:
 
     def begin(self, *_: Any) -> None:
         for module in self._modules:
-            for table in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
                 for name, tensor in table.items():
                     if tensor is not None and tensor.dtype in _NARROW:
                         self._replaced.append((table, name, tensor))
