@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import hashlib
 import json
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.checkpoints import assets
+from ..engine.text_formats import COMPRESSED_SUFFIXES
+from ..engine.texts import read_documents
 from ..errors import DataError, did_you_mean, first_line
 
 __all__ = ["TEXTS", "TEXT_SUFFIXES", "Text", "load_text", "tokenize_documents"]
@@ -33,7 +34,9 @@ TEXTS: dict[str, str] = {
 _PROSE = (".txt", ".md", ".rst", ".tex", ".html")
 _CODE = (".py", ".c", ".h", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
 TEXT_SUFFIXES = frozenset(_PROSE + _CODE)
-"""Files that are read from a folder."""
+"""Files that are read from a folder, compressed ones too (`.txt.gz`)."""
+
+_READ = tuple(suffix + compressed for suffix in TEXT_SUFFIXES for compressed in ("", *COMPRESSED_SUFFIXES))
 
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _CORE = (
@@ -64,18 +67,20 @@ class Text:
 
 
 def load_text(name_or_path: str | Path) -> Text:
-    """A built-in text, a UTF-8 file (one document) or a folder.
+    """A built-in text, a file or a folder.
 
     `kjv`: one document; each chapter is a line such as "Genesis 1" and a paragraph of its verses, joined by
     spaces. `shakespeare`: the plays as Markdown, sorted by path. `pydoc`: all topics, sorted by name. `stdlib`:
     all modules, sorted by path, without tests, each after a comment with its path. `code`: some of these modules.
 
-    A folder gives one document per file whose suffix is in TEXT_SUFFIXES, at any depth, sorted by path; hidden
-    and empty files are left out. A byte order mark is dropped, line ends stay as they are. A file that has the
-    name of a built-in text is written `./kjv`.
+    A file is one document, in UTF-8, or UTF-16 or UTF-32 with a byte order mark. Line ends become "\\n". JSON lines
+    (`.jsonl`) and Parquet files (with pyarrow) give the field `text` of each record. gzip, bzip2 and xz are
+    decompressed; other formats are refused by name. A folder gives the documents of the files whose suffix is in
+    TEXT_SUFFIXES, at any depth, sorted by path; hidden files are left out. Blank documents are left out. A file that
+    has the name of a built-in text is written `./kjv`.
 
     Raises:
-        DataError: no such name or path, not UTF-8, or nothing in it.
+        DataError: no such name or path, no text, or nothing in it.
         AssetError: a built-in text that cannot be fetched.
     """
     name = str(name_or_path)
@@ -160,7 +165,7 @@ def _pydoc() -> tuple[str, ...]:
 
 def _stdlib() -> tuple[str, ...]:
     root = Path(sysconfig.get_path("stdlib"))
-    below = (file.relative_to(root) for file in _sorted_files(root, {".py"}))
+    below = (file.relative_to(root) for file in _sorted_files(root, (".py",)))
     # _sysconfigdata holds how this one Python was built, not the library
     own = (
         name for name in below if _NOT_THE_LIBRARY.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata")
@@ -203,40 +208,31 @@ def _of_path(name: str) -> tuple[str, ...]:
     if name and path.is_dir():
         return _folder(path)
     if name and path.is_file():
-        return (_decode(path.read_bytes(), path),)
+        return _not_blank(read_documents(path))
     raise DataError(f"there is no text or file {name!r}.{_nearest(name, path)}")
 
 
 def _folder(folder: Path) -> tuple[str, ...]:
-    files = _sorted_files(folder, TEXT_SUFFIXES)
+    files = _sorted_files(folder, _READ)
     if not files:
         raise DataError(f"{folder} holds no text file; these suffixes are read: {' '.join(sorted(TEXT_SUFFIXES))}")
-    documents = (_decode(file.read_bytes(), file) for file in files)
+    return _not_blank(document for file in files for document in read_documents(file))
+
+
+def _not_blank(documents: Iterable[str]) -> tuple[str, ...]:
     return tuple(document for document in documents if document.strip())
 
 
-def _sorted_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Files below `folder` with one of these suffixes, none of them hidden, sorted alike on every system."""
+def _sorted_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files below `folder` whose names end in one of `suffixes`, none of them hidden, sorted alike on every system."""
     found = [
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in suffixes
+        if file.name.lower().endswith(suffixes)
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and file.is_file()
     ]
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
-
-
-def _decode(raw: bytes, file: Path) -> str:
-    body = raw.removeprefix(codecs.BOM_UTF8)
-    try:
-        return body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = error.start + len(raw) - len(body)
-        raise DataError(
-            f"{file} is not UTF-8: byte 0x{raw[offset]:02x} at offset {offset}; "
-            "convert it first, for example with `iconv -f LATIN1 -t UTF-8`"
-        ) from None
 
 
 def _nearest(name: str, path: Path) -> str:

@@ -26,7 +26,7 @@ parser.add_argument("--window", type=int, default=1024, help="tokens of a part, 
 args = parser.parse_args()
 
 model = rw.load(args.model)
-text = args.file.read_text() if args.file else load_text("kjv").documents[0][: 10 * args.tokens]
+text = "\n\n".join(load_text(args.file).documents) if args.file else load_text("kjv").documents[0][: 10 * args.tokens]
 text = rw.windows(text, model.tokenizer, tokens=args.tokens)[0]  # as much of it as fits, in whole sentences
 if args.file is None:
     half = text.index(". ", len(text) // 2) + 2

@@ -14,6 +14,7 @@ from ...tokenizer_tools.windows import windows
 from .. import split
 from ..api import Model
 from ..sampling import SamplingParams
+from ..texts import read_documents
 
 _COLORS = ("cyan", "yellow", "green", "magenta", "blue", "red")
 
@@ -35,11 +36,10 @@ def answer_over_files(
         DataError: a file is no text, or has none.
     """
     contexts, labels = [], []
-    for file in files:
-        text = _text(file)
+    for label, text in (labelled for file in files for labelled in _documents(file).items()):
         parts = [text] if window is None else windows(text, model.tokenizer, window, window // 8)
         contexts += parts
-        labels += [file if len(parts) == 1 else f"{file}, part {n} of {len(parts)}" for n in range(1, len(parts) + 1)]
+        labels += [label if len(parts) == 1 else f"{label}, part {n} of {len(parts)}" for n in range(1, len(parts) + 1)]
     answer = model.over_contexts(question, contexts, pooling, params)
     shown = split.is_first()
     for piece in answer.pieces():
@@ -57,11 +57,14 @@ def answer_over_files(
         click.secho(share + labels[source], fg=_COLORS[source % len(_COLORS)], err=True)
 
 
-def _text(file: str) -> str:
+def _documents(file: str) -> dict[str, str]:
+    """The documents of a file, by their labels."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as a context: {error}; contexts are text in UTF-8") from error
-    if not text.strip():
+        documents = read_documents(Path(file))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read as a context: {error.strerror or error}") from error
+    if not any(document.strip() for document in documents):
         raise DataError(f"{file} is blank; leave it out")
-    return text
+    if len(documents) == 1:
+        return {file: documents[0]}
+    return {f"{file}, record {n}": document for n, document in enumerate(documents, 1) if document.strip()}

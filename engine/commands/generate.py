@@ -89,6 +89,7 @@ def generate(
     from .. import split
     from ..load import load
     from ..sampling import SamplingParams
+    from ..texts import read_prompt
     from .contexts import answer_over_files
 
     params = SamplingParams(
@@ -108,7 +109,7 @@ def generate(
         )
     if window and not over_contexts:
         raise click.UsageError("--window splits the files of --contexts, and there are none")
-    text = _standard_input() if prompt == "-" else prompt
+    text = read_prompt(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
     if over_contexts and isinstance(text, bytes):
         raise DataError("standard input ends inside a character; a question over --contexts is a whole text")
     longest = parse_length(max_length) if max_length else None
@@ -125,21 +126,3 @@ def generate(
             sys.stdout.flush()
     if shown:
         click.echo()
-
-
-def _standard_input() -> str | bytes:
-    """Text; bytes where it ends inside a character, which the model can complete.
-
-    Raises:
-        DataError: it is not UTF-8.
-    """
-    from ...tokenizer_tools.boundaries import split_character
-
-    read = sys.stdin.buffer.read().replace(b"\r\n", b"\n")
-    try:
-        whole, cut = split_character(read)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"standard input is not UTF-8 at byte {error.start}; convert it, as `iconv -f latin1 -t utf-8` does"
-        ) from None
-    return read if cut else whole.decode()

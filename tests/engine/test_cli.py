@@ -67,7 +67,7 @@ def test_standard_input_is_text_that_may_end_inside_a_character(tiny_folder, tmp
     cut = piped("# A café".encode()[:-1], tiny_folder, "-", *short)
     assert cut.exit_code == 0, "the model completes the character"
     none = tmp_path / "none"  # it is refused before the model is looked for
-    assert "not UTF-8 at byte 4" in str(piped(b"abc \xff and more", none, "-").exception)
+    assert "not UTF-8: byte 0xff at offset 4" in str(piped(b"abc \xff and more", none, "-").exception)
     (tmp_path / "a.txt").write_text("A text.")
     asked = piped(b"caf\xc3", none, "-", tmp_path / "a.txt", "--contexts")
     assert "ends inside a character" in str(asked.exception)

@@ -61,11 +61,11 @@ def test_stdlib_is_one_long_document_without_tests():
     assert ours == []
 
 
-def test_a_file_is_one_document_with_its_line_ends_and_without_its_mark(tmp_path):
+def test_a_file_is_one_document_without_its_mark(tmp_path):
     file = tmp_path / "notes.anything"
     file.write_bytes(codecs.BOM_UTF8 + "naïve\r\ntext\n".encode())
     text = load_text(file)
-    assert text.documents == ("naïve\r\ntext\n",)
+    assert text.documents == ("naïve\ntext\n",)
     assert text.name == str(file)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import io
 import json
 import os
@@ -109,7 +110,17 @@ def _tuning(value: bytes) -> None:
 
 
 def _text_file(value: bytes) -> None:
-    load_text(stored("a.txt", value))
+    load_text(stored("a.text", value))
+
+
+def _text_records(value: bytes) -> None:
+    load_text(stored("a.jsonl", value))
+
+
+def _texts() -> st.SearchStrategy[bytes]:
+    plain, records = "é ü\r\n中\ufeff a\0", b'{"text": "a\\ud83d\\ude00"}\n{"text": "b"}\n'
+    whole = [plain.encode(), plain.encode("utf-16"), gzip.compress(records), records, b"PAR1\0PAR1", b"PK\x03\x04"]
+    return mutants(*whole) | st.binary(max_size=60) | st.sampled_from(deep())
 
 
 RUNS: dict[str, Parser] = {
@@ -117,5 +128,6 @@ RUNS: dict[str, Parser] = {
     "losses": Parser(lambda: mutants(_array()) | st.binary(max_size=100), _losses, 20),
     "session": Parser(_sessions, _session, 20),
     "tunings": Parser(_tunings, _tuning, 20),
-    "text file": Parser(lambda: mutants("é ü\r\n中\ufeff a\0".encode()) | st.binary(max_size=60), _text_file, 10),
+    "text file": Parser(_texts, _text_file, 20),
+    "text records": Parser(_texts, _text_records, 10),
 }
