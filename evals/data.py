@@ -18,6 +18,7 @@ from ..engine.checkpoints import assets
 from ..engine.text_formats import COMPRESSED_SUFFIXES
 from ..engine.texts import read_documents
 from ..errors import DataError, did_you_mean, first_line
+from ..tokenizer_tools.encode import texts_ids as _encode
 
 __all__ = ["TEXTS", "TEXT_SUFFIXES", "Text", "load_text", "tokenize_documents"]
 
@@ -130,13 +131,6 @@ def _encode_beginning(document: str, tokenizer: Any, limit: int) -> list[int]:
             return ids[:limit]
         characters *= 2
     return _encode([document], tokenizer)[0][:limit]
-
-
-def _encode(documents: list[str], tokenizer: Any) -> list[list[int]]:
-    # verbose=False: no warning that a text is longer than model_max_length; that is the point of it here.
-    encoded = tokenizer(documents, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
 
 
 def _kjv() -> tuple[str, ...]:

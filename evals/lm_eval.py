@@ -19,6 +19,7 @@ from rich.progress import track
 from ..engine.load import load
 from ..engine.sampling import SamplingParams
 from ..errors import ConfigError, did_you_mean
+from ..tokenizer_tools.encode import prompt_ids, text_ids
 from .subjects.reader import ModelReader, Start, Tokens
 
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
@@ -92,11 +93,8 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Tokens:
-        if add_special_tokens is None:  # a text that brings its start token gets no second one
-            has_start = self._start.prefix and string.startswith(self.tokenizer.decode(self._start.prefix))
-            add_special_tokens = not has_start
-        ids: Tokens = self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False).input_ids
-        return ids
+        read = text_ids if add_special_tokens is False else prompt_ids
+        return read(string, self.tokenizer, special_tokens=True)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         found = []

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import threading
 from functools import cached_property
 from typing import Any
 
 from ..errors import UnsupportedModel
+from .encode import prompt_ids
 from .vocab import Vocabulary
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
-
-_ENCODING = threading.Lock()  # a tokenizer keeps the last call's setting, which another thread's call would change
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -86,13 +84,7 @@ class HuggingFaceVocabulary(Vocabulary):
             raise UnsupportedModel(f"{self.name} decodes {own!r} where its tokens' bytes are {ours!r}")
 
     def encode(self, text: str) -> list[int]:
-        with _ENCODING:
-            if self._outer is self._backend:
-                self._backend.encode_special_tokens = not self.special_tokens
-                ids: list[int] = self._backend.encode(text).ids
-            else:
-                ids = self._outer(text, split_special_tokens=not self.special_tokens, verbose=False).input_ids
-        return ids
+        return prompt_ids(text, self._outer, special_tokens=self.special_tokens)
 
     def names_in(self, text: str) -> list[str]:
         return sorted(set(self._names.findall(text))) if self._names else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UnsupportedModel
+from .encode import prompt_ids
 from .huggingface import SPACE
 from .vocab import Vocabulary
 
@@ -40,10 +41,11 @@ class SentencePieceVocabulary(Vocabulary):
         self.walls = frozenset(walls)
 
     def encode(self, text: str) -> list[int]:
-        if not callable(self._outer):
-            ids: list[int] = self._processor.encode(text)
-        else:
-            ids = self._outer(text, split_special_tokens=not self.special_tokens).input_ids
+        if callable(self._outer):
+            return prompt_ids(text, self._outer, special_tokens=self.special_tokens)
+        ids: list[int] = self._processor.encode(text)  # with what the processor was told to add, at either end
+        while ids and self._processor.is_control(ids[-1]):  # which no text gives
+            ids.pop()
         return ids
 
     def cuts(self, text: str) -> list[int]:

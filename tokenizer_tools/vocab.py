@@ -41,7 +41,8 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of a whole prompt, with the special tokens that the tokenizer puts around one."""
+        """Token ids of a prompt: what the tokenizer puts before a text, and the text. Nothing is put behind it, and a
+        text that begins with the start token gets no second one."""
 
     @abstractmethod
     def cuts(self, text: str) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 from sentencex import get_sentence_boundaries
 
 from ..errors import ConfigError
+from .encode import texts_ids
 
 _LONGEST = 16  # characters a token, beyond which no window is filled: so a word of megabytes takes no hours
 
@@ -92,5 +93,4 @@ def _size(text: str, tokenizer: Any) -> int:
 def _sizes(texts: list[str], tokenizer: Any) -> list[int]:
     if not texts:
         return []
-    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return list(map(len, encoded.input_ids))
+    return list(map(len, texts_ids(texts, tokenizer)))

@@ -16,6 +16,7 @@ from ...engine.sampling import SamplingParams
 from ...errors import ConfigError, DataError
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
+from ...tokenizer_tools.encode import prompt_ids, text_ids
 from ..data import Text
 from ..retrieval.haystack import boundary, drawn_anew, sentences, stretch
 from ..retrieval.task import match_first
@@ -184,8 +185,8 @@ class FactsCell(Cell):
             return over_parts
         text = document.text
         if self.way == "cut":
-            ids = model.tokenizer(text, verbose=False).input_ids
-            text = model.tokenizer.decode(ids[-(self.recipe["trained_length"] - (self.context - len(ids))) :])
+            tokens = len(prompt_ids(text, model.tokenizer))
+            text = _end_of(text, model, self.recipe["trained_length"] - (self.context - tokens))
         session = model.session()
 
         def over_text(asked: str) -> tuple[str, list[int] | None]:
@@ -203,10 +204,16 @@ def _document(model: Model, text: Text, context: int, facts: int, seed: int) -> 
     """The one that leaves room for a question and its answer within `context` tokens."""
 
     def count(part: str) -> int:
-        return len(model.tokenizer(part, verbose=False).input_ids)
+        return len(prompt_ids(part, model.tokenizer))
 
     longest = count(question("considerable-acknowledgement")) + _PARAMS.max_new_tokens + _SPARE
     return Document.draw(text, count, context - longest, facts, seed)
+
+
+def _end_of(text: str, model: Model, tokens: int) -> str:
+    """The whole characters of the last `tokens` tokens of a text."""
+    found = model.vocabulary.text_bytes(text_ids(text, model.tokenizer)[-tokens:]).decode(errors="ignore")
+    return found.removeprefix(" ") if model.vocabulary.puts_space_first else found  # it puts one there again
 
 
 def way_name(way: str, parts: int) -> str:

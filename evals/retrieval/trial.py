@@ -11,6 +11,8 @@ from typing import Any
 
 from ...errors import DataError
 from ...scaling.lengths import format_length
+from ...tokenizer_tools.encode import prompt_ids as encode
+from ...tokenizer_tools.encode import text_ids
 from ..data import Text, load_text
 from ..runs.result import Row
 from .task import Draft, Place, Task
@@ -121,21 +123,10 @@ def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Pl
     return low
 
 
-def encode(text: str, tokenizer: Any) -> Tokens:
-    """Tokens of a whole text, with the special tokens that the tokenizer puts around one; names of special tokens
-    in it are ordinary characters."""
-    ids: Tokens = tokenizer(text, split_special_tokens=True, verbose=False).input_ids
-    return ids
-
-
 def answer_ids(draft: Draft, tokenizer: Any) -> Tokens:
     """Tokens of the answer behind those of the prompt. Where the tokenizer would merge the two, those of the answer
     alone."""
-
-    def ids(text: str) -> Tokens:
-        found: Tokens = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-        return found
-
+    ids = functools.partial(text_ids, tokenizer=tokenizer)
     tail = draft.prompt[-_TAIL:]
     before, both = ids(tail), ids(tail + draft.target)
     if both[: len(before)] == before:

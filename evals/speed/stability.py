@@ -20,6 +20,7 @@ from ...engine.api import Model
 from ...engine.sampling import SamplingParams
 from ...engine.session import Session
 from ...errors import ConfigError, ContextOverflow, RopewalkError
+from ...tokenizer_tools.encode import text_ids
 from ..data import load_text
 
 READINGS = 16
@@ -87,7 +88,7 @@ class Load:
         self.random = random.Random(seed)
         self.sessions: list[Session] = []
         self.kinds: Counter[str] = Counter()
-        self._characters = len(text[: 4 * longest]) / max(1, len(model.tokenizer(text[: 4 * longest]).input_ids))
+        self._characters = len(text[: 4 * longest]) / max(1, len(text_ids(text[: 4 * longest], model.tokenizer)))
 
     def request(self) -> None:
         """Serve one more request. Those that are refused or cancelled count too."""

@@ -13,6 +13,7 @@ from ...engine.checkpoints.checkpoint import read_tokenizer
 from ...engine.checkpoints.config import find_config, headline_rope
 from ...errors import ConfigError, ContextOverflow, EndpointError
 from ...scaling.rope import Scaler
+from ...tokenizer_tools.encode import text_ids
 from ...tokenizer_tools.vocab import Vocabulary, vocabulary
 from ..retrieval.heard import Heard
 from ..retrieval.trial import Trial
@@ -151,7 +152,7 @@ class Endpoint:
 
     def _find_form(self) -> LogprobForm | None:
         """How log-probabilities of a prompt are told, from a request of a few tokens in every form that there is."""
-        ids = self.tokenizer("The quick brown fox jumps over the lazy dog.", add_special_tokens=False).input_ids
+        ids = text_ids("The quick brown fox jumps over the lazy dog.", self.tokenizer)
         self._server.complete(self._served, ids, max_tokens=1)  # refused here: no server for token ids
         for form in FORMS:
             try:

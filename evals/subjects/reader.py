@@ -12,6 +12,7 @@ import numpy as np
 
 from ...errors import ConfigError, UnsupportedModel
 from ...scaling.rope import Scaler
+from ...tokenizer_tools.encode import start_ids
 from ..runs.cell import Advance
 from ..runs.result import Losses
 from ..speed.memory import peak_memory_mb
@@ -48,7 +49,7 @@ class Start:
         """Of a transformers tokenizer."""
         token = tokenizer.bos_token_id
         return cls(
-            prefix=list(tokenizer("", verbose=False).input_ids),
+            prefix=start_ids(tokenizer),
             token=tokenizer.eos_token_id if token is None else token,
         )
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from ...engine.api import Model
 from ...engine.cache import ContiguousLayer
 from ...engine.network import Network
+from ...tokenizer_tools.encode import text_ids
 from ..retrieval.trial import Trial
 
 _CERTAIN = 1000.0  # a logit beside zeros: a log-probability of exactly 0 in float32
@@ -56,7 +57,7 @@ def replace_network(model: Model, kind: str) -> Uniform:
     """Put a stand-in in the place of the model's network, and say so in its name, so that no row can be mistaken."""
     fake = FAKES[kind](model.hf)
     if isinstance(fake, Oracle):
-        ends = sorted(model.stop_ids) or model.tokenizer("\n", add_special_tokens=False).input_ids
+        ends = sorted(model.stop_ids) or text_ids("\n", model.tokenizer)
         fake.end = ends[0]
     model.network = fake
     model.name = f"{model.name} replaced by {kind}"

@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 from click.testing import CliRunner
+from tokenizers.processors import TemplateProcessing
 
 import ropewalk as rw
 from ropewalk.engine.cli import cli
@@ -126,3 +127,25 @@ def test_without_the_harness_the_command_says_what_to_install(monkeypatch):
     assert isinstance(done.exception, rw.ConfigError)
     assert "pip install 'ropewalk[lm-eval]'" in str(done.exception)
     assert "lm-evaluation-harness with a model" in CliRunner().invoke(cli, ["lm-eval", "--help"]).output
+
+
+def test_a_context_is_never_closed_and_begins_once(harness, tiny_folder, ours):
+    """A tokenizer with an end token gives what one without gives, and a chat's text brings its own start token."""
+    from ropewalk.evals.lm_eval import RopewalkLM
+
+    mark = "<|endoftext|>"
+    closing = RopewalkLM(str(tiny_folder), dtype="float32", max_length=200, rope="yarn:2")
+    closing.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {mark}", special_tokens=[(mark, 0)]
+    )
+    asked = requests("loglikelihood", ("def f(x):\n    return", " x"), (CODE, "\n"))
+    found, expected = (lm.loglikelihood(asked, disable_tqdm=True) for lm in (closing, ours))
+    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], abs=1e-6)
+    asked = requests("generate_until", (CODE[:60], {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}))
+    assert closing.generate_until(asked, disable_tqdm=True) == ours.generate_until(asked, disable_tqdm=True)
+    closing.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{mark} $A {mark}", special_tokens=[(mark, 0)]
+    )
+    bare = closing.tok_encode(CODE, add_special_tokens=False)
+    assert closing.tok_encode(CODE) == closing.tok_encode(mark + CODE) == [0, *bare]
+    assert closing.tok_encode(mark, add_special_tokens=False) == [0]
