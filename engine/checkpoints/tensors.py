@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import equal
 
 from ...errors import AssetError, first_line
 
-__all__ = ["Shapes", "check_loaded", "next_token_layers", "stored_shapes"]
+__all__ = ["Shapes", "check_loaded", "next_token_layers", "stored_shapes", "untied"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of stored tensors, by name."""
@@ -108,13 +109,19 @@ def _check_places(source: str, model: Any, stored: Shapes) -> None:
         if place in places:
             raise AssetError(f"{source}: its tensors {places[place]!r} and {name!r} are the same weight; remove one")
         places[place] = name
-    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or rows is None or not model.config.get_text_config().tie_word_embeddings:
-        return
-    name = next(name for name, module in model.named_modules() if module is head)
-    if f"{name}.weight" in stored and head.weight is not rows.weight and not head.weight.is_meta:
+    if (output := untied(model)) and output in stored:
         raise AssetError(
             f"{source}: its config ties the output matrix to the embedding (tie_word_embeddings), and its files hold "
-            f"another one, {name + '.weight'!r}; programs disagree which of them counts, so set tie_word_embeddings to "
-            "false in config.json to use it, or remove it from the files"
+            f"another one, {output!r}; programs disagree which of them counts, so set tie_word_embeddings to false in "
+            "config.json to use it, or remove it from the files"
         )
+
+
+def untied(model: Any) -> str | None:
+    """The name of an output matrix that is not the embedding although the config of `model` ties the two."""
+    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or rows is None or not model.config.get_text_config().tie_word_embeddings:
+        return None
+    if head.weight is rows.weight or head.weight.is_meta or rows.weight.is_meta or equal(head.weight, rows.weight):
+        return None
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is head)

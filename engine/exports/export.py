@@ -22,6 +22,7 @@ from . import launch
 from .carried import check_written, settle
 from .folder import KEPT, with_rope, write_copy, write_loaded
 from .launch import TARGETS, Target
+from .plain import check_kind, check_plain
 
 if TYPE_CHECKING:
     from ..api import Model
@@ -99,11 +100,13 @@ def export(
     Raises:
         ConfigError: the scaler acts on more than the frequencies, follows the length and none is given, or does not
             reach it; unknown target or dtype.
-        UnsupportedModel: a model that the target cannot hold.
+        UnsupportedModel: a model that the target cannot hold, or whose weights its config does not say: an adapter
+            that is not merged, a parametrised weight.
         AssetError: there is no such model, or something is at `out`, or it cannot be written.
     """
     if target not in TARGETS:
         raise ConfigError(f"unknown target {target!r}.{did_you_mean(target, TARGETS)}")
+    check_kind(model)
     if tokenizer is not None and not isinstance(model, PreTrainedModel):
         raise ConfigError("tokenizer is for a transformers model; others have their own")
     if dtype is not None and target not in _GGUF:
@@ -129,6 +132,7 @@ def _source(model: str | Path | Model | PreTrainedModel, rope: str | Scaler | No
         inner, own = model, patched_with(model)
     else:
         inner, own, tokenizer = model.hf, model.rope, model.tokenizer
+    check_plain(inner)
     scaler = own if rope is None else rope
     configured = hf.read(inner.config.get_text_config())
     return _Source(folder=None, model=inner, tokenizer=tokenizer, configured=configured, scaler=scaler)

@@ -31,6 +31,7 @@ from ..checkpoints.checkpoint import read_config, read_tokenizer, read_weights
 from ..patches.rotary import headline
 from ..storage import cache_dir, filling
 from .gguf_vocab import add_vocabulary
+from .plain import check_plain
 
 if TYPE_CHECKING:
     from ..api import Model
@@ -149,6 +150,7 @@ def _parts(model: Model | Loaded | str | Path) -> tuple[Any, Any, str]:
         hf, tokenizer = model if isinstance(model, tuple) else (model.hf, model.tokenizer)
         name = hf.name_or_path or type(hf).__name__
         _check(hf.config, name)
+        check_plain(hf)
         if tokenizer is None:
             raise ConfigError(f"{name}: a GGUF file holds a tokenizer too; give tokenizer=")
         return hf, tokenizer, Path(name).name
