@@ -14,7 +14,7 @@ from .cache import rewind, tokens_read
 from .network import Network
 from .opening import Continuation, Covers, Opening, open_answer
 from .prefill import prefill
-from .sampling import SamplingParams, penalize_repetition, random_source, sample
+from .sampling import SamplingParams, SeenTokens, random_source, sample
 
 Weigh = Callable[[Cache], Covers]
 """Runs a prompt on top of a cache and weighs its covers."""
@@ -65,7 +65,7 @@ class Decoding:
         self._stop_ids, self._weigh = stop_ids, weigh
         self._generator = random_source(params, network.hf.device)
         self._count = 0
-        self._seen: list[int] = []
+        self._seen = SeenTokens(params.repetition_penalty)
         self.cache = cache if cache is not None else network.new_cache(len(prompt) + params.max_new_tokens)
         self.pending: list[int] = []
         self.finished = False
@@ -75,12 +75,12 @@ class Decoding:
         if self._weigh is not None:
             covers = self._weigh(self.cache)
             opening = open_answer(covers, self.cache, self._params, self._generator)
-            self._seen = list(opening.continuation.prompt_ids)
+            self._seen.read(opening.continuation.prompt_ids)
             return self._next(opening_token(opening, covers, self._params), opening.pending)
         held = tokens_read(self.cache)
         if held >= len(self._prompt):  # the last token must be run to see what follows it
             rewind(self.cache, held - len(self._prompt) + 1)
-        self._seen = list(self._prompt)
+        self._seen.read(self._prompt)
         rest = self._prompt[tokens_read(self.cache) :]
         return self.draw(prefill(self._network, rest, self.cache)[-1])
 
@@ -91,7 +91,7 @@ class Decoding:
 
     def _next(self, token: Token, pending: list[int]) -> Token:
         self.pending = pending
-        self._seen.append(token.id)
+        self._seen.read([token.id])
         self._count += 1
         self.finished = token.id in self._stop_ids or self._count == self._params.max_new_tokens
         return token
@@ -112,16 +112,13 @@ def decode(
         yield decoding.draw(network.forward(decoding.pending, decoding.cache, keep=1)[0])
 
 
-def draw_token(logits_V: Tensor, seen: list[int], params: SamplingParams, generator: torch.Generator) -> Token:
+def draw_token(logits_V: Tensor, seen: SeenTokens, params: SamplingParams, generator: torch.Generator) -> Token:
     """A token from float32 logits.
 
     Args:
         seen: tokens that the repetition penalty is for.
     """
-    scores = logits_V
-    if params.repetition_penalty != 1:
-        scores = penalize_repetition(logits_V, torch.tensor(seen, device=logits_V.device), params.repetition_penalty)
-    token = sample(scores, params, generator)
+    token = sample(seen.penalized(logits_V), params, generator)
     if params.logprobs is None:
         return Token(id=token)
     logprobs = logits_V.log_softmax(-1)

@@ -115,6 +115,7 @@ def weigh(
             "read before it; give a longer prompt, or set continuation='off'"
         )
     logits, held = _path_logits(network, context, [node.path for node in cover.nodes], cache)
+    seen_before = torch.tensor([] if penalty == 1 else list(dict.fromkeys(context)), dtype=torch.int64)
     parts = []
     for n, node in enumerate(cover.nodes):
         row = logits[node.path]
@@ -122,7 +123,7 @@ def weigh(
         logprobs = row.log_softmax(-1) + sum(steps, torch.zeros((), device=row.device))
         scores = logprobs
         if penalty != 1:
-            seen = torch.tensor([*context, *node.path], device=row.device)
+            seen = torch.cat([seen_before, torch.tensor(node.path, dtype=torch.int64)]).to(row.device)
             scores = logprobs + penalize_repetition(row, seen, penalty) - row
         tokens = torch.arange(len(row)) if node.aligned else torch.tensor(vocabulary.trie.extensions(node.suffix))
         tokens = tokens.to(row.device)

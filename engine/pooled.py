@@ -25,7 +25,7 @@ from .nbce import NBCE
 from .opening import open_answer, open_at, weigh
 from .prefill import prefill
 from .prompt import Prompt
-from .sampling import SamplingParams, random_source
+from .sampling import SamplingParams, SeenTokens, random_source
 
 if TYPE_CHECKING:
     from .api import Model
@@ -95,6 +95,7 @@ class PooledAnswer:
         self._length = _longest(model, self._rows, params)
         self._caches = caches
         self._prompts = [row.ids for row in self._rows]
+        self._seen = SeenTokens(params.repetition_penalty)
         self._answer = Answer(self._rows[0], params, model.vocabulary, model.stop_ids)
 
     @property
@@ -160,6 +161,7 @@ class PooledAnswer:
                 prefill(network, row.ids[tokens_read(cache) :], cache)[-1]
                 for row, cache in zip(self._rows, caches, strict=True)
             ]
+            self._seen.read(self._prompts[0])
             token = self._draw(torch.stack(read).float(), generator)
             return token, [[token.id]] * len(caches)
         vocabulary, penalty = self._model.vocabulary, params.repetition_penalty
@@ -177,6 +179,7 @@ class PooledAnswer:
             *(open_at(one, cache, first.index) for one, cache in zip(weighed[1:], caches[1:], strict=True)),
         ]
         self._prompts = [opening.continuation.prompt_ids for opening in openings]
+        self._seen.read(self._prompts[0])
         token = replace(opening_token(first, pooled, params), source=_source(spoken, first.index))
         return token, [opening.pending for opening in openings]
 
@@ -184,8 +187,8 @@ class PooledAnswer:
         """The token that all rows take, from the logits of each, [1 + n, V]."""
         written = self._answer.tokens
         scores, spoken = self._nbce.pool(logits, written[-1].source if written else None)
-        seen = [*self._prompts[0], *(token.id for token in written)]
-        token = draw_token(scores, seen, self._params, generator)
+        self._seen.read(token.id for token in written[-1:])
+        token = draw_token(scores, self._seen, self._params, generator)
         return replace(token, source=_source(spoken, token.id))
 
 

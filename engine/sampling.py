@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal, get_args
@@ -114,6 +115,36 @@ def penalize_repetition(logits_V: Tensor, seen_ids: Tensor, penalty: float) -> T
     seen = logits_V[seen_ids]
     penalized = torch.where(seen > 0, seen / penalty, seen * penalty)
     return logits_V.index_put((seen_ids,), penalized)
+
+
+class SeenTokens:
+    """The distinct tokens of a text, for its repetition penalty: one more token costs the same at any length.
+
+    Args:
+        penalty: as of `SamplingParams`; at 1 nothing is stored.
+    """
+
+    def __init__(self, penalty: float) -> None:
+        self._penalty = penalty
+        self._known: set[int] = set()
+        self._new: list[int] = []
+        self._ids = torch.empty(0, dtype=torch.int64)
+
+    def read(self, ids: Iterable[int]) -> None:
+        """Tokens that the text goes on with."""
+        if self._penalty != 1:
+            new = [token for token in dict.fromkeys(ids) if token not in self._known]
+            self._known.update(new)
+            self._new += new
+
+    def penalized(self, logits_V: Tensor) -> Tensor:
+        """Logits under the penalty; the same tensor at penalty 1."""
+        if self._penalty == 1:
+            return logits_V
+        if self._new:
+            new = torch.tensor(self._new, device=logits_V.device)
+            self._ids, self._new = torch.cat([self._ids.to(logits_V.device), new]), []
+        return penalize_repetition(logits_V, self._ids, self._penalty)
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ropewalk import ConfigError, SamplingParams
-from ropewalk.engine.sampling import filtered, penalize_repetition, sample
+from ropewalk.engine.sampling import SeenTokens, filtered, penalize_repetition, sample
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
@@ -58,6 +58,36 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     logits = torch.tensor([2.0, -2.0, 1.0])
     got = penalize_repetition(logits, torch.tensor([0, 1, 1]), 2.0)
     assert got.tolist() == [1.0, -4.0, 1.0]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.5])
+def test_tokens_seen_one_by_one_are_penalized_as_the_list_of_all_to_the_bit(penalty):
+    random = torch.Generator().manual_seed(0)
+    text, seen = torch.randint(0, 50, (300,), generator=random).tolist(), SeenTokens(penalty)
+    seen.read(text[:100])
+    for count in range(100, 300):
+        logits = torch.randn(60, generator=random)
+        assert torch.equal(seen.penalized(logits), penalize_repetition(logits, torch.tensor(text[:count]), penalty))
+        seen.read([text[count]])
+
+
+@pytest.mark.parametrize("continuation", ["off", "exact"])
+@pytest.mark.parametrize("contexts", [None, ["import os", "def f(x)"]])
+def test_a_step_under_a_repetition_penalty_does_not_build_the_text_again(model, monkeypatch, contexts, continuation):
+    made, tensor = [], torch.tensor
+
+    def counting(data, *rest, **options):
+        made.append(len(data) if isinstance(data, list | tuple) else 1)
+        return tensor(data, *rest, **options)
+
+    prompt = "import os\ndef f(x):\n    retur" * 20
+    params = SamplingParams(max_new_tokens=6, temperature=0, repetition_penalty=1.3, continuation=continuation)
+    stream = model.stream(prompt, params, contexts=contexts)
+    next(stream)
+    monkeypatch.setattr(torch, "tensor", counting)
+    for _ in stream:
+        pass
+    assert sum(made) < 60, made
 
 
 @pytest.mark.parametrize(
