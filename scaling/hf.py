@@ -338,9 +338,11 @@ def _read_scaler(name: str, kind: str, values: Mapping[str, Any], stretch: float
 def _read_yarn(name: str, values: Mapping[str, Any], factor: float) -> YaRN:
     optional = ("attention_factor", "mscale", "mscale_all_dim")
     attention_factor, mscale, mscale_all_dim = (_number_or_none(name, values, key) for key in optional)
-    # transformers' order: attention_factor, then both mscales, then the rule; one mscale alone does nothing.
+    # transformers' order: attention_factor, then both mscales, then the rule; zero is as good as absent. Latent
+    # attention reads mscale_all_dim in any case.
+    mscale_all_dim = mscale_all_dim or None
     if attention_factor is not None or not (mscale and mscale_all_dim):
-        mscale = mscale_all_dim = None
+        mscale = None
     return YaRN(
         factor=factor,
         beta_fast=_number(name, values, "beta_fast", 32.0),

@@ -21,6 +21,9 @@ __all__ = ["check_carried", "divisors", "write", "write_served"]
 _STANDING_STILL = 1e30
 """Divisor of a pair that does not turn: finite in float32 and in JSON, no angle at any position."""
 
+_NO_MSCALE = 1e-9
+"""An `mscale_all_dim` that changes nothing, where one has to stand beside `mscale`."""
+
 
 def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dict[str, Any]:
     """The `rope_parameters` with which stock transformers computes `scaler.frequencies(rope)`.
@@ -42,21 +45,29 @@ def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dic
     return _finished(rope, head_dim, _native(rope, scaler) or _carried(rope, scaler))
 
 
-def write_served(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dict[str, Any]:
+def write_served(
+    rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None, yarn_only: bool = False
+) -> dict[str, Any]:
     """The `rope_parameters` from which vLLM and SGLang too compute `scaler.frequencies(rope)`.
 
     Both look for LongRoPE's temperature in `short_mscale` and `long_mscale`, and SGLang ignores the
     `attention_factor` of yarn; so whatever has a temperature of its own is carried as LongRoPE with those keys.
 
+    Args:
+        yarn_only: of a model with latent attention, such as DeepSeek-V3: both engines read all of its scalings as yarn
+            with `mscale` and `mscale_all_dim`, whatever the rope type says.
+
     Raises:
         ConfigError: the scaler follows the length of the text, which they do not do, or acts on more than the
-            frequencies.
+            frequencies, or is none that they read for a model with latent attention.
     """
     check_carried(scaler)
     scaler.check(rope)
     if scaler.depends_on_length:
         raise ConfigError(f"'{scaler}' follows the length of the text, which vLLM and SGLang do not do")
     parameters = _native(rope, scaler)
+    if yarn_only:
+        return _finished(rope, head_dim, _read_as_yarn(scaler, parameters))
     if (
         parameters is None
         or parameters.keys() & {"attention_factor", "mscale", "short_factor"}
@@ -65,6 +76,28 @@ def write_served(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None)
         parameters = _carried(rope, scaler)
         parameters |= dict.fromkeys(("short_mscale", "long_mscale"), parameters["attention_factor"])
     return _finished(rope, head_dim, parameters)
+
+
+def _read_as_yarn(scaler: Scaler, parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """The parameters of a base, or of a yarn without `attention_factor`, which is said by the mscales."""
+    fits = parameters is not None and parameters["rope_type"] in ("default", "yarn")
+    if parameters is None or not (fits and parameters.get("truncate", True)):
+        raise ConfigError(
+            f"'{scaler}' cannot be written for vLLM and SGLang: they read every scaling of this model, whose attention "
+            "takes a softmax scale from rope_parameters, as the yarn of DeepSeek, with truncated ends; take yarn or "
+            "another base"
+        )
+    if "attention_factor" not in parameters:
+        return parameters
+    m, slope = parameters.pop("attention_factor"), 0.1 * math.log(parameters["factor"])
+    all_dim = parameters.get("mscale_all_dim", _NO_MSCALE)
+    mscale = all_dim if m == 1 else (m * (all_dim * slope + 1) - 1) / slope if slope else 0.0
+    if mscale <= 0:
+        raise ConfigError(
+            f"'{scaler}' cannot be written for vLLM and SGLang: they know attention_factor by mscale and "
+            f"mscale_all_dim alone for this model, and {m:g} has none above 0; take a larger one"
+        )
+    return {**parameters, "mscale": mscale, "mscale_all_dim": all_dim}
 
 
 def _finished(rope: RopeSpec, head_dim: int | None, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,8 @@ class YaRN(NTKByParts):
         truncate: round the ramp's ends outwards to whole pairs.
         attention_factor: m itself, instead of the rule.
         mscale: with `mscale_all_dim`, m is the ratio of (0.1 mscale ln s + 1) and (0.1 mscale_all_dim ln s + 1).
-        mscale_all_dim: see `mscale`.
+        mscale_all_dim: see `mscale`. Alone or beside `attention_factor` it leaves m as it is. Models with latent
+            attention, such as DeepSeek-V3, multiply all logits by (0.1 mscale_all_dim ln s + 1)^2 besides.
     """
 
     name: ClassVar[str] = "yarn"
@@ -111,7 +112,7 @@ class YaRN(NTKByParts):
             value = getattr(self, key)
             if value is not None and not math.inf > value > 0:
                 raise ConfigError(f"yarn: {key} {value:g} must be finite and above 0")
-        if (self.mscale is None) != (self.mscale_all_dim is None):
+        if self.mscale is not None and self.mscale_all_dim is None:
             raise ConfigError("yarn: mscale and mscale_all_dim go together; give both or neither")
         if self.attention_factor is not None and self.mscale is not None:
             raise ConfigError("yarn: attention_factor and mscale both set m; give one of them")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from ...errors import ConfigError, UnsupportedModel
 from ...scaling import hf, hf_write
@@ -18,8 +21,9 @@ from ...scaling.longrope import LongRoPE
 from ...scaling.rope import RopeSpec, Scaler
 from ...scaling.spec import parse
 from ..checkpoints.checkpoint import read_config
+from ..patches.derived import derived_numbers, derives_numbers, parameters_under
 
-__all__ = ["check_written", "configured_in", "settle"]
+__all__ = ["Derived", "check_written", "configured_in", "settle"]
 
 
 def settle(
@@ -86,6 +90,52 @@ def check_written(folder: Path, wanted: Mapping[str | None, tuple[RopeSpec, Scal
                 raise UnsupportedModel(
                     f"transformers would read {scaler} otherwise from the config of this model; patch it where it runs "
                     "instead"
+                )
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A model that derives numbers from `rope_parameters` outside of its rotary modules, such as a softmax scale."""
+
+    kind: type[PreTrainedModel]
+    config: Any
+
+    @classmethod
+    def of(cls, config: Any, model: PreTrainedModel | None) -> Self | None:
+        """None for a model that derives nothing.
+
+        Args:
+            model: the model in memory, if it is there.
+
+        Raises:
+            UnsupportedModel: transformers has no causal language model for the config, or cannot build it.
+        """
+        if model is None:
+            config = config.get_text_config()
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+            if kind is None:
+                raise UnsupportedModel(f"transformers has no causal language model for {type(config).__name__}")
+        else:
+            kind = type(model)
+        return cls(kind, config) if derives_numbers(kind, config) else None
+
+    def check(self, folder: Path, wanted: Mapping[str | None, tuple[hf.ConfiguredRope, Scaler]]) -> None:
+        """Refuse a folder from whose config transformers derives other numbers than those of the scalers."""
+        written = read_config(str(folder))
+        written = written if isinstance(written, type(self.config)) else written.get_text_config()
+        found = derived_numbers(self.kind, written)
+        changed = {
+            kind: parameters_under(one, scaler)
+            for kind, (one, scaler) in wanted.items()
+            if scaler.member("frequencies") != one.scaler.member("frequencies")
+        }
+        for (name, attribute), value in derived_numbers(self.kind, self.config, changed).items():
+            if not math.isclose(found[name, attribute], value, rel_tol=1e-6):
+                scaler = next(scaler for _, scaler in wanted.values())
+                raise UnsupportedModel(
+                    f"{scaler} cannot be written for this model: from the config transformers would take "
+                    f"{found[name, attribute]:.6g} for {name}.{attribute}, and {value:.6g} is right; leave out what is "
+                    "laid over yarn, or patch the model where it runs"
                 )
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...errors import ConfigError, UnsupportedModel, did_you_mean
 from ...scaling import hf, hf_write
 from ...scaling.gguf_rope import GgufRope
+from ...scaling.longrope import LongRoPE
 from ...scaling.rope import Scaler
 from ..checkpoints.checkpoint import from_hub, weight_files
 from ..checkpoints.config import find_config
@@ -19,7 +20,7 @@ from ..checkpoints.gguf_file import GgufFile
 from ..patches.patch import patched_with
 from ..patches.rotary import is_local
 from . import launch
-from .carried import check_written, settle
+from .carried import Derived, check_written, settle
 from .folder import KEPT, with_rope, write_copy, write_loaded
 from .launch import TARGETS, Target
 from .plain import check_kind, check_plain
@@ -60,6 +61,7 @@ class _Source:
     Attributes:
         folder: where its files are; None for a model in memory.
         model, tokenizer: the model in memory, else None.
+        config: its transformers config.
         configured: its rotary embeddings by layer type.
         scaler: under which it shall be.
     """
@@ -67,6 +69,7 @@ class _Source:
     folder: Path | None
     model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
+    config: Any
     configured: Mapping[str | None, hf.ConfiguredRope]
     scaler: str | Scaler | None
 
@@ -127,7 +130,7 @@ def _source(model: str | Path | Model | PreTrainedModel, rope: str | Scaler | No
         source, config = find_config(str(model))
         configured = hf.read(config.get_text_config())
         folder = Path(source) if Path(source).is_dir() else from_hub(source, *KEPT)
-        return _Source(folder=folder, model=None, tokenizer=None, configured=configured, scaler=rope)
+        return _Source(folder=folder, model=None, tokenizer=None, config=config, configured=configured, scaler=rope)
     if isinstance(model, PreTrainedModel):
         inner, own = model, patched_with(model)
     else:
@@ -135,7 +138,9 @@ def _source(model: str | Path | Model | PreTrainedModel, rope: str | Scaler | No
     check_plain(inner)
     scaler = own if rope is None else rope
     configured = hf.read(inner.config.get_text_config())
-    return _Source(folder=None, model=inner, tokenizer=tokenizer, configured=configured, scaler=scaler)
+    return _Source(
+        folder=None, model=inner, tokenizer=tokenizer, config=inner.config, configured=configured, scaler=scaler
+    )
 
 
 def _write_folder(source: _Source, out: Path, target: str, length: int | str | None) -> Export:
@@ -151,6 +156,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
             "every layer of this model that uses RoPE sees a sliding window only, so no distance grows with the "
             "context and there is nothing to scale"
         )
+    derived = Derived.of(source.config, source.model)
     ropes: dict[str | None, dict[str, Any]] = {}
     scalers: dict[str | None, Scaler] = {}
     for kind, one in configured.items():
@@ -159,8 +165,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
         else:
             scaler, tokens = settle(source.scaler, one, length, target)
             scalers[kind] = scaler
-        write = hf_write.write if target == "hf" else hf_write.write_served
-        ropes[kind] = write(one.rope, scalers[kind], head_dim=one.head_dim)
+        ropes[kind] = _written(one, scalers[kind], target, derives=derived is not None)
     written = next(ropes[kind]["rope_type"] for kind in ropes if not is_local(kind))
     extra = {}
     if target != "hf":
@@ -172,6 +177,8 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
 
     def check(folder: Path) -> None:
         check_written(folder, {kind: (one.rope, scalers[kind]) for kind, one in configured.items()})
+        if derived is not None:
+            derived.check(folder, {kind: (one, scalers[kind]) for kind, one in configured.items()})
 
     if source.folder is not None:
         write_copy(source.folder, out, change, extra, check)
@@ -186,6 +193,19 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
         carrier=f"rope_type {written!r} in config.json",
         command=launch.command(target, out, tokens),
     )
+
+
+def _written(rope: hf.ConfiguredRope, scaler: Scaler, target: str, *, derives: bool) -> dict[str, Any]:
+    """The `rope_parameters` for `target`.
+
+    Args:
+        derives: the model derives numbers from them outside of its rotary modules.
+    """
+    if target == "hf":
+        return hf_write.write(rope.rope, scaler, head_dim=rope.head_dim)
+    # A latent attention that ships with longrope is read as longrope, the others as yarn.
+    yarn_only = derives and not isinstance(rope.scaler, LongRoPE)
+    return hf_write.write_served(rope.rope, scaler, head_dim=rope.head_dim, yarn_only=yarn_only)
 
 
 def _write_gguf(source: _Source, out: Path, target: str, length: int | str | None, dtype: str) -> Export:

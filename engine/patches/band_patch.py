@@ -22,7 +22,7 @@ from ..bands.rows import Run, key_slots, runs
 from ..cache import adopt
 from .float32 import float32_arithmetic
 from .probe import LayerRope, layer_ropes, logits
-from .rotary import RotarySite, depends_on_length, headline
+from .rotary import RotarySite, depends_on_length, derived_numbers, headline
 from .seam import AttentionSeam, RotarySeam
 
 _VERIFIED = {torch.float64: 1e-5, torch.float32: 1e-4}  # largest difference of logits, of their largest
@@ -52,6 +52,7 @@ class BandPatch:
         self.scaler = scaler
         for site in self.scaled_sites:
             site.configured.check(scaler)
+        self.derived = derived_numbers(model, self.scaled_sites, scaler)
         self._seam = AttentionSeam(model)
         self._rotary = RotarySeam([site.module for site in sites])
         self._layers = self._probed()
@@ -67,6 +68,7 @@ class BandPatch:
 
     def write(self, length: int | None = None) -> None:
         """Fix the length that a scaler which depends on it is for; None lets it grow with each sequence."""
+        self.derived.apply()
         length = length if depends_on_length(self.scaled_sites, self.scaler) else None
         if self._planned != (self.scaler, length):
             self._plan(self.scaler, length)
@@ -77,6 +79,7 @@ class BandPatch:
             hook.remove()
         self._rotary.restore()
         self._seam.remove()
+        self.derived.restore()
 
     def _plan(self, scaler: Scaler, length: int | None) -> None:
         used = {layer.site for layer in self._layers.values() if not layer.is_local}

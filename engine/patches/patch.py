@@ -36,7 +36,7 @@ def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, 
         return BandPatch(model, sites, scaler)
     if scaler.member("temperature"):
         return TemperaturePatch(model, sites, scaler)
-    writer = RotaryWriter(sites, scaler)
+    writer = RotaryWriter(model, sites, scaler)
     try:
         writer.write()
         if writer.changes_frequencies:

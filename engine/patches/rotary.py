@@ -14,6 +14,7 @@ from ...errors import UnsupportedModel
 from ...scaling.band import Band
 from ...scaling.hf import ConfiguredRope, read
 from ...scaling.rope import Scaler
+from .derived import DerivedNumbers
 
 # inv_freq must be what the config says; a model cast to 16 bits as a whole has rounded its own.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -105,7 +106,8 @@ def _verify(model_name: str, module_name: str, site: RotarySite) -> None:
 
 
 class RotaryWriter:
-    """Writes a scaler's frequencies into a model's rotary modules and puts the original ones back.
+    """Writes a scaler's frequencies into a model's rotary modules, and what else the model derives from its rotary
+    config where that is; puts the original ones back.
 
     Writes are exact and reversible: buffers are replaced, never changed, so that `restore` brings the very
     same tensors back.
@@ -114,7 +116,7 @@ class RotaryWriter:
     tier = "static frequencies, written into the model's own rotary modules; every attention kernel works"
     cost = "none"
 
-    def __init__(self, sites: list[RotarySite], scaler: Scaler) -> None:
+    def __init__(self, model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> None:
         self.sites = sites
         self.scaler = scaler
         if not self.scaled_sites:
@@ -124,6 +126,7 @@ class RotaryWriter:
             )
         for site in self.scaled_sites:
             site.configured.check(scaler)
+        self.derived = derived_numbers(model, self.scaled_sites, scaler)
         self._originals: list[dict[str, Any]] = []
         self._written_for: int | None = -1
 
@@ -158,6 +161,7 @@ class RotaryWriter:
             types: Any = site.module.rope_type
             kept = "default" if site.layer_type is None else {**types, site.layer_type: "default"}
             setattr(site.module, "rope_type", kept)  # noqa: B010  (nn.Module declares tensors only)
+        self.derived.apply()
         self._written_for = length
 
     def apply(self) -> None:
@@ -171,6 +175,7 @@ class RotaryWriter:
             site.module._buffers[site.attribute("inv_freq")] = buffer.to(site.inv_freq.device)
             setattr(site.module, site.attribute("attention_scaling"), original["attention_scaling"])
             site.module.rope_type = original["rope_type"]
+        self.derived.restore()
         self._originals = []
         self._written_for = -1
 
@@ -181,6 +186,11 @@ class RotaryWriter:
             "attention_scaling": getattr(site.module, site.attribute("attention_scaling")),
             "rope_type": site.module.rope_type,
         }
+
+
+def derived_numbers(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> DerivedNumbers:
+    """What the model derives from the rotary config of these sites under `scaler`."""
+    return DerivedNumbers(model, {site.layer_type: site.configured for site in sites}, scaler)
 
 
 def depends_on_length(sites: list[RotarySite], scaler: Scaler) -> bool:

@@ -45,6 +45,11 @@ class Switch:
                 self._installed.apply()
             else:
                 self._installed = install(self._hf, self._sites, scaler, grows=False)
+            if self._network.is_compiled and self._installed.derived:
+                raise UnsupportedModel(
+                    f"{type(self._hf).__name__} takes more than its frequencies from rope_parameters, which the "
+                    "compiled kernels do not follow; load it with compile=False"
+                )
             self.prepare(None)
         except BaseException:  # Ctrl-C too, or the model would run under none while `scaler` names another
             self._installed.restore()

@@ -29,8 +29,9 @@ class TemperaturePatch:
         self._model = model
         self.sites = sites
         self.scaler = scaler
-        self._frequencies = RotaryWriter(sites, scaler)
+        self._frequencies = RotaryWriter(model, sites, scaler)
         self.scaled_sites = self._frequencies.scaled_sites
+        self.derived = self._frequencies.derived
         self._seam = AttentionSeam(model)
         self._rotary = RotarySeam([site.module for site in sites])
         self._padding: Tensor | None = None

@@ -44,7 +44,7 @@ def test_types_are_read_as_their_methods() -> None:
     assert scaler("yarn, truncate") == YaRN(factor=4, truncate=False, beta_fast=8)
     assert scaler("yarn, mscale") == YaRN(factor=40, mscale=1, mscale_all_dim=0.707)
     assert scaler("yarn, one mscale") == YaRN(factor=4)
-    assert scaler("yarn, attention_factor over mscale") == YaRN(factor=4, attention_factor=1.5)
+    assert scaler("yarn, attention_factor over mscale") == YaRN(factor=4, attention_factor=1.5, mscale_all_dim=0.707)
     assert scaler("yarn, no factor") == YaRN(factor=8)
     assert scaler("llama3") == Llama3(factor=8)
     assert scaler("longrope, factor") == LongRoPE(factor=16, short=(1.0,) * 8, long=(2.0,) * 8, attention_factor=1.25)
