@@ -19,7 +19,7 @@ from ..scaling.auto import Auto
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import parse
-from ..tokenizer_tools.cover import cover
+from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.vocab import Vocabulary, check_text, vocabulary
 from . import identity, tunings
 from .answer import Answer, stop_ids
@@ -27,6 +27,7 @@ from .auto import Choice
 from .completion import Completion, Score
 from .generation import generate_all, pieces
 from .nbce import NBCE
+from .network import token_rows
 from .networks import Settings, network
 from .opening import text_logprob, weigh
 from .patches.rotary import headline, rotary_sites
@@ -110,8 +111,8 @@ class Model:
 
     @property
     def vocabulary_size(self) -> int:
-        """Tokens that the model has; the tokenizer may make fewer."""
-        return int(self.hf.config.get_text_config().vocab_size)
+        """Tokens that the model has; the tokenizer may make fewer, or more."""
+        return token_rows(self.hf)
 
     @property
     def trained_length(self) -> int:
@@ -149,7 +150,7 @@ class Model:
         Raises:
             UnsupportedModel: they are not pieces of the text's bytes.
         """
-        return vocabulary(self.tokenizer, special_tokens=self._special_tokens)
+        return vocabulary(self.tokenizer, special_tokens=self._special_tokens, rows=self.vocabulary_size)
 
     @overload
     def generate(
@@ -273,7 +274,7 @@ class Model:
 
         Index 256 is the end of the text. Exact as `logprob` is.
         """
-        covers = cover(self.vocabulary, text)
+        covers = self._cover(text)
         length = len(covers.prompt) + 1
         with self.turn, torch.inference_mode():
             self.prepare(length)
@@ -288,7 +289,7 @@ class Model:
         texts begin with the tokenizer's start token.
         """
         text = [_utf8(part) for part in (given, continuation)]
-        before, after = cover(self.vocabulary, text[0]), cover(self.vocabulary, b"".join(text))
+        before, after = self._cover(text[0]), self._cover(b"".join(text))
         start = None if before.trunk else self.tokenizer.bos_token_id
         length = len(after.prompt) + 1
         with self.turn, torch.inference_mode():
@@ -353,6 +354,11 @@ class Model:
         for _ in pieces(self, prompt, params, answer, cache):
             pass
         return answer.completion()
+
+    def _cover(self, text: str | bytes) -> Cover:
+        found = cover(self.vocabulary, text)
+        self.vocabulary.checked(list(found.prompt))
+        return found
 
     def _encode(self, text: str) -> list[int]:
         check_text(text)

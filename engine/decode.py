@@ -86,7 +86,7 @@ class Decoding:
 
     def draw(self, logits_V: Tensor) -> Token:
         """The token after `pending`, whose logits these are."""
-        token = draw_token(logits_V.float(), self._seen, self._params, self._generator)
+        token = draw_token(self._network.readable(logits_V).float(), self._seen, self._params, self._generator)
         return self._next(token, [token.id])
 
     def _next(self, token: Token, pending: list[int]) -> Token:

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..tokenizer_tools.vocab import Vocabulary, vocabulary
 from .answer import stop_ids
 from .cache import new_cache
-from .network import Network
+from .network import Network, token_rows
 from .opening import Continuation, open_answer
 from .prompt import Prompt
 from .sampling import SamplingParams, random_source
@@ -76,11 +76,14 @@ def heal(
 
     Raises:
         ConfigError: there are no prompts, or one is empty and the tokenizer has no start token.
-        DataError: a prompt is not UTF-8, or holds half a surrogate pair.
+        DataError: a prompt is not UTF-8, or holds half a surrogate pair, or a token that the model has not.
     """
     if not prompts and not isinstance(prompts, str | bytes):
         raise ConfigError("prompts is empty; give at least one")
-    params, known = params or SamplingParams(), vocabulary(tokenizer, special_tokens=special_tokens)
+    params, known = (
+        params or SamplingParams(),
+        vocabulary(tokenizer, special_tokens=special_tokens, rows=token_rows(hf_model)),
+    )
     generator = random_source(params, hf_model.device)
     read = [
         Prompt.read(prompt, tokenizer, known, params.continuation)

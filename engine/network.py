@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..scaling.positions import PositionScaler
 from ..scaling.rope import Scaler
+from ..tokenizer_tools.vocab import check_ids
 from . import split
 from .attention import ATTENTION_NAME
 from .cache import forget, most_held, new_cache, rewind
@@ -21,6 +22,13 @@ Path = tuple[int, ...]
 Setting = tuple[Scaler, int | None]
 
 CHUNK = 1024  # tokens a prefill step: 8k tokens of a 135M model take 41, 39, 38, 38 s at 256, 512, 1024, 2048
+
+
+def token_rows(hf: PreTrainedModel) -> int:
+    """Tokens that a model can read and write."""
+    written = int(hf.config.get_text_config().vocab_size)
+    embedding = getattr(hf, "get_input_embeddings", lambda: None)()
+    return min(written, getattr(embedding, "num_embeddings", written))
 
 
 class Network:
@@ -34,6 +42,7 @@ class Network:
 
     def __init__(self, hf: PreTrainedModel, why: str | None = None) -> None:
         self.hf = hf
+        self._rows = token_rows(hf)
         self._why = why
         self._setting: Setting = Scaler(), None
 
@@ -108,12 +117,25 @@ class Network:
             owned: tokens whose room they take already.
         """
 
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise DataError if the model has not all of these tokens: an embedding fails in ways of its own."""
+        check_ids(ids, self._rows)
+
+    def readable(self, logits: Tensor) -> Tensor:
+        """Logits [..., V] of the tokens that the model can read too: no other is ever drawn."""
+        return logits[..., : self._rows]
+
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for one sequence of about `capacity` tokens."""
         return new_cache(self.hf.config, self._room(capacity))
 
     def forward(self, ids: Sequence[int], cache: Cache, keep: int) -> Tensor:
-        """Run `ids` on top of `cache` and return the last `keep` logits, [keep, V]."""
+        """Run `ids` on top of `cache` and return the last `keep` logits, [keep, V].
+
+        Raises:
+            DataError: the model has no such token.
+        """
+        self.check(ids)
         batch = torch.tensor([ids], device=self.hf.device)
         logits: Tensor = self.hf(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
         self._forget(cache)
@@ -132,6 +154,7 @@ class Network:
         Args:
             paths: token sequences, every beginning of each among them and before it.
         """
+        self.check([path[-1] for path in paths])
         held = cache.get_seq_length()
         place = {path: n for n, path in enumerate(paths)}
         seen = torch.zeros(len(paths), held + len(paths), dtype=torch.bool)

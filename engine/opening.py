@@ -114,7 +114,8 @@ def weigh(
             f"no token of {cover.text.decode(errors='replace')!r} is certain and this tokenizer has no start token to "
             "read before it; give a longer prompt, or set continuation='off'"
         )
-    logits, held = _path_logits(network, context, [node.path for node in cover.nodes], cache)
+    found, held = _path_logits(network, context, [node.path for node in cover.nodes], cache)
+    logits = {path: network.readable(row) for path, row in found.items()}
     seen_before = torch.tensor([] if penalty == 1 else list(dict.fromkeys(context)), dtype=torch.int64)
     parts = []
     for n, node in enumerate(cover.nodes):

@@ -186,7 +186,7 @@ class PooledAnswer:
     def _draw(self, logits: Tensor, generator: torch.Generator) -> Token:
         """The token that all rows take, from the logits of each, [1 + n, V]."""
         written = self._answer.tokens
-        scores, spoken = self._nbce.pool(logits, written[-1].source if written else None)
+        scores, spoken = self._nbce.pool(self._model.network.readable(logits), written[-1].source if written else None)
         self._seen.read(token.id for token in written[-1:])
         token = draw_token(scores, self._seen, self._params, generator)
         return replace(token, source=_source(spoken, token.id))

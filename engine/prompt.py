@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..tokenizer_tools.boundaries import split_character
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
-from ..tokenizer_tools.vocab import Vocabulary, check_text
+from ..tokenizer_tools.vocab import Vocabulary, check_ids, check_text
 from .chat_header import chat_headers
 from .decode import Weigh
 from .network import Network
@@ -38,8 +38,8 @@ def token_ids(given: object, size: int | None = None) -> list[int]:
         raise ConfigError(
             f"a prompt is text, UTF-8 bytes or a list of token ids, not {reprlib.repr(given)}; several go into a list"
         ) from None
-    if size is not None and ids and not 0 <= min(ids) <= max(ids) < size:
-        raise DataError(f"token id {min(ids) if min(ids) < 0 else max(ids)} is not among this model's 0 to {size - 1}")
+    if size is not None:
+        check_ids(ids, size)
     return ids
 
 
@@ -78,7 +78,7 @@ class Prompt:
 
         Raises:
             ConfigError: it is empty, and the tokenizer has no start token, or it is neither text nor token ids.
-            DataError: it is not UTF-8, or holds half a surrogate pair.
+            DataError: it is not UTF-8, or holds half a surrogate pair, or a token that the model has not.
         """
         if isinstance(prompt, bytearray | memoryview):
             prompt = bytes(prompt)
@@ -91,13 +91,13 @@ class Prompt:
             _tell_of_names(vocabulary, prompt)
         if not isinstance(prompt, bytes) and (continuation == "off" or (continuation == "auto" and not is_text)):
             ids = vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
-            return cls(ids=_started(ids, start), starts_text=vocabulary.walls.issuperset(ids))
+            return cls(ids=vocabulary.checked(_started(ids, start)), starts_text=vocabulary.walls.issuperset(ids))
         covers = cover(vocabulary, prompt)
         wanted = continuation == "exact"
         if continuation == "auto" and not covers.only_aligned:
             wanted = bool(covers.trunk or start is not None) and not _ends_in_header(prompt, tokenizer)
         return cls(
-            ids=_started(list(covers.prompt), start),
+            ids=vocabulary.checked(_started(list(covers.prompt), start)),
             cover=covers if wanted else None,
             start=start,
             pending=split_character(covers.text)[1],

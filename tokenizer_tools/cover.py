@@ -115,7 +115,7 @@ def _split(data: bytes) -> tuple[bytes, bytes]:
 
 def _after_walls(vocabulary: Vocabulary, ids: list[int]) -> int:
     """How many tokens there are up to the last wall."""
-    return max((n + 1 for n, i in enumerate(ids) if i in vocabulary.walls), default=0)
+    return max((n + 1 for n, i in enumerate(ids) if vocabulary.is_wall(i)), default=0)
 
 
 def _loses_end(prompt: str | bytes, text: bytes) -> bool:
@@ -168,7 +168,8 @@ class _Search:
         self._narrow()
         found: dict[Node, None] = {}
         for hypothesis in hypotheses(self.vocabulary, self.text[self.start :]):
-            found.update(dict.fromkeys(self._nodes(hypothesis)))
+            nodes = (node for node in self._nodes(hypothesis) if self.vocabulary.has_rows(node.path))
+            found.update(dict.fromkeys(nodes))
         nodes = sorted(found, key=lambda node: not node.aligned)  # stable: the prompt's own end stays first
         if not nodes:
             raise DataError(f"{self.vocabulary.name} has no tokens for a character that begins with {self.partial!r}")

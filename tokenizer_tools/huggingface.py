@@ -84,7 +84,7 @@ class HuggingFaceVocabulary(Vocabulary):
             raise UnsupportedModel(f"{self.name} decodes {own!r} where its tokens' bytes are {ours!r}")
 
     def encode(self, text: str) -> list[int]:
-        return prompt_ids(text, self._outer, special_tokens=self.special_tokens)
+        return self.checked(prompt_ids(text, self._outer, special_tokens=self.special_tokens))
 
     def names_in(self, text: str) -> list[str]:
         return sorted(set(self._names.findall(text))) if self._names else []

@@ -42,11 +42,11 @@ class SentencePieceVocabulary(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         if callable(self._outer):
-            return prompt_ids(text, self._outer, special_tokens=self.special_tokens)
+            return self.checked(prompt_ids(text, self._outer, special_tokens=self.special_tokens))
         ids: list[int] = self._processor.encode(text)  # with what the processor was told to add, at either end
         while ids and self._processor.is_control(ids[-1]):  # which no text gives
             ids.pop()
-        return ids
+        return self.checked(ids)
 
     def cuts(self, text: str) -> list[int]:
         return []  # a text is one piece

@@ -38,7 +38,7 @@ class TiktokenVocabulary(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         try:
-            return [rank + self._offset for rank in self._encoding.encode_ordinary(text)]
+            return self.checked([rank + self._offset for rank in self._encoding.encode_ordinary(text)])
         except BaseException as error:  # the class of a panic has no other name that can be imported
             if type(error).__name__ != "PanicException":
                 raise

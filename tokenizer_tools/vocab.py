@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,8 @@ class Vocabulary(ABC):
         byte_level: True if a token may begin or end inside a character.
         unigram: True if tokens are the best segmentation of a piece; unlike those of BPE, they need not be right where
             every two neighbours are.
+        rows: tokens that the model has, if a model is known. A tokenizer may have more; a text that needs one of those
+            is refused, and no cover has one.
         special_tokens: True if the name of a special token in a text stands for that token; else it is text like any
             other, so that nobody's text can act as one.
         name: what to call the tokenizer in messages.
@@ -35,6 +38,7 @@ class Vocabulary(ABC):
     walls: frozenset[int]
     byte_level: bool
     unigram: bool = False
+    rows: int | None = None
     special_tokens: bool
     name: str
     kind: str
@@ -42,7 +46,11 @@ class Vocabulary(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt: what the tokenizer puts before a text, and the text. Nothing is put behind it, and a
-        text that begins with the start token gets no second one."""
+        text that begins with the start token gets no second one.
+
+        Raises:
+            DataError: the model has not all of them.
+        """
 
     @abstractmethod
     def cuts(self, text: str) -> list[int]:
@@ -90,12 +98,31 @@ class Vocabulary(ABC):
 
     @cached_property
     def trie(self) -> ByteTrie:
-        """Every token that is text, by its bytes."""
-        return ByteTrie({i: data for i, data in enumerate(self.tokens) if data and i not in self.walls})
+        """Every token that is text and that the model has, by its bytes."""
+        tokens = enumerate(self.tokens[: self.rows])
+        return ByteTrie({i: data for i, data in tokens if data and i not in self.walls})
 
     def text_bytes(self, ids: list[int]) -> bytes:
-        """The bytes of a token sequence; special tokens have none."""
-        return b"".join(self.tokens[i] for i in ids)
+        """The bytes of a token sequence; special tokens have none, nor have those that only the model has."""
+        return b"".join(self.tokens[i] for i in ids if i < len(self.tokens))
+
+    def is_wall(self, token: int) -> bool:
+        """True for `walls` and for tokens that only the model has."""
+        return token in self.walls or token >= len(self.tokens)
+
+    def has_rows(self, ids: Sequence[int]) -> bool:
+        """True if the model has all these tokens."""
+        return self.rows is None or all(i < self.rows for i in ids)
+
+    def checked(self, ids: list[int]) -> list[int]:
+        """`ids`, if the model has all of them.
+
+        Raises:
+            DataError: it has not.
+        """
+        if self.rows is not None:
+            check_ids(ids, self.rows)
+        return ids
 
 
 def check_text(text: str) -> None:
@@ -113,7 +140,20 @@ def check_text(text: str) -> None:
         ) from None
 
 
-def vocabulary(tokenizer: Any, *, special_tokens: bool = False) -> Vocabulary:
+def check_ids(ids: Sequence[int], rows: int) -> None:
+    """Refuse ids that a model with `rows` tokens has not.
+
+    Raises:
+        DataError: with the id.
+    """
+    if ids and not 0 <= (least := min(ids)) <= (most := max(ids)) < rows:
+        raise DataError(
+            f"token id {least if least < 0 else most} is not among this model's 0 to {rows - 1}; take the model's own "
+            "tokenizer, or give a model whose tokenizer has more tokens as many rows (hf.resize_token_embeddings)"
+        )
+
+
+def vocabulary(tokenizer: Any, *, special_tokens: bool = False, rows: int | None = None) -> Vocabulary:
     """The vocabulary of a tokenizer.
 
     Args:
@@ -121,12 +161,19 @@ def vocabulary(tokenizer: Any, *, special_tokens: bool = False) -> Vocabulary:
             returned as it is.
         special_tokens: whether names of special tokens in a text stand for them. Those of tiktoken and mistral_common
             never do, those of a bare SentencePiece model neither.
+        rows: tokens that the model has, if it is for a model.
 
     Raises:
         UnsupportedModel: its tokens are not pieces of the text's bytes (WordPiece, word levels, dropout).
     """
     if isinstance(tokenizer, Vocabulary):
         return tokenizer
+    known = _vocabulary(tokenizer, special_tokens)
+    known.rows = rows
+    return known
+
+
+def _vocabulary(tokenizer: Any, special_tokens: bool) -> Vocabulary:
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(backend, "pre_tokenizer") and hasattr(backend, "to_str"):
         from .huggingface import HuggingFaceVocabulary

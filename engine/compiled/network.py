@@ -208,6 +208,7 @@ class CompiledNetwork(Network):
         from .kernels import step  # compiles, or reads what an earlier process compiled
 
         ids = [token for own, _ in rows for token in own]
+        self.check(ids)
         x = self._decoder.embedding(torch.tensor(ids)).float().numpy()
         places = np.array([cache.length + k for own, cache in rows for k in range(len(own))], np.int64)
         buffers = self._buffers(rows)
@@ -303,6 +304,7 @@ class CompiledNetwork(Network):
 
     def _many(self, ids: Sequence[int], cache: KVCache, keep: int) -> Tensor:
         """A chunk of one sequence, in torch: the logits of the last `keep` tokens, [keep, V]."""
+        self.check(ids)
         start, count = cache.length, len(ids)
         run = Run(None, 0, count, 0, start + count, 0)
         chunks = [Chunk(turns, run) for turns in self._turns]
@@ -315,6 +317,7 @@ class CompiledNetwork(Network):
     @torch.inference_mode()
     def skim(self, ids: Sequence[int], sample: Sample, keep: int) -> Tensor:
         """Read only the tokens of a sample of a text, `ids`: the logits of the last `keep`, [keep, V]."""
+        self.check(ids)
         chunks = [SkimmedChunk(turns, sample) for turns in self._turns]
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:

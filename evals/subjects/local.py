@@ -13,6 +13,7 @@ from ...engine.cache import can_rewind
 from ...engine.prefill import prefill
 from ...engine.sampling import SamplingParams
 from ...scaling.rope import Scaler
+from ...tokenizer_tools.vocab import check_ids
 from ..retrieval.heard import Heard
 from ..retrieval.trial import Trial
 from ..runs.cell import Advance, Cost
@@ -84,6 +85,7 @@ class Local:
         A cache that cannot forget (a sliding window in transformers' own cache) makes it read the prompt twice.
         """
         model, length = self.model, len(trial.prompt_ids) + trial.new_tokens
+        check_ids([*trial.prompt_ids, *trial.answer_ids], model.vocabulary_size)
         model.prepare(length)  # as `generate_ids` will: a dynamic scaler must not change below the cache
         cache = model.new_cache(length)
         with torch.inference_mode():

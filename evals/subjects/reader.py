@@ -13,6 +13,7 @@ import numpy as np
 from ...errors import ConfigError, UnsupportedModel
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.encode import start_ids
+from ...tokenizer_tools.vocab import check_ids
 from ..runs.cell import Advance
 from ..runs.result import Losses
 from ..speed.memory import peak_memory_mb
@@ -210,5 +211,6 @@ class CallableReader(Reader):
             raise ConfigError(
                 f"{self.name} gave logits of shape {list(shape)} for {len(ids) - 1} tokens; [{len(ids) - 1}, V] needed"
             )
+        check_ids(ids[first:], shape[1])
         advance(0, len(ids) - 1)
         return rows[first - 1 :]

@@ -181,3 +181,8 @@ def test_what_cannot_be_measured_is_refused(model):
         perplexity(3, text(WORDS))
     with rw.patch(model.hf, "linear:2"), pytest.raises(rw.ConfigError, match="patched with linear:2; undo that"):
         perplexity(model.hf, text(WORDS), tokenizer=model.tokenizer)
+
+
+def test_a_token_that_a_function_gives_no_logit_for_is_refused():
+    with pytest.raises(rw.DataError, match="token id 9 is not among this model's 0 to 7"):
+        rw.evals.perplexity(lambda ids: np.zeros((len(ids), 8)), [[1, 2, 9, 3] * 30], lengths=[16], protocol="disjoint")
