@@ -168,8 +168,8 @@ class _Search:
         self._narrow()
         found: dict[Node, None] = {}
         for hypothesis in hypotheses(self.vocabulary, self.text[self.start :]):
-            nodes = (node for node in self._nodes(hypothesis) if self.vocabulary.has_rows(node.path))
-            found.update(dict.fromkeys(nodes))
+            written = (node for node in self._nodes(hypothesis) if self.vocabulary.has_rows(node.path))
+            found.update(dict.fromkeys(written))
         nodes = sorted(found, key=lambda node: not node.aligned)  # stable: the prompt's own end stays first
         if not nodes:
             raise DataError(f"{self.vocabulary.name} has no tokens for a character that begins with {self.partial!r}")
