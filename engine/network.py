@@ -16,6 +16,7 @@ from ..tokenizer_tools.vocab import check_ids
 from . import split
 from .attention import ATTENTION_NAME
 from .cache import forget, most_held, new_cache, rewind
+from .patches.seam import is_replaced
 
 Path = tuple[int, ...]
 
@@ -144,7 +145,8 @@ class Network:
     @property
     def runs_trees(self) -> bool:
         """True if `tree` can be asked for: without a position map, transformers' attention takes a mask of any form."""
-        return self.hf.config.get_text_config()._attn_implementation in ("sdpa", ATTENTION_NAME)
+        own = self.hf.config.get_text_config()._attn_implementation in ("sdpa", ATTENTION_NAME)
+        return own and not is_replaced(self.hf)
 
     def tree(self, paths: Sequence[Path], cache: Cache) -> Tensor:
         """Logits after each of the paths that go on from what the cache holds, [paths, V], in one forward.

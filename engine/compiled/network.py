@@ -70,7 +70,7 @@ class CompiledNetwork(Network):
         self._decoder = decoder(hf)
         self._dtype, self._folder = torch.float32, None
         self._headline = headline(sites)
-        ropes = layer_ropes(hf, sites)
+        ropes, _ = layer_ropes(hf, sites)
         self._groups, self._group_of = groups_of(self._decoder, ropes)
         self._tables = Tables.of(self._decoder, self._groups, self._group_of)
         self._layers = Layers(self._decoder, self._tables)

@@ -17,7 +17,7 @@ from ...scaling.rope import Scaler
 from ..checkpoints.checkpoint import from_hub, weight_files
 from ..checkpoints.config import find_config
 from ..checkpoints.gguf_file import GgufFile
-from ..patches.patch import patched_with
+from ..patches.marks import patched_with
 from ..patches.rotary import is_local
 from . import launch
 from .carried import Derived, check_written, settle

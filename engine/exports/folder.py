@@ -91,7 +91,7 @@ def write_loaded(
     """The same for a model in memory, with its weights as they are now."""
     with new_folder(out, needed=model.get_memory_footprint()) as work:
         with quiet_transformers():
-            model.save_pretrained(work)
+            type(model).save_pretrained(model, work)  # that of a patched model warns
             if tokenizer is not None:
                 tokenizer.save_pretrained(work)
         _finish(work, change, extra)

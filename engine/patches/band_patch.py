@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -21,14 +23,18 @@ from ..bands.rotation import angles
 from ..bands.rows import Run, key_slots, runs
 from ..cache import adopt
 from .float32 import float32_arithmetic
+from .masks import seen_keys
+from .positions import RotarySeam, positions_of_call
 from .probe import LayerRope, layer_ropes, logits
 from .rotary import RotarySite, depends_on_length, derived_numbers, headline
-from .seam import AttentionSeam, RotarySeam
+from .seam import AttentionSeam, own_attention, own_mask
 
 _VERIFIED = {torch.float64: 1e-5, torch.float32: 1e-4}  # largest difference of logits, of their largest
 _VERIFIED_16_BIT = 5e-2
 
 Work = list[tuple[Run, list[Segment]]]
+
+_made = threading.local()  # `last`: what this thread made work for last, and the work
 
 
 class BandPatch:
@@ -54,11 +60,10 @@ class BandPatch:
             site.configured.check(scaler)
         self.derived = derived_numbers(model, self.scaled_sites, scaler)
         self._seam = AttentionSeam(model)
-        self._rotary = RotarySeam([site.module for site in sites])
-        self._layers = self._probed()
+        self._rotary = RotarySeam(site.module for site in sites)
+        self._layers, self._untold = self._probed()
         self._plan(Scaler(), None)
         self._warned = False
-        self._windowed = (0, 0, 0)  # queries, keys, and the place of query 0 among the keys of a windowed layer
         self._install()
 
     @property
@@ -85,19 +90,15 @@ class BandPatch:
         used = {layer.site for layer in self._layers.values() if not layer.is_local}
         self._plans = {site: Plan(site or headline(self.sites), scaler, length) for site in used}
         self._planned = scaler, length
-        self._forget()
 
-    def _forget(self, *_: Any) -> None:
-        self._seen: tuple[Tensor, Tensor | None, RotarySite | None, int, Work] | None = None
-
-    def _probed(self) -> dict[int, LayerRope]:
-        layers = layer_ropes(self._model, self.sites)
+    def _probed(self) -> tuple[dict[int, LayerRope], list[nn.Module]]:
+        layers, untold = layer_ropes(self._model, self.sites)
         if all(layer.is_local for layer in layers.values()):
             raise UnsupportedModel(
                 f"every layer of {type(self._model).__name__} sees a sliding window only, so no distance grows with "
                 "the context; set config.sliding_window to None before loading, or patch a frequency scaler"
             )
-        return layers
+        return layers, untold
 
     def _install(self) -> None:
         rounded = any(site.inv_freq.dtype not in _VERIFIED for site in self.sites)  # by `model.bfloat16()`, say
@@ -114,14 +115,17 @@ class BandPatch:
 
     def apply(self) -> None:
         """Move the rotation into attention; after `restore` too, without looking at the model anew."""
-        self._hooks = [
-            self._model.register_forward_pre_hook(_adopt_cache, with_kwargs=True),
-            self._model.register_forward_pre_hook(self._forget),  # positions may be changed in place between calls
-            self._model.register_forward_hook(self._forget),  # and need not be held until the next
-        ]
-        self._rotary.watch()
+        self._hooks = []
+        for module in self._model.modules():
+            if isinstance(module, PreTrainedModel):  # any of them may be called by itself
+                self._hooks += [
+                    module.register_forward_pre_hook(_adopt_cache, with_kwargs=True),
+                    module.register_forward_pre_hook(_forget),  # positions may be changed in place between calls
+                    module.register_forward_hook(_forget),  # and need not be held until the next
+                ]
         self._rotary.still()
-        self._seam.install(self._attention, self._mask)
+        self._rotary.tell(self._untold)
+        self._seam.install(self)
 
     def _verify(self, before: Tensor, tolerance: float) -> None:
         """Refuse unless the model's own frequencies, in this form, give the logits that they gave before."""
@@ -137,7 +141,7 @@ class BandPatch:
                 "can be patched"
             )
 
-    def _mask(
+    def mask(
         self,
         batch_size: int,
         q_length: int,
@@ -151,8 +155,7 @@ class BandPatch:
         """Nothing for causal attention over everything, a tensor of key places with padding, the model's own mask
         for windows and packed texts."""
         if mask_function is not causal_mask_function:
-            self._windowed = (q_length, kv_length, int(q_offset) - kv_offset)
-            return self._seam.own_mask(
+            return own_mask(
                 batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **others
             )
         padded = attention_mask is not None and not bool(attention_mask.all())
@@ -161,13 +164,13 @@ class BandPatch:
         return key_slots(attention_mask if padded else None, batch_size, kv_length, kv_offset, q_offset)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _attention(
+    def attention(
         self,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         scaling: float | None = None,
         dropout: float = 0.0,
         softcap: float | None = None,
@@ -179,13 +182,12 @@ class BandPatch:
         _refuse(others)
         layer = self._layers[module.layer_idx]  # type: ignore[index]
         if layer.is_local:
-            query, key = self._turned_locally(layer, query, key)
+            query, key = self._turned_locally(layer, query, key, attention_mask)
             own = {**others, "position_ids": position_ids, "dropout": dropout, "scaling": scaling}
             own |= {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux)) if v is not None}
-            out, _ = self._seam.own_attention(module)(module, query, key, value, attention_mask, **own)
+            out, _ = own_attention(module)(module, query, key, value, attention_mask, **own)
             return out, None
-        positions = position_ids if position_ids is not None else self._rotary.positions
-        assert positions is not None
+        positions = positions_of_call(position_ids)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         out = banded_attention(
             query,
@@ -203,15 +205,14 @@ class BandPatch:
         self, site: RotarySite | None, positions: Tensor, mask: Tensor | None, query: Tensor, key: Tensor
     ) -> Work:
         """Runs and segments of the call: the same for all layers of one forward, so made once."""
-        keys = key.shape[2]
-        if self._seen is not None:
-            seen_positions, seen_mask, seen_site, seen_keys, work = self._seen
-            if seen_positions is positions and seen_mask is mask and seen_site is site and seen_keys == keys:
-                return work
-        found = runs(positions, mask, query.shape[0], query.shape[2], keys)
+        asked = (self._planned, key.shape[2], *map(_reference, (self, site, positions, mask)))
+        seen, work = getattr(_made, "last", (None, []))
+        if seen == asked:
+            return work
+        found = runs(positions, mask, query.shape[0], query.shape[2], key.shape[2])
         self._warn_beyond_reach(found)
         work = [(run, self._plans[site].segments(run)) for run in found]
-        self._seen = (positions, mask, site, keys, work)
+        _made.last = asked, work
         return work
 
     def _warn_beyond_reach(self, found: list[Run]) -> None:
@@ -227,7 +228,7 @@ class BandPatch:
                 stacklevel=2,
             )
 
-    def _turned_locally(self, layer: LayerRope, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def _turned_locally(self, layer: LayerRope, query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
         """Queries and keys of a local layer, turned as ever but for a shift of all positions.
 
         Where local layers share their frequencies with the others, a scaler changes both, as it does in a config;
@@ -235,8 +236,7 @@ class BandPatch:
         """
         if layer.layout is None or layer.site is None:
             return query, key
-        queries, keys = query.shape[2], key.shape[2]
-        offset = self._windowed[2] if self._windowed[:2] == (queries, keys) else keys - queries
+        offset = _place(mask, query.shape[2], key.shape[2])
         scaler, length = self._planned
         grows = scaler.depends_on_length and length is None
         own = layer.site.configured.scaler if layer.site.is_local or grows else layer.site.configured.effective(scaler)
@@ -266,3 +266,34 @@ def _adopt_cache(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, A
     cache = kwargs.get("past_key_values")
     if cache is not None and not torch.is_grad_enabled():
         adopt(cache)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _forget(*_: Any) -> None:
+    _made.last = None, []
+
+
+def _reference(value: Any) -> Any:
+    """Equal for the same live object only, and keeps none alive."""
+    return None if value is None else _Reference(value)
+
+
+class _Reference(weakref.ref):  # type: ignore[type-arg]
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Reference) and self() is other() is not None
+
+    __hash__ = weakref.ref.__hash__
+
+
+def _place(mask: Any, queries: int, keys: int) -> int:
+    """The place of query 0 among the keys of a layer with a window: a static cache has room behind the last query.
+
+    Args:
+        mask: that of the model's own attention. The last key that a query sees is its own, unless it is padding.
+    """
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2) or queries == keys:
+        return keys - queries
+    seen = seen_keys(mask, keys).any(0)
+    last = keys - 1 - seen.flip(1).to(torch.uint8).argmax(1)
+    first_query = queries - len(last)
+    return int((last - torch.arange(first_query, queries, device=last.device)).max())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 
 from transformers import PreTrainedModel
 
@@ -12,14 +11,12 @@ from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
 from .band_patch import BandPatch
+from .marks import mark, patched_with
 from .probe import check_written
 from .rotary import RotarySite, RotaryWriter, headline, rotary_sites
 from .temperature_patch import TemperaturePatch
 
 Installed = RotaryWriter | TemperaturePatch | BandPatch
-
-_patched: weakref.WeakKeyDictionary[PreTrainedModel, Scaler] = weakref.WeakKeyDictionary()
-"""Models patched now; no reference from here to the model, or it would never be freed."""
 
 
 def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, grows: bool) -> Installed:
@@ -77,7 +74,7 @@ class PatchHandle:
         if not self.active:
             raise PatchError(f"the patch {self.scaler} was undone already")
         self._installed.restore()
-        del _patched[self._model]
+        mark(self._model, self._installed.sites, Scaler())
         self.active = False
 
     def describe(self) -> str:
@@ -137,8 +134,11 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
         UnsupportedModel: the model's position encoding cannot be verified.
         PatchError: the model is patched already.
     """
-    if model in _patched:
-        raise PatchError(f"this model is patched with {_patched[model]} already; undo that first")
+    if (before := patched_with(model)) is not None:
+        raise PatchError(
+            f"this model is patched with {before} already; undo that first (a copy of a patched model is undone by a "
+            "handle that was copied with it: copy.deepcopy((model, handle)))"
+        )
     sites = rotary_sites(model)
     site = headline(sites)
     scaler = parse(scaler, site.configured.max_length)
@@ -151,10 +151,5 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
         )
     installed = install(model, sites, scaler, grows=tokens is None)
     installed.write(tokens)
-    _patched[model] = scaler
+    mark(model, sites, scaler)
     return PatchHandle(model, installed, tokens)
-
-
-def patched_with(model: PreTrainedModel) -> Scaler | None:
-    """The scaler that `patch` put into a model, if one is in place."""
-    return _patched.get(model)

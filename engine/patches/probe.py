@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from ...errors import RopewalkError, UnsupportedModel
 from ..bands.rotation import Layout, angles
 from .float32 import float32_arithmetic
+from .positions import RotarySeam
 from .rotary import RotarySite, RotaryWriter, is_local
-from .seam import AttentionSeam, RotarySeam
+from .seam import AttentionSeam, own_attention, own_mask
 
 TOKENS = 12
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest entry; transformers' angles are float32
@@ -46,7 +47,34 @@ class _Call:
     query: Tensor
     key: Tensor
     sliding_window: int | None
+    told: bool  # of its position ids
+    picks: bool  # keys, by an indexer
     output: tuple[Tensor, Any] | None = None
+
+
+class _Recorder:
+    """The model's own attention, with a record of all calls; or, given that of an earlier run, that run's outputs.
+
+    So the layers behind see the same input in both runs.
+    """
+
+    mask = staticmethod(own_mask)
+
+    def __init__(self, earlier: list[_Call] | None = None) -> None:
+        self._earlier = earlier
+        self.calls: list[_Call] = []
+
+    def attention(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **others: Any
+    ) -> Any:
+        told, picks = (others.get(name) is not None for name in ("position_ids", "indices"))
+        call = _Call(module, query, key, others.get("sliding_window"), told, picks)
+        if self._earlier is None:
+            call.output = own_attention(module)(module, query, key, value, attention_mask, **others)
+        else:
+            call.output = self._earlier[len(self.calls)].output
+        self.calls.append(call)
+        return call.output
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
@@ -68,44 +96,52 @@ def logits(model: PreTrainedModel) -> Tensor:
     return found
 
 
-def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> dict[int, LayerRope]:
-    """How every attention layer of `model` uses RoPE, by its index.
+def untold_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention layers of `model` that do not hand position ids on to their attention function.
+
+    Raises:
+        UnsupportedModel: attention does not go through the registry.
+    """
+    seam, recorder = AttentionSeam(model), _Recorder()
+    try:
+        seam.install(recorder)
+        logits(model)
+    finally:
+        seam.remove()
+    if not recorder.calls:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not call attention through transformers' attention registry, so a "
+            "temperature cannot be patched in; static frequency scalers such as yarn:4 can"
+        )
+    return [call.module for call in recorder.calls if not call.told]
+
+
+def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[int, LayerRope], list[nn.Module]]:
+    """How every attention layer of `model` uses RoPE, by its index; and those that do not hand position ids on.
 
     Raises:
         UnsupportedModel: attention does not go through the registry, or a layer does more than turn pairs.
     """
     name = type(model).__name__
-    seam, rotary = AttentionSeam(model), RotarySeam([site.module for site in sites])
-    calls: list[_Call] = []
-
-    def capture(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
-    ) -> Any:
-        if kwargs.get("indices") is not None:
-            raise UnsupportedModel(f"{name} picks keys with an indexer of its own, which a position map cannot follow")
-        call = _Call(module, query, key, kwargs.get("sliding_window"))
-        call.output = seam.own_attention(module)(module, query, key, value, attention_mask, **kwargs)
-        calls.append(call)
-        return call.output
-
-    unturned: list[_Call] = []
-
-    def replay(module: nn.Module, query: Tensor, key: Tensor, *_: Any, **kwargs: Any) -> Any:
-        call = calls[len(unturned)]  # the output of the first run, so that the layers behind see the same input
-        unturned.append(_Call(module, query, key, kwargs.get("sliding_window")))
-        return call.output
-
+    seam, rotary = AttentionSeam(model), RotarySeam(site.module for site in sites)
+    first = _Recorder()
+    second = _Recorder(first.calls)
     try:
         with float32_arithmetic(model):
-            seam.install(capture, seam.own_mask)
+            seam.install(first)
             logits(model)
-            if not calls:
+            if not first.calls:
                 raise UnsupportedModel(
                     f"{name} does not call attention through transformers' attention registry, so position maps and "
                     "growing lengths cannot be patched in; static frequency scalers such as yarn:4 can, and dynamic "
                     "ones with a fixed length="
                 )
-            seam.install(replay, seam.own_mask)
+            if any(call.picks for call in first.calls):
+                raise UnsupportedModel(
+                    f"{name} picks keys with an indexer of its own, which a position map cannot follow"
+                )
+            seam.remove()
+            seam.install(second)
             with rotary.stilled(_GAIN):
                 logits(model)
     except RopewalkError:
@@ -115,14 +151,14 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> dict[int, La
     finally:
         seam.remove()
     found: dict[int, LayerRope] = {}
-    for turned, plain in zip(calls, unturned, strict=True):
+    for turned, plain in zip(first.calls, second.calls, strict=True):
         index = getattr(turned.module, "layer_idx", None)
         if index is None:
             raise UnsupportedModel(f"{name}: its attention layers have no number")
         layer = _layer(model, index, turned, plain, sites)
         if found.setdefault(index, layer) != layer:
             raise UnsupportedModel(f"{name}: two attention layers have the number {index} and turn differently")
-    return found
+    return found, [call.module for call in first.calls if not call.told]
 
 
 def check_written(model: PreTrainedModel, writer: RotaryWriter) -> None:

@@ -15,6 +15,7 @@ from ...scaling.band import Band
 from ...scaling.hf import ConfiguredRope, read
 from ...scaling.rope import Scaler
 from .derived import DerivedNumbers
+from .seam import language_model
 
 # inv_freq must be what the config says; a model cast to 16 bits as a whole has rounded its own.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -190,7 +191,7 @@ class RotaryWriter:
 
 def derived_numbers(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> DerivedNumbers:
     """What the model derives from the rotary config of these sites under `scaler`."""
-    return DerivedNumbers(model, {site.layer_type: site.configured for site in sites}, scaler)
+    return DerivedNumbers(language_model(model), {site.layer_type: site.configured for site in sites}, scaler)
 
 
 def depends_on_length(sites: list[RotarySite], scaler: Scaler) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from ...errors import ConfigError, UnsupportedModel
+from ...errors import ConfigError, PatchError, UnsupportedModel
 from ...scaling.rope import Scaler
 from ..network import Network
+from .marks import mark, patched_with
 from .patch import Installed, install
 from .rotary import RotarySite, depends_on_length
 
@@ -36,8 +37,11 @@ class Switch:
         Raises:
             ConfigError: the scaler cannot work on this model.
             UnsupportedModel: the model cannot be patched in the way that this scaler needs.
+            PatchError: somebody else has patched the model.
         """
         before = self._installed
+        if (patched := patched_with(self._hf)) not in (None, before.scaler):
+            raise PatchError(f"the model underneath is patched with {patched}; undo that first")
         before.restore()
         try:
             if keep and scaler in self._kept:
@@ -57,6 +61,7 @@ class Switch:
             before.apply()
             self.prepare(None)
             raise
+        mark(self._hf, self._sites, scaler)
         if keep:
             self._kept[scaler] = self._installed
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...errors import UnsupportedModel
 from ...scaling.rope import Scaler
-from .probe import logits
-from .rotary import RotarySite, RotaryWriter, headline
-from .seam import AttentionSeam, RotarySeam
+from .masks import own_positions
+from .positions import RotarySeam, positions_of_call
+from .probe import untold_layers
+from .rotary import RotarySite, RotaryWriter, headline, is_local
+from .seam import AttentionSeam, own_attention, own_mask
 
 
 class TemperaturePatch:
@@ -26,36 +26,24 @@ class TemperaturePatch:
     cost = "one multiplication of the queries a layer"
 
     def __init__(self, model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> None:
-        self._model = model
         self.sites = sites
         self.scaler = scaler
         self._frequencies = RotaryWriter(model, sites, scaler)
         self.scaled_sites = self._frequencies.scaled_sites
         self.derived = self._frequencies.derived
         self._seam = AttentionSeam(model)
-        self._rotary = RotarySeam([site.module for site in sites])
-        self._padding: Tensor | None = None
-        self._calls = 0
+        self._rotary = RotarySeam(site.module for site in sites)
+        self._untold = untold_layers(model)
         try:
-            self._install()
+            self.apply()
         except BaseException:  # Ctrl-C too must not leave half a patch
             self.restore()
             raise
 
-    def _install(self) -> None:
-        self.apply()
-        logits(self._model)
-        if not self._calls:
-            raise UnsupportedModel(
-                f"{type(self._model).__name__} does not call attention through transformers' attention registry, so a "
-                "temperature cannot be patched in; static frequency scalers such as yarn:4 can"
-            )
-
     def apply(self) -> None:
         """Put it in place; after `restore` too, without looking at the model anew."""
-        self._hook = self._model.register_forward_pre_hook(self._begin)
-        self._rotary.watch()
-        self._seam.install(self._attention, self._mask)
+        self._rotary.tell(self._untold)
+        self._seam.install(self)
         self.write(None)
 
     def write(self, length: int | None = None) -> None:
@@ -64,35 +52,26 @@ class TemperaturePatch:
 
     def restore(self) -> None:
         """Give the model back its frequencies and its attention; it is what it was, to the bit."""
-        self._hook.remove()
         self._frequencies.restore()
         self._rotary.restore()
         self._seam.remove()
 
-    def _begin(self, *_: Any) -> None:
-        self._padding = None  # a mask with four dimensions says nothing of padding, and `_mask` never sees it
+    def mask(self, *args: Any, **others: Any) -> Any:
+        """The mask that the model would build."""
+        return own_mask(*args, **others)
 
-    def _mask(self, *args: Any, attention_mask: Tensor | None = None, **others: Any) -> Any:
-        self._padding = attention_mask
-        return self._seam.own_mask(*args, attention_mask=attention_mask, **others)
-
-    def _attention(
+    def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **others: Any
     ) -> tuple[Tensor, Tensor | None]:
-        self._calls += 1
-        if others.get("sliding_window") is None:
-            given = others.get("position_ids")
-            positions = given if given is not None else self._rotary.positions
-            assert positions is not None
-            factor = headline(self.sites).logit_factor(self.scaler, self._own_positions(positions))
+        """The model's own attention, of queries that are multiplied by the temperature at their positions."""
+        if others.get("sliding_window") is None and not _sees_a_window(module):
+            positions = own_positions(positions_of_call(others.get("position_ids")), attention_mask, key.shape[2])
+            factor = headline(self.sites).logit_factor(self.scaler, positions)
             query = (query * factor[:, None, :, None]).to(query.dtype)
-        return self._seam.own_attention(module)(module, query, key, value, attention_mask, **others)
+        return own_attention(module)(module, query, key, value, attention_mask, **others)
 
-    def _own_positions(self, positions: Tensor) -> Tensor:
-        """Positions that count a row's tokens and not the padding before them."""
-        padding = self._padding
-        if padding is None or padding.shape[0] < positions.shape[0]:
-            return positions
-        before = padding.int().argmax(1, keepdim=True)
-        counted = positions[:, -1:] == padding.shape[1] - 1
-        return torch.where(counted, (positions - before).clamp(min=0), positions)
+
+def _sees_a_window(module: nn.Module) -> bool:
+    kinds = getattr(module.config, "layer_types", None) or []
+    index = getattr(module, "layer_idx", None)
+    return index is not None and 0 <= index < len(kinds) and is_local(kinds[index])

@@ -72,5 +72,6 @@ def test_transformers_trainer_trains_a_patched_model(tmp_path):
         model.eval()
         with torch.no_grad():
             assert model(input_ids=IDS[:, :90], labels=IDS[:, :90]).loss < before - 0.1
-        model.save_pretrained(tmp_path / "saved")
+        with pytest.warns(UserWarning, match="without the patch"):
+            model.save_pretrained(tmp_path / "saved")
     assert "ropewalk" not in (tmp_path / "saved" / "config.json").read_text()
