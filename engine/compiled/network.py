@@ -36,6 +36,7 @@ from .kernels import UNAVAILABLE
 from .layers import Layers
 from .skim import Sample, SkimmedChunk
 from .tables import KINDS, Stored, Tables, dtype_name, groups_of
+from .threads import share_threads
 from .turns import Turns, retune
 
 Tree = tuple[int, list[list[int]]]
@@ -204,7 +205,7 @@ class CompiledNetwork(Network):
             tree: tokens held before a tree, and for each of its tokens the places of those that it follows, and its
                 own.
         """
-        threads = _share_threads()
+        threads = share_threads()
         from .kernels import step  # compiles, or reads what an earlier process compiled
 
         ids = [token for own, _ in rows for token in own]
@@ -324,15 +325,3 @@ class CompiledNetwork(Network):
             return chunks[self._group_of[index]].attend(q, k, v, score)
 
         return self._layers.logits(self._layers.run(ids, attend)[-keep:])
-
-
-def _share_threads() -> int:
-    """Let the kernels use as many threads as torch does; their number."""
-    import numba
-
-    wanted = torch.get_num_threads()
-    threads: int = min(wanted, numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(threads)
-    if torch.get_num_threads() != wanted:  # both use OpenMP, and numba's start gives it as many as there are cores
-        torch.set_num_threads(wanted)
-    return threads

@@ -28,8 +28,8 @@ else:
     FOLDER = cache_dir() / "kernels" / _version
     try:
         numba.config.CACHE_DIR = str(FOLDER)
-        from .step import project, step
+        from .step import project, step, touch
     finally:
         numba.config.CACHE_DIR = _before
 
-__all__ = ["FOLDER", "UNAVAILABLE", "project", "step"]
+__all__ = ["FOLDER", "UNAVAILABLE", "project", "step", "touch"]

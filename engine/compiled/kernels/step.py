@@ -111,6 +111,15 @@ def step(
 
 
 @njit(parallel=True, cache=True)
+def touch(count):
+    """A parallel region of `count` parts that do nothing much; their sum."""
+    total_ = 0
+    for p in prange(count):
+        total_ += p
+    return total_
+
+
+@njit(parallel=True, cache=True)
 def project(kind, linears, x, out, threads):
     """`out` [n, rows of all] = some linears, int64 [k, 5] as `project_rows` takes them, times x [n, columns]."""
     for p in prange(threads):
