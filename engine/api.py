@@ -132,13 +132,18 @@ class Model:
 
     def describe(self) -> str:
         """What runs the model, in a few lines."""
-        reach = self._reach
+        reach, configured = self._reach, headline(self.sites).configured
+        rope = str(self.rope) if self._choice is None else f"{self.rope}: {self._choice}"
+        if configured.own:
+            rope += (
+                f", {'in place of' if self.rope.member('frequencies') else 'over'} the config's own {configured.own}"
+            )
         lines = {
             "model": f"{self.name} ({type(self.hf).__name__}, {self.hf.num_parameters() / 1e6:.0f}M parameters)",
             "run by": self.network.how,
-            "rope": str(self.rope) if self._choice is None else f"{self.rope}: {self._choice}",
+            "rope": rope,
             "reach": "any length" if math.isinf(reach) else f"{format_length(int(reach))} tokens",
-            "trained": f"{format_length(self.trained_length)} tokens",
+            "trained": f"{format_length(configured.rope.trained_length)} tokens{configured.stretched}",
         }
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

@@ -291,4 +291,4 @@ def read_gguf(file: GgufRope, context_length: int) -> list[Reading]:
 
 
 def _of_file(engine: str, read: hf.ConfiguredRope, file: hf.ConfiguredRope) -> Reading:
-    return Reading(engine=engine, rope=read.rope, scaler=read.scaler, max_length=file.max_length)
+    return Reading(engine=engine, rope=read.rope, scaler=read.scaler, max_length=file.declared_length)

@@ -90,7 +90,9 @@ class GgufRope:
         elif self.kind == "yarn":
             scaler = YaRN(factor=self.factor)
         scaler.check(rope)
-        return ConfiguredRope(rope=rope, scaler=scaler, max_length=max(context_length, trained))
+        if self.kind != "yarn":
+            return ConfiguredRope(rope=rope, scaler=scaler, max_length=max(context_length, trained))
+        return ConfiguredRope.of(rope, scaler, max(context_length, trained))
 
     def _divided(self, rope: RopeSpec, context_length: int) -> tuple[RopeSpec, Scaler]:
         if self.kind != "none":

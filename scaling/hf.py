@@ -65,14 +65,48 @@ class ConfiguredRope:
         rope: the plain geometry; `trained_length` is `original_max_position_embeddings` for yarn, longrope
             and llama3, else `max_position_embeddings`: a linear config does not say what it was stretched from.
         scaler: what the config does to the plain frequencies; `Scaler()` for the default type.
-        max_length: `max_position_embeddings`, the tokens that the config promises to carry.
+        max_length: the tokens that the config promises to carry: `max_position_embeddings`, or the scaler's reach where
+            that one stays at the trained length.
         head_dim: the whole head; None where all of it rotates.
+        stays_behind: `max_position_embeddings` is the trained length, and the scaler reaches further. Model cards add
+            yarn to a config in this way.
     """
 
     rope: RopeSpec
     scaler: Scaler
     max_length: int
     head_dim: int | None = None
+    stays_behind: bool = False
+
+    @classmethod
+    def of(cls, rope: RopeSpec, scaler: Scaler, declared: int, *, head_dim: int | None = None) -> ConfiguredRope:
+        """With the length that the scaler reaches, where `declared` is no more than the trained one."""
+        reach = scaler.reach(rope)
+        stays_behind = declared <= rope.trained_length and declared < reach < math.inf
+        length = int(reach) if stays_behind else declared
+        return cls(rope=rope, scaler=scaler, max_length=length, head_dim=head_dim, stays_behind=stays_behind)
+
+    @property
+    def declared_length(self) -> int:
+        """`max_position_embeddings`, by which engines go."""
+        return self.rope.trained_length if self.stays_behind else self.max_length
+
+    @property
+    def own(self) -> str:
+        """The config's own scaling in one line, without its lists of factors; empty if it has none."""
+        if isinstance(self.scaler, LongRoPE):
+            return f"longrope:{self.scaler.factor:g} with {len(self.scaler.long)} factors"
+        return str(self.scaler) if self.scaler.parts else ""
+
+    @property
+    def stretched(self) -> str:
+        """What the config's own scaling makes of the trained length, to be put behind it; empty if it has none."""
+        if not self.own:
+            return ""
+        trained, carried = format_length(self.rope.trained_length), format_length(self.max_length)
+        length = "" if carried == trained else f"{carried} "
+        stays = f" (max_position_embeddings stays at {trained})" if self.stays_behind else ""
+        return f", {length}with the config's own {self.own}{stays}"
 
     def effective(self, scaler: Scaler) -> Scaler:
         """`scaler`, over the model's own frequencies where it does not set them."""
@@ -87,6 +121,8 @@ class ConfiguredRope:
 
     def reach(self, scaler: Scaler) -> float:
         """Tokens that the model is meant to carry under `scaler`."""
+        if not scaler.member("frequencies") and math.isinf(self.scaler.reach(self.rope)):
+            return math.inf
         return scaler.reach(self.rope_for(scaler))
 
     def check(self, scaler: Scaler) -> None:
@@ -247,7 +283,9 @@ def _read_entry(name: str, config: Any, parameters: Mapping[str, Any]) -> Config
     scaler = _read_scaler(name, kind, values, max_length / trained_length)
     scaler.check(rope)
     whole = None if head_dim == rope.dim else head_dim
-    return ConfiguredRope(rope=rope, scaler=scaler, max_length=max_length, head_dim=whole)
+    if kind not in _LENGTH_TYPES:  # no length that was stretched is told
+        return ConfiguredRope(rope=rope, scaler=scaler, max_length=max_length, head_dim=whole)
+    return ConfiguredRope.of(rope, scaler, max_length, head_dim=whole)
 
 
 def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

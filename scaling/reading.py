@@ -79,7 +79,7 @@ class EngineRope:
     @property
     def max_length(self) -> int:
         """`max_position_embeddings`."""
-        return self.configured.max_length
+        return self.configured.declared_length
 
     @property
     def stretch(self) -> float:

@@ -96,7 +96,8 @@ class BandPatch:
         if all(layer.is_local for layer in layers.values()):
             raise UnsupportedModel(
                 f"every layer of {type(self._model).__name__} sees a sliding window only, so no distance grows with "
-                "the context; set config.sliding_window to None before loading, or patch a frequency scaler"
+                "the context; set config.sliding_window to None before loading, or patch a static frequency scaler, or "
+                "one that follows the length with a fixed length="
             )
         return layers, untold
 
@@ -238,8 +239,9 @@ class BandPatch:
             return query, key
         offset = _place(mask, query.shape[2], key.shape[2])
         scaler, length = self._planned
-        grows = scaler.depends_on_length and length is None
-        own = layer.site.configured.scaler if layer.site.is_local or grows else layer.site.configured.effective(scaler)
+        effective = layer.site.configured.effective(scaler)
+        grows = effective.depends_on_length and length is None
+        own = layer.site.configured.scaler if layer.site.is_local or grows else effective
         frequencies = own.frequencies(layer.site.configured.rope, length)
         turned = []
         for x, start in ((query, offset), (key, 0)):

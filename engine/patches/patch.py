@@ -13,7 +13,7 @@ from ...scaling.spec import parse
 from .band_patch import BandPatch
 from .marks import mark, patched_with
 from .probe import check_written
-from .rotary import RotarySite, RotaryWriter, headline, rotary_sites
+from .rotary import LengthState, RotarySite, RotaryWriter, depends_on_length, headline, rotary_sites
 from .temperature_patch import TemperaturePatch
 
 Installed = RotaryWriter | TemperaturePatch | BandPatch
@@ -23,13 +23,16 @@ def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, 
     """Put `scaler` into a model in the simplest way that is exact.
 
     Args:
-        grows: a scaler that depends on length follows every sequence; otherwise its length is set by `write`.
+        grows: a scaler that depends on length, or the model's own that it leaves in place, follows every sequence;
+            otherwise its length is set by `write`.
 
     Raises:
         ConfigError: the scaler cannot work on this model.
         UnsupportedModel: the model cannot be patched in the way that this scaler needs.
     """
-    if scaler.member("positions") or (grows and scaler.depends_on_length):
+    if scaler.member("positions") or (
+        grows and depends_on_length([site for site in sites if not site.is_local], scaler)
+    ):
         return BandPatch(model, sites, scaler)
     if scaler.member("temperature"):
         return TemperaturePatch(model, sites, scaler)
@@ -53,9 +56,10 @@ class PatchHandle:
         active: True until `undo`.
     """
 
-    def __init__(self, model: PreTrainedModel, installed: Installed, length: int | None) -> None:
+    def __init__(self, model: PreTrainedModel, installed: Installed, length: int | None, state: LengthState) -> None:
         self._model = model
         self._installed = installed
+        self._state = state
         self.scaler = installed.scaler
         self.length = length
         self.active = True
@@ -74,6 +78,7 @@ class PatchHandle:
         if not self.active:
             raise PatchError(f"the patch {self.scaler} was undone already")
         self._installed.restore()
+        self._state.restore()
         mark(self._model, self._installed.sites, Scaler())
         self.active = False
 
@@ -84,7 +89,8 @@ class PatchHandle:
         left_alone = [s.layer_type or "" for s in self._installed.sites if s.is_local]
         layers = ", ".join(s.layer_type or "all" for s in sites)
         reach = "any length" if math.isinf(self.reach) else f"{format_length(int(self.reach))} tokens"
-        frequencies = site.configured.effective(self.scaler).frequencies(site.configured.rope, self.length)
+        effective = site.configured.effective(self.scaler)
+        frequencies = effective.frequencies(site.configured.rope, self.length)
         lines = {
             "scaler": str(self.scaler),
             "tier": self._installed.tier,
@@ -92,12 +98,13 @@ class PatchHandle:
         }
         if self.scaler.member("positions"):
             lines["bands"] = ", ".join(band.name for band in site.bands(self.scaler, self.length))
-        if self.scaler.depends_on_length:
-            step = site.configured.effective(self.scaler).growing_step(site.configured.rope)
+        if effective.depends_on_length:
+            step = effective.growing_step(site.configured.rope)
             grows = f"grows with each sequence, in steps of {step} beyond {site.configured.rope.trained_length}"
             lines["length"] = grows if self.length is None else f"fixed at {format_length(self.length)} tokens"
+        trained = format_length(site.configured.rope.trained_length)
         lines |= {
-            "reach": f"{reach} (trained: {format_length(site.configured.max_length)})",
+            "reach": f"{reach} (trained: {trained}{site.configured.stretched})",
             "factor on cos and sin": f"{frequencies.attention_factor:.6g}",
             "cost": self._installed.cost,
         }
@@ -126,8 +133,9 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
         model: any transformers model with RoPE that computes its frequencies as its config says.
         scaler: a spec string (`ropewalk scalers` lists them) or a scaler; lengths in a string may be multiples of the
             trained one, as in "rerope:0.5x".
-        length: the longest text to come, such as 16384, "16k" or "2x". A scaler that depends on length is fixed
-            to it; without it, it grows with every sequence of its own. Any other must reach it.
+        length: the longest text to come, such as 16384, "16k" or "2x". A scaler that depends on length, or a dynamic
+            scaling of the model's own, is fixed to it; without it, it grows with every sequence of its own. Any other
+            must reach it.
 
     Raises:
         ConfigError: the scaler is wrong, cannot work on this model, or does not reach `length`.
@@ -149,7 +157,12 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
             f"{scaler} reaches {format_length(int(reach))} tokens on this model, fewer than the "
             f"{format_length(tokens)} asked for; take a larger factor, or rerope, which reaches any length"
         )
-    installed = install(model, sites, scaler, grows=tokens is None)
-    installed.write(tokens)
+    state = LengthState(sites)
+    try:
+        installed = install(model, sites, scaler, grows=tokens is None)
+        installed.write(tokens)
+    except BaseException:
+        state.restore()
+        raise
     mark(model, sites, scaler)
-    return PatchHandle(model, installed, tokens)
+    return PatchHandle(model, installed, tokens, state)

@@ -20,6 +20,7 @@ from .seam import language_model
 # inv_freq must be what the config says; a model cast to 16 bits as a whole has rounded its own.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
 _ROUNDED_TOLERANCE = 1e-2
+_LONGEST = "max_seq_len_cached"  # transformers' name for the longest text so far
 
 
 def is_local(layer_type: str | None) -> bool:
@@ -94,16 +95,47 @@ def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:
 
 def _verify(model_name: str, module_name: str, site: RotarySite) -> None:
     rope = site.configured
-    expected = rope.scaler.frequencies(rope.rope)
     actual = site.inv_freq.detach().double().cpu()
     tolerance = _TOLERANCE.get(site.inv_freq.dtype, _ROUNDED_TOLERANCE)
-    if actual.shape != expected.inv_freq.shape or not torch.allclose(
-        actual, expected.inv_freq, rtol=tolerance, atol=1e-12
-    ):
-        raise UnsupportedModel(
-            f"{model_name}: the frequencies in {module_name} are not those of its config ({rope.scaler} at base "
-            f"{rope.rope.base:g}); it is patched by other means, or computes them in a way ropewalk does not know"
-        )
+    for length in _lengths_read(site):
+        expected = rope.scaler.frequencies(rope.rope, length).inv_freq
+        if actual.shape == expected.shape and torch.allclose(actual, expected, rtol=tolerance, atol=1e-12):
+            return
+    raise UnsupportedModel(
+        f"{model_name}: the frequencies in {module_name} are not those of its config ({rope.scaler} at base "
+        f"{rope.rope.base:g}); it is patched by other means, or computes them in a way ropewalk does not know"
+    )
+
+
+def _lengths_read(site: RotarySite) -> list[int | None]:
+    """Lengths of texts after which a module may stand: one whose config follows the length keeps what its last text
+    asked for."""
+    rope = site.configured
+    if not rope.scaler.depends_on_length:
+        return [None]
+    longest = getattr(site.module, site.attribute(_LONGEST), None)
+    return [None, rope.rope.trained_length + 1, *([] if longest is None else [int(longest)])]
+
+
+class LengthState:
+    """What transformers keeps in rotary modules of the longest text so far, where the config's own scaling follows the
+    length: remembered, to be put back after texts of ours."""
+
+    def __init__(self, sites: list[RotarySite]) -> None:
+        self._kept = [
+            (site, site.inv_freq, site.inv_freq.clone(), getattr(site.module, site.attribute(_LONGEST), None))
+            for site in sites
+            if site.configured.scaler.depends_on_length
+        ]
+
+    def restore(self) -> None:
+        """Put it back, into the very same tensors."""
+        for site, buffer, values, longest in self._kept:
+            with torch.inference_mode():  # a text read in this mode may have made the buffer
+                buffer.copy_(values)
+            site.module._buffers[site.attribute("inv_freq")] = buffer.to(site.inv_freq.device)
+            if longest is not None:
+                setattr(site.module, site.attribute(_LONGEST), longest)
 
 
 class RotaryWriter:
