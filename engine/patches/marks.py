@@ -17,16 +17,16 @@ from ...scaling.rope import Scaler
 from .rotary import RotarySite
 
 
-def mark(model: nn.Module, sites: Iterable[RotarySite], scaler: Scaler) -> None:
-    """Note that `model` is under `scaler`; the identity takes the note away."""
+def mark(model: nn.Module, sites: Iterable[RotarySite], scaler: Scaler | None) -> None:
+    """Note that `model` is under `scaler`; None takes the note away."""
     for site in sites:
         vars(site.module).pop("ropewalk_scaler", None)
-        if scaler.parts:
+        if scaler is not None:
             vars(site.module)["ropewalk_scaler"] = scaler
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             vars(module).pop("save_pretrained", None)
-            if scaler.parts:
+            if scaler is not None and scaler.parts:
                 vars(module)["save_pretrained"] = functools.partial(_save, module, scaler)
 
 

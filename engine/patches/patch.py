@@ -79,7 +79,7 @@ class PatchHandle:
             raise PatchError(f"the patch {self.scaler} was undone already")
         self._installed.restore()
         self._state.restore()
-        mark(self._model, self._installed.sites, Scaler())
+        mark(self._model, self._installed.sites, None)
         self.active = False
 
     def describe(self) -> str:

@@ -61,7 +61,7 @@ class Switch:
             before.apply()
             self.prepare(None)
             raise
-        mark(self._hf, self._sites, scaler)
+        mark(self._hf, self._sites, scaler if scaler.parts else None)
         if keep:
             self._kept[scaler] = self._installed
 

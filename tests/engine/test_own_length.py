@@ -106,3 +106,9 @@ def test_within_the_trained_length_it_is_the_untouched_model(kind):
         assert difference(logits(model, SHORT), before) < TOLERANCE
     with rw.patch(model, "none", length=100):
         assert difference(logits(model, LONG[:, :100]), logits(model_of(kind), LONG)) < TOLERANCE
+
+
+def test_a_second_patch_over_none_is_refused(kind):
+    model = model_of(kind)
+    with rw.patch(model, "none"), pytest.raises(rw.PatchError, match="patched with none already"):
+        rw.patch(model, "yarn:8")

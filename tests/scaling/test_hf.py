@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -259,3 +260,32 @@ def test_config_json_of_a_real_kind() -> None:
 def test_a_family_fills_in_what_its_config_json_leaves_out() -> None:
     document = {"model_type": "stablelm", "hidden_size": 256, "num_attention_heads": 4}
     assert read(document)[None].rope.dim == 16  # a quarter of the head
+
+
+STRETCHED: dict[str, tuple[dict[str, object], float]] = {
+    "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
+    "yarn without a trained length": ({"rope_type": "yarn", "factor": 4.0}, 4096),
+    "llama3": (dict(TYPES["llama3"]) | {"original_max_position_embeddings": 1024, "factor": 8.0}, 8192),
+    "longrope": (dict(TYPES["longrope"]) | {"original_max_position_embeddings": 1024, "factor": 2.0}, 2048),
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, math.inf),
+    "linear": ({"rope_type": "linear", "factor": 2.0}, 1024),  # which may have been counted into the length
+}
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_a_length_that_stayed_at_the_trained_one_is_no_limit(name: str) -> None:
+    """As model cards add yarn to a config: 'none' reaches what the same scaler does over the plain config."""
+    parameters, reach = STRETCHED[name]
+    configured = read(llama(dict(parameters)))[None]
+    assert configured.reach(Scaler()) == reach
+    assert configured.declared_length == configured.rope.trained_length == 1024
+    if name != "linear":
+        assert read(llama({"rope_type": "default"}))[None].reach(configured.scaler) == reach
+
+
+def test_a_length_that_the_config_promises_is_the_reach() -> None:
+    document = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 3000}
+    parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
+    configured = read(document | {"rope_parameters": parameters})[None]
+    assert configured.reach(Scaler()) == configured.declared_length == 3000
+    assert configured.own == "yarn:4"

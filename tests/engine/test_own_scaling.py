@@ -1,0 +1,54 @@
+"""A loaded model whose config brings a scaling: what it says of itself, and how far it goes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import ropewalk as rw
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+def with_scaling(tiny_folder, folder, length, **scaling):
+    """The tiny model with a scaling written into its config, and `max_position_embeddings` of `length`."""
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("rope_scaling", "rope_parameters"):
+        base = (config.pop(key, None) or {}).get("rope_theta", config.get("rope_theta", 10_000.0))
+        config.setdefault("rope_theta", base)
+    config |= {"max_position_embeddings": length, "rope_scaling": scaling}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("length", [256, 1024])
+def test_the_configs_own_yarn_is_described_and_reaches_what_it_reaches(tiny_folder, tmp_path, length):
+    model = rw.load(with_scaling(tiny_folder, tmp_path / "own", length, **YARN), compile=False)
+    asked = rw.load(tiny_folder, rope="yarn:4", compile=False)
+    text = "def main():\n    return 1\n" * 60
+    ids = model.vocabulary.encode(text)
+    assert torch.allclose(model.score_ids(ids[:600]), asked.score_ids(ids[:600]), rtol=0, atol=1e-3)
+    assert model.max_length == asked.max_length == 1024
+    words = model.describe()
+    assert "none, over the config's own yarn:4" in words
+    assert "trained  256 tokens, 1k with the config's own yarn:4" in words
+    assert ("max_position_embeddings stays at 256" in words) == (length == 256)
+    model.rope = "yarn:8"
+    assert "yarn:8, in place of the config's own yarn:4" in model.describe()
+    model.rope = "rerope:64"
+    assert "rerope:64, over the config's own yarn:4" in model.describe()
+    with rw.patch(rw.load(tmp_path / "own", compile=False).hf, "none") as handle:
+        assert handle.reach == 1024
+        assert "1k with the config's own yarn:4" in handle.describe()
+
+
+def test_multiples_and_exports_count_from_what_is_carried(tiny_folder, tmp_path):
+    folder = with_scaling(tiny_folder, tmp_path / "own", 256, **YARN)
+    assert rw.load(folder, compile=False).trained_length == 1024
+    done = rw.export(folder, tmp_path / "out")
+    assert done.length == 1024
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 1024
+    gguf = rw.export(tiny_folder, tmp_path / "a.gguf", rope="yarn:4", length=256, target="llama.cpp")
+    assert rw.load(gguf.path, compile=False).max_length == 1024
