@@ -6,6 +6,7 @@ import time
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..tokenizer_tools.characters import first_characters
 from ..tokenizer_tools.stream import StopWatch
 from ..tokenizer_tools.vocab import Vocabulary
 from .completion import Completion, Usage
@@ -38,6 +39,7 @@ class Answer:
         self._text, self._watch = prompt.text_stream(vocabulary), StopWatch(params.stops)
         self._ends = None if params.max_time is None else time.monotonic() + params.max_time
         self._pieces: list[str] = []
+        self._pending = prompt.pending
         self.prompt_ids = prompt.ids
         self.tokens: list[Token] = []
         self.continuation: Continuation | None = None
@@ -64,7 +66,7 @@ class Answer:
 
     def _end(self, reason: str) -> str:
         self.finish_reason, self.done = reason, True
-        return self._say(self._watch.push(self._text.finish()) + self._watch.finish())
+        return self._say(self._watch.finish())
 
     def _say(self, piece: str) -> str:
         self._pieces.append(piece)
@@ -72,13 +74,20 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """What was written."""
+        """What was written, in whole characters; one that the prompt ends inside is shown whole here."""
         return "".join(self._pieces)
+
+    @property
+    def data(self) -> bytes:
+        """What was written, in UTF-8, without what is in the prompt; it may begin and end inside a character."""
+        every = self._pending + self._text.data
+        return (first_characters(every, len(self.text)) if self._watch.cuts else every)[len(self._pending) :]
 
     def completion(self) -> Completion:
         """What `generate` returns."""
         return Completion(
             text=self.text,
+            unfinished=b"" if self._watch.cuts else self._text.unfinished,
             token_ids=[token.id for token in self.tokens],
             finish_reason=self.finish_reason,
             usage=Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=len(self.tokens)),

@@ -369,8 +369,11 @@ class Model:
         check_text(text)
         return self.vocabulary.encode(text)
 
-    def read(self, prompt: str | bytes | list[int], continuation: Continuing) -> Prompt:
+    def read(self, prompt: str | bytes | list[int], continuation: Continuing, *, broken: bool = False) -> Prompt:
         """A prompt as the decode loop takes it.
+
+        Args:
+            broken: as for `Prompt.read`.
 
         Raises:
             ContextOverflow: its text is longer than `max_length` tokens can be. Tokenizing that might take minutes.
@@ -385,7 +388,7 @@ class Model:
                 f"the prompt has {len(prompt):,} characters, more than {format_length(self.max_length)} tokens of at "
                 f"most {longest} bytes can hold, which {self.name} reaches with rope {str(self.rope)!r}; shorten it"
             )
-        return Prompt.read(prompt, self.tokenizer, self.vocabulary, continuation)
+        return Prompt.read(prompt, self.tokenizer, self.vocabulary, continuation, broken=broken)
 
     def prepare(self, length: int | None) -> None:
         """Make the scaler in use ready for a sequence of `length` tokens."""

@@ -23,6 +23,8 @@ class Usage:
 class Completion:
     """What `generate` returns: the new text, without the prompt.
 
+    `text` has whole characters; where it ends inside one, `unfinished` has the bytes of that so far. A character that
+    the prompt ends inside counts to the text.
     `token_ids` are the new tokens. The first of them may begin inside the prompt: `continuation` is set where that was
     weighed.
     `finish_reason` is "stop" (an end token or stop string came), "length" or "time". `logprobs` holds one `Token` for
@@ -36,6 +38,7 @@ class Completion:
     usage: Usage
     logprobs: list[Token] | None = None
     continuation: Continuation | None = None
+    unfinished: bytes = b""
     sources: list[int] | None = None
 
 

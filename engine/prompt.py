@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError
-from ..tokenizer_tools.boundaries import split_character
+from ..errors import ConfigError, DataError
+from ..tokenizer_tools.characters import split_character, unfinished
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
 from ..tokenizer_tools.vocab import Vocabulary, check_ids, check_text
@@ -73,12 +73,18 @@ class Prompt:
         tokenizer: PreTrainedTokenizerBase,
         vocabulary: Vocabulary,
         continuation: Continuing,
+        *,
+        broken: bool = False,
     ) -> Prompt:
         """The prompt of a request.
 
+        Args:
+            broken: bytes may hold some that are no character, as a model's answer can.
+
         Raises:
             ConfigError: it is empty, and the tokenizer has no start token, or it is neither text nor token ids.
-            DataError: it is not UTF-8, or holds half a surrogate pair, or a token that the model has not.
+            DataError: it is not UTF-8, or holds half a surrogate pair, or a token that the model has not; or it ends in
+                half a character that has no token, and nothing before it may be drawn anew.
         """
         if isinstance(prompt, bytearray | memoryview):
             prompt = bytes(prompt)
@@ -88,19 +94,30 @@ class Prompt:
         is_text = isinstance(prompt, str | bytes)
         if isinstance(prompt, str):
             check_text(prompt)
-            _tell_of_names(vocabulary, prompt)
+        if isinstance(prompt, str | bytes):
+            _tell_of_names(vocabulary, prompt if isinstance(prompt, str) else prompt.decode(errors="replace"))
         if not isinstance(prompt, bytes) and (continuation == "off" or (continuation == "auto" and not is_text)):
             ids = vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
-            return cls(ids=vocabulary.checked(_started(ids, start)), starts_text=vocabulary.walls.issuperset(ids))
-        covers = cover(vocabulary, prompt)
+            return cls(
+                ids=vocabulary.checked(_started(ids, start)),
+                starts_text=all(map(vocabulary.is_wall, ids)),
+                pending=b"" if is_text else _pending(vocabulary, ids),
+            )
+        covers = cover(vocabulary, vocabulary.of_bytes(prompt) if broken and isinstance(prompt, bytes) else prompt)
         wanted = continuation == "exact"
         if continuation == "auto" and not covers.only_aligned:
             wanted = bool(covers.trunk or start is not None) and not _ends_in_header(prompt, tokenizer)
+        pending = split_character(covers.text)[1]
+        if not wanted and not covers.nodes[0].aligned:
+            raise DataError(
+                f"the prompt ends in {pending!r}, half a character that {vocabulary.name} has no tokens for; leave it "
+                "off, or set continuation='exact', which draws it with the rest of its character"
+            )
         return cls(
             ids=vocabulary.checked(_started(list(covers.prompt), start)),
             cover=covers if wanted else None,
             start=start,
-            pending=split_character(covers.text)[1],
+            pending=pending,
             starts_text=not covers.text,
         )
 
@@ -113,6 +130,16 @@ class Prompt:
     def text_stream(self, vocabulary: Vocabulary) -> TextStream:
         """For the text of the answer."""
         return TextStream(vocabulary, pending=self.pending, starts_text=self.starts_text)
+
+
+def _pending(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
+    """The beginning of a character that token ids end in."""
+    end = b""
+    for token in reversed(ids):
+        if len(end) > 2 or vocabulary.is_wall(token):
+            break
+        end = vocabulary.tokens[token] + end
+    return unfinished(end)
 
 
 def _tell_of_names(vocabulary: Vocabulary, text: str) -> None:
@@ -135,5 +162,5 @@ def _ends_in_header(prompt: str | bytes | Sequence[int], tokenizer: PreTrainedTo
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several, by name
         template = template.get("default")
-    text = prompt if isinstance(prompt, str) else split_character(bytes(prompt))[0].decode()
+    text = prompt if isinstance(prompt, str) else bytes(prompt).decode(errors="replace")
     return isinstance(template, str) and text.endswith(chat_headers(template))

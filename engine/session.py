@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, DataError
+from ..tokenizer_tools.characters import broken, first_characters, shown, unfinished
 from ..tokenizer_tools.cover import shared_length
+from ..tokenizer_tools.vocab import check_text
 from .answer import Answer
 from .cache import can_rewind
 from .completion import Completion
@@ -45,15 +47,20 @@ class Session:
     When `model.rope` changes, or the length that it depends on, the keys are turned in place: what was read stays as it
     was understood then. Anything done to a session ends the stream that is under way; what it wrote stays.
 
-    Attributes:
-        text: all that was appended and written.
+    An answer may end inside a character. Its bytes are kept, and what is written next goes on with them; `text` shows
+    the character when it is whole.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.text = ""
+        self._data = b""  # all that was appended and written, in UTF-8
         self._kept = KeptCache(model)
         self._stream: weakref.ref[Generator[str, None, None]] | None = None  # dropping a stream closes it
+
+    @property
+    def text(self) -> str:
+        """All that was appended and written, in whole characters."""
+        return shown(self._data)
 
     @property
     def tokens(self) -> int:
@@ -69,7 +76,8 @@ class Session:
             ContextOverflow: the text is longer than the scaler reaches, or than memory holds.
         """
         self._end_stream()
-        certain = self._read(self.text + text).certain
+        data = self._with(text)
+        certain = self._read(data).certain
         check_length(self._model, len(certain), SamplingParams(max_new_tokens=1), self._kept.cache)
         with self._model.turn:  # the scaler must not change between the two
             cache = self._kept.ready(certain, len(certain) + 1)
@@ -77,7 +85,7 @@ class Session:
                 certain = certain[:-1]  # an answer runs the last token again, to see what follows it
             if len(certain) > len(self._kept.ids):
                 self._read_on(certain, cache, progress)
-        self.text += text
+        self._data = data
 
     def _read_on(self, certain: list[int], cache: Cache, progress: Progress | None) -> None:
         try:
@@ -107,18 +115,21 @@ class Session:
 
     def _start(self, text: str, params: SamplingParams) -> tuple[Answer, Iterator[str]]:
         self._end_stream()
-        prompt = self._read(self.text + text, params)
+        data = self._with(text)
+        prompt = self._read(data, params)
         check_length(self._model, len(prompt.ids), params, self._kept.cache)
         answer = Answer(prompt, params, self._model.vocabulary, self._model.stop_ids)
-        written = self._written(text, prompt, params, answer)
+        written = self._written(data, prompt, params, answer)
         self._stream = weakref.ref(written)
         return answer, written
 
-    def _written(self, text: str, prompt: Prompt, params: SamplingParams, answer: Answer) -> Generator[str, None, None]:
+    def _written(
+        self, data: bytes, prompt: Prompt, params: SamplingParams, answer: Answer
+    ) -> Generator[str, None, None]:
         rope = self._model.rope
         cache = self._kept.ready(prompt.certain, len(prompt.ids) + params.max_new_tokens)
-        before, broken = self.text, False
-        self.text += text
+        before, broken = self._data, False
+        self._data = data
         try:
             yield from pieces(self._model, prompt, params, answer, cache, rope)
         except BaseException as error:
@@ -126,7 +137,7 @@ class Session:
             raise
         finally:
             written = [token.id for token in answer.tokens]
-            self.text = self.text + answer.text if written or not broken else before
+            self._data = data + answer.data if written or not broken else before
             self._kept.settle([*answer.prompt_ids, *written] if written else prompt.certain, broken)
 
     def _end_stream(self) -> None:
@@ -138,18 +149,19 @@ class Session:
         """A session that goes on from here on its own. Nothing is copied before one of the two writes."""
         self._end_stream()
         other = Session(self._model)
-        other.text = self.text
+        other._data = self._data
         if isinstance(self._kept.cache, KVCache):  # transformers' caches are not shared: the fork reads again
             other._kept.hold(self._kept.cache.fork(), list(self._kept.ids), self._kept.setting)
         return other
 
     def crop(self, length: int) -> None:
-        """Go back to the first `length` characters of the text."""
+        """Go back to the first `length` characters of the text; one that is not whole goes in any case."""
         self._end_stream()
-        if not 0 <= length <= len(self.text):
-            raise ConfigError(f"crop {length} must be between 0 and the session's {len(self.text)} characters")
-        self.text = self.text[:length]
-        certain = self._read(self.text).certain if self.text else []
+        held = len(self.text)
+        if not 0 <= length <= held:
+            raise ConfigError(f"crop {length} must be between 0 and the session's {held} characters")
+        self._data = first_characters(self._data, length)
+        certain = self._read(self._data).certain if self._data else []
         self._kept.settle(self._kept.ids[: shared_length(self._kept.ids, certain)])
 
     def save(self, path: str | Path) -> None:
@@ -170,7 +182,13 @@ class Session:
             for name in layer.buffers:
                 tensors[f"{index}.{name}"] = getattr(layer, name)[:, :, : layer.length].contiguous()
         scaler, length = kept.setting
-        header = {"format": _FORMAT, "text": self.text, "ids": kept.ids, "rope": str(scaler), "length": length}
+        header = {
+            "format": _FORMAT,
+            "text": self._data.decode(errors="surrogateescape"),
+            "ids": kept.ids,
+            "rope": str(scaler),
+            "length": length,
+        }
         if kept.cache is not None:
             header["dropped"] = [kept.cache.layers[0].forgotten, kept.cache.layers[0].needed]
         metadata = {"session": json.dumps(header), "weights": self._model.fingerprint}
@@ -211,6 +229,7 @@ class Session:
                     raise TypeError("its text or its token ids are of another kind")
                 if not isinstance(setting[1], int | None):
                     raise TypeError("its length is no number")
+                data = text.encode(errors="surrogateescape")
                 dropped, needed = map(int, header.get("dropped", (0, 0)))
                 held = len(ids) - dropped
                 if not 0 <= needed <= held <= len(ids):
@@ -224,7 +243,7 @@ class Session:
             if isinstance(error, ConfigError):  # a ValueError too
                 raise
             raise DataError(f"{path} cannot be read as a session: {error}") from error
-        self.text = text
+        self._data = data
         self._kept.hold(cache, ids, setting)
 
     def close(self) -> None:
@@ -238,9 +257,15 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, text: str, params: SamplingParams | None = None) -> Prompt:
+    def _with(self, text: str) -> bytes:
+        check_text(text)
+        return self._data + text.encode()
+
+    def _read(self, data: bytes, params: SamplingParams | None = None) -> Prompt:
         continuation = (params or SamplingParams()).continuation
-        return self._model.read(text, continuation)
+        runs = broken(data)
+        prompt = data if runs or unfinished(data) else data.decode()
+        return self._model.read(prompt, continuation, broken=bool(runs))
 
 
 def _fill(cache: KVCache, file: Any, count: int, dropped: tuple[int, int], path: str | Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, first_line
-from ..tokenizer_tools.boundaries import split_character
+from ..tokenizer_tools.characters import split_character
 from .text_formats import COMPRESSED_SUFFIXES, PARQUET, decode, decompress
 
 __all__ = ["read_documents", "read_prompt"]

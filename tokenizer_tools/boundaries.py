@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 
+from .characters import split_character
 from .vocab import Vocabulary
 
 PROBES = (
@@ -80,21 +81,6 @@ def _by_kind() -> dict[str, set[int]]:
     for code in itertools.chain(range(0xD800), range(0xE000, 0x10000), range(0x10000, 0x110000, 16)):
         found[_kind(chr(code))].add(chr(code).encode()[0])
     return found
-
-
-def split_character(text: bytes) -> tuple[bytes, bytes]:
-    """The whole characters of UTF-8 `text`, and the beginning of a character that it ends in.
-
-    Raises:
-        UnicodeDecodeError: it is not UTF-8 elsewhere.
-    """
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        if error.reason != "unexpected end of data":
-            raise
-        return text[: error.start], text[error.start :]
-    return text, b""
 
 
 @cache

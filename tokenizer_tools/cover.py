@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from ..errors import DataError, UnsupportedModel
-from .boundaries import Hypothesis, hypotheses, split_character
+from .boundaries import Hypothesis, hypotheses
+from .characters import broken, split_character
 from .vocab import Vocabulary, check_text
 
 _PIECES_BACK = 3  # pieces at the end of a prompt that the probes see, at least
@@ -76,8 +77,8 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
     """The covers of a prompt.
 
     Args:
-        prompt: text, UTF-8 bytes that may end inside a character, or token ids. Special tokens in it are walls: only
-            what follows the last of them is cut anew.
+        prompt: text, UTF-8 bytes that may end inside a character, or token ids. Special tokens in it are walls, and so
+            are ids whose bytes are no character: only what follows the last of them is cut anew.
 
     Raises:
         DataError: bytes that are not UTF-8, or that end in half a character that has no token; text with half a
@@ -93,13 +94,15 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
     else:
         ids, partial = list(prompt), b""
     wall = _after_walls(vocabulary, ids)
+    if not isinstance(prompt, str | bytes):
+        wall = _after_broken(vocabulary, ids, wall)
     text = vocabulary.text_bytes(ids[wall:])
     if not isinstance(prompt, str | bytes):
         whole, partial = _split(text)
-        ids, text = ids[:wall] + _tokens(vocabulary, whole), whole
+        ids, text = ids[:wall] + vocabulary.behind(whole.decode()), whole
     elif _loses_end(prompt, text) if text else partial:
         text = _as_beginning(vocabulary, prompt if isinstance(prompt, str) else whole.decode())
-        ids = ids[:wall] + _tokens(vocabulary, text)
+        ids = ids[:wall] + vocabulary.behind(text.decode())
     try:
         return _Search(vocabulary, ids, wall, text + partial, partial).cover()
     except UnicodeDecodeError as error:
@@ -118,6 +121,14 @@ def _after_walls(vocabulary: Vocabulary, ids: list[int]) -> int:
     return max((n + 1 for n, i in enumerate(ids) if vocabulary.is_wall(i)), default=0)
 
 
+def _after_broken(vocabulary: Vocabulary, ids: list[int], wall: int) -> int:
+    """How many tokens there are up to the last one, from `wall` on, with bytes that are no character."""
+    while runs := broken(vocabulary.text_bytes(ids[wall:])):
+        ends = accumulate(len(vocabulary.tokens[i]) for i in ids[wall:])
+        wall += next(n for n, end in enumerate(ends, 1) if end >= runs[-1][1])
+    return wall
+
+
 def _loses_end(prompt: str | bytes, text: bytes) -> bool:
     """True if a normalizer stripped white space from the end of the prompt."""
     end = prompt[-1:] if isinstance(prompt, str) else prompt[-1:].decode(errors="ignore")
@@ -132,13 +143,6 @@ def _as_beginning(vocabulary: Vocabulary, text: str) -> bytes:
         ids = vocabulary.encode(text + probe)
         seen.append(vocabulary.text_bytes(ids[_after_walls(vocabulary, ids) :]))
     return seen[0][: shared_length(*seen)]
-
-
-def _tokens(vocabulary: Vocabulary, text: bytes) -> list[int]:
-    """The tokens of a text, piece by piece."""
-    decoded = text.decode()
-    cuts = [0, *vocabulary.cuts(decoded), len(decoded)]
-    return [i for a, b in pairwise(cuts) for i in vocabulary.piece(decoded[a:b].encode())]
 
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -209,10 +213,7 @@ class _Search:
             return False
         start = self.borders[first] + len(window[: firm[-1]].encode())
         n = bisect_left(self.borders, start)
-        if (
-            self.borders[n] != start
-            or _tokens(self.vocabulary, window[firm[-1] :].encode()) != self.ids[self.wall + n :]
-        ):
+        if self.borders[n] != start or self.vocabulary.behind(window[firm[-1] :]) != self.ids[self.wall + n :]:
             return False
         self.kept, self.start = self.wall + n, start
         return True

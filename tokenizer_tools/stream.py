@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
-
+from .characters import unfinished
 from .vocab import Vocabulary
 
 
@@ -15,12 +14,15 @@ class TextStream:
         pending: the bytes of half a character that the prompt ends in; the stream gives it whole.
         starts_text: True if no text comes before the first token: the space that some tokenizers put in front of a
             text is then left out.
+
+    Attributes:
+        unfinished: the bytes that wait for the rest of their character, those of `pending` included.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, pending: bytes = b"", starts_text: bool = False) -> None:
         self._vocabulary = vocabulary
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._decoder.decode(pending)
+        self.unfinished = pending
+        self._parts: list[bytes] = []
         self._drops_space = starts_text and vocabulary.puts_space_first
 
     def push(self, token: int, skip: int = 0) -> str:
@@ -28,11 +30,20 @@ class TextStream:
         data = self._vocabulary.tokens[token][skip:] if token < len(self._vocabulary.tokens) else b""
         if self._drops_space and data:
             data, self._drops_space = data.removeprefix(b" "), False
-        return self._decoder.decode(data)
+        self._parts.append(data)
+        every = self.unfinished + data
+        self.unfinished = unfinished(every)
+        return every[: len(every) - len(self.unfinished)].decode(errors="replace")
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of all tokens so far, without `pending`."""
+        return b"".join(self._parts)
 
     def finish(self) -> str:
-        """What is still held back, half characters as U+FFFD."""
-        return self._decoder.decode(b"", final=True)
+        """What is still held back, where nothing can come any more: half a character as U+FFFD."""
+        shown, self.unfinished = self.unfinished.decode(errors="replace"), b""
+        return shown
 
 
 class StopWatch:
@@ -40,7 +51,7 @@ class StopWatch:
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
-        self._held = ""
+        self._held = ""  # what may be the beginning of a stop string
         self.stopped = False
 
     def push(self, text: str) -> str:
@@ -58,6 +69,11 @@ class StopWatch:
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown
+
+    @property
+    def cuts(self) -> bool:
+        """True if some of the text was not shown, or not yet."""
+        return self.stopped or bool(self._held)
 
     def finish(self) -> str:
         """The text held back, once no more can come."""

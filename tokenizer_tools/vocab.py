@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from ..errors import DataError, UnsupportedModel
+from .characters import broken, split_character
 from .trie import ByteTrie
 
 _MOST_REMEMBERED = 100_000  # answers of `can_extend`, which takes thousands of tokenizations for a short suffix
@@ -59,6 +62,49 @@ class Vocabulary(ABC):
     @abstractmethod
     def piece(self, data: bytes) -> list[int]:
         """Tokens of a whole piece. Where `byte_level`, `data` may be any bytes, else it is UTF-8."""
+
+    def behind(self, text: str) -> list[int]:
+        """Tokens of a text that stands behind others, piece by piece: nothing is put before it."""
+        names = sorted(self.names_in(text), key=len, reverse=True) if self.special_tokens else []
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]:
+            if part in names:
+                ids += self.encode(part)[-1:]
+                continue
+            cuts = [0, *self.cuts(part), len(part)]
+            ids += [i for a, b in pairwise(cuts) for i in self.piece(part[a:b].encode())]
+        return ids
+
+    def of_bytes(self, data: bytes) -> list[int]:
+        """Token ids of any bytes, as `encode` and `behind` give them; what is no character, by tokens of its bytes.
+
+        Raises:
+            DataError: there are no such tokens.
+        """
+        ids: list[int] = []
+        at = 0
+        for start, stop in broken(data):
+            text = data[at:start].decode()
+            ids = self._joined(ids + self.behind(text) if at else self.encode(text), text, data[start:stop])
+            at = stop
+        whole, rest = split_character(data[at:])
+        text = whole.decode()
+        ids = ids + self.behind(text) if at else self.encode(text)
+        return self._joined(ids, text, rest) if rest else ids
+
+    def _joined(self, ids: list[int], text: str, part: bytes) -> list[int]:
+        """The tokens of `text`, which `ids` ends in, with `part`, which is no character, behind it."""
+        if not self.byte_level:
+            if (single := self.byte_tokens(part)) is None:
+                raise DataError(f"{self.name} has no tokens for the bytes {part!r}, which are no character")
+            return ids + single
+        start = ([0, *self.cuts(text)])[-1]
+        last, kept, dropped = text[start:].encode(), list(ids), b""
+        while kept and len(dropped) < len(last):
+            dropped = self.tokens[kept.pop()] + dropped
+        if dropped != last:  # the tokenizer has changed the text
+            last, kept = b"", ids
+        return kept + self.piece(last + part)
 
     def beginning(self, data: bytes) -> list[int]:
         """Tokens of `data` as the beginning of a longer piece, where a token ends at its end."""

@@ -1,0 +1,179 @@
+"""Answers and prompts that end inside a character: bytes are kept, and what goes on completes them.
+
+One oracle is a model that writes a given text a byte at a time; the other is the bytes of the tokens that were drawn.
+"""
+
+import random
+
+import pytest
+import torch
+from live import greedy
+from transformers.cache_utils import Cache
+
+import ropewalk as rw
+from ropewalk.engine.cache import ContiguousLayer
+from ropewalk.engine.network import Network
+
+TEXT = "aé🙂中b\u200bñ!"
+LENGTHS = [1, 2, 3, 5]
+
+
+class Scripted(Network):
+    """Goes on with the bytes of TEXT, whatever it reads; it checks that it reads TEXT's own."""
+
+    script = b""
+
+    def new_cache(self, capacity):
+        return Cache(layers=[ContiguousLayer(0)])
+
+    def forward(self, ids, cache, keep):
+        start = cache.get_seq_length()
+        assert list(ids) == self.script[start : start + len(ids)], "the model reads other tokens than it wrote"
+        cache.layers[0].length += len(ids)
+        logits = torch.zeros(keep, self.hf.config.vocab_size)
+        for row, place in enumerate(range(start + len(ids) - keep, start + len(ids))):
+            logits[row, self.script[place + 1] if place + 1 < len(self.script) else 0] = 100.0
+        return logits
+
+
+@pytest.fixture
+def scripted(tiny_folder):
+    model = rw.load(tiny_folder, compile=False, max_length=4096)
+    model.network = Scripted(model.hf)
+    known = model.vocabulary
+    # a byte at a time: the tokens of the single bytes
+    model.network.script = [known.trie.exact(bytes([byte]))[0] for byte in TEXT.encode()]
+    known.piece = lambda data: [known.trie.exact(bytes([byte]))[0] for byte in data]
+    known.encode = lambda text: known.piece(text.encode())
+    return model
+
+
+def off(count, **settings):
+    return greedy(count, continuation="off", **settings)
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+def test_a_session_goes_on_inside_a_character(scripted, count):
+    """Cut after every few bytes, forked and cropped in between: it reads what it wrote, and loses nothing."""
+    session, data, shown = scripted.session(), TEXT.encode(), ""
+    session.append("a")
+    for end in range(1 + count, len(data) + 1, count):
+        answer = session.generate("", off(count))
+        shown += answer.text
+        whole = data[:end].decode(errors="ignore")
+        assert session.text == "a" + shown == whole
+        assert whole.encode() + answer.unfinished == data[:end]
+        assert session.tokens >= end - 1
+        session = session.fork() if end % 2 else session
+    twin = session.fork()
+    twin.crop(3)
+    assert twin.text == TEXT[:3]
+    assert twin.generate("", off(3)).text + twin.text == TEXT[3] + TEXT[:4]
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+def test_streams_and_completions_show_whole_characters(scripted, count):
+    data = TEXT.encode()
+    answer = scripted.generate("a", off(count))
+    assert "".join(scripted.stream("a", off(count))) == answer.text == data[1 : 1 + count].decode(errors="ignore")
+    assert answer.text.encode() + answer.unfinished == data[1 : 1 + count]
+    session = scripted.session()
+    pieces = list(session.stream("a", off(count)))
+    assert "".join(pieces) == answer.text
+    pieces += session.stream("", off(len(data) - 1 - count))
+    assert "".join(pieces) == TEXT[1:]
+
+
+@pytest.mark.parametrize("end", range(1, len(TEXT.encode())))
+def test_ids_that_end_inside_a_character_are_gone_on_with(scripted, end):
+    """As bytes are: the character is shown whole."""
+    ids, data = scripted.network.script[:end], TEXT.encode()
+    whole = len(data[:end].decode(errors="ignore").encode())
+    count = len(data) - end
+    for answer in (
+        scripted.generate_ids(ids, off(count)),
+        scripted.generate_ids(ids, greedy(count)),
+        scripted.generate(data[:end], off(count)),
+        scripted.generate([ids], greedy(count))[0],
+    ):
+        assert answer.text == data[whole:].decode()
+        assert answer.unfinished == b""
+    (short,) = scripted.generate([ids], off(1))
+    assert whole + len(short.text.encode() + short.unfinished) == end + 1
+
+
+def test_a_stop_string_cuts_between_characters(scripted):
+    session = scripted.session()
+    answer = session.generate("aé", off(20, stop=["中"]))
+    assert (answer.text, answer.finish_reason, answer.unfinished) == ("🙂", "stop", b"")
+    assert session.text == "aé🙂"
+    assert session.generate("", off(3)).text == "中"
+
+
+# Any tokens
+
+
+WILD = [rw.SamplingParams(max_new_tokens=n, temperature=9.0, seed=n, continuation="off") for n in range(4, 20, 2)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_session_keeps_the_bytes_of_any_tokens(model, seed, tmp_path):
+    """A hot model writes bytes that are no character; text, tokens, files, forks and crops agree on them."""
+    source, session, data = random.Random(seed), model.session(), b""
+    seen_broken = False
+    for step in range(8):
+        piece = source.choice(["", "", "x = 1\n", " é", "白"])
+        answer = session.generate(piece, source.choice(WILD))
+        data += piece.encode() + model.vocabulary.text_bytes(answer.token_ids)
+        assert session.text == data[: len(data) - len(answer.unfinished)].decode(errors="replace")
+        assert data.startswith(model.vocabulary.text_bytes(session._kept.ids))
+        seen_broken = seen_broken or "\ufffd" in session.text
+        if step % 2:
+            session.save(tmp_path / "s")
+            session = model.session(tmp_path / "s")
+        else:
+            session = session.fork()
+        assert session._data == data
+        expected = model._complete(model.read(data, "off", broken=True), greedy(4))
+        assert session.fork().generate("", off(4)).text == expected.text
+    assert seen_broken
+    text = session.text
+    session.crop(len(text) // 2)
+    assert session._data.decode(errors="replace") == text[: len(text) // 2]
+    session.generate("\nx", greedy(2))
+
+
+def test_a_broken_end_is_text_once_something_follows(model):
+    session = model.session()
+    session.append("x = ")
+    session._data += b"\xf0\x9f"  # as though it had written them
+    assert session.text == "x = "
+    session.append("1")
+    assert session.text == "x = \ufffd1"
+    assert model.vocabulary.text_bytes(session._read(session._data).ids) == b"x = \xf0\x9f1"
+    session.crop(4)
+    assert session.text == "x = "
+    assert session.generate("", greedy(4)).text == model.generate("x = ", greedy(4)).text
+
+
+def test_bytes_that_no_text_has_are_still_refused_in_a_prompt(model):
+    with pytest.raises(rw.DataError, match="not UTF-8 at byte 1"):
+        model.generate(b"a\xff b", greedy(1))
+
+
+def test_ids_with_broken_bytes_are_gone_on_with(model):
+    """Ids before them are as they are; only what follows is cut anew."""
+    broken = model.vocabulary.piece(b"\xff\xfe")
+    ids = [*model.vocabulary.encode("x = 1\n"), *broken, *model.vocabulary.encode("import nump")]
+    found = model.generate_ids(ids, greedy(4, continuation="exact"))
+    assert found.continuation.prompt_ids[: len(ids) - 3] == ids[:-3]
+    assert found.continuation.overlap == 2  # a token of "ump..." may begin inside the ids
+
+
+def test_contexts_answers_keep_what_is_unfinished(model):
+    for seed in range(8):
+        params = rw.SamplingParams(max_new_tokens=3, temperature=9.0, seed=seed, continuation="off")
+        found = model.generate("x = ", params, contexts=["a b c"])
+        data = model.vocabulary.text_bytes(found.token_ids)
+        assert data.endswith(found.unfinished)
+        assert found.text == data[: len(data) - len(found.unfinished)].decode(errors="replace")

@@ -1,0 +1,78 @@
+"""Bytes that end inside a character or hold none, against Python's own decoder, and their tokens."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_tokenizers import GPT2, KINDS, by_merges, byte_fallback, byte_level, unigram
+
+from ropewalk.errors import DataError
+from ropewalk.tokenizer_tools.characters import broken, first_characters, shown, unfinished
+from ropewalk.tokenizer_tools.cover import cover
+from ropewalk.tokenizer_tools.vocab import vocabulary
+
+PARTS = st.sampled_from(
+    [b"a", b"\xc3", b"\xa9", "é".encode(), "🙂".encode(), b"\xf0\x9f", b"\xff", b"\xed\xa0", b"\xe4\xbd"]
+)
+DATA = st.lists(PARTS, max_size=8).map(b"".join)
+
+
+@given(DATA)
+def test_every_byte_is_text_or_unfinished(data):
+    end = unfinished(data)
+    assert data.endswith(end)
+    assert shown(data) == data[: len(data) - len(end)].decode(errors="replace")
+    assert (shown(data) + "\ufffd" * bool(end)) == data.decode(errors="replace")
+    found = broken(data)
+    assert bool(found) == ("\ufffd" in shown(data))
+    rest = bytearray(data[: len(data) - len(end)])
+    for start, stop in reversed(found):
+        del rest[start:stop]
+    assert rest.decode() == shown(data).replace("\ufffd", "")
+
+
+@given(DATA)
+def test_the_first_characters_are_those_that_are_shown(data):
+    text = shown(data)
+    for count in range(len(text) + 1):
+        assert first_characters(data, count).decode(errors="replace") == text[:count]
+        assert data.startswith(first_characters(data, count))
+    assert first_characters(data, len(text)) == data[: len(data) - len(unfinished(data))]
+
+
+KNOWN = [
+    vocabulary(byte_level("aé ", GPT2, 1)),
+    vocabulary(by_merges(("a", "Ã"), ("Ġ", "ð"), ("Ġð", "Ł"))),
+    vocabulary(KINDS["across characters"][2]("", 0)),
+]
+
+
+@given(DATA, st.sampled_from(KNOWN))
+def test_tokens_of_any_bytes_have_these_bytes(data, known):
+    ids = known.of_bytes(data)
+    assert known.text_bytes(ids) == data
+    found = cover(known, ids)
+    assert known.text_bytes(list(found.prompt)) == data
+    if not broken(data) and not unfinished(data):
+        assert ids == known.encode(data.decode())
+
+
+def test_part_of_a_character_is_in_the_token_that_a_model_writes_it_in():
+    known = KNOWN[1]
+    assert [known.tokens[i] for i in known.of_bytes(b"x \xf0\x9f")] == [b"x", b" \xf0\x9f"]
+    assert [known.tokens[i] for i in known.of_bytes(b"x \xf0\x9fx")] == [b"x", b" \xf0\x9f", b"x"]
+
+
+def test_bytes_without_a_token_are_refused():
+    fallback = vocabulary(byte_fallback("ab ", 0))
+    assert fallback.text_bytes(fallback.of_bytes(b"ab\xc3ab")) == b" ab\xc3ab"
+    with pytest.raises(DataError, match=r"no tokens for the bytes b'\\xc3'"):
+        vocabulary(unigram("ab ", 1)).of_bytes(b"ab\xc3ab")
+
+
+def test_names_of_special_tokens_behind_half_a_character():
+    tokenizer = byte_level("a", GPT2, 1)
+    tokenizer.add_special_tokens(["<s>", "<s>x"])
+    number = tokenizer.token_to_id("<s>x")
+    asked, plain = (vocabulary(tokenizer, special_tokens=flag) for flag in (True, False))
+    assert asked.of_bytes(b"\xc3a<s>xa") == [*asked.piece(b"\xc3"), *asked.piece(b"a"), number, *asked.piece(b"a")]
+    assert number not in plain.of_bytes(b"\xc3a<s>xa")
