@@ -62,6 +62,7 @@ interop: $(OWN) $(STOCK) $(STOCK4) $(VLLM) $(LLAMA_CPP)
 	$(STOCK4) tests/interop/stock.py $(WORK) transformers4 --longest=1000
 	$(LLAMA_CPP) tests/interop/llama_cpp_read.py $(WORK) $(LONGEST)
 	$(SERVING) $(VLLM) tests/interop/vllm_readings.py $(WORK)
+	$(SERVING) $(VLLM) tests/interop/vllm_lengths.py $(WORK)
 	$(SERVING) $(VLLM) tests/interop/vllm_served.py $(WORK) all $(LONGEST)
 	$(OWN) tests/interop/report.py $(WORK); failed=$$?; $(OWN) docs/generate.py && exit $$failed
 

@@ -21,7 +21,12 @@ def tables() -> dict[str, str]:
     """Every table by the name of its block."""
     found = json.loads(FOUND.read_text(encoding="utf-8"))
     parts = {f"same-{model}": _same(found, model) for model in found["models"]}
-    return parts | {"versions": _versions(found), "others": _others(found), "readings": _readings(found)}
+    return parts | {
+        "versions": _versions(found),
+        "others": _others(found),
+        "readings": _readings(found),
+        "lengths": _lengths(found),
+    }
 
 
 def _versions(found: dict[str, Any]) -> str:
@@ -75,6 +80,21 @@ def _readings(found: dict[str, Any]) -> str:
     for row in found["readings"]:
         marks = [{True: "yes", False: "**no**", None: ""}[row.get(key)] for key in ("as_transformers", "as_described")]
         lines.append(f"| {row['config']} | {row['vllm']} | {' | '.join(marks)} |")
+    return "\n".join(lines)
+
+
+def _lengths(found: dict[str, Any]) -> str:
+    """The models that vLLM serves at another length than `max_position_embeddings`, or than is said; the others in one
+    line."""
+    lines = [
+        "| model | `max_position_embeddings` | vLLM serves | `ropewalk explain` says |",
+        "|---" * 4 + "|",
+    ]
+    rows = found["lengths"]
+    shown = [row for row in rows if not row["vllm"] == row["described"] == row["promised"]]
+    for row in shown:
+        lines.append(f"| {row['model']} | {row['promised']} | {row['vllm']} | {row['described']} |")
+    lines.append(f"| {len(rows) - len(shown)} others | as in the config | the same | the same |")
     return "\n".join(lines)
 
 

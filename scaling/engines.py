@@ -18,9 +18,12 @@ from .gguf_rope import GgufRope
 from .longrope import LongRoPE
 from .reading import EngineRope, Reading, agrees
 from .rope import Scaler
+from .served import SERVED
 from .yarn import YaRN, yarn_temperature
 
 __all__ = ["ENGINES", "read_all", "read_gguf"]
+
+_LENGTH_OPTIONS = {"vLLM": "--max-model-len", "SGLang": "--context-length", "llama.cpp": "--ctx-size"}
 
 
 def read_all(config: Mapping[str, Any]) -> list[Reading]:
@@ -30,17 +33,19 @@ def read_all(config: Mapping[str, Any]) -> list[Reading]:
         UnsupportedModel: no RoPE, or frequencies of their own for each kind of layer.
         ConfigError: transformers does not accept it.
     """
-    configured = hf.read(config)
+    own = hf.text_config(config)
+    configured = hf.read(own)
     if None not in configured:
         raise UnsupportedModel(
             f"this model has frequencies of their own for {', '.join(map(str, configured))}; engines are compared on "
             "models with one set for all layers"
         )
     text = config.get("text_config", config)
-    parameters, length = hf.merged_parameters(config), "original_max_position_embeddings"
+    parameters, length = hf.merged_parameters(own), "original_max_position_embeddings"
     if not any(length in (part or {}) for part in (text, text.get("rope_scaling"), text.get("rope_parameters"))):
         parameters.pop(length, None)  # transformers fills it in; other engines find nothing and go by that
     found = EngineRope(
+        config=own,
         parameters=parameters,
         configured=configured[None],
         has_old=text.get("rope_scaling") is not None or text.get("rope_theta") is not None,
@@ -49,24 +54,30 @@ def read_all(config: Mapping[str, Any]) -> list[Reading]:
 
 
 def _reading(engine: str, raw: EngineRope, scaler: Scaler | None, *notes: str, **rope: Any) -> Reading:
-    """A reading that serves what the config promises.
+    """A reading, with what the engine serves.
 
     Args:
         notes: empty ones are left out.
         rope: fields of the geometry that differ from what transformers reckons with.
     """
+    limit = SERVED.get(engine)
+    served = None if limit is None else limit(raw)
     return Reading(
         engine=engine,
         rope=replace(raw.rope, **rope),
         scaler=scaler,
-        max_length=raw.max_length,
-        notes=tuple(filter(None, notes)),
+        max_length=served,
+        notes=tuple(filter(None, (*notes, _about_length(engine, served, raw)))),
     )
 
 
-def _without_limit(read: Callable[[EngineRope], Reading]) -> Callable[[EngineRope], Reading]:
-    """Of an engine that serves any length."""
-    return lambda raw: replace(read(raw), max_length=None)
+def _about_length(engine: str, served: int | None, raw: EngineRope) -> str:
+    """A note where a server takes more or less than the config promises."""
+    option = _LENGTH_OPTIONS.get(engine)
+    if option is None or served is None or served == raw.max_length:
+        return ""
+    more = "more" if served > raw.max_length else "fewer"
+    return f"serves {more} tokens than the {raw.max_length} of max_position_embeddings unless {option} says otherwise"
 
 
 def _transformers(raw: EngineRope) -> Reading:
@@ -117,9 +128,7 @@ def _sglang(raw: EngineRope) -> Reading:
         case "proportional":
             return _proportional(name, raw)
         case "linear":
-            note = "multiplies the context length by the factor: give it --context-length"
-            reading = _reading(name, raw, *_linear(raw), note)
-            return replace(reading, max_length=int(raw.max_length * float(raw.parameters["factor"])))
+            return _reading(name, raw, *_linear(raw))
     return _reading(name, raw, raw.scaler)
 
 
@@ -262,8 +271,8 @@ ENGINES: dict[str, Callable[[EngineRope], Reading]] = {
     "vLLM": _vllm,
     "SGLang": _sglang,
     "llama.cpp": _llama_cpp,
-    "ExLlamaV3": _without_limit(_exllama),
-    "mlx-lm": _without_limit(_mlx),
+    "ExLlamaV3": _exllama,
+    "mlx-lm": _mlx,
 }
 """What reads a config, by the engine's name."""
 

@@ -22,7 +22,7 @@ from .longrope import LongRoPE
 from .rope import RopeSpec, Scaler, compose
 from .yarn import YaRN
 
-__all__ = ["ConfiguredRope", "check_counts", "merged_parameters", "read", "write"]
+__all__ = ["ConfiguredRope", "check_counts", "merged_parameters", "read", "text_config", "write"]
 
 _LENGTH = "original_max_position_embeddings"
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -152,7 +152,7 @@ def read(config: Any) -> dict[str | None, ConfiguredRope]:
         UnsupportedModel: no RoPE, or one that is more than a frequency for each pair (axial, multimodal).
         ConfigError: a key is unknown, missing, or holds what it cannot hold.
     """
-    config = _text_config(config)
+    config = text_config(config)
     name = str(getattr(config, "model_type", "") or type(config).__name__)
     _refuse_other_encodings(name, config)
     parameters = _parameters(config)
@@ -174,7 +174,7 @@ def merged_parameters(config: Any) -> dict[str, Any]:
     Args:
         config: as for `read`, of a model whose layers share one rotary embedding.
     """
-    config = _text_config(config)
+    config = text_config(config)
     parameters = _with_outside_length(config, _parameters(config))
     return {key: value for key, value in parameters.items() if value is not None}
 
@@ -198,8 +198,12 @@ def _parameters(config: Any) -> Mapping[str, Any]:
     return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
 
 
-def _text_config(config: Any) -> Any:
-    """The config object of the text decoder."""
+def text_config(config: Any) -> Any:
+    """transformers' config object of the text decoder.
+
+    Args:
+        config: as for `read`.
+    """
     if isinstance(config, Mapping):
         config = _from_json(config)
     if not hasattr(config, "get_text_config"):

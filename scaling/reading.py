@@ -52,11 +52,13 @@ class EngineRope:
     """The rotary part of a config as the engines find it.
 
     Args:
+        config: transformers' config object of the text model.
         parameters: `rope_parameters`, or what transformers makes of the older `rope_scaling`.
         configured: as transformers computes it.
         has_old: the file has `rope_scaling` or a `rope_theta`, as transformers 4 wrote them.
     """
 
+    config: Any
     parameters: Mapping[str, Any]
     configured: hf.ConfiguredRope
     has_old: bool
@@ -79,7 +81,7 @@ class EngineRope:
     @property
     def max_length(self) -> int:
         """`max_position_embeddings`."""
-        return self.configured.declared_length
+        return int(self.config.max_position_embeddings)
 
     @property
     def stretch(self) -> float:

@@ -95,3 +95,11 @@ def test_what_is_no_config_is_refused(run, tmp_path, content, words):
         run("explain", tmp_path / "config.json")
     with pytest.raises(Exception, match="cannot be read"):
         run("explain", tmp_path / "none.json")
+
+
+def test_the_column_serves_is_each_engines_own(run, tmp_path):
+    models = json.loads((Path(__file__).resolve().parents[1] / "data" / "served.json").read_text())
+    for name, vllm, llama_cpp in (("Phi-4-mini", "4k", "128k"), ("Command-R", "128k", "128k"), ("Aya-23", "8k", "8k")):
+        (tmp_path / "config.json").write_text(json.dumps(models[name]["config"]))
+        result = run("explain", tmp_path / "config.json")
+        assert f" {vllm} " in line_of(result, "vLLM") and f" {llama_cpp} " in line_of(result, "llama.cpp")

@@ -19,6 +19,7 @@ from ropewalk.errors import RopewalkError
 from ropewalk.scaling.engines import Reading, read_all
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "results" / "interop.json"
+SERVED = Path(__file__).resolve().parents[1] / "data" / "served.json"
 ENGINES = {
     "transformers": ("hf",),
     "transformers4": ("hf",),
@@ -86,6 +87,16 @@ def readings(work: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def lengths(work: Path) -> Iterator[dict[str, Any]]:
+    """What vLLM serves of real models' configs, beside what `ropewalk explain` says that it serves."""
+    file = work / "vllm-lengths.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    models = json.loads(SERVED.read_text(encoding="utf-8"))
+    for name, theirs in found.items():
+        said = {one.engine: one.max_length for one in read_all(models[name]["config"])}
+        yield {"model": name, "promised": said["transformers"], "vllm": theirs, "described": said["vLLM"]}
+
+
 def _said(parameters: dict[str, Any]) -> list[Reading]:
     config = {
         "model_type": "llama",
@@ -132,6 +143,10 @@ def failures(found: dict[str, Any]) -> Iterator[str]:
         if not row["as_described"]:
             yield f"vLLM's table for {row['config']} is not as scaling/engines.py describes it"
 
+    for row in found["lengths"]:
+        if row["vllm"] != row["described"]:
+            yield f"vLLM serves {row['vllm']} tokens of {row['model']}; scaling/served.py says {row['described']}"
+
 
 def main() -> None:
     """Everything that was found; fails if something is not as it was promised."""
@@ -157,6 +172,7 @@ def main() -> None:
         "rows": rows,
         "quantized": quantized(work, cases),
         "readings": list(readings(work)),
+        "lengths": list(lengths(work)),
     }
     OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"{len(rows)} comparisons: {OUT}")

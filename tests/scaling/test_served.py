@@ -1,0 +1,60 @@
+"""The column "serves": vLLM's against its own ModelConfig, the others against the rules in their sources."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ropewalk.scaling.engines import read_all
+from ropewalk.scaling.reading import Reading
+
+MODELS = json.loads((Path(__file__).resolve().parents[1] / "data" / "served.json").read_text(encoding="utf-8"))
+"""`config`, and what vLLM 0.32's ModelConfig made of it; `make interop` asks vLLM again."""
+
+
+def reading(config, engine) -> Reading:
+    return next(one for one in read_all(config) if one.engine == engine)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_vllm_serves_what_its_own_config_says(name):
+    assert reading(MODELS[name]["config"], "vLLM").max_length == MODELS[name]["vllm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sglang", "llama_cpp"),
+    [
+        ("Llama 3.1", 131072, 131072),
+        ("Llama, linear", 16384, 4096),
+        ("Llama, dynamic", 8192, 4096),
+        ("Llama, proportional", 16384, 4096),
+        ("Qwen2.5 with YaRN", 32768, 32768),
+        ("Phi-4-mini", 131072, 131072),
+        ("Command-R", 131072, 131072),
+        ("Command-R7B", 131072, 8192),
+        ("Aya-23", 8192, 8192),
+        ("max_sequence_length above", 32768, 8192),
+        ("seq_length below", 2048, 8192),
+        ("model_max_length above, and seq_length below", 2048, 8192),
+    ],
+)
+def test_sglang_and_llama_cpp_go_by_keys_of_their_own(name, sglang, llama_cpp):
+    config = MODELS[name]["config"]
+    assert reading(config, "SGLang").max_length == sglang
+    assert reading(config, "llama.cpp").max_length == llama_cpp
+    assert reading(config, "transformers").max_length == config["max_position_embeddings"]
+    assert reading(config, "ExLlamaV3").max_length is reading(config, "mlx-lm").max_length is None
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("Phi-4-mini", "serves fewer tokens than the 131072 of max_position_embeddings unless --max-model-len"),
+        ("Command-R", "serves more tokens than the 8192 of max_position_embeddings unless --max-model-len"),
+        ("Llama 2", ""),
+    ],
+)
+def test_another_length_than_the_config_promises_is_said(name, note):
+    said = [one for one in reading(MODELS[name]["config"], "vLLM").notes if one.startswith("serves")]
+    assert len(said) == bool(note)
+    assert not note or note in said[0]
