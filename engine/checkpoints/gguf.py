@@ -1,7 +1,7 @@
 """GGUF files, converted once to a Hugging Face folder (float32 safetensors and a tokenizer).
 
 transformers reads the weights. What its reader leaves out and the model needs is added here, or the file is
-refused: how the rotary frequencies are scaled, and how the tokenizer splits digits.
+refused: how the rotary frequencies are scaled, where a text ends, and most of the tokenizer (gguf_tokenizer.py).
 
 Weights are kept in float32 because that is exact: rounding SmolLM2-135M's Q4_1 values to bfloat16 as well moves
 the loss on 2048 tokens of kjv by 0.001 nat (1.6113 to 1.6100), and a caller can still load the folder in bfloat16.
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 __all__ = ["conversion_folder", "convert_gguf", "converted_gguf", "gguf_tokenizer"]
 
-_REVISION = 2
+_REVISION = 3
 """Raised when the conversion changes, so that folders of an older one are not used."""
 
-_SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
-"""Values of `tokenizer.ggml.pre` whose split is GPT-2's with every digit by itself; transformers 5.23 has no
-entry for them and leaves digits together, which also joins differently the spaces before them."""
+_BUILT = ("gpt2", "llama")
+"""Values of `tokenizer.ggml.model` whose tokenizer is built here; transformers does the others."""
+
+_GEMMA = ("gemma", "gemma2", "gemma3")
+"""Architectures whose merges do not follow their SentencePiece scores, which transformers knows."""
 
 
 def converted_gguf(file: Path, *, quiet: bool = False) -> Path:
@@ -113,6 +115,8 @@ def _convert(file: GgufFile, out: Path, *, quiet: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
 
+    from .gguf_tokenizer import end_ids
+
     scaling = _rope_parameters(file)
     console = Console(stderr=True, quiet=quiet)
     shown = console.status(escape(f"converting {file.path.name}")) if console.is_terminal else contextlib.nullcontext()
@@ -126,6 +130,7 @@ def _convert(file: GgufFile, out: Path, *, quiet: bool) -> None:
         model.is_quantized = False
         for name in ("quantization_config", "_model_name_or_path"):
             model.config.__dict__.pop(name, None)
+        _set_ends(model, end_ids(file))
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
 
@@ -162,11 +167,12 @@ def _load_model(file: GgufFile) -> Any:
 def _load_tokenizer(file: GgufFile) -> Any:
     from transformers import AutoTokenizer
 
+    from .gguf_tokenizer import build_tokenizer
+
+    if file.required("tokenizer.ggml.model") in _BUILT and file.arch not in _GEMMA:
+        return build_tokenizer(file)
     with _read_by_transformers(file) as where:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-    if file.field("tokenizer.ggml.pre") in _SINGLE_DIGITS:
-        _split_digits(tokenizer)
-    return tokenizer
+        return AutoTokenizer.from_pretrained(**where)
 
 
 def _dequantize() -> dict[str, Any]:
@@ -177,15 +183,11 @@ def _dequantize() -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
-def _split_digits(tokenizer: Any) -> None:
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+def _set_ends(model: Any, ids: list[int]) -> None:
+    """Let a text end at any of `ids`."""
+    ends = ids if len(ids) > 1 else next(iter(ids), None)
+    for config in (model.config.get_text_config(), model.generation_config):
+        config.eos_token_id = ends
 
 
 def _rope_parameters(file: GgufFile) -> dict[str, Any] | None:

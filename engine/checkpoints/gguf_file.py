@@ -43,6 +43,11 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
         return found
 
 
+def _following(number: Any) -> Any:
+    """As people count: the first is 1."""
+    return number + 1 if isinstance(number, int) else number
+
+
 class GgufFile:
     """An open file.
 
@@ -59,13 +64,15 @@ class GgufFile:
         if not path.is_file():
             raise AssetError(f"{path}: no such file")
         self.path = path
+        self._values: dict[str, Any] = {}  # decoding a vocabulary takes seconds
         try:
             self.reader = _Reader(path)
         except Exception as error:  # the reader parses bytes unchecked: a damaged file raises anything
             raise UnsupportedModel(f"{path}: not a readable GGUF file ({first_line(error)})") from error
-        if (parts := self.field("split.count") or 1) > 1:
+        parts = self.field("split.count")
+        if parts not in (None, 0, 1):
             raise UnsupportedModel(
-                f"{path} is part {(self.field('split.no') or 0) + 1} of a GGUF file that was split in {parts}; join "
+                f"{path} is part {_following(self.field('split.no'))} of a GGUF file that was split in {parts}; join "
                 "them first (llama-gguf-split --merge FIRST_PART OUT.gguf), and give the whole one"
             )
 
@@ -73,8 +80,10 @@ class GgufFile:
         """The value of a field; None if there is none. `{arch}` in its name is the model's architecture."""
         name = name.replace("{arch}", self.arch) if "{" in name else name
         try:
-            field = self.reader.get_field(name)
-            return None if field is None else field.contents()
+            if name not in self._values:
+                field = self.reader.get_field(name)
+                self._values[name] = None if field is None else field.contents()
+            return self._values[name]
         except Exception as error:  # the reader decodes it only now
             raise UnsupportedModel(f"{self.path}: field {name!r} is damaged ({first_line(error)})") from error
 

@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
 from ...errors import UnsupportedModel
+from ..checkpoints.gguf_pre import PRE
+from ..checkpoints.gguf_tokenizer import END_NAMES
 
 __all__ = ["add_vocabulary"]
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_BYTES = {"type": "ByteLevel", "add_prefix_space": False}
-_SPLITS: dict[str, list[dict[str, Any]]] = {
-    "gpt-2": [{**_BYTES, "use_regex": True}],
-    "smollm": [{"type": "Digits", "individual_digits": True}, {**_BYTES, "use_regex": True}],
-    "llama-bpe": [
-        {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
-        {**_BYTES, "use_regex": False},
-    ],
-}
-"""Ways of splitting a text before the merges: llama.cpp's name, and the steps in tokenizer.json."""
 
-_IGNORES_MERGES = {"llama-bpe"}
-"""Splits under which llama.cpp takes a piece that is a token as it is, whatever its merges."""
-
-
-def add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int, name: str) -> None:
+def add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int, name: str, ends: Collection[int]) -> None:
     """Write tokens, merges and special tokens of `tokenizer` into `writer`.
 
     Args:
         tokenizer: a transformers tokenizer.
         size: rows of the embedding; ids that the tokenizer does not use become unused tokens.
         name: of the model, for errors.
+        ends: ids of the tokens at which the model's texts end.
 
     Raises:
-        UnsupportedModel: it is no byte-level BPE, or splits texts in a way that has no name in llama.cpp.
+        UnsupportedModel: it is no byte-level BPE, splits texts in a way that has no name in llama.cpp, or has more end
+            tokens than can be said.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -55,12 +42,12 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int, name: str) -> 
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]])
     for kind, add in (
         ("bos", writer.add_bos_token_id),
-        ("eos", writer.add_eos_token_id),
         ("unk", writer.add_unk_token_id),
         ("pad", writer.add_pad_token_id),
     ):
         if (token := getattr(tokenizer, f"{kind}_token_id")) is not None:
             add(token)
+    _add_ends(writer, tokens, types, tokenizer.eos_token_id, ends, name)
     _add_frame(writer, tokenizer, name)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
@@ -81,15 +68,37 @@ def _split(described: dict[str, Any], name: str) -> str:
         raise UnsupportedModel(
             f"{name}: its tokenizer normalizes texts ({described['normalizer']['type']}), which GGUF does not say"
         )
-    for split, wanted in _SPLITS.items():
-        if len(steps) != len(wanted) or bpe.get("ignore_merges", False) != (split in _IGNORES_MERGES):
-            continue
-        if all(one.items() >= other.items() for one, other in zip(steps, wanted, strict=True)):
+    whole = bool(bpe.get("ignore_merges", False))
+    for split, pre in PRE.items():
+        if whole == pre.ignore_merges and _plain(steps) == _plain(pre.steps):
             return split
     raise UnsupportedModel(
-        f"{name}: its tokenizer splits texts by {kinds} in a way that is none of {', '.join(_SPLITS)}, the ones that "
-        "are written to GGUF"
+        f"{name}: its tokenizer splits texts by {kinds} in a way that has no name in GGUF files"
+        + (" together with ignore_merges" if whole else "")
     )
+
+
+def _plain(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Pre-tokenizers without what changes no token."""
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
+
+
+def _add_ends(
+    writer: GGUFWriter, tokens: list[str], types: list[int], eos: int | None, ends: Collection[int], name: str
+) -> None:
+    """Every token that ends a text: three by their ids, others where readers know them by name."""
+    known = {i for i in ends if tokens[i] in END_NAMES and types[i] == TokenType.CONTROL}
+    others = sorted({*ends} - {eos}, key=lambda i: (i in known, i))
+    ids = others if eos is None else [eos, *others]
+    for token, add in zip(
+        ids, (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), strict=False
+    ):
+        add(token)
+    if lost := [tokens[i] for i in ids[3:] if i not in known]:
+        raise UnsupportedModel(
+            f"{name}: its texts end at {len(ids)} tokens, of which a GGUF file says three, so {', '.join(lost)} would "
+            "be lost; leave fewer in generation_config.eos_token_id"
+        )
 
 
 def _tokens(vocab: dict[str, int], added: list[dict[str, Any]], size: int, name: str) -> tuple[list[str], list[int]]:

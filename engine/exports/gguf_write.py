@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
 from ...scaling import hf as hf_config
 from ...scaling.gguf_rope import GgufRope
+from ..answer import stop_ids
 from ..checkpoints.checkpoint import read_config, read_tokenizer, read_weights
 from ..patches.rotary import headline
 from ..storage import cache_dir, filling
@@ -48,7 +49,7 @@ GGUF_DTYPES = {
 }
 """What matrices can be written as."""
 
-_REVISION = 1
+_REVISION = 2
 """Raised when the files change, so that those of an older version are not used."""
 
 
@@ -89,7 +90,7 @@ def write_gguf(
     with writing(path, MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA]) as writer:
         _add_config(writer, hf.config, name, context_length)
         rope_freqs = add_rope(writer, rope)
-        add_vocabulary(writer, tokenizer, hf.config.vocab_size, name)
+        add_vocabulary(writer, tokenizer, hf.config.vocab_size, name, stop_ids(hf, tokenizer))
         kind, file_type = GGUF_DTYPES[dtype]
         writer.add_file_type(file_type)
         writer.add_quantization_version(GGML_QUANT_VERSION)

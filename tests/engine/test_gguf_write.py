@@ -154,7 +154,7 @@ PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
         ({"tokenizer": {"normalizer": {"type": "NFC"}}}, "normalizes texts .NFC."),
         ({"tokenizer": {"pre_tokenizer": {"type": "Whitespace"}}}, "BPE after Whitespace"),
         ({"tokenizer": {"pre_tokenizer": None}}, "BPE after none"),
-        ({"tokenizer": {"pre_tokenizer": PREFIXED}}, "none of gpt-2, smollm, llama-bpe"),
+        ({"tokenizer": {"pre_tokenizer": PREFIXED}}, "by ByteLevel in a way that has no name in GGUF"),
     ],
 )
 def test_what_the_format_cannot_say_is_refused(variant, tmp_path, config, words):
@@ -204,8 +204,73 @@ def test_the_built_in_models_vocabulary_is_that_of_its_file(tmp_path):
     path = write_gguf(assets.fetch("smollm2-135m"), tmp_path / "out.gguf", "q8_0")
     ours, theirs = (gguf.GGUFReader(file) for file in (path, assets.fetch_files("smollm2-135m")))
     new = set(ours.fields) - set(theirs.fields)
-    assert new == {"llama.attention.key_length", "llama.attention.value_length", "tokenizer.ggml.add_eos_token"}
+    said = {"llama.attention.key_length", "llama.attention.value_length", "tokenizer.ggml.add_eos_token"}
+    assert new == said | {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"}
     for name in set(ours.fields) - new - {"general.name", "general.file_type", "GGUF.kv_count"}:
         assert ours.fields[name].contents() == theirs.fields[name].contents(), name
     assert {tensor.name for tensor in ours.tensors} == {tensor.name for tensor in theirs.tensors}
     assert Counter(tensor.tensor_type.name for tensor in ours.tensors) == {"Q8_0": 211, "F32": 61}
+
+
+# What a vocabulary says beside its tokens
+
+
+def llama3_folder(variant, **generation):
+    """The tiny model with the ways of Llama 3's tokenizer: its split, pieces that are tokens taken whole, a start."""
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+    tokens = {"id": 0, "type_id": 0}
+    folder = variant()
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    start = content["added_tokens"][0]["content"]
+    merges = content["model"]["merges"]
+    content["model"] |= {"ignore_merges": True, "merges": merges[: len(merges) // 2]}  # the others are taken whole only
+    content["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [
+            split,
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        ],
+    }
+    single = [{"SpecialToken": {**tokens, "id": start}}, {"Sequence": {**tokens, "id": "A"}}]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {start: {"id": start, "ids": [content["added_tokens"][0]["id"]], "tokens": [start]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_llama_3_vocabulary_reads_back(variant, tmp_path, monkeypatch, stated):
+    """Also from a file that leaves to its readers that texts begin with the start token."""
+    folder = llama3_folder(variant)
+    if not stated:
+        monkeypatch.setattr(gguf.GGUFWriter, "add_add_bos_token", lambda *_: None)
+    back = read_back(folder, tmp_path)
+    ours, theirs = (AutoTokenizer.from_pretrained(one) for one in (folder, back))
+    assert ours(TEXT).input_ids == theirs(TEXT).input_ids
+    assert theirs(TEXT).input_ids[0] == theirs.bos_token_id
+    scores = [rw.load(one, dtype="float32", compile=False).score(TEXT).logprobs for one in (folder, back)]
+    assert (scores[0] - scores[1]).abs().max() < 1e-4
+
+
+def test_every_end_token_is_written_and_read(variant, tmp_path):
+    folder = variant()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7, 300]}))
+    path = write_gguf(folder, tmp_path / "out.gguf", "f32")
+    fields = gguf.GGUFReader(path).fields
+    assert [fields[f"tokenizer.ggml.{kind}_token_id"].contents() for kind in ("eos", "eot", "eom")] == [0, 7, 300]
+    back = rw.load(path, compile=False)
+    assert back.stop_ids == rw.load(folder, compile=False).stop_ids == {0, 7, 300}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7, 300, 301]}))
+    with pytest.raises(rw.UnsupportedModel, match="end at 4 tokens, of which a GGUF file says three"):
+        write_gguf(folder, tmp_path / "more.gguf")
