@@ -174,9 +174,8 @@ class CompiledNetwork(Network):
 
     def _verify(self) -> None:
         """Refuse unless both ways of running give the logits of the model's own modules in float32 arithmetic."""
-        with torch.inference_mode():
-            with float32_arithmetic(self.hf):
-                expected = logits(self.hf)[0]
+        with torch.inference_mode(), float32_arithmetic(self.hf):
+            expected = logits(self.hf)[0]
             ids: list[int] = probe_ids(self.hf)[0].tolist()
             caches = self.new_cache(len(ids)), self.new_cache(len(ids))
             for found in (self._few([(ids, caches[0])], len(ids)), self._many(ids, caches[1], len(ids))):

@@ -1,4 +1,4 @@
-"""A 16-bit model run in float32 arithmetic on its own weights, which is what every check compares with.
+"""A model run in float32 arithmetic on its own weights, which is what every check compares with.
 
 The model's own 16-bit arithmetic is no reference: its logits differ by a few per cent of their size between CPUs and
 between attention kernels, which is more than a wrong computation may change them by.
@@ -22,18 +22,21 @@ _NARROW = (torch.bfloat16, torch.float16)
 def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
     """Within it a 16-bit model computes in float32; afterwards its tensors are the very same objects as before.
 
-    Weights are widened for one decoder layer at a time. The embedding stays as it is, since some models round what
-    they multiply it by, and its output is widened. Nothing changes for a float32 model, nor for one that cannot be
-    widened: one with quantized, offloaded or distributed weights, or with an attention kernel that takes only 16 bits.
+    Products of float32 matrices are not rounded either, where `torch.set_float32_matmul_precision` asks for it. Weights
+    are widened for one decoder layer at a time. The embedding stays as it is, since some models round what they
+    multiply it by, and its output is widened. No tensor changes in a float32 model, nor in one that cannot be widened:
+    one with quantized, offloaded or distributed weights, or with an attention kernel that takes only 16 bits.
     """
     if not _can_be_widened(model):
-        yield
+        with _exact_products():
+            yield
         return
     embedding = model.get_input_embeddings()
     layers = _layers(model)
     in_layers = {module for layer in layers for module in layer.modules()}
     others = [module for module in model.modules() if module not in in_layers and module is not embedding]
     with ExitStack() as undo:
+        undo.enter_context(_exact_products())
         hooks = [embedding.register_forward_hook(lambda _module, _args, out: out.float())]
         for layer in layers:
             widened = _Widened(list(layer.modules()))
@@ -46,6 +49,19 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
         undo.callback(rest.end)
         rest.begin()
         yield
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    backends: list[Any] = [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 class _Widened:

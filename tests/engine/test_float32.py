@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from decoders import DECODERS, difference, in_bfloat16, noisy
+from decoders import DECODERS, compiled, difference, in_bfloat16, noisy
 from families import FAMILIES
 
 import ropewalk as rw
@@ -54,6 +54,28 @@ def test_a_model_that_is_in_float32_already_is_left_alone():
     held = tensors(model)
     with float32_arithmetic(model):
         assert tensors(model) == held
+
+
+@pytest.fixture
+def short_products():
+    """Products of float32 matrices rounded to bfloat16, where the CPU can, as a program may have asked for."""
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_checks_do_not_depend_on_the_precision_that_a_program_asked_for(short_products):
+    set_to = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    a = torch.randn(256, 256, generator=torch.manual_seed(0))
+    exact = a.double() @ a.double()
+    for cast in (lambda hf: hf, in_bfloat16):
+        model = cast(DECODERS["llama"]())
+        assert compiled(model).is_compiled
+        with rw.patch(model, "rerope:20"):
+            pass
+        with float32_arithmetic(model):
+            assert difference(a @ a, exact) < 1e-6
+    assert set_to == (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "olmo2"])
