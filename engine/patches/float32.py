@@ -53,7 +53,8 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    backends: list[Any] = [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
+    places: Any = torch.backends  # typed in part only
+    backends = [places.mkldnn.matmul, places.cuda.matmul]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
