@@ -70,7 +70,7 @@ def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
 def measure(model: Model, cut: Cut) -> dict[str, dict[str, Any]]:
     """What is measured at one cut, by method."""
     wanted = cut.token[cut.overlap :]
-    with torch.inference_mode():
+    with model.turn, torch.inference_mode():
         ending = Ending(model, cut.prompt)
         openings = {method: ending.open(method) for method in METHODS if method != HEALING}
         measured: dict[str, dict[str, Any]] = {HEALING: {"finished": ending.transformers_finishes(wanted)}}

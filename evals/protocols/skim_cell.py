@@ -58,10 +58,11 @@ class SkimCell(Cell):
         model = subject.model
         assert isinstance(model.network, CompiledNetwork)
         started = time.perf_counter()
-        model.prepare(self.context)
         ids = [self.window.ids[place] for place in self.sample.positions.tolist()]
         scored = ids[self.window.first - len(self.window.ids) :]
-        logits = model.network.skim(ids, self.sample, len(scored) + 1)[:-1]
+        with model.turn:
+            model.prepare(self.context)
+            logits = model.network.skim(ids, self.sample, len(scored) + 1)[:-1]
         losses = (logits.logsumexp(-1) - logits.gather(-1, torch.tensor(scored)[:, None])[:, 0]).numpy()
         advance(0, len(ids))
         measured = {

@@ -86,14 +86,14 @@ class Local:
         """
         model, length = self.model, len(trial.prompt_ids) + trial.new_tokens
         check_ids([*trial.prompt_ids, *trial.answer_ids], model.vocabulary_size)
-        model.prepare(length)  # as `generate_ids` will: a dynamic scaler must not change below the cache
-        cache = model.new_cache(length)
-        with torch.inference_mode():
+        params = SamplingParams(max_new_tokens=trial.new_tokens, temperature=0)
+        with model.turn, torch.inference_mode():  # the scaler must not change between the two
+            model.prepare(length)  # as `generate_ids` will: a dynamic scaler must not change below the cache
+            cache = model.new_cache(length)
             ids = trial.prompt_ids + trial.answer_ids[:-1]
             laws = prefill(model.network, ids, cache, advance, keep=len(trial.answer_ids)).float().log_softmax(-1).cpu()
+            completion = model.generate_ids(trial.prompt_ids, params, cache if can_rewind(cache) else None)
         chosen = laws.gather(-1, torch.tensor(trial.answer_ids)[:, None])[:, 0]
-        params = SamplingParams(max_new_tokens=trial.new_tokens, temperature=0)
-        completion = model.generate_ids(trial.prompt_ids, params, cache if can_rewind(cache) else None)
         return Heard(
             logprobs=chosen.tolist(),
             is_likeliest=laws.argmax(-1).tolist() == trial.answer_ids,

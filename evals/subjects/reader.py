@@ -131,9 +131,10 @@ class ModelReader(Reader):
         self.marks = weight_marks(model)
 
     def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
-        self._put(len(ids))
-        self.cache = self._model.new_cache(len(ids))
-        losses: Losses = -self._model.score_ids(ids, first, advance, self.cache).numpy()
+        with self._model.turn:  # the scaler must not change before it has scored
+            self._put(len(ids))
+            self.cache = self._model.new_cache(len(ids))
+            losses: Losses = -self._model.score_ids(ids, first, advance, self.cache).numpy()
         return losses
 
     def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
@@ -141,12 +142,14 @@ class ModelReader(Reader):
         from ...engine.score import scored_logits
 
         ids = token_ids(ids, self._model.vocabulary_size)
-        self._put(len(ids))
-        self.cache = self._model.new_cache(len(ids))
+        with self._model.turn:
+            self._put(len(ids))
+            self.cache = self._model.new_cache(len(ids))
         pieces = scored_logits(self._model.network, ids, first, self.cache, advance)
         while True:
-            self._put(len(ids))  # another reader may have had the model since the last piece
-            piece = next(pieces, None)
+            with self._model.turn:
+                self._put(len(ids))  # another reader may have had the model since the last piece
+                piece = next(pieces, None)
             if piece is None:
                 return
             yield piece
@@ -155,13 +158,15 @@ class ModelReader(Reader):
         return ModelReader(self._model, scaler)
 
     def rope_at(self, length: int) -> Scaler:
-        self._put(length)
-        return self._model.rope_at(length)
+        with self._model.turn:
+            self._put(length)
+            return self._model.rope_at(length)
 
     def count_bytes(self, ids: Sequence[int]) -> int:
         return bytes_of(ids, self._model.tokenizer, lambda: self._model.vocabulary)
 
     def _put(self, length: int) -> None:
+        """Put the scaler into the model, whose lock the caller holds."""
         if self._model.rope != self._scaler:
             self._model.rope = self._scaler
         self._model.prepare(length)
