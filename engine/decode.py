@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from .cache import rewind, tokens_read
 from .network import Network
 from .opening import Continuation, Covers, Opening, open_answer
+from .placement import input_device
 from .prefill import prefill
 from .sampling import SamplingParams, SeenTokens, random_source, sample
 
@@ -63,7 +64,7 @@ class Decoding:
     ) -> None:
         self._network, self._prompt, self._params = network, prompt, params
         self._stop_ids, self._weigh = stop_ids, weigh
-        self._generator = random_source(params, network.hf.device)
+        self._generator = random_source(params, input_device(network.hf))
         self._count = 0
         self._seen = SeenTokens(params.repetition_penalty)
         self.cache = cache if cache is not None else network.new_cache(len(prompt) + params.max_new_tokens)

@@ -15,6 +15,7 @@ from .answer import stop_ids
 from .cache import new_cache
 from .network import Network, token_rows
 from .opening import Continuation, open_answer
+from .placement import input_device
 from .prompt import Prompt
 from .sampling import SamplingParams, random_source
 
@@ -84,7 +85,8 @@ def heal(
         params or SamplingParams(),
         vocabulary(tokenizer, special_tokens=special_tokens, rows=token_rows(hf_model)),
     )
-    generator = random_source(params, hf_model.device)
+    device = input_device(hf_model)
+    generator = random_source(params, device)
     read = [
         Prompt.read(prompt, tokenizer, known, params.continuation)
         for prompt in ([prompts] if isinstance(prompts, str | bytes) else prompts)
@@ -109,8 +111,8 @@ def heal(
     length = max(map(len, rows))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Healed(
-        input_ids=torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=hf_model.device),
-        attention_mask=torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows], device=hf_model.device),
+        input_ids=torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=device),
+        attention_mask=torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows], device=device),
         continuations=continuations,
         ended=ended,
         prompts=read,

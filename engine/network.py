@@ -17,6 +17,7 @@ from . import split
 from .attention import ATTENTION_NAME
 from .cache import forget, most_held, new_cache, rewind
 from .patches.seam import is_replaced
+from .placement import input_device
 
 Path = tuple[int, ...]
 
@@ -65,7 +66,7 @@ class Network:
         """What runs the model, in a few words, and why nothing faster does."""
         reason = f" (not the compiled kernels: {self._why})" if self._why else ""
         shared = f", split over {dist.get_world_size()} processes" if split.is_split() else ""
-        return f"transformers' modules in {self.weights} on {self.hf.device.type}{shared}{reason}"
+        return f"transformers' modules in {self.weights} on {input_device(self.hf).type}{shared}{reason}"
 
     def use(self, scaler: Scaler, length: int | None) -> None:
         """Run under `scaler` from now on; the model is patched with it already.
@@ -137,7 +138,7 @@ class Network:
             DataError: the model has no such token.
         """
         self.check(ids)
-        batch = torch.tensor([ids], device=self.hf.device)
+        batch = torch.tensor([ids], device=input_device(self.hf))
         logits: Tensor = self.hf(input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
         self._forget(cache)
         return logits[0, -keep:]
@@ -163,7 +164,7 @@ class Network:
         seen[:, :held] = True
         for path, n in place.items():
             seen[n, [held + place[path[: k + 1]] for k in range(len(path))]] = True
-        device = self.hf.device
+        device = input_device(self.hf)
         logits: Tensor = self.hf(
             input_ids=torch.tensor([[path[-1] for path in paths]], device=device),
             position_ids=torch.tensor([[held + len(path) - 1 for path in paths]], device=device),

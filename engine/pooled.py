@@ -23,6 +23,7 @@ from .kv_cache import KVCache
 from .memory import restoring
 from .nbce import NBCE
 from .opening import open_answer, open_at, weigh
+from .placement import input_device
 from .prefill import prefill
 from .prompt import Prompt
 from .sampling import SamplingParams, SeenTokens, random_source
@@ -121,7 +122,7 @@ class PooledAnswer:
     def _written(self, rows: list[KeptCache]) -> Iterator[str]:
         model, rope, broken = self._model, self._model.rope, True
         self._check_room(rows)
-        generator = random_source(self._params, model.hf.device)
+        generator = random_source(self._params, input_device(model.hf))
         caches = [kept.ready(row.certain, self._length) for kept, row in zip(rows, self._rows, strict=True)]
         pending: list[list[int]] = []
         try:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .network import CHUNK, Network
+from .placement import input_device
 from .prefill import Progress, forward
 
 LOGITS_BUDGET = 2**24  # most float32 logits held at once: 64 MiB
@@ -27,7 +28,7 @@ def score(network: Network, ids: Sequence[int], first: int, cache: Cache, progre
     Returns:
         float32 [len(ids) - first], nats.
     """
-    targets = torch.tensor(ids[first:], device=network.hf.device)
+    targets = torch.tensor(ids[first:], device=input_device(network.hf))
     scored: list[Tensor] = []
     done = 0
     for logits in scored_logits(network, ids, first, cache, progress):

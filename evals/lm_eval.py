@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.progress import track
 
 from ..engine.load import load
+from ..engine.placement import input_device
 from ..engine.sampling import SamplingParams
 from ..errors import ConfigError, did_you_mean
 from ..tokenizer_tools.encode import prompt_ids, text_ids
@@ -59,7 +60,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         self.model = load(model, rope, dtype=dtype, kv_dtype=kv_dtype, max_length=max_length, device_map=device)
         self.tokenizer = self.model.tokenizer
         self.max_length, self.max_gen_toks = self.model.max_length, max_gen_toks
-        self._device = self.model.hf.device
+        self._device = input_device(self.model.hf)
         self._start = Start.of(self.tokenizer)
         if self._start.token is None:
             raise ConfigError(f"{model}: its tokenizer has no start or end token, which the harness puts before texts")

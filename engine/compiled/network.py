@@ -66,8 +66,13 @@ class CompiledNetwork(Network):
         super().__init__(hf)
         if UNAVAILABLE:
             raise UnsupportedModel(UNAVAILABLE)
-        if hf.device.type != "cpu" or hf.dtype not in (torch.float32, torch.bfloat16):
-            raise UnsupportedModel(f"compiled kernels run on the CPU in float32 or bfloat16, not {hf.dtype}")
+        places = sorted({weight.device.type for weight in hf.parameters()} - {"cpu"})
+        if "meta" in places:
+            raise UnsupportedModel("compiled kernels need all weights in memory, and some are offloaded")
+        if places or hf.dtype not in (torch.float32, torch.bfloat16):
+            raise UnsupportedModel(
+                f"compiled kernels run on the CPU in float32 or bfloat16, not {', '.join(places) or hf.dtype}"
+            )
         self._decoder = decoder(hf)
         self._dtype, self._folder = torch.float32, None
         self._headline = headline(sites)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ...errors import RopewalkError, UnsupportedModel
 from ..bands.rotation import Layout, angles
+from ..placement import input_device
 from .float32 import float32_arithmetic
 from .positions import RotarySeam
 from .rotary import RotarySite, RotaryWriter, is_local
@@ -80,7 +81,7 @@ class _Recorder:
 def probe_ids(model: PreTrainedModel) -> Tensor:
     """A short text, [1, TOKENS]."""
     vocabulary: int = model.config.get_text_config().vocab_size
-    return (torch.arange(TOKENS) * 7 % (vocabulary - 1) + 1).to(model.device)[None]
+    return (torch.arange(TOKENS) * 7 % (vocabulary - 1) + 1).to(input_device(model))[None]
 
 
 def logits(model: PreTrainedModel) -> Tensor:

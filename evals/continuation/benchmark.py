@@ -25,6 +25,7 @@ from rich.progress import track
 from ...engine import split
 from ...engine.api import Model
 from ...engine.load import load
+from ...engine.placement import input_device
 from ...engine.storage import write_atomic
 from ...errors import DataError
 from ...tokenizer_tools.cuts import Cut
@@ -62,7 +63,7 @@ def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
         "place": cut.place,
         "seed": seed,
         "dtype": model.network.precision,
-        "device": model.hf.device.type,
+        "device": input_device(model.hf).type,
         "transformers": transformers.__version__,
     }
 

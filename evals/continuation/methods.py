@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache
 from ...engine.api import Model
 from ...engine.network import Network
 from ...engine.opening import weigh
+from ...engine.placement import input_device
 from ...tokenizer_tools.cover import Cover, cover
 from .landings import Fork, Law, LawReader, Path
 
@@ -105,7 +106,7 @@ class Ending:
 
     def transformers_finishes(self, wanted: bytes) -> bool:
         """`finishes` for transformers' `token_healing`, as it is; False where it fails."""
-        ids = torch.tensor([self.model.vocabulary.encode(self.prompt)], device=self.model.hf.device)
+        ids = torch.tensor([self.model.vocabulary.encode(self.prompt)], device=input_device(self.model.hf))
         config = GenerationConfig(token_healing=True, do_sample=False, max_new_tokens=len(wanted), pad_token_id=0)
         try:
             out = self.model.hf.generate(ids, generation_config=config, tokenizer=self.model.tokenizer)

@@ -10,6 +10,7 @@ import torch
 
 from ...engine.api import Model
 from ...engine.cache import can_rewind
+from ...engine.placement import input_device
 from ...engine.prefill import prefill
 from ...engine.sampling import SamplingParams
 from ...scaling.rope import Scaler
@@ -53,8 +54,7 @@ class Local:
 
     @property
     def device(self) -> str:
-        kind: str = self.model.hf.device.type
-        return kind
+        return input_device(self.model.hf).type
 
     @property
     def trained_length(self) -> int:

@@ -124,10 +124,12 @@ class ModelReader(Reader):
     """A ropewalk model."""
 
     def __init__(self, model: Model, scaler: Scaler | None = None) -> None:
+        from ...engine.placement import input_device
+
         self._model = model
         self._scaler = model.rope if scaler is None else scaler
         self.name, self.precision = model.name, model.network.precision
-        self.device, self.trained_length = model.hf.device.type, model.trained_length
+        self.device, self.trained_length = input_device(model.hf).type, model.trained_length
         self.marks = weight_marks(model)
 
     def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
