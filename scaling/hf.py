@@ -306,6 +306,7 @@ def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str
         if key not in values and getattr(config, key, None) is not None:
             values[key] = getattr(config, key)
     values = _without_repetition(values) if kind == "longrope" else values
+    values = _without_attn_factor(name, config, values) if kind == "yarn" else values
     required, optional = _KEYS[kind]
     known = {*_COMMON_KEYS, *required, *optional}
     for key in sorted(values.keys() - known):
@@ -324,6 +325,21 @@ def _without_repetition(values: dict[str, Any]) -> dict[str, Any]:
     if any(values.get(key) != values.get("attention_factor") for key in repeated):
         return values
     return {key: value for key, value in values.items() if key not in repeated}
+
+
+def _without_attn_factor(name: str, config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """YaRN without the factor on m that vLLM and SGLang read and transformers does not, where it is 1."""
+    left = {key: value for key, value in values.items() if key != "attn_factor"}
+    if "attn_factor" not in values or (given := _number(name, values, "attn_factor")) == 1:
+        return left
+    longest = _length(name, "max_position_embeddings", getattr(config, "max_position_embeddings", None))
+    factor = _number(name, left, "factor", longest / _number(name, left, _LENGTH, longest))
+    m = _read_yarn(name, left, factor).temperature()
+    raise ConfigError(
+        f"{name}: engines disagree about attn_factor={given:g} in rope_parameters: vLLM and SGLang multiply the factor "
+        f"on cos and sin by it (m = {m * given:.4g}), transformers ignores it (m = {m:.4g}). Choose in config.json: "
+        f"put attention_factor: {m * given:.6g} in its place for the first, or take it out for the second"
+    )
 
 
 def _head_dim(name: str, config: Any) -> int:

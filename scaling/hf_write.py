@@ -25,7 +25,7 @@ _NO_MSCALE = 1e-9
 """An `mscale_all_dim` that changes nothing, where one has to stand beside `mscale`."""
 
 
-def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dict[str, Any]:
+def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None, as_longrope: bool = False) -> dict[str, Any]:
     """The `rope_parameters` with which stock transformers computes `scaler.frequencies(rope)`.
 
     Methods that transformers has keep their type; every other static frequency method is carried as
@@ -35,6 +35,7 @@ def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dic
     Args:
         head_dim: the whole head, where only `rope.dim` of it rotates: adds `partial_rotary_factor`, without
             which a family that rotates a part of the head falls back to its own default.
+        as_longrope: as LongRoPE factors in any case, for families such as Phi-3 whose configs take no other type.
 
     Raises:
         ConfigError: the scaler follows the length in a way that transformers does not know, or acts on more
@@ -42,11 +43,16 @@ def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None) -> dic
     """
     check_carried(scaler)
     scaler.check(rope)
-    return _finished(rope, head_dim, _native(rope, scaler) or _carried(rope, scaler))
+    return _finished(rope, head_dim, (None if as_longrope else _native(rope, scaler)) or _carried(rope, scaler))
 
 
 def write_served(
-    rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None, yarn_only: bool = False
+    rope: RopeSpec,
+    scaler: Scaler,
+    *,
+    head_dim: int | None = None,
+    yarn_only: bool = False,
+    as_longrope: bool = False,
 ) -> dict[str, Any]:
     """The `rope_parameters` from which vLLM and SGLang too compute `scaler.frequencies(rope)`.
 
@@ -56,6 +62,7 @@ def write_served(
     Args:
         yarn_only: of a model with latent attention, such as DeepSeek-V3: both engines read all of its scalings as yarn
             with `mscale` and `mscale_all_dim`, whatever the rope type says.
+        as_longrope: as for `write`.
 
     Raises:
         ConfigError: the scaler follows the length of the text, which they do not do, or acts on more than the
@@ -69,7 +76,8 @@ def write_served(
     if yarn_only:
         return _finished(rope, head_dim, _read_as_yarn(scaler, parameters))
     if (
-        parameters is None
+        as_longrope
+        or parameters is None
         or parameters.keys() & {"attention_factor", "mscale", "short_factor"}
         or not parameters.get("truncate", True)
     ):

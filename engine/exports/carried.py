@@ -23,7 +23,7 @@ from ...scaling.spec import parse
 from ..checkpoints.checkpoint import read_config
 from ..patches.derived import derived_numbers, derives_numbers, parameters_under
 
-__all__ = ["Derived", "check_written", "configured_in", "settle"]
+__all__ = ["Derived", "check_written", "configured_in", "is_accepted", "settle"]
 
 
 def settle(
@@ -83,14 +83,30 @@ def check_written(folder: Path, wanted: Mapping[str | None, tuple[RopeSpec, Scal
             f"transformers does not accept the scaled config of this model ({reason}); patch it where it runs instead"
         ) from error
     for kind, (rope, scaler) in wanted.items():
-        for length in (1, 2 * rope.trained_length):
-            ours, theirs = scaler.frequencies(rope, length), found[kind].scaler.frequencies(found[kind].rope, length)
-            same = torch.allclose(ours.inv_freq, theirs.inv_freq, rtol=1e-6, atol=1e-20)
-            if not (same and math.isclose(ours.attention_factor, theirs.attention_factor, rel_tol=1e-6)):
-                raise UnsupportedModel(
-                    f"transformers would read {scaler} otherwise from the config of this model; patch it where it runs "
-                    "instead"
-                )
+        if not _same(rope, scaler, found[kind]):
+            raise UnsupportedModel(
+                f"transformers would read {scaler} otherwise from the config of this model; patch it where it runs "
+                "instead"
+            )
+
+
+def is_accepted(content: Mapping[str, Any], wanted: Mapping[str | None, tuple[RopeSpec, Scaler]]) -> bool:
+    """True if transformers takes the content of a config.json and computes the frequencies of the scalers from it."""
+    try:
+        found = hf.read(content)
+    except Exception:  # the config classes raise their own
+        return False
+    return all(_same(rope, scaler, found[kind]) for kind, (rope, scaler) in wanted.items())
+
+
+def _same(rope: RopeSpec, scaler: Scaler, found: hf.ConfiguredRope) -> bool:
+    for length in (1, 2 * rope.trained_length):
+        ours, theirs = scaler.frequencies(rope, length), found.scaler.frequencies(found.rope, length)
+        if not torch.allclose(ours.inv_freq, theirs.inv_freq, rtol=1e-6, atol=1e-20):
+            return False
+        if not math.isclose(ours.attention_factor, theirs.attention_factor, rel_tol=1e-6):
+            return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from ..checkpoints.gguf_file import GgufFile
 from ..patches.marks import patched_with
 from ..patches.rotary import is_local
 from . import launch
-from .carried import Derived, check_written, settle
+from .carried import Derived, check_written, is_accepted, settle
 from .folder import KEPT, with_rope, write_copy, write_loaded
 from .launch import TARGETS, Target
 from .plain import check_kind, check_plain
@@ -72,6 +74,13 @@ class _Source:
     config: Any
     configured: Mapping[str | None, hf.ConfiguredRope]
     scaler: str | Scaler | None
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What is in its config.json, or would be."""
+        if self.folder is None:
+            return dict(self.config.to_dict())
+        return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
 
 
 def export(
@@ -157,7 +166,6 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
             "context and there is nothing to scale"
         )
     derived = Derived.of(source.config, source.model)
-    ropes: dict[str | None, dict[str, Any]] = {}
     scalers: dict[str | None, Scaler] = {}
     for kind, one in configured.items():
         if is_local(kind):  # no distance grows there
@@ -165,7 +173,16 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
         else:
             scaler, tokens = settle(source.scaler, one, length, target)
             scalers[kind] = scaler
-        ropes[kind] = _written(one, scalers[kind], target, derives=derived is not None)
+    derives = derived is not None
+    ropes = {kind: _written(one, scalers[kind], target, derives=derives) for kind, one in configured.items()}
+    wanted = {kind: (one.rope, scalers[kind]) for kind, one in configured.items()}
+    outside = hasattr(source.config.get_text_config(), "original_max_position_embeddings")
+    if not is_accepted(with_rope(source.content, ropes, tokens, outside_length=outside), wanted):
+        with contextlib.suppress(ConfigError):  # then the check of what was written says why
+            ropes = {
+                kind: _written(one, scalers[kind], target, derives=derives, as_longrope=True)
+                for kind, one in configured.items()
+            }
     written = next(ropes[kind]["rope_type"] for kind in ropes if not is_local(kind))
     extra = {}
     if target != "hf":
@@ -173,10 +190,10 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
         extra["serve.sh"] = launch.script(target, str(scaler), tokens, overrides)
 
     def change(config: dict[str, Any]) -> dict[str, Any]:
-        return with_rope(config, ropes, tokens)
+        return with_rope(config, ropes, tokens, outside_length=outside)
 
     def check(folder: Path) -> None:
-        check_written(folder, {kind: (one.rope, scalers[kind]) for kind, one in configured.items()})
+        check_written(folder, wanted)
         if derived is not None:
             derived.check(folder, {kind: (one, scalers[kind]) for kind, one in configured.items()})
 
@@ -195,17 +212,22 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
     )
 
 
-def _written(rope: hf.ConfiguredRope, scaler: Scaler, target: str, *, derives: bool) -> dict[str, Any]:
+def _written(
+    rope: hf.ConfiguredRope, scaler: Scaler, target: str, *, derives: bool, as_longrope: bool = False
+) -> dict[str, Any]:
     """The `rope_parameters` for `target`.
 
     Args:
         derives: the model derives numbers from them outside of its rotary modules.
+        as_longrope: as LongRoPE factors in any case.
     """
     if target == "hf":
-        return hf_write.write(rope.rope, scaler, head_dim=rope.head_dim)
+        return hf_write.write(rope.rope, scaler, head_dim=rope.head_dim, as_longrope=as_longrope)
     # A latent attention that ships with longrope is read as longrope, the others as yarn.
     yarn_only = derives and not isinstance(rope.scaler, LongRoPE)
-    return hf_write.write_served(rope.rope, scaler, head_dim=rope.head_dim, yarn_only=yarn_only)
+    return hf_write.write_served(
+        rope.rope, scaler, head_dim=rope.head_dim, yarn_only=yarn_only, as_longrope=as_longrope
+    )
 
 
 def _write_gguf(source: _Source, out: Path, target: str, length: int | str | None, dtype: str) -> Export:

@@ -25,17 +25,25 @@ Check = Callable[[Path], None]
 KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README*")
 """The files of a checkpoint beside its weights: config, tokenizer, and what says whose it is."""
 
-_FLAT_KEYS = ("rope_theta", "rope_scaling", "original_max_position_embeddings")
+_LENGTH = "original_max_position_embeddings"
+_FLAT_KEYS = ("rope_theta", "rope_scaling", _LENGTH)
 """Where configs keep their rotary part beside or instead of `rope_parameters`."""
 
 
-def with_rope(config: Mapping[str, Any], ropes: Mapping[str | None, dict[str, Any]], length: int) -> dict[str, Any]:
+def with_rope(
+    config: Mapping[str, Any],
+    ropes: Mapping[str | None, dict[str, Any]],
+    length: int,
+    *,
+    outside_length: bool = False,
+) -> dict[str, Any]:
     """The content of a config.json with other rotary embeddings.
 
     Args:
         config: the content as it is.
         ropes: `rope_parameters` by layer type, or under None where the layers share one.
         length: the tokens that the config shall promise.
+        outside_length: the family keeps the trained length outside of `rope_parameters`, and lets that one win.
     """
     changed: dict[str, Any] = json.loads(json.dumps(config))
     text = changed.get("text_config", changed)
@@ -46,6 +54,8 @@ def with_rope(config: Mapping[str, Any], ropes: Mapping[str | None, dict[str, An
         text["rope_parameters"] = {str(layer_type): rope for layer_type, rope in ropes.items()}
         return changed
     rope = ropes[None]
+    if outside_length and _LENGTH in rope:
+        text[_LENGTH] = rope[_LENGTH]
     text["rope_parameters"] = rope
     # for engines on transformers 4, which know these two alone
     text["rope_theta"] = rope["rope_theta"]

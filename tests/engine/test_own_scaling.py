@@ -5,6 +5,9 @@ import shutil
 
 import pytest
 import torch
+from families import DEFAULT, FAMILIES
+from serving import TOLERANCE, difference, logits
+from transformers import AutoModelForCausalLM
 
 import ropewalk as rw
 
@@ -52,3 +55,30 @@ def test_multiples_and_exports_count_from_what_is_carried(tiny_folder, tmp_path)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 1024
     gguf = rw.export(tiny_folder, tmp_path / "a.gguf", rope="yarn:4", length=256, target="llama.cpp")
     assert rw.load(gguf.path, compile=False).max_length == 1024
+
+
+@pytest.mark.parametrize("target", ["hf", "vllm"])
+@pytest.mark.parametrize("spec", ["yarn:4", "yarn:4,attention_factor=1.1", "linear:4", "llama3:factor=8", "ntk:4"])
+def test_a_config_that_takes_longrope_alone_carries_every_static_scaler(tmp_path, spec, target):
+    """Phi-3 reads yarn as longrope and refuses other types."""
+    model = FAMILIES["phi3"]()
+    model.save_pretrained(tmp_path / "own")
+    rw.export(tmp_path / "own", tmp_path / "out", rope=spec, target=target)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with rw.patch(model, spec):
+        assert difference(logits(exported), logits(model)) < TOLERANCE
+
+
+@pytest.mark.parametrize("trained", [64, 32])
+def test_a_trained_length_outside_of_rope_parameters_is_kept_there(tmp_path, trained):
+    """Phi-3's config class says 4096 where its file says nothing, over what rope_parameters say."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "attention_factor": 1.1}
+    model = FAMILIES["phi3"](rope_parameters=DEFAULT)
+    model.config.rope_parameters = {**model.config.rope_parameters, **rope, "original_max_position_embeddings": trained}
+    model.config.original_max_position_embeddings, model.config.max_position_embeddings = trained, 128
+    model.save_pretrained(tmp_path / "own")
+    rw.export(tmp_path / "own", tmp_path / "out")
+    own, out = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("own", "out"))
+    for length in (trained, trained + 1):
+        ids = torch.arange(1, length + 1)[None] % 96
+        assert difference(logits(out, ids), logits(own, ids)) < TOLERANCE

@@ -289,3 +289,17 @@ def test_a_length_that_the_config_promises_is_the_reach() -> None:
     configured = read(document | {"rope_parameters": parameters})[None]
     assert configured.reach(Scaler()) == configured.declared_length == 3000
     assert configured.own == "yarn:4"
+
+
+@pytest.mark.parametrize(("extra", "left"), [({}, "m = 1.139"), ({"attention_factor": 1.2}, "m = 1.2")])
+def test_a_factor_that_engines_read_differently_is_left_to_the_user(extra: dict[str, float], left: str) -> None:
+    """DeepSeek-R1-0528-Qwen3-8B: 0.878 times 0.1 ln 4 + 1 is 1 in vLLM; transformers ignores it."""
+    document = {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 131072}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6, **extra}
+    with pytest.raises(ConfigError, match=r"engines disagree about attn_factor=0\.878") as caught:
+        read(document | {"rope_parameters": yarn | {"attn_factor": 0.8782488562869419}})
+    assert left in str(caught.value)
+    plain = read(document | {"rope_parameters": yarn})[None].scaler
+    assert read(document | {"rope_parameters": yarn | {"attn_factor": 1.0}})[None].scaler == plain
+    if not extra:
+        assert "put attention_factor: 1 in its place" in str(caught.value)
