@@ -37,14 +37,14 @@ def prompt_ids(text: str, tokenizer: Any, *, special_tokens: bool = False) -> li
 def text_ids(text: str, tokenizer: Any, *, special_tokens: bool = False) -> list[int]:
     """Token ids of a text alone, without what the tokenizer puts around it. Arguments as of `prompt_ids`."""
     with _ENCODING:
-        return _ids(text, tokenizer, special_tokens=special_tokens, around=False)
+        ids: list[int] = _ids(text, tokenizer, special_tokens=special_tokens, around=False)
+    return ids
 
 
 def texts_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
     """`text_ids` of several texts, in one call of a transformers tokenizer."""
     with _ENCODING:
-        found = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    ids: list[list[int]] = found.input_ids
+        ids: list[list[int]] = _ids(texts, tokenizer, special_tokens=False, around=False)
     return ids
 
 
@@ -70,13 +70,16 @@ def start_ids(tokenizer: Any) -> list[int]:
     return []
 
 
-def _ids(text: str, tokenizer: Any, *, special_tokens: bool, around: bool) -> list[int]:
-    ids: list[int]
+def _ids(text: str | list[str], tokenizer: Any, *, special_tokens: bool, around: bool) -> Any:
+    """Token ids of a text, or of each of several for a tokenizer of transformers."""
     if hasattr(tokenizer, "encode_special_tokens"):  # of the `tokenizers` library
+        if tokenizer.truncation or tokenizer.padding:  # a prompt is neither cut nor filled up, as under transformers
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         tokenizer.encode_special_tokens = not special_tokens
-        ids = tokenizer.encode(text, add_special_tokens=around).ids
-    else:
-        ids = tokenizer(
-            text, add_special_tokens=around, split_special_tokens=not special_tokens, verbose=False
-        ).input_ids
-    return ids
+        return tokenizer.encode(text, add_special_tokens=around).ids
+    if hasattr(
+        getattr(tokenizer, "tokenizer", None), "instruct_tokenizer"
+    ):  # of mistral_common: names are never tokens
+        return tokenizer(text, add_special_tokens=around).input_ids
+    return tokenizer(text, add_special_tokens=around, split_special_tokens=not special_tokens, verbose=False).input_ids

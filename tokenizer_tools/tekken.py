@@ -6,20 +6,25 @@ from itertools import pairwise
 from typing import Any
 
 from ..errors import DataError, UnsupportedModel, first_line
+from .encode import start_ids
 from .vocab import Vocabulary
 
 
 class TiktokenVocabulary(Vocabulary):
-    """A `tiktoken.Encoding`; `outer` is the tekken tokenizer around it, if any."""
+    """A `tiktoken.Encoding`.
+
+    Args:
+        outer: the tokenizer of tiktoken, mistral_common or transformers that it is in.
+        offset: special ids of tekken in front of its own.
+    """
 
     byte_level = True
     special_tokens = False
 
-    def __init__(self, encoding: Any, outer: Any) -> None:
+    def __init__(self, encoding: Any, outer: Any, offset: int) -> None:
         import regex  # type: ignore[import-untyped]  # comes with tiktoken
 
-        self._encoding = encoding
-        self._offset = int(getattr(outer, "num_special_tokens", 0)) if outer is not encoding else 0
+        self._encoding, self._outer, self._offset = encoding, outer, offset
         self.name = encoding.name
         self.kind = "byte-level BPE (tiktoken)"
         self._ranks: dict[bytes, int] = encoding._mergeable_ranks
@@ -38,7 +43,7 @@ class TiktokenVocabulary(Vocabulary):
 
     def encode(self, text: str) -> list[int]:
         try:
-            return self.checked([rank + self._offset for rank in self._encoding.encode_ordinary(text)])
+            ids = [rank + self._offset for rank in self._encoding.encode_ordinary(text)]
         except BaseException as error:  # the class of a panic has no other name that can be imported
             if type(error).__name__ != "PanicException":
                 raise
@@ -46,6 +51,7 @@ class TiktokenVocabulary(Vocabulary):
                 f"the tokenizer gave up on this text of {len(text):,} characters ({first_line(error)}); it may hold a "
                 "very long run of spaces"
             ) from None
+        return self.checked([*(start_ids(self._outer) if callable(self._outer) else []), *ids])
 
     def cuts(self, text: str) -> list[int]:
         return [found.start() for found in self._pattern.finditer(text) if found.start()]

@@ -225,7 +225,8 @@ def _vocabulary(tokenizer: Any, special_tokens: bool) -> Vocabulary:
         from .huggingface import HuggingFaceVocabulary
 
         return HuggingFaceVocabulary(backend, tokenizer, special_tokens)
-    for inner in _layers(tokenizer):
+    layers = _layers(tokenizer)
+    for inner in layers:
         if hasattr(inner, "serialized_model_proto"):
             from .spm import SentencePieceVocabulary
 
@@ -233,7 +234,8 @@ def _vocabulary(tokenizer: Any, special_tokens: bool) -> Vocabulary:
         if hasattr(inner, "_pat_str") and hasattr(inner, "_mergeable_ranks"):
             from .tekken import TiktokenVocabulary
 
-            return TiktokenVocabulary(inner, tokenizer)
+            offset = next((layer.num_special_tokens for layer in layers if hasattr(layer, "num_special_tokens")), 0)
+            return TiktokenVocabulary(inner, tokenizer, offset)
     raise UnsupportedModel(
         f"{type(tokenizer).__name__} is none of the tokenizers whose bytes ropewalk knows: those of transformers, "
         "tokenizers, sentencepiece, tiktoken and mistral_common"

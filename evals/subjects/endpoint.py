@@ -14,7 +14,7 @@ from ...engine.checkpoints.config import find_config, headline_rope
 from ...errors import ConfigError, ContextOverflow, EndpointError
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.encode import text_ids
-from ...tokenizer_tools.vocab import Vocabulary, vocabulary
+from ...tokenizer_tools.vocab import Vocabulary, check_ids, vocabulary
 from ..retrieval.heard import Heard
 from ..retrieval.trial import Trial
 from ..runs.cell import Advance, Cost
@@ -53,6 +53,7 @@ class Endpoint:
         self.trained_length = headline_rope(config).max_length
         self.cost = Cost.of_config(config)
         self.tokenizer: Any = read_tokenizer(source)
+        self._rows = int(config.get_text_config().vocab_size)
         self.marks = {"tokenizer": model}
         self._server = Server(url)
         told = self._server.model(served_as)
@@ -106,6 +107,7 @@ class Endpoint:
     def listen(self, trial: Trial, advance: Advance) -> Heard:
         """Two requests: the right answer scored behind the prompt, and the prompt continued greedily."""
         ids = [*trial.prompt_ids, *trial.answer_ids]
+        check_ids(ids, self._rows)
         scored = None if self.form is None else self.score(ids, len(trial.prompt_ids))
         written = self._server.complete(
             self._served,
@@ -123,6 +125,7 @@ class Endpoint:
     def score(self, ids: Tokens, first: int) -> list[Scored]:
         """Of each of `ids[first:]`, given all before it; `first` is at least 1, and the server tells."""
         assert self.form is not None and first >= 1
+        check_ids(ids, self._rows)
         self.check(len(ids), spare=1)
         choice = self._server.complete(self._served, ids, max_tokens=1, **self.form.fields)
         scored = self.form.read(choice, ids)
@@ -144,7 +147,8 @@ class Endpoint:
 
     def rehearse(self, length: int) -> None:
         length = length if self.limit is None else min(length, self.limit - 1)
-        ids = [random.randrange(len(self.tokenizer)) for _ in range(length)]  # nothing that it has in a prefix cache
+        tokens = min(self._rows, len(self.tokenizer))
+        ids = [random.randrange(tokens) for _ in range(length)]  # nothing that it has in a prefix cache
         self._server.complete(self._served, ids, max_tokens=1)
 
     def needs(self, longest: int) -> str:

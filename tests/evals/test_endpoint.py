@@ -323,3 +323,12 @@ def test_an_answer_that_lost_its_log_probabilities_is_no_loss(model, named, monk
         with pytest.raises(rw.EndpointError, match=message):
             found.reader().losses([*range(5, 14)], 1, lambda past, count: None)
     assert endpoints.FORMS[0].read({"prompt_logprobs": [None, {"7": {"logprob": -1.0}}]}, [3, 7]) == [(-1.0, None)]
+
+
+def test_a_token_that_the_served_model_has_not_is_refused_here(model, named):
+    with serving(model) as server:
+        found = Endpoint(str(named), server.url)
+        asked = len(server.asked)
+        with pytest.raises(rw.DataError, match="token id 5000 is not among this model's 0 to 1023"):
+            found.score([1, 5000, 2], 1)
+        assert len(server.asked) == asked

@@ -1,9 +1,12 @@
 """Text to token ids: a prompt begins as the tokenizer begins a text, once, and is never closed."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from small_tokenizers import KINDS
 from tokenizers import Tokenizer, models, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, MistralConfig, PreTrainedTokenizerFast
 
 from ropewalk.errors import UnsupportedModel
 from ropewalk.tokenizer_tools.encode import prompt_ids, start_ids, text_ids, texts_ids
@@ -90,3 +93,28 @@ def test_a_sentencepiece_processor_that_was_told_to_add_tokens(tmp_path):
         closing = spm.SentencePieceProcessor(model_file=str(tmp_path / "m.model"), add_bos=bos, add_eos=True)
         assert closing.encode("the rope")[-1] == plain.eos_id()
         assert vocabulary(closing).encode("the rope") == [plain.bos_id()] * bos + bare
+
+
+def test_a_prompt_is_neither_cut_nor_filled_up():
+    """Some checkpoints' tokenizer.json cuts texts to 512 tokens, or fills them up, which is for training."""
+    tokenizer, before = framed("gpt2", "<s> $A <e>")
+    bare = text_ids("as a", tokenizer)
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    assert start_ids(PreTrainedTokenizerFast(tokenizer_object=tokenizer)) == before
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    assert prompt_ids("as a", tokenizer) == [*before, *bare]
+
+
+def test_tekken_inside_transformers_is_read_as_transformers_reads_it(tmp_path):
+    """A folder with a tekken.json: ids behind the block of special ones, and the start token in front."""
+    mistral_common = pytest.importorskip("mistral_common")
+    shutil.copy(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json", tmp_path / "tekken.json")
+    MistralConfig().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    known, text = vocabulary(tokenizer), "hello wörld 12 <s>"
+    assert known.encode(text) == prompt_ids(text, tokenizer) == tokenizer(text).input_ids
+    assert known.encode(text)[0] == tokenizer.bos_token_id
+    assert known.text_bytes(known.encode(text)).decode() == text
+    assert texts_ids([text, "a"], tokenizer) == tokenizer([text, "a"], add_special_tokens=False).input_ids
