@@ -12,9 +12,12 @@ from ..errors import DataError, first_line
 from ..tokenizer_tools.characters import split_character
 from .text_formats import COMPRESSED_SUFFIXES, PARQUET, decode, decompress
 
-__all__ = ["read_documents", "read_prompt"]
+__all__ = ["RECORD_SUFFIXES", "read_documents", "read_prompt"]
 
-_RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+"""Of files that hold nothing but records."""
+
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 def read_documents(file: Path) -> tuple[str, ...]:
@@ -36,7 +39,7 @@ def read_documents(file: Path) -> tuple[str, ...]:
     stem = file.name.lower()
     for suffix in COMPRESSED_SUFFIXES:
         stem = stem.removesuffix(suffix)
-    if stem.endswith(_RECORD_SUFFIXES) or _begins_with_a_record(text):
+    if stem.endswith(_JSON_SUFFIXES) or _begins_with_a_record(text):
         return tuple(map(_with_line_feeds, _records(text, name)))
     return (_with_line_feeds(text),)
 

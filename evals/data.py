@@ -16,7 +16,7 @@ from typing import Any
 
 from ..engine.checkpoints import assets
 from ..engine.text_formats import COMPRESSED_SUFFIXES
-from ..engine.texts import read_documents
+from ..engine.texts import RECORD_SUFFIXES, read_documents
 from ..errors import DataError, did_you_mean, first_line
 from ..tokenizer_tools.encode import texts_ids as _encode
 
@@ -37,7 +37,10 @@ _CODE = (".py", ".c", ".h", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs",
 TEXT_SUFFIXES = frozenset(_PROSE + _CODE)
 """Files that are read from a folder, compressed ones too (`.txt.gz`)."""
 
-_READ = tuple(suffix + compressed for suffix in TEXT_SUFFIXES for compressed in ("", *COMPRESSED_SUFFIXES))
+_READ, _RECORDS = (
+    tuple(suffix + compressed for suffix in sorted(suffixes) for compressed in ("", *COMPRESSED_SUFFIXES))
+    for suffixes in (TEXT_SUFFIXES, RECORD_SUFFIXES)
+)
 
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _CORE = (
@@ -77,8 +80,9 @@ def load_text(name_or_path: str | Path) -> Text:
     A file is one document, in UTF-8, or UTF-16 or UTF-32 with a byte order mark. Line ends become "\\n". JSON lines
     (`.jsonl`) and Parquet files (with pyarrow) give the field `text` of each record. gzip, bzip2 and xz are
     decompressed; other formats are refused by name. A folder gives the documents of the files whose suffix is in
-    TEXT_SUFFIXES, at any depth, sorted by path; hidden files are left out. Blank documents are left out. A file that
-    has the name of a built-in text is written `./kjv`.
+    TEXT_SUFFIXES, at any depth, sorted by path; those of its records (`.jsonl`, `.parquet`) where there is no such
+    file. Hidden files and blank documents are left out. A file that has the name of a built-in text is written
+    `./kjv`.
 
     Raises:
         DataError: no such name or path, no text, or nothing in it.
@@ -207,9 +211,10 @@ def _of_path(name: str) -> tuple[str, ...]:
 
 
 def _folder(folder: Path) -> tuple[str, ...]:
-    files = _sorted_files(folder, _READ)
+    files = _sorted_files(folder, _READ) or _sorted_files(folder, _RECORDS)
     if not files:
-        raise DataError(f"{folder} holds no text file; these suffixes are read: {' '.join(sorted(TEXT_SUFFIXES))}")
+        suffixes = " ".join([*sorted(TEXT_SUFFIXES), *RECORD_SUFFIXES])
+        raise DataError(f"{folder} holds no text file; these suffixes are read: {suffixes}, compressed ones too")
     return _not_blank(document for file in files for document in read_documents(file))
 
 

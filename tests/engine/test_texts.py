@@ -182,6 +182,15 @@ def test_a_folder_gives_its_files_by_the_same_reader(tmp_path):
     assert load_text(tmp_path).documents == (TEXT, "second")
 
 
+def test_a_folder_of_records_alone_gives_their_texts(tmp_path):
+    (tmp_path / "part-1.jsonl.gz").write_bytes(gzip.compress(_lines(RECORDS)))
+    (tmp_path / "part-2.jsonl").write_bytes(_lines([{"text": "third"}]))
+    (tmp_path / "info.json").write_text('{"rows": 4}')
+    assert load_text(tmp_path).documents == (*DOCUMENTS, "third")
+    (tmp_path / "read.md").write_text("a text")
+    assert load_text(tmp_path).documents == ("a text",)
+
+
 def test_a_prompt_may_end_inside_a_character_but_is_never_records():
     assert read_prompt(b"\xef\xbb\xbfone\r\ncaf\xc3", "standard input") == b"one\ncaf\xc3"
     lines = _lines(RECORDS).decode()
