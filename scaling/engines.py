@@ -278,8 +278,11 @@ ENGINES: dict[str, Callable[[EngineRope], Reading]] = {
 
 
 def read_gguf(file: GgufRope, context_length: int) -> list[Reading]:
-    """The readings of a GGUF file, that of llama.cpp first."""
-    configured = file.configured(context_length)
+    """The readings of a GGUF file, that of llama.cpp first.
+
+    Args:
+        context_length: of the file, which is what engines serve.
+    """
     others = {
         "Ollama's own engine": (
             GgufRope(
@@ -292,12 +295,13 @@ def read_gguf(file: GgufRope, context_length: int) -> list[Reading]:
         ),
         "transformers": (GgufRope(dim=file.dim, base=file.base), "its GGUF reader takes the base alone"),
     }
-    found = [_of_file("llama.cpp", configured, configured)]
+    found = [_of_file("llama.cpp", file, context_length)]
     for engine, (read, note) in others.items():
-        own = _of_file(engine, read.configured(context_length), configured)
+        own = _of_file(engine, read, context_length)
         found.append(own if agrees(own, found[0], context_length) else replace(own, notes=(note,)))
     return found
 
 
-def _of_file(engine: str, read: hf.ConfiguredRope, file: hf.ConfiguredRope) -> Reading:
-    return Reading(engine=engine, rope=read.rope, scaler=read.scaler, max_length=file.declared_length)
+def _of_file(engine: str, read: GgufRope, context_length: int) -> Reading:
+    configured = read.configured(context_length)
+    return Reading(engine=engine, rope=configured.rope, scaler=configured.scaler, max_length=context_length)

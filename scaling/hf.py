@@ -87,11 +87,6 @@ class ConfiguredRope:
         return cls(rope=rope, scaler=scaler, max_length=length, head_dim=head_dim, stays_behind=stays_behind)
 
     @property
-    def declared_length(self) -> int:
-        """`max_position_embeddings`, by which engines go."""
-        return self.rope.trained_length if self.stays_behind else self.max_length
-
-    @property
     def own(self) -> str:
         """The config's own scaling in one line, without its lists of factors; empty if it has none."""
         if isinstance(self.scaler, LongRoPE):

@@ -155,6 +155,14 @@ class GgufFile:
             raise UnsupportedModel(f"{self.path}: its rotary fields are damaged ({first_line(error)})") from error
 
     @property
+    def context_length(self) -> int:
+        """Tokens that llama.cpp serves of the file."""
+        try:
+            return int(self.required("{arch}.context_length"))
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise UnsupportedModel(f"{self.path}: its context_length is damaged ({first_line(error)})") from error
+
+    @property
     def configured(self) -> ConfiguredRope:
         """The rotary embedding that the file describes.
 
@@ -162,6 +170,6 @@ class GgufFile:
             UnsupportedModel: as `rope`.
         """
         try:
-            return self.rope.configured(int(self.required("{arch}.context_length")))
+            return self.rope.configured(self.context_length)
         except (ConfigError, TypeError, ValueError, ArithmeticError) as error:
             raise UnsupportedModel(f"{self.path}: {error}") from error

@@ -65,7 +65,7 @@ def _readings(model: str) -> list[Reading]:
         from ..checkpoints.gguf_file import GgufFile
 
         file = GgufFile(path)
-        return read_gguf(file.rope, file.configured.max_length)
+        return read_gguf(file.rope, file.context_length)
     if path.suffix == ".json":
         return read_all(_load(path))
     from ..checkpoints.config import find_config

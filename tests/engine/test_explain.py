@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 from click.testing import CliRunner
 
@@ -103,3 +104,13 @@ def test_the_column_serves_is_each_engines_own(run, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(models[name]["config"]))
         result = run("explain", tmp_path / "config.json")
         assert f" {vllm} " in line_of(result, "vLLM") and f" {llama_cpp} " in line_of(result, "llama.cpp")
+
+
+def test_a_gguf_file_whose_context_stays_at_the_trained_length(run, tiny_folder, tmp_path):
+    run("export", tiny_folder, tmp_path / "a.gguf", "--rope", "yarn:4", "--target", "llama.cpp", "--dtype", "q8_0")
+    file = gguf.GGUFReader(tmp_path / "a.gguf", "r+")
+    field = file.fields["llama.context_length"]
+    assert field.parts[field.data[0]][0] == 1024
+    field.parts[field.data[0]][0] = 256
+    file.data.flush()
+    assert " 256 " in line_of(run("explain", tmp_path / "a.gguf"), "llama.cpp")

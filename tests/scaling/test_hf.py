@@ -278,7 +278,7 @@ def test_a_length_that_stayed_at_the_trained_one_is_no_limit(name: str) -> None:
     parameters, reach = STRETCHED[name]
     configured = read(llama(dict(parameters)))[None]
     assert configured.reach(Scaler()) == reach
-    assert configured.declared_length == configured.rope.trained_length == 1024
+    assert configured.rope.trained_length == 1024
     if name != "linear":
         assert read(llama({"rope_type": "default"}))[None].reach(configured.scaler) == reach
 
@@ -287,7 +287,7 @@ def test_a_length_that_the_config_promises_is_the_reach() -> None:
     document = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 3000}
     parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
     configured = read(document | {"rope_parameters": parameters})[None]
-    assert configured.reach(Scaler()) == configured.declared_length == 3000
+    assert configured.reach(Scaler()) == 3000
     assert configured.own == "yarn:4"
 
 

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from ropewalk.scaling.engines import read_all
+from ropewalk.errors import ConfigError
+from ropewalk.scaling import YaRN
+from ropewalk.scaling.engines import read_all, read_gguf
+from ropewalk.scaling.gguf_rope import GgufRope
 from ropewalk.scaling.reading import Reading
+from ropewalk.scaling.rope import RopeSpec
 
 MODELS = json.loads((Path(__file__).resolve().parents[1] / "data" / "served.json").read_text(encoding="utf-8"))
 """`config`, and what vLLM 0.32's ModelConfig made of it; `make interop` asks vLLM again."""
@@ -58,3 +62,23 @@ def test_another_length_than_the_config_promises_is_said(name, note):
     said = [one for one in reading(MODELS[name]["config"], "vLLM").notes if one.startswith("serves")]
     assert len(said) == bool(note)
     assert not note or note in said[0]
+
+
+@pytest.mark.parametrize("context_length", [1024, 2048, 4096, 8192])
+def test_a_gguf_file_is_served_up_to_its_context_length(context_length):
+    """Whatever its scaling reaches (8192)."""
+    file = GgufRope.of(RopeSpec(dim=64, base=1e4, trained_length=2048), YaRN(factor=4))
+    assert {one.max_length for one in read_gguf(file, context_length)} == {context_length}
+
+
+@pytest.mark.parametrize("declared", [1024, 2048, 8192])
+def test_a_yarn_config_is_served_up_to_what_it_declares(declared):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    config = MODELS["Llama 2"]["config"] | {"max_position_embeddings": declared, "rope_scaling": scaling}
+    served = [one.max_length for one in read_all(config)]
+    assert served == [declared] * 4 + [None, None]
+
+
+def test_a_length_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match=r"seq_length='8k' must be a number of tokens"):
+        read_all(MODELS["Llama 2"]["config"] | {"seq_length": "8k"})
