@@ -155,6 +155,38 @@ def test_save_pretrained_says_that_the_patch_is_not_saved(llama, spec, tmp_path)
         rw.export(llama, tmp_path / "exported")
 
 
+@pytest.fixture
+def loaded(tiny_folder):
+    return rw.load(tiny_folder, compile=False)
+
+
+def test_the_model_under_a_loaded_one_says_its_scaler(loaded, tmp_path):
+    loaded.rope = "yarn:2"
+    with pytest.warns(UserWarning, match="without the patch yarn:2"):
+        loaded.hf.save_pretrained(tmp_path / "scaled")
+    loaded.rope = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded.hf.save_pretrained(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("spec", ["yarn:2", "logn", "rerope:64"])
+def test_a_loaded_model_and_the_one_under_it_are_not_patched_twice(loaded, spec):
+    before = read(loaded.hf)
+    loaded.rope = spec
+    with pytest.raises(rw.PatchError, match=r"patched with .* already"):
+        rw.patch(loaded.hf, "logn")
+    loaded.rope = None
+    handle = rw.patch(loaded.hf, spec)
+    with pytest.raises(rw.PatchError, match="the model underneath is patched with"):
+        loaded.rope = "logn"
+    assert str(loaded.rope) == "none"
+    handle.undo()
+    loaded.rope = "logn"
+    loaded.rope = None
+    assert torch.equal(read(loaded.hf), before)
+
+
 # Copies
 
 
@@ -374,3 +406,19 @@ def test_checkpointed_gradients_of_two_forwards(family, spec, reentrant, masked)
     model.enable_input_require_grads()
     assert difference(gradients(model, batches), expected) < 1e-5
     handle.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "spec"), [("llama", "logn"), ("llama", "rerope:20|logn"), ("moshi", "logn")])
+def test_a_compiled_model_follows_its_patches(family, spec):
+    model = FAMILIES[family]()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=(family, spec) == ("llama", "logn"))
+    untouched = read(model)
+    for one in (spec, "temperature:1.5"):
+        assert difference(read(compiled), untouched) < 1e-6
+        with rw.patch(model, one):
+            patched = read(model)
+            assert difference(patched, untouched) > 1e-2
+            assert difference(read(compiled), patched) < 1e-6
+    assert difference(read(compiled), untouched) < 1e-6
