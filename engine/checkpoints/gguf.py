@@ -37,6 +37,14 @@ _GEMMA = ("gemma", "gemma2", "gemma3")
 """Architectures whose merges do not follow their SentencePiece scores, which transformers knows."""
 
 
+_ATTENTION = (
+    ("attention.sliding_window", "sliding_window", 0),
+    ("attn_logit_softcapping", "attn_logit_softcapping", 0.0),
+    ("final_logit_softcapping", "final_logit_softcapping", 0.0),
+)
+"""Fields that change what is computed: their names in a config, and the value that means without."""
+
+
 def converted_gguf(file: Path, *, quiet: bool = False) -> Path:
     """The Hugging Face folder of a GGUF file, converted on the first call and kept in the cache.
 
@@ -122,8 +130,8 @@ def _convert(file: GgufFile, out: Path, *, quiet: bool) -> None:
     shown = console.status(escape(f"converting {file.path.name}")) if console.is_terminal else contextlib.nullcontext()
     with shown, quiet_transformers():
         model, tokenizer = _load_model(file), _load_tokenizer(file)
-        if scaling is not None:
-            _set_scaling(file.path, model.config, scaling)
+        _set_rope(file, model.config, scaling or {})
+        _set_attention(file, model.config)
         # transformers calls every model that came from a GGUF quantized, and would not save it.
         if hasattr(model, "hf_quantizer"):
             del model.hf_quantizer
@@ -201,11 +209,50 @@ def _rope_parameters(file: GgufFile) -> dict[str, Any] | None:
     return hf_write.write(configured.rope, configured.scaler) if configured.scaler.parts else None
 
 
-def _set_scaling(file: Path, config: Any, scaling: dict[str, Any]) -> None:
+def _set_rope(file: GgufFile, config: Any, scaling: dict[str, Any]) -> None:
+    """Write the file's rotary embedding into the config: of some families transformers leaves out the base, the width
+    or both, and takes the defaults of another model.
+
+    Raises:
+        UnsupportedModel: the config cannot hold it.
+    """
     parameters = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" not in parameters:
+        if scaling:
+            raise UnsupportedModel(
+                f"{file.path}: {scaling['rope_type']} scaling for a model without one common set of rotary frequencies "
+                "cannot be carried over from a GGUF file; load the original checkpoint"
+            )
+        return
+    from ...scaling import hf
+
+    rope, head_dim = file.rope, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if rope.dim != head_dim or "partial_rotary_factor" in parameters:
+        parameters = {**parameters, "partial_rotary_factor": rope.dim / head_dim}
+    config.rope_parameters = {**parameters, "rope_theta": rope.base, **scaling}
+    read = hf.read(config)[None].rope
+    if (read.dim, read.base) != (rope.dim, rope.base):
         raise UnsupportedModel(
-            f"{file}: {scaling['rope_type']} scaling for a model without one common set of rotary frequencies "
-            "cannot be carried over from a GGUF file; load the original checkpoint"
+            f"{file.path}: it rotates {rope.dim} of {head_dim} dimensions with the base {rope.base:g}, and the config "
+            f"that transformers makes of it {read.dim} with {read.base:g}; load the original checkpoint"
         )
-    config.rope_parameters = {**parameters, **scaling}
+
+
+def _set_attention(file: GgufFile, config: Any) -> None:
+    """Write what else changes the attention into the config.
+
+    Raises:
+        UnsupportedModel: the config cannot hold it.
+    """
+    for key, setting, without in _ATTENTION:
+        value = file.field(f"{{arch}}.{key}")
+        if value in (None, without) or (
+            setting == "sliding_window" and value >= file.required("{arch}.context_length")
+        ):
+            continue
+        if not hasattr(config, setting):
+            raise UnsupportedModel(
+                f"{file.path}: its {file.arch}.{key} is {value}, which the {type(config).__name__} of transformers "
+                "cannot say; load the original checkpoint"
+            )
+        setattr(config, setting, value)

@@ -1,0 +1,117 @@
+"""GGUF files of other families than Llama: what transformers leaves out of their fields is in the converted config."""
+
+import gguf
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    NemotronConfig,
+    Phi3Config,
+    StableLmConfig,
+    Starcoder2Config,
+)
+
+from ropewalk import UnsupportedModel
+from ropewalk.engine.checkpoints.gguf import convert_gguf
+
+VOCAB, LENGTH = 300, 128
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": LENGTH,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+IDS = torch.arange(100)[None]
+
+
+def rope(theta=10_000.0, share=1.0):
+    parameters = {"rope_type": "default", "rope_theta": theta}
+    return {"rope_parameters": parameters if share == 1 else {**parameters, "partial_rotary_factor": share}}
+
+
+def window(writer):
+    writer.add_sliding_window(10)
+
+
+FAMILIES = {
+    "phi3": (Phi3Config(**SMALL, **rope(share=0.75)), 12, None),
+    "phi3 with a window": (Phi3Config(**SMALL, **rope(), sliding_window=10), 16, window),
+    "starcoder2": (Starcoder2Config(**SMALL, **rope(999_999.0)), 16, None),
+    "stablelm": (StableLmConfig(**SMALL, use_qkv_bias=False, **rope(50_000.0, 0.5)), 8, None),
+    "nemotron": (NemotronConfig(**SMALL, **rope(share=0.25)), 4, None),
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(model, arch, dim, extra=None):
+        path, config = tmp_path / "model.gguf", model.config
+        names = gguf.get_tensor_name_map(next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), 2)
+        writer = gguf.GGUFWriter(path, arch)
+        writer.add_context_length(LENGTH)
+        writer.add_embedding_length(64)
+        writer.add_block_count(2)
+        writer.add_feed_forward_length(96)
+        writer.add_head_count(4)
+        writer.add_head_count_kv(4)
+        writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_rope_dimension_count(dim)
+        writer.add_vocab_size(VOCAB)
+        writer.add_pad_token_id(0)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(["a", "b", "ab", *(f"<{n}>" for n in range(VOCAB - 3))])
+        writer.add_token_merges(["a b"])
+        if extra:
+            extra(writer)
+        for own, tensor in model.state_dict().items():
+            if own == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            offset = 1 if arch == "nemotron" and own.endswith("norm.weight") else 0  # llama.cpp adds it beforehand
+            writer.add_tensor(names.get_name(own, try_suffixes=(".weight", ".bias")), (tensor + offset).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
+
+
+def model_of(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():
+        weight.data = torch.randn_like(weight) * 0.3
+    return model
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_gives_the_logits_of_its_model(write, tmp_path, family):
+    config, dim, extra = FAMILIES[family]
+    model = model_of(config)
+    expected = logits(model)
+    out = convert_gguf(write(model, family.split()[0], dim, extra), tmp_path / "out")
+    found = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_what_a_config_cannot_say_is_refused(write, tmp_path):
+    model = model_of(LlamaConfig(**SMALL))
+    with pytest.raises(UnsupportedModel, match=r"its llama\.attention\.sliding_window is 10, which the LlamaConfig"):
+        convert_gguf(write(model, "llama", 16, window), tmp_path / "out")
+    assert convert_gguf(write(model, "llama", 16, lambda writer: writer.add_sliding_window(LENGTH)), tmp_path / "out")
