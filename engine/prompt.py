@@ -118,7 +118,7 @@ class Prompt:
             cover=covers if wanted else None,
             start=start,
             pending=pending,
-            starts_text=not covers.text,
+            starts_text=not covers.text and all(map(vocabulary.is_wall, covers.prompt[-1:])),
         )
 
     def weigher(self, network: Network, vocabulary: Vocabulary, penalty: float) -> Weigh | None:

@@ -64,19 +64,19 @@ class Vocabulary(ABC):
         """Tokens of a whole piece. Where `byte_level`, `data` may be any bytes, else it is UTF-8."""
 
     def behind(self, text: str) -> list[int]:
-        """Tokens of a text that stands behind others, piece by piece: nothing is put before it."""
+        """Tokens of a text that stands behind others, piece by piece: nothing is put before it, and names of special
+        tokens are characters."""
+        cuts = [0, *self.cuts(text), len(text)]
+        return [i for a, b in pairwise(cuts) for i in self.piece(text[a:b].encode())]
+
+    def _asked(self, text: str) -> list[int]:
+        """`behind`, with the special tokens that names in the text stand for if that is asked for."""
         names = sorted(self.names_in(text), key=len, reverse=True) if self.special_tokens else []
-        ids: list[int] = []
-        for part in re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]:
-            if part in names:
-                ids += self.encode(part)[-1:]
-                continue
-            cuts = [0, *self.cuts(part), len(part)]
-            ids += [i for a, b in pairwise(cuts) for i in self.piece(part[a:b].encode())]
-        return ids
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        return [i for part in parts for i in (self.encode(part)[-1:] if part in names else self.behind(part))]
 
     def of_bytes(self, data: bytes) -> list[int]:
-        """Token ids of any bytes, as `encode` and `behind` give them; what is no character, by tokens of its bytes.
+        """Token ids of any bytes: of text, as `encode` gives them; of what is no character, tokens of its bytes.
 
         Raises:
             DataError: there are no such tokens.
@@ -85,11 +85,11 @@ class Vocabulary(ABC):
         at = 0
         for start, stop in broken(data):
             text = data[at:start].decode()
-            ids = self._joined(ids + self.behind(text) if at else self.encode(text), text, data[start:stop])
+            ids = self._joined(ids + self._asked(text) if at else self.encode(text), text, data[start:stop])
             at = stop
         whole, rest = split_character(data[at:])
         text = whole.decode()
-        ids = ids + self.behind(text) if at else self.encode(text)
+        ids = ids + self._asked(text) if at else self.encode(text)
         return self._joined(ids, text, rest) if rest else ids
 
     def _joined(self, ids: list[int], text: str, part: bytes) -> list[int]:

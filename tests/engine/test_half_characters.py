@@ -4,15 +4,22 @@ One oracle is a model that writes a given text a byte at a time; the other is th
 """
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from live import greedy
+from small_tokenizers import byte_fallback
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
 import ropewalk as rw
+from ropewalk.engine.api import Model
 from ropewalk.engine.cache import ContiguousLayer
 from ropewalk.engine.network import Network
+from ropewalk.engine.prompt import Prompt
+from ropewalk.tokenizer_tools.vocab import vocabulary
 
 TEXT = "aé🙂中b\u200bñ!"
 LENGTHS = [1, 2, 3, 5]
@@ -177,3 +184,38 @@ def test_contexts_answers_keep_what_is_unfinished(model):
         data = model.vocabulary.text_bytes(found.token_ids)
         assert data.endswith(found.unfinished)
         assert found.text == data[: len(data) - len(found.unfinished)].decode(errors="replace")
+
+
+def test_half_a_character_without_a_token_is_refused_where_it_cannot_be_drawn():
+    """A Unigram model without tokens of single bytes; before, the half character was left out."""
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("é", -1.0), ("▁a", -1.0)], unk_id=0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    known, outer = vocabulary(tokenizer), SimpleNamespace(bos_token_id=1, chat_template=None)
+    assert Prompt.read(b"aa\xc3", outer, known, "auto").cover.nodes[0].suffix.endswith(b"\xc3")
+    with pytest.raises(rw.DataError, match=r"ends in b'\\xc3', half a character that .* has no tokens for"):
+        Prompt.read(b"aa\xc3", outer, known, "off")
+
+
+@pytest.mark.parametrize("continuation", ["off", "auto"])
+def test_a_session_under_a_tokenizer_with_byte_tokens_and_a_space_in_front(continuation):
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_fallback("ab ", 0))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.3, **sizes)
+    model = Model(LlamaForCausalLM(config).eval(), tokenizer, name="fallback", max_length=4096)
+    seen_broken = False
+    for seed in range(8):
+        session, data = model.session(), b"ab"
+        session.append("ab")
+        for step in range(5):
+            piece = random.Random(7 * seed + step).choice(["", "ab ", "é"])
+            params = rw.SamplingParams(max_new_tokens=3, seed=seed + step, continuation=continuation)
+            before = session._data + piece.encode()
+            expected = model._complete(model.read(before, continuation, broken=True), params)
+            answer = session.generate(piece, params)
+            assert (answer.text, answer.unfinished) == (expected.text, expected.unfinished)
+            if continuation == "off":
+                data += piece.encode() + model.vocabulary.text_bytes(answer.token_ids)
+                assert session._data == data
+            seen_broken = seen_broken or "\ufffd" in session.text
+    assert seen_broken

@@ -76,3 +76,12 @@ def test_names_of_special_tokens_behind_half_a_character():
     asked, plain = (vocabulary(tokenizer, special_tokens=flag) for flag in (True, False))
     assert asked.of_bytes(b"\xc3a<s>xa") == [*asked.piece(b"\xc3"), *asked.piece(b"a"), number, *asked.piece(b"a")]
     assert number not in plain.of_bytes(b"\xc3a<s>xa")
+
+
+def test_a_name_that_is_characters_in_ids_stays_characters():
+    """A stranger's text among ids stands for no special token, wherever the ids are cut anew."""
+    tokenizer = byte_level("a", GPT2, 1)
+    tokenizer.add_special_tokens(["<s>"])
+    known = vocabulary(tokenizer, special_tokens=True)
+    for ids in (known.piece(b"a<s>a"), [*known.piece(b"\xc3"), *known.piece(b"<s>a")]):
+        assert tokenizer.token_to_id("<s>") not in cover(known, ids).prompt
