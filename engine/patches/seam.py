@@ -61,6 +61,9 @@ class ConfigView:
         for name, value in zip(("ropewalk_replacement", "ropewalk_parts"), state, strict=True):
             object.__setattr__(self, name, value)
 
+    def __copy__(self) -> PreTrainedConfig:
+        return copy.copy(self.ropewalk_config)  # whoever copies a config means to change it
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         config = copy.deepcopy(self.ropewalk_config, memo)
         if not any(isinstance(copied, nn.Module) for copied in memo.values()):

@@ -86,6 +86,7 @@ def test_the_config_of_a_patched_model_is_untouched(llama, spec, tmp_path):
         LlamaForCausalLM.from_pretrained(tmp_path, config=config),
         LlamaForCausalLM.from_pretrained(tmp_path, config=llama.model.config),
         LlamaForCausalLM(copy.deepcopy(llama.model.layers[0].self_attn.config)),
+        LlamaForCausalLM(copy.copy(llama.model.config)),
     ]
     for other in others:
         other.load_state_dict(llama.state_dict())
