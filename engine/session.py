@@ -62,6 +62,11 @@ class Session:
         """All that was appended and written, in whole characters."""
         return shown(self._data)
 
+    @text.setter
+    def text(self, text: str) -> None:
+        check_text(text)
+        self._data = text.encode()
+
     @property
     def tokens(self) -> int:
         """Tokens held."""

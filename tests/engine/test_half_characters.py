@@ -219,3 +219,14 @@ def test_a_session_under_a_tokenizer_with_byte_tokens_and_a_space_in_front(conti
                 assert session._data == data
             seen_broken = seen_broken or "\ufffd" in session.text
     assert seen_broken
+
+
+def test_a_text_can_be_put_in_the_place_of_what_was_written(model):
+    session = model.session()
+    session.append("x = ")
+    session._data += b"\xf0"
+    session.text = "import os"
+    assert session.text == "import os"
+    assert session.generate("", greedy(4)).text == model.generate("import os", greedy(4)).text
+    with pytest.raises(rw.DataError, match="half a surrogate pair"):
+        session.text = "a\ud83d"
