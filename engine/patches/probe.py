@@ -101,7 +101,7 @@ def untold_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The attention layers of `model` that do not hand position ids on to their attention function.
 
     Raises:
-        UnsupportedModel: attention does not go through the registry.
+        UnsupportedModel: attention does not go through the registry, or all of it sees a sliding window only.
     """
     seam, recorder = AttentionSeam(model), _Recorder()
     try:
@@ -113,6 +113,11 @@ def untold_layers(model: PreTrainedModel) -> list[nn.Module]:
         raise UnsupportedModel(
             f"{type(model).__name__} does not call attention through transformers' attention registry, so a "
             "temperature cannot be patched in; static frequency scalers such as yarn:4 can"
+        )
+    if all(_is_local(model, call) for call in recorder.calls):
+        raise UnsupportedModel(
+            f"every layer of {type(model).__name__} sees a sliding window only, whose queries a temperature leaves "
+            "alone, so it would do nothing; leave it out, or set config.sliding_window to None before loading"
         )
     return [call.module for call in recorder.calls if not call.told]
 
@@ -202,8 +207,7 @@ def _cosines_of(site: RotarySite, out: Any) -> bool:
 
 
 def _layer(model: PreTrainedModel, index: int, turned: _Call, plain: _Call, sites: list[RotarySite]) -> LayerRope:
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    local = turned.sliding_window is not None or is_local(layer_types[index] if 0 <= index < len(layer_types) else None)
+    local = _is_local(model, turned)
     pairs = ((turned.query, plain.query), (turned.key, plain.key))
     if all(torch.equal(a, b) for a, b in pairs):
         return LayerRope(site=None, layout=None, is_local=local)
@@ -216,6 +220,14 @@ def _layer(model: PreTrainedModel, index: int, turned: _Call, plain: _Call, site
         "example a norm behind the rotation), so they cannot be turned later; static frequency scalers such as yarn:4 "
         "can be patched"
     )
+
+
+def _is_local(model: PreTrainedModel, call: _Call) -> bool:
+    """True for a layer that sees a short window only."""
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
+    index = getattr(call.module, "layer_idx", None)
+    named = index is not None and 0 <= index < len(layer_types) and is_local(layer_types[index])
+    return call.sliding_window is not None or named
 
 
 def _layouts(dim: int, head_dim: int) -> list[Layout]:

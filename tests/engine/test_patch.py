@@ -167,3 +167,13 @@ def test_a_model_cast_to_bfloat16_as_a_whole_is_patched_in_float32():
     with rw.patch(model, "linear:2"):
         assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["mistral-sliding", "phi3-sliding"])
+@pytest.mark.parametrize("spec", ["logn", "temperature:1.3", "yarn:4|logn"])
+def test_a_temperature_that_would_do_nothing_is_refused(family, spec):
+    model = FAMILIES[family]()
+    before = logits(model)
+    with pytest.raises(rw.UnsupportedModel, match="sees a sliding window only"):
+        rw.patch(model, spec)
+    assert torch.equal(logits(model), before)
