@@ -23,16 +23,15 @@ def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, 
     """Put `scaler` into a model in the simplest way that is exact.
 
     Args:
-        grows: a scaler that depends on length, or the model's own that it leaves in place, follows every sequence;
-            otherwise its length is set by `write`.
+        grows: a scaler that depends on length, or the model's own that it leaves in place, follows every sequence, but
+            under none; otherwise its length is set by `write`.
 
     Raises:
         ConfigError: the scaler cannot work on this model.
         UnsupportedModel: the model cannot be patched in the way that this scaler needs.
     """
-    if scaler.member("positions") or (
-        grows and depends_on_length([site for site in sites if not site.is_local], scaler)
-    ):
+    follows = depends_on_length([site for site in sites if not site.is_local], scaler)
+    if scaler.member("positions") or (grows and follows and scaler.parts):  # none is the model as it is
         return BandPatch(model, sites, scaler)
     if scaler.member("temperature"):
         return TemperaturePatch(model, sites, scaler)
@@ -101,6 +100,7 @@ class PatchHandle:
         if effective.depends_on_length:
             step = effective.growing_step(site.configured.rope)
             grows = f"grows with each sequence, in steps of {step} beyond {site.configured.rope.trained_length}"
+            grows = grows if self.scaler.parts else "as transformers has it: that of the longest text of a batch"
             lines["length"] = grows if self.length is None else f"fixed at {format_length(self.length)} tokens"
         trained = format_length(site.configured.rope.trained_length)
         lines |= {
@@ -134,8 +134,8 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
         scaler: a spec string (`ropewalk scalers` lists them) or a scaler; lengths in a string may be multiples of the
             trained one, as in "rerope:0.5x".
         length: the longest text to come, such as 16384, "16k" or "2x". A scaler that depends on length, or a dynamic
-            scaling of the model's own, is fixed to it; without it, it grows with every sequence of its own. Any other
-            must reach it.
+            scaling of the model's own, is fixed to it; without it, it grows with every sequence of its own (under none
+            the model is left as it is). Any other must reach it.
 
     Raises:
         ConfigError: the scaler is wrong, cannot work on this model, or does not reach `length`.

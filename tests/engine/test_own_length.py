@@ -23,7 +23,7 @@ OWN = {
 }
 LONG = torch.arange(1, 101).remainder(96)[None] + 1
 SHORT = LONG[:, 7:47] * 3 % 96 + 1
-SPECS = ("none", "logn", "temperature:1.2", "resonance", "resonance|logn", "rerope:32")
+SPECS = ("logn", "temperature:1.2", "resonance", "resonance|logn", "rerope:32")
 
 pytestmark = pytest.mark.parametrize("kind", OWN)
 
@@ -62,7 +62,7 @@ def test_what_was_read_before_changes_nothing(kind, spec):
         assert torch.equal(logits(model, SHORT), fresh)
 
 
-@pytest.mark.parametrize("spec", [*SPECS, "yarn:8"])
+@pytest.mark.parametrize("spec", [*SPECS, "none", "yarn:8"])
 def test_a_model_that_has_read_a_long_text_is_patched_as_a_new_one(kind, spec):
     old, new = model_of(kind), model_of(kind)
     logits(old, LONG)
@@ -70,7 +70,7 @@ def test_a_model_that_has_read_a_long_text_is_patched_as_a_new_one(kind, spec):
         assert torch.equal(logits(old, LONG), logits(new, LONG))
 
 
-@pytest.mark.parametrize("spec", [*SPECS, "yarn:8"])
+@pytest.mark.parametrize("spec", [*SPECS, "none", "yarn:8"])
 @pytest.mark.parametrize("before", [SHORT, LONG])
 def test_undo_forgets_what_was_read_meanwhile(kind, spec, before):
     """A text between the trained length and the longest so far shows what transformers remembers."""
@@ -99,11 +99,13 @@ def test_resonance_over_it_has_the_frequencies_of_the_length(kind, length):
         assert difference(logits(growing, LONG[:, :64]), logits(fixed, LONG[:, :64])) < TOLERANCE
 
 
-def test_within_the_trained_length_it_is_the_untouched_model(kind):
+def test_under_none_it_is_the_untouched_model(kind):
     model = model_of(kind)
     before = logits(model, SHORT)
-    with rw.patch(model, "none"):
-        assert difference(logits(model, SHORT), before) < TOLERANCE
+    with rw.patch(model, "none") as handle:
+        assert torch.equal(logits(model, SHORT), before)
+        assert torch.equal(logits(model, LONG), logits(model_of(kind), LONG))
+        assert "as transformers has it" in handle.describe()
     with rw.patch(model, "none", length=100):
         assert difference(logits(model, LONG[:, :100]), logits(model_of(kind), LONG)) < TOLERANCE
 
