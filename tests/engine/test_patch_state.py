@@ -12,6 +12,7 @@ from families import FAMILIES
 from serving import difference
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, Gemma3Config, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma3.modeling_gemma3 import Gemma3ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 
@@ -377,6 +378,26 @@ def test_a_model_that_picks_its_keys_takes_a_temperature(family):
     with rw.patch(model, "temperature:1.3"):
         assert difference(read(model), before) > 1e-4
     assert torch.equal(read(model), before)
+
+
+def test_layers_with_chunks_keep_their_temperature(monkeypatch):
+    model = FAMILIES["llama4_text"]()
+    kinds = model.config.layer_types
+    assert kinds[0] == "chunked_attention" and "full_attention" in kinds[1:]
+    own, queries = ALL_ATTENTION_FUNCTIONS["sdpa"], {}
+
+    def spy(module, query, *rest, **others):
+        queries[module.layer_idx] = query
+        return own(module, query, *rest, **others)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
+    read(model)
+    before = dict(queries)
+    with rw.patch(model, "temperature:2"):
+        read(model)
+    assert torch.equal(queries[0], before[0])  # below it nothing differs
+    full = kinds.index("full_attention")
+    assert difference(queries[full], before[full]) > 0.1
 
 
 # Layers that are computed a second time for their gradients
