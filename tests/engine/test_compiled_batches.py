@@ -8,6 +8,7 @@ from decoders import DECODERS, IDS, compiled, difference, in_chunks
 
 import ropewalk as rw
 from ropewalk.engine.cache import rewind
+from ropewalk.errors import DataError
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
@@ -127,14 +128,14 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("error", [IndexError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [DataError, KeyboardInterrupt])
 @torch.inference_mode()
 def test_a_step_that_failed_leaves_no_trace(network, monkeypatch, error):
     cache = cached(network, TEXT[:50], 20)
     if error is KeyboardInterrupt:
         monkeypatch.setattr("ropewalk.engine.compiled.kernels.step", interrupted)
     with pytest.raises(error):
-        network.forward([3, 10**6] if error is IndexError else [3, 4], cache, 1)
+        network.forward([3, 10**6] if error is DataError else [3, 4], cache, 1)
     monkeypatch.undo()
     for sizes in ([20], [5]):
         found = in_chunks(network, sizes, IDS[:, 50:LENGTH], copy.deepcopy(cache))
