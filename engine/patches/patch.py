@@ -6,7 +6,7 @@ import math
 
 from transformers import PreTrainedModel
 
-from ...errors import ConfigError, PatchError
+from ...errors import ConfigError, PatchError, UnsupportedModel
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
@@ -130,7 +130,8 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
         handle.undo()
 
     Args:
-        model: any transformers model with RoPE that computes its frequencies as its config says.
+        model: any transformers model with RoPE that computes its frequencies as its config says, with a head or
+            without.
         scaler: a spec string (`ropewalk scalers` lists them) or a scaler; lengths in a string may be multiples of the
             trained one, as in "rerope:0.5x".
         length: the longest text to come, such as 16384, "16k" or "2x". A scaler that depends on length, or a dynamic
@@ -146,6 +147,11 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
         raise PatchError(
             f"this model is patched with {before} already; undo that first (a copy of a patched model is undone by a "
             "handle that was copied with it: copy.deepcopy((model, handle)))"
+        )
+    if not hasattr(model, "config"):
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no config, so it is no model of transformers; patch the one inside, such "
+            "as model.module"
         )
     sites = rotary_sites(model)
     site = headline(sites)

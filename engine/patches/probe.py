@@ -85,12 +85,14 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
 
 
 def logits(model: PreTrainedModel) -> Tensor:
-    """Logits of the probe text, as the model stands, in evaluation mode."""
+    """Logits of the probe text, or the last hidden states of a model without a head, as the model stands, in
+    evaluation mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
-            found: Tensor = model(input_ids=probe_ids(model), use_cache=False).logits
+            out = model(input_ids=probe_ids(model), use_cache=False)
+            found: Tensor = out.logits if "logits" in out else out.last_hidden_state
     finally:
         for module in training:
             module.training = True

@@ -66,15 +66,19 @@ class RotarySite:
 
 
 def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:
-    """Every set of rotary frequencies of `model`, verified against its config.
+    """Every set of rotary frequencies of `model`, verified against its config; not those of a tower for pictures or
+    sound beside the text model.
 
     Raises:
         UnsupportedModel: there is none, or one is not what the config says.
     """
-    configured = read(model.config.get_text_config())
+    text = model.config.get_text_config()
+    configured = read(text)
     sites = []
     for name, module in model.named_modules():
         if not any(key == "inv_freq" or key.endswith("_inv_freq") for key in module._buffers):
+            continue
+        if not isinstance(getattr(module, "config", text), type(text) | type(model.config)):
             continue
         for layer_type, rope in configured.items():
             site = RotarySite(module=module, layer_type=layer_type, configured=rope)

@@ -7,7 +7,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from families import DEFAULT, FAMILIES
 from serving import IDS, TOLERANCE, difference, logits
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import ropewalk as rw
 
@@ -160,6 +161,40 @@ def test_refusals():
         rw.patch(foreign, "linear:2")
     with pytest.raises(rw.ConfigError, match="below the trained length 64"):
         rw.patch(llama(), "critical-base:32")
+    with pytest.raises(rw.UnsupportedModel, match="DataParallel has no config"):
+        rw.patch(torch.nn.DataParallel(llama()), "linear:2")
+
+
+@pytest.mark.parametrize("spec", ["yarn:4", "logn", "rerope:20|logn", "dynamic-ntk"])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_a_model_without_a_head_is_patched_like_the_one_with_it(family, spec):
+    whole = FAMILIES[family]()
+    with torch.inference_mode():
+        with rw.patch(whole, spec):
+            right = whole.model(input_ids=IDS).last_hidden_state
+        before = whole.model(input_ids=IDS).last_hidden_state
+        with rw.patch(whole.model, spec):
+            assert torch.equal(whole.model(input_ids=IDS).last_hidden_state, right)
+        assert torch.equal(whole.model(input_ids=IDS).last_hidden_state, before)
+
+
+@pytest.mark.skipif("kimi_k25" not in CONFIG_MAPPING, reason="older transformers")
+@pytest.mark.parametrize("spec", ["linear:4", "logn", "rerope:20"])
+@pytest.mark.parametrize("rope", [DEFAULT, {**DEFAULT, "rope_type": "linear", "factor": 2.0}])
+def test_a_tower_for_pictures_keeps_its_own_rotation(rope, spec):
+    """Even where its frequencies are those of the text model; where they are not, they are not compared."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CONFIG_MAPPING["kimi_k25"](
+        text_config=FAMILIES["deepseek_v3"](rope_parameters=rope).config.to_dict(),
+        vision_config={**vision, "projection_hidden_size": 32, "patch_size": 4},
+    )
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    rotary, places = model.model.vision_tower.rotary_emb, torch.arange(12).view(2, 6)
+    before, cos = logits(model), rotary(torch.zeros(1), places)[0]
+    with rw.patch(model, spec):
+        assert torch.equal(rotary(torch.zeros(1), places)[0], cos)
+        assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(model), before)
 
 
 def test_a_model_cast_to_bfloat16_as_a_whole_is_patched_in_float32():
