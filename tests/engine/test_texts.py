@@ -46,9 +46,9 @@ READ = {
     "line ends of Windows": TEXT.replace("\n", "\r\n").encode(),
     "line ends of old Macs": TEXT.replace("\n", "\r").encode(),
     "UTF-16 of Windows": TEXT.replace("\n", "\r\n").encode("utf-16"),
-    "gzip": gzip.compress(TEXT.encode()),
-    "two gzip members": gzip.compress(TEXT.encode()[:9]) + gzip.compress(TEXT.encode()[9:]),
-    "gzip of UTF-16": gzip.compress(TEXT.encode("utf-16")),
+    "gzip": gzip.compress(TEXT.encode(), mtime=0),
+    "two gzip members": gzip.compress(TEXT.encode()[:9], mtime=0) + gzip.compress(TEXT.encode()[9:], mtime=0),
+    "gzip of UTF-16": gzip.compress(TEXT.encode("utf-16"), mtime=0),
     "bzip2": bz2.compress(TEXT.encode()),
     "xz": lzma.compress(TEXT.encode()),
 }
@@ -72,7 +72,7 @@ REFUSED = {
     "plain letters in UTF-16LE, no mark": ("import os".encode("utf-16-le"), "iconv -f UTF-16LE"),
     "one NUL": (b"some text, and\0 more", "NUL byte at offset 14"),
     "UTF-16, cut off": (TEXT.encode("utf-16")[:-1], "mark of UTF-16-LE, but is not: byte 0x0a at offset 62"),
-    "gzip, cut off": (gzip.compress(TEXT.encode())[:-12], "gzip-compressed, and damaged or cut off"),
+    "gzip, cut off": (gzip.compress(TEXT.encode(), mtime=0)[:-12], "gzip-compressed, and damaged or cut off"),
     "bzip2, cut off": (bz2.compress(TEXT.encode())[:-12], "bzip2-compressed, and damaged or cut off"),
     "xz, cut off": (lzma.compress(TEXT.encode())[:-12], "xz-compressed, and damaged or cut off"),
     "Latin-1": ("café au lait".encode("latin1"), "byte 0xe9 at offset 3; find out its encoding .*iconv -f ENCODING"),
@@ -123,11 +123,11 @@ def _lines(records, **options):
         "a.jsonl": _lines(RECORDS),
         "b.JSONL": _lines(RECORDS, ensure_ascii=False).replace(b"\n", b"\r\n\r\n"),
         "c.ndjson": _lines(RECORDS).decode().encode("utf-16"),
-        "d.jsonl.gz": gzip.compress(_lines(RECORDS)),
+        "d.jsonl.gz": gzip.compress(_lines(RECORDS), mtime=0),
         "e.json": json.dumps(RECORDS, indent=1).encode(),
         "f.json": _lines(RECORDS),
         "shard-0001": _lines(RECORDS),
-        "g.gz": gzip.compress(_lines(RECORDS)),
+        "g.gz": gzip.compress(_lines(RECORDS), mtime=0),
     }.items(),
 )
 def test_json_records_give_their_text(name, raw, tmp_path):
@@ -178,12 +178,12 @@ def test_parquet_is_read_where_its_library_is(tmp_path, monkeypatch):
 
 def test_a_folder_gives_its_files_by_the_same_reader(tmp_path):
     (tmp_path / "a.txt").write_bytes(READ["UTF-16 of Windows"])
-    (tmp_path / "b.md.gz").write_bytes(gzip.compress(b"second"))
+    (tmp_path / "b.md.gz").write_bytes(gzip.compress(b"second", mtime=0))
     assert load_text(tmp_path).documents == (TEXT, "second")
 
 
 def test_a_folder_of_records_alone_gives_their_texts(tmp_path):
-    (tmp_path / "part-1.jsonl.gz").write_bytes(gzip.compress(_lines(RECORDS)))
+    (tmp_path / "part-1.jsonl.gz").write_bytes(gzip.compress(_lines(RECORDS), mtime=0))
     (tmp_path / "part-2.jsonl").write_bytes(_lines([{"text": "third"}]))
     (tmp_path / "info.json").write_text('{"rows": 4}')
     assert load_text(tmp_path).documents == (*DOCUMENTS, "third")
@@ -211,6 +211,6 @@ def test_commands_take_standard_input_and_contexts_by_this_reader(tiny_folder, t
     other = code.replace("\n", "\r\n").encode("utf-16")
     assert written(other) == written(code.encode())
     plain = written(b"def ", code.encode(), TEXT.encode())
-    assert written(gzip.compress(b"def "), other, bz2.compress(TEXT.encode())) == plain
+    assert written(gzip.compress(b"def ", mtime=0), other, bz2.compress(TEXT.encode())) == plain
     records = _lines([{"text": code}, {"text": TEXT}])
     assert written(b"def ", records) == plain
