@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import sys
 import sysconfig
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -14,6 +17,10 @@ from hypothesis import settings
 
 # Small tensors: more threads cost more than they give, and `make test` runs a worker for every core.
 torch.set_num_threads(1)
+
+# torch does not see ATEN_CPU_CAPABILITY in its cache of compiled code, and code for other vectors gives wrong masks
+_compiled = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), _compiled)))
 
 # No deadline: tests share their machine, and a slow example is not a wrong one.
 settings.register_profile("ropewalk", deadline=None, max_examples=50)
