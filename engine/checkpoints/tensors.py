@@ -74,7 +74,8 @@ def check_loaded(source: str, model: Any, info: Mapping[str, Any], stored: Shape
         )
     _check_places(source, model, stored)
     extra = next_token_layers(stored)
-    unused = [name for name in sorted(info["unexpected_keys"]) if not _harmless(name, stored, extra)]
+    unexpected = {*info["unexpected_keys"], *_passed_over(model, stored)}
+    unused = [name for name in sorted(unexpected) if not _harmless(name, stored, extra)]
     if unused:
         raise AssetError(
             f"{source}: {len(unused)} tensors of its files have no place in the {type(model).__name__} of its config, "
@@ -87,6 +88,19 @@ def check_loaded(source: str, model: Any, info: Mapping[str, Any], stored: Shape
 def next_token_layers(names: Mapping[str, Any]) -> set[int]:
     """Numbers of the layers that only guess further tokens (DeepSeek's multi-token prediction)."""
     return {int(found[1]) for name in names if (found := _NEXT_TOKEN_LAYER.search(name))}
+
+
+def _passed_over(model: Any, stored: Shapes) -> list[str]:
+    """Tensors of layers behind the last one that transformers' class leaves out of what it reports, by their number."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    layers = model.config.get_text_config().num_hidden_layers
+    return [
+        name
+        for name in stored
+        if (layer := _LAYER.search(name))
+        and int(layer[1]) >= layers
+        and any(re.search(pattern, name) for pattern in patterns)
+    ]
 
 
 def _harmless(name: str, stored: Shapes, next_token: set[int]) -> bool:

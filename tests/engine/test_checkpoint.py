@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
 
 import ropewalk as rw
 from ropewalk.engine.chat_header import chat_headers
@@ -206,6 +206,28 @@ def test_fewer_layers_in_the_config_than_in_the_files(folder):
         rw.AssetError, match=r"9 tensors of its files .*'model\.layers\.3\.input_layernorm\.weight' first"
     ):
         rw.load(folder)
+
+
+def test_a_layer_at_a_number_that_transformers_passes_over(tiny_folder, tmp_path):
+    """Its class of GLM-4.5 drops layer 46 unseen, the layer for further tokens of one size; here it is the model's."""
+    config = Glm4MoeConfig(
+        vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=47, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, first_k_dense_replace=47, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    Glm4MoeForCausalLM(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder / file, tmp_path)
+    assert rw.load(tmp_path).score("import os\n").token_ids
+    given = json.loads((tmp_path / "config.json").read_text())
+    per_layer = {name: value[:46] for name, value in given.items() if isinstance(value, list) and len(value) == 47}
+    edit(tmp_path / "config.json", num_hidden_layers=46, **per_layer)
+    with pytest.raises(
+        rw.AssetError, match=r"tensors of its files .*'model\.layers\.46\.input_layernorm\.weight' first"
+    ):
+        rw.load(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update({"model.layers.46.eh_proj.weight": torch.ones(16, 32)}))
+    assert rw.load(tmp_path).score("import os\n").token_ids
 
 
 @pytest.mark.parametrize(
