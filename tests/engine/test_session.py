@@ -3,11 +3,14 @@
 from itertools import islice
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from live import MORE, TEXT, check_cache, counted, greedy
 
 import ropewalk as rw
+from ropewalk.engine.answer import Answer
+from ropewalk.engine.generation import pieces as text_pieces
+from ropewalk.tokenizer_tools.characters import first_characters, shown
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -36,34 +39,47 @@ def same(written, expected):
 
 
 class Twin:
-    """A session and the text that should be in it; the text is read anew by whatever is asked of it."""
+    """A session and the bytes that should be in it; they are read anew by whatever is asked of it."""
 
-    def __init__(self, model, session, text=""):
-        self.model, self.session, self.text = model, session, text
+    def __init__(self, model, session, data=b""):
+        self.model, self.session, self.data = model, session, data
 
     def append(self, piece):
         self.session.append(piece)
-        self.text += piece
+        self.data += piece.encode()
+
+    def afresh(self, piece, params, count=None):
+        """What `generate` writes after the whole text: so many pieces, and the answer."""
+        data = self.data + piece.encode()
+        try:
+            prompt = self.model.read(data.decode(), params.continuation)
+        except UnicodeDecodeError:  # a tiny model writes bytes that are no characters: they are held as they are
+            prompt = self.model.read(data, params.continuation, broken=True)
+        answer = Answer(prompt, params, self.model.vocabulary, self.model.stop_ids)
+        return list(islice(text_pieces(self.model, prompt, params, answer), count)), answer
 
     def generate(self, piece, params):
-        expected = self.model.generate(self.text + piece, params)
-        same(self.session.generate(piece, params), expected)
-        self.text += piece + expected.text
+        _, answer = self.afresh(piece, params)
+        same(self.session.generate(piece, params), answer.completion())
+        self.data += piece.encode() + answer.data
 
-    def leave(self, piece, params, pieces):
+    def leave(self, piece, params, count):
         """Close a stream after so many pieces."""
-        expected = list(self.model.stream(self.text + piece, params))[:pieces]
+        expected, answer = self.afresh(piece, params, count)
         stream = self.session.stream(piece, params)
-        assert list(islice(stream, pieces)) == expected
+        assert list(islice(stream, count)) == expected
         stream.close()
-        self.text += piece + "".join(expected) if pieces else ""
+        self.data += piece.encode() + answer.data if count else b""
 
     def crop(self, part):
-        self.text = self.text[: round(part * len(self.text))]
-        self.session.crop(len(self.text))
+        text = shown(self.data)
+        count = round(part * len(text))
+        self.data = first_characters(self.data, count)
+        self.session.crop(count)
+        assert self.session.text == text[:count]
 
     def check(self):
-        assert self.session.text == self.text
+        assert self.session.text == shown(self.data)
         check_cache(self.model, self.session)
 
 
@@ -78,7 +94,12 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(max_examples=15, deadline=None, phases=[Phase.reuse, Phase.generate])  # shrinking takes minutes
+@example(
+    steps=[(0, ("leave", "白云", greedy(), 2)), (0, ("crop", 0.9)), (0, ("save",))]
+)  # ends in bytes of no character
+@settings(
+    max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)  # shrinking takes minutes
 @given(steps=st.lists(st.tuples(st.integers(0, 3), OPERATIONS), min_size=3, max_size=8))
 def test_any_sequence_of_operations(model, tmp_path_factory, steps):
     file = tmp_path_factory.getbasetemp() / "any.safetensors"
@@ -86,7 +107,7 @@ def test_any_sequence_of_operations(model, tmp_path_factory, steps):
     for which, (name, *arguments) in steps:
         twin = twins[which % len(twins)]
         if name == "fork":
-            twins.append(Twin(model, twin.session.fork(), twin.text))
+            twins.append(Twin(model, twin.session.fork(), twin.data))
         elif name == "save":
             twin.session.save(file)
             twin.session = model.session(file)
@@ -114,7 +135,7 @@ def test_the_law_holds_under_a_scaler(model, spec):
     twin = Twin(model, model.session())
     twin.append(TEXT)
     twin.generate("for", greedy(8))
-    fork = Twin(model, twin.session.fork(), twin.text)
+    fork = Twin(model, twin.session.fork(), twin.data)
     twin.crop(0.8)
     for one in (twin, fork):
         one.generate(MORE, greedy(8))
@@ -193,7 +214,7 @@ def test_a_fork_and_its_parent_do_not_see_each_other(model, spec):
     parent = Twin(model, model.session())
     parent.append(TEXT)
     parent.generate("", greedy(3))
-    forks = [Twin(model, parent.session.fork(), parent.text) for _ in range(3)]
+    forks = [Twin(model, parent.session.fork(), parent.data) for _ in range(3)]
     for n, twin in enumerate([forks[0], parent, *forks[1:]]):
         twin.crop(1 - n / 10)
         twin.generate(f"x{n} = ", greedy())
