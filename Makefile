@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs site versions mutants interop clean
+.PHONY: demo test fuzz check docs site versions mutants interop clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ropewalk needs Python 3.11 or newer; set PYTHON=python3.12, say")'
@@ -15,7 +15,11 @@ demo: $(VENV)/.ready
 	$(BIN)/ropewalk demo $(ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+# The tests of random inputs, with other inputs on every run and ten times as many.
+fuzz: $(VENV)/.ready
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal --hypothesis-profile fuzz -m hypothesis $(ARGS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -22,8 +22,10 @@ torch.set_num_threads(1)
 _compiled = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), _compiled)))
 
-# No deadline: tests share their machine, and a slow example is not a wrong one.
-settings.register_profile("ropewalk", deadline=None, max_examples=50)
+# No deadline: tests share their machine, and a slow example is not a wrong one. `make test` runs the same examples
+# every time, so that a test that fails fails because of a change; `make fuzz` runs other examples, and more of them.
+settings.register_profile("ropewalk", deadline=None, max_examples=50, derandomize=True, print_blob=True)
+settings.register_profile("fuzz", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile("ropewalk")
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"

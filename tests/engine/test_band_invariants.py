@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from example_count import examples
 from families import FAMILIES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from long_text import IDS, MAPS, SPECS, beyond_reach, in_chunks, left_padded, read
 from serving import difference, literal_attention
@@ -23,7 +24,7 @@ def rounding(*specs, length=None):
     return 1e-10 if ours else 3e-5
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     spec=st.sampled_from(SPECS),
     cuts=st.lists(st.integers(1, 199), min_size=1, max_size=6, unique=True).map(sorted),
@@ -169,7 +170,7 @@ COMPOSED = st.tuples(
 ).map(lambda parts: "|".join(filter(None, parts)) or "none")
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(spec=COMPOSED, cut=st.integers(1, 199), length=st.sampled_from([None, 200]))
 def test_invariants_of_random_compositions(llama64, spec, cut, length):
     before = read(llama64)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from example_count import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,7 +77,7 @@ def cases(draw):
     return scaler, rope, keys, queries, head_dim, layout
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     case=cases(),
     heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
@@ -100,7 +101,7 @@ def test_equals_the_literal_twin_in_float64(case, heads, fixed, softcap, seed):
     assert (got - expected).abs().max() < 1e-10
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(case=cases(), first=st.integers(0, 40))
 def test_every_pair_lies_in_one_piece(case, first):
     scaler, rope, keys, queries, *_ = case

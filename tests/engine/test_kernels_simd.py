@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from example_count import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_data import address, bfloat16_bits, from_bfloat16
 from numba import njit
@@ -90,7 +91,7 @@ def test_load_widens_every_kind_exactly():
             assert np.array_equal(out, expected[first : first + 8])
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=8, max_size=8))
 def test_bfloat16_is_rounded_as_torch_rounds_it(values):
     x = np.array(values, np.float32)
@@ -111,7 +112,7 @@ def test_bfloat16_ties_go_to_even():
         assert np.array_equal(out, bfloat16_bits(x))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.one_of(st.floats(-127, 127, width=32), st.integers(-127, 126).map(lambda n: n + 0.5)), min_size=8,
                 max_size=8))  # fmt: skip
 def test_int8_is_rounded_to_the_nearest_with_ties_to_even(values):

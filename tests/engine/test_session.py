@@ -3,7 +3,8 @@
 from itertools import islice
 
 import pytest
-from hypothesis import Phase, example, given, settings
+from example_count import examples
+from hypothesis import Phase, example, given
 from hypothesis import strategies as st
 from live import MORE, TEXT, check_cache, counted, greedy
 
@@ -97,9 +98,7 @@ OPERATIONS = st.one_of(
 @example(
     steps=[(0, ("leave", "白云", greedy(), 2)), (0, ("crop", 0.9)), (0, ("save",))]
 )  # ends in bytes of no character
-@settings(
-    max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
-)  # shrinking takes minutes
+@examples(15, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # shrinking takes minutes
 @given(steps=st.lists(st.tuples(st.integers(0, 3), OPERATIONS), min_size=3, max_size=8))
 def test_any_sequence_of_operations(model, tmp_path_factory, steps):
     file = tmp_path_factory.getbasetemp() / "any.safetensors"

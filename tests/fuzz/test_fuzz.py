@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tiktoken
 from checkpoint_parsers import gguf_file
-from hypothesis import HealthCheck, Phase, given, settings
+from example_count import examples
+from hypothesis import HealthCheck, Phase, given
 from inputs import header
 from judge import judge
 from parser import TINY, tiny_model
@@ -39,13 +40,13 @@ from ropewalk.tokenizer_tools.vocab import vocabulary
 SLOW = {"GGUF conversion", "safetensors index"}
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("name", PARSERS)
 def test_input_is_read_or_refused(name):
     parser = PARSERS[name]
 
-    @settings(
-        max_examples=5 if name in SLOW else 30,
-        derandomize=True,
+    @examples(
+        5 if name in SLOW else 30,
         database=None,
         deadline=10_000,
         phases=[Phase.explicit, Phase.generate],

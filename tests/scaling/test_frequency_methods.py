@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from closed_forms import STATIC, factors, stretches
+from example_count import examples
 from geometries import LLAMA2, ropes
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ropewalk.errors import ConfigError
@@ -67,7 +68,7 @@ def test_dynamic_methods_say_so_and_the_others_ignore_the_length() -> None:
 # LongRoPE, CoPE, Resonance.
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data(), rope=ropes, s=factors)
 def test_longrope(data: st.DataObject, rope: RopeSpec, s: float) -> None:
     numbers = st.lists(st.floats(0.5, 100), min_size=rope.dim // 2, max_size=rope.dim // 2).map(tuple)
@@ -142,7 +143,7 @@ def test_every_frequency_method_is_tested_here() -> None:
     assert known == {name for name, m in METHODS.items() if m.facet in (None, "frequencies", "wavelength grid")}
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(rope=ropes, rotating=st.integers(0, 128))
 def test_pairs_at_rest_stay_at_rest(rope: RopeSpec, rotating: int) -> None:
     assume(rotating <= rope.dim // 2)

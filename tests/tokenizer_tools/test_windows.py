@@ -4,7 +4,8 @@ import itertools
 import re
 
 import pytest
-from hypothesis import given, settings
+from example_count import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -62,7 +63,7 @@ def test_sentences_end_as_the_language_has_it(tokenizer):
 SENTENCES = st.lists(st.text(alphabet="ab \n。é\U0001f600", max_size=30), max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(SENTENCES, st.integers(1, 40), st.data())
 def test_nothing_is_lost(tokenizer, sentences, tokens, data):
     text = "".join(f"{n} {sentence}. " for n, sentence in enumerate(sentences))
