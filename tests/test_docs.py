@@ -220,7 +220,9 @@ def test_commands_within_a_line_exist(page):
         if token.type == "code_inline" and words[:1] == ["ropewalk"] and len(words) > 1:
             names = [word for word in words[1:] if word in COMMANDS]
             assert words[1] in COMMANDS or words[1].startswith("-"), token.content
-            known = {option for name in names for p in cli.get_command(None, name).params for option in p.opts}
+            known = {"--help"} | {
+                option for name in names for p in cli.get_command(None, name).params for option in p.opts
+            }
             for word in words:
                 if word.startswith("--") and words[1] in COMMANDS:
                     assert word.partition("=")[0] in known, token.content
