@@ -47,7 +47,7 @@ def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
         default="fixed-target",
         show_default=True,
         help="fixed-target, by-position, sliding, truncate, llamacpp, disjoint, longppl, repeat or harm "
-        "(docs/perplexity.md).",
+        "(docs/evaluation.md).",
     ),
     click.option(
         "--target",
