@@ -29,12 +29,12 @@ check: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python docs/generate.py
 
-# The tests that touch transformers and torch, under several versions of each: docs/reliability-versions.md.
+# The tests that touch transformers and torch, under several versions of each: docs/reliability.md.
 versions: $(VENV)/.ready
 	$(BIN)/python tests/versions/matrix.py $(ARGS)
 	$(BIN)/python docs/generate.py
 
-# The code broken in small ways, a random sample of them: docs/reliability-mutations.md.
+# The code broken in small ways, a random sample of them: docs/reliability.md.
 mutants: $(VENV)/.ready
 	$(BIN)/python tests/mutation/sample.py $(ARGS)
 	$(BIN)/python docs/generate.py

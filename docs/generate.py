@@ -17,7 +17,6 @@ import interop_tables
 import readme_tables
 import reliability_tables
 import result_tables
-import versions_tables
 from families_page import families_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +34,6 @@ TABLES = {
     "docs/contexts.md": result_tables.contexts_tables,
     "docs/interop.md": interop_tables.tables,
     "docs/reliability.md": reliability_tables.tables,
-    "docs/reliability-mutations.md": reliability_tables.mutants_tables,
-    "docs/reliability-versions.md": versions_tables.tables,
 }
 """Files of which blocks are generated: those blocks by name."""
 

@@ -1,4 +1,4 @@
-"""The tables of docs/reliability.md and docs/reliability-mutations.md, from counts in docs/results."""
+"""The tables of docs/reliability.md, from counts in docs/results."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
+VERSIONS = {"transformers": "versions.json", "torch": "torch_versions.json", "python": "python_versions.json"}
+"""What tests/versions/matrix.py stored for each package that it varied."""
+
 
 def tables() -> dict[str, str]:
-    """Every table of docs/reliability.md by the name of its block."""
-    return {"fuzz": _fuzz(), "guided fuzz": _guided_fuzz(), "long life": _long_life()}
-
-
-def mutants_tables() -> dict[str, str]:
-    """That of docs/reliability-mutations.md."""
-    return {"mutants": _mutants()}
+    """Every table by the name of its block."""
+    return {"fuzz": _fuzz(), "long life": _long_life(), "mutants": _mutants(), "versions": _versions()}
 
 
 def _stored(name: str) -> Any:
@@ -24,58 +22,58 @@ def _stored(name: str) -> Any:
 
 
 def _fuzz() -> str:
-    """What tests/fuzz/run.py counted."""
-    rows = _stored("fuzz.json")
-    lines = ["| parser | inputs | read | refused | failed | slowest | memory |", "|---" * 7 + "|"]
+    """What tests/fuzz/run.py counted, and tests/fuzz/guided.py for some of the same parsers."""
+    rows, guided = _stored("fuzz.json"), {row["parser"]: row for row in _stored("fuzz_guided.json")}
+    lines = ["| parser | inputs | read | refused | failed | guided: executions | failed |", "|---" * 7 + "|"]
     for row in rows:
-        counts = " | ".join(f"{row[key]:,}" for key in ("inputs", "read", "refused", "failed"))
-        lines.append(f"| {row['parser']} | {counts} | {row['slowest_s']:.2g} s | +{row['grown_mb']} MB |")
+        counts = [f"{row[key]:,}" for key in ("inputs", "read", "refused", "failed")]
+        other = guided.get(row["parser"])
+        counts += ["", ""] if other is None else [f"{other[key]:,}" for key in ("executions", "failed")]
+        lines.append(f"| {row['parser']} | {' | '.join(counts)} |")
     total = " | ".join(f"{sum(row[key] for row in rows):,}" for key in ("inputs", "read", "refused", "failed"))
+    totals = " | ".join(f"{sum(row[key] for row in guided.values()):,}" for key in ("executions", "failed"))
     slowest, memory = max(row["slowest_s"] for row in rows), max(row["grown_mb"] for row in rows)
-    return "\n".join([*lines, f"| **all** | {total} | {slowest:.2g} s | +{memory} MB |"])
-
-
-def _guided_fuzz() -> str:
-    """What tests/fuzz/guided.py counted."""
-    rows = _stored("fuzz_guided.json")
-    keys = ("executions", "read", "refused", "failed", "edges", "features")
-    lines = [f"| parser | {' | '.join(keys)} | time |", "|---" * 8 + "|"]
-    for row in rows:
-        counts = " | ".join(f"{row[key]:,}" for key in keys)
-        lines.append(f"| {row['parser']} | {counts} | {row['seconds'] / 60:.1f} min |")
-    return "\n".join(lines)
+    minutes = sum(row["seconds"] for row in guided.values()) / 60
+    return "\n".join(
+        [
+            *lines,
+            f"| **all** | {total} | {totals} |",
+            "",
+            f"The slowest input took {slowest:.2g} s, the largest growth of a process was {memory} MB. The guided runs",
+            f"took {minutes:.0f} minutes in all.",
+        ]
+    )
 
 
 def _long_life() -> str:
     """What tests/long_life.py saw."""
     found = _stored("long_life.json")
     memory, files = ([sample[key] for sample in found["samples"]] for key in ("memory_mb", "files"))
-    same = "the same as" if found["same_answers"] else "other than"
+    same = "equal" if found["same_answers"] else "differ from"
     works = sum(found["works"].values())
     return (
-        f"{found['minutes']:g} minutes on the tests' small model, {works:,} pieces of work: memory {memory[0]} MB at "
-        f"the beginning, {memory[1]} MB after a twentieth of the time, {memory[-1]} MB at the end; files {files[0]} "
-        f"and {files[-1]}; the answers at the end {same} those at the beginning, to the bit."
+        f"{found['minutes']:g} minutes on the tests' small model, {works:,} operations. Memory: {memory[0]} MB at "
+        f"the start,\n{memory[1]} MB after a twentieth of the time, {memory[-1]} MB at the end. Open files: {files[0]} "
+        f"and {files[-1]}.\nThe answers at the end {same} those at the start, bit for bit."
     )
 
 
 def _mutants() -> str:
-    """What came of the mutants, as tests/mutation/sample.py stored it: counts by file, survivors with their reasons."""
-    found = _stored("mutants.json")
-    lines = ["| file | mutants | tried | killed | equivalent | survived |", "|---" * 6 + "|"]
-    reasons = []
-    for files in found.values():
-        for file, row in files.items():
-            explained = [one for one in row["survivors"].values() if one["why"]]
-            numbers = (
-                row["mutants"],
-                row["tried"],
-                row["killed"],
-                len(explained),
-                len(row["survivors"]) - len(explained),
-            )
-            lines.append(f"| {file} | {' | '.join(map(str, numbers))} |")
-            for one in row["survivors"].values():
-                change = " becomes ".join(f"`{line[1:].strip()}`" for line in one["change"])
-                reasons.append(f"- {file}: {change}. {one['why'] or '**Not explained.**'}")
-    return "\n".join([*lines, "", *(reasons or ["No mutant survived."])])
+    """Counts of tests/mutation/sample.py by group."""
+    lines = ["| group | mutants | tried | killed | equivalent | survived |", "|---" * 6 + "|"]
+    for group, files in _stored("mutants.json").items():
+        survivors = [one for row in files.values() for one in row["survivors"].values()]
+        explained = sum(bool(one["why"]) for one in survivors)
+        sums = [sum(row[key] for row in files.values()) for key in ("mutants", "tried", "killed")]
+        lines.append(f"| {group} | {' | '.join(map(str, [*sums, explained, len(survivors) - explained]))} |")
+    return "\n".join(lines)
+
+
+def _versions() -> str:
+    """Passed and failed tests by release."""
+    lines = ["| varied | with | passed | failed |", "|---" * 4 + "|"]
+    for varied, name in VERSIONS.items():
+        for row in _stored(name):
+            others = [f"{other} {row[other]}" for other in VERSIONS if other != varied]
+            lines.append(f"| {varied} {row[varied]} | {', '.join(others)} | {row['passed']} | {len(row['failed'])} |")
+    return "\n".join(lines)

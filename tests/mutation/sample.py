@@ -4,7 +4,7 @@
     python tests/mutation/sample.py cache cover  # some
 
 mutmut does the work, in a copy of the tree, since it does not follow the links in src/ropewalk. The results go into
-docs/results/mutants.json, and from there into docs/reliability-mutations.md.
+docs/results/mutants.json, and from there into docs/reliability.md.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 nox and tox make a whole environment for each version, gigabytes of torch each. Here a version is a folder with the
 package and what it wants otherwise, in front of the environment that runs this; only another Python needs one of its
 own. The results go into docs/results/versions.json (transformers) and torch_versions.json (torch and Python), and from
-there into docs/reliability-versions.md.
+there into docs/reliability.md.
 """
 
 from __future__ import annotations
