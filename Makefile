@@ -47,7 +47,7 @@ $(VENV)/.site-ready: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
-# Exported models in other engines, each in an environment of its own: docs/interop.md. Where there is one already,
+# Exported models in other engines, each in an environment of its own: docs/export.md. Where there is one already,
 # name its Python: make interop VLLM=/path/to/python
 INTEROP := .venv-interop
 WORK ?= runs/interop

@@ -32,7 +32,7 @@ TABLES = {
     "README.md": lambda: {"tree": code_pages.file_tree(), **readme_tables.tables()},
     "docs/results.md": result_tables.tables,
     "docs/contexts.md": result_tables.contexts_tables,
-    "docs/interop.md": interop_tables.tables,
+    "docs/export.md": interop_tables.tables,
     "docs/reliability.md": reliability_tables.tables,
 }
 """Files of which blocks are generated: those blocks by name."""

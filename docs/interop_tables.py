@@ -1,8 +1,9 @@
-"""The tables of docs/interop.md, from docs/results/interop.json, which `make interop` writes."""
+"""The tables of docs/export.md, from docs/results/interop.json, which `make interop` writes."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,19 @@ OWN_FORMS = {"hf", "vllm", "llama.cpp"}
 """Groups of cases in the form that is meant for the engine."""
 
 
+SHOWN_WHOLE = "smollm2"
+"""The model of which every comparison is shown; of the others the largest differences."""
+
+
 def tables() -> dict[str, str]:
     """Every table by the name of its block."""
     found = json.loads(FOUND.read_text(encoding="utf-8"))
-    parts = {f"same-{model}": _same(found, model) for model in found["models"]}
-    return parts | {
-        "versions": _versions(found),
+    return {
+        "engines": _versions(found),
+        "same": _same(found, SHOWN_WHOLE),
+        "largest": _largest(found),
         "others": _others(found),
-        "readings": _readings(found),
-        "lengths": _lengths(found),
+        "explained": _explained(found),
     }
 
 
@@ -43,7 +48,7 @@ def _same(found: dict[str, Any], model: str) -> str:
     cells = {(row["scaler"], row["context"], row["engine"]): row for row in rows}
     engines = [engine for engine in TITLES if any(row["engine"] == engine for row in rows)]
     lines = [
-        f"| scaler | tokens | it moves | {' | '.join(TITLES[e] for e in engines)} |",
+        f"| scaler | tokens | effect | {' | '.join(TITLES[e] for e in engines)} |",
         "|---" * (len(engines) + 3) + "|",
     ]
     for scaler, context in dict.fromkeys((row["scaler"], row["context"]) for row in rows):
@@ -59,43 +64,45 @@ def _cell(row: dict[str, Any]) -> str:
     return numbers if row["same_text"] else f"{numbers}, other text"
 
 
+def _largest(found: dict[str, Any]) -> str:
+    """The other models: a row for each engine, with the largest difference over all scalers and contexts."""
+    rows = [row for row in found["rows"] if row["model"] != SHOWN_WHOLE and row["group"] in OWN_FORMS]
+    lines = ["| engine | scalers | texts | log-probability | mean loss | same tokens written |", "|---" * 6 + "|"]
+    for engine, title in TITLES.items():
+        cells = [row for row in rows if row["engine"] == engine]
+        if cells:
+            largest, loss = max(row["max"] for row in cells), max(abs(row["loss"]) for row in cells)
+            scalers, same = len({row["scaler"] for row in cells}), sum(row["same_text"] for row in cells)
+            lines.append(
+                f"| {title} | {scalers} | {len(cells)} | {largest:.0e} | {loss:.0e} | {same} of {len(cells)} |"
+            )
+    return "\n".join(lines)
+
+
 def _others(found: dict[str, Any]) -> str:
     """What must come out different, and what must be the very same."""
-    lines = ["| | model | tokens | largest difference |", "|---|---|---|---|"]
-    for row in found["rows"]:
-        if row["group"] == "counter":
-            name = f"`{_escaped(row['scaler'])}` exported for transformers, served by vLLM: must differ"
-            lines.append(f"| {name} | {row['model']} | {row['context']} | {row['max']:.2g} |")
-    for row in found["quantized"]:
-        name = "a q8_0 file rewritten under a scaler against one written under it, both in llama.cpp: must be 0"
-        lines.append(f"| {name} | {row['model']} | {row['context']} | {row['max']:.2g} |")
-    return "\n".join(lines)
+    different = min(row["max"] for row in found["rows"] if row["group"] == "counter")
+    same = max(row["max"] for row in found["quantized"])
+    return (
+        f"- `tuned` exported for transformers and served by vLLM must differ: by at least {different:.2g}.\n"
+        "- A q8_0 file rewritten under a scaler must equal one written under it, in llama.cpp: largest\n"
+        f"  difference {same:g}."
+    )
 
 
-def _readings(found: dict[str, Any]) -> str:
-    lines = [
-        "| `rope_parameters` | vLLM's table | as transformers | as `ropewalk explain` says |",
-        "|---" * 4 + "|",
-    ]
-    for row in found["readings"]:
-        marks = [{True: "yes", False: "**no**", None: ""}[row.get(key)] for key in ("as_transformers", "as_described")]
-        lines.append(f"| {row['config']} | {row['vllm']} | {' | '.join(marks)} |")
-    return "\n".join(lines)
-
-
-def _lengths(found: dict[str, Any]) -> str:
-    """The models that vLLM serves at another length than `max_position_embeddings`, or than is said; the others in one
-    line."""
-    lines = [
-        "| model | `max_position_embeddings` | vLLM serves | `ropewalk explain` says |",
-        "|---" * 4 + "|",
-    ]
-    rows = found["lengths"]
-    shown = [row for row in rows if not row["vllm"] == row["described"] == row["promised"]]
-    for row in shown:
-        lines.append(f"| {row['model']} | {row['promised']} | {row['vllm']} | {row['described']} |")
-    lines.append(f"| {len(rows) - len(shown)} others | as in the config | the same | the same |")
-    return "\n".join(lines)
+def _explained(found: dict[str, Any]) -> str:
+    """What vLLM does with configs, and whether `ropewalk explain` says the same."""
+    readings, lengths = found["readings"], found["lengths"]
+    differ = [f"`{row['config']}`" for row in readings if not row["as_transformers"]]
+    as_said = sum(bool(row["as_described"]) for row in readings)
+    same = sum(row["vllm"] == row["described"] for row in lengths)
+    other = sum(row["vllm"] != row["promised"] for row in lengths)
+    text = (
+        f"`ropewalk explain` predicts vLLM's frequencies for {as_said} of {len(readings)} configs; vLLM differs from "
+        f"transformers in {len(differ)}: {', '.join(differ)}. It predicts the length that vLLM serves for {same} of "
+        f"{len(lengths)} configs, of which {other} differ from `max_position_embeddings`."
+    )
+    return textwrap.fill(text, 100, break_on_hyphens=False)
 
 
 def _escaped(spec: str) -> str:

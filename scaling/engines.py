@@ -1,7 +1,7 @@
 """What serving engines compute from the rotary part of a Hugging Face config, each in its own way.
 
 A reading is a scaler: what an engine makes of a config can be measured with it. Read in the engines' sources in
-November 2026; docs/interop.md says which of the readings have been compared with a running engine.
+November 2026; docs/export.md says which of the readings have been compared with a running engine.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 They read transformers' config object: keys of the file, defaults of its family, and other names for the same value
 (`n_positions`). Read in the engines' sources in November 2026; vLLM's rule is compared with its own `ModelConfig`
-(docs/interop.md).
+(docs/export.md).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def explain(model: str, length: str | None, out: Path | None) -> None:
     MODEL is a config.json, a folder, a hub id or a .gguf file. Engines read the same keys in different ways; each line
     says what one of them computes, as a scaler that other commands take, so that the difference can be measured.
 
-    The readings are those of the engines' sources in November 2026; docs/interop.md says which were compared with
+    The readings are those of the engines' sources in November 2026; docs/export.md says which were compared with
     running engines.
     """
     from rich.console import Console
