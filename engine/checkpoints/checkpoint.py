@@ -21,6 +21,7 @@ from transformers import (
 from ...errors import AssetError, UnsupportedModel, first_line
 from ...scaling.hf import check_counts
 from ..storage import cache_dir
+from .places import check_places
 from .quiet import quiet_transformers
 from .tensors import Shapes, check_loaded, stored_shapes
 
@@ -81,13 +82,14 @@ def read_weights(source: str, config: Any, **options: Any) -> PreTrainedModel:
         UnsupportedModel: transformers has no causal language model for the config.
     """
     folder = Path(source) if Path(source).is_dir() else from_hub(source, "*.json")
-    stored = _check_size(folder, config)
+    stored, empty = _check_size(folder, config)
+    places = check_places(source, empty, stored)
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **_DATA_ONLY, **options)
     except Exception as error:  # transformers and what it calls raise anything
         raise AssetError(f"{source}: its weights cannot be loaded ({first_line(error)})") from error
-    check_loaded(source, model, info, stored)
+    check_loaded(source, model, info, stored, places)
     _check_numbers(source, model)
     return model.eval()
 
@@ -152,8 +154,9 @@ def _again(folder: Path) -> str:
     return " It is ropewalk's own copy: delete its folder, and it is made anew" if folder.parent == cache_dir() else ""
 
 
-def _check_size(folder: Path, config: Any) -> Shapes:
-    """The tensors of the files; a config that promises more is refused before memory is taken for it."""
+def _check_size(folder: Path, config: Any) -> tuple[Shapes, PreTrainedModel]:
+    """The tensors of the files, and the model without weights; a config that promises more is refused before memory is
+    taken for it."""
     again, files = _again(folder), weight_files(folder)
     shapes = stored_shapes(files, again)
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -164,7 +167,8 @@ def _check_size(folder: Path, config: Any) -> Shapes:
         raise AssetError(f"{folder}: its config has {layers} layers, and its files hold {len(shapes)} tensors.{again}")
     try:
         with torch.device("meta"):
-            promised = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_config(config).parameters())
+            empty = AutoModelForCausalLM.from_config(config)
+            promised = sum(tensor.numel() for tensor in empty.parameters())
     except ValueError as error:
         raise UnsupportedModel(f"{folder}: transformers has no causal language model for it: {error}") from error
     except Exception as error:
@@ -173,7 +177,7 @@ def _check_size(folder: Path, config: Any) -> Shapes:
         ) from error
     if promised > stored:
         raise AssetError(f"{folder}: its config promises {promised} weights, and its files hold {stored}.{again}")
-    return shapes
+    return shapes, empty
 
 
 def _check_numbers(source: str, model: PreTrainedModel) -> None:

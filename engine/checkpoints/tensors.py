@@ -50,7 +50,7 @@ def stored_shapes(files: list[Path], again: str = "") -> dict[str, tuple[int, ..
     return shapes
 
 
-def check_loaded(source: str, model: Any, info: Mapping[str, Any], stored: Shapes) -> None:
+def check_loaded(source: str, model: Any, info: Mapping[str, Any], stored: Shapes, places: Mapping[str, str]) -> None:
     """Refuse a model that is not all of its files.
 
     Args:
@@ -58,9 +58,10 @@ def check_loaded(source: str, model: Any, info: Mapping[str, Any], stored: Shape
         model: of transformers.
         info: what `from_pretrained` says with `output_loading_info`.
         stored: the tensors in its files.
+        places: of `check_places`.
 
     Raises:
-        AssetError: a tensor is missing, has another shape, has no place in the model, or shares one with another.
+        AssetError: a tensor is missing, has another shape, has no place in the model, or is not what it is tied to.
     """
     if missing := sorted(info["missing_keys"]):
         raise AssetError(
@@ -72,7 +73,7 @@ def check_loaded(source: str, model: Any, info: Mapping[str, Any], stored: Shape
             f"{source}: its tensor {name!r} has the shape {list(found)}, and its config says {list(expected)}; the "
             "config belongs to another model, or was changed"
         )
-    _check_places(source, model, stored)
+    _check_output(source, model, places)
     extra = next_token_layers(stored)
     unexpected = {*info["unexpected_keys"], *_passed_over(model, stored)}
     unused = [name for name in sorted(unexpected) if not _harmless(name, stored, extra)]
@@ -112,21 +113,12 @@ def _harmless(name: str, stored: Shapes, next_token: set[int]) -> bool:
     )
 
 
-def _check_places(source: str, model: Any, stored: Shapes) -> None:
-    """Refuse two stored tensors for one weight: transformers takes one of them and says nothing."""
-    places: dict[str, str] = {}
-    prefix = f"{model.base_model_prefix}."
-    for name in stored:
-        place = name
-        while place.startswith(prefix):
-            place = place.removeprefix(prefix)
-        if place in places:
-            raise AssetError(f"{source}: its tensors {places[place]!r} and {name!r} are the same weight; remove one")
-        places[place] = name
-    if (output := untied(model)) and output in stored:
+def _check_output(source: str, model: Any, places: Mapping[str, str]) -> None:
+    """Refuse an output matrix that is stored beside a tied embedding, and is another one."""
+    if (output := untied(model)) and (name := places.get(output)):
         raise AssetError(
             f"{source}: its config ties the output matrix to the embedding (tie_word_embeddings), and its files hold "
-            f"another one, {output!r}; programs disagree which of them counts, so set tie_word_embeddings to false in "
+            f"another one, {name!r}; programs disagree which of them counts, so set tie_word_embeddings to false in "
             "config.json to use it, or remove it from the files"
         )
 

@@ -6,7 +6,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import ropewalk as rw
 from ropewalk.engine.chat_header import chat_headers
@@ -294,6 +302,73 @@ def test_two_tensors_for_one_weight(folder):
         with pytest.raises(rw.AssetError, match=r"its tensors '.*' and '.*' are the same weight"):
             rw.load(folder)
         edit_weights(folder, lambda weights, other=other: weights.pop(other))
+
+
+@pytest.fixture
+def experts(tiny_folder, tmp_path):
+    """A mixture whose files hold each expert by itself; transformers stacks them."""
+    config = MixtralConfig(
+        vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder / file, tmp_path)
+    assert rw.load(tmp_path).score("import os\n").token_ids
+    return tmp_path
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2, 6), (1, 2, 3, 4), (0, 1, 2, 10)])
+def test_experts_whose_numbers_have_gaps(experts, numbers):
+    """transformers stacks them in the order of their numbers, whatever those are, beside a router of four rows."""
+
+    def renumber(weights):
+        for name in sorted(name for name in weights if ".experts." in name):
+            head, _, rest = name.partition(".experts.")
+            number, _, end = rest.partition(".")
+            weights[f"{head}.experts.new{numbers[int(number)]}.{end}"] = weights.pop(name)
+        for name in [name for name in weights if ".experts.new" in name]:
+            weights[name.replace(".new", ".")] = weights.pop(name)
+
+    edit_weights(experts, renumber)
+    with pytest.raises(rw.AssetError, match=rf"have the numbers {', '.join(map(str, numbers))}; a model of 4 counts"):
+        rw.load(experts)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.layers.0.mlp.gate.weight", (4, 16)),  # block_sparse_moe.gate in the files
+        ("model.layers.0.mlp.experts.gate_up_proj", (4, 32, 16)),
+        ("model.layers.0.mlp.experts.down_proj", (4, 16, 16)),
+        ("layers.0.block_sparse_moe.experts.2.w1.weight", (16, 16)),
+    ],
+)
+def test_two_tensors_for_one_weight_under_the_names_of_transformers(experts, name, shape):
+    """Some were dropped, and some ended in an AttributeError of transformers."""
+    edit_weights(experts, lambda weights: weights.update({name: torch.ones(shape)}))
+    with pytest.raises(rw.AssetError, match=r"are the same weight; remove one|each once"):
+        rw.load(experts)
+
+
+def test_an_output_matrix_under_its_older_name(tiny_folder, tmp_path):
+    """Pythia's `embed_out`: beside `lm_head`, and beside a tied embedding."""
+    config = GPTNeoXConfig(
+        vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder / file, tmp_path)
+    assert rw.load(tmp_path).score("import os\n").token_ids
+    edit(tmp_path / "config.json", tie_word_embeddings=True)
+    with pytest.raises(rw.AssetError, match=r"ties the output matrix.*another one, 'embed_out\.weight'"):
+        rw.load(tmp_path)
+    edit(tmp_path / "config.json", tie_word_embeddings=False)
+    edit_weights(tmp_path, lambda weights: weights.update({"lm_head.weight": torch.ones(1024, 16)}))
+    with pytest.raises(rw.AssetError, match=r"'embed_out\.weight' and 'lm_head\.weight' are the same weight"):
+        rw.load(tmp_path)
 
 
 def test_one_tensor_in_two_files(folder):
