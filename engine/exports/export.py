@@ -112,8 +112,9 @@ def export(
     Raises:
         ConfigError: the scaler acts on more than the frequencies, follows the length and none is given, or does not
             reach it; unknown target or dtype.
-        UnsupportedModel: a model that the target cannot hold, or whose weights its config does not say: an adapter
-            that is not merged, a parametrised weight.
+        UnsupportedModel: a model that the target cannot hold, or that computes something else than its config and
+            weights say: an adapter that is not merged, a parametrised weight, a hook, a replaced forward, a config
+            that was edited after the model was built.
         AssetError: there is no such model, or something is at `out`, or it cannot be written.
     """
     if target not in TARGETS:
@@ -144,7 +145,7 @@ def _source(model: str | Path | Model | PreTrainedModel, rope: str | Scaler | No
         inner, own = model, patched_with(model)
     else:
         inner, own, tokenizer = model.hf, model.rope, model.tokenizer
-    check_plain(inner)
+    check_plain(model)
     scaler = own if rope is None else rope
     configured = hf.read(inner.config.get_text_config())
     return _Source(

@@ -22,7 +22,7 @@ from gguf import (
 from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION
 from gguf.quants import quantize
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
 from ...scaling import hf as hf_config
@@ -68,8 +68,8 @@ def write_gguf(
     (n, n + d/2).
 
     Args:
-        model: what `load` gave, under its scaler; a transformers model and its tokenizer; or the folder of a Hugging
-            Face checkpoint.
+        model: what `load` gave, under its scaler; a transformers model that `check_plain` takes, and its tokenizer; or
+            the folder of a Hugging Face checkpoint.
         path: the file; it is there whole or not at all.
         dtype: "f32", "bf16", "f16" or "q8_0" (8 bits and a scale for 32 weights; a matrix whose rows are no multiple
             of 32 is written as f16).
@@ -151,7 +151,10 @@ def _parts(model: Model | Loaded | str | Path) -> tuple[Any, Any, str]:
         hf, tokenizer = model if isinstance(model, tuple) else (model.hf, model.tokenizer)
         name = hf.name_or_path or type(hf).__name__
         _check(hf.config, name)
-        check_plain(hf)
+        if not isinstance(hf, LlamaForCausalLM):
+            raise UnsupportedModel(f"{name} is a {type(hf).__name__}; only LlamaForCausalLM is written to GGUF")
+        if not isinstance(model, tuple):
+            check_plain(model)
         if tokenizer is None:
             raise ConfigError(f"{name}: a GGUF file holds a tokenizer too; give tokenizer=")
         return hf, tokenizer, Path(name).name

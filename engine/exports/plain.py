@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModel
-from ..checkpoints.quiet import quiet_transformers
 from ..checkpoints.tensors import untied
+from ..patches.marks import Setting, setting_of
+from .rebuilt import check_computes, new_model
+
+if TYPE_CHECKING:
+    from ..api import Model
 
 __all__ = ["check_kind", "check_plain"]
 
@@ -35,17 +40,27 @@ def check_kind(model: Any) -> None:
     )
 
 
-def check_plain(model: Any) -> None:
-    """Refuse a model whose modules are others than a new model of its config has: adapters that are not merged,
-    parametrised weights, layers that were taken out. Readers of a checkpoint know the config's modules only.
+def check_plain(model: Model | PreTrainedModel) -> None:
+    """Refuse a model that computes something else than a new model of its config with its weights: adapters that are
+    not merged, parametrised weights, layers that were taken out or used twice, hooks, numbers that were changed.
+    Readers of a checkpoint know its config and weights only.
 
     Args:
-        model: of transformers.
+        model: what `load` gave, or a transformers model; patched or not.
 
     Raises:
-        UnsupportedModel: with the first weight that the config does not say, and the way out.
+        UnsupportedModel: with the first thing that config and weights do not say, and the way out.
     """
-    name, weights = type(model).__name__, _shapes(model)
+    if isinstance(model, PreTrainedModel):
+        _check(model, setting_of(model))
+        return
+    with model.turn:
+        scaler, length = model.network.setting
+        _check(model.hf, Setting(scaler, length=length))
+
+
+def _check(model: PreTrainedModel, setting: Setting | None) -> None:
+    name = type(model).__name__
     for module, part in model.named_modules():
         if hasattr(part, "base_layer") or hasattr(part, "modules_to_save"):
             raise UnsupportedModel(
@@ -62,18 +77,48 @@ def check_plain(model: Any) -> None:
             f"the config of {name} ties its output matrix to the embedding (tie_word_embeddings), and {output!r} is "
             "another one; set model.config.tie_word_embeddings to False, or call model.tie_weights()"
         )
-    if getattr(model, "hf_quantizer", None) is not None:
-        return  # it puts modules of its own into the model that its config makes
-    with quiet_transformers(), torch.device("meta"):
-        expected = _shapes(type(model)(copy.deepcopy(model.config)))
+    new = new_model(model)
+    if getattr(model, "hf_quantizer", None) is None:  # it puts modules of its own into the model that its config makes
+        _check_shapes(model, new)
+    _check_shared(model, new)
+    check_computes(model, new, setting)
+
+
+def _check_shapes(model: PreTrainedModel, new: PreTrainedModel) -> None:
+    weights, expected = _shapes(model), _shapes(new)
     for weight in sorted(weights.keys() | expected.keys()):
         found, said = (shapes.get(weight, "none") for shapes in (weights, expected))
         if found != said:
             raise UnsupportedModel(
-                f"{name} is not what its config says: {weight!r} has the shape {found}, and in a new model of the "
-                f"config {said}; correct model.config, or build the model that it describes"
+                f"{type(model).__name__} is not what its config says: {weight!r} has the shape {found}, and in a new "
+                f"model of the config {said}; correct model.config, or build the model that it describes"
             )
 
 
-def _shapes(model: Any) -> dict[str, list[int]]:
+def _shapes(model: PreTrainedModel) -> dict[str, list[int]]:
     return {name: list(weight.shape) for name, weight in model.state_dict(keep_vars=True).items()}
+
+
+def _check_shared(model: PreTrainedModel, new: PreTrainedModel) -> None:
+    """Refuse two weights in the same memory, such as those of a layer that is used twice, that the config does not
+    tie."""
+    tied = new.state_dict(keep_vars=True)
+    places = sorted((*place, name) for name, weight in model.state_dict().items() if (place := _place(weight)))
+    for (memory, _, end, one), (same, start, _, other) in itertools.pairwise(places):
+        if memory == same and start < end and tied.get(one) is not tied.get(other, other):
+            raise UnsupportedModel(
+                f"{type(model).__name__} is not what its config says: {one!r} and {other!r} are the same memory, and "
+                "in a new model of the config they are two weights; put a copy in the place of one of them "
+                "(copy.deepcopy of the module, with its own layer_idx), or set model.config.tie_word_embeddings to "
+                "True where they are the embedding and the output matrix"
+            )
+
+
+def _place(weight: torch.Tensor) -> tuple[str, int, int] | None:
+    """Where a weight lies: its device, its first byte and the one behind its last; None for one that takes no memory
+    here."""
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight
+    if weight.is_meta or not weight.numel():
+        return None
+    last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    return str(weight.device), weight.data_ptr(), weight.data_ptr() + (last + 1) * weight.element_size()

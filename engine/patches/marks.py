@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,12 +18,34 @@ from ...scaling.rope import Scaler
 from .rotary import RotarySite
 
 
-def mark(model: nn.Module, sites: Iterable[RotarySite], scaler: Scaler | None) -> None:
-    """Note that `model` is under `scaler`; None takes the note away."""
+@dataclass(frozen=True)
+class Setting:
+    """What was put into a model.
+
+    Args:
+        scaler: the patch.
+        grows: where it depends on the length, it follows every sequence.
+        length: tokens that it is fixed to, where it depends on the length and does not grow.
+    """
+
+    scaler: Scaler
+    grows: bool = False
+    length: int | None = None
+
+
+def mark(
+    model: nn.Module,
+    sites: Iterable[RotarySite],
+    scaler: Scaler | None,
+    *,
+    grows: bool = False,
+    length: int | None = None,
+) -> None:
+    """Note that `model` is under `scaler`, which grows or is fixed to a length; None takes the note away."""
     for site in sites:
-        vars(site.module).pop("ropewalk_scaler", None)
+        vars(site.module).pop("ropewalk_setting", None)
         if scaler is not None:
-            vars(site.module)["ropewalk_scaler"] = scaler
+            vars(site.module)["ropewalk_setting"] = Setting(scaler, grows, length)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             vars(module).pop("save_pretrained", None)
@@ -30,9 +53,15 @@ def mark(model: nn.Module, sites: Iterable[RotarySite], scaler: Scaler | None) -
                 vars(module)["save_pretrained"] = functools.partial(_save, module, scaler)
 
 
+def setting_of(model: nn.Module) -> Setting | None:
+    """What a model, what it wraps, or what it was copied from was put under; None for an untouched one."""
+    return next((s for module in model.modules() if (s := vars(module).get("ropewalk_setting")) is not None), None)
+
+
 def patched_with(model: nn.Module) -> Scaler | None:
-    """The scaler that a model, what it wraps, or what it was copied from was put under; None for an untouched one."""
-    return next((s for module in model.modules() if (s := vars(module).get("ropewalk_scaler")) is not None), None)
+    """The scaler of `setting_of`."""
+    setting = setting_of(model)
+    return None if setting is None else setting.scaler
 
 
 def _save(model: PreTrainedModel, scaler: Scaler, *args: Any, **options: Any) -> Any:

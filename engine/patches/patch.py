@@ -170,5 +170,5 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
     except BaseException:
         state.restore()
         raise
-    mark(model, sites, scaler)
+    mark(model, sites, scaler, grows=tokens is None, length=tokens)
     return PatchHandle(model, installed, tokens, state)

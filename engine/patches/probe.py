@@ -84,14 +84,14 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
     return (torch.arange(TOKENS) * 7 % (vocabulary - 1) + 1).to(input_device(model))[None]
 
 
-def logits(model: PreTrainedModel) -> Tensor:
-    """Logits of the probe text, or the last hidden states of a model without a head, as the model stands, in
-    evaluation mode."""
+def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
+    """Logits of a text [1, N], or the last hidden states of a model without a head, as the model stands, in
+    evaluation mode; of the probe text if none is given."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
-            out = model(input_ids=probe_ids(model), use_cache=False)
+            out = model(input_ids=probe_ids(model) if ids is None else ids, use_cache=False)
             found: Tensor = out.logits if "logits" in out else out.last_hidden_state
     finally:
         for module in training:
