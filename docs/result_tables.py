@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
+from typing import Any
 
 from ropewalk.evals.contexts import endless_table, facts_table
 from ropewalk.evals.continuation.plot import plot_continuation
@@ -11,6 +13,7 @@ from ropewalk.evals.continuation.table import summarize
 from ropewalk.evals.protocols.harm import Harm
 from ropewalk.evals.protocols.repeat import Repeat
 from ropewalk.evals.reports.extra_grids import extra_grids
+from ropewalk.evals.reports.grid import Shown
 from ropewalk.evals.reports.plots import named_settings, plot_run
 from ropewalk.evals.reports.reach_table import reach_table
 from ropewalk.evals.reports.table import loss_table
@@ -39,11 +42,8 @@ def tables() -> dict[str, str]:
 
 def contexts_tables() -> dict[str, str]:
     """Those of docs/contexts.md."""
-    passes = [row for name in ("endless-tiny", "endless-smollm2") for row in Run(RESULTS / name).rows]
-    return {
-        "facts": facts_table.to_markdown(Run(RESULTS / "facts").rows).rstrip(),
-        "endless": endless_table.to_markdown(passes).rstrip(),
-    }
+    facts = facts_table.to_markdown(Run(RESULTS / "facts").rows).splitlines()
+    return {"facts": "\n".join(line for line in facts if line.startswith("|")), "endless": _endless()}
 
 
 def draw() -> None:
@@ -68,9 +68,48 @@ def _run(name: str) -> str:
         parts.append(f"![{protocol}](results/{name}/{stem}.svg)\n")
         if protocol not in (Harm.name, Repeat.name):
             parts.append(loss_table(group).to_markdown())
-        parts += [grid.to_markdown() for grid in extra_grids(group)]
+        parts += [grid.to_markdown() for grid in extra_grids(group)[:1]]
     reaches = reach_table(run)
-    return "\n".join([*parts, *([reaches.to_markdown()] if reaches else [])]).strip()
+    if reaches:
+        reaches.rows[:] = [(name, cells) for name, cells in reaches.rows if any(_is_length(cell) for cell in cells)]
+        parts.append("Effective length by loss; methods without one are left out.\n")
+        parts += [line for line in reaches.to_markdown().splitlines() if line.startswith("|")]
+    return _wrapped("\n".join(parts).strip())
+
+
+def _is_length(cell: Shown) -> bool:
+    return cell.main[:1].isdigit()
+
+
+def _wrapped(markdown: str) -> str:
+    """The lines of prose wrapped, tables and pictures as they are."""
+    lines: list[str] = []
+    for line in markdown.replace("not run", "").splitlines():
+        lines += [line] if line[:1] in ("", "|", "!") else textwrap.wrap(line, 100, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def _endless() -> str:
+    """The passes side by side by position: loss, and how much more than recomputation."""
+    passes: dict[str, dict[str, dict[str, Any]]] = {}
+    for folder in ("endless-tiny", "endless-smollm2"):
+        for row in Run(RESULTS / folder).rows:
+            title = f"{Path(row['model']).name}, `{row['rope']}`"
+            passes.setdefault(title, {})[f"{row['start']:,} to {row['end']:,}"] = row
+    positions = list(dict.fromkeys(position for rows in passes.values() for position in rows))
+    lines = [f"| position | {' | '.join(passes)} |", "|---" * (len(passes) + 1) + "|"]
+    for position in positions:
+        cells = [_beside_recomputation(rows.get(position)) for rows in passes.values()]
+        lines.append(f"| {position} | {' | '.join(cells)} |")
+    caches = [f"{max(row['cache_mb'] for row in rows.values()):.1f}" for rows in passes.values()]
+    return "\n".join([*lines, f"| cache at most, MB | {' | '.join(caches)} |"])
+
+
+def _beside_recomputation(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    difference, low, high = (f"{row[key]:+.3f}" for key in ("difference", "difference_low", "difference_high"))
+    return f"{row['loss']:.3f}, {difference} ({low} to {high})"
 
 
 def _repetition() -> str:
