@@ -7,13 +7,13 @@ import time
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..tokenizer_tools.characters import first_characters
-from ..tokenizer_tools.stream import StopWatch
+from ..tokenizer_tools.stream import StopStringMatcher
 from ..tokenizer_tools.vocab import Vocabulary
 from .completion import Completion, Usage
-from .decode import OpeningToken, Token
-from .opening import Continuation
+from .decode import HealedToken, Token
 from .prompt import Prompt
 from .sampling import SamplingParams
+from .token_healing import Continuation
 
 
 def stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -36,7 +36,7 @@ class Answer:
         self, prompt: Prompt, params: SamplingParams, vocabulary: Vocabulary, stop_ids: frozenset[int]
     ) -> None:
         self._params, self._stop_ids = params, stop_ids
-        self._text, self._watch = prompt.text_stream(vocabulary), StopWatch(params.stops)
+        self._text, self._watch = prompt.text_stream(vocabulary), StopStringMatcher(params.stops)
         self._ends = None if params.max_time is None else time.monotonic() + params.max_time
         self._pieces: list[str] = []
         self._pending = prompt.pending
@@ -49,7 +49,7 @@ class Answer:
     def push(self, token: Token) -> str:
         """Take the next token; returns the text that is certain now."""
         overlap = 0
-        if isinstance(token, OpeningToken):
+        if isinstance(token, HealedToken):
             self.continuation, overlap = token.continuation, token.continuation.overlap
             self.prompt_ids = token.continuation.prompt_ids
         self.tokens.append(token)

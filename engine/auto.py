@@ -11,7 +11,7 @@ from ..scaling.positions import ReRoPE
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.temperature import LogN
 from ..scaling.yarn import YaRN
-from .tunings import Tuning
+from .tuned_scalers import TunedScaler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Choice:
 
     @classmethod
     def of(
-        cls, rope: RopeSpec, trained_length: int, tunings: Sequence[Tuning], takes: Callable[[Scaler], bool]
+        cls, rope: RopeSpec, trained_length: int, tunings: Sequence[TunedScaler], takes: Callable[[Scaler], bool]
     ) -> Choice:
         """For a model.
 
@@ -84,7 +84,7 @@ class Choice:
         return ", ".join(parts)
 
 
-def _step(tuning: Tuning, takes: Callable[[Scaler], bool]) -> Step | None:
+def _step(tuning: TunedScaler, takes: Callable[[Scaler], bool]) -> Step | None:
     """The winner, or where the model does not take it the best that a config can hold."""
     if takes(tuning.winner):
         return Step(target=tuning.target, scaler=tuning.winner, why=f"tuned on {tuning.text}")

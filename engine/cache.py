@@ -25,7 +25,7 @@ def _allocate(like: Tensor, capacity: int) -> Tensor:
     return like.new_empty(batch, heads, capacity, dim)
 
 
-class TurnedKeys:
+class RotatedKeys:
     """Copies of one layer's keys, turned as a band sees them; made when first asked for, then extended.
 
     Args:
@@ -34,17 +34,17 @@ class TurnedKeys:
 
     def __init__(self, allocate: Callable[[Tensor, int], Tensor] = _allocate) -> None:
         self._allocate = allocate
-        self._setting: Hashable = None
+        self._rope_state: Hashable = None
         self._copies: dict[int, Tensor] = {}
         self._lengths: dict[int, int] = {}
 
-    def get(self, setting: Hashable, band: int, keys: Tensor, turn: Callable[[int, int], Tensor]) -> Tensor:
+    def get(self, rope_state: Hashable, band: int, keys: Tensor, rotate: Callable[[int, int], Tensor]) -> Tensor:
         """All of `keys` [B, K, M, D] turned; `turn(start, stop)` makes the part that is not held yet.
 
         Args:
             setting: what the angles follow from; copies of another setting are dropped.
         """
-        return self.room(setting, band, keys, turn, 0)[:, :, : keys.shape[2]]
+        return self.room(rope_state, band, keys, rotate, 0)[:, :, : keys.shape[2]]
 
     def crop(self, length: int) -> None:
         """Forget what lies beyond `length` keys."""
@@ -55,13 +55,13 @@ class TurnedKeys:
         self._copies, self._lengths = {}, {}
 
     def room(
-        self, setting: Hashable, band: int, keys: Tensor, turn: Callable[[int, int], Tensor], count: int
+        self, rope_state: Hashable, band: int, keys: Tensor, rotate: Callable[[int, int], Tensor], count: int
     ) -> Tensor:
         """The copy of `keys` as `get` gives it, in a buffer with room for `count` more, which the caller writes
         and then counts by `advance`."""
-        if setting != self._setting:
+        if rope_state != self._rope_state:
             self.clear()
-            self._setting = setting
+            self._rope_state = rope_state
         length, needed = self._lengths.get(band, 0), keys.shape[2]
         copy = self._copies.get(band)
         if copy is None or copy.shape[2] < needed + count:
@@ -70,7 +70,7 @@ class TurnedKeys:
                 grown[:, :, :length] = copy[:, :, :length]
             self._copies[band] = copy = grown
         if length < needed:
-            copy[:, :, length:needed] = turn(length, needed)
+            copy[:, :, length:needed] = rotate(length, needed)
             self._lengths[band] = needed
         return copy
 
@@ -110,9 +110,9 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.capacity = capacity
         self.length = 0
-        self.forgotten = 0
+        self.evicted = 0
         self.needed = 0
-        self.turned = TurnedKeys()
+        self.rotated = RotatedKeys()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -130,7 +130,7 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         self.values[:, :, start:end] = value_states
         self.length = end
         keys = self.keys[:, :, :end]
-        keys.turned = self.turned  # type: ignore[attr-defined]  # the only way to the attention function
+        keys.rotated = self.rotated  # type: ignore[attr-defined]  # the only way to the attention function
         return keys, self.values[:, :, :end]
 
     def reserve(self, length: int) -> None:
@@ -146,13 +146,13 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget the last tokens; their number comes negative, as transformers has it."""
         assert -self.length <= tokens_to_remove <= 0, (tokens_to_remove, self.length)
         self.length += tokens_to_remove
-        self.turned.crop(self.length)
+        self.rotated.crop(self.length)
 
-    def forget(self, first: int, count: int, needed: int) -> None:
+    def evict(self, first: int, count: int, needed: int) -> None:
         """Drop `count` keys behind the first `first`. Interrupted, it has done nothing."""
-        kept = self._copied(self.capacity, first, count)
-        self.turned.crop(first)
-        self.__dict__.update(kept, length=self.length - count, forgotten=self.forgotten + count, needed=needed)
+        sink_window = self._copied(self.capacity, first, count)
+        self.rotated.crop(first)
+        self.__dict__.update(sink_window, length=self.length - count, evicted=self.evicted + count, needed=needed)
 
     def _copied(self, capacity: int, first: int = 0, skip: int = 0) -> dict[str, Tensor]:
         """New buffers with all that is held but `skip` keys behind the first `first`."""
@@ -168,8 +168,8 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         return _allocate(getattr(self, name), capacity)
 
     def reset(self) -> None:
-        self.length = self.forgotten = 0
-        self.turned.clear()
+        self.length = self.evicted = 0
+        self.rotated.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was."""
@@ -186,7 +186,7 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values = change(self.keys), change(self.values)
-            self.turned.map_rows(change)
+            self.rotated.map_rows(change)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -239,30 +239,30 @@ SPARE = 256  # keys beyond those that a map needs, for texts that go back a litt
 _STRIDE = 1024  # keys dropped at a time at least
 
 
-def most_held(kept: tuple[int, int]) -> int:
-    """Keys that a cache holds at most, between two forward passes, of a map that sees the first and the last `kept`."""
-    return sum(kept) + SPARE + max(kept[1], _STRIDE)
+def most_held(sink_window: tuple[int, int]) -> int:
+    """Most keys that a cache holds between two forward passes, for a map that sees the first and last `sink_window`."""
+    return sum(sink_window) + SPARE + max(sink_window[1], _STRIDE)
 
 
-def forget(cache: Cache, kept: tuple[int, int]) -> None:
-    """Drop the keys between the first and the last `kept`, once they are many; no later token sees them."""
+def evict(cache: Cache, sink_window: tuple[int, int]) -> None:
+    """Drop the keys between the first and the last `sink_window`, once they are many; no later token sees them."""
     if not all(isinstance(layer, ContiguousLayer) for layer in cache.layers):
         return
-    excess = cache.get_seq_length() - sum(kept) - SPARE
-    if excess >= max(kept[1], _STRIDE):
+    excess = cache.get_seq_length() - sum(sink_window) - SPARE
+    if excess >= max(sink_window[1], _STRIDE):
         for layer in cache.layers:
-            layer.forget(kept[0], excess, sum(kept) - 1)
+            layer.evict(sink_window[0], excess, sum(sink_window) - 1)
 
 
 def tokens_read(held: Cache | CacheLayerMixin) -> int:
     """Tokens that a cache, or a layer of it, has read, those that it forgot too."""
     first = held if isinstance(held, CacheLayerMixin) else next(iter(held.layers), None)
-    return int(held.get_seq_length()) + getattr(first, "forgotten", 0)
+    return int(held.get_seq_length()) + getattr(first, "evicted", 0)
 
 
 def layers_agree(cache: Cache) -> bool:
     """True if all layers have dropped the same keys; a step that is broken off may leave them at odds."""
-    return len({getattr(layer, "forgotten", 0) for layer in cache.layers}) < 2
+    return len({getattr(layer, "evicted", 0) for layer in cache.layers}) < 2
 
 
 def can_rewind(cache: Cache, count: int = 0) -> bool:
@@ -274,7 +274,7 @@ def can_rewind(cache: Cache, count: int = 0) -> bool:
     return all(
         layer.length - count >= layer.needed
         for layer in cache.layers
-        if isinstance(layer, ContiguousLayer) and layer.forgotten
+        if isinstance(layer, ContiguousLayer) and layer.evicted
     )
 
 
@@ -297,5 +297,5 @@ def cache_bytes(cache: Cache) -> int:
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
     for layer in cache.layers:
         if isinstance(layer, ContiguousLayer):
-            tensors += layer.turned.tensors
+            tensors += layer.rotated.tensors
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .decode import Token
-from .opening import Continuation
+from .token_healing import Continuation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .cache import rewind, tokens_read
-from .network import Network
-from .opening import Continuation, Covers, Opening, open_answer
 from .placement import input_device
 from .prefill import prefill
+from .runners.runner import Runner
 from .sampling import SamplingParams, SeenTokens, random_source, sample
+from .token_healing import Continuation, Covers, FirstToken, draw_first_token
 
 Weigh = Callable[[Cache], Covers]
 """Runs a prompt on top of a cache and weighs its covers."""
@@ -36,7 +36,7 @@ class Token:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpeningToken(Token):
+class HealedToken(Token):
     """The first token after a prompt whose covers were weighed; it may begin inside the prompt."""
 
     continuation: Continuation
@@ -55,19 +55,19 @@ class Decoding:
 
     def __init__(
         self,
-        network: Network,
+        runner: Runner,
         prompt: list[int],
         params: SamplingParams,
         stop_ids: frozenset[int],
         cache: Cache | None = None,
         weigh: Weigh | None = None,
     ) -> None:
-        self._network, self._prompt, self._params = network, prompt, params
+        self._runner, self._prompt, self._params = runner, prompt, params
         self._stop_ids, self._weigh = stop_ids, weigh
-        self._generator = random_source(params, input_device(network.hf))
+        self._generator = random_source(params, input_device(runner.hf))
         self._count = 0
         self._seen = SeenTokens(params.repetition_penalty)
-        self.cache = cache if cache is not None else network.new_cache(len(prompt) + params.max_new_tokens)
+        self.cache = cache if cache is not None else runner.new_cache(len(prompt) + params.max_new_tokens)
         self.pending: list[int] = []
         self.finished = False
 
@@ -75,19 +75,19 @@ class Decoding:
         """Read the prompt and draw the first token."""
         if self._weigh is not None:
             covers = self._weigh(self.cache)
-            opening = open_answer(covers, self.cache, self._params, self._generator)
+            opening = draw_first_token(covers, self.cache, self._params, self._generator)
             self._seen.read(opening.continuation.prompt_ids)
-            return self._next(opening_token(opening, covers, self._params), opening.pending)
+            return self._next(healed_token(opening, covers, self._params), opening.pending)
         held = tokens_read(self.cache)
         if held >= len(self._prompt):  # the last token must be run to see what follows it
             rewind(self.cache, held - len(self._prompt) + 1)
         self._seen.read(self._prompt)
         rest = self._prompt[tokens_read(self.cache) :]
-        return self.draw(prefill(self._network, rest, self.cache)[-1])
+        return self.draw(prefill(self._runner, rest, self.cache)[-1])
 
     def draw(self, logits_V: Tensor) -> Token:
         """The token after `pending`, whose logits these are."""
-        token = draw_token(self._network.readable(logits_V).float(), self._seen, self._params, self._generator)
+        token = draw_token(self._runner.readable(logits_V).float(), self._seen, self._params, self._generator)
         return self._next(token, [token.id])
 
     def _next(self, token: Token, pending: list[int]) -> Token:
@@ -99,7 +99,7 @@ class Decoding:
 
 
 def decode(
-    network: Network,
+    runner: Runner,
     prompt: list[int],
     params: SamplingParams,
     stop_ids: frozenset[int],
@@ -107,10 +107,10 @@ def decode(
     weigh: Weigh | None = None,
 ) -> Iterator[Token]:
     """Tokens that follow `prompt`, up to `max_new_tokens` or through one of `stop_ids`. Arguments as of `Decoding`."""
-    decoding = Decoding(network, prompt, params, stop_ids, cache, weigh)
+    decoding = Decoding(runner, prompt, params, stop_ids, cache, weigh)
     yield decoding.open()
     while not decoding.finished:
-        yield decoding.draw(network.forward(decoding.pending, decoding.cache, keep=1)[0])
+        yield decoding.draw(runner.forward(decoding.pending, decoding.cache, logits_to_keep=1)[0])
 
 
 def draw_token(logits_V: Tensor, seen: SeenTokens, params: SamplingParams, generator: torch.Generator) -> Token:
@@ -135,16 +135,16 @@ def draw_token(logits_V: Tensor, seen: SeenTokens, params: SamplingParams, gener
     )
 
 
-def opening_token(opening: Opening, covers: Covers, params: SamplingParams) -> OpeningToken:
+def healed_token(opening: FirstToken, covers: Covers, params: SamplingParams) -> HealedToken:
     """The first token of an answer, as it was drawn from the covers of its prompt."""
     if params.logprobs is None:
-        return OpeningToken(id=opening.token, continuation=opening.continuation)
+        return HealedToken(id=opening.token, continuation=opening.continuation)
     logprobs = covers.logprobs - covers.total
     best = logprobs.topk(min(params.logprobs, len(logprobs)))
     top: dict[int, float] = {}
     for index, logprob in zip(best.indices, best.values.tolist(), strict=True):
         if logprob > -math.inf:
             top.setdefault(int(covers.tokens[index]), logprob)  # a token may end covers of two nodes
-    return OpeningToken(
+    return HealedToken(
         id=opening.token, logprob=float(logprobs[opening.index]), top=top, continuation=opening.continuation
     )

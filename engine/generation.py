@@ -25,7 +25,7 @@ from .prompt import Prompt
 from .sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from .api import Model
+    from .model import Model
 
 ROWS = 8  # answers that are written together at most: eight share the reading of the weights
 _SHARED = 32  # tokens of a common beginning from which on it is worth copying
@@ -48,9 +48,9 @@ def check_length(model: Model, tokens: int, params: SamplingParams, cache: Cache
             f"{format_length(model.max_length)} that {model.name} reaches with rope {str(model.rope)!r}; set "
             f'model.rope = "yarn:{factor}", shorten the prompt, or load with max_length={total} to go there anyway'
         )
-    with model.turn:
+    with model.lock:
         model.prepare(total)  # how much room a token takes depends on the scaler
-        model.network.check_room(total, owned=cache.owned if isinstance(cache, KVCache) else 0)
+        model.runner.check_room(total, owned=cache.owned if isinstance(cache, KVCache) else 0)
     return total
 
 
@@ -81,11 +81,11 @@ def pieces(
     decoding = _decoding(model, prompt, params, cache)
     started = False
     while not answer.done:
-        with model.turn, torch.inference_mode(), restoring(decoding.cache):
+        with model.lock, torch.inference_mode(), restoring(decoding.cache):
             refuse_change(model, rope)
             model.prepare(length)  # another request may have run since, and its frequencies are not ours
             if started:
-                logits = model.network.forward(decoding.pending, decoding.cache, keep=1)[0]
+                logits = model.runner.forward(decoding.pending, decoding.cache, logits_to_keep=1)[0]
                 token = decoding.draw(logits)
             else:
                 token, started = decoding.open(), True
@@ -137,7 +137,7 @@ def _generate_together(
     waiting = list(enumerate(prompts))[::-1]
     rows: list[_Row] = []
     left: list[_Row] = []  # the last to finish: the next may share its beginning
-    with model.turn, torch.inference_mode():
+    with model.lock, torch.inference_mode():
         model.prepare(max(lengths))
         while waiting or rows:
             for row in [row for row in rows if row.answer.done]:
@@ -179,7 +179,7 @@ def _step(model: Model, rows: Sequence[_Row]) -> None:
     if not rows:
         return
     with restoring(*(row.decoding.cache for row in rows)):
-        logits = model.network.step([(row.decoding.pending, row.decoding.cache) for row in rows])
+        logits = model.runner.step([(row.decoding.pending, row.decoding.cache) for row in rows])
     for row, own in zip(rows, logits, strict=True):
         row.answer.push(row.decoding.draw(own))
 
@@ -189,7 +189,7 @@ def _rows_that_fit(model: Model, lengths: list[int]) -> int:
     longest = sorted(lengths, reverse=True)
     for rows in range(min(ROWS, len(lengths)), 1, -1):
         try:
-            model.network.check_room(*longest[: rows + 1])  # and the last one to finish
+            model.runner.check_room(*longest[: rows + 1])  # and the last one to finish
         except ContextOverflow:
             continue
         return rows
@@ -197,8 +197,8 @@ def _rows_that_fit(model: Model, lengths: list[int]) -> int:
 
 
 def _decoding(model: Model, prompt: Prompt, params: SamplingParams, cache: Cache | None) -> Decoding:
-    weigh = prompt.weigher(model.network, model.vocabulary, params.repetition_penalty)
-    return Decoding(model.network, prompt.ids, params, model.stop_ids, cache, weigh)
+    weigh = prompt.weigher(model.runner, model.vocabulary, params.repetition_penalty)
+    return Decoding(model.runner, prompt.ids, params, model.stop_ids, cache, weigh)
 
 
 def _beginning(rows: Sequence[_Row], prompt: Prompt) -> Cache | None:

@@ -13,11 +13,11 @@ from ..errors import ConfigError
 from ..tokenizer_tools.vocab import Vocabulary, vocabulary
 from .answer import stop_ids
 from .cache import new_cache
-from .network import Network, token_rows
-from .opening import Continuation, open_answer
 from .placement import input_device
 from .prompt import Prompt
+from .runners.runner import Runner, token_rows
 from .sampling import SamplingParams, random_source
+from .token_healing import Continuation, draw_first_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def heal(
     ended: list[bool] = []
     ends = stop_ids(hf_model, tokenizer)
     for prompt in read:
-        weigh = prompt.weigher(Network(hf_model), known, params.repetition_penalty)
+        weigh = prompt.weigher(Runner(hf_model), known, params.repetition_penalty)
         if weigh is None:
             rows.append(prompt.ids)
             continuations.append(None)
@@ -104,7 +104,7 @@ def heal(
             continue
         cache = new_cache(hf_model.config, len(prompt.ids))
         with torch.inference_mode():
-            opening = open_answer(weigh(cache), cache, params, generator)
+            opening = draw_first_token(weigh(cache), cache, params, generator)
         rows.append([*opening.continuation.prompt_ids, opening.token])
         continuations.append(opening.continuation)
         ended.append(opening.token in ends)

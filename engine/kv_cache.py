@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache import ContiguousLayer, TurnedKeys
+from .cache import ContiguousLayer, RotatedKeys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,9 @@ class CacheShape:
             count = torch.Size(size).numel()
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
 
-    def turned(self) -> TurnedKeys:
+    def rotated(self) -> RotatedKeys:
         """Copies of keys, which lie where the keys do; none yet."""
-        return TurnedKeys(lambda _, capacity: self.buffer(capacity))
+        return RotatedKeys(lambda _, capacity: self.buffer(capacity))
 
 
 class KVLayer(ContiguousLayer):
@@ -58,7 +58,7 @@ class KVLayer(ContiguousLayer):
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         super().__init__(capacity)
         self.shape = shape
-        self.turned = shape.turned()
+        self.rotated = shape.rotated()
         self._join(set())
         self.dtype, self.device = shape.dtype, torch.device("cpu")
         self.is_initialized = True
@@ -76,8 +76,8 @@ class KVLayer(ContiguousLayer):
         self.__dict__.update(self._copied(capacity), capacity=capacity)
         self._part()
 
-    def forget(self, first: int, count: int, needed: int) -> None:
-        super().forget(first, count, needed)
+    def evict(self, first: int, count: int, needed: int) -> None:
+        super().evict(first, count, needed)
         self._part()
 
     def _join(self, sharers: set[object]) -> None:
@@ -101,7 +101,7 @@ class KVLayer(ContiguousLayer):
     def fork(self) -> KVLayer:
         """A layer that goes on from here; nothing is copied before one of the two writes."""
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__ | {"turned": self.shape.turned()})
+        other.__dict__.update(self.__dict__ | {"rotated": self.shape.rotated()})
         other._join(self._sharers)
         return other
 
@@ -182,7 +182,7 @@ class KVCache(Cache):  # type: ignore[misc]
     def advance(self, count: int) -> None:
         """Count `count` tokens as held that were written into the buffers."""
         for layer in self.layers:
-            layer.turned.advance(layer.length, count)
+            layer.rotated.advance(layer.length, count)
             layer.length += count
 
     def fork(self) -> KVCache:

@@ -11,14 +11,15 @@ import torch
 from ..errors import ConfigError, did_you_mean
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
-from . import attention, split
-from .api import Model
+from . import tensor_parallel
+from .attention import causal
 from .cache import attends_to_everything
 from .checkpoints.checkpoint import read_tokenizer, read_weights
-from .checkpoints.config import find_config, headline_rope, trained_length
-from .compiled.family import supported
-from .compiled.kernels import UNAVAILABLE
-from .networks import Settings
+from .checkpoints.config import find_config, primary_rope, trained_length
+from .model import Model
+from .runners.choose import RunnerOptions
+from .runners.cpu.family import supported
+from .runners.cpu.kernels import UNAVAILABLE
 
 _DTYPES = {
     "float32": torch.float32,
@@ -77,35 +78,37 @@ def load(
     folder = None if offload is None else Path(offload)
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"offload {offload} is not a folder; make it, on a disk with room for the cache")
-    settings = Settings(compile=compile, weights="int8" if dtype == "int8" else "own", cache=kv_dtype, folder=folder)
+    runner_options = RunnerOptions(
+        compile=compile, weights="int8" if dtype == "int8" else "own", cache=kv_dtype, folder=folder
+    )
     if tp_plan is not None:
-        split.check(tp_plan, settings, device_map)
-        settings = Settings(compile=False)
+        tensor_parallel.check(tp_plan, runner_options, device_map)
+        runner_options = RunnerOptions(compile=False)
     if max_length is not None and max_length < 1:
         raise ConfigError(f"max_length {max_length} must be at least 1")
     source, config = find_config(str(name))
-    headline_rope(config)  # refuses what has no RoPE before any weight is read
+    primary_rope(config)  # refuses what has no RoPE before any weight is read
     placement = device_map if device_map is not None else _own_device()
     on_cpu = placement == "cpu"
-    compile = settings.compile
+    compile = runner_options.compile
     widens = on_cpu and compile is not False and supported(config) and UNAVAILABLE is None
     chosen = _choose_dtype("auto" if dtype == "int8" else dtype, config, on_cpu, widens)
     options: dict[str, Any] = {"dtype": chosen}
-    options |= {"device_map": placement} if tp_plan is None else split.options(tp_plan)
+    options |= {"device_map": placement} if tp_plan is None else tensor_parallel.options(tp_plan)
     hf = read_weights(source, config, **options)
     tokenizer = read_tokenizer(source)
     text_config = hf.config.get_text_config()
     if on_cpu and text_config._attn_implementation == "sdpa" and attends_to_everything(text_config):
-        hf.set_attn_implementation(attention.register())  # in place of SDPA only: others cap scores or have sinks
+        hf.set_attn_implementation(causal.register())  # in place of SDPA only: others cap scores or have sinks
     if tp_plan is not None:
-        split.begin()
+        tensor_parallel.begin()
     return Model(
         hf,
         tokenizer,
         name=str(name),
         rope=scaler,
         max_length=max_length,
-        settings=settings,
+        options=runner_options,
         special_tokens=special_tokens,
     )
 

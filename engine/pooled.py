@@ -16,20 +16,20 @@ from ..errors import ConfigError, ContextOverflow, OutOfMemory
 from .answer import Answer
 from .cache import tokens_read
 from .completion import Completion, Usage
-from .decode import Token, draw_token, opening_token
+from .decode import Token, draw_token, healed_token
 from .generation import check_length, refuse_change
-from .kept_cache import KeptCache
 from .kv_cache import KVCache
 from .memory import restoring
 from .nbce import NBCE
-from .opening import open_answer, open_at, weigh
 from .placement import input_device
 from .prefill import prefill
+from .prefix_cache import PrefixCache
 from .prompt import Prompt
 from .sampling import SamplingParams, SeenTokens, random_source
+from .token_healing import draw_first_token, first_token_at, weigh
 
 if TYPE_CHECKING:
-    from .api import Model
+    from .model import Model
 
 
 class ContextCaches:
@@ -37,37 +37,37 @@ class ContextCaches:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._kept: list[KeptCache] = []
-        self._lent: WeakSet[KeptCache] = WeakSet()
+        self._cached: list[PrefixCache] = []
+        self._lent: WeakSet[PrefixCache] = WeakSet()
 
     @contextlib.contextmanager
-    def lent(self, rows: Sequence[Prompt]) -> Iterator[list[KeptCache]]:
+    def lent(self, rows: Sequence[Prompt]) -> Iterator[list[PrefixCache]]:
         """A cache for each row, the block's alone; afterwards they are kept in the place of what came back before."""
         taken = self._take(rows)
         self._lent.update(taken)
         try:
             yield taken
         finally:
-            if all(kept in self._lent for kept in taken):  # else `clear` was called meanwhile
-                self._kept = taken
+            if all(cached in self._lent for cached in taken):  # else `clear` was called meanwhile
+                self._cached = taken
 
-    def _take(self, rows: Sequence[Prompt]) -> list[KeptCache]:
+    def _take(self, rows: Sequence[Prompt]) -> list[PrefixCache]:
         """The caches that hold most of the rows' beginnings, or empty ones. Those not taken are dropped."""
-        with self._model.turn:
-            free, self._kept = self._kept, []
+        with self._model.lock:
+            free, self._cached = self._cached, []
         taken = []
         for row in rows:
-            best = max(free, key=lambda kept: kept.shared(row.certain), default=None)
+            best = max(free, key=lambda cached: cached.shared(row.certain), default=None)
             if best is None or not best.shared(row.certain):
-                best = KeptCache(self._model)
+                best = PrefixCache(self._model)
             else:
-                free = [kept for kept in free if kept is not best]
+                free = [cached for cached in free if cached is not best]
             taken.append(best)
         return taken
 
     def clear(self) -> None:
         """Give the memory back; what is lent is not kept either."""
-        self._kept, self._lent = [], WeakSet()
+        self._cached, self._lent = [], WeakSet()
 
 
 class PooledAnswer:
@@ -116,22 +116,22 @@ class PooledAnswer:
         Raises:
             ContextOverflow: all contexts together are more than memory holds.
         """
-        with self._caches.lent(self._rows) as kept:
-            yield from self._written(kept)
+        with self._caches.lent(self._rows) as cached:
+            yield from self._written(cached)
 
-    def _written(self, rows: list[KeptCache]) -> Iterator[str]:
+    def _written(self, rows: list[PrefixCache]) -> Iterator[str]:
         model, rope, broken = self._model, self._model.rope, True
         self._check_room(rows)
         generator = random_source(self._params, input_device(model.hf))
-        caches = [kept.ready(row.certain, self._length) for kept, row in zip(rows, self._rows, strict=True)]
+        caches = [cached.ready(row.certain, self._length) for cached, row in zip(rows, self._rows, strict=True)]
         pending: list[list[int]] = []
         try:
             while not self._answer.done:
-                with model.turn, torch.inference_mode(), restoring(*caches):
+                with model.lock, torch.inference_mode(), restoring(*caches):
                     refuse_change(model, rope)
                     model.prepare(self._length)
                     if pending:
-                        logits = model.network.step(list(zip(pending, caches, strict=True))).float()
+                        logits = model.runner.step(list(zip(pending, caches, strict=True))).float()
                         token = self._draw(logits, generator)
                         pending = [[token.id]] * len(caches)
                     else:
@@ -144,22 +144,22 @@ class PooledAnswer:
             raise
         finally:
             written = [token.id for token in self._answer.tokens]
-            for kept, prompt, row in zip(rows, self._prompts, self._rows, strict=True):
-                kept.settle([*prompt, *written] if written else row.certain, broken)
+            for cached, prompt, row in zip(rows, self._prompts, self._rows, strict=True):
+                cached.settle([*prompt, *written] if written else row.certain, broken)
 
-    def _check_room(self, rows: list[KeptCache]) -> None:
-        owned = sum(kept.cache.owned for kept in rows if isinstance(kept.cache, KVCache))
+    def _check_room(self, rows: list[PrefixCache]) -> None:
+        owned = sum(cached.cache.owned for cached in rows if isinstance(cached.cache, KVCache))
         wanted = [len(row.ids) + self._params.max_new_tokens for row in self._rows]
-        with self._model.turn:
+        with self._model.lock:
             self._model.prepare(self._length)  # how much room a token takes depends on the scaler
-            self._model.network.check_room(*wanted, owned=owned)
+            self._model.runner.check_room(*wanted, owned=owned)
 
     def _open(self, caches: list[Cache], generator: torch.Generator) -> tuple[Token, list[list[int]]]:
         """Read all prompts and draw the first token: among the covers of the question's end, where there are any."""
-        network, params = self._model.network, self._params
+        runner, params = self._model.runner, self._params
         if self._rows[0].cover is None:
             read = [
-                prefill(network, row.ids[tokens_read(cache) :], cache)[-1]
+                prefill(runner, row.ids[tokens_read(cache) :], cache)[-1]
                 for row, cache in zip(self._rows, caches, strict=True)
             ]
             self._seen.read(self._prompts[0])
@@ -167,27 +167,27 @@ class PooledAnswer:
             return token, [[token.id]] * len(caches)
         vocabulary, penalty = self._model.vocabulary, params.repetition_penalty
         weighed = [
-            weigh(network, row.cover, row.start, cache, vocabulary, penalty)
+            weigh(runner, row.cover, row.start, cache, vocabulary, penalty)
             for row, cache in zip(self._rows, caches, strict=True)
             if row.cover is not None
         ]
         scores, spoken = self._nbce.pool(torch.stack([covers.logprobs - covers.total for covers in weighed]), None)
         penalties = weighed[0].scores - weighed[0].logprobs
         pooled = replace(weighed[0], scores=scores + penalties, logprobs=scores.log_softmax(-1))
-        first = open_answer(pooled, caches[0], params, generator)
+        first = draw_first_token(pooled, caches[0], params, generator)
         openings = [
             first,
-            *(open_at(one, cache, first.index) for one, cache in zip(weighed[1:], caches[1:], strict=True)),
+            *(first_token_at(one, cache, first.index) for one, cache in zip(weighed[1:], caches[1:], strict=True)),
         ]
         self._prompts = [opening.continuation.prompt_ids for opening in openings]
         self._seen.read(self._prompts[0])
-        token = replace(opening_token(first, pooled, params), source=_source(spoken, first.index))
+        token = replace(healed_token(first, pooled, params), source=_source(spoken, first.index))
         return token, [opening.pending for opening in openings]
 
     def _draw(self, logits: Tensor, generator: torch.Generator) -> Token:
         """The token that all rows take, from the logits of each, [1 + n, V]."""
         written = self._answer.tokens
-        scores, spoken = self._nbce.pool(self._model.network.readable(logits), written[-1].source if written else None)
+        scores, spoken = self._nbce.pool(self._model.runner.readable(logits), written[-1].source if written else None)
         self._seen.read(token.id for token in written[-1:])
         token = draw_token(scores, self._seen, self._params, generator)
         return replace(token, source=_source(spoken, token.id))

@@ -17,9 +17,9 @@ from ..tokenizer_tools.stream import TextStream
 from ..tokenizer_tools.vocab import Vocabulary, check_ids, check_text
 from .chat_header import chat_headers
 from .decode import Weigh
-from .network import Network
-from .opening import weigh
+from .runners.runner import Runner
 from .sampling import Continuing
+from .token_healing import weigh
 
 
 def token_ids(given: object, size: int | None = None) -> list[int]:
@@ -64,7 +64,7 @@ class Prompt:
     @property
     def certain(self) -> list[int]:
         """Tokens that are read whatever is drawn."""
-        return self.ids if self.cover is None or self.cover.only_aligned else list(self.cover.trunk)
+        return self.ids if self.cover is None or self.cover.only_aligned else list(self.cover.common_prefix)
 
     @classmethod
     def read(
@@ -100,13 +100,13 @@ class Prompt:
             ids = vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
             return cls(
                 ids=vocabulary.checked(_started(ids, start)),
-                starts_text=all(map(vocabulary.is_wall, ids)),
+                starts_text=all(map(vocabulary.is_special, ids)),
                 pending=b"" if is_text else _pending(vocabulary, ids),
             )
         covers = cover(vocabulary, vocabulary.of_bytes(prompt) if broken and isinstance(prompt, bytes) else prompt)
         wanted = continuation == "exact"
         if continuation == "auto" and not covers.only_aligned:
-            wanted = bool(covers.trunk or start is not None) and not _ends_in_header(prompt, tokenizer)
+            wanted = bool(covers.common_prefix or start is not None) and not _ends_in_header(prompt, tokenizer)
         pending = split_character(covers.text)[1]
         if not wanted and not covers.nodes[0].aligned:
             raise DataError(
@@ -118,14 +118,14 @@ class Prompt:
             cover=covers if wanted else None,
             start=start,
             pending=pending,
-            starts_text=not covers.text and all(map(vocabulary.is_wall, covers.prompt[-1:])),
+            starts_text=not covers.text and all(map(vocabulary.is_special, covers.prompt[-1:])),
         )
 
-    def weigher(self, network: Network, vocabulary: Vocabulary, penalty: float) -> Weigh | None:
+    def weigher(self, runner: Runner, vocabulary: Vocabulary, penalty: float) -> Weigh | None:
         """`weigh` for the decode loop; None if the answer can only begin where the prompt's tokens end."""
         if (covers := self.cover) is None or covers.only_aligned:
             return None
-        return lambda cache: weigh(network, covers, self.start, cache, vocabulary, penalty)
+        return lambda cache: weigh(runner, covers, self.start, cache, vocabulary, penalty)
 
     def text_stream(self, vocabulary: Vocabulary) -> TextStream:
         """For the text of the answer."""
@@ -136,7 +136,7 @@ def _pending(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
     """The beginning of a character that token ids end in."""
     end = b""
     for token in reversed(ids):
-        if len(end) > 2 or vocabulary.is_wall(token):
+        if len(end) > 2 or vocabulary.is_special(token):
             break
         end = vocabulary.tokens[token] + end
     return unfinished(end)

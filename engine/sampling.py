@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
-from . import split
+from . import tensor_parallel
 
 Continuing = Literal["auto", "exact", "off"]
 
@@ -104,7 +104,7 @@ def random_source(params: SamplingParams, device: torch.device) -> torch.Generat
     """The random numbers of one request."""
     generator = torch.Generator(device=device)
     if params.seed is None:
-        generator.manual_seed(split.fresh_seed())
+        generator.manual_seed(tensor_parallel.fresh_seed())
     else:
         generator.manual_seed(params.seed)
     return generator

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .network import CHUNK, Network
 from .placement import input_device
 from .prefill import Progress, forward
+from .runners.runner import CHUNK, Runner
 
 LOGITS_BUDGET = 2**24  # most float32 logits held at once: 64 MiB
 _ROWS = 64  # whose probabilities are added up at a time
 
 
-def score(network: Network, ids: Sequence[int], first: int, cache: Cache, progress: Progress | None = None) -> Tensor:
+def score(runner: Runner, ids: Sequence[int], first: int, cache: Cache, progress: Progress | None = None) -> Tensor:
     """Log-probabilities of `ids[first:]`, each given everything before it.
 
     Args:
@@ -28,10 +28,10 @@ def score(network: Network, ids: Sequence[int], first: int, cache: Cache, progre
     Returns:
         float32 [len(ids) - first], nats.
     """
-    targets = torch.tensor(ids[first:], device=input_device(network.hf))
+    targets = torch.tensor(ids[first:], device=input_device(runner.hf))
     scored: list[Tensor] = []
     done = 0
-    for logits in scored_logits(network, ids, first, cache, progress):
+    for logits in scored_logits(runner, ids, first, cache, progress):
         chosen = logits.gather(-1, targets[done : done + len(logits), None])[:, 0]
         scored.append(chosen - torch.cat([rows.logsumexp(-1) for rows in torch.split(logits, _ROWS)]))
         done += len(logits)
@@ -40,7 +40,7 @@ def score(network: Network, ids: Sequence[int], first: int, cache: Cache, progre
 
 
 def scored_logits(
-    network: Network,
+    runner: Runner,
     ids: Sequence[int],
     first: int,
     cache: Cache,
@@ -53,13 +53,13 @@ def scored_logits(
     Args:
         ids, first, cache, progress: as for `score`.
     """
-    vocabulary = network.hf.config.get_text_config().vocab_size
+    vocabulary = runner.hf.config.get_text_config().vocab_size
     scored_chunk = min(CHUNK, max(1, LOGITS_BUDGET // vocabulary))
     start, end = 0, len(ids) - 1  # token t is predicted at position t - 1; the last token is never fed
     while start < end:
         inside = start >= first - 1
         stop = min(start + scored_chunk, end) if inside else min(start + CHUNK, first - 1)
-        logits = forward(network, ids[start:stop], cache, keep=stop - start if inside else 1)
+        logits = forward(runner, ids[start:stop], cache, logits_to_keep=stop - start if inside else 1)
         if progress:
             progress(start, stop - start)
         if inside:

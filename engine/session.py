@@ -22,15 +22,15 @@ from .answer import Answer
 from .cache import can_rewind
 from .completion import Completion
 from .generation import check_length, pieces
-from .kept_cache import KeptCache
 from .kv_cache import KVCache
 from .prefill import Progress, prefill
+from .prefix_cache import PrefixCache
 from .prompt import Prompt
 from .sampling import SamplingParams
 from .storage import share
 
 if TYPE_CHECKING:
-    from .api import Model
+    from .model import Model
 
 _FORMAT = "ropewalk session 1"
 _SPARE = 256  # tokens of room beside what a file holds
@@ -54,7 +54,7 @@ class Session:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._data = b""  # all that was appended and written, in UTF-8
-        self._kept = KeptCache(model)
+        self._cached = PrefixCache(model)
         self._stream: weakref.ref[Generator[str, None, None]] | None = None  # dropping a stream closes it
 
     @property
@@ -70,7 +70,7 @@ class Session:
     @property
     def tokens(self) -> int:
         """Tokens held."""
-        return len(self._kept.ids)
+        return len(self._cached.ids)
 
     def append(self, text: str, progress: Progress | None = None) -> None:
         """Read on. The last few tokens wait until it is known how they end.
@@ -83,23 +83,23 @@ class Session:
         self._end_stream()
         data = self._with(text)
         certain = self._read(data).certain
-        check_length(self._model, len(certain), SamplingParams(max_new_tokens=1), self._kept.cache)
-        with self._model.turn:  # the scaler must not change between the two
-            cache = self._kept.ready(certain, len(certain) + 1)
+        check_length(self._model, len(certain), SamplingParams(max_new_tokens=1), self._cached.cache)
+        with self._model.lock:  # the scaler must not change between the two
+            cache = self._cached.ready(certain, len(certain) + 1)
             if not can_rewind(cache):
                 certain = certain[:-1]  # an answer runs the last token again, to see what follows it
-            if len(certain) > len(self._kept.ids):
+            if len(certain) > len(self._cached.ids):
                 self._read_on(certain, cache, progress)
         self._data = data
 
     def _read_on(self, certain: list[int], cache: Cache, progress: Progress | None) -> None:
         try:
             with torch.inference_mode():
-                prefill(self._model.network, certain[len(self._kept.ids) :], cache, progress)
+                prefill(self._model.runner, certain[len(self._cached.ids) :], cache, progress)
         except BaseException:
-            self._kept.settle(certain, broken=True)
+            self._cached.settle(certain, broken=True)
             raise
-        self._kept.ids = certain
+        self._cached.ids = certain
 
     def generate(self, text: str = "", params: SamplingParams | None = None) -> Completion:
         """Append `text` and continue; the answer becomes part of the session.
@@ -122,7 +122,7 @@ class Session:
         self._end_stream()
         data = self._with(text)
         prompt = self._read(data, params)
-        check_length(self._model, len(prompt.ids), params, self._kept.cache)
+        check_length(self._model, len(prompt.ids), params, self._cached.cache)
         answer = Answer(prompt, params, self._model.vocabulary, self._model.stop_ids)
         written = self._written(data, prompt, params, answer)
         self._stream = weakref.ref(written)
@@ -132,7 +132,7 @@ class Session:
         self, data: bytes, prompt: Prompt, params: SamplingParams, answer: Answer
     ) -> Generator[str, None, None]:
         rope = self._model.rope
-        cache = self._kept.ready(prompt.certain, len(prompt.ids) + params.max_new_tokens)
+        cache = self._cached.ready(prompt.certain, len(prompt.ids) + params.max_new_tokens)
         before, broken = self._data, False
         self._data = data
         try:
@@ -143,7 +143,7 @@ class Session:
         finally:
             written = [token.id for token in answer.tokens]
             self._data = data + answer.data if written or not broken else before
-            self._kept.settle([*answer.prompt_ids, *written] if written else prompt.certain, broken)
+            self._cached.settle([*answer.prompt_ids, *written] if written else prompt.certain, broken)
 
     def _end_stream(self) -> None:
         if self._stream is not None and (stream := self._stream()) is not None:
@@ -155,8 +155,8 @@ class Session:
         self._end_stream()
         other = Session(self._model)
         other._data = self._data
-        if isinstance(self._kept.cache, KVCache):  # transformers' caches are not shared: the fork reads again
-            other._kept.hold(self._kept.cache.fork(), list(self._kept.ids), self._kept.setting)
+        if isinstance(self._cached.cache, KVCache):  # transformers' caches are not shared: the fork reads again
+            other._cached.hold(self._cached.cache.fork(), list(self._cached.ids), self._cached.rope_state)
         return other
 
     def crop(self, length: int) -> None:
@@ -167,7 +167,7 @@ class Session:
             raise ConfigError(f"crop {length} must be between 0 and the session's {held} characters")
         self._data = first_characters(self._data, length)
         certain = self._read(self._data).certain if self._data else []
-        self._kept.settle(self._kept.ids[: shared_length(self._kept.ids, certain)])
+        self._cached.settle(self._cached.ids[: shared_length(self._cached.ids, certain)])
 
     def save(self, path: str | Path) -> None:
         """Write text, keys and values to a `.safetensors` file. `Model.session(path)` goes on from it.
@@ -179,23 +179,23 @@ class Session:
             DataError: the file cannot be written.
         """
         self._end_stream()
-        kept = self._kept
-        if kept.cache is not None and not isinstance(kept.cache, KVCache):
+        cached = self._cached
+        if cached.cache is not None and not isinstance(cached.cache, KVCache):
             raise ConfigError("only sessions of the compiled kernels can be saved; this model is run by transformers")
         tensors = {}
-        for index, layer in enumerate(kept.cache.layers if kept.cache is not None else []):
+        for index, layer in enumerate(cached.cache.layers if cached.cache is not None else []):
             for name in layer.buffers:
                 tensors[f"{index}.{name}"] = getattr(layer, name)[:, :, : layer.length].contiguous()
-        scaler, length = kept.setting
+        scaler, length = cached.rope_state
         header = {
             "format": _FORMAT,
             "text": self._data.decode(errors="surrogateescape"),
-            "ids": kept.ids,
+            "ids": cached.ids,
             "rope": str(scaler),
             "length": length,
         }
-        if kept.cache is not None:
-            header["dropped"] = [kept.cache.layers[0].forgotten, kept.cache.layers[0].needed]
+        if cached.cache is not None:
+            header["dropped"] = [cached.cache.layers[0].evicted, cached.cache.layers[0].needed]
         metadata = {"session": json.dumps(header), "weights": self._model.fingerprint}
         target = Path(path)
         try:
@@ -229,18 +229,18 @@ class Session:
                     raise DataError(f"{path} is a {header['format']!r}, and this version reads {_FORMAT!r}")
                 if metadata["weights"] != model.fingerprint:
                     raise DataError(f"{path} was saved by another model than {model.name}")
-                text, ids, setting = header["text"], header["ids"], (parse(header["rope"]), header["length"])
+                text, ids, rope_state = header["text"], header["ids"], (parse(header["rope"]), header["length"])
                 if not (isinstance(text, str) and isinstance(ids, list) and all(isinstance(i, int) for i in ids)):
                     raise TypeError("its text or its token ids are of another kind")
-                if not isinstance(setting[1], int | None):
+                if not isinstance(rope_state[1], int | None):
                     raise TypeError("its length is no number")
                 data = text.encode(errors="surrogateescape")
                 dropped, needed = map(int, header.get("dropped", (0, 0)))
                 held = len(ids) - dropped
                 if not 0 <= needed <= held <= len(ids):
                     raise ValueError("it holds more or fewer keys than its tokens have")
-                model.network.check_room(held + _SPARE)
-                cache = model.network.new_cache(held + _SPARE)
+                model.runner.check_room(held + _SPARE)
+                cache = model.runner.new_cache(held + _SPARE)
                 if not isinstance(cache, KVCache):
                     raise ConfigError("sessions can be loaded by the compiled kernels only")
                 _fill(cache, file, held, (dropped, needed), path)
@@ -249,12 +249,12 @@ class Session:
                 raise
             raise DataError(f"{path} cannot be read as a session: {error}") from error
         self._data = data
-        self._kept.hold(cache, ids, setting)
+        self._cached.hold(cache, ids, rope_state)
 
     def close(self) -> None:
         """Give the memory back; the text stays."""
         self._end_stream()
-        self._kept.clear()
+        self._cached.clear()
 
     def __enter__(self) -> Session:
         return self
@@ -288,4 +288,4 @@ def _fill(cache: KVCache, file: Any, count: int, dropped: tuple[int, int], path:
             rows.copy_(saved)
     cache.advance(count)
     for layer in cache.layers:
-        layer.forgotten, layer.needed = dropped
+        layer.evicted, layer.needed = dropped

@@ -47,7 +47,7 @@ def filling(target: Path, *, needed: int, what: str) -> Iterator[Path | None]:
     with contextlib.ExitStack() as stack:
         with _told(*told):
             target.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_turn(target.with_name(f".{target.name}.lock"), what))
+            stack.enter_context(_locked(target.with_name(f".{target.name}.lock"), what))
             there = target.exists()
             if not there:
                 for leftover in target.parent.glob(f".{target.name}-*.partial"):
@@ -143,7 +143,7 @@ def _told(failed: str, remedy: str = "", *, within: Path | None = None) -> Itera
 
 
 @contextlib.contextmanager
-def _turn(lock_file: Path, what: str) -> Iterator[None]:
+def _locked(lock_file: Path, what: str) -> Iterator[None]:
     lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)

@@ -12,20 +12,20 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..engine.api import Model
+from ..engine.model import Model
 from ..engine.patches.marks import patched_with
 from ..errors import ConfigError
 from ..scaling.lengths import parse_length
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
 from .data import Text, load_text
+from .models.reader import CallableReader, Logits, ModelReader, Reader, Start
 from .protocols.by_name import protocol as named_protocol
 from .protocols.longppl import JudgeCell, LongPPL
 from .protocols.perplexity_cell import PerplexityCell, Source, plan
 from .protocols.perplexity_row import ROWS, PerplexityRow
 from .protocols.protocol import Protocol
 from .runs.result import Run
-from .subjects.reader import CallableReader, Logits, ModelReader, Reader, Start
 
 
 def perplexity(

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from ..engine.commands.options import EXAMPLES, loads_a_model
+from .models.target import ModelTarget, runs_anywhere
 from .runs.measurement import Measurement, deadline_in, measures
-from .subjects.whereabouts import Whereabouts, runs_anywhere
 
 
 def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def ppl(
     stride: int | None,
     tokens: str | None,
     judge: str | None,
-    where: Whereabouts,
+    where: ModelTarget,
 ) -> None:
     """Loss and perplexity of MODEL across context lengths, for every --rope.
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from rich.console import Console
 from transformers.cache_utils import Cache
 
-from ..engine.api import Model
 from ..engine.load import cpu_has_bfloat16, load
+from ..engine.model import Model
 from ..engine.sampling import SamplingParams
 from ..engine.storage import write_atomic
 from ..scaling.lengths import format_length
 from ..scaling.spec import parse
 from .data import load_text
+from .models.local import Local
+from .models.reader import Reader
 from .protocols.fixed_target import FixedTarget
 from .protocols.perplexity_cell import PerplexityCell, cells
 from .reports.publish import print_results, publish
@@ -25,8 +27,6 @@ from .reports.report import Passage
 from .runs.cell import Cell
 from .runs.result import Row, Run
 from .runs.runner import measure_all
-from .subjects.local import Local
-from .subjects.reader import Reader
 
 MODEL, TEXT = "smollm2-135m", "shakespeare"
 TARGET = 1024  # tokens scored: the last ones of a play
@@ -73,7 +73,7 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
     planned.sort(key=lambda cell: (not is_essential(cell), cell.context if is_essential(cell) else -cell.context))
     console.print(
         f"{model.name}, {model.hf.num_parameters() / 1e6:.0f}M parameters, trained on {format_length(L)} tokens, in "
-        f"{model.network.precision}. Loss on the same last {TARGET} tokens of a play, "
+        f"{model.runner.precision}. Loss on the same last {TARGET} tokens of a play, "
         f"reading {', '.join(format_length(c) for c in plan.contexts)} tokens up to its end.\n",
         highlight=False,
     )

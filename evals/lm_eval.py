@@ -21,7 +21,7 @@ from ..engine.placement import input_device
 from ..engine.sampling import SamplingParams
 from ..errors import ConfigError, did_you_mean
 from ..tokenizer_tools.encode import prompt_ids, text_ids
-from .subjects.reader import ModelReader, Start, Tokens
+from .models.reader import ModelReader, Start, Tokens
 
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
 
@@ -82,7 +82,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """Goes into the harness's results."""
-        return {"model_dtype": self.model.network.precision, "rope": str(self.model.rope)}
+        return {"model_dtype": self.model.runner.precision, "rope": str(self.model.rope)}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         text: str = self.tokenizer.apply_chat_template(

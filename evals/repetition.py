@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 import click
 import numpy as np
 
-from ..engine.api import Model
+from ..engine.model import Model
 from ..scaling.rope import Scaler
 from .data import Text, tokenize_documents
+from .models.reader import ModelReader, Tokens
 from .statistics import block_interval
-from .subjects.reader import ModelReader, Tokens
 
 ROPES = (
     "none",

@@ -41,9 +41,9 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
     """
     from ..engine.load import load
     from .data import load_text
+    from .models.local import Local
     from .runs.compare import short
     from .runs.preset import PRESETS
-    from .subjects.local import Local
 
     chosen, scalers, document = PRESETS[preset], asked.scalers(), load_text(text)
     loaded = Local(load(asked.model, **loading, max_length=2**31))  # past a scaler's reach is what is looked at here

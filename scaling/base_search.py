@@ -104,7 +104,7 @@ def climb(length: int, dim: int, base: float) -> float:
         if reach <= 0.3 * usual:
             hot = _hottest(base, dim, horizon)
             usual = reach = _reach(base, dim, length, hot)
-            if horizon < length and reach * _turning(base, dim, horizon) < 1:
+            if horizon < length and reach * _phase_speed(base, dim, horizon) < 1:
                 horizon, usual = min(2 * horizon, length), 0.0
                 continue
         if reach <= RESOLUTION:
@@ -115,7 +115,7 @@ def climb(length: int, dim: int, base: float) -> float:
         base *= math.exp(reach)
 
 
-def _turning(base: float, dim: int, m: int) -> float:
+def _phase_speed(base: float, dim: int, m: int) -> float:
     """How fast the phases at m turn as ln b grows: sqrt(sum (m s theta)^2), radians."""
     s = _exponents(dim)
     return m * float((s * base**-s).square().sum().sqrt())

@@ -38,6 +38,6 @@ class Llama3(Factored):
             )
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
-        turns = rope.trained_length * rope.theta / (2 * math.pi)
-        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        rotations = rope.trained_length * rope.theta / (2 * math.pi)
+        kept = ((rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
         return Frequencies(rope.theta * (1 - (1 - kept) * (1 - 1 / self.factor)))

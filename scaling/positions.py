@@ -23,7 +23,7 @@ class PositionScaler(Scaler):
     facet: ClassVar[Facet] = "positions"
 
     @property
-    def kept(self) -> tuple[int, int] | None:
+    def sink_window(self) -> tuple[int, int] | None:
         """The first and the last keys of a text that its last query sees; None if it sees all of them.
 
         Those of later queries are among them, and the tokens between might as well not have been there.
@@ -339,7 +339,7 @@ class SinkWindow(PositionScaler):
         return math.inf
 
     @property
-    def kept(self) -> tuple[int, int]:
+    def sink_window(self) -> tuple[int, int]:
         return self.sinks, self.window
 
     def bands(self, rope: RopeSpec, length: int | None = None) -> tuple[Band, ...]:

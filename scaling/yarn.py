@@ -17,14 +17,14 @@ from ..errors import ConfigError
 from .rope import Facet, Factored, Frequencies, RopeSpec, Scaler
 
 
-def pair_with_turns(rope: RopeSpec, turns: float) -> float:
+def pair_with_rotations(rope: RopeSpec, rotations: float) -> float:
     """The (real-valued) pair index that makes `turns` turns over the trained length."""
-    return rope.dim * math.log(rope.trained_length / (2 * math.pi * turns)) / (2 * math.log(rope.base))
+    return rope.dim * math.log(rope.trained_length / (2 * math.pi * rotations)) / (2 * math.log(rope.base))
 
 
 def ramp_ends(rope: RopeSpec, beta_fast: float, beta_slow: float, truncate: bool) -> tuple[float, float]:
     """Pair indices between which a ramp runs: the last kept pair and the first slowed one."""
-    low, high = pair_with_turns(rope, beta_fast), pair_with_turns(rope, beta_slow)
+    low, high = pair_with_rotations(rope, beta_fast), pair_with_rotations(rope, beta_slow)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = (min(max(end, 0), rope.dim - 1) for end in (low, high))
@@ -214,7 +214,7 @@ class AlphaRoPE(Factored):
     source: ClassVar[str] = "AlphaRoPE, 2026"
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
-        d0 = max(int(2 * pair_with_turns(rope, 1.0)), 1)
+        d0 = max(int(2 * pair_with_rotations(rope, 1.0)), 1)
         fraction = (2 * _pair_indices(rope) / d0).clamp(max=1)
         power = fraction ** (0.6 * math.log(self.factor))
         return Frequencies(rope.theta / self.factor**power, yarn_temperature(self.factor))

@@ -58,7 +58,7 @@ class Cover:
     """
 
     prompt: tuple[int, ...]
-    trunk: tuple[int, ...]
+    common_prefix: tuple[int, ...]
     nodes: tuple[Node, ...]
     text: bytes
 
@@ -70,7 +70,7 @@ class Cover:
     @property
     def backed_off(self) -> int:
         """Tokens of the prompt that some cover does not have."""
-        return len(self.prompt) - len(self.trunk)
+        return len(self.prompt) - len(self.common_prefix)
 
 
 def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
@@ -93,7 +93,7 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
         ids = vocabulary.encode(whole.decode())
     else:
         ids, partial = list(prompt), b""
-    wall = _after_walls(vocabulary, ids)
+    wall = _after_special_tokens(vocabulary, ids)
     if not isinstance(prompt, str | bytes):
         wall = _after_broken(vocabulary, ids, wall)
     text = vocabulary.text_bytes(ids[wall:])
@@ -116,9 +116,9 @@ def _split(data: bytes) -> tuple[bytes, bytes]:
         raise DataError(f"the prompt is not UTF-8 at byte {error.start}: {error.reason}") from None
 
 
-def _after_walls(vocabulary: Vocabulary, ids: list[int]) -> int:
+def _after_special_tokens(vocabulary: Vocabulary, ids: list[int]) -> int:
     """How many tokens there are up to the last wall."""
-    return max((n + 1 for n, i in enumerate(ids) if vocabulary.is_wall(i)), default=0)
+    return max((n + 1 for n, i in enumerate(ids) if vocabulary.is_special(i)), default=0)
 
 
 def _after_broken(vocabulary: Vocabulary, ids: list[int], wall: int) -> int:
@@ -141,7 +141,7 @@ def _as_beginning(vocabulary: Vocabulary, text: str) -> bytes:
     seen = []
     for probe in ("a", "0"):
         ids = vocabulary.encode(text + probe)
-        seen.append(vocabulary.text_bytes(ids[_after_walls(vocabulary, ids) :]))
+        seen.append(vocabulary.text_bytes(ids[_after_special_tokens(vocabulary, ids) :]))
     return seen[0][: shared_length(*seen)]
 
 
@@ -168,7 +168,7 @@ class _Search:
 
     def cover(self) -> Cover:
         if not self.text:
-            return Cover(prompt=tuple(self.ids), trunk=tuple(self.ids), nodes=(Node((), b""),), text=b"")
+            return Cover(prompt=tuple(self.ids), common_prefix=tuple(self.ids), nodes=(Node((), b""),), text=b"")
         self._narrow()
         found: dict[Node, None] = {}
         for hypothesis in hypotheses(self.vocabulary, self.text[self.start :]):
@@ -177,14 +177,14 @@ class _Search:
         nodes = sorted(found, key=lambda node: not node.aligned)  # stable: the prompt's own end stays first
         if not nodes:
             raise DataError(f"{self.vocabulary.name} has no tokens for a character that begins with {self.partial!r}")
-        trunk = nodes[0].path
+        common_prefix = nodes[0].path
         for node in nodes[1:]:
-            trunk = trunk[: shared_length(trunk, node.path)]
+            common_prefix = common_prefix[: shared_length(common_prefix, node.path)]
         kept = tuple(self.ids[: self.kept])
         return Cover(
             prompt=kept + nodes[0].path if nodes[0].aligned else tuple(self.ids),
-            trunk=kept + trunk,
-            nodes=tuple(Node(node.path[len(trunk) :], node.suffix) for node in nodes),
+            common_prefix=kept + common_prefix,
+            nodes=tuple(Node(node.path[len(common_prefix) :], node.suffix) for node in nodes),
             text=self.text,
         )
 

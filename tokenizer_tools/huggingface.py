@@ -60,7 +60,7 @@ class HuggingFaceVocabulary(Vocabulary):
                 used.add(i)
         for i, token in added.items():
             self.tokens[i] = b"" if token.special else token.content.encode()
-        self.walls = frozenset(i for i in range(len(self.tokens)) if i not in used)
+        self.special_ids = frozenset(i for i in range(len(self.tokens)) if i not in used)
         self._bytes = [ids[f"<0x{byte:02X}>"] for byte in range(256)] if fallback else None
 
     def _data(self, token: str, fallback: bool) -> bytes | None:
@@ -77,7 +77,7 @@ class HuggingFaceVocabulary(Vocabulary):
         """Compare with the tokenizer's own decoder, so that one that means something else by its tokens is refused."""
         sample = " (the) Ropes\n\twalk 1234, naïve 中文"
         ids = self._backend.encode(sample, add_special_tokens=False).ids
-        ids = [i for i in ids if i not in self.walls]
+        ids = [i for i in ids if i not in self.special_ids]
         own = self._backend.decode(ids, skip_special_tokens=True).strip()
         ours = self.text_bytes(ids).decode(errors="replace").strip()
         if own != ours:

@@ -90,11 +90,11 @@ def report(vocabulary: Vocabulary, text: str, *, cuts: int = 1000, seed: int = 0
     """
     drawn = {kind: places.draw(vocabulary, text, kind, cuts, seed) for kind in KINDS}
     sample = text[:_COMPRESSED]
-    tokens = sum(i not in vocabulary.walls for i in vocabulary.encode(sample))
+    tokens = sum(i not in vocabulary.special_ids for i in vocabulary.encode(sample))
     return Report(
         kind=vocabulary.kind,
         size=len(vocabulary.tokens),
-        special=len(vocabulary.walls),
+        special=len(vocabulary.special_ids),
         longest=tuple(sorted({*vocabulary.tokens}, key=lambda token: (-len(token), token))[:_LONGEST]),
         bytes_per_token=len(sample.encode()) / tokens,
         risks=tuple(_risk(vocabulary, kind, found) for kind, found in drawn.items() if found),

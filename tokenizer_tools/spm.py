@@ -28,7 +28,7 @@ class SentencePieceVocabulary(Vocabulary):
             processor.id_to_piece(i) for i in range(3, size, 97)
         ]:
             raise UnsupportedModel(f"{self.name} numbers its tokens otherwise than the SentencePiece model inside it")
-        self.tokens, walls, self._bytes = [], set(), {}
+        self.tokens, special_ids, self._bytes = [], set(), {}
         for i in range(size):
             data = processor.id_to_piece(i).replace(SPACE, " ").encode()
             if processor.is_byte(i):
@@ -36,9 +36,9 @@ class SentencePieceVocabulary(Vocabulary):
                 self._bytes[data[0]] = i
             if processor.is_control(i) or processor.is_unused(i) or processor.is_unknown(i):
                 data = b""
-                walls.add(i)
+                special_ids.add(i)
             self.tokens.append(data)
-        self.walls = frozenset(walls)
+        self.special_ids = frozenset(special_ids)
 
     def encode(self, text: str) -> list[int]:
         if callable(self._outer):

@@ -46,7 +46,7 @@ class TextStream:
         return shown
 
 
-class StopWatch:
+class StopStringMatcher:
     """Holds back text that may be the beginning of a stop string, and cuts at the first one complete."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:

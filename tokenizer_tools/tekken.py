@@ -39,7 +39,7 @@ class TiktokenVocabulary(Vocabulary):
         for data, rank in self._ranks.items():
             self.tokens[rank + self._offset] = data
             used.add(rank + self._offset)
-        self.walls = frozenset(range(len(self.tokens))) - used
+        self.special_ids = frozenset(range(len(self.tokens))) - used
 
     def encode(self, text: str) -> list[int]:
         try:

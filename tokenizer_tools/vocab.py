@@ -38,7 +38,7 @@ class Vocabulary(ABC):
     """
 
     tokens: list[bytes]
-    walls: frozenset[int]
+    special_ids: frozenset[int]
     byte_level: bool
     unigram: bool = False
     rows: int | None = None
@@ -146,15 +146,15 @@ class Vocabulary(ABC):
     def trie(self) -> ByteTrie:
         """Every token that is text and that the model has, by its bytes."""
         tokens = enumerate(self.tokens[: self.rows])
-        return ByteTrie({i: data for i, data in tokens if data and i not in self.walls})
+        return ByteTrie({i: data for i, data in tokens if data and i not in self.special_ids})
 
     def text_bytes(self, ids: list[int]) -> bytes:
         """The bytes of a token sequence; special tokens have none, nor have those that only the model has."""
         return b"".join(self.tokens[i] for i in ids if i < len(self.tokens))
 
-    def is_wall(self, token: int) -> bool:
+    def is_special(self, token: int) -> bool:
         """True for `walls` and for tokens that only the model has."""
-        return token in self.walls or token >= len(self.tokens)
+        return token in self.special_ids or token >= len(self.tokens)
 
     def has_rows(self, ids: Sequence[int]) -> bool:
         """True if the model has all these tokens."""

@@ -34,7 +34,7 @@ def find_config(name: str) -> tuple[str, Any]:
         ) from error
 
 
-def headline_rope(config: Any) -> hf.ConfiguredRope:
+def primary_rope(config: Any) -> hf.ConfiguredRope:
     """The rotary embedding that speaks for a model: that of the layers which see everything.
 
     Raises:
@@ -53,4 +53,4 @@ def trained_length(name: str) -> int:
         AssetError: as `find_config`.
         UnsupportedModel, ConfigError: as `headline_rope`.
     """
-    return headline_rope(find_config(name)[1]).max_length
+    return primary_rope(find_config(name)[1]).max_length

@@ -38,11 +38,11 @@ def _split(*expressions: str) -> tuple[dict[str, Any], ...]:
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
-def _words(digits: str = r"\p{N}", *, short: str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|", marks: str = "") -> str:
+def _words(digits: str = r"\p{N}", *, short: str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|", metadata: str = "") -> str:
     """The expression of Llama 3 and those after it: they differ in the digits of a piece and a few more things."""
-    letter = rf"[\p{{L}}{marks}]" if marks else r"\p{L}"
+    letter = rf"[\p{{L}}{metadata}]" if metadata else r"\p{L}"
     return (
-        rf"{short}[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}| ?[^\s\p{{L}}{marks}\p{{N}}]+[\r\n]*|\s*[\r\n]+"
+        rf"{short}[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}| ?[^\s\p{{L}}{metadata}\p{{N}}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
 
@@ -92,7 +92,7 @@ _GROUPS: tuple[tuple[str, Pre], ...] = (
     ),
     ("dbrx smaug-bpe glm4 chatglm-bpe", Pre(steps=_split(_words(_THREE)))),
     ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", Pre(steps=_split(_WORDS))),
-    ("qwen35", Pre(steps=_split(_words(marks=r"\p{M}")))),
+    ("qwen35", Pre(steps=_split(_words(metadata=r"\p{M}")))),
     ("ufakzeka", Pre(steps=_split(_words(short="")))),
     ("laguna", Pre(steps=_split(r"[^\n]+|[\n]+", _WORDS))),
     ("minicpm5", Pre(steps=_split(_THREE, _words(r"\p{N}+")), ignore_merges=True)),

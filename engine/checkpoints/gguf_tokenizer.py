@@ -220,8 +220,8 @@ class _Vocabulary:
                 if (token := self.token(kind)) is None:
                     raise self.wrong(f"add_{kind}_token, and no {kind}_token_id")
                 around[kind] = token
-        marks = {kind: {"SpecialToken": {"id": token, "type_id": 0}} for kind, token in around.items()}
-        parts = [marks.get("bos"), {"Sequence": {"id": "A", "type_id": 0}}, marks.get("eos")]
+        metadata = {kind: {"SpecialToken": {"id": token, "type_id": 0}} for kind, token in around.items()}
+        parts = [metadata.get("bos"), {"Sequence": {"id": "A", "type_id": 0}}, metadata.get("eos")]
         single = [part for part in parts if part is not None]
         tokens = {
             token: {"id": token, "ids": [self.tokens.index(token)], "tokens": [token]} for token in around.values()

@@ -76,9 +76,9 @@ def _known(model: str | None, dim: int | None, base: float | None, trained: str 
     if model is not None:
         if option := next((name for name, value in given.items() if value is not None), None):
             raise click.UsageError(f"--model {model} has its own {option[2:]}; leave out {option}, or --model")
-        from ..checkpoints.config import find_config, headline_rope
+        from ..checkpoints.config import find_config, primary_rope
 
-        return headline_rope(find_config(model)[1])
+        return primary_rope(find_config(model)[1])
     if trained is None:
         return None
     if base is None:

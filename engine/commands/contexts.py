@@ -11,8 +11,8 @@ import click
 
 from ...errors import DataError
 from ...tokenizer_tools.windows import windows
-from .. import split
-from ..api import Model
+from .. import tensor_parallel
+from ..model import Model
 from ..sampling import SamplingParams
 from ..texts import read_documents
 
@@ -41,7 +41,7 @@ def answer_over_files(
         contexts += parts
         labels += [label if len(parts) == 1 else f"{label}, part {n} of {len(parts)}" for n in range(1, len(parts) + 1)]
     answer = model.over_contexts(question, contexts, pooling, params)
-    shown = split.is_first()
+    shown = tensor_parallel.is_first()
     for piece in answer.pieces():
         source = answer.tokens[-1].source
         if shown and source is not None:

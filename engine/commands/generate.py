@@ -86,7 +86,7 @@ def generate(
     the answer comes from one of them, and a confident answer from a context that does not tell may win.
     """
     from ...scaling.lengths import parse_length
-    from .. import split
+    from .. import tensor_parallel
     from ..load import load
     from ..sampling import SamplingParams
     from ..texts import read_prompt
@@ -119,7 +119,7 @@ def generate(
         size = parse_length(window, loaded.trained_length) if window else None
         answer_over_files(loaded, text, files, size, pooling, params)
         return
-    shown = split.is_first()
+    shown = tensor_parallel.is_first()
     for piece in loaded.stream(text, params):
         if shown:
             click.echo(piece, nl=False)

@@ -28,7 +28,7 @@ from .launch import TARGETS, Target
 from .plain import check_kind, check_plain
 
 if TYPE_CHECKING:
-    from ..api import Model
+    from ..model import Model
 
 __all__ = ["Export", "export"]
 

@@ -29,13 +29,13 @@ from ...scaling import hf as hf_config
 from ...scaling.gguf_rope import GgufRope
 from ..answer import stop_ids
 from ..checkpoints.checkpoint import read_config, read_tokenizer, read_weights
-from ..patches.rotary import headline
+from ..patches.rotary import primary_rotary
 from ..storage import cache_dir, filling
 from .gguf_vocab import add_vocabulary
 from .plain import check_plain
 
 if TYPE_CHECKING:
-    from ..api import Model
+    from ..model import Model
 
 __all__ = ["GGUF_DTYPES", "add_rope", "cached_gguf", "write_gguf", "writing"]
 
@@ -183,7 +183,7 @@ def _rope_of(model: Any) -> GgufRope:
     if not hasattr(model, "sites"):
         configured = hf_config.read(model)[None]
         return GgufRope.of(configured.rope, configured.scaler)
-    return GgufRope.of(model.spec, headline(model.sites).configured.effective(model.rope))
+    return GgufRope.of(model.spec, primary_rotary(model.sites).configured.effective(model.rope))
 
 
 def _add_config(writer: GGUFWriter, config: Any, name: str, context_length: int | None) -> None:

@@ -27,7 +27,7 @@ def check_kind(model: Any) -> None:
     Raises:
         UnsupportedModel: with what to give instead.
     """
-    from ..api import Model
+    from ..model import Model
 
     if isinstance(model, str | Path | Model | PreTrainedModel):
         return

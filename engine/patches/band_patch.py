@@ -16,18 +16,18 @@ from transformers.masking_utils import causal_mask_function
 from ...errors import PatchError, UnsupportedModel
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
-from ..bands.banded import banded_attention
-from ..bands.kernel import Score
-from ..bands.plan import Plan, Segment
-from ..bands.rotation import angles
-from ..bands.rows import Run, key_slots, runs
+from ..attention.banded import banded_attention
+from ..attention.kernel import Score
+from ..attention.plan import Plan, Segment
+from ..attention.rotation import angles
+from ..attention.rows import Run, key_slots, runs
 from ..cache import adopt
+from .attention_hook import AttentionHook, own_attention, own_mask
 from .float32 import float32_arithmetic
 from .masks import seen_keys
-from .positions import RotarySeam, positions_of_call
+from .positions import RotaryHook, positions_of_call
 from .probe import LayerRope, layer_ropes, logits
-from .rotary import RotarySite, depends_on_length, derived_numbers, headline
-from .seam import AttentionSeam, own_attention, own_mask
+from .rotary import RotarySite, depends_on_length, derived_numbers, primary_rotary
 
 _VERIFIED = {torch.float64: 1e-5, torch.float32: 1e-4}  # largest difference of logits, of their largest
 _VERIFIED_16_BIT = 5e-2
@@ -59,8 +59,8 @@ class BandPatch:
         for site in self.scaled_sites:
             site.configured.check(scaler)
         self.derived = derived_numbers(model, self.scaled_sites, scaler)
-        self._seam = AttentionSeam(model)
-        self._rotary = RotarySeam(site.module for site in sites)
+        self._seam = AttentionHook(model)
+        self._rotary = RotaryHook(site.module for site in sites)
         self._layers, self._untold = self._probed()
         self._plan(Scaler(), None)
         self._warned = False
@@ -88,7 +88,7 @@ class BandPatch:
 
     def _plan(self, scaler: Scaler, length: int | None) -> None:
         used = {layer.site for layer in self._layers.values() if not layer.is_local}
-        self._plans = {site: Plan(site or headline(self.sites), scaler, length) for site in used}
+        self._plans = {site: Plan(site or primary_rotary(self.sites), scaler, length) for site in used}
         self._planned = scaler, length
 
     def _probed(self) -> tuple[dict[int, LayerRope], list[nn.Module]]:
@@ -124,7 +124,7 @@ class BandPatch:
                     module.register_forward_pre_hook(_forget),  # positions may be changed in place between calls
                     module.register_forward_hook(_forget),  # and need not be held until the next
                 ]
-        self._rotary.still()
+        self._rotary.disable_rotation()
         self._rotary.tell(self._untold)
         self._seam.install(self)
 
@@ -183,7 +183,7 @@ class BandPatch:
         _refuse(others)
         layer = self._layers[module.layer_idx]  # type: ignore[index]
         if layer.is_local:
-            query, key = self._turned_locally(layer, query, key, attention_mask)
+            query, key = self._rotated_locally(layer, query, key, attention_mask)
             own = {**others, "position_ids": position_ids, "dropout": dropout, "scaling": scaling}
             own |= {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux)) if v is not None}
             out, _ = own_attention(module)(module, query, key, value, attention_mask, **own)
@@ -198,7 +198,7 @@ class BandPatch:
             layer.layout,
             self._work(layer.site, positions, attention_mask, query, key),
             s_aux,
-            getattr(key, "turned", None),
+            getattr(key, "rotated", None),
         )
         return out.transpose(1, 2).contiguous(), None
 
@@ -217,7 +217,7 @@ class BandPatch:
         return work
 
     def _warn_beyond_reach(self, found: list[Run]) -> None:
-        reach = headline(self.sites).configured.reach(self.scaler)
+        reach = primary_rotary(self.sites).configured.reach(self.scaler)
         if self._warned or math.isinf(reach) or not self.scaler.member("positions"):
             return
         longest = max((run.first + run.key_stop - run.key_start for run in found), default=0)
@@ -229,7 +229,7 @@ class BandPatch:
                 stacklevel=2,
             )
 
-    def _turned_locally(self, layer: LayerRope, query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    def _rotated_locally(self, layer: LayerRope, query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
         """Queries and keys of a local layer, turned as ever but for a shift of all positions.
 
         Where local layers share their frequencies with the others, a scaler changes both, as it does in a config;
@@ -243,12 +243,12 @@ class BandPatch:
         grows = effective.depends_on_length and length is None
         own = layer.site.configured.scaler if layer.site.is_local or grows else effective
         frequencies = own.frequencies(layer.site.configured.rope, length)
-        turned = []
+        rotated = []
         for x, start in ((query, offset), (key, 0)):
             positions = torch.arange(start, start + x.shape[2], dtype=torch.float64)
             found = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor, like=x)
-            turned.append(layer.layout.rotate(x, found))
-        return turned[0], turned[1]
+            rotated.append(layer.layout.rotate(x, found))
+        return rotated[0], rotated[1]
 
 
 def _refuse(others: dict[str, Any]) -> None:

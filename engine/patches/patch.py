@@ -13,7 +13,7 @@ from ...scaling.spec import parse
 from .band_patch import BandPatch
 from .marks import mark, patched_with
 from .probe import check_written
-from .rotary import LengthState, RotarySite, RotaryWriter, depends_on_length, headline, rotary_sites
+from .rotary import LengthState, RotarySite, RotaryWriter, depends_on_length, primary_rotary, rotary_sites
 from .temperature_patch import TemperaturePatch
 
 Installed = RotaryWriter | TemperaturePatch | BandPatch
@@ -66,7 +66,7 @@ class PatchHandle:
     @property
     def reach(self) -> float:
         """Tokens that the model is now meant to carry: up to there no distance leaves the trained range."""
-        return headline(self._installed.sites).configured.reach(self.scaler)
+        return primary_rotary(self._installed.sites).configured.reach(self.scaler)
 
     def undo(self) -> None:
         """Restore the model to what it was before, bit for bit. Caches filled under the patch are void.
@@ -84,7 +84,7 @@ class PatchHandle:
     def describe(self) -> str:
         """What was done to the model, in a few lines."""
         sites = self._installed.scaled_sites
-        site = headline(sites)
+        site = primary_rotary(sites)
         left_alone = [s.layer_type or "" for s in self._installed.sites if s.is_local]
         layers = ", ".join(s.layer_type or "all" for s in sites)
         reach = "any length" if math.isinf(self.reach) else f"{format_length(int(self.reach))} tokens"
@@ -154,7 +154,7 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
             "as model.module"
         )
     sites = rotary_sites(model)
-    site = headline(sites)
+    site = primary_rotary(sites)
     scaler = parse(scaler, site.configured.max_length)
     tokens = parse_length(str(length), site.configured.max_length) if length is not None else None
     reach = site.configured.reach(scaler)

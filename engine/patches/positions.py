@@ -20,19 +20,19 @@ from ...errors import PatchError
 _now = threading.local()  # `positions`: those of the rotary module or attention layer that this thread entered last
 
 
-class RotarySeam:
+class RotaryHook:
     """A model's rotary modules, made still or made to tell their positions for a while."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(dict.fromkeys(modules))
         self._hooks: list[Any] = []
 
-    def still(self, gain: float = 1.0) -> None:
+    def disable_rotation(self, gain: float = 1.0) -> None:
         """Let the modules return cos `gain` and sin 0, so that queries, keys and the cache stay un-rotated."""
-        self._hooks += [module.register_forward_hook(Still(gain)) for module in self._modules]
+        self._hooks += [module.register_forward_hook(DisabledRotation(gain)) for module in self._modules]
 
     def tell(self, layers: Iterable[nn.Module]) -> None:
-        """Let the attention layers `layers` know the positions that the modules were called with; after `still`."""
+        """After `disable_rotation`: give the attention layers the positions that the modules were called with."""
         layers = list(dict.fromkeys(layers))
         if not layers:
             return
@@ -47,16 +47,16 @@ class RotarySeam:
             self._hooks.pop().remove()
 
     @contextmanager
-    def stilled(self, gain: float) -> Iterator[None]:
-        """`still`, for as long as the context lasts."""
-        self.still(gain)
+    def rotation_disabled(self, gain: float) -> Iterator[None]:
+        """`disable_rotation`, for as long as the context lasts."""
+        self.disable_rotation(gain)
         try:
             yield
         finally:
             self.restore()
 
 
-class Still:
+class DisabledRotation:
     """A forward hook of a rotary module: cos `gain`, sin 0."""
 
     def __init__(self, gain: float) -> None:
@@ -75,7 +75,7 @@ def positions_of_call(position_ids: Tensor | None) -> Tensor:
     Raises:
         PatchError: they are not known.
     """
-    found = position_ids if position_ids is not None else _told()
+    found = position_ids if position_ids is not None else _positions_told()
     return found[0] if found.dim() == 3 else found  # [3, B, N] in models that also see pictures; alike for text
 
 
@@ -83,7 +83,7 @@ _disable: Callable[[Any], Any] = torch.compiler.disable
 
 
 @_disable
-def _told() -> Tensor:
+def _positions_told() -> Tensor:
     found: Tensor | None = getattr(_now, "positions", None)
     if found is None:
         raise PatchError(

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import RopewalkError, UnsupportedModel
-from ..bands.rotation import Layout, angles
+from ..attention.rotation import Layout, angles
 from ..placement import input_device
+from .attention_hook import AttentionHook, own_attention, own_mask
 from .float32 import float32_arithmetic
-from .positions import RotarySeam
+from .positions import RotaryHook
 from .rotary import RotarySite, RotaryWriter, is_local
-from .seam import AttentionSeam, own_attention, own_mask
 
 TOKENS = 12
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest entry; transformers' angles are float32
@@ -105,7 +105,7 @@ def untold_layers(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         UnsupportedModel: attention does not go through the registry, or all of it sees a sliding window only.
     """
-    seam, recorder = AttentionSeam(model), _Recorder()
+    seam, recorder = AttentionHook(model), _Recorder()
     try:
         seam.install(recorder)
         logits(model)
@@ -131,7 +131,7 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
         UnsupportedModel: attention does not go through the registry, or a layer does more than turn pairs.
     """
     name = type(model).__name__
-    seam, rotary = AttentionSeam(model), RotarySeam(site.module for site in sites)
+    seam, rotary = AttentionHook(model), RotaryHook(site.module for site in sites)
     first = _Recorder()
     second = _Recorder(first.calls)
     try:
@@ -150,7 +150,7 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
                 )
             seam.remove()
             seam.install(second)
-            with rotary.stilled(_GAIN):
+            with rotary.rotation_disabled(_GAIN):
                 logits(model)
     except RopewalkError:
         raise
@@ -159,11 +159,11 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
     finally:
         seam.remove()
     found: dict[int, LayerRope] = {}
-    for turned, plain in zip(first.calls, second.calls, strict=True):
-        index = getattr(turned.module, "layer_idx", None)
+    for rotated, plain in zip(first.calls, second.calls, strict=True):
+        index = getattr(rotated.module, "layer_idx", None)
         if index is None:
             raise UnsupportedModel(f"{name}: its attention layers have no number")
-        layer = _layer(model, index, turned, plain, sites)
+        layer = _layer(model, index, rotated, plain, sites)
         if found.setdefault(index, layer) != layer:
             raise UnsupportedModel(f"{name}: two attention layers have the number {index} and turn differently")
     return found, [call.module for call in first.calls if not call.told]
@@ -184,8 +184,8 @@ def check_written(model: PreTrainedModel, writer: RotaryWriter) -> None:
         for hook in hooks:
             hook.remove()
     for site in writer.scaled_sites:
-        turns = [out for module, out in outputs if module is site.module]
-        if turns and not any(_cosines_of(site, out) for out in turns):
+        phases = [out for module, out in outputs if module is site.module]
+        if phases and not any(_cosines_of(site, out) for out in phases):
             raise UnsupportedModel(
                 f"{type(model).__name__}: its rotary module computes its angles anew in every call, from the config "
                 "and not from inv_freq, so frequencies cannot be patched in; write them into the config instead"
@@ -197,8 +197,8 @@ def _cosines_of(site: RotarySite, out: Any) -> bool:
     cos = out.real if isinstance(out, Tensor) and out.is_complex() else out[0]
     if cos.shape[-2] != TOKENS:  # positions of something else, such as compressed keys
         return False
-    turns = torch.arange(TOKENS, dtype=torch.float64)[:, None] * site.inv_freq.double().cpu()
-    expected = torch.cos(turns) * site.attention_scaling
+    phases = torch.arange(TOKENS, dtype=torch.float64)[:, None] * site.inv_freq.double().cpu()
+    expected = torch.cos(phases) * site.attention_scaling
     pairs = expected.shape[1]
     found = cos.detach().double().cpu().reshape(-1, TOKENS, cos.shape[-1])[0]
     tolerance = 1e-4 if cos.dtype in _TOLERANCE else 2e-2
@@ -208,14 +208,14 @@ def _cosines_of(site: RotarySite, out: Any) -> bool:
     )
 
 
-def _layer(model: PreTrainedModel, index: int, turned: _Call, plain: _Call, sites: list[RotarySite]) -> LayerRope:
-    local = _is_local(model, turned)
-    pairs = ((turned.query, plain.query), (turned.key, plain.key))
+def _layer(model: PreTrainedModel, index: int, rotated: _Call, plain: _Call, sites: list[RotarySite]) -> LayerRope:
+    local = _is_local(model, rotated)
+    pairs = ((rotated.query, plain.query), (rotated.key, plain.key))
     if all(torch.equal(a, b) for a, b in pairs):
         return LayerRope(site=None, layout=None, is_local=local)
     for site in sorted(sites, key=lambda site: site.is_local != local):
-        for layout in _layouts(2 * len(site.inv_freq), turned.query.shape[-1]):
-            if all(_turns(layout, site, a, b) for a, b in pairs):
+        for layout in _layouts(2 * len(site.inv_freq), rotated.query.shape[-1]):
+            if all(_rotates(layout, site, a, b) for a, b in pairs):
                 return LayerRope(site=site, layout=layout, is_local=local)
     raise UnsupportedModel(
         f"{type(model).__name__}: layer {index} does more to queries and keys than turn pairs of numbers (for "
@@ -237,11 +237,11 @@ def _layouts(dim: int, head_dim: int) -> list[Layout]:
     return [Layout(start, dim, interleaved) for start in sorted(starts) for interleaved in (False, True)]
 
 
-def _turns(layout: Layout, site: RotarySite, turned: Tensor, plain: Tensor) -> bool:
+def _rotates(layout: Layout, site: RotarySite, rotated: Tensor, plain: Tensor) -> bool:
     positions = torch.arange(plain.shape[2], dtype=torch.float64)
     frequencies = site.configured.scaler.frequencies(site.configured.rope, plain.shape[2])
     found = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor / _GAIN, like=plain)
     expected = layout.rotate(plain, found)
     exact = _TOLERANCE.get(plain.dtype, _TOLERANCE_16_BIT)
-    tolerance = max(exact, _TOLERANCE.get(site.inv_freq.dtype, _TOLERANCE_16_BIT)) * float(turned.abs().max())
-    return torch.allclose(expected, turned, rtol=0, atol=tolerance)
+    tolerance = max(exact, _TOLERANCE.get(site.inv_freq.dtype, _TOLERANCE_16_BIT)) * float(rotated.abs().max())
+    return torch.allclose(expected, rotated, rtol=0, atol=tolerance)

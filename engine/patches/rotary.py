@@ -14,8 +14,8 @@ from ...errors import UnsupportedModel
 from ...scaling.band import Band
 from ...scaling.hf import ConfiguredRope, read
 from ...scaling.rope import Scaler
+from .attention_hook import language_model
 from .derived import DerivedNumbers
-from .seam import language_model
 
 # inv_freq must be what the config says; a model cast to 16 bits as a whole has rounded its own.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -235,6 +235,6 @@ def depends_on_length(sites: list[RotarySite], scaler: Scaler) -> bool:
     return any(site.configured.effective(scaler).depends_on_length for site in sites)
 
 
-def headline(sites: list[RotarySite]) -> RotarySite:
+def primary_rotary(sites: list[RotarySite]) -> RotarySite:
     """The site that speaks for the model: the global layers' one."""
     return next((site for site in sites if not site.is_local), sites[0])

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...scaling.rope import Scaler
+from .attention_hook import AttentionHook, own_attention, own_mask
 from .masks import own_positions
-from .positions import RotarySeam, positions_of_call
+from .positions import RotaryHook, positions_of_call
 from .probe import untold_layers
-from .rotary import RotarySite, RotaryWriter, headline, is_local
-from .seam import AttentionSeam, own_attention, own_mask
+from .rotary import RotarySite, RotaryWriter, is_local, primary_rotary
 
 
 class TemperaturePatch:
@@ -31,8 +31,8 @@ class TemperaturePatch:
         self._frequencies = RotaryWriter(model, sites, scaler)
         self.scaled_sites = self._frequencies.scaled_sites
         self.derived = self._frequencies.derived
-        self._seam = AttentionSeam(model)
-        self._rotary = RotarySeam(site.module for site in sites)
+        self._seam = AttentionHook(model)
+        self._rotary = RotaryHook(site.module for site in sites)
         self._untold = untold_layers(model)
         try:
             self.apply()
@@ -66,7 +66,7 @@ class TemperaturePatch:
         """The model's own attention, of queries that are multiplied by the temperature at their positions."""
         if others.get("sliding_window") is None and not _sees_a_window(module):
             positions = own_positions(positions_of_call(others.get("position_ids")), attention_mask, key.shape[2])
-            factor = headline(self.sites).logit_factor(self.scaler, positions)
+            factor = primary_rotary(self.sites).logit_factor(self.scaler, positions)
             query = (query * factor[:, None, :, None]).to(query.dtype)
         return own_attention(module)(module, query, key, value, attention_mask, **others)
 

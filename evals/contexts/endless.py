@@ -17,14 +17,14 @@ from ...scaling.lengths import format_length
 from ...scaling.positions import PositionScaler
 from ...scaling.rope import Scaler
 from ..data import Text, tokenize_documents
+from ..models.local import Local
+from ..models.reader import Start
+from ..models.subject import Subject
 from ..protocols.from_start import position_edges
 from ..runs.cell import Advance, Cell
 from ..runs.recipe import shared_recipe
 from ..runs.result import Row, Run, loss_text
 from ..statistics import block_interval, paired_difference
-from ..subjects.local import Local
-from ..subjects.reader import Start
-from ..subjects.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,11 @@ class EndlessCell(Cell):
     def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
         assert isinstance(subject, Local)
         reader, ids = subject.reader(), list(self.ids)
-        process, marks = psutil.Process(), [(0, time.perf_counter(), 0.0)]
+        process, metadata = psutil.Process(), [(0, time.perf_counter(), 0.0)]
         sizes: list[float] = []
 
         def watch(held: int, count: int) -> None:
-            marks.append((held + count, time.perf_counter(), process.memory_info().rss / 1e6))
+            metadata.append((held + count, time.perf_counter(), process.memory_info().rss / 1e6))
             sizes.append(cache_bytes(reader.cache) / 1e6)
             advance(0, count)  # the past that a token sees does not grow
 
@@ -83,8 +83,8 @@ class EndlessCell(Cell):
             streamed = np.array([losses[t - 1] for t in at], np.float32)
             low, high = block_interval(own)
             difference, *bounds = paired_difference(streamed, afresh, block=1)
-            inside = [n for n, (tokens, _, _) in enumerate(marks) if start <= tokens <= end] or [len(marks) - 1]
-            first, last = marks[max(inside[0] - 1, 0)], marks[inside[-1]]
+            inside = [n for n, (tokens, _, _) in enumerate(metadata) if start <= tokens <= end] or [len(metadata) - 1]
+            first, last = metadata[max(inside[0] - 1, 0)], metadata[inside[-1]]
             rows.append(
                 run.add(
                     recipe,
@@ -100,7 +100,7 @@ class EndlessCell(Cell):
                         "recomputed_tokens": len(at),
                         "tokens_per_second": (last[0] - first[0]) / (last[1] - first[1]),
                         "cache_mb": max(sizes[n - 1] for n in inside),
-                        "resident_mb": max(marks[n][2] for n in inside),
+                        "resident_mb": max(metadata[n][2] for n in inside),
                     },
                 )
             )
@@ -135,7 +135,7 @@ def cells(
     for scaler in scalers:
         subject.rope = scaler
         map_ = scaler.member("positions")
-        if not isinstance(map_, PositionScaler) or map_.kept is None:
+        if not isinstance(map_, PositionScaler) or map_.sink_window is None:
             raise ConfigError(f"{scaler} sees every key, so no cache holds it without an end; take sink-window:1k, say")
         for context in contexts:
             if len(ids) < context:
@@ -149,14 +149,14 @@ def cells(
                     context=context,
                     ids=tuple(ids[:context]),
                     start=len(prefix),
-                    window=map_.kept[1],
+                    window=map_.sink_window[1],
                     places=places,
                     recipe=shared_recipe(subject, text)
                     | {
                         "experiment": "endless",
                         "context": context,
                         "places": places,
-                        "window": map_.kept[1],
+                        "window": map_.sink_window[1],
                         "rope": str(scaler),
                     },
                 )

@@ -38,7 +38,7 @@ def endless(asked: Measurement, lengths: str, text: str, places: int, loading: d
     from ...engine.load import load
     from ...scaling import parse_length
     from ..data import load_text
-    from ..subjects.local import Local
+    from ..models.local import Local
     from .endless import cells
     from .endless_table import endless_rows, plot_endless, to_markdown
     from .publish import publisher

@@ -10,7 +10,7 @@ from random import Random
 from statistics import fmean
 from typing import Any, Literal
 
-from ...engine.api import Model
+from ...engine.model import Model
 from ...engine.nbce import NBCE
 from ...engine.sampling import SamplingParams
 from ...errors import ConfigError, DataError
@@ -18,14 +18,14 @@ from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.encode import prompt_ids, text_ids
 from ..data import Text
+from ..models.local import Local
+from ..models.subject import Subject
 from ..retrieval.haystack import boundary, drawn_anew, sentences, stretch
 from ..retrieval.task import match_first
 from ..retrieval.words import WORDS_VERSION, random_key
 from ..runs.cell import Advance, Cell
 from ..runs.recipe import rope_recipe, shared_recipe
 from ..runs.result import Row, Run
-from ..subjects.local import Local
-from ..subjects.subject import Subject
 
 Way = Literal["whole", "cut", "parts"]
 
@@ -168,7 +168,7 @@ class FactsCell(Cell):
                     },
                 )
             rows.append(row)
-        model.forget_contexts()
+        model.clear_contexts()
         for tokens in self.windows:
             advance(0, tokens)
         return rows

@@ -43,7 +43,7 @@ def facts(
     from ...errors import ConfigError
     from ...scaling import parse_length
     from ..data import load_text
-    from ..subjects.local import Local
+    from ..models.local import Local
     from .facts import cells
     from .facts_table import facts_rows, plot_facts, to_markdown
     from .publish import publisher

@@ -22,9 +22,9 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 
-from ...engine import split
-from ...engine.api import Model
+from ...engine import tensor_parallel
 from ...engine.load import load
+from ...engine.model import Model
 from ...engine.placement import input_device
 from ...engine.storage import write_atomic
 from ...errors import DataError
@@ -62,7 +62,7 @@ def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
         "kind": text.kind,
         "place": cut.place,
         "seed": seed,
-        "dtype": model.network.precision,
+        "dtype": model.runner.precision,
         "device": input_device(model.hf).type,
         "transformers": transformers.__version__,
     }
@@ -71,18 +71,18 @@ def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
 def measure(model: Model, cut: Cut) -> dict[str, dict[str, Any]]:
     """What is measured at one cut, by method."""
     wanted = cut.token[cut.overlap :]
-    with model.turn, torch.inference_mode():
+    with model.lock, torch.inference_mode():
         ending = Ending(model, cut.prompt)
         openings = {method: ending.open(method) for method in METHODS if method != HEALING}
         measured: dict[str, dict[str, Any]] = {HEALING: {"finished": ending.transformers_finishes(wanted)}}
         for method, opening in openings.items():
-            law = ending.law(method)
-            next_byte = law.next_byte_logprobs
+            distribution = ending.distribution(method)
+            next_byte = distribution.next_byte_logprobs
             measured[method] = {
                 "next_byte_bits": -float(next_byte[cut.rest[0]]) / math.log(2),
                 "top1": int(next_byte.argmax()) == cut.rest[0],
                 "finished": ending.finishes(opening, wanted),
-                "bits_per_byte": -law.logprob(cut.rest[:AHEAD]) / math.log(2) / AHEAD,
+                "bits_per_byte": -distribution.logprob(cut.rest[:AHEAD]) / math.log(2) / AHEAD,
                 "extra_forwards": opening.forwards - openings[OFF].forwards,
                 "extra_ms": 1e3 * (opening.seconds - openings[OFF].seconds),
             }
@@ -93,7 +93,7 @@ def compare(name: str, text: str | None, *, cuts: int, seed: int, loading: dict[
     """The command: measure, then print and write the tables and the plot."""
     console = Console()
     model = load(name, **loading)
-    split.refuse("continuation")
+    tensor_parallel.refuse("continuation")
     texts = draw_all(model.vocabulary, text, cuts, seed)
     for one in texts:
         if len(one.cuts) < cuts:

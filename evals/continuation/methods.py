@@ -25,12 +25,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
-from ...engine.api import Model
-from ...engine.network import Network
-from ...engine.opening import weigh
+from ...engine.model import Model
 from ...engine.placement import input_device
+from ...engine.runners.runner import Runner
+from ...engine.token_healing import weigh
 from ...tokenizer_tools.cover import Cover, cover
-from .landings import Fork, Law, LawReader, Path
+from .token_paths import Distribution, DistributionReader, Fork, Path
 
 OFF, ONE_BACK, STEPS, HEALING, EXACT = "off", "one token back", "step mask", "transformers", "exact"
 METHODS = (OFF, HEALING, ONE_BACK, STEPS, EXACT)
@@ -40,7 +40,7 @@ _MOST_PATHS = 200  # and no more than these: in a long row of spaces there are t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opening:
+class MethodResult:
     """The likeliest beginning of an answer, as a method finds it.
 
     Attributes:
@@ -56,16 +56,16 @@ class Opening:
     seconds: float
 
 
-class _CountedNetwork(Network):
+class _CountedRunner(Runner):
     """A network that counts how often it is run."""
 
-    def __init__(self, network: Network) -> None:
-        super().__init__(network.hf)
-        self._network, self.runs = network, 0
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(runner.hf)
+        self._runner, self.runs = runner, 0
 
-    def forward(self, ids: Sequence[int], cache: Cache, keep: int) -> Tensor:
+    def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
         self.runs += 1
-        return self._network.forward(ids, cache, keep)
+        return self._runner.forward(ids, cache, logits_to_keep)
 
 
 class Ending:
@@ -76,30 +76,32 @@ class Ending:
     """
 
     def __init__(self, model: Model, prompt: str) -> None:
-        self.model, self.prompt, self._network = model, prompt, _CountedNetwork(model.network)
+        self.model, self.prompt, self._runner = model, prompt, _CountedRunner(model.runner)
         self.cover: Cover = cover(model.vocabulary, prompt)
         ids = self.cover.prompt
-        certain = min(len(self.cover.trunk), len(ids) - 1)
-        self.tail, self.trunk = ids[certain:], self.cover.trunk[certain:]
+        certain = min(len(self.cover.common_prefix), len(ids) - 1)
+        self.tail, self.common_prefix = ids[certain:], self.cover.common_prefix[certain:]
         self.reader = self._new_reader(ids[:certain])
 
-    def law(self, method: str) -> Law:
+    def distribution(self, method: str) -> Distribution:
         """The law of what follows, under every method but transformers' own."""
         forks = {OFF: self._off, ONE_BACK: self._one_back, STEPS: self._steps, EXACT: self._exact}[method]()
-        return Law(self.reader, forks)
+        return Distribution(self.reader, forks)
 
-    def open(self, method: str) -> Opening:
+    def open(self, method: str) -> MethodResult:
         """Find the likeliest beginning from a cold start."""
-        before, started = self._network.runs, time.perf_counter()
+        before, started = self._runner.runs, time.perf_counter()
         path, past = self._likeliest(method)
         seconds = time.perf_counter() - started
-        return Opening(ids=self.reader.base + path, past=past, forwards=self._network.runs - before, seconds=seconds)
+        return MethodResult(
+            ids=self.reader.base + path, past=past, forwards=self._runner.runs - before, seconds=seconds
+        )
 
-    def finishes(self, opening: Opening, wanted: bytes) -> bool:
+    def finishes(self, opening: MethodResult, wanted: bytes) -> bool:
         """True if the likeliest answer after an opening begins with `wanted`."""
         ids, past = opening.ids, opening.past
         tokens = self.model.vocabulary.tokens
-        while len(past) < len(wanted) and wanted.startswith(past) and ids[-1] not in self.model.vocabulary.walls:
+        while len(past) < len(wanted) and wanted.startswith(past) and ids[-1] not in self.model.vocabulary.special_ids:
             token = int(self.reader.after(ids[len(self.reader.base) :]).argmax())
             ids, past = (*ids, token), past + (tokens[token] if token < len(tokens) else b"")
         return past.startswith(wanted)
@@ -115,8 +117,8 @@ class Ending:
         text = self.model.vocabulary.text_bytes([i for i in out[0].tolist() if i < len(self.model.vocabulary.tokens)])
         return text.lstrip().startswith(self.prompt.lstrip().encode() + wanted)  # it strips the prompt
 
-    def _new_reader(self, base: Path) -> LawReader:
-        return LawReader(self._network, self.model.vocabulary, base, self._new_cache())
+    def _new_reader(self, base: Path) -> DistributionReader:
+        return DistributionReader(self._runner, self.model.vocabulary, base, self._new_cache())
 
     def _new_cache(self) -> Cache:
         return self.model.new_cache(len(self.cover.prompt) + 64)
@@ -124,8 +126,8 @@ class Ending:
     def _start(self, method: str) -> tuple[Path, bytes]:
         """The tokens that a method keeps, and the prompt's bytes after them."""
         if method == STEPS:
-            return self.trunk, self.model.vocabulary.text_bytes(list(self.tail[len(self.trunk) :]))
-        if method == OFF or self.tail[-1] in self.model.vocabulary.walls:
+            return self.common_prefix, self.model.vocabulary.text_bytes(list(self.tail[len(self.common_prefix) :]))
+        if method == OFF or self.tail[-1] in self.model.vocabulary.special_ids:
             return self.tail, b""
         return self.tail[:-1], self.model.vocabulary.tokens[self.tail[-1]]
 
@@ -171,7 +173,7 @@ class Ending:
     def _exact(self) -> list[Fork]:
         forks = []
         for node in self.cover.nodes:
-            path, weight = self.trunk, 0.0
+            path, weight = self.common_prefix, 0.0
             for token in node.path:
                 weight += float(self.reader.after(path)[token])
                 path = (*path, token)
@@ -197,7 +199,7 @@ class Ending:
 
     def _likeliest_cover(self) -> tuple[Path, bytes]:
         vocabulary = self.model.vocabulary
-        covers = weigh(self._network, cover(vocabulary, self.prompt), None, self._new_cache(), vocabulary)
+        covers = weigh(self._runner, cover(vocabulary, self.prompt), None, self._new_cache(), vocabulary)
         best = int(covers.scores.argmax())
         node, token = covers.cover.nodes[int(covers.nodes[best])], int(covers.tokens[best])
-        return (*self.trunk, *node.path, token), vocabulary.tokens[token][len(node.suffix) :]
+        return (*self.common_prefix, *node.path, token), vocabulary.tokens[token][len(node.suffix) :]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...scaling import format_length
-from ..retrieval.score import Score, Setting
+from ..retrieval.score import Score, ScoreGroup
 from ..retrieval.tasks import RULER, SUITES
 from ..runs.compare import Difference
 from ..runs.result import Row
@@ -107,7 +107,7 @@ def reach(scores: Mapping[int, Score], least: float) -> Reach:
     )
 
 
-def reaches(setting: Setting) -> dict[str, Reach]:
+def reaches(setting: ScoreGroup) -> dict[str, Reach]:
     """How far the methods of a setting find things, each by the rule of its suite.
 
     Passkey, niah and kv: `LEAST_FOUND`. RULER-11: `LEAST_KEPT` of the method's own score at the trained length, so

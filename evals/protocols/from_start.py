@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...scaling.lengths import format_length
+from ..models.reader import Start, Tokens
 from ..runs.result import Row
-from ..subjects.reader import Start, Tokens
 from .protocol import Protocol, Window, too_short
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
+from ..models.reader import Reader
 from ..runs.cell import Advance
 from ..runs.result import Losses, Row
 from ..statistics import block_interval, paired_difference
-from ..subjects.reader import Reader
 from .fixed_target import SamePlaces
 from .protocol import Measured, Window
 
@@ -51,7 +51,7 @@ class Harm(SamePlaces):
             )
 
     def measure(self, reader: Reader, windows: Sequence[Window], advance: Advance) -> Measured:
-        found = [compare_laws(reader.under(Scaler()), reader, window, advance) for window in windows]
+        found = [compare_distributions(reader.under(Scaler()), reader, window, advance) for window in windows]
         base, scaled, kl, same = (np.concatenate(parts) for parts in zip(*found, strict=True))
         difference, low, high = paired_difference(scaled, base)
         kl_low, kl_high = block_interval(kl)
@@ -76,7 +76,7 @@ class Harm(SamePlaces):
 Laws = tuple[Losses, Losses, Losses, np.ndarray[tuple[int], np.dtype[np.bool_]]]
 
 
-def compare_laws(base: Reader, other: Reader, window: Window, advance: Advance) -> Laws:
+def compare_distributions(base: Reader, other: Reader, window: Window, advance: Advance) -> Laws:
     """Both models' losses, KL(base || other) and whether the likeliest token is the same; each [scored tokens].
 
     They read the window in lock step, each on a cache of its own, so that only some logits of each are
@@ -92,7 +92,7 @@ def compare_laws(base: Reader, other: Reader, window: Window, advance: Advance) 
                 wanted = targets[done : done + _ROWS, None][: len(p) - rows].to(p.device)
                 log_p, log_q = p[block].log_softmax(-1), q[block].log_softmax(-1)
                 kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-                losses = (-law.gather(-1, wanted)[:, 0] for law in (log_p, log_q))
+                losses = (-distribution.gather(-1, wanted)[:, 0] for distribution in (log_p, log_q))
                 parts.append([*losses, kl, log_p.argmax(-1) == log_q.argmax(-1)])
                 done += len(kl)
     first, second, kl, same = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))

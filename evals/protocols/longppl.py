@@ -12,10 +12,10 @@ from ...errors import ConfigError, DataError
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
+from ..models.reader import Reader
+from ..models.subject import Subject
 from ..runs.cell import Advance, Cell
 from ..runs.result import Row, Run, loss_text
-from ..subjects.reader import Reader
-from ..subjects.subject import Subject
 from .fixed_target import SameTarget
 from .protocol import Window
 

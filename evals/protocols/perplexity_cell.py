@@ -18,12 +18,12 @@ import numpy as np
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
 from ..data import Text, tokenize_documents
+from ..models.reader import Reader, Start, Tokens
+from ..models.subject import Subject
 from ..runs.cell import Advance, Cell
 from ..runs.recipe import rope_recipe, shared_recipe
 from ..runs.result import Losses, Row, Run, loss_text
 from ..statistics import block_interval
-from ..subjects.reader import Reader, Start, Tokens
-from ..subjects.subject import Subject
 from .longppl import JudgeCell, LongPPL
 from .protocol import Protocol, Window, tokens_sha256
 

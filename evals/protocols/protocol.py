@@ -14,9 +14,9 @@ import numpy as np
 
 from ...errors import ConfigError, DataError
 from ...scaling.lengths import format_length
+from ..models.reader import Reader, Start, Tokens
 from ..runs.cell import Advance
 from ..runs.result import Losses, Row
-from ..subjects.reader import Reader, Start, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 
 from ...errors import ConfigError
+from ..models.reader import Reader, Start, Tokens
 from ..runs.cell import Advance
 from ..runs.result import Row
 from ..statistics import paired_difference
-from ..subjects.reader import Reader, Start, Tokens
 from .fixed_target import SameTarget
 from .protocol import Measured, Window
 

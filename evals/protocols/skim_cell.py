@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from ...engine.api import Model
-from ...engine.compiled.network import CompiledNetwork
-from ...engine.compiled.skim import Sample
+from ...engine.model import Model
+from ...engine.runners.cpu.runner import CompiledRunner
+from ...engine.runners.cpu.skim import Sample
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
+from ..models.local import Local
+from ..models.subject import Subject
 from ..runs.cell import Advance, Cell
 from ..runs.result import Row, Run, loss_text
-from ..subjects.local import Local
-from ..subjects.subject import Subject
 from .protocol import Window, tokens_sha256
 
 
 def can_skim(model: Model) -> bool:
     """True if `engine.skim` can run it."""
-    return isinstance(model.network, CompiledNetwork)
+    return isinstance(model.runner, CompiledRunner)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,13 @@ class SkimCell(Cell):
     def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
         assert isinstance(subject, Local), "only a network in this process skims"
         model = subject.model
-        assert isinstance(model.network, CompiledNetwork)
+        assert isinstance(model.runner, CompiledRunner)
         started = time.perf_counter()
         ids = [self.window.ids[place] for place in self.sample.positions.tolist()]
         scored = ids[self.window.first - len(self.window.ids) :]
-        with model.turn:
+        with model.lock:
             model.prepare(self.context)
-            logits = model.network.skim(ids, self.sample, len(scored) + 1)[:-1]
+            logits = model.runner.skim(ids, self.sample, len(scored) + 1)[:-1]
         losses = (logits.logsumexp(-1) - logits.gather(-1, torch.tensor(scored)[:, None])[:, 0]).numpy()
         advance(0, len(ids))
         measured = {

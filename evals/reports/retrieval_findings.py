@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ...scaling import format_length
 from ..protocols.effective_length import LEAST_FOUND, LEAST_KEPT, by_lower_bounds, length_or_more, reaches
-from ..retrieval.score import ENOUGH, Setting, settings
+from ..retrieval.score import ENOUGH, ScoreGroup, settings
 from ..retrieval.tasks import RULER
 from ..runs.compare import method_name
 from ..runs.result import Row
@@ -26,7 +26,7 @@ def retrieval_findings(rows: Iterable[Row]) -> list[str]:
     return sentences
 
 
-def _longest(setting: Setting) -> list[str]:
+def _longest(setting: ScoreGroup) -> list[str]:
     at = next((n for n in reversed(setting.lengths) if any(setting.score(rope, n) for rope in setting.methods)), None)
     if at is None:
         return ["no method has every task measured at any length."]
@@ -46,7 +46,7 @@ def _longest(setting: Setting) -> list[str]:
     return [f"{'; '.join(parts)}."]
 
 
-def _reaches(setting: Setting) -> list[str]:
+def _reaches(setting: ScoreGroup) -> list[str]:
     parts = []
     for rope, found in reaches(setting).items():
         part = f"{method_name(rope)} {length_or_more(found.length, found.longest)}"
@@ -61,7 +61,7 @@ def _reaches(setting: Setting) -> list[str]:
     return [f"effective length ({rule}): {'; '.join(parts)}."]
 
 
-def _few(setting: Setting) -> list[str]:
+def _few(setting: ScoreGroup) -> list[str]:
     """A warning where a cell of the heat map, or of a task, has fewer trials than `ENOUGH`."""
     cells = [
         found

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from ...scaling import format_length
-from ..retrieval.score import Setting, settings
+from ..retrieval.score import ScoreGroup, settings
 from ..runs.result import Run
 from . import style
 from .heat_map import Panel, plot_heat_maps
@@ -36,7 +36,7 @@ def plot_retrieval(run: Run) -> list[Path]:
     return paths
 
 
-def plot_heat(setting: Setting, out_stem: Path) -> tuple[Path, Path]:
+def plot_heat(setting: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
     """Depth by length, or task by length where the seed chose the depths; a panel for each method."""
     by_depth = bool(setting.depths)
     if by_depth:
@@ -66,7 +66,7 @@ def plot_heat(setting: Setting, out_stem: Path) -> tuple[Path, Path]:
     )
 
 
-def plot_curve(setting: Setting, out_stem: Path) -> tuple[Path, Path]:
+def plot_curve(setting: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
     """Right answers against length, a line with 95% intervals for each method, and the trained length."""
     lengths = setting.lengths
     each = ", all tasks counting alike" if len(setting.tasks) > 1 else ", all depths together"
@@ -84,7 +84,7 @@ def plot_curve(setting: Setting, out_stem: Path) -> tuple[Path, Path]:
         return style.save(fig, out_stem)
 
 
-def _lines(axes: Axes, setting: Setting) -> None:
+def _lines(axes: Axes, setting: ScoreGroup) -> None:
     curves = {rope: scores for rope in setting.methods if (scores := setting.scores(rope))}
     looks = style.line_styles(list(curves))
     ends = []

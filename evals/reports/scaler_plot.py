@@ -192,10 +192,10 @@ _DRAW = {"frequencies": _frequencies, "positions": _positions, "temperature": _t
 def _wavelengths(axes: Axes, curves: Curves, looks: Looks, lengths: dict[str, int]) -> None:
     style.style_axes(axes, x="pair i", y="wavelength (tokens)")
     for name, frequencies in curves.items():
-        turning = np.flatnonzero(frequencies > 0)  # a pair that stands still has no wavelength
+        rotating = np.flatnonzero(frequencies > 0)  # a pair that stands still has no wavelength
         look = looks[name]
-        waves = 2 * np.pi / frequencies[turning]
-        axes.plot(turning, waves, color=look.color, ls=look.dashes, lw=look.width, label=name)
+        waves = 2 * np.pi / frequencies[rotating]
+        axes.plot(rotating, waves, color=look.color, ls=look.dashes, lw=look.width, label=name)
     axes.set_yscale("log")
     mark_levels(axes, lengths)
     axes.legend(frameon=False, loc="lower right")
@@ -205,10 +205,10 @@ def _stretch(axes: Axes, curves: Curves, looks: Looks) -> None:
     style.style_axes(axes, x="pair i", y="stretch (plain / scaled frequency)")
     plain = curves[UNTOUCHED]
     for name, frequencies in curves.items():
-        turning = np.flatnonzero((frequencies > 0) & (plain > 0))
+        rotating = np.flatnonzero((frequencies > 0) & (plain > 0))
         look = looks[name]
-        stretch = plain[turning] / frequencies[turning]
-        axes.plot(turning, stretch, color=look.color, ls=look.dashes, lw=look.width)
+        stretch = plain[rotating] / frequencies[rotating]
+        axes.plot(rotating, stretch, color=look.color, ls=look.dashes, lw=look.width)
 
 
 def _decay(axes: Axes, curves: Curves, looks: Looks, lengths: dict[str, int]) -> None:

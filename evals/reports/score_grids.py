@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 
 from ...scaling import format_length
-from ..retrieval.score import Score, Setting
+from ..retrieval.score import Score, ScoreGroup
 from .grid import NOT_RUN, NOTHING, Grid, Shown
 
 Line = tuple[str, list[Score | None]]
 """A method or task, and its scores by length."""
 
 
-def score_grids(setting: Setting) -> list[Grid]:
+def score_grids(setting: ScoreGroup) -> list[Grid]:
     """Right answers and, where they are known, their log-probabilities by method and length; where there are several
     tasks, right answers by task and length for each method."""
     lines = [(rope, [setting.score(rope, length) for length in setting.lengths]) for rope in setting.methods]
@@ -46,7 +46,7 @@ def nats(score: Score) -> Shown:
     return Shown(main=f"{score.nats:.3f}", small=(f"{low:.3f} to {high:.3f}",) if math.isfinite(low) else ())
 
 
-def _shares(setting: Setting, title: str, what: str, lines: Sequence[Line], corner: str = "method") -> Grid:
+def _shares(setting: ScoreGroup, title: str, what: str, lines: Sequence[Line], corner: str = "method") -> Grid:
     """Right answers. The number of trials is said in the note if it is the same in all cells, else in each."""
     trials = {score.trials for _, scores in lines for score in scores if score is not None}
     if len(trials) == 1:
@@ -61,7 +61,7 @@ def _share_of_trials(score: Score) -> Shown:
 
 
 def _grid(
-    setting: Setting,
+    setting: ScoreGroup,
     title: str,
     note: str,
     lines: Sequence[Line],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..retrieval.score import Setting
+from ..retrieval.score import ScoreGroup
 from .grid import Section, span
 from .score_grids import score_grids
 
@@ -17,12 +17,12 @@ _SUITES = {
 }
 
 
-def score_section(setting: Setting) -> Section:
+def score_section(setting: ScoreGroup) -> Section:
     """The retrieval rows of one setting."""
     return Section(caption=setting.caption, grids=score_grids(setting), method=_method(setting))
 
 
-def _method(setting: Setting) -> dict[str, str]:
+def _method(setting: ScoreGroup) -> dict[str, str]:
     row, rows = setting.rows[0], setting.rows
     depths = ", ".join(f"{depth:g}" for depth in setting.depths) or "chosen by the seed"
     return {

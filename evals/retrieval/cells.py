@@ -11,10 +11,10 @@ from typing import Any
 from ...errors import ConfigError
 from ...scaling.rope import Scaler
 from ..data import Text
+from ..models.subject import Subject
 from ..runs.cell import Advance, Cell
 from ..runs.recipe import rope_recipe, shared_recipe
 from ..runs.result import Row, Run
-from ..subjects.subject import Subject
 from .task import Place, Task
 from .tasks import SUITE_OF
 from .trial import Trial, assemble
@@ -65,7 +65,7 @@ class RetrievalCell(Cell):
         started = time.perf_counter()
         trial = assemble(self.task, subject.tokenizer, self.place, seed)
         self.before(trial)
-        heard = subject.listen(trial, advance)
+        heard = subject.run_trial(trial, advance)
         read = len(trial.prompt_ids) + len(trial.answer_ids) - 1
         advance(read, self.context - read)  # the writing, and what the prompt left free
         total = None if heard.logprobs is None else sum(heard.logprobs)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...engine.commands.options import EXAMPLES
+from ..models.target import ModelTarget, runs_anywhere
 from ..runs.measurement import Measurement, deadline_in, measures
-from ..subjects.whereabouts import Whereabouts, runs_anywhere
 
 if TYPE_CHECKING:
-    from ..subjects.subject import Subject
+    from ..models.subject import Subject
     from .trial import Trial
 
 _DEPTHS = click.option(
@@ -133,7 +133,7 @@ def _run(
     lengths: str,
     trials: int,
     fake: str | None,
-    where: Whereabouts,
+    where: ModelTarget,
     depths: str = "",
     text: str | None = None,
     tasks: str = "all",
@@ -168,12 +168,12 @@ def _run(
 def _stand_in(subject: Subject, fake: str) -> Callable[[Trial], None] | None:
     """Put a stand-in in the place of the network; returns what it must be told of each trial, if anything."""
     from ...errors import ConfigError
-    from ..subjects.local import Local
-    from ..subjects.stand_in import Oracle, replace_network
+    from ..models.local import Local
+    from ..models.stand_in import Oracle, replace_runner
 
     if not isinstance(subject, Local):
         raise ConfigError("--fake replaces a network that is loaded here; leave it out, or --endpoint")
-    stand_in = replace_network(subject.model, fake)
+    stand_in = replace_runner(subject.model, fake)
     return stand_in.learn if isinstance(stand_in, Oracle) else None
 
 

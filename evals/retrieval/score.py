@@ -87,7 +87,7 @@ def score(rows: Sequence[Row]) -> Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ScoreGroup:
     """Rows that differ only in method, length, task, depth and seed.
 
     Args:
@@ -164,7 +164,7 @@ class Setting:
         return {length: own for length, own in found.items() if own is not None}
 
 
-def settings(rows: Iterable[Row]) -> list[Setting]:
+def settings(rows: Iterable[Row]) -> list[ScoreGroup]:
     """Retrieval rows in settings, in order of appearance; rows of other kinds are left out.
 
     Tasks of one suite may have settings of their own (RULER's with drawn words have the list's version): a row goes
@@ -179,7 +179,7 @@ def settings(rows: Iterable[Row]) -> list[Setting]:
             shared = setting(row, MEASURED | _COLUMN | {*names})
             groups.setdefault(shared, {}).setdefault(own, []).append(row)
     return [
-        Setting(rows=tuple(row for other, part in group.items() if other <= own for row in part))
+        ScoreGroup(rows=tuple(row for other, part in group.items() if other <= own for row in part))
         for group in groups.values()
         for own in group
         if not any(own < other for other in group)

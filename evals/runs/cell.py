@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...engine.api import Model
+from ...engine.model import Model
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from .result import Row, Run
 
 if TYPE_CHECKING:
-    from ..subjects.subject import Subject
+    from ..models.subject import Subject
 
 Advance = Callable[[int, int], None]
 """Called with the tokens that a cache held and how many have just been read on top of them."""

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ...engine import split
+from ...engine import tensor_parallel
 from .result import Run
 
 __all__ = ["open_run"]
@@ -18,14 +18,14 @@ def open_run(folder: Path) -> Run:
 
     So all of them find the same rows, and none is written twice.
     """
-    if split.is_first() or not split.is_split():
+    if tensor_parallel.is_first() or not tensor_parallel.is_split():
         run = Run(folder)
     else:
         scratch = tempfile.mkdtemp(prefix="ropewalk-")
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
         run = Run(Path(scratch))
-    if split.is_split():
-        for row, losses in split.told_by_first([(row, run.losses(row)) for row in run.rows]):
-            if not split.is_first():
+    if tensor_parallel.is_split():
+        for row, losses in tensor_parallel.broadcast_from_rank0([(row, run.losses(row)) for row in run.rows]):
+            if not tensor_parallel.is_first():
                 run.copy(row, losses)
     return run

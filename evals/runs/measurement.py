@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ...scaling.rope import Scaler
-    from ..subjects.subject import Subject
+    from ..models.subject import Subject
     from .cell import Cell
     from .result import Run
 
@@ -82,7 +82,7 @@ class Measurement:
         deadline: float | None,
     ) -> None:
         """Measure `cells` as `carry_out` does; `finish` then gets the run and the cells left out for lack of time."""
-        from ...engine import split
+        from ...engine import tensor_parallel
         from . import runner
         from .follower import open_run
 
@@ -93,7 +93,7 @@ class Measurement:
         run = open_run(self.out or Path("runs") / f"{Path(self.model).name}-{name}")
         run.write_environment()
         outcome = runner.measure_all(subject, cells, run, console, deadline=deadline)
-        if split.is_first():
+        if tensor_parallel.is_first():
             finish(run, outcome.left_out, console)
 
 

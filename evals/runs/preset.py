@@ -11,12 +11,12 @@ from ...errors import DataError
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ..data import Text
+from ..models.subject import Subject
 from ..protocols.by_name import protocol
 from ..protocols.fixed_target import usual_target
 from ..protocols.perplexity_cell import cells as perplexity_cells
 from ..retrieval.cells import cells as retrieval_cells
 from ..retrieval.tasks import RULER, SUITES, TASKS
-from ..subjects.subject import Subject
 from .cell import Cell
 
 _LOG = logging.getLogger(__name__)

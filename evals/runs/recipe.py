@@ -21,7 +21,7 @@ class Measured(Protocol):
     @property
     def trained_length(self) -> int | None: ...
     @property
-    def marks(self) -> Mapping[str, Any]: ...
+    def metadata(self) -> Mapping[str, Any]: ...
 
 
 class Named(Protocol):
@@ -42,7 +42,7 @@ def shared_recipe(model: Measured, text: Named | None) -> dict[str, Any]:
         "dtype": model.precision,
         "device": model.device,
         "trained_length": model.trained_length,
-        **model.marks,
+        **model.metadata,
     }
 
 

@@ -17,8 +17,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ...engine import split
-from ..subjects.subject import Subject
+from ...engine import tensor_parallel
+from ..models.subject import Subject
 from .cell import Cell
 from .result import Run, recipe_key
 
@@ -51,7 +51,7 @@ class Outcome:
 
 def new_console() -> Console:
     """Where progress is drawn: the terminal, for the first of several processes."""
-    return Console(quiet=not split.is_first())
+    return Console(quiet=not tensor_parallel.is_first())
 
 
 def measure_all(
@@ -93,7 +93,7 @@ def measure_all(
                 busy = []
                 for cell in todo:
                     too_late = deadline is not None and work.would_end(cell) > deadline
-                    if split.told_by_first(too_late) and not is_essential(cell):
+                    if tensor_parallel.broadcast_from_rank0(too_late) and not is_essential(cell):
                         outcome.left_out.append(cell)
                         work.drop(cell)
                         continue
@@ -171,7 +171,7 @@ def print_plan(subject: Subject, cells: Sequence[Cell], console: Console) -> Non
     cost = subject.cost
     probe = min(1024, subject.trained_length)
     started = time.monotonic()
-    subject.rehearse(probe)
+    subject.time_forward(probe)
     rate = cost.step(0, probe - 1) / (time.monotonic() - started)
     table = Table("scaler", "context", "windows", "tokens fed", "about")
     for cell in cells:

@@ -19,7 +19,7 @@ from ..runs.result import environment
 from .bandwidth import Memory, Traffic
 from .contest import Outcome, compete
 from .entrants import entrants, model_folder, parse_against
-from .lane import ProcessLane
+from .worker import ProcessWorker
 
 TEXT = "pydoc"  # comes with Python, and is longer than any usual context
 
@@ -66,14 +66,14 @@ def measure(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with contextlib.ExitStack() as stack, Progress(*columns, console=console, transient=True) as progress:
         opening = progress.add_task("", total=len(entries))
-        lanes = []
+        workers = []
         for entry in entries:
             progress.update(opening, description=f"loading {entry.name}")
-            lanes.append(stack.enter_context(ProcessLane(entry)))
+            workers.append(stack.enter_context(ProcessWorker(entry)))
             progress.advance(opening)
         progress.remove_task(opening)
         outcome = compete(
-            lanes,
+            workers,
             text,
             contexts,
             new_tokens=new_tokens,
@@ -83,7 +83,7 @@ def measure(
             step_bytes=traffic.step_bytes,
             progress=progress,
         )
-        versions = {name: version for lane in reversed(lanes) for name, version in lane.versions.items()}
+        versions = {name: version for worker in reversed(workers) for name, version in worker.versions.items()}
     machine = environment()
     about = {
         "model": Path(model).name,

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from rich.progress import Progress
 
-from .lane import Lane, Reading
+from .worker import Reading, Worker
 
 WARM_UP = 64  # tokens
 
@@ -85,7 +85,7 @@ class Outcome:
 
 
 def compete(
-    lanes: Sequence[Lane],
+    workers: Sequence[Worker],
     text: list[int],
     lengths: Sequence[int],
     *,
@@ -107,21 +107,21 @@ def compete(
         bandwidth: measures what memory gives, bytes a second; called once a turn, and the best counts.
         step_bytes: of a dtype of weights, one of keys and values, and a length: bytes that one decode step reads.
     """
-    runs = len(lanes) * (1 + len(lengths) * (prefill_repeats + 1 + repeats))
+    runs = len(workers) * (1 + len(lengths) * (prefill_repeats + 1 + repeats))
     task = progress.add_task("", total=runs)
 
-    def turn(doing: str, run: Callable[[Lane], Reading]) -> list[Reading]:
+    def turn(doing: str, run: Callable[[Worker], Reading]) -> list[Reading]:
         readings = []
-        for lane in lanes:
-            progress.update(task, description=f"{lane.name}: {doing}")
-            readings.append(run(lane))
+        for worker in workers:
+            progress.update(task, description=f"{worker.name}: {doing}")
+            readings.append(run(worker))
             progress.advance(task)
         return readings
 
-    def warm_up(lane: Lane) -> Reading:
+    def warm_up(worker: Worker) -> Reading:
         start = min(WARM_UP, *lengths)
-        lane.prefill(text[:start])
-        return lane.decode(start, text[start : start + 2])
+        worker.prefill(text[:start])
+        return worker.decode(start, text[start : start + 2])
 
     turn("warming up", warm_up)
     widths, found = [], []
@@ -135,22 +135,22 @@ def compete(
             widths.append(bandwidth())
             doing = f"decoding behind {n} tokens, turn {i}" if i else f"decoding behind {n} tokens, warming up"
             decodes.append(turn(doing, methodcaller("decode", n, rest)))
-        found.append((n, prefills, decodes[1:], [lane.peak_memory_mb() for lane in lanes]))
+        found.append((n, prefills, decodes[1:], [worker.peak_memory_mb() for worker in workers]))
     progress.remove_task(task)
 
     best = max(widths)
     timings: list[Timing] = []
     agreements: list[Agreement] = []
     for n, prefills, decodes, peaks in found:
-        timings += _timings(lanes, "prefill", n, n, prefills)
-        shares = [step_bytes(lane.dtype, lane.cache_dtype, n + new_tokens / 2) / best for lane in lanes]
-        timings += _timings(lanes, "decode", n, new_tokens, decodes, shares)
-        agreements += _agreements(lanes, n, [prefills[-1], decodes[-1]], peaks)
+        timings += _timings(workers, "prefill", n, n, prefills)
+        shares = [step_bytes(worker.dtype, worker.cache_dtype, n + new_tokens / 2) / best for worker in workers]
+        timings += _timings(workers, "decode", n, new_tokens, decodes, shares)
+        agreements += _agreements(workers, n, [prefills[-1], decodes[-1]], peaks)
     return Outcome(timings=timings, agreements=agreements, bandwidth=best)
 
 
 def _timings(
-    lanes: Sequence[Lane],
+    workers: Sequence[Worker],
     what: Literal["prefill", "decode"],
     length: int,
     tokens: int,
@@ -159,11 +159,11 @@ def _timings(
 ) -> Iterator[Timing]:
     """`least_seconds`: of a token, for every lane, at full bandwidth."""
     first = [turn[0].seconds for turn in turns]
-    for index, lane in enumerate(lanes):
+    for index, worker in enumerate(workers):
         own = [turn[index].seconds for turn in turns]
         speed = Spread.of([tokens / seconds for seconds in own])
         yield Timing(
-            engine=lane.name,
+            engine=worker.name,
             what=what,
             length=length,
             tokens=tokens,
@@ -175,13 +175,13 @@ def _timings(
 
 
 def _agreements(
-    lanes: Sequence[Lane], length: int, stages: list[list[Reading]], peaks: list[float | None]
+    workers: Sequence[Worker], length: int, stages: list[list[Reading]], peaks: list[float | None]
 ) -> Iterator[Agreement]:
-    for index, lane in enumerate(lanes):
+    for index, worker in enumerate(workers):
         pairs = [(stage[0], stage[index]) for stage in stages]
         chosen = [(a, b) for one, other in pairs for a, b in zip(one.chosen, other.chosen, strict=True)]
         yield Agreement(
-            engine=lane.name,
+            engine=worker.name,
             length=length,
             same=sum(a == b for a, b in chosen),
             compared=len(chosen),

@@ -79,8 +79,8 @@ def _listen() -> tuple[deque[str], object]:
     said: deque[str] = deque(maxlen=3)
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def listen(_level: int, text: bytes, _data: object) -> None:
+    def run_trial(_level: int, text: bytes, _data: object) -> None:
         said.append(text.decode(errors="replace").strip())
 
-    llama_cpp.llama_log_set(listen, None)
-    return said, listen
+    llama_cpp.llama_log_set(run_trial, None)
+    return said, run_trial

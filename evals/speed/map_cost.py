@@ -14,17 +14,17 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from ...engine.api import Model
-from ...engine.attention import causal_attention
-from ...engine.bands.banded import banded_attention
-from ...engine.bands.kernel import Score
-from ...engine.bands.plan import Plan, Segment
-from ...engine.bands.rotation import Layout, angles
-from ...engine.bands.rows import Run
-from ...engine.cache import TurnedKeys
-from ...engine.network import CHUNK
-from ...engine.patches.rotary import RotarySite, headline
+from ...engine.attention.banded import banded_attention
+from ...engine.attention.causal import causal_attention
+from ...engine.attention.kernel import Score
+from ...engine.attention.plan import Plan, Segment
+from ...engine.attention.rotation import Layout, angles
+from ...engine.attention.rows import Run
+from ...engine.cache import RotatedKeys
+from ...engine.model import Model
+from ...engine.patches.rotary import RotarySite, primary_rotary
 from ...engine.prefill import prefill
+from ...engine.runners.runner import CHUNK
 from ...errors import ConfigError
 from ...scaling import Scaler
 
@@ -57,9 +57,9 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scale
     i = torch.arange(n)
     scores: Tensor | None = None
     for band in site.bands(scaler, n):
-        turned_q = layout.rotate(q, angles(band.query(i), inv_freq, like=q))
+        rotated_q = layout.rotate(q, angles(band.query(i), inv_freq, like=q))
         turned_k = layout.rotate(k, angles(band.key(i), inv_freq, like=k))
-        square = turned_q @ turned_k.transpose(-1, -2)
+        square = rotated_q @ turned_k.transpose(-1, -2)
         if scores is None:
             scores = square
         else:
@@ -74,7 +74,7 @@ def attention_costs(
     model: Model, scalers: list[Scaler], lengths: list[int], *, repeats: int, naive: bool, progress: Progress
 ) -> Iterator[Cost]:
     """Prefill attention of one layer of `model`'s geometry, in the engine's chunks."""
-    config, site = model.hf.config.get_text_config(), headline(model.sites)
+    config, site = model.hf.config.get_text_config(), primary_rotary(model.sites)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -117,9 +117,9 @@ def _decoding(model: Model, scaler: Scaler, n: int, progress: Progress) -> Calla
     ids = torch.randint(0, model.vocabulary_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = model.new_cache(n + 64)
     task = progress.add_task(f"reading {n} tokens, {scaler}", total=n)
-    prefill(model.network, ids, cache, lambda _, count: progress.advance(task, count))
+    prefill(model.runner, ids, cache, lambda _, count: progress.advance(task, count))
     progress.remove_task(task)
-    return lambda: model.network.forward(ids[:1], cache, keep=1)
+    return lambda: model.runner.forward(ids[:1], cache, logits_to_keep=1)
 
 
 def _switch(model: Model, ways: dict[tuple[str, str], Callable[[], object]]) -> Callable[[str], None]:
@@ -142,14 +142,14 @@ def _in_turn(
 ) -> Iterator[Cost]:
     seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     task = progress.add_task(f"timing at {length} tokens", total=repeats * len(ways))
-    for turn in range(repeats + 1):  # the first turn warms up
+    for rotate in range(repeats + 1):  # the first turn warms up
         for way, run in ways.items():
-            if turn == 0 and way[0].endswith("public form"):
+            if rotate == 0 and way[0].endswith("public form"):
                 continue
             prepare(way[1])
             started = time.perf_counter()
             run()
-            if turn:
+            if rotate:
                 seconds[way].append(time.perf_counter() - started)
                 progress.advance(task)
     progress.remove_task(task)
@@ -177,9 +177,9 @@ def _chunks(plan: Plan, n: int) -> Segments:
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, chunks: Segments) -> Callable[[], object]:
     def run() -> None:
-        turned = TurnedKeys()
+        rotated = RotatedKeys()
         for start, stop, work in chunks:
-            banded_attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], score, layout, work, turned=turned)
+            banded_attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], score, layout, work, rotated=rotated)
 
     return run
 
@@ -189,11 +189,11 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, site: 
     found = angles(torch.arange(n, dtype=torch.float64), inv_freq, like=q)
 
     def run() -> None:
-        turned = layout.rotate(k, found)
-        turned_q = layout.rotate(q, found)
+        rotated = layout.rotate(k, found)
+        rotated_q = layout.rotate(q, found)
         for start in range(0, n, CHUNK):
             stop = min(n, start + CHUNK)
-            causal_attention(turned_q[:, :, start:stop], turned[:, :, :stop], v[:, :, :stop], score)
+            causal_attention(rotated_q[:, :, start:stop], rotated[:, :, :stop], v[:, :, :stop], score)
 
     return run
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import click
 import psutil
 
-from ...engine.api import Model
+from ...engine.model import Model
 from ...engine.sampling import SamplingParams
 from ...engine.session import Session
 from ...errors import ConfigError, ContextOverflow, RopewalkError
@@ -189,7 +189,7 @@ class Load:
 @contextmanager
 def _cancelled(model: Model, after: int) -> Iterator[None]:
     """Raise `Cancelled` at the end of the network's call number `after` + 1, if there are as many."""
-    forward, calls = model.network.forward, iter(range(after))
+    forward, calls = model.runner.forward, iter(range(after))
 
     def stops(*args: object, **kwargs: object) -> object:
         found = forward(*args, **kwargs)  # type: ignore[arg-type]
@@ -197,11 +197,11 @@ def _cancelled(model: Model, after: int) -> Iterator[None]:
             raise Cancelled
         return found
 
-    model.network.forward = stops  # type: ignore[method-assign, assignment]
+    model.runner.forward = stops  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        del model.network.forward
+        del model.runner.forward
 
 
 def serve(
@@ -235,7 +235,7 @@ def serve(
         model.rope = before
     quarter = len(readings) // 4
     warm = min(readings[quarter : 2 * quarter])
-    shape = getattr(model.network, "cache_shape", None)
+    shape = getattr(model.runner, "cache_shape", None)
     cache = 0 if shape is None else shape.bytes_per_token * longest / _MB
     return Verdict(requests=requests, warm_mb=warm, last_mb=min(readings[-quarter:]), allowed_mb=0.03 * warm + cache)
 

@@ -11,11 +11,12 @@ from typing import Literal
 
 from rich.console import Console
 
-from ...engine.api import Model
-from ...engine.patches.rotary import headline
+from ...engine.model import Model
+from ...engine.patches.rotary import primary_rotary
 from ...errors import ConfigError, DataError, UnsupportedModel
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
+from ..models.local import Local
 from ..protocols.harm import Harm
 from ..protocols.perplexity_cell import plan
 from ..protocols.skim_cell import can_skim
@@ -25,7 +26,6 @@ from ..runs.cell import Cell
 from ..runs.compare import Difference
 from ..runs.result import Row, Run
 from ..runs.runner import measure_all
-from ..subjects.local import Local
 from .candidates import fits_config, neighbours, starting_points
 from .factor_search import FactorSpace, FoundFactors, search_factors
 from .text import TuneText
@@ -176,7 +176,7 @@ class Rounds:
     def _new(self, scalers: Sequence[Scaler]) -> list[Candidate]:
         """Candidates of those scalers that this model takes and that reach the target."""
         found = []
-        site = headline(self._model.sites)
+        site = primary_rotary(self._model.sites)
         for scaler in scalers:
             if str(scaler) in self._candidates:
                 continue

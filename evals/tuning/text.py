@@ -6,17 +6,17 @@ import math
 from functools import cached_property
 from typing import Any
 
-from ...engine.api import Model
-from ...engine.compiled.skim import Sample
+from ...engine.model import Model
+from ...engine.runners.cpu.skim import Sample
 from ...errors import DataError
 from ...scaling.rope import Scaler
 from ..data import Text
+from ..models.reader import ModelReader
 from ..protocols.fixed_target import FixedTarget
 from ..protocols.perplexity_cell import PerplexityCell, Source
 from ..protocols.protocol import Window
 from ..protocols.skim_cell import SkimCell
 from ..runs.recipe import shared_recipe
-from ..subjects.reader import ModelReader
 
 MOST_PLACES = 9
 """Places of the text that are read in the last round."""

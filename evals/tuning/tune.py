@@ -29,8 +29,8 @@ from typing import get_args
 
 from rich.console import Console
 
-from ...engine import split
-from ...engine.api import Model
+from ...engine import tensor_parallel
+from ...engine.model import Model
 from ...errors import ConfigError
 from ...scaling.auto import Auto
 from ...scaling.lengths import format_length, parse_length
@@ -83,7 +83,7 @@ def tune(
         ConfigError: the target is not beyond the trained length, or the search is unknown or cannot be done.
         DataError: the text is too short.
     """
-    split.refuse("tune")
+    tensor_parallel.refuse("tune")
     tokens = parse_length(str(target), model.trained_length)
     if tokens <= model.trained_length:
         raise ConfigError(

@@ -27,13 +27,13 @@ from .errors import (
 
 if TYPE_CHECKING:
     from . import evals
-    from .engine.api import Model
+    from .engine.model import Model
     from .engine.completion import Completion, Score
     from .engine.exports.export import Export, export
     from .engine.heal import Healed, heal
     from .engine.load import load
     from .engine.nbce import NBCE
-    from .engine.opening import Continuation
+    from .engine.token_healing import Continuation
     from .engine.patches.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
     from .engine.session import Session
@@ -45,9 +45,9 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Completion": ".engine.completion",
-    "Model": ".engine.api",
+    "Model": ".engine.model",
     "Score": ".engine.completion",
-    "Continuation": ".engine.opening",
+    "Continuation": ".engine.token_healing",
     "Export": ".engine.exports.export",
     "export": ".engine.exports.export",
     "Healed": ".engine.heal",

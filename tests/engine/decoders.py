@@ -10,8 +10,8 @@ from serving import difference, logits
 from torch import nn
 
 import ropewalk as rw
-from ropewalk.engine.compiled.network import CompiledNetwork
 from ropewalk.engine.patches.rotary import rotary_sites
+from ropewalk.engine.runners.cpu.runner import CompiledRunner
 
 IDS = torch.arange(3, 143).mul(37).remainder(95)[None] + 1
 WINDOW = 24
@@ -74,20 +74,20 @@ DECODERS = {name: partial(build, *row) for name, row in ROWS.items()}
 
 
 def compiled(hf, **options):
-    return CompiledNetwork(hf, rotary_sites(hf), **options)
+    return CompiledRunner(hf, rotary_sites(hf), **options)
 
 
 @torch.inference_mode()
-def in_chunks(network, sizes, ids=None, cache=None):
+def in_chunks(runner, sizes, ids=None, cache=None):
     """All logits of a text that is read in chunks of these sizes, over and over."""
     text = (IDS if ids is None else ids)[0].tolist()
-    cache = network.new_cache(7) if cache is None else cache
+    cache = runner.new_cache(7) if cache is None else cache
     found, at = [], 0
     for size in itertools.cycle(sizes):
         if at == len(text):
             return torch.cat(found)
         piece = text[at : at + size]
-        found.append(network.forward(piece, cache, len(piece)))
+        found.append(runner.forward(piece, cache, len(piece)))
         at += len(piece)
     raise AssertionError("no sizes")
 
@@ -120,10 +120,10 @@ def noisy(hf):
     return hf
 
 
-def under(network, hf, spec, length):
-    """`network` under a scaler, and the same model patched with it, for sequences of `length` tokens."""
+def under(runner, hf, spec, length):
+    """`runner` under a scaler, and the same model patched with it, for sequences of `length` tokens."""
     scaler = rw.scaling.parse(spec)
-    network.use(scaler, length)
+    runner.use(scaler, length)
     return rw.patch(hf, scaler, length=length if scaler.depends_on_length else None)
 
 

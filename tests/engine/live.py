@@ -19,14 +19,14 @@ def greedy(tokens=6, **options):
 @torch.inference_mode()
 def check_cache(model, session):
     """The session's cache holds what its tokens, read afresh under the scaler in use, leave in one."""
-    held, ids = session._kept.cache, session._kept.ids
+    held, ids = session._cached.cache, session._cached.ids
     if held is None:
         assert ids == []
         return
     assert {layer.get_seq_length() for layer in held.layers} == {len(ids)}
     if ids:
         fresh = model.new_cache(len(ids))
-        prefill(model.network, ids, fresh)
+        prefill(model.runner, ids, fresh)
         assert cache_difference(held, fresh, len(ids)) < 1e-4
 
 
@@ -45,14 +45,14 @@ def counted(model, monkeypatch):
     """A list of the number of tokens of every run of the network."""
     counts = []
     with monkeypatch.context() as patch:
-        for name in ("_few", "_many"):
-            run = getattr(model.network, name)
+        for name in ("_decode_step", "_prefill_chunk"):
+            run = getattr(model.runner, name)
 
-            def counting(what, *args, run=run, few=name == "_few"):
+            def counting(what, *args, run=run, few=name == "_decode_step"):
                 counts.append(sum(len(ids) for ids, _ in what) if few else len(what))
                 return run(what, *args)
 
-            patch.setattr(model.network, name, counting)
+            patch.setattr(model.runner, name, counting)
         yield counts
 
 
@@ -66,9 +66,9 @@ def interrupted(monkeypatch, where, after=0, error=KeyboardInterrupt):
     """
     owner, name = {
         "layer": (KVLayer, "update"),
-        "turned": (KVLayer, "write_keys"),
+        "rotated": (KVLayer, "write_keys"),
         "written": (KVCache, "advance"),
-        "counted": (rw.engine.compiled.layers.Layers, "capped"),
+        "counted": (rw.engine.runners.cpu.layers.Layers, "capped"),
     }[where]
     run, calls = getattr(owner, name), iter(range(after + 1))
 

@@ -7,8 +7,8 @@ import torch
 from families import FAMILIES, WITHOUT_YARN, YARN
 
 import ropewalk as rw
-from ropewalk.engine.bands.reference import reference_attention
-from ropewalk.engine.bands.rotation import Layout
+from ropewalk.engine.attention.reference import reference_attention
+from ropewalk.engine.attention.rotation import Layout
 from ropewalk.engine.patches import band_patch
 
 TOLERANCE = 2e-5  # of the largest logit; float32, and one family runs its layers 16 times

@@ -7,7 +7,7 @@ from live import greedy
 from transformers import AutoModelForCausalLM
 
 import ropewalk as rw
-from ropewalk.engine.patches import switch
+from ropewalk.engine.patches import scaler_slot
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -148,13 +148,13 @@ def test_a_refused_scaler_leaves_the_old_one_in_place(model):
 def test_a_change_that_is_interrupted_leaves_the_old_scaler_in_place(model, monkeypatch, stop):
     model.rope = "rerope:64|logn"
     before = model.score(TEXT).logprobs
-    install = switch.install
+    install = scaler_slot.install
 
     def interrupted(*args, **kwargs):
-        monkeypatch.setattr(switch, "install", install)
+        monkeypatch.setattr(scaler_slot, "install", install)
         raise stop
 
-    monkeypatch.setattr(switch, "install", interrupted)
+    monkeypatch.setattr(scaler_slot, "install", interrupted)
     with pytest.raises(stop):
         model.rope = "yarn:4"
     assert str(model.rope) == "rerope:64|logn"

@@ -14,9 +14,9 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ropewalk.engine import attention
-from ropewalk.engine.attention import _attention_forward, _mask, causal_attention
-from ropewalk.engine.bands.kernel import Score, join
+from ropewalk.engine.attention import causal
+from ropewalk.engine.attention.causal import _attention_forward, _mask, causal_attention
+from ropewalk.engine.attention.kernel import Score, join
 
 
 def brute_force(q, k, v, scale):
@@ -121,12 +121,12 @@ def test_dropout_is_for_training_only():
 
 
 def test_a_long_past_is_read_in_parts(monkeypatch):
-    monkeypatch.setattr(attention, "_AT_ONCE", 16)
+    monkeypatch.setattr(causal, "_AT_ONCE", 16)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, n, 16, dtype=torch.float64) for heads, n in ((4, 3), (2, 50), (2, 50)))
     seen = []
-    attend = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda q, k, *rest: seen.append(k.shape[2]) or attend(q, k, *rest))
+    attend = causal.attend
+    monkeypatch.setattr(causal, "attend", lambda q, k, *rest: seen.append(k.shape[2]) or attend(q, k, *rest))
     assert torch.allclose(causal_attention(q, k, v, Score(scale=0.17)), brute_force(q, k, v, 0.17), rtol=0, atol=1e-13)
     assert seen == [3, 16, 16, 15]
 
@@ -152,7 +152,7 @@ def test_the_mask_is_that_of_transformers_wherever_there_is_one():
 
 
 def test_transformers_finds_it_by_name():
-    name = attention.register()
-    assert name == attention.ATTENTION_NAME
+    name = causal.register()
+    assert name == causal.ATTENTION_NAME
     assert ALL_ATTENTION_FUNCTIONS[name] is _attention_forward
     assert ALL_MASK_ATTENTION_FUNCTIONS[name] is _mask

@@ -63,7 +63,7 @@ def test_the_default_cache_gets_layers_that_keep_turned_keys(llama):
         llama(input_ids=IDS[:, 100:101], past_key_values=cache)
     layer = cache.layers[0]
     assert isinstance(layer, ContiguousLayer)
-    assert [copy.shape[2] >= 101 for copy in layer.turned.tensors] == [True, True]
+    assert [copy.shape[2] >= 101 for copy in layer.rotated.tensors] == [True, True]
     cache = DynamicCache(config=llama.config)
     llama(input_ids=IDS[:, :10], past_key_values=cache)
     assert type(cache.layers[0]) is DynamicLayer

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ropewalk as rw
-from ropewalk.engine.bands.banded import banded_attention
-from ropewalk.engine.bands.blocks import blocks
-from ropewalk.engine.bands.kernel import Score, attend, join
-from ropewalk.engine.bands.plan import Plan
-from ropewalk.engine.bands.reference import reference_attention
-from ropewalk.engine.bands.rotation import Layout
-from ropewalk.engine.bands.rows import Run
+from ropewalk.engine.attention.banded import banded_attention
+from ropewalk.engine.attention.blocks import blocks
+from ropewalk.engine.attention.kernel import Score, attend, join
+from ropewalk.engine.attention.plan import Plan
+from ropewalk.engine.attention.reference import reference_attention
+from ropewalk.engine.attention.rotation import Layout
+from ropewalk.engine.attention.rows import Run
 from ropewalk.engine.patches.rotary import RotarySite
 from ropewalk.scaling import RopeSpec, Scaler, parse
 from ropewalk.scaling.band import PLAIN

@@ -11,12 +11,12 @@ from ropewalk import PatchError
 from ropewalk.engine import cache as caches
 from ropewalk.engine.cache import (
     ContiguousLayer,
-    TurnedKeys,
+    RotatedKeys,
     adopt,
     attends_to_everything,
     cache_bytes,
     can_rewind,
-    forget,
+    evict,
     most_held,
     new_cache,
     rewind,
@@ -71,81 +71,81 @@ def states(n, rows=1):
     return torch.randn(rows, 2, n, 8)
 
 
-def turning(calls):
+def rotating(calls):
     """Turned keys are keys times 10; `calls` are the parts that were asked for."""
 
-    def turn(start, stop):
+    def rotate(start, stop):
         calls.append((start, stop))
-        return 10 * turn.keys[:, :, start:stop]
+        return 10 * rotate.keys[:, :, start:stop]
 
-    return turn
+    return rotate
 
 
 def test_turned_keys_are_made_once_and_extended():
-    held, calls = TurnedKeys(), []
-    turn = turning(calls)
-    turn.keys = states(20)
+    held, calls = RotatedKeys(), []
+    rotate = rotating(calls)
+    rotate.keys = states(20)
     for length in (3, 4, 4, 9):
-        assert torch.equal(held.get("a", 0, turn.keys[:, :, :length], turn), 10 * turn.keys[:, :, :length])
+        assert torch.equal(held.get("a", 0, rotate.keys[:, :, :length], rotate), 10 * rotate.keys[:, :, :length])
     assert calls == [(0, 3), (3, 4), (4, 9)]
     assert [copy.shape[2] for copy in held.tensors] == [12]  # twice 3, then twice 6
-    held.get("a", 1, turn.keys[:, :, :2], turn)  # another band, on its own
-    held.get("a", 0, turn.keys[:, :, :9], turn)
+    held.get("a", 1, rotate.keys[:, :, :2], rotate)  # another band, on its own
+    held.get("a", 0, rotate.keys[:, :, :9], rotate)
     assert calls[3:] == [(0, 2)]
     held.crop(5)
-    held.get("a", 1, turn.keys[:, :, :2], turn)
-    assert torch.equal(held.get("a", 0, turn.keys[:, :, :9], turn), 10 * turn.keys[:, :, :9])
+    held.get("a", 1, rotate.keys[:, :, :2], rotate)
+    assert torch.equal(held.get("a", 0, rotate.keys[:, :, :9], rotate), 10 * rotate.keys[:, :, :9])
     assert calls[4:] == [(5, 9)]
-    held.get("b", 0, turn.keys[:, :, :2], turn)
+    held.get("b", 0, rotate.keys[:, :, :2], rotate)
     assert calls[5:] == [(0, 2)]
     assert len(held.tensors) == 1
-    held.get("b", 0, turn.keys[:, :, :2], turn)
+    held.get("b", 0, rotate.keys[:, :, :2], rotate)
     assert len(calls) == 6
     held.clear()
     assert held.tensors == []
-    held.get("b", 0, turn.keys[:, :, :2], turn)
+    held.get("b", 0, rotate.keys[:, :, :2], rotate)
     assert calls[6:] == [(0, 2)]
 
 
 def test_room_for_turned_keys_is_written_by_the_caller():
-    held, calls = TurnedKeys(), []
-    turn = turning(calls)
-    turn.keys = states(40)
-    exact = held.room("a", 0, turn.keys[:, :, :4], turn, 0)
+    held, calls = RotatedKeys(), []
+    rotate = rotating(calls)
+    rotate.keys = states(40)
+    exact = held.room("a", 0, rotate.keys[:, :, :4], rotate, 0)
     assert exact.shape == (1, 2, 4, 8)
-    roomy = held.room("a", 0, turn.keys[:, :, :4], turn, 1)
+    roomy = held.room("a", 0, rotate.keys[:, :, :4], rotate, 1)
     assert roomy.shape == (1, 2, 8, 8)
-    assert torch.equal(roomy[:, :, :4], 10 * turn.keys[:, :, :4])
-    assert held.room("a", 0, turn.keys[:, :, :4], turn, 4) is roomy
-    assert held.room("a", 0, turn.keys[:, :, :4], turn, 26).shape[2] == 30
-    held.get("a", 1, turn.keys[:, :, :2], turn)
-    held.room("a", 0, turn.keys[:, :, :4], turn, 26)[:, :, 4:6] = 7
+    assert torch.equal(roomy[:, :, :4], 10 * rotate.keys[:, :, :4])
+    assert held.room("a", 0, rotate.keys[:, :, :4], rotate, 4) is roomy
+    assert held.room("a", 0, rotate.keys[:, :, :4], rotate, 26).shape[2] == 30
+    held.get("a", 1, rotate.keys[:, :, :2], rotate)
+    held.room("a", 0, rotate.keys[:, :, :4], rotate, 26)[:, :, 4:6] = 7
     held.advance(4, 2)
-    assert (held.get("a", 0, turn.keys[:, :, :6], turn)[:, :, 4:] == 7).all()
+    assert (held.get("a", 0, rotate.keys[:, :, :6], rotate)[:, :, 4:] == 7).all()
     assert calls == [(0, 4), (0, 2)]
-    held.get("a", 1, turn.keys[:, :, :6], turn)  # it held 2, not 4, so it was not advanced
+    held.get("a", 1, rotate.keys[:, :, :6], rotate)  # it held 2, not 4, so it was not advanced
     assert calls[2:] == [(2, 6)]
 
 
 def test_rows_are_chosen_repeated_and_put_in_order():
-    layer, given, turn = ContiguousLayer(capacity=4), states(3, rows=2), turning([])
+    layer, given, rotate = ContiguousLayer(capacity=4), states(3, rows=2), rotating([])
     for change in (layer.reorder_cache, layer.batch_select_indices, layer.batch_repeat_interleave):
         change(torch.tensor([0]))  # nothing is held yet
     layer.update(given, -given)
-    turn.keys = given
-    layer.turned.get("a", 0, given, turn)
+    rotate.keys = given
+    layer.rotated.get("a", 0, given, rotate)
     layer.reorder_cache(torch.tensor([1, 0]))
     layer.batch_repeat_interleave(2)
     layer.batch_select_indices(torch.tensor([0, 2, 3]))
     expected = given[[1, 0, 0]]
     assert torch.equal(layer.keys[:, :, :3], expected)
     assert torch.equal(layer.values[:, :, :3], -expected)
-    assert torch.equal(layer.turned.tensors[0], 10 * expected)
+    assert torch.equal(layer.rotated.tensors[0], 10 * expected)
 
 
 def test_room_is_doubled_and_what_is_held_stays():
     layer, given = ContiguousLayer(), states(3)
-    assert (layer.capacity, layer.length, layer.forgotten, layer.needed) == (256, 0, 0, 0)
+    assert (layer.capacity, layer.length, layer.evicted, layer.needed) == (256, 0, 0, 0)
     layer.reserve(256)
     assert layer.capacity == 256
     layer.reserve(257)
@@ -162,7 +162,7 @@ def test_room_is_doubled_and_what_is_held_stays():
     keys, values = layer.update(given, -given)
     assert torch.equal(keys, torch.cat((given, given), 2))
     assert torch.equal(values, -keys)
-    assert keys.turned is layer.turned
+    assert keys.rotated is layer.rotated
     assert layer.get_mask_sizes(5) == (11, 0)
     assert layer.get_max_length() == -1
     assert layer.is_croppable
@@ -171,13 +171,13 @@ def test_room_is_doubled_and_what_is_held_stays():
 
 def test_crop_and_reset_forget_turned_keys_too():
     layer, given, calls = ContiguousLayer(), states(6), []
-    turn = turning(calls)
-    turn.keys = given
+    rotate = rotating(calls)
+    rotate.keys = given
     layer.update(given, given)
-    layer.turned.get("a", 0, given, turn)
+    layer.rotated.get("a", 0, given, rotate)
     layer.crop(-2)
     assert layer.length == 4
-    layer.turned.get("a", 0, given, turn)
+    layer.rotated.get("a", 0, given, rotate)
     assert calls == [(0, 6), (4, 6)]
     for wrong in (1, -5):
         with pytest.raises(AssertionError):
@@ -185,28 +185,28 @@ def test_crop_and_reset_forget_turned_keys_too():
     layer.crop(-4)
     assert layer.length == 0
     layer.update(given, given)
-    layer.forget(1, 2, 3)
-    layer.turned.get("a", 0, given[:, :, :4], turn)
+    layer.evict(1, 2, 3)
+    layer.rotated.get("a", 0, given[:, :, :4], rotate)
     layer.reset()
-    assert (layer.length, layer.forgotten, layer.turned.tensors) == (0, 0, [])
+    assert (layer.length, layer.evicted, layer.rotated.tensors) == (0, 0, [])
 
 
 def test_keys_are_dropped_behind_the_first_ones():
     layer, given, calls = ContiguousLayer(capacity=16), states(10), []
-    turn = turning(calls)
-    turn.keys = given
+    rotate = rotating(calls)
+    rotate.keys = given
     layer.update(given, -given)
-    layer.turned.get("a", 0, given, turn)
-    layer.forget(2, 3, 6)
+    layer.rotated.get("a", 0, given, rotate)
+    layer.evict(2, 3, 6)
     kept = torch.cat((given[:, :, :2], given[:, :, 5:]), 2)
-    assert (layer.length, layer.forgotten, layer.needed, layer.capacity) == (7, 3, 6, 16)
+    assert (layer.length, layer.evicted, layer.needed, layer.capacity) == (7, 3, 6, 16)
     assert torch.equal(layer.keys[:, :, :7], kept)
     assert torch.equal(layer.values[:, :, :7], -kept)
-    turn.keys = kept
-    assert torch.equal(layer.turned.get("a", 0, kept, turn), 10 * kept)
+    rotate.keys = kept
+    assert torch.equal(layer.rotated.get("a", 0, kept, rotate), 10 * kept)
     assert calls == [(0, 10), (2, 7)]
-    layer.forget(2, 1, 6)
-    assert layer.forgotten == 4
+    layer.evict(2, 1, 6)
+    assert layer.evicted == 4
 
 
 def filled(tokens, layers=2, capacity=16):
@@ -222,12 +222,12 @@ def test_many_keys_are_dropped_at_once_and_the_end_stays():
     assert most == 68 + caches.SPARE + caches._STRIDE
     assert most_held((4, 5000)) == 5004 + caches.SPARE + 5000
     cache = filled(most - 1)
-    forget(cache, (first, last))
+    evict(cache, (first, last))
     assert cache.get_seq_length() == most - 1
     cache = filled(most)
-    forget(cache, (first, last))
+    evict(cache, (first, last))
     assert [layer.length for layer in cache.layers] == [68 + caches.SPARE] * 2
-    assert [layer.forgotten for layer in cache.layers] == [caches._STRIDE] * 2
+    assert [layer.evicted for layer in cache.layers] == [caches._STRIDE] * 2
     assert [layer.needed for layer in cache.layers] == [67] * 2
     assert tokens_read(cache) == tokens_read(cache.layers[1]) == most
     assert can_rewind(cache, caches.SPARE + 1)
@@ -238,8 +238,8 @@ def test_many_keys_are_dropped_at_once_and_the_end_stays():
     with pytest.raises(PatchError, match="the last 1 tokens of this cache have to be read anew, and its layers"):
         rewind(cache, 1)
     wide = filled(5004 + caches.SPARE + 4999)
-    forget(wide, (4, 5000))
-    assert wide.layers[0].forgotten == 0
+    evict(wide, (4, 5000))
+    assert wide.layers[0].evicted == 0
 
 
 def test_caches_of_other_kinds_are_left_alone():
@@ -247,7 +247,7 @@ def test_caches_of_other_kinds_are_left_alone():
     given = states(2000)
     for index in range(2):
         windows.update(given, given, index)
-    forget(windows, (4, 8))
+    evict(windows, (4, 8))
     assert tokens_read(windows) == 2000
     assert not can_rewind(windows)
     own = DynamicCache()
@@ -282,8 +282,8 @@ def test_bytes_are_those_of_buffers_and_turned_keys():
     cache = filled(10, capacity=16)
     one = 2 * 16 * 8 * 4
     assert cache_bytes(cache) == 4 * one
-    turn = turning([])
-    turn.keys = cache.layers[0].keys
-    cache.layers[0].turned.get("a", 0, turn.keys, turn)
+    rotate = rotating([])
+    rotate.keys = cache.layers[0].keys
+    cache.layers[0].rotated.get("a", 0, rotate.keys, rotate)
     assert cache_bytes(cache) == 5 * one
     assert cache_bytes(new_cache(LlamaConfig(**SMALL), 8)) == 0

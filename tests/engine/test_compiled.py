@@ -7,9 +7,9 @@ import torch
 from decoders import DECODERS, IDS, ROWS, WINDOW, compiled, difference, in_chunks, read
 from families import build
 
-from ropewalk.engine.compiled.family import FAMILIES
-from ropewalk.engine.compiled.kernels.attention import PART
-from ropewalk.engine.compiled.network import FEW
+from ropewalk.engine.runners.cpu.family import FAMILIES
+from ropewalk.engine.runners.cpu.kernels.attention import PART
+from ropewalk.engine.runners.cpu.runner import FEW
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
@@ -31,17 +31,17 @@ def test_every_described_family_is_here():
 
 @pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
 def test_logits_are_those_of_transformers_in_any_chunks(served, sizes):
-    _, network, expected = served
-    assert difference(in_chunks(network, sizes), expected) < TOLERANCE
+    _, runner, expected = served
+    assert difference(in_chunks(runner, sizes), expected) < TOLERANCE
 
 
 def test_only_the_last_logits_that_are_asked_for_come(served):
-    _, network, expected = served
+    _, runner, expected = served
     for count in (FEW, 60):
-        for keep in (1, 3):
-            found = network.forward(IDS[0, :count].tolist(), network.new_cache(1), keep)
-            assert found.shape == (keep, expected.shape[1])
-            assert difference(found, expected[count - keep : count]) < TOLERANCE
+        for logits_to_keep in (1, 3):
+            found = runner.forward(IDS[0, :count].tolist(), runner.new_cache(1), logits_to_keep)
+            assert found.shape == (logits_to_keep, expected.shape[1])
+            assert difference(found, expected[count - logits_to_keep : count]) < TOLERANCE
 
 
 WINDOWS = (WINDOW, PART, 2 * PART + 7)
@@ -53,16 +53,16 @@ def test_a_text_of_many_parts(name, window):
     model_type, fields = ROWS[name]
     hf = build(model_type, {**fields, "sliding_window": window} if window else fields)
     ids = torch.arange(700).mul(37).remainder(89)[None] + 1
-    network, expected = compiled(hf), read(hf, ids)
-    assert difference(in_chunks(network, [250, 5, 1, 1, 200, FEW, 1], ids), expected) < 1e-4  # angles in float32
+    runner, expected = compiled(hf), read(hf, ids)
+    assert difference(in_chunks(runner, [250, 5, 1, 1, 200, FEW, 1], ids), expected) < 1e-4  # angles in float32
 
 
 def test_a_large_vocabulary_is_widened_in_pieces(monkeypatch):
     hf = DECODERS["gemma2"]()
-    network = compiled(hf, weights="int8", cache="float32")
-    expected = in_chunks(network, [40])
-    monkeypatch.setattr("ropewalk.engine.compiled.layers._HEAD_ROWS", 20)
-    assert torch.equal(in_chunks(network, [40]), expected)
+    runner = compiled(hf, weights="int8", cache="float32")
+    expected = in_chunks(runner, [40])
+    monkeypatch.setattr("ropewalk.engine.runners.cpu.layers._HEAD_ROWS", 20)
+    assert torch.equal(in_chunks(runner, [40]), expected)
 
 
 def test_windows_are_seen_by_the_text():

@@ -41,87 +41,87 @@ def networks():
 
 
 @pytest.fixture(params=CASES, ids=[f"{name}-{spec}" for name, spec in CASES])
-def network(request, networks):
+def runner(request, networks):
     name, spec = request.param
     networks[name].use(rw.scaling.parse(spec), LENGTH)
     return networks[name]
 
 
-def cached(network, text, chunk=1000):
+def cached(runner, text, chunk=1000):
     """A cache that holds a text."""
-    cache = network.new_cache(3)
+    cache = runner.new_cache(3)
     if text:
-        in_chunks(network, [chunk], torch.tensor([text]), cache)
+        in_chunks(runner, [chunk], torch.tensor([text]), cache)
     return cache
 
 
-def last(network, text, chunk=1000):
+def last(runner, text, chunk=1000):
     """The logits behind a text that is read afresh."""
-    return in_chunks(network, [chunk], torch.tensor([text]))[-1]
+    return in_chunks(runner, [chunk], torch.tensor([text]))[-1]
 
 
 @torch.inference_mode()
-def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(network):
+def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(runner):
     lengths, counts = (60, 1, 0, 90, 23, 64, 65), (1, 3, 5, 2, 1, 1, 17)
-    rows = [(TEXT[n : n + count], cached(network, TEXT[:n])) for n, count in zip(lengths, counts, strict=True)]
-    alone = [network.step([row])[0] for row in [(ids, cache.fork()) for ids, cache in rows]]
-    together = network.step([(ids, cache.fork()) for ids, cache in rows])
-    backwards = network.step([(ids, cache.fork()) for ids, cache in rows[::-1]])
+    rows = [(TEXT[n : n + count], cached(runner, TEXT[:n])) for n, count in zip(lengths, counts, strict=True)]
+    alone = [runner.step([row])[0] for row in [(ids, cache.fork()) for ids, cache in rows]]
+    together = runner.step([(ids, cache.fork()) for ids, cache in rows])
+    backwards = runner.step([(ids, cache.fork()) for ids, cache in rows[::-1]])
     assert torch.equal(together, torch.stack(alone))
     assert torch.equal(backwards.flip(0), together)
     for (ids, _), n, found in zip(rows, lengths, together, strict=True):
-        assert difference(found, last(network, TEXT[:n] + ids)) < 5e-5
+        assert difference(found, last(runner, TEXT[:n] + ids)) < 5e-5
 
 
 @torch.inference_mode()
-def test_a_batch_goes_on_as_each_row_alone(network):
+def test_a_batch_goes_on_as_each_row_alone(runner):
     lengths = (60, 7, 85)
-    rows = [cached(network, TEXT[:n]) for n in lengths]
+    rows = [cached(runner, TEXT[:n]) for n in lengths]
     others = copy.deepcopy(rows)
     for k in range(10):
-        together = network.step([(TEXT[n + k : n + k + 1], cache) for n, cache in zip(lengths, rows, strict=True)])
+        together = runner.step([(TEXT[n + k : n + k + 1], cache) for n, cache in zip(lengths, rows, strict=True)])
         for n, cache, found in zip(lengths, others, together, strict=True):
-            assert torch.equal(network.forward(TEXT[n + k : n + k + 1], cache, 1)[0], found)
+            assert torch.equal(runner.forward(TEXT[n + k : n + k + 1], cache, 1)[0], found)
 
 
 @pytest.mark.parametrize("held", [0, 22, 70])
 @torch.inference_mode()
-def test_a_tree_is_each_of_its_paths_and_leaves_the_cache_as_it_was(network, held):
-    cache = cached(network, TEXT[:held])
+def test_a_tree_is_each_of_its_paths_and_leaves_the_cache_as_it_was(runner, held):
+    cache = cached(runner, TEXT[:held])
     before = copy.deepcopy(cache)
-    found = network.tree(PATHS, cache)
+    found = runner.tree(PATHS, cache)
     for path, one in zip(PATHS, found, strict=True):
-        assert difference(one, last(network, [*TEXT[:held], *path])) < 5e-5
+        assert difference(one, last(runner, [*TEXT[:held], *path])) < 5e-5
     assert cache.length == held
     following = IDS[:, held : held + 20]
     for sizes in ([4], [20]):
-        expected = in_chunks(network, sizes, following, copy.deepcopy(before))
-        assert torch.equal(in_chunks(network, sizes, following, copy.deepcopy(cache)), expected)
+        expected = in_chunks(runner, sizes, following, copy.deepcopy(before))
+        assert torch.equal(in_chunks(runner, sizes, following, copy.deepcopy(cache)), expected)
 
 
 @pytest.mark.parametrize("chunk", [5, 30])
 @torch.inference_mode()
-def test_a_rewound_cache_is_the_text_run_afresh(network, chunk):
-    expected = in_chunks(network, [1000], IDS[:, :LENGTH])
-    cache = cached(network, TEXT[::-1][:20], chunk)
+def test_a_rewound_cache_is_the_text_run_afresh(runner, chunk):
+    expected = in_chunks(runner, [1000], IDS[:, :LENGTH])
+    cache = cached(runner, TEXT[::-1][:20], chunk)
     rewind(cache, 20)
-    in_chunks(network, [chunk], IDS[:, :80], cache)
+    in_chunks(runner, [chunk], IDS[:, :80], cache)
     fork = copy.deepcopy(cache)
-    in_chunks(network, [chunk], IDS.flip(1)[:, :40], cache)
+    in_chunks(runner, [chunk], IDS.flip(1)[:, :40], cache)
     rewind(cache, 65)
-    assert difference(in_chunks(network, [chunk], IDS[:, 55:LENGTH], cache), expected[55:]) < 5e-5
-    assert difference(in_chunks(network, [chunk], IDS[:, 80:LENGTH], fork), expected[80:]) < 5e-5
+    assert difference(in_chunks(runner, [chunk], IDS[:, 55:LENGTH], cache), expected[55:]) < 5e-5
+    assert difference(in_chunks(runner, [chunk], IDS[:, 80:LENGTH], fork), expected[80:]) < 5e-5
 
 
 @torch.inference_mode()
-def test_nothing_depends_on_earlier_calls(network):
-    before = in_chunks(network, [30, 7])
-    cached(network, TEXT[::-1], 9)
-    scaler, length = network.setting
-    network.use(rw.scaling.parse("yarn:8|rerope:9"), 3)
-    cached(network, TEXT[:50], 9)
-    network.use(scaler, length)
-    assert torch.equal(in_chunks(network, [30, 7]), before)
+def test_nothing_depends_on_earlier_calls(runner):
+    before = in_chunks(runner, [30, 7])
+    cached(runner, TEXT[::-1], 9)
+    scaler, length = runner.rope_state
+    runner.use(rw.scaling.parse("yarn:8|rerope:9"), 3)
+    cached(runner, TEXT[:50], 9)
+    runner.use(scaler, length)
+    assert torch.equal(in_chunks(runner, [30, 7]), before)
 
 
 def interrupted(*_):
@@ -130,16 +130,16 @@ def interrupted(*_):
 
 @pytest.mark.parametrize("error", [DataError, KeyboardInterrupt])
 @torch.inference_mode()
-def test_a_step_that_failed_leaves_no_trace(network, monkeypatch, error):
-    cache = cached(network, TEXT[:50], 20)
+def test_a_step_that_failed_leaves_no_trace(runner, monkeypatch, error):
+    cache = cached(runner, TEXT[:50], 20)
     if error is KeyboardInterrupt:
-        monkeypatch.setattr("ropewalk.engine.compiled.kernels.step", interrupted)
+        monkeypatch.setattr("ropewalk.engine.runners.cpu.kernels.step", interrupted)
     with pytest.raises(error):
-        network.forward([3, 10**6] if error is DataError else [3, 4], cache, 1)
+        runner.forward([3, 10**6] if error is DataError else [3, 4], cache, 1)
     monkeypatch.undo()
     for sizes in ([20], [5]):
-        found = in_chunks(network, sizes, IDS[:, 50:LENGTH], copy.deepcopy(cache))
-        assert difference(found, in_chunks(network, [1000], IDS[:, :LENGTH])[50:]) < 5e-5
+        found = in_chunks(runner, sizes, IDS[:, 50:LENGTH], copy.deepcopy(cache))
+        assert difference(found, in_chunks(runner, [1000], IDS[:, :LENGTH])[50:]) < 5e-5
 
 
 @pytest.mark.parametrize("specs", [("rerope:20", "self-extend:4,window=30|logn"), ("dual-chunk", "jet-long:20")])
@@ -148,12 +148,12 @@ def test_a_cache_of_unturned_keys_is_read_anew_under_another_map(specs):
     """In a model of one layer: those above it keep what they read under the old map."""
     hf = DECODERS["llama"]()
     hf.model.layers = hf.model.layers[:1]
-    network = compiled(hf)
+    runner = compiled(hf)
     old, new = (rw.scaling.parse(spec) for spec in specs)
-    network.use(new, LENGTH)
-    expected = in_chunks(network, [1000], IDS[:, :LENGTH])[60:]
+    runner.use(new, LENGTH)
+    expected = in_chunks(runner, [1000], IDS[:, :LENGTH])[60:]
     for sizes in ([1], [30]):
-        network.use(old, LENGTH)
-        cache = cached(network, TEXT[:60], 7)
-        network.use(new, LENGTH)
-        assert difference(in_chunks(network, sizes, IDS[:, 60:LENGTH], cache), expected) < 5e-5
+        runner.use(old, LENGTH)
+        cache = cached(runner, TEXT[:60], 7)
+        runner.use(new, LENGTH)
+        assert difference(in_chunks(runner, sizes, IDS[:, 60:LENGTH], cache), expected) < 5e-5

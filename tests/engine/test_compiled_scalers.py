@@ -18,10 +18,10 @@ from decoders import (
 from families import DEFAULT, build
 
 import ropewalk as rw
-from ropewalk.engine.compiled.network import FEW
-from ropewalk.engine.network import Network
 from ropewalk.engine.patches.rotary import rotary_sites
-from ropewalk.engine.patches.switch import Switch
+from ropewalk.engine.patches.scaler_slot import ScalerSlot
+from ropewalk.engine.runners.cpu.runner import FEW
+from ropewalk.engine.runners.runner import Runner
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
@@ -39,18 +39,18 @@ def llama_and_network():
 @pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_llama_under_every_kind_of_scaler(llama_and_network, spec, sizes):
-    hf, network = llama_and_network
-    with under(network, hf, spec, LENGTH):
+    hf, runner = llama_and_network
+    with under(runner, hf, spec, LENGTH):
         expected = read(hf)
-    assert difference(in_chunks(network, sizes), expected) < TOLERANCE
+    assert difference(in_chunks(runner, sizes), expected) < TOLERANCE
 
 
 def test_the_scalers_differ_enough_to_be_told_apart(llama_and_network):
-    _, network = llama_and_network
+    _, runner = llama_and_network
     found = {}
     for spec in SPECS:
-        network.use(rw.scaling.parse(spec), LENGTH)
-        found[spec] = in_chunks(network, [1000])
+        runner.use(rw.scaling.parse(spec), LENGTH)
+        found[spec] = in_chunks(runner, [1000])
     for one in SPECS:
         for other in SPECS[: SPECS.index(one)]:
             assert difference(found[one], found[other]) > 100 * TOLERANCE, (one, other)
@@ -68,12 +68,12 @@ def test_layers_of_several_kinds_each_turn_their_own_way(name, spec):
         spec = "ntk:4"
     if name == "llama-3.1":
         spec = spec.replace("yarn:4", "yarn:8")  # its own scaling reaches four times as far
-    network = compiled(hf)
-    with under(network, hf, spec, LENGTH):
+    runner = compiled(hf)
+    with under(runner, hf, spec, LENGTH):
         expected = read(hf)
     assert difference(expected, read(hf)) > 1e-3 or name == "llama-3.1"
     for sizes in ([50, 1, 1, FEW, 3, 30], [1]):
-        assert difference(in_chunks(network, sizes), expected) < TOLERANCE
+        assert difference(in_chunks(runner, sizes), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("spec", ["none", "logn", "rerope:20"])
@@ -81,14 +81,14 @@ def test_layers_of_several_kinds_each_turn_their_own_way(name, spec):
 def test_frequencies_of_the_models_own_that_depend_on_length(spec, length):
     """Phi-3's long models: one set of frequencies within the trained length, another beyond it."""
     hf = build("phi3", LONGROPE)
-    network, ids = compiled(hf), IDS[:, :length]
-    network.use(rw.scaling.parse(spec), length)
+    runner, ids = compiled(hf), IDS[:, :length]
+    runner.use(rw.scaling.parse(spec), length)
     with rw.patch(hf, spec):
         expected = read(hf, ids)
     if spec != "none" and length > 64:  # the patch lets them grow with the text
-        expected = in_chunks(network, [1000], ids)
+        expected = in_chunks(runner, [1000], ids)
     for sizes in ([1000], [1], [20, 1]):
-        assert difference(in_chunks(network, sizes, ids), expected) < TOLERANCE
+        assert difference(in_chunks(runner, sizes, ids), expected) < TOLERANCE
 
 
 DYNAMIC = "llama", {"rope_parameters": {**DEFAULT, "rope_type": "dynamic", "factor": 2.0}}
@@ -100,14 +100,14 @@ DYNAMIC = "llama", {"rope_parameters": {**DEFAULT, "rope_type": "dynamic", "fact
 def test_transformers_modules_do_it_too(row, spec, length):
     """Left alone they would switch in the middle of a text, and keep the keys of before."""
     hf, ids, scaler = build(*row), IDS[:, :length], rw.scaling.parse(spec)
-    kernels, modules = compiled(hf), Network(hf)
+    kernels, modules = compiled(hf), Runner(hf)
     kernels.use(scaler, length)
     expected = read(build(*row), ids) if spec == "none" else in_chunks(kernels, [1000], ids)
-    switch = Switch(hf, rotary_sites(hf), modules)
+    switch = ScalerSlot(hf, rotary_sites(hf), modules)
     switch.put(scaler)
     for sizes in ([1000], [1], [20, 1]):
         switch.prepare(length)
-        assert modules.setting == (scaler, length)
+        assert modules.rope_state == (scaler, length)
         assert difference(in_chunks(modules, sizes, ids), expected) < TOLERANCE
         switch.prepare(None)
     switch.put(rw.scaling.Scaler())

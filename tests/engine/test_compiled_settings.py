@@ -16,13 +16,13 @@ from decoders import DECODERS, IDS, compiled, difference, in_bfloat16, in_chunks
 from families import FAMILIES, build
 from torch import nn
 
-from ropewalk.engine.api import Model
-from ropewalk.engine.compiled import family as families
-from ropewalk.engine.compiled.family import Family, Linear
-from ropewalk.engine.compiled.network import FEW, CompiledNetwork
-from ropewalk.engine.compiled.tables import Stored
-from ropewalk.engine.network import Network
-from ropewalk.engine.networks import Settings
+from ropewalk.engine.model import Model
+from ropewalk.engine.runners.choose import RunnerOptions
+from ropewalk.engine.runners.cpu import family as families
+from ropewalk.engine.runners.cpu.family import Family, Linear
+from ropewalk.engine.runners.cpu.runner import FEW, CompiledRunner
+from ropewalk.engine.runners.cpu.tables import Stored
+from ropewalk.engine.runners.runner import Runner
 from ropewalk.errors import ConfigError, UnsupportedModel
 from ropewalk.scaling import parse
 
@@ -49,7 +49,7 @@ def test_int8_rows_are_within_half_a_step_of_their_own():
 def test_int8_weights_are_the_model_with_those_weights(name):
     """Every linear layer and the head, in both ways of running; the embedding stays as it is, tied or not."""
     hf = DECODERS[name]()
-    network = compiled(hf, weights="int8", cache="float32")
+    runner = compiled(hf, weights="int8", cache="float32")
     expected = read(hf)
     rounded = copy.deepcopy(hf)
     rounded.set_output_embeddings(copy.deepcopy(rounded.get_output_embeddings()))
@@ -58,7 +58,7 @@ def test_int8_weights_are_the_model_with_those_weights(name):
             stored = Stored.in_int8(Linear(module.weight.detach(), None))
             module.weight = nn.Parameter(stored.weight * stored.scale[:, None])
     for sizes in CHUNKS:
-        found = in_chunks(network, sizes)
+        found = in_chunks(runner, sizes)
         assert difference(found, read(rounded)) < 5e-5
         assert 1e-4 < (found - expected).norm() / expected.norm() < 0.2
 
@@ -82,9 +82,9 @@ def test_bfloat16_models_are_held_against_float32_arithmetic(name):
     hf = noisy(DECODERS[name]())
     exact = read(copy.deepcopy(hf).float())
     assert difference(read(hf), exact) > 3e-2
-    network = compiled(hf, cache="float32")
+    runner = compiled(hf, cache="float32")
     for sizes in CHUNKS:
-        assert difference(in_chunks(network, sizes), exact) < 2e-5
+        assert difference(in_chunks(runner, sizes), exact) < 2e-5
 
 
 def test_an_error_of_a_thousandth_is_refused_in_bfloat16(monkeypatch):
@@ -92,34 +92,34 @@ def test_an_error_of_a_thousandth_is_refused_in_bfloat16(monkeypatch):
         right = families.decoder(hf)
         return dataclasses.replace(right, final_norm=right.final_norm * 1.001)
 
-    monkeypatch.setattr("ropewalk.engine.compiled.network.decoder", slightly_wrong)
+    monkeypatch.setattr("ropewalk.engine.runners.cpu.runner.decoder", slightly_wrong)
     with pytest.raises(UnsupportedModel, match=r"its logits differ by 0.001 of their size"):
         compiled(in_bfloat16(DECODERS["llama"]()))
 
 
 def test_an_int8_cache_is_near_the_whole_one():
     hf = DECODERS["llama"]()
-    network, expected = compiled(hf, cache="int8"), read(hf)
+    runner, expected = compiled(hf, cache="int8"), read(hf)
     for sizes in CHUNKS:
-        found = in_chunks(network, sizes)
+        found = in_chunks(runner, sizes)
         assert 1e-4 < (found - expected).norm() / expected.norm() < 0.1
-    rows = [(IDS[0, n : n + 2].tolist(), network.new_cache(1)) for n in (20, 33)]
+    rows = [(IDS[0, n : n + 2].tolist(), runner.new_cache(1)) for n in (20, 33)]
     for (_, cache), count in zip(rows, (20, 33), strict=True):
-        network.forward(IDS[0, :count].tolist(), cache, 1)
-    alone = torch.cat([network.step([(ids, cache.fork())]) for ids, cache in rows])
-    assert torch.equal(network.step(rows), alone)
+        runner.forward(IDS[0, :count].tolist(), cache, 1)
+    alone = torch.cat([runner.step([(ids, cache.fork())]) for ids, cache in rows])
+    assert torch.equal(runner.step(rows), alone)
     with pytest.raises(ConfigError, match="an int8 cache in one"):
-        network.use(parse("rerope:20"), 100)
+        runner.use(parse("rerope:20"), 100)
 
 
 @pytest.mark.parametrize("options", [{}, {"weights": "int8", "cache": "float32"}])
 def test_chunks_run_without_inference_mode(options):
     """Weights are widened into a buffer that an earlier call in inference mode may have made."""
     hf = DECODERS["llama"]()
-    network = compiled(hf if options else in_bfloat16(hf), **options)
-    expected = in_chunks(network, [40])
-    ids, cache = IDS[0, :40].tolist(), network.new_cache(1)
-    assert torch.equal(network.forward(ids, cache, 40), expected[:40])
+    runner = compiled(hf if options else in_bfloat16(hf), **options)
+    expected = in_chunks(runner, [40])
+    ids, cache = IDS[0, :40].tolist(), runner.new_cache(1)
+    assert torch.equal(runner.forward(ids, cache, 40), expected[:40])
 
 
 # Settings
@@ -138,22 +138,22 @@ def test_chunks_run_without_inference_mode(options):
 )
 def test_settings_that_do_not_fit_are_errors(options, message):
     with pytest.raises(ConfigError, match=message):
-        Settings(**options)
+        RunnerOptions(**options)
 
 
 def model(hf, **options):
-    return Model(hf, None, name="small", settings=Settings(**options))
+    return Model(hf, None, name="small", options=RunnerOptions(**options))
 
 
 def test_auto_compiles_what_it_can_and_says_so():
     for options in ({}, {"compile": True}):
         served = model(DECODERS["llama"](), **options)
-        assert type(served.network) is CompiledNetwork and served.network.is_compiled
+        assert type(served.runner) is CompiledRunner and served.runner.is_compiled
         assert "compiled steps" in served.describe()
         assert "weights in float32, cache in float32" in served.describe()
     assert "weights in int8" in model(DECODERS["llama"](), weights="int8").describe()
     plain = model(DECODERS["llama"](), compile=False)
-    assert type(plain.network) is Network and "not the compiled kernels" not in plain.describe()
+    assert type(plain.runner) is Runner and "not the compiled kernels" not in plain.describe()
 
 
 def test_a_numba_that_cannot_be_imported_is_a_reason(tmp_path, tiny_folder):
@@ -173,7 +173,7 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_is_told_that_kernels_are_compiled_once(tmp_path, monkeypatch):
     (tmp_path / "kernels_of_this_place").mkdir()  # numba makes it when it reads the sources
-    monkeypatch.setattr("ropewalk.engine.networks.FOLDER", tmp_path)
+    monkeypatch.setattr("ropewalk.engine.runners.choose.FOLDER", tmp_path)
     said = []
     for _ in range(2):
         monkeypatch.setattr(sys, "stderr", Terminal())
@@ -236,8 +236,8 @@ def test_what_cannot_be_compiled_is_refused_or_run_by_its_own_modules(build_mode
     told = contextlib.nullcontext() if "family" in message else pytest.warns(UserWarning, match=message)
     with told, torch.inference_mode():
         served = model(hf)
-        assert type(served.network) is Network
-        found = served.network.forward(IDS[0].tolist(), served.new_cache(1), 3)
+        assert type(served.runner) is Runner
+        found = served.runner.forward(IDS[0].tolist(), served.new_cache(1), 3)
     assert difference(found, read(hf)[-3:]) < 2e-5
     assert re.search(f"not the compiled kernels: .*{message}", served.describe())
 
@@ -285,11 +285,11 @@ WAITING = """
 import time, torch
 torch.set_num_threads(2)
 import ropewalk as rw
-network = rw.load({folder!r}, compile=True).network
+runner = rw.load({folder!r}, compile=True).runner
 with torch.inference_mode():
-    cache, spent = network.new_cache(64), []
+    cache, spent = runner.new_cache(64), []
     for _ in range(9):
-        network.forward([5], cache, 1)
+        runner.forward([5], cache, 1)
         before = time.process_time()
         time.sleep(0.05)
         spent.append(time.process_time() - before)
@@ -312,6 +312,6 @@ def test_threads_that_wait_do_not_spin(tiny_folder):
 
 def test_the_kernels_use_as_many_threads_as_torch_does_and_leave_it_its_own():
     """Numba's start gives OpenMP, which torch uses too, a thread for every core; the tests have set one."""
-    network = compiled(DECODERS["llama"]())
-    network.forward([1], network.new_cache(8), 1)
+    runner = compiled(DECODERS["llama"]())
+    runner.forward([1], runner.new_cache(8), 1)
     assert (torch.get_num_threads(), numba.get_num_threads()) == (1, 1)

@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 from families import FAMILIES
 
-from ropewalk.engine.checkpoints.config import find_config, headline_rope
-from ropewalk.engine.patches.rotary import headline, rotary_sites
+from ropewalk.engine.checkpoints.config import find_config, primary_rope
+from ropewalk.engine.patches.rotary import primary_rotary, rotary_sites
 from ropewalk.errors import AssetError, UnsupportedModel
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4_text", "phi3", "gpt_neox"])
 def test_the_config_says_what_the_model_says(name: str) -> None:
     model = FAMILIES[name]()
-    assert headline_rope(model.config) == headline(rotary_sites(model)).configured
+    assert primary_rope(model.config) == primary_rotary(rotary_sites(model)).configured
 
 
 def test_no_weights_are_needed(tmp_path: Path, tiny_folder: Path) -> None:
     shutil.copy(tiny_folder / "config.json", tmp_path)
     source, config = find_config(str(tmp_path))
     assert source == str(tmp_path)
-    assert headline_rope(config).max_length == 256
+    assert primary_rope(config).max_length == 256
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:
@@ -31,4 +31,4 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         find_config(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
     with pytest.raises(UnsupportedModel, match="no rotary"):
-        headline_rope(find_config(str(tmp_path))[1])
+        primary_rope(find_config(str(tmp_path))[1])

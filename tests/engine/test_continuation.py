@@ -86,12 +86,12 @@ def test_first_log_probability_is_of_the_cover_given_the_prompt(model):
         read, token = completion.continuation.prompt_ids, completion.logprobs[0]
         text = model.vocabulary.text_bytes([*read, token.id])
         ids = [*read, token.id]
-        trunk = len(cover(model.vocabulary, prompt).trunk)
-        given = model.logprob(prompt, given=model.vocabulary.text_bytes(ids[:trunk]))
+        common_prefix = len(cover(model.vocabulary, prompt).common_prefix)
+        given = model.logprob(prompt, given=model.vocabulary.text_bytes(ids[:common_prefix]))
         assert token.logprob <= 0
         assert text.startswith(prompt.encode())
-        path = float(model.score_ids(ids, first=trunk).double().sum()) if trunk else None
-        if path is not None and cover(model.vocabulary, model.vocabulary.text_bytes(ids[:trunk])).only_aligned:
+        path = float(model.score_ids(ids, first=common_prefix).double().sum()) if common_prefix else None
+        if path is not None and cover(model.vocabulary, model.vocabulary.text_bytes(ids[:common_prefix])).only_aligned:
             assert token.logprob == pytest.approx(path - given, abs=1e-3)
         assert token.top[token.id] == pytest.approx(token.logprob)
         assert len(token.top) <= 3

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ropewalk as rw
-from ropewalk.engine.api import Model
+from ropewalk.engine.model import Model
 from ropewalk.tokenizer_tools.cover import cover
 
 pytestmark = pytest.mark.model

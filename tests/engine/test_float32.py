@@ -8,7 +8,7 @@ from decoders import DECODERS, compiled, difference, in_bfloat16, noisy
 from families import FAMILIES
 
 import ropewalk as rw
-from ropewalk.engine.bands import banded
+from ropewalk.engine.attention import banded
 from ropewalk.engine.patches import band_patch
 from ropewalk.engine.patches.float32 import float32_arithmetic
 from ropewalk.engine.patches.probe import logits

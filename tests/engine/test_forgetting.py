@@ -10,8 +10,8 @@ from ropewalk.engine import cache as caches
 from ropewalk.engine.cache import most_held, tokens_read
 from ropewalk.engine.kv_cache import KVLayer
 from ropewalk.engine.memory import CacheLost
-from ropewalk.engine.network import CHUNK
 from ropewalk.engine.prefill import prefill
+from ropewalk.engine.runners.runner import CHUNK
 
 SPECS = ("sink-window:64", "sink-window:window=48,sinks=1", "yarn:2|sink-window:96")
 
@@ -36,7 +36,7 @@ def ids(held_out_texts, endless):
 def holding_all(model, monkeypatch, work):
     """What `work` gives where nothing is dropped."""
     with monkeypatch.context() as patch:
-        patch.setattr(type(model.network), "kept", None)
+        patch.setattr(type(model.runner), "sink_window", None)
         return work()
 
 
@@ -58,12 +58,12 @@ def test_scores_are_those_of_a_cache_that_holds_everything(endless, ids, spec, s
 def test_steps_are_those_of_a_cache_that_holds_everything(endless, ids, soon, monkeypatch):
     endless.rope = "sink-window:64"
     endless.prepare(len(ids))
-    network = endless.network
+    runner = endless.runner
 
     def steps():
         cache = endless.new_cache(8)
-        network.forward(ids[:1000], cache, 1)
-        rows = [network.step([([token], cache)]) for token in ids[1000:1200]]
+        runner.forward(ids[:1000], cache, 1)
+        rows = [runner.step([([token], cache)]) for token in ids[1000:1200]]
         return torch.cat(rows), cache
 
     with torch.inference_mode():
@@ -84,7 +84,7 @@ def test_a_text_written_without_an_end_takes_the_memory_of_its_window(endless, i
     assert cache.layers[0].capacity == bound
     assert tokens_read(cache) == len(prompt) + len(found.token_ids) - 1
     assert len(found.token_ids) == 1500
-    assert cache.layers[0].forgotten > 1000
+    assert cache.layers[0].evicted > 1000
     assert found == holding_all(endless, monkeypatch, lambda: endless.generate_ids(prompt, params))
 
 
@@ -99,23 +99,23 @@ def test_what_asks_for_true_positions_or_old_keys_holds_everything(endless, ids,
 @pytest.mark.parametrize("name", ["smollm3-windows", "mistral-wide"])
 def test_windows_of_the_model_hold_everything(name):
     """They hold turned keys, which cannot move up; layers without rotation can."""
-    network = compiled(DECODERS[name]())
-    network.use(rw.parse("sink-window:16"), None)
-    assert network.kept == (None if name == "smollm3-windows" else (4, 16))
+    runner = compiled(DECODERS[name]())
+    runner.use(rw.parse("sink-window:16"), None)
+    assert runner.sink_window == (None if name == "smollm3-windows" else (4, 16))
 
 
 def test_going_back_is_exact_or_refused(endless, ids, soon):
     endless.rope = "sink-window:64"
     endless.prepare(len(ids))
-    network, cache = endless.network, endless.new_cache(8)
+    runner, cache = endless.runner, endless.new_cache(8)
     with torch.inference_mode():
-        network.forward(ids[:1000], cache, 1)
+        runner.forward(ids[:1000], cache, 1)
         room = cache.layers[0].length - cache.layers[0].needed
         assert room >= 24
         caches.rewind(cache, room)
-        found = network.forward(ids[1000 - room : 1000], cache, 1)
+        found = runner.forward(ids[1000 - room : 1000], cache, 1)
         again = endless.new_cache(8)
-        expected = network.forward(ids[:1000], again, 1)
+        expected = runner.forward(ids[:1000], again, 1)
         assert (found - expected).abs().max() < 3e-4
         with pytest.raises(rw.PatchError, match="keys that were dropped"):
             caches.rewind(cache, cache.layers[0].length - cache.layers[0].needed + 1)
@@ -143,8 +143,8 @@ def test_going_back_as_far_as_the_keys_that_are_left_reach(tiny_folder, soon):
     params = rw.SamplingParams(max_new_tokens=3, temperature=0)
     session = model.session()
     session.append(text)
-    layer, ids = session._kept.cache.layers[0], session._kept.ids
-    assert layer.forgotten
+    layer, ids = session._cached.cache.layers[0], session._cached.ids
+    assert layer.evicted
     most = len(model.tokenizer.decode(ids[: len(ids) - layer.length + layer.needed]))
     held = []
     for end in range(most, most + 6):
@@ -189,16 +189,16 @@ def test_a_step_broken_off_while_keys_are_dropped_loses_the_cache_only(tiny_fold
     params = rw.SamplingParams(max_new_tokens=8, temperature=0)
     expected = model.generate(text + "\ndef ", params)
     session, seen = model.session(), []
-    forget = caches.ContiguousLayer.forget
+    evict = caches.ContiguousLayer.evict
 
     def interrupted(layer, *args):
         seen.append(layer)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        forget(layer, *args)
+        evict(layer, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(caches.ContiguousLayer, "forget", interrupted)
+        patch.setattr(caches.ContiguousLayer, "evict", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.append(text)
     assert session.text == ""
@@ -226,10 +226,10 @@ def test_memory_that_runs_out_while_keys_are_dropped_leaves_a_cache_or_loses_it(
 
     def read(layer):
         cache = model.new_cache(8)
-        prefill(model.network, ids[:1200], cache)
+        prefill(model.runner, ids[:1200], cache)
         with monkeypatch.context() as patch:
             lacking(patch, layer)
-            return prefill(model.network, ids[1200:], cache)
+            return prefill(model.runner, ids[1200:], cache)
 
     with torch.inference_mode():
         expected = read(None)

@@ -15,17 +15,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
 import ropewalk as rw
-from ropewalk.engine.api import Model
 from ropewalk.engine.cache import ContiguousLayer
-from ropewalk.engine.network import Network
+from ropewalk.engine.model import Model
 from ropewalk.engine.prompt import Prompt
+from ropewalk.engine.runners.runner import Runner
 from ropewalk.tokenizer_tools.vocab import vocabulary
 
 TEXT = "aé🙂中b\u200bñ!"
 LENGTHS = [1, 2, 3, 5]
 
 
-class Scripted(Network):
+class Scripted(Runner):
     """Goes on with the bytes of TEXT, whatever it reads; it checks that it reads TEXT's own."""
 
     script = b""
@@ -33,12 +33,12 @@ class Scripted(Network):
     def new_cache(self, capacity):
         return Cache(layers=[ContiguousLayer(0)])
 
-    def forward(self, ids, cache, keep):
+    def forward(self, ids, cache, logits_to_keep):
         start = cache.get_seq_length()
         assert list(ids) == self.script[start : start + len(ids)], "the model reads other tokens than it wrote"
         cache.layers[0].length += len(ids)
-        logits = torch.zeros(keep, self.hf.config.vocab_size)
-        for row, place in enumerate(range(start + len(ids) - keep, start + len(ids))):
+        logits = torch.zeros(logits_to_keep, self.hf.config.vocab_size)
+        for row, place in enumerate(range(start + len(ids) - logits_to_keep, start + len(ids))):
             logits[row, self.script[place + 1] if place + 1 < len(self.script) else 0] = 100.0
         return logits
 
@@ -46,10 +46,10 @@ class Scripted(Network):
 @pytest.fixture
 def scripted(tiny_folder):
     model = rw.load(tiny_folder, compile=False, max_length=4096)
-    model.network = Scripted(model.hf)
+    model.runner = Scripted(model.hf)
     known = model.vocabulary
     # a byte at a time: the tokens of the single bytes
-    model.network.script = [known.trie.exact(bytes([byte]))[0] for byte in TEXT.encode()]
+    model.runner.script = [known.trie.exact(bytes([byte]))[0] for byte in TEXT.encode()]
     known.piece = lambda data: [known.trie.exact(bytes([byte]))[0] for byte in data]
     known.encode = lambda text: known.piece(text.encode())
     return model
@@ -94,7 +94,7 @@ def test_streams_and_completions_show_whole_characters(scripted, count):
 @pytest.mark.parametrize("end", range(1, len(TEXT.encode())))
 def test_ids_that_end_inside_a_character_are_gone_on_with(scripted, end):
     """As bytes are: the character is shown whole."""
-    ids, data = scripted.network.script[:end], TEXT.encode()
+    ids, data = scripted.runner.script[:end], TEXT.encode()
     whole = len(data[:end].decode(errors="ignore").encode())
     count = len(data) - end
     for answer in (
@@ -133,7 +133,7 @@ def test_a_session_keeps_the_bytes_of_any_tokens(model, seed, tmp_path):
         answer = session.generate(piece, source.choice(WILD))
         data += piece.encode() + model.vocabulary.text_bytes(answer.token_ids)
         assert session.text == data[: len(data) - len(answer.unfinished)].decode(errors="replace")
-        assert data.startswith(model.vocabulary.text_bytes(session._kept.ids))
+        assert data.startswith(model.vocabulary.text_bytes(session._cached.ids))
         seen_broken = seen_broken or "\ufffd" in session.text
         if step % 2:
             session.save(tmp_path / "s")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kernel_data import KINDS, address, stored
 
-from ropewalk.engine.compiled.kernels.attention import PART, join, part
+from ropewalk.engine.runners.cpu.kernels.attention import PART, join, part
 
 pytestmark = pytest.mark.usefixtures("freed_memory_is_overwritten")
 

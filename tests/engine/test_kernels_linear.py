@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from kernel_data import KINDS, address, stored
 
-from ropewalk.engine.compiled.kernels import project
-from ropewalk.engine.compiled.kernels.linear import rows_of
+from ropewalk.engine.runners.cpu.kernels import project
+from ropewalk.engine.runners.cpu.kernels.linear import rows_of
 
 
 class Case:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from kernel_data import address, bfloat16_bits, from_bfloat16
 from numba import njit
 
-from ropewalk.engine.compiled.kernels import simd
-from ropewalk.engine.compiled.kernels.simd import load, store
+from ropewalk.engine.runners.cpu.kernels import simd
+from ropewalk.engine.runners.cpu.kernels.simd import load, store
 
 RANDOM = np.random.default_rng(0)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from kernel_data import KINDS, address, bfloat16_bits, from_bfloat16
 
-from ropewalk.engine.bands.rotation import Angles, Layout
+from ropewalk.engine.attention.rotation import Angles, Layout
 
-kernels = importlib.import_module("ropewalk.engine.compiled.kernels.step")  # the folder's `step` is the function
+kernels = importlib.import_module("ropewalk.engine.runners.cpu.kernels.step")  # the folder's `step` is the function
 
 EPSILON = np.float32(1e-2)  # large enough to be seen
 
@@ -89,21 +89,21 @@ def turns_of(forms, tokens, half, seed=0):
     return (1.3 * np.stack([np.cos(angle), np.sin(angle)], 2)).astype(np.float32)  # with a factor, as YaRN's
 
 
-def rotated(layout, x, turns):
+def rotated(layout, x, rotation):
     """x [tokens, heads, D] by turns [tokens, 2, half]."""
-    cos, sin = (torch.from_numpy(turns[:, None, n]).double() for n in (0, 1))
+    cos, sin = (torch.from_numpy(rotation[:, None, n]).double() for n in (0, 1))
     return layout.rotate(torch.from_numpy(x).double(), Angles(cos, sin)).numpy()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_queries_are_turned_in_every_form_and_scaled(layout):
     H, K, D, n = 3, 1, 32, 4
-    qkv, turns = normal(n, (H + 2 * K) * D), turns_of(3, n, layout.dim // 2)
+    qkv, rotation = normal(n, (H + 2 * K) * D), turns_of(3, n, layout.dim // 2)
     scales = np.array([0.5, 1, 2, 3], np.float32)
     queries = np.empty((3, n, H, D), np.float32)
-    kernels._turn_queries(shape_of(H, K, D, layout=layout), qkv, turns, scales, queries)
+    kernels._rotate_queries(shape_of(H, K, D, layout=layout), qkv, rotation, scales, queries)
     for form in range(3):
-        expected = rotated(layout, qkv[:, : H * D].reshape(n, H, D), turns[form]) * scales[:, None, None]
+        expected = rotated(layout, qkv[:, : H * D].reshape(n, H, D), rotation[form]) * scales[:, None, None]
         assert close(queries[form], expected)
 
 
@@ -111,7 +111,7 @@ def test_queries_are_turned_in_every_form_and_scaled(layout):
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_in_every_form_and_values_are_written_where_they_belong(layout, kind):
     H, K, D, n, forms = 4, 2, 32, 3, 2
-    qkv, turns = normal(n, (H + 2 * K) * D), turns_of(forms, n, layout.dim // 2)
+    qkv, rotation = normal(n, (H + 2 * K) * D), turns_of(forms, n, layout.dim // 2)
     qkv[1, (H + K) * D : (H + K + 1) * D] = 0  # a value of nothing
     places, capacities = np.array([5, 0, 2]), [7, 9, 8]
     held = [np.full((n, K, room, D), 3, kind) for room in capacities]
@@ -120,9 +120,9 @@ def test_keys_in_every_form_and_values_are_written_where_they_belong(layout, kin
     for t in range(n):
         for form, room in enumerate(capacities):
             buffers[t, form] = address(held[form][t]), address(scales[form][t]) if kind == np.int8 else 0, room
-    kernels._write(shape_of(H, K, D, layout=layout), kind, qkv, turns, places, buffers)
+    kernels._write(shape_of(H, K, D, layout=layout), kind, qkv, rotation, places, buffers)
     keys, values = (qkv[:, (H + part * K) * D :][:, : K * D].reshape(n, K, D) for part in (0, 1))
-    for form, expected in enumerate([*(rotated(layout, keys, turns[f]) for f in range(forms)), values]):
+    for form, expected in enumerate([*(rotated(layout, keys, rotation[f]) for f in range(forms)), values]):
         for t in range(n):
             own, own_scales = held[form][t], scales[form][t]
             others = np.delete(own, places[t], 1)

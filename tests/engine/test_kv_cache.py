@@ -13,8 +13,8 @@ import ropewalk as rw
 from ropewalk.engine import memory
 from ropewalk.engine.cache import most_held
 from ropewalk.engine.kv_cache import CacheShape, KVCache
-from ropewalk.engine.network import CHUNK
 from ropewalk.engine.prefill import prefill
+from ropewalk.engine.runners.runner import CHUNK
 
 KINDS = [torch.float32, torch.bfloat16, torch.int8]
 
@@ -163,9 +163,9 @@ def int8(tiny_folder):
 def test_a_step_and_a_chunk_write_the_same_codes(int8):
     ids = int8.vocabulary.encode(TEXT)
     chunk, steps = int8.new_cache(100), int8.new_cache(100)
-    int8.network.forward(ids, chunk, keep=1)
+    int8.runner.forward(ids, chunk, logits_to_keep=1)
     for i in ids:
-        int8.network.forward([i], steps, keep=1)
+        int8.runner.forward([i], steps, logits_to_keep=1)
     first, other = chunk.layers[0], steps.layers[0]  # deeper ones read rounded keys in another order
     for name in first.buffers:
         a, b = (getattr(layer, name)[:, :, : len(ids)].float() for layer in (first, other))
@@ -191,14 +191,14 @@ def test_an_int8_session_is_saved_and_turned(int8, tmp_path):
     session.append(TEXT * 2)
     session.save(tmp_path / "s")
     loaded = int8.session(tmp_path / "s")
-    assert unchanged(loaded._kept.cache, rows(session._kept.cache, session.tokens), session.tokens)
+    assert unchanged(loaded._cached.cache, rows(session._cached.cache, session.tokens), session.tokens)
     try:
         int8.rope = "yarn:4"
         for one in (session, loaded):
             one.append("x = 1\n")
         fresh = int8.session()
         fresh.append(TEXT * 2 + "x = 1\n")
-        a, b = (cache.layers[0].key_rows(0, fresh.tokens) for cache in (session._kept.cache, fresh._kept.cache))
+        a, b = (cache.layers[0].key_rows(0, fresh.tokens) for cache in (session._cached.cache, fresh._cached.cache))
         assert (a - b).abs().max() < 0.02 * b.abs().max()  # rounded twice
         assert session.generate(MORE, greedy()) == loaded.generate(MORE, greedy())
     finally:
@@ -235,7 +235,7 @@ def test_in_a_file_it_is_the_same_to_the_bit_and_leaves_none(tiny_folder, model,
         fork = parent.fork()
         for session in (parent, plain):
             session.append(TEXT * 8)  # grows
-        assert cache_difference(parent._kept.cache, plain._kept.cache, plain.tokens) == 0
+        assert cache_difference(parent._cached.cache, plain._cached.cache, plain.tokens) == 0
         assert fork.generate(MORE, params).token_ids == model.generate(TEXT + MORE, params).token_ids
         assert list(tmp_path.iterdir()) == []
     finally:
@@ -248,12 +248,12 @@ def test_turned_copies_lie_in_files_too(tiny_folder, tmp_path, steps):
     mapped = rw.load(tiny_folder, "rerope:16", offload=tmp_path, max_length=4096)
     mapped.prepare(100)
     parent, ids = mapped.new_cache(8), mapped.vocabulary.encode(TEXT * 4)[:60]
-    forward = mapped.network.forward
+    forward = mapped.runner.forward
     with torch.inference_mode():
         for part in [[i] for i in ids] if steps else [ids]:
-            forward(part, parent, keep=1)
+            forward(part, parent, logits_to_keep=1)
         fork = parent.fork()
-        forward(ids[:1], fork, keep=1)
+        forward(ids[:1], fork, logits_to_keep=1)
     ranges = [
         [int(end, 16) for end in line.split()[0].split("-")]
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -261,8 +261,8 @@ def test_turned_copies_lie_in_files_too(tiny_folder, tmp_path, steps):
     ]
     for cache in (parent, fork):
         for layer in cache.layers:
-            assert layer.turned.tensors
-            for tensor in (layer.keys, layer.values, *layer.turned.tensors):
+            assert layer.rotated.tensors
+            for tensor in (layer.keys, layer.values, *layer.rotated.tensors):
                 assert any(start <= tensor.data_ptr() < stop for start, stop in ranges)
 
 
@@ -320,23 +320,23 @@ def test_a_file_is_held_against_the_disk(available, tmp_path):
 
 
 def test_every_cache_that_forgets_takes_its_own_room(tiny_folder, available):
-    network = rw.load(tiny_folder, "sink-window:64", compile=True).network
+    runner = rw.load(tiny_folder, "sink-window:64", compile=True).runner
     one = most_held((4, 64)) + CHUNK
-    available(8 * one * network.cache_shape.bytes_per_token * 3 // 2)  # keys in two forms
-    network.check_room(*[20_000] * 8)
-    network.check_room(*[20_000] * 9, owned=one)
-    network.check_room(10, *[20_000] * 7)
+    available(8 * one * runner.cache_shape.bytes_per_token * 3 // 2)  # keys in two forms
+    runner.check_room(*[20_000] * 8)
+    runner.check_room(*[20_000] * 9, owned=one)
+    runner.check_room(10, *[20_000] * 7)
     with pytest.raises(rw.ContextOverflow):
-        network.check_room(*[20_000] * 9)
+        runner.check_room(*[20_000] * 9)
     with pytest.raises(rw.ContextOverflow):
-        network.check_room(10, *[20_000] * 8)
+        runner.check_room(10, *[20_000] * 8)
 
 
 def test_what_does_not_fit_is_refused_before_any_work(model, available, monkeypatch):
     session = model.session()
     session.append(TEXT * 8)
-    before = session.text, list(session._kept.ids), rows(session._kept.cache, session.tokens)
-    available(100 * model.network.cache_shape.bytes_per_token)
+    before = session.text, list(session._cached.ids), rows(session._cached.cache, session.tokens)
+    available(100 * model.runner.cache_shape.bytes_per_token)
     with counted(model, monkeypatch) as counts:
         for refused in (
             lambda: model.generate(TEXT * 8, greedy()),
@@ -349,15 +349,15 @@ def test_what_does_not_fit_is_refused_before_any_work(model, available, monkeypa
             with pytest.raises(rw.ContextOverflow, match="keys and values of"):
                 refused()
     assert counts == []
-    assert (session.text, session._kept.ids) == before[:2]
-    assert unchanged(session._kept.cache, before[2], session.tokens)
+    assert (session.text, session._cached.ids) == before[:2]
+    assert unchanged(session._cached.cache, before[2], session.tokens)
 
 
 def test_what_a_session_holds_is_not_counted_twice(model, available):
     session = model.session()
     session.append(TEXT * 8)
     assert session.tokens > 200
-    available(100 * model.network.cache_shape.bytes_per_token)
+    available(100 * model.runner.cache_shape.bytes_per_token)
     session.append("x = 1\n")
     assert session.generate("y", greedy()).usage.completion_tokens == 6
 
@@ -369,12 +369,12 @@ def test_turned_keys_that_nobody_counted_are_not_read(model):
     try:
         ids = model.vocabulary.encode(TEXT * 2)
         cache, fresh = model.new_cache(200), model.new_cache(200)
-        prefill(model.network, ids[:40], cache)
-        model.network._buffers([(ids[40:44], cache)])
+        prefill(model.runner, ids[:40], cache)
+        model.runner._buffers([(ids[40:44], cache)])
         for layer in cache.layers:
-            for copy_of in layer.turned.tensors:
+            for copy_of in layer.rotated.tensors:
                 copy_of[:, :, 40:] = 1e3
-        found = prefill(model.network, ids[40:], cache)
-        assert torch.allclose(found, prefill(model.network, ids, fresh), atol=1e-3)
+        found = prefill(model.runner, ids[40:], cache)
+        assert torch.allclose(found, prefill(model.runner, ids, fresh), atol=1e-3)
     finally:
         model.rope = None

@@ -25,7 +25,7 @@ SPECS = ("none", "yarn:2", "rerope:64|logn", "dynamic-ntk")
 @pytest.fixture
 def no_contexts(model):
     yield
-    model.forget_contexts()
+    model.clear_contexts()
 
 
 def params(count=12, **others):
@@ -158,7 +158,7 @@ def test_contexts_are_read_once(model, monkeypatch):
     with counted(model, monkeypatch) as read:
         second = model.generate("\nimport ", params(), contexts=CONTEXTS)
     tokens = sum(read)
-    model.forget_contexts()
+    model.clear_contexts()
     with counted(model, monkeypatch) as read:
         assert model.generate("\nimport ", params(), contexts=CONTEXTS) == second
     held = sum(len(model.tokenizer(context).input_ids) for context in CONTEXTS)
@@ -169,7 +169,7 @@ def test_contexts_are_read_once(model, monkeypatch):
 def test_contexts_may_come_and_go(model):
     fresh = {}
     for order in ((0, 1, 2), (2, 0), (1,), (2, 1, 0, 1)):
-        model.forget_contexts()
+        model.clear_contexts()
         fresh[order] = model.generate(QUESTION, params(), contexts=[CONTEXTS[n] for n in order])
     for order in (*fresh, *fresh):
         assert model.generate(QUESTION, params(), contexts=[CONTEXTS[n] for n in order]) == fresh[order]
@@ -181,10 +181,10 @@ def test_a_new_scaler_turns_what_was_read(model):
         model.generate(QUESTION, params(1), contexts=CONTEXTS)
     model.rope = "none"
     model.generate(QUESTION, params(1), contexts=CONTEXTS)
-    turned = model._contexts._kept
-    model.forget_contexts()
+    rotated = model._contexts._cached
+    model.clear_contexts()
     model.generate(QUESTION, params(1), contexts=CONTEXTS)
-    for kept, fresh in zip(turned, model._contexts._kept, strict=True):
+    for kept, fresh in zip(rotated, model._contexts._cached, strict=True):
         # of the first layer: beyond it, what was read stays as it was understood
         tokens = min(len(kept.ids), len(fresh.ids))
         assert cache_difference(kept.cache, fresh.cache, tokens, layers=1) < 1e-4
@@ -210,7 +210,7 @@ def test_answers_that_overlap_in_time_do_not_share_caches(model):
     questions = QUESTION, "\nimport sys\n\nclass Writer:\n    def read"
     fresh = []
     for question in questions:
-        model.forget_contexts()
+        model.clear_contexts()
         fresh.append(model.generate(question, params(), contexts=CONTEXTS))
     stream = model.stream(questions[0], params(), contexts=CONTEXTS)
     first = next(stream)
@@ -236,9 +236,9 @@ def test_what_ends_last_is_kept_and_what_was_forgotten_meanwhile_is_not(model, m
     assert read_for(QUESTION) < whole / 2
     stream = model.stream("\nimport ", params(), contexts=CONTEXTS)
     next(stream)
-    model.forget_contexts()
+    model.clear_contexts()
     stream.close()
-    assert model._contexts._kept == []
+    assert model._contexts._cached == []
 
 
 def test_contexts_that_memory_does_not_hold_are_refused_and_what_was_read_stays(model, monkeypatch):

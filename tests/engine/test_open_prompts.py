@@ -10,12 +10,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import ropewalk as rw
-from ropewalk.engine.api import Model
+from ropewalk.engine.model import Model
 from ropewalk.evals.data import Text
+from ropewalk.evals.models.reader import Start
 from ropewalk.evals.retrieval.task import Place
 from ropewalk.evals.retrieval.tasks import TASKS
 from ropewalk.evals.retrieval.trial import assemble
-from ropewalk.evals.subjects.reader import Start
 
 MARK = "<|endoftext|>"
 PROMPTS = ["def __in", "import nump", "class A(", "é = "]

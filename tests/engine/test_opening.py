@@ -16,9 +16,9 @@ from transformers.cache_utils import DynamicCache
 import ropewalk as rw
 from ropewalk.engine.cache import can_rewind, new_cache
 from ropewalk.engine.decode import decode
-from ropewalk.engine.network import Network
-from ropewalk.engine.opening import open_answer, text_logprob, weigh
+from ropewalk.engine.runners.runner import Runner
 from ropewalk.engine.sampling import random_source
+from ropewalk.engine.token_healing import draw_first_token, text_logprob, weigh
 from ropewalk.tokenizer_tools.cover import Node, cover
 from ropewalk.tokenizer_tools.vocab import vocabulary
 
@@ -34,7 +34,7 @@ class ExactModel:
         self.law = law
         known = law.vocabulary
         self.start, self.size = len(known.tokens), len(known.tokens) + 2  # a start and an end token
-        known.tokens, known.walls = [*known.tokens, b"", b""], known.walls | {self.start, self.start + 1}
+        known.tokens, known.special_ids = [*known.tokens, b"", b""], known.special_ids | {self.start, self.start + 1}
         self.config = SimpleNamespace(
             get_text_config=lambda: SimpleNamespace(vocab_size=self.size, _attn_implementation="exact")
         )
@@ -62,12 +62,12 @@ def exact(request):
 
 def started(covered, model):
     """The cover behind the start token, which a law over strings needs to say how one begins."""
-    return replace(covered, trunk=(model.start, *covered.trunk), prompt=(model.start, *covered.prompt))
+    return replace(covered, common_prefix=(model.start, *covered.common_prefix), prompt=(model.start, *covered.prompt))
 
 
 def weighed(model, prompt):
     covered = cover(model.law.vocabulary, prompt)
-    return covered, weigh(Network(model), started(covered, model), None, DynamicCache(), model.law.vocabulary)
+    return covered, weigh(Runner(model), started(covered, model), None, DynamicCache(), model.law.vocabulary)
 
 
 def test_next_byte_law_is_the_exact_one(exact):
@@ -83,7 +83,7 @@ def test_next_byte_law_is_the_exact_one(exact):
 def test_log_probability_of_a_text_is_the_exact_one(exact):
     for prompt in exact.law.prompts(10, seed=2):
         covered = cover(exact.law.vocabulary, prompt)
-        got = text_logprob(Network(exact), covered, exact.start, 0, DynamicCache(), exact.law.vocabulary)
+        got = text_logprob(Runner(exact), covered, exact.start, 0, DynamicCache(), exact.law.vocabulary)
         assert got == pytest.approx(math.log(exact.law.bytes[covered.text] / exact.law.bytes[b""]), abs=1e-5)
 
 
@@ -96,8 +96,8 @@ def test_answers_are_drawn_with_their_exact_frequency():
     assert len(covered.nodes) > 1
     for seed in range(draws):
         params = rw.SamplingParams(max_new_tokens=12, seed=seed)
-        read = lambda cache: weigh(Network(model), started(covered, model), None, cache, known)  # noqa: E731
-        tokens = list(decode(Network(model), [], params, frozenset([model.size - 1]), DynamicCache(), read))
+        read = lambda cache: weigh(Runner(model), started(covered, model), None, cache, known)  # noqa: E731
+        tokens = list(decode(Runner(model), [], params, frozenset([model.size - 1]), DynamicCache(), read))
         ids = [*tokens[0].continuation.prompt_ids, *(token.id for token in tokens)]
         found[known.text_bytes(ids)] += 1
     for text in law.texts:
@@ -114,7 +114,7 @@ def tiny(tiny_folder):
 
 def one_forward_each(model, covered, start):
     """Log-probability of every cover given the trunk, by a forward of its whole token sequence."""
-    context, found = list(covered.trunk) or [start], []
+    context, found = list(covered.common_prefix) or [start], []
     for node in covered.nodes:
         with torch.inference_mode():
             logits = model(torch.tensor([[*context, *node.path]])).logits[0].float().log_softmax(-1)
@@ -133,7 +133,7 @@ def assert_same(covers, expected):
 def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
     covered = cover(tiny.vocabulary, prompt)
     cache = tiny.new_cache(64)
-    covers = weigh(tiny.network, covered, tiny.tokenizer.bos_token_id, cache, tiny.vocabulary)
+    covers = weigh(tiny.runner, covered, tiny.tokenizer.bos_token_id, cache, tiny.vocabulary)
     assert_same(covers, one_forward_each(tiny.hf, covered, tiny.tokenizer.bos_token_id))
     assert cache.get_seq_length() == len(covers.context) + len(covers.held)
 
@@ -142,15 +142,15 @@ def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
 def test_paths_are_run_together(tiny, spec, most, monkeypatch):
     runs = []
     for name in ("forward", "tree"):
-        own = getattr(tiny.network, name)
-        monkeypatch.setattr(tiny.network, name, lambda *args, own=own, **kw: runs.append(1) or own(*args, **kw))
+        own = getattr(tiny.runner, name)
+        monkeypatch.setattr(tiny.runner, name, lambda *args, own=own, **kw: runs.append(1) or own(*args, **kw))
     tiny.rope = spec
     try:
         counts, leaves = [], []
         for prompt in ["import numpy as np\n" + prompt for prompt in PROMPTS]:
             covered = cover(tiny.vocabulary, prompt)
             runs.clear()
-            covers = weigh(tiny.network, covered, None, tiny.new_cache(64), tiny.vocabulary)
+            covers = weigh(tiny.runner, covered, None, tiny.new_cache(64), tiny.vocabulary)
             counts.append(len(runs))
             paths = {node.path for node in covered.nodes}
             leaves.append(sum(not any(q[: len(p)] == p and q != p for q in paths) for p in paths))
@@ -167,13 +167,15 @@ def test_many_paths_are_weighed_as_each_alone(tiny, spec):
     """More than any prompt above has: four leaves, two of which share their first token."""
     ids = tuple(tiny.vocabulary.encode("def main(argv=None):\n    parser = argparse"))
     paths = [ids[-3:], (), (10, 20, 30), (10, 21), (40,), (41, 42)]
-    covered = replace(cover(tiny.vocabulary, "x"), prompt=ids, trunk=ids[:-3], nodes=tuple(Node(p, b"") for p in paths))
+    covered = replace(
+        cover(tiny.vocabulary, "x"), prompt=ids, common_prefix=ids[:-3], nodes=tuple(Node(p, b"") for p in paths)
+    )
     tiny.rope = spec
     try:
         cache = tiny.new_cache(64)
-        covers = weigh(tiny.network, covered, None, cache, tiny.vocabulary)
+        covers = weigh(tiny.runner, covered, None, cache, tiny.vocabulary)
         assert_same(covers, one_forward_each(tiny.hf, covered, None))
-        assert cache.get_seq_length() == len(covered.trunk) + len(covers.held)
+        assert cache.get_seq_length() == len(covered.common_prefix) + len(covers.held)
     finally:
         tiny.rope = None
 
@@ -186,7 +188,7 @@ def test_a_cache_that_holds_some_of_the_prompt_is_cropped_and_used(tiny, held):
     cache = tiny.new_cache(64)
     if ids:
         tiny.hf(torch.tensor([list(ids)]), past_key_values=cache)
-    covers = weigh(tiny.network, covered, None, cache, tiny.vocabulary)
+    covers = weigh(tiny.runner, covered, None, cache, tiny.vocabulary)
     assert_same(covers, one_forward_each(tiny.hf, covered, None))
 
 
@@ -194,7 +196,7 @@ def test_logits_beyond_the_vocabulary_end_the_text(tiny_folder):
     known = vocabulary(AutoTokenizer.from_pretrained(tiny_folder))
     model = small(LlamaForCausalLM, size=len(known.tokens) + 40)
     with torch.inference_mode():
-        covers = weigh(Network(model), cover(known, "import nump"), None, new_cache(model.config, 8), known)
+        covers = weigh(Runner(model), cover(known, "import nump"), None, new_cache(model.config, 8), known)
     law = covers.next_byte_logprobs(known).exp()
     beyond = covers.logprobs[covers.tokens >= len(known.tokens)].exp().sum() / math.exp(covers.total)
     assert law.sum() == pytest.approx(1, abs=1e-5)
@@ -222,17 +224,17 @@ def test_a_cache_that_cannot_forget_is_copied(tiny_folder):
     assert len({node.path for node in covered.nodes}) > 1
     cache = new_cache(model.config, 8)
     with torch.inference_mode():
-        covers = weigh(Network(model), covered, None, cache, known)
+        covers = weigh(Runner(model), covered, None, cache, known)
     assert not can_rewind(cache)
     assert_same(covers, one_forward_each(model, covered, None))
-    opening = open_answer(
+    opening = draw_first_token(
         covers, cache, rw.SamplingParams(temperature=0), random_source(rw.SamplingParams(), model.device)
     )
     step = model(torch.tensor([opening.pending]), past_key_values=cache).logits[0, -1]
     fresh = model(torch.tensor([[*opening.continuation.prompt_ids, opening.token]])).logits[0, -1]
     assert torch.allclose(step, fresh, atol=1e-5)
     with pytest.raises(rw.PatchError, match="give a new cache"):
-        weigh(Network(model), covered, None, cache, known)
+        weigh(Runner(model), covered, None, cache, known)
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,13 @@ def newer(monkeypatch):
 def neighbours(q, k, cos, sin, *_, **__):
     """Pairs of neighbours in the place of halves."""
 
-    def turn(x):
+    def rotate(x):
         pairs = x.unflatten(-1, (-1, 2))
         c, s = (t.unsqueeze(1)[..., : t.shape[-1] // 2] for t in (cos, sin))
         one, two = pairs.unbind(-1)
         return torch.stack((one * c - two * s, two * c + one * s), -1).flatten(-2)
 
-    return turn(q), turn(k)
+    return rotate(q), rotate(k)
 
 
 def test_another_layout_of_pairs_is_found(monkeypatch):
@@ -68,8 +68,8 @@ def test_a_rotation_of_another_kind_is_refused_for_maps(monkeypatch, change):
 def angles_from_config(self, x, position_ids):
     """A rotary module that no longer reads its buffer."""
     frequencies = 1e4 ** -(torch.arange(0, 16, 2) / 16)
-    turns = (position_ids[:, :, None] * frequencies).repeat(1, 1, 2)
-    return turns.cos(), turns.sin()
+    rotation = (position_ids[:, :, None] * frequencies).repeat(1, 1, 2)
+    return rotation.cos(), rotation.sin()
 
 
 def test_angles_that_do_not_come_from_the_buffer_are_refused(monkeypatch):

@@ -5,10 +5,10 @@ import torch
 from live import greedy
 
 import ropewalk as rw
-from ropewalk.engine.api import Model
-from ropewalk.engine.networks import Settings
+from ropewalk.engine.model import Model
+from ropewalk.engine.runners.choose import RunnerOptions
+from ropewalk.evals.models.local import Local
 from ropewalk.evals.retrieval.trial import Trial
-from ropewalk.evals.subjects.local import Local
 
 ROWS = 600
 WORDS = "token id [0-9]+ is not among this model's 0 to 599"
@@ -19,8 +19,8 @@ def small(request, tiny_folder):
     """The tiny model with the first rows of its embedding only, under its whole tokenizer."""
     loaded = rw.load(tiny_folder, compile=False)
     loaded.hf.resize_token_embeddings(ROWS)
-    settings = Settings(compile=request.param)
-    return Model(loaded.hf, loaded.tokenizer, name="small", max_length=4096, settings=settings)
+    settings = RunnerOptions(compile=request.param)
+    return Model(loaded.hf, loaded.tokenizer, name="small", max_length=4096, options=settings)
 
 
 ASK = {
@@ -58,10 +58,10 @@ def test_a_text_that_needs_a_token_without_a_row_is_refused(small, ask):
         lambda m, ids: m.generate_ids(ids, greedy(4, continuation="exact")),
         lambda m, ids: m.generate([ids, [1]], greedy(4)),
         lambda m, ids: m.score_ids(ids),
-        lambda m, ids: m.network.forward(ids, m.new_cache(40), 1),
-        lambda m, ids: m.network.tree([(i,) for i in ids], m.new_cache(40)),
-        lambda m, ids: m.network.step([(ids, m.new_cache(40))]),
-        lambda m, ids: Local(m).listen(
+        lambda m, ids: m.runner.forward(ids, m.new_cache(40), 1),
+        lambda m, ids: m.runner.tree([(i,) for i in ids], m.new_cache(40)),
+        lambda m, ids: m.runner.step([(ids, m.new_cache(40))]),
+        lambda m, ids: Local(m).run_trial(
             Trial(prompt="", prompt_ids=[1, 2], answer_ids=ids, answers=(), target="", new_tokens=1, needle=None)
         ),
     ],

@@ -166,8 +166,8 @@ def test_a_text_ends_where_the_start_token_is_no_longer_needed(model):
 def test_a_closed_session_keeps_its_text_and_reads_it_again(model):
     with model.session() as session:
         session.append(TEXT)
-        cache = session._kept.cache
-    assert (session.text, session.tokens, session._kept.cache) == (TEXT, 0, None)
+        cache = session._cached.cache
+    assert (session.text, session.tokens, session._cached.cache) == (TEXT, 0, None)
     assert cache is not None
     same(session.generate(MORE, greedy()), model.generate(TEXT + MORE, greedy()))
 
@@ -176,13 +176,13 @@ def test_a_closed_session_keeps_its_text_and_reads_it_again(model):
 
 
 def buffers(session):
-    return [layer.keys.data_ptr() for layer in session._kept.cache.layers]
+    return [layer.keys.data_ptr() for layer in session._cached.cache.layers]
 
 
 def test_a_fork_copies_at_its_first_write_and_its_parent_never(model):
     parent = model.session()
     parent.append(TEXT)
-    parent._kept.cache.reserve(100)
+    parent._cached.cache.reserve(100)
     before = buffers(parent)
     fork, third = parent.fork(), parent.fork()
     assert buffers(fork) == buffers(third) == before
@@ -197,7 +197,7 @@ def test_a_fork_copies_at_its_first_write_and_its_parent_never(model):
 def test_the_parent_copies_where_it_writes_first(model):
     parent = model.session()
     parent.append(TEXT)
-    parent._kept.cache.reserve(100)
+    parent._cached.cache.reserve(100)
     before, fork = buffers(parent), parent.fork()
     parent.generate(MORE, greedy())
     assert buffers(fork) == before
@@ -228,13 +228,13 @@ def test_too_much_is_refused_before_anything_changes(tiny_folder):
     short = rw.load(tiny_folder)
     session = short.session()
     session.append(TEXT)
-    before = session.text, list(session._kept.ids), buffers(session)
+    before = session.text, list(session._cached.ids), buffers(session)
     with pytest.raises(rw.ContextOverflow, match="more than the 256"):
         session.append(TEXT * 8)
     for write in (session.generate, session.stream):
         with pytest.raises(rw.ContextOverflow, match="more than the 256"):
             write(MORE, greedy(250))
-    assert (session.text, session._kept.ids, buffers(session)) == before
+    assert (session.text, session._cached.ids, buffers(session)) == before
     same(session.generate(MORE, greedy()), short.generate(TEXT + MORE, greedy()))
 
 

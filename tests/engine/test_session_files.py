@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import ropewalk as rw
 from ropewalk.engine import session as module
-from ropewalk.engine.api import Model
-from ropewalk.engine.networks import Settings
+from ropewalk.engine.model import Model
+from ropewalk.engine.runners.choose import RunnerOptions
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -44,7 +44,7 @@ def test_a_saved_session_goes_on_without_reading_again(model, monkeypatch, tmp_p
     assert (found.text, found.token_ids) == (expected.text, expected.token_ids)
     for a, b in zip(found.logprobs, expected.logprobs, strict=True):
         assert a.logprob == pytest.approx(b.logprob, abs=1e-4)  # a map's keys are turned anew
-    assert (loaded.text, loaded._kept.ids) == (session.text, session._kept.ids)
+    assert (loaded.text, loaded._cached.ids) == (session.text, session._cached.ids)
 
 
 def test_a_loaded_session_is_turned_from_the_scaler_it_was_saved_under(model, tmp_path):
@@ -114,7 +114,7 @@ def other(tiny_folder, change, **config):
     hf = LlamaForCausalLM.from_pretrained(tiny_folder, **config).eval()
     with torch.no_grad():
         change(hf.model.layers[2])
-    return Model(hf, AutoTokenizer.from_pretrained(tiny_folder), name="other", settings=Settings(compile=True))
+    return Model(hf, AutoTokenizer.from_pretrained(tiny_folder), name="other", options=RunnerOptions(compile=True))
 
 
 @pytest.mark.parametrize(
@@ -175,14 +175,14 @@ DAMAGE = {
 def test_what_is_no_session_is_refused_and_nothing_is_lost(model, saved, damage):
     session = model.session()
     session.append(TEXT)
-    before = session.text, list(session._kept.ids), session._kept.cache, session._kept.setting
+    before = session.text, list(session._cached.ids), session._cached.cache, session._cached.rope_state
     harm, message = DAMAGE[damage]
     harm(saved)
     with pytest.raises(rw.DataError, match=message):
         session.load(saved)
     with pytest.raises(rw.DataError, match=message):
         model.session(saved)
-    assert (session.text, session._kept.ids, session._kept.cache, session._kept.setting) == before
+    assert (session.text, session._cached.ids, session._cached.cache, session._cached.rope_state) == before
     check_cache(model, session)
 
 

@@ -191,7 +191,7 @@ def test_keys_that_are_turned_half_way_are_not_kept(model, monkeypatch):
     session = model.session()
     session.append(LONG)
     model.rope = "linear:2"
-    with interrupted(monkeypatch, "turned", 2), pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, "rotated", 2), pytest.raises(KeyboardInterrupt):
         session.append("x")
     assert session.text == LONG
     goes_on(model, session)
@@ -200,12 +200,12 @@ def test_keys_that_are_turned_half_way_are_not_kept(model, monkeypatch):
 def test_an_interrupted_retune_of_a_fork_leaves_its_parent(model, monkeypatch):
     parent = model.session()
     parent.append(LONG)
-    expected, fork = parent._kept.cache.fork(), parent.fork()
+    expected, fork = parent._cached.cache.fork(), parent.fork()
     model.rope = "linear:2"
-    with interrupted(monkeypatch, "turned", 2), pytest.raises(KeyboardInterrupt):
+    with interrupted(monkeypatch, "rotated", 2), pytest.raises(KeyboardInterrupt):
         fork.append("x")
     assert fork.text == LONG
     goes_on(model, fork)
-    assert cache_difference(parent._kept.cache, expected, parent.tokens) == 0
+    assert cache_difference(parent._cached.cache, expected, parent.tokens) == 0
     model.rope = None
     goes_on(model, parent)

@@ -6,8 +6,8 @@ from live import MORE, TEXT, cache_difference, check_cache, counted, greedy
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import ropewalk as rw
-from ropewalk.engine.api import Model
-from ropewalk.engine.networks import Settings
+from ropewalk.engine.model import Model
+from ropewalk.engine.runners.choose import RunnerOptions
 
 SPECS = [
     "none",
@@ -39,7 +39,7 @@ def shallow(tiny_folder, tokenizer):
     hf = LlamaForCausalLM.from_pretrained(tiny_folder).eval()
     hf.model.layers = hf.model.layers[:1]
     hf.config.num_hidden_layers = 1
-    return Model(hf, tokenizer, name="shallow", max_length=4096, settings=Settings(compile=True))
+    return Model(hf, tokenizer, name="shallow", max_length=4096, options=RunnerOptions(compile=True))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def test_turned_in_place_is_read_afresh(shallow, afresh, before):
         fork = session.fork()
         fork.append(MORE)
         fresh, expected = afresh[after]
-        assert fork._kept.ids == fresh._kept.ids
-        assert cache_difference(fork._kept.cache, fresh._kept.cache, fork.tokens) < 1e-5, after
+        assert fork._cached.ids == fresh._cached.ids
+        assert cache_difference(fork._cached.cache, fresh._cached.cache, fork.tokens) < 1e-5, after
         written = fork.generate("", greedy(2, logprobs=3))
         assert written.token_ids == expected.token_ids
         for a, b in zip(written.logprobs, expected.logprobs, strict=True):
@@ -80,7 +80,7 @@ def test_the_same_session_through_all_scalers(shallow, afresh):
     for after in [*SPECS, *SPECS[::-2]]:
         shallow.rope = after
         session.append(MORE)
-        assert cache_difference(session._kept.cache, afresh[after][0]._kept.cache, session.tokens) < 3e-5, after
+        assert cache_difference(session._cached.cache, afresh[after][0]._cached.cache, session.tokens) < 3e-5, after
         session.generate("", greedy(2))
         session.crop(len(LONG))
     shallow.rope = None
@@ -91,18 +91,18 @@ def test_what_was_read_stays_as_it_was_understood(model, monkeypatch, after):
     model.rope = None
     session = model.session()
     session.append(LONG)
-    held = [layer.values[:, :, : session.tokens].clone() for layer in session._kept.cache.layers]
-    norms = [layer.keys[:, :, : session.tokens].norm(dim=-1) for layer in session._kept.cache.layers]
-    tokens, first = session.tokens, session._kept.cache.layers[0].keys[:, :, : session.tokens].clone()
+    held = [layer.values[:, :, : session.tokens].clone() for layer in session._cached.cache.layers]
+    norms = [layer.keys[:, :, : session.tokens].norm(dim=-1) for layer in session._cached.cache.layers]
+    tokens, first = session.tokens, session._cached.cache.layers[0].keys[:, :, : session.tokens].clone()
     model.rope = after
     with counted(model, monkeypatch) as counts:
         session.append("x = 1\n")
     assert sum(counts) < 20
-    for layer, values, norm in zip(session._kept.cache.layers, held, norms, strict=True):
+    for layer, values, norm in zip(session._cached.cache.layers, held, norms, strict=True):
         assert torch.equal(layer.values[:, :, :tokens], values)
         ratio = layer.keys[:, :, :tokens].norm(dim=-1) / norm
         assert float(ratio.max() - ratio.min()) < 1e-4
-    assert not torch.allclose(session._kept.cache.layers[0].keys[:, :, :tokens], first, atol=1e-2)
+    assert not torch.allclose(session._cached.cache.layers[0].keys[:, :, :tokens], first, atol=1e-2)
     session.crop(len(LONG))
     model.rope = None
     session.append("x")
@@ -120,7 +120,7 @@ def test_two_sessions_are_turned_on_their_own(shallow, afresh):
     other.append(MORE)
     one.append("")
     for session in (one, other):
-        assert cache_difference(session._kept.cache, afresh["rerope:16"][0]._kept.cache, one.tokens) < 1e-5
+        assert cache_difference(session._cached.cache, afresh["rerope:16"][0]._cached.cache, one.tokens) < 1e-5
     shallow.rope = None
 
 
@@ -129,7 +129,7 @@ def test_a_length_that_grows_turns_the_keys(shallow, afresh):
     session = shallow.session()
     for end in range(50, len(LONG + MORE) + 50, 50):
         session.append((LONG + MORE)[end - 50 : end])
-    assert cache_difference(session._kept.cache, afresh["dynamic-ntk:2"][0]._kept.cache, session.tokens) < 1e-5
+    assert cache_difference(session._cached.cache, afresh["dynamic-ntk:2"][0]._cached.cache, session.tokens) < 1e-5
     shallow.rope = None
 
 
@@ -156,7 +156,7 @@ def sliding(tokenizer):
         sliding_window=16,
         initializer_range=0.3,
     )
-    return Model(MistralForCausalLM(config).eval(), tokenizer, name="sliding", settings=Settings(compile=False))
+    return Model(MistralForCausalLM(config).eval(), tokenizer, name="sliding", options=RunnerOptions(compile=False))
 
 
 def same_as_text(model, session, piece, params):

@@ -7,15 +7,15 @@ import torch
 from decoders import DECODERS, IDS, LAYERED, LENGTH, SPECS, TOLERANCE, compiled, difference, in_chunks
 
 import ropewalk as rw
-from ropewalk.engine.bands.kernel import Score
-from ropewalk.engine.compiled.skim import Sample, SkimmedChunk
+from ropewalk.engine.attention.kernel import Score
+from ropewalk.engine.runners.cpu.skim import Sample, SkimmedChunk
 from ropewalk.errors import ConfigError
 
 IDS_LIST = IDS[0].tolist()
 
 
 @pytest.fixture(scope="module")
-def network():
+def runner():
     return compiled(DECODERS["llama"]())
 
 
@@ -27,20 +27,20 @@ def everything(stretch):
 
 @pytest.mark.parametrize("stretch", [110, 10])
 @pytest.mark.parametrize("spec", SPECS)
-def test_reading_everything_is_the_full_reading(network, spec, stretch):
-    network.use(rw.scaling.parse(spec), LENGTH)
+def test_reading_everything_is_the_full_reading(runner, spec, stretch):
+    runner.use(rw.scaling.parse(spec), LENGTH)
     sample = everything(stretch)
     assert sample.positions.tolist() == list(range(LENGTH))
     assert sample.log_weights.abs().max() == 0
-    found = network.skim(IDS_LIST, sample, LENGTH)
-    assert difference(found, in_chunks(network, [1000])) < TOLERANCE
+    found = runner.skim(IDS_LIST, sample, LENGTH)
+    assert difference(found, in_chunks(runner, [1000])) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", LAYERED)
 def test_windows_soft_caps_and_layers_without_rotation(family):
-    network = compiled(DECODERS[family]())
-    network.use(rw.scaling.parse("rerope:20|logn"), LENGTH)
-    assert difference(network.skim(IDS_LIST, everything(10), LENGTH), in_chunks(network, [1000])) < TOLERANCE
+    runner = compiled(DECODERS[family]())
+    runner.use(rw.scaling.parse("rerope:20|logn"), LENGTH)
+    assert difference(runner.skim(IDS_LIST, everything(10), LENGTH), in_chunks(runner, [1000])) < TOLERANCE
 
 
 def test_a_sample_is_evenly_spaced_and_weighs_what_was_left_out():
@@ -57,19 +57,19 @@ def test_a_sample_is_evenly_spaced_and_weighs_what_was_left_out():
 
 
 @pytest.mark.parametrize("spec", ["none", "rerope:20|logn", "dual-chunk", "sink-window:30"])
-def test_a_key_counts_for_as_many_as_it_stands_for(network, spec):
+def test_a_key_counts_for_as_many_as_it_stands_for(runner, spec):
     """Against a softmax over keys that are literally repeated."""
-    network.use(rw.scaling.parse(spec), LENGTH)
+    runner.use(rw.scaling.parse(spec), LENGTH)
     sample = Sample.of(LENGTH, local=20, far=40, stretch=10)  # 120 tokens before: each of 36 stands for 116 / 36
     sample = Sample(
         positions=sample.positions, stretches=sample.stretches, log_weights=(sample.log_weights > 0) * math.log(3)
     )
-    n, turns = len(sample.positions), network._turns[0]
+    n, rotation = len(sample.positions), runner._rotation[0]
     g = torch.Generator().manual_seed(0)
-    heads, dim = 6, network._decoder.head_dim
+    heads, dim = 6, runner._decoder.head_dim
     q, k, v = (torch.randn(1, h, n, dim, generator=g) for h in (heads, 2, 2))
     score = Score(scale=0.3)
-    found = SkimmedChunk(turns, sample).attend(q, k, v, score)
+    found = SkimmedChunk(rotation, sample).attend(q, k, v, score)
     plain = Sample(positions=sample.positions, stretches=sample.stretches, log_weights=torch.zeros(n))
     for query in (n - 1, n - 20, 15):
         copies = torch.where(
@@ -82,7 +82,7 @@ def test_a_key_counts_for_as_many_as_it_stands_for(network, spec):
         repeated = Sample(
             positions=plain.positions[index], stretches=torch.zeros(len(index)), log_weights=torch.zeros(len(index))
         )
-        expected = SkimmedChunk(turns, repeated).attend(q[:, :, index], k[:, :, index], v[:, :, index], score)
+        expected = SkimmedChunk(rotation, repeated).attend(q[:, :, index], k[:, :, index], v[:, :, index], score)
         torch.testing.assert_close(found[:, :, query], expected[:, :, -1], atol=2e-6, rtol=1e-5)
 
 

@@ -30,7 +30,7 @@ def readings(model):
             *(Prompt.read(TEXT, model.tokenizer, model.vocabulary, policy).ids for policy in ("auto", "exact", "off")),
             list(model.vocabulary.encode(TEXT)),
             model.score(TEXT).token_ids,
-            list(session._kept.ids),
+            list(session._cached.ids),
             list(rw.heal(model.hf, model.tokenizer, TEXT, special_tokens=model._special_tokens).prompts[0].ids),
         ]
 

@@ -5,11 +5,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ropewalk.engine.api import Model
+from ropewalk.engine.model import Model
 from ropewalk.evals.data import Text
+from ropewalk.evals.models.local import Local
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.subjects.local import Local
 from ropewalk.scaling import parse
 
 WORDS = "".join(f"word {n} of the text, and so on; " for n in range(60))

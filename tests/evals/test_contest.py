@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from ropewalk.evals.speed.contest import Spread, compete
 from ropewalk.evals.speed.contest_table import as_json, tables
-from ropewalk.evals.speed.lane import Reading
+from ropewalk.evals.speed.worker import Reading
 
 
 class FakeLane:
@@ -44,7 +44,7 @@ class FakeLane:
 def contest():
     """One length of 4 tokens, two turns of prefill and three of decode; first warm-ups that took an age."""
     log = []
-    lanes = [
+    workers = [
         FakeLane("ropewalk float32", log, prefill=[99, 2.0, 4.0], decode=[99, 99, 1.0, 2.0, 4.0]),
         FakeLane(
             "llama.cpp q8_0",
@@ -58,7 +58,7 @@ def contest():
     widths = iter([8.0, 10.0, 9.0, 7.0])
     with Progress(console=Console(file=io.StringIO())) as progress:
         outcome = compete(
-            lanes,
+            workers,
             list(range(10, 20)),
             [4],
             new_tokens=2,

@@ -46,7 +46,7 @@ def every(drawn):
 
 def brute(ending, forks, rest):
     """The probability of `rest` after each fork, over all token sequences, none left out; not normalized."""
-    tokens, walls = ending.model.vocabulary.tokens, ending.model.vocabulary.walls
+    tokens, special_ids = ending.model.vocabulary.tokens, ending.model.vocabulary.special_ids
 
     def of(path, goal, least):
         if not goal:
@@ -54,7 +54,7 @@ def brute(ending, forks, rest):
         row = ending.reader.after(path).exp()
         total = 0.0
         for token, data in enumerate(tokens):
-            if token in walls or len(data) <= least:
+            if token in special_ids or len(data) <= least:
                 continue
             if data.startswith(goal):
                 total += float(row[token])
@@ -69,7 +69,7 @@ def brute(ending, forks, rest):
 def test_the_law_of_the_next_bytes_is_the_sum_over_all_token_sequences(model, drawn, method):
     for cut in drawn[cuts.ANYWHERE][:3]:
         ending = Ending(model, cut.prompt)
-        law = ending.law(method)
+        law = ending.distribution(method)
         total = sum(brute(ending, law._forks, bytes([byte])) for byte in range(256)) + _end_weight(ending, law)
         for rest in (cut.rest[:1], cut.rest[:3], b"zq"):
             wanted = math.log(brute(ending, law._forks, rest) / total)
@@ -79,14 +79,14 @@ def test_the_law_of_the_next_bytes_is_the_sum_over_all_token_sequences(model, dr
 
 
 def _end_weight(ending, law):
-    (end,) = ending.model.vocabulary.walls
+    (end,) = ending.model.vocabulary.special_ids
     return sum(
         math.exp(fork.logweight + float(ending.reader.after(fork.path)[end])) for fork in law._forks if not fork.suffix
     )
 
 
 def test_steps_are_each_normalized(model, every):
-    totals = [float(Ending(model, cut.prompt).law(STEPS)._weights.sum()) for cut in every]
+    totals = [float(Ending(model, cut.prompt).distribution(STEPS)._weights.sum()) for cut in every]
     assert max(totals) < 1 + 1e-9
     assert min(totals) > 1 - 1e-9
 
@@ -94,7 +94,7 @@ def test_steps_are_each_normalized(model, every):
 def test_the_exact_law_is_the_engines(model, every):
     over = []
     for cut in every[::2]:
-        ours = Ending(model, cut.prompt).law(EXACT)
+        ours = Ending(model, cut.prompt).distribution(EXACT)
         engine = model.next_byte_logprobs(cut.prompt)
         assert (ours.next_byte_logprobs.exp() - engine.exp()).abs().max() < 1e-5
         # the engine counts the tokens that the tokenizer would make, and we all that the model may write
@@ -108,7 +108,7 @@ def test_off_is_exact_where_no_token_can_go_on(model):
     ending = Ending(model, prompt)
     assert ending.cover.only_aligned
     for method in (EXACT, STEPS):
-        off, other = (ending.law(one).next_byte_logprobs for one in (OFF, method))
+        off, other = (ending.distribution(one).next_byte_logprobs for one in (OFF, method))
         assert (off - other).abs().max() < 1e-9
 
 
@@ -118,8 +118,8 @@ def test_one_token_back_is_exact_where_the_cover_is_one_deep(model, every):
         ending = Ending(model, cut.prompt)
         before, last = ending.tail[:-1], ending.tail[-1]
         forks = {((*before, last), b""), (before, model.vocabulary.tokens[last])}
-        one_deep = {((*ending.trunk, *node.path), node.suffix) for node in ending.cover.nodes} == forks
-        exact, one_back = (ending.law(method).next_byte_logprobs for method in (EXACT, ONE_BACK))
+        one_deep = {((*ending.common_prefix, *node.path), node.suffix) for node in ending.cover.nodes} == forks
+        exact, one_back = (ending.distribution(method).next_byte_logprobs for method in (EXACT, ONE_BACK))
         assert not one_deep or (exact - one_back).abs().max() < 1e-9
         seen[one_deep, bool((exact - one_back).abs().max() < 1e-9)] += 1
     assert seen[True, True] > 5
@@ -132,12 +132,15 @@ def test_steps_drawn_one_by_one_have_the_law(model, drawn):
     compared = 0
     for cut in drawn[cuts.ANYWHERE]:
         ending = Ending(model, cut.prompt)
-        steps, exact = (ending.law(method).next_byte_logprobs.exp() for method in (STEPS, EXACT))
+        steps, exact = (ending.distribution(method).next_byte_logprobs.exp() for method in (STEPS, EXACT))
         if (steps - exact).abs().max() < 0.08:
             continue
         frequencies = torch.zeros(257, dtype=torch.float64)
         for _ in range(2000):
-            path, rest = ending.trunk, cut.prompt.encode()[len(vocabulary.text_bytes(list(ending.cover.trunk))) :]
+            path, rest = (
+                ending.common_prefix,
+                cut.prompt.encode()[len(vocabulary.text_bytes(list(ending.cover.common_prefix))) :],
+            )
             while True:
                 row = ending.reader.after(path).exp().tolist()
                 agree = [
@@ -147,10 +150,10 @@ def test_steps_drawn_one_by_one_have_the_law(model, drawn):
                 ]
                 (token,) = source.choices(agree, [row[token] for token in agree])
                 path, size = (*path, token), len(vocabulary.tokens[token])
-                if size > len(rest) or token in vocabulary.walls:
+                if size > len(rest) or token in vocabulary.special_ids:
                     break
                 rest = rest[size:]
-            frequencies[256 if token in vocabulary.walls else vocabulary.tokens[token][len(rest)]] += 1 / 2000
+            frequencies[256 if token in vocabulary.special_ids else vocabulary.tokens[token][len(rest)]] += 1 / 2000
         assert (frequencies - steps).abs().max() < 0.05
         compared += 1
         if compared == 2:
@@ -186,7 +189,10 @@ def test_the_likeliest_steps_are_taken_one_by_one(model, every):
     tokens, lengths = model.vocabulary.tokens, Counter()
     for cut in every[::2]:
         ending = Ending(model, cut.prompt)
-        path, rest = ending.trunk, cut.prompt.encode()[len(model.vocabulary.text_bytes(list(ending.cover.trunk))) :]
+        path, rest = (
+            ending.common_prefix,
+            cut.prompt.encode()[len(model.vocabulary.text_bytes(list(ending.cover.common_prefix))) :],
+        )
         while rest:
             row = ending.reader.after(path).tolist()
             agree = [i for i, data in enumerate(tokens) if data and (data.startswith(rest) or rest.startswith(data))]
@@ -194,7 +200,7 @@ def test_the_likeliest_steps_are_taken_one_by_one(model, every):
             path, rest = (*path, token), rest[len(tokens[token]) :]
         opened = ending.open(STEPS).ids[len(ending.reader.base) :]
         assert opened[: len(path)] == path
-        lengths[len(path) - len(ending.trunk)] += 1
+        lengths[len(path) - len(ending.common_prefix)] += 1
     assert len(lengths) >= 3
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ropewalk.engine.api import Model
+from ropewalk.engine.model import Model
 from ropewalk.evals import demo
 from ropewalk.evals.runs.result import Run
 
@@ -43,7 +43,7 @@ def test_the_time_limit_leaves_out_only_what_is_not_essential_and_the_next_run_m
     def no_forward(*_, **__):
         raise AssertionError("the passage is written once")
 
-    monkeypatch.setattr("ropewalk.engine.api.Model.generate_ids", no_forward)
+    monkeypatch.setattr("ropewalk.engine.model.Model.generate_ids", no_forward)
     small_demo(full=False, max_minutes=None, out=out)
     assert cells(out) == {(m, c) for m in methods for c in (64, 128, 256, 512)}
     assert "Left out" not in capsys.readouterr().out

@@ -12,9 +12,9 @@ from ropewalk.engine.cli import cli
 from ropewalk.evals.contexts.endless import cells
 from ropewalk.evals.contexts.endless_table import endless_rows, plot_endless, to_markdown
 from ropewalk.evals.data import Text
+from ropewalk.evals.models.local import Local
+from ropewalk.evals.models.reader import ModelReader
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.subjects.local import Local
-from ropewalk.evals.subjects.reader import ModelReader
 
 
 @pytest.fixture(scope="module")

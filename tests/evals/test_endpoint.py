@@ -12,10 +12,10 @@ from served import serving
 
 import ropewalk as rw
 from ropewalk.engine.cli import cli
+from ropewalk.evals.models import endpoint as endpoints
+from ropewalk.evals.models.endpoint import Endpoint
 from ropewalk.evals.runs.comparison import compare_runs
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.subjects import endpoint as endpoints
-from ropewalk.evals.subjects.endpoint import Endpoint
 
 TIMING = ("key", "model", "dtype", "device", "tokenizer", "seconds", "tokens_per_second", "peak_memory_mb")
 
@@ -50,7 +50,7 @@ def unpublished(monkeypatch):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("ropewalk.evals.subjects.server.PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("ropewalk.evals.models.server.PAUSES", (0.01, 0.01))
 
 
 def ropewalk(*arguments):

@@ -11,8 +11,8 @@ from ropewalk.engine.session import Session
 from ropewalk.evals.contexts.facts import Document, FactsCell, cells, question
 from ropewalk.evals.contexts.facts_table import facts_rows, plot_facts, to_markdown, way_scores
 from ropewalk.evals.data import Text, load_text
+from ropewalk.evals.models.local import Local
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.subjects.local import Local
 
 HAY = Text(
     name="hay",

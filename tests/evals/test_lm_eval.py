@@ -12,8 +12,8 @@ from tokenizers.processors import TemplateProcessing
 import ropewalk as rw
 from ropewalk.engine.cli import cli
 from ropewalk.evals.data import Text
+from ropewalk.evals.models.reader import Start
 from ropewalk.evals.protocols.whole_text import Disjoint
-from ropewalk.evals.subjects.reader import Start
 
 CODE = "def area(side):\n    return side * side\n\n\ndef volume(side):\n    return side ** 3\n" * 12
 

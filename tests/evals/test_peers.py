@@ -14,8 +14,8 @@ from ropewalk.engine.exports.gguf_write import write_gguf
 from ropewalk.evals.speed.bandwidth import Memory, Traffic
 from ropewalk.evals.speed.entrants import entrants, parse_against
 from ropewalk.evals.speed.entry import Entry
-from ropewalk.evals.speed.lane import ProcessLane
 from ropewalk.evals.speed.peers import ENGINES, open_engine
+from ropewalk.evals.speed.worker import ProcessWorker
 
 IDS = [5, 9, 300, 41, 77, 1000, 8, 8, 512, 3, 640, 21]
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -64,11 +64,11 @@ def test_ropewalk_tells_what_it_runs_in(tiny_folder, dtype):
 
 
 def test_ropewalk_says_in_its_name_that_transformers_modules_run_it(tiny_folder, tmp_path):
-    with ProcessLane(entry("ropewalk", tiny_folder, "bfloat16")) as lane:
-        assert lane.name == "ropewalk bfloat16"
-    with ProcessLane(entry("ropewalk", tiny_folder, "float16")) as lane:
-        assert lane.name == "ropewalk float16 (by transformers' modules)"
-        assert "not the compiled kernels: compiled kernels run on the CPU in float32" in lane.versions["network"]
+    with ProcessWorker(entry("ropewalk", tiny_folder, "bfloat16")) as worker:
+        assert worker.name == "ropewalk bfloat16"
+    with ProcessWorker(entry("ropewalk", tiny_folder, "float16")) as worker:
+        assert worker.name == "ropewalk float16 (by transformers' modules)"
+        assert "not the compiled kernels: compiled kernels run on the CPU in float32" in worker.versions["network"]
 
 
 def test_llama_cpp_is_the_model(tiny_folder, tmp_path, llama_cpp):
@@ -158,27 +158,27 @@ def test_a_file_that_llama_cpp_cannot_load(tmp_path, llama_cpp):
 
 
 def test_a_process_is_the_engine_and_can_die(tiny_folder):
-    with ProcessLane(entry("hf", tiny_folder)) as lane:
-        assert (lane.name, lane.dtype) == ("hf float32", "float32")
+    with ProcessWorker(entry("hf", tiny_folder)) as worker:
+        assert (worker.name, worker.dtype) == ("hf float32", "float32")
         expected = reference(tiny_folder)
-        read = lane.prefill(IDS[:8])
+        read = worker.prefill(IDS[:8])
         assert np.abs(read.logits - expected[7]).max() < 1e-4
-        decoded = lane.decode(8, IDS[8:])
+        decoded = worker.decode(8, IDS[8:])
         assert decoded.chosen == expected[8:].argmax(-1).tolist()
         assert np.abs(decoded.logits - expected[11]).max() < 1e-4
         assert read.seconds > 0
-        assert lane.peak_memory_mb() > 50
-        lane._process.kill()
+        assert worker.peak_memory_mb() > 50
+        worker._process.kill()
         with pytest.raises(rw.RopewalkError, match=r"hf float32 died while reading 2 tokens \(exit code -9\)"):
-            lane.prefill([1, 2])
+            worker.prefill([1, 2])
 
 
 @pytest.mark.slow
 def test_an_engine_that_does_not_load_says_why(tmp_path):
     with pytest.raises(rw.AssetError, match="no config"):
-        ProcessLane(entry("ropewalk", tmp_path, "auto"))
+        ProcessWorker(entry("ropewalk", tmp_path, "auto"))
     with pytest.raises(rw.RopewalkError, match=r"config.json cannot be used \(ValueError: Unrecognized model"):
-        ProcessLane(entry("hf", tmp_path))
+        ProcessWorker(entry("hf", tmp_path))
 
 
 def test_the_usual_peers(tiny_folder, tmp_path, monkeypatch):

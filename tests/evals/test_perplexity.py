@@ -12,6 +12,8 @@ from rich.console import Console
 
 import ropewalk as rw
 from ropewalk.evals.contexts.endless import EndlessCell
+from ropewalk.evals.models.local import Local
+from ropewalk.evals.models.reader import Start
 from ropewalk.evals.protocols import harm
 from ropewalk.evals.protocols.by_name import PROTOCOLS, protocol, settings_of
 from ropewalk.evals.protocols.fixed_target import FixedTarget
@@ -27,8 +29,6 @@ from ropewalk.evals.retrieval.tasks import TASKS
 from ropewalk.evals.runs.cell import Cost
 from ropewalk.evals.runs.result import Run, recipe_key
 from ropewalk.evals.runs.runner import measure_all
-from ropewalk.evals.subjects.local import Local
-from ropewalk.evals.subjects.reader import Start
 from ropewalk.evals.tuning.tuned import Candidate, Tuned
 from ropewalk.scaling import Linear, Scaler, parse
 
@@ -170,9 +170,11 @@ def test_a_loss_that_is_not_finite_does_not_end_the_run(tmp_path, broken):
 
 
 def test_other_numbers_that_are_not_finite_are_told_in_place_of_the_loss(tmp_path, monkeypatch):
-    laws = harm.compare_laws
+    compare = harm.compare_distributions
     monkeypatch.setattr(
-        harm, "compare_laws", lambda *given: [part * np.nan if n == 2 else part for n, part in enumerate(laws(*given))]
+        harm,
+        "compare_distributions",
+        lambda *given: [part * np.nan if n == 2 else part for n, part in enumerate(compare(*given))],
     )
     run = run_plan(tmp_path, tiny_model(), Harm(contexts=(64,)), WORDS, scaler="yarn:2")
     assert (run.rows[0]["kl"], run.rows[0]["loss"], run.rows[0]["reason"]) == (None, None, "kl is not finite")

@@ -8,16 +8,16 @@ import torch
 from byte_model import WORDS, llama_cpp_nats, losses, measure, run_plan, text, tiny_model
 
 import ropewalk as rw
+from ropewalk.evals.models.local import Local
+from ropewalk.evals.models.reader import ModelReader
 from ropewalk.evals.protocols import longppl
-from ropewalk.evals.protocols.harm import Harm, compare_laws
+from ropewalk.evals.protocols.harm import Harm, compare_distributions
 from ropewalk.evals.protocols.longppl import JudgeCell, LongPPL, key_tokens
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.protocol import Window
 from ropewalk.evals.protocols.repeat import Repeat
 from ropewalk.evals.protocols.whole_text import Disjoint, LlamaCpp, Sliding
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.subjects.local import Local
-from ropewalk.evals.subjects.reader import ModelReader
 from ropewalk.scaling import Scaler, parse
 
 
@@ -275,12 +275,12 @@ def test_harm_does_not_depend_on_how_much_is_held_at_once(monkeypatch):
     model = tiny_model()
     window = Window(ids=body(model)[:64], first=10, place="0:64")
     readers = ModelReader(model), ModelReader(model, parse("linear:2"))
-    whole = compare_laws(*readers, window, lambda past, count: None)
+    whole = compare_distributions(*readers, window, lambda past, count: None)
     monkeypatch.setattr("ropewalk.engine.score.LOGITS_BUDGET", 257 * 5)
     monkeypatch.setattr("ropewalk.evals.protocols.harm._ROWS", 3)
     monkeypatch.setattr("ropewalk.engine.score.CHUNK", 7)
     steps = []
-    parts = compare_laws(*readers, window, lambda past, count: steps.append((past, count)))
+    parts = compare_distributions(*readers, window, lambda past, count: steps.append((past, count)))
     for one, other in zip(whole, parts, strict=True):
         assert np.allclose(one, other, atol=2e-5)
         assert len(one) == 54

@@ -10,13 +10,13 @@ from click.testing import CliRunner
 import ropewalk as rw
 from ropewalk.engine.cli import cli
 from ropewalk.evals.data import Text
+from ropewalk.evals.models.local import Local
+from ropewalk.evals.models.stand_in import Oracle, replace_runner
 from ropewalk.evals.retrieval.cells import cells
 from ropewalk.evals.retrieval.task import Place
 from ropewalk.evals.retrieval.tasks import RULER, SUITES, TASKS
 from ropewalk.evals.retrieval.trial import assemble, rebuild
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.subjects.local import Local
-from ropewalk.evals.subjects.stand_in import Oracle, replace_network
 from ropewalk.scaling import parse
 
 STORY = Text(name="story", documents=("A ship went out to sea. It had a crew of nine. " * 300,), sha256="cd" * 32)
@@ -54,7 +54,7 @@ def measure(model, run, names=("passkey",), spec="none", **options):
 def test_scores_are_those_of_plain_transformers(model, spec):
     trial = trial_of(model, length=600)
     model.rope = spec
-    heard = Local(model).listen(trial)
+    heard = Local(model).run_trial(trial)
     model.rope = None
     fixed = {"length": len(trial.prompt_ids) + trial.new_tokens} if parse(spec).depends_on_length else {}
     with rw.patch(model.hf, spec, **fixed), torch.inference_mode():
@@ -74,26 +74,26 @@ def test_scores_are_those_of_plain_transformers(model, spec):
 
 def test_the_prompt_is_read_once(model, monkeypatch):
     trial, read = trial_of(model), []
-    forward = model.network.forward
+    forward = model.runner.forward
     monkeypatch.setattr(
-        model.network, "forward", lambda ids, *rest, **more: read.append(len(ids)) or forward(ids, *rest, **more)
+        model.runner, "forward", lambda ids, *rest, **more: read.append(len(ids)) or forward(ids, *rest, **more)
     )
-    Local(model).listen(trial)
+    Local(model).run_trial(trial)
     assert sum(read) == len(trial.prompt_ids) + len(trial.answer_ids) - 1 + trial.new_tokens
 
 
 def test_a_cache_that_cannot_forget_is_not_gone_on_from(model, monkeypatch):
     trial = trial_of(model)
-    whole = Local(model).listen(trial)
-    monkeypatch.setattr("ropewalk.evals.subjects.local.can_rewind", lambda cache: False)
-    assert Local(model).listen(trial) == whole
+    whole = Local(model).run_trial(trial)
+    monkeypatch.setattr("ropewalk.evals.models.local.can_rewind", lambda cache: False)
+    assert Local(model).run_trial(trial) == whole
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_an_oracle_is_always_right_and_a_uniform_network_exactly_uniform(tiny_folder, tmp_path, name):
     for kind in ("oracle", "uniform"):
         model = rw.load(tiny_folder, max_length=2**31, compile=False)
-        stand_in = replace_network(model, kind)
+        stand_in = replace_runner(model, kind)
         before = {"before": stand_in.learn} if isinstance(stand_in, Oracle) else {}
         rows = measure(model, Run(tmp_path / kind), [name], contexts=[5000], trials=2, text=STORY, **before)
         for row in rows:
@@ -110,9 +110,9 @@ def test_an_oracle_is_always_right_and_a_uniform_network_exactly_uniform(tiny_fo
 
 def test_an_oracle_that_is_asked_something_else_objects(tiny_folder):
     model = rw.load(tiny_folder, max_length=2**31, compile=False)
-    replace_network(model, "oracle").learn(trial_of(model, seed=1))
+    replace_runner(model, "oracle").learn(trial_of(model, seed=1))
     with pytest.raises(AssertionError, match="other tokens than the trial's"):
-        Local(model).listen(trial_of(model, seed=2))
+        Local(model).run_trial(trial_of(model, seed=2))
 
 
 def test_rows_hold_what_was_asked_and_what_came_out(model, tmp_path):
@@ -134,8 +134,8 @@ def test_a_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
     run = Run(tmp_path)
     measure(model, run, trials=2)
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    asked, listen = [], Local.listen
-    monkeypatch.setattr(Local, "listen", lambda *rest: asked.append(1) or listen(*rest))
+    asked, run_trial = [], Local.run_trial
+    monkeypatch.setattr(Local, "run_trial", lambda *rest: asked.append(1) or run_trial(*rest))
     rows = measure(model, Run(tmp_path), trials=4)
     assert len(asked) == 2
     assert [row["seed"] for row in rows] == [0, 1, 2, 3]

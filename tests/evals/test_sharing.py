@@ -25,7 +25,7 @@ import torch
 torch.set_num_threads(1)
 import ropewalk as rw
 from ropewalk.evals.data import load_text
-from ropewalk.evals.subjects.local import Local
+from ropewalk.evals.models.local import Local
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.by_name import protocol
 from ropewalk.evals.runs.result import Run

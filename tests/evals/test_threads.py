@@ -8,12 +8,12 @@ import torch
 import ropewalk as rw
 from ropewalk.evals.continuation.benchmark import measure
 from ropewalk.evals.data import load_text
+from ropewalk.evals.models.local import Local
 from ropewalk.evals.protocols.skim_cell import SkimCell
 from ropewalk.evals.retrieval.task import Place
 from ropewalk.evals.retrieval.tasks import TASKS
 from ropewalk.evals.retrieval.trial import assemble
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.subjects.local import Local
 from ropewalk.evals.tuning.text import TuneText
 from ropewalk.scaling import parse
 from ropewalk.tokenizer_tools import cuts
@@ -39,12 +39,12 @@ def disturbed(model, monkeypatch):
     """At every step of the network another thread asks for texts of other lengths and scalers, if it gets the lock."""
 
     def other():
-        if model.turn.acquire(timeout=0.05):
+        if model.lock.acquire(timeout=0.05):
             before, model.rope = model.rope, "linear:8"
             model.generate_ids([5, 6, 7], rw.SamplingParams(max_new_tokens=1))
             model.rope = before
             model.prepare(5000)
-            model.turn.release()
+            model.lock.release()
 
     def disturb():
         if threading.current_thread() is threading.main_thread():
@@ -54,8 +54,8 @@ def disturbed(model, monkeypatch):
 
     def begin():
         for name in ("forward", "skim", "new_cache"):
-            own = getattr(model.network, name)
-            monkeypatch.setattr(model.network, name, lambda *a, own=own, **k: (disturb(), own(*a, **k))[1])
+            own = getattr(model.runner, name)
+            monkeypatch.setattr(model.runner, name, lambda *a, own=own, **k: (disturb(), own(*a, **k))[1])
 
     return begin
 
@@ -64,9 +64,9 @@ def no_progress(past, count):
     pass
 
 
-def listen(model, tmp_path):
+def run_trial(model, tmp_path):
     place = Place(context=500, depth=0.5, text=None)
-    return Local(model).listen(assemble(TASKS["passkey"], model.tokenizer, place, 0)).logprobs
+    return Local(model).run_trial(assemble(TASKS["passkey"], model.tokenizer, place, 0)).logprobs
 
 
 def logits(model, tmp_path):
@@ -85,7 +85,7 @@ def continuation(model, tmp_path):
     return [found["bits_per_byte"] for method, found in measure(model, cut).items() if "bits_per_byte" in found]
 
 
-@pytest.mark.parametrize("work", [listen, logits, skim, continuation])
+@pytest.mark.parametrize("work", [run_trial, logits, skim, continuation])
 def test_another_threads_request_does_not_come_between(model, disturbed, work, tmp_path):
     with torch.inference_mode():
         alone = work(model, tmp_path / "alone")

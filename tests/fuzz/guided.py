@@ -57,7 +57,7 @@ def work(name: str, seconds: int, counts: Path) -> None:
     import atheris
 
     # numba compiles the kernels from their own bytecode.
-    with atheris.instrument_imports(include=["ropewalk", "gguf"], exclude=["ropewalk.engine.compiled.kernels"]):
+    with atheris.instrument_imports(include=["ropewalk", "gguf"], exclude=["ropewalk.engine.runners.cpu.kernels"]):
         from parsers import PARSERS
 
         parser, found, kept = PARSERS[name], Counter[str](), KEPT / "guided" / name.replace(" ", "-")

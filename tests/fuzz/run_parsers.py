@@ -16,7 +16,7 @@ from inputs import deep, header, json_mutants, mutants, parts, written
 from parser import TINY, WORK, Parser, stored, tiny_model
 
 import ropewalk as rw
-from ropewalk.engine import tunings
+from ropewalk.engine import tuned_scalers
 from ropewalk.evals.data import load_text
 from ropewalk.evals.reports.report import environment_of
 from ropewalk.evals.reports.table import loss_table
@@ -105,7 +105,7 @@ def _tuning(value: bytes) -> None:
     (WORK / "tuned").mkdir(exist_ok=True)
     (WORK / "tuned" / "m.json").write_bytes(value)
     with mock.patch.dict(os.environ, ROPEWALK_CACHE=str(WORK)):
-        for tuning in tunings.read("m"):
+        for tuning in tuned_scalers.read("m"):
             tuning.as_json()
 
 

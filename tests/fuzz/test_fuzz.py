@@ -25,7 +25,7 @@ from text_parsers import sentencepiece_file
 from tokenizers import Tokenizer
 
 import ropewalk as rw
-from ropewalk.engine import tunings
+from ropewalk.engine import tuned_scalers
 from ropewalk.engine.checkpoints.gguf_file import GgufFile
 from ropewalk.engine.checkpoints.source import load_vocabulary
 from ropewalk.evals.reports.report import environment_of
@@ -243,7 +243,7 @@ def test_json_that_is_nested_deeper_than_a_parser_goes(tmp_path, monkeypatch):
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "m.json").write_bytes(b"[" * 100_000)
     with pytest.raises(rw.DataError, match="cannot be read as what was tuned"):
-        tunings.read("m")
+        tuned_scalers.read("m")
     (tmp_path / "results.jsonl").unlink()
     (tmp_path / "env.json").write_bytes(b"[" * 100_000)
     with pytest.raises(rw.DataError, match=r"env\.json is damaged"):

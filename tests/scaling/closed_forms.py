@@ -38,7 +38,7 @@ def stretches(scaler: Scaler, rope: RopeSpec, length: int | None = None) -> list
 
 
 def by_parts_ramp(d: int, b: float, L: float, fast: float = 32, slow: float = 1, whole: bool = True) -> list[float]:
-    ends = [d * math.log(L / (2 * math.pi * turns)) / (2 * math.log(b)) for turns in (fast, slow)]
+    ends = [d * math.log(L / (2 * math.pi * rotations)) / (2 * math.log(b)) for rotations in (fast, slow)]
     if whole:
         ends = [math.floor(ends[0]), math.ceil(ends[1])]
     low, high = (min(max(end, 0), d - 1) for end in ends)

@@ -50,7 +50,7 @@ class Law:
         found = defaultdict(float)
         tokens = self.vocabulary.tokens
         for node in covered.nodes:
-            path = covered.trunk + node.path
+            path = covered.common_prefix + node.path
             if node.aligned:
                 found[END] += self.sequences.get((*path, END), 0.0)
                 candidates = self.vocabulary.trie.extensions(b"")
@@ -81,7 +81,7 @@ class Law:
             n += 1
         last = self.vocabulary.tokens[own[n - 1]]
         return any(
-            covered.trunk + node.path == tuple(own[: n - 1] if node.suffix else own[:n])
+            covered.common_prefix + node.path == tuple(own[: n - 1] if node.suffix else own[:n])
             and last.startswith(node.suffix)
             and len(last) > len(node.suffix)
             for node in covered.nodes

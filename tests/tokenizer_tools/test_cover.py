@@ -93,11 +93,11 @@ def test_trunk_is_a_prefix_of_the_prompt_and_the_first_node_is_its_end(kind):
     for text in random.Random(0).sample(law.texts, 200):
         covered = cover(law.vocabulary, text)
         assert covered.prompt == tuple(law.vocabulary.encode(text))
-        assert covered.prompt[: len(covered.trunk)] == covered.trunk
-        assert covered.trunk + covered.nodes[0].path == covered.prompt
-        assert covered.backed_off == len(covered.prompt) - len(covered.trunk)
+        assert covered.prompt[: len(covered.common_prefix)] == covered.common_prefix
+        assert covered.common_prefix + covered.nodes[0].path == covered.prompt
+        assert covered.backed_off == len(covered.prompt) - len(covered.common_prefix)
         for node in covered.nodes:
-            path = [*covered.trunk, *node.path]
+            path = [*covered.common_prefix, *node.path]
             assert law.vocabulary.text_bytes(path) + node.suffix == covered.text
 
 

@@ -29,7 +29,7 @@ FALLEN = byte_fallback("ab ", 0)
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "prompt", "trunk", "nodes"),
+    ("tokenizer", "prompt", "common_prefix", "nodes"),
     [
         (JOINED, "a", [], {(b"a",): b"", (): b"a"}),
         (JOINED, "ab", [], {(b"ab",): b"", (): b"ab"}),  # not a|bc: a and b come together first
@@ -46,13 +46,13 @@ FALLEN = byte_fallback("ab ", 0)
         (FALLEN, "a\u00e9", [b" a", b"\xc3", b"\xa9"], {(): b""}),
     ],
 )
-def test_covers_by_hand(tokenizer, prompt, trunk, nodes):
+def test_covers_by_hand(tokenizer, prompt, common_prefix, nodes):
     known = vocabulary(tokenizer)
     covered = cover(known, prompt)
-    assert [known.tokens[i] for i in covered.trunk] == trunk
+    assert [known.tokens[i] for i in covered.common_prefix] == common_prefix
     assert {tuple(known.tokens[i] for i in node.path): node.suffix for node in covered.nodes} == nodes
     assert len(covered.nodes) == len(nodes)
-    assert covered.prompt == covered.trunk + covered.nodes[0].path
+    assert covered.prompt == covered.common_prefix + covered.nodes[0].path
     assert covered.only_aligned == (len(nodes) == 1)
 
 
@@ -183,7 +183,7 @@ def test_half_a_character_that_only_whole_tokens_can_complete():
     covered = cover(known, b"a\xc3")
     space, a = known.encode("a")
     assert covered.prompt == (space, a)
-    assert covered.trunk == (space,)
+    assert covered.common_prefix == (space,)
     assert covered.nodes == (Node((), b"a\xc3"),)  # a|é is never written: aé is better
 
 
@@ -225,14 +225,14 @@ def test_special_tokens_are_walls():
     tokenizer.add_special_tokens(["<s>"])
     walled = vocabulary(tokenizer, special_tokens=True)
     special = tokenizer.token_to_id("<s>")
-    assert walled.walls == {special}
+    assert walled.special_ids == {special}
     behind, alone = cover(walled, "ab<s>ab"), cover(law.vocabulary, "ab")
     assert behind.text == b"ab"
     assert behind.nodes == alone.nodes
-    assert behind.trunk == (*walled.encode("ab<s>"), *alone.trunk)
+    assert behind.common_prefix == (*walled.encode("ab<s>"), *alone.common_prefix)
     end = cover(walled, "ab<s>")
     assert end.only_aligned
-    assert end.trunk == end.prompt == (*walled.encode("ab"), special)
+    assert end.common_prefix == end.prompt == (*walled.encode("ab"), special)
     assert end.text == b""
     plain = cover(vocabulary(tokenizer), "ab<s>ab")
     assert special not in plain.prompt
@@ -252,7 +252,7 @@ def test_a_prompt_of_token_ids_is_that_of_its_text():
 def test_an_empty_prompt_has_one_node_and_no_trunk():
     covered = cover(Law("gpt2", 0, longest=1).vocabulary, "")
     assert covered.nodes == (Node((), b""),)
-    assert covered.trunk == covered.prompt == ()
+    assert covered.common_prefix == covered.prompt == ()
 
 
 def test_bytes_that_are_not_utf8_are_refused():

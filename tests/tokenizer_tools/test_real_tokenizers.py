@@ -33,7 +33,7 @@ TEXTS = {
         "一个词元的中间，模型就无法自然地接下去。白云机场位于广州市，“白云”和“白云机场”是两个不同的词。2024年3月15日，"
         "研究人员发布了新的方法，价格为12345元；これは日本語です。한국어도 있습니다。"
     ),
-    "marks": "I ❤️ it 👍🏽👩‍👩‍👧‍👦 née naïve café 🇨🇳🇺🇸 क्षत्रिय ñ Ω≈ç√ x²—“quoted”\u00a0и по-русски 🙂🙂🙂 ̈ ﬁ １２ ",
+    "metadata": "I ❤️ it 👍🏽👩‍👩‍👧‍👦 née naïve café 🇨🇳🇺🇸 क्षत्रिय ñ Ω≈ç√ x²—“quoted”\u00a0и по-русски 🙂🙂🙂 ̈ ﬁ １２ ",
 }
 
 
@@ -121,16 +121,16 @@ def test_the_uncut_texts_tokens_begin_with_a_cover(known, request):
             n += 1
         sequence, last = tuple(tokens[:n]), known.tokens[tokens[n - 1]] if n else b""
         assert any(
-            (node.aligned and covered.trunk + node.path == sequence)
+            (node.aligned and covered.common_prefix + node.path == sequence)
             or (
                 not node.aligned
-                and covered.trunk + node.path == sequence[:-1]
+                and covered.common_prefix + node.path == sequence[:-1]
                 and last.startswith(node.suffix)
                 and len(last) > len(node.suffix)
             )
             for node in covered.nodes
         ), (text.encode()[:cut][-20:], sequence[-4:])
-        assert covered.prompt[: len(covered.trunk)] == covered.trunk
+        assert covered.prompt[: len(covered.common_prefix)] == covered.common_prefix
     assert changed < 50
 
 
@@ -166,7 +166,7 @@ def test_transformers_wrapper_of_sentencepiece_has_the_same_covers(tmp_path):
             prompt = text.encode()[: rng.randint(1, 400)]
             a, b = cover(bare, prompt), cover(wrapped, prompt)
             assert a.nodes == b.nodes, prompt
-            assert b.trunk[len(b.trunk) - len(a.trunk) :] == a.trunk
+            assert b.common_prefix[len(b.common_prefix) - len(a.common_prefix) :] == a.common_prefix
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,9 @@ def test_tekken_covers_hold_what_tiktokens_own_unstable_encoding_lists():
             while reached < len(prompt):
                 reached += len(known.tokens[sequence[n]])
                 n += 1
-            assert any(covered.trunk + node.path == sequence[: n - (not node.aligned)] for node in covered.nodes), (
+            assert any(
+                covered.common_prefix + node.path == sequence[: n - (not node.aligned)] for node in covered.nodes
+            ), (
                 prompt,
                 text,
             )

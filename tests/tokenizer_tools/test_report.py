@@ -27,7 +27,7 @@ class Grouped(Vocabulary):
     """Reads a text of x in groups of three; what is left over goes into single tokens."""
 
     def __init__(self):
-        self.tokens, self.walls, self.byte_level = [b"x", b"xxx", b""], frozenset([2]), True
+        self.tokens, self.special_ids, self.byte_level = [b"x", b"xxx", b""], frozenset([2]), True
         self.name, self.kind = "grouped", "groups"
 
     def encode(self, text):

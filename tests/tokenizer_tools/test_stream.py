@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropewalk.tokenizer_tools.stream import StopWatch, TextStream
+from ropewalk.tokenizer_tools.stream import StopStringMatcher, TextStream
 from ropewalk.tokenizer_tools.vocab import Vocabulary
 
 
@@ -13,7 +13,7 @@ class Bytes(Vocabulary):
 
     def __init__(self, space_first=False):
         self.tokens = [bytes([byte]) for byte in range(256)] + [b""]
-        self.walls = frozenset([256])
+        self.special_ids = frozenset([256])
         self.byte_level = True
         self.name = "bytes"
         self.space_first = space_first
@@ -77,7 +77,7 @@ def test_the_space_that_a_tokenizer_puts_before_a_text_is_left_out_once(space_fi
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
 def test_stop_strings_are_found_across_pieces_and_not_shown(size):
     text = "one two END three"
-    watch, shown = StopWatch(("END", "three")), ""
+    watch, shown = StopStringMatcher(("END", "three")), ""
     for start in range(0, len(text), size):
         shown += watch.push(text[start : start + size])
         if watch.stopped:
@@ -87,7 +87,7 @@ def test_stop_strings_are_found_across_pieces_and_not_shown(size):
 
 
 def test_what_only_looked_like_a_stop_string_is_shown_in_the_end():
-    watch = StopWatch(("END",))
+    watch = StopStringMatcher(("END",))
     assert watch.push("the E") == "the "
     assert watch.push("N") == ""
     assert watch.finish() == "EN"

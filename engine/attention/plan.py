@@ -1,0 +1,130 @@
+"""What a scaler asks of the queries of one call: segments with their bands, frequencies and angles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ...scaling.band import Band
+from ...scaling.rope import Frequencies, Scaler
+from ..patches.rotary import RotarySite
+from .blocks import Block, blocks
+from .rotation import Angles, angles
+from .rows import Run
+
+
+@dataclass
+class Segment:
+    """Consecutive queries [start, stop) of a run that share their frequencies and bands.
+
+    Made once for a call and shared by all its layers, with everything that does not depend on the layer.
+
+    Args:
+        length: tokens that the frequencies and bands are for; None for a scaler that does not look.
+        first: position of the run's key 0.
+        offset: index among the run's keys of its query 0.
+        temperature: factor on the logits of every query, float64 [n], or None.
+    """
+
+    scaler: Scaler
+    start: int
+    stop: int
+    length: int | None
+    first: int
+    offset: int
+    bands: tuple[Band, ...]
+    frequencies: Frequencies
+    temperature: Tensor | None
+    _angles: dict[object, Angles] = field(default_factory=dict, repr=False)
+    _rotation: dict[int, bool] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The rectangles of every band; queries and keys counted as the run's keys are."""
+        return list(blocks(self.bands, self.first, self.offset + self.start, self.offset + self.stop))
+
+    @cached_property
+    def used_bands(self) -> list[int]:
+        """Bands that any query of the segment sees keys of."""
+        return sorted({piece.band for block in self.blocks for piece in block.pieces})
+
+    def key_range(self, band: int) -> tuple[int, int]:
+        """Keys that bands with this one's key map see, [start, stop)."""
+        shared = self.key_map(band)
+        pieces = [p for block in self.blocks for p in block.pieces if self.key_map(p.band) == shared]
+        return min(p.key_start for p in pieces), max(p.key_stop for p in pieces)
+
+    def key_map(self, band: int) -> int:
+        """The first band with the same key map: they share turned keys."""
+        return next(i for i, other in enumerate(self.bands) if other.key is self.bands[band].key)
+
+    def query_angles(self, like: Tensor) -> Angles:
+        """Angles of all queries in every used band, [bands, 1, 1, n, d/2]. The factor on cos and sin of both sides is
+        in them."""
+        key = ("queries", like.dtype)
+        if key not in self._angles:
+            i = torch.arange(self.start, self.stop) + self.offset + self.first
+            positions = torch.stack([self.bands[band].query(i) for band in self.used_bands])[:, None, None]
+            factor = self.frequencies.attention_factor**2
+            self._angles[key] = angles(positions, self.frequencies.inv_freq, factor=factor, like=like)
+        return self._angles[key]
+
+    def key_angles(self, band: int, start: int, stop: int, like: Tensor) -> Angles:
+        """Angles of the keys [start, stop) in `band`, [n, d/2]."""
+        key = (band, start, stop, like.dtype)
+        if key not in self._angles:
+            positions = self.bands[band].key(torch.arange(start, stop) + self.first)
+            self._angles[key] = angles(positions, self.frequencies.inv_freq, like=like)
+        return self._angles[key]
+
+    def rotates(self, band: int) -> bool:
+        """False where all keys of `band` stand at position 0, so that they are read as they are held."""
+        if band not in self._rotation:
+            self._rotation[band] = bool(self.bands[band].key(torch.arange(*self.key_range(band)) + self.first).any())
+        return self._rotation[band]
+
+
+@dataclass
+class Plan:
+    """What a scaler does to the layers of one rotary site.
+
+    Args:
+        length: tokens that a scaler which depends on length is fixed to; None lets it grow with each sequence.
+    """
+
+    site: RotarySite
+    scaler: Scaler
+    length: int | None = None
+
+    def segments(self, run: Run) -> list[Segment]:
+        """The queries of a run, cut where a growing length steps on."""
+        effective, rope = self.site.configured.effective(self.scaler), self.site.configured.rope
+        offset = run.key_stop - run.key_start - (run.query_stop - run.query_start)
+        position, end = run.first + offset, run.first + run.key_stop - run.key_start
+        found = []
+        while position < end:
+            length, stop = self.length, end
+            if length is None and effective.depends_on_length:
+                length = effective.growing_length(position, rope)
+                stop = min(end, length)
+            start = position - run.first - offset
+            queries = torch.arange(position, stop)
+            tempered = self.scaler.member("temperature") is not None
+            found.append(
+                Segment(
+                    scaler=self.scaler,
+                    start=start,
+                    stop=start + stop - position,
+                    length=length,
+                    first=run.first,
+                    offset=offset,
+                    bands=self.site.bands(self.scaler, length),
+                    frequencies=effective.frequencies(rope, length),
+                    temperature=self.site.logit_factor(self.scaler, queries) if tempered else None,
+                )
+            )
+            position = stop
+        return found

@@ -1,0 +1,85 @@
+"""Scalers put into a model one after the other, and back again."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from ...errors import ConfigError, PatchError, UnsupportedModel
+from ...scaling.rope import Scaler
+from ..runners.runner import Runner
+from .marks import mark, patched_with
+from .patch import Installed, install
+from .rotary import RotarySite, depends_on_length
+
+
+class ScalerSlot:
+    """Puts one scaler at a time into a model and into the network that runs it; the untouched model first."""
+
+    def __init__(self, hf: PreTrainedModel, sites: list[RotarySite], runner: Runner) -> None:
+        self._hf, self._sites, self._runner = hf, sites, runner
+        self._prepared: dict[Scaler, Installed] = {}
+        self._refused: set[Scaler] = set()
+        self._installed = install(hf, sites, Scaler(), grows=False)
+        self.prepare(None)
+
+    @property
+    def scaler(self) -> Scaler:
+        """The one that is in place."""
+        return self._installed.scaler
+
+    def put(self, scaler: Scaler, *, remember: bool = False) -> None:
+        """Put `scaler` in the place of the one before, which stays if this one is refused or interrupted.
+
+        Args:
+            keep: remember how it is done. The second time costs nothing then, where looking at the model anew takes a
+                few short forwards.
+
+        Raises:
+            ConfigError: the scaler cannot work on this model.
+            UnsupportedModel: the model cannot be patched in the way that this scaler needs.
+            PatchError: somebody else has patched the model.
+        """
+        before = self._installed
+        if (patched := patched_with(self._hf)) not in (None, before.scaler):
+            raise PatchError(f"the model underneath is patched with {patched}; undo that first")
+        before.restore()
+        try:
+            if remember and scaler in self._prepared:
+                self._installed = self._prepared[scaler]
+                self._installed.apply()
+            else:
+                self._installed = install(self._hf, self._sites, scaler, grows=False)
+            if self._runner.is_compiled and self._installed.derived:
+                raise UnsupportedModel(
+                    f"{type(self._hf).__name__} takes more than its frequencies from rope_parameters, which the "
+                    "compiled kernels do not follow; load it with compile=False"
+                )
+            self.prepare(None)
+        except BaseException:  # Ctrl-C too, or the model would run under none while `scaler` names another
+            self._installed.restore()
+            self._installed = before
+            before.apply()
+            self.prepare(None)
+            raise
+        mark(self._hf, self._sites, scaler if scaler.parts else None)
+        if remember:
+            self._prepared[scaler] = self._installed
+
+    def takes(self, scaler: Scaler) -> bool:
+        """True if the model can be put under `scaler`; it is tried once."""
+        if scaler not in self._prepared and scaler not in self._refused:
+            before = self.scaler
+            try:
+                self.put(scaler, remember=True)
+            except (ConfigError, UnsupportedModel):
+                self._refused.add(scaler)
+            else:
+                self.put(before, remember=True)
+        return scaler in self._prepared
+
+    def prepare(self, length: int | None) -> None:
+        """Make the scaler in place ready for a sequence of `length` tokens."""
+        if not depends_on_length(self._sites, self.scaler):
+            length = None
+        self._installed.write(length)
+        self._runner.use(self.scaler, length)

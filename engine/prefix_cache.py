@@ -1,0 +1,96 @@
+"""A cache that is kept from request to request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import Cache
+
+from ..tokenizer_tools.cover import shared_length
+from .cache import can_rewind, layers_agree, tokens_read
+from .runners.runner import RopeState
+
+if TYPE_CHECKING:
+    from .model import Model
+
+
+class PrefixCache:
+    """A cache with the tokens that it holds, under whatever scaler: cropped and turned to what is read next.
+
+    So it can never be wrong, only empty.
+
+    Attributes:
+        ids: the tokens held.
+        cache: None while there is nothing to keep.
+        setting: the scaler that the keys are turned for, and its length.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.ids: list[int] = []
+        self.cache: Cache | None = None
+        self.rope_state = model.runner.rope_state
+
+    def shared(self, ids: list[int]) -> int:
+        """Tokens that it holds of the beginning of `ids`."""
+        return shared_length(self.ids, ids)
+
+    def ready(self, certain: list[int], length: int) -> Cache:
+        """The cache under the scaler in use, holding no more than the beginning it shares with `certain`.
+
+        The last token is left out: it is run again, to see what follows it.
+
+        Args:
+            length: tokens that it is going to hold.
+        """
+        runner = self._model.runner
+        with self._model.lock:
+            self._model.prepare(length)
+            if self.rope_state != runner.rope_state:
+                self._rotate_cached_keys()
+            self.rope_state = runner.rope_state
+        self.settle(self.ids[: self.shared(certain[:-1])])
+        if self.cache is None:
+            self.cache = runner.new_cache(length)
+        return self.cache
+
+    def _rotate_cached_keys(self) -> None:
+        cache, ids = self.cache, self.ids
+        self.clear()  # half turned keys would be of no scaler
+        if cache is None:
+            return
+        with torch.inference_mode():
+            if self._model.runner.rotate_cached_keys(cache, self.rope_state):
+                self.cache, self.ids = cache, ids
+
+    def settle(self, known: list[int], broken: bool = False) -> None:
+        """Keep what the cache holds of `known`, in all layers alike.
+
+        Args:
+            broken: a step was broken off (Ctrl-C), maybe between two layers.
+        """
+        cache = self.cache
+        self.clear()
+        if cache is None:
+            return
+        if can_rewind(cache):
+            lengths = [tokens_read(layer) for layer in cache.layers]
+            held = min([len(known), *lengths])
+            if not (layers_agree(cache) and can_rewind(cache, max(lengths, default=0) - held)):
+                return
+            for layer, length in zip(cache.layers, lengths, strict=True):
+                layer.crop(held - length)
+        else:
+            held = tokens_read(cache)
+            if broken or held > len(known):
+                return
+        self.cache, self.ids = cache, known[:held]
+
+    def hold(self, cache: Cache, ids: list[int], rope_state: RopeState) -> None:
+        """Take over a cache with what it holds."""
+        self.cache, self.ids, self.rope_state = cache, ids, rope_state
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self.cache, self.ids = None, []

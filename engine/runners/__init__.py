@@ -1,0 +1,1 @@
+"""What runs tokens on top of a cache: the model's own modules, or compiled kernels."""

@@ -1,0 +1,188 @@
+"""The model families that the compiled network knows: where a decoder keeps its weights, and what little differs.
+
+All of them are norm, attention, add, norm, gated MLP, add. A family says which norms there are and what they are
+called, how queries and keys are normed, and whether weights come fused. Everything else is read from the modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ....errors import UnsupportedModel
+from ...cache import common_window
+
+_PRE = ("input_layernorm", None, "post_attention_layernorm", None)
+_POST = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+_BOTH = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one family's layers differ from Llama's.
+
+    Args:
+        norms: attributes of a layer: before attention, after it, before the MLP, after it.
+        query_key_norm: over each head, over all heads at once, or none.
+        fused: query, key and value are one matrix, gate and up another.
+        norm_adds_one: norms multiply by 1 + weight.
+    """
+
+    norms: tuple[str | None, str | None, str | None, str | None] = _PRE
+    query_key_norm: Literal["heads", "whole"] | None = None
+    fused: bool = False
+    norm_adds_one: bool = False
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "ministral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(query_key_norm="heads"),
+    "smollm3": Family(),
+    "phi3": Family(fused=True),
+    "olmo2": Family(norms=_POST, query_key_norm="whole"),
+    "gemma": Family(norm_adds_one=True),
+    "gemma2": Family(norms=_BOTH, norm_adds_one=True),
+    "gemma3_text": Family(norms=_BOTH, query_key_norm="heads", norm_adds_one=True),
+}
+"""By `model_type`."""
+
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Weights [rows, columns] with a bias [rows] or None, both as the model holds them."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def rows(self, start: int, stop: int) -> Linear:
+        """Some of its rows."""
+        return Linear(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """The weights of one decoder layer.
+
+    Args:
+        linears: query, key, value, out, gate, up, down.
+        norms: before and after attention, before and after the MLP, of queries, of keys; float32 or None.
+        window: keys that a query sees, or None for all.
+        scale: factor on the scores.
+        softcap: c in c tanh(score / c), or None.
+    """
+
+    linears: tuple[Linear, ...]
+    norms: tuple[Tensor | None, ...]
+    window: int | None
+    scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A whole model, as its family describes it."""
+
+    layers: list[Layer]
+    embedding: nn.Module
+    final_norm: Tensor
+    head: Linear
+    epsilon: float
+    heads: int
+    key_heads: int
+    head_dim: int
+    activation: str
+    norms_whole: bool
+    softcap: float | None
+
+
+def decoder(hf: PreTrainedModel) -> Decoder:
+    """The weights of a transformers model, read by its family's description; nothing is copied but norms.
+
+    Raises:
+        UnsupportedModel: its family is not described, or something in it is not as described.
+    """
+    config: Any = hf.config.get_text_config()
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModel(f"the family {config.model_type!r} is not described in engine/runners/cpu/family.py")
+    named = getattr(config, "hidden_activation", None) or config.hidden_act
+    activation = _ACTIVATIONS.get(named)
+    if activation is None:
+        raise UnsupportedModel(f"the activation {named!r} has no compiled form")
+    body = hf.get_decoder()
+    try:
+        layers = [_layer(family, layer, config) for layer in body.layers]
+    except AttributeError as error:
+        raise UnsupportedModel(
+            f"{type(hf).__name__} is not laid out as family {config.model_type!r}: {error}"
+        ) from None
+    head = hf.get_output_embeddings()
+    heads, dim = config.num_attention_heads, body.layers[0].self_attn.head_dim
+    return Decoder(
+        layers=layers,
+        embedding=hf.get_input_embeddings(),
+        final_norm=_norm(family, body.norm),
+        head=_linear(head),
+        epsilon=config.rms_norm_eps,
+        heads=heads,
+        key_heads=config.num_key_value_heads,
+        head_dim=dim,
+        activation=activation,
+        norms_whole=family.query_key_norm == "whole",
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _layer(family: Family, layer: Any, config: Any) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    if family.fused:
+        qkv, gate_up = _linear(attention.qkv_proj), _linear(mlp.gate_up_proj)
+        q = config.num_attention_heads * attention.head_dim
+        k = config.num_key_value_heads * attention.head_dim
+        inner = gate_up.weight.shape[0] // 2
+        query, key, value = qkv.rows(0, q), qkv.rows(q, q + k), qkv.rows(q + k, q + 2 * k)
+        gate, up = gate_up.rows(0, inner), gate_up.rows(inner, 2 * inner)
+    else:
+        query, key, value = _linear(attention.q_proj), _linear(attention.k_proj), _linear(attention.v_proj)
+        gate, up = _linear(mlp.gate_proj), _linear(mlp.up_proj)
+    norms = [None if name is None else _norm(family, getattr(layer, name)) for name in family.norms]
+    if family.query_key_norm:
+        norms += [_norm(family, attention.q_norm), _norm(family, attention.k_norm)]
+    else:
+        norms += [None, None]
+    return Layer(
+        linears=(query, key, value, _linear(attention.o_proj), gate, up, _linear(mlp.down_proj)),
+        norms=tuple(norms),
+        window=getattr(attention, "sliding_window", common_window(config)),
+        scale=attention.scaling,
+        softcap=getattr(attention, "attn_logit_softcapping", None),
+    )
+
+
+def _linear(module: nn.Linear) -> Linear:
+    if type(module) is not nn.Linear:  # an adapter or a quantized layer computes something else
+        raise UnsupportedModel(f"{type(module).__name__} is not a plain linear layer")
+    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+
+def _norm(family: Family, module: nn.Module) -> Tensor:
+    weight: Tensor = module.weight.detach().float()  # type: ignore[operator]
+    return (1 + weight if family.norm_adds_one else weight).contiguous()
+
+
+def supported(config: Any) -> bool:
+    """True if the family of a config is described."""
+    return config.get_text_config().model_type in FAMILIES

@@ -1,0 +1,293 @@
+"""A whole forward of a few tokens in one compiled function: what a step of decoding runs.
+
+Every token stands for itself: it belongs to any sequence, sees its own keys, and gets the same bits whichever tokens
+come with it. So a batch of unequal lengths is a list of tokens, and a row of it is the row alone.
+
+Shape letters: n tokens, E hidden size, H query heads, K key-value heads, D head dim, L layers, F forms in which keys
+are held (one for each key position map of a scaler, and the values as the last).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from .attention import join, part
+from .linear import project_rows, rows_of
+from .simd import (
+    add,
+    div,
+    exp,
+    fma,
+    largest,
+    load,
+    maximum,
+    mul,
+    put,
+    size_of,
+    splat,
+    store,
+    store_bfloat16,
+    store_int8,
+    sub,
+    total,
+)
+
+QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)  # linears of a layer
+BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, NORM_OF_QUERY, NORM_OF_KEY = range(6)  # norms of a layer
+SILU, GELU_TANH = range(2)
+DATA, SCALES, CAPACITY = range(3)  # of a buffer
+TOKEN, QUERY_FORM, KEY_FORM, START, COUNT = range(5)  # of a part of attention
+
+
+@njit(cache=True)
+def step(
+    shape,
+    numbers,
+    weights,
+    cache,
+    linears,
+    norms,
+    groups,
+    x,
+    rotations,
+    parts,
+    firsts,
+    scales,
+    places,
+    buffers,
+    head,
+    logits,
+    threads,
+):
+    """Run n tokens, write their keys and values, and give the logits of the last m.
+
+    Args:
+        shape: int64: H, K, D, activation, whether queries and keys are normed over all heads at once, the first number
+            of a head that turns, numbers that turn, whether pairs are neighbours.
+        numbers: float32: epsilon of the norms, soft-cap of the scores or 0.
+        weights, cache: the kinds of the weights and of the cache.
+        linears: int64 [L, 7, 5], as `project_rows` takes them.
+        norms: int64 [L + 1, 6]: addresses of float32 weights, 0 where there is none. The first of L is the final norm.
+        groups: int64 [L]: which row of `turns`, `firsts` and `scales` a layer uses.
+        x: float32 [n, E], the embeddings; overwritten.
+        turns: queries' and keys' float32 [groups, forms, n, 2, d / 2], cosines and sines of every token's angles.
+        parts: int64 [parts, 5] of attention: token, form of the query, form of the keys, first key, keys.
+        firsts: int64 [groups, n + 1]: where the parts of every token begin; a token has at least one.
+        scales: float32 [groups, n]: the factor on the scores of every token.
+        places: int64 [n]: the place of a token's key in its cache.
+        buffers: int64 [L, n, F, 3]: address, address of the int8 cache's scales, and keys that a head has room for;
+            zeros for a form that the layer does not hold.
+        head: int64 [1, 5], the linear from hidden states to logits.
+        logits: float32 [m, V].
+        threads: into how many parts the work is cut.
+    """
+    H, K, D = shape[0], shape[1], shape[2]
+    n, E = x.shape
+    L, m, inner = len(linears), len(logits), linears[0, GATE, 3]
+    normed, hidden = np.empty((n, E), np.float32), np.empty((n, E), np.float32)
+    qkv, mixed = np.empty((n, (H + 2 * K) * D), np.float32), np.empty((n, H * D), np.float32)
+    gate_up, gated = np.empty((n, 2 * inner), np.float32), np.empty((n, inner), np.float32)
+    queries = np.empty((rotations[0].shape[1], n, H, D), np.float32)
+    for i in range(L):
+        own, norm, group = linears[i], norms[i], groups[i]
+        _norm(x, norm[BEFORE_ATTENTION], numbers[0], normed)
+        project(weights, own[QUERY:OUT], normed, qkv, threads)
+        _norm_heads(shape, norm, numbers[0], qkv)
+        _rotate_queries(shape, qkv, rotations[0][group], scales[group], queries)
+        _write(shape, cache, qkv, rotations[1][group], places, buffers[i])
+        _attend(shape, numbers[1], cache, queries, parts, firsts[group], buffers[i], mixed)
+        project(weights, own[OUT:GATE], mixed, hidden, threads)
+        _add(hidden, norm[AFTER_ATTENTION], numbers[0], x)
+        _norm(x, norm[BEFORE_MLP], numbers[0], normed)
+        project(weights, own[GATE:DOWN], normed, gate_up, threads)
+        _gate(gate_up, shape[3], gated)
+        project(weights, own[DOWN:], gated, hidden, threads)
+        _add(hidden, norm[AFTER_MLP], numbers[0], x)
+    if m:
+        last = x[n - m :]
+        _norm(last, norms[L, 0], numbers[0], last)
+        project(weights, head, last, logits, threads)
+
+
+@njit(parallel=True, cache=True)
+def touch(count):
+    """A parallel region of `count` parts that do nothing much; their sum."""
+    total_ = 0
+    for p in prange(count):
+        total_ += p
+    return total_
+
+
+@njit(parallel=True, cache=True)
+def project(kind, linears, x, out, threads):
+    """`out` [n, rows of all] = some linears, int64 [k, 5] as `project_rows` takes them, times x [n, columns]."""
+    for p in prange(threads):
+        offset = 0
+        for which in range(len(linears)):
+            start, stop = rows_of(p, threads, linears[which, 3])
+            project_rows(kind, linears[which], x.ctypes.data, len(x), start, stop, out, offset)
+            offset += linears[which, 3]
+
+
+@njit(cache=True)
+def _gate(x, activation, out):
+    """`out` [n, inner] = act(gate) * up of x [n, 2 inner]."""
+    inner = out.shape[1]
+    for t in range(len(x)):
+        gate, up, target = x[t].ctypes.data, x[t].ctypes.data + 4 * inner, out[t].ctypes.data
+        for r in range(0, inner, 8):
+            store(target, r, mul(_activate(load(np.float32, gate, r), activation), load(np.float32, up, r)))
+
+
+@njit(cache=True)
+def _activate(x, activation):
+    """x sigmoid(x), or GELU in its tanh form, which is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
+    one, zero = splat(np.float32(1)), splat(np.float32(0))
+    u = x
+    if activation == GELU_TANH:
+        cubic = mul(mul(x, x), mul(x, splat(np.float32(0.044715))))
+        u = mul(add(x, cubic), splat(np.float32(1.5957691216057308)))
+    return div(x, add(one, exp(sub(zero, u))))
+
+
+@njit(cache=True)
+def _norm_row(x, weights, epsilon, count, out):
+    """RMS norm of the `count` numbers at address `x`, into address `out`."""
+    squares = splat(np.float32(0))
+    for c in range(0, count, 8):
+        v = load(np.float32, x, c)
+        squares = fma(v, v, squares)
+    factor = splat(np.float32(1) / np.sqrt(total(squares) / np.float32(count) + epsilon))
+    for c in range(0, count, 8):
+        store(out, c, mul(mul(load(np.float32, x, c), factor), load(np.float32, weights, c)))
+
+
+@njit(cache=True)
+def _norm(x, weights, epsilon, out):
+    for t in range(len(x)):
+        source, target = x[t].ctypes.data, out[t].ctypes.data
+        if weights:
+            _norm_row(source, weights, epsilon, x.shape[1], target)
+        else:
+            for c in range(0, x.shape[1], 8):
+                store(target, c, load(np.float32, source, c))
+
+
+@njit(cache=True)
+def _add(x, weights, epsilon, residual):
+    """`residual` += x, normed where there are weights."""
+    for t in range(len(x)):
+        source, target = x[t].ctypes.data, residual[t].ctypes.data
+        if weights:
+            _norm_row(source, weights, epsilon, x.shape[1], source)
+        for c in range(0, x.shape[1], 8):
+            store(target, c, add(load(np.float32, target, c), load(np.float32, source, c)))
+
+
+@njit(cache=True)
+def _norm_heads(shape, norms, epsilon, qkv):
+    H, K, D, together = shape[0], shape[1], shape[2], shape[4]
+    for t in range(len(qkv)):
+        row = qkv[t].ctypes.data
+        for which, first, heads in ((NORM_OF_QUERY, 0, H), (NORM_OF_KEY, H, K)):
+            if norms[which]:
+                if together:
+                    _norm_row(row + 4 * first * D, norms[which], epsilon, heads * D, row + 4 * first * D)
+                else:
+                    for h in range(first, first + heads):
+                        _norm_row(row + 4 * h * D, norms[which], epsilon, D, row + 4 * h * D)
+
+
+@njit(cache=True)
+def _rotate(shape, x, cos, sin, factor, out):
+    """One head, turned and multiplied."""
+    D, start, rotating, neighbours = shape[2], shape[5], shape[6], shape[7]
+    for d in range(D):
+        out[d] = x[d] * factor
+    half = rotating // 2
+    for k in range(half):
+        a = start + (2 * k if neighbours else k)
+        b = a + (1 if neighbours else half)
+        c, s = cos[k] * factor, sin[k] * factor
+        out[a], out[b] = x[a] * c - x[b] * s, x[b] * c + x[a] * s
+
+
+@njit(cache=True)
+def _rotate_queries(shape, qkv, rotations, scales, queries):
+    H, D = shape[0], shape[2]
+    for form in range(len(rotations)):
+        for t in range(len(qkv)):
+            for h in range(H):
+                row = qkv[t, h * D : (h + 1) * D]
+                _rotate(shape, row, rotations[form, t, 0], rotations[form, t, 1], scales[t], queries[form, t, h])
+
+
+@njit(cache=True)
+def _write(shape, kind, qkv, rotations, places, buffers):
+    """Keys, in every form, and values into the cache."""
+    H, K, D = shape[0], shape[1], shape[2]
+    forms = len(rotations)
+    rotated = np.empty(D, np.float32)
+    for t in range(len(qkv)):
+        for h in range(K):
+            key = qkv[t, (H + h) * D : (H + h + 1) * D]
+            for form in range(forms):
+                if buffers[t, form, DATA]:
+                    _rotate(shape, key, rotations[form, t, 0], rotations[form, t, 1], np.float32(1), rotated)
+                    _write_row(kind, rotated.ctypes.data, D, buffers[t, form], h, places[t])
+            value = qkv[t, (H + K + h) * D : (H + K + h + 1) * D]
+            _write_row(kind, value.ctypes.data, D, buffers[t, forms], h, places[t])
+
+
+@njit(cache=True)
+def _write_row(kind, x, D, buffer, head, place):
+    row = head * buffer[CAPACITY] + place
+    if size_of(kind) == 4:
+        for d in range(0, D, 8):
+            store(buffer[DATA], row * D + d, load(np.float32, x, d))
+    elif size_of(kind) == 2:
+        for d in range(0, D, 8):
+            store_bfloat16(buffer[DATA], row * D + d, load(np.float32, x, d))
+    else:
+        highest = splat(np.float32(0))
+        for d in range(0, D, 8):
+            v = load(np.float32, x, d)
+            highest = maximum(highest, maximum(v, sub(splat(np.float32(0)), v)))
+        scale = largest(highest) / np.float32(127)
+        put(buffer[SCALES], row, scale)
+        inverse = splat(np.float32(1) / scale if scale > 0 else np.float32(0))
+        for d in range(0, D, 8):
+            store_int8(buffer[DATA], row * D + d, mul(load(np.float32, x, d), inverse))
+
+
+@njit(parallel=True, cache=True)
+def _attend(shape, softcap, kind, queries, parts, firsts, buffers, mixed):
+    H, K, D = shape[0], shape[1], shape[2]
+    G, begin, values = H // K, firsts[0], buffers.shape[1] - 1
+    count = firsts[len(firsts) - 1] - begin
+    outs = np.empty((count, H, D), np.float32)
+    peaks, sums = np.empty((count, H), np.float32), np.empty((count, H), np.float32)
+    for i in prange(count * K):
+        p, h = i // K, i % K
+        own = parts[begin + p]
+        keys, vals = buffers[own[TOKEN], own[KEY_FORM]], buffers[own[TOKEN], values]
+        key, value = h * keys[CAPACITY] + own[START], h * vals[CAPACITY] + own[START]
+        size = size_of(kind)
+        part(
+            kind,
+            keys[DATA] + size * key * D,
+            vals[DATA] + size * value * D,
+            keys[SCALES] + 4 * key if keys[SCALES] else 0,
+            vals[SCALES] + 4 * value if vals[SCALES] else 0,
+            own[COUNT],
+            queries[own[QUERY_FORM], own[TOKEN], h * G].ctypes.data,
+            G,
+            D,
+            softcap,
+            outs[p, h * G].ctypes.data,
+            peaks[p, h * G : (h + 1) * G],
+            sums[p, h * G : (h + 1) * G],
+        )
+    for t in range(len(mixed)):
+        join(outs, peaks, sums, firsts[t] - begin, firsts[t + 1] - begin, H, D, mixed[t])

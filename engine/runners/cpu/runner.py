@@ -1,0 +1,342 @@
+"""A network of our own on the CPU: a step of decoding in one compiled function, a chunk of a prompt in torch.
+
+Arithmetic is float32 throughout. Weights stay as the model holds them, in bfloat16 or int8 too, and are widened as
+they are read; so do keys and values.
+
+Shape suffixes: N tokens of a chunk, E hidden size, H query heads, K key-value heads, M keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path as Folder
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from ....errors import ConfigError, UnsupportedModel
+from ....scaling.rope import Scaler
+from ...attention.kernel import Score
+from ...attention.rotation import angles
+from ...attention.rows import Run
+from ...cache import rewind
+from ...kv_cache import CacheShape, KVCache, KVLayer
+from ...memory import check_room
+from ...patches.float32 import float32_arithmetic
+from ...patches.probe import layer_ropes, logits, probe_ids
+from ...patches.rotary import RotarySite, primary_rotary
+from ..runner import Path, RopeState, Runner
+from .chunk import Chunk
+from .family import decoder
+from .kernels import UNAVAILABLE
+from .layers import Layers
+from .rotation_table import RotationTable, rotate_cached_keys
+from .skim import Sample, SkimmedChunk
+from .tables import KINDS, Stored, Tables, dtype_name, groups_of
+from .threads import share_threads
+
+Tree = tuple[int, list[list[int]]]
+
+FEW = 16  # tokens up to which the compiled step is faster than a chunk in torch
+
+_VERIFIED = 1e-4  # difference of the logits from float32 arithmetic, of their size, in the Euclidean norm
+
+
+class CompiledRunner(Runner):
+    """A decoder that `family` describes, on the CPU.
+
+    Raises:
+        UnsupportedModel: it is not described, or not reproduced; the message says why.
+    """
+
+    is_compiled = True
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        sites: list[RotarySite],
+        weights: str = "own",
+        cache: str = "auto",
+        folder: Folder | None = None,
+    ) -> None:
+        super().__init__(hf)
+        if UNAVAILABLE:
+            raise UnsupportedModel(UNAVAILABLE)
+        places = sorted({weight.device.type for weight in hf.parameters()} - {"cpu"})
+        if "meta" in places:
+            raise UnsupportedModel("compiled kernels need all weights in memory, and some are offloaded")
+        if places or hf.dtype not in (torch.float32, torch.bfloat16):
+            raise UnsupportedModel(
+                f"compiled kernels run on the CPU in float32 or bfloat16, not {', '.join(places) or hf.dtype}"
+            )
+        self._decoder = decoder(hf)
+        self._dtype, self._folder = torch.float32, None
+        self._primary = primary_rotary(sites)
+        ropes, _ = layer_ropes(hf, sites)
+        self._groups, self._group_of = groups_of(self._decoder, ropes)
+        self._tables = Tables.of(self._decoder, self._groups, self._group_of)
+        self._layers = Layers(self._decoder, self._tables)
+        self._rotations: list[RotationTable] = []
+        self.use(Scaler(), None)
+        self._verify()  # before anything is rounded, keys and values neither
+        self._dtype = hf.dtype
+        if weights == "int8":
+            self._tables = Tables.of(self._decoder, self._groups, self._group_of, Stored.in_int8)
+            self._layers = Layers(self._decoder, self._tables)
+        if cache != "auto":
+            self._dtype = getattr(torch, cache)
+        elif weights == "int8":
+            self._dtype = torch.bfloat16
+        self._folder = folder
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.cache_shape.bytes_per_token
+
+    @property
+    def precision(self) -> str:
+        weights, cache = dtype_name(self._tables.stored_head.weight.dtype), dtype_name(self._dtype)
+        if weights == cache == "float32":
+            return weights
+        return f"{weights}, {cache} cache, float32 arithmetic"
+
+    @property
+    def how(self) -> str:
+        """What runs the model."""
+        import numba
+
+        return (
+            f"compiled steps (numba {numba.__version__}, {numba.get_num_threads()} threads), chunks in torch; weights "
+            f"in {self.weights}, cache in {dtype_name(self._dtype)}, arithmetic in float32"
+        )
+
+    @property
+    def weights(self) -> str:
+        return dtype_name(self._tables.stored_head.weight.dtype)
+
+    def use(self, scaler: Scaler, length: int | None) -> None:
+        before = self._rope_state
+        if self._dtype == torch.int8 and scaler.member("positions"):
+            raise ConfigError(f"{scaler} holds its keys in several forms, an int8 cache in one; leave out kv_dtype")
+        super().use(scaler, length)
+        if before != self._rope_state or not self._rotations:
+            self._rotations = [RotationTable(group, self._primary, *self._rope_state) for group in self._groups]
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """What a cache of this network looks like."""
+        d = self._decoder
+        return CacheShape(
+            layers=len(d.layers), heads=d.key_heads, dim=d.head_dim, dtype=self._dtype, folder=self._folder
+        )
+
+    def check_room(self, *rows: int, owned: int = 0) -> None:
+        needed = max(0, sum(map(self._room, rows)) - owned)
+        check_room(self.cache_shape, needed, 1 + max(len(rotation.key_bands) for rotation in self._rotations))
+
+    def new_cache(self, capacity: int) -> KVCache:
+        return KVCache(self.cache_shape, self._room(capacity))
+
+    @property
+    def sink_window(self) -> tuple[int, int] | None:
+        return None if any(group.window for group in self._groups) else super().sink_window  # windows hold turned keys
+
+    @torch.no_grad()
+    def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
+        if not isinstance(cache, KVCache):
+            return super().forward(ids, cache, logits_to_keep)
+        found = (
+            self._decode_step([(ids, cache)], logits_to_keep)
+            if len(ids) <= FEW
+            else self._prefill_chunk(ids, cache, logits_to_keep)
+        )
+        self._evict(cache)
+        return found
+
+    @property
+    def runs_trees(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def tree(self, paths: Sequence[Path], cache: Cache) -> Tensor:
+        if not isinstance(cache, KVCache):
+            return super().tree(paths, cache)
+        held = cache.length
+        place = {path: held + n for n, path in enumerate(paths)}
+        ancestors = [[place[path[: k + 1]] for k in range(len(path))] for path in paths]
+        found = self._decode_step([([path[-1] for path in paths], cache)], len(paths), (held, ancestors))
+        rewind(cache, len(paths))
+        return found
+
+    @torch.no_grad()
+    def step(self, rows: Sequence[tuple[Sequence[int], Cache]]) -> Tensor:
+        if not all(isinstance(cache, KVCache) for _, cache in rows):
+            return super().step(rows)
+        counts = [len(ids) for ids, _ in rows]
+        found = self._decode_step(rows, sum(counts))
+        self._evict(*(cache for _, cache in rows))
+        return found[torch.tensor(counts).cumsum(0) - 1]
+
+    def _verify(self) -> None:
+        """Refuse unless both ways of running give the logits of the model's own modules in float32 arithmetic."""
+        with torch.inference_mode(), float32_arithmetic(self.hf):
+            expected = logits(self.hf)[0]
+            ids: list[int] = probe_ids(self.hf)[0].tolist()
+            caches = self.new_cache(len(ids)), self.new_cache(len(ids))
+            for found in (
+                self._decode_step([(ids, caches[0])], len(ids)),
+                self._prefill_chunk(ids, caches[1], len(ids)),
+            ):
+                difference = float((found - expected).norm() / expected.norm())
+                if not difference < _VERIFIED:
+                    raise UnsupportedModel(
+                        f"{type(self.hf).__name__} computes something else than its family's description says (its "
+                        f"logits differ by {difference:.2g} of their size)"
+                    )
+
+    def rotate_cached_keys(self, cache: Cache, before: RopeState) -> bool:
+        if not isinstance(cache, KVCache) or cache.layers[0].evicted:
+            return False
+        used = dict(zip(self._groups, self._rotations, strict=True))
+        for index, layer in enumerate(cache.layers):
+            group = self._groups[self._group_of[index]]
+            rotate_cached_keys(layer, RotationTable(group, self._primary, *before), used[group])
+        return True
+
+    # A few tokens
+
+    def _decode_step(
+        self, rows: Sequence[tuple[Sequence[int], KVCache]], logits_to_keep: int, tree: Tree | None = None
+    ) -> Tensor:
+        """Tokens of any sequences, by the compiled step: the logits of the last `logits_to_keep`, [logits_to_keep, V].
+
+        Args:
+            tree: tokens held before a tree, and for each of its tokens the places of those that it follows, and its
+                own.
+        """
+        threads = share_threads()
+        from .kernels import step
+
+        ids = [token for own, _ in rows for token in own]
+        self.check(ids)
+        x = self._decoder.embedding(torch.tensor(ids)).float().numpy()
+        places = np.array([cache.length + k for own, cache in rows for k in range(len(own))], np.int64)
+        buffers = self._buffers(rows)
+        held, ancestors = tree or (0, None)
+        at = places if ancestors is None else np.array([held + len(own) - 1 for own in ancestors], np.int64)
+        parts, firsts = self._parts(at, held, ancestors)
+        tables = self._tables
+        found = np.empty((logits_to_keep, self._decoder.head.weight.shape[0]), np.float32)
+        step(
+            tables.shape,
+            tables.numbers,
+            tables.kind,
+            KINDS[self._dtype],
+            tables.linears,
+            tables.norms,
+            tables.groups,
+            x,
+            (self._rotated("queries", at), self._rotated("keys", at)),
+            parts,
+            firsts,
+            np.stack([rotation.scales(at, self._decoder.layers[0].scale) for rotation in self._rotations]),
+            places,
+            buffers,
+            tables.head,
+            found,
+            threads,
+        )
+        for own, cache in rows:
+            cache.advance(len(own))
+        return self._layers.capped(torch.from_numpy(found))
+
+    def _rotated(self, which: str, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Angles of all groups, [groups, forms, n, 2, half]; forms that a group lacks are filled up and not used."""
+        found = [getattr(rotation, which)(positions, self._tables.half) for rotation in self._rotations]
+        forms = max(map(len, found))
+        return np.stack([np.resize(one, (forms, *one.shape[1:])) for one in found])
+
+    def _parts(
+        self, positions: np.ndarray[Any, Any], held: int, ancestors: list[list[int]] | None
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Which keys every token sees, in the parts that threads compute; those of a tree are one by one."""
+        from .kernels.attention import PART
+
+        parts: list[tuple[int, int, int, int, int]] = []
+        firsts: list[int] = []
+        for rotation in self._rotations:
+            for token, position in enumerate(positions.tolist()):
+                firsts.append(len(parts))
+                for band, form, start, count in rotation.sees(position):
+                    stop = start + count
+                    if ancestors is not None:
+                        own = ancestors[token][max(0, start - held) : max(0, stop - held)]
+                        parts += [(token, band, form, place, 1) for place in own]
+                        stop = min(stop, held)
+                    parts += [(token, band, form, at, min(PART, stop - at)) for at in range(start, stop, PART)]
+            firsts.append(len(parts))
+        return np.array(parts, np.int64), np.array(firsts, np.int64).reshape(len(self._rotations), -1)
+
+    def _buffers(self, rows: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray[Any, Any]:
+        """Where every token's keys and values lie, [layers, n, forms + 1, 3]."""
+        layers = len(self._decoder.layers)
+        forms = 1 + max(len(rotation.key_bands) for rotation in self._rotations)
+        found = np.zeros((layers, sum(len(own) for own, _ in rows), forms + 1, 3), np.int64)
+        at = 0
+        for own, cache in rows:
+            cache.reserve(len(own))
+            for index, layer in enumerate(cache.layers):
+                rotation = self._rotations[self._group_of[index]]
+                key_scales, value_scales = layer.scales
+                held = [(layer.keys, key_scales), *((c, 0) for c in self._copies(layer, rotation, len(own)))]
+                for form, (keys, scales) in enumerate(held):
+                    found[index, at : at + len(own), form] = keys.data_ptr(), scales, keys.shape[2]
+                found[index, at : at + len(own), forms] = layer.values.data_ptr(), value_scales, layer.capacity
+            at += len(own)
+        return found
+
+    def _copies(self, layer: KVLayer, rotation: RotationTable, count: int) -> list[Tensor]:
+        """The turned copies of a layer's keys, with room for `count` more."""
+        keys = layer.keys[:, :, : layer.length]
+
+        def rotate_band(band: int) -> Callable[[int, int], Tensor]:
+            def rotate(start: int, stop: int) -> Tensor:
+                assert rotation.group.layout is not None
+                where = rotation.plan.site.bands(*rotation.rope_state[:2])[band].key(torch.arange(start, stop))
+                found = angles(where, rotation.frequencies.inv_freq, like=keys)
+                return rotation.group.layout.rotate(keys[:, :, start:stop], found)
+
+            return rotate
+
+        return [
+            layer.rotated.room(rotation.rope_state, band, keys, rotate_band(band), count) for band in rotation.key_bands
+        ]
+
+    # A chunk
+
+    def _prefill_chunk(self, ids: Sequence[int], cache: KVCache, logits_to_keep: int) -> Tensor:
+        """A chunk of one sequence, in torch: the logits of the last `logits_to_keep` tokens, [logits_to_keep, V]."""
+        self.check(ids)
+        start, count = cache.length, len(ids)
+        run = Run(None, 0, count, 0, start + count, 0)
+        chunks = [Chunk(rotation, run) for rotation in self._rotations]
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
+            return chunks[self._group_of[index]].attend(q, k, v, cache.layers[index], score)
+
+        return self._layers.logits(self._layers.run(ids, attend)[-logits_to_keep:])
+
+    @torch.inference_mode()
+    def skim(self, ids: Sequence[int], sample: Sample, logits_to_keep: int) -> Tensor:
+        """Read a sample of the tokens of a text, `ids`; returns its last logits, [logits_to_keep, V]."""
+        self.check(ids)
+        chunks = [SkimmedChunk(rotation, sample) for rotation in self._rotations]
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
+            return chunks[self._group_of[index]].attend(q, k, v, score)
+
+        return self._layers.logits(self._layers.run(ids, attend)[-logits_to_keep:])

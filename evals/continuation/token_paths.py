@@ -1,0 +1,144 @@
+"""Where the first tokens of an answer may land past the end of its prompt, and what follows from it.
+
+Every way of going on from a prompt that may end inside a token is a law over *forks*: tokens that have been read, and
+bytes of the prompt that the next token must begin with.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ...engine.cache import rewind
+from ...engine.prefill import prefill
+from ...engine.runners.runner import Runner
+from ...engine.token_healing import END
+from ...tokenizer_tools.cover import shared_length
+from ...tokenizer_tools.vocab import Vocabulary
+
+Path = tuple[int, ...]
+
+_MISSED = 0.01  # share of the probability of given bytes that may be left out
+_MOST_LAWS = 200  # next-token laws that are looked at for it
+
+
+class DistributionReader:
+    """The model's next-token laws after token sequences that share a beginning; each is computed once.
+
+    Args:
+        base: the beginning, not empty.
+        cache: an empty one that can be rewound.
+    """
+
+    def __init__(self, runner: Runner, vocabulary: Vocabulary, base: Path, cache: Cache) -> None:
+        assert base
+        self.vocabulary, self.base = vocabulary, base
+        self._runner, self._cache = runner, cache
+        self._held: Path = ()
+        self._laws: dict[Path, Tensor] = {}
+        self._extensions: dict[bytes, tuple[Tensor, Tensor]] = {}
+
+    def after(self, path: Path) -> Tensor:
+        """Log-probabilities of the token after the base and `path`, float64 [V] on the CPU, nats."""
+        if path not in self._laws:
+            whole = self.base + path
+            shared = shared_length(self._held, whole[:-1])  # the last token is run to see what follows it
+            if len(self._held) > shared:
+                rewind(self._cache, len(self._held) - shared)
+            logits = prefill(self._runner, list(whole[shared:]), self._cache)[-1]
+            self._held = whole
+            self._laws[path] = logits.double().log_softmax(-1).cpu()
+        return self._laws[path]
+
+    def extensions(self, suffix: bytes) -> tuple[Tensor, Tensor]:
+        """The tokens that are longer than `suffix` and begin with it, and the byte of each that comes after it.
+
+        After an empty suffix these are all tokens; `END` stands for the byte of those that are no text.
+        """
+        if suffix not in self._extensions:
+            tokens, special_ids = self.vocabulary.tokens, self.vocabulary.special_ids
+            if suffix:
+                ids = self.vocabulary.trie.extensions(suffix)
+                found = [tokens[i][len(suffix)] for i in ids]
+            else:  # some models have more logits than their tokenizer has tokens
+                ids = list(range(len(self.after(()))))
+                found = [END if i >= len(tokens) or i in special_ids else tokens[i][0] for i in ids]
+            self._extensions[suffix] = torch.tensor(ids, dtype=torch.long), torch.tensor(found, dtype=torch.long)
+        return self._extensions[suffix]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fork:
+    """Tokens read, and what the next one must begin with.
+
+    Attributes:
+        path: the tokens after the reader's base.
+        suffix: bytes of the prompt that come after `path`. The next token begins with them and is longer; if there
+            are none, any token may follow.
+        logweight: nats. The probability of a next token that is allowed is proportional to exp(logweight) times what
+            the model gives it after `path`, over all forks of a law.
+    """
+
+    path: Path
+    suffix: bytes
+    logweight: float
+
+
+class Distribution:
+    """What follows a prompt, by the forks of a method."""
+
+    def __init__(self, reader: DistributionReader, forks: Sequence[Fork]) -> None:
+        self._reader, self._forks = reader, forks
+
+    @cached_property
+    def _weights(self) -> Tensor:
+        """Weight of every next byte, not normalized; float64 [257]."""
+        weights = torch.zeros(END + 1, dtype=torch.float64)
+        for fork in self._forks:
+            ids, following = self._reader.extensions(fork.suffix)
+            weights.index_add_(0, following, (self._reader.after(fork.path)[ids] + fork.logweight).exp())
+        return weights
+
+    @property
+    def next_byte_logprobs(self) -> Tensor:
+        """Log-probability of every byte to come next, and at index 256 of the text's end; float64 [257], nats."""
+        return (self._weights / self._weights.sum()).log()
+
+    def logprob(self, rest: bytes) -> float:
+        """Log-probability that the text goes on with `rest`, whatever tokens it takes, nats.
+
+        Token sequences are looked at in the order of their probability, until those not looked at could add no more
+        than one part in a hundred.
+        """
+        trie, tokens = self._reader.vocabulary.trie, self._reader.vocabulary.tokens
+        first, ties = list(self._forks), count()
+        waiting: list[tuple[float, int, Fork]] = []  # what comes after `suffix` of these is free
+        found = unseen = 0.0
+        looked_at = 0
+        while first or (waiting and unseen > _MISSED * found and (looked_at < _MOST_LAWS or not found)):
+            looked_at += 1
+            if first:
+                fork = first.pop()
+                least = len(fork.suffix)
+                fork = Fork(path=fork.path, suffix=fork.suffix + rest, logweight=fork.logweight)
+            else:
+                negative, _, fork = heapq.heappop(waiting)
+                least, unseen = 0, unseen - math.exp(-negative)
+            row = self._reader.after(fork.path) + fork.logweight
+            complete = [*trie.exact(fork.suffix), *trie.extensions(fork.suffix)]
+            found += float(row[torch.tensor(complete, dtype=torch.long)].exp().sum())
+            for token in trie.prefixes(fork.suffix[:-1]):
+                if len(tokens[token]) > least:
+                    weight = float(row[token])
+                    unseen += math.exp(weight)
+                    later = Fork(path=(*fork.path, token), suffix=fork.suffix[len(tokens[token]) :], logweight=weight)
+                    heapq.heappush(waiting, (-weight, next(ties), later))
+        return math.log(found / float(self._weights.sum()))

@@ -1,0 +1,64 @@
+"""Networks that know nothing or everything, to check the harness with: `--fake uniform` and `--fake oracle`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ...engine.cache import ContiguousLayer
+from ...engine.model import Model
+from ...engine.runners.runner import Runner
+from ...tokenizer_tools.encode import text_ids
+from ..retrieval.trial import Trial
+
+_CERTAIN = 1000.0  # a logit beside zeros: a log-probability of exactly 0 in float32
+
+
+class Uniform(Runner):
+    """Every token is as likely as every other: log-probability -log V."""
+
+    def new_cache(self, capacity: int) -> Cache:
+        return Cache(layers=[ContiguousLayer(0)])
+
+    def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
+        cache.layers[0].length += len(ids)
+        return torch.zeros(logits_to_keep, self.hf.get_input_embeddings().weight.shape[0])
+
+
+class Oracle(Uniform):
+    """Writes the right answer of the trial that it was told, then ends; it insists on reading that trial's tokens at
+    their places."""
+
+    truth: Sequence[int] = ()
+    end: int = 0
+
+    def learn(self, trial: Trial) -> None:
+        """The trial that is asked next."""
+        self.truth = [*trial.prompt_ids, *trial.answer_ids]
+
+    def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
+        start = cache.get_seq_length()
+        known = self.truth[start : start + len(ids)]
+        assert [*known] == [*ids][: len(known)], f"the harness reads other tokens than the trial's from {start} on"
+        logits = super().forward(ids, cache, logits_to_keep)
+        for row, position in enumerate(range(start + len(ids) - logits_to_keep, start + len(ids))):
+            after = self.truth[position + 1] if position + 1 < len(self.truth) else self.end
+            logits[row, after] = _CERTAIN
+        return logits
+
+
+FAKES: dict[str, type[Uniform]] = {"uniform": Uniform, "oracle": Oracle}
+
+
+def replace_runner(model: Model, kind: str) -> Uniform:
+    """Put a stand-in in the place of the model's network, and say so in its name, so that no row can be mistaken."""
+    fake = FAKES[kind](model.hf)
+    if isinstance(fake, Oracle):
+        ends = sorted(model.stop_ids) or text_ids("\n", model.tokenizer)
+        fake.end = ends[0]
+    model.runner = fake
+    model.name = f"{model.name} replaced by {kind}"
+    return fake

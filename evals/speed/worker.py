@@ -1,0 +1,178 @@
+"""An engine under a stopwatch, in a process of its own.
+
+Each process has its own threads, memory and runtime libraries, so engines do not slow one another down, the peak
+memory of each is its own, and one that dies takes nobody with it. The clock is read inside of the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from ...errors import RopewalkError
+from .entry import Engine, Entry, Logits
+from .peers import open_engine
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+"""Read by the libraries when they are imported, so set before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One timed run.
+
+    Args:
+        seconds: from the first token to the last logits.
+        chosen: the likeliest next token after every logits that the run gave: one of a prefill, one for each token
+            of a decode.
+        logits: the last ones, float32 [V].
+    """
+
+    seconds: float
+    chosen: list[int]
+    logits: Logits
+
+
+class Worker(Protocol):
+    """What a comparison needs of an engine."""
+
+    name: str
+    dtype: str
+    cache_dtype: str
+    versions: dict[str, str]
+
+    def prefill(self, ids: list[int]) -> Reading:
+        """Read `ids` with nothing before them."""
+        ...
+
+    def decode(self, length: int, tokens: list[int]) -> Reading:
+        """Read `tokens` one by one behind the first `length` tokens of what was read."""
+        ...
+
+    def peak_memory_mb(self) -> float | None:
+        """Most memory held so far, MB (10^6 bytes), or None where it cannot be known."""
+        ...
+
+
+class LocalWorker:
+    """An engine timed where it is: the lane inside of the process."""
+
+    def __init__(self, engine: Engine, entry: Entry) -> None:
+        self._engine, self._entry = engine, entry
+        self.name, self.versions = f"{entry.kind} {engine.dtype} {engine.remark}".rstrip(), engine.versions
+        self.dtype, self.cache_dtype = engine.dtype, engine.cache_dtype
+
+    def prefill(self, ids: list[int]) -> Reading:
+        return _timed(lambda: [self._engine.prefill(ids)])
+
+    def decode(self, length: int, tokens: list[int]) -> Reading:
+        self._engine.rewind(length)
+        return _timed(lambda: [self._engine.step(token) for token in tokens])
+
+    def peak_memory_mb(self) -> float | None:
+        from .memory import peak_memory_mb, peak_resident_mb
+
+        if self._entry.device == "cpu":
+            peak = peak_resident_mb()
+        elif self._entry.kind != "llama.cpp":
+            peak = peak_memory_mb()
+        else:  # the GPU's memory is torch's to count
+            return None
+        return None if math.isnan(peak) else peak
+
+
+def _timed(run: Callable[[], list[Logits]]) -> Reading:
+    started = time.perf_counter()
+    rows = run()
+    seconds = time.perf_counter() - started
+    return Reading(seconds=seconds, chosen=[int(row.argmax()) for row in rows], logits=rows[-1])
+
+
+class ProcessWorker:
+    """A lane in a process of its own, which ends with the `with` block.
+
+    Raises:
+        RopewalkError: the engine cannot be loaded, fails, or its process dies.
+    """
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(theirs, entry), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            self.name, self.dtype, self.cache_dtype, self.versions = self._receive("loading")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ProcessWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.join()
+        self._connection.close()
+
+    def prefill(self, ids: list[int]) -> Reading:
+        reading: Reading = self._ask("prefill", ids, doing=f"reading {len(ids)} tokens")
+        return reading
+
+    def decode(self, length: int, tokens: list[int]) -> Reading:
+        reading: Reading = self._ask("decode", length, tokens, doing=f"decoding behind {length} tokens")
+        return reading
+
+    def peak_memory_mb(self) -> float | None:
+        peak: float | None = self._ask("peak_memory_mb", doing="telling its memory")
+        return peak
+
+    def _ask(self, method: str, *arguments: Any, doing: str) -> Any:
+        with contextlib.suppress(OSError):  # of a dead process: receiving tells how it died
+            self._connection.send((method, arguments))
+        return self._receive(doing)
+
+    def _receive(self, doing: str) -> Any:
+        try:
+            answer = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise RopewalkError(
+                f"{self._entry.name} died while {doing} (exit code {self._process.exitcode}); leave it out of "
+                "--against, or try shorter --lengths"
+            ) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _serve(connection: Connection, entry: Entry) -> None:
+    """The other process: open the engine, then answer questions until it is ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    os.environ.update(dict.fromkeys(THREADS, str(entry.threads)))
+    try:
+        worker = LocalWorker(open_engine(entry), entry)
+        connection.send((worker.name, worker.dtype, worker.cache_dtype, worker.versions))
+        while True:
+            method, arguments = connection.recv()
+            connection.send(getattr(worker, method)(*arguments))
+    except EOFError:  # the parent is gone
+        return
+    except RopewalkError as error:
+        connection.send(error)
+    except Exception as error:  # of a foreign engine: anything
+        told = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        connection.send(RopewalkError(f"{entry.name} failed ({told}); leave it out of --against"))
