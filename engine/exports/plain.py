@@ -16,7 +16,7 @@ from ..patches.marks import Setting, setting_of
 from .rebuilt import check_computes, new_model
 
 if TYPE_CHECKING:
-    from ..api import Model
+    from ..model import Model
 
 __all__ = ["check_kind", "check_plain"]
 
@@ -54,8 +54,8 @@ def check_plain(model: Model | PreTrainedModel) -> None:
     if isinstance(model, PreTrainedModel):
         _check(model, setting_of(model))
         return
-    with model.turn:
-        scaler, length = model.network.setting
+    with model.lock:
+        scaler, length = model.runner.rope_state
         _check(model.hf, Setting(scaler, length=length))
 
 
