@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..errors import UnsupportedModel
 from . import hf
 from .base import Base
 from .gguf_rope import GgufRope
@@ -23,34 +22,82 @@ from .yarn import YaRN, yarn_temperature
 
 __all__ = ["ENGINES", "read_all", "read_gguf"]
 
+_BY_LAYER = ("transformers", "vLLM")
+"""Engines that are read where each type of layer has frequencies of its own."""
+
+_MODEL_CODE_KEYS = {
+    "mrope_section": "positions on several axes for pictures",
+    "xdrope_section": "positions on several axes for pictures",
+    "llama_4_scaling_beta": "queries scaled by their position",
+}
+"""Keys that act outside of the frequencies."""
+
 _LENGTH_OPTIONS = {"vLLM": "--max-model-len", "SGLang": "--context-length", "llama.cpp": "--ctx-size"}
 
 
 def read_all(config: Mapping[str, Any]) -> list[Reading]:
     """Every engine's reading of the content of a config.json, that of transformers first.
 
+    Where each kind of layer has frequencies of its own, those of the layers that see the whole text are read.
+
     Raises:
-        UnsupportedModel: no RoPE, or frequencies of their own for each kind of layer.
+        UnsupportedModel: no RoPE.
         ConfigError: transformers does not accept it.
     """
     own = hf.text_config(config)
+    notes = [_without_model_code(own), _about_dual_chunk(own)]
     configured = hf.read(own)
-    if None not in configured:
-        raise UnsupportedModel(
-            f"this model has frequencies of their own for {', '.join(map(str, configured))}; engines are compared on "
-            "models with one set for all layers"
-        )
-    text = config.get("text_config", config)
-    parameters, length = hf.merged_parameters(own), "original_max_position_embeddings"
-    if not any(length in (part or {}) for part in (text, text.get("rope_scaling"), text.get("rope_parameters"))):
+    kind = next((kind for kind in configured if not hf.is_local(kind)), next(iter(configured)))
+    text, length = config.get("text_config", config), "original_max_position_embeddings"
+    if kind is None:
+        parameters, written = hf.merged_parameters(own), text.get("rope_parameters")
+    else:
+        parameters = {key: value for key, value in own.rope_parameters[kind].items() if value is not None}
+        written = (text.get("rope_parameters") or {}).get(kind)
+        notes.append(_about_layers(kind, configured))
+    if not any(length in (part or {}) for part in (text, text.get("rope_scaling"), written)):
         parameters.pop(length, None)  # transformers fills it in; other engines find nothing and go by that
     found = EngineRope(
         config=own,
         parameters=parameters,
-        configured=configured[None],
+        configured=configured[kind],
         has_old=text.get("rope_scaling") is not None or text.get("rope_theta") is not None,
     )
-    return [read(found) for read in ENGINES.values()]
+    readings = [
+        read(found) if kind is None or name in _BY_LAYER else _not_read(name, found) for name, read in ENGINES.items()
+    ]
+    return [replace(readings[0], notes=(*readings[0].notes, *filter(None, notes))), *readings[1:]]
+
+
+def _without_model_code(config: Any) -> str:
+    """Take the keys that the model's own code acts on out of a config object, and say which."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    keys = {key: what for key, what in _MODEL_CODE_KEYS.items() if parameters.get(key) is not None}
+    if not keys:
+        return ""
+    config.rope_parameters = {key: value for key, value in parameters.items() if key not in keys}
+    return f"also has {', '.join(f'{what} ({key})' for key, what in keys.items())}, which the table leaves out"
+
+
+def _about_dual_chunk(config: Any) -> str:
+    if getattr(config, "dual_chunk_attention_config", None) is None:
+        return ""
+    return "does not read dual_chunk_attention_config; vLLM reads long texts by it, which the table leaves out"
+
+
+def _about_layers(kind: str, configured: Mapping[str | None, hf.ConfiguredRope]) -> str:
+    """The other kinds of layers, as transformers computes them."""
+    others = [
+        f"; those of type {other} have base {one.rope.base:g}" + (f" and {one.scaler}" if one.scaler.parts else "")
+        for other, one in configured.items()
+        if other != kind
+    ]
+    return f"has frequencies for each type of layer; the table is about {kind}{''.join(others)}"
+
+
+def _not_read(engine: str, raw: EngineRope) -> Reading:
+    note = "has not been compared on models with frequencies for each type of layer"
+    return Reading(engine=engine, rope=raw.rope, scaler=None, max_length=None, notes=(note,), is_read=False)
 
 
 def _reading(engine: str, raw: EngineRope, scaler: Scaler | None, *notes: str, **rope: Any) -> Reading:
@@ -87,6 +134,10 @@ def _transformers(raw: EngineRope) -> Reading:
 
 def _vllm(raw: EngineRope) -> Reading:
     name = "vLLM"
+    old, new = raw.get("type"), raw.get("rope_type")
+    if None not in (old, new) and old != new and (old, new) not in (("su", "longrope"), ("mrope", "default")):
+        note = f"refuses a config whose type ({old}) and rope_type ({new}) differ; remove type"
+        return Reading(engine=name, rope=raw.rope, scaler=None, max_length=None, notes=(note,))
     match raw.kind:
         case "dynamic":
             return _reading(

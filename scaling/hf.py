@@ -22,7 +22,7 @@ from .longrope import LongRoPE
 from .rope import RopeSpec, Scaler, compose
 from .yarn import YaRN
 
-__all__ = ["ConfiguredRope", "check_counts", "merged_parameters", "read", "text_config", "write"]
+__all__ = ["ConfiguredRope", "check_counts", "is_local", "merged_parameters", "read", "text_config", "write"]
 
 _LENGTH = "original_max_position_embeddings"
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -161,6 +161,11 @@ def read(config: Any) -> dict[str | None, ConfiguredRope]:
         layer_type: _read_entry(f"{name} ({layer_type})", _layer_config(name, config, layer_type), entry)
         for layer_type, entry in _layer_entries(name, config, parameters).items()
     }
+
+
+def is_local(layer_type: str | None) -> bool:
+    """True for layer types whose attention sees a short window only."""
+    return layer_type is not None and any(word in layer_type for word in ("sliding", "chunked", "local"))
 
 
 def merged_parameters(config: Any) -> dict[str, Any]:

@@ -23,9 +23,10 @@ class Reading:
     Attributes:
         engine: a key of `ENGINES`.
         rope: the geometry that it reckons with.
-        scaler: what it does to the plain frequencies; None if it refuses the config.
+        scaler: what it does to the plain frequencies; None if it refuses the config, or is not read.
         max_length: tokens that it serves unless it is told otherwise; None where the config does not limit it.
         notes: what a user should know, sentences.
+        is_read: False where its sources have not been read for such a config, so that nothing is known.
     """
 
     engine: str
@@ -33,10 +34,13 @@ class Reading:
     scaler: Scaler | None
     max_length: int | None
     notes: tuple[str, ...] = ()
+    is_read: bool = True
 
     @property
     def label(self) -> str:
         """The scaler in one line, without its lists of factors."""
+        if not self.is_read:
+            return "not read"
         if isinstance(self.scaler, LongRoPE):
             kinds = "factors" if self.scaler.short == self.scaler.long else "short and long factors"
             return f"{len(self.scaler.long)} {kinds}"

@@ -32,12 +32,13 @@ def _transformers(raw: EngineRope) -> int:
 def _vllm(raw: EngineRope) -> int:
     """`model_max_length`, or the least of all keys; times the factor of linear, dynamic and proportional scaling.
 
-    A LongRoPE model whose trained length stands outside of its rope parameters is served up to that length.
+    A LongRoPE model whose trained length stands outside of its rope parameters is served up to that length. The length
+    of Gemma 3 is that after scaling.
     """
     length = _value(raw, _LARGEST) or min(_values(raw, _VLLM_KEYS))
     if raw.kind == "longrope":
         return int(_value(raw, "original_max_position_embeddings") or length)
-    return int(length * _factor(raw))
+    return int(length) if "gemma3" in raw.config.model_type else int(length * _factor(raw))
 
 
 def _sglang(raw: EngineRope) -> int:

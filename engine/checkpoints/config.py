@@ -7,7 +7,6 @@ from typing import Any
 
 from ...errors import AssetError, first_line
 from ...scaling import hf
-from ..patches.rotary import is_local
 from .checkpoint import read_config
 from .source import MODELS, resolve
 
@@ -42,7 +41,7 @@ def primary_rope(config: Any) -> hf.ConfiguredRope:
         ConfigError: the config holds what it cannot hold.
     """
     configured = hf.read(config.get_text_config())
-    seeing_all = (rope for layer_type, rope in configured.items() if not is_local(layer_type))
+    seeing_all = (rope for layer_type, rope in configured.items() if not hf.is_local(layer_type))
     return next(seeing_all, next(iter(configured.values())))
 
 

@@ -92,14 +92,14 @@ def next_token_layers(names: Mapping[str, Any]) -> set[int]:
 
 
 def _passed_over(model: Any, stored: Shapes) -> list[str]:
-    """Tensors of layers behind the last one that transformers' class leaves out of what it reports, by their number."""
+    """Tensors that transformers' class leaves out of what it reports, and that may be more than it takes them for:
+    layers behind the last one, by their number, and causal masks, by the name that a bias of attention would have."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     layers = model.config.get_text_config().num_hidden_layers
     return [
         name
         for name in stored
-        if (layer := _LAYER.search(name))
-        and int(layer[1]) >= layers
+        if (_CAUSAL_MASK.search(name) or ((layer := _LAYER.search(name)) and int(layer[1]) >= layers))
         and any(re.search(pattern, name) for pattern in patterns)
     ]
 
@@ -108,7 +108,7 @@ def _harmless(name: str, stored: Shapes, next_token: set[int]) -> bool:
     layer = _LAYER.search(name)
     return bool(
         _HARMLESS.search(name)
-        or (_CAUSAL_MASK.search(name) and len(stored.get(name, ())) == 4)
+        or (_CAUSAL_MASK.search(name) and stored.get(name, ())[:2] == (1, 1))
         or (layer and int(layer[1]) in next_token)
     )
 

@@ -75,6 +75,14 @@ def _readings(model: str) -> list[Reading]:
     return read_all(_load(file_here) if file_here.is_file() else config.to_dict())
 
 
+def _served(one: Reading) -> str:
+    from ...scaling.lengths import format_length
+
+    if one.scaler is None:
+        return ""
+    return format_length(one.max_length) if one.max_length else "any length"
+
+
 def _load(path: Path) -> dict[str, object]:
     from ...errors import AssetError, DataError
 
@@ -94,7 +102,6 @@ def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ...scaling.lengths import format_length
     from ...scaling.reading import agrees
 
     table = Table(box=box.SIMPLE_HEAD)
@@ -107,13 +114,13 @@ def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
         if found is not None:
             m = f"{found.attention_factor:.4g}"
             slowed = f"{float(first.rope.theta[-1] / found.inv_freq[-1]):.4g}" if found.inv_freq[-1] else "still"
-        same = one is first or agrees(one, first, tokens)
+        same = one is first or not one.is_read or agrees(one, first, tokens)
         table.add_row(
             one.engine,
             escape(one.label),
             m,
             slowed,
-            format_length(one.max_length) if one.max_length else "any length",
+            _served(one),
             "" if same else "[bold red]differs[/]",
         )
     console.print(table)

@@ -20,7 +20,6 @@ from ..checkpoints.checkpoint import from_hub, weight_files
 from ..checkpoints.config import find_config
 from ..checkpoints.gguf_file import GgufFile
 from ..patches.marks import patched_with
-from ..patches.rotary import is_local
 from . import launch
 from .carried import Derived, check_written, is_accepted, settle
 from .folder import KEPT, with_rope, write_copy, write_loaded
@@ -161,7 +160,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
             f"this model has frequencies of their own for {', '.join(map(str, configured))}; how {target} reads them "
             "has not been checked, so export it for hf"
         )
-    if all(is_local(kind) for kind in configured):
+    if all(hf.is_local(kind) for kind in configured):
         raise UnsupportedModel(
             "every layer of this model that uses RoPE sees a sliding window only, so no distance grows with the "
             "context and there is nothing to scale"
@@ -169,7 +168,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
     derived = Derived.of(source.config, source.model)
     scalers: dict[str | None, Scaler] = {}
     for kind, one in configured.items():
-        if is_local(kind):  # no distance grows there
+        if hf.is_local(kind):  # no distance grows there
             scalers[kind] = one.scaler
         else:
             scaler, tokens = settle(source.scaler, one, length, target)
@@ -184,7 +183,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
                 kind: _written(one, scalers[kind], target, derives=derives, as_longrope=True)
                 for kind, one in configured.items()
             }
-    written = next(ropes[kind]["rope_type"] for kind in ropes if not is_local(kind))
+    written = next(ropes[kind]["rope_type"] for kind in ropes if not hf.is_local(kind))
     extra = {}
     if target != "hf":
         overrides = {"rope_parameters": ropes[None], "max_position_embeddings": tokens}

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import RopewalkError, UnsupportedModel
+from ...scaling.hf import is_local
 from ..attention.rotation import Layout, angles
 from ..placement import input_device
 from .attention_hook import AttentionHook, own_attention, own_mask
 from .float32 import float32_arithmetic
 from .positions import RotaryHook
-from .rotary import RotarySite, RotaryWriter, is_local
+from .rotary import RotarySite, RotaryWriter
 
 TOKENS = 12
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest entry; transformers' angles are float32

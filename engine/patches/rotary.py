@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModel
 from ...scaling.band import Band
-from ...scaling.hf import ConfiguredRope, read
+from ...scaling.hf import ConfiguredRope, is_local, read
 from ...scaling.rope import Scaler
 from .attention_hook import language_model
 from .derived import DerivedNumbers
@@ -21,11 +21,6 @@ from .derived import DerivedNumbers
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
 _ROUNDED_TOLERANCE = 1e-2
 _LONGEST = "max_seq_len_cached"  # transformers' name for the longest text so far
-
-
-def is_local(layer_type: str | None) -> bool:
-    """True for layer types whose attention sees a short window only."""
-    return layer_type is not None and any(word in layer_type for word in ("sliding", "chunked", "local"))
 
 
 @dataclass(kw_only=True, eq=False)

@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...scaling.hf import is_local
 from ...scaling.rope import Scaler
 from .attention_hook import AttentionHook, own_attention, own_mask
 from .masks import own_positions
 from .positions import RotaryHook, positions_of_call
 from .probe import untold_layers
-from .rotary import RotarySite, RotaryWriter, is_local, primary_rotary
+from .rotary import RotarySite, RotaryWriter, primary_rotary
 
 
 class TemperaturePatch:

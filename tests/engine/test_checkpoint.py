@@ -371,6 +371,25 @@ def test_an_output_matrix_under_its_older_name(tiny_folder, tmp_path):
         rw.load(tmp_path)
 
 
+@pytest.mark.parametrize(("shape", "is_mask"), [((1, 1, 256, 256), True), ((16,), False), ((1, 2, 256, 256), False)])
+def test_a_bias_that_has_the_name_of_a_mask(tiny_folder, tmp_path, shape, is_mask):
+    """transformers' GPT-NeoX passes over `attention.bias`, the causal mask of old checkpoints, whatever it is."""
+    config = GPTNeoXConfig(
+        vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder / file, tmp_path)
+    name = "gpt_neox.layers.0.attention.bias"
+    edit_weights(tmp_path, lambda weights: weights.update({name: torch.ones(shape)}))
+    if is_mask:
+        assert rw.load(tmp_path).score("import os\n").token_ids
+        return
+    with pytest.raises(rw.AssetError, match=r"1 tensors of its files have no place .*'gpt_neox\.layers\.0\.attention"):
+        rw.load(tmp_path)
+
+
 def test_one_tensor_in_two_files(folder):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "one.safetensors")

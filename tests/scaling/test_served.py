@@ -79,6 +79,53 @@ def test_a_yarn_config_is_served_up_to_what_it_declares(declared):
     assert served == [declared] * 4 + [None, None]
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "computes", "others"),
+    [
+        ("Gemma 3 1B", "full_attention", "none", "base 10000"),
+        ("Gemma 3 4B, rope_parameters", "full_attention", "linear:8", "base 10000"),
+        ("OLMo 3", "full_attention", "yarn:8,attention_factor=1.2079441541679836", "base 500000"),
+        ("OLMo 3, rope_parameters", "full_attention", "yarn:8", "base 500000"),
+        ("ModernBERT decoder", "full_attention", "none", "base 10000"),
+    ],
+)
+def test_layers_that_see_all_speak_for_a_model_with_frequencies_for_each_type(name, layers, computes, others):
+    """Engines whose sources were not read for such models say so, and no length."""
+    config = MODELS[name]["config"]
+    first, vllm, *rest = read_all(config)
+    assert first.label == vllm.label == computes and first.max_length == config["max_position_embeddings"]
+    assert f"the table is about {layers}; those of type sliding_attention have {others}" in first.notes[-1]
+    assert {(one.label, one.scaler, one.max_length) for one in rest} == {("not read", None, None)}
+    assert all("has not been compared" in one.notes[0] for one in rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("Ministral 3", "queries scaled by their position"), ("Qwen2.5-1M, dual chunk", "dual_chunk_attention_config")],
+)
+def test_what_the_table_leaves_out_is_said(name, words):
+    assert words in reading(MODELS[name]["config"], "transformers").notes[-1]
+
+
+def test_positions_on_several_axes_are_said():
+    config = MODELS["Llama 2"]["config"] | {
+        "model_type": "qwen2_vl_text", "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}
+    }  # fmt: skip
+    assert "mrope_section" in reading(config, "transformers").notes[-1]
+
+
+@pytest.mark.parametrize(("old", "new"), [("yarn", "linear"), ("linear", "yarn")])
+def test_vllm_refuses_two_types_that_differ(old, new):
+    """Its ModelConfig: "Found conflicts between 'rope_type=yarn' and 'type=linear'"; transformers goes by rope_type."""
+    scaling = {"type": old, "rope_type": new, "factor": 4.0, "original_max_position_embeddings": 2048}
+    if new == "linear":
+        del scaling["original_max_position_embeddings"]
+    config = MODELS["Llama 2"]["config"] | {"rope_scaling": scaling, "max_position_embeddings": 8192}
+    refused = reading(config, "vLLM")
+    assert refused.scaler is refused.max_length is None and f"type ({old}) and rope_type ({new})" in refused.notes[0]
+    assert reading(config, "transformers").label == f"{new}:4"
+
+
 def test_a_length_that_is_no_number_is_refused():
     with pytest.raises(ConfigError, match=r"seq_length='8k' must be a number of tokens"):
         read_all(MODELS["Llama 2"]["config"] | {"seq_length": "8k"})
