@@ -90,9 +90,10 @@ class GgufRope:
         elif self.kind == "yarn":
             scaler = YaRN(factor=self.factor)
         scaler.check(rope)
-        if self.kind != "yarn":
-            return ConfiguredRope(rope=rope, scaler=scaler, max_length=max(context_length, trained))
-        return ConfiguredRope.of(rope, scaler, max(context_length, trained))
+        declared = max(context_length, trained)
+        if "original_context_length" in self.scaling or self.kind == "yarn" or isinstance(scaler, Llama3):
+            return ConfiguredRope.of(rope, scaler, declared)
+        return ConfiguredRope(rope=rope, scaler=scaler, max_length=declared)
 
     def _divided(self, rope: RopeSpec, context_length: int) -> tuple[RopeSpec, Scaler]:
         if self.kind != "none":

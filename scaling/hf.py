@@ -27,7 +27,7 @@ __all__ = ["ConfiguredRope", "check_counts", "is_local", "merged_parameters", "r
 _LENGTH = "original_max_position_embeddings"
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
-    "linear": (("factor",), ()),
+    "linear": (("factor",), (_LENGTH,)),
     "dynamic": (("factor",), ()),
     "yarn": (
         (_LENGTH,),
@@ -35,11 +35,11 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "longrope": (("short_factor", "long_factor", _LENGTH), ("factor", "attention_factor")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", _LENGTH), ()),
-    "proportional": ((), ("factor",)),
+    "proportional": ((), ("factor", _LENGTH)),
 }
 """Keys that a rope type needs, and keys that it may have besides."""
 
-_LENGTH_TYPES = {"su", *(kind for kind, (required, _) in _KEYS.items() if _LENGTH in required)}
+_LENGTH_TYPES = {"su", *(kind for kind, (required, optional) in _KEYS.items() if _LENGTH in required + optional)}
 _COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _ALIASES = {"su": "longrope"}  # Phi-3's name for it before transformers had the type
 _MODEL_CODE_KEYS = {
@@ -62,11 +62,11 @@ class ConfiguredRope:
     """One rotary embedding as a config describes it.
 
     Args:
-        rope: the plain geometry; `trained_length` is `original_max_position_embeddings` for yarn, longrope
-            and llama3, else `max_position_embeddings`: a linear config does not say what it was stretched from.
+        rope: the plain geometry; `trained_length` is `original_max_position_embeddings` where that is stated (by yarn,
+            longrope and llama3 always, by linear rarely), else `max_position_embeddings`.
         scaler: what the config does to the plain frequencies; `Scaler()` for the default type.
-        max_length: the tokens that the config promises to carry: `max_position_embeddings`, or the scaler's reach where
-            that one stays at the trained length.
+        max_length: the tokens that the config promises to carry, by one rule for all types: `max_position_embeddings`,
+            or the scaler's reach where the trained length is stated and `max_position_embeddings` is no more.
         head_dim: the whole head; None where all of it rotates.
         stays_behind: `max_position_embeddings` is the trained length, and the scaler reaches further. Model cards add
             yarn to a config in this way.
@@ -100,8 +100,20 @@ class ConfiguredRope:
             return ""
         trained, carried = format_length(self.rope.trained_length), format_length(self.max_length)
         length = "" if carried == trained else f"{carried} "
-        stays = f" (max_position_embeddings stays at {trained})" if self.stays_behind else ""
-        return f", {length}with the config's own {self.own}{stays}"
+        return f", {length}with the config's own {self.own} ({self._basis})"
+
+    @property
+    def _basis(self) -> str:
+        """What the reach of the config's own scaling is read from."""
+        trained = format_length(self.rope.trained_length)
+        if self.stays_behind:
+            times = self.scaler.reach(self.rope) / self.rope.trained_length
+            return f"{times:g} times {trained}; max_position_embeddings stays at {trained}"
+        if self.max_length != self.rope.trained_length:
+            return "max_position_embeddings"
+        if math.isinf(self.scaler.reach(self.rope)):
+            return "growing from max_position_embeddings"
+        return f"max_position_embeddings; the length before scaling is not stated, {_LENGTH} in rope_parameters does"
 
     def effective(self, scaler: Scaler) -> Scaler:
         """`scaler`, over the model's own frequencies where it does not set them."""
@@ -287,7 +299,7 @@ def _read_entry(name: str, config: Any, parameters: Mapping[str, Any]) -> Config
     scaler = _read_scaler(name, kind, values, max_length / trained_length)
     scaler.check(rope)
     whole = None if head_dim == rope.dim else head_dim
-    if kind not in _LENGTH_TYPES:  # no length that was stretched is told
+    if _LENGTH not in values:  # released linear configs hold either length in max_position_embeddings
         return ConfiguredRope(rope=rope, scaler=scaler, max_length=max_length, head_dim=whole)
     return ConfiguredRope.of(rope, scaler, max_length, head_dim=whole)
 

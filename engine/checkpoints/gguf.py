@@ -206,7 +206,12 @@ def _rope_parameters(file: GgufFile) -> dict[str, Any] | None:
     from ...scaling import hf_write
 
     configured = file.configured
-    return hf_write.write(configured.rope, configured.scaler) if configured.scaler.parts else None
+    if not configured.scaler.parts:
+        return None
+    parameters = hf_write.write(configured.rope, configured.scaler)
+    if parameters["rope_type"] == "linear" and "original_context_length" in rope.scaling:
+        parameters["original_max_position_embeddings"] = configured.rope.trained_length
+    return parameters
 
 
 def _set_rope(file: GgufFile, config: Any, scaling: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ __all__ = ["GgufFile"]
 
 _SCALING_KEYS = {
     "none": {"type", "factor", "original_context_length", "attn_factor"},
-    "linear": {"type", "factor"},
+    "linear": {"type", "factor", "original_context_length"},
     "yarn": {"type", "factor", "original_context_length"},
 }
 """What may stand below `rope.scaling.` by its type."""

@@ -47,6 +47,61 @@ def test_the_configs_own_yarn_is_described_and_reaches_what_it_reaches(tiny_fold
         assert "1k with the config's own yarn:4" in handle.describe()
 
 
+PAIRS = 16
+OTHERS = {
+    "linear": ({"rope_type": "linear", "factor": 4.0}, 256, "not stated"),
+    "linear, stated": (
+        {"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 256},
+        1024,
+        "stays at",
+    ),
+    "dynamic": ({"rope_type": "dynamic", "factor": 4.0}, None, "growing from max_position_embeddings"),
+    "llama3": (
+        {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        1024,
+        "4 times 256; max_position_embeddings stays at 256",
+    ),
+    "longrope": (
+        {**YARN, "rope_type": "longrope", "short_factor": [1.0] * PAIRS, "long_factor": [3.0] * PAIRS},
+        1024,
+        "4 times 256; max_position_embeddings stays at 256",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_each_kind_reaches_is_said(tiny_folder, tmp_path, name):
+    scaling, reach, words = OTHERS[name]
+    model = rw.load(with_scaling(tiny_folder, tmp_path / "own", 256, **scaling), compile=False)
+    text = model.describe()
+    assert words in text
+    assert ("any length" if reach is None else f"reach    {'1k' if reach == 1024 else reach} tokens") in text
+    if reach is not None:
+        assert model.max_length == reach
+
+
+@pytest.mark.parametrize(("stated", "reach"), [(True, 1024), (False, 256)])
+def test_a_gguf_file_with_linear_scaling(tiny_folder, tmp_path, stated, reach):
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    folder = with_scaling(tiny_folder, tmp_path / "own", 256, **scaling)
+    rw.export(folder, tmp_path / "out.gguf", target="llama.cpp")
+    if stated:
+        from ropewalk.engine.checkpoints.gguf_file import GgufFile
+        from ropewalk.engine.exports.gguf import rewrite_gguf
+        from ropewalk.scaling.gguf_rope import GgufRope
+
+        opened = GgufFile(tmp_path / "out.gguf")
+        rope = GgufRope(
+            dim=opened.rope.dim,
+            base=opened.rope.base,
+            scaling={"type": "linear", "factor": 4.0, "original_context_length": 256},
+        )
+        rewrite_gguf(opened, tmp_path / "stated.gguf", rope, 256)
+    model = rw.load(tmp_path / ("stated.gguf" if stated else "out.gguf"), compile=False)
+    assert model.max_length == reach
+    assert ("not stated" in model.describe()) != stated
+
+
 def test_multiples_and_exports_count_from_what_is_carried(tiny_folder, tmp_path):
     folder = with_scaling(tiny_folder, tmp_path / "own", 256, **YARN)
     assert rw.load(folder, compile=False).trained_length == 1024

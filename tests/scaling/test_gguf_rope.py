@@ -73,6 +73,29 @@ def test_factors_of_other_files():
     assert (less.scaler.factor, less.max_length) == (1.0, 4096)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "reach"),
+    [
+        ({"type": "linear", "factor": 4.0, "original_context_length": 2048}, 8192),
+        ({"type": "linear", "factor": 4.0}, 2048),  # the factor may be counted in already
+        ({"type": "yarn", "factor": 4.0, "original_context_length": 2048}, 8192),
+        ({"type": "yarn", "factor": 4.0}, 8192),
+        ({"original_context_length": 2048}, 2048),
+        ({}, 2048),
+    ],
+)
+def test_a_context_length_that_stayed_at_the_trained_one(scaling, reach):
+    configured = GgufRope(dim=64, base=1e4, scaling=scaling).configured(2048)
+    assert configured.reach(Scaler()) == configured.max_length == reach
+    if scaling.get("type") != "yarn" or "original_context_length" in scaling:  # else yarn scales what is there
+        assert GgufRope(dim=64, base=1e4, scaling=scaling).configured(16384).max_length == 16384
+
+
+def test_llama_3_divisors_in_a_file_of_a_short_context():
+    llama = RopeSpec(dim=64, base=5e5, trained_length=8192)
+    assert GgufRope.of(llama, Llama3(factor=8)).configured(8192).max_length == 8 * 8192
+
+
 def test_kinds_and_factors_as_llama_cpp_takes_them():
     for scaling, scaler in (
         ({}, Scaler()),

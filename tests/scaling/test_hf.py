@@ -268,7 +268,8 @@ STRETCHED: dict[str, tuple[dict[str, object], float]] = {
     "llama3": (dict(TYPES["llama3"]) | {"original_max_position_embeddings": 1024, "factor": 8.0}, 8192),
     "longrope": (dict(TYPES["longrope"]) | {"original_max_position_embeddings": 1024, "factor": 2.0}, 2048),
     "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, math.inf),
-    "linear": ({"rope_type": "linear", "factor": 2.0}, 1024),  # which may have been counted into the length
+    "linear": ({"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 1024}, 2048),
+    "linear without a trained length": ({"rope_type": "linear", "factor": 2.0}, 1024),  # it may be counted in already
 }
 
 
@@ -279,8 +280,31 @@ def test_a_length_that_stayed_at_the_trained_one_is_no_limit(name: str) -> None:
     configured = read(llama(dict(parameters)))[None]
     assert configured.reach(Scaler()) == reach
     assert configured.rope.trained_length == 1024
-    if name != "linear":
+    if name != "linear without a trained length":
         assert read(llama({"rope_type": "default"}))[None].reach(configured.scaler) == reach
+
+
+@pytest.mark.parametrize("place", ["inside", "outside"])
+@pytest.mark.parametrize(("length", "reach"), [(1024, 4096), (4096, 4096), (3000, 3000), (16384, 16384)])
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3", "longrope"])
+def test_one_rule_for_all_types(kind: str, length: int, reach: int, place: str) -> None:
+    parameters = {**TYPES[kind], "rope_theta": 1e4, "factor": 4.0}
+    trained = {"original_max_position_embeddings": 1024}
+    document = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": length}
+    document |= trained if place == "outside" else {}
+    parameters.pop("original_max_position_embeddings", None)
+    configured = read(document | {"rope_parameters": parameters | (trained if place == "inside" else {})})[None]
+    assert (configured.rope.trained_length, configured.max_length) == (1024, reach)
+    assert configured.reach(Scaler()) == reach
+    assert ("stays at 1k" in configured.stretched) == (length == 1024)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("linear", "the length before scaling is not stated"), ("dynamic", "growing from max_position")]
+)
+def test_what_the_reach_is_read_from(kind: str, words: str) -> None:
+    assert words in read(llama({"rope_type": kind, "factor": 4.0}))[None].stretched
+    assert "1k (max_pos" not in read(llama({"rope_type": "default"}))[None].stretched
 
 
 def test_a_length_that_the_config_promises_is_the_reach() -> None:
