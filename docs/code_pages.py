@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from ropewalk.engine.cli import COMMANDS, cli
+from ropewalk.cli.main import COMMANDS, cli
 from ropewalk.scaling import METHODS, Auto, Scaler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,7 +242,7 @@ def _arguments(value: Any) -> str:
 def file_tree() -> str:
     """The tree in README.md: a line a file, from the first line of each docstring."""
     lines = ["```text"]
-    for folder in ("engine", "scaling", "tokenizer_tools", "evals"):
+    for folder in ("engine", "scaling", "tokenizer_tools", "evals", "src/ropewalk/cli"):
         lines.append(f"{folder}/")
         for file in sorted(
             (ROOT / folder).rglob("*.py"), key=lambda file: (file.parent, file.name != "__init__.py", file)
@@ -257,7 +257,7 @@ def file_tree() -> str:
         "examples/              five programs to start from: a long document, a pipeline, tuning, code, a study",
         "tests/                 mirrors the folders; tests/train_tiny.py makes the small model they use",
         "docs/                  design, methods, evaluation, the command line, the log of what failed",
-        "src/ropewalk/          the import root: links to the four folders, errors.py, plugins.py, the public names",
+        "src/ropewalk/          the import root: links to the four folders, cli/, errors.py, plugins.py, the public names",
         "```",
     ]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
-from ropewalk.engine.cli import COMMANDS, cli
+from ropewalk.cli.main import COMMANDS, cli
 from ropewalk.scaling import parse
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.errors import ConfigError, RopewalkError
 from ropewalk.evals.retrieval.tasks import TASKS
 from ropewalk.scaling import METHODS, Factored, YaRN, parse
@@ -127,7 +127,7 @@ def test_a_name_that_two_packages_have_is_refused(installed, stretch):
 def test_the_shell_names_a_broken_package_and_goes_on(installed):
     folder = installed({"stretching.py": "1 / 0", "pyproject.toml": project("rope-stretch", stretch="stretching:S")})
     code = (
-        "import sys; from ropewalk.engine.cli import cli, main; cli(['scalers'], standalone_mode=False);"
+        "import sys; from ropewalk.cli.main import cli, main; cli(['scalers'], standalone_mode=False);"
         "sys.argv[1:] = ['show', 'stretch:2']; main()"
     )
     environment = os.environ | {"PYTHONPATH": str(folder)}

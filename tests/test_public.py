@@ -29,7 +29,7 @@ def test_every_public_name_is_there_and_documented():
 
 
 @pytest.mark.parametrize(
-    "module", ["ropewalk", "ropewalk.engine.cli", "ropewalk.evals.cli", "ropewalk.engine.checkpoints.assets"]
+    "module", ["ropewalk", "ropewalk.cli.main", "ropewalk.cli.measure", "ropewalk.engine.checkpoints.assets"]
 )
 def test_the_command_line_starts_without_torch(module):
     done = run(

@@ -27,16 +27,16 @@ from .errors import (
 
 if TYPE_CHECKING:
     from . import evals
-    from .engine.model import Model
     from .engine.completion import Completion, Score
     from .engine.exports.export import Export, export
     from .engine.heal import Healed, heal
     from .engine.load import load
+    from .engine.model import Model
     from .engine.nbce import NBCE
-    from .engine.token_healing import Continuation
     from .engine.patches.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
     from .engine.session import Session
+    from .engine.token_healing import Continuation
     from .evals.tuning.tune import tune
     from .scaling.spec import parse
     from .tokenizer_tools.windows import windows

@@ -1,6 +1,6 @@
 """`python -m ropewalk` is the `ropewalk` command."""
 
-from .engine.cli import main
+from .cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from live import MORE, TEXT, cache_difference, greedy
 
 import ropewalk as rw
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.evals.tuning.tune import tune
 from ropewalk.evals.tuning.tuned import Candidate, Tuned
 from ropewalk.scaling import Auto

@@ -5,7 +5,7 @@ from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ropewalk as rw
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.scaling import CriticalBase, ReRoPE
 
 GREEDY = rw.SamplingParams(max_new_tokens=3, temperature=0)

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import ropewalk as rw
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 
 SCRIPT = """
 import json, os, sys

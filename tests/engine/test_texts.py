@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import save
 
 from ropewalk import DataError
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.engine.texts import read_documents, read_prompt
 from ropewalk.evals.data import load_text
 

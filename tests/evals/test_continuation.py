@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import ropewalk as rw
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.evals.continuation import benchmark as continuation
 from ropewalk.evals.continuation.cuts import draw_all
 from ropewalk.evals.continuation.methods import EXACT, HEALING, METHODS, OFF, ONE_BACK, STEPS, Ending

@@ -8,7 +8,7 @@ from byte_model import text as words
 from click.testing import CliRunner
 
 import ropewalk as rw
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.evals.contexts.endless import cells
 from ropewalk.evals.contexts.endless_table import endless_rows, plot_endless, to_markdown
 from ropewalk.evals.data import Text

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from served import serving
 
 import ropewalk as rw
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.evals.models import endpoint as endpoints
 from ropewalk.evals.models.endpoint import Endpoint
 from ropewalk.evals.runs.comparison import compare_runs

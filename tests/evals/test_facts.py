@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 import ropewalk as rw
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.engine.session import Session
 from ropewalk.evals.contexts.facts import Document, FactsCell, cells, question
 from ropewalk.evals.contexts.facts_table import facts_rows, plot_facts, to_markdown, way_scores

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from tokenizers.processors import TemplateProcessing
 
 import ropewalk as rw
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.evals.data import Text
 from ropewalk.evals.models.reader import Start
 from ropewalk.evals.protocols.whole_text import Disjoint

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 import ropewalk as rw
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.evals.data import Text
 from ropewalk.evals.models.local import Local
 from ropewalk.evals.models.stand_in import Oracle, replace_runner

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.errors import ConfigError
 from ropewalk.evals.reports import style
 from ropewalk.evals.reports.plots import plot_scaler

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from transformers import AutoTokenizer
 
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.errors import DataError, RopewalkError
 from ropewalk.evals.reports.passages import passages_of
 from ropewalk.evals.reports.reach_table import reach_table

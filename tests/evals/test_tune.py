@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import ropewalk as rw
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.errors import ConfigError, DataError
 from ropewalk.evals.data import load_text
 from ropewalk.evals.models.local import Local

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer
 
 import ropewalk as rw
+from ropewalk.cli.main import cli
+from ropewalk.cli.vocab import escaped
 from ropewalk.engine.checkpoints.source import load_vocabulary
-from ropewalk.engine.cli import cli
-from ropewalk.evals.vocab_cli import escaped
 from ropewalk.tokenizer_tools import cuts
 from ropewalk.tokenizer_tools.cuts import KINDS, draw
 from ropewalk.tokenizer_tools.report import report
@@ -185,7 +185,7 @@ def test_the_report_needs_no_torch(tiny_folder, tmp_path):
     text = tmp_path / "text"
     text.write_text("to be or not to be " * 50)
     code = (
-        "import sys; from ropewalk.engine.cli import cli; "
+        "import sys; from ropewalk.cli.main import cli; "
         f"cli(['vocab', {str(tiny_folder)!r}, '--text', {str(text)!r}, '--cuts', '3'], standalone_mode=False); "
         "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )

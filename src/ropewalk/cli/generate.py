@@ -1,14 +1,20 @@
-"""The command `ropewalk generate`: a prompt continued."""
+"""`ropewalk generate`: a prompt continued, or answered over the contexts of some files."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ...errors import DataError
+from ..errors import DataError
 from .options import EXAMPLES, loads_a_model
+
+if TYPE_CHECKING:
+    from ..engine.model import Model
+    from ..engine.sampling import SamplingParams
 
 
 @click.command(
@@ -85,12 +91,11 @@ def generate(
     into one; in a terminal every context has its colour, and so has what it answered. Contexts have no order, a span of
     the answer comes from one of them, and a confident answer from a context that does not tell may win.
     """
-    from ...scaling.lengths import parse_length
-    from .. import tensor_parallel
-    from ..load import load
-    from ..sampling import SamplingParams
-    from ..texts import read_prompt
-    from .contexts import answer_over_files
+    from ..engine import tensor_parallel
+    from ..engine.load import load
+    from ..engine.sampling import SamplingParams
+    from ..engine.texts import read_prompt
+    from ..scaling.lengths import parse_length
 
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
@@ -117,7 +122,7 @@ def generate(
     if over_contexts:
         assert isinstance(text, str)
         size = parse_length(window, loaded.trained_length) if window else None
-        answer_over_files(loaded, text, files, size, pooling, params)
+        _answer_over_files(loaded, text, files, size, pooling, params)
         return
     shown = tensor_parallel.is_first()
     for piece in loaded.stream(text, params):
@@ -126,3 +131,62 @@ def generate(
             sys.stdout.flush()
     if shown:
         click.echo()
+
+
+_COLORS = ("cyan", "yellow", "green", "magenta", "blue", "red")
+
+
+def _answer_over_files(
+    model: Model,
+    question: str,
+    files: tuple[str, ...],
+    window: int | None,
+    pooling: Literal["entropy", "mean", "max"],
+    params: SamplingParams,
+) -> None:
+    """Print the answer as it is decided; on standard error, which context it relied on.
+
+    Args:
+        window: tokens of the windows that files are split into; None takes every file whole.
+
+    Raises:
+        DataError: a file is no text, or has none.
+    """
+    from ..engine import tensor_parallel
+    from ..tokenizer_tools.windows import windows
+
+    contexts, labels = [], []
+    for label, text in (labelled for file in files for labelled in _documents(file).items()):
+        parts = [text] if window is None else windows(text, model.tokenizer, window, window // 8)
+        contexts += parts
+        labels += [label if len(parts) == 1 else f"{label}, part {n} of {len(parts)}" for n in range(1, len(parts) + 1)]
+    answer = model.over_contexts(question, contexts, pooling, params)
+    shown = tensor_parallel.is_first()
+    for piece in answer.pieces():
+        source = answer.tokens[-1].source
+        if shown and source is not None:
+            click.secho(piece, fg=_COLORS[source % len(_COLORS)], nl=False)
+            sys.stdout.flush()
+    if not shown:
+        return
+    click.echo()
+    counts = Counter(token.source for token in answer.tokens)
+    for source, count in counts.most_common():
+        assert source is not None
+        share = f"{count / len(answer.tokens):>4.0%} of the answer  "
+        click.secho(share + labels[source], fg=_COLORS[source % len(_COLORS)], err=True)
+
+
+def _documents(file: str) -> dict[str, str]:
+    """The documents of a file, by their labels."""
+    from ..engine.texts import read_documents
+
+    try:
+        documents = read_documents(Path(file))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read as a context: {error.strerror or error}") from error
+    if not any(document.strip() for document in documents):
+        raise DataError(f"{file} is blank; leave it out")
+    if len(documents) == 1:
+        return {file: documents[0]}
+    return {f"{file}, record {n}": document for n, document in enumerate(documents, 1) if document.strip()}

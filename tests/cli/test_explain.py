@@ -7,7 +7,7 @@ import gguf
 import pytest
 from click.testing import CliRunner
 
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.evals.reports.engine_plot import plot_readings
 from ropewalk.scaling.engines import read_all
 

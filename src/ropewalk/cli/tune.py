@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from ...engine.commands.options import EXAMPLES, loads_a_model
+from .options import EXAMPLES, loads_a_model
 
 _SHOWN = 16  # candidates on the screen
 
@@ -82,14 +82,14 @@ def tune(
     pairs from the best closed form that a config can hold. A search that was stopped goes on from its folder. The
     winner is kept in the cache folder, where --rope auto of other commands finds it.
     """
-    from ...engine.load import load
-    from ..data import load_text
-    from ..reports.publish import print_files
-    from ..runs.compare import short
-    from ..runs.result import Run
-    from ..runs.runner import new_console
-    from .report import publish_tuned, ranking_grid, sentences
-    from .tune import tune as find
+    from ..engine.load import load
+    from ..evals.data import load_text
+    from ..evals.reports.publish import print_files
+    from ..evals.runs.compare import short
+    from ..evals.runs.result import Run
+    from ..evals.runs.runner import new_console
+    from ..evals.tuning.report import publish_tuned, ranking_grid, sentences
+    from ..evals.tuning.tune import tune as find
 
     console = new_console()
     document = load_text(text)

@@ -1,21 +1,21 @@
-"""The commands that measure: `ropewalk ppl`, `demo` and `continuation`."""
+"""`ropewalk demo`, `ppl`, `continuation` and `lm-eval`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..engine.commands.options import EXAMPLES, loads_a_model
-from .models.target import ModelTarget, runs_anywhere
-from .runs.measurement import Measurement, deadline_in, measures
+from .measurement import Measurement, ModelTarget, deadline_in
+from .options import EXAMPLES, loads_a_model, measures, runs_anywhere
 
 
 def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a protocol that were given as options; one of another protocol is a mistake."""
     from ..errors import ConfigError
-    from .protocols.by_name import settings_of, users_of
+    from ..evals.protocols.by_name import settings_of, users_of
 
     known = settings_of(protocol)
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -85,11 +85,11 @@ def ppl(
     table.csv, plots and a self-contained report.html.
     """
     deadline = deadline_in(asked.max_minutes)
+    from ..evals.data import load_text
+    from ..evals.protocols.by_name import protocol as named_protocol
+    from ..evals.protocols.perplexity_cell import cells as cells_of
+    from ..evals.runs.compare import short
     from ..scaling import parse_length
-    from .data import load_text
-    from .protocols.by_name import protocol as named_protocol
-    from .protocols.perplexity_cell import cells as cells_of
-    from .runs.compare import short
 
     given = {
         "target": target,
@@ -123,7 +123,7 @@ def demo(full: bool, max_minutes: float, out: Path) -> None:
     model and four scalers, lets the best one write a passage, and leaves a table, plots and a report. Stop it with
     Ctrl-C and run it again: it goes on where it was.
     """
-    from .demo import run_demo
+    from ..evals.demo import run_demo
 
     run_demo(full=full, max_minutes=None if full else max_minutes, out=out)
 
@@ -151,6 +151,33 @@ def continuation(model: str, text: str | None, cuts: int, seed: int, loading: di
     exact continuation is compared with none, with one token back, with a step-by-step mask, and with transformers'
     token healing. A run resumes: cuts that are in --out already are not measured again.
     """
-    from .continuation.benchmark import compare
+    from ..evals.continuation.benchmark import compare
 
     compare(model, text, cuts=cuts, seed=seed, loading=loading, out=out)
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True},
+    epilog="\b\nExamples:\n"
+    "  ropewalk lm-eval run --model ropewalk --model_args model=smollm2-135m,rope=yarn:2 --tasks lambada_openai\n"
+    """  ropewalk lm-eval run --model ropewalk --model_args '{"model": "./m", "rope": "rerope:1k|logn"}' ...\n"""
+    "  ropewalk lm-eval ls tasks",
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="ARGUMENTS...")
+def lm_eval(arguments: tuple[str, ...]) -> None:
+    """lm-evaluation-harness with a model `ropewalk`, so that any task there runs under any scaler.
+
+    ARGUMENTS go to the harness's own command, `lm-eval`; `ropewalk lm-eval run --help` is its help. --model_args takes
+    model, rope, dtype, kv_dtype, max_length and max_gen_toks. Tasks that download their data need a network.
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        from ..errors import ConfigError
+
+        raise ConfigError(f"lm-evaluation-harness is not here ({error}); pip install 'ropewalk[lm-eval]'") from None
+
+    from ..evals import lm_eval as registers_the_model  # noqa: F401
+
+    sys.argv = ["lm-eval", *arguments]
+    cli_evaluate()

@@ -1,7 +1,10 @@
-"""The command `ropewalk base`: which rotary base a context needs, by the base bound and by every rule."""
+"""`ropewalk scalers`, `show` and `base`: every method, what one does, and which rotary base a context needs."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -9,9 +12,64 @@ import click
 from .options import EXAMPLES
 
 if TYPE_CHECKING:
-    from ...scaling.base_bound import BaseAnswer
-    from ...scaling.base_rules import BaseRule
-    from ...scaling.hf import ConfiguredRope
+    from ..scaling.base_bound import BaseAnswer
+    from ..scaling.base_rules import BaseRule
+    from ..scaling.hf import ConfiguredRope
+
+
+@click.command(epilog=EXAMPLES + "  ropewalk scalers")
+def scalers() -> None:
+    """List every method: its spec, its fields with their defaults, what it does, and its source."""
+    from ..scaling import METHODS, format_length
+
+    for name, method in METHODS.items():
+        fields = []
+        for f in dataclasses.fields(method):
+            if f.default is dataclasses.MISSING:
+                fields.append(f.name)
+            else:
+                shown = format_length(f.default) if f.metadata.get("length") and f.default is not None else f.default
+                fields.append(f"{f.name}={str(shown).lower() if isinstance(shown, bool) else shown}")
+        summary = inspect.cleandoc(method.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        if not method.facet:
+            summary = "The untouched model."
+        click.echo(click.style(name, bold=True) + (f":{','.join(fields)}" if fields else ""))
+        click.echo(f"    {summary}\n    [{method.facet or 'no facet'}; {method.source}]")
+
+
+@click.command(
+    epilog=EXAMPLES
+    + '  ropewalk show yarn:4\n  ropewalk show "rerope:2k|logn" --length 64k\n'
+    + '  ropewalk show "ntk:8|resonance" --dim 128 --base 5e5 --trained 8k --length 64k'
+)
+@click.argument("spec")
+@click.option("--dim", default=64, show_default=True, help="Rotary dimension.")
+@click.option("--base", default=1e5, show_default=True, help="Rotary base.")
+@click.option("--trained", default="8k", show_default=True, help="Trained length.")
+@click.option("--length", default="4x", show_default=True, help="Length to draw to, and that dynamic methods see.")
+@click.option(
+    "--out",
+    default="rope.png",
+    show_default=True,
+    type=click.Path(dir_okay=False),
+    help="A .png; an .svg is written beside it.",
+)
+def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) -> None:
+    """Draw what SPEC does, and print it in short.
+
+    Frequency methods: wavelengths, stretch, and long-range decay of attention. Position maps: the distance seen at
+    every true distance, and between every query and key. Temperatures: the factor at every position.
+    """
+    from ..evals.reports.scaler_plot import in_short, plot_scaler
+    from ..scaling import RopeSpec, parse, parse_length
+
+    rope = RopeSpec(dim=dim, base=base, trained_length=parse_length(trained))
+    scaler = parse(spec, rope.trained_length)
+    tokens = parse_length(length, rope.trained_length)
+    paths = plot_scaler(scaler, rope, tokens, Path(out).with_suffix(""))
+    for label, value in [*in_short(scaler, rope, tokens).items(), *(("drawn", path) for path in paths)]:
+        click.echo(f"{label:<20} {value}")
+
 
 _DIM = 128
 
@@ -39,9 +97,9 @@ def base(
     multiple such as 4x, and every rule is listed: the base it gives, whether that carries LENGTH by the bound, and the
     scaler that uses it.
     """
-    from ...scaling.base_bound import base_report
-    from ...scaling.base_rules import base_rules
-    from ...scaling.lengths import format_length, parse_length
+    from ..scaling.base_bound import base_report
+    from ..scaling.base_rules import base_rules
+    from ..scaling.lengths import format_length, parse_length
 
     known = _known(model, dim, base, trained)
     if out is not None and known is None:
@@ -64,7 +122,7 @@ def base(
     if out is not None:
         from pathlib import Path
 
-        from ...evals.reports.base_plot import plot_bases
+        from ..evals.reports.base_plot import plot_bases
 
         for path in plot_bases(rules, known.rope, tokens, Path(out).with_suffix("")):
             click.echo(f"drawn  {path}")
@@ -76,23 +134,23 @@ def _known(model: str | None, dim: int | None, base: float | None, trained: str 
     if model is not None:
         if option := next((name for name, value in given.items() if value is not None), None):
             raise click.UsageError(f"--model {model} has its own {option[2:]}; leave out {option}, or --model")
-        from ..checkpoints.config import find_config, primary_rope
+        from ..engine.checkpoints.config import find_config, primary_rope
 
         return primary_rope(find_config(model)[1])
     if trained is None:
         return None
     if base is None:
         raise click.UsageError(f"--trained {trained} needs --base too: the rules start from the model's own base")
-    from ...scaling import RopeSpec, Scaler, parse_length
-    from ...scaling.hf import ConfiguredRope
+    from ..scaling import RopeSpec, Scaler, parse_length
+    from ..scaling.hf import ConfiguredRope
 
     rope = RopeSpec(dim=_DIM if dim is None else dim, base=base, trained_length=parse_length(trained))
     return ConfiguredRope(rope=rope, scaler=Scaler(), max_length=rope.trained_length)
 
 
 def _print_bound(answer: BaseAnswer) -> None:
-    from ...scaling.base_rules import round_up
-    from ...scaling.lengths import format_length
+    from ..scaling.base_rules import round_up
+    from ..scaling.lengths import format_length
 
     shown, highest = format_length(answer.length), answer.largest_infeasible
     lines = {
@@ -113,7 +171,7 @@ def _print_bound(answer: BaseAnswer) -> None:
 
 
 def _print_rules(rules: tuple[BaseRule, ...], shown: str) -> None:
-    from ...scaling.base_rules import round_up
+    from ..scaling.base_rules import round_up
 
     rows = [("rule", "base", "by the bound", "scaler", "assumes")]
     for rule in rules:

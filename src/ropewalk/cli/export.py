@@ -1,20 +1,59 @@
-"""The command `ropewalk explain`: what each engine would do with a model's rotary config."""
+"""`ropewalk export`, `explain` and `fetch`: models for other software, and what each engine reads in a config."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..engine.exports.launch import TARGETS
 from .options import EXAMPLES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ...scaling.reading import Reading
+    from ..scaling.reading import Reading
+
+
+@click.command(
+    epilog=EXAMPLES + '  ropewalk export smollm2-135m out --rope "ntk-mixed:4"\n'
+    "  ropewalk export ./my-model served --rope yarn:4 --target vllm\n"
+    "  ropewalk export ./my-model long.gguf --rope ntk:4 --target llama.cpp --dtype q8_0\n"
+    "  ropewalk export my-model-q4_k_m.gguf long-q4_k_m.gguf --rope yarn:4 --target llama.cpp\n"
+    "  ropewalk export ./my-model still --rope dynamic-yarn --length 32k"
+)
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--rope", default="none", show_default=True, help="Scaler; one that acts on the frequencies alone.")
+@click.option(
+    "--target",
+    default="hf",
+    show_default=True,
+    type=click.Choice(TARGETS),
+    help="What will run it; hf is transformers.",
+)
+@click.option("--length", help="Tokens to be served, such as 32k or 4x.  [default: the scaler's reach]")
+@click.option("--dtype", help="Of a GGUF file's matrices: f32, bf16, f16 or q8_0.  [default: bf16]")
+def export(model: str, out: Path, rope: str, target: Any, length: str | None, dtype: str | None) -> None:
+    """Write MODEL to OUT so that other software runs it under a scaler, unchanged.
+
+    OUT is a new folder; for llama.cpp it is a new file. Weights and tokenizer are copied as they are, also the
+    quantized weights of a .gguf file; only a checkpoint that becomes a GGUF file is written in another form.
+
+    The frequencies are written in the simplest way that the target reads exactly: a base, a method of its own, or one
+    factor for every rotary pair. Position maps and temperatures of queries cannot be written, and are refused with what
+    comes nearest. A scaler that follows the length is held still at --length.
+    """
+    from ..engine.exports.export import export as export_
+    from ..scaling.lengths import format_length
+
+    done = export_(model, out, rope=rope, target=target, length=length, dtype=dtype)
+    click.echo(f"{done.path}: {done.scaler} up to {format_length(done.length)} tokens, as {done.carrier}")
+    if done.command:
+        click.echo(f"serve it by: {done.command}")
 
 
 @click.command(
@@ -36,7 +75,7 @@ def explain(model: str, length: str | None, out: Path | None) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from ...scaling.lengths import format_length, parse_length
+    from ..scaling.lengths import format_length, parse_length
 
     readings = _readings(model)
     first = readings[0]
@@ -51,24 +90,24 @@ def explain(model: str, length: str | None, out: Path | None) -> None:
     )
     _print(readings, tokens, console)
     if out is not None:
-        from ...evals.reports.engine_plot import plot_readings
+        from ..evals.reports.engine_plot import plot_readings
 
         for path in plot_readings(readings, tokens, Path(model).name, out.with_suffix("")):
             console.print(f"drawn  {escape(str(path))}", highlight=False)
 
 
 def _readings(model: str) -> list[Reading]:
-    from ...scaling.engines import read_all, read_gguf
+    from ..scaling.engines import read_all, read_gguf
 
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
-        from ..checkpoints.gguf_file import GgufFile
+        from ..engine.checkpoints.gguf_file import GgufFile
 
         file = GgufFile(path)
         return read_gguf(file.rope, file.context_length)
     if path.suffix == ".json":
         return read_all(_load(path))
-    from ..checkpoints.config import find_config
+    from ..engine.checkpoints.config import find_config
 
     source, config = find_config(model)
     file_here = Path(source) / "config.json"
@@ -76,7 +115,7 @@ def _readings(model: str) -> list[Reading]:
 
 
 def _served(one: Reading) -> str:
-    from ...scaling.lengths import format_length
+    from ..scaling.lengths import format_length
 
     if one.scaler is None:
         return ""
@@ -84,7 +123,7 @@ def _served(one: Reading) -> str:
 
 
 def _load(path: Path) -> dict[str, object]:
-    from ...errors import AssetError, DataError
+    from ..errors import AssetError, DataError
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -102,7 +141,7 @@ def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ...scaling.reading import agrees
+    from ..scaling.reading import agrees
 
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("engine", "computes", "m", "slowed by", "serves", ""):
@@ -128,3 +167,15 @@ def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
     for one in readings:
         for note in one.notes:
             console.print(f"[bold]{one.engine}[/] {escape(note)}", highlight=False)
+
+
+@click.command(epilog=EXAMPLES + "  ropewalk fetch\n  ropewalk fetch smollm2-135m shakespeare")
+@click.argument("names", nargs=-1)
+def fetch(names: tuple[str, ...]) -> None:
+    """Download built-in models and texts into the cache: NAMES, or all. Nothing is fetched twice."""
+    from ..engine.checkpoints import assets
+
+    for name in names:
+        assets.check_name(name)
+    for name in names or assets.ASSETS:
+        click.echo(f"{name:<14} {assets.fetch(name)}")

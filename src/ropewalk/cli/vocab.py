@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..engine.commands.options import EXAMPLES
+from .options import EXAMPLES
 
 
 @click.command(
@@ -36,8 +36,8 @@ def vocab(model: str, text: str, cuts: int, seed: int, as_json: bool) -> None:
     from rich.table import Table
 
     from ..engine.checkpoints.source import load_vocabulary
+    from ..evals.data import load_text
     from ..tokenizer_tools.report import report
-    from .data import load_text
 
     vocabulary, document = load_vocabulary(model), load_text(text)
     found = report(vocabulary, "\n\n".join(document.documents), cuts=cuts, seed=seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.errors import ConfigError
 
 

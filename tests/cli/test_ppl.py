@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 import ropewalk as rw
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 from ropewalk.evals.protocols import longppl
 from ropewalk.evals.runs.result import Run
 

@@ -1,23 +1,22 @@
-"""A measurement as the shell asks for it: the options that such commands share, and the way from cells to a report."""
+"""What a measuring command was asked, where its model runs, and the way from cells to a report."""
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ...scaling.rope import Scaler
-    from ..models.subject import Subject
-    from .cell import Cell
-    from .result import Run
+    from ..evals.models.subject import Subject
+    from ..evals.runs.cell import Cell
+    from ..evals.runs.result import Run
+    from ..scaling.rope import Scaler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +47,8 @@ class Measurement:
 
     def scaler(self, spec: str) -> Scaler:
         """One scaler; multiples in its lengths are of the model's trained length."""
-        from ...engine.checkpoints.config import trained_length
-        from ...scaling import parse
+        from ..engine.checkpoints.config import trained_length
+        from ..scaling import parse
 
         return parse(spec, lambda: trained_length(self.model))
 
@@ -65,7 +64,7 @@ class Measurement:
             title: the report's heading.
             deadline: `time.monotonic()` value; what would not finish before it is left out. None for no limit.
         """
-        from ..reports.publish import print_results, publish
+        from ..evals.reports.publish import print_results, publish
 
         def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:
             print_results(run, publish(run, title=title), left_out, console)
@@ -82,9 +81,9 @@ class Measurement:
         deadline: float | None,
     ) -> None:
         """Measure `cells` as `carry_out` does; `finish` then gets the run and the cells left out for lack of time."""
-        from ...engine import tensor_parallel
-        from . import runner
-        from .follower import open_run
+        from ..engine import tensor_parallel
+        from ..evals.runs import runner
+        from ..evals.runs.follower import open_run
 
         console = runner.new_console()
         if self.dry_run:
@@ -102,56 +101,40 @@ def deadline_in(minutes: float | None) -> float | None:
     return None if minutes is None else time.monotonic() + 60 * minutes
 
 
-def measures(
-    *own: Callable[[Any], Any],
-    out: str,
-    ropes: tuple[str, ...] = ("none",),
-    lengths: tuple[str, str] | None = None,
-    max_minutes: str = "Leave out what would not finish in this time.",
-) -> Callable[[Any], Any]:
-    """Add the shared options to a command, which gets them as `asked`, a `Measurement`, and --lengths as `lengths`.
+@dataclass(frozen=True, kw_only=True)
+class ModelTarget:
+    """What the options say.
 
     Args:
-        own: the command's own options, which stand between --lengths and --out.
-        out: the run's folder by default, for the help.
-        ropes: the default of --rope.
-        lengths: default and help of --lengths; None for a command without.
-        max_minutes: help of --max-minutes.
+        endpoint: address of a server; None is here.
+        served_as: the model's name there.
+        loading: keywords for `load`.
     """
-    head = [
-        click.argument("model"),
-        click.option(
-            "--rope", "ropes", multiple=True, default=ropes, show_default=True, help="Scaler; may be repeated."
-        ),
-    ]
-    if lengths is not None:
-        head.append(click.option("--lengths", default=lengths[0], show_default=True, help=lengths[1]))
-    tail = (
-        click.option(
-            "--out",
-            type=click.Path(file_okay=False, path_type=Path),
-            help=f"Folder for the results  [default: {out}]",
-        ),
-        click.option("--max-minutes", type=float, help=max_minutes),
-        click.option("--dry-run", is_flag=True, help="Print what would be measured, and how long it would take."),
-    )
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def wrapped(
-            *,
-            model: str,
-            ropes: tuple[str, ...],
-            out: Path | None,
-            max_minutes: float | None,
-            dry_run: bool,
-            **rest: Any,
-        ) -> None:
-            asked = Measurement(model=model, ropes=ropes, out=out, max_minutes=max_minutes, dry_run=dry_run)
-            command(asked=asked, **rest)
+    endpoint: str | None
+    served_as: str | None
+    loading: dict[str, Any]
 
-        for option in reversed((*head, *own, *tail)):
-            wrapped = option(wrapped)
-        return wrapped
+    def open(self, model: str) -> Subject:
+        """The model, loaded here or found at its server; what was found there is told on the screen.
 
-    return decorate
+        Raises:
+            AssetError: there is no such model.
+            ConfigError: an option has no effect here.
+            EndpointError: the server cannot be used.
+        """
+        if self.endpoint is None:
+            from ..engine.load import load
+            from ..evals.models.local import Local
+
+            if self.served_as is not None:
+                raise ConfigError("--served-as has no effect without --endpoint; leave it out")
+            return Local(load(model, **self.loading, max_length=2**31))  # past a scaler's reach is what is looked at
+        from ..evals.models.endpoint import Endpoint
+        from ..evals.runs.runner import new_console
+
+        if given := [name.replace("_", "-") for name, value in self.loading.items() if value not in ("auto", None)]:
+            raise ConfigError(f"--{given[0]} has no effect on a model that is served; leave it out, or --endpoint")
+        found = Endpoint(model, self.endpoint, self.served_as)
+        new_console().print(found.describe(), highlight=False, markup=False)
+        return found

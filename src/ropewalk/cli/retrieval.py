@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...engine.commands.options import EXAMPLES
-from ..models.target import ModelTarget, runs_anywhere
-from ..runs.measurement import Measurement, deadline_in, measures
+from .measurement import Measurement, ModelTarget, deadline_in
+from .options import EXAMPLES, measures, runs_anywhere
 
 if TYPE_CHECKING:
-    from ..models.subject import Subject
-    from .trial import Trial
+    from ..evals.models.subject import Subject
+    from ..evals.retrieval.trial import Trial
 
 _DEPTHS = click.option(
     "--depths",
@@ -105,7 +104,7 @@ def ruler(tasks: str, **options: Any) -> None:
     instead of essays, and the two question answering tasks are left out, so numbers are not RULER's. Scored and
     resumed as `ropewalk passkey` does.
     """
-    from .tasks import RULER
+    from ..evals.retrieval.tasks import RULER
 
     _run(RULER, tasks=tasks, **options)
 
@@ -118,8 +117,8 @@ def ask(task: str, text: str, **options: Any) -> None:
 
     TASK is one of the tasks of `ropewalk passkey`, `niah`, `kv` and `ruler`, or of another package.
     """
-    from ...errors import ConfigError, did_you_mean
-    from .tasks import TASKS
+    from ..errors import ConfigError, did_you_mean
+    from ..evals.retrieval.tasks import TASKS
 
     if task not in TASKS:
         raise ConfigError(f"unknown task {task!r}.{did_you_mean(task, TASKS.names)}")
@@ -139,11 +138,11 @@ def _run(
     tasks: str = "all",
 ) -> None:
     deadline = deadline_in(asked.max_minutes)
-    from ...scaling import parse_length
-    from ..data import load_text
-    from ..runs.compare import short
-    from .cells import cells
-    from .tasks import TASKS
+    from ..evals.data import load_text
+    from ..evals.retrieval.cells import cells
+    from ..evals.retrieval.tasks import TASKS
+    from ..evals.runs.compare import short
+    from ..scaling import parse_length
 
     names = _names(tasks, suite)
     scalers = asked.scalers()
@@ -167,9 +166,9 @@ def _run(
 
 def _stand_in(subject: Subject, fake: str) -> Callable[[Trial], None] | None:
     """Put a stand-in in the place of the network; returns what it must be told of each trial, if anything."""
-    from ...errors import ConfigError
-    from ..models.local import Local
-    from ..models.stand_in import Oracle, replace_runner
+    from ..errors import ConfigError
+    from ..evals.models.local import Local
+    from ..evals.models.stand_in import Oracle, replace_runner
 
     if not isinstance(subject, Local):
         raise ConfigError("--fake replaces a network that is loaded here; leave it out, or --endpoint")
@@ -178,8 +177,8 @@ def _stand_in(subject: Subject, fake: str) -> Callable[[Trial], None] | None:
 
 
 def _names(tasks: str, suite: str) -> list[str]:
-    from ...errors import ConfigError, did_you_mean
-    from .tasks import SUITES
+    from ..errors import ConfigError, did_you_mean
+    from ..evals.retrieval.tasks import SUITES
 
     names = list(SUITES[suite]) if tasks == "all" else [name.strip() for name in tasks.split(",")]
     if unknown := [name for name in names if name not in SUITES[suite]]:
@@ -188,7 +187,7 @@ def _names(tasks: str, suite: str) -> list[str]:
 
 
 def _numbers(depths: str) -> list[float]:
-    from ...errors import ConfigError
+    from ..errors import ConfigError
 
     try:
         return [float(depth) for depth in depths.split(",")] if depths else []

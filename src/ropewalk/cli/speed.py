@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ...engine.commands.options import EXAMPLES
+from .options import EXAMPLES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,9 +116,9 @@ def _maps(
     from rich.progress import Progress
     from rich.table import Table
 
-    from ...engine.load import load
-    from ...scaling import DualChunk, ReRoPE, Scaler, SelfExtend, parse, parse_length
-    from .map_cost import as_json, attention_costs, check_maps, decode_costs
+    from ..engine.load import load
+    from ..evals.speed.map_cost import as_json, attention_costs, check_maps, decode_costs
+    from ..scaling import DualChunk, ReRoPE, Scaler, SelfExtend, parse, parse_length
 
     loaded = load(model, dtype=dtype)
     quarter = loaded.trained_length // 4
@@ -153,8 +153,8 @@ def _peers(
 ) -> None:
     import json
 
-    from .against import measure
-    from .contest_table import as_json, tables
+    from ..evals.speed.against import measure
+    from ..evals.speed.contest_table import as_json, tables
 
     outcome, about = measure(
         model,

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ..engine.commands.options import EXAMPLES, loads_a_model
-from .runs.measurement import Measurement, deadline_in, measures
+from .measurement import Measurement, deadline_in
+from .options import EXAMPLES, loads_a_model, measures
 
 _FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
 _NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -40,10 +40,10 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
     the same command again measures it.
     """
     from ..engine.load import load
-    from .data import load_text
-    from .models.local import Local
-    from .runs.compare import short
-    from .runs.preset import PRESETS
+    from ..evals.data import load_text
+    from ..evals.models.local import Local
+    from ..evals.runs.compare import short
+    from ..evals.runs.preset import PRESETS
 
     chosen, scalers, document = PRESETS[preset], asked.scalers(), load_text(text)
     loaded = Local(load(asked.model, **loading, max_length=2**31))  # past a scaler's reach is what is looked at here
@@ -63,9 +63,9 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
 def report(runs: tuple[Path, ...], out: Path | None, title: str | None) -> None:
     """Tables, plots and report.html of RUNS anew; several become one run in --out."""
     from ..errors import ConfigError
-    from .reports.publish import print_results, publish
-    from .runs.merge import merge, open_run
-    from .runs.runner import new_console
+    from ..evals.reports.publish import print_results, publish
+    from ..evals.runs.merge import merge, open_run
+    from ..evals.runs.runner import new_console
 
     opened = [open_run(folder) for folder in runs]
     if len(opened) > 1 and out is None:
@@ -88,8 +88,8 @@ def compare(a: Path, b: Path) -> None:
     from rich.markdown import Markdown
 
     from ..errors import DataError
-    from .runs.comparison import compare_runs
-    from .runs.merge import open_run
+    from ..evals.runs.comparison import compare_runs
+    from ..evals.runs.merge import open_run
 
     found = compare_runs(open_run(a), open_run(b))
     if not found.pairs:
@@ -114,8 +114,8 @@ def reconstruct(run: Path, row: int) -> None:
     from ..engine.checkpoints.checkpoint import read_tokenizer
     from ..engine.checkpoints.source import resolve
     from ..errors import DataError
-    from .reports.passages import passages_of
-    from .runs.merge import open_run
+    from ..evals.reports.passages import passages_of
+    from ..evals.runs.merge import open_run
 
     rows = open_run(run).rows
     if row > len(rows):

@@ -9,7 +9,7 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from ropewalk.engine.cli import COMMANDS, cli, main
+from ropewalk.cli.main import COMMANDS, cli, main
 
 
 def ropewalk(*arguments, **options):

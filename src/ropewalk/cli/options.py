@@ -1,0 +1,135 @@
+"""The options that commands share, and the heading of examples."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .measurement import Measurement, ModelTarget
+
+EXAMPLES = "\b\nExamples:\n"
+"""Heading of an epilog."""
+
+_LOADING_OPTIONS = (
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        help="auto, float32, bfloat16, float16, or int8 (weights in 255 steps, made from the model's own).",
+    ),
+    click.option(
+        "--kv-dtype", default="auto", show_default=True, help="Of keys and values: auto, float32, bfloat16 or int8."
+    ),
+    click.option(
+        "--offload",
+        type=click.Path(file_okay=False),
+        help="Keep keys and values in a file in this folder, for contexts that memory does not hold.",
+    ),
+    click.option("--device-map", help="Where the layers are, as in accelerate: auto spreads them over all devices."),
+    click.option(
+        "--tp-plan",
+        type=click.Choice(["auto"]),
+        help="Split every layer over the processes that torchrun started.",
+    ),
+    click.option("--compile/--no-compile", default=None, help="Insist on the compiled kernels, or do without."),
+)
+
+
+def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options; the command gets them as `loading`, keywords for `load`."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        loading = {name: kwargs.pop(name) for name in ("dtype", "kv_dtype", "offload", "device_map", "tp_plan")}
+        chosen = kwargs.pop("compile")
+        loading["compile"] = "auto" if chosen is None else chosen
+        command(*args, loading=loading, **kwargs)
+
+    for option in reversed(_LOADING_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+_SERVER_OPTIONS = (
+    click.option(
+        "--endpoint",
+        metavar="URL",
+        help="Measure MODEL where it is served, at an OpenAI-compatible server (http://localhost:8000/v1); MODEL then "
+        "names its tokenizer and config.",
+    ),
+    click.option(
+        "--served-as", metavar="NAME", help="With --endpoint: the model's name there, where several are served."
+    ),
+)
+
+
+def runs_anywhere(command: Callable[..., None]) -> Callable[..., None]:
+    """Add --endpoint, --served-as and the options of loading; the command gets them as `where`, a `ModelTarget`."""
+
+    @functools.wraps(command)
+    def wrapped(*, endpoint: str | None, served_as: str | None, loading: dict[str, Any], **rest: Any) -> None:
+        command(where=ModelTarget(endpoint=endpoint, served_as=served_as, loading=loading), **rest)
+
+    found = loads_a_model(wrapped)
+    for option in reversed(_SERVER_OPTIONS):
+        found = option(found)
+    return found
+
+
+def measures(
+    *own: Callable[[Any], Any],
+    out: str,
+    ropes: tuple[str, ...] = ("none",),
+    lengths: tuple[str, str] | None = None,
+    max_minutes: str = "Leave out what would not finish in this time.",
+) -> Callable[[Any], Any]:
+    """Add the shared options to a command, which gets them as `asked`, a `Measurement`, and --lengths as `lengths`.
+
+    Args:
+        own: the command's own options, which stand between --lengths and --out.
+        out: the run's folder by default, for the help.
+        ropes: the default of --rope.
+        lengths: default and help of --lengths; None for a command without.
+        max_minutes: help of --max-minutes.
+    """
+    head = [
+        click.argument("model"),
+        click.option(
+            "--rope", "ropes", multiple=True, default=ropes, show_default=True, help="Scaler; may be repeated."
+        ),
+    ]
+    if lengths is not None:
+        head.append(click.option("--lengths", default=lengths[0], show_default=True, help=lengths[1]))
+    tail = (
+        click.option(
+            "--out",
+            type=click.Path(file_okay=False, path_type=Path),
+            help=f"Folder for the results  [default: {out}]",
+        ),
+        click.option("--max-minutes", type=float, help=max_minutes),
+        click.option("--dry-run", is_flag=True, help="Print what would be measured, and how long it would take."),
+    )
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapped(
+            *,
+            model: str,
+            ropes: tuple[str, ...],
+            out: Path | None,
+            max_minutes: float | None,
+            dry_run: bool,
+            **rest: Any,
+        ) -> None:
+            asked = Measurement(model=model, ropes=ropes, out=out, max_minutes=max_minutes, dry_run=dry_run)
+            command(asked=asked, **rest)
+
+        for option in reversed((*head, *own, *tail)):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
