@@ -257,7 +257,7 @@ def file_tree() -> str:
         "examples/              five programs to start from: a long document, a pipeline, tuning, code, a study",
         "tests/                 mirrors the folders; tests/train_tiny.py makes the small model they use",
         "docs/                  design, methods, evaluation, the command line, the log of what failed",
-        "src/ropewalk/          the import root: links to the four folders, cli/, errors.py, plugins.py, the public names",
+        "src/ropewalk/          the import root: links to the four folders, cli/, errors.py, plugins.py, public names",
         "```",
     ]
     return "\n".join(lines)
