@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import getpass
 import json
 import os
@@ -27,6 +28,13 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(),
 settings.register_profile("ropewalk", deadline=None, max_examples=50, derandomize=True, print_blob=True)
 settings.register_profile("fuzz", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile("ropewalk")
+
+
+def pytest_collection_finish():
+    """Leave what is imported and collected out of garbage collections, which take a second each with it."""
+    gc.collect()
+    gc.freeze()
+
 
 TINY = Path(__file__).parent / "data" / "tiny-llama"
 

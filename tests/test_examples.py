@@ -1,16 +1,15 @@
 """The scripts in examples/ run, with shorter texts than their own."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from prepared import python
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {
     "long_document": ("--tokens", "400", "--window", "100"),
     "transformers_pipeline": ("--tokens", "300"),
-    "tune_and_export": ("--target", "300", "--text", "{code}", "--budget", "15", "--out", "{folder}/exported"),
+    "tune_and_export": ("--target", "300", "--text", "{code}", "--budget", "5", "--out", "{folder}/exported"),
     "code_completion": (),
     "perplexity_study": ("--text", "{code}", "--lengths", "64", "300", "--target", "32", "--out", "{folder}"),
 }
@@ -30,9 +29,8 @@ SAYS = {
 
 
 def run(name, options, folder, model):
-    command = [sys.executable, ROOT / "examples" / f"{name}.py", "--model", model]
-    command += [option.format(folder=folder, code=ROOT / "engine") for option in options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder)
+    written = [option.format(folder=folder, code=ROOT / "engine") for option in options]
+    done = python(ROOT / "examples" / f"{name}.py", "--model", model, *written, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert SAYS[name] in done.stdout
     return done.stdout

@@ -8,13 +8,13 @@ import time
 
 import pytest
 from click.testing import CliRunner
+from prepared import python
 
 from ropewalk.cli.main import COMMANDS, cli, main
 
 
 def ropewalk(*arguments, **options):
-    command = [sys.executable, "-m", "ropewalk", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    return python("-m", "ropewalk", *arguments, **options)
 
 
 def test_help_lists_every_command():
@@ -111,7 +111,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(name, tiny_folder, tmp_path, 
 
 
 def test_a_mistake_shows_no_traceback_in_the_shell():
-    done = ropewalk("show", "yran:4")
+    command = [sys.executable, "-m", "ropewalk", "show", "yran:4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "ropewalk: unknown scaler 'yran'. Did you mean 'yarn'?\n"
 

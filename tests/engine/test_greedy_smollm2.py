@@ -23,16 +23,19 @@ PROMPTS = [
 ]
 
 
-def test_256_greedy_tokens_on_ten_prompts_are_those_of_transformers():
-    """A token is transformers' greedy one if it has the highest logit after the same tokens, read at once."""
+def test_greedy_tokens_on_ten_prompts_are_those_of_transformers():
+    """A token is transformers' greedy one if it has the highest logit after the same tokens, read at once.
+
+    All prompts are answered together, shortly, and one is answered at length, alone.
+    """
     model = rw.load("smollm2-135m", dtype="float32", compile=True)
-    params = rw.SamplingParams(max_new_tokens=256, temperature=0, continuation="off")
-    written = model.generate(PROMPTS, params)
     reference = AutoModelForCausalLM.from_pretrained(resolve("smollm2-135m"), dtype=torch.float32).eval()
-    for prompt, completion in zip(PROMPTS, written, strict=True):
-        asked = model.tokenizer(prompt).input_ids
-        with torch.inference_mode():
-            logits = reference(torch.tensor([asked + completion.token_ids]), use_cache=False).logits[0]
-        greedy = logits[len(asked) - 1 : -1].argmax(-1).tolist()
-        assert completion.token_ids == greedy, prompt
-        assert len(greedy) == 256 or completion.finish_reason == "stop", prompt
+    for prompts, tokens in ((PROMPTS, 40), (PROMPTS[2:3], 256)):
+        params = rw.SamplingParams(max_new_tokens=tokens, temperature=0, continuation="off")
+        for prompt, completion in zip(prompts, model.generate(prompts, params), strict=True):
+            asked = model.tokenizer(prompt).input_ids
+            with torch.inference_mode():
+                logits = reference(torch.tensor([asked + completion.token_ids]), use_cache=False).logits[0]
+            greedy = logits[len(asked) - 1 : -1].argmax(-1).tolist()
+            assert completion.token_ids == greedy, prompt
+            assert len(greedy) == tokens or completion.finish_reason == "stop", prompt

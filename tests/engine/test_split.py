@@ -14,9 +14,9 @@ SCRIPT = """
 import json, os, sys
 import ropewalk as rw
 
-folder, out = sys.argv[1:3]
+folder, out, ropes, *command = sys.argv[1:]
 found = {}
-for rope in sys.argv[3:]:
+for rope in ropes.split(";"):
     model = rw.load(folder, rope=rope, dtype="float32", tp_plan="auto", max_length=4096)
     greedy = rw.SamplingParams(max_new_tokens=8, temperature=0)
     found[rope] = {
@@ -27,19 +27,36 @@ for rope in sys.argv[3:]:
     }
 with open(f"{out}/{os.environ['RANK']}.json", "w") as file:
     json.dump(found, file)
+
+from ropewalk.engine.cli import cli
+cli(command)
 """
 ROPES = ["none", "yarn:4", "rerope:64|logn", "dynamic-yarn"]
 
 
-@pytest.mark.slow
-def test_two_processes_compute_what_one_does(tiny_folder, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+@pytest.fixture(scope="module")
+def measured(tiny_folder):
+    """The command whose run is compared."""
+    asked = ["passkey", str(tiny_folder), "--rope", "none", "--rope", "rerope:64|logn", "--lengths", "1x"]
+    return [*asked, "--depths", "0.5", "--trials", "1", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def split(tiny_folder, measured, tmp_path_factory):
+    """The folder that two processes have written, each with a half of the model, and what they said."""
+    out = tmp_path_factory.mktemp("split")
+    (out / "script.py").write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, tmp_path / "script.py", tiny_folder, tmp_path, *ROPES], capture_output=True, text=True, timeout=300
-    )
+    script = [out / "script.py", tiny_folder, out, ";".join(ROPES)]
+    command = [*measured, "--max-minutes", "5", "--tp-plan", "auto", "--out", out / "run"]
+    done = subprocess.run([*launch, *script, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    return out, done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tiny_folder, split):
+    first, second = (json.loads((split[0] / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second, "also what was sampled without a seed"
     for rope in ROPES:
         whole = rw.load(tiny_folder, rope=rope, dtype="float32", compile=False, max_length=4096)
@@ -92,22 +109,12 @@ def test_a_model_with_layers_on_disk_is_known_by_the_others(tiny_folder):
 
 
 @pytest.mark.slow
-def test_a_measurement_of_a_split_model_is_that_of_the_whole_one(tiny_folder, tmp_path):
-    asked = ["passkey", str(tiny_folder), "--rope", "none", "--rope", "rerope:64|logn", "--lengths", "1x"]
-    asked += ["--depths", "0.5", "--trials", "1", "--dtype", "float32"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ropewalk"]
-    done = subprocess.run(
-        [*launch, *asked, "--max-minutes", "5", "--tp-plan", "auto", "--out", tmp_path / "split"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("report.html") == 1, "one process tells"
-    assert CliRunner().invoke(cli, [*asked, "--no-compile", "--out", str(tmp_path / "whole")]).exit_code == 0
+def test_a_measurement_of_a_split_model_is_that_of_the_whole_one(measured, split, tmp_path):
+    assert split[1].count("report.html") == 1, "one process tells"
+    assert CliRunner().invoke(cli, [*measured, "--no-compile", "--out", str(tmp_path)]).exit_code == 0
     rows = {}
-    for name in ("split", "whole"):
-        lines = [json.loads(line) for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+    for name, folder in (("split", split[0] / "run"), ("whole", tmp_path)):
+        lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
         rows[name] = {line["key"]: line for line in lines}
         assert len(lines) == len(rows[name]) == 2, "each once"
     for key, row in rows["whole"].items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prepared
 import pytest
 from drawings import overlaps
 
@@ -97,6 +98,12 @@ def _no_text_over_another(monkeypatch):
         return save(fig, out_stem)
 
     monkeypatch.setattr(style, "save", checked)
+
+
+@pytest.fixture
+def prepared_processes(monkeypatch):
+    """Engines in processes that have the libraries imported (`test_a_process_is_the_engine_and_can_die` spawns one)."""
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: prepared.context)
 
 
 @pytest.fixture

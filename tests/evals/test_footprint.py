@@ -15,7 +15,7 @@ def test_lengths_without_room_for_what_is_scored_are_refused(tiny_folder):
 
 
 @pytest.mark.slow
-def test_both_engines_score_the_text_and_tell_their_memory(tiny_folder, tmp_path, held_out_texts):
+def test_both_engines_score_the_text_and_tell_their_memory(tiny_folder, tmp_path, held_out_texts, prepared_processes):
     (tmp_path / "text.txt").write_text("".join(held_out_texts))
     options = ["--lengths", "2k", "--text", str(tmp_path / "text.txt"), "--dtype", "float32", "--hf"]
     result = CliRunner().invoke(main, [str(tiny_folder), *options])

@@ -32,17 +32,18 @@ from ropewalk.evals.runs.result import Run
 from ropewalk.evals.runs.runner import measure_all
 from ropewalk.scaling import parse
 
-folder, model_folder, text = sys.argv[1:4]
+model_folder, text = sys.argv[1:3]
 model = rw.load(model_folder, compile=False)
 plan = protocol("by-position", (100, 200, 300, 400, 500, 600))
 subject = Local(model)
 todo = cells(subject, load_text(text), [parse(s) for s in ("none", "yarn:2", "ntk:2", "linear:2", "rerope:64")], plan)
-Path(folder).mkdir(exist_ok=True)
 print("ready", flush=True)
 for line in sys.stdin:
+    folder = Path(line.strip())
+    folder.mkdir(exist_ok=True)
     child = os.fork()
     if child == 0:
-        os._exit(len(measure_all(subject, todo, Run(Path(folder)), Console(quiet=True)).measured))
+        os._exit(len(measure_all(subject, todo, Run(folder), Console(quiet=True)).measured))
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -55,27 +56,22 @@ def text_file(tmp_path_factory, held_out_texts):
     return file
 
 
-@pytest.fixture
-def measurer(tiny_folder, text_file):
-    """Starts a process that measures the grid into a folder, once for each line that it gets."""
-    started = []
-
-    def start(folder):
-        command = [sys.executable, "-c", MEASURE, str(folder), str(tiny_folder), str(text_file)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        started.append(process)
+@pytest.fixture(scope="module")
+def measurers(tiny_folder, text_file):
+    """Two processes that measure the grid into each folder whose name they get."""
+    command = [sys.executable, "-c", MEASURE, str(tiny_folder), str(text_file)]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in started:
         assert process.stdout.readline() == "ready\n"
-        return process
-
-    yield start
+    yield started
     for process in started:
         process.stdin.close()
         process.wait()
 
 
-def again(process):
-    """Let it measure; the process that does."""
-    process.stdin.write("\n")
+def measure(process, folder):
+    """Let it measure into a folder; the process that does."""
+    process.stdin.write(f"{folder}\n")
     process.stdin.flush()
     return int(process.stdout.readline())
 
@@ -90,25 +86,24 @@ def timeless(row):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_goes_on_and_no_row_is_lost_or_doubled(measurer, tmp_path):
+def test_killed_at_any_moment_a_run_goes_on_and_no_row_is_lost_or_doubled(measurers, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = measurer(whole)
+    process, other = measurers
     started = time.monotonic()
-    again(process)
+    measure(process, whole)
     assert process.stdout.readline() == f"{CELLS}\n"
     seconds = time.monotonic() - started
     chance, kills, kept = random.Random(0), 0, 0
-    process = measurer(killed)
     for _ in range(KILLS):
-        child = again(process)
+        child = measure(other, killed)
         time.sleep(chance.random() * 3 * seconds / CELLS)
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-        kills += process.stdout.readline() == f"{-signal.SIGKILL}\n"
+        kills += other.stdout.readline() == f"{-signal.SIGKILL}\n"
         assert len(lines_of_whole_rows(killed)) >= kept
         kept = len(lines_of_whole_rows(killed))
-    again(process)
-    assert 0 <= int(process.stdout.readline()) < CELLS
+    measure(other, killed)
+    assert 0 <= int(other.stdout.readline()) < CELLS
     assert kills > KILLS // 4  # the others came after its end, or on a busy machine before its first row
     expected, found = ({row["key"]: timeless(row) for row in lines(folder)} for folder in (whole, killed))
     assert found == expected
@@ -124,11 +119,10 @@ def lines_of_whole_rows(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_grid(measurer, tmp_path):
-    processes = [measurer(tmp_path / "both") for _ in range(2)]
-    for process in processes:
-        again(process)
-    assert sum(int(process.stdout.readline()) for process in processes) == CELLS
+def test_two_processes_share_one_grid(measurers, tmp_path):
+    for process in measurers:
+        measure(process, tmp_path / "both")
+    assert sum(int(process.stdout.readline()) for process in measurers) == CELLS
     keys = [row["key"] for row in lines(tmp_path / "both")]
     assert len(keys) == len(set(keys)) == ROWS
     assert list((tmp_path / "both" / ".claims").iterdir()) == []
