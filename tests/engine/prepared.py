@@ -1,7 +1,7 @@
 """Python in a process of its own, without the seconds that torch and transformers take to import.
 
-The process is forked from one that has imported them, and nothing of ropewalk, and has computed nothing: what a script
-imports of ropewalk is as in any new process.
+The process is forked from one that has imported them, and neither ropewalk nor numba, and has computed nothing: what a
+script imports of ropewalk is as in any new process, and numba reads the environment that it gets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 LIBRARIES = (
-    "numba",
     "scipy.optimize",
     "torch.distributed.tensor",
     "torch.nn.attention.bias",
