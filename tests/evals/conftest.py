@@ -102,7 +102,7 @@ def _no_text_over_another(monkeypatch):
 
 @pytest.fixture
 def prepared_processes(monkeypatch):
-    """Engines in processes that have the libraries imported (`test_a_process_is_the_engine_and_can_die` spawns one)."""
+    """New processes that have the libraries imported, for what reads no environment while they are."""
     monkeypatch.setattr("multiprocessing.get_context", lambda _: prepared.context)
 
 

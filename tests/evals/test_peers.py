@@ -63,7 +63,7 @@ def test_ropewalk_tells_what_it_runs_in(tiny_folder, dtype):
     assert np.abs(engine.prefill(IDS) - reference(tiny_folder)[-1]).max() < 0.5
 
 
-def test_ropewalk_says_in_its_name_that_transformers_modules_run_it(tiny_folder, tmp_path, prepared_processes):
+def test_ropewalk_says_in_its_name_that_transformers_modules_run_it(tiny_folder, tmp_path):
     with ProcessWorker(entry("ropewalk", tiny_folder, "bfloat16")) as worker:
         assert worker.name == "ropewalk bfloat16"
     with ProcessWorker(entry("ropewalk", tiny_folder, "float16")) as worker:
@@ -174,7 +174,7 @@ def test_a_process_is_the_engine_and_can_die(tiny_folder):
 
 
 @pytest.mark.slow
-def test_an_engine_that_does_not_load_says_why(tmp_path, prepared_processes):
+def test_an_engine_that_does_not_load_says_why(tmp_path):
     with pytest.raises(rw.AssetError, match="no config"):
         ProcessWorker(entry("ropewalk", tmp_path, "auto"))
     with pytest.raises(rw.RopewalkError, match=r"config.json cannot be used \(ValueError: Unrecognized model"):

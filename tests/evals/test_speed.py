@@ -61,7 +61,7 @@ def test_a_scaler_without_a_map_is_refused():
 
 
 @pytest.mark.slow
-def test_against_compares_engines_and_ends_in_json(tiny_folder, prepared_processes):
+def test_against_compares_engines_and_ends_in_json(tiny_folder):
     arguments = ["speed", str(tiny_folder), "--against", "hf:float32", "--lengths", "2x,64"]
     arguments += ["--new-tokens", "4", "--repeats", "2", "--prefill-repeats", "1", "--threads", "1"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
@@ -78,7 +78,7 @@ def test_against_compares_engines_and_ends_in_json(tiny_folder, prepared_process
 
 
 @pytest.mark.slow
-def test_the_tables_of_a_comparison_say_that_the_fast_engine_did_not_run(tiny_folder, prepared_processes):
+def test_the_tables_of_a_comparison_say_that_the_fast_engine_did_not_run(tiny_folder):
     arguments = ["speed", str(tiny_folder), "--against", "hf:float32", "--lengths", "64", "--dtype", "float16"]
     arguments += ["--new-tokens", "2", "--repeats", "1", "--prefill-repeats", "1", "--threads", "1"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False, env={"COLUMNS": "160"})

@@ -89,18 +89,18 @@ def test_the_scaler_is_put_back(found, model):
     assert str(model.rope) == "none"
 
 
-def test_a_search_that_was_stopped_twice_comes_to_the_same(found, model, text, tmp_path):
-    for after in (20, 30):
-        seen = []
+@pytest.mark.parametrize("after", [20, 50])
+def test_a_search_that_was_stopped_comes_to_the_same(found, model, text, tmp_path, after):
+    seen = []
 
-        def stop(progress, seen=seen, after=after):
-            seen.append(progress.round)
-            if len(seen) == after:
-                raise KeyboardInterrupt
+    def stop(progress):
+        seen.append(progress.round)
+        if len(seen) == after:
+            raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            rw.tune(model, TARGET, text=text, out=tmp_path, progress=stop)
-        assert str(model.rope) == "none"
+    with pytest.raises(KeyboardInterrupt):
+        rw.tune(model, TARGET, text=text, out=tmp_path, progress=stop)
+    assert str(model.rope) == "none"
     assert as_json(rw.tune(model, TARGET, text=text, out=tmp_path)) == as_json(found)
 
 
