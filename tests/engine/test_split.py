@@ -28,7 +28,7 @@ for rope in ropes.split(";"):
 with open(f"{out}/{os.environ['RANK']}.json", "w") as file:
     json.dump(found, file)
 
-from ropewalk.engine.cli import cli
+from ropewalk.cli.main import cli
 cli(command)
 """
 ROPES = ["none", "yarn:4", "rerope:64|logn", "dynamic-yarn"]
