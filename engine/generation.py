@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,11 +41,17 @@ def check_length(model: Model, tokens: int, params: SamplingParams, cache: Cache
     """
     total = tokens + params.max_new_tokens
     if total > model.max_length:
-        factor = math.ceil(total / model.spec.trained_length)
+        anyway = f"load with max_length={total}"
+        if model.limit is None:
+            most = f"reaches with rope {str(model.rope)!r}"
+            ways = f'set model.rope = "auto", shorten the prompt, or {anyway} to go there anyway'
+        else:
+            most = "was loaded for"
+            ways = f"shorten the prompt, or {anyway}"
+            ways += "" if total <= model.reach else ' and rope="auto"'
         raise ContextOverflow(
             f"{tokens} prompt tokens and max_new_tokens {params.max_new_tokens} make {total}, more than the "
-            f"{format_length(model.max_length)} that {model.name} reaches with rope {str(model.rope)!r}; set "
-            f'model.rope = "yarn:{factor}", shorten the prompt, or load with max_length={total} to go there anyway'
+            f"{format_length(model.max_length)} that {model.name} {most}; {ways}"
         )
     with model.lock:
         model.prepare(total)  # how much room a token takes depends on the scaler

@@ -56,6 +56,7 @@ class Model:
         network: what runs it: our compiled kernels, or the model's own modules.
         name: what it was loaded as.
         sites: its rotary modules, verified against its config.
+        limit: `max_length` as it was given; None where the scaler's reach is the limit.
         turn: held while the network runs under what was prepared for a request, so that threads take turns.
     """
 
@@ -73,7 +74,7 @@ class Model:
         self.hf = hf
         self.tokenizer = tokenizer
         self.name = name
-        self._max_length, self._special_tokens = max_length, special_tokens
+        self.limit, self._special_tokens = max_length, special_tokens
         self.sites = rotary_sites(hf)
         self.runner = choose_runner(hf, self.sites, options or RunnerOptions(compile=False))
         self._scaler_slot = ScalerSlot(hf, self.sites, self.runner)
@@ -124,17 +125,18 @@ class Model:
     @property
     def max_length(self) -> int:
         """Most tokens `generate` accepts, prompt and answer together: the scaler's reach unless set."""
-        if self._max_length is not None:
-            return self._max_length
-        return int(self._reach) if math.isfinite(self._reach) else 2**31
+        if self.limit is not None:
+            return self.limit
+        return int(self.reach) if math.isfinite(self.reach) else 2**31
 
     @property
-    def _reach(self) -> float:
+    def reach(self) -> float:
+        """Tokens that the scaler in use reaches; infinity where any length is."""
         return primary_rotary(self.sites).configured.reach(self._rope) if self._choice is None else math.inf
 
     def describe(self) -> str:
         """What runs the model, in a few lines."""
-        reach, configured = self._reach, primary_rotary(self.sites).configured
+        reach, configured = self.reach, primary_rotary(self.sites).configured
         rope = str(self.rope) if self._choice is None else f"{self.rope}: {self._choice}"
         if configured.own:
             rope += (
@@ -390,7 +392,8 @@ class Model:
         elif len(prompt) > self.max_length * longest:
             raise ContextOverflow(
                 f"the prompt has {len(prompt):,} characters, more than {format_length(self.max_length)} tokens of at "
-                f"most {longest} bytes can hold, which {self.name} reaches with rope {str(self.rope)!r}; shorten it"
+                f"most {longest} bytes can hold, which {self.name} reaches with rope {str(self.rope)!r}; "
+                + ("shorten it" if self.limit is not None else 'shorten it, or set model.rope = "auto"')
             )
         return Prompt.read(prompt, self.tokenizer, self.vocabulary, continuation, broken=broken)
 
