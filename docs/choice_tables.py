@@ -62,6 +62,11 @@ METHODS = (
 """The methods of the table in docs/choose.md; F is the ratio of the lengths."""
 
 
+def tables() -> dict[str, str]:
+    """The block of docs/choose.md."""
+    return {"choice": choice_table()}
+
+
 def readme_table() -> str:
     """The plot and the table of the README."""
     rows = {(row["rope"], row["context"]): row["loss"] for row in _readme_rows()}

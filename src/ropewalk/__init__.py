@@ -2,7 +2,7 @@
 
     import ropewalk as rw
 
-    model = rw.load("smollm2-135m", rope="yarn:2")
+    model = rw.load("smollm2-135m", rope="auto")
     print(model.generate("Once upon a time", rw.SamplingParams(max_new_tokens=64)).text)
 
 Names are imported on first use, so that `import ropewalk` and the command line start without torch.
