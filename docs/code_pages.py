@@ -14,7 +14,6 @@ import click
 from ropewalk.cli.main import COMMANDS, cli
 from ropewalk.scaling import METHODS, Auto, Scaler
 
-
 SHARED_BY = 3
 """An option that as many commands have in the same words is described once in docs/cli.md."""
 

@@ -34,7 +34,9 @@ def _bullet(text: str) -> str:
 def _features() -> list[str]:
     facets = [method.facet for method in METHODS.built_in.values()]
     frequencies = facets.count("frequencies") + facets.count("wavelength grid")
-    families = [line for line in (DOCS / "families.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "][1:]
+    families = [line for line in (DOCS / "families.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "][
+        1:
+    ]
     every = sum(line.count("| served") == 2 for line in families)
     decode = {engine: _range(speed_tables.ratios(engine, "decode")) for engine in ("hf bfloat16", "llama.cpp bf16")}
     prompts = {engine: _range(speed_tables.ratios(engine, "prefill")) for engine in decode}
@@ -47,18 +49,21 @@ def _features() -> list[str]:
     pooled = max((way for way in ways if way.parts > 1), key=lambda way: way.right)
     return [
         f"**{frequencies} frequency methods, {facets.count('positions')} position maps, {facets.count('temperature')} "
-        'temperatures**, in any composition: `"ntk:4|resonance|logn"`. [Each](docs/scalers.md) has its formula and paper.',
+        'temperatures**, in any composition: `"ntk:4|resonance|logn"`. [Each](docs/scalers.md) has its '
+        "formula and paper.",
         f"**Your own transformers model**: `rw.patch` works on it and undoes itself. Of {len(families)} "
         f"[architectures](docs/families.md) {every} take every method.",
         "**[Measurements](docs/evaluation.md)**: perplexity, harm, passkeys, needles, RULER-11; paired intervals, runs "
         "that can be resumed, one report file.",
-        "**[`ropewalk tune`](docs/tune.md)** measures which scaler carries your model to a length; `auto` takes the winner.",
-        f"**[Decoding on a CPU](docs/engine.md)** in bfloat16: {decode['hf bfloat16']} times transformers' speed (prompts: "
-        f"{prompts['hf bfloat16']}), {decode['llama.cpp bf16']} times llama.cpp's ({prompts['llama.cpp bf16']}).",
-        "**[A prompt may end inside a word](docs/continuation.md)**, and the first token is still drawn exactly: the next "
-        f"byte of cut code takes {bits[EXACT]:.1f} bits, not {bits[OFF]:.1f}.",
-        f"**[Many texts](docs/contexts.md)**: read in parts, SmolLM2 found {pooled.right:.0%} of {pooled.trials} facts in "
-        f"{format_length(pooled.context)} tokens; read whole, {_shares(whole)} under any scaler tried.",
+        "**[`ropewalk tune`](docs/tune.md)** measures which scaler carries your model to a length; `auto` takes the "
+        "winner.",
+        f"**[Decoding on a CPU](docs/engine.md)** in bfloat16: {decode['hf bfloat16']} times transformers' speed "
+        f"(prompts: {prompts['hf bfloat16']}), {decode['llama.cpp bf16']} times llama.cpp's "
+        f"({prompts['llama.cpp bf16']}).",
+        "**[A prompt may end inside a word](docs/continuation.md)**, and the first token is still drawn exactly: the "
+        f"next byte of cut code takes {bits[EXACT]:.1f} bits, not {bits[OFF]:.1f}.",
+        f"**[Many texts](docs/contexts.md)**: read in parts, SmolLM2 found {pooled.right:.0%} of {pooled.trials} facts "
+        f"in {format_length(pooled.context)} tokens; read whole, {_shares(whole)} under any scaler tried.",
         "**[Export](docs/export.md)** of frequency methods to transformers, vLLM, SGLang, llama.cpp and Ollama; "
         "`ropewalk explain` says where engines differ.",
     ]

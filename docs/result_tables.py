@@ -145,7 +145,7 @@ def _maps_tiny() -> str:
 
     def loss(rope: str, context: int, has_logn: bool) -> float:
         with_logn = "logn" if rope == "none" else f"{rope}|logn"
-        return losses[context, with_logn if has_logn else rope]
+        return float(losses[context, with_logn if has_logn else rope])
 
     best = {column: min(loss(rope, *column) for rope in MAPS_TINY) for column in columns}
     lines = ["| method | 256 | 512 | 1k | with log n: 512 | 1k |", "|---" * (len(columns) + 1) + "|"]

@@ -1,5 +1,6 @@
 """The public face: names, import weight, version, generated docs."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,6 @@ import pytest
 from generate import generated
 
 import ropewalk as rw
-from ropewalk.evals.protocols.by_name import PROTOCOLS
-from ropewalk.evals.retrieval.tasks import RULER, SUITES
-from ropewalk.scaling import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -122,8 +122,8 @@ def cli() -> None:
     """Long-context inference built around RoPE scaling.
 
     A scaler is written NAME:FACTOR, as in yarn:4, and several act together as in "ntk:4|resonance";
-    `ropewalk scalers` lists them. Without time to tune take auto, and yarn:F for a served engine, F the ratio of lengths. Lengths, also those in a scaler,
-    read 512, 8k, 1M (k = 1024) or 2x (times the trained length).
+    `ropewalk scalers` lists them. Without time to tune take auto, and yarn:F for a served engine, F the ratio of the
+    lengths. Lengths, also those in a scaler, read 512, 8k, 1M (k = 1024) or 2x (times the trained length).
     """
 
 
