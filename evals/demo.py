@@ -73,7 +73,7 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
     planned.sort(key=lambda cell: (not is_essential(cell), cell.context if is_essential(cell) else -cell.context))
     console.print(
         f"{model.name}, {model.hf.num_parameters() / 1e6:.0f}M parameters, trained on {format_length(L)} tokens, in "
-        f"{model.runner.precision}. Loss on the same last {TARGET} tokens of a play, "
+        f"{model.precision}. Loss on the same last {TARGET} tokens of a play, "
         f"reading {', '.join(format_length(c) for c in plan.contexts)} tokens up to its end.\n",
         highlight=False,
     )

@@ -27,7 +27,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from . import evals
-    from .engine.completion import Completion, Score
+    from .engine.completion import Completion, Continuation, Score
     from .engine.exports.export import Export, export
     from .engine.heal import Healed, heal
     from .engine.load import load
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from .engine.patches.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
     from .engine.session import Session
-    from .engine.token_healing import Continuation
     from .evals.tuning.tune import tune
     from .scaling.spec import parse
     from .tokenizer_tools.windows import windows
@@ -47,7 +46,7 @@ _LAZY = {
     "Completion": ".engine.completion",
     "Model": ".engine.model",
     "Score": ".engine.completion",
-    "Continuation": ".engine.token_healing",
+    "Continuation": ".engine.completion",
     "Export": ".engine.exports.export",
     "export": ".engine.exports.export",
     "Healed": ".engine.heal",

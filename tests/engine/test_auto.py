@@ -106,8 +106,8 @@ def test_rows_of_a_list_are_each_as_alone(both):
 def test_short_rows_of_a_list_are_written_together(compiled, monkeypatch):
     compiled.rope = "auto"
     seen = []
-    step = compiled.runner.step
-    monkeypatch.setattr(compiled.runner, "step", lambda rows: seen.append(len(rows)) or step(rows))
+    step = compiled._runner.step
+    monkeypatch.setattr(compiled._runner, "step", lambda rows: seen.append(len(rows)) or step(rows))
     compiled.generate([SHORT, LONG, MORE], greedy(4))
     assert max(seen) == 2
 
@@ -143,7 +143,7 @@ def test_a_session_that_grows_past_it_is_one_whose_scaler_was_changed(compiled, 
     compiled.remember(tuned(compiled, 1024, spec), text="x")
     growing = compiled.session()
     growing.append(SHORT * 2)
-    assert compiled.runner.rope_state[0] == rw.parse(None)
+    assert compiled._runner.rope_state[0] == rw.parse(None)
     found = law(growing.generate(TEXT * 6, greedy(4, logprobs=3)))
 
     compiled.rope = None
@@ -152,7 +152,7 @@ def test_a_session_that_grows_past_it_is_one_whose_scaler_was_changed(compiled, 
     compiled.rope = spec
     assert found == law(changed.generate(TEXT * 6, greedy(4, logprobs=3)))
     assert cache_difference(growing._cached.cache, changed._cached.cache, changed.tokens) == 0
-    assert str(compiled.runner.rope_state[0]) == spec
+    assert str(compiled._runner.rope_state[0]) == spec
     compiled.rope = "auto"
     growing.crop(len(SHORT))
     growing.append("")
@@ -275,7 +275,9 @@ def test_it_stands_alone(compiled, spec):
 def test_room_in_memory_is_that_under_the_scaler_of_the_request(compiled, monkeypatch):
     compiled.rope = "auto"
     seen = []
-    monkeypatch.setattr(compiled.runner, "check_room", lambda *_, **__: seen.append(str(compiled.runner.rope_state[0])))
+    monkeypatch.setattr(
+        compiled._runner, "check_room", lambda *_, **__: seen.append(str(compiled._runner.rope_state[0]))
+    )
     for text in (LONG, SHORT):
         compiled.generate(text, greedy(1))
     assert seen == [DEFAULT, "none"]
@@ -313,7 +315,7 @@ def test_an_interrupted_switch_is_made_up_for(compiled, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(compiled.runner), "use", stops)
+        patch.setattr(type(compiled._runner), "use", stops)
         with pytest.raises(KeyboardInterrupt):
             compiled.generate(LONG, greedy(4))
     assert written(LONG)(compiled) == expected
