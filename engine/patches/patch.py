@@ -71,6 +71,9 @@ class PatchHandle:
     def undo(self) -> None:
         """Restore the model to what it was before, bit for bit. Caches filled under the patch are void.
 
+        A model that was cast meanwhile (`model.bfloat16()`) gets the frequencies back as they were before the cast, in
+        their own dtype, as a model that is loaded in 16 bits has them.
+
         Raises:
             PatchError: it was undone already.
         """

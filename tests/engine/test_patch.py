@@ -221,3 +221,12 @@ def test_a_temperature_that_would_do_nothing_is_refused(family, spec):
     with pytest.raises(rw.UnsupportedModel, match="sees a sliding window only"):
         rw.patch(model, spec)
     assert torch.equal(logits(model), before)
+
+
+def test_undo_after_a_cast_brings_back_the_frequencies_of_before_it():
+    model = llama()
+    before = model.model.rotary_emb.inv_freq
+    handle = rw.patch(model, "yarn:4")
+    model.bfloat16()
+    handle.undo()
+    assert model.model.rotary_emb.inv_freq is before and before.dtype == torch.float32
