@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from .runners.choose import RunnerOptions
 
 __all__ = ["begin", "broadcast_from_rank0", "check", "fresh_seed", "is_first", "is_split", "options", "refuse"]
 
@@ -19,7 +16,7 @@ _state = {"split": False}
 """Of this process: the processes of a launch split one model, or none."""
 
 
-def check(tp_plan: str, options: RunnerOptions, device_map: object) -> None:
+def check(tp_plan: str, device_map: object, *, needs_kernels: bool) -> None:
     """Refuse what cannot go together.
 
     Raises:
@@ -34,7 +31,7 @@ def check(tp_plan: str, options: RunnerOptions, device_map: object) -> None:
         )
     if device_map is not None:
         raise ConfigError("tp_plan and device_map both say where the weights are; give one of them")
-    if options.insists:
+    if needs_kernels:
         raise ConfigError(
             "compiled kernels, int8 weights, a kv_dtype and offload need the whole model in one process; leave them "
             "out, or tp_plan"

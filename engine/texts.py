@@ -2,22 +2,68 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import gzip
 import io
 import json
-from collections.abc import Iterable
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, first_line
 from ..tokenizer_tools.characters import split_character
-from .text_formats import COMPRESSED_SUFFIXES, PARQUET, decode, decompress
 
-__all__ = ["RECORD_SUFFIXES", "read_documents", "read_prompt"]
+__all__ = ["COMPRESSED_SUFFIXES", "RECORD_SUFFIXES", "read_documents", "read_prompt"]
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 """Of files that hold nothing but records."""
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz")
+"""Of compressed files that are read."""
+
+_COMPRESSED: tuple[tuple[str, re.Pattern[bytes], Callable[[bytes], bytes]], ...] = (
+    ("gzip", re.compile(rb"\x1f\x8b"), gzip.decompress),
+    ("bzip2", re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"), bz2.decompress),
+    ("xz", re.compile(rb"\xfd7zXZ\0"), lzma.decompress),
+)
+
+_MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+_PARQUET = re.compile(rb"PAR1(?s:.*)(?:\0|PAR1\Z)")
+"""A Parquet file; a text may begin with the same letters."""
+
+_UNPACK = "unpack it, and give the text files in it"
+_CONVERT = "save its text as a UTF-8 file first"
+_NO_TEXT: tuple[tuple[str, re.Pattern[bytes], str], ...] = (
+    ("zstd-compressed", re.compile(rb"\x28\xb5\x2f\xfd"), "decompress it first, with `zstd -d`"),
+    ("lz4-compressed", re.compile(rb"\x04\x22\x4d\x18"), "decompress it first, with `lz4 -d`"),
+    ("compressed by `compress`", re.compile(rb"\x1f\x9d"), "decompress it first, with `gzip -d`"),
+    ("a zip archive (as docx, epub and npz files are)", re.compile(rb"PK(?:\x03\x04|\x05\x06|\x07\x08)"), _UNPACK),
+    ("a 7z archive", re.compile(rb"7z\xbc\xaf\x27\x1c"), _UNPACK),
+    ("a rar archive", re.compile(rb"Rar!\x1a\x07"), _UNPACK),
+    ("a tar archive", re.compile(rb"(?s:.{257})ustar[\0 ]"), _UNPACK),
+    ("a PDF", re.compile(rb"%PDF-"), "extract its text first, with `pdftotext`"),
+    ("an RTF document", re.compile(rb"\{\\rtf"), _CONVERT),
+    ("an Office document", re.compile(rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"), _CONVERT),
+    ("an Arrow file", re.compile(rb"ARROW1\0|\xff\xff\xff\xff(?s:.{3})\0"), "export its texts as JSON lines (.jsonl)"),
+    ("an Avro file", re.compile(rb"Obj\x01"), "export its texts as JSON lines (.jsonl)"),
+    ("an SQLite database", re.compile(rb"SQLite format 3\0"), "export its texts as JSON lines (.jsonl)"),
+    ("an HDF5 file", re.compile(rb"\x89HDF\r\n"), "export its texts as JSON lines (.jsonl)"),
+    ("a GGUF model", re.compile(rb"GGUF(?s:.{0,20}\0)"), "a text is wanted here, not a model"),
+    ("an image", re.compile(rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF(?s:.{4})WEBP"), _CONVERT),
+)
 
 
 def read_documents(file: Path) -> tuple[str, ...]:
@@ -32,10 +78,10 @@ def read_documents(file: Path) -> tuple[str, ...]:
         DataError: another format, which is named; no UTF-8; records without `text`.
         OSError: it cannot be read.
     """
-    raw, name = decompress(file.read_bytes(), str(file))
-    if PARQUET.match(raw):
+    raw, name = _decompress(file.read_bytes(), str(file))
+    if _PARQUET.match(raw):
         return tuple(map(_with_line_feeds, _parquet(raw, name)))
-    text = decode(raw, name)
+    text = _decode(raw, name)
     stem = file.name.lower()
     for suffix in COMPRESSED_SUFFIXES:
         stem = stem.removesuffix(suffix)
@@ -56,12 +102,12 @@ def read_prompt(raw: bytes, name: str) -> str | bytes:
     Raises:
         DataError: another format, which is named; no UTF-8.
     """
-    raw, name = decompress(raw, name)
+    raw, name = _decompress(raw, name)
     try:
         whole, partial = split_character(raw)
     except UnicodeDecodeError:
         whole, partial = raw, b""
-    text = _with_line_feeds(decode(whole, name))
+    text = _with_line_feeds(_decode(whole, name))
     return text.encode() + partial if partial else text
 
 
@@ -134,3 +180,73 @@ def _parquet(raw: bytes, name: str) -> list[str]:
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise DataError(f"{name} is a Parquet file, but damaged ({first_line(error)}); copy it anew") from None
     return [_field({"text": text}, f"{name}, row {n}") for n, text in enumerate(texts, 1)]
+
+
+def _decompress(raw: bytes, name: str) -> tuple[bytes, str]:
+    """gzip, bzip2 and xz data unpacked, others as they are; and the name for messages about what comes out.
+
+    Raises:
+        DataError: damaged, or cut off.
+    """
+    for what, magic, unpack in _COMPRESSED:
+        if magic.match(raw):
+            try:
+                return unpack(raw), f"{name} (decompressed)"
+            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+                raise DataError(
+                    f"{name} is {what}-compressed, and damaged or cut off ({first_line(error)}); copy it anew"
+                ) from None
+    return raw, name
+
+
+def _decode(raw: bytes, name: str) -> str:
+    """Text in the encoding of its byte order mark, which is dropped; in UTF-8 where it has none.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        DataError: another format, which is named; not in that encoding; NUL bytes.
+    """
+    for format_name, magic, advice in _NO_TEXT:
+        if magic.match(raw):
+            raise DataError(f"{name} is {format_name}, not text; {advice}")
+    if _PARQUET.match(raw):
+        raise DataError(f"{name} is a Parquet file, not text; name the file, and its column `text` is read")
+    mark, encoding = next((pair for pair in _MARKS if raw.startswith(pair[0])), (b"", "utf-8"))
+    body = raw[len(mark) :]
+    if encoding == "utf-8" and b"\0" in body:
+        raise DataError(f"{name} {_what_has_nul(body)}")
+    try:
+        return body.decode(encoding)
+    except UnicodeDecodeError as error:
+        offset = error.start + len(mark)
+        where = f"byte 0x{raw[offset]:02x} at offset {offset}"
+        if encoding != "utf-8":
+            raise DataError(
+                f"{name} has the byte order mark of {encoding.upper()}, but is not: {where}; it is damaged or cut off"
+            ) from None
+        raise DataError(f"{name} is not UTF-8: {where}; {_advice(body)}") from None
+
+
+def _what_has_nul(body: bytes) -> str:
+    even, odd = body[::2].count(0), body[1::2].count(0)
+    if max(even, odd) > len(body) // 8 and min(even, odd) < max(even, odd) // 8:
+        encoding = "UTF-16LE" if odd > even else "UTF-16BE"
+        return (
+            f"is not UTF-8: it has NUL bytes at every other place, as {encoding} without a byte order mark has; "
+            f"convert it first, with `iconv -f {encoding} -t UTF-8`"
+        )
+    return f"holds a NUL byte at offset {body.index(0)}, so it is no text, or not UTF-8; {_CONVERT}"
+
+
+def _advice(body: bytes) -> str:
+    if re.search(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]", body):
+        return (
+            "it has control characters, so it is binary data rather than text, or UTF-16 without a byte order mark; "
+            + _CONVERT
+        )
+    return (
+        "find out its encoding (`file -i` guesses), convert it with `iconv -f ENCODING -t UTF-8`, and look at the "
+        "result: a wrong ENCODING often gives a text too"
+    )

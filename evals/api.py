@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..engine.model import Model
-from ..engine.patches.marks import patched_with
+from ..engine.patches.patch_record import patched_with
 from ..errors import ConfigError
 from ..scaling.lengths import parse_length
 from ..scaling.rope import Scaler

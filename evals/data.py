@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.checkpoints import assets
-from ..engine.text_formats import COMPRESSED_SUFFIXES
-from ..engine.texts import RECORD_SUFFIXES, read_documents
+from ..engine.texts import COMPRESSED_SUFFIXES, RECORD_SUFFIXES, read_documents
 from ..errors import DataError, did_you_mean, first_line
 from ..tokenizer_tools.encode import texts_ids as _encode
 

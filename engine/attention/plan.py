@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...scaling.band import Band
 from ...scaling.rope import Frequencies, Scaler
-from ..patches.rotary import RotarySite
+from ..rotary_site import RotarySite
 from .blocks import Block, blocks
 from .rotation import Angles, angles
 from .rows import Run

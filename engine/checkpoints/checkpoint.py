@@ -21,9 +21,8 @@ from transformers import (
 from ...errors import AssetError, UnsupportedModel, first_line
 from ...scaling.hf import check_counts
 from ..storage import cache_dir
-from .places import check_places
 from .quiet import quiet_transformers
-from .tensors import Shapes, check_loaded, stored_shapes
+from .tensors import Shapes, check_loaded, check_places, stored_shapes
 
 __all__ = ["from_hub", "read_config", "read_tokenizer", "read_weights", "weight_files"]
 

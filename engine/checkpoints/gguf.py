@@ -163,7 +163,7 @@ def _load_model(file: GgufFile) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from .gguf_tensors import check_loaded
+    from .gguf_file import check_loaded
 
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
     with _read_by_transformers(file) as where:

@@ -1,7 +1,9 @@
-"""A GGUF file opened for reading: its fields, its tensors and its rotary part."""
+"""A GGUF file opened for reading: its fields, its tensors and its rotary part; and whether a model holds all of it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ import torch
 from ...errors import AssetError, ConfigError, UnsupportedModel, first_line
 from ...scaling.gguf_rope import GgufRope
 from ...scaling.hf import ConfiguredRope
+from .tensors import next_token_layers
 
-__all__ = ["GgufFile"]
+__all__ = ["GgufFile", "check_loaded"]
 
 _SCALING_KEYS = {
     "none": {"type", "factor", "original_context_length", "attn_factor"},
@@ -22,6 +25,9 @@ _SCALING_KEYS = {
     "yarn": {"type", "factor", "original_context_length"},
 }
 """What may stand below `rope.scaling.` by its type."""
+
+_ROTARY = re.compile(r"^rope_|(^|\.)rope_freqs\.|attn_rot_embd\.")
+"""Tensors that the config says, or that other programs keep as they go."""
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
@@ -43,9 +49,9 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
         return found
 
 
-def _part(number: Any) -> str:
-    """As people count: the first is part 1; a file does not have to say its number."""
-    return f"part {number + 1}" if isinstance(number, int) else "a part"
+def _following(number: Any) -> Any:
+    """As people count: the first is 1."""
+    return number + 1 if isinstance(number, int) else number
 
 
 class GgufFile:
@@ -72,7 +78,7 @@ class GgufFile:
         parts = self.field("split.count")
         if parts not in (None, 0, 1):
             raise UnsupportedModel(
-                f"{path} is {_part(self.field('split.no'))} of a GGUF file that was split in {parts}; join "
+                f"{path} is part {_following(self.field('split.no'))} of a GGUF file that was split in {parts}; join "
                 "them first (llama-gguf-split --merge FIRST_PART OUT.gguf), and give the whole one"
             )
 
@@ -173,3 +179,69 @@ class GgufFile:
             return self.rope.configured(self.context_length)
         except (ConfigError, TypeError, ValueError, ArithmeticError) as error:
             raise UnsupportedModel(f"{self.path}: {error}") from error
+
+
+def check_loaded(file: GgufFile, model: Any, info: Mapping[str, Any]) -> None:
+    """Refuse a model that is not all of its file. transformers' reader skips what it does not know, and reports only
+    some of it, so the weights are counted: as many have to be in the model as in the file.
+
+    Args:
+        model: of transformers.
+        info: what `from_pretrained` says with `output_loading_info`.
+
+    Raises:
+        UnsupportedModel: a tensor is missing, has another shape, or has no place in the model.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise UnsupportedModel(
+            f"{file.path}: {len(missing)} tensors of the model are not in the file, {missing[0]!r} first; "
+            "transformers would fill them with random numbers"
+        )
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise UnsupportedModel(
+            f"{file.path}: its tensor {name!r} has the shape {list(found)}, and its fields say {list(expected)}"
+        )
+    needed = _needed(file, model)
+    stored = sum(int(file.tensors[name].n_elements) for name in needed)
+    held = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
+    if stored == held:
+        return
+    unused = sorted(needed - _places(file, model)) or sorted(needed)
+    raise UnsupportedModel(
+        f"{file.path}: its tensors hold {stored} weights, and the {type(model).__name__} that transformers makes of "
+        f"its fields holds {held}, so some are not used ({', '.join(unused[:3])}) and it would compute something "
+        "else; load the original checkpoint"
+    )
+
+
+def _needed(file: GgufFile, model: Any) -> set[str]:
+    """Tensors on which the logits depend."""
+    config, extra = model.config.get_text_config(), next_token_layers(file.tensors)
+    first_shared = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    names = set()
+    for name, tensor in file.tensors.items():
+        layer, _, kind = name.removeprefix("blk.").partition(".")
+        number = int(layer) if layer.isdigit() else -1
+        shared = number >= first_shared and kind.startswith(("attn_k", "attn_v"))
+        if not (_ROTARY.search(name) or number in extra or shared or (tied and _is_embedding(file, name, tensor))):
+            names.add(name)
+    return names
+
+
+def _is_embedding(file: GgufFile, name: str, tensor: Any) -> bool:
+    """True for an output matrix that is the embedding once more."""
+    rows = file.tensors.get("token_embd.weight")
+    if name != "output.weight" or rows is None or rows.tensor_type != tensor.tensor_type:
+        return False
+    return rows.data.shape == tensor.data.shape and torch.equal(torch.tensor(rows.data), torch.tensor(tensor.data))
+
+
+def _places(file: GgufFile, model: Any) -> set[str]:
+    """The tensors that have a place in the model, by their names in the file."""
+    arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == file.arch), None)
+    if arch is None:
+        return set()
+    names = gguf.get_tensor_name_map(arch, model.config.get_text_config().num_hidden_layers)
+    found = (names.get_name(own, try_suffixes=(".weight", ".bias")) for own in model.state_dict())
+    return {name for name in found if name is not None}

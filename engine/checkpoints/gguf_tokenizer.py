@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RopewalkError, UnsupportedModel, did_you_mean, first_line
-from .gguf_pre import PRE
+from .gguf_pretokenizers import PRE
 
 if TYPE_CHECKING:
     from .gguf_file import GgufFile

@@ -19,12 +19,11 @@ from ...scaling.rope import Scaler
 from ..checkpoints.checkpoint import from_hub, weight_files
 from ..checkpoints.config import find_config
 from ..checkpoints.gguf_file import GgufFile
-from ..patches.marks import patched_with
-from . import launch
-from .carried import Derived, check_written, is_accepted, settle
-from .folder import KEPT, with_rope, write_copy, write_loaded
-from .launch import TARGETS, Target
+from ..patches.patch_record import patched_with
+from .hf_folder import KEPT, with_rope, write_copy, write_loaded
 from .plain import check_kind, check_plain
+from .scaled_config import Derived, check_written, is_accepted, settle
+from .serving_engines import TARGETS, Target, serve_command, serve_script
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -40,7 +39,7 @@ class Export:
 
     Attributes:
         path: the folder, or the GGUF file.
-        target: a member of `launch.TARGETS`.
+        target: a member of `serving_engines.TARGETS`.
         scaler: what it holds; where the one asked for follows the length, as it is at `length`.
         length: tokens that it promises to carry.
         carrier: how the frequencies are said there, a few words.
@@ -187,7 +186,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
     extra = {}
     if target != "hf":
         overrides = {"rope_parameters": ropes[None], "max_position_embeddings": tokens}
-        extra["serve.sh"] = launch.script(target, str(scaler), tokens, overrides)
+        extra["serve.sh"] = serve_script(target, str(scaler), tokens, overrides)
 
     def change(config: dict[str, Any]) -> dict[str, Any]:
         return with_rope(config, ropes, tokens, outside_length=outside)
@@ -208,7 +207,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
         scaler=scaler,
         length=tokens,
         carrier=f"rope_type {written!r} in config.json",
-        command=launch.command(target, out, tokens),
+        command=serve_command(target, out, tokens),
     )
 
 
@@ -232,7 +231,7 @@ def _written(
 
 def _write_gguf(source: _Source, out: Path, target: str, length: int | str | None, dtype: str) -> Export:
     """A GGUF file from a checkpoint."""
-    from .gguf import place, write_gguf
+    from .gguf_rewrite import place, write_gguf
 
     configured = source.configured
     if None not in configured:
@@ -248,7 +247,7 @@ def _write_gguf(source: _Source, out: Path, target: str, length: int | str | Non
 
 def _rewrite(file: Path, out: Path, target: str, asked: str | Scaler | None, length: int | str | None) -> Export:
     """A GGUF file from another one."""
-    from .gguf import place, rewrite_gguf
+    from .gguf_rewrite import place, rewrite_gguf
 
     opened = GgufFile(file)
     configured = opened.configured
@@ -268,5 +267,5 @@ def _gguf_export(out: Path, target: str, scaler: Scaler, tokens: int, rope: Gguf
         scaler=scaler,
         length=tokens,
         carrier=carrier,
-        command=launch.command(target, out, tokens),
+        command=serve_command(target, out, tokens),
     )

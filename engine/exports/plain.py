@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModel
 from ..checkpoints.tensors import untied
-from ..patches.marks import Setting, setting_of
+from ..patches.patch_record import Setting, setting_of
 from .rebuilt import check_computes, new_model
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def check_plain(model: Model | PreTrainedModel) -> None:
     if isinstance(model, PreTrainedModel):
         _check(model, setting_of(model))
         return
-    with model.running(None) as runner:
-        scaler, length = runner.rope_state
+    with model.lock:
+        scaler, length = model.runner.rope_state
         _check(model.hf, Setting(scaler, length=length))
 
 

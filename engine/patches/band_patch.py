@@ -22,12 +22,12 @@ from ..attention.plan import Plan, Segment
 from ..attention.rotation import angles
 from ..attention.rows import Run, key_slots, runs
 from ..cache import adopt
+from ..rotary_site import RotarySite, depends_on_length, primary_rotary
 from .attention_hook import AttentionHook, own_attention, own_mask
 from .float32 import float32_arithmetic
-from .masks import seen_keys
-from .positions import RotaryHook, positions_of_call
+from .frequency_patch import derived_numbers
+from .positions import RotaryHook, positions_of_call, seen_keys
 from .probe import LayerRope, layer_ropes, logits
-from .rotary import RotarySite, depends_on_length, derived_numbers, primary_rotary
 
 _VERIFIED = {torch.float64: 1e-5, torch.float32: 1e-4}  # largest difference of logits, of their largest
 _VERIFIED_16_BIT = 5e-2

@@ -10,13 +10,14 @@ from ...errors import ConfigError, PatchError, UnsupportedModel
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
+from ..rotary_site import LengthState, RotarySite, depends_on_length, primary_rotary, rotary_sites
 from .band_patch import BandPatch
-from .marks import mark, patched_with
+from .frequency_patch import FrequencyPatch
+from .patch_record import mark, patched_with
 from .probe import check_written
-from .rotary import LengthState, RotarySite, RotaryWriter, depends_on_length, primary_rotary, rotary_sites
 from .temperature_patch import TemperaturePatch
 
-Installed = RotaryWriter | TemperaturePatch | BandPatch
+Installed = FrequencyPatch | TemperaturePatch | BandPatch
 
 
 def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, grows: bool) -> Installed:
@@ -35,7 +36,7 @@ def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, 
         return BandPatch(model, sites, scaler)
     if scaler.member("temperature"):
         return TemperaturePatch(model, sites, scaler)
-    writer = RotaryWriter(model, sites, scaler)
+    writer = FrequencyPatch(model, sites, scaler)
     try:
         writer.write()
         if writer.changes_frequencies:
@@ -70,9 +71,6 @@ class PatchHandle:
 
     def undo(self) -> None:
         """Restore the model to what it was before, bit for bit. Caches filled under the patch are void.
-
-        A model that was cast meanwhile (`model.bfloat16()`) gets the frequencies back as they were before the cast, in
-        their own dtype, as a model that is loaded in 16 bits has them.
 
         Raises:
             PatchError: it was undone already.
@@ -151,10 +149,9 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
             f"this model is patched with {before} already; undo that first (a copy of a patched model is undone by a "
             "handle that was copied with it: copy.deepcopy((model, handle)))"
         )
-    missing = next((name for name in ("config", "device", "dtype") if not hasattr(model, name)), None)
-    if missing is not None:
+    if not hasattr(model, "config"):
         raise UnsupportedModel(
-            f"{type(model).__name__} has no {missing}, so it is no model of transformers; patch the one inside, such "
+            f"{type(model).__name__} has no config, so it is no model of transformers; patch the one inside, such "
             "as model.module"
         )
     sites = rotary_sites(model)

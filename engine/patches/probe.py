@@ -17,10 +17,11 @@ from ...errors import RopewalkError, UnsupportedModel
 from ...scaling.hf import is_local
 from ..attention.rotation import Layout, angles
 from ..placement import input_device
+from ..rotary_site import RotarySite
 from .attention_hook import AttentionHook, own_attention, own_mask
 from .float32 import float32_arithmetic
+from .frequency_patch import FrequencyPatch
 from .positions import RotaryHook
-from .rotary import RotarySite, RotaryWriter
 
 TOKENS = 12
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest entry; transformers' angles are float32
@@ -170,7 +171,7 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
     return found, [call.module for call in first.calls if not call.told]
 
 
-def check_written(model: PreTrainedModel, writer: RotaryWriter) -> None:
+def check_written(model: PreTrainedModel, writer: FrequencyPatch) -> None:
     """See that the model's rotary modules turn by what `writer` wrote into them.
 
     Raises:

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from ...scaling.hf import is_local
 from ...scaling.rope import Scaler
+from ..rotary_site import RotarySite, primary_rotary
 from .attention_hook import AttentionHook, own_attention, own_mask
-from .masks import own_positions
-from .positions import RotaryHook, positions_of_call
+from .frequency_patch import FrequencyPatch
+from .positions import RotaryHook, own_positions, positions_of_call
 from .probe import untold_layers
-from .rotary import RotarySite, RotaryWriter, primary_rotary
 
 
 class TemperaturePatch:
@@ -29,7 +29,7 @@ class TemperaturePatch:
     def __init__(self, model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> None:
         self.sites = sites
         self.scaler = scaler
-        self._frequencies = RotaryWriter(model, sites, scaler)
+        self._frequencies = FrequencyPatch(model, sites, scaler)
         self.scaled_sites = self._frequencies.scaled_sites
         self.derived = self._frequencies.derived
         self._seam = AttentionHook(model)

@@ -11,11 +11,12 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from ...errors import ConfigError, UnsupportedModel, did_you_mean
-from ..patches.rotary import RotarySite
+from ..rotary_site import RotarySite
 from .cpu.family import supported
 from .cpu.kernels import FOLDER
 from .cpu.runner import CompiledRunner
 from .runner import Runner
+from .transformers import TransformersRunner
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
@@ -58,7 +59,7 @@ def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerO
         UnsupportedModel: the settings insist on the compiled kernels and they cannot run this model.
     """
     if options.compile is False:
-        return Runner(hf)
+        return TransformersRunner(hf)
     if FOLDER is not None and not any(FOLDER.rglob("*.nbi")) and supported(hf.config) and sys.stderr.isatty():
         sys.stderr.write("ropewalk: compiling kernels for this machine, once (about half a minute)\n")
     try:
@@ -72,4 +73,4 @@ def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerO
                 "for them without this warning",
                 stacklevel=2,
             )
-        return Runner(hf, why=str(reason))
+        return TransformersRunner(hf, why=str(reason))

@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache
 from ...engine.model import Model
 from ...engine.placement import input_device
 from ...engine.runners.runner import Runner
+from ...engine.runners.transformers import TransformersRunner
 from ...engine.token_healing import weigh
 from ...tokenizer_tools.cover import Cover, cover
 from .token_paths import Distribution, DistributionReader, Fork, Path
@@ -56,7 +57,7 @@ class MethodResult:
     seconds: float
 
 
-class _CountedRunner(Runner):
+class _CountedRunner(TransformersRunner):
     """A network that counts how often it is run."""
 
     def __init__(self, runner: Runner) -> None:
@@ -75,8 +76,8 @@ class Ending:
         prompt: text with at least one token that is certain.
     """
 
-    def __init__(self, model: Model, runner: Runner, prompt: str) -> None:
-        self.model, self.prompt, self._runner = model, prompt, _CountedRunner(runner)
+    def __init__(self, model: Model, prompt: str) -> None:
+        self.model, self.prompt, self._runner = model, prompt, _CountedRunner(model.runner)
         self.cover: Cover = cover(model.vocabulary, prompt)
         ids = self.cover.prompt
         certain = min(len(self.cover.common_prefix), len(ids) - 1)

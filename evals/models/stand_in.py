@@ -10,14 +10,14 @@ from transformers.cache_utils import Cache
 
 from ...engine.cache import ContiguousLayer
 from ...engine.model import Model
-from ...engine.runners.runner import Runner
+from ...engine.runners.transformers import TransformersRunner
 from ...tokenizer_tools.encode import text_ids
 from ..retrieval.trial import Trial
 
 _CERTAIN = 1000.0  # a logit beside zeros: a log-probability of exactly 0 in float32
 
 
-class Uniform(Runner):
+class Uniform(TransformersRunner):
     """Every token is as likely as every other: log-probability -log V."""
 
     def new_cache(self, capacity: int) -> Cache:
@@ -59,6 +59,6 @@ def replace_runner(model: Model, kind: str) -> Uniform:
     if isinstance(fake, Oracle):
         ends = sorted(model.stop_ids) or text_ids("\n", model.tokenizer)
         fake.end = ends[0]
-    model.replace_runner(fake)
+    model.runner = fake
     model.name = f"{model.name} replaced by {kind}"
     return fake

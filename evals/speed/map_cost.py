@@ -22,8 +22,8 @@ from ...engine.attention.rotation import Layout, angles
 from ...engine.attention.rows import Run
 from ...engine.cache import RotatedKeys
 from ...engine.model import Model
-from ...engine.patches.rotary import RotarySite, primary_rotary
 from ...engine.prefill import prefill
+from ...engine.rotary_site import RotarySite, primary_rotary
 from ...engine.runners.runner import CHUNK
 from ...errors import ConfigError
 from ...scaling import Scaler
@@ -117,10 +117,9 @@ def _decoding(model: Model, scaler: Scaler, n: int, progress: Progress) -> Calla
     ids = torch.randint(0, model.vocabulary_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = model.new_cache(n + 64)
     task = progress.add_task(f"reading {n} tokens, {scaler}", total=n)
-    with model.running(n) as runner:
-        prefill(runner, ids, cache, lambda _, count: progress.advance(task, count))
+    prefill(model.runner, ids, cache, lambda _, count: progress.advance(task, count))
     progress.remove_task(task)
-    return lambda: runner.forward(ids[:1], cache, logits_to_keep=1)
+    return lambda: model.runner.forward(ids[:1], cache, logits_to_keep=1)
 
 
 def _switch(model: Model, ways: dict[tuple[str, str], Callable[[], object]]) -> Callable[[str], None]:

@@ -12,7 +12,7 @@ from typing import Literal
 from rich.console import Console
 
 from ...engine.model import Model
-from ...engine.patches.rotary import primary_rotary
+from ...engine.rotary_site import primary_rotary
 from ...errors import ConfigError, DataError, UnsupportedModel
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse

@@ -2,7 +2,7 @@
 
     import ropewalk as rw
 
-    model = rw.load("smollm2-135m", rope="auto")
+    model = rw.load("smollm2-135m", rope="yarn:2")
     print(model.generate("Once upon a time", rw.SamplingParams(max_new_tokens=64)).text)
 
 Names are imported on first use, so that `import ropewalk` and the command line start without torch.
@@ -24,10 +24,11 @@ from .errors import (
     RopewalkError,
     UnsupportedModel,
 )
+from .version import __version__
 
 if TYPE_CHECKING:
     from . import evals
-    from .engine.completion import Completion, Continuation, Score
+    from .engine.completion import Completion, Score
     from .engine.exports.export import Export, export
     from .engine.heal import Healed, heal
     from .engine.load import load
@@ -36,17 +37,16 @@ if TYPE_CHECKING:
     from .engine.patches.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
     from .engine.session import Session
+    from .engine.token_healing import Continuation
     from .evals.tuning.tune import tune
     from .scaling.spec import parse
     from .tokenizer_tools.windows import windows
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Completion": ".engine.completion",
     "Model": ".engine.model",
     "Score": ".engine.completion",
-    "Continuation": ".engine.completion",
+    "Continuation": ".engine.token_healing",
     "Export": ".engine.exports.export",
     "export": ".engine.exports.export",
     "Healed": ".engine.heal",

@@ -10,7 +10,7 @@ from serving import difference, logits
 from torch import nn
 
 import ropewalk as rw
-from ropewalk.engine.patches.rotary import rotary_sites
+from ropewalk.engine.rotary_site import rotary_sites
 from ropewalk.engine.runners.cpu.runner import CompiledRunner
 
 IDS = torch.arange(3, 143).mul(37).remainder(95)[None] + 1

@@ -19,7 +19,7 @@ from ropewalk.engine.attention.plan import Plan
 from ropewalk.engine.attention.reference import reference_attention
 from ropewalk.engine.attention.rotation import Layout
 from ropewalk.engine.attention.rows import Run
-from ropewalk.engine.patches.rotary import RotarySite
+from ropewalk.engine.rotary_site import RotarySite
 from ropewalk.scaling import RopeSpec, Scaler, parse
 from ropewalk.scaling.band import PLAIN
 from ropewalk.scaling.hf import ConfiguredRope

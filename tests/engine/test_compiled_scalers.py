@@ -18,10 +18,10 @@ from decoders import (
 from families import DEFAULT, build
 
 import ropewalk as rw
-from ropewalk.engine.patches.rotary import rotary_sites
 from ropewalk.engine.patches.scaler_slot import ScalerSlot
+from ropewalk.engine.rotary_site import rotary_sites
 from ropewalk.engine.runners.cpu.runner import FEW
-from ropewalk.engine.runners.runner import Runner
+from ropewalk.engine.runners.transformers import TransformersRunner
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
@@ -100,15 +100,15 @@ DYNAMIC = "llama", {"rope_parameters": {**DEFAULT, "rope_type": "dynamic", "fact
 def test_transformers_modules_do_it_too(row, spec, length):
     """Left alone they would switch in the middle of a text, and keep the keys of before."""
     hf, ids, scaler = build(*row), IDS[:, :length], rw.scaling.parse(spec)
-    kernels, modules = compiled(hf), Runner(hf)
+    kernels, modules = compiled(hf), TransformersRunner(hf)
     kernels.use(scaler, length)
     expected = read(build(*row), ids) if spec == "none" else in_chunks(kernels, [1000], ids)
     switch = ScalerSlot(hf, rotary_sites(hf), modules)
     switch.put(scaler)
     for sizes in ([1000], [1], [20, 1]):
-        switch.prepare(scaler, length)
+        switch.prepare(length)
         assert modules.rope_state == (scaler, length)
         assert difference(in_chunks(modules, sizes, ids), expected) < TOLERANCE
-        switch.prepare(scaler, None)
+        switch.prepare(None)
     switch.put(rw.scaling.Scaler())
     assert difference(read(hf), read(build(*row))) == 0

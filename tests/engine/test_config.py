@@ -9,7 +9,7 @@ import pytest
 from families import FAMILIES
 
 from ropewalk.engine.checkpoints.config import find_config, primary_rope
-from ropewalk.engine.patches.rotary import primary_rotary, rotary_sites
+from ropewalk.engine.rotary_site import primary_rotary, rotary_sites
 from ropewalk.errors import AssetError, UnsupportedModel
 
 

@@ -185,14 +185,14 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(tiny_folder, tmp_path, 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ropewalk.engine.exports.folder.shutil.copyfile", full)
+    monkeypatch.setattr("ropewalk.engine.exports.hf_folder.shutil.copyfile", full)
     with pytest.raises(rw.AssetError, match="No space left on device"):
         rw.export(tiny_folder, tmp_path / "other")
 
     def denied(source, _):
         raise PermissionError(13, "Permission denied", str(source))
 
-    monkeypatch.setattr("ropewalk.engine.exports.folder.shutil.copyfile", denied)
+    monkeypatch.setattr("ropewalk.engine.exports.hf_folder.shutil.copyfile", denied)
     with pytest.raises(rw.AssetError, match=r"tiny-llama/.*: cannot be read \(Permission denied\)"):
         rw.export(tiny_folder, tmp_path / "other")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gguf", "out"]

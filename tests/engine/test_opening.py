@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from live import prepare
 from small_laws import END, Law
 from small_tokenizers import KINDS
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -16,10 +15,9 @@ from transformers.cache_utils import DynamicCache
 
 import ropewalk as rw
 from ropewalk.engine.cache import can_rewind, new_cache
-from ropewalk.engine.prompt import Prompt
-from ropewalk.engine.runners.runner import Runner
+from ropewalk.engine.decode import decode
+from ropewalk.engine.runners.transformers import TransformersRunner
 from ropewalk.engine.sampling import random_source
-from ropewalk.engine.sequence import Sequence
 from ropewalk.engine.token_healing import draw_first_token, text_logprob, weigh
 from ropewalk.tokenizer_tools.cover import Node, cover
 from ropewalk.tokenizer_tools.vocab import vocabulary
@@ -69,7 +67,9 @@ def started(covered, model):
 
 def weighed(model, prompt):
     covered = cover(model.law.vocabulary, prompt)
-    return covered, weigh(Runner(model), started(covered, model), None, DynamicCache(), model.law.vocabulary)
+    return covered, weigh(
+        TransformersRunner(model), started(covered, model), None, DynamicCache(), model.law.vocabulary
+    )
 
 
 def test_next_byte_law_is_the_exact_one(exact):
@@ -85,7 +85,7 @@ def test_next_byte_law_is_the_exact_one(exact):
 def test_log_probability_of_a_text_is_the_exact_one(exact):
     for prompt in exact.law.prompts(10, seed=2):
         covered = cover(exact.law.vocabulary, prompt)
-        got = text_logprob(Runner(exact), covered, exact.start, 0, DynamicCache(), exact.law.vocabulary)
+        got = text_logprob(TransformersRunner(exact), covered, exact.start, 0, DynamicCache(), exact.law.vocabulary)
         assert got == pytest.approx(math.log(exact.law.bytes[covered.text] / exact.law.bytes[b""]), abs=1e-5)
 
 
@@ -93,17 +93,13 @@ def test_answers_are_drawn_with_their_exact_frequency():
     """Whole answers, to their end: the draw among covers and the ordinary decoding after it."""
     law = Law("plain", 6)
     model, known = ExactModel(law), law.vocabulary
-    prompt, draws, found, runner = b"abba", 600, Counter(), Runner(model)
+    prompt, draws, found = b"abba", 600, Counter()
     covered = cover(known, prompt)
     assert len(covered.nodes) > 1
     for seed in range(draws):
         params = rw.SamplingParams(max_new_tokens=12, seed=seed)
-        prompt_read = Prompt(ids=[], starts_text=False, cover=started(covered, model))
-        sequence = Sequence(prompt_read, params, known, frozenset([model.size - 1]), DynamicCache())
-        sequence.first_token(runner)
-        while not sequence.done:
-            sequence.next_token(runner, runner.step(sequence.rows))
-        tokens = sequence.tokens
+        read = lambda cache: weigh(TransformersRunner(model), started(covered, model), None, cache, known)  # noqa: E731
+        tokens = list(decode(TransformersRunner(model), [], params, frozenset([model.size - 1]), DynamicCache(), read))
         ids = [*tokens[0].continuation.prompt_ids, *(token.id for token in tokens)]
         found[known.text_bytes(ids)] += 1
     for text in law.texts:
@@ -139,7 +135,7 @@ def assert_same(covers, expected):
 def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
     covered = cover(tiny.vocabulary, prompt)
     cache = tiny.new_cache(64)
-    covers = weigh(tiny._runner, covered, tiny.tokenizer.bos_token_id, cache, tiny.vocabulary)
+    covers = weigh(tiny.runner, covered, tiny.tokenizer.bos_token_id, cache, tiny.vocabulary)
     assert_same(covers, one_forward_each(tiny.hf, covered, tiny.tokenizer.bos_token_id))
     assert cache.get_seq_length() == len(covers.context) + len(covers.held)
 
@@ -148,15 +144,15 @@ def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
 def test_paths_are_run_together(tiny, spec, most, monkeypatch):
     runs = []
     for name in ("forward", "tree"):
-        own = getattr(tiny._runner, name)
-        monkeypatch.setattr(tiny._runner, name, lambda *args, own=own, **kw: runs.append(1) or own(*args, **kw))
+        own = getattr(tiny.runner, name)
+        monkeypatch.setattr(tiny.runner, name, lambda *args, own=own, **kw: runs.append(1) or own(*args, **kw))
     tiny.rope = spec
     try:
         counts, leaves = [], []
         for prompt in ["import numpy as np\n" + prompt for prompt in PROMPTS]:
             covered = cover(tiny.vocabulary, prompt)
             runs.clear()
-            covers = weigh(tiny._runner, covered, None, tiny.new_cache(64), tiny.vocabulary)
+            covers = weigh(tiny.runner, covered, None, tiny.new_cache(64), tiny.vocabulary)
             counts.append(len(runs))
             paths = {node.path for node in covered.nodes}
             leaves.append(sum(not any(q[: len(p)] == p and q != p for q in paths) for p in paths))
@@ -179,7 +175,7 @@ def test_many_paths_are_weighed_as_each_alone(tiny, spec):
     tiny.rope = spec
     try:
         cache = tiny.new_cache(64)
-        covers = weigh(tiny._runner, covered, None, cache, tiny.vocabulary)
+        covers = weigh(tiny.runner, covered, None, cache, tiny.vocabulary)
         assert_same(covers, one_forward_each(tiny.hf, covered, None))
         assert cache.get_seq_length() == len(covered.common_prefix) + len(covers.held)
     finally:
@@ -194,7 +190,7 @@ def test_a_cache_that_holds_some_of_the_prompt_is_cropped_and_used(tiny, held):
     cache = tiny.new_cache(64)
     if ids:
         tiny.hf(torch.tensor([list(ids)]), past_key_values=cache)
-    covers = weigh(tiny._runner, covered, None, cache, tiny.vocabulary)
+    covers = weigh(tiny.runner, covered, None, cache, tiny.vocabulary)
     assert_same(covers, one_forward_each(tiny.hf, covered, None))
 
 
@@ -202,7 +198,7 @@ def test_logits_beyond_the_vocabulary_end_the_text(tiny_folder):
     known = vocabulary(AutoTokenizer.from_pretrained(tiny_folder))
     model = small(LlamaForCausalLM, size=len(known.tokens) + 40)
     with torch.inference_mode():
-        covers = weigh(Runner(model), cover(known, "import nump"), None, new_cache(model.config, 8), known)
+        covers = weigh(TransformersRunner(model), cover(known, "import nump"), None, new_cache(model.config, 8), known)
     law = covers.next_byte_logprobs(known).exp()
     beyond = covers.logprobs[covers.tokens >= len(known.tokens)].exp().sum() / math.exp(covers.total)
     assert law.sum() == pytest.approx(1, abs=1e-5)
@@ -230,17 +226,17 @@ def test_a_cache_that_cannot_forget_is_copied(tiny_folder):
     assert len({node.path for node in covered.nodes}) > 1
     cache = new_cache(model.config, 8)
     with torch.inference_mode():
-        covers = weigh(Runner(model), covered, None, cache, known)
+        covers = weigh(TransformersRunner(model), covered, None, cache, known)
     assert not can_rewind(cache)
     assert_same(covers, one_forward_each(model, covered, None))
     opening = draw_first_token(
         covers, cache, rw.SamplingParams(temperature=0), random_source(rw.SamplingParams(), model.device)
     )
     step = model(torch.tensor([opening.pending]), past_key_values=cache).logits[0, -1]
-    fresh = model(torch.tensor([[*opening.token.continuation.prompt_ids, opening.token.id]])).logits[0, -1]
+    fresh = model(torch.tensor([[*opening.continuation.prompt_ids, opening.token]])).logits[0, -1]
     assert torch.allclose(step, fresh, atol=1e-5)
     with pytest.raises(rw.PatchError, match="give a new cache"):
-        weigh(Runner(model), covered, None, cache, known)
+        weigh(TransformersRunner(model), covered, None, cache, known)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +251,7 @@ def test_every_scaler_weighs_as_a_fresh_forward_does(tiny, spec):
         read = completion.continuation.prompt_ids
         assert completion.continuation.nodes > 1
         covered = cover(tiny.vocabulary, text)
-        prepare(tiny, len(covered.prompt) + 5)
+        tiny.prepare(len(covered.prompt) + 5)
         expected = one_forward_each(tiny.hf, covered, None)
         law = torch.cat(
             [
@@ -266,7 +262,7 @@ def test_every_scaler_weighs_as_a_fresh_forward_does(tiny, spec):
         first = completion.logprobs[0].logprob
         assert first == pytest.approx(float(law.max() - law.logsumexp(0)), abs=1e-3)
         rest = tiny.score_ids([*read, *completion.token_ids], first=len(read) + 1)
-        prepare(tiny, len(covered.prompt) + 5)
+        tiny.prepare(len(covered.prompt) + 5)
         if "dynamic" not in spec:  # fixed to another length there
             got = torch.tensor([token.logprob for token in completion.logprobs[1:]])
             assert torch.allclose(got, rest, atol=1e-3)

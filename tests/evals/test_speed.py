@@ -12,7 +12,7 @@ from ropewalk.cli.main import cli
 from ropewalk.engine.attention.kernel import Score
 from ropewalk.engine.attention.reference import reference_attention
 from ropewalk.engine.attention.rotation import Layout
-from ropewalk.engine.patches.rotary import RotarySite
+from ropewalk.engine.rotary_site import RotarySite
 from ropewalk.evals.speed.map_cost import check_maps, naive_attention
 from ropewalk.scaling import RopeSpec, Scaler, parse
 from ropewalk.scaling.hf import ConfiguredRope

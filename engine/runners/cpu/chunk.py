@@ -1,12 +1,15 @@
-"""Attention of a chunk of one sequence, in torch, under any scaler or sliding window.
+"""A chunk of one sequence, in torch: the layers of a decoder that `family` describes, and their attention.
 
-Shape suffixes: N tokens of the chunk, H query heads, K key-value heads, D head dim.
+Shape suffixes: N tokens of the chunk, E hidden size, H query heads, K key-value heads, D head dim, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, linear, rms_norm, silu
 
 from ....scaling.band import Band, same
 from ...attention.banded import banded_attention
@@ -16,7 +19,75 @@ from ...attention.plan import Segment
 from ...attention.rotation import angles
 from ...attention.rows import Run
 from ...kv_cache import KVLayer
+from .family import Decoder
 from .rotation_table import RotationTable
+from .tables import Stored, Tables
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, Score], Tensor]
+"""Attention of a layer: its number, q [1, H, N, D], k and v [1, K, N, D] as they are projected -> [1, H, N, D]."""
+
+_HEAD_ROWS = 8192  # of the vocabulary that are widened at a time
+
+
+class Layers:
+    """Everything but attention. Weights are widened to float32 as they are used, into one place for all."""
+
+    def __init__(self, decoder: Decoder, tables: Tables) -> None:
+        self._decoder = decoder
+        self._tables = tables
+        self._scratch = torch.empty(0)
+
+    def run(self, ids: Sequence[int], attend: Attend) -> Tensor:
+        """What the layers make of tokens, [N, E]."""
+        count, d = len(ids), self._decoder
+        x_NE: Tensor = d.embedding(torch.tensor(ids)).float()
+        for index, layer in enumerate(d.layers):
+            query, key, value, out, gate, up, down = self._tables.stored[index]
+            before, after, before_mlp, after_mlp, *head_norms = layer.norms
+            normed = _rms(x_NE, before, d.epsilon)
+            q, k, v = (self._apply(one, normed) for one in (query, key, value))
+            if not d.norms_whole:
+                q, k, v = (x.view(count, -1, d.head_dim) for x in (q, k, v))
+            q, k = (_rms(x, norm, d.epsilon) for x, norm in zip((q, k), head_norms, strict=True))
+            q, k, v = (x.reshape(count, -1, d.head_dim).transpose(0, 1)[None] for x in (q, k, v))
+            mixed = attend(index, q, k, v, Score(scale=layer.scale, softcap=layer.softcap))
+            x_NE = x_NE + _rms(self._apply(out, mixed[0].transpose(0, 1).reshape(count, -1)), after, d.epsilon)
+            normed = _rms(x_NE, before_mlp, d.epsilon)
+            gated = self._apply(gate, normed)
+            gated = silu(gated, inplace=True) if d.activation == "silu" else gelu(gated, approximate="tanh")
+            x_NE = x_NE + _rms(self._apply(down, gated.mul_(self._apply(up, normed))), after_mlp, d.epsilon)
+        return x_NE
+
+    def logits(self, x_NE: Tensor) -> Tensor:
+        """The logits after each of some tokens, [N, V]."""
+        last, head = _rms(x_NE, self._decoder.final_norm, self._decoder.epsilon), self._tables.stored_head
+        found = torch.empty(len(last), head.weight.shape[0])
+        for r in range(0, found.shape[1], _HEAD_ROWS):
+            found[:, r : r + _HEAD_ROWS] = self._apply(head.rows(r, r + _HEAD_ROWS), last)
+        return self.capped(found)
+
+    def _apply(self, one: Stored, x: Tensor) -> Tensor:
+        weight = one.weight
+        if weight.dtype != torch.float32:
+            if self._scratch.numel() < weight.numel():
+                with torch.inference_mode(False):  # so that calls outside of it may write there too
+                    self._scratch = torch.empty(weight.numel())
+            weight = self._scratch[: weight.numel()].view(weight.shape).copy_(weight)
+        if one.scale is None:
+            return linear(x, weight, one.bias)
+        out = linear(x, weight).mul_(one.scale)
+        return out if one.bias is None else out.add_(one.bias)
+
+    def capped(self, found: Tensor) -> Tensor:
+        """Logits as the model caps them."""
+        cap = self._decoder.softcap
+        return found if cap is None else torch.tanh(found / cap) * cap
+
+
+def _rms(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    if weight is None:
+        return x
+    return rms_norm(x, weight.shape, weight, epsilon)
 
 
 class Chunk:

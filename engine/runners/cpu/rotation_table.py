@@ -17,7 +17,7 @@ from ....scaling.rope import Frequencies, Scaler
 from ...attention.plan import Plan
 from ...attention.rotation import Layout, angles
 from ...kv_cache import KVLayer
-from ...patches.rotary import RotarySite
+from ...rotary_site import RotarySite
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]

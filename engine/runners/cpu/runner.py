@@ -28,12 +28,12 @@ from ...kv_cache import CacheShape, KVCache, KVLayer
 from ...memory import check_room
 from ...patches.float32 import float32_arithmetic
 from ...patches.probe import layer_ropes, logits, probe_ids
-from ...patches.rotary import RotarySite, primary_rotary
-from ..runner import Path, RopeState, Runner
-from .chunk import Chunk
+from ...rotary_site import RotarySite, primary_rotary
+from ..runner import Path, RopeState
+from ..transformers import TransformersRunner
+from .chunk import Chunk, Layers
 from .family import decoder
 from .kernels import UNAVAILABLE
-from .layers import Layers
 from .rotation_table import RotationTable, rotate_cached_keys
 from .skim import Sample, SkimmedChunk
 from .tables import KINDS, Stored, Tables, dtype_name, groups_of
@@ -46,7 +46,7 @@ FEW = 16  # tokens up to which the compiled step is faster than a chunk in torch
 _VERIFIED = 1e-4  # difference of the logits from float32 arithmetic, of their size, in the Euclidean norm
 
 
-class CompiledRunner(Runner):
+class CompiledRunner(TransformersRunner):
     """A decoder that `family` describes, on the CPU.
 
     Raises:
@@ -123,6 +123,8 @@ class CompiledRunner(Runner):
         if self._dtype == torch.int8 and scaler.member("positions"):
             raise ConfigError(f"{scaler} holds its keys in several forms, an int8 cache in one; leave out kv_dtype")
         super().use(scaler, length)
+        if any(group.window for group in self._groups):
+            self._sink_window = None  # the keys of layers with a window are cached rotated
         if before != self._rope_state or not self._rotations:
             self._rotations = [RotationTable(group, self._primary, *self._rope_state) for group in self._groups]
 
@@ -140,10 +142,6 @@ class CompiledRunner(Runner):
 
     def new_cache(self, capacity: int) -> KVCache:
         return KVCache(self.cache_shape, self._room(capacity))
-
-    @property
-    def sink_window(self) -> tuple[int, int] | None:
-        return None if any(group.window for group in self._groups) else super().sink_window  # windows hold turned keys
 
     @torch.no_grad()
     def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:

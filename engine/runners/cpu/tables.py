@@ -13,7 +13,7 @@ from torch import Tensor
 from ....errors import UnsupportedModel
 from ...attention.rotation import Layout
 from ...patches.probe import LayerRope
-from ...patches.rotary import RotarySite
+from ...rotary_site import RotarySite
 from .family import Decoder, Linear
 from .rotation_table import Group
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..engine.exports.launch import TARGETS
+from ..engine.exports.serving_engines import TARGETS
 from .options import EXAMPLES
 
 if TYPE_CHECKING:
@@ -27,12 +27,7 @@ if TYPE_CHECKING:
 )
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--rope",
-    default="none",
-    show_default=True,
-    help="Scaler, on the frequencies alone. yarn:F, F the ratio of the lengths, if in doubt.",
-)
+@click.option("--rope", default="none", show_default=True, help="Scaler; one that acts on the frequencies alone.")
 @click.option(
     "--target",
     default="hf",

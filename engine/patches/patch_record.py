@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...scaling.rope import Scaler
-from .rotary import RotarySite
+from ..rotary_site import RotarySite
 
 
 @dataclass(frozen=True)

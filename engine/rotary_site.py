@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...errors import UnsupportedModel
-from ...scaling.band import Band
-from ...scaling.hf import ConfiguredRope, is_local, read
-from ...scaling.rope import Scaler
-from .attention_hook import language_model
-from .derived import DerivedNumbers
+from ..errors import UnsupportedModel
+from ..scaling.band import Band
+from ..scaling.hf import ConfiguredRope, is_local, read
+from ..scaling.rope import Scaler
 
 # inv_freq must be what the config says; a model cast to 16 bits as a whole has rounded its own.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -98,25 +94,13 @@ def _verify(model_name: str, module_name: str, site: RotarySite) -> None:
     actual = site.inv_freq.detach().double().cpu()
     tolerance = _TOLERANCE.get(site.inv_freq.dtype, _ROUNDED_TOLERANCE)
     for length in _lengths_read(site):
-        frequencies = rope.scaler.frequencies(rope.rope, length)
-        expected = frequencies.inv_freq
+        expected = rope.scaler.frequencies(rope.rope, length).inv_freq
         if actual.shape == expected.shape and torch.allclose(actual, expected, rtol=tolerance, atol=1e-12):
-            _verify_factor(f"{model_name}: {module_name}", site, frequencies.attention_factor)
             return
     raise UnsupportedModel(
         f"{model_name}: the frequencies in {module_name} are not those of its config ({rope.scaler} at base "
         f"{rope.rope.base:g}); it is patched by other means, or computes them in a way ropewalk does not know"
     )
-
-
-def _verify_factor(name: str, site: RotarySite, expected: float) -> None:
-    attribute = site.attribute("attention_scaling")
-    found = getattr(site.module, attribute, expected)
-    if not math.isclose(found, expected, rel_tol=1e-5):
-        raise UnsupportedModel(
-            f"{name}.{attribute}, the factor on cos and sin, is {found:g}, and its config gives {expected:g}; set it "
-            "to that, or write the factor into the config"
-        )
 
 
 def _lengths_read(site: RotarySite) -> list[int | None]:
@@ -148,94 +132,6 @@ class LengthState:
             site.module._buffers[site.attribute("inv_freq")] = buffer.to(site.inv_freq.device)
             if longest is not None:
                 setattr(site.module, site.attribute(_LONGEST), longest)
-
-
-class RotaryWriter:
-    """Writes a scaler's frequencies into a model's rotary modules, and what else the model derives from its rotary
-    config where that is; puts the original ones back.
-
-    Writes are exact and reversible: buffers are replaced, never changed, so that `restore` brings the very
-    same tensors back.
-    """
-
-    tier = "static frequencies, written into the model's own rotary modules; every attention kernel works"
-    cost = "none"
-
-    def __init__(self, model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> None:
-        self.sites = sites
-        self.scaler = scaler
-        if not self.scaled_sites:
-            raise UnsupportedModel(
-                "all layers of this model that use RoPE see a sliding window only, so no distance grows with the "
-                "context and there is nothing to scale"
-            )
-        for site in self.scaled_sites:
-            site.configured.check(scaler)
-        self.derived = derived_numbers(model, self.scaled_sites, scaler)
-        self._originals: list[dict[str, Any]] = []
-        self._written_for: int | None = -1
-
-    @property
-    def scaled_sites(self) -> list[RotarySite]:
-        """The sites that the scaler applies to: all but sliding-window layers."""
-        return [site for site in self.sites if not site.is_local]
-
-    @property
-    def changes_frequencies(self) -> bool:
-        """False for the identity, and for scalers of other facets."""
-        return bool(self.scaler.member("frequencies") or self.scaler.member("wavelength grid"))
-
-    def write(self, length: int | None = None) -> None:
-        """Put the frequencies for a sequence of `length` tokens in place; cheap when they already are."""
-        if not depends_on_length(self.scaled_sites, self.scaler):
-            length = None
-        if self._written_for == length:
-            return
-        if length is None and not self.changes_frequencies:
-            self.restore()
-            return
-        if not self._originals:
-            self._originals = [self._remember(site) for site in self.scaled_sites]
-        for site in self.scaled_sites:
-            effective = site.configured.effective(self.scaler)
-            frequencies = effective.frequencies(site.configured.rope, length)
-            device = site.inv_freq.device
-            site.module._buffers[site.attribute("inv_freq")] = frequencies.inv_freq.float().to(device)
-            setattr(site.module, site.attribute("attention_scaling"), frequencies.attention_factor)
-            # transformers recomputes `dynamic` and `longrope` frequencies inside forward; not while ours are in place
-            types: Any = site.module.rope_type
-            kept = "default" if site.layer_type is None else {**types, site.layer_type: "default"}
-            setattr(site.module, "rope_type", kept)  # noqa: B010  (nn.Module declares tensors only)
-        self.derived.apply()
-        self._written_for = length
-
-    def apply(self) -> None:
-        """Put it back after `restore`."""
-        self.write()
-
-    def restore(self) -> None:
-        """Undo every write; the model is again what it was, to the bit."""
-        for site, original in zip(self.scaled_sites, self._originals, strict=False):
-            buffer = original["inv_freq"]
-            site.module._buffers[site.attribute("inv_freq")] = buffer.to(site.inv_freq.device)
-            setattr(site.module, site.attribute("attention_scaling"), original["attention_scaling"])
-            site.module.rope_type = original["rope_type"]
-        self.derived.restore()
-        self._originals = []
-        self._written_for = -1
-
-    @staticmethod
-    def _remember(site: RotarySite) -> dict[str, Any]:
-        return {
-            "inv_freq": site.inv_freq,
-            "attention_scaling": getattr(site.module, site.attribute("attention_scaling")),
-            "rope_type": site.module.rope_type,
-        }
-
-
-def derived_numbers(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> DerivedNumbers:
-    """What the model derives from the rotary config of these sites under `scaler`."""
-    return DerivedNumbers(language_model(model), {site.layer_type: site.configured for site in sites}, scaler)
 
 
 def depends_on_length(sites: list[RotarySite], scaler: Scaler) -> bool:

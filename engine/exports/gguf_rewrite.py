@@ -11,8 +11,8 @@ from ...errors import AssetError, UnsupportedModel
 from ...scaling.gguf_rope import GgufRope
 from ..checkpoints.gguf_file import GgufFile
 from ..storage import make_room, new_folder
-from . import launch
 from .gguf_write import add_rope, write_gguf, writing
+from .serving_engines import modelfile
 
 __all__ = ["place", "rewrite_gguf", "write_gguf"]
 
@@ -33,7 +33,7 @@ def place(out: Path, target: str, length: int, needed: int, write: Callable[[Pat
     if target == "ollama":
         with new_folder(out, needed=needed) as work:
             write(work / _MODEL_FILE)
-            (work / "Modelfile").write_text(launch.modelfile(_MODEL_FILE, length), encoding="utf-8")
+            (work / "Modelfile").write_text(modelfile(_MODEL_FILE, length), encoding="utf-8")
         return
     if out.exists():
         raise AssetError(f"{out} exists; choose another name, or delete it first")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-__all__ = ["TARGETS", "Target", "command", "modelfile", "script"]
+__all__ = ["TARGETS", "Target", "modelfile", "serve_command", "serve_script"]
 
 Target = Literal["hf", "vllm", "sglang", "llama.cpp", "ollama"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -23,7 +23,7 @@ _SERVERS = {
 }
 
 
-def command(target: str, path: Path, length: int) -> str:
+def serve_command(target: str, path: Path, length: int) -> str:
     """The command that serves `path` up to `length` tokens; empty for hf."""
     if target in _SERVERS:
         return _SERVERS[target][0].format(model=shlex.quote(str(path)), length=length)
@@ -34,7 +34,7 @@ def command(target: str, path: Path, length: int) -> str:
     return ""
 
 
-def script(target: str, scaler: str, length: int, overrides: Mapping[str, Any]) -> str:
+def serve_script(target: str, scaler: str, length: int, overrides: Mapping[str, Any]) -> str:
     """A shell script that serves the folder it lies in with vLLM or SGLang.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from ...errors import UnsupportedModel
-from ..checkpoints.gguf_pre import PRE
+from ..checkpoints.gguf_pretokenizers import PRE
 from ..checkpoints.gguf_tokenizer import END_NAMES
 
 __all__ = ["add_vocabulary"]
