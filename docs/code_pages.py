@@ -1,23 +1,18 @@
-"""Pages of the docs that are made from the code alone, and the file tree of README.md."""
+"""Pages of the docs that are made from the code alone."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
 import inspect
 import re
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ropewalk.cli.main import COMMANDS, cli
 from ropewalk.scaling import METHODS, Auto, Scaler
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 SHARED_BY = 3
 """An option that as many commands have in the same words is described once in docs/cli.md."""
@@ -244,27 +239,3 @@ def _arguments(value: Any) -> str:
         for one in taken
     ]
     return str(inspect.Signature(plain)).replace("Ellipsis", "...")
-
-
-def file_tree() -> str:
-    """The tree in README.md: a line a file, from the first line of each docstring."""
-    lines = ["```text"]
-    for folder in ("engine", "scaling", "tokenizer_tools", "evals", "src/ropewalk/cli"):
-        lines.append(f"{folder}/")
-        for file in sorted(
-            (ROOT / folder).rglob("*.py"), key=lambda file: (file.parent, file.name != "__init__.py", file)
-        ):
-            doc = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").partition("\n")[0]
-            indent = "    " * len(file.parent.relative_to(ROOT / folder).parts)
-            if file.name != "__init__.py":
-                lines.append(f"{indent}    {file.name:<18} {doc}")
-            elif indent:
-                lines.append(f"{indent}{file.parent.name + '/':<18} {doc}")
-    lines += [
-        "examples/              five programs to start from: a long document, a pipeline, tuning, code, a study",
-        "tests/                 mirrors the folders; tests/train_tiny.py makes the small model they use",
-        "docs/                  design, methods, evaluation, the command line, the log of what failed",
-        "src/ropewalk/          the import root: links to the four folders, cli/, errors.py, plugins.py, public names",
-        "```",
-    ]
-    return "\n".join(lines)

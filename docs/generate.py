@@ -1,22 +1,23 @@
 """Writes the generated parts of the docs: `make docs`. A test fails while they are stale.
 
 python docs/generate.py                    # pages from the code, tables from the runs and counts in docs/results
-python docs/generate.py --run runs/demo    # also the table and plot in README.md, from a run of the demo
-python docs/generate.py --results          # also the plots of docs/results.md and docs/contexts.md
+python docs/generate.py --results          # also the plots of README.md, docs/results.md and docs/contexts.md
 python docs/generate.py --families         # also docs/families.md, by patching every architecture (3 minutes)
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
+import choice_tables
 import code_pages
+import continuation_tables
 import interop_tables
 import readme_tables
 import reliability_tables
 import result_tables
+import speed_tables
 from families_page import families_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +30,10 @@ PAGES = {
 """Files that are generated as a whole."""
 
 TABLES = {
-    "README.md": lambda: {"tree": code_pages.file_tree(), **readme_tables.tables()},
+    "README.md": readme_tables.tables,
+    "docs/choose.md": choice_tables.tables,
+    "docs/engine.md": speed_tables.tables,
+    "docs/continuation.md": continuation_tables.tables,
     "docs/results.md": result_tables.tables,
     "docs/contexts.md": result_tables.contexts_tables,
     "docs/export.md": interop_tables.tables,
@@ -62,22 +66,16 @@ def replace_block(text: str, name: str, content: str) -> str:
 def main() -> None:
     """Write everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="folder of a demo run")
     parser.add_argument("--families", action="store_true", help="patch every architecture again")
     parser.add_argument("--results", action="store_true", help="draw the plots again")
     arguments = parser.parse_args()
     if arguments.families:
         (ROOT / "docs" / "families.md").write_text(families_page(), encoding="utf-8")
     if arguments.results:
+        choice_tables.draw()
         result_tables.draw()
     for path, content in generated().items():
         path.write_text(content, encoding="utf-8")
-    if arguments.run is not None:
-        readme = ROOT / "README.md"
-        table = (arguments.run / "table.md").read_text(encoding="utf-8").strip()
-        shutil.copy(arguments.run / "loss.svg", ROOT / "docs" / "demo.svg")
-        content = f"![Loss against context](docs/demo.svg)\n\n{table}"
-        readme.write_text(replace_block(readme.read_text(encoding="utf-8"), "demo", content), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,21 @@ PUBLISHED = {
 """kexue.fm 9675, 9706 and 9708: percent within the trained length of 512, and at 4096, repeated and fresh."""
 
 
+MAPS_TINY = {
+    "none": "",
+    "yarn:4": "",
+    "ntk-mixed:4": "",
+    "rerope:64": " (L/4)",
+    "rerope:128": " (L/2)",
+    "self-extend:8,window=64": "",
+    "dual-chunk": "",
+}
+"""The methods of the table with and without log n, with what is said of their windows."""
+
+
 def tables() -> dict[str, str]:
     """Every table of docs/results.md by the name of its block."""
-    return {**{name: _run(name) for name in RUNS}, "repetition": _repetition()}
+    return {**{name: _run(name) for name in RUNS}, "maps-tiny": _maps_tiny(), "repetition": _repetition()}
 
 
 def contexts_tables() -> dict[str, str]:
@@ -123,4 +135,22 @@ def _repetition() -> str:
         ours = [f"{100 * one[kind]['mean']:.1f}" for kind in ("within", "repeated", "fresh")]
         theirs = ["" if value is None else f"{value:.1f}" for value in PUBLISHED[one["rope"]]]
         lines.append(f"| `{one['rope'].replace('|', chr(92) + '|')}` | {' | '.join([*ours, *theirs])} |")
+    return "\n".join(lines)
+
+
+def _maps_tiny() -> str:
+    """What log n changes, from the run docs/results/maps-tiny."""
+    losses = {(row["context"], row["rope"]): row["loss"] for row in Run(RESULTS / "maps-tiny").rows}
+    columns = ((256, False), (512, False), (1024, False), (512, True), (1024, True))
+
+    def loss(rope: str, context: int, has_logn: bool) -> float:
+        with_logn = "logn" if rope == "none" else f"{rope}|logn"
+        return float(losses[context, with_logn if has_logn else rope])
+
+    best = {column: min(loss(rope, *column) for rope in MAPS_TINY) for column in columns}
+    lines = ["| method | 256 | 512 | 1k | with log n: 512 | 1k |", "|---" * (len(columns) + 1) + "|"]
+    for rope, remark in MAPS_TINY.items():
+        values = {column: loss(rope, *column) for column in columns}
+        shown = [f"**{value:.3f}**" if value == best[column] else f"{value:.3f}" for column, value in values.items()]
+        lines.append(f"| `{rope}`{remark} | {' | '.join(shown)} |")
     return "\n".join(lines)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..scaling.lengths import format_length
-from ..scaling.positions import ReRoPE
+from ..scaling.positions import SelfExtend
 from ..scaling.rope import RopeSpec, Scaler
-from ..scaling.temperature import LogN
 from ..scaling.yarn import YaRN
 from .tuned_scalers import TunedScaler
+
+GROUP = 8
+"""Self-Extend's group: with a window of a quarter of the trained length it reaches 6.25 times that length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +35,16 @@ class Choice:
     """The scaler for every length: the untouched model, what was tuned, and beyond that a default.
 
     Attributes:
+        rope: the model's geometry before any scaling of its own.
         trained_length: tokens that the model reads untouched.
         steps: what was tuned, the smallest target first.
-        default: for lengths beyond all of them; None is YaRN with the factor that a length needs.
-        plain_length: tokens that YaRN's factor counts from.
+        takes_maps: whether the model can be put under Self-Extend; if not, the default is YaRN.
     """
 
+    rope: RopeSpec
     trained_length: int
     steps: tuple[Step, ...]
-    default: Scaler | None
-    plain_length: int
+    takes_maps: bool
 
     @classmethod
     def of(
@@ -56,13 +58,12 @@ class Choice:
             tunings: the smallest target first.
             takes: whether the model, as it was loaded, can be put under a scaler.
         """
-        default = ReRoPE(window=max(1, trained_length // 2)) | LogN()
         steps = [step for tuning in tunings if (step := _step(tuning, takes)) is not None]
         return cls(
+            rope=rope,
             trained_length=trained_length,
             steps=tuple(steps),
-            default=default if takes(default) else None,
-            plain_length=rope.trained_length,
+            takes_maps=takes(self_extend(rope, trained_length)),
         )
 
     def at(self, length: int | None) -> Scaler:
@@ -72,16 +73,35 @@ class Choice:
         for step in self.steps:
             if length <= step.target:
                 return step.scaler
-        return self.default or YaRN(factor=float(math.ceil(length / self.plain_length)))
+        if self.takes_maps:
+            return self_extend(self.rope, self.trained_length, length)
+        return YaRN(factor=float(math.ceil(length / self.rope.trained_length)))
 
     def __str__(self) -> str:
         parts = [f"up to {format_length(self.trained_length)} the untouched model"]
         parts += [f"up to {format_length(step.target)} {step.scaler} ({step.why})" for step in self.steps]
-        if self.default is None:
-            parts.append("beyond yarn by the length (the default of a model that takes no position map)")
+        if self.takes_maps:
+            default = self_extend(self.rope, self.trained_length)
+            reach = format_length(int(default.reach(replace(self.rope, trained_length=self.trained_length))))
+            parts.append(f"beyond {default} (the default; its group is doubled where a text is longer than {reach})")
         else:
-            parts.append(f"beyond {self.default} (the default)")
+            parts.append("beyond yarn by the length (the default of a model that takes no position map)")
         return ", ".join(parts)
+
+
+def self_extend(rope: RopeSpec, trained_length: int, length: int = 0) -> SelfExtend:
+    """What `auto` takes beyond the trained length, for a text of `length` tokens; docs/choose.md says why.
+
+    Args:
+        rope: the model's geometry.
+        trained_length: tokens that it reads untouched.
+        length: the group is `GROUP`, doubled until the text is reached.
+    """
+    carried = replace(rope, trained_length=trained_length)
+    scaler = SelfExtend(group=GROUP, window=max(1, trained_length // 4))
+    while scaler.reach(carried) < length:
+        scaler = replace(scaler, group=2 * scaler.group)
+    return scaler
 
 
 def _step(tuning: TunedScaler, takes: Callable[[Scaler], bool]) -> Step | None:

@@ -7,8 +7,42 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .decode import Token
-from .token_healing import Continuation
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What was done at the end of a prompt.
+
+    Attributes:
+        backed_off: tokens at the end of the prompt that were not taken as certain.
+        nodes: beginnings of covers that were weighed against each other; 1 is ordinary decoding.
+        aligned: probability that a text with this prompt has a token border where the prompt ends.
+        prompt_ids: tokens read before the first one of the answer.
+        overlap: bytes of the answer's first token that belong to the prompt.
+    """
+
+    backed_off: int
+    nodes: int
+    aligned: float
+    prompt_ids: list[int]
+    overlap: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """One decoded token.
+
+    Attributes:
+        logprob, top: its log-probability and those of the likeliest tokens (id -> nats), if asked for.
+        source: index of the context that the token relied on, where the answer is over contexts.
+        continuation: set on the first token after a prompt whose covers were weighed; the token may begin inside the
+            prompt.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: dict[int, float] | None = None
+    source: int | None = None
+    continuation: Continuation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +57,14 @@ class Usage:
 class Completion:
     """What `generate` returns: the new text, without the prompt.
 
-    `text` has whole characters; where it ends inside one, `unfinished` has the bytes of that so far. A character that
-    the prompt ends inside counts to the text.
-    `token_ids` are the new tokens. The first of them may begin inside the prompt: `continuation` is set where that was
-    weighed.
-    `finish_reason` is "stop" (an end token or stop string came), "length" or "time". `logprobs` holds one `Token` for
-    each id if `SamplingParams.logprobs` asked for them, `sources` the index of the context that each relied on if the
-    answer was over contexts.
+    Attributes:
+        text: whole characters. A character that the prompt ends inside belongs to the text.
+        token_ids: the new tokens. The first may begin inside the prompt; `continuation` says so.
+        finish_reason: "stop" (an end token or a stop string), "length" or "time".
+        logprobs: one `Token` for each id, if `SamplingParams.logprobs` asked for them.
+        continuation: set where the end of the prompt was weighed.
+        unfinished: the bytes of a character that the answer ends inside.
+        sources: the context that each token relied on, if the answer was over contexts.
     """
 
     text: str

@@ -11,14 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..tokenizer_tools.vocab import Vocabulary, vocabulary
-from .answer import stop_ids
 from .cache import new_cache
+from .completion import Continuation
 from .placement import input_device
 from .prompt import Prompt
 from .runners.runner import token_rows
 from .runners.transformers import TransformersRunner
 from .sampling import SamplingParams, random_source
-from .token_healing import Continuation, draw_first_token
+from .sequence import stop_ids
+from .token_healing import draw_first_token, weigh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +96,21 @@ def heal(
     rows: list[list[int]] = []
     continuations: list[Continuation | None] = []
     ended: list[bool] = []
-    ends = stop_ids(hf_model, tokenizer)
+    ends, runner = stop_ids(hf_model, tokenizer), TransformersRunner(hf_model)
     for prompt in read:
-        weigh = prompt.weigher(TransformersRunner(hf_model), known, params.repetition_penalty)
-        if weigh is None:
+        if (cover := prompt.cover_to_weigh) is None:
             rows.append(prompt.ids)
             continuations.append(None)
             ended.append(False)
             continue
         cache = new_cache(hf_model.config, len(prompt.ids))
         with torch.inference_mode():
-            opening = draw_first_token(weigh(cache), cache, params, generator)
-        rows.append([*opening.continuation.prompt_ids, opening.token])
-        continuations.append(opening.continuation)
-        ended.append(opening.token in ends)
+            covers = weigh(runner, cover, prompt.start, cache, known, params.repetition_penalty)
+            first = draw_first_token(covers, cache, params, generator).token
+        assert first.continuation is not None
+        rows.append([*first.continuation.prompt_ids, first.id])
+        continuations.append(first.continuation)
+        ended.append(first.id in ends)
     length = max(map(len, rows))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Healed(

@@ -44,12 +44,13 @@ def load(
 ) -> Model:
     """Load a Llama-style model and give it a position scaler.
 
-        model = rw.load("smollm2-135m", rope="yarn:2")
+        model = rw.load("smollm2-135m", rope="auto")
 
     Args:
         name: a built-in name (`ropewalk fetch` lists them), a folder, a `.gguf` file, or a hub id.
         rope: a spec string, whose lengths may be multiples of the trained one ("rerope:0.5x"), or a scaler; None is the
-            model as it was trained, and "auto" chooses for the length of every request.
+            model as it was trained; "auto" is that too within the trained length, and Self-Extend or what `tune` found
+            beyond, by the length of every request.
         dtype: "float32", "bfloat16", "float16", "float64" or "int8" (weights only, made from the model's own). "auto"
             is the checkpoint's own, but float32 where 16-bit products would run several times slower: on CPUs without
             bfloat16 arithmetic, unless the compiled kernels run the model, which widen weights as they read them.

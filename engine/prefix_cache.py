@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
 from transformers.cache_utils import Cache
 
 from ..tokenizer_tools.cover import shared_length
 from .cache import can_rewind, layers_agree, tokens_read
 from .runners.runner import RopeState
-
-if TYPE_CHECKING:
-    from .model import Model
+from .scaled_model import ScaledModel
 
 
 class PrefixCache:
-    """A cache with the tokens that it holds, under whatever scaler: cropped and turned to what is read next.
+    """A cache with the tokens that it holds, under any scaler: cropped and rotated to what is read next.
 
     So it can never be wrong, only empty.
 
     Attributes:
         ids: the tokens held.
-        cache: None while there is nothing to keep.
-        setting: the scaler that the keys are turned for, and its length.
+        cache: None while it holds nothing.
+        rope_state: the scaler that the keys are rotated for, and its length.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: ScaledModel) -> None:
         self._model = model
         self.ids: list[int] = []
         self.cache: Cache | None = None
-        self.rope_state = model.runner.rope_state
+        self.rope_state = model.rope_state
 
     def shared(self, ids: list[int]) -> int:
         """Tokens that it holds of the beginning of `ids`."""
@@ -44,25 +39,17 @@ class PrefixCache:
         Args:
             length: tokens that it is going to hold.
         """
-        runner = self._model.runner
-        with self._model.lock:
-            self._model.prepare(length)
+        with self._model.running(length) as runner:
             if self.rope_state != runner.rope_state:
-                self._rotate_cached_keys()
-            self.rope_state = runner.rope_state
+                cache, ids = self.cache, self.ids
+                self.clear()  # keys of which some are rotated would be of no scaler
+                if cache is not None and runner.rotate_cached_keys(cache, self.rope_state):
+                    self.cache, self.ids = cache, ids
+                self.rope_state = runner.rope_state
         self.settle(self.ids[: self.shared(certain[:-1])])
         if self.cache is None:
-            self.cache = runner.new_cache(length)
+            self.cache = self._model.new_cache(length)
         return self.cache
-
-    def _rotate_cached_keys(self) -> None:
-        cache, ids = self.cache, self.ids
-        self.clear()  # half turned keys would be of no scaler
-        if cache is None:
-            return
-        with torch.inference_mode():
-            if self._model.runner.rotate_cached_keys(cache, self.rope_state):
-                self.cache, self.ids = cache, ids
 
     def settle(self, known: list[int], broken: bool = False) -> None:
         """Keep what the cache holds of `known`, in all layers alike.

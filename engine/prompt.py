@@ -16,10 +16,7 @@ from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
 from ..tokenizer_tools.vocab import Vocabulary, check_ids, check_text
 from .chat_header import chat_headers
-from .decode import Weigh
-from .runners.runner import Runner
 from .sampling import Continuing
-from .token_healing import weigh
 
 
 def token_ids(given: object, size: int | None = None) -> list[int]:
@@ -64,7 +61,7 @@ class Prompt:
     @property
     def certain(self) -> list[int]:
         """Tokens that are read whatever is drawn."""
-        return self.ids if self.cover is None or self.cover.only_aligned else list(self.cover.common_prefix)
+        return self.ids if self.cover_to_weigh is None else list(self.cover_to_weigh.common_prefix)
 
     @classmethod
     def read(
@@ -121,11 +118,10 @@ class Prompt:
             starts_text=not covers.text and all(map(vocabulary.is_special, covers.prompt[-1:])),
         )
 
-    def weigher(self, runner: Runner, vocabulary: Vocabulary, penalty: float) -> Weigh | None:
-        """`weigh` for the decode loop; None if the answer can only begin where the prompt's tokens end."""
-        if (covers := self.cover) is None or covers.only_aligned:
-            return None
-        return lambda cache: weigh(runner, covers, self.start, cache, vocabulary, penalty)
+    @property
+    def cover_to_weigh(self) -> Cover | None:
+        """Its covers; None if the answer can only begin where the prompt's tokens end."""
+        return None if self.cover is None or self.cover.only_aligned else self.cover
 
     def text_stream(self, vocabulary: Vocabulary) -> TextStream:
         """For the text of the answer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -94,13 +95,25 @@ def _verify(model_name: str, module_name: str, site: RotarySite) -> None:
     actual = site.inv_freq.detach().double().cpu()
     tolerance = _TOLERANCE.get(site.inv_freq.dtype, _ROUNDED_TOLERANCE)
     for length in _lengths_read(site):
-        expected = rope.scaler.frequencies(rope.rope, length).inv_freq
+        frequencies = rope.scaler.frequencies(rope.rope, length)
+        expected = frequencies.inv_freq
         if actual.shape == expected.shape and torch.allclose(actual, expected, rtol=tolerance, atol=1e-12):
+            _verify_factor(f"{model_name}: {module_name}", site, frequencies.attention_factor)
             return
     raise UnsupportedModel(
         f"{model_name}: the frequencies in {module_name} are not those of its config ({rope.scaler} at base "
         f"{rope.rope.base:g}); it is patched by other means, or computes them in a way ropewalk does not know"
     )
+
+
+def _verify_factor(name: str, site: RotarySite, expected: float) -> None:
+    attribute = site.attribute("attention_scaling")
+    found = getattr(site.module, attribute, expected)
+    if not math.isclose(found, expected, rel_tol=1e-5):
+        raise UnsupportedModel(
+            f"{name}.{attribute}, the factor on cos and sin, is {found:g}, and its config gives {expected:g}; set it "
+            "to that, or write the factor into the config"
+        )
 
 
 def _lengths_read(site: RotarySite) -> list[int | None]:

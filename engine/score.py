@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .placement import input_device
-from .prefill import Progress, forward
+from .prefill import Progress, prefill
 from .runners.runner import CHUNK, Runner
 
 LOGITS_BUDGET = 2**24  # most float32 logits held at once: 64 MiB
@@ -59,7 +59,7 @@ def scored_logits(
     while start < end:
         inside = start >= first - 1
         stop = min(start + scored_chunk, end) if inside else min(start + CHUNK, first - 1)
-        logits = forward(runner, ids[start:stop], cache, logits_to_keep=stop - start if inside else 1)
+        logits = prefill(runner, ids[start:stop], cache, logits_to_keep=stop - start if inside else 1)
         if progress:
             progress(start, stop - start)
         if inside:

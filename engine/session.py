@@ -7,30 +7,26 @@ import tempfile
 import weakref
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, DataError
 from ..tokenizer_tools.characters import broken, first_characters, shown, unfinished
 from ..tokenizer_tools.cover import shared_length
 from ..tokenizer_tools.vocab import check_text
-from .answer import Answer
 from .cache import can_rewind
 from .completion import Completion
-from .generation import check_length, pieces
+from .generation import run
 from .kv_cache import KVCache
 from .prefill import Progress, prefill
 from .prefix_cache import PrefixCache
 from .prompt import Prompt
 from .sampling import SamplingParams
+from .scaled_model import ScaledModel
+from .sequence import Sequence
 from .storage import share
-
-if TYPE_CHECKING:
-    from .model import Model
 
 _FORMAT = "ropewalk session 1"
 _SPARE = 256  # tokens of room beside what a file holds
@@ -51,7 +47,7 @@ class Session:
     the character when it is whole.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: ScaledModel) -> None:
         self._model = model
         self._data = b""  # all that was appended and written, in UTF-8
         self._cached = PrefixCache(model)
@@ -83,23 +79,19 @@ class Session:
         self._end_stream()
         data = self._with(text)
         certain = self._read(data).certain
-        check_length(self._model, len(certain), SamplingParams(max_new_tokens=1), self._cached.cache)
-        with self._model.lock:  # the scaler must not change between the two
-            cache = self._cached.ready(certain, len(certain) + 1)
+        length = self._model.check_length(len(certain), SamplingParams(max_new_tokens=1), self._cached.cache)
+        with self._model.running(length) as runner:  # the scaler must not change between the two
+            cache = self._cached.ready(certain, length)
             if not can_rewind(cache):
                 certain = certain[:-1]  # an answer runs the last token again, to see what follows it
-            if len(certain) > len(self._cached.ids):
-                self._read_on(certain, cache, progress)
+            if (held := len(self._cached.ids)) < len(certain):
+                try:
+                    prefill(runner, certain[held:], cache, progress)
+                except BaseException:
+                    self._cached.settle(certain, broken=True)
+                    raise
+                self._cached.ids = certain
         self._data = data
-
-    def _read_on(self, certain: list[int], cache: Cache, progress: Progress | None) -> None:
-        try:
-            with torch.inference_mode():
-                prefill(self._model.runner, certain[len(self._cached.ids) :], cache, progress)
-        except BaseException:
-            self._cached.settle(certain, broken=True)
-            raise
-        self._cached.ids = certain
 
     def generate(self, text: str = "", params: SamplingParams | None = None) -> Completion:
         """Append `text` and continue; the answer becomes part of the session.
@@ -109,41 +101,41 @@ class Session:
         Raises:
             ContextOverflow: the text is longer than the scaler reaches, or than memory holds.
         """
-        answer, written = self._start(text, params or SamplingParams())
-        for _ in written:
+        sequence, pieces = self._start(text, params or SamplingParams())
+        for _ in pieces:
             pass
-        return answer.completion()
+        return sequence.completion()
 
     def stream(self, text: str = "", params: SamplingParams | None = None) -> Iterator[str]:
         """The text of `generate`, piece by piece; what was written when it is closed stays in the session."""
         return self._start(text, params or SamplingParams())[1]
 
-    def _start(self, text: str, params: SamplingParams) -> tuple[Answer, Iterator[str]]:
+    def _start(self, text: str, params: SamplingParams) -> tuple[Sequence, Iterator[str]]:
         self._end_stream()
         data = self._with(text)
         prompt = self._read(data, params)
-        check_length(self._model, len(prompt.ids), params, self._cached.cache)
-        answer = Answer(prompt, params, self._model.vocabulary, self._model.stop_ids)
-        written = self._written(data, prompt, params, answer)
-        self._stream = weakref.ref(written)
-        return answer, written
+        length = self._model.check_length(len(prompt.ids), params, self._cached.cache)
+        sequence = Sequence(prompt, params, self._model.vocabulary, self._model.stop_ids)
+        pieces = self._written(data, sequence, length)
+        self._stream = weakref.ref(pieces)
+        return sequence, pieces
 
-    def _written(
-        self, data: bytes, prompt: Prompt, params: SamplingParams, answer: Answer
-    ) -> Generator[str, None, None]:
-        rope = self._model.rope
-        cache = self._cached.ready(prompt.certain, len(prompt.ids) + params.max_new_tokens)
+    def _written(self, data: bytes, sequence: Sequence, length: int) -> Generator[str, None, None]:
+        rope, prompt = self._model.rope, sequence.prompt
+        sequence.cache = self._cached.ready(prompt.certain, length)
         before, broken = self._data, False
         self._data = data
         try:
-            yield from pieces(self._model, prompt, params, answer, cache, rope)
+            for _, piece in run(self._model, [sequence], length, rope=rope):
+                if piece:
+                    yield piece
         except BaseException as error:
             broken = not isinstance(error, GeneratorExit)  # which comes between two steps
             raise
         finally:
-            written = [token.id for token in answer.tokens]
-            self._data = data + answer.data if written or not broken else before
-            self._cached.settle([*answer.prompt_ids, *written] if written else prompt.certain, broken)
+            ids = [token.id for token in sequence.tokens]
+            self._data = data + sequence.data if ids or not broken else before
+            self._cached.settle([*sequence.prompt_ids, *ids] if ids else prompt.certain, broken)
 
     def _end_stream(self) -> None:
         if self._stream is not None and (stream := self._stream()) is not None:
@@ -239,8 +231,8 @@ class Session:
                 held = len(ids) - dropped
                 if not 0 <= needed <= held <= len(ids):
                     raise ValueError("it holds more or fewer keys than its tokens have")
-                model.runner.check_room(held + _SPARE)
-                cache = model.runner.new_cache(held + _SPARE)
+                model.check_room(held + _SPARE, length=held)
+                cache = model.new_cache(held + _SPARE)
                 if not isinstance(cache, KVCache):
                     raise ConfigError("sessions can be loaded by the compiled kernels only")
                 _fill(cache, file, held, (dropped, needed), path)

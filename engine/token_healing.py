@@ -7,6 +7,7 @@ model's law of the text that follows, given the prompt's *text*; everything afte
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from ..errors import ConfigError
 from ..tokenizer_tools.cover import Cover, shared_length
 from ..tokenizer_tools.vocab import Vocabulary
 from .cache import can_rewind, rewind, tokens_read
+from .completion import Continuation, Token
 from .prefill import prefill
 from .runners.runner import Runner
 from .sampling import SamplingParams, penalize_repetition, sample
@@ -26,25 +28,6 @@ from .score import score
 END = 256  # the index of "the text ends here" among next bytes
 
 Path = tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Continuation:
-    """What was done at the end of a prompt.
-
-    Attributes:
-        backed_off: tokens of the prompt, counted from its end, that were not taken as certain.
-        nodes: beginnings of covers that were weighed against each other; 1 is ordinary decoding.
-        aligned: probability that a text with this prompt has a token border where the prompt ends.
-        prompt_ids: tokens read before the first one of the answer.
-        overlap: bytes of the answer's first token that belong to the prompt.
-    """
-
-    backed_off: int
-    nodes: int
-    aligned: float
-    prompt_ids: list[int]
-    overlap: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,31 +178,43 @@ class FirstToken:
     """
 
     index: int
-    token: int
+    token: Token
     pending: list[int]
-    continuation: Continuation
 
 
 def draw_first_token(covers: Covers, cache: Cache, params: SamplingParams, generator: torch.Generator) -> FirstToken:
     """Draw a cover and leave the cache at the beginning that it shares with what was run."""
-    return first_token_at(covers, cache, sample(covers.scores, params, generator))
+    return first_token_at(covers, cache, sample(covers.scores, params, generator), params.logprobs)
 
 
-def first_token_at(covers: Covers, cache: Cache, index: int) -> FirstToken:
-    """The opening by the cover `index`."""
+def first_token_at(covers: Covers, cache: Cache, index: int, top: int | None = None) -> FirstToken:
+    """The first token by the cover `index`.
+
+    Args:
+        top: how many log-probabilities the token carries; None for none.
+    """
     node, token = covers.cover.nodes[int(covers.nodes[index])], int(covers.tokens[index])
     common = shared_length(covers.held, node.path)
     if len(covers.held) > common:
         rewind(cache, len(covers.held) - common)
+    continuation = Continuation(
+        backed_off=covers.cover.backed_off,
+        nodes=len(covers.cover.nodes),
+        aligned=covers.aligned,
+        prompt_ids=[*covers.context, *node.path],
+        overlap=len(node.suffix),
+    )
+    pending = [*node.path[common:], token]
+    if top is None:
+        return FirstToken(index=index, token=Token(id=token, continuation=continuation), pending=pending)
+    logprobs = covers.logprobs - covers.total
+    best = logprobs.topk(min(top, len(logprobs)))
+    likeliest: dict[int, float] = {}
+    for at, logprob in zip(best.indices, best.values.tolist(), strict=True):
+        if logprob > -math.inf:
+            likeliest.setdefault(int(covers.tokens[at]), logprob)  # a token may end covers of two nodes
     return FirstToken(
         index=index,
-        token=token,
-        pending=[*node.path[common:], token],
-        continuation=Continuation(
-            backed_off=covers.cover.backed_off,
-            nodes=len(covers.cover.nodes),
-            aligned=covers.aligned,
-            prompt_ids=[*covers.context, *node.path],
-            overlap=len(node.suffix),
-        ),
+        token=Token(id=token, logprob=float(logprobs[index]), top=likeliest, continuation=continuation),
+        pending=pending,
     )

@@ -31,6 +31,10 @@ from .runs.runner import measure_all
 MODEL, TEXT = "smollm2-135m", "shakespeare"
 TARGET = 1024  # tokens scored: the last ones of a play
 PASSAGE = SamplingParams(max_new_tokens=96, temperature=0.7, top_p=0.9, seed=1)
+RECOMMENDATION = (
+    "Without time to tune take auto (--rope auto, rope='auto'); for an engine that serves a config file yarn:F, F the "
+    "ratio of the lengths. `ropewalk tune` measures your model."
+)
 CLOSING_SECONDS = 25  # of the time limit kept for the passage and the report
 
 
@@ -44,9 +48,9 @@ class Winner:
 
 
 def specs(ratio: int) -> list[str]:
-    """The scalers compared at `ratio` times the trained length. NTK-aware needs a factor above the ratio of lengths,
-    since its fast pairs are hardly slowed."""
-    return ["none", f"linear:{ratio}", f"ntk:{2 * ratio}", f"ntk-mixed:{ratio}", f"yarn:{ratio}"]
+    """The scalers compared at `ratio` times the trained length: `auto` and `yarn` are what docs/choose.md recommends.
+    NTK-aware needs a factor above the ratio of lengths, since its fast pairs are hardly slowed."""
+    return ["none", f"linear:{ratio}", f"ntk:{2 * ratio}", f"yarn:{ratio}", "auto"]
 
 
 def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
@@ -73,8 +77,9 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
     planned.sort(key=lambda cell: (not is_essential(cell), cell.context if is_essential(cell) else -cell.context))
     console.print(
         f"{model.name}, {model.hf.num_parameters() / 1e6:.0f}M parameters, trained on {format_length(L)} tokens, in "
-        f"{model.runner.precision}. Loss on the same last {TARGET} tokens of a play, "
-        f"reading {', '.join(format_length(c) for c in plan.contexts)} tokens up to its end.\n",
+        f"{model.precision}. Loss on the same last {TARGET} tokens of a play, "
+        f"reading {', '.join(format_length(c) for c in plan.contexts)} tokens up to its end. "
+        f"auto is the untouched model up to {format_length(L)} and {_beyond(model, longest)} beyond.\n",
         highlight=False,
     )
     run.write_environment()
@@ -98,7 +103,14 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
         passage = _passage(model, best[0], run)
         files = publish(run, title=f"{MODEL} past its trained length", passages=[passage])
     print_results(run, files, outcome.left_out, console)
+    console.print(f"\n{RECOMMENDATION}", highlight=False)
     console.print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Open {files[0]}", highlight=False)
+
+
+def _beyond(model: Model, length: int) -> str:
+    """What `auto` takes for a text of `length` tokens."""
+    model.rope = "auto"
+    return str(model.rope_at(length))
 
 
 def _best_so_far(run: Run, planned: list[PerplexityCell], longest: int) -> Winner | None:

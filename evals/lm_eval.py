@@ -82,7 +82,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """Goes into the harness's results."""
-        return {"model_dtype": self.model.runner.precision, "rope": str(self.model.rope)}
+        return {"model_dtype": self.model.precision, "rope": str(self.model.rope)}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         text: str = self.tokenizer.apply_chat_template(

@@ -3,7 +3,7 @@
     python examples/long_document.py
     python examples/long_document.py --file report.txt --question "Question: Who signed it?\nAnswer:"
 
-scaled        the whole document at once, under YaRN
+scaled        the whole document at once, under what `auto` takes for its length
 NBCE          in windows that are read one by one; the next token is drawn from all of their answers, pooled
 sink window   as a stream that forgets: only the last part is still known at the end
 """
@@ -37,9 +37,8 @@ print(f"{length} tokens; the model was trained for {model.trained_length}\n")
 
 
 def scaled():
-    factor = max(2, -(-(length + 100) // model.trained_length))
-    model.rope = f"yarn:{factor}"
-    return model.generate(f"{text}\n\n{args.question}", params).text, str(model.rope)
+    model.rope = "auto"
+    return model.generate(f"{text}\n\n{args.question}", params).text, str(model.rope_at(length + 100))
 
 
 def pooled():

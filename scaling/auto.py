@@ -18,8 +18,8 @@ class Auto(Scaler):
 
     Up to the trained length L it is the untouched model, to the bit. Beyond, it is what `ropewalk tune` has found for
     this model: of the results kept in the cache folder the one for the smallest target that holds the length. Where
-    there is none it is `rerope:0.5x|logn`, which reaches any length and lost at most 0.08 nats to the best map on our
-    two models (docs/results.md), or on a model that takes no position map YaRN with the factor that the length needs.
+    there is none it is `self-extend:8,window=0.25x`, whose group is doubled where a text is longer than 6.25 L
+    (docs/choose.md says why), or on a model that takes no position map `yarn:F`, F the ratio of the lengths rounded up.
     `model.describe()` says which.
     It stands alone, and only a model that ropewalk runs takes it.
 
@@ -49,5 +49,5 @@ class Auto(Scaler):
 def _refuse() -> NoReturn:
     raise ConfigError(
         "'auto' chooses a scaler by the length of each request, which only a model of ropewalk sees: "
-        "rw.load(..., rope='auto') or model.rope = 'auto'; here name one scaler, such as rerope:0.5x|logn"
+        "rw.load(..., rope='auto') or model.rope = 'auto'; here name one scaler, such as self-extend:8,window=0.25x"
     )

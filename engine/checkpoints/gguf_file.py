@@ -49,9 +49,9 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
         return found
 
 
-def _following(number: Any) -> Any:
-    """As people count: the first is 1."""
-    return number + 1 if isinstance(number, int) else number
+def _part(number: Any) -> str:
+    """As people count: the first is part 1; a file does not have to say its number."""
+    return f"part {number + 1}" if isinstance(number, int) else "a part"
 
 
 class GgufFile:
@@ -78,7 +78,7 @@ class GgufFile:
         parts = self.field("split.count")
         if parts not in (None, 0, 1):
             raise UnsupportedModel(
-                f"{path} is part {_following(self.field('split.no'))} of a GGUF file that was split in {parts}; join "
+                f"{path} is {_part(self.field('split.no'))} of a GGUF file that was split in {parts}; join "
                 "them first (llama-gguf-split --merge FIRST_PART OUT.gguf), and give the whole one"
             )
 

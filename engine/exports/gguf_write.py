@@ -27,9 +27,9 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 from ...errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
 from ...scaling import hf as hf_config
 from ...scaling.gguf_rope import GgufRope
-from ..answer import stop_ids
 from ..checkpoints.checkpoint import read_config, read_tokenizer, read_weights
 from ..rotary_site import primary_rotary
+from ..sequence import stop_ids
 from ..storage import cache_dir, filling
 from .gguf_write_tokenizer import add_vocabulary
 from .plain import check_plain

@@ -54,8 +54,8 @@ def check_plain(model: Model | PreTrainedModel) -> None:
     if isinstance(model, PreTrainedModel):
         _check(model, setting_of(model))
         return
-    with model.lock:
-        scaler, length = model.runner.rope_state
+    with model.running(None) as runner:
+        scaler, length = runner.rope_state
         _check(model.hf, Setting(scaler, length=length))
 
 

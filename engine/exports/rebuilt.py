@@ -7,6 +7,7 @@ was set on a module) is in no file, so it is looked for here: numbers by name, e
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -125,6 +126,7 @@ def check_computes(model: PreTrainedModel, new: PreTrainedModel, setting: Settin
             stacklevel=2,
         )
         return
+    _warn_of_classes(new)
     device = input_device(model)
     _fill(new, model)
     if setting is not None:
@@ -151,6 +153,20 @@ def check_computes(model: PreTrainedModel, new: PreTrainedModel, setting: Settin
             f"by {difference:.2g} of their size, and {tolerance:g} is allowed{_seen(model, new)}. Config and weights "
             "are all that a file holds, so undo what was changed in the modules, or correct model.config"
         )
+
+
+def _warn_of_classes(new: PreTrainedModel) -> None:
+    """Say that a class computes by a forward of others, for new models of this process too."""
+    for kind in dict.fromkeys(base for module in new.modules() for base in type(module).__mro__):
+        forward = vars(kind).get("forward")
+        origin = getattr(inspect.unwrap(forward), "__module__", None) if callable(forward) else None
+        if origin not in (None, kind.__module__):
+            warnings.warn(
+                f"the forward of the class {kind.__name__} was replaced by one of {origin}, for every model in this "
+                "process, so it cannot be seen here whether it computes what transformers does; compare the export "
+                "with the model in another process",
+                stacklevel=2,
+            )
 
 
 def _why_not_run(model: PreTrainedModel) -> str | None:

@@ -72,6 +72,9 @@ class PatchHandle:
     def undo(self) -> None:
         """Restore the model to what it was before, bit for bit. Caches filled under the patch are void.
 
+        A model that was cast meanwhile (`model.bfloat16()`) gets the frequencies back as they were before the cast, in
+        their own dtype, as a model that is loaded in 16 bits has them.
+
         Raises:
             PatchError: it was undone already.
         """
@@ -149,9 +152,10 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
             f"this model is patched with {before} already; undo that first (a copy of a patched model is undone by a "
             "handle that was copied with it: copy.deepcopy((model, handle)))"
         )
-    if not hasattr(model, "config"):
+    missing = next((name for name in ("config", "device", "dtype") if not hasattr(model, name)), None)
+    if missing is not None:
         raise UnsupportedModel(
-            f"{type(model).__name__} has no config, so it is no model of transformers; patch the one inside, such "
+            f"{type(model).__name__} has no {missing}, so it is no model of transformers; patch the one inside, such "
             "as model.module"
         )
     sites = rotary_sites(model)

@@ -20,7 +20,9 @@ class ScalerSlot:
         self._prepared: dict[Scaler, Installed] = {}
         self._refused: set[Scaler] = set()
         self._installed = install(hf, sites, Scaler(), grows=False)
-        self.prepare(None)
+        self._follows_length = False
+        self._length: int | None = None
+        self._begin()
 
     @property
     def scaler(self) -> Scaler:
@@ -31,8 +33,7 @@ class ScalerSlot:
         """Put `scaler` in the place of the one before, which stays if this one is refused or interrupted.
 
         Args:
-            keep: remember how it is done. The second time costs nothing then, where looking at the model anew takes a
-                few short forwards.
+            remember: how it is installed. The second time is free then; the first takes a few short forwards.
 
         Raises:
             ConfigError: the scaler cannot work on this model.
@@ -54,12 +55,12 @@ class ScalerSlot:
                     f"{type(self._hf).__name__} takes more than its frequencies from rope_parameters, which the "
                     "compiled kernels do not follow; load it with compile=False"
                 )
-            self.prepare(None)
+            self._begin()
         except BaseException:  # Ctrl-C too, or the model would run under none while `scaler` names another
             self._installed.restore()
             self._installed = before
             before.apply()
-            self.prepare(None)
+            self._begin()
             raise
         mark(self._hf, self._sites, scaler if scaler.parts else None)
         if remember:
@@ -77,9 +78,19 @@ class ScalerSlot:
                 self.put(before, remember=True)
         return scaler in self._prepared
 
-    def prepare(self, length: int | None) -> None:
-        """Make the scaler in place ready for a sequence of `length` tokens."""
-        if not depends_on_length(self._sites, self.scaler):
-            length = None
+    def prepare(self, scaler: Scaler, length: int | None) -> None:
+        """Have `scaler` in place, ready for sequences of `length` tokens; nothing happens where it is already."""
+        if scaler is not self._installed.scaler and scaler != self._installed.scaler:
+            self.put(scaler, remember=True)
+        if self._follows_length and length != self._length:
+            self._write(length)
+
+    def _begin(self) -> None:
+        """After another scaler was installed: within the trained length, as before any request."""
+        self._follows_length = depends_on_length(self._sites, self._installed.scaler)
+        self._write(None)
+
+    def _write(self, length: int | None) -> None:
         self._installed.write(length)
-        self._runner.use(self.scaler, length)
+        self._runner.use(self._installed.scaler, length)
+        self._length = length

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from rich.console import Console
 from rich.progress import track
@@ -62,7 +61,7 @@ def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
         "kind": text.kind,
         "place": cut.place,
         "seed": seed,
-        "dtype": model.runner.precision,
+        "dtype": model.precision,
         "device": input_device(model.hf).type,
         "transformers": transformers.__version__,
     }
@@ -71,8 +70,8 @@ def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
 def measure(model: Model, cut: Cut) -> dict[str, dict[str, Any]]:
     """What is measured at one cut, by method."""
     wanted = cut.token[cut.overlap :]
-    with model.lock, torch.inference_mode():
-        ending = Ending(model, cut.prompt)
+    with model.running(len(cut.prompt)) as runner:
+        ending = Ending(model, runner, cut.prompt)
         openings = {method: ending.open(method) for method in METHODS if method != HEALING}
         measured: dict[str, dict[str, Any]] = {HEALING: {"finished": ending.transformers_finishes(wanted)}}
         for method, opening in openings.items():

@@ -76,8 +76,8 @@ class Ending:
         prompt: text with at least one token that is certain.
     """
 
-    def __init__(self, model: Model, prompt: str) -> None:
-        self.model, self.prompt, self._runner = model, prompt, _CountedRunner(model.runner)
+    def __init__(self, model: Model, runner: Runner, prompt: str) -> None:
+        self.model, self.prompt, self._runner = model, prompt, _CountedRunner(runner)
         self.cover: Cover = cover(model.vocabulary, prompt)
         ids = self.cover.prompt
         certain = min(len(self.cover.common_prefix), len(ids) - 1)

@@ -50,7 +50,7 @@ class Local:
 
     @property
     def precision(self) -> str:
-        return self.model.runner.precision
+        return self.model.precision
 
     @property
     def device(self) -> str:
@@ -87,15 +87,11 @@ class Local:
         model, length = self.model, len(trial.prompt_ids) + trial.new_tokens
         check_ids([*trial.prompt_ids, *trial.answer_ids], model.vocabulary_size)
         params = SamplingParams(max_new_tokens=trial.new_tokens, temperature=0)
-        with model.lock, torch.inference_mode():  # the scaler must not change between the two
-            model.prepare(length)  # as `generate_ids` will: a dynamic scaler must not change below the cache
+        with model.running(length) as runner:  # a dynamic scaler must not change below the cache
             cache = model.new_cache(length)
             ids = trial.prompt_ids + trial.answer_ids[:-1]
             logprobs = (
-                prefill(model.runner, ids, cache, advance, logits_to_keep=len(trial.answer_ids))
-                .float()
-                .log_softmax(-1)
-                .cpu()
+                prefill(runner, ids, cache, advance, logits_to_keep=len(trial.answer_ids)).float().log_softmax(-1).cpu()
             )
             completion = model.generate_ids(trial.prompt_ids, params, cache if can_rewind(cache) else None)
         chosen = logprobs.gather(-1, torch.tensor(trial.answer_ids)[:, None])[:, 0]
@@ -113,5 +109,5 @@ class Local:
 
     def needs(self, longest: int) -> str:
         weights = self.model.hf.get_memory_footprint() / 1e6
-        cache = self.model.runner.bytes_per_token * longest / 1e6
+        cache = self.model.bytes_per_token * longest / 1e6
         return f"memory about {weights:.0f} MB of weights and {cache:.0f} MB of cache at the longest context"

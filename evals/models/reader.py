@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from ...engine.model import Model
+    from ...engine.runners.runner import Runner
     from ...tokenizer_tools.vocab import Vocabulary
 
 Tokens = list[int]
@@ -128,13 +130,12 @@ class ModelReader(Reader):
 
         self._model = model
         self._scaler = model.rope if scaler is None else scaler
-        self.name, self.precision = model.name, model.runner.precision
+        self.name, self.precision = model.name, model.precision
         self.device, self.trained_length = input_device(model.hf).type, model.trained_length
         self.metadata = weight_metadata(model)
 
     def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
-        with self._model.lock:  # the scaler must not change before it has scored
-            self._put(len(ids))
+        with self._running(len(ids)):  # the scaler must not change before it has scored
             self.cache = self._model.new_cache(len(ids))
             losses: Losses = -self._model.score_ids(ids, first, advance, self.cache).numpy()
         return losses
@@ -144,13 +145,11 @@ class ModelReader(Reader):
         from ...engine.score import scored_logits
 
         ids = token_ids(ids, self._model.vocabulary_size)
-        with self._model.lock:
-            self._put(len(ids))
+        with self._running(len(ids)) as runner:
             self.cache = self._model.new_cache(len(ids))
-        pieces = scored_logits(self._model.runner, ids, first, self.cache, advance)
+            pieces = scored_logits(runner, ids, first, self.cache, advance)
         while True:
-            with self._model.lock:
-                self._put(len(ids))  # another reader may have had the model since the last piece
+            with self._running(len(ids)):  # another reader may have had the model since the last piece
                 piece = next(pieces, None)
             if piece is None:
                 return
@@ -160,18 +159,14 @@ class ModelReader(Reader):
         return ModelReader(self._model, scaler)
 
     def rope_at(self, length: int) -> Scaler:
-        with self._model.lock:
-            self._put(length)
+        with self._running(length):
             return self._model.rope_at(length)
 
     def count_bytes(self, ids: Sequence[int]) -> int:
         return bytes_of(ids, self._model.tokenizer, lambda: self._model.vocabulary)
 
-    def _put(self, length: int) -> None:
-        """Put the scaler into the model, whose lock the caller holds."""
-        if self._model.rope != self._scaler:
-            self._model.rope = self._scaler
-        self._model.prepare(length)
+    def _running(self, length: int) -> AbstractContextManager[Runner]:
+        return self._model.running_under(self._scaler, length)
 
 
 class CallableReader(Reader):

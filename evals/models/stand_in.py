@@ -59,6 +59,6 @@ def replace_runner(model: Model, kind: str) -> Uniform:
     if isinstance(fake, Oracle):
         ends = sorted(model.stop_ids) or text_ids("\n", model.tokenizer)
         fake.end = ends[0]
-    model.runner = fake
+    model.replace_runner(fake)
     model.name = f"{model.name} replaced by {kind}"
     return fake

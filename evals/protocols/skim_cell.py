@@ -23,7 +23,7 @@ from .protocol import Window, tokens_sha256
 
 def can_skim(model: Model) -> bool:
     """True if `engine.skim` can run it."""
-    return isinstance(model.runner, CompiledRunner)
+    return model.is_compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,12 @@ class SkimCell(Cell):
     def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
         assert isinstance(subject, Local), "only a network in this process skims"
         model = subject.model
-        assert isinstance(model.runner, CompiledRunner)
         started = time.perf_counter()
         ids = [self.window.ids[place] for place in self.sample.positions.tolist()]
         scored = ids[self.window.first - len(self.window.ids) :]
-        with model.lock:
-            model.prepare(self.context)
-            logits = model.runner.skim(ids, self.sample, len(scored) + 1)[:-1]
+        with model.running(self.context) as runner:
+            assert isinstance(runner, CompiledRunner)
+            logits = runner.skim(ids, self.sample, len(scored) + 1)[:-1]
         losses = (logits.logsumexp(-1) - logits.gather(-1, torch.tensor(scored)[:, None])[:, 0]).numpy()
         advance(0, len(ids))
         measured = {

@@ -61,9 +61,9 @@ def _ropewalk(model: str, ids: list[int], dtype: str, rope: str) -> _Loaded:
 
     loaded = load(model, rope, dtype=dtype, max_length=len(ids))
     return _Loaded(
-        f"ropewalk {loaded.runner.precision}",
+        f"ropewalk {loaded.precision}",
         loaded.hf.get_memory_footprint(),
-        loaded.runner.bytes_per_token * len(ids),
+        loaded.bytes_per_token * len(ids),
         lambda: -float(loaded.score_ids(ids, len(ids) - TARGET).mean()),
     )
 

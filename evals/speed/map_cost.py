@@ -117,9 +117,10 @@ def _decoding(model: Model, scaler: Scaler, n: int, progress: Progress) -> Calla
     ids = torch.randint(0, model.vocabulary_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = model.new_cache(n + 64)
     task = progress.add_task(f"reading {n} tokens, {scaler}", total=n)
-    prefill(model.runner, ids, cache, lambda _, count: progress.advance(task, count))
+    with model.running(n) as runner:
+        prefill(runner, ids, cache, lambda _, count: progress.advance(task, count))
     progress.remove_task(task)
-    return lambda: model.runner.forward(ids[:1], cache, logits_to_keep=1)
+    return lambda: runner.forward(ids[:1], cache, logits_to_keep=1)
 
 
 def _switch(model: Model, ways: dict[tuple[str, str], Callable[[], object]]) -> Callable[[str], None]:

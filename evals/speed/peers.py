@@ -28,8 +28,8 @@ class Ropewalk:
         self.prefill([0])  # caches of some networks take their dtype from the first keys
         self.cache_dtype = _name(self._cache.layers[0].keys.dtype)
         self.versions = {"ropewalk": __version__, **versions_of("torch", "transformers", "numba")}
-        self.versions["network"] = self._model.runner.how
-        self.remark = "" if self._model.runner.is_compiled else "(by transformers' modules)"
+        self.versions["network"] = self._model.run_by
+        self.remark = "" if self._model.is_compiled else "(by transformers' modules)"
 
     def prefill(self, ids: list[int]) -> Logits:
         self._cache = self._model.new_cache(len(ids) + self._room)
@@ -44,12 +44,10 @@ class Ropewalk:
         rewind(self._cache, self._cache.get_seq_length() - length)
 
     def _run(self, ids: list[int]) -> Logits:
-        import torch
-
         from ...engine.prefill import prefill
 
-        with torch.inference_mode():
-            return _on_cpu(prefill(self._model.runner, ids, self._cache)[-1])
+        with self._model.running(None) as runner:
+            return _on_cpu(prefill(runner, ids, self._cache)[-1])
 
 
 class Transformers:

@@ -189,7 +189,8 @@ class Load:
 @contextmanager
 def _cancelled(model: Model, after: int) -> Iterator[None]:
     """Raise `Cancelled` at the end of the network's call number `after` + 1, if there are as many."""
-    forward, calls = model.runner.forward, iter(range(after))
+    with model.running(None) as runner:
+        forward, calls = runner.forward, iter(range(after))
 
     def stops(*args: object, **kwargs: object) -> object:
         found = forward(*args, **kwargs)  # type: ignore[arg-type]
@@ -197,11 +198,11 @@ def _cancelled(model: Model, after: int) -> Iterator[None]:
             raise Cancelled
         return found
 
-    model.runner.forward = stops  # type: ignore[method-assign, assignment]
+    runner.forward = stops  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        del model.runner.forward
+        del runner.forward
 
 
 def serve(
@@ -235,8 +236,7 @@ def serve(
         model.rope = before
     quarter = len(readings) // 4
     warm = min(readings[quarter : 2 * quarter])
-    shape = getattr(model.runner, "cache_shape", None)
-    cache = 0 if shape is None else shape.bytes_per_token * longest / _MB
+    cache = model.bytes_per_token * longest / _MB if model.is_compiled else 0
     return Verdict(requests=requests, warm_mb=warm, last_mb=min(readings[-quarter:]), allowed_mb=0.03 * warm + cache)
 
 

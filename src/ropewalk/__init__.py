@@ -2,7 +2,7 @@
 
     import ropewalk as rw
 
-    model = rw.load("smollm2-135m", rope="yarn:2")
+    model = rw.load("smollm2-135m", rope="auto")
     print(model.generate("Once upon a time", rw.SamplingParams(max_new_tokens=64)).text)
 
 Names are imported on first use, so that `import ropewalk` and the command line start without torch.
@@ -28,7 +28,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import evals
-    from .engine.completion import Completion, Score
+    from .engine.completion import Completion, Continuation, Score
     from .engine.exports.export import Export, export
     from .engine.heal import Healed, heal
     from .engine.load import load
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from .engine.patches.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
     from .engine.session import Session
-    from .engine.token_healing import Continuation
     from .evals.tuning.tune import tune
     from .scaling.spec import parse
     from .tokenizer_tools.windows import windows
@@ -46,7 +45,7 @@ _LAZY = {
     "Completion": ".engine.completion",
     "Model": ".engine.model",
     "Score": ".engine.completion",
-    "Continuation": ".engine.token_healing",
+    "Continuation": ".engine.completion",
     "Export": ".engine.exports.export",
     "export": ".engine.exports.export",
     "Healed": ".engine.heal",

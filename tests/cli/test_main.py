@@ -1,6 +1,7 @@
 """The command line: help with examples everywhere, one clear sentence and exit code 2 for mistakes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from prepared import python
 
-from ropewalk.cli.main import COMMANDS, cli, main
+from ropewalk.cli.main import COMMANDS, cli, main, with_options
 
 
 def ropewalk(*arguments, **options):
@@ -169,3 +170,30 @@ def test_dry_run_measures_nothing(tiny_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "4 cells" in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_error_names_the_options_of_the_command(tiny_folder):
+    done = CliRunner().invoke(cli, ["generate", str(tiny_folder), "import os\n" * 200])
+    assert re.search(r"set --rope auto, shorten the prompt, or add --max-length \d+ to go there", str(done.exception))
+    words = ["generate", str(tiny_folder), "import os\n" * 200, "--rope", "self-extend:2,window=64"]
+    assert "with rope 'self-extend:2,window=64'; set --rope auto" in str(CliRunner().invoke(cli, words).exception)
+    (file := tiny_folder / "long.txt").write_text("import os\n" * 200)
+    asked = CliRunner().invoke(cli, ["generate", str(tiny_folder), "x", str(file), "--contexts"])
+    file.unlink()
+    assert "or split it: --window 2k" in str(asked.exception)
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "shown"),
+    [
+        ("generate", "load with kv_dtype='int8' (1 GB)", "add --kv-dtype int8 (1 GB)"),
+        ("generate", "or load with offload=FOLDER, which", "or add --offload FOLDER, which"),
+        ("generate", "load it with compile=False", "add --no-compile"),
+        ("generate", "load(..., special_tokens=True), or", "load(..., --special-tokens), or"),
+        ("generate", "with rope 'rerope:8|logn'", "with rope 'rerope:8|logn'"),
+        ("ppl", "load with max_length=400", "load with max_length=400"),  # it has no such option
+        ("ppl", 'set model.rope = "auto"', "set --rope auto"),
+    ],
+)
+def test_settings_become_options(command, said, shown):
+    assert with_options(said, cli.get_command(None, command)) == shown

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 import torch
 
 import ropewalk as rw
+from ropewalk.engine.generation import run
 from ropewalk.engine.kv_cache import KVCache, KVLayer
 from ropewalk.engine.prefill import prefill
+from ropewalk.engine.sequence import Sequence
 
 TEXT = "def main(argv=None):\n    parser = argparse.ArgumentParser()\n    for name in sorted(names):\n"
 MORE = '        if name.startswith("_"):\n            continue\n    return parser.parse_args(argv'
@@ -26,7 +28,7 @@ def check_cache(model, session):
     assert {layer.get_seq_length() for layer in held.layers} == {len(ids)}
     if ids:
         fresh = model.new_cache(len(ids))
-        prefill(model.runner, ids, fresh)
+        prefill(model._runner, ids, fresh)
         assert cache_difference(held, fresh, len(ids)) < 1e-4
 
 
@@ -46,13 +48,13 @@ def counted(model, monkeypatch):
     counts = []
     with monkeypatch.context() as patch:
         for name in ("_decode_step", "_prefill_chunk"):
-            run = getattr(model.runner, name)
+            run = getattr(model._runner, name)
 
             def counting(what, *args, run=run, few=name == "_decode_step"):
                 counts.append(sum(len(ids) for ids, _ in what) if few else len(what))
                 return run(what, *args)
 
-            patch.setattr(model.runner, name, counting)
+            patch.setattr(model._runner, name, counting)
         yield counts
 
 
@@ -68,7 +70,7 @@ def interrupted(monkeypatch, where, after=0, error=KeyboardInterrupt):
         "layer": (KVLayer, "update"),
         "rotated": (KVLayer, "write_keys"),
         "written": (KVCache, "advance"),
-        "counted": (rw.engine.runners.cpu.layers.Layers, "capped"),
+        "counted": (rw.engine.runners.cpu.chunk.Layers, "capped"),
     }[where]
     run, calls = getattr(owner, name), iter(range(after + 1))
 
@@ -88,3 +90,17 @@ class Memory:
 
     def __init__(self, available):
         self.available = available
+
+
+def prepare(model, length):
+    """The scaler in use, ready for sequences of `length` tokens."""
+    with model.running(length):
+        pass
+
+
+def written(model, prompt, params):
+    """The completion of a prompt that was read already."""
+    sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids)
+    for _ in run(model, [sequence], sequence.length):
+        pass
+    return sequence.completion()

@@ -161,13 +161,25 @@ def test_a_change_that_is_interrupted_leaves_the_old_scaler_in_place(model, monk
     assert torch.equal(model.score(TEXT).logprobs, before)
 
 
-def test_more_tokens_than_the_reach_are_refused_with_the_next_step(model, tiny_folder):
-    with pytest.raises(rw.ContextOverflow, match=r'more than the 256 that .* set model.rope = "yarn:2"'):
-        model.generate("x", rw.SamplingParams(max_new_tokens=300))
-    model.rope = "yarn:2"
-    assert model.generate("x", rw.SamplingParams(max_new_tokens=300)).usage.completion_tokens <= 300
+@pytest.mark.parametrize("rope", ["none", "yarn:2", "self-extend:2,window=128"])
+def test_more_tokens_than_the_reach_are_refused_with_the_next_step(model, rope):
+    model.rope = rope
+    with pytest.raises(rw.ContextOverflow, match=r"more than the .* reaches with rope") as refused:
+        model.generate("x", rw.SamplingParams(max_new_tokens=600))
+    assert 'set model.rope = "auto"' in str(refused.value)
+    model.rope = "auto"
+    assert model.generate("x", rw.SamplingParams(max_new_tokens=600)).usage.completion_tokens <= 600
+
+
+def test_a_limit_that_was_set_is_named_and_no_scaler_is_advised_that_would_not_help(tiny_folder):
     longer = rw.load(tiny_folder, max_length=400)
     assert longer.generate("x", rw.SamplingParams(max_new_tokens=300)).usage.completion_tokens <= 300
+    params = rw.SamplingParams(max_new_tokens=600)
+    with pytest.raises(rw.ContextOverflow, match=r'was loaded for.*load with max_length=\d+ and rope="auto"$'):
+        longer.generate("x", params)
+    longer.rope = "auto"
+    with pytest.raises(rw.ContextOverflow, match=r"was loaded for.*load with max_length=\d+$"):
+        longer.generate("x", params)
 
 
 @pytest.mark.parametrize("spec", ["ntk:4|rerope:64|logn", "dual-chunk|logn", "jet-long:64", "logn"])

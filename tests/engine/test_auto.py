@@ -16,7 +16,7 @@ from ropewalk.scaling import Auto
 
 SHORT = TEXT  # far within the trained length of 256
 LONG = TEXT * 8  # 296 tokens, between once and twice that
-DEFAULT = "rerope:128|logn"
+DEFAULT = "self-extend:8,window=64"  # reaches 1600 tokens
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +106,8 @@ def test_rows_of_a_list_are_each_as_alone(both):
 def test_short_rows_of_a_list_are_written_together(compiled, monkeypatch):
     compiled.rope = "auto"
     seen = []
-    step = compiled.runner.step
-    monkeypatch.setattr(compiled.runner, "step", lambda rows: seen.append(len(rows)) or step(rows))
+    step = compiled._runner.step
+    monkeypatch.setattr(compiled._runner, "step", lambda rows: seen.append(len(rows)) or step(rows))
     compiled.generate([SHORT, LONG, MORE], greedy(4))
     assert max(seen) == 2
 
@@ -143,7 +143,7 @@ def test_a_session_that_grows_past_it_is_one_whose_scaler_was_changed(compiled, 
     compiled.remember(tuned(compiled, 1024, spec), text="x")
     growing = compiled.session()
     growing.append(SHORT * 2)
-    assert compiled.runner.rope_state[0] == rw.parse(None)
+    assert compiled._runner.rope_state[0] == rw.parse(None)
     found = law(growing.generate(TEXT * 6, greedy(4, logprobs=3)))
 
     compiled.rope = None
@@ -152,7 +152,7 @@ def test_a_session_that_grows_past_it_is_one_whose_scaler_was_changed(compiled, 
     compiled.rope = spec
     assert found == law(changed.generate(TEXT * 6, greedy(4, logprobs=3)))
     assert cache_difference(growing._cached.cache, changed._cached.cache, changed.tokens) == 0
-    assert str(compiled.runner.rope_state[0]) == spec
+    assert str(compiled._runner.rope_state[0]) == spec
     compiled.rope = "auto"
     growing.crop(len(SHORT))
     growing.append("")
@@ -174,23 +174,42 @@ def test_a_session_saved_under_it(compiled, tmp_path):
 def test_what_was_tuned_is_taken_up_to_its_target(compiled, cache):
     compiled.rope = "auto"
     assert compiled.rope_at(None) == compiled.rope_at(256) == rw.parse("none")
-    assert str(compiled.rope_at(257)) == str(compiled.rope_at(5000)) == DEFAULT
+    assert str(compiled.rope_at(257)) == str(compiled.rope_at(1600)) == DEFAULT
     path = compiled.remember(tuned(compiled, 1024, "yarn:4", "rerope:64"), text="book")
     assert path.parent == cache / "tuned"
     compiled.remember(tuned(compiled, 512, "dual-chunk", "none"), text="shakespeare")
-    chosen = {n: str(compiled.rope_at(n)) for n in (256, 257, 512, 513, 1024, 1025, 5000)}
+    chosen = {n: str(compiled.rope_at(n)) for n in (256, 257, 512, 513, 1024, 1025, 1600)}
     assert chosen == {
-        256: "none", 257: "dual-chunk", 512: "dual-chunk", 513: "yarn:4", 1024: "yarn:4", 1025: DEFAULT, 5000: DEFAULT,
+        256: "none", 257: "dual-chunk", 512: "dual-chunk", 513: "yarn:4", 1024: "yarn:4", 1025: DEFAULT, 1600: DEFAULT,
     }  # fmt: skip
     for text, spec in ((LONG, "dual-chunk"), (LONG * 2, "yarn:4")):
         assert torch.equal(scored(text)(compiled), under(compiled, spec, scored(text)))
     assert (
         "auto: up to 256 the untouched model, up to 512 dual-chunk (tuned on shakespeare), up to 1k yarn:4 "
-        f"(tuned on book), beyond {DEFAULT} (the default)"
+        f"(tuned on book), beyond {DEFAULT} (the default; its group is doubled where a text is longer than 1600)"
     ) in compiled.describe()
     assert "any length" in compiled.describe()
     compiled.remember(tuned(compiled, 512, "ntk:4"), text="shakespeare")
     assert str(compiled.rope_at(300)) == "ntk:4"
+
+
+@pytest.mark.parametrize("length", [1601, 3104, 3105, 10**6])
+def test_beyond_the_reach_of_its_group_it_is_doubled(compiled, length):
+    compiled.rope = "auto"
+    scaler = compiled.rope_at(length)
+    group = 8
+    while (256 - 64 + 64 // group) * group < length:  # the reach in the scaler's docstring
+        group *= 2
+    assert str(scaler) == f"self-extend:{group},window=64"
+    compiled.rope = scaler
+    assert compiled.max_length >= length
+    compiled.rope = f"self-extend:{group // 2},window=64"
+    assert compiled.max_length < length
+
+
+def test_the_scaler_of_auto_is_the_one_that_the_docs_name(compiled, tiny_folder):
+    compiled.rope = "auto"
+    assert compiled.rope_at(257) == rw.parse("self-extend:8,window=0.25x", 256)
 
 
 def test_it_is_kept_for_the_model_in_other_dtypes_and_for_no_other(compiled, tiny_folder, cache):
@@ -256,7 +275,9 @@ def test_it_stands_alone(compiled, spec):
 def test_room_in_memory_is_that_under_the_scaler_of_the_request(compiled, monkeypatch):
     compiled.rope = "auto"
     seen = []
-    monkeypatch.setattr(compiled.runner, "check_room", lambda *_, **__: seen.append(str(compiled.runner.rope_state[0])))
+    monkeypatch.setattr(
+        compiled._runner, "check_room", lambda *_, **__: seen.append(str(compiled._runner.rope_state[0]))
+    )
     for text in (LONG, SHORT):
         compiled.generate(text, greedy(1))
     assert seen == [DEFAULT, "none"]
@@ -294,7 +315,7 @@ def test_an_interrupted_switch_is_made_up_for(compiled, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(compiled.runner), "use", stops)
+        patch.setattr(type(compiled._runner), "use", stops)
         with pytest.raises(KeyboardInterrupt):
             compiled.generate(LONG, greedy(4))
     assert written(LONG)(compiled) == expected

@@ -10,6 +10,7 @@ from families import build
 from ropewalk.engine.runners.cpu.family import FAMILIES
 from ropewalk.engine.runners.cpu.kernels.attention import PART
 from ropewalk.engine.runners.cpu.runner import FEW
+from ropewalk.errors import UnsupportedModel
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
@@ -61,7 +62,7 @@ def test_a_large_vocabulary_is_widened_in_pieces(monkeypatch):
     hf = DECODERS["gemma2"]()
     runner = compiled(hf, weights="int8", cache="float32")
     expected = in_chunks(runner, [40])
-    monkeypatch.setattr("ropewalk.engine.runners.cpu.layers._HEAD_ROWS", 20)
+    monkeypatch.setattr("ropewalk.engine.runners.cpu.chunk._HEAD_ROWS", 20)
     assert torch.equal(in_chunks(runner, [40]), expected)
 
 
@@ -71,3 +72,23 @@ def test_windows_are_seen_by_the_text():
     expected = read(hf)
     hf.config.sliding_window = WINDOW + 1
     assert difference(read(hf), expected) > 1e-2
+
+
+def _edit_the_window(hf):
+    hf.config.sliding_window = 60  # beyond the text that is compared
+
+
+def _change_an_epsilon(hf):
+    norm = hf.model.layers[1].post_attention_layernorm
+    setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", 1e-4)
+
+
+@pytest.mark.parametrize("name", ["ministral", "qwen2", "qwen3", "smollm3-windows", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("change", "words"), [(_edit_the_window, "sliding window 24, .* 60"), (_change_an_epsilon, "epsilon 0.0001")]
+)
+def test_modules_that_are_not_what_the_config_says_are_refused(name, change, words):
+    hf = DECODERS[name]()
+    change(hf)
+    with pytest.raises(UnsupportedModel, match=words):
+        compiled(hf)

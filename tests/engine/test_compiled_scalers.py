@@ -106,9 +106,9 @@ def test_transformers_modules_do_it_too(row, spec, length):
     switch = ScalerSlot(hf, rotary_sites(hf), modules)
     switch.put(scaler)
     for sizes in ([1000], [1], [20, 1]):
-        switch.prepare(length)
+        switch.prepare(scaler, length)
         assert modules.rope_state == (scaler, length)
         assert difference(in_chunks(modules, sizes, ids), expected) < TOLERANCE
-        switch.prepare(None)
+        switch.prepare(scaler, None)
     switch.put(rw.scaling.Scaler())
     assert difference(read(hf), read(build(*row))) == 0

@@ -148,12 +148,12 @@ def model(hf, **options):
 def test_auto_compiles_what_it_can_and_says_so():
     for options in ({}, {"compile": True}):
         served = model(DECODERS["llama"](), **options)
-        assert type(served.runner) is CompiledRunner and served.runner.is_compiled
+        assert type(served._runner) is CompiledRunner and served._runner.is_compiled
         assert "compiled steps" in served.describe()
         assert "weights in float32, cache in float32" in served.describe()
     assert "weights in int8" in model(DECODERS["llama"](), weights="int8").describe()
     plain = model(DECODERS["llama"](), compile=False)
-    assert type(plain.runner) is TransformersRunner and "not the compiled kernels" not in plain.describe()
+    assert type(plain._runner) is TransformersRunner and "not the compiled kernels" not in plain.describe()
 
 
 def test_a_numba_that_cannot_be_imported_is_a_reason(tmp_path, tiny_folder):
@@ -236,8 +236,8 @@ def test_what_cannot_be_compiled_is_refused_or_run_by_its_own_modules(build_mode
     told = contextlib.nullcontext() if "family" in message else pytest.warns(UserWarning, match=message)
     with told, torch.inference_mode():
         served = model(hf)
-        assert type(served.runner) is TransformersRunner
-        found = served.runner.forward(IDS[0].tolist(), served.new_cache(1), 3)
+        assert type(served._runner) is TransformersRunner
+        found = served._runner.forward(IDS[0].tolist(), served.new_cache(1), 3)
     assert difference(found, read(hf)[-3:]) < 2e-5
     assert re.search(f"not the compiled kernels: .*{message}", served.describe())
 
@@ -285,7 +285,7 @@ WAITING = """
 import time, torch
 torch.set_num_threads(2)
 import ropewalk as rw
-runner = rw.load({folder!r}, compile=True).runner
+runner = rw.load({folder!r}, compile=True)._runner
 with torch.inference_mode():
     cache, spent = runner.new_cache(64), []
     for _ in range(9):

@@ -367,6 +367,15 @@ def test_weights_that_are_nowhere(tiny_folder, tmp_path):
         rw.export(hf, tmp_path / "out")
 
 
+def test_a_forward_that_was_replaced_in_its_class_is_said(model, tmp_path, monkeypatch):
+    own = type(layer(model).mlp).forward
+    monkeypatch.setattr(type(layer(model).mlp), "forward", lambda self, x: 2 * own(self, x))
+    with pytest.warns(
+        UserWarning, match=r"forward of the class LlamaMLP was replaced by one of .*test_export_computes"
+    ):
+        rw.export(model, tmp_path / "out")
+
+
 def test_quantized_weights_are_said(model, tmp_path):
     model.hf_quantizer = None
     with warnings.catch_warnings(action="error"):

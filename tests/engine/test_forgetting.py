@@ -3,7 +3,7 @@
 import pytest
 import torch
 from decoders import DECODERS, compiled
-from live import counted
+from live import counted, prepare
 
 import ropewalk as rw
 from ropewalk.engine import cache as caches
@@ -36,7 +36,7 @@ def ids(held_out_texts, endless):
 def holding_all(model, monkeypatch, work):
     """What `work` gives where nothing is dropped."""
     with monkeypatch.context() as patch:
-        patch.setattr(type(model.runner), "sink_window", None)
+        patch.setattr(type(model._runner), "sink_window", None)
         return work()
 
 
@@ -57,8 +57,8 @@ def test_scores_are_those_of_a_cache_that_holds_everything(endless, ids, spec, s
 
 def test_steps_are_those_of_a_cache_that_holds_everything(endless, ids, soon, monkeypatch):
     endless.rope = "sink-window:64"
-    endless.prepare(len(ids))
-    runner = endless.runner
+    prepare(endless, len(ids))
+    runner = endless._runner
 
     def steps():
         cache = endless.new_cache(8)
@@ -106,8 +106,8 @@ def test_windows_of_the_model_hold_everything(name):
 
 def test_going_back_is_exact_or_refused(endless, ids, soon):
     endless.rope = "sink-window:64"
-    endless.prepare(len(ids))
-    runner, cache = endless.runner, endless.new_cache(8)
+    prepare(endless, len(ids))
+    runner, cache = endless._runner, endless.new_cache(8)
     with torch.inference_mode():
         runner.forward(ids[:1000], cache, 1)
         room = cache.layers[0].length - cache.layers[0].needed
@@ -226,10 +226,10 @@ def test_memory_that_runs_out_while_keys_are_dropped_leaves_a_cache_or_loses_it(
 
     def read(layer):
         cache = model.new_cache(8)
-        prefill(model.runner, ids[:1200], cache)
+        prefill(model._runner, ids[:1200], cache)
         with monkeypatch.context() as patch:
             lacking(patch, layer)
-            return prefill(model.runner, ids[1200:], cache)
+            return prefill(model._runner, ids[1200:], cache)
 
     with torch.inference_mode():
         expected = read(None)

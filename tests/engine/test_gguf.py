@@ -339,6 +339,8 @@ def test_a_part_of_a_file_is_refused_by_its_name(write, tmp_path):
     for read in (lambda: convert_gguf(path, tmp_path / "out"), lambda: load_vocabulary(path)):
         with pytest.raises(UnsupportedModel, match=r"is part 2 of a GGUF file that was split in 3; join them"):
             read()
+    with pytest.raises(UnsupportedModel, match=r"is a part of a GGUF file that was split in 2; join them"):
+        convert_gguf(write(extra=lambda writer: writer.add_uint16("split.count", 2)), tmp_path / "out")
     assert convert_gguf(write(extra=lambda writer: writer.add_uint16("split.count", 1)), tmp_path / "out").is_dir()
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from live import greedy
+from live import greedy, written
 from small_tokenizers import byte_fallback
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -46,10 +46,10 @@ class Scripted(TransformersRunner):
 @pytest.fixture
 def scripted(tiny_folder):
     model = rw.load(tiny_folder, compile=False, max_length=4096)
-    model.runner = Scripted(model.hf)
+    model._runner = Scripted(model.hf)
     known = model.vocabulary
     # a byte at a time: the tokens of the single bytes
-    model.runner.script = [known.trie.exact(bytes([byte]))[0] for byte in TEXT.encode()]
+    model._runner.script = [known.trie.exact(bytes([byte]))[0] for byte in TEXT.encode()]
     known.piece = lambda data: [known.trie.exact(bytes([byte]))[0] for byte in data]
     known.encode = lambda text: known.piece(text.encode())
     return model
@@ -94,7 +94,7 @@ def test_streams_and_completions_show_whole_characters(scripted, count):
 @pytest.mark.parametrize("end", range(1, len(TEXT.encode())))
 def test_ids_that_end_inside_a_character_are_gone_on_with(scripted, end):
     """As bytes are: the character is shown whole."""
-    ids, data = scripted.runner.script[:end], TEXT.encode()
+    ids, data = scripted._runner.script[:end], TEXT.encode()
     whole = len(data[:end].decode(errors="ignore").encode())
     count = len(data) - end
     for answer in (
@@ -141,7 +141,7 @@ def test_a_session_keeps_the_bytes_of_any_tokens(model, seed, tmp_path):
         else:
             session = session.fork()
         assert session._data == data
-        expected = model._complete(model.read(data, "off", broken=True), greedy(4))
+        expected = written(model, model.read(data, "off", broken=True), greedy(4))
         assert session.fork().generate("", off(4)).text == expected.text
     assert seen_broken
     text = session.text
@@ -211,7 +211,7 @@ def test_a_session_under_a_tokenizer_with_byte_tokens_and_a_space_in_front(conti
             piece = random.Random(7 * seed + step).choice(["", "ab ", "é"])
             params = rw.SamplingParams(max_new_tokens=3, seed=seed + step, continuation=continuation)
             before = session._data + piece.encode()
-            expected = model._complete(model.read(before, continuation, broken=True), params)
+            expected = written(model, model.read(before, continuation, broken=True), params)
             answer = session.generate(piece, params)
             assert (answer.text, answer.unfinished) == (expected.text, expected.unfinished)
             if continuation == "off":

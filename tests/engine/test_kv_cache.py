@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from live import MORE, TEXT, Memory, cache_difference, counted, greedy
+from live import MORE, TEXT, Memory, cache_difference, counted, greedy, prepare
 
 import ropewalk as rw
 from ropewalk.engine import memory
@@ -163,9 +163,9 @@ def int8(tiny_folder):
 def test_a_step_and_a_chunk_write_the_same_codes(int8):
     ids = int8.vocabulary.encode(TEXT)
     chunk, steps = int8.new_cache(100), int8.new_cache(100)
-    int8.runner.forward(ids, chunk, logits_to_keep=1)
+    int8._runner.forward(ids, chunk, logits_to_keep=1)
     for i in ids:
-        int8.runner.forward([i], steps, logits_to_keep=1)
+        int8._runner.forward([i], steps, logits_to_keep=1)
     first, other = chunk.layers[0], steps.layers[0]  # deeper ones read rounded keys in another order
     for name in first.buffers:
         a, b = (getattr(layer, name)[:, :, : len(ids)].float() for layer in (first, other))
@@ -246,9 +246,9 @@ def test_in_a_file_it_is_the_same_to_the_bit_and_leaves_none(tiny_folder, model,
 @pytest.mark.parametrize("steps", [True, False])
 def test_turned_copies_lie_in_files_too(tiny_folder, tmp_path, steps):
     mapped = rw.load(tiny_folder, "rerope:16", offload=tmp_path, max_length=4096)
-    mapped.prepare(100)
+    prepare(mapped, 100)
     parent, ids = mapped.new_cache(8), mapped.vocabulary.encode(TEXT * 4)[:60]
-    forward = mapped.runner.forward
+    forward = mapped._runner.forward
     with torch.inference_mode():
         for part in [[i] for i in ids] if steps else [ids]:
             forward(part, parent, logits_to_keep=1)
@@ -320,7 +320,7 @@ def test_a_file_is_held_against_the_disk(available, tmp_path):
 
 
 def test_every_cache_that_forgets_takes_its_own_room(tiny_folder, available):
-    runner = rw.load(tiny_folder, "sink-window:64", compile=True).runner
+    runner = rw.load(tiny_folder, "sink-window:64", compile=True)._runner
     one = most_held((4, 64)) + CHUNK
     available(8 * one * runner.cache_shape.bytes_per_token * 3 // 2)  # keys in two forms
     runner.check_room(*[20_000] * 8)
@@ -336,7 +336,7 @@ def test_what_does_not_fit_is_refused_before_any_work(model, available, monkeypa
     session = model.session()
     session.append(TEXT * 8)
     before = session.text, list(session._cached.ids), rows(session._cached.cache, session.tokens)
-    available(100 * model.runner.cache_shape.bytes_per_token)
+    available(100 * model._runner.cache_shape.bytes_per_token)
     with counted(model, monkeypatch) as counts:
         for refused in (
             lambda: model.generate(TEXT * 8, greedy()),
@@ -357,7 +357,7 @@ def test_what_a_session_holds_is_not_counted_twice(model, available):
     session = model.session()
     session.append(TEXT * 8)
     assert session.tokens > 200
-    available(100 * model.runner.cache_shape.bytes_per_token)
+    available(100 * model._runner.cache_shape.bytes_per_token)
     session.append("x = 1\n")
     assert session.generate("y", greedy()).usage.completion_tokens == 6
 
@@ -369,12 +369,12 @@ def test_turned_keys_that_nobody_counted_are_not_read(model):
     try:
         ids = model.vocabulary.encode(TEXT * 2)
         cache, fresh = model.new_cache(200), model.new_cache(200)
-        prefill(model.runner, ids[:40], cache)
-        model.runner._buffers([(ids[40:44], cache)])
+        prefill(model._runner, ids[:40], cache)
+        model._runner._buffers([(ids[40:44], cache)])
         for layer in cache.layers:
             for copy_of in layer.rotated.tensors:
                 copy_of[:, :, 40:] = 1e3
-        found = prefill(model.runner, ids[40:], cache)
-        assert torch.allclose(found, prefill(model.runner, ids, fresh), atol=1e-3)
+        found = prefill(model._runner, ids[40:], cache)
+        assert torch.allclose(found, prefill(model._runner, ids, fresh), atol=1e-3)
     finally:
         model.rope = None

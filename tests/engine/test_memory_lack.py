@@ -19,7 +19,7 @@ ERRORS = {
 
 def limit(monkeypatch, model, most, error=ERRORS["numpy"]):
     """No step of more than `most` tokens fits; what is too long fails when its first layer has written the cache."""
-    forward, sizes = model.runner.forward, []
+    forward, sizes = model._runner.forward, []
 
     def limited(ids, cache, logits_to_keep):
         sizes.append(len(ids))
@@ -30,7 +30,7 @@ def limit(monkeypatch, model, most, error=ERRORS["numpy"]):
             raise error
         return forward(ids, cache, logits_to_keep=logits_to_keep)
 
-    monkeypatch.setattr(model.runner, "forward", limited)
+    monkeypatch.setattr(model._runner, "forward", limited)
     return sizes
 
 
@@ -71,7 +71,7 @@ def test_a_cache_of_ones_own_keeps_whole_chunks_and_goes_on_from_them(model, mon
     ids, params = model.vocabulary.encode(TEXT * 2), rw.SamplingParams(max_new_tokens=4, temperature=0)
     expected, cache = model.generate_ids(ids, params), model.new_cache(len(ids))
     assert len(ids) > CHUNK
-    forward = model.runner.forward
+    forward = model._runner.forward
 
     def limited(ids, cache, logits_to_keep):
         if len(ids) < CHUNK:  # the last chunk, and its halves
@@ -79,7 +79,7 @@ def test_a_cache_of_ones_own_keeps_whole_chunks_and_goes_on_from_them(model, mon
         return forward(ids, cache, logits_to_keep=logits_to_keep)
 
     with monkeypatch.context() as tight, pytest.raises(rw.OutOfMemory, match="after 1024 tokens"):
-        tight.setattr(model.runner, "forward", limited)
+        tight.setattr(model._runner, "forward", limited)
         model.generate_ids(ids, params, cache)
     assert tokens_read(cache) == CHUNK
     assert model.generate_ids(ids, params, cache) == expected
@@ -104,7 +104,7 @@ def answer_alone(model, params):
 
 def most_rows(monkeypatch, model, most):
     """No step of more than `most` rows fits; it fails when its first cache has been written."""
-    step, sizes = model.runner.step, []
+    step, sizes = model._runner.step, []
 
     def limited(rows):
         sizes.append(len(rows))
@@ -114,7 +114,7 @@ def most_rows(monkeypatch, model, most):
             raise MemoryError("cannot allocate")
         return step(rows)
 
-    monkeypatch.setattr(model.runner, "step", limited)
+    monkeypatch.setattr(model._runner, "step", limited)
     return sizes
 
 
@@ -130,7 +130,7 @@ def test_fewer_texts_are_written_together_where_memory_runs_out(model, monkeypat
 def test_fewer_texts_are_begun_together_where_memory_runs_out(model, monkeypatch):
     params = rw.SamplingParams(max_new_tokens=6, temperature=1, seed=3)
     expected = answer_alone(model, params)
-    forward, failures = model.runner.forward, []
+    forward, failures = model._runner.forward, []
 
     def limited(ids, cache, logits_to_keep):
         if not failures and len(ids) > 30:  # a long prompt, while a short one is in progress
@@ -138,7 +138,7 @@ def test_fewer_texts_are_begun_together_where_memory_runs_out(model, monkeypatch
             raise MemoryError("cannot allocate")
         return forward(ids, cache, logits_to_keep=logits_to_keep)
 
-    monkeypatch.setattr(model.runner, "forward", limited)
+    monkeypatch.setattr(model._runner, "forward", limited)
     assert tokens(model.generate(BATCH, params)) == expected
     assert len(failures) == 1
 
@@ -176,7 +176,7 @@ def test_a_step_that_does_not_fit_is_told(model, monkeypatch):
     stream = model.stream("import os\n", rw.SamplingParams(max_new_tokens=6, temperature=0))
     next(stream)
     with monkeypatch.context() as tight:
-        tight.setattr(model.runner, "forward", fail)
+        tight.setattr(model._runner, "step", fail)
         with pytest.raises(rw.OutOfMemory, match=r"out of memory after \d+ tokens"):
             list(stream)
 

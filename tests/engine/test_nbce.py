@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from live import cache_difference, counted
+from live import cache_difference, counted, prepare
 
 import ropewalk as rw
 from ropewalk.engine.nbce import NBCE
@@ -75,7 +75,7 @@ def naive_answer(model, texts, count, **nbce):
     length = max(map(len, rows)) + count
     written, sources, laws, last = [], [], [], None
     for _ in range(count):
-        model.prepare(length)
+        prepare(model, length)
         with torch.inference_mode():
             found = [model.hf(torch.tensor([[*row, *written]])).logits[0, -1].double().softmax(-1) for row in rows]
         scores, spoken = naive_law([row.tolist() for row in found], last=last, **nbce)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from live import prepare
 from small_laws import END, Law
 from small_tokenizers import KINDS
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -15,9 +16,10 @@ from transformers.cache_utils import DynamicCache
 
 import ropewalk as rw
 from ropewalk.engine.cache import can_rewind, new_cache
-from ropewalk.engine.decode import decode
+from ropewalk.engine.prompt import Prompt
 from ropewalk.engine.runners.transformers import TransformersRunner
 from ropewalk.engine.sampling import random_source
+from ropewalk.engine.sequence import Sequence
 from ropewalk.engine.token_healing import draw_first_token, text_logprob, weigh
 from ropewalk.tokenizer_tools.cover import Node, cover
 from ropewalk.tokenizer_tools.vocab import vocabulary
@@ -93,13 +95,17 @@ def test_answers_are_drawn_with_their_exact_frequency():
     """Whole answers, to their end: the draw among covers and the ordinary decoding after it."""
     law = Law("plain", 6)
     model, known = ExactModel(law), law.vocabulary
-    prompt, draws, found = b"abba", 600, Counter()
+    prompt, draws, found, runner = b"abba", 600, Counter(), TransformersRunner(model)
     covered = cover(known, prompt)
     assert len(covered.nodes) > 1
     for seed in range(draws):
         params = rw.SamplingParams(max_new_tokens=12, seed=seed)
-        read = lambda cache: weigh(TransformersRunner(model), started(covered, model), None, cache, known)  # noqa: E731
-        tokens = list(decode(TransformersRunner(model), [], params, frozenset([model.size - 1]), DynamicCache(), read))
+        prompt_read = Prompt(ids=[], starts_text=False, cover=started(covered, model))
+        sequence = Sequence(prompt_read, params, known, frozenset([model.size - 1]), DynamicCache())
+        sequence.first_token(runner)
+        while not sequence.done:
+            sequence.next_token(runner, runner.step(sequence.rows))
+        tokens = sequence.tokens
         ids = [*tokens[0].continuation.prompt_ids, *(token.id for token in tokens)]
         found[known.text_bytes(ids)] += 1
     for text in law.texts:
@@ -135,7 +141,7 @@ def assert_same(covers, expected):
 def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
     covered = cover(tiny.vocabulary, prompt)
     cache = tiny.new_cache(64)
-    covers = weigh(tiny.runner, covered, tiny.tokenizer.bos_token_id, cache, tiny.vocabulary)
+    covers = weigh(tiny._runner, covered, tiny.tokenizer.bos_token_id, cache, tiny.vocabulary)
     assert_same(covers, one_forward_each(tiny.hf, covered, tiny.tokenizer.bos_token_id))
     assert cache.get_seq_length() == len(covers.context) + len(covers.held)
 
@@ -144,15 +150,15 @@ def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
 def test_paths_are_run_together(tiny, spec, most, monkeypatch):
     runs = []
     for name in ("forward", "tree"):
-        own = getattr(tiny.runner, name)
-        monkeypatch.setattr(tiny.runner, name, lambda *args, own=own, **kw: runs.append(1) or own(*args, **kw))
+        own = getattr(tiny._runner, name)
+        monkeypatch.setattr(tiny._runner, name, lambda *args, own=own, **kw: runs.append(1) or own(*args, **kw))
     tiny.rope = spec
     try:
         counts, leaves = [], []
         for prompt in ["import numpy as np\n" + prompt for prompt in PROMPTS]:
             covered = cover(tiny.vocabulary, prompt)
             runs.clear()
-            covers = weigh(tiny.runner, covered, None, tiny.new_cache(64), tiny.vocabulary)
+            covers = weigh(tiny._runner, covered, None, tiny.new_cache(64), tiny.vocabulary)
             counts.append(len(runs))
             paths = {node.path for node in covered.nodes}
             leaves.append(sum(not any(q[: len(p)] == p and q != p for q in paths) for p in paths))
@@ -175,7 +181,7 @@ def test_many_paths_are_weighed_as_each_alone(tiny, spec):
     tiny.rope = spec
     try:
         cache = tiny.new_cache(64)
-        covers = weigh(tiny.runner, covered, None, cache, tiny.vocabulary)
+        covers = weigh(tiny._runner, covered, None, cache, tiny.vocabulary)
         assert_same(covers, one_forward_each(tiny.hf, covered, None))
         assert cache.get_seq_length() == len(covered.common_prefix) + len(covers.held)
     finally:
@@ -190,7 +196,7 @@ def test_a_cache_that_holds_some_of_the_prompt_is_cropped_and_used(tiny, held):
     cache = tiny.new_cache(64)
     if ids:
         tiny.hf(torch.tensor([list(ids)]), past_key_values=cache)
-    covers = weigh(tiny.runner, covered, None, cache, tiny.vocabulary)
+    covers = weigh(tiny._runner, covered, None, cache, tiny.vocabulary)
     assert_same(covers, one_forward_each(tiny.hf, covered, None))
 
 
@@ -233,7 +239,7 @@ def test_a_cache_that_cannot_forget_is_copied(tiny_folder):
         covers, cache, rw.SamplingParams(temperature=0), random_source(rw.SamplingParams(), model.device)
     )
     step = model(torch.tensor([opening.pending]), past_key_values=cache).logits[0, -1]
-    fresh = model(torch.tensor([[*opening.continuation.prompt_ids, opening.token]])).logits[0, -1]
+    fresh = model(torch.tensor([[*opening.token.continuation.prompt_ids, opening.token.id]])).logits[0, -1]
     assert torch.allclose(step, fresh, atol=1e-5)
     with pytest.raises(rw.PatchError, match="give a new cache"):
         weigh(TransformersRunner(model), covered, None, cache, known)
@@ -251,7 +257,7 @@ def test_every_scaler_weighs_as_a_fresh_forward_does(tiny, spec):
         read = completion.continuation.prompt_ids
         assert completion.continuation.nodes > 1
         covered = cover(tiny.vocabulary, text)
-        tiny.prepare(len(covered.prompt) + 5)
+        prepare(tiny, len(covered.prompt) + 5)
         expected = one_forward_each(tiny.hf, covered, None)
         law = torch.cat(
             [
@@ -262,7 +268,7 @@ def test_every_scaler_weighs_as_a_fresh_forward_does(tiny, spec):
         first = completion.logprobs[0].logprob
         assert first == pytest.approx(float(law.max() - law.logsumexp(0)), abs=1e-3)
         rest = tiny.score_ids([*read, *completion.token_ids], first=len(read) + 1)
-        tiny.prepare(len(covered.prompt) + 5)
+        prepare(tiny, len(covered.prompt) + 5)
         if "dynamic" not in spec:  # fixed to another length there
             got = torch.tensor([token.logprob for token in completion.logprobs[1:]])
             assert torch.allclose(got, rest, atol=1e-3)

@@ -159,8 +159,17 @@ def test_refusals():
     foreign.model.rotary_emb.inv_freq.mul_(0.5)
     with pytest.raises(rw.UnsupportedModel, match="not those of its config"):
         rw.patch(foreign, "linear:2")
+    louder = llama()
+    louder.model.rotary_emb.attention_scaling = 1.3
+    with pytest.raises(rw.UnsupportedModel, match=r"factor on cos and sin, is 1\.3, and its config gives 1"):
+        rw.patch(louder, "yarn:4")
     with pytest.raises(rw.ConfigError, match="below the trained length 64"):
         rw.patch(llama(), "critical-base:32")
+    wrapper = torch.nn.Module()
+    wrapper.inner, wrapper.config = llama(), llama().config
+    for spec in ("yarn:4", "rerope:16", "logn"):
+        with pytest.raises(rw.UnsupportedModel, match=r"Module has no device, so it is no model of transformers"):
+            rw.patch(wrapper, spec)
     with pytest.raises(rw.UnsupportedModel, match="DataParallel has no config"):
         rw.patch(torch.nn.DataParallel(llama()), "linear:2")
 
@@ -212,3 +221,12 @@ def test_a_temperature_that_would_do_nothing_is_refused(family, spec):
     with pytest.raises(rw.UnsupportedModel, match="sees a sliding window only"):
         rw.patch(model, spec)
     assert torch.equal(logits(model), before)
+
+
+def test_undo_after_a_cast_brings_back_the_frequencies_of_before_it():
+    model = llama()
+    before = model.model.rotary_emb.inv_freq
+    handle = rw.patch(model, "yarn:4")
+    model.bfloat16()
+    handle.undo()
+    assert model.model.rotary_emb.inv_freq is before and before.dtype == torch.float32

@@ -58,9 +58,9 @@ def test_a_text_that_needs_a_token_without_a_row_is_refused(small, ask):
         lambda m, ids: m.generate_ids(ids, greedy(4, continuation="exact")),
         lambda m, ids: m.generate([ids, [1]], greedy(4)),
         lambda m, ids: m.score_ids(ids),
-        lambda m, ids: m.runner.forward(ids, m.new_cache(40), 1),
-        lambda m, ids: m.runner.tree([(i,) for i in ids], m.new_cache(40)),
-        lambda m, ids: m.runner.step([(ids, m.new_cache(40))]),
+        lambda m, ids: m._runner.forward(ids, m.new_cache(40), 1),
+        lambda m, ids: m._runner.tree([(i,) for i in ids], m.new_cache(40)),
+        lambda m, ids: m._runner.step([(ids, m.new_cache(40))]),
         lambda m, ids: Local(m).run_trial(
             Trial(prompt="", prompt_ids=[1, 2], answer_ids=ids, answers=(), target="", new_tokens=1, needle=None)
         ),

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from live import MORE, TEXT, check_cache, counted, greedy
 
 import ropewalk as rw
-from ropewalk.engine.answer import Answer
-from ropewalk.engine.generation import pieces as text_pieces
+from ropewalk.engine.generation import run
+from ropewalk.engine.sequence import Sequence
 from ropewalk.tokenizer_tools.characters import first_characters, shown
 
 pytestmark = pytest.mark.usefixtures("untouched")
@@ -56,8 +56,9 @@ class Twin:
             prompt = self.model.read(data.decode(), params.continuation)
         except UnicodeDecodeError:  # a tiny model writes bytes that are no characters: they are held as they are
             prompt = self.model.read(data, params.continuation, broken=True)
-        answer = Answer(prompt, params, self.model.vocabulary, self.model.stop_ids)
-        return list(islice(text_pieces(self.model, prompt, params, answer), count)), answer
+        sequence = Sequence(prompt, params, self.model.vocabulary, self.model.stop_ids)
+        pieces = (piece for _, piece in run(self.model, [sequence], sequence.length) if piece)
+        return list(islice(pieces, count)), sequence
 
     def generate(self, piece, params):
         _, answer = self.afresh(piece, params)

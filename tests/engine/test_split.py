@@ -20,7 +20,7 @@ for rope in ropes.split(";"):
     model = rw.load(folder, rope=rope, dtype="float32", tp_plan="auto", max_length=4096)
     greedy = rw.SamplingParams(max_new_tokens=8, temperature=0)
     found[rope] = {
-        "how": model.runner.how,
+        "how": model._runner.how,
         "written": [one.text for one in model.generate(["import nump", "class A"], greedy)],
         "sampled": model.generate("def f(x):", rw.SamplingParams(max_new_tokens=8)).text,
         "losses": model.score_ids([i % 1000 for i in range(400)]).tolist(),

@@ -43,7 +43,7 @@ def test_a_request_of_another_length_does_not_come_between(model, monkeypatch):
     model.rope = "dynamic-yarn"
     long = TEXT * 40
     expected = model.generate(long, greedy(2, logprobs=1))
-    forward, prepared = model.runner.forward, threading.Event()
+    forward, prepared = model._runner.forward, threading.Event()
 
     def other():
         model.generate(TEXT, greedy(1))
@@ -57,7 +57,7 @@ def test_a_request_of_another_length_does_not_come_between(model, monkeypatch):
             prepared.wait(2)  # in vain where it has to wait for us
         return forward(ids, cache, logits_to_keep=logits_to_keep)
 
-    monkeypatch.setattr(model.runner, "forward", interrupted)
+    monkeypatch.setattr(model._runner, "forward", interrupted)
     try:
         found = model.generate(long, greedy(2, logprobs=1))
     finally:
@@ -69,7 +69,7 @@ class ChangedMeanwhile:
     """A lock; whoever waits for it finds, once, that another thread has changed the scaler."""
 
     def __init__(self, model, waits=0):
-        self.model, self.lock, self.waits = model, model.lock, waits
+        self.model, self.lock, self.waits = model, model._lock, waits
 
     def __enter__(self):
         if not self.lock._is_owned():
@@ -86,7 +86,7 @@ class ChangedMeanwhile:
 def test_a_change_of_scaler_while_a_step_waits_is_noticed(model, monkeypatch, contexts):
     stream = model.stream(TEXT, greedy(6), contexts=contexts)
     next(stream)
-    monkeypatch.setattr(model, "lock", ChangedMeanwhile(model))
+    monkeypatch.setattr(model, "_lock", ChangedMeanwhile(model))
     with pytest.raises(rw.PatchError, match="changed from none to linear:8"):
         next(stream)
 
@@ -102,25 +102,25 @@ def test_a_change_of_scaler_at_any_time_leaves_sessions_right(model, monkeypatch
         session = model.session()
         session.append(TEXT)
         with monkeypatch.context() as patch:
-            patch.setattr(model, "lock", ChangedMeanwhile(model, waits))
+            patch.setattr(model, "_lock", ChangedMeanwhile(model, waits))
             with contextlib.suppress(rw.PatchError):
                 work(session)
         session.append("")  # turns what it holds
         ids, fresh = session._cached.ids, model.new_cache(session.tokens)
         with torch.inference_mode():
-            prefill(model.runner, ids, fresh)
+            prefill(model._runner, ids, fresh)
         assert cache_difference(session._cached.cache, fresh, len(ids), layers=1) < 1e-4  # no others are below it
 
 
 def test_a_scaler_is_tried_out_while_no_request_runs(model, monkeypatch):
-    held, use = [], model.runner.use
+    held, use = [], model._runner.use
 
     def watched(*setting):
-        held.append(model.lock._is_owned())
+        held.append(model._lock._is_owned())
         use(*setting)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.runner, "use", watched)
+        patch.setattr(model._runner, "use", watched)
         model.rope = "auto"
     assert held
     assert all(held)

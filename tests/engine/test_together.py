@@ -9,7 +9,7 @@ import torch
 from live import MORE, TEXT, Memory, counted, greedy
 
 import ropewalk as rw
-from ropewalk.engine import answer, generation
+from ropewalk.engine import generation, sequence
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -69,8 +69,8 @@ def test_rows_that_end_early_make_room_for_the_next(model, monkeypatch):
     monkeypatch.setattr(generation, "ROWS", 3)
     lengths = [next((n + 1 for n, i in enumerate(ids) if i in ends), len(ids)) for ids in alone]
     assert len(set(lengths)) > 2
-    widths, step = [], model.runner.step
-    monkeypatch.setattr(model.runner, "step", lambda rows: widths.append(len(rows)) or step(rows))
+    widths, step = [], model._runner.step
+    monkeypatch.setattr(model._runner, "step", lambda rows: widths.append(len(rows)) or step(rows))
     rows = model.generate(MIXED, greedy(12))
     assert [row.token_ids for row in rows] == [ids[:n] for ids, n in zip(alone, lengths, strict=True)]
     assert sum(widths) == sum(n - 1 for n in lengths)  # the first token comes with the prompt
@@ -114,7 +114,7 @@ def test_sharing_leaves_the_row_that_was_read_first(model):
 @pytest.mark.parametrize("many", [False, True])
 def test_max_time_ends_with_time(model, monkeypatch, many):
     now = iter(range(1000))
-    monkeypatch.setattr(answer.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(sequence.time, "monotonic", lambda: next(now))
     params = greedy(50, max_time=6)
     found = model.generate([TEXT, MORE], params) if many else [model.generate(TEXT, params)]
     whole = [model.generate(prompt, greedy(50)) for prompt in (TEXT, MORE)]
@@ -135,11 +135,11 @@ def test_one_prompt_that_is_too_long_refuses_all_before_any_work(model, monkeypa
 def test_no_more_rows_than_memory_holds(model, monkeypatch, rows, expected):
     prompts = [f"x = {n}\n" for n in range(5)]
     tokens = len(model.vocabulary.encode(prompts[0])) + 4
-    room = int(rows * tokens * model.runner.cache_shape.bytes_per_token)
+    room = int(rows * tokens * model._runner.cache_shape.bytes_per_token)
     alone = [model.generate(prompt, greedy(4)) for prompt in prompts]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(room))
-    widths, step = [], model.runner.step
-    monkeypatch.setattr(model.runner, "step", lambda rows: widths.append(len(rows)) or step(rows))
+    widths, step = [], model._runner.step
+    monkeypatch.setattr(model._runner, "step", lambda rows: widths.append(len(rows)) or step(rows))
     same(model.generate(prompts, greedy(4)), alone)
     # the last one to finish is kept for its beginning while others wait
     assert max(widths) == (expected if expected in (1, 5) else expected - 1 or 1)
@@ -147,14 +147,14 @@ def test_no_more_rows_than_memory_holds(model, monkeypatch, rows, expected):
 
 def test_no_more_rows_than_memory_holds_where_each_forgets(model, monkeypatch):
     model.rope = "sink-window:64"
-    bytes_a_row = model.runner._room(3000) * model.runner.cache_shape.bytes_per_token * 3 // 2  # keys in two forms
+    bytes_a_row = model._runner._room(3000) * model._runner.cache_shape.bytes_per_token * 3 // 2  # keys in two forms
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(int(3.5 * bytes_a_row)))
     assert generation._rows_that_fit(model, [3000] * 5) == 2  # and the last one to finish
 
 
 def test_an_interrupted_batch_leaves_nothing_behind(model, monkeypatch):
     expected = model.generate(MIXED, greedy(4))
-    step, calls = model.runner.step, []
+    step, calls = model._runner.step, []
 
     def stops(rows):
         calls.append(rows)
@@ -163,7 +163,7 @@ def test_an_interrupted_batch_leaves_nothing_behind(model, monkeypatch):
         return step(rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model.runner, "step", stops)
+        patch.setattr(model._runner, "step", stops)
         model.generate(MIXED, greedy(4))
     same(model.generate(MIXED, greedy(4)), expected)
     assert not torch.is_inference_mode_enabled()
@@ -184,7 +184,7 @@ def test_rows_of_a_model_whose_own_scaling_follows_the_length(tiny_folder, tmp_p
 
 def test_nothing_is_written_together_with_what_needs_other_frequencies(model, monkeypatch):
     model.rope = "dynamic-ntk"
-    sizes, step = [], model.runner.step
-    monkeypatch.setattr(model.runner, "step", lambda rows: sizes.append(len(rows)) or step(rows))
+    sizes, step = [], model._runner.step
+    monkeypatch.setattr(model._runner, "step", lambda rows: sizes.append(len(rows)) or step(rows))
     model.generate([TEXT, TEXT * 3], greedy(4))
     assert set(sizes) == {1}

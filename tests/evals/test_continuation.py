@@ -68,7 +68,7 @@ def brute(ending, forks, rest):
 @pytest.mark.parametrize("method", WITH_LAWS)
 def test_the_law_of_the_next_bytes_is_the_sum_over_all_token_sequences(model, drawn, method):
     for cut in drawn[cuts.ANYWHERE][:3]:
-        ending = Ending(model, cut.prompt)
+        ending = Ending(model, model._runner, cut.prompt)
         law = ending.distribution(method)
         total = sum(brute(ending, law._forks, bytes([byte])) for byte in range(256)) + _end_weight(ending, law)
         for rest in (cut.rest[:1], cut.rest[:3], b"zq"):
@@ -86,7 +86,7 @@ def _end_weight(ending, law):
 
 
 def test_steps_are_each_normalized(model, every):
-    totals = [float(Ending(model, cut.prompt).distribution(STEPS)._weights.sum()) for cut in every]
+    totals = [float(Ending(model, model._runner, cut.prompt).distribution(STEPS)._weights.sum()) for cut in every]
     assert max(totals) < 1 + 1e-9
     assert min(totals) > 1 - 1e-9
 
@@ -94,7 +94,7 @@ def test_steps_are_each_normalized(model, every):
 def test_the_exact_law_is_the_engines(model, every):
     over = []
     for cut in every[::2]:
-        ours = Ending(model, cut.prompt).distribution(EXACT)
+        ours = Ending(model, model._runner, cut.prompt).distribution(EXACT)
         engine = model.next_byte_logprobs(cut.prompt)
         assert (ours.next_byte_logprobs.exp() - engine.exp()).abs().max() < 1e-5
         # the engine counts the tokens that the tokenizer would make, and we all that the model may write
@@ -105,7 +105,7 @@ def test_the_exact_law_is_the_engines(model, every):
 
 def test_off_is_exact_where_no_token_can_go_on(model):
     prompt = "def main(arguments):\n    return arguments\n\n\nclass Token:\n    limit = 3½"
-    ending = Ending(model, prompt)
+    ending = Ending(model, model._runner, prompt)
     assert ending.cover.only_aligned
     for method in (EXACT, STEPS):
         off, other = (ending.distribution(one).next_byte_logprobs for one in (OFF, method))
@@ -115,7 +115,7 @@ def test_off_is_exact_where_no_token_can_go_on(model):
 def test_one_token_back_is_exact_where_the_cover_is_one_deep(model, every):
     seen = Counter()
     for cut in every:
-        ending = Ending(model, cut.prompt)
+        ending = Ending(model, model._runner, cut.prompt)
         before, last = ending.tail[:-1], ending.tail[-1]
         forks = {((*before, last), b""), (before, model.vocabulary.tokens[last])}
         one_deep = {((*ending.common_prefix, *node.path), node.suffix) for node in ending.cover.nodes} == forks
@@ -131,7 +131,7 @@ def test_steps_drawn_one_by_one_have_the_law(model, drawn):
     vocabulary, source = model.vocabulary, random.Random(0)
     compared = 0
     for cut in drawn[cuts.ANYWHERE]:
-        ending = Ending(model, cut.prompt)
+        ending = Ending(model, model._runner, cut.prompt)
         steps, exact = (ending.distribution(method).next_byte_logprobs.exp() for method in (STEPS, EXACT))
         if (steps - exact).abs().max() < 0.08:
             continue
@@ -165,7 +165,7 @@ def test_openings_are_the_likeliest(model, every):
     vocabulary = model.vocabulary
     runs = Counter()
     for cut in every[::2]:
-        ending = Ending(model, cut.prompt)
+        ending = Ending(model, model._runner, cut.prompt)
         wanted = cut.token[cut.overlap :]
         for method, policy in ((EXACT, "exact"), (OFF, "off")):
             params = rw.SamplingParams(max_new_tokens=12, temperature=0, continuation=policy)
@@ -188,7 +188,7 @@ def test_openings_are_the_likeliest(model, every):
 def test_the_likeliest_steps_are_taken_one_by_one(model, every):
     tokens, lengths = model.vocabulary.tokens, Counter()
     for cut in every[::2]:
-        ending = Ending(model, cut.prompt)
+        ending = Ending(model, model._runner, cut.prompt)
         path, rest = (
             ending.common_prefix,
             cut.prompt.encode()[len(model.vocabulary.text_bytes(list(ending.cover.common_prefix))) :],
@@ -207,7 +207,7 @@ def test_the_likeliest_steps_are_taken_one_by_one(model, every):
 def test_transformers_healing_is_seen_by_its_text(model, every):
     outcomes, healed = Counter(), 0
     for cut in every:
-        ending, wanted = Ending(model, cut.prompt), cut.token[cut.overlap :]
+        ending, wanted = Ending(model, model._runner, cut.prompt), cut.token[cut.overlap :]
         finished = ending.transformers_finishes(wanted)
         outcomes[finished] += 1
         healed += finished and not ending.finishes(ending.open(OFF), wanted)

@@ -37,6 +37,11 @@ def test_the_time_limit_leaves_out_only_what_is_not_essential_and_the_next_run_m
     shown = " ".join(capsys.readouterr().out.split())
     assert "Left out for lack of time" in shown
     assert "yarn:2 at 256" in shown.partition("Left out")[2]
+    assert "auto is the untouched model up to 256 and self-extend:8,window=64 beyond" in shown
+    assert demo.RECOMMENDATION in shown
+    rows = {(row["rope"], row["context"]): row["loss"] for row in Run(out).rows}
+    assert rows["auto", 64] == rows["none", 64]
+    assert rows["auto", 512] < rows["none", 512]
     passage = json.loads((out / "passage.json").read_text(encoding="utf-8"))
     assert passage["rope"] in methods
 

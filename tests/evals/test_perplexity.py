@@ -130,10 +130,10 @@ def test_auto_is_told_by_what_it_stands_for_and_measured_anew_when_that_changes(
         asked = retrieval_cells(Local(model), [TASKS["passkey"]], [auto], contexts=[1024], depths=[0.5], trials=1)
         return [*found, *asked]
 
-    default = "rerope:32|logn"
+    default = "self-extend:8,window=16"
     before = planned()
     assert [(cell.recipe["rope"], cell.recipe.get("chosen")) for cell in before] == [
-        *(("none", None), ("none", None), ("auto", "none"), ("auto", default), ("auto", default))
+        *(("none", None), ("none", None), ("auto", "none"), ("auto", default), ("auto", "self-extend:32,window=16"))
     ]
     run = Run(tmp_path / "run")
     measure(model, before[3], run)

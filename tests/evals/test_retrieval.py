@@ -74,9 +74,9 @@ def test_scores_are_those_of_plain_transformers(model, spec):
 
 def test_the_prompt_is_read_once(model, monkeypatch):
     trial, read = trial_of(model), []
-    forward = model.runner.forward
+    forward = model._runner.forward
     monkeypatch.setattr(
-        model.runner, "forward", lambda ids, *rest, **more: read.append(len(ids)) or forward(ids, *rest, **more)
+        model._runner, "forward", lambda ids, *rest, **more: read.append(len(ids)) or forward(ids, *rest, **more)
     )
     Local(model).run_trial(trial)
     assert sum(read) == len(trial.prompt_ids) + len(trial.answer_ids) - 1 + trial.new_tokens

@@ -39,12 +39,13 @@ def disturbed(model, monkeypatch):
     """At every step of the network another thread asks for texts of other lengths and scalers, if it gets the lock."""
 
     def other():
-        if model.lock.acquire(timeout=0.05):
+        if model._lock.acquire(timeout=0.05):
             before, model.rope = model.rope, "linear:8"
             model.generate_ids([5, 6, 7], rw.SamplingParams(max_new_tokens=1))
             model.rope = before
-            model.prepare(5000)
-            model.lock.release()
+            with model.running(5000):
+                pass
+            model._lock.release()
 
     def disturb():
         if threading.current_thread() is threading.main_thread():
@@ -54,8 +55,8 @@ def disturbed(model, monkeypatch):
 
     def begin():
         for name in ("forward", "skim", "new_cache"):
-            own = getattr(model.runner, name)
-            monkeypatch.setattr(model.runner, name, lambda *a, own=own, **k: (disturb(), own(*a, **k))[1])
+            own = getattr(model._runner, name)
+            monkeypatch.setattr(model._runner, name, lambda *a, own=own, **k: (disturb(), own(*a, **k))[1])
 
     return begin
 

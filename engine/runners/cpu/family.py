@@ -134,7 +134,7 @@ def decoder(hf: PreTrainedModel) -> Decoder:
     return Decoder(
         layers=layers,
         embedding=hf.get_input_embeddings(),
-        final_norm=_norm(family, body.norm),
+        final_norm=_norm(family, body.norm, config),
         head=_linear(head),
         epsilon=config.rms_norm_eps,
         heads=heads,
@@ -158,15 +158,15 @@ def _layer(family: Family, layer: Any, config: Any) -> Layer:
     else:
         query, key, value = _linear(attention.q_proj), _linear(attention.k_proj), _linear(attention.v_proj)
         gate, up = _linear(mlp.gate_proj), _linear(mlp.up_proj)
-    norms = [None if name is None else _norm(family, getattr(layer, name)) for name in family.norms]
+    norms = [None if name is None else _norm(family, getattr(layer, name), config) for name in family.norms]
     if family.query_key_norm:
-        norms += [_norm(family, attention.q_norm), _norm(family, attention.k_norm)]
+        norms += [_norm(family, attention.q_norm, config), _norm(family, attention.k_norm, config)]
     else:
         norms += [None, None]
     return Layer(
         linears=(query, key, value, _linear(attention.o_proj), gate, up, _linear(mlp.down_proj)),
         norms=tuple(norms),
-        window=getattr(attention, "sliding_window", common_window(config)),
+        window=_window(attention, config),
         scale=attention.scaling,
         softcap=getattr(attention, "attn_logit_softcapping", None),
     )
@@ -178,7 +178,23 @@ def _linear(module: nn.Linear) -> Linear:
     return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
 
 
-def _norm(family: Family, module: nn.Module) -> Tensor:
+def _window(attention: Any, config: Any) -> int | None:
+    """The window of a layer. transformers builds its mask from the config, and a layer says whether it has one."""
+    window: int | None = getattr(attention, "sliding_window", common_window(config))
+    if window is not None and window != config.sliding_window:
+        raise UnsupportedModel(
+            f"a layer has the sliding window {window}, and the config says {config.sliding_window}; set both alike"
+        )
+    return window
+
+
+def _norm(family: Family, module: nn.Module, config: Any) -> Tensor:
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if epsilon != config.rms_norm_eps:
+        raise UnsupportedModel(
+            f"a {type(module).__name__} has the epsilon {epsilon}, and the config says {config.rms_norm_eps}; set both "
+            "alike"
+        )
     weight: Tensor = module.weight.detach().float()  # type: ignore[operator]
     return (1 + weight if family.norm_adds_one else weight).contiguous()
 

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 )
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--rope", default="none", show_default=True, help="Scaler; one that acts on the frequencies alone.")
+@click.option(
+    "--rope",
+    default="none",
+    show_default=True,
+    help="Scaler, on the frequencies alone. yarn:F, F the ratio of the lengths, if in doubt.",
+)
 @click.option(
     "--target",
     default="hf",

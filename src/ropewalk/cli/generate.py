@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog=EXAMPLES + '  ropewalk generate smollm2-135m "Once upon a time" --rope yarn:2\n'
+    epilog=EXAMPLES + '  ropewalk generate smollm2-135m "Once upon a time" --rope auto\n'
     "  cat book.txt | ropewalk generate ./my-model - --max-new-tokens 100 --temperature 0\n"
     '  ropewalk generate smollm2-135m "The captain of the ship is" --window 2k --contexts moby-dick.txt'
 )
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 @click.argument("prompt")
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False))
 @click.option(
-    "--rope", default="none", show_default=True, help="Scaler, such as yarn:4; auto chooses one for the length."
+    "--rope",
+    default="none",
+    show_default=True,
+    help="Scaler. auto is what to take without time to tune: it carries long texts and leaves short ones alone.",
 )
 @click.option("--max-new-tokens", default=128, show_default=True, help="Most tokens to write.")
 @click.option("--temperature", default=0.7, show_default=True, help="0 takes the likeliest token.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import warnings
 from typing import Any
@@ -67,6 +68,16 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what an error says of Python's settings it says of the command's options."""
+        try:
+            return super().invoke(ctx)
+        except RopewalkError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            if command is not None:
+                error.args = (with_options(str(error), command), *error.args[1:])
+            raise
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             from ..errors import did_you_mean
@@ -75,14 +86,44 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
+_SETTING = re.compile(
+    r"(?P<load>load (?:it )?with )?(?<![\w,:-])(?:model\.)?"
+    r"(?P<name>rope|max_length|dtype|kv_dtype|offload|device_map|tp_plan|compile|special_tokens) ?= ?"
+    r"(?P<value>'[^']*'|\"[^\"]*\"|\w+)"
+)
+"""A setting of `load` or of the model, as errors name it."""
+
+
+def with_options(message: str, command: click.Command) -> str:
+    """`set model.rope = "auto"` as `set --rope auto`, `load with max_length=9000` as `add --max-length 9000`.
+
+    Settings that `command` has no option for stay as they are.
+    """
+    options = {name: option for option in command.params if isinstance(option, click.Option) for name in option.opts}
+
+    def option(found: re.Match[str]) -> str:
+        known, value = options.get("--" + found["name"].replace("_", "-")), found["value"].strip("'\"")
+        if known is None:
+            return found[0]
+        add = "add " if found["load"] else ""
+        if known.is_flag:
+            opts = known.secondary_opts if value == "False" else known.opts
+            return f"{add}{opts[0]}"
+        return f"{add}{known.opts[0]} {value}"
+
+    if "--window" in options:
+        message = message.replace("rw.windows(text, model.tokenizer, tokens=...)", "--window 2k")
+    return _SETTING.sub(option, message)
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def cli() -> None:
     """Long-context inference built around RoPE scaling.
 
     A scaler is written NAME:FACTOR, as in yarn:4, and several act together as in "ntk:4|resonance";
-    `ropewalk scalers` lists them, and auto chooses one for the length of each request. Lengths, also those in a scaler,
-    read 512, 8k, 1M (k = 1024) or 2x (times the trained length).
+    `ropewalk scalers` lists them. Without time to tune take auto, and yarn:F for a served engine, F the ratio of the
+    lengths. Lengths, also those in a scaler, read 512, 8k, 1M (k = 1024) or 2x (times the trained length).
     """
 
 

@@ -135,9 +135,9 @@ def _maps(
         middle = sorted(cost.seconds)[len(cost.seconds) // 2]
         ratio = f"{cost.ratio:.2f} ({cost.lowest:.2f}, {cost.highest:.2f})"
         table.add_row(cost.what, cost.scaler, str(cost.length), f"{1000 * middle:.1f} ms", ratio)
-    console.print(f"run by {loaded.runner.how}", markup=False)
+    console.print(f"run by {loaded.run_by}", markup=False)
     console.print(table)
-    click.echo(json.dumps(as_json(costs) | {"network": loaded.runner.how}))
+    click.echo(json.dumps(as_json(costs) | {"network": loaded.run_by}))
 
 
 def _peers(

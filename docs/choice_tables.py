@@ -1,0 +1,138 @@
+"""The tables behind the recommendation: README.md and docs/choose.md, from the runs in docs/results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ropewalk.evals.reports.plots import plot_loss_curve
+from ropewalk.evals.runs import compare
+from ropewalk.evals.runs.result import Row, Run
+from ropewalk.scaling import format_length, parse
+
+DOCS = Path(__file__).resolve().parent
+
+SMOLLM2, PLAY, L = "smollm2", "1:41813", 8192  # As You Like It: the play that is long enough for four times L
+
+README_METHODS = {
+    "none": "the model as it was trained",
+    "self-extend:8,window=2k": "`auto`",
+    "dual-chunk": "",
+    "rerope:4k|logn": "",
+    "yarn:4": "for a served engine",
+}
+"""The methods of the README's table and plot, with what is said of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One column of the table: a model at a multiple of its trained length, on the same tokens for every method."""
+
+    title: str
+    run: str
+    trained_length: int
+    times: int
+    places: str | None = None
+
+    def rope(self, method: str) -> str:
+        """The spec of a method as the rows have it."""
+        return str(parse(method.replace("yarn:F", f"yarn:{self.times}"), self.trained_length))
+
+
+CELLS = (
+    Cell(title="SmolLM2, *Dream*, 2x", run=SMOLLM2, trained_length=L, times=2, places="0:32207"),
+    Cell(title="*As You Like It*, 2x", run=SMOLLM2, trained_length=L, times=2, places=PLAY),
+    Cell(title="4x", run=SMOLLM2, trained_length=L, times=4, places=PLAY),
+    Cell(title="small model, 2x", run="choice-tiny", trained_length=256, times=2),
+    Cell(title="4x", run="choice-tiny", trained_length=256, times=4),
+)
+
+METHODS = (
+    "self-extend:8,window=0.25x",
+    "self-extend:8,window=0.25x|logn",
+    "dual-chunk",
+    "dual-chunk|logn",
+    "rerope:0.5x",
+    "rerope:0.5x|logn",
+    "yarn:F",
+    "ntk:8",
+    "ntk-mixed:4",
+)
+"""The methods of the table in docs/choose.md; F is the ratio of the lengths."""
+
+
+def tables() -> dict[str, str]:
+    """The block of docs/choose.md."""
+    return {"choice": choice_table()}
+
+
+def readme_table() -> str:
+    """The plot and the table of the README."""
+    rows = {(row["rope"], row["context"]): row["loss"] for row in _readme_rows()}
+    contexts = sorted({context for _, context in rows})
+    best = {at: min(loss for (_, context), loss in rows.items() if context == at) for at in contexts}
+    lines = [
+        "![Loss against context](docs/length.svg)",
+        "",
+        f"| method | {' | '.join(map(format_length, contexts))} |",
+        "|---" * (len(contexts) + 1) + "|",
+    ]
+    for method, remark in README_METHODS.items():
+        losses = [rows[method, at] for at in contexts]
+        shown = [f"**{x:.3f}**" if x == best[at] else f"{x:.3f}" for x, at in zip(losses, contexts, strict=True)]
+        name = f"`{_cell_text(method)}`" + (f" ({remark})" if remark else "")
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def draw() -> None:
+    """The plot of the README."""
+    png, _ = plot_loss_curve(_readme_rows(), _run(SMOLLM2), DOCS / "length")
+    png.unlink()
+
+
+def choice_table() -> str:
+    """Every method against the untouched model at its trained length, and how far it was behind the best."""
+    found = {(cell, method): _rows(cell).get((cell.rope(method), cell.times)) for cell in CELLS for method in METHODS}
+    lines = [
+        f"| method | {' | '.join(cell.title for cell in CELLS)} | furthest behind the best |",
+        "|---" * (len(CELLS) + 2) + "|",
+    ]
+    for method in METHODS:
+        shown, behind = [], []
+        for cell in CELLS:
+            row, untouched = found[cell, method], _rows(cell)["none", 1]
+            difference = compare.difference(_run(cell.run), row, untouched)
+            if row is None or difference is None:
+                shown.append("")
+                continue
+            shown.append(f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})")
+            losses = [other["loss"] for one in METHODS if (other := found[cell, one]) is not None]
+            behind.append(row["loss"] - min(losses))
+        lines.append(f"| `{_cell_text(method)}` | {' | '.join(shown)} | {max(behind):.3f} |")
+    return "\n".join(lines)
+
+
+@cache
+def _run(name: str) -> Run:
+    return Run(DOCS / "results" / name)
+
+
+@cache
+def _rows(cell: Cell) -> dict[tuple[str, float], Row]:
+    """The rows of a cell's model on its tokens, by method and multiple of the trained length."""
+    return {
+        (row["rope"], row["context"] / cell.trained_length): row
+        for row in _run(cell.run).rows
+        if row.get("protocol") == "fixed-target" and cell.places in (None, row["places"])
+    }
+
+
+def _readme_rows() -> list[Row]:
+    rows = [row for row in _run(SMOLLM2).rows if row["places"] == PLAY and row["rope"] in README_METHODS]
+    return sorted(rows, key=lambda row: list(README_METHODS).index(row["rope"]))
+
+
+def _cell_text(spec: str) -> str:
+    return spec.replace("|", "\\|")

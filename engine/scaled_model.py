@@ -1,0 +1,284 @@
+"""A model with its tokenizer and the scaler in use: the only door to what runs it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from ..errors import ContextOverflow, PatchError
+from ..scaling.auto import Auto
+from ..scaling.lengths import format_length
+from ..scaling.rope import RopeSpec, Scaler
+from ..scaling.spec import parse
+from ..tokenizer_tools.vocab import Vocabulary, vocabulary
+from . import identity, tuned_scalers
+from .auto import Choice
+from .kv_cache import KVCache
+from .patches.scaler_slot import ScalerSlot
+from .prompt import Prompt, token_ids
+from .rotary_site import depends_on_length, primary_rotary, rotary_sites
+from .runners.choose import RunnerOptions, choose_runner
+from .runners.runner import RopeState, Runner, token_rows
+from .sampling import Continuing, SamplingParams
+from .sequence import stop_ids
+
+_LONGEST_NAME = 64  # characters of the name of a special token, which the vocabulary's trie does not hold
+
+
+class ScaledModel:
+    """A transformers model, its tokenizer, and one scaler at a time.
+
+    Attributes:
+        hf: the transformers model underneath.
+        tokenizer: its tokenizer.
+        name: what it was loaded as.
+        sites: its rotary modules, verified against its config.
+        limit: `max_length` as it was given; None where the scaler's reach is the limit.
+        reach: tokens that the scaler in use reaches; infinity where that is any length.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        rope: str | Scaler | None = None,
+        max_length: int | None = None,
+        options: RunnerOptions | None = None,
+        special_tokens: bool = False,
+    ) -> None:
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.name = name
+        self.limit, self._special_tokens = max_length, special_tokens
+        self.sites = rotary_sites(hf)
+        self._runner = choose_runner(hf, self.sites, options or RunnerOptions(compile=False))
+        self._slot = ScalerSlot(hf, self.sites, self._runner)
+        self._lock = threading.RLock()
+        self.rope = rope
+
+    @contextmanager
+    def running(self, length: int | None, rope: Scaler | None = None) -> Iterator[Runner]:
+        """What runs the model, ready for sequences of `length` tokens, and for this thread alone.
+
+            with model.running(len(ids)) as runner:
+                logits = prefill(runner, ids, cache)
+
+        Args:
+            length: None is within the trained length.
+            rope: the scaler that a text was begun under.
+
+        Raises:
+            PatchError: the scaler in use is no longer `rope`.
+        """
+        with self._lock, torch.inference_mode():
+            if rope is not None and self._rope is not rope:
+                raise PatchError(
+                    f"the scaler was changed from {rope} to {self._rope} while a text was being streamed; "
+                    "finish the stream first, or start it again"
+                )
+            self._slot.prepare(self.rope_at(length), length)
+            yield self._runner
+
+    @contextmanager
+    def running_under(self, rope: Scaler, length: int | None) -> Iterator[Runner]:
+        """`running` with `rope` in use, also afterwards."""
+        with self._lock:
+            if self._rope != rope:
+                self.rope = rope
+            with self.running(length) as runner:
+                yield runner
+
+    def replace_runner(self, runner: Runner) -> None:
+        """Have another runner in the place of the model's, such as a stand-in that checks a harness."""
+        self._runner = runner
+
+    @property
+    def rope(self) -> Scaler:
+        """The scaler in use. Assign a scaler or a spec string to change it: `model.rope = "yarn:4"`.
+
+        "auto" chooses one for the length of every request; see `rope_at`.
+        """
+        return self._rope
+
+    @rope.setter
+    def rope(self, scaler: str | Scaler | None) -> None:
+        wanted, choice = parse(scaler, self.trained_length), None
+        with self._lock:
+            if isinstance(wanted, Auto):
+                stored = tuned_scalers.read(self.identity)
+                choice = Choice.of(self.spec, self.trained_length, stored, self._slot.takes)
+            else:
+                self._slot.put(wanted)
+            self._rope, self._choice = wanted, choice
+            self.reach = math.inf if choice else primary_rotary(self.sites).configured.reach(wanted)
+            self._slot.prepare(self.rope_at(None), None)
+
+    def rope_at(self, length: int | None) -> Scaler:
+        """The scaler for a request of `length` tokens: `rope`, or what "auto" stands for there."""
+        return self._rope if self._choice is None else self._choice.at(length)
+
+    def follows_length(self, scaler: Scaler) -> bool:
+        """True if the frequencies under `scaler` depend on the length of a text."""
+        return depends_on_length(self.sites, scaler)
+
+    @property
+    def spec(self) -> RopeSpec:
+        """The model's rotary geometry: dimension, base, trained length."""
+        return primary_rotary(self.sites).configured.rope
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens that the model reads without any scaler of ours; what `2x` is a multiple of."""
+        return primary_rotary(self.sites).configured.max_length
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens `generate` accepts, prompt and answer together: the scaler's reach unless set."""
+        if self.limit is not None:
+            return self.limit
+        return int(self.reach) if math.isfinite(self.reach) else 2**31
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens that the model has; the tokenizer may make fewer, or more."""
+        return token_rows(self.hf)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's tokens as bytes.
+
+        Raises:
+            UnsupportedModel: they are not pieces of the text's bytes.
+        """
+        return vocabulary(self.tokenizer, special_tokens=self._special_tokens, rows=self.vocabulary_size)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """End-of-text tokens of the model's generation config and of its tokenizer."""
+        return stop_ids(self.hf, self.tokenizer)
+
+    @property
+    def run_by(self) -> str:
+        """What runs the model, in a few words, and why nothing faster does."""
+        return self._runner.how
+
+    @property
+    def is_compiled(self) -> bool:
+        """True if compiled kernels run the model, False if transformers' modules do."""
+        return self._runner.is_compiled
+
+    @property
+    def rope_state(self) -> RopeState:
+        """The scaler in place, and the length that it is for where it depends on that."""
+        return self._runner.rope_state
+
+    @property
+    def precision(self) -> str:
+        """The numbers that it computes in, as results are labelled."""
+        return self._runner.precision
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that the keys and values of a token take."""
+        return self._runner.bytes_per_token
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this model's caches from those of others: a hash of its config and of some of all its weights."""
+        return identity.fingerprint(self.hf, self._runner.weights)
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells this model from others, in whatever dtype it runs: a hash as `fingerprint` is."""
+        return identity.identity(self.hf)
+
+    def describe(self) -> str:
+        """What runs the model, in a few lines."""
+        reach, configured = self.reach, primary_rotary(self.sites).configured
+        rope = str(self.rope) if self._choice is None else f"{self.rope}: {self._choice}"
+        if configured.own:
+            rope += (
+                f", {'in place of' if self.rope.member('frequencies') else 'over'} the config's own {configured.own}"
+            )
+        lines = {
+            "model": f"{self.name} ({type(self.hf).__name__}, {self.hf.num_parameters() / 1e6:.0f}M parameters)",
+            "run by": self.run_by,
+            "rope": rope,
+            "reach": "any length" if math.isinf(reach) else f"{format_length(int(reach))} tokens",
+            "trained": f"{format_length(configured.rope.trained_length)} tokens{configured.stretched}",
+        }
+        width = max(map(len, lines))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty key-value cache for one sequence of about `capacity` tokens."""
+        return self._runner.new_cache(capacity)
+
+    def read(self, prompt: str | bytes | list[int], continuation: Continuing, *, broken: bool = False) -> Prompt:
+        """The tokens of a prompt, and what its end leaves open.
+
+        Args:
+            broken: as for `Prompt.read`.
+
+        Raises:
+            ContextOverflow: its text is longer than `max_length` tokens can be. Tokenizing that might take minutes.
+            ConfigError: it is neither text nor token ids.
+            DataError: the model has no such token.
+        """
+        longest = max(self.vocabulary.trie.longest, _LONGEST_NAME)
+        if not isinstance(prompt, str | bytes | bytearray | memoryview):
+            prompt = token_ids(prompt, self.vocabulary_size)
+        elif len(prompt) > self.max_length * longest:
+            raise ContextOverflow(
+                f"the prompt has {len(prompt):,} characters, more than {format_length(self.max_length)} tokens of at "
+                f"most {longest} bytes can hold, which {self.name} reaches with rope {str(self.rope)!r}; "
+                + ("shorten it" if self.limit is not None else 'shorten it, or set model.rope = "auto"')
+            )
+        return Prompt.read(prompt, self.tokenizer, self.vocabulary, continuation, broken=broken)
+
+    def check_length(self, tokens: int, params: SamplingParams, *caches: Cache | None) -> int:
+        """Tokens of prompt and answer together.
+
+        Args:
+            tokens: of the prompt.
+            caches: what holds a part of them already.
+
+        Raises:
+            ContextOverflow: they are more than the scaler reaches, or than memory holds.
+        """
+        total = tokens + params.max_new_tokens
+        if total > self.max_length:
+            anyway = f"load with max_length={total}"
+            if self.limit is None:
+                most = f"reaches with rope {str(self.rope)!r}"
+                ways = f'set model.rope = "auto", shorten the prompt, or {anyway} to go there anyway'
+            else:
+                most = "was loaded for"
+                ways = f"shorten the prompt, or {anyway}"
+                ways += "" if total <= self.reach else ' and rope="auto"'
+            raise ContextOverflow(
+                f"{tokens} prompt tokens and max_new_tokens {params.max_new_tokens} make {total}, more than the "
+                f"{format_length(self.max_length)} that {self.name} {most}; {ways}"
+            )
+        self.check_room(total, length=total, caches=caches)
+        return total
+
+    def check_room(self, *rows: int, length: int, caches: tuple[Cache | None, ...] = ()) -> None:
+        """Raise ContextOverflow if memory is known to lack room for caches of so many tokens.
+
+        Args:
+            length: tokens of the longest sequence; how much room a token takes depends on the scaler for it.
+            caches: what holds a part of them already.
+        """
+        owned = sum(cache.owned for cache in caches if isinstance(cache, KVCache))
+        with self.running(length) as runner:
+            runner.check_room(*rows, owned=owned)

@@ -1,0 +1,206 @@
+"""One text under way: the prompt's tokens, a cache, what was written so far, and why it ended."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from ..tokenizer_tools.characters import first_characters
+from ..tokenizer_tools.stream import StopStringMatcher
+from ..tokenizer_tools.vocab import Vocabulary
+from .cache import rewind, tokens_read
+from .completion import Completion, Continuation, Token, Usage
+from .placement import input_device
+from .prefill import prefill
+from .prompt import Prompt
+from .runners.runner import Runner
+from .sampling import SamplingParams, SeenTokens, random_source, sample
+from .token_healing import draw_first_token, weigh
+
+
+def stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """End-of-text tokens of a model's generation config and of its tokenizer."""
+    configured = getattr(hf.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+
+
+class Sequence:
+    """One answer under way. The loop that generates runs its `rows`, and gives the logits to `next_token`.
+
+    Args:
+        vocabulary: the tokenizer's tokens as bytes.
+        stop_ids: tokens that end the text.
+        cache: may hold the prompt's beginning already; it is written to. A new one is made where it is None.
+
+    Attributes:
+        prompt_ids: tokens read before the first token of the answer.
+        tokens: the answer's.
+        pending: tokens to run next, on top of the cache.
+        finish_reason: "stop", "length" or "time" once `done`.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        vocabulary: Vocabulary,
+        stop_ids: frozenset[int],
+        cache: Cache | None = None,
+    ) -> None:
+        self.prompt, self.cache = prompt, cache
+        self.prompt_ids = prompt.ids
+        self.tokens: list[Token] = []
+        self.pending: list[int] = []
+        self.finish_reason = "length"
+        self.done = False
+        self._params, self._vocabulary, self._stop_ids = params, vocabulary, stop_ids
+        self._generator: torch.Generator | None = None
+        self._seen = SeenTokens(params.repetition_penalty)
+        self._stream, self._matcher = prompt.text_stream(vocabulary), StopStringMatcher(params.stops)
+        self._deadline = math.inf if params.max_time is None else time.monotonic() + params.max_time
+        self._pieces: list[str] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the longest answer."""
+        return len(self.prompt.ids) + self._params.max_new_tokens
+
+    @property
+    def caches(self) -> list[Cache]:
+        """The caches of its rows."""
+        return [] if self.cache is None else [self.cache]
+
+    def release(self) -> None:
+        """Give the memory of the cache back. `first_token` reads everything again and goes on."""
+        self.cache = None
+
+    @property
+    def rows(self) -> list[tuple[list[int], Cache]]:
+        """What to run for the next token: tokens on top of a cache."""
+        assert self.cache is not None
+        return [(self.pending, self.cache)]
+
+    def first_token(self, runner: Runner) -> str:
+        """Read the prompt, and what was written of the answer, and draw a token.
+
+        Returns:
+            The text that is certain now.
+        """
+        params = self._params
+        if self.cache is None:
+            self.cache = runner.new_cache(self.length)
+        if self._generator is None:
+            self._generator = random_source(params, input_device(runner.hf))
+        cover = None if self.tokens else self.prompt.cover_to_weigh
+        if cover is not None:
+            covers = weigh(runner, cover, self.prompt.start, self.cache, self._vocabulary, params.repetition_penalty)
+            first = draw_first_token(covers, self.cache, params, self._generator)
+            return self.push(first.token, first.pending)
+        ids = [*self.prompt_ids, *(token.id for token in self.tokens)]
+        if (excess := tokens_read(self.cache) - len(ids) + 1) > 0:  # the last token is run to see what follows it
+            rewind(self.cache, excess)
+        if not self.tokens:
+            self._seen.read(ids)
+        return self.next_token(runner, prefill(runner, ids[tokens_read(self.cache) :], self.cache))
+
+    def next_token(self, runner: Runner, logits: Tensor) -> str:
+        """Draw the token after `rows`.
+
+        Args:
+            logits: after each row, [1, V].
+
+        Returns:
+            The text that is certain now.
+        """
+        assert self._generator is not None
+        scores = runner.readable(logits[-1]).float()
+        return self.push(draw_token(scores, self._seen, self._params, self._generator))
+
+    def push(self, token: Token, pending: list[int] | None = None) -> str:
+        """Take the next token.
+
+        Args:
+            pending: what to run next, if it is more than the token.
+
+        Returns:
+            The text that is certain now.
+        """
+        overlap = 0
+        if token.continuation is not None:
+            overlap, self.prompt_ids = token.continuation.overlap, token.continuation.prompt_ids
+            self._seen.read(self.prompt_ids)
+        self._seen.read((token.id,))
+        self.tokens.append(token)
+        self.pending = pending or [token.id]
+        if token.id in self._stop_ids:
+            piece = self._end("stop")
+        else:
+            piece = self._matcher.push(self._stream.push(token.id, overlap))
+            if self._matcher.stopped:  # the piece is what comes before the stop string
+                self.finish_reason, self.done = "stop", True
+            elif len(self.tokens) == self._params.max_new_tokens:
+                piece += self._end("length")
+            elif self._deadline != math.inf and time.monotonic() > self._deadline:
+                piece += self._end("time")
+        if piece:
+            self._pieces.append(piece)
+        return piece
+
+    def _end(self, reason: str) -> str:
+        self.finish_reason, self.done = reason, True
+        return self._matcher.finish()
+
+    @property
+    def continuation(self) -> Continuation | None:
+        """What was done at the end of the prompt, if its covers were weighed."""
+        return self.tokens[0].continuation if self.tokens else None
+
+    @property
+    def text(self) -> str:
+        """What was written, in whole characters; one that the prompt ends inside is shown whole here."""
+        return "".join(self._pieces)
+
+    @property
+    def data(self) -> bytes:
+        """What was written, in UTF-8, without what is in the prompt; it may begin and end inside a character."""
+        start = self.prompt.pending
+        every = start + self._stream.data
+        return (first_characters(every, len(self.text)) if self._matcher.cuts else every)[len(start) :]
+
+    def completion(self) -> Completion:
+        """What `generate` returns."""
+        return Completion(
+            text=self.text,
+            unfinished=b"" if self._matcher.cuts else self._stream.unfinished,
+            token_ids=[token.id for token in self.tokens],
+            finish_reason=self.finish_reason,
+            usage=Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=len(self.tokens)),
+            logprobs=self.tokens if self._params.logprobs is not None else None,
+            continuation=self.continuation,
+            sources=[token.source for token in self.tokens if token.source is not None] or None,
+        )
+
+
+def draw_token(logits_V: Tensor, seen: SeenTokens, params: SamplingParams, generator: torch.Generator) -> Token:
+    """A token from float32 logits.
+
+    Args:
+        seen: tokens that the repetition penalty is for.
+    """
+    token = sample(seen.penalized(logits_V), params, generator)
+    if params.logprobs is None:
+        return Token(id=token)
+    logprobs = logits_V.log_softmax(-1)
+    top = logprobs.topk(min(params.logprobs, len(logprobs)))
+    likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return Token(
+        id=token,
+        logprob=float(logprobs[token]),
+        top={index: logprob for index, logprob in likeliest if logprob > -math.inf},
+    )
