@@ -173,7 +173,7 @@ BY_MODULE = {
         "cover.cover",
         "cover.Cover",
         "cover.Node",
-        "vocab.vocabulary",
+        "vocabularies.vocabulary",
         "vocab.Vocabulary",
         "stream.TextStream",
         "report.report",

@@ -128,22 +128,21 @@ class Model(ScaledModel):
             session.load(path)
         return session
 
-    def remember(self, found: tuned_scalers.TuningResult, *, text: str) -> Path:
-        """Keep what `tune` found, so that "auto" takes it for this model from now on; returns the file.
+    def remember(self, tuned: tuned_scalers.TunedScaler) -> Path:
+        """Store what `tune` found, so that "auto" takes it for this model from now on; returns the file.
 
             found = rw.tune(model, "2x", text="book.txt")
-            model.remember(found, text="book.txt")
+            model.remember(found.as_stored(text="book.txt"))
             model.rope = "auto"
 
         Args:
-            found: replaces what is kept for the same target.
-            text: what it was measured on, as `describe` shall tell it.
+            tuned: replaces what is stored for the same target.
 
         Raises:
             AssetError: the cache folder cannot be written.
             DataError: the file that is there is damaged.
         """
-        path = tuned_scalers.store(self.identity, self.name, tuned_scalers.TunedScaler.of(found, text))
+        path = tuned_scalers.store(self.identity, self.name, tuned)
         if self._choice is not None:
             self.rope = self._rope
         return path

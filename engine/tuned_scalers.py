@@ -4,47 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock
 
 from ..errors import AssetError, DataError
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
-from ..version import __version__
 from .storage import cache_dir, write_atomic
 
 _FORMAT = "ropewalk tuned 1"
-
-
-class MeasuredScaler(Protocol):
-    """A scaler that `tune` has measured; `loss` is in nats per token, None if the text was only skimmed."""
-
-    @property
-    def scaler(self) -> Scaler: ...
-
-    @property
-    def loss(self) -> float | None: ...
-
-
-class TuningResult(Protocol):
-    """What `tune` returns, as far as it is stored."""
-
-    @property
-    def target(self) -> int: ...
-
-    @property
-    def winner(self) -> MeasuredScaler: ...
-
-    @property
-    def simplest(self) -> MeasuredScaler: ...
-
-    @property
-    def servable(self) -> MeasuredScaler | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,21 +40,6 @@ class TunedScaler:
     text: str
     date: str
     ropewalk: str
-
-    @classmethod
-    def of(cls, result: TuningResult, text: str) -> TunedScaler:
-        """The entry for a result of `tune` that was measured on `text`."""
-        loss = result.winner.loss
-        return cls(
-            target=result.target,
-            winner=result.winner.scaler,
-            simplest=result.simplest.scaler,
-            servable=None if result.servable is None else result.servable.scaler,
-            loss=loss if loss is not None and math.isfinite(loss) else None,
-            text=text,
-            date=datetime.now(UTC).date().isoformat(),
-            ropewalk=__version__,
-        )
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> TunedScaler:

@@ -9,7 +9,6 @@ from __future__ import annotations
 if not __name__.startswith("ropewalk."):
     raise ImportError("import this package as 'ropewalk.scaling'")
 
-from ..plugins import Plugins
 from .auto import Auto
 from .base import Base, BaseBound, CriticalBase
 from .cope import CoPE
@@ -17,50 +16,13 @@ from .interpolation import NTK, DynamicNTK, Linear, NTKFixed, NTKMixed
 from .lengths import format_length, parse_length
 from .llama3 import Llama3
 from .longrope import LongRoPE
-from .plugin import as_method
+from .methods import METHODS
 from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
 from .resonance import Resonance
 from .rope import Composition, Factored, Frequencies, RopeSpec, Scaler, compose
+from .spec import parse
 from .temperature import LogN, Temperature
 from .yarn import AlphaRoPE, DynamicYaRN, MrRoPE, NTKByParts, YaRN
-
-_BUILT_IN: dict[str, type[Scaler]] = {
-    method.name: method
-    for method in (
-        Scaler,
-        Linear,
-        NTK,
-        NTKFixed,
-        NTKMixed,
-        DynamicNTK,
-        NTKByParts,
-        YaRN,
-        DynamicYaRN,
-        Llama3,
-        LongRoPE,
-        Base,
-        CriticalBase,
-        BaseBound,
-        MrRoPE,
-        AlphaRoPE,
-        Resonance,
-        CoPE,
-        ReRoPE,
-        LeakyReRoPE,
-        SelfExtend,
-        DualChunk,
-        String,
-        JetLong,
-        SinkWindow,
-        LogN,
-        Temperature,
-    )
-}
-
-METHODS = Plugins(_BUILT_IN, group="ropewalk.scalers", kind="scaler", check=as_method)
-"""Every method under its spec name: ours, then those of other packages."""
-
-from .spec import parse  # noqa: E402  (reads METHODS)
 
 __all__ = [
     "METHODS",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .band import PLAIN, Band
+from .format_spec import format_spec
 
 Facet = Literal["frequencies", "wavelength grid", "positions", "temperature"]
 
@@ -136,9 +137,7 @@ class Scaler:
         return compose(*self.parts, *other.parts)
 
     def __str__(self) -> str:
-        from .spec import format_spec
-
-        return format_spec(self)
+        return format_spec(self.name, self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,6 +157,9 @@ class Composition(Scaler):
             if facet in seen:
                 raise ConfigError(f"{seen[facet].name!r} and {member.name!r} both set the {facet}; keep one of them")
             seen[facet] = member
+
+    def __str__(self) -> str:
+        return "|".join(map(str, self.members))
 
     @property
     def depends_on_length(self) -> bool:  # type: ignore[override]

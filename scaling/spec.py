@@ -8,8 +8,10 @@ import typing
 from typing import Any
 
 from ..errors import ConfigError, did_you_mean
-from .lengths import TrainedLength, format_length, parse_length
-from .rope import Composition, Scaler, compose
+from .auto import Auto
+from .lengths import TrainedLength, parse_length
+from .methods import METHODS
+from .rope import Scaler, compose
 
 
 def parse(spec: str | Scaler | None, trained_length: TrainedLength = None) -> Scaler:
@@ -43,24 +45,7 @@ def parse(spec: str | Scaler | None, trained_length: TrainedLength = None) -> Sc
     return compose(*(part for member in members for part in member.parts))
 
 
-def format_spec(scaler: Scaler) -> str:
-    """The spec string of `scaler`; fields at their default are left out."""
-    if isinstance(scaler, Composition):
-        return "|".join(format_spec(member) for member in scaler.members)
-    values = []
-    for position, field in enumerate(dataclasses.fields(scaler)):
-        value = getattr(scaler, field.name)
-        if value == field.default:
-            continue
-        text = _format_value(value, is_length=field.metadata.get("length", False))
-        values.append(text if position == 0 else f"{field.name}={text}")
-    return scaler.name + (":" + ",".join(values) if values else "")
-
-
 def _parse_method(text: str, trained_length: TrainedLength) -> Scaler:
-    from . import METHODS
-    from .auto import Auto
-
     name, _, arguments = text.strip().partition(":")
     name = name.strip().lower()
     if name not in METHODS and name != Auto.name:
@@ -114,15 +99,3 @@ def _parse_value(method: str, key: str, text: str, annotation: Any) -> Any:
         kinds = {bool: "true or false", int: "a whole number", float: "a number"}
         kind = next((kinds[o] for o in options if o in kinds), "numbers joined by '/'")
         raise ConfigError(f"{method}: {key}={text!r} is not {kind}") from None
-
-
-def _format_value(value: Any, *, is_length: bool) -> str:
-    if is_length:
-        return format_length(value)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return "/".join(_format_value(v, is_length=False) for v in value)
-    if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
-        return str(int(value))
-    return repr(value)

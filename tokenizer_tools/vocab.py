@@ -7,9 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
-from ..errors import DataError, UnsupportedModel
+from ..errors import DataError
 from .characters import broken, split_character
 from .trie import ByteTrie
 
@@ -17,7 +16,7 @@ _MOST_REMEMBERED = 100_000  # answers of `can_extend`, which takes thousands of 
 
 
 class Vocabulary(ABC):
-    """A tokenizer, seen as bytes. `vocabulary(tokenizer)` makes one.
+    """A tokenizer, seen as bytes. `vocabularies.vocabulary` makes one.
 
     A text is split into *pieces* (pre-tokens), then every piece into tokens. The tokens of a piece depend on its
     bytes alone.
@@ -197,57 +196,3 @@ def check_ids(ids: Sequence[int], rows: int) -> None:
             f"token id {least if least < 0 else most} is not among this model's 0 to {rows - 1}; take the model's own "
             "tokenizer, or give a model whose tokenizer has more tokens as many rows (hf.resize_token_embeddings)"
         )
-
-
-def vocabulary(tokenizer: Any, *, special_tokens: bool = False, rows: int | None = None) -> Vocabulary:
-    """The vocabulary of a tokenizer.
-
-    Args:
-        tokenizer: of transformers, `tokenizers`, `sentencepiece`, `tiktoken` or `mistral_common`; a vocabulary is
-            returned as it is.
-        special_tokens: whether names of special tokens in a text stand for them. Those of tiktoken and mistral_common
-            never do, those of a bare SentencePiece model neither.
-        rows: tokens that the model has, if it is for a model.
-
-    Raises:
-        UnsupportedModel: its tokens are not pieces of the text's bytes (WordPiece, word levels, dropout).
-    """
-    if isinstance(tokenizer, Vocabulary):
-        return tokenizer
-    known = _vocabulary(tokenizer, special_tokens)
-    known.rows = rows
-    return known
-
-
-def _vocabulary(tokenizer: Any, special_tokens: bool) -> Vocabulary:
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if hasattr(backend, "pre_tokenizer") and hasattr(backend, "to_str"):
-        from .huggingface import HuggingFaceVocabulary
-
-        return HuggingFaceVocabulary(backend, tokenizer, special_tokens)
-    layers = _layers(tokenizer)
-    for inner in layers:
-        if hasattr(inner, "serialized_model_proto"):
-            from .spm import SentencePieceVocabulary
-
-            return SentencePieceVocabulary(inner, tokenizer, special_tokens)
-        if hasattr(inner, "_pat_str") and hasattr(inner, "_mergeable_ranks"):
-            from .tekken import TiktokenVocabulary
-
-            offset = next((layer.num_special_tokens for layer in layers if hasattr(layer, "num_special_tokens")), 0)
-            return TiktokenVocabulary(inner, tokenizer, offset)
-    raise UnsupportedModel(
-        f"{type(tokenizer).__name__} is none of the tokenizers whose bytes ropewalk knows: those of transformers, "
-        "tokenizers, sentencepiece, tiktoken and mistral_common"
-    )
-
-
-def _layers(tokenizer: Any) -> list[Any]:
-    """A wrapper and the tokenizers inside it, outermost first."""
-    found = [tokenizer]
-    for inner in found:
-        for name in ("sp_model", "tokenizer", "instruct_tokenizer", "_model", "model"):
-            below = getattr(inner, name, None)
-            if below is not None and not callable(below) and not any(below is known for known in found):
-                found.append(below)
-    return found

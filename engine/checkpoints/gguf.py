@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from ...errors import AssetError, UnsupportedModel, first_line
 from ..storage import cache_dir, filling
@@ -111,12 +110,21 @@ def _parsed_once(reader: Any) -> Iterator[None]:
     import gguf
     from transformers import modeling_gguf_pytorch_utils
 
-    with (
-        mock.patch.object(gguf, "GGUFReader", lambda *_, **__: reader),
-        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-        mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors, create=True),
-    ):
+    replaced: list[tuple[Any, str, Any]] = [
+        (gguf, "GGUFReader", lambda *_, **__: reader),
+        (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        (modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors),
+    ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in replaced if hasattr(module, name)]
+    try:
+        for module, name, value in replaced:
+            setattr(module, name, value)
         yield
+    finally:
+        for module, name, _ in replaced:
+            delattr(module, name)
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def _convert(file: GgufFile, out: Path, *, quiet: bool) -> None:

@@ -1,18 +1,14 @@
-"""Peak memory of the perplexity of a long text: this engine beside transformers, each in a process of its own.
-
-python -m ropewalk.evals.speed.footprint smollm2-135m --lengths 8k,32k --dtype bfloat16 --rope yarn:4 --hf
-"""
+"""Peak memory of the perplexity of a long text: this engine beside transformers, each in a process of its own."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import click
+from ...errors import RopewalkError
 
 TARGET = 1024
 """Tokens scored: the last ones."""
@@ -113,7 +109,11 @@ def _measure(engine: str, model: str, ids: list[int], dtype: str, rope: str, con
 
 
 def measure(engine: str, model: str, ids: list[int], dtype: str, rope: str) -> Footprint:
-    """Score `ids` in a new process, which "ropewalk" or "transformers" has for itself."""
+    """Score `ids` in a new process, which "ropewalk" or "transformers" has for itself.
+
+    Raises:
+        RopewalkError: the process died, as one that has no memory left does.
+    """
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_measure, args=(engine, model, ids, dtype, rope, theirs))
@@ -123,48 +123,8 @@ def measure(engine: str, model: str, ids: list[int], dtype: str, rope: str) -> F
         found: Footprint = ours.recv()
     except EOFError:
         process.join()
-        raise click.ClickException(f"{engine} died at {len(ids)} tokens (exit code {process.exitcode})") from None
+        raise RopewalkError(
+            f"{engine} died at {len(ids)} tokens (exit code {process.exitcode}); try fewer --lengths"
+        ) from None
     process.join()
     return found
-
-
-@click.command()
-@click.argument("model")
-@click.option("--lengths", default="8k,32k", show_default=True)
-@click.option("--text", default="kjv", show_default=True, help="As of `ropewalk ppl`.")
-@click.option("--dtype", default="bfloat16", show_default=True)
-@click.option("--rope", default="none", show_default=True, help="Of ropewalk; transformers runs the model as it is.")
-@click.option("--hf", is_flag=True, help="Measure transformers too.")
-def main(model: str, lengths: str, text: str, dtype: str, rope: str, hf: bool) -> None:
-    """Score the last 1024 tokens of a text of each length, and print the memory that it took."""
-    from ...engine.checkpoints.checkpoint import read_tokenizer
-    from ...engine.checkpoints.source import resolve
-    from ...errors import RopewalkError
-    from ...scaling.lengths import format_length, parse_length
-    from ..data import load_text, tokenize_documents
-
-    try:
-        contexts = [parse_length(length) for length in lengths.split(",")]
-        if min(contexts) <= TARGET:
-            raise click.UsageError(f"--lengths {lengths}: each must be more than the {TARGET} tokens that are scored")
-        tokenizer = read_tokenizer(resolve(model))
-        ids = tokenize_documents(load_text(text), tokenizer, limit_tokens=max(contexts))[0]
-        if len(ids) < max(contexts):
-            raise click.ClickException(f"{text} holds {len(ids)} tokens of the {max(contexts)} that are asked for")
-        found = []
-        for length in contexts:
-            for engine in ("ropewalk", "transformers") if hf else ("ropewalk",):
-                one = measure(engine, model, ids[:length], dtype, rope)
-                found.append(one)
-                click.echo(
-                    f"{format_length(length):>5}  {one.engine:<44} peak {one.peak:7.0f} MB = weights {one.weights:.0f} "
-                    f"+ cache {one.cache:.0f} + {one.rest:.0f} (libraries {one.imports:.0f}; {one.loaded:.0f} once "
-                    f"loaded)  {one.seconds:.0f} s  loss {one.loss:.4f}"
-                )
-    except RopewalkError as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(json.dumps([asdict(one) | {"rest": one.rest} for one in found]))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from statistics import fmean
 
 import numpy as np
 
+from ...engine.tuned_scalers import TunedScaler
 from ...scaling.rope import RopeSpec, Scaler
+from ...version import __version__
 from ..protocols.effective_length import TOLERANCE
 from ..runs.compare import Difference
 from ..runs.result import Losses
@@ -158,6 +162,24 @@ class Tuned:
     def servable(self) -> Candidate | None:
         """The best that a config can hold, so that other engines can serve it; None if no such one was measured."""
         return next((c for c in self.eligible if c.scaler.parts and self.fits_config(c)), None)
+
+    def as_stored(self, *, text: str) -> TunedScaler:
+        """What `Model.remember` stores.
+
+        Args:
+            text: what it was measured on, as `describe` shows it.
+        """
+        loss = self.winner.loss
+        return TunedScaler(
+            target=self.target,
+            winner=self.winner.scaler,
+            simplest=self.simplest.scaler,
+            servable=None if self.servable is None else self.servable.scaler,
+            loss=loss if loss is not None and math.isfinite(loss) else None,
+            text=text,
+            date=datetime.now(UTC).date().isoformat(),
+            ropewalk=__version__,
+        )
 
     def fits_config(self, candidate: Candidate) -> bool:
         """True if a Hugging Face config can hold it."""

@@ -140,7 +140,7 @@ def test_a_session_within_the_trained_length_is_the_untouched_model(both):
 @pytest.mark.parametrize("spec", [DEFAULT, "yarn:4", "dual-chunk"])
 def test_a_session_that_grows_past_it_is_one_whose_scaler_was_changed(compiled, spec):
     compiled.rope = "auto"
-    compiled.remember(tuned(compiled, 1024, spec), text="x")
+    compiled.remember(tuned(compiled, 1024, spec).as_stored(text="x"))
     growing = compiled.session()
     growing.append(SHORT * 2)
     assert compiled._runner.rope_state[0] == rw.parse(None)
@@ -175,9 +175,9 @@ def test_what_was_tuned_is_taken_up_to_its_target(compiled, cache):
     compiled.rope = "auto"
     assert compiled.rope_at(None) == compiled.rope_at(256) == rw.parse("none")
     assert str(compiled.rope_at(257)) == str(compiled.rope_at(1600)) == DEFAULT
-    path = compiled.remember(tuned(compiled, 1024, "yarn:4", "rerope:64"), text="book")
+    path = compiled.remember(tuned(compiled, 1024, "yarn:4", "rerope:64").as_stored(text="book"))
     assert path.parent == cache / "tuned"
-    compiled.remember(tuned(compiled, 512, "dual-chunk", "none"), text="shakespeare")
+    compiled.remember(tuned(compiled, 512, "dual-chunk", "none").as_stored(text="shakespeare"))
     chosen = {n: str(compiled.rope_at(n)) for n in (256, 257, 512, 513, 1024, 1025, 1600)}
     assert chosen == {
         256: "none", 257: "dual-chunk", 512: "dual-chunk", 513: "yarn:4", 1024: "yarn:4", 1025: DEFAULT, 1600: DEFAULT,
@@ -189,7 +189,7 @@ def test_what_was_tuned_is_taken_up_to_its_target(compiled, cache):
         f"(tuned on book), beyond {DEFAULT} (the default; its group is doubled where a text is longer than 1600)"
     ) in compiled.describe()
     assert "any length" in compiled.describe()
-    compiled.remember(tuned(compiled, 512, "ntk:4"), text="shakespeare")
+    compiled.remember(tuned(compiled, 512, "ntk:4").as_stored(text="shakespeare"))
     assert str(compiled.rope_at(300)) == "ntk:4"
 
 
@@ -214,7 +214,7 @@ def test_the_scaler_of_auto_is_the_one_that_the_docs_name(compiled, tiny_folder)
 
 def test_it_is_kept_for_the_model_in_other_dtypes_and_for_no_other(compiled, tiny_folder, cache):
     compiled.rope = None
-    path = compiled.remember(tuned(compiled, 512, "dual-chunk", "yarn:2"), text="book")
+    path = compiled.remember(tuned(compiled, 512, "dual-chunk", "yarn:2").as_stored(text="book"))
     entry = json.loads(path.read_text(encoding="utf-8"))["tunings"][0]
     assert entry.pop("date").count("-") == 2
     assert entry == {
@@ -240,7 +240,7 @@ def test_it_is_kept_for_the_model_in_other_dtypes_and_for_no_other(compiled, tin
 )
 def test_a_damaged_file_is_named(compiled, damage):
     compiled.rope = None
-    path = compiled.remember(tuned(compiled, 512, "yarn:2"), text="book")
+    path = compiled.remember(tuned(compiled, 512, "yarn:2").as_stored(text="book"))
     found = json.loads(path.read_text(encoding="utf-8"))
     if damage == "winner":
         found["tunings"][0]["winner"] = None
@@ -255,13 +255,13 @@ def test_a_damaged_file_is_named(compiled, damage):
         compiled.rope = "auto"
     assert str(compiled.rope) == "none"
     with pytest.raises(rw.DataError, match=r"delete it"):
-        compiled.remember(tuned(compiled, 512, "yarn:2"), text="book")
+        compiled.remember(tuned(compiled, 512, "yarn:2").as_stored(text="book"))
 
 
 def test_a_folder_that_cannot_be_written(compiled, cache):
     cache.write_text("a file")
     with pytest.raises(rw.AssetError, match="set ROPEWALK_CACHE"):
-        compiled.remember(tuned(compiled, 512, "yarn:2"), text="book")
+        compiled.remember(tuned(compiled, 512, "yarn:2").as_stored(text="book"))
 
 
 @pytest.mark.parametrize("spec", ["auto|logn", "logn|auto", "yarn:4|auto"])

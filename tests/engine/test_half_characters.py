@@ -19,7 +19,7 @@ from ropewalk.engine.cache import ContiguousLayer
 from ropewalk.engine.model import Model
 from ropewalk.engine.prompt import Prompt
 from ropewalk.engine.runners.transformers import TransformersRunner
-from ropewalk.tokenizer_tools.vocab import vocabulary
+from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 TEXT = "aé🙂中b\u200bñ!"
 LENGTHS = [1, 2, 3, 5]

@@ -22,7 +22,7 @@ from ropewalk.engine.sampling import random_source
 from ropewalk.engine.sequence import Sequence
 from ropewalk.engine.token_healing import draw_first_token, text_logprob, weigh
 from ropewalk.tokenizer_tools.cover import Node, cover
-from ropewalk.tokenizer_tools.vocab import vocabulary
+from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 PROMPTS = ["import nump", "http:", "x = f(", "    retur", "def ", "a", "\n\n", "if x:\n    ", "-" * 40, "é"]
 

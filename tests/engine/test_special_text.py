@@ -10,7 +10,7 @@ from live import greedy
 import ropewalk as rw
 from ropewalk.engine.prompt import Prompt
 from ropewalk.tokenizer_tools.cover import cover
-from ropewalk.tokenizer_tools.vocab import vocabulary
+from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 NAME = "<|endoftext|>"
 TEXT = f"a{NAME}b"

@@ -5,11 +5,11 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from ropewalk.evals.speed.footprint import main
+from ropewalk.cli.main import cli
 
 
 def test_lengths_without_room_for_what_is_scored_are_refused(tiny_folder):
-    result = CliRunner().invoke(main, [str(tiny_folder), "--lengths", "2k,1k"])
+    result = CliRunner().invoke(cli, ["memory", str(tiny_folder), "--lengths", "2k,1k"])
     assert result.exit_code == 2
     assert "each must be more than the 1024 tokens that are scored" in result.output
 
@@ -17,8 +17,8 @@ def test_lengths_without_room_for_what_is_scored_are_refused(tiny_folder):
 @pytest.mark.slow
 def test_both_engines_score_the_text_and_tell_their_memory(tiny_folder, tmp_path, held_out_texts, prepared_processes):
     (tmp_path / "text.txt").write_text("".join(held_out_texts))
-    options = ["--lengths", "2k", "--text", str(tmp_path / "text.txt"), "--dtype", "float32", "--hf"]
-    result = CliRunner().invoke(main, [str(tiny_folder), *options])
+    options = ["--lengths", "2k", "--text", str(tmp_path / "text.txt"), "--dtype", "float32", "--against-hf"]
+    result = CliRunner().invoke(cli, ["memory", str(tiny_folder), *options])
     assert result.exit_code == 0, result.output
     ours, theirs = json.loads(result.output.splitlines()[-1])
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)

@@ -138,7 +138,8 @@ def test_auto_is_told_by_what_it_stands_for_and_measured_anew_when_that_changes(
     run = Run(tmp_path / "run")
     measure(model, before[3], run)
     best = Candidate(scaler=parse("yarn:2"), read={"0:9": np.ones(64, np.float32)})
-    model.remember(Tuned(target=128, rope=model.spec, ranking=(best,), keep_short=False, complete=True), text="words")
+    tuned = Tuned(target=128, rope=model.spec, ranking=(best,), keep_short=False, complete=True)
+    model.remember(tuned.as_stored(text="words"))
     after = planned()
     assert [cell.recipe.get("chosen") for cell in after] == [None, None, "none", "yarn:2", default]
     assert before[3].is_done(run) and not after[3].is_done(run)

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from repetition import accuracy, main, run, windows
 
 import ropewalk as rw
 from ropewalk.evals.data import load_text
-from ropewalk.evals.repetition import accuracy, main, run, windows
 from ropewalk.scaling import parse
 
 

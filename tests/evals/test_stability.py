@@ -3,11 +3,11 @@
 import mmap
 
 import pytest
+import stability
 from click.testing import CliRunner
+from stability import Load, Verdict, main, serve
 
 import ropewalk as rw
-from ropewalk.evals.speed import stability
-from ropewalk.evals.speed.stability import Load, Verdict, main, serve
 
 
 @pytest.fixture(scope="module")

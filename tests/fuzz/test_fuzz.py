@@ -35,7 +35,7 @@ from ropewalk.scaling import parse
 from ropewalk.scaling.hf import read
 from ropewalk.scaling.lengths import parse_length
 from ropewalk.tokenizer_tools.cover import cover
-from ropewalk.tokenizer_tools.vocab import vocabulary
+from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 SLOW = {"GGUF conversion", "safetensors index"}
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from small_tokenizers import KINDS, strings
 
 from ropewalk.tokenizer_tools.cover import cover
-from ropewalk.tokenizer_tools.vocab import vocabulary
+from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 END = -1
 

@@ -8,7 +8,7 @@ from small_tokenizers import GPT2, KINDS, by_merges, byte_fallback, byte_level, 
 from ropewalk.errors import DataError
 from ropewalk.tokenizer_tools.characters import broken, first_characters, shown, unfinished
 from ropewalk.tokenizer_tools.cover import cover
-from ropewalk.tokenizer_tools.vocab import vocabulary
+from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 PARTS = st.sampled_from(
     [b"a", b"\xc3", b"\xa9", "é".encode(), "🙂".encode(), b"\xf0\x9f", b"\xff", b"\xed\xa0", b"\xe4\xbd"]

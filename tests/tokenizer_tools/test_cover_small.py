@@ -14,7 +14,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from ropewalk.errors import DataError, UnsupportedModel
 from ropewalk.tokenizer_tools import cover as cover_module
 from ropewalk.tokenizer_tools.cover import Node, _is_firm, _loses_end, cover
-from ropewalk.tokenizer_tools.vocab import vocabulary
+from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, MistralConfig, PreTrainedTokenizerFast
 
 from ropewalk.errors import UnsupportedModel
 from ropewalk.tokenizer_tools.encode import prompt_ids, start_ids, text_ids, texts_ids
-from ropewalk.tokenizer_tools.vocab import vocabulary
+from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 FRAMES = ["$A", "$A <e>", "<s> $A", "<s> $A <e>", "<m> <s> $A <e> <e>", "<s> $A <s>"]
 

@@ -18,7 +18,7 @@ from transformers import LlamaTokenizer
 import ropewalk as rw
 from ropewalk.errors import UnsupportedModel
 from ropewalk.tokenizer_tools.cover import cover
-from ropewalk.tokenizer_tools.vocab import vocabulary
+from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 DATA = Path(mistral_common.__file__).parent / "data"
 TEXTS = {

@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from .. import __version__
 from ..errors import RopewalkError
+from ..version import __version__
 
 COMMANDS = {
     "demo": ("ropewalk.cli.measure:demo", "The whole story on the embedded model, in minutes."),
@@ -33,6 +33,7 @@ COMMANDS = {
         "lm-evaluation-harness: any task there under any scaler.",
     ),
     "speed": ("ropewalk.cli.speed:speed", "What a position map costs, or how fast other engines are."),
+    "memory": ("ropewalk.cli.speed:memory", "Peak memory of reading a long text, beside transformers."),
     "vocab": (
         "ropewalk.cli.vocab:vocab",
         "A tokenizer in numbers: size, compression, prompts cut inside tokens.",

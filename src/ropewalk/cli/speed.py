@@ -1,4 +1,4 @@
-"""The command `ropewalk speed`: what position maps cost, or how fast other engines run the same model."""
+"""`ropewalk speed` and `memory`: what position maps cost, how fast other engines are, and peak memory."""
 
 from __future__ import annotations
 
@@ -177,3 +177,48 @@ def _peers(
     for table in tables(outcome, outcome.timings[0].engine):
         console.print(table)
     click.echo(json.dumps(as_json(outcome, about)))
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk memory smollm2-135m --lengths 16k --against-hf\n"
+    "  ropewalk memory ./my-model --rope yarn:4 --lengths 8k,32k --dtype float32"
+)
+@click.argument("model")
+@click.option("--rope", default="none", show_default=True, help="Scaler of ropewalk; transformers runs none.")
+@click.option("--lengths", default="8k,32k", show_default=True, help="Tokens of the text, separated by commas.")
+@click.option("--text", default="kjv", show_default=True, help="A built-in text, or a file or folder.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="float32, bfloat16 or float16.")
+@click.option("--against-hf", is_flag=True, help="Measure transformers too.")
+def memory(model: str, rope: str, lengths: str, text: str, dtype: str, against_hf: bool) -> None:
+    """Peak memory of reading a long text, in a new process for each length.
+
+    The last 1024 tokens are scored. The last line is JSON.
+    """
+    import json
+    from dataclasses import asdict
+
+    from ..engine.checkpoints.checkpoint import read_tokenizer
+    from ..engine.checkpoints.source import resolve
+    from ..errors import DataError
+    from ..evals.data import load_text, tokenize_documents
+    from ..evals.speed.footprint import TARGET, measure
+    from ..scaling.lengths import format_length, parse_length
+
+    contexts = [parse_length(length) for length in lengths.split(",")]
+    if min(contexts) <= TARGET:
+        raise click.UsageError(f"--lengths {lengths}: each must be more than the {TARGET} tokens that are scored")
+    ids = tokenize_documents(load_text(text), read_tokenizer(resolve(model)), limit_tokens=max(contexts))[0]
+    if len(ids) < max(contexts):
+        raise DataError(f"{text} holds {len(ids)} tokens, and --lengths asks for {max(contexts)}")
+    footprints = []
+    for length in contexts:
+        for engine in ("ropewalk", "transformers") if against_hf else ("ropewalk",):
+            footprint = measure(engine, model, ids[:length], dtype, rope)
+            footprints.append(asdict(footprint) | {"rest": footprint.rest})
+            click.echo(
+                f"{format_length(length):>5}  {footprint.engine:<44} peak {footprint.peak:7.0f} MB = weights "
+                f"{footprint.weights:.0f} + cache {footprint.cache:.0f} + {footprint.rest:.0f} (libraries "
+                f"{footprint.imports:.0f}; {footprint.loaded:.0f} once loaded)  {footprint.seconds:.0f} s  "
+                f"loss {footprint.loss:.4f}"
+            )
+    click.echo(json.dumps(footprints))

@@ -115,5 +115,5 @@ def tune(
     for sentence in sentences(found):
         console.print(f"• {sentence}", highlight=False, markup=False)
     print_files(files, console)
-    kept = loaded.remember(found, text=short(text))
+    kept = loaded.remember(found.as_stored(text=short(text)))
     console.print(f"\nKept for --rope auto: {kept}", highlight=False, soft_wrap=True, markup=False)

@@ -1,6 +1,6 @@
 """Many requests of every kind in one process, cancelled ones among them: does memory stay where it is?
 
-python -m ropewalk.evals.speed.stability smollm2-135m --requests 200
+python tests/evals/stability.py smollm2-135m --requests 200
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import click
 import psutil
 
-from ...engine.model import Model
-from ...engine.sampling import SamplingParams
-from ...engine.session import Session
-from ...errors import ConfigError, ContextOverflow, RopewalkError
-from ...tokenizer_tools.encode import text_ids
-from ..data import load_text
+from ropewalk.engine.model import Model
+from ropewalk.engine.sampling import SamplingParams
+from ropewalk.engine.session import Session
+from ropewalk.errors import ConfigError, ContextOverflow, RopewalkError
+from ropewalk.evals.data import load_text
+from ropewalk.tokenizer_tools.encode import text_ids
 
 READINGS = 16
 """Readings of a run, at least."""
@@ -250,8 +250,8 @@ def serve(
 @click.option("--kv-dtype", default="auto", show_default=True)
 def main(model: str, requests: int, longest: str, text: str, seed: int, dtype: str, kv_dtype: str) -> None:
     """Serve random requests in one process and tell whether its memory grows; exit code 1 if it does."""
-    from ...engine.load import load
-    from ...scaling.lengths import parse_length
+    from ropewalk.engine.load import load
+    from ropewalk.scaling.lengths import parse_length
 
     def tell(reading: Reading) -> None:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(reading.kinds.items()))

@@ -4,7 +4,7 @@ The experiment of kexue.fm 9675, 9706 and 9708: a model trained at L reads k L t
 its likeliest guess is taken over all of them. If far tokens are seen rightly, repeated text is easy: what comes has
 been read before.
 
-    python -m ropewalk.evals.repetition tests/data/tiny-llama --text FOLDER --times 8
+    python tests/evals/repetition.py tests/data/tiny-llama --text FOLDER --times 8
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 import click
 import numpy as np
 
-from ..engine.model import Model
-from ..scaling.rope import Scaler
-from .data import Text, tokenize_documents
-from .models.reader import ModelReader, Tokens
-from .statistics import block_interval
+from ropewalk.engine.model import Model
+from ropewalk.evals.data import Text, tokenize_documents
+from ropewalk.evals.models.reader import ModelReader, Tokens
+from ropewalk.evals.statistics import block_interval
+from ropewalk.scaling.rope import Scaler
 
 ROPES = (
     "none",
@@ -107,10 +107,10 @@ def run(model: Model, text: Text, scalers: Sequence[Scaler], *, times: int, samp
 @click.option("--samples", default=8, show_default=True, type=click.IntRange(min=1))
 def main(model: str, text: str, ropes: tuple[str, ...], times: int, samples: int) -> None:
     """Print a Markdown table of accuracies in percent, and a line of JSON."""
-    from ..engine.load import load
-    from ..errors import RopewalkError
-    from ..scaling import parse
-    from .data import load_text
+    from ropewalk.engine.load import load
+    from ropewalk.errors import RopewalkError
+    from ropewalk.evals.data import load_text
+    from ropewalk.scaling import parse
 
     try:
         loaded = load(model, dtype="float32", max_length=2**31)
