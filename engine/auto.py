@@ -1,4 +1,4 @@
-"""What `auto` stands for on one model, at every length."""
+"""Which scaler `auto` uses on a model, at every length."""
 
 from __future__ import annotations
 

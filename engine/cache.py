@@ -1,8 +1,8 @@
 """The key-value cache: one buffer a layer, allocated once, written in place.
 
 transformers' DynamicCache concatenates, which copies the whole cache at every step; here a step writes its own
-rows and attention reads a view. Under a position map the keys are held un-rotated, and next to them the turned
-copies that the bands read, so that a step turns its own keys only.
+rows and attention reads a view. Under a position map it holds the keys un-rotated, and rotated
+copies for the bands, so that a step rotates its own keys only.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def _allocate(like: Tensor, capacity: int) -> Tensor:
 
 
 class RotatedKeys:
-    """Copies of one layer's keys, turned as a band sees them; made when first asked for, then extended.
+    """Copies of one layer's keys, rotated for each band; made on first use, then extended.
 
     Args:
-        allocate: makes the room for so many keys like others, as that of the keys is made.
+        allocate: makes a buffer for so many keys, like the given one.
     """
 
     def __init__(self, allocate: Callable[[Tensor, int], Tensor] = _allocate) -> None:
@@ -39,19 +39,19 @@ class RotatedKeys:
         self._lengths: dict[int, int] = {}
 
     def get(self, rope_state: Hashable, band: int, keys: Tensor, rotate: Callable[[int, int], Tensor]) -> Tensor:
-        """All of `keys` [B, K, M, D] turned; `turn(start, stop)` makes the part that is not held yet.
+        """All of `keys` [B, K, M, D] rotated; `rotate(start, stop)` makes the part that is missing.
 
         Args:
-            setting: what the angles follow from; copies of another setting are dropped.
+            rope_state: what the angles depend on; copies of another state are dropped.
         """
         return self.room(rope_state, band, keys, rotate, 0)[:, :, : keys.shape[2]]
 
     def crop(self, length: int) -> None:
-        """Forget what lies beyond `length` keys."""
+        """Drop the keys beyond the first `length`."""
         self._lengths = {band: min(held, length) for band, held in self._lengths.items()}
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all copies."""
         self._copies, self._lengths = {}, {}
 
     def room(
@@ -75,7 +75,7 @@ class RotatedKeys:
         return copy
 
     def advance(self, held: int, count: int) -> None:
-        """Count `count` keys behind the first `held` as turned, which were written into the room for them."""
+        """Count `count` keys after the first `held` as rotated; they were written into their room."""
         self._lengths = {band: held + count if length == held else length for band, length in self._lengths.items()}
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -97,7 +97,7 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
 
     Attributes:
         length: keys held.
-        forgotten: keys that were dropped behind the first ones. Those behind them have moved up, position and all:
+        evicted: keys that were dropped after the first ones. Later keys have moved up, with their positions:
             under a map that sees the first and the last keys only, a text without what lies between is the same text.
         needed: keys that must stay for that.
     """
@@ -121,7 +121,7 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append [batch, kv_heads, n, head_dim] and return views of everything held."""
+        """Append [batch, kv_heads, n, head_dim] and return views of all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
@@ -149,20 +149,20 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         self.rotated.crop(self.length)
 
     def evict(self, first: int, count: int, needed: int) -> None:
-        """Drop `count` keys behind the first `first`. Interrupted, it has done nothing."""
+        """Drop `count` keys after the first `first`. An interruption changes nothing."""
         sink_window = self._copied(self.capacity, first, count)
         self.rotated.crop(first)
         self.__dict__.update(sink_window, length=self.length - count, evicted=self.evicted + count, needed=needed)
 
     def _copied(self, capacity: int, first: int = 0, skip: int = 0) -> dict[str, Tensor]:
-        """New buffers with all that is held but `skip` keys behind the first `first`."""
-        found = {}
+        """New buffers without `skip` keys after the first `first`."""
+        buffers = {}
         for name in self.buffers:
             old, new = getattr(self, name), self._new(name, capacity)
             new[:, :, :first] = old[:, :, :first]
             new[:, :, first : self.length - skip] = old[:, :, first + skip : self.length]
-            found[name] = new
-        return found
+            buffers[name] = new
+        return buffers
 
     def _new(self, name: str, capacity: int) -> Tensor:
         return _allocate(getattr(self, name), capacity)
@@ -213,7 +213,7 @@ def common_window(config: PreTrainedConfig) -> int | None:
 
 
 def adopt(cache: Cache, capacity: int = 256) -> None:
-    """Give transformers' own growing cache buffers of ours, where it is empty and its layers see the whole past."""
+    """Give transformers' default cache our layers, where it is empty and its layers see the whole past."""
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = ContiguousLayer
     for index, layer in enumerate(cache.layers):
@@ -229,7 +229,7 @@ def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
     config = config.get_text_config(decoder=True)
     if attends_to_everything(config):
         config = copy.copy(config)
-        config.sliding_window = None  # transformers would believe one that the model does not read
+        config.sliding_window = None  # the model does not read it, but transformers' cache would
     cache = DynamicCache(config=config)
     adopt(cache, capacity)
     return cache
@@ -261,12 +261,12 @@ def tokens_read(held: Cache | CacheLayerMixin) -> int:
 
 
 def layers_agree(cache: Cache) -> bool:
-    """True if all layers have dropped the same keys; a step that is broken off may leave them at odds."""
+    """True if all layers have dropped the same keys; an interrupted step may leave them different."""
     return len({getattr(layer, "evicted", 0) for layer in cache.layers}) < 2
 
 
 def can_rewind(cache: Cache, count: int = 0) -> bool:
-    """True if the cache can forget its last `count` tokens and leave no trace of them: no layer has a window or a
+    """True if the cache can drop its last `count` tokens without a trace: no layer has a window or a
     state, or lacks keys that were dropped."""
     kinds = {type(layer) for layer in cache.layers} | ({cache.layer_class_to_replicate} - {None})
     if not all(issubclass(kind, ContiguousLayer) or kind is DynamicLayer for kind in kinds):
@@ -287,7 +287,7 @@ def rewind(cache: Cache, count: int) -> None:
     if count and not can_rewind(cache, count):
         raise PatchError(
             f"the last {count} tokens of this cache have to be read anew, and its layers (a sliding window, recurrent "
-            "ones, or keys that were dropped) cannot forget them; give a new cache"
+            "ones, or keys that were dropped) cannot be rewound; give a new cache"
         )
     cache.crop(-count)
 

@@ -25,7 +25,7 @@ from .token_healing import draw_first_token, weigh
 
 @dataclass(frozen=True, kw_only=True)
 class Healed:
-    """Prompts whose first new token is drawn already, where they may end inside one.
+    """Prompts that may end inside a token, with their first new token drawn.
 
     Attributes:
         input_ids, attention_mask: int64 [prompts, length], padded on the left: arguments of `hf_model.generate`.
@@ -71,16 +71,16 @@ def heal(
         output = hf_model.generate(healed.input_ids, attention_mask=healed.attention_mask)
         print(healed.texts(output)[0])
 
-    The first new token is drawn from the model's law of the text after the prompt's text, as `Model.generate` does; a
-    patched model may be given.
+    The first new token is drawn from the distribution of texts after the prompt's text, as `Model.generate` does. The
+    model may be patched.
 
     Args:
-        params: how to draw it; the rest of the answer is drawn as `generate` is told.
+        params: how to draw it; `hf_model.generate` draws the rest with its own settings.
         special_tokens: whether names of special tokens in the prompts stand for them, as a chat template means them.
 
     Raises:
         ConfigError: there are no prompts, or one is empty and the tokenizer has no start token.
-        DataError: a prompt is not UTF-8, or holds half a surrogate pair, or a token that the model has not.
+        DataError: a prompt is not UTF-8, or holds half a surrogate pair, or a token that the model does not have.
     """
     if not prompts and not isinstance(prompts, str | bytes):
         raise ConfigError("prompts is empty; give at least one")

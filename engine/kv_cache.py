@@ -1,4 +1,4 @@
-"""The cache of one sequence under a compiled network: shared until written, in memory or in a file, rounded or not."""
+"""The cache of one sequence for the compiled kernels: copied on write, in memory or in a file, int8 or not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CacheShape:
     Args:
         layers, heads, dim: layers, key-value heads, head dim.
         dtype: of keys and values; int8 ones have a float32 scale each.
-        folder: where they are kept in memory-mapped files; None keeps them in memory.
+        folder: of the memory-mapped files that hold them; None holds them in memory.
     """
 
     layers: int
@@ -48,7 +48,7 @@ class CacheShape:
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
 
     def rotated(self) -> RotatedKeys:
-        """Copies of keys, which lie where the keys do; none yet."""
+        """Rotated copies of keys, stored where the keys are; none yet."""
         return RotatedKeys(lambda _, capacity: self.buffer(capacity))
 
 
@@ -69,7 +69,7 @@ class KVLayer(ContiguousLayer):
         return self.shape.buffer(capacity, name.endswith("scales"))
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` keys, in buffers that nobody else reads."""
+        """Make room for `length` keys, in buffers that no fork shares."""
         if length <= self.capacity and self.owned:
             return
         capacity = self.capacity if length <= self.capacity else max(length, 2 * self.capacity)
@@ -81,25 +81,25 @@ class KVLayer(ContiguousLayer):
         self._part()
 
     def _join(self, sharers: set[object]) -> None:
-        """Be counted among those who read the same buffers, until `_leave` is called or this layer is gone."""
-        own = object()
-        sharers.add(own)
+        """Join the layers that share the same buffers, until `_leave` is called or this layer is freed."""
+        member = object()
+        sharers.add(member)
         self._sharers = sharers
-        self._leave = weakref.finalize(self, sharers.discard, own)
+        self._leave = weakref.finalize(self, sharers.discard, member)
 
     def _part(self) -> None:
-        """The buffers are new; interrupted, it is still counted as one who reads the old ones."""
+        """The buffers are new. Leaving comes last, so an interruption leaves it among the sharers of the old ones."""
         leave = self._leave
         self._join(set())
         leave()
 
     @property
     def owned(self) -> bool:
-        """True if nobody else reads the buffers."""
+        """True if no fork shares the buffers."""
         return len(self._sharers) == 1
 
     def fork(self) -> KVLayer:
-        """A layer that goes on from here; nothing is copied before one of the two writes."""
+        """A layer that continues from here; buffers are copied when one of the two writes."""
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__ | {"rotated": self.shape.rotated()})
         other._join(self._sharers)
@@ -110,7 +110,7 @@ class KVLayer(ContiguousLayer):
         return self.keys[:, :, start:stop].float()
 
     def write_keys(self, start: int, keys: Tensor) -> None:
-        """Put others in the place of the keys from `start` on; the layer must be its own (`reserve`)."""
+        """Replace the keys from `start` on; the layer must own its buffers (`reserve`)."""
         self.keys[:, :, start : start + keys.shape[2]] = keys
 
     @property
@@ -120,7 +120,7 @@ class KVLayer(ContiguousLayer):
 
 
 class Int8Layer(KVLayer):
-    """Keys and values in 255 steps, each row of a head of its own size."""
+    """Keys and values in 255 steps, with a step size for each row of a head."""
 
     buffers = ("keys", "values", "key_scales", "value_scales")
     key_scales: Tensor
@@ -154,7 +154,7 @@ def _write_codes(codes: Tensor, scales: Tensor, start: int, states: Tensor) -> N
 
 
 class KVCache(Cache):  # type: ignore[misc]
-    """Keys and values of all layers; every layer keeps its whole past, windows too.
+    """Keys and values of all layers; every layer holds its whole past, also layers with a window.
 
     Args:
         capacity: tokens that it has room for before it grows.
@@ -176,17 +176,17 @@ class KVCache(Cache):  # type: ignore[misc]
 
     @property
     def owned(self) -> int:
-        """Tokens whose room is taken already: those held, but none while they are shared."""
+        """Tokens that have room of their own: all, or none while the buffers are shared."""
         return self.length if self.layers[0].owned else 0
 
     def advance(self, count: int) -> None:
-        """Count `count` tokens as held that were written into the buffers."""
+        """Count `count` tokens that were written into the buffers."""
         for layer in self.layers:
             layer.rotated.advance(layer.length, count)
             layer.length += count
 
     def fork(self) -> KVCache:
-        """A cache that goes on from here on its own."""
+        """An independent cache that continues from here."""
         other = KVCache.__new__(KVCache)
         Cache.__init__(other, layers=[layer.fork() for layer in self.layers])
         return other

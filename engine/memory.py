@@ -1,4 +1,4 @@
-"""Whether a context fits into memory: known before any work is done, or found out under way."""
+"""Whether a context fits into memory: checked before the work, and handled where it fails later."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
     """Refuse `tokens` more tokens of cache that do not fit, and say what would.
 
     Args:
-        forms: in how many forms the scaler has keys held, 1 without a position map.
+        forms: copies of the keys that the scaler needs, 1 without a position map.
 
     Raises:
         ContextOverflow: with the numbers, and the kv_dtype or offload that would make it fit.
@@ -48,18 +48,18 @@ def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
 
 
 class CacheLost(OutOfMemory):
-    """Memory ran out in the middle of a cache that cannot go back: whoever holds it has to read anew."""
+    """Memory ran out during a step, and the cache cannot be rewound: its text has to be read again."""
 
 
 @contextlib.contextmanager
 def restoring(*caches: Cache) -> Iterator[None]:
-    """Where memory runs out inside, caches are what they were before.
+    """Where memory runs out inside, rewind the caches to what they held before.
 
-    An OutOfMemory of a block inside is let through: what was read before that block stays.
+    An OutOfMemory of a nested block passes: what was read before that block stays.
 
     Raises:
-        OutOfMemory: in the place of what numpy and torch raise.
-        CacheLost: the same, but a cache could not go back.
+        OutOfMemory: in place of the errors of numpy and torch.
+        CacheLost: the same, but a cache could not be rewound.
     """
     before = [tokens_read(cache) for cache in caches]
     try:
@@ -77,12 +77,12 @@ def restoring(*caches: Cache) -> Iterator[None]:
                 layer.crop(-count)
         raise kind(
             f"out of memory after {sum(before)} tokens; shorten the text, ask for less at a time, load with a smaller "
-            "dtype or kv_dtype, or end what else takes memory"
+            "dtype or kv_dtype, or end other programs that take memory"
         ) from error
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Also torch's on the CPU, which has no class of its own."""
+    """Torch's error on the CPU is a plain RuntimeError."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 

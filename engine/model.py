@@ -68,13 +68,13 @@ class Model(ScaledModel):
             model.generate("Question: Who found it?\nAnswer:", contexts=[report, diary, letter]).sources
 
         Args:
-            contexts: texts that are read one by one, each with the prompt as a question behind it; see `NBCE`. What was
-                read of them is kept for the next question, until other contexts come or `clear_contexts` is called.
-            pooling: how their answers become one: "entropy", "mean", "max", or an `NBCE` with all that can be set.
+            contexts: texts that are read separately, each followed by the prompt as a question; see `NBCE`. Their
+                caches are reused for the next question, until other contexts come or `clear_contexts` is called.
+            pooling: how their answers become one: "entropy", "mean", "max", or an `NBCE` with its parameters.
 
         Raises:
             ContextOverflow: prompt and `max_new_tokens` exceed `max_length`.
-            OutOfMemory: memory ran out; its `finished` holds the answers to a list that were done.
+            OutOfMemory: memory ran out; its `finished` holds the answers of a list that were complete.
         """
         params = params or SamplingParams()
         if contexts is not None:
@@ -148,7 +148,7 @@ class Model(ScaledModel):
         return path
 
     def next_byte_logprobs(self, text: str | bytes) -> Tensor:
-        """The law of the byte that follows `text`, whatever tokens it takes: float32 [257], nats.
+        """Log-probabilities of the next byte after `text`, over all tokenizations: float32 [257], nats.
 
         Index 256 is the end of the text. Exact as `logprob` is.
         """
@@ -170,7 +170,7 @@ class Model(ScaledModel):
         start = None if before.common_prefix else self.tokenizer.bos_token_id
         length = len(after.prompt) + 1
         with self.running(length) as runner:
-            long, short = (  # a text that begins with `given` begins with its trunk
+            long, short = (  # a text that begins with `given` begins with its certain tokens
                 text_logprob(runner, each, start, len(before.common_prefix), self.new_cache(length), self.vocabulary)
                 for each in (after, before)
             )
@@ -179,7 +179,7 @@ class Model(ScaledModel):
     def score(self, text: str) -> Score:
         """Log-probability of every token of `text` but the first, given all before it.
 
-        Any length is scored: past `max_length` too, which is how one sees what happens there.
+        Any length is scored, also beyond `max_length`.
         """
         ids = self._encode(text)
         if len(ids) < 2:
@@ -195,16 +195,14 @@ class Model(ScaledModel):
     ) -> Tensor:
         """Log-probabilities of `ids[first:]` given all before each, float32 [len(ids) - first] on the CPU.
 
-        Give an empty `cache` (`new_cache`) to go on from there: it holds `ids[:-1]` afterwards.
+        An empty `cache` (`new_cache`) holds `ids[:-1]` afterwards.
 
         Raises:
-            DataError: there are fewer than 2 ids, none from `first` on, or one that the model has not.
+            DataError: there are fewer than 2 ids, none from `first` on, or one that the model does not have.
         """
         ids = token_ids(ids, self.vocabulary_size)
         if not 1 <= first < len(ids):
-            raise DataError(
-                f"first {first} of {len(ids)} token ids: there has to be one before it, and it has to exist"
-            )
+            raise DataError(f"first {first} must be at least 1 and below the number of token ids, {len(ids)}")
         with self.running(len(ids)) as runner:
             if cache is None:
                 cache = self.new_cache(len(ids))
@@ -229,9 +227,9 @@ class Model(ScaledModel):
         return TextSequence(self.read(prompt, params.continuation), params, self.vocabulary, self.stop_ids, cache)
 
     def _cover(self, text: str | bytes) -> Cover:
-        found = cover(self.vocabulary, text)
-        self.vocabulary.checked(list(found.prompt))
-        return found
+        covers = cover(self.vocabulary, text)
+        self.vocabulary.checked(list(covers.prompt))
+        return covers
 
     def _encode(self, text: str) -> list[int]:
         check_text(text)

@@ -1,4 +1,4 @@
-"""NBCE: the laws of the next token after many contexts, pooled into one.
+"""NBCE: the next-token distributions after many contexts, pooled into one.
 
 Shape suffixes: n contexts, V vocabulary (or any other set of outcomes that the rows share).
 """
@@ -20,22 +20,22 @@ POOLINGS = ("entropy", "mean", "max")
 
 @dataclass(frozen=True, kw_only=True)
 class NBCE:
-    """Naive Bayes-based context extension: one answer to a question over contexts that are read one by one.
+    """Naive Bayes-based context extension: one answer to a question over contexts that are read separately.
 
         log p(T | S_1 .. S_n) = (beta + 1) P[log p(T | S_k)] - beta log p(T)
 
-    token by token, p(T) being the law without any context. Where p(T) drops a token by its own top-p, P alone counts.
-    What it cannot do: contexts have no order, each span of the answer comes from one of them, and a model that says
-    with confidence that a context does not tell may win over one that does.
+    token by token, where p(T) is the distribution without context. Where top-p drops a token from p(T), P alone counts.
+    Limits: contexts have no order, each span of the answer comes from one context, and a confident "not here" may
+    win over a context that has the answer.
     Source: Su, kexue.fm/archives/9617 and 9632.
 
     Args:
-        pooling: P. "entropy" takes the law of the context that is least uncertain; "mean" the mean of the logarithms;
+        pooling: P. "entropy" takes the distribution with the lowest entropy; "mean" the mean of the logarithms;
             "max" the largest logarithm of every token.
-        beta: how much of the law without context is taken away.
-        top_p: of every row, before it is pooled; under "mean", whose rows would have no token in common, of the mean.
+        beta: weight of the distribution without context, which is subtracted.
+        top_p: applied to every row before pooling; under "mean", applied to the mean.
         stickiness: nats by which the context chosen for a token is preferred for the next one ("entropy" only).
-        template: the text of a row; without a context, what is blank at its beginning goes.
+        template: the text of a row; leading blanks are stripped from the row without context.
     """
 
     pooling: Literal["entropy", "mean", "max"] = "entropy"
@@ -70,25 +70,25 @@ class NBCE:
         ]
 
     def pool(self, logits: Tensor, last: int | None) -> tuple[Tensor, Tensor]:
-        """One law from those of all rows.
+        """One distribution from those of all rows.
 
         Args:
             logits: float32 [1 + n, V], the row without context first.
             last: the context chosen for the token before.
 
         Returns:
-            The pooled scores [V], unnormalised nats, -inf for what is dropped; and how far each context speaks for each
-            outcome, [n, V] nats or [n, 1]: the largest is the one that is relied on.
+            The pooled scores [V], unnormalised nats, -inf for dropped tokens; and the support of each context for each
+            outcome, [n, V] nats or [n, 1]: the source is the largest.
         """
         logprobs = logits.log_softmax(-1)
-        kept = nucleus(logprobs, self.top_p)
-        without = kept[0]
+        rows = nucleus(logprobs, self.top_p)
+        without = rows[0]
         if self.pooling == "entropy":
-            entropy = -torch.where(kept.isfinite(), kept.exp() * kept, 0.0).sum(-1)[1:]
+            entropy = -torch.where(rows.isfinite(), rows.exp() * rows, 0.0).sum(-1)[1:]
             if last is not None:
                 entropy[last] -= self.stickiness
-            spoken, pooled = -entropy[:, None], kept[1 + int(entropy.argmin())]
+            support, pooled = -entropy[:, None], rows[1 + int(entropy.argmin())]
         else:
-            spoken = logprobs[1:]
-            pooled = kept[1:].amax(0) if self.pooling == "max" else nucleus(spoken.mean(0)[None], self.top_p)[0]
-        return torch.where(without.isfinite(), (1 + self.beta) * pooled - self.beta * without, pooled), spoken
+            support = logprobs[1:]
+            pooled = rows[1:].amax(0) if self.pooling == "max" else nucleus(support.mean(0)[None], self.top_p)[0]
+        return torch.where(without.isfinite(), (1 + self.beta) * pooled - self.beta * without, pooled), support

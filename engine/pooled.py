@@ -29,7 +29,7 @@ from .token_healing import draw_first_token, first_token_at, weigh
 
 
 class ContextCaches:
-    """The caches of the rows of the question that ended last, for the next one."""
+    """The caches of the last question's rows, reused for the next question."""
 
     def __init__(self, model: ScaledModel) -> None:
         self._model, self._lock = model, threading.Lock()
@@ -38,13 +38,13 @@ class ContextCaches:
 
     @contextlib.contextmanager
     def lent(self, rows: abc.Sequence[Prompt]) -> abc.Iterator[list[PrefixCache]]:
-        """A cache for each row, the block's alone; afterwards they are kept in the place of what came back before."""
+        """A cache for each row, for this block alone. Afterwards they replace the caches returned before."""
         taken = self._take(rows)
         self._lent.update(taken)
         try:
             yield taken
         finally:
-            if all(cached in self._lent for cached in taken):  # else `clear` was called meanwhile
+            if all(cached in self._lent for cached in taken):  # `clear` was not called meanwhile
                 self._cached = taken
 
     def _take(self, rows: abc.Sequence[Prompt]) -> list[PrefixCache]:
@@ -62,7 +62,7 @@ class ContextCaches:
         return taken
 
     def clear(self) -> None:
-        """Give the memory back; what is lent is not kept either."""
+        """Free the caches; those lent out are not taken back."""
         self._cached, self._lent = [], WeakSet()
 
 
@@ -155,14 +155,14 @@ class PooledSequence(Sequence):
             for cover, prompt, cache in zip(covers, self._prompts, self._caches, strict=True)
             if cover is not None
         ]
-        scores, spoken = self._nbce.pool(torch.stack([covers.logprobs - covers.total for covers in weighed]), None)
+        scores, support = self._nbce.pool(torch.stack([covers.logprobs - covers.total for covers in weighed]), None)
         penalties = weighed[0].scores - weighed[0].logprobs
         pooled = replace(weighed[0], scores=scores + penalties, logprobs=scores.log_softmax(-1))
         first = draw_first_token(pooled, self._caches[0], params, self._generator)
         others = zip(weighed[1:], self._caches[1:], strict=True)
         firsts = [first, *(first_token_at(covers, cache, first.index) for covers, cache in others)]
         self._read_ids = [each.token.continuation.prompt_ids for each in firsts if each.token.continuation]
-        piece = self.push(replace(first.token, source=_source(spoken, first.index)))
+        piece = self.push(replace(first.token, source=_source(support, first.index)))
         self._pending = [each.pending for each in firsts]
         return piece
 
@@ -174,9 +174,9 @@ class PooledSequence(Sequence):
         """
         assert self._generator is not None
         last = self.tokens[-1].source if self.tokens else None
-        scores, spoken = self._nbce.pool(runner.readable(logits).float(), last)
+        scores, support = self._nbce.pool(runner.readable(logits).float(), last)
         token = draw_token(scores, self._seen, self._params, self._generator)
-        piece = self.push(replace(token, source=_source(spoken, token.id)))
+        piece = self.push(replace(token, source=_source(support, token.id)))
         self._pending = [[token.id]] * len(self._caches)
         return piece
 
@@ -202,18 +202,18 @@ def complete_pooled(questions: abc.Iterable[PooledSequence]) -> list[Completion]
 def _check(question: str, contexts: abc.Sequence[str]) -> None:
     if isinstance(contexts, str):
         raise ConfigError(
-            "contexts is one string; give a list: [text], or rw.windows(text, tokenizer, ...) of a long one"
+            "contexts is a string; give a list: [text], or rw.windows(text, tokenizer, ...) for a long text"
         )
     if not contexts:
-        raise ConfigError("contexts is empty; give one text at least, or leave it out")
+        raise ConfigError("contexts is empty; give at least one text, or omit it")
     if blank := [n for n, context in enumerate(contexts) if not context.strip()]:
-        raise ConfigError(f"contexts[{blank[0]}] is blank; leave it out (a row without context is always there)")
+        raise ConfigError(f"contexts[{blank[0]}] is blank; omit it (there is always a row without context)")
     if not question.strip():
         raise ConfigError("the prompt is blank; with contexts, it is the question that each of them is asked")
 
 
 def _read(model: ScaledModel, texts: list[str], params: SamplingParams) -> list[Prompt]:
-    """The prompts of all rows; their covers, if any, are the same: outcomes of one law."""
+    """The prompts of all rows. Their covers, if any, are the same, so that their distributions can be pooled."""
     rows = [model.read(text, params.continuation) for text in texts]
     ends = {None if row.cover is None or row.cover.only_aligned else row.cover.nodes for row in rows}
     if len(ends) == 1 and None not in ends:
@@ -222,7 +222,7 @@ def _read(model: ScaledModel, texts: list[str], params: SamplingParams) -> list[
 
 
 def _longest(model: ScaledModel, rows: abc.Sequence[Prompt], params: SamplingParams) -> int:
-    """Tokens of the longest row with its answer: what the scaler of all of them is for."""
+    """Tokens of the longest row with its answer: the length that the scaler is prepared for."""
     lengths = []
     for number, row in enumerate(rows):
         try:
@@ -235,6 +235,6 @@ def _longest(model: ScaledModel, rows: abc.Sequence[Prompt], params: SamplingPar
     return max(lengths)
 
 
-def _source(spoken: Tensor, outcome: int) -> int:
-    """The context that speaks most for an outcome."""
-    return int(spoken[:, min(outcome, spoken.shape[1] - 1)].argmax())
+def _source(support: Tensor, outcome: int) -> int:
+    """The context that supports an outcome most."""
+    return int(support[:, min(outcome, support.shape[1] - 1)].argmax())

@@ -1,4 +1,4 @@
-"""A cache that is kept from request to request."""
+"""A cache that is reused from request to request."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PrefixCache:
         """Keep what the cache holds of `known`, in all layers alike.
 
         Args:
-            broken: a step was broken off (Ctrl-C), maybe between two layers.
+            broken: a step was interrupted (Ctrl-C), possibly between two layers.
         """
         cache = self.cache
         self.clear()
@@ -75,9 +75,9 @@ class PrefixCache:
         self.cache, self.ids = cache, known[:held]
 
     def hold(self, cache: Cache, ids: list[int], rope_state: RopeState) -> None:
-        """Take over a cache with what it holds."""
+        """Take over a cache and its tokens."""
         self.cache, self.ids, self.rope_state = cache, ids, rope_state
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.cache, self.ids = None, []

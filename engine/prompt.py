@@ -1,4 +1,4 @@
-"""A prompt on its way into the decode loop: its tokens, and what its end leaves open."""
+"""A prompt for the decode loop: its tokens, and the covers of its end."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class Prompt:
 
         Raises:
             ConfigError: it is empty, and the tokenizer has no start token, or it is neither text nor token ids.
-            DataError: it is not UTF-8, or holds half a surrogate pair, or a token that the model has not; or it ends in
-                half a character that has no token, and nothing before it may be drawn anew.
+            DataError: it is not UTF-8, or holds half a surrogate pair, or a token that the model does not have; or it ends
+                in half a character that has no token, and nothing before it may be drawn anew.
         """
         if isinstance(prompt, bytearray | memoryview):
             prompt = bytes(prompt)
@@ -101,18 +101,18 @@ class Prompt:
                 pending=b"" if is_text else _pending(vocabulary, ids),
             )
         covers = cover(vocabulary, vocabulary.of_bytes(prompt) if broken and isinstance(prompt, bytes) else prompt)
-        wanted = continuation == "exact"
+        weighs = continuation == "exact"
         if continuation == "auto" and not covers.only_aligned:
-            wanted = bool(covers.common_prefix or start is not None) and not _ends_in_header(prompt, tokenizer)
+            weighs = bool(covers.common_prefix or start is not None) and not _ends_in_header(prompt, tokenizer)
         pending = split_character(covers.text)[1]
-        if not wanted and not covers.nodes[0].aligned:
+        if not weighs and not covers.nodes[0].aligned:
             raise DataError(
-                f"the prompt ends in {pending!r}, half a character that {vocabulary.name} has no tokens for; leave it "
-                "off, or set continuation='exact', which draws it with the rest of its character"
+                f"the prompt ends in {pending!r}, half a character that {vocabulary.name} has no tokens for; remove "
+                "it, or set continuation='exact', which draws it with the rest of its character"
             )
         return cls(
             ids=vocabulary.checked(_started(list(covers.prompt), start)),
-            cover=covers if wanted else None,
+            cover=covers if weighs else None,
             start=start,
             pending=pending,
             starts_text=not covers.text and all(map(vocabulary.is_special, covers.prompt[-1:])),

@@ -88,10 +88,10 @@ class SamplingParams:
             if not valid:
                 raise ConfigError(message)
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not (isinstance(stops, tuple | list) and all(isinstance(one, str) for one in stops)):
+        if not (isinstance(stops, tuple | list) and all(isinstance(text, str) for text in stops)):
             raise ConfigError(f"stop {self.stop!r} must be a string, or a list of them")
         if "" in stops:
-            raise ConfigError("stop: an empty string would end every text at once; leave it out")
+            raise ConfigError("stop: an empty string would end every text at once; omit it")
         object.__setattr__(self, "stop", tuple(stops))
 
     @property
@@ -101,7 +101,7 @@ class SamplingParams:
 
 
 def random_source(params: SamplingParams, device: torch.device) -> torch.Generator:
-    """The random numbers of one request."""
+    """The random number generator of one request."""
     generator = torch.Generator(device=device)
     if params.seed is None:
         generator.manual_seed(tensor_parallel.fresh_seed())
@@ -118,7 +118,7 @@ def penalize_repetition(logits_V: Tensor, seen_ids: Tensor, penalty: float) -> T
 
 
 class SeenTokens:
-    """The distinct tokens of a text, for its repetition penalty: one more token costs the same at any length.
+    """The distinct tokens of a text, for its repetition penalty. A token costs the same at any length.
 
     Args:
         penalty: as of `SamplingParams`; at 1 nothing is stored.

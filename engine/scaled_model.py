@@ -225,7 +225,7 @@ class ScaledModel:
         return self._runner.new_cache(capacity)
 
     def read(self, prompt: str | bytes | list[int], continuation: Continuing, *, broken: bool = False) -> Prompt:
-        """The tokens of a prompt, and what its end leaves open.
+        """The tokens of a prompt, and the covers of its end.
 
         Args:
             broken: as for `Prompt.read`.

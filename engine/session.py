@@ -29,22 +29,22 @@ from .sequence import Sequence
 from .storage import share
 
 _FORMAT = "ropewalk session 1"
-_SPARE = 256  # tokens of room beside what a file holds
+_SPARE = 256  # tokens of spare room after loading a file
 
 
 class Session:
-    """A text under way: append to it, have it continued, fork it, go back, save it. `Model.session` makes one.
+    """A text in progress: append to it, continue it, fork it, crop it, save it. `Model.session` makes one.
 
         with model.session() as chat:
             chat.append(report)
             print(chat.generate("\n\nIn one sentence:").text)
 
     What it writes is what `Model.generate` would write after the whole text; the session only saves reading it again.
-    When `model.rope` changes, or the length that it depends on, the keys are turned in place: what was read stays as it
-    was understood then. Anything done to a session ends the stream that is under way; what it wrote stays.
+    When `model.rope` changes, or the length that it depends on, the cached keys are rotated in place. Upper layers keep
+    what they computed under the earlier scaler. Every call ends a stream that is in progress; its text stays.
 
-    An answer may end inside a character. Its bytes are kept, and what is written next goes on with them; `text` shows
-    the character when it is whole.
+    An answer may end inside a character. The session holds its bytes and continues after them; `text` shows the
+    character when it is whole.
     """
 
     def __init__(self, model: ScaledModel) -> None:
@@ -69,9 +69,9 @@ class Session:
         return len(self._cached.ids)
 
     def append(self, text: str, progress: Progress | None = None) -> None:
-        """Read on. The last few tokens wait until it is known how they end.
+        """Read more text. The last few tokens are read later, when the text after them is known.
 
-        Interrupted, it leaves the text as it was; another try goes on from what was read.
+        After an interruption the text is as it was; the next call continues from what was read.
 
         Raises:
             ContextOverflow: the text is longer than the scaler reaches, or than memory holds.
@@ -96,7 +96,7 @@ class Session:
     def generate(self, text: str = "", params: SamplingParams | None = None) -> Completion:
         """Append `text` and continue; the answer becomes part of the session.
 
-        Interrupted, it leaves what was written; or the text as it was, if nothing was.
+        After an interruption the text holds what was written before it.
 
         Raises:
             ContextOverflow: the text is longer than the scaler reaches, or than memory holds.
@@ -130,7 +130,7 @@ class Session:
                 if piece:
                     yield piece
         except BaseException as error:
-            broken = not isinstance(error, GeneratorExit)  # which comes between two steps
+            broken = not isinstance(error, GeneratorExit)  # raised between two steps
             raise
         finally:
             ids = [token.id for token in sequence.tokens]
@@ -143,7 +143,7 @@ class Session:
         self._stream = None
 
     def fork(self) -> Session:
-        """A session that goes on from here on its own. Nothing is copied before one of the two writes."""
+        """An independent session that continues from here. Buffers are copied when one of the two writes."""
         self._end_stream()
         other = Session(self._model)
         other._data = self._data
@@ -152,7 +152,7 @@ class Session:
         return other
 
     def crop(self, length: int) -> None:
-        """Go back to the first `length` characters of the text; one that is not whole goes in any case."""
+        """Go back to the first `length` characters of the text; half a character at the end is dropped."""
         self._end_stream()
         held = len(self.text)
         if not 0 <= length <= held:
@@ -164,10 +164,10 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write text, keys and values to a `.safetensors` file. `Model.session(path)` goes on from it.
 
-        A file that is there already stays as it is until the new one is whole.
+        An existing file stays until the new one is complete.
 
         Raises:
-            ConfigError: the model is not run by the compiled kernels, whose caches alone have a form to keep.
+            ConfigError: the model is not run by the compiled kernels; only their caches can be saved.
             DataError: the file cannot be written.
         """
         self._end_stream()
@@ -200,12 +200,12 @@ class Session:
             raise DataError(f"{path} cannot be written: {error}") from error
 
     def load(self, path: str | Path) -> None:
-        """Go on from a file that `save` wrote, in the place of what was here.
+        """Replace this session's text and cache by those of a file that `save` wrote.
 
         Raises:
             ConfigError: the model is not run by the compiled kernels.
             ContextOverflow: the session does not fit into memory.
-            DataError: the file is no session, or one of another model or of another kv_dtype. Nothing has changed then.
+            DataError: the file is no session, or belongs to another model or kv_dtype. Nothing has changed then.
         """
         from ..scaling.spec import parse
 
@@ -223,14 +223,14 @@ class Session:
                     raise DataError(f"{path} was saved by another model than {model.name}")
                 text, ids, rope_state = header["text"], header["ids"], (parse(header["rope"]), header["length"])
                 if not (isinstance(text, str) and isinstance(ids, list) and all(isinstance(i, int) for i in ids)):
-                    raise TypeError("its text or its token ids are of another kind")
+                    raise TypeError("its text or its token ids have the wrong type")
                 if not isinstance(rope_state[1], int | None):
                     raise TypeError("its length is no number")
                 data = text.encode(errors="surrogateescape")
                 dropped, needed = map(int, header.get("dropped", (0, 0)))
                 held = len(ids) - dropped
                 if not 0 <= needed <= held <= len(ids):
-                    raise ValueError("it holds more or fewer keys than its tokens have")
+                    raise ValueError("its number of keys does not match its tokens")
                 model.check_room(held + _SPARE, length=held)
                 cache = model.new_cache(held + _SPARE)
                 if not isinstance(cache, KVCache):
@@ -244,7 +244,7 @@ class Session:
         self._cached.hold(cache, ids, rope_state)
 
     def close(self) -> None:
-        """Give the memory back; the text stays."""
+        """Free the cache; the text stays."""
         self._end_stream()
         self._cached.clear()
 

@@ -1,7 +1,7 @@
-"""The first step after a prompt that may end inside a token: one draw among all covers of the prompt.
+"""The first token after a prompt that may end inside a token: one draw among all covers of the prompt.
 
 A cover's probability is that of its tokens before the last one, times that of the last one. Together they are the
-model's law of the text that follows, given the prompt's *text*; everything after the first draw is ordinary decoding.
+distribution of the text that follows the prompt's *text*; after the first draw, decoding is ordinary.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Covers:
     """The covers of a prompt with their probabilities.
 
     Attributes:
-        context: the trunk as it was read, with a start token if it is empty.
+        context: the certain tokens as they were read, or a start token if there are none.
         nodes, tokens: the node of every cover, and its last token; int64 [covers].
-        scores: log-probability given the trunk, with the repetition penalty in it: what is sampled from.
-        logprobs: log-probability given the trunk, nats; float32 [covers].
-        held: the tokens that the cache holds after the trunk.
+        scores: log-probability given `context`, with the repetition penalty; sampled from.
+        logprobs: log-probability given `context`, nats; float32 [covers].
+        held: the tokens that the cache holds after `context`.
     """
 
     cover: Cover
@@ -52,7 +52,7 @@ class Covers:
 
     @property
     def total(self) -> float:
-        """Log-probability that a text goes on from the trunk with the bytes of the prompt, nats."""
+        """Log-probability that a text continues from `context` with the rest of the prompt's bytes, nats."""
         return float(self.logprobs.double().logsumexp(0))
 
     @property
@@ -82,17 +82,17 @@ class Covers:
 def weigh(
     runner: Runner, cover: Cover, start: int | None, cache: Cache, vocabulary: Vocabulary, penalty: float = 1.0
 ) -> Covers:
-    """Run the trunk and the paths of a cover, and weigh every cover.
+    """Run the certain tokens and the paths of a cover, and weigh every cover.
 
     Args:
-        start: token to read before a trunk that is empty.
-        cache: may hold the beginning of the trunk, or more of the prompt; it holds the trunk afterwards, and
+        start: token to read first where no token is certain.
+        cache: may hold the beginning of the prompt, or more of it; afterwards it holds `Covers.context` and
             `Covers.held`.
         penalty: the repetition penalty of `scores`.
 
     Raises:
-        ConfigError: the trunk is empty and there is no token to start with.
-        PatchError: the cache holds more than the trunk and cannot forget it.
+        ConfigError: no token is certain and there is no start token.
+        PatchError: the cache holds more than the certain tokens and cannot be rewound.
     """
     context = list(cover.common_prefix) or ([] if start is None else [start])
     if not context:
@@ -122,10 +122,10 @@ def weigh(
 def text_logprob(
     runner: Runner, cover: Cover, start: int | None, first: int, cache: Cache, vocabulary: Vocabulary
 ) -> float:
-    """Log-probability that a text which begins with the first `first` tokens of the trunk begins with the prompt, nats.
+    """Log-probability that a text begins with the prompt, given the first `first` of its certain tokens, nats.
 
     Args:
-        start: token to read before the trunk, not counted in `first`; None if the trunk holds tokens given.
+        start: token to read first, not counted in `first`; None if some tokens are given.
         cache: an empty one.
     """
     context = [*([] if start is None else [start]), *cover.common_prefix]

@@ -1,4 +1,4 @@
-"""Scalers put into a model one after the other, and back again."""
+"""One scaler at a time in a model, and changes between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .patch_record import mark, patched_with
 
 
 class ScalerSlot:
-    """Puts one scaler at a time into a model and into the network that runs it; the untouched model first."""
+    """Puts one scaler at a time into a model and its runner; at first none."""
 
     def __init__(self, hf: PreTrainedModel, sites: list[RotarySite], runner: Runner) -> None:
         self._hf, self._sites, self._runner = hf, sites, runner
@@ -26,11 +26,11 @@ class ScalerSlot:
 
     @property
     def scaler(self) -> Scaler:
-        """The one that is in place."""
+        """The scaler in use."""
         return self._installed.scaler
 
     def put(self, scaler: Scaler, *, remember: bool = False) -> None:
-        """Put `scaler` in the place of the one before, which stays if this one is refused or interrupted.
+        """Replace the scaler in use by `scaler`. It stays in use if this is refused or interrupted.
 
         Args:
             remember: how it is installed. The second time is free then; the first takes a few short forwards.
@@ -38,7 +38,7 @@ class ScalerSlot:
         Raises:
             ConfigError: the scaler cannot work on this model.
             UnsupportedModel: the model cannot be patched in the way that this scaler needs.
-            PatchError: somebody else has patched the model.
+            PatchError: the model is patched from outside.
         """
         before = self._installed
         if (patched := patched_with(self._hf)) not in (None, before.scaler):

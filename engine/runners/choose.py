@@ -1,4 +1,4 @@
-"""Which network runs a model: compiled kernels where they can, the model's own modules otherwise."""
+"""Which runner a model gets: compiled kernels where possible, else transformers' modules."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class RunnerOptions:
     Args:
         compile: "auto" takes the compiled kernels where they know the model and reproduce it; True insists on them;
             False runs the model's own modules.
-        weights: "own", or "int8": each row of a linear layer in 255 steps of its own size.
+        weights: "own" (as loaded), or "int8": 255 steps, with a step size for each row of a linear layer.
         cache: dtype of keys and values; "auto" is that of the model, and bfloat16 with int8 weights.
-        folder: where keys and values are kept in memory-mapped files; None keeps them in memory.
+        folder: of the memory-mapped files that hold keys and values; None holds them in memory.
     """
 
     compile: bool | Literal["auto"] = "auto"
@@ -53,10 +53,10 @@ class RunnerOptions:
 
 
 def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerOptions) -> Runner:
-    """The network for a model as it was loaded, before any scaler is put into it.
+    """The runner for a model as it was loaded, without any scaler.
 
     Raises:
-        UnsupportedModel: the settings insist on the compiled kernels and they cannot run this model.
+        UnsupportedModel: the options need the compiled kernels and they cannot run this model.
     """
     if options.compile is False:
         return TransformersRunner(hf)
