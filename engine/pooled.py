@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, ContextOverflow, OutOfMemory
+from ..tokenizer_tools.vocab import check_text
 from .cache import tokens_read
 from .completion import Completion, Usage
 from .generation import run
@@ -206,6 +207,8 @@ def _check(question: str, contexts: abc.Sequence[str]) -> None:
         )
     if not contexts:
         raise ConfigError("contexts is empty; give at least one text, or omit it")
+    for text in (question, *contexts):
+        check_text(text)
     if blank := [n for n, context in enumerate(contexts) if not context.strip()]:
         raise ConfigError(f"contexts[{blank[0]}] is blank; omit it (there is always a row without context)")
     if not question.strip():

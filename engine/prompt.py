@@ -80,8 +80,8 @@ class Prompt:
 
         Raises:
             ConfigError: it is empty, and the tokenizer has no start token, or it is neither text nor token ids.
-            DataError: it is not UTF-8, or holds half a surrogate pair, or a token that the model does not have; or it ends
-                in half a character that has no token, and nothing before it may be drawn anew.
+            DataError: it is not UTF-8, or holds half a surrogate pair, or a token that the model does not have; or it
+                ends in half a character that has no token, and nothing before it may be drawn again.
         """
         if isinstance(prompt, bytearray | memoryview):
             prompt = bytes(prompt)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
+from ..tokenizer_tools.vocab import check_text
 from . import tensor_parallel
 
 Continuing = Literal["auto", "exact", "off"]
@@ -92,6 +93,8 @@ class SamplingParams:
             raise ConfigError(f"stop {self.stop!r} must be a string, or a list of them")
         if "" in stops:
             raise ConfigError("stop: an empty string would end every text at once; omit it")
+        for stop in stops:
+            check_text(stop)  # no answer holds half a surrogate pair, so it would never stop there
         object.__setattr__(self, "stop", tuple(stops))
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .characters import broken, split_character
 from .trie import ByteTrie
 
@@ -170,12 +170,15 @@ class Vocabulary(ABC):
         return ids
 
 
-def check_text(text: str) -> None:
-    """Refuse a lone surrogate, which no tokenizer and no file can hold.
+def check_text(text: object) -> None:
+    """Refuse what is no text, and a lone surrogate, which no tokenizer and no file can hold.
 
     Raises:
-        DataError: with its place.
+        ConfigError: it is no string.
+        DataError: with the place of the surrogate.
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"a text is wanted here, not {type(text).__name__}; decode bytes first")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -230,3 +230,18 @@ def test_a_text_can_be_put_in_the_place_of_what_was_written(model):
     assert session.generate("", greedy(4)).text == model.generate("import os", greedy(4)).text
     with pytest.raises(rw.DataError, match="half a surrogate pair"):
         session.text = "a\ud83d"
+
+
+@pytest.mark.parametrize(("text", "error"), [("a\ud83d", rw.DataError), (b"a", rw.ConfigError), (None, rw.ConfigError)])
+def test_what_is_no_text_is_refused_by_every_way_in(model, text, error):
+    session = model.session()
+    for ask in (
+        lambda: model.score(text),
+        lambda: session.append(text),
+        lambda: session.generate(text),
+        lambda: model.generate("a", greedy(2), contexts=["b", text]),
+        lambda: rw.SamplingParams(stop=["x", text]),
+    ):
+        with pytest.raises(error, match=r"half a surrogate pair|a text is wanted here, not|must be a string"):
+            ask()
+    assert session.text == ""
