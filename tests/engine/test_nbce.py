@@ -292,9 +292,9 @@ def test_a_template_is_the_text_of_a_row(model):
 @pytest.mark.parametrize(
     ("contexts", "question", "message"),
     [
-        ([], QUESTION, "contexts is empty; give one"),
+        ([], QUESTION, "contexts is empty; give at least one"),
         (["a", " \n"], QUESTION, r"contexts\[1\] is blank"),
-        ("a text", QUESTION, "contexts is one string; give a list"),
+        ("a text", QUESTION, "contexts is a string; give a list"),
         (["a"], " ", "the prompt is blank"),
         (["a"], b"a", "text, not bytes"),
     ],
