@@ -8,6 +8,7 @@ python docs/generate.py --families         # also docs/families.md, by patching 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import choice_tables
@@ -48,9 +49,20 @@ def generated() -> dict[Path, str]:
     for name, tables in TABLES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         for block, content in tables().items():
-            text = replace_block(text, block, content)
+            text = replace_block(text, block, wrapped(content))
         found[ROOT / name] = text
     return found
+
+
+def wrapped(content: str) -> str:
+    """`content` with its prose in lines of at most 100 characters; tables, pictures and code stay as they are."""
+    if "```" in content:
+        return content
+    lines: list[str] = []
+    for line in content.splitlines():
+        is_prose = len(line) > 100 and not line.startswith(("|", "!", "["))
+        lines += textwrap.wrap(line, 100, break_on_hyphens=False, break_long_words=False) if is_prose else [line]
+    return "\n".join(lines)
 
 
 def replace_block(text: str, name: str, content: str) -> str:

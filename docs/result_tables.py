@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +85,11 @@ def _run(name: str) -> str:
         reaches.rows[:] = [(name, cells) for name, cells in reaches.rows if any(_is_length(cell) for cell in cells)]
         parts.append("Effective length by loss; methods without one are left out.\n")
         parts += [line for line in reaches.to_markdown().splitlines() if line.startswith("|")]
-    return _wrapped("\n".join(parts).strip())
+    return "\n".join(parts).strip().replace("not run", "")
 
 
 def _is_length(cell: Shown) -> bool:
     return cell.main[:1].isdigit()
-
-
-def _wrapped(markdown: str) -> str:
-    """The lines of prose wrapped, tables and pictures as they are."""
-    lines: list[str] = []
-    for line in markdown.replace("not run", "").splitlines():
-        lines += [line] if line[:1] in ("", "|", "!") else textwrap.wrap(line, 100, break_on_hyphens=False)
-    return "\n".join(lines)
 
 
 def _endless() -> str:
