@@ -15,6 +15,9 @@ from ..runs.result import Row
 TOLERANCE = 0.02
 """Nats per token by which a context may be worse than the trained length and still count."""
 
+MOST_SAMPLES = 1000
+"""Samples beyond which no advice is given."""
+
 LEAST_FOUND = 0.80
 """Share of passkeys, needles or values that a length must give to count."""
 
@@ -29,12 +32,21 @@ class EffectiveLength:
     Args:
         length: the largest measured context that keeps the rule; None if none does.
         breaks: contexts from the trained length up to `length` that do not keep it all the same.
-        undecided: contexts beyond `length` whose interval holds the tolerance: more tokens would tell.
+        undecided: contexts beyond `length` whose interval holds the tolerance: more samples would decide them.
+        fails: contexts beyond `length` whose interval lies above the tolerance.
+        samples: how many samples, at least, would decide the first of `undecided`; None if it is too close.
     """
 
     length: int | None
     breaks: tuple[int, ...] = ()
     undecided: tuple[int, ...] = ()
+    fails: tuple[int, ...] = ()
+    samples: int | None = None
+
+    @property
+    def remedy(self) -> str:
+        """What would decide the first of `undecided`, as the command is written."""
+        return "too close to the limit to decide" if self.samples is None else f"--samples {self.samples} or more"
 
 
 def is_kept(change: Difference) -> bool:
@@ -51,20 +63,41 @@ def effective_length(rows: Sequence[Row], delta: Mapping[str, Difference], rope:
         delta: `compare.deltas` of these rows.
         rope: a rope spec.
     """
-    found = {
-        row["context"]: delta[row["key"]]
+    measured = {
+        row["context"]: row
         for row in sorted(rows, key=lambda row: int(row["context"]))
         if row["rope"] == rope and row["key"] in delta and delta[row["key"]].has_interval
     }
-    if not found:
+    if not measured:
         return None
+    found = {context: delta[row["key"]] for context, row in measured.items()}
     length = max((context for context, change in found.items() if is_kept(change)), default=None)
     trained, reached = rows[0]["trained_length"], length or 0
+    undecided = tuple(c for c, change in found.items() if c > reached and change.low <= TOLERANCE < change.high)
+    first = undecided[0] if undecided else None
     return EffectiveLength(
         length=length,
         breaks=tuple(c for c, change in found.items() if trained <= c < reached and not is_kept(change)),
-        undecided=tuple(c for c, change in found.items() if c > reached and change.low <= TOLERANCE < change.high),
+        undecided=undecided,
+        fails=tuple(c for c, change in found.items() if c > reached and change.low > TOLERANCE),
+        samples=None if first is None else samples_to_decide(found[first], measured[first]["documents"]),
     )
+
+
+def samples_to_decide(change: Difference, samples: int) -> int | None:
+    """How many samples would move the interval of `change` off the tolerance, if its mean stays.
+
+    The width of an interval falls with the square root of their number. The interval of one sample knows nothing of the
+    spread between samples, so this is the least. None where more than `MOST_SAMPLES` would be needed.
+
+    Args:
+        change: an interval that holds `TOLERANCE`.
+        samples: how many it comes from.
+    """
+    bound = change.high if change.mean <= TOLERANCE else change.low
+    gap = abs(TOLERANCE - change.mean)
+    needed = samples * ((bound - change.mean) / gap) ** 2 if gap else math.inf
+    return math.floor(needed) + 1 if needed < MOST_SAMPLES else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ...scaling import format_length
-from ..protocols.effective_length import TOLERANCE, effective_length
+from ..protocols.effective_length import TOLERANCE, EffectiveLength, effective_length
 from ..protocols.harm import Harm
 from ..protocols.repeat import Repeat
 from ..runs import compare
@@ -161,7 +161,7 @@ def _effective_lengths(view: _View) -> list[str]:
         if reach.breaks:
             part += f" (but not at {_lengths(reach.breaks)})"
         if reach.undecided:
-            part += f" ({_lengths(reach.undecided)} undecided: the interval is too wide)"
+            part += f" ({_lengths(reach.undecided)} undecided: {reach.remedy})"
         parts.append(part)
     rule = (
         "largest context whose difference to the untouched model at "
@@ -170,9 +170,21 @@ def _effective_lengths(view: _View) -> list[str]:
     sentences = [f"Effective length ({rule}): {'; '.join(parts)}."]
     plain = known.get(UNTOUCHED)
     limit = max(view.trained_length, (plain.length or 0) if plain else 0)
-    if view.scalers and not any((known[rope].length or 0) > limit for rope in view.scalers if rope in known):
-        sentences.append(f"No method is shown to extend the effective length beyond {format_length(limit)}.")
+    reaches = [known[rope] for rope in view.scalers if rope in known]
+    if view.scalers and not any((reach.length or 0) > limit for reach in reaches):
+        sentences.append(_beyond(known, view.scalers, limit))
     return sentences
+
+
+def _beyond(known: dict[str, EffectiveLength], scalers: Sequence[str], limit: int) -> str:
+    """What can be said of lengths beyond `limit` where no method is certain to reach one."""
+    open_ = [rope for rope in scalers if rope in known and any(at > limit for at in known[rope].undecided)]
+    if not open_:
+        return f"By this rule no method extends the effective length beyond {format_length(limit)}."
+    return (
+        f"Undecided is whether {', '.join(open_)} extend{'s' if len(open_) == 1 else ''} the effective length beyond "
+        f"{format_length(limit)}: the interval holds +{TOLERANCE:g}, and more samples would narrow it."
+    )
 
 
 def _costs(view: _View) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...scaling import format_length
 from ..protocols.effective_length import (
     LEAST_FOUND,
     LEAST_KEPT,
     TOLERANCE,
+    EffectiveLength,
     by_lower_bounds,
     effective_length,
     length_or_more,
@@ -22,9 +24,11 @@ from .grid import NOTHING, Grid, Shown
 
 _NOTE = (
     f"Loss: the largest context whose difference to the untouched model at its trained length has an upper bound of "
-    f"at most +{TOLERANCE:g} nats. Passkey, niah and kv: the largest length such that it and all measured below it "
-    f"give {LEAST_FOUND:.0%}. RULER-11: such that they keep {LEAST_KEPT:.0%} of the method's own score at the trained "
-    "length. Only measured lengths count; below it, the length that the 95% intervals guarantee."
+    f"at most +{TOLERANCE:g} nats. A longer one is undecided where the interval holds that bound, and fails where it "
+    f"lies above; --samples N says how many, at least, would decide the first. Passkey, niah and kv: the largest "
+    f"length such that it and all measured below it give {LEAST_FOUND:.0%}. RULER-11: such that they keep "
+    f"{LEAST_KEPT:.0%} of the method's own score at the trained length. Only measured lengths count; below it, the "
+    "length that the 95% intervals guarantee."
 )
 
 
@@ -59,7 +63,23 @@ def _by_loss(run: Run, group: Sequence[Row]) -> dict[str, Shown]:
     delta = compare.deltas(run, group)
     found = {rope: effective_length(group, delta, rope) for rope in compare.methods(group)}
     longest = max(row["context"] for row in group)
-    return {rope: _shown(own.length, own.length, longest) for rope, own in found.items() if own is not None}
+    return {rope: _state(reach, longest) for rope, reach in found.items() if reach is not None}
+
+
+def _state(reach: EffectiveLength, longest: int) -> Shown:
+    """Reached, undecided or failed, and below it what is said of longer contexts."""
+    small = []
+    if reach.undecided:
+        small.append(f"{_lengths(reach.undecided)} undecided: {reach.remedy}")
+    if reach.fails and (reach.length or reach.undecided):
+        small.append(f"fails at {_lengths(reach.fails)}")
+    if reach.length:
+        return Shown(main=length_or_more(reach.length, longest), small=tuple(small))
+    return Shown(main="undecided" if reach.undecided else "fails", small=tuple(small), css="none")
+
+
+def _lengths(lengths: Sequence[int]) -> str:
+    return ", ".join(map(format_length, lengths))
 
 
 def _shown(length: int | None, certain: int | None, longest: int) -> Shown:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from ropewalk.evals.protocols.effective_length import effective_length
+from ropewalk.evals.protocols.effective_length import effective_length, samples_to_decide
 from ropewalk.evals.reports.findings import findings
+from ropewalk.evals.reports.reach_table import reach_table
 from ropewalk.evals.runs import compare
+from ropewalk.evals.runs.compare import Difference
 from ropewalk.evals.runs.result import Run
 
 MakeRun = Callable[..., Run]
@@ -45,7 +47,7 @@ def test_the_whole_story(smollm_run: Run) -> None:
 def test_no_method_helped(make_run: MakeRun) -> None:
     run = make_run({"none": {8: 3.5, 16: 3.9}, "a": {8: 4.0, 16: 4.5}, "b": {8: 5.0, 16: 5.0}})
     assert "At 16k, the longest measured, no method helped: the untouched model has the lowest loss, 3.900" in said(run)
-    assert "No method is shown to extend the effective length beyond 8k." in said(run)
+    assert "By this rule no method extends the effective length beyond 8k." in said(run)
     assert "Not distinguishable" not in said(run)
 
 
@@ -121,7 +123,39 @@ def test_effective_length_by_hand(make_run: MakeRun) -> None:
 def test_effective_length_undecided(make_run: MakeRun) -> None:
     run = make_run({"none": {8: 3.5}, "a": {8: 3.5, 16: 3.519}})
     assert reach(run, "a") == (8192, (), (16384,))
-    assert "a 8k (16k undecided: the interval is too wide)" in said(run)
+    found = effective_length(run.rows, compare.deltas(run, run.rows), "a")
+    assert found is not None and f"a 8k (16k undecided: {found.remedy})" in said(run)
+    assert "Undecided is whether a extends the effective length beyond 8k" in said(run)
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "expected"),
+    [
+        (0.00, -0.04, 0.04, 9),  # 2 samples: half as wide is +0.02, which still holds the bound at 8
+        (0.10, 0.00, 0.20, 4),  # it fails once the lower bound is above: 2 * (0.1 / 0.08)^2 = 3.1
+        (0.02, -0.04, 0.08, None),  # nothing decides it
+        (0.0199, -0.04, 0.08, None),
+    ],
+)
+def test_samples_to_decide(mean: float, low: float, high: float, expected: int | None) -> None:
+    samples = samples_to_decide(Difference(mean=mean, low=low, high=high), 2)
+    assert samples == expected
+    if samples is not None:
+        shrink = (2 / samples) ** 0.5
+        assert mean + (high - mean) * shrink <= 0.02 or mean + (low - mean) * shrink > 0.02
+
+
+def test_the_reach_table_has_three_states(make_run: MakeRun) -> None:
+    run = make_run(
+        {"none": {8: 3.5, 16: 5.0}, "a": {8: 3.5, 16: 3.519}, "b": {8: 3.5, 16: 3.5}, "c": {8: 3.9, 16: 3.9}}
+    )
+    grid = reach_table(run)
+    assert grid is not None
+    states = {rope: shown for rope, (shown,) in grid.rows}
+    assert states["none"].text == "8k (fails at 16k)"
+    assert states["a"].main == "8k" and states["a"].small[0].startswith("16k undecided: ")
+    assert states["b"].text == "16k or more"
+    assert states["c"].text == "fails"
 
 
 def test_too_few_tokens_for_an_interval(make_run: MakeRun) -> None:

@@ -130,10 +130,10 @@ def test_auto_is_told_by_what_it_stands_for_and_measured_anew_when_that_changes(
         asked = retrieval_cells(Local(model), [TASKS["passkey"]], [auto], contexts=[1024], depths=[0.5], trials=1)
         return [*found, *asked]
 
-    default = "self-extend:8,window=16"
+    default, far = "self-extend:8,window=16", "self-extend:32,window=16"
     before = planned()
     assert [(cell.recipe["rope"], cell.recipe.get("chosen")) for cell in before] == [
-        *(("none", None), ("none", None), ("auto", "none"), ("auto", default), ("auto", "self-extend:32,window=16"))
+        *(("none", None), ("none", None), ("auto", "none"), ("auto", default), ("auto", far))
     ]
     run = Run(tmp_path / "run")
     measure(model, before[3], run)
@@ -141,7 +141,7 @@ def test_auto_is_told_by_what_it_stands_for_and_measured_anew_when_that_changes(
     tuned = Tuned(target=128, rope=model.spec, ranking=(best,), keep_short=False, complete=True)
     model.remember(tuned.as_stored(text="words"))
     after = planned()
-    assert [cell.recipe.get("chosen") for cell in after] == [None, None, "none", "yarn:2", default]
+    assert [cell.recipe.get("chosen") for cell in after] == [None, None, "none", "yarn:2", far]
     assert before[3].is_done(run) and not after[3].is_done(run)
     longppl = LongPPL(contexts=(128,), target=16, judge="auto")
     judge, cell = cells(Local(model), text(WORDS), [Scaler()], longppl)
