@@ -1,12 +1,24 @@
-"""Perplexity and its plots and reports: everything that measures."""
+"""Perplexity and its plots and reports: everything that measures. Needs the extra `ropewalk[evals]`."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if not __name__.startswith("ropewalk."):
     raise ImportError("import this package as 'ropewalk.evals'")
+
+from ..errors import ConfigError
+
+_NEEDED = ("matplotlib", "scipy", "cmaes", "wonderwords", "httpx2")
+"""Modules of the extra `evals` in pyproject.toml."""
+
+if _missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+    raise ConfigError(
+        f"measuring and plotting need ropewalk[evals] (not installed: {', '.join(_missing)}): "
+        "pip install 'ropewalk[evals]'"
+    )
 
 if TYPE_CHECKING:
     from .api import perplexity
