@@ -8,6 +8,7 @@ from pathlib import Path
 import choice_tables
 import continuation_tables
 import speed_tables
+from families_page import SERVED, read_families
 
 from ropewalk.evals.contexts.facts_table import WayScore, way_scores
 from ropewalk.evals.continuation.methods import EXACT, OFF
@@ -34,10 +35,8 @@ def _bullet(text: str) -> str:
 def _features() -> list[str]:
     facets = [method.facet for method in METHODS.built_in.values()]
     frequencies = facets.count("frequencies") + facets.count("wavelength grid")
-    families = [line for line in (DOCS / "families.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "][
-        1:
-    ]
-    every = sum(line.count("| served") == 2 for line in families)
+    families = read_families()
+    every = sum(verdict == (SERVED, SERVED) for verdict in families.values())
     decode = {engine: _range(speed_tables.ratios(engine, "decode")) for engine in ("hf bfloat16", "llama.cpp bf16")}
     prompts = {engine: _range(speed_tables.ratios(engine, "prefill")) for engine in decode}
     bits = {

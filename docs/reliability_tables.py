@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,28 @@ def _stored(name: str) -> Any:
 
 
 def _fuzz() -> str:
-    """What tests/fuzz/run.py counted, and tests/fuzz/guided.py for some of the same parsers."""
-    rows, guided = _stored("fuzz.json"), {row["parser"]: row for row in _stored("fuzz_guided.json")}
-    lines = ["| parser | inputs | read | refused | failed | guided: executions | failed |", "|---" * 7 + "|"]
-    for row in rows:
-        counts = [f"{row[key]:,}" for key in ("inputs", "read", "refused", "failed")]
-        other = guided.get(row["parser"])
-        counts += ["", ""] if other is None else [f"{other[key]:,}" for key in ("executions", "failed")]
-        lines.append(f"| {row['parser']} | {' | '.join(counts)} |")
-    total = " | ".join(f"{sum(row[key] for row in rows):,}" for key in ("inputs", "read", "refused", "failed"))
-    totals = " | ".join(f"{sum(row[key] for row in guided.values()):,}" for key in ("executions", "failed"))
+    """What tests/fuzz/run.py and tests/fuzz/guided.py counted."""
+    rows, guided = _stored("fuzz.json"), _stored("fuzz_guided.json")
+    inputs, read, refused, failed = (_sum(rows, key) for key in ("inputs", "read", "refused", "failed"))
     slowest, memory = max(row["slowest_s"] for row in rows), max(row["grown_mb"] for row in rows)
-    minutes = sum(row["seconds"] for row in guided.values()) / 60
-    return "\n".join(
-        [
-            *lines,
-            f"| **all** | {total} | {totals} |",
-            "",
-            f"The slowest input took {slowest:.2g} s, the largest growth of a process was {memory} MB. The guided runs",
-            f"took {minutes:.0f} minutes in all.",
-        ]
+    minutes, executions = sum(row["seconds"] for row in guided) / 60, _sum(guided, "executions")
+    return (
+        f"- {inputs} inputs to {len(rows)} parsers: {read} read, {refused} refused, {failed} failed. The slowest took\n"
+        f"  {slowest:.2g} s, the largest growth of a process was {memory} MB. Parsers and inputs:\n"
+        + "\n".join(_item(rows, "inputs"))
+        + f"\n- {executions} guided executions in {minutes:.0f} minutes: {_sum(guided, 'failed')} failed.\n"
+        + "\n".join(_item(guided, "executions"))
     )
+
+
+def _sum(rows: list[dict[str, Any]], key: str) -> str:
+    return f"{sum(row[key] for row in rows):,}"
+
+
+def _item(rows: list[dict[str, Any]], key: str) -> list[str]:
+    """The counts of all parsers, as lines that go on a list item."""
+    text = ", ".join(f"{row['parser']} {row[key]:,}" for row in rows)
+    return textwrap.wrap(f"{text}.", 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _long_life() -> str:
