@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
-from ..tokenizer_tools.vocab import Vocabulary
 from ..tokenizer_tools.vocabularies import vocabulary
+from ..tokenizer_tools.vocabulary import Vocabulary
 from .cache import new_cache
 from .completion import Continuation
 from .placement import input_device

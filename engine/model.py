@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, DataError
 from ..tokenizer_tools.cover import Cover, cover
-from ..tokenizer_tools.vocab import check_text
+from ..tokenizer_tools.vocabulary import check_text
 from . import tuned_scalers
 from .completion import Completion, Score
 from .generation import complete_all, run

@@ -14,7 +14,7 @@ from ..errors import ConfigError, DataError
 from ..tokenizer_tools.characters import split_character, unfinished
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
-from ..tokenizer_tools.vocab import Vocabulary, check_ids, check_text
+from ..tokenizer_tools.vocabulary import Vocabulary, check_ids, check_text
 from .chat_header import chat_headers
 from .sampling import Continuing
 

@@ -17,8 +17,8 @@ from ..scaling.auto import Auto
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import parse
-from ..tokenizer_tools.vocab import Vocabulary
 from ..tokenizer_tools.vocabularies import vocabulary
+from ..tokenizer_tools.vocabulary import Vocabulary
 from . import identity, tuned_scalers
 from .auto import Choice
 from .kv_cache import KVCache

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from ..tokenizer_tools.characters import first_characters
 from ..tokenizer_tools.stream import StopStringMatcher
-from ..tokenizer_tools.vocab import Vocabulary
+from ..tokenizer_tools.vocabulary import Vocabulary
 from .cache import rewind, tokens_read
 from .completion import Completion, Continuation, Token, Usage
 from .placement import input_device

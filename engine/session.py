@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ..errors import ConfigError, DataError
 from ..tokenizer_tools.characters import broken, first_characters, shown, unfinished
 from ..tokenizer_tools.cover import shared_length
-from ..tokenizer_tools.vocab import check_text
+from ..tokenizer_tools.vocabulary import check_text
 from .cache import can_rewind
 from .completion import Completion
 from .generation import run

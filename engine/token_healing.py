@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import ConfigError
 from ..tokenizer_tools.cover import Cover, shared_length
-from ..tokenizer_tools.vocab import Vocabulary
+from ..tokenizer_tools.vocabulary import Vocabulary
 from .cache import can_rewind, rewind, tokens_read
 from .completion import Continuation, Token
 from .prefill import prefill

@@ -11,18 +11,15 @@ if not __name__.startswith("ropewalk."):
 
 from .auto import Auto
 from .base import Base, BaseBound, CriticalBase
-from .cope import CoPE
-from .interpolation import NTK, DynamicNTK, Linear, NTKFixed, NTKMixed
+from .interpolation import NTK, CoPE, DynamicNTK, Linear, NTKFixed, NTKMixed, Resonance
 from .lengths import format_length, parse_length
-from .llama3 import Llama3
 from .longrope import LongRoPE
 from .methods import METHODS
 from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
-from .resonance import Resonance
 from .rope import Composition, Factored, Frequencies, RopeSpec, Scaler, compose
 from .spec import parse
 from .temperature import LogN, Temperature
-from .yarn import AlphaRoPE, DynamicYaRN, MrRoPE, NTKByParts, YaRN
+from .yarn import AlphaRoPE, DynamicYaRN, Llama3, MrRoPE, NTKByParts, YaRN
 
 __all__ = [
     "METHODS",

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import hf_write
-from .hf import ConfiguredRope
+from .configured import ConfiguredRope
 from .interpolation import Linear
-from .llama3 import Llama3
 from .longrope import LongRoPE
 from .rope import RopeSpec, Scaler
-from .yarn import YaRN
+from .yarn import Llama3, YaRN
 
 __all__ = ["GgufRope"]
 

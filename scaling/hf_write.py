@@ -11,10 +11,9 @@ from torch import Tensor
 from ..errors import ConfigError
 from .base import Base, BaseBound, CriticalBase
 from .interpolation import NTK, DynamicNTK, Linear
-from .llama3 import Llama3
 from .longrope import LongRoPE
 from .rope import Composition, Frequencies, RopeSpec, Scaler
-from .yarn import NTKByParts, YaRN
+from .yarn import Llama3, NTKByParts, YaRN
 
 __all__ = ["check_carried", "divisors", "write", "write_served"]
 

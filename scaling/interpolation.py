@@ -1,7 +1,8 @@
-"""Position interpolation and the NTK-aware family: every pair is slowed by a power of the factor.
+"""Position interpolation, the NTK-aware family, CoPE and Resonance.
 
-All of them divide theta_i by lambda_i with lambda growing from about 1 at the fastest pair to the factor s
-at the slowest; Linear is the flat case. kexue.fm/archives/9706 writes the family as mixed-radix numbers.
+The first two divide theta_i by lambda_i with lambda growing from about 1 at the
+fastest pair to the factor s at the slowest; Linear is the flat case. kexue.fm/archives/9706 writes
+the family as mixed-radix numbers. CoPE slows the slowest pairs, and Resonance rounds wavelengths.
 """
 
 from __future__ import annotations
@@ -141,3 +142,41 @@ class DynamicNTK(Scaler):
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
         stretch = max(length or 0, rope.trained_length) / rope.trained_length
         return _stretch_base(rope, self.factor * stretch - (self.factor - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoPE(Scaler):
+    """Soft-clipped RoPE: the n pairs whose wavelength exceeds L, which never completed a turn in training,
+    are slowed by (1 + cos x) / 2 with x from 0 to pi over them; the slowest stands still.
+
+    It stretches nothing by itself, so its reach is the trained length; it is meant for models that were
+    tuned with it. Source: "CoPE: Clipped RoPE as a Scalable Free Lunch for Long Context LLMs", arXiv 2602.05258.
+    """
+
+    name: ClassVar[str] = "cope"
+    source: ClassVar[str] = "arXiv 2602.05258"
+    facet: ClassVar[Facet] = "frequencies"
+
+    def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
+        theta = rope.theta
+        slow = (2 * math.pi > rope.trained_length * theta) & (theta > 0)  # a pair at rest has no wavelength
+        taper = (1 + torch.cos(torch.linspace(0, math.pi, int(slow.sum()), dtype=torch.float64))) / 2
+        theta[slow] *= taper
+        return Frequencies(theta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resonance(Scaler):
+    """Rounds every wavelength 2pi / theta_i to an integer, so that rotations repeat exactly; laid over any
+    frequency method (`yarn:4|resonance`), whose temperature it keeps.
+
+    Source: Wang et al., arXiv 2403.00071.
+    """
+
+    name: ClassVar[str] = "resonance"
+    source: ClassVar[str] = "arXiv 2403.00071"
+    facet: ClassVar[Facet] = "wavelength grid"
+
+    def on_grid(self, frequencies: Frequencies) -> Frequencies:
+        wavelengths = 2 * math.pi / frequencies.inv_freq
+        return Frequencies(2 * math.pi / torch.round(wavelengths).clamp(min=1), frequencies.attention_factor)

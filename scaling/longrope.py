@@ -1,4 +1,4 @@
-"""LongRoPE: one searched factor per pair, and the form in which any static method can be exported."""
+"""LongRoPE: one factor per pair, the form in which any method can be exported at a fixed length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import ConfigError
-from .rope import Factored, Frequencies, RopeSpec
+from .rope import Factored, Frequencies, RopeSpec, Scaler, compose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +61,27 @@ class LongRoPE(Factored):
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
         factors = self.long if (length or 0) > rope.trained_length else self.short
         return Frequencies(rope.theta / torch.tensor(factors, dtype=torch.float64), self.temperature(rope))
+
+
+def follows_length(scaler: Scaler) -> bool:
+    """True if its frequencies depend on the length of the text."""
+    return any(part.depends_on_length for part in scaler.parts if part.facet in ("frequencies", "wavelength grid"))
+
+
+def frozen(scaler: Scaler, rope: RopeSpec, length: int) -> Scaler:
+    """`scaler` with the frequencies that it has for a text of `length` tokens, whatever text there is.
+
+    The frequencies become `LongRoPE` factors with their own temperature; position maps and the temperature of queries
+    stay as they are. A scaler that does not follow the length is returned as it is.
+    """
+    if not follows_length(scaler):
+        return scaler
+    found = scaler.frequencies(rope, length)
+    factors = tuple((rope.theta / found.inv_freq).nan_to_num(1.0).tolist())  # 0 / 0: pairs that stand still
+    still = LongRoPE(
+        factor=max(length / rope.trained_length, 1.0),
+        short=factors,
+        long=factors,
+        attention_factor=found.attention_factor,
+    )
+    return compose(still, *(part for part in scaler.parts if part.facet in ("positions", "temperature")))

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from .band import PLAIN, Band
-from .format_spec import format_spec
+from .lengths import format_length
 
 Facet = Literal["frequencies", "wavelength grid", "positions", "temperature"]
 
@@ -91,8 +90,12 @@ class Scaler:
     depends_on_length: ClassVar[bool] = False
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
-        """Frequencies for a sequence that will hold `length` tokens (only dynamic methods look at it)."""
-        return Frequencies(rope.theta)
+        """Frequencies for a sequence that will hold `length` tokens; only dynamic methods read it."""
+        return self.on_grid(Frequencies(rope.theta))
+
+    def on_grid(self, frequencies: Frequencies) -> Frequencies:
+        """`frequencies` of another method moved onto the wavelength grid of this one."""
+        return frequencies
 
     def bands(self, rope: RopeSpec, length: int | None = None) -> tuple[Band, ...]:
         """The bands of keys for a sequence that will hold `length` tokens."""
@@ -170,10 +173,8 @@ class Composition(Scaler):
         return self.members
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
-        host = self.member("frequencies") or Scaler()
-        frequencies = host.frequencies(rope, length)
-        grid = self.member("wavelength grid")
-        return grid.lay_over(frequencies) if isinstance(grid, WavelengthGrid) else frequencies
+        method, grid = self.member("frequencies") or Scaler(), self.member("wavelength grid") or Scaler()
+        return grid.on_grid(method.frequencies(rope, length))
 
     def bands(self, rope: RopeSpec, length: int | None = None) -> tuple[Band, ...]:
         positions = self.member("positions") or Scaler()
@@ -194,19 +195,6 @@ class Composition(Scaler):
 
     def growing_step(self, rope: RopeSpec) -> int:
         return min((m.growing_step(rope) for m in self.members if m.depends_on_length), default=rope.trained_length)
-
-
-class WavelengthGrid(Scaler, ABC):
-    """A method laid over the frequencies of another one."""
-
-    facet: ClassVar[Facet] = "wavelength grid"
-
-    @abstractmethod
-    def lay_over(self, host: Frequencies) -> Frequencies:
-        """The host's frequencies, moved onto the grid."""
-
-    def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
-        return self.lay_over(super().frequencies(rope, length))
 
 
 def compose(*scalers: Scaler) -> Scaler:
@@ -235,3 +223,31 @@ class Factored(Scaler):
     def at(self, factor: float) -> Self:
         """The same method with another factor."""
         return dataclasses.replace(self, factor=factor)
+
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def format_spec(name: str, scaler: DataclassInstance) -> str:
+    """The spec string of one method with the fields of `scaler`; those at their default are left out."""
+    values = []
+    for position, field in enumerate(dataclasses.fields(scaler)):
+        value = getattr(scaler, field.name)
+        if value == field.default:
+            continue
+        text = _format_value(value, is_length=field.metadata.get("length", False))
+        values.append(text if position == 0 else f"{field.name}={text}")
+    return name + (":" + ",".join(values) if values else "")
+
+
+def _format_value(value: Any, *, is_length: bool) -> str:
+    if is_length:
+        return format_length(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "/".join(_format_value(v, is_length=False) for v in value)
+    if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
+        return str(int(value))
+    return repr(value)

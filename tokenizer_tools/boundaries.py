@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from .characters import split_character
-from .vocab import Vocabulary
+from .vocabulary import Vocabulary
 
 PROBES = (
     *("", "a", "A", " a", " A", "Aa", "aA", " ", "  ", "0", "00", "000", " 0", "0.", "0a"),

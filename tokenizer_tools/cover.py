@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 from ..errors import DataError, UnsupportedModel
 from .boundaries import Hypothesis, hypotheses
 from .characters import broken, split_character
-from .vocab import Vocabulary, check_text
+from .vocabulary import Vocabulary, check_text
 
 _PIECES_BACK = 3  # pieces at the end of a prompt that the probes see, at least
 _WINDOW = 256  # bytes at its end among which they are looked for at first

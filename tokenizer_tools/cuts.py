@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 
 from ..errors import DataError
-from .vocab import Vocabulary
+from .vocabulary import Vocabulary
 
 ANYWHERE, AFTER_SPACE, WORD_END, INSIDE = "any character", "after a space", "end of a word", "word border in a token"
 

@@ -10,7 +10,7 @@ from statistics import mean, median, quantiles
 from . import cuts as places
 from .cover import cover, shared_length
 from .cuts import Cut
-from .vocab import Vocabulary
+from .vocabulary import Vocabulary
 
 KINDS = (places.ANYWHERE, places.AFTER_SPACE, places.WORD_END)
 """The kinds of cuts that are reported."""

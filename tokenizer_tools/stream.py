@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .characters import unfinished
-from .vocab import Vocabulary
+from .vocabulary import Vocabulary
 
 
 class TextStream:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import AssetError, ConfigError, RopewalkError, did_you_mean, first_line
-from ...tokenizer_tools.vocab import Vocabulary
 from ...tokenizer_tools.vocabularies import vocabulary
+from ...tokenizer_tools.vocabulary import Vocabulary
 from . import assets
 from .gguf import conversion_folder, converted_gguf, gguf_tokenizer
 

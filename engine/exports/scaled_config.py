@@ -14,10 +14,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from ...errors import ConfigError, UnsupportedModel
 from ...scaling import hf, hf_write
 from ...scaling.auto import Auto
-from ...scaling.frozen import follows_length, frozen
 from ...scaling.interpolation import DynamicNTK
 from ...scaling.lengths import format_length, parse_length
-from ...scaling.longrope import LongRoPE
+from ...scaling.longrope import LongRoPE, follows_length, frozen
 from ...scaling.rope import RopeSpec, Scaler
 from ...scaling.spec import parse
 from ..checkpoints.checkpoint import read_config

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModel
-from ...scaling.frozen import frozen
 from ...scaling.hf import ConfiguredRope
 from ...scaling.hf_write import write
+from ...scaling.longrope import frozen
 from ...scaling.rope import Scaler
 
 __all__ = ["DerivedNumbers", "Numbers", "Parameters", "derived_numbers", "derives_numbers", "parameters_under"]

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from ...scaling.positions import PositionScaler
 from ...scaling.rope import Scaler
-from ...tokenizer_tools.vocab import check_ids
+from ...tokenizer_tools.vocabulary import check_ids
 from ..cache import evict, most_held
 
 Path = tuple[int, ...]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...tokenizer_tools import cuts
 from ...tokenizer_tools.cuts import Cut
-from ...tokenizer_tools.vocab import Vocabulary
+from ...tokenizer_tools.vocabulary import Vocabulary
 from ..data import Text, load_text
 
 _USUAL = (

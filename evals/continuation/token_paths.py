@@ -22,7 +22,7 @@ from ...engine.prefill import prefill
 from ...engine.runners.runner import Runner
 from ...engine.token_healing import END
 from ...tokenizer_tools.cover import shared_length
-from ...tokenizer_tools.vocab import Vocabulary
+from ...tokenizer_tools.vocabulary import Vocabulary
 
 Path = tuple[int, ...]
 

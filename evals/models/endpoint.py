@@ -14,8 +14,8 @@ from ...engine.checkpoints.config import find_config, primary_rope
 from ...errors import ConfigError, ContextOverflow, EndpointError
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.encode import text_ids
-from ...tokenizer_tools.vocab import Vocabulary, check_ids
 from ...tokenizer_tools.vocabularies import vocabulary
+from ...tokenizer_tools.vocabulary import Vocabulary, check_ids
 from ..retrieval.trial import Trial
 from ..retrieval.trial_output import TrialOutput
 from ..runs.cell import Advance, Cost

@@ -14,7 +14,7 @@ from ...engine.placement import input_device
 from ...engine.prefill import prefill
 from ...engine.sampling import SamplingParams
 from ...scaling.rope import Scaler
-from ...tokenizer_tools.vocab import check_ids
+from ...tokenizer_tools.vocabulary import check_ids
 from ..retrieval.trial import Trial
 from ..retrieval.trial_output import TrialOutput
 from ..runs.cell import Advance, Cost

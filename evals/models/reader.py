@@ -14,7 +14,7 @@ import numpy as np
 from ...errors import ConfigError, UnsupportedModel
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.encode import start_ids
-from ...tokenizer_tools.vocab import check_ids
+from ...tokenizer_tools.vocabulary import check_ids
 from ..runs.cell import Advance
 from ..runs.result import Losses
 from ..speed.memory import peak_memory_mb
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ...engine.model import Model
     from ...engine.runners.runner import Runner
-    from ...tokenizer_tools.vocab import Vocabulary
+    from ...tokenizer_tools.vocabulary import Vocabulary
 
 Tokens = list[int]
 

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 
 from ...errors import ConfigError
 from ...scaling import RopeSpec, format_length
+from ...scaling.base import BaseRule
 from ...scaling.base_bound import preference
-from ...scaling.base_rules import BaseRule
 from ..runs.compare import UNTOUCHED
 from . import style
 from .distance_plot import Array, Whole, length_ticks

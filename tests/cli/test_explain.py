@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from ropewalk.cli.main import cli
 from ropewalk.evals.reports.engine_plot import plot_readings
-from ropewalk.scaling.engines import read_all
+from ropewalk.scaling.serving import read_all
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from drawings import assert_drawn, texts
 from ropewalk.errors import ConfigError
 from ropewalk.evals.reports.base_plot import curves, plot_bases
 from ropewalk.scaling import RopeSpec
-from ropewalk.scaling.base_rules import base_rules
+from ropewalk.scaling.base import base_rules
 
 ROPE = RopeSpec(dim=64, base=1e4, trained_length=512)
 

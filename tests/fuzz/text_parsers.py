@@ -19,7 +19,7 @@ from ropewalk.engine.checkpoints.checkpoint import read_tokenizer
 from ropewalk.engine.checkpoints.source import load_vocabulary
 from ropewalk.engine.prompt import Prompt
 from ropewalk.tokenizer_tools.cover import cover
-from ropewalk.tokenizer_tools.vocab import Vocabulary
+from ropewalk.tokenizer_tools.vocabulary import Vocabulary
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from configs import CONFIGS, HEAD_DIM, MAX_LENGTH
 from work import Case, load, read_cases
 
 from ropewalk.errors import RopewalkError
-from ropewalk.scaling.engines import Reading, read_all
+from ropewalk.scaling.serving import Reading, read_all
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "results" / "interop.json"
 SERVED = Path(__file__).resolve().parents[1] / "data" / "served.json"
@@ -75,7 +75,7 @@ def quantized(work: Path, cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def readings(work: Path) -> Iterator[dict[str, Any]]:
-    """vLLM's own tables beside what `ropewalk.scaling.engines` says that it computes, and beside transformers."""
+    """vLLM's own tables beside what `ropewalk.scaling.serving` says that it computes, and beside transformers."""
     file = work / "vllm-readings.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name, theirs in found.items():
@@ -141,11 +141,11 @@ def failures(found: dict[str, Any]) -> Iterator[str]:
             yield f"rewritten q8_0, {row['model']}: {row['max']:.2g}, not the same bits"
     for row in found["readings"]:
         if not row["as_described"]:
-            yield f"vLLM's table for {row['config']} is not as scaling/engines.py describes it"
+            yield f"vLLM's table for {row['config']} is not as scaling/serving.py describes it"
 
     for row in found["lengths"]:
         if row["vllm"] != row["described"]:
-            yield f"vLLM serves {row['vllm']} tokens of {row['model']}; scaling/served.py says {row['described']}"
+            yield f"vLLM serves {row['vllm']} tokens of {row['model']}; scaling/reading.py says {row['described']}"
 
 
 def main() -> None:

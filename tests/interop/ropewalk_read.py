@@ -10,7 +10,7 @@ from cases import FROZEN, MODELS, model_path, scaler
 from work import GREEDY, arguments, load, read_cases, read_ids, save, save_versions
 
 import ropewalk as rw
-from ropewalk.scaling.frozen import frozen
+from ropewalk.scaling.longrope import frozen
 from ropewalk.scaling.spec import parse
 
 

@@ -10,9 +10,8 @@ from closed_forms import brute_first
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import Base, BaseBound, RopeSpec, parse
-from ropewalk.scaling.base import with_base
+from ropewalk.scaling.base import BaseRule, base_rules, round_up, with_base
 from ropewalk.scaling.base_bound import first_failure, largest_infeasible_base, smallest_feasible_base
-from ropewalk.scaling.base_rules import BaseRule, base_rules, round_up
 
 LLAMA = RopeSpec(dim=128, base=1e4, trained_length=1024)
 SMALL = RopeSpec(dim=64, base=1e5, trained_length=2048)

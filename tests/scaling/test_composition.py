@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from ropewalk.scaling import (
     DualChunk,
     DynamicNTK,
     DynamicYaRN,
+    Frequencies,
     JetLong,
     Linear,
     LogN,
@@ -35,6 +38,7 @@ from ropewalk.scaling import (
     compose,
     parse,
 )
+from ropewalk.scaling.rope import Facet
 
 ROPE = RopeSpec(dim=64, base=1e4, trained_length=2048)
 
@@ -150,9 +154,25 @@ def test_resonance_is_laid_over_its_host() -> None:
     host = NTK(factor=4)
     got = (host | Resonance()).frequencies(ROPE).inv_freq
     assert not torch.equal(got, host.frequencies(ROPE).inv_freq)
-    assert torch.equal(got, Resonance().lay_over(host.frequencies(ROPE)).inv_freq)
-    alone = Resonance().lay_over(Scaler().frequencies(ROPE))
+    assert torch.equal(got, Resonance().on_grid(host.frequencies(ROPE)).inv_freq)
+    alone = Resonance().on_grid(Scaler().frequencies(ROPE))
     assert torch.equal(Resonance().frequencies(ROPE).inv_freq, alone.inv_freq)
+
+
+def test_any_scaler_can_set_the_wavelength_grid() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Halved(Scaler):
+        name: ClassVar[str] = "halved"
+        facet: ClassVar[Facet] = "wavelength grid"
+
+        def on_grid(self, frequencies: Frequencies) -> Frequencies:
+            return Frequencies(frequencies.inv_freq / 2, frequencies.attention_factor)
+
+    host = YaRN(factor=4)
+    got = (host | Halved()).frequencies(ROPE)
+    assert torch.equal(got.inv_freq, host.frequencies(ROPE).inv_freq / 2)
+    assert got.attention_factor == host.temperature()
+    assert torch.equal(Halved().frequencies(ROPE).inv_freq, ROPE.theta / 2)
 
 
 @given(length=st.integers(1, 100_000))
@@ -160,7 +180,7 @@ def test_a_composition_passes_the_length_on(length: int) -> None:
     composed = DynamicYaRN() | Resonance()
     host = DynamicYaRN().frequencies(ROPE, length)
     got = composed.frequencies(ROPE, length)
-    assert torch.equal(got.inv_freq, Resonance().lay_over(host).inv_freq)
+    assert torch.equal(got.inv_freq, Resonance().on_grid(host).inv_freq)
     assert got.attention_factor == host.attention_factor
 
 

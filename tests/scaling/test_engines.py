@@ -10,10 +10,10 @@ from words import lines
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import Linear, Llama3, YaRN, hf, hf_write
-from ropewalk.scaling.engines import ENGINES, read_all
-from ropewalk.scaling.frozen import frozen
+from ropewalk.scaling.longrope import frozen
 from ropewalk.scaling.reading import agrees
 from ropewalk.scaling.rope import RopeSpec
+from ropewalk.scaling.serving import ENGINES, read_all
 from ropewalk.scaling.spec import parse
 
 ROPE = RopeSpec(dim=64, base=10_000.0, trained_length=2048)

@@ -7,10 +7,10 @@ import pytest
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import YaRN
-from ropewalk.scaling.engines import read_all, read_gguf
 from ropewalk.scaling.gguf_rope import GgufRope
 from ropewalk.scaling.reading import Reading
 from ropewalk.scaling.rope import RopeSpec
+from ropewalk.scaling.serving import read_all, read_gguf
 
 MODELS = json.loads((Path(__file__).resolve().parents[1] / "data" / "served.json").read_text(encoding="utf-8"))
 """`config`, and what vLLM 0.32's ModelConfig made of it; `make interop` asks vLLM again."""

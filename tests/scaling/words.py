@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from ropewalk.scaling import Linear, YaRN
-from ropewalk.scaling.engines import read_all, read_gguf
 from ropewalk.scaling.gguf_rope import GgufRope
 from ropewalk.scaling.rope import RopeSpec
+from ropewalk.scaling.serving import read_all, read_gguf
 from ropewalk.scaling.spec import parse
 
 ROPE = RopeSpec(dim=64, base=10_000.0, trained_length=2048)

@@ -20,7 +20,7 @@ from ropewalk.engine.checkpoints.source import load_vocabulary
 from ropewalk.tokenizer_tools import cuts
 from ropewalk.tokenizer_tools.cuts import KINDS, draw
 from ropewalk.tokenizer_tools.report import report
-from ropewalk.tokenizer_tools.vocab import Vocabulary
+from ropewalk.tokenizer_tools.vocabulary import Vocabulary
 
 
 class Grouped(Vocabulary):

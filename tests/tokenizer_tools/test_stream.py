@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ropewalk.tokenizer_tools.stream import StopStringMatcher, TextStream
-from ropewalk.tokenizer_tools.vocab import Vocabulary
+from ropewalk.tokenizer_tools.vocabulary import Vocabulary
 
 
 class Bytes(Vocabulary):

@@ -102,7 +102,7 @@ def explain(model: str, length: str | None, out: Path | None) -> None:
 
 
 def _readings(model: str) -> list[Reading]:
-    from ..scaling.engines import read_all, read_gguf
+    from ..scaling.serving import read_all, read_gguf
 
     path = Path(model).expanduser()
     if path.suffix == ".gguf":

@@ -12,8 +12,8 @@ import click
 from .options import EXAMPLES
 
 if TYPE_CHECKING:
+    from ..scaling.base import BaseRule
     from ..scaling.base_bound import BaseAnswer
-    from ..scaling.base_rules import BaseRule
     from ..scaling.hf import ConfiguredRope
 
 
@@ -97,8 +97,8 @@ def base(
     multiple such as 4x, and every rule is listed: the base it gives, whether that carries LENGTH by the bound, and the
     scaler that uses it.
     """
+    from ..scaling.base import base_rules
     from ..scaling.base_bound import base_report
-    from ..scaling.base_rules import base_rules
     from ..scaling.lengths import format_length, parse_length
 
     known = _known(model, dim, base, trained)
@@ -149,7 +149,7 @@ def _known(model: str | None, dim: int | None, base: float | None, trained: str 
 
 
 def _print_bound(answer: BaseAnswer) -> None:
-    from ..scaling.base_rules import round_up
+    from ..scaling.base import round_up
     from ..scaling.lengths import format_length
 
     shown, highest = format_length(answer.length), answer.largest_infeasible
@@ -171,7 +171,7 @@ def _print_bound(answer: BaseAnswer) -> None:
 
 
 def _print_rules(rules: tuple[BaseRule, ...], shown: str) -> None:
-    from ..scaling.base_rules import round_up
+    from ..scaling.base import round_up
 
     rows = [("rule", "base", "by the bound", "scaler", "assumes")]
     for rule in rules:

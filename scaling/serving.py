@@ -15,9 +15,8 @@ from . import hf
 from .base import Base
 from .gguf_rope import GgufRope
 from .longrope import LongRoPE
-from .reading import EngineRope, Reading, agrees
+from .reading import SERVED, EngineRope, Reading, agrees
 from .rope import Scaler
-from .served import SERVED
 from .yarn import YaRN, yarn_temperature
 
 __all__ = ["ENGINES", "read_all", "read_gguf"]
