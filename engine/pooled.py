@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, ContextOverflow, OutOfMemory
-from ..tokenizer_tools.vocab import check_text
+from ..tokenizer_tools.vocabulary import check_text
 from .cache import tokens_read
 from .completion import Completion, Usage
 from .generation import run

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
-from ..tokenizer_tools.vocab import check_text
+from ..tokenizer_tools.vocabulary import check_text
 from . import tensor_parallel
 
 Continuing = Literal["auto", "exact", "off"]
