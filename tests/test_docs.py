@@ -204,6 +204,15 @@ def test_every_code_block_runs(page, folder, capsys, installed):
             raise AssertionError(f"{page}, line {example.line}: {error.format_message()}") from None
 
 
+@pytest.mark.model
+def test_the_first_block_of_the_readme_prints_what_stands_below_it(capsys):
+    blocks = [token for token in markdown("README.md") if token.type == "fence"]
+    code, shown = blocks[:2]
+    assert (code.info, shown.info) == ("python", "text")
+    exec(compile(code.content, "README.md", "exec", dont_inherit=True), {})
+    assert capsys.readouterr().out == shown.content
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_code_block_says_what_it_is(page):
     for token in markdown(page):
