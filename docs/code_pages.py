@@ -174,7 +174,7 @@ BY_MODULE = {
         "cover.Cover",
         "cover.Node",
         "vocabularies.vocabulary",
-        "vocab.Vocabulary",
+        "vocabulary.Vocabulary",
         "stream.TextStream",
         "report.report",
         "report.Report",
