@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ropewalk.evals.reports.plots import plot_loss_curve
+from ropewalk.evals.reports.loss_plots import plot_loss_curve
 from ropewalk.evals.runs import compare
 from ropewalk.evals.runs.result import Row, Run
 from ropewalk.scaling import format_length, parse

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ropewalk.evals.continuation.methods import EXACT, HEALING, OFF, ONE_BACK, STEPS
-from ropewalk.evals.continuation.table import OVER_EXACT, Value, summarize
+from ropewalk.evals.continuation.report import OVER_EXACT, Value, summarize
 from ropewalk.evals.runs.result import Run
 
 DOCS = Path(__file__).resolve().parent

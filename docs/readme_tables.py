@@ -10,7 +10,7 @@ import continuation_tables
 import speed_tables
 from families_page import SERVED, read_families
 
-from ropewalk.evals.contexts.facts_table import WayScore, way_scores
+from ropewalk.evals.contexts.report import WayScore, way_scores
 from ropewalk.evals.continuation.methods import EXACT, OFF
 from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import METHODS, format_length

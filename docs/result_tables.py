@@ -6,16 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ropewalk.evals.contexts import endless_table, facts_table
-from ropewalk.evals.continuation.plot import plot_continuation
-from ropewalk.evals.continuation.table import summarize
+from ropewalk.evals.contexts.report import facts_markdown, plot_endless, plot_facts
+from ropewalk.evals.continuation.report import plot_continuation, summarize
+from ropewalk.evals.protocols.fixed_target import Repeat
 from ropewalk.evals.protocols.harm import Harm
-from ropewalk.evals.protocols.repeat import Repeat
-from ropewalk.evals.reports.extra_grids import extra_grids
 from ropewalk.evals.reports.grid import Shown
-from ropewalk.evals.reports.plots import named_settings, plot_run
-from ropewalk.evals.reports.reach_table import reach_table
-from ropewalk.evals.reports.table import loss_table
+from ropewalk.evals.reports.loss_plots import named_groups, plot_run
+from ropewalk.evals.reports.tables import extra_grids, loss_table, reach_table
 from ropewalk.evals.runs.result import Run
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -53,16 +50,16 @@ def tables() -> dict[str, str]:
 
 def contexts_tables() -> dict[str, str]:
     """Those of docs/contexts.md."""
-    facts = facts_table.to_markdown(Run(RESULTS / "facts").rows).splitlines()
+    facts = facts_markdown(Run(RESULTS / "facts").rows).splitlines()
     return {"facts": "\n".join(line for line in facts if line.startswith("|")), "endless": _endless()}
 
 
 def draw() -> None:
     """Every plot of a run in docs/results."""
     drawn = [plot for name in RUNS for plot in plot_run(Run(RESULTS / name))]
-    drawn += facts_table.plot_facts(Run(RESULTS / "facts").rows, RESULTS / "facts" / "facts")
+    drawn += plot_facts(Run(RESULTS / "facts").rows, RESULTS / "facts" / "facts")
     endless = RESULTS / "endless-tiny"
-    drawn += endless_table.plot_endless(Run(endless).rows, endless / "endless")
+    drawn += plot_endless(Run(endless).rows, endless / "endless")
     summaries = summarize(Run(RESULTS / "continuation").rows)
     drawn += plot_continuation(summaries, "smollm2-135m", RESULTS.parent / "continuation")
     for plot in drawn:
@@ -74,7 +71,7 @@ def _run(name: str) -> str:
     """The tables of the run docs/results/NAME, each below its plot."""
     run = Run(RESULTS / name)
     parts = []
-    for stem, group in named_settings(run.rows):
+    for stem, group in named_groups(run.rows):
         protocol = group[0]["protocol"]
         parts.append(f"![{protocol}](results/{name}/{stem}.svg)\n")
         if protocol not in (Harm.name, Repeat.name):

@@ -19,9 +19,10 @@ from ..scaling.lengths import parse_length
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
 from .data import Text, load_text
-from .models.reader import CallableReader, Logits, ModelReader, Reader, Start
+from .models.local import LocalModel
+from .models.measured import FunctionModel, Logits, MeasuredModel, Start
 from .protocols.by_name import protocol as named_protocol
-from .protocols.longppl import JudgeCell, LongPPL
+from .protocols.longppl import LongPPL
 from .protocols.perplexity_cell import PerplexityCell, Source, plan
 from .protocols.perplexity_row import ROWS, PerplexityRow
 from .protocols.protocol import Protocol
@@ -77,11 +78,11 @@ def perplexity(
         raise ConfigError(f"{type(model).__name__} is no model and no function from token ids to logits")
     _refuse("a function from tokens to logits", ropes=ropes)
     name = getattr(model, "__name__", type(model).__name__)
-    reader = CallableReader(model, name=name, tokenizer=tokenizer, trained_length=trained_length)
+    measured = FunctionModel(model, name=name, tokenizer=tokenizer, trained_length=trained_length)
     if protocol == LongPPL.name:
         settings.setdefault("judge", "none")
     chosen = _protocol(protocol, lengths, trained_length, settings)
-    return _rows(reader, _source(text, tokenizer, chosen), [Scaler()], chosen)
+    return _rows(measured, _source(text, tokenizer, chosen), [Scaler()], chosen)
 
 
 def _of_model(
@@ -92,20 +93,19 @@ def _of_model(
     scalers = [before] if ropes is None else [parse(rope, model.trained_length) for rope in ropes]
     chosen = _protocol(name, lengths, model.trained_length, settings)
     try:
-        for scaler in scalers:  # a scaler that cannot work is found out before anything is measured
-            model.rope = scaler
-        return _rows(ModelReader(model), _source(text, model.tokenizer, chosen), scalers, chosen)
+        return _rows(LocalModel(model), _source(text, model.tokenizer, chosen), scalers, chosen)
     finally:
         model.rope = before
 
 
-def _rows(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Protocol) -> list[PerplexityRow]:
+def _rows(
+    measured: MeasuredModel, source: Source, scalers: Sequence[Scaler], protocol: Protocol
+) -> list[PerplexityRow]:
     found = []
     with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
         run = Run(Path(folder))
-        for cell in plan(reader, source, scalers, protocol):
-            assert isinstance(cell, PerplexityCell | JudgeCell)
-            rows = cell.record(reader.under(cell.scaler), run, lambda past, count: None)
+        for cell in plan(measured, source, scalers, protocol):
+            rows = cell.measure(measured.under(cell.scaler), run, lambda past, count: None)
             if isinstance(cell, PerplexityCell):
                 kind = ROWS.get(type(protocol), PerplexityRow)
                 found += [kind.of(row, losses) for row in rows if (losses := run.losses(row)) is not None]

@@ -18,12 +18,11 @@ from ..engine.storage import write_atomic
 from ..scaling.lengths import format_length
 from ..scaling.spec import parse
 from .data import load_text
-from .models.local import Local
-from .models.reader import Reader
+from .models.local import LocalModel
+from .models.measured import MeasuredModel
 from .protocols.fixed_target import FixedTarget
 from .protocols.perplexity_cell import PerplexityCell, cells
-from .reports.publish import print_results, publish
-from .reports.report import Passage
+from .reports.report import Passage, print_results, publish
 from .runs.cell import Cell
 from .runs.result import Row, Run
 from .runs.runner import measure_all
@@ -71,7 +70,7 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
         is_reference = cell.context == L and not cell.scaler.parts
         return cell.context in (shortest, longest) or is_reference
 
-    every = cells(Local(model), text, [parse(spec) for spec in specs(ratio)], plan)
+    every = cells(LocalModel(model), text, [parse(spec) for spec in specs(ratio)], plan)
     planned = [cell for cell in every if isinstance(cell, PerplexityCell)]
     # In the order in which they earn their time, so that the time limit leaves the least out.
     planned.sort(key=lambda cell: (not is_essential(cell), cell.context if is_essential(cell) else -cell.context))
@@ -85,13 +84,13 @@ def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
     run.write_environment()
     best = [_best_so_far(run, planned, longest)]
 
-    def remember_best(cell: PerplexityCell, rows: list[Row], reader: Reader) -> None:
+    def remember_best(cell: PerplexityCell, rows: list[Row], measured: MeasuredModel) -> None:
         if cell.context == longest and (best[0] is None or _loss(rows[0]) < best[0].loss):
-            best[0] = Winner(cell, _loss(rows[0]), reader.cache)
+            best[0] = Winner(cell, _loss(rows[0]), measured.cache)
 
     deadline = None if max_minutes is None else started + 60 * max_minutes - CLOSING_SECONDS
     outcome = measure_all(
-        Local(model),
+        LocalModel(model),
         [replace(cell, then=remember_best) for cell in planned],
         run,
         console,

@@ -21,7 +21,8 @@ from ..engine.placement import input_device
 from ..engine.sampling import SamplingParams
 from ..errors import ConfigError, did_you_mean
 from ..tokenizer_tools.encode import prompt_ids, text_ids
-from .models.reader import ModelReader, Start, Tokens
+from .models.local import LocalModel
+from .models.measured import Start, Tokens
 
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"}
 
@@ -141,7 +142,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         first = max(len(ids) - len(continuation), 1)
         targets, total, done, is_greedy = torch.tensor(ids[first:]), 0.0, 0, True
         with torch.inference_mode():
-            for logits in ModelReader(self.model).logits(ids, first, lambda past, count: None):
+            for logits in LocalModel(self.model).logits(ids, first, lambda past, count: None):
                 wanted = targets[done : done + len(logits)].to(logits.device)
                 chosen = logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
                 total += float(chosen.double().sum())

@@ -17,11 +17,11 @@ from ...scaling.lengths import format_length
 from ...scaling.positions import PositionScaler
 from ...scaling.rope import Scaler
 from ..data import Text, tokenize_documents
-from ..models.local import Local
-from ..models.reader import Start
-from ..models.subject import Subject
-from ..protocols.from_start import position_edges
-from ..runs.cell import Advance, Cell
+from ..models.cost import Advance
+from ..models.local import LocalModel
+from ..models.measured import MeasuredModel, Start
+from ..protocols.whole_text import position_edges
+from ..runs.cell import Cell
 from ..runs.recipe import shared_recipe
 from ..runs.result import Row, Run, loss_text
 from ..statistics import block_interval, paired_difference
@@ -62,19 +62,19 @@ class EndlessCell(Cell):
     def row_recipes(self) -> list[dict[str, Any]]:
         return [self.recipe | {"start": start, "end": end} for start, end in self.buckets]
 
-    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
-        assert isinstance(subject, Local)
-        reader, ids = subject.reader(), list(self.ids)
+    def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
+        assert isinstance(model, LocalModel)
+        ids = list(self.ids)
         process, metadata = psutil.Process(), [(0, time.perf_counter(), 0.0)]
         sizes: list[float] = []
 
         def watch(held: int, count: int) -> None:
             metadata.append((held + count, time.perf_counter(), process.memory_info().rss / 1e6))
-            sizes.append(cache_bytes(reader.cache) / 1e6)
+            sizes.append(cache_bytes(model.cache) / 1e6)
             advance(0, count)  # the past that a token sees does not grow
 
-        losses = reader.losses(ids, 1, watch)
-        plain, rows = reader.under(Scaler()), []
+        losses = model.losses(ids, 1, watch)
+        plain, rows = model.under(Scaler()), []
         for recipe in self.row_recipes():
             start, end = recipe["start"], recipe["end"]
             own = losses[start - 1 : end - 1]
@@ -120,7 +120,7 @@ class EndlessCell(Cell):
 
 
 def cells(
-    subject: Local, text: Text, scalers: Sequence[Scaler], *, contexts: Sequence[int], places: int
+    model: LocalModel, text: Text, scalers: Sequence[Scaler], *, contexts: Sequence[int], places: int
 ) -> list[EndlessCell]:
     """A cell for every scaler and length.
 
@@ -129,11 +129,11 @@ def cells(
         DataError: the text is too short.
     """
     found = []
-    documents = tokenize_documents(text, subject.tokenizer, limit_tokens=max(contexts))
-    prefix = Start.of(subject.tokenizer).prefix
+    documents = tokenize_documents(text, model.tokenizer, limit_tokens=max(contexts))
+    prefix = Start.of(model.tokenizer).prefix
     ids = [*prefix, *(token for document in documents for token in document)]
     for scaler in scalers:
-        subject.rope = scaler
+        model.under(scaler)  # refuses a scaler that cannot work on this model
         map_ = scaler.member("positions")
         if not isinstance(map_, PositionScaler) or map_.sink_window is None:
             raise ConfigError(f"{scaler} sees every key, so no cache holds it without an end; take sink-window:1k, say")
@@ -151,7 +151,7 @@ def cells(
                     start=len(prefix),
                     window=map_.sink_window[1],
                     places=places,
-                    recipe=shared_recipe(subject, text)
+                    recipe=shared_recipe(model, text)
                     | {
                         "experiment": "endless",
                         "context": context,

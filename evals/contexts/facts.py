@@ -18,12 +18,13 @@ from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.encode import prompt_ids, text_ids
 from ..data import Text
-from ..models.local import Local
-from ..models.subject import Subject
+from ..models.cost import Advance
+from ..models.local import LocalModel
+from ..models.measured import MeasuredModel
 from ..retrieval.haystack import boundary, drawn_anew, sentences, stretch
 from ..retrieval.task import match_first
 from ..retrieval.words import WORDS_VERSION, random_key
-from ..runs.cell import Advance, Cell
+from ..runs.cell import Cell
 from ..runs.recipe import rope_recipe, shared_recipe
 from ..runs.result import Row, Run
 
@@ -143,17 +144,18 @@ class FactsCell(Cell):
     def row_recipes(self) -> list[dict[str, Any]]:
         return [self.recipe | {"question": number} for number in self.asked]
 
-    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
-        assert isinstance(subject, Local)
-        model, rows, answer = subject.model, [], None
+    def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
+        assert isinstance(model, LocalModel)
+        model.restore()
+        rows, answer = [], None
         recipes = self.row_recipes()
         for recipe in recipes:
             row = run.find(recipe)  # of an earlier run that was stopped within this cell
             if row is None:
                 started = time.perf_counter()
                 if answer is None:
-                    document = _document(model, self.text, self.context, self.facts, self.document)
-                    answer = self._reader(model, document)
+                    document = _document(model.model, self.text, self.context, self.facts, self.document)
+                    answer = self._reader(model.model, document)
                 key, value = document.facts[recipe["question"]]
                 written, sources = answer(question(key))
                 row = run.add(
@@ -164,11 +166,11 @@ class FactsCell(Cell):
                         "generated": written,
                         "sources": sources,
                         "seconds": time.perf_counter() - started,
-                        "peak_memory_mb": subject.memory_mb,
+                        "peak_memory_mb": model.memory_mb,
                     },
                 )
             rows.append(row)
-        model.clear_contexts()
+        model.model.clear_contexts()
         for tokens in self.windows:
             advance(0, tokens)
         return rows
@@ -222,7 +224,7 @@ def way_name(way: str, parts: int) -> str:
 
 
 def cells(
-    subject: Local,
+    model: LocalModel,
     text: Text,
     scalers: Sequence[Scaler],
     *,
@@ -242,16 +244,16 @@ def cells(
         ConfigError: a scaler cannot work on this model, or a part is longer than the model was trained for.
         DataError: a length does not hold the facts.
     """
-    trained = subject.trained_length
+    trained = model.trained_length
     ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
     for scaler in (Scaler(), *scalers):
-        subject.rope = scaler
-        ropes |= {(scaler, context): rope_recipe(scaler, subject.rope_at, [context]) for context in contexts}
+        scaled = model.under(scaler)
+        ropes |= {(scaler, context): rope_recipe(scaler, scaled.rope_at, [context]) for context in contexts}
     facts = max(2 * questions, *parts)
     asked = tuple(n * facts // questions + facts // (2 * questions) for n in range(questions))
     ways: list[tuple[Way, int, Scaler]] = [("whole", 1, scaler) for scaler in scalers]
     ways += [("cut", 1, Scaler()), *(("parts", count, Scaler()) for count in parts)]
-    _document(subject.model, text, min(contexts), facts, 0)  # refused before anything is measured
+    _document(model.model, text, min(contexts), facts, 0)  # refused before anything is measured
     found = []
     for context in contexts:
         if short := [count for count in parts if context / count > 0.97 * trained]:
@@ -271,7 +273,7 @@ def cells(
                         facts=facts,
                         asked=asked,
                         text=text,
-                        recipe=shared_recipe(subject, text)
+                        recipe=shared_recipe(model, text)
                         | {
                             "experiment": "facts",
                             "form": FORM,

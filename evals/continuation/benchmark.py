@@ -1,19 +1,20 @@
-"""How well a model goes on from prompts that are cut off anywhere, by each way of doing it.
+"""The benchmark of continuation methods: prompts cut at any place, and what each method gives after the cut.
 
-A cut is measured under all methods at once, and its rows are kept as soon as it is done. What is measured:
+Each cut is measured under all methods at once, and its rows are stored as soon as it is done. The fields are:
 
-    next_byte_bits  bits that the byte after the prompt takes
-    top1            whether it is the likeliest byte
-    finished        whether the likeliest text finishes the token that was cut
+    next_byte_bits  bits of the byte after the prompt
+    top1            whether that byte is the likeliest one
+    finished        whether the likeliest text completes the token that was cut
     bits_per_byte   bits a byte of the next 8
-    extra_forwards  runs of the model up to the first token past the prompt, more than `off` takes
-    extra_ms        time up to that token, more than `off` takes
+    extra_forwards  model runs up to the first token past the prompt, minus those of `off`
+    extra_ms        time up to that token, minus that of `off`
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,57 @@ from ...engine.model import Model
 from ...engine.placement import input_device
 from ...engine.storage import write_atomic
 from ...errors import DataError
+from ...tokenizer_tools import cuts
 from ...tokenizer_tools.cuts import Cut
+from ...tokenizer_tools.vocabulary import Vocabulary
+from ..data import Text, load_text
 from ..runs.result import Row, Run
-from .cuts import CutText, draw_all
 from .methods import HEALING, METHODS, OFF, Ending
-from .plot import plot_continuation
-from .table import LEGEND, summarize, tables, to_markdown
+from .report import LEGEND, plot_continuation, summarize, tables, to_markdown
+
+_USUAL = (
+    ("shakespeare", cuts.ANYWHERE),
+    ("code", cuts.ANYWHERE),
+    ("shakespeare", cuts.AFTER_SPACE),
+    ("code", cuts.INSIDE),
+    ("chinese", cuts.INSIDE),
+)
+_OF_ONE_TEXT = (cuts.ANYWHERE, cuts.AFTER_SPACE, cuts.INSIDE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutText:
+    """One text, cut at one kind of place."""
+
+    text: Text
+    kind: str
+    cuts: tuple[Cut, ...]
+
+    @property
+    def name(self) -> str:
+        """Such as "code, any character"."""
+        return f"{Path(self.text.name).name}, {self.kind}"
+
+
+def draw_all(vocabulary: Vocabulary, text: str | None, count: int, seed: int) -> list[CutText]:
+    """Cuts to compare on, fewer where a text has not so many places of a kind.
+
+    Args:
+        text: as `load_text` takes it; None is English, code and Chinese.
+        count: cuts of each kind in each text.
+        seed: of their places.
+
+    Raises:
+        DataError: a text is too short to cut.
+    """
+    wanted = _USUAL if text is None else tuple((text, kind) for kind in _OF_ONE_TEXT)
+    found = []
+    for name, kind in wanted:
+        loaded = load_text(name)
+        drawn = cuts.draw(vocabulary, "\n\n".join(loaded.documents), kind, count, seed)
+        found.append(CutText(text=loaded, kind=kind, cuts=tuple(drawn)))
+    return found
+
 
 AHEAD = 8
 """Bytes after the prompt whose probability is measured."""

@@ -16,20 +16,19 @@ from ...scaling.rope import Scaler
 from ...tokenizer_tools.encode import text_ids
 from ...tokenizer_tools.vocabularies import vocabulary
 from ...tokenizer_tools.vocabulary import Vocabulary, check_ids
-from ..retrieval.trial import Trial
-from ..retrieval.trial_output import TrialOutput
-from ..runs.cell import Advance, Cost
+from ..retrieval.trial import Trial, TrialOutput
 from ..runs.result import Losses
+from .cost import Advance, ForwardCost
 from .logprob_form import FORMS, LogprobForm, Scored
-from .reader import Reader, Tokens, bytes_of
+from .measured import MeasuredModel, Tokens, bytes_of
 from .server import RefusedRequest, Server
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Endpoint:
-    """The `Subject` behind an OpenAI-compatible server, under the scaler that it is served with.
+class ServedModel(MeasuredModel):
+    """A model behind an OpenAI-compatible server, under the scaler that the server runs it with.
 
     Args:
         model: names the tokenizer and the config of what is served: built-in name, hub id or folder.
@@ -47,12 +46,12 @@ class Endpoint:
     """
 
     precision = "served"
-    memory_mb = None
+    trained_length: int
 
     def __init__(self, model: str, url: str, served_as: str | None = None) -> None:
         source, config = find_config(model)
         self.trained_length = primary_rope(config).max_length
-        self.cost = Cost.of_config(config)
+        self._cost = ForwardCost.of_config(config)
         self.tokenizer: Any = read_tokenizer(source)
         self._rows = int(config.get_text_config().vocab_size)
         self.metadata = {"tokenizer": model}
@@ -64,21 +63,22 @@ class Endpoint:
         self.name = f"{self._served} at {self._server.host}"
         self.form = self._find_form()
 
-    @property
-    def rope(self) -> Scaler:
-        """None of ours."""
-        return Scaler()
-
-    @rope.setter
-    def rope(self, scaler: Scaler) -> None:
+    def under(self, scaler: Scaler) -> ServedModel:
         if scaler.parts:
             raise ConfigError(
                 f"{self.name} is measured under the scaler that it is served with, not under {scaler}: leave out "
                 "--rope (for longppl: --judge none), or serve what `ropewalk export` writes under that scaler"
             )
+        return self
 
-    def rope_at(self, length: int) -> Scaler:
-        return self.rope
+    @property
+    def cost(self) -> ForwardCost:
+        return self._cost
+
+    @property
+    def memory_mb(self) -> None:
+        """None: the memory is the server's."""
+        return None
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -91,19 +91,30 @@ class Endpoint:
         how = "no log-probabilities of prompts: answers are only written" if self.form is None else self.form.name
         return f"{self._served} is served at {self.device}{limit}; log-probabilities: {how}"
 
-    def reader(self) -> EndpointReader:
-        """It, for losses.
-
-        Raises:
-            ConfigError: the server tells none.
-        """
+    def check_scoring(self, length: int) -> None:
         if self.form is None:
             raise ConfigError(
                 f"{self.device} tells no log-probabilities of a prompt's tokens (neither `prompt_logprobs` nor `echo` "
                 "with `logprobs`), which losses are made of: serve the model with vLLM or SGLang, or leave out "
                 "--endpoint; passkey, niah, kv and ruler work with this server too"
             )
-        return EndpointReader(self)
+        self.check(length, spare=1)
+
+    def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
+        self.check_scoring(len(ids))
+        scored = self.score(ids, first)
+        advance(0, len(ids) - 1)
+        losses: Losses = np.array([-nats for nats, _ in scored], dtype=np.float32)
+        return losses
+
+    def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
+        raise ConfigError(
+            f"{self.name}: a server tells the log-probability of a token, not the logits of all, which this protocol "
+            "compares; leave out --endpoint, and load the model here"
+        )
+
+    def count_bytes(self, ids: Sequence[int]) -> int:
+        return bytes_of(ids, self.tokenizer, lambda: self.vocabulary)
 
     def run_trial(self, trial: Trial, advance: Advance) -> TrialOutput:
         """Two requests: the right answer scored behind the prompt, and the prompt continued greedily."""
@@ -169,36 +180,3 @@ class Endpoint:
             if form.read(choice, ids) is not None:
                 return form
         return None
-
-
-class EndpointReader(Reader):
-    """A served model, for losses: each window is one request."""
-
-    memory_mb = None
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-        self.name, self.precision, self.device = endpoint.name, endpoint.precision, endpoint.device
-        self.trained_length, self.metadata = endpoint.trained_length, endpoint.metadata
-
-    def check(self, length: int) -> None:
-        self._endpoint.check(length, spare=1)
-
-    def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
-        scored = self._endpoint.score(ids, first)
-        advance(0, len(ids) - 1)
-        losses: Losses = np.array([-nats for nats, _ in scored], dtype=np.float32)
-        return losses
-
-    def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
-        raise ConfigError(
-            f"{self.name}: a server tells the log-probability of a token, not the logits of all, which this protocol "
-            "compares; leave out --endpoint, and load the model here"
-        )
-
-    def under(self, scaler: Scaler) -> EndpointReader:
-        self._endpoint.rope = scaler
-        return self
-
-    def count_bytes(self, ids: Sequence[int]) -> int:
-        return bytes_of(ids, self._endpoint.tokenizer, lambda: self._endpoint.vocabulary)

@@ -1,99 +1,101 @@
-"""A ropewalk model as the harness measures it."""
+"""A model in this process, as the harness measures it. Only this file touches the network of a model in a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...engine.cache import can_rewind
 from ...engine.model import Model
 from ...engine.placement import input_device
 from ...engine.prefill import prefill
+from ...engine.prompt import token_ids
+from ...engine.runners.runner import Runner
 from ...engine.sampling import SamplingParams
+from ...engine.score import scored_logits
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.vocabulary import check_ids
-from ..retrieval.trial import Trial
-from ..retrieval.trial_output import TrialOutput
-from ..runs.cell import Advance, Cost
-from ..speed.memory import peak_memory_mb
-from .reader import ModelReader, weight_metadata
+from ..retrieval.trial import Trial, TrialOutput
+from ..runs.result import Losses
+from .cost import Advance, ForwardCost
+from .measured import MeasuredModel, Tokens, bytes_of
 
 
-class Local:
-    """The `Subject` that is loaded in this process.
+class LocalModel(MeasuredModel):
+    """A ropewalk model under one scaler. Several of them may share one `Model`: each puts its scaler there in time.
 
     Args:
-        model: its scaler is what `rope` is.
+        model: the loaded model.
+        scaler: None is the scaler that the model has now.
     """
 
-    def __init__(self, model: Model) -> None:
+    trained_length: int
+
+    def __init__(self, model: Model, scaler: Scaler | None = None) -> None:
         self.model = model
+        self.rope = model.rope if scaler is None else scaler
+        self.name, self.precision = model.name, model.precision
+        self.device, self.trained_length = input_device(model.hf).type, model.trained_length
+        self.metadata = {"weights": model.fingerprint[:16]}  # tells it from another model at the same path
+        self.tokenizer = model.tokenizer
 
-    @property
-    def rope(self) -> Scaler:
-        """The scaler in use."""
-        return self.model.rope
+    def running(self, length: int) -> AbstractContextManager[Runner]:
+        """The runner, ready for `length` tokens under this scaler; other threads wait until the block ends."""
+        return self.model.running_under(self.rope, length)
 
-    @rope.setter
-    def rope(self, scaler: Scaler) -> None:
-        self.model.rope = scaler
+    def under(self, scaler: Scaler) -> LocalModel:
+        other = LocalModel(self.model, scaler)
+        other.restore()
+        return other
+
+    def restore(self) -> None:
+        if self.model.rope != self.rope:
+            self.model.rope = self.rope
 
     def rope_at(self, length: int) -> Scaler:
-        return self.model.rope_at(length)
-
-    @property
-    def name(self) -> str:
-        return self.model.name
-
-    @property
-    def precision(self) -> str:
-        return self.model.precision
-
-    @property
-    def device(self) -> str:
-        return input_device(self.model.hf).type
-
-    @property
-    def trained_length(self) -> int:
-        return self.model.trained_length
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        return weight_metadata(self.model)
-
-    @property
-    def tokenizer(self) -> Any:
-        return self.model.tokenizer
+        with self.running(length):
+            return self.model.rope_at(length)
 
     @cached_property
-    def cost(self) -> Cost:
-        return Cost.of(self.model)
+    def cost(self) -> ForwardCost:
+        return ForwardCost.of(self.model)
 
-    @property
-    def memory_mb(self) -> float:
-        return peak_memory_mb()
+    def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
+        with self.running(len(ids)):
+            self.cache = self.model.new_cache(len(ids))
+            losses: Losses = -self.model.score_ids(ids, first, advance, self.cache).numpy()
+        return losses
 
-    def reader(self) -> ModelReader:
-        return ModelReader(self.model)
+    def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
+        ids = token_ids(ids, self.model.vocabulary_size)
+        with self.running(len(ids)) as runner:
+            self.cache = self.model.new_cache(len(ids))
+            pieces = scored_logits(runner, ids, first, self.cache, advance)
+        while True:
+            with self.running(len(ids)):  # another scaler may have been in use since the last piece
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
     def run_trial(self, trial: Trial, advance: Advance | None = None) -> TrialOutput:
-        """Read the prompt once, score the right answer behind it, and let the model write its own from there.
+        """Read the prompt once, score the right answer after it, and let the model write its own from there.
 
-        A cache that cannot forget (a sliding window in transformers' own cache) makes it read the prompt twice.
+        A cache that cannot be rewound (a sliding window in transformers' own cache) makes it read the prompt twice.
         """
-        model, length = self.model, len(trial.prompt_ids) + trial.new_tokens
-        check_ids([*trial.prompt_ids, *trial.answer_ids], model.vocabulary_size)
+        length = len(trial.prompt_ids) + trial.new_tokens
+        check_ids([*trial.prompt_ids, *trial.answer_ids], self.model.vocabulary_size)
         params = SamplingParams(max_new_tokens=trial.new_tokens, temperature=0)
-        with model.running(length) as runner:  # a dynamic scaler must not change below the cache
-            cache = model.new_cache(length)
+        with self.running(length) as runner:  # both parts run under the scaler that is prepared for this length
+            cache = self.model.new_cache(length)
             ids = trial.prompt_ids + trial.answer_ids[:-1]
-            logprobs = (
-                prefill(runner, ids, cache, advance, logits_to_keep=len(trial.answer_ids)).float().log_softmax(-1).cpu()
-            )
-            completion = model.generate_ids(trial.prompt_ids, params, cache if can_rewind(cache) else None)
+            logits = prefill(runner, ids, cache, advance, logits_to_keep=len(trial.answer_ids))
+            logprobs = logits.float().log_softmax(-1).cpu()
+            completion = self.model.generate_ids(trial.prompt_ids, params, cache if can_rewind(cache) else None)
         chosen = logprobs.gather(-1, torch.tensor(trial.answer_ids)[:, None])[:, 0]
         return TrialOutput(
             logprobs=chosen.tolist(),
@@ -101,11 +103,12 @@ class Local:
             written=completion.text,
         )
 
-    def check(self, length: int) -> None:
-        """Any length may be tried: past the reach is what is looked at."""
+    def count_bytes(self, ids: Sequence[int]) -> int:
+        return bytes_of(ids, self.model.tokenizer, lambda: self.model.vocabulary)
 
     def time_forward(self, length: int) -> None:
-        self.model.score_ids([0] * length)
+        with self.running(length):
+            self.model.score_ids([0] * length)
 
     def needs(self, longest: int) -> str:
         weights = self.model.hf.get_memory_footprint() / 1e6

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import ConfigError, did_you_mean
-from .fixed_target import FixedTarget, SameTarget, usual_target
-from .from_start import ByPosition, Truncate
+from .fixed_target import FixedTarget, Repeat, SameTarget, usual_target
 from .harm import Harm
 from .longppl import LongPPL
 from .protocol import Protocol
-from .repeat import Repeat
-from .whole_text import Disjoint, LlamaCpp, Sliding
+from .whole_text import ByPosition, Disjoint, LlamaCpp, Sliding, Truncate
 
 _CLASSES: tuple[type[Protocol], ...] = (
     *(FixedTarget, ByPosition, Sliding, Truncate),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...scaling import format_length
-from ..retrieval.score import Score, ScoreGroup
+from ..retrieval.score import ScoreGroup, TrialScore
 from ..retrieval.tasks import RULER, SUITES
 from ..runs.compare import Difference
 from ..runs.result import Row
@@ -116,7 +116,7 @@ class Reach:
     longest: int
 
 
-def reach(scores: Mapping[int, Score], least: float) -> Reach:
+def reach(scores: Mapping[int, TrialScore], least: float) -> Reach:
     """The lengths up to which scores are at least `least`.
 
     Args:
@@ -140,19 +140,19 @@ def reach(scores: Mapping[int, Score], least: float) -> Reach:
     )
 
 
-def reaches(setting: ScoreGroup) -> dict[str, Reach]:
+def reaches(group: ScoreGroup) -> dict[str, Reach]:
     """How far the methods of a setting find things, each by the rule of its suite.
 
     Passkey, niah and kv: `LEAST_FOUND`. RULER-11: `LEAST_KEPT` of the method's own score at the trained length, so
     only where all its tasks were asked, and of methods that were asked at that length. One that finds nothing there
     reaches no length.
     """
-    of_own, trained = setting.suite == RULER, setting.trained_length
-    if of_own and setting.tasks != [*SUITES[RULER]]:
+    of_own, trained = group.suite == RULER, group.trained_length
+    if of_own and group.tasks != [*SUITES[RULER]]:
         return {}
     found = {}
-    for rope in setting.methods:
-        scores = setting.scores(rope)
+    for rope in group.methods:
+        scores = group.scores(rope)
         if not of_own and scores:
             found[rope] = reach(scores, LEAST_FOUND)
         elif trained in scores:

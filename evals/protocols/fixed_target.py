@@ -1,17 +1,21 @@
-"""Windows of several lengths that end at the same places, so that only the context of what is scored differs."""
+"""Protocols that score the same last tokens at every context: `fixed-target` and `repeat`."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
 from ...errors import ConfigError
-from ..models.reader import Start, Tokens
+from ..models.cost import Advance
+from ..models.measured import MeasuredModel, Start, Tokens
 from ..runs.result import Row
-from .protocol import Protocol, Window, too_short
+from ..statistics import paired_difference
+from .protocol import Protocol, ProtocolResult, Window, too_short
 
 
 def usual_target(contexts: Sequence[int], most: int = 1024) -> int:
@@ -95,3 +99,38 @@ class FixedTarget(SameTarget):
     @classmethod
     def scored(cls, row: Row) -> str:
         return f"the same last {row.get('target')} tokens at every context"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat(SameTarget):
+    """The loss on a passage A that the window began with: [A][gap][A], against [X][gap][A].
+
+    X, the gap and the last A are the text as it is, so the second window is that of `fixed-target`; in the first, A
+    takes the place of X. The gain is the loss with X less the loss with A, paired token by token. (After the repeated
+    and non-repeated tests of kexue.fm/archives/9706.)
+    """
+
+    name: ClassVar[str] = "repeat"
+    passes: ClassVar[int] = 2
+
+    def windows(self, documents: Sequence[Tokens], context: int, start: Start) -> list[Window]:
+        front = len(start.prefix)
+        if context - front < 2 * self.target:
+            raise ConfigError(
+                f"target {self.target} twice does not fit {context} tokens; ask for fewer scored tokens or more context"
+            )
+        return [
+            replace(w, ids=w.ids[:front] + w.ids[w.first :] + w.ids[front + self.target :], twin=w.ids)
+            for w in super().windows(documents, context, start)
+        ]
+
+    def measure(self, model: MeasuredModel, windows: Sequence[Window], advance: Advance) -> ProtocolResult:
+        repeated = [model.losses(w.ids, w.first, advance) for w in windows]
+        fresh = np.concatenate([model.losses(w.twin, w.first, advance) for w in windows if w.twin])
+        gain, low, high = paired_difference(fresh, np.concatenate(repeated))
+        extra = {"fresh_loss": float(fresh.mean(dtype=np.float64)), "gain": gain, "gain_low": low, "gain_high": high}
+        return ProtocolResult(losses=repeated, extra=extra)
+
+    @classmethod
+    def scored(cls, row: Row) -> str:
+        return f"the last {row['target']} tokens, with which every window begins too"

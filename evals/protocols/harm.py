@@ -13,12 +13,12 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
-from ..models.reader import Reader
-from ..runs.cell import Advance
+from ..models.cost import Advance
+from ..models.measured import MeasuredModel
 from ..runs.result import Losses, Row
 from ..statistics import block_interval, paired_difference
 from .fixed_target import SamePlaces
-from .protocol import Measured, Window
+from .protocol import ProtocolResult, Window
 
 _ROWS = 64  # tokens whose laws are compared at once
 
@@ -41,8 +41,8 @@ class Harm(SamePlaces):
     def scored_tokens(self, context: int) -> int:
         return context - 1 if self.target is None else self.target
 
-    def check(self, reader: Reader) -> None:
-        L = reader.trained_length
+    def check(self, model: MeasuredModel) -> None:
+        L = model.trained_length
         if L is None or self.longest > L:
             known = "an unknown length" if L is None else format_length(L)
             raise ConfigError(
@@ -50,8 +50,8 @@ class Harm(SamePlaces):
                 f"{format_length(self.longest)} is beyond it: ask for shorter ones"
             )
 
-    def measure(self, reader: Reader, windows: Sequence[Window], advance: Advance) -> Measured:
-        found = [compare_distributions(reader.under(Scaler()), reader, window, advance) for window in windows]
+    def measure(self, model: MeasuredModel, windows: Sequence[Window], advance: Advance) -> ProtocolResult:
+        found = [compare_distributions(model.under(Scaler()), model, window, advance) for window in windows]
         base, scaled, kl, same = (np.concatenate(parts) for parts in zip(*found, strict=True))
         difference, low, high = paired_difference(scaled, base)
         kl_low, kl_high = block_interval(kl)
@@ -65,7 +65,7 @@ class Harm(SamePlaces):
             "kl_high": kl_high,
             "same_top1": 100 * float(same.mean()),
         }
-        return Measured(losses=[one[1] for one in found], extra=extra)
+        return ProtocolResult(losses=[one[1] for one in found], extra=extra)
 
     @classmethod
     def scored(cls, row: Row) -> str:
@@ -73,10 +73,10 @@ class Harm(SamePlaces):
         return f"{which}, against the untouched model at the same context"
 
 
-Laws = tuple[Losses, Losses, Losses, np.ndarray[tuple[int], np.dtype[np.bool_]]]
+Comparisons = tuple[Losses, Losses, Losses, np.ndarray[tuple[int], np.dtype[np.bool_]]]
 
 
-def compare_distributions(base: Reader, other: Reader, window: Window, advance: Advance) -> Laws:
+def compare_distributions(base: MeasuredModel, other: MeasuredModel, window: Window, advance: Advance) -> Comparisons:
     """Both models' losses, KL(base || other) and whether the likeliest token is the same; each [scored tokens].
 
     They read the window in lock step, each on a cache of its own, so that only some logits of each are

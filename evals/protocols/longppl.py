@@ -12,9 +12,9 @@ from ...errors import ConfigError, DataError
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
-from ..models.reader import Reader
-from ..models.subject import Subject
-from ..runs.cell import Advance, Cell
+from ..models.cost import Advance
+from ..models.measured import MeasuredModel
+from ..runs.cell import Cell
 from ..runs.result import Row, Run, loss_text
 from .fixed_target import SameTarget
 from .protocol import Window
@@ -48,9 +48,9 @@ class LongPPL(SameTarget):
         super().__post_init__()
         object.__setattr__(self, "judge", str(parse(self.judge)))  # one way to write it, so that a run finds it again
 
-    def check(self, reader: Reader) -> None:
-        reader.under(parse(self.judge))  # refused now where the model can only be read as it is
-        L = reader.trained_length
+    def check(self, model: MeasuredModel) -> None:
+        model.under(parse(self.judge))  # refused now where the model can only be read as it is
+        L = model.trained_length
         if L is None:
             raise ConfigError("longppl takes the trained length as the short context; give trained_length")
         if self.longest <= L:
@@ -94,18 +94,10 @@ class JudgeCell(Cell):
     def row_recipes(self) -> list[dict[str, Any]]:
         return [{**self.recipe, "context": len(windows[0].ids)} for windows in (self.short, self.full)]
 
-    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
-        return self.record(subject.reader(), run, advance)
-
-    def record(self, reader: Reader, run: Run, advance: Advance) -> list[Row]:
-        """Measure it on any reader.
-
-        Raises:
-            DataError: it finds too few key tokens.
-        """
+    def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
         for recipe, windows in zip(self.row_recipes(), (self.short, self.full), strict=True):
             if run.find(recipe) is None:  # one of the two may be there, after a kill
-                losses = np.concatenate([reader.losses(w.ids, w.first, advance) for w in windows])
+                losses = np.concatenate([model.losses(w.ids, w.first, advance) for w in windows])
                 run.add(recipe, {"tokens": len(losses), "loss": float(losses.mean())}, losses)
         self.keys(run)
         return [row for recipe in self.row_recipes() if (row := run.find(recipe)) is not None]

@@ -18,9 +18,9 @@ import numpy as np
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
 from ..data import Text, tokenize_documents
-from ..models.reader import Reader, Start, Tokens
-from ..models.subject import Subject
-from ..runs.cell import Advance, Cell
+from ..models.cost import Advance
+from ..models.measured import MeasuredModel, Start, Tokens
+from ..runs.cell import Cell
 from ..runs.recipe import rope_recipe, shared_recipe
 from ..runs.result import Losses, Row, Run, loss_text
 from ..statistics import block_interval
@@ -46,7 +46,7 @@ class PerplexityCell(Cell):
     passages: tuple[Window, ...]
     recipe: dict[str, Any]
     judge: JudgeCell | None = None
-    then: Callable[[PerplexityCell, list[Row], Reader], None] = field(default=lambda *_: None, compare=False)
+    then: Callable[[PerplexityCell, list[Row], MeasuredModel], None] = field(default=lambda *_: None, compare=False)
 
     @property
     def windows(self) -> list[int]:
@@ -59,34 +59,28 @@ class PerplexityCell(Cell):
     def is_ready(self, run: Run) -> bool:
         return self.judge is None or self.judge.is_done(run)
 
-    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
-        reader = subject.reader()
-        rows = self.record(reader, run, advance)
-        self.then(self, rows, reader)
-        return rows
-
-    def record(self, reader: Reader, run: Run, advance: Advance) -> list[Row]:
-        """Measure it on any reader, and store its rows in `run`."""
+    def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
         keys = self.judge.keys(run) if self.judge else None
         started = time.perf_counter()
-        found = self.protocol.measure(reader, self.passages, advance)
+        found = self.protocol.measure(model, self.passages, advance)
         seconds = time.perf_counter() - started
         rows = []
         for recipe in self.row_recipes():
             chosen = self._chosen(recipe["bucket_start"] or 0, recipe["bucket_end"] or math.inf, keys)
             losses = np.concatenate([one[mask] for one, mask in zip(found.losses, chosen, strict=True)])
             scored = self._scored(chosen)
-            measured = summary(losses, _count_bytes(reader, scored)) | {
+            measured = summary(losses, _count_bytes(model, scored)) | {
                 "tokens_sha256": tokens_sha256([token for window in scored for token in window]),
                 "documents": len(self.passages),
                 "seconds": seconds,
                 "tokens_per_second": sum(self.windows) / seconds,
-                "peak_memory_mb": reader.memory_mb,
+                "peak_memory_mb": model.memory_mb,
             }
             if keys is not None:
                 measured["candidates"] = len(keys)
             # after a kill some are there already
             rows.append(run.find(recipe) or run.add(recipe, _whole(measured | found.extra), losses))
+        self.then(self, rows, model)
         return rows
 
     def outcome(self, rows: Sequence[Row]) -> str:
@@ -113,8 +107,8 @@ class PerplexityCell(Cell):
         ]
 
 
-def _count_bytes(reader: Reader, scored: Sequence[Tokens]) -> int | None:
-    counts = [reader.count_bytes(ids) for ids in scored]
+def _count_bytes(model: MeasuredModel, scored: Sequence[Tokens]) -> int | None:
+    counts = [model.count_bytes(ids) for ids in scored]
     return None if None in counts else sum(count or 0 for count in counts)
 
 
@@ -174,7 +168,7 @@ class Source:
         return cls(documents=documents, start=Start.of(tokenizer), name=text.name, sha256=text.sha256)
 
 
-def cells(subject: Subject, text: Text, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
+def cells(model: MeasuredModel, text: Text, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
     """The cells of a protocol on a model, scaler by scaler; every scaler is checked against the model first.
 
     Raises:
@@ -182,23 +176,22 @@ def cells(subject: Subject, text: Text, scalers: Sequence[Scaler], protocol: Pro
         ConfigError: a scaler or the protocol cannot work on this model.
         ContextOverflow: a context is more than the subject can be asked for.
     """
-    for scaler in scalers:
-        subject.rope = scaler
-    return plan(subject.reader(), Source.of(text, subject.tokenizer, protocol), scalers, protocol)
+    return plan(model, Source.of(text, model.tokenizer, protocol), scalers, protocol)
 
 
-def plan(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
+def plan(model: MeasuredModel, source: Source, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
     """The cells of a protocol on any reader, the judge's first."""
-    protocol.check(reader)
+    protocol.check(model)
+    scaled = {scaler: model.under(scaler) for scaler in scalers}
     shared = {
         "task": "ppl",
         "protocol": protocol.name,
-        **shared_recipe(reader, source),
+        **shared_recipe(model, source),
         "target": None,
         **protocol.settings,
     }
     windows = {c: tuple(protocol.windows(source.documents, c, source.start)) for c in protocol.contexts}
-    reader.check(max(len(window.ids) for own in windows.values() for window in own))
+    model.check_scoring(max(len(window.ids) for own in windows.values() for window in own))
     asked, found = protocol.settings.get("samples", 0), len(windows[protocol.longest])
     if found < asked:
         _LOG.warning(
@@ -206,7 +199,7 @@ def plan(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Pr
         )
     judge = None
     if isinstance(protocol, LongPPL):
-        judge = _judge(protocol, reader, source, shared)
+        judge = _judge(protocol, model, source, shared)
         shared["judge"] = f"{judge.recipe.get('chosen', judge.scaler)} at {protocol.longest}"
     measured = [
         PerplexityCell(
@@ -215,7 +208,7 @@ def plan(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Pr
             protocol=protocol,
             passages=windows[context],
             recipe=shared
-            | rope_recipe(scaler, reader.under(scaler).rope_at, [len(window.ids) for window in windows[context]])
+            | rope_recipe(scaler, scaled[scaler].rope_at, [len(window.ids) for window in windows[context]])
             | {"context": context, "places": places_of(windows[context])},
             judge=judge,
         )
@@ -225,11 +218,11 @@ def plan(reader: Reader, source: Source, scalers: Sequence[Scaler], protocol: Pr
     return [*([judge] if judge else []), *measured]
 
 
-def _judge(protocol: LongPPL, reader: Reader, source: Source, shared: dict[str, Any]) -> JudgeCell:
-    assert reader.trained_length is not None, "the protocol has checked it"
+def _judge(protocol: LongPPL, model: MeasuredModel, source: Source, shared: dict[str, Any]) -> JudgeCell:
+    assert model.trained_length is not None, "the protocol has checked it"
     short, full = (
         tuple(protocol.windows(source.documents, context, source.start))
-        for context in (reader.trained_length, protocol.longest)
+        for context in (model.trained_length, protocol.longest)
     )
     scaler = parse(protocol.judge)
     recipe = {name: value for name, value in shared.items() if name != "judge"}
@@ -239,7 +232,7 @@ def _judge(protocol: LongPPL, reader: Reader, source: Source, shared: dict[str, 
         short=short,
         full=full,
         recipe=recipe
-        | rope_recipe(scaler, reader.under(scaler).rope_at, (reader.trained_length, protocol.longest))
+        | rope_recipe(scaler, model.under(scaler).rope_at, (model.trained_length, protocol.longest))
         | {"task": "judge", "places": places_of(full)},
     )
 

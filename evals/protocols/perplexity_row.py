@@ -10,11 +10,11 @@ from typing import Any, Self
 import numpy as np
 
 from ..runs.result import Losses, Row
+from .fixed_target import Repeat
 from .harm import Harm
 from .longppl import LongPPL
 from .perplexity_cell import perplexity
 from .protocol import Protocol
-from .repeat import Repeat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ import numpy as np
 
 from ...errors import ConfigError, DataError
 from ...scaling.lengths import format_length
-from ..models.reader import Reader, Start, Tokens
-from ..runs.cell import Advance
+from ..models.cost import Advance
+from ..models.measured import MeasuredModel, Start, Tokens
 from ..runs.result import Losses, Row
 
 
@@ -35,7 +35,7 @@ class Window:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class ProtocolResult:
     """What came out of some windows.
 
     Args:
@@ -102,16 +102,16 @@ class Protocol(ABC):
             ConfigError: the settings do not fit the context.
         """
 
-    def check(self, reader: Reader) -> None:  # noqa: B027  (most can be measured on any)
+    def check(self, model: MeasuredModel) -> None:  # noqa: B027  (most can be measured on any)
         """Raise ConfigError if it cannot be measured on this model."""
 
     def buckets(self, context: int) -> list[tuple[int, int] | None]:
         """The positions [start, end) that each row of a context tells of; None is all of them."""
         return [None]
 
-    def measure(self, reader: Reader, windows: Sequence[Window], advance: Advance) -> Measured:
+    def measure(self, model: MeasuredModel, windows: Sequence[Window], advance: Advance) -> ProtocolResult:
         """Read the windows."""
-        return Measured(losses=[reader.losses(w.ids, w.first, advance) for w in windows])
+        return ProtocolResult(losses=[model.losses(w.ids, w.first, advance) for w in windows])
 
     @classmethod
     @abstractmethod

@@ -1,17 +1,28 @@
-"""What the rows of a run say, in plain sentences, whatever they say."""
+"""Sentences that say what the rows of a run show."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from ...scaling import format_length
-from ..protocols.effective_length import TOLERANCE, EffectiveLength, effective_length
+from ..protocols.effective_length import (
+    LEAST_FOUND,
+    LEAST_KEPT,
+    TOLERANCE,
+    EffectiveLength,
+    by_lower_bounds,
+    effective_length,
+    length_or_more,
+    reaches,
+)
+from ..protocols.fixed_target import Repeat
 from ..protocols.harm import Harm
-from ..protocols.repeat import Repeat
+from ..retrieval.score import ENOUGH, ScoreGroup, score_groups
+from ..retrieval.tasks import RULER
 from ..runs import compare
 from ..runs.compare import UNTOUCHED, Column, Difference, method_name
 from ..runs.result import Row, Run
-from .extra_findings import harm_findings, repeat_findings
+from .tables import share
 
 
 def findings(run: Run) -> list[str]:
@@ -21,13 +32,13 @@ def findings(run: Run) -> list[str]:
     method costs within the trained length, and what was not run. Differences are paired, with 95%
     intervals; where the interval holds zero the sentence says that the two cannot be told apart.
     """
-    groups = compare.settings(run.rows)
+    groups = compare.comparable_groups(run.rows)
     if not groups:
         return ["No perplexity row has been measured yet."]
     sentences = []
     for rows in groups:
         view = _View(run, rows)
-        prefix = f"[{_setting_name(rows)}] " if len(groups) > 1 else ""
+        prefix = f"[{_group_name(rows)}] " if len(groups) > 1 else ""
         if rows[0]["protocol"] == Harm.name:
             said = [*harm_findings(rows), *_missing(view)]
         elif rows[0]["protocol"] == Repeat.name:
@@ -69,7 +80,7 @@ class _View:
         return f"{'in positions' if self.protocol == 'by-position' else 'at'} {self.columns[at]}"
 
 
-def _setting_name(rows: Sequence[Row]) -> str:
+def _group_name(rows: Sequence[Row]) -> str:
     row = rows[0]
     context = f" over {format_length(row['context'])}" if row["protocol"] == "by-position" else ""
     target = f", last {row['target']} tokens" if row.get("target") else ""
@@ -231,3 +242,112 @@ def _lengths(lengths: Iterable[int]) -> str:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def harm_findings(rows: Sequence[Row]) -> list[str]:
+    """For every method, what it costs at the context where it costs most."""
+    parts = []
+    for rope in compare.methods(rows):
+        own = [row for row in rows if row["rope"] == rope and row.get("loss") is not None]
+        if own:
+            worst = max(own, key=lambda row: float(row["kl"]))
+            parts.append(
+                f"{rope} moves the law of the next token by {worst['kl']:.4f} nats (KL) at "
+                f"{format_length(worst['context'])}, keeps the likeliest one in {worst['same_top1']:.1f} % of the "
+                f"places, and changes the loss by {_stored_difference(worst, 'difference')}"
+            )
+    return [f"Harm within the trained length, where it is largest: {'; '.join(parts)}."] if parts else []
+
+
+def repeat_findings(rows: Sequence[Row]) -> list[str]:
+    """For every method, what a repetition gives at the longest context."""
+    measured = [row for row in rows if row.get("loss") is not None]
+    if not measured:
+        return []
+    longest = max(row["context"] for row in measured)
+    parts = [
+        f"{compare.method_name(row['rope'])} {_stored_difference(row, 'gain')}, of {row['fresh_loss']:.3f}"
+        for row in measured
+        if row["context"] == longest
+    ]
+    return [
+        f"What it gains, at {format_length(longest)}, from a passage that it has read before, nats per token of that "
+        f"passage: {'; '.join(parts)}."
+    ]
+
+
+def _stored_difference(row: Row, field: str) -> Difference:
+    low, high = (row.get(f"{field}_{bound}") for bound in ("low", "high"))
+    unknown = float("nan")
+    return Difference(mean=row[field], low=unknown if low is None else low, high=unknown if high is None else high)
+
+
+def retrieval_findings(rows: Iterable[Row]) -> list[str]:
+    """Sentences computed from the retrieval rows, setting by setting.
+
+    The best method at the longest length, effective lengths with their rule, and how few trials there were.
+    """
+    found = score_groups(rows)
+    sentences = []
+    for group in found:
+        prefix = f"[{group.name}, {group.measured_on}] " if len(found) > 1 else f"{group.name}: "
+        sentences += [
+            prefix + sentence for sentence in (*_longest_scores(group), *_score_reaches(group), *_few_trials(group))
+        ]
+    return sentences
+
+
+def _longest_scores(group: ScoreGroup) -> list[str]:
+    at = next((n for n in reversed(group.lengths) if any(group.score(rope, n) for rope in group.methods)), None)
+    if at is None:
+        return ["no method has every task measured at any length."]
+    scores = {rope: own for rope in group.methods if (own := group.score(rope, at)) is not None}
+    best = max(scores, key=lambda rope: scores[rope].mean)
+    parts = [
+        f"at {format_length(at)}, the longest measured, {method_name(best)} is right in {share(scores[best]).text} of "
+        f"{scores[best].trials} trials"
+    ]
+    if len(scores) > 1:
+        apart = [rope for rope in scores if rope != best and scores[rope].high < scores[best].low]
+        level = [rope for rope in scores if rope not in (best, *apart)]
+        if apart:
+            parts.append(f"intervals of {_method_names(apart)} lie below")
+        if level:
+            parts.append(f"intervals overlap with {_method_names(level)}")
+    return [f"{'; '.join(parts)}."]
+
+
+def _score_reaches(group: ScoreGroup) -> list[str]:
+    parts = []
+    for rope, found in reaches(group).items():
+        part = f"{method_name(rope)} {length_or_more(found.length, found.longest)}"
+        if found.certain != found.length:
+            part += f" ({by_lower_bounds(found.certain, found.longest)})"
+        parts.append(part)
+    if not parts:
+        return []
+    own = f"{LEAST_KEPT:.0%} of the method's own score at {format_length(group.trained_length)}"
+    least = own if group.suite == RULER else f"{LEAST_FOUND:.0%}"
+    rule = f"largest measured length that scores at least {least}, as do all measured below it"
+    return [f"effective length ({rule}): {'; '.join(parts)}."]
+
+
+def _few_trials(group: ScoreGroup) -> list[str]:
+    """A warning where a cell of the heat map, or of a task, has fewer trials than `ENOUGH`."""
+    cells = [
+        found
+        for rope in group.methods
+        for length in group.lengths
+        for task in group.tasks
+        for depth in (group.depths or (None,))
+        if (found := group.score(rope, length, task=task, depth=depth)) is not None
+    ]
+    fewest = min(cell.trials for cell in cells)
+    if fewest >= ENOUGH:
+        return []
+    wide = "the interval of 50% is 24% to 76% with 10 trials and 30% to 70% with 20"
+    return [f"warning: cells of one length and depth or task have as few as {fewest} trials; {wide}."]
+
+
+def _method_names(ropes: Iterable[str]) -> str:
+    return ", ".join(map(method_name, ropes))

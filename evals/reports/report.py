@@ -1,11 +1,11 @@
-"""The report of a run: one HTML file that needs nothing else."""
+"""The report of a run: tables, plots, one HTML file, and the last lines on the screen."""
 
 from __future__ import annotations
 
 import base64
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,17 +13,28 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from rich.console import Console
+from rich.markdown import Markdown
 
 from ...engine.storage import write_atomic
 from ...errors import DataError
-from ..retrieval.score import settings
+from ..data import Text, load_text
+from ..protocols.by_name import PROTOCOLS, protocol, settings_of
+from ..protocols.longppl import LongPPL
+from ..protocols.perplexity_cell import Source, places_of
+from ..protocols.protocol import Window, tokens_sha256
+from ..retrieval.score import score_groups
+from ..retrieval.trial import rebuild
 from ..runs import compare
+from ..runs.cell import Cell
 from ..runs.result import Row, Run
 from . import style
+from .findings import findings, retrieval_findings
 from .grid import Grid, Section
-from .loss_section import loss_section
-from .reach_table import reach_table
-from .score_section import score_section
+from .loss_plots import plot_run
+from .retrieval_plots import plot_retrieval
+from .sections import loss_section, score_section
+from .tables import reach_table, write_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +71,8 @@ def write_report(
     Raises:
         DataError: a plot that is not there or is neither SVG nor PNG.
     """
-    sections = [loss_section(run, group) for group in compare.settings(run.rows)]
-    sections += [score_section(setting) for setting in settings(run.rows)]
+    sections = [loss_section(run, group) for group in compare.comparable_groups(run.rows)]
+    sections += [score_section(group) for group in score_groups(run.rows)]
     return write_page(
         out,
         title=title,
@@ -151,3 +162,103 @@ def _inline_svg(svg: str, name: str, prefix: str) -> str:
     for variable in ("ink", "muted", "grid", "paper"):
         svg = svg.replace(getattr(style, variable.upper()), f"var(--{variable})")
     return svg
+
+
+def publish(run: Run, *, title: str, passages: Sequence[Passage] = ()) -> list[Path]:
+    """Write tables, plots and report of everything in `run`; returns the files, the report first."""
+    plots = [*plot_run(run), *plot_retrieval(run)]
+    tables = write_tables(run)
+    report = write_report(
+        run, run.folder / "report.html", title=title, story=story(run), passages=passages, plots=plots
+    )
+    return [report, *tables, *plots]
+
+
+def story(run: Run) -> list[str]:
+    """What the rows say, in sentences."""
+    sentences = retrieval_findings(run.rows)
+    return sentences if sentences and not compare.comparable_groups(run.rows) else [*findings(run), *sentences]
+
+
+def print_results(run: Run, files: Sequence[Path], left_out: Sequence[Cell], console: Console) -> None:
+    """The table, what was learnt, what was left out, and where the files are."""
+    console.print(Markdown((run.folder / "table.md").read_text(encoding="utf-8")))
+    console.print()
+    for sentence in story(run):
+        console.print(f"• {sentence}", highlight=False, markup=False)
+    print_left_out(left_out, console)
+    print_files(files, console)
+
+
+def print_left_out(left_out: Sequence[Cell], console: Console) -> None:
+    """What there was no time for, if anything."""
+    if left_out:
+        cells = ", ".join(f"{cell.scaler} at {cell.label}" for cell in left_out)
+        console.print(
+            f"\nLeft out for lack of time: {cells}. Run the same command again to measure them.",
+            highlight=False,
+            markup=False,
+        )
+
+
+def print_files(files: Sequence[Path], console: Console) -> None:
+    """Where the files are."""
+    console.print("\nFiles:")
+    for path in files:
+        console.print(f"  {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def passages_of(row: Row, rows: Iterable[Row], tokenizer: Any) -> list[str]:
+    """What the model read for `row`: one text for each forward pass.
+
+    A trial's prompt is checked by its sha256. Windows are checked by the text's sha256, by where they end, and by the
+    sha256 of the scored tokens; not by the last in rows of before it was stored, and in those of `longppl`, whose
+    judge chose among the tokens.
+
+    Args:
+        rows: of the whole run: the longest context of a run may decide where its windows end.
+        tokenizer: the model's.
+
+    Raises:
+        DataError: the row has no text, or it would come out otherwise than it was.
+    """
+    if "suite" in row:
+        return [rebuild(row, tokenizer).prompt]
+    if row.get("task") != "ppl" or row.get("protocol") not in PROTOCOLS:
+        raise DataError(f"a row of task {row.get('task')!r} has no text of its own")
+    text = load_text(row["text"])
+    if text.sha256 != row["text_sha256"]:
+        raise DataError(f"the text {text.name} has sha256 {text.sha256}, the row was measured on {row['text_sha256']}")
+    longest = sorted({other["context"] for other in rows if isinstance(other.get("context"), int)})
+    for context in (row["context"], *longest):
+        try:
+            windows = _windows_of_row(row, max(context, row["context"]), text, tokenizer)
+        except DataError:
+            continue
+        if row["places"] in (places := places_of(windows), places.partition(", sha256 ")[0]):  # older rows have no hash
+            _check_tokens(row, windows)
+            return [tokenizer.decode(ids) for w in windows for ids in (w.ids, w.twin) if ids is not None]
+    raise DataError(
+        f"the windows of this row ended at {row['places']}, and do not come out so again; take the tokenizer of "
+        f"{row['model']}, the versions in env.json and all rows of the run"
+    )
+
+
+def _check_tokens(row: Row, windows: Sequence[Window]) -> None:
+    """Raise DataError if the row scored other tokens than these windows would."""
+    if row["protocol"] == LongPPL.name or row.get("tokens_sha256") is None:
+        return
+    start, end = row["bucket_start"] or 0, row["bucket_end"]
+    found = tokens_sha256([token for w in windows for token in w.ids[max(w.first, start) : end]])
+    if found != row["tokens_sha256"]:
+        raise DataError(
+            f"the row scored other tokens (sha256 {row['tokens_sha256']}) than come out now ({found}); take the "
+            f"tokenizer of {row['model']} and the versions in env.json"
+        )
+
+
+def _windows_of_row(row: Row, longest: int, text: Text, tokenizer: Any) -> list[Window]:
+    settings = {name: row[name] for name in settings_of(row["protocol"]) if name != "judge"}
+    chosen = protocol(row["protocol"], tuple(dict.fromkeys((row["context"], longest))), **settings)
+    source = Source.of(text, tokenizer, chosen)
+    return chosen.windows(source.documents, row["context"], source.start)

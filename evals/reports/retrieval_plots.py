@@ -1,21 +1,27 @@
-"""Plots of retrieval: heat maps for each setting, and the scores of all methods against length."""
+"""Plots of retrieval rows: heat maps, and scores against length."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 
 from ...scaling import format_length
-from ..retrieval.score import ScoreGroup, settings
+from ..retrieval.score import ScoreGroup, TrialScore, score_groups
 from ..runs.result import Run
 from . import style
-from .heat_map import Panel, plot_heat_maps
 
-_LABEL = 0.06  # height of a label at the end of a curve as a share of the axes
+_LABEL_HEIGHT = 0.06  # height of a label at the end of a curve as a share of the axes
 
 
 def plot_retrieval(run: Run) -> list[Path]:
@@ -26,66 +32,66 @@ def plot_retrieval(run: Run) -> list[Path]:
     """
     paths: list[Path] = []
     taken: Counter[str] = Counter()
-    for setting in settings(run.rows):
-        taken[setting.suite] += 1
-        number = f"_{taken[setting.suite]}" if taken[setting.suite] > 1 else ""
-        stem = run.folder / setting.suite.replace("-", "_")
-        paths += plot_heat(setting, stem.with_name(f"{stem.name}_heat{number}"))
-        if any(map(setting.scores, setting.methods)):
-            paths += plot_curve(setting, stem.with_name(f"{stem.name}_curve{number}"))
+    for group in score_groups(run.rows):
+        taken[group.suite] += 1
+        number = f"_{taken[group.suite]}" if taken[group.suite] > 1 else ""
+        stem = run.folder / group.suite.replace("-", "_")
+        paths += plot_heat(group, stem.with_name(f"{stem.name}_heat{number}"))
+        if any(map(group.scores, group.methods)):
+            paths += plot_curve(group, stem.with_name(f"{stem.name}_curve{number}"))
     return paths
 
 
-def plot_heat(setting: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
+def plot_heat(group: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
     """Depth by length, or task by length where the seed chose the depths; a panel for each method."""
-    by_depth = bool(setting.depths)
+    by_depth = bool(group.depths)
     if by_depth:
-        lines = [f"{depth:g}" for depth in setting.depths]
-        picks: list[dict[str, Any]] = [{"depth": depth} for depth in setting.depths]
+        lines = [f"{depth:g}" for depth in group.depths]
+        picks: list[dict[str, Any]] = [{"depth": depth} for depth in group.depths]
     else:
-        lines, picks = setting.tasks, [{"task": task} for task in setting.tasks]
-    trained = bisect_right(setting.lengths, setting.trained_length)
+        lines, picks = group.tasks, [{"task": task} for task in group.tasks]
+    trained = bisect_right(group.lengths, group.trained_length)
     panels = [
         Panel(
             title=rope,
-            cells=[[setting.score(rope, length, **pick) for length in setting.lengths] for pick in picks],
+            cells=[[group.score(rope, length, **pick) for length in group.lengths] for pick in picks],
             trained=trained,
         )
-        for rope in setting.methods
+        for rope in group.methods
     ]
-    dotted = "Dotted line:" if 0 < trained < len(setting.lengths) else "Within" if trained else "Beyond"
-    note = f"{dotted} the trained length {format_length(setting.trained_length)}."
+    dotted = "Dotted line:" if 0 < trained < len(group.lengths) else "Within" if trained else "Beyond"
+    note = f"{dotted} the trained length {format_length(group.trained_length)}."
     return plot_heat_maps(
         panels,
         out_stem,
-        title=f"{setting.name}: {setting.measured_on}",
+        title=f"{group.name}: {group.measured_on}",
         lines=lines,
-        columns=[format_length(length) for length in setting.lengths],
+        columns=[format_length(length) for length in group.lengths],
         y="depth of the needle" if by_depth else "",
         footnote=f"Share of right answers of n trials. {note}",
     )
 
 
-def plot_curve(setting: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
+def plot_curve(group: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
     """Right answers against length, a line with 95% intervals for each method, and the trained length."""
-    lengths = setting.lengths
-    each = ", all tasks counting alike" if len(setting.tasks) > 1 else ", all depths together"
-    with style.figure(8, 4.6, f"{setting.name}: {setting.measured_on}") as fig:
+    lengths = group.lengths
+    each = ", all tasks counting alike" if len(group.tasks) > 1 else ", all depths together"
+    with style.figure(8, 4.6, f"{group.name}: {group.measured_on}") as fig:
         axes = fig.add_subplot()
         style.style_axes(axes, x="length (tokens)", y="right answers")
-        ends = (min(*lengths, setting.trained_length) / 1.15, max(*lengths, 1.4 * setting.trained_length) * 1.15)
+        ends = (min(*lengths, group.trained_length) / 1.15, max(*lengths, 1.4 * group.trained_length) * 1.15)
         style.length_axis(axes, [*lengths], *ends)
         axes.set_ylim(-0.03, 1.03)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
-        style.mark_length(axes, setting.trained_length, f"trained length {format_length(setting.trained_length)}")
-        _lines(axes, setting)
-        fewest = min(own.trials for rope in setting.methods for own in setting.scores(rope).values())
+        style.mark_length(axes, group.trained_length, f"trained length {format_length(group.trained_length)}")
+        _draw_curves(axes, group)
+        fewest = min(own.trials for rope in group.methods for own in group.scores(rope).values())
         fig.supxlabel(f"Shaded: 95% intervals of {fewest} trials or more a point{each}.", **style.FOOTNOTE)
         return style.save(fig, out_stem)
 
 
-def _lines(axes: Axes, setting: ScoreGroup) -> None:
-    curves = {rope: scores for rope in setting.methods if (scores := setting.scores(rope))}
+def _draw_curves(axes: Axes, group: ScoreGroup) -> None:
+    curves = {rope: scores for rope in group.methods if (scores := group.scores(rope))}
     looks = style.line_styles(list(curves))
     ends = []
     for rope, scores in curves.items():
@@ -96,9 +102,9 @@ def _lines(axes: Axes, setting: ScoreGroup) -> None:
         if len(points) == 1:  # nothing to shade between
             axes.vlines(xs, lows, highs, color=look.color, alpha=0.35, lw=5)
         axes.plot(xs, means, color=look.color, ls=look.dashes, lw=look.width, marker=look.marker, ms=5, zorder=3)
-        early = "" if xs[-1] == setting.lengths[-1] else f" at {format_length(xs[-1])}"
+        early = "" if xs[-1] == group.lengths[-1] else f" at {format_length(xs[-1])}"
         ends.append((means[-1], f"{rope}  {means[-1]:.0%}{early}", look.color))
-    places = style.spread([end for end, _, _ in ends], _LABEL)
+    places = style.spread([end for end, _, _ in ends], _LABEL_HEIGHT)
     for (_, label, colour), place in zip(ends, places, strict=True):
         axes.annotate(
             label,
@@ -111,3 +117,89 @@ def _lines(axes: Axes, setting: ScoreGroup) -> None:
             color=colour,
             annotation_clip=False,
         )
+
+
+_COLOURS = colormaps["Blues"]
+_DARK, _LIGHT = "#101418", "#fbfcfd"  # on the colours of cells; not those that a dark page replaces
+_MOST_PANELS = 3  # side by side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """The cells of one method.
+
+    Args:
+        title: above it.
+        cells: scores line by line, from the top; None where nothing was measured.
+        trained: columns from the left whose length is within the trained length.
+    """
+
+    title: str
+    cells: Sequence[Sequence[TrialScore | None]]
+    trained: int
+
+
+def plot_heat_maps(
+    panels: Sequence[Panel],
+    out_stem: Path,
+    *,
+    title: str,
+    lines: Sequence[str],
+    columns: Sequence[str],
+    y: str,
+    footnote: str,
+) -> tuple[Path, Path]:
+    """Scores of 0 to 1 in each cell's colour, and with n in its text; writes `out_stem`.png and .svg.
+
+    Args:
+        panels: one for each method.
+        lines: names of the lines of every panel.
+        columns: lengths, as people write them.
+        y: what the lines are.
+        footnote: the line below.
+    """
+    down = math.ceil(len(panels) / _MOST_PANELS)
+    across = math.ceil(len(panels) / down)
+    room = 0.085 * max(map(len, lines))  # inches for the names of the lines
+    width = max(6.5, room + 1.6 + across * max(0.95 * len(columns), 1.6))
+    with style.figure(width, 1.5 + down * (0.75 + 0.5 * len(lines)), title) as fig:
+        grid = fig.subplots(down, across, squeeze=False, sharey=True)
+        for panel, axes in zip(panels, grid.flat, strict=False):
+            _draw_panel(axes, panel, lines, columns)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(y)
+        scale = ScalarMappable(Normalize(0, 1), _COLOURS)
+        bar = fig.colorbar(scale, ax=grid, fraction=0.04, aspect=18, ticks=[0, 0.25, 0.5, 0.75, 1])
+        bar.set_label("score")
+        bar.outline.set_visible(False)
+        fig.supxlabel(footnote, **style.FOOTNOTE)
+        return style.save(fig, out_stem)
+
+
+def _draw_panel(axes: Axes, panel: Panel, lines: Sequence[str], columns: Sequence[str]) -> None:
+    values = np.array([[math.nan if cell is None else cell.mean for cell in cells] for cells in panel.cells])
+    axes.pcolormesh(values, cmap=_COLOURS, vmin=0, vmax=1, edgecolors=style.PAPER, linewidth=1.5)
+    axes.set_xticks([n + 0.5 for n in range(len(columns))], columns)
+    axes.set_yticks([n + 0.5 for n in range(len(lines))], lines)
+    axes.set_ylim(len(lines), 0)
+    axes.tick_params(length=0, labelcolor=style.INK)
+    axes.spines[:].set_visible(False)
+    axes.set_title(panel.title, loc="left")
+    axes.set_xlabel("length (tokens)")
+    if 0 < panel.trained < len(columns):
+        axes.axvline(panel.trained, color=_DARK, linewidth=1.4, linestyle=":")
+    for down, cells in enumerate(panel.cells):
+        for right, cell in enumerate(cells):
+            _write_cell(axes, (right + 0.5, down + 0.5), cell)
+
+
+def _write_cell(axes: Axes, place: tuple[float, float], cell: TrialScore | None) -> None:
+    x, y = place
+    if cell is None:
+        axes.text(x, y, "not run", ha="center", va="center", fontsize=7.5, color=style.MUTED)
+        return
+    colour = _LIGHT if cell.mean > 0.6 else _DARK
+    axes.text(x, y - 0.02, f"{cell.mean:.2f}", ha="center", va="bottom", fontsize=9.5, color=colour)
+    axes.text(x, y + 0.06, f"n={cell.trials}", ha="center", va="top", fontsize=7.5, color=colour)

@@ -11,8 +11,9 @@ from typing import Any
 from ...errors import ConfigError
 from ...scaling.rope import Scaler
 from ..data import Text
-from ..models.subject import Subject
-from ..runs.cell import Advance, Cell
+from ..models.cost import Advance
+from ..models.measured import MeasuredModel
+from ..runs.cell import Cell
 from ..runs.recipe import rope_recipe, shared_recipe
 from ..runs.result import Row, Run
 from .task import Place, Task
@@ -50,22 +51,22 @@ class RetrievalCell(Cell):
     def row_recipes(self) -> list[dict[str, Any]]:
         return [self.recipe | {"seed": seed} for seed in self.seeds]
 
-    def measure(self, subject: Subject, run: Run, advance: Advance) -> list[Row]:
+    def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
         rows = []
         for recipe in self.row_recipes():
             row = run.find(recipe)  # of an earlier run that was stopped within this cell
             if row is None:
-                row = run.add(recipe, self._trial(subject, recipe["seed"], advance))
+                row = run.add(recipe, self._trial(model, recipe["seed"], advance))
             else:
                 advance(0, self.context)
             rows.append(row)
         return rows
 
-    def _trial(self, subject: Subject, seed: int, advance: Advance) -> dict[str, Any]:
+    def _trial(self, model: MeasuredModel, seed: int, advance: Advance) -> dict[str, Any]:
         started = time.perf_counter()
-        trial = assemble(self.task, subject.tokenizer, self.place, seed)
+        trial = assemble(self.task, model.tokenizer, self.place, seed)
         self.before(trial)
-        heard = subject.run_trial(trial, advance)
+        heard = model.run_trial(trial, advance)
         read = len(trial.prompt_ids) + len(trial.answer_ids) - 1
         advance(read, self.context - read)  # the writing, and what the prompt left free
         total = None if heard.logprobs is None else sum(heard.logprobs)
@@ -81,7 +82,7 @@ class RetrievalCell(Cell):
             "actual_depth": trial.depth,
             "prompt_sha256": trial.sha256,
             "seconds": time.perf_counter() - started,
-            "peak_memory_mb": subject.memory_mb,
+            "peak_memory_mb": model.memory_mb,
         }
 
     def outcome(self, rows: Sequence[Row]) -> str:
@@ -91,7 +92,7 @@ class RetrievalCell(Cell):
 
 
 def cells(
-    subject: Subject,
+    model: MeasuredModel,
     tasks: Sequence[Task],
     scalers: Sequence[Scaler],
     *,
@@ -119,11 +120,11 @@ def cells(
         raise ConfigError(f"{asked[0]} has a needle at a depth that is asked for; give one at least, such as 0.5")
     ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
     for scaler in scalers:
-        subject.rope = scaler
-        ropes |= {(scaler, context): rope_recipe(scaler, subject.rope_at, [context]) for context in contexts}
+        scaled = model.under(scaler)
+        ropes |= {(scaler, context): rope_recipe(scaler, scaled.rope_at, [context]) for context in contexts}
     for context in contexts:
-        subject.check(context)
-    shared = shared_recipe(subject, text)
+        model.check(context)
+    shared = shared_recipe(model, text)
     places = [
         (task, Place(context=context, depth=depth, text=text if task.needs_text else None))
         for context in contexts
@@ -131,7 +132,7 @@ def cells(
         for depth in (depths if task.has_depth else (None,))
     ]
     for task, place in places:
-        assemble(task, subject.tokenizer, place, 0)  # refuses a length that is too short before anything is measured
+        assemble(task, model.tokenizer, place, 0)  # refuses a length that is too short before anything is measured
     return [
         RetrievalCell(
             scaler=scaler,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from ..data import Text
 from .haystack import NOISE_LINE, boundary, drawn_anew, sentences, stretch, with_needles
-from .key_value import random_uuid
+from .lookups import random_uuid
 from .task import Draft, Place, Task, enumerated, match_all
 from .words import WORDS_VERSION, random_key
 

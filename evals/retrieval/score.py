@@ -10,7 +10,7 @@ from statistics import fmean
 
 import numpy as np
 
-from ..runs.compare import METHOD, methods, setting, short
+from ..runs.compare import METHOD, group_key, methods, short
 from ..runs.result import Row
 from ..statistics import block_interval, mean_interval
 from .tasks import SUITES, TASKS
@@ -30,7 +30,7 @@ _COLUMN = METHOD | {"context", "depth", "seed", "task"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class TrialScore:
     """How right some trials were, 0 to 1, with 95% intervals (NaN where there are too few trials for one).
 
     Args:
@@ -77,13 +77,15 @@ class Score:
         return block_interval(np.array(self.logprobs), block=1)
 
 
-def score(rows: Sequence[Row]) -> Score:
+def score(rows: Sequence[Row]) -> TrialScore:
     """The score of rows of one or more tasks."""
     by_task: dict[str, list[float]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(float(row["correct"]))
     told = (row["answer_logprob_per_token"] for row in rows)
-    return Score(right=tuple(map(tuple, by_task.values())), logprobs=tuple(nats for nats in told if nats is not None))
+    return TrialScore(
+        right=tuple(map(tuple, by_task.values())), logprobs=tuple(nats for nats in told if nats is not None)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,9 @@ class ScoreGroup:
         """What was asked on what, in one line."""
         return f"{self.name}: {self.measured_on}."
 
-    def score(self, rope: str, length: int, *, task: str | None = None, depth: float | None = None) -> Score | None:
+    def score(
+        self, rope: str, length: int, *, task: str | None = None, depth: float | None = None
+    ) -> TrialScore | None:
         """Of these trials; None if there are none. Over several tasks, None too while one of them is missing."""
         rows = [
             row
@@ -158,13 +162,13 @@ class ScoreGroup:
         wanted = {task} if task else {*self.tasks}
         return score(rows) if {row["task"] for row in rows} == wanted else None
 
-    def scores(self, rope: str) -> dict[int, Score]:
+    def scores(self, rope: str) -> dict[int, TrialScore]:
         """Of a method, by length."""
         found = {length: self.score(rope, length) for length in self.lengths}
         return {length: own for length, own in found.items() if own is not None}
 
 
-def settings(rows: Iterable[Row]) -> list[ScoreGroup]:
+def score_groups(rows: Iterable[Row]) -> list[ScoreGroup]:
     """Retrieval rows in settings, in order of appearance; rows of other kinds are left out.
 
     Tasks of one suite may have settings of their own (RULER's with drawn words have the list's version): a row goes
@@ -176,7 +180,7 @@ def settings(rows: Iterable[Row]) -> list[ScoreGroup]:
             task = TASKS.get(row["task"])
             names = () if task is None else task.settings
             own = frozenset((name, row.get(name)) for name in names)
-            shared = setting(row, MEASURED | _COLUMN | {*names})
+            shared = group_key(row, MEASURED | _COLUMN | {*names})
             groups.setdefault(shared, {}).setdefault(own, []).append(row)
     return [
         ScoreGroup(rows=tuple(row for other, part in group.items() if other <= own for row in part))

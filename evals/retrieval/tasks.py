@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from ...errors import ConfigError
 from ...plugins import Plugins
-from .key_value import KeyValue
+from .lookups import KeyValue, Passkey, VariableTracking
 from .needles import Needles, Niah
-from .passkey import Passkey
 from .task import Task
-from .variable_tracking import VariableTracking
 from .words import CommonWords, FrequentWords
 
 RULER = "ruler-11-offline"

@@ -1,4 +1,4 @@
-"""A trial: a prompt filled up to a length in tokens, its right answer, and where it stands."""
+"""Trials: a task filled to a length in tokens, and what a model answers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,23 @@ from ..data import Text, load_text
 from ..runs.result import Row
 from .task import Draft, Place, Task
 from .tasks import TASKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialOutput:
+    """The right answer's probability, and the answer that was written.
+
+    Args:
+        logprobs: nats of each token of the right answer, given the prompt and the answer's tokens before it; None
+            from a server that does not tell.
+        is_likeliest: every token of the right answer was the likeliest one; None where nobody said.
+        written: its own answer, greedily.
+    """
+
+    logprobs: list[float] | None
+    is_likeliest: bool | None
+    written: str
+
 
 Tokens = list[int]
 

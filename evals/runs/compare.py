@@ -33,7 +33,7 @@ _COLUMN = METHOD | {"context", "bucket_start", "bucket_end", "places"}
 _SAME_TOKENS = ("fixed-target", "longppl", "repeat")  # are scored at every context; `places` tells which
 
 # By position, one pass is one context.
-_SETTING_OF_PROTOCOL = {**dict.fromkeys((*_SAME_TOKENS, "harm"), "places"), "by-position": "context"}
+_KEY_COLUMN_OF_PROTOCOL = {**dict.fromkeys((*_SAME_TOKENS, "harm"), "places"), "by-position": "context"}
 
 
 def method_name(rope: str) -> str:
@@ -79,27 +79,27 @@ class Difference:
         return f"{self.mean:+.3f} (95% interval {self.low:+.3f} to {self.high:+.3f})"
 
 
-def settings(rows: Iterable[Row]) -> list[list[Row]]:
+def comparable_groups(rows: Iterable[Row]) -> list[list[Row]]:
     """Perplexity rows in groups that differ only in method and column, in order of appearance."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.get("task") == "ppl":
-            apart = MEASURED | (_COLUMN - {_SETTING_OF_PROTOCOL.get(row["protocol"])})
-            groups.setdefault(setting(row, apart), []).append(row)
+            ignoring = MEASURED | (_COLUMN - {_KEY_COLUMN_OF_PROTOCOL.get(row["protocol"])})
+            groups.setdefault(group_key(row, ignoring), []).append(row)
     return list(groups.values())
 
 
-def by_setting(rows: Iterable[Row], apart: Collection[str]) -> list[list[Row]]:
+def group_rows(rows: Iterable[Row], ignoring: Collection[str]) -> list[list[Row]]:
     """Rows in groups that differ only in the fields `apart`, in order of appearance."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(setting(row, apart), []).append(row)
+        groups.setdefault(group_key(row, ignoring), []).append(row)
     return list(groups.values())
 
 
-def setting(row: Row, apart: Collection[str]) -> str:
+def group_key(row: Row, ignoring: Collection[str]) -> str:
     """What a row was measured with: all its fields but those in `apart`, as JSON; a field that is null is no field."""
-    fields = {field: value for field, value in row.items() if field not in apart and value is not None}
+    fields = {field: value for field, value in row.items() if field not in ignoring and value is not None}
     return json.dumps(fields, sort_keys=True)
 
 

@@ -100,7 +100,7 @@ def compare_runs(a: Run, b: Run) -> Comparison:
         rows_b = groups_b.get(identity, [])
         for some_a, some_b in _partners(rows_a, rows_b):
             for run, rows in ((a, some_a), (b, some_b)):
-                _refuse_several_settings(run, rows)
+                _refuse_ambiguous_rows(run, rows)
             pair = _trials(some_a, some_b) if "suite" in rows_a[0] else _losses(a, b, some_a[0], some_b[0])
             if pair is not None:
                 pairs.append(pair)
@@ -144,7 +144,7 @@ def _by_place(rows: Sequence[Row]) -> dict[object, list[Row]]:
     return found
 
 
-def _refuse_several_settings(run: Run, rows: Sequence[Row]) -> None:
+def _refuse_ambiguous_rows(run: Run, rows: Sequence[Row]) -> None:
     """Raise DataError if rows differ in what would have to be the same for one of them to be the partner."""
     fields = {field for row in rows for field in row} - _MAY_DIFFER
     for field in sorted(fields):

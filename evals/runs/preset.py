@@ -11,7 +11,7 @@ from ...errors import DataError
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ..data import Text
-from ..models.subject import Subject
+from ..models.local import LocalModel
 from ..protocols.by_name import protocol
 from ..protocols.fixed_target import usual_target
 from ..protocols.perplexity_cell import cells as perplexity_cells
@@ -49,9 +49,9 @@ class Preset:
     ruler_trials: int
     ruler_tasks: tuple[str, ...] = SUITES[RULER]
 
-    def cells(self, subject: Subject, text: Text, scalers: Sequence[Scaler]) -> list[Cell]:
+    def cells(self, model: LocalModel, text: Text, scalers: Sequence[Scaler]) -> list[Cell]:
         """The cells in the order of measuring: the loss first, and every kind for all scalers before the next."""
-        L = subject.trained_length
+        L = model.trained_length
 
         def lengths(asked: Sequence[str]) -> tuple[int, ...]:
             return tuple(dict.fromkeys(parse_length(one, L) for one in asked))
@@ -65,7 +65,7 @@ class Preset:
         for name, contexts, own in curves:
             target = usual_target(contexts, self.target)
             curve = protocol(name, contexts, target=target, samples=self.samples)
-            found += perplexity_cells(subject, text, own, curve)
+            found += perplexity_cells(model, text, own, curve)
 
         def asked(tasks: Sequence[str], asked_lengths: Sequence[str], trials: int, **settings: Any) -> list[Cell]:
             """Cells of the tasks at the lengths that hold their prompts: those of a short model hold few."""
@@ -74,7 +74,7 @@ class Preset:
                 for task in tasks:
                     try:
                         cells += retrieval_cells(
-                            subject, [TASKS[task]], scalers, contexts=[length], trials=trials, **settings
+                            model, [TASKS[task]], scalers, contexts=[length], trials=trials, **settings
                         )
                     except DataError as error:
                         why = why or str(error)
@@ -86,7 +86,7 @@ class Preset:
         found += asked(["passkey"], self.passkey, self.passkey_trials, depths=_DEPTHS)
         found += asked(self.ruler_tasks, self.ruler, self.ruler_trials, text=text)
         if self.by_position:
-            found += perplexity_cells(subject, text, scalers, protocol("by-position", lengths(self.by_position)))
+            found += perplexity_cells(model, text, scalers, protocol("by-position", lengths(self.by_position)))
         return found
 
 

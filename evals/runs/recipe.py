@@ -1,31 +1,17 @@
-"""What every recipe of a measurement holds: the model, how it runs, and the text."""
+"""The fields that the recipes of all measurements share: the model, its scaler and the text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from ...scaling.auto import Auto
 from ...scaling.rope import Scaler
+from ..models.measured import MeasuredModel
 
 
-class Measured(Protocol):
-    """What a recipe tells of a model: a `Subject` or a `Reader`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def device(self) -> str: ...
-    @property
-    def trained_length(self) -> int | None: ...
-    @property
-    def metadata(self) -> Mapping[str, Any]: ...
-
-
-class Named(Protocol):
-    """What a recipe tells of a text: a `Text` or a `Source`."""
+class NamedText(Protocol):
+    """A text as recipes name it: a `Text` or a `Source`."""
 
     @property
     def name(self) -> str: ...
@@ -33,8 +19,8 @@ class Named(Protocol):
     def sha256(self) -> str: ...
 
 
-def shared_recipe(model: Measured, text: Named | None) -> dict[str, Any]:
-    """The fields that all recipes of a model and a text share."""
+def shared_recipe(model: MeasuredModel, text: NamedText | None) -> dict[str, Any]:
+    """The fields of the model and the text."""
     return {
         "model": model.name,
         "text": None if text is None else text.name,
@@ -47,10 +33,10 @@ def shared_recipe(model: Measured, text: Named | None) -> dict[str, Any]:
 
 
 def rope_recipe(scaler: Scaler, rope_at: Callable[[int], Scaler], lengths: Iterable[int]) -> dict[str, str]:
-    """The fields that tell the scaler.
+    """The fields of the scaler.
 
     Args:
-        rope_at: what runs at a length; for `auto` that depends on what was tuned, so the recipe holds it.
+        rope_at: gives the scaler at a length. For `auto` that depends on what was tuned, so the recipe holds it.
         lengths: in tokens.
     """
     if not isinstance(scaler, Auto):

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ...engine import tensor_parallel
-from ..models.subject import Subject
+from ..models.measured import MeasuredModel
 from .cell import Cell
 from .result import Run, recipe_key
 
@@ -36,7 +36,7 @@ _COLUMNS = (
 
 
 @dataclass(kw_only=True)
-class Outcome:
+class RunOutcome:
     """What a run did: cells measured now, found done before, and left out for lack of time.
 
     Attributes:
@@ -55,7 +55,7 @@ def new_console() -> Console:
 
 
 def measure_all(
-    subject: Subject,
+    model: MeasuredModel,
     cells: Sequence[Cell],
     run: Run,
     console: Console,
@@ -64,7 +64,7 @@ def measure_all(
     rate: float | None = None,
     is_essential: Callable[[Cell], bool] = lambda cell: False,
     then: Callable[[Cell], None] = lambda cell: None,
-) -> Outcome:
+) -> RunOutcome:
     """Measure `cells` in order, with a progress bar; returns when all are done, here or by others.
 
     Processes that are given the same cells and folder share them: a cell is done by whoever claims it first, and one
@@ -82,12 +82,12 @@ def measure_all(
         is_essential: cells that run whatever the time.
         then: called with each cell that has been measured here.
     """
-    outcome, original = Outcome(found=[c for c in cells if c.is_done(run)]), subject.rope
+    outcome = RunOutcome(found=[c for c in cells if c.is_done(run)])
     todo = [c for c in cells if c not in outcome.found]
     if not todo:
         return outcome
     with Progress(*_COLUMNS, console=console, speed_estimate_period=300) as bar:
-        work = _Work(subject, run, bar, sum(map(subject.cost.cell, todo)), rate)
+        work = _Work(model, run, bar, sum(model.cost.passes(cell.windows) for cell in todo), rate)
         try:
             while todo:
                 busy = []
@@ -111,7 +111,7 @@ def measure_all(
                     work.wait()
                 todo = busy
         finally:
-            subject.rope = original
+            model.restore()
         outcome.rate = work.rate
     return outcome
 
@@ -119,16 +119,16 @@ def measure_all(
 class _Work:
     """Cells measured one after the other, with a bar, and the rate at which it goes."""
 
-    def __init__(self, subject: Subject, run: Run, bar: Progress, total: float, rate: float | None) -> None:
-        self._subject, self._run, self._bar, self._known_rate = subject, run, bar, rate
-        self._cost, self._total = subject.cost, total
+    def __init__(self, model: MeasuredModel, run: Run, bar: Progress, total: float, rate: float | None) -> None:
+        self._model, self._run, self._bar, self._known_rate = model, run, bar, rate
+        self._cost, self._total = model.cost, total
         self._done, self._spent = 0.0, 0.0  # operations, seconds
         self._task = bar.add_task("", total=total)
 
     def would_end(self, cell: Cell) -> float:
         """When `cell` would be done, as `time.monotonic()` tells it."""
         rate = self.rate or self._known_rate
-        return time.monotonic() + (self._cost.cell(cell) / rate if rate else 0.0)
+        return time.monotonic() + (self._cost.passes(cell.windows) / rate if rate else 0.0)
 
     @property
     def rate(self) -> float | None:
@@ -137,7 +137,7 @@ class _Work:
 
     def drop(self, cell: Cell) -> None:
         """Count a cell out that is not measured here."""
-        self._total -= self._cost.cell(cell)
+        self._total -= self._cost.passes(cell.windows)
         self._bar.update(self._task, total=self._total)
 
     def wait(self) -> None:
@@ -149,12 +149,13 @@ class _Work:
         """Measure a cell."""
         self._bar.update(self._task, description=f"{_shown(cell)} at {cell.label}")
         started = time.monotonic()
-        self._subject.rope = cell.scaler
         rows = cell.measure(
-            self._subject, self._run, lambda past, n: self._bar.advance(self._task, self._cost.step(past, n))
+            self._model.under(cell.scaler),
+            self._run,
+            lambda past, n: self._bar.advance(self._task, self._cost.step(past, n)),
         )
         seconds = time.monotonic() - started
-        self._spent, self._done = self._spent + seconds, self._done + self._cost.cell(cell)
+        self._spent, self._done = self._spent + seconds, self._done + self._cost.passes(cell.windows)
         self._bar.console.print(
             f"  {_shown(cell):<18} {cell.label:>6}  {cell.outcome(rows)}  [dim]{seconds:.0f} s[/dim]"
         )
@@ -166,16 +167,16 @@ def _shown(cell: Cell) -> str:
     return spec if len(spec) <= _WIDEST else spec[: _WIDEST - 3] + "..."
 
 
-def print_plan(subject: Subject, cells: Sequence[Cell], console: Console) -> None:
+def print_plan(model: MeasuredModel, cells: Sequence[Cell], console: Console) -> None:
     """The cells, and about how long they would take, from one short forward pass."""
-    cost = subject.cost
-    probe = min(1024, subject.trained_length)
+    cost = model.cost
+    probe = min(1024, model.trained_length or 1024)
     started = time.monotonic()
-    subject.time_forward(probe)
+    model.time_forward(probe)
     rate = cost.step(0, probe - 1) / (time.monotonic() - started)
     table = Table("scaler", "context", "windows", "tokens fed", "about")
     for cell in cells:
-        seconds = cost.cell(cell) / rate
+        seconds = cost.passes(cell.windows) / rate
         table.add_row(
             str(cell.scaler),
             cell.label,
@@ -184,9 +185,9 @@ def print_plan(subject: Subject, cells: Sequence[Cell], console: Console) -> Non
             f"{seconds:.0f} s",
         )
     console.print(table)
-    total = sum(cost.cell(c) for c in cells) / rate
+    total = sum(cost.passes(c.windows) for c in cells) / rate
     longest = max(max(cell.windows) for cell in cells)
     console.print(
-        f"{len(cells)} cells, about {total / 60:.1f} minutes; {subject.needs(longest)}. Nothing was measured: this was "
+        f"{len(cells)} cells, about {total / 60:.1f} minutes; {model.needs(longest)}. Nothing was measured: this was "
         "--dry-run."
     )

@@ -1,8 +1,9 @@
-"""Ropewalk against other engines, from their names to what was measured."""
+"""The comparison of ropewalk with other engines, from `--against` to the result."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,110 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...engine.checkpoints.checkpoint import read_config, read_tokenizer
+from ...errors import AssetError, ConfigError, did_you_mean
 from ...scaling import hf as hf_config
 from ...scaling.lengths import parse_length
 from ..data import load_text, tokenize_documents
 from ..runs.result import environment
 from .bandwidth import Memory, Traffic
-from .contest import Outcome, compete
-from .entrants import entrants, model_folder, parse_against
+from .contest import ContestResult, compete
+from .engine import EngineSpec
 from .worker import ProcessWorker
+
+HF_DTYPES = ("float32", "bfloat16", "float16")
+
+_NEEDED = {"llama.cpp": ("llama_cpp", "pip install 'ropewalk[llama-cpp]'")}
+
+
+def parse_against(text: str) -> list[tuple[str, str | None]]:
+    """Peers with the dtype asked for, or None for the usual ones: "hf,llama.cpp:q8_0" names one of each.
+
+    Raises:
+        ConfigError: no such peer or dtype, or its package is not installed.
+    """
+    from ...engine.exports.gguf_write import GGUF_DTYPES
+
+    known = {"hf": HF_DTYPES, "llama.cpp": tuple(GGUF_DTYPES)}
+    peers = []
+    for part in text.split(","):
+        kind, colon, dtype = part.strip().partition(":")
+        if kind not in known:
+            raise ConfigError(f"unknown peer {kind!r}.{did_you_mean(kind, known)}")
+        if colon and dtype not in known[kind]:
+            raise ConfigError(f"unknown dtype {dtype!r} of {kind}.{did_you_mean(dtype, known[kind])}")
+        if kind in _NEEDED:
+            module, command = _NEEDED[kind]
+            if importlib.util.find_spec(module) is None:
+                raise ConfigError(f"{kind} is not installed; {command}, or leave it out of --against")
+        peers.append((kind, dtype or None))
+    return peers
+
+
+def engine_specs(
+    model: str, peers: Sequence[tuple[str, str | None]], *, dtype: str, context: int, room: int, threads: int
+) -> list[EngineSpec]:
+    """Ropewalk and then the peers, each once; GGUF files that are missing are written into the cache.
+
+    Args:
+        model: as `load` takes it.
+        asked: from `parse_against`. Without a dtype, llama.cpp runs in bf16 and q8_0; hf in bfloat16, in the dtype
+            that ropewalk was given, and in float32 on a CPU without bfloat16 arithmetic.
+        dtype: ropewalk's, or "auto".
+
+    Raises:
+        RopewalkError: the model cannot be had, or not be written to GGUF.
+    """
+    import torch
+
+    from ...engine.exports.gguf_write import cached_gguf
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = model_folder(model)
+    specs = [("ropewalk", dtype, model)]
+    for kind, one in peers:
+        for found in [one] if one else _usual(kind, dtype, device):
+            source = str(cached_gguf(folder, found)) if kind == "llama.cpp" else str(folder)
+            specs.append((kind, found, source))
+    return [
+        EngineSpec(kind=kind, dtype=one, source=source, context=context, room=room, threads=threads, device=device)
+        for kind, one, source in dict.fromkeys(specs)
+    ]
+
+
+def _usual(kind: str, dtype: str, device: str) -> list[str]:
+    from ...engine.load import cpu_has_bfloat16
+
+    if kind == "llama.cpp":
+        return ["bf16", "q8_0"]
+    usual = {"bfloat16", dtype} & {*HF_DTYPES}
+    if device == "cpu" and not cpu_has_bfloat16():
+        usual.add("float32")
+    return sorted(usual)
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model's checkpoint; one from the hub is downloaded, or found in the hub's cache.
+
+    Raises:
+        AssetError: there is no such model.
+    """
+    from ...engine.checkpoints.source import resolve
+
+    source = resolve(model)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise AssetError(
+            f"{model!r} is not a built-in model, a folder or a .gguf file, and the hub did not give it ({reason}); "
+            "check the name, or give the folder of a model that is here"
+        ) from error
+
 
 TEXT = "pydoc"  # comes with Python, and is longer than any usual context
 
@@ -35,7 +132,7 @@ def measure(
     dtype: str,
     threads: int | None,
     console: Console,
-) -> tuple[Outcome, dict[str, Any]]:
+) -> tuple[ContestResult, dict[str, Any]]:
     """Time ropewalk and the peers on one text.
 
     Args:
@@ -51,28 +148,28 @@ def measure(
     Raises:
         RopewalkError: a peer is unknown or not installed, or an engine cannot run the model.
     """
-    asked = parse_against(against)
+    peers = parse_against(against)
     folder = model_folder(model)
     config = read_config(str(folder))
     trained = next(iter(hf_config.read(config.get_text_config()).values())).max_length
     contexts = sorted({parse_length(length, trained) for length in lengths})
     if threads is not None:
         torch.set_num_threads(threads)
-    entries = entrants(
-        model, asked, dtype=dtype, context=contexts[-1], room=new_tokens, threads=torch.get_num_threads()
+    specs = engine_specs(
+        model, peers, dtype=dtype, context=contexts[-1], room=new_tokens, threads=torch.get_num_threads()
     )
     text = _text(folder, contexts[-1] + new_tokens)
-    memory, traffic = Memory(entries[0].device), Traffic(config)
+    memory, traffic = Memory(specs[0].device), Traffic(config)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with contextlib.ExitStack() as stack, Progress(*columns, console=console, transient=True) as progress:
-        opening = progress.add_task("", total=len(entries))
+        opening = progress.add_task("", total=len(specs))
         workers = []
-        for entry in entries:
-            progress.update(opening, description=f"loading {entry.name}")
-            workers.append(stack.enter_context(ProcessWorker(entry)))
+        for spec in specs:
+            progress.update(opening, description=f"loading {spec.name}")
+            workers.append(stack.enter_context(ProcessWorker(spec)))
             progress.advance(opening)
         progress.remove_task(opening)
-        outcome = compete(
+        result = compete(
             workers,
             text,
             contexts,
@@ -93,7 +190,7 @@ def measure(
         "new_tokens": new_tokens,
         "versions": {"python": machine["python"], **versions},
     }
-    return outcome, about
+    return result, about
 
 
 def _text(folder: Path, needed: int) -> list[int]:

@@ -1,20 +1,22 @@
-"""Engines timed in turn on the same tokens: speeds, ratios within a turn, and whether they are the same model.
+"""Engines timed in rounds on the same tokens: speeds, ratios within a round, and agreement of their logits.
 
-Every turn runs every engine once, so that a machine which drifts slows all alike.
+Every round runs every engine once, so that a drift of the machine's speed affects all of them alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from operator import methodcaller
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from rich import box
 from rich.progress import Progress
+from rich.table import Table
 
-from .worker import Reading, Worker
+from .worker import TimedRun, Worker
 
 WARM_UP = 64  # tokens
 
@@ -76,7 +78,7 @@ class Agreement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class ContestResult:
     """All that a comparison found; `bandwidth` is in bytes a second."""
 
     timings: list[Timing]
@@ -95,7 +97,7 @@ def compete(
     bandwidth: Callable[[], float],
     step_bytes: Callable[[str, str, float], float],
     progress: Progress,
-) -> Outcome:
+) -> ContestResult:
     """Time all `lanes` at every length; the first is what the others are compared with.
 
     At every length the prompt is read `prefill_repeats` times, and the state of the last time is what all decode
@@ -110,31 +112,32 @@ def compete(
     runs = len(workers) * (1 + len(lengths) * (prefill_repeats + 1 + repeats))
     task = progress.add_task("", total=runs)
 
-    def turn(doing: str, run: Callable[[Worker], Reading]) -> list[Reading]:
-        readings = []
+    def run_round(doing: str, run: Callable[[Worker], TimedRun]) -> list[TimedRun]:
+        timed = []
         for worker in workers:
             progress.update(task, description=f"{worker.name}: {doing}")
-            readings.append(run(worker))
+            timed.append(run(worker))
             progress.advance(task)
-        return readings
+        return timed
 
-    def warm_up(worker: Worker) -> Reading:
+    def warm_up(worker: Worker) -> TimedRun:
         start = min(WARM_UP, *lengths)
         worker.prefill(text[:start])
         return worker.decode(start, text[start : start + 2])
 
-    turn("warming up", warm_up)
+    run_round("warming up", warm_up)
     widths, found = [], []
     for n in sorted(lengths):
         prompt, rest = text[:n], text[n : n + new_tokens]
         prefills = [
-            turn(f"reading {n} tokens, turn {i + 1}", methodcaller("prefill", prompt)) for i in range(prefill_repeats)
+            run_round(f"reading {n} tokens, turn {i + 1}", methodcaller("prefill", prompt))
+            for i in range(prefill_repeats)
         ]
         decodes = []
         for i in range(repeats + 1):
             widths.append(bandwidth())
             doing = f"decoding behind {n} tokens, turn {i}" if i else f"decoding behind {n} tokens, warming up"
-            decodes.append(turn(doing, methodcaller("decode", n, rest)))
+            decodes.append(run_round(doing, methodcaller("decode", n, rest)))
         found.append((n, prefills, decodes[1:], [worker.peak_memory_mb() for worker in workers]))
     progress.remove_task(task)
 
@@ -146,7 +149,7 @@ def compete(
         shares = [step_bytes(worker.dtype, worker.cache_dtype, n + new_tokens / 2) / best for worker in workers]
         timings += _timings(workers, "decode", n, new_tokens, decodes, shares)
         agreements += _agreements(workers, n, [prefills[-1], decodes[-1]], peaks)
-    return Outcome(timings=timings, agreements=agreements, bandwidth=best)
+    return ContestResult(timings=timings, agreements=agreements, bandwidth=best)
 
 
 def _timings(
@@ -154,13 +157,13 @@ def _timings(
     what: Literal["prefill", "decode"],
     length: int,
     tokens: int,
-    turns: list[list[Reading]],
+    rounds: list[list[TimedRun]],
     least_seconds: list[float] | None = None,
 ) -> Iterator[Timing]:
     """`least_seconds`: of a token, for every lane, at full bandwidth."""
-    first = [turn[0].seconds for turn in turns]
+    first = [run_round[0].seconds for run_round in rounds]
     for index, worker in enumerate(workers):
-        own = [turn[index].seconds for turn in turns]
+        own = [run_round[index].seconds for run_round in rounds]
         speed = Spread.of([tokens / seconds for seconds in own])
         yield Timing(
             engine=worker.name,
@@ -175,7 +178,7 @@ def _timings(
 
 
 def _agreements(
-    workers: Sequence[Worker], length: int, stages: list[list[Reading]], peaks: list[float | None]
+    workers: Sequence[Worker], length: int, stages: list[list[TimedRun]], peaks: list[float | None]
 ) -> Iterator[Agreement]:
     for index, worker in enumerate(workers):
         pairs = [(stage[0], stage[index]) for stage in stages]
@@ -188,3 +191,79 @@ def _agreements(
             difference=max(float(np.abs(one.logits - other.logits).max()) for one, other in pairs),
             peak_memory_mb=peaks[index],
         )
+
+
+def tables(result: ContestResult, first: str) -> list[Table]:
+    """Decode and prefill speeds, and what shows that the engines ran the same model.
+
+    Args:
+        first: the name of the engine that the others are compared with.
+    """
+    return [_speeds(result, "decode", first), _speeds(result, "prefill", first), _checks(result, first)]
+
+
+def as_json(result: ContestResult, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything, `about` first, for one line of JSON."""
+    return {
+        **about,
+        "bandwidth_gb_s": result.bandwidth / 1e9,
+        "timings": [asdict(timing) for timing in result.timings],
+        "agreements": [asdict(agreement) for agreement in result.agreements],
+    }
+
+
+def _speeds(result: ContestResult, what: str, first: str) -> Table:
+    note = f"ratio: {first} over the engine, of the same turn"
+    headings = ["median", "range", "ratio", "range"]
+    if what == "decode":
+        note += f"; memory: of what {result.bandwidth / 1e9:.1f} GB/s would allow"
+        headings.append("memory")
+    table = _table(f"{what}, tokens a second ({note})", headings)
+    for timing in result.timings:
+        if timing.what == what:
+            table.add_row(*_row(timing, first), end_section=_is_last(result, timing))
+    return table
+
+
+def _table(title: str, headings: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("context", justify="right", no_wrap=True)
+    table.add_column("engine", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _row(timing: Timing, first: str) -> list[str]:
+    ratio = ("", "") if timing.engine == first else (f"{timing.ratio.median:.2f}", _range(timing.ratio, 2))
+    digits = 1 if timing.speed.median < 100 else 0
+    cells = [
+        str(timing.length),
+        timing.engine,
+        f"{timing.speed.median:.{digits}f}",
+        _range(timing.speed, digits),
+        *ratio,
+    ]
+    return cells if timing.memory_share is None else [*cells, f"{timing.memory_share:.0%}"]
+
+
+def _range(spread: Spread, digits: int) -> str:
+    return f"{spread.lowest:.{digits}f}-{spread.highest:.{digits}f}"
+
+
+def _is_last(result: ContestResult, timing: Timing) -> bool:
+    """Of its kind and length."""
+    alike = [one for one in result.timings if (one.what, one.length) == (timing.what, timing.length)]
+    return alike[-1] is timing
+
+
+def _checks(result: ContestResult, first: str) -> Table:
+    headings = ["same next token", "logits off by", "peak memory"]
+    table = _table(f"the same model as {first}? (peak memory: resident, with libraries and loading)", headings)
+    rows = result.agreements
+    for index, one in enumerate(rows):
+        peak = "?" if one.peak_memory_mb is None else f"{one.peak_memory_mb:.0f} MB"
+        check = ("", "") if one.engine == first else (f"{one.same} of {one.compared}", f"{one.difference:.2g}")
+        ends = index + 1 == len(rows) or rows[index + 1].length != one.length
+        table.add_row(str(one.length), one.engine, *check, peak, end_section=ends)
+    return table

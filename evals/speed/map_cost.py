@@ -33,7 +33,7 @@ Segments = list[tuple[int, int, list[tuple[Run, list[Segment]]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class MapCost:
     """Seconds of one thing, turn by turn, and its ratio to plain attention or to the plain scaler.
 
     `what` is "prefill attention" (one layer), "prefill attention, public form", or "decode" (a step of the whole
@@ -72,7 +72,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scale
 
 def attention_costs(
     model: Model, scalers: list[Scaler], lengths: list[int], *, repeats: int, naive: bool, progress: Progress
-) -> Iterator[Cost]:
+) -> Iterator[MapCost]:
     """Prefill attention of one layer of `model`'s geometry, in the engine's chunks."""
     config, site = model.hf.config.get_text_config(), primary_rotary(model.sites)
     heads = config.num_attention_heads
@@ -98,7 +98,7 @@ def attention_costs(
 
 def decode_costs(
     model: Model, scalers: list[Scaler], lengths: list[int], *, repeats: int, progress: Progress
-) -> Iterator[Cost]:
+) -> Iterator[MapCost]:
     """A decode step of the whole model with `length` tokens in its cache, under every scaler and under `none`."""
     before = model.rope
     try:
@@ -140,7 +140,7 @@ def _in_turn(
     repeats: int,
     progress: Progress,
     prepare: Callable[[str], None] = lambda _: None,
-) -> Iterator[Cost]:
+) -> Iterator[MapCost]:
     seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     task = progress.add_task(f"timing at {length} tokens", total=repeats * len(ways))
     for rotate in range(repeats + 1):  # the first turn warms up
@@ -156,7 +156,7 @@ def _in_turn(
     progress.remove_task(task)
     for (what, scaler), own in seconds.items():
         ratios = [one / other for one, other in zip(own, seconds[baseline], strict=True)]
-        yield Cost(
+        yield MapCost(
             what=what,
             scaler=scaler,
             length=length,
@@ -213,7 +213,7 @@ def check_maps(scalers: list[Scaler]) -> None:
             )
 
 
-def as_json(costs: list[Cost]) -> dict[str, object]:
+def as_json(costs: list[MapCost]) -> dict[str, object]:
     """All costs with the versions and the machine's threads, for one line of JSON."""
     return {
         "torch": torch.__version__,

@@ -18,15 +18,14 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from ...errors import RopewalkError
-from .entry import Engine, Entry, Logits
-from .peers import open_engine
+from .engine import Engine, EngineSpec, Logits, open_engine
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 """Read by the libraries when they are imported, so set before."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class TimedRun:
     """One timed run.
 
     Args:
@@ -49,11 +48,11 @@ class Worker(Protocol):
     cache_dtype: str
     versions: dict[str, str]
 
-    def prefill(self, ids: list[int]) -> Reading:
+    def prefill(self, ids: list[int]) -> TimedRun:
         """Read `ids` with nothing before them."""
         ...
 
-    def decode(self, length: int, tokens: list[int]) -> Reading:
+    def decode(self, length: int, tokens: list[int]) -> TimedRun:
         """Read `tokens` one by one behind the first `length` tokens of what was read."""
         ...
 
@@ -65,35 +64,35 @@ class Worker(Protocol):
 class LocalWorker:
     """An engine timed where it is: the lane inside of the process."""
 
-    def __init__(self, engine: Engine, entry: Entry) -> None:
-        self._engine, self._entry = engine, entry
-        self.name, self.versions = f"{entry.kind} {engine.dtype} {engine.remark}".rstrip(), engine.versions
+    def __init__(self, engine: Engine, spec: EngineSpec) -> None:
+        self._engine, self._spec = engine, spec
+        self.name, self.versions = f"{spec.kind} {engine.dtype} {engine.remark}".rstrip(), engine.versions
         self.dtype, self.cache_dtype = engine.dtype, engine.cache_dtype
 
-    def prefill(self, ids: list[int]) -> Reading:
+    def prefill(self, ids: list[int]) -> TimedRun:
         return _timed(lambda: [self._engine.prefill(ids)])
 
-    def decode(self, length: int, tokens: list[int]) -> Reading:
+    def decode(self, length: int, tokens: list[int]) -> TimedRun:
         self._engine.rewind(length)
         return _timed(lambda: [self._engine.step(token) for token in tokens])
 
     def peak_memory_mb(self) -> float | None:
         from .memory import peak_memory_mb, peak_resident_mb
 
-        if self._entry.device == "cpu":
+        if self._spec.device == "cpu":
             peak = peak_resident_mb()
-        elif self._entry.kind != "llama.cpp":
+        elif self._spec.kind != "llama.cpp":
             peak = peak_memory_mb()
         else:  # the GPU's memory is torch's to count
             return None
         return None if math.isnan(peak) else peak
 
 
-def _timed(run: Callable[[], list[Logits]]) -> Reading:
+def _timed(run: Callable[[], list[Logits]]) -> TimedRun:
     started = time.perf_counter()
     rows = run()
     seconds = time.perf_counter() - started
-    return Reading(seconds=seconds, chosen=[int(row.argmax()) for row in rows], logits=rows[-1])
+    return TimedRun(seconds=seconds, chosen=[int(row.argmax()) for row in rows], logits=rows[-1])
 
 
 class ProcessWorker:
@@ -103,11 +102,11 @@ class ProcessWorker:
         RopewalkError: the engine cannot be loaded, fails, or its process dies.
     """
 
-    def __init__(self, entry: Entry) -> None:
-        self._entry = entry
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, entry), daemon=True)
+        self._process = spawn.Process(target=_serve, args=(theirs, spec), daemon=True)
         self._process.start()
         theirs.close()
         try:
@@ -128,13 +127,13 @@ class ProcessWorker:
         self._process.join()
         self._connection.close()
 
-    def prefill(self, ids: list[int]) -> Reading:
-        reading: Reading = self._ask("prefill", ids, doing=f"reading {len(ids)} tokens")
-        return reading
+    def prefill(self, ids: list[int]) -> TimedRun:
+        timed: TimedRun = self._ask("prefill", ids, doing=f"reading {len(ids)} tokens")
+        return timed
 
-    def decode(self, length: int, tokens: list[int]) -> Reading:
-        reading: Reading = self._ask("decode", length, tokens, doing=f"decoding behind {length} tokens")
-        return reading
+    def decode(self, length: int, tokens: list[int]) -> TimedRun:
+        timed: TimedRun = self._ask("decode", length, tokens, doing=f"decoding behind {length} tokens")
+        return timed
 
     def peak_memory_mb(self) -> float | None:
         peak: float | None = self._ask("peak_memory_mb", doing="telling its memory")
@@ -151,7 +150,7 @@ class ProcessWorker:
         except (EOFError, OSError):
             self._process.join()
             raise RopewalkError(
-                f"{self._entry.name} died while {doing} (exit code {self._process.exitcode}); leave it out of "
+                f"{self._spec.name} died while {doing} (exit code {self._process.exitcode}); leave it out of "
                 "--against, or try shorter --lengths"
             ) from None
         if isinstance(answer, Exception):
@@ -159,12 +158,12 @@ class ProcessWorker:
         return answer
 
 
-def _serve(connection: Connection, entry: Entry) -> None:
+def _serve(connection: Connection, spec: EngineSpec) -> None:
     """The other process: open the engine, then answer questions until it is ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    os.environ.update(dict.fromkeys(THREADS, str(entry.threads)))
+    os.environ.update(dict.fromkeys(THREADS, str(spec.threads)))
     try:
-        worker = LocalWorker(open_engine(entry), entry)
+        worker = LocalWorker(open_engine(spec), spec)
         connection.send((worker.name, worker.dtype, worker.cache_dtype, worker.versions))
         while True:
             method, arguments = connection.recv()
@@ -175,4 +174,4 @@ def _serve(connection: Connection, entry: Entry) -> None:
         connection.send(error)
     except Exception as error:  # of a foreign engine: anything
         told = f"{type(error).__name__}: {str(error).strip()[:300]}"
-        connection.send(RopewalkError(f"{entry.name} failed ({told}); leave it out of --against"))
+        connection.send(RopewalkError(f"{spec.name} failed ({told}); leave it out of --against"))

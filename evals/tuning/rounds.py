@@ -16,10 +16,9 @@ from ...engine.rotary_site import primary_rotary
 from ...errors import ConfigError, DataError, UnsupportedModel
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
-from ..models.local import Local
+from ..models.local import LocalModel
 from ..protocols.harm import Harm
 from ..protocols.perplexity_cell import plan
-from ..protocols.skim_cell import can_skim
 from ..retrieval.cells import cells as retrieval_cells
 from ..retrieval.tasks import TASKS
 from ..runs.cell import Cell
@@ -28,7 +27,7 @@ from ..runs.result import Row, Run
 from ..runs.runner import measure_all
 from .candidates import fits_config, neighbours, starting_points
 from .factor_search import FactorSpace, FoundFactors, search_factors
-from .text import TuneText
+from .text import TuneText, can_skim
 from .tuned import Candidate, Tuned, by_skimming, ranked
 
 SEARCHED = "longrope (searched)"
@@ -74,7 +73,7 @@ class Rounds:
         console: Console,
     ) -> None:
         self._model, self._target, self._text, self._run, self._console = model, target, text, run, console
-        self._subject = Local(model)
+        self._local = LocalModel(model)
         self._keep_short, self._progress = keep_short, progress
         self._deadline = None if budget is None else time.monotonic() + budget
         self._rate: float | None = None
@@ -259,12 +258,12 @@ class Rounds:
             low, high = (math.nan if row[name] is None else row[name] for name in ("difference_low", "difference_high"))
             self._candidates[row["rope"]].harm = Difference(mean=row["difference"], low=low, high=high)
 
-        self._carry_out("harm", plan(self._text.reader, self._text.source, scalers, self._harm), keep)
+        self._carry_out("harm", plan(self._local, self._text.source, scalers, self._harm), keep)
 
     def _ask(self, candidates: Sequence[Candidate]) -> None:
         scalers, task = [c.scaler for c in candidates], TASKS["passkey"]
         try:
-            cells = retrieval_cells(self._subject, [task], scalers, contexts=[self._target], depths=_DEPTHS, trials=1)
+            cells = retrieval_cells(self._local, [task], scalers, contexts=[self._target], depths=_DEPTHS, trials=1)
         except DataError:
             return  # the length does not hold the prompt
 
@@ -279,7 +278,7 @@ class Rounds:
         return None if self._deadline is None else now + (self._deadline - now) * _SHARES.get(name, 1)
 
     def _ends_before(self, deadline: float, cell: Cell) -> bool:
-        seconds = self._subject.cost.cell(cell) / self._rate if self._rate else 0.0
+        seconds = self._local.cost.passes(cell.windows) / self._rate if self._rate else 0.0
         return time.monotonic() + seconds <= deadline
 
     def _carry_out(
@@ -314,7 +313,7 @@ class Rounds:
             self._complete = False
             return
         outcome = measure_all(
-            self._subject, todo, self._run, console or self._console, deadline=deadline, rate=self._rate, then=tell
+            self._local, todo, self._run, console or self._console, deadline=deadline, rate=self._rate, then=tell
         )
         self._rate = outcome.rate or self._rate
         self._complete &= not outcome.left_out

@@ -1,22 +1,86 @@
-"""The text that `tune` measures on: its places, and the cells that skim or read one of them under a scaler."""
+"""The text of a tuning run, and the cells that skim and read it."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from ...engine.model import Model
+from ...engine.runners.cpu.runner import CompiledRunner
 from ...engine.runners.cpu.skim import Sample
 from ...errors import DataError
+from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ..data import Text
-from ..models.reader import ModelReader
+from ..models.cost import Advance
+from ..models.local import LocalModel
+from ..models.measured import MeasuredModel
 from ..protocols.fixed_target import FixedTarget
 from ..protocols.perplexity_cell import PerplexityCell, Source
-from ..protocols.protocol import Window
-from ..protocols.skim_cell import SkimCell
+from ..protocols.protocol import Window, tokens_sha256
+from ..runs.cell import Cell
 from ..runs.recipe import shared_recipe
+from ..runs.result import Row, Run, loss_text
+
+
+def can_skim(model: Model) -> bool:
+    """True if `engine.skim` can run it."""
+    return model.is_compiled
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkimCell(Cell):
+    """The last tokens of a window, as its sample lets them be predicted.
+
+    Args:
+        window: of `context` tokens.
+        sample: of its tokens; the scored ones are its last.
+        recipe: of its row.
+    """
+
+    scaler: Scaler
+    context: int
+    window: Window
+    sample: Sample
+    recipe: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return f"{format_length(len(self.sample.positions))} of {format_length(self.context)}"
+
+    @property
+    def windows(self) -> list[int]:
+        return [len(self.sample.positions)]
+
+    def row_recipes(self) -> list[dict[str, Any]]:
+        return [self.recipe]
+
+    def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
+        assert isinstance(model, LocalModel), "only a network in this process skims"
+        started = time.perf_counter()
+        ids = [self.window.ids[place] for place in self.sample.positions.tolist()]
+        scored = ids[self.window.first - len(self.window.ids) :]
+        with model.running(self.context) as runner:
+            assert isinstance(runner, CompiledRunner)
+            logits = runner.skim(ids, self.sample, len(scored) + 1)[:-1]
+        losses = (logits.logsumexp(-1) - logits.gather(-1, torch.tensor(scored)[:, None])[:, 0]).numpy()
+        advance(0, len(ids))
+        measured = {
+            "loss": float(losses.mean(dtype="float64")),
+            "tokens_sha256": tokens_sha256(scored),
+            "seconds": time.perf_counter() - started,
+        }
+        return [run.add(self.recipe, measured, losses)]
+
+    def outcome(self, rows: Sequence[Row]) -> str:
+        return f"{loss_text(rows[0])}, skimmed"
+
 
 MOST_PLACES = 9
 """Places of the text that are read in the last round."""
@@ -39,7 +103,7 @@ class TuneText:
     def __init__(self, model: Model, text: Text, target: int, *, searches: bool) -> None:
         self._model, self._target = model, target
         self._scored = min(1024, target // 4)
-        self.reader = ModelReader(model)
+        self._recipe_model = LocalModel(model)
         self._protocol = self._places(MOST_PLACES)
         wanted = self._places(MOST_PLACES + self._wanted) if searches else self._protocol
         self.source = Source.of(text, model.tokenizer, wanted)
@@ -110,7 +174,7 @@ class TuneText:
         return found
 
     def _shared(self, scaler: Scaler, window: Window) -> dict[str, Any]:
-        return shared_recipe(self.reader, self.source) | {
+        return shared_recipe(self._recipe_model, self.source) | {
             "rope": str(scaler),
             "context": self._target,
             "places": window.place,

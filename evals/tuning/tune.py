@@ -36,11 +36,10 @@ from ...scaling.auto import Auto
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ..data import Text, load_text
-from ..protocols.skim_cell import can_skim
 from ..runs.result import Run
 from .factor_search import FactorSpace
 from .rounds import Progress, Rounds, Search
-from .text import TuneText
+from .text import TuneText, can_skim
 from .tuned import Tuned
 
 __all__ = ["Progress", "tune"]

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from ropewalk.cli.main import cli
-from ropewalk.evals.reports.engine_plot import plot_readings
+from ropewalk.evals.reports.rope_plots import plot_readings
 from ropewalk.scaling.serving import read_all
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import ropewalk as rw
 from ropewalk.engine.model import Model
 from ropewalk.evals.data import Text
-from ropewalk.evals.models.reader import Start
+from ropewalk.evals.models.measured import Start
 from ropewalk.evals.retrieval.task import Place
 from ropewalk.evals.retrieval.tasks import TASKS
 from ropewalk.evals.retrieval.trial import assemble

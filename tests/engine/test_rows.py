@@ -7,7 +7,7 @@ from live import greedy
 import ropewalk as rw
 from ropewalk.engine.model import Model
 from ropewalk.engine.runners.choose import RunnerOptions
-from ropewalk.evals.models.local import Local
+from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.retrieval.trial import Trial
 
 ROWS = 600
@@ -61,7 +61,7 @@ def test_a_text_that_needs_a_token_without_a_row_is_refused(small, ask):
         lambda m, ids: m._runner.forward(ids, m.new_cache(40), 1),
         lambda m, ids: m._runner.tree([(i,) for i in ids], m.new_cache(40)),
         lambda m, ids: m._runner.step([(ids, m.new_cache(40))]),
-        lambda m, ids: Local(m).run_trial(
+        lambda m, ids: LocalModel(m).run_trial(
             Trial(prompt="", prompt_ids=[1, 2], answer_ids=ids, answers=(), target="", new_tokens=1, needle=None)
         ),
     ],

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ropewalk.engine.model import Model
 from ropewalk.evals.data import Text
-from ropewalk.evals.models.local import Local
+from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import parse
@@ -57,12 +57,12 @@ def losses(model, ids):
 
 def measure(model, cell, run):
     model.rope = cell.scaler
-    return cell.measure(Local(model), run, lambda past, count: None)
+    return cell.measure(LocalModel(model), run, lambda past, count: None)
 
 
 def run_plan(tmp_path, model, plan, *documents, scaler="none"):
     run = Run(tmp_path)
-    for cell in cells(Local(model), text(*documents), [parse(scaler)], plan):
+    for cell in cells(LocalModel(model), text(*documents), [parse(scaler)], plan):
         measure(model, cell, run)
     return run
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from ropewalk.engine.model import Model
 from ropewalk.evals.data import Text, tokenize_documents
-from ropewalk.evals.models.reader import ModelReader, Tokens
+from ropewalk.evals.models.local import LocalModel
+from ropewalk.evals.models.measured import Tokens
 from ropewalk.evals.statistics import block_interval
 from ropewalk.scaling.rope import Scaler
 
@@ -70,10 +71,10 @@ def windows(documents: Sequence[Tokens], length: int, samples: int) -> list[Toke
 
 def accuracy(model: Model, texts: Sequence[Tokens]) -> Accuracy:
     """Of all tokens but the first of each text."""
-    reader = ModelReader(model)
+    measured = LocalModel(model)
     right = []
     for ids in texts:
-        guesses = [rows.argmax(-1).cpu().numpy() for rows in reader.logits(ids, 1, lambda past, count: None)]
+        guesses = [rows.argmax(-1).cpu().numpy() for rows in measured.logits(ids, 1, lambda past, count: None)]
         right.append(np.concatenate(guesses) == np.array(ids[1:]))
     values = np.concatenate(right).astype(np.float32)
     low, high = block_interval(values)

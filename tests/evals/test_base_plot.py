@@ -9,7 +9,7 @@ import pytest
 from drawings import assert_drawn, texts
 
 from ropewalk.errors import ConfigError
-from ropewalk.evals.reports.base_plot import curves, plot_bases
+from ropewalk.evals.reports.rope_plots import curves, plot_bases
 from ropewalk.scaling import RopeSpec
 from ropewalk.scaling.base import base_rules
 

@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from ropewalk.evals.speed.contest import Spread, compete
-from ropewalk.evals.speed.contest_table import as_json, tables
-from ropewalk.evals.speed.worker import Reading
+from ropewalk.evals.speed.contest import Spread, as_json, compete, tables
+from ropewalk.evals.speed.worker import TimedRun
 
 
 class FakeLane:
@@ -26,7 +25,7 @@ class FakeLane:
 
     def _reading(self, what, count):
         chosen = [int(self._logits.argmax())] * count
-        return Reading(seconds=self._seconds[what].popleft(), chosen=chosen, logits=self._logits)
+        return TimedRun(seconds=self._seconds[what].popleft(), chosen=chosen, logits=self._logits)
 
     def prefill(self, ids):
         self._log.append((self.name, "prefill", list(ids)))
@@ -75,7 +74,7 @@ def contest():
 
 def test_every_turn_runs_every_engine_once(contest):
     names, prompt = ["ropewalk float32", "llama.cpp q8_0"], [10, 11, 12, 13]
-    warm_up = [entry for n in names for entry in ((n, "prefill", prompt), (n, "decode", 4, [14, 15]))]
+    warm_up = [spec for n in names for spec in ((n, "prefill", prompt), (n, "decode", 4, [14, 15]))]
     prefills = [(n, "prefill", prompt) for n in names] * 2
     decodes = [(n, "decode", 4, [14, 15]) for n in names] * 4
     assert contest[1] == warm_up + prefills + decodes

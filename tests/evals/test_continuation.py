@@ -15,10 +15,9 @@ from PIL import Image
 import ropewalk as rw
 from ropewalk.cli.main import cli
 from ropewalk.evals.continuation import benchmark as continuation
-from ropewalk.evals.continuation.cuts import draw_all
+from ropewalk.evals.continuation.benchmark import draw_all
 from ropewalk.evals.continuation.methods import EXACT, HEALING, METHODS, OFF, ONE_BACK, STEPS, Ending
-from ropewalk.evals.continuation.plot import plot_continuation
-from ropewalk.evals.continuation.table import summarize, tables, to_markdown
+from ropewalk.evals.continuation.report import plot_continuation, summarize, tables, to_markdown
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.statistics import share_interval
 from ropewalk.tokenizer_tools import cuts

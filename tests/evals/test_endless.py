@@ -10,16 +10,15 @@ from click.testing import CliRunner
 import ropewalk as rw
 from ropewalk.cli.main import cli
 from ropewalk.evals.contexts.endless import cells
-from ropewalk.evals.contexts.endless_table import endless_rows, plot_endless, to_markdown
+from ropewalk.evals.contexts.report import endless_markdown, endless_rows, plot_endless
 from ropewalk.evals.data import Text
-from ropewalk.evals.models.local import Local
-from ropewalk.evals.models.reader import ModelReader
+from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.runs.result import Run
 
 
 @pytest.fixture(scope="module")
 def subject(tiny_folder):
-    return Local(rw.load(tiny_folder, max_length=2**31))
+    return LocalModel(rw.load(tiny_folder, max_length=2**31))
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +29,7 @@ def text(held_out_texts):
 def test_rows_are_the_losses_of_the_pass_and_of_windows_read_afresh(subject, text, tmp_path):
     (cell,) = cells(subject, text, [rw.parse("sink-window:64")], contexts=[3000], places=8)
     run, read = Run(tmp_path), []
-    subject.rope = cell.scaler
-    rows = cell.measure(subject, run, lambda held, count: read.append(count))
+    rows = cell.measure(subject.under(cell.scaler), run, lambda held, count: read.append(count))
     assert [(row["start"], row["end"]) for row in rows] == [
         (1, 256),
         (256, 512),
@@ -59,24 +57,22 @@ def test_rows_are_the_losses_of_the_pass_and_of_windows_read_afresh(subject, tex
     assert rows[-1]["cache_mb"] < 1.2 * rows[2]["cache_mb"]
     assert sum(read) > 2999
     assert cell.is_done(run) and endless_rows(run.rows) == rows
-    assert to_markdown(rows).count("\n| ") == 6
+    assert endless_markdown(rows).count("\n| ") == 6
 
 
 def test_the_start_token_stands_before_the_text_and_every_window(tmp_path, monkeypatch):
     model = tiny_model(bos=True)
-    (cell,) = cells(Local(model), words(WORDS), [rw.parse("sink-window:32")], contexts=[300], places=4)
+    (cell,) = cells(LocalModel(model), words(WORDS), [rw.parse("sink-window:32")], contexts=[300], places=4)
     plain, read = list(model.tokenizer(WORDS, add_special_tokens=False).input_ids), []
     assert list(cell.ids) == [256, *plain[:299]]
-    losses = ModelReader.losses
-    monkeypatch.setattr(
-        ModelReader, "losses", lambda reader, ids, *more: read.append(ids) or losses(reader, ids, *more)
-    )
+    losses = LocalModel.losses
+    monkeypatch.setattr(LocalModel, "losses", lambda reader, ids, *more: read.append(ids) or losses(reader, ids, *more))
     model.rope = cell.scaler
-    cell.measure(Local(model), Run(tmp_path), lambda *_: None)
+    cell.measure(LocalModel(model), Run(tmp_path), lambda *_: None)
     assert read[0] == list(cell.ids)
     places = [int(t) for start, end in cell.buckets for t in np.linspace(start, end - 1, 4)]
     assert read[1:] == [[256, *plain[max(0, t - 32) : t]] for t in places]  # 32 tokens, and the one they predict
-    bare = cells(Local(tiny_model()), words(WORDS), [rw.parse("sink-window:32")], contexts=[300], places=4)[0]
+    bare = cells(LocalModel(tiny_model()), words(WORDS), [rw.parse("sink-window:32")], contexts=[300], places=4)[0]
     assert (list(bare.ids), bare.start) == (plain[:300], 0)
 
 
@@ -113,10 +109,10 @@ def test_settings_have_tables_and_plots_of_their_own(tmp_path):
     rows = [endless_row(start) for start in (1, 256)]
     rows += [endless_row(start, rope="sink-window:64", window=64, loss=4.0) for start in (1, 256)]
     rows += [endless_row(start, text="other", dtype="int8", places=8, loss=5.0) for start in (1, 256)]
-    tables = to_markdown(rows).split("tokens recomputed in each row")
+    tables = endless_markdown(rows).split("tokens recomputed in each row")
     assert len(tables) == 4
     assert [table.count("| 5.000 |") for table in tables] == [0, 0, 0, 2]
-    assert "| not finite |" in to_markdown([endless_row(1, loss=None), endless_row(256)])
+    assert "| not finite |" in endless_markdown([endless_row(1, loss=None), endless_row(256)])
     assert "`sink-window:32`, toy (int8, trained at 256) on other, 512 tokens; 8 " in tables[2]
     rows[0]["loss"] = None
     assert [path.name for path in plot_endless(rows, tmp_path / "endless")] == [

@@ -13,7 +13,7 @@ from served import serving
 import ropewalk as rw
 from ropewalk.cli.main import cli
 from ropewalk.evals.models import endpoint as endpoints
-from ropewalk.evals.models.endpoint import Endpoint
+from ropewalk.evals.models.endpoint import ServedModel
 from ropewalk.evals.runs.comparison import compare_runs
 from ropewalk.evals.runs.result import Run
 
@@ -43,8 +43,8 @@ def book(tmp_path_factory, held_out_texts):
 @pytest.fixture
 def unpublished(monkeypatch):
     """Rows only: tables, plots and reports take most of the time."""
-    monkeypatch.setattr("ropewalk.evals.reports.publish.publish", lambda run, **rest: [])
-    monkeypatch.setattr("ropewalk.evals.reports.publish.print_results", lambda *rest: None)
+    monkeypatch.setattr("ropewalk.evals.reports.report.publish", lambda run, **rest: [])
+    monkeypatch.setattr("ropewalk.evals.reports.report.print_results", lambda *rest: None)
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +233,7 @@ def test_which_tokens_are_the_likeliest(model, named, held_out_texts, tells):
     with torch.inference_mode():
         laws = model.hf(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
     with serving(model, tells=tells, limit=101) as server:
-        found = Endpoint(str(named), server.url)
+        found = ServedModel(str(named), server.url)
         scored = found.score(ids, 20)
         with pytest.raises(rw.ContextOverflow, match="101 tokens and the 1"):
             found.score([*ids, 5], 20)
@@ -246,7 +246,7 @@ def test_which_tokens_are_the_likeliest(model, named, held_out_texts, tells):
 
 def test_the_servers_own_words_are_shown(model, named):
     with serving(model, limit=40) as server:
-        found = Endpoint(str(named), server.url)
+        found = ServedModel(str(named), server.url)
         found.limit = None
         with pytest.raises(rw.EndpointError, match=r"answered 400: This model's maximum context length is 40 tokens\."):
             found.score([5] * 40, 1)
@@ -270,11 +270,11 @@ def test_addresses_that_are_none(model, named, tmp_path):
 def test_the_key_of_the_environment_is_sent_and_a_password_not_kept(model, named, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     with serving(model) as server:
-        Endpoint(str(named), server.url)
+        ServedModel(str(named), server.url)
         assert {*server.keys} == {"Bearer sesame"}
         monkeypatch.delenv("OPENAI_API_KEY")
         server.keys.clear()
-        found = Endpoint(str(named), server.url.replace("//", "//me:hush@"))
+        found = ServedModel(str(named), server.url.replace("//", "//me:hush@"))
         assert {key.split()[0] for key in server.keys} == {"Basic"}
     assert found.device == server.url
     assert "hush" not in found.name + found.describe()
@@ -317,17 +317,17 @@ def test_served_as_needs_an_endpoint(tiny_folder, tmp_path):
 
 def test_an_answer_that_lost_its_log_probabilities_is_no_loss(model, named, monkeypatch):
     with serving(model) as server:
-        found = Endpoint(str(named), server.url)
+        found = ServedModel(str(named), server.url)
         server.tells = "nothing"
         message = re.escape(f"{server.url} answered a prompt of 9 tokens without the prompt_logprobs of each")
         with pytest.raises(rw.EndpointError, match=message):
-            found.reader().losses([*range(5, 14)], 1, lambda past, count: None)
+            found.losses([*range(5, 14)], 1, lambda past, count: None)
     assert endpoints.FORMS[0].read({"prompt_logprobs": [None, {"7": {"logprob": -1.0}}]}, [3, 7]) == [(-1.0, None)]
 
 
 def test_a_token_that_the_served_model_has_not_is_refused_here(model, named):
     with serving(model) as server:
-        found = Endpoint(str(named), server.url)
+        found = ServedModel(str(named), server.url)
         asked = len(server.asked)
         with pytest.raises(rw.DataError, match="token id 5000 is not among this model's 0 to 1023"):
             found.score([1, 5000, 2], 1)

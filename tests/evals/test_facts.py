@@ -9,9 +9,9 @@ import ropewalk as rw
 from ropewalk.cli.main import cli
 from ropewalk.engine.session import Session
 from ropewalk.evals.contexts.facts import Document, FactsCell, cells, question
-from ropewalk.evals.contexts.facts_table import facts_rows, plot_facts, to_markdown, way_scores
+from ropewalk.evals.contexts.report import facts_markdown, facts_rows, plot_facts, way_scores
 from ropewalk.evals.data import Text, load_text
-from ropewalk.evals.models.local import Local
+from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.runs.result import Run
 
 HAY = Text(
@@ -23,7 +23,7 @@ HAY = Text(
 
 @pytest.fixture(scope="module")
 def subject(tiny_folder):
-    return Local(rw.load(tiny_folder, max_length=2**31))
+    return LocalModel(rw.load(tiny_folder, max_length=2**31))
 
 
 def count(text):
@@ -136,14 +136,13 @@ def test_the_real_model_answers_in_every_way(subject, tmp_path):
     planned = cells(subject, HAY, [rw.parse("yarn:4")], contexts=[600], parts=[4], documents=1, questions=2)
     run = Run(tmp_path)
     for cell in planned:
-        subject.rope = cell.scaler
-        rows = cell.measure(subject, run, lambda *_: None)
+        rows = cell.measure(subject.under(cell.scaler), run, lambda *_: None)
         assert all(isinstance(row["generated"], str) and 0 <= row["correct"] <= 1 for row in rows)
         assert isinstance(cell, FactsCell) and cell.outcome(rows).endswith("of 2")
     scores = way_scores(facts_rows(run.rows))
     assert [score.name for score in scores] == ["read whole, yarn:4", "only its end", "4 parts"]
     assert all(score.trials == 2 and score.low <= score.right <= score.high for score in scores)
-    assert to_markdown(run.rows).count("\n| ") == 4
+    assert facts_markdown(run.rows).count("\n| ") == 4
     assert facts_rows([*run.rows, {"task": "kv"}]) == run.rows
 
 
@@ -182,7 +181,7 @@ def test_settings_have_tables_and_plots_of_their_own(tmp_path):
     rows = [facts_row(*one) for one in asked]
     for changes in ({"dtype": "int8"}, {"text": "other"}, {"facts": 32}):
         rows += [facts_row(*one, correct=0.0, **changes) for one in asked]
-    text = to_markdown(rows)
+    text = facts_markdown(rows)
     assert text.count("| read whole, none | 320 | 100% |") == 1
     assert text.count("| read whole, none | 320 | 0% |") == 3
     for caption in ("16 facts in kjv, toy (int8", "16 facts in other, toy (float32", "32 facts in kjv, toy (float32"):

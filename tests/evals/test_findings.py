@@ -8,7 +8,7 @@ import pytest
 
 from ropewalk.evals.protocols.effective_length import effective_length, samples_to_decide
 from ropewalk.evals.reports.findings import findings
-from ropewalk.evals.reports.reach_table import reach_table
+from ropewalk.evals.reports.tables import reach_table
 from ropewalk.evals.runs import compare
 from ropewalk.evals.runs.compare import Difference
 from ropewalk.evals.runs.result import Run

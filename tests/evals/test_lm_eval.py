@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 import ropewalk as rw
 from ropewalk.cli.main import cli
 from ropewalk.evals.data import Text
-from ropewalk.evals.models.reader import Start
+from ropewalk.evals.models.measured import Start
 from ropewalk.evals.protocols.whole_text import Disjoint
 
 CODE = "def area(side):\n    return side * side\n\n\ndef volume(side):\n    return side ** 3\n" * 12

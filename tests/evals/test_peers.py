@@ -11,10 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 import ropewalk as rw
 from ropewalk.engine.checkpoints.source import resolve
 from ropewalk.engine.exports.gguf_write import write_gguf
+from ropewalk.evals.speed.against import engine_specs, parse_against
 from ropewalk.evals.speed.bandwidth import Memory, Traffic
-from ropewalk.evals.speed.entrants import entrants, parse_against
-from ropewalk.evals.speed.entry import Entry
-from ropewalk.evals.speed.peers import ENGINES, open_engine
+from ropewalk.evals.speed.engine import ENGINES, EngineSpec, open_engine
 from ropewalk.evals.speed.worker import ProcessWorker
 
 IDS = [5, 9, 300, 41, 77, 1000, 8, 8, 512, 3, 640, 21]
@@ -22,9 +21,9 @@ SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\
 TEXTS = ["def f(x):\n    return 1234 + x  # it's 1990\n\n  naïve", "a  12 345x\t\n\n b'LL", "日本語 and 😀 12,000.5%"]
 
 
-def entry(kind, source, dtype="float32", **changes):
+def spec(kind, source, dtype="float32", **changes):
     settings = {"context": 64, "room": 16, "threads": 1} | changes
-    return Entry(kind=kind, dtype=dtype, source=str(source), **settings)
+    return EngineSpec(kind=kind, dtype=dtype, source=str(source), **settings)
 
 
 def reference(folder, ids=IDS):
@@ -49,7 +48,7 @@ def check_engine(engine, expected, tolerance):
 
 @pytest.mark.parametrize("kind", ["ropewalk", "hf"])
 def test_ropewalk_and_transformers_are_the_model(tiny_folder, kind):
-    engine = open_engine(entry(kind, tiny_folder))
+    engine = open_engine(spec(kind, tiny_folder))
     check_engine(engine, reference(tiny_folder), 1e-4)
     assert (engine.dtype, engine.cache_dtype) == ("float32", "float32")
     assert engine.versions["torch"] == torch.__version__
@@ -57,29 +56,29 @@ def test_ropewalk_and_transformers_are_the_model(tiny_folder, kind):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_ropewalk_tells_what_it_runs_in(tiny_folder, dtype):
-    engine = open_engine(entry("ropewalk", tiny_folder, dtype))
+    engine = open_engine(spec("ropewalk", tiny_folder, dtype))
     cache = "bfloat16"  # int8 weights keep it too
     assert (engine.dtype, engine.cache_dtype) == (dtype, cache)
     assert np.abs(engine.prefill(IDS) - reference(tiny_folder)[-1]).max() < 0.5
 
 
 def test_ropewalk_says_in_its_name_that_transformers_modules_run_it(tiny_folder, tmp_path):
-    with ProcessWorker(entry("ropewalk", tiny_folder, "bfloat16")) as worker:
+    with ProcessWorker(spec("ropewalk", tiny_folder, "bfloat16")) as worker:
         assert worker.name == "ropewalk bfloat16"
-    with ProcessWorker(entry("ropewalk", tiny_folder, "float16")) as worker:
+    with ProcessWorker(spec("ropewalk", tiny_folder, "float16")) as worker:
         assert worker.name == "ropewalk float16 (by transformers' modules)"
         assert "not the compiled kernels: compiled kernels run on the CPU in float32" in worker.versions["network"]
 
 
 def test_llama_cpp_is_the_model(tiny_folder, tmp_path, llama_cpp):
     file = write_gguf(tiny_folder, tmp_path / "tiny.gguf", "f32")
-    check_engine(open_engine(entry("llama.cpp", file, "f32")), reference(tiny_folder), 0.01)  # its cache is float16
+    check_engine(open_engine(spec("llama.cpp", file, "f32")), reference(tiny_folder), 0.01)  # its cache is float16
 
 
 def test_llama_cpp_reads_prompts_of_several_batches(tiny_folder, tmp_path, llama_cpp):
     file = write_gguf(tiny_folder, tmp_path / "tiny.gguf", "f32")
     ids = np.random.default_rng(0).integers(1, 1024, 1100).tolist()
-    row = open_engine(entry("llama.cpp", file, "f32", context=1100)).prefill(ids)
+    row = open_engine(spec("llama.cpp", file, "f32", context=1100)).prefill(ids)
     assert np.abs(row - reference(tiny_folder, ids)[-1]).max() < 0.02
 
 
@@ -108,7 +107,7 @@ def test_llama_cpp_scales_positions_as_transformers_does(tiny_folder, tmp_path, 
     expected = reference(folder, ids)[-1]
     assert np.abs(expected - reference(tiny_folder, ids)[-1]).max() > 0.2, "the scaling does nothing here"
     file = write_gguf(folder, tmp_path / "scaled.gguf", "f32")
-    row = open_engine(entry("llama.cpp", file, "f32", context=200)).prefill(ids)
+    row = open_engine(spec("llama.cpp", file, "f32", context=200)).prefill(ids)
     assert np.abs(row - expected).max() < 0.02
 
 
@@ -145,7 +144,7 @@ def test_llama_cpp_is_smollm2(tmp_path, llama_cpp):
     file = write_gguf(folder, tmp_path / "smollm2.gguf", "f32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("".join(TEXTS)).input_ids
-    row = open_engine(entry("llama.cpp", file, "f32", context=len(ids))).prefill(ids)
+    row = open_engine(spec("llama.cpp", file, "f32", context=len(ids))).prefill(ids)
     expected = reference(folder, ids)[-1]
     assert np.abs(row - expected).max() < 0.05
     assert row.argmax() == expected.argmax()
@@ -154,11 +153,11 @@ def test_llama_cpp_is_smollm2(tmp_path, llama_cpp):
 def test_a_file_that_llama_cpp_cannot_load(tmp_path, llama_cpp):
     (tmp_path / "text.gguf").write_text("not a GGUF file, but long enough to hold a header\n" * 9)
     with pytest.raises(rw.RopewalkError, match=r"llama\.cpp cannot load .*text\.gguf \(.*magic"):
-        open_engine(entry("llama.cpp", tmp_path / "text.gguf", "f16"))
+        open_engine(spec("llama.cpp", tmp_path / "text.gguf", "f16"))
 
 
 def test_a_process_is_the_engine_and_can_die(tiny_folder):
-    with ProcessWorker(entry("hf", tiny_folder)) as worker:
+    with ProcessWorker(spec("hf", tiny_folder)) as worker:
         assert (worker.name, worker.dtype) == ("hf float32", "float32")
         expected = reference(tiny_folder)
         read = worker.prefill(IDS[:8])
@@ -176,18 +175,18 @@ def test_a_process_is_the_engine_and_can_die(tiny_folder):
 @pytest.mark.slow
 def test_an_engine_that_does_not_load_says_why(tmp_path):
     with pytest.raises(rw.AssetError, match="no config"):
-        ProcessWorker(entry("ropewalk", tmp_path, "auto"))
+        ProcessWorker(spec("ropewalk", tmp_path, "auto"))
     with pytest.raises(rw.RopewalkError, match=r"config.json cannot be used \(ValueError: Unrecognized model"):
-        ProcessWorker(entry("hf", tmp_path))
+        ProcessWorker(spec("hf", tmp_path))
 
 
 def test_the_usual_peers(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
-    def named(asked, *, bfloat16, dtype="auto"):
+    def named(peers, *, bfloat16, dtype="auto"):
         monkeypatch.setattr("ropewalk.engine.load.cpu_has_bfloat16", lambda: bfloat16)
-        return [e.name for e in entrants(str(tiny_folder), asked, dtype=dtype, context=8, room=1, threads=1)]
+        return [e.name for e in engine_specs(str(tiny_folder), peers, dtype=dtype, context=8, room=1, threads=1)]
 
     usual = [("hf", None), ("llama.cpp", None)]
     llama = ["llama.cpp bf16", "llama.cpp q8_0"]

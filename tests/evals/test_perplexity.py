@@ -12,23 +12,22 @@ from rich.console import Console
 
 import ropewalk as rw
 from ropewalk.evals.contexts.endless import EndlessCell
-from ropewalk.evals.models.local import Local
-from ropewalk.evals.models.reader import Start
+from ropewalk.evals.models.cost import ForwardCost
+from ropewalk.evals.models.local import LocalModel
+from ropewalk.evals.models.measured import Start
 from ropewalk.evals.protocols import harm
 from ropewalk.evals.protocols.by_name import PROTOCOLS, protocol, settings_of
 from ropewalk.evals.protocols.fixed_target import FixedTarget
-from ropewalk.evals.protocols.from_start import ByPosition, Truncate, position_edges
 from ropewalk.evals.protocols.harm import Harm
 from ropewalk.evals.protocols.longppl import JudgeCell, LongPPL
 from ropewalk.evals.protocols.perplexity_cell import cells
-from ropewalk.evals.protocols.skim_cell import SkimCell
-from ropewalk.evals.protocols.whole_text import Sliding
-from ropewalk.evals.reports.publish import publish
+from ropewalk.evals.protocols.whole_text import ByPosition, Sliding, Truncate, position_edges
+from ropewalk.evals.reports.report import publish
 from ropewalk.evals.retrieval.cells import cells as retrieval_cells
 from ropewalk.evals.retrieval.tasks import TASKS
-from ropewalk.evals.runs.cell import Cost
 from ropewalk.evals.runs.result import Run, recipe_key
 from ropewalk.evals.runs.runner import measure_all
+from ropewalk.evals.tuning.text import SkimCell
 from ropewalk.evals.tuning.tuned import Candidate, Tuned
 from ropewalk.scaling import Linear, Scaler, parse
 
@@ -61,7 +60,7 @@ def test_fixed_target_scores_the_same_tokens_at_every_context_and_uses_documents
     model = tiny_model()
     plan = FixedTarget(contexts=(32, 128), target=16, samples=3)
     documents = (WORDS[:100], WORDS[:400], WORDS[400:900])
-    planned = cells(Local(model), text(*documents), [Scaler()], plan)
+    planned = cells(LocalModel(model), text(*documents), [Scaler()], plan)
     targets = [[w.ids[w.first :] for w in cell.passages] for cell in planned]
     assert targets[0] == targets[1]
     assert [w.place for w in planned[0].passages] == ["1:200", "2:250", "1:400"]
@@ -91,7 +90,7 @@ def test_cells_of_other_windows_are_other_cells():
     """The longest context decides where windows end: the first of twenty cannot end at 95 in both."""
     model = tiny_model()
     short, long = (
-        cells(Local(model), text(WORDS), [Scaler()], FixedTarget(contexts=contexts, target=16, samples=20))[0]
+        cells(LocalModel(model), text(WORDS), [Scaler()], FixedTarget(contexts=contexts, target=16, samples=20))[0]
         for contexts in ((32,), (32, 100))
     )
     assert [w.place for w in short.passages[1:]] == [w.place for w in long.passages[1:]]
@@ -115,7 +114,7 @@ def test_other_weights_at_the_same_path_are_measured_anew(tmp_path):
     run = run_plan(tmp_path, first, plan, WORDS)
     other = tiny_model(uniform=True)  # of the same name
     for model, is_done in ((tiny_model(), True), (other, False)):
-        (cell,) = cells(Local(model), text(WORDS), [Scaler()], plan)
+        (cell,) = cells(LocalModel(model), text(WORDS), [Scaler()], plan)
         assert cell.is_done(run) == is_done
 
 
@@ -126,8 +125,8 @@ def test_auto_is_told_by_what_it_stands_for_and_measured_anew_when_that_changes(
 
     def planned():
         model.rope = None
-        found = cells(Local(model), text(WORDS), [Scaler(), auto], plan)
-        asked = retrieval_cells(Local(model), [TASKS["passkey"]], [auto], contexts=[1024], depths=[0.5], trials=1)
+        found = cells(LocalModel(model), text(WORDS), [Scaler(), auto], plan)
+        asked = retrieval_cells(LocalModel(model), [TASKS["passkey"]], [auto], contexts=[1024], depths=[0.5], trials=1)
         return [*found, *asked]
 
     default, far = "self-extend:8,window=16", "self-extend:32,window=16"
@@ -144,7 +143,7 @@ def test_auto_is_told_by_what_it_stands_for_and_measured_anew_when_that_changes(
     assert [cell.recipe.get("chosen") for cell in after] == [None, None, "none", "yarn:2", far]
     assert before[3].is_done(run) and not after[3].is_done(run)
     longppl = LongPPL(contexts=(128,), target=16, judge="auto")
-    judge, cell = cells(Local(model), text(WORDS), [Scaler()], longppl)
+    judge, cell = cells(LocalModel(model), text(WORDS), [Scaler()], longppl)
     assert judge.recipe["chosen"] == "none, yarn:2" and cell.recipe["judge"] == "none, yarn:2 at 128"
 
 
@@ -160,7 +159,9 @@ def broken(monkeypatch):
 def test_a_loss_that_is_not_finite_does_not_end_the_run(tmp_path, broken):
     run, plan = Run(tmp_path), FixedTarget(contexts=(64, 128), target=16)
     with (tmp_path / "told").open("w") as file:
-        measure_all(Local(broken), cells(Local(broken), text(WORDS), [Scaler()], plan), run, Console(file=file))
+        measure_all(
+            LocalModel(broken), cells(LocalModel(broken), text(WORDS), [Scaler()], plan), run, Console(file=file)
+        )
     lost, found = run.rows
     assert (lost["loss"], lost["perplexity"], lost["reason"]) == (None, None, "loss is not finite")
     assert found["loss"] > 0 and "reason" not in found
@@ -271,7 +272,7 @@ def test_results_do_not_depend_on_the_chunk_or_on_the_order_of_cells(tmp_path, m
     whole = run_plan(tmp_path / "a", tiny_model(), plan, WORDS, scaler="dynamic-ntk")
     monkeypatch.setattr("ropewalk.engine.score.CHUNK", chunk)
     model, chunked = tiny_model(), Run(tmp_path / "b")
-    for cell in reversed(cells(Local(model), text(WORDS), [parse("linear:3"), parse("dynamic-ntk")], plan)):
+    for cell in reversed(cells(LocalModel(model), text(WORDS), [parse("linear:3"), parse("dynamic-ntk")], plan)):
         measure(model, cell, chunked)
     for row in whole.rows:
         found = chunked.find({k: row[k] for k in row if k in _recipe_fields(model, plan)})
@@ -279,7 +280,7 @@ def test_results_do_not_depend_on_the_chunk_or_on_the_order_of_cells(tmp_path, m
 
 
 def _recipe_fields(model, plan):
-    return cells(Local(model), text(WORDS), [Scaler()], plan)[0].row_recipes()[0].keys()
+    return cells(LocalModel(model), text(WORDS), [Scaler()], plan)[0].row_recipes()[0].keys()
 
 
 def test_the_head_in_small_chunks_is_the_head_at_once(monkeypatch):
@@ -294,13 +295,13 @@ def test_the_head_in_small_chunks_is_the_head_at_once(monkeypatch):
 def test_user_mistakes():
     model = tiny_model()
     with pytest.raises(rw.DataError, match=r"too short: 1 document\(s\) of 8k tokens needed, 0 there"):
-        cells(Local(model), text(WORDS), [Scaler()], FixedTarget(contexts=(64, 8192), target=16))
+        cells(LocalModel(model), text(WORDS), [Scaler()], FixedTarget(contexts=(64, 8192), target=16))
     with pytest.raises(rw.DataError, match=r"2 document\(s\) of 64 tokens needed, 1 there"):
-        cells(Local(model), text(WORDS), [Scaler()], Truncate(contexts=(64,), samples=2))
+        cells(LocalModel(model), text(WORDS), [Scaler()], Truncate(contexts=(64,), samples=2))
     with pytest.raises(rw.ConfigError, match="target 64 leaves no context within 64 tokens"):
-        cells(Local(model), text(WORDS), [Scaler()], FixedTarget(contexts=(64,), target=64))
+        cells(LocalModel(model), text(WORDS), [Scaler()], FixedTarget(contexts=(64,), target=64))
     with pytest.raises(rw.ConfigError, match="stride 65 must be between 1 and the context 64"):
-        cells(Local(model), text(WORDS), [Scaler()], Sliding(contexts=(64,), stride=65))
+        cells(LocalModel(model), text(WORDS), [Scaler()], Sliding(contexts=(64,), stride=65))
     with pytest.raises(rw.ConfigError, match="Did you mean 'sliding'"):
         protocol("slidng", (64,))
     with pytest.raises(rw.ConfigError, match="stride has no effect on fixed-target; leave it out, or use sliding"):
@@ -322,10 +323,10 @@ def test_the_usual_target_leaves_as_much_context():
 
 def test_cost_counts_the_steps_of_a_cell_once():
     model = tiny_model()
-    cost = Cost.of(model)
-    cell = cells(Local(model), text(WORDS), [Linear(factor=2)], FixedTarget(contexts=(128,), target=16))[0]
+    cost = ForwardCost.of(model)
+    cell = cells(LocalModel(model), text(WORDS), [Linear(factor=2)], FixedTarget(contexts=(128,), target=16))[0]
     steps = [cost.step(past, 1) for past in range(127)]
-    assert sum(steps) == pytest.approx(cost.cell(cell), rel=1e-9)
+    assert sum(steps) == pytest.approx(cost.passes(cell.windows), rel=1e-9)
     config = model.hf.config
     embedding = 257 * config.hidden_size
     weights = sum(p.numel() for p in model.hf.parameters()) - embedding

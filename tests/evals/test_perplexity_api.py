@@ -35,7 +35,7 @@ def test_a_uniform_function_takes_eight_bits_a_byte(monkeypatch, name):
     given = {key: value for key, value in settings.items() if key in settings_of(name)}
     arguments = {"protocol": name, "lengths": [128, 256], "tokenizer": byte_tokenizer(), "trained_length": 128}
     if name == "harm":
-        with pytest.raises(rw.ConfigError, match="cannot be held against another scaler's; load it with ropewalk"):
+        with pytest.raises(rw.ConfigError, match="cannot be compared with another scaler's; load it with ropewalk"):
             perplexity(uniform, text(WORDS), **(arguments | {"lengths": [128]}), **given)
         return
     rows = perplexity(uniform, text(WORDS), **arguments, **given)

@@ -9,8 +9,7 @@ import pytest
 from drawings import assert_drawn, texts
 
 from ropewalk.errors import DataError
-from ropewalk.evals.reports.harm_plot import plot_harm
-from ropewalk.evals.reports.plots import Point, plot_by_position, plot_loss_curve, plot_run, scale
+from ropewalk.evals.reports.loss_plots import Point, plot_by_position, plot_harm, plot_loss_curve, plot_run, scale
 from ropewalk.evals.runs.result import Run
 
 MakeRun = Callable[..., Run]

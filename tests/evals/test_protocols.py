@@ -8,14 +8,13 @@ import torch
 from byte_model import WORDS, llama_cpp_nats, losses, measure, run_plan, text, tiny_model
 
 import ropewalk as rw
-from ropewalk.evals.models.local import Local
-from ropewalk.evals.models.reader import ModelReader
+from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.protocols import longppl
+from ropewalk.evals.protocols.fixed_target import Repeat
 from ropewalk.evals.protocols.harm import Harm, compare_distributions
 from ropewalk.evals.protocols.longppl import JudgeCell, LongPPL, key_tokens
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.protocol import Window
-from ropewalk.evals.protocols.repeat import Repeat
 from ropewalk.evals.protocols.whole_text import Disjoint, LlamaCpp, Sliding
 from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import Scaler, parse
@@ -54,7 +53,7 @@ def test_llamacpp_is_its_sum(tmp_path, model, bos_model, bos, context):
 
 def test_llamacpp_needs_two_chunks(model):
     with pytest.raises(rw.DataError, match=r"two chunks: 128 tokens of text for a context of 64, and there are 100;"):
-        cells(Local(model), text(WORDS), [Scaler()], LlamaCpp(contexts=(64,), text_tokens=100))
+        cells(LocalModel(model), text(WORDS), [Scaler()], LlamaCpp(contexts=(64,), text_tokens=100))
 
 
 def disjoint_losses(model, ids, start, context):
@@ -216,7 +215,7 @@ def test_every_scaler_and_context_is_scored_on_the_judges_keys_and_the_judge_is_
     monkeypatch.setattr(longppl, "GAIN", 0.05)
     monkeypatch.setattr(longppl, "MOST_LOSS", 99.0)
     plan = LongPPL(contexts=(64, 128), target=48, samples=2, judge="yarn: 2.0")
-    planned = cells(Local(model), text(WORDS), [parse("none"), parse("linear:2")], plan)
+    planned = cells(LocalModel(model), text(WORDS), [parse("none"), parse("linear:2")], plan)
     assert isinstance(planned[0], JudgeCell)
     assert planned[0].windows == [63, 63, 127, 127]
     run = Run(tmp_path)
@@ -274,7 +273,7 @@ def test_harm_against_all_logits_at_once(tmp_path, scaler):
 def test_harm_does_not_depend_on_how_much_is_held_at_once(monkeypatch):
     model = tiny_model()
     window = Window(ids=body(model)[:64], first=10, place="0:64")
-    readers = ModelReader(model), ModelReader(model, parse("linear:2"))
+    readers = LocalModel(model), LocalModel(model, parse("linear:2"))
     whole = compare_distributions(*readers, window, lambda past, count: None)
     monkeypatch.setattr("ropewalk.engine.score.LOGITS_BUDGET", 257 * 5)
     monkeypatch.setattr("ropewalk.evals.protocols.harm._ROWS", 3)
@@ -291,6 +290,6 @@ def test_harm_does_not_depend_on_how_much_is_held_at_once(monkeypatch):
 
 def test_harm_is_for_lengths_that_the_model_reads(model):
     with pytest.raises(rw.ConfigError, match="trained to read 64; the context 128 is beyond it: ask for shorter ones"):
-        cells(Local(model), text(WORDS), [Scaler()], Harm(contexts=(32, 128)))
+        cells(LocalModel(model), text(WORDS), [Scaler()], Harm(contexts=(32, 128)))
     with pytest.raises(rw.ConfigError, match="target 40 twice does not fit 64 tokens"):
-        cells(Local(model), text(WORDS), [Scaler()], Repeat(contexts=(64,), target=40))
+        cells(LocalModel(model), text(WORDS), [Scaler()], Repeat(contexts=(64,), target=40))

@@ -12,7 +12,7 @@ import pytest
 
 from ropewalk.errors import DataError
 from ropewalk.evals.reports.findings import findings
-from ropewalk.evals.reports.plots import plot_run
+from ropewalk.evals.reports.loss_plots import plot_run
 from ropewalk.evals.reports.report import Passage, write_report
 from ropewalk.evals.runs.result import Run
 

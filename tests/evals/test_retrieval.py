@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import ropewalk as rw
 from ropewalk.cli.main import cli
 from ropewalk.evals.data import Text
-from ropewalk.evals.models.local import Local
+from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.models.stand_in import Oracle, replace_runner
 from ropewalk.evals.retrieval.cells import cells
 from ropewalk.evals.retrieval.task import Place
@@ -42,11 +42,14 @@ def trial_of(model, name="passkey", length=400, seed=0):
 def measure(model, run, names=("passkey",), spec="none", **options):
     rows = []
     planned = cells(
-        Local(model), [TASKS[name] for name in names], [parse(spec)], **{"contexts": [400], "depths": [0.5], **options}
+        LocalModel(model),
+        [TASKS[name] for name in names],
+        [parse(spec)],
+        **{"contexts": [400], "depths": [0.5], **options},
     )
     for cell in planned:
         model.rope = cell.scaler
-        rows += cell.measure(Local(model), run, lambda past, count: None)
+        rows += cell.measure(LocalModel(model), run, lambda past, count: None)
     return rows
 
 
@@ -54,7 +57,7 @@ def measure(model, run, names=("passkey",), spec="none", **options):
 def test_scores_are_those_of_plain_transformers(model, spec):
     trial = trial_of(model, length=600)
     model.rope = spec
-    heard = Local(model).run_trial(trial)
+    heard = LocalModel(model).run_trial(trial)
     model.rope = None
     fixed = {"length": len(trial.prompt_ids) + trial.new_tokens} if parse(spec).depends_on_length else {}
     with rw.patch(model.hf, spec, **fixed), torch.inference_mode():
@@ -78,15 +81,15 @@ def test_the_prompt_is_read_once(model, monkeypatch):
     monkeypatch.setattr(
         model._runner, "forward", lambda ids, *rest, **more: read.append(len(ids)) or forward(ids, *rest, **more)
     )
-    Local(model).run_trial(trial)
+    LocalModel(model).run_trial(trial)
     assert sum(read) == len(trial.prompt_ids) + len(trial.answer_ids) - 1 + trial.new_tokens
 
 
 def test_a_cache_that_cannot_forget_is_not_gone_on_from(model, monkeypatch):
     trial = trial_of(model)
-    whole = Local(model).run_trial(trial)
+    whole = LocalModel(model).run_trial(trial)
     monkeypatch.setattr("ropewalk.evals.models.local.can_rewind", lambda cache: False)
-    assert Local(model).run_trial(trial) == whole
+    assert LocalModel(model).run_trial(trial) == whole
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -112,7 +115,7 @@ def test_an_oracle_that_is_asked_something_else_objects(tiny_folder):
     model = rw.load(tiny_folder, max_length=2**31, compile=False)
     replace_runner(model, "oracle").learn(trial_of(model, seed=1))
     with pytest.raises(AssertionError, match="other tokens than the trial's"):
-        Local(model).run_trial(trial_of(model, seed=2))
+        LocalModel(model).run_trial(trial_of(model, seed=2))
 
 
 def test_rows_hold_what_was_asked_and_what_came_out(model, tmp_path):
@@ -134,8 +137,8 @@ def test_a_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
     run = Run(tmp_path)
     measure(model, run, trials=2)
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    asked, run_trial = [], Local.run_trial
-    monkeypatch.setattr(Local, "run_trial", lambda *rest: asked.append(1) or run_trial(*rest))
+    asked, run_trial = [], LocalModel.run_trial
+    monkeypatch.setattr(LocalModel, "run_trial", lambda *rest: asked.append(1) or run_trial(*rest))
     rows = measure(model, Run(tmp_path), trials=4)
     assert len(asked) == 2
     assert [row["seed"] for row in rows] == [0, 1, 2, 3]
@@ -151,7 +154,7 @@ def test_a_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
 
 def test_cells_come_scaler_by_scaler_and_mistakes_are_told(model):
     planned = cells(
-        Local(model),
+        LocalModel(model),
         [TASKS["passkey"], TASKS["kv"]],
         [parse("none"), parse("yarn:4")],
         contexts=[600, 800],
@@ -164,11 +167,11 @@ def test_cells_come_scaler_by_scaler_and_mistakes_are_told(model):
     assert len(planned) == 16
     assert planned[1].label == "600 passkey depth 1"
     with pytest.raises(rw.ConfigError, match=r"depth 1.5 must lie between 0 .* and 1"):
-        cells(Local(model), [TASKS["passkey"]], [parse("none")], contexts=[600], depths=[1.5])
+        cells(LocalModel(model), [TASKS["passkey"]], [parse("none")], contexts=[600], depths=[1.5])
     with pytest.raises(rw.ConfigError, match="passkey has a needle at a depth that is asked for; give one at least"):
-        cells(Local(model), [TASKS["niah_single_1"], TASKS["passkey"]], [parse("none")], contexts=[900])
+        cells(LocalModel(model), [TASKS["niah_single_1"], TASKS["passkey"]], [parse("none")], contexts=[900])
     with pytest.raises(rw.DataError, match="the shortest prompt"):
-        cells(Local(model), [TASKS["kv"]], [parse("none")], contexts=[50], depths=[1])
+        cells(LocalModel(model), [TASKS["kv"]], [parse("none")], contexts=[50], depths=[1])
 
 
 def ropewalk(*arguments):

@@ -11,11 +11,10 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from ropewalk.evals.protocols.effective_length import LEAST_FOUND, reach
-from ropewalk.evals.reports.retrieval_findings import retrieval_findings
+from ropewalk.evals.reports.findings import retrieval_findings
 from ropewalk.evals.reports.retrieval_plots import plot_heat, plot_retrieval
-from ropewalk.evals.reports.score_grids import score_grids
-from ropewalk.evals.reports.table import write_tables
-from ropewalk.evals.retrieval.score import score, settings
+from ropewalk.evals.reports.tables import score_grids, write_tables
+from ropewalk.evals.retrieval.score import score, score_groups
 from ropewalk.evals.retrieval.tasks import RULER, SUITES
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.statistics import mean_interval, score_interval, share_interval
@@ -117,16 +116,16 @@ def test_settings_differ_in_any_field_of_the_recipe():
     rows = [r | {"words": "2.2"} for r in trials("none", K, 4, 4, suite="niah")]
     rows += [r | {"words": "3.0", "correct": 0.0} for r in rows]
     rows += [rows[0] | {"tokenizer": "other"}, rows[0] | {"weights": "ab"}]
-    assert [s.score("none", K).mean for s in settings(rows)] == [1, 0, 1, 1]
+    assert [s.score("none", K).mean for s in score_groups(rows)] == [1, 0, 1, 1]
     (vt,) = trials("none", K, 1, 1, suite=RULER, task="vt")  # draws no words
     cwe = [vt | {"task": "cwe", "words": version} for version in ("2.2", "3.0")]
-    assert [s.tasks for s in settings([cwe[0], vt, cwe[1]])] == [["vt", "cwe"]] * 2
-    assert len(settings([vt, vt | {"form": 2}])) == 2
+    assert [s.tasks for s in score_groups([cwe[0], vt, cwe[1]])] == [["vt", "cwe"]] * 2
+    assert len(score_groups([vt, vt | {"form": 2}])) == 2
 
 
 def reach_of(**right_of_20):
     rows = [r for name, right in right_of_20.items() for r in trials("none", int(name[1:]) * K, right, 20)]
-    return reach(settings(rows)[0].scores("none"), LEAST_FOUND)
+    return reach(score_groups(rows)[0].scores("none"), LEAST_FOUND)
 
 
 def test_a_length_counts_while_it_and_all_below_keep_the_rule():
@@ -173,8 +172,8 @@ def test_rulers_rule_is_a_share_of_the_methods_own_score():
 
 
 def tables(rows):
-    (setting,) = settings(rows)
-    return score_grids(setting)
+    (group,) = score_groups(rows)
+    return score_grids(group)
 
 
 def test_tables():
@@ -240,7 +239,7 @@ def test_plots(tmp_path):
     curve = texts(paths[3])
     assert {"none  17%", "yarn:2  80% at 8k", "trained length 8k", "100%"} <= {*curve}
     assert {*SUITES[RULER], "0.30", "n=2"} <= {*texts(paths[5])}
-    again = plot_heat(settings(run.rows)[0], tmp_path / "again")
+    again = plot_heat(score_groups(run.rows)[0], tmp_path / "again")
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths[:2]]
 
 

@@ -18,8 +18,7 @@ from matplotlib.transforms import Bbox
 from ropewalk.cli.main import cli
 from ropewalk.errors import ConfigError
 from ropewalk.evals.reports import style
-from ropewalk.evals.reports.plots import plot_scaler
-from ropewalk.evals.reports.scaler_plot import decay, in_short
+from ropewalk.evals.reports.scaler_plot import decay, in_short, plot_scaler
 from ropewalk.scaling import RopeSpec, Scaler, parse
 
 ROPE = RopeSpec(dim=64, base=1e5, trained_length=8192)

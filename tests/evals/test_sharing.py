@@ -25,7 +25,7 @@ import torch
 torch.set_num_threads(1)
 import ropewalk as rw
 from ropewalk.evals.data import load_text
-from ropewalk.evals.models.local import Local
+from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.by_name import protocol
 from ropewalk.evals.runs.result import Run
@@ -35,7 +35,7 @@ from ropewalk.scaling import parse
 model_folder, text = sys.argv[1:3]
 model = rw.load(model_folder, compile=False)
 plan = protocol("by-position", (100, 200, 300, 400, 500, 600))
-subject = Local(model)
+subject = LocalModel(model)
 todo = cells(subject, load_text(text), [parse(s) for s in ("none", "yarn:2", "ntk:2", "linear:2", "rerope:64")], plan)
 print("ready", flush=True)
 for line in sys.stdin:

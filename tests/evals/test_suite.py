@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from ropewalk.cli.main import cli
 from ropewalk.errors import DataError, RopewalkError
-from ropewalk.evals.reports.passages import passages_of
-from ropewalk.evals.reports.reach_table import reach_table
+from ropewalk.evals.reports.report import passages_of
+from ropewalk.evals.reports.tables import reach_table
 from ropewalk.evals.retrieval.score import MEASURED as TRIAL_MEASURED
 from ropewalk.evals.runs import preset
 from ropewalk.evals.runs.compare import MEASURED

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ropewalk.errors import DataError
-from ropewalk.evals.reports.table import loss_table, to_csv, write_tables
+from ropewalk.evals.reports.tables import loss_table, to_csv, write_tables
 from ropewalk.evals.runs import compare
 from ropewalk.evals.runs.result import Run
 
@@ -74,7 +74,7 @@ def test_other_scored_tokens_are_another_setting(make_run: MakeRun) -> None:
 def test_any_other_field_of_the_recipe_is_another_setting(make_run: MakeRun, field: str) -> None:
     make_run({"none": {8: 3.48}})
     run = make_run({"none": {8: 3.40}}, **{field: "other"})
-    assert len(compare.settings(run.rows)) == 2
+    assert len(compare.comparable_groups(run.rows)) == 2
 
 
 def test_csv_is_long_and_complete() -> None:

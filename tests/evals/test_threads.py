@@ -8,13 +8,12 @@ import torch
 import ropewalk as rw
 from ropewalk.evals.continuation.benchmark import measure
 from ropewalk.evals.data import load_text
-from ropewalk.evals.models.local import Local
-from ropewalk.evals.protocols.skim_cell import SkimCell
+from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.retrieval.task import Place
 from ropewalk.evals.retrieval.tasks import TASKS
 from ropewalk.evals.retrieval.trial import assemble
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.tuning.text import TuneText
+from ropewalk.evals.tuning.text import SkimCell, TuneText
 from ropewalk.scaling import parse
 from ropewalk.tokenizer_tools import cuts
 
@@ -67,18 +66,18 @@ def no_progress(past, count):
 
 def run_trial(model, tmp_path):
     place = Place(context=500, depth=0.5, text=None)
-    return Local(model).run_trial(assemble(TASKS["passkey"], model.tokenizer, place, 0)).logprobs
+    return LocalModel(model).run_trial(assemble(TASKS["passkey"], model.tokenizer, place, 0)).logprobs
 
 
 def logits(model, tmp_path):
-    return torch.cat(list(Local(model).reader().logits(IDS, 400, no_progress))).tolist()
+    return torch.cat(list(LocalModel(model).logits(IDS, 400, no_progress))).tolist()
 
 
 def skim(model, tmp_path):
     texts = TuneText(model, load_text("shakespeare"), 1024, searches=False)
     cell = texts.skim(parse(SPEC), texts.windows[0])
     assert isinstance(cell, SkimCell)
-    return cell.measure(Local(model), Run(tmp_path), no_progress)[0]["loss"]
+    return cell.measure(LocalModel(model), Run(tmp_path), no_progress)[0]["loss"]
 
 
 def continuation(model, tmp_path):

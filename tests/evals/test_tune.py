@@ -13,7 +13,7 @@ import ropewalk as rw
 from ropewalk.cli.main import cli
 from ropewalk.errors import ConfigError, DataError
 from ropewalk.evals.data import load_text
-from ropewalk.evals.models.local import Local
+from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.protocols.by_name import protocol
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.protocol import tokens_sha256
@@ -155,7 +155,9 @@ def test_what_an_earlier_search_has_read_is_taken_in(model, text, folder, found,
     last = next(c for c in reversed(found.ranking) if not c.read)
     run = Run(Path(shutil.copytree(folder, tmp_path / "run")))
     measured = TuneText(model, text, TARGET, searches=False)
-    measure_all(Local(model), [measured.read(last.scaler, window) for window in measured.windows], run, new_console())
+    measure_all(
+        LocalModel(model), [measured.read(last.scaler, window) for window in measured.windows], run, new_console()
+    )
     again = rw.tune(model, TARGET, text=text, out=run.folder)
     assert next(c for c in again.ranking if str(c.scaler) == str(last.scaler)).places == 9
     assert str(again.winner.scaler) == str(found.winner.scaler)
@@ -227,7 +229,7 @@ def test_a_grid_of_everything_finds_nothing_better(model, text, found, folder, t
     """Read whole at the same places, at several times the cost; docs/tune.md has a finer grid, at 13 times."""
     plan = protocol("fixed-target", (TARGET,), target=TARGET // 4, samples=9)
     run = Run(tmp_path)
-    measure_all(Local(model), cells(Local(model), text, grid(model.spec, TARGET), plan), run, new_console())
+    measure_all(LocalModel(model), cells(LocalModel(model), text, grid(model.spec, TARGET), plan), run, new_console())
     best = min(run.rows, key=lambda row: row["loss"])
     won = np.concatenate([*found.winner.read.values()])
     mean, low, high = paired_difference(won, run.losses(best))
@@ -242,7 +244,7 @@ def test_a_grid_of_everything_finds_nothing_better(model, text, found, folder, t
 def test_a_skim_tells_which_tokens_it_scored(model, text, tmp_path):
     places = TuneText(model, text, TARGET, searches=False)
     skim, read = (make(Scaler(), places.windows[0]) for make in (places.skim, places.read))
-    rows = [cell.measure(Local(model), Run(tmp_path), lambda past, count: None)[0] for cell in (skim, read)]
+    rows = [cell.measure(LocalModel(model), Run(tmp_path), lambda past, count: None)[0] for cell in (skim, read)]
     scored = [one.ids[one.first :] for one in (skim.window, read.passages[0])]
     assert [row["tokens_sha256"] for row in rows] == [tokens_sha256(ids) for ids in scored]
 

@@ -42,10 +42,9 @@ def facts(
     from ..engine.load import load
     from ..errors import ConfigError
     from ..evals.contexts.facts import cells
-    from ..evals.contexts.facts_table import facts_rows, plot_facts, to_markdown
-    from ..evals.contexts.publish import publisher
+    from ..evals.contexts.report import facts_markdown, facts_rows, plot_facts, publisher
     from ..evals.data import load_text
-    from ..evals.models.local import Local
+    from ..evals.models.local import LocalModel
     from ..scaling import parse_length
 
     try:
@@ -55,19 +54,19 @@ def facts(
     if min(counts) < 1:
         raise ConfigError(f"--parts {parts!r} must be 1 or more each")
     scalers, hay = asked.scalers(), load_text(text)
-    subject = Local(load(asked.model, **loading, max_length=2**31))
+    model = LocalModel(load(asked.model, **loading, max_length=2**31))
     planned = cells(
-        subject,
+        model,
         hay,
         scalers,
-        contexts=[parse_length(length, subject.trained_length) for length in lengths.split(",")],
+        contexts=[parse_length(length, model.trained_length) for length in lengths.split(",")],
         parts=counts,
         documents=documents,
         questions=questions,
     )
 
-    finish = publisher("facts", facts_rows, to_markdown, plot_facts)
-    asked.measure(subject, planned, finish, name="facts", deadline=deadline)
+    finish = publisher("facts", facts_rows, facts_markdown, plot_facts)
+    asked.measure(model, planned, finish, name="facts", deadline=deadline)
 
 
 @click.command(
@@ -97,16 +96,15 @@ def endless(asked: Measurement, lengths: str, text: str, places: int, loading: d
     deadline = deadline_in(asked.max_minutes)
     from ..engine.load import load
     from ..evals.contexts.endless import cells
-    from ..evals.contexts.endless_table import endless_rows, plot_endless, to_markdown
-    from ..evals.contexts.publish import publisher
+    from ..evals.contexts.report import endless_markdown, endless_rows, plot_endless, publisher
     from ..evals.data import load_text
-    from ..evals.models.local import Local
+    from ..evals.models.local import LocalModel
     from ..scaling import parse_length
 
     scalers, document = asked.scalers(), load_text(text)
-    subject = Local(load(asked.model, **loading, max_length=2**31))
-    contexts = [parse_length(length, subject.trained_length) for length in lengths.split(",")]
-    planned = cells(subject, document, scalers, contexts=contexts, places=places)
+    model = LocalModel(load(asked.model, **loading, max_length=2**31))
+    contexts = [parse_length(length, model.trained_length) for length in lengths.split(",")]
+    planned = cells(model, document, scalers, contexts=contexts, places=places)
 
-    finish = publisher("endless", endless_rows, to_markdown, plot_endless)
-    asked.measure(subject, planned, finish, name="endless", deadline=deadline)
+    finish = publisher("endless", endless_rows, endless_markdown, plot_endless)
+    asked.measure(model, planned, finish, name="endless", deadline=deadline)

@@ -95,7 +95,7 @@ def explain(model: str, length: str | None, out: Path | None) -> None:
     )
     _print(readings, tokens, console)
     if out is not None:
-        from ..evals.reports.engine_plot import plot_readings
+        from ..evals.reports.rope_plots import plot_readings
 
         for path in plot_readings(readings, tokens, Path(model).name, out.with_suffix("")):
             console.print(f"drawn  {escape(str(path))}", highlight=False)

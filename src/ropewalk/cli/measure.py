@@ -99,11 +99,11 @@ def ppl(
     }
     settings = _settings(protocol, given | {"text_tokens": parse_length(tokens) if tokens else None})
     scalers, documents = asked.scalers(), load_text(text)
-    subject = where.open(asked.model)
-    contexts = tuple(parse_length(length, subject.trained_length) for length in lengths.split(","))
-    cells = cells_of(subject, documents, scalers, named_protocol(protocol, contexts, **settings))
-    title = f"{short(subject.name)} on {short(text)}"
-    asked.carry_out(subject, cells, name=Path(text).stem, title=title, deadline=deadline)
+    model = where.open(asked.model)
+    contexts = tuple(parse_length(length, model.trained_length) for length in lengths.split(","))
+    cells = cells_of(model, documents, scalers, named_protocol(protocol, contexts, **settings))
+    title = f"{short(model.name)} on {short(text)}"
+    asked.carry_out(model, cells, name=Path(text).stem, title=title, deadline=deadline)
 
 
 @click.command(epilog=EXAMPLES + "  ropewalk demo\n  ropewalk demo --full --out runs/full")

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..evals.models.subject import Subject
+    from ..evals.models.measured import MeasuredModel
     from ..evals.runs.cell import Cell
     from ..evals.runs.result import Run
     from ..scaling.rope import Scaler
@@ -53,7 +53,7 @@ class Measurement:
         return parse(spec, lambda: trained_length(self.model))
 
     def carry_out(
-        self, subject: Subject, cells: Sequence[Cell], *, name: str, title: str, deadline: float | None
+        self, model: MeasuredModel, cells: Sequence[Cell], *, name: str, title: str, deadline: float | None
     ) -> None:
         """Measure `cells` and publish the run; of several processes the first one publishes.
 
@@ -64,16 +64,16 @@ class Measurement:
             title: the report's heading.
             deadline: `time.monotonic()` value; what would not finish before it is left out. None for no limit.
         """
-        from ..evals.reports.publish import print_results, publish
+        from ..evals.reports.report import print_results, publish
 
         def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:
             print_results(run, publish(run, title=title), left_out, console)
 
-        self.measure(subject, cells, finish, name=name, deadline=deadline)
+        self.measure(model, cells, finish, name=name, deadline=deadline)
 
     def measure(
         self,
-        subject: Subject,
+        model: MeasuredModel,
         cells: Sequence[Cell],
         finish: Callable[[Run, Sequence[Cell], Console], None],
         *,
@@ -87,11 +87,11 @@ class Measurement:
 
         console = runner.new_console()
         if self.dry_run:
-            runner.print_plan(subject, cells, console)
+            runner.print_plan(model, cells, console)
             return
         run = open_run(self.out or Path("runs") / f"{Path(self.model).name}-{name}")
         run.write_environment()
-        outcome = runner.measure_all(subject, cells, run, console, deadline=deadline)
+        outcome = runner.measure_all(model, cells, run, console, deadline=deadline)
         if tensor_parallel.is_first():
             finish(run, outcome.left_out, console)
 
@@ -115,7 +115,7 @@ class ModelTarget:
     served_as: str | None
     loading: dict[str, Any]
 
-    def open(self, model: str) -> Subject:
+    def open(self, model: str) -> MeasuredModel:
         """The model, loaded here or found at its server; what was found there is told on the screen.
 
         Raises:
@@ -125,16 +125,18 @@ class ModelTarget:
         """
         if self.endpoint is None:
             from ..engine.load import load
-            from ..evals.models.local import Local
+            from ..evals.models.local import LocalModel
 
             if self.served_as is not None:
                 raise ConfigError("--served-as has no effect without --endpoint; leave it out")
-            return Local(load(model, **self.loading, max_length=2**31))  # past a scaler's reach is what is looked at
-        from ..evals.models.endpoint import Endpoint
+            return LocalModel(
+                load(model, **self.loading, max_length=2**31)
+            )  # the harness measures beyond a scaler's reach too
+        from ..evals.models.endpoint import ServedModel
         from ..evals.runs.runner import new_console
 
         if given := [name.replace("_", "-") for name, value in self.loading.items() if value not in ("auto", None)]:
             raise ConfigError(f"--{given[0]} has no effect on a model that is served; leave it out, or --endpoint")
-        found = Endpoint(model, self.endpoint, self.served_as)
+        found = ServedModel(model, self.endpoint, self.served_as)
         new_console().print(found.describe(), highlight=False, markup=False)
         return found

@@ -11,7 +11,8 @@ from .measurement import Measurement, ModelTarget, deadline_in
 from .options import EXAMPLES, measures, runs_anywhere
 
 if TYPE_CHECKING:
-    from ..evals.models.subject import Subject
+    from ..evals.models.local import LocalModel
+    from ..evals.models.measured import MeasuredModel
     from ..evals.retrieval.trial import Trial
 
 _DEPTHS = click.option(
@@ -148,32 +149,34 @@ def _run(
     scalers = asked.scalers()
     shares = _numbers(depths)
     haystack = None if text is None else load_text(text)
-    subject = where.open(asked.model)
-    before = _stand_in(subject, fake) if fake else None
+    model = where.open(asked.model)
+    before = None
+    if fake:
+        model, before = _stand_in(model, fake)
     planned = cells(
-        subject,
+        model,
         [TASKS[name] for name in names],
         scalers,
-        contexts=[parse_length(length, subject.trained_length) for length in lengths.split(",")],
+        contexts=[parse_length(length, model.trained_length) for length in lengths.split(",")],
         depths=shares,
         trials=trials,
         text=haystack,
         **({"before": before} if before else {}),
     )
     command = str(click.get_current_context().info_name)
-    asked.carry_out(subject, planned, name=command, title=f"{short(subject.name)}: {command}", deadline=deadline)
+    asked.carry_out(model, planned, name=command, title=f"{short(model.name)}: {command}", deadline=deadline)
 
 
-def _stand_in(subject: Subject, fake: str) -> Callable[[Trial], None] | None:
-    """Put a stand-in in the place of the network; returns what it must be told of each trial, if anything."""
+def _stand_in(model: MeasuredModel, fake: str) -> tuple[LocalModel, Callable[[Trial], None] | None]:
+    """Replace the network by a stand-in; returns the model and what is called before each trial, if anything."""
     from ..errors import ConfigError
-    from ..evals.models.local import Local
+    from ..evals.models.local import LocalModel
     from ..evals.models.stand_in import Oracle, replace_runner
 
-    if not isinstance(subject, Local):
+    if not isinstance(model, LocalModel):
         raise ConfigError("--fake replaces a network that is loaded here; leave it out, or --endpoint")
-    stand_in = replace_runner(subject.model, fake)
-    return stand_in.learn if isinstance(stand_in, Oracle) else None
+    stand_in = replace_runner(model.model, fake)
+    return LocalModel(model.model), stand_in.learn if isinstance(stand_in, Oracle) else None
 
 
 def _names(tasks: str, suite: str) -> list[str]:

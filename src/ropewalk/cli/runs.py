@@ -41,12 +41,14 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
     """
     from ..engine.load import load
     from ..evals.data import load_text
-    from ..evals.models.local import Local
+    from ..evals.models.local import LocalModel
     from ..evals.runs.compare import short
     from ..evals.runs.preset import PRESETS
 
     chosen, scalers, document = PRESETS[preset], asked.scalers(), load_text(text)
-    loaded = Local(load(asked.model, **loading, max_length=2**31))  # past a scaler's reach is what is looked at here
+    loaded = LocalModel(
+        load(asked.model, **loading, max_length=2**31)
+    )  # the harness measures beyond a scaler's reach too
     cells = chosen.cells(loaded, document, scalers)
     minutes = chosen.minutes if asked.max_minutes is None else asked.max_minutes
     title = f"{short(loaded.name)}: {', '.join(asked.ropes)}"
@@ -63,7 +65,7 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
 def report(runs: tuple[Path, ...], out: Path | None, title: str | None) -> None:
     """Tables, plots and report.html of RUNS anew; several become one run in --out."""
     from ..errors import ConfigError
-    from ..evals.reports.publish import print_results, publish
+    from ..evals.reports.report import print_results, publish
     from ..evals.runs.merge import merge, open_run
     from ..evals.runs.runner import new_console
 
@@ -114,7 +116,7 @@ def reconstruct(run: Path, row: int) -> None:
     from ..engine.checkpoints.checkpoint import read_tokenizer
     from ..engine.checkpoints.source import resolve
     from ..errors import DataError
-    from ..evals.reports.passages import passages_of
+    from ..evals.reports.report import passages_of
     from ..evals.runs.merge import open_run
 
     rows = open_run(run).rows

@@ -122,7 +122,7 @@ def base(
     if out is not None:
         from pathlib import Path
 
-        from ..evals.reports.base_plot import plot_bases
+        from ..evals.reports.rope_plots import plot_bases
 
         for path in plot_bases(rules, known.rope, tokens, Path(out).with_suffix("")):
             click.echo(f"drawn  {path}")

@@ -154,9 +154,9 @@ def _peers(
     import json
 
     from ..evals.speed.against import measure
-    from ..evals.speed.contest_table import as_json, tables
+    from ..evals.speed.contest import as_json, tables
 
-    outcome, about = measure(
+    result, about = measure(
         model,
         against,
         lengths=lengths.split(","),
@@ -169,14 +169,14 @@ def _peers(
     )
     built = {"network": "ropewalk", "llama.cpp": "llama.cpp"}
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name not in built)
-    console.print(f"{about['cpu']}, {about['threads']} threads; memory gives {outcome.bandwidth / 1e9:.1f} GB/s")
+    console.print(f"{about['cpu']}, {about['threads']} threads; memory gives {result.bandwidth / 1e9:.1f} GB/s")
     console.print(versions)
     for name, engine in built.items():
         if name in about["versions"]:
             console.print(f"{engine}: {about['versions'][name]}", markup=False)
-    for table in tables(outcome, outcome.timings[0].engine):
+    for table in tables(result, result.timings[0].engine):
         console.print(table)
-    click.echo(json.dumps(as_json(outcome, about)))
+    click.echo(json.dumps(as_json(result, about)))
 
 
 @click.command(

@@ -84,7 +84,7 @@ def tune(
     """
     from ..engine.load import load
     from ..evals.data import load_text
-    from ..evals.reports.publish import print_files
+    from ..evals.reports.report import print_files
     from ..evals.runs.compare import short
     from ..evals.runs.result import Run
     from ..evals.runs.runner import new_console
@@ -93,7 +93,7 @@ def tune(
 
     console = new_console()
     document = load_text(text)
-    loaded = load(model, **loading, max_length=2**31)  # past a scaler's reach is what is looked at here
+    loaded = load(model, **loading, max_length=2**31)  # the harness measures beyond a scaler's reach too
     run = Run(out or Path("runs") / f"{Path(model).name}-tune")
     run.write_environment()
     found = find(

@@ -1,4 +1,4 @@
-"""The report's section on perplexity rows of one setting."""
+"""The report's sections on perplexity rows and on retrieval rows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 from ...scaling import format_length
 from ..protocols.effective_length import TOLERANCE, is_kept
+from ..retrieval.score import ScoreGroup
 from ..runs import compare
 from ..runs.result import Row, Run
-from .extra_grids import extra_grids
 from .grid import NOTHING, Grid, Section, Shown, interval, signed, span
-from .table import TableCell, loss_table
+from .tables import TableCell, extra_grids, loss_table, score_grids
 
 _PROTOCOLS = {
     "fixed-target": "Windows of every context length end at the same place, and the same last tokens are scored in "
@@ -70,7 +70,7 @@ def loss_section(run: Run, group: list[Row]) -> Section:
     grids += extra_grids(group)
     note = "Tokens per second of the whole forward pass; seconds and peak memory of the process so far below."
     grids.append(grid("Speed and memory", note, _speed))
-    return Section(caption=table.caption, grids=grids, method=_method(group))
+    return Section(caption=table.caption, grids=grids, method=_loss_method(group))
 
 
 def _loss(cell: TableCell) -> Shown:
@@ -90,7 +90,7 @@ def _speed(cell: TableCell) -> Shown:
     return Shown(main=f"{cell.row['tokens_per_second']:,.0f}", small=small)
 
 
-def _method(group: Sequence[Row]) -> dict[str, str]:
+def _loss_method(group: Sequence[Row]) -> dict[str, str]:
     """How the rows of one setting were measured, by name."""
     row = group[0]
     done = [r for r in group if r.get("loss") is not None]
@@ -104,3 +104,34 @@ def _method(group: Sequence[Row]) -> dict[str, str]:
         "are hard or easy together; for few blocks wider, as Student's t. They cover the choice of tokens within this "
         "text, not other texts.",
     }
+
+
+_SUITES = {
+    "passkey": "A number of five digits stands in a long text of the same few sentences, and is asked for at its end.",
+    "niah": "A sentence with a number stands in a real text, and the number is asked for at its end.",
+    "kv": "One of many random pairs of a JSON object is asked for.",
+    "ruler-11-offline": "Eleven tasks of RULER (arXiv 2404.06654) that need no download, on another text: the scores "
+    "are not RULER's. Every task counts alike.",
+}
+
+
+def score_section(group: ScoreGroup) -> Section:
+    """The retrieval rows of one setting."""
+    return Section(caption=group.caption, grids=score_grids(group), method=_score_method(group))
+
+
+def _score_method(group: ScoreGroup) -> dict[str, str]:
+    row, rows = group.rows[0], group.rows
+    depths = ", ".join(f"{depth:g}" for depth in group.depths) or "chosen by the seed"
+    return {
+        "Task": _SUITES.get(group.suite, f"The task {group.suite} of another package."),
+        "Trials": f"{len(rows)} in all, {_range([one['prompt_tokens'] for one in rows])} tokens of prompt",
+        "Depths": depths,
+        **({"Text": f"{row['text']}, sha256 {row['text_sha256']}"} if row.get("text") else {}),
+        "Model": f"{row['model']}, trained length {row['trained_length']:,} tokens, {row['dtype']} on {row['device']}",
+        "Intervals": "95%: Wilson's for answers that are right or wrong, bootstrap over trials for the others.",
+    }
+
+
+def _range(values: Sequence[int]) -> str:
+    return span([min(values), max(values)] if min(values) < max(values) else [min(values)])

@@ -1,4 +1,4 @@
-"""Plots of a run: loss against context, loss by position, and harm. `plot_scaler` draws a method itself."""
+"""Plots of perplexity rows: loss against context, loss by position, and harm."""
 
 from __future__ import annotations
 
@@ -16,15 +16,11 @@ from ...errors import DataError
 from ...scaling import format_length
 from ..protocols.by_name import PROTOCOLS
 from ..protocols.fixed_target import FixedTarget
-from ..protocols.from_start import ByPosition
 from ..protocols.harm import Harm
+from ..protocols.whole_text import ByPosition
 from ..runs import compare
 from ..runs.result import Row, Run
 from . import style
-from .harm_plot import plot_harm
-from .scaler_plot import plot_scaler
-
-__all__ = ["plot_by_position", "plot_loss_curve", "plot_run", "plot_scaler"]
 
 OFF_SCALE = 1.0
 """Nats above the best loss at the trained length beyond which a value is marked at the edge instead."""
@@ -52,18 +48,18 @@ def plot_run(run: Run) -> list[Path]:
     `loss`, `loss_by_position` and `harm`; further settings of the same kind are `loss_2` and so on.
     """
     paths: list[Path] = []
-    for stem, group in named_settings(run.rows):
+    for stem, group in named_groups(run.rows):
         draw = {Harm.name: plot_harm, ByPosition.name: plot_by_position}.get(group[0]["protocol"])
         out = run.folder / stem
         paths += draw(group, out) if draw else plot_loss_curve(group, run, out)
     return paths
 
 
-def named_settings(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+def named_groups(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """The settings that have a loss, each with the name of its plot's files."""
     found: list[tuple[str, list[Row]]] = []
     taken: Counter[str] = Counter()
-    for group in compare.settings(row for row in rows if row.get("loss") is not None):
+    for group in compare.comparable_groups(row for row in rows if row.get("loss") is not None):
         stem = {ByPosition.name: "loss_by_position", Harm.name: "harm"}.get(group[0]["protocol"], "loss")
         taken[stem] += 1
         found.append((f"{stem}_{taken[stem]}" if taken[stem] > 1 else stem, group))
@@ -84,7 +80,7 @@ def plot_loss_curve(rows: Sequence[Row], run: Run, out_stem: Path) -> tuple[Path
     Raises:
         DataError: nothing to draw, or rows measured in different ways.
     """
-    group = _one_setting(rows)
+    group = _only_group(rows)
     base, delta = compare.reference(group), compare.deltas(run, group)
     curves: Curves = {}
     for rope in compare.methods(group):
@@ -122,7 +118,7 @@ def plot_by_position(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
     Raises:
         DataError: nothing to draw, or rows measured in different ways.
     """
-    group = _one_setting(rows)
+    group = _only_group(rows)
     if group[0]["protocol"] != "by-position":
         raise DataError(f"rows of protocol {group[0]['protocol']!r} have no position buckets; plot their loss curve")
     curves: Curves = {}
@@ -227,8 +223,8 @@ def _text(axes: Axes, text: str, place: tuple[float, float], transform: Transfor
     )
 
 
-def _one_setting(rows: Sequence[Row]) -> list[Row]:
-    groups = compare.settings(row for row in rows if row.get("loss") is not None)
+def _only_group(rows: Sequence[Row]) -> list[Row]:
+    groups = compare.comparable_groups(row for row in rows if row.get("loss") is not None)
     if len(groups) != 1:
         raise DataError(f"a plot needs measured perplexity rows of one setting; these hold {len(groups)}")
     return groups[0]
@@ -262,3 +258,66 @@ def _left(row: Row) -> int:
 
 def _centre(row: Row) -> float:
     return math.sqrt(_left(row) * row["bucket_end"])
+
+
+_PANELS = {"kl": "KL(untouched || scaled), nats", "difference": "loss difference, nats"}
+_MOST_LABELS = 12  # bars of a panel that have room for their values
+_WIDTH = 0.8  # of a group of bars, of the distance between groups
+
+
+def plot_harm(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
+    """KL and loss difference at every context, a bar for each scaler; writes `out_stem`.png and .svg, returns both.
+
+    Args:
+        rows: one setting of `harm`.
+        out_stem: path without suffix.
+
+    Raises:
+        DataError: nothing to draw, or rows measured in different ways.
+    """
+    groups = compare.comparable_groups(row for row in rows if row.get("loss") is not None)
+    if len(groups) != 1 or groups[0][0]["protocol"] != Harm.name:
+        raise DataError(f"a plot of harm needs measured rows of one setting of it; these hold {len(groups)} settings")
+    (group,) = groups
+    row = group[0]
+    with style.figure(
+        9,
+        6.6,
+        f"What scaling costs within the trained length: {compare.short(row['model'])} on {compare.short(row['text'])}",
+    ) as fig:
+        panels = fig.subplots(len(_PANELS), 1, sharex=True)
+        for axes, field in zip(panels, _PANELS, strict=True):
+            _draw_harm(axes, group, field)
+        panels[-1].set_xlabel("context (tokens)")
+        many = min(len(compare.methods(group)), 5)
+        panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=many, frameon=False, borderpad=0)
+        note = f"Scored: {Harm.scored(row)}. Lines: 95% intervals; same: likeliest next token."
+        fig.supxlabel(note, **style.FOOTNOTE)
+        return style.save(fig, out_stem)
+
+
+def _draw_harm(axes: Axes, group: Sequence[Row], field: str) -> None:
+    ropes, columns = compare.methods(group), compare.columns(group)
+    style.style_axes(axes, x="", y=_PANELS[field])
+    axes.axhline(0, color=style.MUTED, linewidth=0.8)
+    axes.set_xticks(range(len(columns)), list(columns.values()))
+    axes.tick_params(axis="x", length=0)
+    looks = style.line_styles(ropes)
+    for index, rope in enumerate(ropes):
+        step = (index - (len(ropes) - 1) / 2) * _WIDTH / len(ropes)
+        found = [(n + step, compare.measured(group, rope, at)) for n, at in enumerate(columns)]
+        bars = [(place, row) for place, row in found if row is not None]
+        places, values = [place for place, _ in bars], [row[field] for _, row in bars]
+        axes.bar(places, values, 0.9 * _WIDTH / len(ropes), color=looks[rope].color, label=rope, alpha=0.85)
+        for place, row in bars:
+            low, high = (row.get(f"{field}_{side}") for side in ("low", "high"))
+            low, high = (row[field] if bound is None else bound for bound in (low, high))
+            axes.vlines(place, low, high, color=style.INK, lw=1.2)
+            if len(ropes) * len(columns) <= _MOST_LABELS:
+                text = f"{row['kl']:.3g}\n{row['same_top1']:.0f}% same" if field == "kl" else f"{row[field]:+.3g}"
+                _label_bar(axes, text, (place, max(row[field], high, 0.0)))
+    axes.margins(y=0.25)
+
+
+def _label_bar(axes: Axes, text: str, place: tuple[float, float]) -> None:
+    axes.annotate(text, place, xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8.5)

@@ -1,0 +1,276 @@
+"""Tables and plots of the rows of `facts` and `endless`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from ...engine.storage import write_atomic
+from ...scaling.lengths import format_length
+from ..reports import style
+from ..reports.report import print_files, print_left_out
+from ..runs.cell import Cell
+from ..runs.compare import METHOD, group_rows, short
+from ..runs.result import Row, Run
+from ..statistics import share_interval
+from .facts import way_name
+
+FACTS_LEGEND = (
+    "Right: the share of questions whose first number is the right one, with Wilson's 95% interval (questions to one "
+    "document are not independent: true intervals are somewhat wider). Seconds: the first question to a document, "
+    "which reads it, and the median of the others."
+)
+"""What the columns are."""
+
+_FACTS_IGNORED = METHOD | {
+    *("context", "way", "parts", "document", "question"),
+    *("key", "correct", "answer", "generated", "sources", "seconds", "peak_memory_mb"),
+}
+"""Fields of the rows of one table that differ: its columns, and what was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WayScore:
+    """One way of reading at one length.
+
+    Attributes:
+        name: of the way, for people.
+        way, parts, rope, context: as in the rows.
+        right: the share of right answers, with its interval `low` to `high`.
+        trials: answers.
+        first, later: seconds of the first question to a document, and of the others.
+    """
+
+    name: str
+    way: str
+    parts: int
+    rope: str
+    context: int
+    right: float
+    low: float
+    high: float
+    trials: int
+    first: float
+    later: float
+
+
+def facts_rows(rows: Sequence[Row]) -> list[Row]:
+    """Those of such questions."""
+    return [row for row in rows if row.get("experiment") == "facts"]
+
+
+def way_scores(rows: Sequence[Row]) -> list[WayScore]:
+    """A score for every length and way of one setting, in the order of the rows."""
+    groups: dict[tuple[int, str, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["context"], row["way"], row["parts"], row["rope"]), []).append(row)
+    found = []
+    for (context, way, parts, rope), group in groups.items():
+        right = sum(row["correct"] for row in group)
+        low, high = share_interval(round(right), len(group))
+        first = {row["document"]: row for row in reversed(group)}
+        later = [row["seconds"] for row in group if row not in first.values()]
+        found.append(
+            WayScore(
+                name=way_name(way, parts) + (f", {rope}" if way == "whole" else ""),
+                way=way,
+                parts=parts,
+                rope=rope,
+                context=context,
+                right=right / len(group),
+                low=low,
+                high=high,
+                trials=len(group),
+                first=fmean(row["seconds"] for row in first.values()),
+                later=median(later) if later else float("nan"),
+            )
+        )
+    return sorted(found, key=lambda score: score.context)
+
+
+def facts_markdown(rows: Sequence[Row]) -> str:
+    """A table for every setting, with what was measured above it."""
+    return "\n".join(map(_facts_table, group_rows(facts_rows(rows), _FACTS_IGNORED)))
+
+
+def _facts_table(rows: Sequence[Row]) -> str:
+    scores, row = way_scores(rows), rows[0]
+    lines = [
+        f"{row['facts']} facts in {short(row['text'])}, {short(row['model'])} ({row['dtype']}, trained at "
+        f"{format_length(row['trained_length'])}). {FACTS_LEGEND}",
+        "",
+        "| the document is | length | right | 95% | questions | first, s | later, s |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for s in scores:
+        name = s.name.replace("|", "\\|")
+        lines.append(
+            f"| {name} | {format_length(s.context)} | {s.right:.0%} | {s.low:.0%} to {s.high:.0%} | {s.trials} "
+            f"| {s.first:.0f} | {s.later:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot_facts(rows: Sequence[Row], out_stem: Path) -> list[Path]:
+    """Shares of right answers with their intervals, a bar for each way; writes `out_stem`.png and .svg, `out_stem`_2
+    for a second setting, and so on."""
+    groups = group_rows(facts_rows(rows), _FACTS_IGNORED)
+    return [
+        path
+        for group, stem in zip(groups, style.stems(out_stem), strict=False)
+        for path in _plot_facts_group(group, stem)
+    ]
+
+
+def _plot_facts_group(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
+    scores = way_scores(rows)
+    lengths = list(dict.fromkeys(score.context for score in scores))
+    row = rows[0]
+    title = f"Facts in a long document: {short(row['model'])} ({row['dtype']}) on {short(row['text'])}"
+    with style.figure(8.5, 1.4 + 0.34 * len(scores), title) as fig:
+        panels = fig.subplots(len(lengths), 1, squeeze=False)[:, 0]
+        for axes, length in zip(panels, lengths, strict=True):
+            own = [score for score in scores if score.context == length][::-1]
+            style.style_axes(axes, x="share of questions answered right", y="")
+            axes.grid(axis="y", visible=False)
+            axes.grid(axis="x", color=style.GRID, linewidth=0.8)
+            colors = dict(zip(("cut", "whole", "parts"), style.categories(3), strict=True))
+            axes.barh(range(len(own)), [s.right for s in own], 0.6, color=[colors[s.way] for s in own])
+            axes.hlines(range(len(own)), [s.low for s in own], [s.high for s in own], color=style.INK, lw=1)
+            axes.set_yticks(range(len(own)), [s.name for s in own])
+            axes.set_xlim(0, 1)
+            axes.set_title(f"{format_length(length)} tokens, {own[0].trials} questions", loc="left", color=style.MUTED)
+        note = (
+            "Bars: shares; lines: Wilson's 95% intervals. Parts are read one by one, and their answers pooled (NBCE)."
+        )
+        fig.supxlabel(note, **style.FOOTNOTE)
+        return style.save(fig, out_stem)
+
+
+ENDLESS_LEGEND = (
+    "Loss: nats a token in one pass, with its 95% interval. Over recomputation: how much more the pass takes than the "
+    "untouched model with the window before the token read afresh, on the same tokens, paired."
+)
+"""What the columns are."""
+
+_ENDLESS_IGNORED = frozenset(
+    (
+        *("start", "end", "key", "loss", "low", "high", "streamed", "recomputed", "recomputed_tokens"),
+        *("difference", "difference_low", "difference_high", "tokens_per_second", "cache_mb", "resident_mb"),
+    )
+)
+"""Fields of the rows of one table that differ: its lines, and what was measured."""
+
+
+def endless_rows(rows: Sequence[Row]) -> list[Row]:
+    """Those of such passes."""
+    return [row for row in rows if row.get("experiment") == "endless"]
+
+
+def endless_markdown(rows: Sequence[Row]) -> str:
+    """A table for every setting, scaler and length."""
+    lines = [ENDLESS_LEGEND]
+    for own in group_rows(endless_rows(rows), _ENDLESS_IGNORED):
+        row = own[0]
+        lines += [
+            "",
+            f"`{row['rope']}`, {short(row['model'])} ({row['dtype']}, trained at "
+            f"{format_length(row['trained_length'])}) on {short(row['text'])}, {row['context']:,} tokens; "
+            f"{row['places']} tokens recomputed in each row",
+            "",
+            "| position | loss | 95% | over recomputation | 95% | cache, MB | memory, MB | tokens/s |",
+            "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {row['start']:,} to {row['end']:,} "
+            f"| {_number(row['loss'], '.3f')} | {_range(row['low'], row['high'], '.3f')} "
+            f"| {_number(row['difference'], '+.3f')} | {_range(row['difference_low'], row['difference_high'], '+.3f')} "
+            f"| {row['cache_mb']:.1f} | {row['resident_mb']:.0f} | {row['tokens_per_second']:.0f} |"
+            for row in own
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else f"{value:{form}}"
+
+
+def _range(low: float | None, high: float | None, form: str) -> str:
+    return "" if low is None or high is None else f"{low:{form}} to {high:{form}}"
+
+
+def plot_endless(rows: Sequence[Row], out_stem: Path) -> list[Path]:
+    """Loss, and loss over recomputation, by position, a line for each scaler; writes `out_stem`.png and .svg,
+    `out_stem`_2 for a second setting, and so on."""
+    groups = group_rows(endless_rows(rows), _ENDLESS_IGNORED | METHOD | {"window", "context"})
+    return [
+        path
+        for group, stem in zip(groups, style.stems(out_stem), strict=False)
+        for path in _plot_endless_group(group, stem)
+    ]
+
+
+def _plot_endless_group(found: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
+    ropes = list(dict.fromkeys(row["rope"] for row in found))
+    drawn = style.line_styles(ropes)
+    about = f"{short(found[0]['model'])} ({found[0]['dtype']}) on {short(found[0]['text'])}"
+    with style.figure(8.5, 6.2, f"A text without an end: {about}") as fig:
+        upper, lower = fig.subplots(2, 1, sharex=True)
+        style.style_axes(upper, x="", y="loss, nats a token")
+        style.style_axes(lower, x="position", y="over recomputation, nats")
+        lower.axhline(0, color=style.MUTED, lw=1)
+        for rope in ropes:
+            longest = max(row["context"] for row in found if row["rope"] == rope)
+            own = [row for row in found if (row["rope"], row["context"]) == (rope, longest)]
+            at, line = [row["end"] for row in own], drawn[rope]
+            look = {"color": line.color, "marker": line.marker, "linestyle": line.dashes, "lw": line.width, "ms": 4}
+            upper.plot(at, [row["loss"] for row in own], label=rope, **look)
+            lower.plot(at, [row["difference"] for row in own], **look)
+            known = [row for row in own if row["difference_low"] is not None]
+            lower.vlines(
+                [row["end"] for row in known],
+                [row["difference_low"] for row in known],
+                [row["difference_high"] for row in known],
+                color=line.color,
+                lw=1,
+            )
+        ends = sorted({row["end"] for row in found})
+        for axes in (upper, lower):
+            style.length_axis(axes, ends, ends[0] / 1.2, ends[-1] * 1.2)
+        style.mark_length(upper, found[0]["trained_length"], "trained length")
+        upper.legend(loc="upper right", frameon=False)
+        memory = max(row["cache_mb"] for row in found)
+        note = f"Every point is a bucket that ends there. The cache never took more than {memory:.3g} MB."
+        fig.supxlabel(note, **style.FOOTNOTE)
+        return style.save(fig, out_stem)
+
+
+def publisher(
+    name: str,
+    own: Callable[[Sequence[Row]], Sequence[Row]],
+    to_markdown: Callable[[Sequence[Row]], str],
+    plot: Callable[[Sequence[Row], Path], list[Path]],
+) -> Callable[[Run, Sequence[Cell], Console], None]:
+    """What a command does with its run when it is measured.
+
+    Args:
+        name: of the plots' files.
+        own: the rows of a run that the table and the plot are of.
+    """
+
+    def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:
+        files = []
+        if own(run.rows):
+            table, markdown = run.folder / "table.md", to_markdown(run.rows)
+            write_atomic(table, markdown.encode())
+            console.print(Markdown(markdown))
+            files = [table, *plot(run.rows, run.folder / name)]
+        print_left_out(left_out, console)
+        print_files(files, console)
+
+    return finish
