@@ -17,7 +17,7 @@ SMOLLM2, PLAY, L = "smollm2", "1:41813", 8192  # As You Like It: the play that i
 
 README_METHODS = {
     "none": "the model as it was trained",
-    "self-extend:8,window=2k": "`auto`",
+    "self-extend:8,window=2k": "`auto` beyond 8k",
     "dual-chunk": "",
     "rerope:4k|logn": "",
     "yarn:4": "for a served engine",
