@@ -14,6 +14,7 @@ A recipe says what was asked for (method, protocol, model, text, lengths, dtype)
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.metadata
 import io
@@ -23,7 +24,9 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +35,7 @@ from typing import Any
 import filelock
 import numpy as np
 
+from ...engine import tensor_parallel
 from ...engine.storage import write_atomic
 from ...errors import DataError
 
@@ -199,6 +203,24 @@ class Run:
         self._unended = row is not None
         if row is not None:
             self._rows[row["key"]] = row
+
+
+def open_run_of_rank(folder: Path) -> Run:
+    """The run in `folder`. Where a model is split over processes, every process but the first gets a temporary copy.
+
+    So all processes see the same rows, and none is written twice.
+    """
+    if tensor_parallel.is_first() or not tensor_parallel.is_split():
+        run = Run(folder)
+    else:
+        scratch = tempfile.mkdtemp(prefix="ropewalk-")
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        run = Run(Path(scratch))
+    if tensor_parallel.is_split():
+        for row, losses in tensor_parallel.broadcast_from_rank0([(row, run.losses(row)) for row in run.rows]):
+            if not tensor_parallel.is_first():
+                run.copy(row, losses)
+    return run
 
 
 def recipe_key(recipe: Mapping[str, Any]) -> str:

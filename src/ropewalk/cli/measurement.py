@@ -83,13 +83,13 @@ class Measurement:
         """Measure `cells` as `carry_out` does; `finish` then gets the run and the cells left out for lack of time."""
         from ..engine import tensor_parallel
         from ..evals.runs import runner
-        from ..evals.runs.follower import open_run
+        from ..evals.runs.result import open_run_of_rank
 
         console = runner.new_console()
         if self.dry_run:
             runner.print_plan(model, cells, console)
             return
-        run = open_run(self.out or Path("runs") / f"{Path(self.model).name}-{name}")
+        run = open_run_of_rank(self.out or Path("runs") / f"{Path(self.model).name}-{name}")
         run.write_environment()
         outcome = runner.measure_all(model, cells, run, console, deadline=deadline)
         if tensor_parallel.is_first():
