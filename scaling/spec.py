@@ -70,13 +70,16 @@ def _parse_method(text: str, trained_length: TrainedLength) -> Scaler:
             values[key] = _parse_value(name, key, value, types_of[key])
     missing = [k for k, f in fields.items() if f.default is dataclasses.MISSING and k not in values]
     if missing:
-        raise ConfigError(f"{name}: needs {', '.join(missing)}, as in {_example(name, fields)}")
+        raise ConfigError(f"{name}: needs {', '.join(missing)}, as in {_example(name, fields, short=True)}")
     return method(**values)
 
 
-def _example(name: str, fields: dict[str, dataclasses.Field[Any]]) -> str:
+def _example(name: str, fields: dict[str, dataclasses.Field[Any]], *, short: bool = False) -> str:
+    """A spec with every field that it needs; a `short` one leaves out the name of the first field, as may be done."""
     required = [k for k, f in fields.items() if f.default is dataclasses.MISSING] or list(fields)[:1]
     values = ",".join(k + "=" + ("32k" if fields[k].metadata.get("length") else "4") for k in required)
+    if short:
+        values = values.removeprefix(f"{next(iter(fields))}=")
     return f"'{name}:{values}'" if values else f"'{name}' (it has no fields)"
 
 

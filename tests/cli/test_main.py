@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 
+import click
 import pytest
 from click.testing import CliRunner
 from prepared import python
 
-from ropewalk.cli.main import COMMANDS, cli, main, with_options
+from ropewalk.cli.main import COMMANDS, GROUPS, cli, main, with_options
+from ropewalk.cli.options import place
 
 
 def ropewalk(*arguments, **options):
@@ -28,6 +30,40 @@ def test_every_command_has_help_with_an_example(name):
     text = CliRunner().invoke(cli, [name, "--help"]).output
     assert "Examples:" in text
     assert f"ropewalk {name}" in text.partition("Examples:")[2]
+
+
+def test_help_begins_with_the_five_commands_for_newcomers():
+    text = CliRunner().invoke(cli, ["--help"]).output
+    sections = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert sections == ["Options:", *(f"{title}:" for title in GROUPS)]
+    first = text.partition("First steps:\n")[2].partition("\n\n")[0]
+    names = [line.split()[0] for line in first.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert names == ["demo", "generate", "ppl", "tune", "export"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_page_begins_with_one_sentence_and_has_its_options_in_the_order_of_all(name):
+    command = cli.get_command(click.Context(cli), name)
+    summary = command.help.partition("\n\n")[0].strip().partition(" (arXiv")[0]
+    assert re.fullmatch(r"[^?]+[.?]", summary) and not re.search(r"[a-z\d)]\. [A-Z]", summary), summary
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    assert options == sorted(options, key=place)
+    for option in options:
+        begins = BEGINNINGS.get(option.opts[0])
+        assert begins is None or option.help.startswith(begins), (option.opts[0], option.help)
+
+
+BEGINNINGS = {
+    "--rope": "Scaler, such as yarn:4",
+    "--lengths": "Tokens of ",
+    "--text": "Text to read: kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder.",
+    "--dtype": "Numbers of the ",
+    "--kv-dtype": "Numbers of keys and values",
+    "--seed": "Seed ",
+    "--out": ("Folder for the results", "Picture of "),
+    "--max-minutes": "Leave out what would not finish in this time",
+}
+"""How the help of an option begins, whatever the command."""
 
 
 def test_scalers_lists_every_method_with_its_source():
@@ -111,6 +147,56 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(name, tiny_folder, tmp_path, 
     assert sorted(tmp_path.iterdir()) == before
 
 
+def in_this_process(monkeypatch, *arguments):
+    """The exit code of `main`."""
+    monkeypatch.setattr(sys, "argv", ["ropewalk", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ppl"], "Missing argument 'MODEL'. ("),
+        (
+            ["show", "yarn:4", "--lenth", "4k"],
+            "No such option '--lenth'. Did you mean '--length'? (",
+        ),
+        (["show", "yarn"], "yarn: needs factor, as in 'yarn:4'"),
+        (["show", "yarn:4", "--out", "a.jpg"], "a.jpg is no .png; a .png and an .svg are written"),
+    ],
+)
+def test_mistakes_of_usage_are_a_sentence_too(arguments, message, monkeypatch, capfd, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert in_this_process(monkeypatch, *arguments) == 2
+    shown = capfd.readouterr().err
+    assert shown.startswith("ropewalk: ") and shown.count("\n") == 1
+    assert message in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("command", "goes_on"), [("ppl", True), ("tune", True), ("generate", False), ("show", False)])
+def test_a_stopped_command_says_whether_it_goes_on(command, goes_on, monkeypatch, capfd):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.get_command(click.Context(cli), command), "invoke", stopped)
+    assert in_this_process(monkeypatch, command, "a", *(["b"] if command == "generate" else [])) == 130
+    rest = "; what was measured is stored, the same command goes on" if goes_on else ""
+    assert capfd.readouterr().err.strip() == f"ropewalk: stopped{rest}"
+
+
+def test_nothing_on_standard_input_is_refused_and_a_file_as_prompt_is_named(tiny_folder, tmp_path):
+    empty = CliRunner().invoke(cli, ["generate", str(tmp_path / "none"), "-"], input="")
+    assert "standard input is empty" in str(empty.exception)
+    file = tmp_path / "long.txt"
+    file.write_text("import os")
+    done = CliRunner().invoke(cli, ["generate", str(tiny_folder), str(file), "--max-new-tokens", "1"])
+    assert done.exit_code == 0
+    assert f"the prompt is the name of a file; to read the file: - < {file}" in done.stderr
+
+
 def test_a_mistake_shows_no_traceback_in_the_shell():
     command = [sys.executable, "-m", "ropewalk", "show", "yran:4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -159,7 +245,7 @@ def test_ctrl_c_keeps_finished_cells_and_says_so(tiny_folder, tmp_path):
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=240)
     assert running.returncode == 130, errors
-    assert errors.strip().endswith("ropewalk: stopped; what was finished is kept")
+    assert errors.strip().endswith("ropewalk: stopped; what was measured is stored, the same command goes on")
     assert "Traceback" not in errors
     assert len(results.read_text(encoding="utf-8").splitlines()) == 1
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .measurement import Measurement, deadline_in
-from .options import EXAMPLES, loads_a_model, measures
+from .options import EXAMPLES, loads_a_model, measures, text_option
 
 
 @click.command(
@@ -18,9 +18,9 @@ from .options import EXAMPLES, loads_a_model, measures
     click.option("--parts", default="2,4,8,16", show_default=True, help="Into how many parts, separated by commas."),
     click.option("--documents", default=4, show_default=True, type=click.IntRange(min=1), help="Of each length."),
     click.option("--questions", default=8, show_default=True, type=click.IntRange(min=1), help="To each document."),
-    click.option("--text", default="kjv", show_default=True, help="The hay: a built-in text, or a file or folder."),
+    text_option("kjv", note=" Facts are put into it."),
     loads_a_model,
-    lengths=("1.25x", "Tokens of a document with a question and its answer, separated by commas."),
+    lengths=("1.25x", "of a document with a question and its answer"),
     ropes=("none", "yarn:2", "rerope:0.25x|logn"),
     out="runs/MODEL-facts",
 )
@@ -33,7 +33,7 @@ def facts(
     text: str,
     loading: dict[str, Any],
 ) -> None:
-    """Scaling or pooling? Facts all over a document longer than MODEL was trained for, asked for one by one.
+    """Does scaling or pooling answer more questions about a document longer than MODEL was trained for?
 
     The document is read whole under every --rope; only its end, as much as MODEL was trained for; and in --parts, each
     read by itself, whose answers are pooled (NBCE, as in `ropewalk generate --contexts`). A run resumes.
@@ -74,7 +74,7 @@ def facts(
     '  ropewalk endless ./my-model --rope sink-window:2k --rope "sink-window:window=2k,sinks=1" --lengths 1M'
 )
 @measures(
-    click.option("--text", default="kjv", show_default=True, help="A built-in text, or a file or folder."),
+    text_option("kjv"),
     click.option(
         "--places",
         default=32,
@@ -83,7 +83,7 @@ def facts(
         help="Tokens in each bucket of position that are also predicted from a window read afresh.",
     ),
     loads_a_model,
-    lengths=("128k", "Tokens of the pass, separated by commas."),
+    lengths=("128k", "of the pass"),
     ropes=("sink-window:0.125x",),
     out="runs/MODEL-endless",
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..engine.exports.serving_engines import TARGETS
-from .options import EXAMPLES
+from .options import EXAMPLES, picture_option, rope_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,12 +27,7 @@ if TYPE_CHECKING:
 )
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--rope",
-    default="none",
-    show_default=True,
-    help="Scaler, on the frequencies alone. yarn:F, F the ratio of the lengths, if in doubt.",
-)
+@rope_option(note=" It acts on the frequencies alone: yarn:F, F the ratio of the lengths, if in doubt.")
 @click.option(
     "--target",
     default="hf",
@@ -41,7 +36,7 @@ if TYPE_CHECKING:
     help="What will run it; hf is transformers.",
 )
 @click.option("--length", help="Tokens to be served, such as 32k or 4x.  [default: the scaler's reach]")
-@click.option("--dtype", help="Of a GGUF file's matrices: f32, bf16, f16 or q8_0.  [default: bf16]")
+@click.option("--dtype", help="Numbers of the matrices of a GGUF file: f32, bf16, f16 or q8_0.  [default: bf16]")
 def export(model: str, out: Path, rope: str, target: Any, length: str | None, dtype: str | None) -> None:
     """Write MODEL to OUT so that other software runs it under a scaler, unchanged.
 
@@ -67,7 +62,7 @@ def export(model: str, out: Path, rope: str, target: Any, length: str | None, dt
 )
 @click.argument("model")
 @click.option("--length", help="Tokens of the text that is looked at.  [default: what the config promises]")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Draw it: a .png; an .svg beside it.")
+@picture_option("what the engines compute")
 def explain(model: str, length: str | None, out: Path | None) -> None:
     """What would transformers, vLLM, SGLang, llama.cpp, ExLlamaV3 and mlx-lm do with the rotary config of MODEL?
 
@@ -177,7 +172,10 @@ def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
 @click.command(epilog=EXAMPLES + "  ropewalk fetch\n  ropewalk fetch smollm2-135m shakespeare")
 @click.argument("names", nargs=-1)
 def fetch(names: tuple[str, ...]) -> None:
-    """Download built-in models and texts into the cache: NAMES, or all. Nothing is fetched twice."""
+    """Download built-in models and texts into the cache: NAMES, or all.
+
+    Nothing is fetched twice.
+    """
     from ..engine.checkpoints import assets
 
     for name in names:

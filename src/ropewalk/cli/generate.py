@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ..errors import DataError
-from .options import EXAMPLES, loads_a_model
+from .options import EXAMPLES, loads_a_model, rope_option
 
 if TYPE_CHECKING:
     from ..engine.model import Model
@@ -25,17 +25,12 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.argument("prompt")
 @click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False))
-@click.option(
-    "--rope",
-    default="none",
-    show_default=True,
-    help="Scaler. auto is what to take without time to tune: it carries long texts and leaves short ones alone.",
-)
+@rope_option(note=" auto is what to take without time to tune.")
 @click.option("--max-new-tokens", default=128, show_default=True, help="Most tokens to write.")
 @click.option("--temperature", default=0.7, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens that reach this probability.")
 @click.option("--top-k", default=0, show_default=True, help="Keep this many likeliest tokens; 0 keeps all.")
-@click.option("--seed", type=int, help="Make sampling repeatable.")
+@click.option("--seed", type=int, help="Seed that makes sampling repeatable.")
 @click.option("--stop", multiple=True, help="End the text before this string; may be repeated.")
 @click.option(
     "--continuation",
@@ -86,13 +81,15 @@ def generate(
     loading: dict[str, Any],
     max_length: str | None,
 ) -> None:
-    """Continue PROMPT with MODEL (a built-in name, a folder, a .gguf file or a hub id), as it is decided.
+    """Continue PROMPT with MODEL.
 
-    PROMPT is the text itself, or - to read it from standard input.
+    MODEL is a built-in name, a folder, a .gguf file or a hub id. PROMPT is the text itself, or - to read it from
+    standard input. The text is printed as it is written.
 
-    With --contexts, the next token is drawn from the laws after every one of FILES, each with PROMPT behind it, pooled
-    into one; in a terminal every context has its colour, and so has what it answered. Contexts have no order, a span of
-    the answer comes from one of them, and a confident answer from a context that does not tell may win.
+    With --contexts, the next token is drawn from one distribution: those after every one of FILES, each with PROMPT
+    behind it, are pooled. In a terminal every context has its colour, and so has what it answered. Contexts have no
+    order, a span of the answer comes from one of them, and a confident answer from a context that does not tell may
+    win.
     """
     from ..engine import tensor_parallel
     from ..engine.load import load
@@ -118,6 +115,10 @@ def generate(
     if window and not over_contexts:
         raise click.UsageError("--window splits the files of --contexts, and there are none")
     text = read_prompt(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
+    if prompt == "-" and not text:
+        raise DataError("standard input is empty; pipe a text into it, or give the prompt itself in the place of -")
+    if prompt != "-" and _is_file(prompt):
+        click.echo(f"ropewalk: the prompt is the name of a file; to read the file: - < {prompt}", err=True)
     if over_contexts and isinstance(text, bytes):
         raise DataError("standard input ends inside a character; a question over --contexts is a whole text")
     longest = parse_length(max_length) if max_length else None
@@ -134,6 +135,13 @@ def generate(
             sys.stdout.flush()
     if shown:
         click.echo()
+
+
+def _is_file(prompt: str) -> bool:
+    try:
+        return Path(prompt).is_file()
+    except OSError:  # longer than a name can be
+        return False
 
 
 _COLORS = ("cyan", "yellow", "green", "magenta", "blue", "red")

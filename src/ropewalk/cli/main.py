@@ -12,44 +12,47 @@ import click
 
 from ..errors import RopewalkError
 from ..version import __version__
+from .options import place
 
-COMMANDS = {
-    "demo": ("ropewalk.cli.measure:demo", "The whole story on the embedded model, in minutes."),
-    "ppl": ("ropewalk.cli.measure:ppl", "Perplexity across context lengths, by protocol."),
-    "passkey": ("ropewalk.cli.retrieval:passkey", "Is a number found in a long text of nothing?"),
-    "niah": ("ropewalk.cli.retrieval:niah", "Is a needle found in a real haystack?"),
-    "kv": ("ropewalk.cli.retrieval:kv", "Is one of many random pairs looked up?"),
-    "ruler": ("ropewalk.cli.retrieval:ruler", "RULER-11, offline: eleven tasks of RULER."),
-    "ask": ("ropewalk.cli.retrieval:ask", "Any retrieval task by name, those of other packages too."),
-    "facts": ("ropewalk.cli.contexts:facts", "Scaling or pooling? Facts of a long document, asked for."),
-    "endless": ("ropewalk.cli.contexts:endless", "A text without an end in the memory of a window."),
-    "all": ("ropewalk.cli.runs:all_", "Everything at once, by preset: smoke, quick or full."),
-    "report": ("ropewalk.cli.runs:report", "Tables, plots and report of one or more runs."),
-    "compare": ("ropewalk.cli.runs:compare", "Two runs, cell by cell."),
-    "reconstruct": ("ropewalk.cli.runs:reconstruct", "The exact text behind a row of a run."),
-    "tune": ("ropewalk.cli.tune:tune", "Which scaler carries this model to a length? Measured."),
-    "lm-eval": (
-        "ropewalk.cli.measure:lm_eval",
-        "lm-evaluation-harness: any task there under any scaler.",
-    ),
-    "speed": ("ropewalk.cli.speed:speed", "What a position map costs, or how fast other engines are."),
-    "memory": ("ropewalk.cli.speed:memory", "Peak memory of reading a long text, beside transformers."),
-    "vocab": (
-        "ropewalk.cli.vocab:vocab",
-        "A tokenizer in numbers: size, compression, prompts cut inside tokens.",
-    ),
-    "continuation": (
-        "ropewalk.cli.measure:continuation",
-        "Prompts that end inside a token: the ways to go on, compared.",
-    ),
-    "generate": ("ropewalk.cli.generate:generate", "Continue a prompt."),
-    "show": ("ropewalk.cli.scalers:show", "Draw what a scaler does."),
-    "scalers": ("ropewalk.cli.scalers:scalers", "List every method, its fields and its source."),
-    "base": ("ropewalk.cli.scalers:base", "What rotary base does a context need?"),
-    "export": ("ropewalk.cli.export:export", "Write a model under a scaler for the software that serves it."),
-    "explain": ("ropewalk.cli.export:explain", "What would each engine do with a model's rotary config?"),
-    "fetch": ("ropewalk.cli.export:fetch", "Download the built-in model and texts."),
+GROUPS = {
+    "First steps": {
+        "demo": ("measure:demo", "Measure the built-in model past its trained length, in minutes."),
+        "generate": ("generate:generate", "Continue a prompt."),
+        "ppl": ("measure:ppl", "Loss and perplexity across context lengths."),
+        "tune": ("tune:tune", "Find the scaler that carries a model to a length."),
+        "export": ("export:export", "Write a model under a scaler for other software."),
+    },
+    "Measure": {
+        "all": ("runs:all_", "Loss, harm, passkeys and RULER-11 in one run, by preset."),
+        "passkey": ("retrieval:passkey", "Find a number in a long text of repeated sentences."),
+        "niah": ("retrieval:niah", "Find a needle in a real text."),
+        "kv": ("retrieval:kv", "Look up one of many random pairs."),
+        "ruler": ("retrieval:ruler", "Eleven tasks of RULER, offline."),
+        "ask": ("retrieval:ask", "Any retrieval task by name, those of other packages too."),
+        "facts": ("contexts:facts", "Compare scaling with pooling on facts of a long document."),
+        "endless": ("contexts:endless", "Read a text of any length in constant memory."),
+        "continuation": ("measure:continuation", "Compare ways to continue prompts that end inside a token."),
+        "lm-eval": ("measure:lm_eval", "Run lm-evaluation-harness under any scaler."),
+        "speed": ("speed:speed", "Time position maps, or compare with other engines."),
+        "memory": ("speed:memory", "Peak memory of reading a long text."),
+        "report": ("runs:report", "Make tables, plots and report of one or more runs again."),
+        "compare": ("runs:compare", "Compare two runs, cell by cell."),
+        "reconstruct": ("runs:reconstruct", "Print the exact text behind a row of a run."),
+    },
+    "Choose a scaler": {
+        "scalers": ("scalers:scalers", "List every method, its fields and its source."),
+        "show": ("scalers:show", "Draw what a scaler does."),
+        "base": ("scalers:base", "Which rotary base a context needs."),
+    },
+    "Look up and fetch": {
+        "explain": ("export:explain", "What each engine does with the rotary config of a model."),
+        "vocab": ("vocab:vocab", "A tokenizer in numbers: size, compression, cut prompts."),
+        "fetch": ("export:fetch", "Download the built-in model and texts."),
+    },
 }
+"""Every command by its group, with its module and function, and its line in `ropewalk --help`."""
+
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 class LazyGroup(click.Group):
@@ -62,17 +65,30 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        command: click.Command = getattr(importlib.import_module(f"ropewalk.cli.{module}"), attribute)
+        command.params.sort(key=place)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+        width = max(map(len, COMMANDS))
+        for title, group in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{name:<{width}}", summary) for name, (_, summary) in group.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; what an error says of Python's settings it says of the command's options."""
+        """Run a command; what an error says of Python's settings it says of the command's options.
+
+        Raises:
+            click.Abort: Ctrl-C; it says whether the command can go on.
+        """
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            measures = command is not None and any(
+                option.name == "out" and _is_folder(option) for option in command.params
+            )
+            raise click.Abort("; what was measured is stored, the same command goes on" if measures else "") from None
         except RopewalkError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             if command is not None:
@@ -85,6 +101,10 @@ class LazyGroup(click.Group):
 
             raise click.UsageError(f"no command {args[0]!r}.{did_you_mean(args[0], COMMANDS)}", ctx)
         return super().resolve_command(ctx, args)
+
+
+def _is_folder_of_results(option: click.Parameter) -> bool:
+    return option.name == "out" and isinstance(option.type, click.Path) and not option.type.file_okay
 
 
 _SETTING = re.compile(
@@ -135,12 +155,17 @@ def main() -> None:
         cli(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        hint = "" if context is None else f" ({context.command_path} --help)"
+        click.echo(f"ropewalk: {error.format_message()}{hint}", err=True)
         sys.exit(2)
     except RopewalkError as error:
         click.echo(f"ropewalk: {error}", err=True)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("\nropewalk: stopped; what was finished is kept", err=True)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        click.echo(f"\nropewalk: stopped{stop}", err=True)
         sys.exit(130)

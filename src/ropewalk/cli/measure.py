@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .measurement import Measurement, ModelTarget, deadline_in
-from .options import EXAMPLES, loads_a_model, measures, runs_anywhere
+from .options import EXAMPLES, folder_option, loads_a_model, measures, runs_anywhere, text_option
 
 
 def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -36,12 +36,7 @@ def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
     + "  ropewalk ppl ./exported --endpoint http://localhost:8000/v1 --text shakespeare --lengths 4k,8k"
 )
 @measures(
-    click.option(
-        "--text",
-        default="shakespeare",
-        show_default=True,
-        help="kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder.",
-    ),
+    text_option("shakespeare"),
     click.option(
         "--protocol",
         default="fixed-target",
@@ -64,7 +59,7 @@ def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
     click.option("--tokens", help="sliding, llamacpp, disjoint: tokens of the text that are read.  [default: 32k]"),
     click.option("--judge", help="longppl: the scaler that chooses the key tokens.  [default: dual-chunk]"),
     runs_anywhere,
-    lengths=("0.25x,0.5x,1x,2x", "Contexts, separated by commas."),
+    lengths=("0.25x,0.5x,1x,2x", "of a window"),
     out="runs/MODEL-TEXT",
 )
 def ppl(
@@ -108,14 +103,13 @@ def ppl(
 
 @click.command(epilog=EXAMPLES + "  ropewalk demo\n  ropewalk demo --full --out runs/full")
 @click.option("--full", is_flag=True, help="Go to four times the trained length, and take the time it takes.")
-@click.option("--max-minutes", default=12.0, show_default=True, help="Time for measuring; --full takes what it needs.")
 @click.option(
-    "--out",
-    default="runs/demo",
+    "--max-minutes",
+    default=12.0,
     show_default=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the results.",
+    help="Leave out what would not finish in this time; --full takes what it needs.",
 )
+@folder_option("runs/demo", exact=True)
 def demo(full: bool, max_minutes: float, out: Path) -> None:
     """Read past the trained length of a real model (SmolLM2-135M), and report what came of it.
 
@@ -133,17 +127,11 @@ def demo(full: bool, max_minutes: float, out: Path) -> None:
     "  ropewalk continuation ./my-model --text book.txt --out runs/book"
 )
 @click.argument("model")
-@click.option("--text", help="Cut this text: a built-in name, file or folder.  [default: shakespeare, code, chinese]")
+@text_option(None, note="  [default: shakespeare, code, chinese]")
 @click.option("--cuts", default=120, show_default=True, type=click.IntRange(min=1), help="Cuts of every kind.")
-@click.option("--seed", default=0, show_default=True, help="Of the places of the cuts.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the places of the cuts.")
 @loads_a_model
-@click.option(
-    "--out",
-    default="runs/continuation",
-    show_default=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the results.",
-)
+@folder_option("runs/continuation", exact=True)
 def continuation(model: str, text: str | None, cuts: int, seed: int, loading: dict[str, Any], out: Path) -> None:
     """How well MODEL goes on from prompts that end inside a token, by each way of doing it.
 

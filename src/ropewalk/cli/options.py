@@ -14,15 +14,87 @@ from .measurement import Measurement, ModelTarget
 EXAMPLES = "\b\nExamples:\n"
 """Heading of an epilog."""
 
+Decorator = Callable[[Any], Any]
+
+_FIRST = ("rope", "ropes", "lengths", "length", "text")
+_LOADING = ("endpoint", "served_as", "dtype", "kv_dtype", "offload", "device_map", "tp_plan", "compile", "max_length")
+_LAST = ("seed", *_LOADING, "out", "max_minutes", "dry_run", "as_json")
+
+
+def place(parameter: click.Parameter) -> int:
+    """Where an option stands in the help of every command: what is measured, the command's own, how it runs, where
+    results go."""
+    name = parameter.name or ""
+    if isinstance(parameter, click.Argument):
+        return 0
+    if name in _FIRST:
+        return 1 + _FIRST.index(name)
+    return 100 + (1 + _LAST.index(name) if name in _LAST else 0)
+
+
+def rope_option(default: str | None = "none", note: str = "") -> Decorator:
+    """`--rope`, one scaler."""
+    return click.option("--rope", default=default, show_default=True, help=f"Scaler, such as yarn:4.{note}")
+
+
+def ropes_option(default: tuple[str, ...] = (), note: str = "") -> Decorator:
+    """`--rope`, any number of scalers; the command gets them as `ropes`."""
+    text = f"Scaler, such as yarn:4; may be repeated.{note}"
+    return click.option("--rope", "ropes", multiple=True, default=default, show_default=bool(default), help=text)
+
+
+def lengths_option(default: str | None, of: str, note: str = "") -> Decorator:
+    """`--lengths`: tokens `of` what."""
+    text = f"Tokens {of}, separated by commas: 512, 8k or 2x.{note}"
+    return click.option("--lengths", default=default, show_default=default is not None, help=text)
+
+
+def text_option(default: str | None, note: str = "") -> Decorator:
+    """`--text`, as `load_text` reads it."""
+    text = f"Text to read: kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder.{note}"
+    return click.option("--text", default=default, show_default=default is not None, help=text)
+
+
+def folder_option(default: str, *, exact: bool = False) -> Decorator:
+    """`--out`, a folder; unless `exact`, `default` is a description and the command gets None."""
+    return click.option(
+        "--out",
+        default=default if exact else None,
+        type=click.Path(file_okay=False, path_type=Path),
+        help=f"Folder for the results.  [default: {default}]",
+    )
+
+
+def picture_option(of: str, default: str | None = None) -> Decorator:
+    """`--out`, a picture `of` what."""
+    return click.option(
+        "--out",
+        default=default,
+        show_default=default is not None,
+        type=click.Path(dir_okay=False, path_type=Path),
+        callback=_picture,
+        help=f"Picture of {of}: a .png; an .svg is written beside it.",
+    )
+
+
+def _picture(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and value.suffix not in ("", ".png", ".svg"):
+        raise click.BadParameter(f"{value} is no .png; a .png and an .svg are written", ctx, param)
+    return value
+
+
 _LOADING_OPTIONS = (
     click.option(
         "--dtype",
         default="auto",
         show_default=True,
-        help="auto, float32, bfloat16, float16, or int8 (weights in 255 steps, made from the model's own).",
+        help="Numbers of the weights: auto, float32, bfloat16, float16 or int8 (255 steps, made from the model's own).",
     ),
     click.option(
-        "--kv-dtype", default="auto", show_default=True, help="Of keys and values: auto, float32, bfloat16 or int8."
+        "--kv-dtype",
+        default="auto",
+        show_default=True,
+        help="Numbers of keys and values: auto, float32, bfloat16 or int8.",
     ),
     click.option(
         "--offload",
@@ -81,7 +153,7 @@ def runs_anywhere(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def measures(
-    *own: Callable[[Any], Any],
+    *own: Decorator,
     out: str,
     ropes: tuple[str, ...] = ("none",),
     lengths: tuple[str, str] | None = None,
@@ -93,23 +165,14 @@ def measures(
         own: the command's own options, which stand between --lengths and --out.
         out: the run's folder by default, for the help.
         ropes: the default of --rope.
-        lengths: default and help of --lengths; None for a command without.
+        lengths: default of --lengths, and what they are tokens of; None for a command without.
         max_minutes: help of --max-minutes.
     """
-    head = [
-        click.argument("model"),
-        click.option(
-            "--rope", "ropes", multiple=True, default=ropes, show_default=True, help="Scaler; may be repeated."
-        ),
-    ]
+    head: list[Decorator] = [click.argument("model"), ropes_option(ropes)]
     if lengths is not None:
-        head.append(click.option("--lengths", default=lengths[0], show_default=True, help=lengths[1]))
+        head.append(lengths_option(*lengths))
     tail = (
-        click.option(
-            "--out",
-            type=click.Path(file_okay=False, path_type=Path),
-            help=f"Folder for the results  [default: {out}]",
-        ),
+        folder_option(out),
         click.option("--max-minutes", type=float, help=max_minutes),
         click.option("--dry-run", is_flag=True, help="Print what would be measured, and how long it would take."),
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .measurement import Measurement, ModelTarget, deadline_in
-from .options import EXAMPLES, measures, runs_anywhere
+from .options import EXAMPLES, measures, runs_anywhere, text_option
 
 if TYPE_CHECKING:
     from ..evals.models.local import LocalModel
@@ -21,12 +21,7 @@ _DEPTHS = click.option(
     show_default=True,
     help="Where the needle stands, 0 (beginning) to 1 (end), separated by commas.",
 )
-_TEXT = click.option(
-    "--text",
-    default="kjv",
-    show_default=True,
-    help="The haystack: kjv, shakespeare, pydoc, stdlib, code, or a file or folder.",
-)
+_TEXT = text_option("kjv", note=" It is the haystack.")
 _TRIALS = click.option(
     "--trials",
     default=20,
@@ -43,7 +38,7 @@ _FAKE = click.option(
 
 def _asks(*own: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """The options of a command: its `own` among those that all of them have."""
-    lengths = ("0.5x,1x,2x", "Tokens of prompt and answer together.")
+    lengths = ("0.5x,1x,2x", "of prompt and answer together")
     shared = measures(*own, _TRIALS, _FAKE, lengths=lengths, out="runs/MODEL-COMMAND")
     return lambda command: shared(runs_anywhere(command))
 
@@ -99,7 +94,7 @@ def kv(**options: Any) -> None:
     _TEXT,
 )
 def ruler(tasks: str, **options: Any) -> None:
-    """RULER-11, offline: eleven tasks of RULER (arXiv 2404.06654) that need no download.
+    """RULER-11, offline: eleven tasks of RULER that need no download. (arXiv 2404.06654)
 
     niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe and fwe. The haystack is --text
     instead of essays, and the two question answering tasks are left out, so numbers are not RULER's. Scored and

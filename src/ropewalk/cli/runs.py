@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .measurement import Measurement, deadline_in
-from .options import EXAMPLES, loads_a_model, measures
+from .options import EXAMPLES, loads_a_model, measures, text_option
 
 _FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
 _NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -27,11 +27,11 @@ _NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
         show_default=True,
         help="About 1 minute, 10 minutes, or all the time it takes, for a model of 135M on two cores.",
     ),
-    click.option("--text", default="shakespeare", show_default=True, help="As of `ropewalk ppl`; the haystack too."),
+    text_option("shakespeare", note=" It is the haystack too."),
     loads_a_model,
     ropes=("none", "yarn:2"),
     out="runs/MODEL-PRESET",
-    max_minutes="Instead of the preset's.",
+    max_minutes="Leave out what would not finish in this time; it replaces the time of the preset.",
 )
 def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) -> None:
     """Everything at once: loss against context, harm within the trained length, passkeys, RULER-11.
@@ -60,7 +60,7 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
     "  ropewalk report runs/monday runs/tuesday --out runs/both"
 )
 @click.argument("runs", nargs=-1, required=True, type=_FOLDER)
-@click.option("--out", type=_NEW_FOLDER, help="Several runs are put together here.")
+@click.option("--out", type=_NEW_FOLDER, help="Folder for the results of several runs together.")
 @click.option("--title", help="The report's heading.")
 def report(runs: tuple[Path, ...], out: Path | None, title: str | None) -> None:
     """Tables, plots and report.html of RUNS anew; several become one run in --out."""

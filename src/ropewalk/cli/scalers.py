@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import EXAMPLES
+from .options import EXAMPLES, picture_option
 
 if TYPE_CHECKING:
     from ..scaling.base import BaseRule
@@ -47,13 +47,7 @@ def scalers() -> None:
 @click.option("--base", default=1e5, show_default=True, help="Rotary base.")
 @click.option("--trained", default="8k", show_default=True, help="Trained length.")
 @click.option("--length", default="4x", show_default=True, help="Length to draw to, and that dynamic methods see.")
-@click.option(
-    "--out",
-    default="rope.png",
-    show_default=True,
-    type=click.Path(dir_okay=False),
-    help="A .png; an .svg is written beside it.",
-)
+@picture_option("the scaler", default="rope.png")
 def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) -> None:
     """Draw what SPEC does, and print it in short.
 
@@ -84,7 +78,7 @@ _DIM = 128
 @click.option("--dim", type=int, help=f"Rotary dimension.  [default: {_DIM}]")
 @click.option("--base", type=float, help="Also tell how far this base carries.")
 @click.option("--trained", help="Trained length; with --base, all rules for a larger base side by side.")
-@click.option("--out", type=click.Path(dir_okay=False), help="Draw the rules' bases: a .png; an .svg beside it.")
+@picture_option("the bases")
 def base(
     length: str, model: str | None, dim: int | None, base: float | None, trained: str | None, out: str | None
 ) -> None:

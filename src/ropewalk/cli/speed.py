@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import EXAMPLES
+from .options import EXAMPLES, lengths_option, rope_option, ropes_option, text_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ _OF_PEERS = {"new_tokens": "--new-tokens", "prefill_repeats": "--prefill-repeats
     "--against",
     help="Compare with hf (transformers) and llama.cpp, separated by commas; hf:float32, llama.cpp:f16 name a dtype.",
 )
-@click.option("--lengths", help="Contexts, separated by commas.  [default: 4k,8k; with --against 512,4k,8k]")
+@lengths_option(None, "of a context", note="  [default: 4k,8k; with --against 512,4k,8k]")
 @click.option(
     "--repeats",
     default=5,
@@ -35,14 +35,12 @@ _OF_PEERS = {"new_tokens": "--new-tokens", "prefill_repeats": "--prefill-repeats
     help="Turns; everything is timed once a turn.",
 )
 @click.option(
-    "--dtype", default="auto", show_default=True, help="Ropewalk's: auto, float32, bfloat16, float16 or int8."
+    "--dtype",
+    default="auto",
+    show_default=True,
+    help="Numbers of the weights: auto, float32, bfloat16, float16 or int8.",
 )
-@click.option(
-    "--rope",
-    "ropes",
-    multiple=True,
-    help="Scaler with a position map; may be repeated.  [default: ReRoPE and Self-Extend at L/4, dual chunk]",
-)
+@ropes_option(note=" It has a position map.  [default: ReRoPE and Self-Extend at L/4, dual chunk]")
 @click.option("--decode/--no-decode", default=True, show_default=True, help="Also time a decode step of the model.")
 @click.option("--public-form", is_flag=True, help="Also time full n x n passes, as public code has them; much memory.")
 @click.option(
@@ -184,10 +182,12 @@ def _peers(
     "  ropewalk memory ./my-model --rope yarn:4 --lengths 8k,32k --dtype float32"
 )
 @click.argument("model")
-@click.option("--rope", default="none", show_default=True, help="Scaler of ropewalk; transformers runs none.")
-@click.option("--lengths", default="8k,32k", show_default=True, help="Tokens of the text, separated by commas.")
-@click.option("--text", default="kjv", show_default=True, help="A built-in text, or a file or folder.")
-@click.option("--dtype", default="bfloat16", show_default=True, help="float32, bfloat16 or float16.")
+@rope_option(note=" transformers runs none.")
+@lengths_option("8k,32k", "of the text")
+@text_option("kjv")
+@click.option(
+    "--dtype", default="bfloat16", show_default=True, help="Numbers of the weights: float32, bfloat16 or float16."
+)
 @click.option("--against-hf", is_flag=True, help="Measure transformers too.")
 def memory(model: str, rope: str, lengths: str, text: str, dtype: str, against_hf: bool) -> None:
     """Peak memory of reading a long text, in a new process for each length.

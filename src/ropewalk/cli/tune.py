@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from .options import EXAMPLES, loads_a_model
+from .options import EXAMPLES, folder_option, loads_a_model, ropes_option, text_option
 
 _SHOWN = 16  # candidates on the screen
 
@@ -39,12 +39,7 @@ class _Duration(click.ParamType[float]):
 )
 @click.argument("model")
 @click.option("--target", default="2x", show_default=True, help="Tokens that are to be carried.")
-@click.option(
-    "--text",
-    default="shakespeare",
-    show_default=True,
-    help="kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder.",
-)
+@text_option("shakespeare")
 @click.option("--budget", type=_Duration(), help="Time for measuring, such as 10m; else as long as it takes.")
 @click.option(
     "--search",
@@ -57,11 +52,9 @@ class _Duration(click.ParamType[float]):
     "--largest-factor", type=float, help="Bound of searched factors  [default: target over trained length, or more]"
 )
 @click.option("--keep-short", is_flag=True, help="What may cost short texts more than 0.02 nats cannot win.")
-@click.option("--rope", "ropes", multiple=True, help="A scaler to try too; may be repeated.")
+@ropes_option(note=" It is tried beside the others.")
 @loads_a_model
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the results  [default: runs/MODEL-tune]"
-)
+@folder_option("runs/MODEL-tune")
 def tune(
     model: str,
     target: str,
@@ -74,13 +67,14 @@ def tune(
     loading: dict[str, Any],
     out: Path | None,
 ) -> None:
-    """Which scaler carries MODEL to a length? Measures the closed forms and what lies near the best of them.
+    """Which scaler carries MODEL to a length?
 
-    Candidates are skimmed (the end of a long text after a sample of the rest), the best are read whole at more and
-    more places, and asked for passkeys. Prints a ranked table, the winner, the simplest one that cannot be told from
-    it, and the best that a config can hold. With --search factors, CMA-ES then looks for better factors of the rotary
-    pairs from the best closed form that a config can hold. A search that was stopped goes on from its folder. The
-    winner is kept in the cache folder, where --rope auto of other commands finds it.
+    Measures the closed forms and what lies near the best of them. Candidates are skimmed (the end of a long text
+    after a sample of the rest), the best are read whole at more and more places, and asked for passkeys. Prints a
+    ranked table, the winner, the simplest one that cannot be told from it, and the best that a config can hold.
+    With --search factors, CMA-ES then looks for better factors of the rotary pairs from the best closed form that a
+    config can hold. A search that was stopped goes on from its folder. The winner is kept in the cache folder,
+    where --rope auto of other commands finds it.
     """
     from ..engine.load import load
     from ..evals.data import load_text

