@@ -85,10 +85,8 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            measures = command is not None and any(
-                option.name == "out" and _is_folder(option) for option in command.params
-            )
-            raise click.Abort("; what was measured is stored, the same command goes on" if measures else "") from None
+            goes_on = command is not None and any(map(_is_folder_of_results, command.params))
+            raise click.Abort("; what was measured is stored, the same command goes on" if goes_on else "") from None
         except RopewalkError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             if command is not None:
