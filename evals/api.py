@@ -101,15 +101,15 @@ def _of_model(
 def _rows(
     measured: MeasuredModel, source: Source, scalers: Sequence[Scaler], protocol: Protocol
 ) -> list[PerplexityRow]:
-    found = []
+    results = []
     with tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
         run = Run(Path(folder))
         for cell in plan(measured, source, scalers, protocol):
             rows = cell.measure(measured.under(cell.scaler), run, lambda past, count: None)
             if isinstance(cell, PerplexityCell):
                 kind = ROWS.get(type(protocol), PerplexityRow)
-                found += [kind.of(row, losses) for row in rows if (losses := run.losses(row)) is not None]
-    return found
+                results += [kind.of(row, losses) for row in rows if (losses := run.losses(row)) is not None]
+    return results
 
 
 def _protocol(name: str, lengths: Any, trained_length: int | None, settings: dict[str, Any]) -> Protocol:

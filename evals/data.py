@@ -113,14 +113,14 @@ def tokenize_documents(text: Text, tokenizer: Any, *, limit_tokens: int | None =
         limit_tokens: return only this many from the beginning of each document, and encode no more of it than
             they take: the same ids as encoding everything and cutting it off.
     """
-    kept = _TOKENS.setdefault(tokenizer, {})
+    cache = _TOKENS.setdefault(tokenizer, {})
     key = (text, len(tokenizer), limit_tokens)
-    if key not in kept:
+    if key not in cache:
         if limit_tokens is None:
-            kept[key] = _encode(list(text.documents), tokenizer)
+            cache[key] = _encode(list(text.documents), tokenizer)
         else:
-            kept[key] = [_encode_beginning(document, tokenizer, limit_tokens) for document in text.documents]
-    return [list(ids) for ids in kept[key]]
+            cache[key] = [_encode_beginning(document, tokenizer, limit_tokens) for document in text.documents]
+    return [list(ids) for ids in cache[key]]
 
 
 _TOKENS: weakref.WeakKeyDictionary[Any, dict[Any, list[list[int]]]] = weakref.WeakKeyDictionary()
@@ -164,10 +164,10 @@ def _stdlib() -> tuple[str, ...]:
     root = Path(sysconfig.get_path("stdlib"))
     below = (file.relative_to(root) for file in _sorted_files(root, (".py",)))
     # _sysconfigdata holds how this one Python was built, not the library
-    own = (
+    modules = (
         name for name in below if _NOT_THE_LIBRARY.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata")
     )
-    return _modules(own)
+    return _modules(modules)
 
 
 def _code() -> tuple[str, ...]:
@@ -223,14 +223,14 @@ def _not_blank(documents: Iterable[str]) -> tuple[str, ...]:
 
 def _sorted_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """Files below `folder` whose names end in one of `suffixes`, none of them hidden, sorted alike on every system."""
-    found = [
+    files = [
         file
         for file in folder.rglob("*")
         if file.name.lower().endswith(suffixes)
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and file.is_file()
     ]
-    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def _nearest(name: str, path: Path) -> str:

@@ -114,8 +114,8 @@ def _beyond(model: Model, length: int) -> str:
 
 def _best_so_far(run: Run, planned: list[PerplexityCell], longest: int) -> Winner | None:
     """The best of the cells that an earlier, interrupted run measured at the longest context."""
-    found = [(cell, run.find(cell.row_recipes()[0])) for cell in planned if cell.context == longest]
-    measured = [Winner(cell, _loss(row), None) for cell, row in found if row is not None]
+    pairs = [(cell, run.find(cell.row_recipes()[0])) for cell in planned if cell.context == longest]
+    measured = [Winner(cell, _loss(row), None) for cell, row in pairs if row is not None]
     return min(measured, key=lambda winner: winner.loss, default=None)
 
 
@@ -131,15 +131,15 @@ def _passage(model: Model, best: Winner, run: Run) -> Passage:
     """
     rope = str(best.cell.scaler)
     ids = best.cell.passages[-1].ids[: -TARGET // 2]
-    shown = f"[… {len(ids)} tokens of the play, the last of them:]\n{model.tokenizer.decode(ids[-150:])}"
-    kept = run.folder / "passage.json"
-    if kept.exists():
-        stored = json.loads(kept.read_text(encoding="utf-8"))
-        if (stored["prompt"], stored["rope"]) == (shown, rope):
+    prompt = f"[… {len(ids)} tokens of the play, the last of them:]\n{model.tokenizer.decode(ids[-150:])}"
+    file = run.folder / "passage.json"
+    if file.exists():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if (stored["prompt"], stored["rope"]) == (prompt, rope):
             return Passage(**stored)
     if best.cache is not None:
         best.cache.crop(len(ids) - 1 - best.cache.get_seq_length())
     model.rope = best.cell.scaler
     text = model.generate_ids(ids, PASSAGE, best.cache).text
-    write_atomic(kept, json.dumps({"prompt": shown, "text": text, "rope": rope}).encode())
-    return Passage(prompt=shown, text=text, rope=rope)
+    write_atomic(file, json.dumps({"prompt": prompt, "text": text, "rope": rope}).encode())
+    return Passage(prompt=prompt, text=text, rope=rope)

@@ -99,7 +99,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         return read(string, self.tokenizer, special_tokens=True)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        found = []
+        totals = []
         for request in _bar(requests, "loglikelihood_rolling", disable_tqdm):
             (text,) = request.args
             windows = get_rolling_token_windows(
@@ -108,21 +108,21 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            found.append(sum(self._score(*make_disjoint_window(window))[0] for window in windows))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
-        return found
+            totals.append(sum(self._score(*make_disjoint_window(window))[0] for window in windows))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
+        return totals
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], Tokens, Tokens]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        found = []
+        results = []
         for key, context, continuation in _bar(requests, "loglikelihood", disable_tqdm):
-            found.append(self._score(context, continuation))
-            self.cache_hook.add_partial("loglikelihood", key, found[-1])
-        return found
+            results.append(self._score(context, continuation))
+            self.cache_hook.add_partial("loglikelihood", key, results[-1])
+        return results
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        found = []
+        texts = []
         for request in _bar(requests, "generate_until", disable_tqdm):
             text, settings = request.args
             params = self._params(settings)
@@ -132,9 +132,9 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
                     f"{params.max_new_tokens} tokens to write leave no room for a prompt within {self.max_length}; "
                     "give --model_args a larger max_length, or a smaller max_gen_toks"
                 )
-            found.append(self.model.generate_ids(self.tok_encode(text)[-room:], params).text)
-            self.cache_hook.add_partial("generate_until", request.args, found[-1])
-        return found
+            texts.append(self.model.generate_ids(self.tok_encode(text)[-room:], params).text)
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
 
     def _score(self, context: Tokens, continuation: Tokens) -> tuple[float, bool]:
         """Log-probability of `continuation`, nats, and whether each of its tokens is the likeliest."""
@@ -143,10 +143,10 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         targets, total, done, is_greedy = torch.tensor(ids[first:]), 0.0, 0, True
         with torch.inference_mode():
             for logits in LocalModel(self.model).logits(ids, first, lambda past, count: None):
-                wanted = targets[done : done + len(logits)].to(logits.device)
-                chosen = logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
+                block_targets = targets[done : done + len(logits)].to(logits.device)
+                chosen = logits.gather(-1, block_targets[:, None])[:, 0] - logits.logsumexp(-1)
                 total += float(chosen.double().sum())
-                is_greedy = is_greedy and bool((logits.argmax(-1) == wanted).all())
+                is_greedy = is_greedy and bool((logits.argmax(-1) == block_targets).all())
                 done += len(logits)
         return total, is_greedy
 

@@ -77,11 +77,11 @@ class EndlessCell(Cell):
         plain, rows = model.under(Scaler()), []
         for recipe in self.row_recipes():
             start, end = recipe["start"], recipe["end"]
-            own = losses[start - 1 : end - 1]
+            bucket_losses = losses[start - 1 : end - 1]
             at = np.unique(np.linspace(start, end - 1, self.places).astype(int)).tolist()
             afresh = np.array([self._recomputed(plain, ids, t, advance) for t in at], np.float32)
             streamed = np.array([losses[t - 1] for t in at], np.float32)
-            low, high = block_interval(own)
+            low, high = block_interval(bucket_losses)
             difference, *bounds = paired_difference(streamed, afresh, block=1)
             inside = [n for n, (tokens, _, _) in enumerate(metadata) if start <= tokens <= end] or [len(metadata) - 1]
             first, last = metadata[max(inside[0] - 1, 0)], metadata[inside[-1]]
@@ -89,7 +89,7 @@ class EndlessCell(Cell):
                 run.add(
                     recipe,
                     {
-                        "loss": float(own.mean()),
+                        "loss": float(bucket_losses.mean()),
                         "low": low,
                         "high": high,
                         "streamed": float(streamed.mean()),
@@ -128,7 +128,7 @@ def cells(
         ConfigError: a scaler holds every key, or cannot work on this model.
         DataError: the text is too short.
     """
-    found = []
+    planned = []
     documents = tokenize_documents(text, model.tokenizer, limit_tokens=max(contexts))
     prefix = Start.of(model.tokenizer).prefix
     ids = [*prefix, *(token for document in documents for token in document)]
@@ -143,7 +143,7 @@ def cells(
                     f"{text.name} has {format_length(len(ids))} tokens, and {format_length(context)} are asked for; "
                     "take a longer --text or a shorter length"
                 )
-            found.append(
+            planned.append(
                 EndlessCell(
                     scaler=scaler,
                     context=context,
@@ -161,4 +161,4 @@ def cells(
                     },
                 )
             )
-    return found
+    return planned

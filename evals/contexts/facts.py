@@ -72,12 +72,12 @@ class Document:
         def assembled(hay: int) -> tuple[str, ...]:
             units = stretch(text, start, hay)
             places = [boundary(units, (n + share) / facts) for n, share in enumerate(shares)]
-            found: list[str] = []
+            parts: list[str] = []
             used = 0
             for place, (key, value) in zip(places, pairs, strict=True):
-                found += [*units[used:place], f"The secret number of the {key} is {value}. "]
+                parts += [*units[used:place], f"The secret number of the {key} is {value}. "]
                 used = place
-            return (*found, *units[used:])
+            return (*parts, *units[used:])
 
         if (least := count("".join(assembled(1)))) > tokens:
             raise DataError(
@@ -117,7 +117,7 @@ class FactsCell(Cell):
         parts: into how many it is cut.
         document: its seed.
         facts: how many there are.
-        asked: which of them.
+        numbers: the numbers of the facts that are asked for.
         recipe: of its rows, but for the question.
     """
 
@@ -127,7 +127,7 @@ class FactsCell(Cell):
     parts: int
     document: int
     facts: int
-    asked: tuple[int, ...]
+    numbers: tuple[int, ...]
     text: Text
     recipe: dict[str, Any]
 
@@ -142,7 +142,7 @@ class FactsCell(Cell):
         return [self.context // self.parts] * self.parts
 
     def row_recipes(self) -> list[dict[str, Any]]:
-        return [self.recipe | {"question": number} for number in self.asked]
+        return [self.recipe | {"question": number} for number in self.numbers]
 
     def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
         assert isinstance(model, LocalModel)
@@ -180,9 +180,9 @@ class FactsCell(Cell):
         if self.way == "parts":
             contexts = document.parts(self.parts)
 
-            def over_parts(asked: str) -> tuple[str, list[int] | None]:
-                found = model.generate(asked, _PARAMS, contexts=contexts, pooling=NBCE())
-                return found.text, found.sources
+            def over_parts(prompt: str) -> tuple[str, list[int] | None]:
+                completion = model.generate(prompt, _PARAMS, contexts=contexts, pooling=NBCE())
+                return completion.text, completion.sources
 
             return over_parts
         text = document.text
@@ -191,10 +191,10 @@ class FactsCell(Cell):
             text = _end_of(text, model, self.recipe["trained_length"] - (self.context - tokens))
         session = model.session()
 
-        def over_text(asked: str) -> tuple[str, list[int] | None]:
-            found = session.generate(f"{text}\n\n{asked}" if not session.text else f"\n\n{asked}", _PARAMS)
+        def over_text(prompt: str) -> tuple[str, list[int] | None]:
+            completion = session.generate(f"{text}\n\n{prompt}" if not session.text else f"\n\n{prompt}", _PARAMS)
             session.crop(len(text))
-            return found.text, None
+            return completion.text, None
 
         return over_text
 
@@ -214,8 +214,8 @@ def _document(model: Model, text: Text, context: int, facts: int, seed: int) -> 
 
 def _end_of(text: str, model: Model, tokens: int) -> str:
     """The whole characters of the last `tokens` tokens of a text."""
-    found = model.vocabulary.text_bytes(text_ids(text, model.tokenizer)[-tokens:]).decode(errors="ignore")
-    return found.removeprefix(" ") if model.vocabulary.puts_space_first else found  # it puts one there again
+    end = model.vocabulary.text_bytes(text_ids(text, model.tokenizer)[-tokens:]).decode(errors="ignore")
+    return end.removeprefix(" ") if model.vocabulary.puts_space_first else end  # it puts one there again
 
 
 def way_name(way: str, parts: int) -> str:
@@ -250,11 +250,11 @@ def cells(
         scaled = model.under(scaler)
         ropes |= {(scaler, context): rope_recipe(scaler, scaled.rope_at, [context]) for context in contexts}
     facts = max(2 * questions, *parts)
-    asked = tuple(n * facts // questions + facts // (2 * questions) for n in range(questions))
+    numbers = tuple(n * facts // questions + facts // (2 * questions) for n in range(questions))
     ways: list[tuple[Way, int, Scaler]] = [("whole", 1, scaler) for scaler in scalers]
     ways += [("cut", 1, Scaler()), *(("parts", count, Scaler()) for count in parts)]
     _document(model.model, text, min(contexts), facts, 0)  # refused before anything is measured
-    found = []
+    planned = []
     for context in contexts:
         if short := [count for count in parts if context / count > 0.97 * trained]:
             raise ConfigError(
@@ -263,7 +263,7 @@ def cells(
             )
         for document in range(documents):
             for way, count, scaler in ways:
-                found.append(
+                planned.append(
                     FactsCell(
                         scaler=scaler,
                         context=context,
@@ -271,7 +271,7 @@ def cells(
                         parts=count,
                         document=document,
                         facts=facts,
-                        asked=asked,
+                        numbers=numbers,
                         text=text,
                         recipe=shared_recipe(model, text)
                         | {
@@ -287,4 +287,4 @@ def cells(
                         | ropes[scaler, context],
                     )
                 )
-    return found
+    return planned

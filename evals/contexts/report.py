@@ -69,13 +69,13 @@ def way_scores(rows: Sequence[Row]) -> list[WayScore]:
     groups: dict[tuple[int, str, int, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["context"], row["way"], row["parts"], row["rope"]), []).append(row)
-    found = []
+    scores = []
     for (context, way, parts, rope), group in groups.items():
         right = sum(row["correct"] for row in group)
         low, high = share_interval(round(right), len(group))
         first = {row["document"]: row for row in reversed(group)}
         later = [row["seconds"] for row in group if row not in first.values()]
-        found.append(
+        scores.append(
             WayScore(
                 name=way_name(way, parts) + (f", {rope}" if way == "whole" else ""),
                 way=way,
@@ -90,7 +90,7 @@ def way_scores(rows: Sequence[Row]) -> list[WayScore]:
                 later=median(later) if later else float("nan"),
             )
         )
-    return sorted(found, key=lambda score: score.context)
+    return sorted(scores, key=lambda score: score.context)
 
 
 def facts_markdown(rows: Sequence[Row]) -> str:
@@ -135,16 +135,16 @@ def _plot_facts_group(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
     with style.figure(8.5, 1.4 + 0.34 * len(scores), title) as fig:
         panels = fig.subplots(len(lengths), 1, squeeze=False)[:, 0]
         for axes, length in zip(panels, lengths, strict=True):
-            own = [score for score in scores if score.context == length][::-1]
+            bars = [score for score in scores if score.context == length][::-1]
             style.style_axes(axes, x="share of questions answered right", y="")
             axes.grid(axis="y", visible=False)
             axes.grid(axis="x", color=style.GRID, linewidth=0.8)
             colors = dict(zip(("cut", "whole", "parts"), style.categories(3), strict=True))
-            axes.barh(range(len(own)), [s.right for s in own], 0.6, color=[colors[s.way] for s in own])
-            axes.hlines(range(len(own)), [s.low for s in own], [s.high for s in own], color=style.INK, lw=1)
-            axes.set_yticks(range(len(own)), [s.name for s in own])
+            axes.barh(range(len(bars)), [s.right for s in bars], 0.6, color=[colors[s.way] for s in bars])
+            axes.hlines(range(len(bars)), [s.low for s in bars], [s.high for s in bars], color=style.INK, lw=1)
+            axes.set_yticks(range(len(bars)), [s.name for s in bars])
             axes.set_xlim(0, 1)
-            axes.set_title(f"{format_length(length)} tokens, {own[0].trials} questions", loc="left", color=style.MUTED)
+            axes.set_title(f"{format_length(length)} tokens, {bars[0].trials} questions", loc="left", color=style.MUTED)
         note = (
             "Bars: shares; lines: Wilson's 95% intervals. Parts are read one by one, and their answers pooled (NBCE)."
         )
@@ -175,8 +175,8 @@ def endless_rows(rows: Sequence[Row]) -> list[Row]:
 def endless_markdown(rows: Sequence[Row]) -> str:
     """A table for every setting, scaler and length."""
     lines = [ENDLESS_LEGEND]
-    for own in group_rows(endless_rows(rows), _ENDLESS_IGNORED):
-        row = own[0]
+    for group in group_rows(endless_rows(rows), _ENDLESS_IGNORED):
+        row = group[0]
         lines += [
             "",
             f"`{row['rope']}`, {short(row['model'])} ({row['dtype']}, trained at "
@@ -191,7 +191,7 @@ def endless_markdown(rows: Sequence[Row]) -> str:
             f"| {_number(row['loss'], '.3f')} | {_range(row['low'], row['high'], '.3f')} "
             f"| {_number(row['difference'], '+.3f')} | {_range(row['difference_low'], row['difference_high'], '+.3f')} "
             f"| {row['cache_mb']:.1f} | {row['resident_mb']:.0f} | {row['tokens_per_second']:.0f} |"
-            for row in own
+            for row in group
         ]
     return "\n".join(lines) + "\n"
 
@@ -215,23 +215,23 @@ def plot_endless(rows: Sequence[Row], out_stem: Path) -> list[Path]:
     ]
 
 
-def _plot_endless_group(found: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
-    ropes = list(dict.fromkeys(row["rope"] for row in found))
+def _plot_endless_group(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
+    ropes = list(dict.fromkeys(row["rope"] for row in rows))
     drawn = style.line_styles(ropes)
-    about = f"{short(found[0]['model'])} ({found[0]['dtype']}) on {short(found[0]['text'])}"
+    about = f"{short(rows[0]['model'])} ({rows[0]['dtype']}) on {short(rows[0]['text'])}"
     with style.figure(8.5, 6.2, f"A text without an end: {about}") as fig:
         upper, lower = fig.subplots(2, 1, sharex=True)
         style.style_axes(upper, x="", y="loss, nats a token")
         style.style_axes(lower, x="position", y="over recomputation, nats")
         lower.axhline(0, color=style.MUTED, lw=1)
         for rope in ropes:
-            longest = max(row["context"] for row in found if row["rope"] == rope)
-            own = [row for row in found if (row["rope"], row["context"]) == (rope, longest)]
-            at, line = [row["end"] for row in own], drawn[rope]
+            longest = max(row["context"] for row in rows if row["rope"] == rope)
+            line_rows = [row for row in rows if (row["rope"], row["context"]) == (rope, longest)]
+            at, line = [row["end"] for row in line_rows], drawn[rope]
             look = {"color": line.color, "marker": line.marker, "linestyle": line.dashes, "lw": line.width, "ms": 4}
-            upper.plot(at, [row["loss"] for row in own], label=rope, **look)
-            lower.plot(at, [row["difference"] for row in own], **look)
-            known = [row for row in own if row["difference_low"] is not None]
+            upper.plot(at, [row["loss"] for row in line_rows], label=rope, **look)
+            lower.plot(at, [row["difference"] for row in line_rows], **look)
+            known = [row for row in line_rows if row["difference_low"] is not None]
             lower.vlines(
                 [row["end"] for row in known],
                 [row["difference_low"] for row in known],
@@ -239,12 +239,12 @@ def _plot_endless_group(found: Sequence[Row], out_stem: Path) -> tuple[Path, Pat
                 color=line.color,
                 lw=1,
             )
-        ends = sorted({row["end"] for row in found})
+        ends = sorted({row["end"] for row in rows})
         for axes in (upper, lower):
             style.length_axis(axes, ends, ends[0] / 1.2, ends[-1] * 1.2)
-        style.mark_length(upper, found[0]["trained_length"], "trained length")
+        style.mark_length(upper, rows[0]["trained_length"], "trained length")
         upper.legend(loc="upper right", frameon=False)
-        memory = max(row["cache_mb"] for row in found)
+        memory = max(row["cache_mb"] for row in rows)
         note = f"Every point is a bucket that ends there. The cache never took more than {memory:.3g} MB."
         fig.supxlabel(note, **style.FOOTNOTE)
         return style.save(fig, out_stem)
@@ -252,7 +252,7 @@ def _plot_endless_group(found: Sequence[Row], out_stem: Path) -> tuple[Path, Pat
 
 def publisher(
     name: str,
-    own: Callable[[Sequence[Row]], Sequence[Row]],
+    select: Callable[[Sequence[Row]], Sequence[Row]],
     to_markdown: Callable[[Sequence[Row]], str],
     plot: Callable[[Sequence[Row], Path], list[Path]],
 ) -> Callable[[Run, Sequence[Cell], Console], None]:
@@ -265,7 +265,7 @@ def publisher(
 
     def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:
         files = []
-        if own(run.rows):
+        if select(run.rows):
             table, markdown = run.folder / "table.md", to_markdown(run.rows)
             write_atomic(table, markdown.encode())
             console.print(Markdown(markdown))

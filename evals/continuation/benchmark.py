@@ -71,13 +71,13 @@ def draw_all(vocabulary: Vocabulary, text: str | None, count: int, seed: int) ->
     Raises:
         DataError: a text is too short to cut.
     """
-    wanted = _USUAL if text is None else tuple((text, kind) for kind in _OF_ONE_TEXT)
-    found = []
-    for name, kind in wanted:
+    kinds = _USUAL if text is None else tuple((text, kind) for kind in _OF_ONE_TEXT)
+    texts = []
+    for name, kind in kinds:
         loaded = load_text(name)
         drawn = cuts.draw(vocabulary, "\n\n".join(loaded.documents), kind, count, seed)
-        found.append(CutText(text=loaded, kind=kind, cuts=tuple(drawn)))
-    return found
+        texts.append(CutText(text=loaded, kind=kind, cuts=tuple(drawn)))
+    return texts
 
 
 AHEAD = 8
@@ -86,7 +86,7 @@ AHEAD = 8
 
 def measure_all(model: Model, texts: Sequence[CutText], run: Run, seed: int, console: Console) -> list[Row]:
     """Measure every cut that is not in `run` yet, with a progress bar; returns the rows of all."""
-    found: list[Row] = []
+    all_rows: list[Row] = []
     todo = [(text, cut) for text in texts for cut in text.cuts]
     for text, cut in track(todo, "cuts", console=console):
         recipes = {method: _recipe(model, text, cut, seed) | {"method": method} for method in METHODS}
@@ -94,8 +94,8 @@ def measure_all(model: Model, texts: Sequence[CutText], run: Run, seed: int, con
         if None in rows:
             measured = measure(model, cut)
             rows = [run.add(recipe, measured[method]) for method, recipe in recipes.items()]
-        found += [row for row in rows if row is not None]
-    return found
+        all_rows += [row for row in rows if row is not None]
+    return all_rows
 
 
 def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
@@ -115,18 +115,18 @@ def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
 
 def measure(model: Model, cut: Cut) -> dict[str, dict[str, Any]]:
     """What is measured at one cut, by method."""
-    wanted = cut.token[cut.overlap :]
+    rest_of_token = cut.token[cut.overlap :]
     with model.running(len(cut.prompt)) as runner:
         ending = Ending(model, runner, cut.prompt)
         openings = {method: ending.open(method) for method in METHODS if method != HEALING}
-        measured: dict[str, dict[str, Any]] = {HEALING: {"finished": ending.transformers_finishes(wanted)}}
+        measured: dict[str, dict[str, Any]] = {HEALING: {"finished": ending.transformers_finishes(rest_of_token)}}
         for method, opening in openings.items():
             distribution = ending.distribution(method)
             next_byte = distribution.next_byte_logprobs
             measured[method] = {
                 "next_byte_bits": -float(next_byte[cut.rest[0]]) / math.log(2),
                 "top1": int(next_byte.argmax()) == cut.rest[0],
-                "finished": ending.finishes(opening, wanted),
+                "finished": ending.finishes(opening, rest_of_token),
                 "bits_per_byte": -distribution.logprob(cut.rest[:AHEAD]) / math.log(2) / AHEAD,
                 "extra_forwards": opening.forwards - openings[OFF].forwards,
                 "extra_ms": 1e3 * (opening.seconds - openings[OFF].seconds),
@@ -140,9 +140,9 @@ def compare(name: str, text: str | None, *, cuts: int, seed: int, loading: dict[
     model = load(name, **loading)
     tensor_parallel.refuse("continuation")
     texts = draw_all(model.vocabulary, text, cuts, seed)
-    for one in texts:
-        if len(one.cuts) < cuts:
-            console.print(f"{one.name}: {len(one.cuts)} of {cuts} cuts, the text has no more such places")
+    for cut_text in texts:
+        if len(cut_text.cuts) < cuts:
+            console.print(f"{cut_text.name}: {len(cut_text.cuts)} of {cuts} cuts, the text has no more such places")
     run = Run(out)
     run.write_environment()
     summaries = summarize(measure_all(model, texts, run, seed, console))
@@ -151,8 +151,8 @@ def compare(name: str, text: str | None, *, cuts: int, seed: int, loading: dict[
     table = run.folder / "table.md"
     write_atomic(table, to_markdown(summaries, model.name).encode())
     files = [table, *plot_continuation(summaries, model.name, run.folder / "continuation")]
-    for shown in tables(summaries):
-        console.print(shown)
+    for table_shown in tables(summaries):
+        console.print(table_shown)
     console.print(LEGEND)
     for path in files:
         console.print(f"  {path}", highlight=False, soft_wrap=True)

@@ -98,25 +98,31 @@ class Ending:
             ids=self.reader.base + path, past=past, forwards=self._runner.runs - before, seconds=seconds
         )
 
-    def finishes(self, opening: MethodResult, wanted: bytes) -> bool:
+    def finishes(self, opening: MethodResult, rest_of_token: bytes) -> bool:
         """True if the likeliest answer after an opening begins with `wanted`."""
         ids, past = opening.ids, opening.past
         tokens = self.model.vocabulary.tokens
-        while len(past) < len(wanted) and wanted.startswith(past) and ids[-1] not in self.model.vocabulary.special_ids:
+        while (
+            len(past) < len(rest_of_token)
+            and rest_of_token.startswith(past)
+            and ids[-1] not in self.model.vocabulary.special_ids
+        ):
             token = int(self.reader.after(ids[len(self.reader.base) :]).argmax())
             ids, past = (*ids, token), past + (tokens[token] if token < len(tokens) else b"")
-        return past.startswith(wanted)
+        return past.startswith(rest_of_token)
 
-    def transformers_finishes(self, wanted: bytes) -> bool:
+    def transformers_finishes(self, rest_of_token: bytes) -> bool:
         """`finishes` for transformers' `token_healing`, as it is; False where it fails."""
         ids = torch.tensor([self.model.vocabulary.encode(self.prompt)], device=input_device(self.model.hf))
-        config = GenerationConfig(token_healing=True, do_sample=False, max_new_tokens=len(wanted), pad_token_id=0)
+        config = GenerationConfig(
+            token_healing=True, do_sample=False, max_new_tokens=len(rest_of_token), pad_token_id=0
+        )
         try:
             out = self.model.hf.generate(ids, generation_config=config, tokenizer=self.model.tokenizer)
         except KeyError:  # 5.23 raises the bias of the last token, which is not always among those that it looked up
             return False
         text = self.model.vocabulary.text_bytes([i for i in out[0].tolist() if i < len(self.model.vocabulary.tokens)])
-        return text.lstrip().startswith(self.prompt.lstrip().encode() + wanted)  # it strips the prompt
+        return text.lstrip().startswith(self.prompt.lstrip().encode() + rest_of_token)  # it strips the prompt
 
     def _new_reader(self, base: Path) -> DistributionReader:
         return DistributionReader(self._runner, self.model.vocabulary, base, self._new_cache())
@@ -153,23 +159,23 @@ class Ending:
         """
         tokens, trie = self.model.vocabulary.tokens, self.model.vocabulary.trie
         path, rest = self._start(STEPS)
-        found: list[Fork] = []
+        forks: list[Fork] = []
         waiting, left = [(0.0, path, rest)], 1.0
-        while waiting and left > _LEFT_OUT and len(found) < _MOST_PATHS:
+        while waiting and left > _LEFT_OUT and len(forks) < _MOST_PATHS:
             negative, path, rest = heapq.heappop(waiting)
             left -= math.exp(-negative)
             if not rest:
-                found.append(Fork(path=path, suffix=b"", logweight=-negative))
+                forks.append(Fork(path=path, suffix=b"", logweight=-negative))
                 continue
             row = self.reader.after(path)
             shorter, longer = trie.prefixes(rest), trie.extensions(rest)
             weight = -negative - float(row[torch.tensor(shorter + longer)].logsumexp(0))
-            found.append(Fork(path=path, suffix=rest, logweight=weight))
+            forks.append(Fork(path=path, suffix=rest, logweight=weight))
             for token in shorter:
                 later = weight + float(row[token])
                 left += math.exp(later)
                 heapq.heappush(waiting, (-later, (*path, token), rest[len(tokens[token]) :]))
-        return [*found, Fork(path=self.tail, suffix=b"", logweight=math.log(left))] if waiting and left > 0 else found
+        return [*forks, Fork(path=self.tail, suffix=b"", logweight=math.log(left))] if waiting and left > 0 else forks
 
     def _exact(self) -> list[Fork]:
         forks = []

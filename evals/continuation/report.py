@@ -103,13 +103,13 @@ def _numbers(rows: Sequence[Row], field: str) -> np.ndarray[tuple[int], np.dtype
 
 def tables(summaries: Sequence[Summary]) -> list[Table]:
     """A table for the screen for each text and kind of cuts."""
-    found = []
+    tables_by_text = []
     for name, group in _by_name(summaries).items():
         table = Table(Column("method", no_wrap=True), *COLUMNS.values(), title=f"{name}: {group[0].cuts} cuts")
         for summary in group:
             table.add_row(summary.method, *_cells(summary))
-        found.append(table)
-    return found
+        tables_by_text.append(table)
+    return tables_by_text
 
 
 def to_markdown(summaries: Sequence[Summary], model: str) -> str:
@@ -159,10 +159,10 @@ def _draw(axes: Axes, summaries: Sequence[Summary], field: str) -> None:
     axes.tick_params(axis="x", length=0)
     colors = dict(zip(methods, style.categories(len(methods)), strict=True))
     for method in methods:
-        shown = [s for s in summaries if s.method == method and field in s.values]
+        drawn = [s for s in summaries if s.method == method and field in s.values]
         step = (methods.index(method) - (len(methods) - 1) / 2) * _WIDTH / len(methods)
-        places = [names.index(s.name) + step for s in shown]
-        values = [s.values[field] for s in shown]
+        places = [names.index(s.name) + step for s in drawn]
+        values = [s.values[field] for s in drawn]
         axes.bar(places, [v.mean for v in values], 0.9 * _WIDTH / len(methods), color=colors[method], label=method)
         known = [(x, v) for x, v in zip(places, values, strict=True) if not math.isnan(v.low)]
         axes.vlines([x for x, _ in known], [v.low for _, v in known], [v.high for _, v in known], color=style.INK, lw=1)

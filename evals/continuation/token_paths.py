@@ -67,11 +67,11 @@ class DistributionReader:
             tokens, special_ids = self.vocabulary.tokens, self.vocabulary.special_ids
             if suffix:
                 ids = self.vocabulary.trie.extensions(suffix)
-                found = [tokens[i][len(suffix)] for i in ids]
+                next_bytes = [tokens[i][len(suffix)] for i in ids]
             else:  # some models have more logits than their tokenizer has tokens
                 ids = list(range(len(self.after(()))))
-                found = [END if i >= len(tokens) or i in special_ids else tokens[i][0] for i in ids]
-            self._extensions[suffix] = torch.tensor(ids, dtype=torch.long), torch.tensor(found, dtype=torch.long)
+                next_bytes = [END if i >= len(tokens) or i in special_ids else tokens[i][0] for i in ids]
+            self._extensions[suffix] = torch.tensor(ids, dtype=torch.long), torch.tensor(next_bytes, dtype=torch.long)
         return self._extensions[suffix]
 
 
@@ -121,9 +121,9 @@ class Distribution:
         trie, tokens = self._reader.vocabulary.trie, self._reader.vocabulary.tokens
         first, ties = list(self._forks), count()
         waiting: list[tuple[float, int, Fork]] = []  # what comes after `suffix` of these is free
-        found = unseen = 0.0
+        reached = unseen = 0.0
         looked_at = 0
-        while first or (waiting and unseen > _MISSED * found and (looked_at < _MOST_LAWS or not found)):
+        while first or (waiting and unseen > _MISSED * reached and (looked_at < _MOST_LAWS or not reached)):
             looked_at += 1
             if first:
                 fork = first.pop()
@@ -134,11 +134,11 @@ class Distribution:
                 least, unseen = 0, unseen - math.exp(-negative)
             row = self._reader.after(fork.path) + fork.logweight
             complete = [*trie.exact(fork.suffix), *trie.extensions(fork.suffix)]
-            found += float(row[torch.tensor(complete, dtype=torch.long)].exp().sum())
+            reached += float(row[torch.tensor(complete, dtype=torch.long)].exp().sum())
             for token in trie.prefixes(fork.suffix[:-1]):
                 if len(tokens[token]) > least:
                     weight = float(row[token])
                     unseen += math.exp(weight)
                     later = Fork(path=(*fork.path, token), suffix=fork.suffix[len(tokens[token]) :], logweight=weight)
                     heapq.heappush(waiting, (-weight, next(ties), later))
-        return math.log(found / float(self._weights.sum()))
+        return math.log(reached / float(self._weights.sum()))

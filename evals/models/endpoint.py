@@ -56,9 +56,9 @@ class ServedModel(MeasuredModel):
         self._rows = int(config.get_text_config().vocab_size)
         self.metadata = {"tokenizer": model}
         self._server = Server(url)
-        told = self._server.model(served_as)
-        self._served = str(told["id"])
-        self.limit: int | None = told.get("max_model_len")
+        listed = self._server.model(served_as)
+        self._served = str(listed["id"])
+        self.limit: int | None = listed.get("max_model_len")
         self.device = self._server.address
         self.name = f"{self._served} at {self._server.host}"
         self.form = self._find_form()
@@ -131,7 +131,7 @@ class ServedModel(MeasuredModel):
         text = str(written.get("text") or "")
         if scored is None:
             return TrialOutput(logprobs=None, is_likeliest=None, written=text)
-        nats, likeliest = [one[0] for one in scored], [one[1] for one in scored]
+        nats, likeliest = [token[0] for token in scored], [token[1] for token in scored]
         return TrialOutput(logprobs=nats, is_likeliest=None if None in likeliest else all(likeliest), written=text)
 
     def score(self, ids: Tokens, first: int) -> list[Scored]:

@@ -33,22 +33,22 @@ def _read_prompt_logprobs(choice: Choice, ids: Sequence[int]) -> list[Scored] | 
         return None
     scored: list[Scored] = []
     for token, place in zip(ids[1:], places[1:], strict=True):
-        own = (place or {}).get(str(token)) or {}
-        if own.get("logprob") is None:
+        entry = (place or {}).get(str(token)) or {}
+        if entry.get("logprob") is None:
             return None
-        scored.append((float(own["logprob"]), own["rank"] == 1 if own.get("rank") else None))
+        scored.append((float(entry["logprob"]), entry["rank"] == 1 if entry.get("rank") else None))
     return scored
 
 
 def _read_echo(choice: Choice, ids: Sequence[int]) -> list[Scored] | None:
-    told = choice.get("logprobs") or {}
-    nats = told.get("token_logprobs")
+    logprobs = choice.get("logprobs") or {}
+    nats = logprobs.get("token_logprobs")
     if not isinstance(nats, list) or len(nats) not in (len(ids), len(ids) + 1):  # with the token that was written
         return None
     nats = nats[1 : len(ids)]
     if None in nats:
         return None
-    tops = (told.get("top_logprobs") or [None] * len(ids))[1 : len(ids)]
+    tops = (logprobs.get("top_logprobs") or [None] * len(ids))[1 : len(ids)]
     return [(float(n), n >= max(top.values()) if top else None) for n, top in zip(nats, tops, strict=True)]
 
 

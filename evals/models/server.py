@@ -66,7 +66,7 @@ class Server:
             EndpointError: as `ask`.
         """
         listed = self.ask("/models").get("data")
-        known = {str(one["id"]): one for one in listed or [] if isinstance(one, dict) and "id" in one}
+        known = {str(entry["id"]): entry for entry in listed or [] if isinstance(entry, dict) and "id" in entry}
         if name is None and len(known) == 1:
             return next(iter(known.values()))
         if not known:

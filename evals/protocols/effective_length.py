@@ -70,17 +70,17 @@ def effective_length(rows: Sequence[Row], delta: Mapping[str, Difference], rope:
     }
     if not measured:
         return None
-    found = {context: delta[row["key"]] for context, row in measured.items()}
-    length = max((context for context, change in found.items() if is_kept(change)), default=None)
+    differences = {context: delta[row["key"]] for context, row in measured.items()}
+    length = max((context for context, change in differences.items() if is_kept(change)), default=None)
     trained, reached = rows[0]["trained_length"], length or 0
-    undecided = tuple(c for c, change in found.items() if c > reached and change.low <= TOLERANCE < change.high)
+    undecided = tuple(c for c, change in differences.items() if c > reached and change.low <= TOLERANCE < change.high)
     first = undecided[0] if undecided else None
     return EffectiveLength(
         length=length,
-        breaks=tuple(c for c, change in found.items() if trained <= c < reached and not is_kept(change)),
+        breaks=tuple(c for c, change in differences.items() if trained <= c < reached and not is_kept(change)),
         undecided=undecided,
-        fails=tuple(c for c, change in found.items() if c > reached and change.low > TOLERANCE),
-        samples=None if first is None else samples_to_decide(found[first], measured[first]["documents"]),
+        fails=tuple(c for c, change in differences.items() if c > reached and change.low > TOLERANCE),
+        samples=None if first is None else samples_to_decide(differences[first], measured[first]["documents"]),
     )
 
 
@@ -126,12 +126,12 @@ def reach(scores: Mapping[int, TrialScore], least: float) -> Reach:
     lengths = sorted(scores)
 
     def up_to(values: Mapping[int, float]) -> int | None:
-        kept = None
+        longest_kept = None
         for length in lengths:
             if not values[length] >= least:  # an unknown bound is NaN, and keeps nothing
                 break
-            kept = length
-        return kept
+            longest_kept = length
+        return longest_kept
 
     return Reach(
         length=up_to({length: score.mean for length, score in scores.items()}),
@@ -150,15 +150,15 @@ def reaches(group: ScoreGroup) -> dict[str, Reach]:
     of_own, trained = group.suite == RULER, group.trained_length
     if of_own and group.tasks != [*SUITES[RULER]]:
         return {}
-    found = {}
+    by_method = {}
     for rope in group.methods:
         scores = group.scores(rope)
         if not of_own and scores:
-            found[rope] = reach(scores, LEAST_FOUND)
+            by_method[rope] = reach(scores, LEAST_FOUND)
         elif trained in scores:
-            own = scores[trained].mean  # of nothing, any share is kept everywhere
-            found[rope] = reach(scores, LEAST_KEPT * own if own > 0 else math.inf)
-    return found
+            at_trained = scores[trained].mean  # of nothing, any share is kept everywhere
+            by_method[rope] = reach(scores, LEAST_KEPT * at_trained if at_trained > 0 else math.inf)
+    return by_method
 
 
 def length_or_more(length: int | None, longest: int) -> str:

@@ -51,8 +51,8 @@ class Harm(SamePlaces):
             )
 
     def measure(self, model: MeasuredModel, windows: Sequence[Window], advance: Advance) -> ProtocolResult:
-        found = [compare_distributions(model.under(Scaler()), model, window, advance) for window in windows]
-        base, scaled, kl, same = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        compared = [compare_distributions(model.under(Scaler()), model, window, advance) for window in windows]
+        base, scaled, kl, same = (np.concatenate(parts) for parts in zip(*compared, strict=True))
         difference, low, high = paired_difference(scaled, base)
         kl_low, kl_high = block_interval(kl)
         extra = {
@@ -65,7 +65,7 @@ class Harm(SamePlaces):
             "kl_high": kl_high,
             "same_top1": 100 * float(same.mean()),
         }
-        return ProtocolResult(losses=[one[1] for one in found], extra=extra)
+        return ProtocolResult(losses=[part[1] for part in compared], extra=extra)
 
     @classmethod
     def scored(cls, row: Row) -> str:
@@ -84,15 +84,15 @@ def compare_distributions(base: MeasuredModel, other: MeasuredModel, window: Win
     """
     parts: list[list[Tensor]] = []
     with torch.inference_mode():
-        pairs = (one.logits(window.ids, window.first, advance) for one in (base, other))
+        pairs = (model.logits(window.ids, window.first, advance) for model in (base, other))
         targets, done = torch.tensor(window.ids[window.first :]), 0
         for p, q in zip(*pairs, strict=True):
             for rows in range(0, len(p), _ROWS):
                 block = slice(rows, rows + _ROWS)
-                wanted = targets[done : done + _ROWS, None][: len(p) - rows].to(p.device)
+                block_targets = targets[done : done + _ROWS, None][: len(p) - rows].to(p.device)
                 log_p, log_q = p[block].log_softmax(-1), q[block].log_softmax(-1)
                 kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-                losses = (-distribution.gather(-1, wanted)[:, 0] for distribution in (log_p, log_q))
+                losses = (-distribution.gather(-1, block_targets)[:, 0] for distribution in (log_p, log_q))
                 parts.append([*losses, kl, log_p.argmax(-1) == log_q.argmax(-1)])
                 done += len(kl)
     first, second, kl, same = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))

@@ -112,8 +112,8 @@ class JudgeCell(Cell):
         Raises:
             DataError: too few are, or the judge's losses are gone.
         """
-        found = [run.find(recipe) for recipe in self.row_recipes()]
-        losses = [None if row is None else run.losses(row) for row in found]
+        rows = [run.find(recipe) for recipe in self.row_recipes()]
+        losses = [None if row is None else run.losses(row) for row in rows]
         if losses[0] is None or losses[1] is None:
             raise DataError(f"{run.folder} holds no losses of the judge {self.scaler}; measure in another folder")
         is_key = key_tokens(losses[0], losses[1])
@@ -131,5 +131,5 @@ def key_tokens(
     short: np.ndarray[Any, np.dtype[Any]], full: np.ndarray[Any, np.dtype[Any]]
 ) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which tokens are keys, from their losses under both contexts, bool [tokens]."""
-    found: np.ndarray[Any, np.dtype[np.bool_]] = (short - full > GAIN) & (full < MOST_LOSS)
-    return found
+    is_key: np.ndarray[Any, np.dtype[np.bool_]] = (short - full > GAIN) & (full < MOST_LOSS)
+    return is_key

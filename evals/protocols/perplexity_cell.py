@@ -62,12 +62,14 @@ class PerplexityCell(Cell):
     def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
         keys = self.judge.keys(run) if self.judge else None
         started = time.perf_counter()
-        found = self.protocol.measure(model, self.passages, advance)
+        result = self.protocol.measure(model, self.passages, advance)
         seconds = time.perf_counter() - started
         rows = []
         for recipe in self.row_recipes():
             chosen = self._chosen(recipe["bucket_start"] or 0, recipe["bucket_end"] or math.inf, keys)
-            losses = np.concatenate([one[mask] for one, mask in zip(found.losses, chosen, strict=True)])
+            losses = np.concatenate(
+                [window_losses[mask] for window_losses, mask in zip(result.losses, chosen, strict=True)]
+            )
             scored = self._scored(chosen)
             measured = summary(losses, _count_bytes(model, scored)) | {
                 "tokens_sha256": tokens_sha256([token for window in scored for token in window]),
@@ -79,16 +81,16 @@ class PerplexityCell(Cell):
             if keys is not None:
                 measured["candidates"] = len(keys)
             # after a kill some are there already
-            rows.append(run.find(recipe) or run.add(recipe, _whole(measured | found.extra), losses))
+            rows.append(run.find(recipe) or run.add(recipe, _whole(measured | result.extra), losses))
         self.then(self, rows, model)
         return rows
 
     def outcome(self, rows: Sequence[Row]) -> str:
         tokens = sum(row["tokens"] for row in rows)
         lost = [row for row in rows if row["loss"] is None]
-        told = lost[0] if lost else {"loss": sum(row["loss"] * row["tokens"] for row in rows) / tokens}
+        summary_row = lost[0] if lost else {"loss": sum(row["loss"] * row["tokens"] for row in rows) / tokens}
         of = f" of {rows[0]['candidates']}" if "candidates" in rows[0] else ""
-        return f"{loss_text(told)}, {tokens}{of} tokens scored"
+        return f"{loss_text(summary_row)}, {tokens}{of} tokens scored"
 
     def _chosen(self, start: float, end: float, keys: np.ndarray[Any, Any] | None) -> list[np.ndarray[Any, Any]]:
         """Which of the scored tokens of each window count, bool [scored tokens]."""
@@ -161,8 +163,8 @@ class Source:
         """Of a text: no more documents, and no more of each, than the protocol reads."""
         documents: list[Tokens] = []
         for document in text.documents:
-            one = replace(text, documents=(document,))
-            documents += tokenize_documents(one, tokenizer, limit_tokens=protocol.limit)
+            single = replace(text, documents=(document,))
+            documents += tokenize_documents(single, tokenizer, limit_tokens=protocol.limit)
             if protocol.is_enough(documents):
                 break
         return cls(documents=documents, start=Start.of(tokenizer), name=text.name, sha256=text.sha256)
@@ -191,11 +193,15 @@ def plan(model: MeasuredModel, source: Source, scalers: Sequence[Scaler], protoc
         **protocol.settings,
     }
     windows = {c: tuple(protocol.windows(source.documents, c, source.start)) for c in protocol.contexts}
-    model.check_scoring(max(len(window.ids) for own in windows.values() for window in own))
-    asked, found = protocol.settings.get("samples", 0), len(windows[protocol.longest])
-    if found < asked:
+    model.check_scoring(max(len(window.ids) for windows_at in windows.values() for window in windows_at))
+    samples, available = protocol.settings.get("samples", 0), len(windows[protocol.longest])
+    if available < samples:
         _LOG.warning(
-            "%s: %s has room for %d of %d samples that score no token twice", protocol.name, source.name, found, asked
+            "%s: %s has room for %d of %d samples that score no token twice",
+            protocol.name,
+            source.name,
+            available,
+            samples,
         )
     judge = None
     if isinstance(protocol, LongPPL):

@@ -60,24 +60,24 @@ class Protocol(ABC):
     contexts: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
-            if one.type == "int" or (one.type == "int | None" and value is not None):
+        for field_ in dataclasses.fields(self):
+            value = getattr(self, field_.name)
+            if field_.type == "int" or (field_.type == "int | None" and value is not None):
                 try:
-                    object.__setattr__(self, one.name, operator.index(value))  # of numpy's integers Python's
+                    object.__setattr__(self, field_.name, operator.index(value))  # of numpy's integers Python's
                 except TypeError:
-                    raise ConfigError(f"{one.name} {value!r} must be a whole number") from None
+                    raise ConfigError(f"{field_.name} {value!r} must be a whole number") from None
                 if value < 1:
-                    raise ConfigError(f"{one.name} {value} must be at least 1")
+                    raise ConfigError(f"{field_.name} {value} must be at least 1")
         if not self.contexts or min(self.contexts) < 2:
             raise ConfigError("give at least one context of 2 tokens or more")
 
     @property
     def settings(self) -> dict[str, Any]:
         """Its own fields: those besides the contexts."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del own["contexts"]
-        return own
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["contexts"]
+        return values
 
     @property
     def longest(self) -> int:

@@ -89,12 +89,12 @@ def draw_distances(axes: Axes, bands: Sequence[Band], length: int, limits: Mappi
         short = row.true.size and row.true[-1] < 1.02 * row.true[0]
         look = {"ls": "", "marker": "o", "ms": 5, "clip_on": False} if short else {"lw": 1.9}
         axes.plot(true, seen, color=looks[row.band].color, label=row.band, **look)
-    shown = np.concatenate([row.seen for row in rows])
-    top = 1.6 * max(shown.max(), *limits.values())
+    distances = np.concatenate([row.seen for row in rows])
+    top = 1.6 * max(distances.max(), *limits.values())
     length_ticks(axes, low, length)
-    if shown.min() >= 1:
+    if distances.min() >= 1:
         axes.set_yscale("log", base=2)
-        axes.set_ylim(min(low, shown.min()) / 1.1, top)
+        axes.set_ylim(min(low, distances.min()) / 1.1, top)
     else:
         axes.set_yscale("symlog", base=2, linthresh=1)
         axes.set_ylim(-0.1, top)

@@ -129,9 +129,9 @@ def _longest(view: _View) -> list[str]:
         return ["No method has a result, only the untouched model."]
     where = _capital(view.place(at))
     where += ", the longest measured," if at == max(view.columns) else ", the longest that a method was run at,"
-    found = {rope: row for rope in view.methods if (row := view.row(rope, at))}
-    best = min(found, key=lambda rope: found[rope]["loss"])
-    winner, plain = found[best], found.get(UNTOUCHED)
+    rows = {rope: row for rope in view.methods if (row := view.row(rope, at))}
+    best = min(rows, key=lambda rope: rows[rope]["loss"])
+    winner, plain = rows[best], rows.get(UNTOUCHED)
     change = view.difference(winner, plain)
     if best == UNTOUCHED:
         sentence = f"{where} no method helped: the untouched model has the lowest loss, {_loss(winner)}"
@@ -144,7 +144,7 @@ def _longest(view: _View) -> list[str]:
             sentence += "; the two are not distinguishable" if change and change.is_tie else ""
     sentences = [f"{sentence}."]
     # The sentence above has held the winner against the untouched model already.
-    pairs = {rope: view.difference(row, winner) for rope, row in found.items() if rope not in (best, UNTOUCHED)}
+    pairs = {rope: view.difference(row, winner) for rope, row in rows.items() if rope not in (best, UNTOUCHED)}
     ties = [rope for rope, pair in pairs.items() if pair is not None and pair.is_tie]
     if ties:
         sentences.append(f"Not distinguishable from {method_name(best)} there: {', '.join(ties)}.")
@@ -162,8 +162,8 @@ def _verdict(change: Difference) -> str:
 
 
 def _effective_lengths(view: _View) -> list[str]:
-    found = {rope: effective_length(view.rows, view.delta, rope) for rope in view.methods}
-    known = {rope: reach for rope, reach in found.items() if reach is not None}
+    lengths = {rope: effective_length(view.rows, view.delta, rope) for rope in view.methods}
+    known = {rope: reach for rope, reach in lengths.items() if reach is not None}
     if not known:
         return []
     parts = []
@@ -248,9 +248,9 @@ def harm_findings(rows: Sequence[Row]) -> list[str]:
     """For every method, what it costs at the context where it costs most."""
     parts = []
     for rope in compare.methods(rows):
-        own = [row for row in rows if row["rope"] == rope and row.get("loss") is not None]
-        if own:
-            worst = max(own, key=lambda row: float(row["kl"]))
+        measured = [row for row in rows if row["rope"] == rope and row.get("loss") is not None]
+        if measured:
+            worst = max(measured, key=lambda row: float(row["kl"]))
             parts.append(
                 f"{rope} moves the law of the next token by {worst['kl']:.4f} nats (KL) at "
                 f"{format_length(worst['context'])}, keeps the likeliest one in {worst['same_top1']:.1f} % of the "
@@ -287,10 +287,10 @@ def retrieval_findings(rows: Iterable[Row]) -> list[str]:
 
     The best method at the longest length, effective lengths with their rule, and how few trials there were.
     """
-    found = score_groups(rows)
+    groups = score_groups(rows)
     sentences = []
-    for group in found:
-        prefix = f"[{group.name}, {group.measured_on}] " if len(found) > 1 else f"{group.name}: "
+    for group in groups:
+        prefix = f"[{group.name}, {group.measured_on}] " if len(groups) > 1 else f"{group.name}: "
         sentences += [
             prefix + sentence for sentence in (*_longest_scores(group), *_score_reaches(group), *_few_trials(group))
         ]
@@ -301,17 +301,17 @@ def _longest_scores(group: ScoreGroup) -> list[str]:
     at = next((n for n in reversed(group.lengths) if any(group.score(rope, n) for rope in group.methods)), None)
     if at is None:
         return ["no method has every task measured at any length."]
-    scores = {rope: own for rope in group.methods if (own := group.score(rope, at)) is not None}
+    scores = {rope: score for rope in group.methods if (score := group.score(rope, at)) is not None}
     best = max(scores, key=lambda rope: scores[rope].mean)
     parts = [
         f"at {format_length(at)}, the longest measured, {method_name(best)} is right in {share(scores[best]).text} of "
         f"{scores[best].trials} trials"
     ]
     if len(scores) > 1:
-        apart = [rope for rope in scores if rope != best and scores[rope].high < scores[best].low]
-        level = [rope for rope in scores if rope not in (best, *apart)]
-        if apart:
-            parts.append(f"intervals of {_method_names(apart)} lie below")
+        below = [rope for rope in scores if rope != best and scores[rope].high < scores[best].low]
+        level = [rope for rope in scores if rope not in (best, *below)]
+        if below:
+            parts.append(f"intervals of {_method_names(below)} lie below")
         if level:
             parts.append(f"intervals overlap with {_method_names(level)}")
     return [f"{'; '.join(parts)}."]
@@ -319,15 +319,15 @@ def _longest_scores(group: ScoreGroup) -> list[str]:
 
 def _score_reaches(group: ScoreGroup) -> list[str]:
     parts = []
-    for rope, found in reaches(group).items():
-        part = f"{method_name(rope)} {length_or_more(found.length, found.longest)}"
-        if found.certain != found.length:
-            part += f" ({by_lower_bounds(found.certain, found.longest)})"
+    for rope, reach in reaches(group).items():
+        part = f"{method_name(rope)} {length_or_more(reach.length, reach.longest)}"
+        if reach.certain != reach.length:
+            part += f" ({by_lower_bounds(reach.certain, reach.longest)})"
         parts.append(part)
     if not parts:
         return []
-    own = f"{LEAST_KEPT:.0%} of the method's own score at {format_length(group.trained_length)}"
-    least = own if group.suite == RULER else f"{LEAST_FOUND:.0%}"
+    share_kept = f"{LEAST_KEPT:.0%} of the method's own score at {format_length(group.trained_length)}"
+    least = share_kept if group.suite == RULER else f"{LEAST_FOUND:.0%}"
     rule = f"largest measured length that scores at least {least}, as do all measured below it"
     return [f"effective length ({rule}): {'; '.join(parts)}."]
 
@@ -335,12 +335,12 @@ def _score_reaches(group: ScoreGroup) -> list[str]:
 def _few_trials(group: ScoreGroup) -> list[str]:
     """A warning where a cell of the heat map, or of a task, has fewer trials than `ENOUGH`."""
     cells = [
-        found
+        score
         for rope in group.methods
         for length in group.lengths
         for task in group.tasks
         for depth in (group.depths or (None,))
-        if (found := group.score(rope, length, task=task, depth=depth)) is not None
+        if (score := group.score(rope, length, task=task, depth=depth)) is not None
     ]
     fewest = min(cell.trials for cell in cells)
     if fewest >= ENOUGH:

@@ -57,13 +57,13 @@ def plot_run(run: Run) -> list[Path]:
 
 def named_groups(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     """The settings that have a loss, each with the name of its plot's files."""
-    found: list[tuple[str, list[Row]]] = []
+    named: list[tuple[str, list[Row]]] = []
     taken: Counter[str] = Counter()
     for group in compare.comparable_groups(row for row in rows if row.get("loss") is not None):
         stem = {ByPosition.name: "loss_by_position", Harm.name: "harm"}.get(group[0]["protocol"], "loss")
         taken[stem] += 1
-        found.append((f"{stem}_{taken[stem]}" if taken[stem] > 1 else stem, group))
-    return found
+        named.append((f"{stem}_{taken[stem]}" if taken[stem] > 1 else stem, group))
+    return named
 
 
 def plot_loss_curve(rows: Sequence[Row], run: Run, out_stem: Path) -> tuple[Path, Path]:
@@ -151,8 +151,8 @@ def _draw(axes: Axes, curves: Curves, trained_length: int) -> None:
         look, xs = looks[rope], [p.x for p in points]
         axes.fill_between(xs, [p.low for p in points], [p.high for p in points], color=look.color, alpha=0.13, lw=0)
         axes.plot(xs, [p.loss for p in points], color=look.color, ls=look.dashes, lw=look.width, zorder=3)
-        shown = [p for p in points if p.loss <= top]
-        axes.plot([p.x for p in shown], [p.loss for p in shown], look.marker, ms=5, color=look.color, zorder=4)
+        on_scale = [p for p in points if p.loss <= top]
+        axes.plot([p.x for p in on_scale], [p.loss for p in on_scale], look.marker, ms=5, color=look.color, zorder=4)
     last = max(p.x for points in curves.values() for p in points)
     off_scale = [(p, looks[rope]) for rope, points in curves.items() for p in points if p.loss > top]
     stacked: dict[float, int] = {}
@@ -169,9 +169,9 @@ def scale(curves: Curves, trained_length: int) -> tuple[float, float]:
     untouched model up to its trained length, whose short contexts may lie higher than that."""
     points = [point for curve in curves.values() for point in curve]
     at_length = [p.loss for p in points if p.x == trained_length] or [p.loss for p in points]
-    shown = [p for p in points if p.loss <= min(at_length) + OFF_SCALE]
-    shown += [p for p in curves.get(compare.UNTOUCHED, []) if p.x <= trained_length]
-    bounds = [b for p in shown for b in (p.loss, p.low, p.high) if math.isfinite(b)]
+    on_scale = [p for p in points if p.loss <= min(at_length) + OFF_SCALE]
+    on_scale += [p for p in curves.get(compare.UNTOUCHED, []) if p.x <= trained_length]
+    bounds = [b for p in on_scale for b in (p.loss, p.low, p.high) if math.isfinite(b)]
     low, high = min(bounds), max(bounds)
     margin = max(0.06 * (high - low), 0.02)
     return low - margin, high + margin
@@ -193,8 +193,8 @@ def _label_ends(axes: Axes, curves: Curves, looks: dict[str, style.LineStyle]) -
     furthest = max(last.x for last in drawn.values())
     ends = [min((last.loss - bottom) / (top - bottom), 1.0) for last in drawn.values()]
     # Off the scale all ends are alike; the worst goes on top.
-    wanted = [end + 1e-6 * last.loss for end, last in zip(ends, drawn.values(), strict=True)]
-    for (rope, last), end, place in zip(drawn.items(), ends, style.spread(wanted, _LINE), strict=True):
+    heights = [end + 1e-6 * last.loss for end, last in zip(ends, drawn.values(), strict=True)]
+    for (rope, last), end, place in zip(drawn.items(), ends, style.spread(heights, _LINE), strict=True):
         start, color = math.log(last.x / left) / math.log(right / left), looks[rope].color
         options: dict[str, Any] = {
             "transform": axes.transAxes,
@@ -305,8 +305,8 @@ def _draw_harm(axes: Axes, group: Sequence[Row], field: str) -> None:
     looks = style.line_styles(ropes)
     for index, rope in enumerate(ropes):
         step = (index - (len(ropes) - 1) / 2) * _WIDTH / len(ropes)
-        found = [(n + step, compare.measured(group, rope, at)) for n, at in enumerate(columns)]
-        bars = [(place, row) for place, row in found if row is not None]
+        measured = [(n + step, compare.measured(group, rope, at)) for n, at in enumerate(columns)]
+        bars = [(place, row) for place, row in measured if row is not None]
         places, values = [place for place, _ in bars], [row[field] for _, row in bars]
         axes.bar(places, values, 0.9 * _WIDTH / len(ropes), color=looks[rope].color, label=rope, alpha=0.85)
         for place, row in bars:

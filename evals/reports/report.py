@@ -131,10 +131,10 @@ def environment_of(run: Run) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        found: dict[str, Any] = dict(json.loads(file.read_bytes()))
+        environment: dict[str, Any] = dict(json.loads(file.read_bytes()))
     except (ValueError, TypeError, RecursionError):
         raise DataError(f"{file} is damaged; delete it, and the next run writes it anew") from None
-    return found
+    return environment
 
 
 def _picture(path: Path) -> Markup:
@@ -249,10 +249,10 @@ def _check_tokens(row: Row, windows: Sequence[Window]) -> None:
     if row["protocol"] == LongPPL.name or row.get("tokens_sha256") is None:
         return
     start, end = row["bucket_start"] or 0, row["bucket_end"]
-    found = tokens_sha256([token for w in windows for token in w.ids[max(w.first, start) : end]])
-    if found != row["tokens_sha256"]:
+    sha256 = tokens_sha256([token for w in windows for token in w.ids[max(w.first, start) : end]])
+    if sha256 != row["tokens_sha256"]:
         raise DataError(
-            f"the row scored other tokens (sha256 {row['tokens_sha256']}) than come out now ({found}); take the "
+            f"the row scored other tokens (sha256 {row['tokens_sha256']}) than come out now ({sha256}); take the "
             f"tokenizer of {row['model']} and the versions in env.json"
         )
 

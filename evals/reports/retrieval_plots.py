@@ -85,7 +85,7 @@ def plot_curve(group: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
         style.mark_length(axes, group.trained_length, f"trained length {format_length(group.trained_length)}")
         _draw_curves(axes, group)
-        fewest = min(own.trials for rope in group.methods for own in group.scores(rope).values())
+        fewest = min(score.trials for rope in group.methods for score in group.scores(rope).values())
         fig.supxlabel(f"Shaded: 95% intervals of {fewest} trials or more a point{each}.", **style.FOOTNOTE)
         return style.save(fig, out_stem)
 
@@ -96,8 +96,8 @@ def _draw_curves(axes: Axes, group: ScoreGroup) -> None:
     ends = []
     for rope, scores in curves.items():
         look, points = looks[rope], [(length, scores[length]) for length in sorted(scores)]
-        xs, means = [length for length, _ in points], [own.mean for _, own in points]
-        lows, highs = [own.low for _, own in points], [own.high for _, own in points]
+        xs, means = [length for length, _ in points], [score.mean for _, score in points]
+        lows, highs = [score.low for _, score in points], [score.high for _, score in points]
         axes.fill_between(xs, lows, highs, color=look.color, alpha=0.13, lw=0)
         if len(points) == 1:  # nothing to shade between
             axes.vlines(xs, lows, highs, color=look.color, alpha=0.35, lw=5)

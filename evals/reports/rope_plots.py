@@ -55,15 +55,15 @@ def plot_bases(rules: Sequence[BaseRule], rope: RopeSpec, length: int, out_stem:
     """
     if length < 2:
         raise ConfigError(f"length {length} leaves nothing to draw; take at least 2 tokens")
-    found = curves(rules, rope.dim, length)
-    strips = 0.9 + 0.3 * len(found)
+    drawn = curves(rules, rope.dim, length)
+    strips = 0.9 + 0.3 * len(drawn)
     trained = f"trained length {format_length(rope.trained_length)}"
     title = f"Bases for {format_length(length)} tokens: d = {rope.dim}, base {rope.base:g}, {trained}"
     with style.figure(9, 4.4 + strips, title) as fig:
         sums, failures = fig.subplots(2, 1, height_ratios=(3.6, strips), sharex=True)
-        _draw_sums(sums, found)
-        _draw_failures(failures, found)
-        length_ticks(failures, _first_shown(found, rope), length)
+        _draw_sums(sums, drawn)
+        _draw_failures(failures, drawn)
+        length_ticks(failures, _first_shown(drawn, rope), length)
         sums.tick_params(labelbottom=True)
         for axes in (sums, failures):
             axes.axvline(rope.trained_length, color=style.MUTED, linewidth=1.1, linestyle=":", zorder=1)
@@ -100,16 +100,16 @@ def curves(rules: Sequence[BaseRule], dim: int, length: int) -> list[Curve]:
     ]
 
 
-def _first_shown(found: Sequence[Curve], rope: RopeSpec) -> int:
+def _first_shown(drawn: Sequence[Curve], rope: RopeSpec) -> int:
     """A power of two a good deal nearer than where anything fails: there is nothing to see before."""
-    nearest = min([rope.trained_length, *(curve.fails_at for curve in found if curve.fails_at is not None)])
+    nearest = min([rope.trained_length, *(curve.fails_at for curve in drawn if curve.fails_at is not None)])
     return 1 << max(0, nearest.bit_length() - 6)
 
 
-def _draw_sums(axes: Axes, found: Sequence[Curve]) -> None:
+def _draw_sums(axes: Axes, drawn: Sequence[Curve]) -> None:
     style.style_axes(axes, x="", y="f(m) = sum over pairs of cos(m w)")
     axes.axhline(0, color=style.INK, lw=0.9, zorder=1)
-    for curve in found:
+    for curve in drawn:
         middle = np.sqrt(curve.edges[:-1] * (curve.edges[1:] - 1))
         axes.plot(middle, curve.least, color=curve.look.color, ls=curve.look.dashes, lw=0.7 * curve.look.width)
     axes.set_yscale("symlog", linthresh=3)
@@ -119,11 +119,11 @@ def _draw_sums(axes: Axes, found: Sequence[Curve]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
 
 
-def _draw_failures(axes: Axes, found: Sequence[Curve]) -> None:
+def _draw_failures(axes: Axes, drawn: Sequence[Curve]) -> None:
     """A line for every base, with bars where it fails."""
     style.style_axes(axes, x="distance m (tokens)", y="")
     axes.grid(visible=False)
-    for row, curve in enumerate(found):
+    for row, curve in enumerate(drawn):
         axes.axhline(row, color=style.GRID, lw=1.1, zorder=1)
         turns = np.flatnonzero(np.diff(curve.least < 0, prepend=False, append=False))
         for start, stop in turns.reshape(-1, 2):
@@ -137,12 +137,12 @@ def _draw_failures(axes: Axes, found: Sequence[Curve]) -> None:
             va="center",
             fontsize=9,
         )
-    bases = [f"{curve.base:,.0f}" if curve.base >= 1000 else f"{curve.base:.4g}" for curve in found]
-    labels = [f"{curve.name}  {base}" for curve, base in zip(found, bases, strict=True)]
-    axes.set_yticks(range(len(found)), labels, fontsize=9)
-    for tick, curve in zip(axes.get_yticklabels(), found, strict=True):
+    bases = [f"{curve.base:,.0f}" if curve.base >= 1000 else f"{curve.base:.4g}" for curve in drawn]
+    labels = [f"{curve.name}  {base}" for curve, base in zip(drawn, bases, strict=True)]
+    axes.set_yticks(range(len(drawn)), labels, fontsize=9)
+    for tick, curve in zip(axes.get_yticklabels(), drawn, strict=True):
         tick.set_color(curve.look.color)
-    axes.set_ylim(len(found) - 0.4, -0.6)
+    axes.set_ylim(len(drawn) - 0.4, -0.6)
 
 
 _DASHES = ("-", "--", "-.", ":")
@@ -171,11 +171,11 @@ def plot_readings(readings: Sequence[Reading], length: int, name: str, out_stem:
         axes = fig.subplots()
         style.style_axes(axes, x="rotary pair, fastest first", y="times slower than plain")
         for place, group in enumerate(groups):
-            found = group[0].frequencies(length)
-            assert found is not None
-            label = f"{', '.join(one.engine for one in group)}: m = {found.attention_factor:.4g}"
+            frequencies = group[0].frequencies(length)
+            assert frequencies is not None
+            label = f"{', '.join(reading.engine for reading in group)}: m = {frequencies.attention_factor:.4g}"
             with np.errstate(divide="ignore", invalid="ignore"):
-                slower = plain / found.inv_freq.numpy()
+                slower = plain / frequencies.inv_freq.numpy()
             axes.plot(
                 np.where(np.isfinite(slower) & (slower < 1e20), slower, np.nan),
                 _DASHES[place % len(_DASHES)],
@@ -193,12 +193,12 @@ def plot_readings(readings: Sequence[Reading], length: int, name: str, out_stem:
 def _equal_readings(readings: Sequence[Reading], length: int) -> list[list[Reading]]:
     """Readings that compute the same, together; those that refuse are left out."""
     groups: list[list[Reading]] = []
-    for one in readings:
-        if one.scaler is None:
+    for reading in readings:
+        if reading.scaler is None:
             continue
-        same = next((group for group in groups if agrees(group[0], one, length)), None)
+        same = next((group for group in groups if agrees(group[0], reading, length)), None)
         if same is None:
-            groups.append([one])
+            groups.append([reading])
         else:
-            same.append(one)
+            same.append(reading)
     return groups

@@ -125,7 +125,7 @@ def _score_method(group: ScoreGroup) -> dict[str, str]:
     depths = ", ".join(f"{depth:g}" for depth in group.depths) or "chosen by the seed"
     return {
         "Task": _SUITES.get(group.suite, f"The task {group.suite} of another package."),
-        "Trials": f"{len(rows)} in all, {_range([one['prompt_tokens'] for one in rows])} tokens of prompt",
+        "Trials": f"{len(rows)} in all, {_range([trial['prompt_tokens'] for trial in rows])} tokens of prompt",
         "Depths": depths,
         **({"Text": f"{row['text']}, sha256 {row['text_sha256']}"} if row.get("text") else {}),
         "Model": f"{row['model']}, trained length {row['trained_length']:,} tokens, {row['dtype']} on {row['device']}",

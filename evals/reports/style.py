@@ -119,8 +119,8 @@ def line_styles(ropes: Sequence[str]) -> dict[str, LineStyle]:
         if rope == UNTOUCHED:
             styles[rope] = LineStyle(color=INK, marker="o", dashes=(0, (4, 2)))
             continue
-        wanted = _COLOUR_OF_METHOD.get(rope.partition(":")[0].partition("|")[0], 0)
-        order = [(wanted + step) % len(_COLOURS) for step in range(len(_COLOURS))]
+        first_choice = _COLOUR_OF_METHOD.get(rope.partition(":")[0].partition("|")[0], 0)
+        order = [(first_choice + step) % len(_COLOURS) for step in range(len(_COLOURS))]
         index = min(order, key=used.count)
         styles[rope] = LineStyle(
             color=_COLOURS[index],
@@ -143,12 +143,12 @@ def length_axis(axes: Axes, ticks: Sequence[int], low: float, high: float) -> No
     """
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
-    kept: list[int] = []
+    labelled: list[int] = []
     for tick in sorted(ticks, key=lambda t: (t & (t - 1) != 0, t)):
         room = (high / low) ** 0.06
-        if all(max(tick / other, other / tick) > room for other in kept):
-            kept.append(tick)
-    axes.set_xticks(sorted(kept), [format_length(tick) for tick in sorted(kept)])
+        if all(max(tick / other, other / tick) > room for other in labelled):
+            labelled.append(tick)
+    axes.set_xticks(sorted(labelled), [format_length(tick) for tick in sorted(labelled)])
     axes.set_xticks([], minor=True)
 
 
@@ -166,26 +166,26 @@ def mark_length(axes: Axes, length: int, label: str) -> None:
     )
 
 
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
+def spread(desired: Sequence[float], gap: float) -> list[float]:
     """Places as near to `wanted` as they can be while at least `gap` apart and in the same order.
 
     Places that collide form a block around the mean of what its members want.
     """
-    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    order = sorted(range(len(desired)), key=lambda index: desired[index])
     blocks: list[list[int]] = []
     for index in order:
         blocks.append([index])
-        while len(blocks) > 1 and _start(blocks[-1], wanted, gap) < (
-            _start(blocks[-2], wanted, gap) + len(blocks[-2]) * gap
+        while len(blocks) > 1 and _start(blocks[-1], desired, gap) < (
+            _start(blocks[-2], desired, gap) + len(blocks[-2]) * gap
         ):
             last = blocks.pop()
             blocks[-1] += last
-    places = [0.0] * len(wanted)
+    places = [0.0] * len(desired)
     for block in blocks:
         for step, index in enumerate(block):
-            places[index] = _start(block, wanted, gap) + step * gap
+            places[index] = _start(block, desired, gap) + step * gap
     return places
 
 
-def _start(block: Sequence[int], wanted: Sequence[float], gap: float) -> float:
-    return sum(wanted[index] - step * gap for step, index in enumerate(block)) / len(block)
+def _start(block: Sequence[int], desired: Sequence[float], gap: float) -> float:
+    return sum(desired[index] - step * gap for step, index in enumerate(block)) / len(block)

@@ -46,8 +46,8 @@ def _extra_grid(group: Sequence[Row], title: str, note: str, show: Show) -> Grid
     columns = compare.columns(group)
     rows = []
     for rope in compare.methods(group):
-        found = [compare.measured(group, rope, at) for at in columns]
-        rows.append((rope, [NOTHING if row is None else show(row) for row in found]))
+        measured = [compare.measured(group, rope, at) for at in columns]
+        rows.append((rope, [NOTHING if row is None else show(row) for row in measured]))
     return Grid(title=title, note=note, columns=tuple(columns.values()), rows=rows)
 
 
@@ -101,34 +101,34 @@ def reach_table(run: Run) -> Grid | None:
     """Methods down, rules across; None where no rule has what it needs."""
     columns: dict[str, dict[str, Shown]] = {}
     for group in compare.comparable_groups(run.rows):
-        if group[0]["protocol"] == FixedTarget.name and (found := _reach_by_loss(run, group)):
-            columns[_unused_name(f"loss on {compare.short(group[0]['text'])}", columns)] = found
+        if group[0]["protocol"] == FixedTarget.name and (lengths := _reach_by_loss(run, group)):
+            columns[_unused_name(f"loss on {compare.short(group[0]['text'])}", columns)] = lengths
     for score_group in score_groups(run.rows):
         if by_score := reaches(score_group):
             columns[_unused_name(score_group.name, columns)] = {
-                rope: _reach_cell(own.length, own.certain, own.longest) for rope, own in by_score.items()
+                rope: _reach_cell(entry.length, entry.certain, entry.longest) for rope, entry in by_score.items()
             }
     if not columns:
         return None
-    methods = sorted(dict.fromkeys(rope for own in columns.values() for rope in own), key=lambda r: r != UNTOUCHED)
+    methods = sorted(dict.fromkeys(rope for entry in columns.values() for rope in entry), key=lambda r: r != UNTOUCHED)
     return Grid(
         title="Effective length by rule",
         note=_REACH_NOTE,
         columns=tuple(columns),
-        rows=[(rope, [own.get(rope, NOTHING) for own in columns.values()]) for rope in methods],
+        rows=[(rope, [entry.get(rope, NOTHING) for entry in columns.values()]) for rope in methods],
     )
 
 
 def _unused_name(name: str, taken: dict[str, dict[str, Shown]]) -> str:
-    number = sum(own == name or own.startswith(f"{name} (") for own in taken) + 1
+    number = sum(title == name or title.startswith(f"{name} (") for title in taken) + 1
     return name if number == 1 else f"{name} ({number})"
 
 
 def _reach_by_loss(run: Run, group: Sequence[Row]) -> dict[str, Shown]:
     delta = compare.deltas(run, group)
-    found = {rope: effective_length(group, delta, rope) for rope in compare.methods(group)}
+    lengths = {rope: effective_length(group, delta, rope) for rope in compare.methods(group)}
     longest = max(row["context"] for row in group)
-    return {rope: _reach_state(reach, longest) for rope, reach in found.items() if reach is not None}
+    return {rope: _reach_state(reach, longest) for rope, reach in lengths.items() if reach is not None}
 
 
 def _reach_state(reach: EffectiveLength, longest: int) -> Shown:
@@ -199,8 +199,8 @@ def _shares(group: ScoreGroup, title: str, what: str, lines: Sequence[ScoreLine]
 
 
 def _share_of_trials(score: TrialScore) -> Shown:
-    shown = share(score)
-    return Shown(main=shown.main, small=(*shown.small, f"n={score.trials}"))
+    cell = share(score)
+    return Shown(main=cell.main, small=(*cell.small, f"n={score.trials}"))
 
 
 def _score_grid(

@@ -66,17 +66,17 @@ class RetrievalCell(Cell):
         started = time.perf_counter()
         trial = assemble(self.task, model.tokenizer, self.place, seed)
         self.before(trial)
-        heard = model.run_trial(trial, advance)
+        output = model.run_trial(trial, advance)
         read = len(trial.prompt_ids) + len(trial.answer_ids) - 1
         advance(read, self.context - read)  # the writing, and what the prompt left free
-        total = None if heard.logprobs is None else sum(heard.logprobs)
+        total = None if output.logprobs is None else sum(output.logprobs)
         return {
-            "correct": self.task.mark(heard.written, trial.answers),
+            "correct": self.task.mark(output.written, trial.answers),
             "answer": trial.target,
-            "generated": heard.written,
+            "generated": output.written,
             "answer_logprob": total,
             "answer_logprob_per_token": None if total is None else total / len(trial.answer_ids),
-            "answer_is_likeliest": heard.is_likeliest,
+            "answer_is_likeliest": output.is_likeliest,
             "answer_tokens": len(trial.answer_ids),
             "prompt_tokens": len(trial.prompt_ids),
             "actual_depth": trial.depth,
@@ -116,8 +116,8 @@ def cells(
     """
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ConfigError(f"depth {wrong[0]:g} must lie between 0 (the beginning) and 1 (the end)")
-    if not depths and (asked := [task.name for task in tasks if task.has_depth]):
-        raise ConfigError(f"{asked[0]} has a needle at a depth that is asked for; give one at least, such as 0.5")
+    if not depths and (with_depth := [task.name for task in tasks if task.has_depth]):
+        raise ConfigError(f"{with_depth[0]} has a needle at a depth that is asked for; give one at least, such as 0.5")
     ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
     for scaler in scalers:
         scaled = model.under(scaler)

@@ -65,9 +65,9 @@ def drawn_anew(draw: Callable[[], str], taken: Sequence[str], text: Text | None 
 def boundary(units: Sequence[str], depth: float) -> int:
     """The number of units after which `depth` (0 to 1) of their characters have gone by, to the nearest boundary."""
     ends = [0, *accumulate(map(len, units))]
-    wanted = depth * ends[-1]
-    right = bisect_left(ends, wanted)
-    return right - 1 if right > 0 and wanted - ends[right - 1] <= ends[right] - wanted else right
+    target = depth * ends[-1]
+    right = bisect_left(ends, target)
+    return right - 1 if right > 0 and target - ends[right - 1] <= ends[right] - target else right
 
 
 def with_needles(units: Sequence[str], needles: Sequence[tuple[int, str]]) -> tuple[str, list[int]]:

@@ -92,10 +92,12 @@ class VariableTracking(Task):
     least: ClassVar[int] = _HOPS + 1
 
     def draft(self, random: Random, units: int, place: Place) -> Draft:
-        example, shown = self._question(random, _EXAMPLE_LINES, letters=3)
-        question, asked = self._question(random, units, letters=5)
+        example, example_words = self._question(random, _EXAMPLE_LINES, letters=3)
+        question, question_words = self._question(random, units, letters=5)
         return Draft(
-            prompt=f"{example} {' '.join(shown)}\n\n{question}", answers=tuple(asked), target=f" {' '.join(asked)}"
+            prompt=f"{example} {' '.join(example_words)}\n\n{question}",
+            answers=tuple(question_words),
+            target=f" {' '.join(question_words)}",
         )
 
     def _question(self, random: Random, lines: int, letters: int) -> tuple[str, list[str]]:

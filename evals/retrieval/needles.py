@@ -65,21 +65,21 @@ class Needles(Task):
         pairs = [
             (key, fresh(new_value)) for key in [fresh(new_key) for _ in range(self.keys)] for _ in range(self.values)
         ]
-        asked = random.sample(list(dict.fromkeys(key for key, _ in pairs)), self.queries)
+        keys = random.sample(list(dict.fromkeys(key for key, _ in pairs)), self.queries)
         hay = self._hay(random, units, text, taken)
         assert not any(key in unit for key in taken for unit in hay), f"a needle's key or value is in the hay: {taken}"
         random.shuffle(pairs)
         needles = list(zip(self._places(random, hay, place.depth), pairs, strict=True))
         end = " " if self.hay == "text" else "\n"
         body, starts = with_needles(hay, [(index, self._needle(*pair) + end) for index, pair in needles])
-        found = [(key, value, start) for (_, (key, value)), start in zip(needles, starts, strict=True) if key in asked]
-        answers = [value for key in asked for name, value, _ in found if name == key]
-        opening, question = self._frame(enumerated(asked), single=len(answers) == 1)
+        chosen = [(key, value, start) for (_, (key, value)), start in zip(needles, starts, strict=True) if key in keys]
+        answers = [value for key in keys for name, value, _ in chosen if name == key]
+        opening, question = self._frame(enumerated(keys), single=len(answers) == 1)
         return Draft(
             prompt=f"{opening}\n{body}\n{question}",
             answers=tuple(answers),
             target=f" {enumerated(answers)}",
-            needle=len(opening) + 1 + found[0][2] if len(found) == 1 else None,
+            needle=len(opening) + 1 + chosen[0][2] if len(chosen) == 1 else None,
         )
 
     def mark(self, written: str, answers: Sequence[str]) -> float:
@@ -110,7 +110,7 @@ class Needles(Task):
     def _needle(self, key: str, value: str) -> str:
         return f"One of the special magic {self.value} for {key} is: {value}."
 
-    def _frame(self, asked: str, *, single: bool) -> tuple[str, str]:
+    def _frame(self, keys: str, *, single: bool) -> tuple[str, str]:
         """RULER's template; it has a singular where one value is asked for."""
         what = self.value[:-1] if single else self.value
         a, are, are_all = ("A", "is", "is") if single else ("Some", "are", "are all")
@@ -118,7 +118,7 @@ class Needles(Task):
             f"{a} special magic {what} {are} hidden within the following text. Make sure to memorize it. "
             f"I will quiz you about the {what} afterwards."
         )
-        ending = f"the special magic {what} for {asked} mentioned in the provided text"
+        ending = f"the special magic {what} for {keys} mentioned in the provided text"
         return opening, f"What {are_all} {ending}? The{ending[3:]} {are}"
 
 

@@ -82,9 +82,9 @@ def score(rows: Sequence[Row]) -> TrialScore:
     by_task: dict[str, list[float]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(float(row["correct"]))
-    told = (row["answer_logprob_per_token"] for row in rows)
+    logprobs = (row["answer_logprob_per_token"] for row in rows)
     return TrialScore(
-        right=tuple(map(tuple, by_task.values())), logprobs=tuple(nats for nats in told if nats is not None)
+        right=tuple(map(tuple, by_task.values())), logprobs=tuple(nats for nats in logprobs if nats is not None)
     )
 
 
@@ -126,8 +126,8 @@ class ScoreGroup:
     @property
     def tasks(self) -> list[str]:
         """In the suite's order."""
-        found = {row["task"] for row in self.rows}
-        return [task for task in SUITES[self.suite] if task in found]
+        names = {row["task"] for row in self.rows}
+        return [task for task in SUITES[self.suite] if task in names]
 
     @property
     def name(self) -> str:
@@ -159,13 +159,13 @@ class ScoreGroup:
             and task in (None, row["task"])
             and depth in (None, row["depth"])
         ]
-        wanted = {task} if task else {*self.tasks}
-        return score(rows) if {row["task"] for row in rows} == wanted else None
+        required = {task} if task else {*self.tasks}
+        return score(rows) if {row["task"] for row in rows} == required else None
 
     def scores(self, rope: str) -> dict[int, TrialScore]:
         """Of a method, by length."""
-        found = {length: self.score(rope, length) for length in self.lengths}
-        return {length: own for length, own in found.items() if own is not None}
+        scores = {length: self.score(rope, length) for length in self.lengths}
+        return {length: score for length, score in scores.items() if score is not None}
 
 
 def score_groups(rows: Iterable[Row]) -> list[ScoreGroup]:
@@ -179,12 +179,12 @@ def score_groups(rows: Iterable[Row]) -> list[ScoreGroup]:
         if "suite" in row:
             task = TASKS.get(row["task"])
             names = () if task is None else task.settings
-            own = frozenset((name, row.get(name)) for name in names)
+            settings = frozenset((name, row.get(name)) for name in names)
             shared = group_key(row, MEASURED | _COLUMN | {*names})
-            groups.setdefault(shared, {}).setdefault(own, []).append(row)
+            groups.setdefault(shared, {}).setdefault(settings, []).append(row)
     return [
-        ScoreGroup(rows=tuple(row for other, part in group.items() if other <= own for row in part))
+        ScoreGroup(rows=tuple(row for other, part in group.items() if other <= settings for row in part))
         for group in groups.values()
-        for own in group
-        if not any(own < other for other in group)
+        for settings in group
+        if not any(settings < other for other in group)
     ]

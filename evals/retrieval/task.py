@@ -101,8 +101,8 @@ def match_first(written: str, answers: Sequence[str]) -> float:
     Stricter than `match_all`: 123456 is not 12345, and a list of guesses is not an answer.
     """
     (answer,) = answers
-    found = re.search(r"[\w-]*\d[\w-]*", written)
-    return float(found is not None and found[0].lower() == answer.lower())
+    match = re.search(r"[\w-]*\d[\w-]*", written)
+    return float(match is not None and match[0].lower() == answer.lower())
 
 
 def enumerated(words: Sequence[str]) -> str:

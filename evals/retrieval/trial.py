@@ -94,16 +94,16 @@ def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
         return len(encode(drafted.prompt, tokenizer)) + max(task.new_tokens, len(answer))
 
     units = most_within(place.context, needed, task, place)
-    found = draft(units)
-    prompt_ids, answer = encode(found.prompt, tokenizer), answer_ids(found, tokenizer)
+    filled = draft(units)
+    prompt_ids, answer = encode(filled.prompt, tokenizer), answer_ids(filled, tokenizer)
     return Trial(
-        prompt=found.prompt,
+        prompt=filled.prompt,
         prompt_ids=prompt_ids,
         answer_ids=answer,
-        answers=found.answers,
-        target=found.target.strip(),
+        answers=filled.answers,
+        target=filled.target.strip(),
         new_tokens=max(task.new_tokens, len(answer)),
-        needle=None if found.needle is None else len(encode(found.prompt[: found.needle].rstrip(), tokenizer)),
+        needle=None if filled.needle is None else len(encode(filled.prompt[: filled.needle].rstrip(), tokenizer)),
     )
 
 
@@ -120,8 +120,8 @@ def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Pl
         raise DataError(f"{task.name}: the haystack has {most} sentences, {low + 1} are needed; take a longer --text")
     high, rate, steps = None, None, 0
     while high is None or high - low > 1:
-        wanted = low + int((budget - at_low) / rate) if rate else low + 16
-        guess = max(wanted, low + 1) if high is None else min(max(wanted, low + 1), high - 1)
+        estimate = low + int((budget - at_low) / rate) if rate else low + 16
+        guess = max(estimate, low + 1) if high is None else min(max(estimate, low + 1), high - 1)
         if steps > 8 and high is not None:
             guess = (low + high) // 2
         if most is not None and guess > most:
@@ -150,7 +150,7 @@ def answer_ids(draft: Draft, tokenizer: Any) -> Tokens:
         return both[len(before) :]
     alone = [ids(draft.target), ids(draft.target[1:])]  # SentencePiece puts a blank of its own first
     end = tail[-20:] + draft.target
-    return next((own for own in alone if tokenizer.decode(before + own).endswith(end)), alone[0])
+    return next((candidate for candidate in alone if tokenizer.decode(before + candidate).endswith(end)), alone[0])
 
 
 def rebuild(row: Row, tokenizer: Any, text: Text | None = None) -> Trial:

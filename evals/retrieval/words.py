@@ -64,10 +64,12 @@ class CommonWords(Task):
             example, real = (20, 3, 1), (units, 6, 1)
         else:
             example, real = (40, 10, 3), (units, 30, 3)
-        shown, shown_words = self._question(random, *example)
-        asked, words = self._question(random, *real)
+        example_text, shown_words = self._question(random, *example)
+        question, words = self._question(random, *real)
         return Draft(
-            prompt=f"{shown} {_numbered(shown_words)}\n{asked}", answers=tuple(words), target=f" {_numbered(words)}"
+            prompt=f"{example_text} {_numbered(shown_words)}\n{question}",
+            answers=tuple(words),
+            target=f" {_numbered(words)}",
         )
 
     def _question(self, random: Random, count: int, often: int, seldom: int) -> tuple[str, list[str]]:

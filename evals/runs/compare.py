@@ -168,5 +168,5 @@ def difference(run: Run, a: Row | None, b: Row | None) -> Difference | None:
 def deltas(run: Run, rows: Sequence[Row]) -> dict[str, Difference]:
     """By row key: the difference to the untouched model at its trained length, where there is one."""
     base = reference(rows)
-    found = {row["key"]: difference(run, row, base) for row in rows}
-    return {key: delta for key, delta in found.items() if delta is not None}
+    differences = {row["key"]: difference(run, row, base) for row in rows}
+    return {key: delta for key, delta in differences.items() if delta is not None}

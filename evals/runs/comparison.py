@@ -113,12 +113,12 @@ Groups = dict[tuple[object, ...], list[Row]]
 
 def _groups(rows: Iterable[Row], rope: tuple[str, ...]) -> Groups:
     """Rows of one loss, or all trials of one task and length."""
-    found: Groups = {}
+    groups: Groups = {}
     for row in rows:
         if "suite" in row or row.get("task") == "ppl":
             fields = (*(_TRIALS if "suite" in row else _LOSS), *rope)
-            found.setdefault(tuple(row.get(field) for field in fields), []).append(row)
-    return found
+            groups.setdefault(tuple(row.get(field) for field in fields), []).append(row)
+    return groups
 
 
 def _count(groups: Groups) -> int:
@@ -131,17 +131,17 @@ def _partners(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[list[Row], list[
     Another tokenizer ends at others; where each run has one place, these are partners too.
     """
     at_a, at_b = _by_place(a), _by_place(b)
-    found = [(rows, at_b[place]) for place, rows in at_a.items() if place in at_b]
-    if not found and len(at_a) == len(at_b) == 1 and any(a[0].get(name) != b[0].get(name) for name in _TOKENIZER):
+    partners = [(rows, at_b[place]) for place, rows in at_a.items() if place in at_b]
+    if not partners and len(at_a) == len(at_b) == 1 and any(a[0].get(name) != b[0].get(name) for name in _TOKENIZER):
         return [(list(a), list(b))]
-    return found
+    return partners
 
 
 def _by_place(rows: Sequence[Row]) -> dict[object, list[Row]]:
-    found: dict[object, list[Row]] = {}
+    groups: dict[object, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.get("places"), []).append(row)
-    return found
+        groups.setdefault(row.get("places"), []).append(row)
+    return groups
 
 
 def _refuse_ambiguous_rows(run: Run, rows: Sequence[Row]) -> None:

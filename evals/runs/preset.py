@@ -53,24 +53,24 @@ class Preset:
         """The cells in the order of measuring: the loss first, and every kind for all scalers before the next."""
         L = model.trained_length
 
-        def lengths(asked: Sequence[str]) -> tuple[int, ...]:
-            return tuple(dict.fromkeys(parse_length(one, L) for one in asked))
+        def lengths(texts: Sequence[str]) -> tuple[int, ...]:
+            return tuple(dict.fromkeys(parse_length(text, L) for text in texts))
 
-        found: list[Cell] = []
+        planned: list[Cell] = []
         within = tuple(dict.fromkeys(min(length, L) for length in lengths(self.harm)))
         curves = (
             ("fixed-target", lengths(self.loss), scalers),
-            ("harm", within, [one for one in scalers if one.parts]),
+            ("harm", within, [scaler for scaler in scalers if scaler.parts]),
         )
-        for name, contexts, own in curves:
+        for name, contexts, chosen in curves:
             target = usual_target(contexts, self.target)
             curve = protocol(name, contexts, target=target, samples=self.samples)
-            found += perplexity_cells(model, text, own, curve)
+            planned += perplexity_cells(model, text, chosen, curve)
 
-        def asked(tasks: Sequence[str], asked_lengths: Sequence[str], trials: int, **settings: Any) -> list[Cell]:
+        def retrieval(tasks: Sequence[str], length_texts: Sequence[str], trials: int, **settings: Any) -> list[Cell]:
             """Cells of the tasks at the lengths that hold their prompts: those of a short model hold few."""
             cells, unfit, why = [], [], ""
-            for length in lengths(asked_lengths):
+            for length in lengths(length_texts):
                 for task in tasks:
                     try:
                         cells += retrieval_cells(
@@ -83,11 +83,11 @@ class Preset:
                 _LOG.warning("left out, since their prompts do not fit: %s (%s)", ", ".join(unfit), why)
             return sorted(cells, key=lambda cell: scalers.index(cell.scaler))
 
-        found += asked(["passkey"], self.passkey, self.passkey_trials, depths=_DEPTHS)
-        found += asked(self.ruler_tasks, self.ruler, self.ruler_trials, text=text)
+        planned += retrieval(["passkey"], self.passkey, self.passkey_trials, depths=_DEPTHS)
+        planned += retrieval(self.ruler_tasks, self.ruler, self.ruler_trials, text=text)
         if self.by_position:
-            found += perplexity_cells(model, text, scalers, protocol("by-position", lengths(self.by_position)))
-        return found
+            planned += perplexity_cells(model, text, scalers, protocol("by-position", lengths(self.by_position)))
+        return planned
 
 
 _DEPTHS = (0.1, 0.5, 0.9)

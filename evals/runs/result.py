@@ -148,12 +148,12 @@ class Run:
 
     def write_environment(self) -> dict[str, Any]:
         """Write `environment()` to env.json and return it."""
-        found = environment()
+        values = environment()
         try:
-            write_atomic(self.folder / "env.json", (json.dumps(found, indent=2) + "\n").encode())
+            write_atomic(self.folder / "env.json", (json.dumps(values, indent=2) + "\n").encode())
         except OSError as error:
             raise self._unwritable(error) from error
-        return found
+        return values
 
     def _unwritable(self, error: OSError) -> DataError:
         return DataError(

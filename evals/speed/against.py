@@ -73,13 +73,13 @@ def engine_specs(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = model_folder(model)
     specs = [("ropewalk", dtype, model)]
-    for kind, one in peers:
-        for found in [one] if one else _usual(kind, dtype, device):
-            source = str(cached_gguf(folder, found)) if kind == "llama.cpp" else str(folder)
-            specs.append((kind, found, source))
+    for kind, chosen in peers:
+        for kind_dtype in [chosen] if chosen else _usual(kind, dtype, device):
+            source = str(cached_gguf(folder, kind_dtype)) if kind == "llama.cpp" else str(folder)
+            specs.append((kind, kind_dtype, source))
     return [
-        EngineSpec(kind=kind, dtype=one, source=source, context=context, room=room, threads=threads, device=device)
-        for kind, one, source in dict.fromkeys(specs)
+        EngineSpec(kind=kind, dtype=chosen, source=source, context=context, room=room, threads=threads, device=device)
+        for kind, chosen, source in dict.fromkeys(specs)
     ]
 
 

@@ -126,7 +126,7 @@ def compete(
         return worker.decode(start, text[start : start + 2])
 
     run_round("warming up", warm_up)
-    widths, found = [], []
+    widths, by_length = [], []
     for n in sorted(lengths):
         prompt, rest = text[:n], text[n : n + new_tokens]
         prefills = [
@@ -138,13 +138,13 @@ def compete(
             widths.append(bandwidth())
             doing = f"decoding behind {n} tokens, turn {i}" if i else f"decoding behind {n} tokens, warming up"
             decodes.append(run_round(doing, methodcaller("decode", n, rest)))
-        found.append((n, prefills, decodes[1:], [worker.peak_memory_mb() for worker in workers]))
+        by_length.append((n, prefills, decodes[1:], [worker.peak_memory_mb() for worker in workers]))
     progress.remove_task(task)
 
     best = max(widths)
     timings: list[Timing] = []
     agreements: list[Agreement] = []
-    for n, prefills, decodes, peaks in found:
+    for n, prefills, decodes, peaks in by_length:
         timings += _timings(workers, "prefill", n, n, prefills)
         shares = [step_bytes(worker.dtype, worker.cache_dtype, n + new_tokens / 2) / best for worker in workers]
         timings += _timings(workers, "decode", n, new_tokens, decodes, shares)
@@ -161,18 +161,18 @@ def _timings(
     least_seconds: list[float] | None = None,
 ) -> Iterator[Timing]:
     """`least_seconds`: of a token, for every lane, at full bandwidth."""
-    first = [run_round[0].seconds for run_round in rounds]
+    first = [timed[0].seconds for timed in rounds]
     for index, worker in enumerate(workers):
-        own = [run_round[index].seconds for run_round in rounds]
-        speed = Spread.of([tokens / seconds for seconds in own])
+        seconds_each = [timed[index].seconds for timed in rounds]
+        speed = Spread.of([tokens / seconds for seconds in seconds_each])
         yield Timing(
             engine=worker.name,
             what=what,
             length=length,
             tokens=tokens,
-            seconds=own,
+            seconds=seconds_each,
             speed=speed,
-            ratio=Spread.of([mine / other for mine, other in zip(own, first, strict=True)]),
+            ratio=Spread.of([mine / other for mine, other in zip(seconds_each, first, strict=True)]),
             memory_share=None if least_seconds is None else least_seconds[index] * speed.median,
         )
 
@@ -182,13 +182,13 @@ def _agreements(
 ) -> Iterator[Agreement]:
     for index, worker in enumerate(workers):
         pairs = [(stage[0], stage[index]) for stage in stages]
-        chosen = [(a, b) for one, other in pairs for a, b in zip(one.chosen, other.chosen, strict=True)]
+        chosen = [(a, b) for first, other in pairs for a, b in zip(first.chosen, other.chosen, strict=True)]
         yield Agreement(
             engine=worker.name,
             length=length,
             same=sum(a == b for a, b in chosen),
             compared=len(chosen),
-            difference=max(float(np.abs(one.logits - other.logits).max()) for one, other in pairs),
+            difference=max(float(np.abs(first.logits - other.logits).max()) for first, other in pairs),
             peak_memory_mb=peaks[index],
         )
 
@@ -253,7 +253,7 @@ def _range(spread: Spread, digits: int) -> str:
 
 def _is_last(result: ContestResult, timing: Timing) -> bool:
     """Of its kind and length."""
-    alike = [one for one in result.timings if (one.what, one.length) == (timing.what, timing.length)]
+    alike = [other for other in result.timings if (other.what, other.length) == (timing.what, timing.length)]
     return alike[-1] is timing
 
 
@@ -261,9 +261,13 @@ def _checks(result: ContestResult, first: str) -> Table:
     headings = ["same next token", "logits off by", "peak memory"]
     table = _table(f"the same model as {first}? (peak memory: resident, with libraries and loading)", headings)
     rows = result.agreements
-    for index, one in enumerate(rows):
-        peak = "?" if one.peak_memory_mb is None else f"{one.peak_memory_mb:.0f} MB"
-        check = ("", "") if one.engine == first else (f"{one.same} of {one.compared}", f"{one.difference:.2g}")
-        ends = index + 1 == len(rows) or rows[index + 1].length != one.length
-        table.add_row(str(one.length), one.engine, *check, peak, end_section=ends)
+    for index, agreement in enumerate(rows):
+        peak = "?" if agreement.peak_memory_mb is None else f"{agreement.peak_memory_mb:.0f} MB"
+        check = (
+            ("", "")
+            if agreement.engine == first
+            else (f"{agreement.same} of {agreement.compared}", f"{agreement.difference:.2g}")
+        )
+        ends = index + 1 == len(rows) or rows[index + 1].length != agreement.length
+        table.add_row(str(agreement.length), agreement.engine, *check, peak, end_section=ends)
     return table

@@ -78,13 +78,13 @@ class Engine(Protocol):
 
 def versions_of(*packages: str) -> dict[str, str]:
     """Versions of those `packages` that are installed."""
-    found = {}
+    versions = {}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 BATCH = 512  # tokens that llama.cpp reads at once: its own default
@@ -117,8 +117,8 @@ class LlamaCppEngine:
                 verbose=False,
             )
         except (ValueError, RuntimeError) as error:
-            told = "; ".join(line for line in said if line)
-            raise RopewalkError(f"llama.cpp cannot load {spec.source} ({told or error})") from error
+            messages = "; ".join(line for line in said if line)
+            raise RopewalkError(f"llama.cpp cannot load {spec.source} ({messages or error})") from error
         self.dtype, self.cache_dtype = spec.dtype, "float16"
         self.versions, self.remark = versions_of("llama-cpp-python"), ""
         self.versions["llama.cpp"] = llama_cpp.llama_print_system_info().decode().strip(" |")
@@ -259,5 +259,5 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def _on_cpu(logits: Any) -> Logits:
-    found: Logits = logits.float().cpu().numpy()
-    return found
+    array: Logits = logits.float().cpu().numpy()
+    return array

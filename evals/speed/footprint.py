@@ -94,7 +94,7 @@ def _measure(engine: str, model: str, ids: list[int], dtype: str, rope: str, con
     loaded = _ENGINES[engine](model, ids, dtype, rope)
     once_loaded, started = peak_resident_mb(), time.perf_counter()
     loss = loaded.loss()
-    found = Footprint(
+    footprint = Footprint(
         engine=loaded.name,
         length=len(ids),
         seconds=time.perf_counter() - started,
@@ -105,7 +105,7 @@ def _measure(engine: str, model: str, ids: list[int], dtype: str, rope: str, con
         cache=loaded.cache / 1e6,
         loss=loss,
     )
-    connection.send(found)
+    connection.send(footprint)
 
 
 def measure(engine: str, model: str, ids: list[int], dtype: str, rope: str) -> Footprint:
@@ -120,11 +120,11 @@ def measure(engine: str, model: str, ids: list[int], dtype: str, rope: str) -> F
     process.start()
     theirs.close()
     try:
-        found: Footprint = ours.recv()
+        footprint: Footprint = ours.recv()
     except EOFError:
         process.join()
         raise RopewalkError(
             f"{engine} died at {len(ids)} tokens (exit code {process.exitcode}); try fewer --lengths"
         ) from None
     process.join()
-    return found
+    return footprint

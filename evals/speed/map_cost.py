@@ -154,13 +154,13 @@ def _in_turn(
                 seconds[way].append(time.perf_counter() - started)
                 progress.advance(task)
     progress.remove_task(task)
-    for (what, scaler), own in seconds.items():
-        ratios = [one / other for one, other in zip(own, seconds[baseline], strict=True)]
+    for (what, scaler), seconds_each in seconds.items():
+        ratios = [first / other for first, other in zip(seconds_each, seconds[baseline], strict=True)]
         yield MapCost(
             what=what,
             scaler=scaler,
             length=length,
-            seconds=own,
+            seconds=seconds_each,
             ratio=median(ratios),
             lowest=min(ratios),
             highest=max(ratios),
@@ -168,12 +168,12 @@ def _in_turn(
 
 
 def _chunks(plan: Plan, n: int) -> Segments:
-    found = []
+    chunks = []
     for start in range(0, n, CHUNK):
         stop = min(n, start + CHUNK)
         run = Run(None, 0, stop - start, 0, stop, 0)
-        found.append((start, stop, [(run, plan.segments(run))]))
-    return found
+        chunks.append((start, stop, [(run, plan.segments(run))]))
+    return chunks
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, chunks: Segments) -> Callable[[], object]:
@@ -187,11 +187,11 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, chunk
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, site: RotarySite) -> Callable[[], object]:
     n, inv_freq = q.shape[2], site.configured.rope.theta
-    found = angles(torch.arange(n, dtype=torch.float64), inv_freq, like=q)
+    cos_sin = angles(torch.arange(n, dtype=torch.float64), inv_freq, like=q)
 
     def run() -> None:
-        rotated = layout.rotate(k, found)
-        rotated_q = layout.rotate(q, found)
+        rotated = layout.rotate(k, cos_sin)
+        rotated_q = layout.rotate(q, cos_sin)
         for start in range(0, n, CHUNK):
             stop = min(n, start + CHUNK)
             causal_attention(rotated_q[:, :, start:stop], rotated[:, :, :stop], v[:, :, :stop], score)

@@ -18,9 +18,9 @@ def peak_resident_mb() -> float:
     """Most resident memory held so far, MB (10^6 bytes); files that are mapped count as far as they were read."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage starts a child with its parent's peak
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if found:
-            return int(found[1]) * 1024 / 1e6
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if match:
+            return int(match[1]) * 1024 / 1e6
     try:
         import resource
     except ImportError:  # Windows

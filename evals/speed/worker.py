@@ -173,5 +173,5 @@ def _serve(connection: Connection, spec: EngineSpec) -> None:
     except RopewalkError as error:
         connection.send(error)
     except Exception as error:  # of a foreign engine: anything
-        told = f"{type(error).__name__}: {str(error).strip()[:300]}"
-        connection.send(RopewalkError(f"{spec.name} failed ({told}); leave it out of --against"))
+        reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        connection.send(RopewalkError(f"{spec.name} failed ({reason}); leave it out of --against"))

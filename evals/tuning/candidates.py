@@ -72,16 +72,16 @@ def starting_points(rope: RopeSpec, target: int) -> list[Scaler]:
 
 def neighbours(scaler: Scaler) -> list[Scaler]:
     """Scalers that differ from `scaler` in one thing: a number a step up or down, log n there or not."""
-    found = []
+    scalers = []
     for part in scaler.parts:
         for changed in _varied(part):
-            found.append(compose(*(changed if one is part else one for one in scaler.parts)))
-    rest = [one for one in scaler.parts if one.facet != "temperature"]
+            scalers.append(compose(*(changed if other is part else other for other in scaler.parts)))
+    rest = [other for other in scaler.parts if other.facet != "temperature"]
     if len(rest) < len(scaler.parts):
-        found.append(compose(*rest))
+        scalers.append(compose(*rest))
     elif rest:
-        found.append(compose(*rest, LogN()))
-    return found
+        scalers.append(compose(*rest, LogN()))
+    return scalers
 
 
 def _varied(part: Scaler) -> list[Scaler]:
@@ -91,21 +91,21 @@ def _varied(part: Scaler) -> list[Scaler]:
         steps = {"factor": _STEP}
     elif part.facet == "positions":
         steps = {"window": _STEP**2, "near": _STEP**2, "k": _STEP, "group": _STEP}
-    found: list[Scaler] = []
+    scalers: list[Scaler] = []
     for name, step in steps.items():
         value = getattr(part, name, None)
         if value is None:
             continue
-        for wanted in (value * step, value / step):
+        for target in (value * step, value / step):
             if isinstance(value, int):
-                wanted = max(round(wanted), value + 1) if wanted > value else min(round(wanted), value - 1)
+                target = max(round(target), value + 1) if target > value else min(round(target), value - 1)
             else:
-                wanted = float(f"{wanted:.3g}")
+                target = float(f"{target:.3g}")
             try:
-                found.append(dataclasses.replace(part, **{name: wanted}))
+                scalers.append(dataclasses.replace(part, **{name: target}))
             except ConfigError:
                 continue  # below what the field allows
-    return found
+    return scalers
 
 
 def fits_config(scaler: Scaler, rope: RopeSpec) -> bool:

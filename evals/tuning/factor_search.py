@@ -94,9 +94,9 @@ class FactorSpace:
         """
         step = _STEP * math.log(self.largest)
         logs = project(self.logs + step * point[:-1], self.largest)
-        found = [min(max(float(f"{value:.6g}"), 1.0), self.largest) for value in np.exp(logs)]
-        still = self.rope.dim // 2 - len(found)  # pairs that do not turn, whatever their factor
-        factors = tuple(found + found[-1:] * still)
+        values = [min(max(float(f"{value:.6g}"), 1.0), self.largest) for value in np.exp(logs)]
+        unrotated = self.rope.dim // 2 - len(values)  # pairs that do not turn, whatever their factor
+        factors = tuple(values + values[-1:] * unrotated)
         m = float(f"{math.exp(self.log_m + _STEP_OF_M * point[-1]):.6g}")
         return LongRoPE(factor=self.factor, short=factors, long=factors, attention_factor=m)
 
@@ -147,7 +147,7 @@ def search_factors(
         return None
     best, start_loss, evaluations = (losses[0], origin), losses[0], 1
 
-    def found() -> FoundFactors:
+    def result() -> FoundFactors:
         return FoundFactors(scaler=best[1], loss=best[0], start_loss=start_loss, evaluations=evaluations)
 
     optimiser = CMA(mean=np.zeros(space.dimension), sigma=1.0, seed=_SEED)
@@ -158,9 +158,9 @@ def search_factors(
         if losses is None:
             break
         evaluations += len(losses)
-        best = min([best, *zip(losses, scalers, strict=True)], key=lambda one: one[0])
+        best = min([best, *zip(losses, scalers, strict=True)], key=lambda pair: pair[0])
         optimiser.tell(list(zip(points, losses, strict=True)))
-        tell(generation, found())
+        tell(generation, result())
         if max(losses) - min(losses) < _CONVERGED:
             break
-    return found()
+    return result()

@@ -23,42 +23,42 @@ from .tuned import Candidate, Tuned, difference
 _DRAWN = 24  # candidates in the plot
 
 
-def publish_tuned(found: Tuned, run: Run, *, model: str, text: str) -> list[Path]:
+def publish_tuned(tuned: Tuned, run: Run, *, model: str, text: str) -> list[Path]:
     """Write everything into the run's folder; returns the files, the report first.
 
     `tuned.json` has the ranking and the named specs, `config.json` what to merge into the model's own config to serve
     the best scaler that a config can hold.
     """
-    grid = ranking_grid(found)
-    plots = _plot(found, run.folder / "ranking", f"{model} on {text}")
-    title = f"{model} at {format_length(found.target)}"
+    grid = ranking_grid(tuned)
+    plots = _plot(tuned, run.folder / "ranking", f"{model} on {text}")
+    title = f"{model} at {format_length(tuned.target)}"
     report = write_page(
         run.folder / "report.html",
         title=title,
         subtitle=f"Which scaler carries it there? Measured on {text}",
-        story=sentences(found),
+        story=sentences(tuned),
         plots=plots,
-        sections=[Section(caption=f"{len(found.ranking)} candidates", grids=[grid], method=_method(found, text))],
+        sections=[Section(caption=f"{len(tuned.ranking)} candidates", grids=[grid], method=_method(tuned, text))],
         environment=environment_of(run),
     )
     table = run.folder / "table.md"
     write_atomic(table, grid.to_markdown().encode())
     summary = run.folder / "tuned.json"
-    write_atomic(summary, (json.dumps(as_json(found), indent=2) + "\n").encode())
+    write_atomic(summary, (json.dumps(as_json(tuned), indent=2) + "\n").encode())
     files = [report, table, summary, *plots]
-    if found.servable is not None:
+    if tuned.servable is not None:
         config = run.folder / "config.json"
-        write_atomic(config, (json.dumps(config_fragment(found), indent=2) + "\n").encode())
+        write_atomic(config, (json.dumps(config_fragment(tuned), indent=2) + "\n").encode())
         files.append(config)
     return files
 
 
-def sentences(found: Tuned) -> list[str]:
+def sentences(tuned: Tuned) -> list[str]:
     """What was found, in plain sentences."""
-    winner, simplest, servable = found.winner, found.simplest, found.servable
-    said = [f"Winner at {format_length(found.target)}: {winner.label}{_loss_words(winner)}."]
-    if len(found.ties) > 1:
-        others = ", ".join(c.label for c in found.ties if c is not winner)
+    winner, simplest, servable = tuned.winner, tuned.simplest, tuned.servable
+    said = [f"Winner at {format_length(tuned.target)}: {winner.label}{_loss_words(winner)}."]
+    if len(tuned.ties) > 1:
+        others = ", ".join(c.label for c in tuned.ties if c is not winner)
         said.append(f"Not distinguishable from it on the same tokens: {others}.")
     if simplest is winner:
         said.append("Nothing simpler comes as near to it as can be told.")
@@ -70,21 +70,21 @@ def sentences(found: Tuned) -> list[str]:
         change = difference(servable, winner)
         cost = f": {change} against the winner" if change is not None else ""
         said.append(f"The best that a config can hold, for other engines, is {servable.label}{cost}.")
-    plain = next((c for c in found.ranking if not c.scaler.parts), None)
+    plain = next((c for c in tuned.ranking if not c.scaler.parts), None)
     if plain is not None and plain is not winner and (change := difference(winner, plain)) is not None:
         said.append(f"Against the untouched model the winner changes the loss by {change}.")
     if named := [c.label for c in (winner, servable) if c is not None and c.name]:
         said.append(f"tuned.json has the spec of {named[0]}.")
     if not winner.read:
         said.append("The budget allowed no full reading: all this is from skimming, which ranks well but measures ill.")
-    if not found.complete:
+    if not tuned.complete:
         said.append("The budget ended the search; the same command goes on from here.")
     return said
 
 
-def ranking_grid(found: Tuned) -> Grid:
+def ranking_grid(tuned: Tuned) -> Grid:
     """Every candidate, best first."""
-    winner = found.winner
+    winner = tuned.winner
     note = (
         "Best first. Differences to the winner are paired, token by token, with 95% intervals; green ones cannot be "
         "told from it. Skimmed losses are of the end of one place after a sample of the rest, and compare with one "
@@ -92,18 +92,18 @@ def ranking_grid(found: Tuned) -> Grid:
         f"{TOLERANCE:g}."
     )
     columns = ("loss", "to the winner", "places", "skimmed", "harm", "passkeys", "in a config")
-    rows = [(c.label, _cells(found, c, winner)) for c in found.ranking]
-    return Grid(title=f"Loss at {format_length(found.target)}, nats per token", note=note, columns=columns, rows=rows)
+    rows = [(c.label, _cells(tuned, c, winner)) for c in tuned.ranking]
+    return Grid(title=f"Loss at {format_length(tuned.target)}, nats per token", note=note, columns=columns, rows=rows)
 
 
-def _cells(found: Tuned, c: Candidate, winner: Candidate) -> list[Shown]:
+def _cells(tuned: Tuned, c: Candidate, winner: Candidate) -> list[Shown]:
     change = None if c is winner else difference(c, winner)
     against = NOTHING
     if c is winner:
         against = Shown(main="0", small=("winner",), css="good")
     elif change is not None and c.read:
         around = interval(change.low, change.high) if change.has_interval else "no interval"
-        against = Shown(main=signed(change.mean), small=(around,), css="" if found.is_worse(c, winner) else "good")
+        against = Shown(main=signed(change.mean), small=(around,), css="" if tuned.is_worse(c, winner) else "good")
     harm = NOTHING
     if c.harm is not None:
         around = interval(c.harm.low, c.harm.high) if c.harm.has_interval else "no interval"
@@ -115,18 +115,18 @@ def _cells(found: Tuned, c: Candidate, winner: Candidate) -> list[Shown]:
         Shown(main=f"{c.skimmed_loss:.3f}") if c.skimmed_loss is not None else NOTHING,
         harm,
         Shown(main=f"{fmean(c.found.values()):.0%}", small=(f"n={len(c.found)}",)) if c.found else NOTHING,
-        Shown(main="yes") if found.fits_config(c) else NOTHING,
+        Shown(main="yes") if tuned.fits_config(c) else NOTHING,
     ]
 
 
-def as_json(found: Tuned) -> dict[str, Any]:
+def as_json(tuned: Tuned) -> dict[str, Any]:
     """The outcome as JSON holds it."""
 
     def number(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
 
-    def told(c: Candidate) -> dict[str, Any]:
-        change = difference(c, found.winner)
+    def fields(c: Candidate) -> dict[str, Any]:
+        change = difference(c, tuned.winner)
         return {
             "rope": str(c.scaler),
             "label": c.label,
@@ -139,22 +139,22 @@ def as_json(found: Tuned) -> dict[str, Any]:
         }
 
     return {
-        "target": found.target,
-        "trained_length": found.rope.trained_length,
-        "winner": str(found.winner.scaler),
-        "simplest": str(found.simplest.scaler),
-        "servable": None if found.servable is None else str(found.servable.scaler),
-        "complete": found.complete,
-        "ranking": [told(c) for c in found.ranking],
+        "target": tuned.target,
+        "trained_length": tuned.rope.trained_length,
+        "winner": str(tuned.winner.scaler),
+        "simplest": str(tuned.simplest.scaler),
+        "servable": None if tuned.servable is None else str(tuned.servable.scaler),
+        "complete": tuned.complete,
+        "ranking": [fields(c) for c in tuned.ranking],
     }
 
 
-def config_fragment(found: Tuned) -> dict[str, Any]:
+def config_fragment(tuned: Tuned) -> dict[str, Any]:
     """What to merge into the model's config.json to serve the best scaler that a config can hold."""
-    assert found.servable is not None
+    assert tuned.servable is not None
     return {
-        "max_position_embeddings": found.target,
-        "rope_parameters": hf_write.write(found.rope, found.servable.scaler),
+        "max_position_embeddings": tuned.target,
+        "rope_parameters": hf_write.write(tuned.rope, tuned.servable.scaler),
     }
 
 
@@ -165,16 +165,16 @@ def _loss_words(c: Candidate) -> str:
     return f", {c.loss:.3f} nats per token over {places}"
 
 
-def _method(found: Tuned, text: str) -> dict[str, str]:
+def _method(tuned: Tuned, text: str) -> dict[str, str]:
     method = {
         "Search": "Successive halving: every starting point is skimmed, then those next to the best; the best third at "
         "more places; the best few are read whole, at one, three and nine places.",
-        "Places": f"Ends of windows of {found.target:,} tokens in {text}. Skimming and reading begin at opposite ends.",
+        "Places": f"Ends of windows of {tuned.target:,} tokens in {text}. Skimming and reading begin at opposite ends.",
         "Winner": "Among those that cannot be told from the lowest loss, the one that finds most passkeys, then the "
         "one with the lowest loss. Choosing among many favours the lucky: measure it on another text.",
         "Intervals": "95%, percentile bootstrap over blocks of 32 consecutive tokens, widened by Student's t.",
     }
-    if any(c.name for c in found.ranking):
+    if any(c.name for c in tuned.ranking):
         method["Factors"] = (
             "Searched by CMA-ES from the best closed form that a config can hold, skimmed at places of their own: no "
             "token that decided the search is among those that are read."
@@ -182,12 +182,12 @@ def _method(found: Tuned, text: str) -> dict[str, str]:
     return method
 
 
-def _plot(found: Tuned, out: Path, measured_on: str) -> list[Path]:
+def _plot(tuned: Tuned, out: Path, measured_on: str) -> list[Path]:
     """The losses of the best, hollow where they were only skimmed."""
-    drawn: Sequence[Candidate] = found.ranking[:_DRAWN]
+    drawn: Sequence[Candidate] = tuned.ranking[:_DRAWN]
     names = [c.label for c in drawn]
     styles = line_styles([*dict.fromkeys([UNTOUCHED, *names])])
-    with figure(8.5, 1.6 + 0.26 * len(drawn), f"Loss at {format_length(found.target)}, {measured_on}") as fig:
+    with figure(8.5, 1.6 + 0.26 * len(drawn), f"Loss at {format_length(tuned.target)}, {measured_on}") as fig:
         axes = fig.subplots()
         for row, c in enumerate(drawn):
             color = styles[c.label].color

@@ -90,7 +90,7 @@ class Rounds:
         if can_skim(self._model):
             self._skim("skim", self._new(start), 1)
             best = self._ranking()[:3]
-            self._skim("near", self._new([one for c in best for one in neighbours(c.scaler)]), 1)
+            self._skim("near", self._new([scaler for c in best for scaler in neighbours(c.scaler)]), 1)
             self._skim("skim more", self._ranking()[: len(self._candidates) // 3], _SKIMMED)
             if search == "factors":
                 self._search_factors(largest_factor)
@@ -100,7 +100,7 @@ class Rounds:
         else:
             self._read(self._new(start), 1)
             best = self._ranking()[:3]
-            self._read(self._new([one for c in best for one in neighbours(c.scaler)]), 1)
+            self._read(self._new([scaler for c in best for scaler in neighbours(c.scaler)]), 1)
         self._read(self._pick_finalists()[:3], 3)
         self._read(self._pick_finalists()[:2], len(self._text.windows))
         self._climb()
@@ -110,13 +110,13 @@ class Rounds:
         self._measure_harm(best)
         self._ask(best[:3])
         self._recall()
-        found = self._tuned()
-        if not found.eligible:
-            why = "no scaler that was measured is harmless to short texts" if found.ranking else "nothing was measured"
+        tuned = self._tuned()
+        if not tuned.eligible:
+            why = "no scaler that was measured is harmless to short texts" if tuned.ranking else "nothing was measured"
             raise ConfigError(
                 f"{why}; allow harm, or add rope 'none'" if self._complete else f"{why} within the budget; give more"
             )
-        return found
+        return tuned
 
     def _recall(self) -> None:
         """Take in what an earlier search in this folder, with another budget perhaps, has read of the candidates."""
@@ -130,7 +130,7 @@ class Rounds:
         """From the leader to what lies next to it, as long as that is better."""
         for _ in range(_CLIMBS):
             leader = self._pick_finalists()[:1]
-            near = self._new([one for c in leader for one in neighbours(c.scaler)])
+            near = self._new([scaler for c in leader for scaler in neighbours(c.scaler)])
             if can_skim(self._model):
                 self._skim("near", near, _SKIMMED)
                 near = by_skimming(near)
@@ -140,11 +140,11 @@ class Rounds:
 
     def _named(self) -> list[Candidate]:
         """Those that would be named and were not read at all places yet: to be known as well as the winner."""
-        found = self._tuned()
-        if not found.eligible:
+        tuned = self._tuned()
+        if not tuned.eligible:
             return []
-        named = [found.simplest, *([found.servable] if found.servable else [])]
-        return [one for one in named if 0 < one.places < len(self._text.windows)]
+        named = [tuned.simplest, *([tuned.servable] if tuned.servable else [])]
+        return [candidate for candidate in named if 0 < candidate.places < len(self._text.windows)]
 
     def _tuned(self) -> Tuned:
         return Tuned(
@@ -174,7 +174,7 @@ class Rounds:
 
     def _new(self, scalers: Sequence[Scaler]) -> list[Candidate]:
         """Candidates of those scalers that this model takes and that reach the target."""
-        found = []
+        candidates = []
         site = primary_rotary(self._model.sites)
         for scaler in scalers:
             if str(scaler) in self._candidates:
@@ -185,9 +185,9 @@ class Rounds:
                 continue
             if scaler.member("positions") and site.configured.reach(scaler) < self._target:
                 continue
-            found.append(Candidate(scaler=scaler))
-            self._candidates[str(scaler)] = found[-1]
-        return found
+            candidates.append(Candidate(scaler=scaler))
+            self._candidates[str(scaler)] = candidates[-1]
+        return candidates
 
     # Rounds
 
@@ -218,8 +218,8 @@ class Rounds:
         def measure(scalers: Sequence[Scaler]) -> list[float] | None:
             return self._search_losses(scalers, until)
 
-        def tell(generation: int, found: FoundFactors) -> None:
-            self._console.print(f"  factors: generation {generation}, {found}", highlight=False)
+        def tell(generation: int, factors: FoundFactors) -> None:
+            self._console.print(f"  factors: generation {generation}, {factors}", highlight=False)
 
         losses = measure([c.scaler for c in starts])  # one place has ranked them, or three
         if not losses:
@@ -227,10 +227,10 @@ class Rounds:
         start = starts[losses.index(min(losses))]
         self._console.print(f"  factors: the search starts from {start.label}", highlight=False)
         space = FactorSpace.around(start.scaler, self._model.spec, self._target, largest)
-        found = search_factors(space, measure, tell=tell)
-        if found is None:
+        factors = search_factors(space, measure, tell=tell)
+        if factors is None:
             return
-        for candidate in self._new([found.scaler]):
+        for candidate in self._new([factors.scaler]):
             candidate.name = SEARCHED
             self._skim("factors", [start, candidate], _SKIMMED)
             if self._keep_short:
@@ -246,10 +246,10 @@ class Rounds:
         windows = self._text.searched
         cells = [self._text.skim(scaler, window) for scaler in scalers for window in windows]
         self._carry_out("factors", cells, keep, until, Console(quiet=True))  # it would print hundreds of lines
-        wanted = [[(str(scaler), window.place) for window in windows] for scaler in scalers]
-        if any(key not in losses for keys in wanted for key in keys):
+        needed = [[(str(scaler), window.place) for window in windows] for scaler in scalers]
+        if any(key not in losses for keys in needed for key in keys):
             return None
-        return [fmean(losses[key] for key in keys) for keys in wanted]
+        return [fmean(losses[key] for key in keys) for keys in needed]
 
     def _measure_harm(self, candidates: Sequence[Candidate]) -> None:
         scalers = [*{str(c.scaler): c.scaler for c in candidates if c.scaler.parts}.values()]

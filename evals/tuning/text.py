@@ -105,10 +105,10 @@ class TuneText:
         self._scored = min(1024, target // 4)
         self._recipe_model = LocalModel(model)
         self._protocol = self._places(MOST_PLACES)
-        wanted = self._places(MOST_PLACES + self._wanted) if searches else self._protocol
-        self.source = Source.of(text, model.tokenizer, wanted)
+        protocol = self._places(MOST_PLACES + self._wanted) if searches else self._protocol
+        self.source = Source.of(text, model.tokenizer, protocol)
         self.windows = self._windows(self._protocol)
-        self.searched = self._apart(self._windows(wanted)) if searches else []
+        self.searched = self._apart(self._windows(protocol)) if searches else []
 
     @cached_property
     def sample(self) -> Sample:
@@ -165,13 +165,13 @@ class TuneText:
             document, end = window.place.split(":")
             return all(document != other or abs(int(end) - int(place)) >= self._scored for other, place in read)
 
-        found = [window for window in reversed(windows) if is_apart(window)][: self._wanted]
-        if not found:
+        unread = [window for window in reversed(windows) if is_apart(window)][: self._wanted]
+        if not unread:
             raise DataError(
                 f"the text {self.source.name!r} has {len(self.windows)} places with {self._target} tokens before "
                 "them, all of which are read; a search needs others: give a longer text"
             )
-        return found
+        return unread
 
     def _shared(self, scaler: Scaler, window: Window) -> dict[str, Any]:
         return shared_recipe(self._recipe_model, self.source) | {

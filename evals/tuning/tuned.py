@@ -94,10 +94,10 @@ def _by_losses(candidates: Sequence[Candidate], kind: str) -> list[Candidate]:
 
 def difference(a: Candidate, b: Candidate) -> Difference | None:
     """Loss of `a` less that of `b` over the places that both read whole, or skimmed if there is none; paired."""
-    for one, other in ((a.read, b.read), (a.skimmed, b.skimmed)):
-        if shared := [place for place in one if place in other]:
+    for first, other in ((a.read, b.read), (a.skimmed, b.skimmed)):
+        if shared := [place for place in first if place in other]:
             mean, low, high = paired_difference(
-                np.concatenate([one[place] for place in shared]), np.concatenate([other[place] for place in shared])
+                np.concatenate([first[place] for place in shared]), np.concatenate([other[place] for place in shared])
             )
             return Difference(mean=mean, low=low, high=high)
     return None
@@ -124,8 +124,8 @@ class Tuned:
     @cached_property
     def eligible(self) -> list[Candidate]:
         """Those that may win, best first: harmless if that is asked, and read whole if any such was."""
-        found = [c for c in self.ranking if c.is_harmless or not self.keep_short]
-        return [c for c in found if c.read] or found
+        eligible = [c for c in self.ranking if c.is_harmless or not self.keep_short]
+        return [c for c in eligible if c.read] or eligible
 
     @cached_property
     def ties(self) -> list[Candidate]:
@@ -134,9 +134,9 @@ class Tuned:
         return [first, *(c for c in others if not self.is_worse(c, first))]
 
     @staticmethod
-    def is_worse(one: Candidate, other: Candidate) -> bool:
+    def is_worse(candidate: Candidate, other: Candidate) -> bool:
         """The interval of the paired difference lies above zero; too few tokens for an interval tell by the mean."""
-        change = difference(one, other)
+        change = difference(candidate, other)
         if change is None:
             return True
         return change.low > 0 if change.has_interval else change.mean > 0
