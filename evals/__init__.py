@@ -1,4 +1,4 @@
-"""Perplexity and its plots and reports: everything that measures. Needs the extra `ropewalk[evals]`."""
+"""Everything that measures, with its plots and reports. It needs the extra `ropewalk[evals]`."""
 
 from __future__ import annotations
 

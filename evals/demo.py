@@ -39,7 +39,8 @@ CLOSING_SECONDS = 25  # of the time limit kept for the passage and the report
 
 @dataclass
 class Winner:
-    """The scaler with the lowest loss at the longest context, with its cache if it was measured just now."""
+    """The scaler with the lowest loss at the longest context, with its cache if it was measured
+    just now."""
 
     cell: PerplexityCell
     loss: float
@@ -47,8 +48,9 @@ class Winner:
 
 
 def specs(ratio: int) -> list[str]:
-    """The scalers compared at `ratio` times the trained length: `auto` and `yarn` are what docs/choose.md recommends.
-    NTK-aware needs a factor above the ratio of lengths, since its fast pairs are hardly slowed."""
+    """The scalers compared at `ratio` times the trained length: `auto` and `yarn` are what
+    docs/choose.md recommends. NTK-aware needs a factor above the ratio of lengths, since its fast
+    pairs are hardly slowed."""
     return ["none", f"linear:{ratio}", f"ntk:{2 * ratio}", f"yarn:{ratio}", "auto"]
 
 
@@ -125,7 +127,8 @@ def _loss(row: Row) -> float:
 
 
 def _passage(model: Model, best: Winner, run: Run) -> Passage:
-    """What the winner writes in place of the play's last tokens, after reading the longest context up to there.
+    """What the winner writes in place of the play's last tokens, after reading the longest context
+    up to there.
 
     Goes on from the cache of the measurement. Kept in the run's folder, so that it is written once.
     """

@@ -1,7 +1,7 @@
 """The engine as a model of lm-evaluation-harness, so that any task there runs under any scaler.
 
-`ropewalk lm-eval` imports this module, which registers the model `ropewalk`, and hands over to the harness's own
-command: the harness (0.4.13) looks for no plug-ins.
+`ropewalk lm-eval` imports this module, which registers the model `ropewalk`, and hands over to the
+harness's own command: the harness (0.4.13) looks for no plug-ins.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 
 @register_model("ropewalk")
 class RopewalkLM(TemplateLM):  # type: ignore[misc]
-    """A ropewalk model as the harness sees it. Texts are read one by one, so results depend on no batch.
+    """A ropewalk model as the harness sees it. Texts are read one by one, so results depend on no
+    batch.
 
     Args:
         model: as for `load`: a built-in name, a folder, a .gguf file or a hub id.
@@ -137,7 +138,8 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         return texts
 
     def _score(self, context: Tokens, continuation: Tokens) -> tuple[float, bool]:
-        """Log-probability of `continuation`, nats, and whether each of its tokens is the likeliest."""
+        """Log-probability of `continuation`, nats, and whether each of its tokens is the
+        likeliest."""
         ids = (context + continuation)[-(self.max_length + 1) :]
         first = max(len(ids) - len(continuation), 1)
         targets, total, done, is_greedy = torch.tensor(ids[first:]), 0.0, 0, True
@@ -151,7 +153,8 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         return total, is_greedy
 
     def _params(self, settings: dict[str, Any]) -> SamplingParams:
-        """A task's generation settings in ropewalk's words; the prompt ends where it ends, as in other models there."""
+        """A task's generation settings in ropewalk's words; the prompt ends where it ends, as in
+        other models there."""
         given = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
         stop, count, samples = given.pop("until"), given.pop("max_gen_toks"), given.pop("do_sample", False)
         given["temperature"] = given.get("temperature", 1.0) if samples else 0.0

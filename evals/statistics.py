@@ -1,4 +1,5 @@
-"""Intervals: of mean losses over correlated tokens, of shares of right answers, and of paired differences of both."""
+"""Intervals: of mean losses over correlated tokens, of shares of right answers, and of paired
+differences of both."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ _Z = float(norm.ppf(0.975))
 def block_means(losses: Losses, block: int = 32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Means of runs of `block` consecutive tokens, [tokens // block].
 
-    What is left over is spread among the blocks, so that every token counts; sizes differ by one at most
-    once there are `block` blocks.
+    What is left over is spread among the blocks, so that every token counts; sizes differ by one at
+    most once there are `block` blocks.
     """
     values = np.asarray(losses, dtype=np.float64).ravel()
     count = max(len(values) // block, 1)
@@ -34,12 +35,14 @@ def block_means(losses: Losses, block: int = 32) -> np.ndarray[tuple[int], np.dt
 
 
 def block_interval(losses: Losses, block: int = 32, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile-bootstrap interval of the mean of `losses`, resampling blocks of consecutive tokens.
+    """Percentile-bootstrap interval of the mean of `losses`, resampling blocks of consecutive
+    tokens.
 
-    Neighbouring tokens are hard or easy together, so an interval over single tokens would be too narrow. Percentiles
-    of few blocks lie too near to the mean; they are moved away from it as Student's interval is wider than one of the
-    normal law with the variance of the sample (Hesterberg, The American Statistician 69, 2015).
-    The same losses and seed give the same interval to the bit.
+    Neighbouring tokens are hard or easy together, so an interval over single tokens would be too
+    narrow. Percentiles of few blocks lie too near to the mean; they are moved away from it as
+    Student's interval is wider than one of the normal distribution with the variance of the sample
+    (Hesterberg, The American Statistician 69, 2015). The same losses and seed give the same
+    interval to the bit.
 
     Args:
         losses: nats per token, [tokens], in the order of the text.
@@ -72,7 +75,8 @@ def block_interval(losses: Losses, block: int = 32, confidence: float = 0.95, se
 def paired_difference(a: Losses, b: Losses, block: int = 32) -> tuple[float, float, float]:
     """Mean of `a - b` and its 95% interval, token by token on the same tokens.
 
-    What makes a token hard for both cancels, so this is far narrower than two intervals side by side.
+    What makes a token hard for both cancels, so this is far narrower than two intervals side by
+    side.
 
     Args:
         a: nats per token, [tokens].
@@ -92,7 +96,8 @@ def paired_difference(a: Losses, b: Losses, block: int = 32) -> tuple[float, flo
 
 
 def share_interval(right: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share: `right` of `trials` independent trials (Wilson, JASA 22, 1927).
+    """Wilson's score interval of a share: `right` of `trials` independent trials (Wilson, JASA 22,
+    1927).
 
     Unlike the textbook's, it stays within 0 and 1 and has a width at 0 % and 100 %.
     """
@@ -101,8 +106,8 @@ def share_interval(right: int, trials: int, confidence: float = 0.95) -> tuple[f
 
 
 def score_interval(scores: Sequence[float], confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Interval of the mean score of independent trials: Wilson's where all scores are 0 or 1, else a percentile
-    bootstrap.
+    """Interval of the mean score of independent trials: Wilson's where all scores are 0 or 1, else
+    a percentile bootstrap.
 
     Args:
         scores: 0 to 1, [trials].
@@ -122,12 +127,14 @@ def score_interval(scores: Sequence[float], confidence: float = 0.95, seed: int 
 
 
 def mean_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95% interval of the mean over `groups` of their mean scores: Wilson's with the effective number of trials.
+    """95% interval of the mean over `groups` of their mean scores: Wilson's with the effective
+    number of trials.
 
-    That is how many trials of one share would vary as this mean does (as for surveys with strata: Korn and Graubard,
-    Survey Methodology 24, 1998). Every group's variance is taken with half a right and half a wrong answer more, so
-    that a task whose few trials are all right does not count as certain; a bootstrap would take it so. Simulated with
-    11 tasks of 2 to 20 trials it holds the mean in 94% to 99% of cases.
+    That is how many trials of one share would vary as this mean does (as for surveys with strata:
+    Korn and Graubard, Survey Methodology 24, 1998). Every group's variance is taken with half a
+    right and half a wrong answer more, so that a task whose few trials are all right does not count
+    as certain; a bootstrap would take it so. Simulated with 11 tasks of 2 to 20 trials it holds the
+    mean in 94% to 99% of cases.
 
     Args:
         groups: scores of independent trials, 0 to 1; a group is one task.
@@ -140,10 +147,11 @@ def mean_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
 def paired_score_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     """95% interval of the mean of `a - b` over independent trials that both did.
 
-    Where all scores are 0 or 1 it is Tango's score interval (Statistics in Medicine 17, 1998) with the continuity
-    correction of McNemar's test: without it four trials that all differ in one direction would tell the two apart,
-    and four coins fall alike one time in eight. Otherwise it is that of `mean_interval`, with Student's t, of the
-    differences moved to 0 to 1. Both have a width where all trials agree.
+    Where all scores are 0 or 1 it is Tango's score interval (Statistics in Medicine 17, 1998) with
+    the continuity correction of McNemar's test: without it four trials that all differ in one
+    direction would tell the two apart, and four coins fall alike one time in eight. Otherwise it is
+    that of `mean_interval`, with Student's t, of the differences moved to 0 to 1. Both have a width
+    where all trials agree.
 
     Args:
         a: 0 to 1, [trials].
@@ -198,7 +206,8 @@ def _effective_trials(groups: Sequence[Sequence[float]]) -> float:
 
 
 def _wilson(share: float, trials: float, z: float = _Z) -> tuple[float, float]:
-    """Wilson's 95% interval where neither the number of right answers nor that of trials is whole."""
+    """Wilson's 95% interval where neither the number of right answers nor that of trials is
+    whole."""
     centre = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
     return (centre - half) / (1 + z * z / trials), (centre + half) / (1 + z * z / trials)

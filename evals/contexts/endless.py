@@ -1,4 +1,5 @@
-"""One pass over a text without an end, in the memory of a window: the loss by position, against recomputation."""
+"""One pass over a text without an end, in the memory of a window: the loss by position, against
+recomputation."""
 
 from __future__ import annotations
 
@@ -29,15 +30,18 @@ from ..statistics import block_interval, paired_difference
 
 @dataclass(frozen=True, kw_only=True)
 class EndlessCell(Cell):
-    """The first `context` tokens of a text in one pass under a scaler that forgets; a row for each bucket of position.
+    """The first `context` tokens of a text in one pass under a scaler that forgets; a row for each
+    bucket of position.
 
-    At some places of every bucket the token is also predicted by recomputation: the untouched model reads the window
-    before it afresh, which costs a window a token and is what the pass is to be as good as.
+    At some places of every bucket the token is also predicted by recomputation: the untouched model
+    reads the window before it afresh, which costs a window a token and is what the pass is to be as
+    good as.
 
     Args:
         ids: the text, with the tokens that the tokenizer puts before one.
         start: how many these are; every recomputed window begins with them too.
-        window: tokens of a recomputed window: the last keys that the scaler's last query sees; its sinks come on top.
+        window: tokens of a recomputed window: the last keys that the scaler's last query sees; its
+            sinks come on top.
         places: recomputed tokens of every bucket.
         recipe: of its rows, but for the bucket.
     """

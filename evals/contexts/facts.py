@@ -1,4 +1,5 @@
-"""Facts all over a long document, asked for one by one: it is read whole, cut short, or in parts that are pooled."""
+"""Facts all over a long document, asked for one by one: it is read whole, cut short, or in parts
+that are pooled."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ _SPARE = 16  # tokens for blanks between document and question, and keys of rare
 
 @dataclass(frozen=True)
 class Document:
-    """Hay in sentences, with as many facts as are asked for, one in each of as many equal stretches.
+    """Hay in sentences, with as many facts as are asked for, one in each of as many equal
+    stretches.
 
     Attributes:
         units: sentences and facts in order, each with the blank behind it.
@@ -51,7 +53,8 @@ class Document:
 
     @classmethod
     def draw(cls, text: Text, count: Callable[[str], int], tokens: int, facts: int, seed: int) -> Document:
-        """The document of a seed: the most sentences of a text that make, with the facts, at most `tokens` tokens.
+        """The document of a seed: the most sentences of a text that make, with the facts, at most
+        `tokens` tokens.
 
         Raises:
             DataError: there is no room for the facts and a sentence.
@@ -108,12 +111,14 @@ def question(key: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class FactsCell(Cell):
-    """The questions to one document, which is read in one way; each gives a row as soon as it is answered.
+    """The questions to one document, which is read in one way; each gives a row as soon as it is
+    answered.
 
     Args:
         scaler: "parts" and "cut" are read without one.
         context: tokens of the document with a question and its answer.
-        way: "whole"; "cut", only its end, as much as the model was trained for; or "parts", by NBCE.
+        way: "whole"; "cut", only its end, as much as the model was trained for; or "parts", by
+            NBCE.
         parts: into how many it is cut.
         document: its seed.
         facts: how many there are.
@@ -233,15 +238,18 @@ def cells(
     documents: int,
     questions: int,
 ) -> list[FactsCell]:
-    """Cells of every length and document: read whole under every scaler, its end only, and in parts.
+    """Cells of every length and document: read whole under every scaler, its end only, and in
+    parts.
 
     Args:
         parts: numbers of parts.
         documents: seeds 0, 1, ...
-        questions: to each document, which has twice as many facts or `parts` at its most, whichever is more.
+        questions: to each document, which has twice as many facts or `parts` at its most, whichever
+            is more.
 
     Raises:
-        ConfigError: a scaler cannot work on this model, or a part is longer than the model was trained for.
+        ConfigError: a scaler cannot work on this model, or a part is longer than the model was
+            trained for.
         DataError: a length does not hold the facts.
     """
     trained = model.trained_length

@@ -60,12 +60,12 @@ class WayScore:
 
 
 def facts_rows(rows: Sequence[Row]) -> list[Row]:
-    """Those of such questions."""
+    """The rows of `facts`."""
     return [row for row in rows if row.get("experiment") == "facts"]
 
 
 def way_scores(rows: Sequence[Row]) -> list[WayScore]:
-    """A score for every length and way of one setting, in the order of the rows."""
+    """A score for every length and way of one group, in the order of the rows."""
     groups: dict[tuple[int, str, int, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["context"], row["way"], row["parts"], row["rope"]), []).append(row)
@@ -94,7 +94,7 @@ def way_scores(rows: Sequence[Row]) -> list[WayScore]:
 
 
 def facts_markdown(rows: Sequence[Row]) -> str:
-    """A table for every setting, with what was measured above it."""
+    """A table for every group, with what was measured above it."""
     return "\n".join(map(_facts_table, group_rows(facts_rows(rows), _FACTS_IGNORED)))
 
 
@@ -117,8 +117,8 @@ def _facts_table(rows: Sequence[Row]) -> str:
 
 
 def plot_facts(rows: Sequence[Row], out_stem: Path) -> list[Path]:
-    """Shares of right answers with their intervals, a bar for each way; writes `out_stem`.png and .svg, `out_stem`_2
-    for a second setting, and so on."""
+    """Shares of right answers with their intervals, a bar for each way; writes `out_stem`.png and
+    .svg, `out_stem`_2 for a second group, and so on."""
     groups = group_rows(facts_rows(rows), _FACTS_IGNORED)
     return [
         path
@@ -168,12 +168,12 @@ _ENDLESS_IGNORED = frozenset(
 
 
 def endless_rows(rows: Sequence[Row]) -> list[Row]:
-    """Those of such passes."""
+    """The rows of `endless`."""
     return [row for row in rows if row.get("experiment") == "endless"]
 
 
 def endless_markdown(rows: Sequence[Row]) -> str:
-    """A table for every setting, scaler and length."""
+    """A table for every group, scaler and length."""
     lines = [ENDLESS_LEGEND]
     for group in group_rows(endless_rows(rows), _ENDLESS_IGNORED):
         row = group[0]
@@ -205,8 +205,8 @@ def _range(low: float | None, high: float | None, form: str) -> str:
 
 
 def plot_endless(rows: Sequence[Row], out_stem: Path) -> list[Path]:
-    """Loss, and loss over recomputation, by position, a line for each scaler; writes `out_stem`.png and .svg,
-    `out_stem`_2 for a second setting, and so on."""
+    """Loss, and loss over recomputation, by position, a line for each scaler; writes `out_stem`.png
+    and .svg, `out_stem`_2 for a second group, and so on."""
     groups = group_rows(endless_rows(rows), _ENDLESS_IGNORED | METHOD | {"window", "context"})
     return [
         path

@@ -1,1 +1,1 @@
-"""Ways of going on from a prompt that is cut off anywhere, compared."""
+"""Methods that continue a prompt which is cut at any place, compared."""

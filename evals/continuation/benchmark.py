@@ -1,6 +1,8 @@
-"""The benchmark of continuation methods: prompts cut at any place, and what each method gives after the cut.
+"""The benchmark of continuation methods: prompts cut at any place, and what each method gives after
+the cut.
 
-Each cut is measured under all methods at once, and its rows are stored as soon as it is done. The fields are:
+Each cut is measured under all methods at once, and its rows are stored as soon as it is done. The
+fields are:
 
     next_byte_bits  bits of the byte after the prompt
     top1            whether that byte is the likeliest one

@@ -8,8 +8,9 @@
 
     transformers    its `token_healing`, as it behaves; only the text that it writes can be seen
 
-One token back is the remedy of kexue.fm 9762. The step mask is biased: a token that agrees with P may leave a rest
-that the model would hardly have gone on with, and renormalizing at every step forgets that.
+One token back is the remedy of kexue.fm 9762. The step mask is biased: a token that agrees with P
+may leave a rest that the model would hardly have gone on with, and renormalizing at every step
+forgets that.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .token_paths import Distribution, DistributionReader, Fork, Path
 OFF, ONE_BACK, STEPS, HEALING, EXACT = "off", "one token back", "step mask", "transformers", "exact"
 METHODS = (OFF, HEALING, ONE_BACK, STEPS, EXACT)
 
-_LEFT_OUT = 1e-3  # share of the step mask's law whose paths are not followed
+_LEFT_OUT = 1e-3  # share of the step mask's distribution whose paths are not followed
 _MOST_PATHS = 200  # and no more than these: in a long row of spaces there are thousands
 
 
@@ -70,7 +71,7 @@ class _CountedRunner(TransformersRunner):
 
 
 class Ending:
-    """The end of a prompt: its tokens, its covers, and the laws of the methods for it.
+    """The end of a prompt: its tokens, its covers, and the distributions of the methods for it.
 
     Args:
         prompt: text with at least one token that is certain.
@@ -85,7 +86,7 @@ class Ending:
         self.reader = self._new_reader(ids[:certain])
 
     def distribution(self, method: str) -> Distribution:
-        """The law of what follows, under every method but transformers' own."""
+        """The distribution of the text that follows, for every method except transformers' own."""
         forks = {OFF: self._off, ONE_BACK: self._one_back, STEPS: self._steps, EXACT: self._exact}[method]()
         return Distribution(self.reader, forks)
 
@@ -153,7 +154,8 @@ class Ending:
         return [Fork(path=self.tail, suffix=b"", logweight=0.0)]
 
     def _steps(self) -> list[Fork]:
-        """The likeliest paths are followed first, until those that are left have one part in a thousand together.
+        """The likeliest paths are followed first, until those that are left have one part in a
+        thousand together.
 
         These are taken to read the prompt's own tokens, so that no byte is impossible.
         """
@@ -188,7 +190,8 @@ class Ending:
         return forks
 
     def _likeliest(self, method: str) -> tuple[Path, bytes]:
-        """Tokens after the reader's base up to the first one past the prompt's end, and their bytes past it."""
+        """Tokens after the reader's base up to the first one past the prompt's end, and their bytes
+        past it."""
         tokens, trie = self.model.vocabulary.tokens, self.model.vocabulary.trie
         if method == EXACT:
             return self._likeliest_cover()

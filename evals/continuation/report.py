@@ -41,7 +41,8 @@ LEGEND = (
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A mean over cuts with its 95% interval (NaN where there are too few cuts for one, or the mean is a median)."""
+    """A mean over cuts with its 95% interval (NaN where there are too few cuts for one, or the mean
+    is a median)."""
 
     mean: float
     low: float = math.nan
@@ -59,8 +60,8 @@ class Summary:
         name: of the text and the kind of cuts.
         method: one of `methods.METHODS`.
         cuts: how many.
-        values: by the fields of `COLUMNS`, those that were measured. `over_exact` is what the next byte takes more
-            than under the exact method, paired cut by cut; `extra_ms` is a median.
+        values: by the fields of `COLUMNS`, those that were measured. `over_exact` is what the next
+            byte takes more than under the exact method, paired cut by cut; `extra_ms` is a median.
     """
 
     name: str

@@ -1,7 +1,8 @@
-"""Where the first tokens of an answer may land past the end of its prompt, and what follows from it.
+"""Where the first tokens of an answer may land past the end of its prompt, and what follows from
+it.
 
-Every way of going on from a prompt that may end inside a token is a law over *forks*: tokens that have been read, and
-bytes of the prompt that the next token must begin with.
+Every way of going on from a prompt that may end inside a token is a distribution over *forks*:
+tokens that have been read, and bytes of the prompt that the next token must begin with.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from ...tokenizer_tools.vocabulary import Vocabulary
 Path = tuple[int, ...]
 
 _MISSED = 0.01  # share of the probability of given bytes that may be left out
-_MOST_LAWS = 200  # next-token laws that are looked at for it
+_MOST_DISTRIBUTIONS = 200  # next-token distributions that are computed for it
 
 
 class DistributionReader:
-    """The model's next-token laws after token sequences that share a beginning; each is computed once.
+    """The model's next-token distributions after token sequences that share a beginning; each is
+    computed once.
 
     Args:
         base: the beginning, not empty.
@@ -47,7 +49,8 @@ class DistributionReader:
         self._extensions: dict[bytes, tuple[Tensor, Tensor]] = {}
 
     def after(self, path: Path) -> Tensor:
-        """Log-probabilities of the token after the base and `path`, float64 [V] on the CPU, nats."""
+        """Log-probabilities of the token after the base and `path`, float64 [V] on the CPU,
+        nats."""
         if path not in self._laws:
             whole = self.base + path
             shared = shared_length(self._held, whole[:-1])  # the last token is run to see what follows it
@@ -59,9 +62,11 @@ class DistributionReader:
         return self._laws[path]
 
     def extensions(self, suffix: bytes) -> tuple[Tensor, Tensor]:
-        """The tokens that are longer than `suffix` and begin with it, and the byte of each that comes after it.
+        """The tokens that are longer than `suffix` and begin with it, and the byte of each that
+        comes after it.
 
-        After an empty suffix these are all tokens; `END` stands for the byte of those that are no text.
+        After an empty suffix these are all tokens; `END` stands for the byte of those that are no
+        text.
         """
         if suffix not in self._extensions:
             tokens, special_ids = self.vocabulary.tokens, self.vocabulary.special_ids
@@ -81,10 +86,11 @@ class Fork:
 
     Attributes:
         path: the tokens after the reader's base.
-        suffix: bytes of the prompt that come after `path`. The next token begins with them and is longer; if there
-            are none, any token may follow.
-        logweight: nats. The probability of a next token that is allowed is proportional to exp(logweight) times what
-            the model gives it after `path`, over all forks of a law.
+        suffix: bytes of the prompt that come after `path`. The next token begins with them and is
+            longer; if there are none, any token may follow.
+        logweight: nats. The probability of a next token that is allowed is proportional to
+            exp(logweight) times what the model gives it after `path`, over all forks of a
+            distribution.
     """
 
     path: Path
@@ -109,21 +115,22 @@ class Distribution:
 
     @property
     def next_byte_logprobs(self) -> Tensor:
-        """Log-probability of every byte to come next, and at index 256 of the text's end; float64 [257], nats."""
+        """Log-probability of every byte to come next, and at index 256 of the text's end; float64
+        [257], nats."""
         return (self._weights / self._weights.sum()).log()
 
     def logprob(self, rest: bytes) -> float:
         """Log-probability that the text goes on with `rest`, whatever tokens it takes, nats.
 
-        Token sequences are looked at in the order of their probability, until those not looked at could add no more
-        than one part in a hundred.
+        Token sequences are visited in the order of their probability, until those not visited could
+        add no more than one part in a hundred.
         """
         trie, tokens = self._reader.vocabulary.trie, self._reader.vocabulary.tokens
         first, ties = list(self._forks), count()
         waiting: list[tuple[float, int, Fork]] = []  # what comes after `suffix` of these is free
         reached = unseen = 0.0
         looked_at = 0
-        while first or (waiting and unseen > _MISSED * reached and (looked_at < _MOST_LAWS or not reached)):
+        while first or (waiting and unseen > _MISSED * reached and (looked_at < _MOST_DISTRIBUTIONS or not reached)):
             looked_at += 1
             if first:
                 fork = first.pop()

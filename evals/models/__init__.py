@@ -1,1 +1,1 @@
-"""What is measured: a model in this process, one that is served elsewhere, or a stand-in."""
+"""The models that the harness measures: local, served, functions and stand-ins."""

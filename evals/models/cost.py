@@ -9,7 +9,8 @@ from typing import Any
 from ...engine.model import Model
 
 Advance = Callable[[int, int], None]
-"""Called as tokens are read: the number of tokens in the cache, and the number read on top of them."""
+"""Called as tokens are read: the number of tokens in the cache, and the number read on top of
+them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class ForwardCost:
 
     @classmethod
     def of_config(cls, config: Any) -> ForwardCost:
-        """An estimate without the weights: each layer counts as 12 matrices of the hidden size squared."""
+        """An estimate without the weights: each layer counts as 12 matrices of the hidden size
+        squared."""
         text = config.get_text_config()
         return cls._of(config, 12 * text.num_hidden_layers * text.hidden_size**2)
 

@@ -1,4 +1,5 @@
-"""A served model as the harness measures it: no weights here, and a request or two for every prompt."""
+"""A served model as the harness measures it: no weights here, and a request or two for every
+prompt."""
 
 from __future__ import annotations
 
@@ -31,12 +32,14 @@ class ServedModel(MeasuredModel):
     """A model behind an OpenAI-compatible server, under the scaler that the server runs it with.
 
     Args:
-        model: names the tokenizer and the config of what is served: built-in name, hub id or folder.
+        model: names the tokenizer and the config of what is served: built-in name, hub id or
+            folder.
         url: the root of the protocol, such as http://localhost:8000/v1.
         served_as: the model's name there; None is the only one that there is.
 
     Attributes:
-        limit: tokens that the server was launched for, prompt and answer together; None if it does not say.
+        limit: tokens that the server was launched for, prompt and answer together; None if it does
+            not say.
         form: how it tells log-probabilities of a prompt; None if it does not.
 
     Raises:
@@ -82,7 +85,8 @@ class ServedModel(MeasuredModel):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The tokenizer's tokens as bytes; UnsupportedModel if they are not pieces of the text's."""
+        """The tokenizer's tokens as bytes; UnsupportedModel if they are not pieces of the
+        text's."""
         return vocabulary(self.tokenizer)
 
     def describe(self) -> str:
@@ -117,7 +121,8 @@ class ServedModel(MeasuredModel):
         return bytes_of(ids, self.tokenizer, lambda: self.vocabulary)
 
     def run_trial(self, trial: Trial, advance: Advance) -> TrialOutput:
-        """Two requests: the right answer scored behind the prompt, and the prompt continued greedily."""
+        """Two requests: the right answer scored behind the prompt, and the prompt continued
+        greedily."""
         ids = [*trial.prompt_ids, *trial.answer_ids]
         check_ids(ids, self._rows)
         scored = None if self.form is None else self.score(ids, len(trial.prompt_ids))
@@ -135,7 +140,8 @@ class ServedModel(MeasuredModel):
         return TrialOutput(logprobs=nats, is_likeliest=None if None in likeliest else all(likeliest), written=text)
 
     def score(self, ids: Tokens, first: int) -> list[Scored]:
-        """Of each of `ids[first:]`, given all before it; `first` is at least 1, and the server tells."""
+        """Of each of `ids[first:]`, given all before it; `first` is at least 1, and the server
+        tells."""
         assert self.form is not None and first >= 1
         check_ids(ids, self._rows)
         self.check(len(ids), spare=1)
@@ -149,7 +155,8 @@ class ServedModel(MeasuredModel):
         return scored[first - 1 :]
 
     def check(self, length: int, spare: int = 0) -> None:
-        """Raise ContextOverflow if `length` tokens, and `spare` more that must be written, are beyond `limit`."""
+        """Raise ContextOverflow if `length` tokens, and `spare` more that must be written, are
+        beyond `limit`."""
         if self.limit is not None and length + spare > self.limit:
             most = f"{length:,} tokens" + (f" and the {spare} that a server must write behind them" if spare else "")
             raise ContextOverflow(
@@ -167,7 +174,8 @@ class ServedModel(MeasuredModel):
         return f"{self.device} reads prompts of up to {longest:,} tokens"
 
     def _find_form(self) -> LogprobForm | None:
-        """How log-probabilities of a prompt are told, from a request of a few tokens in every form that there is."""
+        """The form in which the server gives log-probabilities of a prompt, found by a short
+        request in each form."""
         ids = text_ids("The quick brown fox jumps over the lazy dog.", self.tokenizer)
         self._server.complete(self._served, ids, max_tokens=1)  # refused here: no server for token ids
         for form in FORMS:

@@ -1,4 +1,5 @@
-"""A model in this process, as the harness measures it. Only this file touches the network of a model in a run."""
+"""A model in this process, as the harness measures it. Only this file touches the network of a
+model in a run."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from .measured import MeasuredModel, Tokens, bytes_of
 
 
 class LocalModel(MeasuredModel):
-    """A ropewalk model under one scaler. Several of them may share one `Model`: each puts its scaler there in time.
+    """A ropewalk model under one scaler. Several of them may share one `Model`: each puts its
+    scaler there in time.
 
     Args:
         model: the loaded model.
@@ -44,7 +46,8 @@ class LocalModel(MeasuredModel):
         self.tokenizer = model.tokenizer
 
     def running(self, length: int) -> AbstractContextManager[Runner]:
-        """The runner, ready for `length` tokens under this scaler; other threads wait until the block ends."""
+        """The runner, ready for `length` tokens under this scaler; other threads wait until the
+        block ends."""
         return self.model.running_under(self.rope, length)
 
     def under(self, scaler: Scaler) -> LocalModel:
@@ -83,9 +86,11 @@ class LocalModel(MeasuredModel):
             yield piece
 
     def run_trial(self, trial: Trial, advance: Advance | None = None) -> TrialOutput:
-        """Read the prompt once, score the right answer after it, and let the model write its own from there.
+        """Read the prompt once, score the right answer after it, and let the model write its own
+        from there.
 
-        A cache that cannot be rewound (a sliding window in transformers' own cache) makes it read the prompt twice.
+        A cache that cannot be rewound (a sliding window in transformers' own cache) makes it read
+        the prompt twice.
         """
         length = len(trial.prompt_ids) + trial.new_tokens
         check_ids([*trial.prompt_ids, *trial.answer_ids], self.model.vocabulary_size)

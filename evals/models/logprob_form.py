@@ -19,7 +19,8 @@ class LogprobForm:
     Args:
         name: for people.
         fields: of the request.
-        read: of a choice and the prompt's ids: what was asked of all ids but the first; None if it is not there.
+        read: of a choice and the prompt's ids: what was asked of all ids but the first; None if it
+            is not there.
     """
 
     name: str
@@ -56,4 +57,5 @@ FORMS = (
     LogprobForm(name="prompt_logprobs", fields={"prompt_logprobs": 1}, read=_read_prompt_logprobs),
     LogprobForm(name="echo", fields={"echo": True, "logprobs": 1}, read=_read_echo),
 )
-"""vLLM's own, and OpenAI's from the time before chat, which SGLang has too. The first that a server knows is used."""
+"""vLLM's own, and OpenAI's from the time before chat, which SGLang has too. The first that a server
+knows is used."""

@@ -1,4 +1,5 @@
-"""The interface of a model that the harness measures, and a plain function from token ids to logits behind it."""
+"""The interface of a model that the harness measures, and a plain function from token ids to logits
+behind it."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Start:
 
     Args:
         prefix: the tokens that the tokenizer adds.
-        token: the start token, or the end token if the tokenizer has no start token; None if it has neither.
+        token: the start token, or the end token if the tokenizer has no start token; None if it has
+            neither.
     """
 
     prefix: Tokens
@@ -56,7 +58,8 @@ class Start:
 
 
 class MeasuredModel(ABC):
-    """A model under one scaler: loaded here (`LocalModel`), served (`ServedModel`), or a function (`FunctionModel`).
+    """A model under one scaler: loaded here (`LocalModel`), served (`ServedModel`), or a function
+    (`FunctionModel`).
 
     Attributes:
         name: the model's name in its rows.
@@ -107,12 +110,14 @@ class MeasuredModel(ABC):
         """Raise ContextOverflow if the model cannot hold `length` tokens of prompt and answer."""
 
     def check_scoring(self, length: int) -> None:
-        """Raise ContextOverflow or ConfigError if the model cannot score a text of `length` tokens."""
+        """Raise ContextOverflow or ConfigError if the model cannot score a text of `length`
+        tokens."""
         self.check(length)
 
     @abstractmethod
     def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
-        """Losses of `ids[first:]` in nats, each given all tokens before it, float32 [len(ids) - first]."""
+        """Losses of `ids[first:]` in nats, each given all tokens before it, float32 [len(ids) -
+        first]."""
 
     @abstractmethod
     def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
@@ -136,7 +141,8 @@ class MeasuredModel(ABC):
 
 
 def bytes_of(ids: Sequence[int], tokenizer: Any, vocabulary: Callable[[], Vocabulary]) -> int:
-    """Bytes of the text of these tokens, from the bytes of each token where the vocabulary has them."""
+    """Bytes of the text of these tokens, from the bytes of each token where the vocabulary has
+    them."""
     try:
         return len(vocabulary().text_bytes(list(ids)))
     except (UnsupportedModel, IndexError):  # no bytes of its own, or ids that only pad the matrix
@@ -144,7 +150,8 @@ def bytes_of(ids: Sequence[int], tokenizer: Any, vocabulary: Callable[[], Vocabu
 
 
 class FunctionModel(MeasuredModel):
-    """Any function from token ids to logits, such as another engine. It can be scored, and nothing else.
+    """Any function from token ids to logits, such as another engine. It can be scored, and nothing
+    else.
 
     Args:
         function: token ids [n] to logits [n, V].
@@ -205,7 +212,8 @@ class FunctionModel(MeasuredModel):
         )
 
     def _read(self, ids: Tokens, first: int, advance: Advance) -> Any:
-        """The function's logits for all tokens but the last, from the row that predicts `ids[first]` on."""
+        """The function's logits for all tokens but the last, from the row that predicts
+        `ids[first]` on."""
         rows = self._function(ids[:-1])
         shape = tuple(rows.shape)
         if len(shape) != 2 or shape[0] != len(ids) - 1:

@@ -1,4 +1,5 @@
-"""A server that speaks the OpenAI protocol: its list of models, and what it makes of prompts of token ids."""
+"""A server that speaks the OpenAI protocol: its list of models, and what it makes of prompts of
+token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Networks that know nothing or everything, to check the harness with: `--fake uniform` and `--fake oracle`."""
+"""Networks that know nothing or everything, to check the harness with: `--fake uniform` and `--fake
+oracle`."""
 
 from __future__ import annotations
 
@@ -29,14 +30,14 @@ class Uniform(TransformersRunner):
 
 
 class Oracle(Uniform):
-    """Writes the right answer of the trial that it was told, then ends; it insists on reading that trial's tokens at
-    their places."""
+    """Writes the right answer of the trial given to `learn`, then ends. It checks that it reads
+    that trial's tokens at their places."""
 
     truth: Sequence[int] = ()
     end: int = 0
 
     def learn(self, trial: Trial) -> None:
-        """The trial that is asked next."""
+        """Set the trial that comes next."""
         self.truth = [*trial.prompt_ids, *trial.answer_ids]
 
     def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
@@ -54,7 +55,8 @@ FAKES: dict[str, type[Uniform]] = {"uniform": Uniform, "oracle": Oracle}
 
 
 def replace_runner(model: Model, kind: str) -> Uniform:
-    """Put a stand-in in the place of the model's network, and say so in its name, so that no row can be mistaken."""
+    """Put a stand-in in the place of the model's network, and say so in its name, so that no row
+    can be mistaken."""
     fake = FAKES[kind](model.hf)
     if isinstance(fake, Oracle):
         ends = sorted(model.stop_ids) or text_ids("\n", model.tokenizer)

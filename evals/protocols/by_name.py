@@ -43,7 +43,8 @@ def protocol(name: str, contexts: Sequence[int], **settings: Any) -> Protocol:
 
     Args:
         contexts: window lengths in tokens.
-        settings: fields of the protocol; the others keep their defaults, and `target` is `usual_target`.
+        settings: fields of the protocol; the others keep their defaults, and `target` is
+            `usual_target`.
 
     Raises:
         ConfigError: unknown name, or a setting that it does not take or that cannot be right.

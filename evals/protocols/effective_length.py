@@ -22,7 +22,8 @@ LEAST_FOUND = 0.80
 """Share of passkeys, needles or values that a length must give to count."""
 
 LEAST_KEPT = 0.90
-"""Share of its own score at the trained length that a method must keep of RULER-11 for a length to count."""
+"""Share of its own score at the trained length that a method must keep of RULER-11 for a length to
+count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +33,11 @@ class EffectiveLength:
     Args:
         length: the largest measured context that keeps the rule; None if none does.
         breaks: contexts from the trained length up to `length` that do not keep it all the same.
-        undecided: contexts beyond `length` whose interval holds the tolerance: more samples would decide them.
+        undecided: contexts beyond `length` whose interval holds the tolerance: more samples would
+            decide them.
         fails: contexts beyond `length` whose interval lies above the tolerance.
-        samples: how many samples, at least, would decide the first of `undecided`; None if it is too close.
+        samples: how many samples, at least, would decide the first of `undecided`; None if it is
+            too close.
     """
 
     length: int | None
@@ -50,8 +53,8 @@ class EffectiveLength:
 
 
 def is_kept(change: Difference) -> bool:
-    """The rule: the upper bound of the difference to the untouched model at its trained length is at most
-    `TOLERANCE`."""
+    """The rule: the upper bound of the difference to the untouched model at its trained length is
+    at most `TOLERANCE`."""
     return change.high <= TOLERANCE
 
 
@@ -59,7 +62,7 @@ def effective_length(rows: Sequence[Row], delta: Mapping[str, Difference], rope:
     """The largest context of `rope` that keeps the rule; None if no context of it has an interval.
 
     Args:
-        rows: one fixed-target setting.
+        rows: one fixed-target group.
         delta: `compare.deltas` of these rows.
         rope: a rope spec.
     """
@@ -87,8 +90,9 @@ def effective_length(rows: Sequence[Row], delta: Mapping[str, Difference], rope:
 def samples_to_decide(change: Difference, samples: int) -> int | None:
     """How many samples would move the interval of `change` off the tolerance, if its mean stays.
 
-    The width of an interval falls with the square root of their number. The interval of one sample knows nothing of the
-    spread between samples, so this is the least. None where more than `MOST_SAMPLES` would be needed.
+    The width of an interval falls with the square root of their number. The interval of one sample
+    knows nothing of the spread between samples, so this is the least. None where more than
+    `MOST_SAMPLES` would be needed.
 
     Args:
         change: an interval that holds `TOLERANCE`.
@@ -105,8 +109,8 @@ class Reach:
     """How far a method finds things.
 
     Args:
-        length: the largest measured length such that it and all measured below it keep the rule; None if the
-            shortest does not.
+        length: the largest measured length such that it and all measured below it keep the rule;
+            None if the shortest does not.
         certain: the same with the lower bounds of 95% intervals.
         longest: the largest length that was measured.
     """
@@ -141,11 +145,11 @@ def reach(scores: Mapping[int, TrialScore], least: float) -> Reach:
 
 
 def reaches(group: ScoreGroup) -> dict[str, Reach]:
-    """How far the methods of a setting find things, each by the rule of its suite.
+    """How far the methods of a group find things, each by the rule of its suite.
 
-    Passkey, niah and kv: `LEAST_FOUND`. RULER-11: `LEAST_KEPT` of the method's own score at the trained length, so
-    only where all its tasks were asked, and of methods that were asked at that length. One that finds nothing there
-    reaches no length.
+    Passkey, niah and kv: `LEAST_FOUND`. RULER-11: `LEAST_KEPT` of the method's own score at the
+    trained length, so only where all its tasks were measured, and of methods that were measured at
+    that length. One that finds nothing there reaches no length.
     """
     of_own, trained = group.suite == RULER, group.trained_length
     if of_own and group.tasks != [*SUITES[RULER]]:
@@ -156,7 +160,7 @@ def reaches(group: ScoreGroup) -> dict[str, Reach]:
         if not of_own and scores:
             by_method[rope] = reach(scores, LEAST_FOUND)
         elif trained in scores:
-            at_trained = scores[trained].mean  # of nothing, any share is kept everywhere
+            at_trained = scores[trained].mean  # a share of zero is reached everywhere
             by_method[rope] = reach(scores, LEAST_KEPT * at_trained if at_trained > 0 else math.inf)
     return by_method
 

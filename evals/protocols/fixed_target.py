@@ -19,7 +19,8 @@ from .protocol import Protocol, ProtocolResult, Window, too_short
 
 
 def usual_target(contexts: Sequence[int], most: int = 1024) -> int:
-    """Tokens to score where nobody asked for a number: `most`, and at most half of the shortest context."""
+    """Tokens to score where no number is given: `most`, and at most half of the shortest
+    context."""
     return max(1, min(most, min(contexts, default=2) // 2))
 
 
@@ -57,8 +58,9 @@ class SamePlaces(Protocol):
     def _places(self, documents: Sequence[Tokens], room: int) -> list[tuple[int, int]]:
         """Documents and where in them windows end.
 
-        Sample k ends at the (k // D + 1) / ceil(samples / D) part of document k mod D, over the D documents of `room`
-        tokens or more. One that would score tokens of the sample before it in its document is left out.
+        Sample k ends at the (k // D + 1) / ceil(samples / D) part of document k mod D, over the D
+        documents of `room` tokens or more. One that would score tokens of the sample before it in
+        its document is left out.
         """
         usable = [number for number, doc in enumerate(documents) if len(doc) >= room]
         if not usable:
@@ -105,9 +107,9 @@ class FixedTarget(SameTarget):
 class Repeat(SameTarget):
     """The loss on a passage A that the window began with: [A][gap][A], against [X][gap][A].
 
-    X, the gap and the last A are the text as it is, so the second window is that of `fixed-target`; in the first, A
-    takes the place of X. The gain is the loss with X less the loss with A, paired token by token. (After the repeated
-    and non-repeated tests of kexue.fm/archives/9706.)
+    X, the gap and the last A are the text as it is, so the second window is that of `fixed-target`;
+    in the first, A takes the place of X. The gain is the loss with X less the loss with A, paired
+    token by token. (After the repeated and non-repeated tests of kexue.fm/archives/9706.)
     """
 
     name: ClassVar[str] = "repeat"

@@ -20,15 +20,16 @@ from ..statistics import block_interval, paired_difference
 from .fixed_target import SamePlaces
 from .protocol import ProtocolResult, Window
 
-_ROWS = 64  # tokens whose laws are compared at once
+_ROWS = 64  # tokens whose distributions are compared at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Harm(SamePlaces):
-    """The scaled model against the untouched one, token by token, at contexts up to the trained length.
+    """The scaled model against the untouched one, token by token, at contexts up to the trained
+    length.
 
-    KL(untouched || scaled) of the next token's law in nats, the share of tokens with the same likeliest next token,
-    and the paired difference of losses.
+    KL(untouched || scaled) of the next token's distribution in nats, the share of tokens with the
+    same likeliest next token, and the paired difference of losses.
 
     Args:
         target: tokens scored at the end of each window; None is all but the first.
@@ -77,10 +78,11 @@ Comparisons = tuple[Losses, Losses, Losses, np.ndarray[tuple[int], np.dtype[np.b
 
 
 def compare_distributions(base: MeasuredModel, other: MeasuredModel, window: Window, advance: Advance) -> Comparisons:
-    """Both models' losses, KL(base || other) and whether the likeliest token is the same; each [scored tokens].
+    """Both models' losses, KL(base || other) and whether the likeliest token is the same; each
+    [scored tokens].
 
-    They read the window in lock step, each on a cache of its own, so that only some logits of each are
-    held at once.
+    They read the window in lock step, each on a cache of its own, so that only some logits of each
+    are held at once.
     """
     parts: list[list[Tensor]] = []
     with torch.inference_mode():

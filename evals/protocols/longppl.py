@@ -31,11 +31,12 @@ LEAST_KEYS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class LongPPL(SameTarget):
-    """The loss of key tokens, those that a judge predicts far better with the full context than with a short one.
+    """The loss of key tokens, those that a judge predicts far better with the full context than
+    with a short one.
 
-    Key tokens: loss_short - loss_full > 2 and loss_full < 2 nats (Fang et al., arXiv 2410.23771). Here loss_full is
-    that of the judge at the longest context and loss_short that at the trained length; the same keys are scored for
-    every scaler and context.
+    Key tokens: loss_short - loss_full > 2 and loss_full < 2 nats (Fang et al., arXiv 2410.23771).
+    Here loss_full is that of the judge at the longest context and loss_short that at the trained
+    length; the same keys are scored for every scaler and context.
 
     Args:
         judge: the scaler under which the model chooses.
@@ -67,7 +68,7 @@ class LongPPL(SameTarget):
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeCell(Cell):
-    """The judge's two passes over every place. Its losses are stored, and whoever comes later reads them.
+    """The judge's two passes over every place. Its losses are stored, and later cells read them.
 
     Args:
         scaler: the judge.

@@ -1,6 +1,8 @@
-"""A cell of perplexity: the windows of a protocol under one scaler and context, measured on any reader.
+"""A cell of perplexity: the windows of a protocol under one scaler and context, measured on any
+model.
 
-What is scored, and what each scored token may see, is the protocol's business. Every token is scored once, in float32.
+What is scored, and what each scored token may see, is the protocol's business. Every token is
+scored once, in float32.
 """
 
 from __future__ import annotations
@@ -115,7 +117,8 @@ def _count_bytes(model: MeasuredModel, scored: Sequence[Tokens]) -> int | None:
 
 
 def _whole(measured: dict[str, Any]) -> dict[str, Any]:
-    """Without its loss, and with the reason, where a number is not finite; bounds of intervals need not be."""
+    """Without its loss, and with the reason, where a number is not finite; bounds of intervals need
+    not be."""
     for name, value in measured.items():
         if isinstance(value, float) and not math.isfinite(value) and not name.endswith(("_low", "_high")):
             return measured | {"loss": None, "reason": f"{name} is not finite"}
@@ -171,18 +174,19 @@ class Source:
 
 
 def cells(model: MeasuredModel, text: Text, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
-    """The cells of a protocol on a model, scaler by scaler; every scaler is checked against the model first.
+    """The cells of a protocol on a model, scaler by scaler; every scaler is checked against the
+    model first.
 
     Raises:
         DataError: the text is too short for a context.
         ConfigError: a scaler or the protocol cannot work on this model.
-        ContextOverflow: a context is more than the subject can be asked for.
+        ContextOverflow: a context is more than the model can hold.
     """
     return plan(model, Source.of(text, model.tokenizer, protocol), scalers, protocol)
 
 
 def plan(model: MeasuredModel, source: Source, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
-    """The cells of a protocol on any reader, the judge's first."""
+    """The cells of a protocol on any model, the judge's first."""
     protocol.check(model)
     scaled = {scaler: model.under(scaler) for scaler in scalers}
     shared = {
@@ -244,7 +248,8 @@ def _judge(protocol: LongPPL, model: MeasuredModel, source: Source, shared: dict
 
 
 def places_of(windows: Sequence[Window]) -> str:
-    """Where the windows end, `document:token`; many are told by their number, the last, and a hash of all."""
+    """Where the windows end, `document:token`; many are written as their count, the last one, and a
+    hash of all."""
     every = ",".join(w.place for w in windows)
     if len(windows) <= 16:
         return every

@@ -24,8 +24,9 @@ class PerplexityRow:
     Attributes:
         rope: the scaler, as a spec.
         context: window length in tokens.
-        bucket_start, bucket_end: positions told of, by position only.
-        loss: nats per token; `loss_low` and `loss_high` its 95 % interval, None where there are too few tokens.
+        bucket_start, bucket_end: positions of the row, by position only.
+        loss: nats per token; `loss_low` and `loss_high` its 95 % interval, None where there are too
+            few tokens.
         bits_per_byte: None where no tokenizer is known.
         tokens: scored.
         documents: windows.
@@ -75,7 +76,8 @@ class LongPPLRow(PerplexityRow):
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatRow(PerplexityRow):
-    """A row of `repeat`: `gain` is `fresh_loss` less `loss`, nats, with its paired 95 % interval."""
+    """A row of `repeat`: `gain` is `fresh_loss` less `loss`, nats, with its paired 95 %
+    interval."""
 
     fresh_loss: float
     gain: float
@@ -85,7 +87,8 @@ class RepeatRow(PerplexityRow):
 
 @dataclass(frozen=True, kw_only=True)
 class HarmRow(PerplexityRow):
-    """A row of `harm`: `kl` in nats, `same_top1` in percent, `difference` is `loss` less `base_loss`, nats."""
+    """A row of `harm`: `kl` in nats, `same_top1` in percent, `difference` is `loss` less
+    `base_loss`, nats."""
 
     base_loss: float
     difference: float

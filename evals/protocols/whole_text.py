@@ -53,10 +53,11 @@ class ByDocument(WholeText):
 
 @dataclass(frozen=True, kw_only=True)
 class Sliding(ByDocument):
-    """Windows moved by a stride; the first one of a document scores everything, the others the tokens new to them.
+    """Windows moved by a stride; the first one of a document scores everything, the others the
+    tokens new to them.
 
-    As transformers' documentation does it, but the last window of a document is as long as the others, and every
-    scored token counts once in the mean.
+    As transformers' documentation does it, but the last window of a document is as long as the
+    others, and every scored token counts once in the mean.
 
     Args:
         stride: tokens by which the window moves.
@@ -86,11 +87,13 @@ class Sliding(ByDocument):
 
 @dataclass(frozen=True, kw_only=True)
 class Disjoint(ByDocument):
-    """Disjoint windows with one token of context, as `loglikelihood_rolling` of lm-evaluation-harness.
+    """Disjoint windows with one token of context, as `loglikelihood_rolling` of
+    lm-evaluation-harness.
 
-    The start token (or else the end token) is put before a document. A window feeds `context` tokens and scores as
-    many, so that every token of the document is scored once; the last window scores what is left, on `context` tokens.
-    Of a tokenizer without either token, the document's own first token is the context of the others.
+    The start token (or else the end token) is put before a document. A window feeds `context`
+    tokens and scores as many, so that every token of the document is scored once; the last window
+    scores what is left, on `context` tokens. Of a tokenizer without either token, the document's
+    own first token is the context of the others.
     """
 
     name: ClassVar[str] = "disjoint"
@@ -111,10 +114,12 @@ class Disjoint(ByDocument):
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaCpp(WholeText):
-    """Chunks of the whole text, the second half of each scored, as llama.cpp's `perplexity` does it.
+    """Chunks of the whole text, the second half of each scored, as llama.cpp's `perplexity` does
+    it.
 
-    The start token, if the tokenizer adds one, stands before the text and replaces the first token of every chunk. Of
-    a chunk of n tokens those at n // 2 + 1 .. n - 1 are scored; a rest that fills no chunk is left out.
+    The start token, if the tokenizer adds one, stands before the text and replaces the first token
+    of every chunk. Of a chunk of n tokens those at n // 2 + 1 .. n - 1 are scored; a rest that
+    fills no chunk is left out.
     """
 
     name: ClassVar[str] = "llamacpp"
@@ -165,7 +170,8 @@ class FromStart(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Truncate(FromStart):
-    """The first tokens of each document, as in YaRN's figure 1 and tables 1, 2 and 6 (arXiv 2309.00071)."""
+    """The first tokens of each document, as in YaRN's figure 1 and tables 1, 2 and 6 (arXiv
+    2309.00071)."""
 
     name: ClassVar[str] = "truncate"
 

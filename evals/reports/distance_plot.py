@@ -1,4 +1,5 @@
-"""What a position map does to distances, drawn: distance seen against true distance, and the map of every pair."""
+"""What a position map does to distances, drawn: distance seen against true distance, and the map of
+every pair."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ _CELLS = 400
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What one query sees through one band: true distances, ascending, and the distances seen in their place."""
+    """What one query sees through one band: true distances, ascending, and the distances seen in
+    their place."""
 
     band: str
     true: Whole
@@ -37,9 +39,11 @@ class Seen:
 
 
 def distances_seen(bands: Sequence[Band], query: int) -> list[Seen]:
-    """The distances that `query` (0-based) sees, band by band from the nearest; bands without keys are left out.
+    """The distances that `query` (0-based) sees, band by band from the nearest; bands without keys
+    are left out.
 
-    A band of more than 2048 keys is read at about that many, even in the logarithm of the distance, its ends included.
+    A band of more than 2048 keys is read at about that many, even in the logarithm of the distance,
+    its ends included.
     """
     i = torch.tensor(query)
     rows = []
@@ -53,10 +57,12 @@ def distances_seen(bands: Sequence[Band], query: int) -> list[Seen]:
 
 
 def distance_map(bands: Sequence[Band], length: int, cells: int = _CELLS) -> Matrix:
-    """Distance that query i (row) sees key j (column) at, for at most `cells` positions, evenly from 0, of a text
-    of `length` tokens. NaN where the query sees no such key: it lies ahead, or is forgotten.
+    """Distance that query i (row) sees key j (column) at, for at most `cells` positions, evenly
+    from 0, of a text of `length` tokens. NaN where the query sees no such key: it lies ahead, or is
+    forgotten.
 
-    The pairs are read, not averaged: bands and chunks narrower than a cell come out one cell wide or not at all.
+    The pairs are read, not averaged: bands and chunks narrower than a cell come out one cell wide
+    or not at all.
     """
     size = min(cells, length)
     positions = torch.arange(size) * length // size
@@ -69,7 +75,8 @@ def distance_map(bands: Sequence[Band], length: int, cells: int = _CELLS) -> Mat
 
 
 def draw_distances(axes: Axes, bands: Sequence[Band], length: int, limits: Mapping[str, int]) -> None:
-    """Distance seen against true distance for the last query of `length` tokens, a line for each band.
+    """Distance seen against true distance for the last query of `length` tokens, a line for each
+    band.
 
     Args:
         axes: an empty panel.
@@ -105,7 +112,8 @@ def draw_distances(axes: Axes, bands: Sequence[Band], length: int, limits: Mappi
 
 
 def draw_map(axes: Axes, bands: Sequence[Band], length: int, limit: int) -> list[str]:
-    """Every query against every key of `length` tokens, coloured by the distance seen, with the bands' borders.
+    """Every query against every key of `length` tokens, coloured by the distance seen, with the
+    bands' borders.
 
     Args:
         axes: an empty panel, made square.
@@ -150,7 +158,8 @@ def draw_map(axes: Axes, bands: Sequence[Band], length: int, limit: int) -> list
 
 
 def length_ticks(axes: Axes, low: int, length: int) -> None:
-    """A log2 axis from `low` to `length` for a panel of half the width: the powers of two that there is room for."""
+    """A log2 axis from `low` to `length` for a panel of half the width: the powers of two that
+    there is room for."""
     room = (length / low) ** 0.12
     powers = [2**power for power in range(length.bit_length()) if low <= 2**power < length / room]
     style.length_axis(axes, [length, *powers[:: -1 if len(powers) <= 7 else -2]], low, length)
@@ -171,7 +180,8 @@ def legend_above(axes: Axes) -> None:
 
 
 def mark_levels(axes: Axes, levels: Mapping[str, int]) -> None:
-    """A dotted line and its name at every level, the highest named above its line and the others below."""
+    """A dotted line and its name at every level, the highest named above its line and the others
+    below."""
     for tokens, label in {tokens: label for label, tokens in reversed(list(levels.items()))}.items():
         axes.axhline(tokens, color=style.MUTED, ls=":", lw=1.1, zorder=1)
         at_top = tokens == max(levels.values())
@@ -188,7 +198,8 @@ def mark_levels(axes: Axes, levels: Mapping[str, int]) -> None:
 
 
 def broken(row: Seen) -> tuple[Array, Array]:
-    """The line of a band, broken (by NaN) where its distances run back: there a chunk of keys ends."""
+    """The line of a band, broken (by NaN) where its distances run back: there a chunk of keys
+    ends."""
     at = 1 + np.flatnonzero(np.diff(row.seen) < 0)
     return np.insert(row.true.astype(np.float64), at, np.nan), np.insert(row.seen, at, np.nan)
 

@@ -26,11 +26,12 @@ from .tables import share
 
 
 def findings(run: Run) -> list[str]:
-    """Sentences computed from the perplexity rows of `run`, setting by setting.
+    """Sentences computed from the perplexity rows of `run`, group by group.
 
-    How far the untouched model goes, the best method at the longest context, effective lengths, what each
-    method costs within the trained length, and what was not run. Differences are paired, with 95%
-    intervals; where the interval holds zero the sentence says that the two cannot be told apart.
+    How far the untouched model goes, the best method at the longest context, effective lengths,
+    what each method costs within the trained length, and what was not run. Differences are paired,
+    with 95% intervals; where the interval holds zero the sentence says that the two cannot be told
+    apart.
     """
     groups = compare.comparable_groups(run.rows)
     if not groups:
@@ -58,7 +59,8 @@ def findings(run: Run) -> list[str]:
 
 
 class _View:
-    """The rows of one setting, their names, and their differences to the untouched model, computed once."""
+    """The rows of one group, their names, and their differences to the untouched model, computed
+    once."""
 
     def __init__(self, run: Run, rows: Sequence[Row]) -> None:
         self.run, self.rows = run, rows
@@ -92,7 +94,7 @@ def _untouched(view: _View) -> list[str]:
     trained = format_length(view.trained_length)
     rows = {at: row for at in view.columns if (row := view.row(UNTOUCHED, at))}
     if not rows:
-        return ["The untouched model was not run, so there is nothing to hold the methods against."]
+        return ["The untouched model was not run, so the methods have no baseline."]
     within = [at for at in rows if at[1] <= view.trained_length]
     beyond = [at for at in rows if at[1] > view.trained_length]
     sentences = []
@@ -121,7 +123,8 @@ def _untouched(view: _View) -> list[str]:
 
 
 def _longest(view: _View) -> list[str]:
-    """The best method in the longest column, against the untouched model and the other methods there."""
+    """The best method in the longest column, against the untouched model and the other methods
+    there."""
     if not view.scalers:
         return ["No method was run, only the untouched model."]
     at = next((at for at in reversed(view.columns) if any(view.row(rope, at) for rope in view.scalers)), None)
@@ -199,7 +202,8 @@ def _beyond(known: dict[str, EffectiveLength], scalers: Sequence[str], limit: in
 
 
 def _costs(view: _View) -> list[str]:
-    """The largest difference of each method to the untouched model in the same column, within training."""
+    """The largest difference of each method to the untouched model in the same column, within
+    training."""
     within = [at for at in view.columns if at[1] <= view.trained_length]
     parts = []
     for rope in view.scalers:
@@ -252,7 +256,7 @@ def harm_findings(rows: Sequence[Row]) -> list[str]:
         if measured:
             worst = max(measured, key=lambda row: float(row["kl"]))
             parts.append(
-                f"{rope} moves the law of the next token by {worst['kl']:.4f} nats (KL) at "
+                f"{rope} moves the distribution of the next token by {worst['kl']:.4f} nats (KL) at "
                 f"{format_length(worst['context'])}, keeps the likeliest one in {worst['same_top1']:.1f} % of the "
                 f"places, and changes the loss by {_stored_difference(worst, 'difference')}"
             )
@@ -283,9 +287,10 @@ def _stored_difference(row: Row, field: str) -> Difference:
 
 
 def retrieval_findings(rows: Iterable[Row]) -> list[str]:
-    """Sentences computed from the retrieval rows, setting by setting.
+    """Sentences computed from the retrieval rows, group by group.
 
-    The best method at the longest length, effective lengths with their rule, and how few trials there were.
+    The best method at the longest length, effective lengths with their rule, and how few trials
+    there were.
     """
     groups = score_groups(rows)
     sentences = []

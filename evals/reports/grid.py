@@ -12,7 +12,8 @@ from rich.table import Table
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """A table cell as the template sees it: a main line, small lines below it, a CSS class, a tooltip."""
+    """A table cell as the template sees it: a main line, small lines below it, a CSS class, a
+    tooltip."""
 
     main: str
     small: tuple[str, ...] = ()
@@ -28,7 +29,8 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A table as the template sees it; the rows are (name, cells), and `corner` says what the names are."""
+    """A table as the template sees it; the rows are (name, cells), and `corner` says what the names
+    are."""
 
     title: str
     note: str
@@ -56,7 +58,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Tables of one setting, and how their rows were measured, by name."""
+    """Tables of one group, and how their rows were measured, by name."""
 
     caption: str
     grids: list[Grid]
@@ -73,7 +75,8 @@ NOT_RUN = Shown(main="not run", css="none")
 def markdown_table(
     caption: str, columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], corner: str = "method"
 ) -> str:
-    """A Markdown table under its caption; the rows are (name, texts), and `corner` says what the names are."""
+    """A Markdown table under its caption; the rows are (name, texts), and `corner` says what the
+    names are."""
     lines = [caption, "", f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, texts in rows:
         cells = [f"`{name}`", *texts]

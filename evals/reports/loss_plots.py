@@ -23,7 +23,8 @@ from ..runs.result import Row, Run
 from . import style
 
 OFF_SCALE = 1.0
-"""Nats above the best loss at the trained length beyond which a value is marked at the edge instead."""
+"""Nats above the best loss at the trained length beyond which a value is marked at the edge
+instead."""
 
 _HEIGHT = 5.2  # inches
 _LINE = 0.052  # height of a line of text as a share of the axes
@@ -43,9 +44,9 @@ Curves = dict[str, list[Point]]
 
 
 def plot_run(run: Run) -> list[Path]:
-    """Every plot of a run into its folder, one for each setting; returns the PNG and SVG files.
+    """Every plot of a run into its folder, one for each group; returns the PNG and SVG files.
 
-    `loss`, `loss_by_position` and `harm`; further settings of the same kind are `loss_2` and so on.
+    `loss`, `loss_by_position` and `harm`; further groups of the same kind are `loss_2` and so on.
     """
     paths: list[Path] = []
     for stem, group in named_groups(run.rows):
@@ -56,7 +57,7 @@ def plot_run(run: Run) -> list[Path]:
 
 
 def named_groups(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
-    """The settings that have a loss, each with the name of its plot's files."""
+    """The groups that have a loss, each with the name of its plot's files."""
     named: list[tuple[str, list[Row]]] = []
     taken: Counter[str] = Counter()
     for group in compare.comparable_groups(row for row in rows if row.get("loss") is not None):
@@ -67,13 +68,15 @@ def named_groups(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def plot_loss_curve(rows: Sequence[Row], run: Run, out_stem: Path) -> tuple[Path, Path]:
-    """Loss against context, a line for each method; writes `out_stem`.png and .svg and returns their paths.
+    """Loss against context, a line for each method; writes `out_stem`.png and .svg and returns
+    their paths.
 
-    Shaded are 95% intervals: of the paired difference to the untouched model at its trained length where the
-    run holds the losses for it, since the difficulty of the text is common to all; else of each loss.
+    Shaded are 95% intervals: of the paired difference to the untouched model at its trained length
+    where the run holds the losses for it, since the difficulty of the text is common to all; else
+    of each loss.
 
     Args:
-        rows: one setting, any protocol but by-position.
+        rows: one group, any protocol but by-position.
         run: where the per-token losses are.
         out_stem: path without suffix.
 
@@ -109,10 +112,11 @@ def plot_loss_curve(rows: Sequence[Row], run: Run, out_stem: Path) -> tuple[Path
 
 
 def plot_by_position(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
-    """Loss in buckets of position (powers of two), a line for each method; files as `plot_loss_curve`.
+    """Loss in buckets of position (powers of two), a line for each method; files as
+    `plot_loss_curve`.
 
     Args:
-        rows: one by-position setting, that is, one context.
+        rows: one by-position group, which has one context.
         out_stem: path without suffix.
 
     Raises:
@@ -140,7 +144,8 @@ def plot_by_position(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
 
 
 def _draw(axes: Axes, curves: Curves, trained_length: int) -> None:
-    """Curves, the trained length, marks for what is off the scale, and a label at the end of each curve."""
+    """Curves, the trained length, marks for what is off the scale, and a label at the end of each
+    curve."""
     bottom, top = scale(curves, trained_length)
     axes.set_ylim(bottom, top)
     left, right = axes.get_xlim()
@@ -164,9 +169,10 @@ def _draw(axes: Axes, curves: Curves, trained_length: int) -> None:
 
 
 def scale(curves: Curves, trained_length: int) -> tuple[float, float]:
-    """Bottom and top of the loss axis: every value up to `OFF_SCALE` above the best at the trained length
-    (of all, where that was not measured), so that a broken baseline does not flatten the rest; and the
-    untouched model up to its trained length, whose short contexts may lie higher than that."""
+    """Bottom and top of the loss axis: every value up to `OFF_SCALE` above the best at the trained
+    length (of all, where that was not measured), so that a broken baseline does not flatten the
+    rest; and the untouched model up to its trained length, whose short contexts may lie higher than
+    that."""
     points = [point for curve in curves.values() for point in curve]
     at_length = [p.loss for p in points if p.x == trained_length] or [p.loss for p in points]
     on_scale = [p for p in points if p.loss <= min(at_length) + OFF_SCALE]
@@ -178,7 +184,8 @@ def scale(curves: Curves, trained_length: int) -> tuple[float, float]:
 
 
 def _mark_off_scale(axes: Axes, point: Point, look: style.LineStyle, above: int) -> None:
-    """An arrowhead and the value over the plot, on top of the `above` marks that are there already."""
+    """An arrowhead and the value over the plot, on top of the `above` marks that are there
+    already."""
     place = (point.x, 1.03 + _LINE * above)
     transform = axes.get_xaxis_transform()
     axes.plot(*place, marker="^", ms=6, color=look.color, transform=transform, clip_on=False)
@@ -226,7 +233,7 @@ def _text(axes: Axes, text: str, place: tuple[float, float], transform: Transfor
 def _only_group(rows: Sequence[Row]) -> list[Row]:
     groups = compare.comparable_groups(row for row in rows if row.get("loss") is not None)
     if len(groups) != 1:
-        raise DataError(f"a plot needs measured perplexity rows of one setting; these hold {len(groups)}")
+        raise DataError(f"a plot needs measured perplexity rows of one group; these hold {len(groups)}")
     return groups[0]
 
 
@@ -251,7 +258,8 @@ def _interval(row: Row) -> tuple[float, float]:
 
 
 def _left(row: Row) -> int:
-    """The left edge of a bucket; the first one, which starts at 0 or 1, is drawn one octave wide."""
+    """The left edge of a bucket; the first one, which starts at 0 or 1, is drawn one octave
+    wide."""
     start, end = compare.column(row)
     return max(start, end // 2)
 
@@ -266,10 +274,11 @@ _WIDTH = 0.8  # of a group of bars, of the distance between groups
 
 
 def plot_harm(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
-    """KL and loss difference at every context, a bar for each scaler; writes `out_stem`.png and .svg, returns both.
+    """KL and loss difference at every context, a bar for each scaler; writes `out_stem`.png and
+    .svg, returns both.
 
     Args:
-        rows: one setting of `harm`.
+        rows: one group of `harm`.
         out_stem: path without suffix.
 
     Raises:
@@ -277,7 +286,7 @@ def plot_harm(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
     """
     groups = compare.comparable_groups(row for row in rows if row.get("loss") is not None)
     if len(groups) != 1 or groups[0][0]["protocol"] != Harm.name:
-        raise DataError(f"a plot of harm needs measured rows of one setting of it; these hold {len(groups)} settings")
+        raise DataError(f"a plot of harm needs measured rows of one group of it; these hold {len(groups)} settings")
     (group,) = groups
     row = group[0]
     with style.figure(

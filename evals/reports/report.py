@@ -58,7 +58,8 @@ def write_report(
     passages: Sequence[Passage] = (),
     plots: Sequence[Path] = (),
 ) -> Path:
-    """Write everything in `run` as one self-contained HTML page without scripts or links; returns `out`.
+    """Write everything in `run` as one self-contained HTML page without scripts or links; returns
+    `out`.
 
     Args:
         run: rows of perplexity and of retrieval; env.json is shown if it is there.
@@ -66,7 +67,8 @@ def write_report(
         title: the page's heading.
         story: sentences at the top; `findings(run)` computes them from the rows.
         passages: what the model wrote.
-        plots: SVG files, set into the page as they are; a PNG is taken where its SVG is not listed too.
+        plots: SVG files, set into the page as they are; a PNG is taken where its SVG is not listed
+            too.
 
     Raises:
         DataError: a plot that is not there or is neither SVG nor PNG.
@@ -151,8 +153,8 @@ def _picture(path: Path) -> Markup:
 
 
 def _inline_svg(svg: str, name: str, prefix: str) -> str:
-    """An SVG of ours for use inside a page: no prolog or metadata, ids of its own, as wide as its column, and
-    its four neutral colours left to the page's style sheet."""
+    """An SVG of ours for use inside a page: no prolog or metadata, ids of its own, as wide as its
+    column, and its four neutral colours left to the page's style sheet."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, tag_end, body = svg.partition(">")
@@ -165,7 +167,8 @@ def _inline_svg(svg: str, name: str, prefix: str) -> str:
 
 
 def publish(run: Run, *, title: str, passages: Sequence[Passage] = ()) -> list[Path]:
-    """Write tables, plots and report of everything in `run`; returns the files, the report first."""
+    """Write tables, plots and report of everything in `run`; returns the files, the report
+    first."""
     plots = [*plot_run(run), *plot_retrieval(run)]
     tables = write_tables(run)
     report = write_report(
@@ -211,9 +214,9 @@ def print_files(files: Sequence[Path], console: Console) -> None:
 def passages_of(row: Row, rows: Iterable[Row], tokenizer: Any) -> list[str]:
     """What the model read for `row`: one text for each forward pass.
 
-    A trial's prompt is checked by its sha256. Windows are checked by the text's sha256, by where they end, and by the
-    sha256 of the scored tokens; not by the last in rows of before it was stored, and in those of `longppl`, whose
-    judge chose among the tokens.
+    A trial's prompt is checked by its sha256. Windows are checked by the text's sha256, by where
+    they end, and by the sha256 of the scored tokens; not by the last in rows of before it was
+    stored, and in those of `longppl`, whose judge chose among the tokens.
 
     Args:
         rows: of the whole run: the longest context of a run may decide where its windows end.

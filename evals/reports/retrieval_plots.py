@@ -27,8 +27,8 @@ _LABEL_HEIGHT = 0.06  # height of a label at the end of a curve as a share of th
 def plot_retrieval(run: Run) -> list[Path]:
     """Every retrieval plot of a run into its folder; returns the PNG and SVG files.
 
-    `passkey_heat` and `passkey_curve` for the suite `passkey`, and so on (no curve while no length has every task);
-    further settings of the same suite are `passkey_heat_2` and so on.
+    `passkey_heat` and `passkey_curve` for the suite `passkey`, and so on (no curve while no length
+    has every task); further groups of the same suite are `passkey_heat_2` and so on.
     """
     paths: list[Path] = []
     taken: Counter[str] = Counter()
@@ -43,7 +43,8 @@ def plot_retrieval(run: Run) -> list[Path]:
 
 
 def plot_heat(group: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
-    """Depth by length, or task by length where the seed chose the depths; a panel for each method."""
+    """Depth by length, or task by length where the seed chose the depths; a panel for each
+    method."""
     by_depth = bool(group.depths)
     if by_depth:
         lines = [f"{depth:g}" for depth in group.depths]
@@ -73,7 +74,8 @@ def plot_heat(group: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
 
 
 def plot_curve(group: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
-    """Right answers against length, a line with 95% intervals for each method, and the trained length."""
+    """Right answers against length, a line with 95% intervals for each method, and the trained
+    length."""
     lengths = group.lengths
     each = ", all tasks counting alike" if len(group.tasks) > 1 else ", all depths together"
     with style.figure(8, 4.6, f"{group.name}: {group.measured_on}") as fig:
@@ -149,7 +151,8 @@ def plot_heat_maps(
     y: str,
     footnote: str,
 ) -> tuple[Path, Path]:
-    """Scores of 0 to 1 in each cell's colour, and with n in its text; writes `out_stem`.png and .svg.
+    """Scores of 0 to 1 in each cell's colour, and with n in its text; writes `out_stem`.png and
+    .svg.
 
     Args:
         panels: one for each method.

@@ -39,10 +39,11 @@ class Curve:
 
 
 def plot_bases(rules: Sequence[BaseRule], rope: RopeSpec, length: int, out_stem: Path) -> tuple[Path, Path]:
-    """f_b(m) of every rule's base up to `length`, and below it the distances at which it is negative.
+    """f_b(m) of every rule's base up to `length`, and below it the distances at which it is
+    negative.
 
-    Writes `out_stem`.png and .svg and returns their paths. Every distance is looked at: they are put together in steps
-    that are even in log m, and the lowest f_b(m) of each step is drawn.
+    Writes `out_stem`.png and .svg and returns their paths. Every distance is computed; distances
+    are joined in steps that are even in log m, and the lowest f_b(m) of each step is drawn.
 
     Args:
         rules: from `base_rules(rope, length)`.
@@ -79,7 +80,8 @@ def plot_bases(rules: Sequence[BaseRule], rope: RopeSpec, length: int, out_stem:
 
 
 def curves(rules: Sequence[BaseRule], dim: int, length: int) -> list[Curve]:
-    """A curve for every base that `rules` give, the model's own first; rules that give the same share one."""
+    """A curve for every base that `rules` give, the model's own first; rules that give the same
+    share one."""
     edges = np.unique(np.geomspace(1, length, _STEPS).round().astype(np.int64))
     names: dict[float, list[str]] = {}
     for rule in rules:
@@ -101,7 +103,8 @@ def curves(rules: Sequence[BaseRule], dim: int, length: int) -> list[Curve]:
 
 
 def _first_shown(drawn: Sequence[Curve], rope: RopeSpec) -> int:
-    """A power of two a good deal nearer than where anything fails: there is nothing to see before."""
+    """A power of two a good deal nearer than where anything fails: there is nothing to see
+    before."""
     nearest = min([rope.trained_length, *(curve.fails_at for curve in drawn if curve.fails_at is not None)])
     return 1 << max(0, nearest.bit_length() - 6)
 
@@ -154,7 +157,7 @@ def plot_readings(readings: Sequence[Reading], length: int, name: str, out_stem:
     Writes `out_stem`.png and .svg and returns their paths.
 
     Args:
-        readings: the first one is what the others are held against.
+        readings: the others are compared with the first one.
         length: tokens of the text.
         name: of the model.
         out_stem: path without suffix.

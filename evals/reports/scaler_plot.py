@@ -1,4 +1,5 @@
-"""What a scaler does, drawn and in short: wavelengths, stretch and long-range decay; distances; temperature."""
+"""What a scaler does, drawn and in short: wavelengths, stretch and long-range decay; distances;
+temperature."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ _HEIGHTS = {"frequencies": (3.2, 3.3), "positions": (3.7,), "temperature": (2.5,
 
 
 def facets_drawn(scaler: Scaler) -> list[str]:
-    """The facets that have panels: those that the scaler sets; the frequencies of the untouched model."""
+    """The facets that have panels: those that the scaler sets; the frequencies of the untouched
+    model."""
     drawn = []
     if scaler.member("frequencies") or scaler.member("wavelength grid"):
         drawn.append("frequencies")
@@ -41,7 +43,8 @@ def facets_drawn(scaler: Scaler) -> list[str]:
 
 
 def plot_scaler(scaler: Scaler, rope: RopeSpec, length: int, out_stem: Path) -> tuple[Path, Path]:
-    """Panels for every facet that the scaler sets; writes `out_stem`.png and .svg and returns their paths.
+    """Panels for every facet that the scaler sets; writes `out_stem`.png and .svg and returns their
+    paths.
 
     Frequencies, plain against scaled:
 
@@ -113,7 +116,8 @@ def decay(frequencies: Array, length: int) -> tuple[Array, Array, Array, Array]:
         length: in tokens, at least 2.
 
     Returns:
-        Of every step: the middle distance, and mean, least and greatest f(m). A step of more than 2048
+        Of every step: the middle distance, and mean, least and greatest f(m). A step of more than
+            2048
         distances is read at 2048 of them.
     """
     edges = np.unique(np.geomspace(1, length, _BINS).round().astype(np.int64))
@@ -192,7 +196,7 @@ _DRAW = {"frequencies": _frequencies, "positions": _positions, "temperature": _t
 def _wavelengths(axes: Axes, curves: Curves, looks: Looks, lengths: dict[str, int]) -> None:
     style.style_axes(axes, x="pair i", y="wavelength (tokens)")
     for name, frequencies in curves.items():
-        rotating = np.flatnonzero(frequencies > 0)  # a pair that stands still has no wavelength
+        rotating = np.flatnonzero(frequencies > 0)  # a pair that does not rotate has no wavelength
         look = looks[name]
         waves = 2 * np.pi / frequencies[rotating]
         axes.plot(rotating, waves, color=look.color, ls=look.dashes, lw=look.width, label=name)

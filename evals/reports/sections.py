@@ -27,12 +27,13 @@ _PROTOCOLS = {
     "predicts them far better from the longest context than from the trained length (arXiv 2410.23771).",
     "repeat": "A passage, other text, and the passage again. The loss on its second occurrence, against the loss on it "
     "where other text stood in the place of the first, tells whether far context is used.",
-    "harm": "The law of every next token within the trained length, held against the untouched model's.",
+    "harm": "The distribution of every next token within the trained length, compared with that of the untouched "
+    "model.",
 }
 
 
 def loss_section(run: Run, group: list[Row]) -> Section:
-    """The perplexity rows of one setting."""
+    """The perplexity rows of one group."""
     table = loss_table(group)
     base, delta = compare.reference(group), compare.deltas(run, group)
     trained = format_length(group[0]["trained_length"])
@@ -91,7 +92,7 @@ def _speed(cell: TableCell) -> Shown:
 
 
 def _loss_method(group: Sequence[Row]) -> dict[str, str]:
-    """How the rows of one setting were measured, by name."""
+    """How the rows of one group were measured, by name."""
     row = group[0]
     done = [r for r in group if r.get("loss") is not None]
     tokens, documents = (sorted({r[name] for r in done}) for name in ("tokens", "documents"))
@@ -116,7 +117,7 @@ _SUITES = {
 
 
 def score_section(group: ScoreGroup) -> Section:
-    """The retrieval rows of one setting."""
+    """The retrieval rows of one group."""
     return Section(caption=group.caption, grids=score_grids(group), method=_score_method(group))
 
 

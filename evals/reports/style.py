@@ -82,7 +82,8 @@ def figure(width: float, height: float, title: str) -> Iterator[Figure]:
 
 
 def save(fig: Figure, out_stem: Path) -> tuple[Path, Path]:
-    """Write `out_stem`.png and `out_stem`.svg, the same bytes for the same figure; returns both paths."""
+    """Write `out_stem`.png and `out_stem`.svg, the same bytes for the same figure; returns both
+    paths."""
     paths = []
     for kind in ("png", "svg"):
         path = Path(out_stem).with_name(f"{Path(out_stem).name}.{kind}")
@@ -111,8 +112,8 @@ def style_axes(axes: Axes, *, x: str, y: str) -> None:
 
 
 def line_styles(ropes: Sequence[str]) -> dict[str, LineStyle]:
-    """A style for each rope spec: the untouched model dark and dashed, no two others of one colour while
-    colours last; after that dashes tell them apart."""
+    """A style for each rope spec: the untouched model dark and dashed, no two others of one colour
+    while colours last; after that dashes tell them apart."""
     styles: dict[str, LineStyle] = {}
     used: list[int] = []
     for rope in ropes:
@@ -132,7 +133,8 @@ def line_styles(ropes: Sequence[str]) -> dict[str, LineStyle]:
 
 
 def categories(count: int) -> list[str]:
-    """Colours for things that are not methods of scaling: the first a quiet one, for what the others improve on."""
+    """Colours for things that are not methods of scaling: the first a quiet one, for what the
+    others improve on."""
     return [MUTED, *(_COLOURS[index % len(_COLOURS)] for index in range(count - 1))]
 
 
@@ -167,7 +169,7 @@ def mark_length(axes: Axes, length: int, label: str) -> None:
 
 
 def spread(desired: Sequence[float], gap: float) -> list[float]:
-    """Places as near to `wanted` as they can be while at least `gap` apart and in the same order.
+    """Places as near to `desired` as they can be while at least `gap` apart and in the same order.
 
     Places that collide form a block around the mean of what its members want.
     """

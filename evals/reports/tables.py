@@ -65,7 +65,7 @@ def _extra_value(field: str, digits: str) -> Show:
 _TABLES: dict[str, dict[str, tuple[str, Show]]] = {
     Harm.name: {
         "KL divergence from the untouched model, nats": (
-            "Of the law of the next token; 0 is no harm.",
+            "Of the distribution of the next token; 0 is no harm.",
             _extra_value("kl", ".4f"),
         ),
         "Same likeliest token": (
@@ -157,8 +157,8 @@ ScoreLine = tuple[str, list[TrialScore | None]]
 
 
 def score_grids(group: ScoreGroup) -> list[Grid]:
-    """Right answers and, where they are known, their log-probabilities by method and length; where there are several
-    tasks, right answers by task and length for each method."""
+    """Right answers and, where they are known, their log-probabilities by method and length; where
+    there are several tasks, right answers by task and length for each method."""
     lines = [(rope, [group.score(rope, length) for length in group.lengths]) for rope in group.methods]
     depths = f", depths {', '.join(f'{depth:g}' for depth in group.depths)} together" if group.depths else ""
     alike = ", each task counting alike" if len(group.tasks) > 1 else ""
@@ -190,7 +190,8 @@ def nats(score: TrialScore) -> Shown:
 
 
 def _shares(group: ScoreGroup, title: str, what: str, lines: Sequence[ScoreLine], corner: str = "method") -> Grid:
-    """Right answers. The number of trials is said in the note if it is the same in all cells, else in each."""
+    """Right answers. The number of trials is said in the note if it is the same in all cells, else
+    in each."""
     trials = {score.trials for _, scores in lines for score in scores if score is not None}
     if len(trials) == 1:
         note = f"{what}; 95% intervals, n={trials.pop()} trials in each cell."
@@ -221,7 +222,7 @@ class TableCell:
 
     Args:
         row: the measured row, or None where there is no loss.
-        reason: why there is none; empty where nobody tried.
+        reason: why there is none; empty where it was not tried.
         is_best: no method of the column has a lower loss to three digits, and there are others.
     """
 
@@ -260,7 +261,7 @@ class Table:
 
 
 def loss_table(rows: Sequence[Row]) -> Table:
-    """The table of one setting: rows that differ only in method and in context or position bucket.
+    """The table of one group: rows that differ only in method and in context or position bucket.
 
     Raises:
         DataError: no perplexity rows, or rows that were measured in different ways.
@@ -268,7 +269,7 @@ def loss_table(rows: Sequence[Row]) -> Table:
     groups = compare.comparable_groups(rows)
     if len(groups) != 1:
         names = "; ".join(caption(group) for group in groups) or "none"
-        raise DataError(f"a table needs perplexity rows of one setting, not {len(groups)}: {names}")
+        raise DataError(f"a table needs perplexity rows of one group, not {len(groups)}: {names}")
     (group,) = groups
     methods, columns = compare.methods(group), compare.columns(group)
     grid = [[_cell(group, rope, at) for at in columns] for rope in methods]
@@ -286,7 +287,7 @@ def loss_table(rows: Sequence[Row]) -> Table:
 
 
 def caption(group: Sequence[Row]) -> str:
-    """What the rows of one setting measured, in one line."""
+    """What the rows of one group measured, in one line."""
     row = next((row for row in group if row.get("loss") is not None), group[0])
     scored = PROTOCOLS[row["protocol"]].scored(row) if row["protocol"] in PROTOCOLS else ""
     what = f"{row['protocol']}: {scored}" if scored else row["protocol"]
@@ -306,8 +307,8 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_tables(run: Run) -> tuple[Path, Path]:
-    """Write table.md (tables of every setting) and table.csv (every row, with its difference to the untouched model
-    at its trained length); returns both paths."""
+    """Write table.md (tables of every group) and table.csv (every row, with its difference to the
+    untouched model at its trained length); returns both paths."""
     groups = compare.comparable_groups(run.rows)
     markdown, csv_file = run.folder / "table.md", run.folder / "table.csv"
     texts = [

@@ -23,7 +23,8 @@ from .trial import Trial, assemble
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalCell(Cell):
-    """The trials of one task under one scaler at one length and depth; each gives a row as soon as it is done.
+    """The trials of one task under one scaler at one length and depth; each gives a row as soon as
+    it is done.
 
     Args:
         recipe: of its rows, but for the seed.
@@ -102,7 +103,8 @@ def cells(
     text: Text | None = None,
     before: Callable[[Trial], None] = lambda _: None,
 ) -> list[RetrievalCell]:
-    """Cells of every scaler, length, task and depth, in that order; every scaler is checked against the subject first.
+    """Cells of every scaler, length, task and depth, in that order; every scaler is checked against
+    the subject first.
 
     Args:
         depths: for tasks with a depth, 0 to 1; the others leave the places to the seed.
@@ -110,9 +112,10 @@ def cells(
         text: the haystack.
 
     Raises:
-        ConfigError: a scaler cannot work on this model, or a depth is missing or not between 0 and 1.
+        ConfigError: a scaler cannot work on this model, or a depth is missing or not between 0 and
+            1.
         DataError: the shortest length does not hold a prompt of some task.
-        ContextOverflow: a length is more than the subject can be asked for.
+        ContextOverflow: a length is more than the model can hold.
     """
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ConfigError(f"depth {wrong[0]:g} must lie between 0 (the beginning) and 1 (the end)")

@@ -50,7 +50,8 @@ def stretch(text: Text, start: int, count: int) -> list[str]:
 
 
 def drawn_anew(draw: Callable[[], str], taken: Sequence[str], text: Text | None = None) -> str:
-    """The first of `draw()`, `draw()`, ... that occurs nowhere in the text and neither is nor holds one of `taken`.
+    """The first of `draw()`, `draw()`, ... that occurs nowhere in the text and neither is nor holds
+    one of `taken`.
 
     Raises:
         DataError: none of a thousand is new.
@@ -63,7 +64,8 @@ def drawn_anew(draw: Callable[[], str], taken: Sequence[str], text: Text | None 
 
 
 def boundary(units: Sequence[str], depth: float) -> int:
-    """The number of units after which `depth` (0 to 1) of their characters have gone by, to the nearest boundary."""
+    """The number of units after which `depth` (0 to 1) of their characters have gone by, to the
+    nearest boundary."""
     ends = [0, *accumulate(map(len, units))]
     target = depth * ends[-1]
     right = bisect_left(ends, target)
@@ -75,7 +77,8 @@ def with_needles(units: Sequence[str], needles: Sequence[tuple[int, str]]) -> tu
 
     Args:
         units: the hay, each unit ending in a blank.
-        needles: (units that come before it, the needle with the blank after it), in the order of the text.
+        needles: (units that come before it, the needle with the blank after it), in the order of
+            the text.
 
     Returns:
         The text without blanks at its end, and the character at which each needle begins.

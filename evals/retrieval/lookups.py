@@ -43,7 +43,8 @@ class Passkey(Task):
 
 @dataclass(frozen=True)
 class KeyValue(Task):
-    """The value of one key in a JSON object of random UUIDs (Liu et al., "Lost in the Middle", arXiv 2307.03172).
+    """The value of one key in a JSON object of random UUIDs (Liu et al., "Lost in the Middle",
+    arXiv 2307.03172).
 
     A unit is a pair. The value must be the first word with a digit that the model writes.
     """
@@ -84,8 +85,8 @@ _EXAMPLE_LINES = 15  # about the 500 tokens that RULER gives its example
 
 @dataclass(frozen=True)
 class VariableTracking(Task):
-    """Name the five variables that have one value (arXiv 2404.06654): the first is given it, each other one the
-    variable before it. Asked after a solved example. A unit is a line of noise."""
+    """Name the five variables that have one value (arXiv 2404.06654): the first is given it, each
+    other one the variable before it. Asked after a solved example. A unit is a line of noise."""
 
     name: str = "vt"
     new_tokens: ClassVar[int] = 30

@@ -21,7 +21,8 @@ _DEPTHS = 40  # RULER draws the depths of needles in a text from so many, evenly
 class Needles(Task):
     """Say what the magic number (or UUID) of a key is (RULER, arXiv 2404.06654, section 3).
 
-    The score is `match_all` of what the model writes. With a depth, the needle that is asked for stands there.
+    The score is `match_all` of what the model writes. With a depth, the needle that is asked for
+    stands there.
 
     Args:
         hay: sentences of a text, lines of noise, or lines that look like the needle.

@@ -1,4 +1,4 @@
-"""Rows of trials put together: which belong to one setting, and the scores of any of them with their intervals."""
+"""Rows of trials put together: groups of comparable rows, and their scores with intervals."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ _COLUMN = METHOD | {"context", "depth", "seed", "task"}
 
 @dataclass(frozen=True, kw_only=True)
 class TrialScore:
-    """How right some trials were, 0 to 1, with 95% intervals (NaN where there are too few trials for one).
+    """How right some trials were, 0 to 1, with 95% intervals (NaN where there are too few trials
+    for one).
 
     Args:
         right: of each trial, task by task.
-        logprobs: of the right answer of each trial, nats a token; none of those whose server did not tell.
+        logprobs: of the right answer of each trial, nats a token; none of those whose server did
+            not tell.
     """
 
     right: tuple[tuple[float, ...], ...]
@@ -68,7 +70,7 @@ class TrialScore:
 
     @property
     def nats(self) -> float:
-        """Mean log-probability of the right answer, nats a token; NaN where no server told."""
+        """Mean log-probability of the right answer, nats a token; NaN if no server gives it."""
         return fmean(self.logprobs) if self.logprobs else math.nan
 
     @cached_property
@@ -120,7 +122,7 @@ class ScoreGroup:
 
     @property
     def depths(self) -> list[float]:
-        """As asked for, ascending; empty where the seed chose them."""
+        """The requested depths, ascending; empty where the seed chose them."""
         return sorted({row["depth"] for row in self.rows if row["depth"] is not None})
 
     @property
@@ -131,7 +133,7 @@ class ScoreGroup:
 
     @property
     def name(self) -> str:
-        """What was asked, for people."""
+        """The name of the suite, for people."""
         if self.suite in SUITES[self.suite]:
             return self.suite
         tasks = self.tasks
@@ -145,13 +147,14 @@ class ScoreGroup:
 
     @property
     def caption(self) -> str:
-        """What was asked on what, in one line."""
+        """The suite, the model and the text, in one line."""
         return f"{self.name}: {self.measured_on}."
 
     def score(
         self, rope: str, length: int, *, task: str | None = None, depth: float | None = None
     ) -> TrialScore | None:
-        """Of these trials; None if there are none. Over several tasks, None too while one of them is missing."""
+        """Of these trials; None if there are none. Over several tasks, None too while one of them
+        is missing."""
         rows = [
             row
             for row in self.rows
@@ -171,8 +174,8 @@ class ScoreGroup:
 def score_groups(rows: Iterable[Row]) -> list[ScoreGroup]:
     """Retrieval rows in settings, in order of appearance; rows of other kinds are left out.
 
-    Tasks of one suite may have settings of their own (RULER's with drawn words have the list's version): a row goes
-    with every setting of other tasks that holds all of its own.
+    Tasks of one suite may have settings of their own (RULER's with drawn words have the list's
+    version): a row goes with every group of other tasks that holds all of its own.
     """
     groups: dict[str, dict[frozenset[tuple[str, object]], list[Row]]] = {}
     for row in rows:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from ..data import Text
 
 FORM = 1
-"""Counts changes of any prompt form; part of every recipe, so that rows of two forms are never taken for one."""
+"""Counts changes of any prompt form; part of every recipe, so that rows of two forms are never
+taken for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,10 @@ class Draft:
     Args:
         prompt: ends where the answer begins, not in a blank.
         answers: what a right answer holds.
-        target: a right answer as it would be written on from the prompt; its first character is a blank.
-        needle: the character of `prompt` at which the needle begins; None where several pieces are asked for.
+        target: a right answer as it would be written on from the prompt; its first character is a
+            blank.
+        needle: the character of `prompt` at which the needle begins; None where several pieces are
+            asked for.
     """
 
     prompt: str
@@ -90,8 +93,8 @@ class Task(ABC):
 
 
 def match_all(written: str, answers: Sequence[str]) -> float:
-    """RULER's `string_match_all` (arXiv 2404.06654): the share of `answers` that occur anywhere in `written`,
-    in upper or lower case."""
+    """RULER's `string_match_all` (arXiv 2404.06654): the share of `answers` that occur anywhere in
+    `written`, in upper or lower case."""
     return sum(answer.lower() in written.lower() for answer in answers) / len(answers)
 
 

@@ -10,7 +10,8 @@ from .task import Task
 from .words import CommonWords, FrequentWords
 
 RULER = "ruler-11-offline"
-"""RULER without its two question answering tasks, which need downloads, and with another text as its haystack."""
+"""RULER without its two question answering tasks, which need downloads, and with another text as
+its haystack."""
 
 _ALL: tuple[tuple[str, Task], ...] = (
     ("passkey", Passkey()),

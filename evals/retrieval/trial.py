@@ -24,9 +24,10 @@ class TrialOutput:
     """The right answer's probability, and the answer that was written.
 
     Args:
-        logprobs: nats of each token of the right answer, given the prompt and the answer's tokens before it; None
-            from a server that does not tell.
-        is_likeliest: every token of the right answer was the likeliest one; None where nobody said.
+        logprobs: nats of each token of the right answer, given the prompt and the answer's tokens
+            before it; None from a server that does not tell.
+        is_likeliest: every token of the right answer was the likeliest one; None where it is
+            unknown.
         written: its own answer, greedily.
     """
 
@@ -50,7 +51,8 @@ class Trial:
         answer_ids: tokens of the right answer, behind those of the prompt.
         answers: what a right answer holds.
         target: the right answer as text; `answer_ids` have the blank before it too.
-        new_tokens: tokens that may be written; with the prompt they stay within the length asked for.
+        new_tokens: tokens that may be written; with the prompt they stay within the length asked
+            for.
         needle: tokens of the prompt before the needle; None where several are asked for.
     """
 
@@ -76,8 +78,8 @@ class Trial:
 def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
     """The prompt of as many whole units as fit into `place.context` with the answer.
 
-    The same task, place, seed and tokenizer give the same trial. Prompts of different lengths or depths differ in
-    everything: they are independent draws.
+    The same task, place, seed and tokenizer give the same trial. Prompts of different lengths or
+    depths differ in everything: they are independent draws.
 
     Raises:
         DataError: not even the smallest prompt fits, or the task has too few units for the length.
@@ -108,7 +110,8 @@ def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
 
 
 def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Place) -> int:
-    """The largest number of units for which `needed` is at most `budget`, by secant steps, then halving."""
+    """The largest number of units for which `needed` is at most `budget`, by secant steps, then
+    halving."""
     low, most = task.least, task.most(place)
     at_low = needed(low)
     if at_low > budget:
@@ -141,8 +144,8 @@ def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Pl
 
 
 def answer_ids(draft: Draft, tokenizer: Any) -> Tokens:
-    """Tokens of the answer behind those of the prompt. Where the tokenizer would merge the two, those of the answer
-    alone."""
+    """Tokens of the answer behind those of the prompt. Where the tokenizer would merge the two,
+    those of the answer alone."""
     ids = functools.partial(text_ids, tokenizer=tokenizer)
     tail = draft.prompt[-_TAIL:]
     before, both = ids(tail), ids(tail + draft.target)

@@ -42,10 +42,12 @@ def random_key(random: Random) -> str:
 
 @dataclass(frozen=True)
 class CommonWords(Task):
-    """RULER's common words extraction (arXiv 2404.06654): the ten words of a numbered list that come oftener.
+    """RULER's common words extraction (arXiv 2404.06654): the ten words of a numbered list that
+    come oftener.
 
-    Ten words come 30 times and the others 3 times, after an example with 10 and 3 times; for contexts below 4k, 6 and
-    1 times after 3 and 1. A unit is a word that is in the list, however often.
+    Ten words come 30 times and the others 3 times, after an example with 10 and 3 times; for
+    contexts below 4k, 6 and 1 times after 3 and 1. A unit is a word that is in the list, however
+    often.
     """
 
     name: str = "cwe"
@@ -88,10 +90,11 @@ class CommonWords(Task):
 
 @dataclass(frozen=True)
 class FrequentWords(Task):
-    """RULER's frequent words extraction (arXiv 2404.06654): the three most frequent of made-up words.
+    """RULER's frequent words extraction (arXiv 2404.06654): the three most frequent of made-up
+    words.
 
-    Words of six letters, one for every 50 tokens of the context; the word of rank k makes up k^-2 / zeta(2) of the
-    text, the first rank being dots that do not count. A unit is a word of the text.
+    Words of six letters, one for every 50 tokens of the context; the word of rank k makes up k^-2 /
+    zeta(2) of the text, the first rank being dots that do not count. A unit is a word of the text.
     """
 
     name: str = "fwe"

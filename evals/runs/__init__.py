@@ -1,1 +1,1 @@
-"""Runs: cells that are measured once, kept in a folder, compared and merged."""
+"""Runs: folders of measured cells, which can be compared and merged."""

@@ -1,4 +1,5 @@
-"""What a run is made of: cells. A cell is measured as a whole, and gives one or more rows of the result."""
+"""What a run is made of: cells. A cell is measured as a whole, and gives one or more rows of the
+result."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ class Cell(ABC):
     """A unit of work: done as a whole or not at all, by one process.
 
     Attributes:
-        scaler: what the subject is put under.
+        scaler: the scaler of the model that is measured.
         context: tokens of its longest window or prompt.
     """
 
@@ -40,7 +41,7 @@ class Cell(ABC):
 
     @abstractmethod
     def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
-        """Measure it under the scaler that `subject` has, store its rows in `run` and return them."""
+        """Measure it on a model under its scaler, store its rows in `run` and return them."""
 
     @abstractmethod
     def outcome(self, rows: Sequence[Row]) -> str:

@@ -52,7 +52,8 @@ Column = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A difference of two mean losses over the same tokens, nats per token, with its 95% interval."""
+    """A difference of two mean losses over the same tokens, nats per token, with its 95%
+    interval."""
 
     mean: float
     low: float
@@ -90,7 +91,7 @@ def comparable_groups(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def group_rows(rows: Iterable[Row], ignoring: Collection[str]) -> list[list[Row]]:
-    """Rows in groups that differ only in the fields `apart`, in order of appearance."""
+    """Rows in groups whose rows differ only in the fields `ignoring`, in order of appearance."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(group_key(row, ignoring), []).append(row)
@@ -98,7 +99,8 @@ def group_rows(rows: Iterable[Row], ignoring: Collection[str]) -> list[list[Row]
 
 
 def group_key(row: Row, ignoring: Collection[str]) -> str:
-    """What a row was measured with: all its fields but those in `apart`, as JSON; a field that is null is no field."""
+    """What a row was measured with: all its fields except those in `ignoring`, as JSON; null fields
+    are left out."""
     fields = {field: value for field, value in row.items() if field not in ignoring and value is not None}
     return json.dumps(fields, sort_keys=True)
 
@@ -140,12 +142,13 @@ def measured(rows: Iterable[Row], rope: str, at: Column) -> Row | None:
 
 
 def reason(row: Row | None) -> str:
-    """Why a cell has no loss; empty where nobody tried."""
+    """Why a cell has no loss; empty where it was not tried."""
     return "" if row is None else str(row.get("reason") or "loss is not finite")
 
 
 def reference(rows: Sequence[Row]) -> Row | None:
-    """The untouched model at its trained length, scored on the tokens that every row of the group scores.
+    """The untouched model at its trained length, scored on the tokens that every row of the group
+    scores.
 
     None if it was not measured, or if the protocol scores other tokens at other contexts.
     """
@@ -166,7 +169,8 @@ def difference(run: Run, a: Row | None, b: Row | None) -> Difference | None:
 
 
 def deltas(run: Run, rows: Sequence[Row]) -> dict[str, Difference]:
-    """By row key: the difference to the untouched model at its trained length, where there is one."""
+    """By row key: the difference to the untouched model at its trained length, where there is
+    one."""
     base = reference(rows)
     differences = {row["key"]: difference(run, row, base) for row in rows}
     return {key: delta for key, delta in differences.items() if delta is not None}

@@ -1,4 +1,4 @@
-"""Two runs side by side: cells that asked the same, and the paired difference of what came out."""
+"""Two runs side by side: equal measurements, and their paired differences."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ class Comparison:
 def compare_runs(a: Run, b: Run) -> Comparison:
     """Pair the rows of two runs that ask the same of the same text under the same scaler.
 
-    Two runs with one scaler each are taken to compare the scalers; any two runs may differ in model and dtype. Losses
-    are paired where both scored the same tokens, else bits per byte stand side by side.
+    Two runs with one scaler each are taken to compare the scalers; any two runs may differ in model
+    and dtype. Losses are paired where both scored the same tokens, else bits per byte stand side by
+    side.
 
     Raises:
         DataError: a run has several rows that could be the partner of one.
@@ -145,7 +146,8 @@ def _by_place(rows: Sequence[Row]) -> dict[object, list[Row]]:
 
 
 def _refuse_ambiguous_rows(run: Run, rows: Sequence[Row]) -> None:
-    """Raise DataError if rows differ in what would have to be the same for one of them to be the partner."""
+    """Raise DataError if rows differ in what would have to be the same for one of them to be the
+    partner."""
     fields = {field for row in rows for field in row} - _MAY_DIFFER
     for field in sorted(fields):
         values = list(dict.fromkeys(str(row.get(field)) for row in rows))

@@ -10,7 +10,7 @@ from .result import Row, Run
 
 
 def open_run(folder: Path) -> Run:
-    """A run that is there.
+    """Open an existing run.
 
     Raises:
         DataError: the folder holds no results.
@@ -54,7 +54,8 @@ def _check(row: Row, folder: Path) -> None:
 
 
 def merge(runs: Sequence[Run], out: Path) -> Run:
-    """Copy the rows and losses of all runs into the folder `out`; of one cell measured in several, the last counts."""
+    """Copy the rows and losses of all runs into the folder `out`; of one cell measured in several,
+    the last counts."""
     merged = Run(out)
     for run in runs:
         for row in run.rows:

@@ -27,11 +27,14 @@ class Preset:
     """Lengths are as in the shell: `512`, `8k`, or `2x` the trained length.
 
     Args:
-        minutes: for measuring; what does not fit is left out, the last things first. None takes what it takes.
+        minutes: for measuring; what does not fit is left out, the last things first. None takes
+            what it takes.
         loss: contexts of the fixed-target curve.
-        target, samples: tokens scored at the end of each context, at most half of the shortest, and places in the text.
+        target, samples: tokens scored at the end of each context, at most half of the shortest, and
+            places in the text.
         by_position: length of the one long pass.
-        harm: contexts at which the harm within the trained length is measured; longer ones are cut to it.
+        harm: contexts at which the harm within the trained length is measured; longer ones are cut
+            to it.
         passkey, passkey_trials: lengths, and trials at each of three depths.
         ruler, ruler_trials: lengths, and trials of each task.
         ruler_tasks: of RULER-11.
@@ -50,7 +53,8 @@ class Preset:
     ruler_tasks: tuple[str, ...] = SUITES[RULER]
 
     def cells(self, model: LocalModel, text: Text, scalers: Sequence[Scaler]) -> list[Cell]:
-        """The cells in the order of measuring: the loss first, and every kind for all scalers before the next."""
+        """The cells in the order of measuring: the loss first, and every kind for all scalers
+        before the next."""
         L = model.trained_length
 
         def lengths(texts: Sequence[str]) -> tuple[int, ...]:
@@ -68,7 +72,8 @@ class Preset:
             planned += perplexity_cells(model, text, chosen, curve)
 
         def retrieval(tasks: Sequence[str], length_texts: Sequence[str], trials: int, **settings: Any) -> list[Cell]:
-            """Cells of the tasks at the lengths that hold their prompts: those of a short model hold few."""
+            """Cells of the tasks at the lengths that hold their prompts: those of a short model
+            hold few."""
             cells, unfit, why = [], [], ""
             for length in lengths(length_texts):
                 for task in tasks:

@@ -36,7 +36,8 @@ def rope_recipe(scaler: Scaler, rope_at: Callable[[int], Scaler], lengths: Itera
     """The fields of the scaler.
 
     Args:
-        rope_at: gives the scaler at a length. For `auto` that depends on what was tuned, so the recipe holds it.
+        rope_at: gives the scaler at a length. For `auto` that depends on what was tuned, so the
+            recipe holds it.
         lengths: in tokens.
     """
     if not isinstance(scaler, Auto):

@@ -1,4 +1,5 @@
-"""The folder of a run: one JSON line per finished cell, per-token losses beside it, the environment.
+"""The folder of a run: one JSON line per finished cell, per-token losses beside it, the
+environment.
 
     run = Run(Path("runs/a"))
     run.write_environment()
@@ -6,10 +7,11 @@
         if is_ours and run.find(recipe) is None:
             run.add(recipe, measured, losses)
 
-Any number of processes may share a folder: a line is added under the folder's lock, and a claim is a lock that the
-system lets go with the process that holds it, however that ends.
+Any number of processes may share a folder: a line is added under the folder's lock, and a claim is
+a lock that the system lets go with the process that holds it, however that ends.
 
-A recipe says what was asked for (method, protocol, model, text, lengths, dtype), `measured` what came out.
+A recipe says what is measured (method, protocol, model, text, lengths, dtype), and `measured` the
+result.
 """
 
 from __future__ import annotations
@@ -49,14 +51,16 @@ Losses = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 
 class Run:
-    """A folder of results that can be interrupted at any moment and gone on with, and shared by processes.
+    """A folder of results that can be interrupted at any moment and gone on with, and shared by
+    processes.
 
     Args:
         folder: created if it is not there.
 
     Raises:
-        DataError: `folder` is a file or cannot be made, or a line of its results.jsonl is damaged. A last line that a
-            killed run left unfinished is dropped, and the file repaired at the next write.
+        DataError: `folder` is a file or cannot be made, or a line of its results.jsonl is damaged.
+            A last line that a killed run left unfinished is dropped, and the file repaired at the
+            next write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,7 +80,8 @@ class Run:
 
     @property
     def rows(self) -> list[Row]:
-        """Every finished cell in the order of measuring; a cell measured twice counts as measured last."""
+        """Every finished cell in the order of measuring; a cell measured twice counts as measured
+        last."""
         return list(self._rows.values())
 
     def find(self, recipe: Mapping[str, Any]) -> Row | None:
@@ -90,8 +95,8 @@ class Run:
     def add(self, recipe: Mapping[str, Any], measured: Mapping[str, Any], losses: Losses | None = None) -> Row:
         """Store a finished cell so that it survives the process: the losses first, then its line.
 
-        Numbers that are not finite are stored as null; a cell whose `loss` is null is shown as not run, with
-        `measured["reason"]` as the reason.
+        Numbers that are not finite are stored as null; a cell whose `loss` is null is shown as not
+        run, with `measured["reason"]` as the reason.
 
         Args:
             recipe: JSON scalars; equal recipes are one cell.
@@ -109,7 +114,8 @@ class Run:
         """Store a whole row, of another run for example.
 
         Raises:
-            DataError: the folder cannot be written, or its disk is full. What was stored before is whole.
+            DataError: the folder cannot be written, or its disk is full. What was stored before is
+                whole.
         """
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         try:
@@ -133,7 +139,7 @@ class Run:
         """The per-token losses of a cell, or None if none were stored.
 
         Raises:
-            DataError: the file is there and cannot be read.
+            DataError: the file exists and cannot be read.
         """
         file = self._losses_file(row)
         if not file.exists():
@@ -166,7 +172,8 @@ class Run:
 
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Hold what is named `key` for this process; false if another one has it. Sees what others have added."""
+        """Hold what is named `key` for this process; false if another one has it. Sees what others
+        have added."""
         file = self.folder / ".claims" / key
         lock = filelock.FileLock(file, timeout=0)
         try:
@@ -224,7 +231,8 @@ def open_run_of_rank(folder: Path) -> Run:
 
 
 def recipe_key(recipe: Mapping[str, Any]) -> str:
-    """12 hex digits of the sha256 of the recipe's canonical JSON; the order of its fields does not matter."""
+    """12 hex digits of the sha256 of the recipe's canonical JSON; the order of its fields does not
+    matter."""
     plain = _plain(recipe)
     scalars = (str, int, float, bool, type(None))
     assert all(isinstance(value, scalars) for value in plain.values()), f"a recipe holds JSON scalars: {plain}"
@@ -264,7 +272,8 @@ def _parse(line: bytes) -> Row | None:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: numpy scalars as Python's, numbers that are not finite as None."""
+    """`value` as JSON can hold it: numpy scalars as Python's, numbers that are not finite as
+    None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, np.generic):

@@ -67,17 +67,17 @@ def measure_all(
 ) -> RunOutcome:
     """Measure `cells` in order, with a progress bar; returns when all are done, here or by others.
 
-    Processes that are given the same cells and folder share them: a cell is done by whoever claims it first, and one
-    whose process died is taken over. Processes that split one model measure every cell together, each with a run of
-    its own (`open_run`).
+    Processes that are given the same cells and folder share them: the process that claims a cell
+    first measures it, and another one takes over the cell of a process that died. Processes that
+    split one model measure every cell together, each with a run of its own (`open_run`).
 
     Args:
-        subject: the model; its scaler is put back at the end.
+        model: its scaler is put back at the end.
         cells: finished ones are skipped.
         run: where rows go, each as soon as it is finished.
         console: where the bar is drawn.
-        deadline: `time.monotonic()` value; a cell that would not finish before it, at the rate measured so far, is
-            left out. Without a `rate` the first cell always runs.
+        deadline: `time.monotonic()` value; a cell that would not finish before it, at the rate
+            measured so far, is left out. Without a `rate` the first cell always runs.
         rate: operations a second, as an earlier outcome tells it.
         is_essential: cells that run whatever the time.
         then: called with each cell that has been measured here.

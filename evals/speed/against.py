@@ -29,7 +29,8 @@ _NEEDED = {"llama.cpp": ("llama_cpp", "pip install 'ropewalk[llama-cpp]'")}
 
 
 def parse_against(text: str) -> list[tuple[str, str | None]]:
-    """Peers with the dtype asked for, or None for the usual ones: "hf,llama.cpp:q8_0" names one of each.
+    """Engines to compare with and their dtypes; None is the usual ones: "hf,llama.cpp:q8_0" names
+    one of each.
 
     Raises:
         ConfigError: no such peer or dtype, or its package is not installed.
@@ -55,12 +56,14 @@ def parse_against(text: str) -> list[tuple[str, str | None]]:
 def engine_specs(
     model: str, peers: Sequence[tuple[str, str | None]], *, dtype: str, context: int, room: int, threads: int
 ) -> list[EngineSpec]:
-    """Ropewalk and then the peers, each once; GGUF files that are missing are written into the cache.
+    """Ropewalk and then the peers, each once; GGUF files that are missing are written into the
+    cache.
 
     Args:
         model: as `load` takes it.
-        asked: from `parse_against`. Without a dtype, llama.cpp runs in bf16 and q8_0; hf in bfloat16, in the dtype
-            that ropewalk was given, and in float32 on a CPU without bfloat16 arithmetic.
+        peers: from `parse_against`. Without a dtype, llama.cpp runs in bf16 and q8_0; hf in
+            bfloat16, in the dtype that ropewalk was given, and in float32 on a CPU without bfloat16
+            arithmetic.
         dtype: ropewalk's, or "auto".
 
     Raises:
@@ -95,7 +98,8 @@ def _usual(kind: str, dtype: str, device: str) -> list[str]:
 
 
 def model_folder(model: str) -> Path:
-    """The folder of a model's checkpoint; one from the hub is downloaded, or found in the hub's cache.
+    """The folder of a model's checkpoint; one from the hub is downloaded, or found in the hub's
+    cache.
 
     Raises:
         AssetError: there is no such model.
@@ -139,7 +143,7 @@ def measure(
         model: as `load` takes it.
         against: the peers, as `--against` takes them.
         lengths: contexts, as `parse_length` takes them.
-        new_tokens: decoded in every turn.
+        new_tokens: decoded in every round.
         threads: of every engine; None: torch's own number.
 
     Returns:

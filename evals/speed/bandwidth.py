@@ -36,10 +36,11 @@ class Memory:
 
 
 class Traffic:
-    """What a decode step of a model has to read: every weight once, and the keys and values of the past.
+    """What a decode step of a model has to read: every weight once, and the keys and values of the
+    past.
 
-    Of the input embedding one row is read, unless it is the output matrix too. All layers are taken to see the whole
-    past, and all experts of a mixture to be read.
+    Of the input embedding one row is read, unless it is the output matrix too. All layers are taken
+    to see the whole past, and all experts of a mixture to be read.
 
     Args:
         config: of a transformers model.

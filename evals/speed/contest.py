@@ -1,6 +1,8 @@
-"""Engines timed in rounds on the same tokens: speeds, ratios within a round, and agreement of their logits.
+"""Engines timed in rounds on the same tokens: speeds, ratios within a round, and agreement of their
+logits.
 
-Every round runs every engine once, so that a drift of the machine's speed affects all of them alike.
+Every round runs every engine once, so that a drift of the machine's speed affects all of them
+alike.
 """
 
 from __future__ import annotations
@@ -41,11 +43,13 @@ class Timing:
 
     Args:
         what: "prefill": reading `length` tokens; "decode": reading tokens one by one behind them.
-        tokens: read in a turn.
-        seconds: of every turn.
+        tokens: read in a round.
+        seconds: of every round.
         speed: tokens a second.
-        ratio: the first engine's speed over this one's, turn by turn: above 1 the first is faster.
-        memory_share: of what reading the weights and the cache at full bandwidth would allow; None for a prefill.
+        ratio: the first engine's speed divided by this one's, round by round: above 1 the first is
+            faster.
+        memory_share: of what reading the weights and the cache at full bandwidth would allow; None
+            for a prefill.
     """
 
     engine: str
@@ -63,10 +67,13 @@ class Agreement:
     """Whether an engine at one length gives what the first engine gives.
 
     Args:
-        same: next tokens, after the prompt and after every decoded token, that are the first engine's.
+        same: next tokens, after the prompt and after every decoded token, that are the first
+            engine's.
         compared: out of how many.
-        difference: the largest absolute difference of a logit, after the prompt or after the last decoded token.
-        peak_memory_mb: most memory held so far; lengths are run in the order of the list. None: not known.
+        difference: the largest absolute difference of a logit, after the prompt or after the last
+            decoded token.
+        peak_memory_mb: most memory held so far; lengths are run in the order of the list. None: not
+            known.
     """
 
     engine: str
@@ -98,16 +105,18 @@ def compete(
     step_bytes: Callable[[str, str, float], float],
     progress: Progress,
 ) -> ContestResult:
-    """Time all `lanes` at every length; the first is what the others are compared with.
+    """Time all `workers` at every length; the first is what the others are compared with.
 
-    At every length the prompt is read `prefill_repeats` times, and the state of the last time is what all decode
-    turns go on from, after one turn that warms up.
+    At every length the prompt is read `prefill_repeats` times, and the state of the last time is
+    what all decode rounds continue from, after one warm-up round.
 
     Args:
-        text: token ids, at least the longest length and `new_tokens` more: prompts are its beginnings, and the
-            tokens after a prompt are decoded, whatever the engines would have chosen.
-        bandwidth: measures what memory gives, bytes a second; called once a turn, and the best counts.
-        step_bytes: of a dtype of weights, one of keys and values, and a length: bytes that one decode step reads.
+        text: token ids, at least the longest length and `new_tokens` more: prompts are its
+            beginnings, and the tokens after a prompt are decoded, whatever the engines would have
+            chosen.
+        bandwidth: measures what memory gives, bytes a second; called once a round; the best counts.
+        step_bytes: of a dtype of weights, one of keys and values, and a length: bytes that one
+            decode step reads.
     """
     runs = len(workers) * (1 + len(lengths) * (prefill_repeats + 1 + repeats))
     task = progress.add_task("", total=runs)
@@ -130,13 +139,13 @@ def compete(
     for n in sorted(lengths):
         prompt, rest = text[:n], text[n : n + new_tokens]
         prefills = [
-            run_round(f"reading {n} tokens, turn {i + 1}", methodcaller("prefill", prompt))
+            run_round(f"reading {n} tokens, round {i + 1}", methodcaller("prefill", prompt))
             for i in range(prefill_repeats)
         ]
         decodes = []
         for i in range(repeats + 1):
             widths.append(bandwidth())
-            doing = f"decoding behind {n} tokens, turn {i}" if i else f"decoding behind {n} tokens, warming up"
+            doing = f"decoding behind {n} tokens, round {i}" if i else f"decoding behind {n} tokens, warming up"
             decodes.append(run_round(doing, methodcaller("decode", n, rest)))
         by_length.append((n, prefills, decodes[1:], [worker.peak_memory_mb() for worker in workers]))
     progress.remove_task(task)
@@ -160,7 +169,7 @@ def _timings(
     rounds: list[list[TimedRun]],
     least_seconds: list[float] | None = None,
 ) -> Iterator[Timing]:
-    """`least_seconds`: of a token, for every lane, at full bandwidth."""
+    """`least_seconds`: of a token, for every worker, at full bandwidth."""
     first = [timed[0].seconds for timed in rounds]
     for index, worker in enumerate(workers):
         seconds_each = [timed[index].seconds for timed in rounds]
@@ -213,7 +222,7 @@ def as_json(result: ContestResult, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _speeds(result: ContestResult, what: str, first: str) -> Table:
-    note = f"ratio: {first} over the engine, of the same turn"
+    note = f"ratio: {first} over the engine, of the same round"
     headings = ["median", "range", "ratio", "range"]
     if what == "decode":
         note += f"; memory: of what {result.bandwidth / 1e9:.1f} GB/s would allow"

@@ -1,6 +1,7 @@
 """The engines of a speed comparison: ropewalk, transformers and llama.cpp behind one interface.
 
-An engine imports its heavy libraries only when it is opened, so that each process holds the memory of one engine.
+An engine imports its heavy libraries only when it is opened, so that each process holds the memory
+of one engine.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from ...errors import ConfigError, RopewalkError
 
 Logits = np.ndarray[tuple[int], np.dtype[np.float32]]
-"""Float32 [V] on the CPU, so that whoever holds them has waited for the device."""
+"""Float32 [V] on the CPU, so that the device has finished when the caller holds them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class EngineSpec:
     Args:
         kind: a key of `ENGINES`.
         dtype: of the weights, in the engine's own words; "auto" for ropewalk alone.
-        source: what it loads: for ropewalk what `load` takes, for hf a folder or hub id, for llama.cpp a file.
+        source: what it loads: for ropewalk what `load` takes, for hf a folder or hub id, for
+            llama.cpp a file.
         context: tokens of the longest prompt.
         room: most tokens that follow a prompt.
         threads: of the CPU.
@@ -55,7 +57,8 @@ class Engine(Protocol):
         dtype: of the weights.
         cache_dtype: of the keys and values.
         versions: of what it is made of.
-        remark: what the tables say after its name, such as that a slower path runs the model; empty for most.
+        remark: what the tables say after its name, such as that a slower path runs the model; empty
+            for most.
     """
 
     dtype: str
@@ -149,8 +152,8 @@ class LlamaCppEngine:
 
 @cache
 def _listen() -> tuple[deque[str], object]:
-    """The last lines that llama.cpp said, kept instead of printed; and what it calls, to live as long as the process,
-    since the library has one listener for all models."""
+    """The last log lines of llama.cpp, stored and not printed, and the callback, which lives as
+    long as the process, since the library has one listener for all models."""
     import llama_cpp
 
     said: deque[str] = deque(maxlen=3)
@@ -202,7 +205,8 @@ class RopewalkEngine:
 
 
 class TransformersEngine:
-    """transformers as its own `generate` runs it on one text: SDPA attention, a growing cache, prompts in one piece."""
+    """transformers as its own `generate` runs it on one text: SDPA attention, a growing cache,
+    prompts in one piece."""
 
     def __init__(self, spec: EngineSpec) -> None:
         import torch
@@ -246,7 +250,7 @@ ENGINES: dict[str, Callable[[EngineSpec], Engine]] = {
 
 
 def open_engine(spec: EngineSpec) -> Engine:
-    """Load the engine of `entry`.
+    """Load the engine that `spec` describes.
 
     Raises:
         RopewalkError: it cannot be loaded.

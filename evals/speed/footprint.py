@@ -1,4 +1,5 @@
-"""Peak memory of the perplexity of a long text: this engine beside transformers, each in a process of its own."""
+"""Peak memory of the perplexity of a long text: this engine beside transformers, each in a process
+of its own."""
 
 from __future__ import annotations
 
@@ -38,13 +39,15 @@ class Footprint:
 
     @property
     def rest(self) -> float:
-        """What is held beyond weights and cache: the libraries, the buffers of a chunk, the allocator's spare."""
+        """What is held beyond weights and cache: the libraries, the buffers of a chunk, the
+        allocator's spare."""
         return self.peak - self.weights - self.cache
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An engine with its model: its name, the bytes of weights and of keys and values, and how it scores tokens."""
+    """An engine with its model: its name, the bytes of weights and of keys and values, and how it
+    scores tokens."""
 
     name: str
     weights: int
@@ -65,7 +68,8 @@ def _ropewalk(model: str, ids: list[int], dtype: str, rope: str) -> _Loaded:
 
 
 def _transformers(model: str, ids: list[int], dtype: str, _: str) -> _Loaded:
-    """The loss of transformers' own forward, as its perplexity page computes it: all logits at once."""
+    """The loss of transformers' own forward, as its perplexity page computes it: all logits at
+    once."""
     import torch
 
     from ...engine.checkpoints.checkpoint import read_config, read_weights

@@ -1,6 +1,8 @@
-"""What a position map costs: its attention against plain attention and against the public form, and a step of decoding.
+"""What a position map costs: its attention against plain attention and against the public form, and
+a step of decoding.
 
-Everything is taken in turn, so that a machine which drifts slows all alike; ratios are of runs in the same turn.
+Everything is timed in rounds, so that a drift of the machine affects all alike; ratios are of runs
+in the same round.
 """
 
 from __future__ import annotations
@@ -34,10 +36,11 @@ Segments = list[tuple[int, int, list[tuple[Run, list[Segment]]]]]
 
 @dataclass(frozen=True, kw_only=True)
 class MapCost:
-    """Seconds of one thing, turn by turn, and its ratio to plain attention or to the plain scaler.
+    """Seconds of one thing, round by round, and its ratio to plain attention or to the plain
+    scaler.
 
-    `what` is "prefill attention" (one layer), "prefill attention, public form", or "decode" (a step of the whole
-    model).
+    `what` is "prefill attention" (one layer), "prefill attention, public form", or "decode" (a step
+    of the whole model).
     """
 
     what: str
@@ -50,7 +53,8 @@ class MapCost:
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scaler, site: RotarySite) -> Tensor:
-    """A position map as public code has it: the full square for every band, one softmax, n x n memory."""
+    """A position map as public code has it: the full square for every band, one softmax, n x n
+    memory."""
     n, layout = q.shape[2], Layout(0, site.configured.rope.dim, interleaved=False)
     inv_freq, factor = site.configured.effective(scaler).frequencies(site.configured.rope, n)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
@@ -99,7 +103,8 @@ def attention_costs(
 def decode_costs(
     model: Model, scalers: list[Scaler], lengths: list[int], *, repeats: int, progress: Progress
 ) -> Iterator[MapCost]:
-    """A decode step of the whole model with `length` tokens in its cache, under every scaler and under `none`."""
+    """A decode step of the whole model with `length` tokens in its cache, under every scaler and
+    under `none`."""
     before = model.rope
     try:
         for n in lengths:
@@ -143,14 +148,14 @@ def _in_turn(
 ) -> Iterator[MapCost]:
     seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     task = progress.add_task(f"timing at {length} tokens", total=repeats * len(ways))
-    for rotate in range(repeats + 1):  # the first turn warms up
+    for round_ in range(repeats + 1):  # the first round warms up
         for way, run in ways.items():
-            if rotate == 0 and way[0].endswith("public form"):
+            if round_ == 0 and way[0].endswith("public form"):
                 continue
             prepare(way[1])
             started = time.perf_counter()
             run()
-            if rotate:
+            if round_:
                 seconds[way].append(time.perf_counter() - started)
                 progress.advance(task)
     progress.remove_task(task)

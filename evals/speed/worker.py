@@ -1,7 +1,8 @@
 """An engine under a stopwatch, in a process of its own.
 
-Each process has its own threads, memory and runtime libraries, so engines do not slow one another down, the peak
-memory of each is its own, and one that dies takes nobody with it. The clock is read inside of the process.
+Each process has its own threads, memory and runtime libraries, so engines do not slow one another
+down, the peak memory of each is its own, and one that dies does not end the others. The clock is
+read inside the process.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class TimedRun:
 
     Args:
         seconds: from the first token to the last logits.
-        chosen: the likeliest next token after every logits that the run gave: one of a prefill, one for each token
-            of a decode.
+        chosen: the likeliest next token after every logits that the run gave: one of a prefill, one
+            for each token of a decode.
         logits: the last ones, float32 [V].
     """
 
@@ -62,7 +63,7 @@ class Worker(Protocol):
 
 
 class LocalWorker:
-    """An engine timed where it is: the lane inside of the process."""
+    """An engine timed in its own process."""
 
     def __init__(self, engine: Engine, spec: EngineSpec) -> None:
         self._engine, self._spec = engine, spec
@@ -96,7 +97,7 @@ def _timed(run: Callable[[], list[Logits]]) -> TimedRun:
 
 
 class ProcessWorker:
-    """A lane in a process of its own, which ends with the `with` block.
+    """A worker in a process of its own, which ends with the `with` block.
 
     Raises:
         RopewalkError: the engine cannot be loaded, fails, or its process dies.

@@ -1,4 +1,5 @@
-"""The scalers that `tune` tries: the closed forms for a target, and those next to a scaler that did well."""
+"""The scalers that `tune` tries: the closed forms for a target, and those next to a scaler that did
+well."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ _STEP = 2**0.25  # between neighbouring factors; windows go by its square, whole
 def starting_points(rope: RopeSpec, target: int) -> list[Scaler]:
     """Every closed form for `target` tokens, in about the order in which they have done well.
 
-    Factors above the ratio N / L, because NTK-aware and its mixed-radix form slow their fast pairs so little that
-    they carry less than their factor; windows of L/4 and L/2, as ReRoPE's author has them.
+    Factors above the ratio N / L, because NTK-aware and its mixed-radix form slow their fast pairs
+    so little that they carry less than their factor; windows of L/4 and L/2, as ReRoPE's author has
+    them.
     """
     L, s = rope.trained_length, target / rope.trained_length
 
@@ -71,7 +73,8 @@ def starting_points(rope: RopeSpec, target: int) -> list[Scaler]:
 
 
 def neighbours(scaler: Scaler) -> list[Scaler]:
-    """Scalers that differ from `scaler` in one thing: a number a step up or down, log n there or not."""
+    """Scalers that differ from `scaler` in one thing: a number a step up or down, log n there or
+    not."""
     scalers = []
     for part in scaler.parts:
         for changed in _varied(part):
@@ -118,8 +121,9 @@ def fits_config(scaler: Scaler, rope: RopeSpec) -> bool:
 
 
 def simplicity(scaler: Scaler, rope: RopeSpec) -> tuple[int, int]:
-    """Sorts the simpler of two scalers first: the untouched model, then what config files name, then what they
-    hold as a list of factors, then what needs a patch; and of one kind, that with fewer parts."""
+    """Sorts the simpler of two scalers first: the untouched model, then what config files name,
+    then what they hold as a list of factors, then what needs a patch; and of one kind, that with
+    fewer parts."""
     if not scaler.parts:
         return 0, 0
     if not fits_config(scaler, rope):

@@ -1,9 +1,10 @@
 """Factors of LongRoPE, one for every rotary pair, searched by CMA-ES from a closed form.
 
-A point is the displacement of ln lambda_i from the start's, for every pair, and of ln m. It is projected onto what
-may be, factors that do not fall from a pair to the next slower one and lie between 1 and a largest, and measured
-there, so that no point is lost. LongRoPE (arXiv 2402.13753) searches the same set by mutation and crossover; CMA-ES
-(Hansen, arXiv 1604.00772; the package `cmaes`) needs far fewer measurements.
+A point is the displacement of ln lambda_i from the start's, for every pair, and of ln m. It is
+projected onto what may be, factors that do not fall from a pair to the next slower one and lie
+between 1 and a largest, and measured there, so that no point is lost. LongRoPE (arXiv 2402.13753)
+searches the same set by mutation and crossover; CMA-ES (Hansen, arXiv 1604.00772; the package
+`cmaes`) needs far fewer measurements.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class FactorSpace:
     Args:
         rope: the model's geometry.
         factor: target length over trained length, above 1; the reach of every scaler.
-        logs: ln lambda_i of the start, float64 [rotating pairs], within the bounds and not decreasing.
+        logs: ln lambda_i of the start, float64 [rotating pairs], within the bounds and not
+            decreasing.
         log_m: ln m of the start.
         largest: bound of lambda_i, above 1.
     """
@@ -57,8 +59,8 @@ class FactorSpace:
         """The space around the frequencies of `start` at `target` tokens.
 
         Args:
-            largest: bound of the factors; None is the ratio N / L, or the start's own largest if that is more. A
-                start beyond it begins at its projection.
+            largest: bound of the factors; None is the ratio N / L, or the start's own largest if
+                that is more. A start beyond it begins at its projection.
 
         Raises:
             ConfigError: `largest` leaves nothing to search.
@@ -95,7 +97,7 @@ class FactorSpace:
         step = _STEP * math.log(self.largest)
         logs = project(self.logs + step * point[:-1], self.largest)
         values = [min(max(float(f"{value:.6g}"), 1.0), self.largest) for value in np.exp(logs)]
-        unrotated = self.rope.dim // 2 - len(values)  # pairs that do not turn, whatever their factor
+        unrotated = self.rope.dim // 2 - len(values)  # pairs that do not rotate with any factor
         factors = tuple(values + values[-1:] * unrotated)
         m = float(f"{math.exp(self.log_m + _STEP_OF_M * point[-1]):.6g}")
         return LongRoPE(factor=self.factor, short=factors, long=factors, attention_factor=m)
@@ -122,7 +124,8 @@ class FoundFactors:
 
 
 def project(logs: _Vector, largest: float) -> _Vector:
-    """The nearest logarithms of factors, in the Euclidean norm, that do not decrease and lie in 0..ln(largest)."""
+    """The nearest logarithms of factors, in the Euclidean norm, that do not decrease and lie in
+    0..ln(largest)."""
     ordered: _Vector = isotonic_regression(logs).x
     return np.clip(ordered, 0.0, math.log(largest))
 
@@ -136,7 +139,8 @@ def search_factors(
 ) -> FoundFactors | None:
     """Find the scaler of `space` with the least loss; None if there was no time for the start.
 
-    Ends once a generation's losses are alike, or `measure` has no time. The same losses give the same points.
+    Ends once a generation's losses are alike, or `measure` has no time. The same losses give the
+    same points.
 
     Args:
         tell: called after each generation with its number and what has been found so far.

@@ -1,4 +1,5 @@
-"""What `tune` found, for people and for programs: sentences, a table, a plot, a report, the spec, a config."""
+"""What `tune` found, for people and for programs: sentences, a table, a plot, a report, the spec, a
+config."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ _DRAWN = 24  # candidates in the plot
 def publish_tuned(tuned: Tuned, run: Run, *, model: str, text: str) -> list[Path]:
     """Write everything into the run's folder; returns the files, the report first.
 
-    `tuned.json` has the ranking and the named specs, `config.json` what to merge into the model's own config to serve
-    the best scaler that a config can hold.
+    `tuned.json` has the ranking and the named specs, `config.json` what to merge into the model's
+    own config to serve the best scaler that a config can hold.
     """
     grid = ranking_grid(tuned)
     plots = _plot(tuned, run.folder / "ranking", f"{model} on {text}")
@@ -150,7 +151,8 @@ def as_json(tuned: Tuned) -> dict[str, Any]:
 
 
 def config_fragment(tuned: Tuned) -> dict[str, Any]:
-    """What to merge into the model's config.json to serve the best scaler that a config can hold."""
+    """What to merge into the model's config.json to serve the best scaler that a config can
+    hold."""
     assert tuned.servable is not None
     return {
         "max_position_embeddings": tuned.target,

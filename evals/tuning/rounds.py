@@ -119,7 +119,8 @@ class Rounds:
         return tuned
 
     def _recall(self) -> None:
-        """Take in what an earlier search in this folder, with another budget perhaps, has read of the candidates."""
+        """Take in what an earlier search in this folder, with another budget perhaps, has read of
+        the candidates."""
         for candidate in self._candidates.values():
             for window in self._text.windows:
                 row = self._run.find(self._text.read(candidate.scaler, window).row_recipes()[0])
@@ -139,7 +140,8 @@ class Rounds:
                 break
 
     def _named(self) -> list[Candidate]:
-        """Those that would be named and were not read at all places yet: to be known as well as the winner."""
+        """Those that would be named and were not read at all places yet: to be known as well as the
+        winner."""
         tuned = self._tuned()
         if not tuned.eligible:
             return []
@@ -159,7 +161,8 @@ class Rounds:
         return ranked(list(self._candidates.values()))
 
     def _pick_finalists(self) -> list[Candidate]:
-        """The best, and the best of those that other engines can serve, and what was searched; best first."""
+        """The best, and the best of those that other engines can serve, and what was searched; best
+        first."""
         order = self._ranking()
         servable = self._servable(order)
         if self._keep_short:  # measured first, so that what cannot win costs no reading
@@ -289,7 +292,8 @@ class Rounds:
         until: float | None = None,
         console: Console | None = None,
     ) -> None:
-        """Measure what is not in the run yet, as far as there is time, and keep the rows of all that there is.
+        """Measure what is not in the run yet, as far as there is time, and keep the rows of all
+        that there is.
 
         Args:
             until: when the round has to end; None is when it has had its share from now.

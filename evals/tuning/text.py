@@ -30,7 +30,7 @@ from ..runs.result import Row, Run, loss_text
 
 
 def can_skim(model: Model) -> bool:
-    """True if `engine.skim` can run it."""
+    """True if the model runs on the compiled kernels, which can skim."""
     return model.is_compiled
 
 
@@ -62,7 +62,7 @@ class SkimCell(Cell):
         return [self.recipe]
 
     def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
-        assert isinstance(model, LocalModel), "only a network in this process skims"
+        assert isinstance(model, LocalModel), "only a local model can skim"
         started = time.perf_counter()
         ids = [self.window.ids[place] for place in self.sample.positions.tolist()]
         scored = ids[self.window.first - len(self.window.ids) :]
@@ -112,7 +112,8 @@ class TuneText:
 
     @cached_property
     def sample(self) -> Sample:
-        """What is skimmed: half of it in one piece at the end, with the scored tokens in its last three quarters."""
+        """What is skimmed: half of it in one piece at the end, with the scored tokens in its last
+        three quarters."""
         read = max(min(self._target // _READ_SHARE, 4096), min(self._target // 2, 1024))
         local = read // 2
         stretch = max(8, min(64, (read - local) // 8))

@@ -12,11 +12,12 @@ Rounds, each with the best of the one before, best first:
     near        scalers next to the leader, skimmed; the better two read; again while the leader changes
     read        the simplest tie and the best that a config can hold, at all places
     harm        the best, on short texts
-    passkeys    the best three, asked for numbers hidden at the target length
+    passkeys    passkeys at the target length, for the best three
 
-Skimming costs a tenth of reading, and ranks scalers nearly as reading does (`engine.skim`). Where it cannot be done
-(a network that is not compiled) every starting point is read whole at once. A budget ends the search wherever it is;
-every measurement is kept, and the same call again goes on from there.
+Skimming costs a tenth of reading, and ranks scalers nearly as reading does (`engine.skim`). Where
+it cannot be done (a network that is not compiled) every starting point is read whole at once. A
+budget ends the search wherever it is; every measurement is stored, and the same call continues from
+there.
 """
 
 from __future__ import annotations
@@ -66,20 +67,22 @@ def tune(
 
     Args:
         target: tokens, or "32k", or "2x" the trained length.
-        text: a built-in text's name, a file or folder, or a loaded text, with documents of `target` tokens.
+        text: a built-in text's name, a file or folder, or a loaded text, with documents of `target`
+            tokens.
         budget: seconds for measuring; None is as long as it takes.
-        search: "methods" measures closed forms and what lies next to them; "factors" also searches for one LongRoPE
-            factor for every rotary pair, and needs a model that is compiled.
-        largest_factor: bound of those factors, above 1; None is the ratio of target and trained length, or what the
-            closed form has where the search starts if that is more.
+        search: "methods" measures closed forms and what lies next to them; "factors" also searches
+            for one LongRoPE factor for every rotary pair, and needs a model that is compiled.
+        largest_factor: bound of those factors, above 1; None is the ratio of target and trained
+            length, or what the closed form has where the search starts if that is more.
         keep_short: a scaler that may cost short texts more than 0.02 nats cannot win.
         ropes: further starting points, tried first.
-        out: a folder; a search that was ended goes on from what is there. None keeps nothing.
+        out: a folder; a search that was ended goes on from what is there. None stores nothing.
         progress: called after every measurement.
         console: where a bar is drawn; None draws none.
 
     Raises:
-        ConfigError: the target is not beyond the trained length, or the search is unknown or cannot be done.
+        ConfigError: the target is not beyond the trained length, or the search is unknown or cannot
+            be done.
         DataError: the text is too short.
     """
     tensor_parallel.refuse("tune")

@@ -1,4 +1,5 @@
-"""What `tune` found: candidates with all that was measured of them, in order, and the three to name."""
+"""What `tune` found: candidates with all that was measured of them, in order, and the three to
+name."""
 
 from __future__ import annotations
 
@@ -67,9 +68,11 @@ class Candidate:
 
 
 def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Best first: by how far they came, and by the loss on the places that those who came as far share.
+    """Best first: by how far they came, and by the loss on the places that those who came as far
+    share.
 
-    Only places that every candidate compared has are compared, so that no one gains by an easier text.
+    Only places that every candidate compared has are compared, so that no one gains by an easier
+    text.
     """
     return _by_losses(candidates, "read") + by_skimming([c for c in candidates if not c.read])
 
@@ -93,7 +96,8 @@ def _by_losses(candidates: Sequence[Candidate], kind: str) -> list[Candidate]:
 
 
 def difference(a: Candidate, b: Candidate) -> Difference | None:
-    """Loss of `a` less that of `b` over the places that both read whole, or skimmed if there is none; paired."""
+    """Loss of `a` less that of `b` over the places that both read whole, or skimmed if there is
+    none; paired."""
     for first, other in ((a.read, b.read), (a.skimmed, b.skimmed)):
         if shared := [place for place in first if place in other]:
             mean, low, high = paired_difference(
@@ -123,19 +127,21 @@ class Tuned:
 
     @cached_property
     def eligible(self) -> list[Candidate]:
-        """Those that may win, best first: harmless if that is asked, and read whole if any such was."""
+        """Candidates that may win, best first: harmless ones if `keep_short`, and those read whole
+        if there are any."""
         eligible = [c for c in self.ranking if c.is_harmless or not self.keep_short]
         return [c for c in eligible if c.read] or eligible
 
     @cached_property
     def ties(self) -> list[Candidate]:
-        """The one with the lowest loss, and those that cannot be told from it."""
+        """The candidate with the lowest loss, and those that are not distinguishable from it."""
         first, *others = self.eligible
         return [first, *(c for c in others if not self.is_worse(c, first))]
 
     @staticmethod
     def is_worse(candidate: Candidate, other: Candidate) -> bool:
-        """The interval of the paired difference lies above zero; too few tokens for an interval tell by the mean."""
+        """The interval of the paired difference lies above zero; too few tokens for an interval
+        tell by the mean."""
         change = difference(candidate, other)
         if change is None:
             return True
@@ -152,7 +158,7 @@ class Tuned:
 
     @cached_property
     def simplest(self) -> Candidate:
-        """The simplest of those that cannot be told from the winner."""
+        """The simplest candidate that is not distinguishable from the winner."""
         return min(
             (c for c in self.eligible if c is self.winner or not self.is_worse(c, self.winner)),
             key=lambda c: simplicity(c.scaler, self.rope),
@@ -160,7 +166,8 @@ class Tuned:
 
     @cached_property
     def servable(self) -> Candidate | None:
-        """The best that a config can hold, so that other engines can serve it; None if no such one was measured."""
+        """The best that a config can hold, so that other engines can serve it; None if no such one
+        was measured."""
         return next((c for c in self.eligible if c.scaler.parts and self.fits_config(c)), None)
 
     def as_stored(self, *, text: str) -> TunedScaler:

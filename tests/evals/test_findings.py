@@ -205,9 +205,9 @@ def test_harm_tells_where_it_is_largest(make_run: MakeRun) -> None:
     for row, kl in zip(run.rows, (0.02, 0.01), strict=True):
         run.copy(row | {"kl": kl, "same_top1": 97.25, "difference": 0.1, "difference_low": 0.08}, None)
     assert findings(run) == [
-        "Harm within the trained length, where it is largest: yarn:2 moves the law of the next token by 0.0200 nats "
-        "(KL) at 4k, keeps the likeliest one in 97.2 % of the places, and changes the loss by +0.100 (too few "
-        "for an interval)."
+        "Harm within the trained length, where it is largest: yarn:2 moves the distribution of the next token by "
+        "0.0200 nats (KL) at 4k, keeps the likeliest one in 97.2 % of the places, and changes the loss by +0.100 "
+        "(too few for an interval)."
     ]
 
 

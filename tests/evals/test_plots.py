@@ -95,7 +95,7 @@ def test_harm_has_a_bar_for_every_scaler_and_context(make_run: MakeRun) -> None:
     assert shown.count("-0.25") == 3  # the axis writes a true minus sign
     assert {"yarn:2", "linear:2", "4k", "8k"} <= {*shown}
     assert any("88% same" in text for text in shown)
-    with pytest.raises(DataError, match="one setting of it; these hold 0 settings"):
+    with pytest.raises(DataError, match="one group of it; these hold 0 groups"):
         plot_harm([], run.folder / "x")
 
 

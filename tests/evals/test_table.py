@@ -57,7 +57,7 @@ def test_pipes_do_not_break_the_table(make_run: MakeRun) -> None:
 def test_rows_of_two_settings_are_refused(make_run: MakeRun) -> None:
     make_run({"none": {8: 3.48}})
     run = make_run({"none": {8: 3.40}}, text_sha256="cd" * 32)
-    with pytest.raises(DataError, match="one setting, not 2"):
+    with pytest.raises(DataError, match="one group, not 2"):
         loss_table(run.rows)
     with pytest.raises(DataError, match="not 0: none"):
         loss_table([])
