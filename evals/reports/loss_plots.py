@@ -286,7 +286,7 @@ def plot_harm(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
     """
     groups = compare.comparable_groups(row for row in rows if row.get("loss") is not None)
     if len(groups) != 1 or groups[0][0]["protocol"] != Harm.name:
-        raise DataError(f"a plot of harm needs measured rows of one group of it; these hold {len(groups)} settings")
+        raise DataError(f"a plot of harm needs measured rows of one group of it; these hold {len(groups)} groups")
     (group,) = groups
     row = group[0]
     with style.figure(

@@ -71,7 +71,7 @@ def test_baseline_that_goes_on_improving(make_run: MakeRun) -> None:
 
 
 def test_missing_baseline(make_run: MakeRun) -> None:
-    assert "The untouched model was not run, so there is nothing" in said(make_run({"a": {8: 3.5}}))
+    assert "The untouched model was not run, so the methods have no baseline" in said(make_run({"a": {8: 3.5}}))
     assert "Effective length" not in said(make_run({}))
 
 
