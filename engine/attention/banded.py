@@ -17,7 +17,7 @@ from .blocks import Block
 from .kernel import Score, attend, join
 from .plan import Segment
 from .rotation import Layout
-from .rows import Run
+from .rows import KeyRun
 
 
 def banded_attention(
@@ -26,7 +26,7 @@ def banded_attention(
     v_BKMD: Tensor,
     score: Score,
     layout: Layout | None,
-    work: list[tuple[Run, list[Segment]]],
+    work: list[tuple[KeyRun, list[Segment]]],
     sinks_H: Tensor | None = None,
     rotated: RotatedKeys | None = None,
 ) -> Tensor:

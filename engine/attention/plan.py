@@ -13,7 +13,7 @@ from ...scaling.rope import Frequencies, Scaler
 from ..rotary_site import RotarySite
 from .blocks import Block, blocks
 from .rotation import Angles, angles
-from .rows import Run
+from .rows import KeyRun
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Plan:
     scaler: Scaler
     length: int | None = None
 
-    def segments(self, run: Run) -> list[Segment]:
+    def segments(self, run: KeyRun) -> list[Segment]:
         """The queries of a run, cut where a growing length steps on."""
         effective, rope = self.site.configured.effective(self.scaler), self.site.configured.rope
         offset = run.key_stop - run.key_start - (run.query_stop - run.query_start)

@@ -19,7 +19,7 @@ HIDDEN = -(2**62)
 
 
 @dataclass(frozen=True)
-class Run:
+class KeyRun:
     """Queries [query_start, query_stop) of the call, which are the last of the keys [key_start, key_stop).
 
     `row` is None where all rows of the batch are alike. Key `key_start` is at position `first`.
@@ -51,7 +51,7 @@ def key_slots(padding: Tensor | None, batch: int, kv_length: int, kv_offset: int
     return places[:, None, None, :]
 
 
-def runs(positions: Tensor, mask: Tensor | None, batch: int, queries: int, keys: int) -> list[Run]:
+def runs(positions: Tensor, mask: Tensor | None, batch: int, queries: int, keys: int) -> list[KeyRun]:
     """The runs of one attention call.
 
     Args:
@@ -63,7 +63,7 @@ def runs(positions: Tensor, mask: Tensor | None, batch: int, queries: int, keys:
         PatchError: the mask is not causal, hides keys between others, or positions do not count up by one.
     """
     positions = positions.expand(batch, queries)
-    found: list[Run | None]
+    found: list[KeyRun | None]
     if mask is None:
         found = [_row(row, positions[row].tolist(), 0, keys, queries) for row in range(batch)]
     elif mask.dtype == torch.int64:
@@ -74,11 +74,13 @@ def runs(positions: Tensor, mask: Tensor | None, batch: int, queries: int, keys:
     seen = [run for run in found if run is not None]
     alike = {(r.query_start, r.query_stop, r.key_start, r.key_stop, r.first) for r in seen}
     if len(seen) == batch and len(alike) == 1:
-        return [Run(None, *alike.pop())]
+        return [KeyRun(None, *alike.pop())]
     return seen
 
 
-def _row(row: int, positions: list[int], key_start: int, key_stop: int, query_stop: int, query_start: int = 0) -> Run:
+def _row(
+    row: int, positions: list[int], key_start: int, key_stop: int, query_stop: int, query_start: int = 0
+) -> KeyRun:
     own = positions[query_start:query_stop]
     if own != list(range(own[0], own[0] + len(own))):
         raise PatchError(
@@ -91,10 +93,10 @@ def _row(row: int, positions: list[int], key_start: int, key_stop: int, query_st
             f"row {row} has {key_stop - key_start} keys and its last position is {own[-1]}: position ids must count "
             "the tokens in the cache too"
         )
-    return Run(row, query_start, query_stop, key_start, key_stop, first)
+    return KeyRun(row, query_start, query_stop, key_start, key_stop, first)
 
 
-def _padded_row(row: int, positions: list[int], places: Tensor) -> Run | None:
+def _padded_row(row: int, positions: list[int], places: Tensor) -> KeyRun | None:
     seen = torch.nonzero((places > HIDDEN) & (places < len(positions)))[:, 0]
     if not len(seen):
         return None
@@ -109,13 +111,13 @@ def _padded_row(row: int, positions: list[int], places: Tensor) -> Run | None:
         return None
     run = _row(row, positions, start, stop, query_stop, query_start)
     if run.first == start:  # positions that count the padding too: count from the row's first token instead
-        return Run(row, query_start, query_stop, start, stop, 0)
+        return KeyRun(row, query_start, query_stop, start, stop, 0)
     return run
 
 
-def _packed(positions: Tensor, mask: Tensor, queries: int, keys: int) -> list[Run | None]:
+def _packed(positions: Tensor, mask: Tensor, queries: int, keys: int) -> list[KeyRun | None]:
     """Several texts in one row, as position ids that start again say; the mask must agree."""
-    found: list[Run | None] = []
+    found: list[KeyRun | None] = []
     if mask.shape[1] > 1:
         raise PatchError("the attention mask differs from head to head")
     seen = mask if mask.dtype == torch.bool else mask == 0

@@ -20,7 +20,7 @@ from ..attention.banded import banded_attention
 from ..attention.kernel import Score
 from ..attention.plan import Plan, Segment
 from ..attention.rotation import angles
-from ..attention.rows import Run, key_slots, runs
+from ..attention.rows import KeyRun, key_slots, runs
 from ..cache import adopt
 from ..rotary_site import RotarySite, depends_on_length, primary_rotary
 from .attention_hook import AttentionHook, own_attention, own_mask
@@ -32,7 +32,7 @@ from .probe import LayerRope, layer_ropes, logits
 _VERIFIED = {torch.float64: 1e-5, torch.float32: 1e-4}  # largest difference of logits, of their largest
 _VERIFIED_16_BIT = 5e-2
 
-Work = list[tuple[Run, list[Segment]]]
+Work = list[tuple[KeyRun, list[Segment]]]
 
 _made = threading.local()  # `last`: what this thread made work for last, and the work
 
@@ -216,7 +216,7 @@ class BandPatch:
         _made.last = asked, work
         return work
 
-    def _warn_beyond_reach(self, found: list[Run]) -> None:
+    def _warn_beyond_reach(self, found: list[KeyRun]) -> None:
         reach = primary_rotary(self.sites).configured.reach(self.scaler)
         if self._warned or math.isinf(reach) or not self.scaler.member("positions"):
             return

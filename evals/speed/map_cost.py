@@ -21,7 +21,7 @@ from ...engine.attention.causal import causal_attention
 from ...engine.attention.kernel import Score
 from ...engine.attention.plan import Plan, Segment
 from ...engine.attention.rotation import Layout, angles
-from ...engine.attention.rows import Run
+from ...engine.attention.rows import KeyRun
 from ...engine.cache import RotatedKeys
 from ...engine.model import Model
 from ...engine.prefill import prefill
@@ -31,7 +31,7 @@ from ...errors import ConfigError
 from ...scaling import Scaler
 
 PLAIN = "plain attention"
-Segments = list[tuple[int, int, list[tuple[Run, list[Segment]]]]]
+Segments = list[tuple[int, int, list[tuple[KeyRun, list[Segment]]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ def _chunks(plan: Plan, n: int) -> Segments:
     chunks = []
     for start in range(0, n, CHUNK):
         stop = min(n, start + CHUNK)
-        run = Run(None, 0, stop - start, 0, stop, 0)
+        run = KeyRun(None, 0, stop - start, 0, stop, 0)
         chunks.append((start, stop, [(run, plan.segments(run))]))
     return chunks
 

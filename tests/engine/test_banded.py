@@ -18,7 +18,7 @@ from ropewalk.engine.attention.kernel import Score, attend, join
 from ropewalk.engine.attention.plan import Plan
 from ropewalk.engine.attention.reference import reference_attention
 from ropewalk.engine.attention.rotation import Layout
-from ropewalk.engine.attention.rows import Run
+from ropewalk.engine.attention.rows import KeyRun
 from ropewalk.engine.rotary_site import RotarySite
 from ropewalk.scaling import RopeSpec, Scaler, parse
 from ropewalk.scaling.band import PLAIN
@@ -93,7 +93,7 @@ def test_equals_the_literal_twin_in_float64(case, heads, fixed, softcap, seed):
         for h, n in ((heads[0], queries), (heads[1], keys), (heads[1], keys))
     )
     length = keys + 3 if fixed else None
-    run = Run(None, 0, queries, 0, keys, 0)
+    run = KeyRun(None, 0, queries, 0, keys, 0)
     score = Score(scale=0.4, softcap=softcap)
     with torch.no_grad():
         got = banded_attention(q, k, v, score, layout, work(scaler, rope, run, length))
@@ -137,7 +137,7 @@ def test_the_fused_kernel_agrees_with_the_plain_one(spec):
     scaler = parse(spec.format(w=90))
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, h, n, 16) for h, n in ((4, 700), (2, 1100), (2, 1100)))
-    run, layout = Run(None, 0, 700, 0, 1100, 0), Layout(0, 16, False)
+    run, layout = KeyRun(None, 0, 700, 0, 1100, 0), Layout(0, 16, False)
     with torch.no_grad():
         fused = banded_attention(q, k, v, Score(scale=0.25), layout, work(scaler, rope, run))
         plain = banded_attention(*(t.double() for t in (q, k, v)), Score(scale=0.25), layout, work(scaler, rope, run))
@@ -174,7 +174,7 @@ def largest_tensor(spec, dtype, tokens):
     rope = RopeSpec(dim=4, base=1e4, trained_length=512)
     trains = dtype == torch.float64
     q, k, v = (torch.ones(1, 1, tokens, 4, dtype=dtype, requires_grad=trains) for _ in range(3))
-    run = Run(None, 0, tokens, 0, tokens, 0)
+    run = KeyRun(None, 0, tokens, 0, tokens, 0)
     with torch.set_grad_enabled(trains), LargestTensor() as largest:
         segments = work(parse(spec), rope, run, tokens)
         out = banded_attention(q, k, v, Score(scale=0.5), Layout(0, 4, False), segments)
@@ -204,7 +204,7 @@ def test_the_models_own_sinks_take_weight():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.float64) for _ in range(3))
     sinks = torch.tensor([0.3, -1.0], dtype=torch.float64)
-    run, rope = Run(None, 0, 6, 0, 6, 0), RopeSpec(dim=8, base=1e4, trained_length=64)
+    run, rope = KeyRun(None, 0, 6, 0, 6, 0), RopeSpec(dim=8, base=1e4, trained_length=64)
     with torch.no_grad():
         got = banded_attention(q, k, v, Score(scale=0.4), None, work(Scaler(), rope, run), sinks)
     scores = (q @ k.transpose(-1, -2) * 0.4).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -math.inf)
@@ -219,7 +219,7 @@ def test_gradients_equal_the_twins(spec):
     torch.manual_seed(0)
     tensors = [torch.randn(1, h, 90, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
     weight = torch.randn(1, 4, 90, 8, dtype=torch.float64)
-    run = Run(None, 0, 90, 0, 90, 0)
+    run = KeyRun(None, 0, 90, 0, 90, 0)
     ours = banded_attention(*tensors, Score(scale=0.4), layout, work(scaler, rope, run))
     twins = reference_attention(*tensors, Score(scale=0.4), layout, scaler, rope)
     for one, other in zip(*(torch.autograd.grad((out * weight).sum(), tensors) for out in (ours, twins)), strict=True):

@@ -17,7 +17,7 @@ from ...attention.causal import causal_attention
 from ...attention.kernel import Score
 from ...attention.plan import Segment
 from ...attention.rotation import angles
-from ...attention.rows import Run
+from ...attention.rows import KeyRun
 from ...kv_cache import KVLayer
 from .family import Decoder
 from .rotation_table import RotationTable
@@ -93,7 +93,7 @@ def _rms(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
 class Chunk:
     """Attention of one chunk in one group of layers, with what all its layers share."""
 
-    def __init__(self, rotation: RotationTable, run: Run) -> None:
+    def __init__(self, rotation: RotationTable, run: KeyRun) -> None:
         self._rotation = rotation
         self._run = run
         group, site = rotation.group, rotation.plan.site
@@ -105,7 +105,7 @@ class Chunk:
         self._temperature = None
         if rotation.tempered and not rotation.mapped:
             self._temperature = site.logit_factor(rotation.plan.scaler, where).float()[:, None]
-        self._work: list[tuple[Run, list[Segment]]] | None = None
+        self._work: list[tuple[KeyRun, list[Segment]]] | None = None
         if rotation.mapped:
             self._work = [(run, rotation.plan.segments(run))]
         elif group.window is not None and run.key_stop > group.window:
@@ -129,7 +129,7 @@ class Chunk:
         return banded_attention(q, keys, values, score, None, self._work)
 
 
-def _window(rotation: RotationTable, run: Run, window: int) -> Segment:
+def _window(rotation: RotationTable, run: KeyRun, window: int) -> Segment:
     """The queries of a run under a sliding window, as one band."""
     band = Band(
         name="window",

@@ -22,7 +22,7 @@ from ....errors import ConfigError, UnsupportedModel
 from ....scaling.rope import Scaler
 from ...attention.kernel import Score
 from ...attention.rotation import angles
-from ...attention.rows import Run
+from ...attention.rows import KeyRun
 from ...cache import rewind
 from ...kv_cache import CacheShape, KVCache, KVLayer
 from ...memory import check_room
@@ -320,7 +320,7 @@ class CompiledRunner(TransformersRunner):
         """A chunk of one sequence, in torch: the logits of the last `logits_to_keep` tokens, [logits_to_keep, V]."""
         self.check(ids)
         start, count = cache.length, len(ids)
-        run = Run(None, 0, count, 0, start + count, 0)
+        run = KeyRun(None, 0, count, 0, start + count, 0)
         chunks = [Chunk(rotation, run) for rotation in self._rotations]
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
