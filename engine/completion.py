@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -68,13 +68,21 @@ class Completion:
     """
 
     text: str
-    token_ids: list[int]
+    token_ids: list[int] = field(repr=False)
     finish_reason: str
     usage: Usage
-    logprobs: list[Token] | None = None
-    continuation: Continuation | None = None
+    logprobs: list[Token] | None = field(default=None, repr=False)
+    continuation: Continuation | None = field(default=None, repr=False)
     unfinished: bytes = b""
-    sources: list[int] | None = None
+    sources: list[int] | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        """The text, and a line that says how it ended."""
+        usage = self.usage
+        return (
+            f"{self.text}\n[{usage.completion_tokens} tokens after a prompt of {usage.prompt_tokens}; "
+            f"finish_reason {self.finish_reason!r}]"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +90,22 @@ class Score:
     """Log-probabilities of a text, nats. `logprobs[t]` is that of `token_ids[t + 1]` given the tokens before it;
     the first token has none."""
 
-    token_ids: list[int]
-    logprobs: Tensor
+    token_ids: list[int] = field(repr=False)
+    logprobs: Tensor = field(repr=False)
     text_bytes: int
+
+    def __str__(self) -> str:
+        """Loss, perplexity and bits per byte in one line."""
+        count = len(self.logprobs)
+        if not count:
+            return f"{len(self.token_ids)} token(s): none has a token before it, so none has a log-probability"
+        return (
+            f"{self.loss:.4f} nats a token over {count:,} tokens "
+            f"(perplexity {self.perplexity:.4g}, {self.bits_per_byte:.4g} bits a byte)"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Score {self}>"
 
     @property
     def loss(self) -> float:

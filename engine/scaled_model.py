@@ -220,6 +220,12 @@ class ScaledModel:
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
+    def __str__(self) -> str:
+        return self.describe()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}, rope {str(self.rope)!r}>"
+
     def new_cache(self, capacity: int) -> Cache:
         """An empty key-value cache for one sequence of about `capacity` tokens."""
         return self._runner.new_cache(capacity)

@@ -30,6 +30,7 @@ from .storage import share
 
 _FORMAT = "ropewalk session 1"
 _SPARE = 256  # tokens of spare room after loading a file
+_SHOWN = 60  # characters of the end of the text in `print(session)`
 
 
 class Session:
@@ -67,6 +68,21 @@ class Session:
     def tokens(self) -> int:
         """Tokens held."""
         return len(self._cached.ids)
+
+    def __str__(self) -> str:
+        """The model and scaler, how much is held, and how the text ends."""
+        text = self.text
+        end = ("..." if len(text) > _SHOWN else "") + text[-_SHOWN:]
+        lines = {
+            "model": self._model.name,
+            "rope": str(self._model.rope),
+            "held": f"{self.tokens:,} tokens in the cache, {len(text):,} characters of text",
+            "ends": repr(end),
+        }
+        return "\n".join(f"{name:<5}  {value}" for name, value in lines.items())
+
+    def __repr__(self) -> str:
+        return f"<Session of {self._model.name}, {self.tokens:,} tokens held>"
 
     def append(self, text: str, progress: Progress | None = None) -> None:
         """Read more text. The last few tokens are read later, when the text after them is known.

@@ -14,7 +14,7 @@ from .base import Base, BaseBound, CriticalBase
 from .interpolation import NTK, CoPE, DynamicNTK, Linear, NTKFixed, NTKMixed, Resonance
 from .lengths import format_length, parse_length
 from .longrope import LongRoPE
-from .methods import METHODS
+from .methods import METHODS, MethodSummary, MethodTable, scalers
 from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
 from .rope import Composition, Factored, Frequencies, RopeSpec, Scaler, compose
 from .spec import parse
@@ -42,6 +42,8 @@ __all__ = [
     "Llama3",
     "LogN",
     "LongRoPE",
+    "MethodSummary",
+    "MethodTable",
     "MrRoPE",
     "NTKByParts",
     "NTKFixed",
@@ -59,4 +61,5 @@ __all__ = [
     "format_length",
     "parse",
     "parse_length",
+    "scalers",
 ]

@@ -115,6 +115,12 @@ class PatchHandle:
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
+    def __str__(self) -> str:
+        return self.describe() if self.active else f"the patch {self.scaler}, undone"
+
+    def __repr__(self) -> str:
+        return f"<PatchHandle {str(self.scaler)!r}, {'active' if self.active else 'undone'}>"
+
     def __enter__(self) -> PatchHandle:
         return self
 

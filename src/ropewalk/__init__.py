@@ -2,8 +2,18 @@
 
     import ropewalk as rw
 
+    print(rw.scalers())                                     # every scaling method
     model = rw.load("smollm2-135m", rope="auto")
-    print(model.generate("Once upon a time", rw.SamplingParams(max_new_tokens=64)).text)
+    print(model)                                            # what runs it, its scaler and its reach
+    print(model.generate("Once upon a time", rw.SamplingParams(max_new_tokens=64)))
+    print(model.score(open("book.txt").read()))             # loss, perplexity, bits per byte
+    model.rope = "ntk:4|resonance"                          # another scaler, without loading again
+    with model.session() as chat:                           # a long text that is read once
+        chat.append(open("report.txt").read())
+        print(chat.generate("\\n\\nIn one sentence:").text)
+    handle = rw.patch(hf_model, "yarn:4")                   # a transformers model of your own
+    handle.undo()
+    rw.export("smollm2-135m", "out", rope="yarn:4")         # for vLLM, SGLang, llama.cpp, transformers
 
 Names are imported on first use, so that `import ropewalk` and the command line start without torch.
 """
@@ -38,6 +48,7 @@ if TYPE_CHECKING:
     from .engine.sampling import SamplingParams
     from .engine.session import Session
     from .evals.tuning.tune import tune
+    from .scaling.methods import scalers
     from .scaling.spec import parse
     from .tokenizer_tools.windows import windows
 
@@ -57,6 +68,7 @@ _LAZY = {
     "SamplingParams": ".engine.sampling",
     "Session": ".engine.session",
     "parse": ".scaling.spec",
+    "scalers": ".scaling.methods",
     "tune": ".evals.tuning.tune",
     "windows": ".tokenizer_tools.windows",
 }
@@ -88,6 +100,7 @@ __all__ = [
     "load",
     "parse",
     "patch",
+    "scalers",
     "tune",
     "windows",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,21 +18,12 @@ if TYPE_CHECKING:
 @click.command(epilog=EXAMPLES + "  ropewalk scalers")
 def scalers() -> None:
     """List every method: its spec, its fields with their defaults, what it does, and its source."""
-    from ..scaling import METHODS, format_length
+    from ..scaling.methods import scalers as summaries
 
-    for name, method in METHODS.items():
-        fields = []
-        for f in dataclasses.fields(method):
-            if f.default is dataclasses.MISSING:
-                fields.append(f.name)
-            else:
-                shown = format_length(f.default) if f.metadata.get("length") and f.default is not None else f.default
-                fields.append(f"{f.name}={str(shown).lower() if isinstance(shown, bool) else shown}")
-        summary = inspect.cleandoc(method.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        if not method.facet:
-            summary = "The untouched model."
-        click.echo(click.style(name, bold=True) + (f":{','.join(fields)}" if fields else ""))
-        click.echo(f"    {summary}\n    [{method.facet or 'no facet'}; {method.source}]")
+    for method in summaries():
+        fields = f":{','.join(method.fields)}" if method.fields else ""
+        click.echo(click.style(method.name, bold=True) + fields)
+        click.echo(f"    {method.summary}\n    [{method.facet or 'no facet'}; {method.source}]")
 
 
 @click.command(
