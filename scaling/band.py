@@ -24,9 +24,9 @@ class Band:
         name: what the band is called in pictures.
         start: first key that query i sees, int64 -> int64.
         stop: the key after the last one, at most i + 1, int64 -> int64.
-        query: position at which query i is turned, int64 -> float64; need not be whole.
-        key: position at which key j is turned, int64 -> float64. Bands with the same function share their
-            turned keys.
+        query: position by which query i is rotated, int64 -> float64; need not be whole.
+        key: position by which key j is rotated, int64 -> float64. Bands with the same function share their
+            rotated keys.
     """
 
     name: str

@@ -18,7 +18,7 @@ from .rope import Facet, Factored, Frequencies, RopeSpec, Scaler
 
 
 def pair_with_rotations(rope: RopeSpec, rotations: float) -> float:
-    """The (real-valued) pair index that makes `turns` turns over the trained length."""
+    """The (real-valued) pair index that makes `rotations` turns over the trained length."""
     return rope.dim * math.log(rope.trained_length / (2 * math.pi * rotations)) / (2 * math.log(rope.base))
 
 

@@ -32,7 +32,7 @@ class Node:
     """Covers that share all tokens but the last.
 
     Attributes:
-        path: their tokens between the cover's trunk and the last one.
+        path: their tokens between the cover's common prefix and the last one.
         suffix: the end of the prompt after `path`. Every token that is longer and begins with it makes a cover; if
             it is empty, the path is a cover itself, and any token may follow.
     """
@@ -52,7 +52,7 @@ class Cover:
 
     Attributes:
         prompt: the tokens that the tokenizer makes of it.
-        trunk: the tokens that all covers begin with, always a prefix of `prompt`.
+        common_prefix: the tokens that all covers begin with, always a prefix of `prompt`.
         nodes: the first is the prompt's own end, unless its last character is cut and cannot be written.
         text: bytes of the prompt after its last special token.
     """
@@ -77,8 +77,8 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
     """The covers of a prompt.
 
     Args:
-        prompt: text, UTF-8 bytes that may end inside a character, or token ids. Special tokens in it are walls, and so
-            are ids whose bytes are no character: only what follows the last of them is cut anew.
+        prompt: text, UTF-8 bytes that may end inside a character, or token ids. Only what follows the last
+            special token, and the last id whose bytes are no character, is cut anew.
 
     Raises:
         DataError: bytes that are not UTF-8, or that end in half a character that has no token; text with half a
@@ -93,18 +93,18 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
         ids = vocabulary.encode(whole.decode())
     else:
         ids, partial = list(prompt), b""
-    wall = _after_special_tokens(vocabulary, ids)
+    text_start = _after_special_tokens(vocabulary, ids)
     if not isinstance(prompt, str | bytes):
-        wall = _after_broken(vocabulary, ids, wall)
-    text = vocabulary.text_bytes(ids[wall:])
+        text_start = _after_broken(vocabulary, ids, text_start)
+    text = vocabulary.text_bytes(ids[text_start:])
     if not isinstance(prompt, str | bytes):
         whole, partial = _split(text)
-        ids, text = ids[:wall] + vocabulary.behind(whole.decode()), whole
+        ids, text = ids[:text_start] + vocabulary.behind(whole.decode()), whole
     elif _loses_end(prompt, text) if text else partial:
         text = _as_beginning(vocabulary, prompt if isinstance(prompt, str) else whole.decode())
-        ids = ids[:wall] + vocabulary.behind(text.decode())
+        ids = ids[:text_start] + vocabulary.behind(text.decode())
     try:
-        return _Search(vocabulary, ids, wall, text + partial, partial).cover()
+        return _Search(vocabulary, ids, text_start, text + partial, partial).cover()
     except UnicodeDecodeError as error:
         raise UnsupportedModel(f"{vocabulary.name} cuts characters, which its kind of tokenizer does not") from error
 
@@ -117,16 +117,16 @@ def _split(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _after_special_tokens(vocabulary: Vocabulary, ids: list[int]) -> int:
-    """How many tokens there are up to the last wall."""
+    """How many tokens there are up to the last special one."""
     return max((n + 1 for n, i in enumerate(ids) if vocabulary.is_special(i)), default=0)
 
 
-def _after_broken(vocabulary: Vocabulary, ids: list[int], wall: int) -> int:
-    """How many tokens there are up to the last one, from `wall` on, with bytes that are no character."""
-    while runs := broken(vocabulary.text_bytes(ids[wall:])):
-        ends = accumulate(len(vocabulary.tokens[i]) for i in ids[wall:])
-        wall += next(n for n, end in enumerate(ends, 1) if end >= runs[-1][1])
-    return wall
+def _after_broken(vocabulary: Vocabulary, ids: list[int], text_start: int) -> int:
+    """How many tokens there are up to the last one, from `text_start` on, with bytes that are no character."""
+    while runs := broken(vocabulary.text_bytes(ids[text_start:])):
+        ends = accumulate(len(vocabulary.tokens[i]) for i in ids[text_start:])
+        text_start += next(n for n, end in enumerate(ends, 1) if end >= runs[-1][1])
+    return text_start
 
 
 def _loses_end(prompt: str | bytes, text: bytes) -> bool:
@@ -156,15 +156,15 @@ class _Search:
 
     Args:
         ids: its tokens, as the tokenizer makes them; without the half character that it may end in.
-        wall: how many of them come before the text that may be cut otherwise.
+        text_start: how many of them come before the text that may be cut otherwise.
         text: the bytes of that text, `partial`, the half character, included.
     """
 
-    def __init__(self, vocabulary: Vocabulary, ids: list[int], wall: int, text: bytes, partial: bytes) -> None:
-        self.vocabulary, self.ids, self.wall, self.text, self.partial = vocabulary, ids, wall, text, partial
-        lengths = (len(vocabulary.tokens[i]) for i in ids[wall:])
-        self.borders = [0, *accumulate(lengths)]  # byte offsets at which the tokens after the wall begin and end
-        self.kept, self.start = wall, 0  # tokens that all covers share for certain, and the offset after them
+    def __init__(self, vocabulary: Vocabulary, ids: list[int], text_start: int, text: bytes, partial: bytes) -> None:
+        self.vocabulary, self.ids, self.text_start, self.text, self.partial = vocabulary, ids, text_start, text, partial
+        lengths = (len(vocabulary.tokens[i]) for i in ids[text_start:])
+        self.borders = [0, *accumulate(lengths)]  # byte offsets at which the tokens of `text` begin and end
+        self.kept, self.start = text_start, 0  # tokens that all covers share for certain, and the offset after them
 
     def cover(self) -> Cover:
         if not self.text:
@@ -198,7 +198,7 @@ class _Search:
             if self._narrow_from(first):
                 return
             if width >= _WIDEST:
-                self.kept, self.start = self.wall + first, self.borders[first]
+                self.kept, self.start = self.text_start + first, self.borders[first]
                 return
             width *= 4
         self._narrow_from(0)
@@ -213,9 +213,9 @@ class _Search:
             return False
         start = self.borders[first] + len(window[: firm[-1]].encode())
         n = bisect_left(self.borders, start)
-        if self.borders[n] != start or self.vocabulary.behind(window[firm[-1] :]) != self.ids[self.wall + n :]:
+        if self.borders[n] != start or self.vocabulary.behind(window[firm[-1] :]) != self.ids[self.text_start + n :]:
             return False
-        self.kept, self.start = self.wall + n, start
+        self.kept, self.start = self.text_start + n, start
         return True
 
     def _nodes(self, hypothesis: Hypothesis) -> Iterator[Node]:
@@ -248,7 +248,7 @@ class _OpenPiece:
         if len(self.text) - start > _LONG and not self.vocabulary.unigram:
             n = bisect_left(search.borders, start)
             own = search.borders[n] == start
-            self.tokens = search.ids[search.wall + n :] if own else self.vocabulary.beginning(self.text[start:])
+            self.tokens = search.ids[search.text_start + n :] if own else self.vocabulary.beginning(self.text[start:])
             self.borders = [
                 start,
                 *(start + end for end in accumulate(len(self.vocabulary.tokens[i]) for i in self.tokens)),

@@ -23,15 +23,15 @@ class Vocabulary(ABC):
 
     Attributes:
         tokens: the exact bytes of every token, by id; those of special and unused tokens are empty.
-        walls: ids that are not text or that the tokenizer matches before anything else: special, added, unknown and
-            unused tokens. No other token's bytes ever extend over one.
+        special_ids: ids that are not text or that the tokenizer matches before anything else: special, added, unknown
+            and unused tokens. No other token's bytes ever extend over one.
         byte_level: True if a token may begin or end inside a character.
         unigram: True if tokens are the best segmentation of a piece; unlike those of BPE, they need not be right where
             every two neighbours are.
         rows: tokens that the model has, if a model is known. A tokenizer may have more; a text that needs one of those
             is refused, and no cover has one.
         special_tokens: True if the name of a special token in a text stands for that token; else it is text like any
-            other, so that nobody's text can act as one.
+            other, so that no text can act as one.
         name: what to call the tokenizer in messages.
         kind: what sort of tokenizer it is, such as "byte-level BPE".
     """
@@ -152,7 +152,7 @@ class Vocabulary(ABC):
         return b"".join(self.tokens[i] for i in ids if i < len(self.tokens))
 
     def is_special(self, token: int) -> bool:
-        """True for `walls` and for tokens that only the model has."""
+        """True for `special_ids` and for tokens that only the model has."""
         return token in self.special_ids or token >= len(self.tokens)
 
     def has_rows(self, ids: Sequence[int]) -> bool:
