@@ -22,8 +22,13 @@ ROWS = 8  # sequences that are written together at most: eight share the reading
 _SHARED = 32  # tokens of a common beginning from which on it is worth copying
 
 
-def run(
-    model: ScaledModel, sequences: abc.Iterable[Sequence], length: int, *, rope: Scaler | None = None, rows: int = 1
+def generate_tokens(
+    model: ScaledModel,
+    sequences: abc.Iterable[Sequence],
+    length: int,
+    *,
+    expected_rope: Scaler | None = None,
+    rows: int = 1,
 ) -> abc.Iterator[tuple[Sequence, str]]:
     """Write sequences, up to `rows` of them together; each that ends makes room for the next.
 
@@ -33,7 +38,8 @@ def run(
 
     Args:
         length: tokens of the longest sequence, prompt and answer.
-        rope: the scaler that the caches were made ready for; None is the one in use.
+        expected_rope: the scaler that the caches were prepared for; another one in use is an error. None is the
+            scaler in use now.
 
     Yields:
         After every token its sequence, and the text that is certain now.
@@ -44,10 +50,10 @@ def run(
     """
     waiting, running = deque(sequences), list[Sequence]()
     ended: Sequence | None = None  # the last to end: the next may share its beginning
-    rope = rope or model.rope
+    expected_rope = expected_rope or model.rope
     while waiting or running:
         pieces: list[tuple[Sequence, str]] = []
-        with model.running(length, rope) as runner:
+        with model.running(length, expected_rope) as runner:
             while waiting and len(running) < rows:
                 sequence = waiting[0]
                 if not sequence.caches:
@@ -88,7 +94,7 @@ def run(
 
 
 def _release(*sequences: Sequence | None) -> None:
-    """Give the memory of their caches back."""
+    """Free their caches."""
     for sequence in sequences:
         if sequence is not None:
             sequence.release()
@@ -113,7 +119,7 @@ def complete_all(model: ScaledModel, prompts: abc.Sequence[Prompt], params: Samp
             longest = max(lengths[index] for index in members)
             with model.running(longest):  # no other scaler between two tokens
                 rows = _rows_that_fit(model, [lengths[index] for index in members])
-                for _ in run(model, [sequences[index] for index in members], longest, rows=rows):
+                for _ in generate_tokens(model, [sequences[index] for index in members], longest, rows=rows):
                     pass
     except OutOfMemory as error:
         error.finished = {index: sequence.completion() for index, sequence in enumerate(sequences) if sequence.done}
@@ -138,7 +144,7 @@ def _shared_beginning(sequence: Sequence, others: abc.Sequence[Sequence]) -> Cac
     best, longest = None, _SHARED - 1
     for other in others:
         if isinstance(other.cache, KVCache):
-            shared = shared_length(other.prompt_ids, sequence.prompt.certain[:-1])  # the last token is run again
+            shared = shared_length(other.prompt_ids, sequence.prompt.certain_ids[:-1])  # the last token is run again
             if shared > longest:
                 best, longest = other.cache, shared
     if best is None:

@@ -15,7 +15,7 @@ from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.vocabulary import check_text
 from . import tuned_scalers
 from .completion import Completion, Score
-from .generation import complete_all, run
+from .generation import complete_all, generate_tokens
 from .nbce import NBCE
 from .pooled import ContextCaches, PooledSequence, complete_pooled
 from .prefill import Progress
@@ -84,7 +84,7 @@ class Model(ScaledModel):
         if isinstance(prompt, list):
             return complete_all(self, [self.read(text, params.continuation) for text in prompt], params)
         sequence = self._sequence(prompt, params)
-        for _ in run(self, [sequence], self.check_length(len(sequence.prompt.ids), params)):
+        for _ in generate_tokens(self, [sequence], self.check_length(len(sequence.prompt.ids), params)):
             pass
         return sequence.completion()
 
@@ -102,7 +102,7 @@ class Model(ScaledModel):
             return self.over_contexts(prompt, contexts, pooling, params).pieces()
         sequence = self._sequence(prompt, params)
         length = self.check_length(len(sequence.prompt.ids), params)
-        return (piece for _, piece in run(self, [sequence], length) if piece)
+        return (piece for _, piece in generate_tokens(self, [sequence], length) if piece)
 
     def over_contexts(
         self, question: str | bytes, contexts: Sequence[str], pooling: Pooling, params: SamplingParams
@@ -217,7 +217,7 @@ class Model(ScaledModel):
             DataError: the model has no such token.
         """
         sequence = self._sequence(ids, params, cache)
-        for _ in run(self, [sequence], self.check_length(len(sequence.prompt.ids), params, cache)):
+        for _ in generate_tokens(self, [sequence], self.check_length(len(sequence.prompt.ids), params, cache)):
             pass
         return sequence.completion()
 

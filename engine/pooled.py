@@ -16,7 +16,7 @@ from ..errors import ConfigError, ContextOverflow, OutOfMemory
 from ..tokenizer_tools.vocabulary import check_text
 from .cache import tokens_read
 from .completion import Completion, Usage
-from .generation import run
+from .generation import generate_tokens
 from .nbce import NBCE
 from .placement import input_device
 from .prefill import prefill
@@ -35,17 +35,17 @@ class ContextCaches:
     def __init__(self, model: ScaledModel) -> None:
         self._model, self._lock = model, threading.Lock()
         self._cached: list[PrefixCache] = []
-        self._lent: WeakSet[PrefixCache] = WeakSet()
+        self._borrowed: WeakSet[PrefixCache] = WeakSet()
 
     @contextlib.contextmanager
-    def lent(self, rows: abc.Sequence[Prompt]) -> abc.Iterator[list[PrefixCache]]:
+    def borrowed(self, rows: abc.Sequence[Prompt]) -> abc.Iterator[list[PrefixCache]]:
         """A cache for each row, for this block alone. Afterwards they replace the caches returned before."""
         taken = self._take(rows)
-        self._lent.update(taken)
+        self._borrowed.update(taken)
         try:
             yield taken
         finally:
-            if all(cached in self._lent for cached in taken):  # `clear` was not called meanwhile
+            if all(cached in self._borrowed for cached in taken):  # `clear` was not called meanwhile
                 self._cached = taken
 
     def _take(self, rows: abc.Sequence[Prompt]) -> list[PrefixCache]:
@@ -54,8 +54,8 @@ class ContextCaches:
             free, self._cached = self._cached, []
         taken = []
         for row in rows:
-            best = max(free, key=lambda cached: cached.shared(row.certain), default=None)
-            if best is None or not best.shared(row.certain):
+            best = max(free, key=lambda cached: cached.shared(row.certain_ids), default=None)
+            if best is None or not best.shared(row.certain_ids):
                 best = PrefixCache(self._model)
             else:
                 free = [cached for cached in free if cached is not best]
@@ -64,7 +64,7 @@ class ContextCaches:
 
     def clear(self) -> None:
         """Free the caches; those lent out are not taken back."""
-        self._cached, self._lent = [], WeakSet()
+        self._cached, self._borrowed = [], WeakSet()
 
 
 class PooledSequence(Sequence):
@@ -90,7 +90,7 @@ class PooledSequence(Sequence):
         _check(question, contexts)
         self._model, self._nbce, self._context_caches = model, nbce, caches
         self._prompts = _read(model, nbce.rows(question, list(contexts)), params)
-        self._longest = _longest(model, self._prompts, params)
+        self._longest = _longest_row(model, self._prompts, params)
         self._read_ids = [prompt.ids for prompt in self._prompts]
         self._caches: list[Cache] = []
         self._pending: list[list[int]] = []
@@ -108,25 +108,26 @@ class PooledSequence(Sequence):
         Raises:
             ContextOverflow: all contexts together are more than memory holds.
         """
-        with self._context_caches.lent(self._prompts) as cached:
+        with self._context_caches.borrowed(self._prompts) as cached:
             lengths = [len(prompt.ids) + self._params.max_new_tokens for prompt in self._prompts]
             self._model.check_room(*lengths, length=self._longest, caches=tuple(held.cache for held in cached))
-            rope, broken = self._model.rope, True
+            rope, interrupted = self._model.rope, True
             self._caches = [
-                held.ready(prompt.certain, self._longest) for held, prompt in zip(cached, self._prompts, strict=True)
+                held.prepare_for(prompt.certain_ids, self._longest)
+                for held, prompt in zip(cached, self._prompts, strict=True)
             ]
             try:
-                for _, piece in run(self._model, [self], self._longest, rope=rope):
+                for _, piece in generate_tokens(self._model, [self], self._longest, expected_rope=rope):
                     if piece:
                         yield piece
-                broken = False
+                interrupted = False
             except GeneratorExit:  # which comes between two steps
-                broken = False
+                interrupted = False
                 raise
             finally:
                 ids = [token.id for token in self.tokens]
                 for held, read, prompt in zip(cached, self._read_ids, self._prompts, strict=True):
-                    held.settle([*read, *ids] if ids else prompt.certain, broken)
+                    held.truncate_to([*read, *ids] if ids else prompt.certain_ids, interrupted)
 
     @property
     def caches(self) -> list[Cache]:
@@ -224,7 +225,7 @@ def _read(model: ScaledModel, texts: list[str], params: SamplingParams) -> list[
     return [model.read(text, "off") for text in texts]
 
 
-def _longest(model: ScaledModel, rows: abc.Sequence[Prompt], params: SamplingParams) -> int:
+def _longest_row(model: ScaledModel, rows: abc.Sequence[Prompt], params: SamplingParams) -> int:
     """Tokens of the longest row with its answer: the length that the scaler is prepared for."""
     lengths = []
     for number, row in enumerate(rows):

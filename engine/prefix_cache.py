@@ -31,7 +31,7 @@ class PrefixCache:
         """Tokens that it holds of the beginning of `ids`."""
         return shared_length(self.ids, ids)
 
-    def ready(self, certain: list[int], length: int) -> Cache:
+    def prepare_for(self, certain_ids: list[int], length: int) -> Cache:
         """The cache under the scaler in use, holding no more than the beginning it shares with `certain`.
 
         The last token is left out: it is run again, to see what follows it.
@@ -46,16 +46,16 @@ class PrefixCache:
                 if cache is not None and runner.rotate_cached_keys(cache, self.rope_state):
                     self.cache, self.ids = cache, ids
                 self.rope_state = runner.rope_state
-        self.settle(self.ids[: self.shared(certain[:-1])])
+        self.truncate_to(self.ids[: self.shared(certain_ids[:-1])])
         if self.cache is None:
             self.cache = self._model.new_cache(length)
         return self.cache
 
-    def settle(self, known: list[int], broken: bool = False) -> None:
-        """Keep what the cache holds of `known`, in all layers alike.
+    def truncate_to(self, ids: list[int], interrupted: bool = False) -> None:
+        """Cut the cache to the tokens that it shares with `ids`, in all layers alike.
 
         Args:
-            broken: a step was interrupted (Ctrl-C), possibly between two layers.
+            interrupted: a step was interrupted (Ctrl-C), possibly between two layers.
         """
         cache = self.cache
         self.clear()
@@ -63,16 +63,16 @@ class PrefixCache:
             return
         if can_rewind(cache):
             lengths = [tokens_read(layer) for layer in cache.layers]
-            held = min([len(known), *lengths])
+            held = min([len(ids), *lengths])
             if not (layers_agree(cache) and can_rewind(cache, max(lengths, default=0) - held)):
                 return
             for layer, length in zip(cache.layers, lengths, strict=True):
                 layer.crop(held - length)
         else:
             held = tokens_read(cache)
-            if broken or held > len(known):
+            if interrupted or held > len(ids):
                 return
-        self.cache, self.ids = cache, known[:held]
+        self.cache, self.ids = cache, ids[:held]
 
     def hold(self, cache: Cache, ids: list[int], rope_state: RopeState) -> None:
         """Take over a cache and its tokens."""

@@ -49,17 +49,17 @@ class Prompt:
         starts_text: True if no text is in it.
         cover: its covers, where the first token of the answer is to be drawn among them.
         start: the tokenizer's start token.
-        pending: bytes of half a character that it ends in.
+        unfinished: bytes of a character that it ends inside.
     """
 
     ids: list[int]
     starts_text: bool
     cover: Cover | None = None
     start: int | None = None
-    pending: bytes = b""
+    unfinished: bytes = b""
 
     @property
-    def certain(self) -> list[int]:
+    def certain_ids(self) -> list[int]:
         """Tokens that are read whatever is drawn."""
         return self.ids if self.cover_to_weigh is None else list(self.cover_to_weigh.common_prefix)
 
@@ -98,23 +98,23 @@ class Prompt:
             return cls(
                 ids=vocabulary.checked(_started(ids, start)),
                 starts_text=all(map(vocabulary.is_special, ids)),
-                pending=b"" if is_text else _pending(vocabulary, ids),
+                unfinished=b"" if is_text else _unfinished(vocabulary, ids),
             )
         covers = cover(vocabulary, vocabulary.of_bytes(prompt) if broken and isinstance(prompt, bytes) else prompt)
         weighs = continuation == "exact"
         if continuation == "auto" and not covers.only_aligned:
             weighs = bool(covers.common_prefix or start is not None) and not _ends_in_header(prompt, tokenizer)
-        pending = split_character(covers.text)[1]
+        half = split_character(covers.text)[1]
         if not weighs and not covers.nodes[0].aligned:
             raise DataError(
-                f"the prompt ends in {pending!r}, half a character that {vocabulary.name} has no tokens for; remove "
+                f"the prompt ends in {half!r}, half a character that {vocabulary.name} has no tokens for; remove "
                 "it, or set continuation='exact', which draws it with the rest of its character"
             )
         return cls(
             ids=vocabulary.checked(_started(list(covers.prompt), start)),
             cover=covers if weighs else None,
             start=start,
-            pending=pending,
+            unfinished=half,
             starts_text=not covers.text and all(map(vocabulary.is_special, covers.prompt[-1:])),
         )
 
@@ -125,10 +125,10 @@ class Prompt:
 
     def text_stream(self, vocabulary: Vocabulary) -> TextStream:
         """For the text of the answer."""
-        return TextStream(vocabulary, pending=self.pending, starts_text=self.starts_text)
+        return TextStream(vocabulary, pending=self.unfinished, starts_text=self.starts_text)
 
 
-def _pending(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
+def _unfinished(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
     """The beginning of a character that token ids end in."""
     end = b""
     for token in reversed(ids):

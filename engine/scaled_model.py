@@ -30,6 +30,7 @@ from .runners.runner import RopeState, Runner, token_rows
 from .sampling import Continuing, SamplingParams
 from .sequence import stop_ids
 
+_ANY_LENGTH = 2**31  # more than any text has
 _LONGEST_NAME = 64  # characters of the name of a special token, which the vocabulary's trie does not hold
 
 
@@ -67,7 +68,7 @@ class ScaledModel:
         self.rope = rope
 
     @contextmanager
-    def running(self, length: int | None, rope: Scaler | None = None) -> Iterator[Runner]:
+    def running(self, length: int | None, expected_rope: Scaler | None = None) -> Iterator[Runner]:
         """What runs the model, ready for sequences of `length` tokens, and for this thread alone.
 
             with model.running(len(ids)) as runner:
@@ -75,22 +76,22 @@ class ScaledModel:
 
         Args:
             length: None is within the trained length.
-            rope: the scaler that a text was begun under.
+            expected_rope: the scaler that a text was begun under.
 
         Raises:
-            PatchError: the scaler in use is no longer `rope`.
+            PatchError: the scaler in use is no longer `expected_rope`.
         """
         with self._lock, torch.inference_mode():
-            if rope is not None and self._rope is not rope:
+            if expected_rope is not None and self._rope is not expected_rope:
                 raise PatchError(
-                    f"the scaler was changed from {rope} to {self._rope} while a text was being streamed; "
+                    f"the scaler was changed from {expected_rope} to {self._rope} while a text was being streamed; "
                     "finish the stream first, or start it again"
                 )
             self._slot.prepare(self.rope_at(length), length)
             yield self._runner
 
     @contextmanager
-    def running_under(self, rope: Scaler, length: int | None) -> Iterator[Runner]:
+    def running_under(self, length: int | None, rope: Scaler) -> Iterator[Runner]:
         """`running` with `rope` in use, also afterwards."""
         with self._lock:
             if self._rope != rope:
@@ -146,7 +147,7 @@ class ScaledModel:
         """Most tokens `generate` accepts, prompt and answer together: the scaler's reach unless set."""
         if self.limit is not None:
             return self.limit
-        return int(self.reach) if math.isfinite(self.reach) else 2**31
+        return int(self.reach) if math.isfinite(self.reach) else _ANY_LENGTH
 
     @property
     def vocabulary_size(self) -> int:

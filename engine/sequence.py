@@ -68,7 +68,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and of the longest answer."""
+        """Tokens of the prompt and `max_new_tokens`."""
         return len(self.prompt.ids) + self._params.max_new_tokens
 
     @property
@@ -77,7 +77,7 @@ class Sequence:
         return [] if self.cache is None else [self.cache]
 
     def release(self) -> None:
-        """Give the memory of the cache back. `first_token` reads everything again and goes on."""
+        """Free the cache. `first_token` then reads everything again and continues."""
         self.cache = None
 
     @property
@@ -169,7 +169,7 @@ class Sequence:
     @property
     def data(self) -> bytes:
         """What was written, in UTF-8, without what is in the prompt; it may begin and end inside a character."""
-        start = self.prompt.pending
+        start = self.prompt.unfinished
         every = start + self._stream.data
         return (first_characters(every, len(self.text)) if self._matcher.cuts else every)[len(start) :]
 

@@ -18,7 +18,7 @@ from ..tokenizer_tools.cover import shared_length
 from ..tokenizer_tools.vocabulary import check_text
 from .cache import can_rewind
 from .completion import Completion
-from .generation import run
+from .generation import generate_tokens
 from .kv_cache import KVCache
 from .prefill import Progress, prefill
 from .prefix_cache import PrefixCache
@@ -93,20 +93,20 @@ class Session:
             ContextOverflow: the text is longer than the scaler reaches, or than memory holds.
         """
         self._end_stream()
-        data = self._with(text)
-        certain = self._read(data).certain
-        length = self._model.check_length(len(certain), SamplingParams(max_new_tokens=1), self._cached.cache)
+        data = self._data_with(text)
+        certain_ids = self._read(data).certain_ids
+        length = self._model.check_length(len(certain_ids), SamplingParams(max_new_tokens=1), self._cached.cache)
         with self._model.running(length) as runner:  # the scaler must not change between the two
-            cache = self._cached.ready(certain, length)
+            cache = self._cached.prepare_for(certain_ids, length)
             if not can_rewind(cache):
-                certain = certain[:-1]  # an answer runs the last token again, to see what follows it
-            if (held := len(self._cached.ids)) < len(certain):
+                certain_ids = certain_ids[:-1]  # an answer runs the last token again, to see what follows it
+            if (held := len(self._cached.ids)) < len(certain_ids):
                 try:
-                    prefill(runner, certain[held:], cache, progress)
+                    prefill(runner, certain_ids[held:], cache, progress)
                 except BaseException:
-                    self._cached.settle(certain, broken=True)
+                    self._cached.truncate_to(certain_ids, interrupted=True)
                     raise
-                self._cached.ids = certain
+                self._cached.ids = certain_ids
         self._data = data
 
     def generate(self, text: str = "", params: SamplingParams | None = None) -> Completion:
@@ -128,30 +128,30 @@ class Session:
 
     def _start(self, text: str, params: SamplingParams) -> tuple[Sequence, Iterator[str]]:
         self._end_stream()
-        data = self._with(text)
+        data = self._data_with(text)
         prompt = self._read(data, params)
         length = self._model.check_length(len(prompt.ids), params, self._cached.cache)
         sequence = Sequence(prompt, params, self._model.vocabulary, self._model.stop_ids)
-        pieces = self._written(data, sequence, length)
+        pieces = self._stream_answer(data, sequence, length)
         self._stream = weakref.ref(pieces)
         return sequence, pieces
 
-    def _written(self, data: bytes, sequence: Sequence, length: int) -> Generator[str, None, None]:
+    def _stream_answer(self, data: bytes, sequence: Sequence, length: int) -> Generator[str, None, None]:
         rope, prompt = self._model.rope, sequence.prompt
-        sequence.cache = self._cached.ready(prompt.certain, length)
-        before, broken = self._data, False
+        sequence.cache = self._cached.prepare_for(prompt.certain_ids, length)
+        before, interrupted = self._data, False
         self._data = data
         try:
-            for _, piece in run(self._model, [sequence], length, rope=rope):
+            for _, piece in generate_tokens(self._model, [sequence], length, expected_rope=rope):
                 if piece:
                     yield piece
         except BaseException as error:
-            broken = not isinstance(error, GeneratorExit)  # raised between two steps
+            interrupted = not isinstance(error, GeneratorExit)  # raised between two steps
             raise
         finally:
             ids = [token.id for token in sequence.tokens]
-            self._data = data + sequence.data if ids or not broken else before
-            self._cached.settle([*sequence.prompt_ids, *ids] if ids else prompt.certain, broken)
+            self._data = data + sequence.data if ids or not interrupted else before
+            self._cached.truncate_to([*sequence.prompt_ids, *ids] if ids else prompt.certain_ids, interrupted)
 
     def _end_stream(self) -> None:
         if self._stream is not None and (stream := self._stream()) is not None:
@@ -174,8 +174,8 @@ class Session:
         if not 0 <= length <= held:
             raise ConfigError(f"crop {length} must be between 0 and the session's {held} characters")
         self._data = first_characters(self._data, length)
-        certain = self._read(self._data).certain if self._data else []
-        self._cached.settle(self._cached.ids[: shared_length(self._cached.ids, certain)])
+        certain_ids = self._read(self._data).certain_ids if self._data else []
+        self._cached.truncate_to(self._cached.ids[: shared_length(self._cached.ids, certain_ids)])
 
     def save(self, path: str | Path) -> None:
         """Write text, keys and values to a `.safetensors` file. `Model.session(path)` goes on from it.
@@ -270,7 +270,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _with(self, text: str) -> bytes:
+    def _data_with(self, text: str) -> bytes:
         check_text(text)
         return self._data + text.encode()
 

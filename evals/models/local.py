@@ -48,7 +48,7 @@ class LocalModel(MeasuredModel):
     def running(self, length: int) -> AbstractContextManager[Runner]:
         """The runner, ready for `length` tokens under this scaler; other threads wait until the
         block ends."""
-        return self.model.running_under(self.rope, length)
+        return self.model.running_under(length, self.rope)
 
     def under(self, scaler: Scaler) -> LocalModel:
         other = LocalModel(self.model, scaler)

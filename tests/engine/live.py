@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 
 import ropewalk as rw
-from ropewalk.engine.generation import run
+from ropewalk.engine.generation import generate_tokens
 from ropewalk.engine.kv_cache import KVCache, KVLayer
 from ropewalk.engine.prefill import prefill
 from ropewalk.engine.sequence import Sequence
@@ -48,11 +48,11 @@ def counted(model, monkeypatch):
     counts = []
     with monkeypatch.context() as patch:
         for name in ("_decode_step", "_prefill_chunk"):
-            run = getattr(model._runner, name)
+            generate_tokens = getattr(model._runner, name)
 
-            def counting(what, *args, run=run, few=name == "_decode_step"):
+            def counting(what, *args, generate_tokens=generate_tokens, few=name == "_decode_step"):
                 counts.append(sum(len(ids) for ids, _ in what) if few else len(what))
-                return run(what, *args)
+                return generate_tokens(what, *args)
 
             patch.setattr(model._runner, name, counting)
         yield counts
@@ -72,12 +72,12 @@ def interrupted(monkeypatch, where, after=0, error=KeyboardInterrupt):
         "written": (KVCache, "advance"),
         "counted": (rw.engine.runners.cpu.chunk.Layers, "capped"),
     }[where]
-    run, calls = getattr(owner, name), iter(range(after + 1))
+    generate_tokens, calls = getattr(owner, name), iter(range(after + 1))
 
     def failing(*args, **kwargs):
         if next(calls, None) == after:
             raise error
-        return run(*args, **kwargs)
+        return generate_tokens(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing)
@@ -101,6 +101,6 @@ def prepare(model, length):
 def written(model, prompt, params):
     """The completion of a prompt that was read already."""
     sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids)
-    for _ in run(model, [sequence], sequence.length):
+    for _ in generate_tokens(model, [sequence], sequence.length):
         pass
     return sequence.completion()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from live import MORE, TEXT, check_cache, counted, greedy
 
 import ropewalk as rw
-from ropewalk.engine.generation import run
+from ropewalk.engine.generation import generate_tokens
 from ropewalk.engine.sequence import Sequence
 from ropewalk.tokenizer_tools.characters import first_characters, shown
 
@@ -57,7 +57,7 @@ class Twin:
         except UnicodeDecodeError:  # a tiny model writes bytes that are no characters: they are held as they are
             prompt = self.model.read(data, params.continuation, broken=True)
         sequence = Sequence(prompt, params, self.model.vocabulary, self.model.stop_ids)
-        pieces = (piece for _, piece in run(self.model, [sequence], sequence.length) if piece)
+        pieces = (piece for _, piece in generate_tokens(self.model, [sequence], sequence.length) if piece)
         return list(islice(pieces, count)), sequence
 
     def generate(self, piece, params):
