@@ -126,7 +126,7 @@ def _lengths_read(site: RotarySite) -> list[int | None]:
     return [None, rope.rope.trained_length + 1, *([] if longest is None else [int(longest)])]
 
 
-class LengthState:
+class DynamicFrequencies:
     """What transformers keeps in rotary modules of the longest text so far, where the config's own scaling follows the
     length: remembered, to be put back after texts of ours."""
 

@@ -26,7 +26,7 @@ from .prompt import Prompt
 from .sampling import SamplingParams
 from .scaled_model import ScaledModel
 from .sequence import Sequence
-from .storage import share
+from .storage import make_readable
 
 _FORMAT = "ropewalk session 1"
 _SPARE = 256  # tokens of spare room after loading a file
@@ -210,7 +210,7 @@ class Session:
             with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
                 written = Path(folder, "session")
                 save_file(tensors, str(written), metadata=metadata)
-                share(written)
+                make_readable(written)
                 written.replace(target)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path} cannot be written: {error}") from error

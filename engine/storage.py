@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import AssetError
 
-__all__ = ["cache_dir", "filling", "make_room", "new_folder", "share", "write_atomic"]
+__all__ = ["cache_dir", "fill_once", "make_readable", "make_room", "new_folder", "write_atomic"]
 
 _MB = 1_000_000
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
@@ -30,7 +30,7 @@ def cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def filling(target: Path, *, needed: int, what: str) -> Iterator[Path | None]:
+def fill_once(target: Path, *, needed: int, what: str) -> Iterator[Path | None]:
     """An empty folder that becomes `target`, whole, when the block ends without an error.
 
     After an error, a Ctrl-C or a kill nothing is at `target`; what a killed process left is removed by the next.
@@ -45,7 +45,7 @@ def filling(target: Path, *, needed: int, what: str) -> Iterator[Path | None]:
         "; set ROPEWALK_CACHE to a folder that can be written",
     )
     with contextlib.ExitStack() as stack:
-        with _told(*told):
+        with _raised_as_asset_error(*told):
             target.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(target.with_name(f".{target.name}.lock"), what))
             there = target.exists()
@@ -53,7 +53,7 @@ def filling(target: Path, *, needed: int, what: str) -> Iterator[Path | None]:
                 for leftover in target.parent.glob(f".{target.name}-*.partial"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 _require_space(target.parent, needed, what, "set ROPEWALK_CACHE to a folder on a larger disk")
-        yield None if there else stack.enter_context(_becoming(target, *told))
+        yield None if there else stack.enter_context(_renamed_at_end(target, *told))
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def new_folder(target: Path, *, needed: int) -> Iterator[Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise AssetError(f"{target} exists and is not an empty folder; choose another name, or delete it first")
     make_room(target, needed)
-    with _becoming(target, f"{target}: cannot be written") as work:
+    with _renamed_at_end(target, f"{target}: cannot be written") as work:
         yield work
 
 
@@ -77,7 +77,7 @@ def make_room(target: Path, needed: int) -> None:
     Raises:
         AssetError: it cannot be made, or less than `needed` bytes are free there.
     """
-    with _told(f"{target}: cannot be written"):
+    with _raised_as_asset_error(f"{target}: cannot be written"):
         target.parent.mkdir(parents=True, exist_ok=True)
         _require_space(target.parent, needed, str(target), "choose a folder on a larger disk")
 
@@ -97,7 +97,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
-def share(*files: Path) -> None:
+def make_readable(*files: Path) -> None:
     """Let others read files as far as they read new ones: safetensors makes files for their owner alone."""
     for file in files:
         plain = file.with_name(f"{file.name}.new")
@@ -109,24 +109,24 @@ def share(*files: Path) -> None:
 
 
 @contextlib.contextmanager
-def _becoming(target: Path, failed: str, remedy: str = "") -> Iterator[Path]:
+def _renamed_at_end(target: Path, failed: str, remedy: str = "") -> Iterator[Path]:
     """A folder in scratch space beside `target` that takes its place at the end; `failed` and `remedy` as `_told`."""
     with contextlib.ExitStack() as stack:
-        with _told(failed, remedy):
+        with _raised_as_asset_error(failed, remedy):
             scratch = tempfile.TemporaryDirectory(
                 prefix=f".{target.name}-", suffix=".partial", dir=target.parent, ignore_cleanup_errors=True
             )
             work = Path(stack.enter_context(scratch)) / "result"
             work.mkdir()
-        with _told(failed, remedy, within=work.parent):
+        with _raised_as_asset_error(failed, remedy, within=work.parent):
             yield work
-        with _told(failed, remedy):
-            share(*(file for file in work.rglob("*") if file.is_file()))
+        with _raised_as_asset_error(failed, remedy):
+            make_readable(*(file for file in work.rglob("*") if file.is_file()))
             work.replace(target)
 
 
 @contextlib.contextmanager
-def _told(failed: str, remedy: str = "", *, within: Path | None = None) -> Iterator[None]:
+def _raised_as_asset_error(failed: str, remedy: str = "", *, within: Path | None = None) -> Iterator[None]:
     """Raise errors of the system as AssetError: what failed, why, and what to do.
 
     Args:

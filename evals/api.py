@@ -61,10 +61,10 @@ def perplexity(
         DataError: the text is too short.
     """
     if isinstance(model, Model):
-        _refuse(type(model).__name__, tokenizer=tokenizer, trained_length=trained_length)
+        _check_call(type(model).__name__, tokenizer=tokenizer, trained_length=trained_length)
         return _of_model(model, text, protocol, lengths, ropes, settings)
     if isinstance(model, PreTrainedModel):
-        _refuse("a transformers model", trained_length=trained_length)
+        _check_call("a transformers model", trained_length=trained_length)
         if tokenizer is None:
             raise ConfigError("a transformers model needs its tokenizer too: perplexity(..., tokenizer=tokenizer)")
         if (scaler := patched_with(model)) is not None:
@@ -77,7 +77,7 @@ def perplexity(
             model.train(was_training)
     if not callable(model):
         raise ConfigError(f"{type(model).__name__} is no model and no function from token ids to logits")
-    _refuse("a function from tokens to logits", ropes=ropes)
+    _check_call("a function from tokens to logits", ropes=ropes)
     name = getattr(model, "__name__", type(model).__name__)
     measured = FunctionModel(model, name=name, tokenizer=tokenizer, trained_length=trained_length)
     if protocol == LongPPL.name:
@@ -143,7 +143,7 @@ def _token_ids(documents: Any) -> list[list[int]]:
         ) from None
 
 
-def _refuse(what: str, **arguments: Any) -> None:
+def _check_call(what: str, **arguments: Any) -> None:
     """An argument without effect is a mistake."""
     for name, value in arguments.items():
         if value is not None:

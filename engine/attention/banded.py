@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..cache import RotatedKeys
 from .blocks import Block
-from .kernel import Score, attend, join
+from .kernel import AttentionScore, attend, join
 from .plan import Segment
 from .rotation import Layout
 from .rows import KeyRun
@@ -24,7 +24,7 @@ def banded_attention(
     q_BHND: Tensor,
     k_BKMD: Tensor,
     v_BKMD: Tensor,
-    score: Score,
+    score: AttentionScore,
     layout: Layout | None,
     work: list[tuple[KeyRun, list[Segment]]],
     sinks_H: Tensor | None = None,
@@ -72,7 +72,7 @@ def _segment(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    score: Score,
+    score: AttentionScore,
     layout: Layout | None,
     segment: Segment,
     sinks: Tensor | None,
@@ -124,7 +124,7 @@ def _block(
     queries: dict[int, Tensor],
     keys: dict[int, tuple[Tensor, int]],
     v: Tensor,
-    score: Score,
+    score: AttentionScore,
     block: Block,
     query_offset: int,
     sinks: Tensor | None,

@@ -17,14 +17,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .kernel import Score, attend, join
+from .kernel import AttentionScore, attend, join
 
 ATTENTION_NAME = "ropewalk_causal"
 
 _AT_ONCE = 1 << 15  # keys of the past that are read at a time
 
 
-def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, score: Score) -> Tensor:
+def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, score: AttentionScore) -> Tensor:
     """Attention of the last N of M positions over all M, causal. Inference only.
 
     Returns:
@@ -52,7 +52,7 @@ def _attention_forward(
 ) -> tuple[Tensor, None]:
     """What transformers' SDPA function computes, by its signature; query [B, H, N, D] -> [B, N, H, D]."""
     if attention_mask is None and not torch.is_grad_enabled():
-        score = Score(scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
+        score = AttentionScore(scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
         out = causal_attention(query, key, value, score)
     else:
         mask = causal_lower_right(query.shape[2], key.shape[2]) if attention_mask is None else attention_mask

@@ -24,7 +24,7 @@ _KEYS_AT_ONCE = 2048  # of the plain kernel: bounds its scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class AttentionScore:
     """How a score is made of a dot product.
 
     Args:
@@ -39,7 +39,7 @@ class Score:
 
 
 def attend(
-    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, score: Score, sees: Sees | Tensor = "all"
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, score: AttentionScore, sees: Sees | Tensor = "all"
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of every query over the keys it sees.
 
@@ -74,7 +74,7 @@ def join(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Te
     return torch.lerp(out_1, out_2, weight_2.to(out_1.dtype)), torch.logaddexp(lse_1, lse_2)
 
 
-def _fused(q: Tensor, v: Tensor, score: Score) -> bool:
+def _fused(q: Tensor, v: Tensor, score: AttentionScore) -> bool:
     return (
         q.device.type == "cpu"
         and q.dtype in FUSED_DTYPES
@@ -131,7 +131,7 @@ def _lower_triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     return out, lse
 
 
-def _attend_plain(q: Tensor, k: Tensor, v: Tensor, score: Score, sees: Sees | Tensor) -> tuple[Tensor, Tensor]:
+def _attend_plain(q: Tensor, k: Tensor, v: Tensor, score: AttentionScore, sees: Sees | Tensor) -> tuple[Tensor, Tensor]:
     B, H, N, D = q.shape
     K = k.shape[1]
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32

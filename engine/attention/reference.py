@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...scaling.rope import RopeSpec, Scaler
-from .kernel import Score
+from .kernel import AttentionScore
 from .rotation import Layout
 
 
@@ -18,7 +18,7 @@ def reference_attention(
     q_BHND: Tensor,
     k_BKMD: Tensor,
     v_BKMD: Tensor,
-    score: Score,
+    score: AttentionScore,
     layout: Layout,
     scaler: Scaler,
     rope: RopeSpec,

@@ -51,7 +51,7 @@ def key_slots(padding: Tensor | None, batch: int, kv_length: int, kv_offset: int
     return places[:, None, None, :]
 
 
-def runs(positions: Tensor, mask: Tensor | None, batch: int, queries: int, keys: int) -> list[KeyRun]:
+def key_runs(positions: Tensor, mask: Tensor | None, batch: int, queries: int, keys: int) -> list[KeyRun]:
     """The runs of one attention call.
 
     Args:

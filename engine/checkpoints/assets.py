@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from ...errors import AssetError, did_you_mean
-from ..storage import cache_dir, filling
-from .archive import Archive, extract, obtain
+from ..storage import cache_dir, fill_once
+from .archive import Archive, extract, fetch_archive
 from .gguf import conversion_folder, converted_gguf
 
 __all__ = ["ASSETS", "Asset", "cache_dir", "cached", "check_name", "fetch", "fetch_files"]
@@ -141,9 +141,9 @@ def fetch_files(name: str, *, quiet: bool = False) -> Path:
     check_name(name)
     asset = ASSETS[name]
     if not asset.folder.exists():
-        with filling(asset.folder, needed=asset.needed_bytes, what=name) as work:
+        with fill_once(asset.folder, needed=asset.needed_bytes, what=name) as work:
             if work is not None:
-                file = obtain(asset.archive, work.parent, what=name, quiet=quiet)
+                file = fetch_archive(asset.archive, work.parent, what=name, quiet=quiet)
                 extract(file, asset.root, asset.files, work)
     return asset.folder / asset.entry
 

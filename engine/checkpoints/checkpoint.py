@@ -22,7 +22,7 @@ from ...errors import AssetError, UnsupportedModel, first_line
 from ...scaling.hf import check_counts
 from ..storage import cache_dir
 from .quiet import quiet_transformers
-from .tensors import Shapes, check_loaded, check_places, stored_shapes
+from .tensors import Shapes, check_loaded, stored_shapes, tensors_by_weight
 
 __all__ = ["from_hub", "read_config", "read_tokenizer", "read_weights", "weight_files"]
 
@@ -82,7 +82,7 @@ def read_weights(source: str, config: Any, **options: Any) -> PreTrainedModel:
     """
     folder = Path(source) if Path(source).is_dir() else from_hub(source, "*.json")
     stored, empty = _check_size(folder, config)
-    places = check_places(source, empty, stored)
+    places = tensors_by_weight(source, empty, stored)
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, **_DATA_ONLY, **options)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import AssetError, UnsupportedModel, first_line
-from ..storage import cache_dir, filling
+from ..storage import cache_dir, fill_once
 from .quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def converted_gguf(file: Path, *, quiet: bool = False) -> Path:
 
         opened = GgufFile(file)
         needed = 4 * opened.weights + 20_000_000
-        with filling(folder, needed=needed, what=file.name) as work:
+        with fill_once(folder, needed=needed, what=file.name) as work:
             if work is not None:
                 _convert(opened, work, quiet=quiet)
     return folder

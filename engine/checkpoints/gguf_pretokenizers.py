@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PRE", "Pre"]
+__all__ = ["PRE_TOKENIZERS", "PreTokenizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pre:
+class PreTokenizer:
     """What a name implies.
 
     Attributes:
@@ -76,44 +76,47 @@ _SEED = (
 )
 _YOUTU = r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥\x{3040}-ゟ゠-ヿ]+"
 
-_GROUPS: tuple[tuple[str, Pre], ...] = (
+_GROUPS: tuple[tuple[str, PreTokenizer], ...] = (
     (
         "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert mpt olmo jais trillion "
         "granite-docling exaone4",
-        Pre(steps=({**_BYTES, "use_regex": True},)),
+        PreTokenizer(steps=({**_BYTES, "use_regex": True},)),
     ),
     (
         "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
-        Pre(steps=({"type": "Digits", "individual_digits": True}, {**_BYTES, "use_regex": True})),
+        PreTokenizer(steps=({"type": "Digits", "individual_digits": True}, {**_BYTES, "use_regex": True})),
     ),
     (
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
-        Pre(steps=_split(_words(_THREE)), ignore_merges=True, add_bos=True),
+        PreTokenizer(steps=_split(_words(_THREE)), ignore_merges=True, add_bos=True),
     ),
-    ("dbrx smaug-bpe glm4 chatglm-bpe", Pre(steps=_split(_words(_THREE)))),
-    ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", Pre(steps=_split(_WORDS))),
-    ("qwen35", Pre(steps=_split(_words(metadata=r"\p{M}")))),
-    ("ufakzeka", Pre(steps=_split(_words(short="")))),
-    ("laguna", Pre(steps=_split(r"[^\n]+|[\n]+", _WORDS))),
-    ("minicpm5", Pre(steps=_split(_THREE, _words(r"\p{N}+")), ignore_merges=True)),
-    ("jais-2", Pre(steps=_split(_words(_THREE).removesuffix(r"|\s+(?!\S)|\s+") + _SPACES))),
-    ("tekken", Pre(steps=_split(_cased(r"\p{N}")), ignore_merges=True, add_bos=True)),
-    ("gpt-4o llama4 kanana2 talkie minimax-m2", Pre(steps=_split(_CASED))),
-    ("tiny_aya cohere2moe", Pre(steps=_split(r"\d{1,3}(?=(?:\d{3})*\b)", _CASED))),
-    ("youtu", Pre(steps=_split(_YOUTU, _CASED.replace(_THREE, r"\p{N}")), ignore_merges=True)),
-    ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", Pre(steps=_split(_THREE, _HAN, _DEEPSEEK))),
+    ("dbrx smaug-bpe glm4 chatglm-bpe", PreTokenizer(steps=_split(_words(_THREE)))),
+    (
+        "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
+        PreTokenizer(steps=_split(_WORDS)),
+    ),
+    ("qwen35", PreTokenizer(steps=_split(_words(metadata=r"\p{M}")))),
+    ("ufakzeka", PreTokenizer(steps=_split(_words(short="")))),
+    ("laguna", PreTokenizer(steps=_split(r"[^\n]+|[\n]+", _WORDS))),
+    ("minicpm5", PreTokenizer(steps=_split(_THREE, _words(r"\p{N}+")), ignore_merges=True)),
+    ("jais-2", PreTokenizer(steps=_split(_words(_THREE).removesuffix(r"|\s+(?!\S)|\s+") + _SPACES))),
+    ("tekken", PreTokenizer(steps=_split(_cased(r"\p{N}")), ignore_merges=True, add_bos=True)),
+    ("gpt-4o llama4 kanana2 talkie minimax-m2", PreTokenizer(steps=_split(_CASED))),
+    ("tiny_aya cohere2moe", PreTokenizer(steps=_split(r"\d{1,3}(?=(?:\d{3})*\b)", _CASED))),
+    ("youtu", PreTokenizer(steps=_split(_YOUTU, _CASED.replace(_THREE, r"\p{N}")), ignore_merges=True)),
+    ("deepseek-v3 hunyuan-dense joyai-llm hy_v4", PreTokenizer(steps=_split(_THREE, _HAN, _DEEPSEEK))),
     (
         "deepseek-coder",
-        Pre(steps=_split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-\x{D7FF}]+", r"\p{N}")),
+        PreTokenizer(steps=_split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-\x{D7FF}]+", r"\p{N}")),
     ),
-    ("bailingmoe bailingmoe2 llada-moe", Pre(steps=_split(_BAILING))),
-    ("seed-coder", Pre(steps=_split(_SEED))),
-    ("exaone-moe", Pre(steps=_split(_EXAONE_MOE))),
-    ("poro-chat bloom gpt3-finnish", Pre(steps=_split(_BLOOM))),
-    ("viking", Pre(steps=_split(_BLOOM, r"\p{N}"))),
-    ("falcon", Pre(steps=_split(r"[\p{P}\$\+<=>\^~\|`]+", _GPT2_WORDS, r"[0-9][0-9][0-9]"))),
-    ("default", Pre(steps=_split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"))),
+    ("bailingmoe bailingmoe2 llada-moe", PreTokenizer(steps=_split(_BAILING))),
+    ("seed-coder", PreTokenizer(steps=_split(_SEED))),
+    ("exaone-moe", PreTokenizer(steps=_split(_EXAONE_MOE))),
+    ("poro-chat bloom gpt3-finnish", PreTokenizer(steps=_split(_BLOOM))),
+    ("viking", PreTokenizer(steps=_split(_BLOOM, r"\p{N}"))),
+    ("falcon", PreTokenizer(steps=_split(r"[\p{P}\$\+<=>\^~\|`]+", _GPT2_WORDS, r"[0-9][0-9][0-9]"))),
+    ("default", PreTokenizer(steps=_split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9][0-9][0-9]"))),
 )
 
-PRE: dict[str, Pre] = {name: pre for names, pre in _GROUPS for name in names.split()}
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: pre for names, pre in _GROUPS for name in names.split()}
 """By name; the first of those that mean the same is the one to write."""

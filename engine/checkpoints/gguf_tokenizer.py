@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RopewalkError, UnsupportedModel, did_you_mean, first_line
-from .gguf_pretokenizers import PRE
+from .gguf_pretokenizers import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from .gguf_file import GgufFile
@@ -127,13 +127,13 @@ class _Vocabulary:
     def byte_level(self) -> dict[str, Any]:
         """As tokenizer.json."""
         name = self.file.field("tokenizer.ggml.pre")
-        if name not in PRE:
+        if name not in PRE_TOKENIZERS:
             said = "no tokenizer.ggml.pre" if name is None else f"tokenizer.ggml.pre {name!r}"
             raise UnsupportedModel(
                 f"{self.file.path} has {said}, so how its tokenizer splits texts is not known; load the original "
-                f"checkpoint, or convert it again with a newer llama.cpp.{did_you_mean(name or '', PRE)}"
+                f"checkpoint, or convert it again with a newer llama.cpp.{did_you_mean(name or '', PRE_TOKENIZERS)}"
             )
-        pre = PRE[name]
+        pre = PRE_TOKENIZERS[name]
         bpe = self._bpe(self._listed_merges(), ignore_merges=pre.ignore_merges)
         decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
         steps = {"type": "Sequence", "pretokenizers": list(pre.steps)}

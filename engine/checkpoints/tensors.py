@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from ...errors import AssetError, first_line
 
-__all__ = ["Shapes", "check_loaded", "check_places", "next_token_layers", "stored_shapes", "untied"]
+__all__ = ["Shapes", "check_loaded", "next_token_layers", "stored_shapes", "tensors_by_weight", "untied"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of stored tensors, by name."""
@@ -140,7 +140,7 @@ def untied(model: Any) -> str | None:
     return next(f"{name}.weight" for name, module in model.named_modules() if module is head)
 
 
-def check_places(source: str, model: Any, names: Iterable[str]) -> dict[str, str]:
+def tensors_by_weight(source: str, model: Any, names: Iterable[str]) -> dict[str, str]:
     """The stored tensor of each weight that is stored as one, by the weight's name.
 
     Args:

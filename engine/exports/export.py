@@ -22,7 +22,7 @@ from ..checkpoints.gguf_file import GgufFile
 from ..patches.patch_record import patched_with
 from .hf_folder import KEPT, with_rope, write_copy, write_loaded
 from .plain import check_kind, check_plain
-from .scaled_config import Derived, check_written, is_accepted, settle
+from .scaled_config import Derived, check_written, is_accepted, scaler_to_write
 from .serving_engines import TARGETS, Target, serve_command, serve_script
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
         if hf.is_local(kind):  # no distance grows there
             scalers[kind] = one.scaler
         else:
-            scaler, tokens = settle(source.scaler, one, length, target)
+            scaler, tokens = scaler_to_write(source.scaler, one, length, target)
             scalers[kind] = scaler
     derives = derived is not None
     ropes = {kind: _written(one, scalers[kind], target, derives=derives) for kind, one in configured.items()}
@@ -236,7 +236,7 @@ def _write_gguf(source: _Source, out: Path, target: str, length: int | str | Non
     configured = source.configured
     if None not in configured:
         raise UnsupportedModel("a model with frequencies of their own for some layers cannot be written to GGUF")
-    scaler, tokens = settle(source.scaler, configured[None], length, target)
+    scaler, tokens = scaler_to_write(source.scaler, configured[None], length, target)
     rope = GgufRope.of(configured[None].rope, scaler)
     model = source.folder if source.model is None else (source.model, source.tokenizer)
     assert model is not None
@@ -251,7 +251,7 @@ def _rewrite(file: Path, out: Path, target: str, asked: str | Scaler | None, len
 
     opened = GgufFile(file)
     configured = opened.configured
-    scaler, tokens = settle(asked, configured, length, target)
+    scaler, tokens = scaler_to_write(asked, configured, length, target)
     rope = GgufRope.of(configured.rope, scaler)
     place(out, target, tokens, file.stat().st_size, lambda path: rewrite_gguf(opened, path, rope, tokens))
     return _gguf_export(out, target, scaler, tokens, rope)

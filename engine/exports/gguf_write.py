@@ -30,7 +30,7 @@ from ...scaling.gguf_rope import GgufRope
 from ..checkpoints.checkpoint import read_config, read_tokenizer, read_weights
 from ..rotary_site import primary_rotary
 from ..sequence import stop_ids
-from ..storage import cache_dir, filling
+from ..storage import cache_dir, fill_once
 from .gguf_write_tokenizer import add_vocabulary
 from .plain import check_plain
 
@@ -139,7 +139,7 @@ def cached_gguf(folder: Path, dtype: str) -> Path:
         console = Console(file=sys.stderr)
         shown = console.status(escape(f"writing {what}")) if console.is_terminal else contextlib.nullcontext()
         needed = 2 * sum(size for _, size, _ in states)  # float32 of a checkpoint in 16 bits
-        with shown, filling(target, needed=needed, what=what) as work:
+        with shown, fill_once(target, needed=needed, what=what) as work:
             if work is not None:
                 write_gguf(folder, work / file, dtype)
     return target / file

@@ -9,7 +9,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from ...errors import UnsupportedModel
-from ..checkpoints.gguf_pretokenizers import PRE
+from ..checkpoints.gguf_pretokenizers import PRE_TOKENIZERS
 from ..checkpoints.gguf_tokenizer import END_NAMES
 
 __all__ = ["add_vocabulary"]
@@ -69,7 +69,7 @@ def _split(described: dict[str, Any], name: str) -> str:
             f"{name}: its tokenizer normalizes texts ({described['normalizer']['type']}), which GGUF does not say"
         )
     whole = bool(bpe.get("ignore_merges", False))
-    for split, pre in PRE.items():
+    for split, pre in PRE_TOKENIZERS.items():
         if whole == pre.ignore_merges and _plain(steps) == _plain(pre.steps):
             return split
     raise UnsupportedModel(

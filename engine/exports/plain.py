@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModel
 from ..checkpoints.tensors import untied
-from ..patches.patch_record import Setting, setting_of
+from ..patches.patch_record import PatchRecord, patch_record
 from .rebuilt import check_computes, new_model
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ def check_plain(model: Model | PreTrainedModel) -> None:
         UnsupportedModel: with the first thing that config and weights do not say, and the way out.
     """
     if isinstance(model, PreTrainedModel):
-        _check(model, setting_of(model))
+        _check(model, patch_record(model))
         return
     with model.running(None) as runner:
         scaler, length = runner.rope_state
-        _check(model.hf, Setting(scaler, length=length))
+        _check(model.hf, PatchRecord(scaler, length=length))
 
 
-def _check(model: PreTrainedModel, setting: Setting | None) -> None:
+def _check(model: PreTrainedModel, setting: PatchRecord | None) -> None:
     name = type(model).__name__
     for module, part in model.named_modules():
         if hasattr(part, "base_layer") or hasattr(part, "modules_to_save"):
@@ -103,7 +103,7 @@ def _check_shared(model: PreTrainedModel, new: PreTrainedModel) -> None:
     """Refuse two weights in the same memory, such as those of a layer that is used twice, that the config does not
     tie."""
     tied = new.state_dict(keep_vars=True)
-    places = sorted((*place, name) for name, weight in model.state_dict().items() if (place := _place(weight)))
+    places = sorted((*place, name) for name, weight in model.state_dict().items() if (place := _memory_range(weight)))
     for (memory, _, end, one), (same, start, _, other) in itertools.pairwise(places):
         if memory == same and start < end and tied.get(one) is not tied.get(other, other):
             raise UnsupportedModel(
@@ -114,7 +114,7 @@ def _check_shared(model: PreTrainedModel, new: PreTrainedModel) -> None:
             )
 
 
-def _place(weight: torch.Tensor) -> tuple[str, int, int] | None:
+def _memory_range(weight: torch.Tensor) -> tuple[str, int, int] | None:
     """Where a weight lies: its device, its first byte and the one behind its last; None for one that takes no memory
     here."""
     weight = weight.to_local() if isinstance(weight, DTensor) else weight

@@ -23,7 +23,7 @@ from ...errors import UnsupportedModel
 from ..checkpoints.quiet import quiet_transformers
 from ..patches.float32 import float32_arithmetic
 from ..patches.patch import install
-from ..patches.patch_record import Setting
+from ..patches.patch_record import PatchRecord
 from ..patches.probe import logits
 from ..placement import input_device
 from ..rotary_site import rotary_sites
@@ -106,7 +106,7 @@ def _is_unused(module: nn.Module, attribute: str) -> bool:
     return attribute == "original_max_seq_len" and "dynamic" not in str(getattr(module, "rope_type", ""))
 
 
-def check_computes(model: PreTrainedModel, new: PreTrainedModel, setting: Setting | None) -> None:
+def check_computes(model: PreTrainedModel, new: PreTrainedModel, setting: PatchRecord | None) -> None:
     """Refuse a model whose numbers and logits are not those of the new one with its weights.
 
     Args:
@@ -131,7 +131,7 @@ def check_computes(model: PreTrainedModel, new: PreTrainedModel, setting: Settin
     _fill(new, model)
     if setting is not None:
         installed = install(new, rotary_sites(new), setting.scaler, grows=setting.grows)
-        installed.write(setting.length)
+        installed.set_length(setting.length)
     _round_buffers(new, model)
     _check_numbers(model, new)
     ids = _text(model).to(device)

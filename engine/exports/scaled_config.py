@@ -22,10 +22,10 @@ from ...scaling.spec import parse
 from ..checkpoints.checkpoint import read_config
 from ..patches.derived import derived_numbers, derives_numbers, parameters_under
 
-__all__ = ["Derived", "check_written", "configured_in", "is_accepted", "settle"]
+__all__ = ["Derived", "check_written", "configured_in", "is_accepted", "scaler_to_write"]
 
 
-def settle(
+def scaler_to_write(
     asked: str | Scaler | None, configured: hf.ConfiguredRope, length: int | str | None, target: str
 ) -> tuple[Scaler, int]:
     """The static scaler to be written, with the model's own frequencies where it sets none, and the length."""

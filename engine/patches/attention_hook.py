@@ -22,7 +22,7 @@ from ...errors import PatchError, UnsupportedModel
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
-NAME = "ropewalk_patch"
+PATCHED = "ropewalk_patch"
 """The attention that the layers of every patched model name. Whose patch it is, their view of the config says."""
 
 
@@ -82,7 +82,7 @@ def _internal(self: Any) -> Any:
 
 
 def _set_internal(self: Any, value: Any) -> None:
-    if value == NAME:  # by a model that is being built from this view
+    if value == PATCHED:  # by a model that is being built from this view
         raise PatchError(
             "this config is the one that the layers of a patched model see, so no other model can be built from it; "
             "take the config of the model itself, copy.deepcopy it, or undo the patch"
@@ -110,7 +110,7 @@ def _view_class(kind: Callable[..., Any], parts: tuple[str, ...]) -> type:
         members |= {name: _part(name) for name in parts}
     else:
         members |= {
-            "_attn_implementation": property(lambda _: NAME, _set_named),
+            "_attn_implementation": property(lambda _: PATCHED, _set_named),
             "_attn_implementation_internal": property(_internal, _set_internal),
         }
     return type(kind.__name__, (ConfigView, kind), members)  # type: ignore[arg-type]
@@ -124,14 +124,14 @@ def _blank_view(config: PreTrainedConfig, parts: tuple[str, ...]) -> Any:
     return view
 
 
-def _view(config: PreTrainedConfig, text: PreTrainedConfig, replacement: Replacement) -> Any:
+def _config_view(config: PreTrainedConfig, text: PreTrainedConfig, replacement: Replacement) -> Any:
     """A view of `config` in which its part `text`, or all of it, names our attention; None where that is no part."""
     parts = {}
     if config is not text:
         for name in config.sub_configs:
             part = getattr(config, name, None)
-            if part is not None and (seen := _view(part, text, replacement)) is not None:
-                parts[name] = seen
+            if part is not None and (view := _config_view(part, text, replacement)) is not None:
+                parts[name] = view
         if not parts:
             return None
     view = _blank_view(config, tuple(parts))
@@ -155,12 +155,12 @@ class AttentionHook:
             if module is top or not isinstance(config, PreTrainedConfig):
                 continue
             if id(config) not in views:
-                views[id(config)] = _view(config, text, replacement)
+                views[id(config)] = _config_view(config, text, replacement)
             if views[id(config)] is not None:
                 module.config = views[id(config)]
         # `generate` builds the masks of static caches from the config of the model itself
-        own = getattr(top, "create_masks_for_generate", create_masks_for_generate)
-        vars(top)["create_masks_for_generate"] = functools.partial(_masks_for_generate, own, replacement)
+        unpatched = getattr(top, "create_masks_for_generate", create_masks_for_generate)
+        vars(top)["create_masks_for_generate"] = functools.partial(_masks_for_generate, unpatched, replacement)
 
     def remove(self) -> None:
         """Have the layers of the model call its own attention again."""
@@ -173,32 +173,32 @@ class AttentionHook:
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The causal language model in `model`, which may be a wrapper such as PEFT's."""
-    found: Iterator[PreTrainedModel] = (
+    function: Iterator[PreTrainedModel] = (
         m for m in model.modules() if isinstance(m, PreTrainedModel) and m.can_generate()
     )
-    return next(found, model)
+    return next(function, model)
 
 
-def _masks_for_generate(own: Callable[..., Any], replacement: Replacement, *, config: Any, **others: Any) -> Any:
-    return own(config=_view(config, config.get_text_config(), replacement), **others)
+def _masks_for_generate(unpatched: Callable[..., Any], replacement: Replacement, *, config: Any, **others: Any) -> Any:
+    return unpatched(config=_config_view(config, config.get_text_config(), replacement), **others)
 
 
-def own_attention(module: nn.Module) -> AttentionFunction:
+def unpatched_attention(module: nn.Module) -> AttentionFunction:
     """What the unpatched model would call for the attention layer `module`, as it is set now."""
     name = module.config._attn_implementation_internal  # type: ignore[union-attr]
     file = sys.modules[type(module).__module__]
     if name == "eager":
-        found = getattr(file, "eager_attention_forward", None)
-        if found is None:
+        function = getattr(file, "eager_attention_forward", None)
+        if function is None:
             raise UnsupportedModel(
                 f"{type(module).__name__} has no eager attention function to fall back on; "
                 'load the model with attn_implementation="sdpa"'
             )
-        return found  # type: ignore[no-any-return]
+        return function  # type: ignore[no-any-return]
     return getattr(file, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)[name]  # type: ignore[no-any-return]
 
 
-def own_mask(*args: Any, config: PreTrainedConfig, **others: Any) -> Any:
+def unpatched_mask(*args: Any, config: PreTrainedConfig, **others: Any) -> Any:
     """The mask that the unpatched model would build."""
     return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation_internal](*args, config=config, **others)
 
@@ -211,19 +211,19 @@ def is_replaced(model: PreTrainedModel) -> bool:
 def _replacement(config: Any) -> Replacement:
     if not isinstance(config, ConfigView):
         raise PatchError(
-            f"the attention {NAME!r} belongs to models that ropewalk has patched; call set_attn_implementation with "
+            f"the attention {PATCHED!r} belongs to models that ropewalk has patched; call set_attn_implementation with "
             "another one, such as 'sdpa'"
         )
     return config.ropewalk_replacement
 
 
-def _attention(module: nn.Module, *args: Any, **others: Any) -> Any:
+def _call_attention(module: nn.Module, *args: Any, **others: Any) -> Any:
     return _replacement(module.config).attention(module, *args, **others)
 
 
-def _mask(*args: Any, config: PreTrainedConfig, **others: Any) -> Any:
+def _call_mask(*args: Any, config: PreTrainedConfig, **others: Any) -> Any:
     return _replacement(config).mask(*args, config=config, **others)
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionInterface.register(PATCHED, _call_attention)
+AttentionMaskInterface.register(PATCHED, _call_mask)

@@ -17,16 +17,16 @@ from ...errors import PatchError, UnsupportedModel
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ..attention.banded import banded_attention
-from ..attention.kernel import Score
+from ..attention.kernel import AttentionScore
 from ..attention.plan import Plan, Segment
 from ..attention.rotation import angles
-from ..attention.rows import KeyRun, key_slots, runs
+from ..attention.rows import KeyRun, key_runs, key_slots
 from ..cache import adopt
 from ..rotary_site import RotarySite, depends_on_length, primary_rotary
-from .attention_hook import AttentionHook, own_attention, own_mask
+from .attention_hook import AttentionHook, unpatched_attention, unpatched_mask
 from .float32 import float32_arithmetic
 from .frequency_patch import derived_numbers
-from .positions import RotaryHook, positions_of_call, seen_keys
+from .positions import RotaryHook, positions_of_call, visible_keys
 from .probe import LayerRope, layer_ropes, logits
 
 _VERIFIED = {torch.float64: 1e-5, torch.float32: 1e-4}  # largest difference of logits, of their largest
@@ -34,7 +34,7 @@ _VERIFIED_16_BIT = 5e-2
 
 Work = list[tuple[KeyRun, list[Segment]]]
 
-_made = threading.local()  # `last`: what this thread made work for last, and the work
+_last_call = threading.local()  # `last`: what this thread made work for last, and the work
 
 
 class BandPatch:
@@ -59,9 +59,9 @@ class BandPatch:
         for site in self.scaled_sites:
             site.configured.check(scaler)
         self.derived = derived_numbers(model, self.scaled_sites, scaler)
-        self._seam = AttentionHook(model)
+        self._hook = AttentionHook(model)
         self._rotary = RotaryHook(site.module for site in sites)
-        self._layers, self._untold = self._probed()
+        self._layers, self._without_positions = self._probed()
         self._plan(Scaler(), None)
         self._warned = False
         self._install()
@@ -71,7 +71,7 @@ class BandPatch:
         """The sites that the scaler applies to: all but sliding-window layers."""
         return [site for site in self.sites if not site.is_local]
 
-    def write(self, length: int | None = None) -> None:
+    def set_length(self, length: int | None = None) -> None:
         """Fix the length that a scaler which depends on it is for; None lets it grow with each sequence."""
         self.derived.apply()
         length = length if depends_on_length(self.scaled_sites, self.scaler) else None
@@ -83,7 +83,7 @@ class BandPatch:
         for hook in self._hooks:
             hook.remove()
         self._rotary.restore()
-        self._seam.remove()
+        self._hook.remove()
         self.derived.restore()
 
     def _plan(self, scaler: Scaler, length: int | None) -> None:
@@ -109,7 +109,7 @@ class BandPatch:
             try:
                 self.apply()
                 self._verify(before, _VERIFIED_16_BIT if rounded else _VERIFIED.get(before.dtype, _VERIFIED_16_BIT))
-                self.write(None)
+                self.set_length(None)
             except BaseException:  # Ctrl-C too must not leave half a patch
                 self.restore()
                 raise
@@ -120,13 +120,15 @@ class BandPatch:
         for module in self._model.modules():
             if isinstance(module, PreTrainedModel):  # any of them may be called by itself
                 self._hooks += [
-                    module.register_forward_pre_hook(_adopt_cache, with_kwargs=True),
-                    module.register_forward_pre_hook(_forget),  # positions may be changed in place between calls
-                    module.register_forward_hook(_forget),  # and need not be held until the next
+                    module.register_forward_pre_hook(_use_rotated_layers, with_kwargs=True),
+                    module.register_forward_pre_hook(
+                        _clear_last_call
+                    ),  # positions may be changed in place between calls
+                    module.register_forward_hook(_clear_last_call),  # and need not be held until the next
                 ]
         self._rotary.disable_rotation()
-        self._rotary.tell(self._untold)
-        self._seam.install(self)
+        self._rotary.pass_positions(self._without_positions)
+        self._hook.install(self)
 
     def _verify(self, before: Tensor, tolerance: float) -> None:
         """Refuse unless the model's own frequencies, in this form, give the logits that they gave before."""
@@ -156,7 +158,7 @@ class BandPatch:
         """Nothing for causal attention over everything, a tensor of key places with padding, the model's own mask
         for windows and packed texts."""
         if mask_function is not causal_mask_function:
-            return own_mask(
+            return unpatched_mask(
                 batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **others
             )
         padded = attention_mask is not None and not bool(attention_mask.all())
@@ -180,13 +182,13 @@ class BandPatch:
         **others: Any,
     ) -> tuple[Tensor, None]:
         """The signature of transformers' attention registry; query [B, H, N, D] -> [B, N, H, Dv]."""
-        _refuse(others)
+        _check_call(others)
         layer = self._layers[module.layer_idx]  # type: ignore[index]
         if layer.is_local:
-            query, key = self._rotated_locally(layer, query, key, attention_mask)
+            query, key = self._rotate_in_window(layer, query, key, attention_mask)
             own = {**others, "position_ids": position_ids, "dropout": dropout, "scaling": scaling}
             own |= {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux)) if v is not None}
-            out, _ = own_attention(module)(module, query, key, value, attention_mask, **own)
+            out, _ = unpatched_attention(module)(module, query, key, value, attention_mask, **own)
             return out, None
         positions = positions_of_call(position_ids)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -194,7 +196,7 @@ class BandPatch:
             query,
             key,
             value,
-            Score(scale=scale, softcap=softcap, dropout=dropout if module.training else 0.0),
+            AttentionScore(scale=scale, softcap=softcap, dropout=dropout if module.training else 0.0),
             layer.layout,
             self._work(layer.site, positions, attention_mask, query, key),
             s_aux,
@@ -207,13 +209,13 @@ class BandPatch:
     ) -> Work:
         """Runs and segments of the call: the same for all layers of one forward, so made once."""
         asked = (self._planned, key.shape[2], *map(_reference, (self, site, positions, mask)))
-        seen, work = getattr(_made, "last", (None, []))
+        seen, work = getattr(_last_call, "last", (None, []))
         if seen == asked:
             return work
-        found = runs(positions, mask, query.shape[0], query.shape[2], key.shape[2])
+        found = key_runs(positions, mask, query.shape[0], query.shape[2], key.shape[2])
         self._warn_beyond_reach(found)
         work = [(run, self._plans[site].segments(run)) for run in found]
-        _made.last = asked, work
+        _last_call.last = asked, work
         return work
 
     def _warn_beyond_reach(self, found: list[KeyRun]) -> None:
@@ -229,7 +231,7 @@ class BandPatch:
                 stacklevel=2,
             )
 
-    def _rotated_locally(self, layer: LayerRope, query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    def _rotate_in_window(self, layer: LayerRope, query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
         """Queries and keys of a local layer, turned as ever but for a shift of all positions.
 
         Where local layers share their frequencies with the others, a scaler changes both, as it does in a config;
@@ -237,7 +239,7 @@ class BandPatch:
         """
         if layer.layout is None or layer.site is None:
             return query, key
-        offset = _place(mask, query.shape[2], key.shape[2])
+        offset = _first_query_index(mask, query.shape[2], key.shape[2])
         scaler, length = self._planned
         effective = layer.site.configured.effective(scaler)
         grows = effective.depends_on_length and length is None
@@ -251,7 +253,7 @@ class BandPatch:
         return rotated[0], rotated[1]
 
 
-def _refuse(others: dict[str, Any]) -> None:
+def _check_call(others: dict[str, Any]) -> None:
     if others.get("output_attentions"):
         raise PatchError(
             "output_attentions=True cannot be honoured under a position map, which never forms the weights; undo the "
@@ -263,7 +265,7 @@ def _refuse(others: dict[str, Any]) -> None:
         raise PatchError("a position map needs causal attention; this call asks for attention in both directions")
 
 
-def _adopt_cache(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _use_rotated_layers(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """transformers' default cache gets layers that keep turned keys."""
     cache = kwargs.get("past_key_values")
     if cache is not None and not torch.is_grad_enabled():
@@ -271,8 +273,8 @@ def _adopt_cache(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, A
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _forget(*_: Any) -> None:
-    _made.last = None, []
+def _clear_last_call(*_: Any) -> None:
+    _last_call.last = None, []
 
 
 def _reference(value: Any) -> Any:
@@ -287,7 +289,7 @@ class _Reference(weakref.ref):  # type: ignore[type-arg]
     __hash__ = weakref.ref.__hash__
 
 
-def _place(mask: Any, queries: int, keys: int) -> int:
+def _first_query_index(mask: Any, queries: int, keys: int) -> int:
     """The place of query 0 among the keys of a layer with a window: a static cache has room behind the last query.
 
     Args:
@@ -295,7 +297,7 @@ def _place(mask: Any, queries: int, keys: int) -> int:
     """
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2) or queries == keys:
         return keys - queries
-    seen = seen_keys(mask, keys).any(0)
+    seen = visible_keys(mask, keys).any(0)
     last = keys - 1 - seen.flip(1).to(torch.uint8).argmax(1)
     first_query = queries - len(last)
     return int((last - torch.arange(first_query, queries, device=last.device)).max())

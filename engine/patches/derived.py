@@ -33,13 +33,13 @@ Numbers = dict[tuple[str, str], float]
 _PLAIN = {"rope_type": "default"}
 _LENGTHS = {"factor": 4.0, "original_max_position_embeddings": 16}
 _LISTS = {"short_factor": [1.0], "long_factor": [1.0]}
-_LOUD: tuple[dict[str, Any], ...] = (
+_DISTINCT: tuple[dict[str, Any], ...] = (
     {"rope_type": "yarn", "attention_factor": 1.1, "mscale": 0.7, "mscale_all_dim": 1.3, **_LENGTHS},
     {"rope_type": "longrope", "attention_factor": 1.1, "short_mscale": 1.2, "long_mscale": 1.3, **_LENGTHS, **_LISTS},
 )
 """Rope types that say more than frequencies, with every key that could become a number elsewhere."""
 
-_SCALING_KEYS = {"type", "beta_fast", "beta_slow", "truncate", "low_freq_factor", "high_freq_factor"}.union(*_LOUD)
+_SCALING_KEYS = {"type", "beta_fast", "beta_slow", "truncate", "low_freq_factor", "high_freq_factor"}.union(*_DISTINCT)
 
 
 class DerivedNumbers:
@@ -103,11 +103,11 @@ def derives_numbers(kind: type[PreTrainedModel], config: Any) -> bool:
     Raises:
         UnsupportedModel: such a model cannot be built from its config.
     """
-    return _derives(_Question(kind, config.to_json_string(use_diff=False), config))
+    return _derives(_CacheKey(kind, config.to_json_string(use_diff=False), config))
 
 
 @dataclass(frozen=True)
-class _Question:
+class _CacheKey:
     """A model class and a config, as a key of a cache."""
 
     kind: type[PreTrainedModel]
@@ -116,12 +116,12 @@ class _Question:
 
 
 @functools.lru_cache(maxsize=128)
-def _derives(asked: _Question) -> bool:
+def _derives(asked: _CacheKey) -> bool:
     own = getattr(asked.config.get_text_config(), "rope_parameters", None) or {}
     layer_types: list[str | None] = [key for key, value in own.items() if isinstance(value, Mapping)] or [None]
     plain, *loud = (
         derived_numbers(asked.kind, asked.config, dict.fromkeys(layer_types, parameters))
-        for parameters in (_PLAIN, *_LOUD)
+        for parameters in (_PLAIN, *_DISTINCT)
     )
     return any(found != plain for found in loud)
 

@@ -48,7 +48,7 @@ class FrequencyPatch:
         """False for the identity, and for scalers of other facets."""
         return bool(self.scaler.member("frequencies") or self.scaler.member("wavelength grid"))
 
-    def write(self, length: int | None = None) -> None:
+    def set_length(self, length: int | None = None) -> None:
         """Put the frequencies for a sequence of `length` tokens in place; cheap when they already are."""
         if not depends_on_length(self.scaled_sites, self.scaler):
             length = None
@@ -74,7 +74,7 @@ class FrequencyPatch:
 
     def apply(self) -> None:
         """Put it back after `restore`."""
-        self.write()
+        self.set_length()
 
     def restore(self) -> None:
         """Undo every write; the model is again what it was, to the bit."""

@@ -10,17 +10,17 @@ from ...errors import ConfigError, PatchError, UnsupportedModel
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
-from ..rotary_site import LengthState, RotarySite, depends_on_length, primary_rotary, rotary_sites
+from ..rotary_site import DynamicFrequencies, RotarySite, depends_on_length, primary_rotary, rotary_sites
 from .band_patch import BandPatch
 from .frequency_patch import FrequencyPatch
-from .patch_record import mark, patched_with
+from .patch_record import patched_with, record_patch
 from .probe import check_written
 from .temperature_patch import TemperaturePatch
 
-Installed = FrequencyPatch | TemperaturePatch | BandPatch
+Patch = FrequencyPatch | TemperaturePatch | BandPatch
 
 
-def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, grows: bool) -> Installed:
+def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, grows: bool) -> Patch:
     """Put `scaler` into a model in the simplest way that is exact.
 
     Args:
@@ -38,7 +38,7 @@ def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, 
         return TemperaturePatch(model, sites, scaler)
     writer = FrequencyPatch(model, sites, scaler)
     try:
-        writer.write()
+        writer.set_length()
         if writer.changes_frequencies:
             check_written(model, writer)
     except BaseException:  # Ctrl-C too must not leave half a patch
@@ -56,7 +56,7 @@ class PatchHandle:
         active: True until `undo`.
     """
 
-    def __init__(self, model: PreTrainedModel, installed: Installed, length: int | None, state: LengthState) -> None:
+    def __init__(self, model: PreTrainedModel, installed: Patch, length: int | None, state: DynamicFrequencies) -> None:
         self._model = model
         self._installed = installed
         self._state = state
@@ -82,7 +82,7 @@ class PatchHandle:
             raise PatchError(f"the patch {self.scaler} was undone already")
         self._installed.restore()
         self._state.restore()
-        mark(self._model, self._installed.sites, None)
+        record_patch(self._model, self._installed.sites, None)
         self.active = False
 
     def describe(self) -> str:
@@ -174,12 +174,12 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
             f"{scaler} reaches {format_length(int(reach))} tokens on this model, fewer than the "
             f"{format_length(tokens)} asked for; take a larger factor, or rerope, which reaches any length"
         )
-    state = LengthState(sites)
+    state = DynamicFrequencies(sites)
     try:
         installed = install(model, sites, scaler, grows=tokens is None)
-        installed.write(tokens)
+        installed.set_length(tokens)
     except BaseException:
         state.restore()
         raise
-    mark(model, sites, scaler, grows=tokens is None, length=tokens)
+    record_patch(model, sites, scaler, grows=tokens is None, length=tokens)
     return PatchHandle(model, installed, tokens, state)

@@ -19,7 +19,7 @@ from ..rotary_site import RotarySite
 
 
 @dataclass(frozen=True)
-class Setting:
+class PatchRecord:
     """What was put into a model.
 
     Args:
@@ -33,7 +33,7 @@ class Setting:
     length: int | None = None
 
 
-def mark(
+def record_patch(
     model: nn.Module,
     sites: Iterable[RotarySite],
     scaler: Scaler | None,
@@ -43,9 +43,9 @@ def mark(
 ) -> None:
     """Note that `model` is under `scaler`, which grows or is fixed to a length; None takes the note away."""
     for site in sites:
-        vars(site.module).pop("ropewalk_setting", None)
+        vars(site.module).pop("ropewalk_patch_record", None)
         if scaler is not None:
-            vars(site.module)["ropewalk_setting"] = Setting(scaler, grows, length)
+            vars(site.module)["ropewalk_patch_record"] = PatchRecord(scaler, grows, length)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             vars(module).pop("save_pretrained", None)
@@ -53,14 +53,14 @@ def mark(
                 vars(module)["save_pretrained"] = functools.partial(_save, module, scaler)
 
 
-def setting_of(model: nn.Module) -> Setting | None:
+def patch_record(model: nn.Module) -> PatchRecord | None:
     """What a model, what it wraps, or what it was copied from was put under; None for an untouched one."""
-    return next((s for module in model.modules() if (s := vars(module).get("ropewalk_setting")) is not None), None)
+    return next((s for module in model.modules() if (s := vars(module).get("ropewalk_patch_record")) is not None), None)
 
 
 def patched_with(model: nn.Module) -> Scaler | None:
     """The scaler of `setting_of`."""
-    setting = setting_of(model)
+    setting = patch_record(model)
     return None if setting is None else setting.scaler
 
 

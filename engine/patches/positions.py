@@ -32,15 +32,15 @@ class RotaryHook:
         """Let the modules return cos `gain` and sin 0, so that queries, keys and the cache stay un-rotated."""
         self._hooks += [module.register_forward_hook(DisabledRotation(gain)) for module in self._modules]
 
-    def tell(self, layers: Iterable[nn.Module]) -> None:
+    def pass_positions(self, layers: Iterable[nn.Module]) -> None:
         """After `disable_rotation`: give the attention layers the positions that the modules were called with."""
         layers = list(dict.fromkeys(layers))
         if not layers:
             return
-        self._hooks += [module.register_forward_hook(_mark, with_kwargs=True) for module in self._modules]
+        self._hooks += [module.register_forward_hook(_attach_positions, with_kwargs=True) for module in self._modules]
         for layer in layers:
             if not any(module in self._modules for module in layer.modules()):  # else it calls one itself
-                self._hooks.append(layer.register_forward_pre_hook(_recall, with_kwargs=True))
+                self._hooks.append(layer.register_forward_pre_hook(_read_positions, with_kwargs=True))
 
     def restore(self) -> None:
         """Let the modules rotate as before."""
@@ -76,7 +76,7 @@ def positions_of_call(position_ids: Tensor | None) -> Tensor:
     Raises:
         PatchError: they are not known.
     """
-    found = position_ids if position_ids is not None else _positions_told()
+    found = position_ids if position_ids is not None else _positions_of_thread()
     return found[0] if found.dim() == 3 else found  # [3, B, N] in models that also see pictures; alike for text
 
 
@@ -84,7 +84,7 @@ _disable: Callable[[Any], Any] = torch.compiler.disable
 
 
 @_disable
-def _positions_told() -> Tensor:
+def _positions_of_thread() -> Tensor:
     found: Tensor | None = getattr(_now, "positions", None)
     if found is None:
         raise PatchError(
@@ -95,7 +95,7 @@ def _positions_told() -> Tensor:
 
 
 @_disable
-def _mark(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _attach_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     given = [*args, *kwargs.values()]
     positions = next((g for g in given if isinstance(g, Tensor) and not g.is_floating_point()), None)
     if positions is not None:
@@ -105,7 +105,7 @@ def _mark(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: A
 
 
 @_disable
-def _recall(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _read_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for tensor in _tensors([*args, *kwargs.values()]):
         if (positions := getattr(tensor, "ropewalk_positions", None)) is not None:
             _now.positions = positions
@@ -122,7 +122,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def seen_keys(mask: Tensor | BlockMask, keys: int) -> Tensor:
+def visible_keys(mask: Tensor | BlockMask, keys: int) -> Tensor:
     """Bool [B, N, M], or [B, 1, M] where only the last query's row can be told.
 
     Args:
@@ -140,7 +140,7 @@ def seen_keys(mask: Tensor | BlockMask, keys: int) -> Tensor:
     return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
 
 
-def own_positions(positions: Tensor, mask: Tensor | BlockMask | None, keys: int) -> Tensor:
+def positions_without_padding(positions: Tensor, mask: Tensor | BlockMask | None, keys: int) -> Tensor:
     """Positions that count a row's tokens and not the padding before them, [1 or B, N].
 
     A query whose position is the place of its key among all keys counts from the first key that it sees.
@@ -152,7 +152,7 @@ def own_positions(positions: Tensor, mask: Tensor | BlockMask | None, keys: int)
     """
     if mask is None:
         return positions
-    seen = seen_keys(mask, keys)
+    seen = visible_keys(mask, keys)
     rows = max(len(seen), len(positions))
     seen, asked = seen.expand(rows, -1, -1), positions[:, -seen.shape[1] :].expand(rows, -1)
     last = seen.shape[2] - 1

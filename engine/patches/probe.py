@@ -18,7 +18,7 @@ from ...scaling.hf import is_local
 from ..attention.rotation import Layout, angles
 from ..placement import input_device
 from ..rotary_site import RotarySite
-from .attention_hook import AttentionHook, own_attention, own_mask
+from .attention_hook import AttentionHook, unpatched_attention, unpatched_mask
 from .float32 import float32_arithmetic
 from .frequency_patch import FrequencyPatch
 from .positions import RotaryHook
@@ -50,8 +50,8 @@ class _Call:
     query: Tensor
     key: Tensor
     sliding_window: int | None
-    told: bool  # of its position ids
-    picks: bool  # keys, by an indexer
+    has_positions: bool  # of its position ids
+    selects_keys: bool  # keys, by an indexer
     output: tuple[Tensor, Any] | None = None
 
 
@@ -61,7 +61,7 @@ class _Recorder:
     So the layers behind see the same input in both runs.
     """
 
-    mask = staticmethod(own_mask)
+    mask = staticmethod(unpatched_mask)
 
     def __init__(self, earlier: list[_Call] | None = None) -> None:
         self._earlier = earlier
@@ -70,10 +70,10 @@ class _Recorder:
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **others: Any
     ) -> Any:
-        told, picks = (others.get(name) is not None for name in ("position_ids", "indices"))
-        call = _Call(module, query, key, others.get("sliding_window"), told, picks)
+        has_positions, selects_keys = (others.get(name) is not None for name in ("position_ids", "indices"))
+        call = _Call(module, query, key, others.get("sliding_window"), has_positions, selects_keys)
         if self._earlier is None:
-            call.output = own_attention(module)(module, query, key, value, attention_mask, **others)
+            call.output = unpatched_attention(module)(module, query, key, value, attention_mask, **others)
         else:
             call.output = self._earlier[len(self.calls)].output
         self.calls.append(call)
@@ -101,18 +101,18 @@ def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
     return found
 
 
-def untold_layers(model: PreTrainedModel) -> list[nn.Module]:
+def layers_without_positions(model: PreTrainedModel) -> list[nn.Module]:
     """The attention layers of `model` that do not hand position ids on to their attention function.
 
     Raises:
         UnsupportedModel: attention does not go through the registry, or all of it sees a sliding window only.
     """
-    seam, recorder = AttentionHook(model), _Recorder()
+    hook, recorder = AttentionHook(model), _Recorder()
     try:
-        seam.install(recorder)
+        hook.install(recorder)
         logits(model)
     finally:
-        seam.remove()
+        hook.remove()
     if not recorder.calls:
         raise UnsupportedModel(
             f"{type(model).__name__} does not call attention through transformers' attention registry, so a "
@@ -123,7 +123,7 @@ def untold_layers(model: PreTrainedModel) -> list[nn.Module]:
             f"every layer of {type(model).__name__} sees a sliding window only, whose queries a temperature leaves "
             "alone, so it would do nothing; leave it out, or set config.sliding_window to None before loading"
         )
-    return [call.module for call in recorder.calls if not call.told]
+    return [call.module for call in recorder.calls if not call.has_positions]
 
 
 def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[int, LayerRope], list[nn.Module]]:
@@ -133,12 +133,12 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
         UnsupportedModel: attention does not go through the registry, or a layer does more than turn pairs.
     """
     name = type(model).__name__
-    seam, rotary = AttentionHook(model), RotaryHook(site.module for site in sites)
+    hook, rotary = AttentionHook(model), RotaryHook(site.module for site in sites)
     first = _Recorder()
     second = _Recorder(first.calls)
     try:
         with float32_arithmetic(model):
-            seam.install(first)
+            hook.install(first)
             logits(model)
             if not first.calls:
                 raise UnsupportedModel(
@@ -146,12 +146,12 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
                     "growing lengths cannot be patched in; static frequency scalers such as yarn:4 can, and dynamic "
                     "ones with a fixed length="
                 )
-            if any(call.picks for call in first.calls):
+            if any(call.selects_keys for call in first.calls):
                 raise UnsupportedModel(
                     f"{name} picks keys with an indexer of its own, which a position map cannot follow"
                 )
-            seam.remove()
-            seam.install(second)
+            hook.remove()
+            hook.install(second)
             with rotary.rotation_disabled(_GAIN):
                 logits(model)
     except RopewalkError:
@@ -159,7 +159,7 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
     except Exception as error:
         raise UnsupportedModel(f"{name} does not run without its rotation ({type(error).__name__}: {error})") from error
     finally:
-        seam.remove()
+        hook.remove()
     found: dict[int, LayerRope] = {}
     for rotated, plain in zip(first.calls, second.calls, strict=True):
         index = getattr(rotated.module, "layer_idx", None)
@@ -168,7 +168,7 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
         layer = _layer(model, index, rotated, plain, sites)
         if found.setdefault(index, layer) != layer:
             raise UnsupportedModel(f"{name}: two attention layers have the number {index} and turn differently")
-    return found, [call.module for call in first.calls if not call.told]
+    return found, [call.module for call in first.calls if not call.has_positions]
 
 
 def check_written(model: PreTrainedModel, writer: FrequencyPatch) -> None:

@@ -8,8 +8,8 @@ from ...errors import ConfigError, PatchError, UnsupportedModel
 from ...scaling.rope import Scaler
 from ..rotary_site import RotarySite, depends_on_length
 from ..runners.runner import Runner
-from .patch import Installed, install
-from .patch_record import mark, patched_with
+from .patch import Patch, install
+from .patch_record import patched_with, record_patch
 
 
 class ScalerSlot:
@@ -17,7 +17,7 @@ class ScalerSlot:
 
     def __init__(self, hf: PreTrainedModel, sites: list[RotarySite], runner: Runner) -> None:
         self._hf, self._sites, self._runner = hf, sites, runner
-        self._prepared: dict[Scaler, Installed] = {}
+        self._prepared: dict[Scaler, Patch] = {}
         self._refused: set[Scaler] = set()
         self._installed = install(hf, sites, Scaler(), grows=False)
         self._follows_length = False
@@ -62,7 +62,7 @@ class ScalerSlot:
             before.apply()
             self._begin()
             raise
-        mark(self._hf, self._sites, scaler if scaler.parts else None)
+        record_patch(self._hf, self._sites, scaler if scaler.parts else None)
         if remember:
             self._prepared[scaler] = self._installed
 
@@ -91,6 +91,6 @@ class ScalerSlot:
         self._write(None)
 
     def _write(self, length: int | None) -> None:
-        self._installed.write(length)
+        self._installed.set_length(length)
         self._runner.use(self._installed.scaler, length)
         self._length = length

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from ...scaling.hf import is_local
 from ...scaling.rope import Scaler
 from ..rotary_site import RotarySite, primary_rotary
-from .attention_hook import AttentionHook, own_attention, own_mask
+from .attention_hook import AttentionHook, unpatched_attention, unpatched_mask
 from .frequency_patch import FrequencyPatch
-from .positions import RotaryHook, own_positions, positions_of_call
-from .probe import untold_layers
+from .positions import RotaryHook, positions_of_call, positions_without_padding
+from .probe import layers_without_positions
 
 
 class TemperaturePatch:
@@ -32,9 +32,9 @@ class TemperaturePatch:
         self._frequencies = FrequencyPatch(model, sites, scaler)
         self.scaled_sites = self._frequencies.scaled_sites
         self.derived = self._frequencies.derived
-        self._seam = AttentionHook(model)
+        self._hook = AttentionHook(model)
         self._rotary = RotaryHook(site.module for site in sites)
-        self._untold = untold_layers(model)
+        self._without_positions = layers_without_positions(model)
         try:
             self.apply()
         except BaseException:  # Ctrl-C too must not leave half a patch
@@ -43,33 +43,35 @@ class TemperaturePatch:
 
     def apply(self) -> None:
         """Put it in place; after `restore` too, without looking at the model anew."""
-        self._rotary.tell(self._untold)
-        self._seam.install(self)
-        self.write(None)
+        self._rotary.pass_positions(self._without_positions)
+        self._hook.install(self)
+        self.set_length(None)
 
-    def write(self, length: int | None = None) -> None:
+    def set_length(self, length: int | None = None) -> None:
         """Put the frequencies for a sequence of `length` tokens in place."""
-        self._frequencies.write(length)
+        self._frequencies.set_length(length)
 
     def restore(self) -> None:
         """Give the model back its frequencies and its attention; it is what it was, to the bit."""
         self._frequencies.restore()
         self._rotary.restore()
-        self._seam.remove()
+        self._hook.remove()
 
     def mask(self, *args: Any, **others: Any) -> Any:
         """The mask that the model would build."""
-        return own_mask(*args, **others)
+        return unpatched_mask(*args, **others)
 
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **others: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The model's own attention, of queries that are multiplied by the temperature at their positions."""
         if others.get("sliding_window") is None and not _sees_a_window(module):
-            positions = own_positions(positions_of_call(others.get("position_ids")), attention_mask, key.shape[2])
+            positions = positions_without_padding(
+                positions_of_call(others.get("position_ids")), attention_mask, key.shape[2]
+            )
             factor = primary_rotary(self.sites).logit_factor(self.scaler, positions)
             query = (query * factor[:, None, :, None]).to(query.dtype)
-        return own_attention(module)(module, query, key, value, attention_mask, **others)
+        return unpatched_attention(module)(module, query, key, value, attention_mask, **others)
 
 
 def _sees_a_window(module: nn.Module) -> bool:

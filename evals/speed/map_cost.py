@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...engine.attention.banded import banded_attention
 from ...engine.attention.causal import causal_attention
-from ...engine.attention.kernel import Score
+from ...engine.attention.kernel import AttentionScore
 from ...engine.attention.plan import Plan, Segment
 from ...engine.attention.rotation import Layout, angles
 from ...engine.attention.rows import KeyRun
@@ -83,7 +83,7 @@ def attention_costs(
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     layout = Layout(0, site.configured.rope.dim, interleaved=False)
-    score = Score(scale=dim**-0.5)
+    score = AttentionScore(scale=dim**-0.5)
     for n in lengths:
         generator = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(1, h, n, dim, generator=generator) for h in (heads, kv_heads, kv_heads))
@@ -181,7 +181,9 @@ def _chunks(plan: Plan, n: int) -> Segments:
     return chunks
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, chunks: Segments) -> Callable[[], object]:
+def _banded(
+    q: Tensor, k: Tensor, v: Tensor, score: AttentionScore, layout: Layout, chunks: Segments
+) -> Callable[[], object]:
     def run() -> None:
         rotated = RotatedKeys()
         for start, stop, work in chunks:
@@ -190,7 +192,9 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, chunk
     return run
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, score: Score, layout: Layout, site: RotarySite) -> Callable[[], object]:
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, score: AttentionScore, layout: Layout, site: RotarySite
+) -> Callable[[], object]:
     n, inv_freq = q.shape[2], site.configured.rope.theta
     cos_sin = angles(torch.arange(n, dtype=torch.float64), inv_freq, like=q)
 

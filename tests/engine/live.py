@@ -70,7 +70,7 @@ def interrupted(monkeypatch, where, after=0, error=KeyboardInterrupt):
         "layer": (KVLayer, "update"),
         "rotated": (KVLayer, "write_keys"),
         "written": (KVCache, "advance"),
-        "counted": (rw.engine.runners.cpu.chunk.Layers, "capped"),
+        "counted": (rw.engine.runners.cpu.chunk.DecoderLayers, "capped"),
     }[where]
     generate_tokens, calls = getattr(owner, name), iter(range(after + 1))
 

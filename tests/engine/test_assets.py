@@ -202,7 +202,7 @@ def test_a_cache_that_cannot_be_written(tales, tmp_path, monkeypatch):
         assets.fetch("tales")
 
 
-@pytest.mark.parametrize("make", [functools.partial(storage.filling, what="a"), storage.new_folder])
+@pytest.mark.parametrize("make", [functools.partial(storage.fill_once, what="a"), storage.new_folder])
 def test_errors_of_who_fills_a_folder_are_not_those_of_the_disk(tmp_path, make):
     with pytest.raises(FileNotFoundError, match="elsewhere"), make(tmp_path / "a", needed=0):
         (tmp_path / "elsewhere").read_text()
@@ -216,7 +216,7 @@ def test_errors_of_who_fills_a_folder_are_not_those_of_the_disk(tmp_path, make):
 def test_what_is_kept_can_be_read_by_others_as_the_umask_says(tmp_path):
     before = os.umask(0o027)
     try:
-        with storage.filling(tmp_path / "a", needed=0, what="a") as work:
+        with storage.fill_once(tmp_path / "a", needed=0, what="a") as work:
             for name, mode in (("private", 0o600), ("script", 0o700)):
                 (work / name).touch()
                 (work / name).chmod(mode)
@@ -273,7 +273,7 @@ with filling(pathlib.Path({str(target)!r}), needed=0, what="thing") as work:
         process.kill()
     assert len(kept(cache)) == 1
     assert not target.exists()
-    with storage.filling(target, needed=0, what="thing") as work:
+    with storage.fill_once(target, needed=0, what="thing") as work:
         (work / "whole").write_text("whole")
     assert kept(cache) == ["thing/whole"]
 

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ropewalk.engine.attention import causal
 from ropewalk.engine.attention.causal import _attention_forward, _mask, causal_attention
-from ropewalk.engine.attention.kernel import Score, join
+from ropewalk.engine.attention.kernel import AttentionScore, join
 
 
 def brute_force(q, k, v, scale):
@@ -37,7 +37,7 @@ def test_equals_masked_softmax(heads, kv_heads, n, m, dtype, tolerance):
     q = torch.randn(2, heads, n, 32, dtype=torch.float64)
     k, v = (torch.randn(2, kv_heads, m, 32, dtype=torch.float64) for _ in range(2))
     with torch.inference_mode():
-        got = causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), Score(scale=0.17))
+        got = causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), AttentionScore(scale=0.17))
     assert got.dtype == dtype
     assert torch.allclose(got.double(), brute_force(q, k, v, 0.17), rtol=0, atol=tolerance)
 
@@ -57,7 +57,7 @@ class Counted(TorchDispatchMode):
 def test_a_decode_step_is_one_fused_call():
     q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 50, 16), torch.randn(1, 2, 50, 16)
     with torch.no_grad(), Counted() as counted:
-        causal_attention(q, k, v, Score(scale=0.125))
+        causal_attention(q, k, v, AttentionScore(scale=0.125))
     assert counted.calls["_scaled_dot_product_flash_attention_for_cpu"] == 1
     assert not counted.calls.keys() & {"lerp", "bmm", "mm"}
 
@@ -127,7 +127,9 @@ def test_a_long_past_is_read_in_parts(monkeypatch):
     seen = []
     attend = causal.attend
     monkeypatch.setattr(causal, "attend", lambda q, k, *rest: seen.append(k.shape[2]) or attend(q, k, *rest))
-    assert torch.allclose(causal_attention(q, k, v, Score(scale=0.17)), brute_force(q, k, v, 0.17), rtol=0, atol=1e-13)
+    assert torch.allclose(
+        causal_attention(q, k, v, AttentionScore(scale=0.17)), brute_force(q, k, v, 0.17), rtol=0, atol=1e-13
+    )
     assert seen == [3, 16, 16, 15]
 
 

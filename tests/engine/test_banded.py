@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import ropewalk as rw
 from ropewalk.engine.attention.banded import banded_attention
 from ropewalk.engine.attention.blocks import blocks
-from ropewalk.engine.attention.kernel import Score, attend, join
+from ropewalk.engine.attention.kernel import AttentionScore, attend, join
 from ropewalk.engine.attention.plan import Plan
 from ropewalk.engine.attention.reference import reference_attention
 from ropewalk.engine.attention.rotation import Layout
@@ -94,7 +94,7 @@ def test_equals_the_literal_twin_in_float64(case, heads, fixed, softcap, seed):
     )
     length = keys + 3 if fixed else None
     run = KeyRun(None, 0, queries, 0, keys, 0)
-    score = Score(scale=0.4, softcap=softcap)
+    score = AttentionScore(scale=0.4, softcap=softcap)
     with torch.no_grad():
         got = banded_attention(q, k, v, score, layout, work(scaler, rope, run, length))
     expected = reference_attention(q, k, v, score, layout, scaler, rope, length)
@@ -111,11 +111,11 @@ def test_every_pair_lies_in_one_piece(case, first):
             for piece in block.pieces:
                 square = counts[piece.band, piece.query_start : piece.query_stop, piece.key_start : piece.key_stop]
                 seen = torch.ones_like(square)
-                if isinstance(piece.sees, torch.Tensor):
-                    seen = piece.sees.int()
-                elif piece.sees != "all":
+                if isinstance(piece.visible, torch.Tensor):
+                    seen = piece.visible.int()
+                elif piece.visible != "all":
                     assert square.shape[0] == square.shape[1]
-                    seen = seen.tril() if piece.sees == "lower" else seen.triu()
+                    seen = seen.tril() if piece.visible == "lower" else seen.triu()
                 square += seen
         i = torch.arange(first + keys - queries, first + keys)[:, None]
         j = torch.arange(first, first + keys)
@@ -128,7 +128,7 @@ def test_long_contexts_take_few_pieces_and_no_masks(spec):
     rope = RopeSpec(dim=8, base=1e4, trained_length=2048)
     pieces = [p for block in blocks(parse(spec).bands(rope, 8192), 0, 7168, 8192) for p in block.pieces]
     assert len(pieces) <= 20
-    assert all(isinstance(piece.sees, str) for piece in pieces)
+    assert all(isinstance(piece.visible, str) for piece in pieces)
 
 
 @pytest.mark.parametrize("spec", [*MAPS, "ntk:4|rerope:{w}|logn", "dynamic-ntk"])
@@ -139,8 +139,10 @@ def test_the_fused_kernel_agrees_with_the_plain_one(spec):
     q, k, v = (torch.randn(2, h, n, 16) for h, n in ((4, 700), (2, 1100), (2, 1100)))
     run, layout = KeyRun(None, 0, 700, 0, 1100, 0), Layout(0, 16, False)
     with torch.no_grad():
-        fused = banded_attention(q, k, v, Score(scale=0.25), layout, work(scaler, rope, run))
-        plain = banded_attention(*(t.double() for t in (q, k, v)), Score(scale=0.25), layout, work(scaler, rope, run))
+        fused = banded_attention(q, k, v, AttentionScore(scale=0.25), layout, work(scaler, rope, run))
+        plain = banded_attention(
+            *(t.double() for t in (q, k, v)), AttentionScore(scale=0.25), layout, work(scaler, rope, run)
+        )
     assert (fused - plain).abs().max() < 2e-6
 
 
@@ -149,7 +151,7 @@ def test_large_products_do_not_overflow_float16():
     q, k = (torch.full((1, 1, n, 128), 24.0, dtype=torch.float16) for n in (2, 3))  # 73728, and a score of 6517
     v = torch.randn(1, 1, 3, 128).half()
     with torch.enable_grad():  # the plain kernel, which is the only one on a GPU
-        out, lse = attend(q, k, v, Score(scale=128**-0.5))
+        out, lse = attend(q, k, v, AttentionScore(scale=128**-0.5))
     assert torch.allclose(out, v.mean(2, keepdim=True), atol=2e-3)
     assert torch.allclose(lse, torch.tensor(24.0 * 24 * 128**0.5 + math.log(3)), rtol=1e-3)
 
@@ -177,7 +179,7 @@ def largest_tensor(spec, dtype, tokens):
     run = KeyRun(None, 0, tokens, 0, tokens, 0)
     with torch.set_grad_enabled(trains), LargestTensor() as largest:
         segments = work(parse(spec), rope, run, tokens)
-        out = banded_attention(q, k, v, Score(scale=0.5), Layout(0, 4, False), segments)
+        out = banded_attention(q, k, v, AttentionScore(scale=0.5), Layout(0, 4, False), segments)
         if trains:
             out.sum().backward()
     return largest.entries
@@ -193,10 +195,10 @@ def test_a_query_that_sees_nothing_weighs_nothing():
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
     nothing = torch.zeros(3, 5, dtype=torch.bool)
-    everything = attend(q, k, v, Score(scale=1.0))
+    everything = attend(q, k, v, AttentionScore(scale=1.0))
     for context in (torch.no_grad(), torch.enable_grad()):
         with context:
-            joined, _ = join(*everything, *attend(q, k, v, Score(scale=1.0), nothing))
+            joined, _ = join(*everything, *attend(q, k, v, AttentionScore(scale=1.0), nothing))
             assert torch.allclose(joined, everything[0], atol=1e-6)
 
 
@@ -206,7 +208,7 @@ def test_the_models_own_sinks_take_weight():
     sinks = torch.tensor([0.3, -1.0], dtype=torch.float64)
     run, rope = KeyRun(None, 0, 6, 0, 6, 0), RopeSpec(dim=8, base=1e4, trained_length=64)
     with torch.no_grad():
-        got = banded_attention(q, k, v, Score(scale=0.4), None, work(Scaler(), rope, run), sinks)
+        got = banded_attention(q, k, v, AttentionScore(scale=0.4), None, work(Scaler(), rope, run), sinks)
     scores = (q @ k.transpose(-1, -2) * 0.4).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -math.inf)
     with_sink = torch.cat((scores, sinks[None, :, None, None].expand(1, 2, 6, 1)), -1).softmax(-1)
     assert torch.allclose(got, with_sink[..., :-1] @ v)
@@ -220,7 +222,7 @@ def test_gradients_equal_the_twins(spec):
     tensors = [torch.randn(1, h, 90, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
     weight = torch.randn(1, 4, 90, 8, dtype=torch.float64)
     run = KeyRun(None, 0, 90, 0, 90, 0)
-    ours = banded_attention(*tensors, Score(scale=0.4), layout, work(scaler, rope, run))
-    twins = reference_attention(*tensors, Score(scale=0.4), layout, scaler, rope)
+    ours = banded_attention(*tensors, AttentionScore(scale=0.4), layout, work(scaler, rope, run))
+    twins = reference_attention(*tensors, AttentionScore(scale=0.4), layout, scaler, rope)
     for one, other in zip(*(torch.autograd.grad((out * weight).sum(), tensors) for out in (ours, twins)), strict=True):
         assert (one - other).abs().max() < 1e-10

@@ -9,7 +9,7 @@ from families import build
 
 from ropewalk.engine.runners.cpu.family import FAMILIES
 from ropewalk.engine.runners.cpu.kernels.attention import PART
-from ropewalk.engine.runners.cpu.runner import FEW
+from ropewalk.engine.runners.cpu.runner import MAX_STEP_TOKENS
 from ropewalk.errors import UnsupportedModel
 
 pytestmark = [
@@ -17,7 +17,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*distances that were never trained are in use:UserWarning"),
 ]
 TOLERANCE = 2e-5  # of the largest logit; float32 leaves 1e-6 to 5e-6
-CHUNKS = {"whole": [1000], "one by one": [1], "small": [5, FEW, 1], "large": [FEW + 1, 30], "mixed": [40, 3, 1, 17, 16]}
+CHUNKS = {
+    "whole": [1000],
+    "one by one": [1],
+    "small": [5, MAX_STEP_TOKENS, 1],
+    "large": [MAX_STEP_TOKENS + 1, 30],
+    "mixed": [40, 3, 1, 17, 16],
+}
 
 
 @pytest.fixture(scope="module", params=DECODERS)
@@ -38,7 +44,7 @@ def test_logits_are_those_of_transformers_in_any_chunks(served, sizes):
 
 def test_only_the_last_logits_that_are_asked_for_come(served):
     _, runner, expected = served
-    for count in (FEW, 60):
+    for count in (MAX_STEP_TOKENS, 60):
         for logits_to_keep in (1, 3):
             found = runner.forward(IDS[0, :count].tolist(), runner.new_cache(1), logits_to_keep)
             assert found.shape == (logits_to_keep, expected.shape[1])
@@ -55,7 +61,9 @@ def test_a_text_of_many_parts(name, window):
     hf = build(model_type, {**fields, "sliding_window": window} if window else fields)
     ids = torch.arange(700).mul(37).remainder(89)[None] + 1
     runner, expected = compiled(hf), read(hf, ids)
-    assert difference(in_chunks(runner, [250, 5, 1, 1, 200, FEW, 1], ids), expected) < 1e-4  # angles in float32
+    assert (
+        difference(in_chunks(runner, [250, 5, 1, 1, 200, MAX_STEP_TOKENS, 1], ids), expected) < 1e-4
+    )  # angles in float32
 
 
 def test_a_large_vocabulary_is_widened_in_pieces(monkeypatch):

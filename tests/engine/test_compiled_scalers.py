@@ -20,14 +20,14 @@ from families import DEFAULT, build
 import ropewalk as rw
 from ropewalk.engine.patches.scaler_slot import ScalerSlot
 from ropewalk.engine.rotary_site import rotary_sites
-from ropewalk.engine.runners.cpu.runner import FEW
+from ropewalk.engine.runners.cpu.runner import MAX_STEP_TOKENS
 from ropewalk.engine.runners.transformers import TransformersRunner
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
     pytest.mark.filterwarnings("ignore:.*distances that were never trained are in use:UserWarning"),
 ]
-CHUNKS = {"whole": [1000], "one by one": [1], "mixed": [50, 1, 1, FEW, 3, 30]}
+CHUNKS = {"whole": [1000], "one by one": [1], "mixed": [50, 1, 1, MAX_STEP_TOKENS, 3, 30]}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_layers_of_several_kinds_each_turn_their_own_way(name, spec):
     with under(runner, hf, spec, LENGTH):
         expected = read(hf)
     assert difference(expected, read(hf)) > 1e-3 or name == "llama-3.1"
-    for sizes in ([50, 1, 1, FEW, 3, 30], [1]):
+    for sizes in ([50, 1, 1, MAX_STEP_TOKENS, 3, 30], [1]):
         assert difference(in_chunks(runner, sizes), expected) < TOLERANCE
 
 

@@ -19,15 +19,15 @@ from torch import nn
 from ropewalk.engine.model import Model
 from ropewalk.engine.runners.choose import RunnerOptions
 from ropewalk.engine.runners.cpu import family as families
-from ropewalk.engine.runners.cpu.family import Family, Linear
-from ropewalk.engine.runners.cpu.runner import FEW, CompiledRunner
-from ropewalk.engine.runners.cpu.tables import Stored
+from ropewalk.engine.runners.cpu.family import Family, LinearLayer
+from ropewalk.engine.runners.cpu.runner import MAX_STEP_TOKENS, CompiledRunner
+from ropewalk.engine.runners.cpu.tables import StoredLinear
 from ropewalk.engine.runners.transformers import TransformersRunner
 from ropewalk.errors import ConfigError, UnsupportedModel
 from ropewalk.scaling import parse
 
 pytestmark = pytest.mark.usefixtures("freed_memory_is_overwritten")
-CHUNKS = ([1000], [1], [FEW + 4, 2])
+CHUNKS = ([1000], [1], [MAX_STEP_TOKENS + 4, 2])
 
 
 # Kinds of weights
@@ -36,7 +36,7 @@ CHUNKS = ([1000], [1], [FEW + 4, 2])
 def test_int8_rows_are_within_half_a_step_of_their_own():
     weight = torch.randn(7, 48, generator=torch.manual_seed(0)) * torch.logspace(-3, 3, 7)[:, None]
     weight[3] = 0
-    stored = Stored.in_int8(Linear(weight, None))
+    stored = StoredLinear.rounded_to_int8(LinearLayer(weight, None))
     assert stored.weight.dtype == torch.int8 and stored.bias is None
     assert torch.allclose(stored.scale, weight.abs().amax(1) / 127, rtol=1e-6, atol=1e-29)
     error = (stored.weight.double() * stored.scale.double()[:, None] - weight.double()).abs()
@@ -55,7 +55,7 @@ def test_int8_weights_are_the_model_with_those_weights(name):
     rounded.set_output_embeddings(copy.deepcopy(rounded.get_output_embeddings()))
     for module in rounded.modules():
         if isinstance(module, nn.Linear):
-            stored = Stored.in_int8(Linear(module.weight.detach(), None))
+            stored = StoredLinear.rounded_to_int8(LinearLayer(module.weight.detach(), None))
             module.weight = nn.Parameter(stored.weight * stored.scale[:, None])
     for sizes in CHUNKS:
         found = in_chunks(runner, sizes)

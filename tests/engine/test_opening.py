@@ -148,18 +148,18 @@ def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
 
 @pytest.mark.parametrize(("spec", "most"), [("none", 2), ("yarn:4", 2), ("rerope:64", 2)])
 def test_paths_are_run_together(tiny, spec, most, monkeypatch):
-    runs = []
+    key_runs = []
     for name in ("forward", "tree"):
         own = getattr(tiny._runner, name)
-        monkeypatch.setattr(tiny._runner, name, lambda *args, own=own, **kw: runs.append(1) or own(*args, **kw))
+        monkeypatch.setattr(tiny._runner, name, lambda *args, own=own, **kw: key_runs.append(1) or own(*args, **kw))
     tiny.rope = spec
     try:
         counts, leaves = [], []
         for prompt in ["import numpy as np\n" + prompt for prompt in PROMPTS]:
             covered = cover(tiny.vocabulary, prompt)
-            runs.clear()
+            key_runs.clear()
             covers = weigh(tiny._runner, covered, None, tiny.new_cache(64), tiny.vocabulary)
-            counts.append(len(runs))
+            counts.append(len(key_runs))
             paths = {node.path for node in covered.nodes}
             leaves.append(sum(not any(q[: len(p)] == p and q != p for q in paths) for p in paths))
             assert_same(covers, one_forward_each(tiny.hf, covered, None))

@@ -7,8 +7,8 @@ import torch
 from decoders import DECODERS, IDS, LAYERED, LENGTH, SPECS, TOLERANCE, compiled, difference, in_chunks
 
 import ropewalk as rw
-from ropewalk.engine.attention.kernel import Score
-from ropewalk.engine.runners.cpu.skim import Sample, SkimmedChunk
+from ropewalk.engine.attention.kernel import AttentionScore
+from ropewalk.engine.runners.cpu.skim import Sample, SkimAttention
 from ropewalk.errors import ConfigError
 
 IDS_LIST = IDS[0].tolist()
@@ -68,8 +68,8 @@ def test_a_key_counts_for_as_many_as_it_stands_for(runner, spec):
     g = torch.Generator().manual_seed(0)
     heads, dim = 6, runner._decoder.head_dim
     q, k, v = (torch.randn(1, h, n, dim, generator=g) for h in (heads, 2, 2))
-    score = Score(scale=0.3)
-    found = SkimmedChunk(rotation, sample).attend(q, k, v, score)
+    score = AttentionScore(scale=0.3)
+    found = SkimAttention(rotation, sample).attend(q, k, v, score)
     plain = Sample(positions=sample.positions, stretches=sample.stretches, log_weights=torch.zeros(n))
     for query in (n - 1, n - 20, 15):
         copies = torch.where(
@@ -82,7 +82,7 @@ def test_a_key_counts_for_as_many_as_it_stands_for(runner, spec):
         repeated = Sample(
             positions=plain.positions[index], stretches=torch.zeros(len(index)), log_weights=torch.zeros(len(index))
         )
-        expected = SkimmedChunk(rotation, repeated).attend(q[:, :, index], k[:, :, index], v[:, :, index], score)
+        expected = SkimAttention(rotation, repeated).attend(q[:, :, index], k[:, :, index], v[:, :, index], score)
         torch.testing.assert_close(found[:, :, query], expected[:, :, -1], atol=2e-6, rtol=1e-5)
 
 

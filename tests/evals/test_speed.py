@@ -9,7 +9,7 @@ from torch import nn
 
 import ropewalk as rw
 from ropewalk.cli.main import cli
-from ropewalk.engine.attention.kernel import Score
+from ropewalk.engine.attention.kernel import AttentionScore
 from ropewalk.engine.attention.reference import reference_attention
 from ropewalk.engine.attention.rotation import Layout
 from ropewalk.engine.rotary_site import RotarySite
@@ -35,7 +35,7 @@ def test_the_public_form_is_the_literal_twin(spec):
     site = RotarySite(module=nn.Module(), layer_type=None, configured=configured)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 300, 16, dtype=torch.float64, generator=generator) for h in (4, 2, 2))
-    twin = reference_attention(q, k, v, Score(scale=0.25), Layout(0, 16, False), scaler, rope, length=300)
+    twin = reference_attention(q, k, v, AttentionScore(scale=0.25), Layout(0, 16, False), scaler, rope, length=300)
     assert (naive_attention(q, k, v, 0.25, scaler, site) - twin).abs().max() < 1e-10
 
 

@@ -14,22 +14,22 @@ from torch.nn.functional import gelu, linear, rms_norm, silu
 from ....scaling.band import Band, same
 from ...attention.banded import banded_attention
 from ...attention.causal import causal_attention
-from ...attention.kernel import Score
+from ...attention.kernel import AttentionScore
 from ...attention.plan import Segment
 from ...attention.rotation import angles
 from ...attention.rows import KeyRun
 from ...kv_cache import KVLayer
 from .family import Decoder
 from .rotation_table import RotationTable
-from .tables import Stored, Tables
+from .tables import StoredLinear, Tables
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, Score], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionScore], Tensor]
 """Attention of a layer: its number, q [1, H, N, D], k and v [1, K, N, D] as they are projected -> [1, H, N, D]."""
 
 _HEAD_ROWS = 8192  # of the vocabulary that are widened at a time
 
 
-class Layers:
+class DecoderLayers:
     """Everything but attention. Weights are widened to float32 as they are used, into one place for all."""
 
     def __init__(self, decoder: Decoder, tables: Tables) -> None:
@@ -50,7 +50,7 @@ class Layers:
                 q, k, v = (x.view(count, -1, d.head_dim) for x in (q, k, v))
             q, k = (_rms(x, norm, d.epsilon) for x, norm in zip((q, k), head_norms, strict=True))
             q, k, v = (x.reshape(count, -1, d.head_dim).transpose(0, 1)[None] for x in (q, k, v))
-            mixed = attend(index, q, k, v, Score(scale=layer.scale, softcap=layer.softcap))
+            mixed = attend(index, q, k, v, AttentionScore(scale=layer.scale, softcap=layer.softcap))
             x_NE = x_NE + _rms(self._apply(out, mixed[0].transpose(0, 1).reshape(count, -1)), after, d.epsilon)
             normed = _rms(x_NE, before_mlp, d.epsilon)
             gated = self._apply(gate, normed)
@@ -66,7 +66,7 @@ class Layers:
             found[:, r : r + _HEAD_ROWS] = self._apply(head.rows(r, r + _HEAD_ROWS), last)
         return self.capped(found)
 
-    def _apply(self, one: Stored, x: Tensor) -> Tensor:
+    def _apply(self, one: StoredLinear, x: Tensor) -> Tensor:
         weight = one.weight
         if weight.dtype != torch.float32:
             if self._scratch.numel() < weight.numel():
@@ -90,7 +90,7 @@ def _rms(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     return rms_norm(x, weight.shape, weight, epsilon)
 
 
-class Chunk:
+class ChunkAttention:
     """Attention of one chunk in one group of layers, with what all its layers share."""
 
     def __init__(self, rotation: RotationTable, run: KeyRun) -> None:
@@ -111,7 +111,7 @@ class Chunk:
         elif group.window is not None and run.key_stop > group.window:
             self._work = [(run, [_window(rotation, run, group.window)])]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, score: Score) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, score: AttentionScore) -> Tensor:
         """q [1, H, N, D], k and v [1, K, N, D] as they are projected; writes the cache; [1, H, N, D]."""
         layout = self._rotation.group.layout
         if self._rotation.mapped:

@@ -61,19 +61,19 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearLayer:
     """Weights [rows, columns] with a bias [rows] or None, both as the model holds them."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def rows(self, start: int, stop: int) -> Linear:
+    def rows(self, start: int, stop: int) -> LinearLayer:
         """Some of its rows."""
-        return Linear(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
+        return LinearLayer(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class DecoderLayer:
     """The weights of one decoder layer.
 
     Args:
@@ -84,7 +84,7 @@ class Layer:
         softcap: c in c tanh(score / c), or None.
     """
 
-    linears: tuple[Linear, ...]
+    linears: tuple[LinearLayer, ...]
     norms: tuple[Tensor | None, ...]
     window: int | None
     scale: float
@@ -95,10 +95,10 @@ class Layer:
 class Decoder:
     """A whole model, as its family describes it."""
 
-    layers: list[Layer]
+    layers: list[DecoderLayer]
     embedding: nn.Module
     final_norm: Tensor
-    head: Linear
+    head: LinearLayer
     epsilon: float
     heads: int
     key_heads: int
@@ -146,7 +146,7 @@ def decoder(hf: PreTrainedModel) -> Decoder:
     )
 
 
-def _layer(family: Family, layer: Any, config: Any) -> Layer:
+def _layer(family: Family, layer: Any, config: Any) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
     if family.fused:
         qkv, gate_up = _linear(attention.qkv_proj), _linear(mlp.gate_up_proj)
@@ -163,7 +163,7 @@ def _layer(family: Family, layer: Any, config: Any) -> Layer:
         norms += [_norm(family, attention.q_norm, config), _norm(family, attention.k_norm, config)]
     else:
         norms += [None, None]
-    return Layer(
+    return DecoderLayer(
         linears=(query, key, value, _linear(attention.o_proj), gate, up, _linear(mlp.down_proj)),
         norms=tuple(norms),
         window=_window(attention, config),
@@ -172,10 +172,10 @@ def _layer(family: Family, layer: Any, config: Any) -> Layer:
     )
 
 
-def _linear(module: nn.Linear) -> Linear:
+def _linear(module: nn.Linear) -> LinearLayer:
     if type(module) is not nn.Linear:  # an adapter or a quantized layer computes something else
         raise UnsupportedModel(f"{type(module).__name__} is not a plain linear layer")
-    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+    return LinearLayer(module.weight.detach(), None if module.bias is None else module.bias.detach())
 
 
 def _window(attention: Any, config: Any) -> int | None:

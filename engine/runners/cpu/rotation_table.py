@@ -24,7 +24,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class LayerGroup:
     """Layers that turn alike and see the same keys.
 
     Args:
@@ -49,7 +49,7 @@ class RotationTable:
         length: tokens that a scaler which depends on length is for.
     """
 
-    def __init__(self, group: Group, primary_rotary: RotarySite, scaler: Scaler, length: int | None) -> None:
+    def __init__(self, group: LayerGroup, primary_rotary: RotarySite, scaler: Scaler, length: int | None) -> None:
         self.group = group
         self.plan = Plan(group.site or primary_rotary, scaler, length)
         local = group.window is not None
@@ -120,7 +120,7 @@ class RotationTable:
         factor = self.plan.site.logit_factor(self.plan.scaler, torch.from_numpy(positions))
         return (factor.numpy() * scale).astype(np.float32)
 
-    def sees(self, position: int) -> list[tuple[int, int, int, int]]:
+    def visible(self, position: int) -> list[tuple[int, int, int, int]]:
         """What the query at `position` sees: band, form of the keys, first key, keys."""
         if not self.mapped:
             start = 0 if self.group.window is None else max(0, position + 1 - self.group.window)

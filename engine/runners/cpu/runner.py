@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from ....errors import ConfigError, UnsupportedModel
 from ....scaling.rope import Scaler
-from ...attention.kernel import Score
+from ...attention.kernel import AttentionScore
 from ...attention.rotation import angles
 from ...attention.rows import KeyRun
 from ...cache import rewind
@@ -31,17 +31,17 @@ from ...patches.probe import layer_ropes, logits, probe_ids
 from ...rotary_site import RotarySite, primary_rotary
 from ..runner import Path, RopeState
 from ..transformers import TransformersRunner
-from .chunk import Chunk, Layers
+from .chunk import ChunkAttention, DecoderLayers
 from .family import decoder
 from .kernels import UNAVAILABLE
 from .rotation_table import RotationTable, rotate_cached_keys
-from .skim import Sample, SkimmedChunk
-from .tables import KINDS, Stored, Tables, dtype_name, groups_of
+from .skim import Sample, SkimAttention
+from .tables import KINDS, StoredLinear, Tables, dtype_name, groups_of
 from .threads import share_threads
 
 Tree = tuple[int, list[list[int]]]
 
-FEW = 16  # tokens up to which the compiled step is faster than a chunk in torch
+MAX_STEP_TOKENS = 16  # tokens up to which the compiled step is faster than a chunk in torch
 
 _VERIFIED = 1e-4  # difference of the logits from float32 arithmetic, of their size, in the Euclidean norm
 
@@ -79,14 +79,14 @@ class CompiledRunner(TransformersRunner):
         ropes, _ = layer_ropes(hf, sites)
         self._groups, self._group_of = groups_of(self._decoder, ropes)
         self._tables = Tables.of(self._decoder, self._groups, self._group_of)
-        self._layers = Layers(self._decoder, self._tables)
+        self._layers = DecoderLayers(self._decoder, self._tables)
         self._rotations: list[RotationTable] = []
         self.use(Scaler(), None)
         self._verify()  # before anything is rounded, keys and values neither
         self._dtype = hf.dtype
         if weights == "int8":
-            self._tables = Tables.of(self._decoder, self._groups, self._group_of, Stored.in_int8)
-            self._layers = Layers(self._decoder, self._tables)
+            self._tables = Tables.of(self._decoder, self._groups, self._group_of, StoredLinear.rounded_to_int8)
+            self._layers = DecoderLayers(self._decoder, self._tables)
         if cache != "auto":
             self._dtype = getattr(torch, cache)
         elif weights == "int8":
@@ -149,7 +149,7 @@ class CompiledRunner(TransformersRunner):
             return super().forward(ids, cache, logits_to_keep)
         found = (
             self._decode_step([(ids, cache)], logits_to_keep)
-            if len(ids) <= FEW
+            if len(ids) <= MAX_STEP_TOKENS
             else self._prefill_chunk(ids, cache, logits_to_keep)
         )
         self._evict(cache)
@@ -223,10 +223,10 @@ class CompiledRunner(TransformersRunner):
         self.check(ids)
         x = self._decoder.embedding(torch.tensor(ids)).float().numpy()
         places = np.array([cache.length + k for own, cache in rows for k in range(len(own))], np.int64)
-        buffers = self._buffers(rows)
+        buffers = self._buffer_addresses(rows)
         held, ancestors = tree or (0, None)
         at = places if ancestors is None else np.array([held + len(own) - 1 for own in ancestors], np.int64)
-        parts, firsts = self._parts(at, held, ancestors)
+        parts, firsts = self._key_parts(at, held, ancestors)
         tables = self._tables
         found = np.empty((logits_to_keep, self._decoder.head.weight.shape[0]), np.float32)
         step(
@@ -258,7 +258,7 @@ class CompiledRunner(TransformersRunner):
         forms = max(map(len, found))
         return np.stack([np.resize(one, (forms, *one.shape[1:])) for one in found])
 
-    def _parts(
+    def _key_parts(
         self, positions: np.ndarray[Any, Any], held: int, ancestors: list[list[int]] | None
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Which keys every token sees, in the parts that threads compute; those of a tree are one by one."""
@@ -269,7 +269,7 @@ class CompiledRunner(TransformersRunner):
         for rotation in self._rotations:
             for token, position in enumerate(positions.tolist()):
                 firsts.append(len(parts))
-                for band, form, start, count in rotation.sees(position):
+                for band, form, start, count in rotation.visible(position):
                     stop = start + count
                     if ancestors is not None:
                         own = ancestors[token][max(0, start - held) : max(0, stop - held)]
@@ -279,7 +279,7 @@ class CompiledRunner(TransformersRunner):
             firsts.append(len(parts))
         return np.array(parts, np.int64), np.array(firsts, np.int64).reshape(len(self._rotations), -1)
 
-    def _buffers(self, rows: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray[Any, Any]:
+    def _buffer_addresses(self, rows: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray[Any, Any]:
         """Where every token's keys and values lie, [layers, n, forms + 1, 3]."""
         layers = len(self._decoder.layers)
         forms = 1 + max(len(rotation.key_bands) for rotation in self._rotations)
@@ -290,14 +290,14 @@ class CompiledRunner(TransformersRunner):
             for index, layer in enumerate(cache.layers):
                 rotation = self._rotations[self._group_of[index]]
                 key_scales, value_scales = layer.scales
-                held = [(layer.keys, key_scales), *((c, 0) for c in self._copies(layer, rotation, len(own)))]
+                held = [(layer.keys, key_scales), *((c, 0) for c in self._rotated_copies(layer, rotation, len(own)))]
                 for form, (keys, scales) in enumerate(held):
                     found[index, at : at + len(own), form] = keys.data_ptr(), scales, keys.shape[2]
                 found[index, at : at + len(own), forms] = layer.values.data_ptr(), value_scales, layer.capacity
             at += len(own)
         return found
 
-    def _copies(self, layer: KVLayer, rotation: RotationTable, count: int) -> list[Tensor]:
+    def _rotated_copies(self, layer: KVLayer, rotation: RotationTable, count: int) -> list[Tensor]:
         """The turned copies of a layer's keys, with room for `count` more."""
         keys = layer.keys[:, :, : layer.length]
 
@@ -321,9 +321,9 @@ class CompiledRunner(TransformersRunner):
         self.check(ids)
         start, count = cache.length, len(ids)
         run = KeyRun(None, 0, count, 0, start + count, 0)
-        chunks = [Chunk(rotation, run) for rotation in self._rotations]
+        chunks = [ChunkAttention(rotation, run) for rotation in self._rotations]
 
-        def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
             return chunks[self._group_of[index]].attend(q, k, v, cache.layers[index], score)
 
         return self._layers.logits(self._layers.run(ids, attend)[-logits_to_keep:])
@@ -332,9 +332,9 @@ class CompiledRunner(TransformersRunner):
     def skim(self, ids: Sequence[int], sample: Sample, logits_to_keep: int) -> Tensor:
         """Read a sample of the tokens of a text, `ids`; returns its last logits, [logits_to_keep, V]."""
         self.check(ids)
-        chunks = [SkimmedChunk(rotation, sample) for rotation in self._rotations]
+        chunks = [SkimAttention(rotation, sample) for rotation in self._rotations]
 
-        def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
             return chunks[self._group_of[index]].attend(q, k, v, score)
 
         return self._layers.logits(self._layers.run(ids, attend)[-logits_to_keep:])

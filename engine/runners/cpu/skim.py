@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ....errors import ConfigError
-from ...attention.kernel import Score
+from ...attention.kernel import AttentionScore
 from ...attention.rotation import Angles, angles
 from .rotation_table import RotationTable
 
@@ -61,7 +61,7 @@ class Sample:
         return cls(positions=positions, log_weights=weights, stretches=stretches)
 
 
-class SkimmedChunk:
+class SkimAttention:
     """Attention among the tokens of a sample in one group of layers, with what all its layers share."""
 
     def __init__(self, rotation: RotationTable, sample: Sample) -> None:
@@ -94,7 +94,7 @@ class SkimmedChunk:
             hidden |= ~torch.stack([one for one in self._seen if one is not None]).any(0)
         self._bias[hidden] = -torch.inf
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, score: Score) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
         """q [1, H, N, D], k and v [1, K, N, D], un-rotated -> [1, H, N, D]."""
         layout, group = self._rotation.group.layout, q.shape[1] // k.shape[1]
         if self._temperature is not None:

@@ -14,8 +14,8 @@ from ....errors import UnsupportedModel
 from ...attention.rotation import Layout
 from ...patches.probe import LayerRope
 from ...rotary_site import RotarySite
-from .family import Decoder, Linear
-from .rotation_table import Group
+from .family import Decoder, LinearLayer
+from .rotation_table import LayerGroup
 
 KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}
 """How the kernels read a dtype."""
@@ -26,7 +26,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def groups_of(d: Decoder, ropes: dict[int, LayerRope]) -> tuple[list[Group], list[int]]:
+def groups_of(d: Decoder, ropes: dict[int, LayerRope]) -> tuple[list[LayerGroup], list[int]]:
     """Layers that turn alike, and the group of every layer."""
     groups: dict[tuple[RotarySite | None, Layout | None, int | None], int] = {}
     found = []
@@ -39,11 +39,11 @@ def groups_of(d: Decoder, ropes: dict[int, LayerRope]) -> tuple[list[Group], lis
     layouts = {layout for _, layout, _ in groups if layout is not None}
     if len(layouts) > 1:
         raise UnsupportedModel("its layers lay out their rotary pairs differently")
-    return [Group(*key) for key in groups], found
+    return [LayerGroup(*key) for key in groups], found
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredLinear:
     """A linear as the kernels read it: weights in their own dtype, float32 scales and bias [rows] or None."""
 
     weight: Tensor
@@ -51,21 +51,21 @@ class Stored:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, one: Linear) -> Stored:
+    def of(cls, one: LinearLayer) -> StoredLinear:
         """The model's own weights, not copied."""
         return cls(one.weight.contiguous(), None, None if one.bias is None else one.bias.float())
 
     @classmethod
-    def in_int8(cls, one: Linear) -> Stored:
+    def rounded_to_int8(cls, one: LinearLayer) -> StoredLinear:
         """Every row in whole steps of a 127th of its largest weight."""
         weight = one.weight.float()
         scale = weight.abs().amax(1).clamp(min=1e-30) / 127
-        return cls((weight / scale[:, None]).round_().to(torch.int8), scale, Stored.of(one).bias)
+        return cls((weight / scale[:, None]).round_().to(torch.int8), scale, StoredLinear.of(one).bias)
 
-    def rows(self, start: int, stop: int) -> Stored:
+    def rows(self, start: int, stop: int) -> StoredLinear:
         """Some of its rows."""
         scale, bias = (None if x is None else x[start:stop] for x in (self.scale, self.bias))
-        return Stored(self.weight[start:stop], scale, bias)
+        return StoredLinear(self.weight[start:stop], scale, bias)
 
     @property
     def table(self) -> list[int]:
@@ -74,7 +74,7 @@ class Stored:
         return [self.weight.data_ptr(), scale, bias, *self.weight.shape]
 
 
-Make = Callable[[Linear], Stored]
+Make = Callable[[LinearLayer], StoredLinear]
 
 
 def _check_sizes(d: Decoder) -> None:
@@ -114,13 +114,13 @@ class Tables:
     groups: np.ndarray[Any, Any]
     head: np.ndarray[Any, Any]
     half: int
-    stored: list[tuple[Stored, ...]] = field(repr=False)
-    stored_head: Stored = field(repr=False)
+    stored: list[tuple[StoredLinear, ...]] = field(repr=False)
+    stored_head: StoredLinear = field(repr=False)
 
     @classmethod
-    def of(cls, d: Decoder, groups: list[Group], group_of: list[int], make: Make | None = None) -> Tables:
+    def of(cls, d: Decoder, groups: list[LayerGroup], group_of: list[int], make: Make | None = None) -> Tables:
         """Raises UnsupportedModel where a kernel's assumption does not hold."""
-        make = make or Stored.of
+        make = make or StoredLinear.of
         stored = [tuple(map(make, layer.linears)) for layer in d.layers]
         head = make(d.head)
         _check_sizes(d)

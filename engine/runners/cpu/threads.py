@@ -14,7 +14,7 @@ import threading
 import torch
 
 _SPIN_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-_kept_asleep: list[threading.Thread] = []
+_sleeping_threads: list[threading.Thread] = []
 
 
 def share_threads() -> int:
@@ -26,7 +26,7 @@ def share_threads() -> int:
     numba.set_num_threads(threads)
     if torch.get_num_threads() != wanted:  # both use OpenMP, and numba's start gives it as many as there are cores
         torch.set_num_threads(wanted)
-    if not _kept_asleep and not any(name in os.environ for name in _SPIN_VARIABLES):
+    if not _sleeping_threads and not any(name in os.environ for name in _SPIN_VARIABLES):
         _spin_shortly(numba.config.NUMBA_NUM_THREADS)
     return threads
 
@@ -45,6 +45,6 @@ def _spin_shortly(count: int) -> None:
         made.set()
         threading.Event().wait()
 
-    _kept_asleep.append(threading.Thread(target=keep, daemon=True, name="ropewalk: OpenMP threads kept asleep"))
-    _kept_asleep[-1].start()
+    _sleeping_threads.append(threading.Thread(target=keep, daemon=True, name="ropewalk: OpenMP threads kept asleep"))
+    _sleeping_threads[-1].start()
     made.wait()
