@@ -262,8 +262,8 @@ def test_what_a_killed_process_left_is_removed(tales, cache, tmp_path):
     target = cache / "thing"
     code = f"""
 import pathlib, time
-from ropewalk.engine.storage import filling
-with filling(pathlib.Path({str(target)!r}), needed=0, what="thing") as work:
+from ropewalk.engine.storage import fill_once
+with fill_once(pathlib.Path({str(target)!r}), needed=0, what="thing") as work:
     (work / "half").write_text("half")
     print("ready", flush=True)
     time.sleep(60)

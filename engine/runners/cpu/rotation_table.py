@@ -89,20 +89,24 @@ class RotationTable:
         first = self._key_map(band)
         return 1 + self.key_bands.index(first) if first in self.key_bands else 0
 
-    def queries(self, positions: Integers, half: int) -> Floats:
-        """Cosines and sines that queries turn by in every band, [bands, n, 2, half]."""
-        factor = self.frequencies.attention_factor ** (2 if self.mapped else 1)
-        where = torch.from_numpy(positions)
-        mapped = [band.query(where).numpy() for band in self._bands]
-        return np.stack([self._angles(at, factor, half) for at in mapped])
+    def angles(self, positions: Integers, half: int) -> tuple[Floats, Floats]:
+        """Cosines and sines that rotate the tokens at `positions`.
 
-    def keys(self, positions: Integers, half: int) -> Floats:
-        """Cosines and sines that keys turn by in every form, [forms, n, 2, half]."""
+        Returns:
+            Those of the queries in every band, [bands, n, 2, half], and of the keys in every form,
+            [forms, n, 2, half].
+        """
+        factor = self.frequencies.attention_factor
         if not self.mapped:
-            return self._angles(positions, self.frequencies.attention_factor, half)[None]
-        where = torch.from_numpy(positions)
-        mapped = [np.zeros(len(positions)), *(self._bands[band].key(where).numpy() for band in self.key_bands)]
-        return np.stack([self._angles(at, 1.0, half) for at in mapped])
+            both = self._angles(positions, factor, half)[None]
+            return both, both
+        at = torch.from_numpy(positions)
+        queries = [band.query(at).numpy() for band in self._bands]
+        keys = [np.zeros(len(positions)), *(self._bands[band].key(at).numpy() for band in self.key_bands)]
+        return (
+            np.stack([self._angles(mapped, factor**2, half) for mapped in queries]),
+            np.stack([self._angles(mapped, 1.0, half) for mapped in keys]),
+        )
 
     def _angles(self, positions: NDArray[np.generic], factor: float, half: int) -> Floats:
         found = np.empty((len(positions), 2, half), np.float32)

@@ -152,7 +152,8 @@ class CompiledRunner(TransformersRunner):
             if len(ids) <= MAX_STEP_TOKENS
             else self._prefill_chunk(ids, cache, logits_to_keep)
         )
-        self._evict(cache)
+        if self._sink_window is not None:
+            self._evict(cache)
         return found
 
     @property
@@ -176,7 +177,8 @@ class CompiledRunner(TransformersRunner):
             return super().step(rows)
         counts = [len(ids) for ids, _ in rows]
         found = self._decode_step(rows, sum(counts))
-        self._evict(*(cache for _, cache in rows))
+        if self._sink_window is not None:
+            self._evict(*(cache for _, cache in rows))
         return found[torch.tensor(counts).cumsum(0) - 1]
 
     def _verify(self) -> None:
@@ -238,7 +240,7 @@ class CompiledRunner(TransformersRunner):
             tables.norms,
             tables.groups,
             x,
-            (self._rotated("queries", at), self._rotated("keys", at)),
+            self._angles(at),
             parts,
             firsts,
             np.stack([rotation.scales(at, self._decoder.layers[0].scale) for rotation in self._rotations]),
@@ -250,13 +252,21 @@ class CompiledRunner(TransformersRunner):
         )
         for own, cache in rows:
             cache.advance(len(own))
-        return self._layers.capped(torch.from_numpy(found))
+        logits = torch.from_numpy(found)
+        return logits if self._decoder.softcap is None else self._layers.capped(logits)
 
-    def _rotated(self, which: str, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Angles of all groups, [groups, forms, n, 2, half]; forms that a group lacks are filled up and not used."""
-        found = [getattr(rotation, which)(positions, self._tables.half) for rotation in self._rotations]
-        forms = max(map(len, found))
-        return np.stack([np.resize(one, (forms, *one.shape[1:])) for one in found])
+    def _angles(self, positions: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
+        """Cosines and sines of the queries and of the keys, each [groups, forms, n, 2, half].
+
+        Groups with fewer forms are padded; the kernels do not read the padding.
+        """
+        tables = []
+        for groups in zip(
+            *(rotation.angles(positions, self._tables.half) for rotation in self._rotations), strict=True
+        ):
+            forms = max(map(len, groups))
+            tables.append(np.stack([np.resize(group, (forms, *group.shape[1:])) for group in groups]))
+        return tuple(tables)
 
     def _key_parts(
         self, positions: np.ndarray[Any, Any], held: int, ancestors: list[list[int]] | None
@@ -280,22 +290,28 @@ class CompiledRunner(TransformersRunner):
         return np.array(parts, np.int64), np.array(firsts, np.int64).reshape(len(self._rotations), -1)
 
     def _buffer_addresses(self, rows: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray[Any, Any]:
-        """Where every token's keys and values lie, [layers, n, forms + 1, 3]."""
+        """Where the keys and values of every token lie, int64 [layers, n, forms + 1, 3].
+
+        The last axis is the address of the numbers, that of their scales (or 0), and the capacity in tokens. The
+        forms of the keys come first, the values last.
+        """
         layers = len(self._decoder.layers)
         forms = 1 + max(len(rotation.key_bands) for rotation in self._rotations)
-        found = np.zeros((layers, sum(len(own) for own, _ in rows), forms + 1, 3), np.int64)
+        addresses = np.zeros((layers, sum(len(ids) for ids, _ in rows), forms + 1, 3), np.int64)
         at = 0
-        for own, cache in rows:
-            cache.reserve(len(own))
+        for ids, cache in rows:
+            cache.reserve(len(ids))
             for index, layer in enumerate(cache.layers):
                 rotation = self._rotations[self._group_of[index]]
                 key_scales, value_scales = layer.scales
-                held = [(layer.keys, key_scales), *((c, 0) for c in self._rotated_copies(layer, rotation, len(own)))]
-                for form, (keys, scales) in enumerate(held):
-                    found[index, at : at + len(own), form] = keys.data_ptr(), scales, keys.shape[2]
-                found[index, at : at + len(own), forms] = layer.values.data_ptr(), value_scales, layer.capacity
-            at += len(own)
-        return found
+                tokens = addresses[index, at : at + len(ids)]
+                tokens[:, 0] = layer.keys.data_ptr(), key_scales, layer.keys.shape[2]
+                tokens[:, forms] = layer.values.data_ptr(), value_scales, layer.capacity
+                if rotation.key_bands:
+                    for form, keys in enumerate(self._rotated_copies(layer, rotation, len(ids)), 1):
+                        tokens[:, form] = keys.data_ptr(), 0, keys.shape[2]
+            at += len(ids)
+        return addresses
 
     def _rotated_copies(self, layer: KVLayer, rotation: RotationTable, count: int) -> list[Tensor]:
         """The turned copies of a layer's keys, with room for `count` more."""
