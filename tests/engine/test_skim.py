@@ -64,7 +64,7 @@ def test_a_key_counts_for_as_many_as_it_stands_for(runner, spec):
     sample = Sample(
         positions=sample.positions, stretches=sample.stretches, log_weights=(sample.log_weights > 0) * math.log(3)
     )
-    n, rotation = len(sample.positions), runner._rotation[0]
+    n, rotation = len(sample.positions), runner._rotations[0]
     g = torch.Generator().manual_seed(0)
     heads, dim = 6, runner._decoder.head_dim
     q, k, v = (torch.randn(1, h, n, dim, generator=g) for h in (heads, 2, 2))
