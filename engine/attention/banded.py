@@ -36,7 +36,7 @@ def banded_attention(
         layout: where the rotary pairs lie; None for layers without rotation.
         work: the runs of the batch with their segments.
         sinks_H: the model's own attention sinks, a logit per head that takes weight and gives nothing.
-        turned: where turned keys are kept from call to call.
+        rotated: rotated keys of earlier calls, extended here.
 
     Returns:
         [B, H, N, Dv]; zeros for padding.

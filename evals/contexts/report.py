@@ -256,11 +256,11 @@ def publisher(
     to_markdown: Callable[[Sequence[Row]], str],
     plot: Callable[[Sequence[Row], Path], list[Path]],
 ) -> Callable[[Run, Sequence[Cell], Console], None]:
-    """What a command does with its run when it is measured.
+    """What a command does with its run after the measurement.
 
     Args:
         name: of the plots' files.
-        own: the rows of a run that the table and the plot are of.
+        select: picks the rows of a run that the table and the plot show.
     """
 
     def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:

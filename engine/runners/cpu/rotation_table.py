@@ -45,7 +45,7 @@ class RotationTable:
     With one, the first form is un-rotated and the others are turned as the key maps of the bands say.
 
     Args:
-        headline: the site that speaks for layers without rotation.
+        primary_rotary: the site used for layers without rotation.
         length: tokens that a scaler which depends on length is for.
     """
 

@@ -58,7 +58,7 @@ class Measurement:
         """Measure `cells` and publish the run; of several processes the first one publishes.
 
         Args:
-            subject: `self.model`, ready to be measured.
+            model: the loaded model, ready to be measured.
             cells: in the order of measuring.
             name: of the run where no folder was given: runs/MODEL-NAME.
             title: the report's heading.

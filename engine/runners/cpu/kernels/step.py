@@ -64,14 +64,14 @@ def step(
 
     Args:
         shape: int64: H, K, D, activation, whether queries and keys are normed over all heads at once, the first number
-            of a head that turns, numbers that turn, whether pairs are neighbours.
+            of a head that is rotated, rotated numbers, whether pairs are neighbours.
         numbers: float32: epsilon of the norms, soft-cap of the scores or 0.
         weights, cache: the kinds of the weights and of the cache.
         linears: int64 [L, 7, 5], as `project_rows` takes them.
         norms: int64 [L + 1, 6]: addresses of float32 weights, 0 where there is none. The first of L is the final norm.
-        groups: int64 [L]: which row of `turns`, `firsts` and `scales` a layer uses.
+        groups: int64 [L]: which row of `rotations`, `firsts` and `scales` a layer uses.
         x: float32 [n, E], the embeddings; overwritten.
-        turns: queries' and keys' float32 [groups, forms, n, 2, d / 2], cosines and sines of every token's angles.
+        rotations: queries' and keys' float32 [groups, forms, n, 2, d / 2], cosines and sines of every token's angles.
         parts: int64 [parts, 5] of attention: token, form of the query, form of the keys, first key, keys.
         firsts: int64 [groups, n + 1]: where the parts of every token begin; a token has at least one.
         scales: float32 [groups, n]: the factor on the scores of every token.
