@@ -111,11 +111,11 @@ def test_every_pair_lies_in_one_piece(case, first):
             for piece in block.pieces:
                 square = counts[piece.band, piece.query_start : piece.query_stop, piece.key_start : piece.key_stop]
                 seen = torch.ones_like(square)
-                if isinstance(piece.visible, torch.Tensor):
-                    seen = piece.visible.int()
-                elif piece.visible != "all":
+                if isinstance(piece.sees, torch.Tensor):
+                    seen = piece.sees.int()
+                elif piece.sees != "all":
                     assert square.shape[0] == square.shape[1]
-                    seen = seen.tril() if piece.visible == "lower" else seen.triu()
+                    seen = seen.tril() if piece.sees == "lower" else seen.triu()
                 square += seen
         i = torch.arange(first + keys - queries, first + keys)[:, None]
         j = torch.arange(first, first + keys)
@@ -128,7 +128,7 @@ def test_long_contexts_take_few_pieces_and_no_masks(spec):
     rope = RopeSpec(dim=8, base=1e4, trained_length=2048)
     pieces = [p for block in blocks(parse(spec).bands(rope, 8192), 0, 7168, 8192) for p in block.pieces]
     assert len(pieces) <= 20
-    assert all(isinstance(piece.visible, str) for piece in pieces)
+    assert all(isinstance(piece.sees, str) for piece in pieces)
 
 
 @pytest.mark.parametrize("spec", [*MAPS, "ntk:4|rerope:{w}|logn", "dynamic-ntk"])
