@@ -8,6 +8,7 @@ import ropewalk as rw
 from ropewalk.engine.generation import generate_tokens
 from ropewalk.engine.kv_cache import KVCache, KVLayer
 from ropewalk.engine.prefill import prefill
+from ropewalk.engine.runners.cpu.chunk import DecoderLayers
 from ropewalk.engine.sequence import Sequence
 
 TEXT = "def main(argv=None):\n    parser = argparse.ArgumentParser()\n    for name in sorted(names):\n"
@@ -48,11 +49,11 @@ def counted(model, monkeypatch):
     counts = []
     with monkeypatch.context() as patch:
         for name in ("_decode_step", "_prefill_chunk"):
-            generate_tokens = getattr(model._runner, name)
+            original = getattr(model._runner, name)
 
-            def counting(what, *args, generate_tokens=generate_tokens, few=name == "_decode_step"):
+            def counting(what, *args, original=original, few=name == "_decode_step"):
                 counts.append(sum(len(ids) for ids, _ in what) if few else len(what))
-                return generate_tokens(what, *args)
+                return original(what, *args)
 
             patch.setattr(model._runner, name, counting)
         yield counts
@@ -63,21 +64,21 @@ def interrupted(monkeypatch, where, after=0, error=KeyboardInterrupt):
     """`error`, once, at the call of `where` that comes after `after` others.
 
     Args:
-        where: "layer" (in the middle of a chunk), "turned" (some keys are turned to another scaler), "written" (a step
-            has written its rows, and nobody has counted them) or "counted" (they are counted, and the logits are lost).
+        where: "layer" (in the middle of a chunk), "rotated" (some keys are rotated to another scaler), "written" (a
+            step has written its rows and not counted them) or "counted" (they are counted, and the logits are lost).
     """
     owner, name = {
         "layer": (KVLayer, "update"),
         "rotated": (KVLayer, "write_keys"),
         "written": (KVCache, "advance"),
-        "counted": (rw.engine.runners.cpu.chunk.DecoderLayers, "capped"),
+        "counted": (DecoderLayers, "capped"),
     }[where]
-    generate_tokens, calls = getattr(owner, name), iter(range(after + 1))
+    original, calls = getattr(owner, name), iter(range(after + 1))
 
     def failing(*args, **kwargs):
         if next(calls, None) == after:
             raise error
-        return generate_tokens(*args, **kwargs)
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing)

@@ -71,7 +71,7 @@ def test_contexts_are_read_the_same_way(model, asking):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             answer = one.over_contexts("why?", [TEXT], "entropy", greedy(1))
-        assert [row.ids.count(special) for row in answer._rows] == [0, count]  # without a context, and with it
+        assert [row.ids.count(special) for row in answer._prompts] == [0, count]  # without a context, and with it
 
 
 def test_laws_of_bytes_go_on_behind_a_name_and_inside_it(model, asking):

@@ -253,7 +253,7 @@ class CompiledRunner(TransformersRunner):
         for own, cache in rows:
             cache.advance(len(own))
         logits = torch.from_numpy(found)
-        return logits if self._decoder.softcap is None else self._layers.capped(logits)
+        return self._layers.capped(logits)
 
     def _angles(self, positions: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
         """Cosines and sines of the queries and of the keys, each [groups, forms, n, 2, half].
