@@ -166,12 +166,14 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
         )
     derived = Derived.of(source.config, source.model)
     scalers: dict[str | None, Scaler] = {}
+    lengths = []
     for kind, one in configured.items():
         if hf.is_local(kind):  # no distance grows there
             scalers[kind] = one.scaler
         else:
-            scaler, tokens = scaler_to_write(source.scaler, one, length, target)
-            scalers[kind] = scaler
+            scalers[kind], longest = scaler_to_write(source.scaler, one, length, target)
+            lengths.append(longest)
+    tokens = min(lengths)  # where all layers are within reach
     derives = derived is not None
     ropes = {kind: _written(one, scalers[kind], target, derives=derives) for kind, one in configured.items()}
     wanted = {kind: (one.rope, scalers[kind]) for kind, one in configured.items()}
@@ -182,11 +184,11 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
                 kind: _written(one, scalers[kind], target, derives=derives, as_longrope=True)
                 for kind, one in configured.items()
             }
-    written = next(ropes[kind]["rope_type"] for kind in ropes if not hf.is_local(kind))
+    shown = next(kind for kind in ropes if not hf.is_local(kind))  # the layers that see the whole text
     extra = {}
     if target != "hf":
         overrides = {"rope_parameters": ropes[None], "max_position_embeddings": tokens}
-        extra["serve.sh"] = serve_script(target, str(scaler), tokens, overrides)
+        extra["serve.sh"] = serve_script(target, str(scalers[shown]), tokens, overrides)
 
     def change(config: dict[str, Any]) -> dict[str, Any]:
         return with_rope(config, ropes, tokens, outside_length=outside)
@@ -204,9 +206,9 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
     return Export(
         path=out,
         target=target,
-        scaler=scaler,
+        scaler=scalers[shown],
         length=tokens,
-        carrier=f"rope_type {written!r} in config.json",
+        carrier=f"rope_type {ropes[shown]['rope_type']!r} in config.json",
         command=serve_command(target, out, tokens),
     )
 
