@@ -370,7 +370,7 @@ def test_turned_keys_that_nobody_counted_are_not_read(model):
         ids = model.vocabulary.encode(TEXT * 2)
         cache, fresh = model.new_cache(200), model.new_cache(200)
         prefill(model._runner, ids[:40], cache)
-        model._runner._buffers([(ids[40:44], cache)])
+        model._runner._buffer_addresses([(ids[40:44], cache)])
         for layer in cache.layers:
             for copy_of in layer.rotated.tensors:
                 copy_of[:, :, 40:] = 1e3
