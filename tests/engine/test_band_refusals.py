@@ -86,10 +86,10 @@ def test_a_failed_patch_leaves_the_model_as_it_was(llama, monkeypatch):
 
 
 @pytest.mark.parametrize(("spec", "runs"), [("yarn:4", 1), ("yarn:4|logn", 1), ("yarn:4|rerope:20|logn", 4)])
-def test_an_interrupted_patch_leaves_the_model_as_it_was(spec, key_runs):
+def test_an_interrupted_patch_leaves_the_model_as_it_was(spec, runs):
     model = FAMILIES["llama"]()
     before, buffers = read(model), dict(model.named_buffers())
-    for last in range(1, key_runs + 1):
+    for last in range(1, runs + 1):
         left = iter(range(last, 0, -1))
 
         def interrupt(*_, left=left):
