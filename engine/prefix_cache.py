@@ -32,7 +32,7 @@ class PrefixCache:
         return shared_length(self.ids, ids)
 
     def prepare_for(self, certain_ids: list[int], length: int) -> Cache:
-        """The cache under the scaler in use, holding no more than the beginning it shares with `certain`.
+        """The cache under the scaler in use, holding no more than the beginning that it shares with `certain_ids`.
 
         The last token is left out: it is run again, to see what follows it.
 
