@@ -65,7 +65,7 @@ def load(
             calls. None leaves the model whole.
         max_length: most tokens `generate` accepts; None is the scaler's reach.
         special_tokens: True where texts come from a chat template: names of special tokens in them (`<|im_start|>`)
-            stand for those tokens, whoever wrote them. Else they are text like any other.
+            stand for those tokens in every text. Else they are text like any other.
 
     Raises:
         AssetError: there is no such model, or it cannot be fetched; or its files are damaged, hold a weight that is no

@@ -58,7 +58,7 @@ class Segment:
         return min(p.key_start for p in pieces), max(p.key_stop for p in pieces)
 
     def key_map(self, band: int) -> int:
-        """The first band with the same key map: they share turned keys."""
+        """The first band with the same key map: they share rotated keys."""
         return next(i for i, other in enumerate(self.bands) if other.key is self.bands[band].key)
 
     def query_angles(self, like: Tensor) -> Angles:

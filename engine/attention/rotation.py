@@ -18,11 +18,11 @@ class Angles(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which numbers of a head form the d/2 pairs that turn.
+    """Which numbers of a head form the d/2 pairs that are rotated.
 
     Args:
-        start: first number that turns; those before it and from start + dim on stand still.
-        dim: d, numbers that turn.
+        start: first number that is rotated; those before it, and from start + dim on, are not.
+        dim: d, rotated numbers.
         interleaved: pairs are neighbours (2n, 2n + 1) instead of halves (n, n + d/2).
     """
 
@@ -31,7 +31,7 @@ class Layout:
     interleaved: bool
 
     def rotate(self, x: Tensor, angles: Angles) -> Tensor:
-        """`x` [..., N, D] turned, in its own dtype; the arithmetic is at least float32."""
+        """`x` [..., N, D] rotated, in its own dtype; the arithmetic is at least float32."""
         rotating = x[..., self.start : self.start + self.dim].to(angles.cos.dtype)
         if self.interleaved:
             a, b = rotating[..., 0::2], rotating[..., 1::2]
@@ -56,7 +56,7 @@ def angles(positions: Tensor, inv_freq: Tensor, *, factor: float = 1.0, like: Te
 
     Args:
         inv_freq: radians per position, float64 [d/2].
-        like: device and dtype of what will be turned; 16-bit ones get float32.
+        like: device and dtype of what will be rotated; 16-bit ones get float32.
     """
     phases = positions[..., None] * inv_freq.to(positions.device)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32

@@ -64,7 +64,7 @@ def write_gguf(
     """Write a Llama checkpoint with its tokenizer to one GGUF file, and return `path`.
 
     Matrices are written as `dtype`, vectors (the norms) in float32. The rows of the query and key projections
-    [heads * d, hidden] change places: llama.cpp turns neighbours (2n, 2n + 1) of a head where transformers turns
+    [heads * d, hidden] change places: llama.cpp rotates neighbours (2n, 2n + 1) of a head where transformers rotates
     (n, n + d/2).
 
     Args:

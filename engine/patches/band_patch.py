@@ -38,7 +38,7 @@ _last_call = threading.local()  # `last`: what this thread made work for last, a
 
 
 class BandPatch:
-    """Queries, keys and the cache of a model stay un-rotated; its attention turns them band by band as it reads.
+    """Queries, keys and the cache of a model stay un-rotated; its attention rotates them band by band as it reads.
 
     Layers with a short window go on with the model's own attention, at the model's own frequencies.
 
@@ -46,10 +46,10 @@ class BandPatch:
         UnsupportedModel: the model is not reproduced by its own frequencies in this form.
     """
 
-    tier = "position bands: queries, keys and the cache stay un-rotated, attention turns them band by band"
+    tier = "position bands: queries, keys and the cache stay un-rotated, attention rotates them band by band"
     cost = (
-        "each (query, key) pair is scored once; keys of a foreign or static cache are turned anew at every step, "
-        "those of transformers' default cache once; turned copies of the keys are kept beside it"
+        "each (query, key) pair is scored once; keys of a foreign or static cache are rotated at every step, "
+        "those of transformers' default cache once; rotated copies of the keys are stored with it"
     )
 
     def __init__(self, model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> None:
@@ -232,7 +232,7 @@ class BandPatch:
             )
 
     def _rotate_in_window(self, layer: LayerRope, query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
-        """Queries and keys of a local layer, turned as ever but for a shift of all positions.
+        """Queries and keys of a local layer, rotated as usual, with all positions shifted.
 
         Where local layers share their frequencies with the others, a scaler changes both, as it does in a config;
         but a length that grows leaves them alone.
@@ -266,7 +266,7 @@ def _check_call(others: dict[str, Any]) -> None:
 
 
 def _use_rotated_layers(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """transformers' default cache gets layers that keep turned keys."""
+    """transformers' default cache gets layers that store rotated keys."""
     cache = kwargs.get("past_key_values")
     if cache is not None and not torch.is_grad_enabled():
         adopt(cache)

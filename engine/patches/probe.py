@@ -34,7 +34,7 @@ class LayerRope:
     """How one attention layer uses RoPE.
 
     Args:
-        site: the rotary frequencies it turns by; None for a layer without rotation.
+        site: the rotary frequencies that rotate it; None for a layer without rotation.
         layout: where its pairs lie; None for a layer without rotation.
         is_local: it sees a short window only, so that no distance grows with the context.
     """
@@ -130,7 +130,7 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
     """How every attention layer of `model` uses RoPE, by its index; and those that do not hand position ids on.
 
     Raises:
-        UnsupportedModel: attention does not go through the registry, or a layer does more than turn pairs.
+        UnsupportedModel: attention does not go through the registry, or a layer does more than rotate pairs.
     """
     name = type(model).__name__
     hook, rotary = AttentionHook(model), RotaryHook(site.module for site in sites)
@@ -167,12 +167,12 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
             raise UnsupportedModel(f"{name}: its attention layers have no number")
         layer = _layer(model, index, rotated, plain, sites)
         if found.setdefault(index, layer) != layer:
-            raise UnsupportedModel(f"{name}: two attention layers have the number {index} and turn differently")
+            raise UnsupportedModel(f"{name}: two attention layers have the number {index} and rotate differently")
     return found, [call.module for call in first.calls if not call.has_positions]
 
 
 def check_written(model: PreTrainedModel, writer: FrequencyPatch) -> None:
-    """See that the model's rotary modules turn by what `writer` wrote into them.
+    """Check that the model's rotary modules rotate by what `writer` wrote into them.
 
     Raises:
         UnsupportedModel: they compute their angles from something else.
@@ -220,8 +220,8 @@ def _layer(model: PreTrainedModel, index: int, rotated: _Call, plain: _Call, sit
             if all(_rotates(layout, site, a, b) for a, b in pairs):
                 return LayerRope(site=site, layout=layout, is_local=local)
     raise UnsupportedModel(
-        f"{type(model).__name__}: layer {index} does more to queries and keys than turn pairs of numbers (for "
-        "example a norm behind the rotation), so they cannot be turned later; static frequency scalers such as yarn:4 "
+        f"{type(model).__name__}: layer {index} does more to queries and keys than rotate pairs of numbers (for "
+        "example a norm behind the rotation), so they cannot be rotated later; static frequency scalers such as yarn:4 "
         "can be patched"
     )
 

@@ -60,7 +60,7 @@ def test_a_rotation_of_another_kind_is_refused_for_maps(monkeypatch, change):
     model = FAMILIES["llama"]()
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", change)
     before = logits(model)
-    with pytest.raises(rw.UnsupportedModel, match="does more to queries and keys than turn pairs"):
+    with pytest.raises(rw.UnsupportedModel, match="does more to queries and keys than rotate pairs"):
         rw.patch(model, MAP)
     assert torch.equal(logits(model), before)
 

@@ -25,10 +25,10 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class LayerGroup:
-    """Layers that turn alike and see the same keys.
+    """Layers with the same rotation that see the same keys.
 
     Args:
-        site: the rotary frequencies they turn by; None for layers without rotation.
+        site: the rotary frequencies that rotate them; None for layers without rotation.
         layout: where their pairs lie.
         window: keys that a query sees at most, or None.
     """
@@ -41,8 +41,8 @@ class LayerGroup:
 class RotationTable:
     """One group under one scaler.
 
-    Keys are held in one or more forms. Without a position map there is one form, turned as transformers turns them.
-    With one, the first form is un-rotated and the others are turned as the key maps of the bands say.
+    Keys are held in one or more forms. Without a position map there is one form, rotated as transformers rotates them.
+    With one, the first form is un-rotated and the others are rotated as the key maps of the bands say.
 
     Args:
         primary_rotary: the site used for layers without rotation.
@@ -67,7 +67,7 @@ class RotationTable:
 
     @cached_property
     def key_bands(self) -> list[int]:
-        """The bands whose key maps are held beside the un-rotated keys: the first with each map that turns."""
+        """The bands whose key maps are held beside the un-rotated keys: the first with each map that rotates."""
         if not self.mapped or self.group.layout is None:
             return []
         some = torch.arange(1, 1 << 16)  # a map that keeps all of these at 0 keeps every key there
@@ -76,7 +76,7 @@ class RotationTable:
 
     @property
     def rope_state(self) -> tuple[Scaler, int | None, int]:
-        """What turned keys follow from, as `RotatedKeys` knows them."""
+        """What rotated keys depend on, as `RotatedKeys` knows them."""
         return self.plan.scaler, self._length, 0
 
     def _key_map(self, band: int) -> int:
@@ -142,13 +142,13 @@ def _border(band: Band, here: torch.Tensor) -> tuple[int, int]:
     return max(0, int(band.start(here))), int(band.stop(here))
 
 
-_AT_ONCE = 4096  # keys that are turned anew at a time
+_AT_ONCE = 4096  # keys that are rotated at a time
 
 
 def rotate_cached_keys(layer: KVLayer, before: RotationTable, after: RotationTable) -> None:
     """Turn a layer's keys from one scaler's angles to another's, in place.
 
-    Rotations add up, so the keys turn by the difference; nothing of the text is read again. Exact but for the
+    Rotations add up, so the keys rotate by the difference; nothing of the text is read again. Exact but for the
     rounding of the cache.
     """
     held = [1.0 if rotation.mapped else rotation.frequencies.attention_factor for rotation in (before, after)]

@@ -314,7 +314,7 @@ class CompiledRunner(TransformersRunner):
         return addresses
 
     def _rotated_copies(self, layer: KVLayer, rotation: RotationTable, count: int) -> list[Tensor]:
-        """The turned copies of a layer's keys, with room for `count` more."""
+        """The rotated copies of a layer's keys, with room for `count` more."""
         keys = layer.keys[:, :, : layer.length]
 
         def rotate_band(band: int) -> Callable[[int, int], Tensor]:

@@ -27,7 +27,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def groups_of(d: Decoder, ropes: dict[int, LayerRope]) -> tuple[list[LayerGroup], list[int]]:
-    """Layers that turn alike, and the group of every layer."""
+    """Layers with the same rotation, and the group of every layer."""
     groups: dict[tuple[RotarySite | None, Layout | None, int | None], int] = {}
     found = []
     for index, layer in enumerate(d.layers):
@@ -128,7 +128,7 @@ class Tables:
             raise UnsupportedModel("its layers scale their scores differently")
         layout = next((group.layout for group in groups if group.layout is not None), None)
         if layout is None:
-            raise UnsupportedModel("no layer turns its queries and keys")
+            raise UnsupportedModel("no layer rotates its queries and keys")
         norms = [[0 if norm is None else norm.data_ptr() for norm in layer.norms] for layer in d.layers]
         shape = [d.heads, d.key_heads, d.head_dim, {"silu": 0, "gelu_tanh": 1}[d.activation], d.norms_whole]
         return cls(

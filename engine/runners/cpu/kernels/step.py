@@ -201,7 +201,7 @@ def _norm_heads(shape, norms, epsilon, qkv):
 
 @njit(cache=True)
 def _rotate(shape, x, cos, sin, factor, out):
-    """One head, turned and multiplied."""
+    """One head, rotated and scaled."""
     D, start, rotating, neighbours = shape[2], shape[5], shape[6], shape[7]
     for d in range(D):
         out[d] = x[d] * factor
