@@ -70,7 +70,7 @@ class _ForLength(Scaler):
 class CriticalBase(_ForLength):
     """The base that keeps the critical dimension in place: b' = b^(ln(N / 2pi) / ln(L / 2pi)).
 
-    The dimensions up to the critical one, 2 ceil(d/2 log_b(L / 2pi)), made a full turn in training; with
+    The dimensions up to the critical one, 2 ceil(d/2 log_b(L / 2pi)), completed a full rotation in training; with
     b' the same dimensions make one over N. Source: Liu et al., arXiv 2310.05209.
 
     Args:
@@ -105,7 +105,7 @@ class CriticalBase(_ForLength):
 
 
 def critical_dimension(rope: RopeSpec) -> int:
-    """2 ceil(d/2 log_b(L / 2pi)): dimensions below it made a full turn over L. arXiv 2310.05209."""
+    """2 ceil(d/2 log_b(L / 2pi)): dimensions below it complete a full rotation over L. arXiv 2310.05209."""
     return 2 * math.ceil(rope.dim / 2 * math.log(rope.trained_length / (2 * math.pi), rope.base))
 
 
@@ -162,7 +162,7 @@ def base_rules(rope: RopeSpec, length: int) -> tuple[BaseRule, ...]:
     that is larger.
 
     Raises:
-        ConfigError: `length` is below the trained length, not all pairs turn, or the dimension is below 6.
+        ConfigError: `length` is below the trained length, not all pairs rotate, or the dimension is below 6.
     """
     _check(rope, length)
     stretch = length / rope.trained_length
@@ -174,7 +174,7 @@ def base_rules(rope: RopeSpec, length: int) -> tuple[BaseRule, ...]:
     answers: tuple[tuple[str, str, float, Scaler], ...] = (
         ("own base", "the model as trained", rope.base, Base(base=rope.base)),
         ("NTK-aware", "slowest pair N / L times slower, fastest kept", ntk, NTK(factor=stretch)),
-        ("critical base", "dimensions that turned over L turn over N", critical.base(rope), critical),
+        ("critical base", "dimensions that rotate fully over L do so over N", critical.base(rope), critical),
         ("smallest feasible", "f >= 0 up to N; larger bases can fail", smallest, BaseBound(length=length)),
         ("every base above", "f >= 0 up to N, for larger bases too", above, Base(base=above)),
         ("paper's fit", f"{scale} N^{power}, made for d = 128, 1k to 1M", fit, Base(base=fit)),
@@ -205,8 +205,8 @@ def _check(rope: RopeSpec, length: int) -> None:
         )
     if rope.rotating_pairs is not None:
         raise ConfigError(
-            f"{rope.rotating_pairs} of {rope.dim // 2} pairs turn in this model, and the rules for a base take all to "
-            f"turn; ask for the bound alone, with --dim {rope.dim}"
+            f"{rope.rotating_pairs} of {rope.dim // 2} pairs rotate in this model, and the rules for a base need all "
+            f"to rotate; ask for the bound alone, with --dim {rope.dim}"
         )
 
 

@@ -168,7 +168,7 @@ def _refuse_other_encodings(name: str, config: Any) -> None:
 
 
 def _layer_entries(name: str, config: Any, parameters: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The entries of the layer types that the model has and that turn."""
+    """The entries of the layer types that the model has and that rotate."""
     stray = [key for key, value in parameters.items() if not isinstance(value, Mapping | None)]
     if stray:
         raise ConfigError(

@@ -18,7 +18,7 @@ from .yarn import Llama3, NTKByParts, YaRN
 __all__ = ["check_carried", "divisors", "write", "write_served"]
 
 _STANDING_STILL = 1e30
-"""Divisor of a pair that does not turn: finite in float32 and in JSON, no angle at any position."""
+"""Divisor of a pair that does not rotate: finite in float32 and in JSON, no angle at any position."""
 
 _NO_MSCALE = 1e-9
 """An `mscale_all_dim` that changes nothing, where one has to stand beside `mscale`."""

@@ -146,7 +146,7 @@ class DynamicNTK(Scaler):
 
 @dataclass(frozen=True, kw_only=True)
 class CoPE(Scaler):
-    """Soft-clipped RoPE: the n pairs whose wavelength exceeds L, which never completed a turn in training,
+    """Soft-clipped RoPE: the n pairs whose wavelength exceeds L, which never completed a rotation in training,
     are slowed by (1 + cos x) / 2 with x from 0 to pi over them; the slowest stands still.
 
     It stretches nothing by itself, so its reach is the trained length; it is meant for models that were

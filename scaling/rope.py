@@ -30,10 +30,10 @@ class RopeSpec:
     """The handful of numbers a method computes from.
 
     Args:
-        dim: rotary dimension d, even; d/2 pairs turn.
+        dim: rotary dimension d, even; d/2 pairs are rotated.
         base: rotary base b.
         trained_length: L, the number of positions that the plain frequencies were trained on.
-        rotating_pairs: how many of the d/2 pairs turn at all; the slowest others stand still
+        rotating_pairs: how many of the d/2 pairs rotate at all; the slowest others do not
             (transformers' `proportional` type). None means all.
     """
 

@@ -90,7 +90,7 @@ def test_rounding_goes_up_and_leaves_short_numbers_alone() -> None:
     ("rope", "length", "words"),
     [
         (SMALL, 1024, "length 1024 is below the trained length 2048"),
-        (RopeSpec(dim=64, base=1e5, trained_length=64, rotating_pairs=8), 128, "8 of 32 pairs turn"),
+        (RopeSpec(dim=64, base=1e5, trained_length=64, rotating_pairs=8), 128, "8 of 32 pairs rotate"),
         (RopeSpec(dim=4, base=1e5, trained_length=64), 128, "dim 4 must be even and at least 6"),
         (RopeSpec(dim=64, base=1e5, trained_length=6), 128, "trained length 6"),
         (

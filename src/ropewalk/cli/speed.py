@@ -32,7 +32,7 @@ _OF_PEERS = {"new_tokens": "--new-tokens", "prefill_repeats": "--prefill-repeats
     default=5,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Turns; everything is timed once a turn.",
+    help="Rounds; each times everything once.",
 )
 @click.option(
     "--dtype",
@@ -48,10 +48,10 @@ _OF_PEERS = {"new_tokens": "--new-tokens", "prefill_repeats": "--prefill-repeats
     default=32,
     show_default=True,
     type=click.IntRange(min=1),
-    help="--against: tokens decoded in a turn.",
+    help="--against: tokens decoded in a round.",
 )
 @click.option(
-    "--prefill-repeats", default=2, show_default=True, type=click.IntRange(min=1), help="--against: turns of prefill."
+    "--prefill-repeats", default=2, show_default=True, type=click.IntRange(min=1), help="--against: rounds of prefill."
 )
 @click.option(
     "--threads", type=click.IntRange(min=1), help="--against: threads of every engine.  [default: torch's own number]"
@@ -77,7 +77,7 @@ def speed(
     process of its own; what share of the memory's bandwidth a decode step makes use of; whether the next tokens are
     the same; and peak memory. llama.cpp gets MODEL as GGUF, written once into the cache.
 
-    Everything is timed in turn, and ratios are of the same turn. The last line is JSON.
+    Every round times everything, and ratios compare runs of one round. The last line is JSON.
     """
     from rich.console import Console
 
