@@ -88,8 +88,8 @@ class BandPatch:
 
     def _plan(self, scaler: Scaler, length: int | None) -> None:
         used = {layer.site for layer in self._layers.values() if not layer.is_local}
-        self._plans = {site: Plan(site or primary_rotary(self.sites), scaler, length) for site in used}
-        self._planned = scaler, length
+        plans = {site: Plan(site or primary_rotary(self.sites), scaler, length) for site in used}
+        self._plans, self._planned = plans, (scaler, length)
 
     def _probed(self) -> tuple[dict[int, LayerRope], list[nn.Module]]:
         layers, untold = layer_ropes(self._model, self.sites)

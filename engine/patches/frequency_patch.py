@@ -12,6 +12,8 @@ from ..rotary_site import RotarySite, depends_on_length
 from .attention_hook import language_model
 from .derived import DerivedNumbers
 
+_UNKNOWN = -1  # length of frequencies that are not complete, or not ours
+
 
 class FrequencyPatch:
     """Writes a scaler's frequencies into a model's rotary modules, and what else the model derives from its rotary
@@ -36,7 +38,7 @@ class FrequencyPatch:
             site.configured.check(scaler)
         self.derived = derived_numbers(model, self.scaled_sites, scaler)
         self._originals: list[dict[str, Any]] = []
-        self._written_for: int | None = -1
+        self._written_for: int | None = _UNKNOWN
 
     @property
     def scaled_sites(self) -> list[RotarySite]:
@@ -59,6 +61,7 @@ class FrequencyPatch:
             return
         if not self._originals:
             self._originals = [self._remember(site) for site in self.scaled_sites]
+        self._written_for = _UNKNOWN  # after an interruption everything is written again
         for site in self.scaled_sites:
             effective = site.configured.effective(self.scaler)
             frequencies = effective.frequencies(site.configured.rope, length)
@@ -85,7 +88,7 @@ class FrequencyPatch:
             site.module.rope_type = original["rope_type"]
         self.derived.restore()
         self._originals = []
-        self._written_for = -1
+        self._written_for = _UNKNOWN
 
     @staticmethod
     def _remember(site: RotarySite) -> dict[str, Any]:

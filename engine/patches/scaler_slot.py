@@ -11,6 +11,8 @@ from ..runners.runner import Runner
 from .patch import Patch, install
 from .patch_record import patched_with, record_patch
 
+_UNKNOWN = -1
+
 
 class ScalerSlot:
     """Puts one scaler at a time into a model and its runner; at first none."""
@@ -91,6 +93,7 @@ class ScalerSlot:
         self._write(None)
 
     def _write(self, length: int | None) -> None:
+        self._length = _UNKNOWN  # after an interruption everything is written again
         self._installed.set_length(length)
         self._runner.use(self._installed.scaler, length)
         self._length = length

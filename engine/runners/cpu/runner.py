@@ -119,14 +119,15 @@ class CompiledRunner(TransformersRunner):
         return dtype_name(self._tables.stored_head.weight.dtype)
 
     def use(self, scaler: Scaler, length: int | None) -> None:
-        before = self._rope_state
+        if self._rotations and (scaler, length) == self._rope_state:
+            return
         if self._dtype == torch.int8 and scaler.member("positions"):
             raise ConfigError(f"{scaler} holds its keys in several forms, an int8 cache in one; leave out kv_dtype")
+        self._rotations = []  # after an interruption they are made again
         super().use(scaler, length)
         if any(group.window for group in self._groups):
             self._sink_window = None  # the keys of layers with a window are cached rotated
-        if before != self._rope_state or not self._rotations:
-            self._rotations = [RotationTable(group, self._primary, *self._rope_state) for group in self._groups]
+        self._rotations = [RotationTable(group, self._primary, scaler, length) for group in self._groups]
 
     @property
     def cache_shape(self) -> CacheShape:
