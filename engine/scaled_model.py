@@ -13,10 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from ..errors import ContextOverflow, PatchError
-from ..scaling.auto import Auto
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
-from ..scaling.spec import parse
+from ..scaling.spec import Auto, parse
 from ..tokenizer_tools.vocabularies import vocabulary
 from ..tokenizer_tools.vocabulary import Vocabulary
 from . import identity, tuned_scalers

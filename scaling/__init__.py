@@ -9,15 +9,13 @@ from __future__ import annotations
 if not __name__.startswith("ropewalk."):
     raise ImportError("import this package as 'ropewalk.scaling'")
 
-from .auto import Auto
 from .base import Base, BaseBound, CriticalBase
 from .interpolation import NTK, CoPE, DynamicNTK, Linear, NTKFixed, NTKMixed, Resonance
 from .lengths import format_length, parse_length
 from .longrope import LongRoPE
-from .methods import METHODS, MethodSummary, MethodTable, scalers
 from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
 from .rope import Composition, Factored, Frequencies, RopeSpec, Scaler, compose
-from .spec import parse
+from .spec import METHODS, Auto, MethodSummary, MethodTable, parse, scalers
 from .temperature import LogN, Temperature
 from .yarn import AlphaRoPE, DynamicYaRN, Llama3, MrRoPE, NTKByParts, YaRN
 

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import hf_write
-from .configured import ConfiguredRope
 from .interpolation import Linear
 from .longrope import LongRoPE
-from .rope import RopeSpec, Scaler
+from .rope import ConfiguredRope, RopeSpec, Scaler
 from .yarn import Llama3, YaRN
 
 __all__ = ["GgufRope"]

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
-from .configured import ConfiguredRope
 from .hf_write import write
 from .interpolation import DynamicNTK, Linear
 from .longrope import LongRoPE
-from .rope import RopeSpec, Scaler
+from .rope import ConfiguredRope, RopeSpec, Scaler
 from .yarn import Llama3, YaRN
 
 __all__ = ["ConfiguredRope", "check_counts", "is_local", "merged_parameters", "read", "text_config", "write"]

@@ -45,6 +45,10 @@ class LongRoPE(Factored):
     def depends_on_length(self) -> bool:  # type: ignore[override]
         return self.short != self.long
 
+    @property
+    def brief(self) -> str:
+        return f"longrope:{self.factor:g} with {len(self.long)} factors"
+
     def check(self, rope: RopeSpec) -> None:
         for label, factors in (("short", self.short), ("long", self.long)):
             if len(factors) != rope.dim // 2:

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from .configured import ConfiguredRope
 from .longrope import LongRoPE
-from .rope import Frequencies, RopeSpec, Scaler
+from .rope import ConfiguredRope, Frequencies, RopeSpec, Scaler
 
 __all__ = ["SERVED", "EngineRope", "Reading", "agrees"]
 

@@ -1,17 +1,193 @@
-"""Spec strings: `yarn:4`, `ntk-mixed:factor=8,b=0.625`, `ntk:4|resonance`; `parse(str(s)) == s`."""
+"""Spec strings such as `yarn:4` or `ntk:4|resonance`, and the table of the methods that they name."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+import textwrap
 import types
 import typing
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn, get_args
+
+from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
-from .auto import Auto
-from .lengths import TrainedLength, parse_length
-from .methods import METHODS
-from .rope import Scaler, compose
+from ..plugins import Plugins
+from .band import Band
+from .base import Base, BaseBound, CriticalBase
+from .interpolation import NTK, CoPE, DynamicNTK, Linear, NTKFixed, NTKMixed, Resonance
+from .lengths import TrainedLength, format_length, parse_length
+from .longrope import LongRoPE
+from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
+from .rope import Facet, Frequencies, RopeSpec, Scaler, compose
+from .temperature import LogN, Temperature
+from .yarn import AlphaRoPE, DynamicYaRN, Llama3, MrRoPE, NTKByParts, YaRN
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(Scaler):
+    """The length of every request (prompt and `max_new_tokens`, or the tokens scored) decides, each on its own.
+
+    Up to the trained length L it is the untouched model, to the bit. Beyond, it is what `ropewalk tune` has found for
+    this model: of the results kept in the cache folder the one for the smallest target that holds the length. Where
+    there is none it is `self-extend:8,window=0.25x`, whose group is doubled where a text is longer than 6.25 L
+    (docs/choose.md says why), or on a model that takes no position map `yarn:F`, F the ratio of the lengths rounded up.
+    `model.describe()` says which.
+    It stands alone, and only a model that ropewalk runs takes it.
+
+    It has no facet of its own: asked for one, it raises ConfigError.
+    """
+
+    name: ClassVar[str] = "auto"
+    source: ClassVar[str] = "the length of each request"
+    depends_on_length: ClassVar[bool] = True
+
+    def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
+        _refuse()
+
+    def bands(self, rope: RopeSpec, length: int | None = None) -> tuple[Band, ...]:
+        _refuse()
+
+    def logit_factor(self, positions: Tensor, rope: RopeSpec) -> Tensor:
+        _refuse()
+
+    def reach(self, rope: RopeSpec) -> float:
+        _refuse()
+
+    def check(self, rope: RopeSpec) -> None:
+        _refuse()
+
+
+def _refuse() -> NoReturn:
+    raise ConfigError(
+        "'auto' chooses a scaler by the length of each request, which only a model of ropewalk sees: "
+        "rw.load(..., rope='auto') or model.rope = 'auto'; here name one scaler, such as self-extend:8,window=0.25x"
+    )
+
+
+_BUILT_IN: dict[str, type[Scaler]] = {
+    method.name: method
+    for method in (
+        Scaler,
+        Linear,
+        NTK,
+        NTKFixed,
+        NTKMixed,
+        DynamicNTK,
+        NTKByParts,
+        YaRN,
+        DynamicYaRN,
+        Llama3,
+        LongRoPE,
+        Base,
+        CriticalBase,
+        BaseBound,
+        MrRoPE,
+        AlphaRoPE,
+        Resonance,
+        CoPE,
+        ReRoPE,
+        LeakyReRoPE,
+        SelfExtend,
+        DualChunk,
+        String,
+        JetLong,
+        SinkWindow,
+        LogN,
+        Temperature,
+    )
+}
+
+
+def as_method(name: str, value: object) -> type[Scaler]:
+    """The class that an entry point of the group `ropewalk.scalers` leads to.
+
+    Raises:
+        ConfigError: it is no such class, or specs could not name it.
+    """
+    if not (isinstance(value, type) and issubclass(value, Scaler)):
+        raise ConfigError(f"{value!r} is not a subclass of ropewalk.scaling.Scaler")
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name) or name == Auto.name:
+        raise ConfigError("its name must be lower-case letters, digits and hyphens, and not 'auto'")
+    if value.name != name:
+        raise ConfigError(f"{value.__name__}.name is {value.name!r}; it must be the entry point's")
+    if value.facet not in get_args(Facet):
+        raise ConfigError(f"{value.__name__}.facet is {value.facet!r}; it must be one of {', '.join(get_args(Facet))}")
+    if not dataclasses.is_dataclass(value) or "__dataclass_fields__" not in vars(value):
+        raise ConfigError(f"{value.__name__} needs the decorator @dataclass(frozen=True, kw_only=True)")
+    return value
+
+
+METHODS = Plugins(_BUILT_IN, group="ropewalk.scalers", kind="scaler", check=as_method)
+"""Every method under its spec name: ours, then those of other packages."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodSummary:
+    """One method in short.
+
+    Attributes:
+        name: of the method in a spec.
+        fields: its fields in order; those with a default as `name=default`.
+        facet: what it sets; None for `none`, which changes nothing.
+        summary: what it does, one paragraph.
+        source: paper or release.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    facet: str | None
+    summary: str
+    source: str
+
+    @classmethod
+    def of(cls, name: str, method: type[Scaler]) -> MethodSummary:
+        """The summary of a class: fields from the dataclass, the paragraph from its docstring."""
+        summary = inspect.cleandoc(method.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+        return cls(
+            name=name,
+            fields=tuple(map(_field, dataclasses.fields(method))),
+            facet=method.facet,
+            summary=summary if method.facet else "The untouched model.",
+            source=method.source,
+        )
+
+    def __str__(self) -> str:
+        """The spec without optional fields, the facet, and the first sentence."""
+        required = ",".join(field for field in self.fields if "=" not in field)
+        spec = f"{self.name}:{required}" if required else self.name
+        sentence = textwrap.shorten(re.split(r"(?<=[.])\s", self.summary)[0], 100, placeholder=" ...")
+        return f"{spec:<26} {self.facet or '':<16} {sentence}"
+
+
+class MethodTable(tuple[MethodSummary, ...]):
+    """Summaries of methods; prints one line for each."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(str, self))
+
+
+def scalers() -> MethodTable:
+    """Every method that a spec can name, those of other packages included.
+
+        print(rw.scalers())
+        [method.name for method in rw.scalers() if method.facet == "positions"]
+
+    `ropewalk scalers` prints all fields and sources.
+    """
+    return MethodTable(MethodSummary.of(name, method) for name, method in METHODS.items())
+
+
+def _field(field: dataclasses.Field[object]) -> str:
+    if field.default is dataclasses.MISSING:
+        return field.name
+    if isinstance(field.default, bool):
+        return f"{field.name}={str(field.default).lower()}"
+    if isinstance(field.default, int) and field.metadata.get("length", False):
+        return f"{field.name}={format_length(field.default)}"
+    return f"{field.name}={field.default}"
 
 
 def parse(spec: str | Scaler | None, trained_length: TrainedLength = None) -> Scaler:

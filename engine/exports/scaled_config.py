@@ -13,12 +13,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from ...errors import ConfigError, UnsupportedModel
 from ...scaling import hf, hf_write
-from ...scaling.auto import Auto
 from ...scaling.interpolation import DynamicNTK
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.longrope import LongRoPE, follows_length, frozen
 from ...scaling.rope import RopeSpec, Scaler
-from ...scaling.spec import parse
+from ...scaling.spec import Auto, parse
 from ..checkpoints.checkpoint import read_config
 from ..patches.derived import derived_numbers, derives_numbers, parameters_under
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from ...scaling.auto import Auto
 from ...scaling.rope import Scaler
+from ...scaling.spec import Auto
 from ..models.measured import MeasuredModel
 
 

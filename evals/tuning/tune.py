@@ -33,9 +33,9 @@ from rich.console import Console
 from ...engine import tensor_parallel
 from ...engine.model import Model
 from ...errors import ConfigError
-from ...scaling.auto import Auto
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
+from ...scaling.spec import Auto
 from ..data import Text, load_text
 from ..runs.result import Run
 from .factor_search import FactorSpace

@@ -48,8 +48,7 @@ if TYPE_CHECKING:
     from .engine.sampling import SamplingParams
     from .engine.session import Session
     from .evals.tuning.tune import tune
-    from .scaling.methods import scalers
-    from .scaling.spec import parse
+    from .scaling.spec import parse, scalers
     from .tokenizer_tools.windows import windows
 
 _LAZY = {
@@ -68,7 +67,7 @@ _LAZY = {
     "SamplingParams": ".engine.sampling",
     "Session": ".engine.session",
     "parse": ".scaling.spec",
-    "scalers": ".scaling.methods",
+    "scalers": ".scaling.spec",
     "tune": ".evals.tuning.tune",
     "windows": ".tokenizer_tools.windows",
 }

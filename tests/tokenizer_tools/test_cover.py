@@ -9,10 +9,8 @@ from small_laws import Law
 from small_tokenizers import KINDS
 
 from ropewalk.errors import DataError
-from ropewalk.tokenizer_tools import boundaries
 from ropewalk.tokenizer_tools import cover as cover_module
-from ropewalk.tokenizer_tools.boundaries import split_character
-from ropewalk.tokenizer_tools.cover import cover
+from ropewalk.tokenizer_tools.cover import cover, split_character
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -22,7 +20,7 @@ def test_next_byte_law_is_the_sum_over_all_strings(kind, seed):
 
 
 def one_probe(monkeypatch):
-    monkeypatch.setattr(boundaries, "PROBES", ("",))
+    monkeypatch.setattr(cover_module, "PROBES", ("",))
 
 
 def one_deep(monkeypatch):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command(epilog=EXAMPLES + "  ropewalk scalers")
 def scalers() -> None:
     """List every method: its spec, its fields with their defaults, what it does, and its source."""
-    from ..scaling.methods import scalers as summaries
+    from ..scaling.spec import scalers as summaries
 
     for method in summaries():
         fields = f":{','.join(method.fields)}" if method.fields else ""
