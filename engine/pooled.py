@@ -176,7 +176,7 @@ class PooledSequence(Sequence):
         """
         assert self._generator is not None
         last = self.tokens[-1].source if self.tokens else None
-        scores, support = self._nbce.pool(runner.readable(logits).float(), last)
+        scores, support = self._nbce.pool(logits[:, : runner.vocabulary_size].float(), last)
         token = draw_token(scores, self._seen, self._params, self._generator)
         piece = self.push(replace(token, source=_source(support, token.id)))
         self._pending = [[token.id]] * len(self._caches)

@@ -86,7 +86,9 @@ class ScaledModel:
                     f"the scaler was changed from {expected_rope} to {self._rope} while a text was being streamed; "
                     "finish the stream first, or start it again"
                 )
-            self._slot.prepare(self.rope_at(length), length)
+            scaler = self.rope_at(length)
+            if self._slot.follows_length or scaler is not self._slot.installed.scaler:
+                self._slot.prepare(scaler, length)
             yield self._runner
 
     @contextmanager

@@ -119,7 +119,7 @@ class Sequence:
             The text that is certain now.
         """
         assert self._generator is not None
-        scores = runner.readable(logits[-1]).float()
+        scores = logits[-1, : runner.vocabulary_size].float()
         return self.push(draw_token(scores, self._seen, self._params, self._generator))
 
     def push(self, token: Token, pending: list[int] | None = None) -> str:

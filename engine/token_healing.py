@@ -101,7 +101,7 @@ def weigh(
             "read before it; give a longer prompt, or set continuation='off'"
         )
     found, held = _path_logits(runner, context, [node.path for node in cover.nodes], cache)
-    logits = {path: runner.readable(row) for path, row in found.items()}
+    logits = {path: row[..., : runner.vocabulary_size] for path, row in found.items()}
     seen_before = torch.tensor([] if penalty == 1 else list(dict.fromkeys(context)), dtype=torch.int64)
     parts = []
     for n, node in enumerate(cover.nodes):

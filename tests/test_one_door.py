@@ -15,6 +15,7 @@ SOURCE = Path(rw.__file__).parent
 DOOR = "engine/scaled_model.py"
 FRAMES = 8  # of ours between a call of `generate` and a step
 CALLS = 60  # of our functions for one decoded token, beside those for each layer
+MODULES = 12  # of ours that one decoded token passes through
 
 TEXT = "def walk(top):\n    return [name for name in os.listdir(top)]\n"
 
@@ -79,16 +80,19 @@ def test_few_frames_lie_between_generate_and_a_step(tiny_folder, monkeypatch, pr
     assert len(last) <= FRAMES / 2, last
 
 
-def test_a_token_takes_few_calls(tiny_folder):
+def test_a_token_takes_few_calls_in_few_modules(tiny_folder):
     model = rw.load(tiny_folder, compile=True)
     stream = model.stream(TEXT, rw.SamplingParams(max_new_tokens=8, temperature=0))
     next(stream)
     next(stream)
-    calls = Counter()
+    calls, modules = Counter(), set()
 
     def count(frame, event, _):
-        if event == "call" and ours(frame) and "<" not in frame.f_code.co_name:
-            calls[frame.f_code.co_qualname] += 1
+        if event == "call" and ours(frame):
+            if "<" not in frame.f_code.co_name:
+                calls[frame.f_code.co_qualname] += 1
+            if frame.f_code.co_filename == sys.modules[frame.f_globals["__name__"]].__file__:  # no generated __init__
+                modules.add(frame.f_globals["__name__"])
 
     sys.setprofile(count)
     try:
@@ -98,3 +102,4 @@ def test_a_token_takes_few_calls(tiny_folder):
     layers = model.hf.config.num_hidden_layers
     once = sum(n for n in calls.values() if n < layers)
     assert once <= CALLS, calls
+    assert len(modules) <= MODULES, modules

@@ -1,4 +1,4 @@
-"""One scaler at a time in a model, and changes between them."""
+"""The scaler of a model that changes its scaler from request to request."""
 
 from __future__ import annotations
 
@@ -15,63 +15,64 @@ _UNKNOWN = -1
 
 
 class ScalerSlot:
-    """Puts one scaler at a time into a model and its runner; at first none."""
+    """Puts one scaler at a time into a model and its runner, at first the empty one.
+
+    Attributes:
+        installed: the patch of the scaler in use.
+        follows_length: True if that scaler depends on the length, so that `prepare` is due for every length.
+    """
 
     def __init__(self, hf: PreTrainedModel, sites: list[RotarySite], runner: Runner) -> None:
         self._hf, self._sites, self._runner = hf, sites, runner
         self._prepared: dict[Scaler, Patch] = {}
         self._refused: set[Scaler] = set()
-        self._installed = install(hf, sites, Scaler(), grows=False)
-        self._follows_length = False
+        self.installed = install(hf, sites, Scaler(), grows=False)
+        self.follows_length = False
         self._length: int | None = None
         self._begin()
 
-    @property
-    def scaler(self) -> Scaler:
-        """The scaler in use."""
-        return self._installed.scaler
-
     def put(self, scaler: Scaler, *, remember: bool = False) -> None:
-        """Replace the scaler in use by `scaler`. It stays in use if this is refused or interrupted.
+        """Replace the scaler in use by `scaler`. If that is refused or interrupted, the old one stays.
 
         Args:
-            remember: how it is installed. The second time is free then; the first takes a few short forwards.
+            remember: keep the patch of `scaler`. The first time, the checks of a patch take a few short forward
+                passes; after that a kept patch costs nothing.
 
         Raises:
             ConfigError: the scaler cannot work on this model.
-            UnsupportedModel: the model cannot be patched in the way that this scaler needs.
-            PatchError: the model is patched from outside.
+            UnsupportedModel: the model does not allow the patch that this scaler needs.
+            PatchError: another patch was put into the model from outside.
         """
-        before = self._installed
+        before = self.installed
         if (patched := patched_with(self._hf)) not in (None, before.scaler):
             raise PatchError(f"the model underneath is patched with {patched}; undo that first")
         before.restore()
         try:
             if remember and scaler in self._prepared:
-                self._installed = self._prepared[scaler]
-                self._installed.apply()
+                self.installed = self._prepared[scaler]
+                self.installed.apply()
             else:
-                self._installed = install(self._hf, self._sites, scaler, grows=False)
-            if self._runner.is_compiled and self._installed.derived:
+                self.installed = install(self._hf, self._sites, scaler, grows=False)
+            if self._runner.is_compiled and self.installed.derived:
                 raise UnsupportedModel(
-                    f"{type(self._hf).__name__} takes more than its frequencies from rope_parameters, which the "
-                    "compiled kernels do not follow; load it with compile=False"
+                    f"{type(self._hf).__name__} computes more than its frequencies from rope_parameters, which the "
+                    "compiled kernels cannot change; load it with compile=False"
                 )
             self._begin()
-        except BaseException:  # Ctrl-C too, or the model would run under none while `scaler` names another
-            self._installed.restore()
-            self._installed = before
+        except BaseException:  # also Ctrl-C: a model without a scaler must not be said to have one
+            self.installed.restore()
+            self.installed = before
             before.apply()
             self._begin()
             raise
         record_patch(self._hf, self._sites, scaler if scaler.parts else None)
         if remember:
-            self._prepared[scaler] = self._installed
+            self._prepared[scaler] = self.installed
 
     def takes(self, scaler: Scaler) -> bool:
-        """True if the model can be put under `scaler`; it is tried once."""
+        """True if `scaler` can be put into the model. It is tried once."""
         if scaler not in self._prepared and scaler not in self._refused:
-            before = self.scaler
+            before = self.installed.scaler
             try:
                 self.put(scaler, remember=True)
             except (ConfigError, UnsupportedModel):
@@ -81,19 +82,19 @@ class ScalerSlot:
         return scaler in self._prepared
 
     def prepare(self, scaler: Scaler, length: int | None) -> None:
-        """Have `scaler` in place, ready for sequences of `length` tokens; nothing happens where it is already."""
-        if scaler is not self._installed.scaler and scaler != self._installed.scaler:
+        """Make `scaler` ready for sequences of `length` tokens. Does nothing if it is ready already."""
+        if scaler is not self.installed.scaler and scaler != self.installed.scaler:
             self.put(scaler, remember=True)
-        if self._follows_length and length != self._length:
+        if self.follows_length and length != self._length:
             self._write(length)
 
     def _begin(self) -> None:
-        """After another scaler was installed: within the trained length, as before any request."""
-        self._follows_length = depends_on_length(self._sites, self._installed.scaler)
+        """Set a newly installed scaler to lengths within training, until `prepare` gives another length."""
+        self.follows_length = depends_on_length(self._sites, self.installed.scaler)
         self._write(None)
 
     def _write(self, length: int | None) -> None:
-        self._length = _UNKNOWN  # after an interruption everything is written again
-        self._installed.set_length(length)
-        self._runner.use(self._installed.scaler, length)
+        self._length = _UNKNOWN  # an interruption here makes the next `prepare` write everything again
+        self.installed.set_length(length)
+        self._runner.use(self.installed.scaler, length)
         self._length = length

@@ -34,15 +34,17 @@ class Runner(ABC):
     """Runs a model under one scaler at a time.
 
     Attributes:
-        hf: the transformers model, patched with the scaler where its modules are used.
-        is_compiled: True where compiled kernels run it.
+        hf: the transformers model. If its modules run, the scaler is patched into it.
+        is_compiled: True if compiled kernels run the model.
+        vocabulary_size: the number of tokens that the model can both read and write. Logits may have more columns,
+            for tokens that it cannot read; such a token must not be drawn.
     """
 
     is_compiled: ClassVar[bool] = False
 
     def __init__(self, hf: PreTrainedModel) -> None:
         self.hf = hf
-        self._rows = token_rows(hf)
+        self.vocabulary_size = token_rows(hf)
         self._rope_state: RopeState = Scaler(), None
         self._sink_window: tuple[int, int] | None = None
 
@@ -87,11 +89,7 @@ class Runner(ABC):
 
     def check(self, ids: Sequence[int]) -> None:
         """Raise DataError if a token id is outside of the model's embedding."""
-        check_ids(ids, self._rows)
-
-    def readable(self, logits: Tensor) -> Tensor:
-        """Logits [..., V] without the columns of tokens that the model cannot read. Those are never drawn."""
-        return logits[..., : self._rows]
+        check_ids(ids, self.vocabulary_size)
 
     @abstractmethod
     def check_room(self, *rows: int, owned: int = 0) -> None:

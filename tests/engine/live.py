@@ -1,4 +1,4 @@
-"""What the tests of sessions, batches and caches share: texts, the law of a session, interruptions, counts."""
+"""What the tests of sessions, batches and caches share: texts, a check of a session's cache, interruptions, counts."""
 
 from contextlib import contextmanager
 
@@ -8,7 +8,7 @@ import ropewalk as rw
 from ropewalk.engine.generation import generate_tokens
 from ropewalk.engine.kv_cache import KVCache, KVLayer
 from ropewalk.engine.prefill import prefill
-from ropewalk.engine.runners.cpu.chunk import DecoderLayers
+from ropewalk.engine.runners.cpu.runner import CompiledRunner
 from ropewalk.engine.sequence import Sequence
 
 TEXT = "def main(argv=None):\n    parser = argparse.ArgumentParser()\n    for name in sorted(names):\n"
@@ -67,21 +67,26 @@ def interrupted(monkeypatch, where, after=0, error=KeyboardInterrupt):
         where: "layer" (in the middle of a chunk), "rotated" (some keys are rotated to another scaler), "written" (a
             step has written its rows and not counted them) or "counted" (they are counted, and the logits are lost).
     """
-    owner, name = {
+    owner, *names = {
         "layer": (KVLayer, "update"),
         "rotated": (KVLayer, "write_keys"),
         "written": (KVCache, "advance"),
-        "counted": (DecoderLayers, "capped"),
+        "counted": (CompiledRunner, "_decode_step", "_prefill_chunk"),
     }[where]
-    original, calls = getattr(owner, name), iter(range(after + 1))
+    calls = iter(range(after + 1))
 
-    def failing(*args, **kwargs):
-        if next(calls, None) == after:
-            raise error
-        return original(*args, **kwargs)
+    def failing(original):
+        def call(*args, **kwargs):
+            result = original(*args, **kwargs) if where == "counted" else None
+            if next(calls, None) == after:
+                raise error
+            return result if where == "counted" else original(*args, **kwargs)
+
+        return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing)
+        for name in names:
+            patch.setattr(owner, name, failing(getattr(owner, name)))
         yield
         assert next(calls, None) is None, "nothing was interrupted"
 

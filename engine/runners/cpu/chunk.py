@@ -61,10 +61,11 @@ class DecoderLayers:
     def logits(self, x_NE: Tensor) -> Tensor:
         """The logits after each of some tokens, [N, V]."""
         last, head = _rms(x_NE, self._decoder.final_norm, self._decoder.epsilon), self._tables.stored_head
-        found = torch.empty(len(last), head.weight.shape[0])
-        for r in range(0, found.shape[1], _HEAD_ROWS):
-            found[:, r : r + _HEAD_ROWS] = self._apply(head.rows(r, r + _HEAD_ROWS), last)
-        return self.capped(found)
+        logits = torch.empty(len(last), head.weight.shape[0])
+        for r in range(0, logits.shape[1], _HEAD_ROWS):
+            logits[:, r : r + _HEAD_ROWS] = self._apply(head.rows(r, r + _HEAD_ROWS), last)
+        cap = self._decoder.softcap
+        return logits if cap is None else cap_logits(logits, cap)
 
     def _apply(self, one: StoredLinear, x: Tensor) -> Tensor:
         weight = one.weight
@@ -78,10 +79,10 @@ class DecoderLayers:
         out = linear(x, weight).mul_(one.scale)
         return out if one.bias is None else out.add_(one.bias)
 
-    def capped(self, found: Tensor) -> Tensor:
-        """Logits as the model caps them."""
-        cap = self._decoder.softcap
-        return found if cap is None else torch.tanh(found / cap) * cap
+
+def cap_logits(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap), the soft-cap of Gemma's logits."""
+    return torch.tanh(logits / cap) * cap
 
 
 def _rms(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:

@@ -1,13 +1,16 @@
-"""A network of our own on the CPU: a step of decoding in one compiled function, a chunk of a prompt in torch.
+"""The runner of the compiled kernels, for decoders on the CPU.
 
-Arithmetic is float32 throughout. Weights stay as the model holds them, in bfloat16 or int8 too, and are widened as
-they are read; so do keys and values.
+A decode step, which is a few tokens of any sequences, is one compiled function. A chunk of a prompt runs in torch.
+All arithmetic is float32. Weights, keys and values stay in their own dtype, such as bfloat16 or int8. They are
+widened to float32 when they are read.
 
 Shape suffixes: N tokens of a chunk, E hidden size, H query heads, K key-value heads, M keys, D head dim.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path as Folder
 from typing import Any
@@ -31,26 +34,29 @@ from ...patches.probe import layer_ropes, logits, probe_ids
 from ...rotary_site import RotarySite, primary_rotary
 from ..runner import Path, RopeState
 from ..transformers import TransformersRunner
-from .chunk import ChunkAttention, DecoderLayers
+from .chunk import ChunkAttention, DecoderLayers, cap_logits
 from .family import decoder
 from .kernels import UNAVAILABLE
 from .rotation_table import RotationTable, rotate_cached_keys
 from .skim import Sample, SkimAttention
 from .tables import KINDS, StoredLinear, Tables, dtype_name, groups_of
-from .threads import share_threads
 
 Tree = tuple[int, list[list[int]]]
+"""Length of the cache that a tree of tokens continues; for each token, the places of its ancestors and its own."""
 
-MAX_STEP_TOKENS = 16  # tokens up to which the compiled step is faster than a chunk in torch
+MAX_STEP_TOKENS = 16  # above this, a chunk in torch is faster than the compiled step
 
-_VERIFIED = 1e-4  # difference of the logits from float32 arithmetic, of their size, in the Euclidean norm
+_MAX_DIFFERENCE = 1e-4  # of the logits from those in float32 arithmetic: Euclidean norm, relative
+
+_SPIN_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_sleeping_threads: list[threading.Thread] = []
 
 
 class CompiledRunner(TransformersRunner):
-    """A decoder that `family` describes, on the CPU.
+    """Runs a decoder of one of the families in `family.py` on the CPU.
 
     Raises:
-        UnsupportedModel: it is not described, or not reproduced; the message says why.
+        UnsupportedModel: no family describes the model, or the kernels do not reproduce its logits.
     """
 
     is_compiled = True
@@ -82,7 +88,7 @@ class CompiledRunner(TransformersRunner):
         self._layers = DecoderLayers(self._decoder, self._tables)
         self._rotations: list[RotationTable] = []
         self.use(Scaler(), None)
-        self._verify()  # before anything is rounded, keys and values neither
+        self._verify()  # before weights, keys or values are rounded
         self._dtype = hf.dtype
         if weights == "int8":
             self._tables = Tables.of(self._decoder, self._groups, self._group_of, StoredLinear.rounded_to_int8)
@@ -122,16 +128,18 @@ class CompiledRunner(TransformersRunner):
         if self._rotations and (scaler, length) == self._rope_state:
             return
         if self._dtype == torch.int8 and scaler.member("positions"):
-            raise ConfigError(f"{scaler} holds its keys in several forms, an int8 cache in one; leave out kv_dtype")
-        self._rotations = []  # after an interruption they are made again
+            raise ConfigError(
+                f"{scaler} needs its keys in several forms, and an int8 cache stores only one; leave out kv_dtype"
+            )
+        self._rotations = []  # an interrupted call must not leave the old ones
         super().use(scaler, length)
         if any(group.window for group in self._groups):
-            self._sink_window = None  # the keys of layers with a window are cached rotated
+            self._sink_window = None  # layers with a window cache rotated keys
         self._rotations = [RotationTable(group, self._primary, scaler, length) for group in self._groups]
 
     @property
     def cache_shape(self) -> CacheShape:
-        """What a cache of this network looks like."""
+        """The shape and dtype of a cache for this runner."""
         d = self._decoder
         return CacheShape(
             layers=len(d.layers), heads=d.key_heads, dim=d.head_dim, dtype=self._dtype, folder=self._folder
@@ -148,14 +156,13 @@ class CompiledRunner(TransformersRunner):
     def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
         if not isinstance(cache, KVCache):
             return super().forward(ids, cache, logits_to_keep)
-        found = (
-            self._decode_step([(ids, cache)], logits_to_keep)
-            if len(ids) <= MAX_STEP_TOKENS
-            else self._prefill_chunk(ids, cache, logits_to_keep)
-        )
+        if len(ids) <= MAX_STEP_TOKENS:
+            logits = self._decode_step([(ids, cache)], logits_to_keep)
+        else:
+            logits = self._prefill_chunk(ids, cache, logits_to_keep)
         if self._sink_window is not None:
             self._evict(cache)
-        return found
+        return logits
 
     @property
     def runs_trees(self) -> bool:
@@ -165,38 +172,38 @@ class CompiledRunner(TransformersRunner):
     def tree(self, paths: Sequence[Path], cache: Cache) -> Tensor:
         if not isinstance(cache, KVCache):
             return super().tree(paths, cache)
-        held = cache.length
-        place = {path: held + n for n, path in enumerate(paths)}
+        length = cache.length
+        place = {path: length + n for n, path in enumerate(paths)}
         ancestors = [[place[path[: k + 1]] for k in range(len(path))] for path in paths]
-        found = self._decode_step([([path[-1] for path in paths], cache)], len(paths), (held, ancestors))
+        logits = self._decode_step([([path[-1] for path in paths], cache)], len(paths), (length, ancestors))
         rewind(cache, len(paths))
-        return found
+        return logits
 
     @torch.no_grad()
     def step(self, rows: Sequence[tuple[Sequence[int], Cache]]) -> Tensor:
         if not all(isinstance(cache, KVCache) for _, cache in rows):
             return super().step(rows)
         counts = [len(ids) for ids, _ in rows]
-        found = self._decode_step(rows, sum(counts))
+        logits = self._decode_step(rows, sum(counts))
         if self._sink_window is not None:
             self._evict(*(cache for _, cache in rows))
-        return found[torch.tensor(counts).cumsum(0) - 1]
+        return logits[torch.tensor(counts).cumsum(0) - 1]
 
     def _verify(self) -> None:
-        """Refuse unless both ways of running give the logits of the model's own modules in float32 arithmetic."""
+        """Refuse a model whose logits differ, in a step or in a chunk, from its own modules in float32 arithmetic."""
         with torch.inference_mode(), float32_arithmetic(self.hf):
             expected = logits(self.hf)[0]
             ids: list[int] = probe_ids(self.hf)[0].tolist()
             caches = self.new_cache(len(ids)), self.new_cache(len(ids))
-            for found in (
+            for computed in (
                 self._decode_step([(ids, caches[0])], len(ids)),
                 self._prefill_chunk(ids, caches[1], len(ids)),
             ):
-                difference = float((found - expected).norm() / expected.norm())
-                if not difference < _VERIFIED:
+                difference = float((computed - expected).norm() / expected.norm())
+                if not difference < _MAX_DIFFERENCE:
                     raise UnsupportedModel(
-                        f"{type(self.hf).__name__} computes something else than its family's description says (its "
-                        f"logits differ by {difference:.2g} of their size)"
+                        f"{type(self.hf).__name__} does not compute what its family's description says: its logits "
+                        f"differ by {difference:.2g} of their size"
                     )
 
     def rotate_cached_keys(self, cache: Cache, before: RopeState) -> bool:
@@ -213,25 +220,27 @@ class CompiledRunner(TransformersRunner):
     def _decode_step(
         self, rows: Sequence[tuple[Sequence[int], KVCache]], logits_to_keep: int, tree: Tree | None = None
     ) -> Tensor:
-        """Tokens of any sequences, by the compiled step: the logits of the last `logits_to_keep`, [logits_to_keep, V].
+        """Run a few tokens of any sequences by the compiled step.
 
-        Args:
-            tree: tokens held before a tree, and for each of its tokens the places of those that it follows, and its
-                own.
+        Returns:
+            The logits after the last `logits_to_keep` tokens, [logits_to_keep, V].
         """
         threads = share_threads()
         from .kernels import step
 
-        ids = [token for own, _ in rows for token in own]
-        self.check(ids)
+        ids = [token for tokens, _ in rows for token in tokens]
+        if min(ids) < 0 or max(ids) >= self.vocabulary_size:
+            self.check(ids)  # raises
         x = self._decoder.embedding(torch.tensor(ids)).float().numpy()
-        places = np.array([cache.length + k for own, cache in rows for k in range(len(own))], np.int64)
+        places = np.array([cache.length + k for tokens, cache in rows for k in range(len(tokens))], np.int64)
         buffers = self._buffer_addresses(rows)
-        held, ancestors = tree or (0, None)
-        at = places if ancestors is None else np.array([held + len(own) - 1 for own in ancestors], np.int64)
-        parts, firsts = self._key_parts(at, held, ancestors)
+        length, ancestors = tree or (0, None)
+        positions = places
+        if ancestors is not None:
+            positions = np.array([length + len(path) - 1 for path in ancestors], np.int64)
+        parts, firsts = self._key_parts(positions, length, ancestors)
         tables = self._tables
-        found = np.empty((logits_to_keep, self._decoder.head.weight.shape[0]), np.float32)
+        logits = np.empty((logits_to_keep, self._decoder.head.weight.shape[0]), np.float32)
         step(
             tables.shape,
             tables.numbers,
@@ -241,25 +250,25 @@ class CompiledRunner(TransformersRunner):
             tables.norms,
             tables.groups,
             x,
-            self._angles(at),
+            self._angles(positions),
             parts,
             firsts,
-            np.stack([rotation.scales(at, self._decoder.layers[0].scale) for rotation in self._rotations]),
+            np.stack([rotation.scales(positions, self._decoder.layers[0].scale) for rotation in self._rotations]),
             places,
             buffers,
             tables.head,
-            found,
+            logits,
             threads,
         )
-        for own, cache in rows:
-            cache.advance(len(own))
-        logits = torch.from_numpy(found)
-        return self._layers.capped(logits)
+        for tokens, cache in rows:
+            cache.advance(len(tokens))
+        softcap = self._decoder.softcap
+        return torch.from_numpy(logits) if softcap is None else cap_logits(torch.from_numpy(logits), softcap)
 
     def _angles(self, positions: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
-        """Cosines and sines of the queries and of the keys, each [groups, forms, n, 2, half].
+        """Cosines and sines for the queries and for the keys, each [groups, forms, n, 2, half].
 
-        Groups with fewer forms are padded; the kernels do not read the padding.
+        Groups with fewer forms are padded. The kernels do not read the padding.
         """
         tables = []
         for groups in zip(
@@ -270,9 +279,17 @@ class CompiledRunner(TransformersRunner):
         return tuple(tables)
 
     def _key_parts(
-        self, positions: np.ndarray[Any, Any], held: int, ancestors: list[list[int]] | None
+        self, positions: np.ndarray[Any, Any], length: int, ancestors: list[list[int]] | None
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Which keys every token sees, in the parts that threads compute; those of a tree are one by one."""
+        """The keys that every token sees, cut into the parts that threads compute.
+
+        Args:
+            length, ancestors: of a `Tree`. Each ancestor is a part of one key.
+
+        Returns:
+            Parts, int64 [parts, 5], and the index of each token's first part, int64 [groups, n + 1], as `step` takes
+            them.
+        """
         from .kernels.attention import PART
 
         parts: list[tuple[int, int, int, int, int]] = []
@@ -283,18 +300,18 @@ class CompiledRunner(TransformersRunner):
                 for band, form, start, count in rotation.visible(position):
                     stop = start + count
                     if ancestors is not None:
-                        own = ancestors[token][max(0, start - held) : max(0, stop - held)]
-                        parts += [(token, band, form, place, 1) for place in own]
-                        stop = min(stop, held)
+                        in_tree = ancestors[token][max(0, start - length) : max(0, stop - length)]
+                        parts += [(token, band, form, place, 1) for place in in_tree]
+                        stop = min(stop, length)
                     parts += [(token, band, form, at, min(PART, stop - at)) for at in range(start, stop, PART)]
             firsts.append(len(parts))
         return np.array(parts, np.int64), np.array(firsts, np.int64).reshape(len(self._rotations), -1)
 
     def _buffer_addresses(self, rows: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray[Any, Any]:
-        """Where the keys and values of every token lie, int64 [layers, n, forms + 1, 3].
+        """The addresses of every token's keys and values, int64 [layers, n, forms + 1, 3].
 
-        The last axis is the address of the numbers, that of their scales (or 0), and the capacity in tokens. The
-        forms of the keys come first, the values last.
+        On the last axis: the address of the numbers, the address of their scales (or 0), and the capacity in tokens.
+        On the third axis: the forms of the keys, then the values.
         """
         layers = len(self._decoder.layers)
         forms = 1 + max(len(rotation.key_bands) for rotation in self._rotations)
@@ -315,15 +332,15 @@ class CompiledRunner(TransformersRunner):
         return addresses
 
     def _rotated_copies(self, layer: KVLayer, rotation: RotationTable, count: int) -> list[Tensor]:
-        """The rotated copies of a layer's keys, with room for `count` more."""
+        """The rotated copies of a layer's keys, with room for `count` more keys."""
         keys = layer.keys[:, :, : layer.length]
 
         def rotate_band(band: int) -> Callable[[int, int], Tensor]:
             def rotate(start: int, stop: int) -> Tensor:
                 assert rotation.group.layout is not None
-                where = rotation.plan.site.bands(*rotation.rope_state[:2])[band].key(torch.arange(start, stop))
-                found = angles(where, rotation.frequencies.inv_freq, like=keys)
-                return rotation.group.layout.rotate(keys[:, :, start:stop], found)
+                positions = rotation.plan.site.bands(*rotation.rope_state[:2])[band].key(torch.arange(start, stop))
+                key_angles = angles(positions, rotation.frequencies.inv_freq, like=keys)
+                return rotation.group.layout.rotate(keys[:, :, start:stop], key_angles)
 
             return rotate
 
@@ -334,7 +351,11 @@ class CompiledRunner(TransformersRunner):
     # A chunk
 
     def _prefill_chunk(self, ids: Sequence[int], cache: KVCache, logits_to_keep: int) -> Tensor:
-        """A chunk of one sequence, in torch: the logits of the last `logits_to_keep` tokens, [logits_to_keep, V]."""
+        """Run a chunk of one sequence in torch.
+
+        Returns:
+            The logits after the last `logits_to_keep` tokens, [logits_to_keep, V].
+        """
         self.check(ids)
         start, count = cache.length, len(ids)
         run = KeyRun(None, 0, count, 0, start + count, 0)
@@ -347,7 +368,14 @@ class CompiledRunner(TransformersRunner):
 
     @torch.inference_mode()
     def skim(self, ids: Sequence[int], sample: Sample, logits_to_keep: int) -> Tensor:
-        """Read a sample of the tokens of a text, `ids`; returns its last logits, [logits_to_keep, V]."""
+        """Run a sample of the tokens of a text.
+
+        Args:
+            ids: the tokens at `sample.positions`.
+
+        Returns:
+            The logits after the last `logits_to_keep` tokens, [logits_to_keep, V].
+        """
         self.check(ids)
         chunks = [SkimAttention(rotation, sample) for rotation in self._rotations]
 
@@ -355,3 +383,42 @@ class CompiledRunner(TransformersRunner):
             return chunks[self._group_of[index]].attend(q, k, v, score)
 
         return self._layers.logits(self._layers.run(ids, attend)[-logits_to_keep:])
+
+
+def share_threads() -> int:
+    """Let the kernels use as many threads as torch does, and return their number.
+
+    A decode step has about a hundred parallel regions. Between two regions, GNU OpenMP lets idle threads spin for
+    about 10 ms. On a busy machine they take the cores of the threads that they wait for: next to one busy process,
+    decoding fell from 36 to 9 tokens/s. If a process has more OpenMP threads than CPUs, idle threads spin for a few
+    microseconds only (GOMP_SPINCOUNT in the manual of libgomp). So one extra set of threads is started, and it sleeps.
+    """
+    import numba
+
+    wanted = torch.get_num_threads()
+    threads: int = min(wanted, numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(threads)
+    if torch.get_num_threads() != wanted:  # the first call of numba gives OpenMP, and so torch, all cores
+        torch.set_num_threads(wanted)
+    if not _sleeping_threads and not any(name in os.environ for name in _SPIN_VARIABLES):
+        _add_sleeping_threads(numba.config.NUMBA_NUM_THREADS)
+    return threads
+
+
+def _add_sleeping_threads(count: int) -> None:
+    """Start `count` OpenMP threads that sleep from then on."""
+    from .kernels import touch
+
+    started = threading.Event()
+
+    def sleep() -> None:
+        import numba
+
+        numba.set_num_threads(count)
+        touch(count)
+        started.set()
+        threading.Event().wait()
+
+    _sleeping_threads.append(threading.Thread(target=sleep, daemon=True, name="ropewalk: sleeping OpenMP threads"))
+    _sleeping_threads[-1].start()
+    started.wait()
