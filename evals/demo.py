@@ -24,8 +24,8 @@ from .protocols.fixed_target import FixedTarget
 from .protocols.perplexity_cell import PerplexityCell, cells
 from .reports.report import Passage, print_results, publish
 from .runs.cell import Cell
+from .runs.measure import measure_all
 from .runs.result import Row, Run
-from .runs.runner import measure_all
 
 MODEL, TEXT = "smollm2-135m", "shakespeare"
 TARGET = 1024  # tokens scored: the last ones of a play

@@ -18,12 +18,10 @@ from ...scaling.lengths import format_length
 from ...scaling.positions import PositionScaler
 from ...scaling.rope import Scaler
 from ..data import Text, tokenize_documents
-from ..models.cost import Advance
 from ..models.local import LocalModel
-from ..models.measured import MeasuredModel, Start
+from ..models.measured import Advance, MeasuredModel, Start
 from ..protocols.whole_text import position_edges
-from ..runs.cell import Cell
-from ..runs.recipe import shared_recipe
+from ..runs.cell import Cell, shared_recipe
 from ..runs.result import Row, Run, loss_text
 from ..statistics import block_interval, paired_difference
 

@@ -19,14 +19,10 @@ from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.encode import prompt_ids, text_ids
 from ..data import Text
-from ..models.cost import Advance
 from ..models.local import LocalModel
-from ..models.measured import MeasuredModel
-from ..retrieval.haystack import boundary, drawn_anew, sentences, stretch
-from ..retrieval.task import match_first
-from ..retrieval.words import WORDS_VERSION, random_key
-from ..runs.cell import Cell
-from ..runs.recipe import rope_recipe, shared_recipe
+from ..models.measured import Advance, MeasuredModel
+from ..retrieval.task import WORDS_VERSION, boundary, drawn_anew, match_first, random_key, sentences, stretch
+from ..runs.cell import Cell, rope_recipe, shared_recipe
 from ..runs.result import Row, Run
 
 Way = Literal["whole", "cut", "parts"]

@@ -19,10 +19,8 @@ from ...tokenizer_tools.vocabularies import vocabulary
 from ...tokenizer_tools.vocabulary import Vocabulary, check_ids
 from ..retrieval.trial import Trial, TrialOutput
 from ..runs.result import Losses
-from .cost import Advance, ForwardCost
-from .logprob_form import FORMS, LogprobForm, Scored
-from .measured import MeasuredModel, Tokens, bytes_of
-from .server import RefusedRequest, Server
+from .measured import Advance, ForwardCost, MeasuredModel, Tokens, bytes_of
+from .server import FORMS, LogprobForm, RefusedRequest, Scored, Server
 
 if TYPE_CHECKING:
     from torch import Tensor

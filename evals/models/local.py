@@ -22,8 +22,7 @@ from ...scaling.rope import Scaler
 from ...tokenizer_tools.vocabulary import check_ids
 from ..retrieval.trial import Trial, TrialOutput
 from ..runs.result import Losses
-from .cost import Advance, ForwardCost
-from .measured import MeasuredModel, Tokens, bytes_of
+from .measured import Advance, ForwardCost, MeasuredModel, Tokens, bytes_of
 
 
 class LocalModel(MeasuredModel):

@@ -11,8 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from ...errors import ConfigError
-from ..models.cost import Advance
-from ..models.measured import MeasuredModel, Start, Tokens
+from ..models.measured import Advance, MeasuredModel, Start, Tokens
 from ..runs.result import Row
 from ..statistics import paired_difference
 from .protocol import Protocol, ProtocolResult, Window, too_short

@@ -13,8 +13,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
-from ..models.cost import Advance
-from ..models.measured import MeasuredModel
+from ..models.measured import Advance, MeasuredModel
 from ..runs.result import Losses, Row
 from ..statistics import block_interval, paired_difference
 from .fixed_target import SamePlaces

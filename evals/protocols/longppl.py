@@ -12,8 +12,7 @@ from ...errors import ConfigError, DataError
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
-from ..models.cost import Advance
-from ..models.measured import MeasuredModel
+from ..models.measured import Advance, MeasuredModel
 from ..runs.cell import Cell
 from ..runs.result import Row, Run, loss_text
 from .fixed_target import SameTarget

@@ -20,10 +20,8 @@ import numpy as np
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
 from ..data import Text, tokenize_documents
-from ..models.cost import Advance
-from ..models.measured import MeasuredModel, Start, Tokens
-from ..runs.cell import Cell
-from ..runs.recipe import rope_recipe, shared_recipe
+from ..models.measured import Advance, MeasuredModel, Start, Tokens
+from ..runs.cell import Cell, rope_recipe, shared_recipe
 from ..runs.result import Losses, Row, Run, loss_text
 from ..statistics import block_interval
 from .longppl import JudgeCell, LongPPL
@@ -134,12 +132,12 @@ def summary(losses: Losses, n_bytes: int | None) -> dict[str, Any]:
         "loss": loss,
         "loss_low": low,
         "loss_high": high,
-        "perplexity": perplexity(loss),
+        "perplexity": perplexity_of(loss),
         "bits_per_byte": None if n_bytes is None else loss * len(losses) / math.log(2) / max(n_bytes, 1),
     }
 
 
-def perplexity(loss: float) -> float:
+def perplexity_of(loss: float) -> float:
     """Its exponential; infinite where a float has no room for it (above 709 nats)."""
     try:
         return math.exp(loss)

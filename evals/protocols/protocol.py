@@ -14,8 +14,7 @@ import numpy as np
 
 from ...errors import ConfigError, DataError
 from ...scaling.lengths import format_length
-from ..models.cost import Advance
-from ..models.measured import MeasuredModel, Start, Tokens
+from ..models.measured import Advance, MeasuredModel, Start, Tokens
 from ..runs.result import Losses, Row
 
 

@@ -23,8 +23,8 @@ from ..protocols.by_name import PROTOCOLS, protocol, settings_of
 from ..protocols.longppl import LongPPL
 from ..protocols.perplexity_cell import Source, places_of
 from ..protocols.protocol import Window, tokens_sha256
+from ..retrieval.cells import rebuild
 from ..retrieval.score import score_groups
-from ..retrieval.trial import rebuild
 from ..runs import compare
 from ..runs.cell import Cell
 from ..runs.result import Row, Run

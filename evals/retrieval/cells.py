@@ -8,16 +8,14 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, DataError
 from ...scaling.rope import Scaler
-from ..data import Text
-from ..models.cost import Advance
-from ..models.measured import MeasuredModel
-from ..runs.cell import Cell
-from ..runs.recipe import rope_recipe, shared_recipe
+from ..data import Text, load_text
+from ..models.measured import Advance, MeasuredModel
+from ..runs.cell import Cell, rope_recipe, shared_recipe
 from ..runs.result import Row, Run
 from .task import Place, Task
-from .tasks import SUITE_OF
+from .tasks import SUITE_OF, TASKS
 from .trial import Trial, assemble
 
 
@@ -157,3 +155,34 @@ def cells(
         for scaler in scalers
         for task, place in places
     ]
+
+
+def rebuild(row: Row, tokenizer: Any, text: Text | None = None) -> Trial:
+    """The trial that a row of a retrieval run was measured on, to the character.
+
+    Args:
+        row: of results.jsonl.
+        tokenizer: the model's.
+        text: the haystack; loaded by the row's name of it if it is not given.
+
+    Raises:
+        DataError: it is no retrieval row, or the prompt comes out otherwise than it was.
+    """
+    task = TASKS.get(str(row.get("task")))
+    if task is None:
+        raise DataError(f"a row of task {row.get('task')!r} has no prompt; rebuild one of {', '.join(TASKS)}")
+    if task.needs_text and text is None:
+        text = load_text(row["text"])
+    if text is not None and task.needs_text and text.sha256 != row["text_sha256"]:
+        raise DataError(f"the text {text.name} has sha256 {text.sha256}, the row was measured on {row['text_sha256']}")
+    settings = {name: row.get(name) for name in task.settings}
+    if settings != task.settings:
+        raise DataError(f"the row was measured with {settings}, this installation has {task.settings}")
+    place = Place(context=row["context"], depth=row["depth"], text=text if task.needs_text else None)
+    trial = assemble(task, tokenizer, place, row["seed"])
+    if trial.sha256 != row["prompt_sha256"]:
+        raise DataError(
+            f"the prompt comes out with sha256 {trial.sha256}, the row has {row['prompt_sha256']}; take the tokenizer "
+            f"of {row['model']} and the versions in env.json"
+        )
+    return trial

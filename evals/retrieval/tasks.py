@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from ...errors import ConfigError
 from ...plugins import Plugins
-from .lookups import KeyValue, Passkey, VariableTracking
-from .needles import Needles, Niah
+from .lookup_tasks import KeyValue, Needles, Niah, Passkey, VariableTracking
 from .task import Task
-from .words import CommonWords, FrequentWords
+from .word_tasks import CommonWords, FrequentWords
 
 RULER = "ruler-11-offline"
 """RULER without its two question answering tasks, which need downloads, and with another text as

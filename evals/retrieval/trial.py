@@ -13,10 +13,7 @@ from ...errors import DataError
 from ...scaling.lengths import format_length
 from ...tokenizer_tools.encode import prompt_ids as encode
 from ...tokenizer_tools.encode import text_ids
-from ..data import Text, load_text
-from ..runs.result import Row
 from .task import Draft, Place, Task
-from .tasks import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,34 +151,3 @@ def answer_ids(draft: Draft, tokenizer: Any) -> Tokens:
     alone = [ids(draft.target), ids(draft.target[1:])]  # SentencePiece puts a blank of its own first
     end = tail[-20:] + draft.target
     return next((candidate for candidate in alone if tokenizer.decode(before + candidate).endswith(end)), alone[0])
-
-
-def rebuild(row: Row, tokenizer: Any, text: Text | None = None) -> Trial:
-    """The trial that a row of a retrieval run was measured on, to the character.
-
-    Args:
-        row: of results.jsonl.
-        tokenizer: the model's.
-        text: the haystack; loaded by the row's name of it if it is not given.
-
-    Raises:
-        DataError: it is no retrieval row, or the prompt comes out otherwise than it was.
-    """
-    task = TASKS.get(str(row.get("task")))
-    if task is None:
-        raise DataError(f"a row of task {row.get('task')!r} has no prompt; rebuild one of {', '.join(TASKS)}")
-    if task.needs_text and text is None:
-        text = load_text(row["text"])
-    if text is not None and task.needs_text and text.sha256 != row["text_sha256"]:
-        raise DataError(f"the text {text.name} has sha256 {text.sha256}, the row was measured on {row['text_sha256']}")
-    settings = {name: row.get(name) for name in task.settings}
-    if settings != task.settings:
-        raise DataError(f"the row was measured with {settings}, this installation has {task.settings}")
-    place = Place(context=row["context"], depth=row["depth"], text=text if task.needs_text else None)
-    trial = assemble(task, tokenizer, place, row["seed"])
-    if trial.sha256 != row["prompt_sha256"]:
-        raise DataError(
-            f"the prompt comes out with sha256 {trial.sha256}, the row has {row['prompt_sha256']}; take the tokenizer "
-            f"of {row['model']} and the versions in env.json"
-        )
-    return trial

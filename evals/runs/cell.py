@@ -1,16 +1,15 @@
-"""What a run is made of: cells. A cell is measured as a whole, and gives one or more rows of the
-result."""
+"""A cell, the unit of work of a run, and the fields that the recipes of all cells share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
-from ..models.cost import Advance
-from ..models.measured import MeasuredModel
+from ...scaling.spec import Auto
+from ..models.measured import Advance, MeasuredModel
 from .result import Row, Run
 
 
@@ -54,3 +53,38 @@ class Cell(ABC):
     def is_done(self, run: Run) -> bool:
         """True if all its rows are in the results."""
         return all(run.find(recipe) is not None for recipe in self.row_recipes())
+
+
+class NamedText(Protocol):
+    """A text as recipes name it: a `Text` or a `Source`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+def shared_recipe(model: MeasuredModel, text: NamedText | None) -> dict[str, Any]:
+    """The fields of the model and the text."""
+    return {
+        "model": model.name,
+        "text": None if text is None else text.name,
+        "text_sha256": None if text is None else text.sha256,
+        "dtype": model.precision,
+        "device": model.device,
+        "trained_length": model.trained_length,
+        **model.metadata,
+    }
+
+
+def rope_recipe(scaler: Scaler, rope_at: Callable[[int], Scaler], lengths: Iterable[int]) -> dict[str, str]:
+    """The fields of the scaler.
+
+    Args:
+        rope_at: gives the scaler at a length. For `auto` that depends on what was tuned, so the
+            recipe holds it.
+        lengths: in tokens.
+    """
+    if not isinstance(scaler, Auto):
+        return {"rope": str(scaler)}
+    return {"rope": str(scaler), "chosen": ", ".join(dict.fromkeys(str(rope_at(length)) for length in lengths))}

@@ -1,9 +1,10 @@
-"""The comparison of ropewalk with other engines, from `--against` to the result."""
+"""The comparison of ropewalk with other engines, from the option `--against` to the result."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,8 @@ from ...scaling import hf as hf_config
 from ...scaling.lengths import parse_length
 from ..data import load_text, tokenize_documents
 from ..runs.result import environment
-from .bandwidth import Memory, Traffic
-from .contest import ContestResult, compete
 from .engine import EngineSpec
+from .timing import TimingResult, time_engines
 from .worker import ProcessWorker
 
 HF_DTYPES = ("float32", "bfloat16", "float16")
@@ -136,7 +136,7 @@ def measure(
     dtype: str,
     threads: int | None,
     console: Console,
-) -> tuple[ContestResult, dict[str, Any]]:
+) -> tuple[TimingResult, dict[str, Any]]:
     """Time ropewalk and the peers on one text.
 
     Args:
@@ -173,7 +173,7 @@ def measure(
             workers.append(stack.enter_context(ProcessWorker(spec)))
             progress.advance(opening)
         progress.remove_task(opening)
-        result = compete(
+        result = time_engines(
             workers,
             text,
             contexts,
@@ -202,3 +202,65 @@ def _text(folder: Path, needed: int) -> list[int]:
     tokenizer = read_tokenizer(folder)
     ids = tokenize_documents(load_text(TEXT), tokenizer, limit_tokens=needed)[0]
     return (ids * -(-needed // len(ids)))[:needed]
+
+
+READ_BYTES = 256 * 2**20
+"""Far more than any cache holds."""
+
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
+_BYTES |= {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # a scale of 2 bytes for 32 weights
+"""Bytes of a number, as torch and as GGUF call its type."""
+
+
+class Memory:
+    """Memory of one device, read over and over.
+
+    Args:
+        device: "cpu", which torch's threads read together, or "cuda".
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._numbers = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
+
+    def bandwidth(self, tries: int = 3) -> float:
+        """Bytes a second, the best of `tries` sums."""
+        best = float("inf")
+        for _ in range(tries):
+            started = time.perf_counter()
+            self._numbers.sum().item()  # item() waits for the device
+            best = min(best, time.perf_counter() - started)
+        return READ_BYTES / best
+
+
+class Traffic:
+    """What a decode step of a model has to read: every weight once, and the keys and values of the
+    past.
+
+    Of the input embedding one row is read, unless it is the output matrix too. All layers are taken
+    to see the whole past, and all experts of a mixture to be read.
+
+    Args:
+        config: of a transformers model.
+    """
+
+    def __init__(self, config: Any) -> None:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        config = config.get_text_config()
+        self.weights: int = sum(parameter.numel() for parameter in model.parameters())
+        if not config.tie_word_embeddings:
+            self.weights -= model.get_input_embeddings().weight.numel()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.cached: int = 2 * config.num_hidden_layers * heads * dim
+
+    def step_bytes(self, dtype: str, cache_dtype: str, length: float) -> float:
+        """Bytes that a step behind `length` tokens reads.
+
+        Args:
+            dtype: of the weights, as torch or as GGUF calls it.
+            cache_dtype: of the keys and values.
+        """
+        return self.weights * _BYTES[dtype] + length * self.cached * _BYTES[cache_dtype]

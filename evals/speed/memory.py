@@ -1,10 +1,17 @@
-"""Peak memory of this process."""
+"""Peak memory of this process, and of a process that scores one long text with one engine."""
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ...errors import RopewalkError
 
 
 def peak_memory_mb() -> float:
@@ -29,3 +36,124 @@ def peak_resident_mb() -> float:
         return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+SCORED_TOKENS = 1024
+"""Tokens at the end of the text that are scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Memory of one process that scored one text, MB (10^6 bytes).
+
+    Args:
+        imports: resident before the model was loaded.
+        loaded: most resident while it was.
+        peak: most resident in the end.
+        weights, cache: what they take by themselves.
+        loss: nats per token of the last `SCORED_TOKENS` tokens.
+    """
+
+    engine: str
+    length: int
+    seconds: float
+    imports: float
+    loaded: float
+    peak: float
+    weights: float
+    cache: float
+    loss: float
+
+    @property
+    def rest(self) -> float:
+        """What is held beyond weights and cache: the libraries, the buffers of a chunk, the
+        allocator's spare."""
+        return self.peak - self.weights - self.cache
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An engine with its model: its name, the bytes of weights and of keys and values, and how it
+    scores tokens."""
+
+    name: str
+    weights: int
+    cache: int
+    loss: Callable[[], float]
+
+
+def _ropewalk(model: str, ids: list[int], dtype: str, rope: str) -> _Loaded:
+    from ...engine.load import load
+
+    loaded = load(model, rope, dtype=dtype, max_length=len(ids))
+    return _Loaded(
+        f"ropewalk {loaded.precision}",
+        loaded.hf.get_memory_footprint(),
+        loaded.bytes_per_token * len(ids),
+        lambda: -float(loaded.score_ids(ids, len(ids) - SCORED_TOKENS).mean()),
+    )
+
+
+def _transformers(model: str, ids: list[int], dtype: str, _: str) -> _Loaded:
+    """The loss of transformers' own forward, as its perplexity page computes it: all logits at
+    once."""
+    import torch
+
+    from ...engine.checkpoints.checkpoint import read_config, read_weights
+    from ...engine.checkpoints.source import resolve
+
+    source = resolve(model)
+    hf = read_weights(source, read_config(source), dtype=getattr(torch, dtype))
+    labels = torch.tensor([[-100] * (len(ids) - SCORED_TOKENS) + ids[-SCORED_TOKENS:]])
+
+    def loss() -> float:
+        with torch.inference_mode():
+            return float(hf(torch.tensor([ids]), labels=labels, use_cache=False).loss)
+
+    return _Loaded(f"transformers {dtype}", hf.get_memory_footprint(), 0, loss)
+
+
+_ENGINES = {"ropewalk": _ropewalk, "transformers": _transformers}
+
+
+def _measure(engine: str, model: str, ids: list[int], dtype: str, rope: str, connection: Any) -> None:
+    import transformers  # noqa: F401  (counts as a library, not as loading)
+
+    imports = peak_resident_mb()
+    loaded = _ENGINES[engine](model, ids, dtype, rope)
+    once_loaded, started = peak_resident_mb(), time.perf_counter()
+    loss = loaded.loss()
+    footprint = Footprint(
+        engine=loaded.name,
+        length=len(ids),
+        seconds=time.perf_counter() - started,
+        imports=imports,
+        loaded=once_loaded,
+        peak=peak_resident_mb(),
+        weights=loaded.weights / 1e6,
+        cache=loaded.cache / 1e6,
+        loss=loss,
+    )
+    connection.send(footprint)
+
+
+def measure_footprint(engine: str, model: str, ids: list[int], dtype: str, rope: str) -> Footprint:
+    """Score `ids` in a new process, which "ropewalk" or "transformers" has for itself.
+
+    Raises:
+        RopewalkError: the process died, as one that has no memory left does.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_measure, args=(engine, model, ids, dtype, rope, theirs))
+    process.start()
+    theirs.close()
+    try:
+        footprint: Footprint = ours.recv()
+    except EOFError:
+        process.join()
+        raise RopewalkError(
+            f"{engine} died at {len(ids)} tokens (exit code {process.exitcode}); try fewer --lengths"
+        ) from None
+    process.join()
+    return footprint

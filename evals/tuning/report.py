@@ -19,7 +19,7 @@ from ..reports.report import environment_of, write_page
 from ..reports.style import GRID, figure, line_styles, save, style_axes
 from ..runs.compare import UNTOUCHED
 from ..runs.result import Run
-from .tuned import Candidate, Tuned, difference
+from .candidates import Candidate, Tuned, difference
 
 _DRAWN = 24  # candidates in the plot
 

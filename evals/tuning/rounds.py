@@ -23,12 +23,11 @@ from ..retrieval.cells import cells as retrieval_cells
 from ..retrieval.tasks import TASKS
 from ..runs.cell import Cell
 from ..runs.compare import Difference
+from ..runs.measure import measure_all
 from ..runs.result import Row, Run
-from ..runs.runner import measure_all
-from .candidates import fits_config, neighbours, starting_points
+from .candidates import Candidate, Tuned, by_skimming, fits_config, neighbours, ranked, starting_points
 from .factor_search import FactorSpace, FoundFactors, search_factors
 from .text import TuneText, can_skim
-from .tuned import Candidate, Tuned, by_skimming, ranked
 
 SEARCHED = "longrope (searched)"
 """What a scaler with searched factors is called where its spec is too long."""

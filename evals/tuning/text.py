@@ -18,14 +18,12 @@ from ...errors import DataError
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ..data import Text
-from ..models.cost import Advance
 from ..models.local import LocalModel
-from ..models.measured import MeasuredModel
+from ..models.measured import Advance, MeasuredModel
 from ..protocols.fixed_target import FixedTarget
 from ..protocols.perplexity_cell import PerplexityCell, Source
 from ..protocols.protocol import Window, tokens_sha256
-from ..runs.cell import Cell
-from ..runs.recipe import shared_recipe
+from ..runs.cell import Cell, shared_recipe
 from ..runs.result import Row, Run, loss_text
 
 

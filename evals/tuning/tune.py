@@ -38,10 +38,10 @@ from ...scaling.rope import Scaler
 from ...scaling.spec import Auto
 from ..data import Text, load_text
 from ..runs.result import Run
+from .candidates import Tuned
 from .factor_search import FactorSpace
 from .rounds import Progress, Rounds, Search
 from .text import TuneText, can_skim
-from .tuned import Tuned
 
 __all__ = ["Progress", "tune"]
 

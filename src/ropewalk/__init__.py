@@ -37,7 +37,6 @@ from .errors import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import evals
     from .engine.completion import Completion, Continuation, Score
     from .engine.exports.export import Export, export
     from .engine.heal import Healed, heal

@@ -10,8 +10,8 @@ from live import MORE, TEXT, cache_difference, greedy
 
 import ropewalk as rw
 from ropewalk.cli.main import cli
+from ropewalk.evals.tuning.candidates import Candidate, Tuned
 from ropewalk.evals.tuning.tune import tune
-from ropewalk.evals.tuning.tuned import Candidate, Tuned
 from ropewalk.scaling import Auto
 
 SHORT = TEXT  # far within the trained length of 256

@@ -14,7 +14,7 @@ import ropewalk as rw
 from ropewalk.cli.main import cli
 from ropewalk.evals.models import endpoint as endpoints
 from ropewalk.evals.models.endpoint import ServedModel
-from ropewalk.evals.runs.comparison import compare_runs
+from ropewalk.evals.runs.compare_runs import compare_runs
 from ropewalk.evals.runs.result import Run
 
 TIMING = ("key", "model", "dtype", "device", "tokenizer", "seconds", "tokens_per_second", "peak_memory_mb")

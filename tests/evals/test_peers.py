@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 import ropewalk as rw
 from ropewalk.engine.checkpoints.source import resolve
 from ropewalk.engine.exports.gguf_write import write_gguf
-from ropewalk.evals.speed.against import engine_specs, parse_against
-from ropewalk.evals.speed.bandwidth import Memory, Traffic
+from ropewalk.evals.speed.against import Memory, Traffic, engine_specs, parse_against
 from ropewalk.evals.speed.engine import ENGINES, EngineSpec, open_engine
 from ropewalk.evals.speed.worker import ProcessWorker
 

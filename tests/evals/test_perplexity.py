@@ -12,9 +12,8 @@ from rich.console import Console
 
 import ropewalk as rw
 from ropewalk.evals.contexts.endless import EndlessCell
-from ropewalk.evals.models.cost import ForwardCost
 from ropewalk.evals.models.local import LocalModel
-from ropewalk.evals.models.measured import Start
+from ropewalk.evals.models.measured import ForwardCost, Start
 from ropewalk.evals.protocols import harm
 from ropewalk.evals.protocols.by_name import PROTOCOLS, protocol, settings_of
 from ropewalk.evals.protocols.fixed_target import FixedTarget
@@ -25,10 +24,10 @@ from ropewalk.evals.protocols.whole_text import ByPosition, Sliding, Truncate, p
 from ropewalk.evals.reports.report import publish
 from ropewalk.evals.retrieval.cells import cells as retrieval_cells
 from ropewalk.evals.retrieval.tasks import TASKS
+from ropewalk.evals.runs.measure import measure_all
 from ropewalk.evals.runs.result import Run, recipe_key
-from ropewalk.evals.runs.runner import measure_all
+from ropewalk.evals.tuning.candidates import Candidate, Tuned
 from ropewalk.evals.tuning.text import SkimCell
-from ropewalk.evals.tuning.tuned import Candidate, Tuned
 from ropewalk.scaling import Linear, Scaler, parse
 
 

@@ -29,7 +29,7 @@ from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.by_name import protocol
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.runs.runner import measure_all
+from ropewalk.evals.runs.measure import measure_all
 from ropewalk.scaling import parse
 
 model_folder, text = sys.argv[1:3]

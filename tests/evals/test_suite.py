@@ -15,9 +15,8 @@ from ropewalk.evals.reports.tables import reach_table
 from ropewalk.evals.retrieval.score import MEASURED as TRIAL_MEASURED
 from ropewalk.evals.runs import preset
 from ropewalk.evals.runs.compare import MEASURED
-from ropewalk.evals.runs.comparison import compare_runs
-from ropewalk.evals.runs.merge import merge, open_run
-from ropewalk.evals.runs.result import Run, recipe_key
+from ropewalk.evals.runs.compare_runs import compare_runs
+from ropewalk.evals.runs.result import Run, merge, open_run, recipe_key
 
 SMALL = preset.Preset(
     minutes=None,
@@ -138,7 +137,7 @@ def test_rows_of_many_windows_have_their_text_again_with_the_hash_of_their_place
 def test_presets_for_a_model_that_was_trained_on_little(tiny_folder, text_file, monkeypatch, caplog, name):
     """256 tokens: every curve is there, and only prompts that do not fit are left out."""
     planned = []
-    monkeypatch.setattr("ropewalk.evals.runs.runner.print_plan", lambda subject, cells, console: planned.extend(cells))
+    monkeypatch.setattr("ropewalk.evals.runs.measure.print_plan", lambda subject, cells, console: planned.extend(cells))
     done = ropewalk("all", tiny_folder, "--preset", name, "--text", text_file, "--dry-run")
     assert done.exit_code == 0, done.output
     recipes = [cell.recipe for cell in planned]

@@ -12,12 +12,27 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import ropewalk as rw
 from ropewalk.evals.data import Text, load_text
-from ropewalk.evals.retrieval import haystack, needles, words
-from ropewalk.evals.retrieval.haystack import boundary, drawn_anew, sentences, stretch, with_needles
-from ropewalk.evals.retrieval.needles import Needles
-from ropewalk.evals.retrieval.task import FORM, Draft, Place, match_all, match_first
+from ropewalk.evals.retrieval import lookup_tasks
+from ropewalk.evals.retrieval.cells import rebuild
+from ropewalk.evals.retrieval.lookup_tasks import Needles
+from ropewalk.evals.retrieval.task import (
+    FORM,
+    NOISE_LINE,
+    WORDS_VERSION,
+    Draft,
+    Place,
+    all_words,
+    boundary,
+    drawn_anew,
+    match_all,
+    match_first,
+    noise,
+    sentences,
+    stretch,
+    with_needles,
+)
 from ropewalk.evals.retrieval.tasks import RULER, SUITES, TASKS
-from ropewalk.evals.retrieval.trial import answer_ids, assemble, encode, rebuild
+from ropewalk.evals.retrieval.trial import answer_ids, assemble, encode
 
 LENGTH = 8_000  # every task fits, even where a byte is a token
 
@@ -81,11 +96,11 @@ def unit_tokens(task, tokenizer):
     if task.needs_text:
         return max(len(encode(sentence, tokenizer)) for sentence in sentences(STORY)) + 3
     longest = {
-        "kv": "0a1b2c3d" * 9 + needles.NOISE_LINE,
+        "kv": "0a1b2c3d" * 9 + NOISE_LINE,
         "cwe": "1234. " + "representative " * 3,
         "fwe": " abcdef " * 3,
     }
-    return len(encode(longest.get(task.name, needles.NOISE_LINE * 2), tokenizer)) * (30 if task.name == "cwe" else 1)
+    return len(encode(longest.get(task.name, NOISE_LINE * 2), tokenizer)) * (30 if task.name == "cwe" else 1)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -148,7 +163,7 @@ def test_keys_and_values_are_said_where_they_should_be_and_nowhere_else(name, ti
 
 def test_a_key_that_is_in_the_text_is_drawn_again(monkeypatch, tiny):
     drawn = iter(["stone", "RIVER", "quiet-lantern"])
-    monkeypatch.setitem(needles._KINDS, "words", lambda random: next(drawn, "other-word"))
+    monkeypatch.setitem(lookup_tasks._KINDS, "words", lambda random: next(drawn, "other-word"))
     draft = TASKS["niah"].draft(random.Random(0), 50, place(TASKS["niah"]))
     assert "quiet-lantern" in draft.prompt
     with pytest.raises(rw.DataError, match="holds every key"):
@@ -157,7 +172,7 @@ def test_a_key_that_is_in_the_text_is_drawn_again(monkeypatch, tiny):
 
 
 def test_hay_that_holds_a_key_is_caught(monkeypatch):
-    monkeypatch.setattr(needles, "drawn_anew", lambda draw, taken, text=None: "stone")
+    monkeypatch.setattr(lookup_tasks, "drawn_anew", lambda draw, taken, text=None: "stone")
     with pytest.raises(AssertionError, match="is in the hay"):
         TASKS["niah"].draft(random.Random(0), 50, place(TASKS["niah"]))
 
@@ -175,7 +190,7 @@ def test_the_same_trial_comes_out_the_same_and_every_other_differs(name, tiny):
 
 def test_prompts_of_the_first_form_stay_what_they_are():
     """A prompt that changes needs another `FORM`, or rows of two kinds are compared."""
-    if words.WORDS_VERSION != "wonderwords 3.0.1":
+    if WORDS_VERSION != "wonderwords 3.0.1":
         pytest.skip("other words, other prompts; the recipe says so")
     drafts = [task.draft(random.Random(0), 100, place(task)) for task in TASKS.values()]
     digest = hashlib.sha256("".join(draft.prompt + draft.target for draft in drafts).encode()).hexdigest()
@@ -278,12 +293,12 @@ def test_hay():
     assert boundary(["aaaa", "b", "ccccc"], 1) == 3
     assert with_needles(["a ", "b ", "c "], [(0, "X "), (2, "Y "), (2, "Z ")]) == ("X a b Y Z c", [0, 6, 8])
     assert stretch(STORY, 999, 2) == [sentences(STORY)[999], sentences(STORY)[0]]
-    assert haystack.noise(6)[5] == haystack.noise(1)[0]
+    assert noise(6)[5] == noise(1)[0]
 
 
 def test_words_are_many_and_sorted():
-    assert len(words.all_words()) > 8000
-    assert list(words.all_words()) == sorted({*words.all_words()})
+    assert len(all_words()) > 8000
+    assert list(all_words()) == sorted({*all_words()})
     assert Needles(name="x").settings["words"].startswith("wonderwords ")
 
 

@@ -17,12 +17,12 @@ from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.protocols.by_name import protocol
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.protocol import tokens_sha256
+from ropewalk.evals.runs.measure import measure_all, new_console
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.runs.runner import measure_all, new_console
 from ropewalk.evals.statistics import paired_difference
+from ropewalk.evals.tuning.candidates import difference
 from ropewalk.evals.tuning.report import as_json, config_fragment
 from ropewalk.evals.tuning.text import TuneText
-from ropewalk.evals.tuning.tuned import difference
 from ropewalk.scaling import hf
 from ropewalk.scaling.rope import Scaler
 

@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 
 from ropewalk.evals.runs.compare import Difference
-from ropewalk.evals.tuning.candidates import fits_config, neighbours, simplicity, starting_points
+from ropewalk.evals.tuning.candidates import (
+    Candidate,
+    Tuned,
+    difference,
+    fits_config,
+    neighbours,
+    ranked,
+    simplicity,
+    starting_points,
+)
 from ropewalk.evals.tuning.report import as_json, sentences
-from ropewalk.evals.tuning.tuned import Candidate, Tuned, difference, ranked
 from ropewalk.scaling import RopeSpec, parse
 
 ROPE = RopeSpec(dim=64, base=1e5, trained_length=8192)

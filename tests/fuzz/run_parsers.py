@@ -20,8 +20,7 @@ from ropewalk.engine import tuned_scalers
 from ropewalk.evals.data import load_text
 from ropewalk.evals.reports.report import environment_of
 from ropewalk.evals.reports.tables import loss_table
-from ropewalk.evals.runs.merge import open_run
-from ropewalk.evals.runs.result import Run
+from ropewalk.evals.runs.result import Run, open_run
 
 
 @functools.cache

@@ -82,16 +82,16 @@ class Measurement:
     ) -> None:
         """Measure `cells` as `carry_out` does; `finish` then gets the run and the cells left out for lack of time."""
         from ..engine import tensor_parallel
-        from ..evals.runs import runner
+        from ..evals.runs.measure import measure_all, new_console, print_plan
         from ..evals.runs.result import open_run_of_rank
 
-        console = runner.new_console()
+        console = new_console()
         if self.dry_run:
-            runner.print_plan(model, cells, console)
+            print_plan(model, cells, console)
             return
         run = open_run_of_rank(self.out or Path("runs") / f"{Path(self.model).name}-{name}")
         run.write_environment()
-        outcome = runner.measure_all(model, cells, run, console, deadline=deadline)
+        outcome = measure_all(model, cells, run, console, deadline=deadline)
         if tensor_parallel.is_first():
             finish(run, outcome.left_out, console)
 
@@ -133,7 +133,7 @@ class ModelTarget:
                 load(model, **self.loading, max_length=2**31)
             )  # the harness measures beyond a scaler's reach too
         from ..evals.models.endpoint import ServedModel
-        from ..evals.runs.runner import new_console
+        from ..evals.runs.measure import new_console
 
         if given := [name.replace("_", "-") for name, value in self.loading.items() if value not in ("auto", None)]:
             raise ConfigError(f"--{given[0]} has no effect on a model that is served; leave it out, or --endpoint")

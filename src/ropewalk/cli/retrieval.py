@@ -165,8 +165,8 @@ def _run(
 def _stand_in(model: MeasuredModel, fake: str) -> tuple[LocalModel, Callable[[Trial], None] | None]:
     """Replace the network by a stand-in; returns the model and what is called before each trial, if anything."""
     from ..errors import ConfigError
+    from ..evals.models.fake import Oracle, replace_runner
     from ..evals.models.local import LocalModel
-    from ..evals.models.stand_in import Oracle, replace_runner
 
     if not isinstance(model, LocalModel):
         raise ConfigError("--fake replaces a network that is loaded here; leave it out, or --endpoint")

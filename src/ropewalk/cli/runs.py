@@ -66,8 +66,8 @@ def report(runs: tuple[Path, ...], out: Path | None, title: str | None) -> None:
     """Tables, plots and report.html of RUNS anew; several become one run in --out."""
     from ..errors import ConfigError
     from ..evals.reports.report import print_results, publish
-    from ..evals.runs.merge import merge, open_run
-    from ..evals.runs.runner import new_console
+    from ..evals.runs.measure import new_console
+    from ..evals.runs.result import merge, open_run
 
     opened = [open_run(folder) for folder in runs]
     if len(opened) > 1 and out is None:
@@ -90,8 +90,8 @@ def compare(a: Path, b: Path) -> None:
     from rich.markdown import Markdown
 
     from ..errors import DataError
-    from ..evals.runs.comparison import compare_runs
-    from ..evals.runs.merge import open_run
+    from ..evals.runs.compare_runs import compare_runs
+    from ..evals.runs.result import open_run
 
     found = compare_runs(open_run(a), open_run(b))
     if not found.pairs:
@@ -117,7 +117,7 @@ def reconstruct(run: Path, row: int) -> None:
     from ..engine.checkpoints.source import resolve
     from ..errors import DataError
     from ..evals.reports.report import passages_of
-    from ..evals.runs.merge import open_run
+    from ..evals.runs.result import open_run
 
     rows = open_run(run).rows
     if row > len(rows):

@@ -152,7 +152,7 @@ def _peers(
     import json
 
     from ..evals.speed.against import measure
-    from ..evals.speed.contest import as_json, tables
+    from ..evals.speed.timing import as_json, tables
 
     result, about = measure(
         model,
@@ -201,19 +201,21 @@ def memory(model: str, rope: str, lengths: str, text: str, dtype: str, against_h
     from ..engine.checkpoints.source import resolve
     from ..errors import DataError
     from ..evals.data import load_text, tokenize_documents
-    from ..evals.speed.footprint import TARGET, measure
+    from ..evals.speed.memory import SCORED_TOKENS, measure_footprint
     from ..scaling.lengths import format_length, parse_length
 
     contexts = [parse_length(length) for length in lengths.split(",")]
-    if min(contexts) <= TARGET:
-        raise click.UsageError(f"--lengths {lengths}: each must be more than the {TARGET} tokens that are scored")
+    if min(contexts) <= SCORED_TOKENS:
+        raise click.UsageError(
+            f"--lengths {lengths}: each must be more than the {SCORED_TOKENS} tokens that are scored"
+        )
     ids = tokenize_documents(load_text(text), read_tokenizer(resolve(model)), limit_tokens=max(contexts))[0]
     if len(ids) < max(contexts):
         raise DataError(f"{text} holds {len(ids)} tokens, and --lengths asks for {max(contexts)}")
     footprints = []
     for length in contexts:
         for engine in ("ropewalk", "transformers") if against_hf else ("ropewalk",):
-            footprint = measure(engine, model, ids[:length], dtype, rope)
+            footprint = measure_footprint(engine, model, ids[:length], dtype, rope)
             footprints.append(asdict(footprint) | {"rest": footprint.rest})
             click.echo(
                 f"{format_length(length):>5}  {footprint.engine:<44} peak {footprint.peak:7.0f} MB = weights "

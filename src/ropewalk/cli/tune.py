@@ -80,8 +80,8 @@ def tune(
     from ..evals.data import load_text
     from ..evals.reports.report import print_files
     from ..evals.runs.compare import short
+    from ..evals.runs.measure import new_console
     from ..evals.runs.result import Run
-    from ..evals.runs.runner import new_console
     from ..evals.tuning.report import publish_tuned, ranking_grid, sentences
     from ..evals.tuning.tune import tune as find
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,33 +9,12 @@ from itertools import pairwise
 from random import Random
 from typing import Any, ClassVar
 
-from .task import Draft, Place, Task, enumerated, match_all
-
-WORDS_VERSION = f"wonderwords {importlib.metadata.version('wonderwords')}"
-"""Where the words come from; a change of the lists changes prompts."""
+from .task import WORDS_VERSION, Draft, Place, Task, all_words, enumerated, match_all
 
 _TOP = 10  # common words asked for
 _FREQUENT = 3  # frequent words asked for
 _SHORT = 4096  # below so many tokens RULER repeats words less often
 _ALPHA = 2.0  # of the zeta distribution of coded words
-
-
-@functools.cache
-def _list(kind: str) -> tuple[str, ...]:
-    from wonderwords import RandomWord
-
-    return tuple(sorted(set(RandomWord().filter(include_categories=[kind]))))
-
-
-@functools.cache
-def all_words() -> tuple[str, ...]:
-    """Nouns, adjectives and verbs, sorted, none of them twice."""
-    return tuple(sorted({*_list("noun"), *_list("adjective"), *_list("verb")}))
-
-
-def random_key(random: Random) -> str:
-    """An adjective and a noun, `quiet-lantern`."""
-    return f"{random.choice(_list('adjective'))}-{random.choice(_list('noun'))}"
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Agreement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContestResult:
+class TimingResult:
     """All that a comparison found; `bandwidth` is in bytes a second."""
 
     timings: list[Timing]
@@ -93,7 +93,7 @@ class ContestResult:
     bandwidth: float
 
 
-def compete(
+def time_engines(
     workers: Sequence[Worker],
     text: list[int],
     lengths: Sequence[int],
@@ -104,7 +104,7 @@ def compete(
     bandwidth: Callable[[], float],
     step_bytes: Callable[[str, str, float], float],
     progress: Progress,
-) -> ContestResult:
+) -> TimingResult:
     """Time all `workers` at every length; the first is what the others are compared with.
 
     At every length the prompt is read `prefill_repeats` times, and the state of the last time is
@@ -158,7 +158,7 @@ def compete(
         shares = [step_bytes(worker.dtype, worker.cache_dtype, n + new_tokens / 2) / best for worker in workers]
         timings += _timings(workers, "decode", n, new_tokens, decodes, shares)
         agreements += _agreements(workers, n, [prefills[-1], decodes[-1]], peaks)
-    return ContestResult(timings=timings, agreements=agreements, bandwidth=best)
+    return TimingResult(timings=timings, agreements=agreements, bandwidth=best)
 
 
 def _timings(
@@ -202,7 +202,7 @@ def _agreements(
         )
 
 
-def tables(result: ContestResult, first: str) -> list[Table]:
+def tables(result: TimingResult, first: str) -> list[Table]:
     """Decode and prefill speeds, and what shows that the engines ran the same model.
 
     Args:
@@ -211,7 +211,7 @@ def tables(result: ContestResult, first: str) -> list[Table]:
     return [_speeds(result, "decode", first), _speeds(result, "prefill", first), _checks(result, first)]
 
 
-def as_json(result: ContestResult, about: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(result: TimingResult, about: Mapping[str, Any]) -> dict[str, Any]:
     """Everything, `about` first, for one line of JSON."""
     return {
         **about,
@@ -221,7 +221,7 @@ def as_json(result: ContestResult, about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _speeds(result: ContestResult, what: str, first: str) -> Table:
+def _speeds(result: TimingResult, what: str, first: str) -> Table:
     note = f"ratio: {first} over the engine, of the same round"
     headings = ["median", "range", "ratio", "range"]
     if what == "decode":
@@ -260,13 +260,13 @@ def _range(spread: Spread, digits: int) -> str:
     return f"{spread.lowest:.{digits}f}-{spread.highest:.{digits}f}"
 
 
-def _is_last(result: ContestResult, timing: Timing) -> bool:
+def _is_last(result: TimingResult, timing: Timing) -> bool:
     """Of its kind and length."""
     alike = [other for other in result.timings if (other.what, other.length) == (timing.what, timing.length)]
     return alike[-1] is timing
 
 
-def _checks(result: ContestResult, first: str) -> Table:
+def _checks(result: TimingResult, first: str) -> Table:
     headings = ["same next token", "logits off by", "peak memory"]
     table = _table(f"the same model as {first}? (peak memory: resident, with libraries and loading)", headings)
     rows = result.agreements

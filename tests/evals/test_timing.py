@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from ropewalk.evals.speed.contest import Spread, as_json, compete, tables
+from ropewalk.evals.speed.timing import Spread, as_json, tables, time_engines
 from ropewalk.evals.speed.worker import TimedRun
 
 
@@ -56,7 +56,7 @@ def contest():
     ]
     widths = iter([8.0, 10.0, 9.0, 7.0])
     with Progress(console=Console(file=io.StringIO())) as progress:
-        outcome = compete(
+        outcome = time_engines(
             workers,
             list(range(10, 20)),
             [4],
