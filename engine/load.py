@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, Setting, did_you_mean
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
 from . import tensor_parallel
@@ -75,10 +75,13 @@ def load(
     """
     scaler = parse(rope, lambda: trained_length(str(name)))
     if dtype not in ("auto", "int8") and dtype not in _DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}.{did_you_mean(dtype, [*_DTYPES, 'auto', 'int8'])}")
+        suggestion = did_you_mean(dtype, [*_DTYPES, "auto", "int8"])
+        raise ConfigError("unknown ", Setting("dtype", repr(dtype), "given"), f".{suggestion}")
     folder = None if offload is None else Path(offload)
     if folder is not None and not folder.is_dir():
-        raise ConfigError(f"offload {offload} is not a folder; make it, on a disk with room for the cache")
+        raise ConfigError(
+            Setting("offload", offload, "given"), " is not a folder; make it, on a disk with room for the cache"
+        )
     runner_options = RunnerOptions(
         compile=compile, weights="int8" if dtype == "int8" else "own", cache=kv_dtype, folder=folder
     )
@@ -86,7 +89,7 @@ def load(
         tensor_parallel.check(tp_plan, device_map, needs_kernels=runner_options.insists)
         runner_options = RunnerOptions(compile=False)
     if max_length is not None and max_length < 1:
-        raise ConfigError(f"max_length {max_length} must be at least 1")
+        raise ConfigError(Setting("max_length", max_length, "given"), " must be at least 1")
     source, config = find_config(str(name))
     primary_rope(config)  # refuses what has no RoPE before any weight is read
     placement = device_map if device_map is not None else _own_device()

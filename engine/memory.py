@@ -11,7 +11,7 @@ import psutil
 import torch
 from transformers.cache_utils import Cache
 
-from ..errors import ContextOverflow, OutOfMemory
+from ..errors import ContextOverflow, OutOfMemory, Setting
 from ..scaling.lengths import format_length
 from .cache import can_rewind, layers_agree, tokens_read
 from .kv_cache import CacheShape
@@ -32,18 +32,19 @@ def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
     needed = _bytes(shape, forms) * tokens
     if needed <= available:
         return
-    ways = []
+    ways: list[list[str | Setting]] = []
     if forms == 1 and shape.dtype != torch.int8:
         smaller = dataclasses.replace(shape, dtype=torch.int8)
         if smaller.bytes_per_token * tokens <= available:
-            ways.append(f"load with kv_dtype='int8' ({_gb(smaller.bytes_per_token * tokens)})")
+            ways.append([Setting("kv_dtype", "int8", "load"), f" ({_gb(smaller.bytes_per_token * tokens)}), or "])
     if shape.folder is None:
-        ways.append("load with offload=FOLDER, which keeps keys and values in a file there")
-    ways.append(f"take at most {format_length(available // _bytes(shape, forms))} tokens")
+        ways.append([Setting("offload", "FOLDER", "load"), ", which keeps keys and values in a file there, or "])
+    ways.append([f"take at most {format_length(available // _bytes(shape, forms))} tokens"])
     where = "memory" if shape.folder is None else f"free space in {shape.folder}"
     raise ContextOverflow(
         f"keys and values of {format_length(tokens)} tokens take {_gb(needed)}, more than the {_gb(available)} of "
-        f"{where}; {', or '.join(ways)}"
+        f"{where}; ",
+        *(part for way in ways for part in way),
     )
 
 
@@ -76,8 +77,11 @@ def restoring(*caches: Cache) -> Iterator[None]:
             for layer, count in zip(cache.layers, excess, strict=True):
                 layer.crop(-count)
         raise kind(
-            f"out of memory after {sum(before)} tokens; shorten the text, ask for less at a time, load with a smaller "
-            "dtype or kv_dtype, or end other programs that take memory"
+            f"out of memory after {sum(before)} tokens; shorten the text, ask for less at a time, load with a smaller ",
+            Setting("dtype", form="name"),
+            " or ",
+            Setting("kv_dtype", form="name"),
+            ", or end other programs that take memory",
         ) from error
 
 

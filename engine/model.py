@@ -95,23 +95,33 @@ class Model(ScaledModel):
         *,
         contexts: Sequence[str] | None = None,
         pooling: Pooling = "entropy",
+        progress: Progress | None = None,
     ) -> Iterator[str]:
-        """The text of `generate`, piece by piece as it is decided."""
+        """The text of `generate`, piece by piece as it is decided.
+
+        Args:
+            progress: called while the prompt is read, with the tokens in the cache before a step and those of the step.
+        """
         params = params or SamplingParams()
         if contexts is not None:
-            return self.over_contexts(prompt, contexts, pooling, params).pieces()
-        sequence = self._sequence(prompt, params)
+            return self.over_contexts(prompt, contexts, pooling, params, progress).pieces()
+        sequence = self._sequence(prompt, params, progress=progress)
         length = self.check_length(len(sequence.prompt.ids), params)
         return (piece for _, piece in generate_tokens(self, [sequence], length) if piece)
 
     def over_contexts(
-        self, question: str | bytes, contexts: Sequence[str], pooling: Pooling, params: SamplingParams
+        self,
+        question: str | bytes,
+        contexts: Sequence[str],
+        pooling: Pooling,
+        params: SamplingParams,
+        progress: Progress | None = None,
     ) -> PooledSequence:
         """An answer over contexts, to be written: what `generate` and `stream` do with it shows each token's source."""
         if not isinstance(question, str):
             raise ConfigError(f"with contexts the prompt is text, not {type(question).__name__}")
         nbce = pooling if isinstance(pooling, NBCE) else NBCE(pooling=pooling)
-        return PooledSequence(self, question, contexts, nbce, params, self._contexts)
+        return PooledSequence(self, question, contexts, nbce, params, self._contexts, progress)
 
     def clear_contexts(self) -> None:
         """Give back the memory that the contexts of the last question hold."""
@@ -222,9 +232,14 @@ class Model(ScaledModel):
         return sequence.completion()
 
     def _sequence(
-        self, prompt: str | bytes | list[int], params: SamplingParams, cache: Cache | None = None
+        self,
+        prompt: str | bytes | list[int],
+        params: SamplingParams,
+        cache: Cache | None = None,
+        progress: Progress | None = None,
     ) -> TextSequence:
-        return TextSequence(self.read(prompt, params.continuation), params, self.vocabulary, self.stop_ids, cache)
+        read = self.read(prompt, params.continuation)
+        return TextSequence(read, params, self.vocabulary, self.stop_ids, cache, progress)
 
     def _cover(self, text: str | bytes) -> Cover:
         covers = cover(self.vocabulary, text)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..errors import ConfigError, ContextOverflow, OutOfMemory
+from ..errors import ConfigError, ContextOverflow, OutOfMemory, Setting
 from ..tokenizer_tools.vocabulary import check_text
 from .cache import tokens_read
 from .completion import Completion, Usage
 from .generation import generate_tokens
 from .nbce import NBCE
 from .placement import input_device
-from .prefill import prefill
+from .prefill import Progress, prefill
 from .prefix_cache import PrefixCache
 from .prompt import Prompt
 from .runners.runner import Runner
@@ -72,6 +72,10 @@ class PooledSequence(Sequence):
 
     Args:
         caches: what was read for earlier questions.
+        progress: called after each step that reads a context.
+
+    Attributes:
+        prompt_tokens: of all rows together.
 
     Raises:
         ConfigError: there are no contexts, or one is blank.
@@ -86,6 +90,7 @@ class PooledSequence(Sequence):
         nbce: NBCE,
         params: SamplingParams,
         caches: ContextCaches,
+        progress: Progress | None = None,
     ) -> None:
         _check(question, contexts)
         self._model, self._nbce, self._context_caches = model, nbce, caches
@@ -94,13 +99,17 @@ class PooledSequence(Sequence):
         self._read_ids = [prompt.ids for prompt in self._prompts]
         self._caches: list[Cache] = []
         self._pending: list[list[int]] = []
-        super().__init__(self._prompts[0], params, model.vocabulary, model.stop_ids)
+        super().__init__(self._prompts[0], params, model.vocabulary, model.stop_ids, progress=progress)
 
     def completion(self) -> Completion:
         """What `generate` returns; its usage counts the tokens of all rows."""
         completion = super().completion()
-        usage = Usage(prompt_tokens=sum(map(len, self._read_ids)), completion_tokens=len(self.tokens))
+        usage = Usage(prompt_tokens=self.prompt_tokens, completion_tokens=len(self.tokens))
         return replace(completion, usage=usage)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self._read_ids))
 
     def pieces(self) -> abc.Iterator[str]:
         """The text as it is decided.
@@ -147,13 +156,13 @@ class PooledSequence(Sequence):
         covers = [prompt.cover_to_weigh for prompt in self._prompts]
         if covers[0] is None:
             last = [
-                prefill(runner, prompt.ids[tokens_read(cache) :], cache)[-1]
+                prefill(runner, prompt.ids[tokens_read(cache) :], cache, self._progress)[-1]
                 for prompt, cache in zip(self._prompts, self._caches, strict=True)
             ]
             self._seen.read(self._prompts[0].ids)
             return self.next_token(runner, torch.stack(last))
         weighed = [
-            weigh(runner, cover, prompt.start, cache, self._vocabulary, penalty)
+            weigh(runner, cover, prompt.start, cache, self._vocabulary, penalty, self._progress)
             for cover, prompt, cache in zip(covers, self._prompts, self._caches, strict=True)
             if cover is not None
         ]
@@ -234,7 +243,10 @@ def _longest_row(model: ScaledModel, rows: abc.Sequence[Prompt], params: Samplin
         except ContextOverflow as error:
             where = f"contexts[{number - 1}] with the question" if number else "the question"
             raise ContextOverflow(
-                f"{where}: {error}; or split it: rw.windows(text, model.tokenizer, tokens=...)"
+                f"{where}: ",
+                *error.args,
+                "; or split it: ",
+                Setting("window", "2k", python="rw.windows(text, model.tokenizer, tokens=...)"),
             ) from error
     return max(lengths)
 

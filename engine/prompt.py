@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, RopewalkWarning, Setting
 from ..tokenizer_tools.characters import split_character, unfinished
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
@@ -108,7 +108,9 @@ class Prompt:
         if not weighs and not covers.nodes[0].aligned:
             raise DataError(
                 f"the prompt ends in {half!r}, half a character that {vocabulary.name} has no tokens for; remove "
-                "it, or set continuation='exact', which draws it with the rest of its character"
+                "it, or set ",
+                Setting("continuation", "exact"),
+                ", which draws it with the rest of its character",
             )
         return cls(
             ids=vocabulary.checked(_started(list(covers.prompt), start)),
@@ -141,8 +143,11 @@ def _unfinished(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
 def _tell_of_names(vocabulary: Vocabulary, text: str) -> None:
     if not vocabulary.special_tokens and (names := vocabulary.names_in(text)):
         warnings.warn(
-            f"the prompt holds {', '.join(names[:3])}, read as the characters that they are; if it comes from a chat "
-            "template, ask for the tokens: load(..., special_tokens=True), or --special-tokens",
+            RopewalkWarning(
+                f"the prompt holds {', '.join(names[:3])}, read as the characters that they are; if it comes from a "
+                "chat template, ask for the tokens: ",
+                Setting("special_tokens", True, "load"),
+            ),
             stacklevel=2,
         )
 

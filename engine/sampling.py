@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, Setting, did_you_mean
 from ..tokenizer_tools.vocabulary import check_text
 from . import tensor_parallel
 
@@ -62,32 +62,31 @@ class SamplingParams:
         for kind, (types, names) in _KINDS.items():
             for name in names:
                 if not isinstance(value := getattr(self, name), types):
-                    raise ConfigError(f"{name} {value!r} must be {kind}")
-        checks = (
-            (self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens} must be at least 1"),
-            (
+                    raise ConfigError(Setting(name, repr(value), "given"), f" must be {kind}")
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (
                 self.temperature == 0 or _LEAST <= self.temperature < math.inf,
-                f"temperature {self.temperature:g} must be 0 (the likeliest token) or at least {_LEAST:g}",
+                f"0 (the likeliest token) or at least {_LEAST:g}",
             ),
-            (self.seed is None or 0 <= self.seed < 2**64, f"seed {self.seed} must be at least 0 and below 2^64"),
-            (self.top_k >= 0, f"top_k {self.top_k} must be 0 (all) or more"),
-            (0 < self.top_p <= 1, f"top_p {self.top_p:g} must be above 0 and at most 1"),
-            (0 <= self.min_p <= 1, f"min_p {self.min_p:g} must be between 0 and 1"),
-            (self.max_time is None or self.max_time > 0, f"max_time {self.max_time} must be above 0 seconds"),
-            (self.repetition_penalty > 0, f"repetition_penalty {self.repetition_penalty:g} must be above 0"),
-            (
-                self.logprobs is None or self.logprobs >= 0,
-                f"logprobs {self.logprobs} must be 0 or more, or None",
-            ),
-        )
+            "seed": (self.seed is None or 0 <= self.seed < 2**64, "at least 0 and below 2^64"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "max_time": (self.max_time is None or self.max_time > 0, "above 0 seconds"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more, or None"),
+        }
         if self.continuation not in get_args(Continuing):
             raise ConfigError(
-                f"continuation {self.continuation!r} is none of auto, exact, off."
-                f"{did_you_mean(self.continuation, get_args(Continuing))}"
+                Setting("continuation", repr(self.continuation), "given"),
+                f" is none of auto, exact, off.{did_you_mean(self.continuation, get_args(Continuing))}",
             )
-        for valid, message in checks:
+        for name, (valid, allowed) in checks.items():
             if not valid:
-                raise ConfigError(message)
+                value = getattr(self, name)
+                shown = f"{value:g}" if isinstance(value, float) else value
+                raise ConfigError(Setting(name, shown, "given"), f" must be {allowed}")
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not (isinstance(stops, tuple | list) and all(isinstance(text, str) for text in stops)):
             raise ConfigError(f"stop {self.stop!r} must be a string, or a list of them")

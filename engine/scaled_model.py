@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..errors import ContextOverflow, PatchError
+from ..errors import ContextOverflow, PatchError, Setting
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import Auto, parse
@@ -249,8 +249,8 @@ class ScaledModel:
         elif len(prompt) > self.max_length * longest:
             raise ContextOverflow(
                 f"the prompt has {len(prompt):,} characters, more than {format_length(self.max_length)} tokens of at "
-                f"most {longest} bytes can hold, which {self.name} reaches with rope {str(self.rope)!r}; "
-                + ("shorten it" if self.limit is not None else 'shorten it, or set model.rope = "auto"')
+                f"most {longest} bytes can hold, which {self.name} reaches with rope {str(self.rope)!r}; shorten it",
+                *((", or ", Setting("rope", "auto", "model")) if self.limit is None else ()),
             )
         return Prompt.read(prompt, self.tokenizer, self.vocabulary, continuation, broken=broken)
 
@@ -266,18 +266,7 @@ class ScaledModel:
         """
         total = tokens + params.max_new_tokens
         if total > self.max_length:
-            anyway = f"load with max_length={total}"
-            if self.limit is None:
-                most = f"reaches with rope {str(self.rope)!r}"
-                ways = f'set model.rope = "auto", shorten the prompt, or {anyway} to go there anyway'
-            else:
-                most = "was loaded for"
-                ways = f"shorten the prompt, or {anyway}"
-                ways += "" if total <= self.reach else ' and rope="auto"'
-            raise ContextOverflow(
-                f"{tokens} prompt tokens and max_new_tokens {params.max_new_tokens} make {total}, more than the "
-                f"{format_length(self.max_length)} that {self.name} {most}; {ways}"
-            )
+            raise too_long(tokens, params, self.name, self.rope, self.reach, self.limit)
         self.check_room(total, length=total, caches=caches)
         return total
 
@@ -291,3 +280,30 @@ class ScaledModel:
         owned = sum(cache.owned for cache in caches if isinstance(cache, KVCache))
         with self.running(length) as runner:
             runner.check_room(*rows, owned=owned)
+
+
+def too_long(
+    tokens: int, params: SamplingParams, name: str, rope: Scaler, reach: float, limit: int | None
+) -> ContextOverflow:
+    """The error where prompt and answer are more tokens than a model takes.
+
+    Args:
+        tokens: of the prompt.
+        reach: of the scaler, in tokens.
+        limit: the `max_length` that was given.
+    """
+    total = tokens + params.max_new_tokens
+    anyway, auto = Setting("max_length", total, "load"), Setting("rope", "auto", "model")
+    if limit is None:
+        most = f"reaches with rope {str(rope)!r}"
+        ways: list[str | Setting] = [auto, ", shorten the prompt, or ", anyway, " to go there anyway"]
+    else:
+        most = "was loaded for"
+        ways = ["shorten the prompt, or ", anyway]
+        ways += [] if total <= reach else [" and ", Setting("rope", "auto")]
+    return ContextOverflow(
+        f"{tokens} prompt tokens and ",
+        Setting("max_new_tokens", params.max_new_tokens, "given"),
+        f" make {total}, more than the {format_length(int(reach) if limit is None else limit)} that {name} {most}; ",
+        *ways,
+    )

@@ -16,7 +16,7 @@ from ..tokenizer_tools.vocabulary import Vocabulary
 from .cache import rewind, tokens_read
 from .completion import Completion, Continuation, Token, Usage
 from .placement import input_device
-from .prefill import prefill
+from .prefill import Progress, prefill
 from .prompt import Prompt
 from .runners.runner import Runner
 from .sampling import SamplingParams, SeenTokens, random_source, sample
@@ -37,6 +37,7 @@ class Sequence:
         vocabulary: the tokenizer's tokens as bytes.
         stop_ids: tokens that end the text.
         cache: may hold the prompt's beginning already; it is written to. A new one is made where it is None.
+        progress: called after each step that reads the prompt.
 
     Attributes:
         prompt_ids: tokens read before the first token of the answer.
@@ -52,8 +53,10 @@ class Sequence:
         vocabulary: Vocabulary,
         stop_ids: frozenset[int],
         cache: Cache | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.prompt, self.cache = prompt, cache
+        self._progress = progress
         self.prompt_ids = prompt.ids
         self.tokens: list[Token] = []
         self.pending: list[int] = []
@@ -99,7 +102,8 @@ class Sequence:
             self._generator = random_source(params, input_device(runner.hf))
         cover = None if self.tokens else self.prompt.cover_to_weigh
         if cover is not None:
-            covers = weigh(runner, cover, self.prompt.start, self.cache, self._vocabulary, params.repetition_penalty)
+            penalty = params.repetition_penalty
+            covers = weigh(runner, cover, self.prompt.start, self.cache, self._vocabulary, penalty, self._progress)
             first = draw_first_token(covers, self.cache, params, self._generator)
             return self.push(first.token, first.pending)
         ids = [*self.prompt_ids, *(token.id for token in self.tokens)]
@@ -107,7 +111,7 @@ class Sequence:
             rewind(self.cache, excess)
         if not self.tokens:
             self._seen.read(ids)
-        return self.next_token(runner, prefill(runner, ids[tokens_read(self.cache) :], self.cache))
+        return self.next_token(runner, prefill(runner, ids[tokens_read(self.cache) :], self.cache, self._progress))
 
     def next_token(self, runner: Runner, logits: Tensor) -> str:
         """Draw the token after `rows`.

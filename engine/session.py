@@ -122,16 +122,24 @@ class Session:
             pass
         return sequence.completion()
 
-    def stream(self, text: str = "", params: SamplingParams | None = None) -> Iterator[str]:
-        """The text of `generate`, piece by piece; what was written when it is closed stays in the session."""
-        return self._start(text, params or SamplingParams())[1]
+    def stream(
+        self, text: str = "", params: SamplingParams | None = None, progress: Progress | None = None
+    ) -> Iterator[str]:
+        """The text of `generate`, piece by piece; what was written when it is closed stays in the session.
 
-    def _start(self, text: str, params: SamplingParams) -> tuple[Sequence, Iterator[str]]:
+        Args:
+            progress: as of `Model.stream`.
+        """
+        return self._start(text, params or SamplingParams(), progress)[1]
+
+    def _start(
+        self, text: str, params: SamplingParams, progress: Progress | None = None
+    ) -> tuple[Sequence, Iterator[str]]:
         self._end_stream()
         data = self._data_with(text)
         prompt = self._read(data, params)
         length = self._model.check_length(len(prompt.ids), params, self._cached.cache)
-        sequence = Sequence(prompt, params, self._model.vocabulary, self._model.stop_ids)
+        sequence = Sequence(prompt, params, self._model.vocabulary, self._model.stop_ids, progress=progress)
         pieces = self._stream_answer(data, sequence, length)
         self._stream = weakref.ref(pieces)
         return sequence, pieces

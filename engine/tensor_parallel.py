@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Setting
 
 __all__ = ["begin", "broadcast_from_rank0", "check", "fresh_seed", "is_first", "is_split", "options", "refuse"]
 
@@ -23,18 +23,25 @@ def check(tp_plan: str, device_map: object, *, needs_kernels: bool) -> None:
         ConfigError: no launcher started this process, or an option needs the whole model in one process.
     """
     if tp_plan != "auto":
-        raise ConfigError(f"tp_plan {tp_plan!r} is not 'auto', the plan that the model's own config has")
+        raise ConfigError(
+            Setting("tp_plan", repr(tp_plan), "given"), " is not 'auto', the plan that the model's own config has"
+        )
     if "RANK" not in os.environ:
         raise ConfigError(
-            "tp_plan splits the model over processes, and this one stands alone; start it by "
-            "torchrun --nproc-per-node N"
+            Setting("tp_plan", form="name"),
+            " splits the model over processes, and this one stands alone; start it by torchrun --nproc-per-node N",
         )
     if device_map is not None:
-        raise ConfigError("tp_plan and device_map both say where the weights are; give one of them")
+        names = Setting("tp_plan", form="name"), " and ", Setting("device_map", form="name")
+        raise ConfigError(*names, " both say where the weights are; give one of them")
     if needs_kernels:
         raise ConfigError(
-            "compiled kernels, int8 weights, a kv_dtype and offload need the whole model in one process; leave them "
-            "out, or tp_plan"
+            "compiled kernels, int8 weights, ",
+            Setting("kv_dtype", form="name"),
+            " and ",
+            Setting("offload", form="name"),
+            " need the whole model in one process; leave them out, or ",
+            Setting("tp_plan", form="name"),
         )
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..errors import ConfigError
+from ..errors import ConfigError, Setting
 from ..tokenizer_tools.cover import Cover, shared_length
 from ..tokenizer_tools.vocabulary import Vocabulary
 from .cache import can_rewind, rewind, tokens_read
 from .completion import Continuation, Token
-from .prefill import prefill
+from .prefill import Progress, prefill
 from .runners.runner import Runner
 from .sampling import SamplingParams, penalize_repetition, sample
 from .score import score
@@ -80,7 +80,13 @@ class Covers:
 
 
 def weigh(
-    runner: Runner, cover: Cover, start: int | None, cache: Cache, vocabulary: Vocabulary, penalty: float = 1.0
+    runner: Runner,
+    cover: Cover,
+    start: int | None,
+    cache: Cache,
+    vocabulary: Vocabulary,
+    penalty: float = 1.0,
+    progress: Progress | None = None,
 ) -> Covers:
     """Run the certain tokens and the paths of a cover, and weigh every cover.
 
@@ -89,6 +95,7 @@ def weigh(
         cache: may hold the beginning of the prompt, or more of it; afterwards it holds `Covers.context` and
             `Covers.held`.
         penalty: the repetition penalty of `scores`.
+        progress: called after each step that reads the certain tokens.
 
     Raises:
         ConfigError: no token is certain and there is no start token.
@@ -98,9 +105,10 @@ def weigh(
     if not context:
         raise ConfigError(
             f"no token of {cover.text.decode(errors='replace')!r} is certain and this tokenizer has no start token to "
-            "read before it; give a longer prompt, or set continuation='off'"
+            "read before it; give a longer prompt, or set ",
+            Setting("continuation", "off"),
         )
-    found, held = _path_logits(runner, context, [node.path for node in cover.nodes], cache)
+    found, held = _path_logits(runner, context, [node.path for node in cover.nodes], cache, progress)
     logits = {path: row[..., : runner.vocabulary_size] for path, row in found.items()}
     seen_before = torch.tensor([] if penalty == 1 else list(dict.fromkeys(context)), dtype=torch.int64)
     parts = []
@@ -135,7 +143,7 @@ def text_logprob(
 
 
 def _path_logits(
-    runner: Runner, context: list[int], paths: Sequence[Path], cache: Cache
+    runner: Runner, context: list[int], paths: Sequence[Path], cache: Cache, progress: Progress | None
 ) -> tuple[dict[Path, Tensor], Path]:
     """Float32 logits [V] after every beginning of the paths, and the path that the cache is left at."""
     leaves = [path for path in dict.fromkeys(paths) if not any(_goes_on(other, path) for other in paths)]
@@ -144,7 +152,8 @@ def _path_logits(
     rewinds = can_rewind(cache, max(map(len, leaves), default=0))
     leaves.sort(key=len, reverse=True)
     held = leaves.pop(0) if rewinds else ()
-    rows = prefill(runner, [*context, *held][tokens_read(cache) :], cache, logits_to_keep=len(held) + 1).float()
+    unread = [*context, *held][tokens_read(cache) :]
+    rows = prefill(runner, unread, cache, progress, logits_to_keep=len(held) + 1).float()
     logits = {held[:k]: row for k, row in enumerate(rows)}
     if rewinds and leaves and runner.runs_trees and (len(leaves) > 1 or runner.is_compiled):
         rewind(cache, len(held))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from ...errors import ConfigError, PatchError, UnsupportedModel
+from ...errors import ConfigError, PatchError, Setting, UnsupportedModel
 from ...scaling.rope import Scaler
 from ..rotary_site import RotarySite, depends_on_length
 from ..runners.runner import Runner
@@ -56,7 +56,8 @@ class ScalerSlot:
             if self._runner.is_compiled and self.installed.derived:
                 raise UnsupportedModel(
                     f"{type(self._hf).__name__} computes more than its frequencies from rope_parameters, which the "
-                    "compiled kernels cannot change; load it with compile=False"
+                    "compiled kernels cannot change; ",
+                    Setting("compile", False, "load"),
                 )
             self._begin()
         except BaseException:  # also Ctrl-C: a model without a scaler must not be said to have one

@@ -10,7 +10,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from ...errors import ConfigError, UnsupportedModel, did_you_mean
+from ...errors import ConfigError, RopewalkWarning, Setting, UnsupportedModel, did_you_mean
 from ..rotary_site import RotarySite
 from .cpu.family import supported
 from .cpu.kernels import FOLDER
@@ -42,9 +42,20 @@ class RunnerOptions:
         if not isinstance(self.compile, bool) and self.compile != "auto":
             raise ConfigError(f"compile {self.compile!r} is none of 'auto', True, False")
         if self.cache not in CACHE_DTYPES:
-            raise ConfigError(f"unknown kv_dtype {self.cache!r}.{did_you_mean(self.cache, CACHE_DTYPES)}")
+            raise ConfigError(
+                "unknown ",
+                Setting("kv_dtype", repr(self.cache), "given"),
+                f".{did_you_mean(self.cache, CACHE_DTYPES)}",
+            )
         if self.compile is False and self.insists:
-            raise ConfigError("int8 weights, a kv_dtype and offload need the compiled kernels; leave out compile=False")
+            raise ConfigError(
+                "int8 weights, ",
+                Setting("kv_dtype", form="name"),
+                " and ",
+                Setting("offload", form="name"),
+                " need the compiled kernels; leave out ",
+                Setting("compile", False),
+            )
 
     @property
     def insists(self) -> bool:
@@ -66,11 +77,16 @@ def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerO
         return CompiledRunner(hf, sites, options.weights, options.cache, options.folder)
     except UnsupportedModel as reason:
         if options.insists:
-            raise UnsupportedModel(f"the compiled kernels cannot run this model: {reason}") from reason
+            raise UnsupportedModel("the compiled kernels cannot run this model: ", *reason.args) from reason
         if supported(hf.config) and hf.device.type == "cpu":
             warnings.warn(
-                f"transformers' modules run this model, which is several times slower: {reason}; compile=False asks "
-                "for them without this warning",
+                RopewalkWarning(
+                    "transformers' modules run this model, which is several times slower: ",
+                    *reason.args,
+                    "; ",
+                    Setting("compile", False),
+                    " asks for them without this warning",
+                ),
                 stacklevel=2,
             )
         return TransformersRunner(hf, why=str(reason))

@@ -19,7 +19,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 __all__ = [
     "AssetError",
@@ -30,14 +31,64 @@ __all__ = [
     "OutOfMemory",
     "PatchError",
     "RopewalkError",
+    "RopewalkWarning",
+    "Setting",
     "UnsupportedModel",
     "did_you_mean",
     "first_line",
 ]
 
 
-class RopewalkError(Exception):
+@dataclass(frozen=True)
+class Setting:
+    """A setting in a message.
+
+        raise ContextOverflow("the prompt is too long; shorten it, or ", Setting("max_length", 9000, "load"))
+
+    Args:
+        name: of the argument; the option is the same with dashes.
+        value: what it is or should be. Upper case stands for what the user chooses, such as FOLDER.
+        form: what a message says of it, in Python and in the shell:
+            "argument": max_length=9000, --max-length 9000
+            "load": load with max_length=9000, add --max-length 9000
+            "model": set model.rope = 'auto', add --rope auto
+            "given": top_p 2, --top-p 2
+            "name": top_p, --top-p
+        python: what to say in Python, in place of the form's.
+    """
+
+    name: str
+    value: object = None
+    form: Literal["argument", "load", "model", "given", "name"] = "argument"
+    python: str | None = None
+
+    def __str__(self) -> str:
+        if self.python is not None:
+            return self.python
+        if self.form == "name":
+            return self.name
+        if self.form == "given":
+            return f"{self.name} {self.value}"
+        is_placeholder = isinstance(self.value, str) and self.value.isupper()
+        value = self.value if is_placeholder else repr(self.value)
+        if self.form == "model":
+            return f"set model.{self.name} = {value}"
+        return f"{'load with ' if self.form == 'load' else ''}{self.name}={value}"
+
+
+class _Parts(Exception):
+    """An exception whose arguments are the parts of its message: strings, and settings."""
+
+    def __str__(self) -> str:
+        return "".join(map(str, self.args))
+
+
+class RopewalkError(_Parts):
     """Root of the tree: catch this to catch everything ropewalk raises on purpose."""
+
+
+class RopewalkWarning(_Parts, UserWarning):
+    """A warning that names a setting."""
 
 
 class ConfigError(RopewalkError, ValueError):
@@ -63,8 +114,8 @@ class OutOfMemory(ContextOverflow):
         finished: of several prompts, the `Completion`s that were done, by index.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, *message: str | Setting) -> None:
+        super().__init__(*message)
         self.finished: dict[int, Any] = {}
 
 

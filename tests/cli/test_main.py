@@ -1,19 +1,25 @@
 """The command line: help with examples everywhere, one clear sentence and exit code 2 for mistakes."""
 
+import ast
+import inspect
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 from prepared import python
 
-from ropewalk.cli.main import COMMANDS, GROUPS, cli, main, with_options
+from ropewalk import ConfigError, ContextOverflow, SamplingParams, errors, load
+from ropewalk.cli.main import COMMANDS, GROUPS, cli, main, shell_message
 from ropewalk.cli.options import place
+from ropewalk.errors import Setting
 
 
 def ropewalk(*arguments, **options):
@@ -260,26 +266,58 @@ def test_dry_run_measures_nothing(tiny_folder, tmp_path):
 
 def test_an_error_names_the_options_of_the_command(tiny_folder):
     done = CliRunner().invoke(cli, ["generate", str(tiny_folder), "import os\n" * 200])
-    assert re.search(r"set --rope auto, shorten the prompt, or add --max-length \d+ to go there", str(done.exception))
+    assert re.search(r"add --rope auto, shorten the prompt, or add --max-length \d+ to go there", str(done.exception))
     words = ["generate", str(tiny_folder), "import os\n" * 200, "--rope", "self-extend:2,window=64"]
-    assert "with rope 'self-extend:2,window=64'; set --rope auto" in str(CliRunner().invoke(cli, words).exception)
+    assert "with rope 'self-extend:2,window=64'; add --rope auto" in str(CliRunner().invoke(cli, words).exception)
     (file := tiny_folder / "long.txt").write_text("import os\n" * 200)
     asked = CliRunner().invoke(cli, ["generate", str(tiny_folder), "x", str(file), "--contexts"])
     file.unlink()
     assert "or split it: --window 2k" in str(asked.exception)
 
 
-@pytest.mark.parametrize(
-    ("command", "said", "shown"),
-    [
-        ("generate", "load with kv_dtype='int8' (1 GB)", "add --kv-dtype int8 (1 GB)"),
-        ("generate", "or load with offload=FOLDER, which", "or add --offload FOLDER, which"),
-        ("generate", "load it with compile=False", "add --no-compile"),
-        ("generate", "load(..., special_tokens=True), or", "load(..., --special-tokens), or"),
-        ("generate", "with rope 'rerope:8|logn'", "with rope 'rerope:8|logn'"),
-        ("ppl", "load with max_length=400", "load with max_length=400"),  # it has no such option
-        ("ppl", 'set model.rope = "auto"', "set --rope auto"),
-    ],
-)
-def test_settings_become_options(command, said, shown):
-    assert with_options(said, cli.get_command(None, command)) == shown
+SETTINGS = {
+    Setting("max_length", 400, "load"): ("load with max_length=400", "add --max-length 400"),
+    Setting("rope", "auto", "model"): ("set model.rope = 'auto'", "add --rope auto"),
+    Setting("rope", "auto"): ("rope='auto'", "--rope auto"),
+    Setting("offload", "FOLDER", "load"): ("load with offload=FOLDER", "add --offload FOLDER"),
+    Setting("compile", False, "load"): ("load with compile=False", "add --no-compile"),
+    Setting("compile", True): ("compile=True", "--compile"),
+    Setting("special_tokens", True, "load"): ("load with special_tokens=True", "add --special-tokens"),
+    Setting("top_p", 2, "given"): ("top_p 2", "--top-p 2"),
+    Setting("kv_dtype", form="name"): ("kv_dtype", "--kv-dtype"),
+    Setting("window", "2k", python="rw.windows(text)"): ("rw.windows(text)", "--window 2k"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_a_setting_is_an_argument_in_python_and_an_option_in_the_shell(setting):
+    in_python, in_shell = SETTINGS[setting]
+    error = ConfigError("it is so; ", setting, ", or so")
+    command = cli.get_command(None, "generate")
+    assert str(error) == f"it is so; {in_python}, or so"
+    assert shell_message(error.args, command) == f"it is so; {in_shell}, or so"
+    assert shell_message(error.args, cli.get_command(None, "scalers")) == str(error), "it has no such option"
+
+
+def test_errors_with_settings_survive_pickling():
+    error = ContextOverflow("too long; ", Setting("max_length", 400, "load"))
+    assert str(pickle.loads(pickle.dumps(error))) == "too long; load with max_length=400"
+
+
+def test_no_error_names_a_setting_as_plain_text():
+    """An argument of `load` or of SamplingParams in a message is a Setting, so that the shell can name the option."""
+    names = {*inspect.signature(load).parameters, *SamplingParams.__dataclass_fields__} - {"name", "stop", "seed"}
+    assignment = re.compile(rf"(?<![\w.-])({'|'.join(names)}) ?= ?[\w'\"(]|model\.rope =")
+    engine = Path(errors.__file__).parent / "engine"
+    plain = []
+    for file in sorted(engine.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and _raises(node):
+                texts = [leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)]
+                plain += [f"{file.name}:{node.lineno}: {t}" for t in texts if assignment.search(str(t))]
+    assert not plain
+
+
+def _raises(call: ast.Call) -> bool:
+    name = getattr(call.func, "id", "") or getattr(call.func, "attr", "")
+    return name in (*errors.__all__, "warn") and name not in ("Setting", "did_you_mean", "first_line")

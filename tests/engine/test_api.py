@@ -166,7 +166,7 @@ def test_more_tokens_than_the_reach_are_refused_with_the_next_step(model, rope):
     model.rope = rope
     with pytest.raises(rw.ContextOverflow, match=r"more than the .* reaches with rope") as refused:
         model.generate("x", rw.SamplingParams(max_new_tokens=600))
-    assert 'set model.rope = "auto"' in str(refused.value)
+    assert "set model.rope = 'auto'" in str(refused.value)
     model.rope = "auto"
     assert model.generate("x", rw.SamplingParams(max_new_tokens=600)).usage.completion_tokens <= 600
 
@@ -175,7 +175,7 @@ def test_a_limit_that_was_set_is_named_and_no_scaler_is_advised_that_would_not_h
     longer = rw.load(tiny_folder, max_length=400)
     assert longer.generate("x", rw.SamplingParams(max_new_tokens=300)).usage.completion_tokens <= 300
     params = rw.SamplingParams(max_new_tokens=600)
-    with pytest.raises(rw.ContextOverflow, match=r'was loaded for.*load with max_length=\d+ and rope="auto"$'):
+    with pytest.raises(rw.ContextOverflow, match=r"was loaded for.*load with max_length=\d+ and rope='auto'$"):
         longer.generate("x", params)
     longer.rope = "auto"
     with pytest.raises(rw.ContextOverflow, match=r"was loaded for.*load with max_length=\d+$"):
@@ -310,3 +310,25 @@ def test_numbers_of_other_libraries_are_numbers(model):
     assert torch.equal(model.score_ids(ids), model.score_ids([5, 6, 7]))
     params = rw.SamplingParams(max_new_tokens=np.int64(2), temperature=np.float32(0))
     assert model.generate_ids(ids, params).token_ids == model.generate_ids([5, 6, 7], greedy(2)).token_ids
+
+
+@pytest.mark.parametrize("continuation", ["off", "exact"])
+def test_a_stream_tells_how_much_of_the_prompt_was_read(model, continuation, monkeypatch):
+    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", 32)
+    steps = []
+    params = rw.SamplingParams(max_new_tokens=1, continuation=continuation, temperature=0)
+    "".join(model.stream(TEXT, params, progress=lambda start, count: steps.append((start, count))))
+    assert len(steps) > 1 and steps[0][0] == 0
+    assert all(start == sum(count for _, count in steps[:n]) for n, (start, _) in enumerate(steps))
+    total = len(model.read(TEXT, continuation).ids)
+    assert total - 8 <= sum(count for _, count in steps) <= total, "an uncertain end is read apart"
+
+
+def test_a_stream_over_contexts_tells_it_of_all_rows(model):
+    counts = []
+    answer = model.over_contexts("Who?", [TEXT, TEXT[:40]], "mean", rw.SamplingParams(max_new_tokens=1))
+    watched = model.stream(
+        "Who?", rw.SamplingParams(max_new_tokens=1), contexts=[TEXT, TEXT[:40]], progress=lambda _, n: counts.append(n)
+    )
+    "".join(watched)
+    assert len(counts) == 3 and abs(sum(counts) - answer.prompt_tokens) < 24

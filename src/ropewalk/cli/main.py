@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from ..errors import RopewalkError
+from ..errors import RopewalkError, RopewalkWarning, Setting
 from ..version import __version__
 from .options import place
 
@@ -90,7 +90,7 @@ class LazyGroup(click.Group):
         except RopewalkError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             if command is not None:
-                error.args = (with_options(str(error), command), *error.args[1:])
+                error.args = (shell_message(error.args, command),)
             raise
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -105,34 +105,35 @@ def _is_folder_of_results(option: click.Parameter) -> bool:
     return option.name == "out" and isinstance(option.type, click.Path) and not option.type.file_okay
 
 
-_SETTING = re.compile(
-    r"(?P<load>load (?:it )?with )?(?<![\w,:-])(?:model\.)?"
-    r"(?P<name>rope|max_length|dtype|kv_dtype|offload|device_map|tp_plan|compile|special_tokens) ?= ?"
-    r"(?P<value>'[^']*'|\"[^\"]*\"|\w+)"
-)
-"""A setting of `load` or of the model, as errors name it."""
+def shell_message(parts: Iterable[object], command: click.Command) -> str:
+    """The message of an error with its settings as options: `add --max-length 9000`, not `load with max_length=9000`.
 
-
-def with_options(message: str, command: click.Command) -> str:
-    """`set model.rope = "auto"` as `set --rope auto`, `load with max_length=9000` as `add --max-length 9000`.
-
-    Settings that `command` has no option for stay as they are.
+    Settings that `command` has no option for stay as Python has them.
     """
     options = {name: option for option in command.params if isinstance(option, click.Option) for name in option.opts}
 
-    def option(found: re.Match[str]) -> str:
-        known, value = options.get("--" + found["name"].replace("_", "-")), found["value"].strip("'\"")
-        if known is None:
-            return found[0]
-        add = "add " if found["load"] else ""
-        if known.is_flag:
-            opts = known.secondary_opts if value == "False" else known.opts
-            return f"{add}{opts[0]}"
-        return f"{add}{known.opts[0]} {value}"
+    def shown(part: object) -> str:
+        option = options.get(f"--{part.name.replace('_', '-')}") if isinstance(part, Setting) else None
+        return str(part) if option is None or not isinstance(part, Setting) else _as_option(part, option)
 
-    if "--window" in options:
-        message = message.replace("rw.windows(text, model.tokenizer, tokens=...)", "--window 2k")
-    return _SETTING.sub(option, message)
+    return "".join(map(shown, parts))
+
+
+def _as_option(setting: Setting, option: click.Option) -> str:
+    if setting.form == "name":
+        return option.opts[0]
+    if option.is_flag:
+        text = (option.opts if setting.value else option.secondary_opts)[0]
+    else:
+        text = f"{option.opts[0]} {setting.value}"
+    return f"add {text}" if setting.form in ("load", "model") else text
+
+
+def _warning_line(warning: Warning | str, *_: object, **__: object) -> str:
+    context = click.get_current_context(silent=True)
+    if isinstance(warning, RopewalkWarning) and context is not None:
+        return f"ropewalk: {shell_message(warning.args, context.command)}\n"
+    return f"ropewalk: {warning}\n"
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -148,7 +149,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: errors that ropewalk raises on purpose become one sentence and exit code 2."""
-    warnings.formatwarning = lambda message, *_, **__: f"ropewalk: {message}\n"
+    warnings.formatwarning = _warning_line
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as stop:
