@@ -129,11 +129,14 @@ def _as_option(setting: Setting, option: click.Option) -> str:
     return f"add {text}" if setting.form in ("load", "model") else text
 
 
-def _warning_line(warning: Warning | str, *_: object, **__: object) -> str:
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """`warnings.formatwarning`: a warning as one line of the shell."""
     context = click.get_current_context(silent=True)
-    if isinstance(warning, RopewalkWarning) and context is not None:
-        return f"ropewalk: {shell_message(warning.args, context.command)}\n"
-    return f"ropewalk: {warning}\n"
+    if isinstance(message, RopewalkWarning) and context is not None:
+        return f"ropewalk: {shell_message(message.args, context.command)}\n"
+    return f"ropewalk: {message}\n"
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
