@@ -129,10 +129,7 @@ def _as_option(setting: Setting, option: click.Option) -> str:
     return f"add {text}" if setting.form in ("load", "model") else text
 
 
-def _warning_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """`warnings.formatwarning`: a warning as one line of the shell."""
+def _warning_line(message: Warning | str) -> str:
     context = click.get_current_context(silent=True)
     if isinstance(message, RopewalkWarning) and context is not None:
         return f"ropewalk: {shell_message(message.args, context.command)}\n"
@@ -152,7 +149,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: errors that ropewalk raises on purpose become one sentence and exit code 2."""
-    warnings.formatwarning = _warning_line
+    warnings.formatwarning = lambda message, *_, **__: _warning_line(message)
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as stop:
