@@ -100,7 +100,7 @@ class Prompt:
                 starts_text=all(map(vocabulary.is_special, ids)),
                 unfinished=b"" if is_text else _unfinished(vocabulary, ids),
             )
-        covers = cover(vocabulary, vocabulary.of_bytes(prompt) if broken and isinstance(prompt, bytes) else prompt)
+        covers = cover(vocabulary, vocabulary.encode_bytes(prompt) if broken and isinstance(prompt, bytes) else prompt)
         weighs = continuation == "exact"
         if continuation == "auto" and not covers.only_aligned:
             weighs = bool(covers.common_prefix or start is not None) and not _ends_in_header(prompt, tokenizer)
@@ -141,7 +141,7 @@ def _unfinished(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
 
 
 def _tell_of_names(vocabulary: Vocabulary, text: str) -> None:
-    if not vocabulary.special_tokens and (names := vocabulary.names_in(text)):
+    if not vocabulary.special_tokens and (names := vocabulary.special_names_in(text)):
         warnings.warn(
             RopewalkWarning(
                 f"the prompt holds {', '.join(names[:3])}, read as the characters that they are; if it comes from a "

@@ -208,16 +208,15 @@ class ScaledModel:
         """What runs the model, in a few lines."""
         reach, configured = self.reach, primary_rotary(self.sites).configured
         rope = str(self.rope) if self._choice is None else f"{self.rope}: {self._choice}"
-        if configured.own:
-            rope += (
-                f", {'in place of' if self.rope.member('frequencies') else 'over'} the config's own {configured.own}"
-            )
+        if configured.scaling_text:
+            relation = "in place of" if self.rope.member("frequencies") else "over"
+            rope += f", {relation} the config's own {configured.scaling_text}"
         lines = {
             "model": f"{self.name} ({type(self.hf).__name__}, {self.hf.num_parameters() / 1e6:.0f}M parameters)",
             "run by": self.run_by,
             "rope": rope,
             "reach": "any length" if math.isinf(reach) else f"{format_length(int(reach))} tokens",
-            "trained": f"{format_length(configured.rope.trained_length)} tokens{configured.stretched}",
+            "trained": f"{format_length(configured.rope.trained_length)} tokens{configured.scaling_note}",
         }
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())

@@ -175,13 +175,13 @@ class Sequence:
         """What was written, in UTF-8, without what is in the prompt; it may begin and end inside a character."""
         start = self.prompt.unfinished
         every = start + self._stream.data
-        return (first_characters(every, len(self.text)) if self._matcher.cuts else every)[len(start) :]
+        return (first_characters(every, len(self.text)) if self._matcher.hides_text else every)[len(start) :]
 
     def completion(self) -> Completion:
         """What `generate` returns."""
         return Completion(
             text=self.text,
-            unfinished=b"" if self._matcher.cuts else self._stream.unfinished,
+            unfinished=b"" if self._matcher.hides_text else self._stream.unfinished,
             token_ids=[token.id for token in self.tokens],
             finish_reason=self.finish_reason,
             usage=Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=len(self.tokens)),

@@ -15,7 +15,7 @@ from .longrope import LongRoPE
 from .rope import Composition, Frequencies, RopeSpec, Scaler
 from .yarn import Llama3, NTKByParts, YaRN
 
-__all__ = ["check_carried", "divisors", "write", "write_served"]
+__all__ = ["check_frequencies_only", "divisors", "write", "write_served"]
 
 _STANDING_STILL = 1e30
 """Divisor of a pair that does not rotate: finite in float32 and in JSON, no angle at any position."""
@@ -40,7 +40,7 @@ def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None, as_lon
         ConfigError: the scaler follows the length in a way that transformers does not know, or acts on more
             than the frequencies.
     """
-    check_carried(scaler)
+    check_frequencies_only(scaler)
     scaler.check(rope)
     return _finished(rope, head_dim, (None if as_longrope else _native(rope, scaler)) or _carried(rope, scaler))
 
@@ -67,7 +67,7 @@ def write_served(
         ConfigError: the scaler follows the length of the text, which they do not do, or acts on more than the
             frequencies, or is none that they read for a model with latent attention.
     """
-    check_carried(scaler)
+    check_frequencies_only(scaler)
     scaler.check(rope)
     if scaler.depends_on_length:
         raise ConfigError(f"'{scaler}' follows the length of the text, which vLLM and SGLang do not do")
@@ -127,7 +127,7 @@ def divisors(rope: RopeSpec, found: Frequencies) -> Tensor:
     return (plain / found.inv_freq).clamp(max=_STANDING_STILL)
 
 
-def check_carried(scaler: Scaler) -> None:
+def check_frequencies_only(scaler: Scaler) -> None:
     """Refuse what acts on more than the frequencies.
 
     Raises:

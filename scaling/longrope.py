@@ -72,7 +72,7 @@ def follows_length(scaler: Scaler) -> bool:
     return any(part.depends_on_length for part in scaler.parts if part.facet in ("frequencies", "wavelength grid"))
 
 
-def frozen(scaler: Scaler, rope: RopeSpec, length: int) -> Scaler:
+def fix_length(scaler: Scaler, rope: RopeSpec, length: int) -> Scaler:
     """`scaler` with the frequencies that it has for a text of `length` tokens, whatever text there is.
 
     The frequencies become `LongRoPE` factors with their own temperature; position maps and the temperature of queries

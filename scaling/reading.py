@@ -18,11 +18,11 @@ from ..errors import ConfigError
 from .longrope import LongRoPE
 from .rope import ConfiguredRope, Frequencies, RopeSpec, Scaler
 
-__all__ = ["SERVED", "EngineRope", "Reading", "agrees"]
+__all__ = ["SERVED_LENGTHS", "EngineReading", "EngineRope", "same_frequencies"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class EngineReading:
     """What an engine makes of a config.
 
     Attributes:
@@ -64,13 +64,13 @@ class EngineRope:
         config: transformers' config object of the text model.
         parameters: `rope_parameters`, or what transformers makes of the older `rope_scaling`.
         configured: as transformers computes it.
-        has_old: the file has `rope_scaling` or a `rope_theta`, as transformers 4 wrote them.
+        has_old_keys: the file has `rope_scaling` or a `rope_theta`, as transformers 4 wrote them.
     """
 
     config: Any
     parameters: Mapping[str, Any]
     configured: ConfiguredRope
-    has_old: bool
+    has_old_keys: bool
 
     @property
     def kind(self) -> str:
@@ -102,7 +102,7 @@ class EngineRope:
         return self.parameters.get(key)
 
 
-def agrees(one: Reading, other: Reading, length: int) -> bool:
+def same_frequencies(one: EngineReading, other: EngineReading, length: int) -> bool:
     """True if two engines compute the same for a text of `length` tokens."""
     a, b = one.frequencies(length), other.frequencies(length)
     if a is None or b is None:
@@ -164,7 +164,7 @@ def _value(raw: EngineRope, key: str) -> float | None:
     return value
 
 
-SERVED: dict[str, Callable[[EngineRope], int]] = {
+SERVED_LENGTHS: dict[str, Callable[[EngineRope], int]] = {
     "transformers": _transformers,
     "vLLM": _vllm,
     "SGLang": _sglang,

@@ -130,7 +130,7 @@ class Scaler:
         """The part that sets `facet`, if one does."""
         return next((part for part in self.parts if part.facet == facet), None)
 
-    def carried(self, rope: RopeSpec) -> RopeSpec:
+    def rope_for_positions(self, rope: RopeSpec) -> RopeSpec:
         """`rope` as a position map sees it: trained on all that the frequencies carry."""
         frequencies = self.member("frequencies")
         reach = frequencies.reach(rope) if frequencies else math.inf
@@ -183,7 +183,7 @@ class Composition(Scaler):
 
     def bands(self, rope: RopeSpec, length: int | None = None) -> tuple[Band, ...]:
         positions = self.member("positions") or Scaler()
-        return positions.bands(self.carried(rope), length)
+        return positions.bands(self.rope_for_positions(rope), length)
 
     def logit_factor(self, positions: Tensor, rope: RopeSpec) -> Tensor:
         return (self.member("temperature") or Scaler()).logit_factor(positions, rope)
@@ -192,11 +192,11 @@ class Composition(Scaler):
         frequencies, positions = self.member("frequencies"), self.member("positions")
         if frequencies and math.isinf(frequencies.reach(rope)):
             return math.inf
-        return (positions or Scaler()).reach(self.carried(rope))
+        return (positions or Scaler()).reach(self.rope_for_positions(rope))
 
     def check(self, rope: RopeSpec) -> None:
         for member in self.members:
-            member.check(self.carried(rope) if member.facet == "positions" else rope)
+            member.check(self.rope_for_positions(rope) if member.facet == "positions" else rope)
 
     def growing_step(self, rope: RopeSpec) -> int:
         return min((m.growing_step(rope) for m in self.members if m.depends_on_length), default=rope.trained_length)
@@ -225,7 +225,7 @@ class Factored(Scaler):
     def reach(self, rope: RopeSpec) -> float:
         return self.factor * rope.trained_length
 
-    def at(self, factor: float) -> Self:
+    def with_factor(self, factor: float) -> Self:
         """The same method with another factor."""
         return dataclasses.replace(self, factor=factor)
 
@@ -269,43 +269,48 @@ class ConfiguredRope:
         max_length: the tokens that the config promises to carry, by one rule for all types: `max_position_embeddings`,
             or the scaler's reach where the trained length is stated and `max_position_embeddings` is no more.
         head_dim: the whole head; None where all of it rotates.
-        stays_behind: `max_position_embeddings` is the trained length, and the scaler reaches further. Model cards add
-            yarn to a config in this way.
+        declares_trained_length: True if `max_position_embeddings` is the trained length although the scaler reaches
+            further. Configs to which a user has added yarn, as model cards advise, look like this.
     """
 
     rope: RopeSpec
     scaler: Scaler
     max_length: int
     head_dim: int | None = None
-    stays_behind: bool = False
+    declares_trained_length: bool = False
 
     @classmethod
     def of(cls, rope: RopeSpec, scaler: Scaler, declared: int, *, head_dim: int | None = None) -> ConfiguredRope:
         """With the length that the scaler reaches, where `declared` is no more than the trained one."""
         reach = scaler.reach(rope)
-        stays_behind = declared <= rope.trained_length and declared < reach < math.inf
-        length = int(reach) if stays_behind else declared
-        return cls(rope=rope, scaler=scaler, max_length=length, head_dim=head_dim, stays_behind=stays_behind)
+        is_trained = declared <= rope.trained_length and declared < reach < math.inf
+        return cls(
+            rope=rope,
+            scaler=scaler,
+            max_length=int(reach) if is_trained else declared,
+            head_dim=head_dim,
+            declares_trained_length=is_trained,
+        )
 
     @property
-    def own(self) -> str:
+    def scaling_text(self) -> str:
         """The config's own scaling in one line, without its lists of factors; empty if it has none."""
         return self.scaler.brief if self.scaler.parts else ""
 
     @property
-    def stretched(self) -> str:
+    def scaling_note(self) -> str:
         """What the config's own scaling makes of the trained length, to be put behind it; empty if it has none."""
-        if not self.own:
+        if not self.scaling_text:
             return ""
         trained, carried = format_length(self.rope.trained_length), format_length(self.max_length)
         length = "" if carried == trained else f"{carried} "
-        return f", {length}with the config's own {self.own} ({self._basis})"
+        return f", {length}with the config's own {self.scaling_text} ({self._basis})"
 
     @property
     def _basis(self) -> str:
         """What the reach of the config's own scaling is read from."""
         trained = format_length(self.rope.trained_length)
-        if self.stays_behind:
+        if self.declares_trained_length:
             times = self.scaler.reach(self.rope) / self.rope.trained_length
             return f"{times:g} times {trained}; max_position_embeddings stays at {trained}"
         if self.max_length != self.rope.trained_length:

@@ -15,7 +15,7 @@ from . import hf
 from .base import Base
 from .gguf_rope import GgufRope
 from .longrope import LongRoPE
-from .reading import SERVED, EngineRope, Reading, agrees
+from .reading import SERVED_LENGTHS, EngineReading, EngineRope, same_frequencies
 from .rope import Scaler
 from .yarn import YaRN, yarn_temperature
 
@@ -34,7 +34,7 @@ _MODEL_CODE_KEYS = {
 _LENGTH_OPTIONS = {"vLLM": "--max-model-len", "SGLang": "--context-length", "llama.cpp": "--ctx-size"}
 
 
-def read_all(config: Mapping[str, Any]) -> list[Reading]:
+def read_all(config: Mapping[str, Any]) -> list[EngineReading]:
     """Every engine's reading of the content of a config.json, that of transformers first.
 
     Where each kind of layer has frequencies of its own, those of the layers that see the whole text are read.
@@ -60,7 +60,7 @@ def read_all(config: Mapping[str, Any]) -> list[Reading]:
         config=own,
         parameters=parameters,
         configured=configured[kind],
-        has_old=text.get("rope_scaling") is not None or text.get("rope_theta") is not None,
+        has_old_keys=text.get("rope_scaling") is not None or text.get("rope_theta") is not None,
     )
     readings = [
         read(found) if kind is None or name in _BY_LAYER else _not_read(name, found) for name, read in ENGINES.items()
@@ -94,21 +94,21 @@ def _about_layers(kind: str, configured: Mapping[str | None, hf.ConfiguredRope])
     return f"has frequencies for each type of layer; the table is about {kind}{''.join(others)}"
 
 
-def _not_read(engine: str, raw: EngineRope) -> Reading:
+def _not_read(engine: str, raw: EngineRope) -> EngineReading:
     note = "has not been compared on models with frequencies for each type of layer"
-    return Reading(engine=engine, rope=raw.rope, scaler=None, max_length=None, notes=(note,), is_read=False)
+    return EngineReading(engine=engine, rope=raw.rope, scaler=None, max_length=None, notes=(note,), is_read=False)
 
 
-def _reading(engine: str, raw: EngineRope, scaler: Scaler | None, *notes: str, **rope: Any) -> Reading:
+def _reading(engine: str, raw: EngineRope, scaler: Scaler | None, *notes: str, **rope: Any) -> EngineReading:
     """A reading, with what the engine serves.
 
     Args:
         notes: empty ones are left out.
         rope: fields of the geometry that differ from what transformers reckons with.
     """
-    limit = SERVED.get(engine)
+    limit = SERVED_LENGTHS.get(engine)
     served = None if limit is None else limit(raw)
-    return Reading(
+    return EngineReading(
         engine=engine,
         rope=replace(raw.rope, **rope),
         scaler=scaler,
@@ -126,17 +126,17 @@ def _about_length(engine: str, served: int | None, raw: EngineRope) -> str:
     return f"serves {more} tokens than the {raw.max_length} of max_position_embeddings unless {option} says otherwise"
 
 
-def _transformers(raw: EngineRope) -> Reading:
+def _transformers(raw: EngineRope) -> EngineReading:
     follows = "follows the longest text of each batch" if raw.scaler.depends_on_length else ""
     return _reading("transformers", raw, raw.scaler, follows)
 
 
-def _vllm(raw: EngineRope) -> Reading:
+def _vllm(raw: EngineRope) -> EngineReading:
     name = "vLLM"
     old, new = raw.get("type"), raw.get("rope_type")
     if None not in (old, new) and old != new and (old, new) not in (("su", "longrope"), ("mrope", "default")):
         note = f"refuses a config whose type ({old}) and rope_type ({new}) differ; remove type"
-        return Reading(engine=name, rope=raw.rope, scaler=None, max_length=None, notes=(note,))
+        return EngineReading(engine=name, rope=raw.rope, scaler=None, max_length=None, notes=(note,))
     match raw.kind:
         case "dynamic":
             return _reading(
@@ -158,7 +158,7 @@ def _vllm(raw: EngineRope) -> Reading:
     return _reading(name, raw, raw.scaler)
 
 
-def _sglang(raw: EngineRope) -> Reading:
+def _sglang(raw: EngineRope) -> EngineReading:
     name = "SGLang"
     match raw.kind:
         case "dynamic":
@@ -191,7 +191,7 @@ def _sglang_yarn(raw: EngineRope) -> YaRN:
     return replace(yarn, attention_factor=None if m == rule else m, mscale=None, mscale_all_dim=None)
 
 
-def _llama_cpp(raw: EngineRope) -> Reading:
+def _llama_cpp(raw: EngineRope) -> EngineReading:
     name = "llama.cpp"
     by = "by its converter; `ropewalk export --target llama.cpp` carries it exactly"
     match raw.kind:
@@ -219,7 +219,7 @@ def _llama_cpp(raw: EngineRope) -> Reading:
     return _reading(name, raw, raw.scaler)
 
 
-def _exllama(raw: EngineRope) -> Reading:
+def _exllama(raw: EngineRope) -> EngineReading:
     name = "ExLlamaV3"
     match raw.kind:
         case "dynamic":
@@ -245,9 +245,9 @@ def _exllama(raw: EngineRope) -> Reading:
     return _reading(name, raw, raw.scaler)
 
 
-def _mlx(raw: EngineRope) -> Reading:
+def _mlx(raw: EngineRope) -> EngineReading:
     name = "mlx-lm"
-    if not raw.has_old:
+    if not raw.has_old_keys:
         return _reading(
             name,
             raw,
@@ -272,7 +272,7 @@ def _mlx(raw: EngineRope) -> Reading:
 
 def _fixed_longrope(
     name: str, raw: EngineRope, when: str, *, reads_mscale: bool = True, always_long: bool = False
-) -> Reading:
+) -> EngineReading:
     """One list of factors for all texts, with m by the rule, or as `long_mscale` has it.
 
     Args:
@@ -303,7 +303,7 @@ def _yarn(raw: EngineRope) -> YaRN:
     return raw.scaler
 
 
-def _proportional(name: str, raw: EngineRope) -> Reading:
+def _proportional(name: str, raw: EngineRope) -> EngineReading:
     """The same frequencies, whatever factor there is to divide them."""
     ignored = "ignores the factor of proportional" if raw.scaler != Scaler() else ""
     return _reading(name, raw, Scaler(), "older releases refuse proportional", ignored)
@@ -316,7 +316,7 @@ def _linear(raw: EngineRope) -> tuple[Scaler | None, str]:
     return raw.scaler, ""
 
 
-ENGINES: dict[str, Callable[[EngineRope], Reading]] = {
+ENGINES: dict[str, Callable[[EngineRope], EngineReading]] = {
     "transformers": _transformers,
     "vLLM": _vllm,
     "SGLang": _sglang,
@@ -327,7 +327,7 @@ ENGINES: dict[str, Callable[[EngineRope], Reading]] = {
 """What reads a config, by the engine's name."""
 
 
-def read_gguf(file: GgufRope, context_length: int) -> list[Reading]:
+def read_gguf(file: GgufRope, context_length: int) -> list[EngineReading]:
     """The readings of a GGUF file, that of llama.cpp first.
 
     Args:
@@ -348,10 +348,10 @@ def read_gguf(file: GgufRope, context_length: int) -> list[Reading]:
     found = [_of_file("llama.cpp", file, context_length)]
     for engine, (read, note) in others.items():
         own = _of_file(engine, read, context_length)
-        found.append(own if agrees(own, found[0], context_length) else replace(own, notes=(note,)))
+        found.append(own if same_frequencies(own, found[0], context_length) else replace(own, notes=(note,)))
     return found
 
 
-def _of_file(engine: str, read: GgufRope, context_length: int) -> Reading:
+def _of_file(engine: str, read: GgufRope, context_length: int) -> EngineReading:
     configured = read.configured(context_length)
-    return Reading(engine=engine, rope=configured.rope, scaler=configured.scaler, max_length=context_length)
+    return EngineReading(engine=engine, rope=configured.rope, scaler=configured.scaler, max_length=context_length)

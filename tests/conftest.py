@@ -69,7 +69,7 @@ def installed(tmp_path, monkeypatch):
 
     def look_again():
         for plugins in (METHODS, TASKS):
-            vars(plugins).pop("_found", None)
+            vars(plugins).pop("_entry_points", None)
             vars(plugins).pop("_usable", None)
             plugins._loaded.clear()
 

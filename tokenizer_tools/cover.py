@@ -62,7 +62,7 @@ def hypotheses(vocabulary: Vocabulary, text: bytes) -> list[Hypothesis]:
     offsets = [0, *itertools.accumulate(len(character.encode()) for character in complete)]
     found: dict[tuple[int, ...], set[str]] = {}
     for probe in probes:
-        cuts = vocabulary.cuts(complete + probe)
+        cuts = vocabulary.piece_starts(complete + probe)
         goes_on = len(complete) not in cuts
         inside = tuple(offsets[cut] for cut in cuts if cut < len(offsets) and offsets[cut] < len(text))
         found.setdefault(inside, set()).update(_kind(probe[0]) for _ in probe[:1] if goes_on)
@@ -183,10 +183,10 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
     text = vocabulary.text_bytes(ids[text_start:])
     if not isinstance(prompt, str | bytes):
         whole, partial = _split(text)
-        ids, text = ids[:text_start] + vocabulary.behind(whole.decode()), whole
+        ids, text = ids[:text_start] + vocabulary.encode_continuation(whole.decode()), whole
     elif _loses_end(prompt, text) if text else partial:
         text = _as_beginning(vocabulary, prompt if isinstance(prompt, str) else whole.decode())
-        ids = ids[:text_start] + vocabulary.behind(text.decode())
+        ids = ids[:text_start] + vocabulary.encode_continuation(text.decode())
     try:
         return _Search(vocabulary, ids, text_start, text + partial, partial).cover()
     except UnicodeDecodeError as error:
@@ -291,13 +291,16 @@ class _Search:
         """Look for the border after the first `first` tokens; False if there is none, or if the text from there is
         split otherwise alone than in its place."""
         window = self.text[self.borders[first] : len(self.text) - len(self.partial)].decode()
-        cuts = self.vocabulary.cuts(window)
+        cuts = self.vocabulary.piece_starts(window)
         firm = [cut for cut in cuts[:-_PIECES_BACK] if _is_firm(window[cut - 1], window[cut])]
         if not firm:
             return False
         start = self.borders[first] + len(window[: firm[-1]].encode())
         n = bisect_left(self.borders, start)
-        if self.borders[n] != start or self.vocabulary.behind(window[firm[-1] :]) != self.ids[self.text_start + n :]:
+        if (
+            self.borders[n] != start
+            or self.vocabulary.encode_continuation(window[firm[-1] :]) != self.ids[self.text_start + n :]
+        ):
             return False
         self.kept, self.start = self.text_start + n, start
         return True
@@ -305,7 +308,7 @@ class _Search:
     def _nodes(self, hypothesis: Hypothesis) -> Iterator[Node]:
         """The nodes of a text that is split into pieces in this way; the last piece goes on after the prompt."""
         borders = [self.start, *(self.start + cut for cut in hypothesis.cuts)]
-        before = tuple(i for a, b in pairwise(borders) for i in self.vocabulary.piece(self.text[a:b]))
+        before = tuple(i for a, b in pairwise(borders) for i in self.vocabulary.encode_piece(self.text[a:b]))
         piece = _OpenPiece(self, borders[-1])
         for path in piece.ends():
             yield Node(before + path, b"")
@@ -332,7 +335,9 @@ class _OpenPiece:
         if len(self.text) - start > _LONG and not self.vocabulary.unigram:
             n = bisect_left(search.borders, start)
             own = search.borders[n] == start
-            self.tokens = search.ids[search.text_start + n :] if own else self.vocabulary.beginning(self.text[start:])
+            self.tokens = (
+                search.ids[search.text_start + n :] if own else self.vocabulary.encode_piece_start(self.text[start:])
+            )
             self.borders = [
                 start,
                 *(start + end for end in accumulate(len(self.vocabulary.tokens[i]) for i in self.tokens)),
@@ -347,7 +352,7 @@ class _OpenPiece:
                 yield (*self.path(stop - len(self.partial)), *single)
             return
         if self.tokens is None:
-            yield tuple(self.vocabulary.piece(self.text[self.start :]))
+            yield tuple(self.vocabulary.encode_piece(self.text[self.start :]))
         yield self.path(stop)
 
     def begins(self) -> Iterator[int]:
@@ -364,21 +369,24 @@ class _OpenPiece:
         if every two neighbours are.
         """
         if self.tokens is None:
-            return tuple(self.vocabulary.beginning(self.text[self.start : stop]))
+            return tuple(self.vocabulary.encode_piece_start(self.text[self.start : stop]))
         n = bisect_right(self.borders, max(self.start, stop - 2 * self.vocabulary.trie.longest)) - 1
         while n > 0:
-            rest = self.vocabulary.beginning(self.text[self.borders[n] : stop]) if self._whole(n) else []
+            rest = self.vocabulary.encode_piece_start(self.text[self.borders[n] : stop]) if self._whole(n) else []
             if rest and self._neighbours(self.tokens[n - 1], rest[0]):
                 return (*self.tokens[:n], *rest)
             n -= 1
-        return tuple(self.vocabulary.beginning(self.text[self.start : stop]))
+        return tuple(self.vocabulary.encode_piece_start(self.text[self.start : stop]))
 
     def _whole(self, n: int) -> bool:
         return self.vocabulary.byte_level or self.text[self.borders[n]] & 0xC0 != 0x80
 
     def _neighbours(self, first: int, second: int) -> bool:
         data = self.vocabulary.tokens[first] + self.vocabulary.tokens[second]
-        return (self.vocabulary.byte_level or _is_text(data)) and self.vocabulary.beginning(data) == [first, second]
+        return (self.vocabulary.byte_level or _is_text(data)) and self.vocabulary.encode_piece_start(data) == [
+            first,
+            second,
+        ]
 
 
 def _is_firm(before: str, after: str) -> bool:

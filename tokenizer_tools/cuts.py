@@ -91,7 +91,7 @@ def _cut(vocabulary: Vocabulary, text: str, place: int, begin: int) -> Cut | Non
     begin = space.end() if space else begin
     prompt, rest = text[begin:place], text[place : place + _AFTER]
     ids = vocabulary.encode(prompt + rest)
-    added = b" " if vocabulary.puts_space_first else b""
+    added = b" " if vocabulary.adds_space else b""
     before = added + prompt.encode()
     if vocabulary.text_bytes(ids) != before + rest.encode():
         return None

@@ -23,7 +23,7 @@ class TextStream:
         self._vocabulary = vocabulary
         self.unfinished = pending
         self._parts: list[bytes] = []
-        self._drops_space = starts_text and vocabulary.puts_space_first
+        self._drops_space = starts_text and vocabulary.adds_space
 
     def push(self, token: int, skip: int = 0) -> str:
         """The text that `token` completes, without its first `skip` bytes; empty while a character is unfinished."""
@@ -71,7 +71,7 @@ class StopStringMatcher:
         return shown
 
     @property
-    def cuts(self) -> bool:
+    def hides_text(self) -> bool:
         """True if some of the text was not shown, or not yet."""
         return self.stopped or bool(self._held)
 

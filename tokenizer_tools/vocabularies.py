@@ -141,7 +141,7 @@ class HuggingFaceVocabulary(Vocabulary):
     def encode(self, text: str) -> list[int]:
         return self.checked(prompt_ids(text, self._outer, special_tokens=self.special_tokens))
 
-    def names_in(self, text: str) -> list[str]:
+    def special_names_in(self, text: str) -> list[str]:
         return sorted(set(self._names.findall(text))) if self._names else []
 
     @cached_property
@@ -150,18 +150,18 @@ class HuggingFaceVocabulary(Vocabulary):
         names = [re.escape(token.content) for token in added if token.special]
         return re.compile("|".join(sorted(names, key=len, reverse=True))) if names else None
 
-    def cuts(self, text: str) -> list[int]:
+    def piece_starts(self, text: str) -> list[int]:
         splitter = self._backend.pre_tokenizer
         if splitter is None:
             return []
         marked = text.replace(" ", SPACE) if self._marks_spaces else text
         return sorted({start for _, (start, _) in splitter.pre_tokenize_str(marked)} - {0})
 
-    def piece(self, data: bytes) -> list[int]:
+    def encode_piece(self, data: bytes) -> list[int]:
         return [token.id for token in self._backend.model.tokenize(self._written(data))]
 
-    def beginning(self, data: bytes) -> list[int]:
-        tokens = self.piece(data)
+    def encode_piece_start(self, data: bytes) -> list[int]:
+        tokens = self.encode_piece(data)
         if len(tokens) == 1 and getattr(self._backend.model, "ignore_merges", False):
             return [token.id for token in self._merging.tokenize(self._written(data))]
         return tokens
@@ -232,10 +232,10 @@ class SentencePieceVocabulary(Vocabulary):
             ids.pop()
         return self.checked(ids)
 
-    def cuts(self, text: str) -> list[int]:
+    def piece_starts(self, text: str) -> list[int]:
         return []  # a text is one piece
 
-    def piece(self, data: bytes) -> list[int]:
+    def encode_piece(self, data: bytes) -> list[int]:
         ids: list[int] = self._raw.encode(data.decode().replace(" ", SPACE))
         return ids
 
@@ -304,14 +304,14 @@ class TiktokenVocabulary(Vocabulary):
             ) from None
         return self.checked([*(start_ids(self._outer) if callable(self._outer) else []), *ids])
 
-    def cuts(self, text: str) -> list[int]:
+    def piece_starts(self, text: str) -> list[int]:
         return [found.start() for found in self._pattern.finditer(text) if found.start()]
 
-    def piece(self, data: bytes) -> list[int]:
+    def encode_piece(self, data: bytes) -> list[int]:
         return [rank + self._offset for rank in self._encoding._encode_single_piece(data)] if data else []
 
-    def beginning(self, data: bytes) -> list[int]:
-        tokens = self.piece(data)
+    def encode_piece_start(self, data: bytes) -> list[int]:
+        tokens = self.encode_piece(data)
         if len(tokens) != 1:
             return tokens
         if tokens[0] not in self._inside:  # a piece that is a token is taken whole, but the beginning of a longer one

@@ -98,26 +98,28 @@ class Vocabulary(ABC):
         """
 
     @abstractmethod
-    def cuts(self, text: str) -> list[int]:
+    def piece_starts(self, text: str) -> list[int]:
         """Where the pieces of `text` begin, as indices of its characters, without 0; empty for a single piece."""
 
     @abstractmethod
-    def piece(self, data: bytes) -> list[int]:
+    def encode_piece(self, data: bytes) -> list[int]:
         """Tokens of a whole piece. Where `byte_level`, `data` may be any bytes, else it is UTF-8."""
 
-    def behind(self, text: str) -> list[int]:
+    def encode_continuation(self, text: str) -> list[int]:
         """Tokens of a text that stands behind others, piece by piece: nothing is put before it, and names of special
         tokens are characters."""
-        cuts = [0, *self.cuts(text), len(text)]
-        return [i for a, b in pairwise(cuts) for i in self.piece(text[a:b].encode())]
+        cuts = [0, *self.piece_starts(text), len(text)]
+        return [i for a, b in pairwise(cuts) for i in self.encode_piece(text[a:b].encode())]
 
     def _asked(self, text: str) -> list[int]:
         """`behind`, with the special tokens that names in the text stand for if that is asked for."""
-        names = sorted(self.names_in(text), key=len, reverse=True) if self.special_tokens else []
+        names = sorted(self.special_names_in(text), key=len, reverse=True) if self.special_tokens else []
         parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
-        return [i for part in parts for i in (self.encode(part)[-1:] if part in names else self.behind(part))]
+        return [
+            i for part in parts for i in (self.encode(part)[-1:] if part in names else self.encode_continuation(part))
+        ]
 
-    def of_bytes(self, data: bytes) -> list[int]:
+    def encode_bytes(self, data: bytes) -> list[int]:
         """Token ids of any bytes: of text, as `encode` gives them; of what is no character, tokens of its bytes.
 
         Raises:
@@ -140,17 +142,17 @@ class Vocabulary(ABC):
             if (single := self.byte_tokens(part)) is None:
                 raise DataError(f"{self.name} has no tokens for the bytes {part!r}, which are no character")
             return ids + single
-        start = ([0, *self.cuts(text)])[-1]
+        start = ([0, *self.piece_starts(text)])[-1]
         last, kept, dropped = text[start:].encode(), list(ids), b""
         while kept and len(dropped) < len(last):
             dropped = self.tokens[kept.pop()] + dropped
         if dropped != last:  # the tokenizer has changed the text
             last, kept = b"", ids
-        return kept + self.piece(last + part)
+        return kept + self.encode_piece(last + part)
 
-    def beginning(self, data: bytes) -> list[int]:
+    def encode_piece_start(self, data: bytes) -> list[int]:
         """Tokens of `data` as the beginning of a longer piece, where a token ends at its end."""
-        return self.piece(data)
+        return self.encode_piece(data)
 
     def can_extend(self, last: int | None, suffix: bytes, next_bytes: frozenset[int]) -> bool:
         """True if a token that begins with `suffix` and goes on with one of `next_bytes` can stand behind the token
@@ -160,7 +162,7 @@ class Vocabulary(ABC):
             if len(self._extended) >= _MOST_REMEMBERED:
                 self._extended.clear()
             known = self._extended[key] = any(
-                last is None or self.beginning(self.tokens[last] + self.tokens[token]) == [last, token]
+                last is None or self.encode_piece_start(self.tokens[last] + self.tokens[token]) == [last, token]
                 for byte, tokens in self.trie.by_next_byte(suffix)
                 if byte in next_bytes
                 for token in tokens
@@ -175,12 +177,12 @@ class Vocabulary(ABC):
         """Tokens of one byte each, which stand for a character that has no token; None if there are none."""
         return None
 
-    def names_in(self, text: str) -> list[str]:
+    def special_names_in(self, text: str) -> list[str]:
         """Names of special tokens in `text` that `special_tokens` decides about."""
         return []
 
     @cached_property
-    def puts_space_first(self) -> bool:
+    def adds_space(self) -> bool:
         """True if the tokenizer begins every text with a space of its own."""
         return self.text_bytes(self.encode("a")).startswith(b" ")
 

@@ -15,7 +15,7 @@ from ...errors import ConfigError, UnsupportedModel
 from ...scaling import hf, hf_write
 from ...scaling.interpolation import DynamicNTK
 from ...scaling.lengths import format_length, parse_length
-from ...scaling.longrope import LongRoPE, follows_length, frozen
+from ...scaling.longrope import LongRoPE, fix_length, follows_length
 from ...scaling.rope import RopeSpec, Scaler
 from ...scaling.spec import Auto, parse
 from ..checkpoints.checkpoint import read_config
@@ -46,7 +46,7 @@ def scaler_to_write(
     if not follows_length(effective):
         return effective, tokens or int(reach)
     if tokens is not None:
-        return frozen(effective, configured.rope, tokens), tokens
+        return fix_length(effective, configured.rope, tokens), tokens
     if target == "hf" and isinstance(effective, LongRoPE):
         return effective, int(reach)
     if target == "hf" and isinstance(effective, DynamicNTK):  # transformers counts it from the length of the config
@@ -60,7 +60,7 @@ def scaler_to_write(
 def _check_carried(scaler: Scaler, configured: hf.ConfiguredRope) -> None:
     """Refuse what acts on more than the frequencies, and say what comes nearest."""
     try:
-        hf_write.check_carried(scaler)
+        hf_write.check_frequencies_only(scaler)
     except ConfigError as error:
         reach = configured.reach(scaler)
         own = scaler.member("frequencies")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ...errors import UnsupportedModel
 from ...scaling.hf import ConfiguredRope
 from ...scaling.hf_write import write
-from ...scaling.longrope import frozen
+from ...scaling.longrope import fix_length
 from ...scaling.rope import Scaler
 
 __all__ = ["DerivedNumbers", "Numbers", "Parameters", "derived_numbers", "derives_numbers", "parameters_under"]
@@ -94,7 +94,7 @@ def parameters_under(configured: ConfiguredRope, scaler: Scaler) -> dict[str, An
     """The `rope_parameters` in transformers' own form for the frequencies of `scaler`, without a wavelength grid."""
     host = configured.effective(scaler).member("frequencies") or Scaler()
     rope = configured.rope
-    return write(rope, frozen(host, rope, rope.trained_length), head_dim=configured.head_dim)
+    return write(rope, fix_length(host, rope, rope.trained_length), head_dim=configured.head_dim)
 
 
 def derives_numbers(kind: type[PreTrainedModel], config: Any) -> bool:

@@ -108,7 +108,7 @@ class PatchHandle:
             lines["length"] = grows if self.length is None else f"fixed at {format_length(self.length)} tokens"
         trained = format_length(site.configured.rope.trained_length)
         lines |= {
-            "reach": f"{reach} (trained: {trained}{site.configured.stretched})",
+            "reach": f"{reach} (trained: {trained}{site.configured.scaling_note})",
             "factor on cos and sin": f"{frequencies.attention_factor:.6g}",
             "cost": self._installed.cost,
         }

@@ -216,7 +216,7 @@ def _document(model: Model, text: Text, context: int, facts: int, seed: int) -> 
 def _end_of(text: str, model: Model, tokens: int) -> str:
     """The whole characters of the last `tokens` tokens of a text."""
     end = model.vocabulary.text_bytes(text_ids(text, model.tokenizer)[-tokens:]).decode(errors="ignore")
-    return end.removeprefix(" ") if model.vocabulary.puts_space_first else end  # it puts one there again
+    return end.removeprefix(" ") if model.vocabulary.adds_space else end  # it puts one there again
 
 
 def way_name(way: str, parts: int) -> str:

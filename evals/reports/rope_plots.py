@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...scaling import RopeSpec, format_length
 from ...scaling.base import BaseRule
 from ...scaling.base_bound import preference
-from ...scaling.reading import Reading, agrees
+from ...scaling.reading import EngineReading, same_frequencies
 from ..runs.compare import UNTOUCHED
 from . import style
 from .distance_plot import Array, Whole, length_ticks
@@ -151,7 +151,7 @@ def _draw_failures(axes: Axes, drawn: Sequence[Curve]) -> None:
 _DASHES = ("-", "--", "-.", ":")
 
 
-def plot_readings(readings: Sequence[Reading], length: int, name: str, out_stem: Path) -> tuple[Path, Path]:
+def plot_readings(readings: Sequence[EngineReading], length: int, name: str, out_stem: Path) -> tuple[Path, Path]:
     """The plain period over that of each engine, by rotary pair; engines that agree share a curve.
 
     Writes `out_stem`.png and .svg and returns their paths.
@@ -193,13 +193,13 @@ def plot_readings(readings: Sequence[Reading], length: int, name: str, out_stem:
         return style.save(fig, out_stem)
 
 
-def _equal_readings(readings: Sequence[Reading], length: int) -> list[list[Reading]]:
+def _equal_readings(readings: Sequence[EngineReading], length: int) -> list[list[EngineReading]]:
     """Readings that compute the same, together; those that refuse are left out."""
-    groups: list[list[Reading]] = []
+    groups: list[list[EngineReading]] = []
     for reading in readings:
         if reading.scaler is None:
             continue
-        same = next((group for group in groups if agrees(group[0], reading, length)), None)
+        same = next((group for group in groups if same_frequencies(group[0], reading, length)), None)
         if same is None:
             groups.append([reading])
         else:

@@ -164,7 +164,7 @@ def _frequencies(fig: Figure, grid: GridSpec, row: int, scaler: Scaler, rope: Ro
 
 def _positions(fig: Figure, grid: GridSpec, row: int, scaler: Scaler, rope: RopeSpec, length: int) -> list[str]:
     bands = scaler.bands(rope, length)
-    carried = scaler.carried(rope).trained_length
+    carried = scaler.rope_for_positions(rope).trained_length
     limits = {"trained length": rope.trained_length}
     if carried > rope.trained_length:
         limits[f"carried by {_label(scaler, 'frequencies')}:"] = carried

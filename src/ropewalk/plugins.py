@@ -38,7 +38,7 @@ class Plugins(Mapping[str, T], Generic[T]):
         self._loaded: dict[str, T] = {}
 
     @cached_property
-    def _found(self) -> dict[str, list[EntryPoint]]:
+    def _entry_points(self) -> dict[str, list[EntryPoint]]:
         """Entry points by name, in order."""
         found: dict[str, list[EntryPoint]] = {}
         for point in sorted(entry_points(group=self._group), key=lambda point: point.name):
@@ -48,10 +48,10 @@ class Plugins(Mapping[str, T], Generic[T]):
     @property
     def names(self) -> list[str]:
         """All names, of what can be used and what cannot; nothing is loaded."""
-        return [*self.built_in, *(name for name in self._found if name not in self.built_in)]
+        return [*self.built_in, *(name for name in self._entry_points if name not in self.built_in)]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.built_in or name in self._found
+        return name in self.built_in or name in self._entry_points
 
     def __getitem__(self, name: str) -> T:
         """What `name` stands for.
@@ -63,14 +63,14 @@ class Plugins(Mapping[str, T], Generic[T]):
         if name in self.built_in:
             return self.built_in[name]
         if name not in self._loaded:
-            self._loaded[name] = self._load(*self._found[name])
+            self._loaded[name] = self._load(*self._entry_points[name])
         return self._loaded[name]
 
     @cached_property
     def _usable(self) -> list[str]:
         """The names of all that can be used; the others are told of, once."""
         usable = [*self.built_in]
-        for name, points in self._found.items():
+        for name, points in self._entry_points.items():
             try:
                 if name in self.built_in:
                     raise self._refusal(points, "the name is that of a built-in one")

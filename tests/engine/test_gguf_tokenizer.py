@@ -172,7 +172,7 @@ KINDS = [*[NORMAL] * 6, *[CONTROL] * 3, USER_DEFINED]
 def test_a_piece_that_is_a_token_is_taken_whole_where_the_name_says_so(write, pre, expected):
     path = write(LETTERS, types=KINDS, pre=pre, merges=["a b"], bos_token_id=6)
     assert ids(gguf_tokenizer(path), "abc") == expected
-    assert load_vocabulary(path).piece(b"abc") == expected
+    assert load_vocabulary(path).encode_piece(b"abc") == expected
 
 
 @pytest.mark.parametrize(

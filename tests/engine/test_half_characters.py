@@ -50,8 +50,8 @@ def scripted(tiny_folder):
     known = model.vocabulary
     # a byte at a time: the tokens of the single bytes
     model._runner.script = [known.trie.exact(bytes([byte]))[0] for byte in TEXT.encode()]
-    known.piece = lambda data: [known.trie.exact(bytes([byte]))[0] for byte in data]
-    known.encode = lambda text: known.piece(text.encode())
+    known.encode_piece = lambda data: [known.trie.exact(bytes([byte]))[0] for byte in data]
+    known.encode = lambda text: known.encode_piece(text.encode())
     return model
 
 
@@ -170,7 +170,7 @@ def test_bytes_that_no_text_has_are_still_refused_in_a_prompt(model):
 
 def test_ids_with_broken_bytes_are_gone_on_with(model):
     """Ids before them are as they are; only what follows is cut anew."""
-    broken = model.vocabulary.piece(b"\xff\xfe")
+    broken = model.vocabulary.encode_piece(b"\xff\xfe")
     ids = [*model.vocabulary.encode("x = 1\n"), *broken, *model.vocabulary.encode("import nump")]
     found = model.generate_ids(ids, greedy(4, continuation="exact"))
     assert found.continuation.prompt_ids[: len(ids) - 3] == ids[:-3]

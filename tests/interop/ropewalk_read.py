@@ -10,7 +10,7 @@ from cases import FROZEN, MODELS, model_path, scaler
 from work import GREEDY, arguments, load, read_cases, read_ids, save, save_versions
 
 import ropewalk as rw
-from ropewalk.scaling.longrope import frozen
+from ropewalk.scaling.longrope import fix_length
 from ropewalk.scaling.spec import parse
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         loaded = rw.load(model_path(model), dtype="float32", max_length=model.beyond + GREEDY)
         for (reference, name), lengths in wanted(work, label).items():
             own = scaler(name, model.dim)
-            loaded.rope = frozen(parse(own), loaded.spec, 4 * loaded.trained_length) if name in FROZEN else own
+            loaded.rope = fix_length(parse(own), loaded.spec, 4 * loaded.trained_length) if name in FROZEN else own
             for length in sorted(n for n in lengths if n <= given.longest):
                 if load(work, "ropewalk", reference, length) is None:
                     ids, start = read_ids(work, label, length), time.monotonic()

@@ -110,7 +110,7 @@ def test_or_is_associative() -> None:
 )
 def test_a_map_counts_from_what_the_frequencies_carry(frequencies: Scaler, carried: int) -> None:
     scaler = frequencies | DualChunk()
-    assert scaler.carried(ROPE).trained_length == carried
+    assert scaler.rope_for_positions(ROPE).trained_length == carried
     c, w = 3 * carried // 4, carried // 8
     same, before, older = scaler.bands(ROPE)
     i = torch.arange(20_000)
@@ -286,7 +286,7 @@ def test_scalers_are_values() -> None:
     assert len({YaRN(factor=4), YaRN(factor=4), YaRN(factor=2), NTK(factor=4)}) == 3
     with pytest.raises(AttributeError):
         YaRN(factor=4).factor = 8  # type: ignore[misc]
-    assert YaRN(factor=4, truncate=False).at(8) == YaRN(factor=8, truncate=False)
+    assert YaRN(factor=4, truncate=False).with_factor(8) == YaRN(factor=8, truncate=False)
 
 
 @pytest.mark.parametrize(

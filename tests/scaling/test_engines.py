@@ -10,8 +10,8 @@ from words import lines
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import Linear, Llama3, YaRN, hf, hf_write
-from ropewalk.scaling.longrope import frozen
-from ropewalk.scaling.reading import agrees
+from ropewalk.scaling.longrope import fix_length
+from ropewalk.scaling.reading import same_frequencies
 from ropewalk.scaling.rope import RopeSpec
 from ropewalk.scaling.serving import ENGINES, read_all
 from ropewalk.scaling.spec import parse
@@ -80,20 +80,20 @@ def test_mlx_goes_by_either_of_the_old_keys():
 
 @pytest.mark.parametrize(("length", "reach"), [(8192, 8192), (1000, 2048)])
 def test_a_frozen_scaler_reaches_its_length_and_never_less_than_what_was_trained(length, reach):
-    assert frozen(parse("dynamic-ntk:4"), ROPE, length).reach(ROPE) == reach
+    assert fix_length(parse("dynamic-ntk:4"), ROPE, length).reach(ROPE) == reach
 
 
 @pytest.mark.parametrize("spec", ["dynamic-ntk:4", "dynamic-yarn", "dynamic-yarn|resonance"])
 @pytest.mark.parametrize("rope", [ROPE, RopeSpec(dim=64, base=1e4, trained_length=2048, rotating_pairs=20)])
 def test_a_frozen_scaler_is_the_same_at_its_length_and_still(spec, rope):
     scaler = parse(spec)
-    still = frozen(scaler, rope, 8192)
+    still = fix_length(scaler, rope, 8192)
     wanted = scaler.frequencies(rope, 8192)
     for length in (None, 100, 8192, 10**6):
         found = still.frequencies(rope, length)
         torch.testing.assert_close(found.inv_freq, wanted.inv_freq, rtol=1e-12, atol=0)
         assert found.attention_factor == wanted.attention_factor
-    assert frozen(parse("yarn:4"), rope, 8192) == parse("yarn:4")
+    assert fix_length(parse("yarn:4"), rope, 8192) == parse("yarn:4")
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048}
@@ -115,7 +115,7 @@ def test_plain_and_plain_yarn_are_read_alike_by_all(parameters):
     found = readings(parameters)
     assert {*found} == {*ENGINES}
     for one in found.values():
-        assert agrees(one, found["transformers"], 8192), one.engine
+        assert same_frequencies(one, found["transformers"], 8192), one.engine
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_known_disagreements(parameters, engine, spec):
     own = found.frequencies(8192)
     torch.testing.assert_close(own.inv_freq, wanted.inv_freq, rtol=1e-9, atol=0)
     assert own.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-9)
-    assert found.notes or agrees(found, readings(parameters)["transformers"], 8192)
+    assert found.notes or same_frequencies(found, readings(parameters)["transformers"], 8192)
 
 
 @pytest.mark.parametrize("engine", ["vLLM", "SGLang", "ExLlamaV3", "mlx-lm"])
@@ -158,7 +158,7 @@ def test_keys_that_an_engine_does_not_look_for():
     new_only = readings(YARN, old=False)["mlx-lm"]
     assert new_only.rope.base == 10_000 and str(new_only.scaler) == "none" and "rope_theta" in new_only.notes[0]
     old_only = readings(YARN, new=False)
-    assert all(agrees(one, old_only["transformers"], 8192) for one in old_only.values())
+    assert all(same_frequencies(one, old_only["transformers"], 8192) for one in old_only.values())
     whole = readings({"rope_type": "linear", "rope_theta": 1e4, "factor": 4})
     for engine in ("vLLM", "SGLang"):
         assert whole[engine].scaler is None and "decimal point" in whole[engine].notes[0]

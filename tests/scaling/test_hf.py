@@ -296,15 +296,15 @@ def test_one_rule_for_all_types(kind: str, length: int, reach: int, place: str) 
     configured = read(document | {"rope_parameters": parameters | (trained if place == "inside" else {})})[None]
     assert (configured.rope.trained_length, configured.max_length) == (1024, reach)
     assert configured.reach(Scaler()) == reach
-    assert ("stays at 1k" in configured.stretched) == (length == 1024)
+    assert ("stays at 1k" in configured.scaling_note) == (length == 1024)
 
 
 @pytest.mark.parametrize(
     ("kind", "words"), [("linear", "the length before scaling is not stated"), ("dynamic", "growing from max_position")]
 )
 def test_what_the_reach_is_read_from(kind: str, words: str) -> None:
-    assert words in read(llama({"rope_type": kind, "factor": 4.0}))[None].stretched
-    assert "1k (max_pos" not in read(llama({"rope_type": "default"}))[None].stretched
+    assert words in read(llama({"rope_type": kind, "factor": 4.0}))[None].scaling_note
+    assert "1k (max_pos" not in read(llama({"rope_type": "default"}))[None].scaling_note
 
 
 def test_a_length_that_the_config_promises_is_the_reach() -> None:
@@ -312,7 +312,7 @@ def test_a_length_that_the_config_promises_is_the_reach() -> None:
     parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024}
     configured = read(document | {"rope_parameters": parameters})[None]
     assert configured.reach(Scaler()) == 3000
-    assert configured.own == "yarn:4"
+    assert configured.scaling_text == "yarn:4"
 
 
 @pytest.mark.parametrize(("extra", "left"), [({}, "m = 1.139"), ({"attention_factor": 1.2}, "m = 1.2")])

@@ -130,7 +130,7 @@ def test_what_was_read_is_written_back(name: str) -> None:
 def test_carried_at_any_geometry(dim: int, base: float, s: float, index: int) -> None:
     rope = RopeSpec(dim=dim, base=base, trained_length=512)
     scaler = CARRIED[index]
-    scaler = scaler.at(s) if hasattr(scaler, "at") else scaler
+    scaler = scaler.with_factor(s) if hasattr(scaler, "with_factor") else scaler
     parameters = write(rope, scaler)
     back = read(old(head_dim=dim, rope_parameters=json.loads(json.dumps(parameters, allow_nan=False))))[None]
     assert_same(scaler, rope, back, rtol=1e-12)

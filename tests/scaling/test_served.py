@@ -8,7 +8,7 @@ import pytest
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import YaRN
 from ropewalk.scaling.gguf_rope import GgufRope
-from ropewalk.scaling.reading import Reading
+from ropewalk.scaling.reading import EngineReading
 from ropewalk.scaling.rope import RopeSpec
 from ropewalk.scaling.serving import read_all, read_gguf
 
@@ -16,7 +16,7 @@ MODELS = json.loads((Path(__file__).resolve().parents[1] / "data" / "served.json
 """`config`, and what vLLM 0.32's ModelConfig made of it; `make interop` asks vLLM again."""
 
 
-def reading(config, engine) -> Reading:
+def reading(config, engine) -> EngineReading:
     return next(one for one in read_all(config) if one.engine == engine)
 
 

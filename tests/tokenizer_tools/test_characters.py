@@ -48,7 +48,7 @@ KNOWN = [
 
 @given(DATA, st.sampled_from(KNOWN))
 def test_tokens_of_any_bytes_have_these_bytes(data, known):
-    ids = known.of_bytes(data)
+    ids = known.encode_bytes(data)
     assert known.text_bytes(ids) == data
     found = cover(known, ids)
     assert known.text_bytes(list(found.prompt)) == data
@@ -58,15 +58,15 @@ def test_tokens_of_any_bytes_have_these_bytes(data, known):
 
 def test_part_of_a_character_is_in_the_token_that_a_model_writes_it_in():
     known = KNOWN[1]
-    assert [known.tokens[i] for i in known.of_bytes(b"x \xf0\x9f")] == [b"x", b" \xf0\x9f"]
-    assert [known.tokens[i] for i in known.of_bytes(b"x \xf0\x9fx")] == [b"x", b" \xf0\x9f", b"x"]
+    assert [known.tokens[i] for i in known.encode_bytes(b"x \xf0\x9f")] == [b"x", b" \xf0\x9f"]
+    assert [known.tokens[i] for i in known.encode_bytes(b"x \xf0\x9fx")] == [b"x", b" \xf0\x9f", b"x"]
 
 
 def test_bytes_without_a_token_are_refused():
     fallback = vocabulary(byte_fallback("ab ", 0))
-    assert fallback.text_bytes(fallback.of_bytes(b"ab\xc3ab")) == b" ab\xc3ab"
+    assert fallback.text_bytes(fallback.encode_bytes(b"ab\xc3ab")) == b" ab\xc3ab"
     with pytest.raises(DataError, match=r"no tokens for the bytes b'\\xc3'"):
-        vocabulary(unigram("ab ", 1)).of_bytes(b"ab\xc3ab")
+        vocabulary(unigram("ab ", 1)).encode_bytes(b"ab\xc3ab")
 
 
 def test_names_of_special_tokens_behind_half_a_character():
@@ -74,8 +74,13 @@ def test_names_of_special_tokens_behind_half_a_character():
     tokenizer.add_special_tokens(["<s>", "<s>x"])
     number = tokenizer.token_to_id("<s>x")
     asked, plain = (vocabulary(tokenizer, special_tokens=flag) for flag in (True, False))
-    assert asked.of_bytes(b"\xc3a<s>xa") == [*asked.piece(b"\xc3"), *asked.piece(b"a"), number, *asked.piece(b"a")]
-    assert number not in plain.of_bytes(b"\xc3a<s>xa")
+    assert asked.encode_bytes(b"\xc3a<s>xa") == [
+        *asked.encode_piece(b"\xc3"),
+        *asked.encode_piece(b"a"),
+        number,
+        *asked.encode_piece(b"a"),
+    ]
+    assert number not in plain.encode_bytes(b"\xc3a<s>xa")
 
 
 def test_a_name_that_is_characters_in_ids_stays_characters():
@@ -83,5 +88,5 @@ def test_a_name_that_is_characters_in_ids_stays_characters():
     tokenizer = byte_level("a", GPT2, 1)
     tokenizer.add_special_tokens(["<s>"])
     known = vocabulary(tokenizer, special_tokens=True)
-    for ids in (known.piece(b"a<s>a"), [*known.piece(b"\xc3"), *known.piece(b"<s>a")]):
+    for ids in (known.encode_piece(b"a<s>a"), [*known.encode_piece(b"\xc3"), *known.encode_piece(b"<s>a")]):
         assert tokenizer.token_to_id("<s>") not in cover(known, ids).prompt

@@ -27,7 +27,7 @@ def one_deep(monkeypatch):
     begins = cover_module._OpenPiece.begins
 
     def last_token_only(self):
-        tokens = self.vocabulary.beginning(split_character(self.text[self.start :])[0])
+        tokens = self.vocabulary.encode_piece_start(split_character(self.text[self.start :])[0])
         last = len(self.text) - len(self.vocabulary.tokens[tokens[-1]]) if tokens else len(self.text)
         return (begin for begin in begins(self) if begin == last)
 
@@ -130,8 +130,8 @@ def test_a_long_run_of_one_character_takes_no_time(letter):
     prompt = "a. " + letter * 300_000
     started = known.encode(prompt)
     calls = []
-    cuts = known.cuts
-    known.cuts = lambda text: calls.append(len(text)) or cuts(text)
+    cuts = known.piece_starts
+    known.piece_starts = lambda text: calls.append(len(text)) or cuts(text)
     covered = cover(known, prompt)
     assert covered.prompt == tuple(started)
     assert sum(calls) < 10 * len(prompt)

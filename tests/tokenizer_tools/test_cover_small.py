@@ -99,8 +99,8 @@ def test_a_window_that_is_split_otherwise_than_in_its_place_is_widened():
 
 def looked_at(known, text):
     """The most bytes that were split into pieces at once."""
-    seen, cuts = [], known.cuts
-    known.cuts = lambda part: seen.append(len(part.encode())) or cuts(part)
+    seen, cuts = [], known.piece_starts
+    known.piece_starts = lambda part: seen.append(len(part.encode())) or cuts(part)
     covered = cover(known, text)
     assert covered.prompt == tuple(known.encode(text))
     return max(seen)
@@ -135,8 +135,8 @@ def test_a_long_piece_has_the_covers_that_it_has_when_cut_anew(kind, monkeypatch
 @pytest.mark.parametrize("kind", ["plain", "across characters", "byte fallback"])
 def test_a_long_piece_is_not_cut_anew_for_every_node(kind):
     known, text = Law(kind, 0, longest=1).vocabulary, long_text(kind, 3000)
-    seen, piece = [], known.piece
-    known.piece = lambda data: seen.append(len(data)) or piece(data)
+    seen, piece = [], known.encode_piece
+    known.encode_piece = lambda data: seen.append(len(data)) or piece(data)
     cover(known, text)
     assert 0 < max(seen) < 100
 

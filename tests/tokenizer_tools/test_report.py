@@ -31,12 +31,12 @@ class Grouped(Vocabulary):
         self.name, self.kind = "grouped", "groups"
 
     def encode(self, text):
-        return self.piece(text.encode())
+        return self.encode_piece(text.encode())
 
-    def cuts(self, text):
+    def piece_starts(self, text):
         return []
 
-    def piece(self, data):
+    def encode_piece(self, data):
         return [1] * (len(data) // 3) + [0] * (len(data) % 3)
 
 

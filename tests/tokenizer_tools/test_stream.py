@@ -21,10 +21,10 @@ class Bytes(Vocabulary):
     def encode(self, text):
         return list(b" " * self.space_first + text.encode())
 
-    def cuts(self, text):
+    def piece_starts(self, text):
         return []
 
-    def piece(self, data):
+    def encode_piece(self, data):
         return list(data)
 
 

@@ -15,7 +15,7 @@ from .options import EXAMPLES, picture_option, rope_option
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..scaling.reading import Reading
+    from ..scaling.reading import EngineReading
 
 
 @click.command(
@@ -96,7 +96,7 @@ def explain(model: str, length: str | None, out: Path | None) -> None:
             console.print(f"drawn  {escape(str(path))}", highlight=False)
 
 
-def _readings(model: str) -> list[Reading]:
+def _readings(model: str) -> list[EngineReading]:
     from ..scaling.serving import read_all, read_gguf
 
     path = Path(model).expanduser()
@@ -114,7 +114,7 @@ def _readings(model: str) -> list[Reading]:
     return read_all(_load(file_here) if file_here.is_file() else config.to_dict())
 
 
-def _served(one: Reading) -> str:
+def _served(one: EngineReading) -> str:
     from ..scaling.lengths import format_length
 
     if one.scaler is None:
@@ -136,12 +136,12 @@ def _load(path: Path) -> dict[str, object]:
     return content
 
 
-def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
+def _print(readings: Sequence[EngineReading], tokens: int, console: Console) -> None:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    from ..scaling.reading import agrees
+    from ..scaling.reading import same_frequencies
 
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("engine", "computes", "m", "slowed by", "serves", ""):
@@ -153,7 +153,7 @@ def _print(readings: Sequence[Reading], tokens: int, console: Console) -> None:
         if found is not None:
             m = f"{found.attention_factor:.4g}"
             slowed = f"{float(first.rope.theta[-1] / found.inv_freq[-1]):.4g}" if found.inv_freq[-1] else "still"
-        same = one is first or not one.is_read or agrees(one, first, tokens)
+        same = one is first or not one.is_read or same_frequencies(one, first, tokens)
         table.add_row(
             one.engine,
             escape(one.label),
