@@ -7,8 +7,9 @@ copies for the bands, so that a step rotates its own keys only.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from ..errors import PatchError
+from ..errors import OutOfMemory, PatchError, Setting
 
 
 def _allocate(like: Tensor, capacity: int) -> Tensor:
@@ -299,3 +300,45 @@ def cache_bytes(cache: Cache) -> int:
         if isinstance(layer, ContiguousLayer):
             tensors += layer.rotated.tensors
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class CacheLost(OutOfMemory):
+    """Memory ran out during a step, and the cache cannot be rewound: its text has to be read again."""
+
+
+@contextlib.contextmanager
+def restoring(*caches: Cache) -> Iterator[None]:
+    """Where memory runs out inside, rewind the caches to what they held before.
+
+    An OutOfMemory of a nested block passes: what was read before that block stays.
+
+    Raises:
+        OutOfMemory: in place of the errors of numpy and torch.
+        CacheLost: the same, but a cache could not be rewound.
+    """
+    before = [tokens_read(cache) for cache in caches]
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        kind = OutOfMemory
+        for cache, held in zip(caches, before, strict=True):
+            excess = [tokens_read(layer) - held for layer in cache.layers]  # some layers may have the tokens already
+            if not (layers_agree(cache) and can_rewind(cache, max(excess, default=0))):
+                kind = CacheLost
+                break
+            for layer, count in zip(cache.layers, excess, strict=True):
+                layer.crop(-count)
+        raise kind(
+            f"out of memory after {sum(before)} tokens; shorten the text, ask for less at a time, load with a smaller ",
+            Setting("dtype", form="name"),
+            " or ",
+            Setting("kv_dtype", form="name"),
+            ", or end other programs that take memory",
+        ) from error
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Torch's error on the CPU is a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -9,10 +9,9 @@ from transformers.cache_utils import Cache
 from ..errors import ContextOverflow, OutOfMemory
 from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import shared_length
-from .cache import can_rewind, rewind, tokens_read
+from .cache import CacheLost, can_rewind, restoring, rewind, tokens_read
 from .completion import Completion
 from .kv_cache import KVCache
-from .memory import CacheLost, restoring
 from .prompt import Prompt
 from .sampling import SamplingParams
 from .scaled_model import ScaledModel

@@ -1,17 +1,24 @@
-"""The cache of one sequence for the compiled kernels: copied on write, in memory or in a file, int8 or not."""
+"""The cache of one sequence for the compiled kernels: copied on write, in memory or in a file, int8 or not.
+
+`check_room` refuses a text whose keys and values do not fit, before any of it is read.
+"""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..errors import ContextOverflow, Setting
+from ..scaling.lengths import format_length
 from .cache import ContiguousLayer, RotatedKeys
 
 
@@ -190,3 +197,43 @@ class KVCache(Cache):  # type: ignore[misc]
         other = KVCache.__new__(KVCache)
         Cache.__init__(other, layers=[layer.fork() for layer in self.layers])
         return other
+
+
+def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
+    """Refuse `tokens` more tokens of cache that do not fit, and say what would.
+
+    Args:
+        forms: copies of the keys that the scaler needs, 1 without a position map.
+
+    Raises:
+        ContextOverflow: with the numbers, and the kv_dtype or offload that would make it fit.
+    """
+    available = psutil.virtual_memory().available
+    if shape.folder is not None:
+        available = shutil.disk_usage(shape.folder).free
+    needed = _bytes(shape, forms) * tokens
+    if needed <= available:
+        return
+    ways: list[list[str | Setting]] = []
+    if forms == 1 and shape.dtype != torch.int8:
+        smaller = replace(shape, dtype=torch.int8)
+        if smaller.bytes_per_token * tokens <= available:
+            ways.append([Setting("kv_dtype", "int8", "load"), f" ({_gb(smaller.bytes_per_token * tokens)}), or "])
+    if shape.folder is None:
+        ways.append([Setting("offload", "FOLDER", "load"), ", which keeps keys and values in a file there, or "])
+    ways.append([f"take at most {format_length(available // _bytes(shape, forms))} tokens"])
+    where = "memory" if shape.folder is None else f"free space in {shape.folder}"
+    raise ContextOverflow(
+        f"keys and values of {format_length(tokens)} tokens take {_gb(needed)}, more than the {_gb(available)} of "
+        f"{where}; ",
+        *(part for way in ways for part in way),
+    )
+
+
+def _bytes(shape: CacheShape, forms: int) -> int:
+    """Bytes a token: keys in every form, and values."""
+    return shape.bytes_per_token * (forms + 1) // 2
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"

@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Literal, overload
 
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, DataError
+from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.vocabulary import check_text
 from . import tuned_scalers
 from .completion import Completion, Score
 from .generation import complete_all, generate_tokens
-from .nbce import NBCE
-from .pooled import ContextCaches, PooledSequence, complete_pooled
-from .prefill import Progress
+from .nbce import NBCE, PooledSequence, complete_pooled
+from .prefill import Progress, score
+from .prefix_cache import ContextCaches
 from .prompt import token_ids
+from .rotary_site import rotary_sites
+from .runners.choose import RunnerOptions, choose_runner
 from .sampling import SamplingParams
 from .scaled_model import ScaledModel
-from .score import score
 from .sequence import Sequence as TextSequence
 from .session import Session
 from .token_healing import text_logprob, weigh
@@ -33,9 +36,26 @@ Pooling = Literal["entropy", "mean", "max"] | NBCE
 class Model(ScaledModel):
     """A causal language model with its tokenizer and a position scaler. `ropewalk.load` makes one."""
 
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        rope: str | Scaler | None = None,
+        max_length: int | None = None,
+        options: RunnerOptions | None = None,
+        special_tokens: bool = False,
+    ) -> None:
+        sites = rotary_sites(hf)
+        runner = choose_runner(hf, sites, options or RunnerOptions(compile=False))
+        super().__init__(
+            hf, tokenizer, sites, runner, name=name, rope=rope, max_length=max_length, special_tokens=special_tokens
+        )
+
     @cached_property
     def _contexts(self) -> ContextCaches:
-        return ContextCaches(self)
+        return ContextCaches()
 
     @overload
     def generate(

@@ -1,4 +1,4 @@
-"""NBCE: the next-token distributions after many contexts, pooled into one.
+"""NBCE: one answer over many contexts. The next-token distributions after each are pooled into one.
 
 Shape suffixes: n contexts, V vocabulary (or any other set of outcomes that the rows share).
 """
@@ -6,14 +6,28 @@ Shape suffixes: n contexts, V vocabulary (or any other set of outcomes that the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import abc
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
-from ..errors import ConfigError, did_you_mean
-from .sampling import nucleus
+from ..errors import ConfigError, ContextOverflow, OutOfMemory, Setting, did_you_mean
+from ..tokenizer_tools.vocabulary import check_text
+from .cache import tokens_read
+from .completion import Completion, Usage
+from .generation import generate_tokens
+from .hf_model import input_device
+from .prefill import Progress, prefill
+from .prefix_cache import ContextCaches
+from .prompt import Prompt
+from .runners.runner import Runner
+from .sampling import SamplingParams, nucleus, random_source
+from .scaled_model import ScaledModel
+from .sequence import Sequence, draw_token
+from .token_healing import draw_first_token, first_token_at, weigh
 
 POOLINGS = ("entropy", "mean", "max")
 
@@ -92,3 +106,193 @@ class NBCE:
             support = logprobs[1:]
             pooled = rows[1:].amax(0) if self.pooling == "max" else nucleus(support.mean(0)[None], self.top_p)[0]
         return torch.where(without.isfinite(), (1 + self.beta) * pooled - self.beta * without, pooled), support
+
+
+class PooledSequence(Sequence):
+    """One answer over contexts: a row without context and a row for each, and a token that all of them take.
+
+    Args:
+        caches: what was read for earlier questions.
+        progress: called after each step that reads a context.
+
+    Attributes:
+        prompt_tokens: of all rows together.
+
+    Raises:
+        ConfigError: there are no contexts, or one is blank.
+        ContextOverflow: a context with the question is longer than the scaler reaches.
+    """
+
+    def __init__(
+        self,
+        model: ScaledModel,
+        question: str,
+        contexts: abc.Sequence[str],
+        nbce: NBCE,
+        params: SamplingParams,
+        caches: ContextCaches,
+        progress: Progress | None = None,
+    ) -> None:
+        _check(question, contexts)
+        self._model, self._nbce, self._context_caches = model, nbce, caches
+        self._prompts = _read(model, nbce.rows(question, list(contexts)), params)
+        self._longest = _longest_row(model, self._prompts, params)
+        self._read_ids = [prompt.ids for prompt in self._prompts]
+        self._caches: list[Cache] = []
+        self._pending: list[list[int]] = []
+        super().__init__(self._prompts[0], params, model.vocabulary, model.stop_ids, progress=progress)
+
+    def completion(self) -> Completion:
+        """What `generate` returns; its usage counts the tokens of all rows."""
+        completion = super().completion()
+        usage = Usage(prompt_tokens=self.prompt_tokens, completion_tokens=len(self.tokens))
+        return replace(completion, usage=usage)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self._read_ids))
+
+    def pieces(self) -> abc.Iterator[str]:
+        """The text as it is decided.
+
+        Raises:
+            ContextOverflow: all contexts together are more than memory holds.
+        """
+        with self._context_caches.borrowed(self._prompts) as cached:
+            lengths = [len(prompt.ids) + self._params.max_new_tokens for prompt in self._prompts]
+            self._model.check_room(*lengths, length=self._longest, caches=tuple(held.cache for held in cached))
+            rope, interrupted = self._model.rope, True
+            with self._model.running(self._longest, rope) as runner:
+                self._caches = [
+                    held.prepare_for(runner, prompt.certain_ids, self._longest)
+                    for held, prompt in zip(cached, self._prompts, strict=True)
+                ]
+            try:
+                for _, piece in generate_tokens(self._model, [self], self._longest, expected_rope=rope):
+                    if piece:
+                        yield piece
+                interrupted = False
+            except GeneratorExit:  # which comes between two steps
+                interrupted = False
+                raise
+            finally:
+                ids = [token.id for token in self.tokens]
+                for held, read, prompt in zip(cached, self._read_ids, self._prompts, strict=True):
+                    held.truncate_to([*read, *ids] if ids else prompt.certain_ids, interrupted)
+
+    @property
+    def caches(self) -> list[Cache]:
+        return self._caches
+
+    @property
+    def rows(self) -> list[tuple[list[int], Cache]]:
+        return list(zip(self._pending, self._caches, strict=True))
+
+    def release(self) -> None:
+        self._caches = []
+
+    def first_token(self, runner: Runner) -> str:
+        """Read all prompts and draw the first token: among the covers of the question's end, where there are any."""
+        params, penalty = self._params, self._params.repetition_penalty
+        self._generator = random_source(params, input_device(runner.hf))
+        covers = [prompt.cover_to_weigh for prompt in self._prompts]
+        if covers[0] is None:
+            last = [
+                prefill(runner, prompt.ids[tokens_read(cache) :], cache, self._progress)[-1]
+                for prompt, cache in zip(self._prompts, self._caches, strict=True)
+            ]
+            self._seen.read(self._prompts[0].ids)
+            return self.next_token(runner, torch.stack(last))
+        weighed = [
+            weigh(runner, cover, prompt.start, cache, self._vocabulary, penalty, self._progress)
+            for cover, prompt, cache in zip(covers, self._prompts, self._caches, strict=True)
+            if cover is not None
+        ]
+        scores, support = self._nbce.pool(torch.stack([covers.logprobs - covers.total for covers in weighed]), None)
+        penalties = weighed[0].scores - weighed[0].logprobs
+        pooled = replace(weighed[0], scores=scores + penalties, logprobs=scores.log_softmax(-1))
+        first = draw_first_token(pooled, self._caches[0], params, self._generator)
+        others = zip(weighed[1:], self._caches[1:], strict=True)
+        firsts = [first, *(first_token_at(covers, cache, first.index) for covers, cache in others)]
+        self._read_ids = [each.token.continuation.prompt_ids for each in firsts if each.token.continuation]
+        piece = self.push(replace(first.token, source=_source(support, first.index)))
+        self._pending = [each.pending for each in firsts]
+        return piece
+
+    def next_token(self, runner: Runner, logits: Tensor) -> str:
+        """Draw the token that all rows take.
+
+        Args:
+            logits: after each row, [1 + n, V].
+        """
+        assert self._generator is not None
+        last = self.tokens[-1].source if self.tokens else None
+        scores, support = self._nbce.pool(logits[:, : runner.vocabulary_size].float(), last)
+        token = draw_token(scores, self._seen, self._params, self._generator)
+        piece = self.push(replace(token, source=_source(support, token.id)))
+        self._pending = [[token.id]] * len(self._caches)
+        return piece
+
+
+def complete_pooled(questions: abc.Iterable[PooledSequence]) -> list[Completion]:
+    """Write one answer over contexts after another.
+
+    Raises:
+        OutOfMemory: `finished` holds those before.
+    """
+    completions: dict[int, Completion] = {}
+    try:
+        for index, sequence in enumerate(questions):
+            for _ in sequence.pieces():
+                pass
+            completions[index] = sequence.completion()
+    except OutOfMemory as error:
+        error.finished = completions
+        raise
+    return list(completions.values())
+
+
+def _check(question: str, contexts: abc.Sequence[str]) -> None:
+    if isinstance(contexts, str):
+        raise ConfigError(
+            "contexts is a string; give a list: [text], or rw.windows(text, tokenizer, ...) for a long text"
+        )
+    if not contexts:
+        raise ConfigError("contexts is empty; give at least one text, or omit it")
+    for text in (question, *contexts):
+        check_text(text)
+    if blank := [n for n, context in enumerate(contexts) if not context.strip()]:
+        raise ConfigError(f"contexts[{blank[0]}] is blank; omit it (there is always a row without context)")
+    if not question.strip():
+        raise ConfigError("the prompt is blank; with contexts, it is the question that each of them is asked")
+
+
+def _read(model: ScaledModel, texts: list[str], params: SamplingParams) -> list[Prompt]:
+    """The prompts of all rows. Their covers, if any, are the same, so that their distributions can be pooled."""
+    rows = [model.read(text, params.continuation) for text in texts]
+    ends = {None if row.cover is None or row.cover.only_aligned else row.cover.nodes for row in rows}
+    if len(ends) == 1 and None not in ends:
+        return rows
+    return [model.read(text, "off") for text in texts]
+
+
+def _longest_row(model: ScaledModel, rows: abc.Sequence[Prompt], params: SamplingParams) -> int:
+    """Tokens of the longest row with its answer: the length that the scaler is prepared for."""
+    lengths = []
+    for number, row in enumerate(rows):
+        try:
+            lengths.append(model.check_length(len(row.ids), params))
+        except ContextOverflow as error:
+            where = f"contexts[{number - 1}] with the question" if number else "the question"
+            raise ContextOverflow(
+                f"{where}: ",
+                *error.args,
+                "; or split it: ",
+                Setting("window", "2k", python="rw.windows(text, model.tokenizer, tokens=...)"),
+            ) from error
+    return max(lengths)
+
+
+def _source(support: Tensor, outcome: int) -> int:
+    """The context that supports an outcome most."""
+    return int(support[:, min(outcome, support.shape[1] - 1)].argmax())

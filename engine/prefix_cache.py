@@ -1,13 +1,19 @@
-"""A cache that is reused from request to request."""
+"""Caches that are reused from request to request."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from weakref import WeakSet
+
 from transformers.cache_utils import Cache
 
+from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import shared_length
 from .cache import can_rewind, layers_agree, tokens_read
-from .runners.runner import RopeState
-from .scaled_model import ScaledModel
+from .prompt import Prompt
+from .runners.runner import RopeState, Runner
 
 
 class PrefixCache:
@@ -21,34 +27,32 @@ class PrefixCache:
         rope_state: the scaler that the keys are rotated for, and its length.
     """
 
-    def __init__(self, model: ScaledModel) -> None:
-        self._model = model
+    def __init__(self) -> None:
         self.ids: list[int] = []
         self.cache: Cache | None = None
-        self.rope_state = model.rope_state
+        self.rope_state: RopeState = Scaler(), None
 
     def shared(self, ids: list[int]) -> int:
         """Tokens that it holds of the beginning of `ids`."""
         return shared_length(self.ids, ids)
 
-    def prepare_for(self, certain_ids: list[int], length: int) -> Cache:
-        """The cache under the scaler in use, holding no more than the beginning that it shares with `certain_ids`.
+    def prepare_for(self, runner: Runner, certain_ids: list[int], length: int) -> Cache:
+        """The cache under the scaler of `runner`, holding no more than the beginning that it shares with `certain_ids`.
 
         The last token is left out: it is run again, to see what follows it.
 
         Args:
             length: tokens that it is going to hold.
         """
-        with self._model.running(length) as runner:
-            if self.rope_state != runner.rope_state:
-                cache, ids = self.cache, self.ids
-                self.clear()  # keys of which some are rotated would be of no scaler
-                if cache is not None and runner.rotate_cached_keys(cache, self.rope_state):
-                    self.cache, self.ids = cache, ids
-                self.rope_state = runner.rope_state
+        if self.rope_state != runner.rope_state:
+            cache, ids = self.cache, self.ids
+            self.clear()  # keys of which some are rotated would be of no scaler
+            if cache is not None and runner.rotate_cached_keys(cache, self.rope_state):
+                self.cache, self.ids = cache, ids
+            self.rope_state = runner.rope_state
         self.truncate_to(self.ids[: self.shared(certain_ids[:-1])])
         if self.cache is None:
-            self.cache = self._model.new_cache(length)
+            self.cache = runner.new_cache(length)
         return self.cache
 
     def truncate_to(self, ids: list[int], interrupted: bool = False) -> None:
@@ -81,3 +85,41 @@ class PrefixCache:
     def clear(self) -> None:
         """Free the memory."""
         self.cache, self.ids = None, []
+
+
+class ContextCaches:
+    """The caches of the last question's rows, reused for the next question."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cached: list[PrefixCache] = []
+        self._borrowed: WeakSet[PrefixCache] = WeakSet()
+
+    @contextlib.contextmanager
+    def borrowed(self, rows: Sequence[Prompt]) -> Iterator[list[PrefixCache]]:
+        """A cache for each row, for this block alone. Afterwards they replace the caches returned before."""
+        taken = self._take(rows)
+        self._borrowed.update(taken)
+        try:
+            yield taken
+        finally:
+            if all(cached in self._borrowed for cached in taken):  # `clear` was not called meanwhile
+                self._cached = taken
+
+    def _take(self, rows: Sequence[Prompt]) -> list[PrefixCache]:
+        """The caches that hold most of the rows' beginnings, or empty ones. Those not taken are dropped."""
+        with self._lock:
+            free, self._cached = self._cached, []
+        taken = []
+        for row in rows:
+            best = max(free, key=lambda cached: cached.shared(row.certain_ids), default=None)
+            if best is None or not best.shared(row.certain_ids):
+                best = PrefixCache()
+            else:
+                free = [cached for cached in free if cached is not best]
+            taken.append(best)
+        return taken
+
+    def clear(self) -> None:
+        """Free the caches; those lent out are not taken back."""
+        self._cached, self._borrowed = [], WeakSet()

@@ -18,16 +18,15 @@ from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import Auto, parse
 from ..tokenizer_tools.vocabularies import vocabulary
 from ..tokenizer_tools.vocabulary import Vocabulary
-from . import identity, tuned_scalers
+from . import hf_model, tuned_scalers
 from .auto import Choice
+from .hf_model import stop_ids
 from .kv_cache import KVCache
 from .patches.scaler_slot import ScalerSlot
 from .prompt import Prompt, token_ids
-from .rotary_site import depends_on_length, primary_rotary, rotary_sites
-from .runners.choose import RunnerOptions, choose_runner
+from .rotary_site import RotarySite, depends_on_length, primary_rotary
 from .runners.runner import RopeState, Runner, token_rows
 from .sampling import Continuing, SamplingParams
-from .sequence import stop_ids
 
 _ANY_LENGTH = 2**31  # more than any text has
 _LONGEST_NAME = 64  # characters of the name of a special token, which the vocabulary's trie does not hold
@@ -49,19 +48,20 @@ class ScaledModel:
         self,
         hf: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        sites: list[RotarySite],
+        runner: Runner,
         *,
         name: str,
         rope: str | Scaler | None = None,
         max_length: int | None = None,
-        options: RunnerOptions | None = None,
         special_tokens: bool = False,
     ) -> None:
         self.hf = hf
         self.tokenizer = tokenizer
         self.name = name
         self.limit, self._special_tokens = max_length, special_tokens
-        self.sites = rotary_sites(hf)
-        self._runner = choose_runner(hf, self.sites, options or RunnerOptions(compile=False))
+        self.sites = sites
+        self._runner = runner
         self._slot = ScalerSlot(hf, self.sites, self._runner)
         self._lock = threading.RLock()
         self.rope = rope
@@ -197,12 +197,12 @@ class ScaledModel:
     @cached_property
     def fingerprint(self) -> str:
         """What tells this model's caches from those of others: a hash of its config and of some of all its weights."""
-        return identity.fingerprint(self.hf, self._runner.weights)
+        return hf_model.fingerprint(self.hf, self._runner.weights)
 
     @cached_property
     def identity(self) -> str:
         """What tells this model from others, in whatever dtype it runs: a hash as `fingerprint` is."""
-        return identity.identity(self.hf)
+        return hf_model.identity(self.hf)
 
     def describe(self) -> str:
         """What runs the model, in a few lines."""

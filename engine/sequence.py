@@ -7,7 +7,6 @@ import time
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from ..tokenizer_tools.characters import first_characters
@@ -15,19 +14,12 @@ from ..tokenizer_tools.stream import StopStringMatcher
 from ..tokenizer_tools.vocabulary import Vocabulary
 from .cache import rewind, tokens_read
 from .completion import Completion, Continuation, Token, Usage
-from .placement import input_device
+from .hf_model import input_device
 from .prefill import Progress, prefill
 from .prompt import Prompt
 from .runners.runner import Runner
 from .sampling import SamplingParams, SeenTokens, random_source, sample
 from .token_healing import draw_first_token, weigh
-
-
-def stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """End-of-text tokens of a model's generation config and of its tokenizer."""
-    configured = getattr(hf.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
 
 
 class Sequence:

@@ -51,7 +51,7 @@ class Session:
     def __init__(self, model: ScaledModel) -> None:
         self._model = model
         self._data = b""  # all that was appended and written, in UTF-8
-        self._cached = PrefixCache(model)
+        self._cached = PrefixCache()
         self._stream: weakref.ref[Generator[str, None, None]] | None = None  # dropping a stream closes it
 
     @property
@@ -97,7 +97,7 @@ class Session:
         certain_ids = self._read(data).certain_ids
         length = self._model.check_length(len(certain_ids), SamplingParams(max_new_tokens=1), self._cached.cache)
         with self._model.running(length) as runner:  # the scaler must not change between the two
-            cache = self._cached.prepare_for(certain_ids, length)
+            cache = self._cached.prepare_for(runner, certain_ids, length)
             if not can_rewind(cache):
                 certain_ids = certain_ids[:-1]  # an answer runs the last token again, to see what follows it
             if (held := len(self._cached.ids)) < len(certain_ids):
@@ -146,7 +146,8 @@ class Session:
 
     def _stream_answer(self, data: bytes, sequence: Sequence, length: int) -> Generator[str, None, None]:
         rope, prompt = self._model.rope, sequence.prompt
-        sequence.cache = self._cached.prepare_for(prompt.certain_ids, length)
+        with self._model.running(length, rope) as runner:
+            sequence.cache = self._cached.prepare_for(runner, prompt.certain_ids, length)
         before, interrupted = self._data, False
         self._data = data
         try:

@@ -16,8 +16,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.progress import track
 
+from ..engine.hf_model import input_device
 from ..engine.load import load
-from ..engine.placement import input_device
 from ..engine.sampling import SamplingParams
 from ..errors import ConfigError, did_you_mean
 from ..tokenizer_tools.encode import prompt_ids, text_ids

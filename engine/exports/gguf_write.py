@@ -28,8 +28,8 @@ from ...errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
 from ...scaling import hf as hf_config
 from ...scaling.gguf_rope import GgufRope
 from ..checkpoints.checkpoint import read_config, read_tokenizer, read_weights
+from ..hf_model import stop_ids
 from ..rotary_site import primary_rotary
-from ..sequence import stop_ids
 from ..storage import cache_dir, fill_once
 from .gguf_write_tokenizer import add_vocabulary
 from .plain import check_plain

@@ -21,11 +21,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from ...errors import UnsupportedModel
 from ..checkpoints.quiet import quiet_transformers
+from ..hf_model import input_device
 from ..patches.float32 import float32_arithmetic
 from ..patches.patch import install
 from ..patches.patch_record import PatchRecord
 from ..patches.probe import logits
-from ..placement import input_device
 from ..rotary_site import rotary_sites
 
 __all__ = ["check_computes", "new_model"]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ...errors import RopewalkError, UnsupportedModel
 from ...scaling.hf import is_local
 from ..attention.rotation import Layout, angles
-from ..placement import input_device
+from ..hf_model import input_device
 from ..rotary_site import RotarySite
 from .attention_hook import AttentionHook, unpatched_attention, unpatched_mask
 from .float32 import float32_arithmetic

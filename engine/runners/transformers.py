@@ -13,8 +13,8 @@ from transformers.cache_utils import Cache
 from .. import tensor_parallel
 from ..attention.causal import ATTENTION_NAME
 from ..cache import new_cache, rewind
+from ..hf_model import input_device
 from ..patches.attention_hook import is_replaced
-from ..placement import input_device
 from .runner import Path, Runner
 
 

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import track
 
 from ...engine import tensor_parallel
+from ...engine.hf_model import input_device
 from ...engine.load import load
 from ...engine.model import Model
-from ...engine.placement import input_device
 from ...engine.storage import write_atomic
 from ...errors import DataError
 from ...tokenizer_tools import cuts

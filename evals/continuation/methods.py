@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
+from ...engine.hf_model import input_device
 from ...engine.model import Model
-from ...engine.placement import input_device
 from ...engine.runners.runner import Runner
 from ...engine.runners.transformers import TransformersRunner
 from ...engine.token_healing import weigh

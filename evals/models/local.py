@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ...engine.cache import can_rewind
+from ...engine.hf_model import input_device
 from ...engine.model import Model
-from ...engine.placement import input_device
-from ...engine.prefill import prefill
+from ...engine.prefill import prefill, scored_logits
 from ...engine.prompt import token_ids
 from ...engine.runners.runner import Runner
 from ...engine.sampling import SamplingParams
-from ...engine.score import scored_logits
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.vocabulary import check_ids
 from ..retrieval.trial import Trial, TrialOutput

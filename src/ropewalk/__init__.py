@@ -39,13 +39,13 @@ from .version import __version__
 if TYPE_CHECKING:
     from .engine.completion import Completion, Continuation, Score
     from .engine.exports.export import Export, export
-    from .engine.heal import Healed, heal
     from .engine.load import load
     from .engine.model import Model
     from .engine.nbce import NBCE
     from .engine.patches.patch import PatchHandle, patch
     from .engine.sampling import SamplingParams
     from .engine.session import Session
+    from .engine.token_healing import Healed, heal
     from .evals.tuning.tune import tune
     from .scaling.spec import parse, scalers
     from .tokenizer_tools.windows import windows
@@ -57,8 +57,8 @@ _LAZY = {
     "Continuation": ".engine.completion",
     "Export": ".engine.exports.export",
     "export": ".engine.exports.export",
-    "Healed": ".engine.heal",
-    "heal": ".engine.heal",
+    "Healed": ".engine.token_healing",
+    "heal": ".engine.token_healing",
     "load": ".engine.load",
     "NBCE": ".engine.nbce",
     "PatchHandle": ".engine.patches.patch",

@@ -7,9 +7,8 @@ from live import counted, prepare
 
 import ropewalk as rw
 from ropewalk.engine import cache as caches
-from ropewalk.engine.cache import most_held, tokens_read
+from ropewalk.engine.cache import CacheLost, most_held, tokens_read
 from ropewalk.engine.kv_cache import KVLayer
-from ropewalk.engine.memory import CacheLost
 from ropewalk.engine.prefill import prefill
 from ropewalk.engine.runners.runner import CHUNK
 

@@ -10,7 +10,7 @@ import torch
 from live import MORE, TEXT, Memory, cache_difference, counted, greedy, prepare
 
 import ropewalk as rw
-from ropewalk.engine import memory
+from ropewalk.engine import kv_cache
 from ropewalk.engine.cache import most_held
 from ropewalk.engine.kv_cache import CacheShape, KVCache
 from ropewalk.engine.prefill import prefill
@@ -283,7 +283,7 @@ class Disk:
 def available(monkeypatch):
     def set_to(count):
         monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(count))
-        monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: Disk(count))
+        monkeypatch.setattr(kv_cache.shutil, "disk_usage", lambda folder: Disk(count))
 
     return set_to
 
@@ -291,30 +291,30 @@ def available(monkeypatch):
 def test_the_refusal_has_the_numbers_and_the_ways(available):
     big = CacheShape(layers=30, heads=3, dim=64, dtype=torch.float32)  # 46080 bytes a token
     available(1_000_000_000)
-    memory.check_room(big, 21_701, forms=1)
+    kv_cache.check_room(big, 21_701, forms=1)
     with pytest.raises(rw.ContextOverflow) as refused:
-        memory.check_room(big, 64 * 1024, forms=1)
+        kv_cache.check_room(big, 64 * 1024, forms=1)
     assert str(refused.value) == (
         "keys and values of 64k tokens take 3.02 GB, more than the 1 GB of memory; load with "
         "kv_dtype='int8' (0.802 GB), "
         "or load with offload=FOLDER, which keeps keys and values in a file there, or take at most 21701 tokens"
     )
     with pytest.raises(rw.ContextOverflow, match=r"1.51 GB.*take at most 21701") as refused:
-        memory.check_room(big, 32 * 1024, forms=1)
+        kv_cache.check_room(big, 32 * 1024, forms=1)
     with pytest.raises(rw.ContextOverflow) as refused:  # not even int8 is enough
-        memory.check_room(big, 128 * 1024, forms=1)
+        kv_cache.check_room(big, 128 * 1024, forms=1)
     assert "int8" not in str(refused.value)
     with pytest.raises(rw.ContextOverflow, match="take at most 14467 tokens") as refused:  # keys in two forms
-        memory.check_room(big, 21_701, forms=2)
+        kv_cache.check_room(big, 21_701, forms=2)
     assert "int8" not in str(refused.value)
 
 
 def test_a_file_is_held_against_the_disk(available, tmp_path):
     available(1_000_000)
     small = shape(folder=tmp_path)  # 768 bytes a token
-    memory.check_room(small, 1302, forms=1)
+    kv_cache.check_room(small, 1302, forms=1)
     with pytest.raises(rw.ContextOverflow, match=r"more than the 0.001 GB of free space in .*") as refused:
-        memory.check_room(small, 1303, forms=1)
+        kv_cache.check_room(small, 1303, forms=1)
     assert "offload" not in str(refused.value)
     assert "kv_dtype='int8'" in str(refused.value)
 

@@ -161,7 +161,7 @@ def test_a_cache_that_cannot_go_back_loses_no_answer_that_was_done(model, monkey
     params = rw.SamplingParams(max_new_tokens=6, temperature=0)
     expected = answer_alone(model, params)
     with monkeypatch.context() as tight:
-        tight.setattr("ropewalk.engine.memory.can_rewind", lambda *_: False)
+        tight.setattr("ropewalk.engine.cache.layers_agree", lambda *_: False)
         fails(tight, model)
         with pytest.raises(rw.OutOfMemory, match="out of memory after") as raised:
             model.generate(BATCH, params)

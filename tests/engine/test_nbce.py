@@ -244,7 +244,7 @@ def test_what_ends_last_is_kept_and_what_was_forgotten_meanwhile_is_not(model, m
 def test_contexts_that_memory_does_not_hold_are_refused_and_what_was_read_stays(model, monkeypatch):
     model.generate(QUESTION, params(), contexts=CONTEXTS)
     with monkeypatch.context() as tight:
-        tight.setattr("ropewalk.engine.memory.psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
+        tight.setattr("ropewalk.engine.kv_cache.psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
         with pytest.raises(rw.ContextOverflow, match="keys and values of"):
             model.generate(QUESTION * 9, params(), contexts=CONTEXTS)
     with counted(model, monkeypatch) as read:

@@ -269,7 +269,7 @@ def test_a_uniform_model_gives_exactly_log2_of_the_vocabulary(tmp_path, monkeypa
 def test_results_do_not_depend_on_the_chunk_or_on_the_order_of_cells(tmp_path, monkeypatch, chunk):
     plan = FixedTarget(contexts=(64, 128), target=48)
     whole = run_plan(tmp_path / "a", tiny_model(), plan, WORDS, scaler="dynamic-ntk")
-    monkeypatch.setattr("ropewalk.engine.score.CHUNK", chunk)
+    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", chunk)
     model, chunked = tiny_model(), Run(tmp_path / "b")
     for cell in reversed(cells(LocalModel(model), text(WORDS), [parse("linear:3"), parse("dynamic-ntk")], plan)):
         measure(model, cell, chunked)
@@ -286,7 +286,7 @@ def test_the_head_in_small_chunks_is_the_head_at_once(monkeypatch):
     model = tiny_model()
     ids = model._encode(WORDS)[:150]
     whole = model.score_ids(ids, first=20)
-    monkeypatch.setattr("ropewalk.engine.score.LOGITS_BUDGET", 257 * 3)
+    monkeypatch.setattr("ropewalk.engine.prefill.LOGITS_BUDGET", 257 * 3)
     assert torch.allclose(model.score_ids(ids, first=20), whole, atol=2e-5)
     assert torch.allclose(whole, -torch.from_numpy(losses(model, ids)[19:]).float(), atol=1e-4)
 

@@ -27,8 +27,7 @@ from ...attention.kernel import AttentionScore
 from ...attention.rotation import angles
 from ...attention.rows import KeyRun
 from ...cache import rewind
-from ...kv_cache import CacheShape, KVCache, KVLayer
-from ...memory import check_room
+from ...kv_cache import CacheShape, KVCache, KVLayer, check_room
 from ...patches.float32 import float32_arithmetic
 from ...patches.probe import layer_ropes, logits, probe_ids
 from ...rotary_site import RotarySite, primary_rotary

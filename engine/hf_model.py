@@ -1,4 +1,4 @@
-"""What tells a model from others: of the caches that it filled, and of the scalers that were tuned for it."""
+"""What the engine reads off a transformers model: its device, its end tokens, and hashes that identify it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UnsupportedModel
 
 _SAMPLED = 64  # weights of each tensor, about
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """The device for token ids. It is where the embedding runs, which may be kept on the disk between calls.
+
+    Raises:
+        UnsupportedModel: the model has no weights.
+    """
+    device: torch.device | int | str | None = model.device
+    if isinstance(device, torch.device) and device.type != "meta":
+        return device
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        if (device := getattr(one, "execution_device", None)) is not None:
+            return torch.device(device)
+    raise UnsupportedModel(
+        f"the weights of this {type(model).__name__} are on the meta device, which holds no numbers; load them first"
+    )
+
+
+def stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """End-of-text tokens of a model's generation config and of its tokenizer."""
+    configured = getattr(hf.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
 
 
 def fingerprint(hf: PreTrainedModel, stored_in: str) -> str:
