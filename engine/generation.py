@@ -99,8 +99,16 @@ def _release(*sequences: Sequence | None) -> None:
             sequence.release()
 
 
-def complete_all(model: ScaledModel, prompts: abc.Sequence[Prompt], params: SamplingParams) -> list[Completion]:
+def complete_all(
+    model: ScaledModel,
+    prompts: abc.Sequence[Prompt],
+    params: SamplingParams,
+    ended: abc.Callable[[int, Completion], None] | None = None,
+) -> list[Completion]:
     """Answers to several prompts; those under the same scaler, at the same frequencies, are written together.
+
+    Args:
+        ended: called with each answer as soon as it is complete, and the index of its prompt.
 
     Raises:
         OutOfMemory: not even one text at a time fits, or not one more token of those in progress, and their caches
@@ -113,13 +121,15 @@ def complete_all(model: ScaledModel, prompts: abc.Sequence[Prompt], params: Samp
         alone = index if model.follows_length(scaler) else None  # every text has frequencies of its own
         groups.setdefault((scaler, alone), []).append(index)
     sequences = [Sequence(prompt, params, model.vocabulary, model.stop_ids) for prompt in prompts]
+    index_of = {id(sequence): index for index, sequence in enumerate(sequences)}
     try:
         for members in groups.values():
             longest = max(lengths[index] for index in members)
             with model.running(longest):  # no other scaler between two tokens
                 rows = _rows_that_fit(model, [lengths[index] for index in members])
-                for _ in generate_tokens(model, [sequences[index] for index in members], longest, rows=rows):
-                    pass
+                for sequence, _ in generate_tokens(model, [sequences[i] for i in members], longest, rows=rows):
+                    if ended is not None and sequence.done:
+                        ended(index_of[id(sequence)], sequence.completion())
     except OutOfMemory as error:
         error.finished = {index: sequence.completion() for index, sequence in enumerate(sequences) if sequence.done}
         raise

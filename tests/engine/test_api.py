@@ -7,6 +7,7 @@ from live import greedy
 from transformers import AutoModelForCausalLM
 
 import ropewalk as rw
+from ropewalk.engine.generation import complete_all
 from ropewalk.engine.patches import scaler_slot
 
 pytestmark = pytest.mark.usefixtures("untouched")
@@ -332,3 +333,10 @@ def test_a_stream_over_contexts_tells_it_of_all_rows(model):
     )
     "".join(watched)
     assert len(counts) == 3 and abs(sum(counts) - answer.prompt_tokens) < 24
+
+
+def test_each_answer_of_several_is_given_when_it_is_complete(model):
+    params, given = rw.SamplingParams(max_new_tokens=3, temperature=0), {}
+    prompts = [model.read(text, "auto") for text in ("import ", "def ", "class ")]
+    answers = complete_all(model, prompts, params, lambda index, answer: given.setdefault(index, answer.text))
+    assert given == dict(enumerate(answer.text for answer in answers))
