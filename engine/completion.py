@@ -1,4 +1,4 @@
-"""What the model object returns."""
+"""What the methods of `Model` return: `Completion` with its tokens, and `Score`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Continuation:
-    """What was done at the end of a prompt.
+class TokenHealing:
+    """What token healing did at the end of a prompt that may end inside a token.
 
     Attributes:
         backed_off: tokens at the end of the prompt that were not taken as certain.
         nodes: beginnings of covers that were weighed against each other; 1 is ordinary decoding.
         aligned: probability that a text with this prompt has a token border where the prompt ends.
-        prompt_ids: tokens read before the first one of the answer.
+        prompt_ids: tokens read before the first token of the answer.
         overlap: bytes of the answer's first token that belong to the prompt.
     """
 
@@ -32,9 +32,9 @@ class Token:
     """One decoded token.
 
     Attributes:
-        logprob, top: its log-probability and those of the likeliest tokens (id -> nats), if asked for.
+        logprob, top: its log-probability, and those of the likeliest tokens (id -> nats), if they were requested.
         source: index of the context that the token relied on, where the answer is over contexts.
-        continuation: set on the first token after a prompt whose covers were weighed; the token may begin inside the
+        healing: set on the first token after a prompt whose covers were weighed. That token may begin inside the
             prompt.
     """
 
@@ -42,7 +42,7 @@ class Token:
     logprob: float | None = None
     top: dict[int, float] | None = None
     source: int | None = None
-    continuation: Continuation | None = None
+    healing: TokenHealing | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +58,12 @@ class Completion:
     """What `generate` returns: the new text, without the prompt.
 
     Attributes:
-        text: whole characters. A character that the prompt ends inside belongs to the text.
-        token_ids: the new tokens. The first may begin inside the prompt; `continuation` says so.
+        text: whole characters. If the prompt ends inside a character, the text begins with that character.
+        token_ids: the new tokens. The first may begin inside the prompt; `healing` says so.
         finish_reason: "stop" (an end token or a stop string), "length" or "time".
-        logprobs: one `Token` for each id, if `SamplingParams.logprobs` asked for them.
-        continuation: set where the end of the prompt was weighed.
-        unfinished: the bytes of a character that the answer ends inside.
+        logprobs: one `Token` for each id, if `SamplingParams.logprobs` is set.
+        healing: what was done at the end of the prompt, where its covers were weighed.
+        unfinished: the first bytes of a character, if the answer ends inside one.
         sources: the context that each token relied on, if the answer was over contexts.
     """
 
@@ -72,7 +72,7 @@ class Completion:
     finish_reason: str
     usage: Usage
     logprobs: list[Token] | None = field(default=None, repr=False)
-    continuation: Continuation | None = field(default=None, repr=False)
+    healing: TokenHealing | None = field(default=None, repr=False)
     unfinished: bytes = b""
     sources: list[int] | None = field(default=None, repr=False)
 
@@ -87,8 +87,8 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Log-probabilities of a text, nats. `logprobs[t]` is that of `token_ids[t + 1]` given the tokens before it;
-    the first token has none."""
+    """Log-probabilities of a text, nats. `logprobs[t]` is that of `token_ids[t + 1]`, given the tokens before it.
+    The first token has none."""
 
     token_ids: list[int] = field(repr=False)
     logprobs: Tensor = field(repr=False)

@@ -1,4 +1,8 @@
-"""What the engine reads off a transformers model: its device, its end tokens, and hashes that identify it."""
+"""What the engine reads from a transformers model: its input device, its end tokens, and hashes that identify it.
+
+`fingerprint` identifies a model as it runs: a saved session and a row of results belong to one.
+`checkpoint_fingerprint` identifies a checkpoint in any dtype: a tuned scaler belongs to one.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ _SAMPLED = 64  # weights of each tensor, about
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """The device for token ids. It is where the embedding runs, which may be kept on the disk between calls.
+    """The device for token ids: where the embedding runs. Its weights may be on the disk between calls.
 
     Raises:
         UnsupportedModel: the model has no weights.
@@ -26,8 +30,8 @@ def input_device(model: PreTrainedModel) -> torch.device:
     if isinstance(device, torch.device) and device.type != "meta":
         return device
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        if (device := getattr(one, "execution_device", None)) is not None:
+    for part in getattr(hook, "hooks", (hook,)):
+        if (device := getattr(part, "execution_device", None)) is not None:
             return torch.device(device)
     raise UnsupportedModel(
         f"the weights of this {type(model).__name__} are on the meta device, which holds no numbers; load them first"
@@ -42,26 +46,32 @@ def stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozens
 
 
 def fingerprint(hf: PreTrainedModel, stored_in: str) -> str:
-    """Of a model as it runs: a hash of its config, of the dtype that its weights are stored in, and of some of each."""
-    return _digest(hf, _as_text(_lasting(hf)) + stored_in, torch.float32)
+    """A hash of the config, of the dtype that the weights are stored in, and of about 64 numbers of each weight.
 
-
-def identity(hf: PreTrainedModel) -> str:
-    """Of a model whatever dtype it runs in: float32, bfloat16 and int8 of one checkpoint are one model.
-
-    Weights are compared as bfloat16 holds them, so float16 made of another dtype, which rounds them twice, is not.
+    Args:
+        stored_in: the dtype of the weights, as `Runner.weights` names it.
     """
-    return _digest(hf, _as_text(_without_dtypes(_lasting(hf))), torch.bfloat16)
+    return _digest(hf, _as_text(_stable_config(hf)) + stored_in, torch.float32)
 
 
-def _lasting(hf: PreTrainedModel) -> dict[str, Any]:
+def checkpoint_fingerprint(hf: PreTrainedModel) -> str:
+    """A hash that is the same in every dtype: float32, bfloat16 and int8 of one checkpoint are one model.
+
+    Weights are compared as bfloat16 holds them. float16 that was made from another dtype rounds them twice, so its hash
+    differs.
+    """
+    return _digest(hf, _as_text(_without_dtypes(_stable_config(hf))), torch.bfloat16)
+
+
+def _stable_config(hf: PreTrainedModel) -> dict[str, Any]:
+    """The config without what changes from one version of transformers to the next."""
     config = hf.config.to_dict()
     return {name: value for name, value in config.items() if name[0] != "_" and name != "transformers_version"}
 
 
 def _without_dtypes(config: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
-    return {name: _without_dtypes(value) if isinstance(value, dict) else value for name, value in kept.items()}
+    others = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    return {name: _without_dtypes(value) if isinstance(value, dict) else value for name, value in others.items()}
 
 
 def _as_text(config: dict[str, Any]) -> str:
@@ -69,18 +79,18 @@ def _as_text(config: dict[str, Any]) -> str:
 
 
 def _digest(hf: PreTrainedModel, config: str, rounded_to: torch.dtype) -> str:
-    found = hashlib.sha256(config.encode())
+    digest = hashlib.sha256(config.encode())
     for name, parameter in sorted(hf.named_parameters()):
-        weight = _elsewhere(hf, name).to(parameter.dtype) if parameter.is_meta else parameter
-        some = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)]
-        if isinstance(some, DTensor):  # split over processes, each of which gets all of the sample
-            some = some.full_tensor()
-        found.update(f"{name} {tuple(weight.shape)}".encode() + some.to(rounded_to).float().cpu().numpy().tobytes())
-    return found.hexdigest()
+        weight = _offloaded(hf, name).to(parameter.dtype) if parameter.is_meta else parameter
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)]
+        if isinstance(sample, DTensor):  # split over processes, each of which gets the whole sample
+            sample = sample.full_tensor()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.to(rounded_to).float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _elsewhere(hf: PreTrainedModel, name: str) -> Tensor:
-    """A weight that accelerate keeps on the disk, or in memory for a device that has no room."""
-    module, _, own = name.rpartition(".")
-    weight: Tensor = hf.get_submodule(module)._hf_hook.weights_map[own]
+def _offloaded(hf: PreTrainedModel, name: str) -> Tensor:
+    """A weight that accelerate keeps on the disk, or in memory for a device without room."""
+    module, _, parameter = name.rpartition(".")
+    weight: Tensor = hf.get_submodule(module)._hf_hook.weights_map[parameter]
     return weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import abc
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, overload
@@ -26,7 +26,7 @@ from .rotary_site import rotary_sites
 from .runners.choose import RunnerOptions, choose_runner
 from .sampling import SamplingParams
 from .scaled_model import ScaledModel
-from .sequence import Sequence as TextSequence
+from .sequence import Sequence
 from .session import Session
 from .token_healing import text_logprob, weigh
 
@@ -63,7 +63,7 @@ class Model(ScaledModel):
         prompt: str | bytes,
         params: SamplingParams | None = None,
         *,
-        contexts: Sequence[str] | None = None,
+        contexts: abc.Sequence[str] | None = None,
         pooling: Pooling = "entropy",
     ) -> Completion: ...
     @overload
@@ -72,7 +72,7 @@ class Model(ScaledModel):
         prompt: list[str],
         params: SamplingParams | None = None,
         *,
-        contexts: Sequence[str] | None = None,
+        contexts: abc.Sequence[str] | None = None,
         pooling: Pooling = "entropy",
     ) -> list[Completion]: ...
     def generate(
@@ -80,7 +80,7 @@ class Model(ScaledModel):
         prompt: str | bytes | list[str],
         params: SamplingParams | None = None,
         *,
-        contexts: Sequence[str] | None = None,
+        contexts: abc.Sequence[str] | None = None,
         pooling: Pooling = "entropy",
     ) -> Completion | list[Completion]:
         """Continue `prompt`; a list in, a list out. Bytes may end inside a character.
@@ -113,10 +113,10 @@ class Model(ScaledModel):
         prompt: str | bytes,
         params: SamplingParams | None = None,
         *,
-        contexts: Sequence[str] | None = None,
+        contexts: abc.Sequence[str] | None = None,
         pooling: Pooling = "entropy",
         progress: Progress | None = None,
-    ) -> Iterator[str]:
+    ) -> abc.Iterator[str]:
         """The text of `generate`, piece by piece as it is decided.
 
         Args:
@@ -132,7 +132,7 @@ class Model(ScaledModel):
     def over_contexts(
         self,
         question: str | bytes,
-        contexts: Sequence[str],
+        contexts: abc.Sequence[str],
         pooling: Pooling,
         params: SamplingParams,
         progress: Progress | None = None,
@@ -172,7 +172,7 @@ class Model(ScaledModel):
             AssetError: the cache folder cannot be written.
             DataError: the file that is there is damaged.
         """
-        path = tuned_scalers.store(self.identity, self.name, tuned)
+        path = tuned_scalers.store(self.checkpoint_fingerprint, self.name, tuned)
         if self._choice is not None:
             self.rope = self._rope
         return path
@@ -188,15 +188,15 @@ class Model(ScaledModel):
             weighed = weigh(runner, covers, self.tokenizer.bos_token_id, self.new_cache(length), self.vocabulary)
             return weighed.next_byte_logprobs(self.vocabulary)
 
-    def logprob(self, continuation: str | bytes, given: str | bytes = "") -> float:
-        """Log-probability that a text which begins with `given` goes on with `continuation`, nats.
+    def logprob(self, text: str | bytes, given: str | bytes = "") -> float:
+        """Log-probability that a text which begins with `given` continues with `text`, nats.
 
         The sum over all token sequences of such texts that the tokenizer can make, so it depends on the text alone:
         divided by its bytes it compares models with different tokenizers. Where no token of `given` is certain, the
         texts begin with the tokenizer's start token.
         """
-        text = [_utf8(part) for part in (given, continuation)]
-        before, after = self._cover(text[0]), self._cover(b"".join(text))
+        beginning = _utf8(given)
+        before, after = self._cover(beginning), self._cover(beginning + _utf8(text))
         start = None if before.common_prefix else self.tokenizer.bos_token_id
         length = len(after.prompt) + 1
         with self.running(length) as runner:
@@ -257,9 +257,9 @@ class Model(ScaledModel):
         params: SamplingParams,
         cache: Cache | None = None,
         progress: Progress | None = None,
-    ) -> TextSequence:
+    ) -> Sequence:
         read = self.read(prompt, params.continuation)
-        return TextSequence(read, params, self.vocabulary, self.stop_ids, cache, progress)
+        return Sequence(read, params, self.vocabulary, self.stop_ids, cache, progress)
 
     def _cover(self, text: str | bytes) -> Cover:
         covers = cover(self.vocabulary, text)

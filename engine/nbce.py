@@ -214,7 +214,7 @@ class PooledSequence(Sequence):
         first = draw_first_token(pooled, self._caches[0], params, self._generator)
         others = zip(weighed[1:], self._caches[1:], strict=True)
         firsts = [first, *(first_token_at(covers, cache, first.index) for covers, cache in others)]
-        self._read_ids = [each.token.continuation.prompt_ids for each in firsts if each.token.continuation]
+        self._read_ids = [each.token.healing.prompt_ids for each in firsts if each.token.healing]
         piece = self.push(replace(first.token, source=_source(support, first.index)))
         self._pending = [each.pending for each in firsts]
         return piece

@@ -16,7 +16,7 @@ from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
 from ..tokenizer_tools.vocabulary import Vocabulary, check_ids, check_text
 from .chat_header import chat_headers
-from .sampling import Continuing
+from .sampling import ContinuationMode
 
 
 def token_ids(given: object, size: int | None = None) -> list[int]:
@@ -69,7 +69,7 @@ class Prompt:
         prompt: str | bytes | Sequence[int],
         tokenizer: PreTrainedTokenizerBase,
         vocabulary: Vocabulary,
-        continuation: Continuing,
+        continuation: ContinuationMode,
         *,
         broken: bool = False,
     ) -> Prompt:

@@ -15,7 +15,7 @@ from ..errors import ConfigError, Setting, did_you_mean
 from ..tokenizer_tools.vocabulary import check_text
 from . import tensor_parallel
 
-Continuing = Literal["auto", "exact", "off"]
+ContinuationMode = Literal["auto", "exact", "off"]
 
 _KINDS = {
     "a whole number": (Integral, ("max_new_tokens", "top_k")),
@@ -41,7 +41,7 @@ class SamplingParams:
         max_time: most seconds to write; the token that is under way then is the last.
         seed: makes sampling repeatable; None draws a fresh one.
         logprobs: also return each token's log-probability and this many alternatives; None returns neither.
-        continuation: what to do where a prompt may end inside a token. "exact" draws the first token among all that
+        continuation: how to go on where a prompt may end inside a token. "exact" draws the first token among all that
             a text with this prompt may have there, each with its probability; "off" begins a token at the end of
             the prompt; "auto" is "exact" for text, and "off" after a chat header and for prompts of token ids.
     """
@@ -56,7 +56,7 @@ class SamplingParams:
     max_time: float | None = None
     seed: int | None = None
     logprobs: int | None = None
-    continuation: Continuing = "auto"
+    continuation: ContinuationMode = "auto"
 
     def __post_init__(self) -> None:
         for kind, (types, names) in _KINDS.items():
@@ -77,10 +77,10 @@ class SamplingParams:
             "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more, or None"),
         }
-        if self.continuation not in get_args(Continuing):
+        if self.continuation not in get_args(ContinuationMode):
             raise ConfigError(
                 Setting("continuation", repr(self.continuation), "given"),
-                f" is none of auto, exact, off.{did_you_mean(self.continuation, get_args(Continuing))}",
+                f" is none of auto, exact, off.{did_you_mean(self.continuation, get_args(ContinuationMode))}",
             )
         for name, (valid, allowed) in checks.items():
             if not valid:

@@ -26,7 +26,7 @@ from .patches.scaler_slot import ScalerSlot
 from .prompt import Prompt, token_ids
 from .rotary_site import RotarySite, depends_on_length, primary_rotary
 from .runners.runner import RopeState, Runner, token_rows
-from .sampling import Continuing, SamplingParams
+from .sampling import ContinuationMode, SamplingParams
 
 _ANY_LENGTH = 2**31  # more than any text has
 _LONGEST_NAME = 64  # characters of the name of a special token, which the vocabulary's trie does not hold
@@ -40,7 +40,7 @@ class ScaledModel:
         tokenizer: its tokenizer.
         name: what it was loaded as.
         sites: its rotary modules, verified against its config.
-        limit: `max_length` as it was given; None where the scaler's reach is the limit.
+        given_max_length: the `max_length` that the model was loaded with, or None.
         reach: tokens that the scaler in use reaches; infinity where that is any length.
     """
 
@@ -59,7 +59,7 @@ class ScaledModel:
         self.hf = hf
         self.tokenizer = tokenizer
         self.name = name
-        self.limit, self._special_tokens = max_length, special_tokens
+        self.given_max_length, self._special_tokens = max_length, special_tokens
         self.sites = sites
         self._runner = runner
         self._slot = ScalerSlot(hf, self.sites, self._runner)
@@ -117,7 +117,7 @@ class ScaledModel:
         wanted, choice = parse(scaler, self.trained_length), None
         with self._lock:
             if isinstance(wanted, Auto):
-                stored = tuned_scalers.read(self.identity)
+                stored = tuned_scalers.read(self.checkpoint_fingerprint)
                 choice = Choice.of(self.spec, self.trained_length, stored, self._slot.takes)
             else:
                 self._slot.put(wanted)
@@ -135,19 +135,22 @@ class ScaledModel:
 
     @property
     def spec(self) -> RopeSpec:
-        """The model's rotary geometry: dimension, base, trained length."""
+        """The model's rotary geometry before any scaling: dimension, base, and the length of the plain frequencies."""
         return primary_rotary(self.sites).configured.rope
 
     @property
     def trained_length(self) -> int:
-        """Tokens that the model reads without any scaler of ours; what `2x` is a multiple of."""
+        """Tokens that the model reads without any scaler of ours, with the scaling that its config may have.
+
+        `2x` is a multiple of it. It is longer than `spec.trained_length` where the config has a scaling.
+        """
         return primary_rotary(self.sites).configured.max_length
 
     @property
     def max_length(self) -> int:
-        """Most tokens `generate` accepts, prompt and answer together: the scaler's reach unless set."""
-        if self.limit is not None:
-            return self.limit
+        """Most tokens that a request may have, prompt and answer together: `given_max_length`, else `reach`."""
+        if self.given_max_length is not None:
+            return self.given_max_length
         return int(self.reach) if math.isfinite(self.reach) else _ANY_LENGTH
 
     @property
@@ -196,13 +199,13 @@ class ScaledModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this model's caches from those of others: a hash of its config and of some of all its weights."""
+        """A hash of the model as it runs, its dtype included: saved sessions and rows of results belong to one."""
         return hf_model.fingerprint(self.hf, self._runner.weights)
 
     @cached_property
-    def identity(self) -> str:
-        """What tells this model from others, in whatever dtype it runs: a hash as `fingerprint` is."""
-        return hf_model.identity(self.hf)
+    def checkpoint_fingerprint(self) -> str:
+        """A hash of the checkpoint, the same in every dtype: tuned scalers belong to one."""
+        return hf_model.checkpoint_fingerprint(self.hf)
 
     def describe(self) -> str:
         """What runs the model, in a few lines."""
@@ -231,7 +234,7 @@ class ScaledModel:
         """An empty key-value cache for one sequence of about `capacity` tokens."""
         return self._runner.new_cache(capacity)
 
-    def read(self, prompt: str | bytes | list[int], continuation: Continuing, *, broken: bool = False) -> Prompt:
+    def read(self, prompt: str | bytes | list[int], continuation: ContinuationMode, *, broken: bool = False) -> Prompt:
         """The tokens of a prompt, and the covers of its end.
 
         Args:
@@ -249,7 +252,7 @@ class ScaledModel:
             raise ContextOverflow(
                 f"the prompt has {len(prompt):,} characters, more than {format_length(self.max_length)} tokens of at "
                 f"most {longest} bytes can hold, which {self.name} reaches with rope {str(self.rope)!r}; shorten it",
-                *((", or ", Setting("rope", "auto", "model")) if self.limit is None else ()),
+                *((", or ", Setting("rope", "auto", "model")) if self.given_max_length is None else ()),
             )
         return Prompt.read(prompt, self.tokenizer, self.vocabulary, continuation, broken=broken)
 
@@ -265,7 +268,7 @@ class ScaledModel:
         """
         total = tokens + params.max_new_tokens
         if total > self.max_length:
-            raise too_long(tokens, params, self.name, self.rope, self.reach, self.limit)
+            raise too_long(tokens, params, self.name, self.rope, self.reach, self.given_max_length)
         self.check_room(total, length=total, caches=caches)
         return total
 

@@ -13,7 +13,7 @@ from ..tokenizer_tools.characters import first_characters
 from ..tokenizer_tools.stream import StopStringMatcher
 from ..tokenizer_tools.vocabulary import Vocabulary
 from .cache import rewind, tokens_read
-from .completion import Completion, Continuation, Token, Usage
+from .completion import Completion, Token, TokenHealing, Usage
 from .hf_model import input_device
 from .prefill import Progress, prefill
 from .prompt import Prompt
@@ -128,8 +128,8 @@ class Sequence:
             The text that is certain now.
         """
         overlap = 0
-        if token.continuation is not None:
-            overlap, self.prompt_ids = token.continuation.overlap, token.continuation.prompt_ids
+        if token.healing is not None:
+            overlap, self.prompt_ids = token.healing.overlap, token.healing.prompt_ids
             self._seen.read(self.prompt_ids)
         self._seen.read((token.id,))
         self.tokens.append(token)
@@ -153,9 +153,9 @@ class Sequence:
         return self._matcher.finish()
 
     @property
-    def continuation(self) -> Continuation | None:
+    def healing(self) -> TokenHealing | None:
         """What was done at the end of the prompt, if its covers were weighed."""
-        return self.tokens[0].continuation if self.tokens else None
+        return self.tokens[0].healing if self.tokens else None
 
     @property
     def text(self) -> str:
@@ -178,7 +178,7 @@ class Sequence:
             finish_reason=self.finish_reason,
             usage=Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=len(self.tokens)),
             logprobs=self.tokens if self._params.logprobs is not None else None,
-            continuation=self.continuation,
+            healing=self.healing,
             sources=[token.source for token in self.tokens if token.source is not None] or None,
         )
 

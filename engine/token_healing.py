@@ -21,7 +21,7 @@ from ..tokenizer_tools.cover import Cover, shared_length
 from ..tokenizer_tools.vocabularies import vocabulary
 from ..tokenizer_tools.vocabulary import Vocabulary
 from .cache import can_rewind, new_cache, rewind, tokens_read
-from .completion import Continuation, Token
+from .completion import Token, TokenHealing
 from .hf_model import input_device, stop_ids
 from .prefill import Progress, prefill, score
 from .prompt import Prompt
@@ -210,7 +210,7 @@ def first_token_at(covers: Covers, cache: Cache, index: int, top: int | None = N
     common = shared_length(covers.held, node.path)
     if len(covers.held) > common:
         rewind(cache, len(covers.held) - common)
-    continuation = Continuation(
+    healing = TokenHealing(
         backed_off=covers.cover.backed_off,
         nodes=len(covers.cover.nodes),
         aligned=covers.aligned,
@@ -219,7 +219,7 @@ def first_token_at(covers: Covers, cache: Cache, index: int, top: int | None = N
     )
     pending = [*node.path[common:], token]
     if top is None:
-        return FirstToken(index=index, token=Token(id=token, continuation=continuation), pending=pending)
+        return FirstToken(index=index, token=Token(id=token, healing=healing), pending=pending)
     logprobs = covers.logprobs - covers.total
     best = logprobs.topk(min(top, len(logprobs)))
     likeliest: dict[int, float] = {}
@@ -228,7 +228,7 @@ def first_token_at(covers: Covers, cache: Cache, index: int, top: int | None = N
             likeliest.setdefault(int(covers.tokens[at]), logprob)  # a token may end covers of two nodes
     return FirstToken(
         index=index,
-        token=Token(id=token, logprob=float(logprobs[index]), top=likeliest, continuation=continuation),
+        token=Token(id=token, logprob=float(logprobs[index]), top=likeliest, healing=healing),
         pending=pending,
     )
 
@@ -239,13 +239,13 @@ class Healed:
 
     Attributes:
         input_ids, attention_mask: int64 [prompts, length], padded on the left: arguments of `hf_model.generate`.
-        continuations: what was done at the end of each prompt; None where nothing had to be.
+        healings: what was done at the end of each prompt; None where nothing had to be.
         ended: for each prompt, whether the token that was drawn ends its text; `generate` writes on all the same.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    continuations: list[Continuation | None]
+    healings: list[TokenHealing | None]
     ended: list[bool]
     prompts: list[Prompt]
     vocabulary: Vocabulary
@@ -253,15 +253,15 @@ class Healed:
     def texts(self, output_ids: Tensor) -> list[str]:
         """What follows each prompt in the output of `hf_model.generate`, [prompts, length or more]."""
         texts = []
-        rows = zip(self.prompts, self.continuations, self.ended, output_ids.tolist(), strict=True)
-        for prompt, continuation, ended, row in rows:
+        rows = zip(self.prompts, self.healings, self.ended, output_ids.tolist(), strict=True)
+        for prompt, healing, ended, row in rows:
             if ended:
                 texts.append("")
                 continue
-            drawn = continuation is not None
+            drawn = healing is not None
             new = row[self.input_ids.shape[1] - drawn :]
             stream = prompt.text_stream(self.vocabulary)
-            skips = [continuation.overlap if continuation else 0, *[0] * len(new)]
+            skips = [healing.overlap if healing else 0, *[0] * len(new)]
             shown = [stream.push(token, skip) for token, skip in zip(new, skips, strict=False)]
             texts.append("".join(shown) + stream.finish())
         return texts
@@ -305,29 +305,29 @@ def heal(
         for prompt in ([prompts] if isinstance(prompts, str | bytes) else prompts)
     ]
     rows: list[list[int]] = []
-    continuations: list[Continuation | None] = []
+    healings: list[TokenHealing | None] = []
     ended: list[bool] = []
     ends, runner = stop_ids(hf_model, tokenizer), TransformersRunner(hf_model)
     for prompt in read:
         if (cover := prompt.cover_to_weigh) is None:
             rows.append(prompt.ids)
-            continuations.append(None)
+            healings.append(None)
             ended.append(False)
             continue
         cache = new_cache(hf_model.config, len(prompt.ids))
         with torch.inference_mode():
             covers = weigh(runner, cover, prompt.start, cache, known, params.repetition_penalty)
             first = draw_first_token(covers, cache, params, generator).token
-        assert first.continuation is not None
-        rows.append([*first.continuation.prompt_ids, first.id])
-        continuations.append(first.continuation)
+        assert first.healing is not None
+        rows.append([*first.healing.prompt_ids, first.id])
+        healings.append(first.healing)
         ended.append(first.id in ends)
     length = max(map(len, rows))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Healed(
         input_ids=torch.tensor([[padding] * (length - len(row)) + row for row in rows], device=device),
         attention_mask=torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows], device=device),
-        continuations=continuations,
+        healings=healings,
         ended=ended,
         prompts=read,
         vocabulary=known,

@@ -1,4 +1,4 @@
-"""Text out of a token stream: only whole characters, each exactly once."""
+"""Text out of a token stream: whole characters, each once, up to a stop string (`StopStringMatcher`)."""
 
 from __future__ import annotations
 

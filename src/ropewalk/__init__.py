@@ -37,7 +37,7 @@ from .errors import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .engine.completion import Completion, Continuation, Score
+    from .engine.completion import Completion, Score, TokenHealing
     from .engine.exports.export import Export, export
     from .engine.load import load
     from .engine.model import Model
@@ -54,7 +54,7 @@ _LAZY = {
     "Completion": ".engine.completion",
     "Model": ".engine.model",
     "Score": ".engine.completion",
-    "Continuation": ".engine.completion",
+    "TokenHealing": ".engine.completion",
     "Export": ".engine.exports.export",
     "export": ".engine.exports.export",
     "Healed": ".engine.token_healing",
@@ -77,7 +77,6 @@ __all__ = [
     "Completion",
     "ConfigError",
     "ContextOverflow",
-    "Continuation",
     "DataError",
     "EndpointError",
     "Export",
@@ -90,6 +89,7 @@ __all__ = [
     "SamplingParams",
     "Score",
     "Session",
+    "TokenHealing",
     "UnsupportedModel",
     "__version__",
     "evals",

@@ -232,7 +232,7 @@ def test_it_is_kept_for_the_model_in_other_dtypes_and_for_no_other(compiled, tin
     other = rw.load(tiny_folder)
     with torch.no_grad():
         other.hf.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    assert other.identity != compiled.identity
+    assert other.checkpoint_fingerprint != compiled.checkpoint_fingerprint
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_nothing_of_the_prompt_is_printed_again_and_nothing_is_missing(model, pr
     for seed in range(8):
         params = rw.SamplingParams(max_new_tokens=6, seed=seed, continuation="exact")
         completion = model.generate(prompt, params)
-        read = completion.continuation.prompt_ids if completion.continuation else model.vocabulary.encode(prompt)
+        read = completion.healing.prompt_ids if completion.healing else model.vocabulary.encode(prompt)
         whole = model.vocabulary.text_bytes([*read, *completion.token_ids])
         assert whole.startswith(prompt.encode())
         assert completion.text == whole[len(prompt.encode()) :].decode(errors="replace")
@@ -51,9 +51,9 @@ def test_a_word_is_finished(model):
     exact, off = (model.generate(LATER, greedy(mode)) for mode in ("exact", "off"))
     assert exact.text.startswith("er.add_")
     assert not off.text.startswith("er.")
-    assert exact.continuation.overlap == len("s")
-    assert 0 <= exact.continuation.aligned < 0.1
-    assert off.continuation is None
+    assert exact.healing.overlap == len("s")
+    assert 0 <= exact.healing.aligned < 0.1
+    assert off.healing is None
 
 
 @pytest.mark.parametrize("text", ["é", "naïve 中", "👍🏽"])
@@ -65,7 +65,7 @@ def test_half_a_character_is_finished_and_shown_whole(model, text):
         assert completion.text
         law = model.next_byte_logprobs(prompt)
         assert float(law.exp().sum()) == pytest.approx(1, abs=1e-5)
-        read = completion.continuation.prompt_ids if completion.continuation else cover(model.vocabulary, prompt).prompt
+        read = completion.healing.prompt_ids if completion.healing else cover(model.vocabulary, prompt).prompt
         whole = model.vocabulary.text_bytes([*read, *completion.token_ids])
         assert completion.text == whole[len(("x = '" + text[:-1]).encode()) :].decode(errors="replace")
 
@@ -77,13 +77,13 @@ def test_a_prompt_that_no_token_goes_over_is_decoded_as_ever_to_the_bit(model):
     ]
     off, exact, auto = (model.generate(prompt, p) for p in params)
     assert off == exact == auto
-    assert off.continuation is None
+    assert off.healing is None
 
 
 def test_first_log_probability_is_of_the_cover_given_the_prompt(model):
     for prompt in ("import nump", LATER):
         completion = model.generate(prompt, greedy("exact", logprobs=3))
-        read, token = completion.continuation.prompt_ids, completion.logprobs[0]
+        read, token = completion.healing.prompt_ids, completion.logprobs[0]
         text = model.vocabulary.text_bytes([*read, token.id])
         ids = [*read, token.id]
         common_prefix = len(cover(model.vocabulary, prompt).common_prefix)
@@ -165,8 +165,8 @@ def test_a_cache_of_the_prompt_is_used_and_left_with_the_answer(model):
     completion = model.generate_ids(ids, greedy("exact"), cache)
     expected = model.generate(LATER, greedy("exact"))
     assert completion.token_ids == expected.token_ids
-    assert completion.continuation.prompt_ids == expected.continuation.prompt_ids
-    read = [*completion.continuation.prompt_ids, *completion.token_ids[:-1]]
+    assert completion.healing.prompt_ids == expected.healing.prompt_ids
+    read = [*completion.healing.prompt_ids, *completion.token_ids[:-1]]
     assert cache.get_seq_length() == len(read)
     fresh = model.new_cache(64)
     model.score_ids([*read, 5], cache=fresh)
@@ -185,10 +185,10 @@ def test_after_a_chat_header_the_border_is_taken_as_given(model):
         [{"role": "user", "content": "import nump"}], tokenize=False, add_generation_prompt=True
     )
     assert not cover(model.vocabulary, prompt).only_aligned
-    assert asked.generate(prompt, greedy("auto")).continuation is None
-    assert asked.generate(prompt, greedy("exact")).continuation is not None
-    assert asked.generate(prompt + "import nump", greedy("auto")).continuation is not None
-    assert model.generate(prompt, greedy("auto")).continuation is not None
+    assert asked.generate(prompt, greedy("auto")).healing is None
+    assert asked.generate(prompt, greedy("exact")).healing is not None
+    assert asked.generate(prompt + "import nump", greedy("auto")).healing is not None
+    assert model.generate(prompt, greedy("auto")).healing is not None
 
 
 def test_wrong_policies_and_prompts_are_refused(model):
@@ -243,7 +243,7 @@ def test_one_healed_prompt(plain):
     healed = rw.heal(hf, tokenizer, LATER, rw.SamplingParams(temperature=0))
     assert healed.input_ids.shape == healed.attention_mask.shape
     assert math.isclose(healed.attention_mask.sum(), healed.input_ids.numel())
-    assert healed.continuations[0].nodes > 1
+    assert healed.healings[0].nodes > 1
     output = hf.generate(healed.input_ids, attention_mask=healed.attention_mask, do_sample=False, max_new_tokens=4)
     assert healed.texts(output)[0].startswith("er.add_")
 

@@ -68,9 +68,7 @@ def test_the_next_byte_is_all_but_certain_and_a_border_there_misses_it(model, pr
 )
 def test_any_prompt_is_continued_with_nothing_of_it_printed_again(model, prompt):
     completion = model.generate(prompt, greedy())
-    read = (
-        completion.continuation.prompt_ids if completion.continuation else list(cover(model.vocabulary, prompt).prompt)
-    )
+    read = completion.healing.prompt_ids if completion.healing else list(cover(model.vocabulary, prompt).prompt)
     whole = model.vocabulary.text_bytes([*read, *completion.token_ids])
     text = cover(model.vocabulary, prompt).text
     assert completion.text.encode() + completion.unfinished == whole[len(text) :]
@@ -86,13 +84,13 @@ def test_the_chinese_example_of_the_post(model):
 
 def test_a_special_token_at_the_end_is_a_border(chatting):
     assert cover(chatting.vocabulary, "some text<|im_end|>").only_aligned
-    assert chatting.generate("some text<|im_end|>", greedy()).continuation is None
+    assert chatting.generate("some text<|im_end|>", greedy()).healing is None
 
 
 def test_after_the_chat_header_nothing_is_drawn_again(chatting):
     chat = [{"role": "user", "content": "Say hello."}]
     prompt = chatting.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert chatting.generate(prompt, greedy("auto")).continuation is None
+    assert chatting.generate(prompt, greedy("auto")).healing is None
     begun = chatting.generate(prompt + "Hello! How can I hel", greedy("auto"))
     assert begun.text.startswith("p")
 

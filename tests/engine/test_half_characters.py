@@ -173,8 +173,8 @@ def test_ids_with_broken_bytes_are_gone_on_with(model):
     broken = model.vocabulary.encode_piece(b"\xff\xfe")
     ids = [*model.vocabulary.encode("x = 1\n"), *broken, *model.vocabulary.encode("import nump")]
     found = model.generate_ids(ids, greedy(4, continuation="exact"))
-    assert found.continuation.prompt_ids[: len(ids) - 3] == ids[:-3]
-    assert found.continuation.overlap == 2  # a token of "ump..." may begin inside the ids
+    assert found.healing.prompt_ids[: len(ids) - 3] == ids[:-3]
+    assert found.healing.overlap == 2  # a token of "ump..." may begin inside the ids
 
 
 def test_contexts_answers_keep_what_is_unfinished(model):

@@ -38,7 +38,7 @@ def test_weights_on_the_disk_count_for_what_the_model_is(tiny_folder, dtype):
     places |= {f"model.layers.{n}": "cpu" if n < 2 else "disk" for n in range(4)}
     model = rw.load(tiny_folder, device_map=places, dtype=dtype, compile=False)
     whole = rw.load(tiny_folder, dtype=dtype, compile=False)
-    assert (model.fingerprint, model.identity) == (whole.fingerprint, whole.identity)
+    assert (model.fingerprint, model.checkpoint_fingerprint) == (whole.fingerprint, whole.checkpoint_fingerprint)
     model.rope = whole.rope = "auto"
     assert model.generate("import ", GREEDY).token_ids == whole.generate("import ", GREEDY).token_ids
 

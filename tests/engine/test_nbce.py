@@ -141,7 +141,7 @@ def test_one_context_pooled_alone_is_plain_generation(model, question, continuat
         plain = model.generate(f"{context}\n\n{question}", wanted)
         assert (found.text, found.token_ids, found.finish_reason) == (plain.text, plain.token_ids, plain.finish_reason)
         assert found.sources == [0] * len(found.token_ids)
-        assert (found.continuation is None) == (plain.continuation is None)
+        assert (found.healing is None) == (plain.healing is None)
         for a, b in zip(found.logprobs, plain.logprobs, strict=True):
             assert a.top == pytest.approx(b.top, abs=1e-4)
 
@@ -149,8 +149,8 @@ def test_one_context_pooled_alone_is_plain_generation(model, question, continuat
 def test_a_question_cut_inside_a_token_is_gone_on_with(model):
     found = model.generate("    retur", params(continuation="auto"), contexts=CONTEXTS)
     assert found.text.startswith("n ")
-    assert found.continuation is not None
-    assert found.continuation.overlap > 0
+    assert found.healing is not None
+    assert found.healing.overlap > 0
 
 
 def test_contexts_are_read_once(model, monkeypatch):

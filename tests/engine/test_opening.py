@@ -106,7 +106,7 @@ def test_answers_are_drawn_with_their_exact_frequency():
         while not sequence.done:
             sequence.next_token(runner, runner.step(sequence.rows))
         tokens = sequence.tokens
-        ids = [*tokens[0].continuation.prompt_ids, *(token.id for token in tokens)]
+        ids = [*tokens[0].healing.prompt_ids, *(token.id for token in tokens)]
         found[known.text_bytes(ids)] += 1
     for text in law.texts:
         if text.startswith("abba"):
@@ -239,7 +239,7 @@ def test_a_cache_that_cannot_forget_is_copied(tiny_folder):
         covers, cache, rw.SamplingParams(temperature=0), random_source(rw.SamplingParams(), model.device)
     )
     step = model(torch.tensor([opening.pending]), past_key_values=cache).logits[0, -1]
-    fresh = model(torch.tensor([[*opening.token.continuation.prompt_ids, opening.token.id]])).logits[0, -1]
+    fresh = model(torch.tensor([[*opening.token.healing.prompt_ids, opening.token.id]])).logits[0, -1]
     assert torch.allclose(step, fresh, atol=1e-5)
     with pytest.raises(rw.PatchError, match="give a new cache"):
         weigh(TransformersRunner(model), covered, None, cache, known)
@@ -254,8 +254,8 @@ def test_every_scaler_weighs_as_a_fresh_forward_does(tiny, spec):
         text = "def main(argv=None):\n    parser = argparse.ArgumentParser()\n" * 12 + "    pars"
         tokens = rw.SamplingParams(max_new_tokens=5, temperature=0, continuation="exact", logprobs=1)
         completion = tiny.generate(text, tokens)
-        read = completion.continuation.prompt_ids
-        assert completion.continuation.nodes > 1
+        read = completion.healing.prompt_ids
+        assert completion.healing.nodes > 1
         covered = cover(tiny.vocabulary, text)
         prepare(tiny, len(covered.prompt) + 5)
         expected = one_forward_each(tiny.hf, covered, None)

@@ -82,7 +82,7 @@ def test_no_cover_has_a_token_without_a_row(small):
         assert float(small.next_byte_logprobs(prompt).exp().sum()) == pytest.approx(1, abs=1e-5)
         for seed in range(6):
             found = small.generate(prompt, rw.SamplingParams(max_new_tokens=3, seed=seed, continuation="exact"))
-            assert max(found.token_ids + (found.continuation.prompt_ids if found.continuation else [])) < ROWS
+            assert max(found.token_ids + (found.healing.prompt_ids if found.healing else [])) < ROWS
         healed = rw.heal(small.hf, small.tokenizer, prompt, rw.SamplingParams(seed=1))
         assert int(healed.input_ids.max()) < ROWS
 

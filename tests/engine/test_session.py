@@ -32,9 +32,9 @@ def same(written, expected):
     """Both completions, but for the rounding of log-probabilities."""
     for name in ("text", "token_ids", "finish_reason", "usage"):
         assert getattr(written, name) == getattr(expected, name), name
-    assert (written.continuation is None) == (expected.continuation is None)
-    if expected.continuation:
-        assert written.continuation.prompt_ids == expected.continuation.prompt_ids
+    assert (written.healing is None) == (expected.healing is None)
+    if expected.healing:
+        assert written.healing.prompt_ids == expected.healing.prompt_ids
     for a, b in zip(written.logprobs or [], expected.logprobs or [], strict=True):
         assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 

@@ -21,7 +21,7 @@ def same(rows, alone):
     for row, own in zip(rows, alone, strict=True):
         for name in ("text", "token_ids", "finish_reason", "usage"):
             assert getattr(row, name) == getattr(own, name)
-        assert (row.continuation is None) == (own.continuation is None)
+        assert (row.healing is None) == (own.healing is None)
         for a, b in zip(row.logprobs or [], own.logprobs or [], strict=True):
             assert a.top == pytest.approx(b.top, abs=1e-4)
 
