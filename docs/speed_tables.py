@@ -54,8 +54,7 @@ def _table(run: dict[str, Any]) -> str:
             *lines,
             "",
             f"{run['cpu']}, {run['threads']} threads, memory reads {run['bandwidth_gb_s']:.0f} GB/s; {run['model']}; "
-            f"{', '.join(versions)}. In brackets: the share of what memory allows, or how many times as fast ropewalk "
-            "is (the median of ratios within a turn).",
+            f"{', '.join(versions)}.",
         ]
     )
 
