@@ -1,5 +1,4 @@
-"""Texts to measure on: two classics, three that come with Python, a story in Chinese, or the user's
-own files."""
+"""Texts to measure on: built-in texts, and files or folders of the user."""
 
 from __future__ import annotations
 
@@ -30,12 +29,12 @@ TEXTS: dict[str, str] = {
     "code": "16 of the standard library's modules, one document of 900 kB; differs between Python versions",
     "chinese": "a story in Chinese, one document of 1600 characters",
 }
-"""The built-in texts, each in one line."""
+"""The built-in texts, each with a description of one line."""
 
 _PROSE = (".txt", ".md", ".rst", ".tex", ".html")
 _CODE = (".py", ".c", ".h", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
 TEXT_SUFFIXES = frozenset(_PROSE + _CODE)
-"""Files that are read from a folder, compressed ones too (`.txt.gz`)."""
+"""Suffixes of the files that are read from a folder. Compressed files (`.txt.gz`) are read too."""
 
 _READ, _RECORDS = (
     tuple(suffix + compressed for suffix in sorted(suffixes) for compressed in ("", *COMPRESSED_SUFFIXES))
@@ -49,11 +48,13 @@ _CORE = (
     *("socketserver.py", "tarfile.py", "textwrap.py", "urllib/request.py"),
 )
 _CHARACTERS = 6
-"""First guess of a token's length; English has about 4.2 characters to a token."""
+"""First estimate of the characters of a token, on the high side; English has about 4.2."""
 
 _MARGIN = 64
-"""Tokens in which the end of a cut text can differ from the whole one's: far more than any
-tokenizer looks ahead."""
+"""Tokens at the end of a cut text that may differ from the tokens of the whole text.
+
+It is far more than any tokenizer looks ahead.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,8 @@ class Text:
     """Documents to measure on.
 
     Args:
-        name: as the user asked for it.
-        documents: in a fixed order; none is empty.
+        name: the name or path that the user gave.
+        documents: in a fixed order. None of them is empty.
         sha256: of the documents in UTF-8, each after its length in bytes (8 bytes, big-endian).
     """
 
@@ -72,23 +73,25 @@ class Text:
 
 
 def load_text(name_or_path: str | Path) -> Text:
-    """A built-in text, a file or a folder.
+    """Load a built-in text, a file or a folder.
 
-    `kjv`: one document; each chapter is a line such as "Genesis 1" and a paragraph of its verses,
-    joined by spaces. `shakespeare`: the plays as Markdown, sorted by path. `pydoc`: all topics,
-    sorted by name. `stdlib`: all modules, sorted by path, without tests, each after a comment with
-    its path. `code`: some of these modules.
+    The built-in texts: `kjv` is one document, in which each chapter is a line such as "Genesis 1"
+    and a paragraph of its verses, joined by spaces. `shakespeare` has the plays as Markdown, sorted
+    by path. `pydoc` has all help topics, sorted by name. `stdlib` has all modules without tests,
+    sorted by path, each after a comment with its path. `code` has some of these modules. `chinese`
+    is a story.
 
-    A file is one document, in UTF-8, or UTF-16 or UTF-32 with a byte order mark. Line ends become
-    "\\n". JSON lines (`.jsonl`) and Parquet files (with pyarrow) give the field `text` of each
-    record. gzip, bzip2 and xz are decompressed; other formats are refused by name. A folder gives
-    the documents of the files whose suffix is in TEXT_SUFFIXES, at any depth, sorted by path; those
-    of its records (`.jsonl`, `.parquet`) where there is no such file. Hidden files and blank
-    documents are left out. A file that has the name of a built-in text is written `./kjv`.
+    A file is one document, in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Line ends
+    become "\\n". JSON lines (`.jsonl`) and Parquet files (with pyarrow) give the field `text` of
+    each record. gzip, bzip2 and xz are decompressed. Other formats are refused with their name. A
+    folder gives the documents of all files at any depth whose suffix is in TEXT_SUFFIXES, sorted by
+    path. A folder without such files gives the records of its `.jsonl` and `.parquet` files. Hidden
+    files and blank documents are left out. To load a file that has the name of a built-in text,
+    write `./kjv`.
 
     Raises:
-        DataError: no such name or path, no text, or nothing in it.
-        AssetError: a built-in text that cannot be fetched.
+        DataError: there is no such name or path, or it holds no text.
+        AssetError: a built-in text cannot be downloaded.
     """
     name = str(name_or_path)
     if name in _BUILT_IN:
@@ -96,27 +99,27 @@ def load_text(name_or_path: str | Path) -> Text:
     else:
         try:
             documents = _of_path(name)
-        except (OSError, RuntimeError) as error:  # too long for a path, unreadable, or ~ of a user who is not there
+        except (OSError, RuntimeError) as error:  # too long for a path, unreadable, or ~ of an unknown user
             why = getattr(error, "strerror", None) or error
             raise DataError(
-                f"{reprlib.repr(name)} cannot be read ({why}); a text is given by its name or by the path of its file"
+                f"{reprlib.repr(name)} cannot be read ({why}); give the name of a built-in text or the path of a file"
             ) from None
     if not any(document.strip() for document in documents):
-        raise DataError(f"{name}: there is nothing but blanks in it")
+        raise DataError(f"{name} holds only blanks; give a text with words")
     return Text(name=name, documents=documents, sha256=_digest(documents))
 
 
 def tokenize_documents(text: Text, tokenizer: Any, *, limit_tokens: int | None = None) -> list[list[int]]:
-    """Token ids of every document, without special tokens; kept in memory as long as the tokenizer
-    lives.
+    """Token ids of every document, without special tokens. They stay in memory as long as the
+    tokenizer.
 
-    A special token's name that occurs in the text (`<|endoftext|>`) is encoded as the ordinary
-    characters it is.
+    The name of a special token in the text (`<|endoftext|>`) is encoded as ordinary characters.
 
     Args:
         tokenizer: a transformers tokenizer.
-        limit_tokens: return only this many from the beginning of each document, and encode no more
-            of it than they take: the same ids as encoding everything and cutting it off.
+        limit_tokens: the number of tokens to return from the beginning of each document. Only the
+            text that they need is encoded; the ids are the same as those of the whole text, cut
+            off.
     """
     cache = _TOKENS.setdefault(tokenizer, {})
     key = (text, len(tokenizer), limit_tokens)
@@ -149,9 +152,7 @@ def _kjv() -> tuple[str, ...]:
             verse = json.loads(line)
             chapters.setdefault(f"{verse['book']} {verse['chapter']}", []).append(verse["text"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{file} is damaged ({first_line(error)}); delete its folder, and it is fetched anew"
-        ) from error
+        raise DataError(f"{file} is damaged ({first_line(error)}); delete its folder to download it again") from error
     return ("".join(f"{heading}\n{' '.join(verses)}\n\n" for heading, verses in chapters.items()),)
 
 
@@ -168,7 +169,7 @@ def _pydoc() -> tuple[str, ...]:
 def _stdlib() -> tuple[str, ...]:
     root = Path(sysconfig.get_path("stdlib"))
     below = (file.relative_to(root) for file in _sorted_files(root, (".py",)))
-    # _sysconfigdata holds how this one Python was built, not the library
+    # _sysconfigdata describes how this Python was built; it is no part of the library
     modules = (
         name for name in below if _NOT_THE_LIBRARY.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata")
     )
@@ -184,10 +185,10 @@ def _modules(names: Iterable[Path]) -> tuple[str, ...]:
     root = Path(sysconfig.get_path("stdlib"))
     modules = []
     for name in names:
-        with tokenize.open(root / name) as source:  # in the encoding that the file declares
+        with tokenize.open(root / name) as source:  # with the encoding that the file declares
             modules.append(f"# {name.as_posix()}\n{source.read()}")
     if not modules:
-        raise DataError(f"stdlib: this Python keeps no sources in {root}; name a folder with text instead")
+        raise DataError(f"stdlib: this Python has no sources in {root}; give a folder with text instead")
     return ("\n\n".join(modules),)
 
 
@@ -218,7 +219,7 @@ def _folder(folder: Path) -> tuple[str, ...]:
     files = _sorted_files(folder, _READ) or _sorted_files(folder, _RECORDS)
     if not files:
         suffixes = " ".join([*sorted(TEXT_SUFFIXES), *RECORD_SUFFIXES])
-        raise DataError(f"{folder} holds no text file; these suffixes are read: {suffixes}, compressed ones too")
+        raise DataError(f"{folder} holds no text file; these suffixes are read: {suffixes}, also compressed")
     return _not_blank(document for file in files for document in read_documents(file))
 
 
@@ -227,8 +228,10 @@ def _not_blank(documents: Iterable[str]) -> tuple[str, ...]:
 
 
 def _sorted_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files below `folder` whose names end in one of `suffixes`, none of them hidden, sorted alike
-    on every system."""
+    """Files below `folder` whose names end in one of `suffixes`, without hidden ones.
+
+    They are sorted by their path with slashes, which is the same order on every system.
+    """
     files = [
         file
         for file in folder.rglob("*")

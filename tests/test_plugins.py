@@ -156,7 +156,7 @@ def test_a_task_of_another_package_is_a_suite_of_its_own(installed):
         ("1 / 0", "riddle", "ZeroDivisionError"),
         ("Riddle = 3", "riddle", "3 is not a subclass of ropewalk.evals.Task"),
         (TASK.replace("def mark", "def remark"), "riddle", "TypeError: Can't instantiate abstract class Riddle"),
-        (TASK.replace('"riddle"', '"rhyme"'), "riddle", "Riddle.name is 'rhyme'; it must be the entry point's"),
+        (TASK.replace('"riddle"', '"rhyme"'), "riddle", "Riddle.name is 'rhyme'; it must be the entry point's name"),
     ],
 )
 def test_a_task_that_cannot_be_used_is_refused_by_name(installed, source, name, reason):

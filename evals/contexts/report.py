@@ -17,7 +17,7 @@ from ..reports.report import print_files, print_left_out
 from ..runs.cell import Cell
 from ..runs.compare import METHOD, group_rows, short
 from ..runs.result import Row, Run
-from ..statistics import share_interval
+from ..statistics import wilson_interval
 from .facts import way_name
 
 FACTS_LEGEND = (
@@ -72,7 +72,7 @@ def way_scores(rows: Sequence[Row]) -> list[WayScore]:
     scores = []
     for (context, way, parts, rope), group in groups.items():
         right = sum(row["correct"] for row in group)
-        low, high = share_interval(round(right), len(group))
+        low, high = wilson_interval(round(right), len(group))
         first = {row["document"]: row for row in reversed(group)}
         later = [row["seconds"] for row in group if row not in first.values()]
         scores.append(

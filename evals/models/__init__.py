@@ -1,1 +1,2 @@
-"""The models that the harness measures: local, served, functions and stand-ins."""
+"""The models that can be measured: local models, served models, functions, and fake models for
+tests."""

@@ -1,5 +1,5 @@
-"""A served model as the harness measures it: no weights here, and a request or two for every
-prompt."""
+"""A served model as it is measured: the weights are in the server, and every prompt takes a request
+or two."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ if TYPE_CHECKING:
 
 
 class ServedModel(MeasuredModel):
-    """A model behind an OpenAI-compatible server, under the scaler that the server runs it with.
+    """A model behind an OpenAI-compatible server, under the scaler with which the server runs it.
 
     Args:
-        model: names the tokenizer and the config of what is served: built-in name, hub id or
-            folder.
-        url: the root of the protocol, such as http://localhost:8000/v1.
-        served_as: the model's name there; None is the only one that there is.
+        model: built-in name, hub id or folder of the served model. Its tokenizer and config are
+            read.
+        url: the root of the API, such as http://localhost:8000/v1.
+        served_as: the model's name at the server. None: the only model there.
 
     Attributes:
-        limit: tokens that the server was launched for, prompt and answer together; None if it does
-            not say.
-        form: how it tells log-probabilities of a prompt; None if it does not.
+        limit: the server's limit for prompt and answer together, tokens; None if it does not say.
+        form: how the server gives log-probabilities of a prompt; None if it does not.
 
     Raises:
         AssetError: there is no such model.
@@ -67,8 +66,8 @@ class ServedModel(MeasuredModel):
     def under(self, scaler: Scaler) -> ServedModel:
         if scaler.parts:
             raise ConfigError(
-                f"{self.name} is measured under the scaler that it is served with, not under {scaler}: leave out "
-                "--rope (for longppl: --judge none), or serve what `ropewalk export` writes under that scaler"
+                f"{self.name} runs under the scaler of its server, not under {scaler}: leave out "
+                "--rope (for longppl: --judge none), or serve a model that `ropewalk export` wrote under that scaler"
             )
         return self
 
@@ -78,26 +77,25 @@ class ServedModel(MeasuredModel):
 
     @property
     def memory_mb(self) -> None:
-        """None: the memory is the server's."""
+        """None: the server's memory is unknown."""
         return None
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The tokenizer's tokens as bytes; UnsupportedModel if they are not pieces of the
-        text's."""
+        """The tokenizer's tokens as bytes. UnsupportedModel if they are not pieces of the text."""
         return vocabulary(self.tokenizer)
 
     def describe(self) -> str:
-        """What was found at the server, in a sentence."""
+        """A sentence about the server: model, limit and log-probabilities."""
         limit = "" if self.limit is None else f", at most {self.limit:,} tokens"
-        how = "no log-probabilities of prompts: answers are only written" if self.form is None else self.form.name
-        return f"{self._served} is served at {self.device}{limit}; log-probabilities: {how}"
+        form = "no log-probabilities of prompts" if self.form is None else f"log-probabilities: {self.form.name}"
+        return f"{self._served} is served at {self.device}{limit}; {form}"
 
     def check_scoring(self, length: int) -> None:
         if self.form is None:
             raise ConfigError(
-                f"{self.device} tells no log-probabilities of a prompt's tokens (neither `prompt_logprobs` nor `echo` "
-                "with `logprobs`), which losses are made of: serve the model with vLLM or SGLang, or leave out "
+                f"{self.device} gives no log-probabilities of a prompt's tokens (neither `prompt_logprobs` nor `echo` "
+                "with `logprobs`), which losses need: serve the model with vLLM or SGLang, or leave out "
                 "--endpoint; passkey, niah, kv and ruler work with this server too"
             )
         self.check(length, spare=1)
@@ -111,16 +109,16 @@ class ServedModel(MeasuredModel):
 
     def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
         raise ConfigError(
-            f"{self.name}: a server tells the log-probability of a token, not the logits of all, which this protocol "
-            "compares; leave out --endpoint, and load the model here"
+            f"{self.name}: a server gives the log-probability of one token, and this protocol compares the "
+            "logits of all; leave out --endpoint, and load the model here"
         )
 
     def count_bytes(self, ids: Sequence[int]) -> int:
         return bytes_of(ids, self.tokenizer, lambda: self.vocabulary)
 
     def run_trial(self, trial: Trial, advance: Advance) -> TrialOutput:
-        """Two requests: the right answer scored behind the prompt, and the prompt continued
-        greedily."""
+        """Two requests: one scores the right answer after the prompt, the other continues the
+        prompt greedily."""
         ids = [*trial.prompt_ids, *trial.answer_ids]
         check_ids(ids, self._rows)
         scored = None if self.form is None else self.score(ids, len(trial.prompt_ids))
@@ -128,7 +126,7 @@ class ServedModel(MeasuredModel):
             self._served,
             trial.prompt_ids,
             max_tokens=trial.new_tokens,
-            repetition_penalty=1,  # vLLM and SGLang take the default from the model's generation_config.json
+            repetition_penalty=1,  # else vLLM and SGLang take it from the model's generation_config.json
         )
         advance(0, len(ids) - 1)
         text = str(written.get("text") or "")
@@ -138,8 +136,10 @@ class ServedModel(MeasuredModel):
         return TrialOutput(logprobs=nats, is_likeliest=None if None in likeliest else all(likeliest), written=text)
 
     def score(self, ids: Tokens, first: int) -> list[Scored]:
-        """Of each of `ids[first:]`, given all before it; `first` is at least 1, and the server
-        tells."""
+        """The score of each of `ids[first:]`, given all tokens before it.
+
+        `first` is at least 1, and the server must give log-probabilities.
+        """
         assert self.form is not None and first >= 1
         check_ids(ids, self._rows)
         self.check(len(ids), spare=1)
@@ -148,39 +148,38 @@ class ServedModel(MeasuredModel):
         if scored is None:
             raise EndpointError(
                 f"{self.device} answered a prompt of {len(ids):,} tokens without the {self.form.name} of each of them, "
-                "which it gave for a short one; see what its log says"
+                "which it gave for a short one; see the server's log"
             )
         return scored[first - 1 :]
 
     def check(self, length: int, spare: int = 0) -> None:
-        """Raise ContextOverflow if `length` tokens, and `spare` more that must be written, are
-        beyond `limit`."""
+        """Raise ContextOverflow if `length` tokens, and `spare` tokens that must be written, exceed
+        `limit`."""
         if self.limit is not None and length + spare > self.limit:
-            most = f"{length:,} tokens" + (f" and the {spare} that a server must write behind them" if spare else "")
+            most = f"{length:,} tokens" + (f" and the {spare} that a server must write after them" if spare else "")
             raise ContextOverflow(
-                f"{most} are more than the {self.limit:,} that {self.name} was launched for; ask for less, or launch "
+                f"{most} exceed the {self.limit:,} that {self.name} was launched for; use fewer, or launch "
                 f"it with {length + spare} (--max-model-len of vLLM, --context-length of SGLang)"
             )
 
     def time_forward(self, length: int) -> None:
         length = length if self.limit is None else min(length, self.limit - 1)
         tokens = min(self._rows, len(self.tokenizer))
-        ids = [random.randrange(tokens) for _ in range(length)]  # nothing that it has in a prefix cache
+        ids = [random.randrange(tokens) for _ in range(length)]  # random, so that no prefix cache has them
         self._server.complete(self._served, ids, max_tokens=1)
 
     def needs(self, longest: int) -> str:
         return f"{self.device} reads prompts of up to {longest:,} tokens"
 
     def _find_form(self) -> LogprobForm | None:
-        """The form in which the server gives log-probabilities of a prompt, found by a short
-        request in each form."""
+        """The first form in which the server gives log-probabilities of a short prompt."""
         ids = text_ids("The quick brown fox jumps over the lazy dog.", self.tokenizer)
-        self._server.complete(self._served, ids, max_tokens=1)  # refused here: no server for token ids
+        self._server.complete(self._served, ids, max_tokens=1)  # a server that takes no token ids refuses here
         for form in FORMS:
             try:
                 choice = self._server.complete(self._served, ids, max_tokens=1, **form.fields)
             except RefusedRequest as refusal:
-                if refusal.status not in (400, 422):  # that is how servers refuse fields
+                if refusal.status not in (400, 422):  # these are the statuses for unknown fields
                     raise
                 continue
             if form.read(choice, ids) is not None:

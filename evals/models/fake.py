@@ -1,5 +1,4 @@
-"""Networks that know nothing or everything, to check the harness with: `--fake uniform` and `--fake
-oracle`."""
+"""Fake networks that check the evaluation itself: `--fake uniform` and `--fake oracle`."""
 
 from __future__ import annotations
 
@@ -15,11 +14,11 @@ from ...engine.runners.transformers import TransformersRunner
 from ...tokenizer_tools.encode import text_ids
 from ..retrieval.trial import Trial
 
-_CERTAIN = 1000.0  # a logit beside zeros: a log-probability of exactly 0 in float32
+_CERTAIN = 1000.0  # among zeros, this logit has a log-probability of exactly 0 in float32
 
 
 class Uniform(TransformersRunner):
-    """Every token is as likely as every other: log-probability -log V."""
+    """All tokens have the same log-probability, -log V."""
 
     def new_cache(self, capacity: int) -> Cache:
         return Cache(layers=[ContiguousLayer(0)])
@@ -30,20 +29,22 @@ class Uniform(TransformersRunner):
 
 
 class Oracle(Uniform):
-    """Writes the right answer of the trial given to `learn`, then ends. It checks that it reads
-    that trial's tokens at their places."""
+    """Writes the right answer of the trial given to `learn`, then an end token.
+
+    It checks that the tokens it reads are those of the trial, at their positions.
+    """
 
     truth: Sequence[int] = ()
     end: int = 0
 
     def learn(self, trial: Trial) -> None:
-        """Set the trial that comes next."""
+        """Set the next trial."""
         self.truth = [*trial.prompt_ids, *trial.answer_ids]
 
     def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
         start = cache.get_seq_length()
         known = self.truth[start : start + len(ids)]
-        assert [*known] == [*ids][: len(known)], f"the harness reads other tokens than the trial's from {start} on"
+        assert [*known] == [*ids][: len(known)], f"tokens from position {start} differ from the trial's"
         logits = super().forward(ids, cache, logits_to_keep)
         for row, position in enumerate(range(start + len(ids) - logits_to_keep, start + len(ids))):
             after = self.truth[position + 1] if position + 1 < len(self.truth) else self.end
@@ -55,8 +56,7 @@ FAKES: dict[str, type[Uniform]] = {"uniform": Uniform, "oracle": Oracle}
 
 
 def replace_runner(model: Model, kind: str) -> Uniform:
-    """Put a stand-in in the place of the model's network, and say so in its name, so that no row
-    can be mistaken."""
+    """Replace the model's network by a fake one. The model's name says so, in every row."""
     fake = FAKES[kind](model.hf)
     if isinstance(fake, Oracle):
         ends = sorted(model.stop_ids) or text_ids("\n", model.tokenizer)

@@ -1,5 +1,4 @@
-"""A model in this process, as the harness measures it. Only this file touches the network of a
-model in a run."""
+"""A model in this process as it is measured. During a run no other file reads tokens with it."""
 
 from __future__ import annotations
 
@@ -25,12 +24,13 @@ from .measured import Advance, ForwardCost, MeasuredModel, Tokens, bytes_of
 
 
 class LocalModel(MeasuredModel):
-    """A ropewalk model under one scaler. Several of them may share one `Model`: each puts its
-    scaler there in time.
+    """A ropewalk model under one scaler.
+
+    Several of them may share one `Model`. Each sets its scaler before it uses the model.
 
     Args:
         model: the loaded model.
-        scaler: None is the scaler that the model has now.
+        scaler: None: the current scaler of the model.
     """
 
     trained_length: int
@@ -40,11 +40,11 @@ class LocalModel(MeasuredModel):
         self.rope = model.rope if scaler is None else scaler
         self.name, self.precision = model.name, model.precision
         self.device, self.trained_length = input_device(model.hf).type, model.trained_length
-        self.metadata = {"weights": model.fingerprint[:16]}  # tells it from another model at the same path
+        self.metadata = {"weights": model.fingerprint[:16]}  # distinguishes it from another model at the same path
         self.tokenizer = model.tokenizer
 
     def running(self, length: int) -> AbstractContextManager[Runner]:
-        """The runner, ready for `length` tokens under this scaler; other threads wait until the
+        """The runner, prepared for `length` tokens under this scaler. Other threads wait until the
         block ends."""
         return self.model.running_under(length, self.rope)
 
@@ -77,7 +77,7 @@ class LocalModel(MeasuredModel):
             self.cache = self.model.new_cache(len(ids))
             pieces = scored_logits(runner, ids, first, self.cache, advance)
         while True:
-            with self.running(len(ids)):  # another scaler may have been in use since the last piece
+            with self.running(len(ids)):  # another scaler may have been set since the last piece
                 piece = next(pieces, None)
             if piece is None:
                 return
@@ -85,15 +85,15 @@ class LocalModel(MeasuredModel):
 
     def run_trial(self, trial: Trial, advance: Advance | None = None) -> TrialOutput:
         """Read the prompt once, score the right answer after it, and let the model write its own
-        from there.
+        answer.
 
-        A cache that cannot be rewound (a sliding window in transformers' own cache) makes it read
-        the prompt twice.
+        If the cache cannot be rewound (sliding windows in transformers' own cache), the prompt is
+        read twice.
         """
         length = len(trial.prompt_ids) + trial.new_tokens
         check_ids([*trial.prompt_ids, *trial.answer_ids], self.model.vocabulary_size)
         params = SamplingParams(max_new_tokens=trial.new_tokens, temperature=0)
-        with self.running(length) as runner:  # both parts run under the scaler that is prepared for this length
+        with self.running(length) as runner:  # both parts use the scaler that is prepared for this length
             cache = self.model.new_cache(length)
             ids = trial.prompt_ids + trial.answer_ids[:-1]
             logits = prefill(runner, ids, cache, advance, logits_to_keep=len(trial.answer_ids))

@@ -1,4 +1,5 @@
-"""The interface of a model that is measured, the cost of its forward passes, and a plain function as a model."""
+"""The interface of a model that is measured, the cost of its forward passes, and plain functions as
+models."""
 
 from __future__ import annotations
 
@@ -27,13 +28,12 @@ if TYPE_CHECKING:
 
 
 Advance = Callable[[int, int], None]
-"""Called as tokens are read: the number of tokens in the cache, and the number read on top of
-them."""
+"""Called as tokens are read, with the number of tokens in the cache and the number of new tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardCost:
-    """Operations of a forward pass: `dense` for each token, `attention` for each token and key."""
+    """Operations of a forward pass: `dense` per token, `attention` per pair of token and key."""
 
     dense: float
     attention: float
@@ -46,8 +46,8 @@ class ForwardCost:
 
     @classmethod
     def of_config(cls, config: Any) -> ForwardCost:
-        """An estimate without the weights: each layer counts as 12 matrices of the hidden size
-        squared."""
+        """An estimate without the weights: each layer counts as 12 square matrices of the hidden
+        size."""
         text = config.get_text_config()
         return cls._of(config, 12 * text.num_hidden_layers * text.hidden_size**2)
 
@@ -58,7 +58,7 @@ class ForwardCost:
         return cls(dense=2 * weights, attention=4 * config.num_hidden_layers * config.num_attention_heads * head_dim)
 
     def step(self, past: int, tokens: int) -> float:
-        """Operations of `tokens` tokens on top of `past` tokens in the cache."""
+        """Operations of `tokens` new tokens after `past` tokens in the cache."""
         return tokens * (self.dense + self.attention * (past + tokens / 2))
 
     def passes(self, windows: Iterable[int]) -> float:
@@ -69,9 +69,9 @@ class ForwardCost:
 Tokens = list[int]
 
 Logits = Callable[[Tokens], Any]
-"""A function from token ids [n] to logits [n, V], a torch tensor or a numpy array."""
+"""A function from token ids [n] to logits [n, V], as a torch tensor or a numpy array."""
 
-_ROWS = 256  # rows of a function's logits that are turned into losses at once
+_ROWS = 256  # rows of a function's logits that are converted to losses at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Start:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Start:
-        """The start of a transformers tokenizer."""
+        """The tokens before a text, for a transformers tokenizer."""
         token = tokenizer.bos_token_id
         return cls(
             prefix=start_ids(tokenizer),
@@ -98,13 +98,13 @@ class Start:
 
 
 class MeasuredModel(ABC):
-    """A model under one scaler: loaded here (`LocalModel`), served (`ServedModel`), or a function
-    (`FunctionModel`).
+    """A model under one scaler: a local model (`LocalModel`), a served one (`ServedModel`) or a
+    function (`FunctionModel`).
 
     Attributes:
         name: the model's name in its rows.
-        precision: the dtype that it computes in.
-        device: the device or the server that it runs on.
+        precision: the dtype in which it computes.
+        device: the device or the server on which it runs.
         trained_length: tokens that it was trained to read; None if unknown.
         metadata: further fields of its recipes, JSON scalars.
         tokenizer: a transformers tokenizer; None if unknown.
@@ -165,7 +165,7 @@ class MeasuredModel(ABC):
 
     @abstractmethod
     def run_trial(self, trial: Trial, advance: Advance) -> TrialOutput:
-        """Score the right answer after the trial's prompt, and let the model write an answer."""
+        """Score the right answer after the trial's prompt, and let the model write its own answer."""
 
     @abstractmethod
     def count_bytes(self, ids: Sequence[int]) -> int | None:
@@ -181,17 +181,16 @@ class MeasuredModel(ABC):
 
 
 def bytes_of(ids: Sequence[int], tokenizer: Any, vocabulary: Callable[[], Vocabulary]) -> int:
-    """Bytes of the text of these tokens, from the bytes of each token where the vocabulary has
-    them."""
+    """Bytes of the text of these tokens, from the bytes of each token if the vocabulary has them."""
     try:
         return len(vocabulary().text_bytes(list(ids)))
-    except (UnsupportedModel, IndexError):  # no bytes of its own, or ids that only pad the matrix
+    except (UnsupportedModel, IndexError):  # no bytes per token, or an id that only pads the embedding
         return len(tokenizer.decode(list(ids)).encode())
 
 
 class FunctionModel(MeasuredModel):
-    """Any function from token ids to logits, such as another engine. It can be scored, and nothing
-    else.
+    """A function from token ids to logits, such as another engine. It can be scored; it cannot
+    generate.
 
     Args:
         function: token ids [n] to logits [n, V].
@@ -252,8 +251,8 @@ class FunctionModel(MeasuredModel):
         )
 
     def _read(self, ids: Tokens, first: int, advance: Advance) -> Any:
-        """The function's logits for all tokens but the last, from the row that predicts
-        `ids[first]` on."""
+        """The function's logits for all tokens except the last, from the row that predicts
+        `ids[first]`."""
         rows = self._function(ids[:-1])
         shape = tuple(rows.shape)
         if len(shape) != 2 or shape[0] != len(ids) - 1:

@@ -1,4 +1,5 @@
-"""An OpenAI-compatible server: its models, its answers to prompts of token ids, and how it gives log-probabilities."""
+"""A server with the OpenAI protocol: its models, completions of token ids, and log-probabilities of
+prompts."""
 
 from __future__ import annotations
 
@@ -13,17 +14,17 @@ import httpx2
 from ...errors import ConfigError, EndpointError, did_you_mean
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)
-"""Seconds before each further try of a request that got no answer, or a 429 or 5xx."""
+"""Seconds before each retry of a request that got no answer, or a status 429 or 5xx."""
 
-_TIMEOUT = httpx2.Timeout(1800, connect=10)  # seconds; a million tokens take long to read
-_SHOWN = 300  # characters of what a server says
+_TIMEOUT = httpx2.Timeout(1800, connect=10)  # seconds; reading a million tokens takes long
+_SHOWN = 300  # characters of a server's message that are shown
 
 
 class RefusedRequest(EndpointError):
-    """An answer 4xx: the request is wrong, and would be again.
+    """An answer with status 4xx: the request is wrong, and a retry would not help.
 
     Attributes:
-        status: of the answer.
+        status: HTTP status of the answer.
     """
 
     def __init__(self, message: str, status: int) -> None:
@@ -32,17 +33,17 @@ class RefusedRequest(EndpointError):
 
 
 class Server:
-    """Requests to one server, with a bearer token where the environment has OPENAI_API_KEY.
+    """Requests to one server. If the environment has OPENAI_API_KEY, they carry it as bearer token.
 
     Args:
-        url: the root of the protocol, such as http://localhost:8000/v1.
+        url: the root of the API, such as http://localhost:8000/v1.
 
     Attributes:
-        address: the same without a password.
+        address: the URL without a password.
         host: `localhost:8000`.
 
     Raises:
-        ConfigError: this is no web address.
+        ConfigError: `url` is no web address.
     """
 
     def __init__(self, url: str) -> None:
@@ -50,21 +51,21 @@ class Server:
             parsed = httpx2.URL(url.rstrip("/"))
         except httpx2.InvalidURL as error:
             raise ConfigError(
-                f"endpoint {url!r} is no address ({error}); give one as http://localhost:8000/v1"
+                f"endpoint {url!r} is no address ({error}); give one such as http://localhost:8000/v1"
             ) from None
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ConfigError(f"endpoint {url!r} is no http address; give one as http://localhost:8000/v1")
+            raise ConfigError(f"endpoint {url!r} is no http address; give one such as http://localhost:8000/v1")
         self.address, self.host = str(parsed.copy_with(userinfo=b"")), parsed.netloc.decode()
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx2.Client(base_url=parsed, headers=headers, timeout=_TIMEOUT)
 
     def model(self, name: str | None) -> dict[str, Any]:
-        """What the server tells of the model `name`, or of its only one.
+        """The server's description of the model `name`, or of its only model.
 
         Raises:
-            ConfigError: there is no such model, or several and no name.
-            EndpointError: as `ask`.
+            ConfigError: there is no such model, or there are several and no name.
+            EndpointError: as in `ask`.
         """
         listed = self.ask("/models").get("data")
         known = {str(entry["id"]): entry for entry in listed or [] if isinstance(entry, dict) and "id" in entry}
@@ -79,13 +80,13 @@ class Server:
         return known[name]
 
     def complete(self, model: str, ids: Sequence[int], **fields: Any) -> dict[str, Any]:
-        """The likeliest continuation of token ids: the first choice of the server's answer.
+        """The greedy continuation of token ids: the first choice of the server's answer.
 
         Args:
-            fields: of the request, `max_tokens` among them.
+            fields: fields of the request, such as `max_tokens`.
 
         Raises:
-            EndpointError: as `ask`, or the answer holds no choice.
+            EndpointError: as in `ask`, or the answer has no choice.
         """
         answer = self.ask("/completions", {"model": model, "prompt": list(ids), "temperature": 0, **fields})
         choices = answer.get("choices")
@@ -95,11 +96,12 @@ class Server:
         return choice
 
     def ask(self, path: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON object that the server answers to a POST of `payload`, or without one to a GET.
+        """The JSON object that the server answers to a POST of `payload`, or to a GET if there is
+        no payload.
 
         Raises:
-            RefusedRequest: the answer is 4xx.
-            EndpointError: there is none after several tries, or none that can be read.
+            RefusedRequest: the status is 4xx.
+            EndpointError: there is no answer after several tries, or it cannot be read.
         """
         trouble = ""
         for pause in (0, *PAUSES):
@@ -113,16 +115,14 @@ class Server:
                 return self._read(response, path)
             trouble = f"answered {response.status_code} ({_said(response)})"
         raise EndpointError(
-            f"{self.address}{path} {trouble}, in {len(PAUSES) + 1} tries; check that the server runs there and the "
-            "address is right. What was measured is kept: the same command goes on from there"
+            f"{self.address}{path} {trouble}, in {len(PAUSES) + 1} tries; check the address, and that the "
+            "server runs. Finished rows are stored: the same command continues from there"
         )
 
     def _read(self, response: httpx2.Response, path: str) -> dict[str, Any]:
         status = response.status_code
         if status >= 300:
-            hint = {401: "; set OPENAI_API_KEY to a key that it takes", 404: "; most addresses end in /v1"}.get(
-                status, ""
-            )
+            hint = {401: "; set OPENAI_API_KEY to a valid key", 404: "; most addresses end in /v1"}.get(status, "")
             raise RefusedRequest(f"{self.address}{path} answered {status}: {_said(response)}{hint}", status)
         try:
             answer = response.json()
@@ -130,13 +130,13 @@ class Server:
             answer = None
         if not isinstance(answer, dict):
             raise EndpointError(
-                f"{self.address}{path} answered no JSON object but {response.text[:60]!r}; most addresses end in /v1"
+                f"{self.address}{path} answered no JSON object: {response.text[:60]!r}; most addresses end in /v1"
             )
         return answer
 
 
 def _said(response: httpx2.Response) -> str:
-    """The message of an error, in whichever place the server puts it."""
+    """The message of an error, from the field where this server puts it."""
     try:
         body = response.json()
     except ValueError:
@@ -148,20 +148,21 @@ def _said(response: httpx2.Response) -> str:
 
 
 Scored = tuple[float, bool | None]
-"""Nats of a token, and whether it was the likeliest one; None where the server does not say."""
+"""Log-probability of a token in nats, and whether it was the likeliest one; None if the server does
+not say."""
 
 Choice = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogprobForm:
-    """How to ask for them, and where they are in the answer.
+    """A way to request log-probabilities of the prompt, and to read them from the answer.
 
     Args:
-        name: for people.
-        fields: of the request.
-        read: of a choice and the prompt's ids: what was asked of all ids but the first; None if it
-            is not there.
+        name: for display.
+        fields: fields of the request.
+        read: takes a choice and the prompt's ids. Returns the scores of all ids except the first;
+            None if the choice has none.
     """
 
     name: str
@@ -185,7 +186,7 @@ def _read_prompt_logprobs(choice: Choice, ids: Sequence[int]) -> list[Scored] | 
 def _read_echo(choice: Choice, ids: Sequence[int]) -> list[Scored] | None:
     logprobs = choice.get("logprobs") or {}
     nats = logprobs.get("token_logprobs")
-    if not isinstance(nats, list) or len(nats) not in (len(ids), len(ids) + 1):  # with the token that was written
+    if not isinstance(nats, list) or len(nats) not in (len(ids), len(ids) + 1):  # including the token that was written
         return None
     nats = nats[1 : len(ids)]
     if None in nats:
@@ -198,5 +199,5 @@ FORMS = (
     LogprobForm(name="prompt_logprobs", fields={"prompt_logprobs": 1}, read=_read_prompt_logprobs),
     LogprobForm(name="echo", fields={"echo": True, "logprobs": 1}, read=_read_echo),
 )
-"""vLLM's own, and OpenAI's from the time before chat, which SGLang has too. The first that a server
-knows is used."""
+"""The field of vLLM, and the `echo` of OpenAI's completions, which SGLang has too. The first one
+that works is used."""

@@ -1,4 +1,4 @@
-"""The protocols of perplexity by their names."""
+"""The table of perplexity protocols by name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _CLASSES: tuple[type[Protocol], ...] = (
     *(LlamaCpp, Disjoint, LongPPL, Repeat, Harm),
 )
 
-PROTOCOLS: dict[str, type[Protocol]] = {one.name: one for one in _CLASSES}
-"""All of them."""
+PROTOCOLS: dict[str, type[Protocol]] = {cls.name: cls for cls in _CLASSES}
+"""All protocols."""
 
 
 def settings_of(name: str) -> list[str]:
-    """The settings that a protocol takes besides its contexts.
+    """The settings of a protocol except its contexts.
 
     Raises:
         ConfigError: there is no such protocol.
@@ -34,20 +34,20 @@ def settings_of(name: str) -> list[str]:
 
 
 def users_of(setting: str) -> list[str]:
-    """The protocols that take a setting."""
+    """The protocols that have a setting."""
     return [name for name in PROTOCOLS if setting in settings_of(name)]
 
 
 def protocol(name: str, contexts: Sequence[int], **settings: Any) -> Protocol:
-    """The protocol of that name.
+    """Make the protocol with this name.
 
     Args:
         contexts: window lengths in tokens.
-        settings: fields of the protocol; the others keep their defaults, and `target` is
+        settings: fields of the protocol. The others keep their defaults; the default of `target` is
             `usual_target`.
 
     Raises:
-        ConfigError: unknown name, or a setting that it does not take or that cannot be right.
+        ConfigError: unknown name, unknown setting, or a value that is not allowed.
     """
     known = settings_of(name)
     for setting in settings:

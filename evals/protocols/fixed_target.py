@@ -1,4 +1,5 @@
-"""Protocols that score the same last tokens at every context: `fixed-target` and `repeat`."""
+"""Protocols that score the last tokens of windows that end at the same places: `fixed-target` and
+`repeat`."""
 
 from __future__ import annotations
 
@@ -18,28 +19,27 @@ from .protocol import Protocol, ProtocolResult, Window, too_short
 
 
 def usual_target(contexts: Sequence[int], most: int = 1024) -> int:
-    """Tokens to score where no number is given: `most`, and at most half of the shortest
-    context."""
+    """The default number of scored tokens: `most`, but at most half of the shortest context."""
     return max(1, min(most, min(contexts, default=2) // 2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamePlaces(Protocol):
-    """Base of the protocols whose windows of every length end at the same places.
+    """Base of the protocols whose windows end at the same places for every context.
 
     Args:
-        samples: places in the text; fewer where they would score the same tokens.
+        samples: places in the text. There are fewer if they would score the same tokens.
     """
 
     samples: int = 1
 
     @abstractmethod
     def scored_tokens(self, context: int) -> int:
-        """Tokens scored at the end of a window."""
+        """Number of scored tokens at the end of a window."""
 
     @property
     def limit(self) -> int | None:
-        return None  # the places depend on how long a document is
+        return None  # the places depend on the length of the document
 
     def is_enough(self, documents: Sequence[Tokens]) -> bool:
         return sum(len(d) >= self.longest for d in documents) >= self.samples
@@ -47,7 +47,7 @@ class SamePlaces(Protocol):
     def windows(self, documents: Sequence[Tokens], context: int, start: Start) -> list[Window]:
         target = self.scored_tokens(context)
         if target >= context:
-            raise ConfigError(f"target {target} leaves no context within {context} tokens; ask for fewer scored tokens")
+            raise ConfigError(f"target {target} leaves no context within {context} tokens; score fewer tokens")
         windows = []
         for number, end in self._places(documents, self.longest - len(start.prefix)):
             ids = start.prefix + documents[number][end - context + len(start.prefix) : end]
@@ -55,11 +55,11 @@ class SamePlaces(Protocol):
         return windows
 
     def _places(self, documents: Sequence[Tokens], room: int) -> list[tuple[int, int]]:
-        """Documents and where in them windows end.
+        """The document and the end of each window.
 
-        Sample k ends at the (k // D + 1) / ceil(samples / D) part of document k mod D, over the D
-        documents of `room` tokens or more. One that would score tokens of the sample before it in
-        its document is left out.
+        Let D be the number of documents with at least `room` tokens. Sample k ends at the fraction
+        (k // D + 1) / ceil(samples / D) of document k mod D. A sample that would score tokens of
+        the previous sample in its document is left out.
         """
         usable = [number for number, doc in enumerate(documents) if len(doc) >= room]
         if not usable:
@@ -79,10 +79,10 @@ class SamePlaces(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SameTarget(SamePlaces):
-    """Base of those that score the same tokens at every context.
+    """Base of the protocols that score the same tokens at every context.
 
     Args:
-        target: tokens scored at the end of each window.
+        target: number of scored tokens at the end of each window.
     """
 
     target: int
@@ -93,7 +93,8 @@ class SameTarget(SamePlaces):
 
 @dataclass(frozen=True, kw_only=True)
 class FixedTarget(SameTarget):
-    """The same last tokens under every context: a curve that is purely the effect of context."""
+    """The loss of the same last tokens at every context. The curve shows only the effect of
+    context."""
 
     name: ClassVar[str] = "fixed-target"
 
@@ -104,10 +105,10 @@ class FixedTarget(SameTarget):
 
 @dataclass(frozen=True, kw_only=True)
 class Repeat(SameTarget):
-    """The loss on a passage A that the window began with: [A][gap][A], against [X][gap][A].
+    """The loss on a passage A that the window begins with: [A][gap][A], compared with [X][gap][A].
 
-    X, the gap and the last A are the text as it is, so the second window is that of `fixed-target`;
-    in the first, A takes the place of X. The gain is the loss with X less the loss with A, paired
+    X, the gap and the last A are the text itself, so the second window is that of `fixed-target`.
+    In the first window, A replaces X. The gain is the loss with X minus the loss with A, paired
     token by token. (After the repeated and non-repeated tests of kexue.fm/archives/9706.)
     """
 
@@ -118,7 +119,7 @@ class Repeat(SameTarget):
         front = len(start.prefix)
         if context - front < 2 * self.target:
             raise ConfigError(
-                f"target {self.target} twice does not fit {context} tokens; ask for fewer scored tokens or more context"
+                f"target {self.target} does not fit twice into {context} tokens; score fewer or give more context"
             )
         return [
             replace(w, ids=w.ids[:front] + w.ids[w.first :] + w.ids[front + self.target :], twin=w.ids)
@@ -134,4 +135,4 @@ class Repeat(SameTarget):
 
     @classmethod
     def scored(cls, row: Row) -> str:
-        return f"the last {row['target']} tokens, with which every window begins too"
+        return f"the last {row['target']} tokens, which are also at the beginning of every window"

@@ -1,4 +1,4 @@
-"""What scaling costs texts that the model could read without it."""
+"""The harm of a scaler: what it costs on texts that the model reads without it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ..statistics import block_interval, paired_difference
 from .fixed_target import SamePlaces
 from .protocol import ProtocolResult, Window
 
-_ROWS = 64  # tokens whose distributions are compared at once
+_ROWS = 64  # tokens whose distributions are compared at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Harm(SamePlaces):
-    """The scaled model against the untouched one, token by token, at contexts up to the trained
+    """The scaled model against the untouched model, token by token, at contexts up to the trained
     length.
 
-    KL(untouched || scaled) of the next token's distribution in nats, the share of tokens with the
-    same likeliest next token, and the paired difference of losses.
+    The measures are KL(untouched || scaled) of the next-token distributions in nats, the share of
+    tokens with the same likeliest next token, and the paired difference of losses.
 
     Args:
-        target: tokens scored at the end of each window; None is all but the first.
+        target: tokens scored at the end of each window. None: all except the first.
     """
 
     name: ClassVar[str] = "harm"
@@ -44,10 +44,10 @@ class Harm(SamePlaces):
     def check(self, model: MeasuredModel) -> None:
         L = model.trained_length
         if L is None or self.longest > L:
-            known = "an unknown length" if L is None else format_length(L)
+            known = "unknown" if L is None else format_length(L)
             raise ConfigError(
-                f"harm holds a scaled model against the untouched one, which was trained to read {known}; the context "
-                f"{format_length(self.longest)} is beyond it: ask for shorter ones"
+                f"harm compares a scaled model with the untouched one, whose trained length is {known}; the context "
+                f"{format_length(self.longest)} is beyond it: give shorter ones"
             )
 
     def measure(self, model: MeasuredModel, windows: Sequence[Window], advance: Advance) -> ProtocolResult:
@@ -77,11 +77,11 @@ Comparisons = tuple[Losses, Losses, Losses, np.ndarray[tuple[int], np.dtype[np.b
 
 
 def compare_distributions(base: MeasuredModel, other: MeasuredModel, window: Window, advance: Advance) -> Comparisons:
-    """Both models' losses, KL(base || other) and whether the likeliest token is the same; each
+    """Losses of both models, KL(base || other), and whether the likeliest token is the same; each
     [scored tokens].
 
-    They read the window in lock step, each on a cache of its own, so that only some logits of each
-    are held at once.
+    The models read the window in lock step, each with its own cache, so that only some logits of
+    each are in memory.
     """
     parts: list[list[Tensor]] = []
     with torch.inference_mode():

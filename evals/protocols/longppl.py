@@ -1,4 +1,4 @@
-"""LongPPL: perplexity of the tokens that need far context, chosen once by a judge."""
+"""LongPPL: the perplexity of the tokens that need far context. A judge chooses them once."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .fixed_target import SameTarget
 from .protocol import Window
 
 GAIN = 2.0
-"""A key token's loss falls by more than this from the short to the full context, nats."""
+"""The loss of a key token falls by more than this from the short to the full context, nats."""
 
 MOST_LOSS = 2.0
-"""And is below this under the full context, nats."""
+"""The loss of a key token with the full context is below this, nats."""
 
 LEAST_KEYS = 16
-"""Fewer key tokens than these are refused."""
+"""The smallest allowed number of key tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongPPL(SameTarget):
-    """The loss of key tokens, those that a judge predicts far better with the full context than
-    with a short one.
+    """The loss of key tokens: the tokens that a judge predicts much better with the full context
+    than with a short one.
 
-    Key tokens: loss_short - loss_full > 2 and loss_full < 2 nats (Fang et al., arXiv 2410.23771).
-    Here loss_full is that of the judge at the longest context and loss_short that at the trained
-    length; the same keys are scored for every scaler and context.
+    Key tokens have loss_short - loss_full > 2 and loss_full < 2 nats (Fang et al., arXiv
+    2410.23771). Here loss_full is the judge's loss at the longest context, and loss_short its loss
+    at the trained length. The same key tokens are scored for every scaler and context.
 
     Args:
-        judge: the scaler under which the model chooses.
+        judge: the scaler under which the model chooses the key tokens.
     """
 
     name: ClassVar[str] = "longppl"
@@ -46,17 +46,17 @@ class LongPPL(SameTarget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "judge", str(parse(self.judge)))  # one way to write it, so that a run finds it again
+        object.__setattr__(self, "judge", str(parse(self.judge)))  # a canonical spelling, so that a run finds it again
 
     def check(self, model: MeasuredModel) -> None:
-        model.under(parse(self.judge))  # refused now where the model can only be read as it is
+        model.under(parse(self.judge))  # raises if the scaler of the model is fixed
         L = model.trained_length
         if L is None:
-            raise ConfigError("longppl takes the trained length as the short context; give trained_length")
+            raise ConfigError("longppl uses the trained length as the short context; give trained_length")
         if self.longest <= L:
             raise ConfigError(
-                f"longppl holds the longest context, {format_length(self.longest)}, against the trained length, "
-                f"{format_length(L)}; ask for a longer one too"
+                f"longppl compares the longest context, {format_length(self.longest)}, with the trained length, "
+                f"{format_length(L)}; give a longer one too"
             )
 
     @classmethod
@@ -71,10 +71,10 @@ class JudgeCell(Cell):
 
     Args:
         scaler: the judge.
-        context: the longest one, that of `full`.
+        context: the longest context, that of `full`.
         short: windows of the trained length.
         full: windows of the longest context.
-        recipe: of both rows, without the context.
+        recipe: the recipe of both rows without the context.
     """
 
     scaler: Scaler
@@ -96,7 +96,7 @@ class JudgeCell(Cell):
 
     def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
         for recipe, windows in zip(self.row_recipes(), (self.short, self.full), strict=True):
-            if run.find(recipe) is None:  # one of the two may be there, after a kill
+            if run.find(recipe) is None:  # after a kill, one of the two may be stored
                 losses = np.concatenate([model.losses(w.ids, w.first, advance) for w in windows])
                 run.add(recipe, {"tokens": len(losses), "loss": float(losses.mean())}, losses)
         self.keys(run)
@@ -107,22 +107,22 @@ class JudgeCell(Cell):
         return ", ".join(f"{loss_text(row)} at {format_length(row['context'])}" for row in (short, full))
 
     def keys(self, run: Run) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which of the scored tokens are keys, bool [tokens].
+        """Which of the scored tokens are key tokens, bool [tokens].
 
         Raises:
-            DataError: too few are, or the judge's losses are gone.
+            DataError: there are too few, or the judge's losses are missing.
         """
         rows = [run.find(recipe) for recipe in self.row_recipes()]
         losses = [None if row is None else run.losses(row) for row in rows]
         if losses[0] is None or losses[1] is None:
-            raise DataError(f"{run.folder} holds no losses of the judge {self.scaler}; measure in another folder")
+            raise DataError(f"{run.folder} has no losses of the judge {self.scaler}; measure in another folder")
         is_key = key_tokens(losses[0], losses[1])
         if (count := int(is_key.sum())) < LEAST_KEYS:
             short, full = (format_length(recipe["context"]) for recipe in self.row_recipes())
             raise DataError(
                 f"the judge {self.scaler} finds {count} key tokens among {len(is_key)} ({full} of context against "
-                f"{short}); longppl needs at least {LEAST_KEYS}: score more tokens (target, samples), or take a text "
-                "whose tokens depend on what is far"
+                f"{short}); longppl needs at least {LEAST_KEYS}: score more tokens (target, samples), or use a text "
+                "whose tokens depend on far context"
             )
         return is_key
 
@@ -130,6 +130,6 @@ class JudgeCell(Cell):
 def key_tokens(
     short: np.ndarray[Any, np.dtype[Any]], full: np.ndarray[Any, np.dtype[Any]]
 ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which tokens are keys, from their losses under both contexts, bool [tokens]."""
+    """Which tokens are key tokens, from their losses with both contexts, bool [tokens]."""
     is_key: np.ndarray[Any, np.dtype[np.bool_]] = (short - full > GAIN) & (full < MOST_LOSS)
     return is_key

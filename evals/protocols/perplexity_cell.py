@@ -1,8 +1,8 @@
 """A cell of perplexity: the windows of a protocol under one scaler and context, measured on any
 model.
 
-What is scored, and what each scored token may see, is the protocol's business. Every token is
-scored once, in float32.
+The protocol decides which tokens are scored, and what each of them may see. Every token is scored
+once, in float32.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityCell(Cell):
-    """The windows behind one row of the result (or, by position, behind one row for each bucket).
+    """The windows of one row of results; for by-position, of one row per bucket.
 
     Args:
         passages: the windows.
-        judge: where the tokens that count are chosen; None counts all scored ones.
-        then: gets the rows and what read them.
+        judge: the cell that chooses the tokens that count. None: all scored tokens count.
+        then: called with the cell, its rows and the model.
     """
 
     scaler: Scaler
@@ -80,7 +80,7 @@ class PerplexityCell(Cell):
             }
             if keys is not None:
                 measured["candidates"] = len(keys)
-            # after a kill some are there already
+            # after a kill, some rows are already stored
             rows.append(run.find(recipe) or run.add(recipe, _whole(measured | result.extra), losses))
         self.then(self, rows, model)
         return rows
@@ -93,7 +93,7 @@ class PerplexityCell(Cell):
         return f"{loss_text(summary_row)}, {tokens}{of} tokens scored"
 
     def _chosen(self, start: float, end: float, keys: np.ndarray[Any, Any] | None) -> list[np.ndarray[Any, Any]]:
-        """Which of the scored tokens of each window count, bool [scored tokens]."""
+        """Which scored tokens of each window count, bool [scored tokens]."""
         places = [np.arange(w.first, len(w.ids)) for w in self.passages]
         masks = [(place >= start) & (place < end) for place in places]
         if keys is None:
@@ -102,7 +102,7 @@ class PerplexityCell(Cell):
         return [mask & part for mask, part in zip(masks, np.split(keys, borders), strict=True)]
 
     def _scored(self, chosen: Sequence[np.ndarray[Any, Any]]) -> list[Tokens]:
-        """The scored tokens of each window that count."""
+        """The ids of the scored tokens of each window that count."""
         return [
             np.array(window.ids[window.first :])[mask].tolist()
             for window, mask in zip(self.passages, chosen, strict=True)
@@ -115,8 +115,8 @@ def _count_bytes(model: MeasuredModel, scored: Sequence[Tokens]) -> int | None:
 
 
 def _whole(measured: dict[str, Any]) -> dict[str, Any]:
-    """Without its loss, and with the reason, where a number is not finite; bounds of intervals need
-    not be."""
+    """If a number is not finite, the fields without the loss and with the reason. Bounds of
+    intervals may be NaN."""
     for name, value in measured.items():
         if isinstance(value, float) and not math.isfinite(value) and not name.endswith(("_low", "_high")):
             return measured | {"loss": None, "reason": f"{name} is not finite"}
@@ -124,7 +124,7 @@ def _whole(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(losses: Losses, n_bytes: int | None) -> dict[str, Any]:
-    """What is reported of per-token losses (nats, float32) of a text of `n_bytes` bytes."""
+    """The fields of a row from per-token losses (nats, float32) of a text of `n_bytes` bytes."""
     loss = float(losses.astype(np.float64).mean())
     low, high = block_interval(losses)
     return {
@@ -138,7 +138,7 @@ def summary(losses: Losses, n_bytes: int | None) -> dict[str, Any]:
 
 
 def perplexity_of(loss: float) -> float:
-    """Its exponential; infinite where a float has no room for it (above 709 nats)."""
+    """exp(loss); infinite if it is too large for a float (above 709 nats)."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -150,8 +150,8 @@ class Source:
     """A text as tokens.
 
     Args:
-        documents: token ids, without what the tokenizer puts around a text.
-        start: that.
+        documents: token ids without special tokens.
+        start: the tokens before a text.
     """
 
     documents: list[Tokens]
@@ -161,7 +161,8 @@ class Source:
 
     @classmethod
     def of(cls, text: Text, tokenizer: Any, protocol: Protocol) -> Source:
-        """Of a text: no more documents, and no more of each, than the protocol reads."""
+        """The tokens of a text: only the documents that the protocol reads, and only as much of
+        each."""
         documents: list[Tokens] = []
         for document in text.documents:
             single = replace(text, documents=(document,))
@@ -172,8 +173,8 @@ class Source:
 
 
 def cells(model: MeasuredModel, text: Text, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
-    """The cells of a protocol on a model, scaler by scaler; every scaler is checked against the
-    model first.
+    """The cells of a protocol on a model, scaler by scaler. Every scaler is first checked against
+    the model.
 
     Raises:
         DataError: the text is too short for a context.
@@ -184,7 +185,7 @@ def cells(model: MeasuredModel, text: Text, scalers: Sequence[Scaler], protocol:
 
 
 def plan(model: MeasuredModel, source: Source, scalers: Sequence[Scaler], protocol: Protocol) -> list[Cell]:
-    """The cells of a protocol on any model, the judge's first."""
+    """The cells of a protocol on any model; the judge's cell comes first."""
     protocol.check(model)
     scaled = {scaler: model.under(scaler) for scaler in scalers}
     shared = {
@@ -199,7 +200,7 @@ def plan(model: MeasuredModel, source: Source, scalers: Sequence[Scaler], protoc
     samples, available = protocol.settings.get("samples", 0), len(windows[protocol.longest])
     if available < samples:
         _LOG.warning(
-            "%s: %s has room for %d of %d samples that score no token twice",
+            "%s: %s has room for %d of %d samples if no token is scored twice",
             protocol.name,
             source.name,
             available,
@@ -246,8 +247,8 @@ def _judge(protocol: LongPPL, model: MeasuredModel, source: Source, shared: dict
 
 
 def places_of(windows: Sequence[Window]) -> str:
-    """Where the windows end, `document:token`; many are written as their count, the last one, and a
-    hash of all."""
+    """Where the windows end, `document:token`. More than 16 are written as their number, the last
+    one, and a hash of all."""
     every = ",".join(w.place for w in windows)
     if len(windows) <= 16:
         return every

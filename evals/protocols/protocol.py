@@ -1,4 +1,5 @@
-"""What a protocol of perplexity is: windows of a text, and which of their tokens are scored."""
+"""The base class of perplexity protocols: which windows of a text are read, and which tokens are
+scored."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ from ..runs.result import Losses, Row
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """One forward pass: token ids, and the index of the first one scored (to the end).
+    """One forward pass: token ids, and the index of the first scored token. All later tokens are
+    scored too.
 
     Args:
-        place: where it ends, `document:token`.
-        twin: ids that are read too, in a pass of their own, with the same tokens scored.
+        place: where the window ends, `document:token`.
+        twin: ids of a second pass that scores the same tokens; None if there is none.
     """
 
     ids: Tokens
@@ -35,7 +37,7 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolResult:
-    """What came out of some windows.
+    """The result of some windows.
 
     Args:
         losses: nats of the scored tokens, window by window.
@@ -48,7 +50,8 @@ class ProtocolResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol(ABC):
-    """Base of the protocols: frozen, keyword-only, with only their own fields.
+    """Base of the protocols. They are frozen and keyword-only, and have only the fields that they
+    use.
 
     Args:
         contexts: window lengths in tokens.
@@ -63,7 +66,7 @@ class Protocol(ABC):
             value = getattr(self, field_.name)
             if field_.type == "int" or (field_.type == "int | None" and value is not None):
                 try:
-                    object.__setattr__(self, field_.name, operator.index(value))  # of numpy's integers Python's
+                    object.__setattr__(self, field_.name, operator.index(value))  # numpy's integers become Python's
                 except TypeError:
                     raise ConfigError(f"{field_.name} {value!r} must be a whole number") from None
                 if value < 1:
@@ -73,7 +76,7 @@ class Protocol(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its own fields: those besides the contexts."""
+        """Its fields except the contexts."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["contexts"]
         return values
@@ -85,12 +88,12 @@ class Protocol(ABC):
 
     @property
     def limit(self) -> int | None:
-        """Most tokens that are read of a document; None is all of it."""
+        """The most tokens of a document that are read; None: all of it."""
         return self.longest
 
     @abstractmethod
     def is_enough(self, documents: Sequence[Tokens]) -> bool:
-        """True if no more documents need be read."""
+        """True if no more documents are needed."""
 
     @abstractmethod
     def windows(self, documents: Sequence[Tokens], context: int, start: Start) -> list[Window]:
@@ -101,33 +104,33 @@ class Protocol(ABC):
             ConfigError: the settings do not fit the context.
         """
 
-    def check(self, model: MeasuredModel) -> None:  # noqa: B027  (most can be measured on any)
-        """Raise ConfigError if it cannot be measured on this model."""
+    def check(self, model: MeasuredModel) -> None:  # noqa: B027  (most protocols work on any model)
+        """Raise ConfigError if this model cannot be measured with it."""
 
     def buckets(self, context: int) -> list[tuple[int, int] | None]:
-        """The positions [start, end) that each row of a context tells of; None is all of them."""
+        """The range of positions [start, end) of each row of a context; None: all positions."""
         return [None]
 
     def measure(self, model: MeasuredModel, windows: Sequence[Window], advance: Advance) -> ProtocolResult:
-        """Read the windows."""
+        """Read the windows and return their losses."""
         return ProtocolResult(losses=[model.losses(w.ids, w.first, advance) for w in windows])
 
     @classmethod
     @abstractmethod
     def scored(cls, row: Row) -> str:
-        """What the rows like `row` score, in a few words, for captions."""
+        """Which tokens the rows like `row` score, in a few words, for captions."""
 
 
 def tokens_sha256(ids: Sequence[int]) -> str:
-    """16 hex digits of the sha256 of scored tokens: losses may be paired where it is the same."""
+    """16 hex digits of the sha256 of the scored tokens. Losses may be paired if it is the same."""
     return hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def too_short(documents: Sequence[Tokens], needed: int, count: int = 1) -> DataError:
-    """The error for a text without `count` documents of `needed` tokens."""
+    """The error for a text with fewer than `count` documents of `needed` tokens."""
     longest = max((len(d) for d in documents), default=0)
     have = sum(len(d) >= needed for d in documents)
     return DataError(
-        f"the text is too short: {count} document(s) of {format_length(needed)} tokens needed, {have} there, the "
-        f"longest of {longest} tokens; ask for shorter lengths or a longer text"
+        f"the text is too short: {count} document(s) of {format_length(needed)} tokens needed, it has {have}, the "
+        f"longest of {longest} tokens; give shorter lengths or a longer text"
     )

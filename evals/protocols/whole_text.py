@@ -1,4 +1,4 @@
-"""Protocols whose windows cover a text or begin at its start."""
+"""Protocols whose windows cover a text, or begin at its start."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .protocol import Protocol, Window, too_short
 
 @dataclass(frozen=True, kw_only=True)
 class WholeText(Protocol):
-    """Base of the protocols that go through the text.
+    """Base of the protocols that read the text from its beginning.
 
     Args:
-        text_tokens: tokens of the text that are read, document by document.
+        text_tokens: number of tokens that are read, document by document.
     """
 
     text_tokens: int = 32768
@@ -35,7 +35,7 @@ class WholeText(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ByDocument(WholeText):
-    """Base of those whose windows end where a document ends."""
+    """Base of the protocols whose windows do not cross the end of a document."""
 
     def windows(self, documents: Sequence[Tokens], context: int, start: Start) -> list[Window]:
         windows, left = [], self.text_tokens
@@ -43,7 +43,7 @@ class ByDocument(WholeText):
             windows += self.of_document(doc[:left], number, context, start)
             left = max(left - len(doc), 0)
         if not windows:
-            raise DataError("the text has fewer than 2 tokens; there is nothing to score")
+            raise DataError("the text has fewer than 2 tokens, so there is nothing to score; give a longer text")
         return windows
 
     @abstractmethod
@@ -53,11 +53,11 @@ class ByDocument(WholeText):
 
 @dataclass(frozen=True, kw_only=True)
 class Sliding(ByDocument):
-    """Windows moved by a stride; the first one of a document scores everything, the others the
-    tokens new to them.
+    """Windows that move by a stride. The first window of a document scores all tokens, each other
+    window its new tokens.
 
-    As transformers' documentation does it, but the last window of a document is as long as the
-    others, and every scored token counts once in the mean.
+    This follows transformers' documentation, with two differences: the last window of a document is
+    as long as the others, and every scored token has the same weight in the mean.
 
     Args:
         stride: tokens by which the window moves.
@@ -87,13 +87,13 @@ class Sliding(ByDocument):
 
 @dataclass(frozen=True, kw_only=True)
 class Disjoint(ByDocument):
-    """Disjoint windows with one token of context, as `loglikelihood_rolling` of
+    """Disjoint windows with one token of context, as in `loglikelihood_rolling` of
     lm-evaluation-harness.
 
-    The start token (or else the end token) is put before a document. A window feeds `context`
-    tokens and scores as many, so that every token of the document is scored once; the last window
-    scores what is left, on `context` tokens. Of a tokenizer without either token, the document's
-    own first token is the context of the others.
+    The start token (or else the end token) is put before each document. A window reads `context`
+    tokens and scores as many, so that every token of the document is scored once. The last window
+    scores the rest, with `context` tokens read. If the tokenizer has neither token, the first token
+    of the document takes its place and is not scored.
     """
 
     name: ClassVar[str] = "disjoint"
@@ -114,25 +114,25 @@ class Disjoint(ByDocument):
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaCpp(WholeText):
-    """Chunks of the whole text, the second half of each scored, as llama.cpp's `perplexity` does
-    it.
+    """Chunks of the whole text. The second half of each chunk is scored, as in llama.cpp's
+    `perplexity`.
 
-    The start token, if the tokenizer adds one, stands before the text and replaces the first token
-    of every chunk. Of a chunk of n tokens those at n // 2 + 1 .. n - 1 are scored; a rest that
-    fills no chunk is left out.
+    If the tokenizer adds a start token, it comes before the text and replaces the first token of
+    every chunk. In a chunk of n tokens, those at n // 2 + 1 .. n - 1 are scored. A rest that is
+    shorter than a chunk is left out.
     """
 
     name: ClassVar[str] = "llamacpp"
 
     def windows(self, documents: Sequence[Tokens], context: int, start: Start) -> list[Window]:
         if context < 3:
-            raise ConfigError(f"context {context} leaves nothing to score in its second half; ask for at least 3")
+            raise ConfigError(f"context {context} leaves nothing to score in its second half; give at least 3")
         bos = start.prefix[:1]
         text = [*bos, *(token for doc in documents for token in doc)][: self.text_tokens]
         if len(text) < 2 * context:
             raise DataError(
-                f"llamacpp needs two chunks: {2 * context} tokens of text for a context of {context}, and there are "
-                f"{len(text)}; take a longer text, more text tokens or a shorter context"
+                f"llamacpp needs two chunks: {2 * context} tokens of text for a context of {context}, but it has "
+                f"{len(text)}; give a longer text, more text tokens or a shorter context"
             )
         ends = range(context, len(text) + 1, context)
         chunks = (text[end - context : end] for end in ends)
@@ -148,10 +148,10 @@ class LlamaCpp(WholeText):
 
 @dataclass(frozen=True, kw_only=True)
 class FromStart(Protocol):
-    """The first `context` tokens of the first documents that hold as many; everything is scored.
+    """The first `context` tokens of the first documents that are long enough; everything is scored.
 
     Args:
-        samples: documents.
+        samples: number of documents.
     """
 
     samples: int = 1
@@ -182,7 +182,8 @@ class Truncate(FromStart):
 
 @dataclass(frozen=True, kw_only=True)
 class ByPosition(FromStart):
-    """One long pass, in buckets of position that are powers of two: where a method breaks."""
+    """One long pass, in buckets of position that are powers of two. It shows where a method breaks
+    down."""
 
     name: ClassVar[str] = "by-position"
 
@@ -195,7 +196,8 @@ class ByPosition(FromStart):
 
 
 def position_edges(context: int) -> tuple[int, ...]:
-    """Bucket edges 1, 256, 512, 1024, ... up to `context`: tokens at positions in [start, end)."""
+    """Bucket edges 1, 256, 512, 1024, ... up to `context`. A bucket has the tokens at positions
+    [start, end)."""
     edges = [1]
     while (edge := 128 * 2 ** len(edges)) < context:
         edges.append(edge)

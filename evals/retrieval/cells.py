@@ -1,4 +1,5 @@
-"""Retrieval: trials in cells, each scored twice from one reading of its prompt."""
+"""Cells of retrieval trials. Each trial reads its prompt once, scores the right answer and writes
+its own."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ from .trial import Trial, assemble
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalCell(Cell):
-    """The trials of one task under one scaler at one length and depth; each gives a row as soon as
-    it is done.
+    """The trials of one task under one scaler, at one length and depth. Each trial gives a row as
+    soon as it is done.
 
     Args:
-        recipe: of its rows, but for the seed.
-        seeds: one for each trial.
+        recipe: the recipe of its rows without the seed.
+        seeds: one seed per trial.
         before: called with each trial before the model reads it.
     """
 
@@ -53,7 +54,7 @@ class RetrievalCell(Cell):
     def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
         rows = []
         for recipe in self.row_recipes():
-            row = run.find(recipe)  # of an earlier run that was stopped within this cell
+            row = run.find(recipe)  # stored by an earlier run that was stopped within this cell
             if row is None:
                 row = run.add(recipe, self._trial(model, recipe["seed"], advance))
             else:
@@ -67,7 +68,7 @@ class RetrievalCell(Cell):
         self.before(trial)
         output = model.run_trial(trial, advance)
         read = len(trial.prompt_ids) + len(trial.answer_ids) - 1
-        advance(read, self.context - read)  # the writing, and what the prompt left free
+        advance(read, self.context - read)  # the written answer, and the rest of the length
         total = None if output.logprobs is None else sum(output.logprobs)
         return {
             "correct": self.task.mark(output.written, trial.answers),
@@ -87,7 +88,7 @@ class RetrievalCell(Cell):
     def outcome(self, rows: Sequence[Row]) -> str:
         right = f"{fmean(row['correct'] for row in rows):.0%} of {len(rows)}"
         nats = [row["answer_logprob_per_token"] for row in rows if row["answer_logprob_per_token"] is not None]
-        return f"{right}, {fmean(nats):+.2f} nats a token" if nats else right
+        return f"{right}, {fmean(nats):+.2f} nats per token" if nats else right
 
 
 def cells(
@@ -101,24 +102,24 @@ def cells(
     text: Text | None = None,
     before: Callable[[Trial], None] = lambda _: None,
 ) -> list[RetrievalCell]:
-    """Cells of every scaler, length, task and depth, in that order; every scaler is checked against
-    the subject first.
+    """Cells of every scaler, length, task and depth, in that order. Every scaler is first checked
+    against the model.
 
     Args:
-        depths: for tasks with a depth, 0 to 1; the others leave the places to the seed.
-        trials: seeds 0, 1, ... of each cell.
+        depths: for tasks with a depth, 0 to 1. In other tasks the seed chooses the positions.
+        trials: number of seeds 0, 1, ... of each cell.
         text: the haystack.
 
     Raises:
         ConfigError: a scaler cannot work on this model, or a depth is missing or not between 0 and
             1.
-        DataError: the shortest length does not hold a prompt of some task.
+        DataError: the shortest length cannot hold a prompt of some task.
         ContextOverflow: a length is more than the model can hold.
     """
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ConfigError(f"depth {wrong[0]:g} must lie between 0 (the beginning) and 1 (the end)")
     if not depths and (with_depth := [task.name for task in tasks if task.has_depth]):
-        raise ConfigError(f"{with_depth[0]} has a needle at a depth that is asked for; give one at least, such as 0.5")
+        raise ConfigError(f"{with_depth[0]} needs the depth of its needle; give at least one, such as 0.5")
     ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
     for scaler in scalers:
         scaled = model.under(scaler)
@@ -133,7 +134,7 @@ def cells(
         for depth in (depths if task.has_depth else (None,))
     ]
     for task, place in places:
-        assemble(task, model.tokenizer, place, 0)  # refuses a length that is too short before anything is measured
+        assemble(task, model.tokenizer, place, 0)  # raises if a length is too short, before anything is measured
     return [
         RetrievalCell(
             scaler=scaler,
@@ -158,19 +159,19 @@ def cells(
 
 
 def rebuild(row: Row, tokenizer: Any, text: Text | None = None) -> Trial:
-    """The trial that a row of a retrieval run was measured on, to the character.
+    """The exact trial that a row of a retrieval run was measured on.
 
     Args:
-        row: of results.jsonl.
-        tokenizer: the model's.
-        text: the haystack; loaded by the row's name of it if it is not given.
+        row: a row of results.jsonl.
+        tokenizer: the tokenizer of the model.
+        text: the haystack. None: the text with the name in the row is loaded.
 
     Raises:
-        DataError: it is no retrieval row, or the prompt comes out otherwise than it was.
+        DataError: it is no retrieval row, or the rebuilt prompt differs from the prompt of the row.
     """
     task = TASKS.get(str(row.get("task")))
     if task is None:
-        raise DataError(f"a row of task {row.get('task')!r} has no prompt; rebuild one of {', '.join(TASKS)}")
+        raise DataError(f"a row of task {row.get('task')!r} has no prompt; a row of these has: {', '.join(TASKS)}")
     if task.needs_text and text is None:
         text = load_text(row["text"])
     if text is not None and task.needs_text and text.sha256 != row["text_sha256"]:
@@ -182,7 +183,7 @@ def rebuild(row: Row, tokenizer: Any, text: Text | None = None) -> Trial:
     trial = assemble(task, tokenizer, place, row["seed"])
     if trial.sha256 != row["prompt_sha256"]:
         raise DataError(
-            f"the prompt comes out with sha256 {trial.sha256}, the row has {row['prompt_sha256']}; take the tokenizer "
+            f"the rebuilt prompt has sha256 {trial.sha256}, the row has {row['prompt_sha256']}; use the tokenizer "
             f"of {row['model']} and the versions in env.json"
         )
     return trial

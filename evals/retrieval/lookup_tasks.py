@@ -34,7 +34,7 @@ from .task import (
 class Passkey(Task):
     """Find a number of five digits in repeated sentences (Mohtashami and Jaggi, arXiv 2305.16300).
 
-    The answer must be the first number that the model writes.
+    An answer is right if the first number that the model writes is the passkey.
     """
 
     name: str = "passkey"
@@ -63,7 +63,7 @@ class KeyValue(Task):
     """The value of one key in a JSON object of random UUIDs (Liu et al., "Lost in the Middle",
     arXiv 2307.03172).
 
-    A unit is a pair. The value must be the first word with a digit that the model writes.
+    A unit is a pair. An answer is right if the first word with a digit is the value.
     """
 
     name: str = "kv"
@@ -92,13 +92,16 @@ class KeyValue(Task):
 
 
 _HOPS = 4
-_EXAMPLE_LINES = 15  # about the 500 tokens that RULER gives its example
+_EXAMPLE_LINES = 15  # about 500 tokens, as RULER's example has
 
 
 @dataclass(frozen=True)
 class VariableTracking(Task):
-    """Name the five variables that have one value (arXiv 2404.06654): the first is given it, each
-    other one the variable before it. Asked after a solved example. A unit is a line of noise."""
+    """Name the five variables that have one value (RULER, arXiv 2404.06654).
+
+    The value is assigned to the first variable, and each other variable is assigned the one before
+    it. A solved example comes first. A unit is a line of noise.
+    """
 
     name: str = "vt"
     new_tokens: ClassVar[int] = 30
@@ -134,23 +137,23 @@ class VariableTracking(Task):
         return match_all(written, answers)
 
 
-_DEPTHS = 40  # RULER draws the depths of needles in a text from so many, evenly spaced, none twice
+_DEPTHS = 40  # RULER draws the depths of needles from this many evenly spaced depths, without replacement
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needles(Task):
-    """Say what the magic number (or UUID) of a key is (RULER, arXiv 2404.06654, section 3).
+    """Find the magic numbers (or UUIDs) of keys (RULER, arXiv 2404.06654, section 3).
 
-    The score is `match_all` of what the model writes. With a depth, the needle that is asked for
-    stands there.
+    The score of an answer is `match_all`. If a depth is requested, the needle of the requested key
+    lies there.
 
     Args:
-        hay: sentences of a text, lines of noise, or lines that look like the needle.
+        hay: sentences of a text, lines of noise, or lines with the form of a needle.
         key: an adjective and a noun, or a UUID.
         value: seven digits, or a UUID.
         keys: keys that have a needle.
-        values: needles of each key.
-        queries: keys asked for.
+        values: needles per key.
+        queries: keys that the question asks for.
     """
 
     name: str
@@ -188,7 +191,7 @@ class Needles(Task):
         ]
         keys = random.sample(list(dict.fromkeys(key for key, _ in pairs)), self.queries)
         hay = self._hay(random, units, text, taken)
-        assert not any(key in unit for key in taken for unit in hay), f"a needle's key or value is in the hay: {taken}"
+        assert not any(key in unit for key in taken for unit in hay), f"the haystack contains a key or value: {taken}"
         random.shuffle(pairs)
         needles = list(zip(self._places(random, hay, place.depth), pairs, strict=True))
         end = " " if self.hay == "text" else "\n"
@@ -232,7 +235,8 @@ class Needles(Task):
         return f"One of the special magic {self.value} for {key} is: {value}."
 
     def _frame(self, keys: str, *, single: bool) -> tuple[str, str]:
-        """RULER's template; it has a singular where one value is asked for."""
+        """RULER's template for the beginning and the question. It has a singular form for one
+        value."""
         what = self.value[:-1] if single else self.value
         a, are, are_all = ("A", "is", "is") if single else ("Some", "are", "are all")
         opening = (
@@ -245,7 +249,7 @@ class Needles(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Niah(Needles):
-    """The needle of `niah_single_2`, at a depth that is chosen."""
+    """The needle of `niah_single_2` at a requested depth."""
 
     name: str = "niah"
     new_tokens: ClassVar[int] = 32

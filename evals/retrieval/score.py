@@ -1,4 +1,5 @@
-"""Rows of trials put together: groups of comparable rows, and their scores with intervals."""
+"""Scores of retrieval trials, such as the share of passkeys that were found, with confidence
+intervals."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ import numpy as np
 
 from ..runs.compare import METHOD, group_key, methods, short
 from ..runs.result import Row
-from ..statistics import block_interval, mean_interval
+from ..statistics import block_interval, mean_score_interval
 from .tasks import SUITES, TASKS
 
 ENOUGH = 20
-"""Trials below which an interval is too wide to tell much."""
+"""With fewer trials an interval is too wide to be useful."""
 
 MEASURED = frozenset(
     (
@@ -24,20 +25,21 @@ MEASURED = frozenset(
         *("answer_logprob", "answer_logprob_per_token", "answer_is_likeliest", "seconds", "peak_memory_mb"),
     )
 )
-"""Fields of a trial's row that are not of its recipe."""
+"""Fields of a trial's row that are not part of its recipe."""
 
 _COLUMN = METHOD | {"context", "depth", "seed", "task"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialScore:
-    """How right some trials were, 0 to 1, with 95% intervals (NaN where there are too few trials
-    for one).
+    """The mean score of some trials, 0 to 1, with its 95% interval.
+
+    The bounds are NaN if there are too few trials for an interval.
 
     Args:
-        right: of each trial, task by task.
-        logprobs: of the right answer of each trial, nats a token; none of those whose server did
-            not tell.
+        right: the score of each trial, grouped by task.
+        logprobs: log-probability of the right answer of each trial, nats per token. Trials of
+            servers that give none are missing.
     """
 
     right: tuple[tuple[float, ...], ...]
@@ -45,42 +47,42 @@ class TrialScore:
 
     @property
     def trials(self) -> int:
-        """Of all tasks together."""
+        """The number of trials of all tasks."""
         return sum(map(len, self.right))
 
     @property
     def mean(self) -> float:
-        """Over tasks, of the mean of each: every task counts alike."""
+        """The mean over tasks of the mean of each task: every task has the same weight."""
         return fmean(map(fmean, self.right))
 
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """Of `mean`."""
-        return mean_interval(self.right)
+        """95% interval of `mean`; for one task with scores 0 or 1 it is Wilson's."""
+        return mean_score_interval(self.right)
 
     @property
     def low(self) -> float:
-        """Lower bound of `mean`."""
+        """Lower bound of the interval of `mean`."""
         return self.interval[0]
 
     @property
     def high(self) -> float:
-        """Upper bound of `mean`."""
+        """Upper bound of the interval of `mean`."""
         return self.interval[1]
 
     @property
     def nats(self) -> float:
-        """Mean log-probability of the right answer, nats a token; NaN if no server gives it."""
+        """Mean log-probability of the right answer, nats per token; NaN if no server gives it."""
         return fmean(self.logprobs) if self.logprobs else math.nan
 
     @cached_property
     def nats_interval(self) -> tuple[float, float]:
-        """Of `nats`."""
+        """95% interval of `nats`."""
         return block_interval(np.array(self.logprobs), block=1)
 
 
 def score(rows: Sequence[Row]) -> TrialScore:
-    """The score of rows of one or more tasks."""
+    """The score of the rows of one or more tasks."""
     by_task: dict[str, list[float]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(float(row["correct"]))
@@ -95,7 +97,7 @@ class ScoreGroup:
     """Rows that differ only in method, length, task, depth and seed.
 
     Args:
-        rows: at least one.
+        rows: at least one row.
     """
 
     rows: tuple[Row, ...]
@@ -107,7 +109,7 @@ class ScoreGroup:
 
     @property
     def trained_length(self) -> int:
-        """Of the model, tokens."""
+        """The trained length of the model in tokens."""
         return int(self.rows[0]["trained_length"])
 
     @property
@@ -117,23 +119,23 @@ class ScoreGroup:
 
     @property
     def lengths(self) -> list[int]:
-        """In tokens, ascending."""
+        """Lengths in tokens, ascending."""
         return sorted({row["context"] for row in self.rows})
 
     @property
     def depths(self) -> list[float]:
-        """The requested depths, ascending; empty where the seed chose them."""
+        """The requested depths, ascending; empty if the seed chose them."""
         return sorted({row["depth"] for row in self.rows if row["depth"] is not None})
 
     @property
     def tasks(self) -> list[str]:
-        """In the suite's order."""
+        """The names of the tasks, in the order of the suite."""
         names = {row["task"] for row in self.rows}
         return [task for task in SUITES[self.suite] if task in names]
 
     @property
     def name(self) -> str:
-        """The name of the suite, for people."""
+        """The name of the suite for display."""
         if self.suite in SUITES[self.suite]:
             return self.suite
         tasks = self.tasks
@@ -147,14 +149,16 @@ class ScoreGroup:
 
     @property
     def caption(self) -> str:
-        """The suite, the model and the text, in one line."""
+        """The suite, the model and the text in one line."""
         return f"{self.name}: {self.measured_on}."
 
     def score(
         self, rope: str, length: int, *, task: str | None = None, depth: float | None = None
     ) -> TrialScore | None:
-        """Of these trials; None if there are none. Over several tasks, None too while one of them
-        is missing."""
+        """The score of the trials of one method and length, optionally of one task or depth.
+
+        None if there are no such trials, or if a task of several is missing.
+        """
         rows = [
             row
             for row in self.rows
@@ -166,16 +170,17 @@ class ScoreGroup:
         return score(rows) if {row["task"] for row in rows} == required else None
 
     def scores(self, rope: str) -> dict[int, TrialScore]:
-        """Of a method, by length."""
+        """The scores of a method by length."""
         scores = {length: self.score(rope, length) for length in self.lengths}
         return {length: score for length, score in scores.items() if score is not None}
 
 
 def score_groups(rows: Iterable[Row]) -> list[ScoreGroup]:
-    """Retrieval rows in settings, in order of appearance; rows of other kinds are left out.
+    """Retrieval rows in groups of comparable rows, in order of appearance. Rows of other kinds are
+    left out.
 
-    Tasks of one suite may have settings of their own (RULER's with drawn words have the list's
-    version): a row goes with every group of other tasks that holds all of its own.
+    Some tasks of a suite have settings that others lack: RULER's tasks with drawn words have the
+    version of the word list. A row belongs to every group whose settings include the row's own.
     """
     groups: dict[str, dict[frozenset[tuple[str, object]], list[Row]]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""The base class of retrieval tasks, and what their prompts are made of: filler text, needles, keys."""
+"""The base class of retrieval tasks, and what their prompts are built from: filler, needles, words."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from ...errors import DataError
 from ..data import Text
 
 FORM = 1
-"""Counts changes of any prompt form; part of every recipe, so that rows of two forms are never
-taken for one."""
+"""Version of the prompts' wording. It is part of every recipe, so that rows of two versions never
+count as the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What a prompt is drafted for.
+    """The length, depth and haystack that a prompt is drafted for.
 
     Args:
-        context: tokens that prompt and answer may take together.
-        depth: where the needle is wanted, 0 (beginning) to 1 (end); None lets the seed choose.
+        context: tokens of prompt and answer together, at most.
+        depth: the requested position of the needle, 0 (beginning) to 1 (end). None: the seed
+            chooses.
         text: the haystack, for tasks that use one.
     """
 
@@ -42,11 +43,10 @@ class Draft:
     """A prompt with its right answer.
 
     Args:
-        prompt: ends where the answer begins, not in a blank.
-        answers: what a right answer holds.
-        target: a right answer as it would be written on from the prompt; its first character is a
-            blank.
-        needle: the character of `prompt` at which the needle begins; None where several pieces are
+        prompt: ends where the answer begins, without a trailing blank.
+        answers: the strings that a right answer contains.
+        target: a right answer as the text after the prompt. Its first character is a blank.
+        needle: the character of `prompt` at which the needle begins. None if several needles are
             asked for.
     """
 
@@ -61,13 +61,13 @@ class Draft:
 
 
 class Task(ABC):
-    """A kind of prompt whose size is counted in units: sentences, lines, pairs or words.
+    """A kind of prompt. Its size is counted in units: sentences, lines, pairs or words.
 
     Attributes:
-        name: as in rows and tables.
+        name: the name in rows and tables.
         new_tokens: tokens that the model may write.
-        least: units of the smallest prompt that makes sense.
-        has_depth: its needle is put at a depth that is asked for.
+        least: units of the smallest prompt.
+        has_depth: True if the needle is put at a requested depth.
     """
 
     name: str
@@ -77,37 +77,42 @@ class Task(ABC):
 
     @abstractmethod
     def draft(self, random: Random, units: int, place: Place) -> Draft:
-        """A prompt of `units` units. One that is a unit longer has about one unit's tokens more."""
+        """A prompt of `units` units. One more unit makes the prompt longer by about the tokens of a
+        unit."""
 
     @abstractmethod
     def mark(self, written: str, answers: Sequence[str]) -> float:
         """How right an answer is, 0 to 1."""
 
     def most(self, place: Place) -> int | None:
-        """Units that there are; None is as many as you like."""
+        """The largest possible number of units. None: there is no limit."""
         return None
 
     @property
     def needs_text(self) -> bool:
-        """True if the `Place` for it must have a text."""
+        """True if its `Place` must have a text."""
         return False
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its prompts depend on beside `Place` and seed; JSON scalars for the recipe."""
+        """What its prompts depend on besides `Place` and seed: JSON scalars, which become part of
+        the recipe."""
         return {"form": FORM}
 
 
 def match_all(written: str, answers: Sequence[str]) -> float:
-    """RULER's `string_match_all` (arXiv 2404.06654): the share of `answers` that occur anywhere in
-    `written`, in upper or lower case."""
+    """RULER's `string_match_all` (arXiv 2404.06654): the share of `answers` that occur in
+    `written`.
+
+    Upper and lower case are the same.
+    """
     return sum(answer.lower() in written.lower() for answer in answers) / len(answers)
 
 
 def match_first(written: str, answers: Sequence[str]) -> float:
-    """1 if the first word with a digit in `written` is the one answer, else 0.
+    """1 if the first word with a digit in `written` is the only answer, else 0.
 
-    Stricter than `match_all`: 123456 is not 12345, and a list of guesses is not an answer.
+    It is stricter than `match_all`: 123456 is not 12345, and a list of guesses is not an answer.
     """
     (answer,) = answers
     match = re.search(r"[\w-]*\d[\w-]*", written)
@@ -120,22 +125,23 @@ def enumerated(words: Sequence[str]) -> str:
 
 
 NOISE = ("The grass is green. ", "The sky is blue. ", "The sun is yellow. ", "Here we go. ", "There and back again. ")
-"""The filler of the passkey task (arXiv 2305.16300), sentence by sentence."""
+"""The filler sentences of the passkey task (arXiv 2305.16300)."""
 
 NOISE_LINE = "".join(NOISE).strip() + "\n"
-"""The same as one line: a unit of RULER's noise haystack (arXiv 2404.06654)."""
+"""These sentences as one line: a unit of RULER's noise haystack (arXiv 2404.06654)."""
 
 _END = re.compile(r"(?<=[.!?]\s)(?=\S)|(?<=[。！？])|(?<=\n)(?=\S)")
 
 
 def noise(count: int) -> list[str]:
-    """`count` sentences of noise."""
+    """`count` filler sentences."""
     return list(islice(cycle(NOISE), count))
 
 
 @functools.lru_cache(maxsize=4)
 def sentences(text: Text) -> tuple[str, ...]:
-    """A text in sentences (lines, where lines are shorter), with the blanks that follow each."""
+    """The sentences of a text with the blanks after them. Lines that are shorter than a sentence
+    are units too."""
     whole = "\n".join(text.documents)
     return tuple(part if part[-1].isspace() else f"{part} " for part in _END.split(whole) if part.strip())
 
@@ -146,34 +152,35 @@ def _lowered(text: Text) -> str:
 
 
 def stretch(text: Text, start: int, count: int) -> list[str]:
-    """`count` sentences of a text from number `start` on, going on from its end to its beginning.
+    """`count` consecutive sentences of a text from sentence `start` on. After the last sentence
+    comes the first.
 
     Raises:
-        DataError: the text has fewer.
+        DataError: the text has fewer sentences.
     """
     units = sentences(text)
     if count > len(units):
-        raise DataError(f"{text.name}: {count} sentences needed, {len(units)} there; take a longer --text")
+        raise DataError(f"{text.name} has {len(units)} sentences, and {count} are needed; give a longer --text")
     return [units[(start + index) % len(units)] for index in range(count)]
 
 
 def drawn_anew(draw: Callable[[], str], taken: Sequence[str], text: Text | None = None) -> str:
-    """The first of `draw()`, `draw()`, ... that occurs nowhere in the text and neither is nor holds
-    one of `taken`.
+    """The first result of `draw()` that does not occur in the text and contains no string of
+    `taken`.
 
     Raises:
-        DataError: none of a thousand is new.
+        DataError: a thousand draws gave none.
     """
     for _ in range(1000):
         word = draw()
         if not any(known in word for known in taken) and (text is None or word.lower() not in _lowered(text)):
             return word
-    raise DataError(f"{text.name if text else 'the haystack'} holds every key that was drawn; take another --text")
+    raise DataError(f"{text.name if text else 'the haystack'} contains every key that was drawn; give another --text")
 
 
 def boundary(units: Sequence[str], depth: float) -> int:
-    """The number of units after which `depth` (0 to 1) of their characters have gone by, to the
-    nearest boundary."""
+    """The number of units before the boundary that is nearest to `depth` (0 to 1) of all
+    characters."""
     ends = [0, *accumulate(map(len, units))]
     target = depth * ends[-1]
     right = bisect_left(ends, target)
@@ -184,9 +191,9 @@ def with_needles(units: Sequence[str], needles: Sequence[tuple[int, str]]) -> tu
     """Units and needles as one text.
 
     Args:
-        units: the hay, each unit ending in a blank.
-        needles: (units that come before it, the needle with the blank after it), in the order of
-            the text.
+        units: the haystack. Each unit ends in a blank.
+        needles: for each needle the number of units before it, and its text with the blank after
+            it; in the order of the text.
 
     Returns:
         The text without blanks at its end, and the character at which each needle begins.
@@ -204,7 +211,7 @@ def with_needles(units: Sequence[str], needles: Sequence[tuple[int, str]]) -> tu
 
 
 WORDS_VERSION = f"wonderwords {importlib.metadata.version('wonderwords')}"
-"""Where the words come from; a change of the lists changes prompts."""
+"""The package of the words. Other word lists give other prompts."""
 
 
 @functools.cache
@@ -216,15 +223,15 @@ def _list(kind: str) -> tuple[str, ...]:
 
 @functools.cache
 def all_words() -> tuple[str, ...]:
-    """Nouns, adjectives and verbs, sorted, none of them twice."""
+    """Nouns, adjectives and verbs, sorted and without duplicates."""
     return tuple(sorted({*_list("noun"), *_list("adjective"), *_list("verb")}))
 
 
 def random_key(random: Random) -> str:
-    """An adjective and a noun, `quiet-lantern`."""
+    """An adjective and a noun, such as `quiet-lantern`."""
     return f"{random.choice(_list('adjective'))}-{random.choice(_list('noun'))}"
 
 
 def random_uuid(random: Random) -> str:
-    """A version 4 UUID."""
+    """A random UUID of version 4."""
     return str(UUID(int=random.getrandbits(128), version=4))

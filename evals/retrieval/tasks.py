@@ -1,4 +1,4 @@
-"""The retrieval tasks by name, and the suites that the commands run."""
+"""The table of retrieval tasks, built-in and of plug-ins, and of the suites that the commands run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .word_tasks import CommonWords, FrequentWords
 
 RULER = "ruler-11-offline"
 """RULER without its two question answering tasks, which need downloads, and with another text as
-its haystack."""
+haystack."""
 
 _ALL: tuple[tuple[str, Task], ...] = (
     ("passkey", Passkey()),
@@ -31,21 +31,21 @@ _ALL: tuple[tuple[str, Task], ...] = (
 
 
 def _as_task(name: str, value: object) -> Task:
-    """A task of the class that an entry point of the group `ropewalk.tasks` leads to.
+    """The task of the class that an entry point of the group `ropewalk.tasks` names.
 
     Raises:
-        ConfigError: it is no such class.
+        ConfigError: the entry point names something else, or the class has another task name.
     """
     if not (isinstance(value, type) and issubclass(value, Task)):
         raise ConfigError(f"{value!r} is not a subclass of ropewalk.evals.Task")
     task = value()
     if task.name != name:
-        raise ConfigError(f"{value.__name__}.name is {task.name!r}; it must be the entry point's")
+        raise ConfigError(f"{value.__name__}.name is {task.name!r}; it must be the entry point's name, {name!r}")
     return task
 
 
 class _SuiteOf(dict[str, str]):
-    def __missing__(self, task: str) -> str:  # one of another package is a suite of its own
+    def __missing__(self, task: str) -> str:  # a task of a plug-in is a suite by itself
         return task
 
 
@@ -55,11 +55,14 @@ class _Suites(dict[str, tuple[str, ...]]):
 
 
 TASKS = Plugins({task.name: task for _, task in _ALL}, group="ropewalk.tasks", kind="task", check=_as_task)
-"""Every task by name: ours, then those of other packages."""
+"""Every task by name: the built-in ones, then those of plug-ins."""
 
 SUITE_OF = _SuiteOf({task.name: suite for suite, task in _ALL})
 
 SUITES = _Suites(
-    {suite: tuple(name for name, own in SUITE_OF.items() if own == suite) for suite in dict.fromkeys(SUITE_OF.values())}
+    {
+        suite: tuple(name for name, its_suite in SUITE_OF.items() if its_suite == suite)
+        for suite in dict.fromkeys(SUITE_OF.values())
+    }
 )
 """The names of the tasks of each suite, in the order of tables."""

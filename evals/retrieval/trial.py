@@ -1,4 +1,4 @@
-"""Trials: a task filled to a length in tokens, and what a model answers."""
+"""Trials: a prompt of a task with a given length in tokens, and the model's answer to it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .task import Draft, Place, Task
 
 @dataclass(frozen=True, kw_only=True)
 class TrialOutput:
-    """The right answer's probability, and the answer that was written.
+    """The probability of the right answer, and the answer that the model wrote.
 
     Args:
-        logprobs: nats of each token of the right answer, given the prompt and the answer's tokens
-            before it; None from a server that does not tell.
-        is_likeliest: every token of the right answer was the likeliest one; None where it is
+        logprobs: log-probability of each token of the right answer, nats, given the prompt and the
+            answer's tokens before it. None if the server gives none.
+        is_likeliest: True if every token of the right answer was the likeliest one. None if
             unknown.
-        written: its own answer, greedily.
+        written: the model's answer under greedy decoding.
     """
 
     logprobs: list[float] | None
@@ -35,22 +35,22 @@ class TrialOutput:
 
 Tokens = list[int]
 
-_TAIL = 200  # characters of a prompt's end with which its answer is tokenised: no token looks back that far
+_TAIL = 200  # characters of the prompt's end that are tokenised with the answer: no token looks back that far
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What one row asks.
+    """The prompt and the right answer of one row.
 
     Attributes:
-        prompt: the text, exactly.
-        prompt_ids: its tokens, a start token included where the tokenizer puts one.
-        answer_ids: tokens of the right answer, behind those of the prompt.
-        answers: what a right answer holds.
-        target: the right answer as text; `answer_ids` have the blank before it too.
-        new_tokens: tokens that may be written; with the prompt they stay within the length asked
-            for.
-        needle: tokens of the prompt before the needle; None where several are asked for.
+        prompt: the exact text.
+        prompt_ids: its tokens, with a start token if the tokenizer adds one.
+        answer_ids: tokens of the right answer after the prompt.
+        answers: the strings that a right answer contains.
+        target: the right answer as text. `answer_ids` include the blank before it.
+        new_tokens: tokens that the model may write. Together with the prompt they stay within the
+            requested length.
+        needle: tokens of the prompt before the needle. None if several needles are asked for.
     """
 
     prompt: str
@@ -63,23 +63,23 @@ class Trial:
 
     @property
     def depth(self) -> float | None:
-        """The share of the prompt's tokens that stand before the needle."""
+        """The share of the prompt's tokens that come before the needle."""
         return None if self.needle is None else self.needle / len(self.prompt_ids)
 
     @property
     def sha256(self) -> str:
-        """Of the prompt in UTF-8."""
+        """Hash of the prompt in UTF-8."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()
 
 
 def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
-    """The prompt of as many whole units as fit into `place.context` with the answer.
+    """The longest prompt in whole units that fits into `place.context` together with its answer.
 
     The same task, place, seed and tokenizer give the same trial. Prompts of different lengths or
-    depths differ in everything: they are independent draws.
+    depths are independent draws.
 
     Raises:
-        DataError: not even the smallest prompt fits, or the task has too few units for the length.
+        DataError: the smallest prompt does not fit, or the task has too few units for the length.
     """
     source = f"{task.name} {task.settings} {place.context} {place.depth} {seed}"
 
@@ -107,8 +107,8 @@ def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
 
 
 def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Place) -> int:
-    """The largest number of units for which `needed` is at most `budget`, by secant steps, then
-    halving."""
+    """The largest number of units for which `needed` is at most `budget`: by secant steps, then by
+    bisection."""
     low, most = task.least, task.most(place)
     at_low = needed(low)
     if at_low > budget:
@@ -117,7 +117,7 @@ def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Pl
             f"this tokenizer; ask for a length of at least {at_low}"
         )
     if most is not None and most <= low:
-        raise DataError(f"{task.name}: the haystack has {most} sentences, {low + 1} are needed; take a longer --text")
+        raise DataError(f"{task.name}: the haystack has {most} sentences of {low + 1} needed; give a longer --text")
     high, rate, steps = None, None, 0
     while high is None or high - low > 1:
         estimate = low + int((budget - at_low) / rate) if rate else low + 16
@@ -134,20 +134,23 @@ def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Pl
             low, at_low = guess, tokens
             if guess == most:
                 raise DataError(
-                    f"{task.name} at {format_length(budget)}: all {most} sentences or words that there are take "
-                    f"{tokens} tokens; ask for a shorter length or take a longer --text"
+                    f"{task.name} at {format_length(budget)}: the {most} sentences or words are only {tokens} "
+                    "tokens; ask for a shorter length or give a longer --text"
                 )
     return low
 
 
 def answer_ids(draft: Draft, tokenizer: Any) -> Tokens:
-    """Tokens of the answer behind those of the prompt. Where the tokenizer would merge the two,
-    those of the answer alone."""
+    """Tokens of the answer after those of the prompt.
+
+    If the tokenizer merges the end of the prompt with the answer, these are the tokens of the
+    answer alone.
+    """
     ids = functools.partial(text_ids, tokenizer=tokenizer)
     tail = draft.prompt[-_TAIL:]
     before, both = ids(tail), ids(tail + draft.target)
     if both[: len(before)] == before:
         return both[len(before) :]
-    alone = [ids(draft.target), ids(draft.target[1:])]  # SentencePiece puts a blank of its own first
+    alone = [ids(draft.target), ids(draft.target[1:])]  # SentencePiece adds a blank at the beginning
     end = tail[-20:] + draft.target
     return next((candidate for candidate in alone if tokenizer.decode(before + candidate).endswith(end)), alone[0])

@@ -1,4 +1,4 @@
-"""English words, and the tasks made of words alone: which of them are common, which frequent."""
+"""Retrieval tasks that count words: which words of a text are common or frequent."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any, ClassVar
 
 from .task import WORDS_VERSION, Draft, Place, Task, all_words, enumerated, match_all
 
-_TOP = 10  # common words asked for
-_FREQUENT = 3  # frequent words asked for
-_SHORT = 4096  # below so many tokens RULER repeats words less often
-_ALPHA = 2.0  # of the zeta distribution of coded words
+_TOP = 10  # common words that the question asks for
+_FREQUENT = 3  # frequent words that the question asks for
+_SHORT = 4096  # below this many tokens RULER repeats words less often
+_ALPHA = 2.0  # exponent of the zeta distribution of coded words
 
 
 @dataclass(frozen=True)
 class CommonWords(Task):
-    """RULER's common words extraction (arXiv 2404.06654): the ten words of a numbered list that
-    come oftener.
+    """RULER's common words extraction (arXiv 2404.06654): the ten most common words of a numbered
+    list.
 
-    Ten words come 30 times and the others 3 times, after an example with 10 and 3 times; for
-    contexts below 4k, 6 and 1 times after 3 and 1. A unit is a word that is in the list, however
-    often.
+    These ten words occur 30 times each and all others 3 times. Before the list comes an example
+    with 10 and 3 occurrences. Below 4k tokens of context it is 6 and 1 occurrences, and 3 and 1 in
+    the example. A unit is a distinct word of the list.
     """
 
     name: str = "cwe"
@@ -70,13 +70,14 @@ class FrequentWords(Task):
     """RULER's frequent words extraction (arXiv 2404.06654): the three most frequent of made-up
     words.
 
-    Words of six letters, one for every 50 tokens of the context; the word of rank k makes up k^-2 /
-    zeta(2) of the text, the first rank being dots that do not count. A unit is a word of the text.
+    The words have six letters, and there is one for every 50 tokens of the context. The share of
+    the word of rank k is k^-2 / zeta(2). The first rank consists of dots, which do not count. A
+    unit is a word of the text.
     """
 
     name: str = "fwe"
     new_tokens: ClassVar[int] = 50
-    least: ClassVar[int] = 60  # below, ranks 4 and 5 tie
+    least: ClassVar[int] = 60  # with fewer words, ranks 4 and 5 occur equally often
 
     def draft(self, random: Random, units: int, place: Place) -> Draft:
         from scipy.special import zeta

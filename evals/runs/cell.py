@@ -14,10 +14,10 @@ from .result import Row, Run
 
 
 class Cell(ABC):
-    """A unit of work: done as a whole or not at all, by one process.
+    """A unit of work that one process measures as a whole. It gives one or more rows.
 
     Attributes:
-        scaler: the scaler of the model that is measured.
+        scaler: the scaler under which the model is measured.
         context: tokens of its longest window or prompt.
     """
 
@@ -26,7 +26,7 @@ class Cell(ABC):
 
     @property
     def label(self) -> str:
-        """What it is beside its scaler, for people: `8k`."""
+        """What it measures besides the scaler, for display: `8k`."""
         return format_length(self.context)
 
     @property
@@ -36,18 +36,18 @@ class Cell(ABC):
 
     @abstractmethod
     def row_recipes(self) -> list[dict[str, Any]]:
-        """The recipe of each row that it gives."""
+        """The recipe of each of its rows."""
 
     @abstractmethod
     def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
-        """Measure it on a model under its scaler, store its rows in `run` and return them."""
+        """Measure the model under the cell's scaler, store the rows in `run` and return them."""
 
     @abstractmethod
     def outcome(self, rows: Sequence[Row]) -> str:
-        """What came out, in a few words: `loss 3.512, 1024 tokens scored`."""
+        """The result in a few words: `loss 3.512, 1024 tokens scored`."""
 
     def is_ready(self, run: Run) -> bool:
-        """False while it needs what another cell has yet to measure."""
+        """False while it needs the rows of another cell that is not measured yet."""
         return True
 
     def is_done(self, run: Run) -> bool:
@@ -65,7 +65,7 @@ class NamedText(Protocol):
 
 
 def shared_recipe(model: MeasuredModel, text: NamedText | None) -> dict[str, Any]:
-    """The fields of the model and the text."""
+    """The fields of the model and the text that every recipe has."""
     return {
         "model": model.name,
         "text": None if text is None else text.name,
@@ -81,8 +81,8 @@ def rope_recipe(scaler: Scaler, rope_at: Callable[[int], Scaler], lengths: Itera
     """The fields of the scaler.
 
     Args:
-        rope_at: gives the scaler at a length. For `auto` that depends on what was tuned, so the
-            recipe holds it.
+        rope_at: returns the scaler at a length. `auto` chooses by length and by what was tuned, so
+            the recipe names the choice.
         lengths: in tokens.
     """
     if not isinstance(scaler, Auto):

@@ -1,4 +1,4 @@
-"""Which rows may be compared, and the paired difference of two of them."""
+"""Which rows may be compared, and the paired difference of the losses of two rows."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ MEASURED = frozenset(
         *("base_loss", "difference", "difference_low", "difference_high", "kl", "kl_low", "kl_high", "same_top1"),
     )
 )
-"""Fields of a perplexity row that are not of its recipe."""
+"""Fields of a perplexity row that are not part of its recipe."""
 
 METHOD = frozenset(("rope", "chosen"))
-"""Fields that tell the scaler, and what `auto` stood for."""
+"""Fields that name the scaler, and the choice of `auto`."""
 
 _COLUMN = METHOD | {"context", "bucket_start", "bucket_end", "places"}
 
-_SAME_TOKENS = ("fixed-target", "longppl", "repeat")  # are scored at every context; `places` tells which
+# These protocols score the same tokens at every context; `places` names them.
+_SAME_TOKENS = ("fixed-target", "longppl", "repeat")
 
-# By position, one pass is one context.
+# In by-position, one pass is one context.
 _KEY_COLUMN_OF_PROTOCOL = {**dict.fromkeys((*_SAME_TOKENS, "harm"), "places"), "by-position": "context"}
 
 
 def method_name(rope: str) -> str:
-    """A method as sentences call it: its spec, or `the untouched model`."""
+    """A method in a sentence: its spec, or `the untouched model`."""
     return "the untouched model" if rope == UNTOUCHED else rope
 
 
 def short(name: str) -> str:
-    """A model or text as captions call it: of a path the last part, names and hub ids whole."""
+    """A model or text in a caption: the last part of a path; names and hub ids stay whole."""
     return Path(name).name if name.startswith(("/", ".", "~")) else name
 
 
 Column = tuple[int, int]
-"""A column of a table: (0, context), or (bucket start, bucket end) by position."""
+"""A column of a table: (0, context), or (bucket start, bucket end) for by-position."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A difference of two mean losses over the same tokens, nats per token, with its 95%
+    """The difference of two mean losses over the same tokens, nats per token, with its 95%
     interval."""
 
     mean: float
@@ -61,17 +62,17 @@ class Difference:
 
     @property
     def has_interval(self) -> bool:
-        """False where there were too few tokens for one; the bounds are then NaN."""
+        """False if there were too few tokens for an interval; the bounds are then NaN."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     @property
     def is_distinguishable(self) -> bool:
-        """The interval lies on one side of zero."""
+        """True if the interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
 
     @property
     def is_tie(self) -> bool:
-        """The interval holds zero; without one nothing can be said."""
+        """True if there is an interval and it contains zero."""
         return self.has_interval and not self.is_distinguishable
 
     def __str__(self) -> str:
@@ -91,7 +92,7 @@ def comparable_groups(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def group_rows(rows: Iterable[Row], ignoring: Collection[str]) -> list[list[Row]]:
-    """Rows in groups whose rows differ only in the fields `ignoring`, in order of appearance."""
+    """Rows in groups that differ only in the fields `ignoring`, in order of appearance."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(group_key(row, ignoring), []).append(row)
@@ -99,26 +100,25 @@ def group_rows(rows: Iterable[Row], ignoring: Collection[str]) -> list[list[Row]
 
 
 def group_key(row: Row, ignoring: Collection[str]) -> str:
-    """What a row was measured with: all its fields except those in `ignoring`, as JSON; null fields
-    are left out."""
+    """All fields of a row except those in `ignoring`, as JSON. Null fields are left out."""
     fields = {field: value for field, value in row.items() if field not in ignoring and value is not None}
     return json.dumps(fields, sort_keys=True)
 
 
 def methods(rows: Iterable[Row]) -> list[str]:
-    """The rope specs of `rows`, the untouched model first, the others in order of appearance."""
+    """The rope specs of `rows`: the untouched model first, the others in order of appearance."""
     return sorted(dict.fromkeys(str(row["rope"]) for row in rows), key=lambda rope: rope != UNTOUCHED)
 
 
 def column(row: Row) -> Column:
-    """The column of a row; columns sort by length."""
+    """The column of a row. Columns sort by length."""
     if row["protocol"] == "by-position":
         return row["bucket_start"], row["bucket_end"]
     return 0, row["context"]
 
 
 def column_name(row: Row) -> str:
-    """`8k`, or `4k-8k` by position."""
+    """`8k`, or `4k-8k` for by-position."""
     start, end = column(row)
     if row["protocol"] == "by-position":
         return f"{format_length(start)}-{format_length(end)}"
@@ -131,26 +131,26 @@ def columns(rows: Iterable[Row]) -> dict[Column, str]:
 
 
 def cell(rows: Iterable[Row], rope: str, at: Column) -> Row | None:
-    """The row of a method in a column, whether or not it has a loss; None if there is none."""
+    """The row of a method in a column, with or without a loss; None if there is no row."""
     return next((row for row in rows if row["rope"] == rope and column(row) == at), None)
 
 
 def measured(rows: Iterable[Row], rope: str, at: Column) -> Row | None:
-    """Like `cell`, but None too where nothing could be measured."""
+    """Like `cell`, but None if the row has no loss."""
     row = cell(rows, rope, at)
     return row if row is not None and row.get("loss") is not None else None
 
 
 def reason(row: Row | None) -> str:
-    """Why a cell has no loss; empty where it was not tried."""
+    """Why a row has no loss; empty if there is no row."""
     return "" if row is None else str(row.get("reason") or "loss is not finite")
 
 
 def reference(rows: Sequence[Row]) -> Row | None:
-    """The untouched model at its trained length, scored on the tokens that every row of the group
-    scores.
+    """The row of the untouched model at its trained length, on the tokens that every row of the
+    group scores.
 
-    None if it was not measured, or if the protocol scores other tokens at other contexts.
+    None if it was not measured, or if the protocol scores different tokens at different contexts.
     """
     if not rows or rows[0]["protocol"] not in _SAME_TOKENS:
         return None
@@ -158,7 +158,7 @@ def reference(rows: Sequence[Row]) -> Row | None:
 
 
 def difference(run: Run, a: Row | None, b: Row | None) -> Difference | None:
-    """Loss of `a` minus loss of `b`, paired token by token; None if either has no stored losses."""
+    """Loss of `a` minus loss of `b`, paired token by token; None if a row has no stored losses."""
     if a is None or b is None:
         return None
     losses_a, losses_b = run.losses(a), run.losses(b)
@@ -169,8 +169,8 @@ def difference(run: Run, a: Row | None, b: Row | None) -> Difference | None:
 
 
 def deltas(run: Run, rows: Sequence[Row]) -> dict[str, Difference]:
-    """By row key: the difference to the untouched model at its trained length, where there is
-    one."""
+    """The difference of each row to the untouched model at its trained length, by row key, if there
+    is one."""
     base = reference(rows)
     differences = {row["key"]: difference(run, row, base) for row in rows}
     return {key: delta for key, delta in differences.items() if delta is not None}

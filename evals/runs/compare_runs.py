@@ -1,4 +1,4 @@
-"""Two runs side by side: equal measurements, and their paired differences."""
+"""Compare two runs: find the rows that measured the same, and compute their paired differences."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _LOSS = (
 )
 _TRIALS = ("suite", "task", "text_sha256", "form", "context")
 _TRIAL = ("depth", "seed", "prompt_sha256")
-_TOKENIZER = ("model", "tokenizer")  # models of one name have one
+_TOKENIZER = ("model", "tokenizer")  # models of the same name have the same tokenizer
 _MAY_DIFFER = MEASURED | TRIAL_MEASURED | {*_TRIAL, "text"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """What two runs measured in the same way.
+    """A measurement that both runs have.
 
     Args:
-        what: for people: `fixed-target at 8k`.
-        ropes: of both; the same unless each run has one only.
-        unit: of the values: nats a token, bits a byte, or the share of right answers.
-        difference: B less A, with the interval; None where tokens cannot be paired.
+        what: for display: `fixed-target at 8k`.
+        ropes: the scalers of both. They are equal unless each run has only one.
+        unit: of the values: nats per token, bits per byte, or the share of right answers.
+        difference: B minus A with its interval; None if the tokens cannot be paired.
     """
 
     what: str
@@ -61,22 +61,22 @@ class Pair:
         return "B better" if b_is_higher == (self.unit == RIGHT) else "A better"
 
 
-NATS, BITS, RIGHT = "nats a token", "bits a byte", "right answers"
+NATS, BITS, RIGHT = "nats per token", "bits per byte", "right answers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Pairs in the order of run A, and how many rows of each run have no partner."""
+    """Pairs in the order of run A, and the number of rows of each run without a partner."""
 
     pairs: list[Pair]
     only_a: int
     only_b: int
 
     def grid(self) -> Grid:
-        """A line for every pair."""
+        """A table with a line for every pair."""
         rows = [(pair.rope, [Shown(main=text) for text in _texts(pair)]) for pair in self.pairs]
         return Grid(
-            title="B less A",
+            title="B minus A",
             note="Paired on the same tokens or trials, with 95% intervals.",
             columns=("what", "A", "B", "unit", "difference", "verdict"),
             rows=rows,
@@ -84,14 +84,14 @@ class Comparison:
 
 
 def compare_runs(a: Run, b: Run) -> Comparison:
-    """Pair the rows of two runs that ask the same of the same text under the same scaler.
+    """Pair the rows of two runs that measured the same on the same text under the same scaler.
 
-    Two runs with one scaler each are taken to compare the scalers; any two runs may differ in model
-    and dtype. Losses are paired where both scored the same tokens, else bits per byte stand side by
-    side.
+    Two runs with one scaler each are a comparison of these scalers. Any two runs may differ in
+    model and dtype. Losses are paired if both runs scored the same tokens. Otherwise the bits per
+    byte of both are shown.
 
     Raises:
-        DataError: a run has several rows that could be the partner of one.
+        DataError: several rows of a run could be the partner of one row.
     """
     each_one = all(len({row["rope"] for row in run.rows if "rope" in row}) == 1 for run in (a, b))
     rope = () if each_one else ("rope",)
@@ -127,9 +127,10 @@ def _count(groups: Groups) -> int:
 
 
 def _partners(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[list[Row], list[Row]]]:
-    """Those that end at the same places of the text (as all trials do, which tell none).
+    """Groups of rows that end at the same places of the text. Trials name no places, so they all
+    match.
 
-    Another tokenizer ends at others; where each run has one place, these are partners too.
+    Another tokenizer has other places. If each run has only one place, its rows are partners too.
     """
     at_a, at_b = _by_place(a), _by_place(b)
     partners = [(rows, at_b[place]) for place, rows in at_a.items() if place in at_b]
@@ -146,16 +147,15 @@ def _by_place(rows: Sequence[Row]) -> dict[object, list[Row]]:
 
 
 def _refuse_ambiguous_rows(run: Run, rows: Sequence[Row]) -> None:
-    """Raise DataError if rows differ in what would have to be the same for one of them to be the
-    partner."""
+    """Raise DataError if rows differ in a field that must be equal to choose a partner."""
     fields = {field for row in rows for field in row} - _MAY_DIFFER
     for field in sorted(fields):
         values = list(dict.fromkeys(str(row.get(field)) for row in rows))
         if len(values) > 1:
             what = f"{rows[0].get('protocol') or rows[0]['task']} at {format_length(rows[0]['context'])}"
             raise DataError(
-                f"{run.folder} has rows of {what} with {field} {' and '.join(values)}, so there is no telling which to "
-                "compare; measure each with an --out of its own, or delete the lines of one in a copy of the folder"
+                f"{run.folder} has rows of {what} with {field} {' and '.join(values)}, so it is unknown which to "
+                "compare; measure each with its own --out, or delete the lines of one in a copy of the folder"
             )
 
 
@@ -175,16 +175,17 @@ def _losses(run_a: Run, run_b: Run, a: Row, b: Row) -> Pair | None:
     return Pair(what=what, ropes=ropes, unit=NATS, a=a["loss"], b=b["loss"], difference=difference)
 
 
-def _same_tokens(a: Row, b: Row, as_many: bool) -> bool:
-    """Rows of before `tokens_sha256` tell only how many they are and where they end."""
+def _same_tokens(a: Row, b: Row, equal_count: bool) -> bool:
+    """Rows of versions before `tokens_sha256` are compared by the number of tokens and by their
+    places."""
     known = a.get("tokens_sha256"), b.get("tokens_sha256")
     if None not in known:
         return known[0] == known[1]
-    return as_many and a.get("places") == b.get("places")
+    return equal_count and a.get("places") == b.get("places")
 
 
 def _trials(a: Sequence[Row], b: Sequence[Row]) -> Pair | None:
-    """The trials that both have: the same prompts."""
+    """The pair of the trials that both runs have, with equal prompts."""
     of_b = {tuple(row.get(field) for field in _TRIAL): row for row in b}
     both = [(row, of_b[key]) for row in a if (key := tuple(row.get(field) for field in _TRIAL)) in of_b]
     if not both:

@@ -1,4 +1,5 @@
-"""What `ropewalk all` measures, by the time there is."""
+"""The presets of `ropewalk all`: what is measured in about 1 minute, 10 minutes, or without a
+limit."""
 
 from __future__ import annotations
 
@@ -24,20 +25,22 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Lengths are as in the shell: `512`, `8k`, or `2x` the trained length.
+    """What `ropewalk all` measures. Lengths are written as in the shell: `512`, `8k`, or `2x` the
+    trained length.
 
     Args:
-        minutes: for measuring; what does not fit is left out, the last things first. None takes
-            what it takes.
+        minutes: time for measuring. The last cells that do not fit are left out. None: no limit.
         loss: contexts of the fixed-target curve.
-        target, samples: tokens scored at the end of each context, at most half of the shortest, and
-            places in the text.
+        target: tokens scored at the end of each context, at most half of the shortest.
+        samples: places in the text.
         by_position: length of the one long pass.
-        harm: contexts at which the harm within the trained length is measured; longer ones are cut
-            to it.
-        passkey, passkey_trials: lengths, and trials at each of three depths.
-        ruler, ruler_trials: lengths, and trials of each task.
-        ruler_tasks: of RULER-11.
+        harm: contexts of the harm within the trained length. Longer ones are cut to the trained
+            length.
+        passkey: lengths of the passkey prompts.
+        passkey_trials: trials at each of three depths.
+        ruler: lengths of the RULER-11 prompts.
+        ruler_trials: trials of each task.
+        ruler_tasks: tasks of RULER-11.
     """
 
     minutes: float | None
@@ -53,8 +56,8 @@ class Preset:
     ruler_tasks: tuple[str, ...] = SUITES[RULER]
 
     def cells(self, model: LocalModel, text: Text, scalers: Sequence[Scaler]) -> list[Cell]:
-        """The cells in the order of measuring: the loss first, and every kind for all scalers
-        before the next."""
+        """The cells in the order of measuring: the loss first, and each kind for all scalers before
+        the next kind."""
         L = model.trained_length
 
         def lengths(texts: Sequence[str]) -> tuple[int, ...]:
@@ -72,8 +75,7 @@ class Preset:
             planned += perplexity_cells(model, text, chosen, curve)
 
         def retrieval(tasks: Sequence[str], length_texts: Sequence[str], trials: int, **settings: Any) -> list[Cell]:
-            """Cells of the tasks at the lengths that hold their prompts: those of a short model
-            hold few."""
+            """Cells of the tasks at the lengths that hold their prompts. A short model holds few."""
             cells, unfit, why = [], [], ""
             for length in lengths(length_texts):
                 for task in tasks:
@@ -85,7 +87,7 @@ class Preset:
                         why = why or str(error)
                         unfit.append(f"{task} at {format_length(length)}")
             if unfit:
-                _LOG.warning("left out, since their prompts do not fit: %s (%s)", ", ".join(unfit), why)
+                _LOG.warning("left out because their prompts do not fit: %s (%s)", ", ".join(unfit), why)
             return sorted(cells, key=lambda cell: scalers.index(cell.scaler))
 
         planned += retrieval(["passkey"], self.passkey, self.passkey_trials, depths=_DEPTHS)
@@ -136,4 +138,4 @@ PRESETS = {
         ruler_trials=20,
     ),
 }
-"""About 1 minute, 10 minutes and many hours on two cores with SmolLM2-135M and two scalers."""
+"""About 1 minute, 10 minutes and many hours on two cores, with SmolLM2-135M and two scalers."""

@@ -1,5 +1,7 @@
-"""The folder of a run: one JSON line per finished cell, per-token losses beside it, the
-environment.
+"""The folder of a run: `Run.add` writes a row of results.
+
+A row is one line of results.jsonl. The per-token losses are stored in files beside it, the
+environment in env.json.
 
     run = Run(Path("runs/a"))
     run.write_environment()
@@ -7,10 +9,10 @@ environment.
         if is_ours and run.find(recipe) is None:
             run.add(recipe, measured, losses)
 
-Any number of processes may share a folder: a line is added under the folder's lock, and a claim is
-a lock that the system lets go with the process that holds it, however that ends.
+Several processes may share a folder. A line is added under the folder's lock. A claim is a lock
+that the system releases when the process ends, even if it is killed.
 
-A recipe says what is measured (method, protocol, model, text, lengths, dtype), and `measured` the
+A recipe says what is measured (method, protocol, model, text, lengths, dtype). `measured` is the
 result.
 """
 
@@ -41,26 +43,26 @@ from ...engine import tensor_parallel
 from ...engine.storage import write_atomic
 from ...errors import DataError
 
-_KEY = re.compile(r"\w{1,64}")  # it names a file
+_KEY = re.compile(r"\w{1,64}")  # also a file name
 
 Row = dict[str, Any]
-"""`key`, then the fields of the recipe, then what was measured; the values are JSON."""
+"""`key`, then the fields of the recipe, then the measured fields. All values are JSON."""
 
 Losses = np.ndarray[tuple[int], np.dtype[np.float32]]
 """Nats per scored token, float32 [tokens], in the order of the text."""
 
 
 class Run:
-    """A folder of results that can be interrupted at any moment and gone on with, and shared by
-    processes.
+    """A folder of results. A run can be interrupted at any time and continued, and several
+    processes can share it.
 
     Args:
-        folder: created if it is not there.
+        folder: created if it does not exist.
 
     Raises:
-        DataError: `folder` is a file or cannot be made, or a line of its results.jsonl is damaged.
-            A last line that a killed run left unfinished is dropped, and the file repaired at the
-            next write.
+        DataError: `folder` is a file or cannot be created, or a line of its results.jsonl is
+            damaged. An incomplete last line of a killed run is ignored, and removed by the next
+            write.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,54 +70,53 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise DataError(f"{self.folder} is or lies in a file; name a folder for the run") from None
+            raise DataError(f"{self.folder} is a file or lies in one; give a folder for the run") from None
         except OSError as error:
             raise self._unwritable(error) from error
         self._file = self.folder / "results.jsonl"
         self._lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
         self._rows: dict[str, Row] = {}
-        self._read, self._lines = 0, 0  # bytes and whole lines of the file that `_rows` has
-        self._unended = False  # a whole row follows them, without its newline
+        self._read, self._lines = 0, 0  # bytes and complete lines of the file that are in `_rows`
+        self._unended = False  # True: a complete row without a newline follows them
         self.refresh()
 
     @property
     def rows(self) -> list[Row]:
-        """Every finished cell in the order of measuring; a cell measured twice counts as measured
-        last."""
+        """All rows in the order of measuring. If a recipe was measured twice, the last row counts."""
         return list(self._rows.values())
 
     def find(self, recipe: Mapping[str, Any]) -> Row | None:
-        """The finished cell of exactly this recipe, or None."""
+        """The row of exactly this recipe, or None."""
         return self._rows.get(recipe_key(recipe))
 
     def find_key(self, key: str) -> Row | None:
-        """The finished cell of that key, or None."""
+        """The row with this key, or None."""
         return self._rows.get(key)
 
     def add(self, recipe: Mapping[str, Any], measured: Mapping[str, Any], losses: Losses | None = None) -> Row:
-        """Store a finished cell so that it survives the process: the losses first, then its line.
+        """Write a row: first its losses, then its line. It survives the end of the process.
 
-        Numbers that are not finite are stored as null; a cell whose `loss` is null is shown as not
-        run, with `measured["reason"]` as the reason.
+        Numbers that are not finite are stored as null. A row whose `loss` is null is shown as not
+        measured, with `measured["reason"]` as the reason.
 
         Args:
-            recipe: JSON scalars; equal recipes are one cell.
-            measured: JSON values under other names than the recipe's.
+            recipe: JSON scalars. Equal recipes have the same key.
+            measured: JSON values. Their names differ from the recipe's.
             losses: nats per scored token, [tokens].
 
         Raises:
-            DataError: as `copy`.
+            DataError: as in `copy`.
         """
         shared = (recipe.keys() & measured.keys()) | ({"key"} & {*recipe, *measured})
         assert not shared, f"recipe and measured share {sorted(shared)}"
         return self.copy({"key": recipe_key(recipe), **_plain(recipe), **_plain(measured)}, losses)
 
     def copy(self, row: Row, losses: Losses | None) -> Row:
-        """Store a whole row, of another run for example.
+        """Write a complete row, for example of another run.
 
         Raises:
-            DataError: the folder cannot be written, or its disk is full. What was stored before is
-                whole.
+            DataError: the folder cannot be written, or the disk is full. Rows that were written
+                before remain complete.
         """
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         try:
@@ -126,7 +127,7 @@ class Run:
             with self._lock, self._file.open("ab") as file:
                 self.refresh()
                 if not self._unended:
-                    file.truncate(self._read)  # what a killed process left of a line
+                    file.truncate(self._read)  # the incomplete line of a killed process
                 file.write(b"\n" * self._unended + line.encode())
                 file.flush()
                 os.fsync(file.fileno())
@@ -136,7 +137,7 @@ class Run:
         return row
 
     def losses(self, row: Row) -> Losses | None:
-        """The per-token losses of a cell, or None if none were stored.
+        """The per-token losses of a row, or None if none were stored.
 
         Raises:
             DataError: the file exists and cannot be read.
@@ -148,12 +149,12 @@ class Run:
             losses: Losses = np.load(file, allow_pickle=False)
             if losses.dtype != np.float32 or losses.ndim != 1:
                 raise ValueError(f"it holds {losses.dtype} {list(losses.shape)}, not float32 [tokens]")
-        except Exception as error:  # the header of a damaged file is read as Python, and may promise any size
+        except Exception as error:  # numpy evaluates the header of a damaged file, so any error is possible
             raise DataError(f"{file} cannot be read ({error}); delete it and measure the cell again") from None
         return losses
 
     def write_environment(self) -> dict[str, Any]:
-        """Write `environment()` to env.json and return it."""
+        """Write `environment()` to env.json, and return it."""
         values = environment()
         try:
             write_atomic(self.folder / "env.json", (json.dumps(values, indent=2) + "\n").encode())
@@ -163,8 +164,8 @@ class Run:
 
     def _unwritable(self, error: OSError) -> DataError:
         return DataError(
-            f"{self.folder} cannot be written ({error.strerror or error}); make room, or name another folder with "
-            "--out. What was finished is kept, and the same command goes on from there"
+            f"{self.folder} cannot be written ({error.strerror or error}); free some space, or give another "
+            "folder with --out. Finished rows are stored, and the same command continues from there"
         )
 
     def _losses_file(self, row: Row) -> Path:
@@ -172,8 +173,8 @@ class Run:
 
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:
-        """Hold what is named `key` for this process; false if another one has it. Sees what others
-        have added."""
+        """Reserve `key` for this process; false if another process holds it. Rows of other
+        processes are then read."""
         file = self.folder / ".claims" / key
         lock = filelock.FileLock(file, timeout=0)
         try:
@@ -188,11 +189,11 @@ class Run:
             self.refresh()
             yield True
         finally:
-            file.unlink(missing_ok=True)  # who opened it before sees, once it has the lock, that the cell is done
+            file.unlink(missing_ok=True)  # a process that waits for this lock then sees the finished rows
             lock.release()
 
     def refresh(self) -> None:
-        """Read what other processes have added."""
+        """Read the rows that other processes have added."""
         if not self._file.exists():
             return
         with self._file.open("rb") as file:
@@ -202,7 +203,7 @@ class Run:
             row = _parse(line)
             if row is None:
                 number = self._lines + 1
-                raise DataError(f"{self._file}, line {number} is damaged: {line[:60]!r}; delete that line to go on")
+                raise DataError(f"{self._file}, line {number} is damaged: {line[:60]!r}; delete that line to continue")
             self._rows[row["key"]] = row
             self._read += len(line) + 1
             self._lines += 1
@@ -213,9 +214,10 @@ class Run:
 
 
 def open_run_of_rank(folder: Path) -> Run:
-    """The run in `folder`. Where a model is split over processes, every process but the first gets a temporary copy.
+    """The run in `folder`. If a model is split over processes, every process except the first gets
+    a temporary copy.
 
-    So all processes see the same rows, and none is written twice.
+    All processes then see the same rows, and no row is written twice.
     """
     if tensor_parallel.is_first() or not tensor_parallel.is_split():
         run = Run(folder)
@@ -231,7 +233,7 @@ def open_run_of_rank(folder: Path) -> Run:
 
 
 def recipe_key(recipe: Mapping[str, Any]) -> str:
-    """12 hex digits of the sha256 of the recipe's canonical JSON; the order of its fields does not
+    """12 hex digits of the sha256 of the recipe's canonical JSON. The order of its fields does not
     matter."""
     plain = _plain(recipe)
     scalars = (str, int, float, bool, type(None))
@@ -241,12 +243,12 @@ def recipe_key(recipe: Mapping[str, Any]) -> str:
 
 
 def loss_text(row: Row, digits: int = 4) -> str:
-    """`loss 3.5123`, or why there is none."""
+    """`loss 3.5123`, or the reason for a missing loss."""
     return str(row.get("reason", "loss is not finite")) if row["loss"] is None else f"loss {row['loss']:.{digits}f}"
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers were measured with: versions, machine, threads and the command."""
+    """The environment of a measurement: versions, machine, threads and command."""
     import torch
 
     program = Path(sys.argv[0])
@@ -272,8 +274,8 @@ def _parse(line: bytes) -> Row | None:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: numpy scalars as Python's, numbers that are not finite as
-    None."""
+    """`value` as JSON can hold it. numpy scalars become Python's, numbers that are not finite
+    become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, np.generic):
@@ -294,10 +296,12 @@ def open_run(folder: Path) -> Run:
     """Open an existing run.
 
     Raises:
-        DataError: the folder holds no results.
+        DataError: the folder holds no results, or a damaged row.
     """
     if not (folder / "results.jsonl").is_file():
-        raise DataError(f"{folder} holds no results.jsonl, so it is not the folder of a run; name what --out was")
+        raise DataError(
+            f"{folder} holds no results.jsonl, so it is not the folder of a run; give the folder that --out named"
+        )
     run = Run(folder)
     for row in run.rows:
         _check(row, folder)
@@ -315,13 +319,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("bucket_start", "bucket_end"), (int, type(None))),
     **dict.fromkeys(("loss", "loss_low", "loss_high", "perplexity", "bits_per_byte"), (int, float, type(None))),
 }
-"""What fields hold where a row has them."""
+"""The types that the fields of a row may have."""
 
 _NEEDED = ("protocol", "model", "rope", "text", "dtype", "context")
 
 
 def _check(row: Row, folder: Path) -> None:
-    """Refuse a row that no run wrote: tables and plots are made of these fields."""
+    """Refuse a damaged row. Tables and plots rely on these fields."""
     wrong = [key for key, kinds in _KINDS.items() if key in row and not isinstance(row[key], kinds)]
     if row.get("task") == "ppl":
         wrong += [key for key in _NEEDED if row.get(key) is None]
@@ -330,13 +334,13 @@ def _check(row: Row, folder: Path) -> None:
     if wrong:
         raise DataError(
             f"{folder / 'results.jsonl'}: the row {row['key']!r} is damaged, {wrong[0]!r} is "
-            f"{row.get(wrong[0])!r:.60}; delete its line to go on"
+            f"{row.get(wrong[0])!r:.60}; delete its line to continue"
         )
 
 
 def merge(runs: Sequence[Run], out: Path) -> Run:
-    """Copy the rows and losses of all runs into the folder `out`; of one cell measured in several,
-    the last counts."""
+    """Copy the rows and losses of all runs into the folder `out`. If several runs have the same
+    recipe, the last one counts."""
     merged = Run(out)
     for run in runs:
         for row in run.rows:

@@ -320,5 +320,5 @@ class Rounds:
         )
         self._rate = outcome.rate or self._rate
         self._complete &= not outcome.left_out
-        for cell in outcome.found:  # measured by another process, meanwhile
+        for cell in outcome.already_done:  # measured by another process, meanwhile
             look(cell)

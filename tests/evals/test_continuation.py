@@ -19,7 +19,7 @@ from ropewalk.evals.continuation.benchmark import draw_all
 from ropewalk.evals.continuation.methods import EXACT, HEALING, METHODS, OFF, ONE_BACK, STEPS, Ending
 from ropewalk.evals.continuation.report import plot_continuation, summarize, tables, to_markdown
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.statistics import share_interval
+from ropewalk.evals.statistics import wilson_interval
 from ropewalk.tokenizer_tools import cuts
 
 WITH_LAWS = [method for method in METHODS if method != HEALING]
@@ -300,7 +300,7 @@ def test_means_intervals_and_paired_differences(tmp_path):
     assert str(off.values["extra_ms"]) == "5.00"
     assert set(healing.values) == {"finished"}
     finished = healing.values["finished"]
-    assert (finished.mean, finished.low, finished.high) == pytest.approx((0.4, *share_interval(2, 5)))
+    assert (finished.mean, finished.low, finished.high) == pytest.approx((0.4, *wilson_interval(2, 5)))
     markdown = to_markdown(summaries, "toy")
     assert "| off | 4.00 ±" in markdown
     assert "| transformers |  |  |  | 0.40 ±" in markdown

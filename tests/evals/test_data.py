@@ -110,7 +110,7 @@ def test_what_is_not_there_is_named_with_what_is_near(tmp_path):
     [
         (
             "A long text. " * 60,
-            r"'A long text.*\.\.\..*' cannot be read \(File name too long\); a text is given by its name",
+            r"'A long text.*\.\.\..*' cannot be read \(File name too long\); give the name of a built-in text",
         ),
         ("~nobody-of-that-name/text", "cannot be read .*home directory"),
         ("", "there is no text or file ''"),
@@ -125,9 +125,9 @@ def test_what_is_no_path_is_refused(name, words, tmp_path, monkeypatch):
 
 def test_nothing_to_read(tmp_path):
     (tmp_path / "blank.txt").write_text(" \n\n")
-    with pytest.raises(DataError, match="nothing but blanks"):
+    with pytest.raises(DataError, match="holds only blanks"):
         load_text(tmp_path / "blank.txt")
-    with pytest.raises(DataError, match="nothing but blanks"):
+    with pytest.raises(DataError, match="holds only blanks"):
         load_text(tmp_path)
     (tmp_path / "blank.txt").rename(tmp_path / "blank.bin")
     with pytest.raises(DataError, match=r"holds no text file; these suffixes are read: \.c \.cpp"):

@@ -146,12 +146,12 @@ def test_a_server_without_log_probabilities_can_still_be_asked_to_write(model, t
     with serving(model, tells="nothing") as server:
         shown = passkey(named, server, there)
         with pytest.raises(
-            rw.ConfigError, match=r"tells no log-probabilities .* vLLM or SGLang.* work with this server"
+            rw.ConfigError, match=r"gives no log-probabilities .* vLLM or SGLang.* work with this server"
         ):
             ropewalk("ppl", named, "--endpoint", server.url, "--text", book, "--out", told)
     assert not told.exists()
     assert "no log-probabilities of prompts" in " ".join(shown.split())
-    assert "nats a token" not in shown
+    assert "nats per token" not in shown
     rows = Run(there).rows
     ropewalk("passkey", tiny_folder, "--no-compile", "--lengths", 300, "--depths", "0,1", "--trials", 1, "--out", here)
     local = Run(here).rows
@@ -171,7 +171,7 @@ def test_a_run_goes_on_after_its_server_has_died(model, named, tmp_path):
     out = tmp_path / "run"
     with (
         serving(model, left=7) as server,
-        pytest.raises(rw.EndpointError, match=r"could not be reached .* is kept") as told,
+        pytest.raises(rw.EndpointError, match=r"could not be reached .* are stored") as told,
     ):
         passkey(named, server, out, "--trials", 2, lengths="300,400")
     assert f"{server.url}/completions" in str(told.value)
@@ -217,7 +217,7 @@ def test_longer_than_the_server_goes_is_refused_before_anything_is_asked(model, 
         shown = passkey(named, server, tmp_path / "run", lengths="400")
         assert "at most 400 tokens" in " ".join(shown.split())
         asked = len(server.asked)
-        with pytest.raises(rw.ContextOverflow, match=r"512 tokens are more than the 400 that .*--max-model-len"):
+        with pytest.raises(rw.ContextOverflow, match=r"512 tokens exceed the 400 that .*--max-model-len"):
             passkey(named, server, tmp_path / "long", lengths="300,2x")
         ppl = ("ppl", named, "--endpoint", server.url, "--text", book, "--target", 64, "--out", tmp_path / "long")
         with pytest.raises(rw.ContextOverflow, match=r"400 tokens and the 1 that a server must write .* with 401"):
@@ -254,7 +254,7 @@ def test_the_servers_own_words_are_shown(model, named):
 
 def test_addresses_that_are_none(model, named, tmp_path):
     for url in ("localhost:8000/v1", "ftp://host/v1", "http://"):
-        with pytest.raises(rw.ConfigError, match="no http address; give one as http://localhost:8000/v1"):
+        with pytest.raises(rw.ConfigError, match="no http address; give one such as http://localhost:8000/v1"):
             passkey(named, url, tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -283,13 +283,13 @@ def test_the_key_of_the_environment_is_sent_and_a_password_not_kept(model, named
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
-        ("passkey", ["--rope", "yarn:2"], "under the scaler that it is served with, not under yarn:2"),
-        ("passkey", ["--rope", "auto"], "under the scaler that it is served with, not under auto"),
+        ("passkey", ["--rope", "yarn:2"], "runs under the scaler of its server, not under yarn:2"),
+        ("passkey", ["--rope", "auto"], "runs under the scaler of its server, not under auto"),
         ("passkey", ["--fake", "oracle"], "--fake replaces a network that is loaded here"),
         ("passkey", ["--dtype", "int8"], "--dtype has no effect on a model that is served"),
         ("kv", ["--kv-dtype", "int8"], "--kv-dtype has no effect on a model that is served"),
         ("ppl", ["--no-compile"], "--compile has no effect on a model that is served"),
-        ("ppl", ["--protocol", "harm", "--lengths", "128"], "not the logits of all, .* leave out --endpoint"),
+        ("ppl", ["--protocol", "harm", "--lengths", "128"], "compares the logits of all; leave out --endpoint"),
         ("ppl", ["--protocol", "longppl", "--lengths", "1x,2x"], "not under dual-chunk.*--judge none"),
     ],
 )

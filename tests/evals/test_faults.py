@@ -98,7 +98,7 @@ def test_a_text_in_the_cache_that_was_damaged_by_hand(cache):
     folder = assets.ASSETS["kjv"].folder
     folder.mkdir(parents=True)
     (folder / assets.ASSETS["kjv"].entry).write_text('{"book": "Genesis", "chap')
-    with pytest.raises(rw.DataError, match=r"kjv\.jsonl is damaged .*delete its folder, and it is fetched anew"):
+    with pytest.raises(rw.DataError, match=r"kjv\.jsonl is damaged .*delete its folder to download it again"):
         load_text("kjv")
     (folder / assets.ASSETS["kjv"].entry).unlink()
     with pytest.raises(rw.DataError, match=r"kjv\.jsonl is damaged"):

@@ -293,9 +293,9 @@ def test_the_head_in_small_chunks_is_the_head_at_once(monkeypatch):
 
 def test_user_mistakes():
     model = tiny_model()
-    with pytest.raises(rw.DataError, match=r"too short: 1 document\(s\) of 8k tokens needed, 0 there"):
+    with pytest.raises(rw.DataError, match=r"too short: 1 document\(s\) of 8k tokens needed, it has 0"):
         cells(LocalModel(model), text(WORDS), [Scaler()], FixedTarget(contexts=(64, 8192), target=16))
-    with pytest.raises(rw.DataError, match=r"2 document\(s\) of 64 tokens needed, 1 there"):
+    with pytest.raises(rw.DataError, match=r"2 document\(s\) of 64 tokens needed, it has 1"):
         cells(LocalModel(model), text(WORDS), [Scaler()], Truncate(contexts=(64,), samples=2))
     with pytest.raises(rw.ConfigError, match="target 64 leaves no context within 64 tokens"):
         cells(LocalModel(model), text(WORDS), [Scaler()], FixedTarget(contexts=(64,), target=64))

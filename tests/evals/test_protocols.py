@@ -291,5 +291,5 @@ def test_harm_does_not_depend_on_how_much_is_held_at_once(monkeypatch):
 def test_harm_is_for_lengths_that_the_model_reads(model):
     with pytest.raises(rw.ConfigError, match="trained to read 64; the context 128 is beyond it: ask for shorter ones"):
         cells(LocalModel(model), text(WORDS), [Scaler()], Harm(contexts=(32, 128)))
-    with pytest.raises(rw.ConfigError, match="target 40 twice does not fit 64 tokens"):
+    with pytest.raises(rw.ConfigError, match="target 40 does not fit twice into 64 tokens"):
         cells(LocalModel(model), text(WORDS), [Scaler()], Repeat(contexts=(64,), target=40))

@@ -168,7 +168,7 @@ def test_cells_come_scaler_by_scaler_and_mistakes_are_told(model):
     assert planned[1].label == "600 passkey depth 1"
     with pytest.raises(rw.ConfigError, match=r"depth 1.5 must lie between 0 .* and 1"):
         cells(LocalModel(model), [TASKS["passkey"]], [parse("none")], contexts=[600], depths=[1.5])
-    with pytest.raises(rw.ConfigError, match="passkey has a needle at a depth that is asked for; give one at least"):
+    with pytest.raises(rw.ConfigError, match="passkey needs the depth of its needle; give at least one"):
         cells(LocalModel(model), [TASKS["niah_single_1"], TASKS["passkey"]], [parse("none")], contexts=[900])
     with pytest.raises(rw.DataError, match="the shortest prompt"):
         cells(LocalModel(model), [TASKS["kv"]], [parse("none")], contexts=[50], depths=[1])

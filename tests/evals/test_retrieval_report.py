@@ -17,7 +17,7 @@ from ropewalk.evals.reports.tables import score_grids, write_tables
 from ropewalk.evals.retrieval.score import score, score_groups
 from ropewalk.evals.retrieval.tasks import RULER, SUITES
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.statistics import mean_interval, score_interval, share_interval
+from ropewalk.evals.statistics import mean_score_interval, score_interval, wilson_interval
 
 K = 1024
 
@@ -27,11 +27,11 @@ def test_the_interval_of_a_share_is_wilsons(right, trials):
     z, p = 1.959963984540054, right / trials
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
-    assert share_interval(right, trials) == pytest.approx((centre - half, centre + half), abs=1e-9)
+    assert wilson_interval(right, trials) == pytest.approx((centre - half, centre + half), abs=1e-9)
 
 
 def test_scores_of_nothing_and_one_have_wilsons_interval_and_fractions_a_bootstrap():
-    assert score_interval([1, 0, 1, 1]) == share_interval(3, 4)
+    assert score_interval([1, 0, 1, 1]) == wilson_interval(3, 4)
     rng = np.random.default_rng(1)
     scores = rng.choice([0, 0.25, 0.5, 1], 40).tolist()
     assert score_interval(scores) == score_interval(scores)
@@ -42,16 +42,16 @@ def test_scores_of_nothing_and_one_have_wilsons_interval_and_fractions_a_bootstr
 
 
 def test_the_interval_over_tasks_is_wilsons_with_the_effective_number_of_trials():
-    assert mean_interval([[1, 0, 1, 1]]) == share_interval(3, 4)
+    assert mean_score_interval([[1, 0, 1, 1]]) == wilson_interval(3, 4)
     # alike tasks are nearly one task with all the trials
-    alike = mean_interval([[1.0] * 10 + [0.0] * 10] * 8)
-    assert alike == pytest.approx(share_interval(80, 160), abs=1e-3)
+    alike = mean_score_interval([[1.0] * 10 + [0.0] * 10] * 8)
+    assert alike == pytest.approx(wilson_interval(80, 160), abs=1e-3)
     # tasks that are always right or always wrong vary less than a share of a half
-    low, high = mean_interval([[1.0] * 20] * 4 + [[0.0] * 20] * 4)
+    low, high = mean_score_interval([[1.0] * 20] * 4 + [[0.0] * 20] * 4)
     assert low < 0.5 < high
     assert high - low < 0.6 * (alike[1] - alike[0])
-    low, high = mean_interval([[1.0] * 5] * 11)
-    assert (high, low) == (pytest.approx(1), pytest.approx(share_interval(55, 55)[0], abs=0.01))
+    low, high = mean_score_interval([[1.0] * 5] * 11)
+    assert (high, low) == (pytest.approx(1), pytest.approx(wilson_interval(55, 55)[0], abs=0.01))
 
 
 @pytest.mark.parametrize(("chances", "trials"), [([0.95] * 11, 5), ([0.98, 0.9, 0.6, 0.2], 10), ([0.5] * 11, 20)])
@@ -59,7 +59,7 @@ def test_intervals_over_tasks_hold_the_mean_as_often_as_they_say(chances, trials
     rng = np.random.default_rng(2)
     held = 0
     for _ in range(600):
-        low, high = mean_interval([(rng.random(trials) < chance).astype(float).tolist() for chance in chances])
+        low, high = mean_score_interval([(rng.random(trials) < chance).astype(float).tolist() for chance in chances])
         held += low <= np.mean(chances) <= high
     assert 0.925 < held / 600 < 0.985
 

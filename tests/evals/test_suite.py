@@ -246,7 +246,7 @@ def test_other_tokens_are_not_paired(make_run, tmp_path):
     row = a.rows[0]
     b.copy(row | {"model": "other", "bits_per_byte": 1.0}, np.ones(700, np.float32))
     (pair,) = compare_runs(a, b).pairs
-    assert (pair.unit, pair.b, pair.difference, pair.verdict) == ("bits a byte", 1.0, None, "no interval")
+    assert (pair.unit, pair.b, pair.difference, pair.verdict) == ("bits per byte", 1.0, None, "no interval")
 
 
 def test_losses_are_paired_where_the_scored_tokens_are_the_same(make_run, tmp_path):
@@ -260,10 +260,10 @@ def test_losses_are_paired_where_the_scored_tokens_are_the_same(make_run, tmp_pa
         found = compare_runs(a, b).pairs
         return found[0].unit if found else None
 
-    assert unit(tokens_sha256="a") == "nats a token"
-    assert unit() == "nats a token"  # of before there was a hash
-    assert unit(tokens_sha256="b", model="other") == "bits a byte"
-    assert unit(tokens_sha256="b", model="other", places="0:9") == "bits a byte"
+    assert unit(tokens_sha256="a") == "nats per token"
+    assert unit() == "nats per token"  # of before there was a hash
+    assert unit(tokens_sha256="b", model="other") == "bits per byte"
+    assert unit(tokens_sha256="b", model="other", places="0:9") == "bits per byte"
     assert unit(model="other", places="0:9") == "bits a byte"
     assert unit(tokens_sha256="b", places="0:9") is None  # the same tokenizer elsewhere in the text
 

@@ -140,7 +140,7 @@ REPEAT = {"fresh_loss": 3.364, "gain": 2.937, "gain_low": 2.314, "gain_high": 3.
             "repeat",
             REPEAT,
             (
-                "repeat: the last 1024 tokens, with which every window begins too.",
+                "repeat: the last 1024 tokens, which are also at the beginning of every window.",
                 r"| `yarn:2\|logn` | – | 3.364 |",
                 r"| `yarn:2\|logn` | – | +2.937 (+2.314 to +3.409) |",
             ),
