@@ -1,4 +1,4 @@
-"""Everything that measures, with its plots and reports. It needs the extra `ropewalk[evals]`."""
+"""Everything that measures, with plots and reports. It needs the extra `ropewalk[evals]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ropewalk.evals.perplexity`: measure a protocol from Python, and the rows that it returns."""
+"""`ropewalk.evals.perplexity`: measure a model from Python. It returns rows (`PerplexityRow`)."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from .runs.result import Losses, Row, Run
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityRow:
-    """What a protocol gave under one scaler and context.
+    """The result of a protocol under one scaler and context.
 
     Attributes:
-        rope: the scaler, as a spec.
+        rope: the scaler as a spec.
         context: window length in tokens.
-        bucket_start, bucket_end: positions of the row, by position only.
-        loss: nats per token; `loss_low` and `loss_high` its 95 % interval, None where there are too
-            few tokens.
-        bits_per_byte: None where no tokenizer is known.
-        tokens: scored.
-        documents: windows.
-        peak_memory_mb: of the process so far, MB.
+        bucket_start, bucket_end: positions of the row; only for by-position.
+        loss: nats per token. `loss_low` and `loss_high` are its 95 % interval; None if there are
+            too few tokens.
+        bits_per_byte: None if no tokenizer is known.
+        tokens: number of scored tokens.
+        documents: number of windows.
+        peak_memory_mb: peak memory of the process so far, MB.
         losses: nats of every scored token, float32 [tokens].
     """
 
@@ -72,7 +72,7 @@ class PerplexityRow:
 
     @classmethod
     def of(cls, row: Row, losses: Losses) -> Self:
-        """From a row of a run, where numbers that are not finite are null."""
+        """Make it from a row of a run. There, numbers that are not finite are null."""
         kinds = {f.name: f.type for f in dataclasses.fields(cls) if f.name != "losses"}
         values: dict[str, Any] = {
             name: math.nan if row[name] is None and kind == "float" else row[name] for name, kind in kinds.items()
@@ -85,7 +85,8 @@ class PerplexityRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LongPPLRow(PerplexityRow):
-    """A row of `longppl`: `tokens` keys among `candidates`, chosen by `judge`."""
+    """A row of `longppl`. `tokens` is the number of key tokens that `judge` chose among
+    `candidates` tokens."""
 
     judge: str
     candidates: int
@@ -93,8 +94,7 @@ class LongPPLRow(PerplexityRow):
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatRow(PerplexityRow):
-    """A row of `repeat`: `gain` is `fresh_loss` less `loss`, nats, with its paired 95 %
-    interval."""
+    """A row of `repeat`. `gain` is `fresh_loss` minus `loss`, nats, with its paired 95 % interval."""
 
     fresh_loss: float
     gain: float
@@ -104,7 +104,7 @@ class RepeatRow(PerplexityRow):
 
 @dataclass(frozen=True, kw_only=True)
 class HarmRow(PerplexityRow):
-    """A row of `harm`: `kl` in nats, `same_top1` in percent, `difference` is `loss` less
+    """A row of `harm`. `kl` is in nats, `same_top1` in percent; `difference` is `loss` minus
     `base_loss`, nats."""
 
     base_loss: float
@@ -118,7 +118,7 @@ class HarmRow(PerplexityRow):
 
 
 ROWS: dict[type[Protocol], type[PerplexityRow]] = {LongPPL: LongPPLRow, Repeat: RepeatRow, Harm: HarmRow}
-"""The kind of row that a protocol gives, where it is not the plain one."""
+"""The row classes of the protocols that have additional fields."""
 
 
 def perplexity(
@@ -132,24 +132,25 @@ def perplexity(
     trained_length: int | None = None,
     **settings: Any,
 ) -> list[PerplexityRow]:
-    """Measure `model` on `text` by a protocol: a row for every scaler and length.
+    """Measure `model` on `text` with a protocol. Returns a row for every scaler and length.
 
         rows = rw.evals.perplexity(model, "shakespeare", lengths=["1x", "2x"], ropes=["none", "yarn:2"])
 
     Args:
-        model: a ropewalk model, a transformers model, or any function from token ids [n] (a list)
-            to logits [n, V] (torch or numpy) of the token after each.
-        text: a built-in text's name, a file or folder, a loaded text, or documents as token ids.
+        model: a ropewalk model, a transformers model, or a function from token ids [n] (a list) to
+            logits [n, V] (torch or numpy) of the token after each.
+        text: the name of a built-in text, a file or folder, a loaded text, or documents as token
+            ids.
         protocol: its name; `ropewalk ppl --help` lists them.
         lengths: contexts in tokens, or as "8k" and "2x" (times the trained length).
-        ropes: scalers; by default the model as it is. A function takes none.
-        tokenizer: a transformers tokenizer; for a transformers model always, for a function if
-            `text` is text.
+        ropes: scalers. None: the current scaler of the model. A function takes none.
+        tokenizer: a transformers tokenizer. A transformers model always needs it, a function only
+            if `text` is text.
         trained_length: of a function, if the protocol or "2x" needs it.
         settings: of the protocol: target, samples, stride, text_tokens, judge.
 
     Raises:
-        ConfigError: something that cannot be measured so.
+        ConfigError: the model, the text, a scaler or a setting does not fit.
         DataError: the text is too short.
     """
     if isinstance(model, Model):
@@ -160,7 +161,7 @@ def perplexity(
         if tokenizer is None:
             raise ConfigError("a transformers model needs its tokenizer too: perplexity(..., tokenizer=tokenizer)")
         if (scaler := patched_with(model)) is not None:
-            raise ConfigError(f"this model is patched with {scaler}; undo that, and name the scaler in `ropes`")
+            raise ConfigError(f"this model is patched with {scaler}; undo the patch, and give the scaler in `ropes`")
         was_training = model.training
         try:
             wrapped = Model(model.eval(), tokenizer, name=model.name_or_path or type(model).__name__)
@@ -168,7 +169,7 @@ def perplexity(
         finally:
             model.train(was_training)
     if not callable(model):
-        raise ConfigError(f"{type(model).__name__} is no model and no function from token ids to logits")
+        raise ConfigError(f"{type(model).__name__} is neither a model nor a function from token ids to logits")
     _check_call("a function from tokens to logits", ropes=ropes)
     name = getattr(model, "__name__", type(model).__name__)
     measured = FunctionModel(model, name=name, tokenizer=tokenizer, trained_length=trained_length)
@@ -181,7 +182,7 @@ def perplexity(
 def _of_model(
     model: Model, text: Any, name: str, lengths: Any, ropes: Sequence[str | Scaler] | None, settings: dict[str, Any]
 ) -> list[PerplexityRow]:
-    """Measure a ropewalk model; its scaler is put back at the end."""
+    """Measure a ropewalk model. Its scaler is restored at the end."""
     before = model.rope
     scalers = [before] if ropes is None else [parse(rope, model.trained_length) for rope in ropes]
     chosen = _protocol(name, lengths, model.trained_length, settings)
@@ -230,13 +231,13 @@ def _token_ids(documents: Any) -> list[list[int]]:
         return [list(map(operator.index, document)) for document in documents]
     except TypeError:
         raise ConfigError(
-            f"a text is a built-in one's name, a path, a loaded text, or documents as lists of token ids, not "
+            f"a text is the name of a built-in text, a path, a loaded text, or documents as lists of token ids, not "
             f"{reprlib.repr(documents)}"
         ) from None
 
 
 def _check_call(what: str, **arguments: Any) -> None:
-    """An argument without effect is a mistake."""
+    """Raise ConfigError for an argument that has no effect."""
     for name, value in arguments.items():
         if value is not None:
             raise ConfigError(f"{name} has no effect on {what}; leave it out")

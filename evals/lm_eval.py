@@ -1,7 +1,7 @@
-"""The engine as a model of lm-evaluation-harness, so that any task there runs under any scaler.
+"""ropewalk as a model of lm-evaluation-harness, so that its tasks can run under any scaler.
 
-`ropewalk lm-eval` imports this module, which registers the model `ropewalk`, and hands over to the
-harness's own command: the harness (0.4.13) looks for no plug-ins.
+`ropewalk lm-eval` imports this module, which registers the model `ropewalk`, and then starts the
+harness's own command. The harness (0.4.13) has no plug-ins.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "se
 
 @register_model("ropewalk")
 class RopewalkLM(TemplateLM):  # type: ignore[misc]
-    """A ropewalk model as the harness sees it. Texts are read one by one, so results depend on no
+    """A ropewalk model for the harness. Texts are read one by one, so results do not depend on the
     batch.
 
     Args:
         model: as for `load`: a built-in name, a folder, a .gguf file or a hub id.
-        rope: a scaler; one with commas needs --model_args as JSON.
+        rope: a scaler. If it has commas, --model_args must be JSON.
         dtype: as for `load`.
         kv_dtype: as for `load`.
-        max_length: most tokens of a text, the rest is cut off in front; None is the scaler's reach.
-        max_gen_toks: most tokens written where a task does not say.
-        device: of the weights; None is the GPU if there is one.
-        batch_size: the harness passes it; it changes nothing here.
-        max_batch_size: likewise.
+        max_length: most tokens of a text; the beginning of a longer text is cut off. None: the
+            reach of the scaler.
+        max_gen_toks: most tokens to write if the task does not say.
+        device: of the weights. None: the GPU if there is one.
+        batch_size: the harness passes it. It has no effect.
+        max_batch_size: the harness passes it. It has no effect.
     """
 
     def __init__(
@@ -58,14 +59,14 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            device = None  # the harness names the GPU unless told otherwise
+            device = None  # the harness's default is the GPU
         self.model = load(model, rope, dtype=dtype, kv_dtype=kv_dtype, max_length=max_length, device_map=device)
         self.tokenizer = self.model.tokenizer
         self.max_length, self.max_gen_toks = self.model.max_length, max_gen_toks
         self._device = input_device(self.model.hf)
         self._start = Start.of(self.tokenizer)
         if self._start.token is None:
-            raise ConfigError(f"{model}: its tokenizer has no start or end token, which the harness puts before texts")
+            raise ConfigError(f"{model}: its tokenizer has no start or end token; the harness needs one")
 
     @property
     def eot_token_id(self) -> int:
@@ -83,7 +84,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         return name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """Goes into the harness's results."""
+        """Fields for the harness's results."""
         return {"model_dtype": self.model.precision, "rope": str(self.model.rope)}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -130,7 +131,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
             room = self.max_length - params.max_new_tokens
             if room < 1:
                 raise ConfigError(
-                    f"{params.max_new_tokens} tokens to write leave no room for a prompt within {self.max_length}; "
+                    f"{params.max_new_tokens} new tokens leave no room for a prompt within {self.max_length}; "
                     "give --model_args a larger max_length, or a smaller max_gen_toks"
                 )
             texts.append(self.model.generate_ids(self.tok_encode(text)[-room:], params).text)
@@ -138,7 +139,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         return texts
 
     def _score(self, context: Tokens, continuation: Tokens) -> tuple[float, bool]:
-        """Log-probability of `continuation`, nats, and whether each of its tokens is the
+        """Log-probability of `continuation` in nats, and whether each of its tokens is the
         likeliest."""
         ids = (context + continuation)[-(self.max_length + 1) :]
         first = max(len(ids) - len(continuation), 1)
@@ -153,8 +154,11 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         return total, is_greedy
 
     def _params(self, settings: dict[str, Any]) -> SamplingParams:
-        """A task's generation settings in ropewalk's words; the prompt ends where it ends, as in
-        other models there."""
+        """The sampling parameters of a task's generation settings.
+
+        Exact continuation is off, as in the harness's other models: the prompt's tokens stay as
+        they are.
+        """
         given = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
         stop, count, samples = given.pop("until"), given.pop("max_gen_toks"), given.pop("do_sample", False)
         given["temperature"] = given.get("temperature", 1.0) if samples else 0.0

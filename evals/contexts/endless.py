@@ -1,4 +1,4 @@
-"""One pass over a text without an end, in the memory of a window: the loss by position, against
+"""One pass over an endless text with a bounded cache: the loss by position, compared with
 recomputation."""
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from ..statistics import block_interval, paired_difference
 
 @dataclass(frozen=True, kw_only=True)
 class EndlessCell(Cell):
-    """The first `context` tokens of a text in one pass under a scaler that forgets; a row for each
-    bucket of position.
+    """The first `context` tokens of a text in one pass, under a scaler that evicts keys. A row for
+    each bucket of position.
 
-    At some places of every bucket the token is also predicted by recomputation: the untouched model
-    reads the window before it afresh, which costs a window a token and is what the pass is to be as
-    good as.
+    At some positions of every bucket the token is also predicted by recomputation: the untouched
+    model reads the window before it from scratch. That costs a window per token. The pass should be
+    as good as this.
 
     Args:
-        ids: the text, with the tokens that the tokenizer puts before one.
-        start: how many these are; every recomputed window begins with them too.
-        window: tokens of a recomputed window: the last keys that the scaler's last query sees; its
-            sinks come on top.
-        places: recomputed tokens of every bucket.
-        recipe: of its rows, but for the bucket.
+        ids: the text, with the tokens that the tokenizer adds at its start.
+        start: number of these tokens. Every recomputed window begins with them too.
+        window: tokens of a recomputed window: the last keys that the scaler's query sees. Its sinks
+            are not counted.
+        places: number of recomputed tokens per bucket.
+        recipe: the recipe of its rows without the bucket.
     """
 
     scaler: Scaler
@@ -67,13 +67,13 @@ class EndlessCell(Cell):
     def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
         assert isinstance(model, LocalModel)
         ids = list(self.ids)
-        process, metadata = psutil.Process(), [(0, time.perf_counter(), 0.0)]
+        process, progress = psutil.Process(), [(0, time.perf_counter(), 0.0)]  # tokens, seconds, MB
         sizes: list[float] = []
 
         def watch(held: int, count: int) -> None:
-            metadata.append((held + count, time.perf_counter(), process.memory_info().rss / 1e6))
+            progress.append((held + count, time.perf_counter(), process.memory_info().rss / 1e6))
             sizes.append(cache_bytes(model.cache) / 1e6)
-            advance(0, count)  # the past that a token sees does not grow
+            advance(0, count)  # the number of keys that a token sees does not grow
 
         losses = model.losses(ids, 1, watch)
         plain, rows = model.under(Scaler()), []
@@ -85,8 +85,8 @@ class EndlessCell(Cell):
             streamed = np.array([losses[t - 1] for t in at], np.float32)
             low, high = block_interval(bucket_losses)
             difference, *bounds = paired_difference(streamed, afresh, block=1)
-            inside = [n for n, (tokens, _, _) in enumerate(metadata) if start <= tokens <= end] or [len(metadata) - 1]
-            first, last = metadata[max(inside[0] - 1, 0)], metadata[inside[-1]]
+            inside = [n for n, (tokens, _, _) in enumerate(progress) if start <= tokens <= end] or [len(progress) - 1]
+            first, last = progress[max(inside[0] - 1, 0)], progress[inside[-1]]
             rows.append(
                 run.add(
                     recipe,
@@ -102,14 +102,14 @@ class EndlessCell(Cell):
                         "recomputed_tokens": len(at),
                         "tokens_per_second": (last[0] - first[0]) / (last[1] - first[1]),
                         "cache_mb": max(sizes[n - 1] for n in inside),
-                        "resident_mb": max(metadata[n][2] for n in inside),
+                        "resident_mb": max(progress[n][2] for n in inside),
                     },
                 )
             )
         return rows
 
     def _recomputed(self, plain: Any, ids: list[int], at: int, advance: Advance) -> float:
-        """The loss of a token after the window before it, read afresh."""
+        """The loss of a token after the window before it, which is read from scratch."""
         begin = max(self.start, at - self.window + self.start)
         window = [*ids[: self.start], *ids[begin : at + 1]]
         loss = float(plain.losses(window, len(window) - 1, lambda *_: None)[0])
@@ -127,7 +127,7 @@ def cells(
     """A cell for every scaler and length.
 
     Raises:
-        ConfigError: a scaler holds every key, or cannot work on this model.
+        ConfigError: a scaler evicts no keys, or cannot work on this model.
         DataError: the text is too short.
     """
     planned = []
@@ -135,15 +135,15 @@ def cells(
     prefix = Start.of(model.tokenizer).prefix
     ids = [*prefix, *(token for document in documents for token in document)]
     for scaler in scalers:
-        model.under(scaler)  # refuses a scaler that cannot work on this model
+        model.under(scaler)  # raises if the scaler cannot work on this model
         map_ = scaler.member("positions")
         if not isinstance(map_, PositionScaler) or map_.sink_window is None:
-            raise ConfigError(f"{scaler} sees every key, so no cache holds it without an end; take sink-window:1k, say")
+            raise ConfigError(f"{scaler} sees every key, so its cache has no bound; use one such as sink-window:1k")
         for context in contexts:
             if len(ids) < context:
                 raise DataError(
-                    f"{text.name} has {format_length(len(ids))} tokens, and {format_length(context)} are asked for; "
-                    "take a longer --text or a shorter length"
+                    f"{text.name} has {format_length(len(ids))} tokens, and {format_length(context)} are needed; "
+                    "give a longer --text or a shorter length"
                 )
             planned.append(
                 EndlessCell(

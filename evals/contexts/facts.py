@@ -1,5 +1,5 @@
-"""Facts all over a long document, asked for one by one: it is read whole, cut short, or in parts
-that are pooled."""
+"""Facts in a long document, with one question for each. The document is read whole, cut off, or in
+pooled parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..runs.result import Row, Run
 Way = Literal["whole", "cut", "parts"]
 
 FORM = 1
-"""Counts changes of the documents; part of every recipe."""
+"""Version of the documents. It is part of every recipe."""
 
 _PARAMS = SamplingParams(max_new_tokens=16, temperature=0, continuation="off")
 _SPARE = 16  # tokens for blanks between document and question, and keys of rare words
@@ -36,11 +36,10 @@ _SPARE = 16  # tokens for blanks between document and question, and keys of rare
 
 @dataclass(frozen=True)
 class Document:
-    """Hay in sentences, with as many facts as are asked for, one in each of as many equal
-    stretches.
+    """A haystack of sentences with facts. Each of as many equal stretches has one fact.
 
     Attributes:
-        units: sentences and facts in order, each with the blank behind it.
+        units: sentences and facts in order, each with the blank after it.
         facts: key and value of each fact, in order.
     """
 
@@ -49,11 +48,11 @@ class Document:
 
     @classmethod
     def draw(cls, text: Text, count: Callable[[str], int], tokens: int, facts: int, seed: int) -> Document:
-        """The document of a seed: the most sentences of a text that make, with the facts, at most
-        `tokens` tokens.
+        """The document of a seed: as many sentences of a text as fit, with the facts, into `tokens`
+        tokens.
 
         Raises:
-            DataError: there is no room for the facts and a sentence.
+            DataError: the facts and one sentence do not fit.
         """
         random = Random(f"facts {FORM} {text.sha256} {facts} {seed}")
         taken: list[str] = []
@@ -81,7 +80,7 @@ class Document:
         if (least := count("".join(assembled(1)))) > tokens:
             raise DataError(
                 f"a document with {facts} facts and a sentence takes {least} tokens with this tokenizer, and there is "
-                f"room for {tokens}; ask for a longer length or fewer questions"
+                f"room for {tokens}; give a longer length or fewer questions"
             )
         low, high = 1, min(tokens, len(sentences(text)))
         while low < high:
@@ -91,35 +90,35 @@ class Document:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
         return "".join(self.units).rstrip()
 
     def parts(self, count: int) -> list[str]:
-        """As many parts of nearly equal length, in whole sentences."""
+        """The text in `count` parts of about equal length, in whole sentences."""
         borders = [boundary(self.units, n / count) for n in range(count + 1)]
         return ["".join(self.units[a:b]).strip() for a, b in itertools.pairwise(borders)]
 
 
 def question(key: str) -> str:
-    """What is asked for the value of a key."""
+    """The question for the value of a key."""
     return f"Question: What is the secret number of the {key}?\nAnswer: The secret number of the {key} is"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactsCell(Cell):
-    """The questions to one document, which is read in one way; each gives a row as soon as it is
-    answered.
+    """The questions about one document, which is read in one way. Each question gives a row as soon
+    as it is answered.
 
     Args:
-        scaler: "parts" and "cut" are read without one.
+        scaler: of "whole"; the other ways use none.
         context: tokens of the document with a question and its answer.
-        way: "whole"; "cut", only its end, as much as the model was trained for; or "parts", by
-            NBCE.
-        parts: into how many it is cut.
-        document: its seed.
-        facts: how many there are.
-        numbers: the numbers of the facts that are asked for.
-        recipe: of its rows, but for the question.
+        way: "whole"; "cut", only the end of the document, as long as the trained length; or
+            "parts", by NBCE.
+        parts: number of parts.
+        document: the seed of the document.
+        facts: number of facts.
+        numbers: the facts that the questions ask for.
+        recipe: the recipe of its rows without the question.
     """
 
     scaler: Scaler
@@ -151,7 +150,7 @@ class FactsCell(Cell):
         rows, answer = [], None
         recipes = self.row_recipes()
         for recipe in recipes:
-            row = run.find(recipe)  # of an earlier run that was stopped within this cell
+            row = run.find(recipe)  # stored by an earlier run that was stopped within this cell
             if row is None:
                 started = time.perf_counter()
                 if answer is None:
@@ -177,7 +176,7 @@ class FactsCell(Cell):
         return rows
 
     def _reader(self, model: Model, document: Document) -> Callable[[str], tuple[str, list[int] | None]]:
-        """Answers to questions; the document is read with the first of them."""
+        """A function that answers questions. The first question also reads the document."""
         if self.way == "parts":
             contexts = document.parts(self.parts)
 
@@ -204,7 +203,7 @@ class FactsCell(Cell):
 
 
 def _document(model: Model, text: Text, context: int, facts: int, seed: int) -> Document:
-    """The one that leaves room for a question and its answer within `context` tokens."""
+    """The document that leaves room for a question and its answer within `context` tokens."""
 
     def count(part: str) -> int:
         return len(prompt_ids(part, model.tokenizer))
@@ -216,11 +215,11 @@ def _document(model: Model, text: Text, context: int, facts: int, seed: int) -> 
 def _end_of(text: str, model: Model, tokens: int) -> str:
     """The whole characters of the last `tokens` tokens of a text."""
     end = model.vocabulary.text_bytes(text_ids(text, model.tokenizer)[-tokens:]).decode(errors="ignore")
-    return end.removeprefix(" ") if model.vocabulary.adds_space else end  # it puts one there again
+    return end.removeprefix(" ") if model.vocabulary.adds_space else end  # it adds the blank again
 
 
 def way_name(way: str, parts: int) -> str:
-    """Of a way of reading, for people."""
+    """A way of reading, for display."""
     return {"whole": "read whole", "cut": "only its end"}.get(way, f"{parts} part{'s' * (parts > 1)}")
 
 
@@ -234,19 +233,18 @@ def cells(
     documents: int,
     questions: int,
 ) -> list[FactsCell]:
-    """Cells of every length and document: read whole under every scaler, its end only, and in
-    parts.
+    """Cells of every length and document: whole under every scaler, only the end, and in parts.
 
     Args:
         parts: numbers of parts.
-        documents: seeds 0, 1, ...
-        questions: to each document, which has twice as many facts or `parts` at its most, whichever
-            is more.
+        documents: number of seeds 0, 1, ...
+        questions: per document. The document has twice as many facts, but at least the largest of
+            `parts`.
 
     Raises:
-        ConfigError: a scaler cannot work on this model, or a part is longer than the model was
-            trained for.
-        DataError: a length does not hold the facts.
+        ConfigError: a scaler cannot work on this model, or a part is longer than the trained
+            length.
+        DataError: a length cannot hold the facts.
     """
     trained = model.trained_length
     ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
@@ -257,13 +255,13 @@ def cells(
     numbers = tuple(n * facts // questions + facts // (2 * questions) for n in range(questions))
     ways: list[tuple[Way, int, Scaler]] = [("whole", 1, scaler) for scaler in scalers]
     ways += [("cut", 1, Scaler()), *(("parts", count, Scaler()) for count in parts)]
-    _document(model.model, text, min(contexts), facts, 0)  # refused before anything is measured
+    _document(model.model, text, min(contexts), facts, 0)  # raises if it does not fit, before anything is measured
     planned = []
     for context in contexts:
         if short := [count for count in parts if context / count > 0.97 * trained]:
             raise ConfigError(
-                f"{short[0]} parts of {format_length(context)} tokens are longer than the {format_length(trained)} "
-                f"that the model was trained for; take {1 + int(context / (0.97 * trained))} parts or more"
+                f"{short[0]} parts of {format_length(context)} tokens are longer than the trained length, "
+                f"{format_length(trained)}; use {1 + int(context / (0.97 * trained))} parts or more"
             )
         for document in range(documents):
             for way, count, scaler in ways:

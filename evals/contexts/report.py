@@ -1,4 +1,4 @@
-"""Tables and plots of the rows of `facts` and `endless`."""
+"""Tables and plots of `ropewalk facts` and `ropewalk endless`."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from ..statistics import wilson_interval
 from .facts import way_name
 
 FACTS_LEGEND = (
-    "Right: the share of questions whose first number is the right one, with Wilson's 95% interval (questions to one "
-    "document are not independent: true intervals are somewhat wider). Seconds: the first question to a document, "
-    "which reads it, and the median of the others."
+    "Right: the share of answers whose first number is right, with Wilson's 95% interval (questions about one "
+    "document are not independent, so true intervals are somewhat wider). Seconds: the first question about a "
+    "document, which also reads it, and the median of the others."
 )
-"""What the columns are."""
+"""Explains the columns."""
 
 _FACTS_IGNORED = METHOD | {
     *("context", "way", "parts", "document", "question"),
     *("key", "correct", "answer", "generated", "sources", "seconds", "peak_memory_mb"),
 }
-"""Fields of the rows of one table that differ: its columns, and what was measured."""
+"""Fields in which the rows of one table differ: its columns and the measured fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WayScore:
-    """One way of reading at one length.
+    """The score of one way of reading at one length.
 
     Attributes:
-        name: of the way, for people.
+        name: the way, for display.
         way, parts, rope, context: as in the rows.
-        right: the share of right answers, with its interval `low` to `high`.
-        trials: answers.
-        first, later: seconds of the first question to a document, and of the others.
+        right: the share of right answers. `low` and `high` are its interval.
+        trials: number of answers.
+        first, later: seconds of the first question about a document, and of the others.
     """
 
     name: str
@@ -65,7 +65,7 @@ def facts_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def way_scores(rows: Sequence[Row]) -> list[WayScore]:
-    """A score for every length and way of one group, in the order of the rows."""
+    """The score of every length and way of one group, in the order of the rows."""
     groups: dict[tuple[int, str, int, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["context"], row["way"], row["parts"], row["rope"]), []).append(row)
@@ -94,7 +94,7 @@ def way_scores(rows: Sequence[Row]) -> list[WayScore]:
 
 
 def facts_markdown(rows: Sequence[Row]) -> str:
-    """A table for every group, with what was measured above it."""
+    """A table for every group, with a line about the measurement above it."""
     return "\n".join(map(_facts_table, group_rows(facts_rows(rows), _FACTS_IGNORED)))
 
 
@@ -117,8 +117,10 @@ def _facts_table(rows: Sequence[Row]) -> str:
 
 
 def plot_facts(rows: Sequence[Row], out_stem: Path) -> list[Path]:
-    """Shares of right answers with their intervals, a bar for each way; writes `out_stem`.png and
-    .svg, `out_stem`_2 for a second group, and so on."""
+    """Shares of right answers with their intervals, a bar for each way.
+
+    Writes `out_stem`.png and .svg, `out_stem`_2 for a second group, and so on.
+    """
     groups = group_rows(facts_rows(rows), _FACTS_IGNORED)
     return [
         path
@@ -136,7 +138,7 @@ def _plot_facts_group(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
         panels = fig.subplots(len(lengths), 1, squeeze=False)[:, 0]
         for axes, length in zip(panels, lengths, strict=True):
             bars = [score for score in scores if score.context == length][::-1]
-            style.style_axes(axes, x="share of questions answered right", y="")
+            style.style_axes(axes, x="share of right answers", y="")
             axes.grid(axis="y", visible=False)
             axes.grid(axis="x", color=style.GRID, linewidth=0.8)
             colors = dict(zip(("cut", "whole", "parts"), style.categories(3), strict=True))
@@ -145,18 +147,16 @@ def _plot_facts_group(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
             axes.set_yticks(range(len(bars)), [s.name for s in bars])
             axes.set_xlim(0, 1)
             axes.set_title(f"{format_length(length)} tokens, {bars[0].trials} questions", loc="left", color=style.MUTED)
-        note = (
-            "Bars: shares; lines: Wilson's 95% intervals. Parts are read one by one, and their answers pooled (NBCE)."
-        )
+        note = "Bars: shares; lines: Wilson's 95% intervals. Parts are read one by one, their answers pooled (NBCE)."
         fig.supxlabel(note, **style.FOOTNOTE)
         return style.save(fig, out_stem)
 
 
 ENDLESS_LEGEND = (
-    "Loss: nats a token in one pass, with its 95% interval. Over recomputation: how much more the pass takes than the "
-    "untouched model with the window before the token read afresh, on the same tokens, paired."
+    "Loss: nats per token in one pass, with its 95% interval. Over recomputation: this loss minus that of the "
+    "untouched model, which reads the window before each token from scratch; paired on the same tokens."
 )
-"""What the columns are."""
+"""Explains the columns."""
 
 _ENDLESS_IGNORED = frozenset(
     (
@@ -164,7 +164,7 @@ _ENDLESS_IGNORED = frozenset(
         *("difference", "difference_low", "difference_high", "tokens_per_second", "cache_mb", "resident_mb"),
     )
 )
-"""Fields of the rows of one table that differ: its lines, and what was measured."""
+"""Fields in which the rows of one table differ: its lines and the measured fields."""
 
 
 def endless_rows(rows: Sequence[Row]) -> list[Row]:
@@ -205,8 +205,10 @@ def _range(low: float | None, high: float | None, form: str) -> str:
 
 
 def plot_endless(rows: Sequence[Row], out_stem: Path) -> list[Path]:
-    """Loss, and loss over recomputation, by position, a line for each scaler; writes `out_stem`.png
-    and .svg, `out_stem`_2 for a second group, and so on."""
+    """Loss, and difference to recomputation, by position; a line for each scaler.
+
+    Writes `out_stem`.png and .svg, `out_stem`_2 for a second group, and so on.
+    """
     groups = group_rows(endless_rows(rows), _ENDLESS_IGNORED | METHOD | {"window", "context"})
     return [
         path
@@ -219,9 +221,9 @@ def _plot_endless_group(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path
     ropes = list(dict.fromkeys(row["rope"] for row in rows))
     drawn = style.line_styles(ropes)
     about = f"{short(rows[0]['model'])} ({rows[0]['dtype']}) on {short(rows[0]['text'])}"
-    with style.figure(8.5, 6.2, f"A text without an end: {about}") as fig:
+    with style.figure(8.5, 6.2, f"An endless text: {about}") as fig:
         upper, lower = fig.subplots(2, 1, sharex=True)
-        style.style_axes(upper, x="", y="loss, nats a token")
+        style.style_axes(upper, x="", y="loss, nats per token")
         style.style_axes(lower, x="position", y="over recomputation, nats")
         lower.axhline(0, color=style.MUTED, lw=1)
         for rope in ropes:
@@ -245,7 +247,7 @@ def _plot_endless_group(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path
         style.mark_length(upper, rows[0]["trained_length"], "trained length")
         upper.legend(loc="upper right", frameon=False)
         memory = max(row["cache_mb"] for row in rows)
-        note = f"Every point is a bucket that ends there. The cache never took more than {memory:.3g} MB."
+        note = f"Each point is a bucket that ends there. The cache took at most {memory:.3g} MB."
         fig.supxlabel(note, **style.FOOTNOTE)
         return style.save(fig, out_stem)
 
@@ -256,11 +258,12 @@ def publisher(
     to_markdown: Callable[[Sequence[Row]], str],
     plot: Callable[[Sequence[Row], Path], list[Path]],
 ) -> Callable[[Run, Sequence[Cell], Console], None]:
-    """What a command does with its run after the measurement.
+    """A function that a command calls after the measurement: it prints the table, and writes table
+    and plot.
 
     Args:
-        name: of the plots' files.
-        select: picks the rows of a run that the table and the plot show.
+        name: of the plot's files.
+        select: returns the rows of a run that table and plot show.
     """
 
     def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:

@@ -1,13 +1,13 @@
-"""The benchmark of continuation methods: prompts cut at any place, and what each method gives after
-the cut.
+"""The benchmark of continuation methods: prompts that are cut at arbitrary places, and what each
+method writes after the cut.
 
-Each cut is measured under all methods at once, and its rows are stored as soon as it is done. The
-fields are:
+Each cut is measured with all methods, and its rows are stored as soon as it is done. The fields
+are:
 
     next_byte_bits  bits of the byte after the prompt
     top1            whether that byte is the likeliest one
     finished        whether the likeliest text completes the token that was cut
-    bits_per_byte   bits a byte of the next 8
+    bits_per_byte   bits per byte of the next 8 bytes
     extra_forwards  model runs up to the first token past the prompt, minus those of `off`
     extra_ms        time up to that token, minus that of `off`
 """
@@ -50,7 +50,7 @@ _OF_ONE_TEXT = (cuts.ANYWHERE, cuts.AFTER_SPACE, cuts.INSIDE)
 
 @dataclass(frozen=True, kw_only=True)
 class CutText:
-    """One text, cut at one kind of place."""
+    """One text with its cuts of one kind."""
 
     text: Text
     kind: str
@@ -63,12 +63,12 @@ class CutText:
 
 
 def draw_all(vocabulary: Vocabulary, text: str | None, count: int, seed: int) -> list[CutText]:
-    """Cuts to compare on, fewer where a text has not so many places of a kind.
+    """Draw cuts of each kind. There are fewer if a text has not enough places of a kind.
 
     Args:
-        text: as `load_text` takes it; None is English, code and Chinese.
+        text: as for `load_text`. None: English, code and Chinese.
         count: cuts of each kind in each text.
-        seed: of their places.
+        seed: of the places.
 
     Raises:
         DataError: a text is too short to cut.
@@ -83,11 +83,12 @@ def draw_all(vocabulary: Vocabulary, text: str | None, count: int, seed: int) ->
 
 
 AHEAD = 8
-"""Bytes after the prompt whose probability is measured."""
+"""Number of bytes after the prompt whose probability is measured."""
 
 
 def measure_all(model: Model, texts: Sequence[CutText], run: Run, seed: int, console: Console) -> list[Row]:
-    """Measure every cut that is not in `run` yet, with a progress bar; returns the rows of all."""
+    """Measure every cut that is not in `run` yet, with a progress bar. Returns the rows of all
+    cuts."""
     all_rows: list[Row] = []
     todo = [(text, cut) for text in texts for cut in text.cuts]
     for text, cut in track(todo, "cuts", console=console):
@@ -116,7 +117,7 @@ def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
 
 
 def measure(model: Model, cut: Cut) -> dict[str, dict[str, Any]]:
-    """What is measured at one cut, by method."""
+    """The measurements at one cut, by method."""
     rest_of_token = cut.token[cut.overlap :]
     with model.running(len(cut.prompt)) as runner:
         ending = Ending(model, runner, cut.prompt)
@@ -144,7 +145,7 @@ def compare(name: str, text: str | None, *, cuts: int, seed: int, loading: dict[
     texts = draw_all(model.vocabulary, text, cuts, seed)
     for cut_text in texts:
         if len(cut_text.cuts) < cuts:
-            console.print(f"{cut_text.name}: {len(cut_text.cuts)} of {cuts} cuts, the text has no more such places")
+            console.print(f"{cut_text.name}: {len(cut_text.cuts)} of {cuts} cuts; the text has no more such places")
     run = Run(out)
     run.write_environment()
     summaries = summarize(measure_all(model, texts, run, seed, console))

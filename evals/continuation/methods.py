@@ -1,16 +1,15 @@
-"""Ways of going on from a prompt that may end inside a token. P is the prompt.
+"""Methods that continue a prompt which may end inside a token. P is the prompt.
 
     off             read P's tokens; any token may follow
     one token back  read all but the last, then draw among the tokens that begin with the last one's bytes
-    step mask       read what is certain, then draw tokens that agree with the rest of P one by one, until P's end is
-                    reached; at every step the others are masked, and those left are renormalized
+    step mask       read the certain tokens, then draw tokens that agree with the rest of P one by one, until P's end is
+                    reached; each step masks the other tokens and renormalizes
     exact           draw one of the covers of P, each with its probability
 
-    transformers    its `token_healing`, as it behaves; only the text that it writes can be seen
+    transformers    its `token_healing`, unchanged; only its text is visible
 
 One token back is the remedy of kexue.fm 9762. The step mask is biased: a token that agrees with P
-may leave a rest that the model would hardly have gone on with, and renormalizing at every step
-forgets that.
+may leave a rest that is very unlikely after it, and renormalizing at every step ignores that.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ OFF, ONE_BACK, STEPS, HEALING, EXACT = "off", "one token back", "step mask", "tr
 METHODS = (OFF, HEALING, ONE_BACK, STEPS, EXACT)
 
 _LEFT_OUT = 1e-3  # share of the step mask's distribution whose paths are not followed
-_MOST_PATHS = 200  # and no more than these: in a long row of spaces there are thousands
+_MOST_PATHS = 200  # at most this many paths: a long row of spaces has thousands
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodResult:
-    """The likeliest beginning of an answer, as a method finds it.
+    """The likeliest beginning of an answer under a method.
 
     Attributes:
-        ids: all tokens, the prompt's included.
-        past: bytes of them that come after the prompt.
-        forwards: runs of the model that it took.
-        seconds: time that it took, the prompt included.
+        ids: all tokens, including the prompt's.
+        past: their bytes after the prompt.
+        forwards: number of model runs.
+        seconds: time, including the prompt.
     """
 
     ids: Path
@@ -59,7 +58,7 @@ class MethodResult:
 
 
 class _CountedRunner(TransformersRunner):
-    """A network that counts how often it is run."""
+    """A runner that counts its runs."""
 
     def __init__(self, runner: Runner) -> None:
         super().__init__(runner.hf)
@@ -86,12 +85,12 @@ class Ending:
         self.reader = self._new_reader(ids[:certain])
 
     def distribution(self, method: str) -> Distribution:
-        """The distribution of the text that follows, for every method except transformers' own."""
+        """The distribution of the following text, for every method except transformers' own."""
         forks = {OFF: self._off, ONE_BACK: self._one_back, STEPS: self._steps, EXACT: self._exact}[method]()
         return Distribution(self.reader, forks)
 
     def open(self, method: str) -> MethodResult:
-        """Find the likeliest beginning from a cold start."""
+        """Find the likeliest beginning, from an empty cache."""
         before, started = self._runner.runs, time.perf_counter()
         path, past = self._likeliest(method)
         seconds = time.perf_counter() - started
@@ -100,7 +99,7 @@ class Ending:
         )
 
     def finishes(self, opening: MethodResult, rest_of_token: bytes) -> bool:
-        """True if the likeliest answer after an opening begins with `wanted`."""
+        """True if the likeliest answer after `opening` begins with `rest_of_token`."""
         ids, past = opening.ids, opening.past
         tokens = self.model.vocabulary.tokens
         while (
@@ -113,17 +112,17 @@ class Ending:
         return past.startswith(rest_of_token)
 
     def transformers_finishes(self, rest_of_token: bytes) -> bool:
-        """`finishes` for transformers' `token_healing`, as it is; False where it fails."""
+        """`finishes` for transformers' `token_healing`, unchanged. False if it raises KeyError."""
         ids = torch.tensor([self.model.vocabulary.encode(self.prompt)], device=input_device(self.model.hf))
         config = GenerationConfig(
             token_healing=True, do_sample=False, max_new_tokens=len(rest_of_token), pad_token_id=0
         )
         try:
             out = self.model.hf.generate(ids, generation_config=config, tokenizer=self.model.tokenizer)
-        except KeyError:  # 5.23 raises the bias of the last token, which is not always among those that it looked up
+        except KeyError:  # 5.23 changes the bias of the last token, which it may not have stored
             return False
         text = self.model.vocabulary.text_bytes([i for i in out[0].tolist() if i < len(self.model.vocabulary.tokens)])
-        return text.lstrip().startswith(self.prompt.lstrip().encode() + rest_of_token)  # it strips the prompt
+        return text.lstrip().startswith(self.prompt.lstrip().encode() + rest_of_token)  # transformers strips the prompt
 
     def _new_reader(self, base: Path) -> DistributionReader:
         return DistributionReader(self._runner, self.model.vocabulary, base, self._new_cache())
@@ -132,7 +131,7 @@ class Ending:
         return self.model.new_cache(len(self.cover.prompt) + 64)
 
     def _start(self, method: str) -> tuple[Path, bytes]:
-        """The tokens that a method keeps, and the prompt's bytes after them."""
+        """The tokens that a method reads, and the prompt's bytes after them."""
         if method == STEPS:
             return self.common_prefix, self.model.vocabulary.text_bytes(list(self.tail[len(self.common_prefix) :]))
         if method == OFF or self.tail[-1] in self.model.vocabulary.special_ids:
@@ -154,10 +153,10 @@ class Ending:
         return [Fork(path=self.tail, suffix=b"", logweight=0.0)]
 
     def _steps(self) -> list[Fork]:
-        """The likeliest paths are followed first, until those that are left have one part in a
-        thousand together.
+        """The forks of the step mask. The likeliest paths are followed first.
 
-        These are taken to read the prompt's own tokens, so that no byte is impossible.
+        The search ends when the remaining paths have one part in a thousand together. They count as
+        reading the prompt's own tokens, so that no byte is impossible.
         """
         tokens, trie = self.model.vocabulary.tokens, self.model.vocabulary.trie
         path, rest = self._start(STEPS)
@@ -190,8 +189,8 @@ class Ending:
         return forks
 
     def _likeliest(self, method: str) -> tuple[Path, bytes]:
-        """Tokens after the reader's base up to the first one past the prompt's end, and their bytes
-        past it."""
+        """Tokens after the reader's base up to the first token past the prompt's end, and their
+        bytes past it."""
         tokens, trie = self.model.vocabulary.tokens, self.model.vocabulary.trie
         if method == EXACT:
             return self._likeliest_cover()

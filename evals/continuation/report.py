@@ -31,18 +31,17 @@ COLUMNS = {
 SHARES = ("top1", "finished")
 
 LEGEND = (
-    "Next byte: bits it takes; over exact: bits more than under the exact method, cut by cut; top-1: share where it "
-    "is the likeliest; finished: share where the likeliest text finishes the token that was cut; 8 bytes: bits a byte "
-    "of the next 8; runs, ms: of the model and in time, more than off takes up to its first token. Means over cuts "
+    "Next byte: its bits; over exact: bits minus those of the exact method, cut by cut; top-1: share of cuts where it "
+    "is the likeliest; finished: share of cuts where the likeliest text completes the cut token; 8 bytes: bits per "
+    "byte of the next 8; runs, ms: model runs and time up to the first token, minus those of off. Means over cuts "
     "with 95% intervals; ms is a median."
 )
-"""What the columns are."""
+"""Explains the columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A mean over cuts with its 95% interval (NaN where there are too few cuts for one, or the mean
-    is a median)."""
+    """A mean over cuts with its 95% interval. The bounds are NaN for a median or too few cuts."""
 
     mean: float
     low: float = math.nan
@@ -54,14 +53,15 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One method on one kind of cuts in one text.
+    """The results of one method on one kind of cuts in one text.
 
     Attributes:
         name: of the text and the kind of cuts.
         method: one of `methods.METHODS`.
-        cuts: how many.
-        values: by the fields of `COLUMNS`, those that were measured. `over_exact` is what the next
-            byte takes more than under the exact method, paired cut by cut; `extra_ms` is a median.
+        cuts: number of cuts.
+        values: by field of `COLUMNS`; only the fields that were measured. `over_exact` is the
+            difference of the next byte's bits to the exact method, paired cut by cut. `extra_ms` is
+            a median.
     """
 
     name: str
@@ -103,7 +103,7 @@ def _numbers(rows: Sequence[Row], field: str) -> np.ndarray[tuple[int], np.dtype
 
 
 def tables(summaries: Sequence[Summary]) -> list[Table]:
-    """A table for the screen for each text and kind of cuts."""
+    """Tables for the terminal, one for each text and kind of cuts."""
     tables_by_text = []
     for name, group in _by_name(summaries).items():
         table = Table(Column("method", no_wrap=True), *COLUMNS.values(), title=f"{name}: {group[0].cuts} cuts")
@@ -114,8 +114,8 @@ def tables(summaries: Sequence[Summary]) -> list[Table]:
 
 
 def to_markdown(summaries: Sequence[Summary], model: str) -> str:
-    """The same as Markdown."""
-    lines = [f"Ways to go on from prompts of {model} that are cut off anywhere. {LEGEND}"]
+    """The same tables as Markdown."""
+    lines = [f"Methods to continue prompts that are cut off anywhere, with {model}. {LEGEND}"]
     for name, group in _by_name(summaries).items():
         lines += ["", f"{name}: {group[0].cuts} cuts", "", f"| method | {' | '.join(COLUMNS.values())} |"]
         lines.append("|---" * (1 + len(COLUMNS)) + "|")
@@ -134,12 +134,12 @@ def _cells(summary: Summary) -> list[str]:
     return [str(summary.values[field]) if field in summary.values else "" for field in COLUMNS]
 
 
-_PANELS = {"next_byte_bits": "next-byte bits (less is better)", "finished": "share of cut tokens finished"}
-_WIDTH = 0.8  # of a group of bars, of the distance between groups
+_PANELS = {"next_byte_bits": "next-byte bits (less is better)", "finished": "share of cut tokens completed"}
+_WIDTH = 0.8  # width of a group of bars; groups have the distance 1
 
 
 def plot_continuation(summaries: Sequence[Summary], model: str, out_stem: Path) -> tuple[Path, Path]:
-    """Bars with 95% intervals; writes `out_stem`.png and .svg and returns their paths."""
+    """Bars with 95% intervals. Writes `out_stem`.png and .svg, and returns their paths."""
     with style.figure(9, 7.2, f"Prompts cut inside tokens: {model}") as fig:
         panels = fig.subplots(len(_PANELS), 1, sharex=True)
         for axes, field in zip(panels, _PANELS, strict=True):
@@ -147,7 +147,7 @@ def plot_continuation(summaries: Sequence[Summary], model: str, out_stem: Path) 
         handles, labels = panels[-1].get_legend_handles_labels()
         above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
         panels[0].legend(handles, labels, ncols=len(labels), frameon=False, **above)
-        note = "Bars: means over cuts; lines: 95% intervals. Of transformers' healing only the text can be seen."
+        note = "Bars: means over cuts; lines: 95% intervals. Of transformers' healing only the text is known."
         fig.supxlabel(note, **style.FOOTNOTE)
         return style.save(fig, out_stem)
 

@@ -1,8 +1,8 @@
-"""Where the first tokens of an answer may land past the end of its prompt, and what follows from
-it.
+"""Distributions of the text after a prompt that may end inside a token.
 
-Every way of going on from a prompt that may end inside a token is a distribution over *forks*:
-tokens that have been read, and bytes of the prompt that the next token must begin with.
+Every continuation method gives a set of *forks*: tokens that were read, and bytes of the prompt
+with which the next token must begin. Together the forks define the distribution of the text that
+follows.
 """
 
 from __future__ import annotations
@@ -27,53 +27,50 @@ from ...tokenizer_tools.vocabulary import Vocabulary
 
 Path = tuple[int, ...]
 
-_MISSED = 0.01  # share of the probability of given bytes that may be left out
-_MOST_DISTRIBUTIONS = 200  # next-token distributions that are computed for it
+_MISSED = 0.01  # share of the probability of the given bytes that may be left out
+_MOST_DISTRIBUTIONS = 200  # most next-token distributions that are computed for one probability
 
 
 class DistributionReader:
-    """The model's next-token distributions after token sequences that share a beginning; each is
+    """The model's next-token distributions after token sequences with a common beginning. Each is
     computed once.
 
     Args:
-        base: the beginning, not empty.
-        cache: an empty one that can be rewound.
+        base: the common beginning, not empty.
+        cache: an empty cache that can be rewound.
     """
 
     def __init__(self, runner: Runner, vocabulary: Vocabulary, base: Path, cache: Cache) -> None:
         assert base
         self.vocabulary, self.base = vocabulary, base
         self._runner, self._cache = runner, cache
-        self._held: Path = ()
-        self._laws: dict[Path, Tensor] = {}
+        self._cached: Path = ()
+        self._logprobs: dict[Path, Tensor] = {}
         self._extensions: dict[bytes, tuple[Tensor, Tensor]] = {}
 
     def after(self, path: Path) -> Tensor:
-        """Log-probabilities of the token after the base and `path`, float64 [V] on the CPU,
-        nats."""
-        if path not in self._laws:
+        """Log-probabilities of the token after the base and `path`, float64 [V] on the CPU, nats."""
+        if path not in self._logprobs:
             whole = self.base + path
-            shared = shared_length(self._held, whole[:-1])  # the last token is run to see what follows it
-            if len(self._held) > shared:
-                rewind(self._cache, len(self._held) - shared)
+            shared = shared_length(self._cached, whole[:-1])  # the last token must be run again to get its logits
+            if len(self._cached) > shared:
+                rewind(self._cache, len(self._cached) - shared)
             logits = prefill(self._runner, list(whole[shared:]), self._cache)[-1]
-            self._held = whole
-            self._laws[path] = logits.double().log_softmax(-1).cpu()
-        return self._laws[path]
+            self._cached = whole
+            self._logprobs[path] = logits.double().log_softmax(-1).cpu()
+        return self._logprobs[path]
 
     def extensions(self, suffix: bytes) -> tuple[Tensor, Tensor]:
-        """The tokens that are longer than `suffix` and begin with it, and the byte of each that
-        comes after it.
+        """The tokens that begin with `suffix` and are longer, and the next byte of each.
 
-        After an empty suffix these are all tokens; `END` stands for the byte of those that are no
-        text.
+        For an empty suffix these are all tokens. `END` stands for the byte of special tokens.
         """
         if suffix not in self._extensions:
             tokens, special_ids = self.vocabulary.tokens, self.vocabulary.special_ids
             if suffix:
                 ids = self.vocabulary.trie.extensions(suffix)
                 next_bytes = [tokens[i][len(suffix)] for i in ids]
-            else:  # some models have more logits than their tokenizer has tokens
+            else:  # some models have more logits than tokens
                 ids = list(range(len(self.after(()))))
                 next_bytes = [END if i >= len(tokens) or i in special_ids else tokens[i][0] for i in ids]
             self._extensions[suffix] = torch.tensor(ids, dtype=torch.long), torch.tensor(next_bytes, dtype=torch.long)
@@ -82,15 +79,14 @@ class DistributionReader:
 
 @dataclass(frozen=True, kw_only=True)
 class Fork:
-    """Tokens read, and what the next one must begin with.
+    """Tokens that were read, and the bytes with which the next token must begin.
 
     Attributes:
         path: the tokens after the reader's base.
-        suffix: bytes of the prompt that come after `path`. The next token begins with them and is
-            longer; if there are none, any token may follow.
-        logweight: nats. The probability of a next token that is allowed is proportional to
-            exp(logweight) times what the model gives it after `path`, over all forks of a
-            distribution.
+        suffix: bytes of the prompt after `path`. The next token begins with them and is longer. If
+            there are none, any token may follow.
+        logweight: nats. The probability of an allowed next token is proportional to exp(logweight)
+            times its probability after `path`, normalized over all forks of a distribution.
     """
 
     path: Path
@@ -99,7 +95,7 @@ class Fork:
 
 
 class Distribution:
-    """What follows a prompt, by the forks of a method."""
+    """The distribution of the text after a prompt, from the forks of a method."""
 
     def __init__(self, reader: DistributionReader, forks: Sequence[Fork]) -> None:
         self._reader, self._forks = reader, forks
@@ -115,23 +111,23 @@ class Distribution:
 
     @property
     def next_byte_logprobs(self) -> Tensor:
-        """Log-probability of every byte to come next, and at index 256 of the text's end; float64
+        """Log-probability of every next byte, and at index 256 of the end of the text; float64
         [257], nats."""
         return (self._weights / self._weights.sum()).log()
 
     def logprob(self, rest: bytes) -> float:
-        """Log-probability that the text goes on with `rest`, whatever tokens it takes, nats.
+        """Log-probability that the text continues with `rest`, over all token sequences, nats.
 
-        Token sequences are visited in the order of their probability, until those not visited could
-        add no more than one part in a hundred.
+        Token sequences are visited in the order of their probability. The search ends when the
+        remaining ones could add at most one percent, or after `_MOST_DISTRIBUTIONS` distributions.
         """
         trie, tokens = self._reader.vocabulary.trie, self._reader.vocabulary.tokens
         first, ties = list(self._forks), count()
-        waiting: list[tuple[float, int, Fork]] = []  # what comes after `suffix` of these is free
+        waiting: list[tuple[float, int, Fork]] = []  # after the `suffix` of these, any text may follow
         reached = unseen = 0.0
-        looked_at = 0
-        while first or (waiting and unseen > _MISSED * reached and (looked_at < _MOST_DISTRIBUTIONS or not reached)):
-            looked_at += 1
+        computed = 0
+        while first or (waiting and unseen > _MISSED * reached and (computed < _MOST_DISTRIBUTIONS or not reached)):
+            computed += 1
             if first:
                 fork = first.pop()
                 least = len(fork.suffix)

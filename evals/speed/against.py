@@ -29,45 +29,45 @@ _NEEDED = {"llama.cpp": ("llama_cpp", "pip install 'ropewalk[llama-cpp]'")}
 
 
 def parse_against(text: str) -> list[tuple[str, str | None]]:
-    """Engines to compare with and their dtypes; None is the usual ones: "hf,llama.cpp:q8_0" names
-    one of each.
+    """Engines and dtypes for a comparison, from a string such as "hf,llama.cpp:q8_0". None: the
+    usual dtypes.
 
     Raises:
-        ConfigError: no such peer or dtype, or its package is not installed.
+        ConfigError: unknown engine or dtype, or its package is not installed.
     """
     from ...engine.exports.gguf_write import GGUF_DTYPES
 
     known = {"hf": HF_DTYPES, "llama.cpp": tuple(GGUF_DTYPES)}
-    peers = []
+    engines = []
     for part in text.split(","):
         kind, colon, dtype = part.strip().partition(":")
         if kind not in known:
-            raise ConfigError(f"unknown peer {kind!r}.{did_you_mean(kind, known)}")
+            raise ConfigError(f"unknown engine {kind!r}.{did_you_mean(kind, known)}")
         if colon and dtype not in known[kind]:
             raise ConfigError(f"unknown dtype {dtype!r} of {kind}.{did_you_mean(dtype, known[kind])}")
         if kind in _NEEDED:
             module, command = _NEEDED[kind]
             if importlib.util.find_spec(module) is None:
                 raise ConfigError(f"{kind} is not installed; {command}, or leave it out of --against")
-        peers.append((kind, dtype or None))
-    return peers
+        engines.append((kind, dtype or None))
+    return engines
 
 
 def engine_specs(
-    model: str, peers: Sequence[tuple[str, str | None]], *, dtype: str, context: int, room: int, threads: int
+    model: str, engines: Sequence[tuple[str, str | None]], *, dtype: str, context: int, room: int, threads: int
 ) -> list[EngineSpec]:
-    """Ropewalk and then the peers, each once; GGUF files that are missing are written into the
+    """ropewalk and then the other engines, each once. Missing GGUF files are written into the
     cache.
 
     Args:
-        model: as `load` takes it.
-        peers: from `parse_against`. Without a dtype, llama.cpp runs in bf16 and q8_0; hf in
-            bfloat16, in the dtype that ropewalk was given, and in float32 on a CPU without bfloat16
-            arithmetic.
-        dtype: ropewalk's, or "auto".
+        model: as for `load`.
+        engines: from `parse_against`. Without a dtype, llama.cpp runs in bf16 and q8_0. hf runs in
+            bfloat16, in the dtype of ropewalk, and on a CPU without bfloat16 arithmetic also in
+            float32.
+        dtype: of ropewalk, or "auto".
 
     Raises:
-        RopewalkError: the model cannot be had, or not be written to GGUF.
+        RopewalkError: the model cannot be loaded, or cannot be written to GGUF.
     """
     import torch
 
@@ -76,7 +76,7 @@ def engine_specs(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = model_folder(model)
     specs = [("ropewalk", dtype, model)]
-    for kind, chosen in peers:
+    for kind, chosen in engines:
         for kind_dtype in [chosen] if chosen else _usual(kind, dtype, device):
             source = str(cached_gguf(folder, kind_dtype)) if kind == "llama.cpp" else str(folder)
             specs.append((kind, kind_dtype, source))
@@ -98,7 +98,7 @@ def _usual(kind: str, dtype: str, device: str) -> list[str]:
 
 
 def model_folder(model: str) -> Path:
-    """The folder of a model's checkpoint; one from the hub is downloaded, or found in the hub's
+    """The folder of a model's checkpoint. A hub model is downloaded unless it is in the hub's
     cache.
 
     Raises:
@@ -117,12 +117,12 @@ def model_folder(model: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise AssetError(
-            f"{model!r} is not a built-in model, a folder or a .gguf file, and the hub did not give it ({reason}); "
-            "check the name, or give the folder of a model that is here"
+            f"{model!r} is not a built-in model, a folder or a .gguf file, and the hub does not have it ({reason}); "
+            "check the name, or give the folder of a local model"
         ) from error
 
 
-TEXT = "pydoc"  # comes with Python, and is longer than any usual context
+TEXT = "pydoc"  # comes with Python, and is longer than usual contexts
 
 
 def measure(
@@ -137,22 +137,22 @@ def measure(
     threads: int | None,
     console: Console,
 ) -> tuple[TimingResult, dict[str, Any]]:
-    """Time ropewalk and the peers on one text.
+    """Time ropewalk and the other engines on one text.
 
     Args:
-        model: as `load` takes it.
-        against: the peers, as `--against` takes them.
-        lengths: contexts, as `parse_length` takes them.
-        new_tokens: decoded in every round.
-        threads: of every engine; None: torch's own number.
+        model: as for `load`.
+        against: the other engines, as in `--against`.
+        lengths: contexts, as for `parse_length`.
+        new_tokens: number of decoded tokens per round.
+        threads: of every engine. None: torch's default.
 
     Returns:
-        What was found, and the machine, settings and versions, as JSON can hold them.
+        The timings, and the machine, settings and versions as JSON values.
 
     Raises:
-        RopewalkError: a peer is unknown or not installed, or an engine cannot run the model.
+        RopewalkError: an engine is unknown or not installed, or cannot run the model.
     """
-    peers = parse_against(against)
+    engines = parse_against(against)
     folder = model_folder(model)
     config = read_config(str(folder))
     trained = next(iter(hf_config.read(config.get_text_config()).values())).max_length
@@ -160,7 +160,7 @@ def measure(
     if threads is not None:
         torch.set_num_threads(threads)
     specs = engine_specs(
-        model, peers, dtype=dtype, context=contexts[-1], room=new_tokens, threads=torch.get_num_threads()
+        model, engines, dtype=dtype, context=contexts[-1], room=new_tokens, threads=torch.get_num_threads()
     )
     text = _text(folder, contexts[-1] + new_tokens)
     memory, traffic = Memory(specs[0].device), Traffic(config)
@@ -198,32 +198,32 @@ def measure(
 
 
 def _text(folder: Path, needed: int) -> list[int]:
-    """Token ids of a text; one that is too short begins anew."""
+    """Token ids of a text. A text that is too short is repeated."""
     tokenizer = read_tokenizer(folder)
     ids = tokenize_documents(load_text(TEXT), tokenizer, limit_tokens=needed)[0]
     return (ids * -(-needed // len(ids)))[:needed]
 
 
 READ_BYTES = 256 * 2**20
-"""Far more than any cache holds."""
+"""Much more than any cache."""
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
-_BYTES |= {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # a scale of 2 bytes for 32 weights
-"""Bytes of a number, as torch and as GGUF call its type."""
+_BYTES |= {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # each 32 weights have a scale of 2 bytes
+"""Bytes of a number, by the name of its type in torch and in GGUF."""
 
 
 class Memory:
-    """Memory of one device, read over and over.
+    """A block of memory on one device, for measuring the bandwidth.
 
     Args:
-        device: "cpu", which torch's threads read together, or "cuda".
+        device: "cpu", where all of torch's threads read it, or "cuda".
     """
 
     def __init__(self, device: str = "cpu") -> None:
         self._numbers = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
 
     def bandwidth(self, tries: int = 3) -> float:
-        """Bytes a second, the best of `tries` sums."""
+        """Bytes per second, the best of `tries` sums."""
         best = float("inf")
         for _ in range(tries):
             started = time.perf_counter()
@@ -233,11 +233,10 @@ class Memory:
 
 
 class Traffic:
-    """What a decode step of a model has to read: every weight once, and the keys and values of the
-    past.
+    """What a decode step of a model reads: every weight once, and all cached keys and values.
 
-    Of the input embedding one row is read, unless it is the output matrix too. All layers are taken
-    to see the whole past, and all experts of a mixture to be read.
+    Of the input embedding only one row is read, unless it is also the output matrix. All layers are
+    assumed to see the whole past, and all experts of a mixture are assumed to be read.
 
     Args:
         config: of a transformers model.
@@ -257,10 +256,10 @@ class Traffic:
         self.cached: int = 2 * config.num_hidden_layers * heads * dim
 
     def step_bytes(self, dtype: str, cache_dtype: str, length: float) -> float:
-        """Bytes that a step behind `length` tokens reads.
+        """Bytes that a step after `length` tokens reads.
 
         Args:
-            dtype: of the weights, as torch or as GGUF calls it.
+            dtype: of the weights, as torch or GGUF calls it.
             cache_dtype: of the keys and values.
         """
         return self.weights * _BYTES[dtype] + length * self.cached * _BYTES[cache_dtype]

@@ -1,7 +1,7 @@
-"""The engines of a speed comparison: ropewalk, transformers and llama.cpp behind one interface.
+"""The engines of a speed comparison, behind one interface: ropewalk, transformers and llama.cpp.
 
-An engine imports its heavy libraries only when it is opened, so that each process holds the memory
-of one engine.
+Each engine imports its libraries when it is opened, so that a process has only the memory of its
+own engine.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import numpy as np
 from ...errors import ConfigError, RopewalkError
 
 Logits = np.ndarray[tuple[int], np.dtype[np.float32]]
-"""Float32 [V] on the CPU, so that the device has finished when the caller holds them."""
+"""Float32 [V] on the CPU. The device has finished when the caller has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """What an engine is opened with.
+    """How to open an engine.
 
     Args:
         kind: a key of `ENGINES`.
-        dtype: of the weights, in the engine's own words; "auto" for ropewalk alone.
-        source: what it loads: for ropewalk what `load` takes, for hf a folder or hub id, for
-            llama.cpp a file.
+        dtype: of the weights, as the engine calls it. "auto" only for ropewalk.
+        source: what to load. For ropewalk: as for `load`; for hf: a folder or hub id; for
+            llama.cpp: a file.
         context: tokens of the longest prompt.
-        room: most tokens that follow a prompt.
-        threads: of the CPU.
+        room: most tokens after a prompt.
+        threads: number of CPU threads.
         device: "cpu" or "cuda".
     """
 
@@ -46,19 +46,19 @@ class EngineSpec:
 
     @property
     def name(self) -> str:
-        """How tables call it."""
+        """The name in tables."""
         return f"{self.kind} {self.dtype}"
 
 
 class Engine(Protocol):
-    """A model and the state of one text.
+    """A model with the cache of one text.
 
     Attributes:
         dtype: of the weights.
         cache_dtype: of the keys and values.
-        versions: of what it is made of.
-        remark: what the tables say after its name, such as that a slower path runs the model; empty
-            for most.
+        versions: of the engine's packages.
+        remark: what tables show after its name, for example that a slower path runs the model;
+            usually empty.
     """
 
     dtype: str
@@ -67,20 +67,20 @@ class Engine(Protocol):
     remark: str
 
     def prefill(self, ids: list[int]) -> Logits:
-        """Forget everything, read `ids`, and return the logits after the last of them."""
+        """Clear the cache, read `ids`, and return the logits after the last token."""
         ...
 
     def step(self, token: int) -> Logits:
-        """Read one token more, and return the logits after it."""
+        """Read one more token, and return the logits after it."""
         ...
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Remove all but the first `length` tokens from the cache."""
         ...
 
 
 def versions_of(*packages: str) -> dict[str, str]:
-    """Versions of those `packages` that are installed."""
+    """The versions of those `packages` that are installed."""
     versions = {}
     for package in packages:
         try:
@@ -90,23 +90,23 @@ def versions_of(*packages: str) -> dict[str, str]:
     return versions
 
 
-BATCH = 512  # tokens that llama.cpp reads at once: its own default
+BATCH = 512  # tokens that llama.cpp reads at a time: its default
 
 
 class LlamaCppEngine:
-    """llama.cpp through the functions of its library: flash attention, a cache in float16."""
+    """llama.cpp through the functions of its library, with flash attention and a cache in float16."""
 
     def __init__(self, spec: EngineSpec) -> None:
         import llama_cpp
 
         if spec.device != "cpu" and not llama_cpp.llama_supports_gpu_offload():
             raise ConfigError(
-                "this llama-cpp-python was built without support for the GPU that the other engines use; build it "
-                "with one (CMAKE_ARGS=-DGGML_CUDA=on), or compare on the CPU with CUDA_VISIBLE_DEVICES= in front"
+                "this llama-cpp-python was built without GPU support, and the other engines use the GPU; build it "
+                "with CMAKE_ARGS=-DGGML_CUDA=on, or compare on the CPU with CUDA_VISIBLE_DEVICES= before the command"
             )
         self._api = llama_cpp
-        said, _ = _listen()
-        said.clear()
+        log_lines, _ = _log_lines()
+        log_lines.clear()
         try:
             self._llama = llama_cpp.Llama(
                 spec.source,
@@ -120,7 +120,7 @@ class LlamaCppEngine:
                 verbose=False,
             )
         except (ValueError, RuntimeError) as error:
-            messages = "; ".join(line for line in said if line)
+            messages = "; ".join(line for line in log_lines if line)
             raise RopewalkError(f"llama.cpp cannot load {spec.source} ({messages or error})") from error
         self.dtype, self.cache_dtype = spec.dtype, "float16"
         self.versions, self.remark = versions_of("llama-cpp-python"), ""
@@ -143,7 +143,7 @@ class LlamaCppEngine:
         tokens = (self._api.llama_token * len(ids))(*ids)
         status = self._api.llama_decode(self._llama.ctx, self._api.llama_batch_get_one(tokens, len(ids)))
         if status != 0:
-            raise RopewalkError(f"llama.cpp gave status {status} on reading {len(ids)} tokens; try shorter --lengths")
+            raise RopewalkError(f"llama.cpp gave status {status} for {len(ids)} tokens; try shorter --lengths")
 
     def _logits(self) -> Logits:
         row = self._api.llama_get_logits_ith(self._llama.ctx, -1)
@@ -151,23 +151,25 @@ class LlamaCppEngine:
 
 
 @cache
-def _listen() -> tuple[deque[str], object]:
-    """The last log lines of llama.cpp, stored and not printed, and the callback, which lives as
-    long as the process, since the library has one listener for all models."""
+def _log_lines() -> tuple[deque[str], object]:
+    """The last log lines of llama.cpp, which are not printed, and the callback that stores them.
+
+    The library has one callback for all models, so it lives as long as the process.
+    """
     import llama_cpp
 
-    said: deque[str] = deque(maxlen=3)
+    lines: deque[str] = deque(maxlen=3)
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def run_trial(_level: int, text: bytes, _data: object) -> None:
-        said.append(text.decode(errors="replace").strip())
+    def store_line(_level: int, text: bytes, _data: object) -> None:
+        lines.append(text.decode(errors="replace").strip())
 
-    llama_cpp.llama_log_set(run_trial, None)
-    return said, run_trial
+    llama_cpp.llama_log_set(store_line, None)
+    return lines, store_line
 
 
 class RopewalkEngine:
-    """This engine, through the functions that `generate` uses."""
+    """ropewalk, through the functions that `generate` uses."""
 
     def __init__(self, spec: EngineSpec) -> None:
         import torch
@@ -179,7 +181,7 @@ class RopewalkEngine:
         self._model = load(spec.source, dtype=spec.dtype)
         self._room = spec.room
         self.dtype = "int8" if spec.dtype == "int8" else _dtype_name(self._model.hf.dtype)
-        self.prefill([0])  # caches of some networks take their dtype from the first keys
+        self.prefill([0])  # some caches take their dtype from the first keys
         self.cache_dtype = _dtype_name(self._cache.layers[0].keys.dtype)
         self.versions = {"ropewalk": __version__, **versions_of("torch", "transformers", "numba")}
         self.versions["network"] = self._model.run_by
@@ -205,8 +207,8 @@ class RopewalkEngine:
 
 
 class TransformersEngine:
-    """transformers as its own `generate` runs it on one text: SDPA attention, a growing cache,
-    prompts in one piece."""
+    """transformers as its `generate` runs one text: SDPA attention, a growing cache, prompts in one
+    piece."""
 
     def __init__(self, spec: EngineSpec) -> None:
         import torch
@@ -246,14 +248,14 @@ ENGINES: dict[str, Callable[[EngineSpec], Engine]] = {
     "hf": TransformersEngine,
     "llama.cpp": LlamaCppEngine,
 }
-"""By the names that `--against` takes, and ropewalk."""
+"""The engines by the names of `--against`, and ropewalk."""
 
 
 def open_engine(spec: EngineSpec) -> Engine:
-    """Load the engine that `spec` describes.
+    """Open the engine of a spec.
 
     Raises:
-        RopewalkError: it cannot be loaded.
+        RopewalkError: the engine cannot be loaded.
     """
     return ENGINES[spec.kind](spec)
 

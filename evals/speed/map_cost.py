@@ -1,8 +1,8 @@
-"""What a position map costs: its attention against plain attention and against the public form, and
-a step of decoding.
+"""What a position map costs: its attention compared with plain attention and with the public form,
+and a decode step.
 
-Everything is timed in rounds, so that a drift of the machine affects all alike; ratios are of runs
-in the same round.
+Everything is timed in rounds, so that a drift of the machine's speed affects all alike. Ratios are
+of runs in the same round.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ Segments = list[tuple[int, int, list[tuple[KeyRun, list[Segment]]]]]
 
 @dataclass(frozen=True, kw_only=True)
 class MapCost:
-    """Seconds of one thing, round by round, and its ratio to plain attention or to the plain
-    scaler.
+    """Seconds of one operation, round by round, and its ratio to plain attention or to `none`.
 
     `what` is "prefill attention" (one layer), "prefill attention, public form", or "decode" (a step
     of the whole model).
@@ -53,8 +52,7 @@ class MapCost:
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scaler, site: RotarySite) -> Tensor:
-    """A position map as public code has it: the full square for every band, one softmax, n x n
-    memory."""
+    """A position map as in public code: the full square for every band, one softmax, n x n memory."""
     n, layout = q.shape[2], Layout(0, site.configured.rope.dim, interleaved=False)
     inv_freq, factor = site.configured.effective(scaler).frequencies(site.configured.rope, n)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
@@ -62,8 +60,8 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scale
     scores: Tensor | None = None
     for band in site.bands(scaler, n):
         rotated_q = layout.rotate(q, angles(band.query(i), inv_freq, like=q))
-        turned_k = layout.rotate(k, angles(band.key(i), inv_freq, like=k))
-        square = rotated_q @ turned_k.transpose(-1, -2)
+        rotated_k = layout.rotate(k, angles(band.key(i), inv_freq, like=k))
+        square = rotated_q @ rotated_k.transpose(-1, -2)
         if scores is None:
             scores = square
         else:
@@ -77,7 +75,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scale
 def attention_costs(
     model: Model, scalers: list[Scaler], lengths: list[int], *, repeats: int, naive: bool, progress: Progress
 ) -> Iterator[MapCost]:
-    """Prefill attention of one layer of `model`'s geometry, in the engine's chunks."""
+    """Prefill attention of one layer with the sizes of `model`, in the engine's chunks."""
     config, site = model.hf.config.get_text_config(), primary_rotary(model.sites)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -117,7 +115,7 @@ def decode_costs(
 
 
 def _decoding(model: Model, scaler: Scaler, n: int, progress: Progress) -> Callable[[], object]:
-    """A decode step behind `n` tokens that were read under `scaler`."""
+    """A decode step after `n` tokens that were read under `scaler`."""
     model.rope = scaler
     ids = torch.randint(0, model.vocabulary_size, (n,), generator=torch.Generator().manual_seed(0)).tolist()
     cache = model.new_cache(n + 64)
@@ -129,7 +127,7 @@ def _decoding(model: Model, scaler: Scaler, n: int, progress: Progress) -> Calla
 
 
 def _switch(model: Model, ways: dict[tuple[str, str], Callable[[], object]]) -> Callable[[str], None]:
-    """Put a scaler in place and run a step that is not timed."""
+    """Set a scaler and run one step that is not timed."""
 
     def switch(name: str) -> None:
         model.rope = name
@@ -213,17 +211,17 @@ def _naive(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scaler, site: 
 
 
 def check_maps(scalers: list[Scaler]) -> None:
-    """Refuse scalers that change nothing about attention: their cost is that of `none`."""
+    """Refuse scalers that leave attention unchanged: they cost the same as `none`."""
     for scaler in scalers:
         if not scaler.member("positions"):
             raise ConfigError(
-                f"{scaler} has no position map: it runs in the model's own attention, at no cost; give a map such as "
+                f"{scaler} has no position map: it runs in the model's own attention, without cost; give a map such as "
                 "rerope:2k"
             )
 
 
 def as_json(costs: list[MapCost]) -> dict[str, object]:
-    """All costs with the versions and the machine's threads, for one line of JSON."""
+    """All costs with torch's version and the number of threads, for one line of JSON."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Peak memory of this process, and of a process that scores one long text with one engine."""
+"""Peak memory of this process, and of a process that scores one long text."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ...errors import RopewalkError
 
 
 def peak_memory_mb() -> float:
-    """Most memory held so far, MB (10^6 bytes): of the GPU where there is one, else resident
-    memory."""
+    """Peak memory of this process so far, MB (10^6 bytes): of the GPU if there is one, else
+    resident memory."""
     import torch
 
     return torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else peak_resident_mb()
 
 
 def peak_resident_mb() -> float:
-    """Most resident memory held so far, MB (10^6 bytes); files that are mapped count as far as they
-    were read."""
+    """Peak resident memory so far, MB (10^6 bytes). Of mapped files, only the parts that were read
+    count."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage starts a child with its parent's peak
+    if status.exists():  # the peak of getrusage includes the parent's before the fork
         match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
         if match:
             return int(match[1]) * 1024 / 1e6
@@ -47,10 +47,10 @@ class Footprint:
     """Memory of one process that scored one text, MB (10^6 bytes).
 
     Args:
-        imports: resident before the model was loaded.
-        loaded: most resident while it was.
-        peak: most resident in the end.
-        weights, cache: what they take by themselves.
+        imports: resident memory before the model was loaded.
+        loaded: peak after the model was loaded.
+        peak: peak at the end.
+        weights, cache: their own sizes.
         loss: nats per token of the last `SCORED_TOKENS` tokens.
     """
 
@@ -66,15 +66,15 @@ class Footprint:
 
     @property
     def rest(self) -> float:
-        """What is held beyond weights and cache: the libraries, the buffers of a chunk, the
-        allocator's spare."""
+        """Memory besides weights and cache: libraries, buffers of a chunk, reserve of the
+        allocator."""
         return self.peak - self.weights - self.cache
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An engine with its model: its name, the bytes of weights and of keys and values, and how it
-    scores tokens."""
+    """An engine with its model: name, bytes of weights, bytes of keys and values, and a function
+    that scores tokens."""
 
     name: str
     weights: int
@@ -95,8 +95,7 @@ def _ropewalk(model: str, ids: list[int], dtype: str, rope: str) -> _Loaded:
 
 
 def _transformers(model: str, ids: list[int], dtype: str, _: str) -> _Loaded:
-    """The loss of transformers' own forward, as its perplexity page computes it: all logits at
-    once."""
+    """The loss of transformers' forward, as on its perplexity page: all logits at once."""
     import torch
 
     from ...engine.checkpoints.checkpoint import read_config, read_weights
@@ -117,7 +116,7 @@ _ENGINES = {"ropewalk": _ropewalk, "transformers": _transformers}
 
 
 def _measure(engine: str, model: str, ids: list[int], dtype: str, rope: str, connection: Any) -> None:
-    import transformers  # noqa: F401  (counts as a library, not as loading)
+    import transformers  # noqa: F401  (so that it counts as import, not as loading)
 
     imports = peak_resident_mb()
     loaded = _ENGINES[engine](model, ids, dtype, rope)
@@ -138,10 +137,10 @@ def _measure(engine: str, model: str, ids: list[int], dtype: str, rope: str, con
 
 
 def measure_footprint(engine: str, model: str, ids: list[int], dtype: str, rope: str) -> Footprint:
-    """Score `ids` in a new process, which "ropewalk" or "transformers" has for itself.
+    """Score `ids` in a new process, with the engine "ropewalk" or "transformers".
 
     Raises:
-        RopewalkError: the process died, as one that has no memory left does.
+        RopewalkError: the process died, for example for lack of memory.
     """
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()

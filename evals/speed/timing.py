@@ -1,7 +1,7 @@
-"""Engines timed in rounds on the same tokens: speeds, ratios within a round, and agreement of their
-logits.
+"""Time several engines in rounds on the same tokens: speeds, ratios within a round, and agreement
+of the logits.
 
-Every round runs every engine once, so that a drift of the machine's speed affects all of them
+Every round runs every engine once. A drift of the machine's speed therefore affects all engines
 alike.
 """
 
@@ -25,7 +25,7 @@ WARM_UP = 64  # tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """The middle and the ends of some numbers."""
+    """Median, minimum and maximum of some numbers."""
 
     median: float
     lowest: float
@@ -33,23 +33,23 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
-        """Of at least one number."""
+        """The spread of at least one number."""
         return Spread(median=median(values), lowest=min(values), highest=max(values))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One engine at one length.
+    """The times of one engine at one length.
 
     Args:
-        what: "prefill": reading `length` tokens; "decode": reading tokens one by one behind them.
-        tokens: read in a round.
+        what: "prefill": read `length` tokens; "decode": read tokens one by one after them.
+        tokens: tokens per round.
         seconds: of every round.
-        speed: tokens a second.
-        ratio: the first engine's speed divided by this one's, round by round: above 1 the first is
+        speed: tokens per second.
+        ratio: the first engine's speed divided by this one's, round by round. Above 1, the first is
             faster.
-        memory_share: of what reading the weights and the cache at full bandwidth would allow; None
-            for a prefill.
+        memory_share: the speed as a share of what the memory bandwidth allows for reading weights
+            and cache; None for prefill.
     """
 
     engine: str
@@ -64,16 +64,15 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Whether an engine at one length gives what the first engine gives.
+    """Whether an engine computes the same as the first engine, at one length.
 
     Args:
-        same: next tokens, after the prompt and after every decoded token, that are the first
-            engine's.
-        compared: out of how many.
-        difference: the largest absolute difference of a logit, after the prompt or after the last
+        same: number of next tokens, after the prompt and after every decoded token, that equal the
+            first engine's.
+        compared: number of compared tokens.
+        difference: largest absolute difference of a logit, after the prompt or after the last
             decoded token.
-        peak_memory_mb: most memory held so far; lengths are run in the order of the list. None: not
-            known.
+        peak_memory_mb: peak memory so far. Lengths run in ascending order. None: unknown.
     """
 
     engine: str
@@ -86,7 +85,7 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class TimingResult:
-    """All that a comparison found; `bandwidth` is in bytes a second."""
+    """The result of a comparison. `bandwidth` is in bytes per second."""
 
     timings: list[Timing]
     agreements: list[Agreement]
@@ -105,18 +104,18 @@ def time_engines(
     step_bytes: Callable[[str, str, float], float],
     progress: Progress,
 ) -> TimingResult:
-    """Time all `workers` at every length; the first is what the others are compared with.
+    """Time all `workers` at every length. The first one is the reference of the others.
 
-    At every length the prompt is read `prefill_repeats` times, and the state of the last time is
-    what all decode rounds continue from, after one warm-up round.
+    At every length the prompt is read `prefill_repeats` times. All decode rounds continue from the
+    state after the last time; one warm-up round comes first.
 
     Args:
-        text: token ids, at least the longest length and `new_tokens` more: prompts are its
-            beginnings, and the tokens after a prompt are decoded, whatever the engines would have
-            chosen.
-        bandwidth: measures what memory gives, bytes a second; called once a round; the best counts.
-        step_bytes: of a dtype of weights, one of keys and values, and a length: bytes that one
-            decode step reads.
+        text: token ids, at least the longest length plus `new_tokens`. Prompts are its beginnings.
+            The tokens after a prompt are decoded, independent of what the engines would choose.
+        bandwidth: measures the memory bandwidth, bytes per second. It is called once per round; the
+            best value counts.
+        step_bytes: the bytes that a decode step reads, from the dtype of the weights, that of the
+            cache, and a length.
     """
     runs = len(workers) * (1 + len(lengths) * (prefill_repeats + 1 + repeats))
     task = progress.add_task("", total=runs)
@@ -145,7 +144,7 @@ def time_engines(
         decodes = []
         for i in range(repeats + 1):
             widths.append(bandwidth())
-            doing = f"decoding behind {n} tokens, round {i}" if i else f"decoding behind {n} tokens, warming up"
+            doing = f"decoding after {n} tokens, round {i}" if i else f"decoding after {n} tokens, warming up"
             decodes.append(run_round(doing, methodcaller("decode", n, rest)))
         by_length.append((n, prefills, decodes[1:], [worker.peak_memory_mb() for worker in workers]))
     progress.remove_task(task)
@@ -169,7 +168,7 @@ def _timings(
     rounds: list[list[TimedRun]],
     least_seconds: list[float] | None = None,
 ) -> Iterator[Timing]:
-    """`least_seconds`: of a token, for every worker, at full bandwidth."""
+    """`least_seconds`: seconds per token at full bandwidth, for every worker."""
     first = [timed[0].seconds for timed in rounds]
     for index, worker in enumerate(workers):
         seconds_each = [timed[index].seconds for timed in rounds]
@@ -181,7 +180,7 @@ def _timings(
             tokens=tokens,
             seconds=seconds_each,
             speed=speed,
-            ratio=Spread.of([mine / other for mine, other in zip(seconds_each, first, strict=True)]),
+            ratio=Spread.of([seconds / reference for seconds, reference in zip(seconds_each, first, strict=True)]),
             memory_share=None if least_seconds is None else least_seconds[index] * speed.median,
         )
 
@@ -203,16 +202,16 @@ def _agreements(
 
 
 def tables(result: TimingResult, first: str) -> list[Table]:
-    """Decode and prefill speeds, and what shows that the engines ran the same model.
+    """Decode speeds, prefill speeds, and the check that the engines ran the same model.
 
     Args:
-        first: the name of the engine that the others are compared with.
+        first: the name of the reference engine.
     """
     return [_speeds(result, "decode", first), _speeds(result, "prefill", first), _checks(result, first)]
 
 
 def as_json(result: TimingResult, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything, `about` first, for one line of JSON."""
+    """The result for one line of JSON, with `about` first."""
     return {
         **about,
         "bandwidth_gb_s": result.bandwidth / 1e9,
@@ -222,12 +221,12 @@ def as_json(result: TimingResult, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _speeds(result: TimingResult, what: str, first: str) -> Table:
-    note = f"ratio: {first} over the engine, of the same round"
+    note = f"ratio: speed of {first} over that of the engine, in the same round"
     headings = ["median", "range", "ratio", "range"]
     if what == "decode":
-        note += f"; memory: of what {result.bandwidth / 1e9:.1f} GB/s would allow"
+        note += f"; memory: share of what {result.bandwidth / 1e9:.1f} GB/s allow"
         headings.append("memory")
-    table = _table(f"{what}, tokens a second ({note})", headings)
+    table = _table(f"{what}, tokens per second ({note})", headings)
     for timing in result.timings:
         if timing.what == what:
             table.add_row(*_row(timing, first), end_section=_is_last(result, timing))
@@ -261,7 +260,7 @@ def _range(spread: Spread, digits: int) -> str:
 
 
 def _is_last(result: TimingResult, timing: Timing) -> bool:
-    """Of its kind and length."""
+    """True for the last timing of its kind and length."""
     alike = [other for other in result.timings if (other.what, other.length) == (timing.what, timing.length)]
     return alike[-1] is timing
 

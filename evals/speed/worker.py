@@ -1,8 +1,8 @@
-"""An engine under a stopwatch, in a process of its own.
+"""A timed engine, in its own process.
 
-Each process has its own threads, memory and runtime libraries, so engines do not slow one another
-down, the peak memory of each is its own, and one that dies does not end the others. The clock is
-read inside the process.
+Each process has its own threads, memory and runtime libraries. Engines therefore do not slow each
+other down, each has its own peak memory, and one that dies does not end the others. The time is
+measured inside the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ...errors import RopewalkError
 from .engine import Engine, EngineSpec, Logits, open_engine
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-"""Read by the libraries when they are imported, so set before."""
+"""Environment variables of the thread counts. Libraries read them at import, so they are set
+before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,9 @@ class TimedRun:
 
     Args:
         seconds: from the first token to the last logits.
-        chosen: the likeliest next token after every logits that the run gave: one of a prefill, one
-            for each token of a decode.
-        logits: the last ones, float32 [V].
+        chosen: the likeliest next token after each logits of the run: one for a prefill, one per
+            token for a decode.
+        logits: the last logits, float32 [V].
     """
 
     seconds: float
@@ -42,7 +43,7 @@ class TimedRun:
 
 
 class Worker(Protocol):
-    """What a comparison needs of an engine."""
+    """The interface of an engine in a comparison."""
 
     name: str
     dtype: str
@@ -50,15 +51,15 @@ class Worker(Protocol):
     versions: dict[str, str]
 
     def prefill(self, ids: list[int]) -> TimedRun:
-        """Read `ids` with nothing before them."""
+        """Read `ids` with an empty cache."""
         ...
 
     def decode(self, length: int, tokens: list[int]) -> TimedRun:
-        """Read `tokens` one by one behind the first `length` tokens of what was read."""
+        """Read `tokens` one by one after the first `length` tokens of what was read."""
         ...
 
     def peak_memory_mb(self) -> float | None:
-        """Most memory held so far, MB (10^6 bytes), or None where it cannot be known."""
+        """Peak memory so far, MB (10^6 bytes), or None if it is unknown."""
         ...
 
 
@@ -84,7 +85,7 @@ class LocalWorker:
             peak = peak_resident_mb()
         elif self._spec.kind != "llama.cpp":
             peak = peak_memory_mb()
-        else:  # the GPU's memory is torch's to count
+        else:  # only torch counts the GPU's memory
             return None
         return None if math.isnan(peak) else peak
 
@@ -97,19 +98,19 @@ def _timed(run: Callable[[], list[Logits]]) -> TimedRun:
 
 
 class ProcessWorker:
-    """A worker in a process of its own, which ends with the `with` block.
+    """A worker in its own process, which ends with the `with` block.
 
     Raises:
-        RopewalkError: the engine cannot be loaded, fails, or its process dies.
+        RopewalkError: the engine cannot be loaded or fails, or its process dies.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         spawn = multiprocessing.get_context("spawn")
-        self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, spec), daemon=True)
+        self._connection, child_connection = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(child_connection, spec), daemon=True)
         self._process.start()
-        theirs.close()
+        child_connection.close()
         try:
             self.name, self.dtype, self.cache_dtype, self.versions = self._receive("loading")
         except BaseException:
@@ -133,15 +134,15 @@ class ProcessWorker:
         return timed
 
     def decode(self, length: int, tokens: list[int]) -> TimedRun:
-        timed: TimedRun = self._ask("decode", length, tokens, doing=f"decoding behind {length} tokens")
+        timed: TimedRun = self._ask("decode", length, tokens, doing=f"decoding after {length} tokens")
         return timed
 
     def peak_memory_mb(self) -> float | None:
-        peak: float | None = self._ask("peak_memory_mb", doing="telling its memory")
+        peak: float | None = self._ask("peak_memory_mb", doing="measuring its memory")
         return peak
 
     def _ask(self, method: str, *arguments: Any, doing: str) -> Any:
-        with contextlib.suppress(OSError):  # of a dead process: receiving tells how it died
+        with contextlib.suppress(OSError):  # the process is dead: `_receive` reports it
             self._connection.send((method, arguments))
         return self._receive(doing)
 
@@ -160,8 +161,9 @@ class ProcessWorker:
 
 
 def _serve(connection: Connection, spec: EngineSpec) -> None:
-    """The other process: open the engine, then answer questions until it is ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    """The main function of the process: open the engine, then answer requests until the process is
+    ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     os.environ.update(dict.fromkeys(THREADS, str(spec.threads)))
     try:
         worker = LocalWorker(open_engine(spec), spec)
@@ -169,10 +171,10 @@ def _serve(connection: Connection, spec: EngineSpec) -> None:
         while True:
             method, arguments = connection.recv()
             connection.send(getattr(worker, method)(*arguments))
-    except EOFError:  # the parent is gone
+    except EOFError:  # the parent has ended
         return
     except RopewalkError as error:
         connection.send(error)
-    except Exception as error:  # of a foreign engine: anything
+    except Exception as error:  # another engine may raise anything
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
         connection.send(RopewalkError(f"{spec.name} failed ({reason}); leave it out of --against"))

@@ -1,4 +1,4 @@
-"""The scalers that `tune` tries, what is measured of each, their ranking, and the outcome."""
+"""The scalers that `tune` tries, their measurements, the ranking, and the result."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from ..runs.compare import Difference
 from ..runs.result import Losses
 from ..statistics import paired_difference
 
-_STEP = 2**0.25  # between neighbouring factors; windows go by its square, whole numbers by one at least
+_STEP = 2**0.25  # ratio of neighbouring factors; for windows it is squared, whole numbers change by at least one
 
 
 def starting_points(rope: RopeSpec, target: int) -> list[Scaler]:
-    """Every closed form for `target` tokens, in about the order in which they have done well.
+    """The methods for `target` tokens with their usual parameters, roughly the most successful
+    first.
 
-    Factors above the ratio N / L, because NTK-aware and its mixed-radix form slow their fast pairs
-    so little that they carry less than their factor; windows of L/4 and L/2, as ReRoPE's author has
-    them.
+    Some factors are above the ratio N / L, because NTK-aware and its mixed-radix form slow their
+    fast pairs so little that they reach less than their factor. Windows are L/4 and L/2, as the
+    author of ReRoPE uses them.
     """
     L, s = rope.trained_length, target / rope.trained_length
 
@@ -45,7 +46,7 @@ def starting_points(rope: RopeSpec, target: int) -> list[Scaler]:
         return f"self-extend:{group},window={window}"
 
     def leak(window: int) -> str:
-        k = math.ceil(1.02 * (target - window) / (L - window) * 100) / 100  # its reach ends just before the target
+        k = math.ceil(1.02 * (target - window) / (L - window) * 100) / 100  # 2 % beyond the target
         return f"leaky-rerope:{window},k={k:g}"
 
     specs = [
@@ -85,8 +86,8 @@ def starting_points(rope: RopeSpec, target: int) -> list[Scaler]:
 
 
 def neighbours(scaler: Scaler) -> list[Scaler]:
-    """Scalers that differ from `scaler` in one thing: a number a step up or down, log n there or
-    not."""
+    """Scalers that differ from `scaler` in one thing: a number one step up or down, or log n added
+    or removed."""
     scalers = []
     for part in scaler.parts:
         for changed in _varied(part):
@@ -100,7 +101,7 @@ def neighbours(scaler: Scaler) -> list[Scaler]:
 
 
 def _varied(part: Scaler) -> list[Scaler]:
-    """`part` with one number a step up or down."""
+    """`part` with one number one step up or down."""
     steps: dict[str, float] = {}
     if part.facet == "frequencies":
         steps = {"factor": _STEP}
@@ -119,12 +120,13 @@ def _varied(part: Scaler) -> list[Scaler]:
             try:
                 scalers.append(dataclasses.replace(part, **{name: target}))
             except ConfigError:
-                continue  # below what the field allows
+                continue  # out of the field's range
     return scalers
 
 
 def fits_config(scaler: Scaler, rope: RopeSpec) -> bool:
-    """True if a Hugging Face config can hold it, so that other engines can serve it unchanged."""
+    """True if a Hugging Face config can hold the scaler, so that other engines can serve it
+    unchanged."""
     try:
         hf_write.write(rope, scaler)
     except ConfigError:
@@ -133,9 +135,11 @@ def fits_config(scaler: Scaler, rope: RopeSpec) -> bool:
 
 
 def simplicity(scaler: Scaler, rope: RopeSpec) -> tuple[int, int]:
-    """Sorts the simpler of two scalers first: the untouched model, then what config files name,
-    then what they hold as a list of factors, then what needs a patch; and of one kind, that with
-    fewer parts."""
+    """Sort key that puts the simpler scaler first.
+
+    The order is: the untouched model, methods that configs name, methods that configs hold as a
+    list of factors, methods that need a patch; within each kind, fewer parts first.
+    """
     if not scaler.parts:
         return 0, 0
     if not fits_config(scaler, rope):
@@ -146,61 +150,61 @@ def simplicity(scaler: Scaler, rope: RopeSpec) -> tuple[int, int]:
 
 @dataclass(kw_only=True, eq=False)
 class Candidate:
-    """A scaler, and what has been measured of it so far.
+    """A scaler and its measurements so far.
 
     Attributes:
-        skimmed: losses by place, nats, of the skimmed text.
-        read: the same of the text read whole.
+        skimmed: losses by place, nats, when the text was skimmed.
+        read: losses by place, nats, when the text was read whole.
         harm: loss difference to the untouched model on a short text, nats.
-        found: by the depth of each passkey that was hidden at the target length, 1 if it was found.
-        name: what it is called where its spec is too long; empty if it is not.
+        passkeys: 1 if the passkey was found, else 0, by its depth in a prompt of the target length.
+        name: a short name if the spec is too long; else empty.
     """
 
     scaler: Scaler
     skimmed: dict[str, Losses] = field(default_factory=dict)
     read: dict[str, Losses] = field(default_factory=dict)
     harm: Difference | None = None
-    found: dict[float, float] = field(default_factory=dict)
+    passkeys: dict[float, float] = field(default_factory=dict)
     name: str = ""
 
     @property
     def label(self) -> str:
-        """For people: its name, or its spec."""
+        """Its name or its spec, for display."""
         return self.name or str(self.scaler)
 
     @property
     def places(self) -> int:
-        """Places at which the text was read whole."""
+        """The number of places at which the text was read whole."""
         return len(self.read)
 
     @property
     def loss(self) -> float | None:
-        """Nats per token over the places read whole; None if there is none."""
+        """Nats per token over the places that were read whole; None if there are none."""
         return float(np.concatenate([*self.read.values()]).mean(dtype=np.float64)) if self.read else None
 
     @property
     def skimmed_loss(self) -> float | None:
-        """Nats per token as skimmed at the first place, which all have; None if it was not."""
+        """Nats per token, skimmed at the first place, which is the same for all; None if it was not
+        skimmed."""
         return float(next(iter(self.skimmed.values())).mean(dtype=np.float64)) if self.skimmed else None
 
     @property
     def is_harmless(self) -> bool:
-        """The upper bound of the harm is at most `TOLERANCE`, the rule of the effective length."""
+        """True if the upper bound of the harm is at most `TOLERANCE`, as for the effective length."""
         return not self.scaler.parts or (self.harm is not None and self.harm.high <= TOLERANCE)
 
 
 def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Best first: by how far they came, and by the loss on the places that those who came as far
+    """Best first: first by the number of places, then by the loss on the places that the candidates
     share.
 
-    Only places that every candidate compared has are compared, so that no one gains by an easier
-    text.
+    Only shared places are compared, so that no candidate gains from an easier text.
     """
     return _by_losses(candidates, "read") + by_skimming([c for c in candidates if not c.read])
 
 
 def by_skimming(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The same of what was skimmed alone; those that were not are left out."""
+    """The same ranking by skimmed losses. Candidates that were not skimmed are left out."""
     return _by_losses(candidates, "skimmed")
 
 
@@ -208,7 +212,7 @@ def _by_losses(candidates: Sequence[Candidate], kind: str) -> list[Candidate]:
     candidates = [c for c in candidates if getattr(c, kind)]
     counts = sorted({len(getattr(c, kind)) for c in candidates}, reverse=True)
     if len(counts) > 1 and sum(len(getattr(c, kind)) == counts[0] for c in candidates) == 1:
-        counts = counts[1:]  # the only one with more places is compared with the next ones on theirs
+        counts = counts[1:]  # a single one with more places is compared with the next group on its places
     order: list[Candidate] = []
     for count in counts:
         group = [c for c in candidates if len(getattr(c, kind)) >= count and c not in order]
@@ -218,8 +222,8 @@ def _by_losses(candidates: Sequence[Candidate], kind: str) -> list[Candidate]:
 
 
 def difference(a: Candidate, b: Candidate) -> Difference | None:
-    """Loss of `a` less that of `b` over the places that both read whole, or skimmed if there is
-    none; paired."""
+    """Loss of `a` minus loss of `b`, paired, over the places that both read whole, or else over
+    those both skimmed."""
     for first, other in ((a.read, b.read), (a.skimmed, b.skimmed)):
         if shared := [place for place in first if place in other]:
             mean, low, high = paired_difference(
@@ -231,13 +235,13 @@ def difference(a: Candidate, b: Candidate) -> Difference | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """The outcome of `tune`.
+    """The result of `tune`.
 
     Attributes:
-        target: tokens that were to be carried.
-        rope: the model's geometry.
-        ranking: every candidate measured, best first.
-        keep_short: True if a scaler that harms short texts could not win.
+        target: the length in tokens that was asked for.
+        rope: the model's rotary geometry.
+        ranking: every measured candidate, best first.
+        keep_short: True if a scaler that harms short texts cannot win.
         complete: False if the budget ended the search.
     """
 
@@ -249,8 +253,8 @@ class Tuned:
 
     @cached_property
     def eligible(self) -> list[Candidate]:
-        """Candidates that may win, best first: harmless ones if `keep_short`, and those read whole
-        if there are any."""
+        """Candidates that may win, best first: with `keep_short` only harmless ones, and if any
+        were read whole, only those."""
         eligible = [c for c in self.ranking if c.is_harmless or not self.keep_short]
         return [c for c in eligible if c.read] or eligible
 
@@ -262,8 +266,8 @@ class Tuned:
 
     @staticmethod
     def is_worse(candidate: Candidate, other: Candidate) -> bool:
-        """The interval of the paired difference lies above zero; too few tokens for an interval
-        tell by the mean."""
+        """True if the interval of the paired difference lies above zero; without an interval the
+        mean decides."""
         change = difference(candidate, other)
         if change is None:
             return True
@@ -271,11 +275,11 @@ class Tuned:
 
     @cached_property
     def winner(self) -> Candidate:
-        """Among the ties, the one that finds most passkeys, then the one with the lowest loss."""
+        """The tie that finds most passkeys; among equals, the one with the lowest loss."""
         ties = self.ties
-        if any(c.found for c in ties):
-            most = max(fmean(c.found.values()) for c in ties if c.found)
-            return next(c for c in ties if c.found and fmean(c.found.values()) == most)
+        if any(c.passkeys for c in ties):
+            most = max(fmean(c.passkeys.values()) for c in ties if c.passkeys)
+            return next(c for c in ties if c.passkeys and fmean(c.passkeys.values()) == most)
         return ties[0]
 
     @cached_property
@@ -288,15 +292,15 @@ class Tuned:
 
     @cached_property
     def servable(self) -> Candidate | None:
-        """The best that a config can hold, so that other engines can serve it; None if no such one
-        was measured."""
+        """The best candidate that a config can hold, for other engines; None if none was
+        measured."""
         return next((c for c in self.eligible if c.scaler.parts and self.fits_config(c)), None)
 
     def as_stored(self, *, text: str) -> TunedScaler:
-        """What `Model.remember` stores.
+        """The form in which `Model.remember` stores it.
 
         Args:
-            text: what it was measured on, as `describe` shows it.
+            text: the text it was measured on, as `describe` shows it.
         """
         loss = self.winner.loss
         return TunedScaler(
@@ -311,5 +315,5 @@ class Tuned:
         )
 
     def fits_config(self, candidate: Candidate) -> bool:
-        """True if a Hugging Face config can hold it."""
+        """True if a Hugging Face config can hold the candidate."""
         return fits_config(candidate.scaler, self.rope)

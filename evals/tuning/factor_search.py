@@ -1,10 +1,10 @@
-"""Factors of LongRoPE, one for every rotary pair, searched by CMA-ES from a closed form.
+"""A search for LongRoPE factors, one for every rotary pair, by CMA-ES.
 
-A point is the displacement of ln lambda_i from the start's, for every pair, and of ln m. It is
-projected onto what may be, factors that do not fall from a pair to the next slower one and lie
-between 1 and a largest, and measured there, so that no point is lost. LongRoPE (arXiv 2402.13753)
-searches the same set by mutation and crossover; CMA-ES (Hansen, arXiv 1604.00772; the package
-`cmaes`) needs far fewer measurements.
+A point is the difference of ln lambda_i to the start for every pair, and of ln m. It is projected
+onto the allowed set and measured there, so that every point is useful. In the allowed set, factors
+lie between 1 and a maximum, and never decrease from a pair to the next slower one. LongRoPE (arXiv
+2402.13753) searches the same set by mutation and crossover. CMA-ES (Hansen, arXiv 1604.00772; the
+package `cmaes`) needs far fewer measurements.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from ...scaling.longrope import LongRoPE
 from ...scaling.rope import RopeSpec, Scaler
 
 GENERATIONS = 40
-"""After so many the search ends, converged or not."""
+"""The largest number of generations."""
 
 Measure = Callable[[Sequence[LongRoPE]], list[float] | None]
-"""Mean loss of each of some scalers, in order; None if there was no time for all of them."""
+"""Returns the mean loss of each scaler, in order; None if there was no time for all of them."""
 
 _Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
-_CONVERGED = 1e-4  # nats between the best and the worst of a generation
-_STEP = 0.1  # first standard deviation of a factor, of the logarithm of the largest
-_STEP_OF_M = 0.02  # of ln m
-_SEED = 0  # the same points for the same losses: a search that was stopped finds its measurements again
+_CONVERGED = 1e-4  # nats between the best and the worst point of a generation
+_STEP = 0.1  # first standard deviation of ln lambda, as a share of the logarithm of the largest
+_STEP_OF_M = 0.02  # first standard deviation of ln m
+_SEED = 0  # fixed, so that a continued search asks for the points that are stored already
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactorSpace:
-    """The LongRoPE scalers that a search chooses from, around a start.
+    """The LongRoPE scalers that a search can choose from, around a start.
 
     Args:
-        rope: the model's geometry.
-        factor: target length over trained length, above 1; the reach of every scaler.
+        rope: the model's rotary geometry.
+        factor: target length over trained length, above 1. It is the reach of every scaler.
         logs: ln lambda_i of the start, float64 [rotating pairs], within the bounds and not
             decreasing.
         log_m: ln m of the start.
-        largest: bound of lambda_i, above 1.
+        largest: upper bound of lambda_i, above 1.
     """
 
     rope: RopeSpec
@@ -59,8 +59,8 @@ class FactorSpace:
         """The space around the frequencies of `start` at `target` tokens.
 
         Args:
-            largest: bound of the factors; None is the ratio N / L, or the start's own largest if
-                that is more. A start beyond it begins at its projection.
+            largest: upper bound of the factors. None: the ratio N / L, or the largest factor of the
+                start if that is more. A start beyond the bound is projected.
 
         Raises:
             ConfigError: `largest` leaves nothing to search.
@@ -68,8 +68,8 @@ class FactorSpace:
         factor = target / rope.trained_length
         if largest is not None and not math.inf > largest > 1:
             raise ConfigError(
-                f"largest factor {largest:g} must be finite and above 1, since factors lie between 1 and it; "
-                f"the ratio of target and trained length, {factor:g}, is a good one"
+                f"largest factor {largest:g} must be finite and above 1, because factors lie between 1 and it; "
+                f"give for example {factor:g}, the ratio of target and trained length"
             )
         pairs = rope.dim // 2 if rope.rotating_pairs is None else rope.rotating_pairs
         frequencies = start.frequencies(rope, target)
@@ -86,18 +86,18 @@ class FactorSpace:
 
     @property
     def dimension(self) -> int:
-        """Numbers of a point: one for each rotating pair, and one for m."""
+        """Coordinates of a point: one per rotating pair, and one for m."""
         return len(self.logs) + 1
 
     def scaler(self, point: _Vector) -> LongRoPE:
-        """The scaler at a point, [dimension]; zeros are the start.
+        """The scaler at a point, [dimension]. Zeros give the start.
 
-        Numbers have six digits, which no loss can tell from more and a spec can be read with.
+        Factors have six digits: the loss does not depend on more, and specs stay readable.
         """
         step = _STEP * math.log(self.largest)
         logs = project(self.logs + step * point[:-1], self.largest)
         values = [min(max(float(f"{value:.6g}"), 1.0), self.largest) for value in np.exp(logs)]
-        unrotated = self.rope.dim // 2 - len(values)  # pairs that do not rotate with any factor
+        unrotated = self.rope.dim // 2 - len(values)  # these pairs do not rotate
         factors = tuple(values + values[-1:] * unrotated)
         m = float(f"{math.exp(self.log_m + _STEP_OF_M * point[-1]):.6g}")
         return LongRoPE(factor=self.factor, short=factors, long=factors, attention_factor=m)
@@ -105,13 +105,13 @@ class FactorSpace:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundFactors:
-    """The outcome of a search.
+    """The result of a search.
 
     Attributes:
-        scaler: the best that was measured.
-        loss: its mean loss at the searched places, nats.
-        start_loss: that of the start.
-        evaluations: scalers measured.
+        scaler: the best one that was measured.
+        loss: its mean loss at the places of the search, nats.
+        start_loss: the loss of the start there, nats.
+        evaluations: number of measured scalers.
     """
 
     scaler: LongRoPE
@@ -124,8 +124,7 @@ class FoundFactors:
 
 
 def project(logs: _Vector, largest: float) -> _Vector:
-    """The nearest logarithms of factors, in the Euclidean norm, that do not decrease and lie in
-    0..ln(largest)."""
+    """The nearest logarithms in the Euclidean norm that do not decrease and lie in 0..ln(largest)."""
     ordered: _Vector = isotonic_regression(logs).x
     return np.clip(ordered, 0.0, math.log(largest))
 
@@ -137,13 +136,13 @@ def search_factors(
     generations: int = GENERATIONS,
     tell: Callable[[int, FoundFactors], None] = lambda *_: None,
 ) -> FoundFactors | None:
-    """Find the scaler of `space` with the least loss; None if there was no time for the start.
+    """Find the scaler of `space` with the lowest loss; None if there was no time for the start.
 
-    Ends once a generation's losses are alike, or `measure` has no time. The same losses give the
-    same points.
+    The search ends when the losses of a generation are nearly equal, or when `measure` has no time.
+    Equal losses give equal points.
 
     Args:
-        tell: called after each generation with its number and what has been found so far.
+        tell: called after each generation with its number and the result so far.
     """
     origin = space.scaler(np.zeros(space.dimension))
     losses = measure([origin])

@@ -1,5 +1,4 @@
-"""What `tune` found, for people and for programs: sentences, a table, a plot, a report, the spec, a
-config."""
+"""The output of `tune`: sentences, a table, a plot, a report, and files for other programs."""
 
 from __future__ import annotations
 
@@ -25,10 +24,10 @@ _DRAWN = 24  # candidates in the plot
 
 
 def publish_tuned(tuned: Tuned, run: Run, *, model: str, text: str) -> list[Path]:
-    """Write everything into the run's folder; returns the files, the report first.
+    """Write all files into the run's folder. Returns them, the report first.
 
-    `tuned.json` has the ranking and the named specs, `config.json` what to merge into the model's
-    own config to serve the best scaler that a config can hold.
+    `tuned.json` has the ranking and the named specs. `config.json` has the fields that the model's
+    config needs to serve the best scaler that a config can hold.
     """
     grid = ranking_grid(tuned)
     plots = _plot(tuned, run.folder / "ranking", f"{model} on {text}")
@@ -36,7 +35,7 @@ def publish_tuned(tuned: Tuned, run: Run, *, model: str, text: str) -> list[Path
     report = write_page(
         run.folder / "report.html",
         title=title,
-        subtitle=f"Which scaler carries it there? Measured on {text}",
+        subtitle=f"Which scaler is best there? Measured on {text}",
         story=sentences(tuned),
         plots=plots,
         sections=[Section(caption=f"{len(tuned.ranking)} candidates", grids=[grid], method=_method(tuned, text))],
@@ -55,41 +54,41 @@ def publish_tuned(tuned: Tuned, run: Run, *, model: str, text: str) -> list[Path
 
 
 def sentences(tuned: Tuned) -> list[str]:
-    """What was found, in plain sentences."""
+    """The result in plain sentences."""
     winner, simplest, servable = tuned.winner, tuned.simplest, tuned.servable
-    said = [f"Winner at {format_length(tuned.target)}: {winner.label}{_loss_words(winner)}."]
+    lines = [f"Winner at {format_length(tuned.target)}: {winner.label}{_loss_words(winner)}."]
     if len(tuned.ties) > 1:
         others = ", ".join(c.label for c in tuned.ties if c is not winner)
-        said.append(f"Not distinguishable from it on the same tokens: {others}.")
+        lines.append(f"Not distinguishable from it on the same tokens: {others}.")
     if simplest is winner:
-        said.append("Nothing simpler comes as near to it as can be told.")
+        lines.append("No simpler scaler is as good within the measured uncertainty.")
     else:
-        said.append(f"The simplest of these is {simplest.label}.")
+        lines.append(f"The simplest of these is {simplest.label}.")
     if servable is None:
-        said.append("No scaler that a config can hold was measured as well as the winner.")
+        lines.append("No scaler that a config can hold was measured as well as the winner.")
     elif servable is not winner:
         change = difference(servable, winner)
         cost = f": {change} against the winner" if change is not None else ""
-        said.append(f"The best that a config can hold, for other engines, is {servable.label}{cost}.")
+        lines.append(f"The best that a config can hold, for other engines, is {servable.label}{cost}.")
     plain = next((c for c in tuned.ranking if not c.scaler.parts), None)
     if plain is not None and plain is not winner and (change := difference(winner, plain)) is not None:
-        said.append(f"Against the untouched model the winner changes the loss by {change}.")
+        lines.append(f"Against the untouched model the winner changes the loss by {change}.")
     if named := [c.label for c in (winner, servable) if c is not None and c.name]:
-        said.append(f"tuned.json has the spec of {named[0]}.")
+        lines.append(f"tuned.json has the spec of {named[0]}.")
     if not winner.read:
-        said.append("The budget allowed no full reading: all this is from skimming, which ranks well but measures ill.")
+        lines.append("The budget allowed no full reading: all losses are skimmed, which ranks well but is inexact.")
     if not tuned.complete:
-        said.append("The budget ended the search; the same command goes on from here.")
-    return said
+        lines.append("The budget ended the search; the same command continues from here.")
+    return lines
 
 
 def ranking_grid(tuned: Tuned) -> Grid:
-    """Every candidate, best first."""
+    """A table of every candidate, best first."""
     winner = tuned.winner
     note = (
-        "Best first. Differences to the winner are paired, token by token, with 95% intervals; green ones cannot be "
-        "told from it. Skimmed losses are of the end of one place after a sample of the rest, and compare with one "
-        "another only. Harm is the loss difference to the untouched model on short texts, red if it may exceed "
+        "Best first. Differences to the winner are paired, token by token, with 95% intervals; green ones are not "
+        "distinguishable from it. Skimmed losses are of the end of one place after a sample of the rest; compare them "
+        "only with each other. Harm is the loss difference to the untouched model on short texts, red if it may exceed "
         f"{TOLERANCE:g}."
     )
     columns = ("loss", "to the winner", "places", "skimmed", "harm", "passkeys", "in a config")
@@ -115,13 +114,13 @@ def _cells(tuned: Tuned, c: Candidate, winner: Candidate) -> list[Shown]:
         Shown(main=str(c.places)) if c.places else NOTHING,
         Shown(main=f"{c.skimmed_loss:.3f}") if c.skimmed_loss is not None else NOTHING,
         harm,
-        Shown(main=f"{fmean(c.found.values()):.0%}", small=(f"n={len(c.found)}",)) if c.found else NOTHING,
+        Shown(main=f"{fmean(c.passkeys.values()):.0%}", small=(f"n={len(c.passkeys)}",)) if c.passkeys else NOTHING,
         Shown(main="yes") if tuned.fits_config(c) else NOTHING,
     ]
 
 
 def as_json(tuned: Tuned) -> dict[str, Any]:
-    """The outcome as JSON holds it."""
+    """The result as JSON values."""
 
     def number(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
@@ -136,7 +135,7 @@ def as_json(tuned: Tuned) -> dict[str, Any]:
             "difference": None if change is None else [number(v) for v in (change.mean, change.low, change.high)],
             "skimmed_loss": c.skimmed_loss,
             "harm": None if c.harm is None else [number(v) for v in (c.harm.mean, c.harm.low, c.harm.high)],
-            "passkeys": c.found or None,
+            "passkeys": c.passkeys or None,
         }
 
     return {
@@ -151,8 +150,8 @@ def as_json(tuned: Tuned) -> dict[str, Any]:
 
 
 def config_fragment(tuned: Tuned) -> dict[str, Any]:
-    """What to merge into the model's config.json to serve the best scaler that a config can
-    hold."""
+    """The fields to merge into the model's config.json, to serve the best scaler that a config can
+    express."""
     assert tuned.servable is not None
     return {
         "max_position_embeddings": tuned.target,
@@ -169,23 +168,23 @@ def _loss_words(c: Candidate) -> str:
 
 def _method(tuned: Tuned, text: str) -> dict[str, str]:
     method = {
-        "Search": "Successive halving: every starting point is skimmed, then those next to the best; the best third at "
-        "more places; the best few are read whole, at one, three and nine places.",
+        "Search": "Successive halving: every starting point is skimmed, then the neighbours of the best; the best "
+        "third at more places; the best few are read whole, at one, three and nine places.",
         "Places": f"Ends of windows of {tuned.target:,} tokens in {text}. Skimming and reading begin at opposite ends.",
-        "Winner": "Among those that cannot be told from the lowest loss, the one that finds most passkeys, then the "
-        "one with the lowest loss. Choosing among many favours the lucky: measure it on another text.",
+        "Winner": "Among the candidates that are not distinguishable from the lowest loss, the one that finds most "
+        "passkeys, then the one with the lowest loss. The best of many is partly luck: measure it on another text.",
         "Intervals": "95%, percentile bootstrap over blocks of 32 consecutive tokens, widened by Student's t.",
     }
     if any(c.name for c in tuned.ranking):
         method["Factors"] = (
-            "Searched by CMA-ES from the best closed form that a config can hold, skimmed at places of their own: no "
-            "token that decided the search is among those that are read."
+            "Searched by CMA-ES from the best closed form that a config can hold, skimmed at other places: no "
+            "token that decided the search is read whole later."
         )
     return method
 
 
 def _plot(tuned: Tuned, out: Path, measured_on: str) -> list[Path]:
-    """The losses of the best, hollow where they were only skimmed."""
+    """The losses of the best candidates, hollow if they were only skimmed."""
     drawn: Sequence[Candidate] = tuned.ranking[:_DRAWN]
     names = [c.label for c in drawn]
     styles = line_styles([*dict.fromkeys([UNTOUCHED, *names])])

@@ -1,4 +1,4 @@
-"""The rounds of `tune`, and what they have measured so far."""
+"""The rounds of `tune`, and the measurements so far."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from .factor_search import FactorSpace, FoundFactors, search_factors
 from .text import TuneText, can_skim
 
 SEARCHED = "longrope (searched)"
-"""What a scaler with searched factors is called where its spec is too long."""
+"""The name of the scaler with searched factors, whose spec is too long."""
 
 Search = Literal["methods", "factors"]
 
-_SKIMMED = 3  # places
+_SKIMMED = 3  # places that the last skimming round uses
 _FINALISTS, _SERVABLE = 4, 2
 _CLIMBS = 4
-_STARTS = 4  # closed forms of which the best is where a search starts
+_STARTS = 4  # number of closed forms; the search starts from the best of them
 _DEPTHS = (0.1, 0.5, 0.9)
-_SHARES = {"skim": 0.45, "near": 0.15, "skim more": 0.15, "factors": 0.5}  # of the budget that is left, at most
+_SHARES = {"skim": 0.45, "near": 0.15, "skim more": 0.15, "factors": 0.5}  # largest share of the remaining budget
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What `tune` tells its caller after every measurement.
+    """What `tune` passes to its caller after every measurement.
 
     Attributes:
         round: `skim`, `near`, `skim more`, `factors`, `read`, `harm` or `passkeys`.
-        scaler: what was measured.
-        candidates: all so far, best first.
+        scaler: the scaler that was measured.
+        candidates: all candidates so far, best first.
     """
 
     round: str
@@ -58,7 +58,7 @@ class Progress:
 
 
 class Rounds:
-    """A search under way."""
+    """A running search."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Rounds:
         self._candidates: dict[str, Candidate] = {}
 
     def run(self, ropes: Sequence[str | Scaler], search: Search, largest_factor: float | None) -> Tuned:
-        """All rounds, or as many as the budget allows."""
+        """Run all rounds, or as many as the budget allows."""
         L = self._model.trained_length
         given = [parse(rope, L) if isinstance(rope, str) else rope for rope in ropes]
         start = [*given, *starting_points(self._model.spec, self._target)]
@@ -94,7 +94,7 @@ class Rounds:
             if search == "factors":
                 self._search_factors(largest_factor)
             best = self._pick_finalists()
-            first = [*best[:1], *self._servable(best)[:1]]  # if there is time for two only
+            first = [*best[:1], *self._servable(best)[:1]]  # the most important two, if time is short
             self._read([*dict.fromkeys([*first, *best])], 1)
         else:
             self._read(self._new(start), 1)
@@ -111,15 +111,15 @@ class Rounds:
         self._recall()
         tuned = self._tuned()
         if not tuned.eligible:
-            why = "no scaler that was measured is harmless to short texts" if tuned.ranking else "nothing was measured"
+            why = "every measured scaler harms short texts" if tuned.ranking else "nothing was measured"
             raise ConfigError(
-                f"{why}; allow harm, or add rope 'none'" if self._complete else f"{why} within the budget; give more"
+                f"{why}; allow harm, or add rope 'none'" if self._complete else f"{why} within the budget; raise it"
             )
         return tuned
 
     def _recall(self) -> None:
-        """Take in what an earlier search in this folder, with another budget perhaps, has read of
-        the candidates."""
+        """Use what an earlier search in this folder, perhaps with another budget, has read of the
+        candidates."""
         for candidate in self._candidates.values():
             for window in self._text.windows:
                 row = self._run.find(self._text.read(candidate.scaler, window).row_recipes()[0])
@@ -127,7 +127,7 @@ class Rounds:
                     candidate.read[window.place] = losses
 
     def _climb(self) -> None:
-        """From the leader to what lies next to it, as long as that is better."""
+        """Measure the neighbours of the leader. Repeat while the leader changes."""
         for _ in range(_CLIMBS):
             leader = self._pick_finalists()[:1]
             near = self._new([scaler for c in leader for scaler in neighbours(c.scaler)])
@@ -139,8 +139,8 @@ class Rounds:
                 break
 
     def _named(self) -> list[Candidate]:
-        """Those that would be named and were not read at all places yet: to be known as well as the
-        winner."""
+        """Candidates that the result names, but that were not read at all places. They must be
+        known as well as the winner."""
         tuned = self._tuned()
         if not tuned.eligible:
             return []
@@ -160,22 +160,22 @@ class Rounds:
         return ranked(list(self._candidates.values()))
 
     def _pick_finalists(self) -> list[Candidate]:
-        """The best, and the best of those that other engines can serve, and what was searched; best
+        """The best candidates, the best that other engines can serve, and the searched one; best
         first."""
         order = self._ranking()
         servable = self._servable(order)
-        if self._keep_short:  # measured first, so that what cannot win costs no reading
+        if self._keep_short:  # measured first, so that no time is spent on reading what cannot win
             self._measure_harm([*order[: 2 * _FINALISTS], *servable[: 2 * _SERVABLE]])
             order, servable = ([c for c in some if c.is_harmless] for some in (order, servable))
         chosen = {*order[:_FINALISTS], *servable[:_SERVABLE], *(c for c in order if c.name == SEARCHED)}
         return [c for c in order if c in chosen]
 
     def _servable(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that change something and that a config can hold."""
+        """Candidates that change something and that a config can hold."""
         return [c for c in candidates if c.scaler.parts and fits_config(c.scaler, self._model.spec)]
 
     def _new(self, scalers: Sequence[Scaler]) -> list[Candidate]:
-        """Candidates of those scalers that this model takes and that reach the target."""
+        """Candidates for those scalers that work on this model and reach the target."""
         candidates = []
         site = primary_rotary(self._model.sites)
         for scaler in scalers:
@@ -194,26 +194,27 @@ class Rounds:
     # Rounds
 
     def _skim(self, name: str, candidates: Sequence[Candidate], places: int) -> None:
-        windows = list(reversed(self._text.windows))[:places]  # the reading begins with the others
+        windows = list(reversed(self._text.windows))[:places]  # reading begins at the other end
         cells = [self._text.skim(c.scaler, window) for window in windows for c in candidates]
 
-        def keep(row: Row) -> None:
+        def store(row: Row) -> None:
             if (losses := self._run.losses(row)) is not None:
                 self._candidates[row["rope"]].skimmed[row["places"]] = losses
 
-        self._carry_out(name, cells, keep)
+        self._carry_out(name, cells, store)
 
     def _read(self, candidates: Sequence[Candidate], places: int) -> None:
         cells = [self._text.read(c.scaler, window) for window in self._text.windows[:places] for c in candidates]
 
-        def keep(row: Row) -> None:
+        def store(row: Row) -> None:
             if (losses := self._run.losses(row)) is not None:
                 self._candidates[row["rope"]].read[row["places"]] = losses
 
-        self._carry_out("read", cells, keep)
+        self._carry_out("read", cells, store)
 
     def _search_factors(self, largest: float | None) -> None:
-        """Add the best LongRoPE factors found around the best that a config can hold."""
+        """Search LongRoPE factors around the best scaler that a config can hold, and add the
+        best."""
         until = self._share("factors")
         starts = self._servable(self._ranking())[:_STARTS]
 
@@ -223,7 +224,7 @@ class Rounds:
         def tell(generation: int, factors: FoundFactors) -> None:
             self._console.print(f"  factors: generation {generation}, {factors}", highlight=False)
 
-        losses = measure([c.scaler for c in starts])  # one place has ranked them, or three
+        losses = measure([c.scaler for c in starts])  # so far one or three places have ranked them
         if not losses:
             return
         start = starts[losses.index(min(losses))]
@@ -239,15 +240,15 @@ class Rounds:
                 self._measure_harm([candidate])
 
     def _search_losses(self, scalers: Sequence[Scaler], until: float | None) -> list[float] | None:
-        """Mean losses over the places of a search; None if there was no time for all."""
+        """Mean losses over the places of a search; None if there was no time for all of them."""
         losses: dict[tuple[str, str], float] = {}
 
-        def keep(row: Row) -> None:
+        def store(row: Row) -> None:
             losses[row["rope"], row["places"]] = math.inf if row["loss"] is None else row["loss"]
 
         windows = self._text.searched
         cells = [self._text.skim(scaler, window) for scaler in scalers for window in windows]
-        self._carry_out("factors", cells, keep, until, Console(quiet=True))  # it would print hundreds of lines
+        self._carry_out("factors", cells, store, until, Console(quiet=True))  # this would print hundreds of lines
         needed = [[(str(scaler), window.place) for window in windows] for scaler in scalers]
         if any(key not in losses for keys in needed for key in keys):
             return None
@@ -256,26 +257,26 @@ class Rounds:
     def _measure_harm(self, candidates: Sequence[Candidate]) -> None:
         scalers = [*{str(c.scaler): c.scaler for c in candidates if c.scaler.parts}.values()]
 
-        def keep(row: Row) -> None:
+        def store(row: Row) -> None:
             low, high = (math.nan if row[name] is None else row[name] for name in ("difference_low", "difference_high"))
             self._candidates[row["rope"]].harm = Difference(mean=row["difference"], low=low, high=high)
 
-        self._carry_out("harm", plan(self._local, self._text.source, scalers, self._harm), keep)
+        self._carry_out("harm", plan(self._local, self._text.source, scalers, self._harm), store)
 
     def _ask(self, candidates: Sequence[Candidate]) -> None:
         scalers, task = [c.scaler for c in candidates], TASKS["passkey"]
         try:
             cells = retrieval_cells(self._local, [task], scalers, contexts=[self._target], depths=_DEPTHS, trials=1)
         except DataError:
-            return  # the length does not hold the prompt
+            return  # the prompt does not fit into the length
 
-        def keep(row: Row) -> None:
-            self._candidates[row["rope"]].found[row["depth"]] = float(row["correct"])
+        def store(row: Row) -> None:
+            self._candidates[row["rope"]].passkeys[row["depth"]] = float(row["correct"])
 
-        self._carry_out("passkeys", cells, keep)
+        self._carry_out("passkeys", cells, store)
 
     def _share(self, name: str) -> float | None:
-        """When a round that begins now has had its share of the budget."""
+        """The time at which a round that begins now has used its share of the budget."""
         now = time.monotonic()
         return None if self._deadline is None else now + (self._deadline - now) * _SHARES.get(name, 1)
 
@@ -287,30 +288,30 @@ class Rounds:
         self,
         name: str,
         cells: Sequence[Cell],
-        keep: Callable[[Row], None],
+        store: Callable[[Row], None],
         until: float | None = None,
         console: Console | None = None,
     ) -> None:
-        """Measure what is not in the run yet, as far as there is time, and keep the rows of all
-        that there is.
+        """Measure what is not in the run yet, as far as time allows, and store all rows in the
+        candidates.
 
         Args:
-            until: when the round has to end; None is when it has had its share from now.
-            console: where the bar is drawn; None is where all are.
+            until: when the round must end. None: when it has used its share of the budget.
+            console: where the bar is drawn. None: the console of the search.
         """
 
-        def look(cell: Cell) -> bool:
+        def load_rows(cell: Cell) -> bool:
             rows = [self._run.find(recipe) for recipe in cell.row_recipes()]
             for row in rows:
                 if row is not None:
-                    keep(row)
+                    store(row)
             return None not in rows
 
         def tell(cell: Cell) -> None:
-            look(cell)
+            load_rows(cell)
             self._progress(Progress(round=name, scaler=cell.scaler, candidates=tuple(self._ranking())))
 
-        todo = [cell for cell in cells if not look(cell)]
+        todo = [cell for cell in cells if not load_rows(cell)]
         deadline = self._share(name) if until is None else until
         if todo and deadline is not None and not any(self._ends_before(deadline, cell) for cell in todo):
             self._complete = False
@@ -320,5 +321,5 @@ class Rounds:
         )
         self._rate = outcome.rate or self._rate
         self._complete &= not outcome.left_out
-        for cell in outcome.already_done:  # measured by another process, meanwhile
-            look(cell)
+        for cell in outcome.already_done:  # meanwhile measured by another process
+            load_rows(cell)

@@ -1,4 +1,4 @@
-"""The text of a tuning run, and the cells that skim and read it."""
+"""The text of a tuning run, and the cells that skim it or read it whole."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from ..runs.result import Row, Run, loss_text
 
 
 def can_skim(model: Model) -> bool:
-    """True if the model runs on the compiled kernels, which can skim."""
+    """True if the model runs on the compiled kernels. Only they can skim."""
     return model.is_compiled
 
 
 @dataclass(frozen=True, kw_only=True)
 class SkimCell(Cell):
-    """The last tokens of a window, as its sample lets them be predicted.
+    """The loss of the last tokens of a window, predicted from a sample of its tokens.
 
     Args:
         window: of `context` tokens.
-        sample: of its tokens; the scored ones are its last.
-        recipe: of its row.
+        sample: positions of the tokens that are read. The last ones are scored.
+        recipe: the recipe of its row.
     """
 
     scaler: Scaler
@@ -81,18 +81,19 @@ class SkimCell(Cell):
 
 
 MOST_PLACES = 9
-"""Places of the text that are read in the last round."""
+"""The number of places that the last round reads."""
 
-_READ_SHARE = 8  # a skim reads one in so many tokens, but no fewer than it needs
-_SEARCHED = 2048  # tokens scored in each evaluation of a search, at least
+_READ_SHARE = 8  # a skim reads one token in this many, but not less than it needs
+_SEARCHED = 2048  # tokens scored in each evaluation of a search, at least this many
 _SEARCHED_PLACES = (2, 16)
 
 
 class TuneText:
-    """Windows of `target` tokens in a text, for a model.
+    """Windows of `target` tokens of a text, for a model.
 
     Args:
-        searches: more places are to be had than those that are read.
+        searches: also provide places for a search of factors. They differ from the places that are
+            read whole.
 
     Raises:
         DataError: the text is too short.
@@ -110,8 +111,8 @@ class TuneText:
 
     @cached_property
     def sample(self) -> Sample:
-        """What is skimmed: half of it in one piece at the end, with the scored tokens in its last
-        three quarters."""
+        """The positions to skim. Half of them are the end of the window; its last three quarters
+        have the scored tokens."""
         read = max(min(self._target // _READ_SHARE, 4096), min(self._target // 2, 1024))
         local = read // 2
         stretch = max(8, min(64, (read - local) // 8))
@@ -146,7 +147,7 @@ class TuneText:
 
     @property
     def _wanted(self) -> int:
-        """Places to search at."""
+        """The number of places for a search."""
         fewest, most = _SEARCHED_PLACES
         return min(max(math.ceil(_SEARCHED / self._skim_scored), fewest), most)
 
@@ -157,7 +158,7 @@ class TuneText:
         return protocol.windows(self.source.documents, self._target, self.source.start)
 
     def _apart(self, windows: list[Window]) -> list[Window]:
-        """The last of `windows` whose scored tokens are none of those that are read."""
+        """The last windows whose scored tokens are not scored in the windows that are read whole."""
         read = [window.place.split(":") for window in self.windows]
 
         def is_apart(window: Window) -> bool:
@@ -168,7 +169,7 @@ class TuneText:
         if not unread:
             raise DataError(
                 f"the text {self.source.name!r} has {len(self.windows)} places with {self._target} tokens before "
-                "them, all of which are read; a search needs others: give a longer text"
+                "them, and all of them are read; a search needs others: give a longer text"
             )
         return unread
 

@@ -1,23 +1,23 @@
-"""`tune`: which scaler carries this model to a length? Measured, by successive halving.
+"""`tune`: which scaler works best on this model at a given length? Measured by successive halving.
 
-Rounds, each with the best of the one before, best first:
+Each round takes the best of the previous round, best first:
 
     skim 1      every starting point, at one place of the text
-    near        scalers next to the best three, the same way
-    skim 3      the best third, at two places more
-    factors     if asked: the factors of every rotary pair, searched from the best that a config can hold, at places
-                that no other round has (`factor_search`)
+    near        neighbours of the best three, the same way
+    skim 3      the best third, at two more places
+    factors     if asked for: the factors of every rotary pair, searched from the best scaler that a config can hold,
+                at places that no other round uses (`factor_search`)
     read 1      the best four, and two that a config can hold; the text read whole, at another place
     read 3, 9   the best three, and two, at more places
-    near        scalers next to the leader, skimmed; the better two read; again while the leader changes
+    near        neighbours of the leader, skimmed; the better two read; again while the leader changes
     read        the simplest tie and the best that a config can hold, at all places
     harm        the best, on short texts
     passkeys    passkeys at the target length, for the best three
 
-Skimming costs a tenth of reading, and ranks scalers nearly as reading does (`engine.skim`). Where
-it cannot be done (a network that is not compiled) every starting point is read whole at once. A
-budget ends the search wherever it is; every measurement is stored, and the same call continues from
-there.
+Skimming costs a tenth of reading and ranks scalers nearly as reading does
+(`engine.runners.cpu.skim`). If the model is not compiled it cannot skim, and every starting point
+is read whole. A budget can end the search at any time. Every measurement is stored, and the same
+call continues from there.
 """
 
 from __future__ import annotations
@@ -60,29 +60,29 @@ def tune(
     progress: Callable[[Progress], None] = lambda _: None,
     console: Console | None = None,
 ) -> Tuned:
-    """Find the scaler that carries `model` to `target` tokens with the least loss.
+    """Find the scaler with the lowest loss for `model` at `target` tokens.
 
-        found = rw.tune(model, "2x", text="book.txt", budget=1200)
-        model.rope = found.winner.scaler
+        tuned = rw.tune(model, "2x", text="book.txt", budget=1200)
+        model.rope = tuned.winner.scaler
 
     Args:
         target: tokens, or "32k", or "2x" the trained length.
-        text: a built-in text's name, a file or folder, or a loaded text, with documents of `target`
-            tokens.
-        budget: seconds for measuring; None is as long as it takes.
-        search: "methods" measures closed forms and what lies next to them; "factors" also searches
-            for one LongRoPE factor for every rotary pair, and needs a model that is compiled.
-        largest_factor: bound of those factors, above 1; None is the ratio of target and trained
-            length, or what the closed form has where the search starts if that is more.
-        keep_short: a scaler that may cost short texts more than 0.02 nats cannot win.
+        text: the name of a built-in text, a file or folder, or a loaded text, with documents of
+            `target` tokens.
+        budget: seconds for measuring. None: no limit.
+        search: "methods" measures closed forms and their neighbours. "factors" also searches one
+            LongRoPE factor for every rotary pair; it needs a compiled model.
+        largest_factor: upper bound of those factors, above 1. None: the ratio of target and trained
+            length, or the largest factor of the start if that is more.
+        keep_short: if True, a scaler that may cost short texts more than 0.02 nats cannot win.
         ropes: further starting points, tried first.
-        out: a folder; a search that was ended goes on from what is there. None stores nothing.
+        out: a folder. A search that was ended continues from its rows. None: nothing is stored.
         progress: called after every measurement.
-        console: where a bar is drawn; None draws none.
+        console: where a bar is drawn. None: no bar.
 
     Raises:
-        ConfigError: the target is not beyond the trained length, or the search is unknown or cannot
-            be done.
+        ConfigError: the target is not beyond the trained length, or the search is unknown or
+            impossible.
         DataError: the text is too short.
     """
     tensor_parallel.refuse("tune")
@@ -90,11 +90,11 @@ def tune(
     if tokens <= model.trained_length:
         raise ConfigError(
             f"target {format_length(tokens)} is not beyond the trained length {format_length(model.trained_length)}, "
-            "which the untouched model reads; ask for more, such as 2x"
+            "which the untouched model reads; give a longer one, such as 2x"
         )
     _check_search(model, tokens, search, largest_factor)
     if any(str(rope).strip() == Auto.name for rope in ropes):
-        raise ConfigError("auto is no scaler of its own, but the choice among what was tuned; leave it out of ropes")
+        raise ConfigError("auto is no scaler but chooses among tuned ones; leave it out of ropes")
     console = console or Console(quiet=True)
     document = text if isinstance(text, Text) else load_text(text)
     before = model.rope
@@ -113,7 +113,7 @@ def _check_search(model: Model, target: int, search: str, largest_factor: float 
         raise ConfigError(f"unknown search {search!r}; choose one of {', '.join(get_args(Search))}")
     if search == "factors" and not can_skim(model):
         raise ConfigError(
-            "search 'factors' needs skimming, which only a compiled network can do; load the model on the CPU with "
+            "search 'factors' needs skimming, and only compiled models can skim; load the model on the CPU with "
             "compile=True, or search 'methods'"
         )
     if search == "methods" and largest_factor is not None:

@@ -303,7 +303,7 @@ def test_transformers_models_do_not_see_requests(llama, length):
 
 
 def test_tune_does_not_try_it(compiled):
-    with pytest.raises(rw.ConfigError, match="auto is no scaler of its own"):
+    with pytest.raises(rw.ConfigError, match="auto is no scaler but chooses"):
         tune(compiled, ropes=["auto"])
 
 

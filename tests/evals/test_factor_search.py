@@ -209,7 +209,7 @@ def test_people_see_a_short_name_and_programs_the_spec(searched):
 
 def test_what_cannot_be_searched_is_refused(model, text, tiny_folder):
     plain = rw.load(tiny_folder, compile=False, max_length=2**31)
-    with pytest.raises(ConfigError, match="needs skimming, which only a compiled network can do"):
+    with pytest.raises(ConfigError, match="needs skimming, and only compiled models can skim"):
         tune(plain, "4x", text=text, search="factors")
     with pytest.raises(ConfigError, match="unknown search 'all'; choose one of methods, factors"):
         tune(model, "4x", text=text, search="all")
@@ -217,7 +217,7 @@ def test_what_cannot_be_searched_is_refused(model, text, tiny_folder):
         tune(model, "4x", text=text, largest_factor=8)
     with pytest.raises(ConfigError, match="largest factor 1 must be"):
         tune(model, "4x", text=text, search="factors", largest_factor=1)
-    with pytest.raises(DataError, match="all of which are read; a search needs others"):
+    with pytest.raises(DataError, match="and all of them are read; a search needs others"):
         tune(
             model,
             "4x",

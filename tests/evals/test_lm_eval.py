@@ -88,7 +88,7 @@ def test_generation_is_the_harness(ours, theirs):
     assert found[0]
     with pytest.raises(rw.ConfigError, match=r"unknown generation setting 'top_q'. Did you mean 'top_p'"):
         ours.generate_until(requests("generate_until", ("a", settings | {"top_q": 1})), disable_tqdm=True)
-    with pytest.raises(rw.ConfigError, match="500 tokens to write leave no room for a prompt within 200"):
+    with pytest.raises(rw.ConfigError, match="500 new tokens leave no room for a prompt within 200"):
         ours.generate_until(requests("generate_until", ("a", settings | {"max_gen_toks": 500})), disable_tqdm=True)
 
 

@@ -177,7 +177,7 @@ def test_what_cannot_be_measured_is_refused(model):
             perplexity(model, [[257] * 64], protocol=name, lengths=64)
     (row,) = perplexity(model, [np.arange(80)], lengths=64, target=np.int64(16))
     assert row.tokens == 16
-    with pytest.raises(rw.ConfigError, match="int is no model and no function"):
+    with pytest.raises(rw.ConfigError, match="int is neither a model nor a function"):
         perplexity(3, text(WORDS))
     with rw.patch(model.hf, "linear:2"), pytest.raises(rw.ConfigError, match="patched with linear:2; undo that"):
         perplexity(model.hf, text(WORDS), tokenizer=model.tokenizer)

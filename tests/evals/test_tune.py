@@ -187,7 +187,7 @@ def test_the_config_gives_the_frequencies_that_were_measured(found, model):
     ("target", "error", "message"),
     [
         (200, ConfigError, "target 200 is not beyond the trained length 256, which the untouched model reads"),
-        ("1x", ConfigError, "ask for more, such as 2x"),
+        ("1x", ConfigError, "give a longer one, such as 2x"),
         ("1M", DataError, "the text is too short"),
     ],
 )

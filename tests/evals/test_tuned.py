@@ -86,9 +86,9 @@ def test_the_simplest_of_those_that_cannot_be_told_apart():
 
 def test_passkeys_decide_among_ties_and_only_there():
     found = tuned(
-        candidate("rerope:4k", read=[3.000] * 3, found={0.1: 0.0, 0.9: 1.0}),
-        candidate("dual-chunk", read=[3.001] * 3, found={0.1: 1.0, 0.9: 1.0}),
-        candidate("yarn:2", read=[3.2] * 3, found={0.1: 1.0, 0.9: 1.0}),
+        candidate("rerope:4k", read=[3.000] * 3, passkeys={0.1: 0.0, 0.9: 1.0}),
+        candidate("dual-chunk", read=[3.001] * 3, passkeys={0.1: 1.0, 0.9: 1.0}),
+        candidate("yarn:2", read=[3.2] * 3, passkeys={0.1: 1.0, 0.9: 1.0}),
     )
     assert str(found.winner.scaler) == "dual-chunk"
 

@@ -183,9 +183,9 @@ def test_the_usual_peers(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
-    def named(peers, *, bfloat16, dtype="auto"):
+    def named(engines, *, bfloat16, dtype="auto"):
         monkeypatch.setattr("ropewalk.engine.load.cpu_has_bfloat16", lambda: bfloat16)
-        return [e.name for e in engine_specs(str(tiny_folder), peers, dtype=dtype, context=8, room=1, threads=1)]
+        return [e.name for e in engine_specs(str(tiny_folder), engines, dtype=dtype, context=8, room=1, threads=1)]
 
     usual = [("hf", None), ("llama.cpp", None)]
     llama = ["llama.cpp bf16", "llama.cpp q8_0"]
@@ -198,7 +198,7 @@ def test_the_usual_peers(tiny_folder, tmp_path, monkeypatch):
 def test_against_is_read_strictly(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert parse_against("hf, llama.cpp:q8_0") == [("hf", None), ("llama.cpp", "q8_0")]
-    with pytest.raises(rw.ConfigError, match=r"unknown peer 'llamacpp'\. Did you mean 'llama\.cpp'"):
+    with pytest.raises(rw.ConfigError, match=r"unknown engine 'llamacpp'\. Did you mean 'llama\.cpp'"):
         parse_against("hf,llamacpp")
     with pytest.raises(rw.ConfigError, match=r"unknown dtype 'q8' of llama\.cpp\. Did you mean 'q8_0'"):
         parse_against("llama.cpp:q8")
