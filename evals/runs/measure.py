@@ -1,5 +1,4 @@
-"""Measure the cells of a run: skip finished ones, show the remaining time, store each result,
-respect a deadline."""
+"""Runs cells: skips what is done, shows time left, keeps what is finished, stops in time."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ from ..models.measured import MeasuredModel
 from .cell import Cell
 from .result import Run, recipe_key
 
-_PATIENCE = 0.5  # seconds between two checks for rows of other processes
-_WIDEST = 48  # characters of a spec on the screen
+_PATIENCE = 0.5  # seconds between two looks at what other processes have done
+_WIDEST = 48  # letters of a spec on the screen
 _COLUMNS = (
     SpinnerColumn(),
     TextColumn("{task.description}"),
@@ -38,23 +37,20 @@ _COLUMNS = (
 
 @dataclass(kw_only=True)
 class RunOutcome:
-    """The cells of a run by what happened to them.
+    """What a run did: cells measured now, found done before, and left out for lack of time.
 
     Attributes:
-        measured: measured now.
-        already_done: stored before, or measured by another process.
-        left_out: not measured for lack of time.
-        rate: operations per second of the cells that were measured now; None if there were none.
+        rate: operations a second of what was measured now; None if nothing was.
     """
 
     measured: list[Cell] = field(default_factory=list)
-    already_done: list[Cell] = field(default_factory=list)
+    found: list[Cell] = field(default_factory=list)
     left_out: list[Cell] = field(default_factory=list)
     rate: float | None = None
 
 
 def new_console() -> Console:
-    """The terminal on which progress is drawn. It is quiet in all processes except the first."""
+    """Where progress is drawn: the terminal, for the first of several processes."""
     return Console(quiet=not tensor_parallel.is_first())
 
 
@@ -69,26 +65,25 @@ def measure_all(
     is_essential: Callable[[Cell], bool] = lambda cell: False,
     then: Callable[[Cell], None] = lambda cell: None,
 ) -> RunOutcome:
-    """Measure `cells` in order, with a progress bar. Returns when all are done, here or in other
-    processes.
+    """Measure `cells` in order, with a progress bar; returns when all are done, here or by others.
 
-    Processes with the same cells and folder share the work: each cell is measured by the process
-    that claims it first. If a process dies, another one takes over its cell. Processes that split
-    one model measure every cell together, each with its own run (`open_run_of_rank`).
+    Processes that are given the same cells and folder share them: the process that claims a cell
+    first measures it, and another one takes over the cell of a process that died. Processes that
+    split one model measure every cell together, each with a run of its own (`open_run`).
 
     Args:
-        model: its scaler is restored at the end.
+        model: its scaler is put back at the end.
         cells: finished ones are skipped.
-        run: where rows are written, each as soon as it is finished.
+        run: where rows go, each as soon as it is finished.
         console: where the bar is drawn.
-        deadline: `time.monotonic()` value. A cell that would not finish before it, at the rate so
-            far, is left out. Without a `rate` the first cell always runs.
-        rate: operations per second of an earlier outcome.
-        is_essential: cells that run regardless of the deadline.
-        then: called with each cell that was measured here.
+        deadline: `time.monotonic()` value; a cell that would not finish before it, at the rate
+            measured so far, is left out. Without a `rate` the first cell always runs.
+        rate: operations a second, as an earlier outcome tells it.
+        is_essential: cells that run whatever the time.
+        then: called with each cell that has been measured here.
     """
-    outcome = RunOutcome(already_done=[c for c in cells if c.is_done(run)])
-    todo = [c for c in cells if c not in outcome.already_done]
+    outcome = RunOutcome(found=[c for c in cells if c.is_done(run)])
+    todo = [c for c in cells if c not in outcome.found]
     if not todo:
         return outcome
     with Progress(*_COLUMNS, console=console, speed_estimate_period=300) as bar:
@@ -106,7 +101,7 @@ def measure_all(
                         if not (is_ours and cell.is_ready(run)):
                             busy.append(cell)
                         elif cell.is_done(run):
-                            outcome.already_done.append(cell)
+                            outcome.found.append(cell)
                             work.drop(cell)
                         else:
                             work.do(cell)
@@ -122,7 +117,7 @@ def measure_all(
 
 
 class _Work:
-    """Measures cells one after the other, with a bar, and keeps the rate."""
+    """Cells measured one after the other, with a bar, and the rate at which it goes."""
 
     def __init__(self, model: MeasuredModel, run: Run, bar: Progress, total: float, rate: float | None) -> None:
         self._model, self._run, self._bar, self._known_rate = model, run, bar, rate
@@ -131,22 +126,22 @@ class _Work:
         self._task = bar.add_task("", total=total)
 
     def would_end(self, cell: Cell) -> float:
-        """When `cell` would be done, as a `time.monotonic()` value."""
+        """When `cell` would be done, as `time.monotonic()` tells it."""
         rate = self.rate or self._known_rate
         return time.monotonic() + (self._cost.passes(cell.windows) / rate if rate else 0.0)
 
     @property
     def rate(self) -> float | None:
-        """Operations per second of the cells that were measured here."""
+        """Operations a second of what was measured here."""
         return self._done / self._spent if self._spent else None
 
     def drop(self, cell: Cell) -> None:
-        """Remove a cell from the total: it is not measured here."""
+        """Count a cell out that is not measured here."""
         self._total -= self._cost.passes(cell.windows)
         self._bar.update(self._task, total=self._total)
 
     def wait(self) -> None:
-        """Wait for other processes, which measure the remaining cells."""
+        """What is left is in the hands of other processes."""
         self._bar.update(self._task, description="waiting for other processes")
         time.sleep(_PATIENCE)
 
@@ -167,14 +162,13 @@ class _Work:
 
 
 def _shown(cell: Cell) -> str:
-    """The scaler of a cell, cut to one line. A spec with a list of factors can be wider than the
-    screen."""
+    """Its scaler in one line: lists of factors make a spec far longer than a screen is wide."""
     spec = str(cell.scaler)
     return spec if len(spec) <= _WIDEST else spec[: _WIDEST - 3] + "..."
 
 
 def print_plan(model: MeasuredModel, cells: Sequence[Cell], console: Console) -> None:
-    """Print the cells, and about how long they would take, estimated from one short forward pass."""
+    """The cells, and about how long they would take, from one short forward pass."""
     cost = model.cost
     probe = min(1024, model.trained_length or 1024)
     started = time.monotonic()
@@ -194,5 +188,6 @@ def print_plan(model: MeasuredModel, cells: Sequence[Cell], console: Console) ->
     total = sum(cost.passes(c.windows) for c in cells) / rate
     longest = max(max(cell.windows) for cell in cells)
     console.print(
-        f"{len(cells)} cells, about {total / 60:.1f} minutes; {model.needs(longest)}. Nothing was measured (--dry-run)."
+        f"{len(cells)} cells, about {total / 60:.1f} minutes; {model.needs(longest)}. Nothing was measured: this was "
+        "--dry-run."
     )

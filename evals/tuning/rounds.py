@@ -321,5 +321,5 @@ class Rounds:
         )
         self._rate = outcome.rate or self._rate
         self._complete &= not outcome.left_out
-        for cell in outcome.already_done:  # meanwhile measured by another process
+        for cell in outcome.found:  # meanwhile measured by another process
             load_rows(cell)
