@@ -70,8 +70,8 @@ class EndlessCell(Cell):
         process, progress = psutil.Process(), [(0, time.perf_counter(), 0.0)]  # tokens, seconds, MB
         sizes: list[float] = []
 
-        def watch(held: int, count: int) -> None:
-            progress.append((held + count, time.perf_counter(), process.memory_info().rss / 1e6))
+        def watch(past: int, count: int) -> None:
+            progress.append((past + count, time.perf_counter(), process.memory_info().rss / 1e6))
             sizes.append(cache_bytes(model.cache) / 1e6)
             advance(0, count)  # the number of keys that a token sees does not grow
 
@@ -81,10 +81,10 @@ class EndlessCell(Cell):
             start, end = recipe["start"], recipe["end"]
             bucket_losses = losses[start - 1 : end - 1]
             at = np.unique(np.linspace(start, end - 1, self.places).astype(int)).tolist()
-            afresh = np.array([self._recomputed(plain, ids, t, advance) for t in at], np.float32)
+            recomputed = np.array([self._recomputed(plain, ids, t, advance) for t in at], np.float32)
             streamed = np.array([losses[t - 1] for t in at], np.float32)
             low, high = block_interval(bucket_losses)
-            difference, *bounds = paired_difference(streamed, afresh, block=1)
+            difference, *bounds = paired_difference(streamed, recomputed, block=1)
             inside = [n for n, (tokens, _, _) in enumerate(progress) if start <= tokens <= end] or [len(progress) - 1]
             first, last = progress[max(inside[0] - 1, 0)], progress[inside[-1]]
             rows.append(
@@ -95,7 +95,7 @@ class EndlessCell(Cell):
                         "low": low,
                         "high": high,
                         "streamed": float(streamed.mean()),
-                        "recomputed": float(afresh.mean()),
+                        "recomputed": float(recomputed.mean()),
                         "difference": difference,
                         "difference_low": bounds[0],
                         "difference_high": bounds[1],

@@ -230,9 +230,15 @@ def _plot_endless_group(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path
             longest = max(row["context"] for row in rows if row["rope"] == rope)
             line_rows = [row for row in rows if (row["rope"], row["context"]) == (rope, longest)]
             at, line = [row["end"] for row in line_rows], drawn[rope]
-            look = {"color": line.color, "marker": line.marker, "linestyle": line.dashes, "lw": line.width, "ms": 4}
-            upper.plot(at, [row["loss"] for row in line_rows], label=rope, **look)
-            lower.plot(at, [row["difference"] for row in line_rows], **look)
+            options = {
+                "color": line.color,
+                "marker": line.marker,
+                "linestyle": line.dashes,
+                "lw": line.width,
+                "ms": 4,
+            }
+            upper.plot(at, [row["loss"] for row in line_rows], label=rope, **options)
+            lower.plot(at, [row["difference"] for row in line_rows], **options)
             known = [row for row in line_rows if row["difference_low"] is not None]
             lower.vlines(
                 [row["end"] for row in known],

@@ -68,7 +68,8 @@ class Server:
             EndpointError: as in `ask`.
         """
         listed = self.ask("/models").get("data")
-        known = {str(entry["id"]): entry for entry in listed or [] if isinstance(entry, dict) and "id" in entry}
+        models = [model for model in listed or [] if isinstance(model, dict) and "id" in model]
+        known = {str(model["id"]): model for model in models}
         if name is None and len(known) == 1:
             return next(iter(known.values()))
         if not known:
@@ -113,7 +114,7 @@ class Server:
                 continue
             if response.status_code != 429 and response.status_code < 500:
                 return self._read(response, path)
-            trouble = f"answered {response.status_code} ({_said(response)})"
+            trouble = f"answered {response.status_code} ({_error_message(response)})"
         raise EndpointError(
             f"{self.address}{path} {trouble}, in {len(PAUSES) + 1} tries; check the address, and that the "
             "server runs. Finished rows are stored: the same command continues from there"
@@ -123,7 +124,7 @@ class Server:
         status = response.status_code
         if status >= 300:
             hint = {401: "; set OPENAI_API_KEY to a valid key", 404: "; most addresses end in /v1"}.get(status, "")
-            raise RefusedRequest(f"{self.address}{path} answered {status}: {_said(response)}{hint}", status)
+            raise RefusedRequest(f"{self.address}{path} answered {status}: {_error_message(response)}{hint}", status)
         try:
             answer = response.json()
         except ValueError:
@@ -135,7 +136,7 @@ class Server:
         return answer
 
 
-def _said(response: httpx2.Response) -> str:
+def _error_message(response: httpx2.Response) -> str:
     """The message of an error, from the field where this server puts it."""
     try:
         body = response.json()

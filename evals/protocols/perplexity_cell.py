@@ -81,7 +81,7 @@ class PerplexityCell(Cell):
             if keys is not None:
                 measured["candidates"] = len(keys)
             # after a kill, some rows are already stored
-            rows.append(run.find(recipe) or run.add(recipe, _whole(measured | result.extra), losses))
+            rows.append(run.find(recipe) or run.add(recipe, _finite_or_reason(measured | result.extra), losses))
         self.then(self, rows, model)
         return rows
 
@@ -114,7 +114,7 @@ def _count_bytes(model: MeasuredModel, scored: Sequence[Tokens]) -> int | None:
     return None if None in counts else sum(count or 0 for count in counts)
 
 
-def _whole(measured: dict[str, Any]) -> dict[str, Any]:
+def _finite_or_reason(measured: dict[str, Any]) -> dict[str, Any]:
     """If a number is not finite, the fields without the loss and with the reason. Bounds of
     intervals may be NaN."""
     for name, value in measured.items():

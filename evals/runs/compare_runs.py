@@ -93,19 +93,21 @@ def compare_runs(a: Run, b: Run) -> Comparison:
     Raises:
         DataError: several rows of a run could be the partner of one row.
     """
-    each_one = all(len({row["rope"] for row in run.rows if "rope" in row}) == 1 for run in (a, b))
-    rope = () if each_one else ("rope",)
+    one_scaler_each = all(len({row["rope"] for row in run.rows if "rope" in row}) == 1 for run in (a, b))
+    rope = () if one_scaler_each else ("rope",)
     pairs, matched = [], [0, 0]
     groups_a, groups_b = (_groups(run.rows, rope) for run in (a, b))
     for identity, rows_a in groups_a.items():
         rows_b = groups_b.get(identity, [])
-        for some_a, some_b in _partners(rows_a, rows_b):
-            for run, rows in ((a, some_a), (b, some_b)):
+        for partners_a, partners_b in _partners(rows_a, rows_b):
+            for run, rows in ((a, partners_a), (b, partners_b)):
                 _refuse_ambiguous_rows(run, rows)
-            pair = _trials(some_a, some_b) if "suite" in rows_a[0] else _losses(a, b, some_a[0], some_b[0])
+            pair = (
+                _trials(partners_a, partners_b) if "suite" in rows_a[0] else _losses(a, b, partners_a[0], partners_b[0])
+            )
             if pair is not None:
                 pairs.append(pair)
-                matched = [matched[0] + len(some_a), matched[1] + len(some_b)]
+                matched = [matched[0] + len(partners_a), matched[1] + len(partners_b)]
     return Comparison(pairs=pairs, only_a=_count(groups_a) - matched[0], only_b=_count(groups_b) - matched[1])
 
 
@@ -132,9 +134,13 @@ def _partners(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[list[Row], list[
 
     Another tokenizer has other places. If each run has only one place, its rows are partners too.
     """
-    at_a, at_b = _by_place(a), _by_place(b)
-    partners = [(rows, at_b[place]) for place, rows in at_a.items() if place in at_b]
-    if not partners and len(at_a) == len(at_b) == 1 and any(a[0].get(name) != b[0].get(name) for name in _TOKENIZER):
+    by_place_a, by_place_b = _by_place(a), _by_place(b)
+    partners = [(rows, by_place_b[place]) for place, rows in by_place_a.items() if place in by_place_b]
+    if (
+        not partners
+        and len(by_place_a) == len(by_place_b) == 1
+        and any(a[0].get(name) != b[0].get(name) for name in _TOKENIZER)
+    ):
         return [(list(a), list(b))]
     return partners
 
@@ -186,8 +192,8 @@ def _same_tokens(a: Row, b: Row, equal_count: bool) -> bool:
 
 def _trials(a: Sequence[Row], b: Sequence[Row]) -> Pair | None:
     """The pair of the trials that both runs have, with equal prompts."""
-    of_b = {tuple(row.get(field) for field in _TRIAL): row for row in b}
-    both = [(row, of_b[key]) for row in a if (key := tuple(row.get(field) for field in _TRIAL)) in of_b]
+    trials_b = {tuple(row.get(field) for field in _TRIAL): row for row in b}
+    both = [(row, trials_b[key]) for row in a if (key := tuple(row.get(field) for field in _TRIAL)) in trials_b]
     if not both:
         return None
     first, second = ([float(pair[side]["correct"]) for pair in both] for side in (0, 1))

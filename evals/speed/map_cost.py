@@ -85,17 +85,17 @@ def attention_costs(
     for n in lengths:
         generator = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(1, h, n, dim, generator=generator) for h in (heads, kv_heads, kv_heads))
-        ways: dict[tuple[str, str], Callable[[], object]] = {}
+        operations: dict[tuple[str, str], Callable[[], object]] = {}
         for scaler in [Scaler(), *scalers]:
             chunks = _chunks(Plan(site, scaler, n), n)
             name = str(scaler) if scaler.parts else PLAIN
             if scaler.parts:
-                ways["prefill attention", name] = _banded(q, k, v, score, layout, chunks)
+                operations["prefill attention", name] = _banded(q, k, v, score, layout, chunks)
             else:
-                ways["prefill attention", name] = _plain(q, k, v, score, layout, site)
+                operations["prefill attention", name] = _plain(q, k, v, score, layout, site)
             if naive and scaler.parts:
-                ways["prefill attention, public form", name] = _naive(q, k, v, score.scale, scaler, site)
-        yield from _in_turn(ways, ("prefill attention", PLAIN), n, repeats, progress)
+                operations["prefill attention, public form", name] = _naive(q, k, v, score.scale, scaler, site)
+        yield from _time_in_rounds(operations, ("prefill attention", PLAIN), n, repeats, progress)
 
 
 def decode_costs(
@@ -106,10 +106,10 @@ def decode_costs(
     before = model.rope
     try:
         for n in lengths:
-            ways: dict[tuple[str, str], Callable[[], object]] = {}
+            operations: dict[tuple[str, str], Callable[[], object]] = {}
             for scaler in [Scaler(), *scalers]:
-                ways["decode", str(scaler)] = _decoding(model, scaler, n, progress)
-            yield from _in_turn(ways, ("decode", "none"), n, repeats, progress, _switch(model, ways))
+                operations["decode", str(scaler)] = _decoding(model, scaler, n, progress)
+            yield from _time_in_rounds(operations, ("decode", "none"), n, repeats, progress, _switch(model, operations))
     finally:
         model.rope = before
 
@@ -126,35 +126,35 @@ def _decoding(model: Model, scaler: Scaler, n: int, progress: Progress) -> Calla
     return lambda: runner.forward(ids[:1], cache, logits_to_keep=1)
 
 
-def _switch(model: Model, ways: dict[tuple[str, str], Callable[[], object]]) -> Callable[[str], None]:
+def _switch(model: Model, operations: dict[tuple[str, str], Callable[[], object]]) -> Callable[[str], None]:
     """Set a scaler and run one step that is not timed."""
 
     def switch(name: str) -> None:
         model.rope = name
-        ways["decode", name]()
+        operations["decode", name]()
 
     return switch
 
 
-def _in_turn(
-    ways: dict[tuple[str, str], Callable[[], object]],
+def _time_in_rounds(
+    operations: dict[tuple[str, str], Callable[[], object]],
     baseline: tuple[str, str],
     length: int,
     repeats: int,
     progress: Progress,
     prepare: Callable[[str], None] = lambda _: None,
 ) -> Iterator[MapCost]:
-    seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
-    task = progress.add_task(f"timing at {length} tokens", total=repeats * len(ways))
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in operations}
+    task = progress.add_task(f"timing at {length} tokens", total=repeats * len(operations))
     for round_ in range(repeats + 1):  # the first round warms up
-        for way, run in ways.items():
-            if round_ == 0 and way[0].endswith("public form"):
+        for key, run in operations.items():
+            if round_ == 0 and key[0].endswith("public form"):
                 continue
-            prepare(way[1])
+            prepare(key[1])
             started = time.perf_counter()
             run()
             if round_:
-                seconds[way].append(time.perf_counter() - started)
+                seconds[key].append(time.perf_counter() - started)
                 progress.advance(task)
     progress.remove_task(task)
     for (what, scaler), seconds_each in seconds.items():

@@ -261,8 +261,8 @@ def _range(spread: Spread, digits: int) -> str:
 
 def _is_last(result: TimingResult, timing: Timing) -> bool:
     """True for the last timing of its kind and length."""
-    alike = [other for other in result.timings if (other.what, other.length) == (timing.what, timing.length)]
-    return alike[-1] is timing
+    same_kind = [other for other in result.timings if (other.what, other.length) == (timing.what, timing.length)]
+    return same_kind[-1] is timing
 
 
 def _checks(result: TimingResult, first: str) -> Table:

@@ -134,7 +134,7 @@ def search_factors(
     measure: Measure,
     *,
     generations: int = GENERATIONS,
-    tell: Callable[[int, FoundFactors], None] = lambda *_: None,
+    report: Callable[[int, FoundFactors], None] = lambda *_: None,
 ) -> FoundFactors | None:
     """Find the scaler of `space` with the lowest loss; None if there was no time for the start.
 
@@ -142,7 +142,7 @@ def search_factors(
     Equal losses give equal points.
 
     Args:
-        tell: called after each generation with its number and the result so far.
+        report: called after each generation with its number and the result so far.
     """
     origin = space.scaler(np.zeros(space.dimension))
     losses = measure([origin])
@@ -163,7 +163,7 @@ def search_factors(
         evaluations += len(losses)
         best = min([best, *zip(losses, scalers, strict=True)], key=lambda pair: pair[0])
         optimiser.tell(list(zip(points, losses, strict=True)))
-        tell(generation, result())
+        report(generation, result())
         if max(losses) - min(losses) < _CONVERGED:
             break
     return result()

@@ -103,12 +103,12 @@ class Rounds:
         self._read(self._pick_finalists()[:3], 3)
         self._read(self._pick_finalists()[:2], len(self._text.windows))
         self._climb()
-        while self._complete and (named := self._named()):
+        while self._complete and (named := self._named_candidates()):
             self._read(named, len(self._text.windows))
         best = self._pick_finalists()
         self._measure_harm(best)
-        self._ask(best[:3])
-        self._recall()
+        self._measure_passkeys(best[:3])
+        self._load_earlier_readings()
         tuned = self._tuned()
         if not tuned.eligible:
             why = "every measured scaler harms short texts" if tuned.ranking else "nothing was measured"
@@ -117,7 +117,7 @@ class Rounds:
             )
         return tuned
 
-    def _recall(self) -> None:
+    def _load_earlier_readings(self) -> None:
         """Use what an earlier search in this folder, perhaps with another budget, has read of the
         candidates."""
         for candidate in self._candidates.values():
@@ -138,7 +138,7 @@ class Rounds:
             if self._pick_finalists()[:1] == leader:
                 break
 
-    def _named(self) -> list[Candidate]:
+    def _named_candidates(self) -> list[Candidate]:
         """Candidates that the result names, but that were not read at all places. They must be
         known as well as the winner."""
         tuned = self._tuned()
@@ -221,7 +221,7 @@ class Rounds:
         def measure(scalers: Sequence[Scaler]) -> list[float] | None:
             return self._search_losses(scalers, until)
 
-        def tell(generation: int, factors: FoundFactors) -> None:
+        def report(generation: int, factors: FoundFactors) -> None:
             self._console.print(f"  factors: generation {generation}, {factors}", highlight=False)
 
         losses = measure([c.scaler for c in starts])  # so far one or three places have ranked them
@@ -230,7 +230,7 @@ class Rounds:
         start = starts[losses.index(min(losses))]
         self._console.print(f"  factors: the search starts from {start.label}", highlight=False)
         space = FactorSpace.around(start.scaler, self._model.spec, self._target, largest)
-        factors = search_factors(space, measure, tell=tell)
+        factors = search_factors(space, measure, report=report)
         if factors is None:
             return
         for candidate in self._new([factors.scaler]):
@@ -263,7 +263,7 @@ class Rounds:
 
         self._carry_out("harm", plan(self._local, self._text.source, scalers, self._harm), store)
 
-    def _ask(self, candidates: Sequence[Candidate]) -> None:
+    def _measure_passkeys(self, candidates: Sequence[Candidate]) -> None:
         scalers, task = [c.scaler for c in candidates], TASKS["passkey"]
         try:
             cells = retrieval_cells(self._local, [task], scalers, contexts=[self._target], depths=_DEPTHS, trials=1)
@@ -307,7 +307,7 @@ class Rounds:
                     store(row)
             return None not in rows
 
-        def tell(cell: Cell) -> None:
+        def report(cell: Cell) -> None:
             load_rows(cell)
             self._progress(Progress(round=name, scaler=cell.scaler, candidates=tuple(self._ranking())))
 
@@ -317,7 +317,7 @@ class Rounds:
             self._complete = False
             return
         outcome = measure_all(
-            self._local, todo, self._run, console or self._console, deadline=deadline, rate=self._rate, then=tell
+            self._local, todo, self._run, console or self._console, deadline=deadline, rate=self._rate, then=report
         )
         self._rate = outcome.rate or self._rate
         self._complete &= not outcome.left_out

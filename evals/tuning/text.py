@@ -104,10 +104,10 @@ class TuneText:
         self._scored = min(1024, target // 4)
         self._recipe_model = LocalModel(model)
         self._protocol = self._places(MOST_PLACES)
-        protocol = self._places(MOST_PLACES + self._wanted) if searches else self._protocol
+        protocol = self._places(MOST_PLACES + self._search_places) if searches else self._protocol
         self.source = Source.of(text, model.tokenizer, protocol)
         self.windows = self._windows(self._protocol)
-        self.searched = self._apart(self._windows(protocol)) if searches else []
+        self.searched = self._unread_windows(self._windows(protocol)) if searches else []
 
     @cached_property
     def sample(self) -> Sample:
@@ -146,7 +146,7 @@ class TuneText:
         return min(self._scored, 3 * self._local // 4)
 
     @property
-    def _wanted(self) -> int:
+    def _search_places(self) -> int:
         """The number of places for a search."""
         fewest, most = _SEARCHED_PLACES
         return min(max(math.ceil(_SEARCHED / self._skim_scored), fewest), most)
@@ -157,15 +157,15 @@ class TuneText:
     def _windows(self, protocol: FixedTarget) -> list[Window]:
         return protocol.windows(self.source.documents, self._target, self.source.start)
 
-    def _apart(self, windows: list[Window]) -> list[Window]:
+    def _unread_windows(self, windows: list[Window]) -> list[Window]:
         """The last windows whose scored tokens are not scored in the windows that are read whole."""
         read = [window.place.split(":") for window in self.windows]
 
-        def is_apart(window: Window) -> bool:
+        def is_unread(window: Window) -> bool:
             document, end = window.place.split(":")
             return all(document != other or abs(int(end) - int(place)) >= self._scored for other, place in read)
 
-        unread = [window for window in reversed(windows) if is_apart(window)][: self._wanted]
+        unread = [window for window in reversed(windows) if is_unread(window)][: self._search_places]
         if not unread:
             raise DataError(
                 f"the text {self.source.name!r} has {len(self.windows)} places with {self._target} tokens before "
