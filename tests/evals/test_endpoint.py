@@ -111,10 +111,10 @@ def test_losses_are_those_of_the_same_model_here(model, tiny_folder, named, book
     with serving(model, tells=tells) as server:
         ropewalk("ppl", named, "--endpoint", server.url, *options, "--out", there)
     here.refresh()
-    found = Run(there)
-    assert_same(found.rows, here.rows)
-    for row, other in zip(found.rows, here.rows, strict=True):
-        losses = found.losses(row)
+    run_there = Run(there)
+    assert_same(run_there.rows, here.rows)
+    for row, other in zip(run_there.rows, here.rows, strict=True):
+        losses = run_there.losses(row)
         assert losses.dtype == np.float32
         np.testing.assert_allclose(losses, here.losses(other), atol=1e-4)
 
@@ -175,14 +175,14 @@ def test_a_run_goes_on_after_its_server_has_died(model, named, tmp_path):
     ):
         passkey(named, server, out, "--trials", 2, lengths="300,400")
     assert f"{server.url}/completions" in str(told.value)
-    kept = (out / "results.jsonl").read_text().splitlines()
-    assert len(kept) == 2  # of 2 probes and 5 requests, two for each trial
+    stored_lines = (out / "results.jsonl").read_text().splitlines()
+    assert len(stored_lines) == 2  # of 2 probes and 5 requests, two for each trial
     with serving(model, port=server.server_port) as again:
         passkey(named, again, out, "--trials", 2, lengths="300,400")
         assert len(again.asked) == 2 + 2 * 6
         passkey(named, again, out, "--trials", 2, lengths="300,400")
     lines = (out / "results.jsonl").read_text().splitlines()
-    assert lines[:2] == kept
+    assert lines[:2] == stored_lines
     assert len(Run(out).rows) == len(lines) == 8
 
 
@@ -233,10 +233,10 @@ def test_which_tokens_are_the_likeliest(model, named, held_out_texts, tells):
     with torch.inference_mode():
         laws = model.hf(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
     with serving(model, tells=tells, limit=101) as server:
-        found = ServedModel(str(named), server.url)
-        scored = found.score(ids, 20)
+        served = ServedModel(str(named), server.url)
+        scored = served.score(ids, 20)
         with pytest.raises(rw.ContextOverflow, match="101 tokens and the 1"):
-            found.score([*ids, 5], 20)
+            served.score([*ids, 5], 20)
     likeliest = [int(law.argmax()) == token for law, token in zip(laws[19:], ids[20:], strict=False)]
     assert [one for _, one in scored] == likeliest
     assert 10 < sum(likeliest) < 70
@@ -246,10 +246,10 @@ def test_which_tokens_are_the_likeliest(model, named, held_out_texts, tells):
 
 def test_the_servers_own_words_are_shown(model, named):
     with serving(model, limit=40) as server:
-        found = ServedModel(str(named), server.url)
-        found.limit = None
+        served = ServedModel(str(named), server.url)
+        served.limit = None
         with pytest.raises(rw.EndpointError, match=r"answered 400: This model's maximum context length is 40 tokens\."):
-            found.score([5] * 40, 1)
+            served.score([5] * 40, 1)
 
 
 def test_addresses_that_are_none(model, named, tmp_path):
@@ -274,10 +274,10 @@ def test_the_key_of_the_environment_is_sent_and_a_password_not_kept(model, named
         assert {*server.keys} == {"Bearer sesame"}
         monkeypatch.delenv("OPENAI_API_KEY")
         server.keys.clear()
-        found = ServedModel(str(named), server.url.replace("//", "//me:hush@"))
+        served = ServedModel(str(named), server.url.replace("//", "//me:hush@"))
         assert {key.split()[0] for key in server.keys} == {"Basic"}
-    assert found.device == server.url
-    assert "hush" not in found.name + found.describe()
+    assert served.device == server.url
+    assert "hush" not in served.name + served.describe()
 
 
 @pytest.mark.parametrize(
@@ -317,18 +317,18 @@ def test_served_as_needs_an_endpoint(tiny_folder, tmp_path):
 
 def test_an_answer_that_lost_its_log_probabilities_is_no_loss(model, named, monkeypatch):
     with serving(model) as server:
-        found = ServedModel(str(named), server.url)
+        served = ServedModel(str(named), server.url)
         server.tells = "nothing"
         message = re.escape(f"{server.url} answered a prompt of 9 tokens without the prompt_logprobs of each")
         with pytest.raises(rw.EndpointError, match=message):
-            found.losses([*range(5, 14)], 1, lambda past, count: None)
+            served.losses([*range(5, 14)], 1, lambda past, count: None)
     assert endpoints.FORMS[0].read({"prompt_logprobs": [None, {"7": {"logprob": -1.0}}]}, [3, 7]) == [(-1.0, None)]
 
 
 def test_a_token_that_the_served_model_has_not_is_refused_here(model, named):
     with serving(model) as server:
-        found = ServedModel(str(named), server.url)
+        served = ServedModel(str(named), server.url)
         asked = len(server.asked)
         with pytest.raises(rw.DataError, match="token id 5000 is not among this model's 0 to 1023"):
-            found.score([1, 5000, 2], 1)
+            served.score([1, 5000, 2], 1)
         assert len(server.asked) == asked

@@ -71,9 +71,9 @@ def test_the_projection_is_the_nearest_point():
 def test_the_search_starts_at_the_frequencies_of_the_closed_form(spec, rope):
     start, target = parse(spec), 4 * rope.trained_length
     space = FactorSpace.around(start, rope, target)
-    found, wanted = (s.frequencies(rope, target) for s in (space.scaler(np.zeros(space.dimension)), start))
-    torch.testing.assert_close(found.inv_freq, wanted.inv_freq, rtol=1e-5, atol=0)
-    assert found.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-5)
+    frequencies, wanted = (s.frequencies(rope, target) for s in (space.scaler(np.zeros(space.dimension)), start))
+    torch.testing.assert_close(frequencies.inv_freq, wanted.inv_freq, rtol=1e-5, atol=0)
+    assert frequencies.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-5)
 
 
 def test_a_largest_factor_bounds_the_start_too():
@@ -93,10 +93,10 @@ def test_a_known_optimum_is_found(rope, share):
         return float(np.mean((np.log(scaler.long) - wanted) ** 2)) + (math.log(scaler.attention_factor / 1.1)) ** 2
 
     space = FactorSpace.around(parse("linear:4"), rope, 4 * rope.trained_length)
-    found = search_factors(space, lambda scalers: [bowl(one) for one in scalers])
-    assert found.loss == bowl(found.scaler)
-    assert found.loss < share * found.start_loss
-    assert found.evaluations <= 1 + 40 * 16
+    factors = search_factors(space, lambda scalers: [bowl(scaler) for scaler in scalers])
+    assert factors.loss == bowl(factors.scaler)
+    assert factors.loss < share * factors.start_loss
+    assert factors.evaluations <= 1 + 40 * 16
 
 
 def test_it_ends_where_all_is_alike_and_where_there_is_no_time():
@@ -131,8 +131,8 @@ def searched(small, model, text, tmp_path_factory):
 
 
 def test_the_searched_factors_are_at_least_as_good_as_their_start_where_they_were_searched(searched):
-    found, run = searched
-    winner = next(c for c in found.ranking if c.name == SEARCHED)
+    tuned, run = searched
+    winner = next(c for c in tuned.ranking if c.name == SEARCHED)
     skimmed = [row for row in run.rows if row["task"] == "skim"]
     read = {row["places"] for row in run.rows if row["task"] == "tune"}
     places = {row["places"] for row in skimmed if row["rope"].startswith("longrope")} - read
@@ -146,7 +146,7 @@ def test_the_searched_factors_are_at_least_as_good_as_their_start_where_they_wer
     assert len(places) == 2 and len(means) >= 25
     assert means[str(winner.scaler)] == min(means.values()) < means[start]
     best = min(closed, key=means.__getitem__)
-    frequencies = [parse(one).frequencies(found.rope).inv_freq for one in (start, best)]
+    frequencies = [parse(scaler).frequencies(tuned.rope).inv_freq for scaler in (start, best)]
     torch.testing.assert_close(*frequencies, rtol=1e-5, atol=0)
 
 
@@ -158,10 +158,10 @@ def test_they_are_searched_where_harm_counts_too(searched, small, model, text, t
 
 
 def test_they_are_read_at_places_where_they_were_not_searched(searched):
-    found, _ = searched
-    winner = next(c for c in found.ranking if c.name == SEARCHED)
+    tuned, _ = searched
+    winner = next(c for c in tuned.ranking if c.name == SEARCHED)
     assert winner.places == 3 and len(winner.skimmed) == 3 and winner.harm is not None
-    assert sum(c.name == SEARCHED for c in found.ranking) == 1
+    assert sum(c.name == SEARCHED for c in tuned.ranking) == 1
 
 
 def test_a_search_that_was_stopped_finds_the_same(searched, small, model, text, tmp_path):
@@ -188,23 +188,23 @@ def test_a_search_that_was_stopped_finds_the_same(searched, small, model, text, 
 
 
 def test_a_config_holds_the_searched_factors(searched):
-    found, _ = searched
-    scaler = next(c for c in found.ranking if c.name == SEARCHED).scaler
-    written = hf_write.write(found.rope, scaler)
+    tuned, _ = searched
+    scaler = next(c for c in tuned.ranking if c.name == SEARCHED).scaler
+    written = hf_write.write(tuned.rope, scaler)
     back = hf.read(
         {"model_type": "llama", "rope_parameters": written, "max_position_embeddings": 1024, "head_dim": 32}
     )[None]
     for length in (100, 1024):
-        mine, theirs = scaler.frequencies(found.rope, length), back.scaler.frequencies(back.rope, length)
-        assert torch.equal(mine.inv_freq, theirs.inv_freq) and mine.attention_factor == theirs.attention_factor
+        original, theirs = scaler.frequencies(tuned.rope, length), back.scaler.frequencies(back.rope, length)
+        assert torch.equal(original.inv_freq, theirs.inv_freq) and original.attention_factor == theirs.attention_factor
 
 
 def test_people_see_a_short_name_and_programs_the_spec(searched):
-    found, _ = searched
-    said = " ".join(sentences(found)) + ranking_grid(found).to_markdown()
-    assert SEARCHED in said and "/" not in said.replace("and/or", "")
-    told = next(one for one in as_json(found)["ranking"] if one["label"] == SEARCHED)
-    assert parse(told["rope"]) == next(c for c in found.ranking if c.name == SEARCHED).scaler
+    tuned, _ = searched
+    output = " ".join(sentences(tuned)) + ranking_grid(tuned).to_markdown()
+    assert SEARCHED in output and "/" not in output.replace("and/or", "")
+    listed = next(candidate for candidate in as_json(tuned)["ranking"] if candidate["label"] == SEARCHED)
+    assert parse(listed["rope"]) == next(c for c in tuned.ranking if c.name == SEARCHED).scaler
 
 
 def test_what_cannot_be_searched_is_refused(model, text, tiny_folder):

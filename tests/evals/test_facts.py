@@ -51,10 +51,10 @@ def test_documents_that_do_not_fit_are_refused(subject):
 @pytest.mark.parametrize("parts", [1, 2, 3, 8, 16])
 def test_parts_are_the_document_in_nearly_equal_pieces(parts):
     document = Document.draw(HAY, count, 2000, 16, seed=0)
-    found = document.parts(parts)
-    assert len(found) == parts
-    assert " ".join(found) == document.text
-    assert max(map(count, found)) - min(map(count, found)) <= 20
+    texts = document.parts(parts)
+    assert len(texts) == parts
+    assert " ".join(texts) == document.text
+    assert max(map(count, texts)) - min(map(count, texts)) <= 20
 
 
 def test_facts_are_spread_evenly():
@@ -178,9 +178,9 @@ def facts_row(document, question, **changes):
 
 def test_settings_have_tables_and_plots_of_their_own(tmp_path):
     asked = [(0, question) for question in range(4)]
-    rows = [facts_row(*one) for one in asked]
+    rows = [facts_row(*fields) for fields in asked]
     for changes in ({"dtype": "int8"}, {"text": "other"}, {"facts": 32}):
-        rows += [facts_row(*one, correct=0.0, **changes) for one in asked]
+        rows += [facts_row(*fields, correct=0.0, **changes) for fields in asked]
     text = facts_markdown(rows)
     assert text.count("| read whole, none | 320 | 100% |") == 1
     assert text.count("| read whole, none | 320 | 0% |") == 3

@@ -72,15 +72,15 @@ def test_models_and_functions_give_the_rows_of_a_run(tmp_path, model):
 
 
 def test_a_transformers_model_is_known_by_its_weights(model):
-    kept = []
+    recipes = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "add", lambda run, recipe, measured, losses: kept.append(recipe) or recipe | measured)
+        patch.setattr(Run, "add", lambda run, recipe, measured, losses: recipes.append(recipe) or recipe | measured)
         patch.setattr(Run, "losses", lambda run, row: None)
         perplexity(model, text(WORDS), lengths=64, target=32)
         perplexity(model.hf, text(WORDS), lengths=64, target=32, tokenizer=model.tokenizer)
         perplexity(uniform, text(WORDS), lengths=64, target=32, tokenizer=model.tokenizer)
-    own, plain, function = kept
-    assert own["weights"] == plain["weights"] == model.fingerprint[:16]
+    native, plain, function = recipes
+    assert native["weights"] == plain["weights"] == model.fingerprint[:16]
     assert "weights" not in function
 
 
@@ -98,12 +98,12 @@ def test_multiples_of_the_trained_length_in_scalers(monkeypatch, model):
 
 def test_scalers_in_turn_and_the_model_is_given_back(model):
     model.rope = "linear:3"
-    (own,) = perplexity(model, text(WORDS), lengths=64, target=32)
-    assert own.rope == "linear:3"
+    (native,) = perplexity(model, text(WORDS), lengths=64, target=32)
+    assert native.rope == "linear:3"
     rows = perplexity(model, text(WORDS), lengths="1x", target=32, ropes=["none", "linear:3", "rerope:16"])
     assert [row.rope for row in rows] == ["none", "linear:3", "rerope:16"]
-    assert np.array_equal(rows[1].losses, own.losses)
-    assert not np.array_equal(rows[0].losses, own.losses)
+    assert np.array_equal(rows[1].losses, native.losses)
+    assert not np.array_equal(rows[0].losses, native.losses)
     assert str(model.rope) == "linear:3"
     with pytest.raises(rw.ConfigError, match="window"):
         perplexity(model, text(WORDS), lengths=64, target=32, ropes=["linear:2", "rerope:64"])
@@ -112,7 +112,7 @@ def test_scalers_in_turn_and_the_model_is_given_back(model):
     hf = model.hf.train()
     before = {name: buffer.clone() for name, buffer in hf.named_buffers()}
     (row,) = perplexity(hf, text(WORDS), lengths=64, target=32, ropes=["linear:3"], tokenizer=model.tokenizer)
-    np.testing.assert_allclose(row.losses, own.losses, atol=1e-5)
+    np.testing.assert_allclose(row.losses, native.losses, atol=1e-5)
     assert hf.training
     assert all(torch.equal(buffer, before[name]) for name, buffer in hf.named_buffers())
     hf.eval()

@@ -93,20 +93,20 @@ def test_killed_at_any_moment_a_run_goes_on_and_no_row_is_lost_or_doubled(measur
     measure(process, whole)
     assert process.stdout.readline() == f"{CELLS}\n"
     seconds = time.monotonic() - started
-    chance, kills, kept = random.Random(0), 0, 0
+    chance, kills, rows_so_far = random.Random(0), 0, 0
     for _ in range(KILLS):
         child = measure(other, killed)
         time.sleep(chance.random() * 3 * seconds / CELLS)
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         kills += other.stdout.readline() == f"{-signal.SIGKILL}\n"
-        assert len(lines_of_whole_rows(killed)) >= kept
-        kept = len(lines_of_whole_rows(killed))
+        assert len(lines_of_whole_rows(killed)) >= rows_so_far
+        rows_so_far = len(lines_of_whole_rows(killed))
     measure(other, killed)
     assert 0 <= int(other.stdout.readline()) < CELLS
     assert kills > KILLS // 4  # the others came after its end, or on a busy machine before its first row
-    expected, found = ({row["key"]: timeless(row) for row in lines(folder)} for folder in (whole, killed))
-    assert found == expected
+    expected, measured = ({row["key"]: timeless(row) for row in lines(folder)} for folder in (whole, killed))
+    assert measured == expected
     assert len(lines(killed)) == len(expected) == ROWS
     for key in expected:
         a, b = (np.load(folder / "losses" / f"{key}.npy") for folder in (whole, killed))

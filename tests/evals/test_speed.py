@@ -65,16 +65,16 @@ def test_against_compares_engines_and_ends_in_json(tiny_folder):
     arguments = ["speed", str(tiny_folder), "--against", "hf:float32", "--lengths", "2x,64"]
     arguments += ["--new-tokens", "4", "--repeats", "2", "--prefill-repeats", "1", "--threads", "1"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
-    found = json.loads(result.output.splitlines()[-1])
-    rows = [(t["engine"], t["what"], t["length"], len(t["seconds"])) for t in found["timings"]]
+    printed = json.loads(result.output.splitlines()[-1])
+    rows = [(t["engine"], t["what"], t["length"], len(t["seconds"])) for t in printed["timings"]]
     whats = [(what, n, turns) for n in (64, 512) for what, turns in (("prefill", 1), ("decode", 2))]
     assert sorted(rows) == sorted((e, *what) for e in ("ropewalk float32", "hf float32") for what in whats)
-    for agreement in found["agreements"]:
+    for agreement in printed["agreements"]:
         assert agreement["same"] == agreement["compared"] == 5
         assert agreement["difference"] < 1e-3
-    assert found["threads"] == 1
-    assert {"python", "ropewalk", "torch", "transformers"} <= found["versions"].keys()
-    assert found["bandwidth_gb_s"] > 0
+    assert printed["threads"] == 1
+    assert {"python", "ropewalk", "torch", "transformers"} <= printed["versions"].keys()
+    assert printed["bandwidth_gb_s"] > 0
 
 
 @pytest.mark.slow

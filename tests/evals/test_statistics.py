@@ -148,8 +148,8 @@ def test_the_bounds_of_a_paired_interval_are_where_the_score_test_begins_to_reje
 ) -> None:
     low, high = scored(only_a, only_b, trials)
     inside = [bound for bound in (low, high) if abs(bound) < 1]
-    found = [score_test(only_a, only_b, trials, bound) for bound in inside]
-    assert found == pytest.approx([norm.ppf(0.975)] * len(inside), abs=1e-4)
+    statistics = [score_test(only_a, only_b, trials, bound) for bound in inside]
+    assert statistics == pytest.approx([norm.ppf(0.975)] * len(inside), abs=1e-4)
     assert low < (only_a - only_b) / trials < high or high == 1
 
 

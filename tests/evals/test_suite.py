@@ -190,14 +190,14 @@ def test_runs_are_compared_cell_by_cell_on_the_same_tokens(make_run, tmp_path):
     b = Run(tmp_path / "b")
     for row in a.rows:
         b.copy(row | {"key": f"b{row['key']}", "dtype": "int8", "loss": row["loss"] + 0.25}, a.losses(row) + 0.25)
-    found = compare_runs(a, b)
-    assert [(pair.what, pair.rope, pair.verdict) for pair in found.pairs] == [
+    comparison = compare_runs(a, b)
+    assert [(pair.what, pair.rope, pair.verdict) for pair in comparison.pairs] == [
         ("fixed-target at 8k", "none", "A better"),
         ("fixed-target at 16k", "none", "A better"),
         ("fixed-target at 8k", "yarn:2", "A better"),
     ]
-    assert all(pair.difference.mean == pytest.approx(0.25, abs=1e-6) for pair in found.pairs)
-    assert (found.only_a, found.only_b) == (0, 0)
+    assert all(pair.difference.mean == pytest.approx(0.25, abs=1e-6) for pair in comparison.pairs)
+    assert (comparison.only_a, comparison.only_b) == (0, 0)
     assert {pair.verdict for pair in compare_runs(a, a).pairs} == {"the same"}
 
 
@@ -208,8 +208,8 @@ def test_runs_of_one_scaler_each_compare_the_scalers(tmp_path, make_run):
         for row in whole.rows:
             if row["rope"] == rope:
                 part.copy(row, whole.losses(row))
-    found = compare_runs(*parts)
-    assert [(pair.rope, pair.verdict) for pair in found.pairs] == [
+    comparison = compare_runs(*parts)
+    assert [(pair.rope, pair.verdict) for pair in comparison.pairs] == [
         ("none against yarn:2", "A better"),
         ("none against yarn:2", "B better"),
     ]
@@ -257,8 +257,8 @@ def test_losses_are_paired_where_the_scored_tokens_are_the_same(make_run, tmp_pa
     def unit(**changes):
         b = Run(tmp_path / "b")
         b.copy(row | changes, losses + 0.25)
-        found = compare_runs(a, b).pairs
-        return found[0].unit if found else None
+        pairs = compare_runs(a, b).pairs
+        return pairs[0].unit if pairs else None
 
     assert unit(tokens_sha256="a") == "nats per token"
     assert unit() == "nats per token"  # of before there was a hash

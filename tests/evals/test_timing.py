@@ -81,13 +81,13 @@ def test_every_turn_runs_every_engine_once(contest):
 
 
 def test_speeds_and_ratios_are_medians_of_turns_without_the_warm_up(contest):
-    found = {(timing.engine, timing.what): timing for timing in contest[0].timings}
-    own, other = found["ropewalk float32", "decode"], found["llama.cpp q8_0", "decode"]
-    assert own.seconds == [1.0, 2.0, 4.0]
-    assert own.speed == Spread(median=1.0, lowest=0.5, highest=2.0)
-    assert own.ratio == Spread(median=1.0, lowest=1.0, highest=1.0)
+    timings = {(timing.engine, timing.what): timing for timing in contest[0].timings}
+    first, other = timings["ropewalk float32", "decode"], timings["llama.cpp q8_0", "decode"]
+    assert first.seconds == [1.0, 2.0, 4.0]
+    assert first.speed == Spread(median=1.0, lowest=0.5, highest=2.0)
+    assert first.ratio == Spread(median=1.0, lowest=1.0, highest=1.0)
     assert other.ratio == Spread(median=1.0, lowest=0.5, highest=2.0)  # its seconds over ours, turn by turn
-    prefill = found["llama.cpp q8_0", "prefill"]
+    prefill = timings["llama.cpp q8_0", "prefill"]
     assert prefill.speed == Spread(median=4.0, lowest=4.0, highest=4.0)
     assert prefill.ratio == Spread(median=0.375, lowest=0.25, highest=0.5)
     assert prefill.memory_share is None
@@ -101,8 +101,8 @@ def test_the_share_of_memory_is_that_of_the_best_bandwidth(contest):
 
 
 def test_next_tokens_and_logits_are_compared_with_the_first(contest):
-    own, other = contest[0].agreements
-    assert (own.same, own.compared, own.difference, own.peak_memory_mb) == (3, 3, 0.0, 100.0)
+    first, other = contest[0].agreements
+    assert (first.same, first.compared, first.difference, first.peak_memory_mb) == (3, 3, 0.0, 100.0)
     assert (other.same, other.compared, other.difference, other.peak_memory_mb) == (0, 3, 0.75, None)
 
 
@@ -116,7 +116,7 @@ def test_tables_and_json_tell_the_same(contest):
     assert ["4", "llama.cpp", "q8_0", "4.0", "4.0-4.0", "0.38", "0.25-0.50"] in shown
     assert ["4", "llama.cpp", "q8_0", "0", "of", "3", "0.75", "?"] in shown
     assert ["4", "ropewalk", "float32", "1.0", "0.5-2.0", "200%"] in shown
-    found = json.loads(json.dumps(as_json(outcome, {"model": "tiny"})))
-    assert (found["model"], found["bandwidth_gb_s"]) == ("tiny", 1e-8)
-    assert found["timings"][-1]["ratio"] == {"median": 1.0, "lowest": 0.5, "highest": 2.0}
-    assert found["agreements"][1]["peak_memory_mb"] is None
+    printed = json.loads(json.dumps(as_json(outcome, {"model": "tiny"})))
+    assert (printed["model"], printed["bandwidth_gb_s"]) == ("tiny", 1e-8)
+    assert printed["timings"][-1]["ratio"] == {"median": 1.0, "lowest": 0.5, "highest": 2.0}
+    assert printed["agreements"][1]["peak_memory_mb"] is None

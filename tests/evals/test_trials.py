@@ -276,11 +276,11 @@ def test_ruler_has_its_published_sizes(tiny):
         assert sorted({*counts.values()}) == [seldom, often]
         assert len(counts) == 400
     coded = draft("fwe", units=3000)
-    found = re.findall(r"\b[a-z]{6}\b", coded.prompt.partition("words. ")[2].partition("\n")[0])
-    top = sorted({*found}, key=found.count, reverse=True)
+    coded_words = re.findall(r"\b[a-z]{6}\b", coded.prompt.partition("words. ")[2].partition("\n")[0])
+    top = sorted({*coded_words}, key=coded_words.count, reverse=True)
     assert tuple(top[:3]) == coded.answers
-    assert found.count(top[0]) == int(3000 / 4 / (3.141592653589793**2 / 6))
-    assert found.count(top[2]) > found.count(top[3])
+    assert coded_words.count(top[0]) == int(3000 / 4 / (3.141592653589793**2 / 6))
+    assert coded_words.count(top[2]) > coded_words.count(top[3])
 
 
 def test_hay():

@@ -53,44 +53,44 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(model, text, folder):
+def tuned(model, text, folder):
     """A whole search, whose measurements other tests use again."""
     return rw.tune(model, TARGET, text=text, out=folder)
 
 
-def test_the_winner_has_the_lowest_loss_of_all_that_were_read_as_far(found):
-    assert found.complete
-    assert found.winner.places == 9
-    for other in found.ranking:
-        change = difference(other, found.winner)
-        assert change.mean >= 0 or other in found.ties or not other.read
+def test_the_winner_has_the_lowest_loss_of_all_that_were_read_as_far(tuned):
+    assert tuned.complete
+    assert tuned.winner.places == 9
+    for other in tuned.ranking:
+        change = difference(other, tuned.winner)
+        assert change.mean >= 0 or other in tuned.ties or not other.read
 
 
-def test_it_extends_the_model(found, model):
-    plain = next(c for c in found.ranking if type(c.scaler) is Scaler)
-    change = difference(found.winner, plain)
+def test_it_extends_the_model(tuned, model):
+    plain = next(c for c in tuned.ranking if type(c.scaler) is Scaler)
+    change = difference(tuned.winner, plain)
     assert change.mean < -0.5  # nats: the untouched model breaks past 256 tokens
 
 
-def test_what_is_named_is_read_at_every_place(found):
-    assert {found.winner.places, found.simplest.places, found.servable.places} == {9}
-    assert not found.is_worse(found.simplest, found.winner)
+def test_what_is_named_is_read_at_every_place(tuned):
+    assert {tuned.winner.places, tuned.simplest.places, tuned.servable.places} == {9}
+    assert not tuned.is_worse(tuned.simplest, tuned.winner)
 
 
-def test_another_call_measures_nothing_anew(found, model, text, folder):
+def test_another_call_measures_nothing_anew(tuned, model, text, folder):
     def never(progress):
         raise AssertionError(f"{progress.scaler} was measured again")
 
     again = rw.tune(model, TARGET, text=text, out=folder, progress=never)
-    assert as_json(again) == as_json(found)
+    assert as_json(again) == as_json(tuned)
 
 
-def test_the_scaler_is_put_back(found, model):
+def test_the_scaler_is_put_back(tuned, model):
     assert str(model.rope) == "none"
 
 
 @pytest.mark.parametrize("after", [20, 50])
-def test_a_search_that_was_stopped_comes_to_the_same(found, model, text, tmp_path, after):
+def test_a_search_that_was_stopped_comes_to_the_same(tuned, model, text, tmp_path, after):
     seen = []
 
     def stop(progress):
@@ -101,25 +101,25 @@ def test_a_search_that_was_stopped_comes_to_the_same(found, model, text, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         rw.tune(model, TARGET, text=text, out=tmp_path, progress=stop)
     assert str(model.rope) == "none"
-    assert as_json(rw.tune(model, TARGET, text=text, out=tmp_path)) == as_json(found)
+    assert as_json(rw.tune(model, TARGET, text=text, out=tmp_path)) == as_json(tuned)
 
 
-def test_the_command_names_and_writes_what_was_found(found, text_folder, folder, tiny_folder, tmp_path, monkeypatch):
+def test_the_command_names_and_writes_what_was_found(tuned, text_folder, folder, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path / "cache"))
     command = ["tune", str(tiny_folder), "--target", "512", "--text", str(text_folder), "--dtype", "float32"]
     done = CliRunner().invoke(cli, [*command, "--out", str(folder)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     words = " ".join(done.output.split())
-    assert f"Winner at 512: {found.winner.scaler}," in words
-    assert f"for other engines, is {found.servable.scaler}" in words
+    assert f"Winner at 512: {tuned.winner.scaler}," in words
+    assert f"for other engines, is {tuned.servable.scaler}" in words
     summary = json.loads((folder / "tuned.json").read_text(encoding="utf-8"))
-    assert summary == json.loads(json.dumps(as_json(found)))
-    assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == config_fragment(found)
+    assert summary == json.loads(json.dumps(as_json(tuned)))
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == config_fragment(tuned)
     report = (folder / "report.html").read_text(encoding="utf-8")
-    assert str(found.winner.scaler) in report
+    assert str(tuned.winner.scaler) in report
     assert "<svg" in report
     assert all(
-        str(c.scaler) in (folder / "table.md").read_text(encoding="utf-8").replace("\\|", "|") for c in found.ranking
+        str(c.scaler) in (folder / "table.md").read_text(encoding="utf-8").replace("\\|", "|") for c in tuned.ranking
     )
     assert list((tmp_path / "cache" / "tuned").glob("*.json"))
 
@@ -131,28 +131,30 @@ def test_durations_that_are_none(budget):
     assert f"'{budget}' is no duration; write 90s, 10m or 2h" in done.output
 
 
-def test_a_budget_ends_it_with_the_best_so_far(found, model, text, tmp_path):
+def test_a_budget_ends_it_with_the_best_so_far(tuned, model, text, tmp_path):
     short = rw.tune(model, TARGET, text=text, out=tmp_path, budget=1.0)
     assert not short.complete
     assert short.ranking
     whole = rw.tune(model, TARGET, text=text, out=tmp_path)
-    named = [[str(c.scaler) for c in (one.winner, one.simplest, one.servable)] for one in (whole, found)]
+    named = [
+        [str(c.scaler) for c in (outcome.winner, outcome.simplest, outcome.servable)] for outcome in (whole, tuned)
+    ]
     assert named[0] == named[1]
     places = {str(c.scaler): c.places for c in whole.ranking}  # what the short one has read is taken in
-    assert {str(c.scaler) for c in found.ranking} == set(places)
-    assert all(places[str(c.scaler)] >= c.places for c in (*found.ranking, *short.ranking))
+    assert {str(c.scaler) for c in tuned.ranking} == set(places)
+    assert all(places[str(c.scaler)] >= c.places for c in (*tuned.ranking, *short.ranking))
 
 
 def test_a_network_that_cannot_skim_reads_everything(tiny_folder, text, tmp_path):
     plain = rw.load(tiny_folder, dtype="float32", compile=False, max_length=2**31)
-    found = rw.tune(plain, TARGET, text=text, out=tmp_path, budget=8, ropes=["yarn:2.5"])
-    assert not any(c.skimmed for c in found.ranking)
-    assert sum(c.places > 0 for c in found.ranking) > 3
-    assert "yarn:2.5" in {str(c.scaler) for c in found.ranking}
+    tuned = rw.tune(plain, TARGET, text=text, out=tmp_path, budget=8, ropes=["yarn:2.5"])
+    assert not any(c.skimmed for c in tuned.ranking)
+    assert sum(c.places > 0 for c in tuned.ranking) > 3
+    assert "yarn:2.5" in {str(c.scaler) for c in tuned.ranking}
 
 
-def test_what_an_earlier_search_has_read_is_taken_in(model, text, folder, found, tmp_path):
-    last = next(c for c in reversed(found.ranking) if not c.read)
+def test_what_an_earlier_search_has_read_is_taken_in(model, text, folder, tuned, tmp_path):
+    last = next(c for c in reversed(tuned.ranking) if not c.read)
     run = Run(Path(shutil.copytree(folder, tmp_path / "run")))
     measured = TuneText(model, text, TARGET, searches=False)
     measure_all(
@@ -160,10 +162,10 @@ def test_what_an_earlier_search_has_read_is_taken_in(model, text, folder, found,
     )
     again = rw.tune(model, TARGET, text=text, out=run.folder)
     assert next(c for c in again.ranking if str(c.scaler) == str(last.scaler)).places == 9
-    assert str(again.winner.scaler) == str(found.winner.scaler)
+    assert str(again.winner.scaler) == str(tuned.winner.scaler)
 
 
-def test_keep_short_leaves_no_winner_that_harms(model, text, folder, found, tmp_path):
+def test_keep_short_leaves_no_winner_that_harms(model, text, folder, tuned, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     careful = rw.tune(model, TARGET, text=text, out=tmp_path / "run", keep_short=True)
     assert careful.winner.is_harmless
@@ -173,12 +175,12 @@ def test_keep_short_leaves_no_winner_that_harms(model, text, folder, found, tmp_
     assert not {str(c.scaler) for c in harmful} & {str(c.scaler) for c in careful.eligible}
 
 
-def test_the_config_gives_the_frequencies_that_were_measured(found, model):
-    fragment = json.loads(json.dumps(config_fragment(found)))
+def test_the_config_gives_the_frequencies_that_were_measured(tuned, model):
+    fragment = json.loads(json.dumps(config_fragment(tuned)))
     config = type(model.hf.config)(**model.hf.config.to_dict() | fragment)
     assert config.max_position_embeddings == TARGET
     (read,) = hf.read(config).values()
-    expected, got = (s.frequencies(model.spec, TARGET) for s in (found.servable.scaler, read.scaler))
+    expected, got = (s.frequencies(model.spec, TARGET) for s in (tuned.servable.scaler, read.scaler))
     assert got.inv_freq.tolist() == pytest.approx(expected.inv_freq.tolist(), rel=1e-12)
     assert got.attention_factor == pytest.approx(expected.attention_factor, rel=1e-12)
 
@@ -207,7 +209,7 @@ def grid(rope, target):
         maps += [f"leaky-rerope:{window},k={least:g}", f"leaky-rerope:{window},k={1.5 * least:g}"]
         maps += [f"self-extend:{math.ceil(least) + more},window={window}" for more in (0, 1, 2)]
     maps += ["dual-chunk", f"jet-long:{L // 4}"]
-    specs += ["none", f"base-bound:{target}", f"critical-base:{target}", *maps, *(f"{one}|logn" for one in maps)]
+    specs += ["none", f"base-bound:{target}", f"critical-base:{target}", *maps, *(f"{spec}|logn" for spec in maps)]
     return [rw.parse(spec) for spec in specs]
 
 
@@ -225,17 +227,17 @@ def tokens_read(rows):
 
 
 @pytest.mark.slow
-def test_a_grid_of_everything_finds_nothing_better(model, text, found, folder, tmp_path):
+def test_a_grid_of_everything_finds_nothing_better(model, text, tuned, folder, tmp_path):
     """Read whole at the same places, at several times the cost; docs/tune.md has a finer grid, at 13 times."""
     plan = protocol("fixed-target", (TARGET,), target=TARGET // 4, samples=9)
     run = Run(tmp_path)
     measure_all(LocalModel(model), cells(LocalModel(model), text, grid(model.spec, TARGET), plan), run, new_console())
     best = min(run.rows, key=lambda row: row["loss"])
-    won = np.concatenate([*found.winner.read.values()])
-    mean, low, high = paired_difference(won, run.losses(best))
+    winner_losses = np.concatenate([*tuned.winner.read.values()])
+    mean, low, high = paired_difference(winner_losses, run.losses(best))
     cost, exhaustive = tokens_read(Run(folder).rows), tokens_read(run.rows)
     told = (
-        f"{found.winner.scaler} against {best['rope']}: {mean:+.4f} ({low:+.4f} to {high:+.4f}), {cost} of {exhaustive}"
+        f"{tuned.winner.scaler} against {best['rope']}: {mean:+.4f} ({low:+.4f} to {high:+.4f}), {cost} of {exhaustive}"
     )
     assert low <= 0, told
     assert cost <= exhaustive / 4, told
@@ -245,10 +247,10 @@ def test_a_skim_tells_which_tokens_it_scored(model, text, tmp_path):
     places = TuneText(model, text, TARGET, searches=False)
     skim, read = (make(Scaler(), places.windows[0]) for make in (places.skim, places.read))
     rows = [cell.measure(LocalModel(model), Run(tmp_path), lambda past, count: None)[0] for cell in (skim, read)]
-    scored = [one.ids[one.first :] for one in (skim.window, read.passages[0])]
+    scored = [cell.ids[cell.first :] for cell in (skim.window, read.passages[0])]
     assert [row["tokens_sha256"] for row in rows] == [tokens_sha256(ids) for ids in scored]
 
 
-def test_candidates_are_told_apart(found):
-    specs = [str(c.scaler) for c in found.ranking]
+def test_candidates_are_told_apart(tuned):
+    specs = [str(c.scaler) for c in tuned.ranking]
     assert len(specs) == len(set(specs)) >= 35

@@ -25,14 +25,14 @@ def candidate(spec, read=(), skimmed=(), **more):
     """Losses by place: of every place the same tokens are hard for everyone, and later places are harder."""
 
     def losses(means):
-        found = {}
+        losses = {}
         for place, mean in enumerate(means):
             rng = np.random.default_rng(place)
             hardness = rng.gamma(1.2, 1.0, TOKENS)
             noise = np.random.default_rng([place, *spec.encode()]).normal(0, 0.02, TOKENS)
             values = hardness - hardness.mean() + noise - noise.mean() + mean + place
-            found[f"0:{place}"] = values.astype(np.float32)
-        return found
+            losses[f"0:{place}"] = values.astype(np.float32)
+        return losses
 
     return Candidate(scaler=parse(spec), read=losses(read), skimmed=losses(skimmed), **more)
 
@@ -71,26 +71,26 @@ def test_differences_are_over_shared_places_and_read_ones_before_skimmed():
 
 
 def test_the_simplest_of_those_that_cannot_be_told_apart():
-    found = tuned(
+    result = tuned(
         candidate("rerope:4k|logn", read=[3.000] * 3),
         candidate("rerope:4k", read=[3.001] * 3),
         candidate("ntk-mixed:3", read=[3.0015] * 3),
         candidate("yarn:2", read=[3.05] * 3),
     )
-    assert str(found.winner.scaler) == "rerope:4k|logn"
-    assert [str(c.scaler) for c in found.ties] == ["rerope:4k|logn", "rerope:4k", "ntk-mixed:3"]
-    assert str(found.simplest.scaler) == "ntk-mixed:3"  # yarn is simpler, and distinguishably worse
-    assert str(found.servable.scaler) == "ntk-mixed:3"
-    assert any("Not distinguishable from it on the same tokens: rerope:4k, ntk-mixed:3" in s for s in sentences(found))
+    assert str(result.winner.scaler) == "rerope:4k|logn"
+    assert [str(c.scaler) for c in result.ties] == ["rerope:4k|logn", "rerope:4k", "ntk-mixed:3"]
+    assert str(result.simplest.scaler) == "ntk-mixed:3"  # yarn is simpler, and distinguishably worse
+    assert str(result.servable.scaler) == "ntk-mixed:3"
+    assert any("Not distinguishable from it on the same tokens: rerope:4k, ntk-mixed:3" in s for s in sentences(result))
 
 
 def test_passkeys_decide_among_ties_and_only_there():
-    found = tuned(
+    result = tuned(
         candidate("rerope:4k", read=[3.000] * 3, passkeys={0.1: 0.0, 0.9: 1.0}),
         candidate("dual-chunk", read=[3.001] * 3, passkeys={0.1: 1.0, 0.9: 1.0}),
         candidate("yarn:2", read=[3.2] * 3, passkeys={0.1: 1.0, 0.9: 1.0}),
     )
-    assert str(found.winner.scaler) == "dual-chunk"
+    assert str(result.winner.scaler) == "dual-chunk"
 
 
 def test_harm_counts_only_where_it_is_asked():
@@ -107,26 +107,26 @@ def test_harm_counts_only_where_it_is_asked():
 def test_too_few_tokens_for_an_interval_are_told_by_their_mean():
     few = {"0:0": np.array([3.0, 3.0], np.float32)}, {"0:0": np.array([3.1, 3.1], np.float32)}
     better, worse = (Candidate(scaler=parse(s), read=r) for s, r in zip(("ntk:4", "none"), few, strict=True))
-    found = tuned(better, worse)
-    assert found.ties == [better]
-    assert as_json(found)["ranking"][1]["difference"] == [pytest.approx(0.1), None, None]
+    result = tuned(better, worse)
+    assert result.ties == [better]
+    assert as_json(result)["ranking"][1]["difference"] == [pytest.approx(0.1), None, None]
 
 
 def test_what_was_only_skimmed_is_not_named_beside_what_was_read():
-    found = tuned(candidate("yarn:2", read=[3.4], skimmed=[3.4]), candidate("ntk:4", skimmed=[3.0]))
-    assert str(found.winner.scaler) == str(found.servable.scaler) == "yarn:2"
+    result = tuned(candidate("yarn:2", read=[3.4], skimmed=[3.4]), candidate("ntk:4", skimmed=[3.0]))
+    assert str(result.winner.scaler) == str(result.servable.scaler) == "yarn:2"
 
 
 @pytest.mark.parametrize("target", [9000, 16384, 32768])
 @pytest.mark.parametrize("rope", [ROPE, RopeSpec(dim=128, base=5e5, trained_length=4096)], ids=["smollm2", "llama"])
 def test_starting_points_are_all_different_and_work(rope, target):
-    found = starting_points(rope, target)
-    assert len({str(one) for one in found}) == len(found) > 25
-    for one in found:
-        one.check(rope)
-        one.frequencies(rope, target)
-        if one.member("positions"):
-            assert one.reach(rope) >= target
+    scalers = starting_points(rope, target)
+    assert len({str(scaler) for scaler in scalers}) == len(scalers) > 25
+    for scaler in scalers:
+        scaler.check(rope)
+        scaler.frequencies(rope, target)
+        if scaler.member("positions"):
+            assert scaler.reach(rope) >= target
 
 
 def test_neighbours_differ_in_one_thing():
