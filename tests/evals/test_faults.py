@@ -37,7 +37,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run(tmp_path):
     assert done.returncode == 0, done.stderr
     count, _, message = done.stdout.partition(" ")
     assert "cannot be written" in message
-    assert "the same command goes on" in message
+    assert "the same command continues" in message
     assert (tmp_path / "results.jsonl").stat().st_size == 3000  # a line is torn
     run = Run(tmp_path)
     assert [row["cell"] for row in run.rows] == list(range(int(count)))

@@ -81,7 +81,7 @@ def test_no_token_is_scored_twice_and_fewer_samples_are_told_once(tmp_path, capl
     (row,) = run_plan(tmp_path / "b", model, FixedTarget(contexts=(64,), target=32, samples=99), WORDS[:640]).rows
     assert (row["tokens"], row["documents"]) == (32 * 18, 18)
     assert [r.message for r in caplog.records] == [
-        "fixed-target: words has room for 18 of 99 samples that score no token twice"
+        "fixed-target: words has room for 18 of 99 samples if no token is scored twice"
     ]
 
 

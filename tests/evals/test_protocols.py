@@ -52,7 +52,7 @@ def test_llamacpp_is_its_sum(tmp_path, model, bos_model, bos, context):
 
 
 def test_llamacpp_needs_two_chunks(model):
-    with pytest.raises(rw.DataError, match=r"two chunks: 128 tokens of text for a context of 64, and there are 100;"):
+    with pytest.raises(rw.DataError, match=r"two chunks: 128 tokens of text for a context of 64, but it has 100;"):
         cells(LocalModel(model), text(WORDS), [Scaler()], LlamaCpp(contexts=(64,), text_tokens=100))
 
 
@@ -200,7 +200,7 @@ def test_longppl_scores_the_tokens_that_need_far_context():
     assert far.judge == "none at 512"
     with pytest.raises(rw.DataError, match=r"judge none finds 0 key tokens among 8 \(512 of context against 128\)"):
         rw.evals.perplexity(copier, [far_document()], lengths=[512], **(given | {"target": 8}))
-    with pytest.raises(rw.ConfigError, match="longest context, 128, against the trained length, 128; ask for a longer"):
+    with pytest.raises(rw.ConfigError, match="longest context, 128, with the trained length, 128; give a longer"):
         rw.evals.perplexity(copier, [far_document()], lengths=[128], **given)
 
 
@@ -289,7 +289,7 @@ def test_harm_does_not_depend_on_how_much_is_held_at_once(monkeypatch):
 
 
 def test_harm_is_for_lengths_that_the_model_reads(model):
-    with pytest.raises(rw.ConfigError, match="trained to read 64; the context 128 is beyond it: ask for shorter ones"):
+    with pytest.raises(rw.ConfigError, match="trained length is 64; the context 128 is beyond it: give shorter ones"):
         cells(LocalModel(model), text(WORDS), [Scaler()], Harm(contexts=(32, 128)))
     with pytest.raises(rw.ConfigError, match="target 40 does not fit twice into 64 tokens"):
         cells(LocalModel(model), text(WORDS), [Scaler()], Repeat(contexts=(64,), target=40))

@@ -200,7 +200,7 @@ def test_two_runs_in_one_process_share_the_folder(tmp_path: Path) -> None:
 def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
     for folder in (tmp_path / "a", tmp_path / "a" / "b"):
-        with pytest.raises(DataError, match="name a folder"):
+        with pytest.raises(DataError, match="give a folder"):
             Run(folder)
 
 

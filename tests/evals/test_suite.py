@@ -264,7 +264,7 @@ def test_losses_are_paired_where_the_scored_tokens_are_the_same(make_run, tmp_pa
     assert unit() == "nats per token"  # of before there was a hash
     assert unit(tokens_sha256="b", model="other") == "bits per byte"
     assert unit(tokens_sha256="b", model="other", places="0:9") == "bits per byte"
-    assert unit(model="other", places="0:9") == "bits a byte"
+    assert unit(model="other", places="0:9") == "bits per byte"
     assert unit(tokens_sha256="b", places="0:9") is None  # the same tokenizer elsewhere in the text
 
 
