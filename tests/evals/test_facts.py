@@ -44,7 +44,7 @@ def test_documents_that_do_not_fit_are_refused(subject):
         Document.draw(HAY, count, 130, 16, seed=0)
     for tokens in (170, 180, 500):  # a fact has nine words or ten
         assert count(Document.draw(HAY, count, tokens, 16, seed=0).text) <= tokens
-    with pytest.raises(rw.DataError, match="ask for a longer length"):
+    with pytest.raises(rw.DataError, match="give a longer length"):
         cells(subject, HAY, [rw.parse("none")], contexts=[320, 128], parts=[2], documents=1, questions=8)
 
 
