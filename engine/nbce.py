@@ -198,13 +198,13 @@ class PooledSequence(Sequence):
         covers = [prompt.cover_to_weigh for prompt in self._prompts]
         if covers[0] is None:
             last = [
-                prefill(runner, prompt.ids[tokens_read(cache) :], cache, self._progress)[-1]
+                prefill(runner, prompt.ids[tokens_read(cache) :], cache, self.progress)[-1]
                 for prompt, cache in zip(self._prompts, self._caches, strict=True)
             ]
             self._seen.read(self._prompts[0].ids)
             return self.next_token(runner, torch.stack(last))
         weighed = [
-            weigh(runner, cover, prompt.start, cache, self._vocabulary, penalty, self._progress)
+            weigh(runner, cover, prompt.start, cache, self._vocabulary, penalty, self.progress)
             for cover, prompt, cache in zip(covers, self._prompts, self._caches, strict=True)
             if cover is not None
         ]

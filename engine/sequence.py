@@ -32,6 +32,7 @@ class Sequence:
         progress: called after each step that reads the prompt.
 
     Attributes:
+        progress: as given; it may be set until the prompt is read.
         prompt_ids: tokens read before the first token of the answer.
         tokens: the answer's.
         pending: tokens to run next, on top of the cache.
@@ -48,7 +49,7 @@ class Sequence:
         progress: Progress | None = None,
     ) -> None:
         self.prompt, self.cache = prompt, cache
-        self._progress = progress
+        self.progress = progress
         self.prompt_ids = prompt.ids
         self.tokens: list[Token] = []
         self.pending: list[int] = []
@@ -95,7 +96,7 @@ class Sequence:
         cover = None if self.tokens else self.prompt.cover_to_weigh
         if cover is not None:
             penalty = params.repetition_penalty
-            covers = weigh(runner, cover, self.prompt.start, self.cache, self._vocabulary, penalty, self._progress)
+            covers = weigh(runner, cover, self.prompt.start, self.cache, self._vocabulary, penalty, self.progress)
             first = draw_first_token(covers, self.cache, params, self._generator)
             return self.push(first.token, first.pending)
         ids = [*self.prompt_ids, *(token.id for token in self.tokens)]
@@ -103,7 +104,7 @@ class Sequence:
             rewind(self.cache, excess)
         if not self.tokens:
             self._seen.read(ids)
-        return self.next_token(runner, prefill(runner, ids[tokens_read(self.cache) :], self.cache, self._progress))
+        return self.next_token(runner, prefill(runner, ids[tokens_read(self.cache) :], self.cache, self.progress))
 
     def next_token(self, runner: Runner, logits: Tensor) -> str:
         """Draw the token after `rows`.

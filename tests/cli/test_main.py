@@ -189,18 +189,8 @@ def test_a_stopped_command_says_whether_it_goes_on(command, goes_on, monkeypatch
 
     monkeypatch.setattr(cli.get_command(click.Context(cli), command), "invoke", stopped)
     assert in_this_process(monkeypatch, command, "a", *(["b"] if command == "generate" else [])) == 130
-    rest = "; what was measured is stored, the same command goes on" if goes_on else ""
+    rest = "; what was measured is stored, run the same command again to continue" if goes_on else ""
     assert capfd.readouterr().err.strip() == f"ropewalk: stopped{rest}"
-
-
-def test_nothing_on_standard_input_is_refused_and_a_file_as_prompt_is_named(tiny_folder, tmp_path):
-    empty = CliRunner().invoke(cli, ["generate", str(tmp_path / "none"), "-"], input="")
-    assert "standard input is empty" in str(empty.exception)
-    file = tmp_path / "long.txt"
-    file.write_text("import os")
-    done = CliRunner().invoke(cli, ["generate", str(tiny_folder), str(file), "--max-new-tokens", "1"])
-    assert done.exit_code == 0
-    assert f"the prompt is the name of a file; to read the file: - < {file}" in done.stderr
 
 
 def test_a_mistake_shows_no_traceback_in_the_shell():
@@ -251,7 +241,10 @@ def test_ctrl_c_keeps_finished_cells_and_says_so(tiny_folder, tmp_path):
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=240)
     assert running.returncode == 130, errors
-    assert errors.strip().endswith("ropewalk: stopped; what was measured is stored, the same command goes on")
+    assert errors.strip().endswith(
+        "ropewalk: stopped; what was measured is stored, run the same command again to continue"
+    )
+    assert "ropewalk: stopping\n" in errors
     assert "Traceback" not in errors
     assert len(results.read_text(encoding="utf-8").splitlines()) == 1
 

@@ -7,10 +7,10 @@ from typing import Any
 import click
 
 from .measurement import Measurement, deadline_in
-from .options import EXAMPLES, loads_a_model, measures, text_option
+from .options import EXAMPLES, command, loads_a_model, measures, text_option
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + '  ropewalk facts smollm2-135m --rope yarn:2 --rope "rerope:0.25x|logn"\n'
     "  ropewalk facts ./my-model --lengths 2x,4x --parts 4,16 --documents 10"
 )
@@ -69,7 +69,7 @@ def facts(
     asked.measure(model, planned, finish, name="facts", deadline=deadline)
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk endless smollm2-135m --lengths 128k\n"
     '  ropewalk endless ./my-model --rope sink-window:2k --rope "sink-window:window=2k,sinks=1" --lengths 1M'
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..engine.exports.serving_engines import TARGETS
-from .options import EXAMPLES, picture_option, rope_option
+from .options import EXAMPLES, command, picture_option, rope_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..scaling.reading import EngineReading
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + '  ropewalk export smollm2-135m out --rope "ntk-mixed:4"\n'
     "  ropewalk export ./my-model served --rope yarn:4 --target vllm\n"
     "  ropewalk export ./my-model long.gguf --rope ntk:4 --target llama.cpp --dtype q8_0\n"
@@ -56,7 +56,7 @@ def export(model: str, out: Path, rope: str, target: Any, length: str | None, dt
         click.echo(f"serve it by: {done.command}")
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk explain ./my-model\n  ropewalk explain ./my-model/config.json --length 64k\n"
     "  ropewalk explain model.gguf --out explain.png"
 )
@@ -169,7 +169,7 @@ def _print(readings: Sequence[EngineReading], tokens: int, console: Console) -> 
             console.print(f"[bold]{one.engine}[/] {escape(note)}", highlight=False)
 
 
-@click.command(epilog=EXAMPLES + "  ropewalk fetch\n  ropewalk fetch smollm2-135m shakespeare")
+@command(epilog=EXAMPLES + "  ropewalk fetch\n  ropewalk fetch smollm2-135m shakespeare")
 @click.argument("names", nargs=-1)
 def fetch(names: tuple[str, ...]) -> None:
     """Download built-in models and texts into the cache: NAMES, or all.

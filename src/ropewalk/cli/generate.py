@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,28 +11,32 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ..errors import DataError
-from .options import EXAMPLES, loads_a_model, rope_option
+from .options import EXAMPLES, command, json_option, loads_a_model, print_json, rope_option, sampling_options
+from .waiting import load_model, waiting
 
 if TYPE_CHECKING:
+    from ..engine.completion import Completion
     from ..engine.model import Model
     from ..engine.sampling import SamplingParams
 
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
-@click.command(
+
+@command(
     epilog=EXAMPLES + '  ropewalk generate smollm2-135m "Once upon a time" --rope auto\n'
-    "  cat book.txt | ropewalk generate ./my-model - --max-new-tokens 100 --temperature 0\n"
+    "  ropewalk generate ./my-model --file book.txt --max-new-tokens 100 --temperature 0\n"
+    "  ropewalk generate ./my-model --input prompts.jsonl --output answers.jsonl\n"
     '  ropewalk generate smollm2-135m "The captain of the ship is" --window 2k --contexts moby-dick.txt'
 )
 @click.argument("model")
-@click.argument("prompt")
-@click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False))
+@click.argument("prompt", required=False)
+@click.argument("files", nargs=-1)
 @rope_option(note=" auto is what to take without time to tune.")
-@click.option("--max-new-tokens", default=128, show_default=True, help="Most tokens to write.")
-@click.option("--temperature", default=0.7, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens that reach this probability.")
-@click.option("--top-k", default=0, show_default=True, help="Keep this many likeliest tokens; 0 keeps all.")
-@click.option("--seed", type=int, help="Seed that makes sampling repeatable.")
-@click.option("--stop", multiple=True, help="End the text before this string; may be repeated.")
+@click.option("--file", type=_FILE, help="Read the prompt from this file.")
+@sampling_options
+@click.option(
+    "--logprobs", type=int, help="With --json or --output: log-probabilities of each token and this many alternatives."
+)
 @click.option(
     "--continuation",
     type=click.Choice(["auto", "exact", "off"]),
@@ -46,7 +51,8 @@ if TYPE_CHECKING:
     help="PROMPT is a question over the FILES that follow, each read by itself (NBCE).",
 )
 @click.option(
-    "--window", help="Split FILES into windows of this many tokens, 2k, say, which overlap by an eighth, at sentences."
+    "--window",
+    help="Split FILES into windows of this many tokens, such as 2k, at sentences; they overlap by an eighth.",
 )
 @click.option(
     "--pooling",
@@ -56,56 +62,114 @@ if TYPE_CHECKING:
     help="How the answers of contexts become one: that of the least uncertain one, the mean, or the largest.",
 )
 @click.option(
+    "--input",
+    "prompts",
+    type=_FILE,
+    help="Answer many prompts: JSON lines with a field prompt and, if wanted, id (else the number of the line).",
+)
+@click.option(
+    "--output",
+    "answers",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="With --input: the answers, a JSON line each. Run again, it answers what is missing.",
+)
+@click.option(
     "--special-tokens",
     is_flag=True,
     help="Names of special tokens in PROMPT stand for them, as a chat template means it; else they are plain text.",
 )
 @loads_a_model
 @click.option("--max-length", help="Go past the scaler's reach, up to this length.")
+@json_option("model, rope, text, finish_reason, prompt_tokens, completion_tokens; logprobs and sources if asked for")
 def generate(
     model: str,
-    prompt: str,
+    prompt: str | None,
     files: tuple[str, ...],
     rope: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
-    stop: tuple[str, ...],
+    file: Path | None,
+    sampling: dict[str, Any],
+    logprobs: int | None,
     continuation: Literal["auto", "exact", "off"],
     over_contexts: bool,
     window: str | None,
     pooling: Literal["entropy", "mean", "max"],
+    prompts: Path | None,
+    answers: Path | None,
     special_tokens: bool,
     loading: dict[str, Any],
     max_length: str | None,
+    as_json: bool,
 ) -> None:
     """Continue PROMPT with MODEL.
 
     MODEL is a built-in name, a folder, a .gguf file or a hub id. PROMPT is the text itself, or - to read it from
-    standard input. The text is printed as it is written.
+    standard input; --file and --input take its place. The text is printed as it is written.
 
     With --contexts, the next token is drawn from one distribution: those after every one of FILES, each with PROMPT
-    behind it, are pooled. In a terminal every context has its colour, and so has what it answered. Contexts have no
-    order, a span of the answer comes from one of them, and a confident answer from a context that does not tell may
+    behind it, are pooled. In a terminal every context has its color, and so has what it answered. Contexts have no
+    order, a part of the answer comes from one of them, and a confident answer from a context that does not know may
     win.
-    """
-    from ..engine import tensor_parallel
-    from ..engine.load import load
-    from ..engine.sampling import SamplingParams
-    from ..engine.texts import read_prompt
-    from ..scaling.lengths import parse_length
 
-    params = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        stop=stop,
-        continuation=continuation,
-    )
+    With --input, answers are written as they are complete, in any order. A prompt that cannot be answered gets a line
+    with its error, and is tried again by the next run.
+    """
+    if over_contexts and prompt is not None and file is not None:
+        files = (prompt, *files)  # the first of the files is in the place of the prompt
+        prompt = None
+    _check_usage(prompt, files, file, over_contexts, window, prompts, answers)
+    if logprobs is not None and not (as_json or prompts):
+        raise click.UsageError("--logprobs are part of the JSON; add --json")
+    if as_json and prompts:
+        raise click.UsageError("--json prints one answer, and --output has a JSON line for each; leave out --json")
+    if prompts is None:
+        text = _read_prompt(prompt, file, over_contexts)
+    with waiting("starting"):
+        from ..engine.sampling import SamplingParams
+        from ..scaling.lengths import parse_length
+
+        params = SamplingParams(**sampling, logprobs=logprobs, continuation=continuation)
+    longest = parse_length(max_length) if max_length else None
+    settings = {**loading, "rope": rope, "max_length": longest, "special_tokens": special_tokens}
+    if prompts is not None and answers is not None:
+        from .batch import answer_all
+
+        answer_all(prompts, answers, model, rope, params, lambda: load_model(model, **settings))
+        return
+    if not (over_contexts or special_tokens):
+        _refuse_too_long(model, text, params, rope, longest)
+    loaded = load_model(model, **settings)
+    if over_contexts:
+        assert isinstance(text, str)
+        size = parse_length(window, loaded.trained_length) if window else None
+        _answer_over_files(loaded, text, files, size, pooling, params, as_json)
+    else:
+        _continue(loaded, text, params, as_json)
+
+
+def _check_usage(
+    prompt: str | None,
+    files: tuple[str, ...],
+    file: Path | None,
+    over_contexts: bool,
+    window: str | None,
+    prompts: Path | None,
+    answers: Path | None,
+) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        click.UsageError: with the next step.
+    """
+    sources = [name for name, given in (("PROMPT", prompt), ("--file", file), ("--input", prompts)) if given]
+    if len(sources) > 1:
+        raise click.UsageError(f"{' and '.join(sources)} each give the prompt; leave out one of them")
+    if not sources and prompt is None:
+        raise click.UsageError("there is no prompt; give PROMPT, - for standard input, --file or --input")
+    if (prompts is None) != (answers is None):
+        given, missing = ("--input", "--output") if answers is None else ("--output", "--input")
+        raise click.UsageError(f"{given} needs {missing}, a .jsonl file each")
+    if over_contexts and prompts:
+        raise click.UsageError("--contexts takes one question; leave out --input")
     if over_contexts != bool(files):
         raise click.UsageError(
             "--contexts needs the files to ask: --contexts a.txt b.txt"
@@ -114,27 +178,35 @@ def generate(
         )
     if window and not over_contexts:
         raise click.UsageError("--window splits the files of --contexts, and there are none")
-    text = read_prompt(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
-    if prompt == "-" and not text:
-        raise DataError("standard input is empty; pipe a text into it, or give the prompt itself in the place of -")
-    if prompt != "-" and _is_file(prompt):
-        click.echo(f"ropewalk: the prompt is the name of a file; to read the file: - < {prompt}", err=True)
+
+
+def _read_prompt(prompt: str | None, file: Path | None, over_contexts: bool) -> str | bytes:
+    """The text of the prompt.
+
+    Returns:
+        Bytes where a file or standard input ends inside a character.
+
+    Raises:
+        DataError: there is none, it is not UTF-8, or it is the name of a file.
+    """
+    if prompt is not None and prompt != "-":
+        if _is_file(prompt):
+            raise DataError(
+                f"the prompt {prompt} is the name of a file; add --file {prompt} in its place to continue the file's "
+                "text, or pipe the name in (- as PROMPT) to continue the name"
+            )
+        return prompt
+    with waiting("reading the prompt"):
+        from ..engine.texts import read_prompt
+
+    name = "standard input" if file is None else str(file)
+    text = read_prompt(sys.stdin.buffer.read() if file is None else file.read_bytes(), name)
+    if not text:
+        way = "pipe a text into it, or give the prompt itself in the place of -" if file is None else "give another one"
+        raise DataError(f"{name} is empty; {way}")
     if over_contexts and isinstance(text, bytes):
-        raise DataError("standard input ends inside a character; a question over --contexts is a whole text")
-    longest = parse_length(max_length) if max_length else None
-    loaded = load(model, rope=rope, **loading, max_length=longest, special_tokens=special_tokens)
-    if over_contexts:
-        assert isinstance(text, str)
-        size = parse_length(window, loaded.trained_length) if window else None
-        _answer_over_files(loaded, text, files, size, pooling, params)
-        return
-    shown = tensor_parallel.is_first()
-    for piece in loaded.stream(text, params):
-        if shown:
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
-    if shown:
-        click.echo()
+        raise DataError(f"{name} ends inside a character; a question over --contexts is a whole text")
+    return text
 
 
 def _is_file(prompt: str) -> bool:
@@ -142,6 +214,95 @@ def _is_file(prompt: str) -> bool:
         return Path(prompt).is_file()
     except OSError:  # longer than a name can be
         return False
+
+
+def _refuse_too_long(model: str, text: str | bytes, params: SamplingParams, rope: str, limit: int | None) -> None:
+    """Refuse a prompt that the scaler does not reach before any weight is read.
+
+    Raises:
+        ContextOverflow: as `Model.generate` does.
+    """
+    from ..engine.checkpoints.checkpoint import read_tokenizer
+    from ..engine.checkpoints.config import find_config, primary_rope
+    from ..engine.scaled_model import too_long
+    from ..scaling import Auto, parse
+    from ..tokenizer_tools.vocabularies import vocabulary
+
+    source, config = find_config(model)
+    configured = primary_rope(config)
+    scaler = parse(rope, configured.max_length)
+    reach = float("inf") if isinstance(scaler, Auto) else configured.reach(scaler)
+    most = reach if limit is None else limit
+    whole = text if isinstance(text, str) else text.decode(errors="ignore")
+    if len(whole.encode()) + params.max_new_tokens <= most:
+        return  # a token is a byte at least
+    with waiting("counting the tokens of the prompt"):
+        tokens = len(vocabulary(read_tokenizer(source)).encode(whole))
+    if tokens + params.max_new_tokens > most:
+        raise too_long(tokens, params, model, scaler, reach, limit)
+
+
+def _continue(model: Model, text: str | bytes, params: SamplingParams, as_json: bool) -> None:
+    """Print the text as it is written, or the answer as JSON; on standard error, how much was read."""
+    from ..engine.generation import generate_tokens
+    from ..engine.sequence import Sequence
+
+    prompt = model.read(text, params.continuation)
+    length = model.check_length(len(prompt.ids), params)
+    with waiting("reading the prompt", len(prompt.certain_ids)) as advance:
+        sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids, progress=lambda _, count: advance(count))
+        pieces = (piece for _, piece in generate_tokens(model, [sequence], length))
+        first = next(pieces)
+    if as_json:
+        with waiting("writing", params.max_new_tokens) as advance:
+            for _ in pieces:
+                advance(1)
+        print_json(
+            {"model": model.name, "rope": str(model.rope_at(length)), **answer_fields(model, sequence.completion())}
+        )
+        return
+    _print_piece(first)
+    for piece in pieces:
+        _print_piece(piece)
+    _print_piece("\n")
+
+
+def _print_piece(piece: str, color: str | None = None) -> None:
+    from ..engine import tensor_parallel
+
+    if piece and tensor_parallel.is_first():
+        click.secho(piece, fg=color, nl=False)
+        sys.stdout.flush()
+
+
+def answer_fields(model: Model, completion: Completion) -> dict[str, Any]:
+    """What JSON says of an answer."""
+    fields: dict[str, Any] = {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.usage.prompt_tokens,
+        "completion_tokens": completion.usage.completion_tokens,
+    }
+    if completion.logprobs is not None:
+        fields["logprobs"] = [
+            {
+                "token": _token_text(model, token.id),
+                "id": token.id,
+                "logprob": token.logprob,
+                "top": [
+                    {"token": _token_text(model, other), "id": other, "logprob": logprob}
+                    for other, logprob in (token.top or {}).items()
+                ],
+            }
+            for token in completion.logprobs
+        ]
+    return fields
+
+
+def _token_text(model: Model, token: int) -> str:
+    """A token as text, with bytes that are no character as \\xe4; "" for one that the tokenizer does not have."""
+    tokens = model.vocabulary.tokens
+    return tokens[token].decode(errors="backslashreplace") if token < len(tokens) else ""
 
 
 _COLORS = ("cyan", "yellow", "green", "magenta", "blue", "red")
@@ -154,8 +315,9 @@ def _answer_over_files(
     window: int | None,
     pooling: Literal["entropy", "mean", "max"],
     params: SamplingParams,
+    as_json: bool,
 ) -> None:
-    """Print the answer as it is decided; on standard error, which context it relied on.
+    """Print the answer as it is decided; on standard error, which context it relied on. Or print all that as JSON.
 
     Args:
         window: tokens of the windows that files are split into; None takes every file whole.
@@ -172,20 +334,24 @@ def _answer_over_files(
         contexts += parts
         labels += [label if len(parts) == 1 else f"{label}, part {n} of {len(parts)}" for n in range(1, len(parts) + 1)]
     answer = model.over_contexts(question, contexts, pooling, params)
-    shown = tensor_parallel.is_first()
-    for piece in answer.pieces():
+    with waiting("reading the contexts", answer.prompt_tokens) as advance:
+        answer.progress = lambda _, count: advance(count)
+        pieces = answer.pieces()
+        first = next(pieces, "")
+    for piece in itertools.chain([first], pieces):
         source = answer.tokens[-1].source
-        if shown and source is not None:
-            click.secho(piece, fg=_COLORS[source % len(_COLORS)], nl=False)
-            sys.stdout.flush()
-    if not shown:
+        if not as_json and source is not None:
+            _print_piece(piece, _COLORS[source % len(_COLORS)])
+    counts = Counter(labels[token.source] for token in answer.tokens if token.source is not None)
+    if as_json:
+        fields = answer_fields(model, answer.completion())
+        print_json({"model": model.name, "rope": str(model.rope), **fields, "sources": dict(counts.most_common())})
         return
-    click.echo()
-    counts = Counter(token.source for token in answer.tokens)
-    for source, count in counts.most_common():
-        assert source is not None
-        share = f"{count / len(answer.tokens):>4.0%} of the answer  "
-        click.secho(share + labels[source], fg=_COLORS[source % len(_COLORS)], err=True)
+    _print_piece("\n")
+    if tensor_parallel.is_first():
+        for label, count in counts.most_common():
+            share = f"{count / len(answer.tokens):>4.0%} of the answer  "
+            click.secho(share + label, fg=_COLORS[labels.index(label) % len(_COLORS)], err=True)
 
 
 def _documents(file: str) -> dict[str, str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from ..errors import RopewalkError, RopewalkWarning, Setting
+from ..errors import RopewalkError
 from ..version import __version__
+from .messages import shell_message, stopping_said, warning_line
 from .options import place
 
 GROUPS = {
@@ -55,6 +56,10 @@ GROUPS = {
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
+HANDLE_CTRL_C = {"chat", "serve"}
+"""Commands that Ctrl-C does not end at once."""
+
+
 class LazyGroup(click.Group):
     """Imports a command only when it is run or asked for its own help."""
 
@@ -81,12 +86,15 @@ class LazyGroup(click.Group):
         Raises:
             click.Abort: Ctrl-C; it says whether the command can go on.
         """
+        handles_ctrl_c = {*ctx._protected_args, *ctx.args} & HANDLE_CTRL_C
         try:
-            return super().invoke(ctx)
+            with contextlib.nullcontext() if handles_ctrl_c else stopping_said():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
-            goes_on = command is not None and any(map(_is_folder_of_results, command.params))
-            raise click.Abort("; what was measured is stored, the same command goes on" if goes_on else "") from None
+            resumes = command is not None and any(map(_is_folder_of_results, command.params))
+            rest = "; what was measured is stored, run the same command again to continue" if resumes else ""
+            raise click.Abort(rest) from None
         except RopewalkError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             if command is not None:
@@ -105,37 +113,6 @@ def _is_folder_of_results(option: click.Parameter) -> bool:
     return option.name == "out" and isinstance(option.type, click.Path) and not option.type.file_okay
 
 
-def shell_message(parts: Iterable[object], command: click.Command) -> str:
-    """The message of an error with its settings as options: `add --max-length 9000`, not `load with max_length=9000`.
-
-    Settings that `command` has no option for stay as Python has them.
-    """
-    options = {name: option for option in command.params if isinstance(option, click.Option) for name in option.opts}
-
-    def shown(part: object) -> str:
-        option = options.get(f"--{part.name.replace('_', '-')}") if isinstance(part, Setting) else None
-        return str(part) if option is None or not isinstance(part, Setting) else _as_option(part, option)
-
-    return "".join(map(shown, parts))
-
-
-def _as_option(setting: Setting, option: click.Option) -> str:
-    if setting.form == "name":
-        return option.opts[0]
-    if option.is_flag:
-        text = (option.opts if setting.value else option.secondary_opts)[0]
-    else:
-        text = f"{option.opts[0]} {setting.value}"
-    return f"add {text}" if setting.form in ("load", "model") else text
-
-
-def _warning_line(message: Warning | str) -> str:
-    context = click.get_current_context(silent=True)
-    if isinstance(message, RopewalkWarning) and context is not None:
-        return f"ropewalk: {shell_message(message.args, context.command)}\n"
-    return f"ropewalk: {message}\n"
-
-
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def cli() -> None:
@@ -149,11 +126,10 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: errors that ropewalk raises on purpose become one sentence and exit code 2."""
-    warnings.formatwarning = lambda message, *_, **__: _warning_line(message)
+    warnings.formatwarning = lambda message, *_, **__: warning_line(message)
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        if exit_code := cli(prog_name="ropewalk", standalone_mode=False):
+            sys.exit(exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)

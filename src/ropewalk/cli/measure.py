@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .measurement import Measurement, ModelTarget, deadline_in
-from .options import EXAMPLES, folder_option, loads_a_model, measures, runs_anywhere, text_option
+from .options import EXAMPLES, command, folder_option, loads_a_model, measures, runs_anywhere, text_option
 
 
 def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-@click.command(
+@command(
     epilog=EXAMPLES
     + "  ropewalk ppl smollm2-135m --rope none --rope yarn:2 --lengths 0.25x,1x,2x --text shakespeare\n"
     + "  ropewalk ppl ./my-model --rope ntk:8 --lengths 8k,32k --text book.txt --out runs/a\n"
@@ -101,7 +101,7 @@ def ppl(
     asked.carry_out(model, cells, name=Path(text).stem, title=title, deadline=deadline)
 
 
-@click.command(epilog=EXAMPLES + "  ropewalk demo\n  ropewalk demo --full --out runs/full")
+@command(epilog=EXAMPLES + "  ropewalk demo\n  ropewalk demo --full --out runs/full")
 @click.option("--full", is_flag=True, help="Go to four times the trained length, and take the time it takes.")
 @click.option(
     "--max-minutes",
@@ -122,7 +122,7 @@ def demo(full: bool, max_minutes: float, out: Path) -> None:
     run_demo(full=full, max_minutes=None if full else max_minutes, out=out)
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk continuation smollm2-135m --cuts 40\n"
     "  ropewalk continuation ./my-model --text book.txt --out runs/book"
 )
@@ -144,7 +144,7 @@ def continuation(model: str, text: str | None, cuts: int, seed: int, loading: di
     compare(model, text, cuts=cuts, seed=seed, loading=loading, out=out)
 
 
-@click.command(
+@command(
     context_settings={"ignore_unknown_options": True},
     epilog="\b\nExamples:\n"
     "  ropewalk lm-eval run --model ropewalk --model_args model=smollm2-135m,rope=yarn:2 --tasks lambada_openai\n"

@@ -1,8 +1,10 @@
-"""The options that commands share, and the heading of examples."""
+"""The options that commands share, the headings of options in a help page, and the heading of examples."""
 
 from __future__ import annotations
 
 import functools
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,76 @@ Decorator = Callable[[Any], Any]
 
 _FIRST = ("rope", "ropes", "lengths", "length", "text")
 _LOADING = ("endpoint", "served_as", "dtype", "kv_dtype", "offload", "device_map", "tp_plan", "compile", "max_length")
-_LAST = ("seed", *_LOADING, "out", "max_minutes", "dry_run", "as_json")
+_HEADINGS: dict[str, tuple[str, ...]] = {
+    "Answer": (
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "stop",
+        "max_time",
+        "logprobs",
+        "continuation",
+    ),
+    "Contexts": ("over_contexts", "window", "pooling"),
+    "Many prompts": ("prompts", "answers"),
+    "Loading the model": _LOADING,
+    "Results": ("out", "max_minutes", "dry_run", "as_json"),
+}
+"""Headings of a help page, and the options below each; all others come first, below "Options"."""
+
+_UNDER = {name: heading for heading, names in _HEADINGS.items() for name in names}
+_ORDER = [name for names in _HEADINGS.values() for name in names]
 
 
 def place(parameter: click.Parameter) -> int:
-    """Where an option stands in the help of every command: what is measured, the command's own, how it runs, where
+    """Where an option is in the help of every command: what is measured, the command's own, how it runs, where
     results go."""
     name = parameter.name or ""
     if isinstance(parameter, click.Argument):
         return 0
     if name in _FIRST:
         return 1 + _FIRST.index(name)
-    return 100 + (1 + _LAST.index(name) if name in _LAST else 0)
+    if name == "seed":
+        return 101
+    return 102 + _ORDER.index(name) if name in _ORDER else 100
+
+
+class Command(click.Command):
+    """A command whose help page has its options below headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, those of each heading in a section of their own."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(_UNDER.get(parameter.name or "", "Options"), []).append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def command(name: str | None = None, **settings: Any) -> Callable[[Callable[..., None]], Command]:
+    """`click.command` with headings."""
+    return click.command(name, cls=Command, **settings)
+
+
+def json_option(of: str) -> Decorator:
+    """`--json`; the command gets it as `as_json`.
+
+    Args:
+        of: the fields of the object that is printed, for the help.
+    """
+    return click.option("--json", "as_json", is_flag=True, help=f"Print one line of JSON: {of}.")
+
+
+def print_json(value: object) -> None:
+    """One line of JSON on standard output; from the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def rope_option(default: str | None = "none", note: str = "") -> Decorator:
@@ -122,6 +182,41 @@ def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
         command(*args, loading=loading, **kwargs)
 
     for option in reversed(_LOADING_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+_SAMPLING_OPTIONS = (
+    click.option("--max-new-tokens", default=256, show_default=True, help="Most tokens to write."),
+    click.option("--temperature", default=1.0, show_default=True, help="0 takes the likeliest token."),
+    click.option(
+        "--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens that reach this probability."
+    ),
+    click.option("--top-k", default=0, show_default=True, help="Keep this many likeliest tokens; 0 keeps all."),
+    click.option(
+        "--min-p", default=0.0, show_default=True, help="Keep tokens at least this fraction as likely as the likeliest."
+    ),
+    click.option(
+        "--repetition-penalty",
+        default=1.0,
+        show_default=True,
+        help="Above 1, tokens that are in the text already become less likely.",
+    ),
+    click.option("--stop", multiple=True, help="End the text before this string; may be repeated."),
+    click.option("--max-time", type=float, help="Most seconds to write; the token in progress then is the last."),
+    click.option("--seed", type=int, help="Seed that makes sampling repeatable."),
+)
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options; the command gets them as `sampling`, keywords for `SamplingParams`, whose defaults they have."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "max_time")
+        command(*args, sampling={name: kwargs.pop(name) for name in (*names, "seed")}, **kwargs)
+
+    for option in reversed(_SAMPLING_OPTIONS):
         wrapped = option(wrapped)
     return wrapped
 

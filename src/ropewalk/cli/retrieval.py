@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .measurement import Measurement, ModelTarget, deadline_in
-from .options import EXAMPLES, measures, runs_anywhere, text_option
+from .options import EXAMPLES, command, measures, runs_anywhere, text_option
 
 if TYPE_CHECKING:
     from ..evals.models.local import LocalModel
@@ -43,7 +43,7 @@ def _asks(*own: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda command: shared(runs_anywhere(command))
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk passkey smollm2-135m --lengths 2k --trials 5\n"
     "  ropewalk passkey smollm2-135m --rope none --rope yarn:2 --lengths 1x,2x --depths 0.1,0.5,0.9\n"
     "  ropewalk passkey ./exported --endpoint http://localhost:8000/v1 --lengths 4k,8k"
@@ -58,7 +58,7 @@ def passkey(**options: Any) -> None:
     _run("passkey", **options)
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk niah smollm2-135m --lengths 4k,8k --text shakespeare\n"
     "  ropewalk niah ./my-model --rope yarn:4 --lengths 8k,32k --depths 0,0.5,1 --out runs/niah"
 )
@@ -72,7 +72,7 @@ def niah(**options: Any) -> None:
     _run("niah", **options)
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk kv smollm2-135m --lengths 4k,8k\n"
     "  ropewalk kv ./my-model --rope none --rope ntk:8 --lengths 1x,4x --depths 0.5"
 )
@@ -85,7 +85,7 @@ def kv(**options: Any) -> None:
     _run("kv", **options)
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk ruler smollm2-135m --lengths 4k,8k\n"
     "  ropewalk ruler smollm2-135m --tasks niah_single_2,vt --lengths 2k --trials 5"
 )
@@ -105,7 +105,7 @@ def ruler(tasks: str, **options: Any) -> None:
     _run(RULER, tasks=tasks, **options)
 
 
-@click.command(epilog=EXAMPLES + "  ropewalk ask niah_single_2 smollm2-135m --lengths 2k --trials 5")
+@command(epilog=EXAMPLES + "  ropewalk ask niah_single_2 smollm2-135m --lengths 2k --trials 5")
 @click.argument("task")
 @_asks(_DEPTHS, _TEXT)
 def ask(task: str, text: str, **options: Any) -> None:

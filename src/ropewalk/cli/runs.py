@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from .measurement import Measurement, deadline_in
-from .options import EXAMPLES, loads_a_model, measures, text_option
+from .options import EXAMPLES, command, loads_a_model, measures, text_option
 
 _FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
 _NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-@click.command(
+@command(
     "all",
     epilog=EXAMPLES + "  ropewalk all smollm2-135m --preset smoke\n"
     '  ropewalk all ./my-model --rope none --rope yarn:4 --rope "rerope:2k|logn" --preset full --out runs/mine',
@@ -55,7 +55,7 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
     asked.carry_out(loaded, cells, name=preset, title=title, deadline=deadline_in(minutes))
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk report runs/smollm2-135m-quick\n"
     "  ropewalk report runs/monday runs/tuesday --out runs/both"
 )
@@ -77,7 +77,7 @@ def report(runs: tuple[Path, ...], out: Path | None, title: str | None) -> None:
     print_results(run, files, [], new_console())
 
 
-@click.command(epilog=EXAMPLES + "  ropewalk compare runs/float32 runs/int8")
+@command(epilog=EXAMPLES + "  ropewalk compare runs/float32 runs/int8")
 @click.argument("a", type=_FOLDER)
 @click.argument("b", type=_FOLDER)
 def compare(a: Path, b: Path) -> None:
@@ -102,7 +102,7 @@ def compare(a: Path, b: Path) -> None:
         console.print(f"Without a partner: {found.only_a} rows of A, {found.only_b} of B.")
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk reconstruct runs/smollm2-135m-passkey --row 3\n"
     "  ropewalk reconstruct runs/smollm2-135m-passkey --row 3 | tail -c 300"
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import EXAMPLES, picture_option
+from .options import EXAMPLES, command, picture_option
 
 if TYPE_CHECKING:
     from ..scaling.base import BaseRule
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..scaling.hf import ConfiguredRope
 
 
-@click.command(epilog=EXAMPLES + "  ropewalk scalers")
+@command(epilog=EXAMPLES + "  ropewalk scalers")
 def scalers() -> None:
     """List every method: its spec, its fields with their defaults, what it does, and its source."""
     from ..scaling.spec import scalers as summaries
@@ -26,7 +26,7 @@ def scalers() -> None:
         click.echo(f"    {method.summary}\n    [{method.facet or 'no facet'}; {method.source}]")
 
 
-@click.command(
+@command(
     epilog=EXAMPLES
     + '  ropewalk show yarn:4\n  ropewalk show "rerope:2k|logn" --length 64k\n'
     + '  ropewalk show "ntk:8|resonance" --dim 128 --base 5e5 --trained 8k --length 64k'
@@ -57,7 +57,7 @@ def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) 
 _DIM = 128
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk base 128k --dim 128\n  ropewalk base 32k --dim 128 --base 5e5\n"
     "  ropewalk base 128k --dim 128 --base 1e4 --trained 4k\n"
     "  ropewalk base 4x --model smollm2-135m --out base.png"

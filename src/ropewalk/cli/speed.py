@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import EXAMPLES, lengths_option, rope_option, ropes_option, text_option
+from .options import EXAMPLES, command, lengths_option, rope_option, ropes_option, text_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +15,7 @@ _OF_MAPS = {"ropes": "--rope", "decode": "--decode", "public_form": "--public-fo
 _OF_PEERS = {"new_tokens": "--new-tokens", "prefill_repeats": "--prefill-repeats", "threads": "--threads"}
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk speed smollm2-135m\n"
     '  ropewalk speed ./my-model --rope "rerope:2k|logn" --lengths 4k,8k --public-form\n'
     "  ropewalk speed smollm2-135m --against hf,llama.cpp\n"
@@ -177,7 +177,7 @@ def _peers(
     click.echo(json.dumps(as_json(result, about)))
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk memory smollm2-135m --lengths 16k --against-hf\n"
     "  ropewalk memory ./my-model --rope yarn:4 --lengths 8k,32k --dtype float32"
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from .options import EXAMPLES, text_option
+from .options import EXAMPLES, command, text_option
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk vocab smollm2-135m\n"
     "  ropewalk vocab ./my-model --text book.txt --cuts 5000\n"
     "  ropewalk vocab tokenizer.json --text stdlib --json"

@@ -1,0 +1,186 @@
+"""`ropewalk generate --input`: many prompts from a file, and their answers in another, which a second run completes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from ..errors import DataError, RopewalkError, first_line
+from .generate import answer_fields
+from .messages import shell_message
+from .waiting import waiting
+
+if TYPE_CHECKING:
+    from ..engine.completion import Completion
+    from ..engine.model import Model
+    from ..engine.prompt import Prompt
+    from ..engine.sampling import SamplingParams
+
+Id = str | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A line of the input: a prompt, or why it has none."""
+
+    id: Id
+    prompt: str = ""
+    error: str | None = None
+
+
+def answer_all(
+    source: Path, target: Path, model: str, rope: str, params: SamplingParams, open_model: Callable[[], Model]
+) -> None:
+    """Answer the prompts of `source` that have no answer in `target` yet, and append the answers as they are complete.
+
+    Args:
+        open_model: called if there is anything to answer.
+
+    Raises:
+        DataError: a file cannot be read, two lines have the same id, or `target` has answers of another model or of
+            other settings.
+        click.exceptions.Exit: some prompts cannot be answered; exit code 1.
+        click.Abort: Ctrl-C.
+    """
+    settings = {"model": model, "rope": rope, "sampling": _changed(params)}
+    requests = list(_requests(source))
+    answered = _answered(target, settings)
+    todo = [request for request in requests if request.id not in answered]
+    if len(todo) < len(requests):
+        click.echo(f"ropewalk: {len(requests) - len(todo)} of {len(requests)} are in {target} already", err=True)
+    if not todo:
+        return
+    loaded = open_model()
+    failed = 0
+    try:
+        with target.open("a", encoding="utf-8") as file, waiting("answering", len(todo), "prompts") as advance:
+
+            def write(request: Request, fields: dict[str, Any]) -> None:
+                _write(file, {"id": request.id, **settings, **fields})
+                advance(1)
+
+            prompts: list[tuple[Request, Prompt]] = []
+            for request in todo:
+                prompt = _read(loaded, request, params)
+                if isinstance(prompt, str):
+                    write(request, {"error": prompt})
+                    failed += 1
+                else:
+                    prompts.append((request, prompt))
+            _answer(loaded, prompts, params, write)
+    except KeyboardInterrupt:
+        raise click.Abort(f"; complete answers are in {target}, run the same command again to continue") from None
+    if failed:
+        click.echo(f"ropewalk: {failed} of {len(todo)} have an error in {target} instead of an answer", err=True)
+        raise click.exceptions.Exit(1)
+
+
+def _changed(params: SamplingParams) -> dict[str, Any]:
+    """The sampling parameters that differ from the defaults, as JSON has them."""
+    usual = dataclasses.asdict(type(params)())
+    changed = {name: value for name, value in dataclasses.asdict(params).items() if value != usual[name]}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
+
+def _answer(
+    model: Model,
+    prompts: list[tuple[Request, Prompt]],
+    params: SamplingParams,
+    write: Callable[[Request, dict[str, Any]], None],
+) -> None:
+    from ..engine.generation import complete_all
+
+    def ended(index: int, completion: Completion) -> None:
+        write(prompts[index][0], answer_fields(model, completion))
+
+    complete_all(model, [prompt for _, prompt in prompts], params, ended)
+
+
+def _read(model: Model, request: Request, params: SamplingParams) -> Prompt | str:
+    """The prompt's tokens, or why it cannot be answered."""
+    if request.error is not None:
+        return request.error
+    try:
+        prompt = model.read(request.prompt, params.continuation)
+        model.check_length(len(prompt.ids), params)
+    except RopewalkError as error:
+        return shell_message(error.args, click.get_current_context().command)
+    return prompt
+
+
+def _write(file: TextIO, line: dict[str, Any]) -> None:
+    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def _requests(source: Path) -> Iterator[Request]:
+    from ..engine.texts import read_prompt
+
+    text = read_prompt(source.read_bytes(), str(source))
+    if isinstance(text, bytes):
+        raise DataError(f"{source} ends inside a character; it is cut off")
+    seen: set[Id] = set()
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            request = _request(line, number)
+            if request.id in seen:
+                raise DataError(f"{source}, line {number}: the id {request.id!r} is that of an earlier line too")
+            seen.add(request.id)
+            yield request
+    if not seen:
+        raise DataError(f'{source} has no prompts; write one JSON object a line, such as {{"prompt": "Once"}}')
+
+
+def _request(line: str, number: int) -> Request:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Request(id=number, error=f"line {number} is not JSON ({first_line(error)})")
+    if not isinstance(record, dict):
+        return Request(id=number, error=f"line {number} is not a JSON object with a field prompt")
+    given = record.get("id", number)
+    if not isinstance(given, str | int):
+        return Request(id=number, error=f"the id {given!r} of line {number} must be a string or a whole number")
+    if not isinstance(record.get("prompt"), str):
+        has = f"has {', '.join(map(repr, record))}" if record else "is empty"
+        return Request(id=given, error=f"line {number} has no field prompt that is a string; it {has}")
+    return Request(id=given, prompt=record["prompt"])
+
+
+def _answered(target: Path, settings: dict[str, Any]) -> set[Id]:
+    """The ids that have an answer. A last line that a killed run left unfinished is removed from the file.
+
+    Raises:
+        DataError: the file holds something else, or answers under other settings.
+    """
+    if not target.exists():
+        return set()
+    raw = target.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    answered: set[Id] = set()
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            given = {name: record[name] for name in settings}
+            if "error" not in record:
+                answered.add(record["id"])
+        except (ValueError, KeyError, TypeError):
+            raise DataError(
+                f"{target}, line {number} is not an answer of this command; name another --output"
+            ) from None
+        if other := next((name for name in settings if given[name] != settings[name]), None):
+            raise DataError(
+                f"{target} has answers under {other} {given[other]}, and this run has {settings[other]}; name another "
+                "--output"
+            )
+    if len(whole) < len(raw):
+        click.echo(f"ropewalk: the last line of {target} is unfinished; it is removed, and answered again", err=True)
+        with target.open("r+b") as file:
+            file.truncate(len(whole))
+    return answered

@@ -1,0 +1,76 @@
+"""What the shell says: errors and warnings with settings as options, and that Ctrl-C was noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+
+import click
+
+from ..errors import RopewalkWarning, Setting
+
+
+def shell_message(parts: Iterable[object], command: click.Command) -> str:
+    """The message of an error with its settings as options: `add --max-length 9000`, not `load with max_length=9000`.
+
+    Settings that `command` has no option for stay as Python has them.
+    """
+    options = {name: option for option in command.params if isinstance(option, click.Option) for name in option.opts}
+
+    def shown(part: object) -> str:
+        option = options.get(f"--{part.name.replace('_', '-')}") if isinstance(part, Setting) else None
+        return str(part) if option is None or not isinstance(part, Setting) else _as_option(part, option)
+
+    return "".join(map(shown, parts))
+
+
+def _as_option(setting: Setting, option: click.Option) -> str:
+    if setting.form == "name":
+        return option.opts[0]
+    if option.is_flag:
+        text = (option.opts if setting.value else option.secondary_opts)[0]
+    else:
+        text = f"{option.opts[0]} {setting.value}"
+    return f"add {text}" if setting.form in ("load", "model") else text
+
+
+def warning_line(message: Warning | str) -> str:
+    """A warning as one line of standard error."""
+    context = click.get_current_context(silent=True)
+    if isinstance(message, RopewalkWarning) and context is not None:
+        return f"ropewalk: {shell_message(message.args, context.command)}\n"
+    return f"ropewalk: {message}\n"
+
+
+@contextlib.contextmanager
+def stopping_said() -> Iterator[None]:
+    """Say "stopping" on standard error as soon as Ctrl-C is pressed.
+
+    Python raises KeyboardInterrupt only between two of its own instructions, and a kernel may run for seconds. The
+    signal wakes a thread, which runs while the kernel does.
+    """
+    if threading.current_thread() is not threading.main_thread() or os.name != "posix":
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    watching = threading.Thread(target=_watch, args=(reading,), daemon=True)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watching.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        watching.join()
+        os.close(reading)
+
+
+def _watch(reading: int) -> None:
+    while numbers := os.read(reading, 1):
+        if numbers[0] == signal.SIGINT:
+            os.write(2, b"\nropewalk: stopping\n")  # at once: sys.stderr may be locked by what is interrupted
+            return

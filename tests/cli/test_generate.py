@@ -1,0 +1,215 @@
+"""`ropewalk generate`: where the prompt comes from, JSON, many prompts, and what is shown meanwhile."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import ropewalk as rw
+from ropewalk.cli import waiting as waiting_module
+from ropewalk.cli.main import cli
+from ropewalk.cli.messages import stopping_said
+
+
+@pytest.fixture
+def generate(tiny_folder):
+    """Run the command on the tiny model; the likeliest tokens, 4 of them."""
+
+    def run(*arguments, **options):
+        words = ["generate", str(tiny_folder), *map(str, arguments), "--temperature", "0", "--max-new-tokens", "4"]
+        return CliRunner().invoke(cli, words, **options)
+
+    return run
+
+
+def test_the_defaults_are_those_of_sampling_params():
+    command, params = cli.get_command(click.Context(cli), "generate"), rw.SamplingParams()
+    defaults = {option.name: option.default for option in command.params if hasattr(params, option.name)}
+    named = set(params.__dataclass_fields__)
+    assert set(defaults) == named
+    for name in named - {"stop"}:
+        assert defaults[name] in (getattr(params, name), click.core.UNSET), name
+
+
+def test_a_prompt_from_a_file_or_standard_input(generate, tmp_path):
+    (file := tmp_path / "p.txt").write_text("import os\n")
+    given = generate("import os\n")
+    assert given.exit_code == 0 and given.output.strip()
+    assert generate("--file", file).output == given.output
+    assert generate("-", input="import os\n").output == given.output
+
+
+MISTAKES = {
+    "the name of a file": (["FILE"], "is the name of a file; add --file"),
+    "an empty file": (["--file", "EMPTY"], "is empty; give another one"),
+    "empty standard input": (["-"], "standard input is empty; pipe a text into it"),
+    "two prompts": (["x", "--file", "FILE"], "PROMPT and --file each give the prompt"),
+    "no prompt": ([], "there is no prompt; give PROMPT, - for standard input, --file or --input"),
+    "two words": (["x", "y"], "y is a second prompt; put prompts of several words in quotes"),
+    "logprobs as text": (["x", "--logprobs", "2"], "--logprobs are part of the JSON; add --json"),
+    "input alone": (["--input", "FILE"], "--input needs --output"),
+    "output alone": (["x", "--output", "FILE"], "--output needs --input"),
+    "no context": (["x", "gone.txt", "--contexts"], "gone.txt cannot be read as a context: No such file"),
+    "latin-1 as a context": (["x", "LATIN", "--contexts"], "convert it with `iconv -f ENCODING -t UTF-8`"),
+    "a number out of range": (["x", "--min-p", "2"], "--min-p 2 must be between 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_name_the_next_step(name, generate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file, data in (("FILE", b"a text"), ("EMPTY", b""), ("LATIN", b"caf\xe9 au lait")):
+        (tmp_path / file).write_bytes(data)
+    arguments, message = MISTAKES[name]
+    done = generate(*arguments, input="")
+    assert done.exit_code
+    assert message in done.output + str(done.exception)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_the_weights_are_read(generate, monkeypatch):
+    monkeypatch.setattr("ropewalk.cli.generate.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    refused = str(generate("import os\n" * 200).exception)
+    assert "600 prompt tokens and --max-new-tokens 4 make 604, more than the 256" in refused
+    assert refused.endswith("add --rope auto, shorten the prompt, or add --max-length 604 to go there anyway")
+    assert "more than the 300" in str(generate("import os\n" * 200, "--max-length", "300").exception)
+
+
+def test_json_has_the_answer_and_the_log_probabilities(generate, tiny_folder):
+    shown = json.loads(generate("import os\n", "--json", "--logprobs", "2").stdout)
+    params = rw.SamplingParams(temperature=0, max_new_tokens=4, logprobs=2)
+    answer = rw.load(tiny_folder).generate("import os\n", params)
+    assert (shown["text"], shown["finish_reason"], shown["rope"]) == (answer.text, "length", "none")
+    assert (shown["prompt_tokens"], shown["completion_tokens"]) == (answer.usage.prompt_tokens, 4)
+    assert [token["id"] for token in shown["logprobs"]] == answer.token_ids
+    assert "".join(token["token"] for token in shown["logprobs"]) == answer.text
+    assert shown["logprobs"][0]["logprob"] == pytest.approx(answer.logprobs[0].logprob)
+    assert len(shown["logprobs"][0]["top"]) == 2
+
+
+def test_json_over_contexts_counts_the_tokens_of_each_source(generate, tmp_path):
+    (file := tmp_path / "a.txt").write_text("import os\nimport sys\n")
+    shown = json.loads(generate("import", file, "--contexts", "--json").stdout)
+    assert shown["sources"] == {str(file): shown["completion_tokens"]}
+
+
+@pytest.fixture
+def batch(generate, tmp_path):
+    """Answer `tmp_path/in.jsonl`; returns the result and the lines of the output."""
+
+    def run(*arguments):
+        done = generate("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", *arguments)
+        return done, [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_many_prompts_are_answered_once_and_errors_again(generate, batch, tmp_path):
+    records = [{"prompt": "import os\n", "id": "a"}, {"prompt": "def "}, {"text": "x"}, {"prompt": "x\n" * 400}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + "no json\n")
+    first, lines = batch()
+    assert first.exit_code == 1
+    assert "3 of 5 have an error" in first.stderr
+    by_id = {line["id"]: line for line in lines}
+    assert set(by_id) == {"a", 2, 3, 4, 5}
+    alone = json.loads(generate("import os\n", "--json").stdout)
+    assert {name: by_id["a"][name] for name in alone if name != "model"} == {
+        name: value for name, value in alone.items() if name != "model"
+    }
+    assert "no field prompt that is a string; it has 'text'" in by_id[3]["error"]
+    assert "add --rope auto" in by_id[4]["error"]
+    assert "line 5 is not JSON" in by_id[5]["error"]
+
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:2]))
+    again, same = batch()
+    assert again.exit_code == 0 and same == lines
+    assert "2 of 2 are in" in again.stderr
+
+
+def test_an_unfinished_line_is_answered_again_and_other_settings_are_refused(batch, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n{"prompt": "def "}\n')
+    _, lines = batch()
+    text = (tmp_path / "out.jsonl").read_text()
+    (tmp_path / "out.jsonl").write_text(text[:-10])
+    again, repaired = batch()
+    assert "the last line of" in again.stderr and "1 of 2 are in" in again.stderr
+    assert repaired == lines
+    assert "has answers under rope none, and this run has yarn:2" in str(batch("--rope", "yarn:2")[0].exception)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n')
+    assert "line 2: the id 1 is that of an earlier line too" in str(batch()[0].exception)
+
+
+def test_ctrl_c_keeps_complete_answers_and_says_so(generate, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ropewalk.cli.batch._answer", stopped)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n')
+    done = generate("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", standalone_mode=False)
+    assert isinstance(done.exception, click.Abort)
+    assert str(done.exception) == (
+        f"; complete answers are in {tmp_path / 'out.jsonl'}, run the same command again to continue"
+    )
+
+
+def test_stopping_is_said_while_nothing_of_python_runs(capfd):
+    with pytest.raises(KeyboardInterrupt), stopping_said():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr().err == "\nropewalk: stopping\n"
+    with stopping_said():
+        pass
+    assert capfd.readouterr().err == ""
+
+
+WAIT = """
+import sys, time
+from ropewalk.cli import waiting
+waiting._PATIENCE = float(sys.argv[1])
+with waiting.waiting("reading [b]", 2000) as advance:
+    for _ in range(4):
+        advance(500)
+        time.sleep(0.1)
+print("done")
+"""
+
+
+def in_a_terminal(*arguments):
+    """What a Python program writes to standard error where that is a terminal, and to standard output."""
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", *arguments]
+    done = subprocess.run(command, stderr=slave, capture_output=False, stdout=subprocess.PIPE, text=True, check=True)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            part = os.read(master, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    os.close(master)
+    return shown.decode(), done.stdout
+
+
+def test_waiting_is_shown_in_a_terminal_after_a_second():
+    shown, output = in_a_terminal(WAIT, "0.05")
+    assert "reading [b]" in shown and "of 2,000 tokens" in shown
+    assert output == "done\n"
+    shown, output = in_a_terminal(WAIT, "30")
+    assert shown == "" and output == "done\n"
+
+
+def test_waiting_shows_nothing_on_a_pipe(capsys):
+    waiting_module._PATIENCE, before = 0.0, waiting_module._PATIENCE
+    try:
+        with waiting_module.waiting("loading") as advance:
+            advance(1)
+    finally:
+        waiting_module._PATIENCE = before
+    assert capsys.readouterr().err == ""
