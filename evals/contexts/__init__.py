@@ -1,1 +1,1 @@
-"""Beyond the trained length without scaling: many contexts pooled, and texts without an end."""
+"""Long texts without scaling: a document in pooled parts (`facts`), and endless texts (`endless`)."""

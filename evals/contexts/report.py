@@ -147,7 +147,7 @@ def _plot_facts_group(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
             axes.set_yticks(range(len(bars)), [s.name for s in bars])
             axes.set_xlim(0, 1)
             axes.set_title(f"{format_length(length)} tokens, {bars[0].trials} questions", loc="left", color=style.MUTED)
-        note = "Bars: shares; lines: Wilson's 95% intervals. Parts are read one by one, their answers pooled (NBCE)."
+        note = "Bars: shares; lines: Wilson's 95% intervals. Parts are read one by one; their answers are pooled."
         fig.supxlabel(note, **style.FOOTNOTE)
         return style.save(fig, out_stem)
 

@@ -1,1 +1,1 @@
-"""Methods that continue a prompt which is cut at any place, compared."""
+"""A comparison of methods that continue a prompt which may end inside a token."""

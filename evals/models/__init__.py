@@ -1,2 +1,1 @@
-"""The models that can be measured: local models, served models, functions, and fake models for
-tests."""
+"""The models that can be measured: local and served models, functions, and fake models for tests."""

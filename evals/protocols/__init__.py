@@ -1,1 +1,1 @@
-"""The protocols of perplexity, and the cells that measure them."""
+"""Perplexity protocols, and the cells that measure them."""

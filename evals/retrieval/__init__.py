@@ -1,1 +1,1 @@
-"""Retrieval: tasks that ask for something in a long text, and their scores."""
+"""Retrieval: tasks that ask for something in a long text, and the scores of their answers."""

@@ -1,1 +1,1 @@
-"""Runs: folders of measured cells, which can be compared and merged."""
+"""Runs: folders of result rows, the cells that are measured, comparison and merging."""

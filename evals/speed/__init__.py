@@ -1,1 +1,1 @@
-"""Speed and memory: of position maps, and beside other engines."""
+"""Speed and memory: comparisons with other engines, and the cost of position maps."""

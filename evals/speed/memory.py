@@ -152,7 +152,7 @@ def measure_footprint(engine: str, model: str, ids: list[int], dtype: str, rope:
     except EOFError:
         process.join()
         raise RopewalkError(
-            f"{engine} died at {len(ids)} tokens (exit code {process.exitcode}); try fewer --lengths"
+            f"{engine} died at {len(ids)} tokens (exit code {process.exitcode}); try shorter --lengths"
         ) from None
     process.join()
     return footprint

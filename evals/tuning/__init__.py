@@ -1,1 +1,1 @@
-"""`tune`: the scaler that carries a model to a length, found by measuring."""
+"""`tune`: find the best scaler for a model and a length by measuring."""

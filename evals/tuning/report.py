@@ -177,8 +177,8 @@ def _method(tuned: Tuned, text: str) -> dict[str, str]:
     }
     if any(c.name for c in tuned.ranking):
         method["Factors"] = (
-            "Searched by CMA-ES from the best closed form that a config can hold, skimmed at other places: no "
-            "token that decided the search is read whole later."
+            "Searched by CMA-ES from the best closed form that a config can hold, skimmed at other "
+            "places: no token that decided the search is scored again when the text is read whole."
         )
     return method
 
