@@ -23,7 +23,8 @@ if _missing := [name for name in _NEEDED if importlib.util.find_spec(name) is No
 if TYPE_CHECKING:
     from .api import HarmRow, LongPPLRow, PerplexityRow, RepeatRow, perplexity
     from .data import load_text
-    from .retrieval.task import Draft, Place, Task, boundary, match_all, match_first, noise, with_needles
+    from .retrieval.haystack import boundary, noise, with_needles
+    from .retrieval.task import Draft, Place, Task, match_all, match_first
     from .tuning.candidates import Candidate, Tuned
 
 _LAZY = {
@@ -31,7 +32,7 @@ _LAZY = {
     "perplexity": ".api",
     **dict.fromkeys(("PerplexityRow", "LongPPLRow", "RepeatRow", "HarmRow"), ".api"),
     **dict.fromkeys(("Draft", "Place", "Task", "match_all", "match_first"), ".retrieval.task"),
-    **dict.fromkeys(("boundary", "noise", "with_needles"), ".retrieval.task"),
+    **dict.fromkeys(("boundary", "noise", "with_needles"), ".retrieval.haystack"),
     **dict.fromkeys(("Candidate", "Tuned"), ".tuning.candidates"),
 }
 

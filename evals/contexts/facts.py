@@ -21,7 +21,8 @@ from ...tokenizer_tools.encode import prompt_ids, text_ids
 from ..data import Text
 from ..models.local import LocalModel
 from ..models.measured import Advance, MeasuredModel
-from ..retrieval.task import WORDS_VERSION, boundary, drawn_anew, match_first, random_key, sentences, stretch
+from ..retrieval.haystack import WORDS_VERSION, boundary, drawn_anew, random_key, sentences, stretch
+from ..retrieval.task import match_first
 from ..runs.cell import Cell, rope_recipe, shared_recipe
 from ..runs.result import Row, Run
 

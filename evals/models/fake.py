@@ -12,7 +12,7 @@ from ...engine.cache import ContiguousLayer
 from ...engine.model import Model
 from ...engine.runners.transformers import TransformersRunner
 from ...tokenizer_tools.encode import text_ids
-from ..retrieval.trial import Trial
+from ..retrieval.task import Trial
 
 _CERTAIN = 1000.0  # among zeros, this logit has a log-probability of exactly 0 in float32
 

@@ -18,7 +18,7 @@ from ...engine.runners.runner import Runner
 from ...engine.sampling import SamplingParams
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.vocabulary import check_ids
-from ..retrieval.trial import Trial, TrialOutput
+from ..retrieval.task import Trial, TrialOutput
 from ..runs.result import Losses
 from .measured import Advance, ForwardCost, MeasuredModel, Tokens, bytes_of
 

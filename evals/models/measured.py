@@ -16,7 +16,7 @@ from ...errors import ConfigError, UnsupportedModel
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.encode import start_ids
 from ...tokenizer_tools.vocabulary import check_ids
-from ..retrieval.trial import Trial, TrialOutput
+from ..retrieval.task import Trial, TrialOutput
 from ..runs.result import Losses
 from ..speed.memory import peak_memory_mb
 

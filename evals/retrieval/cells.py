@@ -15,9 +15,8 @@ from ..data import Text, load_text
 from ..models.measured import Advance, MeasuredModel
 from ..runs.cell import Cell, rope_recipe, shared_recipe
 from ..runs.result import Row, Run
-from .task import Place, Task
+from .task import Place, Task, Trial, assemble
 from .tasks import SUITE_OF, TASKS
-from .trial import Trial, assemble
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,17 +10,11 @@ from random import Random
 from typing import Any, ClassVar, Literal
 
 from ..data import Text
-from .task import (
+from .haystack import (
     NOISE_LINE,
     WORDS_VERSION,
-    Draft,
-    Place,
-    Task,
     boundary,
     drawn_anew,
-    enumerated,
-    match_all,
-    match_first,
     noise,
     random_key,
     random_uuid,
@@ -28,6 +22,7 @@ from .task import (
     stretch,
     with_needles,
 )
+from .task import Draft, Place, Task, enumerated, match_all, match_first
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,20 @@
-"""The base class of retrieval tasks, and what their prompts are built from: filler, needles, words."""
+"""Retrieval tasks, which draft prompts and mark answers, and trials: prompts of a given length in tokens."""
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import hashlib
 import re
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, cycle, islice
 from random import Random
 from typing import Any, ClassVar
-from uuid import UUID
 
 from ...errors import DataError
+from ...scaling.lengths import format_length
+from ...tokenizer_tools.encode import prompt_ids as encode
+from ...tokenizer_tools.encode import text_ids
 from ..data import Text
 
 FORM = 1
@@ -124,114 +124,141 @@ def enumerated(words: Sequence[str]) -> str:
     return ", ".join(words[:-1]) + ", and " + words[-1] if len(words) > 1 else words[0]
 
 
-NOISE = ("The grass is green. ", "The sky is blue. ", "The sun is yellow. ", "Here we go. ", "There and back again. ")
-"""The filler sentences of the passkey task (arXiv 2305.16300)."""
-
-NOISE_LINE = "".join(NOISE).strip() + "\n"
-"""These sentences as one line: a unit of RULER's noise haystack (arXiv 2404.06654)."""
-
-_END = re.compile(r"(?<=[.!?]\s)(?=\S)|(?<=[。！？])|(?<=\n)(?=\S)")
-
-
-def noise(count: int) -> list[str]:
-    """`count` filler sentences."""
-    return list(islice(cycle(NOISE), count))
-
-
-@functools.lru_cache(maxsize=4)
-def sentences(text: Text) -> tuple[str, ...]:
-    """The sentences of a text with the blanks after them. Lines that are shorter than a sentence
-    are units too."""
-    whole = "\n".join(text.documents)
-    return tuple(part if part[-1].isspace() else f"{part} " for part in _END.split(whole) if part.strip())
-
-
-@functools.lru_cache(maxsize=4)
-def _lowered(text: Text) -> str:
-    return "\n".join(text.documents).lower()
-
-
-def stretch(text: Text, start: int, count: int) -> list[str]:
-    """`count` consecutive sentences of a text from sentence `start` on. After the last sentence
-    comes the first.
-
-    Raises:
-        DataError: the text has fewer sentences.
-    """
-    units = sentences(text)
-    if count > len(units):
-        raise DataError(f"{text.name} has {len(units)} sentences, and {count} are needed; give a longer --text")
-    return [units[(start + index) % len(units)] for index in range(count)]
-
-
-def drawn_anew(draw: Callable[[], str], taken: Sequence[str], text: Text | None = None) -> str:
-    """The first result of `draw()` that does not occur in the text and contains no string of
-    `taken`.
-
-    Raises:
-        DataError: a thousand draws gave none.
-    """
-    for _ in range(1000):
-        word = draw()
-        if not any(known in word for known in taken) and (text is None or word.lower() not in _lowered(text)):
-            return word
-    raise DataError(f"{text.name if text else 'the haystack'} contains every key that was drawn; give another --text")
-
-
-def boundary(units: Sequence[str], depth: float) -> int:
-    """The number of units before the boundary that is nearest to `depth` (0 to 1) of all
-    characters."""
-    ends = [0, *accumulate(map(len, units))]
-    target = depth * ends[-1]
-    right = bisect_left(ends, target)
-    return right - 1 if right > 0 and target - ends[right - 1] <= ends[right] - target else right
-
-
-def with_needles(units: Sequence[str], needles: Sequence[tuple[int, str]]) -> tuple[str, list[int]]:
-    """Units and needles as one text.
+@dataclass(frozen=True, kw_only=True)
+class TrialOutput:
+    """The probability of the right answer, and the answer that the model wrote.
 
     Args:
-        units: the haystack. Each unit ends in a blank.
-        needles: for each needle the number of units before it, and its text with the blank after
-            it; in the order of the text.
-
-    Returns:
-        The text without blanks at its end, and the character at which each needle begins.
+        logprobs: log-probability of each token of the right answer, nats, given the prompt and the
+            answer's tokens before it. None if the server gives none.
+        is_likeliest: True if every token of the right answer was the likeliest one. None if
+            unknown.
+        written: the model's answer under greedy decoding.
     """
-    parts: list[str] = []
-    starts, length, used = [], 0, 0
-    for index, needle in needles:
-        parts += units[used:index]
-        length += sum(map(len, units[used:index]))
-        starts.append(length)
-        parts.append(needle)
-        length += len(needle)
-        used = index
-    return "".join([*parts, *units[used:]]).rstrip(), starts
+
+    logprobs: list[float] | None
+    is_likeliest: bool | None
+    written: str
 
 
-WORDS_VERSION = f"wonderwords {importlib.metadata.version('wonderwords')}"
-"""The package of the words. Other word lists give other prompts."""
+Tokens = list[int]
+
+_TAIL = 200  # characters of the prompt's end that are tokenised with the answer: no token looks back that far
 
 
-@functools.cache
-def _list(kind: str) -> tuple[str, ...]:
-    from wonderwords import RandomWord
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """The prompt and the right answer of one row.
 
-    return tuple(sorted(set(RandomWord().filter(include_categories=[kind]))))
+    Attributes:
+        prompt: the exact text.
+        prompt_ids: its tokens, with a start token if the tokenizer adds one.
+        answer_ids: tokens of the right answer after the prompt.
+        answers: the strings that a right answer contains.
+        target: the right answer as text. `answer_ids` include the blank before it.
+        new_tokens: tokens that the model may write. Together with the prompt they stay within the
+            requested length.
+        needle: tokens of the prompt before the needle. None if several needles are asked for.
+    """
+
+    prompt: str
+    prompt_ids: Tokens
+    answer_ids: Tokens
+    answers: tuple[str, ...]
+    target: str
+    new_tokens: int
+    needle: int | None
+
+    @property
+    def depth(self) -> float | None:
+        """The share of the prompt's tokens that come before the needle."""
+        return None if self.needle is None else self.needle / len(self.prompt_ids)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the prompt in UTF-8."""
+        return hashlib.sha256(self.prompt.encode()).hexdigest()
 
 
-@functools.cache
-def all_words() -> tuple[str, ...]:
-    """Nouns, adjectives and verbs, sorted and without duplicates."""
-    return tuple(sorted({*_list("noun"), *_list("adjective"), *_list("verb")}))
+def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
+    """The longest prompt in whole units that fits into `place.context` together with its answer.
+
+    The same task, place, seed and tokenizer give the same trial. Prompts of different lengths or
+    depths are independent draws.
+
+    Raises:
+        DataError: the smallest prompt does not fit, or the task has too few units for the length.
+    """
+    source = f"{task.name} {task.settings} {place.context} {place.depth} {seed}"
+
+    @functools.cache
+    def draft(units: int) -> Draft:
+        return task.draft(Random(source), units, place)
+
+    def needed(units: int) -> int:
+        drafted = draft(units)
+        answer = answer_ids(drafted, tokenizer)
+        return len(encode(drafted.prompt, tokenizer)) + max(task.new_tokens, len(answer))
+
+    units = most_within(place.context, needed, task, place)
+    filled = draft(units)
+    prompt_ids, answer = encode(filled.prompt, tokenizer), answer_ids(filled, tokenizer)
+    return Trial(
+        prompt=filled.prompt,
+        prompt_ids=prompt_ids,
+        answer_ids=answer,
+        answers=filled.answers,
+        target=filled.target.strip(),
+        new_tokens=max(task.new_tokens, len(answer)),
+        needle=None if filled.needle is None else len(encode(filled.prompt[: filled.needle].rstrip(), tokenizer)),
+    )
 
 
-def random_key(random: Random) -> str:
-    """An adjective and a noun, such as `quiet-lantern`."""
-    return f"{random.choice(_list('adjective'))}-{random.choice(_list('noun'))}"
+def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Place) -> int:
+    """The largest number of units for which `needed` is at most `budget`: by secant steps, then by
+    bisection."""
+    low, most = task.least, task.most(place)
+    at_low = needed(low)
+    if at_low > budget:
+        raise DataError(
+            f"{task.name} at {format_length(budget)}: the shortest prompt and its answer take {at_low} tokens with "
+            f"this tokenizer; ask for a length of at least {at_low}"
+        )
+    if most is not None and most <= low:
+        raise DataError(f"{task.name}: the haystack has {most} sentences of {low + 1} needed; give a longer --text")
+    high, rate, steps = None, None, 0
+    while high is None or high - low > 1:
+        estimate = low + int((budget - at_low) / rate) if rate else low + 16
+        guess = max(estimate, low + 1) if high is None else min(max(estimate, low + 1), high - 1)
+        if steps > 8 and high is not None:
+            guess = (low + high) // 2
+        if most is not None and guess > most:
+            guess = most
+        tokens, steps = needed(guess), steps + 1
+        rate = max((tokens - at_low) / (guess - low), 0.5)
+        if tokens > budget:
+            high = guess
+        else:
+            low, at_low = guess, tokens
+            if guess == most:
+                raise DataError(
+                    f"{task.name} at {format_length(budget)}: the {most} sentences or words are only {tokens} "
+                    "tokens; ask for a shorter length or give a longer --text"
+                )
+    return low
 
 
-def random_uuid(random: Random) -> str:
-    """A random UUID of version 4."""
-    return str(UUID(int=random.getrandbits(128), version=4))
+def answer_ids(draft: Draft, tokenizer: Any) -> Tokens:
+    """Tokens of the answer after those of the prompt.
+
+    If the tokenizer merges the end of the prompt with the answer, these are the tokens of the
+    answer alone.
+    """
+    ids = functools.partial(text_ids, tokenizer=tokenizer)
+    tail = draft.prompt[-_TAIL:]
+    before, both = ids(tail), ids(tail + draft.target)
+    if both[: len(before)] == before:
+        return both[len(before) :]
+    alone = [ids(draft.target), ids(draft.target[1:])]  # SentencePiece adds a blank at the beginning
+    end = tail[-20:] + draft.target
+    return next((candidate for candidate in alone if tokenizer.decode(before + candidate).endswith(end)), alone[0])

@@ -9,7 +9,8 @@ from itertools import pairwise
 from random import Random
 from typing import Any, ClassVar
 
-from .task import WORDS_VERSION, Draft, Place, Task, all_words, enumerated, match_all
+from .haystack import WORDS_VERSION, all_words
+from .task import Draft, Place, Task, enumerated, match_all
 
 _TOP = 10  # common words that the question asks for
 _FREQUENT = 3  # frequent words that the question asks for

@@ -13,9 +13,8 @@ import ropewalk as rw
 from ropewalk.engine.model import Model
 from ropewalk.evals.data import Text
 from ropewalk.evals.models.measured import Start
-from ropewalk.evals.retrieval.task import Place
+from ropewalk.evals.retrieval.task import Place, assemble
 from ropewalk.evals.retrieval.tasks import TASKS
-from ropewalk.evals.retrieval.trial import assemble
 
 MARK = "<|endoftext|>"
 PROMPTS = ["def __in", "import nump", "class A(", "é = "]

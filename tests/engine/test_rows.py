@@ -8,7 +8,7 @@ import ropewalk as rw
 from ropewalk.engine.model import Model
 from ropewalk.engine.runners.choose import RunnerOptions
 from ropewalk.evals.models.local import LocalModel
-from ropewalk.evals.retrieval.trial import Trial
+from ropewalk.evals.retrieval.task import Trial
 
 ROWS = 600
 WORDS = "token id [0-9]+ is not among this model's 0 to 599"

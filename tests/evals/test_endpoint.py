@@ -12,8 +12,7 @@ from served import serving
 
 import ropewalk as rw
 from ropewalk.cli.main import cli
-from ropewalk.evals.models import endpoint as endpoints
-from ropewalk.evals.models.endpoint import ServedModel
+from ropewalk.evals.models.served import FORMS, ServedModel
 from ropewalk.evals.runs.compare_runs import compare_runs
 from ropewalk.evals.runs.result import Run
 
@@ -50,7 +49,7 @@ def unpublished(monkeypatch):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("ropewalk.evals.models.server.PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("ropewalk.evals.models.served.PAUSES", (0.01, 0.01))
 
 
 def ropewalk(*arguments):
@@ -322,7 +321,7 @@ def test_an_answer_that_lost_its_log_probabilities_is_no_loss(model, named, monk
         message = re.escape(f"{server.url} answered a prompt of 9 tokens without the prompt_logprobs of each")
         with pytest.raises(rw.EndpointError, match=message):
             served.losses([*range(5, 14)], 1, lambda past, count: None)
-    assert endpoints.FORMS[0].read({"prompt_logprobs": [None, {"7": {"logprob": -1.0}}]}, [3, 7]) == [(-1.0, None)]
+    assert FORMS[0].read({"prompt_logprobs": [None, {"7": {"logprob": -1.0}}]}, [3, 7]) == [(-1.0, None)]
 
 
 def test_a_token_that_the_served_model_has_not_is_refused_here(model, named):

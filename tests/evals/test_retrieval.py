@@ -13,9 +13,8 @@ from ropewalk.evals.data import Text
 from ropewalk.evals.models.fake import Oracle, replace_runner
 from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.retrieval.cells import cells, rebuild
-from ropewalk.evals.retrieval.task import Place
+from ropewalk.evals.retrieval.task import Place, assemble
 from ropewalk.evals.retrieval.tasks import RULER, SUITES, TASKS
-from ropewalk.evals.retrieval.trial import assemble
 from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import parse
 

@@ -9,9 +9,8 @@ import ropewalk as rw
 from ropewalk.evals.continuation.benchmark import measure
 from ropewalk.evals.data import load_text
 from ropewalk.evals.models.local import LocalModel
-from ropewalk.evals.retrieval.task import Place
+from ropewalk.evals.retrieval.task import Place, assemble
 from ropewalk.evals.retrieval.tasks import TASKS
-from ropewalk.evals.retrieval.trial import assemble
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.tuning.text import SkimCell, TuneText
 from ropewalk.scaling import parse

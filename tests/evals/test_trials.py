@@ -14,25 +14,20 @@ import ropewalk as rw
 from ropewalk.evals.data import Text, load_text
 from ropewalk.evals.retrieval import lookup_tasks
 from ropewalk.evals.retrieval.cells import rebuild
-from ropewalk.evals.retrieval.lookup_tasks import Needles
-from ropewalk.evals.retrieval.task import (
-    FORM,
+from ropewalk.evals.retrieval.haystack import (
     NOISE_LINE,
     WORDS_VERSION,
-    Draft,
-    Place,
     all_words,
     boundary,
     drawn_anew,
-    match_all,
-    match_first,
     noise,
     sentences,
     stretch,
     with_needles,
 )
+from ropewalk.evals.retrieval.lookup_tasks import Needles
+from ropewalk.evals.retrieval.task import FORM, Draft, Place, answer_ids, assemble, encode, match_all, match_first
 from ropewalk.evals.retrieval.tasks import RULER, SUITES, TASKS
-from ropewalk.evals.retrieval.trial import answer_ids, assemble, encode
 
 LENGTH = 8_000  # every task fits, even where a byte is a token
 

@@ -132,7 +132,7 @@ class ModelTarget:
             return LocalModel(
                 load(model, **self.loading, max_length=2**31)
             )  # the harness measures beyond a scaler's reach too
-        from ..evals.models.endpoint import ServedModel
+        from ..evals.models.served import ServedModel
         from ..evals.runs.measure import new_console
 
         if given := [name.replace("_", "-") for name, value in self.loading.items() if value not in ("auto", None)]:

@@ -13,7 +13,7 @@ from .options import EXAMPLES, command, measures, runs_anywhere, text_option
 if TYPE_CHECKING:
     from ..evals.models.local import LocalModel
     from ..evals.models.measured import MeasuredModel
-    from ..evals.retrieval.trial import Trial
+    from ..evals.retrieval.task import Trial
 
 _DEPTHS = click.option(
     "--depths",

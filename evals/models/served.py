@@ -1,0 +1,380 @@
+"""A model behind an OpenAI-compatible server: requests to the server, and the model as it is measured."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+import numpy as np
+
+from ...engine.checkpoints.checkpoint import read_tokenizer
+from ...engine.checkpoints.config import find_config, primary_rope
+from ...errors import ConfigError, ContextOverflow, EndpointError, did_you_mean
+from ...scaling.rope import Scaler
+from ...tokenizer_tools.encode import text_ids
+from ...tokenizer_tools.vocabularies import vocabulary
+from ...tokenizer_tools.vocabulary import Vocabulary, check_ids
+from ..retrieval.task import Trial, TrialOutput
+from ..runs.result import Losses
+from .measured import Advance, ForwardCost, MeasuredModel, Tokens, bytes_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+PAUSES = (1.0, 2.0, 4.0, 8.0)
+"""Seconds before each retry of a request that got no answer, or a status 429 or 5xx."""
+
+_TIMEOUT = httpx2.Timeout(1800, connect=10)  # seconds; reading a million tokens takes long
+_SHOWN = 300  # characters of a server's message that are shown
+
+
+class RefusedRequest(EndpointError):
+    """An answer with status 4xx: the request is wrong, and a retry would not help.
+
+    Attributes:
+        status: HTTP status of the answer.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Server:
+    """Requests to one server. If the environment has OPENAI_API_KEY, they carry it as bearer token.
+
+    Args:
+        url: the root of the API, such as http://localhost:8000/v1.
+
+    Attributes:
+        address: the URL without a password.
+        host: `localhost:8000`.
+
+    Raises:
+        ConfigError: `url` is no web address.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = httpx2.URL(url.rstrip("/"))
+        except httpx2.InvalidURL as error:
+            raise ConfigError(
+                f"endpoint {url!r} is no address ({error}); give one such as http://localhost:8000/v1"
+            ) from None
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ConfigError(f"endpoint {url!r} is no http address; give one such as http://localhost:8000/v1")
+        self.address, self.host = str(parsed.copy_with(userinfo=b"")), parsed.netloc.decode()
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx2.Client(base_url=parsed, headers=headers, timeout=_TIMEOUT)
+
+    def model(self, name: str | None) -> dict[str, Any]:
+        """The server's description of the model `name`, or of its only model.
+
+        Raises:
+            ConfigError: there is no such model, or there are several and no name.
+            EndpointError: as in `ask`.
+        """
+        listed = self.ask("/models").get("data")
+        models = [model for model in listed or [] if isinstance(model, dict) and "id" in model]
+        known = {str(model["id"]): model for model in models}
+        if name is None and len(known) == 1:
+            return next(iter(known.values()))
+        if not known:
+            raise EndpointError(f"{self.address}/models lists no model; wait until the server has loaded one")
+        if name is None:
+            raise ConfigError(f"{self.address} serves {', '.join(known)}; choose one with --served-as")
+        if name not in known:
+            raise ConfigError(f"{self.address} serves no model {name!r}.{did_you_mean(name, known)}")
+        return known[name]
+
+    def complete(self, model: str, ids: Sequence[int], **fields: Any) -> dict[str, Any]:
+        """The greedy continuation of token ids: the first choice of the server's answer.
+
+        Args:
+            fields: fields of the request, such as `max_tokens`.
+
+        Raises:
+            EndpointError: as in `ask`, or the answer has no choice.
+        """
+        answer = self.ask("/completions", {"model": model, "prompt": list(ids), "temperature": 0, **fields})
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise EndpointError(f"{self.address}/completions answered without choices: {str(answer)[:_SHOWN]}")
+        choice: dict[str, Any] = choices[0]
+        return choice
+
+    def ask(self, path: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON object that the server answers to a POST of `payload`, or to a GET if there is
+        no payload.
+
+        Raises:
+            RefusedRequest: the status is 4xx.
+            EndpointError: there is no answer after several tries, or it cannot be read.
+        """
+        trouble = ""
+        for pause in (0, *PAUSES):
+            time.sleep(pause)
+            try:
+                response = self._client.request("GET" if payload is None else "POST", path, json=payload)
+            except httpx2.RequestError as error:
+                trouble = f"could not be reached ({str(error) or type(error).__name__})"
+                continue
+            if response.status_code != 429 and response.status_code < 500:
+                return self._read(response, path)
+            trouble = f"answered {response.status_code} ({_error_message(response)})"
+        raise EndpointError(
+            f"{self.address}{path} {trouble}, in {len(PAUSES) + 1} tries; check the address, and that the "
+            "server runs. Finished rows are stored: the same command continues from there"
+        )
+
+    def _read(self, response: httpx2.Response, path: str) -> dict[str, Any]:
+        status = response.status_code
+        if status >= 300:
+            hint = {401: "; set OPENAI_API_KEY to a valid key", 404: "; most addresses end in /v1"}.get(status, "")
+            raise RefusedRequest(f"{self.address}{path} answered {status}: {_error_message(response)}{hint}", status)
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise EndpointError(
+                f"{self.address}{path} answered no JSON object: {response.text[:60]!r}; most addresses end in /v1"
+            )
+        return answer
+
+
+def _error_message(response: httpx2.Response) -> str:
+    """The message of an error, from the field where this server puts it."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = response.text
+    if isinstance(body, dict):
+        error = body.get("error", body)
+        body = error.get("message") or error.get("detail") or error if isinstance(error, dict) else error
+    return " ".join(str(body).split())[:_SHOWN] or response.reason_phrase
+
+
+Scored = tuple[float, bool | None]
+"""Log-probability of a token in nats, and whether it was the likeliest one; None if the server does
+not say."""
+
+Choice = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogprobForm:
+    """A way to request log-probabilities of the prompt, and to read them from the answer.
+
+    Args:
+        name: for display.
+        fields: fields of the request.
+        read: takes a choice and the prompt's ids. Returns the scores of all ids except the first;
+            None if the choice has none.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    read: Callable[[Choice, Sequence[int]], list[Scored] | None]
+
+
+def _read_prompt_logprobs(choice: Choice, ids: Sequence[int]) -> list[Scored] | None:
+    places = choice.get("prompt_logprobs")
+    if not isinstance(places, list) or len(places) != len(ids):
+        return None
+    scored: list[Scored] = []
+    for token, place in zip(ids[1:], places[1:], strict=True):
+        entry = (place or {}).get(str(token)) or {}
+        if entry.get("logprob") is None:
+            return None
+        scored.append((float(entry["logprob"]), entry["rank"] == 1 if entry.get("rank") else None))
+    return scored
+
+
+def _read_echo(choice: Choice, ids: Sequence[int]) -> list[Scored] | None:
+    logprobs = choice.get("logprobs") or {}
+    nats = logprobs.get("token_logprobs")
+    if not isinstance(nats, list) or len(nats) not in (len(ids), len(ids) + 1):  # including the token that was written
+        return None
+    nats = nats[1 : len(ids)]
+    if None in nats:
+        return None
+    tops = (logprobs.get("top_logprobs") or [None] * len(ids))[1 : len(ids)]
+    return [(float(n), n >= max(top.values()) if top else None) for n, top in zip(nats, tops, strict=True)]
+
+
+FORMS = (
+    LogprobForm(name="prompt_logprobs", fields={"prompt_logprobs": 1}, read=_read_prompt_logprobs),
+    LogprobForm(name="echo", fields={"echo": True, "logprobs": 1}, read=_read_echo),
+)
+"""The field of vLLM, and the `echo` of OpenAI's completions, which SGLang has too. The first one
+that works is used."""
+
+
+class ServedModel(MeasuredModel):
+    """A model behind an OpenAI-compatible server, under the scaler with which the server runs it.
+
+    Args:
+        model: built-in name, hub id or folder of the served model. Its tokenizer and config are
+            read.
+        url: the root of the API, such as http://localhost:8000/v1.
+        served_as: the model's name at the server. None: the only model there.
+
+    Attributes:
+        limit: the server's limit for prompt and answer together, tokens; None if it does not say.
+        form: how the server gives log-probabilities of a prompt; None if it does not.
+
+    Raises:
+        AssetError: there is no such model.
+        ConfigError: `url` is no address, or the server has other models.
+        EndpointError: the server cannot be reached, or refuses prompts of token ids.
+    """
+
+    precision = "served"
+    trained_length: int
+
+    def __init__(self, model: str, url: str, served_as: str | None = None) -> None:
+        source, config = find_config(model)
+        self.trained_length = primary_rope(config).max_length
+        self._cost = ForwardCost.of_config(config)
+        self.tokenizer: Any = read_tokenizer(source)
+        self._rows = int(config.get_text_config().vocab_size)
+        self.metadata = {"tokenizer": model}
+        self._server = Server(url)
+        listed = self._server.model(served_as)
+        self._served = str(listed["id"])
+        self.limit: int | None = listed.get("max_model_len")
+        self.device = self._server.address
+        self.name = f"{self._served} at {self._server.host}"
+        self.form = self._find_form()
+
+    def under(self, scaler: Scaler) -> ServedModel:
+        if scaler.parts:
+            raise ConfigError(
+                f"{self.name} runs under the scaler of its server, not under {scaler}: leave out "
+                "--rope (for longppl: --judge none), or serve a model that `ropewalk export` wrote under that scaler"
+            )
+        return self
+
+    @property
+    def cost(self) -> ForwardCost:
+        return self._cost
+
+    @property
+    def memory_mb(self) -> None:
+        """None: the server's memory is unknown."""
+        return None
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's tokens as bytes. UnsupportedModel if they are not pieces of the text."""
+        return vocabulary(self.tokenizer)
+
+    def describe(self) -> str:
+        """A sentence about the server: model, limit and log-probabilities."""
+        limit = "" if self.limit is None else f", at most {self.limit:,} tokens"
+        form = "no log-probabilities of prompts" if self.form is None else f"log-probabilities: {self.form.name}"
+        return f"{self._served} is served at {self.device}{limit}; {form}"
+
+    def check_scoring(self, length: int) -> None:
+        if self.form is None:
+            raise ConfigError(
+                f"{self.device} gives no log-probabilities of a prompt's tokens (neither `prompt_logprobs` nor `echo` "
+                "with `logprobs`), which losses need: serve the model with vLLM or SGLang, or leave out "
+                "--endpoint; passkey, niah, kv and ruler work with this server too"
+            )
+        self.check(length, spare=1)
+
+    def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
+        self.check_scoring(len(ids))
+        scored = self.score(ids, first)
+        advance(0, len(ids) - 1)
+        losses: Losses = np.array([-nats for nats, _ in scored], dtype=np.float32)
+        return losses
+
+    def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
+        raise ConfigError(
+            f"{self.name}: a server gives the log-probability of one token, and this protocol compares the "
+            "logits of all; leave out --endpoint, and load the model here"
+        )
+
+    def count_bytes(self, ids: Sequence[int]) -> int:
+        return bytes_of(ids, self.tokenizer, lambda: self.vocabulary)
+
+    def run_trial(self, trial: Trial, advance: Advance) -> TrialOutput:
+        """Two requests: one scores the right answer after the prompt, the other continues the
+        prompt greedily."""
+        ids = [*trial.prompt_ids, *trial.answer_ids]
+        check_ids(ids, self._rows)
+        scored = None if self.form is None else self.score(ids, len(trial.prompt_ids))
+        written = self._server.complete(
+            self._served,
+            trial.prompt_ids,
+            max_tokens=trial.new_tokens,
+            repetition_penalty=1,  # else vLLM and SGLang take it from the model's generation_config.json
+        )
+        advance(0, len(ids) - 1)
+        text = str(written.get("text") or "")
+        if scored is None:
+            return TrialOutput(logprobs=None, is_likeliest=None, written=text)
+        nats, likeliest = [token[0] for token in scored], [token[1] for token in scored]
+        return TrialOutput(logprobs=nats, is_likeliest=None if None in likeliest else all(likeliest), written=text)
+
+    def score(self, ids: Tokens, first: int) -> list[Scored]:
+        """The score of each of `ids[first:]`, given all tokens before it.
+
+        `first` is at least 1, and the server must give log-probabilities.
+        """
+        assert self.form is not None and first >= 1
+        check_ids(ids, self._rows)
+        self.check(len(ids), spare=1)
+        choice = self._server.complete(self._served, ids, max_tokens=1, **self.form.fields)
+        scored = self.form.read(choice, ids)
+        if scored is None:
+            raise EndpointError(
+                f"{self.device} answered a prompt of {len(ids):,} tokens without the {self.form.name} of each of them, "
+                "which it gave for a short one; see the server's log"
+            )
+        return scored[first - 1 :]
+
+    def check(self, length: int, spare: int = 0) -> None:
+        """Raise ContextOverflow if `length` tokens, and `spare` tokens that must be written, exceed
+        `limit`."""
+        if self.limit is not None and length + spare > self.limit:
+            most = f"{length:,} tokens" + (f" and the {spare} that a server must write after them" if spare else "")
+            raise ContextOverflow(
+                f"{most} exceed the {self.limit:,} that {self.name} was launched for; use fewer, or launch "
+                f"it with {length + spare} (--max-model-len of vLLM, --context-length of SGLang)"
+            )
+
+    def time_forward(self, length: int) -> None:
+        length = length if self.limit is None else min(length, self.limit - 1)
+        tokens = min(self._rows, len(self.tokenizer))
+        ids = [random.randrange(tokens) for _ in range(length)]  # random, so that no prefix cache has them
+        self._server.complete(self._served, ids, max_tokens=1)
+
+    def needs(self, longest: int) -> str:
+        return f"{self.device} reads prompts of up to {longest:,} tokens"
+
+    def _find_form(self) -> LogprobForm | None:
+        """The first form in which the server gives log-probabilities of a short prompt."""
+        ids = text_ids("The quick brown fox jumps over the lazy dog.", self.tokenizer)
+        self._server.complete(self._served, ids, max_tokens=1)  # a server that takes no token ids refuses here
+        for form in FORMS:
+            try:
+                choice = self._server.complete(self._served, ids, max_tokens=1, **form.fields)
+            except RefusedRequest as refusal:
+                if refusal.status not in (400, 422):  # these are the statuses for unknown fields
+                    raise
+                continue
+            if form.read(choice, ids) is not None:
+                return form
+        return None
