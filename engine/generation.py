@@ -1,4 +1,4 @@
-"""From prompts to answers: the one loop that generates tokens, for one sequence or several together."""
+"""The loop that generates tokens, for one sequence or several together."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .sampling import SamplingParams
 from .scaled_model import ScaledModel
 from .sequence import Sequence
 
-ROWS = 8  # sequences that are written together at most: eight share the reading of the weights
-_SHARED = 32  # tokens of a common beginning from which on it is worth copying
+ROWS = 8  # most sequences that are generated together; a step reads the weights once for all of them
+_SHARED = 32  # shortest common beginning, in tokens, that is worth copying
 
 
 def generate_tokens(
@@ -29,23 +29,23 @@ def generate_tokens(
     expected_rope: Scaler | None = None,
     rows: int = 1,
 ) -> abc.Iterator[tuple[Sequence, str]]:
-    """Write sequences, up to `rows` of them together; each that ends makes room for the next.
+    """Generate the answers of sequences, up to `rows` together. When one ends, the next begins.
 
-    A row is computed as though it were alone. A beginning that a prompt shares with a sequence in progress is not read
-    again. Where memory runs out, the last sequence waits until another has ended, and goes on then. Between two tokens
-    other threads may use the model.
+    A row gets the tokens that it gets alone. A prompt that begins like that of a sequence in progress is read from
+    where they differ. If memory runs out, the last sequence waits until another has ended, and then continues. Other
+    threads may use the model between two tokens.
 
     Args:
         length: tokens of the longest sequence, prompt and answer.
-        expected_rope: the scaler that the caches were prepared for; another one in use is an error. None is the
-            scaler in use now.
+        expected_rope: the scaler that the caches were prepared for; None is the scaler in use now. It is an error if
+            another scaler is in use.
 
     Yields:
-        After every token its sequence, and the text that is certain now.
+        The sequence of every new token, and the text that this token made certain.
 
     Raises:
-        OutOfMemory: not one more token of the only sequence fits, or its cache cannot go back.
-        PatchError: the scaler was changed meanwhile.
+        OutOfMemory: one more token of the only sequence does not fit, or its cache cannot be rewound.
+        PatchError: the scaler was changed between two tokens.
     """
     waiting, running = deque(sequences), list[Sequence]()
     ended: Sequence | None = None  # the last to end: the next may share its beginning
@@ -93,7 +93,7 @@ def generate_tokens(
 
 
 def _release(*sequences: Sequence | None) -> None:
-    """Free their caches."""
+    """Free the caches of sequences."""
     for sequence in sequences:
         if sequence is not None:
             sequence.release()
@@ -105,20 +105,20 @@ def complete_all(
     params: SamplingParams,
     ended: abc.Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
-    """Answers to several prompts; those under the same scaler, at the same frequencies, are written together.
+    """Answer several prompts. Those with the same scaler and the same frequencies are generated together.
 
     Args:
         ended: called with each answer as soon as it is complete, and the index of its prompt.
 
     Raises:
-        OutOfMemory: not even one text at a time fits, or not one more token of those in progress, and their caches
-            cannot go back. `finished` holds the answers that were done.
+        OutOfMemory: a sequence alone does not fit, or one more token does not and the caches cannot be rewound.
+            `finished` holds the answers that were complete.
     """
     lengths = [model.check_length(len(prompt.ids), params) for prompt in prompts]
     groups: dict[object, list[int]] = {}
     for index in range(len(prompts)):
         scaler = model.rope_at(lengths[index])
-        alone = index if model.follows_length(scaler) else None  # every text has frequencies of its own
+        alone = index if model.follows_length(scaler) else None  # every length has its own frequencies
         groups.setdefault((scaler, alone), []).append(index)
     sequences = [Sequence(prompt, params, model.vocabulary, model.stop_ids) for prompt in prompts]
     index_of = {id(sequence): index for index, sequence in enumerate(sequences)}
@@ -137,11 +137,11 @@ def complete_all(
 
 
 def _rows_that_fit(model: ScaledModel, lengths: list[int]) -> int:
-    """How many rows may be written together, the longest of them too; one is known to fit."""
+    """How many rows fit into memory together, even the longest ones. One row is known to fit."""
     longest = sorted(lengths, reverse=True)
     for rows in range(min(ROWS, len(lengths)), 1, -1):
         try:
-            model.check_room(*longest[: rows + 1], length=longest[0])  # and the last one to end
+            model.check_room(*longest[: rows + 1], length=longest[0])  # the last sequence to end is held, too
         except ContextOverflow:
             continue
         return rows
@@ -149,7 +149,7 @@ def _rows_that_fit(model: ScaledModel, lengths: list[int]) -> int:
 
 
 def _shared_beginning(sequence: Sequence, others: abc.Sequence[Sequence]) -> Cache | None:
-    """A cache that holds what the prompt shares with one that was read, if that is worth it."""
+    """A copy of another sequence's cache, cut to the beginning that both share; None if that is short."""
     best, longest = None, _SHARED - 1
     for other in others:
         if isinstance(other.cache, KVCache):

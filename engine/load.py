@@ -48,28 +48,28 @@ def load(
 
     Args:
         name: a built-in name (`ropewalk fetch` lists them), a folder, a `.gguf` file, or a hub id.
-        rope: a spec string, whose lengths may be multiples of the trained one ("rerope:0.5x"), or a scaler; None is the
-            model as it was trained; "auto" is that too within the trained length, and Self-Extend or what `tune` found
-            beyond, by the length of every request.
-        dtype: "float32", "bfloat16", "float16", "float64" or "int8" (weights only, made from the model's own). "auto"
-            is the checkpoint's own, but float32 where 16-bit products would run several times slower: on CPUs without
-            bfloat16 arithmetic, unless the compiled kernels run the model, which widen weights as they read them.
-        compile: "auto" runs the model by compiled kernels where they know its family and reproduce it; True insists,
-            False runs transformers' modules. `model.describe()` says which it is.
+        rope: a scaler or a spec string, whose lengths may be multiples of the trained one ("rerope:0.5x"). None is the
+            model as it was trained. "auto" chooses by the length of each request: no scaler within the trained length,
+            beyond it what `tune` stored for this model, else Self-Extend.
+        dtype: "float32", "bfloat16", "float16", "float64" or "int8" (weights only, quantized when the model is
+            loaded). "auto" is the checkpoint's dtype, but float32 where 16-bit products run several times slower: on
+            CPUs without bfloat16 arithmetic, unless the compiled kernels run the model, which widen the weights.
+        compile: "auto" uses the compiled kernels where they know the model's family and reproduce its logits. True
+            requires them, False uses transformers' modules. `model.describe()` says which run.
         kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the model's dtype, and bfloat16
             with int8 weights.
-        offload: a folder; keys and values are kept there in memory-mapped files, gone with the process.
-        device_map: as in accelerate ("auto", "cuda:0", {...}); None puts everything on the GPU if there is one, and on
-            its own one in each of several processes that were launched together.
-        tp_plan: "auto" splits every layer over the processes that torchrun started; each of them has to make the same
-            calls. None leaves the model whole.
-        max_length: most tokens `generate` accepts; None is the scaler's reach.
-        special_tokens: True where texts come from a chat template: names of special tokens in them (`<|im_start|>`)
-            stand for those tokens in every text. Else they are text like any other.
+        offload: a folder for keys and values, in memory-mapped files that are removed when the process ends.
+        device_map: as in accelerate ("auto", "cuda:0", {...}); None uses the GPU if there is one. Processes that
+            were launched together get one GPU each.
+        tp_plan: "auto" splits every layer over the processes that torchrun started. All of them have to make the same
+            calls. None does not split.
+        max_length: most tokens of a request, prompt and answer together. None is the reach of the scaler.
+        special_tokens: True where texts come from a chat template: a name such as `<|im_start|>` then stands for the
+            special token. Else it is ordinary text.
 
     Raises:
-        AssetError: there is no such model, or it cannot be fetched; or its files are damaged, hold a weight that is no
-            number, or could run code: pickled weights and code of a checkpoint's own are never used.
+        AssetError: there is no such model, or it cannot be fetched. Or its files are damaged, hold a weight that is
+            NaN or infinite, or could run code: pickled weights and the code of a checkpoint are never used.
         UnsupportedModel: it has no RoPE, or one that cannot be verified.
         ConfigError: the scaler or an option is wrong.
     """
@@ -92,7 +92,7 @@ def load(
         raise ConfigError(Setting("max_length", max_length, "given"), " must be at least 1")
     source, config = find_config(str(name))
     primary_rope(config)  # refuses what has no RoPE before any weight is read
-    placement = device_map if device_map is not None else _own_device()
+    placement = device_map if device_map is not None else _default_device()
     on_cpu = placement == "cpu"
     compile = runner_options.compile
     widens = on_cpu and compile is not False and supported(config) and UNAVAILABLE is None
@@ -117,7 +117,7 @@ def load(
     )
 
 
-def _own_device() -> str:
+def _default_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}" if "LOCAL_RANK" in os.environ else "cuda"
@@ -126,15 +126,9 @@ def _own_device() -> str:
 def _choose_dtype(dtype: str, config: Any, on_cpu: bool, widens: bool) -> torch.dtype:
     if dtype != "auto":
         return _DTYPES[dtype]
-    own: torch.dtype | None = getattr(config, "dtype", None)
-    own = own or torch.float32
-    if (
-        on_cpu
-        and own in (torch.bfloat16, torch.float16)
-        and not (own == torch.bfloat16 and (widens or cpu_has_bfloat16()))
-    ):
-        return torch.float32
-    return own
+    configured: torch.dtype = getattr(config, "dtype", None) or torch.float32
+    is_slow = configured == torch.float16 or (configured == torch.bfloat16 and not (widens or cpu_has_bfloat16()))
+    return torch.float32 if on_cpu and is_slow else configured
 
 
 def cpu_has_bfloat16() -> bool:

@@ -137,18 +137,18 @@ class Model(ScaledModel):
         params: SamplingParams,
         progress: Progress | None = None,
     ) -> PooledSequence:
-        """An answer over contexts, to be written: what `generate` and `stream` do with it shows each token's source."""
+        """An answer over contexts that has not begun. Iterate over its `pieces()`; `tokens` then have their sources."""
         if not isinstance(question, str):
             raise ConfigError(f"with contexts the prompt is text, not {type(question).__name__}")
         nbce = pooling if isinstance(pooling, NBCE) else NBCE(pooling=pooling)
         return PooledSequence(self, question, contexts, nbce, params, self._contexts, progress)
 
     def clear_contexts(self) -> None:
-        """Give back the memory that the contexts of the last question hold."""
+        """Free the caches of the last question's contexts."""
         self._contexts.clear()
 
     def session(self, path: str | Path | None = None) -> Session:
-        """A text that grows and is never read twice; from a file that `Session.save` wrote, if one is given.
+        """A text that grows and is not read twice. `path` is a file of `Session.save`; None begins an empty text.
 
         Raises:
             DataError: the file is no session of this model.
@@ -185,8 +185,8 @@ class Model(ScaledModel):
         covers = self._cover(text)
         length = len(covers.prompt) + 1
         with self.running(length) as runner:
-            weighed = weigh(runner, covers, self.tokenizer.bos_token_id, self.new_cache(length), self.vocabulary)
-            return weighed.next_byte_logprobs(self.vocabulary)
+            distribution = weigh(runner, covers, self.tokenizer.bos_token_id, self.new_cache(length), self.vocabulary)
+            return distribution.next_byte_logprobs(self.vocabulary)
 
     def logprob(self, text: str | bytes, given: str | bytes = "") -> float:
         """Log-probability that a text which begins with `given` continues with `text`, nats.

@@ -35,6 +35,10 @@ _LONGEST_NAME = 64  # characters of the name of a special token, which the vocab
 class ScaledModel:
     """A transformers model, its tokenizer, and one scaler at a time.
 
+    Four lengths, in tokens: `trained_length` is what the model reads without a scaler of ours, `reach` what it reads
+    with the scaler in use, `given_max_length` the limit that the user set, and `max_length` the limit of a request,
+    which is `given_max_length` or else `reach`.
+
     Attributes:
         hf: the transformers model underneath.
         tokenizer: its tokenizer.
@@ -68,14 +72,14 @@ class ScaledModel:
 
     @contextmanager
     def running(self, length: int | None, expected_rope: Scaler | None = None) -> Iterator[Runner]:
-        """What runs the model, ready for sequences of `length` tokens, and for this thread alone.
+        """The runner, prepared for sequences of `length` tokens and locked for this thread.
 
             with model.running(len(ids)) as runner:
                 logits = prefill(runner, ids, cache)
 
         Args:
             length: None is within the trained length.
-            expected_rope: the scaler that a text was begun under.
+            expected_rope: the scaler that has to be in use: a text was begun under it.
 
         Raises:
             PatchError: the scaler in use is no longer `expected_rope`.
@@ -93,7 +97,7 @@ class ScaledModel:
 
     @contextmanager
     def running_under(self, length: int | None, rope: Scaler) -> Iterator[Runner]:
-        """`running` with `rope` in use, also afterwards."""
+        """`running`, after `rope` is assigned. It stays assigned afterwards."""
         with self._lock:
             if self._rope != rope:
                 self.rope = rope
@@ -101,7 +105,7 @@ class ScaledModel:
                 yield runner
 
     def replace_runner(self, runner: Runner) -> None:
-        """Have another runner in the place of the model's, such as a stand-in that checks a harness."""
+        """Replace the model's runner, for example by a stand-in that gives known logits."""
         self._runner = runner
 
     @property
@@ -189,7 +193,7 @@ class ScaledModel:
 
     @property
     def precision(self) -> str:
-        """The numbers that it computes in, as results are labelled."""
+        """The dtypes of the arithmetic, as results are labelled with them."""
         return self._runner.precision
 
     @property
@@ -208,7 +212,7 @@ class ScaledModel:
         return hf_model.checkpoint_fingerprint(self.hf)
 
     def describe(self) -> str:
-        """What runs the model, in a few lines."""
+        """The model, its runner, scaler, reach and trained length, one a line."""
         reach, configured = self.reach, primary_rotary(self.sites).configured
         rope = str(self.rope) if self._choice is None else f"{self.rope}: {self._choice}"
         if configured.scaling_text:
@@ -257,7 +261,7 @@ class ScaledModel:
         return Prompt.read(prompt, self.tokenizer, self.vocabulary, continuation, broken=broken)
 
     def check_length(self, tokens: int, params: SamplingParams, *caches: Cache | None) -> int:
-        """Tokens of prompt and answer together.
+        """Refuse a request that is too long, and return the tokens of prompt and answer together.
 
         Args:
             tokens: of the prompt.
@@ -285,18 +289,19 @@ class ScaledModel:
 
 
 def too_long(
-    tokens: int, params: SamplingParams, name: str, rope: Scaler, reach: float, limit: int | None
+    tokens: int, params: SamplingParams, name: str, rope: Scaler, reach: float, max_length: int | None
 ) -> ContextOverflow:
     """The error where prompt and answer are more tokens than a model takes.
 
     Args:
         tokens: of the prompt.
         reach: of the scaler, in tokens.
-        limit: the `max_length` that was given.
+        max_length: the limit that the user set, if any.
     """
     total = tokens + params.max_new_tokens
     anyway, auto = Setting("max_length", total, "load"), Setting("rope", "auto", "model")
-    if limit is None:
+    limit = int(reach) if max_length is None else max_length
+    if max_length is None:
         most = f"reaches with rope {str(rope)!r}"
         ways: list[str | Setting] = [auto, ", shorten the prompt, or ", anyway, " to go there anyway"]
     else:
@@ -306,6 +311,6 @@ def too_long(
     return ContextOverflow(
         f"{tokens} prompt tokens and ",
         Setting("max_new_tokens", params.max_new_tokens, "given"),
-        f" make {total}, more than the {format_length(int(reach) if limit is None else limit)} that {name} {most}; ",
+        f" make {total}, more than the {format_length(limit)} that {name} {most}; ",
         *ways,
     )

@@ -1,4 +1,4 @@
-"""One text under way: the prompt's tokens, a cache, what was written so far, and why it ended."""
+"""One answer in progress: its prompt, cache and tokens, its text up to a stop string, and why it ended."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ from .token_healing import draw_first_token, weigh
 
 
 class Sequence:
-    """One answer under way. The loop that generates runs its `rows`, and gives the logits to `next_token`.
+    """One answer in progress; not a `collections.abc.Sequence`.
+
+    `generate_tokens` runs its `rows` and gives the logits to `next_token`. `tokenizer_tools.stream` makes text of the
+    tokens: `TextStream` whole characters, `StopStringMatcher` the part before a stop string.
 
     Args:
         vocabulary: the tokenizer's tokens as bytes.
         stop_ids: tokens that end the text.
-        cache: may hold the prompt's beginning already; it is written to. A new one is made where it is None.
+        cache: may hold the beginning of the prompt; it is written to. None makes a new one.
         progress: called after each step that reads the prompt.
 
     Attributes:
         progress: as given; it may be set until the prompt is read.
         prompt_ids: tokens read before the first token of the answer.
-        tokens: the answer's.
+        tokens: those of the answer.
         pending: tokens to run next, on top of the cache.
         finish_reason: "stop", "length" or "time" once `done`.
     """
@@ -69,24 +72,24 @@ class Sequence:
 
     @property
     def caches(self) -> list[Cache]:
-        """The caches of its rows."""
+        """The caches of the rows."""
         return [] if self.cache is None else [self.cache]
 
     def release(self) -> None:
-        """Free the cache. `first_token` then reads everything again and continues."""
+        """Free the cache. `first_token` then reads prompt and answer again, and continues."""
         self.cache = None
 
     @property
     def rows(self) -> list[tuple[list[int], Cache]]:
-        """What to run for the next token: tokens on top of a cache."""
+        """What to run for the next token: tokens, and the cache that they follow."""
         assert self.cache is not None
         return [(self.pending, self.cache)]
 
     def first_token(self, runner: Runner) -> str:
-        """Read the prompt, and what was written of the answer, and draw a token.
+        """Read the prompt, and the tokens of the answer so far, and draw the next token.
 
         Returns:
-            The text that is certain now.
+            The text that became certain.
         """
         params = self._params
         if self.cache is None:
@@ -107,26 +110,26 @@ class Sequence:
         return self.next_token(runner, prefill(runner, ids[tokens_read(self.cache) :], self.cache, self.progress))
 
     def next_token(self, runner: Runner, logits: Tensor) -> str:
-        """Draw the token after `rows`.
+        """Draw the token that follows `rows`.
 
         Args:
             logits: after each row, [1, V].
 
         Returns:
-            The text that is certain now.
+            The text that became certain.
         """
         assert self._generator is not None
         scores = logits[-1, : runner.vocabulary_size].float()
         return self.push(draw_token(scores, self._seen, self._params, self._generator))
 
     def push(self, token: Token, pending: list[int] | None = None) -> str:
-        """Take the next token.
+        """Append the next token.
 
         Args:
             pending: what to run next, if it is more than the token.
 
         Returns:
-            The text that is certain now.
+            The text that became certain.
         """
         overlap = 0
         if token.healing is not None:
@@ -160,15 +163,15 @@ class Sequence:
 
     @property
     def text(self) -> str:
-        """What was written, in whole characters; one that the prompt ends inside is shown whole here."""
+        """The answer in whole characters. If the prompt ends inside a character, it begins with that character."""
         return "".join(self._pieces)
 
     @property
     def data(self) -> bytes:
-        """What was written, in UTF-8, without what is in the prompt; it may begin and end inside a character."""
+        """The answer in UTF-8, without bytes of the prompt. It may begin and end inside a character."""
         start = self.prompt.unfinished
-        every = start + self._stream.data
-        return (first_characters(every, len(self.text)) if self._matcher.hides_text else every)[len(start) :]
+        data = start + self._stream.data
+        return (first_characters(data, len(self.text)) if self._matcher.hides_text else data)[len(start) :]
 
     def completion(self) -> Completion:
         """What `generate` returns."""
@@ -185,10 +188,10 @@ class Sequence:
 
 
 def draw_token(logits_V: Tensor, seen: SeenTokens, params: SamplingParams, generator: torch.Generator) -> Token:
-    """A token from float32 logits.
+    """Draw a token from float32 logits.
 
     Args:
-        seen: tokens that the repetition penalty is for.
+        seen: tokens that the repetition penalty applies to.
     """
     token = sample(seen.penalized(logits_V), params, generator)
     if params.logprobs is None:

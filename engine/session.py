@@ -40,9 +40,9 @@ class Session:
             chat.append(report)
             print(chat.generate("\n\nIn one sentence:").text)
 
-    What it writes is what `Model.generate` would write after the whole text; the session only saves reading it again.
-    When `model.rope` changes, or the length that it depends on, the cached keys are rotated in place. Upper layers keep
-    what they computed under the earlier scaler. Every call ends a stream that is in progress; its text stays.
+    Its answers are those that `Model.generate` gives after the whole text, which is not read again. When `model.rope`
+    changes, or the length that it depends on, the cached keys are rotated in place. Upper layers keep what they
+    computed under the earlier scaler. Every call ends a stream that is in progress; the text of the stream stays.
 
     An answer may end inside a character. The session holds its bytes and continues after them; `text` shows the
     character when it is whole.
@@ -50,13 +50,13 @@ class Session:
 
     def __init__(self, model: ScaledModel) -> None:
         self._model = model
-        self._data = b""  # all that was appended and written, in UTF-8
+        self._data = b""  # the text in UTF-8
         self._cached = PrefixCache()
         self._stream: weakref.ref[Generator[str, None, None]] | None = None  # dropping a stream closes it
 
     @property
     def text(self) -> str:
-        """All that was appended and written, in whole characters."""
+        """What was appended and what was answered, in whole characters."""
         return shown(self._data)
 
     @text.setter
@@ -66,7 +66,7 @@ class Session:
 
     @property
     def tokens(self) -> int:
-        """Tokens held."""
+        """Tokens in the cache."""
         return len(self._cached.ids)
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class Session:
     def append(self, text: str, progress: Progress | None = None) -> None:
         """Read more text. The last few tokens are read later, when the text after them is known.
 
-        After an interruption the text is as it was; the next call continues from what was read.
+        After an interruption the text is as it was before. What was read of it is not read again.
 
         Raises:
             ContextOverflow: the text is longer than the scaler reaches, or than memory holds.
@@ -112,7 +112,7 @@ class Session:
     def generate(self, text: str = "", params: SamplingParams | None = None) -> Completion:
         """Append `text` and continue; the answer becomes part of the session.
 
-        After an interruption the text holds what was written before it.
+        After an interruption the text holds what was generated before it.
 
         Raises:
             ContextOverflow: the text is longer than the scaler reaches, or than memory holds.
@@ -125,7 +125,7 @@ class Session:
     def stream(
         self, text: str = "", params: SamplingParams | None = None, progress: Progress | None = None
     ) -> Iterator[str]:
-        """The text of `generate`, piece by piece; what was written when it is closed stays in the session.
+        """The text of `generate`, piece by piece. If it is closed, the text so far stays in the session.
 
         Args:
             progress: as of `Model.stream`.
@@ -177,19 +177,19 @@ class Session:
         return other
 
     def crop(self, length: int) -> None:
-        """Go back to the first `length` characters of the text; half a character at the end is dropped."""
+        """Cut the text to its first `length` characters. An incomplete character at the end is dropped."""
         self._end_stream()
-        held = len(self.text)
-        if not 0 <= length <= held:
-            raise ConfigError(f"crop {length} must be between 0 and the session's {held} characters")
+        characters = len(self.text)
+        if not 0 <= length <= characters:
+            raise ConfigError(f"crop {length} must be between 0 and the session's {characters} characters")
         self._data = first_characters(self._data, length)
         certain_ids = self._read(self._data).certain_ids if self._data else []
         self._cached.truncate_to(self._cached.ids[: shared_length(self._cached.ids, certain_ids)])
 
     def save(self, path: str | Path) -> None:
-        """Write text, keys and values to a `.safetensors` file. `Model.session(path)` goes on from it.
+        """Write text, keys and values to a `.safetensors` file. `Model.session(path)` continues from it.
 
-        An existing file stays until the new one is complete.
+        A file at `path` is replaced when the new one is complete.
 
         Raises:
             ConfigError: the model is not run by the compiled kernels; only their caches can be saved.
