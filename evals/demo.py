@@ -1,12 +1,14 @@
-"""`ropewalk demo`: the whole story on the embedded model."""
+"""`ropewalk demo`: what the built-in model does beyond its trained length, within a time limit."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers.cache_utils import Cache
@@ -15,26 +17,107 @@ from ..engine.load import cpu_has_bfloat16, load
 from ..engine.model import Model
 from ..engine.sampling import SamplingParams
 from ..engine.storage import write_atomic
+from ..errors import DataError
 from ..scaling.lengths import format_length
 from ..scaling.spec import parse
 from .data import load_text
+from .models.cost import ForwardCost
 from .models.local import LocalModel
 from .models.measured import MeasuredModel
 from .protocols.fixed_target import FixedTarget
 from .protocols.perplexity_cell import PerplexityCell, cells
 from .reports.report import Passage, print_results, publish
-from .runs.cell import Cell
-from .runs.measure import measure_all
+from .runs.compare import MEASURED
+from .runs.measure import forward_rate, measure_all
 from .runs.result import Row, Run
 
 MODEL, TEXT = "smollm2-135m", "shakespeare"
-TARGET = 1024  # tokens scored: the last ones of a play
+TARGET = 1024  # tokens scored at each place: the last ones of a play
 PASSAGE = SamplingParams(max_new_tokens=96, temperature=0.7, top_p=0.9, seed=1)
 RECOMMENDATION = (
     "Without time to tune take auto (--rope auto, rope='auto'); for an engine that serves a config file yarn:F, F the "
     "ratio of the lengths. `ropewalk tune` measures your model."
 )
-CLOSING_SECONDS = 25  # of the time limit kept for the passage and the report
+_RATIOS = (2.0, 1.75, 1.5)  # longest context over trained length; the untouched model fails from about 1.4 on
+_MOST_SAMPLES = 8
+_FIRST_CURVE = 110.0  # seconds, from the start, to the curve of the untouched model
+_LEAST_CLOSING = 15.0  # seconds of the limit kept for the passage and the report
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoPlan:
+    """What is measured.
+
+    Attributes:
+        contexts: tokens, ascending; the trained length is among them.
+        samples: places in the text.
+    """
+
+    contexts: tuple[int, ...]
+    samples: int
+
+    @classmethod
+    def full(cls, trained_length: int) -> DemoPlan:
+        """Up to four times the trained length, at one place."""
+        return cls(contexts=tuple(trained_length * n // 4 for n in (1, 2, 4, 8, 16)), samples=1)
+
+    @classmethod
+    def sized(cls, trained_length: int, cost: ForwardCost, rate: float, seconds: float, first: float) -> DemoPlan:
+        """The longest context, then the most places, that a machine has time for.
+
+        Args:
+            rate: operations a second.
+            seconds: for the needed cells.
+            first: seconds in which the untouched model must be measured, with more than one place.
+        """
+
+        def plan(ratio: float, samples: int) -> DemoPlan:
+            contexts = (trained_length // 4, trained_length // 2, trained_length, int(ratio * trained_length))
+            return cls(contexts=contexts, samples=samples)
+
+        longest = next((ratio for ratio in _RATIOS if plan(ratio, 1).fits(cost, rate, seconds)), _RATIOS[-1])
+        samples = 1
+        while samples < _MOST_SAMPLES and plan(longest, samples + 1).fits(cost, rate, seconds):
+            more = plan(longest, samples + 1)
+            if cost.passes((more.shortest, trained_length, more.longest)) * more.samples > rate * first:
+                break
+            samples += 1
+        return plan(longest, samples)
+
+    @property
+    def shortest(self) -> int:
+        """The shortest context."""
+        return self.contexts[0]
+
+    @property
+    def longest(self) -> int:
+        """The longest context."""
+        return self.contexts[-1]
+
+    def fits(self, cost: ForwardCost, rate: float | None, seconds: float) -> bool:
+        """True if there is time for the untouched model at three lengths, and for two scalers at the longest."""
+        needed = (self.shortest, self.contexts[-2], *[self.longest] * 3)
+        return rate is not None and cost.passes(needed) * self.samples <= rate * seconds
+
+    def store(self, run: Run) -> None:
+        """Keep it in the run's folder, so that the same command goes on with it."""
+        write_atomic(_plan_file(run), (json.dumps(asdict(self)) + "\n").encode())
+
+    @classmethod
+    def stored(cls, run: Run) -> DemoPlan | None:
+        """The plan of an earlier run in this folder."""
+        file = _plan_file(run)
+        if not file.exists():
+            return None
+        try:
+            fields = json.loads(file.read_bytes())
+            return cls(contexts=tuple(map(int, fields["contexts"])), samples=int(fields["samples"]))
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{file} is damaged; delete it, or name another folder with --out") from None
+
+
+def _plan_file(run: Run) -> Path:
+    return run.folder / "plan.json"
 
 
 @dataclass
@@ -47,71 +130,173 @@ class Winner:
     cache: Cache | None
 
 
-def specs(ratio: int) -> list[str]:
-    """The scalers compared at `ratio` times the trained length: `auto` and `yarn` are what
-    docs/choose.md recommends. NTK-aware needs a factor above the ratio of lengths, since its fast
-    pairs are hardly slowed."""
-    return ["none", f"linear:{ratio}", f"ntk:{2 * ratio}", f"yarn:{ratio}", "auto"]
+def specs(ratio: float) -> list[str]:
+    """The scalers compared at `ratio` times the trained length: the untouched model, and what
+    docs/choose.md recommends. With time for four times the length, two older methods too; NTK-aware
+    needs a factor above the ratio of lengths, since its fast pairs are hardly slowed."""
+    factor = math.ceil(ratio)
+    older = [f"linear:{factor}", f"ntk:{2 * factor}"] if factor >= 4 else []
+    return ["none", "auto", f"yarn:{factor}", *older]
 
 
-def run_demo(*, full: bool, max_minutes: float | None, out: Path) -> None:
-    """Fetch, measure, write a passage, report."""
-    started = time.monotonic()
+def run_demo(*, max_minutes: float | None, out: Path, started: float | None = None) -> None:
+    """Fetch, measure, write a passage, report.
+
+    Args:
+        max_minutes: hard limit for everything after `started`; None goes to four times the trained length, and takes
+            the time it takes.
+        out: the run's folder.
+        started: `time.monotonic()` value; None is now.
+    """
+    started = time.monotonic() if started is None else started
+    limit = None if max_minutes is None else started + 60 * max_minutes
     console = Console()
     run = Run(out)
     console.print(f"[bold]How far does {MODEL} read, and which scaler carries it further?[/bold]\n", highlight=False)
+    if max_minutes is not None:
+        console.print(f"This takes at most {max_minutes:g} minutes (--max-minutes).", highlight=False)
     text = load_text(TEXT)
     # max_length: the passage may be the untouched model's, past its reach. The checkpoint was bfloat16 once.
     model = load(MODEL, dtype="bfloat16" if cpu_has_bfloat16() else "auto", max_length=2**20)
-    L = model.trained_length
-    ratio = 4 if full else 2
-    plan = FixedTarget(contexts=tuple(L * n // 4 for n in (1, 2, 4, 8, *((16,) if full else ()))), target=TARGET)
-    shortest, longest = min(plan.contexts), max(plan.contexts)
-
-    def is_essential(cell: Cell) -> bool:
-        is_reference = cell.context == L and not cell.scaler.parts
-        return cell.context in (shortest, longest) or is_reference
-
-    every = cells(LocalModel(model), text, [parse(spec) for spec in specs(ratio)], plan)
+    closing = max(_LEAST_CLOSING, time.monotonic() - started)  # a machine that loads slowly reports slowly
+    local = LocalModel(model)
+    plan, rate = _plan(local, run, started, None if limit is None else limit - closing, console)
+    spec_list = specs(plan.longest / model.trained_length)
+    protocol = FixedTarget(contexts=plan.contexts, target=TARGET, samples=plan.samples)
+    every = cells(local, text, [parse(spec) for spec in spec_list], protocol)
+    is_tight = limit is not None and not plan.fits(local.cost, rate, limit - closing - time.monotonic())
     planned = [cell for cell in every if isinstance(cell, PerplexityCell)]
-    # In the order in which they earn their time, so that the time limit leaves the least out.
-    planned.sort(key=lambda cell: (not is_essential(cell), cell.context if is_essential(cell) else -cell.context))
-    console.print(
-        f"{model.name}, {model.hf.num_parameters() / 1e6:.0f}M parameters, trained on {format_length(L)} tokens, in "
-        f"{model.precision}. Loss on the same last {TARGET} tokens of a play, "
-        f"reading {', '.join(format_length(c) for c in plan.contexts)} tokens up to its end. "
-        f"auto is the untouched model up to {format_length(L)} and {_beyond(model, longest)} beyond.\n",
-        highlight=False,
-    )
+    planned = _in_order(planned, plan, model.trained_length, is_tight=is_tight)
+    _describe(model, plan, spec_list, console)
     run.write_environment()
-    best = [_best_so_far(run, planned, longest)]
-
-    def remember_best(cell: PerplexityCell, rows: list[Row], measured: MeasuredModel) -> None:
-        if cell.context == longest and (best[0] is None or _loss(rows[0]) < best[0].loss):
-            best[0] = Winner(cell, _loss(rows[0]), measured.cache)
-
-    deadline = None if max_minutes is None else started + 60 * max_minutes - CLOSING_SECONDS
+    watcher = _Watcher(run, planned, plan, model.trained_length, console)
+    todo = [cell for cell in planned if not watcher.is_untouched_auto(cell)]
     outcome = measure_all(
-        LocalModel(model),
-        [replace(cell, then=remember_best) for cell in planned],
+        local,
+        [replace(cell, then=watcher.see) for cell in todo],
         run,
         console,
-        deadline=deadline,
-        is_essential=is_essential,
+        deadline=None if limit is None else limit - closing,
+        is_hard=True,
+        rate=rate,
     )
-    assert best[0] is not None, "the longest context is essential"
-    with console.status(f"{best[0].cell.scaler} writes a passage"):
-        passage = _passage(model, best[0], run)
-        files = publish(run, title=f"{MODEL} past its trained length", passages=[passage])
+    rate = outcome.rate or rate
+    passages = []
+    if watcher.best is not None and (passage := _passage(model, watcher.best, run, limit, rate)) is not None:
+        passages.append(passage)
+    files = publish(run, title=f"{MODEL} past its trained length", passages=passages)
     print_results(run, files, outcome.left_out, console)
+    for passage in passages:
+        console.print(f"\nUnder {passage.rope} it wrote, after {passage.prompt.splitlines()[0]}", highlight=False)
+        console.print(passage.text.strip(), style="italic", highlight=False, markup=False)
     console.print(f"\n{RECOMMENDATION}", highlight=False)
     console.print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Open {files[0]}", highlight=False)
 
 
-def _beyond(model: Model, length: int) -> str:
-    """What `auto` takes for a text of `length` tokens."""
+def _plan(
+    model: LocalModel, run: Run, started: float, deadline: float | None, console: Console
+) -> tuple[DemoPlan, float | None]:
+    """What is measured, and the machine's rate if that was measured: the plan of an earlier run in this folder, or
+    one that fits the time."""
+    stored = DemoPlan.stored(run)
+    rate = None
+    if deadline is not None:
+        with console.status("measuring how fast this machine is"):
+            model.time_forward(64)  # what runs once only
+            rate = forward_rate(model, max(2, model.trained_length // 8))
+        console.print(f"It computes about {rate / 1e9:.0f} GFLOP/s with this model.", highlight=False)
+    if stored is not None:
+        return stored, rate
+    if rate is None or deadline is None:
+        plan = DemoPlan.full(model.trained_length)
+    else:
+        now = time.monotonic()
+        plan = DemoPlan.sized(model.trained_length, model.cost, rate, deadline - now, _FIRST_CURVE - (now - started))
+    plan.store(run)
+    return plan, rate
+
+
+def _in_order(
+    planned: list[PerplexityCell], plan: DemoPlan, trained_length: int, *, is_tight: bool
+) -> list[PerplexityCell]:
+    """The order in which cells earn their time: a curve of the untouched model, the scalers at the longest context,
+    then what is left, short contexts first. Where not all of that fits, the untouched model and auto at the longest
+    context come before the untouched model at its trained length."""
+
+    def place(cell: PerplexityCell) -> tuple[int, int]:
+        if cell.context == plan.longest:
+            return (1 if not cell.scaler.parts else 2 if str(cell.scaler) == "auto" else 4), 0
+        if not cell.scaler.parts and cell.context == plan.shortest:
+            return 0, 0
+        if not cell.scaler.parts and cell.context == trained_length:
+            return (3 if is_tight else 0), 1
+        return 5, cell.context
+
+    return sorted(planned, key=place)
+
+
+def _describe(model: Model, plan: DemoPlan, spec_list: Sequence[str], console: Console) -> None:
+    trained = format_length(model.trained_length)
     model.rope = "auto"
-    return str(model.rope_at(length))
+    beyond = str(model.rope_at(plan.longest))
+    plays = "a play" if plan.samples == 1 else f"{plan.samples} plays"
+    console.print(
+        f"{model.name}, {model.hf.num_parameters() / 1e6:.0f}M parameters, trained on {trained} tokens, in "
+        f"{model.precision}. Loss on the same last {TARGET} tokens of {plays}, "
+        f"reading {', '.join(map(format_length, plan.contexts))} tokens up to the end, under {', '.join(spec_list)}. "
+        f"auto is the untouched model up to {trained} and {beyond} beyond.\n",
+        highlight=False,
+    )
+
+
+class _Watcher:
+    """Looks at every measured cell: keeps the best one with its cache, and prints the first curve."""
+
+    def __init__(
+        self, run: Run, planned: list[PerplexityCell], plan: DemoPlan, trained_length: int, console: Console
+    ) -> None:
+        self._run, self._planned, self._plan, self._console = run, planned, plan, console
+        self._trained_length = trained_length
+        self.best = _best_so_far(run, planned, plan.longest)
+
+    def is_untouched_auto(self, cell: PerplexityCell) -> bool:
+        """True for `auto` within the trained length, which is the untouched model bit for bit."""
+        return cell.recipe.get("chosen") == "none"
+
+    def see(self, cell: PerplexityCell, rows: list[Row], measured: MeasuredModel) -> None:
+        """After a cell was measured."""
+        if cell.context == self._plan.longest and (self.best is None or _loss(rows[0]) < self.best.loss):
+            self.best = Winner(cell, _loss(rows[0]), measured.cache)
+        if cell.scaler.parts:
+            return
+        for twin in self._planned:
+            if twin.context == cell.context and self.is_untouched_auto(twin) and not twin.is_done(self._run):
+                fields = {name: value for name, value in rows[0].items() if name in MEASURED and name != "key"}
+                self._run.add(twin.row_recipes()[0], fields, self._run.losses(rows[0]))
+        if cell.context == self._plan.longest:
+            self._print_curve()
+
+    def _print_curve(self) -> None:
+        """The losses of the untouched model as bars."""
+        rows = [
+            row
+            for cell in sorted(self._planned, key=lambda cell: cell.context)
+            if not cell.scaler.parts and (row := self._run.find(cell.row_recipes()[0])) and row["loss"] is not None
+        ]
+        if len(rows) < 2:
+            return
+        most = max(row["loss"] for row in rows)
+        self._console.print("\n  The untouched model, nats per token:")
+        for row in rows:
+            beyond = "  beyond its trained length" if row["context"] > self._trained_length else ""
+            bar = "█" * round(_BAR * row["loss"] / most)
+            self._console.print(
+                f"  {format_length(row['context']):>6} {bar} {row['loss']:.3f}{beyond}", highlight=False
+            )
+        self._console.print()
+
+
+_BAR = 36  # letters of the longest bar
 
 
 def _best_so_far(run: Run, planned: list[PerplexityCell], longest: int) -> Winner | None:
@@ -126,9 +311,9 @@ def _loss(row: Row) -> float:
     return math.inf if row["loss"] is None else float(row["loss"])
 
 
-def _passage(model: Model, best: Winner, run: Run) -> Passage:
+def _passage(model: Model, best: Winner, run: Run, limit: float | None, rate: float | None) -> Passage | None:
     """What the winner writes in place of the play's last tokens, after reading the longest context
-    up to there.
+    up to there; None if there is no time to read it.
 
     Goes on from the cache of the measurement. Kept in the run's folder, so that it is written once.
     """
@@ -140,9 +325,18 @@ def _passage(model: Model, best: Winner, run: Run) -> Passage:
         stored = json.loads(file.read_text(encoding="utf-8"))
         if (stored["prompt"], stored["rope"]) == (prompt, rope):
             return Passage(**stored)
+    seconds: dict[str, Any] = {}
+    if limit is not None:
+        reading = 0.0
+        if best.cache is None:
+            reading = ForwardCost.of(model).passes([len(ids)]) / rate if rate else math.inf
+        left = (limit - time.monotonic() - reading) / 2  # the other half is for the report
+        if left < 1:
+            return None
+        seconds = {"max_time": left + reading}
     if best.cache is not None:
         best.cache.crop(len(ids) - 1 - best.cache.get_seq_length())
     model.rope = best.cell.scaler
-    text = model.generate_ids(ids, PASSAGE, best.cache).text
+    text = model.generate_ids(ids, replace(PASSAGE, **seconds), best.cache).text
     write_atomic(file, json.dumps({"prompt": prompt, "text": text, "rope": rope}).encode())
     return Passage(prompt=prompt, text=text, rope=rope)

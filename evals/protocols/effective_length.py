@@ -18,6 +18,8 @@ TOLERANCE = 0.02
 MOST_SAMPLES = 1000
 """Samples beyond which no advice is given."""
 
+_Z = 1.959964  # 95% of a normal distribution lie so many standard deviations around its mean
+
 LEAST_FOUND = 0.80
 """Share of passkeys, needles or values that a length must give to count."""
 
@@ -28,7 +30,7 @@ count."""
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveLength:
-    """How far a method goes.
+    """How far a method goes: every context from the trained length on is reached, undecided or failed.
 
     Args:
         length: the largest measured context that keeps the rule; None if none does.
@@ -49,7 +51,28 @@ class EffectiveLength:
     @property
     def remedy(self) -> str:
         """What would decide the first of `undecided`, as the command is written."""
-        return "too close to the limit to decide" if self.samples is None else f"--samples {self.samples} or more"
+        return remedy(self.samples)
+
+    def __str__(self) -> str:
+        """`reaches 8k, 12k undecided (--samples 24 or more would decide it), fails at 16k`."""
+        parts = []
+        if self.length:
+            but = f" (but not {_lengths(self.breaks)})" if self.breaks else ""
+            parts.append(f"reaches {format_length(self.length)}{but}")
+        if self.undecided:
+            parts.append(f"{_lengths(self.undecided)} undecided ({self.remedy})")
+        if self.fails:
+            parts.append(f"fails at {_lengths(self.fails)}")
+        return ", ".join(parts)
+
+
+def remedy(samples: int | None) -> str:
+    """What would decide an interval, as the command is written; None is more than can be advised."""
+    return "too close to the limit to decide" if samples is None else f"--samples {samples} or more would decide it"
+
+
+def _lengths(lengths: Sequence[int]) -> str:
+    return ", ".join(map(format_length, lengths))
 
 
 def is_kept(change: Difference) -> bool:
@@ -59,7 +82,10 @@ def is_kept(change: Difference) -> bool:
 
 
 def effective_length(rows: Sequence[Row], delta: Mapping[str, Difference], rope: str) -> EffectiveLength | None:
-    """The largest context of `rope` that keeps the rule; None if no context of it has an interval.
+    """The largest context of `rope` that keeps the rule; None if nothing can be said.
+
+    Contexts below the trained length count only if they keep the rule: a model that reads less is
+    worse without failing.
 
     Args:
         rows: one fixed-target group.
@@ -76,30 +102,33 @@ def effective_length(rows: Sequence[Row], delta: Mapping[str, Difference], rope:
     differences = {context: delta[row["key"]] for context, row in measured.items()}
     length = max((context for context, change in differences.items() if is_kept(change)), default=None)
     trained, reached = rows[0]["trained_length"], length or 0
-    undecided = tuple(c for c, change in differences.items() if c > reached and change.low <= TOLERANCE < change.high)
+    beyond = {c: change for c, change in differences.items() if c > reached and c >= trained}
+    if length is None and not beyond:
+        return None
+    undecided = tuple(c for c, change in beyond.items() if change.low <= TOLERANCE < change.high)
     first = undecided[0] if undecided else None
     return EffectiveLength(
         length=length,
         breaks=tuple(c for c, change in differences.items() if trained <= c < reached and not is_kept(change)),
         undecided=undecided,
-        fails=tuple(c for c, change in differences.items() if c > reached and change.low > TOLERANCE),
+        fails=tuple(c for c, change in beyond.items() if change.low > TOLERANCE),
         samples=None if first is None else samples_to_decide(differences[first], measured[first]["documents"]),
     )
 
 
-def samples_to_decide(change: Difference, samples: int) -> int | None:
-    """How many samples would move the interval of `change` off the tolerance, if its mean stays.
+def samples_to_decide(change: Difference, samples: int, limit: float = TOLERANCE) -> int | None:
+    """How many samples would move the interval of `change` off `limit`, if its mean stays.
 
     The width of an interval falls with the square root of their number. The interval of one sample
     knows nothing of the spread between samples, so this is the least. None where more than
     `MOST_SAMPLES` would be needed.
 
     Args:
-        change: an interval that holds `TOLERANCE`.
+        change: an interval that holds `limit`.
         samples: how many it comes from.
     """
-    bound = change.high if change.mean <= TOLERANCE else change.low
-    gap = abs(TOLERANCE - change.mean)
+    bound = change.high if change.mean <= limit else change.low
+    gap = abs(limit - change.mean)
     needed = samples * ((bound - change.mean) / gap) ** 2 if gap else math.inf
     return math.floor(needed) + 1 if needed < MOST_SAMPLES else None
 
@@ -109,15 +138,46 @@ class Reach:
     """How far a method finds things.
 
     Args:
-        length: the largest measured length such that it and all measured below it keep the rule;
-            None if the shortest does not.
-        certain: the same with the lower bounds of 95% intervals.
+        length: the largest measured length such that the lower bound of its 95% interval, and of
+            all measured below it, keeps the rule; None if that of the shortest does not.
+        mean: the same by the mean scores.
         longest: the largest length that was measured.
+        undecided: the first length beyond `length`, if its interval holds the least score.
+        fails: the first length beyond `length` whose interval lies below the least score.
+        trials: about how many trials would decide `undecided`; None if it is too close.
     """
 
     length: int | None
-    certain: int | None
+    mean: int | None
     longest: int
+    undecided: int | None = None
+    fails: int | None = None
+    trials: int | None = None
+
+    @property
+    def state(self) -> str:
+        """`8k`, `16k or more` where 16k is the longest measured, `undecided` or `fails`."""
+        if self.length is not None:
+            return length_or_more(self.length, self.longest)
+        return "fails" if self.undecided is None else "undecided"
+
+    @property
+    def notes(self) -> list[str]:
+        """What is said of lengths beyond `length`."""
+        notes = []
+        if self.undecided is not None:
+            needed = "too close to the limit to decide"
+            if self.trials is not None:
+                needed = f"about {self.trials} trials would decide it"
+            by_mean = "" if self.mean == self.length else f"; by the mean {length_or_more(self.mean, self.longest)}"
+            notes.append(f"{format_length(self.undecided)} undecided ({needed}{by_mean})")
+        if self.fails is not None:
+            notes.append(f"fails at {format_length(self.fails)}")
+        return notes
+
+    def __str__(self) -> str:
+        """`reaches 8k, fails at 16k`."""
+        return ", ".join([*([] if self.length is None else [f"reaches {self.state}"]), *self.notes])
 
 
 def reach(scores: Mapping[int, TrialScore], least: float) -> Reach:
@@ -125,7 +185,7 @@ def reach(scores: Mapping[int, TrialScore], least: float) -> Reach:
 
     Args:
         scores: of one method by length; at least one.
-        least: the score that must be reached, 0 to 1.
+        least: the score that must be reached, 0 to 1; infinite if no length can keep the rule.
     """
     lengths = sorted(scores)
 
@@ -137,11 +197,24 @@ def reach(scores: Mapping[int, TrialScore], least: float) -> Reach:
             longest_kept = length
         return longest_kept
 
+    length = up_to({length: score.low for length, score in scores.items()})
+    beyond = [n for n in lengths if n > (length or 0)]
+    undecided = beyond[0] if beyond and not scores[beyond[0]].high < least else None
     return Reach(
-        length=up_to({length: score.mean for length, score in scores.items()}),
-        certain=up_to({length: score.low for length, score in scores.items()}),
+        length=length,
+        mean=up_to({length: score.mean for length, score in scores.items()}),
         longest=lengths[-1],
+        undecided=undecided,
+        fails=next((n for n in beyond if scores[n].high < least), None),
+        trials=None if undecided is None else trials_to_decide(scores[undecided].mean, least),
     )
+
+
+def trials_to_decide(mean: float, least: float) -> int | None:
+    """How many trials would move Wilson's 95% interval around `mean` off `least`; None above `MOST_SAMPLES`."""
+    gap = abs(mean - least)
+    needed = _Z**2 * least * (1 - least) / gap**2 if gap else math.inf
+    return math.floor(needed) + 1 if needed < MOST_SAMPLES else None
 
 
 def reaches(group: ScoreGroup) -> dict[str, Reach]:
@@ -166,12 +239,7 @@ def reaches(group: ScoreGroup) -> dict[str, Reach]:
 
 
 def length_or_more(length: int | None, longest: int) -> str:
-    """`8k`, `16k or more` where 16k is the longest measured, or `no measured length`."""
+    """`8k`, `16k or more` where 16k is the longest measured, `none` for no length."""
     if length is None:
-        return "no measured length"
+        return "none"
     return f"{format_length(length)} or more" if length == longest else format_length(length)
-
-
-def by_lower_bounds(certain: int | None, longest: int) -> str:
-    """`by the lower bounds: 8k`, or `by the lower bounds: none`."""
-    return f"by the lower bounds: {'none' if certain is None else length_or_more(certain, longest)}"

@@ -9,10 +9,7 @@ from ..protocols.effective_length import (
     LEAST_FOUND,
     LEAST_KEPT,
     TOLERANCE,
-    EffectiveLength,
-    by_lower_bounds,
     effective_length,
-    length_or_more,
     reaches,
 )
 from ..protocols.fixed_target import Repeat
@@ -28,10 +25,10 @@ from .tables import share
 def findings(run: Run) -> list[str]:
     """Sentences computed from the perplexity rows of `run`, group by group.
 
-    How far the untouched model goes, the best method at the longest context, effective lengths,
-    what each method costs within the trained length, and what was not run. Differences are paired,
-    with 95% intervals; where the interval holds zero the sentence says that the two cannot be told
-    apart.
+    How far the untouched model goes, the best method at the longest context, what each method
+    reaches, what it costs within the trained length, and what was not run; `verdicts` sums it up.
+    Differences are paired, with 95% intervals; where the interval holds zero the sentence says that
+    the two cannot be told apart.
     """
     groups = compare.comparable_groups(run.rows)
     if not groups:
@@ -166,39 +163,12 @@ def _verdict(change: Difference) -> str:
 
 def _effective_lengths(view: _View) -> list[str]:
     lengths = {rope: effective_length(view.rows, view.delta, rope) for rope in view.methods}
-    known = {rope: reach for rope, reach in lengths.items() if reach is not None}
-    if not known:
+    parts = [f"{method_name(rope)} {reach}" for rope, reach in lengths.items() if reach is not None]
+    if not parts:
         return []
-    parts = []
-    for rope, reach in known.items():
-        part = f"{method_name(rope)} {format_length(reach.length) if reach.length else 'at no measured context'}"
-        if reach.breaks:
-            part += f" (but not at {_lengths(reach.breaks)})"
-        if reach.undecided:
-            part += f" ({_lengths(reach.undecided)} undecided: {reach.remedy})"
-        parts.append(part)
-    rule = (
-        "largest context whose difference to the untouched model at "
-        f"{format_length(view.trained_length)} has an upper bound of at most +{TOLERANCE:g} nats"
-    )
-    sentences = [f"Effective length ({rule}): {'; '.join(parts)}."]
-    plain = known.get(UNTOUCHED)
-    limit = max(view.trained_length, (plain.length or 0) if plain else 0)
-    reaches = [known[rope] for rope in view.scalers if rope in known]
-    if view.scalers and not any((reach.length or 0) > limit for reach in reaches):
-        sentences.append(_beyond(known, view.scalers, limit))
-    return sentences
-
-
-def _beyond(known: dict[str, EffectiveLength], scalers: Sequence[str], limit: int) -> str:
-    """What can be said of lengths beyond `limit` where no method is certain to reach one."""
-    open_ = [rope for rope in scalers if rope in known and any(at > limit for at in known[rope].undecided)]
-    if not open_:
-        return f"By this rule no method extends the effective length beyond {format_length(limit)}."
-    return (
-        f"Undecided is whether {', '.join(open_)} extend{'s' if len(open_) == 1 else ''} the effective length beyond "
-        f"{format_length(limit)}: the interval holds +{TOLERANCE:g}, and more samples would narrow it."
-    )
+    trained = format_length(view.trained_length)
+    rule = f"the difference to the untouched model at {trained} has an upper bound of at most +{TOLERANCE:g} nats"
+    return [f"Effective length ({rule}): {'; '.join(parts)}."]
 
 
 def _costs(view: _View) -> list[str]:
@@ -238,10 +208,6 @@ def _missing(view: _View) -> list[str]:
 
 def _loss(row: Row) -> str:
     return f"{row['loss']:.3f} nats per token (perplexity {row['perplexity']:.4g})"
-
-
-def _lengths(lengths: Iterable[int]) -> str:
-    return ", ".join(map(format_length, lengths))
 
 
 def _capital(text: str) -> str:
@@ -323,17 +289,12 @@ def _longest_scores(group: ScoreGroup) -> list[str]:
 
 
 def _score_reaches(group: ScoreGroup) -> list[str]:
-    parts = []
-    for rope, reach in reaches(group).items():
-        part = f"{method_name(rope)} {length_or_more(reach.length, reach.longest)}"
-        if reach.certain != reach.length:
-            part += f" ({by_lower_bounds(reach.certain, reach.longest)})"
-        parts.append(part)
+    parts = [f"{method_name(rope)} {reach}" for rope, reach in reaches(group).items()]
     if not parts:
         return []
     share_kept = f"{LEAST_KEPT:.0%} of the method's own score at {format_length(group.trained_length)}"
     least = share_kept if group.suite == RULER else f"{LEAST_FOUND:.0%}"
-    rule = f"largest measured length that scores at least {least}, as do all measured below it"
+    rule = f"the lower bound of the score is at least {least}, as at all measured lengths below"
     return [f"effective length ({rule}): {'; '.join(parts)}."]
 
 

@@ -35,6 +35,7 @@ from .loss_plots import plot_run
 from .retrieval_plots import plot_retrieval
 from .sections import loss_section, score_section
 from .tables import reach_table, write_tables
+from .verdict import verdicts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +55,16 @@ def write_report(
     out: Path,
     *,
     title: str,
-    story: Sequence[str],
     passages: Sequence[Passage] = (),
     plots: Sequence[Path] = (),
 ) -> Path:
     """Write everything in `run` as one self-contained HTML page without scripts or links; returns
-    `out`.
+    `out`. It opens with the verdict and the plots.
 
     Args:
         run: rows of perplexity and of retrieval; env.json is shown if it is there.
         out: the file to write.
         title: the page's heading.
-        story: sentences at the top; `findings(run)` computes them from the rows.
         passages: what the model wrote.
         plots: SVG files, set into the page as they are; a PNG is taken where its SVG is not listed
             too.
@@ -73,13 +72,15 @@ def write_report(
     Raises:
         DataError: a plot that is not there or is neither SVG nor PNG.
     """
+    verdict, details = told(run)
     sections = [loss_section(run, group) for group in compare.comparable_groups(run.rows)]
     sections += [score_section(group) for group in score_groups(run.rows)]
     return write_page(
         out,
         title=title,
         subtitle=_subtitle(run.rows),
-        story=story,
+        verdict=verdict,
+        details=details,
         plots=plots,
         reaches=reach_table(run),
         sections=sections,
@@ -93,21 +94,23 @@ def write_page(
     *,
     title: str,
     subtitle: str,
-    story: Sequence[str],
+    verdict: Sequence[str],
+    details: Sequence[str],
     plots: Sequence[Path],
     sections: Sequence[Section],
     environment: dict[str, Any],
     reaches: Grid | None = None,
     passages: Sequence[Passage] = (),
 ) -> Path:
-    """Write a report of these parts to `out`, and return it."""
+    """Write a report of these parts to `out`, and return it: the verdict, the plots, then the details."""
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     page = template.from_string((resources.files(__package__ or "") / "report.html.j2").read_text("utf-8")).render(
         title=title,
         subtitle=subtitle,
-        story=story,
+        verdict=verdict,
+        details=details,
         figures=[_picture(path) for path in plots if path.with_suffix(".svg") not in plots or path.suffix == ".svg"],
         reaches=reaches,
         sections=sections,
@@ -171,23 +174,29 @@ def publish(run: Run, *, title: str, passages: Sequence[Passage] = ()) -> list[P
     first."""
     plots = [*plot_run(run), *plot_retrieval(run)]
     tables = write_tables(run)
-    report = write_report(
-        run, run.folder / "report.html", title=title, story=story(run), passages=passages, plots=plots
-    )
+    report = write_report(run, run.folder / "report.html", title=title, passages=passages, plots=plots)
     return [report, *tables, *plots]
 
 
-def story(run: Run) -> list[str]:
-    """What the rows say, in sentences."""
+def told(run: Run) -> tuple[list[str], list[str]]:
+    """The verdict, and the findings behind it, in sentences. Without fixed-target rows the first finding is the
+    verdict."""
     sentences = retrieval_findings(run.rows)
-    return sentences if sentences and not compare.comparable_groups(run.rows) else [*findings(run), *sentences]
+    if not sentences or compare.comparable_groups(run.rows):
+        sentences = [*findings(run), *sentences]
+    return (verdict, sentences) if (verdict := verdicts(run)) else (sentences[:1], sentences[1:])
 
 
 def print_results(run: Run, files: Sequence[Path], left_out: Sequence[Cell], console: Console) -> None:
-    """The table, what was learnt, what was left out, and where the files are."""
+    """The verdict, the tables, the findings, what was left out, and where the files are."""
+    verdict, details = told(run)
+    console.print()
+    for sentence in verdict:
+        console.print(sentence, style="bold", highlight=False, markup=False)
+    console.print()
     console.print(Markdown((run.folder / "table.md").read_text(encoding="utf-8")))
     console.print()
-    for sentence in story(run):
+    for sentence in details:
         console.print(f"• {sentence}", highlight=False, markup=False)
     print_left_out(left_out, console)
     print_files(files, console)

@@ -20,7 +20,7 @@ from ..protocols.effective_length import (
     LEAST_KEPT,
     TOLERANCE,
     EffectiveLength,
-    by_lower_bounds,
+    Reach,
     effective_length,
     length_or_more,
     reaches,
@@ -28,6 +28,7 @@ from ..protocols.effective_length import (
 from ..protocols.fixed_target import FixedTarget, Repeat
 from ..protocols.harm import Harm
 from ..retrieval.score import ScoreGroup, TrialScore, score_groups
+from ..retrieval.tasks import RULER
 from ..runs import compare
 from ..runs.compare import UNTOUCHED
 from ..runs.result import Row, Run
@@ -87,36 +88,47 @@ _TABLES: dict[str, dict[str, tuple[str, Show]]] = {
 }
 
 
-_REACH_NOTE = (
+_LOSS_RULE = (
     f"Loss: the largest context whose difference to the untouched model at its trained length has an upper bound of "
     f"at most +{TOLERANCE:g} nats. A longer one is undecided where the interval holds that bound, and fails where it "
-    f"lies above; --samples N says how many, at least, would decide the first. Passkey, niah and kv: the largest "
-    f"length such that it and all measured below it give {LEAST_FOUND:.0%}. RULER-11: such that they keep "
-    f"{LEAST_KEPT:.0%} of the method's own score at the trained length. Only measured lengths count; below it, the "
-    "length that the 95% intervals guarantee."
+    "lies above."
 )
+_SCORE_RULE = "{}: the largest length such that its lower bound, and those of all measured below it, keep {}."
 
 
 def reach_table(run: Run) -> Grid | None:
-    """Methods down, rules across; None where no rule has what it needs."""
+    """Methods down, rules across, with the rules that were used; None where none has what it needs."""
     columns: dict[str, dict[str, Shown]] = {}
+    notes: dict[str, None] = {}
     for group in compare.comparable_groups(run.rows):
         if group[0]["protocol"] == FixedTarget.name and (lengths := _reach_by_loss(run, group)):
             columns[_unused_name(f"loss on {compare.short(group[0]['text'])}", columns)] = lengths
+            notes[_LOSS_RULE] = None
     for score_group in score_groups(run.rows):
         if by_score := reaches(score_group):
             columns[_unused_name(score_group.name, columns)] = {
-                rope: _reach_cell(entry.length, entry.certain, entry.longest) for rope, entry in by_score.items()
+                rope: _score_state(entry) for rope, entry in by_score.items()
             }
+            notes[_score_rule(score_group)] = None
     if not columns:
         return None
     methods = sorted(dict.fromkeys(rope for entry in columns.values() for rope in entry), key=lambda r: r != UNTOUCHED)
     return Grid(
-        title="Effective length by rule",
-        note=_REACH_NOTE,
+        title="Effective length" + (" by rule" if len(columns) > 1 else ""),
+        note=" ".join([*notes, "Only measured lengths count."]),
         columns=tuple(columns),
         rows=[(rope, [entry.get(rope, NOTHING) for entry in columns.values()]) for rope in methods],
     )
+
+
+def _score_state(entry: Reach) -> Shown:
+    notes = [] if entry.state == "fails" else entry.notes
+    return Shown(main=entry.state, small=tuple(notes), css="" if entry.length else "none")
+
+
+def _score_rule(group: ScoreGroup) -> str:
+    kept = f"{LEAST_KEPT:.0%} of the method's own score at the trained length" if group.suite == RULER else None
+    return _SCORE_RULE.format(group.name, kept or f"{LEAST_FOUND:.0%}")
 
 
 def _unused_name(name: str, taken: dict[str, dict[str, Shown]]) -> str:
@@ -133,7 +145,7 @@ def _reach_by_loss(run: Run, group: Sequence[Row]) -> dict[str, Shown]:
 
 def _reach_state(reach: EffectiveLength, longest: int) -> Shown:
     """Reached, undecided or failed, and below it what is said of longer contexts."""
-    small = []
+    small = [f"but not {_format_lengths(reach.breaks)}"] if reach.breaks else []
     if reach.undecided:
         small.append(f"{_format_lengths(reach.undecided)} undecided: {reach.remedy}")
     if reach.fails and (reach.length or reach.undecided):
@@ -145,11 +157,6 @@ def _reach_state(reach: EffectiveLength, longest: int) -> Shown:
 
 def _format_lengths(lengths: Sequence[int]) -> str:
     return ", ".join(map(format_length, lengths))
-
-
-def _reach_cell(length: int | None, certain: int | None, longest: int) -> Shown:
-    small = () if certain == length else (by_lower_bounds(certain, longest),)
-    return Shown(main=length_or_more(length, longest), small=small, css="" if length else "none")
 
 
 ScoreLine = tuple[str, list[TrialScore | None]]

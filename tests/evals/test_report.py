@@ -58,7 +58,6 @@ def html(smollm_run: Run, monkeypatch: pytest.MonkeyPatch) -> str:
         smollm_run,
         smollm_run.folder / "report.html",
         title="toy & <b>co</b>",
-        story=findings(smollm_run),
         passages=[Passage(prompt="To be, <script>alert(1)</script>", text="or <img src=x onerror=y>", rope="a|b")],
         plots=plot_run(smollm_run),
     )
@@ -121,7 +120,7 @@ def test_everything_is_in_it(html: str, smollm_run: Run) -> None:
 def test_two_plots_do_not_share_ids(make_run: MakeRun) -> None:
     make_run({"none": {8: 3.5, 16: 6.0}})
     run = make_run({"none": {8: 3.5}}, protocol="sliding", stride=256)
-    out = write_report(run, run.folder / "r.html", title="t", story=[], plots=plot_run(run))
+    out = write_report(run, run.folder / "r.html", title="t", plots=plot_run(run))
     html = out.read_text("utf-8")
     ids = [value for name, value in Page(html).attributes if name == "id"]
     assert html.count("<svg") == 2
@@ -132,14 +131,14 @@ def test_two_plots_do_not_share_ids(make_run: MakeRun) -> None:
 def test_png_alone_is_embedded(make_run: MakeRun) -> None:
     run = make_run({"none": {8: 3.5}})
     png, _ = plot_run(run)
-    html = write_report(run, run.folder / "r.html", title="t", story=[], plots=[png]).read_text("utf-8")
+    html = write_report(run, run.folder / "r.html", title="t", plots=[png]).read_text("utf-8")
     assert 'src="data:image/png;base64,iVBOR' in html
     assert "<svg" not in html
 
 
 def test_run_with_gaps_and_without_environment(make_run: MakeRun) -> None:
     run = make_run({"a": {8: 3.5, 16: None}}, protocol="truncate")
-    text = Page(write_report(run, run.folder / "r.html", title="t", story=[]).read_text("utf-8")).text
+    text = Page(write_report(run, run.folder / "r.html", title="t").read_text("utf-8")).text
     assert "out of memory" in text
     assert "Difference to the untouched model" not in text
     assert "The environment was not recorded in this run." in text
@@ -147,27 +146,27 @@ def test_run_with_gaps_and_without_environment(make_run: MakeRun) -> None:
 
 def test_run_with_failures_only(make_run: MakeRun) -> None:
     run = make_run({"none": {8: None}})
-    text = Page(write_report(run, run.folder / "r.html", title="t", story=findings(run)).read_text("utf-8")).text
+    text = Page(write_report(run, run.folder / "r.html", title="t").read_text("utf-8")).text
     assert "no tokens per cell" in text
 
 
 def test_empty_run(make_run: MakeRun) -> None:
     run = make_run({})
-    text = Page(write_report(run, run.folder / "r.html", title="t", story=findings(run)).read_text("utf-8")).text
+    text = Page(write_report(run, run.folder / "r.html", title="t").read_text("utf-8")).text
     assert "No perplexity row has been measured yet." in text
 
 
 def test_plots_that_cannot_be_shown_are_refused(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run({"none": {8: 3.5}})
     with pytest.raises(DataError, match="is not there"):
-        write_report(run, tmp_path / "r.html", title="t", story=[], plots=[tmp_path / "loss.svg"])
+        write_report(run, tmp_path / "r.html", title="t", plots=[tmp_path / "loss.svg"])
     (tmp_path / "loss.pdf").write_bytes(b"%PDF")
     with pytest.raises(DataError, match="neither SVG nor PNG"):
-        write_report(run, tmp_path / "r.html", title="t", story=[], plots=[tmp_path / "loss.pdf"])
+        write_report(run, tmp_path / "r.html", title="t", plots=[tmp_path / "loss.pdf"])
 
 
 def test_damaged_environment_is_named(make_run: MakeRun) -> None:
     run = make_run({"none": {8: 3.5}})
     (run.folder / "env.json").write_text("{")
     with pytest.raises(DataError, match=r"env\.json is damaged"):
-        write_report(run, run.folder / "r.html", title="t", story=[])
+        write_report(run, run.folder / "r.html", title="t")

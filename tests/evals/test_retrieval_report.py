@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from ropewalk.evals.protocols.effective_length import LEAST_FOUND, reach
+from ropewalk.evals.protocols.effective_length import LEAST_FOUND, reach, trials_to_decide
 from ropewalk.evals.reports.findings import retrieval_findings
 from ropewalk.evals.reports.retrieval_plots import plot_heat, plot_retrieval
 from ropewalk.evals.reports.tables import score_grids, write_tables
@@ -130,11 +130,26 @@ def reach_of(**right_of_20):
 
 def test_a_length_counts_while_it_and_all_below_keep_the_rule():
     found = reach_of(k2=20, k4=20, k8=16, k16=12)
-    assert (found.length, found.certain, found.longest) == (8 * K, 4 * K, 16 * K)
-    assert reach_of(k2=20, k4=15, k8=20).length == 2 * K  # the break at 4k ends it
+    assert (found.mean, found.length, found.longest) == (8 * K, 4 * K, 16 * K)
+    assert (found.undecided, found.fails, found.trials) == (8 * K, 16 * K, None)  # 80 % is too close
+    assert reach_of(k2=20, k4=15, k8=20).mean == 2 * K  # the break at 4k ends it
     assert reach_of(k2=15, k4=20).length is None
-    assert reach_of(k2=16).length == 2 * K  # exactly 80 %
-    assert reach_of(k2=16).certain is None
+    assert reach_of(k2=16).mean == 2 * K  # exactly 80 %
+    assert reach_of(k2=16).length is None
+    assert str(reach_of(k2=20, k4=20)) == "reaches 4k or more"
+    assert str(reach_of(k2=20, k4=2)) == "reaches 2k, fails at 4k"
+    assert (reach_of(k2=2).state, str(reach_of(k2=2))) == ("fails", "fails at 2k")
+    assert reach_of(k2=19).state == "undecided"
+
+
+@pytest.mark.parametrize(("right", "trials"), [(19, 20), (2, 2), (14, 20)])
+def test_so_many_trials_would_decide(right, trials):
+    needed = trials_to_decide(right / trials, 0.8)
+    low, high = share_interval(round(right / trials * needed), needed)
+    assert not low < 0.8 < high
+    fewer = int(0.7 * needed)
+    low, high = share_interval(round(right / trials * fewer), fewer)
+    assert low < 0.8 < high
 
 
 def test_sentences_of_a_passkey_run():
@@ -148,9 +163,9 @@ def test_sentences_of_a_passkey_run():
     best, reached = retrieval_findings(rows)
     assert best.startswith("passkey: at 16k, the longest measured, yarn:2 is right in 95% (76-99) of 20 trials")
     assert "intervals of the untouched model lie below; intervals overlap with ntk:4." in best
-    assert "scores at least 80%" in reached
-    assert "the untouched model 8k; yarn:2 16k or more (by the lower bounds: 8k)" in reached
-    assert "ntk:4 16k or more (by the lower bounds: none)" in reached
+    assert "the score is at least 80%" in reached
+    assert "the untouched model reaches 8k, fails at 16k; yarn:2 reaches 8k, 16k undecided (about 28 trials" in reached
+    assert "would decide it; by the mean 16k or more); ntk:4 16k undecided (about 246 trials" in reached
     assert any("as few as 5 trials" in said for said in retrieval_findings(rows + trials("none", 4 * K, 5, 5)))
     assert retrieval_findings([{"task": "ppl", "loss": 3.0}]) == []
 
@@ -160,12 +175,13 @@ def test_rulers_rule_is_a_share_of_the_methods_own_score():
     rows = ruler("none", 8 * K, half) + ruler("none", 16 * K, [0.46] * 11) + ruler("yarn:2", 16 * K, half)
     (reached,) = (said for said in retrieval_findings(rows) if "effective length" in said)
     assert "90% of the method's own score at 8k" in reached
-    assert "the untouched model 16k or more (by the lower bounds: none)" in reached
+    assert "the untouched model 8k undecided (" in reached
+    assert "by the mean 16k or more)" in reached
     assert "yarn:2" not in reached  # it has no score at 8k
     rows = ruler("none", 8 * K, half) + ruler("none", 16 * K, [0.44] * 11)
-    assert any("the untouched model 8k (" in said for said in retrieval_findings(rows))
+    assert any("by the mean 8k)" in said for said in retrieval_findings(rows))
     rows = ruler("none", 8 * K, [0] * 11) + ruler("none", 16 * K, [0] * 11)
-    assert any("the untouched model no measured length." in said for said in retrieval_findings(rows))
+    assert any("the untouched model fails at 8k." in said for said in retrieval_findings(rows))
     part = [r for r in rows if r["task"] in ("vt", "cwe")]
     assert not any("effective length" in said for said in retrieval_findings(part))
     assert any("2 of RULER's tasks" in said for said in retrieval_findings(part))

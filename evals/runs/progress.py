@@ -1,0 +1,137 @@
+"""What a person sees while cells are measured: one bar, and a word at once after Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+
+class RunProgress:
+    """A bar of time: from the start to when all is done, or to the time limit if that comes first.
+
+    Args:
+        console: where it is drawn.
+        deadline: `time.monotonic()` value of the limit, which is shown; None for no limit.
+        started: where the time begins; None is now.
+    """
+
+    def __init__(self, console: Console, deadline: float | None = None, started: float | None = None) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), _TimeBar(bar_width=28), _Clock())
+        self._progress = Progress(*columns, console=console, get_time=time.monotonic)
+        self._started = time.monotonic() if started is None else started
+        self._deadline = deadline
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._task = self._progress.add_task("", total=None, started=self._started, limit=self._deadline, end=None)
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def describe(self, what: str) -> None:
+        """Show `what` is being done."""
+        self._update(description=what)
+
+    def expect(self, end: float | None) -> None:
+        """Show that all will be done at `end`, a `time.monotonic()` value; None is unknown."""
+        if self._deadline is not None:
+            end = self._deadline if end is None else min(end, self._deadline)
+        self._update(end=end)
+
+    def print(self, line: str) -> None:
+        """A line above the bar, which stays."""
+        self._progress.console.print(line)
+
+    def _update(self, **fields: Any) -> None:
+        assert self._task is not None, "the bar is used as a context manager"
+        self._progress.update(self._task, **fields)
+
+
+class _TimeBar(BarColumn):
+    def render(self, task: Task) -> ProgressBar:
+        started, end = task.fields["started"], task.fields["end"]
+        return ProgressBar(
+            total=None if end is None else max(end - started, 1e-3),
+            completed=time.monotonic() - started,
+            width=self.bar_width,
+            pulse=end is None,
+            animation_time=task.get_time(),
+        )
+
+
+class _Clock(ProgressColumn):
+    """`0:01:12 of at most 0:05:00, 0:02:10 left`."""
+
+    def render(self, task: Task) -> Text:
+        now, started, limit, end = time.monotonic(), *(task.fields[name] for name in ("started", "limit", "end"))
+        text = _clock(now - started)
+        if limit is not None:
+            text += f" of at most {_clock(limit - started)}"
+        if end is not None:
+            text += f", {_clock(end - now)} left"
+        return Text(text)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=max(round(seconds), 0)))
+
+
+class StopNotice:
+    """Prints a line at the moment of Ctrl-C, also while the interpreter waits for a long operation.
+
+    KeyboardInterrupt comes only when that operation is over. Python's C code tells a socket of the
+    signal before, and a thread waits for that. Does nothing outside of the main thread, or where
+    something else listens for signals.
+
+    Args:
+        console: where the line is printed.
+        message: gives the line.
+    """
+
+    def __init__(self, console: Console, message: Callable[[], str]) -> None:
+        self._console, self._message = console, message
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        if before != -1:
+            signal.set_wakeup_fd(before)
+            reader.close()
+            writer.close()
+            return self
+        self._sockets = reader, writer
+        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._sockets is not None:
+            signal.set_wakeup_fd(-1)
+            self._sockets[1].close()  # which ends the thread
+
+    def _listen(self, reader: socket.socket) -> None:
+        with reader:
+            while signals := reader.recv(1):
+                if signals[0] == signal.SIGINT:
+                    self._console.print(self._message(), highlight=False, markup=False, soft_wrap=True)
+                    return

@@ -1,0 +1,128 @@
+"""How cells are run: hard limits, what an earlier run has measured, the bar, and Ctrl-C."""
+
+import io
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from ropewalk.evals.models.cost import ForwardCost
+from ropewalk.evals.runs import measure, progress
+from ropewalk.evals.runs.cell import Cell
+from ropewalk.evals.runs.progress import RunProgress, StopNotice
+from ropewalk.evals.runs.result import Run
+from ropewalk.evals.runs.measure import measure_all
+from ropewalk.scaling.rope import Scaler
+
+MODEL = SimpleNamespace(cost=ForwardCost(dense=1.0, attention=0.0), restore=lambda: None, under=lambda scaler: None)
+
+
+class Clocked(Cell):
+    """Four windows of ten tokens; each takes `seconds` of a clock that stands otherwise."""
+
+    scaler = Scaler()
+
+    def __init__(self, context, clock, seconds=1.0, stop=False):
+        self.context, self._clock, self._seconds, self._stop = context, clock, seconds, stop
+
+    windows = (10,) * 4
+
+    def row_recipes(self):
+        return [{"context": self.context}]
+
+    def measure(self, model, run, advance):
+        if self._stop:
+            raise KeyboardInterrupt
+        for _ in self.windows:
+            self._clock[0] += self._seconds
+            advance(0, 10)
+        return [run.add(self.row_recipes()[0], {"loss": 1.0})]
+
+    def outcome(self, rows):
+        return "measured"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    return now
+
+
+def screen():
+    return Console(file=io.StringIO(), width=200, force_terminal=False)
+
+
+def contexts(cells):
+    return [cell.context for cell in cells]
+
+
+def test_a_cell_that_would_end_too_late_is_not_begun_and_a_running_one_is_given_up(tmp_path, clock):
+    run = Run(tmp_path)
+    cells = [Clocked(1, clock), Clocked(2, clock, seconds=3.0), Clocked(3, clock)]
+    outcome = measure_all(MODEL, cells, run, screen(), deadline=1009.0, is_hard=True)
+    assert contexts(outcome.measured) == [1]
+    assert contexts(outcome.left_out) == [2, 3]  # 2 was expected to end at 1008, and is cut at 1007
+    assert clock[0] == 1007.0
+    assert len(run.rows) == 1
+    assert contexts(measure_all(MODEL, cells, run, screen(), deadline=1100.0).measured) == [2, 3]
+
+
+def test_without_a_hard_limit_a_running_cell_is_finished(tmp_path, clock):
+    outcome = measure_all(MODEL, [Clocked(1, clock, seconds=3.0)], Run(tmp_path), screen(), deadline=1002.0)
+    assert contexts(outcome.measured) == [1]
+    assert outcome.rate == pytest.approx(40 / 12)
+
+
+def test_a_resumed_run_says_what_it_found(tmp_path, clock):
+    run, console = Run(tmp_path), screen()
+    measure_all(MODEL, [Clocked(1024, clock)], run, console)
+    assert "before" not in console.file.getvalue()
+    measure_all(MODEL, [Clocked(1024, clock), Clocked(2048, clock)], run, console)
+    assert f"1 of 2 cells were measured before, in {tmp_path}: none at 1k." in console.file.getvalue()
+
+
+def test_ctrl_c_says_what_is_stored(tmp_path, clock):
+    run = Run(tmp_path)
+    with pytest.raises(KeyboardInterrupt, match=r"^nothing was finished, so nothing is stored$"):
+        measure_all(MODEL, [Clocked(1, clock, stop=True)], run, screen())
+    with pytest.raises(
+        KeyboardInterrupt, match=r"^1 finished row is stored in .*; the same command goes on from there"
+    ):
+        measure_all(MODEL, [Clocked(1, clock), Clocked(2, clock, stop=True)], run, screen())
+
+
+def test_the_notice_comes_before_the_exception():
+    console = screen()
+    with StopNotice(console, lambda: "stopping; 3 are stored"):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        for _ in range(200):
+            if "stopping" in console.file.getvalue():
+                break
+            time.sleep(0.01)
+    assert console.file.getvalue() == "stopping; 3 are stored\n"
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_the_bar_goes_to_the_limit_or_to_the_end(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with RunProgress(console, deadline=400.0) as bar:
+        (task,) = bar._progress.tasks
+        clock, drawn = bar._progress.columns[-1], bar._progress.columns[2]
+        assert clock.render(task).plain == "0:00:00 of at most 0:05:00"
+        bar.expect(None)
+        now[0] = 160.0
+        assert clock.render(task).plain == "0:01:00 of at most 0:05:00, 0:04:00 left"
+        assert drawn.render(task).percentage_completed == pytest.approx(20)
+        bar.expect(1000.0)
+        assert "0:04:00 left" in clock.render(task).plain
+        bar.expect(220.0)
+        assert "0:01:00 left" in clock.render(task).plain
+        assert drawn.render(task).percentage_completed == pytest.approx(50)
