@@ -21,9 +21,8 @@ from ..errors import DataError
 from ..scaling.lengths import format_length
 from ..scaling.spec import parse
 from .data import load_text
-from .models.cost import ForwardCost
 from .models.local import LocalModel
-from .models.measured import MeasuredModel
+from .models.measured import ForwardCost, MeasuredModel
 from .protocols.fixed_target import FixedTarget
 from .protocols.perplexity_cell import PerplexityCell, cells
 from .reports.report import Passage, print_results, publish

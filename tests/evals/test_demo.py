@@ -8,7 +8,7 @@ import pytest
 from ropewalk.engine.model import Model
 from ropewalk.evals import demo
 from ropewalk.evals.demo import DemoPlan
-from ropewalk.evals.models.cost import ForwardCost
+from ropewalk.evals.models.measured import ForwardCost
 from ropewalk.evals.runs.result import Run
 
 SMOLLM2 = ForwardCost(dense=212e6, attention=69_120)

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from ropewalk.evals.models.cost import ForwardCost
+from ropewalk.evals.models.measured import ForwardCost
 from ropewalk.evals.runs import measure, progress
 from ropewalk.evals.runs.cell import Cell
+from ropewalk.evals.runs.measure import measure_all
 from ropewalk.evals.runs.progress import RunProgress, StopNotice
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.runs.measure import measure_all
 from ropewalk.scaling.rope import Scaler
 
 MODEL = SimpleNamespace(cost=ForwardCost(dense=1.0, attention=0.0), restore=lambda: None, under=lambda scaler: None)

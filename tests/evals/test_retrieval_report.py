@@ -145,10 +145,10 @@ def test_a_length_counts_while_it_and_all_below_keep_the_rule():
 @pytest.mark.parametrize(("right", "trials"), [(19, 20), (2, 2), (14, 20)])
 def test_so_many_trials_would_decide(right, trials):
     needed = trials_to_decide(right / trials, 0.8)
-    low, high = share_interval(round(right / trials * needed), needed)
+    low, high = wilson_interval(round(right / trials * needed), needed)
     assert not low < 0.8 < high
     fewer = int(0.7 * needed)
-    low, high = share_interval(round(right / trials * fewer), fewer)
+    low, high = wilson_interval(round(right / trials * fewer), fewer)
     assert low < 0.8 < high
 
 
@@ -227,7 +227,7 @@ def test_tables_of_several_settings_stand_below_what_was_asked(tmp_path):
         *of_each,
         "1 of RULER's tasks: toy (float32).",
         *of_each,
-        "Effective length by rule",
+        "Effective length",
     ]
 
 
