@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import os
 import pickle
 import re
@@ -80,13 +81,16 @@ def test_scalers_lists_every_method_with_its_source():
     assert "yarn:factor,beta_fast=32.0" in text
 
 
-def test_show_draws_and_tells(tmp_path):
-    out = tmp_path / "rope.png"
-    text = CliRunner().invoke(cli, ["show", "yarn:4", "--out", str(out)], catch_exceptions=False).output
+def test_show_tells_and_draws_where_it_is_asked_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = CliRunner().invoke(cli, ["show", "yarn:4"], catch_exceptions=False).output
     assert "slowest by 4" in text
     assert "32768 tokens (trained 8192)" in text
-    assert out.stat().st_size > 10_000
-    assert out.with_suffix(".svg").exists()
+    assert text.endswith("To draw it: --out scaler.png\n") and not list(tmp_path.iterdir())
+    drawn = CliRunner().invoke(cli, ["show", "yarn:4", "--out", "a.png"], catch_exceptions=False).output
+    assert drawn.splitlines()[-2:] == [f"{'drawn':<20} a.png", f"{'drawn':<20} a.svg"]
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert (tmp_path / "a.svg").exists()
 
 
 def test_generate_streams_and_scores_are_repeatable(tiny_folder):
@@ -314,3 +318,47 @@ def test_no_error_names_a_setting_as_plain_text():
 def _raises(call: ast.Call) -> bool:
     name = getattr(call.func, "id", "") or getattr(call.func, "attr", "")
     return name in (*errors.__all__, "warn") and name not in ("Setting", "did_you_mean", "first_line")
+
+
+AS_JSON = {
+    "scalers": ([], lambda shown: {"name", "fields", "facet", "summary", "source"} == set(shown[0])),
+    "show": (["yarn:4"], lambda shown: shown["scaler"] == "yarn:4" and shown["drawn"] == []),
+    "base": (
+        ["4x", "--base", "1e4", "--trained", "512"],
+        lambda shown: shown["bound"]["length"] == 2048 and shown["rules"][0]["spec"] == "base:10000",
+    ),
+    "explain": (["TINY"], lambda shown: shown["length"] == 256 and shown["engines"][0]["engine"] == "transformers"),
+    "export": (["TINY", "OUT", "--rope", "yarn:2"], lambda shown: shown["length"] == 512 and shown["target"] == "hf"),
+    "fetch": (["kjv"], lambda shown: set(shown) == {"kjv"}),
+    "vocab": (["TINY", "--text", "FILE", "--cuts", "5"], lambda shown: shown["seed"] == 0),
+    "ppl": (
+        ["TINY", "--text", "FILE", "--lengths", "1x", "--target", "64", "--out", "OUT"],
+        lambda shown: shown["rows"][0]["context"] == 256 and shown["left_out"] == [],
+    ),
+    "passkey": (
+        ["TINY", "--lengths", "1x", "--trials", "1", "--depths", "0", "--out", "OUT"],
+        lambda shown: shown["rows"][0]["task"] == "passkey",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AS_JSON)
+def test_a_result_as_json_is_one_line_and_nothing_else(name, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ropewalk.engine.checkpoints.assets.fetch", lambda name, **_: tmp_path / name)
+    (tmp_path / "text.py").write_text("def add(a, b):\n    return a + b\n\n" * 100, encoding="utf-8")
+    files = {"TINY": tiny_folder, "FILE": tmp_path / "text.py", "OUT": tmp_path / "out"}
+    arguments, is_right = AS_JSON[name]
+    words = [str(files.get(word, word)) for word in arguments]
+    done = CliRunner().invoke(cli, [name, *words, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert done.stdout.count("\n") == 1
+    assert is_right(json.loads(done.stdout)), done.stdout
+
+
+def test_every_command_that_prints_a_result_has_json():
+    without = {
+        name
+        for name in COMMANDS
+        if not any(option.name == "as_json" for option in cli.get_command(click.Context(cli), name).params)
+    }
+    assert without <= {"demo", "tune", "tuned", "continuation", "lm-eval", "chat", "serve"}

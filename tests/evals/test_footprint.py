@@ -17,10 +17,10 @@ def test_lengths_without_room_for_what_is_scored_are_refused(tiny_folder):
 @pytest.mark.slow
 def test_both_engines_score_the_text_and_tell_their_memory(tiny_folder, tmp_path, held_out_texts, prepared_processes):
     (tmp_path / "text.txt").write_text("".join(held_out_texts))
-    options = ["--lengths", "2k", "--text", str(tmp_path / "text.txt"), "--dtype", "float32", "--against-hf"]
+    options = ["--lengths", "2k", "--text", str(tmp_path / "text.txt"), "--dtype", "float32", "--against-hf", "--json"]
     result = CliRunner().invoke(cli, ["memory", str(tiny_folder), *options])
     assert result.exit_code == 0, result.output
-    ours, theirs = json.loads(result.output.splitlines()[-1])
+    ours, theirs = json.loads(result.stdout)
     assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
     for one in (ours, theirs):
         assert 0 < one["imports"] <= one["loaded"] <= one["peak"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .measurement import Measurement, deadline_in
+from .measurement import Measurement, deadline_in, load_measured
 from .options import EXAMPLES, command, loads_a_model, measures, text_option
 
 
@@ -39,12 +39,10 @@ def facts(
     read by itself, whose answers are pooled (NBCE, as in `ropewalk generate --contexts`). A run resumes.
     """
     deadline = deadline_in(asked.max_minutes)
-    from ..engine.load import load
     from ..errors import ConfigError
     from ..evals.contexts.facts import cells
     from ..evals.contexts.report import facts_markdown, facts_rows, plot_facts, publisher
     from ..evals.data import load_text
-    from ..evals.models.local import LocalModel
     from ..scaling import parse_length
 
     try:
@@ -54,7 +52,7 @@ def facts(
     if min(counts) < 1:
         raise ConfigError(f"--parts {parts!r} must be 1 or more each")
     scalers, hay = asked.scalers(), load_text(text)
-    model = LocalModel(load(asked.model, **loading, max_length=2**31))
+    model = load_measured(asked.model, **loading)
     planned = cells(
         model,
         hay,
@@ -94,15 +92,13 @@ def endless(asked: Measurement, lengths: str, text: str, places: int, loading: d
     against that of the untouched model with the same window read afresh for every token. A run resumes.
     """
     deadline = deadline_in(asked.max_minutes)
-    from ..engine.load import load
     from ..evals.contexts.endless import cells
     from ..evals.contexts.report import endless_markdown, endless_rows, plot_endless, publisher
     from ..evals.data import load_text
-    from ..evals.models.local import LocalModel
     from ..scaling import parse_length
 
     scalers, document = asked.scalers(), load_text(text)
-    model = LocalModel(load(asked.model, **loading, max_length=2**31))
+    model = load_measured(asked.model, **loading)
     contexts = [parse_length(length, model.trained_length) for length in lengths.split(",")]
     planned = cells(model, document, scalers, contexts=contexts, places=places)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..engine.exports.serving_engines import TARGETS
-from .options import EXAMPLES, command, picture_option, rope_option
+from .messages import print_json
+from .options import EXAMPLES, command, json_option, picture_option, rope_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
 )
 @click.option("--length", help="Tokens to be served, such as 32k or 4x.  [default: the scaler's reach]")
 @click.option("--dtype", help="Numbers of the matrices of a GGUF file: f32, bf16, f16 or q8_0.  [default: bf16]")
-def export(model: str, out: Path, rope: str, target: Any, length: str | None, dtype: str | None) -> None:
+@json_option("path, target, scaler, length, carrier, command")
+def export(model: str, out: Path, rope: str, target: Any, length: str | None, dtype: str | None, as_json: bool) -> None:
     """Write MODEL to OUT so that other software runs it under a scaler, unchanged.
 
     OUT is a new folder; for llama.cpp it is a new file. Weights and tokenizer are copied as they are, also the
@@ -51,6 +54,9 @@ def export(model: str, out: Path, rope: str, target: Any, length: str | None, dt
     from ..scaling.lengths import format_length
 
     done = export_(model, out, rope=rope, target=target, length=length, dtype=dtype)
+    if as_json:
+        print_json({field.name: getattr(done, field.name) for field in dataclasses.fields(done)})
+        return
     click.echo(f"{done.path}: {done.scaler} up to {format_length(done.length)} tokens, as {done.carrier}")
     if done.command:
         click.echo(f"serve it by: {done.command}")
@@ -61,9 +67,10 @@ def export(model: str, out: Path, rope: str, target: Any, length: str | None, dt
     "  ropewalk explain model.gguf --out explain.png"
 )
 @click.argument("model")
-@click.option("--length", help="Tokens of the text that is looked at.  [default: what the config promises]")
+@click.option("--length", help="Tokens of the text.  [default: what the config promises]")
 @picture_option("what the engines compute")
-def explain(model: str, length: str | None, out: Path | None) -> None:
+@json_option("model, length, engines (what each computes)")
+def explain(model: str, length: str | None, out: Path | None, as_json: bool) -> None:
     """What would transformers, vLLM, SGLang, llama.cpp, ExLlamaV3 and mlx-lm do with the rotary config of MODEL?
 
     MODEL is a config.json, a folder, a hub id or a .gguf file. Engines read the same keys in different ways; each line
@@ -82,18 +89,24 @@ def explain(model: str, length: str | None, out: Path | None) -> None:
     tokens = (
         parse_length(length, first.rope.trained_length) if length else first.max_length or first.rope.trained_length
     )
-    console = Console()
-    console.print(
-        f"{escape(model)}: rotary dimension {first.rope.dim}, base {first.rope.base:g}, trained on "
-        f"{format_length(first.rope.trained_length)} tokens, looked at {format_length(tokens)}",
-        highlight=False,
-    )
-    _print(readings, tokens, console)
+    paths: tuple[Path, ...] = ()
     if out is not None:
         from ..evals.reports.rope_plots import plot_readings
 
-        for path in plot_readings(readings, tokens, Path(model).name, out.with_suffix("")):
-            console.print(f"drawn  {escape(str(path))}", highlight=False)
+        paths = plot_readings(readings, tokens, Path(model).name, out.with_suffix(""))
+    if as_json:
+        engines = [_as_json(reading, first, tokens) for reading in readings]
+        print_json({"model": model, "length": tokens, "engines": engines, "drawn": paths})
+        return
+    console = Console()
+    console.print(
+        f"{escape(model)}: rotary dimension {first.rope.dim}, base {first.rope.base:g}, trained on "
+        f"{format_length(first.rope.trained_length)} tokens, at a length of {format_length(tokens)}",
+        highlight=False,
+    )
+    _print(readings, tokens, console)
+    for path in paths:
+        console.print(f"drawn  {escape(str(path))}", highlight=False)
 
 
 def _readings(model: str) -> list[EngineReading]:
@@ -112,6 +125,21 @@ def _readings(model: str) -> list[EngineReading]:
     source, config = find_config(model)
     file_here = Path(source) / "config.json"
     return read_all(_load(file_here) if file_here.is_file() else config.to_dict())
+
+
+def _as_json(reading: EngineReading, first: EngineReading, tokens: int) -> dict[str, Any]:
+    from ..scaling.reading import same_frequencies
+
+    frequencies = reading.frequencies(tokens)
+    return {
+        "engine": reading.engine,
+        "computes": reading.label,
+        "scaler": None if reading.scaler is None else str(reading.scaler),
+        "serves": reading.max_length,
+        "attention_factor": None if frequencies is None else frequencies.attention_factor,
+        "differs": not (reading is first or not reading.is_read or same_frequencies(reading, first, tokens)),
+        "notes": list(reading.notes),
+    }
 
 
 def _served(one: EngineReading) -> str:
@@ -171,7 +199,8 @@ def _print(readings: Sequence[EngineReading], tokens: int, console: Console) -> 
 
 @command(epilog=EXAMPLES + "  ropewalk fetch\n  ropewalk fetch smollm2-135m shakespeare")
 @click.argument("names", nargs=-1)
-def fetch(names: tuple[str, ...]) -> None:
+@json_option("the path of each by its name")
+def fetch(names: tuple[str, ...], as_json: bool) -> None:
     """Download built-in models and texts into the cache: NAMES, or all.
 
     Nothing is fetched twice.
@@ -180,5 +209,10 @@ def fetch(names: tuple[str, ...]) -> None:
 
     for name in names:
         assets.check_name(name)
+    paths = {}
     for name in names or assets.ASSETS:
-        click.echo(f"{name:<14} {assets.fetch(name)}")
+        paths[name] = assets.fetch(name)
+        if not as_json:
+            click.echo(f"{name:<14} {paths[name]}")
+    if as_json:
+        print_json(paths)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ..errors import DataError
-from .options import EXAMPLES, command, json_option, loads_a_model, print_json, rope_option, sampling_options
+from .messages import print_json
+from .options import EXAMPLES, command, json_option, loads_a_model, rope_option, sampling_options
 from .waiting import load_model, waiting
 
 if TYPE_CHECKING:

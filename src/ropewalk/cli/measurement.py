@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from ..errors import ConfigError
+from .messages import print_json
+from .waiting import load_model
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..evals.models.local import LocalModel
     from ..evals.models.measured import MeasuredModel
     from ..evals.runs.cell import Cell
     from ..evals.runs.result import Run
@@ -29,6 +34,7 @@ class Measurement:
         out: the run's folder; None for the command's own.
         max_minutes: leave out what would not finish in this time; None for what the command takes.
         dry_run: print the plan, and measure nothing.
+        as_json: print the rows as JSON in place of tables; progress is on standard error then.
     """
 
     model: str
@@ -36,6 +42,7 @@ class Measurement:
     out: Path | None
     max_minutes: float | None
     dry_run: bool
+    as_json: bool
 
     def scalers(self) -> list[Scaler]:
         """Of `ropes`, in their order.
@@ -81,11 +88,13 @@ class Measurement:
         deadline: float | None,
     ) -> None:
         """Measure `cells` as `carry_out` does; `finish` then gets the run and the cells left out for lack of time."""
+        from rich.console import Console
+
         from ..engine import tensor_parallel
         from ..evals.runs.measure import measure_all, new_console, print_plan
         from ..evals.runs.result import open_run_of_rank
 
-        console = new_console()
+        console = Console(stderr=True, quiet=not tensor_parallel.is_first()) if self.as_json else new_console()
         if self.dry_run:
             print_plan(model, cells, console)
             return
@@ -93,7 +102,23 @@ class Measurement:
         run.write_environment()
         outcome = measure_all(model, cells, run, console, deadline=deadline)
         if tensor_parallel.is_first():
-            finish(run, outcome.left_out, console)
+            finish(run, outcome.left_out, Console(quiet=True) if self.as_json else console)
+        if self.as_json:
+            left_out = [{"rope": str(cell.scaler), "length": cell.label} for cell in outcome.left_out]
+            print_run(run, left_out)
+
+
+def print_run(run: Run, left_out: Sequence[dict[str, str]] = ()) -> None:
+    """A run as one line of JSON."""
+    print_json({"folder": run.folder, "rows": run.rows, "left_out": left_out})
+
+
+def load_measured(model: str, **loading: Any) -> LocalModel:
+    """A model to be measured, also beyond its scaler's reach."""
+    loaded = load_model(model, **loading, max_length=2**31)
+    from ..evals.models.local import LocalModel
+
+    return LocalModel(loaded)
 
 
 def deadline_in(minutes: float | None) -> float | None:
@@ -103,7 +128,7 @@ def deadline_in(minutes: float | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTarget:
-    """What the options say.
+    """Where a model is measured: here, or at a server.
 
     Args:
         endpoint: address of a server; None is here.
@@ -116,7 +141,7 @@ class ModelTarget:
     loading: dict[str, Any]
 
     def open(self, model: str) -> MeasuredModel:
-        """The model, loaded here or found at its server; what was found there is told on the screen.
+        """The model, loaded here or found at its server; standard error says what was found there.
 
         Raises:
             AssetError: there is no such model.
@@ -124,19 +149,13 @@ class ModelTarget:
             EndpointError: the server cannot be used.
         """
         if self.endpoint is None:
-            from ..engine.load import load
-            from ..evals.models.local import LocalModel
-
             if self.served_as is not None:
                 raise ConfigError("--served-as has no effect without --endpoint; leave it out")
-            return LocalModel(
-                load(model, **self.loading, max_length=2**31)
-            )  # the harness measures beyond a scaler's reach too
+            return load_measured(model, **self.loading)
         from ..evals.models.served import ServedModel
-        from ..evals.runs.measure import new_console
 
         if given := [name.replace("_", "-") for name, value in self.loading.items() if value not in ("auto", None)]:
             raise ConfigError(f"--{given[0]} has no effect on a model that is served; leave it out, or --endpoint")
-        found = ServedModel(model, self.endpoint, self.served_as)
-        new_console().print(found.describe(), highlight=False, markup=False)
-        return found
+        served = ServedModel(model, self.endpoint, self.served_as)
+        click.echo(served.describe(), err=True)
+        return served

@@ -1,8 +1,9 @@
-"""What the shell says: errors and warnings with settings as options, and that Ctrl-C was noticed."""
+"""What the shell says: errors and warnings with settings as options, results as JSON, and that it is stopping."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -35,6 +36,12 @@ def _as_option(setting: Setting, option: click.Option) -> str:
     else:
         text = f"{option.opts[0]} {setting.value}"
     return f"add {text}" if setting.form in ("load", "model") else text
+
+
+def print_json(value: object) -> None:
+    """One line of JSON on standard output; from the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def warning_line(message: Warning | str) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,10 +84,9 @@ def json_option(of: str) -> Decorator:
     return click.option("--json", "as_json", is_flag=True, help=f"Print one line of JSON: {of}.")
 
 
-def print_json(value: object) -> None:
-    """One line of JSON on standard output; from the first of several processes only."""
-    if os.environ.get("RANK", "0") == "0":
-        click.echo(json.dumps(value, ensure_ascii=False, default=str))
+def run_json_option() -> Decorator:
+    """`--json` of a command that measures, which prints its run by `print_run`."""
+    return json_option("folder, rows (those of results.jsonl), left_out (for lack of time: rope, length)")
 
 
 def rope_option(default: str | None = "none", note: str = "") -> Decorator:
@@ -270,6 +267,7 @@ def measures(
         folder_option(out),
         click.option("--max-minutes", type=float, help=max_minutes),
         click.option("--dry-run", is_flag=True, help="Print what would be measured, and how long it would take."),
+        run_json_option(),
     )
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -281,9 +279,14 @@ def measures(
             out: Path | None,
             max_minutes: float | None,
             dry_run: bool,
+            as_json: bool,
             **rest: Any,
         ) -> None:
-            asked = Measurement(model=model, ropes=ropes, out=out, max_minutes=max_minutes, dry_run=dry_run)
+            if dry_run and as_json:
+                raise click.UsageError("--dry-run prints a plan, and --json results; leave out one of them")
+            asked = Measurement(
+                model=model, ropes=ropes, out=out, max_minutes=max_minutes, dry_run=dry_run, as_json=as_json
+            )
             command(asked=asked, **rest)
 
         for option in reversed((*head, *own, *tail)):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .measurement import Measurement, deadline_in
-from .options import EXAMPLES, command, loads_a_model, measures, text_option
+from .measurement import Measurement, deadline_in, load_measured, print_run
+from .messages import print_json
+from .options import EXAMPLES, command, json_option, loads_a_model, measures, run_json_option, text_option
 
 _FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
 _NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -39,16 +41,12 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
     The model is loaded once for all scalers. A run resumes; what did not fit into the preset's minutes is named, and
     the same command again measures it.
     """
-    from ..engine.load import load
     from ..evals.data import load_text
-    from ..evals.models.local import LocalModel
     from ..evals.runs.compare import short
     from ..evals.runs.preset import PRESETS
 
     chosen, scalers, document = PRESETS[preset], asked.scalers(), load_text(text)
-    loaded = LocalModel(
-        load(asked.model, **loading, max_length=2**31)
-    )  # the harness measures beyond a scaler's reach too
+    loaded = load_measured(asked.model, **loading)
     cells = chosen.cells(loaded, document, scalers)
     minutes = chosen.minutes if asked.max_minutes is None else asked.max_minutes
     title = f"{short(loaded.name)}: {', '.join(asked.ropes)}"
@@ -62,8 +60,9 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
 @click.argument("runs", nargs=-1, required=True, type=_FOLDER)
 @click.option("--out", type=_NEW_FOLDER, help="Folder for the results of several runs together.")
 @click.option("--title", help="The report's heading.")
-def report(runs: tuple[Path, ...], out: Path | None, title: str | None) -> None:
-    """Tables, plots and report.html of RUNS anew; several become one run in --out."""
+@run_json_option()
+def report(runs: tuple[Path, ...], out: Path | None, title: str | None, as_json: bool) -> None:
+    """Make the tables, plots and report.html of RUNS again; several become one run in --out."""
     from ..errors import ConfigError
     from ..evals.reports.report import print_results, publish
     from ..evals.runs.measure import new_console
@@ -74,13 +73,17 @@ def report(runs: tuple[Path, ...], out: Path | None, title: str | None) -> None:
         raise ConfigError(f"{len(opened)} runs become one in a folder of its own; name it with --out")
     run = opened[0] if out is None else merge(opened, out)
     files = publish(run, title=title or ", ".join(folder.name for folder in runs))
-    print_results(run, files, [], new_console())
+    if as_json:
+        print_run(run)
+    else:
+        print_results(run, files, [], new_console())
 
 
 @command(epilog=EXAMPLES + "  ropewalk compare runs/float32 runs/int8")
 @click.argument("a", type=_FOLDER)
 @click.argument("b", type=_FOLDER)
-def compare(a: Path, b: Path) -> None:
+@json_option("pairs (of cells), only_a, only_b (numbers of rows without a partner)")
+def compare(a: Path, b: Path, as_json: bool) -> None:
     """Run B against run A, cell by cell: the same text and scaler, another model, dtype or version.
 
     Losses are paired token by token and answers trial by trial. Where each run has one scaler, the scalers are
@@ -96,6 +99,10 @@ def compare(a: Path, b: Path) -> None:
     found = compare_runs(open_run(a), open_run(b))
     if not found.pairs:
         raise DataError(f"{a} and {b} have no cell in common: other texts, lengths, protocols or scalers")
+    if as_json:
+        pairs = [{**asdict(pair), "verdict": pair.verdict} for pair in found.pairs]
+        print_json({"pairs": pairs, "only_a": found.only_a, "only_b": found.only_b})
+        return
     console = Console()
     console.print(Markdown(found.grid().to_markdown()))
     if found.only_a or found.only_b:
@@ -108,7 +115,8 @@ def compare(a: Path, b: Path) -> None:
 )
 @click.argument("run", type=_FOLDER)
 @click.option("--row", required=True, type=click.IntRange(min=1), help="Line of results.jsonl, from 1.")
-def reconstruct(run: Path, row: int) -> None:
+@json_option("row, passages (texts)")
+def reconstruct(run: Path, row: int, as_json: bool) -> None:
     """The exact text that the model read for a row of RUN, rebuilt from its recipe and checked.
 
     A trial's prompt is checked by its sha256, windows of `ppl` by those of the text and of the scored tokens.
@@ -124,5 +132,9 @@ def reconstruct(run: Path, row: int) -> None:
         raise DataError(f"{run} has {len(rows)} rows; there is no row {row}")
     found = rows[row - 1]
     tokenizer = read_tokenizer(resolve(found.get("tokenizer") or found["model"]))
-    for passage in passages_of(found, rows, tokenizer):
+    passages = passages_of(found, rows, tokenizer)
+    if as_json:
+        print_json({"row": found, "passages": passages})
+        return
+    for passage in passages:
         click.echo(passage)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from .options import EXAMPLES, command, picture_option
+from .messages import print_json
+from .options import EXAMPLES, command, json_option, picture_option
 
 if TYPE_CHECKING:
     from ..scaling.base import BaseRule
@@ -16,10 +18,14 @@ if TYPE_CHECKING:
 
 
 @command(epilog=EXAMPLES + "  ropewalk scalers")
-def scalers() -> None:
+@json_option("a list of methods with name, fields, facet, summary, source")
+def scalers(as_json: bool) -> None:
     """List every method: its spec, its fields with their defaults, what it does, and its source."""
     from ..scaling.spec import scalers as summaries
 
+    if as_json:
+        print_json([asdict(method) for method in summaries()])
+        return
     for method in summaries():
         fields = f":{','.join(method.fields)}" if method.fields else ""
         click.echo(click.style(method.name, bold=True) + fields)
@@ -28,7 +34,7 @@ def scalers() -> None:
 
 @command(
     epilog=EXAMPLES
-    + '  ropewalk show yarn:4\n  ropewalk show "rerope:2k|logn" --length 64k\n'
+    + '  ropewalk show yarn:4\n  ropewalk show "rerope:2k|logn" --length 64k --out rerope.png\n'
     + '  ropewalk show "ntk:8|resonance" --dim 128 --base 5e5 --trained 8k --length 64k'
 )
 @click.argument("spec")
@@ -36,9 +42,10 @@ def scalers() -> None:
 @click.option("--base", default=1e5, show_default=True, help="Rotary base.")
 @click.option("--trained", default="8k", show_default=True, help="Trained length.")
 @click.option("--length", default="4x", show_default=True, help="Length to draw to, and that dynamic methods see.")
-@picture_option("the scaler", default="rope.png")
-def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) -> None:
-    """Draw what SPEC does, and print it in short.
+@picture_option("the scaler")
+@json_option("what is printed, by the same names")
+def show(spec: str, dim: int, base: float, trained: str, length: str, out: Path | None, as_json: bool) -> None:
+    """Print what SPEC does in short, and draw it with --out.
 
     Frequency methods: wavelengths, stretch, and long-range decay of attention. Position maps: the distance seen at
     every true distance, and between every query and key. Temperatures: the factor at every position.
@@ -49,9 +56,15 @@ def show(spec: str, dim: int, base: float, trained: str, length: str, out: str) 
     rope = RopeSpec(dim=dim, base=base, trained_length=parse_length(trained))
     scaler = parse(spec, rope.trained_length)
     tokens = parse_length(length, rope.trained_length)
-    paths = plot_scaler(scaler, rope, tokens, Path(out).with_suffix(""))
-    for label, value in [*in_short(scaler, rope, tokens).items(), *(("drawn", path) for path in paths)]:
+    numbers = in_short(scaler, rope, tokens)
+    paths = () if out is None else plot_scaler(scaler, rope, tokens, out.with_suffix(""))
+    if as_json:
+        print_json({**numbers, "drawn": paths})
+        return
+    for label, value in [*numbers.items(), *(("drawn", path) for path in paths)]:
         click.echo(f"{label:<20} {value}")
+    if out is None:
+        click.echo("To draw it: --out scaler.png")
 
 
 _DIM = 128
@@ -68,8 +81,15 @@ _DIM = 128
 @click.option("--base", type=float, help="Also tell how far this base carries.")
 @click.option("--trained", help="Trained length; with --base, all rules for a larger base side by side.")
 @picture_option("the bases")
+@json_option("bound, and rules with the base and scaler of each")
 def base(
-    length: str, model: str | None, dim: int | None, base: float | None, trained: str | None, out: str | None
+    length: str,
+    model: str | None,
+    dim: int | None,
+    base: float | None,
+    trained: str | None,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """What rotary base does a context of LENGTH tokens need? (arXiv 2405.14591)
 
@@ -94,6 +114,14 @@ def base(
         if known
         else base_report(tokens, _DIM if dim is None else dim, base=base)
     )
+    paths: tuple[Path, ...] = ()
+    if known is not None and out is not None:
+        from ..evals.reports.rope_plots import plot_bases
+
+        paths = plot_bases(rules, known.rope, tokens, out.with_suffix(""))
+    if as_json:
+        print_json({"bound": asdict(answer), "rules": [asdict(rule) for rule in rules], "drawn": paths})
+        return
     _print_bound(answer)
     if known is None:
         return
@@ -102,13 +130,8 @@ def base(
     if known.scaler.parts:
         own, carried = known.scaler.name, format_length(known.max_length)
         click.echo(f"  The model's own {own} scaling, to {carried}, is not in these numbers; each scaler replaces it.")
-    if out is not None:
-        from pathlib import Path
-
-        from ..evals.reports.rope_plots import plot_bases
-
-        for path in plot_bases(rules, known.rope, tokens, Path(out).with_suffix("")):
-            click.echo(f"drawn  {path}")
+    for path in paths:
+        click.echo(f"drawn  {path}")
 
 
 def _known(model: str | None, dim: int | None, base: float | None, trained: str | None) -> ConfiguredRope | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import EXAMPLES, command, lengths_option, rope_option, ropes_option, text_option
+from .messages import print_json
+from .options import EXAMPLES, command, json_option, lengths_option, rope_option, ropes_option, text_option
+from .waiting import load_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +58,7 @@ _OF_PEERS = {"new_tokens": "--new-tokens", "prefill_repeats": "--prefill-repeats
 @click.option(
     "--threads", type=click.IntRange(min=1), help="--against: threads of every engine.  [default: torch's own number]"
 )
+@json_option("costs; with --against timings and agreements; versions, threads")
 def speed(
     model: str,
     against: str | None,
@@ -68,6 +71,7 @@ def speed(
     new_tokens: int,
     prefill_repeats: int,
     threads: int | None,
+    as_json: bool,
 ) -> None:
     """What a position map costs on this machine; with --against, how fast other engines run the same model.
 
@@ -77,16 +81,19 @@ def speed(
     process of its own; what share of the memory's bandwidth a decode step makes use of; whether the next tokens are
     the same; and peak memory. llama.cpp gets MODEL as GGUF, written once into the cache.
 
-    Every round times everything, and ratios compare runs of one round. The last line is JSON.
+    Every round times everything, and ratios compare runs of one round.
     """
     from rich.console import Console
 
     _refuse_unused(click.get_current_context(), against)
-    console = Console()
+    console = Console(stderr=as_json)
     if against is None:
-        _maps(model, ropes, lengths or "4k,8k", repeats, decode, public_form, dtype, console)
+        found = _maps(model, ropes, lengths or "4k,8k", repeats, decode, public_form, dtype, console)
     else:
-        _peers(model, against, lengths or "512,4k,8k", repeats, prefill_repeats, new_tokens, dtype, threads, console)
+        lengths = lengths or "512,4k,8k"
+        found = _peers(model, against, lengths, repeats, prefill_repeats, new_tokens, dtype, threads, console)
+    if as_json:
+        print_json(found)
 
 
 def _refuse_unused(context: click.Context, against: str | None) -> None:
@@ -107,18 +114,15 @@ def _maps(
     public_form: bool,
     dtype: str,
     console: Console,
-) -> None:
-    import json
-
+) -> dict[str, Any]:
     import torch
     from rich.progress import Progress
     from rich.table import Table
 
-    from ..engine.load import load
     from ..evals.speed.map_cost import as_json, attention_costs, check_maps, decode_costs
     from ..scaling import DualChunk, ReRoPE, Scaler, SelfExtend, parse, parse_length
 
-    loaded = load(model, dtype=dtype)
+    loaded = load_model(model, dtype=dtype)
     quarter = loaded.trained_length // 4
     usual: list[Scaler] = [ReRoPE(window=quarter), SelfExtend(group=8, window=quarter), DualChunk()]
     scalers = [parse(rope, loaded.trained_length) for rope in ropes] or usual
@@ -135,7 +139,7 @@ def _maps(
         table.add_row(cost.what, cost.scaler, str(cost.length), f"{1000 * middle:.1f} ms", ratio)
     console.print(f"run by {loaded.run_by}", markup=False)
     console.print(table)
-    click.echo(json.dumps(as_json(costs) | {"network": loaded.run_by}))
+    return as_json(costs) | {"network": loaded.run_by}
 
 
 def _peers(
@@ -148,9 +152,7 @@ def _peers(
     dtype: str,
     threads: int | None,
     console: Console,
-) -> None:
-    import json
-
+) -> dict[str, Any]:
     from ..evals.speed.against import measure
     from ..evals.speed.timing import as_json, tables
 
@@ -174,7 +176,7 @@ def _peers(
             console.print(f"{engine}: {about['versions'][name]}", markup=False)
     for table in tables(result, result.timings[0].engine):
         console.print(table)
-    click.echo(json.dumps(as_json(result, about)))
+    return as_json(result, about)
 
 
 @command(
@@ -189,12 +191,12 @@ def _peers(
     "--dtype", default="bfloat16", show_default=True, help="Numbers of the weights: float32, bfloat16 or float16."
 )
 @click.option("--against-hf", is_flag=True, help="Measure transformers too.")
-def memory(model: str, rope: str, lengths: str, text: str, dtype: str, against_hf: bool) -> None:
+@json_option("a list of measurements: engine, length, peak and its parts in MB, seconds, loss")
+def memory(model: str, rope: str, lengths: str, text: str, dtype: str, against_hf: bool, as_json: bool) -> None:
     """Peak memory of reading a long text, in a new process for each length.
 
-    The last 1024 tokens are scored. The last line is JSON.
+    The last 1024 tokens are scored.
     """
-    import json
     from dataclasses import asdict
 
     from ..engine.checkpoints.checkpoint import read_tokenizer
@@ -221,6 +223,8 @@ def memory(model: str, rope: str, lengths: str, text: str, dtype: str, against_h
                 f"{format_length(length):>5}  {footprint.engine:<44} peak {footprint.peak:7.0f} MB = weights "
                 f"{footprint.weights:.0f} + cache {footprint.cache:.0f} + {footprint.rest:.0f} (libraries "
                 f"{footprint.imports:.0f}; {footprint.loaded:.0f} once loaded)  {footprint.seconds:.0f} s  "
-                f"loss {footprint.loss:.4f}"
+                f"loss {footprint.loss:.4f}",
+                err=as_json,
             )
-    click.echo(json.dumps(footprints))
+    if as_json:
+        print_json(footprints)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .options import EXAMPLES, command, text_option
+from .options import EXAMPLES, command, json_option, text_option
 
 
 @command(
@@ -16,7 +16,7 @@ from .options import EXAMPLES, command, text_option
 @text_option("pydoc")
 @click.option("--cuts", default=1000, show_default=True, type=click.IntRange(min=1), help="Cuts of every kind.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the places of the cuts.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON instead of tables.")
+@json_option("settings, and the numbers of the tables")
 def vocab(model: str, text: str, cuts: int, seed: int, as_json: bool) -> None:
     """What MODEL's tokenizer is like, and how often a prompt ends inside one of its tokens.
 
