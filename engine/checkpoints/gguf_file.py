@@ -1,9 +1,12 @@
-"""A GGUF file opened for reading: its fields, its tensors and its rotary part; and whether a model holds all of it."""
+"""A GGUF file opened for reading: its fields, tensors and rotary embedding, and whether a model uses all of it."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,24 +18,28 @@ import torch
 from ...errors import AssetError, ConfigError, UnsupportedModel, first_line
 from ...scaling.gguf_rope import GgufRope
 from ...scaling.hf import ConfiguredRope
+from .quiet import quiet_transformers
 from .tensors import next_token_layers
 
-__all__ = ["GgufFile", "check_loaded"]
+__all__ = ["GgufFile", "check_loaded", "read_by_transformers"]
 
 _SCALING_KEYS = {
     "none": {"type", "factor", "original_context_length", "attn_factor"},
     "linear": {"type", "factor", "original_context_length"},
     "yarn": {"type", "factor", "original_context_length"},
 }
-"""What may stand below `rope.scaling.` by its type."""
+"""The keys below `rope.scaling.` that are read, by the type of the scaling."""
 
 _ROTARY = re.compile(r"^rope_|(^|\.)rope_freqs\.|attn_rot_embd\.")
-"""Tensors that the config says, or that other programs keep as they go."""
+"""Rotary tensors: the config has their content, or other programs stored them as a cache."""
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
-    """Looks at the mapped file through a plain array: slicing a memmap costs three times as much, and parsing a
-    vocabulary of 49k tokens is a million slices (4.5 s against 1.5 s)."""
+    """gguf's reader with a plain array as a view of the mapped file.
+
+    A slice of a memmap takes three times as long, and parsing a vocabulary of 49k tokens takes a million slices (4.5 s
+    instead of 1.5 s).
+    """
 
     @property
     def data(self) -> Any:
@@ -43,27 +50,27 @@ class _Reader(gguf.GGUFReader):  # type: ignore[misc]
         self._data = mapped.view(np.ndarray)
 
     def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
-        found = super()._get(offset, dtype, count, **order)
-        if len(found) < count:  # gguf goes on with nothing, for an array as often as its damaged count says
+        values = super()._get(offset, dtype, count, **order)
+        if len(values) < count:  # gguf would continue with empty values, as often as a damaged count states
             raise ValueError("the file ends within a field or tensor")
-        return found
+        return values
 
 
 def _part(number: Any) -> str:
-    """As people count: the first is part 1; a file does not have to say its number."""
+    """The name of a part of a split file, counted from 1; a file may have no number."""
     return f"part {number + 1}" if isinstance(number, int) else "a part"
 
 
 class GgufFile:
-    """An open file.
+    """An open GGUF file.
 
     Attributes:
-        path: where it is.
-        reader: gguf's.
+        path: its path.
+        reader: the reader of the gguf library.
 
     Raises:
-        AssetError: no such file.
-        UnsupportedModel: not a readable GGUF file, or a part of one.
+        AssetError: there is no such file.
+        UnsupportedModel: it is no readable GGUF file, or only a part of one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,35 +80,39 @@ class GgufFile:
         self._values: dict[str, Any] = {}  # decoding a vocabulary takes seconds
         try:
             self.reader = _Reader(path)
-        except Exception as error:  # the reader parses bytes unchecked: a damaged file raises anything
+        except Exception as error:  # the reader does not check the bytes: a damaged file raises anything
             raise UnsupportedModel(f"{path}: not a readable GGUF file ({first_line(error)})") from error
         parts = self.field("split.count")
         if parts not in (None, 0, 1):
             raise UnsupportedModel(
                 f"{path} is {_part(self.field('split.no'))} of a GGUF file that was split in {parts}; join "
-                "them first (llama-gguf-split --merge FIRST_PART OUT.gguf), and give the whole one"
+                "them first (llama-gguf-split --merge FIRST_PART OUT.gguf), and give the joined file"
             )
 
     def field(self, name: str) -> Any:
-        """The value of a field; None if there is none. `{arch}` in its name is the model's architecture."""
+        """The value of a field; None if there is none. `{arch}` in `name` stands for the architecture."""
         name = name.replace("{arch}", self.arch) if "{" in name else name
         try:
             if name not in self._values:
                 field = self.reader.get_field(name)
                 self._values[name] = None if field is None else field.contents()
             return self._values[name]
-        except Exception as error:  # the reader decodes it only now
-            raise UnsupportedModel(f"{self.path}: field {name!r} is damaged ({first_line(error)})") from error
+        except Exception as error:  # the reader decodes a field when it is read
+            raise UnsupportedModel(
+                f"{self.path}: field {name!r} is damaged ({first_line(error)}); get the file again"
+            ) from error
 
     def required(self, name: str) -> Any:
-        """The same of a field that has to be there.
+        """The value of a field that every language model has.
 
         Raises:
-            UnsupportedModel: it is not: the file holds something else than a language model, or is damaged.
+            UnsupportedModel: the field is missing, so the file holds no language model, or is damaged.
         """
         value = self.field(name)
         if value is None:
-            raise UnsupportedModel(f"{self.path}: no field {name!r}, which the file of a language model has")
+            raise UnsupportedModel(
+                f"{self.path}: no field {name!r}, which every language model has; get the file again, or give another"
+            )
         return value
 
     @cached_property
@@ -111,22 +122,22 @@ class GgufFile:
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
-        """gguf's tensors by name."""
+        """The tensors of the gguf library by name."""
         return {tensor.name: tensor for tensor in self.reader.tensors}
 
     @property
     def weights(self) -> int:
-        """Numbers in all tensors together."""
+        """The number of weights in all tensors."""
         return sum(int(tensor.n_elements) for tensor in self.reader.tensors)
 
     @property
     def rope(self) -> GgufRope:
-        """What the file says of the rotary frequencies, as llama.cpp takes it: a factor may stand under an older key,
-        and is a linear one where no type is given.
+        """The fields of the rotary frequencies, read as llama.cpp reads them: a factor may have an older key, and a
+        factor without a type is linear.
 
         Raises:
-            UnsupportedModel: LongRoPE's two sets of divisors, which depend on the server's settings, or scaling of a
-                kind or with keys that are not known.
+            UnsupportedModel: the file has LongRoPE's two sets of divisors, which depend on the settings of the server,
+                or a scaling of an unknown type or with unknown keys.
         """
         prefix = f"{self.arch}.rope.scaling."
         scaling = {
@@ -145,7 +156,7 @@ class GgufFile:
         ):
             raise UnsupportedModel(
                 f"{self.path}: rotary scaling {kind!r} with {', '.join(sorted(scaling)) or 'no fields'} cannot be "
-                "carried over from a GGUF file; load the original checkpoint"
+                "read from a GGUF file; load the original checkpoint"
             )
         try:
             head_dim = self.field("{arch}.attention.key_length") or (
@@ -158,19 +169,23 @@ class GgufFile:
                 divisors=None if divisors is None else torch.tensor(divisors.data).flatten(),
             )
         except (TypeError, ValueError, ArithmeticError) as error:
-            raise UnsupportedModel(f"{self.path}: its rotary fields are damaged ({first_line(error)})") from error
+            raise UnsupportedModel(
+                f"{self.path}: its rotary fields are damaged ({first_line(error)}); get the file again"
+            ) from error
 
     @property
     def context_length(self) -> int:
-        """Tokens that llama.cpp serves of the file."""
+        """The context length that the file states, in tokens."""
         try:
             return int(self.required("{arch}.context_length"))
         except (TypeError, ValueError, ArithmeticError) as error:
-            raise UnsupportedModel(f"{self.path}: its context_length is damaged ({first_line(error)})") from error
+            raise UnsupportedModel(
+                f"{self.path}: its context_length is damaged ({first_line(error)}); get the file again"
+            ) from error
 
     @property
     def configured(self) -> ConfiguredRope:
-        """The rotary embedding that the file describes.
+        """The rotary embedding of the model.
 
         Raises:
             UnsupportedModel: as `rope`.
@@ -182,40 +197,91 @@ class GgufFile:
 
 
 def check_loaded(file: GgufFile, model: Any, info: Mapping[str, Any]) -> None:
-    """Refuse a model that is not all of its file. transformers' reader skips what it does not know, and reports only
-    some of it, so the weights are counted: as many have to be in the model as in the file.
+    """Refuse a model that does not use all tensors of its file.
+
+    The reader of transformers skips unknown tensors and reports only some of them. So the weights are counted: the
+    model must have as many as the file.
 
     Args:
-        model: of transformers.
-        info: what `from_pretrained` says with `output_loading_info`.
+        model: the model of transformers.
+        info: the loading info of `from_pretrained` (`output_loading_info`).
 
     Raises:
-        UnsupportedModel: a tensor is missing, has another shape, or has no place in the model.
+        UnsupportedModel: a tensor is missing, has another shape, or is not used.
     """
     if missing := sorted(info["missing_keys"]):
         raise UnsupportedModel(
             f"{file.path}: {len(missing)} tensors of the model are not in the file, {missing[0]!r} first; "
             "transformers would fill them with random numbers"
         )
-    for name, found, expected in sorted(info["mismatched_keys"]):
+    for name, shape, expected in sorted(info["mismatched_keys"]):
         raise UnsupportedModel(
-            f"{file.path}: its tensor {name!r} has the shape {list(found)}, and its fields say {list(expected)}"
+            f"{file.path}: its tensor {name!r} has the shape {list(shape)}, and its fields say {list(expected)}; "
+            "get the file again"
         )
     needed = _needed(file, model)
     stored = sum(int(file.tensors[name].n_elements) for name in needed)
-    held = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
-    if stored == held:
+    loaded = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
+    if stored == loaded:
         return
-    unused = sorted(needed - _places(file, model)) or sorted(needed)
+    unused = sorted(needed - _used(file, model)) or sorted(needed)
     raise UnsupportedModel(
-        f"{file.path}: its tensors hold {stored} weights, and the {type(model).__name__} that transformers makes of "
-        f"its fields holds {held}, so some are not used ({', '.join(unused[:3])}) and it would compute something "
-        "else; load the original checkpoint"
+        f"{file.path}: its tensors hold {stored} weights, and the {type(model).__name__} that transformers builds from "
+        f"its fields has {loaded}, so some are not used ({', '.join(unused[:3])}) and it would compute something else; "
+        "load the original checkpoint"
     )
 
 
+@contextlib.contextmanager
+def read_by_transformers(file: GgufFile) -> Iterator[dict[str, Any]]:
+    """Options of `from_pretrained` with which transformers reads the file, and no other file of its folder.
+
+    Raises:
+        UnsupportedModel: transformers cannot read the file.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder, quiet_transformers(), _parsed_once(file.reader):
+            (Path(folder) / file.path.name).symlink_to(file.path.resolve())
+            source = {"pretrained_model_name_or_path": folder, "gguf_file": file.path.name}
+            yield {**source, "local_files_only": True, "trust_remote_code": False}
+    except Exception as error:  # the parser raises KeyError, ValueError, RuntimeError and more
+        if unknown := _unknown_tensors(file):
+            raise UnsupportedModel(
+                f"{file.path}: a {file.arch} model has no tensor {unknown[0]!r} (part of an adapter, or a scale of a "
+                "quantized matrix?), and transformers cannot read a file with it; merge the adapter, or load the "
+                "original checkpoint"
+            ) from error
+        raise UnsupportedModel(f"{file.path}: transformers cannot read this GGUF file ({first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _parsed_once(reader: Any) -> Iterator[None]:
+    """Make transformers use `reader`, and build the table of tensor names once.
+
+    By itself, transformers parses the file three times and builds the table for every module (SmolLM2-135M: 92 s
+    instead of 23 s, on two busy cores). Its progress bar, which no setting disables, is removed too.
+    """
+    from transformers import modeling_gguf_pytorch_utils
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (gguf, "GGUFReader", lambda *_, **__: reader),
+        (gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        (modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors),
+    ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in replaced if hasattr(module, name)]
+    try:
+        for module, name, value in replaced:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, _ in replaced:
+            delattr(module, name)
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
 def _needed(file: GgufFile, model: Any) -> set[str]:
-    """Tensors on which the logits depend."""
+    """Names of the tensors on which the logits depend."""
     config, extra = model.config.get_text_config(), next_token_layers(file.tensors)
     first_shared = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -230,18 +296,34 @@ def _needed(file: GgufFile, model: Any) -> set[str]:
 
 
 def _is_embedding(file: GgufFile, name: str, tensor: Any) -> bool:
-    """True for an output matrix that is the embedding once more."""
+    """True for an output matrix that is a copy of the embedding."""
     rows = file.tensors.get("token_embd.weight")
     if name != "output.weight" or rows is None or rows.tensor_type != tensor.tensor_type:
         return False
     return rows.data.shape == tensor.data.shape and torch.equal(torch.tensor(rows.data), torch.tensor(tensor.data))
 
 
-def _places(file: GgufFile, model: Any) -> set[str]:
-    """The tensors that have a place in the model, by their names in the file."""
-    arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == file.arch), None)
+def _used(file: GgufFile, model: Any) -> set[str]:
+    """Names in the file of the tensors that the model uses."""
+    arch = _model_arch(file)
     if arch is None:
         return set()
-    names = gguf.get_tensor_name_map(arch, model.config.get_text_config().num_hidden_layers)
-    found = (names.get_name(own, try_suffixes=(".weight", ".bias")) for own in model.state_dict())
-    return {name for name in found if name is not None}
+    name_map = gguf.get_tensor_name_map(arch, model.config.get_text_config().num_hidden_layers)
+    names = (name_map.get_name(hf_name, try_suffixes=(".weight", ".bias")) for hf_name in model.state_dict())
+    return {name for name in names if name is not None}
+
+
+def _unknown_tensors(file: GgufFile) -> list[str]:
+    """Names of the tensors that are neither weights nor biases, and unknown for the architecture of the file."""
+    arch = _model_arch(file)
+    if arch is None:
+        return []
+    patterns = [re.escape(gguf.TENSOR_NAMES[kind]).replace(r"\{bid\}", r"\d+") for kind in gguf.MODEL_TENSORS[arch]]
+    known = re.compile("|".join(patterns))
+    others = (name for name in file.tensors if not name.endswith((".weight", ".bias")))
+    return sorted(name for name in others if not known.fullmatch(name))
+
+
+def _model_arch(file: GgufFile) -> Any:
+    """gguf's constant for the architecture of the file, or None."""
+    return next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == file.arch), None)

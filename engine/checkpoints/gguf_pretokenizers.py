@@ -1,9 +1,9 @@
-"""How texts are split before the merges of a byte-level BPE: what each value of `tokenizer.ggml.pre` stands for.
+"""The pre-tokenizers of byte-level BPE, by their names in GGUF files (`tokenizer.ggml.pre`).
 
-Facts of llama.cpp (its llama-vocab.cpp), in the terms of tokenizer.json; the expressions are those of the tokenizers
-that the names were given for. Compared with llama.cpp on five texts, start token included, the ids are the same for all
-names but those of `_CASED` and tekken before combining marks and digits before Chinese under tiny_aya, where llama.cpp
-writes the expressions in another way.
+A pre-tokenizer splits a text before the merges. The names are those of llama.cpp (llama-vocab.cpp), and the regular
+expressions those of the original tokenizers. On five texts, including the start token, the ids are those of llama.cpp,
+with two exceptions where llama.cpp writes the expressions differently: `_CASED` and tekken before combining marks, and
+tiny_aya for digits before Chinese.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ __all__ = ["PRE_TOKENIZERS", "PreTokenizer"]
 
 @dataclass(frozen=True, kw_only=True)
 class PreTokenizer:
-    """What a name implies.
+    """The meaning of a name.
 
     Attributes:
-        steps: the pre-tokenizers of tokenizer.json, in their order.
-        ignore_merges: a piece that is a token is taken as it is, whatever its merges.
-        add_bos: texts begin with the start token, unless `tokenizer.ggml.add_bos_token` says otherwise.
+        steps: the pre-tokenizers of tokenizer.json, in order.
+        ignore_merges: a piece that is a token becomes that token, whatever the merges give.
+        add_bos: texts begin with the start token, unless `tokenizer.ggml.add_bos_token` is false.
     """
 
     steps: tuple[dict[str, Any], ...]
@@ -30,25 +30,31 @@ class PreTokenizer:
 
 
 def _split(*expressions: str) -> tuple[dict[str, Any], ...]:
-    """Pre-tokenizers whose matches are pieces, and what lies between them too; then bytes become characters."""
+    """Pre-tokenizers that split a text into the matches and the text between them; then bytes become characters."""
     kind = {"type": "Split", "behavior": "Isolated", "invert": False}
-    return (*({**kind, "pattern": {"Regex": one}} for one in expressions), _BYTES)
+    return (*({**kind, "pattern": {"Regex": expression}} for expression in expressions), _BYTES)
 
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
-def _words(digits: str = r"\p{N}", *, short: str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|", metadata: str = "") -> str:
-    """The expression of Llama 3 and those after it: they differ in the digits of a piece and a few more things."""
-    letter = rf"[\p{{L}}{metadata}]" if metadata else r"\p{L}"
+def _words(digits: str = r"\p{N}", *, short: str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|", marks: str = "") -> str:
+    """The expression of Llama 3 and its variants.
+
+    Args:
+        digits: an expression for a piece of digits.
+        short: an expression for English short forms.
+        marks: an expression for combining marks that belong to a word.
+    """
+    letter = rf"[\p{{L}}{marks}]" if marks else r"\p{L}"
     return (
-        rf"{short}[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}| ?[^\s\p{{L}}{metadata}\p{{N}}]+[\r\n]*|\s*[\r\n]+"
+        rf"{short}[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}| ?[^\s\p{{L}}{marks}\p{{N}}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
 
 
 def _cased(digits: str, short: str = "") -> str:
-    """The expression of GPT-4o and tekken: a word goes from its capitals to its small letters."""
+    """The expression of GPT-4o and tekken: a word is capitals followed by small letters."""
     upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
     before = r"[^\r\n\p{L}\p{N}]?"
     return (
@@ -95,7 +101,7 @@ _GROUPS: tuple[tuple[str, PreTokenizer], ...] = (
         "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
         PreTokenizer(steps=_split(_WORDS)),
     ),
-    ("qwen35", PreTokenizer(steps=_split(_words(metadata=r"\p{M}")))),
+    ("qwen35", PreTokenizer(steps=_split(_words(marks=r"\p{M}")))),
     ("ufakzeka", PreTokenizer(steps=_split(_words(short="")))),
     ("laguna", PreTokenizer(steps=_split(r"[^\n]+|[\n]+", _WORDS))),
     ("minicpm5", PreTokenizer(steps=_split(_THREE, _words(r"\p{N}+")), ignore_merges=True)),
@@ -119,4 +125,4 @@ _GROUPS: tuple[tuple[str, PreTokenizer], ...] = (
 )
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: pre for names, pre in _GROUPS for name in names.split()}
-"""By name; the first of those that mean the same is the one to write."""
+"""Pre-tokenizers by name. Of several names for the same one, the first is written."""

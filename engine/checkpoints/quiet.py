@@ -1,4 +1,4 @@
-"""transformers at work: without a word, and in one thread at a time."""
+"""Calls of transformers that print nothing, in one thread at a time."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from collections.abc import Iterator
 
 __all__ = ["quiet_transformers"]
 
-# While it makes a model transformers patches torch for the whole process: another thread's model would lack weights.
-_TURN = threading.RLock()
+# transformers patches torch for the whole process while it builds a model: another thread's model would lack weights.
+_LOCK = threading.RLock()
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars, warnings or retry notices from transformers and the hub meanwhile: our errors say what matters.
+    """Switch off progress bars, warnings and retry notices of transformers and the hub; our errors say what matters.
 
-    Threads take turns, since transformers and its settings are the process's.
+    Only one thread at a time is inside, because the settings of transformers hold for the whole process.
     """
     from transformers.utils import logging as settings
 
     hub = logging.getLogger("huggingface_hub")
-    with _TURN, warnings.catch_warnings():
+    with _LOCK, warnings.catch_warnings():
         level, hub_level, bars = settings.get_verbosity(), hub.level, settings.is_progress_bar_enabled()
         warnings.simplefilter("ignore")
         hub.setLevel(logging.ERROR)

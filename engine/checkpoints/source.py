@@ -1,4 +1,4 @@
-"""Where a model's files are: a built-in name, a folder, a GGUF file or a hub id, without torch."""
+"""Finds the files of a built-in name, a folder, a GGUF file or a hub id, and reads a tokenizer. Without torch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from ...errors import AssetError, ConfigError, RopewalkError, did_you_mean, firs
 from ...tokenizer_tools.vocabularies import vocabulary
 from ...tokenizer_tools.vocabulary import Vocabulary
 from . import assets
-from .gguf import conversion_folder, converted_gguf, gguf_tokenizer
-
-MODELS = [name for name, asset in assets.ASSETS.items() if asset.kind == "model"]
-"""Names of the built-in models."""
+from .assets import MODELS
+from .gguf_conversion import conversion_folder, converted_gguf
+from .hub import hub_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model")
-"""The files that hold a tokenizer, the first of them that is there."""
+"""Files that hold a tokenizer. The first that exists is used."""
 
-_MOST_TOKENS = 2**24  # a list as long as a tekken file says is made of them
+_MOST_TOKENS = 2**24  # a list as long as the number in a tekken file is made
 
 
 def resolve(name: str) -> str:
-    """A folder, or else a hub id.
+    """The folder of a model, or a hub id. A GGUF file is converted to a folder.
+
+    Args:
+        name: as for `ropewalk.load`.
 
     Raises:
-        AssetError: there is no such file or folder, or the name is nearly that of a built-in model.
+        AssetError: there is no such file or folder, or the name is close to that of a built-in model.
     """
     if (file := _gguf_file(name)) is not None:
         return str(converted_gguf(file))
@@ -42,7 +44,7 @@ def resolve(name: str) -> str:
 
 
 def _gguf_file(name: str) -> Path | None:
-    """The file of a built-in model, or the GGUF file that is named; else None."""
+    """The file of a built-in model, or the GGUF file `name`; else None."""
     if name in MODELS and not Path(name).exists():
         return assets.fetch_files(name)
     path = Path(name).expanduser()
@@ -54,10 +56,10 @@ def _gguf_file(name: str) -> Path | None:
 
 
 def load_vocabulary(name: str | Path) -> Vocabulary:
-    """The tokenizer of a model, without its weights; torch is not used but to read GGUF files.
+    """The vocabulary of a model's tokenizer, without the weights. torch is needed for GGUF files only.
 
     Args:
-        name: as for `ropewalk.load`, or a tokenizer's own file: tokenizer.json of Hugging Face, a SentencePiece
+        name: a model as for `ropewalk.load`, or a tokenizer file: a tokenizer.json of Hugging Face, a SentencePiece
             .model, or a tekken .json.
 
     Raises:
@@ -70,15 +72,15 @@ def load_vocabulary(name: str | Path) -> Vocabulary:
             raise AssetError(f"{name}: no such file; name a tokenizer.json, a SentencePiece .model or a tekken .json")
         return _read(path)
     if (file := _gguf_file(str(name))) is not None:
-        made = conversion_folder(file) / "tokenizer.json"
-        return _read(made if made.exists() else file)
+        converted = conversion_folder(file) / "tokenizer.json"
+        return _read(converted if converted.exists() else file)
     source = resolve(str(name))
     folder = Path(source)
     if not folder.is_dir():
-        return _read(_from_hub(source))
-    for kind in TOKENIZER_FILES:
-        if (folder / kind).is_file():
-            return _read(folder / kind)
+        return _read(hub_file(source, *TOKENIZER_FILES))
+    for tokenizer_file in TOKENIZER_FILES:
+        if (folder / tokenizer_file).is_file():
+            return _read(folder / tokenizer_file)
     raise AssetError(f"{name}: this folder has none of {', '.join(TOKENIZER_FILES)}")
 
 
@@ -86,13 +88,17 @@ def _read(file: Path) -> Vocabulary:
     try:
         return vocabulary(_open(file))
     except ImportError as error:
-        raise ConfigError(f"{file} needs a library that is not here ({error}); pip install mistral-common") from None
+        raise ConfigError(
+            f"{file} needs a library that is not installed ({error}); pip install mistral-common"
+        ) from None
     except RopewalkError:
         raise
-    except BaseException as error:  # the tokenizers library raises no class of its own, and panics as BaseException
+    except BaseException as error:  # the tokenizers library has no error class, and a panic of it is a BaseException
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        raise AssetError(f"{file} is no tokenizer that can be read ({first_line(error)})") from error
+        raise AssetError(
+            f"{file} is damaged, or not a tokenizer in a known format ({first_line(error)}); get it again"
+        ) from error
 
 
 def _open(file: Path) -> Any:
@@ -101,32 +107,16 @@ def _open(file: Path) -> Any:
 
         return sentencepiece.SentencePieceProcessor(model_file=str(file))
     if file.suffix == ".gguf":
-        return gguf_tokenizer(file).backend_tokenizer
+        from .gguf_file import GgufFile
+        from .gguf_tokenizer import read_gguf_tokenizer
+
+        return read_gguf_tokenizer(GgufFile(file)).backend_tokenizer
     content = json.loads(file.read_bytes())
-    if isinstance(content.get("vocab"), list):  # tekken's; Hugging Face has it below "model"
+    if isinstance(content.get("vocab"), list):  # a tekken file; Hugging Face has "vocab" below "model"
         numbers = [*content["config"].values(), *(token["rank"] for token in content["vocab"])]
         if any(isinstance(number, int | float) and number > _MOST_TOKENS for number in numbers):
-            raise ValueError(f"it counts more than {_MOST_TOKENS} tokens")
+            raise ValueError(f"it states more than {_MOST_TOKENS} tokens")
         return importlib.import_module("mistral_common.tokens.tokenizers.tekken").Tekkenizer.from_file(str(file))
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(file))
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-
-    try:
-        for file in TOKENIZER_FILES:
-            try:
-                return Path(hf_hub_download(name, file))
-            except RemoteEntryNotFoundError:
-                continue
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise AssetError(
-            f"{name!r} is not a built-in model ({', '.join(MODELS)}), a folder or a tokenizer file, and the hub did "
-            f"not give it ({reason}); check the name, or give the folder of a model that is here"
-        ) from error
-    raise AssetError(f"{name}: the hub has none of {', '.join(TOKENIZER_FILES)} for it")

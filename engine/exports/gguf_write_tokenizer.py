@@ -21,12 +21,12 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int, name: str, end
     Args:
         tokenizer: a transformers tokenizer.
         size: rows of the embedding; ids that the tokenizer does not use become unused tokens.
-        name: of the model, for errors.
-        ends: ids of the tokens at which the model's texts end.
+        name: the model's name, for errors.
+        ends: ids of the tokens that end a text.
 
     Raises:
-        UnsupportedModel: it is no byte-level BPE, splits texts in a way that has no name in llama.cpp, or has more end
-            tokens than can be said.
+        UnsupportedModel: the tokenizer is no byte-level BPE, llama.cpp has no name for its pre-tokenizer, or it has
+            more end tokens than a GGUF file can hold.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -54,7 +54,7 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Any, size: int, name: str, end
 
 
 def _split(described: dict[str, Any], name: str) -> str:
-    """llama.cpp's name for what happens to a text before the merges."""
+    """llama.cpp's name of the pre-tokenizer, which splits a text before the merges."""
     bpe, steps = described["model"], described["pre_tokenizer"] or {"type": "none"}
     steps = steps["pretokenizers"] if steps["type"] == "Sequence" else [steps]
     kinds = ", ".join(step["type"] for step in steps)
@@ -66,46 +66,47 @@ def _split(described: dict[str, Any], name: str) -> str:
         )
     if described["normalizer"] is not None:
         raise UnsupportedModel(
-            f"{name}: its tokenizer normalizes texts ({described['normalizer']['type']}), which GGUF does not say"
+            f"{name}: its tokenizer normalizes texts ({described['normalizer']['type']}), and a GGUF file has no field "
+            "for that"
         )
-    whole = bool(bpe.get("ignore_merges", False))
+    ignore_merges = bool(bpe.get("ignore_merges", False))
     for split, pre in PRE_TOKENIZERS.items():
-        if whole == pre.ignore_merges and _plain(steps) == _plain(pre.steps):
+        if ignore_merges == pre.ignore_merges and _plain(steps) == _plain(pre.steps):
             return split
     raise UnsupportedModel(
         f"{name}: its tokenizer splits texts by {kinds} in a way that has no name in GGUF files"
-        + (" together with ignore_merges" if whole else "")
+        + (" together with ignore_merges" if ignore_merges else "")
     )
 
 
 def _plain(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Pre-tokenizers without what changes no token."""
+    """Pre-tokenizers without the key that changes no token."""
     return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
 
 
 def _add_ends(
     writer: GGUFWriter, tokens: list[str], types: list[int], eos: int | None, ends: Collection[int], name: str
 ) -> None:
-    """Every token that ends a text: three by their ids, others where readers know them by name."""
-    known = {i for i in ends if tokens[i] in END_NAMES and types[i] == TokenType.CONTROL}
-    others = sorted({*ends} - {eos}, key=lambda i: (i in known, i))
+    """Write the tokens that end a text: three by their ids; readers know the others by name."""
+    known_by_name = {i for i in ends if tokens[i] in END_NAMES and types[i] == TokenType.CONTROL}
+    others = sorted({*ends} - {eos}, key=lambda i: (i in known_by_name, i))
     ids = others if eos is None else [eos, *others]
     for token, add in zip(
         ids, (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), strict=False
     ):
         add(token)
-    if lost := [tokens[i] for i in ids[3:] if i not in known]:
+    if lost := [tokens[i] for i in ids[3:] if i not in known_by_name]:
         raise UnsupportedModel(
-            f"{name}: its texts end at {len(ids)} tokens, of which a GGUF file says three, so {', '.join(lost)} would "
-            "be lost; leave fewer in generation_config.eos_token_id"
+            f"{name}: {len(ids)} tokens end its texts, and a GGUF file holds three, so {', '.join(lost)} would be "
+            "lost; remove some from generation_config.eos_token_id"
         )
 
 
 def _tokens(vocab: dict[str, int], added: list[dict[str, Any]], size: int, name: str) -> tuple[list[str], list[int]]:
-    """Every token's text and type, by id."""
+    """The texts and the types of all tokens, by id."""
     highest = max([*vocab.values(), *(token["id"] for token in added)])
     if highest >= size:
-        raise UnsupportedModel(f"{name}: its tokenizer has an id {highest}, but its embedding only {size} rows")
+        raise UnsupportedModel(f"{name}: its tokenizer has the id {highest}, and its embedding only {size} rows")
     tokens = [f"[unused {index}]" for index in range(size)]
     types = [int(TokenType.UNUSED)] * size
     for text, index in vocab.items():
@@ -117,15 +118,15 @@ def _tokens(vocab: dict[str, int], added: list[dict[str, Any]], size: int, name:
 
 
 def _add_frame(writer: GGUFWriter, tokenizer: Any, name: str) -> None:
-    """Whether a text begins with the start token and ends with the end token, found on a text."""
+    """Write whether the tokenizer adds a start token and an end token to a text. One text is tokenized to see it."""
     bare = tokenizer("a", add_special_tokens=False).input_ids
     framed = tokenizer("a").input_ids
     starts, ends = (
-        token is not None and framed[place] == token != bare[place]
-        for token, place in ((tokenizer.bos_token_id, 0), (tokenizer.eos_token_id, -1))
+        token is not None and framed[index] == token != bare[index]
+        for token, index in ((tokenizer.bos_token_id, 0), (tokenizer.eos_token_id, -1))
     )
     expected = [tokenizer.bos_token_id] * starts + bare + [tokenizer.eos_token_id] * ends
     if framed != expected:
-        raise UnsupportedModel(f"{name}: its tokenizer puts more around a text than a start and an end token")
+        raise UnsupportedModel(f"{name}: its tokenizer adds more to a text than a start and an end token")
     writer.add_add_bos_token(starts)
     writer.add_add_eos_token(ends)

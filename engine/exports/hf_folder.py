@@ -1,4 +1,4 @@
-"""A Hugging Face folder with another rotary config: weights and tokenizer as they are."""
+"""A Hugging Face folder with another rotary config. Weights and tokenizer stay as they are."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from ..checkpoints.checkpoint import weight_files
 from ..checkpoints.quiet import quiet_transformers
 from ..storage import new_folder
 
-__all__ = ["KEPT", "with_rope", "write_copy", "write_loaded"]
+__all__ = ["COPIED_FILES", "with_rope", "write_copy", "write_loaded"]
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
-"""From the content of a config.json to another."""
+"""A function that changes the content of a config.json."""
 
 Check = Callable[[Path], None]
+"""A function that raises an error if a written folder is wrong."""
 
-KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README*")
-"""The files of a checkpoint beside its weights: config, tokenizer, and what says whose it is."""
+COPIED_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README*")
+"""The files of a checkpoint beside its weights: config, tokenizer, licence and description."""
 
 _LENGTH = "original_max_position_embeddings"
 _FLAT_KEYS = ("rope_theta", "rope_scaling", _LENGTH)
-"""Where configs keep their rotary part beside or instead of `rope_parameters`."""
+"""Keys of a config for the rotary embedding, beside or instead of `rope_parameters`."""
 
 
 def with_rope(
@@ -42,8 +43,8 @@ def with_rope(
     Args:
         config: the content as it is.
         ropes: `rope_parameters` by layer type, or under None where the layers share one.
-        length: the tokens that the config shall promise.
-        outside_length: the family keeps the trained length outside of `rope_parameters`, and lets that one win.
+        length: the context length that the config states, in tokens.
+        outside_length: the family stores the trained length outside of `rope_parameters`, and that one takes priority.
     """
     changed: dict[str, Any] = json.loads(json.dumps(config))
     text = changed.get("text_config", changed)
@@ -57,7 +58,7 @@ def with_rope(
     if outside_length and _LENGTH in rope:
         text[_LENGTH] = rope[_LENGTH]
     text["rope_parameters"] = rope
-    # for engines on transformers 4, which know these two alone
+    # for engines on transformers 4, which read only these two keys
     text["rope_theta"] = rope["rope_theta"]
     text["rope_scaling"] = (
         None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
@@ -69,14 +70,14 @@ def write_copy(source: Path, out: Path, change: Change, extra: Mapping[str, str]
     """Copy a checkpoint to the new folder `out`, with another config.json.
 
     Args:
-        change: makes the content of config.json out of what it was.
-        extra: further texts, by file name.
-        check: called with the finished folder, before it is at its place; an error leaves nothing there.
+        change: makes the new content of config.json from the old.
+        extra: texts of further files, by file name.
+        check: called with the finished folder before it is moved to `out`. After an error, nothing is at `out`.
 
     Raises:
         AssetError: no safetensors in `source`, or `out` is not empty or cannot be written.
     """
-    beside = {file for pattern in KEPT for file in source.glob(pattern) if file.is_file()}
+    beside = {file for pattern in COPIED_FILES for file in source.glob(pattern) if file.is_file()}
     files = sorted({*weight_files(source), *beside})
     with new_folder(out, needed=sum(file.stat().st_size for file in files)) as work:
         for file in files:
@@ -98,10 +99,11 @@ def write_loaded(
     extra: Mapping[str, str],
     check: Check,
 ) -> None:
-    """The same for a model in memory, with its weights as they are now."""
+    """Write a model in memory, with its weights as they are now, to the new folder `out`. The other arguments are
+    those of `write_copy`."""
     with new_folder(out, needed=model.get_memory_footprint()) as work:
         with quiet_transformers():
-            type(model).save_pretrained(model, work)  # that of a patched model warns
+            type(model).save_pretrained(model, work)  # the method of a patched model warns
             if tokenizer is not None:
                 tokenizer.save_pretrained(work)
         _finish(work, change, extra)

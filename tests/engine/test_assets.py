@@ -64,7 +64,7 @@ def asset_of(path: Path, *, root: str, files: str, entry: str, sha256: str | Non
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     pin = Archive(package="tales", version="1.0", file=path.name, sha256=sha256 or found, size=path.stat().st_size)
     return Asset(
-        name="tales", kind="text", description="", archive=pin, root=root, files=files, entry=entry, kept_bytes=1000
+        name="tales", kind="text", description="", archive=pin, root=root, files=files, entry=entry, stored_bytes=1000
     )
 
 

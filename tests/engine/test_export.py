@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropewalk as rw
 from ropewalk.engine.checkpoints.checkpoint import read_config
-from ropewalk.engine.checkpoints.gguf import convert_gguf
+from ropewalk.engine.checkpoints.gguf_conversion import convert_gguf
 from ropewalk.engine.checkpoints.gguf_file import GgufFile
 from ropewalk.engine.exports import export
 from ropewalk.engine.exports.gguf_write import write_gguf
@@ -102,7 +102,7 @@ def test_what_follows_the_length_is_held_still_at_one(plain, tiny_folder, tmp_pa
     done = rw.export(tiny_folder, tmp_path / "out", rope=spec, length="4x", target="sglang")
     assert done.length == 4 * TRAINED
     assert off(stock(done.path), patched(plain, spec, length=4 * TRAINED)) < 1e-5
-    with pytest.raises(rw.ConfigError, match="in a way that sglang does not; give the length"):
+    with pytest.raises(rw.ConfigError, match="in a way that sglang does not; give a length"):
         rw.export(tiny_folder, tmp_path / "other", rope=spec, target="sglang")
 
 
@@ -153,20 +153,26 @@ def test_models_in_memory_are_written_as_they_are_now(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rope": "yarn:4|logn"}, r"'logn' sets the temperature, .* nearest that can be carried is yarn:4;"),
-        ({"rope": "rerope:64"}, r"'rerope' sets the positions, .* nearest that can be carried is yarn:4;"),
-        ({"rope": "self-extend:2,window=64"}, r"nearest that can be carried is yarn:1\.75;"),
-        ({"rope": "auto"}, "'auto' chooses for every request"),
-        ({"rope": "yarn:2", "length": "4x"}, "yarn:2 reaches 512 tokens on this model, fewer than the 1k asked for"),
+        ({"rope": "yarn:4|logn"}, r"'logn' sets the temperature, .* nearest scaler that a config can hold is yarn:4;"),
+        ({"rope": "rerope:64"}, r"'rerope' sets the positions, .* nearest scaler that a config can hold is yarn:4;"),
+        ({"rope": "self-extend:2,window=64"}, r"nearest scaler that a config can hold is yarn:1\.75;"),
+        ({"rope": "auto"}, "'auto' chooses a scaler for every request"),
+        ({"rope": "yarn:2", "length": "4x"}, "yarn:2 reaches 512 tokens on this model, fewer than the requested 1k"),
         ({"target": "tgi"}, "unknown target 'tgi'"),
-        ({"tokenizer": object()}, "tokenizer is for a transformers model"),
+        (
+            {"out": "a.gguf"},
+            r"a\.gguf is the name of a GGUF file, and target 'hf' writes a folder; take target",
+        ),
+        ({"out": "a.gguf", "target": "ollama"}, "and target 'ollama' writes a folder"),
+        ({"tokenizer": object()}, "tokenizer is an option for a transformers model"),
         ({"dtype": "q8_0"}, "dtype 'q8_0' is for GGUF files; hf keeps the weights"),
         ({"rope": "dynamic-yarn"}, "follows the length of the text"),
     ],
 )
 def test_what_cannot_be_carried_is_refused(tiny_folder, tmp_path, options, words):
+    out = tmp_path / options.pop("out", "out")
     with pytest.raises(rw.ConfigError, match=words):
-        rw.export(tiny_folder, tmp_path / "out", **options)
+        rw.export(tiny_folder, out, **options)
     assert not any(tmp_path.iterdir())
 
 
@@ -199,7 +205,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(tiny_folder, tmp_path, 
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
-    with pytest.raises(rw.AssetError, match=r"no model\.safetensors there"):
+    with pytest.raises(rw.AssetError, match=r"has no model\.safetensors"):
         rw.export(bare, tmp_path / "other")
 
 
@@ -301,9 +307,7 @@ def test_an_architecture_without_divisors_takes_what_needs_none(tiny_folder, tmp
         done = rw.export(tmp_path / "qwen2.gguf", tmp_path / f"{spec[:3]}.gguf", rope=spec, target="llama.cpp")
         assert done.length == 4 * TRAINED
         assert GgufFile(done.path).field("qwen2.rope.scale_linear") is None, "it would slow the positions as well"
-    with pytest.raises(
-        rw.UnsupportedModel, match=r"is a qwen2 model, for which llama\.cpp is not known to read divisors"
-    ):
+    with pytest.raises(rw.UnsupportedModel, match=r"is a qwen2 model, and llama\.cpp is not known to read divisors"):
         rw.export(tmp_path / "qwen2.gguf", tmp_path / "no.gguf", rope="mrrope:4", target="llama.cpp")
 
 
@@ -365,5 +369,5 @@ def test_families_that_cannot_be_carried_say_why(family, tmp_path):
 
 @pytest.mark.parametrize("target", ["vllm", "llama.cpp"])
 def test_frequencies_for_kinds_of_layers_are_written_for_transformers_alone(tmp_path, target):
-    with pytest.raises(rw.UnsupportedModel, match="frequencies of their own"):
+    with pytest.raises(rw.UnsupportedModel, match="different frequencies"):
         rw.export(FAMILIES["gemma3_text"](), tmp_path / "no", rope="ntk:4", target=target)

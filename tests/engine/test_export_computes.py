@@ -157,7 +157,7 @@ CHANGES = {
     change_the_frequencies: r"the buffer 'model\.rotary_emb\.inv_freq' holds other numbers",
     change_the_slowest_frequency: r"the buffer 'model\.rotary_emb\.inv_freq' holds other numbers",
     change_the_rotation_factor: r"model\.rotary_emb\.attention_scaling is 1\.2",
-    break_a_forward: r"does not run on a text of 48 tokens \(TypeError: .*; undo what was changed",
+    break_a_forward: r"does not run on a text of 48 tokens \(TypeError: .*; undo the changes",
     change_a_layer_number: r"model\.layers\.1\.self_attn\.layer_idx is 0, and in a new model of the config 1",
     edit_the_base: r"the buffer 'model\.rotary_emb\.inv_freq' holds other numbers",
     edit_the_scaling: r"model\.rotary_emb\.rope_type is 'default', and in a new model of the config 'linear'",
@@ -381,14 +381,14 @@ def test_quantized_weights_are_said(model, tmp_path):
     with warnings.catch_warnings(action="error"):
         rw.export(model, tmp_path / "out")
     # what a quantizer makes of a model is stood in for by the mark that it leaves
-    from ropewalk.engine.exports.plain import check_plain
+    from ropewalk.engine.exports.unmodified import check_unmodified
 
     model.hf_quantizer = object()
     with pytest.warns(UserWarning, match="is quantized, so its logits were not compared"):
-        check_plain(model)
+        check_unmodified(model)
     change_a_scale(model)
     with pytest.raises(rw.UnsupportedModel, match="scaling"):
-        check_plain(model)
+        check_unmodified(model)
 
 
 def test_a_body_without_its_head_is_no_gguf(tiny_folder, tokenizer, tmp_path):

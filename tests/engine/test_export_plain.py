@@ -107,7 +107,7 @@ CHANGES = {
     normalize_the_older_way: r"'model\.layers\.1\.self_attn\.q_proj\.weight' has the shape none",
     take_layers_out: r"'model\.layers\.2\.input_layernorm\.weight' has the shape none, and in a new model .* \[128\]",
     add_a_norm: r"'model\.layers\.1\.self_attn\.q_norm\.weight' has the shape \[32\], and in a new model .* none",
-    replace_the_head: r"ties its output matrix to the embedding .* 'lm_head\.weight' is another one",
+    replace_the_head: r"ties the output matrix to the embedding .* 'lm_head\.weight' is a different matrix",
     add_biases: r"'model\.layers\.1\.self_attn\.v_proj\.bias' has the shape \[64\]",
     widen: r"'model\.layers\.0\.mlp\.down_proj\.weight' has the shape \[128, 416\], and in a new model .* \[128, 384\]",
 }

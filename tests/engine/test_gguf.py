@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk import AssetError, UnsupportedModel
-from ropewalk.engine.checkpoints import assets
-from ropewalk.engine.checkpoints.gguf import convert_gguf, converted_gguf
+from ropewalk.engine.checkpoints import assets, gguf_tokenizer
+from ropewalk.engine.checkpoints.gguf_conversion import convert_gguf, converted_gguf
 from ropewalk.engine.checkpoints.source import load_vocabulary
 
 HIDDEN, HEADS, KV_HEADS, DIM, INNER, VOCAB = 64, 4, 2, 16, 96, 300
@@ -171,14 +171,12 @@ def test_digits_are_split_as_the_tokenizer_was_trained(write, tmp_path, pre, exp
 
 
 def test_the_vocabulary_alone_is_read_without_the_weights(write, tmp_path, monkeypatch):
-    from ropewalk.engine.checkpoints import gguf as module
-
     path = write(leave_out="blk.0.ffn_up")  # not a model that could be converted
     texts = ["  12x", "a Ġ", "<|endoftext|>"]
     alone = load_vocabulary(path)
     assert not (tmp_path / "cache").exists()
     converted_gguf(write())
-    monkeypatch.setattr(module, "_load_tokenizer", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr(gguf_tokenizer, "read_gguf_tokenizer", lambda _: pytest.fail("read again"))
     assert [load_vocabulary(path).encode(text) for text in texts] == [alone.encode(text) for text in texts]
 
 
@@ -309,6 +307,21 @@ def test_a_tensor_that_the_model_does_not_use_is_refused(write, tmp_path, name, 
         convert_gguf(path, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("blk.0.attn_q.weight.lora_a", (4, HIDDEN)),
+        ("blk.0.attn_q.scale", (1,)),
+        ("blk.0.attn_k.input_scale", (1,)),
+    ],
+)
+def test_a_tensor_on_which_transformers_fails_is_named(write, tmp_path, name, shape):
+    """It reorders rows of query and key, and ended in an error of numpy."""
+    path = write(extra=lambda writer: writer.add_tensor(name, np.ones(shape, dtype=np.float32)))
+    with pytest.raises(UnsupportedModel, match=rf"a llama model has no tensor '{name}' .*; merge the adapter, or"):
+        convert_gguf(path, tmp_path / "out")
+
+
 def test_a_tensor_of_another_shape_is_refused(write, tmp_path):
     def extra(writer):
         writer.add_tensor("blk.0.ffn_norm.weight", np.ones(HIDDEN + 1, dtype=np.float32))
@@ -355,7 +368,7 @@ def test_files_that_transformers_cannot_read(write, tmp_path):
 
 
 def test_a_file_is_converted_once_and_again_when_it_changes(write, monkeypatch):
-    from ropewalk.engine.checkpoints import gguf as module
+    from ropewalk.engine.checkpoints import gguf_conversion as module
 
     path = write()
     folder = converted_gguf(path)

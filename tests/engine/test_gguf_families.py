@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from ropewalk import UnsupportedModel
-from ropewalk.engine.checkpoints.gguf import convert_gguf
+from ropewalk.engine.checkpoints.gguf_conversion import convert_gguf
 
 VOCAB, LENGTH = 300, 128
 SMALL = {

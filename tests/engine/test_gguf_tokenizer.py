@@ -11,9 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 import ropewalk as rw
-from ropewalk.engine.checkpoints.gguf import gguf_tokenizer
 from ropewalk.engine.checkpoints.gguf_file import GgufFile
-from ropewalk.engine.checkpoints.gguf_tokenizer import end_ids
+from ropewalk.engine.checkpoints.gguf_tokenizer import end_ids, read_gguf_tokenizer
 from ropewalk.engine.checkpoints.source import load_vocabulary
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -150,7 +149,7 @@ def ids(tokenizer, text):
 def test_texts_are_split_as_the_tokenizer_was_trained(write, pre):
     original = trained(SPLITS[pre])
     parts = listed(original)
-    tokenizer = gguf_tokenizer(write(parts.pop("tokens"), **parts, pre=pre, add_bos_token=False))
+    tokenizer = read_gguf_tokenizer(GgufFile(write(parts.pop("tokens"), **parts, pre=pre, add_bos_token=False)))
     for text in TEXTS:
         assert ids(tokenizer, text) == original.encode(text).ids
         assert tokenizer.decode(ids(tokenizer, text)) == text
@@ -171,7 +170,7 @@ KINDS = [*[NORMAL] * 6, *[CONTROL] * 3, USER_DEFINED]
 )
 def test_a_piece_that_is_a_token_is_taken_whole_where_the_name_says_so(write, pre, expected):
     path = write(LETTERS, types=KINDS, pre=pre, merges=["a b"], bos_token_id=6)
-    assert ids(gguf_tokenizer(path), "abc") == expected
+    assert ids(read_gguf_tokenizer(GgufFile(path)), "abc") == expected
     assert load_vocabulary(path).encode_piece(b"abc") == expected
 
 
@@ -191,7 +190,7 @@ def test_a_piece_that_is_a_token_is_taken_whole_where_the_name_says_so(write, pr
 )
 def test_what_is_put_around_a_text(write, tmp_path, pre, fields, expected):
     path = write(LETTERS, types=KINDS, pre=pre, merges=["a b"], bos_token_id=6, eos_token_id=7, **fields)
-    tokenizer = gguf_tokenizer(path)
+    tokenizer = read_gguf_tokenizer(GgufFile(path))
     assert tokenizer("a").input_ids == expected
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (6, 7)
     tokenizer.save_pretrained(tmp_path / "saved")
@@ -201,9 +200,9 @@ def test_what_is_put_around_a_text(write, tmp_path, pre, fields, expected):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"pre": "unheard-of"}, "has tokenizer.ggml.pre 'unheard-of', so how its tokenizer splits texts is not known"),
+        ({"pre": "unheard-of"}, "has tokenizer.ggml.pre 'unheard-of', so the pre-tokenizer is unknown"),
         ({"pre": "minerva-7"}, "Did you mean 'minerva-7b'"),
-        ({"pre": None}, "has no tokenizer.ggml.pre, so how"),
+        ({"pre": None}, "has no tokenizer.ggml.pre, so"),
         ({"pre": "kimi-k2"}, "has tokenizer.ggml.pre 'kimi-k2'"),
         ({"pre": "llama-bpe"}, "add_bos_token, and no bos_token_id"),
         ({"add_eos_token": True}, "add_eos_token, and no eos_token_id"),
@@ -219,7 +218,7 @@ def test_what_a_file_leaves_open_or_contradicts_is_refused(write, options, words
     tokens = options.pop("tokens", LETTERS)
     path = write(tokens, **{"merges": ["a b"]} | options)
     with pytest.raises(rw.UnsupportedModel, match=words):
-        gguf_tokenizer(path)
+        read_gguf_tokenizer(GgufFile(path))
 
 
 def test_special_tokens_keep_their_ids_whatever_they_are_called(write):
@@ -228,7 +227,7 @@ def test_special_tokens_keep_their_ids_whatever_they_are_called(write):
     tokens = [*"abc", "ab", *names, "Ġ c"]
     kinds = [*[NORMAL] * 4, *[CONTROL] * 3, USER_DEFINED]
     path = write(tokens, types=kinds, pre="deepseek-r1-qwen", merges=["a b"], bos_token_id=4, eos_token_id=5)
-    tokenizer = gguf_tokenizer(path)
+    tokenizer = read_gguf_tokenizer(GgufFile(path))
     assert len(tokenizer) == len(tokens)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (4, 5)
     assert ids(tokenizer, "ab<｜User｜>bĠ cc") == [3, 6, 1, 7, 2]
@@ -293,7 +292,7 @@ def written(write, processor):
 
 
 def test_a_sentencepiece_vocabulary_gives_sentencepieces_ids(written, processor):
-    tokenizer = gguf_tokenizer(written())
+    tokenizer = read_gguf_tokenizer(GgufFile(written()))
     for text in TEXTS:
         assert ids(tokenizer, text) == processor.encode(text)
         assert tokenizer.decode(ids(tokenizer, text)) == text
@@ -302,7 +301,7 @@ def test_a_sentencepiece_vocabulary_gives_sentencepieces_ids(written, processor)
 
 
 def test_a_sentencepiece_vocabulary_need_not_put_a_space_first(written, processor):
-    tokenizer = gguf_tokenizer(written(add_space_prefix=False, add_bos_token=False, add_eos_token=True))
+    tokenizer = read_gguf_tokenizer(GgufFile(written(add_space_prefix=False, add_bos_token=False, add_eos_token=True)))
     for text in TEXTS:
         bare = ids(tokenizer, text)
         assert tokenizer.decode(bare) == text
@@ -314,12 +313,12 @@ def test_phi_3_takes_the_spaces_behind_its_special_tokens(write):
     tokens, kinds = ["<unk>", "<s>", "</s>", "▁", "a", "<|user|>", "\n"], [UNKNOWN, CONTROL, CONTROL, 1, 1, CONTROL, 1]
     options = {"model": "llama", "types": kinds, "scores": [0.0] * 7, "add_space_prefix": False}
     for name, expected in (("Phi-3 mini", [5, 4]), ("another", [5, 6, 4])):
-        assert ids(gguf_tokenizer(write(tokens, name=name, **options)), "<|user|>\na") == expected
+        assert ids(read_gguf_tokenizer(GgufFile(write(tokens, name=name, **options))), "<|user|>\na") == expected
 
 
 def test_added_tokens_are_written_and_read(write):
     """What `AddedToken` says is what the types say."""
-    tokenizer = gguf_tokenizer(write(LETTERS, types=KINDS, merges=["a b"]))
+    tokenizer = read_gguf_tokenizer(GgufFile(write(LETTERS, types=KINDS, merges=["a b"])))
     added = tokenizer.added_tokens_decoder
     assert added[9] == AddedToken("<two>", normalized=False, special=False)
     assert added[6] == AddedToken("<s>", normalized=False, special=True)

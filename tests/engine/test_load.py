@@ -190,7 +190,10 @@ def test_mistakes_in_names_and_options(tmp_path, tiny_folder, monkeypatch):
         rw.load(tmp_path / "model.gguf")
     with pytest.raises(rw.AssetError, match=r"Did you mean 'smollm2-135m'\?"):
         rw.load("smollm2-135")
-    with pytest.raises(rw.AssetError, match=r"'nobody/no-such-model'.*the hub did not give it"):
+    with pytest.raises(
+        rw.AssetError,
+        match=r"'nobody/no-such-model' is not a built-in model .* hub has no copy of it; correct the name",
+    ):
         rw.load("nobody/no-such-model")
     with pytest.raises(rw.ConfigError, match=r"Did you mean 'float16'\?"):
         rw.load(tiny_folder, dtype="flaot16")
@@ -198,6 +201,15 @@ def test_mistakes_in_names_and_options(tmp_path, tiny_folder, monkeypatch):
         rw.load(tiny_folder, max_length=0)
     with pytest.raises(rw.ConfigError, match=r"Did you mean 'yarn'\?"):
         rw.load("never looked at", rope="yran:2")
+
+
+@pytest.mark.parametrize(
+    "device_map", ["cuda:99", "gpu", {"model": "cpu", "lm_head": "cuda:99"}], ids=["missing", "unknown", "one of two"]
+)
+def test_a_device_that_torch_cannot_use_is_named_before_the_weights(tiny_folder, device_map, monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("weights"))
+    with pytest.raises(rw.ConfigError, match=r"device_map .*: torch .* cannot use the device '(cuda:99|gpu)' here"):
+        rw.load(tiny_folder, device_map=device_map)
 
 
 @pytest.mark.model

@@ -87,7 +87,7 @@ def test_a_gguf_file_with_linear_scaling(tiny_folder, tmp_path, stated, reach):
     rw.export(folder, tmp_path / "out.gguf", target="llama.cpp")
     if stated:
         from ropewalk.engine.checkpoints.gguf_file import GgufFile
-        from ropewalk.engine.exports.gguf_rewrite import rewrite_gguf
+        from ropewalk.engine.exports.gguf_write import rewrite_gguf
         from ropewalk.scaling.gguf_rope import GgufRope
 
         opened = GgufFile(tmp_path / "out.gguf")

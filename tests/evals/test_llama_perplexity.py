@@ -43,7 +43,7 @@ def test_llamacpp_is_llama_cpp_on_a_tiny_model(tiny_folder, tmp_path, llama_cpp,
     if adds_bos:
         model.tokenizer.add_bos_token = True
     assert bool(model.tokenizer("").input_ids) == adds_bos
-    file = write_gguf(model, tmp_path / "tiny.gguf", "f32")
+    file = write_gguf((model.hf, model.tokenizer), tmp_path / "tiny.gguf", "f32")
     expected, count = theirs(llama_cpp, file, SOURCE, 128, 4, adds_bos)
     text = Text(name="areas", documents=(SOURCE,), sha256="0" * 64)
     given = {"protocol": "llamacpp", "lengths": [128], "text_tokens": 4 * 128}
@@ -54,7 +54,7 @@ def test_llamacpp_is_llama_cpp_on_a_tiny_model(tiny_folder, tmp_path, llama_cpp,
 
 def test_llama_cpp_can_be_measured_by_any_protocol(tiny_folder, tmp_path, llama_cpp):
     model = rw.load(tiny_folder, dtype="float32", compile=False)
-    file = write_gguf(model, tmp_path / "tiny.gguf", "f32")
+    file = write_gguf((model.hf, model.tokenizer), tmp_path / "tiny.gguf", "f32")
     _, logits_of = engine(llama_cpp, file, 256)
     text = Text(name="areas", documents=(SOURCE,), sha256="0" * 64)
     given = {"lengths": [128, 256], "target": 64}

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropewalk.engine.checkpoints.checkpoint import read_weights
 from ropewalk.engine.checkpoints.config import find_config
-from ropewalk.engine.checkpoints.gguf import convert_gguf
+from ropewalk.engine.checkpoints.gguf_conversion import convert_gguf
 from ropewalk.engine.checkpoints.gguf_file import GgufFile
 from ropewalk.scaling.hf import read
 

@@ -200,7 +200,7 @@ def test_the_report_needs_no_torch(tiny_folder, tmp_path):
         ("nowhere.json", "nowhere.json: no such file; name a tokenizer.json"),
         ("smollm2-135", "Did you mean 'smollm2-135m'"),
         ("{folder}", "this folder has none of tokenizer.json"),
-        ("{folder}/bad.json", "is no tokenizer that can be read"),
+        ("{folder}/bad.json", "is damaged, or not a tokenizer"),
     ],
 )
 def test_names_that_lead_nowhere(tmp_path, name, message):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..engine.exports.serving_engines import TARGETS
+from ..engine.exports import TARGETS
 from .messages import print_json
 from .options import EXAMPLES, command, json_option, picture_option, rope_option
 
