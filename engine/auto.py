@@ -1,4 +1,4 @@
-"""Which scaler `auto` uses on a model, at every length."""
+"""Which scaler `rope="auto"` uses at which length of a request."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..scaling.yarn import YaRN
 from .tuned_scalers import TunedScaler
 
 GROUP = 8
-"""Self-Extend's group: with a window of a quarter of the trained length it reaches 6.25 times that length."""
+"""Self-Extend's group. With a window of a quarter of the trained length it reaches 6.25 times that length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A scaler up to a length.
+    """A scaler for requests up to a length.
 
     Attributes:
-        target: tokens up to which it is taken.
+        target: tokens of the longest request that uses it.
         why: where it comes from, in a few words.
     """
 
@@ -32,13 +32,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The scaler for every length: the untouched model, what was tuned, and beyond that a default.
+    """The scaler for every length: none within the trained length, then tuned scalers, then a default.
 
     Attributes:
         rope: the model's geometry before any scaling of its own.
-        trained_length: tokens that the model reads untouched.
-        steps: what was tuned, the smallest target first.
-        takes_maps: whether the model can be put under Self-Extend; if not, the default is YaRN.
+        trained_length: tokens that the model reads without a scaler.
+        steps: the tuned scalers, the smallest target first.
+        takes_maps: whether the model accepts Self-Extend, the default. If not, the default is YaRN.
     """
 
     rope: RopeSpec
@@ -50,13 +50,13 @@ class Choice:
     def of(
         cls, rope: RopeSpec, trained_length: int, tunings: Sequence[TunedScaler], takes: Callable[[Scaler], bool]
     ) -> Choice:
-        """For a model.
+        """The choice for a model.
 
         Args:
             rope: its geometry before any scaling of its own.
-            trained_length: tokens that it reads untouched.
+            trained_length: tokens that it reads without a scaler.
             tunings: the smallest target first.
-            takes: whether the model, as it was loaded, can be put under a scaler.
+            takes: whether the model accepts a scaler, with the options that it was loaded with.
         """
         steps = [step for tuning in tunings if (step := _step(tuning, takes)) is not None]
         return cls(
@@ -67,7 +67,7 @@ class Choice:
         )
 
     def at(self, length: int | None) -> Scaler:
-        """The scaler for a request of `length` tokens; None is within the trained length."""
+        """The scaler for a request of `length` tokens. None means a length within the trained one."""
         if length is None or length <= self.trained_length:
             return Scaler()
         for step in self.steps:
@@ -90,22 +90,22 @@ class Choice:
 
 
 def self_extend(rope: RopeSpec, trained_length: int, length: int = 0) -> SelfExtend:
-    """What `auto` takes beyond the trained length, for a text of `length` tokens; docs/choose.md says why.
+    """What `auto` uses beyond the trained length. docs/choose.md says why.
 
     Args:
         rope: the model's geometry.
-        trained_length: tokens that it reads untouched.
-        length: the group is `GROUP`, doubled until the text is reached.
+        trained_length: tokens that the model reads without a scaler.
+        length: tokens of the request. The group is `GROUP`, doubled until the scaler reaches them.
     """
-    carried = replace(rope, trained_length=trained_length)
+    geometry = replace(rope, trained_length=trained_length)
     scaler = SelfExtend(group=GROUP, window=max(1, trained_length // 4))
-    while scaler.reach(carried) < length:
+    while scaler.reach(geometry) < length:
         scaler = replace(scaler, group=2 * scaler.group)
     return scaler
 
 
 def _step(tuning: TunedScaler, takes: Callable[[Scaler], bool]) -> Step | None:
-    """The winner, or where the model does not take it the best that a config can hold."""
+    """The winner of a tuning. If the model refuses it, the best scaler that a config can hold."""
     if takes(tuning.winner):
         return Step(target=tuning.target, scaler=tuning.winner, why=f"tuned on {tuning.text}")
     if tuning.servable is not None and takes(tuning.servable):

@@ -1,8 +1,8 @@
 """The key-value cache: one buffer a layer, allocated once, written in place.
 
-transformers' DynamicCache concatenates, which copies the whole cache at every step; here a step writes its own
-rows and attention reads a view. Under a position map it holds the keys un-rotated, and rotated
-copies for the bands, so that a step rotates its own keys only.
+transformers' DynamicCache concatenates, which copies the whole cache at every step. Here a step writes its rows, and
+attention reads a view. Under a position map the cache holds the keys un-rotated, and rotated copies for the bands, so
+that a step rotates only its new keys.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import OutOfMemory, PatchError, Setting
 
 
 def _allocate(like: Tensor, capacity: int) -> Tensor:
-    """Room for `capacity` keys of the form of `like` [batch, kv_heads, n, head_dim]."""
+    """An empty buffer for `capacity` keys, otherwise shaped as `like` [batch, kv_heads, n, head_dim]."""
     batch, heads, _, dim = like.shape
     return like.new_empty(batch, heads, capacity, dim)
 
@@ -30,7 +30,7 @@ class RotatedKeys:
     """Copies of one layer's keys, rotated for each band; made on first use, then extended.
 
     Args:
-        allocate: makes a buffer for so many keys, like the given one.
+        allocate: makes a buffer that is shaped as a given one, for a number of keys.
     """
 
     def __init__(self, allocate: Callable[[Tensor, int], Tensor] = _allocate) -> None:
@@ -58,8 +58,10 @@ class RotatedKeys:
     def room(
         self, rope_state: Hashable, band: int, keys: Tensor, rotate: Callable[[int, int], Tensor], count: int
     ) -> Tensor:
-        """The copy of `keys` as `get` gives it, in a buffer with room for `count` more, which the caller writes
-        and then counts by `advance`."""
+        """The copy of `keys` as `get` returns it, in a buffer with room for `count` more keys.
+
+        The caller writes those and then calls `advance`.
+        """
         if rope_state != self._rope_state:
             self.clear()
             self._rope_state = rope_state
@@ -76,7 +78,7 @@ class RotatedKeys:
         return copy
 
     def advance(self, held: int, count: int) -> None:
-        """Count `count` keys after the first `held` as rotated; they were written into their room."""
+        """Count the `count` rotated keys that the caller wrote after the first `held`."""
         self._lengths = {band: held + count if length == held else length for band, length in self._lengths.items()}
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -98,9 +100,9 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
 
     Attributes:
         length: keys held.
-        evicted: keys that were dropped after the first ones. Later keys have moved up, with their positions:
-            under a map that sees the first and the last keys only, a text without what lies between is the same text.
-        needed: keys that must stay for that.
+        evicted: keys that were dropped between the first and the last ones. Later keys moved up, with their positions.
+            This is exact under a map that sees the first and the last keys only.
+        needed: fewest keys to which the layer may be cropped after an eviction.
     """
 
     buffers: tuple[str, ...] = ("keys", "values")
@@ -144,16 +146,16 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         self.capacity = capacity
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; their number comes negative, as transformers has it."""
+        """Drop the last tokens. `tokens_to_remove` is negative, as in transformers."""
         assert -self.length <= tokens_to_remove <= 0, (tokens_to_remove, self.length)
         self.length += tokens_to_remove
         self.rotated.crop(self.length)
 
     def evict(self, first: int, count: int, needed: int) -> None:
-        """Drop `count` keys after the first `first`. An interruption changes nothing."""
-        sink_window = self._copied(self.capacity, first, count)
+        """Drop `count` keys after the first `first`. After an interruption nothing has changed."""
+        buffers = self._copied(self.capacity, first, count)
         self.rotated.crop(first)
-        self.__dict__.update(sink_window, length=self.length - count, evicted=self.evicted + count, needed=needed)
+        self.__dict__.update(buffers, length=self.length - count, evicted=self.evicted + count, needed=needed)
 
     def _copied(self, capacity: int, first: int = 0, skip: int = 0) -> dict[str, Tensor]:
         """New buffers without `skip` keys after the first `first`."""
@@ -174,15 +176,15 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was."""
-        self._map_rows(lambda held: held.index_select(0, beam_idx.to(held.device)))
+        self._map_rows(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times."""
-        self._map_rows(lambda held: held.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only the rows `indices`."""
-        self._map_rows(lambda held: held[indices])
+        self._map_rows(lambda buffer: buffer[indices])
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
@@ -208,13 +210,16 @@ def attends_to_everything(config: PreTrainedConfig) -> bool:
 
 
 def common_window(config: PreTrainedConfig) -> int | None:
-    """The window of a model whose layers are all alike, or None. Where the family has no windows it is None whatever
-    the config says: one converted from Mistral may still say something, and the model does not read it."""
+    """The sliding window of a model whose layers are all alike, or None.
+
+    It is None for a family without windows, whatever the config says: a config that was converted from Mistral may
+    still have a window, which the model does not read.
+    """
     return getattr(config, "sliding_window", None) if hasattr(type(config), "sliding_window") else None
 
 
 def adopt(cache: Cache, capacity: int = 256) -> None:
-    """Give transformers' default cache our layers, where it is empty and its layers see the whole past."""
+    """Replace the layers of transformers' default cache by ours, if they are empty and see the whole past."""
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = ContiguousLayer
     for index, layer in enumerate(cache.layers):
@@ -236,8 +241,8 @@ def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
     return cache
 
 
-SPARE = 256  # keys beyond those that a map needs, for texts that go back a little
-_STRIDE = 1024  # keys dropped at a time at least
+SPARE = 256  # keys held beyond those that a map needs, so that a text can be rewound a little
+_STRIDE = 1024  # fewest keys dropped at a time
 
 
 def most_held(sink_window: tuple[int, int]) -> int:
@@ -246,7 +251,7 @@ def most_held(sink_window: tuple[int, int]) -> int:
 
 
 def evict(cache: Cache, sink_window: tuple[int, int]) -> None:
-    """Drop the keys between the first and the last `sink_window`, once they are many; no later token sees them."""
+    """Drop the keys between the first and the last `sink_window` once there are many. No later token sees them."""
     if not all(isinstance(layer, ContiguousLayer) for layer in cache.layers):
         return
     excess = cache.get_seq_length() - sum(sink_window) - SPARE
@@ -256,19 +261,21 @@ def evict(cache: Cache, sink_window: tuple[int, int]) -> None:
 
 
 def tokens_read(held: Cache | CacheLayerMixin) -> int:
-    """Tokens that a cache, or a layer of it, has read, those that it forgot too."""
+    """Tokens that a cache, or a layer of it, has read, evicted ones included."""
     first = held if isinstance(held, CacheLayerMixin) else next(iter(held.layers), None)
     return int(held.get_seq_length()) + getattr(first, "evicted", 0)
 
 
 def layers_agree(cache: Cache) -> bool:
-    """True if all layers have dropped the same keys; an interrupted step may leave them different."""
+    """True if all layers have evicted the same keys. After an interrupted step they may differ."""
     return len({getattr(layer, "evicted", 0) for layer in cache.layers}) < 2
 
 
 def can_rewind(cache: Cache, count: int = 0) -> bool:
-    """True if the cache can drop its last `count` tokens without a trace: no layer has a window or a
-    state, or lacks keys that were dropped."""
+    """True if the cache can drop its last `count` tokens exactly.
+
+    It cannot if a layer has a window or a state, or lacks evicted keys.
+    """
     kinds = {type(layer) for layer in cache.layers} | ({cache.layer_class_to_replicate} - {None})
     if not all(issubclass(kind, ContiguousLayer) or kind is DynamicLayer for kind in kinds):
         return False
@@ -280,14 +287,14 @@ def can_rewind(cache: Cache, count: int = 0) -> bool:
 
 
 def rewind(cache: Cache, count: int) -> None:
-    """Forget the last `count` tokens.
+    """Drop the last `count` tokens.
 
     Raises:
-        PatchError: some layer of it cannot.
+        PatchError: a layer cannot be rewound.
     """
     if count and not can_rewind(cache, count):
         raise PatchError(
-            f"the last {count} tokens of this cache have to be read anew, and its layers (a sliding window, recurrent "
+            f"the last {count} tokens of this cache have to be read again, and its layers (a sliding window, recurrent "
             "ones, or keys that were dropped) cannot be rewound; give a new cache"
         )
     cache.crop(-count)
@@ -308,9 +315,9 @@ class CacheLost(OutOfMemory):
 
 @contextlib.contextmanager
 def restoring(*caches: Cache) -> Iterator[None]:
-    """Where memory runs out inside, rewind the caches to what they held before.
+    """If memory runs out in the block, rewind the caches to their lengths before it.
 
-    An OutOfMemory of a nested block passes: what was read before that block stays.
+    An OutOfMemory of a nested block passes: what was read before that block stays in the caches.
 
     Raises:
         OutOfMemory: in place of the errors of numpy and torch.
@@ -340,5 +347,5 @@ def restoring(*caches: Cache) -> Iterator[None]:
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Torch's error on the CPU is a plain RuntimeError."""
+    """True if an error means that memory ran out. Torch raises a plain RuntimeError on the CPU."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

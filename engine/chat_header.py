@@ -1,4 +1,4 @@
-"""What a chat template writes before an answer, read out of the template without running it."""
+"""What a chat template writes before an answer, read from the template without running it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["chat_headers"]
 
 
 class _Generation(Extension):
-    """transformers' `{% generation %}`: only marks what is between."""
+    """transformers' `{% generation %}`, which only marks the text in it."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -25,13 +25,13 @@ class _Generation(Extension):
 
 @cache
 def chat_headers(template: str) -> tuple[str, ...]:
-    """The texts, or the ends of them, that a template writes only where an answer is to follow.
+    """The texts that a template writes only before an answer, such as "<|im_start|>assistant\\n".
 
-    It is a program that came with a checkpoint and may never end, so it is not run; of what it puts together from more
-    than constants, only the last of them are found.
+    A template is a program that came with a checkpoint and may never end, so it is not run. Of a text that it joins
+    from constants and variables, only the constants at the end are returned.
     """
     try:
-        # The options of transformers, which the white space in a template counts on.
+        # the options of transformers: the white space in templates is written for them
         environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         branches = list(environment.parse(template).find_all(nodes.If))
     except (jinja2.TemplateError, RecursionError):
@@ -47,17 +47,17 @@ def _asks_for_header(test: nodes.Node) -> bool:
 
 
 def _last_constant(body: list[nodes.Node]) -> str:
-    """The constant text at the end of what `body` writes, whatever its inner branches do."""
-    written = chain.from_iterable(statement.nodes for statement in body if isinstance(statement, nodes.Output))
+    """The constant text at the end of what `body` writes outside its inner branches."""
+    outputs = chain.from_iterable(statement.nodes for statement in body if isinstance(statement, nodes.Output))
     text = ""
-    for part in chain.from_iterable(map(_terms, written)):
+    for part in chain.from_iterable(map(_terms, outputs)):
         constant = part.data if isinstance(part, nodes.TemplateData) else getattr(part, "value", None)
         text = text + constant if isinstance(constant, str) else ""
     return text
 
 
 def _terms(node: nodes.Node) -> list[nodes.Node]:
-    """What is joined by + or ~, in order."""
+    """The operands of + or ~, in order."""
     if isinstance(node, nodes.Add):
         return [*_terms(node.left), *_terms(node.right)]
     return list(chain.from_iterable(map(_terms, node.nodes))) if isinstance(node, nodes.Concat) else [node]

@@ -24,12 +24,12 @@ from .cache import ContiguousLayer, RotatedKeys
 
 @dataclass(frozen=True, kw_only=True)
 class CacheShape:
-    """What the cache of a model looks like.
+    """The sizes of a model's cache, and where its buffers are.
 
     Args:
-        layers, heads, dim: layers, key-value heads, head dim.
-        dtype: of keys and values; int8 ones have a float32 scale each.
-        folder: of the memory-mapped files that hold them; None holds them in memory.
+        layers, heads, dim: numbers of layers and key-value heads, and the head dim.
+        dtype: of keys and values. int8 rows have a float32 scale each.
+        folder: for memory-mapped files with keys and values; None holds them in memory.
     """
 
     layers: int
@@ -40,12 +40,16 @@ class CacheShape:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that a token takes."""
+        """Bytes that the keys and values of a token take."""
         row = self.dim * self.dtype.itemsize + (4 if self.dtype == torch.int8 else 0)
         return 2 * self.layers * self.heads * row
 
     def buffer(self, capacity: int, scales: bool = False) -> Tensor:
-        """Room for the keys or the values of a layer, [1, heads, capacity, dim], or for their scales, without dim."""
+        """An empty buffer for the keys or the values of a layer, [1, heads, capacity, dim].
+
+        Args:
+            scales: a buffer for their scales instead, [1, heads, capacity].
+        """
         size = (1, self.heads, capacity, *(() if scales else (self.dim,)))
         dtype = torch.float32 if scales else self.dtype
         if self.folder is None:
@@ -55,12 +59,12 @@ class CacheShape:
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
 
     def rotated(self) -> RotatedKeys:
-        """Rotated copies of keys, stored where the keys are; none yet."""
+        """An empty store for rotated copies of keys, in memory or in files as the keys are."""
         return RotatedKeys(lambda _, capacity: self.buffer(capacity))
 
 
 class KVLayer(ContiguousLayer):
-    """Keys and values of one layer, [1, heads, capacity, dim]; forks share them until one writes."""
+    """Keys and values of one layer, [1, heads, capacity, dim]. Forks share the buffers until one writes."""
 
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         super().__init__(capacity)
@@ -76,26 +80,29 @@ class KVLayer(ContiguousLayer):
         return self.shape.buffer(capacity, name.endswith("scales"))
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` keys, in buffers that no fork shares."""
+        """Make room for `length` keys in buffers that no fork shares."""
         if length <= self.capacity and self.owned:
             return
         capacity = self.capacity if length <= self.capacity else max(length, 2 * self.capacity)
         self.__dict__.update(self._copied(capacity), capacity=capacity)
-        self._part()
+        self._separate()
 
     def evict(self, first: int, count: int, needed: int) -> None:
         super().evict(first, count, needed)
-        self._part()
+        self._separate()
 
     def _join(self, sharers: set[object]) -> None:
-        """Join the layers that share the same buffers, until `_leave` is called or this layer is freed."""
+        """Enter the layers that share the same buffers, until `_leave` is called or this layer is freed."""
         member = object()
         sharers.add(member)
         self._sharers = sharers
         self._leave = weakref.finalize(self, sharers.discard, member)
 
-    def _part(self) -> None:
-        """The buffers are new. Leaving comes last, so an interruption leaves it among the sharers of the old ones."""
+    def _separate(self) -> None:
+        """Record that the buffers are new and shared with no layer.
+
+        Leaving the old sharers comes last: after an interruption the layer still counts among them.
+        """
         leave = self._leave
         self._join(set())
         leave()
@@ -106,7 +113,7 @@ class KVLayer(ContiguousLayer):
         return len(self._sharers) == 1
 
     def fork(self) -> KVLayer:
-        """A layer that continues from here; buffers are copied when one of the two writes."""
+        """A layer that continues from here. The buffers are copied when one of the two writes."""
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__ | {"rotated": self.shape.rotated()})
         other._join(self._sharers)
@@ -117,7 +124,7 @@ class KVLayer(ContiguousLayer):
         return self.keys[:, :, start:stop].float()
 
     def write_keys(self, start: int, keys: Tensor) -> None:
-        """Replace the keys from `start` on; the layer must own its buffers (`reserve`)."""
+        """Replace the keys from `start` on. The layer must own its buffers (`reserve`)."""
         self.keys[:, :, start : start + keys.shape[2]] = keys
 
     @property
@@ -127,7 +134,7 @@ class KVLayer(ContiguousLayer):
 
 
 class Int8Layer(KVLayer):
-    """Keys and values in 255 steps, with a step size for each row of a head."""
+    """Keys and values as int8, with one float32 scale for each row of a head."""
 
     buffers = ("keys", "values", "key_scales", "value_scales")
     key_scales: Tensor
@@ -153,7 +160,7 @@ class Int8Layer(KVLayer):
 
 
 def _write_codes(codes: Tensor, scales: Tensor, start: int, states: Tensor) -> None:
-    """Round rows to whole steps of a 127th of their largest number."""
+    """Round rows to int8. The scale of a row is its largest magnitude over 127."""
     rows = slice(start, start + states.shape[2])
     steps = states.float().abs().amax(-1) / 127
     codes[:, :, rows] = (states / steps.clamp(min=1e-30)[..., None]).round_().to(torch.int8)
@@ -161,10 +168,10 @@ def _write_codes(codes: Tensor, scales: Tensor, start: int, states: Tensor) -> N
 
 
 class KVCache(Cache):  # type: ignore[misc]
-    """Keys and values of all layers; every layer holds its whole past, also layers with a window.
+    """Keys and values of all layers. Layers with a window hold the whole past, too.
 
     Args:
-        capacity: tokens that it has room for before it grows.
+        capacity: tokens that fit before the buffers grow.
     """
 
     def __init__(self, shape: CacheShape, capacity: int) -> None:
@@ -183,11 +190,11 @@ class KVCache(Cache):  # type: ignore[misc]
 
     @property
     def owned(self) -> int:
-        """Tokens that have room of their own: all, or none while the buffers are shared."""
+        """Tokens whose buffers no fork shares: all or none."""
         return self.length if self.layers[0].owned else 0
 
     def advance(self, count: int) -> None:
-        """Count `count` tokens that were written into the buffers."""
+        """Count `count` tokens that the caller wrote into the buffers."""
         for layer in self.layers:
             layer.rotated.advance(layer.length, count)
             layer.length += count
@@ -200,13 +207,13 @@ class KVCache(Cache):  # type: ignore[misc]
 
 
 def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
-    """Refuse `tokens` more tokens of cache that do not fit, and say what would.
+    """Refuse `tokens` more tokens whose keys and values do not fit into memory, or into the folder of the cache.
 
     Args:
         forms: copies of the keys that the scaler needs, 1 without a position map.
 
     Raises:
-        ContextOverflow: with the numbers, and the kv_dtype or offload that would make it fit.
+        ContextOverflow: with the numbers, and the kv_dtype or offload that would fit.
     """
     available = psutil.virtual_memory().available
     if shape.folder is not None:
@@ -231,7 +238,7 @@ def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
 
 
 def _bytes(shape: CacheShape, forms: int) -> int:
-    """Bytes a token: keys in every form, and values."""
+    """Bytes of a token: all copies of its keys, and its values."""
     return shape.bytes_per_token * (forms + 1) // 2
 
 

@@ -109,14 +109,14 @@ class NBCE:
 
 
 class PooledSequence(Sequence):
-    """One answer over contexts: a row without context and a row for each, and a token that all of them take.
+    """One answer over contexts: one row without a context and one for each. Each new token goes to all rows.
 
     Args:
-        caches: what was read for earlier questions.
+        caches: those of the last question, which are reused.
         progress: called after each step that reads a context.
 
     Attributes:
-        prompt_tokens: of all rows together.
+        prompt_tokens: tokens of all rows together.
 
     Raises:
         ConfigError: there are no contexts, or one is blank.
@@ -133,9 +133,9 @@ class PooledSequence(Sequence):
         caches: ContextCaches,
         progress: Progress | None = None,
     ) -> None:
-        _check(question, contexts)
+        _check_texts(question, contexts)
         self._model, self._nbce, self._context_caches = model, nbce, caches
-        self._prompts = _read(model, nbce.rows(question, list(contexts)), params)
+        self._prompts = _read_rows(model, nbce.rows(question, list(contexts)), params)
         self._longest = _longest_row(model, self._prompts, params)
         self._read_ids = [prompt.ids for prompt in self._prompts]
         self._caches: list[Cache] = []
@@ -153,32 +153,32 @@ class PooledSequence(Sequence):
         return sum(map(len, self._read_ids))
 
     def pieces(self) -> abc.Iterator[str]:
-        """The text as it is decided.
+        """The text, piece by piece.
 
         Raises:
             ContextOverflow: all contexts together are more than memory holds.
         """
-        with self._context_caches.borrowed(self._prompts) as cached:
+        with self._context_caches.borrowed(self._prompts) as prefix_caches:
             lengths = [len(prompt.ids) + self._params.max_new_tokens for prompt in self._prompts]
-            self._model.check_room(*lengths, length=self._longest, caches=tuple(held.cache for held in cached))
+            self._model.check_room(*lengths, length=self._longest, caches=tuple(each.cache for each in prefix_caches))
             rope, interrupted = self._model.rope, True
             with self._model.running(self._longest, rope) as runner:
                 self._caches = [
-                    held.prepare_for(runner, prompt.certain_ids, self._longest)
-                    for held, prompt in zip(cached, self._prompts, strict=True)
+                    prefix_cache.prepare_for(runner, prompt.certain_ids, self._longest)
+                    for prefix_cache, prompt in zip(prefix_caches, self._prompts, strict=True)
                 ]
             try:
                 for _, piece in generate_tokens(self._model, [self], self._longest, expected_rope=rope):
                     if piece:
                         yield piece
                 interrupted = False
-            except GeneratorExit:  # which comes between two steps
+            except GeneratorExit:  # is raised between two steps
                 interrupted = False
                 raise
             finally:
                 ids = [token.id for token in self.tokens]
-                for held, read, prompt in zip(cached, self._read_ids, self._prompts, strict=True):
-                    held.truncate_to([*read, *ids] if ids else prompt.certain_ids, interrupted)
+                for prefix_cache, read, prompt in zip(prefix_caches, self._read_ids, self._prompts, strict=True):
+                    prefix_cache.truncate_to([*read, *ids] if ids else prompt.certain_ids, interrupted)
 
     @property
     def caches(self) -> list[Cache]:
@@ -192,7 +192,7 @@ class PooledSequence(Sequence):
         self._caches = []
 
     def first_token(self, runner: Runner) -> str:
-        """Read all prompts and draw the first token: among the covers of the question's end, where there are any."""
+        """Read all prompts and draw the first token, among the covers of the question's end if it has several."""
         params, penalty = self._params, self._params.repetition_penalty
         self._generator = random_source(params, input_device(runner.hf))
         covers = [prompt.cover_to_weigh for prompt in self._prompts]
@@ -201,7 +201,7 @@ class PooledSequence(Sequence):
                 prefill(runner, prompt.ids[tokens_read(cache) :], cache, self.progress)[-1]
                 for prompt, cache in zip(self._prompts, self._caches, strict=True)
             ]
-            self._seen.read(self._prompts[0].ids)
+            self._seen.add(self._prompts[0].ids)
             return self.next_token(runner, torch.stack(last))
         weighed = [
             weigh(runner, cover, prompt.start, cache, self._vocabulary, penalty, self.progress)
@@ -220,7 +220,7 @@ class PooledSequence(Sequence):
         return piece
 
     def next_token(self, runner: Runner, logits: Tensor) -> str:
-        """Draw the token that all rows take.
+        """Draw the next token of all rows.
 
         Args:
             logits: after each row, [1 + n, V].
@@ -235,10 +235,10 @@ class PooledSequence(Sequence):
 
 
 def complete_pooled(questions: abc.Iterable[PooledSequence]) -> list[Completion]:
-    """Write one answer over contexts after another.
+    """Generate several answers over contexts, one after another.
 
     Raises:
-        OutOfMemory: `finished` holds those before.
+        OutOfMemory: `finished` holds the answers before.
     """
     completions: dict[int, Completion] = {}
     try:
@@ -252,7 +252,7 @@ def complete_pooled(questions: abc.Iterable[PooledSequence]) -> list[Completion]
     return list(completions.values())
 
 
-def _check(question: str, contexts: abc.Sequence[str]) -> None:
+def _check_texts(question: str, contexts: abc.Sequence[str]) -> None:
     if isinstance(contexts, str):
         raise ConfigError(
             "contexts is a string; give a list: [text], or rw.windows(text, tokenizer, ...) for a long text"
@@ -264,11 +264,11 @@ def _check(question: str, contexts: abc.Sequence[str]) -> None:
     if blank := [n for n, context in enumerate(contexts) if not context.strip()]:
         raise ConfigError(f"contexts[{blank[0]}] is blank; omit it (there is always a row without context)")
     if not question.strip():
-        raise ConfigError("the prompt is blank; with contexts, it is the question that each of them is asked")
+        raise ConfigError("the prompt is blank; with contexts, it is the question that follows each of them")
 
 
-def _read(model: ScaledModel, texts: list[str], params: SamplingParams) -> list[Prompt]:
-    """The prompts of all rows. Their covers, if any, are the same, so that their distributions can be pooled."""
+def _read_rows(model: ScaledModel, texts: list[str], params: SamplingParams) -> list[Prompt]:
+    """The prompts of all rows. If they have covers, those are the same in all rows, so that they can be pooled."""
     rows = [model.read(text, params.continuation) for text in texts]
     ends = {None if row.cover is None or row.cover.only_aligned else row.cover.nodes for row in rows}
     if len(ends) == 1 and None not in ends:
@@ -277,7 +277,7 @@ def _read(model: ScaledModel, texts: list[str], params: SamplingParams) -> list[
 
 
 def _longest_row(model: ScaledModel, rows: abc.Sequence[Prompt], params: SamplingParams) -> int:
-    """Tokens of the longest row with its answer: the length that the scaler is prepared for."""
+    """Tokens of the longest row with its answer, which is the length that the scaler is prepared for."""
     lengths = []
     for number, row in enumerate(rows):
         try:
@@ -294,5 +294,5 @@ def _longest_row(model: ScaledModel, rows: abc.Sequence[Prompt], params: Samplin
 
 
 def _source(support: Tensor, outcome: int) -> int:
-    """The context that supports an outcome most."""
+    """The index of the context that supports an outcome most."""
     return int(support[:, min(outcome, support.shape[1] - 1)].argmax())

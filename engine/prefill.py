@@ -15,7 +15,7 @@ from .runners.runner import CHUNK, Runner
 
 _SMALLEST = 64  # tokens of the smallest chunk that is tried
 LOGITS_BUDGET = 2**24  # most float32 logits held at once: 64 MiB
-_ROWS = 64  # whose probabilities are added up at a time
+_ROWS = 64  # rows of logits that are normalised at a time
 
 Progress = Callable[[int, int], None]
 """Called with (tokens in the cache before the step, tokens of the step) after each forward."""
@@ -24,22 +24,22 @@ Progress = Callable[[int, int], None]
 def prefill(
     runner: Runner, ids: Sequence[int], cache: Cache, progress: Progress | None = None, *, logits_to_keep: int = 1
 ) -> Tensor:
-    """Run a prompt in chunks, smaller ones where a chunk does not fit into memory.
+    """Run a prompt in chunks. A chunk that does not fit into memory is halved.
 
     Returns:
         The logits after its last `logits_to_keep` tokens, [logits_to_keep, V].
 
     Raises:
-        OutOfMemory: not even a few tokens fit. The cache holds what was read before.
+        OutOfMemory: not even a small chunk fits. The cache holds the chunks before it.
     """
     assert 1 <= logits_to_keep <= len(ids), (logits_to_keep, len(ids))
-    start, size, held, first_kept = 0, CHUNK, tokens_read(cache), len(ids) - logits_to_keep
-    kept: list[Tensor] = []
+    start, size, held, first_logits = 0, CHUNK, tokens_read(cache), len(ids) - logits_to_keep
+    parts: list[Tensor] = []
     while start < len(ids):
         stop = min(start + size, len(ids))
-        if start < first_kept < stop < len(ids):
-            stop = first_kept  # the logits to keep come from one step
-        count = stop - max(start, first_kept)
+        if start < first_logits < stop < len(ids):
+            stop = first_logits  # the logits to return come from one step
+        count = stop - max(start, first_logits)
         try:
             with restoring(cache):
                 logits = runner.forward(ids[start:stop], cache, logits_to_keep=max(1, count))
@@ -49,34 +49,34 @@ def prefill(
             size = (stop - start) // 2
             continue
         if count > 0:
-            kept.append(logits)
+            parts.append(logits)
         if progress:
             progress(held + start, stop - start)
         start = stop
-    return kept[0] if len(kept) == 1 else torch.cat(kept)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def score(runner: Runner, ids: Sequence[int], first: int, cache: Cache, progress: Progress | None = None) -> Tensor:
-    """Log-probabilities of `ids[first:]`, each given everything before it.
+    """Log-probabilities of `ids[first:]`, each given all tokens before it.
 
     Args:
         ids: one sequence.
         first: index of the first token scored, at least 1 (nothing comes before token 0).
-        cache: an empty one; holds all tokens but the last afterwards.
+        cache: an empty one. Afterwards it holds all tokens but the last.
         progress: called after each forward.
 
     Returns:
         float32 [len(ids) - first], nats.
     """
     targets = torch.tensor(ids[first:], device=input_device(runner.hf))
-    scored: list[Tensor] = []
+    logprobs: list[Tensor] = []
     done = 0
     for logits in scored_logits(runner, ids, first, cache, progress):
         chosen = logits.gather(-1, targets[done : done + len(logits), None])[:, 0]
-        scored.append(chosen - torch.cat([rows.logsumexp(-1) for rows in torch.split(logits, _ROWS)]))
+        logprobs.append(chosen - torch.cat([rows.logsumexp(-1) for rows in torch.split(logits, _ROWS)]))
         done += len(logits)
-        del logits  # before the next ones are made
-    return torch.cat(scored)
+        del logits  # frees them before the next ones are made
+    return torch.cat(logprobs)
 
 
 def scored_logits(
@@ -88,21 +88,21 @@ def scored_logits(
 ) -> Iterator[Tensor]:
     """The logits that predict `ids[first:]`, float32 [tokens, V], some tokens at a time and in order.
 
-    The prompt runs in chunks; the head is applied in the same chunks, to the scored positions only.
+    The tokens run in chunks. The output layer is applied to the scored positions only.
 
     Args:
         ids, first, cache, progress: as for `score`.
     """
     vocabulary = runner.hf.config.get_text_config().vocab_size
     scored_chunk = min(CHUNK, max(1, LOGITS_BUDGET // vocabulary))
-    start, end = 0, len(ids) - 1  # token t is predicted at position t - 1; the last token is never fed
+    start, end = 0, len(ids) - 1  # token t is predicted at position t - 1, so the last token is not run
     while start < end:
-        inside = start >= first - 1
-        stop = min(start + scored_chunk, end) if inside else min(start + CHUNK, first - 1)
-        logits = prefill(runner, ids[start:stop], cache, logits_to_keep=stop - start if inside else 1)
+        is_scored = start >= first - 1
+        stop = min(start + scored_chunk, end) if is_scored else min(start + CHUNK, first - 1)
+        logits = prefill(runner, ids[start:stop], cache, logits_to_keep=stop - start if is_scored else 1)
         if progress:
             progress(start, stop - start)
-        if inside:
+        if is_scored:
             yield logits.float()
         del logits
         start = stop

@@ -17,13 +17,14 @@ from .runners.runner import RopeState, Runner
 
 
 class PrefixCache:
-    """A cache with the tokens that it holds, under any scaler: cropped and rotated to what is read next.
+    """A cache that is reused, with the tokens that it holds.
 
-    So it can never be wrong, only empty.
+    Before each use it is cropped to the tokens that the next text begins with, and its keys are rotated for the scaler
+    in use. What cannot be cropped or rotated is dropped.
 
     Attributes:
-        ids: the tokens held.
-        cache: None while it holds nothing.
+        ids: the tokens in the cache.
+        cache: None while it is empty.
         rope_state: the scaler that the keys are rotated for, and its length.
     """
 
@@ -33,20 +34,20 @@ class PrefixCache:
         self.rope_state: RopeState = Scaler(), None
 
     def shared(self, ids: list[int]) -> int:
-        """Tokens that it holds of the beginning of `ids`."""
+        """How many tokens at the beginning of `ids` the cache holds."""
         return shared_length(self.ids, ids)
 
     def prepare_for(self, runner: Runner, certain_ids: list[int], length: int) -> Cache:
         """The cache under the scaler of `runner`, holding no more than the beginning that it shares with `certain_ids`.
 
-        The last token is left out: it is run again, to see what follows it.
+        The last token is left out: it is run again to get its logits.
 
         Args:
-            length: tokens that it is going to hold.
+            length: tokens that the cache will hold.
         """
         if self.rope_state != runner.rope_state:
             cache, ids = self.cache, self.ids
-            self.clear()  # keys of which some are rotated would be of no scaler
+            self.clear()  # an interruption may leave some keys rotated and others not
             if cache is not None and runner.rotate_cached_keys(cache, self.rope_state):
                 self.cache, self.ids = cache, ids
             self.rope_state = runner.rope_state
@@ -56,7 +57,7 @@ class PrefixCache:
         return self.cache
 
     def truncate_to(self, ids: list[int], interrupted: bool = False) -> None:
-        """Cut the cache to the tokens that it shares with `ids`, in all layers alike.
+        """Crop the cache, in all layers alike, to no more tokens than `ids`, which it begins with.
 
         Args:
             interrupted: a step was interrupted (Ctrl-C), possibly between two layers.
@@ -97,7 +98,7 @@ class ContextCaches:
 
     @contextlib.contextmanager
     def borrowed(self, rows: Sequence[Prompt]) -> Iterator[list[PrefixCache]]:
-        """A cache for each row, for this block alone. Afterwards they replace the caches returned before."""
+        """A cache for each row. After the block they are stored for the next question, in place of the earlier ones."""
         taken = self._take(rows)
         self._borrowed.update(taken)
         try:
@@ -107,7 +108,7 @@ class ContextCaches:
                 self._cached = taken
 
     def _take(self, rows: Sequence[Prompt]) -> list[PrefixCache]:
-        """The caches that hold most of the rows' beginnings, or empty ones. Those not taken are dropped."""
+        """For each row the cache that holds most of its beginning, or an empty one. Unused caches are dropped."""
         with self._lock:
             free, self._cached = self._cached, []
         taken = []
@@ -121,5 +122,5 @@ class ContextCaches:
         return taken
 
     def clear(self) -> None:
-        """Free the caches; those lent out are not taken back."""
+        """Free the caches. Those in use are not stored again."""
         self._cached, self._borrowed = [], WeakSet()

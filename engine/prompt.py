@@ -1,4 +1,4 @@
-"""A prompt for the decode loop: its tokens, and the covers of its end."""
+"""A prompt as the loop that generates reads it: its tokens, and the covers of its end."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .chat_header import chat_headers
 from .sampling import ContinuationMode
 
 
-def token_ids(given: object, size: int | None = None) -> list[int]:
+def token_ids(prompt: object, size: int | None = None) -> list[int]:
     """Token ids as a list of int.
 
     Args:
-        size: tokens of the model, where that is known.
+        size: number of tokens of the model, if it is known.
 
     Raises:
-        ConfigError: it is no sequence of whole numbers.
+        ConfigError: it is not a sequence of whole numbers.
         DataError: the model has no such token.
     """
     try:
-        ids = list(map(operator.index, given))  # type: ignore[call-overload]
+        ids = list(map(operator.index, prompt))  # type: ignore[call-overload]
     except TypeError:
         raise ConfigError(
-            f"a prompt is text, UTF-8 bytes or a list of token ids, not {reprlib.repr(given)}; several go into a list"
+            f"a prompt is text, UTF-8 bytes or a list of token ids, not {reprlib.repr(prompt)}; several go into a list"
         ) from None
     if size is not None:
         check_ids(ids, size)
@@ -46,10 +46,10 @@ class Prompt:
 
     Attributes:
         ids: the tokens that the tokenizer makes of it.
-        starts_text: True if no text is in it.
-        cover: its covers, where the first token of the answer is to be drawn among them.
+        starts_text: True if it has no text, only special tokens.
+        cover: its covers, if the first token of the answer is drawn among them.
         start: the tokenizer's start token.
-        unfinished: bytes of a character that it ends inside.
+        unfinished: the first bytes of a character, if it ends inside one.
     """
 
     ids: list[int]
@@ -60,7 +60,7 @@ class Prompt:
 
     @property
     def certain_ids(self) -> list[int]:
-        """Tokens that are read whatever is drawn."""
+        """Tokens that are read whichever first token is drawn."""
         return self.ids if self.cover_to_weigh is None else list(self.cover_to_weigh.common_prefix)
 
     @classmethod
@@ -76,12 +76,12 @@ class Prompt:
         """The prompt of a request.
 
         Args:
-            broken: bytes may hold some that are no character, as a model's answer can.
+            broken: whether bytes may hold some that are not UTF-8, as a model's answer may.
 
         Raises:
             ConfigError: it is empty, and the tokenizer has no start token, or it is neither text nor token ids.
             DataError: it is not UTF-8, or holds half a surrogate pair, or a token that the model does not have; or it
-                ends in half a character that has no token, and nothing before it may be drawn again.
+                ends inside a character whose bytes have no tokens, and `continuation` does not weigh its covers.
         """
         if isinstance(prompt, bytearray | memoryview):
             prompt = bytes(prompt)
@@ -92,11 +92,11 @@ class Prompt:
         if isinstance(prompt, str):
             check_text(prompt)
         if isinstance(prompt, str | bytes):
-            _tell_of_names(vocabulary, prompt if isinstance(prompt, str) else prompt.decode(errors="replace"))
+            _warn_of_special_names(vocabulary, prompt if isinstance(prompt, str) else prompt.decode(errors="replace"))
         if not isinstance(prompt, bytes) and (continuation == "off" or (continuation == "auto" and not is_text)):
             ids = vocabulary.encode(prompt) if isinstance(prompt, str) else prompt
             return cls(
-                ids=vocabulary.checked(_started(ids, start)),
+                ids=vocabulary.checked(_with_start_token(ids, start)),
                 starts_text=all(map(vocabulary.is_special, ids)),
                 unfinished=b"" if is_text else _unfinished(vocabulary, ids),
             )
@@ -113,7 +113,7 @@ class Prompt:
                 ", which draws it with the rest of its character",
             )
         return cls(
-            ids=vocabulary.checked(_started(list(covers.prompt), start)),
+            ids=vocabulary.checked(_with_start_token(list(covers.prompt), start)),
             cover=covers if weighs else None,
             start=start,
             unfinished=half,
@@ -122,16 +122,16 @@ class Prompt:
 
     @property
     def cover_to_weigh(self) -> Cover | None:
-        """Its covers; None if the answer can only begin where the prompt's tokens end."""
+        """Its covers. None if the answer can only begin where the prompt's tokens end."""
         return None if self.cover is None or self.cover.only_aligned else self.cover
 
     def text_stream(self, vocabulary: Vocabulary) -> TextStream:
-        """For the text of the answer."""
+        """A stream for the text of the answer."""
         return TextStream(vocabulary, pending=self.unfinished, starts_text=self.starts_text)
 
 
 def _unfinished(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
-    """The beginning of a character that token ids end in."""
+    """The first bytes of a character, if token ids end inside one."""
     end = b""
     for token in reversed(ids):
         if len(end) > 2 or vocabulary.is_special(token):
@@ -140,7 +140,7 @@ def _unfinished(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
     return unfinished(end)
 
 
-def _tell_of_names(vocabulary: Vocabulary, text: str) -> None:
+def _warn_of_special_names(vocabulary: Vocabulary, text: str) -> None:
     if not vocabulary.special_tokens and (names := vocabulary.special_names_in(text)):
         warnings.warn(
             RopewalkWarning(
@@ -152,16 +152,16 @@ def _tell_of_names(vocabulary: Vocabulary, text: str) -> None:
         )
 
 
-def _started(ids: list[int], start: int | None) -> list[int]:
+def _with_start_token(ids: list[int], start: int | None) -> list[int]:
     if not ids and start is None:
         raise ConfigError("the prompt is empty and this tokenizer has no start token; give at least one character")
     return ids or [start]  # type: ignore[list-item]
 
 
 def _ends_in_header(prompt: str | bytes | Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True if the prompt ends in what the chat template writes before an answer: a token border by agreement."""
+    """True if the prompt ends in the header that the chat template writes before an answer: a token ends there."""
     template = tokenizer.chat_template
-    if isinstance(template, dict):  # several, by name
+    if isinstance(template, dict):  # several templates by name
         template = template.get("default")
     text = prompt if isinstance(prompt, str) else bytes(prompt).decode(errors="replace")
     return isinstance(template, str) and text.endswith(chat_headers(template))

@@ -1,4 +1,4 @@
-"""The rotary modules of a transformers model: found, checked against the config, rewritten, restored."""
+"""The rotary modules of a transformers model: finding them, and checking them against the config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..scaling.band import Band
 from ..scaling.hf import ConfiguredRope, is_local, read
 from ..scaling.rope import Scaler
 
-# inv_freq must be what the config says; a model cast to 16 bits as a whole has rounded its own.
+# inv_freq must be what the config gives. A model that was cast to 16 bits has rounded it.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
 _ROUNDED_TOLERANCE = 1e-2
 _LONGEST = "max_seq_len_cached"  # transformers' name for the longest text so far
@@ -45,7 +45,7 @@ class RotarySite:
 
     @property
     def is_local(self) -> bool:
-        """True where attention sees a short window only, so that no distance grows with the context."""
+        """True for layers with a sliding window, where no distance grows with the context."""
         return is_local(self.layer_type)
 
     def bands(self, scaler: Scaler, length: int | None) -> tuple[Band, ...]:
@@ -53,17 +53,18 @@ class RotarySite:
         return scaler.bands(self.configured.rope_for(scaler), length)
 
     def logit_factor(self, scaler: Scaler, positions: Tensor) -> Tensor:
-        """Temperature of the queries at `positions`; its L is all that the model reads untouched."""
+        """Temperature of the queries at `positions`. Its L is the length that the model reads without a scaler."""
         rope = dataclasses.replace(self.configured.rope, trained_length=self.configured.max_length)
         return scaler.logit_factor(positions, rope)
 
 
 def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:
-    """Every set of rotary frequencies of `model`, verified against its config; not those of a tower for pictures or
-    sound beside the text model.
+    """Every set of rotary frequencies of the text model, verified against its config.
+
+    Those of vision and audio towers are left out.
 
     Raises:
-        UnsupportedModel: there is none, or one is not what the config says.
+        UnsupportedModel: there are none, or one is not what the config gives.
     """
     text = model.config.get_text_config()
     configured = read(text)
@@ -102,23 +103,22 @@ def _verify(model_name: str, module_name: str, site: RotarySite) -> None:
             return
     raise UnsupportedModel(
         f"{model_name}: the frequencies in {module_name} are not those of its config ({rope.scaler} at base "
-        f"{rope.rope.base:g}); it is patched by other means, or computes them in a way ropewalk does not know"
+        f"{rope.rope.base:g}); it was patched by other means, or computes them in a way that ropewalk does not know"
     )
 
 
 def _verify_factor(name: str, site: RotarySite, expected: float) -> None:
     attribute = site.attribute("attention_scaling")
-    found = getattr(site.module, attribute, expected)
-    if not math.isclose(found, expected, rel_tol=1e-5):
+    actual = getattr(site.module, attribute, expected)
+    if not math.isclose(actual, expected, rel_tol=1e-5):
         raise UnsupportedModel(
-            f"{name}.{attribute}, the factor on cos and sin, is {found:g}, and its config gives {expected:g}; set it "
+            f"{name}.{attribute}, the factor on cos and sin, is {actual:g}, and its config gives {expected:g}; set it "
             "to that, or write the factor into the config"
         )
 
 
 def _lengths_read(site: RotarySite) -> list[int | None]:
-    """Lengths of texts after which a module may stand: one whose config follows the length keeps what its last text
-    asked for."""
+    """Text lengths whose frequencies a module may hold: under a dynamic scaling it holds those of its last text."""
     rope = site.configured
     if not rope.scaler.depends_on_length:
         return [None]
@@ -127,19 +127,19 @@ def _lengths_read(site: RotarySite) -> list[int | None]:
 
 
 class DynamicFrequencies:
-    """What transformers keeps in rotary modules of the longest text so far, where the config's own scaling follows the
-    length: remembered, to be put back after texts of ours."""
+    """What transformers stores in rotary modules whose config has a dynamic scaling: the frequencies and the length of
+    the longest text so far. Saved here, to be restored after texts of ours."""
 
     def __init__(self, sites: list[RotarySite]) -> None:
-        self._kept = [
+        self._saved = [
             (site, site.inv_freq, site.inv_freq.clone(), getattr(site.module, site.attribute(_LONGEST), None))
             for site in sites
             if site.configured.scaler.depends_on_length
         ]
 
     def restore(self) -> None:
-        """Put it back, into the very same tensors."""
-        for site, buffer, values, longest in self._kept:
+        """Restore them in the same tensors."""
+        for site, buffer, values, longest in self._saved:
             with torch.inference_mode():  # a text read in this mode may have made the buffer
                 buffer.copy_(values)
             site.module._buffers[site.attribute("inv_freq")] = buffer.to(site.inv_freq.device)
@@ -153,5 +153,5 @@ def depends_on_length(sites: list[RotarySite], scaler: Scaler) -> bool:
 
 
 def primary_rotary(sites: list[RotarySite]) -> RotarySite:
-    """The site that speaks for the model: the global layers' one."""
+    """The site that stands for the model: that of its global layers."""
     return next((site for site in sites if not site.is_local), sites[0])

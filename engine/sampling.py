@@ -38,8 +38,8 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the likeliest.
         repetition_penalty: divides positive (multiplies negative) logits of tokens already in the text; 1 is off.
         stop: strings that end the text; they are not part of it.
-        max_time: most seconds to write; the token that is under way then is the last.
-        seed: makes sampling repeatable; None draws a fresh one.
+        max_time: most seconds to generate. The token in progress at that time is the last.
+        seed: makes sampling repeatable. None draws a new one for each request.
         logprobs: also return each token's log-probability and this many alternatives; None returns neither.
         continuation: how to go on where a prompt may end inside a token. "exact" draws the first token among all that
             a text with this prompt may have there, each with its probability; "off" begins a token at the end of
@@ -93,7 +93,7 @@ class SamplingParams:
         if "" in stops:
             raise ConfigError("stop: an empty string would end every text at once; omit it")
         for stop in stops:
-            check_text(stop)  # no answer holds half a surrogate pair, so it would never stop there
+            check_text(stop)  # half a surrogate pair is never in an answer, so it would never stop there
         object.__setattr__(self, "stop", tuple(stops))
 
     @property
@@ -120,10 +120,10 @@ def penalize_repetition(logits_V: Tensor, seen_ids: Tensor, penalty: float) -> T
 
 
 class SeenTokens:
-    """The distinct tokens of a text, for its repetition penalty. A token costs the same at any length.
+    """The distinct tokens of a text, for its repetition penalty. The cost of a token does not grow with the text.
 
     Args:
-        penalty: as of `SamplingParams`; at 1 nothing is stored.
+        penalty: as in `SamplingParams`. At 1 nothing is stored.
     """
 
     def __init__(self, penalty: float) -> None:
@@ -132,15 +132,15 @@ class SeenTokens:
         self._new: list[int] = []
         self._ids = torch.empty(0, dtype=torch.int64)
 
-    def read(self, ids: Iterable[int]) -> None:
-        """Tokens that the text goes on with."""
+    def add(self, ids: Iterable[int]) -> None:
+        """Add the next tokens of the text."""
         if self._penalty != 1:
             new = [token for token in dict.fromkeys(ids) if token not in self._known]
             self._known.update(new)
             self._new += new
 
     def penalized(self, logits_V: Tensor) -> Tensor:
-        """Logits under the penalty; the same tensor at penalty 1."""
+        """Logits with the penalty; the same tensor at penalty 1."""
         if self._penalty == 1:
             return logits_V
         if self._new:
@@ -150,7 +150,7 @@ class SeenTokens:
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Logits [..., V] without all but the fewest likeliest tokens whose probabilities reach `top_p`: those are -inf."""
+    """Logits [..., V] of the fewest likeliest tokens whose probabilities reach `top_p`; all others are -inf."""
     if top_p == 1:  # rounded sums reach it before the last token does
         return logits
     ordered, order = logits.sort(dim=-1, descending=True)

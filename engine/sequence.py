@@ -106,7 +106,7 @@ class Sequence:
         if (excess := tokens_read(self.cache) - len(ids) + 1) > 0:  # the last token is run to see what follows it
             rewind(self.cache, excess)
         if not self.tokens:
-            self._seen.read(ids)
+            self._seen.add(ids)
         return self.next_token(runner, prefill(runner, ids[tokens_read(self.cache) :], self.cache, self.progress))
 
     def next_token(self, runner: Runner, logits: Tensor) -> str:
@@ -134,8 +134,8 @@ class Sequence:
         overlap = 0
         if token.healing is not None:
             overlap, self.prompt_ids = token.healing.overlap, token.healing.prompt_ids
-            self._seen.read(self.prompt_ids)
-        self._seen.read((token.id,))
+            self._seen.add(self.prompt_ids)
+        self._seen.add((token.id,))
         self.tokens.append(token)
         self.pending = pending or [token.id]
         if token.id in self._stop_ids:

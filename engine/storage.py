@@ -1,4 +1,4 @@
-"""The cache folder, and files and folders that are either whole or absent."""
+"""The cache folder, and writing files and folders that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ from ..errors import AssetError
 __all__ = ["cache_dir", "fill_once", "make_readable", "make_room", "new_folder", "write_atomic"]
 
 _MB = 1_000_000
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
 def cache_dir() -> Path:
-    """Where assets are kept: ROPEWALK_CACHE, or the user's cache folder for ropewalk."""
+    """The cache folder: ROPEWALK_CACHE, or the user's cache folder for ropewalk."""
     chosen = os.environ.get("ROPEWALK_CACHE")
     return Path(chosen).expanduser().absolute() if chosen else Path(platformdirs.user_cache_dir("ropewalk"))
 
 
 @contextlib.contextmanager
 def fill_once(target: Path, *, needed: int, what: str) -> Iterator[Path | None]:
-    """An empty folder that becomes `target`, whole, when the block ends without an error.
+    """An empty folder that is renamed to `target` when the block ends without an error.
 
-    After an error, a Ctrl-C or a kill nothing is at `target`; what a killed process left is removed by the next.
-    The folder's parent is scratch space on the same disk, gone afterwards. Processes take turns: the block gets
-    None where another has filled `target` in the meantime.
+    After an error, a Ctrl-C or a kill there is nothing at `target`. The next process removes what a killed one left.
+    The folder's parent is scratch space on the same disk and is removed, too. One process at a time enters the block;
+    it gets None if another has filled `target` in the meantime.
 
     Raises:
         AssetError: less than `needed` bytes are free, or the disk cannot be written.
     """
-    told = (
+    messages = (
         f"{what}: cannot write to the cache folder {target.parent}",
         "; set ROPEWALK_CACHE to a folder that can be written",
     )
     with contextlib.ExitStack() as stack:
-        with _raised_as_asset_error(*told):
+        with _raised_as_asset_error(*messages):
             target.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_locked(target.with_name(f".{target.name}.lock"), what))
-            there = target.exists()
-            if not there:
+            exists = target.exists()
+            if not exists:
                 for leftover in target.parent.glob(f".{target.name}-*.partial"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 _require_space(target.parent, needed, what, "set ROPEWALK_CACHE to a folder on a larger disk")
-        yield None if there else stack.enter_context(_renamed_at_end(target, *told))
+        yield None if exists else stack.enter_context(_renamed_at_end(target, *messages))
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, needed: int) -> Iterator[Path]:
-    """An empty folder that becomes `target`, whole, when the block ends without an error; else nothing is there.
+    """An empty folder that is renamed to `target` when the block ends without an error, and removed after one.
 
     Raises:
-        AssetError: something is at `target` that is no empty folder, less than `needed` bytes are free, or the disk
-            cannot be written.
+        AssetError: `target` exists and is not an empty folder, less than `needed` bytes are free, or the disk cannot
+            be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise AssetError(f"{target} exists and is not an empty folder; choose another name, or delete it first")
@@ -72,7 +72,7 @@ def new_folder(target: Path, *, needed: int) -> Iterator[Path]:
 
 
 def make_room(target: Path, needed: int) -> None:
-    """Make the folder that `target` will be in.
+    """Make the folder in which `target` will be written.
 
     Raises:
         AssetError: it cannot be made, or less than `needed` bytes are free there.
@@ -83,7 +83,7 @@ def make_room(target: Path, needed: int) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that is at every moment either the old one or the whole new one; makes its folder."""
+    """Write a file so that it is at every moment either the old one or the complete new one. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -98,10 +98,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def make_readable(*files: Path) -> None:
-    """Let others read files as far as they read new ones: safetensors makes files for their owner alone."""
+    """Give files the permissions of a new file: safetensors makes them readable for their owner only."""
     for file in files:
         plain = file.with_name(f"{file.name}.new")
-        plain.touch()  # asking for the umask would change it for a moment, for all threads
+        plain.touch()  # reading the umask would change it for a moment, in all threads
         try:
             file.chmod(file.stat().st_mode | plain.stat().st_mode)
         finally:
@@ -110,7 +110,11 @@ def make_readable(*files: Path) -> None:
 
 @contextlib.contextmanager
 def _renamed_at_end(target: Path, failed: str, remedy: str = "") -> Iterator[Path]:
-    """A folder in scratch space beside `target` that takes its place at the end; `failed` and `remedy` as `_told`."""
+    """A folder in scratch space beside `target` that is renamed to it at the end.
+
+    Args:
+        failed, remedy: as for `_raised_as_asset_error`.
+    """
     with contextlib.ExitStack() as stack:
         with _raised_as_asset_error(failed, remedy):
             scratch = tempfile.TemporaryDirectory(
@@ -127,17 +131,17 @@ def _renamed_at_end(target: Path, failed: str, remedy: str = "") -> Iterator[Pat
 
 @contextlib.contextmanager
 def _raised_as_asset_error(failed: str, remedy: str = "", *, within: Path | None = None) -> Iterator[None]:
-    """Raise errors of the system as AssetError: what failed, why, and what to do.
+    """Raise an OSError as an AssetError that says what failed, why, and what to do.
 
     Args:
-        within: a folder; the errors of a block that does more than write to it, and does not name a file there, pass,
-            but for those of a disk that is full or broken.
+        within: a folder, for a block that does more than write to it. An error that names no file in it passes
+            unchanged, unless it is that of a full or broken disk.
     """
     try:
         yield
     except OSError as error:
         named = within in Path(str(error.filename)).absolute().parents
-        if within is not None and not named and error.errno not in _OF_THE_DISK:
+        if within is not None and not named and error.errno not in _DISK_ERRORS:
             raise
         raise AssetError(f"{failed} ({error.strerror or error}){remedy}") from error
 

@@ -1,4 +1,4 @@
-"""A model split over several processes (tensor parallelism): each has a part of every layer, and all work in step."""
+"""Tensor parallelism: a model split over several processes, each with a part of every layer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..errors import ConfigError, Setting
 __all__ = ["begin", "broadcast_from_rank0", "check", "fresh_seed", "is_first", "is_split", "options", "refuse"]
 
 _state = {"split": False}
-"""Of this process: the processes of a launch split one model, or none."""
+"""Whether the processes that were launched with this one split a model."""
 
 
 def check(tp_plan: str, device_map: object, *, needs_kernels: bool) -> None:
-    """Refuse what cannot go together.
+    """Refuse options that exclude each other.
 
     Raises:
         ConfigError: no launcher started this process, or an option needs the whole model in one process.
@@ -29,7 +29,7 @@ def check(tp_plan: str, device_map: object, *, needs_kernels: bool) -> None:
     if "RANK" not in os.environ:
         raise ConfigError(
             Setting("tp_plan", form="name"),
-            " splits the model over processes, and this one stands alone; start it by torchrun --nproc-per-node N",
+            " splits the model over processes, and this one was started alone; start it by torchrun --nproc-per-node N",
         )
     if device_map is not None:
         names = Setting("tp_plan", form="name"), " and ", Setting("device_map", form="name")
@@ -55,28 +55,28 @@ def options(tp_plan: str) -> dict[str, Any]:
 
 
 def begin() -> None:
-    """From now on this process is one of several that split a model."""
+    """Record that this process is one of several that split a model."""
     _state["split"] = True
 
 
 def is_split() -> bool:
-    """True where the processes of a launch split one model, so that all must do the same."""
+    """True if this process is one of several that split a model. All of them must do the same."""
     return _state["split"]
 
 
 def is_first() -> bool:
-    """True unless a launcher (torchrun, `accelerate launch`) started this process as one of several, and not first."""
+    """True for the first process of a launch (torchrun, `accelerate launch`), and for one that was started alone."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def refuse(what: str) -> None:
-    """Raise ConfigError where the processes of a launch split one model, which `what` cannot do."""
+    """Raise ConfigError if the model is split over processes: `what` depends on the clock of a single one."""
     if is_split():
-        raise ConfigError(f"{what} decides by the clock, and needs the model in one process; leave out tp_plan")
+        raise ConfigError(f"{what} decides by the clock and needs the model in one process; leave out tp_plan")
 
 
 def broadcast_from_rank0(value: Any) -> Any:
-    """`value` as the first process has it; what depends on the clock or on chance has to be the same in all."""
+    """The first process's `value`. What depends on the clock or on chance has to be the same in all processes."""
     if not is_split():
         return value
     box = [value]
@@ -85,5 +85,5 @@ def broadcast_from_rank0(value: Any) -> Any:
 
 
 def fresh_seed() -> int:
-    """A seed that nobody knows, the same one in all processes of a split model."""
+    """A random seed, the same in all processes of a split model."""
     return int(broadcast_from_rank0(secrets.randbits(63)))

@@ -1,4 +1,4 @@
-"""The one reader of a user's text: `--text`, standard input, `--file` and `--contexts` all come through here."""
+"""Reading a user's text from a file or standard input: encodings, compression, and formats that are not text."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..tokenizer_tools.characters import split_character
 __all__ = ["COMPRESSED_SUFFIXES", "RECORD_SUFFIXES", "read_documents", "read_prompt"]
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
-"""Of files that hold nothing but records."""
+"""Endings of files that hold only records."""
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz")
-"""Of compressed files that are read."""
+"""Endings of compressed files that are read."""
 
 _COMPRESSED: tuple[tuple[str, re.Pattern[bytes], Callable[[bytes], bytes]], ...] = (
     ("gzip", re.compile(rb"\x1f\x8b"), gzip.decompress),
@@ -42,11 +42,11 @@ _MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
 )
 
 _PARQUET = re.compile(rb"PAR1(?s:.*)(?:\0|PAR1\Z)")
-"""A Parquet file; a text may begin with the same letters."""
+"""A Parquet file. A text may begin with the same letters."""
 
 _UNPACK = "unpack it, and give the text files in it"
 _CONVERT = "save its text as a UTF-8 file first"
-_NO_TEXT: tuple[tuple[str, re.Pattern[bytes], str], ...] = (
+_OTHER_FORMATS: tuple[tuple[str, re.Pattern[bytes], str], ...] = (
     ("zstd-compressed", re.compile(rb"\x28\xb5\x2f\xfd"), "decompress it first, with `zstd -d`"),
     ("lz4-compressed", re.compile(rb"\x04\x22\x4d\x18"), "decompress it first, with `lz4 -d`"),
     ("compressed by `compress`", re.compile(rb"\x1f\x9d"), "decompress it first, with `gzip -d`"),
@@ -61,21 +61,21 @@ _NO_TEXT: tuple[tuple[str, re.Pattern[bytes], str], ...] = (
     ("an Avro file", re.compile(rb"Obj\x01"), "export its texts as JSON lines (.jsonl)"),
     ("an SQLite database", re.compile(rb"SQLite format 3\0"), "export its texts as JSON lines (.jsonl)"),
     ("an HDF5 file", re.compile(rb"\x89HDF\r\n"), "export its texts as JSON lines (.jsonl)"),
-    ("a GGUF model", re.compile(rb"GGUF(?s:.{0,20}\0)"), "a text is wanted here, not a model"),
+    ("a GGUF model", re.compile(rb"GGUF(?s:.{0,20}\0)"), "give a text, not a model"),
     ("an image", re.compile(rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|RIFF(?s:.{4})WEBP"), _CONVERT),
 )
 
 
 def read_documents(file: Path) -> tuple[str, ...]:
-    """The documents of a file: one, or one for each JSON record or Parquet row, of its field `text`.
+    """The documents of a file: its text, or the field `text` of every JSON record or Parquet row.
 
-    A byte order mark is dropped and decides between UTF-8, UTF-16 and UTF-32; without one the text is UTF-8. Line ends
+    A byte order mark is dropped and decides between UTF-8, UTF-16 and UTF-32. Without one the text is UTF-8. Line ends
     become "\\n". gzip, bzip2 and xz are decompressed. Records are read from a file named .jsonl, .ndjson or .json
-    (.json may be one array, too), and from any other whose first line is a JSON object with a `text`. Parquet needs
-    the package pyarrow.
+    (.json may be one array, too), and from any other file whose first line is a JSON object with a `text`. Parquet
+    needs the package pyarrow.
 
     Raises:
-        DataError: another format, which is named; no UTF-8; records without `text`.
+        DataError: it has another format, which the message names, or is not UTF-8, or has records without `text`.
         OSError: it cannot be read.
     """
     raw, name = _decompress(file.read_bytes(), str(file))
@@ -91,16 +91,16 @@ def read_documents(file: Path) -> tuple[str, ...]:
 
 
 def read_prompt(raw: bytes, name: str) -> str | bytes:
-    """The text of a prompt, by the same rules, but never as records.
+    """The text of a prompt, read by the same rules, but without records.
 
     Args:
-        name: for messages.
+        name: of the source, for messages.
 
     Returns:
-        UTF-8 bytes where it ends inside a character, which the model can complete.
+        The text. UTF-8 bytes if it ends inside a character, which the model can complete.
 
     Raises:
-        DataError: another format, which is named; no UTF-8.
+        DataError: it has another format, which the message names, or is not UTF-8.
     """
     raw, name = _decompress(raw, name)
     try:
@@ -126,7 +126,7 @@ def _begins_with_a_record(text: str) -> bool:
 
 
 def _records(text: str, name: str) -> list[str]:
-    """Texts of JSON lines, or of one JSON array."""
+    """The texts of JSON lines, or of one JSON array."""
     if text.lstrip().startswith("["):
         records = _json(text, name)
         return [_field(record, f"{name}, record {n}") for n, record in enumerate(records, 1)]
@@ -139,7 +139,7 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where} is no JSON ({first_line(error)}); records are a JSON object a line, or one array of objects, "
+            f"{where} is not JSON ({first_line(error)}); records are a JSON object a line, or one array of objects, "
             "each with a `text`. To measure on what the file holds as it is, give it a name in .txt"
         ) from None
 
@@ -183,10 +183,10 @@ def _parquet(raw: bytes, name: str) -> list[str]:
 
 
 def _decompress(raw: bytes, name: str) -> tuple[bytes, str]:
-    """gzip, bzip2 and xz data unpacked, others as they are; and the name for messages about what comes out.
+    """The decompressed data, and the name for messages about them. Other data are returned as they are.
 
     Raises:
-        DataError: damaged, or cut off.
+        DataError: the data are damaged or cut off.
     """
     for what, magic, unpack in _COMPRESSED:
         if magic.match(raw):
@@ -200,15 +200,15 @@ def _decompress(raw: bytes, name: str) -> tuple[bytes, str]:
 
 
 def _decode(raw: bytes, name: str) -> str:
-    """Text in the encoding of its byte order mark, which is dropped; in UTF-8 where it has none.
+    """Decode a text in the encoding of its byte order mark, which is dropped, or in UTF-8.
 
     Args:
         name: of the file, for messages.
 
     Raises:
-        DataError: another format, which is named; not in that encoding; NUL bytes.
+        DataError: it has another format, which the message names, or another encoding, or NUL bytes.
     """
-    for format_name, magic, advice in _NO_TEXT:
+    for format_name, magic, advice in _OTHER_FORMATS:
         if magic.match(raw):
             raise DataError(f"{name} is {format_name}, not text; {advice}")
     if _PARQUET.match(raw):
@@ -216,7 +216,7 @@ def _decode(raw: bytes, name: str) -> str:
     mark, encoding = next((pair for pair in _MARKS if raw.startswith(pair[0])), (b"", "utf-8"))
     body = raw[len(mark) :]
     if encoding == "utf-8" and b"\0" in body:
-        raise DataError(f"{name} {_what_has_nul(body)}")
+        raise DataError(f"{name} {_explain_nul(body)}")
     try:
         return body.decode(encoding)
     except UnicodeDecodeError as error:
@@ -229,7 +229,7 @@ def _decode(raw: bytes, name: str) -> str:
         raise DataError(f"{name} is not UTF-8: {where}; {_advice(body)}") from None
 
 
-def _what_has_nul(body: bytes) -> str:
+def _explain_nul(body: bytes) -> str:
     even, odd = body[::2].count(0), body[1::2].count(0)
     if max(even, odd) > len(body) // 8 and min(even, odd) < max(even, odd) // 8:
         encoding = "UTF-16LE" if odd > even else "UTF-16BE"
@@ -237,15 +237,12 @@ def _what_has_nul(body: bytes) -> str:
             f"is not UTF-8: it has NUL bytes at every other place, as {encoding} without a byte order mark has; "
             f"convert it first, with `iconv -f {encoding} -t UTF-8`"
         )
-    return f"holds a NUL byte at offset {body.index(0)}, so it is no text, or not UTF-8; {_CONVERT}"
+    return f"holds a NUL byte at offset {body.index(0)}, so it is not a text, or not in UTF-8; {_CONVERT}"
 
 
 def _advice(body: bytes) -> str:
     if re.search(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]", body):
-        return (
-            "it has control characters, so it is binary data rather than text, or UTF-16 without a byte order mark; "
-            + _CONVERT
-        )
+        return "it has control characters, so it is binary data, or UTF-16 without a byte order mark; " + _CONVERT
     return (
         "find out its encoding (`file -i` guesses), convert it with `iconv -f ENCODING -t UTF-8`, and look at the "
         "result: a wrong ENCODING often gives a text too"

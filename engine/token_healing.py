@@ -1,7 +1,7 @@
-"""The first token after a prompt that may end inside a token: one draw among all covers of the prompt.
+"""Token healing: the first token after a prompt that may end inside a token, drawn among all covers of the prompt.
 
-A cover's probability is that of its tokens before the last one, times that of the last one. Together they are the
-distribution of the text that follows the prompt's *text*; after the first draw, decoding is ordinary.
+The probability of a cover is the product of those of its tokens. All covers together are the distribution of the text
+that follows the prompt's *text*. After the first token, decoding is ordinary.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Covers:
 
     Attributes:
         context: the certain tokens as they were read, or a start token if there are none.
-        nodes, tokens: the node of every cover, and its last token; int64 [covers].
-        scores: log-probability given `context`, with the repetition penalty; sampled from.
-        logprobs: log-probability given `context`, nats; float32 [covers].
-        held: the tokens that the cache holds after `context`.
+        nodes, tokens: the node of every cover, and its last token, int64 [covers].
+        scores: log-probabilities given `context` with the repetition penalty, which are sampled from.
+        logprobs: log-probabilities given `context`, float32 [covers], nats.
+        cached_path: the tokens that the cache holds after `context`.
     """
 
     cover: Cover
@@ -52,7 +52,7 @@ class Covers:
     tokens: Tensor
     scores: Tensor
     logprobs: Tensor
-    held: Path
+    cached_path: Path
 
     @property
     def total(self) -> float:
@@ -66,14 +66,12 @@ class Covers:
         return float((self.logprobs[ends[self.nodes]].double().logsumexp(0) - self.total).exp())
 
     def next_byte_logprobs(self, vocabulary: Vocabulary) -> Tensor:
-        """Log-probability of every byte to follow the prompt, and at index 256 that it ends; float32 [257], nats."""
+        """Log-probabilities of the byte after the prompt, float32 [257], nats. Index 256 is the end of the text."""
         skips = [len(node.suffix) for node in self.cover.nodes]
-        tokens, special_ids = (
-            vocabulary.tokens,
-            vocabulary.special_ids,
-        )  # some models have more logits than there are tokens
+        tokens, special_ids = vocabulary.tokens, vocabulary.special_ids
         next_bytes = torch.tensor(
             [
+                # a model may have more logits than there are tokens
                 END if token >= len(tokens) or token in special_ids else tokens[token][skips[node]]
                 for node, token in zip(self.nodes.tolist(), self.tokens.tolist(), strict=True)
             ]
@@ -92,12 +90,12 @@ def weigh(
     penalty: float = 1.0,
     progress: Progress | None = None,
 ) -> Covers:
-    """Run the certain tokens and the paths of a cover, and weigh every cover.
+    """Run the certain tokens and the paths of a cover, and compute the probability of every cover.
 
     Args:
-        start: token to read first where no token is certain.
-        cache: may hold the beginning of the prompt, or more of it; afterwards it holds `Covers.context` and
-            `Covers.held`.
+        start: token to read first if no token is certain.
+        cache: may hold the beginning of the prompt, or more of it. Afterwards it holds `Covers.context` and
+            `Covers.cached_path`.
         penalty: the repetition penalty of `scores`.
         progress: called after each step that reads the certain tokens.
 
@@ -112,8 +110,8 @@ def weigh(
             "read before it; give a longer prompt, or set ",
             Setting("continuation", "off"),
         )
-    found, held = _path_logits(runner, context, [node.path for node in cover.nodes], cache, progress)
-    logits = {path: row[..., : runner.vocabulary_size] for path, row in found.items()}
+    path_logits, cached_path = _path_logits(runner, context, [node.path for node in cover.nodes], cache, progress)
+    logits = {path: row[..., : runner.vocabulary_size] for path, row in path_logits.items()}
     seen_before = torch.tensor([] if penalty == 1 else list(dict.fromkeys(context)), dtype=torch.int64)
     parts = []
     for n, node in enumerate(cover.nodes):
@@ -128,7 +126,15 @@ def weigh(
         tokens = tokens.to(row.device)
         parts.append((torch.full_like(tokens, n), tokens, scores[tokens], logprobs[tokens]))
     nodes, tokens, scores, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Covers(cover=cover, context=context, nodes=nodes, tokens=tokens, scores=scores, logprobs=logprobs, held=held)
+    return Covers(
+        cover=cover,
+        context=context,
+        nodes=nodes,
+        tokens=tokens,
+        scores=scores,
+        logprobs=logprobs,
+        cached_path=cached_path,
+    )
 
 
 def text_logprob(
@@ -137,7 +143,7 @@ def text_logprob(
     """Log-probability that a text begins with the prompt, given the first `first` of its certain tokens, nats.
 
     Args:
-        start: token to read first, not counted in `first`; None if some tokens are given.
+        start: token to read first, not counted in `first`. None if `first` is above 0.
         cache: an empty one.
     """
     context = [*([] if start is None else [start]), *cover.common_prefix]
@@ -149,34 +155,34 @@ def text_logprob(
 def _path_logits(
     runner: Runner, context: list[int], paths: Sequence[Path], cache: Cache, progress: Progress | None
 ) -> tuple[dict[Path, Tensor], Path]:
-    """Float32 logits [V] after every beginning of the paths, and the path that the cache is left at."""
-    leaves = [path for path in dict.fromkeys(paths) if not any(_goes_on(other, path) for other in paths)]
+    """Float32 logits [V] after every prefix of the paths, and the path that the cache holds afterwards."""
+    leaves = [path for path in dict.fromkeys(paths) if not any(_extends(other, path) for other in paths)]
     if (excess := tokens_read(cache) - len(context) + 1) > 0:
         rewind(cache, excess)
     rewinds = can_rewind(cache, max(map(len, leaves), default=0))
     leaves.sort(key=len, reverse=True)
-    held = leaves.pop(0) if rewinds else ()
-    unread = [*context, *held][tokens_read(cache) :]
-    rows = prefill(runner, unread, cache, progress, logits_to_keep=len(held) + 1).float()
-    logits = {held[:k]: row for k, row in enumerate(rows)}
+    cached = leaves.pop(0) if rewinds else ()
+    unread = [*context, *cached][tokens_read(cache) :]
+    rows = prefill(runner, unread, cache, progress, logits_to_keep=len(cached) + 1).float()
+    logits = {cached[:k]: row for k, row in enumerate(rows)}
     if rewinds and leaves and runner.runs_trees and (len(leaves) > 1 or runner.is_compiled):
-        rewind(cache, len(held))
+        rewind(cache, len(cached))
         paths = list(dict.fromkeys(leaf[: k + 1] for leaf in leaves for k in range(len(leaf))))
         rows = runner.tree(paths, cache).float()
         return logits | dict(zip(paths, rows, strict=True)), ()
     for leaf in leaves:
-        common = shared_length(held, leaf)
+        common = shared_length(cached, leaf)
         if rewinds:
-            rewind(cache, len(held) - common)
-            held, branch = leaf, cache
+            rewind(cache, len(cached) - common)
+            cached, branch = leaf, cache
         else:
             branch = copy.deepcopy(cache)
         rows = runner.forward(list(leaf[common:]), branch, logits_to_keep=len(leaf) - common).float()
         logits.update({leaf[: common + k + 1]: row for k, row in enumerate(rows)})
-    return logits, held
+    return logits, cached
 
 
-def _goes_on(longer: Path, path: Path) -> bool:
+def _extends(longer: Path, path: Path) -> bool:
     return len(longer) > len(path) and longer[: len(path)] == path
 
 
@@ -185,9 +191,9 @@ class FirstToken:
     """The first token after a prompt, drawn among its covers.
 
     Attributes:
-        index: which of the covers it is.
-        token: its last token, the first of the answer.
-        pending: the tokens to run next: those of its path that the cache lacks, and `token`.
+        index: that of the cover.
+        token: the last token of the cover, which is the first of the answer.
+        pending: tokens to run next: those of the cover's path that the cache lacks, and `token`.
     """
 
     index: int
@@ -196,20 +202,20 @@ class FirstToken:
 
 
 def draw_first_token(covers: Covers, cache: Cache, params: SamplingParams, generator: torch.Generator) -> FirstToken:
-    """Draw a cover and leave the cache at the beginning that it shares with what was run."""
+    """Draw a cover. The cache is rewound to the tokens that it shares with the cover."""
     return first_token_at(covers, cache, sample(covers.scores, params, generator), params.logprobs)
 
 
 def first_token_at(covers: Covers, cache: Cache, index: int, top: int | None = None) -> FirstToken:
-    """The first token by the cover `index`.
+    """The first token of the cover `index`.
 
     Args:
-        top: how many log-probabilities the token carries; None for none.
+        top: number of likeliest tokens whose log-probabilities are returned with it; None for none.
     """
     node, token = covers.cover.nodes[int(covers.nodes[index])], int(covers.tokens[index])
-    common = shared_length(covers.held, node.path)
-    if len(covers.held) > common:
-        rewind(cache, len(covers.held) - common)
+    common = shared_length(covers.cached_path, node.path)
+    if len(covers.cached_path) > common:
+        rewind(cache, len(covers.cached_path) - common)
     healing = TokenHealing(
         backed_off=covers.cover.backed_off,
         nodes=len(covers.cover.nodes),
@@ -225,7 +231,7 @@ def first_token_at(covers: Covers, cache: Cache, index: int, top: int | None = N
     likeliest: dict[int, float] = {}
     for at, logprob in zip(best.indices, best.values.tolist(), strict=True):
         if logprob > -math.inf:
-            likeliest.setdefault(int(covers.tokens[at]), logprob)  # a token may end covers of two nodes
+            likeliest.setdefault(int(covers.tokens[at]), logprob)  # a token may end the covers of two nodes
     return FirstToken(
         index=index,
         token=Token(id=token, logprob=float(logprobs[index]), top=likeliest, healing=healing),
@@ -239,8 +245,8 @@ class Healed:
 
     Attributes:
         input_ids, attention_mask: int64 [prompts, length], padded on the left: arguments of `hf_model.generate`.
-        healings: what was done at the end of each prompt; None where nothing had to be.
-        ended: for each prompt, whether the token that was drawn ends its text; `generate` writes on all the same.
+        healings: what was done at the end of each prompt; None if nothing was.
+        ended: for each prompt, whether the token that was drawn ends its text. `hf_model.generate` continues anyway.
     """
 
     input_ids: Tensor
@@ -258,12 +264,12 @@ class Healed:
             if ended:
                 texts.append("")
                 continue
-            drawn = healing is not None
-            new = row[self.input_ids.shape[1] - drawn :]
+            is_drawn = healing is not None  # the last of `input_ids` is the first new token
+            new = row[self.input_ids.shape[1] - is_drawn :]
             stream = prompt.text_stream(self.vocabulary)
             skips = [healing.overlap if healing else 0, *[0] * len(new)]
-            shown = [stream.push(token, skip) for token, skip in zip(new, skips, strict=False)]
-            texts.append("".join(shown) + stream.finish())
+            pieces = [stream.push(token, skip) for token, skip in zip(new, skips, strict=False)]
+            texts.append("".join(pieces) + stream.finish())
         return texts
 
 
@@ -281,12 +287,11 @@ def heal(
         output = hf_model.generate(healed.input_ids, attention_mask=healed.attention_mask)
         print(healed.texts(output)[0])
 
-    The first new token is drawn from the distribution of texts after the prompt's text, as `Model.generate` does. The
-    model may be patched.
+    The first new token is drawn among the covers of the prompt, as `Model.generate` does. The model may be patched.
 
     Args:
-        params: how to draw it; `hf_model.generate` draws the rest with its own settings.
-        special_tokens: whether names of special tokens in the prompts stand for them, as a chat template means them.
+        params: how to draw the first token. `hf_model.generate` draws the others with its own settings.
+        special_tokens: whether a name such as `<|im_start|>` in a prompt stands for the special token.
 
     Raises:
         ConfigError: there are no prompts, or one is empty and the tokenizer has no start token.
@@ -294,14 +299,12 @@ def heal(
     """
     if not prompts and not isinstance(prompts, str | bytes):
         raise ConfigError("prompts is empty; give at least one")
-    params, known = (
-        params or SamplingParams(),
-        vocabulary(tokenizer, special_tokens=special_tokens, rows=token_rows(hf_model)),
-    )
+    params = params or SamplingParams()
+    tokens = vocabulary(tokenizer, special_tokens=special_tokens, rows=token_rows(hf_model))
     device = input_device(hf_model)
     generator = random_source(params, device)
     read = [
-        Prompt.read(prompt, tokenizer, known, params.continuation)
+        Prompt.read(prompt, tokenizer, tokens, params.continuation)
         for prompt in ([prompts] if isinstance(prompts, str | bytes) else prompts)
     ]
     rows: list[list[int]] = []
@@ -316,7 +319,7 @@ def heal(
             continue
         cache = new_cache(hf_model.config, len(prompt.ids))
         with torch.inference_mode():
-            covers = weigh(runner, cover, prompt.start, cache, known, params.repetition_penalty)
+            covers = weigh(runner, cover, prompt.start, cache, tokens, params.repetition_penalty)
             first = draw_first_token(covers, cache, params, generator).token
         assert first.healing is not None
         rows.append([*first.healing.prompt_ids, first.id])
@@ -330,5 +333,5 @@ def heal(
         healings=healings,
         ended=ended,
         prompts=read,
-        vocabulary=known,
+        vocabulary=tokens,
     )

@@ -235,7 +235,7 @@ def test_many_keys_are_dropped_at_once_and_the_end_stays():
     rewind(cache, caches.SPARE + 1)
     assert cache.get_seq_length() == 67
     rewind(cache, 0)
-    with pytest.raises(PatchError, match="the last 1 tokens of this cache have to be read anew, and its layers"):
+    with pytest.raises(PatchError, match="the last 1 tokens of this cache have to be read again, and its layers"):
         rewind(cache, 1)
     wide = filled(5004 + caches.SPARE + 4999)
     evict(wide, (4, 5000))

@@ -143,7 +143,7 @@ def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
     cache = tiny.new_cache(64)
     covers = weigh(tiny._runner, covered, tiny.tokenizer.bos_token_id, cache, tiny.vocabulary)
     assert_same(covers, one_forward_each(tiny.hf, covered, tiny.tokenizer.bos_token_id))
-    assert cache.get_seq_length() == len(covers.context) + len(covers.held)
+    assert cache.get_seq_length() == len(covers.context) + len(covers.cached_path)
 
 
 @pytest.mark.parametrize(("spec", "most"), [("none", 2), ("yarn:4", 2), ("rerope:64", 2)])
@@ -183,7 +183,7 @@ def test_many_paths_are_weighed_as_each_alone(tiny, spec):
         cache = tiny.new_cache(64)
         covers = weigh(tiny._runner, covered, None, cache, tiny.vocabulary)
         assert_same(covers, one_forward_each(tiny.hf, covered, None))
-        assert cache.get_seq_length() == len(covered.common_prefix) + len(covers.held)
+        assert cache.get_seq_length() == len(covered.common_prefix) + len(covers.cached_path)
     finally:
         tiny.rope = None
 

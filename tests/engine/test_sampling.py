@@ -64,11 +64,11 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
 def test_tokens_seen_one_by_one_are_penalized_as_the_list_of_all_to_the_bit(penalty):
     random = torch.Generator().manual_seed(0)
     text, seen = torch.randint(0, 50, (300,), generator=random).tolist(), SeenTokens(penalty)
-    seen.read(text[:100])
+    seen.add(text[:100])
     for count in range(100, 300):
         logits = torch.randn(60, generator=random)
         assert torch.equal(seen.penalized(logits), penalize_repetition(logits, torch.tensor(text[:count]), penalty))
-        seen.read([text[count]])
+        seen.add([text[count]])
 
 
 @pytest.mark.parametrize("continuation", ["off", "exact"])

@@ -70,7 +70,7 @@ def test_two_processes_compute_what_one_does(tiny_folder, split):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "this one stands alone; start it by torchrun"),
+        ({}, "this one was started alone; start it by torchrun"),
         ({"tp_plan": "rows"}, "tp_plan 'rows' is not 'auto'"),
         ({"device_map": "auto", "rank": "0"}, "both say where the weights are"),
         ({"compile": True, "rank": "0"}, "need the whole model in one process"),

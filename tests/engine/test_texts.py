@@ -141,10 +141,10 @@ def test_json_records_give_their_text(name, raw, tmp_path):
         (_lines([{"text": "a"}, {"content": "b", "id": 1}]), r"a.jsonl, line 2 has no field `text`.*has content, id"),
         (_lines([{"text": ["a"]}]), "line 1 has no field `text` that is a string"),
         (_lines(["a"]), r"line 1 has no field `text`.*it is str"),
-        (b'{"text": "a"}\n{"text": "b', "line 2 is no JSON"),
-        (b"[" * 100_000, "is no JSON"),
+        (b'{"text": "a"}\n{"text": "b', "line 2 is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
         (b'{"text": "a \\ud800"}', "line 1: its text holds half a surrogate pair at character 2"),
-        (_lines([{"text": " "}]), "nothing but blanks"),
+        (_lines([{"text": " "}]), "holds only blanks"),
     ],
 )
 def test_records_without_text_are_refused_by_their_line(raw, words, tmp_path):
