@@ -78,7 +78,7 @@ def test_the_start_token_stands_before_the_text_and_every_window(tmp_path, monke
 
 @pytest.mark.parametrize("spec", ["none", "rerope:64", "yarn:2"])
 def test_scalers_that_hold_every_key_are_refused(subject, text, spec):
-    with pytest.raises(rw.ConfigError, match=r"sees every key.* take sink-window"):
+    with pytest.raises(rw.ConfigError, match=r"sees every key.* use one such as sink-window"):
         cells(subject, text, [rw.parse(spec)], contexts=[1000], places=4)
 
 

@@ -80,7 +80,7 @@ def test_a_largest_factor_bounds_the_start_too():
     space = FactorSpace.around(parse("ntk:8"), TINY, 1024, 3.0)
     assert space.scaler(np.zeros(space.dimension)).long[-1] == 3.0
     for wrong in (1.0, 0.5, math.inf, math.nan):
-        with pytest.raises(ConfigError, match=r"above 1.*ratio of target and trained length, 4,"):
+        with pytest.raises(ConfigError, match=r"above 1.*for example 4, the ratio of target and trained length"):
             FactorSpace.around(parse("none"), TINY, 1024, wrong)
 
 

@@ -179,7 +179,7 @@ def test_what_cannot_be_measured_is_refused(model):
     assert row.tokens == 16
     with pytest.raises(rw.ConfigError, match="int is neither a model nor a function"):
         perplexity(3, text(WORDS))
-    with rw.patch(model.hf, "linear:2"), pytest.raises(rw.ConfigError, match="patched with linear:2; undo that"):
+    with rw.patch(model.hf, "linear:2"), pytest.raises(rw.ConfigError, match="patched with linear:2; undo the patch"):
         perplexity(model.hf, text(WORDS), tokenizer=model.tokenizer)
 
 
