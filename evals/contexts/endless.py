@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 
 from ...engine.cache import cache_bytes
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, Setting
 from ...scaling.lengths import format_length
 from ...scaling.positions import PositionScaler
 from ...scaling.rope import Scaler
@@ -143,7 +143,9 @@ def cells(
             if len(ids) < context:
                 raise DataError(
                     f"{text.name} has {format_length(len(ids))} tokens, and {format_length(context)} are needed; "
-                    "give a longer --text or a shorter length"
+                    "give a longer ",
+                    Setting("text", form="name"),
+                    " or a shorter length",
                 )
             planned.append(
                 EndlessCell(

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import ConfigError, did_you_mean
+from ...errors import ConfigError, Setting, did_you_mean
 from .fixed_target import FixedTarget, Repeat, SameTarget, usual_target
 from .harm import Harm
 from .longppl import LongPPL
@@ -54,7 +54,7 @@ def protocol(name: str, contexts: Sequence[int], **settings: Any) -> Protocol:
         if setting not in known:
             users = ", ".join(users_of(setting))
             hint = f"leave it out, or use {users}" if users else f"it takes {', '.join(known)}"
-            raise ConfigError(f"{setting} has no effect on {name}; {hint}")
+            raise ConfigError(Setting(setting, form="name"), f" has no effect on {name}; {hint}")
     chosen = PROTOCOLS[name]
     if issubclass(chosen, SameTarget):
         settings = {"target": usual_target(contexts)} | settings

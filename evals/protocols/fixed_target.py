@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...errors import ConfigError
+from ...errors import ConfigError, Setting
 from ..models.measured import Advance, MeasuredModel, Start, Tokens
 from ..runs.result import Row
 from ..statistics import paired_difference
@@ -47,7 +47,9 @@ class SamePlaces(Protocol):
     def windows(self, documents: Sequence[Tokens], context: int, start: Start) -> list[Window]:
         target = self.scored_tokens(context)
         if target >= context:
-            raise ConfigError(f"target {target} leaves no context within {context} tokens; score fewer tokens")
+            raise ConfigError(
+                Setting("target", target, "given"), f" leaves no context within {context} tokens; score fewer tokens"
+            )
         windows = []
         for number, end in self._places(documents, self.longest - len(start.prefix)):
             ids = start.prefix + documents[number][end - context + len(start.prefix) : end]
@@ -119,7 +121,8 @@ class Repeat(SameTarget):
         front = len(start.prefix)
         if context - front < 2 * self.target:
             raise ConfigError(
-                f"target {self.target} does not fit twice into {context} tokens; score fewer or give more context"
+                Setting("target", self.target, "given"),
+                f" does not fit twice into {context} tokens; score fewer or give more context",
             )
         return [
             replace(w, ids=w.ids[:front] + w.ids[w.first :] + w.ids[front + self.target :], twin=w.ids)

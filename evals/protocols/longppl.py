@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, Setting
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
@@ -121,8 +121,11 @@ class JudgeCell(Cell):
             short, full = (format_length(recipe["context"]) for recipe in self.row_recipes())
             raise DataError(
                 f"the judge {self.scaler} finds {count} key tokens among {len(is_key)} ({full} of context against "
-                f"{short}); longppl needs at least {LEAST_KEYS}: score more tokens (target, samples), or use a text "
-                "whose tokens depend on far context"
+                f"{short}); longppl needs at least {LEAST_KEYS}: score more tokens (",
+                Setting("target", form="name"),
+                ", ",
+                Setting("samples", form="name"),
+                "), or use a text whose tokens depend on far context",
             )
         return is_key
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, Setting
 from ...scaling.lengths import format_length
 from ..models.measured import Advance, MeasuredModel, Start, Tokens
 from ..runs.result import Losses, Row
@@ -68,9 +68,9 @@ class Protocol(ABC):
                 try:
                     object.__setattr__(self, field_.name, operator.index(value))  # numpy's integers become Python's
                 except TypeError:
-                    raise ConfigError(f"{field_.name} {value!r} must be a whole number") from None
+                    raise ConfigError(Setting(field_.name, repr(value), "given"), " must be a whole number") from None
                 if value < 1:
-                    raise ConfigError(f"{field_.name} {value} must be at least 1")
+                    raise ConfigError(Setting(field_.name, value, "given"), " must be at least 1")
         if not self.contexts or min(self.contexts) < 2:
             raise ConfigError("give at least one context of 2 tokens or more")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, Setting
 from ...scaling.lengths import format_length
 from ..models.measured import Start, Tokens
 from ..runs.result import Row
@@ -69,7 +69,7 @@ class Sliding(ByDocument):
     def of_document(self, doc: Tokens, number: int, context: int, start: Start) -> list[Window]:
         body, scored_to = context - len(start.prefix), 0
         if not 1 <= self.stride <= body:
-            raise ConfigError(f"stride {self.stride} must be between 1 and the context {context}")
+            raise ConfigError(Setting("stride", self.stride, "given"), f" must be between 1 and the context {context}")
         windows = []
         for end in range(min(body, len(doc)), len(doc) + self.stride, self.stride):
             end = min(end, len(doc))

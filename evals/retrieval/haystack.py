@@ -11,7 +11,7 @@ from itertools import accumulate, cycle, islice
 from random import Random
 from uuid import UUID
 
-from ...errors import DataError
+from ...errors import DataError, Setting
 from ..data import Text
 
 NOISE = ("The grass is green. ", "The sky is blue. ", "The sun is yellow. ", "Here we go. ", "There and back again. ")
@@ -50,7 +50,10 @@ def stretch(text: Text, start: int, count: int) -> list[str]:
     """
     units = sentences(text)
     if count > len(units):
-        raise DataError(f"{text.name} has {len(units)} sentences, and {count} are needed; give a longer --text")
+        raise DataError(
+            f"{text.name} has {len(units)} sentences, and {count} are needed; give a longer ",
+            Setting("text", form="name"),
+        )
     return [units[(start + index) % len(units)] for index in range(count)]
 
 
@@ -65,7 +68,8 @@ def drawn_anew(draw: Callable[[], str], taken: Sequence[str], text: Text | None 
         word = draw()
         if not any(known in word for known in taken) and (text is None or word.lower() not in _lowered(text)):
             return word
-    raise DataError(f"{text.name if text else 'the haystack'} contains every key that was drawn; give another --text")
+    name = text.name if text else "the haystack"
+    raise DataError(f"{name} contains every key that was drawn; give another ", Setting("text", form="name"))
 
 
 def boundary(units: Sequence[str], depth: float) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar
 
-from ...errors import DataError
+from ...errors import DataError, Setting
 from ...scaling.lengths import format_length
 from ...tokenizer_tools.encode import prompt_ids as encode
 from ...tokenizer_tools.encode import text_ids
@@ -222,10 +222,13 @@ def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Pl
     if at_low > budget:
         raise DataError(
             f"{task.name} at {format_length(budget)}: the shortest prompt and its answer take {at_low} tokens with "
-            f"this tokenizer; ask for a length of at least {at_low}"
+            f"this tokenizer; give a length of at least {at_low}"
         )
     if most is not None and most <= low:
-        raise DataError(f"{task.name}: the haystack has {most} sentences of {low + 1} needed; give a longer --text")
+        raise DataError(
+            f"{task.name}: the haystack has {most} sentences of {low + 1} needed; give a longer ",
+            Setting("text", form="name"),
+        )
     high, rate, steps = None, None, 0
     while high is None or high - low > 1:
         estimate = low + int((budget - at_low) / rate) if rate else low + 16
@@ -243,7 +246,8 @@ def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Pl
             if guess == most:
                 raise DataError(
                     f"{task.name} at {format_length(budget)}: the {most} sentences or words are only {tokens} "
-                    "tokens; ask for a shorter length or give a longer --text"
+                    "tokens; give a shorter length or a longer ",
+                    Setting("text", form="name"),
                 )
     return low
 

@@ -41,7 +41,7 @@ import numpy as np
 
 from ...engine import tensor_parallel
 from ...engine.storage import write_atomic
-from ...errors import DataError
+from ...errors import DataError, Setting
 
 _KEY = re.compile(r"\w{1,64}")  # also a file name
 
@@ -164,8 +164,9 @@ class Run:
 
     def _unwritable(self, error: OSError) -> DataError:
         return DataError(
-            f"{self.folder} cannot be written ({error.strerror or error}); free some space, or give another "
-            "folder with --out. Finished rows are stored, and the same command continues from there"
+            f"{self.folder} cannot be written ({error.strerror or error}); free some space, or give another folder (",
+            Setting("out", "FOLDER"),
+            "). Finished rows are stored, and the same command continues from there",
         )
 
     def _losses_file(self, row: Row) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 from cmaes import CMA
 from scipy.optimize import isotonic_regression
 
-from ...errors import ConfigError
+from ...errors import ConfigError, Setting
 from ...scaling.longrope import LongRoPE
 from ...scaling.rope import RopeSpec, Scaler
 
@@ -68,8 +68,9 @@ class FactorSpace:
         factor = target / rope.trained_length
         if largest is not None and not math.inf > largest > 1:
             raise ConfigError(
-                f"largest factor {largest:g} must be finite and above 1, because factors lie between 1 and it; "
-                f"give for example {factor:g}, the ratio of target and trained length"
+                Setting("largest_factor", f"{largest:g}", "given"),
+                f" must be finite and above 1, because factors lie between 1 and it; "
+                f"give for example {factor:g}, the ratio of target and trained length",
             )
         pairs = rope.dim // 2 if rope.rotating_pairs is None else rope.rotating_pairs
         frequencies = start.frequencies(rope, target)

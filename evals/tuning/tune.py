@@ -32,7 +32,7 @@ from rich.console import Console
 
 from ...engine import tensor_parallel
 from ...engine.model import Model
-from ...errors import ConfigError
+from ...errors import ConfigError, Setting
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import Auto
@@ -94,7 +94,10 @@ def tune(
         )
     _check_search(model, tokens, search, largest_factor)
     if any(str(rope).strip() == Auto.name for rope in ropes):
-        raise ConfigError("auto is no scaler but chooses among tuned ones; leave it out of ropes")
+        raise ConfigError(
+            "auto is no scaler but chooses among tuned ones; leave it out of ",
+            Setting("rope", form="name", python="ropes"),
+        )
     console = console or Console(quiet=True)
     document = text if isinstance(text, Text) else load_text(text)
     before = model.rope
@@ -113,12 +116,18 @@ def _check_search(model: Model, target: int, search: str, largest_factor: float 
         raise ConfigError(f"unknown search {search!r}; choose one of {', '.join(get_args(Search))}")
     if search == "factors" and not can_skim(model):
         raise ConfigError(
-            "search 'factors' needs skimming, and only compiled models can skim; load the model on the CPU with "
-            "compile=True, or search 'methods'"
+            Setting("search", "factors"),
+            " needs skimming, and only compiled models can skim; load the model on the CPU with ",
+            Setting("compile", True),
+            ", or use ",
+            Setting("search", "methods"),
         )
     if search == "methods" and largest_factor is not None:
         raise ConfigError(
-            f"largest_factor {largest_factor:g} bounds searched factors, and search 'methods' searches none; "
-            "search 'factors'"
+            Setting("largest_factor", f"{largest_factor:g}", "given"),
+            " bounds searched factors, and ",
+            Setting("search", "methods"),
+            " searches none; use ",
+            Setting("search", "factors"),
         )
     FactorSpace.around(Scaler(), model.spec, target, largest_factor)

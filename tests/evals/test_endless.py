@@ -84,7 +84,7 @@ def test_scalers_that_hold_every_key_are_refused(subject, text, spec):
 
 def test_a_text_that_is_too_short_is_refused(subject):
     short = Text(name="short", documents=("import os\n" * 50,), sha256="2" * 64)
-    with pytest.raises(rw.DataError, match="give a longer --text"):
+    with pytest.raises(rw.DataError, match="give a longer text"):
         cells(subject, short, [rw.parse("sink-window:64")], contexts=[4096], places=4)
 
 

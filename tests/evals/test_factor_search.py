@@ -215,7 +215,7 @@ def test_what_cannot_be_searched_is_refused(model, text, tiny_folder):
         tune(model, "4x", text=text, search="all")
     with pytest.raises(ConfigError, match="largest_factor 8 bounds searched factors"):
         tune(model, "4x", text=text, largest_factor=8)
-    with pytest.raises(ConfigError, match="largest factor 1 must be"):
+    with pytest.raises(ConfigError, match="largest_factor 1 must be"):
         tune(model, "4x", text=text, search="factors", largest_factor=1)
     with pytest.raises(DataError, match="and all of them are read; a search needs others"):
         tune(

@@ -147,7 +147,7 @@ def test_the_real_model_answers_in_every_way(subject, tmp_path):
 
 
 def test_parts_that_do_not_fit_are_refused(subject):
-    with pytest.raises(rw.ConfigError, match=r"2 parts of 600 tokens are longer than the trained length, 256; use 3 parts"):
+    with pytest.raises(rw.ConfigError, match="2 parts of 600 tokens are longer than the trained length, 256; use 3"):
         cells(subject, HAY, [], contexts=[600], parts=[2, 4], documents=1, questions=2)
 
 

@@ -225,7 +225,7 @@ def test_lengths_that_cannot_be_had_are_refused(tiny):
         assemble(TASKS["passkey"], tiny, Place(context=64, depth=0.5), 0)
     with pytest.raises(rw.DataError, match="the 1000 sentences or words are only"):
         assemble(TASKS["niah"], tiny, place(TASKS["niah"], 100_000), 0)
-    with pytest.raises(rw.DataError, match="give a longer --text"):
+    with pytest.raises(rw.DataError, match="give a longer text"):
         short = Text(name="short", documents=("One. Two. Three.",), sha256="")
         assemble(TASKS["niah"], tiny, Place(context=1000, depth=0.5, text=short), 0)
 
