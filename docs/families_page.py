@@ -52,11 +52,14 @@ def write_families(verdicts: dict[str, tuple[str, str]], version: str) -> str:
         "",
         PART,
         "",
-        "| family | static frequencies | position maps and growing lengths |",
+        "| families | static frequencies | position maps and growing lengths |",
         "|---|---|---|",
     ]
-    rest = {name: verdict for name, verdict in verdicts.items() if verdict != (SERVED, SERVED)}
-    parts += [f"| {name} | {one} | {other} |" for name, (one, other) in rest.items()]
+    rest: dict[tuple[str, str], list[str]] = {}
+    for name, verdict in verdicts.items():
+        if verdict != (SERVED, SERVED):
+            rest.setdefault(verdict, []).append(name)
+    parts += [f"| {', '.join(names)} | {one} | {other} |" for (one, other), names in rest.items()]
     return "\n".join(parts) + "\n"
 
 
@@ -66,4 +69,4 @@ def read_families() -> dict[str, tuple[str, str]]:
     every, _, part = text.partition(EVERY)[2].partition(PART)
     rows = [line.strip("|\n ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
     verdicts = dict.fromkeys(re.findall(r"`([^`]+)`", every), (SERVED, SERVED))
-    return verdicts | {name: (one, other) for name, one, other in rows[1:]}
+    return verdicts | {name: (one, other) for names, one, other in rows[1:] for name in names.split(", ")}
