@@ -111,7 +111,7 @@ def check_ropewalk(arguments, runs):
     for argument in rest:
         if argument.startswith("runs/"):  # some commands refuse folders that are not there
             Path(argument).mkdir(parents=True, exist_ok=True)
-        if argument.endswith(".txt"):
+        if argument.endswith((".txt", ".jsonl")):
             Path(argument).touch()
     command.make_context(name, list(rest), parent=parent)
     for option, value in pairwise(rest):
