@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from prepared import python
 
+import ropewalk as rw
 from ropewalk import ConfigError, ContextOverflow, SamplingParams, errors, load
 from ropewalk.cli.main import COMMANDS, GROUPS, cli, main, shell_message
 from ropewalk.cli.options import place
@@ -68,7 +69,7 @@ BEGINNINGS = {
     "--kv-dtype": "Numbers of keys and values",
     "--seed": "Seed ",
     "--out": ("Folder for the results", "Picture of "),
-    "--max-minutes": "Leave out what would not finish in this time",
+    "--max-minutes": ("Leave out what would not finish in this time", "End after this time"),
 }
 """How the help of an option begins, whatever the command."""
 
@@ -91,6 +92,29 @@ def test_show_tells_and_draws_where_it_is_asked_to(tmp_path, monkeypatch):
     assert drawn.splitlines()[-2:] == [f"{'drawn':<20} a.png", f"{'drawn':<20} a.svg"]
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert (tmp_path / "a.svg").exists()
+
+
+def test_the_cache_is_listed_and_entries_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path))
+    for name, size in (("gguf-a-1", 3_000_000), ("gguf-b-2", 2_000_000), ("kernels", 10), ("tuned", 10)):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "file").write_bytes(b"x" * size)
+
+    def cache(*arguments):
+        return CliRunner().invoke(cli, ["cache", *arguments])
+
+    listed = cache().stdout
+    assert listed.splitlines()[0] == "      3.0 MB  gguf-a-1  (a .gguf file, converted for transformers)"
+    assert listed.splitlines()[-1] == f"      5.0 MB  in {tmp_path}" and "tuned" not in listed
+    assert "has no entry gguf-c*" in str(cache("--remove", "gguf-a*", "--remove", "gguf-c*").exception)
+    assert (tmp_path / "gguf-a-1").exists(), "nothing is removed then"
+    assert "5.0 MB  removed from" in cache("--remove", "gguf-*").stdout
+    assert cache("--remove", "tuned").exception
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels", "tuned"]
+
+
+def test_version():
+    assert CliRunner().invoke(cli, ["--version"]).output.endswith(f", version {rw.__version__}\n")
 
 
 def test_generate_streams_and_scores_are_repeatable(tiny_folder):
@@ -187,7 +211,7 @@ def test_mistakes_of_usage_are_a_sentence_too(arguments, message, monkeypatch, c
 
 
 @pytest.mark.parametrize(("command", "goes_on"), [("ppl", True), ("tune", True), ("generate", False), ("show", False)])
-def test_a_stopped_command_says_whether_it_goes_on(command, goes_on, monkeypatch, capfd):
+def test_a_stopped_command_says_whether_it_resumes(command, goes_on, monkeypatch, capfd):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
@@ -195,6 +219,15 @@ def test_a_stopped_command_says_whether_it_goes_on(command, goes_on, monkeypatch
     assert in_this_process(monkeypatch, command, "a", *(["b"] if command == "generate" else [])) == 130
     rest = "; what was measured is stored, run the same command again to continue" if goes_on else ""
     assert capfd.readouterr().err.strip() == f"ropewalk: stopped{rest}"
+
+
+def test_a_stopped_measurement_says_what_it_stored(monkeypatch, capfd):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt("2 rows are stored in runs/a")
+
+    monkeypatch.setattr(cli.get_command(click.Context(cli), "ppl"), "invoke", stopped)
+    assert in_this_process(monkeypatch, "ppl", "a") == 130
+    assert capfd.readouterr().err.strip() == "ropewalk: stopped; 2 rows are stored in runs/a"
 
 
 def test_a_mistake_shows_no_traceback_in_the_shell():
@@ -245,9 +278,7 @@ def test_ctrl_c_keeps_finished_cells_and_says_so(tiny_folder, tmp_path):
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=240)
     assert running.returncode == 130, errors
-    assert errors.strip().endswith(
-        "ropewalk: stopped; what was measured is stored, run the same command again to continue"
-    )
+    assert f"ropewalk: stopped; 1 finished row is stored in {tmp_path / 'run'}; the same command goes on" in errors
     assert "ropewalk: stopping\n" in errors
     assert "Traceback" not in errors
     assert len(results.read_text(encoding="utf-8").splitlines()) == 1

@@ -13,7 +13,7 @@ import click
 from ..errors import DataError
 from .messages import print_json
 from .options import EXAMPLES, command, json_option, loads_a_model, rope_option, sampling_options
-from .waiting import load_model, waiting
+from .waiting import fetch_model, load_model, waiting
 
 if TYPE_CHECKING:
     from ..engine.completion import Completion
@@ -223,13 +223,15 @@ def _refuse_too_long(model: str, text: str | bytes, params: SamplingParams, rope
     Raises:
         ContextOverflow: as `Model.generate` does.
     """
-    from ..engine.checkpoints.checkpoint import read_tokenizer
-    from ..engine.checkpoints.config import find_config, primary_rope
-    from ..engine.scaled_model import too_long
-    from ..scaling import Auto, parse
-    from ..tokenizer_tools.vocabularies import vocabulary
+    fetch_model(model)
+    with waiting(f"reading the config of {Path(model).name}"):
+        from ..engine.checkpoints.checkpoint import read_tokenizer
+        from ..engine.checkpoints.config import find_config, primary_rope
+        from ..engine.scaled_model import too_long
+        from ..scaling import Auto, parse
+        from ..tokenizer_tools.vocabularies import vocabulary
 
-    source, config = find_config(model)
+        source, config = find_config(model)
     configured = primary_rope(config)
     scaler = parse(rope, configured.max_length)
     reach = float("inf") if isinstance(scaler, Auto) else configured.reach(scaler)

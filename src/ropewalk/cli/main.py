@@ -42,13 +42,14 @@ GROUPS = {
     },
     "Choose a scaler": {
         "scalers": ("scalers:scalers", "List every method, its fields and its source."),
-        "show": ("scalers:show", "Draw what a scaler does."),
+        "show": ("scalers:show", "What a scaler does, in numbers or drawn."),
         "base": ("scalers:base", "Which rotary base a context needs."),
     },
     "Look up and fetch": {
         "explain": ("export:explain", "What each engine does with the rotary config of a model."),
         "vocab": ("vocab:vocab", "A tokenizer in numbers: size, compression, cut prompts."),
         "fetch": ("export:fetch", "Download the built-in model and texts."),
+        "cache": ("cache:cache", "What is stored on this machine, and removing it."),
     },
 }
 """Every command by its group, with its module and function, and its line in `ropewalk --help`."""
@@ -90,11 +91,12 @@ class LazyGroup(click.Group):
         try:
             with contextlib.nullcontext() if handles_ctrl_c else stopping_said():
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             resumes = command is not None and any(map(_is_folder_of_results, command.params))
-            rest = "; what was measured is stored, run the same command again to continue" if resumes else ""
-            raise click.Abort(rest) from None
+            usual = "what was measured is stored, run the same command again to continue" if resumes else ""
+            rest = str(stop) or usual  # the measurement itself says what it stored
+            raise click.Abort(f"; {rest}" if rest else "") from None
         except RopewalkError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             if command is not None:
@@ -120,7 +122,10 @@ def cli() -> None:
 
     A scaler is written NAME:FACTOR, as in yarn:4, and several act together as in "ntk:4|resonance";
     `ropewalk scalers` lists them. Without time to tune take auto, and yarn:F for a served engine, F the ratio of the
-    lengths. Lengths, also those in a scaler, read 512, 8k, 1M (k = 1024) or 2x (times the trained length).
+    lengths. Lengths, also those in a scaler, are written 512, 8k, 1M (k = 1024) or 2x (times the trained length).
+
+    Tab completion in bash: eval "$(_ROPEWALK_COMPLETE=bash_source ropewalk)", in ~/.bashrc to keep it; zsh_source and
+    fish_source are for those shells.
     """
 
 

@@ -62,7 +62,7 @@ class Command(click.Command):
         """Write the options, those of each heading in a section of their own."""
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
-            if (record := parameter.get_help_record(ctx)) is not None:
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)) is not None:
                 sections.setdefault(_UNDER.get(parameter.name or "", "Options"), []).append(record)
         for heading, records in sections.items():
             if records:

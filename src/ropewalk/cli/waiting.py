@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,25 +58,36 @@ def _line(counts: bool, unit: str) -> Progress:
         Task,
         TextColumn,
         TimeElapsedColumn,
-        TimeRemainingColumn,
     )
     from rich.text import Text
 
     class Rate(ProgressColumn):
-        """How many a second, once that is known."""
+        """How many a second since the beginning, and the time left, once something is done."""
 
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:,.0f}/s" if task.speed and not task.finished else "")
+            if not task.completed or not task.elapsed or task.remaining is None:
+                return Text("")
+            rate = task.completed / task.elapsed
+            return Text(f"{rate:,.4g}/s, {timedelta(seconds=round(task.remaining / rate))} left")
 
     columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
     if counts:
         columns += [BarColumn(), TextColumn(f"{{task.completed:,.0f}} of {{task.total:,.0f}} {unit}"), Rate()]
-        columns += [TimeRemainingColumn(), TextColumn("left")]
     else:
         columns.append(TimeElapsedColumn())
-    return Progress(
-        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, speed_estimate_period=300
-    )
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+
+
+def fetch_model(name: str) -> None:
+    """Download or convert a model where that is needed, which has a bar of its own.
+
+    Raises:
+        AssetError: there is no such model, or it cannot be fetched.
+    """
+    with waiting("starting"):
+        from ..engine.checkpoints.source import resolve
+
+    resolve(name)
 
 
 def load_model(name: str, **settings: Any) -> Model:
@@ -84,10 +96,7 @@ def load_model(name: str, **settings: Any) -> Model:
     Raises:
         RopewalkError: as `load`.
     """
-    with waiting(f"loading {Path(name).name}"):
-        from ..engine.checkpoints.source import resolve
-
-    resolve(name)  # a download or a conversion has a bar of its own
+    fetch_model(name)
     with waiting(f"loading {Path(name).name}"):
         from ..engine.load import load
 
