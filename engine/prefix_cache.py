@@ -57,7 +57,7 @@ class PrefixCache:
         return self.cache
 
     def truncate_to(self, ids: list[int], interrupted: bool = False) -> None:
-        """Crop the cache, in all layers alike, to no more tokens than `ids`, which it begins with.
+        """Crop the cache, in all layers alike, so that it holds a beginning of `ids`.
 
         Args:
             interrupted: a step was interrupted (Ctrl-C), possibly between two layers.

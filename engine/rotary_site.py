@@ -153,5 +153,5 @@ def depends_on_length(sites: list[RotarySite], scaler: Scaler) -> bool:
 
 
 def primary_rotary(sites: list[RotarySite]) -> RotarySite:
-    """The site that stands for the model: that of its global layers."""
+    """The site whose frequencies count as those of the model: that of the global layers."""
     return next((site for site in sites if not site.is_local), sites[0])

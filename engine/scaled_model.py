@@ -118,15 +118,15 @@ class ScaledModel:
 
     @rope.setter
     def rope(self, scaler: str | Scaler | None) -> None:
-        wanted, choice = parse(scaler, self.trained_length), None
+        parsed, choice = parse(scaler, self.trained_length), None
         with self._lock:
-            if isinstance(wanted, Auto):
+            if isinstance(parsed, Auto):
                 stored = tuned_scalers.read(self.checkpoint_fingerprint)
                 choice = Choice.of(self.spec, self.trained_length, stored, self._slot.takes)
             else:
-                self._slot.put(wanted)
-            self._rope, self._choice = wanted, choice
-            self.reach = math.inf if choice else primary_rotary(self.sites).configured.reach(wanted)
+                self._slot.put(parsed)
+            self._rope, self._choice = parsed, choice
+            self.reach = math.inf if choice else primary_rotary(self.sites).configured.reach(parsed)
             self._slot.prepare(self.rope_at(None), None)
 
     def rope_at(self, length: int | None) -> Scaler:

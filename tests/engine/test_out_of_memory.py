@@ -1,4 +1,4 @@
-"""Too little memory in the middle of a text: smaller chunks are tried, then it is said, and nothing read is lost."""
+"""Memory that runs out in the middle of a text: smaller chunks are tried, then an error, and nothing read is lost."""
 
 import pytest
 import torch

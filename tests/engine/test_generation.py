@@ -1,4 +1,4 @@
-"""Several prompts at once: every row is what it is alone, and no shared beginning is read twice."""
+"""Several prompts together: every answer is the one that the prompt gets alone. A shared beginning is read once."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Streams without an end: keys that no later token sees are dropped, and nothing else changes."""
+"""Eviction: keys that no later token sees are dropped, and nothing else changes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A tokenizer with more tokens than the model: refused where one is needed, and none of them is ever drawn."""
+"""A tokenizer with more tokens than the model: the others are refused in prompts, and never drawn."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The names of special tokens in a text: characters like any others, unless it is asked for the tokens."""
+"""Names of special tokens in a text are ordinary characters, unless the model is loaded with `special_tokens`."""
 
 import time
 import warnings

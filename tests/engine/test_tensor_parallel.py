@@ -1,4 +1,4 @@
-"""A model split over two processes by torchrun computes what the whole one does."""
+"""A model that torchrun splits over two processes computes what the whole model does."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The first draw after a prompt: against laws known exactly, and against one forward for every cover."""
+"""The first token after a prompt, against distributions known exactly and against one forward for every cover."""
 
 import functools
 import math
