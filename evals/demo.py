@@ -317,7 +317,7 @@ def _passage(model: Model, best: Winner, run: Run, limit: float | None, rate: fl
     Goes on from the cache of the measurement. Kept in the run's folder, so that it is written once.
     """
     rope = str(best.cell.scaler)
-    ids = best.cell.passages[-1].ids[: -TARGET // 2]
+    ids = best.cell.windows[-1].ids[: -TARGET // 2]
     prompt = f"[… {len(ids)} tokens of the play, the last of them:]\n{model.tokenizer.decode(ids[-150:])}"
     file = run.folder / "passage.json"
     if file.exists():

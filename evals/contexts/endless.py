@@ -58,7 +58,7 @@ class EndlessCell(Cell):
         return list(itertools.pairwise(position_edges(self.context)))
 
     @property
-    def windows(self) -> list[int]:
+    def pass_lengths(self) -> list[int]:
         return [self.window] * (self.context // self.window + self.places * len(self.buckets))
 
     def row_recipes(self) -> list[dict[str, Any]]:

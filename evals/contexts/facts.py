@@ -137,7 +137,7 @@ class FactsCell(Cell):
         return f"{super().label}, document {self.document}, {way_name(self.way, self.parts)}"
 
     @property
-    def windows(self) -> list[int]:
+    def pass_lengths(self) -> list[int]:
         if self.way == "cut":
             return [self.recipe["trained_length"]]
         return [self.context // self.parts] * self.parts
@@ -172,7 +172,7 @@ class FactsCell(Cell):
                 )
             rows.append(row)
         model.model.clear_contexts()
-        for tokens in self.windows:
+        for tokens in self.pass_lengths:
             advance(0, tokens)
         return rows
 

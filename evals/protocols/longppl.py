@@ -88,7 +88,7 @@ class JudgeCell(Cell):
         return "judge"
 
     @property
-    def windows(self) -> list[int]:
+    def pass_lengths(self) -> list[int]:
         return [len(w.ids) - 1 for w in (*self.short, *self.full)]
 
     def row_recipes(self) -> list[dict[str, Any]]:

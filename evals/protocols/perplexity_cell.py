@@ -35,7 +35,7 @@ class PerplexityCell(Cell):
     """The windows of one row of results; for by-position, of one row per bucket.
 
     Args:
-        passages: the windows.
+        windows: windows of the text, with one or two forward passes each.
         judge: the cell that chooses the tokens that count. None: all scored tokens count.
         then: called with the cell, its rows and the model.
     """
@@ -43,14 +43,14 @@ class PerplexityCell(Cell):
     scaler: Scaler
     context: int
     protocol: Protocol
-    passages: tuple[Window, ...]
+    windows: tuple[Window, ...]
     recipe: dict[str, Any]
     judge: JudgeCell | None = None
     then: Callable[[PerplexityCell, list[Row], MeasuredModel], None] = field(default=lambda *_: None, compare=False)
 
     @property
-    def windows(self) -> list[int]:
-        return [len(w.ids) - 1 for w in self.passages for _ in range(self.protocol.passes)]
+    def pass_lengths(self) -> list[int]:
+        return [len(w.ids) - 1 for w in self.windows for _ in range(self.protocol.passes)]
 
     def row_recipes(self) -> list[dict[str, Any]]:
         buckets = (bucket or (None, None) for bucket in self.protocol.buckets(self.context))
@@ -62,7 +62,7 @@ class PerplexityCell(Cell):
     def measure(self, model: MeasuredModel, run: Run, advance: Advance) -> list[Row]:
         keys = self.judge.keys(run) if self.judge else None
         started = time.perf_counter()
-        result = self.protocol.measure(model, self.passages, advance)
+        result = self.protocol.measure(model, self.windows, advance)
         seconds = time.perf_counter() - started
         rows = []
         for recipe in self.row_recipes():
@@ -73,9 +73,9 @@ class PerplexityCell(Cell):
             scored = self._scored(chosen)
             measured = summary(losses, _count_bytes(model, scored)) | {
                 "tokens_sha256": tokens_sha256([token for window in scored for token in window]),
-                "documents": len(self.passages),
+                "documents": len(self.windows),
                 "seconds": seconds,
-                "tokens_per_second": sum(self.windows) / seconds,
+                "tokens_per_second": sum(self.pass_lengths) / seconds,
                 "peak_memory_mb": model.memory_mb,
             }
             if keys is not None:
@@ -94,7 +94,7 @@ class PerplexityCell(Cell):
 
     def _chosen(self, start: float, end: float, keys: np.ndarray[Any, Any] | None) -> list[np.ndarray[Any, Any]]:
         """Which scored tokens of each window count, bool [scored tokens]."""
-        places = [np.arange(w.first, len(w.ids)) for w in self.passages]
+        places = [np.arange(w.first, len(w.ids)) for w in self.windows]
         masks = [(place >= start) & (place < end) for place in places]
         if keys is None:
             return masks
@@ -105,7 +105,7 @@ class PerplexityCell(Cell):
         """The ids of the scored tokens of each window that count."""
         return [
             np.array(window.ids[window.first :])[mask].tolist()
-            for window, mask in zip(self.passages, chosen, strict=True)
+            for window, mask in zip(self.windows, chosen, strict=True)
         ]
 
 
@@ -215,7 +215,7 @@ def plan(model: MeasuredModel, source: Source, scalers: Sequence[Scaler], protoc
             scaler=scaler,
             context=context,
             protocol=protocol,
-            passages=windows[context],
+            windows=windows[context],
             recipe=shared
             | rope_recipe(scaler, scaled[scaler].rope_at, [len(window.ids) for window in windows[context]])
             | {"context": context, "places": places_of(windows[context])},

@@ -44,7 +44,7 @@ class RetrievalCell(Cell):
         return f"{super().label} {self.task.name}{depth}"
 
     @property
-    def windows(self) -> list[int]:
+    def pass_lengths(self) -> list[int]:
         return [self.context] * len(self.seeds)
 
     def row_recipes(self) -> list[dict[str, Any]]:

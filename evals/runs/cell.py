@@ -31,7 +31,7 @@ class Cell(ABC):
 
     @property
     @abstractmethod
-    def windows(self) -> Sequence[int]:
+    def pass_lengths(self) -> Sequence[int]:
         """Tokens of each forward pass."""
 
     @abstractmethod

@@ -1,4 +1,5 @@
-"""Runs cells: skips what is done, shows time left, keeps what is finished, stops in time."""
+"""Measure the cells of a run: skip finished ones, show the remaining time, store each row, respect
+a deadline."""
 
 from __future__ import annotations
 
@@ -16,30 +17,33 @@ from .cell import Cell
 from .progress import RunProgress, StopNotice
 from .result import Run, recipe_key
 
-_PATIENCE = 0.5  # seconds between two looks at what other processes have done
-_WIDEST = 48  # letters of a spec on the screen
+_PATIENCE = 0.5  # seconds between two checks for rows of other processes
+_WIDEST = 48  # characters of a spec on the screen
 
 
 @dataclass(kw_only=True)
 class RunOutcome:
-    """What a run did: cells measured now, found done before, and left out for lack of time.
+    """The cells of a run by what happened to them.
 
     Attributes:
-        rate: operations a second of what was measured now; None if nothing was.
+        measured: measured now.
+        already_done: stored before, or measured by another process.
+        left_out: not measured for lack of time.
+        rate: operations per second of the cells that were measured now; None if there were none.
     """
 
     measured: list[Cell] = field(default_factory=list)
-    found: list[Cell] = field(default_factory=list)
+    already_done: list[Cell] = field(default_factory=list)
     left_out: list[Cell] = field(default_factory=list)
     rate: float | None = None
 
 
 class TimeUp(Exception):
-    """A hard time limit has ended a cell."""
+    """A cell was stopped at a hard deadline."""
 
 
 def new_console() -> Console:
-    """Where progress is drawn: the terminal, for the first of several processes."""
+    """The terminal on which progress is drawn. It is quiet in all processes except the first."""
     return Console(quiet=not tensor_parallel.is_first())
 
 
@@ -55,31 +59,32 @@ def measure_all(
     then: Callable[[Cell], None] = lambda cell: None,
     progress: RunProgress | None = None,
 ) -> RunOutcome:
-    """Measure `cells` in order, with a progress bar; returns when all are done, here or by others.
+    """Measure `cells` in order, with a progress bar. Returns when all are done, here or in other
+    processes.
 
-    Processes that are given the same cells and folder share them: the process that claims a cell
-    first measures it, and another one takes over the cell of a process that died. Processes that
-    split one model measure every cell together, each with a run of its own (`open_run`).
+    Processes with the same cells and folder share the work: each cell is measured by the process
+    that claims it first. If a process dies, another one takes over its cell. Processes that split
+    one model measure every cell together, each with its own run (`open_run_of_rank`).
 
     Args:
-        model: its scaler is put back at the end.
+        model: its scaler is restored at the end.
         cells: finished ones are skipped.
-        run: where rows go, each as soon as it is finished.
+        run: where rows are written, each as soon as it is finished.
         console: where the bar is drawn.
-        deadline: `time.monotonic()` value; a cell that would not finish before it, at the rate
-            measured so far, is left out. Without a `rate` the first cell always begins.
-        is_hard: a cell that is still being measured at the deadline is given up.
-        rate: operations a second, as an earlier outcome tells it.
-        then: called with each cell that has been measured here.
-        progress: the bar of a longer search, on which this is one part; None draws one.
+        deadline: `time.monotonic()` value. A cell that would not finish before it, at the rate so
+            far, is left out. Without a `rate` the first cell always begins.
+        is_hard: a cell that is still running at the deadline is stopped and left out.
+        rate: operations per second of an earlier outcome.
+        then: called with each cell that was measured here.
+        progress: the bar of a longer search that this is a part of. None: a new bar is drawn.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; its text says what is stored.
+        KeyboardInterrupt: Ctrl-C. Its text says what is stored.
     """
-    outcome = RunOutcome(found=[c for c in cells if c.is_done(run)])
-    todo = [c for c in cells if c not in outcome.found]
-    if outcome.found and progress is None:
-        _print_found(outcome.found, cells, run, console)
+    outcome = RunOutcome(already_done=[c for c in cells if c.is_done(run)])
+    todo = [c for c in cells if c not in outcome.already_done]
+    if outcome.already_done and progress is None:
+        _print_already_done(outcome.already_done, cells, run, console)
     if not todo:
         return outcome
     with (
@@ -91,20 +96,20 @@ def measure_all(
             while todo:
                 todo = _take(todo, run, work, outcome, then)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{_stored(run)}{_GOES_ON if run.rows else ''}") from None
+            raise KeyboardInterrupt(f"{_stored(run)}{_CONTINUES if run.rows else ''}") from None
         finally:
             model.restore()
         outcome.rate = work.rate
     return outcome
 
 
-_GOES_ON = "; the same command goes on from there"
+_CONTINUES = "; the same command continues from there"
 
 
 def _take(
     cells: Sequence[Cell], run: Run, work: _Work, outcome: RunOutcome, then: Callable[[Cell], None]
 ) -> list[Cell]:
-    """Measure the cells that are free and fit in the time; returns those that other processes hold."""
+    """Measure the cells that are free and fit in the time. Returns those that other processes hold."""
     busy = []
     for cell in cells:
         if tensor_parallel.broadcast_from_rank0(work.is_too_late(cell)):
@@ -115,7 +120,7 @@ def _take(
             if not (is_ours and cell.is_ready(run)):
                 busy.append(cell)
             elif cell.is_done(run):
-                outcome.found.append(cell)
+                outcome.already_done.append(cell)
                 work.drop(cell)
             else:
                 try:
@@ -130,19 +135,19 @@ def _take(
     return busy
 
 
-def _print_found(found: Sequence[Cell], cells: Sequence[Cell], run: Run, console: Console) -> None:
-    """What an earlier run has measured."""
-    names = ", ".join(f"{_shown(cell)} at {cell.label}" for cell in found[:_NAMED])
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+def _print_already_done(already_done: Sequence[Cell], cells: Sequence[Cell], run: Run, console: Console) -> None:
+    """Print which cells an earlier run has measured."""
+    names = ", ".join(f"{_shown(cell)} at {cell.label}" for cell in already_done[:_NAMED])
+    more = f" and {len(already_done) - _NAMED} more" if len(already_done) > _NAMED else ""
     console.print(
-        f"{len(found)} of {len(cells)} cells were measured before, in {run.folder}: {names}{more}.",
+        f"{len(already_done)} of {len(cells)} cells were measured before, in {run.folder}: {names}{more}.",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
 
 
-_NAMED = 6  # cells of an earlier run that are named
+_NAMED = 6  # cells of an earlier run that are printed
 
 
 def _stored(run: Run) -> str:
@@ -153,7 +158,7 @@ def _stored(run: Run) -> str:
 
 
 class _Work:
-    """Cells measured one after the other, with a bar, and the rate at which it goes."""
+    """Measures cells one after the other, with a bar, and keeps the rate."""
 
     def __init__(
         self,
@@ -171,10 +176,10 @@ class _Work:
         self._done, self._spent = 0.0, 0.0  # operations, seconds
 
     def _operations(self, cell: Cell) -> float:
-        return self._cost.passes(cell.windows)
+        return self._cost.passes(cell.pass_lengths)
 
     def is_too_late(self, cell: Cell) -> bool:
-        """True if `cell` would not be done before the deadline."""
+        """True if `cell` would not finish before the deadline."""
         if self._deadline is None:
             return False
         rate, now = self.rate or self._known_rate, time.monotonic()
@@ -184,16 +189,16 @@ class _Work:
 
     @property
     def rate(self) -> float | None:
-        """Operations a second of what was measured here."""
+        """Operations per second of the cells that were measured here."""
         return self._done / self._spent if self._spent else None
 
     def drop(self, cell: Cell) -> None:
-        """Count a cell out that is not measured here."""
+        """Remove a cell from the remaining work: it is not measured here."""
         self._left -= self._operations(cell)
         self._show_end(0.0, 0.0)
 
     def wait(self) -> None:
-        """What is left is in the hands of other processes."""
+        """Wait for other processes, which measure the remaining cells."""
         self._bar.describe("waiting for other processes")
         time.sleep(_PATIENCE)
 
@@ -201,7 +206,7 @@ class _Work:
         """Measure a cell.
 
         Raises:
-            TimeUp: the deadline is hard and has come.
+            TimeUp: the deadline is hard and has passed.
         """
         self._bar.describe(f"{_shown(cell)} at {cell.label}")
         self._show_end(0.0, 0.0)
@@ -226,43 +231,44 @@ class _Work:
         self._bar.print(f"  {_shown(cell):<18} {cell.label:>6}  {cell.outcome(rows)}  [dim]{seconds:.0f} s[/dim]")
 
     def _show_end(self, done: float, seconds: float) -> None:
-        """Show when all would be done, after `done` operations of the present cell in `seconds`."""
+        """Show when all cells will be done, after `done` operations of the current cell in
+        `seconds`."""
         spent = self._spent + seconds
         rate = (self._done + done) / spent if spent and self._done + done else self._known_rate
         self._bar.expect(time.monotonic() + (self._left - done) / rate if rate else None)
 
 
 def _shown(cell: Cell) -> str:
-    """Its scaler in one line: lists of factors make a spec far longer than a screen is wide."""
+    """The scaler of a cell, cut to one line. A spec with a list of factors can be wider than the
+    screen."""
     spec = str(cell.scaler)
     return spec if len(spec) <= _WIDEST else spec[: _WIDEST - 3] + "..."
 
 
 def forward_rate(model: MeasuredModel, tokens: int) -> float:
-    """Operations a second of one forward pass over `tokens` tokens."""
+    """Operations per second of one forward pass over `tokens` tokens."""
     started = time.monotonic()
     model.time_forward(tokens)
     return model.cost.step(0, tokens - 1) / (time.monotonic() - started)
 
 
 def print_plan(model: MeasuredModel, cells: Sequence[Cell], console: Console) -> None:
-    """The cells, and about how long they would take, from one short forward pass."""
+    """Print the cells, and about how long they would take, estimated from one short forward pass."""
     cost = model.cost
     rate = forward_rate(model, min(1024, model.trained_length or 1024))
     table = Table("scaler", "context", "windows", "tokens fed", "about")
     for cell in cells:
-        seconds = cost.passes(cell.windows) / rate
+        seconds = cost.passes(cell.pass_lengths) / rate
         table.add_row(
             str(cell.scaler),
             cell.label,
-            str(len(cell.windows)),
-            str(sum(cell.windows)),
+            str(len(cell.pass_lengths)),
+            str(sum(cell.pass_lengths)),
             f"{seconds:.0f} s",
         )
     console.print(table)
-    total = sum(cost.passes(c.windows) for c in cells) / rate
-    longest = max(max(cell.windows) for cell in cells)
+    total = sum(cost.passes(c.pass_lengths) for c in cells) / rate
+    longest = max(max(cell.pass_lengths) for cell in cells)
     console.print(
-        f"{len(cells)} cells, about {total / 60:.1f} minutes; {model.needs(longest)}. Nothing was measured: this was "
-        "--dry-run."
+        f"{len(cells)} cells, about {total / 60:.1f} minutes; {model.needs(longest)}. Nothing was measured (--dry-run)."
     )

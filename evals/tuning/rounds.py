@@ -281,7 +281,7 @@ class Rounds:
         return None if self._deadline is None else now + (self._deadline - now) * _SHARES.get(name, 1)
 
     def _ends_before(self, deadline: float, cell: Cell) -> bool:
-        seconds = self._local.cost.passes(cell.windows) / self._rate if self._rate else 0.0
+        seconds = self._local.cost.passes(cell.pass_lengths) / self._rate if self._rate else 0.0
         return time.monotonic() + seconds <= deadline
 
     def _carry_out(
@@ -321,5 +321,5 @@ class Rounds:
         )
         self._rate = outcome.rate or self._rate
         self._complete &= not outcome.left_out
-        for cell in outcome.found:  # meanwhile measured by another process
+        for cell in outcome.already_done:  # meanwhile measured by another process
             load_rows(cell)

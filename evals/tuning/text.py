@@ -53,7 +53,7 @@ class SkimCell(Cell):
         return f"{format_length(len(self.sample.positions))} of {format_length(self.context)}"
 
     @property
-    def windows(self) -> list[int]:
+    def pass_lengths(self) -> list[int]:
         return [len(self.sample.positions)]
 
     def row_recipes(self) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ class TuneText:
         """The cell that reads `window` whole."""
         recipe = self._shared(scaler, window) | {"task": "tune", "protocol": FixedTarget.name, "target": self._scored}
         return PerplexityCell(
-            scaler=scaler, context=self._target, protocol=self._protocol, passages=(window,), recipe=recipe
+            scaler=scaler, context=self._target, protocol=self._protocol, windows=(window,), recipe=recipe
         )
 
     @property

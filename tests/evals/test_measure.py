@@ -28,7 +28,7 @@ class Clocked(Cell):
     def __init__(self, context, clock, seconds=1.0, stop=False):
         self.context, self._clock, self._seconds, self._stop = context, clock, seconds, stop
 
-    windows = (10,) * 4
+    pass_lengths = (10,) * 4
 
     def row_recipes(self):
         return [{"context": self.context}]
@@ -36,7 +36,7 @@ class Clocked(Cell):
     def measure(self, model, run, advance):
         if self._stop:
             raise KeyboardInterrupt
-        for _ in self.windows:
+        for _ in self.pass_lengths:
             self._clock[0] += self._seconds
             advance(0, 10)
         return [run.add(self.row_recipes()[0], {"loss": 1.0})]
@@ -90,7 +90,7 @@ def test_ctrl_c_says_what_is_stored(tmp_path, clock):
     with pytest.raises(KeyboardInterrupt, match=r"^nothing was finished, so nothing is stored$"):
         measure_all(MODEL, [Clocked(1, clock, stop=True)], run, screen())
     with pytest.raises(
-        KeyboardInterrupt, match=r"^1 finished row is stored in .*; the same command goes on from there"
+        KeyboardInterrupt, match=r"^1 finished row is stored in .*; the same command continues from there"
     ):
         measure_all(MODEL, [Clocked(1, clock), Clocked(2, clock, stop=True)], run, screen())
 

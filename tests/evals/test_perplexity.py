@@ -60,9 +60,9 @@ def test_fixed_target_scores_the_same_tokens_at_every_context_and_uses_documents
     plan = FixedTarget(contexts=(32, 128), target=16, samples=3)
     documents = (WORDS[:100], WORDS[:400], WORDS[400:900])
     planned = cells(LocalModel(model), text(*documents), [Scaler()], plan)
-    targets = [[w.ids[w.first :] for w in cell.passages] for cell in planned]
+    targets = [[w.ids[w.first :] for w in cell.windows] for cell in planned]
     assert targets[0] == targets[1]
-    assert [w.place for w in planned[0].passages] == ["1:200", "2:250", "1:400"]
+    assert [w.place for w in planned[0].windows] == ["1:200", "2:250", "1:400"]
 
 
 def test_no_token_is_scored_twice_and_fewer_samples_are_told_once(tmp_path, caplog):
@@ -92,7 +92,7 @@ def test_cells_of_other_windows_are_other_cells():
         cells(LocalModel(model), text(WORDS), [Scaler()], FixedTarget(contexts=contexts, target=16, samples=20))[0]
         for contexts in ((32,), (32, 100))
     )
-    assert [w.place for w in short.passages[1:]] == [w.place for w in long.passages[1:]]
+    assert [w.place for w in short.windows[1:]] == [w.place for w in long.windows[1:]]
     assert short.recipe["places"].startswith("20 windows to 0:1910, sha256 ")
     assert recipe_key(short.recipe) != recipe_key(long.recipe)
 
@@ -325,7 +325,7 @@ def test_cost_counts_the_steps_of_a_cell_once():
     cost = ForwardCost.of(model)
     cell = cells(LocalModel(model), text(WORDS), [Linear(factor=2)], FixedTarget(contexts=(128,), target=16))[0]
     steps = [cost.step(past, 1) for past in range(127)]
-    assert sum(steps) == pytest.approx(cost.passes(cell.windows), rel=1e-9)
+    assert sum(steps) == pytest.approx(cost.passes(cell.pass_lengths), rel=1e-9)
     config = model.hf.config
     embedding = 257 * config.hidden_size
     weights = sum(p.numel() for p in model.hf.parameters()) - embedding

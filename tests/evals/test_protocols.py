@@ -217,7 +217,7 @@ def test_every_scaler_and_context_is_scored_on_the_judges_keys_and_the_judge_is_
     plan = LongPPL(contexts=(64, 128), target=48, samples=2, judge="yarn: 2.0")
     planned = cells(LocalModel(model), text(WORDS), [parse("none"), parse("linear:2")], plan)
     assert isinstance(planned[0], JudgeCell)
-    assert planned[0].windows == [63, 63, 127, 127]
+    assert planned[0].pass_lengths == [63, 63, 127, 127]
     run = Run(tmp_path)
     for cell in planned:
         measure(model, cell, run)

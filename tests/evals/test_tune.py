@@ -247,7 +247,7 @@ def test_a_skim_tells_which_tokens_it_scored(model, text, tmp_path):
     places = TuneText(model, text, TARGET, searches=False)
     skim, read = (make(Scaler(), places.windows[0]) for make in (places.skim, places.read))
     rows = [cell.measure(LocalModel(model), Run(tmp_path), lambda past, count: None)[0] for cell in (skim, read)]
-    scored = [cell.ids[cell.first :] for cell in (skim.window, read.passages[0])]
+    scored = [cell.ids[cell.first :] for cell in (skim.window, read.windows[0])]
     assert [row["tokens_sha256"] for row in rows] == [tokens_sha256(ids) for ids in scored]
 
 
