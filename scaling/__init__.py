@@ -1,4 +1,4 @@
-"""The mathematics of RoPE scaling: facets, methods, the base bound. Imports torch only.
+"""The mathematics of RoPE scaling: methods by facet, spec strings, and configs. It imports torch only.
 
 from ropewalk.scaling import YaRN, RopeSpec, parse
 YaRN(factor=4).frequencies(RopeSpec(dim=64, base=1e5, trained_length=8192))

@@ -1,4 +1,4 @@
-"""A band: which keys a query sees, and at which positions."""
+"""Bands: the keys that a query sees, and the positions at which it sees them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 PositionMap = Callable[[Tensor], Tensor]
-"""Integer positions in, positions out, of the same shape."""
+"""A function from integer positions to positions of the same shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Band:
-    """One part of the keys of every query: ordinary attention at mapped positions.
+    """A range of keys for every query, with ordinary attention at mapped positions.
 
-    Query i sees the keys start(i) <= j < stop(i) at positions query(i) and key(j). Both borders grow with i, by
-    0 or 1 a step but for jumps where a chunk ends. The bands of a position map share out the keys 0..i of every
-    query, each key once (a map that forgets leaves some to none), so that their parts join exactly.
+    Query i sees the keys start(i) <= j < stop(i) at the positions query(i) and key(j). Both borders grow with i:
+    by 0 or 1 from one query to the next, and by more only where a chunk ends. The bands of a position map divide
+    the keys 0..i of each query among themselves. Each key is in one band, or in none if the map evicts it.
 
     Args:
-        name: what the band is called in pictures.
-        start: first key that query i sees, int64 -> int64.
+        name: name of the band in plots.
+        start: the first key that query i sees, int64 -> int64.
         stop: the key after the last one, at most i + 1, int64 -> int64.
-        query: position by which query i is rotated, int64 -> float64; need not be whole.
-        key: position by which key j is rotated, int64 -> float64. Bands with the same function share their
+        query: the position of query i in the rotation, int64 -> float64. It can be a fraction.
+        key: the position of key j in the rotation, int64 -> float64. Bands with the same function share their
             rotated keys.
     """
 
@@ -47,16 +47,16 @@ def zero(x: Tensor) -> Tensor:
 
 
 def after(x: Tensor) -> Tensor:
-    """The position after."""
+    """The next position."""
     return x + 1
 
 
 PLAIN = Band(name="all", start=zero, stop=after, query=same, key=same)
-"""The one band of a model without a position map."""
+"""The only band of a model without a position map."""
 
 
 def near_and_far(window: int, query: PositionMap, key: PositionMap) -> tuple[Band, Band]:
-    """Keys nearer than `window` as they are; those at `window` or farther at the given positions."""
+    """Keys nearer than `window` at their own distance; keys at `window` or farther at the given positions."""
 
     def border(i: Tensor) -> Tensor:
         return (i - window + 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Methods that change the rotary base alone, and the rules for the base that a length needs."""
+"""Methods that change only the rotary base, and rules for the base that a length needs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .rope import Facet, Frequencies, RopeSpec, Scaler
 
 
 def with_base(rope: RopeSpec, base: float) -> Frequencies:
-    """The frequencies of another base; the model's own, to the bit, if it is the same one."""
+    """The frequencies with another base. With the same base they are the model's own, bit for bit."""
     return Frequencies(rope.theta * (base / rope.base) ** -rope.exponents)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Base(Scaler):
-    """A base chosen by hand: theta_i = base^(-2i/d). Adjusted base frequency (ABF).
+    """A given base: theta_i = base^(-2i/d). Adjusted base frequency (ABF).
 
-    Its reach is that of the NTK factor with the same base. Source: Xiong et al., arXiv 2309.16039.
+    Its reach is that of `ntk` with the factor that gives the same base. Source: Xiong et al., arXiv 2309.16039.
 
     Args:
         base: the rotary base, above 1.
@@ -59,7 +59,7 @@ class _ForLength(Scaler):
         if self.length < rope.trained_length:
             raise ConfigError(
                 f"{self.name}: length {self.length} is below the trained length {rope.trained_length}; "
-                "ask for at least that"
+                "take at least the trained length"
             )
 
     def reach(self, rope: RopeSpec) -> float:
@@ -70,11 +70,11 @@ class _ForLength(Scaler):
 class CriticalBase(_ForLength):
     """The base that keeps the critical dimension in place: b' = b^(ln(N / 2pi) / ln(L / 2pi)).
 
-    The dimensions up to the critical one, 2 ceil(d/2 log_b(L / 2pi)), completed a full rotation in training; with
-    b' the same dimensions make one over N. Source: Liu et al., arXiv 2310.05209.
+    The dimensions up to the critical one, 2 ceil(d/2 log_b(L / 2pi)), completed a full rotation in training. With
+    b' the same dimensions complete one over N. Source: Liu et al., arXiv 2310.05209.
 
     Args:
-        length: N, tokens to carry, at least the trained length.
+        length: N, the target length in tokens, at least the trained length.
     """
 
     name: ClassVar[str] = "critical-base"
@@ -84,13 +84,13 @@ class CriticalBase(_ForLength):
         super().check(rope)
         if rope.trained_length <= 2 * math.pi:
             raise ConfigError(
-                f"critical-base: no pair turns once within the trained length {rope.trained_length}; "
-                "the rule needs one of 7 or more"
+                f"critical-base: no pair completes a rotation within the trained length {rope.trained_length}; "
+                "the rule needs a trained length of at least 7"
             )
         if self._power(rope) * math.log(rope.base) > math.log(sys.float_info.max):
             raise ConfigError(
-                f"critical-base: from {rope.trained_length} to {self.length} tokens the base {rope.base:g} becomes its "
-                f"power of {self._power(rope):.4g}, more than float64 holds; ask for a shorter length"
+                f"critical-base: from {rope.trained_length} to {self.length} tokens the base {rope.base:g} is raised "
+                f"to the power {self._power(rope):.4g}, which exceeds float64; take a shorter length"
             )
 
     def _power(self, rope: RopeSpec) -> float:
@@ -105,7 +105,7 @@ class CriticalBase(_ForLength):
 
 
 def critical_dimension(rope: RopeSpec) -> int:
-    """2 ceil(d/2 log_b(L / 2pi)): dimensions below it complete a full rotation over L. arXiv 2310.05209."""
+    """2 ceil(d/2 log_b(L / 2pi)). Dimensions below it complete a full rotation over L. arXiv 2310.05209."""
     return 2 * math.ceil(rope.dim / 2 * math.log(rope.trained_length / (2 * math.pi), rope.base))
 
 
@@ -117,34 +117,34 @@ class BaseBound(_ForLength):
     Source: Men et al., arXiv 2405.14591; kexue.fm/archives/10122; see `scaling.base_bound`.
 
     Args:
-        length: N, tokens to carry, at least the trained length.
+        length: N, the target length in tokens, at least the trained length.
     """
 
     name: ClassVar[str] = "base-bound"
     source: ClassVar[str] = "arXiv 2405.14591"
 
     def base(self, rope: RopeSpec) -> float:
-        """The base chosen."""
+        """The smallest feasible base that is not below the model's own."""
         return smallest_feasible_base(self.length, rope.dim, at_least=rope.base)
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
         return with_base(rope, self.base(rope))
 
 
-FIT = (0.0424, 1.628)
-"""c and p of the fit c N^p to the smallest feasible bases for d = 128, 1k to 1M: figure 1 of arXiv 2405.14591."""
+PAPER_FIT = (0.0424, 1.628)
+"""c and p of c N^p, fitted to the smallest feasible bases for d = 128 and 1k to 1M: figure 1 of arXiv 2405.14591."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRule:
-    """What one rule answers.
+    """The base that one rule gives for a length N.
 
     Attributes:
-        name: of the rule, in a few words.
-        assumes: what it takes to be enough, in a few words.
-        base: the base that it gives.
-        fails_at: the first distance below N at which that base breaks the base bound; None if it carries all N.
-        spec: the scaler with this base; for `base-bound` it is the same to 1e-10 (relative).
+        name: name of the rule.
+        assumes: the condition that the rule takes as sufficient, in a few words.
+        base: the base.
+        fails_at: the first distance below N at which this base violates the base bound; None if it holds up to N.
+        spec: the spec of the scaler with this base. For `base-bound` the two agree to 1e-10 (relative).
     """
 
     name: str
@@ -155,18 +155,18 @@ class BaseRule:
 
 
 def base_rules(rope: RopeSpec, length: int) -> tuple[BaseRule, ...]:
-    """What every rule answers for N = `length` on this model; the first is the model's own base.
+    """The base of every rule for N = `length` on this model. The first entry is the model's own base.
 
-    The fit and the limit are rounded to six digits, more than their constants have. CPU time as of
-    `smallest_feasible_base`, which is asked for the smallest base of all, and again from the model's own on where
-    that is larger.
+    The fit and the limit are rounded to six digits, more than their constants have. The CPU time is that of
+    `smallest_feasible_base`, which runs once from the smallest base of all, and a second time from the model's own
+    base if that is larger.
 
     Raises:
         ConfigError: `length` is below the trained length, not all pairs rotate, or the dimension is below 6.
     """
     _check(rope, length)
     stretch = length / rope.trained_length
-    critical, scale, power = CriticalBase(length=length), *FIT
+    critical, scale, power = CriticalBase(length=length), *PAPER_FIT
     critical.check(rope)
     smallest, above = _smallest(rope, length), _every_base_above(rope, length)
     fit, limit = (float(f"{base:.6g}") for base in (scale * length**power, length / ASYMPTOTIC))
@@ -193,25 +193,25 @@ def base_rules(rope: RopeSpec, length: int) -> tuple[BaseRule, ...]:
 
 
 def round_up(base: float) -> Decimal:
-    """`base` in ten digits, rounded up: below the edge of its island a base fails."""
+    """`base` in ten digits, rounded up, because a base below the edge of its island fails."""
     return Context(prec=10, rounding=ROUND_CEILING).create_decimal(repr(base).removesuffix(".0"))
 
 
 def _check(rope: RopeSpec, length: int) -> None:
     if length < rope.trained_length:
         raise ConfigError(
-            f"length {length} is below the trained length {rope.trained_length}; the rules lengthen, so ask for at "
-            "least that"
+            f"length {length} is below the trained length {rope.trained_length}; the rules extend it, so take at "
+            "least the trained length"
         )
     if rope.rotating_pairs is not None:
         raise ConfigError(
-            f"{rope.rotating_pairs} of {rope.dim // 2} pairs rotate in this model, and the rules for a base need all "
-            f"to rotate; ask for the bound alone, with --dim {rope.dim}"
+            f"only {rope.rotating_pairs} of {rope.dim // 2} pairs rotate in this model, and the rules for a base need "
+            f"all of them; use the bound alone, with --dim {rope.dim}"
         )
 
 
 def _smallest(rope: RopeSpec, length: int) -> float:
-    smallest = smallest_feasible_base(length, rope.dim)  # `base_report` asks for it too, and it is kept
+    smallest = smallest_feasible_base(length, rope.dim)  # cached, and `base_report` needs it too
     return smallest if smallest >= rope.base else smallest_feasible_base(length, rope.dim, at_least=rope.base)
 
 

@@ -1,8 +1,8 @@
 """Position interpolation, the NTK-aware family, CoPE and Resonance.
 
-The first two divide theta_i by lambda_i with lambda growing from about 1 at the
-fastest pair to the factor s at the slowest; Linear is the flat case. kexue.fm/archives/9706 writes
-the family as mixed-radix numbers. CoPE slows the slowest pairs, and Resonance rounds wavelengths.
+The NTK-aware methods divide theta_i by lambda_i, which grows from about 1 at the fastest pair to the
+factor s at the slowest. Position interpolation divides every theta_i by s. kexue.fm/archives/9706
+derives the family from mixed-radix numbers. CoPE slows the slowest pairs. Resonance rounds wavelengths.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .rope import Facet, Factored, Frequencies, RopeSpec, Scaler
 class Linear(Factored):
     """Position interpolation (PI): theta_i / s.
 
-    Keeps every angle inside the trained range, at the price of local resolution; needs fine-tuning to
-    shine. Source: kaiokendev, SuperHOT, 2023; Chen et al., arXiv 2306.15595.
+    Every angle stays inside the trained range, but neighbours become harder to distinguish. It works best after
+    fine-tuning. Source: kaiokendev, SuperHOT, 2023; Chen et al., arXiv 2306.15595.
     """
 
     name: ClassVar[str] = "linear"
@@ -33,7 +33,7 @@ class Linear(Factored):
 
 
 def _stretch_base(rope: RopeSpec, ratio: float) -> Frequencies:
-    """Frequencies of the base b * ratio^(d/(d-2)): the slowest pair is divided by exactly `ratio`."""
+    """The frequencies of the base b * ratio^(d/(d-2)), which divides the slowest pair by exactly `ratio`."""
     i2 = torch.arange(0, rope.dim, 2, dtype=torch.float64)
     return Frequencies(rope.theta * ratio ** (-i2 / (rope.dim - 2)))
 
@@ -47,8 +47,8 @@ def _need_two_pairs(name: str, rope: RopeSpec) -> None:
 class NTK(Factored):
     """NTK-aware scaling: the base becomes b * s^(d/(d-2)), so theta_i * s^(-2i/(d-2)).
 
-    The fastest pair is untouched, the slowest divided by s. In practice the factor must exceed the ratio
-    of the lengths. Source: bloc97, r/LocalLLaMA, June 2023.
+    The fastest pair does not change, and the slowest is divided by s. In practice the factor must be larger than the
+    ratio of the lengths. Source: bloc97, r/LocalLLaMA, June 2023.
     """
 
     name: ClassVar[str] = "ntk"
@@ -65,7 +65,7 @@ class NTK(Factored):
 class NTKFixed(Factored):
     """NTK-fixed: theta_i / s^(2(i+1)/d).
 
-    As NTK, but the first pair is scaled too, so that the radices multiply to exactly s.
+    Like NTK, but the first pair is scaled too, so that the product of the radices is exactly s.
     Source: Su, kexue.fm/archives/9706.
     """
 
@@ -80,8 +80,8 @@ class NTKFixed(Factored):
 class NTKMixed(Factored):
     """NTK-mixed: theta_i / exp(a (i+1)^b), a = ln s / (d/2)^b.
 
-    A mixed-radix number whose radices fall from the fast pairs to the slow ones and multiply to s.
-    b = 1 is NTKFixed, b = 0 is Linear; 0.625 is the author's choice, 0.75 with s = 12 was used for LLaMA-2.
+    The radices of this mixed-radix number fall from the fast pairs to the slow ones, and their product is s.
+    b = 1 is NTKFixed and b = 0 is Linear. The author takes b = 0.625; 0.75 with s = 12 was used for LLaMA-2.
     Source: Su, kexue.fm/archives/9706.
 
     Args:
@@ -106,15 +106,14 @@ class NTKMixed(Factored):
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicNTK(Scaler):
-    """Dynamic NTK: beyond L the base becomes b * (s * len / L - (s - 1))^(d/(d-2)); plain within L.
+    """Dynamic NTK: beyond L the base becomes b * (s * len / L - (s - 1))^(d/(d-2)); within L nothing changes.
 
-    Factor 1 follows the length exactly (the base of NTK with s = len / L); a larger one runs ahead of it.
-    `len` is the sequence's own, never a neighbour's. Source: emozilla, 2023; the formula is transformers'
-    `dynamic`.
+    Factor 1 gives the base of NTK with s = len / L; a larger factor gives a larger base. `len` is the length of the
+    sequence itself, not of its batch. Source: emozilla, 2023; the formula is transformers' `dynamic`.
 
     Args:
         factor: s, at least 1.
-        step: tokens in a step of growing length; by default L / 8.
+        step: tokens after which a growing sequence gets new frequencies; by default L / 8.
     """
 
     name: ClassVar[str] = "dynamic-ntk"
@@ -126,7 +125,7 @@ class DynamicNTK(Scaler):
 
     def __post_init__(self) -> None:
         if not 1 <= self.factor <= 2**63:
-            raise ConfigError(f"dynamic-ntk: factor {self.factor:g} must be at least 1, and 2^63 at most")
+            raise ConfigError(f"dynamic-ntk: factor {self.factor:g} must be at least 1 and at most 2^63")
         if self.step is not None and self.step < 1:
             raise ConfigError(f"dynamic-ntk: step {self.step} must be at least 1")
 
@@ -146,11 +145,11 @@ class DynamicNTK(Scaler):
 
 @dataclass(frozen=True, kw_only=True)
 class CoPE(Scaler):
-    """Soft-clipped RoPE: the n pairs whose wavelength exceeds L, which never completed a rotation in training,
-    are slowed by (1 + cos x) / 2 with x from 0 to pi over them; the slowest stands still.
+    """Soft-clipped RoPE: the pairs with a wavelength above L, which completed no rotation in training, are
+    multiplied by (1 + cos x) / 2, where x runs from 0 to pi over these pairs. The slowest pair stops.
 
-    It stretches nothing by itself, so its reach is the trained length; it is meant for models that were
-    tuned with it. Source: "CoPE: Clipped RoPE as a Scalable Free Lunch for Long Context LLMs", arXiv 2602.05258.
+    It does not extend the length, so its reach is the trained length. It is for models that were fine-tuned with
+    it. Source: "CoPE: Clipped RoPE as a Scalable Free Lunch for Long Context LLMs", arXiv 2602.05258.
     """
 
     name: ClassVar[str] = "cope"
@@ -159,7 +158,7 @@ class CoPE(Scaler):
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
         theta = rope.theta
-        slow = (2 * math.pi > rope.trained_length * theta) & (theta > 0)  # a pair at rest has no wavelength
+        slow = (2 * math.pi > rope.trained_length * theta) & (theta > 0)  # theta 0 has no wavelength
         taper = (1 + torch.cos(torch.linspace(0, math.pi, int(slow.sum()), dtype=torch.float64))) / 2
         theta[slow] *= taper
         return Frequencies(theta)
@@ -167,8 +166,8 @@ class CoPE(Scaler):
 
 @dataclass(frozen=True, kw_only=True)
 class Resonance(Scaler):
-    """Rounds every wavelength 2pi / theta_i to an integer, so that rotations repeat exactly; laid over any
-    frequency method (`yarn:4|resonance`), whose temperature it keeps.
+    """Rounds every wavelength 2pi / theta_i to an integer, so that rotations repeat exactly. It applies to the result
+    of any frequency method (`yarn:4|resonance`) and does not change its factor on cos and sin.
 
     Source: Wang et al., arXiv 2403.00071.
     """

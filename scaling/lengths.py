@@ -1,4 +1,4 @@
-"""Lengths as people write them: `512`, `8k`, `1M` (k = 1024) and `2x` (times the trained length)."""
+"""Lengths as users write them: `512`, `8k`, `1M` (k = 1024) and `2x` (times the trained length)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fractions import Fraction
 from ..errors import ConfigError
 
 TrainedLength = int | Callable[[], int] | None
-"""Tokens that `1x` means; a function that finds them out is called at the first multiple only; None is unknown."""
+"""The tokens of `1x`: a number, a function that is called only if a spec has a multiple, or None for unknown."""
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 _LENGTH = re.compile(r"(\d{1,99}(?:\.\d{1,99})?)\s*([kKmMgGxX]?)")
@@ -17,14 +17,14 @@ _MOST = 2**63 - 1  # positions are int64
 
 
 def parse_length(text: str | int, trained_length: TrainedLength = None) -> int:
-    """Tokens meant by `text`.
+    """The number of tokens that `text` means.
 
     >>> parse_length("8k"), parse_length("0.25x", trained_length=8192)
     (8192, 2048)
 
     Raises:
-        ConfigError: `text` is not a length, is below 1 or above 2^63, or is a multiple while no trained length is
-            known.
+        ConfigError: `text` is not a length, is below 1 or not below 2^63, or is a multiple and the trained length is
+            not known.
     """
     match = _LENGTH.fullmatch(str(text).strip())
     if match is None:
@@ -33,7 +33,7 @@ def parse_length(text: str | int, trained_length: TrainedLength = None) -> int:
     if unit == "x":
         if trained_length is None:
             raise ConfigError(
-                f"{text!r} is a multiple of the trained length, which is not known here; write it in tokens"
+                f"{text!r} is a multiple of the trained length, which is not known here; write a number of tokens"
             )
         tokens = number * (trained_length() if callable(trained_length) else trained_length)
     else:
@@ -41,7 +41,7 @@ def parse_length(text: str | int, trained_length: TrainedLength = None) -> int:
     if tokens < 1 or tokens.denominator != 1:
         raise ConfigError(f"length {text!r} is {float(tokens):g} tokens; it must be a whole number of at least 1")
     if tokens > _MOST:
-        raise ConfigError(f"length {text!r} is {float(tokens):g} tokens, more than can be counted (2^63)")
+        raise ConfigError(f"length {text!r} is {float(tokens):g} tokens; it must be below 2^63")
     return int(tokens)
 
 

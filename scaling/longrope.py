@@ -1,4 +1,4 @@
-"""LongRoPE: one factor per pair, the form in which any method can be exported at a fixed length."""
+"""LongRoPE: one factor for each rotary pair. Any method at a fixed length can be exported in this form."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .rope import Factored, Frequencies, RopeSpec, Scaler, compose
 class LongRoPE(Factored):
     """LongRoPE: theta_i / lambda_i with the `short` list up to L tokens and the `long` list beyond.
 
-    m = sqrt(1 + ln s / ln L) on cos and sin, at every length, unless given. Which list holds is decided
-    by the length of a request; in a patched model, unless a length is given, by that of each growing
-    sequence. Source: Ding et al., arXiv 2402.13753.
+    Cos and sin are multiplied by m = sqrt(1 + ln s / ln L) at every length, unless m is given. The length of the
+    request selects the list; in a patched model without a given length, the length of each growing sequence
+    does. Source: Ding et al., arXiv 2402.13753.
 
     Args:
-        factor: s, at least 1; sets m and the reach.
+        factor: s, at least 1. It sets m and the reach.
         short: lambda_i within L, d/2 numbers above 0.
         long: lambda_i beyond L, d/2 numbers above 0.
-        attention_factor: m itself, instead of the rule.
+        attention_factor: m itself, in place of the rule.
     """
 
     name: ClassVar[str] = "longrope"
@@ -68,24 +68,24 @@ class LongRoPE(Factored):
 
 
 def follows_length(scaler: Scaler) -> bool:
-    """True if its frequencies depend on the length of the text."""
+    """True if the frequencies of `scaler` depend on the length of the text."""
     return any(part.depends_on_length for part in scaler.parts if part.facet in ("frequencies", "wavelength grid"))
 
 
 def fix_length(scaler: Scaler, rope: RopeSpec, length: int) -> Scaler:
-    """`scaler` with the frequencies that it has for a text of `length` tokens, whatever text there is.
+    """`scaler` with the frequencies for a text of `length` tokens, for texts of every length.
 
-    The frequencies become `LongRoPE` factors with their own temperature; position maps and the temperature of queries
-    stay as they are. A scaler that does not follow the length is returned as it is.
+    The frequencies become `LongRoPE` factors, with their factor on cos and sin. Position maps and temperatures of
+    queries do not change. A scaler whose frequencies do not depend on the length is returned unchanged.
     """
     if not follows_length(scaler):
         return scaler
-    found = scaler.frequencies(rope, length)
-    factors = tuple((rope.theta / found.inv_freq).nan_to_num(1.0).tolist())  # 0 / 0: pairs that stand still
-    still = LongRoPE(
+    frequencies = scaler.frequencies(rope, length)
+    factors = tuple((rope.theta / frequencies.inv_freq).nan_to_num(1.0).tolist())  # 0 / 0: pairs that do not rotate
+    fixed = LongRoPE(
         factor=max(length / rope.trained_length, 1.0),
         short=factors,
         long=factors,
-        attention_factor=found.attention_factor,
+        attention_factor=frequencies.attention_factor,
     )
-    return compose(still, *(part for part in scaler.parts if part.facet in ("positions", "temperature")))
+    return compose(fixed, *(part for part in scaler.parts if part.facet in ("positions", "temperature")))

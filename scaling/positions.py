@@ -1,4 +1,4 @@
-"""Position maps: which distance a query sees, as a short list of bands (`band.Band`)."""
+"""Position maps: the distances at which a query sees its keys, as a short list of bands (`band.Band`)."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from .rope import Facet, RopeSpec, Scaler
 
 @dataclass(frozen=True, kw_only=True)
 class PositionScaler(Scaler):
-    """Base of the position maps. Every map reads `rope.trained_length` as the distances that the frequencies
-    carry, N = L or, under a frequency scaler, its reach."""
+    """Base class of the position maps. For a map, `rope.trained_length` is the reach of the frequencies: L, or the
+    reach of the frequency method that the map is composed with."""
 
     facet: ClassVar[Facet] = "positions"
 
     @property
     def sink_window(self) -> tuple[int, int] | None:
-        """The first and the last keys of a text that its last query sees; None if it sees all of them.
+        """How many first and how many last keys of a text its last query sees; None if it sees all keys.
 
-        Those of later queries are among them, and the tokens between might as well not have been there.
+        Later queries see none of the tokens between, so these can be evicted.
         """
         return None
 
     @abstractmethod
     def bands(self, rope: RopeSpec, length: int | None = None) -> tuple[Band, ...]:
-        """The bands for a sequence that will hold `length` tokens (only dynamic maps look at it)."""
+        """The bands for a sequence that grows to `length` tokens. Only dynamic maps use the length."""
 
     def _check_below(self, label: str, value: int, rope: RopeSpec) -> None:
         L = rope.trained_length
         if value >= L:
             raise ConfigError(
-                f"{self.name}: {label} {value} is not below the length {L} carried without it; {self.name} works "
-                f"best at {max(L // 4, 1)} to {max(L // 2, 1)}"
+                f"{self.name}: {label} {value} must be below {L}, the length that the model reaches without it; "
+                f"{max(L // 4, 1)} to {max(L // 2, 1)} works best"
             )
 
     def _check_positive(self, **values: int | None) -> None:
@@ -50,10 +50,10 @@ class PositionScaler(Scaler):
 
 @dataclass(frozen=True, kw_only=True)
 class ReRoPE(PositionScaler):
-    """Rectified RoPE: distances of `window` and more all read as `window`.
+    """Rectified RoPE: distances of `window` and more all become `window`.
 
-    Bands: distance < w at (i, j); the rest at (w, 0). Reads any length. w about L/4 to L/2, together with `logn`.
-    Source: Su, kexue.fm/archives/9708.
+    Bands: distance < w at (i, j); the rest at (w, 0). The length has no limit. w of about L/4 to L/2 works
+    best, together with `logn`. Source: Su, kexue.fm/archives/9708.
 
     Args:
         window: w in tokens, below L.
@@ -91,7 +91,7 @@ class LeakyReRoPE(PositionScaler):
 
     Args:
         window: w in tokens, below L.
-        k: how many times slower, at least 1.
+        k: the factor by which distances grow slower, at least 1.
     """
 
     name: ClassVar[str] = "leaky-rerope"
@@ -102,7 +102,7 @@ class LeakyReRoPE(PositionScaler):
     def __post_init__(self) -> None:
         self._check_positive(window=self.window)
         if not 1 <= self.k <= 2**63:
-            raise ConfigError(f"leaky-rerope: k {self.k:g} must be at least 1; for one above 2^63 use rerope")
+            raise ConfigError(f"leaky-rerope: k {self.k:g} must be 1 to 2^63; for a larger one use rerope")
 
     def check(self, rope: RopeSpec) -> None:
         self._check_below("window", self.window, rope)
@@ -130,7 +130,7 @@ class SelfExtend(PositionScaler):
     is the paper's (L - W) G + W where G divides W. Source: Jin et al., arXiv 2401.01325.
 
     Args:
-        group: G, tokens a position.
+        group: G, the number of tokens that share a position.
         window: W in tokens, below L.
     """
 
@@ -165,9 +165,9 @@ class DualChunk(PositionScaler):
     """Dual chunk attention: positions are counted inside chunks of t = chunk - window tokens.
 
     Bands: the same chunk at (i mod t, j mod t); the chunk before at (min(i mod t + t, c), j mod t), so that the nearest
-    `window` keys keep their distance; older ones at (c, j mod t). Reads any length. The paper's temperature,
-    m = 0.05 ln s + 1, is `temperature` with factor m^2. Source: An et al., arXiv 2402.17463; its last constant is
-    c, its public code has 2 t - 1.
+    `window` keys keep their distance; older chunks at (c, j mod t). The length has no limit. The paper's
+    temperature, m = 0.05 ln s + 1, is `temperature` with factor m^2. Source: An et al., arXiv 2402.17463, with the
+    paper's last constant c; its public code has 2 t - 1.
 
     Args:
         chunk: c in tokens, below L; by default 3 L / 4.
@@ -192,8 +192,8 @@ class DualChunk(PositionScaler):
         L = rope.trained_length
         if not (0 < 2 * w <= c < L):
             raise ConfigError(
-                f"dual-chunk: chunk {c} and window {w} must satisfy 2 window <= chunk < {L}, the length carried "
-                f"without it; its authors take {3 * L // 4} and {L // 8}"
+                f"dual-chunk: chunk {c} and window {w} must satisfy 2 window <= chunk < {L}, the length that the model "
+                f"reaches without it; its authors take {3 * L // 4} and {L // 8}"
             )
 
     def reach(self, rope: RopeSpec) -> float:
@@ -227,14 +227,14 @@ class DualChunk(PositionScaler):
 
 @dataclass(frozen=True, kw_only=True)
 class String(PositionScaler):
-    """STRING: far distances are shifted down, onto ones that training saw more often.
+    """STRING: far distances are reduced to nearer ones, which are more frequent in training.
 
-    Bands: distance < S at (i, j); the rest at (i - S + W, j), S - W nearer. Meant for contexts within L.
+    Bands: distance < S at (i, j); the rest at (i - S + W, j), S - W nearer. It is for contexts within L.
     Source: An et al., arXiv 2410.18745.
 
     Args:
         shift: S in tokens; by default L / 3.
-        window: W in tokens, the distance that the nearest shifted key gets.
+        window: W in tokens, the new distance of the nearest shifted key.
     """
 
     name: ClassVar[str] = "string"
@@ -271,14 +271,14 @@ class String(PositionScaler):
 
 @dataclass(frozen=True, kw_only=True)
 class JetLong(PositionScaler):
-    """Jet-Long: far keys share a position in groups of G = ceil(len / L), as few as the length needs.
+    """Jet-Long: far keys share a position in groups of G = ceil(len / L), the smallest group that the length needs.
 
-    Bands: distance < near at (i, j); the rest at (i // G, j // G). `len` is the sequence's own, never a neighbour's.
-    Source: NVIDIA, Jet-Long, 2026.
+    Bands: distance < near at (i, j); the rest at (i // G, j // G). `len` is the length of the sequence itself, not of
+    its batch. Source: NVIDIA, Jet-Long, 2026.
 
     Args:
-        near: tokens at their own distance, below L.
-        step: tokens in a step of growing length; by default L / 8.
+        near: the number of nearest tokens that keep their distance, below L.
+        step: tokens after which a growing sequence gets new positions; by default L / 8.
     """
 
     name: ClassVar[str] = "jet-long"
@@ -310,14 +310,14 @@ class JetLong(PositionScaler):
 
 @dataclass(frozen=True, kw_only=True)
 class SinkWindow(PositionScaler):
-    """Attention sinks: the first `sinks` keys and the last `window`, positions counted among the keys kept.
+    """Attention sinks: the first `sinks` keys and the last `window`, with positions counted among these keys.
 
-    Forgets what lies between: it does not lengthen what is read, it makes streams without an end possible.
+    The keys between are evicted. The model does not read more at once, but a stream can go on without end.
     Source: Xiao et al., arXiv 2309.17453.
 
     Args:
-        window: last keys seen, the query's own included; sinks + window at most L.
-        sinks: first keys always seen.
+        window: the number of last keys, including the query's own; sinks + window is at most L.
+        sinks: the number of first keys, which every query sees.
     """
 
     name: ClassVar[str] = "sink-window"
@@ -332,7 +332,7 @@ class SinkWindow(PositionScaler):
         if self.sinks + self.window > rope.trained_length:
             raise ConfigError(
                 f"sink-window: {self.sinks} sinks and window {self.window} exceed the trained length "
-                f"{rope.trained_length}; take fewer: 4 sinks and a window of half that length, say"
+                f"{rope.trained_length}; take fewer, for example 4 sinks and a window of half that length"
             )
 
     def reach(self, rope: RopeSpec) -> float:

@@ -1,12 +1,12 @@
-"""The rotary geometry of a model, and what a scaler is.
+"""The rotary geometry of a model, the base class of scalers, and the rotary embedding that a config describes.
 
 The score of query i on key j in a RoPE model is
 
     s(i, j) = t(i) * <R(w * Pq(i)) q_i, R(w * Pk(j)) k_j> / sqrt(d)
 
-and every context-extension method changes only the frequencies `w` (with one factor on cos and sin),
-the position maps `Pq, Pk`, or the temperature `t`. A `Scaler` is a frozen value that sets one of these
-facets; scalers that set different facets compose with `|`.
+A context-extension method changes the frequencies `w` (with one factor on cos and sin), the position
+maps `Pq, Pk`, or the temperature `t`. A `Scaler` is a frozen value that sets one of these facets.
+Scalers of different facets compose with `|`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Facet = Literal["frequencies", "wavelength grid", "positions", "temperature"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeSpec:
-    """The handful of numbers a method computes from.
+    """The rotary geometry of a model: all numbers that a method computes from.
 
     Args:
         dim: rotary dimension d, even; d/2 pairs are rotated.
         base: rotary base b.
         trained_length: L, the number of positions that the plain frequencies were trained on.
-        rotating_pairs: how many of the d/2 pairs rotate at all; the slowest others do not
-            (transformers' `proportional` type). None means all.
+        rotating_pairs: how many of the d/2 pairs rotate; the slowest pairs do not (transformers' `proportional`
+            type). None means all.
     """
 
     dim: int
@@ -61,8 +61,8 @@ class RopeSpec:
     def theta(self) -> Tensor:
         """Plain frequencies b^(-2i/d) in radians per position, float64 [d/2].
 
-        Rounded to float32 on the way, by the same operations as transformers: these are the numbers
-        the model was trained with, so that a scaler of factor 1 leaves it unchanged to the bit.
+        They are computed in float32 by the same operations as in transformers, so they are the numbers that the
+        model was trained with. A scaler with factor 1 therefore leaves the model unchanged, bit for bit.
         """
         exponents = torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim
         theta = (1.0 / (self.base**exponents)).double()
@@ -72,8 +72,8 @@ class RopeSpec:
 
 
 class Frequencies(NamedTuple):
-    """What the rotary module needs: `inv_freq` (float64 [d/2], radians per position) and the factor on
-    cos and sin (attention logits get its square)."""
+    """The input of the rotary module: `inv_freq` (float64 [d/2], radians per position) and a factor on cos and sin,
+    whose square multiplies the attention logits."""
 
     inv_freq: Tensor
     attention_factor: float = 1.0
@@ -81,8 +81,10 @@ class Frequencies(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scaler:
-    """Base of every method. A subclass is a frozen keyword-only dataclass, valid by construction, that
-    overrides the methods of its facet. By itself this class is the identity, written `none`."""
+    """Base class of every method; itself the untouched model, written `none`.
+
+    A subclass is a frozen keyword-only dataclass that checks its fields when it is made and overrides the methods
+    of its facet."""
 
     name: ClassVar[str] = "none"
     source: ClassVar[str] = "the model as it was trained"
@@ -90,48 +92,48 @@ class Scaler:
     depends_on_length: ClassVar[bool] = False
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
-        """Frequencies for a sequence that will hold `length` tokens; only dynamic methods read it."""
+        """The frequencies for a sequence that grows to `length` tokens. Only dynamic methods use the length."""
         return self.on_grid(Frequencies(rope.theta))
 
     def on_grid(self, frequencies: Frequencies) -> Frequencies:
-        """`frequencies` of another method moved onto the wavelength grid of this one."""
+        """The `frequencies` of another method, rounded to the wavelength grid of this one."""
         return frequencies
 
     def bands(self, rope: RopeSpec, length: int | None = None) -> tuple[Band, ...]:
-        """The bands of keys for a sequence that will hold `length` tokens."""
+        """The bands of keys for a sequence that grows to `length` tokens."""
         return (PLAIN,)
 
     def logit_factor(self, positions: Tensor, rope: RopeSpec) -> Tensor:
-        """Temperature t(i) of the queries at 0-based `positions` (int64), float64 of the same shape."""
+        """The temperature t(i) of the queries at the 0-based `positions` (int64), float64 of the same shape."""
         return torch.ones_like(positions, dtype=torch.float64)
 
     def reach(self, rope: RopeSpec) -> float:
-        """Tokens that the method is meant to carry; `inf` where it follows the length."""
+        """The number of tokens that the method is made for; `inf` if it has no limit."""
         return rope.trained_length
 
     def check(self, rope: RopeSpec) -> None:
-        """Raise ConfigError if the method cannot work on this geometry."""
+        """Raise ConfigError if the method does not work on this geometry."""
 
     def growing_step(self, rope: RopeSpec) -> int:
-        """Tokens after which a method that depends on the length is computed anew as a sequence grows."""
+        """The tokens by which a sequence grows before a method that depends on the length is computed again."""
         return max(1, rope.trained_length // 8)
 
     def growing_length(self, position: int, rope: RopeSpec) -> int:
-        """The length that the query at 0-based `position` reckons with: L, or L and whole steps beyond."""
+        """The length for the query at 0-based `position`: L, or beyond it L and a whole number of steps."""
         L, step = rope.trained_length, self.growing_step(rope)
         return L + max(0, math.ceil((position + 1 - L) / step)) * step
 
     @property
     def parts(self) -> tuple[Scaler, ...]:
-        """The scalers composed here, in order; the identity has none."""
+        """The scalers that are composed here, in order. `none` has no parts."""
         return () if type(self) is Scaler else (self,)
 
     def member(self, facet: Facet) -> Scaler | None:
-        """The part that sets `facet`, if one does."""
+        """The part that sets `facet`, or None."""
         return next((part for part in self.parts if part.facet == facet), None)
 
     def rope_for_positions(self, rope: RopeSpec) -> RopeSpec:
-        """`rope` as a position map sees it: trained on all that the frequencies carry."""
+        """`rope` for the position map: its trained length is the reach of the frequency method."""
         frequencies = self.member("frequencies")
         reach = frequencies.reach(rope) if frequencies else math.inf
         return dataclasses.replace(rope, trained_length=int(reach)) if math.isfinite(reach) else rope
@@ -144,13 +146,13 @@ class Scaler:
 
     @property
     def brief(self) -> str:
-        """The spec on one line, without long lists of numbers."""
+        """The spec in one line, without long lists of numbers."""
         return str(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Composition(Scaler):
-    """Scalers of different facets acting together. Built by `|`."""
+    """Scalers of different facets together. The operator `|` makes one."""
 
     members: tuple[Scaler, ...]
 
@@ -159,7 +161,7 @@ class Composition(Scaler):
         for member in self.members:
             if member.facet is None:
                 raise ConfigError(
-                    f"{member.name!r} stands for a whole scaler and cannot be joined by '|'; use it alone"
+                    f"{member.name!r} is a whole scaler and cannot be joined with others by '|'; use it alone"
                 )
             facet = str(member.facet)
             if facet in seen:
@@ -203,7 +205,7 @@ class Composition(Scaler):
 
 
 def compose(*scalers: Scaler) -> Scaler:
-    """One scaler out of several of different facets; raises ConfigError if two set the same one."""
+    """One scaler from several of different facets. Raises ConfigError if two set the same facet."""
     if not scalers:
         return Scaler()
     return scalers[0] if len(scalers) == 1 else Composition(members=tuple(scalers))
@@ -211,7 +213,7 @@ def compose(*scalers: Scaler) -> Scaler:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Factored(Scaler):
-    """Base of the frequency methods that stretch by a factor s = N / L >= 1."""
+    """Base class of the frequency methods with a factor s = N / L >= 1."""
 
     facet: ClassVar[Facet] = "frequencies"
     factor: float
@@ -235,7 +237,7 @@ if TYPE_CHECKING:
 
 
 def format_spec(name: str, scaler: DataclassInstance) -> str:
-    """The spec string of one method with the fields of `scaler`; those at their default are left out."""
+    """The spec string of one method with the fields of `scaler`, without those that have their default."""
     values = []
     for position, field in enumerate(dataclasses.fields(scaler)):
         value = getattr(scaler, field.name)
@@ -260,15 +262,15 @@ def _format_value(value: Any, *, is_length: bool) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConfiguredRope:
-    """One rotary embedding as a config describes it.
+    """One rotary embedding as a model's config or file describes it.
 
     Args:
-        rope: the plain geometry; `trained_length` is `original_max_position_embeddings` where that is stated (by yarn,
-            longrope and llama3 always, by linear rarely), else `max_position_embeddings`.
-        scaler: what the config does to the plain frequencies; `Scaler()` for the default type.
-        max_length: the tokens that the config promises to carry, by one rule for all types: `max_position_embeddings`,
-            or the scaler's reach where the trained length is stated and `max_position_embeddings` is no more.
-        head_dim: the whole head; None where all of it rotates.
+        rope: the plain geometry. `trained_length` is `original_max_position_embeddings` if the config states it (yarn,
+            longrope and llama3 always do, linear rarely does), else `max_position_embeddings`.
+        scaler: the config's scaling of the plain frequencies; `Scaler()` for the default type.
+        max_length: the tokens that the config promises, by one rule for all types: `max_position_embeddings`, or the
+            scaler's reach if the trained length is stated and `max_position_embeddings` is not above it.
+        head_dim: the dimension of the whole head; None if all of it rotates.
         declares_trained_length: True if `max_position_embeddings` is the trained length although the scaler reaches
             further. Configs to which a user has added yarn, as model cards advise, look like this.
     """
@@ -281,7 +283,7 @@ class ConfiguredRope:
 
     @classmethod
     def of(cls, rope: RopeSpec, scaler: Scaler, declared: int, *, head_dim: int | None = None) -> ConfiguredRope:
-        """With the length that the scaler reaches, where `declared` is no more than the trained one."""
+        """The rotary embedding with the scaler's reach as its length if `declared` is not above the trained length."""
         reach = scaler.reach(rope)
         is_trained = declared <= rope.trained_length and declared < reach < math.inf
         return cls(
@@ -294,12 +296,12 @@ class ConfiguredRope:
 
     @property
     def scaling_text(self) -> str:
-        """The config's own scaling in one line, without its lists of factors; empty if it has none."""
+        """The config's own scaling in one line, without lists of factors; empty if it has none."""
         return self.scaler.brief if self.scaler.parts else ""
 
     @property
     def scaling_note(self) -> str:
-        """What the config's own scaling makes of the trained length, to be put behind it; empty if it has none."""
+        """A note on the config's own scaling and its length, to append to the trained length; empty if it has none."""
         if not self.scaling_text:
             return ""
         trained, carried = format_length(self.rope.trained_length), format_length(self.max_length)
@@ -308,7 +310,7 @@ class ConfiguredRope:
 
     @property
     def _basis(self) -> str:
-        """What the reach of the config's own scaling is read from."""
+        """Where the reach of the config's own scaling comes from."""
         trained = format_length(self.rope.trained_length)
         if self.declares_trained_length:
             times = self.scaler.reach(self.rope) / self.rope.trained_length
@@ -319,33 +321,33 @@ class ConfiguredRope:
             return "growing from max_position_embeddings"
         return (
             "max_position_embeddings; the length before scaling is not stated, "
-            "original_max_position_embeddings in rope_parameters does"
+            "original_max_position_embeddings in rope_parameters would state it"
         )
 
     def effective(self, scaler: Scaler) -> Scaler:
-        """`scaler`, over the model's own frequencies where it does not set them."""
+        """`scaler`, joined with the model's own scaling if it does not set the frequencies itself."""
         return scaler if scaler.member("frequencies") else compose(*self.scaler.parts, *scaler.parts)
 
     def rope_for(self, scaler: Scaler) -> RopeSpec:
-        """The geometry that `scaler` starts from: what is trained includes the model's own scaling, unless the
-        scaler replaces that."""
+        """The geometry that `scaler` starts from. The model's own scaling counts as trained, unless the scaler
+        replaces it."""
         if scaler.member("frequencies"):
             return self.rope
         return dataclasses.replace(self.rope, trained_length=self.max_length)
 
     def reach(self, scaler: Scaler) -> float:
-        """Tokens that the model is meant to carry under `scaler`."""
+        """The number of tokens that the model reaches under `scaler`."""
         if not scaler.member("frequencies") and math.isinf(self.scaler.reach(self.rope)):
             return math.inf
         return scaler.reach(self.rope_for(scaler))
 
     def check(self, scaler: Scaler) -> None:
-        """Refuse a scaler that cannot work here, or that would shorten what the model's own scaling gives."""
+        """Raise ConfigError if a scaler does not work here, or reaches less than the model's own scaling."""
         scaler.check(self.rope_for(scaler))
-        reach, own, trained = self.reach(scaler), self.max_length, self.rope.trained_length
-        if self.scaler.parts and reach < own:
+        reach, limit, trained = self.reach(scaler), self.max_length, self.rope.trained_length
+        if self.scaler.parts and reach < limit:
             raise ConfigError(
                 f"{scaler} replaces this model's own {self.scaler.name} scaling and reaches "
-                f"{format_length(int(reach))} tokens, fewer than its {format_length(own)}; factors count from "
-                f"{format_length(trained)}, so ask for one of at least {own / trained:g}, or 'none'"
+                f"{format_length(int(reach))} tokens, fewer than its {format_length(limit)}; factors count from "
+                f"{format_length(trained)}, so take a factor of at least {limit / trained:g}, or 'none'"
             )

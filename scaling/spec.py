@@ -28,16 +28,15 @@ from .yarn import AlphaRoPE, DynamicYaRN, Llama3, MrRoPE, NTKByParts, YaRN
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Scaler):
-    """The length of every request (prompt and `max_new_tokens`, or the tokens scored) decides, each on its own.
+    """The length of each request selects the scaler: prompt and `max_new_tokens`, or the scored tokens.
 
-    Up to the trained length L it is the untouched model, to the bit. Beyond, it is what `ropewalk tune` has found for
-    this model: of the results kept in the cache folder the one for the smallest target that holds the length. Where
-    there is none it is `self-extend:8,window=0.25x`, whose group is doubled where a text is longer than 6.25 L
-    (docs/choose.md says why), or on a model that takes no position map `yarn:F`, F the ratio of the lengths rounded up.
-    `model.describe()` says which.
-    It stands alone, and only a model that ropewalk runs takes it.
+    Up to the trained length L it is the untouched model, bit for bit. Beyond L it is the scaler that `ropewalk tune`
+    has found for this model: among the results in the cache folder, the one for the smallest target that is long
+    enough. If there is none it is `self-extend:8,window=0.25x`, with a doubled group for texts longer than 6.25 L
+    (docs/choose.md gives the reason), or `yarn:F` on a model without support for position maps, where F is the ratio
+    of the lengths, rounded up. `model.describe()` names the scaler.
 
-    It has no facet of its own: asked for one, it raises ConfigError.
+    It cannot be joined with others, and works only on a model that ropewalk runs. Its own methods raise ConfigError.
     """
 
     name: ClassVar[str] = "auto"
@@ -62,8 +61,8 @@ class Auto(Scaler):
 
 def _refuse() -> NoReturn:
     raise ConfigError(
-        "'auto' chooses a scaler by the length of each request, which only a model of ropewalk sees: "
-        "rw.load(..., rope='auto') or model.rope = 'auto'; here name one scaler, such as self-extend:8,window=0.25x"
+        "'auto' selects a scaler by the length of each request, which only a model of ropewalk knows: "
+        "rw.load(..., rope='auto') or model.rope = 'auto'; here give one scaler, such as self-extend:8,window=0.25x"
     )
 
 
@@ -102,10 +101,10 @@ _BUILT_IN: dict[str, type[Scaler]] = {
 
 
 def as_method(name: str, value: object) -> type[Scaler]:
-    """The class that an entry point of the group `ropewalk.scalers` leads to.
+    """`value` as a method, for an entry point of the group `ropewalk.scalers` with this name.
 
     Raises:
-        ConfigError: it is no such class, or specs could not name it.
+        ConfigError: it is not such a class, or a spec could not name it.
     """
     if not (isinstance(value, type) and issubclass(value, Scaler)):
         raise ConfigError(f"{value!r} is not a subclass of ropewalk.scaling.Scaler")
@@ -121,18 +120,18 @@ def as_method(name: str, value: object) -> type[Scaler]:
 
 
 METHODS = Plugins(_BUILT_IN, group="ropewalk.scalers", kind="scaler", check=as_method)
-"""Every method under its spec name: ours, then those of other packages."""
+"""Every method by its name in a spec: the built-in ones, then those of other packages."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodSummary:
-    """One method in short.
+    """A method in a few words.
 
     Attributes:
-        name: of the method in a spec.
-        fields: its fields in order; those with a default as `name=default`.
-        facet: what it sets; None for `none`, which changes nothing.
-        summary: what it does, one paragraph.
+        name: name of the method in a spec.
+        fields: the fields in order; a field with a default is `name=default`.
+        facet: what the method sets; None for `none`, which changes nothing.
+        summary: what the method does, in one paragraph.
         source: paper or release.
     """
 
@@ -144,7 +143,7 @@ class MethodSummary:
 
     @classmethod
     def of(cls, name: str, method: type[Scaler]) -> MethodSummary:
-        """The summary of a class: fields from the dataclass, the paragraph from its docstring."""
+        """The summary of a class, from its dataclass fields and its docstring."""
         summary = inspect.cleandoc(method.__doc__ or "").split("\n\n")[0].replace("\n", " ")
         return cls(
             name=name,
@@ -155,7 +154,7 @@ class MethodSummary:
         )
 
     def __str__(self) -> str:
-        """The spec without optional fields, the facet, and the first sentence."""
+        """The spec without optional fields, the facet, and the first sentence of the summary."""
         required = ",".join(field for field in self.fields if "=" not in field)
         spec = f"{self.name}:{required}" if required else self.name
         sentence = textwrap.shorten(re.split(r"(?<=[.])\s", self.summary)[0], 100, placeholder=" ...")
@@ -163,14 +162,14 @@ class MethodSummary:
 
 
 class MethodTable(tuple[MethodSummary, ...]):
-    """Summaries of methods; prints one line for each."""
+    """Summaries of methods. `repr` has one line for each."""
 
     def __repr__(self) -> str:
         return "\n".join(map(str, self))
 
 
 def scalers() -> MethodTable:
-    """Every method that a spec can name, those of other packages included.
+    """Every method that a spec can name, including those of other packages.
 
         print(rw.scalers())
         [method.name for method in rw.scalers() if method.facet == "positions"]
@@ -191,11 +190,11 @@ def _field(field: dataclasses.Field[object]) -> str:
 
 
 def parse(spec: str | Scaler | None, trained_length: TrainedLength = None) -> Scaler:
-    """The scaler that `spec` names. None and `"none"` are the untouched model.
+    """The scaler of a spec string. None and `"none"` are the untouched model.
 
-    A spec is one or more methods joined by `|`; a method is `name`, `name:value` or `name:field=value,...`,
-    where the first value may go without its field name. Lists of numbers are joined by `/`. Lengths read 512, 8k
-    (k = 1024) or, where the trained length is known, 0.5x of it. `"auto"` leaves the choice to each request's length.
+    A spec is one or more methods joined by `|`. A method is `name`, `name:value` or `name:field=value,...`; the first
+    value can stand without its field name. Lists of numbers are joined by `/`. Lengths are 512, 8k (k = 1024) or, if
+    the trained length is known, a multiple such as 0.5x. `"auto"` selects a scaler by the length of each request.
 
     >>> parse("yarn:4").factor
     4.0
@@ -203,20 +202,20 @@ def parse(spec: str | Scaler | None, trained_length: TrainedLength = None) -> Sc
     4096
 
     Args:
-        spec: of the scaler; one that is a scaler already is returned.
-        trained_length: tokens that `1x` means: what the model reads without any scaler (`Model.trained_length`). A
-            function that finds them out is called only if the spec has a multiple.
+        spec: the spec. A `Scaler` is returned unchanged.
+        trained_length: the tokens of `1x`, which are the length of the model without a scaler (`Model.trained_length`).
+            A function that returns it is called only if the spec has a multiple.
 
     Raises:
-        ConfigError: unknown method or field, a value out of range, two methods on one facet, or a multiple where the
-            trained length is not known or the product is no whole number.
+        ConfigError: an unknown method or field, a value out of range, two methods on one facet, or a multiple that is
+            not a whole number of tokens or whose trained length is not known.
     """
     if spec is None:
         return Scaler()
     if isinstance(spec, Scaler):
         return spec
     if not isinstance(spec, str):
-        raise ConfigError(f"a scaler is written as a string such as 'yarn:4', not as {type(spec).__name__}")
+        raise ConfigError(f"a scaler must be a string such as 'yarn:4', not {type(spec).__name__}")
     members = [_parse_method(part, trained_length) for part in spec.split("|")]
     return compose(*(part for member in members for part in member.parts))
 
@@ -251,7 +250,7 @@ def _parse_method(text: str, trained_length: TrainedLength) -> Scaler:
 
 
 def _example(name: str, fields: dict[str, dataclasses.Field[Any]], *, short: bool = False) -> str:
-    """A spec with every field that it needs; a `short` one leaves out the name of the first field, as may be done."""
+    """A spec of the method with its required fields. `short` leaves out the name of the first field."""
     required = [k for k, f in fields.items() if f.default is dataclasses.MISSING] or list(fields)[:1]
     values = ",".join(k + "=" + ("32k" if fields[k].metadata.get("length") else "4") for k in required)
     if short:

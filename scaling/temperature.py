@@ -1,4 +1,4 @@
-"""Temperature: how sharp attention is as the text grows."""
+"""Temperatures: a factor on the attention logits of each query."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rope import Facet, RopeSpec, Scaler
 
 @dataclass(frozen=True, kw_only=True)
 class TemperatureScaler(Scaler):
-    """Base of the temperatures: t(i) in the score, a factor on the logits of query i."""
+    """Base class of the temperatures: t(i) in the score, a factor on the logits of query i."""
 
     facet: ClassVar[Facet] = "temperature"
 
@@ -29,7 +29,7 @@ class TemperatureScaler(Scaler):
 class LogN(TemperatureScaler):
     """log n: the logits of the query at 0-based position p are multiplied by max(1, ln(p + 1) / ln L).
 
-    Keeps the entropy of attention about constant as the text grows, for models that were not trained with it.
+    It keeps the entropy of attention about constant as the text grows. It is for models that were trained without it.
     Source: Su, kexue.fm/archives/8823.
     """
 
@@ -46,12 +46,12 @@ class LogN(TemperatureScaler):
 
 @dataclass(frozen=True, kw_only=True)
 class Temperature(TemperatureScaler):
-    """A constant factor on the logits; YaRN's is m^2.
+    """A constant factor on the logits. YaRN's is m^2.
 
     Source: arXiv 2309.00071 section 3.4.
 
     Args:
-        factor: above 0; above 1 sharpens attention.
+        factor: above 0. A factor above 1 sharpens attention.
     """
 
     name: ClassVar[str] = "temperature"

@@ -1,7 +1,8 @@
-"""YaRN, Llama 3 and their relatives: fast pairs unchanged, slow pairs interpolated, a ramp between.
+"""YaRN, Llama 3 and related methods: fast pairs unchanged, slow pairs interpolated, and a ramp between.
 
-Pair i makes L * theta_i / 2pi turns over the trained length. Pairs with more than `beta_fast` turns have
-seen every angle and are left alone; pairs with fewer than `beta_slow` have not and are slowed by s.
+Pair i completes L * theta_i / 2pi rotations over the trained length. Pairs with more than `beta_fast`
+rotations have seen every angle in training and do not change. Pairs with fewer than `beta_slow` have not
+and are divided by s.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from .rope import Facet, Factored, Frequencies, RopeSpec, Scaler
 
 
 def pair_with_rotations(rope: RopeSpec, rotations: float) -> float:
-    """The (real-valued) pair index that makes `rotations` turns over the trained length."""
+    """The (real-valued) index of the pair that completes `rotations` rotations over the trained length."""
     return rope.dim * math.log(rope.trained_length / (2 * math.pi * rotations)) / (2 * math.log(rope.base))
 
 
 def ramp_ends(rope: RopeSpec, beta_fast: float, beta_slow: float, truncate: bool) -> tuple[float, float]:
-    """Pair indices between which a ramp runs: the last kept pair and the first slowed one."""
+    """The ends of the ramp as pair indices: the last unchanged pair and the first that is divided by s."""
     low, high = pair_with_rotations(rope, beta_fast), pair_with_rotations(rope, beta_slow)
     if truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -32,7 +33,7 @@ def ramp_ends(rope: RopeSpec, beta_fast: float, beta_slow: float, truncate: bool
 
 
 def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
-    """0.1 * mscale * ln s + 1: the factor on cos and sin that YaRN fitted for LLaMA; 1 at s = 1."""
+    """0.1 * mscale * ln s + 1, the factor on cos and sin that YaRN's authors fitted for LLaMA; 1 at s = 1."""
     return 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -49,8 +50,8 @@ def _by_parts(rope: RopeSpec, factor: float, beta_fast: float, beta_slow: float,
 def _check_betas(name: str, beta_fast: float, beta_slow: float) -> None:
     if not 1e100 >= beta_fast > beta_slow >= 1e-100:
         raise ConfigError(
-            f"{name}: beta_fast {beta_fast:g} must be above beta_slow {beta_slow:g}, and both finite and above 0 "
-            "(1e-100 to 1e100)"
+            f"{name}: beta_fast {beta_fast:g} must be above beta_slow {beta_slow:g}, and both must be within 1e-100 "
+            "to 1e100"
         )
 
 
@@ -58,15 +59,15 @@ def _check_betas(name: str, beta_fast: float, beta_slow: float) -> None:
 class NTKByParts(Factored):
     """NTK-by-parts: theta_i (1 - r_i) + theta_i / s * r_i, r_i = clamp((i - low) / (high - low), 0, 1).
 
-    low and high are the pairs with `beta_fast` and `beta_slow` turns. These are YaRN's frequencies without
-    its temperature, as section 3.2 of arXiv 2309.00071 defines the method; the code that circulated before
-    the paper mixed in NTK-aware frequencies at two further thresholds and is not this.
+    low and high are the pairs with `beta_fast` and `beta_slow` rotations. These are YaRN's frequencies without its
+    temperature, as section 3.2 of arXiv 2309.00071 defines the method. The public code from before the paper is
+    another method: it mixes in NTK-aware frequencies at two further thresholds.
 
     Args:
         factor: s, target length over trained length, at least 1.
-        beta_fast: turns above which a pair is kept.
-        beta_slow: turns below which a pair is slowed by s.
-        truncate: round the ramp's ends outwards to whole pairs, as the public code does.
+        beta_fast: rotations above which a pair does not change.
+        beta_slow: rotations below which a pair is divided by s.
+        truncate: round the ends of the ramp outwards to whole pairs, as the public code does.
     """
 
     name: ClassVar[str] = "ntk-by-parts"
@@ -91,13 +92,13 @@ class YaRN(NTKByParts):
 
     Args:
         factor: s, target length over trained length, at least 1.
-        beta_fast: turns above which a pair is kept.
-        beta_slow: turns below which a pair is slowed by s.
-        truncate: round the ramp's ends outwards to whole pairs.
-        attention_factor: m itself, instead of the rule.
-        mscale: with `mscale_all_dim`, m is the ratio of (0.1 mscale ln s + 1) and (0.1 mscale_all_dim ln s + 1).
-        mscale_all_dim: see `mscale`. Alone or beside `attention_factor` it leaves m as it is. Models with latent
-            attention, such as DeepSeek-V3, multiply all logits by (0.1 mscale_all_dim ln s + 1)^2 besides.
+        beta_fast: rotations above which a pair does not change.
+        beta_slow: rotations below which a pair is divided by s.
+        truncate: round the ends of the ramp outwards to whole pairs.
+        attention_factor: m itself, in place of the rule.
+        mscale: with `mscale_all_dim`, m is the ratio of (0.1 mscale ln s + 1) to (0.1 mscale_all_dim ln s + 1).
+        mscale_all_dim: see `mscale`. Alone, or with `attention_factor`, it does not change m. Models with latent
+            attention, such as DeepSeek-V3, also multiply all logits by (0.1 mscale_all_dim ln s + 1)^2.
     """
 
     name: ClassVar[str] = "yarn"
@@ -113,7 +114,7 @@ class YaRN(NTKByParts):
             if value is not None and not math.inf > value > 0:
                 raise ConfigError(f"yarn: {key} {value:g} must be finite and above 0")
         if self.mscale is not None and self.mscale_all_dim is None:
-            raise ConfigError("yarn: mscale and mscale_all_dim go together; give both or neither")
+            raise ConfigError("yarn: mscale needs mscale_all_dim; give both or neither")
         if self.attention_factor is not None and self.mscale is not None:
             raise ConfigError("yarn: attention_factor and mscale both set m; give one of them")
 
@@ -131,15 +132,15 @@ class YaRN(NTKByParts):
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicYaRN(Scaler):
-    """Dynamic YaRN: YaRN with s = max(1, len / L), frequencies and m alike; plain within L.
+    """Dynamic YaRN: YaRN with s = max(1, len / L) in the frequencies and in m; within L nothing changes.
 
     Source: the `dynamic` variant of jquesnelle/yarn; arXiv 2309.00071 section 3.3.
 
     Args:
-        beta_fast: turns above which a pair is kept.
-        beta_slow: turns below which a pair is slowed by s.
-        truncate: round the ramp's ends outwards to whole pairs.
-        step: tokens in a step of growing length; by default L / 8.
+        beta_fast: rotations above which a pair does not change.
+        beta_slow: rotations below which a pair is divided by s.
+        truncate: round the ends of the ramp outwards to whole pairs.
+        step: tokens after which a growing sequence gets new frequencies; by default L / 8.
     """
 
     name: ClassVar[str] = "dynamic-yarn"
@@ -170,17 +171,17 @@ class DynamicYaRN(Scaler):
 
 @dataclass(frozen=True, kw_only=True)
 class MrRoPE(Factored):
-    """MrRoPE: mixed-radix scaling between YaRN's two pairs, lambda from 1 at `low` to s at `high`.
+    """MrRoPE: mixed-radix scaling between YaRN's two pairs, with lambda from 1 at `low` to s at `high`.
 
-    Pro (the default): lambda_i = s^((i - low)(i + 1 - low) / ((high - low)(high - low + 1))), radices that grow
-    pair by pair. Uni: lambda_i = s^((i - low) / (high - low)). m = 0.1 ln s + 1.
+    Pro (the default): lambda_i = s^((i - low)(i + 1 - low) / ((high - low)(high - low + 1))); the radices grow from
+    pair to pair. Uni: lambda_i = s^((i - low) / (high - low)); all are equal. m = 0.1 ln s + 1.
     Source: "MrRoPE: Mixed-radix Rotary Position Embedding", 2026.
 
     Args:
         factor: s, target length over trained length, at least 1.
-        uniform: the Uni form instead of Pro.
-        beta_fast: turns above which a pair is kept.
-        beta_slow: turns below which a pair is slowed by s.
+        uniform: the Uni form in place of Pro.
+        beta_fast: rotations above which a pair does not change.
+        beta_slow: rotations below which a pair is divided by s.
     """
 
     name: ClassVar[str] = "mrrope"
@@ -203,10 +204,10 @@ class MrRoPE(Factored):
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaRoPE(Factored):
-    """AlphaRoPE: with d0 = int(d ln(L / 2pi) / ln b), the dims up to d0 (2i <= d0) turn at
-    theta_i * s^(-(2i / d0)^a), a = 0.6 ln s, the others at theta_i / s. m = 0.1 ln s + 1.
+    """AlphaRoPE: with d0 = int(d ln(L / 2pi) / ln b) and a = 0.6 ln s, the dimensions up to d0 (2i <= d0) get
+    theta_i * s^(-(2i / d0)^a), and the others theta_i / s. m = 0.1 ln s + 1.
 
-    d0 is the critical dimension: beyond it no pair completed a turn in training.
+    d0 is the critical dimension: pairs beyond it completed no rotation in training.
     Source: "AlphaRoPE", 2026.
     """
 
@@ -222,15 +223,15 @@ class AlphaRoPE(Factored):
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3(Factored):
-    """Llama 3: wavelengths above L / low_freq_factor are stretched by s, those below L / high_freq_factor
-    kept, and between them theta_i is interpolated linearly in L / wavelength.
+    """Llama 3: wavelengths above L / low_freq_factor are multiplied by s, those below L / high_freq_factor do not
+    change, and between them theta_i is interpolated linearly in L / wavelength.
 
     Source: the Llama 3.1 release, 2024 (factor 8, low 1, high 4, L 8192).
 
     Args:
         factor: s, at least 1.
-        low_freq_factor: fewest turns over L at which a pair is not fully stretched.
-        high_freq_factor: turns over L from which a pair is kept.
+        low_freq_factor: rotations over L up to which the wavelength of a pair is multiplied by s.
+        high_freq_factor: rotations over L from which a pair does not change.
     """
 
     name: ClassVar[str] = "llama3"
@@ -249,5 +250,5 @@ class Llama3(Factored):
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
         rotations = rope.trained_length * rope.theta / (2 * math.pi)
-        kept = ((rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
-        return Frequencies(rope.theta * (1 - (1 - kept) * (1 - 1 / self.factor)))
+        unscaled = ((rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return Frequencies(rope.theta * (1 - (1 - unscaled) * (1 - 1 / self.factor)))

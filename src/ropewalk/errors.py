@@ -1,17 +1,17 @@
 """Every error that ropewalk raises on purpose.
 
     RopewalkError
-    ├── ConfigError         a scaler, an option or a config that cannot be right
+    ├── ConfigError         a scaler, an option or a config that is not valid
     ├── UnsupportedModel    a model whose position encoding ropewalk cannot verify
     ├── PatchError          a patch that cannot be applied or undone now
-    ├── ContextOverflow     more tokens asked for than the model and scaler reach
-    │   └── OutOfMemory     memory ran out under way
-    ├── AssetError          a model or text that cannot be fetched, checked or stored
+    ├── ContextOverflow     a request for more tokens than the model and its scaler reach
+    │   └── OutOfMemory     the memory ran out during a run
+    ├── AssetError          a model or text that cannot be downloaded, checked or stored
     ├── DataError           a text that cannot be read or is too short
-    └── EndpointError       a server that cannot be reached, or answers what cannot be used
+    └── EndpointError       a server that cannot be reached, or whose answer cannot be used
 
-Messages name the offending value, the limit it met, and the next step. The shell prints the message
-alone and exits with code 2.
+A message names the value, the limit and the next step. The shell prints the message alone and exits
+with code 2.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class Setting:
         raise ContextOverflow("the prompt is too long; shorten it, or ", Setting("max_length", 9000, "load"))
 
     Args:
-        name: of the argument; the option is the same with dashes.
-        value: what it is or should be. Upper case stands for what the user chooses, such as FOLDER.
-        form: what a message says of it, in Python and in the shell:
+        name: name of the argument. The shell's option has the same name with dashes.
+        value: the value that it has or should have. Upper case stands for a value that the user chooses (FOLDER).
+        form: how a message names it, in Python and in the shell:
             "argument": max_length=9000, --max-length 9000
             "load": load with max_length=9000, add --max-length 9000
             "model": set model.rope = 'auto', add --rope auto
             "given": top_p 2, --top-p 2
             "name": top_p, --top-p
-        python: what to say in Python, in place of the form's.
+        python: the words for Python, if they differ from the form's.
     """
 
     name: str
@@ -77,14 +77,14 @@ class Setting:
 
 
 class _Parts(Exception):
-    """An exception whose arguments are the parts of its message: strings, and settings."""
+    """An exception whose arguments are the parts of its message: strings and settings."""
 
     def __str__(self) -> str:
         return "".join(map(str, self.args))
 
 
 class RopewalkError(_Parts):
-    """Root of the tree: catch this to catch everything ropewalk raises on purpose."""
+    """Base class of all errors that ropewalk raises on purpose."""
 
 
 class RopewalkWarning(_Parts, UserWarning):
@@ -92,11 +92,11 @@ class RopewalkWarning(_Parts, UserWarning):
 
 
 class ConfigError(RopewalkError, ValueError):
-    """A scaler, an option or a config that cannot be right."""
+    """A scaler, an option or a config that is not valid."""
 
 
 class UnsupportedModel(RopewalkError):
-    """A model whose position encoding ropewalk cannot verify, and so will not touch."""
+    """A model whose position encoding ropewalk cannot verify, and which it therefore does not change."""
 
 
 class PatchError(RopewalkError):
@@ -104,14 +104,14 @@ class PatchError(RopewalkError):
 
 
 class ContextOverflow(RopewalkError):
-    """More tokens asked for than the model and its scaler reach."""
+    """A request for more tokens than the model and its scaler reach."""
 
 
 class OutOfMemory(ContextOverflow):
-    """Memory ran out under way, and less at a time did not help.
+    """The memory ran out during a run, also with smaller batches and chunks.
 
     Attributes:
-        finished: of several prompts, the `Completion`s that were done, by index.
+        finished: for a list of prompts, the `Completion`s that were complete before, by index.
     """
 
     def __init__(self, *message: str | Setting) -> None:
@@ -120,25 +120,25 @@ class OutOfMemory(ContextOverflow):
 
 
 class AssetError(RopewalkError):
-    """A model or text that cannot be fetched, checked or stored."""
+    """A model or text that cannot be downloaded, checked or stored."""
 
 
 class DataError(RopewalkError):
-    """A text that cannot be read, or is too short for what is asked of it."""
+    """A text that cannot be read, or that is too short for the request."""
 
 
 class EndpointError(RopewalkError):
-    """A server that cannot be reached, or answers what cannot be used."""
+    """A server that cannot be reached, or whose answer cannot be used."""
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """`" Did you mean 'yarn'?"` when `word` is close to one of `known`, else the list of all."""
+    """`" Did you mean 'yarn'?"` if `word` is close to one of `known`, else a list of all names."""
     names = sorted(known)
     close = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names)}."
 
 
 def first_line(error: BaseException) -> str:
-    """An error of another library in one line: its class and the beginning of what it says."""
+    """An error of another library in one line: its class and the start of its message."""
     text = re.sub(r"\s+", " ", str(error)).strip()
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

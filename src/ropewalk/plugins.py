@@ -1,6 +1,7 @@
-"""What other packages add, by their entry points: named without loading anything, loaded when first asked for.
+"""Scalers and tasks that other packages add by entry points.
 
-An entry point that cannot be used is refused in one sentence that names it and its package; everything else goes on.
+Their names are known without an import; an entry point is loaded at its first use. One that cannot be used
+raises one sentence with its name and its package, and the others still work.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ T = TypeVar("T")
 
 
 class Plugins(Mapping[str, T], Generic[T]):
-    """Built-in things by name, then those of other packages.
+    """Built-in objects by name, then those of other packages.
 
-    Iteration gives all that can be used, and logs a warning for each that cannot.
+    Iteration yields the names that can be used, and logs a warning for each that cannot.
 
     Args:
-        built_in: their names cannot be taken.
-        group: of the entry points, such as "ropewalk.scalers".
-        kind: what one of them is called in messages.
-        check: makes what is kept from the name and what the entry point leads to; raises ConfigError on what is wrong.
+        built_in: the objects of ropewalk. No other package can take their names.
+        group: group of the entry points, such as "ropewalk.scalers".
+        kind: what messages call such an object.
+        check: gets the name and the loaded object, and returns the object to store. It raises ConfigError if the
+            object is not valid.
     """
 
     def __init__(self, built_in: dict[str, T], *, group: str, kind: str, check: Callable[[str, object], T]) -> None:
@@ -39,26 +41,26 @@ class Plugins(Mapping[str, T], Generic[T]):
 
     @cached_property
     def _entry_points(self) -> dict[str, list[EntryPoint]]:
-        """Entry points by name, in order."""
-        found: dict[str, list[EntryPoint]] = {}
+        """The entry points of each name, sorted by name."""
+        by_name: dict[str, list[EntryPoint]] = {}
         for point in sorted(entry_points(group=self._group), key=lambda point: point.name):
-            found.setdefault(point.name, []).append(point)
-        return found
+            by_name.setdefault(point.name, []).append(point)
+        return by_name
 
     @property
     def names(self) -> list[str]:
-        """All names, of what can be used and what cannot; nothing is loaded."""
+        """All names, also those that cannot be used. Nothing is loaded."""
         return [*self.built_in, *(name for name in self._entry_points if name not in self.built_in)]
 
     def __contains__(self, name: object) -> bool:
         return name in self.built_in or name in self._entry_points
 
     def __getitem__(self, name: str) -> T:
-        """What `name` stands for.
+        """The object with this name.
 
         Raises:
-            KeyError: nothing is called so.
-            ConfigError: it is of another package, and cannot be used.
+            KeyError: no object has this name.
+            ConfigError: the object is from another package and cannot be used.
         """
         if name in self.built_in:
             return self.built_in[name]
@@ -68,12 +70,12 @@ class Plugins(Mapping[str, T], Generic[T]):
 
     @cached_property
     def _usable(self) -> list[str]:
-        """The names of all that can be used; the others are told of, once."""
+        """The names that can be used. Each of the others is logged once."""
         usable = [*self.built_in]
         for name, points in self._entry_points.items():
             try:
                 if name in self.built_in:
-                    raise self._refusal(points, "the name is that of a built-in one")
+                    raise self._refusal(points, "a built-in one has this name")
                 self[name]
             except ConfigError as error:
                 logging.getLogger(__name__).warning("%s", error)
@@ -89,10 +91,10 @@ class Plugins(Mapping[str, T], Generic[T]):
 
     def _load(self, *points: EntryPoint) -> T:
         if len(points) > 1:
-            raise self._refusal(points, "each of them has one of this name")
+            raise self._refusal(points, "each of these packages has one with this name")
         try:
             return self._check(points[0].name, points[0].load())
-        except (Exception, SystemExit) as error:  # whatever the module of another package does
+        except (Exception, SystemExit) as error:  # the module of another package can raise anything
             reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             raise self._refusal(points, reason) from error
 

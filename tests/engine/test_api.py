@@ -211,7 +211,7 @@ def test_a_map_reaches_what_it_says(model):
 def test_a_map_that_does_not_fit_leaves_the_old_one_in_place(model):
     model.rope = "rerope:64|logn"
     before = model.score(TEXT).logprobs
-    with pytest.raises(rw.ConfigError, match="rerope: window 256 is not below the length 256"):
+    with pytest.raises(rw.ConfigError, match="rerope: window 256 must be below 256, the length"):
         model.rope = "rerope:256"
     assert str(model.rope) == "rerope:64|logn"
     assert torch.equal(model.score(TEXT).logprobs, before)

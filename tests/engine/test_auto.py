@@ -267,7 +267,7 @@ def test_a_folder_that_cannot_be_written(compiled, cache):
 @pytest.mark.parametrize("spec", ["auto|logn", "logn|auto", "yarn:4|auto"])
 def test_it_stands_alone(compiled, spec):
     compiled.rope = "yarn:2"
-    with pytest.raises(rw.ConfigError, match="'auto' stands for a whole scaler"):
+    with pytest.raises(rw.ConfigError, match="'auto' is a whole scaler"):
         compiled.rope = spec
     assert str(compiled.rope) == "yarn:2"
 

@@ -39,7 +39,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(llama):
 
 
 def test_maps_that_do_not_fit_are_refused_with_numbers(llama):
-    with pytest.raises(rw.ConfigError, match="rerope: window 64 is not below the length 64 carried without it"):
+    with pytest.raises(rw.ConfigError, match="rerope: window 64 must be below 64, the length that the model reaches"):
         rw.patch(llama, "rerope:64")
     with pytest.raises(rw.ConfigError, match=r"reaches 144 tokens on this model, fewer than the 256 asked for"):
         rw.patch(llama, "self-extend:3,window=24", length="4x")

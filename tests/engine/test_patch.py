@@ -107,7 +107,7 @@ def test_a_model_with_its_own_scaling_keeps_it_under_none_and_is_not_shortened()
     before = logits(model)
     with rw.patch(model, "none"):
         assert torch.equal(logits(model), before)
-    with pytest.raises(rw.ConfigError, match="fewer than its 64; factors count from 16, so ask for one of at least 4"):
+    with pytest.raises(rw.ConfigError, match="fewer than its 64; factors count from 16, so take a factor of at least"):
         rw.patch(model, "linear:2")
     with rw.patch(model, "resonance"):  # laid over the model's own frequencies, not over plain ones
         wavelengths = 2 * torch.pi / model.model.rotary_emb.inv_freq.double()

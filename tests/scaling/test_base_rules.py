@@ -96,7 +96,7 @@ def test_rounding_goes_up_and_leaves_short_numbers_alone() -> None:
         (
             RopeSpec(dim=64, base=1e4, trained_length=7),
             1 << 17,
-            "base 10000 becomes its power of 92.*more than float64",
+            "base 10000 is raised to the power 92.*exceeds float64",
         ),
     ],
 )

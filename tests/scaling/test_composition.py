@@ -260,7 +260,7 @@ def test_check_asks_every_member() -> None:
     short = LongRoPE(factor=2, short=(1.0,), long=(2.0,))
     with pytest.raises(ConfigError, match="short has 1 numbers; rotary dimension 64 needs 32"):
         (Resonance() | short).check(ROPE)
-    with pytest.raises(ConfigError, match="window 2048 is not below the length 2048 carried"):
+    with pytest.raises(ConfigError, match="window 2048 must be below 2048, the length"):
         (LogN() | ReRoPE(window=2048)).check(ROPE)
 
 

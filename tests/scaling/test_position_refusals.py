@@ -36,24 +36,24 @@ def test_impossible_fields_are_refused(make: Callable[[], Scaler], message: str)
         make()
 
 
-BEYOND = "{} is not below the length 100 carried without it; {} works best at 25 to 50"
+BEYOND = "{}: {} must be below 100, the length that the model reaches without it; 25 to 50 works best"
 
 
 @pytest.mark.parametrize(
     ("last_good", "first_bad", "message"),
     [
-        (ReRoPE(window=99), ReRoPE(window=100), BEYOND.format("window 100", "rerope")),
-        (LeakyReRoPE(window=99, k=2), LeakyReRoPE(window=100, k=2), BEYOND.format("window 100", "leaky-rerope")),
-        (SelfExtend(group=2, window=99), SelfExtend(group=2, window=100), BEYOND.format("window 100", "self-extend")),
-        (JetLong(near=99), JetLong(near=100), BEYOND.format("near 100", "jet-long")),
-        (String(shift=99, window=5), String(shift=100, window=5), BEYOND.format("shift 100", "string")),
+        (ReRoPE(window=99), ReRoPE(window=100), BEYOND.format("rerope", "window 100")),
+        (LeakyReRoPE(window=99, k=2), LeakyReRoPE(window=100, k=2), BEYOND.format("leaky-rerope", "window 100")),
+        (SelfExtend(group=2, window=99), SelfExtend(group=2, window=100), BEYOND.format("self-extend", "window 100")),
+        (JetLong(near=99), JetLong(near=100), BEYOND.format("jet-long", "near 100")),
+        (String(shift=99, window=5), String(shift=100, window=5), BEYOND.format("string", "shift 100")),
         (String(window=33), String(window=34), "window 34 must not exceed the shift 33; its authors take L/3 and 128"),
         (String(shift=7, window=7), String(shift=7, window=8), "window 8 must not exceed the shift 7"),
         (
             DualChunk(chunk=99, window=49),
             DualChunk(chunk=100, window=49),
-            "chunk 100 and window 49 must satisfy 2 window <= chunk < 100, the length carried without it; its authors "
-            "take 75 and 12",
+            "chunk 100 and window 49 must satisfy 2 window <= chunk < 100, the length that the model reaches without "
+            "it; its authors take 75 and 12",
         ),
         (DualChunk(window=37), DualChunk(window=38), "chunk 75 and window 38 must satisfy 2 window <= chunk"),
         (
@@ -75,5 +75,5 @@ def test_maps_on_models_that_are_too_short_for_their_defaults() -> None:
         DualChunk().check(trained_on(7))
     with pytest.raises(ConfigError, match="window 128 must not exceed the shift 100"):
         String().check(trained_on(300))
-    with pytest.raises(ConfigError, match="near 2048 is not below the length 2048 carried"):
+    with pytest.raises(ConfigError, match="near 2048 must be below 2048, the length"):
         JetLong().check(trained_on(2048))
