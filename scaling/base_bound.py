@@ -1,21 +1,19 @@
-"""Which rotary base does a context need? The base bound and its exact search.
+"""The base bound, the condition on the rotary base for a context length, and its exact search.
 
-For dim d and base b let f_b(m) = sum_{i < d/2} cos(m b^(-2i/d)): up to a factor, the mean amount by which
-attention prefers a similar token over a random one at distance m. A base carries N tokens when
-f_b(m) >= 0 for every integer 0 <= m < N. Asymptotically (d -> infinity) that is b >= N / 0.6165.
+For dimension d and base b let f_b(m) = sum_{i < d/2} cos(m b^(-2i/d)). Up to a factor, it is the mean
+amount by which attention prefers a similar token at distance m to a random one. A base is feasible
+for N tokens if f_b(m) >= 0 for every integer 0 <= m < N. For d -> infinity that means b >= N / 0.6165.
 
-Feasibility is not monotone in b, and feasible bases form thin islands, so neither bisection nor a
-grid over b can be trusted. The search works on intervals of x = ln b, and proves that each interval
-is feasible or infeasible as a whole. With s_i = 2i/d, theta_i = e^(-s_i x) and
-f(x, m) = sum_i cos(m theta_i):
+Feasibility is not monotone in b, and feasible bases form thin islands. Bisection or a grid over b can
+miss them. The search works on intervals of x = ln b, and proves that a whole interval is feasible or
+infeasible. With s_i = 2i/d, theta_i = e^(-s_i x) and f(x, m) = sum_i cos(m theta_i):
 
-* Upwards, an interval is skipped because one distance m fails on all of it:
-  |d^2 f / dx^2| <= sum (m s_i theta_i)^2 + m s_i^2 theta_i, which falls as x grows, so f < 0 and
-  its slope at x tell how far f stays below 0.
-* Downwards, an interval is skipped because interval arithmetic gives f > 0 for all its bases and
-  distances.
+* Upwards, it skips an interval on which one distance m always fails. The bound
+  |d^2 f / dx^2| <= sum (m s_i theta_i)^2 + m s_i^2 theta_i falls as x grows. So f < 0 and the slope
+  at x give an interval on which f stays below 0.
+* Downwards, it skips an interval for which interval arithmetic gives f > 0 at all bases and distances.
 
-Everything is float64 and on the CPU. Sources: Men et al., arXiv 2405.14591; kexue.fm/archives/10122.
+All computations are float64 on the CPU. Sources: Men et al., arXiv 2405.14591; kexue.fm/archives/10122.
 """
 
 from __future__ import annotations
@@ -44,27 +42,27 @@ __all__ = [
 ]
 
 ASYMPTOTIC = 0.6165
-"""The zero of the cosine integral: as d grows, the bound becomes b >= N / 0.6165."""
+"""The zero of the cosine integral. As d grows, the bound becomes b >= N / 0.6165."""
 
-_ABOVE_ONE = 1 + 1e-6  # where the search for the smallest base starts: b = 1 itself is no rotary base
+_ABOVE_ONE = 1 + 1e-6  # start of the search for the smallest base; b = 1 is not a rotary base
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseAnswer:
-    """What the base bound says about a context length.
+    """The results of the base bound for a context length.
 
     Attributes:
-        length: N, tokens to carry.
-        dim: d, rotated dimensions of a head.
-        smallest_feasible: the smallest base that carries N. It may sit on a thin island: slightly larger bases
-            can fail.
-        largest_infeasible: the largest base that fails; every base above it carries N. None if none fails.
-        ceiling: a base from which on feasibility follows from a closed form; the search ran up to here.
-        asymptotic: N / 0.6165, the bound's limit for many dimensions.
-        resolution: relative width in b below which an island may have been missed.
-        base: the user's own base, or None.
-        fails_at: the first distance below N at which `base` fails, so it carries that many tokens; None if it
-            carries all N, or if no base was given.
+        length: N, the target length in tokens.
+        dim: d, the rotated dimensions of a head.
+        smallest_feasible: the smallest base that is feasible for N. It can lie on a thin island, so slightly larger
+            bases can fail.
+        largest_infeasible: the largest base that fails; every base above it is feasible. None if none fails.
+        ceiling: a closed form shows that every base from here on is feasible. The search starts here.
+        asymptotic: N / 0.6165, the limit of the bound for many dimensions.
+        resolution: relative width in b below which the search can miss an island.
+        base: the user's base, or None.
+        fails_at: the first distance below N at which `base` fails, which is the number of tokens that it is feasible
+            for. None if it is feasible for N, or without `base`.
     """
 
     length: int
@@ -79,7 +77,7 @@ class BaseAnswer:
 
 
 def base_report(length: int, dim: int, *, base: float | None = None) -> BaseAnswer:
-    """All that the base bound answers for N = `length` and d = `dim`; `base` is the user's own, if any.
+    """All results of the base bound for N = `length` and d = `dim`, and for the user's `base` if it is given.
 
     Raises:
         ConfigError: as `smallest_feasible_base`, or `base` not above 1.
@@ -99,11 +97,10 @@ def base_report(length: int, dim: int, *, base: float | None = None) -> BaseAnsw
 
 
 def first_failure(base: float, dim: int, limit: int) -> int | None:
-    """The first integer 0 <= m < `limit` with f_b(m) < 0, or None: how many tokens a base carries.
+    """The first integer 0 <= m < `limit` with f_b(m) < 0, or None. It is the length that the base is feasible for.
 
-    Decided by the plain float64 sum of cos(m * base^(-2i/d)). If at least half of a head's dimensions are not
-    rotated at all, their cos is 1 and f >= 0 always; that case needs no search, and `dim` here counts the
-    rotated dimensions only.
+    The plain float64 sum of cos(m * base^(-2i/d)) decides. `dim` counts the rotated dimensions only. If at least half
+    of a head's dimensions are not rotated, their cos is 1, f >= 0 always holds, and no search is needed.
 
     Raises:
         ConfigError: dim odd or below 2, limit below 1, or base not above 1.
@@ -115,7 +112,7 @@ def first_failure(base: float, dim: int, limit: int) -> int | None:
 
 
 def preference(base: float, dim: int, length: int) -> Tensor:
-    """f_b(m) for every distance 0 <= m < `length`, float64 [length]; its signs are those of `first_failure`.
+    """f_b(m) for every distance 0 <= m < `length`, float64 [length], with the signs that `first_failure` uses.
 
     Raises:
         ConfigError: as `first_failure`.
@@ -126,14 +123,14 @@ def preference(base: float, dim: int, length: int) -> Tensor:
         return torch.cat([f for _, f in values(base, dim, length)])
 
 
-@functools.lru_cache(maxsize=64)  # a scaler asks again for every model it is put into
+@functools.lru_cache(maxsize=64)  # a scaler calls it for every model that it is applied to
 def smallest_feasible_base(length: int, dim: int, *, at_least: float = _ABOVE_ONE) -> float:
-    """The smallest base, not below `at_least`, that carries N = `length` tokens.
+    """The smallest base, not below `at_least`, that is feasible for N = `length` tokens.
 
-    `at_least` is returned unchanged if it is feasible. Otherwise the answer is the left edge of the first
-    island of feasible bases: `first_failure` finds nothing for it, and every base in [at_least, answer) was
-    shown to fail, except that an island narrower than 1e-10 (relative, `RESOLUTION`) may have been stepped
-    over, and that the answer may lie that far right of the true edge. A rounded answer may fail.
+    `at_least` itself is returned if it is feasible. Otherwise the result is the left edge of the first island of
+    feasible bases. `first_failure` finds no failure for it, and every base in [at_least, result) is proved to fail,
+    with two exceptions: the search can miss an island narrower than 1e-10 (relative, `RESOLUTION`), and the result can
+    lie that far to the right of the true edge. A rounded result can fail.
 
     CPU time for d = 128 on one core: 2 s at N = 32k, 5 s at 128k, 24 s at 1M.
 
@@ -150,11 +147,11 @@ def smallest_feasible_base(length: int, dim: int, *, at_least: float = _ABOVE_ON
 
 @functools.lru_cache(maxsize=64)
 def largest_infeasible_base(length: int, dim: int) -> float | None:
-    """The largest base that fails within N = `length`: all bases above it carry N. None if no base fails.
+    """The largest base that fails within N = `length`; all bases above it are feasible. None if no base fails.
 
-    Branch and bound from `ceiling_base` downwards over boxes of (distance, ln b). The answer itself fails, and
-    everything above it was shown to be feasible, except that an island of failing bases narrower than 1e-10
-    (relative, `RESOLUTION`) may have been missed.
+    This is branch and bound from `ceiling_base` downwards over boxes of (distance, ln b). The result itself fails, and
+    every base above it is proved to be feasible, except that the search can miss an island of failing bases narrower
+    than 1e-10 (relative, `RESOLUTION`).
 
     Raises:
         ConfigError: dim odd or below 6, or length below 1.
@@ -162,22 +159,22 @@ def largest_infeasible_base(length: int, dim: int) -> float | None:
     _check(length, dim, fewest=6)
     if length < 3:
         return None  # f(0) = d/2 and f(1) >= d/2 cos(1) > 0 for every base; at m = 2 bases near 1 fail
-    top, found = math.log(ceiling_base(length, dim)), None
+    top, highest = math.log(ceiling_base(length, dim)), None
     with one_thread():
-        while found is None:
+        while highest is None:
             bottom = max(top - 0.5, 0.0)
-            found, top = highest_failure(length, dim, bottom, top), bottom
-        base = math.exp(found)
-        while find_failure(base, dim, length) is None:  # exp may round across the edge
+            highest, top = highest_failure(length, dim, bottom, top), bottom
+        base = math.exp(highest)
+        while find_failure(base, dim, length) is None:  # exp can round to the other side of the edge
             base *= 1 - RESOLUTION
     return base
 
 
 def ceiling_base(length: int, dim: int) -> float:
-    """A base from which on every base carries N = `length`, by a closed form.
+    """A base from which every base is feasible for N = `length`, by a closed form.
 
-    Where (N-1) theta_i <= pi, cos(m theta_i) >= cos((N-1) theta_i); the other pairs are at least -1. The sum of
-    these bounds grows with b, so here (and only here) bisection is sound. For d = 128 it is 0.65 to 0.8 N^2.
+    If (N-1) theta_i <= pi, then cos(m theta_i) >= cos((N-1) theta_i). The other terms are at least -1. The sum of
+    these bounds grows with b, so bisection is correct here, and only here. For d = 128 it is 0.65 to 0.8 N^2.
 
     Raises:
         ConfigError: dim odd or below 6, or length below 1.
@@ -210,16 +207,16 @@ def _check_base(base: float) -> None:
 
 
 RESOLUTION = 1e-10
-"""Relative width in b below which an island, feasible or not, may be missed."""
+"""Relative width in b below which the search can miss an island, feasible or not."""
 
-_WIDTH = 256  # distances per row, a square: a row costs one phase per pair, the rest follows by angle addition
+_WIDTH = 256  # distances per row, a square number; a row costs one phase per pair, and angle addition gives the rest
 _ROWS = 256  # rows per matrix product
-_HOT = 8  # rows followed from step to step; 8, 16, 32 took 5.8, 6.4, 7.1 s of CPU at N = 128k (one run each)
+_CANDIDATES = 8  # rows used for several steps; 8, 16, 32 took 5.8, 6.4, 7.1 s of CPU at N = 128k (one run each)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One torch thread inside. The pieces are small: on two busy cores a second thread made it 14 times slower."""
+    """One torch thread inside. The tensors are small: on two busy cores a second thread made it 14 times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -233,7 +230,7 @@ def _exponents(dim: int) -> Tensor:
 
 
 def _noise(length: int) -> float:
-    """More than the rounding error of f below `length`: phases up to m, each to 1e-16 of itself."""
+    """An upper bound of the rounding error of f below `length`: phases up to m, with a relative error of 1e-16."""
     return 1e-9 + 1e-14 * length
 
 
@@ -242,27 +239,27 @@ def _inner(theta: Tensor) -> Tensor:
     side = math.isqrt(_WIDTH)
     near = torch.arange(side)[:, None] * theta
     far = side * near
-    turns = torch.complex(far.cos(), far.sin())[:, None] * torch.complex(near.cos(), near.sin())
-    return turns.flatten(0, 1)
+    rotations = torch.complex(far.cos(), far.sin())[:, None] * torch.complex(near.cos(), near.sin())
+    return rotations.flatten(0, 1)
 
 
 def _starts(theta: Tensor, rows: Tensor) -> Tensor:
-    """cos and sin of the phases at each row's first distance: theta [n], rows [r] -> [r, 2n]."""
+    """cos and sin of the phases at the first distance of each row: theta [n], rows [r] -> [r, 2n]."""
     phases = (rows * _WIDTH)[:, None] * theta
     return torch.cat([phases.cos(), phases.sin()], 1)
 
 
 def _rows(length: int) -> Iterator[Tensor]:
-    """The rows that hold the distances below `length`, _ROWS at a time."""
+    """The indices of the rows with the distances below `length`, _ROWS at a time."""
     count = -(-length // _WIDTH)
     for start in range(0, count, _ROWS):
         yield torch.arange(start, min(start + _ROWS, count))
 
 
 def values(base: float, dim: int, limit: int) -> Iterator[tuple[int, Tensor]]:
-    """f(m) for every 0 <= m < `limit`, in blocks: a block's first distance, and float64 [its distances].
+    """f(m) for every 0 <= m < `limit`, in blocks: the first distance of a block, and float64 [distances in it].
 
-    The sign is that of the plain sum of cosines.
+    The signs are those of the plain sum of cosines.
     """
     theta = base ** -_exponents(dim)
     inner = _inner(theta)
@@ -286,14 +283,14 @@ def find_failure(base: float, dim: int, limit: int) -> int | None:
 
 
 def climb(length: int, dim: int, base: float) -> float:
-    """From an infeasible base up to the first feasible one, each step proved by one failing distance."""
-    horizon = min(length, _HOT * _WIDTH)  # low bases fail early, and early failures reach furthest
-    hot, usual = torch.arange(0), 0.0
+    """The first feasible base above an infeasible one. One failing distance proves each step."""
+    horizon = min(length, _CANDIDATES * _WIDTH)  # low bases fail early, and early failures allow the largest steps
+    rows, usual = torch.arange(0), 0.0
     while True:
-        reach = _reach(base, dim, length, hot) if usual else 0.0
+        reach = _reach(base, dim, length, rows) if usual else 0.0
         if reach <= 0.3 * usual:
-            hot = _hottest(base, dim, horizon)
-            usual = reach = _reach(base, dim, length, hot)
+            rows = _candidate_rows(base, dim, horizon)
+            usual = reach = _reach(base, dim, length, rows)
             if horizon < length and reach * _phase_speed(base, dim, horizon) < 1:
                 horizon, usual = min(2 * horizon, length), 0.0
                 continue
@@ -306,13 +303,13 @@ def climb(length: int, dim: int, base: float) -> float:
 
 
 def _phase_speed(base: float, dim: int, m: int) -> float:
-    """How fast the phases at m turn as ln b grows: sqrt(sum (m s theta)^2), radians."""
+    """How fast the phases at m change as ln b grows: sqrt(sum (m s theta)^2), radians."""
     s = _exponents(dim)
     return m * float((s * base**-s).square().sum().sqrt())
 
 
-def _hottest(base: float, dim: int, horizon: int) -> Tensor:
-    """The rows below `horizon` whose failures should reach furthest. A hint only, so float32 is enough."""
+def _candidate_rows(base: float, dim: int, horizon: int) -> Tensor:
+    """The rows below `horizon` whose failures should allow the largest step. An estimate, so float32 is enough."""
     theta = base ** -_exponents(dim)
     inner = _inner(theta)
     step = torch.cat([inner.real, -inner.imag], 1).T.float()
@@ -320,12 +317,12 @@ def _hottest(base: float, dim: int, horizon: int) -> Tensor:
     for rows in _rows(horizon):
         f = (_starts(theta, rows).float() @ step).amin(1)
         scores.append(torch.where(f < 0, -f / (rows + 1).square(), -f))  # reach ~ sqrt(-f) / m
-    every = torch.cat(scores)
-    return every.topk(min(_HOT, len(every))).indices
+    all_scores = torch.cat(scores)
+    return all_scores.topk(min(_CANDIDATES, len(all_scores))).indices
 
 
 def _reach(base: float, dim: int, length: int, rows: Tensor) -> float:
-    """How far ln b can grow while some one distance m < length in `rows` surely goes on failing; 0 if none fails."""
+    """How far ln b can grow while one distance m < length in `rows` is proved to fail; 0 if none fails."""
     s = _exponents(dim)
     theta = base**-s
     inner, weight = _inner(theta), s * theta
@@ -334,23 +331,23 @@ def _reach(base: float, dim: int, length: int, rows: Tensor) -> float:
     both = _starts(theta, rows) @ step.T
     f, slope = both[:, :_WIDTH], both[:, _WIDTH:]  # [r, width]: f and (df/dx) / m
     m = ((rows * _WIDTH)[:, None] + torch.arange(_WIDTH)).double()
-    bend = m * (m * (s * theta).square().sum() + (s.square() * theta).sum())
+    curvature = m * (m * (s * theta).square().sum() + (s.square() * theta).sum())
     slope = m * slope
     value = f + _noise(length)
     failing = (value < 0) & (m < length)
     if not failing.any():
         return 0.0
-    value, slope, bend = value[failing], slope[failing], bend[failing]
-    # the larger root of value + slope t + bend t^2 / 2 = 0
-    return float(((slope.square() - 2 * bend * value).sqrt() - slope).div(bend).max())
+    value, slope, curvature = value[failing], slope[failing], curvature[failing]
+    # the larger root of value + slope t + curvature t^2 / 2 = 0
+    return float(((slope.square() - 2 * curvature * value).sqrt() - slope).div(curvature).max())
 
 
 def highest_failure(length: int, dim: int, bottom: float, top: float) -> float | None:
-    """The largest x = ln b in [bottom, top] that fails below `length`, to RESOLUTION, or None."""
+    """The largest x = ln b in [bottom, top] that fails below `length`, within RESOLUTION, or None."""
     s = _exponents(dim)
     chunk = max(1, 2**15 // len(s))
     best = -math.inf
-    # a box is (first m, last m, lowest x, highest x); the stack is depth first, highest x on top
+    # a box is (first m, last m, lowest x, highest x); the search is depth first, with the highest x on top
     stack = [torch.tensor([[0.0, length - 1.0, bottom, top]], dtype=torch.float64)]
     while stack:
         boxes = stack.pop()
@@ -367,7 +364,7 @@ def highest_failure(length: int, dim: int, bottom: float, top: float) -> float |
         first, last, low, high = (v[open_] for v in (first, last, low, high))
         if not len(first):
             continue
-        # factors 0.1 to 0.3 need about as many boxes at N = 1k to 8k; 0.03 up to 1.7 times more
+        # factors of 0.1 to 0.3 need about the same number of boxes at N = 1k to 8k; 0.03 needs up to 1.7 times more
         by_m = last - first > 0.2 * last * (high - low)
         half_m = torch.where(by_m, torch.floor((first + last) / 2), last)
         half_x = torch.where(by_m, low, (low + high) / 2)
@@ -378,7 +375,7 @@ def highest_failure(length: int, dim: int, bottom: float, top: float) -> float |
 
 
 def _lower_bound(boxes: Tensor, s: Tensor) -> Tensor:
-    """A lower bound of f over each box: each pair's own minimum over the box's phases; [k, 4] -> [k]."""
+    """A lower bound of f over each box: the sum of each pair's minimum over the phases of the box; [k, 4] -> [k]."""
     first, last, low, high = boxes.T
     start = first[:, None] * torch.exp(-high[:, None] * s)
     end = last[:, None] * torch.exp(-low[:, None] * s)

@@ -1,4 +1,4 @@
-"""Rotary frequencies as a GGUF file says them, and what llama.cpp computes from that."""
+"""The RoPE of a GGUF file: its keys, written from a scaler and read as llama.cpp reads them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .yarn import Llama3, YaRN
 __all__ = ["GgufRope"]
 
 _LLAMA3_LENGTH = 8192
-"""Trained length of Llama 3, whose divisors come without it."""
+"""The trained length of Llama 3. A file with its divisors does not state it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,8 +29,8 @@ class GgufRope:
     Args:
         dim: `rope.dimension_count`.
         base: `rope.freq_base`.
-        scaling: what is below `rope.scaling.`, by the rest of the key.
-        divisors: `rope_freqs.weight`, by which each frequency is divided, float32 [d/2]; None for none.
+        scaling: the values of `rope.scaling.*`, by the rest of the key.
+        divisors: `rope_freqs.weight`, float32 [d/2], which divides each frequency; None if the file has none.
     """
 
     dim: int
@@ -42,14 +42,14 @@ class GgufRope:
     def of(cls, rope: RopeSpec, scaler: Scaler) -> GgufRope:
         """The simplest form in which llama.cpp computes `scaler.frequencies(rope)`.
 
-        A base, linear interpolation and plain YaRN have keys of their own; everything else static is one divisor
-        for every pair, and a factor on cos and sin.
+        A base, linear interpolation and plain YaRN have their own keys. Every other static method is a divisor for
+        each pair, and a factor on cos and sin.
 
         Raises:
-            ConfigError: the scaler follows the length, or acts on more than the frequencies.
+            ConfigError: the scaler depends on the length, or sets more than the frequencies.
         """
         if scaler.depends_on_length:
-            raise ConfigError(f"{scaler} follows the length of the text, and a GGUF file holds one set of frequencies")
+            raise ConfigError(f"{scaler} depends on the length of the text, and a GGUF file has one set of frequencies")
         written = hf_write.write(rope, scaler)
         base = float(written["rope_theta"])
         scaling: dict[str, Any] | None = None
@@ -63,20 +63,20 @@ class GgufRope:
                 scaling = {"type": "yarn", "factor": scaler.factor, **trained}
         if scaling is not None:
             return cls(dim=rope.dim, base=base, scaling=scaling)
-        found = scaler.frequencies(rope)
+        frequencies = scaler.frequencies(rope)
         scaling = {"original_context_length": rope.trained_length}
-        if found.attention_factor != 1:
-            scaling["attn_factor"] = found.attention_factor
-        divisors = hf_write.divisors(rope, found).float()
+        if frequencies.attention_factor != 1:
+            scaling["attn_factor"] = frequencies.attention_factor
+        divisors = hf_write.divisors(rope, frequencies).float()
         return cls(dim=rope.dim, base=rope.base, scaling=scaling, divisors=divisors)
 
     def configured(self, context_length: int) -> ConfiguredRope:
-        """The geometry and scaler that a file with this `context_length` describes.
+        """The geometry and the scaler of a file with this `context_length`.
 
-        Divisors that are those of Llama 3.1 become `Llama3`, others `LongRoPE` factors.
+        The divisors of Llama 3.1 become `Llama3`, others become `LongRoPE` factors.
 
         Raises:
-            ConfigError: divisors of another number than the pairs, or scaling of a kind that is not known.
+            ConfigError: the number of divisors is not that of the pairs, or the file has another scaling besides them.
         """
         trained = int(self.scaling.get("original_context_length", context_length))
         rope = RopeSpec(dim=self.dim, base=self.base, trained_length=trained)
@@ -95,13 +95,14 @@ class GgufRope:
 
     def _divided(self, rope: RopeSpec, context_length: int) -> tuple[RopeSpec, Scaler]:
         if self.kind != "none":
-            raise ConfigError(f"rotary scaling of type {self.kind!r} together with divisors or attn_factor")
+            raise ConfigError(f"rotary scaling of type {self.kind!r} with divisors or attn_factor is not supported")
         divisors = torch.ones(self.dim // 2) if self.divisors is None else self.divisors
         m = float(self.scaling.get("attn_factor", 1.0))
         llama = dataclasses.replace(rope, trained_length=_LLAMA3_LENGTH)
         released = Llama3(factor=max(float(divisors.max()), 1.0))
-        theirs = llama.theta / released.frequencies(llama).inv_freq
-        if m == 1 and theirs.shape == divisors.shape and torch.allclose(theirs, divisors.double(), rtol=1e-4, atol=0):
+        expected = llama.theta / released.frequencies(llama).inv_freq
+        is_llama = expected.shape == divisors.shape and torch.allclose(expected, divisors.double(), rtol=1e-4, atol=0)
+        if m == 1 and is_llama:
             return llama, released
         factors = tuple(divisors.double().tolist())
         factor = max(context_length / rope.trained_length, 1.0)

@@ -1,7 +1,7 @@
-"""Hugging Face configs: read here and nowhere else, strictly, and written back by `write`.
+"""Hugging Face configs: the only place that reads their RoPE. `hf_write` writes it.
 
 `read` turns every form of `rope_parameters`, and of the older `rope_scaling` with `rope_theta`, into a
-`RopeSpec` and a `Scaler`. What transformers would ignore or only warn about is refused.
+`RopeSpec` and a `Scaler`. It refuses what transformers ignores or only warns about.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", _LENGTH), ()),
     "proportional": ((), ("factor", _LENGTH)),
 }
-"""Keys that a rope type needs, and keys that it may have besides."""
+"""The required keys of each rope type, and the optional ones."""
 
 _LENGTH_TYPES = {"su", *(kind for kind, (required, optional) in _KEYS.items() if _LENGTH in required + optional)}
 _COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -46,9 +46,9 @@ _MODEL_CODE_KEYS = {
     "long_mscale": "a temperature that changes with the length",
     "alpha": "a base multiplied in the model's own code",
 }
-"""Keys of single families, acted on outside the rotary frequencies."""
+"""Keys of single families that act outside the rotary frequencies, and what they mean."""
 
-_MOST_LAYERS = 10_000  # transformers makes a list entry or a module for each before it sees a weight
+_MOST_LAYERS = 10_000  # transformers makes a list entry or a module for each before it reads the weights
 _WIDEST_HEAD = 2**16
 _LONGEST = 2**48  # tokens
 
@@ -57,16 +57,16 @@ def read(config: Any) -> dict[str | None, ConfiguredRope]:
     """The rotary embeddings of a transformers config.
 
     Args:
-        config: a config object, or the dict of a `config.json`. The dict needs its `model_type`: each family
-            fills in what its file leaves out (base, rotary share of the head, layer types) in its own way.
+        config: a config object, or the dict of a `config.json`. The dict needs a `model_type`, because each family
+            has its own defaults for missing keys (base, rotary part of the head, layer types).
 
     Returns:
-        One entry under None where the layers share one `rope_parameters`, else one for every layer type that
-        turns; a layer type whose entry is None has no positions and is left out.
+        One entry under None if the layers share one `rope_parameters`, else one for every layer type that
+        rotates. A layer type whose entry is None has no positions and is left out.
 
     Raises:
-        UnsupportedModel: no RoPE, or one that is more than a frequency for each pair (axial, multimodal).
-        ConfigError: a key is unknown, missing, or holds what it cannot hold.
+        UnsupportedModel: no RoPE, or one that is not a single frequency for each pair (axial, multimodal).
+        ConfigError: a key is unknown or missing, or its value is not valid.
     """
     config = text_config(config)
     name = str(getattr(config, "model_type", "") or type(config).__name__)
@@ -85,15 +85,15 @@ def read(config: Any) -> dict[str | None, ConfiguredRope]:
 
 
 def is_local(layer_type: str | None) -> bool:
-    """True for layer types whose attention sees a short window only."""
+    """True for layer types whose attention sees only a short window."""
     return layer_type is not None and any(word in layer_type for word in ("sliding", "chunked", "local"))
 
 
 def merged_parameters(config: Any) -> dict[str, Any]:
-    """`rope_parameters` as transformers has them: also from `rope_scaling`, and from keys beside it; without nulls.
+    """`rope_parameters` as transformers sees them, including `rope_scaling` and keys outside of it, without nulls.
 
     Args:
-        config: as for `read`, of a model whose layers share one rotary embedding.
+        config: as for `read`, for a model whose layers share one rotary embedding.
     """
     config = text_config(config)
     parameters = _with_outside_length(config, _parameters(config))
@@ -101,11 +101,11 @@ def merged_parameters(config: Any) -> dict[str, Any]:
 
 
 def check_counts(content: Any) -> None:
-    """Refuse the content of a config.json with more layers or experts than any model has: a damaged or hostile one
-    would fill the memory before a weight is looked at.
+    """Check the content of a config.json for more layers or experts than any model has. A damaged or malicious one
+    would fill the memory before the weights are read.
 
     Raises:
-        ConfigError: with the key.
+        ConfigError: there are too many; names the key.
     """
     if isinstance(content, Mapping):
         for key, value in content.items():
@@ -132,16 +132,16 @@ def text_config(config: Any) -> Any:
     try:
         return config.get_text_config(decoder=True)
     except ValueError as error:
-        raise UnsupportedModel(f"the config holds several text models; pass one of them ({error})") from None
+        raise UnsupportedModel(f"the config has several text models; pass one of them ({error})") from None
 
 
 def _from_json(config: Mapping[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING  # only here, so that reading an object costs no import
+    from transformers import CONFIG_MAPPING  # a config object needs no import
 
     model_type = config.get("model_type")
     if model_type is None:
         raise ConfigError(
-            "the config has no 'model_type', which decides what its missing keys mean; add it or pass a config object"
+            "the config has no 'model_type', which decides the defaults of missing keys; add it or pass a config object"
         )
     check_counts(config)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -150,30 +150,28 @@ def _from_json(config: Mapping[str, Any]) -> Any:
             "pass the config object of the model's own code"
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))  # the classes write into it
-    except Exception as error:  # each family raises its own
+        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(config)))  # the classes change it
+    except Exception as error:  # each family raises its own class
         reason = " ".join(str(error).split())
         raise ConfigError(f"transformers does not accept this {model_type} config: {reason}") from error
 
 
 def _refuse_other_encodings(name: str, config: Any) -> None:
     if getattr(config, "alibi", False):
-        raise UnsupportedModel(f"{name} has alibi=True in its config, so it has no rotary embedding to scale")
+        raise UnsupportedModel(f"{name} has alibi=True in its config, and so no rotary embedding to scale")
     encoding = getattr(config, "position_embedding_type", "rope")
     if encoding not in ("rope", "rotary"):
         raise UnsupportedModel(
-            f"{name} has position_embedding_type={encoding!r} in its config, so it has no rotary embedding to scale"
+            f"{name} has position_embedding_type={encoding!r} in its config, and so no rotary embedding to scale"
         )
 
 
 def _layer_entries(name: str, config: Any, parameters: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The entries of the layer types that the model has and that rotate."""
+    """The entries of the layer types that the model has and that have a rotary embedding."""
     stray = [key for key, value in parameters.items() if not isinstance(value, Mapping | None)]
     if stray:
-        raise ConfigError(
-            f"{name}: rope_parameters holds {stray[0]!r} beside the layer types; move it into each of them"
-        )
-    # Classes name layer types that a small model may not have; transformers builds only those it declares.
+        raise ConfigError(f"{name}: rope_parameters has {stray[0]!r} beside the layer types; move it into each of them")
+    # The defaults of a class can have layer types that a small model lacks; transformers builds only declared ones.
     declared = getattr(config, "_rope_type_labels", None) or getattr(config, "layer_types", None) or parameters
     entries = {key: entry for key, entry in parameters.items() if key in declared and entry is not None}
     if not entries:
@@ -183,7 +181,7 @@ def _layer_entries(name: str, config: Any, parameters: Mapping[str, Any]) -> dic
 
 
 def _layer_config(name: str, config: Any, layer_type: str) -> Any:
-    """The config as the layers of one type see it: Gemma 4 gives them their own head_dim."""
+    """The config for the layers of one type. Gemma 4 gives each type its own head_dim."""
     if not getattr(config, "is_heterogeneous", False):
         return config
     try:
@@ -193,7 +191,7 @@ def _layer_config(name: str, config: Any, layer_type: str) -> Any:
 
 
 def _with_outside_length(config: Any, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Phi-3 keeps the trained length outside of the dict; transformers lets that one win."""
+    """`parameters` with the trained length from outside, where Phi-3 has it. transformers prefers that one, too."""
     length = getattr(config, _LENGTH, None)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     return {**parameters, _LENGTH: length} if length and kind in _LENGTH_TYPES else parameters
@@ -208,13 +206,13 @@ def _read_entry(name: str, config: Any, parameters: Mapping[str, Any]) -> Config
     scaler = _read_scaler(name, kind, values, max_length / trained_length)
     scaler.check(rope)
     whole = None if head_dim == rope.dim else head_dim
-    if _LENGTH not in values:  # released linear configs hold either length in max_position_embeddings
+    if _LENGTH not in values:  # max_position_embeddings of released linear configs is either length
         return ConfiguredRope(rope=rope, scaler=scaler, max_length=max_length, head_dim=whole)
     return ConfiguredRope.of(rope, scaler, max_length, head_dim=whole)
 
 
 def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The rope type and its keys: all of them known, none of them missing, nulls left out."""
+    """The rope type and its keys without nulls, after a check for unknown and missing keys."""
     kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
     kind = _ALIASES.get(kind, kind)
     if kind not in _KEYS:
@@ -223,7 +221,7 @@ def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str
     if not isinstance(parameters.get("truncate", True), bool):
         raise ConfigError(f"{name}: truncate={parameters['truncate']!r} must be true or false")
     values = {key: value for key, value in parameters.items() if value is not None}
-    for key in ("rope_theta", "partial_rotary_factor"):  # older configs keep these outside
+    for key in ("rope_theta", "partial_rotary_factor"):  # older configs have these outside
         if key not in values and getattr(config, key, None) is not None:
             values[key] = getattr(config, key)
     values = _without_repetition(values) if kind == "longrope" else values
@@ -241,7 +239,7 @@ def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str
 
 
 def _without_repetition(values: dict[str, Any]) -> dict[str, Any]:
-    """LongRoPE without the keys in which vLLM and SGLang look for `attention_factor`, where they say the same."""
+    """LongRoPE without vLLM's and SGLang's keys for `attention_factor`, if they have the same value."""
     repeated = ("short_mscale", "long_mscale")
     if any(values.get(key) != values.get("attention_factor") for key in repeated):
         return values
@@ -249,26 +247,26 @@ def _without_repetition(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_attn_factor(name: str, config: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """YaRN without the factor on m that vLLM and SGLang read and transformers does not, where it is 1."""
-    left = {key: value for key, value in values.items() if key != "attn_factor"}
+    """YaRN without the factor on m that vLLM and SGLang read and transformers ignores, if it is 1."""
+    others = {key: value for key, value in values.items() if key != "attn_factor"}
     if "attn_factor" not in values or (given := _number(name, values, "attn_factor")) == 1:
-        return left
+        return others
     longest = _length(name, "max_position_embeddings", getattr(config, "max_position_embeddings", None))
-    factor = _number(name, left, "factor", longest / _number(name, left, _LENGTH, longest))
-    m = _read_yarn(name, left, factor).temperature()
+    factor = _number(name, others, "factor", longest / _number(name, others, _LENGTH, longest))
+    m = _read_yarn(name, others, factor).temperature()
     raise ConfigError(
-        f"{name}: engines disagree about attn_factor={given:g} in rope_parameters: vLLM and SGLang multiply the factor "
-        f"on cos and sin by it (m = {m * given:.4g}), transformers ignores it (m = {m:.4g}). Choose in config.json: "
-        f"put attention_factor: {m * given:.6g} in its place for the first, or take it out for the second"
+        f"{name}: engines disagree about attn_factor={given:g} in rope_parameters. vLLM and SGLang multiply the factor "
+        f"on cos and sin by it (m = {m * given:.4g}); transformers ignores it (m = {m:.4g}). Edit config.json: replace "
+        f"it by attention_factor: {m * given:.6g} for the first m, or remove it for the second"
     )
 
 
 def _head_dim(name: str, config: Any) -> int:
     try:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # The second where heads differ from layer to layer.
+    # RuntimeError where heads differ from layer to layer.
     except (AttributeError, RuntimeError, TypeError, ArithmeticError) as error:
-        raise UnsupportedModel(f"{name}: the head dimension cannot be read from the config ({error})") from None
+        raise UnsupportedModel(f"{name}: the config does not give the head dimension ({error})") from None
     if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim > _WIDEST_HEAD:
         raise ConfigError(f"{name}: head_dim={head_dim!r:.40} must be a whole number up to {_WIDEST_HEAD}")
     return head_dim
@@ -287,13 +285,13 @@ def _read_geometry(name: str, head_dim: int, kind: str, values: dict[str, Any], 
     if dim < 2 or dim % 2:
         raise UnsupportedModel(
             f"{name}: head_dim {head_dim} with partial_rotary_factor {share:g} rotates {dim} dimensions; "
-            "only even numbers from 2 can be paired"
+            "only an even number of at least 2 can be paired"
         )
     return RopeSpec(dim=dim, base=base, trained_length=trained_length)
 
 
 def _read_scaler(name: str, kind: str, values: Mapping[str, Any], stretch: float) -> Scaler:
-    """`stretch`: max_position_embeddings over the trained length, the factor where the config names none."""
+    """The scaler. `stretch` is max_position_embeddings over the trained length, the factor if the config has none."""
     factor = _number(name, values, "factor", 1.0 if kind == "proportional" else stretch)
     if kind == "default" or (kind == "proportional" and factor == 1):
         return Scaler()
@@ -317,7 +315,7 @@ def _read_scaler(name: str, kind: str, values: Mapping[str, Any], stretch: float
 def _read_yarn(name: str, values: Mapping[str, Any], factor: float) -> YaRN:
     optional = ("attention_factor", "mscale", "mscale_all_dim")
     attention_factor, mscale, mscale_all_dim = (_number_or_none(name, values, key) for key in optional)
-    # transformers' order: attention_factor, then both mscales, then the rule; zero is as good as absent. Latent
+    # transformers' order: attention_factor, then both mscales, then the rule; zero counts as absent. Latent
     # attention reads mscale_all_dim in any case.
     mscale_all_dim = mscale_all_dim or None
     if attention_factor is not None or not (mscale and mscale_all_dim):
@@ -344,7 +342,7 @@ def _number(name: str, values: Mapping[str, Any], key: str, default: float | Non
     try:
         return float(value)
     except OverflowError:
-        raise ConfigError(f"{name}: {key} is a whole number of {len(str(value))} digits; that cannot be") from None
+        raise ConfigError(f"{name}: {key} has {len(str(value))} digits; float64 cannot hold it") from None
 
 
 def _numbers(name: str, values: Mapping[str, Any], key: str) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Scalers written as the `rope_parameters` of a Hugging Face config."""
+"""Scalers as the `rope_parameters` of a Hugging Face config, for transformers and for serving engines."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from .yarn import Llama3, NTKByParts, YaRN
 
 __all__ = ["check_frequencies_only", "divisors", "write", "write_served"]
 
-_STANDING_STILL = 1e30
-"""Divisor of a pair that does not rotate: finite in float32 and in JSON, no angle at any position."""
+_NO_ROTATION = 1e30
+"""Divisor of a pair that does not rotate: finite in float32 and in JSON, and the angle is 0 at every position."""
 
 _NO_MSCALE = 1e-9
-"""An `mscale_all_dim` that changes nothing, where one has to stand beside `mscale`."""
+"""An `mscale_all_dim` without effect, because `mscale` needs one."""
 
 
 def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None, as_longrope: bool = False) -> dict[str, Any]:
-    """The `rope_parameters` with which stock transformers computes `scaler.frequencies(rope)`.
+    """The `rope_parameters` with which unmodified transformers computes `scaler.frequencies(rope)`.
 
-    Methods that transformers has keep their type; every other static frequency method is carried as
-    LongRoPE factors with its own temperature. The config around it needs `max_position_embeddings`: the
-    trained length for a dynamic method, any length to be served for the others.
+    A method that transformers has keeps its rope type. Every other static frequency method becomes LongRoPE factors
+    with its own factor on cos and sin. The config also needs `max_position_embeddings`: the trained length for a
+    dynamic method, the length to be served for the others.
 
     Args:
-        head_dim: the whole head, where only `rope.dim` of it rotates: adds `partial_rotary_factor`, without
-            which a family that rotates a part of the head falls back to its own default.
-        as_longrope: as LongRoPE factors in any case, for families such as Phi-3 whose configs take no other type.
+        head_dim: the dimension of the whole head, if only `rope.dim` of it rotates. It adds `partial_rotary_factor`,
+            without which a family that rotates a part of the head uses its own default.
+        as_longrope: write LongRoPE factors in any case, for families such as Phi-3 whose configs have no other type.
 
     Raises:
-        ConfigError: the scaler follows the length in a way that transformers does not know, or acts on more
-            than the frequencies.
+        ConfigError: the scaler depends on the length in a way that transformers does not have, or it sets more than
+            the frequencies.
     """
     check_frequencies_only(scaler)
     scaler.check(rope)
-    return _finished(rope, head_dim, (None if as_longrope else _native(rope, scaler)) or _carried(rope, scaler))
+    return _completed(rope, head_dim, (None if as_longrope else _native(rope, scaler)) or _as_longrope(rope, scaler))
 
 
 def write_served(
@@ -53,46 +53,46 @@ def write_served(
     yarn_only: bool = False,
     as_longrope: bool = False,
 ) -> dict[str, Any]:
-    """The `rope_parameters` from which vLLM and SGLang too compute `scaler.frequencies(rope)`.
+    """The `rope_parameters` from which transformers, vLLM and SGLang compute `scaler.frequencies(rope)`.
 
-    Both look for LongRoPE's temperature in `short_mscale` and `long_mscale`, and SGLang ignores the
-    `attention_factor` of yarn; so whatever has a temperature of its own is carried as LongRoPE with those keys.
+    vLLM and SGLang read LongRoPE's m from `short_mscale` and `long_mscale`, and SGLang ignores the `attention_factor`
+    of yarn. So a scaler with its own m is written as LongRoPE with these keys.
 
     Args:
-        yarn_only: of a model with latent attention, such as DeepSeek-V3: both engines read all of its scalings as yarn
-            with `mscale` and `mscale_all_dim`, whatever the rope type says.
+        yarn_only: True for a model with latent attention, such as DeepSeek-V3. Both engines read every scaling of it
+            as yarn with `mscale` and `mscale_all_dim`, and ignore the rope type.
         as_longrope: as for `write`.
 
     Raises:
-        ConfigError: the scaler follows the length of the text, which they do not do, or acts on more than the
-            frequencies, or is none that they read for a model with latent attention.
+        ConfigError: the scaler depends on the length of the text, which these engines do not support, or sets more
+            than the frequencies, or they cannot read it for a model with latent attention.
     """
     check_frequencies_only(scaler)
     scaler.check(rope)
     if scaler.depends_on_length:
-        raise ConfigError(f"'{scaler}' follows the length of the text, which vLLM and SGLang do not do")
+        raise ConfigError(f"'{scaler}' depends on the length of the text, which vLLM and SGLang do not support")
     parameters = _native(rope, scaler)
     if yarn_only:
-        return _finished(rope, head_dim, _read_as_yarn(scaler, parameters))
+        return _completed(rope, head_dim, _read_as_yarn(scaler, parameters))
     if (
         as_longrope
         or parameters is None
         or parameters.keys() & {"attention_factor", "mscale", "short_factor"}
         or not parameters.get("truncate", True)
     ):
-        parameters = _carried(rope, scaler)
+        parameters = _as_longrope(rope, scaler)
         parameters |= dict.fromkeys(("short_mscale", "long_mscale"), parameters["attention_factor"])
-    return _finished(rope, head_dim, parameters)
+    return _completed(rope, head_dim, parameters)
 
 
 def _read_as_yarn(scaler: Scaler, parameters: dict[str, Any] | None) -> dict[str, Any]:
-    """The parameters of a base, or of a yarn without `attention_factor`, which is said by the mscales."""
+    """The parameters of a base, or of a yarn whose `attention_factor` is written as the two mscales."""
     fits = parameters is not None and parameters["rope_type"] in ("default", "yarn")
     if parameters is None or not (fits and parameters.get("truncate", True)):
         raise ConfigError(
-            f"'{scaler}' cannot be written for vLLM and SGLang: they read every scaling of this model, whose attention "
-            "takes a softmax scale from rope_parameters, as the yarn of DeepSeek, with truncated ends; take yarn or "
-            "another base"
+            f"'{scaler}' cannot be written for vLLM and SGLang. The attention of this model takes a softmax scale from "
+            "rope_parameters, so they read every scaling of it as the yarn of DeepSeek, with truncated ends; take yarn "
+            "or another base"
         )
     if "attention_factor" not in parameters:
         return parameters
@@ -101,14 +101,14 @@ def _read_as_yarn(scaler: Scaler, parameters: dict[str, Any] | None) -> dict[str
     mscale = all_dim if m == 1 else (m * (all_dim * slope + 1) - 1) / slope if slope else 0.0
     if mscale <= 0:
         raise ConfigError(
-            f"'{scaler}' cannot be written for vLLM and SGLang: they know attention_factor by mscale and "
-            f"mscale_all_dim alone for this model, and {m:g} has none above 0; take a larger one"
+            f"'{scaler}' cannot be written for vLLM and SGLang. For this model they read attention_factor only from "
+            f"mscale and mscale_all_dim, and {m:g} needs an mscale that is not above 0; take a larger one"
         )
     return {**parameters, "mscale": mscale, "mscale_all_dim": all_dim}
 
 
-def _finished(rope: RopeSpec, head_dim: int | None, parameters: dict[str, Any]) -> dict[str, Any]:
-    """With the share of the head, and the factor as a number with a point, without which vLLM and SGLang fail."""
+def _completed(rope: RopeSpec, head_dim: int | None, parameters: dict[str, Any]) -> dict[str, Any]:
+    """`parameters` with the rotary part of the head, and with a float factor, which vLLM and SGLang need."""
     if "factor" in parameters:
         parameters = {**parameters, "factor": float(parameters["factor"])}
     if head_dim is None or head_dim == rope.dim:
@@ -121,27 +121,27 @@ def _finished(rope: RopeSpec, head_dim: int | None, parameters: dict[str, Any]) 
     return {**parameters, "partial_rotary_factor": _share(rope.dim, head_dim)}
 
 
-def divisors(rope: RopeSpec, found: Frequencies) -> Tensor:
-    """By what the plain frequencies have to be divided to give `found`, float64 [d/2]; finite for a pair at rest."""
+def divisors(rope: RopeSpec, frequencies: Frequencies) -> Tensor:
+    """The plain frequencies over `frequencies`, float64 [d/2]; finite for a pair that does not rotate."""
     plain = dataclasses.replace(rope, rotating_pairs=None).theta
-    return (plain / found.inv_freq).clamp(max=_STANDING_STILL)
+    return (plain / frequencies.inv_freq).clamp(max=_NO_ROTATION)
 
 
 def check_frequencies_only(scaler: Scaler) -> None:
-    """Refuse what acts on more than the frequencies.
+    """Check that a scaler sets only the frequencies.
 
     Raises:
-        ConfigError: names the part that does.
+        ConfigError: it sets more; names the part that does.
     """
     for part in scaler.parts:
         if part.facet not in ("frequencies", "wavelength grid"):
             raise ConfigError(
-                f"{part.name!r} sets the {part.facet}, which no model file holds; patch the model where it runs instead"
+                f"{part.name!r} sets the {part.facet}, which a model file cannot hold; patch the model where it runs"
             )
 
 
 def _native(rope: RopeSpec, scaler: Scaler) -> dict[str, Any] | None:
-    """The parameters in transformers' own type for the method, or None if it has none."""
+    """The parameters of transformers' own rope type for the method, or None if it has none."""
     match scaler:
         case Linear(factor=factor):
             return _plain(rope, rope.base, factor)
@@ -154,7 +154,7 @@ def _native(rope: RopeSpec, scaler: Scaler) -> dict[str, Any] | None:
         case _ if type(scaler) is Scaler:
             return _plain(rope, rope.base)
     if rope.rotating_pairs is not None:
-        return None  # only the proportional type has pairs that stand still
+        return None  # only the proportional type has pairs that do not rotate
     trained = {"original_max_position_embeddings": rope.trained_length}
     match scaler:
         case DynamicNTK(factor=factor):
@@ -182,16 +182,16 @@ def _plain(rope: RopeSpec, base: float, factor: float = 1.0) -> dict[str, Any]:
     return parameters if factor == 1 else {**parameters, "factor": factor}
 
 
-def _carried(rope: RopeSpec, scaler: Scaler) -> dict[str, Any]:
-    """LongRoPE factors lambda_i = theta_i / theta'_i."""
+def _as_longrope(rope: RopeSpec, scaler: Scaler) -> dict[str, Any]:
+    """The parameters of LongRoPE factors lambda_i = theta_i / theta'_i."""
     host = scaler.member("frequencies") if isinstance(scaler, Composition) else scaler
     if scaler.depends_on_length and not isinstance(host, LongRoPE):
         raise ConfigError(
-            f"'{scaler}' follows the length of the text in a way that no rope type of transformers does; "
-            "write a static method such as yarn, or patch the model instead"
+            f"'{scaler}' depends on the length of the text in a way that no rope type of transformers does; "
+            "write a static method such as yarn, or patch the model"
         )
     within, beyond = (scaler.frequencies(rope, rope.trained_length + more) for more in (0, 1))
-    short, long = (divisors(rope, found).tolist() for found in (within, beyond))
+    short, long = (divisors(rope, frequencies).tolist() for frequencies in (within, beyond))
     factor = max(scaler.reach(rope) / rope.trained_length, 1.0)
     return _longrope(rope, factor, short, long, within.attention_factor)
 
@@ -211,6 +211,6 @@ def _longrope(
 
 
 def _share(part: int, whole: int) -> float:
-    """part / whole, such that int(whole * share) is `part` in spite of rounding."""
+    """part / whole, rounded such that int(whole * share) is `part`."""
     share = part / whole
     return share if int(whole * share) == part else math.nextafter(share, 1.0)

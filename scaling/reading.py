@@ -1,8 +1,8 @@
-"""What an engine makes of a rotary config: a scaler, notes, and the number of tokens that it serves.
+"""How an engine reads the RoPE of a config, as values: its scaler, notes, and the length that it serves.
 
-The served lengths come from transformers' config object: keys of the file, defaults of its family,
-and other names for the same value (`n_positions`). Read in the engines' sources in November 2026;
-vLLM's rule is compared with its own `ModelConfig` (docs/export.md).
+The served lengths come from transformers' config object: keys of the file, defaults of its family, and
+other names for the same value (`n_positions`). The rules are from the engines' sources in November 2026;
+vLLM's rule has been compared with its own `ModelConfig` (docs/export.md).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["SERVED_LENGTHS", "EngineReading", "EngineRope", "same_frequencies"]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineReading:
-    """What an engine makes of a config.
+    """How an engine reads a config.
 
     Attributes:
         engine: a key of `ENGINES`.
-        rope: the geometry that it reckons with.
-        scaler: what it does to the plain frequencies; None if it refuses the config, or is not read.
-        max_length: tokens that it serves unless it is told otherwise; None where the config does not limit it.
-        notes: what a user should know, sentences.
-        is_read: False where its sources have not been read for such a config, so that nothing is known.
+        rope: the geometry that the engine computes with.
+        scaler: its change of the plain frequencies; None if it refuses the config, or if `is_read` is False.
+        max_length: the tokens that it serves by default; None if the config does not limit it.
+        notes: sentences for the user.
+        is_read: False if its sources have not been read for such a config, so that its scaler is not known.
     """
 
     engine: str
@@ -52,19 +52,19 @@ class EngineReading:
         return "refuses it" if self.scaler is None else str(self.scaler)
 
     def frequencies(self, length: int) -> Frequencies | None:
-        """For a text of `length` tokens."""
+        """The frequencies for a text of `length` tokens; None without a scaler."""
         return None if self.scaler is None else self.scaler.frequencies(self.rope, length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRope:
-    """The rotary part of a config as the engines find it.
+    """The RoPE of a config, the input of all engines.
 
     Args:
         config: transformers' config object of the text model.
-        parameters: `rope_parameters`, or what transformers makes of the older `rope_scaling`.
-        configured: as transformers computes it.
-        has_old_keys: the file has `rope_scaling` or a `rope_theta`, as transformers 4 wrote them.
+        parameters: `rope_parameters`, which transformers also makes from the older `rope_scaling`.
+        configured: the rotary embedding as transformers computes it.
+        has_old_keys: True if the file has `rope_scaling` or `rope_theta`, as transformers 4 wrote it.
     """
 
     config: Any
@@ -79,12 +79,12 @@ class EngineRope:
 
     @property
     def rope(self) -> RopeSpec:
-        """As transformers reckons."""
+        """The geometry in transformers."""
         return self.configured.rope
 
     @property
     def scaler(self) -> Scaler:
-        """As transformers reckons."""
+        """The scaler in transformers."""
         return self.configured.scaler
 
     @property
@@ -98,17 +98,17 @@ class EngineRope:
         return self.max_length / self.rope.trained_length
 
     def get(self, key: str) -> Any:
-        """A value of `parameters`; None if it is not there."""
+        """A value of `parameters`, or None."""
         return self.parameters.get(key)
 
 
-def same_frequencies(one: EngineReading, other: EngineReading, length: int) -> bool:
-    """True if two engines compute the same for a text of `length` tokens."""
-    a, b = one.frequencies(length), other.frequencies(length)
+def same_frequencies(first: EngineReading, second: EngineReading, length: int) -> bool:
+    """True if two engines compute the same frequencies for a text of `length` tokens."""
+    a, b = first.frequencies(length), second.frequencies(length)
     if a is None or b is None:
         return False
-    same = torch.allclose(a.inv_freq, b.inv_freq, rtol=1e-5, atol=1e-12)
-    return same and math.isclose(a.attention_factor, b.attention_factor, rel_tol=1e-6)
+    is_close = torch.allclose(a.inv_freq, b.inv_freq, rtol=1e-5, atol=1e-12)
+    return is_close and math.isclose(a.attention_factor, b.attention_factor, rel_tol=1e-6)
 
 
 _LARGEST = "model_max_length"  # Command-R's
@@ -118,7 +118,7 @@ _VLLM_KEYS = (
 )
 _SGLANG_KEYS = ("max_sequence_length", "seq_length", "max_seq_len", _LARGEST, "max_position_embeddings")
 _LLAMA_CPP_FIRST = {"cohere": _LARGEST, "phi": "n_positions", "phi3": "n_positions", "phimoe": "n_positions"}
-"""The key that its converter prefers to `max_position_embeddings`, by model_type."""
+"""The key that the converter prefers to `max_position_embeddings`, by model_type."""
 
 
 def _transformers(raw: EngineRope) -> int:
@@ -126,10 +126,10 @@ def _transformers(raw: EngineRope) -> int:
 
 
 def _vllm(raw: EngineRope) -> int:
-    """`model_max_length`, or the least of all keys; times the factor of linear, dynamic and proportional scaling.
+    """`model_max_length`, or the smallest of all keys, times the factor of linear, dynamic and proportional scaling.
 
-    A LongRoPE model whose trained length stands outside of its rope parameters is served up to that length. The length
-    of Gemma 3 is that after scaling.
+    A LongRoPE model whose config has its trained length outside of the rope parameters is served up to that length.
+    The length of Gemma 3 is the length after scaling.
     """
     length = _value(raw, _LARGEST) or min(_values(raw, _VLLM_KEYS))
     if raw.kind == "longrope":
@@ -142,13 +142,13 @@ def _sglang(raw: EngineRope) -> int:
 
 
 def _llama_cpp(raw: EngineRope) -> int:
-    """`context_length` as its converter writes it."""
+    """The `context_length` that its converter writes."""
     first = _LLAMA_CPP_FIRST.get(raw.config.model_type)
     return int((first and _value(raw, first)) or raw.max_length)
 
 
 def _factor(raw: EngineRope) -> float:
-    """1 for the types that know their trained length: theirs is the length after scaling."""
+    """The factor; 1 for types with a trained length, because their config has the length after scaling."""
     is_trained_known = raw.kind in ("yarn", "longrope", "llama3")
     return 1.0 if is_trained_known else float(raw.get("factor") or 1.0)
 
@@ -160,7 +160,7 @@ def _values(raw: EngineRope, keys: tuple[str, ...]) -> list[float]:
 def _value(raw: EngineRope, key: str) -> float | None:
     value = getattr(raw.config, key, None)
     if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-        raise ConfigError(f"{key}={value!r:.40} must be a number of tokens; engines read it")
+        raise ConfigError(f"{key}={value!r:.40} must be a number of tokens, because engines read it")
     return value
 
 
@@ -170,4 +170,4 @@ SERVED_LENGTHS: dict[str, Callable[[EngineRope], int]] = {
     "SGLang": _sglang,
     "llama.cpp": _llama_cpp,
 }
-"""Tokens by the engine's name. Engines that are not here serve any length."""
+"""The served tokens, by the engine's name. Engines that are not listed serve any length."""

@@ -1,7 +1,7 @@
-"""What serving engines compute from the rotary part of a Hugging Face config, each in its own way.
+"""The RoPE that vLLM, SGLang, llama.cpp and other engines compute from the same Hugging Face config or GGUF file.
 
-A reading is a scaler: what an engine makes of a config can be measured with it. Read in the engines' sources in
-November 2026; docs/export.md says which of the readings have been compared with a running engine.
+A reading has a scaler, so the computation of an engine can be measured here. The rules are from the engines'
+sources in November 2026; docs/export.md lists the readings that have been compared with a running engine.
 """
 
 from __future__ import annotations
@@ -22,89 +22,91 @@ from .yarn import YaRN, yarn_temperature
 __all__ = ["ENGINES", "read_all", "read_gguf"]
 
 _BY_LAYER = ("transformers", "vLLM")
-"""Engines that are read where each type of layer has frequencies of its own."""
+"""Engines whose sources have been read for configs with frequencies for each type of layer."""
 
 _MODEL_CODE_KEYS = {
     "mrope_section": "positions on several axes for pictures",
     "xdrope_section": "positions on several axes for pictures",
     "llama_4_scaling_beta": "queries scaled by their position",
 }
-"""Keys that act outside of the frequencies."""
+"""Keys that act outside the frequencies, and what they mean."""
 
 _LENGTH_OPTIONS = {"vLLM": "--max-model-len", "SGLang": "--context-length", "llama.cpp": "--ctx-size"}
 
 
 def read_all(config: Mapping[str, Any]) -> list[EngineReading]:
-    """Every engine's reading of the content of a config.json, that of transformers first.
+    """Every engine's reading of the content of a config.json, with transformers first.
 
-    Where each kind of layer has frequencies of its own, those of the layers that see the whole text are read.
+    If each type of layer has its own frequencies, the layers that see the whole text are read.
 
     Raises:
         UnsupportedModel: no RoPE.
-        ConfigError: transformers does not accept it.
+        ConfigError: transformers does not accept the config.
     """
-    own = hf.text_config(config)
-    notes = [_without_model_code(own), _about_dual_chunk(own)]
-    configured = hf.read(own)
+    text_config = hf.text_config(config)
+    notes = [_remove_model_code_keys(text_config), _dual_chunk_note(text_config)]
+    configured = hf.read(text_config)
     kind = next((kind for kind in configured if not hf.is_local(kind)), next(iter(configured)))
     text, length = config.get("text_config", config), "original_max_position_embeddings"
     if kind is None:
-        parameters, written = hf.merged_parameters(own), text.get("rope_parameters")
+        parameters, written = hf.merged_parameters(text_config), text.get("rope_parameters")
     else:
-        parameters = {key: value for key, value in own.rope_parameters[kind].items() if value is not None}
+        parameters = {key: value for key, value in text_config.rope_parameters[kind].items() if value is not None}
         written = (text.get("rope_parameters") or {}).get(kind)
-        notes.append(_about_layers(kind, configured))
+        notes.append(_layers_note(kind, configured))
     if not any(length in (part or {}) for part in (text, text.get("rope_scaling"), written)):
-        parameters.pop(length, None)  # transformers fills it in; other engines find nothing and go by that
-    found = EngineRope(
-        config=own,
+        parameters.pop(length, None)  # transformers adds it; the other engines do not see it
+    engine_rope = EngineRope(
+        config=text_config,
         parameters=parameters,
         configured=configured[kind],
         has_old_keys=text.get("rope_scaling") is not None or text.get("rope_theta") is not None,
     )
     readings = [
-        read(found) if kind is None or name in _BY_LAYER else _not_read(name, found) for name, read in ENGINES.items()
+        read(engine_rope) if kind is None or name in _BY_LAYER else _not_read(name, engine_rope)
+        for name, read in ENGINES.items()
     ]
     return [replace(readings[0], notes=(*readings[0].notes, *filter(None, notes))), *readings[1:]]
 
 
-def _without_model_code(config: Any) -> str:
-    """Take the keys that the model's own code acts on out of a config object, and say which."""
+def _remove_model_code_keys(config: Any) -> str:
+    """Remove the keys that the model's own code uses from a config object. The result is a note that names them."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    keys = {key: what for key, what in _MODEL_CODE_KEYS.items() if parameters.get(key) is not None}
-    if not keys:
+    meanings = {key: meaning for key, meaning in _MODEL_CODE_KEYS.items() if parameters.get(key) is not None}
+    if not meanings:
         return ""
-    config.rope_parameters = {key: value for key, value in parameters.items() if key not in keys}
-    return f"also has {', '.join(f'{what} ({key})' for key, what in keys.items())}, which the table leaves out"
+    config.rope_parameters = {key: value for key, value in parameters.items() if key not in meanings}
+    removed = ", ".join(f"{meaning} ({key})" for key, meaning in meanings.items())
+    return f"also has {removed}, which the table leaves out"
 
 
-def _about_dual_chunk(config: Any) -> str:
+def _dual_chunk_note(config: Any) -> str:
     if getattr(config, "dual_chunk_attention_config", None) is None:
         return ""
-    return "does not read dual_chunk_attention_config; vLLM reads long texts by it, which the table leaves out"
+    return "does not use dual_chunk_attention_config; vLLM uses it for long texts, which the table leaves out"
 
 
-def _about_layers(kind: str, configured: Mapping[str | None, hf.ConfiguredRope]) -> str:
-    """The other kinds of layers, as transformers computes them."""
+def _layers_note(kind: str, configured: Mapping[str | None, hf.ConfiguredRope]) -> str:
+    """A note on the other types of layers, as transformers computes them."""
     others = [
-        f"; those of type {other} have base {one.rope.base:g}" + (f" and {one.scaler}" if one.scaler.parts else "")
-        for other, one in configured.items()
+        f"; those of type {other} have base {rope.rope.base:g}" + (f" and {rope.scaler}" if rope.scaler.parts else "")
+        for other, rope in configured.items()
         if other != kind
     ]
     return f"has frequencies for each type of layer; the table is about {kind}{''.join(others)}"
 
 
 def _not_read(engine: str, raw: EngineRope) -> EngineReading:
-    note = "has not been compared on models with frequencies for each type of layer"
+    note = "has not been read for models with frequencies for each type of layer"
     return EngineReading(engine=engine, rope=raw.rope, scaler=None, max_length=None, notes=(note,), is_read=False)
 
 
 def _reading(engine: str, raw: EngineRope, scaler: Scaler | None, *notes: str, **rope: Any) -> EngineReading:
-    """A reading, with what the engine serves.
+    """A reading, with the length that the engine serves.
 
     Args:
-        notes: empty ones are left out.
-        rope: fields of the geometry that differ from what transformers reckons with.
+        notes: sentences for the user; empty ones are left out.
+        rope: fields of the geometry that differ from those of transformers.
     """
     limit = SERVED_LENGTHS.get(engine)
     served = None if limit is None else limit(raw)
@@ -113,17 +115,17 @@ def _reading(engine: str, raw: EngineRope, scaler: Scaler | None, *notes: str, *
         rope=replace(raw.rope, **rope),
         scaler=scaler,
         max_length=served,
-        notes=tuple(filter(None, (*notes, _about_length(engine, served, raw)))),
+        notes=tuple(filter(None, (*notes, _length_note(engine, served, raw)))),
     )
 
 
-def _about_length(engine: str, served: int | None, raw: EngineRope) -> str:
-    """A note where a server takes more or less than the config promises."""
+def _length_note(engine: str, served: int | None, raw: EngineRope) -> str:
+    """A note if a server takes more or fewer tokens than the config promises."""
     option = _LENGTH_OPTIONS.get(engine)
     if option is None or served is None or served == raw.max_length:
         return ""
     more = "more" if served > raw.max_length else "fewer"
-    return f"serves {more} tokens than the {raw.max_length} of max_position_embeddings unless {option} says otherwise"
+    return f"serves {more} tokens than the {raw.max_length} of max_position_embeddings unless {option} is given"
 
 
 def _transformers(raw: EngineRope) -> EngineReading:
@@ -146,8 +148,8 @@ def _vllm(raw: EngineRope) -> EngineReading:
                 "has no dynamic scaling that follows the text: plain frequencies, and before May 2026 a larger base",
             )
         case "yarn":
-            odd = [key for key in ("attention_factor", "mscale") if raw.get(key) is not None]
-            note = f"in releases before autumn 2026 ignores {' and '.join(odd)}" if odd else ""
+            ignored = [key for key in ("attention_factor", "mscale") if raw.get(key) is not None]
+            note = f"in releases before autumn 2026 ignores {' and '.join(ignored)}" if ignored else ""
             return _reading(name, raw, raw.scaler, note)
         case "longrope":
             return _fixed_longrope(name, raw, "if the server's max_model_len is above the trained length")
@@ -193,7 +195,7 @@ def _sglang_yarn(raw: EngineRope) -> YaRN:
 
 def _llama_cpp(raw: EngineRope) -> EngineReading:
     name = "llama.cpp"
-    by = "by its converter; `ropewalk export --target llama.cpp` carries it exactly"
+    by = "in its converter; `ropewalk export --target llama.cpp` writes it exactly"
     match raw.kind:
         case "yarn":
             yarn = YaRN(factor=_yarn(raw).factor)
@@ -205,15 +207,15 @@ def _llama_cpp(raw: EngineRope) -> EngineReading:
             lost += [key for key, plain in (("beta_fast", 32), ("beta_slow", 1)) if raw.get(key) not in (None, plain)]
             return _reading(name, raw, yarn, f"loses {', '.join(lost)} {by}" if lost else "")
         case "longrope":
-            return _reading(name, raw, Scaler(), f"makes a Llama model plain {by}")
+            return _reading(name, raw, Scaler(), f"drops the scaling of a Llama model {by}")
         case "dynamic" | "proportional":
-            return _reading(name, raw, Scaler(), f"makes {raw.kind} plain {by}")
+            return _reading(name, raw, Scaler(), f"drops the {raw.kind} scaling {by}")
         case "llama3" if raw.rope.trained_length != 8192:
             return _reading(
                 name,
                 raw,
                 raw.scaler,
-                "takes 8192 for the trained length in most versions of its converter",
+                "takes 8192 as the trained length in most versions of its converter",
                 trained_length=8192,
             )
     return _reading(name, raw, raw.scaler)
@@ -223,7 +225,7 @@ def _exllama(raw: EngineRope) -> EngineReading:
     name = "ExLlamaV3"
     match raw.kind:
         case "dynamic":
-            return _reading(name, raw, None, "knows no dynamic scaling")
+            return _reading(name, raw, None, "has no dynamic scaling")
         case "yarn":
             factor = raw.stretch if raw.get("original_max_position_embeddings") else _yarn(raw).factor
             yarn, given = _yarn(raw), raw.get("attention_factor")
@@ -234,8 +236,7 @@ def _exllama(raw: EngineRope) -> EngineReading:
                 scaler,
                 ""
                 if math.isclose(factor, yarn.factor)
-                else "takes max_position_embeddings over the trained length "
-                "for the factor, and ignores the one that is there",
+                else "takes max_position_embeddings over the trained length as the factor, and ignores the given one",
                 "ignores mscale" if raw.get("mscale") is not None and given is None else "",
             )
         case "longrope":
@@ -252,12 +253,12 @@ def _mlx(raw: EngineRope) -> EngineReading:
             name,
             raw,
             Scaler(),
-            "reads rope_theta and rope_scaling alone for a Llama, which this file has not: base 10000, no scaling",
+            "reads only rope_theta and rope_scaling for a Llama, which this file does not have: base 10000, no scaling",
             base=10_000.0,
         )
     match raw.kind:
         case "dynamic":
-            return _reading(name, raw, None, "knows no dynamic scaling")
+            return _reading(name, raw, None, "has no dynamic scaling")
         case "yarn":
             trained = raw.get("original_max_position_embeddings") or 4096
             yarn = _yarn(raw)
@@ -273,25 +274,25 @@ def _mlx(raw: EngineRope) -> EngineReading:
 def _fixed_longrope(
     name: str, raw: EngineRope, when: str, *, reads_mscale: bool = True, always_long: bool = False
 ) -> EngineReading:
-    """One list of factors for all texts, with m by the rule, or as `long_mscale` has it.
+    """One list of factors for all texts, with m from the rule or from `long_mscale`.
 
     Args:
-        when: the long list is taken, in words.
-        always_long: also where the config promises no more than the trained length.
+        when: the condition for the long list, in words.
+        always_long: take the long list even if the config promises no more than the trained length.
     """
-    own = raw.scaler
-    assert isinstance(own, LongRoPE)
-    factors = own.long if raw.stretch > 1 or always_long else own.short
+    longrope = raw.scaler
+    assert isinstance(longrope, LongRoPE)
+    factors = longrope.long if raw.stretch > 1 or always_long else longrope.short
     m = math.sqrt(1 + math.log(raw.stretch) / math.log(raw.rope.trained_length)) if raw.stretch > 1 else 1.0
     if reads_mscale and raw.get("long_mscale"):
         m = float(raw.parameters["long_mscale"])
-    scaler = replace(own, short=factors, long=factors, attention_factor=m)
-    given = own.temperature(raw.rope)
+    scaler = replace(longrope, short=factors, long=factors, attention_factor=m)
+    given = longrope.temperature(raw.rope)
     return _reading(
         name,
         raw,
         scaler,
-        f"takes the long factors {when}" if own.short != own.long else "",
+        f"takes the long factors {when}" if longrope.short != longrope.long else "",
         ""
         if math.isclose(m, given, rel_tol=1e-6)
         else f"ignores attention_factor and factor: m {m:.4g}, not {given:.4g}",
@@ -304,15 +305,15 @@ def _yarn(raw: EngineRope) -> YaRN:
 
 
 def _proportional(name: str, raw: EngineRope) -> EngineReading:
-    """The same frequencies, whatever factor there is to divide them."""
+    """Frequencies without the factor of the proportional type."""
     ignored = "ignores the factor of proportional" if raw.scaler != Scaler() else ""
     return _reading(name, raw, Scaler(), "older releases refuse proportional", ignored)
 
 
 def _linear(raw: EngineRope) -> tuple[Scaler | None, str]:
-    """The scaler, and a note."""
+    """The scaler and a note."""
     if isinstance(raw.get("factor"), int):
-        return None, "fails on a whole number as the factor; write it with a decimal point"
+        return None, "fails if the factor is a whole number; write it with a decimal point"
     return raw.scaler, ""
 
 
@@ -324,14 +325,14 @@ ENGINES: dict[str, Callable[[EngineRope], EngineReading]] = {
     "ExLlamaV3": _exllama,
     "mlx-lm": _mlx,
 }
-"""What reads a config, by the engine's name."""
+"""The function that reads a config, by the engine's name."""
 
 
 def read_gguf(file: GgufRope, context_length: int) -> list[EngineReading]:
-    """The readings of a GGUF file, that of llama.cpp first.
+    """The readings of a GGUF file, with llama.cpp first.
 
     Args:
-        context_length: of the file, which is what engines serve.
+        context_length: context length of the file, which the engines serve.
     """
     others = {
         "Ollama's own engine": (
@@ -341,17 +342,18 @@ def read_gguf(file: GgufRope, context_length: int) -> list[EngineReading]:
                 scaling={"type": "linear", "factor": file.factor} if file.factor != 1 else {},
                 divisors=file.divisors,
             ),
-            "where OLLAMA_NEW_ENGINE is set; reads base, factor and divisors alone",
+            "if OLLAMA_NEW_ENGINE is set; reads only base, factor and divisors",
         ),
-        "transformers": (GgufRope(dim=file.dim, base=file.base), "its GGUF reader takes the base alone"),
+        "transformers": (GgufRope(dim=file.dim, base=file.base), "its GGUF reader takes only the base"),
     }
-    found = [_of_file("llama.cpp", file, context_length)]
-    for engine, (read, note) in others.items():
-        own = _of_file(engine, read, context_length)
-        found.append(own if same_frequencies(own, found[0], context_length) else replace(own, notes=(note,)))
-    return found
+    readings = [_gguf_reading("llama.cpp", file, context_length)]
+    for engine, (rope, note) in others.items():
+        reading = _gguf_reading(engine, rope, context_length)
+        is_same = same_frequencies(reading, readings[0], context_length)
+        readings.append(reading if is_same else replace(reading, notes=(note,)))
+    return readings
 
 
-def _of_file(engine: str, read: GgufRope, context_length: int) -> EngineReading:
-    configured = read.configured(context_length)
+def _gguf_reading(engine: str, rope: GgufRope, context_length: int) -> EngineReading:
+    configured = rope.configured(context_length)
     return EngineReading(engine=engine, rope=configured.rope, scaler=configured.scaler, max_length=context_length)

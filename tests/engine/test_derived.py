@@ -80,7 +80,7 @@ def test_an_export_is_the_patch(spec, target, tmp_path):
         ("linear:80", "vllm", "takes a softmax scale from rope_parameters"),
         ("ntk-mixed:80", "sglang", "takes a softmax scale from rope_parameters"),
         ("yarn:80,truncate=false", "vllm", "with truncated ends"),
-        ("yarn:80,attention_factor=0.9", "vllm", "and 0.9 has none above 0"),
+        ("yarn:80,attention_factor=0.9", "vllm", "and 0.9 needs an mscale that is not above 0"),
         ("resonance", "hf", "self_attn.scaling, and 0.46"),
     ],
 )

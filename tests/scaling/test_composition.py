@@ -266,7 +266,7 @@ def test_check_asks_every_member() -> None:
 
 def test_a_map_is_checked_against_what_the_frequencies_carry() -> None:
     (YaRN(factor=2) | ReRoPE(window=4095)).check(ROPE)
-    with pytest.raises(ConfigError, match=r"window 4096 is not below .* 4096"):
+    with pytest.raises(ConfigError, match="window 4096 must be below 4096"):
         (YaRN(factor=2) | SelfExtend(group=2, window=4096)).check(ROPE)
     with pytest.raises(ConfigError, match="window 1400 must not exceed the shift 1365"):
         (NTK(factor=2) | String(window=1400)).check(ROPE)

@@ -110,11 +110,13 @@ def test_kinds_and_factors_as_llama_cpp_takes_them():
 
 def test_refusals():
     with pytest.raises(
-        ConfigError, match=r"^dynamic-ntk follows the length of the text, and a GGUF file holds one set"
+        ConfigError, match=r"^dynamic-ntk depends on the length of the text, and a GGUF file has one set"
     ):
         GgufRope.of(ROPE, parse("dynamic-ntk"))
     both = GgufRope(dim=64, base=1e4, scaling={"type": "yarn", "factor": 4.0}, divisors=torch.ones(32))
-    with pytest.raises(ConfigError, match=r"^rotary scaling of type 'yarn' together with divisors or attn_factor$"):
+    with pytest.raises(
+        ConfigError, match=r"^rotary scaling of type 'yarn' with divisors or attn_factor is not supported$"
+    ):
         both.configured(2048)
     with pytest.raises(ConfigError):
         GgufRope(dim=64, base=1e4, divisors=torch.ones(31)).configured(2048)

@@ -326,4 +326,4 @@ def test_a_factor_that_engines_read_differently_is_left_to_the_user(extra: dict[
     plain = read(document | {"rope_parameters": yarn})[None].scaler
     assert read(document | {"rope_parameters": yarn | {"attn_factor": 1.0}})[None].scaler == plain
     if not extra:
-        assert "put attention_factor: 1 in its place" in str(caught.value)
+        assert "replace it by attention_factor: 1 for" in str(caught.value)

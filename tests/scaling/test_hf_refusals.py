@@ -96,7 +96,7 @@ BAD: dict[str, tuple[Any, type[RopewalkError], str]] = {
     "beside layer types": (
         old(rope_parameters={"rope_theta": 1e4, "full_attention": {"rope_theta": 1e4}}),
         ConfigError,
-        "rope_parameters holds 'rope_theta' beside the layer types",
+        "rope_parameters has 'rope_theta' beside the layer types",
     ),
     "layer type of no layer": (
         old(layer_types=["full_attention"], rope_parameters={"full_atention": {"rope_theta": 1e4}}),

@@ -179,10 +179,10 @@ def test_partial_rotary_models_keep_their_share() -> None:
 
 def test_what_no_config_can_hold_is_refused() -> None:
     for scaler in (DynamicYaRN(), DynamicNTK() | Resonance(), DynamicYaRN() | Resonance()):
-        with pytest.raises(ConfigError, match="follows the length of the text in a way that no rope type"):
+        with pytest.raises(ConfigError, match="depends on the length of the text in a way that no rope type"):
             write(SMALL, scaler)
     resting = RopeSpec(dim=16, base=1e4, trained_length=256, rotating_pairs=4)
-    with pytest.raises(ConfigError, match="follows the length"):
+    with pytest.raises(ConfigError, match="depends on the length"):
         write(resting, DynamicNTK())
     with pytest.raises(ConfigError, match="rotary dimension 16 of a head of 32 with 4 rotating pairs"):
         write(resting, Scaler(), head_dim=32)
@@ -195,5 +195,5 @@ def test_facets_beyond_the_frequencies_are_refused() -> None:
         name = "sharper"
         facet = "temperature"
 
-    with pytest.raises(ConfigError, match="'sharper' sets the temperature, which no model file holds"):
+    with pytest.raises(ConfigError, match="'sharper' sets the temperature, which a model file cannot hold"):
         write(SMALL, YaRN(factor=4) | Sharper())
