@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import ConfigError, DataError
-from ..tokenizer_tools.characters import broken, first_characters, shown, unfinished
+from ..tokenizer_tools.characters import finished_text, first_characters, invalid_runs, unfinished
 from ..tokenizer_tools.cover import shared_length
 from ..tokenizer_tools.vocabulary import check_text
 from .cache import can_rewind
@@ -57,7 +57,7 @@ class Session:
     @property
     def text(self) -> str:
         """What was appended and what was answered, in whole characters."""
-        return shown(self._data)
+        return finished_text(self._data)
 
     @text.setter
     def text(self, text: str) -> None:
@@ -285,7 +285,7 @@ class Session:
 
     def _read(self, data: bytes, params: SamplingParams | None = None) -> Prompt:
         continuation = (params or SamplingParams()).continuation
-        runs = broken(data)
+        runs = invalid_runs(data)
         prompt = data if runs or unfinished(data) else data.decode()
         return self._model.read(prompt, continuation, broken=bool(runs))
 

@@ -1,4 +1,4 @@
-"""Text and tokens, without torch."""
+"""Tokenizers: text to tokens and back, by their bytes. It does not import torch."""
 
 from __future__ import annotations
 

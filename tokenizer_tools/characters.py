@@ -1,21 +1,21 @@
-"""UTF-8 that a model writes token by token: it may end inside a character, or hold bytes that are none.
+"""UTF-8 that arrives token by token: it can end inside a character, or have bytes that are not UTF-8.
 
-Text shows whole characters, and U+FFFD for bytes that can be no character any more. The bytes of a character that is
-not finished are no text yet; they are kept as bytes.
+A text has whole characters, and U+FFFD for bytes that cannot become a character. The bytes of an unfinished character
+at the end are not text yet, so they stay bytes.
 """
 
 from __future__ import annotations
 
-_LONGEST = 4  # bytes of a character
+_LONGEST = 4  # bytes of the longest character
 
 
-def shown(data: bytes) -> str:
-    """The text of UTF-8 `data`, without the character that it ends inside."""
+def finished_text(data: bytes) -> str:
+    """The text of UTF-8 `data`, without an unfinished character at its end."""
     return data[: len(data) - len(unfinished(data))].decode(errors="replace")
 
 
 def unfinished(data: bytes) -> bytes:
-    """The beginning of a character that `data` ends in."""
+    """The bytes of an unfinished character at the end of `data`."""
     for count in range(1, _LONGEST):
         try:
             data[-count:].decode()
@@ -25,25 +25,25 @@ def unfinished(data: bytes) -> bytes:
     return b""
 
 
-def broken(data: bytes) -> list[tuple[int, int]]:
-    """Where `data` holds bytes that are no character: [start, stop) of each run, but for a beginning at its end."""
-    found: list[tuple[int, int]] = []
+def invalid_runs(data: bytes) -> list[tuple[int, int]]:
+    """[start, stop) of each run of bytes in `data` that are not UTF-8, without an unfinished character at its end."""
+    runs: list[tuple[int, int]] = []
     at = 0
     while True:
         try:
             data[at:].decode()
-            return found
+            return runs
         except UnicodeDecodeError as error:
             if error.reason == "unexpected end of data":
-                return found
+                return runs
             start, at = at + error.start, at + error.end
-            if found and found[-1][1] == start:
-                start = found.pop()[0]
-            found.append((start, at))
+            if runs and runs[-1][1] == start:
+                start = runs.pop()[0]
+            runs.append((start, at))
 
 
 def first_characters(data: bytes, count: int) -> bytes:
-    """The bytes of the first `count` characters of `shown(data)`; U+FFFD counts as one, and stands for its bytes."""
+    """The bytes of the first `count` characters of `finished_text(data)`. U+FFFD counts as one, for all its bytes."""
     at = 0
     while True:
         try:
@@ -52,14 +52,14 @@ def first_characters(data: bytes, count: int) -> bytes:
             whole = data[at : at + error.start].decode()
             if len(whole) >= count or error.reason == "unexpected end of data":
                 return data[: at + len(whole[:count].encode())]
-            count, at = count - len(whole) - 1, at + error.end  # one U+FFFD stands for these bytes
+            count, at = count - len(whole) - 1, at + error.end  # these bytes are one U+FFFD
 
 
 def split_character(text: bytes) -> tuple[bytes, bytes]:
-    """The whole characters of UTF-8 `text`, and the beginning of a character that it ends in.
+    """The whole characters of UTF-8 `text`, and the bytes of an unfinished character at its end.
 
     Raises:
-        UnicodeDecodeError: it is not UTF-8 elsewhere.
+        UnicodeDecodeError: it is not UTF-8 at another place.
     """
     try:
         text.decode()

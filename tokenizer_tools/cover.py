@@ -1,12 +1,17 @@
-"""Every way in which a text that begins with a prompt may have been cut into tokens up to the prompt's end.
+"""Covers: all token sequences with which the tokens of a text that begins with a given prompt can start.
 
-A *cover* of a prompt is a token sequence whose last token is the first to reach or pass its end. Every text that
-begins with the prompt has exactly one cover as the beginning of its tokens, so the probabilities of covers add up
-to that of the prompt, and drawing one with its probability is drawing from the model given the *text*, wherever the
-tokenizer cut it. Covers of one beginning are kept together as a node: the tokens before the last one, and the bytes
-of the prompt that the last token begins with.
+A *cover* of a prompt is a token sequence whose last token is the first to reach or pass the prompt's end. Every text
+that begins with the prompt starts with exactly one cover. So the probabilities of the covers add up to that of the
+prompt, and a cover drawn with its probability is a sample from the model given the *text*, and not its tokenization.
+Covers that share all tokens but the last form a node: these tokens, and the bytes of the prompt that the last token
+starts with.
 
-Papers: arXiv 2410.09303, 2412.03719, 2506.14123. What a canonical beginning is: arXiv 2506.07956.
+Which covers exist depends on the text after the prompt, because a pre-tokenizer looks ahead. Two spaces are one piece
+at the end of a text and two before a letter, digits can be grouped from the right, `'r` is two pieces and `'re` is
+one. There are no rules for these cases here: the text is split with many short continuations, and every different
+result counts.
+
+Papers: arXiv 2410.09303, 2412.03719, 2506.14123. Definition of a canonical start: arXiv 2506.07956.
 """
 
 from __future__ import annotations
@@ -21,94 +26,13 @@ from functools import cache
 from itertools import accumulate, pairwise
 
 from ..errors import DataError, UnsupportedModel
-from .characters import broken, split_character
+from .characters import invalid_runs, split_character
 from .vocabulary import Vocabulary, check_text
 
-PROBES = (
-    *("", "a", "A", " a", " A", "Aa", "aA", " ", "  ", "0", "00", "000", " 0", "0.", "0a"),
-    *("s", "t", "d", "m", "e", "l", "re", "ve", "ll", "S", "'", "'s", "’", '"', ".", ",", "-", "_", "(", ")"),
-    *("/", "=", "<", "#", "!", " (", "\n", "\n\n", "\na", "\r\n", "\t", " \n", "中", "の", "한", "。", "é"),
-    *("\N{COMBINING ACUTE ACCENT}", "я", "😀", "²", "\N{IDEOGRAPHIC SPACE}", "\N{ZERO WIDTH JOINER}"),
-)
-_AFTER_CHARACTER = ("", "a", "0", " ", ".")
-_MOST_COMPLETIONS = 4096  # of a character cut inside; more are taken at equal steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hypothesis:
-    """One way in which the end of a text may be split.
-
-    Attributes:
-        cuts: where pieces begin, as byte offsets inside the text, without 0.
-        next_bytes: the bytes that the text may go on with in its last piece.
-    """
-
-    cuts: tuple[int, ...]
-    next_bytes: frozenset[int]
-
-
-def hypotheses(vocabulary: Vocabulary, text: bytes) -> list[Hypothesis]:
-    """The different ways in which `text` is split by some continuation; first the one where it ends.
-
-    Args:
-        text: begins where a piece begins; may end inside a character.
-    """
-    whole, partial = split_character(text)
-    complete = whole.decode()
-    if partial:
-        probes = [character + probe for character in completions(partial) for probe in _AFTER_CHARACTER]
-    else:
-        probes = list(PROBES)
-    offsets = [0, *itertools.accumulate(len(character.encode()) for character in complete)]
-    found: dict[tuple[int, ...], set[str]] = {}
-    for probe in probes:
-        cuts = vocabulary.piece_starts(complete + probe)
-        goes_on = len(complete) not in cuts
-        inside = tuple(offsets[cut] for cut in cuts if cut < len(offsets) and offsets[cut] < len(text))
-        found.setdefault(inside, set()).update(_kind(probe[0]) for _ in probe[:1] if goes_on)
-    return [
-        Hypothesis(cuts=cuts, next_bytes=frozenset(range(256)) if partial else _first_bytes(frozenset(kinds)))
-        for cuts, kinds in found.items()
-    ]
-
-
-def _kind(character: str) -> str:
-    """What pre-tokenizers tell apart by a single character."""
-    return character if character in " \t\n\r" else unicodedata.category(character)[0]
-
-
-@cache
-def _first_bytes(kinds: frozenset[str]) -> frozenset[int]:
-    """The bytes with which a character of one of `kinds` may begin."""
-    return frozenset(byte for kind in kinds for byte in _by_kind()[kind])
-
-
-@cache
-def _by_kind() -> dict[str, set[int]]:
-    found: dict[str, set[int]] = defaultdict(set)
-    for code in itertools.chain(range(0xD800), range(0xE000, 0x10000), range(0x10000, 0x110000, 16)):
-        found[_kind(chr(code))].add(chr(code).encode()[0])
-    return found
-
-
-@cache
-def completions(partial: bytes) -> tuple[str, ...]:
-    """Characters that begin with the bytes `partial`, one of each Unicode category."""
-    missing = (2 if partial[0] < 0xE0 else 3 if partial[0] < 0xF0 else 4) - len(partial)
-    tails = itertools.product(range(0x80, 0xC0), repeat=missing)
-    step = max(1, 64**missing // _MOST_COMPLETIONS | 1)  # odd, so that every last byte occurs
-    found: dict[str, str] = {}
-    for tail in itertools.islice(tails, 0, None, step):
-        character = (partial + bytes(tail)).decode(errors="ignore")
-        if len(character) == 1:
-            found.setdefault(unicodedata.category(character), character)
-    return tuple(found.values())
-
-
-_PIECES_BACK = 3  # pieces at the end of a prompt that the probes see, at least
-_WINDOW = 256  # bytes at its end among which they are looked for at first
-_WIDEST = 4096  # bytes at its end that are looked at, at most: a longer run of letters or spaces is one piece anyway
-_LONG = 512  # bytes of a piece that BPE does not cut into tokens anew for every node
+_PIECES_BACK = 3  # the least number of pieces at the end of a prompt that are split with continuations
+_FIRST_WINDOW = 256  # bytes at the end of a prompt in which these pieces are searched first
+_LARGEST_WINDOW = 4096  # bytes; a longer run of letters or spaces is one piece anyway
+_LONG_PIECE = 512  # bytes; a longer piece is not tokenized again for every node
 
 
 @dataclass(frozen=True)
@@ -116,9 +40,9 @@ class Node:
     """Covers that share all tokens but the last.
 
     Attributes:
-        path: their tokens between the cover's common prefix and the last one.
-        suffix: the end of the prompt after `path`. Every token that is longer and begins with it makes a cover; if
-            it is empty, the path is a cover itself, and any token may follow.
+        path: their tokens between `Cover.common_prefix` and the last token.
+        suffix: the end of the prompt after `path`. Every longer token that starts with it makes a cover. If it is
+            empty, the path itself is a cover, and any token can follow.
     """
 
     path: tuple[int, ...]
@@ -135,10 +59,11 @@ class Cover:
     """All covers of a prompt.
 
     Attributes:
-        prompt: the tokens that the tokenizer makes of it.
-        common_prefix: the tokens that all covers begin with, always a prefix of `prompt`.
-        nodes: the first is the prompt's own end, unless its last character is cut and cannot be written.
-        text: bytes of the prompt after its last special token.
+        prompt: the tokens that the tokenizer gives for it.
+        common_prefix: the tokens that all covers start with, a prefix of `prompt`.
+        nodes: the first one ends where the prompt ends, unless the prompt ends in a part of a character that has no
+            tokens.
+        text: the bytes of the prompt after its last special token.
     """
 
     prompt: tuple[int, ...]
@@ -148,12 +73,12 @@ class Cover:
 
     @property
     def only_aligned(self) -> bool:
-        """True if no text that begins with the prompt is cut otherwise than the prompt itself."""
+        """True if every text that begins with the prompt starts with the prompt's own tokens."""
         return all(node.aligned for node in self.nodes) and len(self.nodes) == 1
 
     @property
     def backed_off(self) -> int:
-        """Tokens of the prompt that some cover does not have."""
+        """The number of the prompt's last tokens that not all covers have."""
         return len(self.prompt) - len(self.common_prefix)
 
 
@@ -161,13 +86,13 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
     """The covers of a prompt.
 
     Args:
-        prompt: text, UTF-8 bytes that may end inside a character, or token ids. Only what follows the last
-            special token, and the last id whose bytes are no character, is cut anew.
+        prompt: text, UTF-8 bytes that can end inside a character, or token ids. Only the text after the last special
+            token, and after the last id with an invalid character, can have other tokens in a cover.
 
     Raises:
-        DataError: bytes that are not UTF-8, or that end in half a character that has no token; text with half a
+        DataError: bytes that are not UTF-8, or that end in a part of a character without tokens; text with half a
             surrogate pair.
-        UnsupportedModel: a tokenizer that cuts characters, though its kind does not.
+        UnsupportedModel: a tokenizer that splits characters although its kind does not.
     """
     if isinstance(prompt, str):
         check_text(prompt)
@@ -179,18 +104,18 @@ def cover(vocabulary: Vocabulary, prompt: str | bytes | Sequence[int]) -> Cover:
         ids, partial = list(prompt), b""
     text_start = _after_special_tokens(vocabulary, ids)
     if not isinstance(prompt, str | bytes):
-        text_start = _after_broken(vocabulary, ids, text_start)
+        text_start = _after_invalid(vocabulary, ids, text_start)
     text = vocabulary.text_bytes(ids[text_start:])
     if not isinstance(prompt, str | bytes):
         whole, partial = _split(text)
         ids, text = ids[:text_start] + vocabulary.encode_continuation(whole.decode()), whole
     elif _loses_end(prompt, text) if text else partial:
-        text = _as_beginning(vocabulary, prompt if isinstance(prompt, str) else whole.decode())
+        text = _as_start(vocabulary, prompt if isinstance(prompt, str) else whole.decode())
         ids = ids[:text_start] + vocabulary.encode_continuation(text.decode())
     try:
         return _Search(vocabulary, ids, text_start, text + partial, partial).cover()
     except UnicodeDecodeError as error:
-        raise UnsupportedModel(f"{vocabulary.name} cuts characters, which its kind of tokenizer does not") from error
+        raise UnsupportedModel(f"{vocabulary.name} splits characters, unlike its kind of tokenizer") from error
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:
@@ -201,36 +126,36 @@ def _split(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _after_special_tokens(vocabulary: Vocabulary, ids: list[int]) -> int:
-    """How many tokens there are up to the last special one."""
+    """The number of tokens up to the last special one."""
     return max((n + 1 for n, i in enumerate(ids) if vocabulary.is_special(i)), default=0)
 
 
-def _after_broken(vocabulary: Vocabulary, ids: list[int], text_start: int) -> int:
-    """How many tokens there are up to the last one, from `text_start` on, with bytes that are no character."""
-    while runs := broken(vocabulary.text_bytes(ids[text_start:])):
+def _after_invalid(vocabulary: Vocabulary, ids: list[int], text_start: int) -> int:
+    """The number of tokens up to the last one from `text_start` on with bytes that are not UTF-8."""
+    while runs := invalid_runs(vocabulary.text_bytes(ids[text_start:])):
         ends = accumulate(len(vocabulary.tokens[i]) for i in ids[text_start:])
         text_start += next(n for n, end in enumerate(ends, 1) if end >= runs[-1][1])
     return text_start
 
 
 def _loses_end(prompt: str | bytes, text: bytes) -> bool:
-    """True if a normalizer stripped white space from the end of the prompt."""
+    """True if a normalizer has removed white space from the end of the prompt."""
     end = prompt[-1:] if isinstance(prompt, str) else prompt[-1:].decode(errors="ignore")
     return end.isspace() and not text[-1:].isspace()
 
 
-def _as_beginning(vocabulary: Vocabulary, text: str) -> bytes:
-    """The bytes that `text` has where more follows: nothing is stripped from its end, and what the tokenizer puts
-    before a text is there."""
-    seen = []
+def _as_start(vocabulary: Vocabulary, text: str) -> bytes:
+    """The bytes of `text` at the start of a longer text, where no white space is removed from its end. They include
+    what the tokenizer puts before a text."""
+    longer = []
     for probe in ("a", "0"):
         ids = vocabulary.encode(text + probe)
-        seen.append(vocabulary.text_bytes(ids[_after_special_tokens(vocabulary, ids) :]))
-    return seen[0][: shared_length(*seen)]
+        longer.append(vocabulary.text_bytes(ids[_after_special_tokens(vocabulary, ids) :]))
+    return longer[0][: shared_length(*longer)]
 
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
+    """The length of the longest common prefix."""
     pairs = zip(first, second, strict=False)
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
@@ -239,112 +164,108 @@ class _Search:
     """One search for the covers of a prompt.
 
     Args:
-        ids: its tokens, as the tokenizer makes them; without the half character that it may end in.
-        text_start: how many of them come before the text that may be cut otherwise.
-        text: the bytes of that text, `partial`, the half character, included.
+        ids: the tokens of the prompt, without the part of a character that it can end in.
+        text_start: the number of tokens before the text that can have other tokens in a cover.
+        text: the bytes of this text, including `partial`.
+        partial: the bytes of the part of a character at its end.
     """
 
     def __init__(self, vocabulary: Vocabulary, ids: list[int], text_start: int, text: bytes, partial: bytes) -> None:
         self.vocabulary, self.ids, self.text_start, self.text, self.partial = vocabulary, ids, text_start, text, partial
         lengths = (len(vocabulary.tokens[i]) for i in ids[text_start:])
-        self.borders = [0, *accumulate(lengths)]  # byte offsets at which the tokens of `text` begin and end
-        self.kept, self.start = text_start, 0  # tokens that all covers share for certain, and the offset after them
+        self.borders = [0, *accumulate(lengths)]  # byte offsets of the token borders in `text`
+        self.certain, self.start = text_start, 0  # number of tokens that all covers share, and the offset after them
 
     def cover(self) -> Cover:
         if not self.text:
             return Cover(prompt=tuple(self.ids), common_prefix=tuple(self.ids), nodes=(Node((), b""),), text=b"")
         self._narrow()
-        found: dict[Node, None] = {}
-        for hypothesis in hypotheses(self.vocabulary, self.text[self.start :]):
-            written = (node for node in self._nodes(hypothesis) if self.vocabulary.has_rows(node.path))
-            found.update(dict.fromkeys(written))
-        nodes = sorted(found, key=lambda node: not node.aligned)  # stable: the prompt's own end stays first
+        distinct: dict[Node, None] = {}
+        for split in possible_splits(self.vocabulary, self.text[self.start :]):
+            usable = (node for node in self._nodes(split) if self.vocabulary.has_rows(node.path))
+            distinct.update(dict.fromkeys(usable))
+        nodes = sorted(distinct, key=lambda node: not node.aligned)  # stable, so the prompt's own tokens are first
         if not nodes:
             raise DataError(f"{self.vocabulary.name} has no tokens for a character that begins with {self.partial!r}")
         common_prefix = nodes[0].path
         for node in nodes[1:]:
             common_prefix = common_prefix[: shared_length(common_prefix, node.path)]
-        kept = tuple(self.ids[: self.kept])
+        certain = tuple(self.ids[: self.certain])
         return Cover(
-            prompt=kept + nodes[0].path if nodes[0].aligned else tuple(self.ids),
-            common_prefix=kept + common_prefix,
+            prompt=certain + nodes[0].path if nodes[0].aligned else tuple(self.ids),
+            common_prefix=certain + common_prefix,
             nodes=tuple(Node(node.path[len(common_prefix) :], node.suffix) for node in nodes),
             text=self.text,
         )
 
     def _narrow(self) -> None:
-        """Move `start` to a border of pieces near the end that what follows the prompt cannot move."""
-        width, whole = _WINDOW, len(self.text) - len(self.partial)
+        """Move `start` to a border of pieces near the end that does not depend on the text after the prompt."""
+        width, whole = _FIRST_WINDOW, len(self.text) - len(self.partial)
         while width < whole:
             first = bisect_right(self.borders, whole - width) - 1
             while first and self.text[self.borders[first]] & 0xC0 == 0x80:
-                first -= 1  # a token that begins inside a character
+                first -= 1  # a token that starts inside a character
             if self._narrow_from(first):
                 return
-            if width >= _WIDEST:
-                self.kept, self.start = self.text_start + first, self.borders[first]
+            if width >= _LARGEST_WINDOW:
+                self.certain, self.start = self.text_start + first, self.borders[first]
                 return
             width *= 4
         self._narrow_from(0)
 
     def _narrow_from(self, first: int) -> bool:
-        """Look for the border after the first `first` tokens; False if there is none, or if the text from there is
-        split otherwise alone than in its place."""
+        """Search the border after the first `first` tokens. False if there is none, or if the text after it has other
+        tokens alone than in the prompt."""
         window = self.text[self.borders[first] : len(self.text) - len(self.partial)].decode()
-        cuts = self.vocabulary.piece_starts(window)
-        firm = [cut for cut in cuts[:-_PIECES_BACK] if _is_firm(window[cut - 1], window[cut])]
-        if not firm:
+        starts = self.vocabulary.piece_starts(window)[:-_PIECES_BACK]
+        fixed = [at for at in starts if _is_fixed_border(window[at - 1], window[at])]
+        if not fixed:
             return False
-        start = self.borders[first] + len(window[: firm[-1]].encode())
+        start = self.borders[first] + len(window[: fixed[-1]].encode())
         n = bisect_left(self.borders, start)
-        if (
-            self.borders[n] != start
-            or self.vocabulary.encode_continuation(window[firm[-1] :]) != self.ids[self.text_start + n :]
-        ):
+        alone = self.vocabulary.encode_continuation(window[fixed[-1] :])
+        if self.borders[n] != start or alone != self.ids[self.text_start + n :]:
             return False
-        self.kept, self.start = self.text_start + n, start
+        self.certain, self.start = self.text_start + n, start
         return True
 
-    def _nodes(self, hypothesis: Hypothesis) -> Iterator[Node]:
-        """The nodes of a text that is split into pieces in this way; the last piece goes on after the prompt."""
-        borders = [self.start, *(self.start + cut for cut in hypothesis.cuts)]
+    def _nodes(self, split: Split) -> Iterator[Node]:
+        """The nodes for one split of the text into pieces, the last of which can continue after the prompt."""
+        borders = [self.start, *(self.start + at for at in split.piece_starts)]
         before = tuple(i for a, b in pairwise(borders) for i in self.vocabulary.encode_piece(self.text[a:b]))
         piece = _OpenPiece(self, borders[-1])
-        for path in piece.ends():
+        for path in piece.full_paths():
             yield Node(before + path, b"")
-        for begin in piece.begins():
+        for begin in piece.last_token_starts():
             path = piece.path(begin)
-            if self._continues(path, self.text[begin:], hypothesis.next_bytes):
+            if self._continues(path, self.text[begin:], split.next_bytes):
                 yield Node(before + path, self.text[begin:])
 
     def _continues(self, path: tuple[int, ...], suffix: bytes, next_bytes: frozenset[int]) -> bool:
-        """True if a token that is longer than `suffix` can follow the path in the tokens of a text's piece."""
+        """True if a token that is longer than `suffix` can follow the path in the tokens of a piece."""
         last = path[-1] if path else None
         if last is not None and not self.vocabulary.byte_level and not _is_text(self.vocabulary.tokens[last]):
-            return True  # a byte of a character that has no token merges with nothing
+            return True  # a byte of a character without a token is never merged
         return self.vocabulary.can_extend(last, suffix, next_bytes)
 
 
 class _OpenPiece:
-    """The piece that begins at byte `start` and goes on after the prompt."""
+    """The piece that starts at byte `start` and can continue after the prompt."""
 
     def __init__(self, search: _Search, start: int) -> None:
         self.vocabulary, self.start = search.vocabulary, start
         self.text, self.partial = search.text, search.partial
-        self.tokens: list[int] | None = None  # of a long piece
-        if len(self.text) - start > _LONG and not self.vocabulary.unigram:
+        self.tokens: list[int] | None = None  # only of a long piece
+        if len(self.text) - start > _LONG_PIECE and not self.vocabulary.unigram:
             n = bisect_left(search.borders, start)
-            own = search.borders[n] == start
-            self.tokens = (
-                search.ids[search.text_start + n :] if own else self.vocabulary.encode_piece_start(self.text[start:])
-            )
-            self.borders = [
-                start,
-                *(start + end for end in accumulate(len(self.vocabulary.tokens[i]) for i in self.tokens)),
-            ]
+            is_border = search.borders[n] == start
+            from_prompt = search.ids[search.text_start + n :]
+            self.tokens = from_prompt if is_border else self.vocabulary.encode_piece_start(self.text[start:])
+            lengths = (len(self.vocabulary.tokens[i]) for i in self.tokens)
+            self.borders = list(accumulate(lengths, initial=start))
 
-    def ends(self) -> Iterator[tuple[int, ...]]:
-        """Token sequences of the piece up to the prompt's end: where the piece may end there, and where it goes on."""
+    def full_paths(self) -> Iterator[tuple[int, ...]]:
+        """The tokens of the piece up to the prompt's end, if the piece ends there, and if it continues."""
         stop = len(self.text)
         if self.partial and not self.vocabulary.byte_level:
             single = self.vocabulary.byte_tokens(self.partial)
@@ -355,33 +276,34 @@ class _OpenPiece:
             yield tuple(self.vocabulary.encode_piece(self.text[self.start :]))
         yield self.path(stop)
 
-    def begins(self) -> Iterator[int]:
-        """Offsets in the piece at which a token may begin that is longer than the rest of the prompt."""
+    def last_token_starts(self) -> Iterator[int]:
+        """The offsets in the piece where a token can start that is longer than the rest of the prompt."""
         stop = len(self.text)
         for begin in range(max(self.start, stop - self.vocabulary.trie.longest + 1), stop):
             if self.vocabulary.trie.extends(self.text[begin:]):
                 yield begin
 
     def path(self, stop: int) -> tuple[int, ...]:
-        """The tokens of the piece up to `stop`, where one of them ends there.
+        """The tokens of the piece up to `stop`, if a token ends there.
 
-        A long piece keeps the tokens it has, up to one at a distance: a token sequence is what BPE makes of its bytes
-        if every two neighbours are.
+        In a long piece, only the tokens near `stop` are computed again: BPE gives a token sequence for its bytes if it
+        gives each pair of neighbours for theirs.
         """
         if self.tokens is None:
             return tuple(self.vocabulary.encode_piece_start(self.text[self.start : stop]))
         n = bisect_right(self.borders, max(self.start, stop - 2 * self.vocabulary.trie.longest)) - 1
         while n > 0:
-            rest = self.vocabulary.encode_piece_start(self.text[self.borders[n] : stop]) if self._whole(n) else []
-            if rest and self._neighbours(self.tokens[n - 1], rest[0]):
+            is_border = self._is_character_border(n)
+            rest = self.vocabulary.encode_piece_start(self.text[self.borders[n] : stop]) if is_border else []
+            if rest and self._can_be_neighbours(self.tokens[n - 1], rest[0]):
                 return (*self.tokens[:n], *rest)
             n -= 1
         return tuple(self.vocabulary.encode_piece_start(self.text[self.start : stop]))
 
-    def _whole(self, n: int) -> bool:
+    def _is_character_border(self, n: int) -> bool:
         return self.vocabulary.byte_level or self.text[self.borders[n]] & 0xC0 != 0x80
 
-    def _neighbours(self, first: int, second: int) -> bool:
+    def _can_be_neighbours(self, first: int, second: int) -> bool:
         data = self.vocabulary.tokens[first] + self.vocabulary.tokens[second]
         return (self.vocabulary.byte_level or _is_text(data)) and self.vocabulary.encode_piece_start(data) == [
             first,
@@ -389,9 +311,9 @@ class _OpenPiece:
         ]
 
 
-def _is_firm(before: str, after: str) -> bool:
-    """True if a border of pieces between two characters does not depend on what follows farther on: not inside white
-    space, whose last character may join a word, nor inside digits, which may be grouped from the right."""
+def _is_fixed_border(before: str, after: str) -> bool:
+    """True if a border of pieces between two characters does not depend on the text farther to the right. It does in
+    white space, whose last character can join a word, and in digits, which can be grouped from the right."""
     return not before.isspace() and not (before.isnumeric() and after.isnumeric())
 
 
@@ -401,3 +323,84 @@ def _is_text(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+CONTINUATIONS = (
+    *("", "a", "A", " a", " A", "Aa", "aA", " ", "  ", "0", "00", "000", " 0", "0.", "0a"),
+    *("s", "t", "d", "m", "e", "l", "re", "ve", "ll", "S", "'", "'s", "’", '"', ".", ",", "-", "_", "(", ")"),
+    *("/", "=", "<", "#", "!", " (", "\n", "\n\n", "\na", "\r\n", "\t", " \n", "中", "の", "한", "。", "é"),
+    *("\N{COMBINING ACUTE ACCENT}", "я", "😀", "²", "\N{IDEOGRAPHIC SPACE}", "\N{ZERO WIDTH JOINER}"),
+)
+_AFTER_CHARACTER = ("", "a", "0", " ", ".")
+_MOST_COMPLETIONS = 4096  # of a part of a character; a sample at equal steps if there are more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One way in which the end of a text can be split into pieces.
+
+    Attributes:
+        piece_starts: byte offsets in the text, without 0.
+        next_bytes: the bytes with which the last piece can continue after the text.
+    """
+
+    piece_starts: tuple[int, ...]
+    next_bytes: frozenset[int]
+
+
+def possible_splits(vocabulary: Vocabulary, text: bytes) -> list[Split]:
+    """The different splits of `text` under all continuations. The first one is that without a continuation.
+
+    Args:
+        text: starts where a piece starts; can end inside a character.
+    """
+    whole, partial = split_character(text)
+    complete = whole.decode()
+    if partial:
+        probes = [character + probe for character in completions(partial) for probe in _AFTER_CHARACTER]
+    else:
+        probes = list(CONTINUATIONS)
+    offsets = [0, *accumulate(len(character.encode()) for character in complete)]
+    kinds_by_starts: dict[tuple[int, ...], set[str]] = {}
+    for probe in probes:
+        starts = vocabulary.piece_starts(complete + probe)
+        continues = len(complete) not in starts
+        inside = tuple(offsets[at] for at in starts if at < len(offsets) and offsets[at] < len(text))
+        kinds_by_starts.setdefault(inside, set()).update(_kind(probe[0]) for _ in probe[:1] if continues)
+    return [
+        Split(piece_starts=starts, next_bytes=frozenset(range(256)) if partial else _first_bytes(frozenset(kinds)))
+        for starts, kinds in kinds_by_starts.items()
+    ]
+
+
+def _kind(character: str) -> str:
+    """The class of a character that pre-tokenizers distinguish."""
+    return character if character in " \t\n\r" else unicodedata.category(character)[0]
+
+
+@cache
+def _first_bytes(kinds: frozenset[str]) -> frozenset[int]:
+    """The first bytes of the characters of `kinds`."""
+    return frozenset(byte for kind in kinds for byte in _first_bytes_by_kind()[kind])
+
+
+@cache
+def _first_bytes_by_kind() -> dict[str, set[int]]:
+    by_kind: dict[str, set[int]] = defaultdict(set)
+    for code in itertools.chain(range(0xD800), range(0xE000, 0x10000), range(0x10000, 0x110000, 16)):
+        by_kind[_kind(chr(code))].add(chr(code).encode()[0])
+    return by_kind
+
+
+@cache
+def completions(partial: bytes) -> tuple[str, ...]:
+    """Characters that start with the bytes `partial`, one of each Unicode category."""
+    missing = (2 if partial[0] < 0xE0 else 3 if partial[0] < 0xF0 else 4) - len(partial)
+    tails = itertools.product(range(0x80, 0xC0), repeat=missing)
+    step = max(1, 64**missing // _MOST_COMPLETIONS | 1)  # odd, so that every last byte occurs
+    by_category: dict[str, str] = {}
+    for tail in itertools.islice(tails, 0, None, step):
+        character = (partial + bytes(tail)).decode(errors="ignore")
+        if len(character) == 1:
+            by_category.setdefault(unicodedata.category(character), character)
+    return tuple(by_category.values())

@@ -1,4 +1,4 @@
-"""Places at which a text is cut to make prompts, with what the tokenizer makes of the text left whole."""
+"""Prompts cut from a text at random places, with the tokens of the uncut text for comparison."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _PLACES = {
     ),
 }
 KINDS = tuple(_PLACES)
-"""What may be asked of a place. `INSIDE` ones fall inside a token of the text, the others wherever they fall."""
+"""Kinds of places. `INSIDE` cuts are always inside a token of the text, the others can also be between tokens."""
 
-_BEFORE = (200, 400)  # characters of a prompt
-_AFTER = 128  # characters after the cut that the text goes on for
-_TRIES = 400  # places looked at for every one wanted, at most
-_ROUNDS = 20  # and for every character: all places but one in e^20 are then seen
+_BEFORE = (200, 400)  # least and most characters of a prompt
+_AFTER = 128  # characters of the text after the cut
+_TRIES = 400  # most places tried for each cut
+_ROUNDS = 20  # most places tried for each character of the text; a place is missed with probability e^-20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +38,12 @@ class Cut:
     """A text of a few hundred characters and a place in it.
 
     Attributes:
-        place: of the cut in the whole text, characters.
-        prompt: what comes before the cut.
-        rest: what comes after it, UTF-8.
-        ids: the tokens of the text, uncut.
-        token: the token of the uncut text that holds the first byte after the cut.
-        overlap: how many of its bytes come before the cut; 0 is a cut between tokens.
+        place: place of the cut in the whole text, in characters.
+        prompt: the text before the cut.
+        rest: the text after the cut, UTF-8.
+        ids: the tokens of the uncut text.
+        token: the token of the uncut text with the first byte after the cut.
+        overlap: the number of its bytes before the cut; 0 for a cut between tokens.
     """
 
     place: int
@@ -55,9 +55,9 @@ class Cut:
 
 
 def draw(vocabulary: Vocabulary, text: str, kind: str, count: int, seed: int) -> list[Cut]:
-    """`count` different cuts of a kind, drawn uniformly; fewer if the text has not so many.
+    """`count` different cuts of a kind at uniformly random places; fewer if the text does not have so many.
 
-    The first cuts of a longer draw with the same seed are those of a shorter one.
+    With the same seed, a larger `count` adds cuts and does not change the first ones.
 
     Args:
         kind: one of `KINDS`.
@@ -72,7 +72,7 @@ def draw(vocabulary: Vocabulary, text: str, kind: str, count: int, seed: int) ->
 def _cuts(vocabulary: Vocabulary, text: str, kind: str, tries: int, source: random.Random) -> Iterator[Cut]:
     least = _BEFORE[0] + _AFTER
     if len(text) <= least:
-        raise DataError(f"the text has {len(text)} characters; cutting it takes more than {least}")
+        raise DataError(f"the text has {len(text)} characters; cuts need more than {least}")
     seen: set[int] = set()
     for _ in range(tries):
         place = source.randrange(_BEFORE[0], len(text) - _AFTER)
@@ -86,7 +86,7 @@ def _cuts(vocabulary: Vocabulary, text: str, kind: str, tries: int, source: rand
 
 
 def _cut(vocabulary: Vocabulary, text: str, place: int, begin: int) -> Cut | None:
-    """The cut at `place` of a text that begins at the first word after `begin`; None if the tokenizer changes it."""
+    """The cut at `place` of the text from the first word after `begin`; None if the tokenizer changes the text."""
     space = re.compile(r"\s+").search(text, begin, min(begin + 50, place - 1)) if begin else None
     begin = space.end() if space else begin
     prompt, rest = text[begin:place], text[place : place + _AFTER]

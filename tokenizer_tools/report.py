@@ -1,4 +1,4 @@
-"""A tokenizer in numbers: its tokens, how it compresses a text, and what becomes of prompts that end inside a token."""
+"""A tokenizer in numbers: its tokens, its compression of a text, and the effect of prompts that end inside a token."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median, quantiles
 
-from . import cuts as places
+from . import cuts as prompt_cuts
 from .cover import cover, shared_length
 from .cuts import Cut
 from .vocabulary import Vocabulary
 
-KINDS = (places.ANYWHERE, places.AFTER_SPACE, places.WORD_END)
-"""The kinds of cuts that are reported."""
+KINDS = (prompt_cuts.ANYWHERE, prompt_cuts.AFTER_SPACE, prompt_cuts.WORD_END)
+"""The kinds of cuts in a report."""
 
-_LONGEST = 5
+_LONGEST_TOKENS = 5  # in a report
 _EXAMPLES = 8
-_COMPRESSED = 2**20  # characters of the text that compression is measured on
+_COMPRESSED = 2**20  # characters of the text on which the compression is measured
 
 
 @dataclass(frozen=True, kw_only=True)
 class Risk:
-    """What happens to prompts that are cut off at one kind of place; shares are of all cuts.
+    """The effect of cutting prompts at one kind of place. Shares are of all cuts.
 
     Attributes:
-        kind: where the text was cut, one of `KINDS`.
-        cuts: how many cuts.
-        inside: share that fall inside a token of the uncut text.
-        changed: share whose prompt's tokens do not begin the uncut text's tokens.
-        deeper: share at which leaving out the prompt's last token does not help.
-        depth_mean, depth_p95, depth_max: tokens to leave out until the rest begins the uncut text's tokens, where
-            the prompt's tokens do not.
-        nodes_mean, nodes_max: beginnings of covers.
-        seconds: median time of finding the covers.
+        kind: the kind of place, one of `KINDS`.
+        cuts: the number of cuts.
+        inside: share of cuts inside a token of the uncut text.
+        changed: share of prompts whose tokens are not a prefix of the uncut text's tokens.
+        deeper: share of prompts for which this is still so without their last token.
+        depth_mean, depth_p95, depth_max: among the changed prompts, the number of last tokens to remove until the
+            rest is a prefix of the uncut text's tokens.
+        nodes_mean, nodes_max: the number of nodes of the covers.
+        seconds: median time to find the covers.
     """
 
     kind: str
@@ -59,14 +59,16 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Attributes:
-    kind: what sort of tokenizer it is.
-    size: ids, special ones included.
-    special: ids that are not text: special, added and unused.
-    longest: the longest tokens.
-    bytes_per_token: of the text's first million characters.
-    risks: of every kind of cut that the text has.
-    examples: cuts inside a token, of different tokens.
+    """A tokenizer in numbers.
+
+    Attributes:
+        kind: kind of the tokenizer.
+        size: the number of ids, including special ones.
+        special: the number of ids that are not text: special, added and unused.
+        longest: the longest tokens.
+        bytes_per_token: in the text's first 2^20 characters.
+        risks: one for every kind of cut that the text has.
+        examples: cuts inside a token, each with another token.
     """
 
     kind: str
@@ -79,32 +81,32 @@ class Report:
 
 
 def report(vocabulary: Vocabulary, text: str, *, cuts: int = 1000, seed: int = 0) -> Report:
-    """What a tokenizer is like on `text`.
+    """The numbers of a tokenizer on `text`.
 
     Args:
-        cuts: of every kind, each with 200 to 400 characters before it.
-        seed: of their places.
+        cuts: the number of cuts of each kind. The prompt of a cut has 200 to 400 characters.
+        seed: seed of their places.
 
     Raises:
         DataError: the text is too short to cut.
     """
-    drawn = {kind: places.draw(vocabulary, text, kind, cuts, seed) for kind in KINDS}
+    drawn = {kind: prompt_cuts.draw(vocabulary, text, kind, cuts, seed) for kind in KINDS}
     sample = text[:_COMPRESSED]
     tokens = sum(i not in vocabulary.special_ids for i in vocabulary.encode(sample))
     return Report(
         kind=vocabulary.kind,
         size=len(vocabulary.tokens),
         special=len(vocabulary.special_ids),
-        longest=tuple(sorted({*vocabulary.tokens}, key=lambda token: (-len(token), token))[:_LONGEST]),
+        longest=tuple(sorted({*vocabulary.tokens}, key=lambda token: (-len(token), token))[:_LONGEST_TOKENS]),
         bytes_per_token=len(sample.encode()) / tokens,
-        risks=tuple(_risk(vocabulary, kind, found) for kind, found in drawn.items() if found),
-        examples=_examples([cut for found in drawn.values() for cut in found]),
+        risks=tuple(_risk(vocabulary, kind, of_kind) for kind, of_kind in drawn.items() if of_kind),
+        examples=_examples([cut for of_kind in drawn.values() for cut in of_kind]),
     )
 
 
-def _risk(vocabulary: Vocabulary, kind: str, found: Sequence[Cut]) -> Risk:
+def _risk(vocabulary: Vocabulary, kind: str, cuts: Sequence[Cut]) -> Risk:
     depths, nodes, seconds = [], [], []
-    for cut in found:
+    for cut in cuts:
         started = time.perf_counter()
         covers = cover(vocabulary, cut.prompt)
         seconds.append(time.perf_counter() - started)
@@ -113,10 +115,10 @@ def _risk(vocabulary: Vocabulary, kind: str, found: Sequence[Cut]) -> Risk:
     changed = [depth for depth in depths if depth]
     return Risk(
         kind=kind,
-        cuts=len(found),
-        inside=mean(cut.overlap > 0 for cut in found),
-        changed=len(changed) / len(found),
-        deeper=sum(depth > 1 for depth in changed) / len(found),
+        cuts=len(cuts),
+        inside=mean(cut.overlap > 0 for cut in cuts),
+        changed=len(changed) / len(cuts),
+        deeper=sum(depth > 1 for depth in changed) / len(cuts),
         depth_mean=mean(changed) if changed else 0.0,
         depth_p95=quantiles(changed, n=20, method="inclusive")[-1] if len(changed) > 1 else float(sum(changed)),
         depth_max=max(changed, default=0),
@@ -127,13 +129,13 @@ def _risk(vocabulary: Vocabulary, kind: str, found: Sequence[Cut]) -> Risk:
 
 
 def _depth(prompt: Sequence[int], uncut: Sequence[int]) -> int:
-    """Tokens of the prompt from the first one on that is not the uncut text's."""
+    """The number of tokens of the prompt from the first one that differs from the uncut text's."""
     return len(prompt) - shared_length(prompt, uncut)
 
 
-def _examples(found: Sequence[Cut]) -> tuple[Example, ...]:
-    shown: dict[bytes, Example] = {}
-    for cut in found:
+def _examples(cuts: Sequence[Cut]) -> tuple[Example, ...]:
+    by_token: dict[bytes, Example] = {}
+    for cut in cuts:
         if cut.overlap and not cut.token.isspace():
-            shown.setdefault(cut.token, Example(prompt_end=cut.prompt[-24:], token=cut.token))
-    return tuple(shown.values())[:_EXAMPLES]
+            by_token.setdefault(cut.token, Example(prompt_end=cut.prompt[-24:], token=cut.token))
+    return tuple(by_token.values())[:_EXAMPLES]

@@ -1,4 +1,4 @@
-"""Text out of a token stream: whole characters, each once, up to a stop string (`StopStringMatcher`)."""
+"""Text from a stream of tokens: whole characters, each once, up to a stop string (`StopStringMatcher`)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from .vocabulary import Vocabulary
 
 
 class TextStream:
-    """Turns tokens into text as they come; a character waits until its last byte is there.
+    """Converts tokens to text as they arrive. A character appears when its last byte has arrived.
 
     Args:
-        vocabulary: of the tokenizer.
-        pending: the bytes of half a character that the prompt ends in; the stream gives it whole.
-        starts_text: True if no text comes before the first token: the space that some tokenizers put in front of a
-            text is then left out.
+        vocabulary: vocabulary of the tokenizer.
+        pending: the bytes of an unfinished character at the end of the prompt. The stream returns the whole character.
+        starts_text: True if no text comes before the first token. The space that some tokenizers add before a text is
+            then removed.
 
     Attributes:
-        unfinished: the bytes that wait for the rest of their character, those of `pending` included.
+        unfinished: the bytes of the character that is not complete yet, including `pending`.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, pending: bytes = b"", starts_text: bool = False) -> None:
@@ -26,14 +26,14 @@ class TextStream:
         self._drops_space = starts_text and vocabulary.adds_space
 
     def push(self, token: int, skip: int = 0) -> str:
-        """The text that `token` completes, without its first `skip` bytes; empty while a character is unfinished."""
+        """The text that `token` completes, without its first `skip` bytes; empty while no character is complete."""
         data = self._vocabulary.tokens[token][skip:] if token < len(self._vocabulary.tokens) else b""
         if self._drops_space and data:
             data, self._drops_space = data.removeprefix(b" "), False
         self._parts.append(data)
-        every = self.unfinished + data
-        self.unfinished = unfinished(every)
-        return every[: len(every) - len(self.unfinished)].decode(errors="replace")
+        data = self.unfinished + data
+        self.unfinished = unfinished(data)
+        return data[: len(data) - len(self.unfinished)].decode(errors="replace")
 
     @property
     def data(self) -> bytes:
@@ -41,41 +41,41 @@ class TextStream:
         return b"".join(self._parts)
 
     def finish(self) -> str:
-        """What is still held back, where nothing can come any more: half a character as U+FFFD."""
-        shown, self.unfinished = self.unfinished.decode(errors="replace"), b""
-        return shown
+        """The rest of the text at the end of the stream: U+FFFD for an unfinished character."""
+        rest, self.unfinished = self.unfinished.decode(errors="replace"), b""
+        return rest
 
 
 class StopStringMatcher:
-    """Holds back text that may be the beginning of a stop string, and cuts at the first one complete."""
+    """Ends a text before the first stop string. It holds back text that can be the start of one."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
-        self._held = ""  # what may be the beginning of a stop string
+        self._held = ""  # can be the start of a stop string
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The part of the text so far that is safe to show."""
+        """The text that is certain to come before any stop string, after the text returned before."""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
+        starts = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if starts:
             self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        keep = max(
+            safe, self._held = self._held[: min(starts)], ""
+            return safe
+        length = max(
             (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
             default=0,
         )
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
+        end = len(self._held) - length
+        safe, self._held = self._held[:end], self._held[end:]
+        return safe
 
     @property
     def hides_text(self) -> bool:
-        """True if some of the text was not shown, or not yet."""
+        """True if some of the text has not been returned."""
         return self.stopped or bool(self._held)
 
     def finish(self) -> str:
-        """The text held back, once no more can come."""
-        shown, self._held = self._held, ""
-        return shown
+        """The rest of the text at the end of the stream."""
+        rest, self._held = self._held, ""
+        return rest

@@ -1,8 +1,8 @@
-"""The vocabulary of any tokenizer, by its kind.
+"""The vocabulary of any tokenizer, with one class for each library.
 
-- `tokenizers` and transformers, which wraps it: BPE of bytes or characters, Unigram.
-- SentencePiece models (BPE and Unigram), bare or inside a wrapper that has the same ids.
-- tiktoken encodings, and tekken (mistral_common), which puts special ids in front of one.
+- `tokenizers`, also inside transformers: BPE of bytes or characters, and Unigram.
+- SentencePiece models (BPE and Unigram), alone or inside a wrapper with the same ids.
+- tiktoken encodings, and tekken (mistral_common), which has special ids before those of an encoding.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ def vocabulary(tokenizer: Any, *, special_tokens: bool = False, rows: int | None
     """The vocabulary of a tokenizer.
 
     Args:
-        tokenizer: of transformers, `tokenizers`, `sentencepiece`, `tiktoken` or `mistral_common`; a vocabulary is
-            returned as it is.
-        special_tokens: whether names of special tokens in a text stand for them. Those of tiktoken and mistral_common
-            never do, those of a bare SentencePiece model neither.
-        rows: tokens that the model has, if it is for a model.
+        tokenizer: a tokenizer of transformers, `tokenizers`, `sentencepiece`, `tiktoken` or `mistral_common`. A
+            vocabulary is returned unchanged.
+        special_tokens: True if names of special tokens in a text mean these tokens. In tiktoken, mistral_common and a
+            SentencePiece model alone they never do.
+        rows: the number of tokens of the model, if the vocabulary is for a model.
 
     Raises:
-        UnsupportedModel: its tokens are not pieces of the text's bytes (WordPiece, word levels, dropout).
+        UnsupportedModel: its tokens are not parts of the text's bytes (WordPiece, word levels, dropout).
     """
     if isinstance(tokenizer, Vocabulary):
         return tokenizer
-    known = _vocabulary(tokenizer, special_tokens)
-    known.rows = rows
-    return known
+    new = _vocabulary(tokenizer, special_tokens)
+    new.rows = rows
+    return new
 
 
 def _vocabulary(tokenizer: Any, special_tokens: bool) -> Vocabulary:
@@ -51,44 +51,44 @@ def _vocabulary(tokenizer: Any, special_tokens: bool) -> Vocabulary:
             offset = next((layer.num_special_tokens for layer in layers if hasattr(layer, "num_special_tokens")), 0)
             return TiktokenVocabulary(inner, tokenizer, offset)
     raise UnsupportedModel(
-        f"{type(tokenizer).__name__} is none of the tokenizers whose bytes ropewalk knows: those of transformers, "
-        "tokenizers, sentencepiece, tiktoken and mistral_common"
+        f"{type(tokenizer).__name__} is not supported; ropewalk reads tokenizers of transformers, tokenizers, "
+        "sentencepiece, tiktoken and mistral_common"
     )
 
 
 def _layers(tokenizer: Any) -> list[Any]:
     """A wrapper and the tokenizers inside it, outermost first."""
-    found = [tokenizer]
-    for inner in found:
+    layers = [tokenizer]
+    for layer in layers:
         for name in ("sp_model", "tokenizer", "instruct_tokenizer", "_model", "model"):
-            below = getattr(inner, name, None)
-            if below is not None and not callable(below) and not any(below is known for known in found):
-                found.append(below)
-    return found
+            inner = getattr(layer, name, None)
+            if inner is not None and not callable(inner) and not any(inner is known for known in layers):
+                layers.append(inner)
+    return layers
 
 
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # a space in SentencePiece
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The characters in which byte-level BPE writes bytes: printable Latin-1 as itself, the rest from U+0100 on."""
+    """The characters that byte-level BPE uses for bytes: printable Latin-1 for itself, U+0100 and up for the rest."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
 class HuggingFaceVocabulary(Vocabulary):
-    """A `tokenizers.Tokenizer`; `outer` is the transformers tokenizer around it, if any."""
+    """A `tokenizers.Tokenizer`. `outer` is the transformers tokenizer around it, or itself."""
 
     def __init__(self, backend: Any, outer: Any, special_tokens: bool) -> None:
         self._backend, self._outer, self.special_tokens = backend, outer, special_tokens
         self.name = getattr(outer, "name_or_path", "") or type(outer).__name__
         kind = type(backend.model).__name__
         if kind not in ("BPE", "Unigram"):
-            raise UnsupportedModel(f"{self.name} is a {kind} tokenizer; ropewalk knows the bytes of BPE and Unigram")
+            raise UnsupportedModel(f"{self.name} is a {kind} tokenizer; only BPE and Unigram are supported")
         for field in ("dropout", "end_of_word_suffix", "continuing_subword_prefix") if kind == "BPE" else ():
             if value := getattr(backend.model, field):
-                raise UnsupportedModel(f"{self.name} has {field} = {value!r}: its tokens do not follow from the bytes")
+                raise UnsupportedModel(f"{self.name} has {field} = {value!r}, so the bytes do not determine its tokens")
         self.unigram = kind == "Unigram"
         decoders = _types(backend.decoder)
         self.byte_level = "ByteLevel" in decoders | _types(backend.pre_tokenizer)
@@ -129,14 +129,14 @@ class HuggingFaceVocabulary(Vocabulary):
         return (token.replace(SPACE, " ") if self._marks_spaces else token).encode()
 
     def _check(self) -> None:
-        """Compare with the tokenizer's own decoder, so that one that means something else by its tokens is refused."""
+        """Compare the bytes of a sample's tokens with the tokenizer's decoder, and refuse a tokenizer that differs."""
         sample = " (the) Ropes\n\twalk 1234, naïve 中文"
         ids = self._backend.encode(sample, add_special_tokens=False).ids
         ids = [i for i in ids if i not in self.special_ids]
-        own = self._backend.decode(ids, skip_special_tokens=True).strip()
-        ours = self.text_bytes(ids).decode(errors="replace").strip()
-        if own != ours:
-            raise UnsupportedModel(f"{self.name} decodes {own!r} where its tokens' bytes are {ours!r}")
+        decoded = self._backend.decode(ids, skip_special_tokens=True).strip()
+        expected = self.text_bytes(ids).decode(errors="replace").strip()
+        if decoded != expected:
+            raise UnsupportedModel(f"{self.name} decodes {decoded!r}, but its tokens' bytes are {expected!r}")
 
     def encode(self, text: str) -> list[int]:
         return self.checked(prompt_ids(text, self._outer, special_tokens=self.special_tokens))
@@ -168,7 +168,7 @@ class HuggingFaceVocabulary(Vocabulary):
 
     @cached_property
     def _merging(self) -> Any:
-        """The model without its short cut for pieces that are tokens, which only whole pieces may take."""
+        """The model without its shortcut for pieces that are tokens, which is correct only for whole pieces."""
         model = pickle.loads(pickle.dumps(self._backend.model))
         model.ignore_merges = False
         return model
@@ -183,7 +183,7 @@ class HuggingFaceVocabulary(Vocabulary):
 
 
 def _types(component: Any) -> set[str]:
-    """The kinds of a pre-tokenizer or decoder and of those it is composed of."""
+    """The types of a pre-tokenizer or decoder and of its parts."""
     if component is None:
         return set()
 
@@ -195,7 +195,7 @@ def _types(component: Any) -> set[str]:
 
 
 class SentencePieceVocabulary(Vocabulary):
-    """A `sentencepiece.SentencePieceProcessor`; `outer` is the tokenizer around it, if any."""
+    """A `sentencepiece.SentencePieceProcessor`. `outer` is the tokenizer around it, or itself."""
 
     byte_level = False
 
@@ -211,7 +211,7 @@ class SentencePieceVocabulary(Vocabulary):
         if convert and [convert(i) for i in range(3, size, 97)] != [
             processor.id_to_piece(i) for i in range(3, size, 97)
         ]:
-            raise UnsupportedModel(f"{self.name} numbers its tokens otherwise than the SentencePiece model inside it")
+            raise UnsupportedModel(f"{self.name} has other token ids than the SentencePiece model inside it")
         self.tokens, special_ids, self._bytes = [], set(), {}
         for i in range(size):
             data = processor.id_to_piece(i).replace(SPACE, " ").encode()
@@ -227,8 +227,8 @@ class SentencePieceVocabulary(Vocabulary):
     def encode(self, text: str) -> list[int]:
         if callable(self._outer):
             return self.checked(prompt_ids(text, self._outer, special_tokens=self.special_tokens))
-        ids: list[int] = self._processor.encode(text)  # with what the processor was told to add, at either end
-        while ids and self._processor.is_control(ids[-1]):  # which no text gives
+        ids: list[int] = self._processor.encode(text)  # with the tokens that the processor adds at both ends
+        while ids and self._processor.is_control(ids[-1]):  # a text gives no control tokens
             ids.pop()
         return self.checked(ids)
 
@@ -252,7 +252,7 @@ def _model(processor: Any) -> Any:
 
 
 def _without_normalizer(model: Any) -> Any:
-    """A tokenizer of the model that reads its own alphabet: nothing is normalized, trimmed or put in front."""
+    """A tokenizer of the model for its own alphabet, without normalization, trimming or an added space."""
     import sentencepiece
 
     spec = model.normalizer_spec
@@ -265,8 +265,8 @@ class TiktokenVocabulary(Vocabulary):
     """A `tiktoken.Encoding`.
 
     Args:
-        outer: the tokenizer of tiktoken, mistral_common or transformers that it is in.
-        offset: special ids of tekken in front of its own.
+        outer: the tokenizer of tiktoken, mistral_common or transformers around it.
+        offset: the number of tekken's special ids before its own.
     """
 
     byte_level = True
@@ -280,7 +280,7 @@ class TiktokenVocabulary(Vocabulary):
         self.kind = "byte-level BPE (tiktoken)"
         self._ranks: dict[bytes, int] = encoding._mergeable_ranks
         missing = [byte for byte in range(256) if bytes([byte]) not in self._ranks]
-        if missing:  # tiktoken panics where it meets one
+        if missing:  # tiktoken panics at such a byte
             others = f", nor for {len(missing) - 1} others" if missing[1:] else ""
             raise UnsupportedModel(f"{self.name} is damaged: it has no token for the byte {missing[0]:#04x}{others}")
         self._pattern = regex.compile(encoding._pat_str)
@@ -295,17 +295,17 @@ class TiktokenVocabulary(Vocabulary):
     def encode(self, text: str) -> list[int]:
         try:
             ids = [rank + self._offset for rank in self._encoding.encode_ordinary(text)]
-        except BaseException as error:  # the class of a panic has no other name that can be imported
+        except BaseException as error:  # the class of a panic cannot be imported
             if type(error).__name__ != "PanicException":
                 raise
             raise DataError(
-                f"the tokenizer gave up on this text of {len(text):,} characters ({first_line(error)}); it may hold a "
+                f"the tokenizer failed on this text of {len(text):,} characters ({first_line(error)}); it may have a "
                 "very long run of spaces"
             ) from None
         return self.checked([*(start_ids(self._outer) if callable(self._outer) else []), *ids])
 
     def piece_starts(self, text: str) -> list[int]:
-        return [found.start() for found in self._pattern.finditer(text) if found.start()]
+        return [match.start() for match in self._pattern.finditer(text) if match.start()]
 
     def encode_piece(self, data: bytes) -> list[int]:
         return [rank + self._offset for rank in self._encoding._encode_single_piece(data)] if data else []
@@ -314,7 +314,7 @@ class TiktokenVocabulary(Vocabulary):
         tokens = self.encode_piece(data)
         if len(tokens) != 1:
             return tokens
-        if tokens[0] not in self._inside:  # a piece that is a token is taken whole, but the beginning of a longer one
+        if tokens[0] not in self._inside:  # a piece that is a token is not merged, but the start of a longer one is
             self._inside[tokens[0]] = [self._ranks[part] + self._offset for part in self._merged(data)]
         return self._inside[tokens[0]]
 

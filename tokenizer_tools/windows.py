@@ -1,4 +1,4 @@
-"""A long text as overlapping windows that begin and end with sentences."""
+"""A long text in overlapping windows that start and end at sentences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sentencex import get_sentence_boundaries
 from ..errors import ConfigError
 from .encode import texts_ids
 
-_LONGEST = 16  # characters a token, beyond which no window is filled: so a word of megabytes takes no hours
+_LONGEST = 16  # most characters of a window for each token, so that a word of megabytes does not take hours
 
 
 def windows(text: str, tokenizer: Any, tokens: int, overlap: int = 0, *, language: str = "en") -> list[str]:
@@ -21,14 +21,14 @@ def windows(text: str, tokenizer: Any, tokens: int, overlap: int = 0, *, languag
         model.generate("Question: Who is Queequeg?\\nAnswer:", contexts=parts)
 
     Args:
-        tokenizer: of transformers.
-        tokens: most tokens of a window.
-        overlap: most tokens, in whole sentences, with which a window repeats the end of the one before.
-        language: of the text, ISO 639-1: what ends a sentence in it.
+        tokenizer: a tokenizer of transformers.
+        tokens: the most tokens of a window.
+        overlap: the most tokens of the previous window that a window repeats, in whole sentences.
+        language: ISO 639-1 code of the language, which decides what ends a sentence.
 
     Returns:
-        Pieces of the text in order, without the blanks around them. A sentence that is longer than a window is cut
-        between words, or inside them where there is no blank. A blank text has none.
+        The windows in the order of the text, without white space around them. A sentence that is longer than a window
+        is split between words, or inside a word if there is no space. A blank text has no windows.
 
     Raises:
         ConfigError: overlap is not below tokens.
@@ -39,27 +39,27 @@ def windows(text: str, tokenizer: Any, tokens: int, overlap: int = 0, *, languag
         raise ConfigError(f"overlap {overlap} must be at least 0 and below tokens {tokens}")
     pieces = [piece for piece in _pieces(text, tokenizer, tokens, language) if text[slice(*piece[:2])].strip()]
     sizes = [size for _, _, size in pieces]
-    found, first, end = [], 0, 0
+    result, first, end = [], 0, 0
     while end < len(pieces):
         last = first + max(1, _fitting((sizes[n] for n in range(first, len(sizes))), tokens))
         while last > first + 1 and _size(text[pieces[first][0] : pieces[last - 1][1]], tokenizer) > tokens:
-            last -= 1  # some texts take more tokens than their sentences one by one
-        if last <= end:  # there is no room for more behind what is repeated
+            last -= 1  # a text can have more tokens than its sentences together
+        if last <= end:  # no new sentence fits after the repeated ones
             first += 1
             continue
-        found.append(text[pieces[first][0] : pieces[last - 1][1]].strip())
+        result.append(text[pieces[first][0] : pieces[last - 1][1]].strip())
         first, end = max(first + 1, last - _fitting(reversed(sizes[first:last]), overlap)), last
-    return found
+    return result
 
 
 def _fitting(sizes: Iterable[int], budget: int) -> int:
-    """How many of the first sizes make at most `budget` together."""
+    """How many of the first sizes add up to at most `budget`."""
     return sum(1 for _ in itertools.takewhile(lambda total: total <= budget, itertools.accumulate(sizes)))
 
 
 def _pieces(text: str, tokenizer: Any, tokens: int, language: str) -> Iterator[tuple[int, int, int]]:
-    """Where sentences, or parts of those that are too long, begin and end in `text`, and their tokens."""
-    bounds = [(found["start_index"], found["end_index"]) for found in get_sentence_boundaries(language, text)]
+    """The start, stop and number of tokens of each sentence of `text`, or of the parts of one that is too long."""
+    bounds = [(sentence["start_index"], sentence["end_index"]) for sentence in get_sentence_boundaries(language, text)]
     sizes = _sizes([text[start:stop] for start, stop in bounds], tokenizer)
     for (start, stop), size in zip(bounds, sizes, strict=True):
         if size <= tokens:
@@ -72,8 +72,8 @@ def _pieces(text: str, tokenizer: Any, tokens: int, language: str) -> Iterator[t
 
 
 def _cut(text: str, start: int, stop: int, tokenizer: Any, tokens: int) -> int:
-    """The end of the longest part of text[start:stop] that fits, after a blank if there is one."""
-    low, high = start + 1, min(stop, start + _LONGEST * tokens)  # one character is taken, however many tokens it has
+    """The end of the longest part of text[start:stop] that fits, after white space if there is any."""
+    low, high = start + 1, min(stop, start + _LONGEST * tokens)  # at least one character, with any number of tokens
     while low < high:
         middle = (low + high + 1) // 2
         if _size(text[start:middle], tokenizer) <= tokens:

@@ -11,7 +11,7 @@ from live import MORE, TEXT, check_cache, counted, greedy
 import ropewalk as rw
 from ropewalk.engine.generation import generate_tokens
 from ropewalk.engine.sequence import Sequence
-from ropewalk.tokenizer_tools.characters import first_characters, shown
+from ropewalk.tokenizer_tools.characters import finished_text, first_characters
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -74,14 +74,14 @@ class Twin:
         self.data += piece.encode() + answer.data if count else b""
 
     def crop(self, part):
-        text = shown(self.data)
+        text = finished_text(self.data)
         count = round(part * len(text))
         self.data = first_characters(self.data, count)
         self.session.crop(count)
         assert self.session.text == text[:count]
 
     def check(self):
-        assert self.session.text == shown(self.data)
+        assert self.session.text == finished_text(self.data)
         check_cache(self.model, self.session)
 
 

@@ -319,5 +319,5 @@ def test_a_text_that_the_tokenizers_pattern_gives_up_on():
         special_tokens={},
     )
     assert len(vocabulary(encoding).encode(" " * 1000 + "a")) == 1001
-    with pytest.raises(rw.DataError, match="the tokenizer gave up on this text of 1,000,001 characters"):
+    with pytest.raises(rw.DataError, match="the tokenizer failed on this text of 1,000,001 characters"):
         vocabulary(encoding).encode(" " * 1_000_000 + "a")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from small_tokenizers import GPT2, KINDS, by_merges, byte_fallback, byte_level, unigram
 
 from ropewalk.errors import DataError
-from ropewalk.tokenizer_tools.characters import broken, first_characters, shown, unfinished
+from ropewalk.tokenizer_tools.characters import finished_text, first_characters, invalid_runs, unfinished
 from ropewalk.tokenizer_tools.cover import cover
 from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
@@ -20,19 +20,19 @@ DATA = st.lists(PARTS, max_size=8).map(b"".join)
 def test_every_byte_is_text_or_unfinished(data):
     end = unfinished(data)
     assert data.endswith(end)
-    assert shown(data) == data[: len(data) - len(end)].decode(errors="replace")
-    assert (shown(data) + "\ufffd" * bool(end)) == data.decode(errors="replace")
-    found = broken(data)
-    assert bool(found) == ("\ufffd" in shown(data))
+    assert finished_text(data) == data[: len(data) - len(end)].decode(errors="replace")
+    assert (finished_text(data) + "\ufffd" * bool(end)) == data.decode(errors="replace")
+    found = invalid_runs(data)
+    assert bool(found) == ("\ufffd" in finished_text(data))
     rest = bytearray(data[: len(data) - len(end)])
     for start, stop in reversed(found):
         del rest[start:stop]
-    assert rest.decode() == shown(data).replace("\ufffd", "")
+    assert rest.decode() == finished_text(data).replace("\ufffd", "")
 
 
 @given(DATA)
 def test_the_first_characters_are_those_that_are_shown(data):
-    text = shown(data)
+    text = finished_text(data)
     for count in range(len(text) + 1):
         assert first_characters(data, count).decode(errors="replace") == text[:count]
         assert data.startswith(first_characters(data, count))
@@ -52,7 +52,7 @@ def test_tokens_of_any_bytes_have_these_bytes(data, known):
     assert known.text_bytes(ids) == data
     found = cover(known, ids)
     assert known.text_bytes(list(found.prompt)) == data
-    if not broken(data) and not unfinished(data):
+    if not invalid_runs(data) and not unfinished(data):
         assert ids == known.encode(data.decode())
 
 

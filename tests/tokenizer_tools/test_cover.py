@@ -20,36 +20,36 @@ def test_next_byte_law_is_the_sum_over_all_strings(kind, seed):
 
 
 def one_probe(monkeypatch):
-    monkeypatch.setattr(cover_module, "PROBES", ("",))
+    monkeypatch.setattr(cover_module, "CONTINUATIONS", ("",))
 
 
 def one_deep(monkeypatch):
-    begins = cover_module._OpenPiece.begins
+    begins = cover_module._OpenPiece.last_token_starts
 
     def last_token_only(self):
         tokens = self.vocabulary.encode_piece_start(split_character(self.text[self.start :])[0])
         last = len(self.text) - len(self.vocabulary.tokens[tokens[-1]]) if tokens else len(self.text)
         return (begin for begin in begins(self) if begin == last)
 
-    monkeypatch.setattr(cover_module._OpenPiece, "begins", last_token_only)
+    monkeypatch.setattr(cover_module._OpenPiece, "last_token_starts", last_token_only)
 
 
 def whole_characters(monkeypatch):
-    begins = cover_module._OpenPiece.begins
+    begins = cover_module._OpenPiece.last_token_starts
     monkeypatch.setattr(
         cover_module._OpenPiece,
-        "begins",
+        "last_token_starts",
         lambda self: (begin for begin in begins(self) if self.text[begin] & 0xC0 != 0x80),
     )
 
 
 def no_aligned_node(monkeypatch):
-    monkeypatch.setattr(cover_module._OpenPiece, "ends", lambda self: iter(()))
+    monkeypatch.setattr(cover_module._OpenPiece, "full_paths", lambda self: iter(()))
 
 
 def deepest_only(monkeypatch):
-    begins = cover_module._OpenPiece.begins
-    monkeypatch.setattr(cover_module._OpenPiece, "begins", lambda self: list(begins(self))[:1])
+    begins = cover_module._OpenPiece.last_token_starts
+    monkeypatch.setattr(cover_module._OpenPiece, "last_token_starts", lambda self: list(begins(self))[:1])
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_white_space_at_the_end_is_there_though_a_normalizer_strips_it():
 def test_a_tokenizer_that_makes_no_bytes_of_a_text_is_refused():
     tokenizer = by_merges(("a", "b"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(GPT2), "isolated")
-    with pytest.raises(UnsupportedModel, match="cuts characters"):
+    with pytest.raises(UnsupportedModel, match="splits characters"):
         cover(vocabulary(tokenizer), "é")
 
 

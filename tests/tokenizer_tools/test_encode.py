@@ -76,7 +76,7 @@ def test_a_change_of_the_tokenizer_counts_at_once():
 def test_a_frame_that_cannot_be_told_is_refused():
     tokenizer = Tokenizer(models.BPE(vocab={"\u0251": 0, "<e>": 1}, merges=[]))  # none of the probes has a token
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <e>", special_tokens=[("<e>", 1)])
-    with pytest.raises(UnsupportedModel, match=r"puts \[1\] around a text"):
+    with pytest.raises(UnsupportedModel, match=r"adds \[1\] around a text"):
         prompt_ids("\u0251", tokenizer)
 
 

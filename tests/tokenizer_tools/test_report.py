@@ -134,7 +134,7 @@ def test_risk_agrees_with_the_encoder(tiny, code):
 
 
 def test_a_text_that_cannot_be_cut_is_refused():
-    with pytest.raises(rw.DataError, match="the text has 300 characters; cutting it takes more than 328"):
+    with pytest.raises(rw.DataError, match="the text has 300 characters; cuts need more than 328"):
         report(Grouped(), "x" * 300)
 
 
