@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -211,51 +210,6 @@ def test_reach(spec: str, reach: float) -> None:
     assert parse(spec).reach(ROPE) == reach
 
 
-@pytest.mark.parametrize(
-    ("scaler", "step"),
-    [
-        (Scaler(), 256),
-        (DynamicNTK(), 256),
-        (DynamicNTK(step=100), 100),
-        (DynamicYaRN(step=100), 100),
-        (JetLong(step=100), 100),
-        (JetLong(), 256),
-        (DynamicNTK(step=100) | JetLong(step=30), 30),
-        (DynamicYaRN(step=30) | JetLong(step=100) | LogN(), 30),
-        (DynamicNTK(step=300) | LogN(), 300),
-        (NTK(factor=4) | JetLong(), 256),
-    ],
-)
-def test_the_step_of_growing_length(scaler: Scaler, step: int) -> None:
-    assert scaler.growing_step(ROPE) == step
-
-
-def test_a_short_model_grows_by_the_token() -> None:
-    assert DynamicNTK().growing_step(RopeSpec(dim=8, base=1e4, trained_length=7)) == 1
-
-
-@given(trained=st.integers(1, 60), step=st.none() | st.integers(1, 50), position=st.integers(0, 400))
-def test_growing_length_is_trained_length_and_whole_steps(trained: int, step: int | None, position: int) -> None:
-    rope = RopeSpec(dim=8, base=1e4, trained_length=trained)
-    wanted = trained
-    while wanted < position + 1:
-        wanted += step or max(1, trained // 8)
-    for scaler in (DynamicNTK(step=step), DynamicYaRN(step=step), JetLong(step=step), DynamicNTK(step=step) | LogN()):
-        assert scaler.growing_length(position, rope) == wanted
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: DynamicNTK(step=0), "dynamic-ntk: step 0 must be at least 1"),
-        (lambda: DynamicYaRN(step=-4), "dynamic-yarn: step -4 must be at least 1"),
-    ],
-)
-def test_impossible_steps_are_refused(make: Callable[[], Scaler], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make()
-
-
 def test_check_asks_every_member() -> None:
     short = LongRoPE(factor=2, short=(1.0,), long=(2.0,))
     with pytest.raises(ConfigError, match="short has 1 numbers; rotary dimension 64 needs 32"):
@@ -287,20 +241,3 @@ def test_scalers_are_values() -> None:
     with pytest.raises(AttributeError):
         YaRN(factor=4).factor = 8  # type: ignore[misc]
     assert YaRN(factor=4, truncate=False).with_factor(8) == YaRN(factor=8, truncate=False)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"dim": 7}, "rotary dimension 7 must be even"),
-        ({"dim": 0}, "rotary dimension 0 must be even and at least 2"),
-        ({"base": 1.0}, "rotary base 1.0 must be above 1"),
-        ({"base": math.nan}, "rotary base nan must be above 1"),
-        ({"trained_length": 0}, "trained length 0 must be at least 1"),
-        ({"rotating_pairs": 33}, "rotating_pairs 33 must be in 0..32"),
-    ],
-)
-def test_impossible_geometries_are_refused(fields: dict[str, float], message: str) -> None:
-    good = {"dim": 64, "base": 1e4, "trained_length": 2048}
-    with pytest.raises(ConfigError, match=message):
-        RopeSpec(**{**good, **fields})

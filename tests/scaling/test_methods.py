@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
+
+import pytest
+
 import ropewalk as rw
-from ropewalk.scaling import METHODS, parse
+from ropewalk.scaling import METHODS, Scaler, parse
 
 
 def test_every_method_is_listed_in_order() -> None:
@@ -30,3 +36,19 @@ def test_the_table_prints_one_line_a_method() -> None:
     yarn = next(line for line in lines if line.startswith("yarn:factor "))
     assert "frequencies" in yarn and "cos and sin" in yarn
     assert repr(rw.scalers()) == str(rw.scalers())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_documented_and_a_frozen_value(name: str) -> None:
+    method = METHODS[name]
+    assert method.name == name
+    doc = inspect.getdoc(method)
+    assert doc is not None
+    if method is not Scaler:
+        assert any(source.strip() in doc for source in re.split("[;,]| section", method.source)), method.source
+    assert dataclasses.is_dataclass(method)
+    assert method.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    documented = set(re.findall(r"^\s+(\w+): ", doc, flags=re.MULTILINE))
+    fields = {field.name for field in dataclasses.fields(method)}
+    assert fields - {"factor"} <= documented
+    assert all(field.kw_only for field in dataclasses.fields(method))

@@ -41,6 +41,7 @@ TORCH = ("2.9.0", "2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 TRANSFORMERS_TESTS = (
     "tests/scaling/test_frequencies_of_transformers.py",
     "tests/scaling/test_hf.py",
+    "tests/scaling/test_hf_reach.py",
     "tests/scaling/test_hf_write.py",
     "tests/engine/test_patch.py",
     "tests/engine/test_band_refusals.py",
