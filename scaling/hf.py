@@ -266,7 +266,7 @@ def _head_dim(name: str, config: Any) -> int:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # RuntimeError where heads differ from layer to layer.
     except (AttributeError, RuntimeError, TypeError, ArithmeticError) as error:
-        raise UnsupportedModel(f"{name}: the config does not give the head dimension ({error})") from None
+        raise UnsupportedModel(f"{name}: the head dimension is not in the config ({error})") from None
     if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim > _WIDEST_HEAD:
         raise ConfigError(f"{name}: head_dim={head_dim!r:.40} must be a whole number up to {_WIDEST_HEAD}")
     return head_dim

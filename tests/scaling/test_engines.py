@@ -73,9 +73,9 @@ def test_mlx_goes_by_either_of_the_old_keys():
         (("rope_scaling",), False),
         (("rope_theta", "rope_scaling"), True),
     ):
-        found = {key: value for key, value in config(parameters).items() if key not in missing}
-        mlx = next(one for one in read_all(found) if one.engine == "mlx-lm")
-        assert any("this file has not" in note for note in mlx.notes) == misses, missing
+        content = {key: value for key, value in config(parameters).items() if key not in missing}
+        mlx = next(reading for reading in read_all(content) if reading.engine == "mlx-lm")
+        assert any("this file does not have" in note for note in mlx.notes) == misses, missing
 
 
 @pytest.mark.parametrize(("length", "reach"), [(8192, 8192), (1000, 2048)])

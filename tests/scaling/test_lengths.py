@@ -46,7 +46,7 @@ def test_multiples_of_the_trained_length(text: str, trained: int, tokens: int) -
         ("-8k", "'-8k' is not a length"),
         ("1e5", "'1e5' is not a length"),
         ("8,192", "'8,192' is not a length"),
-        ("2x", "'2x' is a multiple of the trained length, which is not known here; write it in tokens"),
+        ("2x", "'2x' is a multiple of the trained length, which is not known here; write a number of tokens"),
         ("0", "length '0' is 0 tokens; it must be a whole number of at least 1"),
         ("0.3", "length '0.3' is 0.3 tokens"),
         ("1.3k", "length '1.3k' is 1331.2 tokens"),

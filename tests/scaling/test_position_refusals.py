@@ -16,9 +16,9 @@ from ropewalk.scaling import DualChunk, JetLong, LeakyReRoPE, ReRoPE, Scaler, Se
     [
         (lambda: ReRoPE(window=0), "rerope: window 0 must be at least 1"),
         (lambda: LeakyReRoPE(window=0, k=2), "leaky-rerope: window 0 must be at least 1"),
-        (lambda: LeakyReRoPE(window=4, k=0.5), "leaky-rerope: k 0.5 must be at least 1"),
-        (lambda: LeakyReRoPE(window=4, k=float("inf")), "leaky-rerope: k inf must be at least 1; .* use rerope"),
-        (lambda: LeakyReRoPE(window=4, k=float("nan")), "leaky-rerope: k nan must be at least 1"),
+        (lambda: LeakyReRoPE(window=4, k=0.5), "leaky-rerope: k 0.5 must be 1 to 2"),
+        (lambda: LeakyReRoPE(window=4, k=float("inf")), "leaky-rerope: k inf must be 1 to 2.* use rerope"),
+        (lambda: LeakyReRoPE(window=4, k=float("nan")), "leaky-rerope: k nan must be 1 to 2"),
         (lambda: SelfExtend(group=0, window=4), "self-extend: group 0 must be at least 1"),
         (lambda: SelfExtend(group=4, window=-1), "self-extend: window -1 must be at least 1"),
         (lambda: DualChunk(chunk=0), "dual-chunk: chunk 0 must be at least 1"),

@@ -96,7 +96,7 @@ def test_layers_that_see_all_speak_for_a_model_with_frequencies_for_each_type(na
     assert first.label == vllm.label == computes and first.max_length == config["max_position_embeddings"]
     assert f"the table is about {layers}; those of type sliding_attention have {others}" in first.notes[-1]
     assert {(one.label, one.scaler, one.max_length) for one in rest} == {("not read", None, None)}
-    assert all("has not been compared" in one.notes[0] for one in rest)
+    assert all("has not been read" in one.notes[0] for one in rest)
 
 
 @pytest.mark.parametrize(
