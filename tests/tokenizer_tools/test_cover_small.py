@@ -13,7 +13,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from ropewalk.errors import DataError, UnsupportedModel
 from ropewalk.tokenizer_tools import cover as cover_module
-from ropewalk.tokenizer_tools.cover import Node, _is_firm, _loses_end, cover
+from ropewalk.tokenizer_tools.cover import Node, _is_fixed_border, _loses_end, cover
 from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 
@@ -215,8 +215,8 @@ def test_a_tokenizer_that_makes_no_bytes_of_a_text_is_refused():
 
 
 def test_borders_that_what_follows_cannot_move():
-    firm = ("ab", "a ", "a1", "1a", "1 ", "-1")
-    assert [pair for pair in (*firm, " a", " 1", "  ", "\n ", "11", "1²") if _is_firm(*pair)] == list(firm)
+    fixed = ("ab", "a ", "a1", "1a", "1 ", "-1")
+    assert [pair for pair in (*fixed, " a", " 1", "  ", "\n ", "11", "1²") if _is_fixed_border(*pair)] == list(fixed)
 
 
 def test_special_tokens_are_walls():
