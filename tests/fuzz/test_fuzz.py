@@ -182,7 +182,7 @@ def test_a_tokenizer_that_cuts_characters_though_its_kind_does_not():
     described = json.loads(KINDS["cased"][2](KINDS["cased"][0], 0).to_str())
     described["pre_tokenizer"]["pretokenizers"].pop()
     tokens = vocabulary(Tokenizer.from_str(json.dumps(described)))
-    with pytest.raises(rw.UnsupportedModel, match="cuts characters"):
+    with pytest.raises(rw.UnsupportedModel, match="splits characters"):
         cover(tokens, "a b1 é")
 
 
