@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import abc, deque
 
 from transformers.cache_utils import Cache
@@ -9,94 +10,203 @@ from transformers.cache_utils import Cache
 from ..errors import ContextOverflow, OutOfMemory
 from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import shared_length
-from .cache import CacheLost, can_rewind, restoring, rewind, tokens_read
+from .cache import CacheLost, restoring, tokens_read
 from .completion import Completion
-from .kv_cache import KVCache
+from .prefix_cache import PrefixCache, PrefixStore, shared_cache
 from .prompt import Prompt
+from .runners.runner import CHUNK, Runner
 from .sampling import SamplingParams
 from .scaled_model import ScaledModel
 from .sequence import Sequence
 
-ROWS = 8  # most sequences that are generated together; a step reads the weights once for all of them
-_SHARED = 32  # shortest common beginning, in tokens, that is worth copying
+ROWS = 8  # sequences that are written together at most: eight share the reading of the weights
+_TURN = 256  # tokens of a prompt that are read at a time while others are written
 
 
-def generate_tokens(
-    model: ScaledModel,
-    sequences: abc.Iterable[Sequence],
-    length: int,
-    *,
-    expected_rope: Scaler | None = None,
-    rows: int = 1,
-) -> abc.Iterator[tuple[Sequence, str]]:
-    """Generate the answers of sequences, up to `rows` together. When one ends, the next begins.
-
-    A row gets the tokens that it gets alone. A prompt that begins like that of a sequence in progress is read from
-    where they differ. If memory runs out, the last sequence waits until another has ended, and then continues. Other
-    threads may use the model between two tokens.
+class Batch:
+    """Sequences that are written together, under one scaler. `generate_tokens` writes them.
 
     Args:
         length: tokens of the longest sequence, prompt and answer.
-        expected_rope: the scaler that the caches were prepared for; None is the scaler in use now. It is an error if
-            another scaler is in use.
+        expected_rope: the model's scaler that caches were prepared for; another one in use is an error. None is the
+            scaler in use when the batch is made.
+        rope: the scaler to write under, whatever the model's own is.
+        rows: sequences that are written together at most.
+        store: caches of earlier sequences. A new one takes what it shares with one of them, and leaves its own.
+        takes_turns: a long prompt is read in pieces, and after each of them the others are written for as long. If not,
+            a prompt is read at once.
+
+    Attributes:
+        waiting: sequences that wait for a place; more may be added at any time.
+        running: the sequences in progress.
+    """
+
+    def __init__(
+        self,
+        model: ScaledModel,
+        sequences: abc.Iterable[Sequence],
+        length: int,
+        *,
+        expected_rope: Scaler | None = None,
+        rope: Scaler | None = None,
+        rows: int = 1,
+        store: PrefixStore | None = None,
+        takes_turns: bool = False,
+    ) -> None:
+        self.waiting, self.running = deque(sequences), list[Sequence]()
+        self.model, self.length, self.rope = model, length, rope
+        self.expected_rope = (expected_rope or model.rope) if rope is None else None
+        self._rows, self._store, self._takes_turns = rows, store, takes_turns
+        self._ended: Sequence | None = None  # the last to end: the next may share its beginning
+        self._lead = 0.0  # seconds that reading took more than writing
+        self._rope_state = model.rope_state
+
+    def begin(self, runner: Runner) -> list[tuple[Sequence, str]]:
+        """The first tokens of those that wait, as far as there is room for them and it is their turn.
+
+        Raises:
+            OutOfMemory: there is no room, and nothing that could be freed.
+        """
+        pieces: list[tuple[Sequence, str]] = []
+        self._rope_state = runner.rope_state
+        while self.waiting and len(self.running) < self._rows:
+            sequence, others = self.waiting[0], self._takes_turns and bool(self.running)
+            if sequence.done:  # cancelled
+                self.waiting.popleft().release()
+                continue
+            if others and self._lead > 0:
+                break
+            began = time.monotonic()
+            if not sequence.caches:
+                self._share(sequence)
+            try:
+                with restoring(*sequence.caches):
+                    is_read = sequence.read_ahead(runner, _TURN if others else CHUNK)
+                    if is_read:
+                        piece = "" if sequence.done else sequence.first_token(runner)
+            except OutOfMemory:
+                freed = self._free(sequence)
+                if not (self.running or freed):
+                    raise
+                self._rows = max(1, len(self.running))
+                continue
+            finally:
+                self._lead += time.monotonic() - began
+            if not is_read:
+                break
+            pieces.append((sequence, piece))
+            self.running.append(self.waiting.popleft())
+        return pieces
+
+    def step_back(self, error: OutOfMemory) -> None:
+        """Make room after a step that memory ran out in: the last sequence waits, and caches not in use are freed.
+
+        Raises:
+            OutOfMemory: `error`, if that gives no room.
+        """
+        alone = len(self.running) == 1
+        if not alone:
+            self.waiting.appendleft(self.running.pop())
+        freed = self._free(*self.waiting)
+        if isinstance(error, CacheLost) or (alone and not freed):
+            raise error
+        self._rows = len(self.running)
+
+    def took(self, seconds: float) -> None:
+        """Count the time of a step."""
+        self._lead = max(0.0, self._lead - seconds)
+
+    def leave_ended(self) -> None:
+        """Take those that have ended out of the batch."""
+        for sequence in [sequence for sequence in self.running if sequence.done]:
+            self.running.remove(sequence)
+            if self._ended is not None:
+                self._ended.release()
+                self._ended = None
+            if self._store is not None:
+                self._store.give(sequence.read_ids, sequence.cache, self._rope_state)
+            elif self.waiting and self._rows > 1:
+                self._ended = sequence
+                continue
+            sequence.release()
+
+    def _share(self, sequence: Sequence) -> None:
+        """Give a sequence what others have read of its prompt."""
+        if sequence.shares_prefix:
+            ended = [] if self._ended is None else [self._ended]
+            sequence.cache = _shared_beginning(sequence, [*self.running, *ended])
+            if sequence.cache is None and self._store is not None:
+                sequence.cache = self._store.take(sequence.prompt.certain_ids, self._rope_state)
+            sequence.reused = 0 if sequence.cache is None else tokens_read(sequence.cache)
+
+    def _free(self, *sequences: Sequence) -> bool:
+        """Free the caches of sequences, and of those that have ended; True if there were some of these."""
+        freed = self._ended is not None or (self._store is not None and self._store.clear())
+        for sequence in sequences:
+            sequence.release()
+        if self._ended is not None:
+            self._ended.release()
+            self._ended = None
+        return freed
+
+
+def generate_tokens(batch: Batch) -> abc.Iterator[list[tuple[Sequence, str]]]:
+    """Write the sequences of a batch; each that ends makes room for the next. The only loop that generates.
+
+    A row is computed as though it were alone. A beginning that a prompt shares with a sequence in progress is not read
+    again. Where memory runs out, the last sequence waits until another has ended, and goes on then. Between two steps
+    other threads may use the model.
 
     Yields:
-        The sequence of every new token, and the text that this token made certain.
+        After every step the sequences that got a token, or ended, each with the text that is certain now.
 
     Raises:
         OutOfMemory: one more token of the only sequence does not fit, or its cache cannot be rewound.
         PatchError: the scaler was changed between two tokens.
     """
-    waiting, running = deque(sequences), list[Sequence]()
-    ended: Sequence | None = None  # the last to end: the next may share its beginning
-    expected_rope = expected_rope or model.rope
-    while waiting or running:
-        pieces: list[tuple[Sequence, str]] = []
-        with model.running(length, expected_rope) as runner:
-            while waiting and len(running) < rows:
-                sequence = waiting[0]
-                if not sequence.caches:
-                    sequence.cache = _shared_beginning(sequence, [*running, *([ended] if ended else [])])
-                try:
-                    with restoring(*sequence.caches):
-                        pieces.append((sequence, sequence.first_token(runner)))
-                except OutOfMemory:
-                    if not running and ended is None:
-                        raise
-                    _release(sequence, ended)
-                    rows, ended = max(1, len(running)), None
-                else:
-                    running.append(waiting.popleft())
-            if not pieces:
+    while batch.waiting or batch.running:
+        with batch.model.running(batch.length, batch.expected_rope, batch.rope) as runner:
+            pieces, running = batch.begin(runner), batch.running
+            if running and not pieces:
+                began = time.monotonic()
                 try:
                     with restoring(*(cache for sequence in running for cache in sequence.caches)):
                         logits = runner.step([row for sequence in running for row in sequence.rows])
                 except OutOfMemory as error:
-                    if isinstance(error, CacheLost) or (len(running) == 1 and ended is None):
-                        raise
-                    if len(running) > 1:
-                        waiting.appendleft(running.pop())
-                    _release(*waiting, ended)
-                    rows, ended = len(running), None
+                    batch.step_back(error)
                 else:
+                    batch.took(time.monotonic() - began)
                     for sequence in running:
                         count = len(sequence.caches)
                         pieces.append((sequence, sequence.next_token(runner, logits[:count])))
                         logits = logits[count:]
-        yield from pieces
-        for sequence in [sequence for sequence in running if sequence.done]:
-            running.remove(sequence)
-            _release(ended)
-            ended = sequence if waiting and rows > 1 else None
-            if ended is None:
-                sequence.release()
+        yield pieces
+        batch.leave_ended()
 
 
-def _release(*sequences: Sequence | None) -> None:
-    """Free the caches of sequences."""
-    for sequence in sequences:
-        if sequence is not None:
-            sequence.release()
+def write_on(model: ScaledModel, cached: PrefixCache, sequence: Sequence, length: int) -> abc.Generator[str, None, None]:
+    """Write a sequence on top of a cache, which is cropped and rotated first, and holds all that was read afterwards.
+
+    Args:
+        length: tokens of prompt and answer.
+
+    Yields:
+        The text as it is decided.
+    """
+    rope, prompt, interrupted = model.rope, sequence.prompt, True
+    with model.running(length, rope) as runner:
+        sequence.cache = cached.prepare_for(runner, prompt.certain_ids, length)
+    try:
+        for pieces in generate_tokens(Batch(model, [sequence], length, expected_rope=rope)):
+            for _, piece in pieces:
+                if piece:
+                    yield piece
+        interrupted = False
+    except GeneratorExit:  # which comes between two steps
+        interrupted = False
+        raise
+    finally:
+        cached.truncate_to(sequence.read_ids if sequence.tokens else prompt.certain_ids, interrupted)
 
 
 def complete_all(
@@ -127,9 +237,11 @@ def complete_all(
             longest = max(lengths[index] for index in members)
             with model.running(longest):  # no other scaler between two tokens
                 rows = _rows_that_fit(model, [lengths[index] for index in members])
-                for sequence, _ in generate_tokens(model, [sequences[i] for i in members], longest, rows=rows):
-                    if ended is not None and sequence.done:
-                        ended(index_of[id(sequence)], sequence.completion())
+                batch = Batch(model, [sequences[index] for index in members], longest, rows=rows)
+                for pieces in generate_tokens(batch):
+                    for sequence, _ in pieces:
+                        if ended is not None and sequence.done:
+                            ended(index_of[id(sequence)], sequence.completion())
     except OutOfMemory as error:
         error.finished = {index: sequence.completion() for index, sequence in enumerate(sequences) if sequence.done}
         raise
@@ -149,18 +261,8 @@ def _rows_that_fit(model: ScaledModel, lengths: list[int]) -> int:
 
 
 def _shared_beginning(sequence: Sequence, others: abc.Sequence[Sequence]) -> Cache | None:
-    """A copy of another sequence's cache, cut to the beginning that both share; None if that is short."""
-    best, longest = None, _SHARED - 1
-    for other in others:
-        if isinstance(other.cache, KVCache):
-            shared = shared_length(other.prompt_ids, sequence.prompt.certain_ids[:-1])  # the last token is run again
-            if shared > longest:
-                best, longest = other.cache, shared
-    if best is None:
-        return None
-    excess = max(0, tokens_read(best) - longest)
-    if not can_rewind(best, excess):
-        return None
-    cache = best.fork()
-    rewind(cache, excess)
-    return cache
+    """A cache that holds what the prompt shares with one that was read, if that is worth it."""
+    wanted = sequence.prompt.certain_ids[:-1]  # the last token is run again
+    held = [(shared_length(other.prompt_ids, wanted), other.cache) for other in others]
+    length, cache = max(held, key=lambda each: each[0], default=(0, None))
+    return shared_cache(cache, length)

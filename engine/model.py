@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import abc
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,16 +16,18 @@ from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.vocabulary import check_text
 from . import tuned_scalers
+from .chat import ChatSession
+from .chat_template import Message, chat_ids
 from .completion import Completion, Score
-from .generation import complete_all, generate_tokens
+from .generation import Batch, complete_all, generate_tokens
 from .nbce import NBCE, PooledSequence, complete_pooled
 from .prefill import Progress, score
 from .prefix_cache import ContextCaches
 from .prompt import token_ids
 from .rotary_site import rotary_sites
 from .runners.choose import RunnerOptions, choose_runner
-from .sampling import SamplingParams
-from .scaled_model import ScaledModel
+from .sampling import SamplingParams, with_settings
+from .scaled_model import RopePlan, ScaledModel
 from .sequence import Sequence
 from .session import Session
 from .token_healing import text_logprob, weigh
@@ -65,6 +67,7 @@ class Model(ScaledModel):
         *,
         contexts: abc.Sequence[str] | None = None,
         pooling: Pooling = "entropy",
+        **settings: Any,
     ) -> Completion: ...
     @overload
     def generate(
@@ -74,6 +77,7 @@ class Model(ScaledModel):
         *,
         contexts: abc.Sequence[str] | None = None,
         pooling: Pooling = "entropy",
+        **settings: Any,
     ) -> list[Completion]: ...
     def generate(
         self,
@@ -82,21 +86,24 @@ class Model(ScaledModel):
         *,
         contexts: abc.Sequence[str] | None = None,
         pooling: Pooling = "entropy",
+        **settings: Any,
     ) -> Completion | list[Completion]:
         """Continue `prompt`; a list in, a list out. Bytes may end inside a character.
 
+            model.generate("Once upon a time", max_new_tokens=20, temperature=0).text
             model.generate("Question: Who found it?\nAnswer:", contexts=[report, diary, letter]).sources
 
         Args:
             contexts: texts that are read separately, each followed by the prompt as a question; see `NBCE`. Their
                 caches are reused for the next question, until other contexts come or `clear_contexts` is called.
             pooling: how their answers become one: "entropy", "mean", "max", or an `NBCE` with its parameters.
+            settings: fields of `SamplingParams`, in place of those of `params`.
 
         Raises:
             ContextOverflow: prompt and `max_new_tokens` exceed `max_length`.
             OutOfMemory: memory ran out; its `finished` holds the answers of a list that were complete.
         """
-        params = params or SamplingParams()
+        params = with_settings(params, settings)
         if contexts is not None:
             questions = prompt if isinstance(prompt, list) else [prompt]
             answers = complete_pooled(self.over_contexts(each, contexts, pooling, params) for each in questions)
@@ -104,7 +111,8 @@ class Model(ScaledModel):
         if isinstance(prompt, list):
             return complete_all(self, [self.read(text, params.continuation) for text in prompt], params)
         sequence = self._sequence(prompt, params)
-        for _ in generate_tokens(self, [sequence], self.check_length(len(sequence.prompt.ids), params)):
+        length = self.check_length(len(sequence.prompt.ids), params)
+        for _ in generate_tokens(Batch(self, [sequence], length)):
             pass
         return sequence.completion()
 
@@ -116,18 +124,64 @@ class Model(ScaledModel):
         contexts: abc.Sequence[str] | None = None,
         pooling: Pooling = "entropy",
         progress: Progress | None = None,
+        **settings: Any,
     ) -> abc.Iterator[str]:
         """The text of `generate`, piece by piece as it is decided.
 
         Args:
+            settings: fields of `SamplingParams`, in place of those of `params`.
             progress: called while the prompt is read, with the tokens in the cache before a step and those of the step.
         """
-        params = params or SamplingParams()
+        params = with_settings(params, settings)
         if contexts is not None:
             return self.over_contexts(prompt, contexts, pooling, params, progress).pieces()
         sequence = self._sequence(prompt, params, progress=progress)
         length = self.check_length(len(sequence.prompt.ids), params)
-        return (piece for _, piece in generate_tokens(self, [sequence], length) if piece)
+        return _texts(Batch(self, [sequence], length))
+
+    def chat(self, messages: abc.Sequence[Message], params: SamplingParams | None = None, **settings: Any) -> Completion:
+        """The assistant's answer to a conversation, by the model's chat template.
+
+            model.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0).text
+
+        Args:
+            messages: dicts with "role" ("system", "user", "assistant") and "content". Names of special tokens in them
+                are plain text.
+            settings: fields of `SamplingParams`, in place of those of `params`.
+
+        Raises:
+            ConfigError: the model has no chat template, or it refuses the messages.
+            ContextOverflow: as `generate`.
+        """
+        return self.generate_ids(chat_ids(messages, self.tokenizer, self.vocabulary), with_settings(params, settings))
+
+    def stream_chat(
+        self,
+        messages: abc.Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> abc.Iterator[str]:
+        """The text of `chat`, piece by piece as it is decided. Arguments as of `chat` and `stream`."""
+        params, ids = with_settings(params, settings), chat_ids(messages, self.tokenizer, self.vocabulary)
+        sequence = self._sequence(ids, params, progress=progress)
+        return _texts(Batch(self, [sequence], self.check_length(len(ids), params)))
+
+    def chat_session(self, system: str | None = None, *, path: str | Path | None = None) -> ChatSession:
+        """A conversation whose cache is never read twice.
+
+        Args:
+            system: tells the model how to answer.
+            path: of a file that `ChatSession.save` wrote, to go on from; it has its own system message.
+
+        Raises:
+            DataError: the file is no chat of this model.
+        """
+        session = ChatSession(self, [] if system is None else [{"role": "system", "content": system}])
+        if path is not None:
+            session.load(path)
+        return session
 
     def over_contexts(
         self,
@@ -136,12 +190,13 @@ class Model(ScaledModel):
         pooling: Pooling,
         params: SamplingParams,
         progress: Progress | None = None,
+        plan: RopePlan | None = None,
     ) -> PooledSequence:
         """An answer over contexts that has not begun. Iterate over its `pieces()`; `tokens` then have their sources."""
         if not isinstance(question, str):
             raise ConfigError(f"with contexts the prompt is text, not {type(question).__name__}")
         nbce = pooling if isinstance(pooling, NBCE) else NBCE(pooling=pooling)
-        return PooledSequence(self, question, contexts, nbce, params, self._contexts, progress)
+        return PooledSequence(self, question, contexts, nbce, params, self._contexts, progress, plan)
 
     def clear_contexts(self) -> None:
         """Free the caches of the last question's contexts."""
@@ -173,8 +228,8 @@ class Model(ScaledModel):
             DataError: the file that is there is damaged.
         """
         path = tuned_scalers.store(self.checkpoint_fingerprint, self.name, tuned)
-        if self._choice is not None:
-            self.rope = self._rope
+        if self.plan.choice is not None:
+            self.rope = self.rope
         return path
 
     def next_byte_logprobs(self, text: str | bytes) -> Tensor:
@@ -247,7 +302,8 @@ class Model(ScaledModel):
             DataError: the model has no such token.
         """
         sequence = self._sequence(ids, params, cache)
-        for _ in generate_tokens(self, [sequence], self.check_length(len(sequence.prompt.ids), params, cache)):
+        length = self.check_length(len(sequence.prompt.ids), params, cache)
+        for _ in generate_tokens(Batch(self, [sequence], length)):
             pass
         return sequence.completion()
 
@@ -269,6 +325,10 @@ class Model(ScaledModel):
     def _encode(self, text: str) -> list[int]:
         check_text(text)
         return self.vocabulary.encode(text)
+
+
+def _texts(batch: Batch) -> abc.Iterator[str]:
+    return (piece for pieces in generate_tokens(batch) for _, piece in pieces if piece)
 
 
 def _utf8(text: str | bytes) -> bytes:

@@ -18,14 +18,14 @@ from ..errors import ConfigError, ContextOverflow, OutOfMemory, Setting, did_you
 from ..tokenizer_tools.vocabulary import check_text
 from .cache import tokens_read
 from .completion import Completion, Usage
-from .generation import generate_tokens
+from .generation import Batch, generate_tokens
 from .hf_model import input_device
 from .prefill import Progress, prefill
 from .prefix_cache import ContextCaches
 from .prompt import Prompt
 from .runners.runner import Runner
 from .sampling import SamplingParams, nucleus, random_source
-from .scaled_model import ScaledModel
+from .scaled_model import RopePlan, ScaledModel
 from .sequence import Sequence, draw_token
 from .token_healing import draw_first_token, first_token_at, weigh
 
@@ -114,6 +114,7 @@ class PooledSequence(Sequence):
     Args:
         caches: those of the last question, which are reused.
         progress: called after each step that reads a context.
+        plan: the scaler of the request; None is the model's.
 
     Attributes:
         prompt_tokens: tokens of all rows together.
@@ -122,6 +123,8 @@ class PooledSequence(Sequence):
         ConfigError: there are no contexts, or one is blank.
         ContextOverflow: a context with the question is longer than the scaler reaches.
     """
+
+    shares_prefix = False
 
     def __init__(
         self,
@@ -132,11 +135,12 @@ class PooledSequence(Sequence):
         params: SamplingParams,
         caches: ContextCaches,
         progress: Progress | None = None,
+        plan: RopePlan | None = None,
     ) -> None:
         _check_texts(question, contexts)
         self._model, self._nbce, self._context_caches = model, nbce, caches
-        self._prompts = _read_rows(model, nbce.rows(question, list(contexts)), params)
-        self._longest = _longest_row(model, self._prompts, params)
+        self._prompts = _read_rows(model, nbce.rows(question, list(contexts)), params, plan)
+        self._longest = _longest_row(model, self._prompts, params, plan)
         self._read_ids = [prompt.ids for prompt in self._prompts]
         self._caches: list[Cache] = []
         self._pending: list[list[int]] = []
@@ -168,9 +172,8 @@ class PooledSequence(Sequence):
                     for prefix_cache, prompt in zip(prefix_caches, self._prompts, strict=True)
                 ]
             try:
-                for _, piece in generate_tokens(self._model, [self], self._longest, expected_rope=rope):
-                    if piece:
-                        yield piece
+                for pieces in generate_tokens(Batch(self._model, [self], self._longest, expected_rope=rope)):
+                    yield from (piece for _, piece in pieces if piece)
                 interrupted = False
             except GeneratorExit:  # is raised between two steps
                 interrupted = False
@@ -179,6 +182,11 @@ class PooledSequence(Sequence):
                 ids = [token.id for token in self.tokens]
                 for prefix_cache, read, prompt in zip(prefix_caches, self._read_ids, self._prompts, strict=True):
                     prefix_cache.truncate_to([*read, *ids] if ids else prompt.certain_ids, interrupted)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row with its answer."""
+        return self._longest
 
     @property
     def caches(self) -> list[Cache]:
@@ -190,6 +198,16 @@ class PooledSequence(Sequence):
 
     def release(self) -> None:
         self._caches = []
+
+    def read_ahead(self, runner: Runner, most: int) -> bool:
+        if not self._caches:
+            self._caches = [runner.new_cache(self._longest) for _ in self._prompts]
+        for prompt, cache in zip(self._prompts, self._caches, strict=True):
+            ids, held = prompt.certain_ids, tokens_read(cache)
+            if len(ids) - held > most:
+                prefill(runner, ids[held : held + most], cache, self.progress)
+                return False
+        return True
 
     def first_token(self, runner: Runner) -> str:
         """Read all prompts and draw the first token, among the covers of the question's end if it has several."""
@@ -267,21 +285,23 @@ def _check_texts(question: str, contexts: abc.Sequence[str]) -> None:
         raise ConfigError("the prompt is blank; with contexts, it is the question that follows each of them")
 
 
-def _read_rows(model: ScaledModel, texts: list[str], params: SamplingParams) -> list[Prompt]:
+def _read_rows(
+    model: ScaledModel, texts: list[str], params: SamplingParams, plan: RopePlan | None
+) -> list[Prompt]:
     """The prompts of all rows. If they have covers, those are the same in all rows, so that they can be pooled."""
-    rows = [model.read(text, params.continuation) for text in texts]
+    rows = [model.read(text, params.continuation, plan=plan) for text in texts]
     ends = {None if row.cover is None or row.cover.only_aligned else row.cover.nodes for row in rows}
     if len(ends) == 1 and None not in ends:
         return rows
-    return [model.read(text, "off") for text in texts]
+    return [model.read(text, "off", plan=plan) for text in texts]
 
 
-def _longest_row(model: ScaledModel, rows: abc.Sequence[Prompt], params: SamplingParams) -> int:
+def _longest_row(model: ScaledModel, rows: abc.Sequence[Prompt], params: SamplingParams, plan: RopePlan | None) -> int:
     """Tokens of the longest row with its answer, which is the length that the scaler is prepared for."""
     lengths = []
     for number, row in enumerate(rows):
         try:
-            lengths.append(model.check_length(len(row.ids), params))
+            lengths.append(model.check_length(len(row.ids), params, plan=plan))
         except ContextOverflow as error:
             where = f"contexts[{number - 1}] with the question" if number else "the question"
             raise ContextOverflow(

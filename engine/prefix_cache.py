@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from weakref import WeakSet
 
 from transformers.cache_utils import Cache
 
 from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import shared_length
-from .cache import can_rewind, layers_agree, tokens_read
+from .cache import cache_bytes, can_rewind, layers_agree, rewind, tokens_read
+from .kv_cache import KVCache
 from .prompt import Prompt
 from .runners.runner import RopeState, Runner
+
+SHARED = 32  # tokens of a common beginning from which on it is worth copying
 
 
 class PrefixCache:
@@ -124,3 +128,77 @@ class ContextCaches:
     def clear(self) -> None:
         """Free the caches. Those in use are not stored again."""
         self._cached, self._borrowed = [], WeakSet()
+
+
+def shared_cache(cache: Cache | None, length: int) -> KVCache | None:
+    """A fork of `cache` that holds its first `length` tokens, if that is possible and worth it."""
+    if length < SHARED or not isinstance(cache, KVCache):
+        return None
+    excess = max(0, tokens_read(cache) - length)
+    if not can_rewind(cache, excess):
+        return None
+    fork = cache.fork()
+    rewind(fork, excess)
+    return fork
+
+
+class PrefixStore:
+    """Caches of sequences that have ended, for others that begin alike under the same frequencies.
+
+    What a sequence gets of it was computed from the same tokens, so it changes no answer but by rounding.
+
+    Args:
+        budget: bytes of all caches; those not used for longest are freed.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._held: list[_Held] = []  # the last used last
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held."""
+        return sum(held.bytes for held in self._held)
+
+    def take(self, ids: list[int], rope_state: RopeState) -> Cache | None:
+        """A cache that holds the longest beginning of `ids` but for its last token; None if that is not worth it.
+
+        One that holds nothing else is handed over, another one is copied when it is written to.
+        """
+        usable = [held for held in self._held if held.rope_state == rope_state]
+        best = max(usable, key=lambda held: shared_length(held.ids, ids[:-1]), default=None)
+        if best is None:
+            return None
+        length = shared_length(best.ids, ids[:-1])
+        cache = shared_cache(best.cache, length)
+        if cache is not None:
+            self._held.remove(best)
+            if length < len(best.ids):
+                self._held.append(best)
+        return cache
+
+    def give(self, ids: list[int], cache: Cache | None, rope_state: RopeState) -> None:
+        """Hold the cache of a sequence that has ended, whose tokens are `ids`."""
+        if not isinstance(cache, KVCache) or not layers_agree(cache) or cache.layers[0].evicted:
+            return
+        ids = ids[: cache.length]
+        if len(ids) < SHARED or cache.length > len(ids):
+            return
+        covered = [held for held in self._held if held.rope_state == rope_state and held.ids == ids[: len(held.ids)]]
+        self._held = [held for held in self._held if held not in covered]
+        self._held.append(_Held(ids=ids, cache=cache, rope_state=rope_state, bytes=cache_bytes(cache)))
+        while self.bytes > self._budget:
+            del self._held[0]
+
+    def clear(self) -> bool:
+        """Free all memory; True if there was some."""
+        was_filled, self._held = bool(self._held), []
+        return was_filled
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Held:
+    ids: list[int]
+    cache: KVCache
+    rope_state: RopeState
+    bytes: int

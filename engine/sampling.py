@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -58,6 +58,10 @@ class SamplingParams:
     logprobs: int | None = None
     continuation: ContinuationMode = "auto"
 
+    def __new__(cls, **settings: Any) -> Self:
+        _check_names(cls, settings)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for kind, (types, names) in _KINDS.items():
             for name in names:
@@ -100,6 +104,37 @@ class SamplingParams:
     def stops(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return tuple(self.stop)
+
+
+_OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+"""Names in other libraries."""
+
+
+def _check_names(kind: type[SamplingParams], settings: dict[str, Any]) -> None:
+    """Refuse names that are no sampling parameter.
+
+    Raises:
+        ConfigError: with the name that was probably meant.
+    """
+    known = [field.name for field in fields(kind)]
+    for name in settings:
+        if name in _OTHER_NAMES:
+            raise ConfigError(f"{name} is no sampling parameter here; did you mean {_OTHER_NAMES[name]}?")
+        if name not in known:
+            raise ConfigError(f"{name} is no sampling parameter.{did_you_mean(name, known)}")
+
+
+def with_settings(params: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
+    """`params`, or the defaults, with some of its fields changed.
+
+    Args:
+        settings: by the names of `SamplingParams`.
+
+    Raises:
+        ConfigError: a name or a value is wrong.
+    """
+    _check_names(SamplingParams, settings)
+    return replace(params or SamplingParams(), **settings)
 
 
 def random_source(params: SamplingParams, device: torch.device) -> torch.Generator:

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -32,6 +33,28 @@ _ANY_LENGTH = 2**31  # more than any text has
 _LONGEST_NAME = 64  # characters of the name of a special token, which the vocabulary's trie does not hold
 
 
+@dataclass(frozen=True, kw_only=True)
+class RopePlan:
+    """What a request runs under, at every length.
+
+    Attributes:
+        rope: the scaler as it was asked for.
+        choice: what "auto" stands for; None for any other scaler.
+        reach: tokens that are reached; infinity where that is any length.
+    """
+
+    rope: Scaler
+    choice: Choice | None = None
+    reach: float
+
+    def at(self, length: int | None) -> Scaler:
+        """The scaler for a text of `length` tokens; None is within the trained length."""
+        return self.rope if self.choice is None else self.choice.at(length)
+
+    def __str__(self) -> str:
+        return str(self.rope) if self.choice is None else f"{self.rope}: {self.choice}"
+
+
 class ScaledModel:
     """A transformers model, its tokenizer, and one scaler at a time.
 
@@ -45,7 +68,7 @@ class ScaledModel:
         name: what it was loaded as.
         sites: its rotary modules, verified against its config.
         given_max_length: the `max_length` that the model was loaded with, or None.
-        reach: tokens that the scaler in use reaches; infinity where that is any length.
+        plan: the scaler in use, at every length.
     """
 
     def __init__(
@@ -71,7 +94,9 @@ class ScaledModel:
         self.rope = rope
 
     @contextmanager
-    def running(self, length: int | None, expected_rope: Scaler | None = None) -> Iterator[Runner]:
+    def running(
+        self, length: int | None, expected_rope: Scaler | None = None, rope: Scaler | None = None
+    ) -> Iterator[Runner]:
         """The runner, prepared for sequences of `length` tokens and locked for this thread.
 
             with model.running(len(ids)) as runner:
@@ -79,18 +104,19 @@ class ScaledModel:
 
         Args:
             length: None is within the trained length.
-            expected_rope: the scaler that has to be in use: a text was begun under it.
+            expected_rope: the scaler that the model has to have: a text was begun under it.
+            rope: a scaler for this block alone; None is the model's.
 
         Raises:
-            PatchError: the scaler in use is no longer `expected_rope`.
+            PatchError: the model's scaler is no longer `expected_rope`.
         """
         with self._lock, torch.inference_mode():
-            if expected_rope is not None and self._rope is not expected_rope:
+            if expected_rope is not None and self.rope is not expected_rope:
                 raise PatchError(
-                    f"the scaler was changed from {expected_rope} to {self._rope} while a text was being streamed; "
+                    f"the scaler was changed from {expected_rope} to {self.rope} while a text was being streamed; "
                     "finish the stream first, or start it again"
                 )
-            scaler = self.rope_at(length)
+            scaler = self.plan.at(length) if rope is None else rope
             if self._slot.follows_length or scaler is not self._slot.installed.scaler:
                 self._slot.prepare(scaler, length)
             yield self._runner
@@ -99,7 +125,7 @@ class ScaledModel:
     def running_under(self, length: int | None, rope: Scaler) -> Iterator[Runner]:
         """`running`, after `rope` is assigned. It stays assigned afterwards."""
         with self._lock:
-            if self._rope != rope:
+            if self.rope != rope:
                 self.rope = rope
             with self.running(length) as runner:
                 yield runner
@@ -114,24 +140,44 @@ class ScaledModel:
 
         "auto" chooses one for the length of every request; see `rope_at`.
         """
-        return self._rope
+        return self.plan.rope
 
     @rope.setter
     def rope(self, scaler: str | Scaler | None) -> None:
-        parsed, choice = parse(scaler, self.trained_length), None
+        wanted = parse(scaler, self.trained_length)
         with self._lock:
-            if isinstance(parsed, Auto):
-                stored = tuned_scalers.read(self.checkpoint_fingerprint)
-                choice = Choice.of(self.spec, self.trained_length, stored, self._slot.takes)
-            else:
-                self._slot.put(parsed)
-            self._rope, self._choice = parsed, choice
-            self.reach = math.inf if choice else primary_rotary(self.sites).configured.reach(parsed)
-            self._slot.prepare(self.rope_at(None), None)
+            if not isinstance(wanted, Auto):
+                self._slot.put(wanted)
+            self.plan = self._plan(wanted)
+            self._slot.prepare(self.plan.at(None), None)
+
+    def plan_for(self, rope: str | Scaler) -> RopePlan:
+        """The scalers of a request that brings its own; the model's scaler stays.
+
+        Raises:
+            ConfigError, UnsupportedModel: the spec is wrong, or the model does not take the scaler.
+        """
+        wanted = parse(rope, self.trained_length)
+        with self._lock:
+            if not isinstance(wanted, Auto):
+                self._slot.prepare(wanted, None)
+            return self._plan(wanted)
+
+    def _plan(self, wanted: Scaler) -> RopePlan:
+        if not isinstance(wanted, Auto):
+            return RopePlan(rope=wanted, reach=primary_rotary(self.sites).configured.reach(wanted))
+        stored = tuned_scalers.read(self.checkpoint_fingerprint)
+        choice = Choice.of(self.spec, self.trained_length, stored, self._slot.takes)
+        return RopePlan(rope=wanted, choice=choice, reach=math.inf)
 
     def rope_at(self, length: int | None) -> Scaler:
         """The scaler for a request of `length` tokens: `rope`, or what "auto" stands for there."""
-        return self._rope if self._choice is None else self._choice.at(length)
+        return self.plan.at(length)
+
+    @property
+    def reach(self) -> float:
+        """Tokens that the scaler in use reaches; infinity where that is any length."""
+        return self.plan.reach
 
     def follows_length(self, scaler: Scaler) -> bool:
         """True if the frequencies under `scaler` depend on the length of a text."""
@@ -153,9 +199,12 @@ class ScaledModel:
     @property
     def max_length(self) -> int:
         """Most tokens that a request may have, prompt and answer together: `given_max_length`, else `reach`."""
+        return self._most(self.plan)
+
+    def _most(self, plan: RopePlan) -> int:
         if self.given_max_length is not None:
             return self.given_max_length
-        return int(self.reach) if math.isfinite(self.reach) else _ANY_LENGTH
+        return int(plan.reach) if math.isfinite(plan.reach) else _ANY_LENGTH
 
     @property
     def vocabulary_size(self) -> int:
@@ -214,7 +263,7 @@ class ScaledModel:
     def describe(self) -> str:
         """The model, its runner, scaler, reach and trained length, one a line."""
         reach, configured = self.reach, primary_rotary(self.sites).configured
-        rope = str(self.rope) if self._choice is None else f"{self.rope}: {self._choice}"
+        rope = str(self.plan)
         if configured.scaling_text:
             relation = "in place of" if self.rope.member("frequencies") else "over"
             rope += f", {relation} the config's own {configured.scaling_text}"
@@ -238,11 +287,19 @@ class ScaledModel:
         """An empty key-value cache for one sequence of about `capacity` tokens."""
         return self._runner.new_cache(capacity)
 
-    def read(self, prompt: str | bytes | list[int], continuation: ContinuationMode, *, broken: bool = False) -> Prompt:
+    def read(
+        self,
+        prompt: str | bytes | list[int],
+        continuation: ContinuationMode,
+        *,
+        broken: bool = False,
+        plan: RopePlan | None = None,
+    ) -> Prompt:
         """The tokens of a prompt, and the covers of its end.
 
         Args:
             broken: as for `Prompt.read`.
+            plan: the scaler of the request; None is the model's.
 
         Raises:
             ContextOverflow: its text is longer than `max_length` tokens can be. Tokenizing that might take minutes.
@@ -252,39 +309,46 @@ class ScaledModel:
         longest = max(self.vocabulary.trie.longest, _LONGEST_NAME)
         if not isinstance(prompt, str | bytes | bytearray | memoryview):
             prompt = token_ids(prompt, self.vocabulary_size)
-        elif len(prompt) > self.max_length * longest:
+        elif len(prompt) > (most := self._most(plan or self.plan)) * longest:
             raise ContextOverflow(
-                f"the prompt has {len(prompt):,} characters, more than {format_length(self.max_length)} tokens of at "
-                f"most {longest} bytes can hold, which {self.name} reaches with rope {str(self.rope)!r}; shorten it",
+                f"the prompt has {len(prompt):,} characters, more than {format_length(most)} tokens of at most "
+                f"{longest} bytes can hold, which {self.name} reaches with rope {str((plan or self.plan).rope)!r}; "
+                "shorten it",
                 *((", or ", Setting("rope", "auto", "model")) if self.given_max_length is None else ()),
             )
         return Prompt.read(prompt, self.tokenizer, self.vocabulary, continuation, broken=broken)
 
-    def check_length(self, tokens: int, params: SamplingParams, *caches: Cache | None) -> int:
+    def check_length(
+        self, tokens: int, params: SamplingParams, *caches: Cache | None, plan: RopePlan | None = None
+    ) -> int:
         """Refuse a request that is too long, and return the tokens of prompt and answer together.
 
         Args:
             tokens: of the prompt.
             caches: what holds a part of them already.
+            plan: the scaler of the request; None is the model's.
 
         Raises:
             ContextOverflow: they are more than the scaler reaches, or than memory holds.
         """
-        total = tokens + params.max_new_tokens
-        if total > self.max_length:
-            raise too_long(tokens, params, self.name, self.rope, self.reach, self.given_max_length)
-        self.check_room(total, length=total, caches=caches)
+        total, plan = tokens + params.max_new_tokens, plan or self.plan
+        if total > self._most(plan):
+            raise too_long(tokens, params, self.name, plan.rope, plan.reach, self.given_max_length)
+        self.check_room(total, length=total, caches=caches, plan=plan)
         return total
 
-    def check_room(self, *rows: int, length: int, caches: tuple[Cache | None, ...] = ()) -> None:
+    def check_room(
+        self, *rows: int, length: int, caches: tuple[Cache | None, ...] = (), plan: RopePlan | None = None
+    ) -> None:
         """Raise ContextOverflow if memory is known to lack room for caches of so many tokens.
 
         Args:
             length: tokens of the longest sequence; how much room a token takes depends on the scaler for it.
             caches: what holds a part of them already.
+            plan: the scaler of the request; None is the model's.
         """
         owned = sum(cache.owned for cache in caches if isinstance(cache, KVCache))
-        with self.running(length) as runner:
+        with self.running(length, rope=(plan or self.plan).at(length)) as runner:
             runner.check_room(*rows, owned=owned)
 
 

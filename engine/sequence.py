@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,8 +40,11 @@ class Sequence:
         prompt_ids: tokens read before the first token of the answer.
         tokens: those of the answer.
         pending: tokens to run next, on top of the cache.
-        finish_reason: "stop", "length" or "time" once `done`.
+        finish_reason: "stop", "length", "time" or "cancelled" once `done`.
+        reused: tokens of the prompt that others had read.
     """
+
+    shares_prefix: ClassVar[bool] = True  # may begin with a cache of another sequence
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class Sequence:
         self.pending: list[int] = []
         self.finish_reason = "length"
         self.done = False
+        self.reused = 0
         self._params, self._vocabulary, self._stop_ids = params, vocabulary, stop_ids
         self._generator: torch.Generator | None = None
         self._seen = SeenTokens(params.repetition_penalty)
@@ -85,6 +90,23 @@ class Sequence:
         assert self.cache is not None
         return [(self.pending, self.cache)]
 
+    @property
+    def read_ids(self) -> list[int]:
+        """The tokens of the prompt as they were read, and those of the answer."""
+        return [*self.prompt_ids, *(token.id for token in self.tokens)]
+
+    def read_ahead(self, runner: Runner, most: int) -> bool:
+        """Read up to `most` tokens of a long prompt. True if no more than that is left, which `first_token` reads."""
+        ids = self.read_ids if self.tokens else self.prompt.certain_ids
+        if self.cache is None:
+            if len(ids) <= most:
+                return True
+            self.cache = runner.new_cache(self.length)
+        if len(ids) - (held := tokens_read(self.cache)) <= most:
+            return True
+        prefill(runner, ids[held : held + most], self.cache, self._progress)
+        return False
+
     def first_token(self, runner: Runner) -> str:
         """Read the prompt, and the tokens of the answer so far, and draw the next token.
 
@@ -102,7 +124,7 @@ class Sequence:
             covers = weigh(runner, cover, self.prompt.start, self.cache, self._vocabulary, penalty, self.progress)
             first = draw_first_token(covers, self.cache, params, self._generator)
             return self.push(first.token, first.pending)
-        ids = [*self.prompt_ids, *(token.id for token in self.tokens)]
+        ids = self.read_ids
         if (excess := tokens_read(self.cache) - len(ids) + 1) > 0:  # the last token is run to see what follows it
             rewind(self.cache, excess)
         if not self.tokens:
@@ -139,20 +161,25 @@ class Sequence:
         self.tokens.append(token)
         self.pending = pending or [token.id]
         if token.id in self._stop_ids:
-            piece = self._end("stop")
+            piece = self.end("stop")
         else:
             piece = self._matcher.push(self._stream.push(token.id, overlap))
             if self._matcher.stopped:  # the piece is what comes before the stop string
                 self.finish_reason, self.done = "stop", True
             elif len(self.tokens) == self._params.max_new_tokens:
-                piece += self._end("length")
+                piece += self.end("length")
             elif self._deadline != math.inf and time.monotonic() > self._deadline:
-                piece += self._end("time")
+                piece += self.end("time")
         if piece:
             self._pieces.append(piece)
         return piece
 
-    def _end(self, reason: str) -> str:
+    def end(self, reason: str) -> str:
+        """End the answer.
+
+        Returns:
+            The text that was held back because a stop string might have begun in it.
+        """
         self.finish_reason, self.done = reason, True
         return self._matcher.finish()
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import weakref
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..errors import ConfigError, DataError
 from ..tokenizer_tools.characters import finished_text, first_characters, invalid_runs, unfinished
@@ -18,7 +12,7 @@ from ..tokenizer_tools.cover import shared_length
 from ..tokenizer_tools.vocabulary import check_text
 from .cache import can_rewind
 from .completion import Completion
-from .generation import generate_tokens
+from .generation import write_on
 from .kv_cache import KVCache
 from .prefill import Progress, prefill
 from .prefix_cache import PrefixCache
@@ -26,10 +20,9 @@ from .prompt import Prompt
 from .sampling import SamplingParams
 from .scaled_model import ScaledModel
 from .sequence import Sequence
-from .storage import make_readable
+from .session_file import read_session_file, write_session_file
 
 _FORMAT = "ropewalk session 1"
-_SPARE = 256  # tokens of spare room after loading a file
 _SHOWN = 60  # characters of the end of the text in `print(session)`
 
 
@@ -145,22 +138,16 @@ class Session:
         return sequence, pieces
 
     def _stream_answer(self, data: bytes, sequence: Sequence, length: int) -> Generator[str, None, None]:
-        rope, prompt = self._model.rope, sequence.prompt
-        with self._model.running(length, rope) as runner:
-            sequence.cache = self._cached.prepare_for(runner, prompt.certain_ids, length)
-        before, interrupted = self._data, False
-        self._data = data
+        before, self._data = self._data, data
+        interrupted = True
         try:
-            for _, piece in generate_tokens(self._model, [sequence], length, expected_rope=rope):
-                if piece:
-                    yield piece
-        except BaseException as error:
-            interrupted = not isinstance(error, GeneratorExit)  # raised between two steps
+            yield from write_on(self._model, self._cached, sequence, length)
+            interrupted = False
+        except GeneratorExit:
+            interrupted = False
             raise
         finally:
-            ids = [token.id for token in sequence.tokens]
-            self._data = data + sequence.data if ids or not interrupted else before
-            self._cached.truncate_to([*sequence.prompt_ids, *ids] if ids else prompt.certain_ids, interrupted)
+            self._data = data + sequence.data if sequence.tokens or not interrupted else before
 
     def _end_stream(self) -> None:
         if self._stream is not None and (stream := self._stream()) is not None:
@@ -196,33 +183,8 @@ class Session:
             DataError: the file cannot be written.
         """
         self._end_stream()
-        cached = self._cached
-        if cached.cache is not None and not isinstance(cached.cache, KVCache):
-            raise ConfigError("only sessions of the compiled kernels can be saved; this model is run by transformers")
-        tensors = {}
-        for index, layer in enumerate(cached.cache.layers if cached.cache is not None else []):
-            for name in layer.buffers:
-                tensors[f"{index}.{name}"] = getattr(layer, name)[:, :, : layer.length].contiguous()
-        scaler, length = cached.rope_state
-        header = {
-            "format": _FORMAT,
-            "text": self._data.decode(errors="surrogateescape"),
-            "ids": cached.ids,
-            "rope": str(scaler),
-            "length": length,
-        }
-        if cached.cache is not None:
-            header["dropped"] = [cached.cache.layers[0].evicted, cached.cache.layers[0].needed]
-        metadata = {"session": json.dumps(header), "weights": self._model.fingerprint}
-        target = Path(path)
-        try:
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
-                written = Path(folder, "session")
-                save_file(tensors, str(written), metadata=metadata)
-                make_readable(written)
-                written.replace(target)
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} cannot be written: {error}") from error
+        content = {"text": self._data.decode(errors="surrogateescape")}
+        write_session_file(self._model, path, self._cached, _FORMAT, content)
 
     def load(self, path: str | Path) -> None:
         """Replace this session's text and cache by those of a file that `save` wrote.
@@ -232,41 +194,13 @@ class Session:
             ContextOverflow: the session does not fit into memory.
             DataError: the file is no session, or belongs to another model or kv_dtype. Nothing has changed then.
         """
-        from ..scaling.spec import parse
-
         self._end_stream()
-        model = self._model
+        header, cached = read_session_file(self._model, path, _FORMAT)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if "session" not in metadata:
-                    raise DataError(f"{path} is not a session that ropewalk saved")
-                header = json.loads(metadata["session"])
-                if header["format"] != _FORMAT:
-                    raise DataError(f"{path} is a {header['format']!r}, and this version reads {_FORMAT!r}")
-                if metadata["weights"] != model.fingerprint:
-                    raise DataError(f"{path} was saved by another model than {model.name}")
-                text, ids, rope_state = header["text"], header["ids"], (parse(header["rope"]), header["length"])
-                if not (isinstance(text, str) and isinstance(ids, list) and all(isinstance(i, int) for i in ids)):
-                    raise TypeError("its text or its token ids have the wrong type")
-                if not isinstance(rope_state[1], int | None):
-                    raise TypeError("its length is no number")
-                data = text.encode(errors="surrogateescape")
-                dropped, needed = map(int, header.get("dropped", (0, 0)))
-                held = len(ids) - dropped
-                if not 0 <= needed <= held <= len(ids):
-                    raise ValueError("its number of keys does not match its tokens")
-                model.check_room(held + _SPARE, length=held)
-                cache = model.new_cache(held + _SPARE)
-                if not isinstance(cache, KVCache):
-                    raise ConfigError("sessions can be loaded by the compiled kernels only")
-                _fill(cache, file, held, (dropped, needed), path)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            if isinstance(error, ConfigError):  # a ValueError too
-                raise
-            raise DataError(f"{path} cannot be read as a session: {error}") from error
-        self._data = data
-        self._cached.hold(cache, ids, rope_state)
+            data = header["text"].encode(errors="surrogateescape")
+        except (KeyError, AttributeError, UnicodeEncodeError) as error:
+            raise DataError(f"{path} cannot be read as a session: its text is damaged") from error
+        self._data, self._cached = data, cached
 
     def close(self) -> None:
         """Free the cache; the text stays."""
@@ -288,21 +222,3 @@ class Session:
         runs = invalid_runs(data)
         prompt = data if runs or unfinished(data) else data.decode()
         return self._model.read(prompt, continuation, broken=bool(runs))
-
-
-def _fill(cache: KVCache, file: Any, count: int, dropped: tuple[int, int], path: str | Path) -> None:
-    cache.reserve(count)
-    for index, layer in enumerate(cache.layers if count else ()):
-        for name in layer.buffers:
-            saved, rows = file.get_tensor(f"{index}.{name}"), getattr(layer, name)[:, :, :count]
-            if saved.dtype != rows.dtype:
-                raise DataError(
-                    f"{path} holds {saved.dtype} {name}, and this model {rows.dtype}; load the model with the same "
-                    "dtype and kv_dtype"
-                )
-            if saved.shape != rows.shape:
-                raise DataError(f"{path} holds {name} {list(saved.shape)} where {list(rows.shape)} belong")
-            rows.copy_(saved)
-    cache.advance(count)
-    for layer in cache.layers:
-        layer.evicted, layer.needed = dropped

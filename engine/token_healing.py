@@ -110,7 +110,13 @@ def weigh(
             "read before it; give a longer prompt, or set ",
             Setting("continuation", "off"),
         )
-    path_logits, cached_path = _path_logits(runner, context, [node.path for node in cover.nodes], cache, progress)
+    leaves = _leaves([node.path for node in cover.nodes])
+    if (excess := tokens_read(cache) - len(context) + 1) > 0:
+        rewind(cache, excess)
+    rewinds = can_rewind(cache, max(map(len, leaves), default=0))
+    cached_path = leaves.pop(0) if rewinds else ()
+    rows = prefill(runner, [*context, *cached_path][tokens_read(cache) :], cache, progress, logits_to_keep=len(cached_path) + 1)
+    path_logits, cached_path = _path_logits(runner, rows.float(), cached_path, leaves, cache, rewinds)
     logits = {path: row[..., : runner.vocabulary_size] for path, row in path_logits.items()}
     seen_before = torch.tensor([] if penalty == 1 else list(dict.fromkeys(context)), dtype=torch.int64)
     parts = []
@@ -152,18 +158,22 @@ def text_logprob(
     return certain + weigh(runner, replace(cover, common_prefix=tuple(context)), None, cache, vocabulary).total
 
 
-def _path_logits(
-    runner: Runner, context: list[int], paths: Sequence[Path], cache: Cache, progress: Progress | None
-) -> tuple[dict[Path, Tensor], Path]:
-    """Float32 logits [V] after every prefix of the paths, and the path that the cache holds afterwards."""
+def _leaves(paths: Sequence[Path]) -> list[Path]:
+    """The paths that no other path extends, the longest first."""
     leaves = [path for path in dict.fromkeys(paths) if not any(_extends(other, path) for other in paths)]
-    if (excess := tokens_read(cache) - len(context) + 1) > 0:
-        rewind(cache, excess)
-    rewinds = can_rewind(cache, max(map(len, leaves), default=0))
-    leaves.sort(key=len, reverse=True)
-    cached = leaves.pop(0) if rewinds else ()
-    unread = [*context, *cached][tokens_read(cache) :]
-    rows = prefill(runner, unread, cache, progress, logits_to_keep=len(cached) + 1).float()
+    return sorted(leaves, key=len, reverse=True)
+
+
+def _path_logits(
+    runner: Runner, rows: Tensor, cached: Path, leaves: list[Path], cache: Cache, rewinds: bool
+) -> tuple[dict[Path, Tensor], Path]:
+    """Float32 logits [V] after every prefix of the paths, and the path that the cache holds afterwards.
+
+    Args:
+        rows: the logits after the context and after each token of `cached`, which the cache holds.
+        leaves: the other paths, without those that are prefixes of them.
+        rewinds: whether the cache can go back by any of the paths.
+    """
     logits = {cached[:k]: row for k, row in enumerate(rows)}
     if rewinds and leaves and runner.runs_trees and (len(leaves) > 1 or runner.is_compiled):
         rewind(cache, len(cached))

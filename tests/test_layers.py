@@ -19,9 +19,10 @@ ALLOWED = {
     "tokenizer_tools": {"errors"},
     "engine": {"errors", "version", "scaling", "tokenizer_tools"},
     "evals": {"errors", "version", "plugins", "scaling", "tokenizer_tools", "engine"},
-    "cli": {"errors", "version", "scaling", "tokenizer_tools", "engine", "evals"},
+    "server": {"errors", "scaling", "tokenizer_tools", "engine"},
+    "cli": {"errors", "version", "scaling", "tokenizer_tools", "engine", "evals", "server"},
 }
-"""Layers that a layer may import, beside itself. Nothing imports `cli`."""
+"""Layers that a layer may import, beside itself. Nothing imports `cli`, and nothing else `server`."""
 
 CLICK = {"cli"}
 """Layers that know click."""
@@ -32,7 +33,8 @@ def modules() -> dict[str, Path]:
     """Every module by its name below `ropewalk`, without the package's root, which names all that is public."""
     files = {file.relative_to(ROOT): file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
     package = ROOT / "src" / "ropewalk"
-    files |= {file.relative_to(package): file for file in [*package.glob("*.py"), *(package / "cli").glob("*.py")]}
+    inside = [*package.glob("*.py"), *package.glob("cli/*.py"), *package.glob("server/*.py")]
+    files |= {file.relative_to(package): file for file in inside}
     names = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): file for path, file in files.items()}
     return {name: file for name, file in names.items() if name not in ("__init__", "__main__")}
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 
 import ropewalk as rw
-from ropewalk.engine.generation import generate_tokens
+from ropewalk.engine.generation import Batch, generate_tokens
 from ropewalk.engine.kv_cache import KVCache, KVLayer
 from ropewalk.engine.prefill import prefill
 from ropewalk.engine.runners.cpu.runner import CompiledRunner
@@ -107,6 +107,6 @@ def prepare(model, length):
 def written(model, prompt, params):
     """The completion of a prompt that was read already."""
     sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids)
-    for _ in generate_tokens(model, [sequence], sequence.length):
+    for _ in generate_tokens(Batch(model, [sequence], sequence.length)):
         pass
     return sequence.completion()

@@ -10,6 +10,7 @@ from live import MORE, TEXT, Memory, counted, greedy
 
 import ropewalk as rw
 from ropewalk.engine import generation, sequence
+from ropewalk.engine.kv_cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -100,7 +101,7 @@ def test_a_shared_beginning_is_read_once(model, monkeypatch, tokens):
 
 def test_a_short_shared_beginning_is_not_worth_a_copy(model, monkeypatch):
     forks = []
-    monkeypatch.setattr(generation.KVCache, "fork", lambda cache: forks.append(cache))
+    monkeypatch.setattr(KVCache, "fork", lambda cache: forks.append(cache))
     model.generate(["import os\n", "import os\nimport sys\n"], greedy(3))
     assert forks == []
 

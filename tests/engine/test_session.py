@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from live import MORE, TEXT, check_cache, counted, greedy
 
 import ropewalk as rw
-from ropewalk.engine.generation import generate_tokens
+from ropewalk.engine.generation import Batch, generate_tokens
 from ropewalk.engine.sequence import Sequence
 from ropewalk.tokenizer_tools.characters import finished_text, first_characters
 
@@ -57,7 +57,8 @@ class Twin:
         except UnicodeDecodeError:  # a tiny model writes bytes that are no characters: they are held as they are
             prompt = self.model.read(data, params.continuation, broken=True)
         sequence = Sequence(prompt, params, self.model.vocabulary, self.model.stop_ids)
-        pieces = (piece for _, piece in generate_tokens(self.model, [sequence], sequence.length) if piece)
+        batch = Batch(self.model, [sequence], sequence.length)
+        pieces = (piece for pieces in generate_tokens(batch) for _, piece in pieces if piece)
         return list(islice(pieces, count)), sequence
 
     def generate(self, piece, params):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from ..errors import DataError, RopewalkError, first_line
-from .generate import answer_fields
 from .messages import shell_message
 from .waiting import waiting
 
@@ -26,7 +25,7 @@ Id = str | int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class PromptLine:
     """A line of the input: a prompt, or why it has none."""
 
     id: Id
@@ -61,11 +60,11 @@ def answer_all(
     try:
         with target.open("a", encoding="utf-8") as file, waiting("answering", len(todo), "prompts") as advance:
 
-            def write(request: Request, fields: dict[str, Any]) -> None:
+            def write(request: PromptLine, fields: dict[str, Any]) -> None:
                 _write(file, {"id": request.id, **settings, **fields})
                 advance(1)
 
-            prompts: list[tuple[Request, Prompt]] = []
+            prompts: list[tuple[PromptLine, Prompt]] = []
             for request in todo:
                 prompt = _read(loaded, request, params)
                 if isinstance(prompt, str):
@@ -90,9 +89,9 @@ def _changed(params: SamplingParams) -> dict[str, Any]:
 
 def _answer(
     model: Model,
-    prompts: list[tuple[Request, Prompt]],
+    prompts: list[tuple[PromptLine, Prompt]],
     params: SamplingParams,
-    write: Callable[[Request, dict[str, Any]], None],
+    write: Callable[[PromptLine, dict[str, Any]], None],
 ) -> None:
     from ..engine.generation import complete_all
 
@@ -102,7 +101,7 @@ def _answer(
     complete_all(model, [prompt for _, prompt in prompts], params, ended)
 
 
-def _read(model: Model, request: Request, params: SamplingParams) -> Prompt | str:
+def _read(model: Model, request: PromptLine, params: SamplingParams) -> Prompt | str:
     """The prompt's tokens, or why it cannot be answered."""
     if request.error is not None:
         return request.error
@@ -119,7 +118,7 @@ def _write(file: TextIO, line: dict[str, Any]) -> None:
     file.flush()
 
 
-def _requests(source: Path) -> Iterator[Request]:
+def _requests(source: Path) -> Iterator[PromptLine]:
     from ..engine.texts import read_prompt
 
     text = read_prompt(source.read_bytes(), str(source))
@@ -137,20 +136,20 @@ def _requests(source: Path) -> Iterator[Request]:
         raise DataError(f'{source} has no prompts; write one JSON object a line, such as {{"prompt": "Once"}}')
 
 
-def _request(line: str, number: int) -> Request:
+def _request(line: str, number: int) -> PromptLine:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Request(id=number, error=f"line {number} is not JSON ({first_line(error)})")
+        return PromptLine(id=number, error=f"line {number} is not JSON ({first_line(error)})")
     if not isinstance(record, dict):
-        return Request(id=number, error=f"line {number} is not a JSON object with a field prompt")
+        return PromptLine(id=number, error=f"line {number} is not a JSON object with a field prompt")
     given = record.get("id", number)
     if not isinstance(given, str | int):
-        return Request(id=number, error=f"the id {given!r} of line {number} must be a string or a whole number")
+        return PromptLine(id=number, error=f"the id {given!r} of line {number} must be a string or a whole number")
     if not isinstance(record.get("prompt"), str):
         has = f"has {', '.join(map(repr, record))}" if record else "is empty"
-        return Request(id=given, error=f"line {number} has no field prompt that is a string; it {has}")
-    return Request(id=given, prompt=record["prompt"])
+        return PromptLine(id=given, error=f"line {number} has no field prompt that is a string; it {has}")
+    return PromptLine(id=given, prompt=record["prompt"])
 
 
 def _answered(target: Path, settings: dict[str, Any]) -> set[Id]:
@@ -184,3 +183,33 @@ def _answered(target: Path, settings: dict[str, Any]) -> set[Id]:
         with target.open("r+b") as file:
             file.truncate(len(whole))
     return answered
+
+
+def answer_fields(model: Model, completion: Completion) -> dict[str, Any]:
+    """What JSON says of an answer."""
+    fields: dict[str, Any] = {
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.usage.prompt_tokens,
+        "completion_tokens": completion.usage.completion_tokens,
+    }
+    if completion.logprobs is not None:
+        fields["logprobs"] = [
+            {
+                "token": _token_text(model, token.id),
+                "id": token.id,
+                "logprob": token.logprob,
+                "top": [
+                    {"token": _token_text(model, other), "id": other, "logprob": logprob}
+                    for other, logprob in (token.top or {}).items()
+                ],
+            }
+            for token in completion.logprobs
+        ]
+    return fields
+
+
+def _token_text(model: Model, token: int) -> str:
+    """A token as text, with bytes that are no character as \\xe4; "" for one that the tokenizer does not have."""
+    tokens = model.vocabulary.tokens
+    return tokens[token].decode(errors="backslashreplace") if token < len(tokens) else ""

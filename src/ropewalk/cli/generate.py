@@ -12,6 +12,7 @@ import click
 
 from ..errors import DataError
 from .messages import print_json
+from .batch import answer_all, answer_fields
 from .options import EXAMPLES, command, json_option, loads_a_model, rope_option, sampling_options
 from .waiting import fetch_model, load_model, waiting
 
@@ -132,8 +133,6 @@ def generate(
     longest = parse_length(max_length) if max_length else None
     settings = {**loading, "rope": rope, "max_length": longest, "special_tokens": special_tokens}
     if prompts is not None and answers is not None:
-        from .batch import answer_all
-
         answer_all(prompts, answers, model, rope, params, lambda: load_model(model, **settings))
         return
     if not (over_contexts or special_tokens):
@@ -276,36 +275,6 @@ def _print_piece(piece: str, color: str | None = None) -> None:
     if piece and tensor_parallel.is_first():
         click.secho(piece, fg=color, nl=False)
         sys.stdout.flush()
-
-
-def answer_fields(model: Model, completion: Completion) -> dict[str, Any]:
-    """What JSON says of an answer."""
-    fields: dict[str, Any] = {
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": completion.usage.prompt_tokens,
-        "completion_tokens": completion.usage.completion_tokens,
-    }
-    if completion.logprobs is not None:
-        fields["logprobs"] = [
-            {
-                "token": _token_text(model, token.id),
-                "id": token.id,
-                "logprob": token.logprob,
-                "top": [
-                    {"token": _token_text(model, other), "id": other, "logprob": logprob}
-                    for other, logprob in (token.top or {}).items()
-                ],
-            }
-            for token in completion.logprobs
-        ]
-    return fields
-
-
-def _token_text(model: Model, token: int) -> str:
-    """A token as text, with bytes that are no character as \\xe4; "" for one that the tokenizer does not have."""
-    tokens = model.vocabulary.tokens
-    return tokens[token].decode(errors="backslashreplace") if token < len(tokens) else ""
 
 
 _COLORS = ("cyan", "yellow", "green", "magenta", "blue", "red")

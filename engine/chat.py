@@ -1,0 +1,139 @@
+"""A conversation with a chat model, whose cache is never read twice."""
+
+from __future__ import annotations
+
+import weakref
+from collections import abc
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError
+from .chat_template import Message, chat_ids
+from .completion import Completion
+from .generation import write_on
+from .prefix_cache import PrefixCache
+from .sampling import SamplingParams, with_settings
+from .scaled_model import ScaledModel
+from .sequence import Sequence
+from .session_file import read_session_file, write_session_file
+
+_FORMAT = "ropewalk chat 1"
+
+
+class ChatSession:
+    """Messages, and the keys and values of all that was read of them. `Model.chat_session` makes one.
+
+        chat = model.chat_session(system="You answer in one sentence.")
+        for piece in chat.stream("What is the capital of France?", temperature=0):
+            print(piece, end="", flush=True)
+        print(chat.ask("And of Italy?").text)
+
+    A question reads only what is new: the model's answers stay in the cache, as long as the template writes them as
+    they were. When `model.rope` changes, the cached keys are rotated in place.
+
+    Attributes:
+        messages: the conversation so far, as dicts with "role" and "content". It may be edited; what it shares with
+            what was read is not read again.
+    """
+
+    def __init__(self, model: ScaledModel, messages: abc.Sequence[Message] = ()) -> None:
+        self._model = model
+        self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
+        self._cached = PrefixCache()
+        self._stream: weakref.ref[abc.Generator[str, None, None]] | None = None  # dropping a stream closes it
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held in the cache."""
+        return len(self._cached.ids)
+
+    def __repr__(self) -> str:
+        return f"<ChatSession with {self._model.name}, {len(self.messages)} messages, {self.tokens:,} tokens held>"
+
+    def ask(self, text: str, params: SamplingParams | None = None, **settings: Any) -> Completion:
+        """Say `text` and return the model's answer. Both become messages.
+
+        Args:
+            settings: fields of `SamplingParams`.
+
+        Raises:
+            ContextOverflow: the conversation is longer than the scaler reaches, or than memory holds. It stays as it
+                was before the question.
+        """
+        sequence, pieces = self._start(text, with_settings(params, settings))
+        for _ in pieces:
+            pass
+        return sequence.completion()
+
+    def stream(self, text: str, params: SamplingParams | None = None, **settings: Any) -> abc.Iterator[str]:
+        """The text of `ask`, piece by piece. When it is closed or interrupted, what was written is the answer; where
+        nothing was, the question is dropped too."""
+        return self._start(text, with_settings(params, settings))[1]
+
+    def reset(self) -> None:
+        """Begin again after the system message, if there is one."""
+        self._end_stream()
+        self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+
+    def save(self, path: str | Path) -> None:
+        """Write messages, keys and values to a `.safetensors` file; `Model.chat_session(path=...)` goes on from it.
+
+        Raises:
+            ConfigError: the model is not run by the compiled kernels; only their caches can be saved.
+            DataError: the file cannot be written, or a message holds what JSON cannot.
+        """
+        self._end_stream()
+        write_session_file(self._model, path, self._cached, _FORMAT, {"messages": self.messages})
+
+    def load(self, path: str | Path) -> None:
+        """Replace this conversation by one that `save` wrote.
+
+        Raises:
+            ConfigError, ContextOverflow, DataError: as `Session.load`. Nothing has changed then.
+        """
+        self._end_stream()
+        header, cached = read_session_file(self._model, path, _FORMAT)
+        messages = header.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+            raise DataError(f"{path} cannot be read as a chat: its messages are damaged")
+        self.messages, self._cached = messages, cached
+
+    def close(self) -> None:
+        """Free the cache; the messages stay."""
+        self._end_stream()
+        self._cached.clear()
+
+    def __enter__(self) -> ChatSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, text: str, params: SamplingParams) -> tuple[Sequence, abc.Iterator[str]]:
+        self._end_stream()
+        model = self._model
+        if not isinstance(text, str):
+            raise ConfigError(f"a message is text, not {type(text).__name__}")
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = model.read(chat_ids(messages, model.tokenizer, model.vocabulary), params.continuation)
+        length = model.check_length(len(prompt.ids), params, self._cached.cache)
+        sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids)
+        pieces = self._stream_answer(messages, sequence, length)
+        self._stream = weakref.ref(pieces)
+        return sequence, pieces
+
+    def _stream_answer(
+        self, messages: list[dict[str, Any]], sequence: Sequence, length: int
+    ) -> abc.Generator[str, None, None]:
+        finished = False
+        try:
+            yield from write_on(self._model, self._cached, sequence, length)
+            finished = True
+        finally:
+            if finished or sequence.text:
+                self.messages = [*messages, {"role": "assistant", "content": sequence.text}]
+
+    def _end_stream(self) -> None:
+        if self._stream is not None and (stream := self._stream()) is not None:
+            stream.close()
+        self._stream = None

@@ -1,0 +1,142 @@
+"""From messages to token ids by the tokenizer's chat template.
+
+The template's special tokens are real tokens. The same names inside of a message are ordinary characters, so that no
+message can end its turn or begin another one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from ..errors import ConfigError, first_line
+from ..tokenizer_tools.encode import text_ids
+from ..tokenizer_tools.vocabulary import Vocabulary, check_text
+
+Message = Mapping[str, Any]
+"""A message as in OpenAI's protocol: "role", "content", and whatever else the template reads."""
+
+_PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning of their own
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """True if the tokenizer can make a prompt of messages."""
+    return bool(getattr(tokenizer, "chat_template", None)) or _is_mistral(tokenizer)
+
+
+def chat_ids(messages: Sequence[Message], tokenizer: Any, vocabulary: Vocabulary) -> list[int]:
+    """Token ids of a conversation, up to where the assistant's next answer begins.
+
+    They are those of transformers' `apply_chat_template`, except where a message holds the name of a special token. No
+    start token is added: the template writes it where the model wants one.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, a message has no role, or the template refuses the messages.
+        DataError: a message holds half a surrogate pair, or a token that the model does not have.
+    """
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ConfigError(f'messages[{number}] must be a dict such as {{"role": "user", "content": "Hello"}}')
+    if not messages:
+        raise ConfigError('there are no messages; give at least one, such as {"role": "user", "content": "Hello"}')
+    texts = list(_strings(list(messages)))
+    for text in texts:
+        check_text(text)
+    if _is_mistral(tokenizer):  # it never reads names as special tokens
+        return vocabulary.checked(_render(tokenizer, list(messages), tokenize=True))
+    names = _special_names(tokenizer)
+    mark = _unused_character([*texts, str(tokenizer.chat_template), *names])
+    guarded = _map_strings(list(messages), lambda text: _broken_up(text, names, mark))
+    rendered = _render(tokenizer, guarded, tokenize=False)
+    if mark not in rendered:
+        return vocabulary.checked(text_ids(rendered, tokenizer, special_tokens=True))
+    return vocabulary.checked(_ids_with_marks(rendered, names, mark, tokenizer, vocabulary))
+
+
+def _is_mistral(tokenizer: Any) -> bool:
+    return hasattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer")
+
+
+def _render(tokenizer: Any, messages: list[Message], *, tokenize: bool) -> Any:
+    if not has_chat_template(tokenizer):
+        raise ConfigError(
+            f"{getattr(tokenizer, 'name_or_path', '') or 'this tokenizer'} has no chat template, so it is no chat "
+            "model; use generate, or set model.tokenizer.chat_template"
+        )
+    options = {} if _is_mistral(tokenizer) else {"add_generation_prompt": True}
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"the chat template refuses these messages ({first_line(error)})") from error
+    return list(getattr(rendered, "input_ids", rendered)) if tokenize else rendered
+
+
+def _special_names(tokenizer: Any) -> list[str]:
+    """Names of special tokens, the longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    return sorted(filter(None, names), key=len, reverse=True)
+
+
+def _strings(value: Any) -> Any:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _strings(key)
+            yield from _strings(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _strings(part)
+
+
+def _map_strings(value: Any, change: Any) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _map_strings(part, change) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(part, change) for part in value]
+    return value
+
+
+def _unused_character(texts: Sequence[str]) -> str:
+    used = set().union(*map(set, texts))
+    for code in _PRIVATE_USE:
+        if chr(code) not in used:
+            return chr(code)
+    raise ConfigError("the messages hold every private-use character; leave out at least one")
+
+
+def _broken_up(text: str, names: Sequence[str], mark: str) -> str:
+    """`text` with a mark inside of every name, so that it is none; also of one that the text around could complete."""
+    if names:
+        text = re.sub("|".join(map(re.escape, names)), lambda name: name[0][0] + mark + name[0][1:], text)
+        body = text.rstrip()
+        if any(body.endswith(name[:n]) for name in names for n in range(1, len(name))):
+            text = body + mark + text[len(body) :]
+        body = text.lstrip()
+        if any(body.startswith(name[n:]) for name in names for n in range(1, len(name))):
+            text = text[: len(text) - len(body)] + mark + body
+    return text
+
+
+def _ids_with_marks(
+    rendered: str, names: Sequence[str], mark: str, tokenizer: Any, vocabulary: Vocabulary
+) -> list[int]:
+    """Token ids of a rendered text, part by part between special tokens, without its marks."""
+    ids: list[int] = []
+    before = ""  # the special token before a part: some tokenizers put a space before the first part only
+    for part in re.split(f"({'|'.join(map(re.escape, names))})", rendered):
+        if part in names:
+            ids += text_ids(part, tokenizer, special_tokens=True)[-1:]
+            before = part
+        elif mark in part:
+            ids += vocabulary.encode_continuation(part.replace(mark, ""))
+        elif part:
+            with_token = text_ids(before + part, tokenizer, special_tokens=True)
+            ids += with_token[1:] if before else with_token
+    return ids

@@ -1,0 +1,202 @@
+"""Many requests, one model: a thread that writes all answers, some of them together.
+
+Requests join and leave between two steps. Those under the same frequencies are one batch; batches take turns. No answer
+depends on what else is being written, up to rounding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from ..errors import RopewalkError
+from ..scaling.rope import Scaler
+from .completion import Completion, Token
+from .generation import ROWS, Batch, generate_tokens
+from .prefix_cache import PrefixStore
+from .scaled_model import RopePlan, ScaledModel
+from .sequence import Sequence
+
+
+class QueueFull(RopewalkError):
+    """More requests wait than the server is to hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What happened to a request.
+
+    Attributes:
+        text: text that is certain now.
+        tokens: the tokens drawn since the last update.
+        completion: set in the last update.
+        error: set in the last update of a request that failed.
+    """
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    completion: Completion | None = None
+    error: Exception | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.completion is not None or self.error is not None
+
+
+class Request:
+    """A sequence to be written.
+
+    Args:
+        sequence: prompt and parameters.
+        scaler: what it is written under.
+        length: tokens of prompt and answer together.
+        report: called with every `Update`, in the scheduler's thread.
+    """
+
+    def __init__(self, sequence: Sequence, scaler: Scaler, length: int, report: Callable[[Update], None]) -> None:
+        self.sequence, self.scaler, self.length, self.report = sequence, scaler, length, report
+        self.reported = 0  # tokens in updates so far
+
+
+class Scheduler:
+    """Writes requests in a thread of its own, until it is closed.
+
+    Args:
+        rows: sequences of a batch that are written together at most.
+        waiting: requests that may wait for a place.
+        cache_bytes: of the keys and values of ended requests, from which later ones that begin alike take theirs.
+    """
+
+    def __init__(self, model: ScaledModel, *, rows: int = ROWS, waiting: int = 64, cache_bytes: int = 1 << 30) -> None:
+        self.model = model
+        self.store = PrefixStore(cache_bytes)
+        self._rows, self._limit = rows, rows + waiting
+        self._changed = threading.Condition()
+        self._arrived: deque[Request] = deque()
+        self._cancelled: set[Request] = set()
+        self._requests: dict[Sequence, Request] = {}
+        self._batches: dict[object, tuple[Batch, Iterator[list[tuple[Sequence, str]]]]] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="ropewalk scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def active(self) -> int:
+        """Requests that wait or are being written."""
+        return len(self._requests) + len(self._arrived)
+
+    @property
+    def running(self) -> int:
+        """Requests that are being written."""
+        return sum(len(batch.running) for batch, _ in list(self._batches.values()))
+
+    def plan(self, spec: str | None) -> RopePlan:
+        """The scalers of a request.
+
+        Raises:
+            ConfigError, UnsupportedModel: `spec` is wrong, or the model does not take it.
+        """
+        return self.model.plan if spec is None else self.model.plan_for(spec)
+
+    def submit(self, *requests: Request) -> None:
+        """Take requests, all of them or none.
+
+        Raises:
+            QueueFull: too many are waiting, or the scheduler is closed.
+        """
+        with self._changed:
+            if self._closed:
+                raise QueueFull("the server is shutting down; send the request to another one")
+            if self.active + len(requests) > self._limit:
+                raise QueueFull(
+                    f"{self.active} requests are waiting or being answered, and this server takes {self._limit}; "
+                    "try again later, or serve with a larger --queue"
+                )
+            self._arrived.extend(requests)
+            self._changed.notify()
+
+    def cancel(self, *requests: Request) -> None:
+        """Stop writing requests that nobody waits for. Those that have ended are left alone."""
+        with self._changed:
+            self._cancelled.update(requests)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Finish what was submitted, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        self.store.clear()
+
+    def _run(self) -> None:
+        while self._take():
+            for key in list(self._batches):
+                if not self._step(key):
+                    del self._batches[key]
+
+    def _take(self) -> bool:
+        """Wait for something to do, and put what arrived into batches; False when everything is done for good."""
+        with self._changed:
+            while not (self._arrived or self._batches or self._closed):
+                self._changed.wait()
+            arrived, self._arrived = self._arrived, deque()
+            cancelled, self._cancelled = self._cancelled, set()
+            for request in arrived:
+                if request not in cancelled:
+                    self._requests[request.sequence] = request
+                    self._batch_of(request).waiting.append(request.sequence)
+            for request in cancelled:
+                if self._requests.pop(request.sequence, None) is not None:
+                    request.sequence.end("cancelled")  # its batch leaves it out from now on
+        return bool(self._batches) or not self._closed
+
+    def _batch_of(self, request: Request) -> Batch:
+        """The batch of requests under the same frequencies."""
+        alone = request if self.model.follows_length(request.scaler) else None
+        key = (request.scaler, alone)
+        if key not in self._batches:
+            batch = Batch(
+                self.model,
+                [],
+                request.length,
+                rope=request.scaler,
+                rows=self._rows,
+                store=self.store,
+                takes_turns=True,
+            )
+            self._batches[key] = batch, generate_tokens(batch)
+        return self._batches[key][0]
+
+    def _step(self, key: object) -> bool:
+        """Take a step of a batch and report it; False if it has ended. An error ends the sequences of this batch."""
+        batch, steps = self._batches[key]
+        try:
+            pieces = next(steps, None)
+        except Exception as error:
+            self.store.clear()
+            for sequence in [*batch.waiting, *batch.running]:
+                sequence.release()
+                if sequence in self._requests:
+                    self._end(sequence, Update(error=error))
+            return False
+        for sequence, piece in pieces or []:
+            if sequence in self._requests:
+                self._report(sequence, piece)
+        return pieces is not None
+
+    def _report(self, sequence: Sequence, piece: str) -> None:
+        request = self._requests[sequence]
+        tokens = sequence.tokens[request.reported :]
+        request.reported += len(tokens)
+        if sequence.done:
+            self._end(sequence, Update(text=piece, tokens=tokens, completion=sequence.completion()))
+        else:
+            request.report(Update(text=piece, tokens=tokens))
+
+    def _end(self, sequence: Sequence, update: Update) -> None:
+        with self._changed:
+            request = self._requests.pop(sequence)
+        request.report(update)

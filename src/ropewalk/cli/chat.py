@@ -1,0 +1,163 @@
+"""`ropewalk chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import RopewalkError
+from .options import EXAMPLES, loads_a_model, rope_option
+
+if TYPE_CHECKING:
+    from ..engine.chat import ChatSession
+    from ..engine.model import Model
+    from ..engine.sampling import SamplingParams
+
+_HELP = """\
+/reset          begin again; the system message stays
+/rope SPEC      go on under another scaler, such as yarn:4 or auto; the cache is rotated in place
+/file PATH      say what a text file holds
+/save PATH      store the conversation with its cache
+/load PATH      go on from a stored one
+/info           the model, its scaler, and how much is read
+/exit           leave, as Ctrl-D does
+Ctrl-C stops an answer; what was written of it stays.
+"""
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk chat smollm2-135m\n"
+    '  ropewalk chat ./my-model --rope rerope:0.5x --system "You answer in one sentence."\n'
+    "  echo 'What is the capital of France?' | ropewalk chat smollm2-135m --temperature 0"
+)
+@click.argument("model")
+@rope_option(default="auto")
+@click.option("--system", help="System message, which tells the model how to answer.")
+@click.option("--load", "stored", type=click.Path(exists=True, dir_okay=False), help="Go on from a file of /save.")
+@click.option("--max-new-tokens", default=1024, show_default=True, help="Most tokens of an answer.")
+@click.option("--temperature", default=0.7, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens that reach this probability.")
+@click.option("--top-k", default=0, show_default=True, help="Keep this many likeliest tokens; 0 keeps all.")
+@click.option("--min-p", default=0.0, show_default=True, help="Keep tokens this fraction as likely as the likeliest.")
+@click.option("--seed", type=int, help="Seed that makes sampling repeatable.")
+@loads_a_model
+@click.option("--max-length", help="Go past the scaler's reach, up to this length.")
+def chat(
+    model: str,
+    rope: str,
+    system: str | None,
+    stored: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    seed: int | None,
+    loading: dict[str, Any],
+    max_length: str | None,
+) -> None:
+    """Talk to MODEL, which has to be a chat model.
+
+    A line is a message, /help lists the commands. The conversation stays in the cache: only what is new is read, also
+    after /rope. From a pipe, every line is a message and the answers are all that is printed.
+    """
+    from ..engine.load import load
+    from ..engine.sampling import SamplingParams
+    from ..scaling.lengths import parse_length
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+    )
+    longest = parse_length(max_length) if max_length else None
+    loaded = load(model, rope=rope, **loading, max_length=longest)
+    with loaded.chat_session(system) as session:
+        if stored:
+            session.load(stored)
+        _Terminal(loaded, session, params).run()
+
+
+class _Terminal:
+    """Reads lines and prints answers."""
+
+    def __init__(self, model: Model, session: ChatSession, params: SamplingParams) -> None:
+        self._model, self._session, self._params = model, session, params
+        self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
+
+    def run(self) -> None:
+        if self._interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  # the line editor of `input`
+            click.echo(f"{self._model.describe()}\n/help lists the commands, Ctrl-D leaves.", err=True)
+        while True:
+            try:
+                line = input("> " if self._interactive else "")
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                click.echo(err=True)
+                continue
+            if line.strip() in ("/exit", "/quit"):
+                return
+            if line.strip():
+                try:
+                    self._obey(line) if line.startswith("/") else self._answer(line)
+                except RopewalkError as error:
+                    if not self._interactive:
+                        raise
+                    click.echo(f"ropewalk: {error}", err=True)
+        if self._interactive:
+            click.echo()
+
+    def _answer(self, text: str) -> None:
+        pieces = self._session.stream(text, self._params)
+        try:
+            for piece in pieces:
+                click.echo(piece, nl=False)
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            click.echo(" [stopped]", nl=False)
+            if not self._interactive:
+                raise
+        finally:
+            click.echo()
+
+    def _obey(self, line: str) -> None:
+        from ..engine.texts import read_prompt
+        from ..errors import DataError, did_you_mean
+
+        command, _, argument = line.strip().partition(" ")
+        argument = argument.strip()
+        session = self._session
+        if command in ("/rope", "/save", "/load", "/file") and not argument:
+            click.echo(f"{command} needs {'a scaler' if command == '/rope' else 'a path'}", err=True)
+        elif command == "/reset":
+            session.reset()
+        elif command == "/rope":
+            self._model.rope = argument
+            click.echo(f"rope {self._model.rope}", err=True)
+        elif command == "/save":
+            session.save(argument)
+            click.echo(f"stored in {argument}", err=True)
+        elif command == "/load":
+            session.load(argument)
+            click.echo(f"{len(session.messages)} messages, {session.tokens:,} tokens read", err=True)
+        elif command == "/file":
+            try:
+                with open(argument, "rb") as file:  # noqa: PTH123
+                    text = read_prompt(file.read(), argument)
+            except OSError as error:
+                raise DataError(f"{argument} cannot be read: {error.strerror or error}") from error
+            if isinstance(text, bytes):
+                raise DataError(f"{argument} ends inside a character; give a whole text")
+            self._answer(text)
+        elif command == "/info":
+            click.echo(f"{self._model.describe()}\nread     {session.tokens:,} tokens", err=True)
+        elif command == "/help":
+            click.echo(_HELP, nl=False, err=True)
+        else:
+            known = ["/reset", "/rope", "/file", "/save", "/load", "/info", "/help", "/exit"]
+            hint = f"{did_you_mean(command, known)} A message may begin with a space."
+            click.echo(f"no command {command}.{hint}", err=True)

@@ -1,0 +1,152 @@
+"""What clients get: the JSON objects of OpenAI's protocol."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engine.completion import Completion, Token
+from ..engine.prompt_score import ScoredToken
+from ..tokenizer_tools.characters import shown
+from ..tokenizer_tools.vocabulary import Vocabulary
+
+_FINISH_REASONS = {"time": "length"}  # OpenAI's protocol has no word for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What every object of an answer begins with."""
+
+    id: str
+    created: int
+    model: str
+
+    @classmethod
+    def new(cls, kind: str, model: str) -> Header:
+        return cls(id=f"{kind}-{uuid.uuid4().hex}", created=int(time.time()), model=model)
+
+    def object(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        answer = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+        return answer if usage is None else {**answer, "usage": usage}
+
+
+def sse(payload: dict[str, Any] | str) -> bytes:
+    """A server-sent event."""
+    text = payload if isinstance(payload, str) else json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+def finish_reason(completion: Completion) -> str:
+    return _FINISH_REASONS.get(completion.finish_reason, completion.finish_reason)
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached: int) -> dict[str, Any]:
+    """Token counts.
+
+    Args:
+        cached: tokens of the prompts that an earlier request had read.
+    """
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+class TokenTexts:
+    """Tokens as texts."""
+
+    def __init__(self, vocabulary: Vocabulary, tokenizer: Any) -> None:
+        self._vocabulary, self._tokenizer = vocabulary, tokenizer
+
+    def data(self, token: int) -> bytes:
+        """The bytes of a token; of a special one, those of its name."""
+        if self._vocabulary.is_special(token):
+            return str(self._tokenizer.convert_ids_to_tokens(token) or f"<token {token}>").encode()
+        return self._vocabulary.tokens[token]
+
+    def text(self, token: int) -> str:
+        """A token as text; one that is no whole characters is written as OpenAI does: bytes:\\xe2\\x80."""
+        data = self.data(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+@dataclass
+class CompletionLogprobs:
+    """The `logprobs` of a choice of `/v1/completions`, token by token.
+
+    Args:
+        alternatives: likeliest tokens shown for each.
+    """
+
+    texts: TokenTexts
+    alternatives: int
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+    _data: bytes = b""
+
+    def add(self, token: int, logprob: float | None, top: dict[int, float] | None) -> None:
+        self.tokens.append(self.texts.text(token))
+        self.token_logprobs.append(_finite(logprob))
+        named = None
+        if top is not None and logprob is not None and self.alternatives:
+            named = {self.texts.text(other): value for other, value in top.items()}
+            named.setdefault(self.texts.text(token), logprob)
+        self.top_logprobs.append(named)
+        self.text_offset.append(len(shown(self._data)))
+        self._data += self.texts.data(token)
+
+    def take(self) -> dict[str, Any]:
+        """What was added since the last call."""
+        taken = {name: getattr(self, name) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
+        for name in taken:
+            setattr(self, name, [])
+        return taken
+
+
+def chat_logprobs(texts: TokenTexts, tokens: list[Token]) -> dict[str, Any]:
+    """The `logprobs` of a choice of a chat."""
+    return {
+        "content": [
+            {
+                **_chat_token(texts, token.id, token.logprob),
+                "top_logprobs": [_chat_token(texts, other, value) for other, value in (token.top or {}).items()],
+            }
+            for token in tokens
+        ]
+    }
+
+
+def prompt_logprobs(texts: TokenTexts, scored: list[ScoredToken]) -> list[dict[str, Any] | None]:
+    """Log-probabilities of a prompt's tokens as vLLM gives them; the first token has none."""
+    listed: list[dict[str, Any] | None] = [None]
+    for token in scored:
+        ranked = {other: (value, rank) for rank, (other, value) in enumerate(token.top.items(), 1)}
+        ranked.setdefault(token.id, (token.logprob, token.rank))
+        listed.append(
+            {
+                str(other): {"logprob": _finite(value), "rank": rank, "decoded_token": texts.text(other)}
+                for other, (value, rank) in ranked.items()
+            }
+        )
+    return listed
+
+
+def _chat_token(texts: TokenTexts, token: int, logprob: float | None) -> dict[str, Any]:
+    data = texts.data(token)
+    return {"token": texts.text(token), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON has no infinity: what cannot be drawn is written as OpenAI does."""
+    return logprob if logprob is None or math.isfinite(logprob) else -9999.0

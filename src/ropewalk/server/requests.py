@@ -1,0 +1,275 @@
+"""What clients ask for: JSON bodies of OpenAI's protocol, read strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engine.sampling import SamplingParams
+from ..errors import ConfigError, did_you_mean
+
+MOST_CHOICES = 16  # answers to one request
+_MOST_LOGPROBS = 20
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "max_time", "continuation")
+"""Fields that are those of `SamplingParams`; the last five and `top_k` are beyond OpenAI's protocol."""
+
+_IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+"""Fields that say nothing about the answer."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "reasoning_effort": (),
+    "functions": ([],),
+}
+"""Fields that are refused, and the values at which they change nothing."""
+
+
+class BadRequest(ConfigError):
+    """A body that cannot be answered.
+
+    Attributes:
+        field: the field that is wrong, if one is.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a request asks for.
+
+    Attributes:
+        prompts: texts or token ids of a completion; empty for a chat.
+        messages: of a chat; empty for a completion.
+        params: for every choice; the seed of choice k is `seed + k`.
+        count: choices for every prompt.
+        writes: False where `max_tokens` is 0 and only the prompt is scored.
+        echo: the prompt belongs to the text.
+        rope: the scaler of this request; None is the server's.
+        contexts: texts that are read separately, each with the prompt.
+        prompt_logprobs: as vLLM gives them, with this many likeliest tokens; None gives none.
+        wants_logprobs: each token's log-probability is returned; `params.logprobs` counts the alternatives.
+        stream, stream_usage: server-sent events, the last of them with token counts.
+    """
+
+    prompts: list[str | list[int]] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    params: SamplingParams
+    count: int = 1
+    writes: bool = True
+    echo: bool = False
+    rope: str | None = None
+    contexts: list[str] = field(default_factory=list)
+    prompt_logprobs: int | None = None
+    stream: bool = False
+    stream_usage: bool = False
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.params.logprobs is not None
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True if log-probabilities of the prompt's tokens are returned."""
+        return self.prompt_logprobs is not None or (self.echo and self.wants_logprobs)
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadRequest(f"the body is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+class _Body:
+    """The fields of a body, each of them taken once."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self._fields = {name: value for name, value in fields.items() if value is not None}
+        self._known: set[str] = set()
+
+    def take(self, name: str, kind: str, valid: Callable[[Any], bool], default: Any = None) -> Any:
+        self._known.add(name)
+        if name not in self._fields:
+            return default
+        value = self._fields.pop(name)
+        if not valid(value):
+            raise BadRequest(f"{name} must be {kind}, not {_shown(value)}", name)
+        return value
+
+    def flag(self, name: str) -> bool:
+        return bool(self.take(name, "true or false", lambda value: isinstance(value, bool), False))
+
+    def number(self, name: str, least: int, most: int | None = None, default: int | None = None) -> int | None:
+        limits = f"at least {least}" if most is None else f"from {least} to {most}"
+
+        def valid(value: Any) -> bool:
+            return _is_int(value) and least <= value and (most is None or value <= most)
+
+        value: int | None = self.take(name, f"a whole number {limits}", valid, default)
+        return value
+
+    def text(self, name: str) -> str | None:
+        value: str | None = self.take(name, "a text", lambda value: isinstance(value, str))
+        return value
+
+    def sampling(self) -> dict[str, Any]:
+        return {
+            name: value for name in _SAMPLING if (value := self.take(name, "given", lambda value: True)) is not None
+        }
+
+    def finish(self) -> None:
+        """Refuse what nobody took.
+
+        Raises:
+            BadRequest: a field is unknown, or asks for what this server does not do.
+        """
+        for name, value in self._fields.items():
+            if name in _IGNORED or value in _NEUTRAL.get(name, ()):
+                continue
+            if name in _NEUTRAL:
+                raise BadRequest(f"{name} is not supported by this server; leave it out", name)
+            raise BadRequest(f"{name!r} is no field of this request.{did_you_mean(name, self._known)}", name)
+
+
+def read_completion(fields: dict[str, Any], *, default_tokens: int = 16) -> Asked:
+    """The body of `/v1/completions`.
+
+    Raises:
+        BadRequest, ConfigError: a field is missing, wrong or not supported.
+    """
+    body = _Body(fields)
+    prompts = _prompts(body.take("prompt", _PROMPT, lambda value: bool(_prompts(value))))
+    if not prompts:
+        raise BadRequest("the field prompt is missing", "prompt")
+    logprobs = body.number("logprobs", 0, _MOST_LOGPROBS)
+    most = body.number("max_tokens", 0, default=default_tokens)
+    assert most is not None
+    echo = body.flag("echo")
+    prompt_logprobs = body.number("prompt_logprobs", 0, _MOST_LOGPROBS)
+    asked = _common(
+        body,
+        {"max_new_tokens": max(1, most), "logprobs": logprobs},
+        prompts=prompts,
+        echo=echo,
+        writes=most > 0,
+        prompt_logprobs=prompt_logprobs,
+    )
+    if not asked.writes and not asked.scores_prompt and not echo:
+        raise BadRequest("max_tokens 0 needs echo, which returns the prompt (with logprobs, its score)", "max_tokens")
+    if asked.stream and asked.scores_prompt:
+        raise BadRequest("log-probabilities of a prompt are not streamed; leave out stream", "stream")
+    return asked
+
+
+def read_chat(fields: dict[str, Any], *, default_tokens: int) -> Asked:
+    """The body of `/v1/chat/completions`.
+
+    Raises:
+        BadRequest, ConfigError: a field is missing, wrong or not supported.
+    """
+    body = _Body(fields)
+    messages = body.take("messages", 'a list of {"role": ..., "content": ...}', lambda value: isinstance(value, list))
+    if not messages:
+        raise BadRequest("the field messages is missing or empty", "messages")
+    most = body.number("max_completion_tokens", 1) or body.number("max_tokens", 1, default=default_tokens)
+    body.number("max_tokens", 1)
+    wanted = body.flag("logprobs")
+    top = body.number("top_logprobs", 0, _MOST_LOGPROBS)
+    if top and not wanted:
+        raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
+    return _common(
+        body,
+        {"max_new_tokens": most, "logprobs": (top or 0) if wanted else None},
+        messages=[_message(number, message) for number, message in enumerate(messages)],
+    )
+
+
+def _common(body: _Body, sampling: dict[str, Any], **more: Any) -> Asked:
+    """What both kinds of requests have."""
+    body.text("model")
+    usage = body.take("stream_options", "an object", lambda value: isinstance(value, dict), {})
+    contexts = body.take("contexts", "a list of texts", _are_texts, [])
+    asked = Asked(
+        params=SamplingParams(**body.sampling(), **sampling),
+        count=body.number("n", 1, MOST_CHOICES, 1),  # type: ignore[arg-type]
+        rope=body.text("rope"),
+        contexts=contexts,
+        stream=body.flag("stream"),
+        stream_usage=bool(usage.get("include_usage", False)),
+        **more,
+    )
+    body.finish()
+    return asked
+
+
+_PROMPT = "a text, a list of token ids, or a list of either"
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """The prompts of a completion; none if it is no prompt."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        return []
+    if all(map(_is_int, value)):
+        return [value]
+    if all(isinstance(part, str) or (isinstance(part, list) and part and all(map(_is_int, part))) for part in value):
+        return list(value)
+    return []
+
+
+def _message(number: int, message: Any) -> dict[str, Any]:
+    """A message whose content is one text."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise BadRequest(
+            f'messages[{number}] must be an object such as {{"role": "user", "content": "Hello"}}', "messages"
+        )
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        if not all(isinstance(part, str) for part in parts):
+            raise BadRequest(
+                f"messages[{number}] holds a part that is no text; this server reads texts only", "messages"
+            )
+        content = "".join(map(str, parts))
+    if not isinstance(content, str):
+        raise BadRequest(f"messages[{number}] must have a text as its content", "messages")
+    return {**message, "content": content}
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,235 @@
+"""The server through the official client of its protocol; every answer is that of the model called directly."""
+
+import openai
+import pytest
+
+import ropewalk as rw
+
+TEXT = "def walk(top):\n    for name in sorted(names):\n"
+HEAL = "import nump"
+
+
+def greedy(tokens, **more):
+    return rw.SamplingParams(max_new_tokens=tokens, temperature=0, **more)
+
+
+def test_models_are_listed(client):
+    listed = client.models.list().data
+    assert [entry.id for entry in listed] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "ropewalk"
+    with pytest.raises(openai.NotFoundError, match="Did you mean 'tiny'"):
+        client.models.retrieve("tinny")
+
+
+@pytest.mark.parametrize("prompt", [TEXT, HEAL, "é"])
+def test_a_completion_is_what_generate_writes(client, model, prompt):
+    answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=8, temperature=0)
+    expected = model.generate(prompt, greedy(8))
+    assert answer.choices[0].text == expected.text
+    assert answer.choices[0].finish_reason == expected.finish_reason
+    assert answer.usage.completion_tokens == expected.usage.completion_tokens
+    assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
+    assert answer.object == "text_completion"
+
+
+def test_token_ids_and_lists_of_prompts(client, model):
+    ids = model.vocabulary.encode(TEXT)
+    for prompt, texts in ((ids, [TEXT]), ([ids, ids[:9]], [TEXT, None]), ([TEXT, HEAL], [TEXT, HEAL])):
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=6, temperature=0)
+        assert [choice.index for choice in answer.choices] == list(range(len(texts)))
+        for choice, text in zip(answer.choices, texts, strict=True):
+            if isinstance(text, str) and isinstance(prompt[0], str):
+                assert choice.text == model.generate(text, greedy(6)).text
+            elif text:
+                assert choice.text == model.generate_ids(ids, greedy(6)).text
+
+
+def test_a_stream_has_the_same_text(client, model):
+    for prompt in (TEXT, HEAL):
+        chunks = list(
+            client.completions.create(
+                model="tiny",
+                prompt=prompt,
+                max_tokens=8,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+        expected = model.generate(prompt, greedy(8))
+        assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == expected.text
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == expected.finish_reason
+        assert chunks[-1].usage.completion_tokens == 8
+        assert len(chunks) > 3
+
+
+def test_seeds_choices_and_sampling_fields(client, model):
+    answer = client.completions.create(
+        model="tiny",
+        prompt=TEXT,
+        max_tokens=8,
+        temperature=0.9,
+        top_p=0.9,
+        seed=5,
+        n=2,
+        stop=["\n"],
+        extra_body={"top_k": 20, "repetition_penalty": 1.2, "continuation": "off"},
+    )
+    for number, choice in enumerate(answer.choices):
+        params = rw.SamplingParams(
+            max_new_tokens=8,
+            temperature=0.9,
+            top_p=0.9,
+            seed=5 + number,
+            stop=["\n"],
+            top_k=20,
+            repetition_penalty=1.2,
+            continuation="off",
+        )
+        assert choice.text == model.generate(TEXT, params).text
+
+
+def test_echo_scores_the_prompt(client, model):
+    ids = model.vocabulary.encode(TEXT)
+    score = model.score(TEXT)
+    for most in (0, 1):
+        answer = client.completions.create(
+            model="tiny", prompt=TEXT, max_tokens=most, echo=True, logprobs=2, temperature=0
+        )
+        choice = answer.choices[0]
+        logprobs = choice.logprobs
+        assert choice.text.startswith(TEXT)
+        assert logprobs.token_logprobs[0] is None
+        assert logprobs.token_logprobs[1 : len(ids)] == pytest.approx(score.logprobs.tolist(), abs=1e-5)
+        assert len(logprobs.tokens) == len(ids) + most
+        assert "".join(logprobs.tokens) == choice.text
+        assert logprobs.text_offset[1] == len(logprobs.tokens[0])
+        for nats, top in zip(logprobs.token_logprobs[1:], logprobs.top_logprobs[1:], strict=True):
+            assert len(top) in (2, 3)
+            assert nats <= max(top.values()) + 1e-6
+
+
+def test_prompt_logprobs_as_vllm_gives_them(client, model):
+    ids = model.vocabulary.encode(TEXT)
+    answer = client.completions.create(
+        model="tiny", prompt=ids, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 1}
+    )
+    places = answer.choices[0].model_extra["prompt_logprobs"]
+    nats = [place[str(token)]["logprob"] for token, place in zip(ids[1:], places[1:], strict=True)]
+    assert nats == pytest.approx(model.score_ids(ids).tolist(), abs=1e-5)
+
+
+def test_logprobs_of_an_answer(client, model):
+    expected = model.generate(TEXT, greedy(5, logprobs=2, continuation="off"))
+    answer = client.completions.create(
+        model="tiny", prompt=TEXT, max_tokens=5, temperature=0, logprobs=2, extra_body={"continuation": "off"}
+    )
+    shown = answer.choices[0].logprobs
+    assert shown.token_logprobs == pytest.approx([token.logprob for token in expected.logprobs], abs=1e-5)
+    assert "".join(shown.tokens) == expected.text
+
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import os<|endoftext|>"}]
+
+
+def test_a_chat_is_what_chat_writes(client, model):
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=8, temperature=0)
+    expected = model.chat(MESSAGES, greedy(8))
+    assert answer.choices[0].message.content == expected.text
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.usage.prompt_tokens == expected.usage.prompt_tokens
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny",
+            messages=MESSAGES,
+            max_completion_tokens=8,
+            temperature=0,
+            stream=True,
+            logprobs=True,
+            top_logprobs=2,
+        )
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
+    assert chunks[0].choices[0].delta.role == "assistant"
+    tokens = [
+        token for chunk in chunks for token in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
+    ]
+    assert len(tokens) == 8
+    assert all(len(token.top_logprobs) == 2 for token in tokens)
+
+
+def test_parts_of_a_message_are_joined(client, model):
+    parts = [{"type": "text", "text": "import "}, {"type": "text", "text": "os"}]
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": parts}], max_tokens=5, temperature=0
+    )
+    assert answer.choices[0].message.content == model.chat([{"role": "user", "content": "import os"}], greedy(5)).text
+
+
+@pytest.mark.parametrize("rope", ["yarn:4", "rerope:64|logn", "dynamic-ntk", "auto", "none"])
+def test_a_request_brings_its_scaler(client, model, tiny_folder, rope):
+    prompt = TEXT * 18  # longer than the model was trained for
+    if rope == "none":
+        prompt = TEXT * 4
+    alone = rw.load(tiny_folder, rope=rope, compile=True)
+    answer = client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=8, temperature=0, extra_body={"rope": rope}
+    )
+    assert answer.choices[0].text == alone.generate(prompt, greedy(8)).text
+    assert str(model.rope) == "auto"
+
+
+def test_contexts(client, model):
+    contexts = ["The key is 4711.", "The door is green."]
+    answer = client.completions.create(
+        model="tiny", prompt="The key", max_tokens=6, temperature=0, extra_body={"contexts": contexts}
+    )
+    expected = model.generate("The key", greedy(6), contexts=contexts)
+    assert answer.choices[0].text == expected.text
+    assert answer.choices[0].model_extra["sources"] == expected.sources
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": []}, "prompt must be a text"),
+        ({"prompt": [10**6]}, "token id 1000000"),
+        ({"max_tokens": -1}, "max_tokens must be a whole number at least 0"),
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": "hot"}, "temperature 'hot' must be a number"),
+        ({"n": 99}, "n must be a whole number from 1 to 16"),
+        ({"presence_penalty": 1}, "presence_penalty is not supported"),
+        ({"best_of": 4}, "best_of is not supported"),
+        ({"extra_body": {"temprature": 1}}, "Did you mean 'temperature'"),
+        ({"extra_body": {"rope": "yarm:4"}}, "Did you mean 'yarn'"),
+        ({"extra_body": {"rope": "yarn:0.5"}}, "0.5"),
+        ({"extra_body": {"rope": "none"}, "prompt": "x " * 400}, "256"),
+        ({"extra_body": {"contexts": "a"}}, "contexts must be a list of texts"),
+        ({"extra_body": {"contexts": ["a"]}, "prompt": [1, 2]}, "contexts need a prompt that is one text"),
+        ({"max_tokens": 0}, "max_tokens 0 needs echo"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(client, fields, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.completions.create(**{"model": "tiny", "prompt": TEXT, "max_tokens": 4, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": []}, "messages is missing or empty"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "no text"),
+        ({"messages": [{"role": "user"}]}, "text as its content"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"top_logprobs": 3}, "needs logprobs"),
+    ],
+)
+def test_bad_chats_are_refused_by_name(client, fields, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.chat.completions.create(**{"model": "tiny", "messages": MESSAGES, "max_tokens": 4, **fields})
+
+
+def test_an_unknown_model(client):
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4'"):
+        client.completions.create(model="gpt-4", prompt=TEXT)

@@ -1,0 +1,249 @@
+"""What a server does beside answering: keys, limits, caches, cancellation, shutting down, and many clients at once."""
+
+import asyncio
+import gc
+import json
+import random
+import threading
+import time
+
+import httpx2
+import psutil
+import pytest
+from running import serving
+
+import ropewalk as rw
+
+TEXT = "def walk(top):\n    for name in sorted(names):\n"
+
+
+def greedy(tokens, **more):
+    return rw.SamplingParams(max_new_tokens=tokens, temperature=0, **more)
+
+
+def post(url, path="/v1/completions", **fields):
+    return httpx2.post(url + path, json={"temperature": 0, **fields}, timeout=60)
+
+
+def waits(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_health_and_metrics(served):
+    url, _ = served
+    assert httpx2.get(f"{url}/health").json() == {"status": "ok"}
+    post(url, prompt=TEXT, max_tokens=3)
+    text = httpx2.get(f"{url}/metrics").text
+    assert 'ropewalk_requests_total{path="/v1/completions",status="200"}' in text
+    assert "ropewalk_completion_tokens_total" in text
+
+
+def test_a_key_is_asked_for(model):
+    with serving(model, api_key="secret") as (url, _):
+        assert httpx2.get(f"{url}/health").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
+            refused = httpx2.get(f"{url}/v1/models", headers=headers)
+            assert refused.status_code == 401
+            assert refused.json()["error"]["type"] == "authentication_error"
+        assert httpx2.get(f"{url}/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [(b"", "no JSON"), (b"{", "no JSON"), (b"[]", "JSON list"), (b"\xff", "no JSON"), (b"[" * 100_000, "no JSON")],
+)
+def test_malformed_bodies(served, body, message):
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answer = httpx2.post(served[0] + path, content=body)
+        assert answer.status_code == 400
+        assert message in answer.json()["error"]["message"]
+
+
+def test_unknown_paths_and_methods(served):
+    assert httpx2.get(f"{served[0]}/v1/embeddings").status_code == 404
+    assert httpx2.get(f"{served[0]}/v1/completions").status_code == 405
+
+
+def test_a_large_body_is_refused(model):
+    with serving(model, limits={"body_bytes": 10_000}) as (url, _):
+        assert post(url, prompt="x" * 20_000).status_code == 413
+        assert post(url, prompt=TEXT, max_tokens=2).status_code == 200
+
+
+def test_a_full_queue_refuses(model):
+    with serving(model, limits={"rows": 1, "queue": 1}) as (url, server):
+        answers = []
+
+        def ask():
+            answers.append(post(url, prompt=TEXT, max_tokens=200).status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        waits(lambda: server.scheduler.active == 2)
+        refused = post(url, prompt=TEXT, max_tokens=2)
+        assert refused.status_code == 429
+        assert refused.headers["Retry-After"]
+        assert "--queue" in refused.json()["error"]["message"]
+        for thread in threads:
+            thread.join()
+        assert answers == [200, 200]
+
+
+def test_the_next_turn_reads_only_what_is_new(model):
+    with serving(model) as (url, _):
+        messages = [{"role": "user", "content": TEXT * 8}]
+        first = post(url, "/v1/chat/completions", messages=messages, max_tokens=5).json()
+        assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        messages.append(first["choices"][0]["message"])
+        messages.append({"role": "user", "content": "class A:"})
+        second = post(url, "/v1/chat/completions", messages=messages, max_tokens=5).json()
+        usage = second["usage"]
+        assert usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] < 30
+        assert second["choices"][0]["message"]["content"] == model.chat(messages, greedy(5)).text
+
+
+def test_another_scaler_takes_nothing_from_the_cache(model, tiny_folder):
+    with serving(model) as (url, _):
+        prompt = TEXT * 12
+        post(url, prompt=prompt, max_tokens=4)
+        other = post(url, prompt=prompt, max_tokens=4, rope="yarn:2").json()
+        assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        assert (
+            other["choices"][0]["text"] == rw.load(tiny_folder, "yarn:2", compile=True).generate(prompt, greedy(4)).text
+        )
+        again = post(url, prompt=prompt, max_tokens=4, rope="yarn:2").json()
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 32
+
+
+def test_a_small_budget_holds_few_caches(model):
+    with serving(model, limits={"cache_bytes": 1}) as (url, server):
+        post(url, prompt=TEXT * 8, max_tokens=4)
+        waits(lambda: not server.scheduler.active)
+        post(url, prompt="x", max_tokens=1)
+        assert server.scheduler.store.bytes == 0
+
+
+def test_a_client_that_goes_away_is_not_written_for(model):
+    with serving(model) as (url, server):
+        for stream in (False, True):
+            with pytest.raises(httpx2.ReadTimeout):
+                httpx2.post(
+                    f"{url}/v1/completions",
+                    json={"prompt": TEXT, "max_tokens": 100_000, "stream": False, "temperature": 0},
+                    timeout=0.5,
+                ) if not stream else _read_a_little(url)
+            waits(lambda: server.scheduler.active == 0)
+        assert server.metrics.cancelled._value.get() == 2
+        assert post(url, prompt=TEXT, max_tokens=3).json()["choices"][0]["text"] == model.generate(TEXT, greedy(3)).text
+
+
+def _read_a_little(url):
+    body = {"prompt": TEXT, "max_tokens": 100_000, "stream": True, "temperature": 0}
+    with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=5) as answer:
+        next(answer.iter_bytes())
+    raise httpx2.ReadTimeout("left")
+
+
+def test_a_shutdown_finishes_what_runs(model):
+    answers = []
+    with serving(model) as (url, server):
+
+        def ask():
+            answers.append(post(url, prompt=TEXT, max_tokens=150).json()["choices"][0]["text"])
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        waits(lambda: server.scheduler.running)
+    thread.join()
+    assert answers == [model.generate(TEXT, greedy(150)).text]
+
+
+def test_an_error_in_a_step_ends_its_requests_alone(model, monkeypatch):
+    with serving(model) as (url, _):
+        runner = type(model._runner)
+        step = runner.step
+
+        def fails(self, rows):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(runner, "step", fails)
+        failed = post(url, prompt=TEXT, max_tokens=5)
+        assert failed.status_code == 500
+        assert "ZeroDivisionError" not in failed.text
+        monkeypatch.setattr(runner, "step", step)
+        assert post(url, prompt=TEXT, max_tokens=5).status_code == 200
+
+
+def test_long_prompts_leave_others_their_turn(model):
+    """A stream goes on while a long prompt is read."""
+    with serving(model) as (url, _):
+        seen = []
+
+        def listen():
+            body = {"prompt": TEXT, "max_tokens": 400, "stream": True, "temperature": 0}
+            with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+                for _ in answer.iter_lines():
+                    seen.append(time.monotonic())
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        waits(lambda: len(seen) > 5)
+        began = time.monotonic()
+        assert post(url, prompt=TEXT * 400, max_tokens=1, rope="auto").status_code == 200
+        took = time.monotonic() - began
+        thread.join()
+        inside = [at for at in seen if began < at < began + took]
+        assert len(inside) > 10 or seen[-1] < began + took
+
+
+@pytest.mark.slow
+def test_many_clients(model):
+    """200 clients at once, some of which go away or send nonsense: every answer is that of the prompt alone, and the
+    memory does not grow."""
+    random.seed(1)
+    prompts = [TEXT[: 8 + n % 30] + "x" * (n % 7) for n in range(40)]
+    expected = {prompt: model.generate(prompt, greedy(12)).text for prompt in prompts}
+    process = psutil.Process()
+
+    async def client(http, n):
+        prompt = prompts[n % len(prompts)]
+        await asyncio.sleep(random.random() * 2)
+        kind = n % 5
+        if kind == 0:
+            answer = await http.post("/v1/completions", json={"prompt": prompt, "max_tokens": "many"})
+            assert answer.status_code == 400
+            return
+        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0}
+        if kind == 1:
+            try:
+                await http.post("/v1/completions", json={**body, "max_tokens": 5000}, timeout=0.3)
+            except httpx2.TimeoutException:
+                return
+            raise AssertionError
+        if kind == 2:
+            text = ""
+            async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {"):
+                        text += json.loads(line[6:])["choices"][0]["text"]
+        else:
+            text = (await http.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+        assert text == expected[prompt], prompt
+
+    async def crowd(url):
+        limits = httpx2.Limits(max_connections=None)
+        async with httpx2.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+            await asyncio.gather(*(client(http, n) for n in range(200)))
+
+    with serving(model, limits={"queue": 300}) as (url, server):
+        used = []
+        for _ in range(3):
+            asyncio.run(crowd(url))
+            waits(lambda: server.scheduler.active == 0)
+            gc.collect()
+            used.append(process.memory_info().rss)
+        assert used[2] < used[1] + (64 << 20)
