@@ -11,6 +11,7 @@ from ..errors import ConfigError, DataError
 from .chat_template import Message, chat_ids
 from .completion import Completion
 from .generation import write_on
+from .prefill import Progress
 from .prefix_cache import PrefixCache
 from .sampling import SamplingParams, with_settings
 from .scaled_model import ScaledModel
@@ -34,11 +35,13 @@ class ChatSession:
     Attributes:
         messages: the conversation so far, as dicts with "role" and "content". It may be edited; what it shares with
             what was read is not read again.
+        unread: tokens that the last question had to read.
     """
 
     def __init__(self, model: ScaledModel, messages: abc.Sequence[Message] = ()) -> None:
         self._model = model
         self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
+        self.unread = 0
         self._cached = PrefixCache()
         self._stream: weakref.ref[abc.Generator[str, None, None]] | None = None  # dropping a stream closes it
 
@@ -65,10 +68,16 @@ class ChatSession:
             pass
         return sequence.completion()
 
-    def stream(self, text: str, params: SamplingParams | None = None, **settings: Any) -> abc.Iterator[str]:
+    def stream(
+        self, text: str, params: SamplingParams | None = None, *, progress: Progress | None = None, **settings: Any
+    ) -> abc.Iterator[str]:
         """The text of `ask`, piece by piece. When it is closed or interrupted, what was written is the answer; where
-        nothing was, the question is dropped too."""
-        return self._start(text, with_settings(params, settings))[1]
+        nothing was, the question is dropped too.
+
+        Args:
+            progress: as of `Model.stream`; `unread` tokens in all.
+        """
+        return self._start(text, with_settings(params, settings), progress)[1]
 
     def reset(self) -> None:
         """Begin again after the system message, if there is one."""
@@ -109,7 +118,9 @@ class ChatSession:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, text: str, params: SamplingParams) -> tuple[Sequence, abc.Iterator[str]]:
+    def _start(
+        self, text: str, params: SamplingParams, progress: Progress | None = None
+    ) -> tuple[Sequence, abc.Iterator[str]]:
         self._end_stream()
         model = self._model
         if not isinstance(text, str):
@@ -117,7 +128,8 @@ class ChatSession:
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = model.read(chat_ids(messages, model.tokenizer, model.vocabulary), params.continuation)
         length = model.check_length(len(prompt.ids), params, self._cached.cache)
-        sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids)
+        sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids, progress=progress)
+        self.unread = len(prompt.certain_ids) - self._cached.shared(prompt.certain_ids)
         pieces = self._stream_answer(messages, sequence, length)
         self._stream = weakref.ref(pieces)
         return sequence, pieces

@@ -184,7 +184,9 @@ def generate_tokens(batch: Batch) -> abc.Iterator[list[tuple[Sequence, str]]]:
         batch.leave_ended()
 
 
-def write_on(model: ScaledModel, cached: PrefixCache, sequence: Sequence, length: int) -> abc.Generator[str, None, None]:
+def write_on(
+    model: ScaledModel, cached: PrefixCache, sequence: Sequence, length: int
+) -> abc.Generator[str, None, None]:
     """Write a sequence on top of a cache, which is cropped and rotated first, and holds all that was read afterwards.
 
     Args:

@@ -139,7 +139,9 @@ class Model(ScaledModel):
         length = self.check_length(len(sequence.prompt.ids), params)
         return _texts(Batch(self, [sequence], length))
 
-    def chat(self, messages: abc.Sequence[Message], params: SamplingParams | None = None, **settings: Any) -> Completion:
+    def chat(
+        self, messages: abc.Sequence[Message], params: SamplingParams | None = None, **settings: Any
+    ) -> Completion:
         """The assistant's answer to a conversation, by the model's chat template.
 
             model.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0).text

@@ -104,7 +104,7 @@ class Sequence:
             self.cache = runner.new_cache(self.length)
         if len(ids) - (held := tokens_read(self.cache)) <= most:
             return True
-        prefill(runner, ids[held : held + most], self.cache, self._progress)
+        prefill(runner, ids[held : held + most], self.cache, self.progress)
         return False
 
     def first_token(self, runner: Runner) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import RopewalkError
-from .options import EXAMPLES, loads_a_model, rope_option
+from .options import EXAMPLES, command, loads_a_model, rope_option, sampling_options
+from .waiting import load_model, waiting
 
 if TYPE_CHECKING:
     from ..engine.chat import ChatSession
@@ -28,7 +30,7 @@ Ctrl-C stops an answer; what was written of it stays.
 """
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk chat smollm2-135m\n"
     '  ropewalk chat ./my-model --rope rerope:0.5x --system "You answer in one sentence."\n'
     "  echo 'What is the capital of France?' | ropewalk chat smollm2-135m --temperature 0"
@@ -37,12 +39,7 @@ Ctrl-C stops an answer; what was written of it stays.
 @rope_option(default="auto")
 @click.option("--system", help="System message, which tells the model how to answer.")
 @click.option("--load", "stored", type=click.Path(exists=True, dir_okay=False), help="Go on from a file of /save.")
-@click.option("--max-new-tokens", default=1024, show_default=True, help="Most tokens of an answer.")
-@click.option("--temperature", default=0.7, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens that reach this probability.")
-@click.option("--top-k", default=0, show_default=True, help="Keep this many likeliest tokens; 0 keeps all.")
-@click.option("--min-p", default=0.0, show_default=True, help="Keep tokens this fraction as likely as the likeliest.")
-@click.option("--seed", type=int, help="Seed that makes sampling repeatable.")
+@sampling_options
 @loads_a_model
 @click.option("--max-length", help="Go past the scaler's reach, up to this length.")
 def chat(
@@ -50,12 +47,7 @@ def chat(
     rope: str,
     system: str | None,
     stored: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
-    seed: int | None,
+    sampling: dict[str, Any],
     loading: dict[str, Any],
     max_length: str | None,
 ) -> None:
@@ -64,15 +56,13 @@ def chat(
     A line is a message, /help lists the commands. The conversation stays in the cache: only what is new is read, also
     after /rope. From a pipe, every line is a message and the answers are all that is printed.
     """
-    from ..engine.load import load
-    from ..engine.sampling import SamplingParams
-    from ..scaling.lengths import parse_length
+    with waiting("starting"):
+        from ..engine.sampling import SamplingParams
+        from ..scaling.lengths import parse_length
 
-    params = SamplingParams(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
-    )
+        params = SamplingParams(**sampling)
     longest = parse_length(max_length) if max_length else None
-    loaded = load(model, rope=rope, **loading, max_length=longest)
+    loaded = load_model(model, rope=rope, **loading, max_length=longest)
     with loaded.chat_session(system) as session:
         if stored:
             session.load(stored)
@@ -112,9 +102,11 @@ class _Terminal:
             click.echo()
 
     def _answer(self, text: str) -> None:
-        pieces = self._session.stream(text, self._params)
+        pieces = self._session.stream(text, self._params, progress=lambda _, count: advance(count))
         try:
-            for piece in pieces:
+            with waiting("reading", self._session.unread) as advance:
+                first = next(pieces, "")
+            for piece in itertools.chain([first], pieces):
                 click.echo(piece, nl=False)
                 sys.stdout.flush()
         except KeyboardInterrupt:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..engine.model import Model
     from ..engine.sampling import SamplingParams
 
+_QUESTION_MARKS = ("?", "\uff1f", "\u061f")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -35,6 +36,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.argument("files", nargs=-1)
 @rope_option(note=" auto is what to take without time to tune.")
 @click.option("--file", type=_FILE, help="Read the prompt from this file.")
+@click.option("--chat", "as_chat", is_flag=True, help="PROMPT is a message to a chat model, which gets its template.")
+@click.option("--system", help="With --chat: the system message, which tells the model how to answer.")
 @sampling_options
 @click.option(
     "--logprobs", type=int, help="With --json or --output: log-probabilities of each token and this many alternatives."
@@ -89,6 +92,8 @@ def generate(
     files: tuple[str, ...],
     rope: str,
     file: Path | None,
+    as_chat: bool,
+    system: str | None,
     sampling: dict[str, Any],
     logprobs: int | None,
     continuation: Literal["auto", "exact", "off"],
@@ -123,8 +128,14 @@ def generate(
         raise click.UsageError("--logprobs are part of the JSON; add --json")
     if as_json and prompts:
         raise click.UsageError("--json prints one answer, and --output has a JSON line for each; leave out --json")
+    if system is not None and not as_chat:
+        raise click.UsageError("--system is a message of a chat; add --chat")
+    if as_chat and (over_contexts or prompts):
+        raise click.UsageError(f"--chat takes one message; leave out {'--contexts' if over_contexts else '--input'}")
     if prompts is None:
         text = _read_prompt(prompt, file, over_contexts)
+        if as_chat and isinstance(text, bytes):
+            raise DataError("the prompt ends inside a character; a message to a chat model is a whole text")
     with waiting("starting"):
         from ..engine.sampling import SamplingParams
         from ..scaling.lengths import parse_length
@@ -138,11 +149,24 @@ def generate(
     if not (over_contexts or special_tokens):
         _refuse_too_long(model, text, params, rope, longest)
     loaded = load_model(model, **settings)
+
+    from ..engine.chat_template import chat_ids, has_chat_template
+
     if over_contexts:
         assert isinstance(text, str)
         size = parse_length(window, loaded.trained_length) if window else None
         _answer_over_files(loaded, text, files, size, pooling, params, as_json)
+    elif as_chat:
+        assert isinstance(text, str)
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        _continue(loaded, chat_ids(messages, loaded.tokenizer, loaded.vocabulary), params, as_json)
     else:
+        if isinstance(text, str) and text.rstrip().endswith(_QUESTION_MARKS) and has_chat_template(loaded.tokenizer):
+            click.echo(
+                "ropewalk: this is a chat model, and PROMPT a question without its template; try --chat", err=True
+            )
         _continue(loaded, text, params, as_json)
 
 
@@ -244,16 +268,17 @@ def _refuse_too_long(model: str, text: str | bytes, params: SamplingParams, rope
         raise too_long(tokens, params, model, scaler, reach, limit)
 
 
-def _continue(model: Model, text: str | bytes, params: SamplingParams, as_json: bool) -> None:
+def _continue(model: Model, text: str | bytes | list[int], params: SamplingParams, as_json: bool) -> None:
     """Print the text as it is written, or the answer as JSON; on standard error, how much was read."""
-    from ..engine.generation import generate_tokens
+    from ..engine.generation import Batch, generate_tokens
     from ..engine.sequence import Sequence
 
     prompt = model.read(text, params.continuation)
     length = model.check_length(len(prompt.ids), params)
     with waiting("reading the prompt", len(prompt.certain_ids)) as advance:
         sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids, progress=lambda _, count: advance(count))
-        pieces = (piece for _, piece in generate_tokens(model, [sequence], length))
+        steps = generate_tokens(Batch(model, [sequence], length))
+        pieces = (piece for step in steps for _, piece in step)
         first = next(pieces)
     if as_json:
         with waiting("writing", params.max_new_tokens) as advance:

@@ -18,7 +18,9 @@ from .options import place
 GROUPS = {
     "First steps": {
         "demo": ("measure:demo", "Measure the built-in model past its trained length, in minutes."),
+        "chat": ("chat:chat", "Talk to a chat model."),
         "generate": ("generate:generate", "Continue a prompt."),
+        "serve": ("serve:serve", "Serve a model over HTTP, as OpenAI's API does."),
         "ppl": ("measure:ppl", "Loss and perplexity across context lengths."),
         "tune": ("tune:tune", "Find the scaler that carries a model to a length."),
         "export": ("export:export", "Write a model under a scaler for other software."),

@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from ..errors import ConfigError
-from .options import EXAMPLES, loads_a_model, rope_option
+from .options import EXAMPLES, command, loads_a_model, rope_option
+from .waiting import load_model
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk serve smollm2-135m --rope auto\n"
     "  ropewalk serve ./my-model --rope rerope:0.5x --port 9000 --dtype bfloat16\n"
     "  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
@@ -77,7 +78,6 @@ def serve(
 
     Ctrl-C stops the server when what runs has finished; a second one stops it at once. Needs the extra ropewalk[serve].
     """
-    from ..engine.load import load
     from ..scaling.lengths import parse_length
 
     try:
@@ -92,7 +92,7 @@ def serve(
     if loading["tp_plan"]:
         raise ConfigError("a server runs in one process; leave out --tp-plan")
     longest = parse_length(max_length) if max_length else None
-    loaded = load(model, rope=rope, **loading, max_length=longest, special_tokens=special_tokens)
+    loaded = load_model(model, rope=rope, **loading, max_length=longest, special_tokens=special_tokens)
     limits = Limits(
         rows=rows, queue=queue, cache_bytes=cache_mb << 20, body_bytes=body_mb << 20, chat_tokens=chat_tokens
     )
