@@ -285,9 +285,7 @@ def _check_texts(question: str, contexts: abc.Sequence[str]) -> None:
         raise ConfigError("the prompt is blank; with contexts, it is the question that follows each of them")
 
 
-def _read_rows(
-    model: ScaledModel, texts: list[str], params: SamplingParams, plan: RopePlan | None
-) -> list[Prompt]:
+def _read_rows(model: ScaledModel, texts: list[str], params: SamplingParams, plan: RopePlan | None) -> list[Prompt]:
     """The prompts of all rows. If they have covers, those are the same in all rows, so that they can be pooled."""
     rows = [model.read(text, params.continuation, plan=plan) for text in texts]
     ends = {None if row.cover is None or row.cover.only_aligned else row.cover.nodes for row in rows}

@@ -115,7 +115,9 @@ def weigh(
         rewind(cache, excess)
     rewinds = can_rewind(cache, max(map(len, leaves), default=0))
     cached_path = leaves.pop(0) if rewinds else ()
-    rows = prefill(runner, [*context, *cached_path][tokens_read(cache) :], cache, progress, logits_to_keep=len(cached_path) + 1)
+    rows = prefill(
+        runner, [*context, *cached_path][tokens_read(cache) :], cache, progress, logits_to_keep=len(cached_path) + 1
+    )
     path_logits, cached_path = _path_logits(runner, rows.float(), cached_path, leaves, cache, rewinds)
     logits = {path: row[..., : runner.vocabulary_size] for path, row in path_logits.items()}
     seen_before = torch.tensor([] if penalty == 1 else list(dict.fromkeys(context)), dtype=torch.int64)

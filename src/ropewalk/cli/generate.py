@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ..errors import DataError
-from .messages import print_json
 from .batch import answer_all, answer_fields
+from .messages import print_json
 from .options import EXAMPLES, command, json_option, loads_a_model, rope_option, sampling_options
 from .waiting import fetch_model, load_model, waiting
 
 if TYPE_CHECKING:
-    from ..engine.completion import Completion
     from ..engine.model import Model
     from ..engine.sampling import SamplingParams
 
