@@ -161,7 +161,10 @@ DAMAGE = {
     "absent": (lambda path: path.unlink(), "cannot be read as a session"),
     "folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read as a session"),
     "weights": (lambda path: save_file({"x": torch.ones(2)}, str(path)), "is not a session that ropewalk saved"),
-    "format": (lambda path: rewritten(path, format="ropewalk session 9"), "is a 'ropewalk session 9', and 'ropewalk session 1' is wanted"),
+    "format": (
+        lambda path: rewritten(path, format="ropewalk session 9"),
+        "is a 'ropewalk session 9', and 'ropewalk session 1' is wanted",
+    ),
     "tokens": (lambda path: rewritten(path, ids=[1] * 500), r"holds keys \[.*\] where \[1, 2, 500, 32\] belong"),
     "nested": (
         lambda path: save_file({}, str(path), {"session": "[" * 100_000, "weights": ""}),
