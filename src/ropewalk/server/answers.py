@@ -11,7 +11,7 @@ from typing import Any
 
 from ..engine.completion import Completion, Token
 from ..engine.prompt_score import ScoredToken
-from ..tokenizer_tools.characters import shown
+from ..tokenizer_tools.characters import finished_text
 from ..tokenizer_tools.vocabulary import Vocabulary
 
 _FINISH_REASONS = {"time": "length"}  # OpenAI's protocol has no word for it
@@ -103,7 +103,7 @@ class CompletionLogprobs:
             named = {self.texts.text(other): value for other, value in top.items()}
             named.setdefault(self.texts.text(token), logprob)
         self.top_logprobs.append(named)
-        self.text_offset.append(len(shown(self._data)))
+        self.text_offset.append(len(finished_text(self._data)))
         self._data += self.texts.data(token)
 
     def take(self) -> dict[str, Any]:
