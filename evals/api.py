@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..engine.model import Model
-from ..engine.patches.patch_record import patched_with
+from ..engine.patches.patch import patched_with
 from ..errors import ConfigError
 from ..scaling.lengths import parse_length
 from ..scaling.rope import Scaler

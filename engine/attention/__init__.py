@@ -1,1 +1,1 @@
-"""Banded attention: the attention of position maps."""
+"""Attention functions: banded attention for position maps, and causal attention over a cache."""

@@ -1,7 +1,7 @@
-"""Banded attention: a scaler's position map, frequencies and temperature applied to un-rotated queries and keys.
+"""Banded attention: applies a scaler's position map, frequencies and temperature to un-rotated queries and keys.
 
-Every (query, key) pair is scored once, in the band that the map puts it in; the parts are joined by their
-log-sum-exp. Nothing of the size of the square is ever held.
+Each (query, key) pair is scored once, in its band of the position map. The parts are joined by their log-sum-exp. The
+full score matrix is never stored.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ def banded_attention(
     """Attention of un-rotated queries over un-rotated keys.
 
     Args:
-        layout: where the rotary pairs lie; None for layers without rotation.
-        work: the runs of the batch with their segments.
-        sinks_H: the model's own attention sinks, a logit per head that takes weight and gives nothing.
-        rotated: rotated keys of earlier calls, extended here.
+        layout: the places of the rotary pairs; None for a layer without rotation.
+        work: the runs of the batch, each with its segments.
+        sinks_H: the model's own attention sinks: one logit a head, which takes weight and has no value.
+        rotated: rotated keys of earlier calls. The keys of this call are added.
 
     Returns:
-        [B, H, N, Dv]; zeros for padding.
+        [B, H, N, Dv], with zeros for padding.
     """
     B, H, N, _ = q_BHND.shape
     rows = []
     for run, segments in work:
         q = _part(q_BHND, run.row, run.query_start, run.query_stop)
         k, v = (_part(t, run.row, run.key_start, run.key_stop) for t in (k_BKMD, v_BKMD))
-        held = rotated if run.row is None and run.key_start == 0 else None
+        cached = rotated if run.row is None and run.key_start == 0 else None
         parts = [
-            _segment(q, k, v, score, layout, segment, sinks_H, held if segment is segments[-1] else None)
+            _segment(q, k, v, score, layout, segment, sinks_H, cached if segment is segments[-1] else None)
             for segment in segments
         ]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
@@ -62,7 +62,7 @@ def banded_attention(
 
 
 def _part(x: Tensor, row: int | None, start: int, stop: int) -> Tensor:
-    """Places [start, stop) of dimension 2, of one row or all; a step of decoding makes many of these."""
+    """Indices [start, stop) of dimension 2, of one row or of all; a view, or `x` itself where nothing is cut."""
     if row is not None:
         x = x[row : row + 1]
     return x if start == 0 and stop == x.shape[2] else x[:, :, start:stop]
@@ -96,7 +96,7 @@ def _segment(
 
 
 def _checkpointed(block_attention: Callable[[Block], Tensor], block: Block) -> Tensor:
-    """For training, scores are computed again on the way back, so that memory stays linear in the context."""
+    """In training, the backward pass computes scores again, so that memory is linear in the context."""
     if torch.is_grad_enabled():
         out: Tensor = checkpoint(block_attention, block, use_reentrant=False)
         return out
@@ -106,8 +106,7 @@ def _checkpointed(block_attention: Callable[[Block], Tensor], block: Block) -> T
 def _rotated_keys(
     k: Tensor, layout: Layout, segment: Segment, band: int, rotated: RotatedKeys | None
 ) -> tuple[Tensor, int]:
-    """Keys as `band` sees them, and the index of the first of them."""
-
+    """The keys as `band` reads them, and the index of the first of them in the run."""
     start, stop = segment.key_range(band)
     if not segment.rotates(band):
         return k, 0
@@ -152,7 +151,7 @@ def _block(
 
 
 def _joined(out: Tensor, lse: Tensor, rows: slice, part_out: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """`out` and `lse` with a part joined into some of their rows; in place where no gradient needs what was there."""
+    """Join a part into some rows of `out` and `lse`, in place if no gradient is recorded."""
     joined_out, joined_lse = join(out[:, :, rows], lse[:, :, rows], part_out, part_lse)
     if joined_out.shape == out.shape:
         return joined_out, joined_lse

@@ -1,8 +1,8 @@
-"""How the keys of every band fall into rectangles: the plan of banded attention.
+"""Cuts the queries of a run into blocks, and the keys of each band into rectangles and triangles.
 
-Queries are cut into blocks in which the borders of every band stand still or move by one key a query. Inside a
-block a band is then a rectangle that all queries see, and up to two triangles at its borders; each (query, key)
-pair lies in exactly one of them, and nothing is masked that need not be.
+In a block, each border of a band either stays at the same key or moves by one key a query. So a band is a rectangle
+that all queries see, and at most two triangles at its borders. Each (query, key) pair lies in exactly one of these
+pieces. No mask is needed, except for a narrow band.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from ...scaling.band import Band
 from .kernel import Sees
 
-BLOCK = 512  # most queries a block
-_NARROWEST = 64  # a band narrower than this is masked rather than cut into blocks of its width
+BLOCK = 512  # queries in the largest block
+_NARROWEST = 64  # keys; a narrower band gets a mask, not blocks as small as its width
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Queries [query_start, query_stop) on keys [key_start, key_stop) of one band; indices into the run."""
+    """Queries [query_start, query_stop) and keys [key_start, key_stop) of one band, as indices into the run."""
 
     band: int
     query_start: int
@@ -34,7 +34,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive queries [start, stop) with the pieces that make up their attention, largest first."""
+    """Consecutive queries [start, stop), and the pieces of their attention, largest first."""
 
     start: int
     stop: int
@@ -42,7 +42,7 @@ class Block:
 
 
 def blocks(bands: Sequence[Band], first: int, start: int, stop: int) -> Iterator[Block]:
-    """The blocks of the queries [start, stop) of a run, whose key 0 is at position `first`."""
+    """The blocks of the queries [start, stop) of a run whose key 0 is at position `first`."""
     positions = torch.arange(first + start, first + stop)
     borders = []
     for band in bands:
@@ -59,10 +59,10 @@ def blocks(bands: Sequence[Band], first: int, start: int, stop: int) -> Iterator
 
 
 def _cuts(borders: list[tuple[Tensor, Tensor]], count: int) -> Iterator[int]:
-    """Where blocks end: where a border jumps or changes its pace, and at the block size.
+    """Yield the end of each block: a border jumps or changes its pace, or the block reaches its size.
 
-    Step t leads from query t to t + 1; a block of the queries a .. b - 1 contains the steps a .. b - 2, which must be
-    alike.
+    Step t goes from query t to query t + 1. A block of the queries a .. b - 1 has the steps a .. b - 2, which must all
+    have the same paces.
     """
     paces = torch.stack([torch.diff(border) for pair in borders for border in pair])  # [2 * bands, count - 1]
     jumps = ((paces < 0) | (paces > 1)).any(0)
@@ -79,7 +79,7 @@ def _cuts(borders: list[tuple[Tensor, Tensor]], count: int) -> Iterator[int]:
 
 
 def _size(borders: list[tuple[Tensor, Tensor]], paces: Tensor, start: int) -> int:
-    """Most queries of a block: no more than the width of a band that slides along with them."""
+    """The most queries of a block: at most the width of each band whose two borders move with the queries."""
     size = BLOCK
     if start < paces.shape[1]:
         for index, (key_start, key_stop) in enumerate(borders):
@@ -95,11 +95,11 @@ def _pieces(band: int, start: int, key_start: Tensor, key_stop: Tensor) -> Itera
     s0, s1, e0, e1 = int(key_start[0]), int(key_start[-1]), int(key_stop[0]), int(key_stop[-1])
     if e1 <= s0:
         return
-    if s1 > s0 and s1 >= e0:  # a narrow band: no key is seen by all
+    if s1 > s0 and s1 >= e0:  # a narrow band: no key is visible to all queries
         keys = torch.arange(s0, e1)
         yield Piece(band, start, stop, s0, e1, (key_start[:, None] <= keys) & (keys < key_stop[:, None]))
         return
-    # A triangle takes in one key that all queries see, where there is one: it then has a row for every query.
+    # If all queries see some key, each triangle gets one such key, so that it has a row for every query.
     inner_start, inner_stop = s1, e0
     if e1 > e0:
         shared = inner_stop > inner_start

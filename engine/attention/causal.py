@@ -1,7 +1,8 @@
 """Causal attention over a cache, in two parts joined by their log-sum-exp.
 
-A chunk of n queries at the end of m keys sees the first m - n keys whole and its own n causally. Taken apart
-like that, no mask is built and what it would hide is not computed; transformers' chunked prefill does both.
+A chunk of n queries at the end of m keys sees all of the first m - n keys, and its own n keys causally. Computed in
+these two parts, it needs no mask, and hidden scores are not computed. transformers' chunked prefill builds the mask
+and computes them.
 
 Shape suffixes: B batch, H query heads, K key-value heads, N queries, M keys, D head dim, Dv that of the values.
 """
@@ -21,11 +22,11 @@ from .kernel import AttentionScore, attend, join
 
 ATTENTION_NAME = "ropewalk_causal"
 
-_AT_ONCE = 1 << 15  # keys of the past that are read at a time
+_PAST_CHUNK = 1 << 15  # keys of the past that are read at a time
 
 
 def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, score: AttentionScore) -> Tensor:
-    """Attention of the last N of M positions over all M, causal. Inference only.
+    """Causal attention of the last N of M positions over all M. For inference only.
 
     Returns:
         [B, H, N, Dv], equal to masked softmax attention up to rounding.
@@ -34,8 +35,8 @@ def causal_attention(q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, score: Atte
     if N == 1:  # a decode step sees every key
         return attend(q_BHND, k_BKMD, v_BKMD, score)[0]
     out, lse = attend(q_BHND, k_BKMD[:, :, past:], v_BKMD[:, :, past:], score, "lower")
-    for start in range(0, past, _AT_ONCE):  # so that widening a narrower cache takes little memory
-        keys = slice(start, min(start + _AT_ONCE, past))
+    for start in range(0, past, _PAST_CHUNK):  # a narrower cache is widened in small pieces, to save memory
+        keys = slice(start, min(start + _PAST_CHUNK, past))
         out, lse = join(out, lse, *attend(q_BHND, k_BKMD[:, :, keys], v_BKMD[:, :, keys], score))
     return out
 
@@ -50,7 +51,7 @@ def _attention_forward(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' SDPA function computes, by its signature; query [B, H, N, D] -> [B, N, H, D]."""
+    """Same signature and result as transformers' SDPA function; query [B, H, N, D] -> [B, N, H, D]."""
     if attention_mask is None and not torch.is_grad_enabled():
         score = AttentionScore(scale=query.shape[-1] ** -0.5 if scaling is None else scaling)
         out = causal_attention(query, key, value, score)
@@ -69,7 +70,7 @@ def _attention_forward(
 
 
 def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, **kwargs: Any) -> Tensor | None:
-    """None where plain causal attention is meant, else the mask that transformers' SDPA path would build."""
+    """None for plain causal attention, else the mask that transformers builds for SDPA."""
     padding = kwargs.get("attention_mask")
     causal = kwargs.pop("allow_is_causal_skip", True) and kwargs.get("mask_function") is causal_mask_function
     plain = causal and (padding is None or bool(padding.all()))
@@ -80,7 +81,7 @@ def _mask(batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0, **k
 
 
 def register() -> str:
-    """Make the attention known to transformers; returns the name to give `set_attn_implementation`."""
+    """Register this attention with transformers, and return its name for `set_attn_implementation`."""
     AttentionInterface.register(ATTENTION_NAME, _attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, _mask)
     return ATTENTION_NAME

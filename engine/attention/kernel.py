@@ -1,7 +1,7 @@
-"""Attention over one rectangle of keys, with the log-sum-exp that joins it to others.
+"""Attention over one rectangle of keys, with the log-sum-exp that joins it to other rectangles.
 
-Two kernels compute the same thing: torch's fused one on the CPU, for inference, and plain tensor operations
-everywhere else, which have gradients, float64, soft-caps and dropout.
+Two kernels compute the same function. On the CPU, for inference, it is torch's fused kernel. In all other cases it is
+plain tensor operations, which support gradients, float64, soft-caps and dropout.
 
 Shape suffixes: B batch, H query heads, K key-value heads, G = H / K, N queries, M keys, D head dim.
 """
@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 
 Sees = Literal["all", "lower", "upper"]
-"""Which keys of a rectangle a query sees: all; those up to its own index; those from its own index on."""
+"""The keys of a rectangle that query n sees: all keys, keys 0 .. n ("lower"), or keys from n on ("upper")."""
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _SMALLEST_TRIANGLE = 64
-_KEYS_AT_ONCE = 2048  # of the plain kernel: bounds its scores
+_PLAIN_KEYS = 2048  # keys that the plain kernel takes at a time; it bounds the memory of the scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionScore:
-    """How a score is made of a dot product.
+    """How a dot product becomes a score.
 
     Args:
-        scale: factor, 1 / sqrt(D) in most models.
+        scale: factor on the dot product, 1 / sqrt(D) in most models.
         softcap: c in c tanh(score / c), or None.
-        dropout: probability that a weight is dropped.
+        dropout: the probability that a weight is dropped.
     """
 
     scale: float
@@ -41,23 +41,23 @@ class AttentionScore:
 def attend(
     q_BHND: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, score: AttentionScore, sees: Sees | Tensor = "all"
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of every query over the keys it sees.
+    """Softmax attention of every query over the keys that it sees.
 
     Args:
-        sees: "lower" and "upper" need as many queries as keys; a boolean tensor [N, M] says it key by key, and
-            a query may then see none.
+        sees: "lower" and "upper" need as many queries as keys. A boolean tensor [N, M] is True for the keys that a
+            query sees; a query may see none.
 
     Returns:
-        Output [B, H, N, D] and natural log-sum-exp of the scores [B, H, N]; of a query that sees nothing, finite
-        numbers that weigh nothing in `join`.
+        The output [B, H, N, D], and the natural log-sum-exp of the scores [B, H, N]. For a query that sees no key, both
+        are finite, and their weight in `join` is 0.
     """
     k_BKMD, v_BKMD = k_BKMD.to(q_BHND.dtype), v_BKMD.to(q_BHND.dtype)  # a cache may be narrower than the arithmetic
     if _fused(q_BHND, v_BKMD, score):
         return _attend_fused(q_BHND, k_BKMD, v_BKMD, score.scale, sees)
-    if sees == "all" and k_BKMD.shape[2] > _KEYS_AT_ONCE:
+    if sees == "all" and k_BKMD.shape[2] > _PLAIN_KEYS:
         joined = None
-        for start in range(0, k_BKMD.shape[2], _KEYS_AT_ONCE):
-            keys = slice(start, start + _KEYS_AT_ONCE)
+        for start in range(0, k_BKMD.shape[2], _PLAIN_KEYS):
+            keys = slice(start, start + _PLAIN_KEYS)
             part = _attend_plain(q_BHND, k_BKMD[:, :, keys], v_BKMD[:, :, keys], score, sees)
             joined = part if joined is None else join(*joined, *part)
         assert joined is not None
@@ -66,9 +66,9 @@ def attend(
 
 
 def join(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint key sets, exactly: outputs [..., N, D], log-sum-exps [..., N].
+    """Attention over the union of two disjoint sets of keys, from outputs [..., N, D] and log-sum-exps [..., N].
 
-    out = out_1 * sigmoid(lse_1 - lse_2) + out_2 * sigmoid(lse_2 - lse_1)
+    This is exact: out = out_1 * sigmoid(lse_1 - lse_2) + out_2 * sigmoid(lse_2 - lse_1)
     """
     weight_2 = torch.sigmoid(lse_2 - lse_1).unsqueeze(-1)
     return torch.lerp(out_1, out_2, weight_2.to(out_1.dtype)), torch.logaddexp(lse_1, lse_2)
@@ -86,7 +86,7 @@ def _fused(q: Tensor, v: Tensor, score: AttentionScore) -> bool:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """torch's fused CPU kernel: output [B, H, N, D] and float32 log-sum-exp [B, H, N]."""
+    """torch's fused CPU kernel: the output [B, H, N, D] and the float32 log-sum-exp [B, H, N]."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
         q, k, v, 0.0, causal, attn_mask=None, scale=scale
     )
@@ -95,10 +95,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, causal: bool
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, sees: Sees | Tensor) -> tuple[Tensor, Tensor]:
     B, H, N, D = q.shape
     K = k.shape[1]
-    if sees == "all":  # the heads of a group become queries of one head: keys are read once, never repeated
+    if sees == "all":  # the heads of a group become queries of one head, so that keys are not repeated
         out, lse = _flash(q.reshape(B, K, H // K * N, D), k, v, scale, causal=False)
         return out.reshape(B, H, N, D), lse.reshape(B, H, N)
-    if isinstance(sees, Tensor):  # finite, so that a query without keys gives no NaN
+    if isinstance(sees, Tensor):  # the bias is finite, so that a query without keys gives no NaN
         bias = torch.zeros(sees.shape, dtype=q.dtype).masked_fill_(~sees, torch.finfo(q.dtype).min / 4)
         bias = bias.repeat(H // K, 1)[None, None].expand(B, K, -1, -1)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -107,15 +107,15 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, sees: Sees | Te
         return out.reshape(B, H, N, D), lse.reshape(B, H, N)
     if sees == "lower":
         return _lower_triangle(q, k, v, scale)
-    out, lse = _lower_triangle(q.flip(2), k.flip(2), v.flip(2), scale)  # upside down, upper is lower
+    out, lse = _lower_triangle(q.flip(2), k.flip(2), v.flip(2), scale)  # reversed, an upper triangle is a lower one
     return out.flip(2), lse.flip(2)
 
 
 def _lower_triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of N queries over N keys by the fused kernel: output [B, H, N, D], log-sum-exp [B, H, N].
 
-    The kernel works in blocks of 512 keys and would compute most of what a triangle leaves out. So a triangle is taken
-    as two of half the size, side by side in the batch, and the square below the first.
+    The kernel works in blocks of 512 keys and computes most of the hidden scores too. So a triangle is split into two
+    triangles of half the size, which form a batch, and one square.
     """
     B, H, N, _ = q.shape
     if N % 2 or N <= _SMALLEST_TRIANGLE:
@@ -136,7 +136,7 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, score: AttentionScore, sees: 
     K = k.shape[1]
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.reshape(B, K, H // K, N, D)
-    scores = (grouped * score.scale @ k.unsqueeze(2).transpose(-1, -2)).to(exact)  # float16 overflows unscaled
+    scores = (grouped * score.scale @ k.unsqueeze(2).transpose(-1, -2)).to(exact)  # unscaled float16 overflows
     if score.softcap is not None:
         scores = score.softcap * torch.tanh(scores / score.softcap)
     if sees != "all":

@@ -1,4 +1,4 @@
-"""What a scaler asks of the queries of one call: segments with their bands, frequencies and angles."""
+"""The plan of one attention call under a scaler: segments of queries with their bands, frequencies and angles."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .rows import KeyRun
 class Segment:
     """Consecutive queries [start, stop) of a run that share their frequencies and bands.
 
-    Made once for a call and shared by all its layers, with everything that does not depend on the layer.
+    A segment does not depend on the layer. It is made once for a call, and all layers share it.
 
     Args:
-        length: tokens that the frequencies and bands are for; None for a scaler that does not look.
-        first: position of the run's key 0.
-        offset: index among the run's keys of its query 0.
-        temperature: factor on the logits of every query, float64 [n], or None.
+        length: tokens that the frequencies and bands are for; None if they do not depend on the length.
+        first: the position of the run's key 0.
+        offset: the index of the run's query 0 among its keys.
+        temperature: the factor on the logits of every query, float64 [n], or None.
     """
 
     scaler: Scaler
@@ -43,27 +43,29 @@ class Segment:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The rectangles of every band; queries and keys counted as the run's keys are."""
+        """The blocks of the queries; a query and its own key have the same index."""
         return list(blocks(self.bands, self.first, self.offset + self.start, self.offset + self.stop))
 
     @cached_property
     def used_bands(self) -> list[int]:
-        """Bands that any query of the segment sees keys of."""
+        """The bands in which some query of the segment sees a key."""
         return sorted({piece.band for block in self.blocks for piece in block.pieces})
 
     def key_range(self, band: int) -> tuple[int, int]:
-        """Keys that bands with this one's key map see, [start, stop)."""
+        """The keys [start, stop) that the bands with the same key map see."""
         shared = self.key_map(band)
         pieces = [p for block in self.blocks for p in block.pieces if self.key_map(p.band) == shared]
         return min(p.key_start for p in pieces), max(p.key_stop for p in pieces)
 
     def key_map(self, band: int) -> int:
-        """The first band with the same key map: they share rotated keys."""
+        """The first band with the same key map. Bands with the same key map share their rotated keys."""
         return next(i for i, other in enumerate(self.bands) if other.key is self.bands[band].key)
 
     def query_angles(self, like: Tensor) -> Angles:
-        """Angles of all queries in every used band, [bands, 1, 1, n, d/2]. The factor on cos and sin of both sides is
-        in them."""
+        """Angles of all queries in every used band, [bands, 1, 1, n, d/2].
+
+        The attention factor is in them twice, for the queries and for the keys.
+        """
         key = ("queries", like.dtype)
         if key not in self._angles:
             i = torch.arange(self.start, self.stop) + self.offset + self.first
@@ -81,7 +83,7 @@ class Segment:
         return self._angles[key]
 
     def rotates(self, band: int) -> bool:
-        """False where all keys of `band` stand at position 0, so that they are read as they are held."""
+        """False if `band` maps all keys to position 0, so that they are not rotated."""
         if band not in self._rotation:
             self._rotation[band] = bool(self.bands[band].key(torch.arange(*self.key_range(band)) + self.first).any())
         return self._rotation[band]
@@ -89,10 +91,10 @@ class Segment:
 
 @dataclass
 class Plan:
-    """What a scaler does to the layers of one rotary site.
+    """A scaler on the layers of one rotary site.
 
     Args:
-        length: tokens that a scaler which depends on length is fixed to; None lets it grow with each sequence.
+        length: the fixed length of a scaler that depends on the length; None lets it grow with each sequence.
     """
 
     site: RotarySite
@@ -100,11 +102,11 @@ class Plan:
     length: int | None = None
 
     def segments(self, run: KeyRun) -> list[Segment]:
-        """The queries of a run, cut where a growing length steps on."""
+        """The queries of a run, cut where a growing length takes its next step."""
         effective, rope = self.site.configured.effective(self.scaler), self.site.configured.rope
         offset = run.key_stop - run.key_start - (run.query_stop - run.query_start)
         position, end = run.first + offset, run.first + run.key_stop - run.key_start
-        found = []
+        segments = []
         while position < end:
             length, stop = self.length, end
             if length is None and effective.depends_on_length:
@@ -113,7 +115,7 @@ class Plan:
             start = position - run.first - offset
             queries = torch.arange(position, stop)
             tempered = self.scaler.member("temperature") is not None
-            found.append(
+            segments.append(
                 Segment(
                     scaler=self.scaler,
                     start=start,
@@ -127,4 +129,4 @@ class Plan:
                 )
             )
             position = stop
-        return found
+        return segments

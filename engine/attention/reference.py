@@ -1,7 +1,7 @@
-"""The literal twin of banded attention: full n x n scores for every band, one softmax. Slow, and easy to believe.
+"""The reference for banded attention: full score matrices for every band, then one softmax. Slow and simple.
 
-Public code (Self-Extend, ReRoPE, Dual Chunk) computes two or three full squares as well. What the benchmark times
-is the faster form of that in `evals/speed.py`; a test holds it against this one.
+The public code of Self-Extend, ReRoPE and Dual Chunk also computes two or three full matrices. The benchmark in
+`evals/speed/map_cost.py` times a faster form of that, which a test compares with this reference.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def reference_attention(
     length: int | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Attention of the last N of M tokens, at positions M - N .. M - 1, un-rotated queries on un-rotated keys.
+    """Attention of the last N of M tokens, at positions M - N .. M - 1. Queries and keys are given un-rotated.
 
     Args:
-        rope: geometry of a model without scaling of its own.
-        length: what a scaler that depends on length is fixed to; None lets every query have its own.
+        rope: geometry of a model without a scaling of its own.
+        length: the fixed length of a scaler that depends on the length; None gives every query its own length.
         sinks_H: the model's own attention sinks, one logit a head.
 
     Returns:
@@ -43,12 +43,12 @@ def reference_attention(
     lengths = [length if length is not None else scaler.growing_length(int(p), rope) for p in i]
     for step in sorted(set(lengths)):
         inv_freq, factor = scaler.frequencies(rope, step)
-        here = torch.tensor([own == step for own in lengths])[:, None]
+        in_step = torch.tensor([query_length == step for query_length in lengths])[:, None]
         for band in scaler.bands(rope, step):
             rotated_q = _rotate(q_BHND, layout, band.query(i), inv_freq, factor)
-            turned_k = _rotate(k, layout, band.key(j), inv_freq, factor)
-            seen = here & (band.start(i)[:, None] <= j) & (j < band.stop(i)[:, None])
-            scores = torch.where(seen, rotated_q @ turned_k.transpose(-1, -2), scores)
+            rotated_k = _rotate(k, layout, band.key(j), inv_freq, factor)
+            seen = in_step & (band.start(i)[:, None] <= j) & (j < band.stop(i)[:, None])
+            scores = torch.where(seen, rotated_q @ rotated_k.transpose(-1, -2), scores)
     scores = scores * score.scale * scaler.logit_factor(i, rope)[:, None].to(scores.dtype)
     if score.softcap is not None:
         capped = score.softcap * torch.tanh(scores / score.softcap)
@@ -60,7 +60,7 @@ def reference_attention(
 
 
 def _rotate(x: Tensor, layout: Layout, positions: Tensor, inv_freq: Tensor, factor: float) -> Tensor:
-    """Pairs as complex numbers, times m e^(i position w)."""
+    """Multiplies the pairs, as complex numbers, by m e^(i position w)."""
     if not layout.dim:
         return x
     columns = torch.arange(layout.start, layout.start + layout.dim)

@@ -1,4 +1,4 @@
-"""Turning queries and keys: where the rotary pairs of a head lie, and the rotation itself."""
+"""The rotation of queries and keys: the places of the rotary pairs in a head, and their angles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Angles(NamedTuple):
-    """Cosines and sines of pair angles, each [..., N, d/2]; a factor on attention is multiplied in."""
+    """Cosines and sines of the pairs' angles, each [..., N, d/2], times the attention factor."""
 
     cos: Tensor
     sin: Tensor
@@ -18,12 +18,12 @@ class Angles(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which numbers of a head form the d/2 pairs that are rotated.
+    """The numbers of a head that form the d/2 rotated pairs.
 
     Args:
-        start: first number that is rotated; those before it, and from start + dim on, are not.
-        dim: d, rotated numbers.
-        interleaved: pairs are neighbours (2n, 2n + 1) instead of halves (n, n + d/2).
+        start: the first rotated number. The numbers before it, and those from start + dim on, are not rotated.
+        dim: d, the count of rotated numbers.
+        interleaved: a pair is two neighbours (2n, 2n + 1), and not one number of each half (n, n + d/2).
     """
 
     start: int
@@ -31,7 +31,7 @@ class Layout:
     interleaved: bool
 
     def rotate(self, x: Tensor, angles: Angles) -> Tensor:
-        """`x` [..., N, D] rotated, in its own dtype; the arithmetic is at least float32."""
+        """Rotate `x` [..., N, D]. The result has the dtype of `x`; the arithmetic is at least float32."""
         rotating = x[..., self.start : self.start + self.dim].to(angles.cos.dtype)
         if self.interleaved:
             a, b = rotating[..., 0::2], rotating[..., 1::2]
@@ -45,18 +45,18 @@ class Layout:
         if self.dim == x.shape[-1]:
             return both.to(x.dtype)
         unrotated = (x[..., : self.start], x[..., self.start + self.dim :])
-        before, behind = (part.expand(*both.shape[:-1], -1) for part in unrotated)
-        return torch.cat((before, both.to(x.dtype), behind), -1)
+        before, after = (part.expand(*both.shape[:-1], -1) for part in unrotated)
+        return torch.cat((before, both.to(x.dtype), after), -1)
 
 
 def angles(positions: Tensor, inv_freq: Tensor, *, factor: float = 1.0, like: Tensor) -> Angles:
-    """Cosines and sines at real-valued `positions` (float64 [...]), times `factor`: [..., d/2].
+    """Cosines and sines, times `factor`, at real-valued `positions` (float64 [...]): [..., d/2].
 
-    Computed in float64 and rounded once: float32 angles are off by 0.01 rad at position 100,000.
+    They are computed in float64 and rounded once. Angles in float32 are wrong by 0.01 rad at position 100,000.
 
     Args:
         inv_freq: radians per position, float64 [d/2].
-        like: device and dtype of what will be rotated; 16-bit ones get float32.
+        like: the tensor to rotate; the angles have its device, and its dtype or float32 if that has 16 bits.
     """
     phases = positions[..., None] * inv_freq.to(positions.device)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32

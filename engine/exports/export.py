@@ -19,7 +19,7 @@ from ..checkpoints.checkpoint import weight_files
 from ..checkpoints.config import find_config
 from ..checkpoints.gguf_file import GgufFile
 from ..checkpoints.hub import hub_folder
-from ..patches.patch_record import patched_with
+from ..patches.patch import patched_with
 from ..scaled_model import ScaledModel
 from . import TARGETS, Target, llama_cpp_ollama, vllm_sglang
 from .gguf_write import rewrite_gguf, write_gguf

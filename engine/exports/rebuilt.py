@@ -23,8 +23,7 @@ from ...errors import UnsupportedModel
 from ..checkpoints.quiet import quiet_transformers
 from ..hf_model import input_device
 from ..patches.float32 import float32_arithmetic
-from ..patches.patch import install
-from ..patches.patch_record import PatchRecord
+from ..patches.patch import PatchRecord, install
 from ..patches.probe import logits
 from ..rotary_site import rotary_sites
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModel
 from ..checkpoints.tensors import untied
-from ..patches.patch_record import PatchRecord, patch_record
+from ..patches.patch import PatchRecord, patch_record
 from ..scaled_model import ScaledModel
 from .rebuilt import check_computes, new_model
 

@@ -1,1 +1,1 @@
-"""Scalers put into transformers models, and taken out again."""
+"""Puts scalers into transformers models, and takes them out again."""

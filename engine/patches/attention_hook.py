@@ -1,8 +1,8 @@
-"""The places where a transformers model lets itself be changed: its attention function and its masks.
+"""Replaces the attention function and the masks of a transformers model.
 
-Every current model calls an attention function, and builds its masks, by a name that it reads from its config. The
-layers of a patched model get a view of the config that names ours. The config itself stays as it was, and so does what
-is built from it. A copy of the model has copies of the views, and with them a patch of its own.
+Every current model reads the name of its attention function, and of the function that builds its masks, from its
+config. The layers of a patched model get a view of the config that names ours. The config itself does not change, nor
+what is built from it. A copy of the model has copies of the views, and so a patch of its own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ...errors import PatchError, UnsupportedModel
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 PATCHED = "ropewalk_patch"
-"""The attention that the layers of every patched model name. Whose patch it is, their view of the config says."""
+"""The name of the attention of all patched models. The view of the config holds the patch of one model."""
 
 
 class Replacement(Protocol):
-    """What a patch puts in the place of a model's attention function, and of the function that builds its masks.
+    """What a patch calls instead of a model's attention function, and of the function that builds its masks.
 
     Both have the signatures of transformers' registries.
     """
@@ -40,12 +40,12 @@ class Replacement(Protocol):
 
 
 class ConfigView:
-    """A config as the layers of a patched model see it; it shares all attributes with the config.
+    """The config that the layers of a patched model have. It shares all attributes with the model's config.
 
     Attributes:
-        ropewalk_config: the config.
-        ropewalk_replacement: what is called for the model's attention function and masks.
-        ropewalk_parts: views of the sub-configs that have one, by name.
+        ropewalk_config: the model's config.
+        ropewalk_replacement: called instead of the model's attention function and of its masks.
+        ropewalk_parts: views of sub-configs, by name.
     """
 
     __slots__ = ("ropewalk_config", "ropewalk_parts", "ropewalk_replacement")
@@ -62,12 +62,12 @@ class ConfigView:
             object.__setattr__(self, name, value)
 
     def __copy__(self) -> PreTrainedConfig:
-        return copy.copy(self.ropewalk_config)  # whoever copies a config means to change it
+        return copy.copy(self.ropewalk_config)  # a config is copied in order to change it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         config = copy.deepcopy(self.ropewalk_config, memo)
         if not any(isinstance(copied, nn.Module) for copied in memo.values()):
-            return config  # a config is copied by itself in order to build another model
+            return config  # a config is copied without its model in order to build another model
         view = memo[id(self)] = _blank_view(config, tuple(self.ropewalk_parts))
         view.__setstate__(copy.deepcopy((self.ropewalk_replacement, self.ropewalk_parts), memo))
         return view
@@ -82,10 +82,10 @@ def _internal(self: Any) -> Any:
 
 
 def _set_internal(self: Any, value: Any) -> None:
-    if value == PATCHED:  # by a model that is being built from this view
+    if value == PATCHED:  # a new model is built from this view
         raise PatchError(
-            "this config is the one that the layers of a patched model see, so no other model can be built from it; "
-            "take the config of the model itself, copy.deepcopy it, or undo the patch"
+            "this config belongs to the layers of a patched model, so no other model can be built from it; use the "
+            "config of the model itself, copy.deepcopy it, or undo the patch"
         )
     self.ropewalk_config._attn_implementation_internal = value
 
@@ -99,12 +99,12 @@ def _part(name: str) -> property:
 
 @functools.cache
 def _view_class(kind: Callable[..., Any], parts: tuple[str, ...]) -> type:
-    """A subclass of a config's class: of a composite one with `parts` that are views, else one that names ours."""
+    """A subclass of the config class `kind`. Its `parts` are views; without parts, it names our attention."""
     members: dict[str, Any] = {
         "__slots__": (),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
-        "__new__": lambda _, *args, **kwargs: kind(*args, **kwargs),  # what transformers makes of the class is plain
+        "__new__": lambda _, *args, **kwargs: kind(*args, **kwargs),  # transformers makes plain configs with it
     }
     if parts:
         members |= {name: _part(name) for name in parts}
@@ -125,7 +125,7 @@ def _blank_view(config: PreTrainedConfig, parts: tuple[str, ...]) -> Any:
 
 
 def _config_view(config: PreTrainedConfig, text: PreTrainedConfig, replacement: Replacement) -> Any:
-    """A view of `config` in which its part `text`, or all of it, names our attention; None where that is no part."""
+    """A view of `config` in which `text`, the config or a part of it, names our attention; None if it is no part."""
     parts = {}
     if config is not text:
         for name in config.sub_configs:
@@ -140,13 +140,13 @@ def _config_view(config: PreTrainedConfig, text: PreTrainedConfig, replacement: 
 
 
 class AttentionHook:
-    """Puts a replacement of its attention and masks into a model, and takes it out again."""
+    """Puts a replacement of attention and masks into a model, and takes it out again."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
 
     def install(self, replacement: Replacement) -> None:
-        """Have the layers of the model call `replacement`."""
+        """Make the layers of the model call `replacement`."""
         top = language_model(self._model)
         text = self._model.config.get_text_config()
         views: dict[int, Any] = {}
@@ -163,7 +163,7 @@ class AttentionHook:
         vars(top)["create_masks_for_generate"] = functools.partial(_masks_for_generate, unpatched, replacement)
 
     def remove(self) -> None:
-        """Have the layers of the model call its own attention again."""
+        """Make the layers of the model call its own attention again."""
         for module in self._model.modules():
             config = vars(module).get("config")
             if isinstance(config, ConfigView):
@@ -173,10 +173,10 @@ class AttentionHook:
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The causal language model in `model`, which may be a wrapper such as PEFT's."""
-    function: Iterator[PreTrainedModel] = (
+    language_models: Iterator[PreTrainedModel] = (
         m for m in model.modules() if isinstance(m, PreTrainedModel) and m.can_generate()
     )
-    return next(function, model)
+    return next(language_models, model)
 
 
 def _masks_for_generate(unpatched: Callable[..., Any], replacement: Replacement, *, config: Any, **others: Any) -> Any:
@@ -184,35 +184,35 @@ def _masks_for_generate(unpatched: Callable[..., Any], replacement: Replacement,
 
 
 def unpatched_attention(module: nn.Module) -> AttentionFunction:
-    """What the unpatched model would call for the attention layer `module`, as it is set now."""
+    """The attention function that the unpatched model calls for the layer `module`, as its config is set now."""
     name = module.config._attn_implementation_internal  # type: ignore[union-attr]
     file = sys.modules[type(module).__module__]
     if name == "eager":
         function = getattr(file, "eager_attention_forward", None)
         if function is None:
             raise UnsupportedModel(
-                f"{type(module).__name__} has no eager attention function to fall back on; "
-                'load the model with attn_implementation="sdpa"'
+                f"the model file of {type(module).__name__} has no eager attention function; load the model with "
+                'attn_implementation="sdpa"'
             )
         return function  # type: ignore[no-any-return]
     return getattr(file, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)[name]  # type: ignore[no-any-return]
 
 
 def unpatched_mask(*args: Any, config: PreTrainedConfig, **others: Any) -> Any:
-    """The mask that the unpatched model would build."""
+    """The mask that the unpatched model builds."""
     return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation_internal](*args, config=config, **others)
 
 
 def is_replaced(model: PreTrainedModel) -> bool:
-    """True while a patch stands in the place of the model's attention function."""
+    """True while a patch replaces the model's attention function."""
     return any(isinstance(vars(module).get("config"), ConfigView) for module in model.modules())
 
 
 def _replacement(config: Any) -> Replacement:
     if not isinstance(config, ConfigView):
         raise PatchError(
-            f"the attention {PATCHED!r} belongs to models that ropewalk has patched; call set_attn_implementation with "
-            "another one, such as 'sdpa'"
+            f"the attention {PATCHED!r} works in models that ropewalk has patched only; call set_attn_implementation "
+            "with another one, such as 'sdpa'"
         )
     return config.ropewalk_replacement
 

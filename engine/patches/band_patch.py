@@ -1,4 +1,4 @@
-"""The patch for position maps and growing lengths: rotation moves from the rotary module into attention."""
+"""The patch for position maps and growing lengths. It moves the rotation from the rotary modules into attention."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from ..attention.rows import KeyRun, key_runs, key_slots
 from ..cache import adopt
 from ..rotary_site import RotarySite, depends_on_length, primary_rotary
 from .attention_hook import AttentionHook, unpatched_attention, unpatched_mask
+from .derived import DerivedNumbers
 from .float32 import float32_arithmetic
-from .frequency_patch import derived_numbers
 from .positions import RotaryHook, positions_of_call, visible_keys
 from .probe import LayerRope, layer_ropes, logits
 
-_VERIFIED = {torch.float64: 1e-5, torch.float32: 1e-4}  # largest difference of logits, of their largest
-_VERIFIED_16_BIT = 5e-2
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # largest difference of logits, relative to the largest logit
+_TOLERANCE_16_BIT = 5e-2
 
 Work = list[tuple[KeyRun, list[Segment]]]
 
-_last_call = threading.local()  # `last`: what this thread made work for last, and the work
+_last_call = threading.local()  # `last`: the last call of this thread and its work
 
 
 class BandPatch:
-    """Queries, keys and the cache of a model stay un-rotated; its attention rotates them band by band as it reads.
+    """Queries, keys and the cache of a model stay un-rotated. Its attention rotates them for each band.
 
-    Layers with a short window go on with the model's own attention, at the model's own frequencies.
+    Layers with a sliding window keep the model's own attention, at the model's own frequencies.
 
     Raises:
-        UnsupportedModel: the model is not reproduced by its own frequencies in this form.
+        UnsupportedModel: patched with its own frequencies, the model does not reproduce its own logits.
     """
 
     tier = "position bands: queries, keys and the cache stay un-rotated, attention rotates them band by band"
     cost = (
-        "each (query, key) pair is scored once; keys of a foreign or static cache are rotated at every step, "
-        "those of transformers' default cache once; rotated copies of the keys are stored with it"
+        "each (query, key) pair is scored once; transformers' default cache stores rotated copies of its keys, and any "
+        "other cache has its keys rotated at every step"
     )
 
     def __init__(self, model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> None:
@@ -58,7 +58,7 @@ class BandPatch:
         self.scaler = scaler
         for site in self.scaled_sites:
             site.configured.check(scaler)
-        self.derived = derived_numbers(model, self.scaled_sites, scaler)
+        self.derived = DerivedNumbers(model, self.scaled_sites, scaler)
         self._hook = AttentionHook(model)
         self._rotary = RotaryHook(site.module for site in sites)
         self._layers, self._without_positions = self._probed()
@@ -68,18 +68,18 @@ class BandPatch:
 
     @property
     def scaled_sites(self) -> list[RotarySite]:
-        """The sites that the scaler applies to: all but sliding-window layers."""
+        """The sites that the scaler changes: those of layers without a sliding window."""
         return [site for site in self.sites if not site.is_local]
 
     def set_length(self, length: int | None = None) -> None:
-        """Fix the length that a scaler which depends on it is for; None lets it grow with each sequence."""
+        """Fix the length of a scaler that depends on the length; None lets it grow with each sequence."""
         self.derived.apply()
         length = length if depends_on_length(self.scaled_sites, self.scaler) else None
         if self._planned != (self.scaler, length):
             self._plan(self.scaler, length)
 
     def restore(self) -> None:
-        """Give the model back its rotary modules and its attention; it is what it was, to the bit."""
+        """Restore the model's rotary modules and attention. The model is then what it was, bit for bit."""
         for hook in self._hooks:
             hook.remove()
         self._rotary.restore()
@@ -92,46 +92,46 @@ class BandPatch:
         self._plans, self._planned = plans, (scaler, length)
 
     def _probed(self) -> tuple[dict[int, LayerRope], list[nn.Module]]:
-        layers, untold = layer_ropes(self._model, self.sites)
+        layers, without_positions = layer_ropes(self._model, self.sites)
         if all(layer.is_local for layer in layers.values()):
             raise UnsupportedModel(
                 f"every layer of {type(self._model).__name__} sees a sliding window only, so no distance grows with "
                 "the context; set config.sliding_window to None before loading, or patch a static frequency scaler, or "
-                "one that follows the length with a fixed length="
+                "give length= to a scaler that depends on the length"
             )
-        return layers, untold
+        return layers, without_positions
 
     def _install(self) -> None:
-        rounded = any(site.inv_freq.dtype not in _VERIFIED for site in self.sites)  # by `model.bfloat16()`, say
+        rounded = any(site.inv_freq.dtype not in _TOLERANCE for site in self.sites)  # as after `model.bfloat16()`
         with float32_arithmetic(self._model):
-            # not the probe's logits: Falcon, for one, runs otherwise when its attention is replaced
+            # not the probe's logits: some models, such as Falcon, compute differently when attention is replaced
             before = logits(self._model)
             try:
                 self.apply()
-                self._verify(before, _VERIFIED_16_BIT if rounded else _VERIFIED.get(before.dtype, _VERIFIED_16_BIT))
+                self._verify(before, _TOLERANCE_16_BIT if rounded else _TOLERANCE.get(before.dtype, _TOLERANCE_16_BIT))
                 self.set_length(None)
-            except BaseException:  # Ctrl-C too must not leave half a patch
+            except BaseException:  # also Ctrl-C, which must not leave half a patch
                 self.restore()
                 raise
 
     def apply(self) -> None:
-        """Move the rotation into attention; after `restore` too, without looking at the model anew."""
+        """Move the rotation into attention. After `restore` this needs no new check of the model."""
         self._hooks = []
         for module in self._model.modules():
-            if isinstance(module, PreTrainedModel):  # any of them may be called by itself
+            if isinstance(module, PreTrainedModel):  # each of them may be called alone
                 self._hooks += [
                     module.register_forward_pre_hook(_use_rotated_layers, with_kwargs=True),
-                    module.register_forward_pre_hook(
-                        _clear_last_call
-                    ),  # positions may be changed in place between calls
-                    module.register_forward_hook(_clear_last_call),  # and need not be held until the next
+                    # positions may be changed in place between calls
+                    module.register_forward_pre_hook(_clear_last_call),
+                    # frees the work of the call
+                    module.register_forward_hook(_clear_last_call),
                 ]
         self._rotary.disable_rotation()
         self._rotary.pass_positions(self._without_positions)
         self._hook.install(self)
 
     def _verify(self, before: Tensor, tolerance: float) -> None:
-        """Refuse unless the model's own frequencies, in this form, give the logits that they gave before."""
+        """Refuse a model whose logits, patched with its own frequencies, differ from those before."""
         name = type(self._model).__name__
         try:
             difference = (logits(self._model) - before).abs().max() / before.abs().max()
@@ -139,9 +139,8 @@ class BandPatch:
             raise UnsupportedModel(f"{name} does not run with its rotation moved into attention: {error}") from error
         if not difference < tolerance:
             raise UnsupportedModel(
-                f"{name} computes attention in a way that ropewalk does not reproduce (its "
-                f"logits differ by {float(difference):.2g} of the largest); static frequency scalers such as yarn:4 "
-                "can be patched"
+                f"{name} computes attention in a way that ropewalk does not reproduce (its logits differ by "
+                f"{float(difference):.2g} of the largest); static frequency scalers such as yarn:4 can be patched"
             )
 
     def mask(
@@ -155,8 +154,10 @@ class BandPatch:
         attention_mask: Tensor | None = None,
         **others: Any,
     ) -> Any:
-        """Nothing for causal attention over everything, a tensor of key places with padding, the model's own mask
-        for windows and packed texts."""
+        """None for causal attention over all keys; a tensor of `key_slots` with padding; else the model's own mask.
+
+        Windows and packed texts get the model's own mask.
+        """
         if mask_function is not causal_mask_function:
             return unpatched_mask(
                 batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **others
@@ -181,14 +182,14 @@ class BandPatch:
         position_ids: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        """The signature of transformers' attention registry; query [B, H, N, D] -> [B, N, H, Dv]."""
+        """Attention by the signature of transformers' registry; query [B, H, N, D] -> [B, N, H, Dv]."""
         _check_call(others)
         layer = self._layers[module.layer_idx]  # type: ignore[index]
         if layer.is_local:
             query, key = self._rotate_in_window(layer, query, key, attention_mask)
-            own = {**others, "position_ids": position_ids, "dropout": dropout, "scaling": scaling}
-            own |= {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux)) if v is not None}
-            out, _ = unpatched_attention(module)(module, query, key, value, attention_mask, **own)
+            arguments = {**others, "position_ids": position_ids, "dropout": dropout, "scaling": scaling}
+            arguments |= {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux)) if v is not None}
+            out, _ = unpatched_attention(module)(module, query, key, value, attention_mask, **arguments)
             return out, None
         positions = positions_of_call(position_ids)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -207,35 +208,36 @@ class BandPatch:
     def _work(
         self, site: RotarySite | None, positions: Tensor, mask: Tensor | None, query: Tensor, key: Tensor
     ) -> Work:
-        """Runs and segments of the call: the same for all layers of one forward, so made once."""
-        asked = (self._planned, key.shape[2], *map(_reference, (self, site, positions, mask)))
-        seen, work = getattr(_last_call, "last", (None, []))
-        if seen == asked:
+        """The runs of the call with their segments. All layers of a forward pass have the same, so it is made once."""
+        call = (self._planned, key.shape[2], *map(_reference, (self, site, positions, mask)))
+        last_call, work = getattr(_last_call, "last", (None, []))
+        if last_call == call:
             return work
-        found = key_runs(positions, mask, query.shape[0], query.shape[2], key.shape[2])
-        self._warn_beyond_reach(found)
-        work = [(run, self._plans[site].segments(run)) for run in found]
-        _last_call.last = asked, work
+        runs = key_runs(positions, mask, query.shape[0], query.shape[2], key.shape[2])
+        self._warn_beyond_reach(runs)
+        work = [(run, self._plans[site].segments(run)) for run in runs]
+        _last_call.last = call, work
         return work
 
-    def _warn_beyond_reach(self, found: list[KeyRun]) -> None:
+    def _warn_beyond_reach(self, runs: list[KeyRun]) -> None:
         reach = primary_rotary(self.sites).configured.reach(self.scaler)
         if self._warned or math.isinf(reach) or not self.scaler.member("positions"):
             return
-        longest = max((run.first + run.key_stop - run.key_start for run in found), default=0)
+        longest = max((run.first + run.key_stop - run.key_start for run in runs), default=0)
         if longest > reach:
             self._warned = True
             warnings.warn(
                 f"{self.scaler} reaches {format_length(int(reach))} tokens on this model and the text has {longest}: "
-                "distances that were never trained are in use",
+                "some distances are longer than in training",
                 stacklevel=2,
             )
 
     def _rotate_in_window(self, layer: LayerRope, query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
-        """Queries and keys of a local layer, rotated as usual, with all positions shifted.
+        """Rotate the queries and keys of a layer with a sliding window, before attention.
 
-        Where local layers share their frequencies with the others, a scaler changes both, as it does in a config;
-        but a length that grows leaves them alone.
+        Positions count from the first key of the layer, and not from the start of the text. If such a layer shares its
+        frequencies with the other layers, a scaler changes them too, as it would in a config. A growing length does not
+        change them.
         """
         if layer.layout is None or layer.site is None:
             return query, key
@@ -243,30 +245,33 @@ class BandPatch:
         scaler, length = self._planned
         effective = layer.site.configured.effective(scaler)
         grows = effective.depends_on_length and length is None
-        own = layer.site.configured.scaler if layer.site.is_local or grows else effective
-        frequencies = own.frequencies(layer.site.configured.rope, length)
+        used = layer.site.configured.scaler if layer.site.is_local or grows else effective
+        frequencies = used.frequencies(layer.site.configured.rope, length)
         rotated = []
         for x, start in ((query, offset), (key, 0)):
             positions = torch.arange(start, start + x.shape[2], dtype=torch.float64)
-            found = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor, like=x)
-            rotated.append(layer.layout.rotate(x, found))
+            x_angles = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor, like=x)
+            rotated.append(layer.layout.rotate(x, x_angles))
         return rotated[0], rotated[1]
 
 
 def _check_call(others: dict[str, Any]) -> None:
     if others.get("output_attentions"):
         raise PatchError(
-            "output_attentions=True cannot be honoured under a position map, which never forms the weights; undo the "
-            "patch first"
+            "output_attentions=True does not work under a position map, which never stores the attention weights; undo "
+            "the patch first"
         )
     if others.get("position_bias") is not None or others.get("cache") is not None:
-        raise PatchError("position bias and paged caches cannot be honoured under a position map; undo the patch first")
+        raise PatchError("position bias and paged caches do not work under a position map; undo the patch first")
     if others.get("is_causal") is False:
-        raise PatchError("a position map needs causal attention; this call asks for attention in both directions")
+        raise PatchError(
+            "a position map needs causal attention, and this call asks for attention in both directions; undo the "
+            "patch first"
+        )
 
 
 def _use_rotated_layers(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """transformers' default cache gets layers that store rotated keys."""
+    """Give transformers' default cache layers that also store rotated keys."""
     cache = kwargs.get("past_key_values")
     if cache is not None and not torch.is_grad_enabled():
         adopt(cache)
@@ -278,7 +283,7 @@ def _clear_last_call(*_: Any) -> None:
 
 
 def _reference(value: Any) -> Any:
-    """Equal for the same live object only, and keeps none alive."""
+    """A weak reference that equals another one only for the same live object."""
     return None if value is None else _Reference(value)
 
 
@@ -290,10 +295,10 @@ class _Reference(weakref.ref):  # type: ignore[type-arg]
 
 
 def _first_query_index(mask: Any, queries: int, keys: int) -> int:
-    """The place of query 0 among the keys of a layer with a window: a static cache has room behind the last query.
+    """The index of query 0 among the keys of a layer with a window. A static cache has room after the last query.
 
     Args:
-        mask: that of the model's own attention. The last key that a query sees is its own, unless it is padding.
+        mask: the mask of the model's own attention. The last key that a query sees is its own, unless it is padding.
     """
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2) or queries == keys:
         return keys - queries

@@ -1,7 +1,7 @@
 """Numbers outside of the rotary modules that a model computes from `rope_parameters` when it is built.
 
-Latent attention, for one, multiplies its softmax scale by (0.1 mscale_all_dim ln factor + 1)^2. No family is known by
-name: the model is built anew on the meta device, without weights, under two configs, and its modules are compared.
+An example: latent attention multiplies its softmax scale by (0.1 mscale_all_dim ln factor + 1)^2. No list of families
+is needed: the model is built on the meta device, without weights, under two configs, and their modules are compared.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ...scaling.hf import ConfiguredRope
 from ...scaling.hf_write import write
 from ...scaling.longrope import fix_length
 from ...scaling.rope import Scaler
-
-__all__ = ["DerivedNumbers", "Numbers", "Parameters", "derived_numbers", "derives_numbers", "parameters_under"]
+from ..rotary_site import RotarySite
+from .attention_hook import language_model
 
 Parameters = Mapping[str | None, Mapping[str, Any]]
-"""`rope_parameters` by layer type, or under None where the layers share one."""
+"""`rope_parameters` by layer type, or under None if all layers share them."""
 
 Numbers = dict[tuple[str, str], float]
-"""By the name of a module, and of its attribute."""
+"""Numbers by the name of a module and of its attribute."""
 
 _PLAIN = {"rope_type": "default"}
 _LENGTHS = {"factor": 4.0, "original_max_position_embeddings": 16}
@@ -37,39 +37,40 @@ _DISTINCT: tuple[dict[str, Any], ...] = (
     {"rope_type": "yarn", "attention_factor": 1.1, "mscale": 0.7, "mscale_all_dim": 1.3, **_LENGTHS},
     {"rope_type": "longrope", "attention_factor": 1.1, "short_mscale": 1.2, "long_mscale": 1.3, **_LENGTHS, **_LISTS},
 )
-"""Rope types that say more than frequencies, with every key that could become a number elsewhere."""
+"""Rope types that set more than frequencies, with every key that a model may use elsewhere."""
 
 _SCALING_KEYS = {"type", "beta_fast", "beta_slow", "truncate", "low_freq_factor", "high_freq_factor"}.union(*_DISTINCT)
 
 
 class DerivedNumbers:
-    """The numbers of a model that change with a scaler: put in place, and taken back.
+    """Sets the derived numbers of a model to those of a scaler, and restores them.
 
-    They are those of a model with the config that `export` writes for the scaler. A scaler that does not set
-    frequencies leaves them as they are.
+    The new numbers are those of a model with the config that `export` writes for the scaler. A scaler that does not set
+    frequencies does not change them.
 
     Args:
-        configured: the rotary embeddings that the scaler replaces, by layer type.
+        sites: the rotary sites whose frequencies the scaler replaces.
 
     Raises:
-        UnsupportedModel: the model cannot be built from its config, or does not hold what its config says.
+        UnsupportedModel: the model cannot be built from its config, or its numbers differ from those of its config.
     """
 
-    def __init__(self, model: PreTrainedModel, configured: Mapping[str | None, ConfiguredRope], scaler: Scaler) -> None:
+    def __init__(self, model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> None:
+        model = language_model(model)
         self._wanted: list[tuple[nn.Module, str, float]] = []
         self._originals: list[float] = []
         if scaler.member("frequencies") is None or not derives_numbers(type(model), model.config):
             return
-        parameters = {kind: parameters_under(rope, scaler) for kind, rope in configured.items()}
-        own = derived_numbers(type(model), model.config)
+        parameters = {site.layer_type: parameters_under(site.configured, scaler) for site in sites}
+        before = derived_numbers(type(model), model.config)
         for (name, attribute), value in derived_numbers(type(model), model.config, parameters).items():
-            if own[name, attribute] == value:
+            if before[name, attribute] == value:
                 continue
             module = model.get_submodule(name)
-            if getattr(module, attribute) != own[name, attribute]:
+            if getattr(module, attribute) != before[name, attribute]:
                 raise UnsupportedModel(
                     f"{type(model).__name__}: {name}.{attribute} is {getattr(module, attribute)}, and its config gives "
-                    f"{own[name, attribute]}; undo what changed it before you patch the model"
+                    f"{before[name, attribute]}; undo what changed it before you patch the model"
                 )
             self._wanted.append((module, attribute, value))
 
@@ -77,21 +78,21 @@ class DerivedNumbers:
         return bool(self._wanted)
 
     def apply(self) -> None:
-        """Put them in place, if they are not."""
+        """Set the numbers of the scaler, if they are not set."""
         if not self._originals:
             self._originals = [getattr(module, attribute) for module, attribute, _ in self._wanted]
             for module, attribute, value in self._wanted:
                 setattr(module, attribute, value)
 
     def restore(self) -> None:
-        """Put back what was there before."""
+        """Restore the numbers from before."""
         for (module, attribute, _), value in zip(self._wanted, self._originals, strict=False):
             setattr(module, attribute, value)
         self._originals = []
 
 
 def parameters_under(configured: ConfiguredRope, scaler: Scaler) -> dict[str, Any]:
-    """The `rope_parameters` in transformers' own form for the frequencies of `scaler`, without a wavelength grid."""
+    """The `rope_parameters`, in the form of transformers, for the frequencies of `scaler` without a wavelength grid."""
     host = configured.effective(scaler).member("frequencies") or Scaler()
     rope = configured.rope
     return write(rope, fix_length(host, rope, rope.trained_length), head_dim=configured.head_dim)
@@ -108,7 +109,7 @@ def derives_numbers(kind: type[PreTrainedModel], config: Any) -> bool:
 
 @dataclass(frozen=True)
 class _CacheKey:
-    """A model class and a config, as a key of a cache."""
+    """A model class and a config, as the key of a cache."""
 
     kind: type[PreTrainedModel]
     content: str
@@ -116,24 +117,24 @@ class _CacheKey:
 
 
 @functools.lru_cache(maxsize=128)
-def _derives(asked: _CacheKey) -> bool:
-    own = getattr(asked.config.get_text_config(), "rope_parameters", None) or {}
-    layer_types: list[str | None] = [key for key, value in own.items() if isinstance(value, Mapping)] or [None]
-    plain, *loud = (
-        derived_numbers(asked.kind, asked.config, dict.fromkeys(layer_types, parameters))
+def _derives(key: _CacheKey) -> bool:
+    configured = getattr(key.config.get_text_config(), "rope_parameters", None) or {}
+    layer_types: list[str | None] = [name for name, value in configured.items() if isinstance(value, Mapping)] or [None]
+    plain, *distinct = (
+        derived_numbers(key.kind, key.config, dict.fromkeys(layer_types, parameters))
         for parameters in (_PLAIN, *_DISTINCT)
     )
-    return any(found != plain for found in loud)
+    return any(numbers != plain for numbers in distinct)
 
 
 def derived_numbers(kind: type[PreTrainedModel], config: Any, changed: Parameters | None = None) -> Numbers:
-    """The numbers that the modules of a model hold, but for its rotary modules.
+    """The numbers in the modules of a model, without its rotary modules.
 
     Args:
-        changed: scalings that take the place of the config's.
+        changed: scalings to use instead of those of the config.
 
     Raises:
-        UnsupportedModel: no such model can be built.
+        UnsupportedModel: the model cannot be built from its config.
     """
     config = copy.deepcopy(config)
     text = config.get_text_config()
@@ -144,8 +145,8 @@ def derived_numbers(kind: type[PreTrainedModel], config: Any, changed: Parameter
             model = kind(config)
     except Exception as error:  # the model's own code
         raise UnsupportedModel(
-            f"{kind.__name__} cannot be built from its config alone ({type(error).__name__}: {error}), so it cannot be "
-            "seen what else than its frequencies depends on rope_parameters"
+            f"{kind.__name__} cannot be built from its config alone ({type(error).__name__}: {error}), so it is not "
+            "known what, besides its frequencies, depends on rope_parameters"
         ) from error
     return {
         (name, attribute): value
@@ -156,8 +157,10 @@ def derived_numbers(kind: type[PreTrainedModel], config: Any, changed: Parameter
     }
 
 
-def _replaced(own: Mapping[str, Any], changed: Parameters) -> dict[str, Any]:
-    """`rope_parameters` with another scaling, and what else they say of the family."""
+def _replaced(parameters: Mapping[str, Any], changed: Parameters) -> dict[str, Any]:
+    """`rope_parameters` with another scaling. Keys that do not belong to a scaling stay."""
     if None in changed:
-        return {**{key: value for key, value in own.items() if key not in _SCALING_KEYS}, **changed[None]}
-    return {key: _replaced(value, {None: changed[key]}) if key in changed else value for key, value in own.items()}
+        return {**{key: value for key, value in parameters.items() if key not in _SCALING_KEYS}, **changed[None]}
+    return {
+        key: _replaced(value, {None: changed[key]}) if key in changed else value for key, value in parameters.items()
+    }

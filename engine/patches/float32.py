@@ -1,7 +1,7 @@
-"""A model run in float32 arithmetic on its own weights, which is what every check compares with.
+"""Runs a model on its own weights in float32 arithmetic. Every check compares with these logits.
 
-The model's own 16-bit arithmetic is no reference: its logits differ by a few per cent of their size between CPUs and
-between attention kernels, which is more than a wrong computation may change them by.
+The model's own 16-bit arithmetic is no reference. Its logits differ by a few per cent between CPUs and between
+attention kernels, which can be more than the effect of a wrong computation.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
-    """Within it a 16-bit model computes in float32; afterwards its tensors are the very same objects as before.
+    """Within this context a 16-bit model computes in float32. Afterwards its tensors are the same objects as before.
 
-    Products of float32 matrices are not rounded either, where `torch.set_float32_matmul_precision` asks for it. Weights
-    are widened for one decoder layer at a time. The embedding stays as it is, since some models round what they
-    multiply it by, and its output is widened. No tensor changes in a float32 model, nor in one that cannot be widened:
-    one with quantized, offloaded or distributed weights, or with an attention kernel that takes only 16 bits.
+    Float32 matrix products are exact here, even if `torch.set_float32_matmul_precision` allows rounding. Weights are
+    widened for one decoder layer at a time. The embedding keeps its dtype, because some models round the factor on it;
+    its output is widened. A float32 model does not change, nor does a model that cannot be widened: its weights are
+    quantized, offloaded or distributed, or its attention kernel takes only 16 bits.
     """
     if not _can_be_widened(model):
         with _exact_products():
@@ -53,8 +53,8 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    places: Any = torch.backends  # typed in part only
-    backends = [places.mkldnn.matmul, places.cuda.matmul]
+    torch_backends: Any = torch.backends  # has no types for these
+    backends = [torch_backends.mkldnn.matmul, torch_backends.cuda.matmul]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -66,7 +66,7 @@ def _exact_products() -> Iterator[None]:
 
 
 class _Widened:
-    """Some modules whose 16-bit tensors give place to float32 ones from `begin` to `end`."""
+    """Modules whose 16-bit tensors are replaced by float32 ones from `begin` to `end`."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._modules = modules
@@ -89,15 +89,15 @@ class _Widened:
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The members of the outermost module lists: a model's decoder layers."""
-    found: list[nn.Module] = []
+    """The members of the outermost module lists, which are a model's decoder layers."""
+    layers: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and module not in inside:
-            found += module
+            layers += module
             inside.update(part for layer in module for part in layer.modules())
             inside.update(part for part in module.modules())
-    return found
+    return layers
 
 
 def _can_be_widened(model: PreTrainedModel) -> bool:

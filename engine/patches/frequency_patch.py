@@ -1,4 +1,4 @@
-"""The patch for static frequencies: they are written into the model's own rotary modules."""
+"""The patch for static frequencies. It writes them into the model's own rotary modules."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from transformers import PreTrainedModel
 from ...errors import UnsupportedModel
 from ...scaling.rope import Scaler
 from ..rotary_site import RotarySite, depends_on_length
-from .attention_hook import language_model
 from .derived import DerivedNumbers
 
-_UNKNOWN = -1  # length of frequencies that are not complete, or not ours
+_UNKNOWN = -1  # no frequencies of ours are in place, or only some of them
 
 
 class FrequencyPatch:
-    """Writes a scaler's frequencies into a model's rotary modules, and what else the model derives from its rotary
-    config where that is; puts the original ones back.
+    """Writes a scaler's frequencies into a model's rotary modules, and restores the original ones.
 
-    Writes are exact and reversible: buffers are replaced, never changed, so that `restore` brings the very
-    same tensors back.
+    Numbers that the model derives from its rotary config are changed too. Buffers are replaced and never changed in
+    place, so `restore` brings back the same tensors.
     """
 
     tier = "static frequencies, written into the model's own rotary modules; every attention kernel works"
@@ -36,22 +34,22 @@ class FrequencyPatch:
             )
         for site in self.scaled_sites:
             site.configured.check(scaler)
-        self.derived = derived_numbers(model, self.scaled_sites, scaler)
+        self.derived = DerivedNumbers(model, self.scaled_sites, scaler)
         self._originals: list[dict[str, Any]] = []
         self._written_for: int | None = _UNKNOWN
 
     @property
     def scaled_sites(self) -> list[RotarySite]:
-        """The sites that the scaler applies to: all but sliding-window layers."""
+        """The sites that the scaler changes: those of layers without a sliding window."""
         return [site for site in self.sites if not site.is_local]
 
     @property
     def changes_frequencies(self) -> bool:
-        """False for the identity, and for scalers of other facets."""
+        """False for a scaler without frequencies and without a wavelength grid."""
         return bool(self.scaler.member("frequencies") or self.scaler.member("wavelength grid"))
 
     def set_length(self, length: int | None = None) -> None:
-        """Put the frequencies for a sequence of `length` tokens in place; cheap when they already are."""
+        """Write the frequencies for a sequence of `length` tokens. Does nothing if they are written already."""
         if not depends_on_length(self.scaled_sites, self.scaler):
             length = None
         if self._written_for == length:
@@ -61,26 +59,26 @@ class FrequencyPatch:
             return
         if not self._originals:
             self._originals = [self._remember(site) for site in self.scaled_sites]
-        self._written_for = _UNKNOWN  # after an interruption everything is written again
+        self._written_for = _UNKNOWN  # an interruption here makes the next call write everything again
         for site in self.scaled_sites:
             effective = site.configured.effective(self.scaler)
             frequencies = effective.frequencies(site.configured.rope, length)
             device = site.inv_freq.device
             site.module._buffers[site.attribute("inv_freq")] = frequencies.inv_freq.float().to(device)
             setattr(site.module, site.attribute("attention_scaling"), frequencies.attention_factor)
-            # transformers recomputes `dynamic` and `longrope` frequencies inside forward; not while ours are in place
+            # `forward` recomputes `dynamic` and `longrope` frequencies, but must not replace ours
             types: Any = site.module.rope_type
-            kept = "default" if site.layer_type is None else {**types, site.layer_type: "default"}
-            setattr(site.module, "rope_type", kept)  # noqa: B010  (nn.Module declares tensors only)
+            static = "default" if site.layer_type is None else {**types, site.layer_type: "default"}
+            setattr(site.module, "rope_type", static)  # noqa: B010  (nn.Module declares tensors only)
         self.derived.apply()
         self._written_for = length
 
     def apply(self) -> None:
-        """Put it back after `restore`."""
+        """Put the patch back after `restore`."""
         self.set_length()
 
     def restore(self) -> None:
-        """Undo every write; the model is again what it was, to the bit."""
+        """Undo every write. The model is then what it was, bit for bit."""
         for site, original in zip(self.scaled_sites, self._originals, strict=False):
             buffer = original["inv_freq"]
             site.module._buffers[site.attribute("inv_freq")] = buffer.to(site.inv_freq.device)
@@ -97,8 +95,3 @@ class FrequencyPatch:
             "attention_scaling": getattr(site.module, site.attribute("attention_scaling")),
             "rope_type": site.module.rope_type,
         }
-
-
-def derived_numbers(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> DerivedNumbers:
-    """What the model derives from the rotary config of these sites under `scaler`."""
-    return DerivedNumbers(language_model(model), {site.layer_type: site.configured for site in sites}, scaler)

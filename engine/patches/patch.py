@@ -1,9 +1,19 @@
-"""`patch`: give a transformers model that you already have another position scaling, and take it back."""
+"""`patch` puts a scaler into a transformers model, and its handle takes the scaler out again.
+
+The record of a patch lies on the model's rotary modules. A wrapper of the model, a part of it or a copy has the same
+modules or copies of them, and so the record too.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import ConfigError, PatchError, UnsupportedModel
@@ -13,7 +23,6 @@ from ...scaling.spec import parse
 from ..rotary_site import DynamicFrequencies, RotarySite, depends_on_length, primary_rotary, rotary_sites
 from .band_patch import BandPatch
 from .frequency_patch import FrequencyPatch
-from .patch_record import patched_with, record_patch
 from .probe import check_written
 from .temperature_patch import TemperaturePatch
 
@@ -21,18 +30,18 @@ Patch = FrequencyPatch | TemperaturePatch | BandPatch
 
 
 def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, grows: bool) -> Patch:
-    """Put `scaler` into a model in the simplest way that is exact.
+    """Put `scaler` into a model by the simplest patch that is exact.
 
     Args:
-        grows: a scaler that depends on length, or the model's own that it leaves in place, follows every sequence, but
-            under none; otherwise its length is set by `write`.
+        grows: frequencies that depend on the length grow with every sequence. If False, `set_length` of the patch sets
+            their length. The scaler none never grows, since it is the model as it is.
 
     Raises:
         ConfigError: the scaler cannot work on this model.
-        UnsupportedModel: the model cannot be patched in the way that this scaler needs.
+        UnsupportedModel: the model does not allow the patch that this scaler needs.
     """
     follows = depends_on_length([site for site in sites if not site.is_local], scaler)
-    if scaler.member("positions") or (grows and follows and scaler.parts):  # none is the model as it is
+    if scaler.member("positions") or (grows and follows and scaler.parts):
         return BandPatch(model, sites, scaler)
     if scaler.member("temperature"):
         return TemperaturePatch(model, sites, scaler)
@@ -41,18 +50,74 @@ def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, 
         writer.set_length()
         if writer.changes_frequencies:
             check_written(model, writer)
-    except BaseException:  # Ctrl-C too must not leave half a patch
+    except BaseException:  # also Ctrl-C, which must not leave half a patch
         writer.restore()
         raise
     return writer
 
 
+@dataclass(frozen=True)
+class PatchRecord:
+    """The patch in a model.
+
+    Args:
+        grows: if the scaler depends on the length, it grows with every sequence.
+        length: the fixed length of a scaler that depends on the length and does not grow.
+    """
+
+    scaler: Scaler
+    grows: bool = False
+    length: int | None = None
+
+
+def record_patch(
+    model: nn.Module,
+    sites: Iterable[RotarySite],
+    scaler: Scaler | None,
+    *,
+    grows: bool = False,
+    length: int | None = None,
+) -> None:
+    """Record on `model` that it is patched with `scaler`; None removes the record."""
+    for site in sites:
+        vars(site.module).pop("ropewalk_patch_record", None)
+        if scaler is not None:
+            vars(site.module)["ropewalk_patch_record"] = PatchRecord(scaler, grows, length)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module).pop("save_pretrained", None)
+            if scaler is not None and scaler.parts:
+                vars(module)["save_pretrained"] = functools.partial(_save, module, scaler)
+
+
+def patch_record(model: nn.Module) -> PatchRecord | None:
+    """The record of the patch in a model; None for an unpatched one."""
+    return next((s for module in model.modules() if (s := vars(module).get("ropewalk_patch_record")) is not None), None)
+
+
+def patched_with(model: nn.Module) -> Scaler | None:
+    """The scaler that a model is patched with; None for an unpatched one."""
+    record = patch_record(model)
+    return None if record is None else record.scaler
+
+
+def _save(model: PreTrainedModel, scaler: Scaler, *args: Any, **options: Any) -> Any:
+    exportable = scaler.member("positions") is None and scaler.member("temperature") is None
+    export = "; ropewalk.export(model, FOLDER) writes a config that has it" if exportable else ""
+    warnings.warn(
+        f"save_pretrained writes the weights and the config without the patch {scaler}, so a model that is loaded from "
+        f"them must be patched again{export}",
+        stacklevel=2,
+    )
+    return type(model).save_pretrained(model, *args, **options)
+
+
 class PatchHandle:
-    """A patch in place. Also a context manager: `with patch(model, "yarn:4"): ...` undoes it at the end.
+    """A patch in a model. It is also a context manager: `with patch(model, "yarn:4"): ...` undoes it at the end.
 
     Attributes:
-        scaler: what was patched in.
-        length: tokens that a scaler which depends on length is fixed to; None where it grows.
+        scaler: the scaler that was put in.
+        length: the fixed length of a scaler that depends on the length; None if it grows.
         active: True until `undo`.
     """
 
@@ -66,17 +131,17 @@ class PatchHandle:
 
     @property
     def reach(self) -> float:
-        """Tokens that the model is now meant to carry: up to there no distance leaves the trained range."""
+        """The most tokens without a distance beyond the trained range."""
         return primary_rotary(self._installed.sites).configured.reach(self.scaler)
 
     def undo(self) -> None:
-        """Restore the model to what it was before, bit for bit. Caches filled under the patch are void.
+        """Restore the model, bit for bit. Do not use caches that were filled under the patch any more.
 
-        A model that was cast meanwhile (`model.bfloat16()`) gets the frequencies back as they were before the cast, in
-        their own dtype, as a model that is loaded in 16 bits has them.
+        If the model was cast meanwhile (`model.bfloat16()`), its frequencies return in the dtype from before the cast,
+        as in a model that is loaded in 16 bits.
 
         Raises:
-            PatchError: it was undone already.
+            PatchError: the patch was undone already.
         """
         if not self.active:
             raise PatchError(f"the patch {self.scaler} was undone already")
@@ -86,7 +151,7 @@ class PatchHandle:
         self.active = False
 
     def describe(self) -> str:
-        """What was done to the model, in a few lines."""
+        """The patch in a few lines: scaler, tier, layers, reach, cost."""
         sites = self._installed.scaled_sites
         site = primary_rotary(sites)
         left_alone = [s.layer_type or "" for s in self._installed.sites if s.is_local]
@@ -104,7 +169,7 @@ class PatchHandle:
         if effective.depends_on_length:
             step = effective.growing_step(site.configured.rope)
             grows = f"grows with each sequence, in steps of {step} beyond {site.configured.rope.trained_length}"
-            grows = grows if self.scaler.parts else "as transformers has it: that of the longest text of a batch"
+            grows = grows if self.scaler.parts else "as in transformers: that of the longest text of a batch"
             lines["length"] = grows if self.length is None else f"fixed at {format_length(self.length)} tokens"
         trained = format_length(site.configured.rope.trained_length)
         lines |= {
@@ -132,21 +197,20 @@ class PatchHandle:
 def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | None = None) -> PatchHandle:
     """Put `scaler` into a transformers causal language model, in place.
 
-    The model goes on as a plain transformers model: `model(...)`, `model.generate(...)`, any cache, training.
-    Its weights and config are not touched.
+    The model remains a plain transformers model: `model(...)`, `model.generate(...)`, any cache and training work. Its
+    weights and config do not change.
 
         handle = patch(model, "ntk:4|rerope:512|logn")
         model.generate(...)
         handle.undo()
 
     Args:
-        model: any transformers model with RoPE that computes its frequencies as its config says, with a head or
-            without.
-        scaler: a spec string (`ropewalk scalers` lists them) or a scaler; lengths in a string may be multiples of the
-            trained one, as in "rerope:0.5x".
-        length: the longest text to come, such as 16384, "16k" or "2x". A scaler that depends on length, or a dynamic
-            scaling of the model's own, is fixed to it; without it, it grows with every sequence of its own (under none
-            the model is left as it is). Any other must reach it.
+        model: any transformers model with RoPE whose frequencies follow from its config, with or without a head.
+        scaler: a spec string (`ropewalk scalers` lists them) or a scaler. Lengths in a string may be multiples of the
+            trained length, as in "rerope:0.5x".
+        length: the length of the longest text, such as 16384, "16k" or "2x". A scaler that depends on the length, or a
+            dynamic scaling in the model's config, is fixed to it. Without it, such frequencies grow with every sequence
+            (under none the model stays as it is). Any other scaler must reach `length`.
 
     Raises:
         ConfigError: the scaler is wrong, cannot work on this model, or does not reach `length`.
@@ -155,14 +219,14 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
     """
     if (before := patched_with(model)) is not None:
         raise PatchError(
-            f"this model is patched with {before} already; undo that first (a copy of a patched model is undone by a "
+            f"this model is patched with {before} already; undo that first (for a copy of a patched model this takes a "
             "handle that was copied with it: copy.deepcopy((model, handle)))"
         )
     missing = next((name for name in ("config", "device", "dtype") if not hasattr(model, name)), None)
     if missing is not None:
         raise UnsupportedModel(
-            f"{type(model).__name__} has no {missing}, so it is no model of transformers; patch the one inside, such "
-            "as model.module"
+            f"{type(model).__name__} has no {missing}, so it is no model of transformers; patch the model inside it, "
+            "such as model.module"
         )
     sites = rotary_sites(model)
     site = primary_rotary(sites)
@@ -172,7 +236,7 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
     if tokens is not None and reach < tokens:
         raise ConfigError(
             f"{scaler} reaches {format_length(int(reach))} tokens on this model, fewer than the "
-            f"{format_length(tokens)} asked for; take a larger factor, or rerope, which reaches any length"
+            f"{format_length(tokens)} asked for; use a larger factor, or rerope, which reaches any length"
         )
     state = DynamicFrequencies(sites)
     try:

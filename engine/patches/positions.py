@@ -1,8 +1,8 @@
-"""Rotary modules that leave positions alone or tell them, and the attention layers that have to be told.
+"""Disables the rotation of rotary modules, and passes the positions of a call to attention.
 
-Most models hand position ids on to their attention function. In the others the rotary module marks what it returns
-with the positions it was for, and a layer that is given this finds them there: so they belong to one call, whichever
-thread makes it, and in a layer that is computed a second time for its gradients too.
+Most models pass position ids to their attention function. In other models, a hook attaches the positions to the output
+of the rotary module, and a second hook reads them when this output reaches an attention layer. So positions belong to
+one call, also with several threads, and when gradient checkpointing runs a layer again.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ...errors import PatchError
 
-_now = threading.local()  # `positions`: those of the rotary module or attention layer that this thread entered last
+_thread = threading.local()  # `positions`: of the rotary module or attention layer that this thread entered last
 
 
 class RotaryHook:
-    """A model's rotary modules, made still or made to tell their positions for a while."""
+    """Hooks on a model's rotary modules. They disable the rotation, and pass positions on, until `restore`."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(dict.fromkeys(modules))
         self._hooks: list[Any] = []
 
     def disable_rotation(self, gain: float = 1.0) -> None:
-        """Let the modules return cos `gain` and sin 0, so that queries, keys and the cache stay un-rotated."""
+        """Make the modules return cos `gain` and sin 0, so that queries, keys and the cache stay un-rotated."""
         self._hooks += [module.register_forward_hook(DisabledRotation(gain)) for module in self._modules]
 
     def pass_positions(self, layers: Iterable[nn.Module]) -> None:
-        """After `disable_rotation`: give the attention layers the positions that the modules were called with."""
+        """Pass the positions of each call of the modules to attention layers. Call it after `disable_rotation`."""
         layers = list(dict.fromkeys(layers))
         if not layers:
             return
         self._hooks += [module.register_forward_hook(_attach_positions, with_kwargs=True) for module in self._modules]
         for layer in layers:
-            if not any(module in self._modules for module in layer.modules()):  # else it calls one itself
+            if not any(module in self._modules for module in layer.modules()):  # else the layer calls one itself
                 self._hooks.append(layer.register_forward_pre_hook(_read_positions, with_kwargs=True))
 
     def restore(self) -> None:
-        """Let the modules rotate as before."""
+        """Make the modules rotate as before."""
         while self._hooks:
             self._hooks.pop().remove()
 
     @contextmanager
     def rotation_disabled(self, gain: float) -> Iterator[None]:
-        """`disable_rotation`, for as long as the context lasts."""
+        """`disable_rotation` within this context."""
         self.disable_rotation(gain)
         try:
             yield
@@ -58,7 +58,7 @@ class RotaryHook:
 
 
 class DisabledRotation:
-    """A forward hook of a rotary module: cos `gain`, sin 0."""
+    """A forward hook of a rotary module that returns cos `gain` and sin 0."""
 
     def __init__(self, gain: float) -> None:
         self._gain = gain
@@ -71,13 +71,13 @@ class DisabledRotation:
 
 
 def positions_of_call(position_ids: Tensor | None) -> Tensor:
-    """Position ids of the queries of an attention call, [1 or B, N]: those given, or what its layer was told.
+    """Position ids of the queries of an attention call, [1 or B, N]: the given ones, or those passed to its layer.
 
     Raises:
         PatchError: they are not known.
     """
-    found = position_ids if position_ids is not None else _positions_of_thread()
-    return found[0] if found.dim() == 3 else found  # [3, B, N] in models that also see pictures; alike for text
+    positions = position_ids if position_ids is not None else _positions_of_thread()
+    return positions[0] if positions.dim() == 3 else positions  # [3, B, N] in models with images, equal for text
 
 
 _disable: Callable[[Any], Any] = torch.compiler.disable
@@ -85,21 +85,21 @@ _disable: Callable[[Any], Any] = torch.compiler.disable
 
 @_disable
 def _positions_of_thread() -> Tensor:
-    found: Tensor | None = getattr(_now, "positions", None)
-    if found is None:
+    positions: Tensor | None = getattr(_thread, "positions", None)
+    if positions is None:
         raise PatchError(
-            "the positions of this call are not known in its attention layers, which are spread over devices; run it "
-            "under torch.no_grad(), or give every layer the same device"
+            "the attention layers do not know the positions of this call, because they are on several devices; run it "
+            "under torch.no_grad(), or put all layers on one device"
         )
-    return found
+    return positions
 
 
 @_disable
 def _attach_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    given = [*args, *kwargs.values()]
-    positions = next((g for g in given if isinstance(g, Tensor) and not g.is_floating_point()), None)
+    arguments = [*args, *kwargs.values()]
+    positions = next((a for a in arguments if isinstance(a, Tensor) and not a.is_floating_point()), None)
     if positions is not None:
-        _now.positions = positions
+        _thread.positions = positions
         for tensor in _tensors(output):
             tensor.ropewalk_positions = positions  # type: ignore[attr-defined]
 
@@ -108,25 +108,25 @@ def _attach_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _read_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for tensor in _tensors([*args, *kwargs.values()]):
         if (positions := getattr(tensor, "ropewalk_positions", None)) is not None:
-            _now.positions = positions
+            _thread.positions = positions
             return
-    if torch.is_grad_enabled():  # another forward may have come between
-        _now.positions = None
+    if torch.is_grad_enabled():  # with gradients, another forward pass may have run in between
+        _thread.positions = None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
-        for one in value:
-            yield from _tensors(one)
+        for item in value:
+            yield from _tensors(item)
 
 
 def visible_keys(mask: Tensor | BlockMask, keys: int) -> Tensor:
-    """Bool [B, N, M], or [B, 1, M] where only the last query's row can be told.
+    """The keys that each query sees, bool [B, N, M]; or [B, 1, M], for the last query, if the mask has no more.
 
     Args:
-        mask: [B, 1, N, M], True or 0 for what is seen; [B, M], True or 1 for tokens; or of flex attention.
+        mask: [B, 1, N, M], True or 0 for visible keys; or [B, M], True or 1 for tokens; or a mask of flex attention.
         keys: M.
     """
     if isinstance(mask, BlockMask):
@@ -141,23 +141,23 @@ def visible_keys(mask: Tensor | BlockMask, keys: int) -> Tensor:
 
 
 def positions_without_padding(positions: Tensor, mask: Tensor | BlockMask | None, keys: int) -> Tensor:
-    """Positions that count a row's tokens and not the padding before them, [1 or B, N].
+    """Positions that count the tokens of a row, and not the padding before them, [1 or B, N].
 
-    A query whose position is the place of its key among all keys counts from the first key that it sees.
+    If the position of a query is the index of its key among all keys, it is counted from the first visible key.
 
     Args:
         positions: position ids of the queries, [1 or B, N].
-        mask: as an attention function is given it.
-        keys: how many there are.
+        mask: the mask of the attention call.
+        keys: the number of keys.
     """
     if mask is None:
         return positions
     seen = visible_keys(mask, keys)
     rows = max(len(seen), len(positions))
-    seen, asked = seen.expand(rows, -1, -1), positions[:, -seen.shape[1] :].expand(rows, -1)
+    seen, given = seen.expand(rows, -1, -1), positions[:, -seen.shape[1] :].expand(rows, -1)
     last = seen.shape[2] - 1
-    place = asked.clamp(max=last)
+    place = given.clamp(max=last)
     next_seen = seen.gather(2, (place + 1).clamp(max=last)[..., None])[..., 0] & (place < last)
-    counted = (asked == place) & seen.gather(2, place[..., None])[..., 0] & ~next_seen
+    counted = (given == place) & seen.gather(2, place[..., None])[..., 0] & ~next_seen
     before = seen.to(torch.uint8).argmax(2)
     return torch.where(counted, (positions - before).clamp(min=0), positions)

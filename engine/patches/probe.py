@@ -1,7 +1,7 @@
-"""What a model's attention layers do with rotary positions, found by running it.
+"""Finds out how the attention layers of a model use RoPE, by running the model.
 
-No model family is known by name. A short text is run twice, with the model's own rotation and without any; the
-queries and keys that reach attention tell where the rotary pairs lie, in every layer.
+No list of model families is needed. The model runs a short text twice, with its own rotation and without any. The
+queries and keys that reach attention show the places of the rotary pairs in every layer.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from .frequency_patch import FrequencyPatch
 from .positions import RotaryHook
 
 TOKENS = 12
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the largest entry; transformers' angles are float32
+# largest difference, relative to the largest entry; transformers computes angles in float32
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _TOLERANCE_16_BIT = 3e-2
-_GAIN = 2.0  # on the un-rotated pairs: a norm behind the rotation would swallow it, and with it YaRN's factor
+_GAIN = 2.0  # on un-rotated pairs: a norm after the rotation would cancel it, as it would cancel YaRN's factor
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class LayerRope:
     """How one attention layer uses RoPE.
 
     Args:
-        site: the rotary frequencies that rotate it; None for a layer without rotation.
-        layout: where its pairs lie; None for a layer without rotation.
-        is_local: it sees a short window only, so that no distance grows with the context.
+        site: the rotary site with its frequencies; None for a layer without rotation.
+        layout: the places of its rotary pairs; None for a layer without rotation.
+        is_local: the layer has a sliding window, so its distances do not grow with the context.
     """
 
     site: RotarySite | None
@@ -50,15 +51,15 @@ class _Call:
     query: Tensor
     key: Tensor
     sliding_window: int | None
-    has_positions: bool  # of its position ids
-    selects_keys: bool  # keys, by an indexer
+    has_positions: bool  # position ids are among the arguments
+    selects_keys: bool  # an indexer selects keys
     output: tuple[Tensor, Any] | None = None
 
 
 class _Recorder:
-    """The model's own attention, with a record of all calls; or, given that of an earlier run, that run's outputs.
+    """Records all attention calls. It calls the model's own attention, or repeats the outputs of an earlier run.
 
-    So the layers behind see the same input in both runs.
+    With repeated outputs, the later layers get the same input in both runs.
     """
 
     mask = staticmethod(unpatched_mask)
@@ -81,31 +82,34 @@ class _Recorder:
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
-    """A short text, [1, TOKENS]."""
+    """The token ids of the probe text, [1, TOKENS]."""
     vocabulary: int = model.config.get_text_config().vocab_size
     return (torch.arange(TOKENS) * 7 % (vocabulary - 1) + 1).to(input_device(model))[None]
 
 
 def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
-    """Logits of a text [1, N], or the last hidden states of a model without a head, as the model stands, in
-    evaluation mode; of the probe text if none is given."""
+    """The logits [1, N, V] of a text in evaluation mode, or the last hidden states of a model without a head.
+
+    Args:
+        ids: token ids [1, N]; None is the probe text.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             out = model(input_ids=probe_ids(model) if ids is None else ids, use_cache=False)
-            found: Tensor = out.logits if "logits" in out else out.last_hidden_state
+            output: Tensor = out.logits if "logits" in out else out.last_hidden_state
     finally:
         for module in training:
             module.training = True
-    return found
+    return output
 
 
 def layers_without_positions(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention layers of `model` that do not hand position ids on to their attention function.
+    """The attention layers of `model` that do not pass position ids to their attention function.
 
     Raises:
-        UnsupportedModel: attention does not go through the registry, or all of it sees a sliding window only.
+        UnsupportedModel: the model does not use transformers' attention registry, or all layers have a sliding window.
     """
     hook, recorder = AttentionHook(model), _Recorder()
     try:
@@ -115,22 +119,23 @@ def layers_without_positions(model: PreTrainedModel) -> list[nn.Module]:
         hook.remove()
     if not recorder.calls:
         raise UnsupportedModel(
-            f"{type(model).__name__} does not call attention through transformers' attention registry, so a "
-            "temperature cannot be patched in; static frequency scalers such as yarn:4 can"
+            f"{type(model).__name__} does not call attention through transformers' attention registry, so it takes no "
+            "temperature; static frequency scalers such as yarn:4 can be patched"
         )
     if all(_is_local(model, call) for call in recorder.calls):
         raise UnsupportedModel(
-            f"every layer of {type(model).__name__} sees a sliding window only, whose queries a temperature leaves "
-            "alone, so it would do nothing; leave it out, or set config.sliding_window to None before loading"
+            f"every layer of {type(model).__name__} sees a sliding window only, and a temperature does not change such "
+            "layers, so it would do nothing; leave it out, or set config.sliding_window to None before loading"
         )
     return [call.module for call in recorder.calls if not call.has_positions]
 
 
 def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[int, LayerRope], list[nn.Module]]:
-    """How every attention layer of `model` uses RoPE, by its index; and those that do not hand position ids on.
+    """How every attention layer of `model` uses RoPE, by its index, and the layers that do not pass position ids on.
 
     Raises:
-        UnsupportedModel: attention does not go through the registry, or a layer does more than rotate pairs.
+        UnsupportedModel: the model does not use transformers' attention registry, or a layer does more than rotate
+            pairs.
     """
     name = type(model).__name__
     hook, rotary = AttentionHook(model), RotaryHook(site.module for site in sites)
@@ -142,8 +147,8 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
             logits(model)
             if not first.calls:
                 raise UnsupportedModel(
-                    f"{name} does not call attention through transformers' attention registry, so position maps and "
-                    "growing lengths cannot be patched in; static frequency scalers such as yarn:4 can, and dynamic "
+                    f"{name} does not call attention through transformers' attention registry, so it takes no position "
+                    "map and no growing length; static frequency scalers such as yarn:4 can be patched, and dynamic "
                     "ones with a fixed length="
                 )
             if any(call.selects_keys for call in first.calls):
@@ -157,22 +162,28 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
     except RopewalkError:
         raise
     except Exception as error:
-        raise UnsupportedModel(f"{name} does not run without its rotation ({type(error).__name__}: {error})") from error
+        raise UnsupportedModel(
+            f"{name} does not run without its rotation ({type(error).__name__}: {error}); static frequency scalers "
+            "such as yarn:4 can be patched"
+        ) from error
     finally:
         hook.remove()
-    found: dict[int, LayerRope] = {}
+    layers: dict[int, LayerRope] = {}
     for rotated, plain in zip(first.calls, second.calls, strict=True):
         index = getattr(rotated.module, "layer_idx", None)
         if index is None:
-            raise UnsupportedModel(f"{name}: its attention layers have no number")
+            raise UnsupportedModel(f"{name}: its attention layers have no layer_idx; static scalers can be patched")
         layer = _layer(model, index, rotated, plain, sites)
-        if found.setdefault(index, layer) != layer:
-            raise UnsupportedModel(f"{name}: two attention layers have the number {index} and rotate differently")
-    return found, [call.module for call in first.calls if not call.has_positions]
+        if layers.setdefault(index, layer) != layer:
+            raise UnsupportedModel(
+                f"{name}: two attention layers have the layer_idx {index} and rotate differently; static scalers can "
+                "be patched"
+            )
+    return layers, [call.module for call in first.calls if not call.has_positions]
 
 
 def check_written(model: PreTrainedModel, writer: FrequencyPatch) -> None:
-    """Check that the model's rotary modules rotate by what `writer` wrote into them.
+    """Check that the model's rotary modules rotate by the frequencies that `writer` wrote into them.
 
     Raises:
         UnsupportedModel: they compute their angles from something else.
@@ -190,23 +201,23 @@ def check_written(model: PreTrainedModel, writer: FrequencyPatch) -> None:
         if phases and not any(_cosines_of(site, out) for out in phases):
             raise UnsupportedModel(
                 f"{type(model).__name__}: its rotary module computes its angles anew in every call, from the config "
-                "and not from inv_freq, so frequencies cannot be patched in; write them into the config instead"
+                "and not from inv_freq, so its frequencies cannot be patched; write them into the config instead"
             )
 
 
 def _cosines_of(site: RotarySite, out: Any) -> bool:
-    """True if a rotary module's output holds the cosines of the frequencies in `site`, in any usual layout."""
+    """True if a rotary module's output has the cosines of the frequencies in `site`, in one of the usual layouts."""
     cos = out.real if isinstance(out, Tensor) and out.is_complex() else out[0]
-    if cos.shape[-2] != TOKENS:  # positions of something else, such as compressed keys
+    if cos.shape[-2] != TOKENS:  # these positions are not the tokens', but those of compressed keys, for example
         return False
     phases = torch.arange(TOKENS, dtype=torch.float64)[:, None] * site.inv_freq.double().cpu()
     expected = torch.cos(phases) * site.attention_scaling
     pairs = expected.shape[1]
-    found = cos.detach().double().cpu().reshape(-1, TOKENS, cos.shape[-1])[0]
+    computed = cos.detach().double().cpu().reshape(-1, TOKENS, cos.shape[-1])[0]
     tolerance = 1e-4 if cos.dtype in _TOLERANCE else 2e-2
     return any(
-        one.shape == expected.shape and torch.allclose(one, expected, rtol=0, atol=tolerance)
-        for one in (found[:, :pairs], found[:, ::2])
+        cosines.shape == expected.shape and torch.allclose(cosines, expected, rtol=0, atol=tolerance)
+        for cosines in (computed[:, :pairs], computed[:, ::2])
     )
 
 
@@ -221,13 +232,13 @@ def _layer(model: PreTrainedModel, index: int, rotated: _Call, plain: _Call, sit
                 return LayerRope(site=site, layout=layout, is_local=local)
     raise UnsupportedModel(
         f"{type(model).__name__}: layer {index} does more to queries and keys than rotate pairs of numbers (for "
-        "example a norm behind the rotation), so they cannot be rotated later; static frequency scalers such as yarn:4 "
+        "example a norm after the rotation), so they cannot be rotated later; static frequency scalers such as yarn:4 "
         "can be patched"
     )
 
 
 def _is_local(model: PreTrainedModel, call: _Call) -> bool:
-    """True for a layer that sees a short window only."""
+    """True for a layer with a sliding window."""
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
     index = getattr(call.module, "layer_idx", None)
     named = index is not None and 0 <= index < len(layer_types) and is_local(layer_types[index])
@@ -242,8 +253,8 @@ def _layouts(dim: int, head_dim: int) -> list[Layout]:
 def _rotates(layout: Layout, site: RotarySite, rotated: Tensor, plain: Tensor) -> bool:
     positions = torch.arange(plain.shape[2], dtype=torch.float64)
     frequencies = site.configured.scaler.frequencies(site.configured.rope, plain.shape[2])
-    found = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor / _GAIN, like=plain)
-    expected = layout.rotate(plain, found)
+    pair_angles = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor / _GAIN, like=plain)
+    expected = layout.rotate(plain, pair_angles)
     exact = _TOLERANCE.get(plain.dtype, _TOLERANCE_16_BIT)
     tolerance = max(exact, _TOLERANCE.get(site.inv_freq.dtype, _TOLERANCE_16_BIT)) * float(rotated.abs().max())
     return torch.allclose(expected, rotated, rtol=0, atol=tolerance)

@@ -8,8 +8,7 @@ from ...errors import ConfigError, PatchError, Setting, UnsupportedModel
 from ...scaling.rope import Scaler
 from ..rotary_site import RotarySite, depends_on_length
 from ..runners.runner import Runner
-from .patch import Patch, install
-from .patch_record import patched_with, record_patch
+from .patch import Patch, install, patched_with, record_patch
 
 _UNKNOWN = -1
 

@@ -1,4 +1,4 @@
-"""The patch for a temperature alone: queries are multiplied in front of the model's own attention."""
+"""The patch for a temperature without a position map. It multiplies queries before the model's own attention."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .probe import layers_without_positions
 
 
 class TemperaturePatch:
-    """Frequencies in the rotary modules, and t(i) on the queries of every layer that sees the whole past.
+    """Writes frequencies into the rotary modules, and multiplies the queries by t(i) in layers without a window.
 
     Raises:
-        UnsupportedModel: attention does not go through transformers' registry.
+        UnsupportedModel: the model does not use transformers' attention registry.
     """
 
-    tier = "temperature: queries are multiplied in front of the model's own attention kernel"
+    tier = "temperature: queries are multiplied before the model's own attention kernel"
     cost = "one multiplication of the queries a layer"
 
     def __init__(self, model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> None:
@@ -37,35 +37,35 @@ class TemperaturePatch:
         self._without_positions = layers_without_positions(model)
         try:
             self.apply()
-        except BaseException:  # Ctrl-C too must not leave half a patch
+        except BaseException:  # also Ctrl-C, which must not leave half a patch
             self.restore()
             raise
 
     def apply(self) -> None:
-        """Put it in place; after `restore` too, without looking at the model anew."""
+        """Put the patch in place. After `restore` this needs no new check of the model."""
         self._rotary.pass_positions(self._without_positions)
         self._hook.install(self)
         self.set_length(None)
 
     def set_length(self, length: int | None = None) -> None:
-        """Put the frequencies for a sequence of `length` tokens in place."""
+        """Write the frequencies for a sequence of `length` tokens."""
         self._frequencies.set_length(length)
 
     def restore(self) -> None:
-        """Give the model back its frequencies and its attention; it is what it was, to the bit."""
+        """Restore the model's frequencies and attention. The model is then what it was, bit for bit."""
         self._frequencies.restore()
         self._rotary.restore()
         self._hook.remove()
 
     def mask(self, *args: Any, **others: Any) -> Any:
-        """The mask that the model would build."""
+        """The mask that the unpatched model builds."""
         return unpatched_mask(*args, **others)
 
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **others: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The model's own attention, of queries that are multiplied by the temperature at their positions."""
-        if others.get("sliding_window") is None and not _sees_a_window(module):
+        """The model's own attention. The queries are first multiplied by the temperature at their positions."""
+        if others.get("sliding_window") is None and not _has_window(module):
             positions = positions_without_padding(
                 positions_of_call(others.get("position_ids")), attention_mask, key.shape[2]
             )
@@ -74,7 +74,7 @@ class TemperaturePatch:
         return unpatched_attention(module)(module, query, key, value, attention_mask, **others)
 
 
-def _sees_a_window(module: nn.Module) -> bool:
-    kinds = getattr(module.config, "layer_types", None) or []
+def _has_window(module: nn.Module) -> bool:
+    layer_types = getattr(module.config, "layer_types", None) or []
     index = getattr(module, "layer_idx", None)
-    return index is not None and 0 <= index < len(kinds) and is_local(kinds[index])
+    return index is not None and 0 <= index < len(layer_types) and is_local(layer_types[index])

@@ -8,7 +8,7 @@ from serving import logits
 from transformers import DynamicCache
 
 # most of it is beyond the reach of some map: what is held together is exact at any length
-beyond_reach = pytest.mark.filterwarnings("ignore:.*distances that were never trained are in use:UserWarning")
+beyond_reach = pytest.mark.filterwarnings("ignore:.*some distances are longer than in training:UserWarning")
 
 IDS = torch.arange(3, 203).remainder(95)[None] + 1  # 0 is padding
 MAPS = ["rerope:20", "leaky-rerope:20,k=4", "self-extend:4,window=20", "dual-chunk", "string:window=5", "jet-long:20"]

@@ -121,7 +121,7 @@ def test_dropout_is_for_training_only():
 
 
 def test_a_long_past_is_read_in_parts(monkeypatch):
-    monkeypatch.setattr(causal, "_AT_ONCE", 16)
+    monkeypatch.setattr(causal, "_PAST_CHUNK", 16)
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, n, 16, dtype=torch.float64) for heads, n in ((4, 3), (2, 50), (2, 50)))
     seen = []

@@ -16,16 +16,16 @@ pytestmark = beyond_reach
 
 def test_what_cannot_be_honoured_is_refused_by_name(llama):
     with rw.patch(llama, "rerope:20"):
-        with pytest.raises(rw.PatchError, match="output_attentions=True cannot be honoured"):
+        with pytest.raises(rw.PatchError, match="output_attentions=True does not work"):
             llama(input_ids=IDS, output_attentions=True)
         mask = torch.ones(1, 200, dtype=torch.long)
         mask[0, 50:60] = 0
         with pytest.raises(
-            rw.PatchError, match="hides tokens between others in row 0; pad on the left or on the right"
+            rw.PatchError, match="of row 0 hides tokens in the middle of the text; pad on the left or on the right"
         ):
             llama(input_ids=IDS, attention_mask=mask)
         square = torch.ones(1, 1, 200, 200, dtype=torch.bool)
-        with pytest.raises(rw.PatchError, match="not causal attention over its texts"):
+        with pytest.raises(rw.PatchError, match="is not causal over its texts"):
             llama(input_ids=IDS, attention_mask=square)
         with torch.no_grad():
             causal = read(llama, IDS, attention_mask=square.tril())
@@ -34,7 +34,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(llama):
             llama(input_ids=IDS[:, :4], attention_mask=torch.ones(1, 4), position_ids=torch.tensor([[0, 2, 4, 6]]))
         cache = DynamicCache(config=llama.config)
         llama(input_ids=IDS[:, :20], past_key_values=cache)
-        with pytest.raises(rw.PatchError, match="position ids must count the tokens in the cache too"):
+        with pytest.raises(rw.PatchError, match="position ids must also count the tokens in the cache"):
             llama(input_ids=IDS[:, :4], past_key_values=cache, position_ids=torch.arange(4)[None])
 
 

@@ -14,7 +14,7 @@ from ropewalk.errors import UnsupportedModel
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
-    pytest.mark.filterwarnings("ignore:.*distances that were never trained are in use:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*some distances are longer than in training:UserWarning"),
 ]
 TOLERANCE = 2e-5  # of the largest logit; float32 leaves 1e-6 to 5e-6
 CHUNKS = {

@@ -12,7 +12,7 @@ from ropewalk.errors import DataError
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
-    pytest.mark.filterwarnings("ignore:.*distances that were never trained are in use:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*some distances are longer than in training:UserWarning"),
 ]
 LENGTH = 100  # models are trained at 64
 TEXT = IDS[0, :LENGTH].tolist()

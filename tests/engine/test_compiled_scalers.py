@@ -25,7 +25,7 @@ from ropewalk.engine.runners.transformers import TransformersRunner
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
-    pytest.mark.filterwarnings("ignore:.*distances that were never trained are in use:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*some distances are longer than in training:UserWarning"),
 ]
 CHUNKS = {"whole": [1000], "one by one": [1], "mixed": [50, 1, 1, MAX_STEP_TOKENS, 3, 30]}
 
