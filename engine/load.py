@@ -86,7 +86,7 @@ def load(
         compile=compile, weights="int8" if dtype == "int8" else "own", cache=kv_dtype, folder=folder
     )
     if tp_plan is not None:
-        tensor_parallel.check(tp_plan, device_map, needs_kernels=runner_options.insists)
+        tensor_parallel.check(tp_plan, device_map, needs_kernels=runner_options.needs_kernels)
         runner_options = RunnerOptions(compile=False)
     if max_length is not None and max_length < 1:
         raise ConfigError(Setting("max_length", max_length, "given"), " must be at least 1")

@@ -1,1 +1,1 @@
-"""What runs tokens on top of a cache: the model's own modules, or compiled kernels."""
+"""Runners: they run tokens on top of a cache, by the model's own modules or by compiled kernels."""

@@ -1,4 +1,4 @@
-"""Which runner a model gets: compiled kernels where possible, else transformers' modules."""
+"""Chooses the runner of a model: compiled kernels if they can run it, else transformers' modules."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerOptions:
-    """How a model is to be run.
+    """Options for the runner of a model.
 
     Args:
-        compile: "auto" takes the compiled kernels where they know the model and reproduce it; True insists on them;
-            False runs the model's own modules.
-        weights: "own" (as loaded), or "int8": 255 steps, with a step size for each row of a linear layer.
-        cache: dtype of keys and values; "auto" is that of the model, and bfloat16 with int8 weights.
-        folder: of the memory-mapped files that hold keys and values; None holds them in memory.
+        compile: "auto" uses the compiled kernels if they reproduce the model's logits; True requires them; False uses
+            the model's own modules.
+        weights: "own" (as loaded), or "int8": 255 steps, with one step size for each row of a linear layer.
+        cache: the dtype of keys and values; "auto" is the dtype of the model, and bfloat16 for int8 weights.
+        folder: the folder of memory-mapped files for keys and values; None keeps them in memory.
     """
 
     compile: bool | Literal["auto"] = "auto"
@@ -47,7 +47,7 @@ class RunnerOptions:
                 Setting("kv_dtype", repr(self.cache), "given"),
                 f".{did_you_mean(self.cache, CACHE_DTYPES)}",
             )
-        if self.compile is False and self.insists:
+        if self.compile is False and self.needs_kernels:
             raise ConfigError(
                 "int8 weights, ",
                 Setting("kv_dtype", form="name"),
@@ -58,13 +58,13 @@ class RunnerOptions:
             )
 
     @property
-    def insists(self) -> bool:
-        """True if only the compiled kernels will do."""
+    def needs_kernels(self) -> bool:
+        """True if only the compiled kernels can honour these options."""
         return self.compile is True or self.weights != "own" or self.cache != "auto" or self.folder is not None
 
 
 def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerOptions) -> Runner:
-    """The runner for a model as it was loaded, without any scaler.
+    """The runner for a freshly loaded model, without any scaler.
 
     Raises:
         UnsupportedModel: the options need the compiled kernels and they cannot run this model.
@@ -72,11 +72,11 @@ def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerO
     if options.compile is False:
         return TransformersRunner(hf)
     if FOLDER is not None and not any(FOLDER.rglob("*.nbi")) and supported(hf.config) and sys.stderr.isatty():
-        sys.stderr.write("ropewalk: compiling kernels for this machine, once (about half a minute)\n")
+        sys.stderr.write("ropewalk: compiling kernels for this machine, only once (about half a minute)\n")
     try:
         return CompiledRunner(hf, sites, options.weights, options.cache, options.folder)
     except UnsupportedModel as reason:
-        if options.insists:
+        if options.needs_kernels:
             raise UnsupportedModel("the compiled kernels cannot run this model: ", *reason.args) from reason
         if supported(hf.config) and hf.device.type == "cpu":
             warnings.warn(
@@ -85,7 +85,7 @@ def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerO
                     *reason.args,
                     "; ",
                     Setting("compile", False),
-                    " asks for them without this warning",
+                    " uses them without this warning",
                 ),
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""What runs a model's tokens on top of a cache: token ids in, logits out."""
+"""The interface of all runners: they run token ids on top of a cache and return logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Path = tuple[int, ...]
 
 RopeState = tuple[Scaler, int | None]
 
-CHUNK = 1024  # tokens a prefill step: 8k tokens of a 135M model take 41, 39, 38, 38 s at 256, 512, 1024, 2048
+CHUNK = 1024  # tokens of a prefill step; 8k tokens of a 135M model take 41, 39, 38, 38 s at 256, 512, 1024, 2048
 
 
 def token_rows(hf: PreTrainedModel) -> int:
@@ -52,51 +52,52 @@ class Runner(ABC):
         """Run under `scaler` from now on. The model is already patched with it.
 
         Args:
-            length: tokens of the sequences, where the frequencies depend on it, else None.
+            length: the length of the sequences, if the frequencies depend on it; else None.
         """
         self._rope_state = scaler, length
         self._sink_window = _sink_window(scaler, length)
 
     @property
     def rope_state(self) -> RopeState:
-        """The scaler in use, and the length that it is set to where it depends on the length."""
+        """The scaler in use, and its length if it depends on the length."""
         return self._rope_state
 
     @property
     def sink_window(self) -> tuple[int, int] | None:
-        """How many of the first and of the last keys later tokens see; None where a cache holds every key."""
+        """The number of first keys and of last keys that later tokens see; None if a cache keeps every key."""
         return self._sink_window
 
     @property
     @abstractmethod
     def bytes_per_token(self) -> int:
-        """Bytes that the keys and values of one token take."""
+        """Bytes of the keys and values of one token."""
 
     @property
     @abstractmethod
     def weights(self) -> str:
-        """The dtype that the weights are stored in."""
+        """The dtype of the stored weights."""
 
     @property
     @abstractmethod
     def precision(self) -> str:
-        """The dtypes of the arithmetic, as results are labelled with them."""
+        """The dtypes of weights, cache and arithmetic, as a label for results."""
 
     @property
     @abstractmethod
     def how(self) -> str:
-        """A short description of what runs the model."""
+        """A short description of the runner."""
 
     def check(self, ids: Sequence[int]) -> None:
-        """Raise DataError if a token id is outside of the model's embedding."""
+        """Raise DataError if the model has no token with one of these ids."""
         check_ids(ids, self.vocabulary_size)
 
     @abstractmethod
     def check_room(self, *rows: int, owned: int = 0) -> None:
-        """Raise ContextOverflow if memory is known to be too small for the caches of `rows` tokens each.
+        """Raise ContextOverflow if memory is known to be too small for caches of these lengths.
 
         Args:
-            owned: tokens of these whose memory is already allocated.
+            rows: the tokens of each cache.
+            owned: how many of all these tokens have allocated memory already.
         """
 
     @abstractmethod
@@ -107,13 +108,13 @@ class Runner(ABC):
         """Rotate the keys of a cache from `before` to the state in use, in place.
 
         Returns:
-            False if that is not possible: the text has to be read again.
+            False if that is not possible, so that the text must be read again.
         """
         return False
 
     @abstractmethod
     def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
-        """Run `ids` on top of `cache` and return the last `logits_to_keep` logits, [logits_to_keep, V].
+        """Run `ids` on top of `cache` and return the logits after the last tokens, [logits_to_keep, V].
 
         Raises:
             DataError: the model has no such token.
@@ -123,7 +124,7 @@ class Runner(ABC):
         """Run a few tokens of several sequences, each on top of its own cache.
 
         Returns:
-            The logits after each sequence, [rows, V]. A row's logits do not depend on the other rows.
+            The logits after each sequence, [rows, V]. The logits of a row do not depend on the other rows.
         """
         return torch.cat([self.forward(ids, cache, logits_to_keep=1) for ids, cache in rows])
 
@@ -134,16 +135,17 @@ class Runner(ABC):
 
     @abstractmethod
     def tree(self, paths: Sequence[Path], cache: Cache) -> Tensor:
-        """Logits after each of several continuations of the cache, [paths, V], in one forward.
-
-        The cache is left as it was.
+        """Run several continuations of the cache in one forward pass. The cache does not change.
 
         Args:
             paths: token sequences. Every prefix of a path is a path too, and comes before it.
+
+        Returns:
+            The logits after each path, [paths, V].
         """
 
     def _room(self, tokens: int) -> int:
-        """The most keys that a cache of a text of `tokens` tokens comes to hold."""
+        """The most keys that a cache stores while it reads `tokens` tokens."""
         return tokens if self.sink_window is None else min(tokens, most_held(self.sink_window) + CHUNK)
 
     def _evict(self, *caches: Cache) -> None:
@@ -154,11 +156,11 @@ class Runner(ABC):
 
 
 def _sink_window(scaler: Scaler, length: int | None) -> tuple[int, int] | None:
-    """The sinks and the window of a position map that sees no other keys.
+    """The sinks and the window of a position map, if it sees no other keys.
 
-    A temperature and a scaler that depends on the length need true positions, so they keep every key.
+    A temperature, and a scaler that depends on the length, need true positions. Under them a cache keeps every key.
     """
-    map_ = scaler.member("positions")
+    position_map = scaler.member("positions")
     if length is not None or scaler.depends_on_length or scaler.member("temperature") is not None:
         return None
-    return map_.sink_window if isinstance(map_, PositionScaler) else None
+    return position_map.sink_window if isinstance(position_map, PositionScaler) else None

@@ -1,4 +1,4 @@
-"""The runner that uses the modules of transformers, with whatever is patched into them."""
+"""The runner that calls the modules of transformers, with the patches in them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TransformersRunner(Runner):
     """Runs a transformers model by its own modules.
 
     Args:
-        why: why the compiled kernels do not run it, where they were considered.
+        why: why the compiled kernels cannot run it, if they were tried.
     """
 
     def __init__(self, hf: PreTrainedModel, why: str | None = None) -> None:
@@ -31,7 +31,7 @@ class TransformersRunner(Runner):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that the keys and values of one token take."""
+        """Bytes of the keys and values of one token."""
         config = self.hf.config.get_text_config()
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -39,30 +39,30 @@ class TransformersRunner(Runner):
 
     @property
     def weights(self) -> str:
-        """The dtype that the weights are stored in."""
+        """The dtype of the stored weights."""
         return str(self.hf.dtype).removeprefix("torch.")
 
     @property
     def precision(self) -> str:
-        """The dtype of the model, in which it computes."""
+        """The dtype of the model, which is also that of its arithmetic."""
         return str(self.hf.dtype).removeprefix("torch.")
 
     @property
     def how(self) -> str:
-        """What runs the model, in a few words, and why the compiled kernels do not."""
+        """A short description of the runner, with the reason against the compiled kernels."""
         reason = f" (not the compiled kernels: {self._why})" if self._why else ""
         shared = f", split over {dist.get_world_size()} processes" if tensor_parallel.is_split() else ""
         return f"transformers' modules in {self.weights} on {input_device(self.hf).type}{shared}{reason}"
 
     def check_room(self, *rows: int, owned: int = 0) -> None:
-        """Never refuses: how much memory transformers' modules take is not known."""
+        """Never raises, because the memory that transformers' modules need is not known."""
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for one sequence of about `capacity` tokens."""
         return new_cache(self.hf.config, self._room(capacity))
 
     def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
-        """Run `ids` on top of `cache`: the last logits, [logits_to_keep, V]."""
+        """Run `ids` on top of `cache` and return the logits after the last tokens, [logits_to_keep, V]."""
         self.check(ids)
         batch = torch.tensor([ids], device=input_device(self.hf))
         logits: Tensor = self.hf(
@@ -73,23 +73,23 @@ class TransformersRunner(Runner):
 
     @property
     def runs_trees(self) -> bool:
-        """True without a position map, where transformers' attention takes a mask of any form."""
+        """True if attention takes a mask of any form, which a position map does not."""
         takes_masks = self.hf.config.get_text_config()._attn_implementation in ("sdpa", ATTENTION_NAME)
         return takes_masks and not is_replaced(self.hf)
 
     def tree(self, paths: Sequence[Path], cache: Cache) -> Tensor:
-        """Logits after each of the paths, [paths, V], by one forward under a mask of their ancestors."""
+        """The logits after each path, [paths, V], by one forward pass. In its mask, each token sees its ancestors."""
         self.check([path[-1] for path in paths])
-        held = cache.get_seq_length()
+        past = cache.get_seq_length()
         index = {path: n for n, path in enumerate(paths)}
-        seen = torch.zeros(len(paths), held + len(paths), dtype=torch.bool)
-        seen[:, :held] = True
+        seen = torch.zeros(len(paths), past + len(paths), dtype=torch.bool)
+        seen[:, :past] = True
         for path, n in index.items():
-            seen[n, [held + index[path[: k + 1]] for k in range(len(path))]] = True
+            seen[n, [past + index[path[: k + 1]] for k in range(len(path))]] = True
         device = input_device(self.hf)
         logits: Tensor = self.hf(
             input_ids=torch.tensor([[path[-1] for path in paths]], device=device),
-            position_ids=torch.tensor([[held + len(path) - 1 for path in paths]], device=device),
+            position_ids=torch.tensor([[past + len(path) - 1 for path in paths]], device=device),
             attention_mask=seen[None, None].to(device),
             past_key_values=cache,
             use_cache=True,

@@ -211,9 +211,9 @@ def resized(**sizes):
 
 REFUSED = {
     "unknown family": (FAMILIES["granite"], "the family 'granite' is not described"),
-    "odd hidden size": (lambda: resized(hidden_size=72, head_dim=16), "a multiple of 16, which 72"),
-    "odd intermediate size": (lambda: resized(intermediate_size=100), "a multiple of 16, which 100"),
-    "odd head": (lambda: resized(head_dim=24), "a multiple of 16, which 24"),
+    "odd hidden size": (lambda: resized(hidden_size=72, head_dim=16), "a multiple of 16, and 72"),
+    "odd intermediate size": (lambda: resized(intermediate_size=100), "a multiple of 16, and 100"),
+    "odd head": (lambda: resized(head_dim=24), "a multiple of 16, and 24"),
     "adapter": (lambda: adapted("layer"), "Adapted is not a plain linear layer"),
     "adapted head": (lambda: adapted("head"), "Adapted is not a plain linear layer"),
     "other activation": (lambda: resized(hidden_act="relu"), "the activation 'relu' has no compiled form"),

@@ -102,7 +102,7 @@ def test_the_config_of_a_patched_model_is_untouched(llama, spec, tmp_path):
 @pytest.mark.parametrize("build", [LlamaModel, AutoModel.from_config])
 def test_a_model_built_from_what_the_layers_see_is_refused(llama, build):
     with rw.patch(llama, "logn"):
-        with pytest.raises(rw.PatchError, match="take the config of the model itself"):
+        with pytest.raises(rw.PatchError, match="use the config of the model itself"):
             build(llama.model.config)
         patched = read(llama)
         assert llama.model.config.to_dict() == llama.config.to_dict()

@@ -1,1 +1,1 @@
-"""A network of our own on the CPU."""
+"""The runner of the compiled kernels, for the CPU."""

@@ -1,4 +1,4 @@
-"""A chunk of one sequence, in torch: the layers of a decoder that `family` describes, and their attention.
+"""Runs a chunk of one sequence in torch: the layers of a decoder of `family.py`, and their attention.
 
 Shape suffixes: N tokens of the chunk, E hidden size, H query heads, K key-value heads, D head dim, V vocabulary.
 """
@@ -24,28 +24,28 @@ from .rotation_table import RotationTable
 from .tables import StoredLinear, Tables
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionScore], Tensor]
-"""Attention of a layer: its number, q [1, H, N, D], k and v [1, K, N, D] as they are projected -> [1, H, N, D]."""
+"""Attention of a layer: its index, projected q [1, H, N, D], k and v [1, K, N, D] -> [1, H, N, D]."""
 
-_HEAD_ROWS = 8192  # of the vocabulary that are widened at a time
+_HEAD_ROWS = 8192  # rows of the output layer that are widened at a time
 
 
 class DecoderLayers:
-    """Everything but attention. Weights are widened to float32 as they are used, into one place for all."""
+    """The layers without attention. One buffer takes each weight, widened to float32, when it is used."""
 
     def __init__(self, decoder: Decoder, tables: Tables) -> None:
         self._decoder = decoder
         self._tables = tables
-        self._scratch = torch.empty(0)
+        self._buffer = torch.empty(0)
 
     def run(self, ids: Sequence[int], attend: Attend) -> Tensor:
-        """What the layers make of tokens, [N, E]."""
+        """The hidden states after the last layer, [N, E]."""
         count, d = len(ids), self._decoder
         x_NE: Tensor = d.embedding(torch.tensor(ids)).float()
         for index, layer in enumerate(d.layers):
             query, key, value, out, gate, up, down = self._tables.stored[index]
             before, after, before_mlp, after_mlp, *head_norms = layer.norms
             normed = _rms(x_NE, before, d.epsilon)
-            q, k, v = (self._apply(one, normed) for one in (query, key, value))
+            q, k, v = (self._apply(projection, normed) for projection in (query, key, value))
             if not d.norms_whole:
                 q, k, v = (x.view(count, -1, d.head_dim) for x in (q, k, v))
             q, k = (_rms(x, norm, d.epsilon) for x, norm in zip((q, k), head_norms, strict=True))
@@ -59,7 +59,7 @@ class DecoderLayers:
         return x_NE
 
     def logits(self, x_NE: Tensor) -> Tensor:
-        """The logits after each of some tokens, [N, V]."""
+        """The logits for hidden states, [N, V]."""
         last, head = _rms(x_NE, self._decoder.final_norm, self._decoder.epsilon), self._tables.stored_head
         logits = torch.empty(len(last), head.weight.shape[0])
         for r in range(0, logits.shape[1], _HEAD_ROWS):
@@ -67,17 +67,17 @@ class DecoderLayers:
         cap = self._decoder.softcap
         return logits if cap is None else cap_logits(logits, cap)
 
-    def _apply(self, one: StoredLinear, x: Tensor) -> Tensor:
-        weight = one.weight
+    def _apply(self, stored: StoredLinear, x: Tensor) -> Tensor:
+        weight = stored.weight
         if weight.dtype != torch.float32:
-            if self._scratch.numel() < weight.numel():
-                with torch.inference_mode(False):  # so that calls outside of it may write there too
-                    self._scratch = torch.empty(weight.numel())
-            weight = self._scratch[: weight.numel()].view(weight.shape).copy_(weight)
-        if one.scale is None:
-            return linear(x, weight, one.bias)
-        out = linear(x, weight).mul_(one.scale)
-        return out if one.bias is None else out.add_(one.bias)
+            if self._buffer.numel() < weight.numel():
+                with torch.inference_mode(False):  # calls outside of inference mode write there too
+                    self._buffer = torch.empty(weight.numel())
+            weight = self._buffer[: weight.numel()].view(weight.shape).copy_(weight)
+        if stored.scale is None:
+            return linear(x, weight, stored.bias)
+        out = linear(x, weight).mul_(stored.scale)
+        return out if stored.bias is None else out.add_(stored.bias)
 
 
 def cap_logits(logits: Tensor, cap: float) -> Tensor:
@@ -92,20 +92,20 @@ def _rms(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
 
 
 class ChunkAttention:
-    """Attention of one chunk in one group of layers, with what all its layers share."""
+    """Attention of one chunk in one group of layers, and the values that these layers share."""
 
     def __init__(self, rotation: RotationTable, run: KeyRun) -> None:
         self._rotation = rotation
         self._run = run
         group, site = rotation.group, rotation.plan.site
-        where = torch.arange(run.key_stop - run.query_stop, run.key_stop)
+        positions = torch.arange(run.key_stop - run.query_stop, run.key_stop)
         self._angles = None
         if group.layout is not None and not rotation.mapped:
             f = rotation.frequencies
-            self._angles = angles(where.double(), f.inv_freq, factor=f.attention_factor, like=torch.empty(0))
+            self._angles = angles(positions.double(), f.inv_freq, factor=f.attention_factor, like=torch.empty(0))
         self._temperature = None
         if rotation.tempered and not rotation.mapped:
-            self._temperature = site.logit_factor(rotation.plan.scaler, where).float()[:, None]
+            self._temperature = site.logit_factor(rotation.plan.scaler, positions).float()[:, None]
         self._work: list[tuple[KeyRun, list[Segment]]] | None = None
         if rotation.mapped:
             self._work = [(run, rotation.plan.segments(run))]
@@ -113,7 +113,7 @@ class ChunkAttention:
             self._work = [(run, [_window(rotation, run, group.window)])]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, score: AttentionScore) -> Tensor:
-        """q [1, H, N, D], k and v [1, K, N, D] as they are projected; writes the cache; [1, H, N, D]."""
+        """Attention of projected q [1, H, N, D], k and v [1, K, N, D] -> [1, H, N, D]; it also writes the cache."""
         layout = self._rotation.group.layout
         if self._rotation.mapped:
             keys, values = layer.update(k, v)
@@ -131,7 +131,7 @@ class ChunkAttention:
 
 
 def _window(rotation: RotationTable, run: KeyRun, window: int) -> Segment:
-    """The queries of a run under a sliding window, as one band."""
+    """The queries of a run as one segment whose only band is a sliding window."""
     band = Band(
         name="window",
         start=lambda i: (i - window + 1).clamp(min=0),

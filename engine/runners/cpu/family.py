@@ -1,7 +1,7 @@
-"""The model families that the compiled network knows: where a decoder keeps its weights, and what little differs.
+"""The model families that the compiled kernels run, and how to read the weights of their decoders.
 
-All of them are norm, attention, add, norm, gated MLP, add. A family says which norms there are and what they are
-called, how queries and keys are normed, and whether weights come fused. Everything else is read from the modules.
+All of them are norm, attention, add, norm, gated MLP, add. A family names its norms, and says how queries and keys are
+normed and whether weights are fused. Everything else is read from the modules.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ _BOTH = (
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one family's layers differ from Llama's.
+    """The differences of a family's layers from Llama's.
 
     Args:
-        norms: attributes of a layer: before attention, after it, before the MLP, after it.
-        query_key_norm: over each head, over all heads at once, or none.
-        fused: query, key and value are one matrix, gate and up another.
+        norms: names of a layer's norms: before attention, after it, before the MLP, after it.
+        query_key_norm: the norm of queries and keys: over each head ("heads"), over all heads at once ("whole"), or
+            none.
+        fused: query, key and value are one matrix, and gate and up are another one.
         norm_adds_one: norms multiply by 1 + weight.
     """
 
@@ -55,14 +56,14 @@ FAMILIES = {
     "gemma2": Family(norms=_BOTH, norm_adds_one=True),
     "gemma3_text": Family(norms=_BOTH, query_key_norm="heads", norm_adds_one=True),
 }
-"""By `model_type`."""
+"""Families by their `model_type`."""
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """Weights [rows, columns] with a bias [rows] or None, both as the model holds them."""
+    """The model's own weights [rows, columns] and bias [rows] or None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -79,8 +80,8 @@ class DecoderLayer:
     Args:
         linears: query, key, value, out, gate, up, down.
         norms: before and after attention, before and after the MLP, of queries, of keys; float32 or None.
-        window: keys that a query sees, or None for all.
-        scale: factor on the scores.
+        window: the number of keys that a query sees, or None for all.
+        scale: the factor on the scores.
         softcap: c in c tanh(score / c), or None.
     """
 
@@ -93,7 +94,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A whole model, as its family describes it."""
+    """The weights and sizes of a whole decoder."""
 
     layers: list[DecoderLayer]
     embedding: nn.Module
@@ -109,25 +110,25 @@ class Decoder:
 
 
 def decoder(hf: PreTrainedModel) -> Decoder:
-    """The weights of a transformers model, read by its family's description; nothing is copied but norms.
+    """Read the weights of a transformers model by its family's description. Only the norms are copied.
 
     Raises:
-        UnsupportedModel: its family is not described, or something in it is not as described.
+        UnsupportedModel: no description of its family exists, or the model differs from the description.
     """
     config: Any = hf.config.get_text_config()
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UnsupportedModel(f"the family {config.model_type!r} is not described in engine/runners/cpu/family.py")
-    named = getattr(config, "hidden_activation", None) or config.hidden_act
-    activation = _ACTIVATIONS.get(named)
+    name = getattr(config, "hidden_activation", None) or config.hidden_act
+    activation = _ACTIVATIONS.get(name)
     if activation is None:
-        raise UnsupportedModel(f"the activation {named!r} has no compiled form")
+        raise UnsupportedModel(f"the activation {name!r} has no compiled form")
     body = hf.get_decoder()
     try:
         layers = [_layer(family, layer, config) for layer in body.layers]
     except AttributeError as error:
         raise UnsupportedModel(
-            f"{type(hf).__name__} is not laid out as family {config.model_type!r}: {error}"
+            f"{type(hf).__name__} does not have the modules of the family {config.model_type!r}: {error}"
         ) from None
     head = hf.get_output_embeddings()
     heads, dim = config.num_attention_heads, body.layers[0].self_attn.head_dim
@@ -179,11 +180,11 @@ def _linear(module: nn.Linear) -> LinearLayer:
 
 
 def _window(attention: Any, config: Any) -> int | None:
-    """The window of a layer. transformers builds its mask from the config, and a layer says whether it has one."""
+    """The sliding window of a layer. The layer and the config, which gives the mask, must have the same."""
     window: int | None = getattr(attention, "sliding_window", common_window(config))
     if window is not None and window != config.sliding_window:
         raise UnsupportedModel(
-            f"a layer has the sliding window {window}, and the config says {config.sliding_window}; set both alike"
+            f"a layer has the sliding window {window} and the config has {config.sliding_window}; set both to the same"
         )
     return window
 
@@ -192,13 +193,13 @@ def _norm(family: Family, module: nn.Module, config: Any) -> Tensor:
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if epsilon != config.rms_norm_eps:
         raise UnsupportedModel(
-            f"a {type(module).__name__} has the epsilon {epsilon}, and the config says {config.rms_norm_eps}; set both "
-            "alike"
+            f"a {type(module).__name__} has the epsilon {epsilon} and the config has {config.rms_norm_eps}; set both "
+            "to the same"
         )
     weight: Tensor = module.weight.detach().float()  # type: ignore[operator]
     return (1 + weight if family.norm_adds_one else weight).contiguous()
 
 
 def supported(config: Any) -> bool:
-    """True if the family of a config is described."""
+    """True if `FAMILIES` has the family of a config."""
     return config.get_text_config().model_type in FAMILIES

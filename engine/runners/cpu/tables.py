@@ -1,4 +1,4 @@
-"""A decoder as the compiled step takes it: addresses, sizes, and the tensors that own the memory."""
+"""The tables of a decoder for the compiled step: addresses, sizes, and the tensors that own the memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .family import Decoder, LinearLayer
 from .rotation_table import LayerGroup
 
 KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}
-"""How the kernels read a dtype."""
+"""The numpy type by which the kernels read a dtype; uint16 holds the bits of bfloat16."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -27,49 +27,49 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def groups_of(d: Decoder, ropes: dict[int, LayerRope]) -> tuple[list[LayerGroup], list[int]]:
-    """Layers with the same rotation, and the group of every layer."""
+    """The groups of layers with the same rotation, and the index of every layer's group."""
     groups: dict[tuple[RotarySite | None, Layout | None, int | None], int] = {}
-    found = []
+    group_of = []
     for index, layer in enumerate(d.layers):
         rope = ropes[index]
         if rope.is_local != (layer.window is not None):
-            raise UnsupportedModel(f"layer {index} is local in a way that is not a sliding window")
+            raise UnsupportedModel(f"the local attention of layer {index} is not a sliding window")
         key = (rope.site, rope.layout, layer.window)
-        found.append(groups.setdefault(key, len(groups)))
+        group_of.append(groups.setdefault(key, len(groups)))
     layouts = {layout for _, layout, _ in groups if layout is not None}
     if len(layouts) > 1:
-        raise UnsupportedModel("its layers lay out their rotary pairs differently")
-    return [LayerGroup(*key) for key in groups], found
+        raise UnsupportedModel("its layers have their rotary pairs at different places")
+    return [LayerGroup(*key) for key in groups], group_of
 
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A linear as the kernels read it: weights in their own dtype, float32 scales and bias [rows] or None."""
+    """A linear layer for the kernels: weights in their own dtype, float32 scales and bias [rows] or None."""
 
     weight: Tensor
     scale: Tensor | None
     bias: Tensor | None
 
     @classmethod
-    def of(cls, one: LinearLayer) -> StoredLinear:
+    def of(cls, layer: LinearLayer) -> StoredLinear:
         """The model's own weights, not copied."""
-        return cls(one.weight.contiguous(), None, None if one.bias is None else one.bias.float())
+        return cls(layer.weight.contiguous(), None, None if layer.bias is None else layer.bias.float())
 
     @classmethod
-    def rounded_to_int8(cls, one: LinearLayer) -> StoredLinear:
-        """Every row in whole steps of a 127th of its largest weight."""
-        weight = one.weight.float()
+    def rounded_to_int8(cls, layer: LinearLayer) -> StoredLinear:
+        """Weights rounded to int8. The step of a row is 1/127 of its largest weight."""
+        weight = layer.weight.float()
         scale = weight.abs().amax(1).clamp(min=1e-30) / 127
-        return cls((weight / scale[:, None]).round_().to(torch.int8), scale, StoredLinear.of(one).bias)
+        return cls((weight / scale[:, None]).round_().to(torch.int8), scale, StoredLinear.of(layer).bias)
 
     def rows(self, start: int, stop: int) -> StoredLinear:
-        """Some of its rows."""
+        """The rows [start, stop)."""
         scale, bias = (None if x is None else x[start:stop] for x in (self.scale, self.bias))
         return StoredLinear(self.weight[start:stop], scale, bias)
 
     @property
     def table(self) -> list[int]:
-        """As `project_rows` takes it."""
+        """The addresses and sizes that `project_rows` takes."""
         scale, bias = (0 if x is None else x.data_ptr() for x in (self.scale, self.bias))
         return [self.weight.data_ptr(), scale, bias, *self.weight.shape]
 
@@ -78,33 +78,31 @@ Make = Callable[[LinearLayer], StoredLinear]
 
 
 def _check_sizes(d: Decoder) -> None:
-    """Refuse what the kernels, which see addresses only, would read past the end of."""
+    """Refuse weights of unexpected sizes. The kernels have addresses only and would read past the end."""
     E, q, k = len(d.final_norm), d.heads * d.head_dim, d.key_heads * d.head_dim
     inner = len(d.layers[0].linears[4].weight)
     uneven = [size for size in (E, q, inner, d.head_dim) if size % 16]
     if uneven:
-        raise UnsupportedModel(f"compiled kernels need sizes that are a multiple of 16, which {uneven[0]} is not")
+        raise UnsupportedModel(f"compiled kernels need sizes that are a multiple of 16, and {uneven[0]} is not")
     shapes = [(q, E), (k, E), (k, E), (E, q), (inner, E), (inner, E), (E, inner)]
     head_norms = (q, k) if d.norms_whole else (d.head_dim, d.head_dim)
     for index, layer in enumerate(d.layers):
-        linears = [tuple(one.weight.shape) for one in layer.linears] == shapes
+        linears = [tuple(linear.weight.shape) for linear in layer.linears] == shapes
         norms = all(
             norm is None or len(norm) == n for norm, n in zip(layer.norms, (E, E, E, E, *head_norms), strict=True)
         )
         if not (linears and norms):
-            raise UnsupportedModel(
-                f"the weights of layer {index} are not of the sizes that its family's description says"
-            )
-    dtypes = {one.weight.dtype for one in (*(one for layer in d.layers for one in layer.linears), d.head)}
+            raise UnsupportedModel(f"the weights of layer {index} do not have the sizes in its family's description")
+    dtypes = {linear.weight.dtype for layer in d.layers for linear in layer.linears} | {d.head.weight.dtype}
     if len(dtypes) > 1:
         raise UnsupportedModel(
-            f"its linear layers are of more than one dtype ({', '.join(sorted(map(dtype_name, dtypes)))})"
+            f"its linear layers have more than one dtype: {', '.join(sorted(map(dtype_name, dtypes)))}"
         )
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The decoder as the compiled step takes it, and the tensors that its addresses point into."""
+    """The arguments of the compiled step that describe the decoder, and the tensors behind its addresses."""
 
     shape: np.ndarray[Any, Any]
     numbers: np.ndarray[Any, Any]
@@ -119,7 +117,14 @@ class Tables:
 
     @classmethod
     def of(cls, d: Decoder, groups: list[LayerGroup], group_of: list[int], make: Make | None = None) -> Tables:
-        """Raises UnsupportedModel where a kernel's assumption does not hold."""
+        """The tables of a decoder.
+
+        Args:
+            make: stores a linear layer; None keeps the model's own weights.
+
+        Raises:
+            UnsupportedModel: the decoder breaks an assumption of a kernel.
+        """
         make = make or StoredLinear.of
         stored = [tuple(map(make, layer.linears)) for layer in d.layers]
         head = make(d.head)
@@ -135,7 +140,7 @@ class Tables:
             shape=np.array([*shape, layout.start, layout.dim, layout.interleaved], np.int64),
             numbers=np.array([d.epsilon, d.layers[0].softcap or 0], np.float32),
             kind=KINDS[head.weight.dtype],
-            linears=np.array([[one.table for one in linears] for linears in stored], np.int64),
+            linears=np.array([[linear.table for linear in linears] for linears in stored], np.int64),
             norms=np.array([*norms, [d.final_norm.data_ptr(), 0, 0, 0, 0, 0]], np.int64),
             groups=np.array(group_of, np.int64),
             head=np.array([head.table], np.int64),

@@ -1,7 +1,7 @@
-"""Compiled kernels for the CPU. Import `step` from here: it compiles on first use and is kept for the next process.
+"""Compiled kernels for the CPU. Import `step` from here: it compiles on first use, and the result is cached.
 
-numba looks at the time stamp of one file to know whether its cache is stale; the kernels of this folder are inlined
-into one another, so the cache lies in a folder named by what is in all of them.
+numba checks the time stamp of a single file to find out whether its cache is stale. But the kernels of this folder are
+inlined into one another. So the name of the cache folder is a hash of all their files.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 from ....storage import cache_dir
 
 UNAVAILABLE: str | None = None
-"""Why there are no compiled kernels on this machine; None if there are."""
+"""The reason why this machine has no compiled kernels; None if it has them."""
 
 FOLDER: Path | None = None
-"""Where the compiled kernels are kept; without a kernel (`*.nbi`) before the first use."""
+"""The cache folder of the compiled kernels; it has no kernel (`*.nbi`) before the first use."""
 
 try:
     import numba
-except ImportError as error:  # it is not installed, or does not know this NumPy
+except ImportError as error:  # numba is not installed, or does not support this NumPy
     UNAVAILABLE = f"numba cannot be imported: {error}"
 else:
     _sources = sorted(Path(__file__).parent.glob("*.py"))

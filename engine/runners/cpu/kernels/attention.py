@@ -1,7 +1,7 @@
-"""Attention of single queries over a cache, in parts of a fixed number of keys that are joined afterwards.
+"""Attention of single queries over a cache, in parts of a fixed number of keys, which are joined afterwards.
 
-A part is what one thread computes: the query heads of one group over up to `PART` keys. The parts of a query follow
-from its own keys alone, never from the threads or the batch, so its bits do not either.
+One thread computes a part: the query heads of one group over up to `PART` keys. The parts of a query depend on its own
+keys only, and not on the threads or the batch. So the bits of its result do not depend on them either.
 
 Shape letters: G query heads of a group, D head dim.
 """
@@ -33,9 +33,9 @@ from .simd import (
     totals,
 )
 
-PART = 256  # most keys of a part
-_AHEAD = 16  # keys asked for before they are needed
-_BLOCK = 32  # keys whose values stay in the innermost cache while all heads and columns read them
+PART = 256  # keys of the largest part
+_AHEAD = 16  # keys are prefetched this many keys before their use
+_BLOCK = 32  # keys whose values stay in the L1 cache while all heads and columns read them
 
 _LEAST = np.float32(-1e30)
 
@@ -46,10 +46,10 @@ def part(kind, keys, values, key_scales, value_scales, count, q, G, D, softcap, 
 
     Args:
         keys, values: addresses of [count, D] of `kind`.
-        key_scales, value_scales: addresses of float32 [count] that int8 keys and values are multiplied by, or 0.
-        q: address of float32 [G, D], with the factor on the scores in it.
-        out: address of float32 [G, D], the sums of values.
-        peak, weight: float32 [G]: largest score, and sum of e^(score - peak).
+        key_scales, value_scales: addresses of the scales of int8 keys and values, float32 [count], or 0.
+        q: address of float32 [G, D], already multiplied by the factor on the scores.
+        out: address of the result, float32 [G, D]: the weighted sums of values.
+        peak, weight: results, float32 [G]: the largest score, and the sum of e^(score - peak).
     """
     scratch = np.empty(G * PART, np.float32)
     scores = scratch.ctypes.data
@@ -87,7 +87,7 @@ def part(kind, keys, values, key_scales, value_scales, count, q, G, D, softcap, 
             fetch(kind, values, (first + n) * D, min(_BLOCK, count - first - n) * D)
         g = 0
         while g < G:
-            # by name: numba frees an array behind the last line that names it
+            # `scratch` must be named here: numba frees an array after the last line that names it
             row, target = scratch.ctypes.data + 4 * (g * PART + first), out + 4 * g * D
             if G - g >= 3 and G - g != 4:
                 _values_of_3(kind, values, first, n, row, D, target)
@@ -101,7 +101,7 @@ def part(kind, keys, values, key_scales, value_scales, count, q, G, D, softcap, 
 
 
 # Scores of one, two or three heads together, so that a key is widened once for all of them. Sixteen registers hold
-# the sums; eight sums come out as one vector. Behind the last key the last one is read again.
+# the sums, and eight sums become one vector. In place of keys after the last one, the last one is read again.
 
 
 @njit(cache=True)
@@ -174,7 +174,7 @@ def _scale(row, count, scales):
 
 @njit(cache=True)
 def _cap(row, count, softcap):
-    """c tanh(s / c), with tanh x = 1 - 2 / (1 + e^2x)."""
+    """Scores s become c tanh(s / c), with tanh x = 1 - 2 / (1 + e^2x)."""
     one, two = splat(np.float32(1)), splat(np.float32(2))
     factor, cap = splat(np.float32(2 / softcap)), splat(np.float32(softcap))
     for j in range(0, count, 8):
@@ -184,7 +184,7 @@ def _cap(row, count, softcap):
 
 @njit(cache=True)
 def _softmax(row, count):
-    """e^(score - peak) in place; returns the peak and the sum."""
+    """Replace scores by e^(score - peak), and return the peak and the sum."""
     highest = splat(_LEAST)
     for j in range(0, count, 8):
         highest = maximum(highest, load(np.float32, row, j))
@@ -279,7 +279,7 @@ def _values_of_3(kind, values, first, count, weights, D, out):
 
 @njit(cache=True)
 def join(outs, peaks, weights, first, stop, heads, D, result):
-    """The parts [first, stop) of one query as one: `result` [heads * D] of outs [parts, heads, D]."""
+    """Join the parts [first, stop) of one query: `outs` [parts, heads, D] -> `result` [heads * D]."""
     for h in range(heads):
         peak = peaks[first, h]
         for p in range(first + 1, stop):

@@ -1,4 +1,4 @@
-"""Products of a weight matrix with a few vectors, at the speed at which memory gives the weights."""
+"""Products of a weight matrix and a few vectors. Their speed is that of reading the weights from memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numba import njit
 
 from .simd import add, fetch, fma, get, load, size_of, splat, total
 
-_AHEAD = 4096  # bytes of weights asked for before they are needed
+_AHEAD = 4096  # weights are prefetched this many bytes before their use
 
 
 @njit(cache=True)
@@ -22,7 +22,7 @@ def dot(kind, weights, row, x, columns):
 
 @njit(cache=True)
 def dot_4(kind, weights, row, x, columns):
-    """`dot` with the four vectors that lie one after another at `x`: each as `dot` gives it, to the bit."""
+    """`dot` with four consecutive vectors at `x`. Each result has the same bits as that of `dot`."""
     even_0 = odd_0 = even_1 = odd_1 = even_2 = odd_2 = even_3 = odd_3 = splat(np.float32(0))
     for c in range(0, columns, 16):
         w, v = load(kind, weights, row + c), load(kind, weights, row + c + 8)
@@ -43,7 +43,7 @@ def dot_4(kind, weights, row, x, columns):
 
 @njit(cache=True)
 def rows_of(part, parts, count):
-    """The share [start, stop) of one part of `count` rows, in multiples of 8."""
+    """The rows [start, stop) of one part, if `count` rows are split into parts of a multiple of 8 rows."""
     size = ((count + parts - 1) // parts + 7) // 8 * 8
     return min(part * size, count), min((part + 1) * size, count)
 
@@ -53,9 +53,9 @@ def project_rows(kind, linear, x, tokens, start, stop, out, offset):
     """Rows [start, stop) of a matrix times `tokens` vectors, into the columns of `out` from `offset` on.
 
     Args:
-        linear: int64 [5]: addresses of weights, of scales and of bias (0 where there is none), rows and columns.
-            Columns are a multiple of 16.
-        x: address of float32 [tokens, columns].
+        linear: int64 [5]: the addresses of weights, scales and bias (0 for none), and the number of rows and of
+            columns. Columns are a multiple of 16.
+        x: the address of float32 [tokens, columns].
     """
     weights, scales, bias, columns = linear[0], linear[1], linear[2], linear[4]
     for r in range(start, stop):

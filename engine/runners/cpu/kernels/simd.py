@@ -1,12 +1,12 @@
-"""Eight float32 numbers at a time, for JIT-compiled kernels.
+"""Vectors of eight float32 numbers, for the compiled kernels.
 
-numba compiles scalar Python and leaves vectors to LLVM's optimiser, which changes its mind with every edit. Here the
-vectors are written down: `F32x8` is a value in a register, and each function below is one or a few instructions on
-any machine (two at a time on AVX-512's and NEON's other widths). The order of every sum is therefore fixed, so that a
-row of a batch gives the same bits as the row alone.
+numba compiles scalar Python and leaves vectors to LLVM's optimiser, whose result changes with every edit. Here vectors
+are explicit: `f32x8` is a value in a register (two registers where they have 128 bits, as in NEON), and each function
+below is one or a few instructions. So the order of every sum is fixed, and a row of a batch has the same bits as the
+row alone.
 
-Memory is named by its address (an integer) and the kind of number that lies there: np.float32, np.uint16 for the
-bits of bfloat16, or np.int8.
+Memory is given by its address (an integer) and the type of its numbers (`kind`): np.float32, np.uint16 for the bits of
+bfloat16, or np.int8.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, element:
 
 @intrinsic
 def load(_context: Any, kind: Any, address: Any, index: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Eight numbers of `kind` from element `index` on, widened to float32."""
+    """Read eight numbers of `kind` from element `index` on, and widen them to float32."""
     dtype = kind.dtype
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
@@ -80,7 +80,7 @@ def load(_context: Any, kind: Any, address: Any, index: Any) -> tuple[Any, Calla
 
 @intrinsic
 def size_of(_context: Any, kind: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Bytes of a number of `kind`."""
+    """The bytes of a number of `kind`."""
     size = ir.Constant(ir.IntType(64), kind.dtype.bitwidth // 8)
     return types.int64(kind), lambda _context, _builder, _signature, _args: size
 
@@ -129,7 +129,7 @@ def store_int8(_context: Any, address: Any, index: Any, x: Any) -> tuple[Any, Ca
 
 @intrinsic
 def splat(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Eight times the float32 `x`."""
+    """A vector of eight times the float32 `x`."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
         undefined = ir.Constant(_VECTOR, ir.Undefined)
@@ -178,7 +178,7 @@ def maximum(_context: Any, x: Any, y: Any) -> tuple[Any, Callable[..., ir.Value]
 def _halved(
     builder: ir.IRBuilder, x: ir.Value, combine: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]
 ) -> ir.Value:
-    """One number from eight: the upper half onto the lower until one is left."""
+    """Reduce eight numbers to one: combine the lower half with the upper one until one number is left."""
     for half in (4, 2, 1):
         places = [ir.Constant(ir.VectorType(_I32, half), list(range(k, k + half))) for k in (0, half)]
         x = combine(builder, *(builder.shuffle_vector(x, x, place) for place in places))
@@ -187,7 +187,7 @@ def _halved(
 
 @intrinsic
 def total(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """The sum of the eight, always in the same order."""
+    """The sum of the eight numbers, always in the same order."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
         return _halved(builder, args[0], lambda b, low, high: b.fadd(low, high))
@@ -197,7 +197,7 @@ def total(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
 
 @intrinsic
 def largest(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """The largest of the eight."""
+    """The largest of the eight numbers."""
 
     def greater(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
         return builder.select(builder.fcmp_ordered(">", low, high), low, high)
@@ -209,7 +209,7 @@ def largest(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
 def totals(
     _context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
 ) -> tuple[Any, Callable[..., ir.Value]]:
-    """The sums of eight vectors, in one."""
+    """One vector with the sums of eight vectors."""
     even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]  # within the halves of a 256-bit register
 
     def pairs(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -224,19 +224,19 @@ def totals(
     return f32x8(*[f32x8] * WIDTH), generate
 
 
-# e^x = 2^k e^r with k whole and |r| <= log(2) / 2, where seven terms of the series leave 6e-9.
+# e^x = 2^k e^r with k a whole number and |r| <= log(2) / 2. There, the series to r^7 has an error of 6e-9.
 _LOG2_E = 1 / math.log(2)
 _LOWEST = -87.0  # e^-87 is about the smallest normal float32
 
 
 @intrinsic
 def exp(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """e^x within 2e-7 of its value; x below -87 counts as -87, above 88 as 88."""
+    """e^x with a relative error below 2e-7. Below -87, x counts as -87; above 88, as 88."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
         bounded = _call(builder, "minnum", _call(builder, "maxnum", args[0], _constant(_LOWEST)), _constant(88.0))
         whole = _call(builder, "nearbyint", builder.fmul(bounded, _constant(_LOG2_E)))
-        # log 2 in two parts, of which the first has few bits: x - k log 2 without cancellation
+        # log 2 in two parts, the first with few bits, so that x - k log 2 has no cancellation
         high = float(np.float32(0.693359375))
         rest = _call(builder, "fma", whole, _constant(-high), bounded)
         rest = _call(builder, "fma", whole, _constant(high - math.log(2)), rest)
@@ -251,7 +251,7 @@ def exp(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
 
 @intrinsic
 def get(_context: Any, address: Any, index: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """The float32 number at element `index`."""
+    """Read the float32 number at element `index`."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
         return builder.load(_pointer(builder, args[0], args[1], _F32), align=4)
@@ -290,7 +290,7 @@ def store_halves(
 
 @intrinsic
 def fetch(_context: Any, kind: Any, address: Any, index: Any, count: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Ask memory for `count` numbers of `kind` from element `index` on, without waiting for them."""
+    """Prefetch `count` numbers of `kind` from element `index` on, without waiting for them."""
     size = kind.dtype.bitwidth // 8
 
     def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:

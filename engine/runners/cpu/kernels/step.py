@@ -1,10 +1,10 @@
-"""A whole forward of a few tokens in one compiled function: what a step of decoding runs.
+"""The forward pass of a decode step: a few tokens through all layers, in one compiled function.
 
-Every token stands for itself: it belongs to any sequence, sees its own keys, and gets the same bits whichever tokens
-come with it. So a batch of unequal lengths is a list of tokens, and a row of it is the row alone.
+Tokens are independent. Each may belong to any sequence, sees its own keys, and gets the same bits in any batch. So a
+batch of unequal lengths is a list of tokens, and a row of it equals the row alone.
 
-Shape letters: n tokens, E hidden size, H query heads, K key-value heads, D head dim, L layers, F forms in which keys
-are held (one for each key position map of a scaler, and the values as the last).
+Shape letters: n tokens, E hidden size, H query heads, K key-value heads, D head dim, L layers, F stored forms (one or
+more of the keys, and last the values).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .simd import (
     total,
 )
 
-QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)  # linears of a layer
+QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)  # linear layers of a decoder layer
 BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, NORM_OF_QUERY, NORM_OF_KEY = range(6)  # norms of a layer
 SILU, GELU_TANH = range(2)
 DATA, SCALES, CAPACITY = range(3)  # of a buffer
@@ -60,27 +60,27 @@ def step(
     logits,
     threads,
 ):
-    """Run n tokens, write their keys and values, and give the logits of the last m.
+    """Run n tokens, write their keys and values, and compute the logits of the last m.
 
     Args:
-        shape: int64: H, K, D, activation, whether queries and keys are normed over all heads at once, the first number
-            of a head that is rotated, rotated numbers, whether pairs are neighbours.
-        numbers: float32: epsilon of the norms, soft-cap of the scores or 0.
-        weights, cache: the kinds of the weights and of the cache.
+        shape: int64: H, K, D, activation, whether queries and keys are normed over all heads at once, the first rotated
+            number of a head, the count of rotated numbers, whether pairs are neighbours.
+        numbers: float32: the epsilon of the norms, and the soft-cap of the scores or 0.
+        weights, cache: the number types of the weights and of the cache.
         linears: int64 [L, 7, 5], as `project_rows` takes them.
-        norms: int64 [L + 1, 6]: addresses of float32 weights, 0 where there is none. The first of L is the final norm.
-        groups: int64 [L]: which row of `rotations`, `firsts` and `scales` a layer uses.
-        x: float32 [n, E], the embeddings; overwritten.
-        rotations: queries' and keys' float32 [groups, forms, n, 2, d / 2], cosines and sines of every token's angles.
-        parts: int64 [parts, 5] of attention: token, form of the query, form of the keys, first key, keys.
-        firsts: int64 [groups, n + 1]: where the parts of every token begin; a token has at least one.
+        norms: int64 [L + 1, 6]: addresses of float32 weights, 0 for none. [L, 0] is the final norm.
+        groups: int64 [L]: the row of `rotations`, `firsts` and `scales` for each layer.
+        x: float32 [n, E], the embeddings. They are overwritten.
+        rotations: for queries and for keys, float32 [groups, forms, n, 2, d / 2]: cosines and sines.
+        parts: int64 [parts, 5] of attention: token, form of the query, form of the keys, first key, number of keys.
+        firsts: int64 [groups, n + 1]: the first part of every token. A token has at least one part.
         scales: float32 [groups, n]: the factor on the scores of every token.
-        places: int64 [n]: the place of a token's key in its cache.
-        buffers: int64 [L, n, F, 3]: address, address of the int8 cache's scales, and keys that a head has room for;
-            zeros for a form that the layer does not hold.
-        head: int64 [1, 5], the linear from hidden states to logits.
-        logits: float32 [m, V].
-        threads: into how many parts the work is cut.
+        places: int64 [n]: the index of each token's key in its cache.
+        buffers: int64 [L, n, F, 3]: the address, the address of the scales of an int8 cache, and the capacity of a head
+            in keys; zeros for a form that the layer does not store.
+        head: int64 [1, 5], the linear layer from hidden states to logits.
+        logits: float32 [m, V], the result.
+        threads: the number of parts that the work of a linear layer is cut into.
     """
     H, K, D = shape[0], shape[1], shape[2]
     n, E = x.shape
@@ -90,19 +90,19 @@ def step(
     gate_up, gated = np.empty((n, 2 * inner), np.float32), np.empty((n, inner), np.float32)
     queries = np.empty((rotations[0].shape[1], n, H, D), np.float32)
     for i in range(L):
-        own, norm, group = linears[i], norms[i], groups[i]
+        layer, norm, group = linears[i], norms[i], groups[i]
         _norm(x, norm[BEFORE_ATTENTION], numbers[0], normed)
-        project(weights, own[QUERY:OUT], normed, qkv, threads)
+        project(weights, layer[QUERY:OUT], normed, qkv, threads)
         _norm_heads(shape, norm, numbers[0], qkv)
         _rotate_queries(shape, qkv, rotations[0][group], scales[group], queries)
         _write(shape, cache, qkv, rotations[1][group], places, buffers[i])
         _attend(shape, numbers[1], cache, queries, parts, firsts[group], buffers[i], mixed)
-        project(weights, own[OUT:GATE], mixed, hidden, threads)
+        project(weights, layer[OUT:GATE], mixed, hidden, threads)
         _add(hidden, norm[AFTER_ATTENTION], numbers[0], x)
         _norm(x, norm[BEFORE_MLP], numbers[0], normed)
-        project(weights, own[GATE:DOWN], normed, gate_up, threads)
+        project(weights, layer[GATE:DOWN], normed, gate_up, threads)
         _gate(gate_up, shape[3], gated)
-        project(weights, own[DOWN:], gated, hidden, threads)
+        project(weights, layer[DOWN:], gated, hidden, threads)
         _add(hidden, norm[AFTER_MLP], numbers[0], x)
     if m:
         last = x[n - m :]
@@ -112,7 +112,7 @@ def step(
 
 @njit(parallel=True, cache=True)
 def touch(count):
-    """A parallel region of `count` parts that do nothing much; their sum."""
+    """A parallel region of `count` small parts. It wakes `count` threads."""
     total_ = 0
     for p in prange(count):
         total_ += p
@@ -121,7 +121,7 @@ def touch(count):
 
 @njit(parallel=True, cache=True)
 def project(kind, linears, x, out, threads):
-    """`out` [n, rows of all] = some linears, int64 [k, 5] as `project_rows` takes them, times x [n, columns]."""
+    """`out` [n, rows of all] = x [n, columns] times several linear layers, int64 [k, 5] as in `project_rows`."""
     for p in prange(threads):
         offset = 0
         for which in range(len(linears)):
@@ -153,7 +153,7 @@ def _activate(x, activation):
 
 @njit(cache=True)
 def _norm_row(x, weights, epsilon, count, out):
-    """RMS norm of the `count` numbers at address `x`, into address `out`."""
+    """RMS norm of the `count` numbers at address `x`, written to address `out`."""
     squares = splat(np.float32(0))
     for c in range(0, count, 8):
         v = load(np.float32, x, c)
@@ -176,7 +176,7 @@ def _norm(x, weights, epsilon, out):
 
 @njit(cache=True)
 def _add(x, weights, epsilon, residual):
-    """`residual` += x, normed where there are weights."""
+    """`residual` += x, normed if there are weights."""
     for t in range(len(x)):
         source, target = x[t].ctypes.data, residual[t].ctypes.data
         if weights:
@@ -201,7 +201,7 @@ def _norm_heads(shape, norms, epsilon, qkv):
 
 @njit(cache=True)
 def _rotate(shape, x, cos, sin, factor, out):
-    """One head, rotated and scaled."""
+    """Rotate and scale one head."""
     D, start, rotating, neighbours = shape[2], shape[5], shape[6], shape[7]
     for d in range(D):
         out[d] = x[d] * factor
@@ -225,7 +225,7 @@ def _rotate_queries(shape, qkv, rotations, scales, queries):
 
 @njit(cache=True)
 def _write(shape, kind, qkv, rotations, places, buffers):
-    """Keys, in every form, and values into the cache."""
+    """Write the keys, in every form, and the values into the cache."""
     H, K, D = shape[0], shape[1], shape[2]
     forms = len(rotations)
     rotated = np.empty(D, np.float32)
@@ -270,9 +270,9 @@ def _attend(shape, softcap, kind, queries, parts, firsts, buffers, mixed):
     peaks, sums = np.empty((count, H), np.float32), np.empty((count, H), np.float32)
     for i in prange(count * K):
         p, h = i // K, i % K
-        own = parts[begin + p]
-        keys, vals = buffers[own[TOKEN], own[KEY_FORM]], buffers[own[TOKEN], values]
-        key, value = h * keys[CAPACITY] + own[START], h * vals[CAPACITY] + own[START]
+        work = parts[begin + p]
+        keys, vals = buffers[work[TOKEN], work[KEY_FORM]], buffers[work[TOKEN], values]
+        key, value = h * keys[CAPACITY] + work[START], h * vals[CAPACITY] + work[START]
         size = size_of(kind)
         part(
             kind,
@@ -280,8 +280,8 @@ def _attend(shape, softcap, kind, queries, parts, firsts, buffers, mixed):
             vals[DATA] + size * value * D,
             keys[SCALES] + 4 * key if keys[SCALES] else 0,
             vals[SCALES] + 4 * value if vals[SCALES] else 0,
-            own[COUNT],
-            queries[own[QUERY_FORM], own[TOKEN], h * G].ctypes.data,
+            work[COUNT],
+            queries[work[QUERY_FORM], work[TOKEN], h * G].ctypes.data,
             G,
             D,
             softcap,
