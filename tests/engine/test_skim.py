@@ -87,5 +87,5 @@ def test_a_key_counts_for_as_many_as_it_stands_for(runner, spec):
 
 
 def test_a_sample_that_cannot_be_had():
-    with pytest.raises(ConfigError, match="10 stretches of 16 tokens .* and the last 900 tokens do not fit into 1000"):
+    with pytest.raises(ConfigError, match=r"10 stretches of 16 tokens .* and the last 900 tokens do not fit into 1000"):
         Sample.of(1000, local=900, far=160, stretch=16)
