@@ -156,9 +156,9 @@ def _joined(out: Tensor, lse: Tensor, rows: slice, part_out: Tensor, part_lse: T
     if joined_out.shape == out.shape:
         return joined_out, joined_lse
     if torch.is_grad_enabled():
-        before, behind = slice(0, rows.start), slice(rows.stop, None)
+        before, after = slice(0, rows.start), slice(rows.stop, None)
         return tuple(  # type: ignore[return-value]
-            torch.cat((whole[:, :, before], part, whole[:, :, behind]), 2)
+            torch.cat((whole[:, :, before], part, whole[:, :, after]), 2)
             for whole, part in ((out, joined_out), (lse, joined_lse))
         )
     out[:, :, rows], lse[:, :, rows] = joined_out, joined_lse

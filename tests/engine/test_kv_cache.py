@@ -1,47 +1,23 @@
-"""The compiled network's cache: forks, growth, int8 rows, memory-mapped files, and what does not fit."""
+"""The cache of the compiled kernels: forks, growth, int8 rows, and memory-mapped files."""
 
 import copy
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from live import MORE, TEXT, Memory, cache_difference, counted, greedy, prepare
+from kv_caches import fill, rows, shape, states, unchanged
+from live import MORE, TEXT, cache_difference, greedy, prepare
 
 import ropewalk as rw
-from ropewalk.engine import kv_cache
-from ropewalk.engine.cache import most_held
-from ropewalk.engine.kv_cache import CacheShape, KVCache
+from ropewalk.engine.kv_cache import KVCache
 from ropewalk.engine.prefill import prefill
-from ropewalk.engine.runners.runner import CHUNK
 
 KINDS = [torch.float32, torch.bfloat16, torch.int8]
 
 
-def shape(dtype=torch.float32, folder=None, dim=16):
-    return CacheShape(layers=3, heads=2, dim=dim, dtype=dtype, folder=folder)
-
-
-def states(count, seed=0, dim=16):
-    return torch.randn(1, 2, count, dim, generator=torch.Generator().manual_seed(seed))
-
-
-def fill(cache, count, seed=0):
-    for index, layer in enumerate(cache.layers):
-        layer.update(states(count, seed + index), -states(count, seed + index))
-
-
-def rows(cache, count):
-    return [getattr(layer, name)[:, :, :count].clone() for layer in cache.layers for name in layer.buffers]
-
-
-def unchanged(cache, before, count):
-    return all(torch.equal(a, b) for a, b in zip(rows(cache, count), before, strict=True))
-
-
 @pytest.mark.parametrize("dtype", KINDS)
-def test_it_holds_what_was_appended_and_grows(dtype):
+def test_it_stores_what_was_appended_and_grows(dtype):
     cache, whole = KVCache(shape(dtype), 4), KVCache(shape(dtype), 64)
     fill(whole, 40)
     for start, stop in ((0, 3), (3, 4), (4, 5), (5, 29), (29, 40)):
@@ -81,7 +57,7 @@ def test_a_write_moves_the_writer_only(dtype):
     assert cache.owned == 15
 
 
-def test_who_is_gone_does_not_share():
+def test_a_freed_fork_does_not_share():
     cache = KVCache(shape(), 32)
     fill(cache, 10)
     place = cache.layers[0].keys.data_ptr()
@@ -121,11 +97,11 @@ def test_int8_rows_are_within_half_a_step():
     x[:, :, 7] = 0
     x[:, 1, 8, 1:] = 0  # one number alone
     keys, values = layer.update(x, 3 * x)
-    for found, exact in ((keys, x), (values, 3 * x)):
+    for rounded, exact in ((keys, x), (values, 3 * x)):
         step = exact.abs().amax(-1, keepdim=True) / 127
-        assert ((found - exact).abs() <= step * 0.5001).all()
+        assert ((rounded - exact).abs() <= step * 0.5001).all()
         largest = exact.abs().amax(-1)
-        assert torch.allclose(found.abs().amax(-1), largest, rtol=1e-6)
+        assert torch.allclose(rounded.abs().amax(-1), largest, rtol=1e-6)
         assert int(layer.keys[:, :, :40].abs().max()) == 127
     assert torch.equal(layer.key_scales[:, :, :40], x.abs().amax(-1) / 127)
     assert torch.equal(layer.value_scales[:, :, :40], (3 * x).abs().amax(-1) / 127)
@@ -134,24 +110,20 @@ def test_int8_rows_are_within_half_a_step():
 def test_int8_keys_are_written_again_in_place():
     layer = KVCache(shape(torch.int8), 64).layers[0]
     layer.update(states(20), states(20))
-    before = rows_of(layer)
+    before = {name: getattr(layer, name).clone() for name in layer.buffers}
     layer.write_keys(5, 4 * states(6, 1))
     assert torch.allclose(layer.key_rows(5, 11), 4 * states(6, 1), atol=0.07)
     for name, old in before.items():
-        kept = torch.ones(64, dtype=torch.bool)
-        kept[5:11] = name.startswith("value")
-        assert torch.equal(getattr(layer, name)[:, :, kept][:, :, :9], old[:, :, kept][:, :, :9])
+        same = torch.ones(64, dtype=torch.bool)
+        same[5:11] = name.startswith("value")
+        assert torch.equal(getattr(layer, name)[:, :, same][:, :, :9], old[:, :, same][:, :, :9])
 
 
-def rows_of(layer):
-    return {name: getattr(layer, name).clone() for name in layer.buffers}
-
-
-def test_a_token_takes_what_it_is_said_to():
+def test_a_token_takes_bytes_per_token():
     for dtype, width in ((torch.float32, 64), (torch.bfloat16, 32), (torch.int8, 16 + 4)):
         cache = KVCache(shape(dtype), 50)
-        held = sum(getattr(layer, name).nbytes for layer in cache.layers for name in layer.buffers)
-        assert held == 50 * shape(dtype).bytes_per_token == 50 * 3 * 2 * 2 * width
+        size = sum(getattr(layer, name).nbytes for layer in cache.layers for name in layer.buffers)
+        assert size == 50 * shape(dtype).bytes_per_token == 50 * 3 * 2 * 2 * width
 
 
 @pytest.fixture(scope="module")
@@ -179,14 +151,14 @@ def test_a_step_and_a_chunk_write_the_same_codes(int8):
         assert worst < 0.05 * b.key_rows(0, len(ids)).abs().max()
 
 
-def test_int8_writes_about_what_float32_does(int8, model):
+def test_int8_scores_are_close_to_those_of_float32(int8, model):
     ids = model.vocabulary.encode(TEXT * 6)
-    one, other = (m.score_ids(ids, cache=m.new_cache(len(ids))) for m in (int8, model))
-    assert not torch.equal(one, other)
-    assert float((one - other).abs().mean()) < 0.02
+    rounded, exact = (m.score_ids(ids, cache=m.new_cache(len(ids))) for m in (int8, model))
+    assert not torch.equal(rounded, exact)
+    assert float((rounded - exact).abs().mean()) < 0.02
 
 
-def test_an_int8_session_is_saved_and_turned(int8, tmp_path):
+def test_an_int8_session_is_saved_and_rotated(int8, tmp_path):
     session = int8.session()
     session.append(TEXT * 2)
     session.save(tmp_path / "s")
@@ -194,8 +166,8 @@ def test_an_int8_session_is_saved_and_turned(int8, tmp_path):
     assert unchanged(loaded._cached.cache, rows(session._cached.cache, session.tokens), session.tokens)
     try:
         int8.rope = "yarn:4"
-        for one in (session, loaded):
-            one.append("x = 1\n")
+        for each in (session, loaded):
+            each.append("x = 1\n")
         fresh = int8.session()
         fresh.append(TEXT * 2 + "x = 1\n")
         a, b = (cache.layers[0].key_rows(0, fresh.tokens) for cache in (session._cached.cache, fresh._cached.cache))
@@ -223,7 +195,7 @@ def test_int8_and_a_position_map_are_refused_and_the_scaler_stays(int8, tiny_fol
 
 
 @pytest.mark.parametrize("spec", ["none", "rerope:16"])
-def test_in_a_file_it_is_the_same_to_the_bit_and_leaves_none(tiny_folder, model, tmp_path, spec):
+def test_a_cache_in_a_file_gives_the_same_bits_and_leaves_no_file(tiny_folder, model, tmp_path, spec):
     mapped = rw.load(tiny_folder, spec, offload=tmp_path, max_length=4096)
     model.rope = spec
     try:
@@ -244,7 +216,7 @@ def test_in_a_file_it_is_the_same_to_the_bit_and_leaves_none(tiny_folder, model,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("steps", [True, False])
-def test_turned_copies_lie_in_files_too(tiny_folder, tmp_path, steps):
+def test_rotated_copies_lie_in_files_too(tiny_folder, tmp_path, steps):
     mapped = rw.load(tiny_folder, "rerope:16", offload=tmp_path, max_length=4096)
     prepare(mapped, 100)
     parent, ids = mapped.new_cache(8), mapped.vocabulary.encode(TEXT * 4)[:60]
@@ -271,100 +243,9 @@ def test_a_folder_that_is_not_there_is_refused(tiny_folder, tmp_path):
         rw.load(tiny_folder, offload=tmp_path / "nowhere")
 
 
-# Room
-
-
-class Disk:
-    def __init__(self, free):
-        self.free = free
-
-
-@pytest.fixture
-def available(monkeypatch):
-    def set_to(count):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(count))
-        monkeypatch.setattr(kv_cache.shutil, "disk_usage", lambda folder: Disk(count))
-
-    return set_to
-
-
-def test_the_refusal_has_the_numbers_and_the_ways(available):
-    big = CacheShape(layers=30, heads=3, dim=64, dtype=torch.float32)  # 46080 bytes a token
-    available(1_000_000_000)
-    kv_cache.check_room(big, 21_701, forms=1)
-    with pytest.raises(rw.ContextOverflow) as refused:
-        kv_cache.check_room(big, 64 * 1024, forms=1)
-    assert str(refused.value) == (
-        "keys and values of 64k tokens take 3.02 GB, more than the 1 GB of memory; load with "
-        "kv_dtype='int8' (0.802 GB), "
-        "or load with offload=FOLDER, which keeps keys and values in a file there, or take at most 21701 tokens"
-    )
-    with pytest.raises(rw.ContextOverflow, match=r"1.51 GB.*take at most 21701") as refused:
-        kv_cache.check_room(big, 32 * 1024, forms=1)
-    with pytest.raises(rw.ContextOverflow) as refused:  # not even int8 is enough
-        kv_cache.check_room(big, 128 * 1024, forms=1)
-    assert "int8" not in str(refused.value)
-    with pytest.raises(rw.ContextOverflow, match="take at most 14467 tokens") as refused:  # keys in two forms
-        kv_cache.check_room(big, 21_701, forms=2)
-    assert "int8" not in str(refused.value)
-
-
-def test_a_file_is_held_against_the_disk(available, tmp_path):
-    available(1_000_000)
-    small = shape(folder=tmp_path)  # 768 bytes a token
-    kv_cache.check_room(small, 1302, forms=1)
-    with pytest.raises(rw.ContextOverflow, match=r"more than the 0.001 GB of free space in .*") as refused:
-        kv_cache.check_room(small, 1303, forms=1)
-    assert "offload" not in str(refused.value)
-    assert "kv_dtype='int8'" in str(refused.value)
-
-
-def test_every_cache_that_forgets_takes_its_own_room(tiny_folder, available):
-    runner = rw.load(tiny_folder, "sink-window:64", compile=True)._runner
-    one = most_held((4, 64)) + CHUNK
-    available(8 * one * runner.cache_shape.bytes_per_token * 3 // 2)  # keys in two forms
-    runner.check_room(*[20_000] * 8)
-    runner.check_room(*[20_000] * 9, owned=one)
-    runner.check_room(10, *[20_000] * 7)
-    with pytest.raises(rw.ContextOverflow):
-        runner.check_room(*[20_000] * 9)
-    with pytest.raises(rw.ContextOverflow):
-        runner.check_room(10, *[20_000] * 8)
-
-
-def test_what_does_not_fit_is_refused_before_any_work(model, available, monkeypatch):
-    session = model.session()
-    session.append(TEXT * 8)
-    before = session.text, list(session._cached.ids), rows(session._cached.cache, session.tokens)
-    available(100 * model._runner.cache_shape.bytes_per_token)
-    with counted(model, monkeypatch) as counts:
-        for refused in (
-            lambda: model.generate(TEXT * 8, greedy()),
-            lambda: model.generate([TEXT * 8, "x"], greedy()),
-            lambda: list(model.stream("x", greedy(100))),
-            lambda: session.append(TEXT * 5),
-            lambda: session.generate("", greedy(120)),
-            lambda: session.fork().generate("", greedy(50)),
-        ):
-            with pytest.raises(rw.ContextOverflow, match="keys and values of"):
-                refused()
-    assert counts == []
-    assert (session.text, session._cached.ids) == before[:2]
-    assert unchanged(session._cached.cache, before[2], session.tokens)
-
-
-def test_what_a_session_holds_is_not_counted_twice(model, available):
-    session = model.session()
-    session.append(TEXT * 8)
-    assert session.tokens > 200
-    available(100 * model._runner.cache_shape.bytes_per_token)
-    session.append("x = 1\n")
-    assert session.generate("y", greedy()).usage.completion_tokens == 6
-
-
 @torch.inference_mode()
-def test_turned_keys_that_nobody_counted_are_not_read(model):
-    """A step that was broken off has made room for keys, and not written them."""
+def test_rotated_keys_of_an_interrupted_step_are_not_read(model):
+    """An interrupted step has made room for keys, but not written them."""
     model.rope = "rerope:16"
     try:
         ids = model.vocabulary.encode(TEXT * 2)
@@ -374,7 +255,7 @@ def test_turned_keys_that_nobody_counted_are_not_read(model):
         for layer in cache.layers:
             for copy_of in layer.rotated.tensors:
                 copy_of[:, :, 40:] = 1e3
-        found = prefill(model._runner, ids[40:], cache)
-        assert torch.allclose(found, prefill(model._runner, ids, fresh), atol=1e-3)
+        continued = prefill(model._runner, ids[40:], cache)
+        assert torch.allclose(continued, prefill(model._runner, ids, fresh), atol=1e-3)
     finally:
         model.rope = None

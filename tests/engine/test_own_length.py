@@ -105,7 +105,7 @@ def test_under_none_it_is_the_untouched_model(kind):
     with rw.patch(model, "none") as handle:
         assert torch.equal(logits(model, SHORT), before)
         assert torch.equal(logits(model, LONG), logits(model_of(kind), LONG))
-        assert "as transformers has it" in handle.describe()
+        assert "as in transformers" in handle.describe()
     with rw.patch(model, "none", length=100):
         assert difference(logits(model, LONG[:, :100]), logits(model_of(kind), LONG)) < TOLERANCE
 

@@ -5,12 +5,14 @@ The compiled step uses it. `attention/plan.py` does the same for whole chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ....scaling.band import PLAIN
 from ....scaling.rope import Frequencies, Scaler
@@ -88,6 +90,20 @@ class RotationTable:
             return 0
         first = self._key_map(band)
         return 1 + self.key_bands.index(first) if first in self.key_bands else 0
+
+    def rotated_copies(self, layer: KVLayer, count: int) -> list[Tensor]:
+        """The rotated copies of a layer's keys, one for each of `key_bands`, with room for `count` more keys."""
+        layout, keys = self.group.layout, layer.keys[:, :, : layer.length]
+        assert layout is not None
+
+        def rotate_band(band: int) -> Callable[[int, int], Tensor]:
+            def rotate(start: int, stop: int) -> Tensor:
+                positions = self._bands[band].key(torch.arange(start, stop))
+                return layout.rotate(keys[:, :, start:stop], angles(positions, self.frequencies.inv_freq, like=keys))
+
+            return rotate
+
+        return [layer.rotated.room(self.rope_state, band, keys, rotate_band(band), count) for band in self.key_bands]
 
     def angles(self, positions: Integers, half: int) -> tuple[Floats, Floats]:
         """Cosines and sines for the tokens at `positions`.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path as Folder
 from typing import Any
 
@@ -24,10 +24,9 @@ from transformers.cache_utils import Cache
 from ....errors import ConfigError, UnsupportedModel
 from ....scaling.rope import Scaler
 from ...attention.kernel import AttentionScore
-from ...attention.rotation import angles
 from ...attention.rows import KeyRun
 from ...cache import rewind
-from ...kv_cache import CacheShape, KVCache, KVLayer, check_room
+from ...kv_cache import CacheShape, KVCache, check_room
 from ...patches.float32 import float32_arithmetic
 from ...patches.probe import layer_ropes, logits, probe_ids
 from ...rotary_site import RotarySite, primary_rotary
@@ -111,7 +110,7 @@ class CompiledRunner(TransformersRunner):
 
     @property
     def how(self) -> str:
-        """What runs the model."""
+        """A short description of the runner."""
         import numba
 
         return (
@@ -214,7 +213,7 @@ class CompiledRunner(TransformersRunner):
             rotate_cached_keys(layer, RotationTable(group, self._primary, *before), used[group])
         return True
 
-    # A few tokens
+    # decode steps
 
     def _decode_step(
         self, rows: Sequence[tuple[Sequence[int], KVCache]], logits_to_keep: int, tree: Tree | None = None
@@ -302,7 +301,7 @@ class CompiledRunner(TransformersRunner):
                         in_tree = ancestors[token][max(0, start - length) : max(0, stop - length)]
                         parts += [(token, band, form, place, 1) for place in in_tree]
                         stop = min(stop, length)
-                    parts += [(token, band, form, at, min(PART, stop - at)) for at in range(start, stop, PART)]
+                    parts += [(token, band, form, key, min(PART, stop - key)) for key in range(start, stop, PART)]
             firsts.append(len(parts))
         return np.array(parts, np.int64), np.array(firsts, np.int64).reshape(len(self._rotations), -1)
 
@@ -315,39 +314,22 @@ class CompiledRunner(TransformersRunner):
         layers = len(self._decoder.layers)
         forms = 1 + max(len(rotation.key_bands) for rotation in self._rotations)
         addresses = np.zeros((layers, sum(len(ids) for ids, _ in rows), forms + 1, 3), np.int64)
-        at = 0
+        first = 0
         for ids, cache in rows:
             cache.reserve(len(ids))
             for index, layer in enumerate(cache.layers):
                 rotation = self._rotations[self._group_of[index]]
                 key_scales, value_scales = layer.scales
-                tokens = addresses[index, at : at + len(ids)]
+                tokens = addresses[index, first : first + len(ids)]
                 tokens[:, 0] = layer.keys.data_ptr(), key_scales, layer.keys.shape[2]
                 tokens[:, forms] = layer.values.data_ptr(), value_scales, layer.capacity
                 if rotation.key_bands:
-                    for form, keys in enumerate(self._rotated_copies(layer, rotation, len(ids)), 1):
+                    for form, keys in enumerate(rotation.rotated_copies(layer, len(ids)), 1):
                         tokens[:, form] = keys.data_ptr(), 0, keys.shape[2]
-            at += len(ids)
+            first += len(ids)
         return addresses
 
-    def _rotated_copies(self, layer: KVLayer, rotation: RotationTable, count: int) -> list[Tensor]:
-        """The rotated copies of a layer's keys, with room for `count` more keys."""
-        keys = layer.keys[:, :, : layer.length]
-
-        def rotate_band(band: int) -> Callable[[int, int], Tensor]:
-            def rotate(start: int, stop: int) -> Tensor:
-                assert rotation.group.layout is not None
-                positions = rotation.plan.site.bands(*rotation.rope_state[:2])[band].key(torch.arange(start, stop))
-                key_angles = angles(positions, rotation.frequencies.inv_freq, like=keys)
-                return rotation.group.layout.rotate(keys[:, :, start:stop], key_angles)
-
-            return rotate
-
-        return [
-            layer.rotated.room(rotation.rope_state, band, keys, rotate_band(band), count) for band in rotation.key_bands
-        ]
-
-    # A chunk
+    # chunks
 
     def _prefill_chunk(self, ids: Sequence[int], cache: KVCache, logits_to_keep: int) -> Tensor:
         """Run a chunk of one sequence in torch.
