@@ -10,7 +10,7 @@ import ropewalk as rw
 
 @pytest.fixture(scope="module")
 def model(tiny_folder):
-    """The tiny model in the compiled network, with room beyond its trained length."""
+    """The tiny model in the compiled kernels, with room beyond its trained length."""
     return rw.load(tiny_folder, max_length=4096, compile=True)
 
 

@@ -1,4 +1,4 @@
-"""Small random models of every family that the compiled network describes, with all that a family may have, and the
+"""Small random models of every family that the compiled kernels describes, with all that a family may have, and the
 ways to read a text by it."""
 
 import itertools
@@ -82,12 +82,12 @@ def in_chunks(runner, sizes, ids=None, cache=None):
     """All logits of a text that is read in chunks of these sizes, over and over."""
     text = (IDS if ids is None else ids)[0].tolist()
     cache = runner.new_cache(7) if cache is None else cache
-    found, at = [], 0
+    chunks, at = [], 0
     for size in itertools.cycle(sizes):
         if at == len(text):
-            return torch.cat(found)
+            return torch.cat(chunks)
         piece = text[at : at + size]
-        found.append(runner.forward(piece, cache, len(piece)))
+        chunks.append(runner.forward(piece, cache, len(piece)))
         at += len(piece)
     raise AssertionError("no sizes")
 
@@ -142,7 +142,7 @@ __all__ = [
 ]
 
 
-# What readings by several networks are compared on
+# What readings by several runners are compared on
 
 TOLERANCE = 5e-5  # of the largest logit
 LENGTH = IDS.shape[1]  # 140; models are trained at 64

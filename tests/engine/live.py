@@ -45,7 +45,7 @@ def cache_difference(one, other, tokens, layers=None):
 
 @contextmanager
 def counted(model, monkeypatch):
-    """A list of the number of tokens of every run of the network."""
+    """A list of the number of tokens of every run of the runner."""
     counts = []
     with monkeypatch.context() as patch:
         for name in ("_decode_step", "_prefill_chunk"):

@@ -94,8 +94,8 @@ def test_3_positions_that_were_changed_in_place_are_seen(llama, spec):
     with rw.patch(llama, spec):
         read(llama, ids, position_ids=positions)
         positions += 1000
-        found = read(llama, ids, position_ids=positions)
-        assert torch.equal(found, read(llama, ids, position_ids=positions.clone()))
+        logits = read(llama, ids, position_ids=positions)
+        assert torch.equal(logits, read(llama, ids, position_ids=positions.clone()))
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -111,9 +111,9 @@ def test_a_model_that_runs_otherwise_under_another_attention_is_refused(monkeypa
     """Falcon does. What the patch must give is what the untouched model gave, not what it gives while it is watched."""
     model = FAMILIES["llama"]()
     forward = model.lm_head.forward
-    layer, own = model.model.layers[0].self_attn, model.config._attn_implementation
+    layer, name = model.model.layers[0].self_attn, model.config._attn_implementation
     monkeypatch.setattr(
-        model.lm_head, "forward", lambda x: forward(x) * (1 if layer.config._attn_implementation == own else 2)
+        model.lm_head, "forward", lambda x: forward(x) * (1 if layer.config._attn_implementation == name else 2)
     )
     with pytest.raises(rw.UnsupportedModel, match="does not reproduce"):
         rw.patch(model, "rerope:20")

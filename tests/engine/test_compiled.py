@@ -1,4 +1,4 @@
-"""Every described family by the compiled network, in any chunks, against transformers' own logits."""
+"""Every described family by the compiled kernels, in any chunks, against transformers' own logits."""
 
 import itertools
 
@@ -46,9 +46,9 @@ def test_only_the_last_logits_that_are_asked_for_come(served):
     _, runner, expected = served
     for count in (MAX_STEP_TOKENS, 60):
         for logits_to_keep in (1, 3):
-            found = runner.forward(IDS[0, :count].tolist(), runner.new_cache(1), logits_to_keep)
-            assert found.shape == (logits_to_keep, expected.shape[1])
-            assert difference(found, expected[count - logits_to_keep : count]) < TOLERANCE
+            logits = runner.forward(IDS[0, :count].tolist(), runner.new_cache(1), logits_to_keep)
+            assert logits.shape == (logits_to_keep, expected.shape[1])
+            assert difference(logits, expected[count - logits_to_keep : count]) < TOLERANCE
 
 
 WINDOWS = (WINDOW, PART, 2 * PART + 7)

@@ -1,4 +1,4 @@
-"""Batches, trees and caches of the compiled network: rows are on their own, and what is forgotten leaves no trace."""
+"""Batches, trees and caches of the compiled kernels: rows are on their own, and what is forgotten leaves no trace."""
 
 import copy
 
@@ -36,15 +36,15 @@ PATHS = [(5,), (9,), (5, 7), (5, 8), (9, 7), (5, 7, 1), (9, 7, 3), (5, 7, 1, 4)]
 
 
 @pytest.fixture(scope="module")
-def networks():
+def runners():
     return {name: compiled(DECODERS[name]()) for name in {name for name, _ in CASES}}
 
 
 @pytest.fixture(params=CASES, ids=[f"{name}-{spec}" for name, spec in CASES])
-def runner(request, networks):
+def runner(request, runners):
     name, spec = request.param
-    networks[name].use(rw.scaling.parse(spec), LENGTH)
-    return networks[name]
+    runners[name].use(rw.scaling.parse(spec), LENGTH)
+    return runners[name]
 
 
 def cached(runner, text, chunk=1000):
@@ -69,8 +69,8 @@ def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(runner):
     backwards = runner.step([(ids, cache.fork()) for ids, cache in rows[::-1]])
     assert torch.equal(together, torch.stack(alone))
     assert torch.equal(backwards.flip(0), together)
-    for (ids, _), n, found in zip(rows, lengths, together, strict=True):
-        assert difference(found, last(runner, TEXT[:n] + ids)) < 5e-5
+    for (ids, _), n, logits in zip(rows, lengths, together, strict=True):
+        assert difference(logits, last(runner, TEXT[:n] + ids)) < 5e-5
 
 
 @torch.inference_mode()
@@ -80,8 +80,8 @@ def test_a_batch_goes_on_as_each_row_alone(runner):
     others = copy.deepcopy(rows)
     for k in range(10):
         together = runner.step([(TEXT[n + k : n + k + 1], cache) for n, cache in zip(lengths, rows, strict=True)])
-        for n, cache, found in zip(lengths, others, together, strict=True):
-            assert torch.equal(runner.forward(TEXT[n + k : n + k + 1], cache, 1)[0], found)
+        for n, cache, logits in zip(lengths, others, together, strict=True):
+            assert torch.equal(runner.forward(TEXT[n + k : n + k + 1], cache, 1)[0], logits)
 
 
 @pytest.mark.parametrize("held", [0, 22, 70])
@@ -89,9 +89,9 @@ def test_a_batch_goes_on_as_each_row_alone(runner):
 def test_a_tree_is_each_of_its_paths_and_leaves_the_cache_as_it_was(runner, held):
     cache = cached(runner, TEXT[:held])
     before = copy.deepcopy(cache)
-    found = runner.tree(PATHS, cache)
-    for path, one in zip(PATHS, found, strict=True):
-        assert difference(one, last(runner, [*TEXT[:held], *path])) < 5e-5
+    logits = runner.tree(PATHS, cache)
+    for path, row in zip(PATHS, logits, strict=True):
+        assert difference(row, last(runner, [*TEXT[:held], *path])) < 5e-5
     assert cache.length == held
     following = IDS[:, held : held + 20]
     for sizes in ([4], [20]):
@@ -138,8 +138,8 @@ def test_a_step_that_failed_leaves_no_trace(runner, monkeypatch, error):
         runner.forward([3, 10**6] if error is DataError else [3, 4], cache, 1)
     monkeypatch.undo()
     for sizes in ([20], [5]):
-        found = in_chunks(runner, sizes, IDS[:, 50:LENGTH], copy.deepcopy(cache))
-        assert difference(found, in_chunks(runner, [1000], IDS[:, :LENGTH])[50:]) < 5e-5
+        logits = in_chunks(runner, sizes, IDS[:, 50:LENGTH], copy.deepcopy(cache))
+        assert difference(logits, in_chunks(runner, [1000], IDS[:, :LENGTH])[50:]) < 5e-5
 
 
 @pytest.mark.parametrize("specs", [("rerope:20", "self-extend:4,window=30|logn"), ("dual-chunk", "jet-long:20")])

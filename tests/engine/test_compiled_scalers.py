@@ -1,4 +1,4 @@
-"""Scalers by the compiled network, beyond the trained length, against the same model patched."""
+"""Scalers by the compiled kernels, beyond the trained length, against the same model patched."""
 
 import pytest
 from decoders import (
@@ -31,29 +31,29 @@ CHUNKS = {"whole": [1000], "one by one": [1], "mixed": [50, 1, 1, MAX_STEP_TOKEN
 
 
 @pytest.fixture(scope="module")
-def llama_and_network():
+def llama_and_runner():
     hf = DECODERS["llama"]()
     return hf, compiled(hf)
 
 
 @pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("spec", SPECS)
-def test_llama_under_every_kind_of_scaler(llama_and_network, spec, sizes):
-    hf, runner = llama_and_network
+def test_llama_under_every_kind_of_scaler(llama_and_runner, spec, sizes):
+    hf, runner = llama_and_runner
     with under(runner, hf, spec, LENGTH):
         expected = read(hf)
     assert difference(in_chunks(runner, sizes), expected) < TOLERANCE
 
 
-def test_the_scalers_differ_enough_to_be_told_apart(llama_and_network):
-    _, runner = llama_and_network
-    found = {}
+def test_the_scalers_differ_enough_to_be_told_apart(llama_and_runner):
+    _, runner = llama_and_runner
+    logits = {}
     for spec in SPECS:
         runner.use(rw.scaling.parse(spec), LENGTH)
-        found[spec] = in_chunks(runner, [1000])
+        logits[spec] = in_chunks(runner, [1000])
     for one in SPECS:
         for other in SPECS[: SPECS.index(one)]:
-            assert difference(found[one], found[other]) > 100 * TOLERANCE, (one, other)
+            assert difference(logits[one], logits[other]) > 100 * TOLERANCE, (one, other)
 
 
 MIXED = ["yarn:4", "logn", "rerope:30|logn", "self-extend:4,window=30", "dual-chunk", "sink-window:30", "jet-long:20"]

@@ -58,9 +58,9 @@ def test_int8_weights_are_the_model_with_those_weights(name):
             stored = StoredLinear.rounded_to_int8(LinearLayer(module.weight.detach(), None))
             module.weight = nn.Parameter(stored.weight * stored.scale[:, None])
     for sizes in CHUNKS:
-        found = in_chunks(runner, sizes)
-        assert difference(found, read(rounded)) < 5e-5
-        assert 1e-4 < (found - expected).norm() / expected.norm() < 0.2
+        logits = in_chunks(runner, sizes)
+        assert difference(logits, read(rounded)) < 5e-5
+        assert 1e-4 < (logits - expected).norm() / expected.norm() < 0.2
 
 
 def test_bfloat16_weights_are_widened_exactly():
@@ -72,8 +72,8 @@ def test_bfloat16_weights_are_widened_exactly():
     expected = read(copy.deepcopy(hf).float())
     for sizes in CHUNKS:
         assert difference(in_chunks(exact, sizes), expected) < 2e-5
-        found = in_chunks(narrow, sizes)
-        assert 1e-4 < (found - expected).norm() / expected.norm() < 0.1
+        logits = in_chunks(narrow, sizes)
+        assert 1e-4 < (logits - expected).norm() / expected.norm() < 0.1
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -101,14 +101,14 @@ def test_an_int8_cache_is_near_the_whole_one():
     hf = DECODERS["llama"]()
     runner, expected = compiled(hf, cache="int8"), read(hf)
     for sizes in CHUNKS:
-        found = in_chunks(runner, sizes)
-        assert 1e-4 < (found - expected).norm() / expected.norm() < 0.1
+        logits = in_chunks(runner, sizes)
+        assert 1e-4 < (logits - expected).norm() / expected.norm() < 0.1
     rows = [(IDS[0, n : n + 2].tolist(), runner.new_cache(1)) for n in (20, 33)]
     for (_, cache), count in zip(rows, (20, 33), strict=True):
         runner.forward(IDS[0, :count].tolist(), cache, 1)
     alone = torch.cat([runner.step([(ids, cache.fork())]) for ids, cache in rows])
     assert torch.equal(runner.step(rows), alone)
-    with pytest.raises(ConfigError, match="an int8 cache in one"):
+    with pytest.raises(ConfigError, match="an int8 cache stores only one"):
         runner.use(parse("rerope:20"), 100)
 
 
@@ -237,8 +237,8 @@ def test_what_cannot_be_compiled_is_refused_or_run_by_its_own_modules(build_mode
     with told, torch.inference_mode():
         served = model(hf)
         assert type(served._runner) is TransformersRunner
-        found = served._runner.forward(IDS[0].tolist(), served.new_cache(1), 3)
-    assert difference(found, read(hf)[-3:]) < 2e-5
+        logits = served._runner.forward(IDS[0].tolist(), served.new_cache(1), 3)
+    assert difference(logits, read(hf)[-3:]) < 2e-5
     assert re.search(f"not the compiled kernels: .*{message}", served.describe())
 
 

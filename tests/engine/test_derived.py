@@ -22,8 +22,8 @@ LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "minic
 SPECS = ("yarn:80", "yarn:80,mscale=1,mscale_all_dim=1", "yarn:80,mscale_all_dim=0.8", "yarn:80,attention_factor=1.2")
 
 
-def latent(own: str, family: str = "deepseek_v3") -> torch.nn.Module:
-    return FAMILIES[family](rope_parameters=OWN[own])
+def latent(config_rope: str, family: str = "deepseek_v3") -> torch.nn.Module:
+    return FAMILIES[family](rope_parameters=OWN[config_rope])
 
 
 def written(spec: str, trained: int) -> dict:
@@ -34,11 +34,11 @@ def written(spec: str, trained: int) -> dict:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("own", ["plain", "both", "all_dim"])
-def test_a_patch_is_transformers_own_model_with_that_config(own, spec):
-    model = latent(own)
+@pytest.mark.parametrize("config_rope", ["plain", "both", "all_dim"])
+def test_a_patch_is_transformers_own_model_with_that_config(config_rope, spec):
+    model = latent(config_rope)
     before = logits(model)
-    native = FAMILIES["deepseek_v3"](rope_parameters=written(spec, 64 if own == "plain" else 16))
+    native = FAMILIES["deepseek_v3"](rope_parameters=written(spec, 64 if config_rope == "plain" else 16))
     with rw.patch(model, spec):
         assert difference(logits(model), logits(native)) < TOLERANCE
     assert torch.equal(logits(model), before)
@@ -53,10 +53,10 @@ def test_every_latent_attention_is_found_by_building_it(family):
         assert difference(logits(model), logits(native)) < TOLERANCE
 
 
-@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("config_rope", OWN)
 @pytest.mark.parametrize("target", ["hf", "vllm", "sglang"])
-def test_an_untouched_model_is_exported_as_it_is(own, target, tmp_path):
-    model = latent(own)
+def test_an_untouched_model_is_exported_as_it_is(config_rope, target, tmp_path):
+    model = latent(config_rope)
     rw.export(model, tmp_path / "out", target=target)
     assert difference(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model)) < TOLERANCE
 

@@ -32,10 +32,10 @@ def test_logits_are_those_of_a_float32_copy_and_the_tensors_come_back(name, dtyp
         weight.data = weight.data.to(dtype)
     held, before = tensors(model), logits(model)
     with float32_arithmetic(model):
-        found = logits(model)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, logits(copy.deepcopy(model).float()))
-    assert not torch.equal(found, before.float())
+        widened = logits(model)
+    assert widened.dtype == torch.float32
+    assert torch.equal(widened, logits(copy.deepcopy(model).float()))
+    assert not torch.equal(widened, before.float())
     assert tensors(model) == held and torch.equal(logits(model), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -105,11 +105,11 @@ def test_parts_are_joined_to_the_whole(kind, G, cuts):
     assert max(np.diff(edges)) <= PART
     held = Held(kind, count, 48, G)
     q = held.queries(G, 4)
-    found = [held.part(q, first=a, count=b - a) for a, b in itertools.pairwise(edges)]
-    junk = [np.full_like(x, np.nan) for x in found[0]]  # of other tokens, before and behind
-    outs, peaks, weights = (np.stack(x) for x in zip(junk, *found, junk, strict=True))
+    parts = [held.part(q, first=a, count=b - a) for a, b in itertools.pairwise(edges)]
+    junk = [np.full_like(x, np.nan) for x in parts[0]]  # of other tokens, before and behind
+    outs, peaks, weights = (np.stack(x) for x in zip(junk, *parts, junk, strict=True))
     result = np.full(G * 48 + 1, 7, np.float32)
-    join(outs, peaks, weights, 1, 1 + len(found), G, 48, result)
+    join(outs, peaks, weights, 1, 1 + len(parts), G, 48, result)
     expected, _ = held.expected(q)
     assert np.abs(result[:-1].reshape(G, 48) - expected).max() < 2e-6 * np.abs(held.values[2][:count]).max()
     assert result[-1] == 7

@@ -124,21 +124,21 @@ def test_keys_in_every_form_and_values_are_written_where_they_belong(layout, kin
     keys, values = (qkv[:, (H + part * K) * D :][:, : K * D].reshape(n, K, D) for part in (0, 1))
     for form, expected in enumerate([*(rotated(layout, keys, rotation[f]) for f in range(forms)), values]):
         for t in range(n):
-            own, own_scales = held[form][t], scales[form][t]
-            others = np.delete(own, places[t], 1)
+            rows, row_scales = held[form][t], scales[form][t]
+            others = np.delete(rows, places[t], 1)
             assert (others == 3).all()
-            found, exact = own[:, places[t]], expected[t]
+            written, exact = rows[:, places[t]], expected[t]
             if kind == np.int8:
-                assert np.allclose(own_scales[:, places[t]], np.abs(exact).max(1) / 127, rtol=1e-6, atol=0)
-                assert (np.delete(own_scales, places[t], 1) == 3).all()
-                steps = own_scales[:, places[t], None]
-                assert (np.abs(found * steps.astype(np.float64) - exact) <= 0.501 * steps).all()
+                assert np.allclose(row_scales[:, places[t]], np.abs(exact).max(1) / 127, rtol=1e-6, atol=0)
+                assert (np.delete(row_scales, places[t], 1) == 3).all()
+                steps = row_scales[:, places[t], None]
+                assert (np.abs(written * steps.astype(np.float64) - exact) <= 0.501 * steps).all()
             elif kind == np.uint16:
                 rounded = from_bfloat16(bfloat16_bits(exact.astype(np.float32)))
-                assert np.allclose(from_bfloat16(found), rounded, rtol=2**-7, atol=0)
-                assert (from_bfloat16(found) == rounded).mean() > 0.95  # float32 may fall on either side of a tie
+                assert np.allclose(from_bfloat16(written), rounded, rtol=2**-7, atol=0)
+                assert (from_bfloat16(written) == rounded).mean() > 0.95  # float32 may fall on either side of a tie
             else:
-                assert np.allclose(found, exact, rtol=0, atol=1e-6)
+                assert np.allclose(written, exact, rtol=0, atol=1e-6)
 
 
 def test_a_form_that_a_layer_does_not_hold_is_not_written():

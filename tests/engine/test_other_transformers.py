@@ -95,8 +95,8 @@ def test_frequencies_under_another_name_or_of_another_formula_are_refused():
 
 def test_attention_of_its_own_is_refused_for_maps(monkeypatch):
     model = FAMILIES["llama"]()
-    own = modeling_llama.ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS.__class__, "get_interface", lambda *_: own)
+    sdpa = modeling_llama.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS.__class__, "get_interface", lambda *_: sdpa)
     before = logits(model)
     with pytest.raises(rw.UnsupportedModel, match="does not call attention through transformers' attention registry"):
         rw.patch(model, MAP)
@@ -108,12 +108,12 @@ def test_attention_of_its_own_is_refused_for_maps(monkeypatch):
 def test_attention_with_something_more_in_it_is_refused_for_maps(monkeypatch):
     """Something that ours leaves out: here a bias that grows with the distance."""
     model = FAMILIES["llama"]()
-    own = modeling_llama.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    sdpa = modeling_llama.ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def biased(module, query, key, value, attention_mask, **kwargs):
         at = torch.arange(key.shape[2], dtype=query.dtype)
         bias = (at - at[:, None]).masked_fill(at > at[:, None], -torch.inf)[None, None]
-        return own(module, query, key, value, bias, **kwargs)
+        return sdpa(module, query, key, value, bias, **kwargs)
 
     monkeypatch.setitem(modeling_llama.ALL_ATTENTION_FUNCTIONS, "sdpa", biased)
     before = logits(model)

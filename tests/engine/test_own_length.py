@@ -76,8 +76,8 @@ def test_undo_forgets_what_was_read_meanwhile(kind, spec, before):
     """A text between the trained length and the longest so far shows what transformers remembers."""
     between = LONG[:, :80]
     model, untouched = model_of(kind), model_of(kind)
-    for one in (model, untouched):
-        logits(one, before)
+    for each in (model, untouched):
+        logits(each, before)
     buffers = dict(model.named_buffers())
     with rw.patch(model, spec):
         logits(model, torch.cat([LONG, LONG], 1))

@@ -32,8 +32,8 @@ def test_reading_everything_is_the_full_reading(runner, spec, stretch):
     sample = everything(stretch)
     assert sample.positions.tolist() == list(range(LENGTH))
     assert sample.log_weights.abs().max() == 0
-    found = runner.skim(IDS_LIST, sample, LENGTH)
-    assert difference(found, in_chunks(runner, [1000])) < TOLERANCE
+    computed = runner.skim(IDS_LIST, sample, LENGTH)
+    assert difference(computed, in_chunks(runner, [1000])) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", LAYERED)
@@ -69,7 +69,7 @@ def test_a_key_counts_for_as_many_as_it_stands_for(runner, spec):
     heads, dim = 6, runner._decoder.head_dim
     q, k, v = (torch.randn(1, h, n, dim, generator=g) for h in (heads, 2, 2))
     score = AttentionScore(scale=0.3)
-    found = SkimAttention(rotation, sample).attend(q, k, v, score)
+    computed = SkimAttention(rotation, sample).attend(q, k, v, score)
     plain = Sample(positions=sample.positions, stretches=sample.stretches, log_weights=torch.zeros(n))
     for query in (n - 1, n - 20, 15):
         copies = torch.where(
@@ -83,7 +83,7 @@ def test_a_key_counts_for_as_many_as_it_stands_for(runner, spec):
             positions=plain.positions[index], stretches=torch.zeros(len(index)), log_weights=torch.zeros(len(index))
         )
         expected = SkimAttention(rotation, repeated).attend(q[:, :, index], k[:, :, index], v[:, :, index], score)
-        torch.testing.assert_close(found[:, :, query], expected[:, :, -1], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(computed[:, :, query], expected[:, :, -1], atol=2e-6, rtol=1e-5)
 
 
 def test_a_sample_that_cannot_be_had():

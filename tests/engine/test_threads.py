@@ -15,19 +15,19 @@ pytestmark = pytest.mark.usefixtures("untouched")
 
 def both(model, first, second):
     """What two threads get, each of which runs before the other is done."""
-    found = {}
+    completions = {}
     barrier = threading.Barrier(2)
 
     def work(name, prompt):
         barrier.wait()
-        found[name] = [model.generate(prompt, greedy(6)).token_ids for _ in range(3)]
+        completions[name] = [model.generate(prompt, greedy(6)).token_ids for _ in range(3)]
 
     threads = [threading.Thread(target=work, args=pair) for pair in ((0, first), (1, second))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found[0], found[1]
+    return completions[0], completions[1]
 
 
 @pytest.mark.parametrize("spec", ["none", "yarn:4", "rerope:64|logn"])
@@ -59,10 +59,10 @@ def test_a_request_of_another_length_does_not_come_between(model, monkeypatch):
 
     monkeypatch.setattr(model._runner, "forward", interrupted)
     try:
-        found = model.generate(long, greedy(2, logprobs=1))
+        completion = model.generate(long, greedy(2, logprobs=1))
     finally:
         thread.join()
-    assert [one.logprob for one in found.logprobs] == [one.logprob for one in expected.logprobs]
+    assert [token.logprob for token in completion.logprobs] == [token.logprob for token in expected.logprobs]
 
 
 class ChangedMeanwhile:
