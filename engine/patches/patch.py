@@ -23,7 +23,7 @@ from ...scaling.spec import parse
 from ..rotary_site import DynamicFrequencies, RotarySite, depends_on_length, primary_rotary, rotary_sites
 from .band_patch import BandPatch
 from .frequency_patch import FrequencyPatch
-from .probe import check_written
+from .probe import check_frequencies_used
 from .temperature_patch import TemperaturePatch
 
 Patch = FrequencyPatch | TemperaturePatch | BandPatch
@@ -49,7 +49,7 @@ def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, 
     try:
         writer.set_length()
         if writer.changes_frequencies:
-            check_written(model, writer)
+            check_frequencies_used(model, writer.scaled_sites)
     except BaseException:  # also Ctrl-C, which must not leave half a patch
         writer.restore()
         raise

@@ -20,7 +20,6 @@ from ..hf_model import input_device
 from ..rotary_site import RotarySite
 from .attention_hook import AttentionHook, unpatched_attention, unpatched_mask
 from .float32 import float32_arithmetic
-from .frequency_patch import FrequencyPatch
 from .positions import RotaryHook
 
 TOKENS = 12
@@ -182,32 +181,32 @@ def layer_ropes(model: PreTrainedModel, sites: list[RotarySite]) -> tuple[dict[i
     return layers, [call.module for call in first.calls if not call.has_positions]
 
 
-def check_written(model: PreTrainedModel, writer: FrequencyPatch) -> None:
-    """Check that the model's rotary modules rotate by the frequencies that `writer` wrote into them.
+def check_frequencies_used(model: PreTrainedModel, sites: list[RotarySite]) -> None:
+    """Check that the rotary modules of `sites` use the frequencies that are written into them.
 
     Raises:
         UnsupportedModel: they compute their angles from something else.
     """
     outputs: list[tuple[nn.Module, Any]] = []
-    modules = dict.fromkeys(site.module for site in writer.scaled_sites)
+    modules = dict.fromkeys(site.module for site in sites)
     hooks = [module.register_forward_hook(lambda module, _, out: outputs.append((module, out))) for module in modules]
     try:
         logits(model)
     finally:
         for hook in hooks:
             hook.remove()
-    for site in writer.scaled_sites:
-        phases = [out for module, out in outputs if module is site.module]
-        if phases and not any(_cosines_of(site, out) for out in phases):
+    for site in sites:
+        site_outputs = [output for module, output in outputs if module is site.module]
+        if site_outputs and not any(_cosines_of(site, output) for output in site_outputs):
             raise UnsupportedModel(
                 f"{type(model).__name__}: its rotary module computes its angles anew in every call, from the config "
                 "and not from inv_freq, so its frequencies cannot be patched; write them into the config instead"
             )
 
 
-def _cosines_of(site: RotarySite, out: Any) -> bool:
+def _cosines_of(site: RotarySite, output: Any) -> bool:
     """True if a rotary module's output has the cosines of the frequencies in `site`, in one of the usual layouts."""
-    cos = out.real if isinstance(out, Tensor) and out.is_complex() else out[0]
+    cos = output.real if isinstance(output, Tensor) and output.is_complex() else output[0]
     if cos.shape[-2] != TOKENS:  # these positions are not the tokens', but those of compressed keys, for example
         return False
     phases = torch.arange(TOKENS, dtype=torch.float64)[:, None] * site.inv_freq.double().cpu()

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ....errors import ConfigError, UnsupportedModel
+from ....errors import ConfigError, Setting, UnsupportedModel
 from ....scaling.rope import Scaler
 from ...attention.kernel import AttentionScore
 from ...attention.rows import KeyRun
@@ -127,7 +127,8 @@ class CompiledRunner(TransformersRunner):
             return
         if self._dtype == torch.int8 and scaler.member("positions"):
             raise ConfigError(
-                f"{scaler} needs its keys in several forms, and an int8 cache stores only one; leave out kv_dtype"
+                f"{scaler} needs its keys in several forms, and an int8 cache stores only one; leave out ",
+                Setting("kv_dtype", form="name"),
             )
         self._rotations = []  # an interrupted call must not leave the old ones
         super().use(scaler, length)
