@@ -254,8 +254,8 @@ WRONG = {
     "norms do not add one": ("gemma", described()),
     "no norm of the heads": ("qwen3", described()),
     "norm over all heads": ("qwen3", described(query_key_norm="whole")),
-    "no norm behind": ("gemma2", described(norm_adds_one=True)),
-    "one norm behind": (
+    "no norm after": ("gemma2", described(norm_adds_one=True)),
+    "one norm after": (
         "gemma2",
         described(
             norms=("input_layernorm", None, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -277,7 +277,7 @@ def test_a_family_that_is_described_wrongly_is_refused(monkeypatch, name, wrong,
     hf = cast(DECODERS[name]())
     compiled(hf)
     monkeypatch.setitem(families.FAMILIES, hf.config.model_type, wrong)
-    with pytest.raises(UnsupportedModel, match=r"family's description says|is not laid out"):
+    with pytest.raises(UnsupportedModel, match=r"family's description|does not have the modules of the family"):
         compiled(hf)
 
 
