@@ -72,7 +72,7 @@ def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerO
     if options.compile is False:
         return TransformersRunner(hf)
     if FOLDER is not None and not any(FOLDER.rglob("*.nbi")) and supported(hf.config) and sys.stderr.isatty():
-        sys.stderr.write("ropewalk: compiling kernels for this machine, only once (about half a minute)\n")
+        sys.stderr.write("ropewalk: compiling kernels for this machine, once (about half a minute)\n")
     try:
         return CompiledRunner(hf, sites, options.weights, options.cache, options.folder)
     except UnsupportedModel as reason:

@@ -93,7 +93,7 @@ def _change_an_epsilon(hf):
 
 @pytest.mark.parametrize("name", ["ministral", "qwen2", "qwen3", "smollm3-windows", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize(
-    ("change", "words"), [(_edit_the_window, "sliding window 24, .* 60"), (_change_an_epsilon, "epsilon 0.0001")]
+    ("change", "words"), [(_edit_the_window, "sliding window 24 and .* 60"), (_change_an_epsilon, "epsilon 0.0001")]
 )
 def test_modules_that_are_not_what_the_config_says_are_refused(name, change, words):
     hf = DECODERS[name]()
