@@ -1,9 +1,9 @@
-"""Code completion at any cursor: the text may end inside a word, an indent or a character.
+"""Code completion at any cursor: the text before it may end inside a word, an indent or a character.
 
     python examples/code_completion.py
 
-An editor asks in the middle of what the model would write as one token. To begin a new token there is what no model
-was trained for; ropewalk draws the first token among all that the text may have there, each with its probability.
+A cursor often stands inside what the model would write as one token. No model was trained to begin a new token there.
+ropewalk draws the first token among all *covers* of the text (docs/continuation.md), each with its probability.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def plot(values):
 CURSORS = ["def mov", "average = moving_av", "    retur", "for value in range(", "if __name__ == '__ma", "plt.sho"]
 
 model = rw.load(args.model)
-editor = model.session()  # what was read of the file is kept from cursor to cursor
+editor = model.session()  # the file is read once for all cursors
 editor.append(FILE)
 for cursor in CURSORS:
     row = [cursor]
@@ -37,7 +37,8 @@ for cursor in CURSORS:
         params = rw.SamplingParams(max_new_tokens=8, temperature=0, stop="\n", continuation=continuation)
         row.append(editor.generate(cursor, params).text)
         editor.crop(len(FILE))
-    print("{:<24} begun anew: {!r:<28} exact: {!r}".format(*row))
+    print("{:<24} new token: {!r:<28} exact: {!r}".format(*row))
 print("\nnext byte after 'import nump':", end=" ")
-law = model.next_byte_logprobs("import nump").exp()
-print(", ".join(f"{chr(byte)!r} {law[byte]:.1%}" for byte in law.argsort(descending=True)[:3].tolist()))
+probabilities = model.next_byte_logprobs("import nump").exp()
+likeliest = probabilities.argsort(descending=True)[:3].tolist()
+print(", ".join(f"{chr(byte)!r} {probabilities[byte]:.1%}" for byte in likeliest))

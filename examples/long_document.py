@@ -1,11 +1,11 @@
-"""A question over a document longer than the model was trained for, answered three ways side by side.
+"""A question about a document that is longer than the model was trained for, answered in three ways.
 
     python examples/long_document.py
     python examples/long_document.py --file report.txt --question "Question: Who signed it?\nAnswer:"
 
-scaled        the whole document at once, under what `auto` takes for its length
-NBCE          in windows that are read one by one; the next token is drawn from all of their answers, pooled
-sink window   as a stream that forgets: only the last part is still known at the end
+scaled        the whole document is read, under the scaler that `auto` takes for its length
+NBCE          windows are read one by one; each token is drawn from the pooled distributions
+sink window   the document is read as a stream, and the cache keeps only its last part
 """
 
 import argparse
@@ -21,8 +21,8 @@ parser.add_argument("--file", type=Path, help="a text; by default the Bible's be
 parser.add_argument(
     "--question", default="Question: What is the code of the lighthouse?\nAnswer: The code of the lighthouse is"
 )
-parser.add_argument("--tokens", type=int, default=8600, help="of the document that are read")
-parser.add_argument("--window", type=int, default=1024, help="tokens of a part, and of the stream's memory")
+parser.add_argument("--tokens", type=int, default=8600, help="length of the document")
+parser.add_argument("--window", type=int, default=1024, help="tokens of a window, and of the stream's cache")
 args = parser.parse_args()
 
 model = rw.load(args.model)
@@ -44,9 +44,9 @@ def scaled():
 def pooled():
     model.rope = None
     parts = rw.windows(text, model.tokenizer, tokens=args.window, overlap=args.window // 8)
-    found = model.generate(args.question, params, contexts=parts)
-    source = max(set(found.sources), key=found.sources.count)
-    return found.text, f"{len(parts)} windows; most of it from window {source + 1}: ...{parts[source][-60:]!r}"
+    answer = model.generate(args.question, params, contexts=parts)
+    source = max(set(answer.sources), key=answer.sources.count)
+    return answer.text, f"{len(parts)} windows; most of it from window {source + 1}: ...{parts[source][-60:]!r}"
 
 
 def streamed():
@@ -54,7 +54,7 @@ def streamed():
     return model.generate(f"{text}\n\n{args.question}", params).text, str(model.rope)
 
 
-for name, answer in {"scaled": scaled, "NBCE": pooled, "sink window": streamed}.items():
+for name, method in {"scaled": scaled, "NBCE": pooled, "sink window": streamed}.items():
     started = time.perf_counter()
-    written, how = answer()
-    print(f"{name:<12} {time.perf_counter() - started:5.1f} s  {written!r}\n{'':<21}{how}")
+    text_written, how = method()
+    print(f"{name:<12} {time.perf_counter() - started:5.1f} s  {text_written!r}\n{'':<21}{how}")

@@ -1,9 +1,9 @@
-"""How does the loss grow with the context, and what does a scaler change? A study with its plot.
+"""Loss against context length under several scalers, with a plot.
 
     python examples/perplexity_study.py --out study
     python examples/perplexity_study.py --ropes none yarn:4 "rerope:0.25x|logn" --lengths 1x 2x 4x --out study
 
-The same last tokens are scored under every context, so differences are paired, token by token.
+The same last tokens are scored under every context, so differences are paired token by token.
 """
 
 import argparse
@@ -27,9 +27,9 @@ rows = rw.evals.perplexity(model, args.text, lengths=args.lengths, ropes=args.ro
 args.out.mkdir(parents=True, exist_ok=True)
 figure, axes = plt.subplots(figsize=(6, 4))
 for rope in args.ropes:
-    own = [row for row in rows if row.rope == str(rw.parse(rope, model.trained_length))]
-    axes.plot([row.context for row in own], [row.loss for row in own], marker="o", label=rope)
-    for row in own:
+    curve = [row for row in rows if row.rope == str(rw.parse(rope, model.trained_length))]
+    axes.plot([row.context for row in curve], [row.loss for row in curve], marker="o", label=rope)
+    for row in curve:
         print(f"{rope:<20} {row.context:>7} tokens  loss {row.loss:.3f}  perplexity {row.perplexity:.2f}")
 axes.axvline(model.trained_length, ls=":", color="grey", label="trained length")
 axes.set_xscale("log", base=2)

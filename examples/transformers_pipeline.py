@@ -1,4 +1,4 @@
-"""A transformers pipeline that reads past its model's trained length: the model in hand is patched, and that is all.
+"""A transformers pipeline reads beyond its model's trained length, after `rw.patch` on the model.
 
 python examples/transformers_pipeline.py
 python examples/transformers_pipeline.py --rope "rerope:0.25x|logn" --tokens 9000
@@ -14,7 +14,7 @@ from ropewalk.evals import load_text
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--model", default="smollm2-135m")
 parser.add_argument("--rope", default="yarn:2")
-parser.add_argument("--tokens", type=int, default=8400, help="of the prompt")
+parser.add_argument("--tokens", type=int, default=8400, help="length of the prompt")
 args = parser.parse_args()
 
 loaded = rw.load(args.model, compile=False)
@@ -27,4 +27,4 @@ handle = rw.patch(model, args.rope)
 print(handle.describe(), end="\n\n")
 print(f"after {args.tokens} tokens: {writer(text, **options)[0]['generated_text']!r}")
 handle.undo()  # bit for bit the model that it was
-print(f"as it was: {writer('It was', **options)[0]['generated_text']!r}")
+print(f"untouched: {writer('It was', **options)[0]['generated_text']!r}")

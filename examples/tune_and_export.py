@@ -1,9 +1,9 @@
-"""Find the scaler that carries a model to a length, and write the model for the software that serves it.
+"""Find the best scaler for a model at a length, and export the model to other software.
 
     python examples/tune_and_export.py --out exported
     python examples/tune_and_export.py --target 4x --budget 3600 --out exported --serve vllm
 
-A budget of a minute or two only skims a few scalers; give it twenty for one that you want to keep.
+A budget of one or two minutes only skims a few scalers. Give twenty minutes for a result to use.
 """
 
 import argparse
@@ -20,14 +20,14 @@ parser.add_argument("--out", required=True, help="a new folder")
 args = parser.parse_args()
 
 model = rw.load(args.model)
-found = rw.tune(
+tuned = rw.tune(
     model, args.target, text=args.text, budget=args.budget, progress=lambda p: print(f"{p.round}: {p.scaler}")
 )
-for candidate in found.ranking[:5]:
+for candidate in tuned.ranking[:5]:
     loss = candidate.loss if candidate.loss is not None else candidate.skimmed_loss
     print(f"{candidate.label:<28} {loss:.3f} nats a token, {'read' if candidate.loss else 'skimmed'}")
-servable = found.servable
+servable = tuned.servable
 if servable is None:
     raise SystemExit("the budget was too short to measure a scaler that a config can hold; give a longer --budget")
-print(f"\nbest: {found.winner.label}; best that a config can hold: {servable.label}")
+print(f"\nbest: {tuned.winner.label}; best that a config can hold: {servable.label}")
 print(rw.export(args.model, args.out, rope=servable.scaler, target=args.serve))

@@ -21,7 +21,7 @@ SMOLLM2 = {
 }
 SAYS = {
     "long_document": "sink-window:",
-    "transformers_pipeline": "as it was: ",
+    "transformers_pipeline": "untouched: ",
     "tune_and_export": "exported",
     "code_completion": "next byte after",
     "perplexity_study": "study.png",
