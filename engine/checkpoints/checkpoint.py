@@ -118,17 +118,19 @@ def weight_files(folder: Path) -> list[Path]:
                 "write safetensors with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT) of "
                 "transformers, copy the tokenizer's files to OUT, and load OUT"
             )
-        raise AssetError(f"{folder}: it has no {_WEIGHTS}.{_delete_copy(folder)}")
+        raise AssetError(f"{folder}: it has no {_WEIGHTS}{_remedy(folder)}")
     try:
         names = set(json.loads((folder / _INDEX).read_bytes())["weight_map"].values())
     except Exception as error:
-        raise AssetError(f"{folder / _INDEX} cannot be read ({first_line(error)})") from error
+        raise AssetError(f"{folder / _INDEX} cannot be read ({first_line(error)}){_remedy(folder)}") from error
     present = {file.name for file in folder.glob("*.safetensors")}
     for name in names:
         if name not in present:
-            raise AssetError(f"{folder / _INDEX} names {name!r}, which is no .safetensors file of its folder")
+            raise AssetError(
+                f"{folder / _INDEX} names {name!r}, which is no .safetensors file of its folder{_remedy(folder)}"
+            )
     if not names:
-        raise AssetError(f"{folder / _INDEX} names no file")
+        raise AssetError(f"{folder / _INDEX} names no file{_remedy(folder)}")
     return [folder / name for name in sorted(names)]
 
 
@@ -138,11 +140,11 @@ def _reason(error: Exception) -> str:
     return first_line(error)
 
 
-def _delete_copy(folder: Path) -> str:
-    """The next step for a damaged folder in ropewalk's cache; empty for another folder."""
-    if folder.parent != cache_dir():
-        return ""
-    return " This folder is ropewalk's converted copy: delete it, and run again to convert the model again"
+def _remedy(folder: Path) -> str:
+    """What to do about damaged files in `folder`, as the end of a sentence."""
+    if folder.parent == cache_dir():
+        return "; this is ropewalk's converted copy, so delete the folder, and run again to convert the model again"
+    return "; get the files again"
 
 
 def _check_devices(device_map: str | Mapping[str, Any] | None) -> None:
@@ -166,14 +168,14 @@ def _check_devices(device_map: str | Mapping[str, Any] | None) -> None:
 def _check_size(folder: Path, config: Any) -> tuple[Shapes, PreTrainedModel]:
     """The shapes in the files, and the model without weights. A config with more weights than the files is refused
     before memory is allocated for it."""
-    remedy, files = _delete_copy(folder), weight_files(folder)
+    remedy, files = _remedy(folder), weight_files(folder)
     shapes = stored_shapes(files, remedy)
     stored = sum(torch.Size(shape).numel() for shape in shapes.values())
     if getattr(config, "quantization_config", None):
         stored += _MOST_PER_BYTE * sum(file.stat().st_size for file in files)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not 1 <= layers <= len(shapes):
-        raise AssetError(f"{folder}: its config has {layers} layers, and its files hold {len(shapes)} tensors.{remedy}")
+        raise AssetError(f"{folder}: its config has {layers} layers, and its files hold {len(shapes)} tensors{remedy}")
     try:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
@@ -185,7 +187,7 @@ def _check_size(folder: Path, config: Any) -> tuple[Shapes, PreTrainedModel]:
             f"{folder}: transformers cannot build the model of its config ({first_line(error)})"
         ) from error
     if expected > stored:
-        raise AssetError(f"{folder}: its config needs {expected} weights, and its files hold {stored}.{remedy}")
+        raise AssetError(f"{folder}: its config needs {expected} weights, and its files hold {stored}{remedy}")
     return shapes, empty
 
 

@@ -318,7 +318,9 @@ def _unknown_tensors(file: GgufFile) -> list[str]:
     arch = _model_arch(file)
     if arch is None:
         return []
-    patterns = [re.escape(gguf.TENSOR_NAMES[kind]).replace(r"\{bid\}", r"\d+") for kind in gguf.MODEL_TENSORS[arch]]
+    patterns = [
+        re.escape(gguf.TENSOR_NAMES[kind]).replace(r"\{bid\}", r"\d+") for kind in gguf.MODEL_TENSORS.get(arch, ())
+    ]
     known = re.compile("|".join(patterns))
     others = (name for name in file.tensors if not name.endswith((".weight", ".bias")))
     return sorted(name for name in others if not known.fullmatch(name))

@@ -37,7 +37,7 @@ def stored_shapes(files: list[Path], remedy: str = "") -> dict[str, tuple[int, .
     """The shapes of the tensors in some safetensors files, by name.
 
     Args:
-        remedy: a sentence to add to the error about a damaged file.
+        remedy: what to do about a damaged file, as the end of a sentence.
 
     Raises:
         AssetError: a file is damaged, or two files have a tensor of the same name.
@@ -48,7 +48,7 @@ def stored_shapes(files: list[Path], remedy: str = "") -> dict[str, tuple[int, .
             with safe_open(file, framework="pt") as opened:
                 new = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         except Exception as error:
-            raise AssetError(f"{file} is damaged or no safetensors file ({first_line(error)}).{remedy}") from error
+            raise AssetError(f"{file} is damaged or no safetensors file ({first_line(error)}){remedy}") from error
         if repeated := sorted(shapes.keys() & new.keys()):
             raise AssetError(
                 f"{file}: its tensor {repeated[0]!r} is in another file of the folder too; remove one of them"

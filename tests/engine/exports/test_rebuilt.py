@@ -1,5 +1,7 @@
-"""Models in memory that compute something else than their config and weights say are not exported as though they did
-not: whatever passes gives, when stock transformers reads it again, the logits of the model in memory."""
+"""A model in memory that computes something else than its config and weights say is not exported.
+
+Whatever is exported gives the logits of the model in memory when stock transformers reads it.
+"""
 
 import copy
 import types
@@ -8,12 +10,23 @@ import warnings
 import pytest
 import torch
 from families import FAMILIES, YARN
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+from model_changes import (
+    CHANGES,
+    change_a_scale,
+    change_the_frequencies,
+    edit_the_epsilon,
+    hook_a_module,
+    layer,
+    replace_a_forward,
+    replace_an_activation,
+)
+from transformers import AutoModelForCausalLM, LlamaModel
 
 import ropewalk as rw
 
 IDS = torch.arange(3, 43)[None]
+
+
 TARGETS = ["hf", "vllm", "sglang", "llama.cpp", "ollama"]
 
 
@@ -32,147 +45,9 @@ def logits(model):
         return model(IDS % model.config.get_text_config().vocab_size).logits.float()
 
 
-def layer(model, number=1):
-    return model.model.layers[number]
-
-
-def replace_a_forward(model):
-    module = layer(model).mlp
-    module.forward = types.MethodType(lambda self, x: 2 * type(self).forward(self, x), module)
-
-
-def hook_a_module(model):
-    layer(model).register_forward_hook(lambda _module, _args, out: out * 1.2)
-
-
-def hook_an_input(model):
-    layer(model).mlp.register_forward_pre_hook(lambda _module, args: (args[0] * 1.2,))
-
-
-def hook_the_model(model):
-    def louder(_module, _args, out):
-        out.logits = 1.1 * out.logits
-
-    model.register_forward_hook(louder)
-
-
-def replace_an_activation(model):
-    layer(model).mlp.act_fn = nn.GELU()
-
-
-def replace_a_module_by_one_of_the_same_weights(model):
-    class Clipped(nn.Linear):
-        def forward(self, x):
-            return super().forward(x).clamp(-0.01, 0.01)
-
-    old = layer(model).mlp.down_proj
-    layer(model).mlp.down_proj = Clipped(old.in_features, old.out_features, bias=False)
-    layer(model).mlp.down_proj.weight = old.weight
-
-
-def change_an_epsilon(model):
-    layer(model).input_layernorm.variance_epsilon = 0.1
-
-
-def change_a_small_epsilon(model):
-    model.model.norm.variance_epsilon *= 1.5
-
-
-def change_a_scale(model):
-    layer(model).self_attn.scaling *= 3
-
-
-def change_the_frequencies(model):
-    model.model.rotary_emb.inv_freq.mul_(0.25)
-
-
-def change_the_slowest_frequency(model):
-    model.model.rotary_emb.inv_freq[-1] *= 0.9
-
-
-def change_the_rotation_factor(model):
-    model.model.rotary_emb.attention_scaling = 1.2
-
-
-def break_a_forward(model):
-    layer(model).mlp.forward = lambda: None
-
-
-def change_a_layer_number(model):
-    layer(model).self_attn.layer_idx = 0
-
-
-def edit_the_base(model):
-    model.config.rope_parameters["rope_theta"] = 5e5
-
-
-def edit_the_scaling(model):
-    model.config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
-
-
-def edit_the_epsilon(model):
-    model.config.rms_norm_eps = 0.1
-
-
-def edit_the_activation(model):
-    model.config.hidden_act = "gelu"
-
-
-def derive_a_class(model):
-    class Doubled(LlamaForCausalLM):
-        def forward(self, *args, **kwargs):
-            out = super().forward(*args, **kwargs)
-            out.logits = out.logits * 2
-            return out
-
-    model.__class__ = Doubled
-
-
-def use_a_layer_twice(model):
-    model.model.layers[1] = model.model.layers[0]
-
-
-def share_a_weight(model):
-    layer(model).mlp.up_proj.weight = layer(model).mlp.gate_proj.weight
-
-
-def share_storage(model):
-    rows = nn.Parameter(torch.randn(600, 128))
-    layer(model).mlp.up_proj.weight, layer(model).mlp.gate_proj.weight = (
-        nn.Parameter(rows[:384]),
-        nn.Parameter(rows[200:584]),
-    )
-
-
-CHANGES = {
-    replace_a_forward: r"logits differ by .*; the forward of 'model\.layers\.1\.mlp' was replaced",
-    hook_a_module: r"logits differ by .*; 'model\.layers\.1' has a forward hook",
-    hook_an_input: r"logits differ by .*; 'model\.layers\.1\.mlp' has a forward hook",
-    hook_the_model: r"logits differ by .*; the model has a forward hook",
-    replace_an_activation: r"'model\.layers\.1\.mlp\.act_fn' is of the class GELU\w*, and in a new model SiLU\w*",
-    replace_a_module_by_one_of_the_same_weights: r"'model\.layers\.1\.mlp\.down_proj' is of the class Clipped",
-    change_an_epsilon: r"model\.layers\.1\.input_layernorm\.variance_epsilon is 0\.1, and in a new .* 1e-0\d",
-    change_a_small_epsilon: r"model\.norm\.variance_epsilon is 1\.5",
-    change_a_scale: r"model\.layers\.1\.self_attn\.scaling is 0\.53\d+, and in a new model of the config 0\.17",
-    change_the_frequencies: r"the buffer 'model\.rotary_emb\.inv_freq' holds other numbers",
-    change_the_slowest_frequency: r"the buffer 'model\.rotary_emb\.inv_freq' holds other numbers",
-    change_the_rotation_factor: r"model\.rotary_emb\.attention_scaling is 1\.2",
-    break_a_forward: r"does not run on a text of 48 tokens \(TypeError: .*; undo the changes",
-    change_a_layer_number: r"model\.layers\.1\.self_attn\.layer_idx is 0, and in a new model of the config 1",
-    edit_the_base: r"the buffer 'model\.rotary_emb\.inv_freq' holds other numbers",
-    edit_the_scaling: r"model\.rotary_emb\.rope_type is 'default', and in a new model of the config 'linear'",
-    edit_the_epsilon: r"variance_epsilon is 1e-0\d, and in a new model of the config 0\.1",
-    edit_the_activation: r"act_fn' is of the class SiLU\w*, and in a new model GELU\w*",
-    derive_a_class: r"the model is of the class Doubled, and in a new model LlamaForCausalLM",
-    use_a_layer_twice: r"'model\.layers\.0\.\S+' and 'model\.layers\.1\.\S+' are the same memory.*copy\.deepcopy",
-    share_a_weight: r"'model\.layers\.1\.mlp\.gate_proj\.weight' and 'model\.layers\.1\.mlp\.up_proj\.weight' are",
-    share_storage: r"are the same memory",
-}
-
-
 @pytest.mark.parametrize("target", ["hf", "llama.cpp"])
 @pytest.mark.parametrize(("change", "words"), CHANGES.items(), ids=[change.__name__ for change in CHANGES])
-def test_what_a_file_cannot_hold_is_refused(model, tokenizer, tmp_path, change, words, target):
+def test_a_change_that_a_file_cannot_hold_is_refused(model, tokenizer, tmp_path, change, words, target):
     change(model)
     with pytest.raises(rw.UnsupportedModel, match=words):
         rw.export(model, tmp_path / "out", target=target, tokenizer=tokenizer)
@@ -208,7 +83,7 @@ def test_under_a_patch_too(model, tmp_path, spec, change):
 @pytest.mark.parametrize(
     ("spec", "length"), [("yarn:4", None), ("dynamic-ntk:4", None), ("dynamic-ntk:4", "4x"), ("rerope:64|logn", None)]
 )
-def test_a_patch_is_no_change(model, tmp_path, spec, length):
+def test_a_patch_is_not_a_change(model, tmp_path, spec, length):
     with rw.patch(model, spec, length=length):
         before = logits(model)
         rw.export(model, tmp_path / "out", rope="yarn:4")
@@ -228,7 +103,7 @@ def test_frequencies_changed_behind_a_patch(model, tmp_path):
 
 @pytest.mark.parametrize("compile", [True, False])
 @pytest.mark.parametrize("spec", ["none", "yarn:4", "dynamic-yarn", "auto"])
-def test_what_was_loaded(tiny_folder, tmp_path, compile, spec):
+def test_a_model_that_load_returned(tiny_folder, tmp_path, compile, spec):
     loaded = rw.load(tiny_folder, rope=spec, compile=compile)
     ids = list(range(3, 300))
     before = loaded.score_ids(ids)
@@ -239,7 +114,7 @@ def test_what_was_loaded(tiny_folder, tmp_path, compile, spec):
         rw.export(loaded, tmp_path / "other", rope="yarn:2")
 
 
-def test_the_model_is_left_as_it_was(model, tmp_path):
+def test_the_model_is_not_changed(model, tmp_path):
     model.train()
     model.model.layers[0].eval()
     model.config.attention_dropout = 0.5
@@ -257,7 +132,7 @@ def test_the_model_is_left_as_it_was(model, tmp_path):
     assert [weight.requires_grad for weight in model.parameters()] == wanted
 
 
-def test_what_changes_no_logits_is_exported(model, tmp_path):
+def test_changes_without_effect_on_logits_are_exported(model, tmp_path):
     seen = []
     layer(model).register_forward_hook(lambda _module, _args, out: seen.append(out))
     layer(model).mlp.forward = types.MethodType(type(layer(model).mlp).forward, layer(model).mlp)
@@ -271,6 +146,8 @@ def test_what_changes_no_logits_is_exported(model, tmp_path):
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -359,7 +236,7 @@ def test_offloaded_weights(model, tiny_folder, tmp_path):
         rw.export(hf, tmp_path / "other")
 
 
-def test_weights_that_are_nowhere(tiny_folder, tmp_path):
+def test_weights_on_the_meta_device(tiny_folder, tmp_path):
     config = rw.load(tiny_folder).hf.config
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(config)
@@ -367,16 +244,14 @@ def test_weights_that_are_nowhere(tiny_folder, tmp_path):
         rw.export(hf, tmp_path / "out")
 
 
-def test_a_forward_that_was_replaced_in_its_class_is_said(model, tmp_path, monkeypatch):
-    own = type(layer(model).mlp).forward
-    monkeypatch.setattr(type(layer(model).mlp), "forward", lambda self, x: 2 * own(self, x))
-    with pytest.warns(
-        UserWarning, match=r"forward of the class LlamaMLP was replaced by one of .*test_export_computes"
-    ):
+def test_a_forward_that_was_replaced_in_its_class_gives_a_warning(model, tmp_path, monkeypatch):
+    original = type(layer(model).mlp).forward
+    monkeypatch.setattr(type(layer(model).mlp), "forward", lambda self, x: 2 * original(self, x))
+    with pytest.warns(UserWarning, match=r"forward of the class LlamaMLP was replaced by one of .*test_rebuilt"):
         rw.export(model, tmp_path / "out")
 
 
-def test_quantized_weights_are_said(model, tmp_path):
+def test_quantized_weights_give_a_warning(model, tmp_path):
     model.hf_quantizer = None
     with warnings.catch_warnings(action="error"):
         rw.export(model, tmp_path / "out")
@@ -391,7 +266,7 @@ def test_quantized_weights_are_said(model, tmp_path):
         check_unmodified(model)
 
 
-def test_a_body_without_its_head_is_no_gguf(tiny_folder, tokenizer, tmp_path):
+def test_a_model_without_its_head_is_not_written_to_gguf(tiny_folder, tokenizer, tmp_path):
     body = LlamaModel.from_pretrained(tiny_folder)
     with pytest.raises(rw.UnsupportedModel, match="is a LlamaModel; only LlamaForCausalLM is written to GGUF"):
         rw.export(body, tmp_path / "out.gguf", target="llama.cpp", tokenizer=tokenizer)

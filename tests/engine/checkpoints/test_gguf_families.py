@@ -73,11 +73,11 @@ def write(tmp_path):
         writer.add_token_merges(["a b"])
         if extra:
             extra(writer)
-        for own, tensor in model.state_dict().items():
-            if own == "lm_head.weight" and config.tie_word_embeddings:
+        for hf_name, tensor in model.state_dict().items():
+            if hf_name == "lm_head.weight" and config.tie_word_embeddings:
                 continue
-            offset = 1 if arch == "nemotron" and own.endswith("norm.weight") else 0  # llama.cpp adds it beforehand
-            writer.add_tensor(names.get_name(own, try_suffixes=(".weight", ".bias")), (tensor + offset).numpy())
+            offset = 1 if arch == "nemotron" and hf_name.endswith("norm.weight") else 0  # llama.cpp adds it beforehand
+            writer.add_tensor(names.get_name(hf_name, try_suffixes=(".weight", ".bias")), (tensor + offset).numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -106,8 +106,8 @@ def test_a_file_gives_the_logits_of_its_model(write, tmp_path, family):
     model = model_of(config)
     expected = logits(model)
     out = convert_gguf(write(model, family.split()[0], dim, extra), tmp_path / "out")
-    found = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    converted = logits(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    assert (converted - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_what_a_config_cannot_say_is_refused(write, tmp_path):

@@ -61,8 +61,8 @@ def source_archive(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def asset_of(path: Path, *, root: str, files: str, entry: str, sha256: str | None = None) -> Asset:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    pin = Archive(package="tales", version="1.0", file=path.name, sha256=sha256 or found, size=path.stat().st_size)
+    sha256 = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
+    pin = Archive(package="tales", version="1.0", file=path.name, sha256=sha256, size=path.stat().st_size)
     return Asset(
         name="tales", kind="text", description="", archive=pin, root=root, files=files, entry=entry, stored_bytes=1000
     )
@@ -91,7 +91,7 @@ def tales(tmp_path, monkeypatch, cache):
     return use
 
 
-def kept(folder: Path) -> list[str]:
+def stored(folder: Path) -> list[str]:
     """Everything in the cache but the locks."""
     files = sorted(p for p in folder.rglob("*") if p.suffix != ".lock")
     return [p.relative_to(folder).as_posix() for p in files if p.is_file() or not any(p.iterdir())]
@@ -106,9 +106,9 @@ def test_a_wheels_files_are_kept_and_nothing_else(tales, cache):
     assert assets.cached("tales") is None
     folder = assets.fetch("tales")
     assert folder.parent == cache
-    assert kept(folder) == ["b/two.md", "one.md"]
+    assert stored(folder) == ["b/two.md", "one.md"]
     assert (folder / "b/two.md").read_bytes() == b"second"
-    assert kept(cache) == [f"{folder.name}/b/two.md", f"{folder.name}/one.md"]
+    assert stored(cache) == [f"{folder.name}/b/two.md", f"{folder.name}/one.md"]
     tales("offline")
     assert assets.fetch("tales") == assets.cached("tales") == folder
     assert calls(path) == 1
@@ -120,19 +120,19 @@ def test_one_file_of_a_source_archive(tmp_path, tales, cache, monkeypatch):
     monkeypatch.setattr(assets, "ASSETS", {"tales": asset})
     monkeypatch.setattr(archive, "_pip", lambda: [sys.executable, str(tmp_path / "pip.py"), str(path), "copy"])
     assert assets.fetch("tales").read_bytes() == b"{}\n"
-    assert [name.split("/")[-1] for name in kept(cache)] == ["kjv.jsonl"]
+    assert [name.split("/")[-1] for name in stored(cache)] == ["kjv.jsonl"]
 
 
 def test_a_damaged_download_is_refused_and_deleted(tales, cache):
     path = tales()
     pinned = assets.ASSETS["tales"].archive.sha256
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    damaged = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(AssetError, match="deleted") as error:
         assets.fetch("tales")
     assert pinned in str(error.value)
-    assert found in str(error.value)
-    assert kept(cache) == []
+    assert damaged in str(error.value)
+    assert stored(cache) == []
 
 
 def test_no_network_names_the_file_and_where_to_put_it(tales, cache):
@@ -141,7 +141,7 @@ def test_no_network_names_the_file_and_where_to_put_it(tales, cache):
         assets.fetch("tales")
     assert f"put {path.name} into {cache / 'downloads'}" in str(error.value)
     assert "pip download --no-deps tales==1.0" in str(error.value)
-    assert kept(cache) == []
+    assert stored(cache) == []
 
 
 def test_no_pip(tales, cache, monkeypatch):
@@ -203,17 +203,17 @@ def test_a_cache_that_cannot_be_written(tales, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [functools.partial(storage.fill_once, what="a"), storage.new_folder])
-def test_errors_of_who_fills_a_folder_are_not_those_of_the_disk(tmp_path, make):
+def test_errors_while_a_folder_is_filled_are_not_reported_as_errors_of_the_disk(tmp_path, make):
     with pytest.raises(FileNotFoundError, match="elsewhere"), make(tmp_path / "a", needed=0):
         (tmp_path / "elsewhere").read_text()
     with pytest.raises(AssetError, match=r"cannot .*No space left on device"), make(tmp_path / "a", needed=0):
         raise OSError(28, "No space left on device")
     with pytest.raises(AssetError, match=r"cannot .*No such file"), make(tmp_path / "a", needed=0) as work:
         (work / "none" / "file").write_text("")
-    assert kept(tmp_path) == []
+    assert stored(tmp_path) == []
 
 
-def test_what_is_kept_can_be_read_by_others_as_the_umask_says(tmp_path):
+def test_stored_files_have_the_permissions_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         with storage.fill_once(tmp_path / "a", needed=0, what="a") as work:
@@ -222,8 +222,8 @@ def test_what_is_kept_can_be_read_by_others_as_the_umask_says(tmp_path):
                 (work / name).chmod(mode)
     finally:
         os.umask(before)
-    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [tmp_path / "a", *(tmp_path / "a").iterdir()]}
-    assert found == {"a": 0o750, "private": 0o640, "script": 0o740}
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [tmp_path / "a", *(tmp_path / "a").iterdir()]}
+    assert modes == {"a": 0o750, "private": 0o640, "script": 0o740}
 
 
 def test_ctrl_c_during_the_download_stops_pip_and_leaves_nothing(tales, cache, monkeypatch):
@@ -241,7 +241,7 @@ def test_ctrl_c_during_the_download_stops_pip_and_leaves_nothing(tales, cache, m
     with pytest.raises(KeyboardInterrupt):
         assets.fetch("tales")
     assert started[0].returncode not in (None, 0), "it was waited for, not stopped"
-    assert kept(cache) == []
+    assert stored(cache) == []
     assert assets.cached("tales") is None
 
 
@@ -254,11 +254,11 @@ def test_ctrl_c_during_the_extraction_leaves_nothing(tales, cache, monkeypatch):
         patch.setattr(archive.shutil, "copyfileobj", interrupted)
         with pytest.raises(KeyboardInterrupt):
             assets.fetch("tales")
-    assert kept(cache) == []
+    assert stored(cache) == []
     assert (assets.fetch("tales") / "one.md").read_bytes() == b"first"
 
 
-def test_what_a_killed_process_left_is_removed(tales, cache, tmp_path):
+def test_files_of_a_killed_process_are_removed(tales, cache, tmp_path):
     target = cache / "thing"
     code = f"""
 import pathlib, time
@@ -271,11 +271,11 @@ with fill_once(pathlib.Path({str(target)!r}), needed=0, what="thing") as work:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.kill()
-    assert len(kept(cache)) == 1
+    assert len(stored(cache)) == 1
     assert not target.exists()
     with storage.fill_once(target, needed=0, what="thing") as work:
         (work / "whole").write_text("whole")
-    assert kept(cache) == ["thing/whole"]
+    assert stored(cache) == ["thing/whole"]
 
 
 def test_two_at_once_download_once(tales, cache, capsys):
@@ -343,11 +343,11 @@ def test_the_real_pip_runs_nothing_of_an_archive_that_is_not_the_pinned_one(tmp_
     assert hashlib.sha256(path.read_bytes()).hexdigest() in str(error.value)
     assert "0" * 64 in str(error.value)
     assert not marker.exists()
-    assert kept(cache) == []
+    assert stored(cache) == []
 
 
 @pytest.mark.model
-def test_the_built_in_assets_are_what_they_are_said_to_be():
+def test_the_built_in_assets_have_the_described_content():
     verses = [json.loads(line) for line in assets.fetch("kjv").read_text(encoding="utf-8").splitlines()]
     assert len(verses) == 31_103
     assert verses[0]["citation"] == "Genesis 1:1"

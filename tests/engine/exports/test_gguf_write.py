@@ -66,11 +66,11 @@ def test_a_loaded_model_is_written_as_its_folder_is(tiny_folder, tmp_path):
         assert (tensor.data == from_memory[name].data).all(), name
 
 
-def test_query_and_key_rows_that_turn_together_are_neighbours(tiny_folder, tmp_path):
+def test_query_and_key_rows_of_a_rotary_pair_are_neighbours(tiny_folder, tmp_path):
     written = stored(write_gguf(tiny_folder, tmp_path / "out.gguf", "f32"))
     weights = load_file(tiny_folder / "model.safetensors")
-    for short, own, heads in (("attn_q", "q_proj", HEADS), ("attn_k", "k_proj", KV_HEADS)):
-        weight = weights[f"model.layers.1.self_attn.{own}.weight"].float()
+    for short, projection, heads in (("attn_q", "q_proj", HEADS), ("attn_k", "k_proj", KV_HEADS)):
+        weight = weights[f"model.layers.1.self_attn.{projection}.weight"].float()
         rows = [h * DIM + n + half for h in range(heads) for n in range(DIM // 2) for half in (0, DIM // 2)]
         assert torch.equal(torch.tensor(written[f"blk.1.{short}.weight"].data), weight[rows])
 
@@ -158,7 +158,7 @@ PREFIXED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
         ({"tokenizer": {"pre_tokenizer": PREFIXED}}, "by ByteLevel in a way that has no name in GGUF"),
     ],
 )
-def test_what_the_format_cannot_say_is_refused(variant, tmp_path, config, words):
+def test_a_model_that_the_format_cannot_hold_is_refused(variant, tmp_path, config, words):
     with pytest.raises((rw.UnsupportedModel, rw.ConfigError), match=words):
         write_gguf(variant(**config), tmp_path / "out.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["variant"]
@@ -203,8 +203,8 @@ def test_the_built_in_models_vocabulary_is_that_of_its_file(tmp_path):
     path = write_gguf(assets.fetch("smollm2-135m"), tmp_path / "out.gguf", "q8_0")
     ours, theirs = (gguf.GGUFReader(file) for file in (path, assets.fetch_files("smollm2-135m")))
     new = set(ours.fields) - set(theirs.fields)
-    said = {"llama.attention.key_length", "llama.attention.value_length", "tokenizer.ggml.add_eos_token"}
-    assert new == said | {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"}
+    stated = {"llama.attention.key_length", "llama.attention.value_length", "tokenizer.ggml.add_eos_token"}
+    assert new == stated | {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"}
     for name in set(ours.fields) - new - {"general.name", "general.file_type", "GGUF.kv_count"}:
         assert ours.fields[name].contents() == theirs.fields[name].contents(), name
     assert {tensor.name for tensor in ours.tensors} == {tensor.name for tensor in theirs.tensors}
@@ -255,10 +255,10 @@ def test_a_llama_3_vocabulary_reads_back(variant, tmp_path, monkeypatch, stated)
     if not stated:
         monkeypatch.setattr(gguf.GGUFWriter, "add_add_bos_token", lambda *_: None)
     back = read_back(folder, tmp_path)
-    ours, theirs = (AutoTokenizer.from_pretrained(one) for one in (folder, back))
+    ours, theirs = (AutoTokenizer.from_pretrained(source) for source in (folder, back))
     assert ours(TEXT).input_ids == theirs(TEXT).input_ids
     assert theirs(TEXT).input_ids[0] == theirs.bos_token_id
-    scores = [rw.load(one, dtype="float32", compile=False).score(TEXT).logprobs for one in (folder, back)]
+    scores = [rw.load(source, dtype="float32", compile=False).score(TEXT).logprobs for source in (folder, back)]
     assert (scores[0] - scores[1]).abs().max() < 1e-4
 
 

@@ -53,7 +53,7 @@ BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def splits(*expressions):
-    steps = [pre_tokenizers.Split(Regex(one), "isolated") for one in expressions]
+    steps = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
     return pre_tokenizers.Sequence([*steps, BYTES])
 
 

@@ -115,14 +115,14 @@ CHANGES = {
 
 @TARGETS
 @pytest.mark.parametrize(("change", "words"), CHANGES.items(), ids=[change.__name__ for change in CHANGES])
-def test_a_model_that_its_config_does_not_say_is_refused(model, tokenizer, tmp_path, change, words, target):
+def test_a_model_that_differs_from_its_config_is_refused(model, tokenizer, tmp_path, change, words, target):
     change(model)
     with pytest.raises(rw.UnsupportedModel, match=words):
         rw.export(model, tmp_path / "out", target=target, tokenizer=tokenizer)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loaded_model_is_looked_at_too(tiny_folder, tmp_path):
+def test_a_loaded_model_is_checked_too(tiny_folder, tmp_path):
     model = rw.load(tiny_folder, compile=False)
     adapt(model.hf)
     with pytest.raises(rw.UnsupportedModel, match="holds an adapter"):
@@ -170,9 +170,9 @@ def test_peft(model, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config)
-    for one in (wrapped, wrapped.base_model.model):
+    for adapted in (wrapped, wrapped.base_model.model):
         with pytest.raises(rw.UnsupportedModel, match="merge_and_unload"):
-            rw.export(one, tmp_path / "out")
+            rw.export(adapted, tmp_path / "out")
     expected = logits(wrapped)
     rw.export(wrapped.merge_and_unload(), tmp_path / "out")
     assert (logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) - expected).abs().max() < 1e-4

@@ -14,7 +14,7 @@ from ropewalk.errors import AssetError, UnsupportedModel
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4_text", "phi3", "gpt_neox"])
-def test_the_config_says_what_the_model_says(name: str) -> None:
+def test_the_config_has_the_rotary_embedding_of_the_model(name: str) -> None:
     model = FAMILIES[name]()
     assert primary_rope(model.config) == primary_rotary(rotary_sites(model)).configured
 
@@ -26,7 +26,7 @@ def test_no_weights_are_needed(tmp_path: Path, tiny_folder: Path) -> None:
     assert primary_rope(config).max_length == 256
 
 
-def test_what_is_no_model(tmp_path: Path) -> None:
+def test_folders_and_configs_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(AssetError, match=r"no config\.json"):
         find_config(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")

@@ -1,0 +1,31 @@
+"""The export to vLLM and SGLang: the script that serves a folder."""
+
+import json
+import os
+import stat
+import subprocess
+
+import ropewalk as rw
+
+
+def test_servers_get_a_script_with_the_command_and_the_overrides(tiny_folder, tmp_path):
+    for target, words in (("vllm", "vllm serve"), ("sglang", "sglang.launch_server")):
+        done = rw.export(tiny_folder, tmp_path / target, rope="ntk-mixed:4", target=target)
+        script = done.path / "serve.sh"
+        assert script.stat().st_mode & stat.S_IXUSR and words in done.command and " 1024" in done.command
+        fake = tmp_path / "bin" / done.command.split()[0]
+        fake.parent.mkdir(exist_ok=True)
+        fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        fake.chmod(0o755)
+        arguments = subprocess.run(
+            [script, "--port", "1"],
+            env={"PATH": f"{fake.parent}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split("\n")
+        assert str(done.path) in arguments and "1024" in arguments and "--port" in arguments
+        quoted = next(line for line in script.read_text().split("\n") if "rope_parameters" in line)
+        overrides = json.loads(quoted[quoted.index("{") : quoted.rindex("}") + 1])
+        config = json.loads((done.path / "config.json").read_text())
+        assert all(config[key] == value for key, value in overrides.items())
