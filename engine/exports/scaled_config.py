@@ -38,8 +38,8 @@ def scaler_to_write(
     scaler = parse(asked, configured.max_length)
     if isinstance(scaler, Auto):
         raise ConfigError(
-            "'auto' chooses a scaler for every request, and a file holds one scaler; name it. `ropewalk tune` finds the "
-            "best one that a config can hold"
+            "'auto' chooses a scaler for every request, and a file holds one; name it, for example the best one that "
+            "`ropewalk tune` finds for a config"
         )
     tokens = None if length is None else parse_length(length, configured.max_length)
     _check_carried(scaler, configured)

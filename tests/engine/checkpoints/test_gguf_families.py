@@ -110,8 +110,8 @@ def test_a_file_gives_the_logits_of_its_model(write, tmp_path, family):
     assert (converted - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_what_a_config_cannot_say_is_refused(write, tmp_path):
+def test_a_field_that_the_config_cannot_hold_is_refused(write, tmp_path):
     model = model_of(LlamaConfig(**SMALL))
-    with pytest.raises(UnsupportedModel, match=r"its llama\.attention\.sliding_window is 10, which the LlamaConfig"):
+    with pytest.raises(UnsupportedModel, match=r"its llama\.attention\.sliding_window is 10, and the LlamaConfig"):
         convert_gguf(write(model, "llama", 16, window), tmp_path / "out")
     assert convert_gguf(write(model, "llama", 16, lambda writer: writer.add_sliding_window(LENGTH)), tmp_path / "out")
