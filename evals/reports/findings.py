@@ -69,7 +69,7 @@ class _View:
         self.delta = compare.deltas(run, rows)
 
     def row(self, rope: str, at: Column) -> Row | None:
-        return compare.measured(self.rows, rope, at)
+        return compare.row_with_loss(self.rows, rope, at)
 
     def difference(self, a: Row | None, b: Row | None) -> Difference | None:
         return compare.difference(self.run, a, b)
@@ -201,7 +201,7 @@ def _missing(view: _View) -> list[str]:
     for rope in view.methods:
         for at, name in view.columns.items():
             if view.row(rope, at) is None:
-                why = compare.reason(compare.cell(view.rows, rope, at))
+                why = compare.reason(compare.find_row(view.rows, rope, at))
                 parts.append(f"{method_name(rope)} at {name}" + (f" ({why})" if why else ""))
     return [f"Not run: {', '.join(parts)}."] if parts else []
 

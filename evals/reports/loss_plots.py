@@ -89,7 +89,7 @@ def plot_loss_curve(rows: Sequence[Row], run: Run, out_stem: Path) -> tuple[Path
     for rope in compare.methods(group):
         points = []
         for at in compare.columns(group):
-            row = compare.measured(group, rope, at)
+            row = compare.row_with_loss(group, rope, at)
             if row is None:
                 continue
             if base is None:
@@ -127,7 +127,7 @@ def plot_by_position(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
         raise DataError(f"rows of protocol {group[0]['protocol']!r} have no position buckets; plot their loss curve")
     curves: Curves = {}
     for rope in compare.methods(group):
-        measured = [compare.measured(group, rope, at) for at in compare.columns(group)]
+        measured = [compare.row_with_loss(group, rope, at) for at in compare.columns(group)]
         curves[rope] = [
             Point(x=_centre(row), loss=row["loss"], low=_interval(row)[0], high=_interval(row)[1])
             for row in measured
@@ -314,7 +314,7 @@ def _draw_harm(axes: Axes, group: Sequence[Row], field: str) -> None:
     looks = style.line_styles(ropes)
     for index, rope in enumerate(ropes):
         step = (index - (len(ropes) - 1) / 2) * _WIDTH / len(ropes)
-        measured = [(n + step, compare.measured(group, rope, at)) for n, at in enumerate(columns)]
+        measured = [(n + step, compare.row_with_loss(group, rope, at)) for n, at in enumerate(columns)]
         bars = [(place, row) for place, row in measured if row is not None]
         places, values = [place for place, _ in bars], [row[field] for _, row in bars]
         axes.bar(places, values, 0.9 * _WIDTH / len(ropes), color=looks[rope].color, label=rope, alpha=0.85)

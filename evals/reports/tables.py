@@ -47,7 +47,7 @@ def _extra_grid(group: Sequence[Row], title: str, note: str, show: Show) -> Grid
     columns = compare.columns(group)
     rows = []
     for rope in compare.methods(group):
-        measured = [compare.measured(group, rope, at) for at in columns]
+        measured = [compare.row_with_loss(group, rope, at) for at in columns]
         rows.append((rope, [NOTHING if row is None else show(row) for row in measured]))
     return Grid(title=title, note=note, columns=tuple(columns.values()), rows=rows)
 
@@ -339,8 +339,8 @@ def write_tables(run: Run) -> tuple[Path, Path]:
 
 
 def _cell(group: Sequence[Row], rope: str, at: compare.Column) -> TableCell:
-    row = compare.measured(group, rope, at)
-    return TableCell(row=row, reason="" if row else compare.reason(compare.cell(group, rope, at)))
+    row = compare.row_with_loss(group, rope, at)
+    return TableCell(row=row, reason="" if row else compare.reason(compare.find_row(group, rope, at)))
 
 
 def _flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -61,7 +61,7 @@ class _Verdict:
         return " ".join(sentences)
 
     def _row(self, rope: str, context: int) -> Row | None:
-        return compare.measured(self.rows, rope, (0, context))
+        return compare.row_with_loss(self.rows, rope, (0, context))
 
     def _difference(self, row: Row | None, other: Row | None) -> Difference | None:
         return compare.difference(self.run, row, other)

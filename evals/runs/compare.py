@@ -130,14 +130,14 @@ def columns(rows: Iterable[Row]) -> dict[Column, str]:
     return dict(sorted({column(row): column_name(row) for row in rows}.items()))
 
 
-def cell(rows: Iterable[Row], rope: str, at: Column) -> Row | None:
+def find_row(rows: Iterable[Row], rope: str, at: Column) -> Row | None:
     """The row of a method in a column, with or without a loss; None if there is no row."""
     return next((row for row in rows if row["rope"] == rope and column(row) == at), None)
 
 
-def measured(rows: Iterable[Row], rope: str, at: Column) -> Row | None:
-    """Like `cell`, but None if the row has no loss."""
-    row = cell(rows, rope, at)
+def row_with_loss(rows: Iterable[Row], rope: str, at: Column) -> Row | None:
+    """Like `find_row`, but None if the row has no loss."""
+    row = find_row(rows, rope, at)
     return row if row is not None and row.get("loss") is not None else None
 
 
@@ -154,7 +154,7 @@ def reference(rows: Sequence[Row]) -> Row | None:
     """
     if not rows or rows[0]["protocol"] not in _SAME_TOKENS:
         return None
-    return measured(rows, UNTOUCHED, (0, rows[0]["trained_length"]))
+    return row_with_loss(rows, UNTOUCHED, (0, rows[0]["trained_length"]))
 
 
 def difference(run: Run, a: Row | None, b: Row | None) -> Difference | None:
