@@ -113,7 +113,7 @@ def test_the_name_of_a_built_in_scaler_is_refused(installed, caplog):
     installed({"stretching.py": source, "pyproject.toml": project("rope-stretch", yarn="stretching:Stretch")})
     assert METHODS["yarn"] is YaRN and list(METHODS).count("yarn") == 1
     assert caplog.messages == [
-        "the scaler 'yarn' of rope-stretch 0.3 cannot be used: the name is that of a built-in one"
+        "the scaler 'yarn' of rope-stretch 0.3 cannot be used: a built-in one has this name"
     ]
     assert "stretching" not in sys.modules
 
@@ -168,4 +168,4 @@ def test_a_task_that_cannot_be_used_is_refused_by_name(installed, source, name, 
 def test_the_name_of_a_built_in_task_is_refused(installed, caplog):
     installed({"riddles.py": TASK, "pyproject.toml": project("rope-riddle", "tasks", vt="riddles:Riddle")})
     assert "riddles" not in sys.modules and len(TASKS) == len(TASKS.built_in)
-    assert caplog.messages == ["the task 'vt' of rope-riddle 0.3 cannot be used: the name is that of a built-in one"]
+    assert caplog.messages == ["the task 'vt' of rope-riddle 0.3 cannot be used: a built-in one has this name"]

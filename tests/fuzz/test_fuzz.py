@@ -110,7 +110,7 @@ def test_numbers_of_a_config_that_cannot_be(changes):
 
 
 def test_a_scaler_is_a_string():
-    with pytest.raises(rw.ConfigError, match="not as int"):
+    with pytest.raises(rw.ConfigError, match="not int"):
         parse(4)
 
 
