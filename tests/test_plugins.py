@@ -112,9 +112,7 @@ def test_the_name_of_a_built_in_scaler_is_refused(installed, caplog):
     source = SCALER.replace('"stretch"', '"yarn"')
     installed({"stretching.py": source, "pyproject.toml": project("rope-stretch", yarn="stretching:Stretch")})
     assert METHODS["yarn"] is YaRN and list(METHODS).count("yarn") == 1
-    assert caplog.messages == [
-        "the scaler 'yarn' of rope-stretch 0.3 cannot be used: a built-in one has this name"
-    ]
+    assert caplog.messages == ["the scaler 'yarn' of rope-stretch 0.3 cannot be used: a built-in one has this name"]
     assert "stretching" not in sys.modules
 
 

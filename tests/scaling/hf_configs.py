@@ -115,18 +115,18 @@ def difference(module: torch.nn.Module, configured: dict[str | None, ConfiguredR
     """What differs between a module and what was read; empty if nothing does."""
     for layer_type, entry in configured.items():
         prefix = "" if layer_type is None else f"{layer_type}_"
-        theirs = getattr(module, f"{prefix}inv_freq", None)
-        if theirs is None:
+        expected = getattr(module, f"{prefix}inv_freq", None)
+        if expected is None:
             return f"no {prefix}inv_freq"
-        ours = entry.scaler.frequencies(entry.rope, 1)
-        if theirs.shape != ours.inv_freq.shape:
-            return f"{layer_type}: {tuple(theirs.shape)} against {tuple(ours.inv_freq.shape)}"
+        frequencies = entry.scaler.frequencies(entry.rope, 1)
+        if expected.shape != frequencies.inv_freq.shape:
+            return f"{layer_type}: {tuple(expected.shape)} against {tuple(frequencies.inv_freq.shape)}"
         # 2^-23 s: see transformers' float32 ramp in test_frequencies_of_transformers.
-        if not torch.allclose(theirs.double(), ours.inv_freq, rtol=1e-6 + 40 * 2.0**-23, atol=0):
-            return f"{layer_type}: {theirs} against {ours.inv_freq}"
+        if not torch.allclose(expected.double(), frequencies.inv_freq, rtol=1e-6 + 40 * 2.0**-23, atol=0):
+            return f"{layer_type}: {expected} against {frequencies.inv_freq}"
         m = getattr(module, f"{prefix}attention_scaling")
-        if m != pytest.approx(ours.attention_factor, rel=1e-12):
-            return f"{layer_type}: attention factor {m} against {ours.attention_factor}"
+        if m != pytest.approx(frequencies.attention_factor, rel=1e-12):
+            return f"{layer_type}: attention factor {m} against {frequencies.attention_factor}"
     return ""
 
 

@@ -63,10 +63,10 @@ def test_first_failure_past_one_block_of_rows() -> None:
 
 @pytest.mark.parametrize(("base", "dim", "length"), [(1e4, 128, 3000), (50.0, 64, 257), (1.5, 6, 1), (1e7, 2, 70_000)])
 def test_preference_is_the_sum(base: float, dim: int, length: int) -> None:
-    found, expected = preference(base, dim, length).numpy(), brute(base, dim, length)
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() < 1e-9
-    assert found[0] == dim / 2
+    values, expected = preference(base, dim, length).numpy(), brute(base, dim, length)
+    assert values.shape == expected.shape
+    assert np.abs(values - expected).max() < 1e-9
+    assert values[0] == dim / 2
 
 
 def test_preference_next_to_zero_is_the_plain_sum_to_the_bit() -> None:
@@ -190,9 +190,9 @@ def test_at_least_returns_a_feasible_base_unchanged() -> None:
 def test_at_least_finds_the_next_island() -> None:
     start = 4500.0
     assert first_failure(start, 128, 1024) is not None
-    found = smallest_feasible_base(1024, 128, at_least=start)
-    assert start < found < 6019 and first_failure(found, 128, 1024) is None
-    assert all(brute(b, 128, 1024).min() < 0 for b in np.linspace(start, found * (1 - 1e-9), 800))
+    base = smallest_feasible_base(1024, 128, at_least=start)
+    assert start < base < 6019 and first_failure(base, 128, 1024) is None
+    assert all(brute(b, 128, 1024).min() < 0 for b in np.linspace(start, base * (1 - 1e-9), 800))
 
 
 def test_smallest_grows_with_the_length_and_reaches_what_it_says() -> None:

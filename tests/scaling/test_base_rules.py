@@ -53,8 +53,8 @@ def test_verdicts_by_brute_force(rope: RopeSpec, length: int) -> None:
 def test_a_spec_uses_its_base(rope: RopeSpec, length: int) -> None:
     rules = base_rules(rope, length)
     for rule in rules:
-        wanted, found = with_base(rope, rule.base).inv_freq, parse(rule.spec).frequencies(rope).inv_freq
-        assert torch.allclose(wanted, found, rtol=1e-8, atol=0), rule
+        wanted, parsed = with_base(rope, rule.base).inv_freq, parse(rule.spec).frequencies(rope).inv_freq
+        assert torch.allclose(wanted, parsed, rtol=1e-8, atol=0), rule
     kinds = [rule.spec.partition(":")[0] for rule in rules]
     assert kinds == ["base", "ntk", "critical-base", "base-bound", "base", "base", "base"]
     for rule in rules:

@@ -49,9 +49,9 @@ def test_the_identity_adds_nothing() -> None:
 
 
 def test_order_does_not_change_the_frequencies() -> None:
-    one, other = YaRN(factor=4) | Resonance(), Resonance() | YaRN(factor=4)
-    assert torch.equal(one.frequencies(ROPE).inv_freq, other.frequencies(ROPE).inv_freq)
-    assert one.frequencies(ROPE).attention_factor == other.frequencies(ROPE).attention_factor != 1
+    first, second = YaRN(factor=4) | Resonance(), Resonance() | YaRN(factor=4)
+    assert torch.equal(first.frequencies(ROPE).inv_freq, second.frequencies(ROPE).inv_freq)
+    assert first.frequencies(ROPE).attention_factor == second.frequencies(ROPE).attention_factor != 1
 
 
 def drawn(scaler: Scaler, length: int | None, n: int = 300) -> dict[str, tuple[list[float], ...]]:
@@ -130,7 +130,7 @@ def test_a_map_follows_the_length_in_steps_of_what_the_frequencies_carry() -> No
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "facet"),
+    ("first", "second", "facet"),
     [
         (YaRN(factor=2), Linear(factor=2), "frequencies"),
         (DynamicNTK(), DynamicNTK(), "frequencies"),
@@ -139,9 +139,9 @@ def test_a_map_follows_the_length_in_steps_of_what_the_frequencies_carry() -> No
         (LogN(), Temperature(factor=2), "temperature"),
     ],
 )
-def test_one_facet_is_set_once(one: Scaler, other: Scaler, facet: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{one.name}' and '{other.name}' both set the {facet}; keep one"):
-        one | other
+def test_one_facet_is_set_once(first: Scaler, second: Scaler, facet: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{first.name}' and '{second.name}' both set the {facet}; keep one"):
+        first | second
 
 
 def test_a_clash_inside_a_longer_chain_is_found() -> None:
@@ -151,9 +151,9 @@ def test_a_clash_inside_a_longer_chain_is_found() -> None:
 
 def test_resonance_is_laid_over_its_host() -> None:
     host = NTK(factor=4)
-    got = (host | Resonance()).frequencies(ROPE).inv_freq
-    assert not torch.equal(got, host.frequencies(ROPE).inv_freq)
-    assert torch.equal(got, Resonance().on_grid(host.frequencies(ROPE)).inv_freq)
+    inv_freq = (host | Resonance()).frequencies(ROPE).inv_freq
+    assert not torch.equal(inv_freq, host.frequencies(ROPE).inv_freq)
+    assert torch.equal(inv_freq, Resonance().on_grid(host.frequencies(ROPE)).inv_freq)
     alone = Resonance().on_grid(Scaler().frequencies(ROPE))
     assert torch.equal(Resonance().frequencies(ROPE).inv_freq, alone.inv_freq)
 
@@ -168,9 +168,9 @@ def test_any_scaler_can_set_the_wavelength_grid() -> None:
             return Frequencies(frequencies.inv_freq / 2, frequencies.attention_factor)
 
     host = YaRN(factor=4)
-    got = (host | Halved()).frequencies(ROPE)
-    assert torch.equal(got.inv_freq, host.frequencies(ROPE).inv_freq / 2)
-    assert got.attention_factor == host.temperature()
+    frequencies = (host | Halved()).frequencies(ROPE)
+    assert torch.equal(frequencies.inv_freq, host.frequencies(ROPE).inv_freq / 2)
+    assert frequencies.attention_factor == host.temperature()
     assert torch.equal(Halved().frequencies(ROPE).inv_freq, ROPE.theta / 2)
 
 
@@ -178,9 +178,9 @@ def test_any_scaler_can_set_the_wavelength_grid() -> None:
 def test_a_composition_passes_the_length_on(length: int) -> None:
     composed = DynamicYaRN() | Resonance()
     host = DynamicYaRN().frequencies(ROPE, length)
-    got = composed.frequencies(ROPE, length)
-    assert torch.equal(got.inv_freq, Resonance().on_grid(host).inv_freq)
-    assert got.attention_factor == host.attention_factor
+    frequencies = composed.frequencies(ROPE, length)
+    assert torch.equal(frequencies.inv_freq, Resonance().on_grid(host).inv_freq)
+    assert frequencies.attention_factor == host.attention_factor
 
 
 def test_a_composition_depends_on_the_length_if_a_member_does() -> None:

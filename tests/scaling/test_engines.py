@@ -20,7 +20,7 @@ ROPE = RopeSpec(dim=64, base=10_000.0, trained_length=2048)
 
 
 def config(parameters, max_length=8192, *, old=True, new=True):
-    found = {
+    content = {
         "model_type": "llama",
         "hidden_size": 256,
         "num_attention_heads": 4,
@@ -28,27 +28,29 @@ def config(parameters, max_length=8192, *, old=True, new=True):
         "max_position_embeddings": max_length,
     }
     if new:
-        found["rope_parameters"] = parameters
+        content["rope_parameters"] = parameters
     if old:
-        found["rope_theta"] = parameters["rope_theta"]
-        found["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
-    return found
+        content["rope_theta"] = parameters["rope_theta"]
+        content["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    return content
 
 
 def readings(parameters, **options):
-    return {one.engine: one for one in read_all(config(parameters, **options))}
+    return {reading.engine: reading for reading in read_all(config(parameters, **options))}
 
 
 @pytest.mark.parametrize("spec", STATIC)
 def test_what_is_written_for_servers_is_read_alike_by_all_three(spec):
     scaler = parse(spec, ROPE.trained_length)
     wanted = scaler.frequencies(ROPE)
-    found = readings(hf_write.write_served(ROPE, scaler))
+    by_engine = readings(hf_write.write_served(ROPE, scaler))
     for engine in ("transformers", "vLLM", "SGLang"):
         for length in (100, 8192):
-            own = found[engine].frequencies(length)
-            torch.testing.assert_close(own.inv_freq, wanted.inv_freq, rtol=1e-6, atol=1e-30)  # a pair that stands still
-            assert own.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-6), engine
+            frequencies = by_engine[engine].frequencies(length)
+            torch.testing.assert_close(
+                frequencies.inv_freq, wanted.inv_freq, rtol=1e-6, atol=1e-30
+            )  # a pair that stands still
+            assert frequencies.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-6), engine
 
 
 @pytest.mark.parametrize("scaler", [Linear(factor=4), YaRN(factor=4), Llama3(factor=4)])
@@ -87,12 +89,12 @@ def test_a_frozen_scaler_reaches_its_length_and_never_less_than_what_was_trained
 @pytest.mark.parametrize("rope", [ROPE, RopeSpec(dim=64, base=1e4, trained_length=2048, rotating_pairs=20)])
 def test_a_frozen_scaler_is_the_same_at_its_length_and_still(spec, rope):
     scaler = parse(spec)
-    still = fix_length(scaler, rope, 8192)
+    fixed = fix_length(scaler, rope, 8192)
     wanted = scaler.frequencies(rope, 8192)
     for length in (None, 100, 8192, 10**6):
-        found = still.frequencies(rope, length)
-        torch.testing.assert_close(found.inv_freq, wanted.inv_freq, rtol=1e-12, atol=0)
-        assert found.attention_factor == wanted.attention_factor
+        frequencies = fixed.frequencies(rope, length)
+        torch.testing.assert_close(frequencies.inv_freq, wanted.inv_freq, rtol=1e-12, atol=0)
+        assert frequencies.attention_factor == wanted.attention_factor
     assert fix_length(parse("yarn:4"), rope, 8192) == parse("yarn:4")
 
 
@@ -112,10 +114,10 @@ PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "factor": 4.0}
 
 @pytest.mark.parametrize("parameters", [{"rope_type": "default", "rope_theta": 1e4}, YARN])
 def test_plain_and_plain_yarn_are_read_alike_by_all(parameters):
-    found = readings(parameters)
-    assert {*found} == {*ENGINES}
-    for one in found.values():
-        assert same_frequencies(one, found["transformers"], 8192), one.engine
+    by_engine = readings(parameters)
+    assert {*by_engine} == {*ENGINES}
+    for reading in by_engine.values():
+        assert same_frequencies(reading, by_engine["transformers"], 8192), reading.engine
 
 
 @pytest.mark.parametrize(
@@ -135,30 +137,30 @@ def test_plain_and_plain_yarn_are_read_alike_by_all(parameters):
     ],
 )
 def test_known_disagreements(parameters, engine, spec):
-    found = readings(parameters)[engine]
+    reading = readings(parameters)[engine]
     wanted = parse(spec).frequencies(ROPE)
-    own = found.frequencies(8192)
-    torch.testing.assert_close(own.inv_freq, wanted.inv_freq, rtol=1e-9, atol=0)
-    assert own.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-9)
-    assert found.notes or same_frequencies(found, readings(parameters)["transformers"], 8192)
+    frequencies = reading.frequencies(8192)
+    torch.testing.assert_close(frequencies.inv_freq, wanted.inv_freq, rtol=1e-9, atol=0)
+    assert frequencies.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-9)
+    assert reading.notes or same_frequencies(reading, readings(parameters)["transformers"], 8192)
 
 
 @pytest.mark.parametrize("engine", ["vLLM", "SGLang", "ExLlamaV3", "mlx-lm"])
 def test_longrope_is_chosen_once_and_its_temperature_is_by_the_rule(engine):
-    found = readings(LONG | {"attention_factor": 1.5})[engine]
+    reading = readings(LONG | {"attention_factor": 1.5})[engine]
     for length in (100, 8192):  # transformers takes the short factors at 100
-        own = found.frequencies(length)
-        torch.testing.assert_close(own.inv_freq, ROPE.theta / 2)
-        assert own.attention_factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(2048)))
-    assert any("long factors" in note for note in found.notes)
-    assert any("attention_factor" in note for note in found.notes)
+        frequencies = reading.frequencies(length)
+        torch.testing.assert_close(frequencies.inv_freq, ROPE.theta / 2)
+        assert frequencies.attention_factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(2048)))
+    assert any("long factors" in note for note in reading.notes)
+    assert any("attention_factor" in note for note in reading.notes)
 
 
 def test_keys_that_an_engine_does_not_look_for():
     new_only = readings(YARN, old=False)["mlx-lm"]
     assert new_only.rope.base == 10_000 and str(new_only.scaler) == "none" and "rope_theta" in new_only.notes[0]
     old_only = readings(YARN, new=False)
-    assert all(same_frequencies(one, old_only["transformers"], 8192) for one in old_only.values())
+    assert all(same_frequencies(reading, old_only["transformers"], 8192) for reading in old_only.values())
     whole = readings({"rope_type": "linear", "rope_theta": 1e4, "factor": 4})
     for engine in ("vLLM", "SGLang"):
         assert whole[engine].scaler is None and "decimal point" in whole[engine].notes[0]
@@ -167,11 +169,11 @@ def test_keys_that_an_engine_does_not_look_for():
 
 def test_a_trained_length_that_only_transformers_fills_in():
     """mlx-lm takes 4096 for it, and ExLlamaV3 the factor as it is."""
-    found = readings({key: value for key, value in YARN.items() if key != "original_max_position_embeddings"})
-    assert found["transformers"].rope.trained_length == 8192
-    assert found["mlx-lm"].rope.trained_length == 4096
-    assert found["ExLlamaV3"].scaler == YaRN(factor=4)
-    assert found["ExLlamaV3"].notes == ()
+    by_engine = readings({key: value for key, value in YARN.items() if key != "original_max_position_embeddings"})
+    assert by_engine["transformers"].rope.trained_length == 8192
+    assert by_engine["mlx-lm"].rope.trained_length == 4096
+    assert by_engine["ExLlamaV3"].scaler == YaRN(factor=4)
+    assert by_engine["ExLlamaV3"].notes == ()
 
 
 def test_mscales_that_repeat_the_attention_factor_are_read_and_others_refused():

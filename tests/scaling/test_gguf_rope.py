@@ -18,9 +18,9 @@ def test_what_is_written_is_read_again(spec):
     scaler = parse(spec, ROPE.trained_length)
     file = GgufRope.of(ROPE, scaler)
     read = file.configured(8192)
-    wanted, found = scaler.frequencies(ROPE), read.scaler.frequencies(read.rope)
-    torch.testing.assert_close(found.inv_freq, wanted.inv_freq, rtol=1e-6, atol=1e-30)
-    assert found.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-6)
+    wanted, computed = scaler.frequencies(ROPE), read.scaler.frequencies(read.rope)
+    torch.testing.assert_close(computed.inv_freq, wanted.inv_freq, rtol=1e-6, atol=1e-30)
+    assert computed.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-6)
     assert read.max_length == 8192
     if file.scaling:
         assert read.rope.trained_length == file.scaling.get("original_context_length", 8192)

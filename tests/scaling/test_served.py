@@ -17,7 +17,7 @@ MODELS = json.loads((Path(__file__).resolve().parents[1] / "data" / "served.json
 
 
 def reading(config, engine) -> EngineReading:
-    return next(one for one in read_all(config) if one.engine == engine)
+    return next(reading for reading in read_all(config) if reading.engine == engine)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -59,23 +59,23 @@ def test_sglang_and_llama_cpp_go_by_keys_of_their_own(name, sglang, llama_cpp):
     ],
 )
 def test_another_length_than_the_config_promises_is_said(name, note):
-    said = [one for one in reading(MODELS[name]["config"], "vLLM").notes if one.startswith("serves")]
-    assert len(said) == bool(note)
-    assert not note or note in said[0]
+    notes = [text for text in reading(MODELS[name]["config"], "vLLM").notes if text.startswith("serves")]
+    assert len(notes) == bool(note)
+    assert not note or note in notes[0]
 
 
 @pytest.mark.parametrize("context_length", [1024, 2048, 4096, 8192])
 def test_a_gguf_file_is_served_up_to_its_context_length(context_length):
     """Whatever its scaling reaches (8192)."""
     file = GgufRope.of(RopeSpec(dim=64, base=1e4, trained_length=2048), YaRN(factor=4))
-    assert {one.max_length for one in read_gguf(file, context_length)} == {context_length}
+    assert {served.max_length for served in read_gguf(file, context_length)} == {context_length}
 
 
 @pytest.mark.parametrize("declared", [1024, 2048, 8192])
 def test_a_yarn_config_is_served_up_to_what_it_declares(declared):
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
     config = MODELS["Llama 2"]["config"] | {"max_position_embeddings": declared, "rope_scaling": scaling}
-    served = [one.max_length for one in read_all(config)]
+    served = [engine.max_length for engine in read_all(config)]
     assert served == [declared] * 4 + [None, None]
 
 
@@ -95,8 +95,8 @@ def test_layers_that_see_all_speak_for_a_model_with_frequencies_for_each_type(na
     first, vllm, *rest = read_all(config)
     assert first.label == vllm.label == computes and first.max_length == config["max_position_embeddings"]
     assert f"the table is about {layers}; those of type sliding_attention have {others}" in first.notes[-1]
-    assert {(one.label, one.scaler, one.max_length) for one in rest} == {("not read", None, None)}
-    assert all("has not been read" in one.notes[0] for one in rest)
+    assert {(other.label, other.scaler, other.max_length) for other in rest} == {("not read", None, None)}
+    assert all("has not been read" in other.notes[0] for other in rest)
 
 
 @pytest.mark.parametrize(

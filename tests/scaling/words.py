@@ -64,26 +64,26 @@ FILES = {
 
 def read(parameters, max_length, *, old=True):
     """The readings of a Llama's config."""
-    found = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
-    found["max_position_embeddings"] = max_length
-    found["rope_parameters"] = parameters
+    content = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+    content["max_position_embeddings"] = max_length
+    content["rope_parameters"] = parameters
     if old:
-        found["rope_theta"] = parameters["rope_theta"]
-        found["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
-    return read_all(found)
+        content["rope_theta"] = parameters["rope_theta"]
+        content["rope_scaling"] = {k: v for k, v in parameters.items() if k != "rope_theta"}
+    return read_all(content)
 
 
-def line(one):
+def line(reading):
     """A reading: scaler, geometry, a number that stands for its frequencies in a short and a long text, m, notes."""
     numbers = []
     for length in (100, 8192):
-        found = one.frequencies(length)
-        if found is not None:
-            weights = torch.arange(1, len(found.inv_freq) + 1, dtype=torch.float64)
-            number = float((found.inv_freq.log() * weights).sum())
-            numbers.append(f"{number:.5f} m {found.attention_factor:.6g}")
-    rope = f"base {one.rope.base:g}, trained at {one.rope.trained_length}, serves {one.max_length}"
-    return "; ".join([f"  {one.engine}: {one.label}", rope, *dict.fromkeys(numbers), *one.notes])
+        frequencies = reading.frequencies(length)
+        if frequencies is not None:
+            weights = torch.arange(1, len(frequencies.inv_freq) + 1, dtype=torch.float64)
+            number = float((frequencies.inv_freq.log() * weights).sum())
+            numbers.append(f"{number:.5f} m {frequencies.attention_factor:.6g}")
+    rope = f"base {reading.rope.base:g}, trained at {reading.rope.trained_length}, serves {reading.max_length}"
+    return "; ".join([f"  {reading.engine}: {reading.label}", rope, *dict.fromkeys(numbers), *reading.notes])
 
 
 def lines():

@@ -42,23 +42,23 @@ class Law:
 
     def by_bytes(self, text):
         """Next byte -> weight of the strings that begin with `text` and go on with it."""
-        found = {byte: self.bytes[text + bytes([byte])] for byte in range(256) if text + bytes([byte]) in self.bytes}
-        return found | {END: self.bytes.get((text, END), 0.0)}
+        weights = {byte: self.bytes[text + bytes([byte])] for byte in range(256) if text + bytes([byte]) in self.bytes}
+        return weights | {END: self.bytes.get((text, END), 0.0)}
 
     def by_cover(self, covered):
         """The same, from the cover and the weights of token sequences."""
-        found = defaultdict(float)
+        weights = defaultdict(float)
         tokens = self.vocabulary.tokens
         for node in covered.nodes:
             path = covered.common_prefix + node.path
             if node.aligned:
-                found[END] += self.sequences.get((*path, END), 0.0)
+                weights[END] += self.sequences.get((*path, END), 0.0)
                 candidates = self.vocabulary.trie.extensions(b"")
             else:
                 candidates = self.vocabulary.trie.extensions(node.suffix)
             for token in candidates:
-                found[tokens[token][len(node.suffix)]] += self.sequences.get((*path, token), 0.0)
-        return found
+                weights[tokens[token][len(node.suffix)]] += self.sequences.get((*path, token), 0.0)
+        return weights
 
     def error(self, count=150):
         """Largest difference of the two, of the prompt's own weight."""
@@ -75,13 +75,13 @@ class Law:
     def has_own_cover(self, whole, prompt):
         """Whether a beginning of a text has the cover that the text's own tokens are."""
         covered = cover(self.vocabulary, prompt)
-        own, n, reached = self.vocabulary.encode(whole), 0, 0
+        ids, n, reached = self.vocabulary.encode(whole), 0, 0
         while reached < len(covered.text):
-            reached += len(self.vocabulary.tokens[own[n]])
+            reached += len(self.vocabulary.tokens[ids[n]])
             n += 1
-        last = self.vocabulary.tokens[own[n - 1]]
+        last = self.vocabulary.tokens[ids[n - 1]]
         return any(
-            covered.common_prefix + node.path == tuple(own[: n - 1] if node.suffix else own[:n])
+            covered.common_prefix + node.path == tuple(ids[: n - 1] if node.suffix else ids[:n])
             and last.startswith(node.suffix)
             and len(last) > len(node.suffix)
             for node in covered.nodes

@@ -22,10 +22,10 @@ def test_every_byte_is_text_or_unfinished(data):
     assert data.endswith(end)
     assert finished_text(data) == data[: len(data) - len(end)].decode(errors="replace")
     assert (finished_text(data) + "\ufffd" * bool(end)) == data.decode(errors="replace")
-    found = invalid_runs(data)
-    assert bool(found) == ("\ufffd" in finished_text(data))
+    runs = invalid_runs(data)
+    assert bool(runs) == ("\ufffd" in finished_text(data))
     rest = bytearray(data[: len(data) - len(end)])
-    for start, stop in reversed(found):
+    for start, stop in reversed(runs):
         del rest[start:stop]
     assert rest.decode() == finished_text(data).replace("\ufffd", "")
 
@@ -50,8 +50,8 @@ KNOWN = [
 def test_tokens_of_any_bytes_have_these_bytes(data, known):
     ids = known.encode_bytes(data)
     assert known.text_bytes(ids) == data
-    found = cover(known, ids)
-    assert known.text_bytes(list(found.prompt)) == data
+    covered = cover(known, ids)
+    assert known.text_bytes(list(covered.prompt)) == data
     if not invalid_runs(data) and not unfinished(data):
         assert ids == known.encode(data.decode())
 

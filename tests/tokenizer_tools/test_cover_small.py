@@ -127,9 +127,9 @@ def test_only_the_end_of_a_long_prompt_is_looked_at(kind, most):
 def test_a_long_piece_has_the_covers_that_it_has_when_cut_anew(kind, monkeypatch):
     known = Law(kind, 0, longest=1).vocabulary
     texts = [long_text(kind, 700, seed).encode()[:-cut] for seed, cut in enumerate((1, 2, 3, 4))]
-    found = [cover(known, text) for text in texts]
+    covers = [cover(known, text) for text in texts]
     monkeypatch.setattr(cover_module, "_LONG", 10_000)
-    assert found == [cover(known, text) for text in texts]
+    assert covers == [cover(known, text) for text in texts]
 
 
 @pytest.mark.parametrize("kind", ["plain", "across characters", "byte fallback"])
@@ -201,10 +201,10 @@ def test_white_space_that_a_normalizer_stripped_is_noticed():
 
 def test_white_space_at_the_end_is_there_though_a_normalizer_strips_it():
     tokenizer = by_merges(("a", "b"), ("Ġ", "b"), pattern=GPT2)
-    kept = vocabulary(by_merges(("a", "b"), ("Ġ", "b"), pattern=GPT2))
+    known = vocabulary(by_merges(("a", "b"), ("Ġ", "b"), pattern=GPT2))
     tokenizer.normalizer = normalizers.Strip(left=False, right=True)
     for prompt in ("ab ", "a  ", b"ab "):
-        assert cover(vocabulary(tokenizer), prompt) == cover(kept, prompt)
+        assert cover(vocabulary(tokenizer), prompt) == cover(known, prompt)
 
 
 def test_a_tokenizer_that_makes_no_bytes_of_a_text_is_refused():

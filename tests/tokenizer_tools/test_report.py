@@ -51,25 +51,25 @@ def code(held_out_texts):
 
 
 def test_groups_of_three_counted_by_hand():
-    found = report(Grouped(), "x" * 600, cuts=10_000)
-    (risk,) = found.risks  # there are no spaces, and the only word ends where the text does
+    numbers = report(Grouped(), "x" * 600, cuts=10_000)
+    (risk,) = numbers.risks  # there are no spaces, and the only word ends where the text does
     assert risk.kind == "any character"
     assert risk.cuts == 600 - 200 - 128
     assert risk.inside == risk.changed == pytest.approx(2 / 3, abs=0.05)
     assert risk.deeper == pytest.approx(1 / 3, abs=0.05)
     assert risk.depth_mean == pytest.approx(1.5, abs=0.1)
     assert (risk.depth_p95, risk.depth_max, risk.nodes_max) == (2, 2, 2)
-    assert found.bytes_per_token == 3
-    assert (found.size, found.special, found.longest) == (3, 1, (b"xxx", b"x", b""))
-    assert [(example.prompt_end, example.token) for example in found.examples] == [("x" * 24, b"xxx")]
+    assert numbers.bytes_per_token == 3
+    assert (numbers.size, numbers.special, numbers.longest) == (3, 1, (b"xxx", b"x", b""))
+    assert [(example.prompt_end, example.token) for example in numbers.examples] == [("x" * 24, b"xxx")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_says_what_the_uncut_text_has_there(tiny, code, kind):
-    found = draw(tiny, code, kind, 100, seed=3)
-    assert len({cut.place for cut in found}) == 100
-    assert kind == cuts.WORD_END or any(cut.overlap for cut in found)  # a token may go over the end of a word too
-    for cut in found:
+    drawn = draw(tiny, code, kind, 100, seed=3)
+    assert len({cut.place for cut in drawn}) == 100
+    assert kind == cuts.WORD_END or any(cut.overlap for cut in drawn)  # a token may go over the end of a word too
+    for cut in drawn:
         text = cut.prompt + cut.rest.decode()
         assert code[cut.place - len(cut.prompt) :].startswith(text)
         assert list(cut.ids) == tiny.encode(text)
@@ -109,8 +109,8 @@ def test_word_borders_between_ideographs():
 
 
 def test_risk_agrees_with_the_encoder(tiny, code):
-    found = report(tiny, code, cuts=200, seed=5)
-    for risk in found.risks:
+    numbers = report(tiny, code, cuts=200, seed=5)
+    for risk in numbers.risks:
         inside, depths = 0, []
         for cut in draw(tiny, code, risk.kind, 200, seed=5):
             inside += cut.overlap > 0
@@ -125,10 +125,10 @@ def test_risk_agrees_with_the_encoder(tiny, code):
         assert risk.depth_max == max(depths)
         assert risk.nodes_max >= risk.nodes_mean >= 1
         assert risk.seconds > 0
-    for example in found.examples:
+    for example in numbers.examples:
         end = example.prompt_end.encode()
         assert any(end.endswith(example.token[:size]) for size in range(1, len(example.token)))
-    anywhere, after_space, _ = found.risks
+    anywhere, after_space, _ = numbers.risks
     assert anywhere.deeper > 0.02
     assert after_space.inside > 0.7
 
@@ -169,11 +169,11 @@ def test_the_command_prints_tables_or_one_line_of_json(tiny_folder, tmp_path, co
     for part in ("byte-level BPE", "1024, of them 1 special", "inside a token", "after a space"):
         assert part in shown
     line = CliRunner().invoke(cli, [*arguments, "--json"], catch_exceptions=False).output
-    found = json.loads(line)
-    assert found["size"] == 1024
-    assert [risk["kind"] for risk in found["risks"]] == ["any character", "after a space", "end of a word"]
+    numbers = json.loads(line)
+    assert numbers["size"] == 1024
+    assert [risk["kind"] for risk in numbers["risks"]] == ["any character", "after a space", "end of a word"]
     tokenizer = Tokenizer.from_file(arguments[1])
-    assert set(found["longest"]) <= {tokenizer.decode([i]) for i in range(1024)}
+    assert set(numbers["longest"]) <= {tokenizer.decode([i]) for i in range(1024)}
 
 
 def test_tokens_are_shown_escaped():
@@ -189,8 +189,8 @@ def test_the_report_needs_no_torch(tiny_folder, tmp_path):
         f"cli(['vocab', {str(tiny_folder)!r}, '--text', {str(text)!r}, '--cuts', '3'], standalone_mode=False); "
         "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    own = {**os.environ, "PYTHONPATH": str(Path(rw.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=own)
+    environment = {**os.environ, "PYTHONPATH": str(Path(rw.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.stdout.splitlines()[-1] == "False False", done.stderr
 
 

@@ -27,18 +27,18 @@ def size(text, tokenizer):
 
 
 def test_windows_are_whole_sentences_in_order(tokenizer):
-    found = rw.windows(TEXT, tokenizer, tokens=40)
-    assert len(found) == 3
-    assert all(size(window, tokenizer) <= 40 for window in found)
-    assert all(window[-1] in ".!?" for window in found)
-    assert "".join(found).replace(" ", "").replace("\n", "") == TEXT.replace(" ", "").replace("\n", "")
-    assert not any(window.endswith("Mr.") for window in found)
+    windows = rw.windows(TEXT, tokenizer, tokens=40)
+    assert len(windows) == 3
+    assert all(size(window, tokenizer) <= 40 for window in windows)
+    assert all(window[-1] in ".!?" for window in windows)
+    assert "".join(windows).replace(" ", "").replace("\n", "") == TEXT.replace(" ", "").replace("\n", "")
+    assert not any(window.endswith("Mr.") for window in windows)
 
 
 def test_windows_repeat_whole_sentences(tokenizer):
-    plain, found = (rw.windows(TEXT, tokenizer, tokens=60, overlap=overlap) for overlap in (0, 30))
-    assert len(found) > len(plain)
-    for before, after in itertools.pairwise(found):
+    plain, windows = (rw.windows(TEXT, tokenizer, tokens=60, overlap=overlap) for overlap in (0, 30))
+    assert len(windows) > len(plain)
+    for before, after in itertools.pairwise(windows):
         shared = max(n for n in range(len(after) + 1) if before.endswith(after[:n]))
         assert 0 < size(after[:shared], tokenizer) <= 30
         assert after[:shared].strip()[-1] in ".!?"
@@ -51,9 +51,9 @@ def test_a_text_that_fits_is_one_window(tokenizer):
 
 def test_a_long_sentence_is_cut_between_words(tokenizer):
     text = "one two three four five six seven eight nine ten " * 20
-    found = rw.windows(text, tokenizer, tokens=50)
-    assert " ".join(found).split() == text.split()
-    assert all(size(window, tokenizer) <= 50 for window in found)
+    windows = rw.windows(text, tokenizer, tokens=50)
+    assert " ".join(windows).split() == text.split()
+    assert all(size(window, tokenizer) <= 50 for window in windows)
 
 
 def test_sentences_end_as_the_language_has_it(tokenizer):
@@ -68,13 +68,13 @@ SENTENCES = st.lists(st.text(alphabet="ab \n。é\U0001f600", max_size=30), max_
 def test_nothing_is_lost(tokenizer, sentences, tokens, data):
     text = "".join(f"{n} {sentence}. " for n, sentence in enumerate(sentences))
     overlap = data.draw(st.integers(0, tokens - 1))
-    apart, found = (rw.windows(text, tokenizer, tokens=tokens, overlap=each) for each in (0, overlap))
-    assert "".join("".join(apart).split()) == "".join(text.split())
-    for window in found:
+    without_overlap, windows = (rw.windows(text, tokenizer, tokens=tokens, overlap=each) for each in (0, overlap))
+    assert "".join("".join(without_overlap).split()) == "".join(text.split())
+    for window in windows:
         assert window in text
         assert size(window, tokenizer) <= tokens or len(window) == 1
     places = {(0, 0)}  # where the last window may stand: each begins after it and leaves only blanks between
-    for window in found:
+    for window in windows:
         starts = [match.start() for match in re.finditer(f"(?={re.escape(window)})", text)]
         places = {
             (start, start + len(window))
@@ -86,8 +86,8 @@ def test_nothing_is_lost(tokenizer, sentences, tokens, data):
 
 
 def test_a_word_of_a_quarter_megabyte_is_cut_in_seconds(tokenizer):
-    found = rw.windows("x" * 250_000, tokenizer, tokens=25_000)
-    assert "".join(found) == "x" * 250_000
+    windows = rw.windows("x" * 250_000, tokenizer, tokens=25_000)
+    assert "".join(windows) == "x" * 250_000
 
 
 @pytest.mark.parametrize(("tokens", "overlap"), [(0, 0), (5, 5), (5, -1)])
