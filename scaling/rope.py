@@ -304,8 +304,8 @@ class ConfiguredRope:
         """A note on the config's own scaling and its length, to append to the trained length; empty if it has none."""
         if not self.scaling_text:
             return ""
-        trained, carried = format_length(self.rope.trained_length), format_length(self.max_length)
-        length = "" if carried == trained else f"{carried} "
+        trained, reached = format_length(self.rope.trained_length), format_length(self.max_length)
+        length = "" if reached == trained else f"{reached} "
         return f", {length}with the config's own {self.scaling_text} ({self._basis})"
 
     @property

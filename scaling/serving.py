@@ -13,9 +13,9 @@ from typing import Any
 
 from . import hf
 from .base import Base
+from .engine_reading import SERVED_LENGTHS, EngineReading, EngineRope, same_frequencies
 from .gguf_rope import GgufRope
 from .longrope import LongRoPE
-from .reading import SERVED_LENGTHS, EngineReading, EngineRope, same_frequencies
 from .rope import Scaler
 from .yarn import YaRN, yarn_temperature
 

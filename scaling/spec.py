@@ -193,7 +193,7 @@ def parse(spec: str | Scaler | None, trained_length: TrainedLength = None) -> Sc
     """The scaler of a spec string. None and `"none"` are the untouched model.
 
     A spec is one or more methods joined by `|`. A method is `name`, `name:value` or `name:field=value,...`; the first
-    value can stand without its field name. Lists of numbers are joined by `/`. Lengths are 512, 8k (k = 1024) or, if
+    value needs no field name. Lists of numbers are joined by `/`. Lengths are 512, 8k (k = 1024) or, if
     the trained length is known, a multiple such as 0.5x. `"auto"` selects a scaler by the length of each request.
 
     >>> parse("yarn:4").factor

@@ -18,7 +18,7 @@ _PLACES = {
     ANYWHERE: re.compile(r""),
     AFTER_SPACE: re.compile(r"(?<=\S )(?=\S)"),
     WORD_END: re.compile(r"(?<=\w)(?!\w)"),
-    # beside a sign (not in a row of the same), before a line end, before a capital in a word, between ideographs
+    # next to a sign (not in a row of equal signs), before a line end, before a capital in a word, between ideographs
     INSIDE: re.compile(
         r"(?<=([^\w\s]|_))(?!\1)(?=\S)|(?<=[^\W_])(?=[^\w\s]|_)|(?<=\S)(?=\n)|(?<=[a-z])(?=[A-Z])"
         r"|(?<=[\u3400-\u9fff])(?=[\u3400-\u9fff])"

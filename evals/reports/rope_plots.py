@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...scaling import RopeSpec, format_length
 from ...scaling.base import BaseRule
 from ...scaling.base_bound import preference
-from ...scaling.reading import EngineReading, same_frequencies
+from ...scaling.engine_reading import EngineReading, same_frequencies
 from ..runs.compare import UNTOUCHED
 from . import style
 from .distance_plot import Array, Whole, length_ticks

@@ -145,7 +145,7 @@ def failures(found: dict[str, Any]) -> Iterator[str]:
 
     for row in found["lengths"]:
         if row["vllm"] != row["described"]:
-            yield f"vLLM serves {row['vllm']} tokens of {row['model']}; scaling/reading.py says {row['described']}"
+            yield f"vLLM serves {row['vllm']} tokens of {row['model']}; scaling/engine_reading.py: {row['described']}"
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from .options import EXAMPLES, command, json_option, picture_option, rope_option
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..scaling.reading import EngineReading
+    from ..scaling.engine_reading import EngineReading
 
 
 @command(
@@ -128,7 +128,7 @@ def _readings(model: str) -> list[EngineReading]:
 
 
 def _as_json(reading: EngineReading, first: EngineReading, tokens: int) -> dict[str, Any]:
-    from ..scaling.reading import same_frequencies
+    from ..scaling.engine_reading import same_frequencies
 
     frequencies = reading.frequencies(tokens)
     return {
@@ -169,7 +169,7 @@ def _print(readings: Sequence[EngineReading], tokens: int, console: Console) -> 
     from rich.markup import escape
     from rich.table import Table
 
-    from ..scaling.reading import same_frequencies
+    from ..scaling.engine_reading import same_frequencies
 
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("engine", "computes", "m", "slowed by", "serves", ""):

@@ -10,8 +10,8 @@ from words import lines
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import Linear, Llama3, YaRN, hf, hf_write
+from ropewalk.scaling.engine_reading import same_frequencies
 from ropewalk.scaling.longrope import fix_length
-from ropewalk.scaling.reading import same_frequencies
 from ropewalk.scaling.rope import RopeSpec
 from ropewalk.scaling.serving import ENGINES, read_all
 from ropewalk.scaling.spec import parse

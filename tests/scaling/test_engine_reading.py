@@ -7,8 +7,8 @@ import pytest
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import YaRN
+from ropewalk.scaling.engine_reading import EngineReading
 from ropewalk.scaling.gguf_rope import GgufRope
-from ropewalk.scaling.reading import EngineReading
 from ropewalk.scaling.rope import RopeSpec
 from ropewalk.scaling.serving import read_all, read_gguf
 
