@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from live import prepare
-from small_laws import END, Law
+from small_distributions import END, Law
 from small_tokenizers import KINDS
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicCache

@@ -1,4 +1,4 @@
-"""Static frequency methods as specs, one or more of every way in which a file carries them."""
+"""Static frequency methods as specs, with at least one for each form in a file."""
 
 STATIC = [
     "none",

@@ -68,7 +68,7 @@ def mrrope_stretch(d: int, b: float, L: float, s: float, uniform: bool) -> list[
 
 
 def alpharope_stretch(d: int, b: float, L: float, s: float) -> list[float]:
-    d0 = max(int(d * math.log(L / (2 * math.pi)) / math.log(b)), 1)  # 0 would divide by itself; pair 0 is kept
+    d0 = max(int(d * math.log(L / (2 * math.pi)) / math.log(b)), 1)  # d0 = 0 would give 0 / 0; pair 0 does not change
     return [s ** (2 * i / d0) ** (0.6 * math.log(s)) if 2 * i <= d0 else s for i in range(d // 2)]
 
 
@@ -171,7 +171,7 @@ def llama3_stretch(d: int, b: float, L: float, s: float, low: float = 1, high: f
 
 
 def brute(base: float, dim: int, length: int) -> np.ndarray:
-    """f_b(m) for every m < length, by numpy, straight from the definition."""
+    """f_b(m) for every m < length, with numpy, from the definition."""
     theta = float(base) ** (-2 * np.arange(dim // 2) / dim)
     return np.cos(np.arange(length)[:, None] * theta).sum(1)
 

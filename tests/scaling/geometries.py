@@ -25,5 +25,5 @@ ropes = st.builds(
 
 
 def trained_on(length: int) -> RopeSpec:
-    """Any geometry with this trained length: where nothing else matters."""
+    """A geometry with this trained length, for tests in which nothing else matters."""
     return RopeSpec(dim=8, base=1e4, trained_length=length)

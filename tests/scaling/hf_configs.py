@@ -1,4 +1,4 @@
-"""Hugging Face configs of every rope type, and the rotary modules of transformers that they are held against."""
+"""Hugging Face configs of every rope type, and the rotary modules of transformers for comparison."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def llama(rope_parameters: dict[str, Any] | None = None, **fields: Any) -> trans
 
 
 def rotary_modules(config: Any) -> list[torch.nn.Module]:
-    """The rotary modules in the modeling file of a config, built from it; nothing else of the model is."""
+    """The rotary modules in the modeling file of a config, built without the rest of the model."""
     name = type(config).__module__.replace("configuration_", "modeling_")
     classes = [
         member
@@ -112,7 +112,7 @@ def rotary_modules(config: Any) -> list[torch.nn.Module]:
 
 
 def difference(module: torch.nn.Module, configured: dict[str | None, ConfiguredRope]) -> str:
-    """What differs between a module and what was read; empty if nothing does."""
+    """The difference between a module and the config as read; empty if there is none."""
     for layer_type, entry in configured.items():
         prefix = "" if layer_type is None else f"{layer_type}_"
         expected = getattr(module, f"{prefix}inv_freq", None)
@@ -140,7 +140,7 @@ def assert_like_its_model(config: Any) -> dict[str | None, ConfiguredRope]:
 
 
 def old(**fields: Any) -> SimpleNamespace:
-    """A config that no class of transformers has made uniform."""
+    """A config in an old form, which transformers' classes have not converted."""
     return SimpleNamespace(
         **{"model_type": "old", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 1024, **fields}
     )

@@ -1,4 +1,4 @@
-"""Every position map with a literal distance for each pair of query and key, and what its bands give."""
+"""Every position map with the literal distance of each query and key, and the distances of its bands."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Draw = st.DrawFn
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A map, the trained length, the tokens there are, and the distance of every pair (None: forgotten)."""
+    """A map, the trained length, the number of tokens, and the distance of every pair (None: evicted)."""
 
     scaler: Scaler
     trained: int
     n: int
     distance: Callable[[int, int], float | None]
     length: int | None = None
-    chunk: int | None = None  # borders may jump where a chunk ends
+    chunk: int | None = None  # borders can jump where a chunk ends
 
     @property
     def rope(self) -> RopeSpec:
@@ -138,7 +138,7 @@ MAPS: dict[str, st.SearchStrategy[Case]] = {
 
 
 def seen(bands: tuple[Band, ...], n: int) -> tuple[Matrix, Matrix]:
-    """Distance that query i (row) sees key j (column) at, NaN where no band does; and by how many bands."""
+    """The distance of query i (row) and key j (column), NaN without a band; and the number of bands with both."""
     j = torch.arange(n)
     distance, count = np.full((n, n), np.nan), np.zeros((n, n))
     for band in bands:
@@ -155,5 +155,5 @@ def plain(n: int) -> Matrix:
 
 
 def largest(scaler: Scaler, trained: int, n: int) -> float:
-    """The largest distance that any query sees in a text of n tokens."""
+    """The largest distance in a text of n tokens."""
     return float(np.nanmax(seen(scaler.bands(trained_on(trained), n), n)[0]))

@@ -1,4 +1,4 @@
-"""The base bound: known answers, brute force over bases and distances, and the claims of the docstrings."""
+"""The base bound: known results, brute force over bases and distances, and the statements of the docstrings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ropewalk.scaling.base_bound import (
 )
 
 # N, smallest feasible, largest infeasible for d = 128, rounded to nine digits: hence the tolerance below. They were
-# computed by this module; what vouches for them is `check_edges`, brute force at small N, and KEXUE's two digits.
+# computed by this module; `check_edges`, brute force at small N and KEXUE's two digits confirm them.
 SHORT = [
     (1024, 4293.43757, 6018.28086),
     (2048, 11587.2443, 22764.3038),
@@ -70,7 +70,7 @@ def test_preference_is_the_sum(base: float, dim: int, length: int) -> None:
 
 
 def test_preference_next_to_zero_is_the_plain_sum_to_the_bit() -> None:
-    """Or a base at the very edge of its island would be drawn as failing while `first_failure` finds nothing."""
+    """Else a plot would show a base at the edge of its island as failing while `first_failure` finds nothing."""
     exponents = torch.arange(0, 64, 2, dtype=torch.float64) / 64
     base = smallest_feasible_base(1024, 64)
     m = int(preference(base, 64, 1024).argmin())
@@ -109,7 +109,7 @@ def test_known_answers_long(length: int, smallest: float, largest: float) -> Non
 
 @pytest.mark.parametrize(("length", "smallest", "largest"), LONG[4:])
 def test_known_answers_long_are_edges(length: int, smallest: float, largest: float) -> None:
-    """To look for them takes longer than the rest of this file."""
+    """The search for them takes longer than the rest of this file."""
     check_edges(length, 128, smallest * (1 + 1e-8), largest * (1 - 1e-8), within=3e-8)
 
 
@@ -119,7 +119,7 @@ def test_known_answers_agree_with_kexue_10122() -> None:
 
 
 def check_edges(length: int, dim: int, smallest: float, largest: float | None, within: float = 3 * RESOLUTION) -> None:
-    """Both answers are what they claim, and they sit on an edge."""
+    """Both bases are feasible or infeasible as they should be, and lie on an edge."""
     assert first_failure(smallest, dim, length) is None
     assert first_failure(smallest * (1 - within), dim, length) is not None
     assert largest is not None
@@ -140,7 +140,7 @@ def test_against_brute_force_over_bases(length: int, dim: int) -> None:
 
 
 def carries(base: float, dim: int, length: int) -> bool:
-    """By numpy sums of cosines; near distances first, where most bases fail."""
+    """True if the base is feasible, by numpy sums of cosines; near distances first, where most bases fail."""
     theta, start = float(base) ** (-2 * np.arange(dim // 2) / dim), 0
     for stop in (16, 64, 256, 1024, 4096):
         m = np.arange(start, min(stop, length))
@@ -171,12 +171,12 @@ def test_smallest_by_a_grid_of_bases(length: int, dim: int, answer: float) -> No
 
 
 def test_feasibility_is_not_monotone() -> None:
-    """Bases 4294 and 6019 carry 1024 tokens, 5000 does not: bisection would be wrong."""
+    """Bases 4294 and 6019 are feasible for 1024 tokens and 5000 is not, so bisection would be wrong."""
     assert [first_failure(b, 128, 1024) is None for b in (4000, 4294, 5000, 6019)] == [False, True, False, True]
 
 
 def test_a_rounded_answer_can_fail() -> None:
-    """11587.24 carries 2048 tokens; 12000, the same to two digits and larger, does not."""
+    """11587.24 is feasible for 2048 tokens; 12000, the same to two digits and larger, is not."""
     smallest = smallest_feasible_base(2048, 128)
     assert float(f"{smallest:.1e}") == 12000 and first_failure(12000, 128, 2048) == 1554
 
@@ -195,7 +195,7 @@ def test_at_least_finds_the_next_island() -> None:
     assert all(brute(b, 128, 1024).min() < 0 for b in np.linspace(start, base * (1 - 1e-9), 800))
 
 
-def test_smallest_grows_with_the_length_and_reaches_what_it_says() -> None:
+def test_smallest_grows_with_the_length_and_is_feasible() -> None:
     answers = [smallest_feasible_base(n, 64) for n in (100, 300, 1000, 3000)]
     assert answers == sorted(answers)
     assert all(first_failure(b, 64, n) is None for b, n in zip(answers, (100, 300, 1000, 3000), strict=True))
@@ -210,7 +210,7 @@ def test_ceiling_holds_by_its_own_bound(length: int, dim: int) -> None:
     assert first_failure(ceiling, dim, min(length, 4096)) is None
 
 
-def test_lengths_that_every_base_carries() -> None:
+def test_lengths_for_which_every_base_is_feasible() -> None:
     assert largest_infeasible_base(1, 64) is None
     assert largest_infeasible_base(2, 64) is None
     assert largest_infeasible_base(3, 64) is not None
@@ -227,7 +227,7 @@ def test_report_fields() -> None:
     assert base_report(64, 16).base is None
 
 
-def test_the_thread_count_is_given_back() -> None:
+def test_the_thread_count_is_restored() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

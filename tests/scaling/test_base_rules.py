@@ -1,4 +1,4 @@
-"""The rules for a base: each against its formula written out, its verdict by brute force, and its spec string."""
+"""The rules for a base: the formula of each, its failure by brute force, and its spec string."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_rule_is_its_formula() -> None:
     assert rules["asymptotic"].base == pytest.approx(4096 / 0.6165, rel=1e-5)
 
 
-def test_the_fit_is_near_the_bound_it_was_made_for() -> None:
+def test_the_fit_is_near_the_smallest_feasible_bases() -> None:
     """Figure 1 of arXiv 2405.14591 draws the line through the smallest feasible bases."""
     for length in (1024, 4096, 32768):
         fit = 0.0424 * length**1.628
@@ -63,7 +63,7 @@ def test_a_spec_uses_its_base(rope: RopeSpec, length: int) -> None:
 
 
 def test_the_smallest_starts_at_the_models_own_base() -> None:
-    """Base 5000 lies between the smallest feasible for 1k, 4293.4, and the next island: 4293.4 is no answer."""
+    """Base 5000 lies between the smallest feasible for 1k, 4293.4, and the next island, so 4293.4 is not the result."""
     rope = RopeSpec(dim=128, base=5000, trained_length=1024)
     rule = by_name(rope, 1024)["smallest feasible"]
     assert rule.base > 5000 and first_failure(rule.base, 128, 1024) is None
@@ -77,7 +77,7 @@ def test_a_model_whose_base_is_above_all_failures_keeps_it() -> None:
     assert rules["own base"].fails_at is None
 
 
-def test_rounding_goes_up_and_leaves_short_numbers_alone() -> None:
+def test_rounding_goes_up_and_does_not_change_short_numbers() -> None:
     assert [f"{round_up(base):f}" for base in (1e4, 53151.7, 3325751.032)] == ["10000", "53151.7", "3325751.032"]
     for length in (1000, 1024, 3000):
         largest = largest_infeasible_base(length, 64)
@@ -100,6 +100,6 @@ def test_rounding_goes_up_and_leaves_short_numbers_alone() -> None:
         ),
     ],
 )
-def test_what_no_rule_answers(rope: RopeSpec, length: int, words: str) -> None:
+def test_refusals_of_the_rules(rope: RopeSpec, length: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         base_rules(rope, length)

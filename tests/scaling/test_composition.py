@@ -1,4 +1,4 @@
-"""Scalers of different facets act together; scalers of one facet do not."""
+"""Scalers of different facets compose; two scalers of one facet do not."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def test_all_three_facets_from_a_spec() -> None:
     assert scaler == NTK(factor=4) | ReRoPE(window=512) | LogN()
     assert torch.equal(scaler.frequencies(ROPE).inv_freq, NTK(factor=4).frequencies(ROPE).inv_freq)
     assert drawn(scaler, None, 2000) == drawn(ReRoPE(window=512), None, 2000)
-    # log n counts from what the model was trained on, not from what the frequencies carry
+    # log n counts from the trained length, not from the reach of the frequencies
     factor = scaler.logit_factor(torch.tensor([2047, 2048, 2048**2 - 1]), ROPE).tolist()
     assert factor == pytest.approx([1, math.log(2049) / math.log(2048), 2])
 
 
-def test_without_a_map_or_temperature_there_is_none() -> None:
+def test_without_a_map_or_temperature_there_is_no_change() -> None:
     assert drawn(YaRN(factor=4) | Resonance(), 300) == drawn(Scaler(), 300)
     assert (YaRN(factor=4) | ReRoPE(window=64)).logit_factor(torch.arange(9000), ROPE).unique().tolist() == [1]
 
@@ -102,12 +102,12 @@ def test_or_is_associative() -> None:
         (YaRN(factor=2), 4096),
         (NTK(factor=1.3), int(1.3 * 2048)),
         (Base(base=1e4), 2048),
-        (DynamicNTK(), 2048),  # carries whatever the length is: the map keeps its trained sizes
+        (DynamicNTK(), 2048),  # without a limit, so the map keeps its trained sizes
         (Resonance(), 2048),
         (Scaler(), 2048),
     ],
 )
-def test_a_map_counts_from_what_the_frequencies_carry(frequencies: Scaler, carried: int) -> None:
+def test_a_map_counts_from_the_reach_of_the_frequencies(frequencies: Scaler, carried: int) -> None:
     scaler = frequencies | DualChunk()
     assert scaler.rope_for_positions(ROPE).trained_length == carried
     c, w = 3 * carried // 4, carried // 8
@@ -117,13 +117,13 @@ def test_a_map_counts_from_what_the_frequencies_carry(frequencies: Scaler, carri
     assert before.query(i).max() == older.query(i).max() == c
 
 
-def test_yarn_with_dual_chunk_has_chunks_of_three_quarters_of_all_that_yarn_carries() -> None:
+def test_yarn_with_dual_chunk_has_chunks_of_three_quarters_of_yarns_reach() -> None:
     scaler = parse("yarn:2|dual-chunk")
     assert scaler.bands(ROPE)[2].query(torch.tensor([9000])).tolist() == [3 * (2 * 2048) / 4]
     assert drawn(scaler, None, 9000) == drawn(DualChunk(chunk=3072, window=512), None, 9000)
 
 
-def test_a_map_follows_the_length_in_steps_of_what_the_frequencies_carry() -> None:
+def test_a_map_follows_the_length_in_steps_of_the_frequencies_reach() -> None:
     scaler = NTK(factor=4) | JetLong(near=64)
     far = [scaler.bands(ROPE, length)[1].key(torch.tensor([1000])).item() for length in (8192, 8193, 24577)]
     assert far == [1000, 500, 250]
@@ -149,7 +149,7 @@ def test_a_clash_inside_a_longer_chain_is_found() -> None:
         parse("yarn:2|resonance") | CoPE()
 
 
-def test_resonance_is_laid_over_its_host() -> None:
+def test_resonance_rounds_the_frequencies_of_its_host() -> None:
     host = NTK(factor=4)
     inv_freq = (host | Resonance()).frequencies(ROPE).inv_freq
     assert not torch.equal(inv_freq, host.frequencies(ROPE).inv_freq)
@@ -206,7 +206,7 @@ def test_a_composition_depends_on_the_length_if_a_member_does() -> None:
     ],
 )
 def test_reach(spec: str, reach: float) -> None:
-    """A map reaches on from what the frequencies carry; a temperature and a grid carry nothing themselves."""
+    """A map extends the reach of the frequencies; a temperature and a grid extend nothing."""
     assert parse(spec).reach(ROPE) == reach
 
 
@@ -218,7 +218,7 @@ def test_check_asks_every_member() -> None:
         (LogN() | ReRoPE(window=2048)).check(ROPE)
 
 
-def test_a_map_is_checked_against_what_the_frequencies_carry() -> None:
+def test_a_map_is_checked_against_the_reach_of_the_frequencies() -> None:
     (YaRN(factor=2) | ReRoPE(window=4095)).check(ROPE)
     with pytest.raises(ConfigError, match="window 4096 must be below 4096"):
         (YaRN(factor=2) | SelfExtend(group=2, window=4096)).check(ROPE)

@@ -1,4 +1,4 @@
-"""The column "serves": vLLM's against its own ModelConfig, the others against the rules in their sources."""
+"""The served lengths: vLLM's against its own ModelConfig, the others against the rules in their sources."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from ropewalk.scaling.rope import RopeSpec
 from ropewalk.scaling.serving import read_all, read_gguf
 
 MODELS = json.loads((Path(__file__).resolve().parents[1] / "data" / "served.json").read_text(encoding="utf-8"))
-"""`config`, and what vLLM 0.32's ModelConfig made of it; `make interop` asks vLLM again."""
+"""`config`, and the result of vLLM 0.32's ModelConfig; `make interop` runs vLLM again."""
 
 
 def reading(config, engine) -> EngineReading:
@@ -42,7 +42,7 @@ def test_vllm_serves_what_its_own_config_says(name):
         ("model_max_length above, and seq_length below", 2048, 8192),
     ],
 )
-def test_sglang_and_llama_cpp_go_by_keys_of_their_own(name, sglang, llama_cpp):
+def test_sglang_and_llama_cpp_read_other_keys(name, sglang, llama_cpp):
     config = MODELS[name]["config"]
     assert reading(config, "SGLang").max_length == sglang
     assert reading(config, "llama.cpp").max_length == llama_cpp
@@ -58,7 +58,7 @@ def test_sglang_and_llama_cpp_go_by_keys_of_their_own(name, sglang, llama_cpp):
         ("Llama 2", ""),
     ],
 )
-def test_another_length_than_the_config_promises_is_said(name, note):
+def test_a_note_says_that_another_length_is_served(name, note):
     notes = [text for text in reading(MODELS[name]["config"], "vLLM").notes if text.startswith("serves")]
     assert len(notes) == bool(note)
     assert not note or note in notes[0]
@@ -66,7 +66,7 @@ def test_another_length_than_the_config_promises_is_said(name, note):
 
 @pytest.mark.parametrize("context_length", [1024, 2048, 4096, 8192])
 def test_a_gguf_file_is_served_up_to_its_context_length(context_length):
-    """Whatever its scaling reaches (8192)."""
+    """The reach of its scaling, 8192, does not matter."""
     file = GgufRope.of(RopeSpec(dim=64, base=1e4, trained_length=2048), YaRN(factor=4))
     assert {served.max_length for served in read_gguf(file, context_length)} == {context_length}
 
@@ -89,8 +89,8 @@ def test_a_yarn_config_is_served_up_to_what_it_declares(declared):
         ("ModernBERT decoder", "full_attention", "none", "base 10000"),
     ],
 )
-def test_layers_that_see_all_speak_for_a_model_with_frequencies_for_each_type(name, layers, computes, others):
-    """Engines whose sources were not read for such models say so, and no length."""
+def test_layers_that_see_the_whole_text_are_read_where_types_differ(name, layers, computes, others):
+    """Engines whose sources were not read for such models have a note and no length."""
     config = MODELS[name]["config"]
     first, vllm, *rest = read_all(config)
     assert first.label == vllm.label == computes and first.max_length == config["max_position_embeddings"]
@@ -103,11 +103,11 @@ def test_layers_that_see_all_speak_for_a_model_with_frequencies_for_each_type(na
     ("name", "words"),
     [("Ministral 3", "queries scaled by their position"), ("Qwen2.5-1M, dual chunk", "dual_chunk_attention_config")],
 )
-def test_what_the_table_leaves_out_is_said(name, words):
+def test_a_note_says_what_the_table_leaves_out(name, words):
     assert words in reading(MODELS[name]["config"], "transformers").notes[-1]
 
 
-def test_positions_on_several_axes_are_said():
+def test_a_note_names_positions_on_several_axes():
     config = MODELS["Llama 2"]["config"] | {
         "model_type": "qwen2_vl_text", "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}
     }  # fmt: skip
@@ -116,7 +116,7 @@ def test_positions_on_several_axes_are_said():
 
 @pytest.mark.parametrize(("old", "new"), [("yarn", "linear"), ("linear", "yarn")])
 def test_vllm_refuses_two_types_that_differ(old, new):
-    """Its ModelConfig: "Found conflicts between 'rope_type=yarn' and 'type=linear'"; transformers goes by rope_type."""
+    """Its ModelConfig: "Found conflicts between 'rope_type=yarn' and 'type=linear'"; transformers uses rope_type."""
     scaling = {"type": old, "rope_type": new, "factor": 4.0, "original_max_position_embeddings": 2048}
     if new == "linear":
         del scaling["original_max_position_embeddings"]
@@ -126,6 +126,6 @@ def test_vllm_refuses_two_types_that_differ(old, new):
     assert reading(config, "transformers").label == f"{new}:4"
 
 
-def test_a_length_that_is_no_number_is_refused():
+def test_a_length_that_is_not_a_number_is_refused():
     with pytest.raises(ConfigError, match=r"seq_length='8k' must be a number of tokens"):
         read_all(MODELS["Llama 2"]["config"] | {"seq_length": "8k"})

@@ -50,7 +50,7 @@ def test_theta_is_the_plain_frequency(rope: RopeSpec, s: float) -> None:
 def test_closed_form(name: str, rope: RopeSpec, s: float) -> None:
     build, closed = STATIC[name]
     expected, m = closed(rope.dim, rope.base, rope.trained_length, s)
-    # Llama 3 chooses by the wavelength, which the package knows to float32 only.
+    # Llama 3 depends on the wavelength, which the package has only in float32.
     rel = 1e-4 if name == "llama3" else 1e-9
     assert stretches(build(s), rope) == pytest.approx(expected, rel=rel)
     assert build(s).frequencies(rope).attention_factor == pytest.approx(m, rel=1e-12)
@@ -81,7 +81,7 @@ IDENTITIES: list[Callable[[RopeSpec], Scaler]] = [
     "build", IDENTITIES, ids=lambda build: str(build(RopeSpec(dim=8, base=1e4, trained_length=64)))
 )
 @given(rope=ropes)
-def test_factor_one_is_the_model_to_the_bit(build: Callable[[RopeSpec], Scaler], rope: RopeSpec) -> None:
+def test_factor_one_is_the_model_bit_for_bit(build: Callable[[RopeSpec], Scaler], rope: RopeSpec) -> None:
     for length in (None, 1, rope.trained_length):
         inv_freq, m = build(rope).frequencies(rope, length)
         assert torch.equal(inv_freq, rope.theta)
@@ -111,7 +111,7 @@ def test_slowest_pair_is_divided_by_the_factor(rope: RopeSpec, s: float) -> None
         NTKMixed(factor=s, b=0),
     ):
         assert stretches(scaler, rope)[-1] == pytest.approx(s, rel=1e-9)
-    # The others divide by s from the pair on that turns less than once within L.
+    # The others divide by s from the first pair with less than one rotation within L.
     turns_of_slowest = rope.trained_length * rope.base ** (-(rope.dim - 2) / rope.dim) / (2 * math.pi)
     high = math.ceil(rope.dim * math.log(rope.trained_length / (2 * math.pi)) / (2 * math.log(rope.base)))
     assume(turns_of_slowest < 0.99 and high <= rope.dim // 2 - 1)
@@ -133,7 +133,7 @@ FALLING = [name for name in STATIC if name not in ("base", "critical-base")]
 def test_frequencies_fall_with_the_pair(name: str, rope: RopeSpec, s: float) -> None:
     inv_freq = STATIC[name][0](s).frequencies(rope).inv_freq
     assert torch.isfinite(inv_freq).all()
-    # In float32 two neighbours of a wide head may be equal, and ln b' rounds them apart.
+    # In float32 two neighbours of a wide head can be equal, and differ after the rounding of ln b'.
     assert (inv_freq[1:] <= inv_freq[:-1] * (1 + 1e-12)).all()
 
 
@@ -196,7 +196,7 @@ def test_base_bound_of_llama2_at_four_times() -> None:
         return torch.cos(torch.arange(16384, dtype=torch.float64)[:, None] * theta).sum(dim=1).min().item()
 
     assert worst(base) >= 0
-    # Feasible bases are thin islands: neither a little less nor a good deal more will do.
+    # Feasible bases are thin islands: a slightly smaller base fails, and so does a much larger one.
     assert worst(base * (1 - 1e-6)) < 0
     assert worst(307_923) < -1
 

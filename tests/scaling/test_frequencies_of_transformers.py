@@ -81,7 +81,7 @@ def test_transformers_dynamic(rope: RopeSpec, s: float, stretch: float) -> None:
 )
 def test_transformers_yarn(rope: RopeSpec, s: float, fields: dict[str, float]) -> None:
     expected = theirs("yarn", rope, factor=s, original_max_position_embeddings=rope.trained_length, **fields)
-    # transformers' ramp is float32: where 1 - r is small, its rounding weighs s times as much.
+    # transformers' ramp is float32; where 1 - r is small, its rounding error is multiplied by s.
     same_as_transformers(YaRN(factor=s, **fields), rope, expected, rtol=1e-6 + s * 2.0**-23)
 
 

@@ -1,4 +1,4 @@
-"""Frequency methods beyond their closed forms: length, tapers, whole wavelengths, pairs at rest, corners, reach."""
+"""Frequency methods beyond their closed forms: length, tapers, whole wavelengths, pairs without rotation, reach."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_longrope_needs_one_number_for_each_pair() -> None:
 
 
 @given(rope=ropes)
-def test_cope_tapers_the_pairs_that_never_turned(rope: RopeSpec) -> None:
+def test_cope_tapers_the_pairs_without_a_full_rotation(rope: RopeSpec) -> None:
     theta = rope.theta.tolist()
     slow = [i for i, t in enumerate(theta) if 2 * math.pi / t > rope.trained_length]
     expected = list(theta)
@@ -102,14 +102,14 @@ def test_cope_tapers_the_pairs_that_never_turned(rope: RopeSpec) -> None:
         assert inv_freq[slow[0]] == rope.theta[slow[0]]
 
 
-def test_cope_spreads_its_taper_over_the_pairs_that_turn() -> None:
+def test_cope_spreads_its_taper_over_the_pairs_that_rotate() -> None:
     rope = RopeSpec(dim=128, base=1e4, trained_length=4096, rotating_pairs=56)
     slow = [i for i in range(56) if 2 * math.pi * 1e4 ** (2 * i / 128) > 4096]
     assert slow == list(range(46, 56))
     inv_freq = CoPE().frequencies(rope).inv_freq
     taper = [(1 + math.cos(math.pi * k / 9)) / 2 for k in range(10)]
     assert (inv_freq[46:56] / rope.theta[46:56]).tolist() == pytest.approx(taper, abs=1e-12)
-    assert inv_freq[55] == pytest.approx(0, abs=1e-30)  # the slowest that turned, not the slowest at rest
+    assert inv_freq[55] == pytest.approx(0, abs=1e-30)  # the slowest pair that rotates
 
 
 @given(rope=ropes, s=factors)
@@ -127,7 +127,7 @@ def test_resonance_of_the_fastest_pair() -> None:
     assert Resonance().frequencies(LLAMA2).inv_freq[0].item() == pytest.approx(2 * math.pi / 6)
 
 
-# Pairs that stand still.
+# Pairs that do not rotate.
 
 
 def every_method(rope: RopeSpec) -> list[Scaler]:
@@ -145,7 +145,7 @@ def test_every_frequency_method_is_tested_here() -> None:
 
 @examples(20)
 @given(rope=ropes, rotating=st.integers(0, 128))
-def test_pairs_at_rest_stay_at_rest(rope: RopeSpec, rotating: int) -> None:
+def test_pairs_that_do_not_rotate_stay_so(rope: RopeSpec, rotating: int) -> None:
     assume(rotating <= rope.dim // 2)
     partial = RopeSpec(dim=rope.dim, base=rope.base, trained_length=rope.trained_length, rotating_pairs=rotating)
     for host in every_method(rope):
@@ -155,7 +155,7 @@ def test_pairs_at_rest_stay_at_rest(rope: RopeSpec, rotating: int) -> None:
                 inv_freq = scaler.frequencies(partial, length).inv_freq
                 assert torch.isfinite(inv_freq).all(), str(scaler)
                 assert (inv_freq[rotating:] == 0).all(), str(scaler)
-                if not isinstance(host, CoPE):  # whose taper is spread over the pairs that turn
+                if not isinstance(host, CoPE):  # its taper is spread over the pairs that rotate
                     whole = scaler.frequencies(rope, length).inv_freq
                     assert torch.equal(inv_freq[:rotating], whole[:rotating]), str(scaler)
 
@@ -169,7 +169,7 @@ def test_pairs_at_rest_stay_at_rest(rope: RopeSpec, rotating: int) -> None:
         RopeSpec(dim=4, base=1e4, trained_length=128),
         RopeSpec(dim=8, base=1e4, trained_length=100),  # below 2 pi 32: c(32) is negative
         RopeSpec(dim=64, base=1e4, trained_length=5),  # below 2 pi: c(1) is negative too
-        RopeSpec(dim=64, base=1e4, trained_length=4),  # where low - high is exactly -1 before clamping
+        RopeSpec(dim=64, base=1e4, trained_length=4),  # low - high is exactly -1 before clamping
         RopeSpec(dim=64, base=1.5, trained_length=4096),  # c(32) is above d - 1
         RopeSpec(dim=2, base=1e4, trained_length=4096),
         RopeSpec(dim=128, base=1e9, trained_length=1),
@@ -190,12 +190,12 @@ def test_by_parts_corners_stay_within_one_and_the_factor(rope: RopeSpec, truncat
         assert all(1 - 1e-9 <= x <= s + 1e-9 for x in stretch), str(scaler)  # and so finite
 
 
-def test_a_model_that_turned_through_everything_is_left_alone() -> None:
-    rope = RopeSpec(dim=64, base=1.5, trained_length=4096)  # the slowest pair makes 400 turns
+def test_a_model_whose_pairs_all_completed_many_rotations_does_not_change() -> None:
+    rope = RopeSpec(dim=64, base=1.5, trained_length=4096)  # the slowest pair completes 400 rotations
     assert stretches(YaRN(factor=8), rope) == [1.0] * 32
 
 
-def test_a_model_that_turned_through_nothing_is_interpolated() -> None:
+def test_a_model_whose_pairs_completed_no_rotation_is_interpolated() -> None:
     rope = RopeSpec(dim=64, base=1e4, trained_length=5)
     assert stretches(YaRN(factor=8), rope)[1:] == pytest.approx([8.0] * 31)
 
@@ -206,7 +206,7 @@ def test_ntk_refuses_a_single_pair(scaler: Scaler) -> None:
         scaler.check(RopeSpec(dim=2, base=1e4, trained_length=64))
 
 
-def test_length_rules_refuse_what_they_cannot_serve() -> None:
+def test_length_rules_refuse_lengths_below_the_trained_one() -> None:
     with pytest.raises(ConfigError, match="length 100 is below the trained length 4096"):
         CriticalBase(length=100).check(LLAMA2)
     with pytest.raises(ConfigError, match="trained length 6"):

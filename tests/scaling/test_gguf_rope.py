@@ -1,4 +1,4 @@
-"""Rotary frequencies in a GGUF file: what is written there is read as the same scaler or the same numbers."""
+"""The RoPE of a GGUF file: a scaler that was written is read as the same scaler or the same numbers."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_factors_of_other_files():
     ("scaling", "reach"),
     [
         ({"type": "linear", "factor": 4.0, "original_context_length": 2048}, 8192),
-        ({"type": "linear", "factor": 4.0}, 2048),  # the factor may be counted in already
+        ({"type": "linear", "factor": 4.0}, 2048),  # the length can include the factor already
         ({"type": "yarn", "factor": 4.0, "original_context_length": 2048}, 8192),
         ({"type": "yarn", "factor": 4.0}, 8192),
         ({"original_context_length": 2048}, 2048),
@@ -87,7 +87,7 @@ def test_factors_of_other_files():
 def test_a_context_length_that_stayed_at_the_trained_one(scaling, reach):
     configured = GgufRope(dim=64, base=1e4, scaling=scaling).configured(2048)
     assert configured.reach(Scaler()) == configured.max_length == reach
-    if scaling.get("type") != "yarn" or "original_context_length" in scaling:  # else yarn scales what is there
+    if scaling.get("type") != "yarn" or "original_context_length" in scaling:  # else yarn scales the length of the file
         assert GgufRope(dim=64, base=1e4, scaling=scaling).configured(16384).max_length == 16384
 
 
@@ -96,7 +96,7 @@ def test_llama_3_divisors_in_a_file_of_a_short_context():
     assert GgufRope.of(llama, Llama3(factor=8)).configured(8192).max_length == 8 * 8192
 
 
-def test_kinds_and_factors_as_llama_cpp_takes_them():
+def test_kinds_and_factors_are_read_as_in_llama_cpp():
     for scaling, scaler in (
         ({}, Scaler()),
         ({"type": "none"}, Scaler()),

@@ -135,8 +135,8 @@ def test_families(name: str) -> None:
         return
     before = config.to_dict()
     configured = assert_like_its_model(config)
-    assert config.to_dict() == before  # reading leaves the config alone
-    # The config.json that the family itself writes says the same.
+    assert config.to_dict() == before  # reading does not change the config
+    # The config.json that the family itself writes gives the same.
     assert read(json.loads(config.to_json_string(use_diff=False))) == configured
 
 
@@ -150,7 +150,7 @@ def test_layer_types_have_their_own_entries() -> None:
     assert set(unused) == {"sliding_attention"}
 
 
-def test_gemma4_heads_and_pairs_that_rest() -> None:
+def test_gemma4_heads_and_pairs_that_do_not_rotate() -> None:
     configured = read(transformers.Gemma4TextConfig(**{**TINY, **FAMILIES["gemma4"][1]}))
     assert configured["full_attention"].rope == RopeSpec(dim=32, base=1e6, trained_length=1024, rotating_pairs=4)
     assert configured["sliding_attention"].rope == RopeSpec(dim=16, base=1e4, trained_length=1024)
@@ -164,7 +164,7 @@ def test_multimodal_configs_are_read_for_their_text() -> None:
 
 @pytest.mark.slow
 def test_every_causal_language_model_of_transformers_is_read_right_or_refused() -> None:
-    """The default config of each family: 120 or more are read as their module computes them, none otherwise."""
+    """The default config of each family: more than 100 are read as their module computes them, and none differs."""
     names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     wrong: dict[str, Any] = {}
     read_right = 0
@@ -187,7 +187,7 @@ def test_every_causal_language_model_of_transformers_is_read_right_or_refused() 
     assert read_right > 100
 
 
-# The older forms, on objects that transformers has not made uniform.
+# The older forms, on objects that transformers has not converted.
 
 
 def test_rope_theta_alone() -> None:
@@ -233,7 +233,7 @@ def test_layers_without_positions_are_left_out() -> None:
     assert set(read(config)) == {"sliding_attention"}
 
 
-def test_config_json_of_a_real_kind() -> None:
+def test_config_json_of_a_released_model() -> None:
     text = """{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 131072,
         "rope_theta": 500000.0, "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192, "rope_type": "llama3"}}"""
@@ -243,7 +243,7 @@ def test_config_json_of_a_real_kind() -> None:
             rope=RopeSpec(dim=16, base=5e5, trained_length=8192), scaler=Llama3(factor=8), max_length=131072
         )
     }
-    assert document == json.loads(text)  # the classes of transformers write into what they are given
+    assert document == json.loads(text)  # the classes of transformers change their input
 
 
 def test_a_family_fills_in_what_its_config_json_leaves_out() -> None:
@@ -252,7 +252,7 @@ def test_a_family_fills_in_what_its_config_json_leaves_out() -> None:
 
 
 @pytest.mark.parametrize(("extra", "left"), [({}, "m = 1.139"), ({"attention_factor": 1.2}, "m = 1.2")])
-def test_a_factor_that_engines_read_differently_is_left_to_the_user(extra: dict[str, float], left: str) -> None:
+def test_a_factor_that_engines_read_differently_is_refused(extra: dict[str, float], left: str) -> None:
     """DeepSeek-R1-0528-Qwen3-8B: 0.878 times 0.1 ln 4 + 1 is 1 in vLLM; transformers ignores it."""
     document = {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 131072}
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6, **extra}

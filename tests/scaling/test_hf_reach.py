@@ -13,7 +13,7 @@ from ropewalk.scaling.hf import read
 from ropewalk.scaling.spec import parse
 
 
-def test_factors_count_from_what_was_trained_and_position_maps_from_what_the_model_carries() -> None:
+def test_factors_count_from_the_trained_length_and_position_maps_from_the_models_reach() -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
     entry = read(llama(yarn))[None]
     assert entry.reach(Linear(factor=8)) == 8 * 256
@@ -29,13 +29,16 @@ STRETCHED: dict[str, tuple[dict[str, object], float]] = {
     "longrope": (dict(TYPES["longrope"]) | {"original_max_position_embeddings": 1024, "factor": 2.0}, 2048),
     "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, math.inf),
     "linear": ({"rope_type": "linear", "factor": 2.0, "original_max_position_embeddings": 1024}, 2048),
-    "linear without a trained length": ({"rope_type": "linear", "factor": 2.0}, 1024),  # it may be counted in already
+    "linear without a trained length": (
+        {"rope_type": "linear", "factor": 2.0},
+        1024,
+    ),  # can include it already
 }
 
 
 @pytest.mark.parametrize("name", STRETCHED)
 def test_a_length_that_stayed_at_the_trained_one_is_no_limit(name: str) -> None:
-    """As model cards add yarn to a config: 'none' reaches what the same scaler does over the plain config."""
+    """As model cards add yarn to a config: 'none' has the reach of the same scaler over the plain config."""
     parameters, reach = STRETCHED[name]
     configured = read(llama(dict(parameters)))[None]
     assert configured.reach(Scaler()) == reach
@@ -62,7 +65,7 @@ def test_one_rule_for_all_types(kind: str, length: int, reach: int, place: str) 
 @pytest.mark.parametrize(
     ("kind", "words"), [("linear", "the length before scaling is not stated"), ("dynamic", "growing from max_position")]
 )
-def test_what_the_reach_is_read_from(kind: str, words: str) -> None:
+def test_the_note_says_where_the_reach_comes_from(kind: str, words: str) -> None:
     assert words in read(llama({"rope_type": kind, "factor": 4.0}))[None].scaling_note
     assert "1k (max_pos" not in read(llama({"rope_type": "default"}))[None].scaling_note
 

@@ -1,4 +1,4 @@
-"""Configs that say what is not known, or not at all, are refused in one line that names the value."""
+"""Configs with unknown, missing or invalid keys are refused in one line that names the value."""
 
 from __future__ import annotations
 

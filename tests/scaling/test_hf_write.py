@@ -1,4 +1,4 @@
-"""Scalers are written into configs so that they read back, here and in transformers."""
+"""Scalers written into configs are read as the same ones, here and in transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from ropewalk.scaling.hf import ConfiguredRope, read, write
 
 
 def reread(parameters: dict[str, Any], **fields: Any) -> ConfiguredRope:
-    """Through JSON and the class of transformers, whose own module must agree."""
+    """The config after JSON and transformers' class, whose rotary module must agree."""
     config = transformers.LlamaConfig(
         **{**TINY, "max_position_embeddings": 256, **fields, "rope_parameters": json.loads(json.dumps(parameters))}
     )
@@ -79,7 +79,7 @@ CARRIED: list[Scaler] = [
 def assert_same(scaler: Scaler, rope: RopeSpec, back: ConfiguredRope, rtol: float) -> None:
     for length in (1, rope.trained_length, rope.trained_length + 1, 8 * rope.trained_length):
         ours, theirs = scaler.frequencies(rope, length), back.scaler.frequencies(back.rope, length)
-        # 1e-25 radians a token is a pair at rest.
+        # 1e-25 radians per token is no rotation.
         torch.testing.assert_close(ours.inv_freq, theirs.inv_freq, rtol=rtol, atol=1e-25)
         assert theirs.attention_factor == pytest.approx(ours.attention_factor, rel=1e-12)
 
@@ -89,7 +89,7 @@ def test_native_types(scaler: Scaler, rope_type: str) -> None:
     parameters = write(SMALL, scaler)
     assert parameters["rope_type"] == rope_type
     back = reread(parameters)
-    assert_same(scaler, SMALL, back, rtol=1e-6)  # another base is rounded to float32 anew
+    assert_same(scaler, SMALL, back, rtol=1e-6)  # another base is rounded to float32 again
     if rope_type not in ("default", "linear"):
         assert back.rope == SMALL
         if type(scaler) is not NTKByParts:
@@ -97,7 +97,7 @@ def test_native_types(scaler: Scaler, rope_type: str) -> None:
 
 
 @pytest.mark.parametrize("scaler", CARRIED, ids=str)
-def test_the_others_are_carried_as_longrope_exactly(scaler: Scaler) -> None:
+def test_the_others_are_written_as_longrope_exactly(scaler: Scaler) -> None:
     parameters = write(SMALL, scaler)
     assert parameters["rope_type"] == "longrope"
     back = reread(parameters)
@@ -127,7 +127,7 @@ def test_what_was_read_is_written_back(name: str) -> None:
     s=st.floats(1, 32),
     index=st.integers(0, len(CARRIED) - 2),
 )
-def test_carried_at_any_geometry(dim: int, base: float, s: float, index: int) -> None:
+def test_longrope_factors_at_any_geometry(dim: int, base: float, s: float, index: int) -> None:
     rope = RopeSpec(dim=dim, base=base, trained_length=512)
     scaler = CARRIED[index]
     scaler = scaler.with_factor(s) if hasattr(scaler, "with_factor") else scaler
@@ -148,17 +148,17 @@ def test_carried_at_any_geometry(dim: int, base: float, s: float, index: int) ->
     ],
     ids=str,
 )
-def test_pairs_at_rest_are_written(scaler: Scaler, rope_type: str) -> None:
+def test_pairs_that_do_not_rotate_are_written(scaler: Scaler, rope_type: str) -> None:
     for rotating in (0, 1, 3, 7):
         rope = RopeSpec(dim=16, base=1e4, trained_length=256, rotating_pairs=rotating)
         parameters = write(rope, scaler)
         assert parameters["rope_type"] == rope_type
-        if rotating:  # a share of 0 is not a RoPE that can be read
+        if rotating:  # a share of 0 is not a valid RoPE
             assert_same(scaler, rope, reread(parameters), rtol=1e-6)
 
 
 @given(part=st.integers(1, 128), whole=st.integers(2, 128))
-def test_the_share_of_the_head_survives_rounding(part: int, whole: int) -> None:
+def test_the_rotary_share_of_the_head_is_exact_in_spite_of_rounding(part: int, whole: int) -> None:
     head_dim, dim = 2 * whole, 2 * min(part, whole)
     rope = RopeSpec(dim=dim, base=1e4, trained_length=256)
     parameters = write(rope, YaRN(factor=2), head_dim=head_dim)
@@ -177,7 +177,7 @@ def test_partial_rotary_models_keep_their_share() -> None:
     assert_same(NTKMixed(factor=4), configured.rope, back, rtol=1e-12)
 
 
-def test_what_no_config_can_hold_is_refused() -> None:
+def test_scalers_that_a_config_cannot_hold_are_refused() -> None:
     for scaler in (DynamicYaRN(), DynamicNTK() | Resonance(), DynamicYaRN() | Resonance()):
         with pytest.raises(ConfigError, match="depends on the length of the text in a way that no rope type"):
             write(SMALL, scaler)

@@ -1,4 +1,4 @@
-"""Lengths as people write them."""
+"""Lengths as users write them."""
 
 from __future__ import annotations
 

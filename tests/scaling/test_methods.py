@@ -16,7 +16,7 @@ def test_every_method_is_listed_in_order() -> None:
     assert [method.name for method in rw.scalers()] == list(METHODS)
 
 
-def test_a_listed_method_says_what_a_spec_takes() -> None:
+def test_a_listed_method_has_the_fields_of_a_spec() -> None:
     listed = {method.name: method for method in rw.scalers()}
     assert listed["yarn"].fields[:4] == ("factor", "beta_fast=32.0", "beta_slow=1.0", "truncate=true")
     assert listed["jet-long"].fields == ("near=2k", "step=None")

@@ -63,7 +63,7 @@ BEYOND = "{}: {} must be below 100, the length that the model reaches without it
         ),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(last_good: Scaler, first_bad: Scaler, message: str) -> None:
+def test_sizes_that_do_not_fit_the_model_are_refused(last_good: Scaler, first_bad: Scaler, message: str) -> None:
     last_good.check(trained_on(100))
     with pytest.raises(ConfigError, match=message) as caught:
         first_bad.check(trained_on(100))

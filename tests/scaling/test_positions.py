@@ -66,7 +66,7 @@ def test_borders_and_positions_are_as_a_band_promises(name: str, data: st.DataOb
 @pytest.mark.parametrize("name", MAPS)
 @given(data=st.data())
 def test_a_position_is_mapped_by_itself(name: str, data: st.DataObject) -> None:
-    """Alone, out of order or in a matrix: a chunk of a prefill sees what the whole prefill sees."""
+    """Alone, out of order or in a matrix: a chunk of a prefill gives the same as the whole prefill."""
     case = data.draw(MAPS[name])
     i = torch.arange(case.n)
     some = torch.tensor(data.draw(st.lists(st.integers(0, case.n - 1), min_size=1, max_size=6)))
@@ -96,7 +96,7 @@ def test_an_infinite_reach_never_leaves_the_trained_distances(name: str, data: s
 
 
 def test_infinite_reaches_at_a_million_tokens() -> None:
-    """Only the last query: a float32 anywhere would lose the distances of single tokens here."""
+    """Only the last query. With a float32 anywhere, distances of single tokens would be lost here."""
     last = torch.tensor([2**20 + 2])
     keys = torch.arange(2**20 + 3)
     for scaler in (ReRoPE(window=512), DualChunk(), JetLong(), SinkWindow(window=1024)):
@@ -127,7 +127,7 @@ def test_reaches_by_hand(scaler: Scaler, reach: int) -> None:
 def test_jet_long_grows_within_the_trained_distances(
     trained: int, length: int, step: int | None, data: st.DataObject
 ) -> None:
-    """A query reckons with the length of its own step, and that is never too short for it."""
+    """A query uses the length of its own step, and that is never too short for it."""
     scaler = JetLong(near=data.draw(st.integers(1, trained - 1)), step=step)
     n = trained + length
     for i in range(n):
@@ -138,7 +138,7 @@ def test_jet_long_grows_within_the_trained_distances(
 
 
 @given(n=st.integers(1, 80), window=st.integers(1, 30), more=st.integers(0, 5))
-def test_what_leaves_the_distances_alone(n: int, window: int, more: int) -> None:
+def test_scalers_that_do_not_change_the_distances(n: int, window: int, more: int) -> None:
     wide = n + more
     untouched = [
         Scaler(),
@@ -172,7 +172,7 @@ def test_jet_long_starts_beyond_the_trained_length(trained: int, near: int, data
 
 @given(n=st.integers(1, 80), window=st.integers(1, 12), more=st.integers(0, 12))
 def test_dual_chunk_keeps_the_nearest_keys(n: int, window: int, more: int) -> None:
-    """Where a chunk holds the window (t >= w), every distance up to the window is itself."""
+    """If a chunk has the window (t >= w), distances up to the window do not change."""
     got = seen(DualChunk(chunk=2 * window + more, window=window).bands(trained_on(500)), n)[0]
     near = plain(n) <= window
     np.testing.assert_array_equal(got[near], plain(n)[near])

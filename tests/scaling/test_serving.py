@@ -1,4 +1,4 @@
-"""What other engines make of a config: that of `write_served` is read alike, and the known disagreements show."""
+"""How other engines read a config: that of `write_served` alike, and others with the known differences."""
 
 import math
 from pathlib import Path
@@ -40,7 +40,7 @@ def readings(parameters, **options):
 
 
 @pytest.mark.parametrize("spec", STATIC)
-def test_what_is_written_for_servers_is_read_alike_by_all_three(spec):
+def test_transformers_vllm_and_sglang_read_the_served_form_alike(spec):
     scaler = parse(spec, ROPE.trained_length)
     wanted = scaler.frequencies(ROPE)
     by_engine = readings(hf_write.write_served(ROPE, scaler))
@@ -54,19 +54,19 @@ def test_what_is_written_for_servers_is_read_alike_by_all_three(spec):
 
 
 @pytest.mark.parametrize("scaler", [Linear(factor=4), YaRN(factor=4), Llama3(factor=4)])
-def test_factors_are_written_with_a_point_without_which_servers_fail(scaler):
+def test_factors_are_written_as_floats(scaler):
     for write in (hf_write.write, hf_write.write_served):
         assert isinstance(write(ROPE, scaler)["factor"], float)
     assert readings(hf_write.write_served(ROPE, scaler))["vLLM"].scaler is not None
 
 
 @pytest.mark.parametrize("spec", ["dynamic-ntk:4", "dynamic-yarn", "yarn:4|logn", "rerope:512", "temperature:1.1"])
-def test_what_no_server_does_is_refused(spec):
+def test_scalers_that_no_server_has_are_refused(spec):
     with pytest.raises(ConfigError, match=r"depends on the length|a model file cannot hold"):
         hf_write.write_served(ROPE, parse(spec))
 
 
-def test_mlx_goes_by_either_of_the_old_keys():
+def test_mlx_reads_either_of_the_old_keys():
     parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 
     for missing, misses in (
@@ -81,13 +81,13 @@ def test_mlx_goes_by_either_of_the_old_keys():
 
 
 @pytest.mark.parametrize(("length", "reach"), [(8192, 8192), (1000, 2048)])
-def test_a_frozen_scaler_reaches_its_length_and_never_less_than_what_was_trained(length, reach):
+def test_a_fixed_scaler_reaches_its_length_and_at_least_the_trained_one(length, reach):
     assert fix_length(parse("dynamic-ntk:4"), ROPE, length).reach(ROPE) == reach
 
 
 @pytest.mark.parametrize("spec", ["dynamic-ntk:4", "dynamic-yarn", "dynamic-yarn|resonance"])
 @pytest.mark.parametrize("rope", [ROPE, RopeSpec(dim=64, base=1e4, trained_length=2048, rotating_pairs=20)])
-def test_a_frozen_scaler_is_the_same_at_its_length_and_still(spec, rope):
+def test_a_fixed_scaler_has_the_frequencies_of_its_length_at_all_lengths(spec, rope):
     scaler = parse(spec)
     fixed = fix_length(scaler, rope, 8192)
     wanted = scaler.frequencies(rope, 8192)
@@ -146,7 +146,7 @@ def test_known_disagreements(parameters, engine, spec):
 
 
 @pytest.mark.parametrize("engine", ["vLLM", "SGLang", "ExLlamaV3", "mlx-lm"])
-def test_longrope_is_chosen_once_and_its_temperature_is_by_the_rule(engine):
+def test_longrope_is_selected_once_and_its_m_is_that_of_the_rule(engine):
     reading = readings(LONG | {"attention_factor": 1.5})[engine]
     for length in (100, 8192):  # transformers takes the short factors at 100
         frequencies = reading.frequencies(length)
@@ -156,7 +156,7 @@ def test_longrope_is_chosen_once_and_its_temperature_is_by_the_rule(engine):
     assert any("attention_factor" in note for note in reading.notes)
 
 
-def test_keys_that_an_engine_does_not_look_for():
+def test_keys_that_an_engine_does_not_read():
     new_only = readings(YARN, old=False)["mlx-lm"]
     assert new_only.rope.base == 10_000 and str(new_only.scaler) == "none" and "rope_theta" in new_only.notes[0]
     old_only = readings(YARN, new=False)
@@ -167,8 +167,8 @@ def test_keys_that_an_engine_does_not_look_for():
     assert whole["SGLang"].max_length == 4 * 8192
 
 
-def test_a_trained_length_that_only_transformers_fills_in():
-    """mlx-lm takes 4096 for it, and ExLlamaV3 the factor as it is."""
+def test_a_trained_length_that_only_transformers_adds():
+    """mlx-lm takes 4096, and ExLlamaV3 the given factor."""
     by_engine = readings({key: value for key, value in YARN.items() if key != "original_max_position_embeddings"})
     assert by_engine["transformers"].rope.trained_length == 8192
     assert by_engine["mlx-lm"].rope.trained_length == 4096
@@ -184,7 +184,7 @@ def test_mscales_that_repeat_the_attention_factor_are_read_and_others_refused():
             hf.read(config(repeated | other))
 
 
-def test_every_reading_is_what_it_was_when_it_was_read():
-    """Scalers, lengths and sentences: what no other test asks for one by one."""
+def test_every_reading_is_as_stored():
+    """Scalers, lengths and notes, which no other test compares one by one."""
     stored = Path(__file__).with_name("readings.txt").read_text(encoding="utf-8").splitlines()
-    assert list(lines()) == stored, "if the change is meant: python tests/scaling/words.py > tests/scaling/readings.txt"
+    assert list(lines()) == stored, "if intended: python tests/scaling/words.py > tests/scaling/readings.txt"

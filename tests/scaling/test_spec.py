@@ -1,4 +1,4 @@
-"""Spec strings: everything a scaler holds goes through them, and every mistake is named."""
+"""Spec strings: every scaler can be written and read again."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_there_are_lengths_in_all_kinds_of_methods() -> None:
     }
 
 
-def test_multiples_in_compositions_and_what_is_no_length() -> None:
+def test_multiples_in_compositions_and_fields_that_are_not_lengths() -> None:
     scaler = parse("critical-base:4x|dual-chunk:0.75x,window=0.125x", 8192)
     assert scaler == CriticalBase(length=32768) | DualChunk(chunk=6144, window=1024)
     with pytest.raises(ConfigError, match="yarn: factor='2x' is not a number"):
@@ -226,7 +226,7 @@ def test_multiples_in_compositions_and_what_is_no_length() -> None:
         parse("rerope:0.3x", 8192)
 
 
-def test_the_trained_length_is_looked_for_at_the_first_multiple_only() -> None:
+def test_the_trained_length_is_asked_only_for_a_multiple() -> None:
     asked: list[str] = []
 
     def trained() -> int:

@@ -1,4 +1,4 @@
-"""Mistakes in a spec: one line that names the value, and what is close to it or what is missing."""
+"""Mistakes in a spec: one line with the value, and with a close name or the missing field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Temperatures, against logarithms by hand."""
+"""Temperatures, compared with logarithms by hand."""
 
 from __future__ import annotations
 

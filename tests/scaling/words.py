@@ -1,6 +1,6 @@
-"""What every engine makes of configs of every kind, in words and numbers: tests/scaling/readings.txt.
+"""How every engine reads configs of every kind, in words and numbers: tests/scaling/readings.txt.
 
-python tests/scaling/words.py > tests/scaling/readings.txt      # after a change that is meant; read the difference
+python tests/scaling/words.py > tests/scaling/readings.txt      # after an intended change; read the difference
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CONFIGS = {
     "longrope, attention_factor": LONG | {"attention_factor": 1.5},
     "longrope, mscales": LONG | MSCALES,
 }
-"""Rotary parameters by what they are."""
+"""Rotary parameters by a short name."""
 
 FILES = {
     "plain": GgufRope(dim=64, base=1e4),
@@ -59,7 +59,7 @@ FILES = {
     "ntk-mixed": GgufRope.of(ROPE, parse("ntk-mixed:4")),
     "attn_factor alone": GgufRope(dim=64, base=1e4, scaling={"attn_factor": 1.25}),
 }
-"""GGUF files by what they hold."""
+"""GGUF files by their contents."""
 
 
 def read(parameters, max_length, *, old=True):
@@ -74,7 +74,7 @@ def read(parameters, max_length, *, old=True):
 
 
 def line(reading):
-    """A reading: scaler, geometry, a number that stands for its frequencies in a short and a long text, m, notes."""
+    """A reading: scaler, geometry, one number for its frequencies in a short and in a long text, m, notes."""
     numbers = []
     for length in (100, 8192):
         frequencies = reading.frequencies(length)
@@ -87,7 +87,7 @@ def line(reading):
 
 
 def lines():
-    """Everything."""
+    """All lines of the file."""
     for name, parameters in CONFIGS.items():
         yield f"{name}, 8192"
         yield from map(line, read(parameters, 8192))

@@ -1,4 +1,4 @@
-"""Tokenizers with a few dozen tokens, of every kind that a cover has to know, and the strings they are tried on."""
+"""Tokenizers of every kind with a few dozen tokens, and the strings for their tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CASED = (
 
 
 def corpus(alphabet: str, seed: int, count: int = 300) -> list[str]:
-    """Random texts in which some words come often."""
+    """Random texts with some frequent words."""
     rng = random.Random(seed)
     words = ["".join(rng.choices(alphabet, k=rng.randint(1, 5))) for _ in range(12)]
     return ["".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(count)]
@@ -29,7 +29,7 @@ def corpus(alphabet: str, seed: int, count: int = 300) -> list[str]:
 def byte_level(
     alphabet: str, pattern: str | None, seed: int, *, ignore_merges: bool = False, size: int = 40
 ) -> Tokenizer:
-    """Byte-level BPE; without a pattern merges go across everything, characters included."""
+    """Byte-level BPE. Without a pattern, merges cross all borders, also of characters."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
@@ -62,7 +62,7 @@ def by_merges(*merges: tuple[str, str], pattern: str = "", whole: tuple[str, ...
 
 
 def byte_fallback(alphabet: str, seed: int) -> Tokenizer:
-    """What a SentencePiece BPE model is in this library: one piece a text, bytes for characters without a token."""
+    """A SentencePiece BPE model in this library: one piece per text, bytes for characters without a token."""
     marked = [text.replace(" ", "▁") for text in corpus(alphabet, seed)]
     trained = Tokenizer(models.BPE())
     trained.train_from_iterator(marked, trainers.BpeTrainer(vocab_size=40, show_progress=False))

@@ -1,4 +1,4 @@
-"""Bytes that end inside a character or hold none, against Python's own decoder, and their tokens."""
+"""Bytes that end inside a character or are not UTF-8, against Python's own decoder, and their tokens."""
 
 import pytest
 from hypothesis import given
@@ -31,7 +31,7 @@ def test_every_byte_is_text_or_unfinished(data):
 
 
 @given(DATA)
-def test_the_first_characters_are_those_that_are_shown(data):
+def test_the_first_characters_are_those_of_the_text(data):
     text = finished_text(data)
     for count in range(len(text) + 1):
         assert first_characters(data, count).decode(errors="replace") == text[:count]
@@ -56,7 +56,7 @@ def test_tokens_of_any_bytes_have_these_bytes(data, known):
         assert ids == known.encode(data.decode())
 
 
-def test_part_of_a_character_is_in_the_token_that_a_model_writes_it_in():
+def test_part_of_a_character_is_in_the_token_with_its_bytes():
     known = KNOWN[1]
     assert [known.tokens[i] for i in known.encode_bytes(b"x \xf0\x9f")] == [b"x", b" \xf0\x9f"]
     assert [known.tokens[i] for i in known.encode_bytes(b"x \xf0\x9fx")] == [b"x", b" \xf0\x9f", b"x"]
@@ -69,7 +69,7 @@ def test_bytes_without_a_token_are_refused():
         vocabulary(unigram("ab ", 1)).encode_bytes(b"ab\xc3ab")
 
 
-def test_names_of_special_tokens_behind_half_a_character():
+def test_names_of_special_tokens_after_half_a_character():
     tokenizer = byte_level("a", GPT2, 1)
     tokenizer.add_special_tokens(["<s>", "<s>x"])
     number = tokenizer.token_to_id("<s>x")
@@ -83,8 +83,8 @@ def test_names_of_special_tokens_behind_half_a_character():
     assert number not in plain.encode_bytes(b"\xc3a<s>xa")
 
 
-def test_a_name_that_is_characters_in_ids_stays_characters():
-    """A stranger's text among ids stands for no special token, wherever the ids are cut anew."""
+def test_a_special_name_written_in_plain_tokens_stays_plain():
+    """Plain text among ids never becomes a special token, also where the ids are computed again."""
     tokenizer = byte_level("a", GPT2, 1)
     tokenizer.add_special_tokens(["<s>"])
     known = vocabulary(tokenizer, special_tokens=True)

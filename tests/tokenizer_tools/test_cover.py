@@ -1,11 +1,11 @@
-"""Covers against brute force: a random law over all short strings, and every string's own tokens."""
+"""Covers against brute force: a random distribution over all short strings, and the tokens of every string."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
-from small_laws import Law
+from small_distributions import Distribution
 from small_tokenizers import KINDS
 
 from ropewalk.errors import DataError
@@ -15,8 +15,8 @@ from ropewalk.tokenizer_tools.cover import cover, split_character
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", KINDS)
-def test_next_byte_law_is_the_sum_over_all_strings(kind, seed):
-    assert Law(kind, seed).error() < 1e-12
+def test_next_byte_distribution_is_the_sum_over_all_strings(kind, seed):
+    assert Distribution(kind, seed).error() < 1e-12
 
 
 def one_probe(monkeypatch):
@@ -69,64 +69,65 @@ def test_no_ingredient_can_be_left_out(mutation, kinds, monkeypatch):
     mutation(monkeypatch)
     for kind in kinds:
         try:
-            error = max(Law(kind, seed).error() for seed in range(2))
-        except DataError:  # no node left at all
+            error = max(Distribution(kind, seed).error() for seed in range(2))
+        except DataError:  # no node is left
             error = 1.0
         assert error > 1e-3, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_filtered_nodes_are_those_that_no_string_needs(kind, monkeypatch):
-    law = Law(kind, 0)
-    filtered = [len(cover(law.vocabulary, prompt).nodes) for prompt in law.prompts(150)]
+    distribution = Distribution(kind, 0)
+    filtered = [len(cover(distribution.vocabulary, prompt).nodes) for prompt in distribution.prompts(150)]
     monkeypatch.setattr(cover_module._Search, "_continues", lambda *_: True)
-    unfiltered = [len(cover(law.vocabulary, prompt).nodes) for prompt in law.prompts(150)]
+    unfiltered = [len(cover(distribution.vocabulary, prompt).nodes) for prompt in distribution.prompts(150)]
     assert sum(filtered) < sum(unfiltered)
-    assert law.error() < 1e-12
+    assert distribution.error() < 1e-12
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trunk_is_a_prefix_of_the_prompt_and_the_first_node_is_its_end(kind):
-    law = Law(kind, 1)
-    for text in random.Random(0).sample(law.texts, 200):
-        covered = cover(law.vocabulary, text)
-        assert covered.prompt == tuple(law.vocabulary.encode(text))
+def test_the_common_prefix_is_a_prefix_of_the_prompt_and_the_first_node_is_its_end(kind):
+    distribution = Distribution(kind, 1)
+    for text in random.Random(0).sample(distribution.texts, 200):
+        covered = cover(distribution.vocabulary, text)
+        assert covered.prompt == tuple(distribution.vocabulary.encode(text))
         assert covered.prompt[: len(covered.common_prefix)] == covered.common_prefix
         assert covered.common_prefix + covered.nodes[0].path == covered.prompt
         assert covered.backed_off == len(covered.prompt) - len(covered.common_prefix)
         for node in covered.nodes:
             path = [*covered.common_prefix, *node.path]
-            assert law.vocabulary.text_bytes(path) + node.suffix == covered.text
+            assert distribution.vocabulary.text_bytes(path) + node.suffix == covered.text
 
 
 def test_tokens_of_a_long_text_are_the_same_as_of_its_end():
-    """The window of a long prompt: the same covers as of a short one, behind a longer trunk."""
+    """The window of a long prompt has the covers of a short one, after a longer common prefix."""
     for kind in KINDS:
-        law = Law(kind, 2)
+        distribution = Distribution(kind, 2)
         letters = KINDS[kind][0]
         start = "".join(random.Random(3).choices(letters, k=6000))
-        for end in random.Random(4).sample(law.texts[-2000:], 8):
+        for end in random.Random(4).sample(distribution.texts[-2000:], 8):
             whole = start + letters[0] + end
             for cut in (1, 2):
-                assert law.has_own_cover(whole, whole[:-cut]), (kind, whole[-9:], cut)
+                assert distribution.has_cover_of_its_tokens(whole, whole[:-cut]), (kind, whole[-9:], cut)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_border_inside_a_long_run_of_one_character_is_relied_on(kind):
-    """Digits may be grouped from the right, and the last space joins a word: what comes moves such borders."""
-    law, letters = Law(kind, 2), KINDS[kind][0]
+    """Digits can be grouped from the right, and the last space joins a word, so later text moves such borders."""
+    distribution, letters = Distribution(kind, 2), KINDS[kind][0]
     for letter in letters:
-        other = next(one for one in letters if one != letter)
+        other = next(candidate for candidate in letters if candidate != letter)
         for count in range(10, 16):
             whole = 100 * "".join(letters) + other + count * letter
             for after in (letter, other):
                 for cut in (1, 2, 3):
-                    assert law.has_own_cover(whole + after, (whole + after)[:-cut]), (letter, count, after, cut)
+                    text = whole + after
+                    assert distribution.has_cover_of_its_tokens(text, text[:-cut]), (letter, count, after, cut)
 
 
 @pytest.mark.parametrize("letter", ["a", " ", "-", "7", "\n", "中", "🙂"])
 def test_a_long_run_of_one_character_takes_no_time(letter):
-    known = Law("llama3", 0).vocabulary
+    known = Distribution("llama3", 0).vocabulary
     prompt = "a. " + letter * 300_000
     started = known.encode(prompt)
     calls = []

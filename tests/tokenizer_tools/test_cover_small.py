@@ -1,4 +1,4 @@
-"""Covers of short prompts, against all short texts and by hand: quick enough to be run for every mutant."""
+"""Covers of short prompts, against all short texts and by hand. They are fast enough to run for every mutant."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 from string import ascii_lowercase
 
 import pytest
-from small_laws import Law
+from small_distributions import Distribution
 from small_tokenizers import GPT2, KINDS, by_merges, by_scores, byte_fallback
 from tokenizers import Regex, normalizers, pre_tokenizers
 
@@ -18,8 +18,8 @@ from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_next_byte_law_is_the_sum_over_the_shortest_strings(kind):
-    assert Law(kind, 0, longest=4).error(40) < 1e-12
+def test_next_byte_distribution_is_the_sum_over_the_shortest_strings(kind):
+    assert Distribution(kind, 0, longest=4).error(40) < 1e-12
 
 
 JOINED = by_merges(("a", "b"), ("ab", "c"), ("b", "c"), ("Ã", "©"))
@@ -32,7 +32,7 @@ FALLEN = byte_fallback("ab ", 0)
     ("tokenizer", "prompt", "common_prefix", "nodes"),
     [
         (JOINED, "a", [], {(b"a",): b"", (): b"a"}),
-        (JOINED, "ab", [], {(b"ab",): b"", (): b"ab"}),  # not a|bc: a and b come together first
+        (JOINED, "ab", [], {(b"ab",): b"", (): b"ab"}),  # not a|bc, because a and b merge first
         (JOINED, "xb", [b"x"], {(b"b",): b"", (): b"b"}),
         (JOINED, "xabc", [b"x", b"abc"], {(): b""}),
         (JOINED, b"a\xc3", [b"a"], {(b"\xc3",): b"", (): b"\xc3"}),
@@ -40,7 +40,7 @@ FALLEN = byte_fallback("ab ", 0)
         (SPACED, "a ", [b"a"], {(b" ",): b"", (): b" "}),
         (SPACED, "a  ", [b"a"], {(b"  ",): b"", (b" ", b" "): b"", (b" ",): b" "}),
         (SPACED, "a'", [b"a"], {(b"'",): b"", (): b"'"}),
-        (WHOLE, "cab", [], {(b"cab",): b"", (b"c", b"ab"): b"", (b"c",): b"ab"}),  # if more follows, cab is no token
+        (WHOLE, "cab", [], {(b"cab",): b"", (b"c", b"ab"): b"", (b"c",): b"ab"}),  # if more follows, cab is not a token
         (FALLEN, b"a\xc3", [b" a", b"\xc3"], {(): b""}),
         (FALLEN, b"\xc3", [b" ", b"\xc3"], {(): b""}),
         (FALLEN, "a\u00e9", [b" a", b"\xc3", b"\xa9"], {(): b""}),
@@ -62,36 +62,36 @@ def long_text(kind, length, seed=0):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_end_of_a_long_prompt_is_enough(kind):
-    law, text = Law(kind, 2, longest=1), long_text(kind, 700)
+    distribution, text = Distribution(kind, 2, longest=1), long_text(kind, 700)
     for length in range(600, 700, 33):
         whole = text[:length]
         data = whole.encode()
         for prompt in (whole[:-1], whole[:-3], data[:-1], data[:-2]):
-            assert law.has_own_cover(whole, prompt), (whole[-9:], prompt[-9:])
+            assert distribution.has_cover_of_its_tokens(whole, prompt), (whole[-9:], prompt[-9:])
 
 
 @pytest.mark.parametrize("kind", ["plain", "inside characters", "across characters", "byte fallback"])
 def test_a_prompt_that_is_hardly_longer_than_the_first_window(kind):
-    law, text = Law(kind, 0, longest=1), long_text(kind, 300).replace("a", KINDS[kind][0][0])
+    distribution, text = Distribution(kind, 0, longest=1), long_text(kind, 300).replace("a", KINDS[kind][0][0])
     for size in range(252, 264):
-        assert law.has_own_cover(text, text.encode()[:size]), size
+        assert distribution.has_cover_of_its_tokens(text, text.encode()[:size]), size
 
 
 def test_a_token_as_long_as_the_first_window():
-    law = Law("plain", 0, longest=1)
-    law.vocabulary = vocabulary(by_merges(*(("x" * 2**n, "x" * 2**n) for n in range(8))))
-    assert law.has_own_cover("ab" + 300 * "x", "ab" + 256 * "x")
+    distribution = Distribution("plain", 0, longest=1)
+    distribution.vocabulary = vocabulary(by_merges(*(("x" * 2**n, "x" * 2**n) for n in range(8))))
+    assert distribution.has_cover_of_its_tokens("ab" + 300 * "x", "ab" + 256 * "x")
 
 
 def test_the_last_pieces_before_the_end_are_not_relied_on():
-    law = Law("gpt2", 0, longest=1)
-    law.vocabulary = vocabulary(by_merges(("'", "r"), ("'r", "e"), pattern=GPT2))
+    distribution = Distribution("gpt2", 0, longest=1)
+    distribution.vocabulary = vocabulary(by_merges(("'", "r"), ("'r", "e"), pattern=GPT2))
     whole = 300 * "a" + " b're"
-    assert law.has_own_cover(whole, whole[:-1])
+    assert distribution.has_cover_of_its_tokens(whole, whole[:-1])
 
 
-def test_a_window_that_is_split_otherwise_than_in_its_place_is_widened():
-    """Letters go two by two from the beginning of the text: a|b at its end, but ab where the first window begins."""
+def test_a_window_that_is_split_in_another_way_alone_is_widened():
+    """Letters are split in pairs from the start of the text: a|b at its end, but ab where the first window starts."""
     known = vocabulary(by_merges(("a", "b"), pattern=".{1,2}"))
     widest = looked_at(known, 5000 * "ab" + "a" + 200 * "ab")
     assert 256 < widest < 1100
@@ -108,24 +108,24 @@ def looked_at(known, text):
 
 @pytest.mark.parametrize("kind", ["llama3", "right-aligned digits", "cased", "byte fallback"])
 def test_the_last_borders_before_a_long_run_are_not_relied_on(kind):
-    law = Law(kind, 2, longest=1)
+    distribution = Distribution(kind, 2, longest=1)
     letters = KINDS[kind][0]
     for letter in letters[:2]:
         for count in (12, 13, 14):
             whole = 100 * letters + "a" + count * letter + "a"
-            assert law.has_own_cover(whole, whole[:-1]), (letter, count)
-            assert law.has_own_cover(whole, whole[:-2]), (letter, count)
+            assert distribution.has_cover_of_its_tokens(whole, whole[:-1]), (letter, count)
+            assert distribution.has_cover_of_its_tokens(whole, whole[:-2]), (letter, count)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("gpt2", 300), ("plain", 4200), ("inside characters", 4200)])
 def test_only_the_end_of_a_long_prompt_is_looked_at(kind, most):
-    """Words at the end are found in the first window; without borders of pieces the widest one has to do."""
-    assert 0 < looked_at(Law(kind, 0, longest=1).vocabulary, long_text(kind, 20_000)) <= most
+    """Words at the end are found in the first window; without borders of pieces the largest one is used."""
+    assert 0 < looked_at(Distribution(kind, 0, longest=1).vocabulary, long_text(kind, 20_000)) <= most
 
 
 @pytest.mark.parametrize("kind", ["plain", "inside characters", "across characters", "byte fallback"])
-def test_a_long_piece_has_the_covers_that_it_has_when_cut_anew(kind, monkeypatch):
-    known = Law(kind, 0, longest=1).vocabulary
+def test_a_long_piece_has_the_covers_of_a_full_tokenization(kind, monkeypatch):
+    known = Distribution(kind, 0, longest=1).vocabulary
     texts = [long_text(kind, 700, seed).encode()[:-cut] for seed, cut in enumerate((1, 2, 3, 4))]
     covers = [cover(known, text) for text in texts]
     monkeypatch.setattr(cover_module, "_LONG", 10_000)
@@ -133,8 +133,8 @@ def test_a_long_piece_has_the_covers_that_it_has_when_cut_anew(kind, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["plain", "across characters", "byte fallback"])
-def test_a_long_piece_is_not_cut_anew_for_every_node(kind):
-    known, text = Law(kind, 0, longest=1).vocabulary, long_text(kind, 3000)
+def test_a_long_piece_is_not_tokenized_again_for_every_node(kind):
+    known, text = Distribution(kind, 0, longest=1).vocabulary, long_text(kind, 3000)
     seen, piece = [], known.encode_piece
     known.encode_piece = lambda data: seen.append(len(data)) or piece(data)
     cover(known, text)
@@ -142,40 +142,42 @@ def test_a_long_piece_is_not_cut_anew_for_every_node(kind):
 
 
 def test_a_long_piece_of_a_unigram_model_is_the_best_segmentation_of_all_of_it():
-    """One more letter can move every border of a text that repeats itself."""
-    law = Law("unigram", 0, longest=1)
+    """Another letter can move every border of a repetitive text."""
+    distribution = Distribution("unigram", 0, longest=1)
     for pattern in ("abba", "aabab"):
         whole = 300 * pattern
         for cut in (1, 2, 3, 4):
-            assert law.has_own_cover(whole, whole[:-cut]), (pattern, cut)
+            assert distribution.has_cover_of_its_tokens(whole, whole[:-cut]), (pattern, cut)
 
 
 def test_a_long_piece_that_begins_inside_a_token_of_the_prompt():
-    """The prompt has the token xy; before an a that follows, x is a piece by itself."""
-    law = Law("plain", 0, longest=1)
-    law.vocabulary = vocabulary(by_merges(("x", "y"), ("y", "a"), ("y", "z"), ("z", "z"), pattern="x(?=[yz]+a)|.+"))
+    """The prompt has the token xy. If an a follows, x is a piece of its own."""
+    distribution = Distribution("plain", 0, longest=1)
+    distribution.vocabulary = vocabulary(
+        by_merges(("x", "y"), ("y", "a"), ("y", "z"), ("z", "z"), pattern="x(?=[yz]+a)|.+")
+    )
     whole = "xy" + "".join(random.Random(0).choices("yz", k=600)) + "ya"
     for cut in (1, 2, 5):
-        assert law.has_own_cover(whole, whole[:-cut]), cut
+        assert distribution.has_cover_of_its_tokens(whole, whole[:-cut]), cut
 
 
 def test_a_long_piece_of_short_tokens_that_ends_inside_a_character():
-    law = Law("plain", 0, longest=1)
-    law.vocabulary = vocabulary(by_merges(("a", "b")))
+    distribution = Distribution("plain", 0, longest=1)
+    distribution.vocabulary = vocabulary(by_merges(("a", "b")))
     whole = 400 * "ab" + "🙂"
     for cut in (1, 2, 3):
-        assert law.has_own_cover(whole, whole.encode()[:-cut]), cut
+        assert distribution.has_cover_of_its_tokens(whole, whole.encode()[:-cut]), cut
 
 
 @pytest.mark.parametrize("before", [300 * "0.", ""])
 def test_a_last_letter_that_moves_borders_far_back_in_a_long_piece(before, monkeypatch):
-    """Of two pairs of letters the later one comes together first, so every pair depends on the last letter."""
+    """Of two pairs of letters the later one merges first, so every pair depends on the last letter."""
     monkeypatch.setattr(cover_module, "_LONG", 20)
-    law = Law("plain", 0, longest=1)
-    law.vocabulary = vocabulary(by_merges(("z", "!"), *reversed(list(pairwise(ascii_lowercase)))))
+    distribution = Distribution("plain", 0, longest=1)
+    distribution.vocabulary = vocabulary(by_merges(("z", "!"), *reversed(list(pairwise(ascii_lowercase)))))
     for first in range(4):
         whole = before + ascii_lowercase[first:] + "!"
-        assert law.has_own_cover(whole, whole[:-1]), first
+        assert distribution.has_cover_of_its_tokens(whole, whole[:-1]), first
 
 
 def test_half_a_character_that_only_whole_tokens_can_complete():
@@ -184,12 +186,12 @@ def test_half_a_character_that_only_whole_tokens_can_complete():
     space, a = known.encode("a")
     assert covered.prompt == (space, a)
     assert covered.common_prefix == (space,)
-    assert covered.nodes == (Node((), b"a\xc3"),)  # a|é is never written: aé is better
+    assert covered.nodes == (Node((), b"a\xc3"),)  # never a|é, because aé is better
 
 
 def test_half_a_character_that_has_no_token_is_refused():
     with pytest.raises(DataError, match="no tokens for a character"):
-        cover(Law("unigram", 0, longest=1).vocabulary, b"a\xc3")
+        cover(Distribution("unigram", 0, longest=1).vocabulary, b"a\xc3")
 
 
 def test_white_space_that_a_normalizer_stripped_is_noticed():
@@ -199,7 +201,7 @@ def test_white_space_that_a_normalizer_stripped_is_noticed():
         assert not _loses_end(prompt, text)
 
 
-def test_white_space_at_the_end_is_there_though_a_normalizer_strips_it():
+def test_white_space_at_the_end_stays_although_a_normalizer_strips_it():
     tokenizer = by_merges(("a", "b"), ("Ġ", "b"), pattern=GPT2)
     known = vocabulary(by_merges(("a", "b"), ("Ġ", "b"), pattern=GPT2))
     tokenizer.normalizer = normalizers.Strip(left=False, right=True)
@@ -207,26 +209,26 @@ def test_white_space_at_the_end_is_there_though_a_normalizer_strips_it():
         assert cover(vocabulary(tokenizer), prompt) == cover(known, prompt)
 
 
-def test_a_tokenizer_that_makes_no_bytes_of_a_text_is_refused():
+def test_a_tokenizer_that_splits_characters_is_refused():
     tokenizer = by_merges(("a", "b"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(GPT2), "isolated")
     with pytest.raises(UnsupportedModel, match="splits characters"):
         cover(vocabulary(tokenizer), "é")
 
 
-def test_borders_that_what_follows_cannot_move():
+def test_borders_that_do_not_depend_on_the_text_after():
     fixed = ("ab", "a ", "a1", "1a", "1 ", "-1")
     assert [pair for pair in (*fixed, " a", " 1", "  ", "\n ", "11", "1²") if _is_fixed_border(*pair)] == list(fixed)
 
 
-def test_special_tokens_are_walls():
-    law = Law("plain", 0, longest=1)
+def test_covers_do_not_cross_special_tokens():
+    distribution = Distribution("plain", 0, longest=1)
     tokenizer = KINDS["plain"][2]("ab ", 0)
     tokenizer.add_special_tokens(["<s>"])
     walled = vocabulary(tokenizer, special_tokens=True)
     special = tokenizer.token_to_id("<s>")
     assert walled.special_ids == {special}
-    behind, alone = cover(walled, "ab<s>ab"), cover(law.vocabulary, "ab")
+    behind, alone = cover(walled, "ab<s>ab"), cover(distribution.vocabulary, "ab")
     assert behind.text == b"ab"
     assert behind.nodes == alone.nodes
     assert behind.common_prefix == (*walled.encode("ab<s>"), *alone.common_prefix)
@@ -240,21 +242,21 @@ def test_special_tokens_are_walls():
 
 
 def test_a_prompt_of_token_ids_is_that_of_its_text():
-    law = Law("gpt2", 0, longest=1)
+    known = Distribution("gpt2", 0, longest=1).vocabulary
     text = "a's  a"
-    letters = [i for byte in text.encode() for i in law.vocabulary.trie.exact(bytes([byte]))]
-    assert cover(law.vocabulary, letters) == cover(law.vocabulary, text) == cover(law.vocabulary, text.encode())
-    known, long = law.vocabulary, 200 * text  # of which the end alone is cut anew
+    letters = [i for byte in text.encode() for i in known.trie.exact(bytes([byte]))]
+    assert cover(known, letters) == cover(known, text) == cover(known, text.encode())
+    long = 200 * text  # only its end is tokenized again
     assert cover(known, 200 * letters) == cover(known, long)
     assert cover(known, long).prompt == tuple(known.encode(long))
 
 
-def test_an_empty_prompt_has_one_node_and_no_trunk():
-    covered = cover(Law("gpt2", 0, longest=1).vocabulary, "")
+def test_an_empty_prompt_has_one_node_and_no_common_prefix():
+    covered = cover(Distribution("gpt2", 0, longest=1).vocabulary, "")
     assert covered.nodes == (Node((), b""),)
     assert covered.common_prefix == covered.prompt == ()
 
 
 def test_bytes_that_are_not_utf8_are_refused():
     with pytest.raises(DataError, match="not UTF-8 at byte 1"):
-        cover(Law("gpt2", 0, longest=1).vocabulary, b"a\xffb")
+        cover(Distribution("gpt2", 0, longest=1).vocabulary, b"a\xffb")

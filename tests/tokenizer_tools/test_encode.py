@@ -1,4 +1,4 @@
-"""Text to token ids: a prompt begins as the tokenizer begins a text, once, and is never closed."""
+"""Text to token ids: a prompt has one start token and no end token."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ FRAMES = ["$A", "$A <e>", "<s> $A", "<s> $A <e>", "<m> <s> $A <e> <e>", "<s> $A 
 
 
 def framed(kind, frame):
-    """A small tokenizer that puts `frame` around a text; the ids of what comes before it."""
+    """A small tokenizer that adds the tokens of `frame` around a text, and the ids that it adds before it."""
     tokenizer = KINDS[kind][2](KINDS[kind][0], 1)
     tokenizer.add_special_tokens(["<s>", "<e>", "<m>"])
     names = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "<e>", "<m>")]
@@ -27,7 +27,7 @@ def framed(kind, frame):
 
 @pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_is_opened_and_not_closed(kind, frame):
+def test_a_prompt_has_a_start_token_and_no_end_token(kind, frame):
     backend, before = framed(kind, frame)
     outer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<e>")
     for text in ("", "a", KINDS[kind][0] * 3):
@@ -44,14 +44,14 @@ def test_a_text_with_a_start_token_gets_no_second_one(frame):
     tokenizer, before = framed("gpt2", frame)
     bare = prompt_ids("as a", tokenizer, special_tokens=True)
     assert prompt_ids("<s>as a", tokenizer, special_tokens=True) == bare
-    assert prompt_ids("<s><s>as a", tokenizer, special_tokens=True) == before + bare  # that is what it says
+    assert prompt_ids("<s><s>as a", tokenizer, special_tokens=True) == before + bare  # as the text says
     assert prompt_ids("as a<e>", tokenizer, special_tokens=True) == [*bare, tokenizer.token_to_id("<e>")]
-    assert prompt_ids("<s>as a", tokenizer)[:1] == before  # its name is text like any other
+    assert prompt_ids("<s>as a", tokenizer)[:1] == before  # its name is plain text
     assert before[0] not in prompt_ids("<s>as a", tokenizer)[1:]
 
 
 @pytest.mark.parametrize("kind", [processors.BertProcessing, processors.RobertaProcessing])
-def test_other_ways_of_writing_a_frame(kind):
+def test_start_and_end_tokens_in_other_templates(kind):
     tokenizer, _ = framed("gpt2", "$A")
     start, end = (tokenizer.token_to_id(name) for name in ("<s>", "<e>"))
     tokenizer.post_processor = kind(("<e>", end), ("<s>", start))
@@ -73,14 +73,14 @@ def test_a_change_of_the_tokenizer_counts_at_once():
     assert known.encode("as") == bare
 
 
-def test_a_frame_that_cannot_be_told_is_refused():
+def test_added_tokens_that_cannot_be_separated_are_refused():
     tokenizer = Tokenizer(models.BPE(vocab={"\u0251": 0, "<e>": 1}, merges=[]))  # none of the probes has a token
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <e>", special_tokens=[("<e>", 1)])
     with pytest.raises(UnsupportedModel, match=r"adds \[1\] around a text"):
         prompt_ids("\u0251", tokenizer)
 
 
-def test_a_sentencepiece_processor_that_was_told_to_add_tokens(tmp_path):
+def test_a_sentencepiece_processor_that_adds_tokens(tmp_path):
     spm = pytest.importorskip("sentencepiece")
     (tmp_path / "text").write_text("the ropes walk\nthe rope walks\n" * 20, encoding="utf-8")
     spm.SentencePieceTrainer.train(
@@ -95,8 +95,8 @@ def test_a_sentencepiece_processor_that_was_told_to_add_tokens(tmp_path):
         assert vocabulary(closing).encode("the rope") == [plain.bos_id()] * bos + bare
 
 
-def test_a_prompt_is_neither_cut_nor_filled_up():
-    """Some checkpoints' tokenizer.json cuts texts to 512 tokens, or fills them up, which is for training."""
+def test_a_prompt_is_neither_truncated_nor_padded():
+    """The tokenizer.json of some checkpoints truncates texts to 512 tokens, or pads them, for training."""
     tokenizer, before = framed("gpt2", "<s> $A <e>")
     bare = text_ids("as a", tokenizer)
     tokenizer.enable_truncation(2)
@@ -108,7 +108,7 @@ def test_a_prompt_is_neither_cut_nor_filled_up():
 
 
 def test_tekken_inside_transformers_is_read_as_transformers_reads_it(tmp_path):
-    """A folder with a tekken.json: ids behind the block of special ones, and the start token in front."""
+    """A folder with a tekken.json: ids after the block of special ones, and the start token first."""
     mistral_common = pytest.importorskip("mistral_common")
     shutil.copy(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json", tmp_path / "tekken.json")
     MistralConfig().save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Real tokenizers, model-free: the tokens of an uncut text begin with a cover of every prompt cut from it."""
+"""Real tokenizers without a model: the tokens of an uncut text start with a cover of every prompt cut from it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def nfkc():
 
 
 def t5_like():
-    """Unigram behind a normalizer that strips and collapses spaces."""
+    """Unigram with a normalizer that strips and collapses spaces."""
     letters = sorted(set("".join(TEXTS.values())) - set(" \n\t"))
     words = sorted({"▁" + word[:k] for word in TEXTS["english"].split() for k in (2, 4, 9)})
     tokenizer = Tokenizer(
@@ -97,7 +97,7 @@ def known(request, trained_unigram):
 
 
 def spans(seed, count):
-    """Texts of up to 400 characters out of all, and how many of their bytes are the prompt."""
+    """Texts of up to 400 characters, and how many of their bytes are the prompt."""
     rng = random.Random(seed)
     for _ in range(count):
         text = rng.choice(list(TEXTS.values()))
@@ -106,13 +106,13 @@ def spans(seed, count):
         yield span, rng.randint(1, len(span.encode()))
 
 
-def test_the_uncut_texts_tokens_begin_with_a_cover(known, request):
+def test_the_tokens_of_the_uncut_text_start_with_a_cover(known, request):
     changed = 0
     for text, cut in spans(0, 250):
         covered = cover(known, text.encode()[:cut])
         tokens = known.encode(text)
         whole, reached, n = known.text_bytes(tokens), 0, 0
-        if not whole.startswith(covered.text):  # what follows changed how the prompt is normalized
+        if not whole.startswith(covered.text):  # the text after the prompt changes its normalization
             assert request.node.callspec.params["known"] in NORMALIZING, text
             changed += 1
             continue
@@ -134,7 +134,7 @@ def test_the_uncut_texts_tokens_begin_with_a_cover(known, request):
     assert changed < 50
 
 
-def test_few_nodes_are_left_to_run(known):
+def test_a_cover_has_few_nodes(known):
     sizes = [len({node.path for node in cover(known, text.encode()[:cut]).nodes}) for text, cut in spans(1, 150)]
     assert sum(sizes) / len(sizes) < 4
     assert max(sizes) <= 12
@@ -146,7 +146,7 @@ def test_bytes_of_the_tokens_are_the_text(known, request):
         return
     for text, _ in spans(2, 40):
         ids = known.encode(text)
-        assert known.text_bytes(ids) in (text.encode(), b" " + text.encode())  # some put a space in front
+        assert known.text_bytes(ids) in (text.encode(), b" " + text.encode())  # some add a space first
 
 
 def test_trailing_space_that_a_normalizer_strips_is_kept():
@@ -161,7 +161,7 @@ def test_transformers_wrapper_of_sentencepiece_has_the_same_covers(tmp_path):
     bare = vocabulary(TOKENIZERS["sentencepiece"]())
     wrapped = vocabulary(LlamaTokenizer.from_pretrained(tmp_path))
     rng = random.Random(3)
-    for text in (TEXTS["english"].replace("  ", " "), TEXTS["chinese"]):  # they cut runs of spaces differently
+    for text in (TEXTS["english"].replace("  ", " "), TEXTS["chinese"]):  # they split runs of spaces differently
         for _ in range(30):
             prompt = text.encode()[: rng.randint(1, 400)]
             a, b = cover(bare, prompt), cover(wrapped, prompt)
@@ -184,8 +184,8 @@ def test_tokenizers_whose_tokens_are_not_bytes_are_refused(make, reason):
         vocabulary(make())
 
 
-def test_tekken_covers_hold_what_tiktokens_own_unstable_encoding_lists():
-    """An independent oracle: tiktoken lists the completions of a text that may yet be tokenized otherwise."""
+def test_tekken_covers_include_tiktokens_unstable_encodings():
+    """An independent oracle: tiktoken lists the other tokenizations that a text can get with more text."""
     encoding = TOKENIZERS["tiktoken"]()
     known = vocabulary(encoding)
     for prompt in ("import nump", "http:", "hello wor", " the", "x = 'a", "fo", "    ", "I'r"):

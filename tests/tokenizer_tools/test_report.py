@@ -1,4 +1,4 @@
-"""The report of a tokenizer: counted by hand on small vocabularies, and compared with its own encoder on a real one."""
+"""The report of a tokenizer: counted by hand on small vocabularies, and compared with the encoder of a real one."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from ropewalk.tokenizer_tools.vocabulary import Vocabulary
 
 
 class Grouped(Vocabulary):
-    """Reads a text of x in groups of three; what is left over goes into single tokens."""
+    """Splits a text of x into tokens of three; the rest becomes single tokens."""
 
     def __init__(self):
         self.tokens, self.special_ids, self.byte_level = [b"x", b"xxx", b""], frozenset([2]), True
@@ -52,7 +52,7 @@ def code(held_out_texts):
 
 def test_groups_of_three_counted_by_hand():
     numbers = report(Grouped(), "x" * 600, cuts=10_000)
-    (risk,) = numbers.risks  # there are no spaces, and the only word ends where the text does
+    (risk,) = numbers.risks  # there are no spaces, and the only word ends with the text
     assert risk.kind == "any character"
     assert risk.cuts == 600 - 200 - 128
     assert risk.inside == risk.changed == pytest.approx(2 / 3, abs=0.05)
@@ -65,10 +65,10 @@ def test_groups_of_three_counted_by_hand():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cut_says_what_the_uncut_text_has_there(tiny, code, kind):
+def test_a_cut_has_the_token_of_the_uncut_text(tiny, code, kind):
     drawn = draw(tiny, code, kind, 100, seed=3)
     assert len({cut.place for cut in drawn}) == 100
-    assert kind == cuts.WORD_END or any(cut.overlap for cut in drawn)  # a token may go over the end of a word too
+    assert kind == cuts.WORD_END or any(cut.overlap for cut in drawn)  # a token can cross the end of a word too
     for cut in drawn:
         text = cut.prompt + cut.rest.decode()
         assert code[cut.place - len(cut.prompt) :].startswith(text)
@@ -203,7 +203,7 @@ def test_the_report_needs_no_torch(tiny_folder, tmp_path):
         ("{folder}/bad.json", "is damaged, or not a tokenizer"),
     ],
 )
-def test_names_that_lead_nowhere(tmp_path, name, message):
+def test_names_without_a_tokenizer_are_refused(tmp_path, name, message):
     (tmp_path / "bad.json").write_text('{"model": 1}')
     with pytest.raises(rw.AssetError, match=message):
         load_vocabulary(name.format(folder=tmp_path))

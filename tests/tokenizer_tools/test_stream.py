@@ -1,4 +1,4 @@
-"""Streaming text: pieces join to the whole, no half characters, stop strings never shown."""
+"""Streaming text: the pieces join to the whole text, without half characters and without stop strings."""
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,7 @@ from ropewalk.tokenizer_tools.vocabulary import Vocabulary
 
 
 class Bytes(Vocabulary):
-    """Tokens that are bytes, and a special one at the end."""
+    """Tokens that are single bytes, and a special one at the end."""
 
     def __init__(self, space_first=False):
         self.tokens = [bytes([byte]) for byte in range(256)] + [b""]
@@ -49,12 +49,12 @@ def test_a_text_that_ends_inside_a_character_shows_it_at_the_end():
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_bytes_that_can_be_no_character_do_not_hold_up_what_follows():
+def test_invalid_bytes_do_not_delay_the_text_after_them():
     stream = TextStream(Bytes())
     assert "".join(stream.push(b) for b in b"\xf0\x9fab\xffc") == "\ufffdab\ufffdc"
 
 
-def test_half_a_character_of_the_prompt_is_shown_whole_and_no_more_of_it():
+def test_only_the_unfinished_character_of_the_prompt_is_repeated():
     data = "é🙂!".encode()
     stream = TextStream(Bytes(), pending=data[2:4])
     assert "".join(stream.push(b) for b in data[4:]) == "🙂!"
@@ -67,7 +67,7 @@ def test_bytes_that_belong_to_the_prompt_are_skipped():
 
 
 @pytest.mark.parametrize("space_first", [False, True])
-def test_the_space_that_a_tokenizer_puts_before_a_text_is_left_out_once(space_first):
+def test_the_space_that_a_tokenizer_adds_is_removed_once(space_first):
     tokens = [256, *b" a b"]
     shown = [TextStream(Bytes(space_first), starts_text=starts) for starts in (True, False)]
     texts = ["".join(stream.push(token) for token in tokens) for stream in shown]
@@ -86,7 +86,7 @@ def test_stop_strings_are_found_across_pieces_and_not_shown(size):
     assert shown == "one two "
 
 
-def test_what_only_looked_like_a_stop_string_is_shown_in_the_end():
+def test_the_start_of_a_stop_string_is_returned_at_the_end():
     watch = StopStringMatcher(("END",))
     assert watch.push("the E") == "the "
     assert watch.push("N") == ""

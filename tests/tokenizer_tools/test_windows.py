@@ -49,7 +49,7 @@ def test_a_text_that_fits_is_one_window(tokenizer):
     assert rw.windows(" \n", tokenizer, tokens=5) == []
 
 
-def test_a_long_sentence_is_cut_between_words(tokenizer):
+def test_a_long_sentence_is_split_between_words(tokenizer):
     text = "one two three four five six seven eight nine ten " * 20
     windows = rw.windows(text, tokenizer, tokens=50)
     assert " ".join(windows).split() == text.split()
@@ -73,7 +73,7 @@ def test_nothing_is_lost(tokenizer, sentences, tokens, data):
     for window in windows:
         assert window in text
         assert size(window, tokenizer) <= tokens or len(window) == 1
-    places = {(0, 0)}  # where the last window may stand: each begins after it and leaves only blanks between
+    places = {(0, 0)}  # possible ends of the last window; the next one starts after it, with only white space between
     for window in windows:
         starts = [match.start() for match in re.finditer(f"(?={re.escape(window)})", text)]
         places = {
@@ -85,12 +85,12 @@ def test_nothing_is_lost(tokenizer, sentences, tokens, data):
     assert any(not text[end:].strip() for _, end in places)
 
 
-def test_a_word_of_a_quarter_megabyte_is_cut_in_seconds(tokenizer):
+def test_a_word_of_a_quarter_megabyte_is_split_in_seconds(tokenizer):
     windows = rw.windows("x" * 250_000, tokenizer, tokens=25_000)
     assert "".join(windows) == "x" * 250_000
 
 
 @pytest.mark.parametrize(("tokens", "overlap"), [(0, 0), (5, 5), (5, -1)])
-def test_sizes_that_cannot_be(tokenizer, tokens, overlap):
+def test_impossible_sizes_are_refused(tokenizer, tokens, overlap):
     with pytest.raises(rw.ConfigError, match="must be at least"):
         rw.windows(TEXT, tokenizer, tokens=tokens, overlap=overlap)

@@ -1,4 +1,4 @@
-"""Random laws over all short strings: what a language model that knows them exactly would say."""
+"""Random distributions over all short strings, as a language model that knows them exactly."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ropewalk.tokenizer_tools.vocabularies import vocabulary
 END = -1
 
 
-class Law:
-    """Random probabilities of all short strings, and what they make of token sequences and of bytes."""
+class Distribution:
+    """Random probabilities of all short strings, and those of token sequences and bytes that follow from them."""
 
     def __init__(self, kind, seed, longest=None):
         alphabet, length, make = KINDS[kind]
@@ -34,14 +34,14 @@ class Law:
             self.bytes[data, END] += weight
 
     def prompts(self, count, seed=0):
-        """Texts cut at random bytes, short enough to have many continuations."""
+        """Texts cut at random bytes, so short that they have many continuations."""
         rng = random.Random(seed)
         for text in rng.sample(self.texts, count):
             data = text.encode()
             yield data[: rng.randint(1, max(1, len(data) - 2))]
 
     def by_bytes(self, text):
-        """Next byte -> weight of the strings that begin with `text` and go on with it."""
+        """Next byte -> weight of the strings that start with `text` and this byte."""
         weights = {byte: self.bytes[text + bytes([byte])] for byte in range(256) if text + bytes([byte]) in self.bytes}
         return weights | {END: self.bytes.get((text, END), 0.0)}
 
@@ -61,7 +61,7 @@ class Law:
         return weights
 
     def error(self, count=150):
-        """Largest difference of the two, of the prompt's own weight."""
+        """The largest difference of the two, relative to the weight of the prompt."""
         worst = 0.0
         for prompt in self.prompts(count):
             covered = cover(self.vocabulary, prompt)
@@ -72,8 +72,8 @@ class Law:
                 worst = max(worst, *(abs(expected.get(k, 0.0) - got.get(k, 0.0)) / whole for k in keys))
         return worst
 
-    def has_own_cover(self, whole, prompt):
-        """Whether a beginning of a text has the cover that the text's own tokens are."""
+    def has_cover_of_its_tokens(self, whole, prompt):
+        """True if the text's own tokens start with a cover of a prefix of it."""
         covered = cover(self.vocabulary, prompt)
         ids, n, reached = self.vocabulary.encode(whole), 0, 0
         while reached < len(covered.text):
