@@ -107,8 +107,8 @@ def first_failure(base: float, dim: int, limit: int) -> int | None:
     """
     _check(limit, dim, fewest=2)
     _check_base(base)
-    with one_thread():
-        return find_failure(base, dim, limit)
+    with _one_thread():
+        return _find_failure(base, dim, limit)
 
 
 def preference(base: float, dim: int, length: int) -> Tensor:
@@ -119,8 +119,8 @@ def preference(base: float, dim: int, length: int) -> Tensor:
     """
     _check(length, dim, fewest=2)
     _check_base(base)
-    with one_thread():
-        return torch.cat([f for _, f in values(base, dim, length)])
+    with _one_thread():
+        return torch.cat([f for _, f in _preference_blocks(base, dim, length)])
 
 
 @functools.lru_cache(maxsize=64)  # a scaler calls it for every model that it is applied to
@@ -139,10 +139,10 @@ def smallest_feasible_base(length: int, dim: int, *, at_least: float = _ABOVE_ON
     """
     _check(length, dim, fewest=6)
     _check_base(at_least)
-    with one_thread():
-        if find_failure(at_least, dim, length) is None:
+    with _one_thread():
+        if _find_failure(at_least, dim, length) is None:
             return at_least
-        return climb(length, dim, at_least)
+        return _first_feasible_above(length, dim, at_least)
 
 
 @functools.lru_cache(maxsize=64)
@@ -160,12 +160,12 @@ def largest_infeasible_base(length: int, dim: int) -> float | None:
     if length < 3:
         return None  # f(0) = d/2 and f(1) >= d/2 cos(1) > 0 for every base; at m = 2 bases near 1 fail
     top, highest = math.log(ceiling_base(length, dim)), None
-    with one_thread():
+    with _one_thread():
         while highest is None:
             bottom = max(top - 0.5, 0.0)
-            highest, top = highest_failure(length, dim, bottom, top), bottom
+            highest, top = _highest_failure(length, dim, bottom, top), bottom
         base = math.exp(highest)
-        while find_failure(base, dim, length) is None:  # exp can round to the other side of the edge
+        while _find_failure(base, dim, length) is None:  # exp can round to the other side of the edge
             base *= 1 - RESOLUTION
     return base
 
@@ -215,7 +215,7 @@ _CANDIDATES = 8  # rows used for several steps; 8, 16, 32 took 5.8, 6.4, 7.1 s o
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """One torch thread inside. The tensors are small: on two busy cores a second thread made it 14 times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -256,7 +256,7 @@ def _rows(length: int) -> Iterator[Tensor]:
         yield torch.arange(start, min(start + _ROWS, count))
 
 
-def values(base: float, dim: int, limit: int) -> Iterator[tuple[int, Tensor]]:
+def _preference_blocks(base: float, dim: int, limit: int) -> Iterator[tuple[int, Tensor]]:
     """f(m) for every 0 <= m < `limit`, in blocks: the first distance of a block, and float64 [distances in it].
 
     The signs are those of the plain sum of cosines.
@@ -274,15 +274,15 @@ def values(base: float, dim: int, limit: int) -> Iterator[tuple[int, Tensor]]:
         yield first, f
 
 
-def find_failure(base: float, dim: int, limit: int) -> int | None:
-    for first, f in values(base, dim, limit):
+def _find_failure(base: float, dim: int, limit: int) -> int | None:
+    for first, f in _preference_blocks(base, dim, limit):
         failing = (f < 0).nonzero()
         if len(failing):
             return first + int(failing[0])
     return None
 
 
-def climb(length: int, dim: int, base: float) -> float:
+def _first_feasible_above(length: int, dim: int, base: float) -> float:
     """The first feasible base above an infeasible one. One failing distance proves each step."""
     horizon = min(length, _CANDIDATES * _WIDTH)  # low bases fail early, and early failures allow the largest steps
     rows, usual = torch.arange(0), 0.0
@@ -295,7 +295,7 @@ def climb(length: int, dim: int, base: float) -> float:
                 horizon, usual = min(2 * horizon, length), 0.0
                 continue
         if reach <= RESOLUTION:
-            m = find_failure(base, dim, length)
+            m = _find_failure(base, dim, length)
             if m is None:
                 return base
             reach = max(RESOLUTION, _reach(base, dim, length, torch.tensor([m // _WIDTH])))
@@ -342,7 +342,7 @@ def _reach(base: float, dim: int, length: int, rows: Tensor) -> float:
     return float(((slope.square() - 2 * curvature * value).sqrt() - slope).div(curvature).max())
 
 
-def highest_failure(length: int, dim: int, bottom: float, top: float) -> float | None:
+def _highest_failure(length: int, dim: int, bottom: float, top: float) -> float | None:
     """The largest x = ln b in [bottom, top] that fails below `length`, within RESOLUTION, or None."""
     s = _exponents(dim)
     chunk = max(1, 2**15 // len(s))

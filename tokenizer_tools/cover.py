@@ -1,10 +1,10 @@
-"""Covers: all token sequences with which the tokens of a text that begins with a given prompt can start.
+"""Covers: all token sequences that a text can start with if it begins with a given prompt.
 
-A *cover* of a prompt is a token sequence whose last token is the first to reach or pass the prompt's end. Every text
-that begins with the prompt starts with exactly one cover. So the probabilities of the covers add up to that of the
-prompt, and a cover drawn with its probability is a sample from the model given the *text*, and not its tokenization.
-Covers that share all tokens but the last form a node: these tokens, and the bytes of the prompt that the last token
-starts with.
+A *cover* of a prompt is a token sequence whose last token is the first to reach or pass the prompt's end. The tokens of
+every text that begins with the prompt start with exactly one cover. So the probabilities of the covers add up to that
+of the prompt, and a cover drawn with its probability is a sample from the model given the *text* of the prompt, which
+does not depend on the prompt's own tokens. Covers that share all tokens but the last form a node: these tokens, and the
+bytes of the prompt that the last token starts with.
 
 Which covers exist depends on the text after the prompt, because a pre-tokenizer looks ahead. Two spaces are one piece
 at the end of a text and two before a letter, digits can be grouped from the right, `'r` is two pieces and `'re` is

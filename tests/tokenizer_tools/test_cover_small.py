@@ -128,7 +128,7 @@ def test_a_long_piece_has_the_covers_of_a_full_tokenization(kind, monkeypatch):
     known = Distribution(kind, 0, longest=1).vocabulary
     texts = [long_text(kind, 700, seed).encode()[:-cut] for seed, cut in enumerate((1, 2, 3, 4))]
     covers = [cover(known, text) for text in texts]
-    monkeypatch.setattr(cover_module, "_LONG", 10_000)
+    monkeypatch.setattr(cover_module, "_LONG_PIECE", 10_000)
     assert covers == [cover(known, text) for text in texts]
 
 
@@ -172,7 +172,7 @@ def test_a_long_piece_of_short_tokens_that_ends_inside_a_character():
 @pytest.mark.parametrize("before", [300 * "0.", ""])
 def test_a_last_letter_that_moves_borders_far_back_in_a_long_piece(before, monkeypatch):
     """Of two pairs of letters the later one merges first, so every pair depends on the last letter."""
-    monkeypatch.setattr(cover_module, "_LONG", 20)
+    monkeypatch.setattr(cover_module, "_LONG_PIECE", 20)
     distribution = Distribution("plain", 0, longest=1)
     distribution.vocabulary = vocabulary(by_merges(("z", "!"), *reversed(list(pairwise(ascii_lowercase)))))
     for first in range(4):
