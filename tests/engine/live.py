@@ -33,10 +33,10 @@ def check_cache(model, session):
         assert cache_difference(held, fresh, len(ids)) < 1e-4
 
 
-def cache_difference(one, other, tokens, layers=None):
+def cache_difference(cache, other, tokens, layers=None):
     """Largest difference of keys or values, of the largest entry."""
     worst = 0.0
-    for a, b in list(zip(one.layers, other.layers, strict=True))[:layers]:
+    for a, b in list(zip(cache.layers, other.layers, strict=True))[:layers]:
         for name in ("keys", "values"):
             x, y = (getattr(layer, name)[:, :, :tokens].float() for layer in (a, b))
             worst = max(worst, float((x - y).abs().max() / y.abs().max()))

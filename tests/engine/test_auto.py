@@ -1,4 +1,4 @@
-"""`rope="auto"`: the untouched model within its trained length, what was tuned or a default beyond."""
+"""`rope="auto"`: the untouched model within its trained length, a tuned scaler or a default beyond."""
 
 import json
 
@@ -46,21 +46,21 @@ def tuned(model, target, *specs):
 def under(model, rope, ask):
     """What `ask` gives under `rope`; the model is under auto again afterwards."""
     model.rope = rope
-    found = ask(model)
+    result = ask(model)
     model.rope = "auto"
-    return found
+    return result
 
 
 def tokens(model, text):
     return len(model.tokenizer(text).input_ids)
 
 
-def law(completion):
+def ids_and_logprobs(completion):
     return completion.token_ids, [token.top for token in completion.logprobs]
 
 
 def written(text, count=4):
-    return lambda model: law(model.generate(text, greedy(count, logprobs=3)))
+    return lambda model: ids_and_logprobs(model.generate(text, greedy(count, logprobs=3)))
 
 
 def scored(text):
@@ -97,8 +97,8 @@ def test_rows_of_a_list_are_each_as_alone(both):
     prompts = [LONG, SHORT, "#" + LONG + MORE, "import os\n", MORE]  # none begins as another does
     params = greedy(4, logprobs=3)
     both.rope = "auto"
-    together = [law(one) for one in both.generate(prompts, params)]
-    assert together == [law(both.generate(one, params)) for one in prompts]
+    together = [ids_and_logprobs(completion) for completion in both.generate(prompts, params)]
+    assert together == [ids_and_logprobs(both.generate(prompt, params)) for prompt in prompts]
     assert together[1] == under(both, None, written(SHORT))
     assert both.generate([], params) == []
 
@@ -128,8 +128,8 @@ def test_a_session_within_the_trained_length_is_the_untouched_model(both):
     def talk(model):
         session = model.session()
         session.append(SHORT)
-        found = law(session.generate(MORE, greedy(4, logprobs=3)))
-        return found, law(session.generate("x", greedy(4, logprobs=3)))
+        first = ids_and_logprobs(session.generate(MORE, greedy(4, logprobs=3)))
+        return first, ids_and_logprobs(session.generate("x", greedy(4, logprobs=3)))
 
     expected = under(both, None, talk)
     both.rope = "auto"
@@ -144,13 +144,13 @@ def test_a_session_that_grows_past_it_is_one_whose_scaler_was_changed(compiled, 
     growing = compiled.session()
     growing.append(SHORT * 2)
     assert compiled._runner.rope_state[0] == rw.parse(None)
-    found = law(growing.generate(TEXT * 6, greedy(4, logprobs=3)))
+    tokens_read = ids_and_logprobs(growing.generate(TEXT * 6, greedy(4, logprobs=3)))
 
     compiled.rope = None
     changed = compiled.session()
     changed.append(SHORT * 2)
     compiled.rope = spec
-    assert found == law(changed.generate(TEXT * 6, greedy(4, logprobs=3)))
+    assert tokens_read == ids_and_logprobs(changed.generate(TEXT * 6, greedy(4, logprobs=3)))
     assert cache_difference(growing._cached.cache, changed._cached.cache, changed.tokens) == 0
     assert str(compiled._runner.rope_state[0]) == spec
     compiled.rope = "auto"
@@ -164,11 +164,11 @@ def test_a_session_saved_under_it(compiled, tmp_path):
     session = compiled.session()
     session.append(LONG)
     session.save(tmp_path / "session")
-    expected = law(session.generate(MORE, greedy(4, logprobs=3)))
+    expected = ids_and_logprobs(session.generate(MORE, greedy(4, logprobs=3)))
     written(SHORT)(compiled)
-    assert law(compiled.session(tmp_path / "session").generate(MORE, greedy(4, logprobs=3))) == expected
+    assert ids_and_logprobs(compiled.session(tmp_path / "session").generate(MORE, greedy(4, logprobs=3))) == expected
     compiled.rope = DEFAULT
-    assert law(compiled.session(tmp_path / "session").generate(MORE, greedy(4, logprobs=3))) == expected
+    assert ids_and_logprobs(compiled.session(tmp_path / "session").generate(MORE, greedy(4, logprobs=3))) == expected
 
 
 def test_what_was_tuned_is_taken_up_to_its_target(compiled, cache):
@@ -241,16 +241,16 @@ def test_it_is_kept_for_the_model_in_other_dtypes_and_for_no_other(compiled, tin
 def test_a_damaged_file_is_named(compiled, damage):
     compiled.rope = None
     path = compiled.remember(tuned(compiled, 512, "yarn:2").as_stored(text="book"))
-    found = json.loads(path.read_text(encoding="utf-8"))
+    stored = json.loads(path.read_text(encoding="utf-8"))
     if damage == "winner":
-        found["tunings"][0]["winner"] = None
+        stored["tunings"][0]["winner"] = None
     elif damage == "target":
-        del found["tunings"][0]["target"]
+        del stored["tunings"][0]["target"]
     elif damage == "unknown scaler":
-        found["tunings"][0]["winner"] = "spice:4"
+        stored["tunings"][0]["winner"] = "spice:4"
     else:
-        found = None
-    path.write_text(damage if found is None else json.dumps(found), encoding="utf-8")
+        stored = None
+    path.write_text(damage if stored is None else json.dumps(stored), encoding="utf-8")
     with pytest.raises(rw.DataError, match=rf"{path}.*delete it"):
         compiled.rope = "auto"
     assert str(compiled.rope) == "none"
@@ -333,9 +333,9 @@ def test_a_scaler_that_is_refused_leaves_the_one_before(both, before):
 
 def test_the_shell(tiny_folder, tmp_path):
     arguments = ["generate", str(tiny_folder), LONG, "--max-new-tokens", "4", "--temperature", "0", "--rope"]
-    one, other = (CliRunner().invoke(cli, [*arguments, spec]) for spec in ("auto", DEFAULT))
-    assert one.exit_code == 0, one.output
-    assert one.output == other.output
+    auto, default = (CliRunner().invoke(cli, [*arguments, spec]) for spec in ("auto", DEFAULT))
+    assert auto.exit_code == 0, auto.output
+    assert auto.output == default.output
     text = tmp_path / "text.py"
     text.write_text("import os\nfor name in os.listdir():\n    print(name, len(name))\n" * 200, encoding="utf-8")
     shared = ["--text", str(text), "--target", "64", "--lengths", "1x,2x", "--out", str(tmp_path / "run")]

@@ -72,7 +72,7 @@ def states(n, rows=1):
 
 
 def rotating(calls):
-    """Turned keys are keys times 10; `calls` are the parts that were asked for."""
+    """Rotated keys are keys times 10; `calls` are the parts that were rotated."""
 
     def rotate(start, stop):
         calls.append((start, stop))
@@ -89,7 +89,7 @@ def test_turned_keys_are_made_once_and_extended():
         assert torch.equal(held.get("a", 0, rotate.keys[:, :, :length], rotate), 10 * rotate.keys[:, :, :length])
     assert calls == [(0, 3), (3, 4), (4, 9)]
     assert [copy.shape[2] for copy in held.tensors] == [12]  # twice 3, then twice 6
-    held.get("a", 1, rotate.keys[:, :, :2], rotate)  # another band, on its own
+    held.get("a", 1, rotate.keys[:, :, :2], rotate)  # another band
     held.get("a", 0, rotate.keys[:, :, :9], rotate)
     assert calls[3:] == [(0, 2)]
     held.crop(5)
@@ -198,12 +198,12 @@ def test_keys_are_dropped_behind_the_first_ones():
     layer.update(given, -given)
     layer.rotated.get("a", 0, given, rotate)
     layer.evict(2, 3, 6)
-    kept = torch.cat((given[:, :, :2], given[:, :, 5:]), 2)
+    remaining = torch.cat((given[:, :, :2], given[:, :, 5:]), 2)
     assert (layer.length, layer.evicted, layer.needed, layer.capacity) == (7, 3, 6, 16)
-    assert torch.equal(layer.keys[:, :, :7], kept)
-    assert torch.equal(layer.values[:, :, :7], -kept)
-    rotate.keys = kept
-    assert torch.equal(layer.rotated.get("a", 0, kept, rotate), 10 * kept)
+    assert torch.equal(layer.keys[:, :, :7], remaining)
+    assert torch.equal(layer.values[:, :, :7], -remaining)
+    rotate.keys = remaining
+    assert torch.equal(layer.rotated.get("a", 0, remaining, rotate), 10 * remaining)
     assert calls == [(0, 10), (2, 7)]
     layer.evict(2, 1, 6)
     assert layer.evicted == 4
@@ -250,14 +250,14 @@ def test_caches_of_other_kinds_are_left_alone():
     evict(windows, (4, 8))
     assert tokens_read(windows) == 2000
     assert not can_rewind(windows)
-    own = DynamicCache()
-    assert can_rewind(own)
-    assert tokens_read(own) == 0
-    adopt(own, 32)
-    assert own.layer_class_to_replicate is ContiguousLayer
-    own.update(given, given, 0)
-    assert type(own.layers[0]) is ContiguousLayer
-    assert can_rewind(own, 2000)  # nothing was dropped, so nothing is needed
+    empty = DynamicCache()
+    assert can_rewind(empty)
+    assert tokens_read(empty) == 0
+    adopt(empty, 32)
+    assert empty.layer_class_to_replicate is ContiguousLayer
+    empty.update(given, given, 0)
+    assert type(empty.layers[0]) is ContiguousLayer
+    assert can_rewind(empty, 2000)  # nothing was dropped, so nothing is needed
     full = DynamicCache(config=LlamaConfig(**SMALL))
     full.update(given, given, 0)
     adopt(full, 32)
@@ -278,12 +278,12 @@ def test_which_models_attend_to_everything():
     assert attends_to_everything(SimpleNamespace())
 
 
-def test_bytes_are_those_of_buffers_and_turned_keys():
+def test_bytes_are_those_of_buffers_and_rotated_keys():
     cache = filled(10, capacity=16)
-    one = 2 * 16 * 8 * 4
-    assert cache_bytes(cache) == 4 * one
+    layer_bytes = 2 * 16 * 8 * 4
+    assert cache_bytes(cache) == 4 * layer_bytes
     rotate = rotating([])
     rotate.keys = cache.layers[0].keys
     cache.layers[0].rotated.get("a", 0, rotate.keys, rotate)
-    assert cache_bytes(cache) == 5 * one
+    assert cache_bytes(cache) == 5 * layer_bytes
     assert cache_bytes(new_cache(LlamaConfig(**SMALL), 8)) == 0

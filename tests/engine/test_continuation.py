@@ -63,8 +63,8 @@ def test_half_a_character_is_finished_and_shown_whole(model, text):
         prompt = data[: len(data) - cut]
         completion = model.generate(prompt, greedy("exact"))
         assert completion.text
-        law = model.next_byte_logprobs(prompt)
-        assert float(law.exp().sum()) == pytest.approx(1, abs=1e-5)
+        logprobs = model.next_byte_logprobs(prompt)
+        assert float(logprobs.exp().sum()) == pytest.approx(1, abs=1e-5)
         read = completion.healing.prompt_ids if completion.healing else cover(model.vocabulary, prompt).prompt
         whole = model.vocabulary.text_bytes([*read, *completion.token_ids])
         assert completion.text == whole[len(("x = '" + text[:-1]).encode()) :].decode(errors="replace")
@@ -106,11 +106,11 @@ def test_chain_rule(model, given):
 
 def test_next_bytes_are_those_of_logprob_and_sum_to_one(model):
     for given in ("import nump", "x = ", b"\xc3"):
-        law = model.next_byte_logprobs(given)
-        assert law.exp().sum() == pytest.approx(1, abs=1e-5)
+        logprobs = model.next_byte_logprobs(given)
+        assert logprobs.exp().sum() == pytest.approx(1, abs=1e-5)
         start = 0x80 if isinstance(given, bytes) else 0
-        for byte in (law[start : start + 64].topk(3).indices + start).tolist():
-            assert float(law[byte]) == pytest.approx(model.logprob(bytes([byte]), given), abs=2e-3)
+        for byte in (logprobs[start : start + 64].topk(3).indices + start).tolist():
+            assert float(logprobs[byte]) == pytest.approx(model.logprob(bytes([byte]), given), abs=2e-3)
 
 
 def test_log_probability_of_a_text_whose_tokens_are_certain_is_its_score(model):
@@ -175,19 +175,19 @@ def test_a_cache_of_the_prompt_is_used_and_left_with_the_answer(model):
 
 
 def test_after_a_chat_header_the_border_is_taken_as_given(model):
-    asked = copy.copy(model)
-    asked.tokenizer = copy.deepcopy(model.tokenizer)
-    asked.tokenizer.chat_template = (
+    chatting = copy.copy(model)
+    chatting.tokenizer = copy.deepcopy(model.tokenizer)
+    chatting.tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}[answer] {% endif %}"
     )
-    prompt = asked.tokenizer.apply_chat_template(
+    prompt = chatting.tokenizer.apply_chat_template(
         [{"role": "user", "content": "import nump"}], tokenize=False, add_generation_prompt=True
     )
     assert not cover(model.vocabulary, prompt).only_aligned
-    assert asked.generate(prompt, greedy("auto")).healing is None
-    assert asked.generate(prompt, greedy("exact")).healing is not None
-    assert asked.generate(prompt + "import nump", greedy("auto")).healing is not None
+    assert chatting.generate(prompt, greedy("auto")).healing is None
+    assert chatting.generate(prompt, greedy("exact")).healing is not None
+    assert chatting.generate(prompt + "import nump", greedy("auto")).healing is not None
     assert model.generate(prompt, greedy("auto")).healing is not None
 
 

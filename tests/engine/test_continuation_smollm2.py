@@ -76,7 +76,7 @@ def test_any_prompt_is_continued_with_nothing_of_it_printed_again(model, prompt)
 
 
 def test_the_chinese_example_of_the_post(model):
-    """白云 may go on as 白云机场; both readings are weighed if the vocabulary has a token for the longer one."""
+    """白云 may continue as 白云机场; both are weighed if the vocabulary has a token for the longer one."""
     chain = model.logprob("机场", given="白云")
     steps = [model.logprob("机", given="白云"), model.logprob("场", given="白云机")]
     assert chain == pytest.approx(sum(steps), abs=2e-3)
@@ -101,9 +101,9 @@ def test_every_scaler_gives_the_law_that_transformers_modules_give(model, spec):
     text = "It was a dark and stormy night; the rain fell in torrents. " * 12 + "import nump"
     model.rope = spec
     try:
-        law = model.next_byte_logprobs(text)
+        logprobs = model.next_byte_logprobs(text)
         other = rw.load("smollm2-135m", rope=spec, compile=False).next_byte_logprobs(text)
-        assert torch.allclose(law.exp(), other.exp(), atol=1e-4)
-        assert law.argmax() == ord("y")
+        assert torch.allclose(logprobs.exp(), other.exp(), atol=1e-4)
+        assert logprobs.argmax() == ord("y")
     finally:
         model.rope = None

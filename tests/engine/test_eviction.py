@@ -39,19 +39,19 @@ def holding_all(model, monkeypatch, work):
         return work()
 
 
-def same(one, other):
-    return (one.text, one.token_ids, one.usage) == (other.text, other.token_ids, other.usage)
+def same(completion, other):
+    return (completion.text, completion.token_ids, completion.usage) == (other.text, other.token_ids, other.usage)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_scores_are_those_of_a_cache_that_holds_everything(endless, ids, spec, soon, monkeypatch):
     endless.rope = spec
     cache = endless.new_cache(8)
-    found = endless.score_ids(ids, cache=cache)
+    actual = endless.score_ids(ids, cache=cache)
     held = cache.get_seq_length()
     assert held < 300 < len(ids) - 1 == tokens_read(cache)
     expected = holding_all(endless, monkeypatch, lambda: endless.score_ids(ids))
-    assert found == pytest.approx(expected, abs=2e-4)
+    assert actual == pytest.approx(expected, abs=2e-4)
 
 
 def test_steps_are_those_of_a_cache_that_holds_everything(endless, ids, soon, monkeypatch):
@@ -66,10 +66,10 @@ def test_steps_are_those_of_a_cache_that_holds_everything(endless, ids, soon, mo
         return torch.cat(rows), cache
 
     with torch.inference_mode():
-        (found, cache), (expected, whole) = steps(), holding_all(endless, monkeypatch, steps)
+        (actual, cache), (expected, whole) = steps(), holding_all(endless, monkeypatch, steps)
     assert cache.get_seq_length() < 200
     assert whole.get_seq_length() == tokens_read(cache) == tokens_read(whole) == 1200
-    assert (found - expected).abs().max() < 3e-4
+    assert (actual - expected).abs().max() < 3e-4
 
 
 def test_a_text_written_without_an_end_takes_the_memory_of_its_window(endless, ids, monkeypatch):
@@ -79,12 +79,12 @@ def test_a_text_written_without_an_end_takes_the_memory_of_its_window(endless, i
     cache = endless.new_cache(10**9)
     assert cache.layers[0].capacity == bound  # not a billion
     prompt = ids[:1200]
-    found = endless.generate_ids(prompt, params, cache)
+    actual = endless.generate_ids(prompt, params, cache)
     assert cache.layers[0].capacity == bound
-    assert tokens_read(cache) == len(prompt) + len(found.token_ids) - 1
-    assert len(found.token_ids) == 1500
+    assert tokens_read(cache) == len(prompt) + len(actual.token_ids) - 1
+    assert len(actual.token_ids) == 1500
     assert cache.layers[0].evicted > 1000
-    assert found == holding_all(endless, monkeypatch, lambda: endless.generate_ids(prompt, params))
+    assert actual == holding_all(endless, monkeypatch, lambda: endless.generate_ids(prompt, params))
 
 
 @pytest.mark.parametrize("spec", ["sink-window:64|logn", "dynamic-ntk:2|sink-window:64", "rerope:64", "yarn:2"])
@@ -97,7 +97,7 @@ def test_what_asks_for_true_positions_or_old_keys_holds_everything(endless, ids,
 
 @pytest.mark.parametrize("name", ["smollm3-windows", "mistral-wide"])
 def test_windows_of_the_model_hold_everything(name):
-    """They hold turned keys, which cannot move up; layers without rotation can."""
+    """They hold rotated keys, which cannot move up; layers without rotation can."""
     runner = compiled(DECODERS[name]())
     runner.use(rw.parse("sink-window:16"), None)
     assert runner.sink_window == (None if name == "smollm3-windows" else (4, 16))
@@ -112,10 +112,10 @@ def test_going_back_is_exact_or_refused(endless, ids, soon):
         room = cache.layers[0].length - cache.layers[0].needed
         assert room >= 24
         caches.rewind(cache, room)
-        found = runner.forward(ids[1000 - room : 1000], cache, 1)
+        actual = runner.forward(ids[1000 - room : 1000], cache, 1)
         again = endless.new_cache(8)
         expected = runner.forward(ids[:1000], again, 1)
-        assert (found - expected).abs().max() < 3e-4
+        assert (actual - expected).abs().max() < 3e-4
         with pytest.raises(rw.PatchError, match="keys that were dropped"):
             caches.rewind(cache, cache.layers[0].length - cache.layers[0].needed + 1)
 
@@ -164,8 +164,8 @@ def test_a_beginning_shared_as_far_as_the_keys_that_are_left_reach(tiny_folder, 
     layer = cache.layers[0]
     end = len(model.tokenizer.decode(ids[: len(ids) - layer.length + layer.needed + more]))
     prompts = [text, text[:end]]
-    for one, alone in zip(model.generate(prompts, params), prompts, strict=True):
-        assert same(one, model.generate(alone, params))
+    for completion, prompt in zip(model.generate(prompts, params), prompts, strict=True):
+        assert same(completion, model.generate(prompt, params))
 
 
 def test_a_session_without_an_end_is_saved(tiny_folder, held_out_texts, soon, tmp_path):
@@ -177,9 +177,9 @@ def test_a_session_without_an_end_is_saved(tiny_folder, held_out_texts, soon, tm
     session.save(tmp_path / "session.safetensors")
     loaded = model.session(tmp_path / "session.safetensors")
     with pytest.MonkeyPatch.context() as monkeypatch, counted(model, monkeypatch) as read:
-        found = loaded.generate("\ndef ", params)
+        actual = loaded.generate("\ndef ", params)
     assert sum(read) < 60
-    assert same(found, session.generate("\ndef ", params))
+    assert same(actual, session.generate("\ndef ", params))
 
 
 def test_a_step_broken_off_while_keys_are_dropped_loses_the_cache_only(tiny_folder, held_out_texts, soon, monkeypatch):

@@ -19,11 +19,11 @@ MIXED = ["import nump", TEXT * 3, "x", MORE, "", "é", TEXT * 3 + MORE, "白云"
 
 def same(rows, alone):
     assert len(rows) == len(alone)
-    for row, own in zip(rows, alone, strict=True):
+    for row, expected in zip(rows, alone, strict=True):
         for name in ("text", "token_ids", "finish_reason", "usage"):
-            assert getattr(row, name) == getattr(own, name)
-        assert (row.healing is None) == (own.healing is None)
-        for a, b in zip(row.logprobs or [], own.logprobs or [], strict=True):
+            assert getattr(row, name) == getattr(expected, name)
+        assert (row.healing is None) == (expected.healing is None)
+        for a, b in zip(row.logprobs or [], expected.logprobs or [], strict=True):
             assert a.top == pytest.approx(b.top, abs=1e-4)
 
 
@@ -117,13 +117,13 @@ def test_max_time_ends_with_time(model, monkeypatch, many):
     now = iter(range(1000))
     monkeypatch.setattr(sequence.time, "monotonic", lambda: next(now))
     params = greedy(50, max_time=6)
-    found = model.generate([TEXT, MORE], params) if many else [model.generate(TEXT, params)]
+    rows = model.generate([TEXT, MORE], params) if many else [model.generate(TEXT, params)]
     whole = [model.generate(prompt, greedy(50)) for prompt in (TEXT, MORE)]
-    for row, own in zip(found, whole, strict=False):
+    for row, expected in zip(rows, whole, strict=False):
         assert row.finish_reason == "time"
         assert 1 <= len(row.token_ids) <= 7
-        assert row.token_ids == own.token_ids[: len(row.token_ids)]
-        assert own.text.startswith(row.text)
+        assert row.token_ids == expected.token_ids[: len(row.token_ids)]
+        assert expected.text.startswith(row.text)
 
 
 def test_one_prompt_that_is_too_long_refuses_all_before_any_work(model, monkeypatch):
@@ -142,7 +142,7 @@ def test_no_more_rows_than_memory_holds(model, monkeypatch, rows, expected):
     widths, step = [], model._runner.step
     monkeypatch.setattr(model._runner, "step", lambda rows: widths.append(len(rows)) or step(rows))
     same(model.generate(prompts, greedy(4)), alone)
-    # the last one to finish is kept for its beginning while others wait
+    # the last to end is held for its beginning while others wait
     assert max(widths) == (expected if expected in (1, 5) else expected - 1 or 1)
 
 
@@ -150,7 +150,7 @@ def test_no_more_rows_than_memory_holds_where_each_forgets(model, monkeypatch):
     model.rope = "sink-window:64"
     bytes_a_row = model._runner._room(3000) * model._runner.cache_shape.bytes_per_token * 3 // 2  # keys in two forms
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(int(3.5 * bytes_a_row)))
-    assert generation._rows_that_fit(model, [3000] * 5) == 2  # and the last one to finish
+    assert generation._rows_that_fit(model, [3000] * 5) == 2  # and the last to end
 
 
 def test_an_interrupted_batch_leaves_nothing_behind(model, monkeypatch):

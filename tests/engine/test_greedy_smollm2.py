@@ -33,9 +33,9 @@ def test_greedy_tokens_on_ten_prompts_are_those_of_transformers():
     for prompts, tokens in ((PROMPTS, 40), (PROMPTS[2:3], 256)):
         params = rw.SamplingParams(max_new_tokens=tokens, temperature=0, continuation="off")
         for prompt, completion in zip(prompts, model.generate(prompts, params), strict=True):
-            asked = model.tokenizer(prompt).input_ids
+            prompt_ids = model.tokenizer(prompt).input_ids
             with torch.inference_mode():
-                logits = reference(torch.tensor([asked + completion.token_ids]), use_cache=False).logits[0]
-            greedy = logits[len(asked) - 1 : -1].argmax(-1).tolist()
+                logits = reference(torch.tensor([prompt_ids + completion.token_ids]), use_cache=False).logits[0]
+            greedy = logits[len(prompt_ids) - 1 : -1].argmax(-1).tolist()
             assert completion.token_ids == greedy, prompt
             assert len(greedy) == tokens or completion.finish_reason == "stop", prompt

@@ -72,10 +72,10 @@ def test_a_session_goes_on_inside_a_character(scripted, count):
         assert whole.encode() + answer.unfinished == data[:end]
         assert session.tokens >= end - 1
         session = session.fork() if end % 2 else session
-    twin = session.fork()
-    twin.crop(3)
-    assert twin.text == TEXT[:3]
-    assert twin.generate("", off(3)).text + twin.text == TEXT[3] + TEXT[:4]
+    fork = session.fork()
+    fork.crop(3)
+    assert fork.text == TEXT[:3]
+    assert fork.generate("", off(3)).text + fork.text == TEXT[3] + TEXT[:4]
 
 
 @pytest.mark.parametrize("count", LENGTHS)
@@ -172,18 +172,18 @@ def test_ids_with_broken_bytes_are_gone_on_with(model):
     """Ids before them are as they are; only what follows is cut anew."""
     broken = model.vocabulary.encode_piece(b"\xff\xfe")
     ids = [*model.vocabulary.encode("x = 1\n"), *broken, *model.vocabulary.encode("import nump")]
-    found = model.generate_ids(ids, greedy(4, continuation="exact"))
-    assert found.healing.prompt_ids[: len(ids) - 3] == ids[:-3]
-    assert found.healing.overlap == 2  # a token of "ump..." may begin inside the ids
+    completion = model.generate_ids(ids, greedy(4, continuation="exact"))
+    assert completion.healing.prompt_ids[: len(ids) - 3] == ids[:-3]
+    assert completion.healing.overlap == 2  # a token of "ump..." may begin inside the ids
 
 
 def test_contexts_answers_keep_what_is_unfinished(model):
     for seed in range(8):
         params = rw.SamplingParams(max_new_tokens=3, temperature=9.0, seed=seed, continuation="off")
-        found = model.generate("x = ", params, contexts=["a b c"])
-        data = model.vocabulary.text_bytes(found.token_ids)
-        assert data.endswith(found.unfinished)
-        assert found.text == data[: len(data) - len(found.unfinished)].decode(errors="replace")
+        completion = model.generate("x = ", params, contexts=["a b c"])
+        data = model.vocabulary.text_bytes(completion.token_ids)
+        assert data.endswith(completion.unfinished)
+        assert completion.text == data[: len(data) - len(completion.unfinished)].decode(errors="replace")
 
 
 def test_half_a_character_without_a_token_is_refused_where_it_cannot_be_drawn():

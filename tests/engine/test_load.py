@@ -156,8 +156,8 @@ def test_what_sdpa_cannot_do_is_left_to_the_models_own_attention(tmp_path, tiny_
     ids = list(range(5, 45))
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0]
-        found = model._runner.forward(ids, model.new_cache(50), 40)
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+        logits = model._runner.forward(ids, model.new_cache(50), 40)
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_a_model_without_rope_is_refused_before_its_weights_are_read(tmp_path, tiny_folder):

@@ -61,6 +61,6 @@ def test_the_shell(tiny_folder, tmp_path):
     done = CliRunner().invoke(cli, ["show", "rerope:0.25x", "--trained", "4k", "--out", out], catch_exceptions=False)
     assert "rerope:1k" in done.output
     arguments = ["generate", str(tiny_folder), "import ", "--max-new-tokens", "4", "--temperature", "0", "--rope"]
-    one, other = (CliRunner().invoke(cli, [*arguments, spec]) for spec in ("rerope:0.5x", "rerope:128"))
-    assert one.exit_code == 0
-    assert one.output == other.output
+    multiple, plain = (CliRunner().invoke(cli, [*arguments, spec]) for spec in ("rerope:0.5x", "rerope:128"))
+    assert multiple.exit_code == 0
+    assert multiple.output == plain.output

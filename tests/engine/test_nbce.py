@@ -1,4 +1,4 @@
-"""One answer over many contexts, against a naive twin that encodes everything anew at every step."""
+"""One answer over many contexts, against a naive implementation that encodes everything again at every step."""
 
 import math
 from types import SimpleNamespace
@@ -32,8 +32,8 @@ def params(count=12, **others):
     return rw.SamplingParams(**{"max_new_tokens": count, "temperature": 0, "continuation": "off"} | others)
 
 
-def kept(probabilities, top_p):
-    """The outcomes that top-p keeps, the likeliest first until their sum reaches it."""
+def nucleus(probabilities, top_p):
+    """The outcomes that top-p holds, the likeliest first until their sum reaches it."""
     chosen, total = [], 0.0
     for index in sorted(range(len(probabilities)), key=lambda n: -probabilities[n]):
         chosen.append(index)
@@ -43,10 +43,10 @@ def kept(probabilities, top_p):
     return chosen
 
 
-def naive_law(rows, *, pooling, beta, top_p, stickiness, last):
+def naive_pool(rows, *, pooling, beta, top_p, stickiness, last):
     """The formula, outcome by outcome: pooled nats and, for each context, how much it speaks for each outcome."""
     logs = [[math.log(p) if p > 0 else -math.inf for p in row] for row in rows]
-    nuclei = [kept(row, top_p) for row in rows]
+    nuclei = [nucleus(row, top_p) for row in rows]
     contexts = range(1, len(rows))
     if pooling == "entropy":
         entropies = {k: -sum(rows[k][v] * logs[k][v] for v in nuclei[k]) for k in contexts}
@@ -62,7 +62,7 @@ def naive_law(rows, *, pooling, beta, top_p, stickiness, last):
         else:
             means = [float(np.mean([logs[k][v] for k in contexts])) for v in range(len(rows[0]))]
             total = math.fsum(map(math.exp, means))
-            inside = kept([math.exp(mean) / total for mean in means], top_p)
+            inside = nucleus([math.exp(mean) / total for mean in means], top_p)
             pooled = {v: means[v] for v in inside}
     without = set(nuclei[0])
     scores = {v: (1 + beta) * p - beta * logs[0][v] if v in without else p for v, p in pooled.items()}
@@ -70,22 +70,24 @@ def naive_law(rows, *, pooling, beta, top_p, stickiness, last):
 
 
 def naive_answer(model, texts, count, **nbce):
-    """Greedy, every row encoded anew by transformers' modules at every step."""
+    """Greedy, every row encoded again by transformers' modules at every step."""
     rows = [model.tokenizer(text).input_ids for text in texts]
     length = max(map(len, rows)) + count
-    written, sources, laws, last = [], [], [], None
+    written, sources, distributions, last = [], [], [], None
     for _ in range(count):
         prepare(model, length)
         with torch.inference_mode():
-            found = [model.hf(torch.tensor([[*row, *written]])).logits[0, -1].double().softmax(-1) for row in rows]
-        scores, spoken = naive_law([row.tolist() for row in found], last=last, **nbce)
+            probabilities = [
+                model.hf(torch.tensor([[*row, *written]])).logits[0, -1].double().softmax(-1) for row in rows
+            ]
+        scores, spoken = naive_pool([row.tolist() for row in probabilities], last=last, **nbce)
         token = max(scores, key=lambda v: (scores[v], -v))
         last = max(range(len(spoken)), key=lambda k: spoken[k][token])
         written.append(token)
         sources.append(last)
         total = math.log(math.fsum(map(math.exp, scores.values())))
-        laws.append({v: score - total for v, score in scores.items()})
-    return written, sources, laws
+        distributions.append({v: score - total for v, score in scores.items()})
+    return written, sources, distributions
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -103,16 +105,16 @@ def naive_answer(model, texts, count, **nbce):
 def test_answers_are_those_of_the_naive_twin(model, spec, settings):
     model.rope = spec
     nbce = NBCE(**settings)
-    found = model.generate(QUESTION, params(logprobs=5000), contexts=CONTEXTS, pooling=nbce)
+    completion = model.generate(QUESTION, params(logprobs=5000), contexts=CONTEXTS, pooling=nbce)
     texts = [QUESTION, *(f"{context}\n\n{QUESTION}" for context in CONTEXTS)]
     every = {"pooling": "entropy", "beta": 0.25, "top_p": 0.95, "stickiness": 0.1} | settings
-    written, sources, laws = naive_answer(model, texts, len(found.token_ids), **every)
-    assert found.token_ids == written
-    assert found.sources == sources
-    for token, law in zip(found.logprobs, laws, strict=True):
-        assert token.top.keys() == law.keys()
-        assert token.top == pytest.approx(law, abs=1e-4)
-    assert found.usage.prompt_tokens == sum(len(model.tokenizer(text).input_ids) for text in texts)
+    written, sources, distributions = naive_answer(model, texts, len(completion.token_ids), **every)
+    assert completion.token_ids == written
+    assert completion.sources == sources
+    for token, distribution in zip(completion.logprobs, distributions, strict=True):
+        assert token.top.keys() == distribution.keys()
+        assert token.top == pytest.approx(distribution, abs=1e-4)
+    assert completion.usage.prompt_tokens == sum(len(model.tokenizer(text).input_ids) for text in texts)
 
 
 def test_the_defaults_are_those_of_the_source(model):
@@ -135,22 +137,26 @@ def test_the_choice_sticks(model):
 @pytest.mark.parametrize("question", [QUESTION, "import nump", "    retur"])
 def test_one_context_pooled_alone_is_plain_generation(model, question, continuation):
     alone = NBCE(beta=0, top_p=1.0)
-    wanted = rw.SamplingParams(max_new_tokens=8, temperature=0, continuation=continuation, logprobs=3)
+    sampling = rw.SamplingParams(max_new_tokens=8, temperature=0, continuation=continuation, logprobs=3)
     for context in CONTEXTS:
-        found = model.generate(question, wanted, contexts=[context], pooling=alone)
-        plain = model.generate(f"{context}\n\n{question}", wanted)
-        assert (found.text, found.token_ids, found.finish_reason) == (plain.text, plain.token_ids, plain.finish_reason)
-        assert found.sources == [0] * len(found.token_ids)
-        assert (found.healing is None) == (plain.healing is None)
-        for a, b in zip(found.logprobs, plain.logprobs, strict=True):
+        completion = model.generate(question, sampling, contexts=[context], pooling=alone)
+        plain = model.generate(f"{context}\n\n{question}", sampling)
+        assert (completion.text, completion.token_ids, completion.finish_reason) == (
+            plain.text,
+            plain.token_ids,
+            plain.finish_reason,
+        )
+        assert completion.sources == [0] * len(completion.token_ids)
+        assert (completion.healing is None) == (plain.healing is None)
+        for a, b in zip(completion.logprobs, plain.logprobs, strict=True):
             assert a.top == pytest.approx(b.top, abs=1e-4)
 
 
 def test_a_question_cut_inside_a_token_is_gone_on_with(model):
-    found = model.generate("    retur", params(continuation="auto"), contexts=CONTEXTS)
-    assert found.text.startswith("n ")
-    assert found.healing is not None
-    assert found.healing.overlap > 0
+    completion = model.generate("    retur", params(continuation="auto"), contexts=CONTEXTS)
+    assert completion.text.startswith("n ")
+    assert completion.healing is not None
+    assert completion.healing.overlap > 0
 
 
 def test_contexts_are_read_once(model, monkeypatch):
@@ -184,10 +190,10 @@ def test_a_new_scaler_turns_what_was_read(model):
     rotated = model._contexts._cached
     model.clear_contexts()
     model.generate(QUESTION, params(1), contexts=CONTEXTS)
-    for kept, fresh in zip(rotated, model._contexts._cached, strict=True):
+    for nucleus, fresh in zip(rotated, model._contexts._cached, strict=True):
         # of the first layer: beyond it, what was read stays as it was understood
-        tokens = min(len(kept.ids), len(fresh.ids))
-        assert cache_difference(kept.cache, fresh.cache, tokens, layers=1) < 1e-4
+        tokens = min(len(nucleus.ids), len(fresh.ids))
+        assert cache_difference(nucleus.cache, fresh.cache, tokens, layers=1) < 1e-4
 
 
 def test_a_stream_is_the_answer_and_may_be_dropped(model):
@@ -275,18 +281,18 @@ def test_stops_and_penalties_act_on_the_pooled_answer(model):
 
 def test_transformers_modules_give_the_same(tiny_folder, model):
     plain = rw.load(tiny_folder, max_length=4096, compile=False)
-    found, expected = (one.generate(QUESTION, params(), contexts=CONTEXTS) for one in (plain, model))
-    assert (found.text, found.sources) == (expected.text, expected.sources)
-    assert plain.generate(QUESTION, params(), contexts=CONTEXTS) == found
+    completion, expected = (one.generate(QUESTION, params(), contexts=CONTEXTS) for one in (plain, model))
+    assert (completion.text, completion.sources) == (expected.text, expected.sources)
+    assert plain.generate(QUESTION, params(), contexts=CONTEXTS) == completion
 
 
 def test_a_template_is_the_text_of_a_row(model):
     nbce = NBCE(template="# {question}\n{context}\n#")
     assert nbce.rows("{context}?", ["{question}"]) == ["# {context}?\n\n#", "# {context}?\n{question}\n#"]
-    found = model.generate(
+    completion = model.generate(
         "why", params(4), contexts=CONTEXTS[:1], pooling=NBCE(template=nbce.template, beta=0, top_p=1)
     )
-    assert found.text == model.generate(f"# why\n{CONTEXTS[0]}\n#", params(4)).text
+    assert completion.text == model.generate(f"# why\n{CONTEXTS[0]}\n#", params(4)).text
 
 
 @pytest.mark.parametrize(

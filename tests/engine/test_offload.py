@@ -51,7 +51,7 @@ def test_a_loaded_model_on_the_disk_answers_like_one_in_memory(places, tiny_fold
         for params in (greedy, drawn):
             assert split.generate("def first(", params).text == whole.generate("def first(", params).text
         assert split.logprob("abc", given="d") == pytest.approx(whole.logprob("abc", given="d"), abs=1e-4)
-    healed = [rw.heal(one.hf, one.tokenizer, ["def fi"], drawn) for one in (whole, split)]
+    healed = [rw.heal(model.hf, model.tokenizer, ["def fi"], drawn) for model in (whole, split)]
     assert torch.equal(healed[0].input_ids, healed[1].input_ids)
 
 

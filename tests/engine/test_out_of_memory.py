@@ -38,9 +38,9 @@ def limit(monkeypatch, model, most, error=ERRORS["numpy"]):
 def test_smaller_chunks_are_tried(model, monkeypatch, error):
     expected = model.score(TEXT)
     sizes = limit(monkeypatch, model, 200, error)
-    found = model.score(TEXT)
+    score = model.score(TEXT)
     assert max(sizes) > 200 >= sizes[-1]
-    assert torch.allclose(found.logprobs, expected.logprobs, atol=1e-4)
+    assert torch.allclose(score.logprobs, expected.logprobs, atol=1e-4)
 
 
 def test_when_nothing_fits_it_is_said_and_the_model_goes_on(model, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_cache_that_cannot_go_back_loses_no_answer_that_was_done(model, monkey
         fails(tight, model)
         with pytest.raises(rw.OutOfMemory, match="out of memory after") as raised:
             model.generate(BATCH, params)
-    assert {n: one.token_ids for n, one in raised.value.finished.items()} == {n: expected[n] for n in done}
+    assert {n: answer.token_ids for n, answer in raised.value.finished.items()} == {n: expected[n] for n in done}
     assert tokens(model.generate(BATCH, params)) == expected
 
 
@@ -189,4 +189,4 @@ def test_answers_over_contexts_come_with_the_error_too(model, monkeypatch):
         limit(tight, model, 30)
         with pytest.raises(rw.OutOfMemory) as raised:
             model.generate(["\nWhat is it?", "\n" + TEXT], params, **ask)
-    assert {n: one.token_ids for n, one in raised.value.finished.items()} == {0: expected.token_ids}
+    assert {n: answer.token_ids for n, answer in raised.value.finished.items()} == {0: expected.token_ids}

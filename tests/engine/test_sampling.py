@@ -11,7 +11,7 @@ from ropewalk.engine.sampling import SeenTokens, filtered, penalize_repetition, 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
-def kept(**fields):
+def remaining(**fields):
     return [i for i, x in enumerate(filtered(LOGITS, SamplingParams(**fields)).tolist()) if x > -math.inf]
 
 
@@ -32,7 +32,7 @@ def kept(**fields):
     ],
 )
 def test_filters_keep_what_their_definitions_say(fields, expected):
-    assert kept(**fields) == expected
+    assert remaining(**fields) == expected
 
 
 def test_filters_do_not_depend_on_the_order_of_tokens():

@@ -1,4 +1,4 @@
-"""The law of a session: whatever was done to it, it writes what `generate` writes after the whole text."""
+"""After any calls a session writes what `generate` writes after the whole text."""
 
 from itertools import islice
 
@@ -39,8 +39,8 @@ def same(written, expected):
         assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
 
 
-class Twin:
-    """A session and the bytes that should be in it; they are read anew by whatever is asked of it."""
+class CheckedSession:
+    """A session and the bytes that should be in it; each check reads them again."""
 
     def __init__(self, model, session, data=b""):
         self.model, self.session, self.data = model, session, data
@@ -50,7 +50,7 @@ class Twin:
         self.data += piece.encode()
 
     def afresh(self, piece, params, count=None):
-        """What `generate` writes after the whole text: so many pieces, and the answer."""
+        """What `generate` writes after the whole text: its pieces, and the answer."""
         data = self.data + piece.encode()
         try:
             prompt = self.model.read(data.decode(), params.continuation)
@@ -104,41 +104,41 @@ OPERATIONS = st.one_of(
 @given(steps=st.lists(st.tuples(st.integers(0, 3), OPERATIONS), min_size=3, max_size=8))
 def test_any_sequence_of_operations(model, tmp_path_factory, steps):
     file = tmp_path_factory.getbasetemp() / "any.safetensors"
-    twins = [Twin(model, model.session())]
+    sessions = [CheckedSession(model, model.session())]
     for which, (name, *arguments) in steps:
-        twin = twins[which % len(twins)]
+        checked = sessions[which % len(sessions)]
         if name == "fork":
-            twins.append(Twin(model, twin.session.fork(), twin.data))
+            sessions.append(CheckedSession(model, checked.session.fork(), checked.data))
         elif name == "save":
-            twin.session.save(file)
-            twin.session = model.session(file)
+            checked.session.save(file)
+            checked.session = model.session(file)
         else:
-            getattr(twin, name)(*arguments)
-    for twin in twins:
-        twin.check()
-        twin.generate("", greedy(3))
+            getattr(checked, name)(*arguments)
+    for checked in sessions:
+        checked.check()
+        checked.generate("", greedy(3))
 
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_after_every_kind_of_text(model, piece):
     for settings_of in PARAMS[:1] + PARAMS[2:3] + PARAMS[5:6]:
-        twin = Twin(model, model.session())
-        twin.append(TEXT + piece)
-        twin.check()
-        twin.generate("", settings_of)
-        twin.generate(piece, settings_of)
-        twin.check()
+        checked = CheckedSession(model, model.session())
+        checked.append(TEXT + piece)
+        checked.check()
+        checked.generate("", settings_of)
+        checked.generate(piece, settings_of)
+        checked.check()
 
 
 @pytest.mark.parametrize("spec", ["yarn:4", "rerope:16|logn", "ntk:4|self-extend:4,window=16"])
 def test_the_law_holds_under_a_scaler(model, spec):
     model.rope = spec
-    twin = Twin(model, model.session())
-    twin.append(TEXT)
-    twin.generate("for", greedy(8))
-    fork = Twin(model, twin.session.fork(), twin.data)
-    twin.crop(0.8)
-    for one in (twin, fork):
+    checked = CheckedSession(model, model.session())
+    checked.append(TEXT)
+    checked.generate("for", greedy(8))
+    fork = CheckedSession(model, checked.session.fork(), checked.data)
+    checked.crop(0.8)
+    for one in (checked, fork):
         one.generate(MORE, greedy(8))
         one.check()
 
@@ -157,12 +157,12 @@ def test_nothing_is_read_twice(model, monkeypatch):
 
 
 def test_a_text_ends_where_the_start_token_is_no_longer_needed(model):
-    twin = Twin(model, model.session())
-    twin.generate("x", greedy(4, continuation="exact"))  # no token is certain: it is read after a start token
-    twin.generate("", greedy(4))
-    twin.crop(0)
-    twin.generate("", greedy(4))
-    twin.check()
+    checked = CheckedSession(model, model.session())
+    checked.generate("x", greedy(4, continuation="exact"))  # no token is certain: it is read after a start token
+    checked.generate("", greedy(4))
+    checked.crop(0)
+    checked.generate("", greedy(4))
+    checked.check()
 
 
 def test_a_closed_session_keeps_its_text_and_reads_it_again(model):
@@ -212,15 +212,15 @@ def test_the_parent_copies_where_it_writes_first(model):
 @pytest.mark.parametrize("spec", [None, "rerope:16"])
 def test_a_fork_and_its_parent_do_not_see_each_other(model, spec):
     model.rope = spec
-    parent = Twin(model, model.session())
+    parent = CheckedSession(model, model.session())
     parent.append(TEXT)
     parent.generate("", greedy(3))
-    forks = [Twin(model, parent.session.fork(), parent.data) for _ in range(3)]
-    for n, twin in enumerate([forks[0], parent, *forks[1:]]):
-        twin.crop(1 - n / 10)
-        twin.generate(f"x{n} = ", greedy())
-    for twin in [parent, *forks]:
-        twin.check()
+    forks = [CheckedSession(model, parent.session.fork(), parent.data) for _ in range(3)]
+    for n, checked in enumerate([forks[0], parent, *forks[1:]]):
+        checked.crop(1 - n / 10)
+        checked.generate(f"x{n} = ", greedy())
+    for checked in [parent, *forks]:
+        checked.check()
 
 
 # Refusals

@@ -39,11 +39,11 @@ def test_a_saved_session_goes_on_without_reading_again(model, monkeypatch, tmp_p
     loaded = model.session(tmp_path / "s")
     model.rope = spec
     with counted(model, monkeypatch) as counts:
-        found = loaded.generate(MORE, greedy(8, logprobs=1))
+        completion = loaded.generate(MORE, greedy(8, logprobs=1))
     assert sum(counts) < 60 < loaded.tokens
-    assert (found.text, found.token_ids) == (expected.text, expected.token_ids)
-    for a, b in zip(found.logprobs, expected.logprobs, strict=True):
-        assert a.logprob == pytest.approx(b.logprob, abs=1e-4)  # a map's keys are turned anew
+    assert (completion.text, completion.token_ids) == (expected.text, expected.token_ids)
+    for a, b in zip(completion.logprobs, expected.logprobs, strict=True):
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-4)  # a map's keys are rotated again
     assert (loaded.text, loaded._cached.ids) == (session.text, session._cached.ids)
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("untouched")
 LONG = TEXT * 3
 
 
-def goes_on(model, session):
+def continues(model, session):
     """The session is right, and writes what is written after its text; twice, since a step follows a chunk."""
     for piece in (LONG, "x = 1\n", ""):
         check_cache(model, session)
@@ -33,7 +33,7 @@ def test_reading_is_interrupted_inside_a_chunk(model, monkeypatch, spec, where, 
     with interrupted(monkeypatch, where, after), pytest.raises(KeyboardInterrupt):
         session.append(LONG)
     assert session.text == TEXT
-    goes_on(model, session)
+    continues(model, session)
 
 
 @SPECS
@@ -53,7 +53,7 @@ def test_reading_is_interrupted_by_its_progress_and_goes_on_where_it_was(model, 
     check_cache(model, session)
     session.append(LONG, stop)
     assert calls[2][0] == 80
-    goes_on(model, session)
+    continues(model, session)
 
 
 @SPECS
@@ -81,7 +81,7 @@ def test_an_answer_is_interrupted_in_its_opening_or_in_a_step(model, monkeypatch
         assert whole.startswith(written)
     else:
         assert session.text == TEXT
-    goes_on(model, session)
+    continues(model, session)
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
@@ -97,12 +97,12 @@ def test_memory_that_runs_out_while_the_cache_grows(model, monkeypatch, error):
             raise error
         return make(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(rw.ContextOverflow, match="out of memory") as told:
+    with monkeypatch.context() as patch, pytest.raises(rw.ContextOverflow, match="out of memory") as raised:
         patch.setattr(KVLayer, "_new", fails)
         session.append(LONG)
-    assert isinstance(told.value.__cause__, error)
-    for one in (fork, session):
-        goes_on(model, one)
+    assert isinstance(raised.value.__cause__, error)
+    for each in (fork, session):
+        continues(model, each)
 
 
 @SPECS
@@ -118,7 +118,7 @@ def test_a_stream_that_is_left_ends_there(model, spec, pieces):
             break
     expected.append(last)  # the stream was closed when nobody held it any more
     assert session.text == TEXT + MORE + "".join(expected)
-    goes_on(model, session)
+    continues(model, session)
 
 
 @pytest.mark.parametrize("operation", ["append", "generate", "stream", "fork", "crop", "save", "close"])
@@ -149,7 +149,7 @@ def test_whatever_is_done_to_a_session_ends_its_stream(model, tmp_path, operatio
                 assert text.startswith(TEXT + MORE + first + "y")
     assert list(stream) == []
     assert session.text == text
-    goes_on(model, session)
+    continues(model, session)
 
 
 def test_a_stream_that_never_began_changes_nothing(model):
@@ -159,7 +159,7 @@ def test_a_stream_that_never_began_changes_nothing(model):
     session.append(MORE)
     assert list(stale) == []
     assert session.text == TEXT + MORE
-    goes_on(model, session)
+    continues(model, session)
 
 
 def test_other_requests_between_two_pieces_change_nothing(model):
@@ -184,7 +184,7 @@ def test_a_change_of_scaler_ends_a_stream_with_an_error_and_the_session_goes_on(
         next(stream)
     assert session.text == TEXT + MORE + first
     model.rope = None
-    goes_on(model, session)
+    continues(model, session)
 
 
 def test_keys_that_are_turned_half_way_are_not_kept(model, monkeypatch):
@@ -194,7 +194,7 @@ def test_keys_that_are_turned_half_way_are_not_kept(model, monkeypatch):
     with interrupted(monkeypatch, "rotated", 2), pytest.raises(KeyboardInterrupt):
         session.append("x")
     assert session.text == LONG
-    goes_on(model, session)
+    continues(model, session)
 
 
 def test_an_interrupted_retune_of_a_fork_leaves_its_parent(model, monkeypatch):
@@ -205,7 +205,7 @@ def test_an_interrupted_retune_of_a_fork_leaves_its_parent(model, monkeypatch):
     with interrupted(monkeypatch, "rotated", 2), pytest.raises(KeyboardInterrupt):
         fork.append("x")
     assert fork.text == LONG
-    goes_on(model, fork)
+    continues(model, fork)
     assert cache_difference(parent._cached.cache, expected, parent.tokens) == 0
     model.rope = None
-    goes_on(model, parent)
+    continues(model, parent)

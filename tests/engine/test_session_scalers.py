@@ -1,4 +1,4 @@
-"""`model.rope = ...` over a live session: its keys are turned in place, and its text is not read again."""
+"""`model.rope = ...` over a live session: its keys are rotated in place, and its text is not read again."""
 
 import pytest
 import torch
@@ -45,14 +45,14 @@ def shallow(tiny_folder, tokenizer):
 @pytest.fixture(scope="module")
 def afresh(shallow):
     """Under every scaler: a session that read the whole text under it, and what it writes."""
-    found = {}
+    answers = {}
     for spec in SPECS:
         shallow.rope = spec
         session = shallow.session()
         session.append(LONG + MORE)
-        found[spec] = session.fork(), session.generate("", greedy(2, logprobs=3))
+        answers[spec] = session.fork(), session.generate("", greedy(2, logprobs=3))
     shallow.rope = None
-    return found
+    return answers
 
 
 @pytest.mark.parametrize("before", SPECS)
@@ -60,7 +60,7 @@ def test_turned_in_place_is_read_afresh(shallow, afresh, before):
     shallow.rope = before
     session = shallow.session()
     session.append(LONG)
-    session.fork().append(TEXT)  # copies turned by a map must not outlive it
+    session.fork().append(TEXT)  # copies rotated for a map must not outlive it
     for after in SPECS:
         shallow.rope = after
         fork = session.fork()
@@ -143,7 +143,7 @@ def plain(tiny_folder):
 
 @pytest.fixture(scope="module")
 def sliding(tokenizer):
-    """A model whose cache has forgotten what lies behind its windows."""
+    """A model whose cache drops the keys behind its windows."""
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=1024,
@@ -178,8 +178,8 @@ def test_the_law_holds_where_transformers_runs_the_model(request, which):
     fork = session.fork()
     session.crop(len(TEXT) - 5)
     assert session.text == TEXT[:-5]
-    for one in (session, fork, session):
-        same_as_text(model, one, "import nump", greedy(5))
+    for each in (session, fork, session):
+        same_as_text(model, each, "import nump", greedy(5))
     stream = session.stream(MORE, greedy(5))
     next(stream)
     stream.close()

@@ -67,14 +67,14 @@ def test_a_prompt_that_looks_like_a_chat_is_told_how_to_become_one(model):
 
 def test_contexts_are_read_the_same_way(model, asking):
     special = model.tokenizer.convert_tokens_to_ids(NAME)
-    for one, count in ((model, 0), (asking, 1)):
+    for each, count in ((model, 0), (asking, 1)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            answer = one.over_contexts("why?", [TEXT], "entropy", greedy(1))
+            answer = each.over_contexts("why?", [TEXT], "entropy", greedy(1))
         assert [row.ids.count(special) for row in answer._prompts] == [0, count]  # without a context, and with it
 
 
-def test_laws_of_bytes_go_on_behind_a_name_and_inside_it(model, asking):
+def test_byte_probabilities_after_a_name_and_inside_it(model, asking):
     special = model.tokenizer.convert_tokens_to_ids(NAME)
     behind = model.next_byte_logprobs(TEXT)
     assert not torch.allclose(behind, asking.next_byte_logprobs(TEXT))

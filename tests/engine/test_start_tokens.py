@@ -43,7 +43,7 @@ def answers(model):
     healed = rw.heal(model.hf, model.tokenizer, PROMPTS, greedy())
     contexts = [CODE[:60], CODE[60:150]]
     return {
-        "generate": [model.generate(one, greedy(8)) for one in PROMPTS],
+        "generate": [model.generate(prompt, greedy(8)) for prompt in PROMPTS],
         "off": model.generate(PROMPTS[0], greedy(8, continuation="off")),
         "list": model.generate(PROMPTS, greedy(8)),
         "bytes": model.generate(PROMPTS[0].encode(), greedy(8)),
@@ -59,10 +59,10 @@ def answers(model):
 
 @pytest.mark.parametrize(("closing", "open_"), [("$A *", "$A"), ("* $A *", "* $A"), ("$A * *", "$A")])
 def test_a_closing_tokenizer_changes_no_answer(under, closing, open_):
-    found, expected = answers(under(closing)), answers(under(open_))
+    actual, expected = answers(under(closing)), answers(under(open_))
     for name in expected:
-        assert found[name] == expected[name], name
-    assert found["generate"][0].text.startswith("it__")
+        assert actual[name] == expected[name], name
+    assert actual["generate"][0].text.startswith("it__")
 
 
 def test_the_answer_is_what_transformers_writes_after_the_open_text(under):

@@ -15,18 +15,18 @@ import json, os, sys
 import ropewalk as rw
 
 folder, out, ropes, *command = sys.argv[1:]
-found = {}
+results = {}
 for rope in ropes.split(";"):
     model = rw.load(folder, rope=rope, dtype="float32", tp_plan="auto", max_length=4096)
     greedy = rw.SamplingParams(max_new_tokens=8, temperature=0)
-    found[rope] = {
+    results[rope] = {
         "how": model._runner.how,
-        "written": [one.text for one in model.generate(["import nump", "class A"], greedy)],
+        "written": [completion.text for completion in model.generate(["import nump", "class A"], greedy)],
         "sampled": model.generate("def f(x):", rw.SamplingParams(max_new_tokens=8)).text,
         "losses": model.score_ids([i % 1000 for i in range(400)]).tolist(),
     }
 with open(f"{out}/{os.environ['RANK']}.json", "w") as file:
-    json.dump(found, file)
+    json.dump(results, file)
 
 from ropewalk.cli.main import cli
 cli(command)
@@ -37,8 +37,8 @@ ROPES = ["none", "yarn:4", "rerope:64|logn", "dynamic-yarn"]
 @pytest.fixture(scope="module")
 def measured(tiny_folder):
     """The command whose run is compared."""
-    asked = ["passkey", str(tiny_folder), "--rope", "none", "--rope", "rerope:64|logn", "--lengths", "1x"]
-    return [*asked, "--depths", "0.5", "--trials", "1", "--dtype", "float32"]
+    arguments = ["passkey", str(tiny_folder), "--rope", "none", "--rope", "rerope:64|logn", "--lengths", "1x"]
+    return [*arguments, "--depths", "0.5", "--trials", "1", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,11 @@ def test_two_processes_compute_what_one_does(tiny_folder, split):
     for rope in ROPES:
         whole = rw.load(tiny_folder, rope=rope, dtype="float32", compile=False, max_length=4096)
         greedy = rw.SamplingParams(max_new_tokens=8, temperature=0)
-        assert [one.text for one in whole.generate(["import nump", "class A"], greedy)] == first[rope]["written"]
-        wanted = whole.score_ids([i % 1000 for i in range(400)]).tolist()
-        assert wanted == pytest.approx(first[rope]["losses"], abs=1e-4)
+        assert [completion.text for completion in whole.generate(["import nump", "class A"], greedy)] == first[rope][
+            "written"
+        ]
+        losses = whole.score_ids([i % 1000 for i in range(400)]).tolist()
+        assert losses == pytest.approx(first[rope]["losses"], abs=1e-4)
         assert "split over 2 processes" in first[rope]["how"]
 
 
@@ -110,7 +112,7 @@ def test_a_model_with_layers_on_disk_is_known_by_the_others(tiny_folder):
 
 @pytest.mark.slow
 def test_a_measurement_of_a_split_model_is_that_of_the_whole_one(measured, split, tmp_path):
-    assert split[1].count("report.html") == 1, "one process tells"
+    assert split[1].count("report.html") == 1, "one process writes"
     assert CliRunner().invoke(cli, [*measured, "--no-compile", "--out", str(tmp_path)]).exit_code == 0
     rows = {}
     for name, folder in (("split", split[0] / "run"), ("whole", tmp_path)):

@@ -28,13 +28,13 @@ PROMPTS = ["import nump", "http:", "x = f(", "    retur", "def ", "a", "\n\n", "
 
 
 class ExactModel:
-    """A language model whose next-token law follows from a law over strings; token 0 of every context starts it."""
+    """A language model with the next-token probabilities of a distribution over strings. Token 0 begins a text."""
 
     device = torch.device("cpu")
 
-    def __init__(self, law):
-        self.law = law
-        known = law.vocabulary
+    def __init__(self, distribution):
+        self.distribution = distribution
+        known = distribution.vocabulary
         self.start, self.size = len(known.tokens), len(known.tokens) + 2  # a start and an end token
         known.tokens, known.special_ids = [*known.tokens, b"", b""], known.special_ids | {self.start, self.start + 1}
         self.config = SimpleNamespace(
@@ -52,8 +52,8 @@ class ExactModel:
     def logits(self, ids):
         weights = torch.full((self.size,), 1e-30, dtype=torch.float64)
         for token in range(self.start):
-            weights[token] += self.law.sequences.get((*ids, token), 0.0)
-        weights[-1] += self.law.sequences.get((*ids, END), 0.0)
+            weights[token] += self.distribution.sequences.get((*ids, token), 0.0)
+        weights[-1] += self.distribution.sequences.get((*ids, END), 0.0)
         return weights.log()
 
 
@@ -63,39 +63,43 @@ def exact(request):
 
 
 def started(covered, model):
-    """The cover behind the start token, which a law over strings needs to say how one begins."""
+    """The cover behind the start token, which a distribution over strings needs for the first token."""
     return replace(covered, common_prefix=(model.start, *covered.common_prefix), prompt=(model.start, *covered.prompt))
 
 
 def weighed(model, prompt):
-    covered = cover(model.law.vocabulary, prompt)
+    covered = cover(model.distribution.vocabulary, prompt)
     return covered, weigh(
-        TransformersRunner(model), started(covered, model), None, DynamicCache(), model.law.vocabulary
+        TransformersRunner(model), started(covered, model), None, DynamicCache(), model.distribution.vocabulary
     )
 
 
-def test_next_byte_law_is_the_exact_one(exact):
-    for prompt in exact.law.prompts(25, seed=1):
+def test_next_byte_probabilities_are_exact(exact):
+    for prompt in exact.distribution.prompts(25, seed=1):
         covered, covers = weighed(exact, prompt)
-        whole = exact.law.bytes[covered.text]
+        whole = exact.distribution.bytes[covered.text]
         expected = torch.zeros(257)
-        for byte, weight in exact.law.by_bytes(covered.text).items():
+        for byte, weight in exact.distribution.by_bytes(covered.text).items():
             expected[256 if byte == END else byte] = weight / whole
-        assert torch.allclose(covers.next_byte_logprobs(exact.law.vocabulary).exp(), expected, atol=1e-5)
+        assert torch.allclose(covers.next_byte_logprobs(exact.distribution.vocabulary).exp(), expected, atol=1e-5)
 
 
 def test_log_probability_of_a_text_is_the_exact_one(exact):
-    for prompt in exact.law.prompts(10, seed=2):
-        covered = cover(exact.law.vocabulary, prompt)
-        got = text_logprob(TransformersRunner(exact), covered, exact.start, 0, DynamicCache(), exact.law.vocabulary)
-        assert got == pytest.approx(math.log(exact.law.bytes[covered.text] / exact.law.bytes[b""]), abs=1e-5)
+    for prompt in exact.distribution.prompts(10, seed=2):
+        covered = cover(exact.distribution.vocabulary, prompt)
+        got = text_logprob(
+            TransformersRunner(exact), covered, exact.start, 0, DynamicCache(), exact.distribution.vocabulary
+        )
+        assert got == pytest.approx(
+            math.log(exact.distribution.bytes[covered.text] / exact.distribution.bytes[b""]), abs=1e-5
+        )
 
 
 def test_answers_are_drawn_with_their_exact_frequency():
     """Whole answers, to their end: the draw among covers and the ordinary decoding after it."""
-    law = Law("plain", 6)
-    model, known = ExactModel(law), law.vocabulary
-    prompt, draws, found, runner = b"abba", 600, Counter(), TransformersRunner(model)
+    distribution = Law("plain", 6)
+    model, known = ExactModel(distribution), distribution.vocabulary
+    prompt, draws, counts, runner = b"abba", 600, Counter(), TransformersRunner(model)
     covered = cover(known, prompt)
     assert len(covered.nodes) > 1
     for seed in range(draws):
@@ -107,12 +111,12 @@ def test_answers_are_drawn_with_their_exact_frequency():
             sequence.next_token(runner, runner.step(sequence.rows))
         tokens = sequence.tokens
         ids = [*tokens[0].healing.prompt_ids, *(token.id for token in tokens)]
-        found[known.text_bytes(ids)] += 1
-    for text in law.texts:
+        counts[known.text_bytes(ids)] += 1
+    for text in distribution.texts:
         if text.startswith("abba"):
-            p = (law.bytes[text.encode(), END]) / law.bytes[prompt]
-            assert abs(found[text.encode()] - draws * p) < 4.5 * math.sqrt(draws * p * (1 - p)) + 1, text
-    assert sum(found.values()) == draws
+            p = (distribution.bytes[text.encode(), END]) / distribution.bytes[prompt]
+            assert abs(counts[text.encode()] - draws * p) < 4.5 * math.sqrt(draws * p * (1 - p)) + 1, text
+    assert sum(counts.values()) == draws
 
 
 @pytest.fixture(scope="module")
@@ -121,20 +125,20 @@ def tiny(tiny_folder):
 
 
 def one_forward_each(model, covered, start):
-    """Log-probability of every cover given the trunk, by a forward of its whole token sequence."""
-    context, found = list(covered.common_prefix) or [start], []
+    """Log-probability of every cover given the certain tokens, by a forward of its whole token sequence."""
+    context, logprobs = list(covered.common_prefix) or [start], []
     for node in covered.nodes:
         with torch.inference_mode():
             logits = model(torch.tensor([[*context, *node.path]])).logits[0].float().log_softmax(-1)
         path = sum(logits[len(context) - 1 + k, token] for k, token in enumerate(node.path))
-        found.append(logits[-1] + path)
-    return found
+        logprobs.append(logits[-1] + path)
+    return logprobs
 
 
 def assert_same(covers, expected):
     for n in range(len(expected)):
-        own = covers.nodes == n
-        assert torch.allclose(covers.logprobs[own], expected[n][covers.tokens[own]], atol=2e-4), n
+        of_node = covers.nodes == n
+        assert torch.allclose(covers.logprobs[of_node], expected[n][covers.tokens[of_node]], atol=2e-4), n
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -150,8 +154,10 @@ def test_weights_are_those_of_one_forward_for_every_cover(tiny, prompt):
 def test_paths_are_run_together(tiny, spec, most, monkeypatch):
     key_runs = []
     for name in ("forward", "tree"):
-        own = getattr(tiny._runner, name)
-        monkeypatch.setattr(tiny._runner, name, lambda *args, own=own, **kw: key_runs.append(1) or own(*args, **kw))
+        original = getattr(tiny._runner, name)
+        monkeypatch.setattr(
+            tiny._runner, name, lambda *args, original=original, **kw: key_runs.append(1) or original(*args, **kw)
+        )
     tiny.rope = spec
     try:
         counts, leaves = [], []
@@ -205,10 +211,10 @@ def test_logits_beyond_the_vocabulary_end_the_text(tiny_folder):
     model = small(LlamaForCausalLM, size=len(known.tokens) + 40)
     with torch.inference_mode():
         covers = weigh(TransformersRunner(model), cover(known, "import nump"), None, new_cache(model.config, 8), known)
-    law = covers.next_byte_logprobs(known).exp()
+    distribution = covers.next_byte_logprobs(known).exp()
     beyond = covers.logprobs[covers.tokens >= len(known.tokens)].exp().sum() / math.exp(covers.total)
-    assert law.sum() == pytest.approx(1, abs=1e-5)
-    assert law[256] >= beyond > 0
+    assert distribution.sum() == pytest.approx(1, abs=1e-5)
+    assert distribution[256] >= beyond > 0
 
 
 def small(kind, size=1024, **kwargs):
@@ -225,7 +231,7 @@ def small(kind, size=1024, **kwargs):
     return kind(config).eval()
 
 
-def test_a_cache_that_cannot_forget_is_copied(tiny_folder):
+def test_a_cache_that_cannot_be_rewound_is_copied(tiny_folder):
     model = small(MistralForCausalLM, sliding_window=4)
     known = vocabulary(AutoTokenizer.from_pretrained(tiny_folder))
     covered = cover(known, "import numpy as np\nimport nump")
@@ -235,11 +241,11 @@ def test_a_cache_that_cannot_forget_is_copied(tiny_folder):
         covers = weigh(TransformersRunner(model), covered, None, cache, known)
     assert not can_rewind(cache)
     assert_same(covers, one_forward_each(model, covered, None))
-    opening = draw_first_token(
+    first = draw_first_token(
         covers, cache, rw.SamplingParams(temperature=0), random_source(rw.SamplingParams(), model.device)
     )
-    step = model(torch.tensor([opening.pending]), past_key_values=cache).logits[0, -1]
-    fresh = model(torch.tensor([[*opening.token.healing.prompt_ids, opening.token.id]])).logits[0, -1]
+    step = model(torch.tensor([first.pending]), past_key_values=cache).logits[0, -1]
+    fresh = model(torch.tensor([[*first.token.healing.prompt_ids, first.token.id]])).logits[0, -1]
     assert torch.allclose(step, fresh, atol=1e-5)
     with pytest.raises(rw.PatchError, match="give a new cache"):
         weigh(TransformersRunner(model), covered, None, cache, known)
@@ -259,14 +265,14 @@ def test_every_scaler_weighs_as_a_fresh_forward_does(tiny, spec):
         covered = cover(tiny.vocabulary, text)
         prepare(tiny, len(covered.prompt) + 5)
         expected = one_forward_each(tiny.hf, covered, None)
-        law = torch.cat(
+        distribution = torch.cat(
             [
                 row if node.aligned else row[tiny.vocabulary.trie.extensions(node.suffix)]
                 for node, row in zip(covered.nodes, expected, strict=True)
             ]
         )
         first = completion.logprobs[0].logprob
-        assert first == pytest.approx(float(law.max() - law.logsumexp(0)), abs=1e-3)
+        assert first == pytest.approx(float(distribution.max() - distribution.logsumexp(0)), abs=1e-3)
         rest = tiny.score_ids([*read, *completion.token_ids], first=len(read) + 1)
         prepare(tiny, len(covered.prompt) + 5)
         if "dynamic" not in spec:  # fixed to another length there

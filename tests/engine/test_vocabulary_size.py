@@ -76,13 +76,13 @@ def test_no_cover_has_a_token_without_a_row(small):
     """Words that go on in tokens which the model has not; before, their ids were looked up in the logits."""
     longer = [small.tokenizer.decode([i]) for i in range(ROWS, 1024)]
     beginnings = [f"x = ({word[:-1]}" for word in longer if word.isalpha() and len(word) > 3]
-    prompts = [one for one in beginnings if max(small.tokenizer(one).input_ids) < ROWS]
+    prompts = [text for text in beginnings if max(small.tokenizer(text).input_ids) < ROWS]
     assert len(prompts) > 4
     for prompt in prompts[:5]:
         assert float(small.next_byte_logprobs(prompt).exp().sum()) == pytest.approx(1, abs=1e-5)
         for seed in range(6):
-            found = small.generate(prompt, rw.SamplingParams(max_new_tokens=3, seed=seed, continuation="exact"))
-            assert max(found.token_ids + (found.healing.prompt_ids if found.healing else [])) < ROWS
+            completion = small.generate(prompt, rw.SamplingParams(max_new_tokens=3, seed=seed, continuation="exact"))
+            assert max(completion.token_ids + (completion.healing.prompt_ids if completion.healing else [])) < ROWS
         healed = rw.heal(small.hf, small.tokenizer, prompt, rw.SamplingParams(seed=1))
         assert int(healed.input_ids.max()) < ROWS
 
