@@ -45,6 +45,11 @@ def stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozens
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
 
 
+def weights_state(hf: PreTrainedModel) -> list[tuple[int, int]]:
+    """Changes when a weight is replaced or written to, or when there are others."""
+    return [(id(weight), 0 if weight.is_inference() else weight._version) for weight in hf.parameters()]
+
+
 def fingerprint(hf: PreTrainedModel, stored_in: str) -> str:
     """A hash of the config, of the dtype that the weights are stored in, and of about 64 numbers of each weight.
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ConfigError, Setting, did_you_mean
+from ..errors import AssetError, ConfigError, Setting, did_you_mean
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
 from . import tensor_parallel
@@ -16,6 +17,7 @@ from .attention import causal
 from .cache import attends_to_everything
 from .checkpoints.checkpoint import read_tokenizer, read_weights
 from .checkpoints.config import find_config, primary_rope, trained_length
+from .hf_model import weights_state
 from .model import Model
 from .runners.choose import RunnerOptions
 from .runners.cpu.family import supported
@@ -30,9 +32,10 @@ _DTYPES = {
 
 
 def load(
-    name: str | Path,
+    name: str | Path | PreTrainedModel,
     rope: str | Scaler | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
     compile: bool | Literal["auto"] = "auto",
     kv_dtype: str = "auto",
@@ -45,9 +48,13 @@ def load(
     """Load a Llama-style model and give it a position scaler.
 
         model = rw.load("smollm2-135m", rope="auto")
+        model = rw.load(hf_model, rope="auto")  # a transformers model in memory
 
     Args:
-        name: a built-in name (`ropewalk fetch` lists them), a folder, a `.gguf` file, or a hub id.
+        name: a built-in name (`ropewalk fetch` lists them), a folder, a `.gguf` file, or a hub id. Or a transformers
+            model, whose weights are used where they are. Scalers are put into it too: use `patch` if only it is to
+            run. It must not change afterwards (training, adapters); load it again then.
+        tokenizer: in place of the checkpoint's own.
         rope: a scaler or a spec string, whose lengths may be multiples of the trained one ("rerope:0.5x"). None is the
             model as it was trained. "auto" chooses by the length of each request: no scaler within the trained length,
             beyond it what `tune` stored for this model, else Self-Extend.
@@ -73,7 +80,8 @@ def load(
         UnsupportedModel: it has no RoPE, or one that cannot be verified.
         ConfigError: the scaler or an option is wrong.
     """
-    scaler = parse(rope, lambda: trained_length(str(name)))
+    in_memory = name if isinstance(name, torch.nn.Module) else None
+    scaler = parse(rope, lambda: _trained_length(name))
     if dtype not in ("auto", "int8") and dtype not in _DTYPES:
         suggestion = did_you_mean(dtype, [*_DTYPES, "auto", "int8"])
         raise ConfigError("unknown ", Setting("dtype", repr(dtype), "given"), f".{suggestion}")
@@ -90,6 +98,19 @@ def load(
         runner_options = RunnerOptions(compile=False)
     if max_length is not None and max_length < 1:
         raise ConfigError(Setting("max_length", max_length, "given"), " must be at least 1")
+    if in_memory is not None:
+        _check_in_memory(in_memory, dtype, device_map, tp_plan)
+        model = Model(
+            in_memory,
+            tokenizer or _tokenizer_of(in_memory),
+            name=in_memory.name_or_path or type(in_memory).__name__,
+            rope=scaler,
+            max_length=max_length,
+            options=runner_options,
+            special_tokens=special_tokens,
+        )
+        model.weights_at_load = weights_state(in_memory)
+        return model
     source, config = find_config(str(name))
     primary_rope(config)  # refuses what has no RoPE before any weight is read
     placement = device_map if device_map is not None else _default_device()
@@ -100,7 +121,7 @@ def load(
     options: dict[str, Any] = {"dtype": chosen}
     options |= {"device_map": placement} if tp_plan is None else tensor_parallel.options(tp_plan)
     hf = read_weights(source, config, **options)
-    tokenizer = read_tokenizer(source)
+    tokenizer = tokenizer or read_tokenizer(source)
     text_config = hf.config.get_text_config()
     if on_cpu and text_config._attn_implementation == "sdpa" and attends_to_everything(text_config):
         hf.set_attn_implementation(causal.register())  # in place of SDPA only: others cap scores or have sinks
@@ -115,6 +136,45 @@ def load(
         options=runner_options,
         special_tokens=special_tokens,
     )
+
+
+def _trained_length(name: str | Path | PreTrainedModel) -> int:
+    return primary_rope(name.config).max_length if isinstance(name, PreTrainedModel) else trained_length(str(name))
+
+
+def _check_in_memory(hf: torch.nn.Module, dtype: str, device_map: Any, tp_plan: str | None) -> None:
+    """Refuse what cannot be loaded as it is, and options that are about reading weights.
+
+    Raises:
+        ConfigError: with the next step.
+    """
+    if not isinstance(hf, PreTrainedModel):
+        merge = ", such as model.merge_and_unload() of an adapter" if hasattr(hf, "merge_and_unload") else ""
+        raise ConfigError(f"{type(hf).__name__} is no transformers model; give the model itself{merge}")
+    if getattr(hf, "_hf_peft_config_loaded", False):
+        raise ConfigError("the model has an adapter; merge it into the weights first (merge_and_unload), or delete it")
+    if hf.training:
+        raise ConfigError("the model is in training mode, where dropout acts; call model.eval() first")
+    if dtype not in ("auto", "int8"):
+        raise ConfigError(Setting("dtype", repr(dtype), "given"), " is for loading weights; use model.to(torch.DTYPE)")
+    if device_map is not None or tp_plan is not None:
+        raise ConfigError("device_map and tp_plan are for loading weights; this model is in memory already")
+
+
+def _tokenizer_of(hf: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint that a model in memory came from.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name := hf.name_or_path:
+        try:
+            return read_tokenizer(find_config(name)[0])
+        except AssetError as error:
+            raise ConfigError(
+                f"give the tokenizer: rw.load(model, tokenizer=...); {name} has none ({error})"
+            ) from error
+    raise ConfigError("this model was not loaded from a checkpoint; give its tokenizer: rw.load(model, tokenizer=...)")
 
 
 def _default_device() -> str:

@@ -290,6 +290,7 @@ class Model(ScaledModel):
         ids = token_ids(ids, self.vocabulary_size)
         if not 1 <= first < len(ids):
             raise DataError(f"first {first} of {len(ids)} token ids: it must be at least 1 and below their number")
+        self.check_weights()
         with self.running(len(ids)) as runner:
             if cache is None:
                 cache = self.new_cache(len(ids))

@@ -69,6 +69,7 @@ class ScaledModel:
         sites: its rotary modules, verified against its config.
         given_max_length: the `max_length` that the model was loaded with, or None.
         plan: the scaler in use, at every length.
+        weights_at_load: `weights_state` of a model that was in memory already; None if it was read from files.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class ScaledModel:
         self._runner = runner
         self._slot = ScalerSlot(hf, self.sites, self._runner)
         self._lock = threading.RLock()
+        self.weights_at_load: list[tuple[int, int]] | None = None
         self.rope = rope
 
     @contextmanager
@@ -337,6 +339,17 @@ class ScaledModel:
         self.check_room(total, length=total, caches=caches, plan=plan)
         return total
 
+    def check_weights(self) -> None:
+        """Refuse a transformers model that was changed after it was loaded.
+
+        Raises:
+            PatchError: with the next step.
+        """
+        if self.weights_at_load is not None and self.weights_at_load != hf_model.weights_state(self.hf):
+            raise PatchError(
+                f"the weights of {self.name} have changed since it was loaded; load it again: rw.load(model)"
+            )
+
     def check_room(
         self, *rows: int, length: int, caches: tuple[Cache | None, ...] = (), plan: RopePlan | None = None
     ) -> None:
@@ -347,6 +360,7 @@ class ScaledModel:
             caches: what holds a part of them already.
             plan: the scaler of the request; None is the model's.
         """
+        self.check_weights()
         owned = sum(cache.owned for cache in caches if isinstance(cache, KVCache))
         with self.running(length, rope=(plan or self.plan).at(length)) as runner:
             runner.check_room(*rows, owned=owned)

@@ -1,0 +1,93 @@
+"""A transformers model in memory becomes a model of ours: the same answers, and none after it was changed."""
+
+import pytest
+import torch
+from live import TEXT, greedy
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import ropewalk as rw
+
+
+@pytest.fixture
+def hf(tiny_folder):
+    return AutoModelForCausalLM.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def from_files(tiny_folder):
+    return rw.load(tiny_folder, compile=True)
+
+
+def test_it_answers_as_the_model_from_files_and_shares_its_weights(hf, from_files, tiny_folder):
+    model = rw.load(hf, max_length=4096)
+    assert model.is_compiled
+    assert model.hf is hf
+    assert model.name == str(tiny_folder)
+    assert model.generate(TEXT, greedy(12)) == from_files.generate(TEXT, greedy(12))
+    model.rope = "rerope:0.5x|logn"
+    long = TEXT * 20
+    other = rw.load(tiny_folder, "rerope:0.5x|logn", max_length=4096)
+    assert model.generate(long, greedy(8)) == other.generate(long, greedy(8))
+
+
+def test_a_length_in_the_spec_is_a_multiple_of_the_trained_one(hf):
+    assert str(rw.load(hf, "rerope:0.5x").rope) == "rerope:128"
+
+
+def test_a_tokenizer_may_be_given(hf, from_files, tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    hf.config._name_or_path = hf.name_or_path = ""
+    with pytest.raises(rw.ConfigError, match="give its tokenizer"):
+        rw.load(hf)
+    model = rw.load(hf, tokenizer=tokenizer)
+    assert model.tokenizer is tokenizer
+    assert model.name == "LlamaForCausalLM"
+    assert model.generate(TEXT, greedy(6)) == from_files.generate(TEXT, greedy(6))
+    hf.name_or_path = "/nowhere"
+    with pytest.raises(rw.ConfigError, match="give the tokenizer"):
+        rw.load(hf)
+
+
+def update(hf):
+    with torch.no_grad():
+        hf.lm_head.weight += 1
+
+
+def replace(hf):
+    hf.model.norm.weight = torch.nn.Parameter(torch.ones_like(hf.model.norm.weight))
+
+
+def add(hf):
+    hf.model.layers[0].adapter = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("change", [update, replace, add])
+def test_a_changed_model_is_refused(hf, change):
+    model = rw.load(hf)
+    model.generate(TEXT, greedy(2))
+    change(hf)
+    for call in (
+        lambda: model.generate(TEXT, greedy(2)),
+        lambda: model.score(TEXT),
+        lambda: model.generate([TEXT, TEXT], greedy(2)),
+    ):
+        with pytest.raises(rw.PatchError, match=r"load it again: rw\.load"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"dtype": "bfloat16"}, "model.to"), ({"device_map": "auto"}, "device_map"), ({"tp_plan": "auto"}, "tp_plan")],
+)
+def test_options_about_reading_weights_are_refused(hf, options, reason):
+    with pytest.raises(rw.ConfigError, match=reason):
+        rw.load(hf, **options)
+
+
+def test_what_cannot_be_run_as_it_is_is_refused(hf):
+    with pytest.raises(rw.ConfigError, match="no transformers model"):
+        rw.load(torch.nn.Linear(2, 2))
+    with pytest.raises(rw.ConfigError, match=r"call model\.eval"):
+        rw.load(LlamaForCausalLM(hf.config))
+    with rw.patch(hf, "yarn:2"), pytest.raises(rw.PatchError, match="patched with yarn:2"):
+        rw.load(hf)
