@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import AssetError, ConfigError, Setting, did_you_mean
+from ..errors import AssetError, ConfigError, PatchError, Setting, did_you_mean
 from ..scaling.rope import Scaler
 from ..scaling.spec import parse
 from . import tensor_parallel
@@ -19,6 +19,7 @@ from .checkpoints.checkpoint import read_tokenizer, read_weights
 from .checkpoints.config import find_config, primary_rope, trained_length
 from .hf_model import weights_state
 from .model import Model
+from .patches.patch_record import patched_with
 from .runners.choose import RunnerOptions
 from .runners.cpu.family import supported
 from .runners.cpu.kernels import UNAVAILABLE
@@ -103,7 +104,7 @@ def load(
         model = Model(
             in_memory,
             tokenizer or _tokenizer_of(in_memory),
-            name=in_memory.name_or_path or type(in_memory).__name__,
+            name=str(in_memory.name_or_path) or type(in_memory).__name__,
             rope=scaler,
             max_length=max_length,
             options=runner_options,
@@ -146,11 +147,15 @@ def _check_in_memory(hf: torch.nn.Module, dtype: str, device_map: Any, tp_plan: 
     """Refuse what cannot be loaded as it is, and options that are about reading weights.
 
     Raises:
-        ConfigError: with the next step.
+        ConfigError, PatchError: with the next step.
     """
     if not isinstance(hf, PreTrainedModel):
         merge = ", such as model.merge_and_unload() of an adapter" if hasattr(hf, "merge_and_unload") else ""
         raise ConfigError(f"{type(hf).__name__} is no transformers model; give the model itself{merge}")
+    if (patched := patched_with(hf)) is not None:
+        raise PatchError(
+            f"the model is patched with {patched}; undo that, and give the scaler: rw.load(model, rope=...)"
+        )
     if getattr(hf, "_hf_peft_config_loaded", False):
         raise ConfigError("the model has an adapter; merge it into the weights first (merge_and_unload), or delete it")
     if hf.training:
