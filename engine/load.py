@@ -19,7 +19,7 @@ from .checkpoints.checkpoint import read_tokenizer, read_weights
 from .checkpoints.config import find_config, primary_rope, trained_length
 from .hf_model import weights_state
 from .model import Model
-from .patches.patch_record import patched_with
+from .patches.patch import patched_with
 from .runners.choose import RunnerOptions
 from .runners.cpu.family import supported
 from .runners.cpu.kernels import UNAVAILABLE
@@ -153,9 +153,7 @@ def _check_in_memory(hf: torch.nn.Module, dtype: str, device_map: Any, tp_plan: 
         merge = ", such as model.merge_and_unload() of an adapter" if hasattr(hf, "merge_and_unload") else ""
         raise ConfigError(f"{type(hf).__name__} is no transformers model; give the model itself{merge}")
     if (patched := patched_with(hf)) is not None:
-        raise PatchError(
-            f"the model is patched with {patched}; undo that, and give the scaler: rw.load(model, rope=...)"
-        )
+        raise PatchError(f"the model is patched with {patched}; undo that, and give rope= to rw.load")
     if getattr(hf, "_hf_peft_config_loaded", False):
         raise ConfigError("the model has an adapter; merge it into the weights first (merge_and_unload), or delete it")
     if hf.training:
