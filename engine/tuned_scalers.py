@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,21 @@ class TunedScaler:
 _SCALERS = ("winner", "simplest", "servable")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TunedModel:
+    """What is kept for one model.
+
+    Attributes:
+        identity: fingerprint of its checkpoint.
+        model: its name when it was tuned.
+        tunings: the smallest target first.
+    """
+
+    identity: str
+    model: str
+    tunings: tuple[TunedScaler, ...]
+
+
 def read(identity: str) -> tuple[TunedScaler, ...]:
     """All that is kept for the model of that `identity`, the smallest target first.
 
@@ -67,19 +83,16 @@ def read(identity: str) -> tuple[TunedScaler, ...]:
         DataError: the file is damaged.
     """
     path = _path(identity)
-    try:
-        found = json.loads(path.read_bytes())
-        if found["format"] != _FORMAT:
-            raise ValueError(f"it is a {found['format']!r}, and this version reads {_FORMAT!r}")
-        tunings = [TunedScaler.from_json(entry) for entry in found["tunings"]]
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(
-            f"{path} cannot be read as what was tuned for this model ({error}); delete it, and run `ropewalk tune` "
-            "again"
-        ) from error
-    return tuple(sorted(tunings, key=lambda one: one.target))
+    return _read_file(path).tunings if path.exists() else ()
+
+
+def read_all() -> list[TunedModel]:
+    """All that is kept, model by model.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    return sorted(map(_read_file, _folder().glob("*.json")), key=lambda model: (model.model, model.identity))
 
 
 def store(identity: str, model: str, tuning: TunedScaler) -> Path:
@@ -95,18 +108,69 @@ def store(identity: str, model: str, tuning: TunedScaler) -> Path:
     path = _path(identity)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
-            known = {one.target: one for one in (*read(identity), tuning)}
-            entries = [known[target].as_json() for target in sorted(known)]
-            found = {"format": _FORMAT, "model": model, "tunings": entries}
-            write_atomic(path, (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
+        with _lock(path):
+            by_target = {entry.target: entry for entry in (*read(identity), tuning)}
+            _write(path, model, by_target.values())
     except OSError as error:
-        raise AssetError(
-            f"cannot write to the cache folder {path.parent} ({error.strerror or error}); set ROPEWALK_CACHE to a "
-            "folder that can be written"
-        ) from error
+        raise _unwritable(path, error) from error
     return path
 
 
+def forget(model: TunedModel, target: int | None = None) -> list[TunedScaler]:
+    """Drop what is kept for a model, for one target or for all; returns what was dropped.
+
+    Raises:
+        AssetError: the cache folder cannot be written.
+    """
+    path = _path(model.identity)
+    try:
+        with _lock(path):
+            entries = read(model.identity)
+            dropped = [entry for entry in entries if target in (None, entry.target)]
+            if len(dropped) == len(entries):
+                path.unlink(missing_ok=True)
+            elif dropped:
+                _write(path, model.model, [entry for entry in entries if entry not in dropped])
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return dropped
+
+
+def _read_file(path: Path) -> TunedModel:
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != _FORMAT:
+            raise ValueError(f"it is a {content['format']!r}, and this version reads {_FORMAT!r}")
+        entries = [TunedScaler.from_json(entry) for entry in content["tunings"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"{path} cannot be read as what was tuned for this model ({error}); delete it, and run `ropewalk tune` "
+            "again"
+        ) from error
+    tunings = tuple(sorted(entries, key=lambda entry: entry.target))
+    return TunedModel(identity=path.stem, model=str(content.get("model", path.stem)), tunings=tunings)
+
+
+def _write(path: Path, model: str, tunings: Iterable[TunedScaler]) -> None:
+    entries = [tuning.as_json() for tuning in sorted(tunings, key=lambda entry: entry.target)]
+    content = {"format": _FORMAT, "model": model, "tunings": entries}
+    write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _lock(path: Path) -> FileLock:
+    return FileLock(path.with_name(f".{path.name}.lock"))
+
+
+def _unwritable(path: Path, error: OSError) -> AssetError:
+    return AssetError(
+        f"cannot write to the cache folder {path.parent} ({error.strerror or error}); set ROPEWALK_CACHE to a "
+        "folder that can be written"
+    )
+
+
+def _folder() -> Path:
+    return cache_dir() / "tuned"
+
+
 def _path(identity: str) -> Path:
-    return cache_dir() / "tuned" / f"{identity}.json"
+    return _folder() / f"{identity}.json"

@@ -28,6 +28,7 @@ from .protocols.perplexity_cell import PerplexityCell, cells
 from .reports.report import Passage, print_results, publish
 from .runs.compare import MEASURED
 from .runs.measure import forward_rate, measure_all
+from .runs.progress import RunProgress
 from .runs.result import Row, Run
 
 MODEL, TEXT = "smollm2-135m", "shakespeare"
@@ -41,6 +42,7 @@ _RATIOS = (2.0, 1.75, 1.5)  # longest context over trained length; the untouched
 _MOST_SAMPLES = 8
 _FIRST_CURVE = 110.0  # seconds, from the start, to the curve of the untouched model
 _LEAST_CLOSING = 15.0  # seconds of the limit kept for the passage and the report
+_MOST_CLOSING = 0.2  # the same as a share of the limit, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,8 @@ def run_demo(*, max_minutes: float | None, out: Path, started: float | None = No
     # max_length: the passage may be the untouched model's, past its reach. The checkpoint was bfloat16 once.
     model = load(MODEL, dtype="bfloat16" if cpu_has_bfloat16() else "auto", max_length=2**20)
     closing = max(_LEAST_CLOSING, time.monotonic() - started)  # a machine that loads slowly reports slowly
+    if max_minutes is not None:
+        closing = min(closing, _MOST_CLOSING * 60 * max_minutes)
     local = LocalModel(model)
     plan, rate = _plan(local, run, started, None if limit is None else limit - closing, console)
     spec_list = specs(plan.longest / model.trained_length)
@@ -167,18 +171,26 @@ def run_demo(*, max_minutes: float | None, out: Path, started: float | None = No
     planned = [cell for cell in every if isinstance(cell, PerplexityCell)]
     planned = _in_order(planned, plan, model.trained_length, is_tight=is_tight)
     _describe(model, plan, spec_list, console)
+    if is_tight:
+        console.print(
+            "This is too slow for all of it in the time. The cells that tell most come first; the same command goes on "
+            "with the others, --max-minutes gives more time.\n",
+            highlight=False,
+        )
     run.write_environment()
     watcher = _Watcher(run, planned, plan, model.trained_length, console)
     todo = [cell for cell in planned if not watcher.is_untouched_auto(cell)]
-    outcome = measure_all(
-        local,
-        [replace(cell, then=watcher.see) for cell in todo],
-        run,
-        console,
-        deadline=None if limit is None else limit - closing,
-        is_hard=True,
-        rate=rate,
-    )
+    with RunProgress(console, limit, started) as bar:
+        outcome = measure_all(
+            local,
+            [replace(cell, then=watcher.see) for cell in todo],
+            run,
+            console,
+            deadline=None if limit is None else limit - closing,
+            is_hard=True,
+            rate=rate,
+            progress=bar,
+        )
     rate = outcome.rate or rate
     passages = []
     if watcher.best is not None and (passage := _passage(model, watcher.best, run, limit, rate)) is not None:

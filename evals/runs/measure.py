@@ -81,10 +81,17 @@ def measure_all(
     Raises:
         KeyboardInterrupt: Ctrl-C. Its text says what is stored.
     """
+<<<<<<< HEAD
     outcome = RunOutcome(already_done=[c for c in cells if c.is_done(run)])
     todo = [c for c in cells if c not in outcome.already_done]
     if outcome.already_done and progress is None:
         _print_already_done(outcome.already_done, cells, run, console)
+=======
+    outcome = RunOutcome(found=[c for c in cells if c.is_done(run)])
+    todo = [c for c in cells if c not in outcome.found]
+    if outcome.found:
+        _print_found(outcome.found, cells, run, console)
+>>>>>>> 6f79c72 (tune leaves auto as it is without --keep; ropewalk tuned lists and forgets; one bar for all rounds)
     if not todo:
         return outcome
     with (

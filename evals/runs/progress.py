@@ -31,10 +31,12 @@ class RunProgress:
         self._progress = Progress(*columns, console=console, get_time=time.monotonic)
         self._started = time.monotonic() if started is None else started
         self._deadline = deadline
+        self._stage, self._is_quiet = "", False
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
-        self._task = self._progress.add_task("", total=None, started=self._started, limit=self._deadline, end=None)
+        times = {"started": self._started, "limit": self._deadline, "end": None, "stage": ""}
+        self._task = self._progress.add_task("", total=None, **times)
         self._progress.start()
         return self
 
@@ -43,9 +45,18 @@ class RunProgress:
     ) -> None:
         self._progress.stop()
 
+    def begin_stage(self, name: str, *, is_quiet: bool = False) -> None:
+        """One of several parts of a search: what is expected from now on is its end, and the bar goes to the limit.
+
+        Args:
+            is_quiet: print no lines.
+        """
+        self._stage, self._is_quiet = name, is_quiet
+        self._update(stage=name)
+
     def describe(self, what: str) -> None:
         """Show `what` is being done."""
-        self._update(description=what)
+        self._update(description=f"{self._stage}: {what}" if self._stage else what)
 
     def expect(self, end: float | None) -> None:
         """Show that all will be done at `end`, a `time.monotonic()` value; None is unknown."""
@@ -55,7 +66,8 @@ class RunProgress:
 
     def print(self, line: str) -> None:
         """A line above the bar, which stays."""
-        self._progress.console.print(line)
+        if not self._is_quiet:
+            self._progress.console.print(line)
 
     def _update(self, **fields: Any) -> None:
         assert self._task is not None, "the bar is used as a context manager"
@@ -64,7 +76,7 @@ class RunProgress:
 
 class _TimeBar(BarColumn):
     def render(self, task: Task) -> ProgressBar:
-        started, end = task.fields["started"], task.fields["end"]
+        started, end = task.fields["started"], task.fields["limit" if task.fields["stage"] else "end"]
         return ProgressBar(
             total=None if end is None else max(end - started, 1e-3),
             completed=time.monotonic() - started,
@@ -83,7 +95,7 @@ class _Clock(ProgressColumn):
         if limit is not None:
             text += f" of at most {_clock(limit - started)}"
         if end is not None:
-            text += f", {_clock(end - now)} left"
+            text += f", {_clock(end - now)} left" + (" in this round" if task.fields["stage"] else "")
         return Text(text)
 
 

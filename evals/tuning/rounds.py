@@ -24,6 +24,7 @@ from ..retrieval.tasks import TASKS
 from ..runs.cell import Cell
 from ..runs.compare import Difference
 from ..runs.measure import measure_all
+from ..runs.progress import RunProgress
 from ..runs.result import Row, Run
 from .candidates import Candidate, Tuned, by_skimming, fits_config, neighbours, ranked, starting_points
 from .factor_search import FactorSpace, FoundFactors, search_factors
@@ -75,6 +76,7 @@ class Rounds:
         self._local = LocalModel(model)
         self._keep_short, self._progress = keep_short, progress
         self._deadline = None if budget is None else time.monotonic() + budget
+        self._bar = RunProgress(console, self._deadline)
         self._rate: float | None = None
         self._complete = True
         short = min(1024, max(model.trained_length // 8, 2))
@@ -83,6 +85,20 @@ class Rounds:
 
     def run(self, ropes: Sequence[str | Scaler], search: Search, largest_factor: float | None) -> Tuned:
         """Run all rounds, or as many as the budget allows."""
+        if self._run.rows:
+            count, folder = len(self._run.rows), self._run.folder
+            self._console.print(f"{count} measurements of an earlier search are in {folder}.", highlight=False)
+        with self._bar:
+            self._run_rounds(ropes, search, largest_factor)
+        tuned = self._tuned()
+        if not tuned.eligible:
+            why = "every measured scaler harms short texts" if tuned.ranking else "nothing was measured"
+            raise ConfigError(
+                f"{why}; allow harm, or add rope 'none'" if self._complete else f"{why} within the budget; raise it"
+            )
+        return tuned
+
+    def _run_rounds(self, ropes: Sequence[str | Scaler], search: Search, largest_factor: float | None) -> None:
         L = self._model.trained_length
         given = [parse(rope, L) if isinstance(rope, str) else rope for rope in ropes]
         start = [*given, *starting_points(self._model.spec, self._target)]
@@ -109,13 +125,6 @@ class Rounds:
         self._measure_harm(best)
         self._measure_passkeys(best[:3])
         self._load_earlier_readings()
-        tuned = self._tuned()
-        if not tuned.eligible:
-            why = "every measured scaler harms short texts" if tuned.ranking else "nothing was measured"
-            raise ConfigError(
-                f"{why}; allow harm, or add rope 'none'" if self._complete else f"{why} within the budget; raise it"
-            )
-        return tuned
 
     def _load_earlier_readings(self) -> None:
         """Use what an earlier search in this folder, perhaps with another budget, has read of the
@@ -248,7 +257,7 @@ class Rounds:
 
         windows = self._text.searched
         cells = [self._text.skim(scaler, window) for scaler in scalers for window in windows]
-        self._carry_out("factors", cells, store, until, Console(quiet=True))  # this would print hundreds of lines
+        self._carry_out("factors", cells, store, until)
         needed = [[(str(scaler), window.place) for window in windows] for scaler in scalers]
         if any(key not in losses for keys in needed for key in keys):
             return None
@@ -290,14 +299,12 @@ class Rounds:
         cells: Sequence[Cell],
         store: Callable[[Row], None],
         until: float | None = None,
-        console: Console | None = None,
     ) -> None:
         """Measure what is not in the run yet, as far as time allows, and store all rows in the
         candidates.
 
         Args:
             until: when the round must end. None: when it has used its share of the budget.
-            console: where the bar is drawn. None: the console of the search.
         """
 
         def load_rows(cell: Cell) -> bool:
@@ -316,8 +323,16 @@ class Rounds:
         if todo and deadline is not None and not any(self._ends_before(deadline, cell) for cell in todo):
             self._complete = False
             return
+        self._bar.begin_stage(name, is_quiet=name == "factors")  # whose cells would be hundreds of lines
         outcome = measure_all(
-            self._local, todo, self._run, console or self._console, deadline=deadline, rate=self._rate, then=report
+            self._local,
+            todo,
+            self._run,
+            self._console,
+            deadline=deadline,
+            rate=self._rate,
+            then=report,
+            progress=self._bar,
         )
         self._rate = outcome.rate or self._rate
         self._complete &= not outcome.left_out

@@ -1,5 +1,6 @@
 """`tune` on the small model, which breaks past its trained length of 256 tokens."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from ropewalk.evals.protocols.by_name import protocol
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.protocol import tokens_sha256
 from ropewalk.evals.runs.measure import measure_all, new_console
+from ropewalk.evals.runs.progress import RunProgress
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.statistics import paired_difference
 from ropewalk.evals.tuning.candidates import difference
@@ -121,7 +123,28 @@ def test_the_command_names_and_writes_what_was_found(tuned, text_folder, folder,
     assert all(
         str(c.scaler) in (folder / "table.md").read_text(encoding="utf-8").replace("\\|", "|") for c in tuned.ranking
     )
-    assert list((tmp_path / "cache" / "tuned").glob("*.json"))
+    assert not (tmp_path / "cache" / "tuned").exists()
+    assert "--rope auto is as before. The same command with --keep stores the winner" in words
+    assert "measurements of an earlier search are in" in words
+    done = CliRunner().invoke(cli, [*command, "--out", str(folder), "--keep"], catch_exceptions=False)
+    (stored,) = (tmp_path / "cache" / "tuned").glob("*.json")
+    assert f"Stored for --rope auto: {stored}" in done.output.replace("\n", "")
+    assert json.loads(stored.read_text(encoding="utf-8"))["tunings"][0]["winner"] == str(tuned.winner.scaler)
+
+
+def test_one_bar_serves_all_rounds(tuned, model, text, folder, monkeypatch):
+    bars = []
+
+    class Counted(RunProgress):
+        def __enter__(self):
+            bars.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr("ropewalk.evals.tuning.rounds.RunProgress", Counted)
+    monkeypatch.setattr("ropewalk.evals.runs.measure.RunProgress", Counted)
+    with contextlib.suppress(ConfigError):  # a slow machine measures nothing in the time
+        rw.tune(model, TARGET, text=text, budget=1.0)
+    assert len(bars) == 1
 
 
 @pytest.mark.parametrize("budget", ["0", "-1m", "soon", "nan"])

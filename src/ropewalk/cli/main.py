@@ -45,6 +45,7 @@ GROUPS = {
     "Choose a scaler": {
         "scalers": ("scalers:scalers", "List every method, its fields and its source."),
         "show": ("scalers:show", "What a scaler does, in numbers or drawn."),
+        "tuned": ("tune:tuned", "List or forget what tune --keep has stored for auto."),
         "base": ("scalers:base", "Which rotary base a context needs."),
     },
     "Look up and fetch": {

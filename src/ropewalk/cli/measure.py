@@ -108,7 +108,7 @@ def ppl(
     "--max-minutes",
     default=5.0,
     show_default=True,
-    help="End after this time, and leave out what does not fit; --full takes what it needs.",
+    help="Leave out what would not finish in this time, a hard limit; --full takes what it needs.",
 )
 @folder_option("runs/demo", exact=True)
 def demo(full: bool, max_minutes: float, out: Path) -> None:

@@ -1,13 +1,16 @@
-"""`ropewalk tune`."""
+"""`ropewalk tune` and `tuned`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from .options import EXAMPLES, folder_option, loads_a_model, ropes_option, text_option
+
+if TYPE_CHECKING:
+    from ..engine.tuned_scalers import TunedModel
 
 _SHOWN = 16  # candidates on the screen
 
@@ -52,6 +55,7 @@ class _Duration(click.ParamType[float]):
     "--largest-factor", type=float, help="Bound of searched factors  [default: target over trained length, or more]"
 )
 @click.option("--keep-short", is_flag=True, help="What may cost short texts more than 0.02 nats cannot win.")
+@click.option("--keep", is_flag=True, help="Store the winner, so that --rope auto takes it for this model from now on.")
 @ropes_option(note=" It is tried beside the others.")
 @loads_a_model
 @folder_option("runs/MODEL-tune")
@@ -63,6 +67,7 @@ def tune(
     search: Literal["methods", "factors"],
     largest_factor: float | None,
     keep_short: bool,
+    keep: bool,
     ropes: tuple[str, ...],
     loading: dict[str, Any],
     out: Path | None,
@@ -73,8 +78,8 @@ def tune(
     after a sample of the rest), the best are read whole at more and more places, and asked for passkeys. Prints a
     ranked table, the winner, the simplest one that cannot be told from it, and the best that a config can hold.
     With --search factors, CMA-ES then looks for better factors of the rotary pairs from the best closed form that a
-    config can hold. A search that was stopped goes on from its folder. The winner is kept in the cache folder,
-    where --rope auto of other commands finds it.
+    config can hold. A search that was stopped goes on from its folder. With --keep the winner is stored in the cache
+    folder, where --rope auto of every command and program finds it; `ropewalk tuned` lists and forgets.
     """
     from ..engine.load import load
     from ..evals.data import load_text
@@ -83,14 +88,14 @@ def tune(
     from ..evals.runs.measure import new_console
     from ..evals.runs.result import Run
     from ..evals.tuning.report import publish_tuned, ranking_grid, sentences
-    from ..evals.tuning.tune import tune as find
+    from ..evals.tuning.tune import tune as search_scalers
 
     console = new_console()
     document = load_text(text)
     loaded = load(model, **loading, max_length=2**31)  # the harness measures beyond a scaler's reach too
     run = Run(out or Path("runs") / f"{Path(model).name}-tune")
     run.write_environment()
-    found = find(
+    outcome = search_scalers(
         loaded,
         target,
         text=document,
@@ -102,12 +107,70 @@ def tune(
         out=run.folder,
         console=console,
     )
-    files = publish_tuned(found, run, model=short(loaded.name), text=short(text))
-    console.print(ranking_grid(found).to_table(("loss", "to the winner", "skimmed"), rows=_SHOWN))
-    if len(found.ranking) > _SHOWN:
-        console.print(f"  and {len(found.ranking) - _SHOWN} more in {files[1]}\n", highlight=False, soft_wrap=True)
-    for sentence in sentences(found):
+    files = publish_tuned(outcome, run, model=short(loaded.name), text=short(text))
+    verdict, *details = sentences(outcome)
+    console.print(f"\n{verdict}\n", style="bold", highlight=False, markup=False)
+    console.print(ranking_grid(outcome).to_table(("loss", "to the winner", "skimmed"), rows=_SHOWN))
+    if len(outcome.ranking) > _SHOWN:
+        console.print(f"  and {len(outcome.ranking) - _SHOWN} more in {files[1]}\n", highlight=False, soft_wrap=True)
+    for sentence in details:
         console.print(f"• {sentence}", highlight=False, markup=False)
     print_files(files, console)
-    kept = loaded.remember(found.as_stored(text=short(text)))
-    console.print(f"\nKept for --rope auto: {kept}", highlight=False, soft_wrap=True, markup=False)
+    if keep:
+        stored = loaded.remember(outcome.as_stored(text=short(text)))
+        console.print(f"\nStored for --rope auto: {stored}", highlight=False, soft_wrap=True, markup=False)
+    else:
+        console.print(
+            "\n--rope auto is as before. The same command with --keep stores the winner for it; nothing is measured "
+            "again.",
+            highlight=False,
+            markup=False,
+        )
+
+
+@click.command(
+    epilog=EXAMPLES + "  ropewalk tuned list\n  ropewalk tuned forget smollm2-135m\n"
+    "  ropewalk tuned forget smollm2-135m --target 16k"
+)
+@click.argument("action", type=click.Choice(["list", "forget"]))
+@click.argument("model", required=False)
+@click.option("--target", help="With forget: only what was tuned for so many tokens.")
+def tuned(action: str, model: str | None, target: str | None) -> None:
+    """What `ropewalk tune --keep` has stored for --rope auto.
+
+    list shows every model, or MODEL, with its targets and winners; forget drops what is stored for MODEL, a name as
+    list shows it or the beginning of its fingerprint.
+    """
+    from ..engine import tuned_scalers
+    from ..errors import ConfigError, DataError
+    from ..scaling.lengths import format_length, parse_length
+
+    if action == "list" and target is not None:
+        raise ConfigError("--target has no effect on list; leave it out")
+    if action == "forget" and model is None:
+        raise ConfigError("forget needs a MODEL; `ropewalk tuned list` shows those that are stored")
+    stored = tuned_scalers.read_all()
+    chosen = [entry for entry in stored if model is None or _is_named(entry, model)]
+    if not chosen and model is not None:
+        names = ", ".join(sorted({entry.model for entry in stored})) or "nothing"
+        raise DataError(f"nothing is stored for {model}; stored is: {names}")
+    if action == "list":
+        for entry in chosen:
+            click.echo(f"{entry.model}  ({entry.identity[:12]})")
+            for tuning in entry.tunings:
+                when = f"tuned on {tuning.text}, {tuning.date}"
+                click.echo(f"  up to {format_length(tuning.target)}: {tuning.winner}  {when}")
+        if not chosen:
+            click.echo("Nothing is stored; `ropewalk tune MODEL --keep` stores its winner.")
+        return
+    tokens = None if target is None else parse_length(target)
+    dropped = [(entry, tuning) for entry in chosen for tuning in tuned_scalers.forget(entry, tokens)]
+    if not dropped:
+        targets = ", ".join(format_length(tuning.target) for entry in chosen for tuning in entry.tunings)
+        raise DataError(f"nothing is stored for {model} at {target}; its targets are {targets}")
+    for entry, tuning in dropped:
+        click.echo(f"Forgotten: {tuning.winner} for {entry.model} up to {format_length(tuning.target)}")
+
+
+def _is_named(entry: TunedModel, model: str) -> bool:
+    return model in (entry.model, Path(entry.model).name) or entry.identity.startswith(model)
