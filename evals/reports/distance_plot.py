@@ -89,7 +89,7 @@ def draw_distances(axes: Axes, bands: Sequence[Band], length: int, limits: Mappi
     # Nearer than an eighth of where the nearest band ends there is nothing to see, and 0 has no logarithm.
     low = 2 ** max(0, int(rows[0].true[-1]).bit_length() - 4)
     rows = [replace(row, true=row.true[row.true >= low], seen=row.seen[row.true >= low]) for row in rows]
-    looks = style.line_styles([row.band for row in rows])
+    looks = style.series_styles([row.band for row in rows])
     axes.plot([low, length], [low, length], color=style.MUTED, ls=(0, (4, 2)), lw=1.1, label="plain", zorder=1)
     for row in rows:
         true, seen = broken(row)

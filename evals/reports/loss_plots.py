@@ -7,10 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.transforms import Transform
 
 from ...errors import DataError
 from ...scaling import format_length
@@ -26,8 +24,8 @@ OFF_SCALE = 1.0
 """Nats above the best loss at the trained length beyond which a value is marked at the edge
 instead."""
 
-_HEIGHT = 5.2  # inches
-_LINE = 0.052  # height of a line of text as a share of the axes
+_HEIGHT, _LINE = 4.1, 0.2  # inches of a plot, and of each line of its legend
+_MARK = 0.065  # height of a mark of what is off the scale as a share of the axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +39,10 @@ class Point:
 
 
 Curves = dict[str, list[Point]]
+
+
+def _height(curves: Curves) -> float:
+    return _HEIGHT + _LINE * len(curves)
 
 
 def plot_run(run: Run) -> list[Path]:
@@ -101,13 +103,48 @@ def plot_loss_curve(rows: Sequence[Row], run: Run, out_stem: Path) -> tuple[Path
             points.append(Point(x=row["context"], loss=row["loss"], low=low, high=high))
         curves[rope] = points
     of = f"the difference to the untouched model at {format_length(base['context'])}" if base else "the loss"
-    with style.figure(9, _HEIGHT, _title(group)) as fig:
+    contexts = sorted({row["context"] for row in group})
+    if len(contexts) == 1:
+        return _plot_one_context(group, run, out_stem)
+    with style.figure(style.WIDTH, _height(curves), _title(group)) as fig:
         axes = fig.add_subplot()
         style.style_axes(axes, x="context (tokens)", y="loss (nats per token)")
-        contexts = [row["context"] for row in group]
-        style.length_axis(axes, sorted({*contexts}), min(contexts) / 1.1, max(contexts) * 1.06)
+        style.length_axis(axes, contexts, min(contexts) / 1.1, max(contexts) * 1.06)
         _draw(axes, curves, group[0]["trained_length"])
-        fig.supxlabel(f"{_scored(group)} Shaded: 95% interval of {of}.", **style.FOOTNOTE)
+        style.footnote(fig, f"{_scored(group)} Shaded: 95% interval of {of}.")
+        return style.save(fig, out_stem)
+
+
+def _plot_one_context(group: Sequence[Row], run: Run, out_stem: Path) -> tuple[Path, Path]:
+    """A bar for each method: the difference to the untouched model at this context, or the loss where there is no
+    difference."""
+    (at,) = compare.columns(group)
+    measured = {rope: row for rope in compare.methods(group) if (row := compare.measured(group, rope, at)) is not None}
+    plain = measured.get(compare.UNTOUCHED)
+    changes = {
+        rope: change
+        for rope, row in measured.items()
+        if row is not plain and (change := compare.difference(run, row, plain)) is not None
+    }
+    bars: dict[str, style.Bar] = {}
+    if plain is not None and len(changes) == len(measured) - 1 > 0:
+        x = "loss less that of the untouched model (nats per token)"
+        for rope, change in changes.items():
+            text = f"{change.mean:+.3f}".replace("-", "\u2212")
+            bars[rope] = style.Bar(value=change.mean, low=change.low, high=change.high, text=text)
+        note = f"The untouched model has {plain['loss']:.3f}. Lines: 95% intervals of the paired difference."
+    else:
+        x = "loss (nats per token)"
+        for rope, row in measured.items():
+            low, high = _interval(row)
+            bars[rope] = style.Bar(value=row["loss"], low=low, high=high, text=f"{row['loss']:.3f}")
+        note = "Lines: 95% intervals of the loss."
+    title = f"Loss at {compare.columns(group)[at]}: {compare.short(group[0]['model'])} on " + compare.short(
+        group[0]["text"]
+    )
+    with style.figure(style.WIDTH, 1.5 + 0.5 * len(bars), title) as fig:
+        style.draw_bars(fig.add_subplot(), bars, style.line_styles([*measured]), x)
+        style.footnote(fig, f"{_scored(group)} {note}")
         return style.save(fig, out_stem)
 
 
@@ -134,12 +171,12 @@ def plot_by_position(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
             if row is not None
         ]
     edges = {edge for row in group for edge in (_left(row), row["bucket_end"])}
-    with style.figure(9, _HEIGHT, _title(group)) as fig:
+    with style.figure(style.WIDTH, _height(curves), _title(group)) as fig:
         axes = fig.add_subplot()
         style.style_axes(axes, x="position in the text (tokens)", y="loss (nats per token)")
         style.length_axis(axes, sorted(edges), min(edges), max(edges) * 1.02)
         _draw(axes, curves, group[0]["trained_length"])
-        fig.supxlabel(f"{_scored(group)} Shaded: 95% interval of the loss.", **style.FOOTNOTE)
+        style.footnote(fig, f"{_scored(group)} Shaded: 95% interval of the loss.")
         return style.save(fig, out_stem)
 
 
@@ -158,14 +195,22 @@ def _draw(axes: Axes, curves: Curves, trained_length: int) -> None:
         axes.plot(xs, [p.loss for p in points], color=look.color, ls=look.dashes, lw=look.width, zorder=3)
         on_scale = [p for p in points if p.loss <= top]
         axes.plot([p.x for p in on_scale], [p.loss for p in on_scale], look.marker, ms=5, color=look.color, zorder=4)
-    last = max(p.x for points in curves.values() for p in points)
     off_scale = [(p, looks[rope]) for rope, points in curves.items() for p in points if p.loss > top]
     stacked: dict[float, int] = {}
     for point, look in sorted(off_scale, key=lambda pair: pair[0].loss):
-        if point.x < last:  # in the last column the curve's label says it
-            _mark_off_scale(axes, point, look, stacked.setdefault(point.x, 0))
-            stacked[point.x] += 1
-    _label_ends(axes, curves, looks)
+        _mark_off_scale(axes, point, look, stacked.setdefault(point.x, 0))
+        stacked[point.x] += 1
+    style.legend_below(axes, _end_labels(curves), looks)
+
+
+def _end_labels(curves: Curves) -> dict[str, str]:
+    """`yarn:2  3.50` for each curve, the highest end first; with its context where others go further."""
+    ends = {rope: points[-1] for rope, points in curves.items() if points}
+    furthest = max(end.x for end in ends.values())
+    return {
+        rope: f"{rope}  {end.loss:.2f}" + (f" at {format_length(int(end.x))}" if end.x < furthest else "")
+        for rope, end in sorted(ends.items(), key=lambda pair: -pair[1].loss)
+    }
 
 
 def scale(curves: Curves, trained_length: int) -> tuple[float, float]:
@@ -184,46 +229,19 @@ def scale(curves: Curves, trained_length: int) -> tuple[float, float]:
 
 
 def _mark_off_scale(axes: Axes, point: Point, look: style.LineStyle, above: int) -> None:
-    """An arrowhead and the value over the plot, on top of the `above` marks that are there
-    already."""
-    place = (point.x, 1.03 + _LINE * above)
+    """An arrowhead and the value over the plot, on top of the `above` marks that are there already."""
+    place = (point.x, 1.03 + _MARK * above)
     transform = axes.get_xaxis_transform()
     axes.plot(*place, marker="^", ms=6, color=look.color, transform=transform, clip_on=False)
-    _text(axes, f"{point.loss:.2f}", place, transform)
-
-
-def _label_ends(axes: Axes, curves: Curves, looks: dict[str, style.LineStyle]) -> None:
-    """`yarn:2  3.50` to the right of each curve, pushed apart where curves meet, tied to its last point."""
-    bottom, top = axes.get_ylim()
     left, right = axes.get_xlim()
-    drawn = {rope: points[-1] for rope, points in curves.items() if points}
-    furthest = max(last.x for last in drawn.values())
-    ends = [min((last.loss - bottom) / (top - bottom), 1.0) for last in drawn.values()]
-    # Off the scale all ends are alike; the worst goes on top.
-    heights = [end + 1e-6 * last.loss for end, last in zip(ends, drawn.values(), strict=True)]
-    for (rope, last), end, place in zip(drawn.items(), ends, style.spread(heights, _LINE), strict=True):
-        start, color = math.log(last.x / left) / math.log(right / left), looks[rope].color
-        options: dict[str, Any] = {
-            "transform": axes.transAxes,
-            "clip_on": False,
-            "color": color,
-            "lw": 1.0,
-            "zorder": 2,
-        }
-        axes.plot([start, 1.0], [end, end], ls=":", **options)
-        axes.plot([1.0, 1.02, 1.04], [end, place, place], **options)
-        axes.plot(1.052, place, "^" if last.loss > top else looks[rope].marker, ms=6, **options)
-        early = f" at {format_length(int(last.x))}" if last.x < furthest else ""
-        _text(axes, f"{rope}  {last.loss:.2f}{early}", (1.052, place), axes.transAxes)
-
-
-def _text(axes: Axes, text: str, place: tuple[float, float], transform: Transform) -> None:
+    is_right = math.log(point.x / left) > 0.85 * math.log(right / left)
     axes.annotate(
-        text,
+        f"{point.loss:.2f}",
         place,
         xycoords=transform,
-        xytext=(7, 0),
+        xytext=(-7 if is_right else 7, 0),
         textcoords="offset points",
+        ha="right" if is_right else "left",
         va="center",
         fontsize=9.5,
         annotation_clip=False,
@@ -269,7 +287,7 @@ def _centre(row: Row) -> float:
 
 
 _PANELS = {"kl": "KL(untouched || scaled), nats", "difference": "loss difference, nats"}
-_MOST_LABELS = 12  # bars of a panel that have room for their values
+_MOST_LABELS = 8  # bars of a panel that have room for their values
 _WIDTH = 0.8  # of a group of bars, of the distance between groups
 
 
@@ -289,19 +307,18 @@ def plot_harm(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
         raise DataError(f"a plot of harm needs measured rows of one group of it; these hold {len(groups)} groups")
     (group,) = groups
     row = group[0]
+    many = len(compare.methods(group))
     with style.figure(
-        9,
-        6.6,
+        style.WIDTH,
+        6.0 + _LINE * many,
         f"What scaling costs within the trained length: {compare.short(row['model'])} on {compare.short(row['text'])}",
     ) as fig:
         panels = fig.subplots(len(_PANELS), 1, sharex=True)
         for axes, field in zip(panels, _PANELS, strict=True):
             _draw_harm(axes, group, field)
         panels[-1].set_xlabel("context (tokens)")
-        many = min(len(compare.methods(group)), 5)
-        panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=many, frameon=False, borderpad=0)
-        note = f"Scored: {Harm.scored(row)}. Lines: 95% intervals; same: likeliest next token."
-        fig.supxlabel(note, **style.FOOTNOTE)
+        panels[0].legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, borderpad=0)
+        style.footnote(fig, f"Scored: {Harm.scored(row)}. Lines: 95% intervals; same: likeliest next token.")
         return style.save(fig, out_stem)
 
 
@@ -317,7 +334,10 @@ def _draw_harm(axes: Axes, group: Sequence[Row], field: str) -> None:
         measured = [(n + step, compare.row_with_loss(group, rope, at)) for n, at in enumerate(columns)]
         bars = [(place, row) for place, row in measured if row is not None]
         places, values = [place for place, _ in bars], [row[field] for _, row in bars]
-        axes.bar(places, values, 0.9 * _WIDTH / len(ropes), color=looks[rope].color, label=rope, alpha=0.85)
+        width, hatch = 0.9 * _WIDTH / len(ropes), "////" if looks[rope].dashes == style.LOGN_DASHES else None
+        axes.bar(
+            places, values, width, color=looks[rope].color, label=rope, alpha=0.85, hatch=hatch, edgecolor="w", lw=0
+        )
         for place, row in bars:
             low, high = (row.get(f"{field}_{side}") for side in ("low", "high"))
             low, high = (row[field] if bound is None else bound for bound in (low, high))

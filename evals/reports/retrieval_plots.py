@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,6 @@ from ...scaling import format_length
 from ..retrieval.score import ScoreGroup, TrialScore, score_groups
 from ..runs.result import Run
 from . import style
-
-_LABEL_HEIGHT = 0.06  # height of a label at the end of a curve as a share of the axes
 
 
 def plot_retrieval(run: Run) -> list[Path]:
@@ -76,26 +74,48 @@ def plot_heat(group: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
 def plot_curve(group: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
     """Right answers against length, a line with 95% intervals for each method, and the trained
     length."""
-    lengths = group.lengths
+    curves = {rope: scores for rope in group.methods if (scores := group.scores(rope))}
+    looks = style.line_styles(list(curves))
     each = ", all tasks counting alike" if len(group.tasks) > 1 else ", all depths together"
-    with style.figure(8, 4.6, f"{group.name}: {group.measured_on}") as fig:
+    fewest = min(score.trials for scores in curves.values() for score in scores.values())
+    note = f"95% intervals of {fewest} trials or more a point{each}."
+    title = f"{group.name}: {group.measured_on}"
+    if len(group.lengths) == 1:
+        (length,) = group.lengths
+        bars = {rope: _bar(scores[length]) for rope, scores in curves.items()}
+        with style.figure(style.WIDTH, 1.6 + 0.5 * len(bars), title) as fig:
+            axes = fig.add_subplot()
+            style.draw_bars(axes, bars, looks, f"right answers at {format_length(length)}")
+            axes.set_xlim(0, 1.03)
+            axes.set_xticks(_SHARES, _SHARE_NAMES)
+            style.footnote(fig, f"Lines: {note}")
+            return style.save(fig, out_stem)
+    with style.figure(style.WIDTH, 3.9 + 0.2 * len(curves), title) as fig:
         axes = fig.add_subplot()
         style.style_axes(axes, x="length (tokens)", y="right answers")
+        lengths = group.lengths
         ends = (min(*lengths, group.trained_length) / 1.15, max(*lengths, 1.4 * group.trained_length) * 1.15)
         style.length_axis(axes, [*lengths], *ends)
         axes.set_ylim(-0.03, 1.03)
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
+        axes.set_yticks(_SHARES, _SHARE_NAMES)
         style.mark_length(axes, group.trained_length, f"trained length {format_length(group.trained_length)}")
-        _draw_curves(axes, group)
-        fewest = min(score.trials for rope in group.methods for score in group.scores(rope).values())
-        fig.supxlabel(f"Shaded: 95% intervals of {fewest} trials or more a point{each}.", **style.FOOTNOTE)
+        _draw_curves(axes, curves, looks)
+        style.footnote(fig, f"Shaded: {note}")
         return style.save(fig, out_stem)
 
 
-def _draw_curves(axes: Axes, group: ScoreGroup) -> None:
-    curves = {rope: scores for rope in group.methods if (scores := group.scores(rope))}
-    looks = style.line_styles(list(curves))
-    ends = []
+_SHARES, _SHARE_NAMES = (0, 0.25, 0.5, 0.75, 1), ("0%", "25%", "50%", "75%", "100%")
+
+
+def _bar(score: TrialScore) -> style.Bar:
+    return style.Bar(value=score.mean, low=score.low, high=score.high, text=f"{score.mean:.0%}")
+
+
+def _draw_curves(
+    axes: Axes, curves: Mapping[str, Mapping[int, TrialScore]], looks: Mapping[str, style.LineStyle]
+) -> None:
+    furthest = max(length for scores in curves.values() for length in scores)
+    labels: dict[str, tuple[float, str]] = {}
     for rope, scores in curves.items():
         look, points = looks[rope], [(length, scores[length]) for length in sorted(scores)]
         xs, means = [length for length, _ in points], [score.mean for _, score in points]
@@ -104,21 +124,10 @@ def _draw_curves(axes: Axes, group: ScoreGroup) -> None:
         if len(points) == 1:  # nothing to shade between
             axes.vlines(xs, lows, highs, color=look.color, alpha=0.35, lw=5)
         axes.plot(xs, means, color=look.color, ls=look.dashes, lw=look.width, marker=look.marker, ms=5, zorder=3)
-        early = "" if xs[-1] == group.lengths[-1] else f" at {format_length(xs[-1])}"
-        ends.append((means[-1], f"{rope}  {means[-1]:.0%}{early}", look.color))
-    places = style.spread([end for end, _, _ in ends], _LABEL_HEIGHT)
-    for (_, label, colour), place in zip(ends, places, strict=True):
-        axes.annotate(
-            label,
-            (1.0, place),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9.5,
-            color=colour,
-            annotation_clip=False,
-        )
+        early = "" if xs[-1] == furthest else f" at {format_length(xs[-1])}"
+        labels[rope] = (means[-1], f"{rope}  {means[-1]:.0%}{early}")
+    best_first = sorted(labels, key=lambda rope: -labels[rope][0])
+    style.legend_below(axes, {rope: labels[rope][1] for rope in best_first}, looks)
 
 
 _COLOURS = colormaps["Blues"]

@@ -88,7 +88,7 @@ def curves(rules: Sequence[BaseRule], dim: int, length: int) -> list[Curve]:
         names.setdefault(rule.base, []).append(rule.name)
     first = {rule.base: rule for rule in reversed(rules)}
     specs = [UNTOUCHED, *(first[base].spec for base in list(names)[1:])]
-    looks = style.line_styles(specs)
+    looks = style.series_styles(specs)
     return [
         Curve(
             name=", ".join(names[base]),

@@ -5,15 +5,21 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.transforms import ScaledTranslation
 
 from ...engine.storage import write_atomic
 from ...scaling import format_length
@@ -27,19 +33,25 @@ PAPER = "#ffffff"
 
 # Told apart with any colour vision (Okabe and Ito, with yellow and sky blue darkened so that thin lines
 # show on white as well as on black).
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#3a9bdc", "#8c6bb1", "#7f7f7f")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#3a9bdc", "#8c6bb1", "#8b5a2b", "#7f7f7f")
 _MARKERS = "osDvPXp*"  # an upward triangle means "off the scale"
 
-# A method keeps its colour from plot to plot; methods that are rarely drawn together share one.
+# A method has the same colour in every plot; several specs of one method are shades of it.
 _COLOUR_OF_METHOD = {
-    **dict.fromkeys(("yarn", "dynamic-yarn", "self-extend"), 0),
-    **dict.fromkeys(("linear", "llama3", "dual-chunk"), 1),
-    **dict.fromkeys(("rerope", "leaky-rerope", "ntk-by-parts"), 2),
+    **dict.fromkeys(("yarn", "dynamic-yarn"), 0),
+    **dict.fromkeys(("self-extend", "auto"), 1),
+    **dict.fromkeys(("rerope", "leaky-rerope"), 2),
     **dict.fromkeys(("ntk", "dynamic-ntk"), 3),
-    **dict.fromkeys(("ntk-mixed", "ntk-fixed"), 4),
-    **dict.fromkeys(("longrope", "critical-base", "mrrope"), 5),
-    **dict.fromkeys(("base", "base-bound", "alpharope"), 6),
+    **dict.fromkeys(("ntk-mixed", "ntk-fixed", "ntk-by-parts"), 4),
+    **dict.fromkeys(("longrope", "mrrope", "critical-base", "base", "base-bound", "alpharope"), 5),
+    "dual-chunk": 6,
+    **dict.fromkeys(("linear", "llama3"), 7),
 }
+_OTHER_METHOD = len(_COLOURS) - 1
+_SHADES = (0.0, 0.45, -0.4)  # towards white, or towards black
+
+WIDTH = 6.0
+"""Inches of a plot of one panel: its text of 10 points has 9 pixels on a page of 400."""
 
 _SETTINGS: Any = {
     "font.family": "sans-serif",
@@ -62,6 +74,9 @@ FOOTNOTE: dict[str, Any] = {"x": 0.012, "ha": "left", "fontsize": 8.5, "color": 
 """Options of `Figure.supxlabel` for the line below a plot that says what was measured."""
 
 
+_PIXELS = 1800  # across a PNG
+
+
 @dataclass(frozen=True, kw_only=True)
 class LineStyle:
     """How one method is drawn."""
@@ -77,7 +92,8 @@ def figure(width: float, height: float, title: str) -> Iterator[Figure]:
     """A figure of `width` x `height` inches with its title; draw and save it inside the block."""
     with matplotlib.rc_context(_SETTINGS):
         fig = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-        fig.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
+        letters = round(9 * width)  # that a line of the title has room for
+        fig.suptitle(textwrap.fill(title, letters), x=0.012, ha="left", fontsize=12, fontweight="bold")
         yield fig
 
 
@@ -88,7 +104,9 @@ def save(fig: Figure, out_stem: Path) -> tuple[Path, Path]:
     for kind in ("png", "svg"):
         path = Path(out_stem).with_name(f"{Path(out_stem).name}.{kind}")
         buffer = io.BytesIO()
-        fig.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {})
+        fig.savefig(
+            buffer, format=kind, dpi=_PIXELS / fig.get_figwidth(), metadata={"Date": None} if kind == "svg" else {}
+        )
         write_atomic(path, buffer.getvalue())
         paths.append(path)
     return paths[0], paths[1]
@@ -111,25 +129,65 @@ def style_axes(axes: Axes, *, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
+LOGN_DASHES = (0, (1.5, 1.0))
+"""The dashes of a method with log n, whatever the method."""
+
+_UNTOUCHED_DASHES = (0, (4, 2))
+
+
 def line_styles(ropes: Sequence[str]) -> dict[str, LineStyle]:
-    """A style for each rope spec: the untouched model dark and dashed, no two others of one colour
-    while colours last; after that dashes tell them apart."""
-    styles: dict[str, LineStyle] = {}
-    used: list[int] = []
+    """A style for each rope spec. The colour says which method, dots say log n, the untouched model is dark and
+    dashed.
+
+    Specs of one method are shades of its colour, and differ in the marker. One spec with and without log n has one
+    colour.
+    """
+    bases = list(dict.fromkeys(map(_without_logn, ropes)))
+    colours = _colours([base for base in bases if base != UNTOUCHED])
+    styles = {}
     for rope in ropes:
-        if rope == UNTOUCHED:
-            styles[rope] = LineStyle(color=INK, marker="o", dashes=(0, (4, 2)))
-            continue
-        first_choice = _COLOUR_OF_METHOD.get(rope.partition(":")[0].partition("|")[0], 0)
-        order = [(first_choice + step) % len(_COLOURS) for step in range(len(_COLOURS))]
-        index = min(order, key=used.count)
-        styles[rope] = LineStyle(
-            color=_COLOURS[index],
-            marker=_MARKERS[len(used) % len(_MARKERS)],
-            dashes="-" if used.count(index) == 0 else (0, (1.5, 1)),
-        )
-        used.append(index)
+        base = _without_logn(rope)
+        has_logn = base != rope
+        if base == UNTOUCHED:
+            dashes = LOGN_DASHES if has_logn else _UNTOUCHED_DASHES
+            styles[rope] = LineStyle(color=INK, marker="o", dashes=dashes)
+        else:
+            marker = _MARKERS[bases.index(base) % len(_MARKERS)]
+            styles[rope] = LineStyle(color=colours[base], marker=marker, dashes=LOGN_DASHES if has_logn else "-")
     return styles
+
+
+def series_styles(names: Sequence[str]) -> dict[str, LineStyle]:
+    """A style for each thing that is no method of scaling, such as the bands of one; the untouched model as
+    always."""
+    others = [name for name in names if name != UNTOUCHED]
+    colours = dict(zip(others, itertools.cycle(_COLOURS), strict=False))
+    markers = dict(zip(others, itertools.cycle(_MARKERS), strict=False))
+    untouched = LineStyle(color=INK, marker="o", dashes=_UNTOUCHED_DASHES)
+    return {
+        name: untouched if name == UNTOUCHED else LineStyle(color=colours[name], marker=markers[name]) for name in names
+    }
+
+
+def _without_logn(rope: str) -> str:
+    parts = [part for part in rope.split("|") if part.partition(":")[0] != "logn"]
+    return "|".join(parts) or UNTOUCHED
+
+
+def _colours(bases: Sequence[str]) -> dict[str, str]:
+    """The colour of each method, and shades of it for its further specs."""
+    counts: Counter[int] = Counter()
+    colours = {}
+    for base in bases:
+        index = _COLOUR_OF_METHOD.get(base.partition(":")[0].partition("|")[0], _OTHER_METHOD)
+        colours[base] = _shade(_COLOURS[index], _SHADES[counts[index] % len(_SHADES)])
+        counts[index] += 1
+    return colours
+
+
+def _shade(color: str, towards_white: float) -> str:
+    end = 1.0 if towards_white > 0 else 0.0
+    return to_hex([part + abs(towards_white) * (end - part) for part in to_rgb(color)])
 
 
 def categories(count: int) -> list[str]:
@@ -155,17 +213,90 @@ def length_axis(axes: Axes, ticks: Sequence[int], low: float, high: float) -> No
 
 
 def mark_length(axes: Axes, length: int, label: str) -> None:
-    """A dotted vertical line at `length` with its name along it."""
+    """A dotted vertical line at `length` with its name along it, on the side that has room."""
     axes.axvline(length, color=MUTED, linewidth=1.1, linestyle=":", zorder=1)
+    left, right = axes.get_xlim()
+    is_right = math.log(length / left) > 0.6 * math.log(right / left)
     axes.annotate(
         label,
         (length, 0),
         xycoords=axes.get_xaxis_transform(),
-        xytext=(4, 5),
+        xytext=(-4 if is_right else 4, 5),
         textcoords="offset points",
+        ha="right" if is_right else "left",
         color=MUTED,
         fontsize=9,
+        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1, "alpha": 0.8},
     )
+
+
+def footnote(fig: Figure, text: str) -> None:
+    """The lines below a plot that say what was measured."""
+    fig.supxlabel(textwrap.fill(text, round(15 * fig.get_figwidth())), **FOOTNOTE)
+
+
+def legend_below(axes: Axes, labels: Mapping[str, str], looks: Mapping[str, LineStyle]) -> None:
+    """The name and the last value of every line, one below the other under the axes: no two can touch.
+
+    Args:
+        labels: by method, in the order from the top.
+        looks: their styles.
+    """
+    handles = [
+        Line2D([], [], color=looks[name].color, ls=looks[name].dashes, lw=looks[name].width, marker=looks[name].marker)
+        for name in labels
+    ]
+    below = axes.transAxes + ScaledTranslation(0, -0.56, axes.get_figure(root=True).dpi_scale_trans)
+    axes.legend(
+        handles,
+        labels.values(),
+        loc="upper left",
+        bbox_to_anchor=(0, 0),
+        bbox_transform=below,
+        borderaxespad=0,
+        handlelength=3.2,
+        labelspacing=0.35,
+        frameon=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A value with its interval (NaN where there is none), and its text."""
+
+    value: float
+    low: float
+    high: float
+    text: str
+
+
+def draw_bars(axes: Axes, bars: Mapping[str, Bar], looks: Mapping[str, LineStyle], x: str) -> None:
+    """A horizontal bar for each method, from zero, with its name and text above it.
+
+    Args:
+        x: what the values are.
+    """
+    style_axes(axes, x=x, y="")
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.axvline(0, color=INK, linewidth=0.9)
+    for row, (name, bar) in enumerate(bars.items()):
+        look = looks[name]
+        hatch = "////" if look.dashes == LOGN_DASHES else None
+        axes.barh(row, bar.value, 0.36, color=look.color, alpha=0.85, hatch=hatch, edgecolor=PAPER, linewidth=0)
+        axes.hlines(row, bar.low, bar.high, color=INK, lw=1.3)
+        axes.annotate(
+            f"{name}  {bar.text}",
+            (0, row - 0.26),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=9.5,
+        )
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(bars) - 0.6, -0.75)
 
 
 def spread(desired: Sequence[float], gap: float) -> list[float]:

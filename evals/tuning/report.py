@@ -15,8 +15,7 @@ from ...scaling.lengths import format_length
 from ..protocols.effective_length import TOLERANCE
 from ..reports.grid import NOTHING, Grid, Section, Shown, interval, signed
 from ..reports.report import environment_of, write_page
-from ..reports.style import GRID, figure, line_styles, save, style_axes
-from ..runs.compare import UNTOUCHED
+from ..reports.style import GRID, INK, WIDTH, categories, figure, footnote, save, style_axes
 from ..runs.result import Run
 from .candidates import Candidate, Tuned, difference
 
@@ -185,20 +184,38 @@ def _method(tuned: Tuned, text: str) -> dict[str, str]:
 
 
 def _plot(tuned: Tuned, out: Path, measured_on: str) -> list[Path]:
-    """The losses of the best candidates, hollow if they were only skimmed."""
+    """The losses of the best, hollow where they were only skimmed. What is far worse is named at the edge, so that
+    the others have room."""
     drawn: Sequence[Candidate] = tuned.ranking[:_DRAWN]
     names = [c.label for c in drawn]
-    styles = line_styles([*dict.fromkeys([UNTOUCHED, *names])])
-    with figure(8.5, 1.6 + 0.26 * len(drawn), f"Loss at {format_length(tuned.target)}, {measured_on}") as fig:
+    with figure(WIDTH, 1.6 + 0.3 * len(drawn), f"Loss at {format_length(tuned.target)}, {measured_on}") as fig:
         axes = fig.subplots()
+        style_axes(axes, x="nats per token", y="")
+        limit = _limit([loss for c in drawn for loss in (c.loss, c.skimmed_loss) if loss is not None])
         for row, c in enumerate(drawn):
-            color = styles[c.label].color
-            if c.skimmed_loss is not None:
-                axes.plot(c.skimmed_loss, row, "o", color=color, fillstyle="none", markersize=6)
-            if c.loss is not None:
-                axes.plot(c.loss, row, "o", color=color, markersize=7)
-        axes.set_yticks(range(len(drawn)), names)
+            color = _WINNER if c is tuned.winner else INK
+            for loss, fill in ((c.skimmed_loss, "none"), (c.loss, "full")):
+                if loss is None:
+                    continue
+                if loss <= limit:
+                    axes.plot(loss, row, "o", color=color, fillstyle=fill, markersize=6)
+                else:
+                    axes.plot(limit, row, ">", color=color, fillstyle=fill, markersize=6)
+                    axes.annotate(
+                        f"{loss:.2f}", (limit, row), xytext=(-7, 0), textcoords="offset points", ha="right", va="center"
+                    )
+        axes.set_yticks(range(len(drawn)), names, fontsize=8.5)
         axes.invert_yaxis()
-        style_axes(axes, x="nats per token; filled: read whole, hollow: skimmed", y="")
         axes.grid(axis="x", color=GRID, linewidth=0.8)
+        footnote(fig, "Filled: read whole. Hollow: skimmed. Blue: the winner. Arrow: further to the right.")
         return list(save(fig, out))
+
+
+_WINNER = categories(2)[1]
+
+
+def _limit(losses: Sequence[float]) -> float:
+    """The right end of the axis: the worst loss, or three times the spread of the better half above the best."""
+    ordered = sorted(losses)
+    best, middle = ordered[0], ordered[len(ordered) // 2]
+    return min(ordered[-1], best + 3 * max(middle - best, 0.02))

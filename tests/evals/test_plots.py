@@ -103,3 +103,22 @@ def test_harm_of_many_scalers_is_drawn_without_values(make_run: MakeRun) -> None
     extra = {"kl": 0.1, "same_top1": 90.0, "difference": 0.125}
     run = make_run({f"yarn:{n}": {4: 3.5, 8: 3.4} for n in range(2, 9)}, protocol="harm", **extra)
     assert not any("same" in text and "%" in text for text in texts(plot_run(run)[1]) if "Scored" not in text)
+
+
+def test_one_context_is_drawn_as_bars_of_the_difference(make_run: MakeRun) -> None:
+    run = make_run({"none": {8: 3.5}, "yarn:2": {8: 3.54}, "yarn:2|logn": {8: 3.49}})
+    paths = plot_run(run)
+    assert_drawn(paths)
+    shown = texts(paths[1])
+    assert {"yarn:2  +0.040", "yarn:2|logn  \u22120.010", "Loss at 8k: toy on novel"} <= {*shown}
+    assert "loss less that of the untouched model (nats per token)" in shown
+
+
+def test_one_context_without_the_untouched_model_is_drawn_as_bars_of_the_loss(make_run: MakeRun) -> None:
+    shown = texts(plot_run(make_run({"yarn:2": {8: 3.54}}))[1])
+    assert {"yarn:2  3.540", "loss (nats per token)"} <= {*shown}
+
+
+def test_the_trained_length_as_the_longest_context_is_named_beside_its_line(make_run: MakeRun) -> None:
+    run = make_run({"none": {2: 3.6, 4: 3.55, 8: 3.5}, "yarn:2": {2: 3.62, 8: 3.51}})
+    assert "trained length 8k" in texts(plot_run(run)[1])  # and the fixture sees that no text is over another

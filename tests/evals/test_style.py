@@ -15,7 +15,18 @@ def test_colours_are_fixed_and_distinct() -> None:
     assert len({look.color for look in looks.values()}) == len(ropes)
     assert style.line_styles(["yarn:8"])["yarn:8"].color == looks["yarn:2"].color
     many = style.line_styles([f"yarn:{n}" for n in range(1, 13)])
-    assert len({(look.color, look.dashes) for look in many.values()}) == 12
+    assert len({(look.color, look.marker) for look in many.values()}) == 12
+
+
+def test_a_colour_and_dashes_mean_one_thing_whatever_else_is_drawn() -> None:
+    alone = style.line_styles(["none", "self-extend:8", "self-extend:8|logn", "logn"])
+    among = style.line_styles(["yarn:2|logn", "dual-chunk|logn", "self-extend:8|logn", "rerope:64", "self-extend:8"])
+    assert alone["self-extend:8"].color == among["self-extend:8"].color == among["self-extend:8|logn"].color
+    dashes = {rope: look.dashes for rope, look in (alone | among).items()}
+    assert {rope for rope, dash in dashes.items() if dash == style.LOGN_DASHES} == {
+        "self-extend:8|logn", "logn", "yarn:2|logn", "dual-chunk|logn",
+    }  # fmt: skip
+    assert alone["logn"].color == alone["none"].color == style.INK
 
 
 def test_labels_are_spread_without_crossing() -> None:
