@@ -14,7 +14,7 @@ from rich.table import Table
 from ...engine import tensor_parallel
 from ..models.measured import MeasuredModel
 from .cell import Cell
-from .progress import RunProgress, StopNotice
+from .progress import RunProgress
 from .result import Run, recipe_key
 
 _PATIENCE = 0.5  # seconds between two checks for rows of other processes
@@ -81,23 +81,13 @@ def measure_all(
     Raises:
         KeyboardInterrupt: Ctrl-C. Its text says what is stored.
     """
-<<<<<<< HEAD
     outcome = RunOutcome(already_done=[c for c in cells if c.is_done(run)])
     todo = [c for c in cells if c not in outcome.already_done]
-    if outcome.already_done and progress is None:
+    if outcome.already_done:
         _print_already_done(outcome.already_done, cells, run, console)
-=======
-    outcome = RunOutcome(found=[c for c in cells if c.is_done(run)])
-    todo = [c for c in cells if c not in outcome.found]
-    if outcome.found:
-        _print_found(outcome.found, cells, run, console)
->>>>>>> 6f79c72 (tune leaves auto as it is without --keep; ropewalk tuned lists and forgets; one bar for all rounds)
     if not todo:
         return outcome
-    with (
-        nullcontext(progress) if progress is not None else RunProgress(console, deadline) as bar,
-        StopNotice(console, lambda: f"stopping; {_stored(run)}"),
-    ):
+    with nullcontext(progress) if progress is not None else RunProgress(console, deadline) as bar:
         work = _Work(model, run, bar, todo, rate, deadline, is_hard)
         try:
             while todo:

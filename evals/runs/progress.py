@@ -1,12 +1,8 @@
-"""What a person sees while cells are measured: one bar, and a word at once after Ctrl-C."""
+"""What a person sees while cells are measured: one bar of time."""
 
 from __future__ import annotations
 
-import signal
-import socket
-import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -101,49 +97,3 @@ class _Clock(ProgressColumn):
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=max(round(seconds), 0)))
-
-
-class StopNotice:
-    """Prints a line at the moment of Ctrl-C, also while the interpreter waits for a long operation.
-
-    KeyboardInterrupt comes only when that operation is over. Python's C code tells a socket of the
-    signal before, and a thread waits for that. Does nothing outside of the main thread, or where
-    something else listens for signals.
-
-    Args:
-        console: where the line is printed.
-        message: gives the line.
-    """
-
-    def __init__(self, console: Console, message: Callable[[], str]) -> None:
-        self._console, self._message = console, message
-        self._sockets: tuple[socket.socket, socket.socket] | None = None
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        reader, writer = socket.socketpair()
-        writer.setblocking(False)
-        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        if before != -1:
-            signal.set_wakeup_fd(before)
-            reader.close()
-            writer.close()
-            return self
-        self._sockets = reader, writer
-        threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._sockets is not None:
-            signal.set_wakeup_fd(-1)
-            self._sockets[1].close()  # which ends the thread
-
-    def _listen(self, reader: socket.socket) -> None:
-        with reader:
-            while signals := reader.recv(1):
-                if signals[0] == signal.SIGINT:
-                    self._console.print(self._message(), highlight=False, markup=False, soft_wrap=True)
-                    return

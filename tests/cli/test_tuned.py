@@ -1,5 +1,7 @@
 """`ropewalk tuned`: what `tune --keep` has stored is listed, and forgotten on demand."""
 
+import json
+
 import pytest
 from click.testing import CliRunner
 
@@ -54,6 +56,8 @@ def test_every_target_is_listed_and_forgotten():
         "  up to 8k: ntk:4  tuned on book, 2026-11-29\n"
     )
     assert run("list", "toy").count("up to") == 2
+    listed = json.loads(run("list", "other", "--json"))["models"]
+    assert [(entry["model"], entry["tunings"][0]["winner"]) for entry in listed] == [("other", "ntk:4")]
     with pytest.raises(RopewalkError, match=r"nothing is stored for toy at 8k; its targets are 16k, 32k"):
         run("forget", "toy", "--target", "8k")
     assert run("forget", "toy", "--target", "16k") == "Forgotten: yarn:2 for /models/toy up to 16k\n"

@@ -1,9 +1,6 @@
 """How cells are run: hard limits, what an earlier run has measured, the bar, and Ctrl-C."""
 
 import io
-import os
-import signal
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +10,7 @@ from ropewalk.evals.models.measured import ForwardCost
 from ropewalk.evals.runs import measure, progress
 from ropewalk.evals.runs.cell import Cell
 from ropewalk.evals.runs.measure import measure_all
-from ropewalk.evals.runs.progress import RunProgress, StopNotice
+from ropewalk.evals.runs.progress import RunProgress
 from ropewalk.evals.runs.result import Run
 from ropewalk.scaling.rope import Scaler
 
@@ -93,20 +90,6 @@ def test_ctrl_c_says_what_is_stored(tmp_path, clock):
         KeyboardInterrupt, match=r"^1 finished row is stored in .*; the same command continues from there"
     ):
         measure_all(MODEL, [Clocked(1, clock), Clocked(2, clock, stop=True)], run, screen())
-
-
-def test_the_notice_comes_before_the_exception():
-    console = screen()
-    with StopNotice(console, lambda: "stopping; 3 are stored"):
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-        for _ in range(200):
-            if "stopping" in console.file.getvalue():
-                break
-            time.sleep(0.01)
-    assert console.file.getvalue() == "stopping; 3 are stored\n"
-    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_the_bar_goes_to_the_limit_or_to_the_end(monkeypatch):

@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .options import EXAMPLES, folder_option, loads_a_model, ropes_option, text_option
+from .messages import print_json
+from .options import EXAMPLES, command, folder_option, json_option, loads_a_model, ropes_option, text_option
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..engine.tuned_scalers import TunedModel
+    from ..evals.tuning.candidates import Tuned
 
 _SHOWN = 16  # candidates on the screen
 
@@ -35,7 +39,7 @@ class _Duration(click.ParamType[float]):
         return seconds
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk tune smollm2-135m --target 2x --budget 20m\n"
     "  ropewalk tune ./my-model --target 32k --text book.txt --keep-short --out runs/tune\n"
     "  ropewalk tune ./my-model --target 4x --search factors"
@@ -59,6 +63,7 @@ class _Duration(click.ParamType[float]):
 @ropes_option(note=" It is tried beside the others.")
 @loads_a_model
 @folder_option("runs/MODEL-tune")
+@json_option("the content of tuned.json")
 def tune(
     model: str,
     target: str,
@@ -71,6 +76,7 @@ def tune(
     ropes: tuple[str, ...],
     loading: dict[str, Any],
     out: Path | None,
+    as_json: bool,
 ) -> None:
     """Which scaler carries MODEL to a length?
 
@@ -81,16 +87,17 @@ def tune(
     config can hold. A search that was stopped goes on from its folder. With --keep the winner is stored in the cache
     folder, where --rope auto of every command and program finds it; `ropewalk tuned` lists and forgets.
     """
+    from rich.console import Console
+
     from ..engine.load import load
     from ..evals.data import load_text
-    from ..evals.reports.report import print_files
     from ..evals.runs.compare import short
     from ..evals.runs.measure import new_console
     from ..evals.runs.result import Run
-    from ..evals.tuning.report import publish_tuned, ranking_grid, sentences
+    from ..evals.tuning import report
     from ..evals.tuning.tune import tune as search_scalers
 
-    console = new_console()
+    console = Console(stderr=True) if as_json else new_console()
     document = load_text(text)
     loaded = load(model, **loading, max_length=2**31)  # the harness measures beyond a scaler's reach too
     run = Run(out or Path("runs") / f"{Path(model).name}-tune")
@@ -107,7 +114,27 @@ def tune(
         out=run.folder,
         console=console,
     )
-    files = publish_tuned(outcome, run, model=short(loaded.name), text=short(text))
+    files = report.publish_tuned(outcome, run, model=short(loaded.name), text=short(text))
+    stored = loaded.remember(outcome.as_stored(text=short(text))) if keep else None
+    if as_json:
+        print_json(report.as_json(outcome))
+        return
+    _print_outcome(outcome, files, console)
+    if stored is not None:
+        console.print(f"\nStored for --rope auto: {stored}", highlight=False, soft_wrap=True, markup=False)
+        return
+    console.print(
+        "\n--rope auto is as before. The same command with --keep stores the winner for it; nothing is measured again.",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _print_outcome(outcome: Tuned, files: list[Path], console: Console) -> None:
+    """The verdict, the table of the best, the details, and where the files are."""
+    from ..evals.reports.report import print_files
+    from ..evals.tuning.report import ranking_grid, sentences
+
     verdict, *details = sentences(outcome)
     console.print(f"\n{verdict}\n", style="bold", highlight=False, markup=False)
     console.print(ranking_grid(outcome).to_table(("loss", "to the winner", "skimmed"), rows=_SHOWN))
@@ -116,26 +143,17 @@ def tune(
     for sentence in details:
         console.print(f"• {sentence}", highlight=False, markup=False)
     print_files(files, console)
-    if keep:
-        stored = loaded.remember(outcome.as_stored(text=short(text)))
-        console.print(f"\nStored for --rope auto: {stored}", highlight=False, soft_wrap=True, markup=False)
-    else:
-        console.print(
-            "\n--rope auto is as before. The same command with --keep stores the winner for it; nothing is measured "
-            "again.",
-            highlight=False,
-            markup=False,
-        )
 
 
-@click.command(
+@command(
     epilog=EXAMPLES + "  ropewalk tuned list\n  ropewalk tuned forget smollm2-135m\n"
     "  ropewalk tuned forget smollm2-135m --target 16k"
 )
 @click.argument("action", type=click.Choice(["list", "forget"]))
 @click.argument("model", required=False)
 @click.option("--target", help="With forget: only what was tuned for so many tokens.")
-def tuned(action: str, model: str | None, target: str | None) -> None:
+@json_option("models (model, fingerprint, tunings), or forgotten (model, target, winner)")
+def tuned(action: str, model: str | None, target: str | None, as_json: bool) -> None:
     """What `ropewalk tune --keep` has stored for --rope auto.
 
     list shows every model, or MODEL, with its targets and winners; forget drops what is stored for MODEL, a name as
@@ -155,21 +173,38 @@ def tuned(action: str, model: str | None, target: str | None) -> None:
         names = ", ".join(sorted({entry.model for entry in stored})) or "nothing"
         raise DataError(f"nothing is stored for {model}; stored is: {names}")
     if action == "list":
-        for entry in chosen:
-            click.echo(f"{entry.model}  ({entry.identity[:12]})")
-            for tuning in entry.tunings:
-                when = f"tuned on {tuning.text}, {tuning.date}"
-                click.echo(f"  up to {format_length(tuning.target)}: {tuning.winner}  {when}")
-        if not chosen:
-            click.echo("Nothing is stored; `ropewalk tune MODEL --keep` stores its winner.")
+        _print_stored(chosen, as_json)
         return
     tokens = None if target is None else parse_length(target)
     dropped = [(entry, tuning) for entry in chosen for tuning in tuned_scalers.forget(entry, tokens)]
     if not dropped:
         targets = ", ".join(format_length(tuning.target) for entry in chosen for tuning in entry.tunings)
         raise DataError(f"nothing is stored for {model} at {target}; its targets are {targets}")
+    if as_json:
+        fields = [{"model": m.model, "target": tuning.target, "winner": str(tuning.winner)} for m, tuning in dropped]
+        print_json({"forgotten": fields})
+        return
     for entry, tuning in dropped:
         click.echo(f"Forgotten: {tuning.winner} for {entry.model} up to {format_length(tuning.target)}")
+
+
+def _print_stored(models: list[TunedModel], as_json: bool) -> None:
+    from ..scaling.lengths import format_length
+
+    if as_json:
+        fields = [
+            {"model": m.model, "fingerprint": m.identity, "tunings": [entry.as_json() for entry in m.tunings]}
+            for m in models
+        ]
+        print_json({"models": fields})
+        return
+    for model in models:
+        click.echo(f"{model.model}  ({model.identity[:12]})")
+        for entry in model.tunings:
+            when = f"tuned on {entry.text}, {entry.date}"
+            click.echo(f"  up to {format_length(entry.target)}: {entry.winner}  {when}")
+    if not models:
+        click.echo("Nothing is stored; `ropewalk tune MODEL --keep` stores its winner.")
 
 
 def _is_named(entry: TunedModel, model: str) -> bool:
