@@ -119,7 +119,8 @@ def _plot_one_context(group: Sequence[Row], run: Run, out_stem: Path) -> tuple[P
     """A bar for each method: the difference to the untouched model at this context, or the loss where there is no
     difference."""
     (at,) = compare.columns(group)
-    measured = {rope: row for rope in compare.methods(group) if (row := compare.measured(group, rope, at)) is not None}
+    rows = {rope: compare.row_with_loss(group, rope, at) for rope in compare.methods(group)}
+    measured = {rope: row for rope, row in rows.items() if row is not None}
     plain = measured.get(compare.UNTOUCHED)
     changes = {
         rope: change

@@ -187,7 +187,8 @@ def _colours(bases: Sequence[str]) -> dict[str, str]:
 
 def _shade(color: str, towards_white: float) -> str:
     end = 1.0 if towards_white > 0 else 0.0
-    return to_hex([part + abs(towards_white) * (end - part) for part in to_rgb(color)])
+    red, green, blue = (part + abs(towards_white) * (end - part) for part in to_rgb(color))
+    return to_hex((red, green, blue))
 
 
 def categories(count: int) -> list[str]:
@@ -246,7 +247,9 @@ def legend_below(axes: Axes, labels: Mapping[str, str], looks: Mapping[str, Line
         Line2D([], [], color=looks[name].color, ls=looks[name].dashes, lw=looks[name].width, marker=looks[name].marker)
         for name in labels
     ]
-    below = axes.transAxes + ScaledTranslation(0, -0.56, axes.get_figure(root=True).dpi_scale_trans)
+    figure_of_axes = axes.get_figure(root=True)
+    assert figure_of_axes is not None
+    below = axes.transAxes + ScaledTranslation(0, -0.56, figure_of_axes.dpi_scale_trans)
     axes.legend(
         handles,
         labels.values(),

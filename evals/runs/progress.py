@@ -31,8 +31,8 @@ class RunProgress:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
-        times = {"started": self._started, "limit": self._deadline, "end": None, "stage": ""}
-        self._task = self._progress.add_task("", total=None, **times)
+        fields: dict[str, Any] = {"started": self._started, "limit": self._deadline, "end": None, "stage": ""}
+        self._task = self._progress.add_task("", total=None, **fields)
         self._progress.start()
         return self
 
