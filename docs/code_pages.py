@@ -14,7 +14,7 @@ import click
 from ropewalk.cli.main import COMMANDS, cli
 from ropewalk.scaling import METHODS, Auto, Scaler
 
-SHARED_BY = 3
+SHARED_BY = 2
 """An option that as many commands have in the same words is described once in docs/cli.md."""
 
 
@@ -50,9 +50,6 @@ def command_help() -> str:
         "",
         "`--text` is kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder. Lists are separated",
         "by commas; `--rope` is repeated where it takes scalers.",
-        "",
-        'The tab key completes commands and options after `eval "$(_ROPEWALK_COMPLETE=bash_source ropewalk)"`',
-        "in `~/.bashrc` (zsh: `zsh_source`; fish: `_ROPEWALK_COMPLETE=fish_source ropewalk | source`).",
         "",
         "## Shared options",
     ]
