@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from carried import STATIC
+from static_specs import STATIC
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import Linear, Llama3, LongRoPE, Scaler, YaRN

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from carried import STATIC
+from static_specs import STATIC
 from words import lines
 
 from ropewalk.errors import ConfigError

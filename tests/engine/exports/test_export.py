@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from carried import STATIC
 from exported import TRAINED, logits, patched, relative_difference, stock
+from static_specs import STATIC
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropewalk as rw

@@ -6,8 +6,8 @@ import struct
 import gguf
 import pytest
 import torch
-from carried import STATIC
 from exported import TRAINED, patched, relative_difference, stock
+from static_specs import STATIC
 
 import ropewalk as rw
 from ropewalk.engine.checkpoints.gguf_conversion import convert_gguf
