@@ -93,9 +93,9 @@ class SamplingParams:
                 raise ConfigError(Setting(name, shown, "given"), f" must be {allowed}")
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not (isinstance(stops, tuple | list) and all(isinstance(text, str) for text in stops)):
-            raise ConfigError(f"stop {self.stop!r} must be a string, or a list of them")
+            raise ConfigError(Setting("stop", repr(self.stop), "given"), " must be a string, or a list of them")
         if "" in stops:
-            raise ConfigError("stop: an empty string would end every text at once; omit it")
+            raise ConfigError(Setting("stop", form="name"), ": an empty string would end every text at once; omit it")
         for stop in stops:
             check_text(stop)  # half a surrogate pair is never in an answer, so it would never stop there
         object.__setattr__(self, "stop", tuple(stops))

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ...errors import AssetError, ConfigError, UnsupportedModel, first_line
+from ...errors import AssetError, ConfigError, Setting, UnsupportedModel, first_line
 from ...scaling.hf import check_counts
 from ..storage import cache_dir
 from .hub import hub_error, hub_file, hub_folder
@@ -159,9 +159,10 @@ def _check_devices(device_map: str | Mapping[str, Any] | None) -> None:
             torch.empty(0, device=device)
         except Exception as error:  # torch raises AssertionError, RuntimeError and more
             raise ConfigError(
-                f"device_map {device_map!r}: torch {torch.__version__} cannot use the device {device!r} here "
-                f"({first_line(error)}); leave device_map out for the CPU or the GPU of this machine, or install a "
-                "torch for the device"
+                Setting("device_map", repr(device_map), "given"),
+                f": torch {torch.__version__} cannot use the device {device!r} here ({first_line(error)}); leave out ",
+                Setting("device_map", form="name"),
+                " for the CPU or the GPU of this machine, or install a torch for the device",
             ) from error
 
 

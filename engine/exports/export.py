@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import ConfigError, UnsupportedModel, did_you_mean
+from ...errors import ConfigError, Setting, UnsupportedModel, did_you_mean
 from ...scaling import hf, hf_write
 from ...scaling.gguf_rope import GgufRope
 from ...scaling.rope import Scaler
@@ -119,17 +119,24 @@ def export(
     out = Path(out)
     if target != "llama.cpp" and out.suffix == ".gguf":
         raise ConfigError(
-            f"{out} is the name of a GGUF file, and target {target!r} writes a folder; take target 'llama.cpp', or a "
-            "name that does not end in .gguf"
+            f"{out} is the name of a GGUF file, and ",
+            Setting("target", repr(target), "given"),
+            " writes a folder; take ",
+            Setting("target", "'llama.cpp'", "given"),
+            ", or a name that does not end in .gguf",
         )
     check_type(model)
     if tokenizer is not None and not isinstance(model, PreTrainedModel):
         raise ConfigError("tokenizer is an option for a transformers model; this model has its own tokenizer")
     if dtype is not None and target not in GGUF_TARGETS:
-        raise ConfigError(f"dtype {dtype!r} is for GGUF files; {target} keeps the weights as they are")
+        raise ConfigError(
+            Setting("dtype", repr(dtype), "given"), f" is for GGUF files; {target} keeps the weights as they are"
+        )
     if isinstance(model, str | Path) and Path(model).suffix == ".gguf" and target in GGUF_TARGETS:
         if dtype is not None:
-            raise ConfigError(f"{model} keeps its weights as they are; leave out dtype {dtype!r}")
+            raise ConfigError(
+                f"{model} keeps its weights as they are; leave out ", Setting("dtype", repr(dtype), "given")
+            )
         return _rewrite_gguf(Path(model), out, target, rope, length)
     source = _source(model, rope, tokenizer)
     if target in GGUF_TARGETS:

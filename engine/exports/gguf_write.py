@@ -24,7 +24,7 @@ from gguf.quants import quantize
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import AssetError, ConfigError, UnsupportedModel, did_you_mean
+from ...errors import AssetError, ConfigError, Setting, UnsupportedModel, did_you_mean
 from ...scaling import hf as hf_config
 from ...scaling.gguf_rope import GgufRope
 from ..checkpoints.checkpoint import read_config, read_tokenizer, read_weights
@@ -84,7 +84,8 @@ def write_gguf(
         AssetError: there is no such checkpoint, or the file cannot be written.
     """
     if dtype not in GGUF_DTYPES:
-        raise ConfigError(f"unknown GGUF dtype {dtype!r}.{did_you_mean(dtype, GGUF_DTYPES)}")
+        suggestion = did_you_mean(dtype, GGUF_DTYPES)
+        raise ConfigError("unknown GGUF ", Setting("dtype", repr(dtype), "given"), f".{suggestion}")
     hf, tokenizer, name = _from_folder(Path(model)) if isinstance(model, str | Path) else _from_memory(*model)
     if rope is None:
         configured = hf_config.read(hf.config)[None]

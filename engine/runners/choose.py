@@ -40,7 +40,7 @@ class RunnerOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.compile, bool) and self.compile != "auto":
-            raise ConfigError(f"compile {self.compile!r} is none of 'auto', True, False")
+            raise ConfigError(Setting("compile", repr(self.compile), "given"), " is none of 'auto', True, False")
         if self.cache not in CACHE_DTYPES:
             raise ConfigError(
                 "unknown ",

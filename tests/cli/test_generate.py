@@ -57,6 +57,8 @@ MISTAKES = {
     "output alone": (["x", "--output", "FILE"], "--output needs --input"),
     "no context": (["x", "gone.txt", "--contexts"], "gone.txt cannot be read as a context: No such file"),
     "latin-1 as a context": (["x", "LATIN", "--contexts"], "convert it with `iconv -f ENCODING -t UTF-8`"),
+    "pooling of nothing": (["x", "--pooling", "max"], "--pooling is for the files of --contexts"),
+    "too many new tokens": (["x", "--max-length", "3"], "; ask for at most --max-new-tokens 2, or add --max-length 5"),
     "a number out of range": (["x", "--min-p", "2"], "--min-p 2 must be between 0 and 1"),
 }
 

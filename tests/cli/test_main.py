@@ -336,13 +336,18 @@ def test_no_error_names_a_setting_as_plain_text():
     """An argument of `load` or of SamplingParams in a message is a Setting, so that the shell can name the option."""
     names = {*inspect.signature(load).parameters, *SamplingParams.__dataclass_fields__} - {"name", "stop", "seed"}
     assignment = re.compile(rf"(?<![\w.-])({'|'.join(names)}) ?= ?[\w'\"(]|model\.rope =")
+    value = re.compile(rf"(^|(?<![\w.-]))({'|'.join(names - {'rope'})}) $")  # before one in an f-string
     engine = Path(errors.__file__).parent / "engine"
     plain = []
     for file in sorted(engine.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and _raises(node):
                 texts = [leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)]
-                plain += [f"{file.name}:{node.lineno}: {t}" for t in texts if assignment.search(str(t))]
+                plain += [
+                    f"{file.name}:{node.lineno}: {t}"
+                    for t in texts
+                    if assignment.search(str(t)) or value.search(str(t))
+                ]
     assert not plain
 
 

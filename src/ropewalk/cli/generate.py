@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from ..errors import DataError
 from .batch import answer_all, answer_fields
@@ -199,8 +200,10 @@ def _check_usage(
             if over_contexts
             else f"{files[0]} is a second prompt; put prompts of several words in quotes, and files after --contexts"
         )
-    if window and not over_contexts:
-        raise click.UsageError("--window splits the files of --contexts, and there are none")
+    pooling_given = click.get_current_context().get_parameter_source("pooling") is ParameterSource.COMMANDLINE
+    if (window or pooling_given) and not over_contexts:
+        option = "--window" if window else "--pooling"
+        raise click.UsageError(f"{option} is for the files of --contexts, and there are none; leave it out")
 
 
 def _read_prompt(prompt: str | None, file: Path | None, over_contexts: bool) -> str | bytes:
