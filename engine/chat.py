@@ -1,4 +1,4 @@
-"""A conversation with a chat model, whose cache is never read twice."""
+"""A conversation with a chat model. What was read stays in a cache, so that a question reads only what is new."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConfigError, DataError
 from .chat_template import Message, chat_ids
 from .completion import Completion
-from .generation import write_on
+from .generation import stream_on_cache
 from .prefill import Progress
 from .prefix_cache import PrefixCache
 from .sampling import SamplingParams, with_settings
@@ -22,19 +22,19 @@ _FORMAT = "ropewalk chat 1"
 
 
 class ChatSession:
-    """Messages, and the keys and values of all that was read of them. `Model.chat_session` makes one.
+    """Messages, with the keys and values of what was read of them. `Model.chat_session` makes one.
 
         chat = model.chat_session(system="You answer in one sentence.")
         for piece in chat.stream("What is the capital of France?", temperature=0):
             print(piece, end="", flush=True)
         print(chat.ask("And of Italy?").text)
 
-    A question reads only what is new: the model's answers stay in the cache, as long as the template writes them as
-    they were. When `model.rope` changes, the cached keys are rotated in place.
+    A question reads only what is new. The model's answers stay in the cache if the template writes them as they were
+    generated. When `model.rope` changes, the cached keys are rotated in place.
 
     Attributes:
-        messages: the conversation so far, as dicts with "role" and "content". It may be edited; what it shares with
-            what was read is not read again.
+        messages: the conversation so far, as dicts with "role" and "content". It may be edited. Its unchanged
+            beginning is not read again.
         unread: tokens that the last question had to read.
     """
 
@@ -47,14 +47,14 @@ class ChatSession:
 
     @property
     def tokens(self) -> int:
-        """Tokens held in the cache."""
+        """Tokens in the cache."""
         return len(self._cached.ids)
 
     def __repr__(self) -> str:
         return f"<ChatSession with {self._model.name}, {len(self.messages)} messages, {self.tokens:,} tokens held>"
 
     def ask(self, text: str, params: SamplingParams | None = None, **settings: Any) -> Completion:
-        """Say `text` and return the model's answer. Both become messages.
+        """Send `text` and return the model's answer. Both become messages.
 
         Args:
             settings: fields of `SamplingParams`.
@@ -71,25 +71,25 @@ class ChatSession:
     def stream(
         self, text: str, params: SamplingParams | None = None, *, progress: Progress | None = None, **settings: Any
     ) -> abc.Iterator[str]:
-        """The text of `ask`, piece by piece. When it is closed or interrupted, what was written is the answer; where
-        nothing was, the question is dropped too.
+        """The text of `ask`, piece by piece. If it is closed or interrupted, the text so far is the answer. If there is
+        none, the question is dropped, too.
 
         Args:
-            progress: as of `Model.stream`; `unread` tokens in all.
+            progress: as in `Model.stream`, for `unread` tokens in all.
         """
         return self._start(text, with_settings(params, settings), progress)[1]
 
     def reset(self) -> None:
-        """Begin again after the system message, if there is one."""
+        """Remove all messages but a system message at the beginning."""
         self._end_stream()
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
     def save(self, path: str | Path) -> None:
-        """Write messages, keys and values to a `.safetensors` file; `Model.chat_session(path=...)` goes on from it.
+        """Write messages, keys and values to a `.safetensors` file; `Model.chat_session(path=...)` continues from it.
 
         Raises:
             ConfigError: the model is not run by the compiled kernels; only their caches can be saved.
-            DataError: the file cannot be written, or a message holds what JSON cannot.
+            DataError: the file cannot be written, or JSON cannot hold a message.
         """
         self._end_stream()
         write_session_file(self._model, path, self._cached, _FORMAT, {"messages": self.messages})
@@ -139,7 +139,7 @@ class ChatSession:
     ) -> abc.Generator[str, None, None]:
         finished = False
         try:
-            yield from write_on(self._model, self._cached, sequence, length)
+            yield from stream_on_cache(self._model, self._cached, sequence, length)
             finished = True
         finally:
             if finished or sequence.text:

@@ -1,23 +1,28 @@
-"""From messages to token ids by the tokenizer's chat template.
+"""The tokenizer's chat template: token ids of messages, and the header that it writes before an answer.
 
-The template's special tokens are real tokens. The same names inside of a message are ordinary characters, so that no
-message can end its turn or begin another one.
+The template's special tokens are real tokens. The same names inside a message are ordinary characters, so that no
+message can end itself or begin another one.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 
 from ..errors import ConfigError, first_line
 from ..tokenizer_tools.encode import text_ids
 from ..tokenizer_tools.vocabulary import Vocabulary, check_text
 
 Message = Mapping[str, Any]
-"""A message as in OpenAI's protocol: "role", "content", and whatever else the template reads."""
+"""A message as in OpenAI's protocol: "role", "content", and other keys that the template reads."""
 
 _PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning of their own
 
@@ -28,10 +33,10 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def chat_ids(messages: Sequence[Message], tokenizer: Any, vocabulary: Vocabulary) -> list[int]:
-    """Token ids of a conversation, up to where the assistant's next answer begins.
+    """Token ids of a conversation, with the header of the assistant's next answer at the end.
 
-    They are those of transformers' `apply_chat_template`, except where a message holds the name of a special token. No
-    start token is added: the template writes it where the model wants one.
+    They are those of transformers' `apply_chat_template`, except if a message holds the name of a special token. No
+    start token is added: the template writes it if the model needs one.
 
     Raises:
         ConfigError: the tokenizer has no chat template, a message has no role, or the template refuses the messages.
@@ -49,7 +54,7 @@ def chat_ids(messages: Sequence[Message], tokenizer: Any, vocabulary: Vocabulary
         return vocabulary.checked(_render(tokenizer, list(messages), tokenize=True))
     names = _special_names(tokenizer)
     mark = _unused_character([*texts, str(tokenizer.chat_template), *names])
-    guarded = _map_strings(list(messages), lambda text: _broken_up(text, names, mark))
+    guarded = _map_strings(list(messages), lambda text: _with_marks(text, names, mark))
     rendered = _render(tokenizer, guarded, tokenize=False)
     if mark not in rendered:
         return vocabulary.checked(text_ids(rendered, tokenizer, special_tokens=True))
@@ -63,8 +68,8 @@ def _is_mistral(tokenizer: Any) -> bool:
 def _render(tokenizer: Any, messages: list[Message], *, tokenize: bool) -> Any:
     if not has_chat_template(tokenizer):
         raise ConfigError(
-            f"{getattr(tokenizer, 'name_or_path', '') or 'this tokenizer'} has no chat template, so it is no chat "
-            "model; use generate, or set model.tokenizer.chat_template"
+            f"{getattr(tokenizer, 'name_or_path', '') or 'this tokenizer'} has no chat template, so the model is "
+            "not a chat model; use generate, or set model.tokenizer.chat_template"
         )
     options = {} if _is_mistral(tokenizer) else {"add_generation_prompt": True}
     try:
@@ -111,8 +116,8 @@ def _unused_character(texts: Sequence[str]) -> str:
     raise ConfigError("the messages hold every private-use character; leave out at least one")
 
 
-def _broken_up(text: str, names: Sequence[str], mark: str) -> str:
-    """`text` with a mark inside of every name, so that it is none; also of one that the text around could complete."""
+def _with_marks(text: str, names: Sequence[str], mark: str) -> str:
+    """`text` with a mark inside every name of a special token, and inside a part of a name at either end."""
     if names:
         text = re.sub("|".join(map(re.escape, names)), lambda name: name[0][0] + mark + name[0][1:], text)
         body = text.rstrip()
@@ -127,7 +132,7 @@ def _broken_up(text: str, names: Sequence[str], mark: str) -> str:
 def _ids_with_marks(
     rendered: str, names: Sequence[str], mark: str, tokenizer: Any, vocabulary: Vocabulary
 ) -> list[int]:
-    """Token ids of a rendered text, part by part between special tokens, without its marks."""
+    """Token ids of a rendered text without its marks. The parts between special tokens are encoded one by one."""
     ids: list[int] = []
     before = ""  # the special token before a part: some tokenizers put a space before the first part only
     for part in re.split(f"({'|'.join(map(re.escape, names))})", rendered):
@@ -140,3 +145,53 @@ def _ids_with_marks(
             with_token = text_ids(before + part, tokenizer, special_tokens=True)
             ids += with_token[1:] if before else with_token
     return ids
+
+
+class _Generation(Extension):
+    """transformers' `{% generation %}`, which only marks the text in it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@cache
+def chat_headers(template: str) -> tuple[str, ...]:
+    """The texts that a template writes only before an answer, such as "<|im_start|>assistant\\n".
+
+    A template is a program that came with a checkpoint and may never end, so it is not run. Of a text that it joins
+    from constants and variables, only the constants at the end are returned.
+    """
+    try:
+        # the options of transformers: the white space in templates is written for them
+        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        branches = list(environment.parse(template).find_all(nodes.If))
+    except (jinja2.TemplateError, RecursionError):
+        return ()
+    headers = (_last_constant(branch.body) for branch in branches if _asks_for_header(branch.test))
+    return tuple(dict.fromkeys(header for header in headers if header))
+
+
+def _asks_for_header(test: nodes.Node) -> bool:
+    if isinstance(test, nodes.And):
+        return _asks_for_header(test.left) or _asks_for_header(test.right)
+    return isinstance(test, nodes.Name) and test.name == "add_generation_prompt"
+
+
+def _last_constant(body: list[nodes.Node]) -> str:
+    """The constant text at the end of what `body` writes outside its inner branches."""
+    outputs = chain.from_iterable(statement.nodes for statement in body if isinstance(statement, nodes.Output))
+    text = ""
+    for part in chain.from_iterable(map(_terms, outputs)):
+        constant = part.data if isinstance(part, nodes.TemplateData) else getattr(part, "value", None)
+        text = text + constant if isinstance(constant, str) else ""
+    return text
+
+
+def _terms(node: nodes.Node) -> list[nodes.Node]:
+    """The operands of + or ~, in order."""
+    if isinstance(node, nodes.Add):
+        return [*_terms(node.left), *_terms(node.right)]
+    return list(chain.from_iterable(map(_terms, node.nodes))) if isinstance(node, nodes.Concat) else [node]

@@ -19,22 +19,23 @@ from .sampling import SamplingParams
 from .scaled_model import ScaledModel
 from .sequence import Sequence
 
-ROWS = 8  # sequences that are written together at most: eight share the reading of the weights
-_TURN = 256  # tokens of a prompt that are read at a time while others are written
+ROWS = 8  # most sequences that are generated together; a step reads the weights once for all of them
+_TURN = 256  # tokens of a prompt that are read at a time while other sequences wait for their next token
 
 
 class Batch:
-    """Sequences that are written together, under one scaler. `generate_tokens` writes them.
+    """Sequences that are generated together, under one scaler. `generate_tokens` runs them.
 
     Args:
         length: tokens of the longest sequence, prompt and answer.
-        expected_rope: the model's scaler that caches were prepared for; another one in use is an error. None is the
-            scaler in use when the batch is made.
-        rope: the scaler to write under, whatever the model's own is.
-        rows: sequences that are written together at most.
-        store: caches of earlier sequences. A new one takes what it shares with one of them, and leaves its own.
-        takes_turns: a long prompt is read in pieces, and after each of them the others are written for as long. If not,
-            a prompt is read at once.
+        expected_rope: the model's scaler, which the caches were prepared for. It is an error if the model has another
+            one. None is the scaler in use when the batch is made.
+        rope: the scaler of the batch, in place of the model's.
+        rows: most sequences that are generated together.
+        store: caches of earlier sequences. A new sequence begins with what it shares with one of them. The cache of a
+            sequence that ends is added.
+        takes_turns: whether a long prompt is read in pieces, with steps of the other sequences between them that take
+            as long. If False, a prompt is read at once.
 
     Attributes:
         waiting: sequences that wait for a place; more may be added at any time.
@@ -57,15 +58,15 @@ class Batch:
         self.model, self.length, self.rope = model, length, rope
         self.expected_rope = (expected_rope or model.rope) if rope is None else None
         self._rows, self._store, self._takes_turns = rows, store, takes_turns
-        self._ended: Sequence | None = None  # the last to end: the next may share its beginning
-        self._lead = 0.0  # seconds that reading took more than writing
+        self._ended: Sequence | None = None  # the last to end; the next sequence may begin like it
+        self._lead = 0.0  # seconds of reading prompts minus seconds of steps
         self._rope_state = model.rope_state
 
-    def begin(self, runner: Runner) -> list[tuple[Sequence, str]]:
-        """The first tokens of those that wait, as far as there is room for them and it is their turn.
+    def start_waiting(self, runner: Runner) -> list[tuple[Sequence, str]]:
+        """Read the prompts of waiting sequences and draw their first tokens, if there is room and it is their turn.
 
         Raises:
-            OutOfMemory: there is no room, and nothing that could be freed.
+            OutOfMemory: there is no room, and no cache that could be freed.
         """
         pieces: list[tuple[Sequence, str]] = []
         self._rope_state = runner.rope_state
@@ -98,11 +99,11 @@ class Batch:
             self.running.append(self.waiting.popleft())
         return pieces
 
-    def step_back(self, error: OutOfMemory) -> None:
-        """Make room after a step that memory ran out in: the last sequence waits, and caches not in use are freed.
+    def recover(self, error: OutOfMemory) -> None:
+        """Make room after memory ran out in a step: the last sequence waits, and caches not in use are freed.
 
         Raises:
-            OutOfMemory: `error`, if that gives no room.
+            OutOfMemory: `error`, if that frees nothing.
         """
         alone = len(self.running) == 1
         if not alone:
@@ -112,12 +113,12 @@ class Batch:
             raise error
         self._rows = len(self.running)
 
-    def took(self, seconds: float) -> None:
-        """Count the time of a step."""
+    def count_step(self, seconds: float) -> None:
+        """Count the seconds of a step of the running sequences."""
         self._lead = max(0.0, self._lead - seconds)
 
-    def leave_ended(self) -> None:
-        """Take those that have ended out of the batch."""
+    def remove_ended(self) -> None:
+        """Remove the sequences that have ended."""
         for sequence in [sequence for sequence in self.running if sequence.done]:
             self.running.remove(sequence)
             if self._ended is not None:
@@ -131,7 +132,7 @@ class Batch:
             sequence.release()
 
     def _share(self, sequence: Sequence) -> None:
-        """Give a sequence what others have read of its prompt."""
+        """Give a sequence a cache with what others have read of its prompt."""
         if sequence.shares_prefix:
             ended = [] if self._ended is None else [self._ended]
             sequence.cache = _shared_beginning(sequence, [*self.running, *ended])
@@ -140,7 +141,7 @@ class Batch:
             sequence.reused = 0 if sequence.cache is None else tokens_read(sequence.cache)
 
     def _free(self, *sequences: Sequence) -> bool:
-        """Free the caches of sequences, and of those that have ended; True if there were some of these."""
+        """Free the caches of sequences, and those of ended ones. True if there was an ended one."""
         freed = self._ended is not None or (self._store is not None and self._store.clear())
         for sequence in sequences:
             sequence.release()
@@ -151,14 +152,14 @@ class Batch:
 
 
 def generate_tokens(batch: Batch) -> abc.Iterator[list[tuple[Sequence, str]]]:
-    """Write the sequences of a batch; each that ends makes room for the next. The only loop that generates.
+    """Generate the answers of a batch. When a sequence ends, the next begins. This is the only loop that generates.
 
-    A row is computed as though it were alone. A beginning that a prompt shares with a sequence in progress is not read
-    again. Where memory runs out, the last sequence waits until another has ended, and goes on then. Between two steps
-    other threads may use the model.
+    A row gets the tokens that it gets alone. A prompt that begins like that of a sequence in progress is read from
+    where they differ. If memory runs out, the last sequence waits until another has ended, and then continues. Other
+    threads may use the model between two steps.
 
     Yields:
-        After every step the sequences that got a token, or ended, each with the text that is certain now.
+        After every step the sequences that got a token or ended, each with the text that became certain.
 
     Raises:
         OutOfMemory: one more token of the only sequence does not fit, or its cache cannot be rewound.
@@ -166,34 +167,34 @@ def generate_tokens(batch: Batch) -> abc.Iterator[list[tuple[Sequence, str]]]:
     """
     while batch.waiting or batch.running:
         with batch.model.running(batch.length, batch.expected_rope, batch.rope) as runner:
-            pieces, running = batch.begin(runner), batch.running
+            pieces, running = batch.start_waiting(runner), batch.running
             if running and not pieces:
                 began = time.monotonic()
                 try:
                     with restoring(*(cache for sequence in running for cache in sequence.caches)):
                         logits = runner.step([row for sequence in running for row in sequence.rows])
                 except OutOfMemory as error:
-                    batch.step_back(error)
+                    batch.recover(error)
                 else:
-                    batch.took(time.monotonic() - began)
+                    batch.count_step(time.monotonic() - began)
                     for sequence in running:
                         count = len(sequence.caches)
                         pieces.append((sequence, sequence.next_token(runner, logits[:count])))
                         logits = logits[count:]
         yield pieces
-        batch.leave_ended()
+        batch.remove_ended()
 
 
-def write_on(
+def stream_on_cache(
     model: ScaledModel, cached: PrefixCache, sequence: Sequence, length: int
 ) -> abc.Generator[str, None, None]:
-    """Write a sequence on top of a cache, which is cropped and rotated first, and holds all that was read afterwards.
+    """Generate a sequence on top of a cache. The cache is cropped and rotated first, and afterwards holds all tokens.
 
     Args:
         length: tokens of prompt and answer.
 
     Yields:
-        The text as it is decided.
+        The text, piece by piece.
     """
     rope, prompt, interrupted = model.rope, sequence.prompt, True
     with model.running(length, rope) as runner:
@@ -204,7 +205,7 @@ def write_on(
                 if piece:
                     yield piece
         interrupted = False
-    except GeneratorExit:  # which comes between two steps
+    except GeneratorExit:  # is raised between two steps
         interrupted = False
         raise
     finally:
@@ -263,8 +264,8 @@ def _rows_that_fit(model: ScaledModel, lengths: list[int]) -> int:
 
 
 def _shared_beginning(sequence: Sequence, others: abc.Sequence[Sequence]) -> Cache | None:
-    """A cache that holds what the prompt shares with one that was read, if that is worth it."""
-    wanted = sequence.prompt.certain_ids[:-1]  # the last token is run again
-    held = [(shared_length(other.prompt_ids, wanted), other.cache) for other in others]
-    length, cache = max(held, key=lambda each: each[0], default=(0, None))
+    """A copy of another sequence's cache, cut to the beginning that both share; None if that is short."""
+    ids = sequence.prompt.certain_ids[:-1]  # the last token is run again
+    caches = [(shared_length(other.prompt_ids, ids), other.cache) for other in others]
+    length, cache = max(caches, key=lambda pair: pair[0], default=(0, None))
     return shared_cache(cache, length)

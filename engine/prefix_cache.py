@@ -131,7 +131,7 @@ class ContextCaches:
 
 
 def shared_cache(cache: Cache | None, length: int) -> KVCache | None:
-    """A fork of `cache` that holds its first `length` tokens, if that is possible and worth it."""
+    """A fork of `cache` with its first `length` tokens; None if those are few, or the cache cannot be cropped."""
     if length < SHARED or not isinstance(cache, KVCache):
         return None
     excess = max(0, tokens_read(cache) - length)
@@ -143,61 +143,63 @@ def shared_cache(cache: Cache | None, length: int) -> KVCache | None:
 
 
 class PrefixStore:
-    """Caches of sequences that have ended, for others that begin alike under the same frequencies.
+    """Caches of ended sequences, for later ones that begin alike under the same frequencies.
 
-    What a sequence gets of it was computed from the same tokens, so it changes no answer but by rounding.
+    They were computed from the same tokens, so they change an answer by rounding at most.
 
     Args:
-        budget: bytes of all caches; those not used for longest are freed.
+        budget: bytes of all caches. The least recently used are freed.
     """
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._held: list[_Held] = []  # the last used last
+        self._entries: list[_StoredCache] = []  # the most recently used is last
 
     @property
     def bytes(self) -> int:
-        """Bytes held."""
-        return sum(held.bytes for held in self._held)
+        """Bytes of all caches."""
+        return sum(entry.bytes for entry in self._entries)
 
     def take(self, ids: list[int], rope_state: RopeState) -> Cache | None:
-        """A cache that holds the longest beginning of `ids` but for its last token; None if that is not worth it.
+        """A cache with the longest stored beginning of `ids` without its last token; None if that is short.
 
-        One that holds nothing else is handed over, another one is copied when it is written to.
+        A cache that holds nothing else leaves the store. Another one stays, and is copied when it is written to.
         """
-        usable = [held for held in self._held if held.rope_state == rope_state]
-        best = max(usable, key=lambda held: shared_length(held.ids, ids[:-1]), default=None)
+        usable = [entry for entry in self._entries if entry.rope_state == rope_state]
+        best = max(usable, key=lambda entry: shared_length(entry.ids, ids[:-1]), default=None)
         if best is None:
             return None
         length = shared_length(best.ids, ids[:-1])
         cache = shared_cache(best.cache, length)
         if cache is not None:
-            self._held.remove(best)
+            self._entries.remove(best)
             if length < len(best.ids):
-                self._held.append(best)
+                self._entries.append(best)
         return cache
 
     def give(self, ids: list[int], cache: Cache | None, rope_state: RopeState) -> None:
-        """Hold the cache of a sequence that has ended, whose tokens are `ids`."""
+        """Add the cache of a sequence that has ended, whose tokens are `ids`."""
         if not isinstance(cache, KVCache) or not layers_agree(cache) or cache.layers[0].evicted:
             return
         ids = ids[: cache.length]
         if len(ids) < SHARED or cache.length > len(ids):
             return
-        covered = [held for held in self._held if held.rope_state == rope_state and held.ids == ids[: len(held.ids)]]
-        self._held = [held for held in self._held if held not in covered]
-        self._held.append(_Held(ids=ids, cache=cache, rope_state=rope_state, bytes=cache_bytes(cache)))
+        covered = [
+            entry for entry in self._entries if entry.rope_state == rope_state and entry.ids == ids[: len(entry.ids)]
+        ]
+        self._entries = [entry for entry in self._entries if entry not in covered]
+        self._entries.append(_StoredCache(ids=ids, cache=cache, rope_state=rope_state, bytes=cache_bytes(cache)))
         while self.bytes > self._budget:
-            del self._held[0]
+            del self._entries[0]
 
     def clear(self) -> bool:
-        """Free all memory; True if there was some."""
-        was_filled, self._held = bool(self._held), []
+        """Free all caches. True if there were any."""
+        was_filled, self._entries = bool(self._entries), []
         return was_filled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Held:
+class _StoredCache:
     ids: list[int]
     cache: KVCache
     rope_state: RopeState

@@ -15,7 +15,7 @@ from ..tokenizer_tools.characters import split_character, unfinished
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
 from ..tokenizer_tools.vocabulary import Vocabulary, check_ids, check_text
-from .chat_header import chat_headers
+from .chat_template import chat_headers
 from .sampling import ContinuationMode
 
 

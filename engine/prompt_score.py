@@ -21,8 +21,8 @@ class ScoredToken:
     """A token of a prompt, given all before it.
 
     Attributes:
-        logprob: nats.
-        rank: 1 is the likeliest token.
+        logprob: its log-probability, nats.
+        rank: 1 for the likeliest token.
         top: the likeliest tokens with their log-probabilities, the likeliest first.
     """
 
@@ -36,11 +36,11 @@ class ScoredSequence(Sequence):
     """A sequence with the log-probabilities of its prompt's tokens.
 
     Args:
-        alternatives: likeliest tokens for each.
-        writes: False ends the sequence when the prompt is read.
+        alternatives: number of likeliest tokens that are returned for each token.
+        writes: whether an answer follows. If False, the sequence ends when the prompt is read.
 
     Attributes:
-        scored: of every token of the prompt but the first.
+        scored: one for every token of the prompt but the first.
     """
 
     def __init__(self, *args: Any, alternatives: int, writes: bool, **more: Any) -> None:
@@ -55,7 +55,7 @@ class ScoredSequence(Sequence):
         if self.cache is None:
             self.cache, self.scored = runner.new_cache(self.length), []
         start = len(self.scored)
-        rewind(self.cache, tokens_read(self.cache) - start)  # a chunk that memory ran out in
+        rewind(self.cache, tokens_read(self.cache) - start)  # drops a chunk in which memory ran out
         stop = min(start + min(most, CHUNK, max(1, _LOGITS_BUDGET // runner.vocabulary_size)), len(ids) - 1)
         if start < stop:
             logits = prefill(runner, ids[start:stop], self.cache, logits_to_keep=stop - start)

@@ -1,7 +1,7 @@
-"""Many requests, one model: a thread that writes all answers, some of them together.
+"""Many requests on one model: a thread that generates all answers in batches.
 
-Requests join and leave between two steps. Those under the same frequencies are one batch; batches take turns. No answer
-depends on what else is being written, up to rounding.
+Requests join and leave between two steps. Those with the same frequencies are one batch, and batches take turns. Up to
+rounding, no answer depends on the other requests.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .sequence import Sequence
 
 
 class QueueFull(RopewalkError):
-    """More requests wait than the server is to hold."""
+    """More requests are waiting than the scheduler holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Update:
     """What happened to a request.
 
     Attributes:
-        text: text that is certain now.
+        text: the text that became certain.
         tokens: the tokens drawn since the last update.
         completion: set in the last update.
         error: set in the last update of a request that failed.
@@ -46,11 +46,11 @@ class Update:
 
 
 class Request:
-    """A sequence to be written.
+    """A sequence to generate.
 
     Args:
         sequence: prompt and parameters.
-        scaler: what it is written under.
+        scaler: the scaler to generate it under.
         length: tokens of prompt and answer together.
         report: called with every `Update`, in the scheduler's thread.
     """
@@ -61,12 +61,12 @@ class Request:
 
 
 class Scheduler:
-    """Writes requests in a thread of its own, until it is closed.
+    """Generates the answers of requests in a thread, until it is closed.
 
     Args:
-        rows: sequences of a batch that are written together at most.
-        waiting: requests that may wait for a place.
-        cache_bytes: of the keys and values of ended requests, from which later ones that begin alike take theirs.
+        rows: most sequences of a batch that are generated together.
+        waiting: most requests that wait for a place.
+        cache_bytes: most bytes of keys and values of ended requests, which later requests that begin alike reuse.
     """
 
     def __init__(self, model: ScaledModel, *, rows: int = ROWS, waiting: int = 64, cache_bytes: int = 1 << 30) -> None:
@@ -84,12 +84,12 @@ class Scheduler:
 
     @property
     def active(self) -> int:
-        """Requests that wait or are being written."""
+        """Number of requests that wait or are being answered."""
         return len(self._requests) + len(self._arrived)
 
     @property
     def running(self) -> int:
-        """Requests that are being written."""
+        """Number of requests that are being answered."""
         return sum(len(batch.running) for batch, _ in list(self._batches.values()))
 
     def plan(self, spec: str | None) -> RopePlan:
@@ -101,7 +101,7 @@ class Scheduler:
         return self.model.plan if spec is None else self.model.plan_for(spec)
 
     def submit(self, *requests: Request) -> None:
-        """Take requests, all of them or none.
+        """Accept requests, all of them or none.
 
         Raises:
             QueueFull: too many are waiting, or the scheduler is closed.
@@ -118,7 +118,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, *requests: Request) -> None:
-        """Stop writing requests that nobody waits for. Those that have ended are left alone."""
+        """Stop requests whose answers are no longer needed. It does nothing to those that have ended."""
         with self._changed:
             self._cancelled.update(requests)
             self._changed.notify()
@@ -138,7 +138,7 @@ class Scheduler:
                     del self._batches[key]
 
     def _take(self) -> bool:
-        """Wait for something to do, and put what arrived into batches; False when everything is done for good."""
+        """Wait for work, and put new requests into batches. False when the scheduler is closed and all are answered."""
         with self._changed:
             while not (self._arrived or self._batches or self._closed):
                 self._changed.wait()
@@ -150,11 +150,11 @@ class Scheduler:
                     self._batch_of(request).waiting.append(request.sequence)
             for request in cancelled:
                 if self._requests.pop(request.sequence, None) is not None:
-                    request.sequence.end("cancelled")  # its batch leaves it out from now on
+                    request.sequence.end("cancelled")  # its batch skips it from now on
         return bool(self._batches) or not self._closed
 
     def _batch_of(self, request: Request) -> Batch:
-        """The batch of requests under the same frequencies."""
+        """The batch of the requests with the same frequencies."""
         alone = request if self.model.follows_length(request.scaler) else None
         key = (request.scaler, alone)
         if key not in self._batches:
@@ -171,7 +171,7 @@ class Scheduler:
         return self._batches[key][0]
 
     def _step(self, key: object) -> bool:
-        """Take a step of a batch and report it; False if it has ended. An error ends the sequences of this batch."""
+        """Run a step of a batch and report it; False if the batch has ended. An error ends all of its sequences."""
         batch, steps = self._batches[key]
         try:
             pieces = next(steps, None)

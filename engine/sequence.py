@@ -36,12 +36,12 @@ class Sequence:
         progress: called after each step that reads the prompt.
 
     Attributes:
-        progress: as given; it may be set until the prompt is read.
+        progress: as given. It may be set until the prompt is read.
         prompt_ids: tokens read before the first token of the answer.
         tokens: those of the answer.
         pending: tokens to run next, on top of the cache.
         finish_reason: "stop", "length", "time" or "cancelled" once `done`.
-        reused: tokens of the prompt that others had read.
+        reused: tokens of the prompt that came with a cache of another sequence.
     """
 
     shares_prefix: ClassVar[bool] = True  # may begin with a cache of another sequence
@@ -92,11 +92,11 @@ class Sequence:
 
     @property
     def read_ids(self) -> list[int]:
-        """The tokens of the prompt as they were read, and those of the answer."""
+        """The tokens of the prompt, as they were read, and of the answer."""
         return [*self.prompt_ids, *(token.id for token in self.tokens)]
 
     def read_ahead(self, runner: Runner, most: int) -> bool:
-        """Read up to `most` tokens of a long prompt. True if no more than that is left, which `first_token` reads."""
+        """Read up to `most` tokens of a long prompt. True once at most that many are left for `first_token`."""
         ids = self.read_ids if self.tokens else self.prompt.certain_ids
         if self.cache is None:
             if len(ids) <= most:

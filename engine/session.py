@@ -12,7 +12,7 @@ from ..tokenizer_tools.cover import shared_length
 from ..tokenizer_tools.vocabulary import check_text
 from .cache import can_rewind
 from .completion import Completion
-from .generation import write_on
+from .generation import stream_on_cache
 from .kv_cache import KVCache
 from .prefill import Progress, prefill
 from .prefix_cache import PrefixCache
@@ -141,7 +141,7 @@ class Session:
         before, self._data = self._data, data
         interrupted = True
         try:
-            yield from write_on(self._model, self._cached, sequence, length)
+            yield from stream_on_cache(self._model, self._cached, sequence, length)
             interrupted = False
         except GeneratorExit:
             interrupted = False

@@ -1,4 +1,4 @@
-"""The file of a session or a chat: what was said, and the keys and values of what was read."""
+"""The file of a session or a chat: its text or messages, and the keys and values of what was read."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SPARE = 256  # tokens of spare room after loading a file
 def write_session_file(
     model: ScaledModel, path: str | Path, cached: PrefixCache, form: str, content: dict[str, Any]
 ) -> None:
-    """Write a `.safetensors` file. One that is there already stays until the new one is complete.
+    """Write a `.safetensors` file. A file at `path` is replaced when the new one is complete.
 
     Args:
-        form: the name of the format; `read_session_file` refuses another one.
-        content: what was said, as JSON holds it.
+        form: the name of the format. `read_session_file` refuses another one.
+        content: the text or the messages, as JSON holds them.
 
     Raises:
         ConfigError: the model is not run by the compiled kernels; only their caches can be saved.
@@ -61,7 +61,7 @@ def read_session_file(model: ScaledModel, path: str | Path, form: str) -> tuple[
     Raises:
         ConfigError: the model is not run by the compiled kernels.
         ContextOverflow: the session does not fit into memory.
-        DataError: the file is no session of this format, or belongs to another model or kv_dtype.
+        DataError: the file is not a session of this format, or belongs to another model or kv_dtype.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -70,14 +70,14 @@ def read_session_file(model: ScaledModel, path: str | Path, form: str) -> tuple[
                 raise DataError(f"{path} is not a session that ropewalk saved")
             header = json.loads(metadata["session"])
             if header["format"] != form:
-                raise DataError(f"{path} is a {header['format']!r}, and {form!r} is wanted here")
+                raise DataError(f"{path} is a {header['format']!r}; give a {form!r}")
             if metadata["weights"] != model.fingerprint:
                 raise DataError(f"{path} was saved by another model than {model.name}")
             ids, rope_state = header["ids"], (parse(header["rope"]), header["length"])
             if not (isinstance(ids, list) and all(isinstance(i, int) for i in ids)):
                 raise TypeError("its token ids have the wrong type")
             if not isinstance(rope_state[1], int | None):
-                raise TypeError("its length is no number")
+                raise TypeError("its length is not a number")
             evicted, needed = map(int, header.get("dropped", (0, 0)))
             held = len(ids) - evicted
             if not 0 <= needed <= held <= len(ids):

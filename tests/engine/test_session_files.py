@@ -163,7 +163,7 @@ DAMAGE = {
     "weights": (lambda path: save_file({"x": torch.ones(2)}, str(path)), "is not a session that ropewalk saved"),
     "format": (
         lambda path: rewritten(path, format="ropewalk session 9"),
-        "is a 'ropewalk session 9', and 'ropewalk session 1' is wanted",
+        "is a 'ropewalk session 9'; give a 'ropewalk session 1'",
     ),
     "tokens": (lambda path: rewritten(path, ids=[1] * 500), r"holds keys \[.*\] where \[1, 2, 500, 32\] belong"),
     "nested": (

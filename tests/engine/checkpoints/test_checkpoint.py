@@ -8,7 +8,7 @@ from checkpoint_edits import edit, edit_weights
 from safetensors.torch import load_file
 
 import ropewalk as rw
-from ropewalk.engine.chat_header import chat_headers
+from ropewalk.engine.chat_template import chat_headers
 
 GREEDY = rw.SamplingParams(max_new_tokens=4, temperature=0)
 
