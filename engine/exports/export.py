@@ -38,7 +38,7 @@ class Export:
     Attributes:
         path: the folder, or the GGUF file.
         target: a member of `exports.TARGETS`.
-        scaler: the scaler in the files. A scaler that follows the length is fixed to `length`.
+        scaler: the scaler in the files. A scaler that depends on the length is fixed to `length`.
         length: the context length that the files state, in tokens.
         carrier: how the files express the frequencies, in a few words.
         command: the command that starts the engine; empty for hf.
@@ -99,16 +99,16 @@ def export(
         out: a new folder; for llama.cpp a new file.
         target: "hf" (transformers), "vllm", "sglang", "llama.cpp" or "ollama".
         rope: a spec or scaler; None is the scaler of a loaded or patched model.
-        length: tokens to be served, such as 32768, "32k" or "4x"; None is the scaler's reach. A scaler that follows
-            the length is fixed to it.
+        length: tokens to be served, such as 32768, "32k" or "4x"; None is the scaler's reach. A scaler that depends
+            on the length is fixed to it.
         dtype: of the matrices of a new GGUF file: "f32", "bf16" (if None), "f16" or "q8_0". Other targets, and GGUF
             files that exist already, keep the weights as they are.
         tokenizer: the tokenizer of a transformers model.
 
     Raises:
-        ConfigError: the scaler acts on more than the frequencies, follows the length while no length is given, or does
-            not reach the length; the target or dtype is unknown; `out` is the name of a GGUF file, and the target
-            reads a folder.
+        ConfigError: the scaler acts on more than the frequencies, does not reach `length`, or depends on the length
+            and none is given; the target or dtype is unknown; `out` is the name of a GGUF file, and the target reads
+            a folder.
         UnsupportedModel: the target cannot hold the model, or the model computes something else than its config and
             weights say: an adapter that is not merged, a parametrized weight, a hook, a replaced forward, a config
             that was edited after the model was built.
@@ -212,7 +212,8 @@ def _check_layer_types(configured: Mapping[str | None, hf.ConfiguredRope], targe
     if target != "hf" and None not in configured:
         raise UnsupportedModel(
             f"this model has different frequencies for {', '.join(map(str, configured))}; how {target} reads them "
-            "was not checked, so export it for hf"
+            "was not checked, so take ",
+            Setting("target", "hf"),
         )
     if all(hf.is_local(layer_type) for layer_type in configured):
         raise UnsupportedModel(

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from ...errors import ConfigError, UnsupportedModel
+from ...errors import ConfigError, Setting, UnsupportedModel
 from ...scaling import hf, hf_write
 from ...scaling.interpolation import DynamicNTK
 from ...scaling.lengths import format_length, parse_length
@@ -32,8 +32,8 @@ def scaler_to_write(
     A scaler that sets no frequencies gets the model's own.
 
     Raises:
-        ConfigError: the scaler acts on more than the frequencies, does not reach `length`, or follows the length in a
-            way that the target does not, while `length` is None.
+        ConfigError: the scaler acts on more than the frequencies, does not reach `length`, or depends on the length
+            in a way that the target does not know, and `length` is None.
     """
     scaler = parse(asked, configured.max_length)
     if isinstance(scaler, Auto):
@@ -60,8 +60,9 @@ def scaler_to_write(
     if target == "hf" and isinstance(effective, DynamicNTK):  # transformers counts from the length of the config
         return effective, configured.rope.trained_length
     raise ConfigError(
-        f"{effective} follows the length of the text in a way that {target} does not; give a length to which it is "
-        "fixed, such as 4x"
+        f"{effective} depends on the length of the text in a way that {target} does not know; give a length to which "
+        "it is fixed, such as ",
+        Setting("length", "4x"),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from ropewalk.cli.main import cli
+from ropewalk.errors import ConfigError
 from ropewalk.evals.reports.rope_plots import plot_readings
 from ropewalk.scaling.serving import read_all
 
@@ -44,6 +45,12 @@ def test_what_was_exported_for_servers_differs_nowhere_there(run, tiny_folder, t
     result = run("explain", tmp_path / "out")
     for engine in ("vLLM", "SGLang"):
         assert "differs" not in line_of(result, engine)
+
+
+def test_a_gguf_name_for_a_folder_is_refused_with_the_option(run, tiny_folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"--target 'hf' writes a folder; take --target 'llama\.cpp'"):
+        run("export", tiny_folder, tmp_path / "a.gguf", "--rope", "yarn:4")
+    assert not any(tmp_path.iterdir())
 
 
 def test_gguf_files_are_explained(run, tiny_folder, tmp_path):

@@ -48,7 +48,7 @@ def export(model: str, out: Path, rope: str, target: Any, length: str | None, dt
 
     The frequencies are written in the simplest way that the target reads exactly: a base, a method of its own, or one
     factor for every rotary pair. Position maps and temperatures of queries cannot be written, and are refused with what
-    comes nearest. A scaler that follows the length is held still at --length.
+    comes nearest. A scaler that depends on the length is fixed to --length.
     """
     from ..engine.exports.export import export as export_
     from ..scaling.lengths import format_length

@@ -63,11 +63,11 @@ def test_weights_and_tokenizer_are_the_same_bytes(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["dynamic-ntk:4", "dynamic-yarn"])
-def test_a_scaler_that_follows_the_length_is_fixed_to_one(plain, tiny_folder, tmp_path, spec):
+def test_a_scaler_that_depends_on_the_length_is_fixed_to_one(plain, tiny_folder, tmp_path, spec):
     done = rw.export(tiny_folder, tmp_path / "out", rope=spec, length="4x", target="sglang")
     assert done.length == 4 * TRAINED
     assert relative_difference(stock(done.path), patched(plain, spec, length=4 * TRAINED)) < 1e-5
-    with pytest.raises(rw.ConfigError, match="in a way that sglang does not; give a length"):
+    with pytest.raises(rw.ConfigError, match="in a way that sglang does not know; give a length"):
         rw.export(tiny_folder, tmp_path / "other", rope=spec, target="sglang")
 
 
@@ -116,12 +116,12 @@ def test_models_in_memory_are_written_as_they_are_now(tiny_folder, tmp_path):
         ({"target": "tgi"}, "unknown target 'tgi'"),
         (
             {"out": "a.gguf"},
-            r"a\.gguf is the name of a GGUF file, and target 'hf' writes a folder; take target",
+            r"a\.gguf is the name of a GGUF file, and target 'hf' writes a folder; take target '",
         ),
         ({"out": "a.gguf", "target": "ollama"}, "and target 'ollama' writes a folder"),
         ({"tokenizer": object()}, "tokenizer is an option for a transformers model"),
         ({"dtype": "q8_0"}, "dtype 'q8_0' is for GGUF files; hf keeps the weights"),
-        ({"rope": "dynamic-yarn"}, "follows the length of the text"),
+        ({"rope": "dynamic-yarn"}, "depends on the length of the text"),
     ],
 )
 def test_scalers_and_options_that_are_refused(tiny_folder, tmp_path, options, words):
