@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from live import prepare
-from small_distributions import END, Law
+from small_distributions import END, Distribution
 from small_tokenizers import KINDS
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import DynamicCache
@@ -59,7 +59,7 @@ class ExactModel:
 
 @pytest.fixture(params=KINDS)
 def exact(request):
-    return ExactModel(Law(request.param, 5))
+    return ExactModel(Distribution(request.param, 5))
 
 
 def started(covered, model):
@@ -97,7 +97,7 @@ def test_log_probability_of_a_text_is_the_exact_one(exact):
 
 def test_answers_are_drawn_with_their_exact_frequency():
     """Whole answers, to their end: the draw among covers and the ordinary decoding after it."""
-    distribution = Law("plain", 6)
+    distribution = Distribution("plain", 6)
     model, known = ExactModel(distribution), distribution.vocabulary
     prompt, draws, counts, runner = b"abba", 600, Counter(), TransformersRunner(model)
     covered = cover(known, prompt)
