@@ -1,5 +1,6 @@
 """The pages: code blocks run or are commands that exist, links lead somewhere, every page is on the site."""
 
+import ast
 import functools
 import importlib.util
 import re
@@ -266,6 +267,24 @@ def test_every_page_is_on_the_site():
 
     site = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
     assert sorted(files(site["nav"])) == [path.name for path in DOCS]
+
+
+PLACES = re.findall(r"^\| (.+?) \| `(\S+\.py)` \| (.+?) \|$", PAGES["docs/design.md"].read_text(encoding="utf-8"), re.M)
+"""The table of docs/design.md: what, the file with it, and its names there."""
+
+
+@pytest.mark.parametrize(("file", "names"), [row[1:] for row in PLACES], ids=[row[0] for row in PLACES])
+def test_what_the_design_page_locates_is_there(file, names):
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    for name in re.findall(r"`([\w.]+)`", names):
+        first, _, method = name.partition(".")
+        assert first in defined, f"{file} defines no {first}"
+        assert not method or method in {getattr(node, "name", None) for node in defined[first].body}, f"no {name}"
+
+
+def test_the_design_page_locates_what_a_newcomer_asks_for():
+    assert len(PLACES) >= 20
 
 
 @pytest.mark.slow
