@@ -27,7 +27,7 @@ from .protocols.fixed_target import FixedTarget
 from .protocols.perplexity_cell import PerplexityCell, cells
 from .reports.report import Passage, print_results, publish
 from .runs.compare import MEASURED
-from .runs.measure import forward_rate, measure_all
+from .runs.measure import measure_all
 from .runs.progress import RunProgress
 from .runs.result import Row, Run
 
@@ -96,9 +96,12 @@ class DemoPlan:
         return self.contexts[-1]
 
     def fits(self, cost: ForwardCost, rate: float | None, seconds: float) -> bool:
-        """True if there is time for the untouched model at three lengths, and for two scalers at the longest."""
-        needed = (self.shortest, self.contexts[-2], *[self.longest] * 3)
-        return rate is not None and cost.passes(needed) * self.samples <= rate * seconds
+        """True if there is time for what is `needed`."""
+        return rate is not None and self.needed(cost) <= rate * seconds
+
+    def needed(self, cost: ForwardCost) -> float:
+        """Operations for the untouched model at three lengths, and for two scalers at the longest."""
+        return cost.passes((self.shortest, self.contexts[-2], *[self.longest] * 3)) * self.samples
 
     def store(self, run: Run) -> None:
         """Keep it in the run's folder, so that the same command goes on with it."""
@@ -171,10 +174,11 @@ def run_demo(*, max_minutes: float | None, out: Path, started: float | None = No
     planned = [cell for cell in every if isinstance(cell, PerplexityCell)]
     planned = _in_order(planned, plan, model.trained_length, is_tight=is_tight)
     _describe(model, plan, spec_list, console)
-    if is_tight:
+    if is_tight and rate is not None:
+        minutes = math.ceil((time.monotonic() - started + closing + plan.needed(local.cost) / rate) / 60)
         console.print(
-            "This is too slow for all of it in the time. The cells that tell most come first; the same command goes on "
-            "with the others, --max-minutes gives more time.\n",
+            f"That would take about {minutes} minutes here, so what tells most comes first. The same command goes on "
+            f"with the rest; --max-minutes {minutes + 1} should be enough for the curves.\n",
             highlight=False,
         )
     run.write_environment()
@@ -213,8 +217,7 @@ def _plan(
     rate = None
     if deadline is not None:
         with console.status("measuring how fast this machine is"):
-            model.time_forward(64)  # what runs once only
-            rate = forward_rate(model, max(2, model.trained_length // 8))
+            rate = _rate(model, max(2, model.trained_length // 8))
         console.print(f"It computes about {rate / 1e9:.0f} GFLOP/s with this model.", highlight=False)
     if stored is not None:
         return stored, rate
@@ -225,6 +228,18 @@ def _plan(
         plan = DemoPlan.sized(model.trained_length, model.cost, rate, deadline - now, _FIRST_CURVE - (now - started))
     plan.store(run)
     return plan, rate
+
+
+def _rate(model: LocalModel, tokens: int) -> float:
+    """Operations a second while a text is read, its last token scored."""
+
+    def seconds(length: int) -> float:
+        started = time.monotonic()
+        model.losses([0] * length, length - 1, lambda past, n: None)
+        return time.monotonic() - started
+
+    seconds(2)  # what is done once only
+    return model.cost.step(0, tokens - 1) / seconds(tokens)
 
 
 def _in_order(

@@ -50,8 +50,8 @@ class EffectiveLength:
 
     @property
     def remedy(self) -> str:
-        """What would decide the first of `undecided`, as the command is written."""
-        return remedy(self.samples)
+        """What would decide the first of `undecided`, as the command is written: `--samples 24 or more`."""
+        return _needed(self.samples)
 
     def __str__(self) -> str:
         """`reaches 8k, 12k undecided (--samples 24 or more would decide it), fails at 16k`."""
@@ -60,15 +60,19 @@ class EffectiveLength:
             but = f" (but not {_lengths(self.breaks)})" if self.breaks else ""
             parts.append(f"reaches {format_length(self.length)}{but}")
         if self.undecided:
-            parts.append(f"{_lengths(self.undecided)} undecided ({self.remedy})")
+            parts.append(f"{_lengths(self.undecided)} undecided ({remedy(self.samples)})")
         if self.fails:
             parts.append(f"fails at {_lengths(self.fails)}")
         return ", ".join(parts)
 
 
 def remedy(samples: int | None) -> str:
-    """What would decide an interval, as the command is written; None is more than can be advised."""
-    return "too close to the limit to decide" if samples is None else f"--samples {samples} or more would decide it"
+    """What would decide an interval, in words. None is more than can be advised."""
+    return _needed(samples) if samples is None else f"{_needed(samples)} would decide it"
+
+
+def _needed(samples: int | None) -> str:
+    return "too close to the limit to decide" if samples is None else f"--samples {samples} or more"
 
 
 def _lengths(lengths: Sequence[int]) -> str:

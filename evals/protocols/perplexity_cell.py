@@ -77,6 +77,7 @@ class PerplexityCell(Cell):
                 "seconds": seconds,
                 "tokens_per_second": sum(self.pass_lengths) / seconds,
                 "peak_memory_mb": model.memory_mb,
+                "run_started": run.started,
             }
             if keys is not None:
                 measured["candidates"] = len(keys)

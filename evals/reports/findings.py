@@ -134,7 +134,8 @@ def _longest(view: _View) -> list[str]:
     winner, plain = rows[best], rows.get(UNTOUCHED)
     change = view.difference(winner, plain)
     if best == UNTOUCHED:
-        sentence = f"{where} no method helped: the untouched model has the lowest loss, {_loss(winner)}"
+        none_helped = "no method helped: " if at[1] > view.trained_length else ""
+        sentence = f"{where} {none_helped}the untouched model has the lowest loss, {_loss(winner)}"
     else:
         sentence = f"{where} {best} has the lowest loss, {_loss(winner)}"
         if plain is None:

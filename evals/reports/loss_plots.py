@@ -25,7 +25,7 @@ OFF_SCALE = 1.0
 instead."""
 
 _HEIGHT, _LINE = 4.1, 0.2  # inches of a plot, and of each line of its legend
-_MARK = 0.065  # height of a mark of what is off the scale as a share of the axes
+_MARK_WIDTH, _MARK_HEIGHT = 0.16, 0.065  # of a mark of what is off the scale with its text, as shares of the axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +197,7 @@ def _draw(axes: Axes, curves: Curves, trained_length: int) -> None:
         on_scale = [p for p in points if p.loss <= top]
         axes.plot([p.x for p in on_scale], [p.loss for p in on_scale], look.marker, ms=5, color=look.color, zorder=4)
     off_scale = [(p, looks[rope]) for rope, points in curves.items() for p in points if p.loss > top]
-    stacked: dict[float, int] = {}
-    for point, look in sorted(off_scale, key=lambda pair: pair[0].loss):
-        _mark_off_scale(axes, point, look, stacked.setdefault(point.x, 0))
-        stacked[point.x] += 1
+    _mark_off_scale(axes, off_scale)
     style.legend_below(axes, _end_labels(curves), looks)
 
 
@@ -229,24 +226,31 @@ def scale(curves: Curves, trained_length: int) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _mark_off_scale(axes: Axes, point: Point, look: style.LineStyle, above: int) -> None:
-    """An arrowhead and the value over the plot, on top of the `above` marks that are there already."""
-    place = (point.x, 1.03 + _MARK * above)
-    transform = axes.get_xaxis_transform()
-    axes.plot(*place, marker="^", ms=6, color=look.color, transform=transform, clip_on=False)
+def _mark_off_scale(axes: Axes, off_scale: Sequence[tuple[Point, style.LineStyle]]) -> None:
+    """An arrowhead and the value over the plot for each point, in as many rows as keep the texts apart."""
     left, right = axes.get_xlim()
-    is_right = math.log(point.x / left) > 0.85 * math.log(right / left)
-    axes.annotate(
-        f"{point.loss:.2f}",
-        place,
-        xycoords=transform,
-        xytext=(-7 if is_right else 7, 0),
-        textcoords="offset points",
-        ha="right" if is_right else "left",
-        va="center",
-        fontsize=9.5,
-        annotation_clip=False,
-    )
+    rows: list[list[tuple[float, float]]] = []  # of each row, where its texts begin and end, as shares of the axes
+    for point, look in sorted(off_scale, key=lambda pair: (pair[0].loss, pair[0].x)):
+        at = math.log(point.x / left) / math.log(right / left)
+        is_right = at > 1 - _MARK_WIDTH
+        start, end = (at - _MARK_WIDTH, at + 0.02) if is_right else (at - 0.02, at + _MARK_WIDTH)
+        row = next((n for n, taken in enumerate(rows) if all(end < a or start > b for a, b in taken)), len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append((start, end))
+        place, transform = (point.x, 1.03 + _MARK_HEIGHT * row), axes.get_xaxis_transform()
+        axes.plot(*place, marker="^", ms=6, color=look.color, transform=transform, clip_on=False)
+        axes.annotate(
+            f"{point.loss:.2f}",
+            place,
+            xycoords=transform,
+            xytext=(-7 if is_right else 7, 0),
+            textcoords="offset points",
+            ha="right" if is_right else "left",
+            va="center",
+            fontsize=9.5,
+            annotation_clip=False,
+        )
 
 
 def _only_group(rows: Sequence[Row]) -> list[Row]:

@@ -69,8 +69,9 @@ def loss_section(run: Run, group: list[Row]) -> Section:
         )
         grids.append(grid(f"Difference to the untouched model at its trained length ({trained})", note, show_delta))
     grids += extra_grids(group)
-    note = "Tokens per second of the whole forward pass; seconds and peak memory of the process so far below."
-    grids.append(grid("Speed and memory", note, _speed))
+    if any(_is_long_enough(cell.row) for cells in table.cells for cell in cells):
+        started = sorted({str(row.get("run_started")) for row in group if row.get("loss") is not None})
+        grids.append(grid("Speed and memory", _speed_note(len(started)), lambda cell: _speed(cell, started)))
     return Section(caption=table.caption, grids=grids, method=_loss_method(group))
 
 
@@ -83,12 +84,40 @@ def _loss(cell: TableCell) -> Shown:
     return Shown(main=cell.text, small=small, css="best" if cell.is_best else "", tip=tip)
 
 
-def _speed(cell: TableCell) -> Shown:
-    if cell.row is None:
+_LEAST_SECONDS = 10.0
+"""A cell that took less says little of the speed."""
+
+
+def _is_long_enough(row: Row | None) -> bool:
+    return row is not None and float(row["seconds"]) >= _LEAST_SECONDS
+
+
+def _speed_note(runs: int) -> str:
+    note = (
+        "Tokens per second of the whole forward pass; seconds and peak memory of the process so far below. Cells of "
+        f"less than {_LEAST_SECONDS:g} seconds are left out."
+    )
+    if runs == 1:
+        return note
+    return (
+        f"{note} They were measured in {runs} runs of the command, which may have had the machine to themselves or not."
+    )
+
+
+def _speed(cell: TableCell, started: Sequence[str]) -> Shown:
+    """The speed of a cell, with the number of its run where there are several.
+
+    Args:
+        started: when each run of the command was started, in order.
+    """
+    row = cell.row
+    if row is None or not _is_long_enough(row):
         return NOTHING
-    memory = cell.row.get("peak_memory_mb")
-    small = (f"{cell.row['seconds']:,.3g} s", f"{memory:,.0f} MB" if memory is not None else "memory unknown")
-    return Shown(main=f"{cell.row['tokens_per_second']:,.0f}", small=small)
+    memory = row.get("peak_memory_mb")
+    small = [f"{row['seconds']:,.3g} s", f"{memory:,.0f} MB" if memory is not None else "memory unknown"]
+    if len(started) > 1:
+        small.append(f"run {started.index(str(row.get('run_started'))) + 1}")
+    return Shown(main=f"{row['tokens_per_second']:,.0f}", small=tuple(small))
 
 
 def _loss_method(group: Sequence[Row]) -> dict[str, str]:

@@ -50,7 +50,7 @@ _COLOUR_OF_METHOD = {
 _OTHER_METHOD = len(_COLOURS) - 1
 _SHADES = (0.0, 0.45, -0.4)  # towards white, or towards black
 
-WIDTH = 6.0
+WIDTH = 5.4
 """Inches of a plot of one panel: its text of 10 points has 9 pixels on a page of 400."""
 
 _SETTINGS: Any = {

@@ -18,7 +18,7 @@ UNTOUCHED = "none"
 MEASURED = frozenset(
     (
         *("key", "tokens", "tokens_sha256", "loss", "loss_low", "loss_high", "perplexity", "bits_per_byte", "reason"),
-        *("documents", "candidates", "seconds", "tokens_per_second", "peak_memory_mb"),
+        *("documents", "candidates", "seconds", "tokens_per_second", "peak_memory_mb", "run_started"),
         *("fresh_loss", "gain", "gain_low", "gain_high"),
         *("base_loss", "difference", "difference_low", "difference_high", "kl", "kl_low", "kl_high", "same_top1"),
     )

@@ -16,7 +16,17 @@ from ropewalk.evals.models.served import FORMS, ServedModel
 from ropewalk.evals.runs.compare_runs import compare_runs
 from ropewalk.evals.runs.result import Run
 
-TIMING = ("key", "model", "dtype", "device", "tokenizer", "seconds", "tokens_per_second", "peak_memory_mb")
+TIMING = (
+    "key",
+    "model",
+    "dtype",
+    "device",
+    "tokenizer",
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_mb",
+    "run_started",
+)
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,12 @@ def test_no_method_helped(make_run: MakeRun) -> None:
     assert "Not distinguishable" not in said(run)
 
 
+def test_within_the_trained_length_nothing_has_to_help(make_run: MakeRun) -> None:
+    run = make_run({"none": {4: 3.5}, "a": {4: 3.5}})
+    assert "At 4k, the longest measured," in said(run)
+    assert "no method helped" not in said(run)
+
+
 def test_ties_are_told(make_run: MakeRun) -> None:
     run = make_run({"none": {8: 3.5, 16: 5.0}, "a": {16: 3.600}, "b": {16: 3.601}, "c": {16: 3.8}})
     assert "Not distinguishable from a there: b.\n" in said(run)
@@ -124,7 +130,7 @@ def test_effective_length_undecided(make_run: MakeRun) -> None:
     run = make_run({"none": {8: 3.5}, "a": {8: 3.5, 16: 3.519}})
     assert reach(run, "a") == (8192, (), (16384,))
     found = effective_length(run.rows, compare.deltas(run, run.rows), "a")
-    assert found is not None and f"a reaches 8k, 16k undecided ({found.remedy})" in said(run)
+    assert found is not None and f"a reaches 8k, 16k undecided ({found.remedy} would decide it)" in said(run)
 
 
 @pytest.mark.parametrize(

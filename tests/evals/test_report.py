@@ -170,3 +170,17 @@ def test_damaged_environment_is_named(make_run: MakeRun) -> None:
     (run.folder / "env.json").write_text("{")
     with pytest.raises(DataError, match=r"env\.json is damaged"):
         write_report(run, run.folder / "r.html", title="t")
+
+
+def test_the_speed_of_short_cells_is_left_out_and_runs_are_told_apart(make_run: MakeRun) -> None:
+    run = make_run({"none": {2: 3.6, 8: 3.5, 16: 5.0}})  # 6, 24 and 48 seconds
+    for row, started in zip(run.rows, ("a", "a", "b"), strict=True):
+        run.copy(row | {"run_started": started}, run.losses(row))
+    text = Page(write_report(run, run.folder / "r.html", title="t").read_text("utf-8")).text
+    speed = text.partition("Speed and memory")[2].partition("How it was measured")[0]
+    assert "measured in 2 runs of the command" in speed
+    assert re.search(r"none\s*–\s*340\s*24 s900 MBrun 1\s*340\s*48 s900 MBrun 2", speed), speed
+    run = make_run({"none": {1: 3.6}}, text="short", text_sha256="ef" * 32)
+    for row in run.rows[:-1]:
+        run.copy(row | {"seconds": 3.0}, None)
+    assert "Speed and memory" not in write_report(run, run.folder / "r.html", title="t").read_text("utf-8")

@@ -82,7 +82,7 @@ def lines(folder):
 
 
 def timeless(row):
-    return {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory_mb")}
+    return {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory_mb", "run_started")}
 
 
 @pytest.mark.slow
