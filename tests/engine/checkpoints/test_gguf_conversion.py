@@ -76,13 +76,13 @@ def test_a_terminal_sees_the_name_as_it_is(write, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize(("pre", "expected"), [("smollm", ["ĠĠ", "1", "2", "x"]), ("gpt-2", ["Ġ", "Ġ", "1", "2", "x"])])
 def test_digits_are_split_as_the_tokenizer_was_trained(write, tmp_path, pre, expected):
-    """GPT-2's expression alone takes the last space along with the number."""
+    """With GPT-2's expression alone, the last space becomes part of the number's piece."""
     tokenizer = AutoTokenizer.from_pretrained(convert_gguf(write(pre=pre), tmp_path / "out"))
     assert tokenizer.tokenize("  12x") == expected
 
 
 def test_the_vocabulary_alone_is_read_without_the_weights(write, tmp_path, monkeypatch):
-    path = write(leave_out="blk.0.ffn_up")  # not a model that could be converted
+    path = write(leave_out="blk.0.ffn_up")  # this file cannot be converted
     texts = ["  12x", "a Ġ", "<|endoftext|>"]
     alone = load_vocabulary(path)
     assert not (tmp_path / "cache").exists()
@@ -135,7 +135,7 @@ def test_rotary_scaling_is_converted(write, tmp_path, extra, expected):
 
 
 def llama3_divisors(factor, low=1.0, high=4.0, length=8192):
-    """llama.cpp's rope_freqs.weight for Llama 3.1, from the wavelengths."""
+    """The rope_freqs.weight that llama.cpp computes from the wavelengths for Llama 3.1."""
     divisors = []
     for n in range(DIM // 2):
         wavelength = 2 * math.pi * 50_000.0 ** (2 * n / DIM)

@@ -1,4 +1,4 @@
-"""GGUF files of other families than Llama: what transformers leaves out of their fields is in the converted config."""
+"""GGUF files of other families than Llama: the converted config has the fields that transformers does not read."""
 
 import gguf
 import pytest
@@ -76,7 +76,9 @@ def write(tmp_path):
         for hf_name, tensor in model.state_dict().items():
             if hf_name == "lm_head.weight" and config.tie_word_embeddings:
                 continue
-            offset = 1 if arch == "nemotron" and hf_name.endswith("norm.weight") else 0  # llama.cpp adds it beforehand
+            offset = (
+                1 if arch == "nemotron" and hf_name.endswith("norm.weight") else 0
+            )  # llama.cpp stores the weight plus 1
             writer.add_tensor(names.get_name(hf_name, try_suffixes=(".weight", ".bias")), (tensor + offset).numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

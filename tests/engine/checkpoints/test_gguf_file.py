@@ -47,7 +47,7 @@ def test_a_tensor_that_the_model_does_not_use_is_refused(write, tmp_path, name, 
     ],
 )
 def test_a_tensor_on_which_transformers_fails_is_named(write, tmp_path, name, shape):
-    """It reorders rows of query and key, and ended in an error of numpy."""
+    """transformers reorders the rows of query and key tensors, and numpy raised an error."""
     path = write(extra=lambda writer: writer.add_tensor(name, np.ones(shape, dtype=np.float32)))
     with pytest.raises(UnsupportedModel, match=rf"a llama model has no tensor '{name}' .*; merge the adapter, or"):
         convert_gguf(path, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files: the same ids as the tokenizer that the file was made from."""
+"""Tokenizers of GGUF files give the same ids as the original tokenizer."""
 
 import json
 from pathlib import Path
@@ -94,7 +94,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def trained(splitter, size=700):
-    """A byte-level BPE that has merged what such pieces have most of."""
+    """A byte-level BPE that is trained on the pieces of these pre-tokenizers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = splitter, decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -156,7 +156,7 @@ def test_texts_are_split_as_the_tokenizer_was_trained(write, pre):
 
 
 def test_names_that_mean_something_else_are_told_apart():
-    """Else the test above could not fail."""
+    """Otherwise the test above could not fail."""
     made = {tuple(tuple(trained(splitter).encode(text).tokens) for text in TEXTS) for splitter in SPLITS.values()}
     assert len(made) == len({splitter.__getstate__() for splitter in SPLITS.values()}) == 8
 
@@ -222,7 +222,7 @@ def test_what_a_file_leaves_open_or_contradicts_is_refused(write, options, words
 
 
 def test_special_tokens_keep_their_ids_whatever_they_are_called(write):
-    """DeepSeek's names are written in characters that no byte has."""
+    """DeepSeek's names have characters that stand for no byte."""
     names = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>"]
     tokens = [*"abc", "ab", *names, "Ġ c"]
     kinds = [*[NORMAL] * 4, *[CONTROL] * 3, USER_DEFINED]
@@ -258,7 +258,7 @@ def test_every_end_token_of_the_fields_ends_a_text(write):
     ],
 )
 def test_control_tokens_end_a_text_by_their_names(write, names, expected):
-    """As in llama.cpp, whose conversion names one of them only."""
+    """As in llama.cpp, whose conversion writes only one of them."""
     assert ends(write(["a", *names], types=[NORMAL, *[CONTROL] * len(names)])) == expected
     assert ends(write(["a", *names])) == set()
 
@@ -317,7 +317,7 @@ def test_phi_3_takes_the_spaces_behind_its_special_tokens(write):
 
 
 def test_added_tokens_are_written_and_read(write):
-    """What `AddedToken` says is what the types say."""
+    """The flags of each `AddedToken` agree with its type."""
     tokenizer = read_gguf_tokenizer(GgufFile(write(LETTERS, types=KINDS, merges=["a b"])))
     added = tokenizer.added_tokens_decoder
     assert added[9] == AddedToken("<two>", normalized=False, special=False)

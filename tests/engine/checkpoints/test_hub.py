@@ -1,4 +1,4 @@
-"""The Hugging Face hub: one true sentence when it gives no file, and no request for what is here."""
+"""The Hugging Face hub: one true sentence for each reason why it gives no file."""
 
 import httpx2
 import huggingface_hub
@@ -34,7 +34,7 @@ REASONS = {
 
 @pytest.fixture(params=REASONS.values(), ids=REASONS)
 def refused(request, monkeypatch):
-    """A hub that gives nothing, for one of the reasons; what the sentence must say."""
+    """Make the hub give nothing, for one of the reasons. Returns a pattern for the message."""
     make_error, words = request.param
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
@@ -62,7 +62,7 @@ def test_the_reason_is_one_sentence(refused, read, tmp_path, monkeypatch):
 
 
 def test_a_tokenizer_that_transformers_does_not_get(monkeypatch):
-    """transformers raises its own OSError because of the hub's."""
+    """transformers raises its own OSError, caused by an error of the hub."""
 
     def fail(*_, **__):
         raise OSError(

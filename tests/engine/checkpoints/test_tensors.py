@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint is used once, with its shape; anything else is refused by the name of a tensor."""
+"""Every tensor of a checkpoint is used once, with its shape. Otherwise an error names a tensor."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_a_tensor_that_the_model_does_not_use_is_named(folder, name):
 
 
 def test_biases_that_the_config_has_are_used(folder, tiny_folder):
-    """The other way out of the refusal, and the right value."""
+    """The config may also be corrected; then the logits are those of transformers."""
     edit(folder / "config.json", attention_bias=True)
     biases = {f"model.layers.{n}.self_attn.{kind}_proj.bias": kind for n in range(4) for kind in "qkvo"}
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_fewer_layers_in_the_config_than_in_the_files(folder):
 
 
 def test_a_layer_that_transformers_skips_by_its_number(tiny_folder, tmp_path):
-    """Its class of GLM-4.5 drops layer 46 unseen, the layer for further tokens of one size; here it is the model's."""
+    """The class of GLM-4.5 drops layer 46 silently: in one size it predicts further tokens. Here it matters."""
     config = Glm4MoeConfig(
         vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=47, num_attention_heads=2,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=256, first_k_dense_replace=47, bos_token_id=0,
@@ -126,7 +126,7 @@ def test_tensors_on_which_no_logit_depends_may_be_stored(folder, tiny_folder, na
 
 
 def test_a_layer_that_predicts_further_tokens_may_be_stored(folder):
-    """DeepSeek's, behind the last one of the model; a layer without its projection is one of the model."""
+    """DeepSeek stores it after the last layer. A layer without its projection belongs to the model."""
 
     def add(weights):
         for name in [name for name in weights if ".layers.3." in name]:
@@ -150,7 +150,7 @@ def test_a_tensor_of_another_shape_is_named_with_both(folder):
 
 
 def test_an_output_matrix_beside_a_tied_embedding(folder, tiny_folder):
-    """The same numbers are one matrix; others are one that some programs use and some do not."""
+    """A copy of the embedding is accepted. Of a different matrix, some programs use it and some do not."""
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     edit_weights(folder, lambda weights: weights.update({"lm_head.weight": embedding.clone()}))
     expected = rw.load(tiny_folder).score("import os\n").logprobs
@@ -174,7 +174,7 @@ def test_two_tensors_for_one_weight(folder):
 
 @pytest.fixture
 def experts(tiny_folder, tmp_path):
-    """A mixture whose files hold each expert by itself; transformers stacks them."""
+    """A mixture of experts with one stored tensor for each expert; transformers stacks them."""
     config = MixtralConfig(
         vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=4, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
@@ -187,7 +187,7 @@ def experts(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("numbers", [(0, 1, 2, 6), (1, 2, 3, 4), (0, 1, 2, 10)])
 def test_experts_whose_numbers_have_gaps(experts, numbers):
-    """transformers stacks them in the order of their numbers, whatever those are, beside a router of four rows."""
+    """transformers stacks them in the order of their numbers, also if numbers are missing. The router has four rows."""
 
     def renumber(weights):
         for name in sorted(name for name in weights if ".experts." in name):
@@ -212,14 +212,14 @@ def test_experts_whose_numbers_have_gaps(experts, numbers):
     ],
 )
 def test_two_tensors_for_one_weight_under_the_names_of_transformers(experts, name, shape):
-    """Some were dropped, and some ended in an AttributeError of transformers."""
+    """transformers dropped some of them, and raised an AttributeError for others."""
     edit_weights(experts, lambda weights: weights.update({name: torch.ones(shape)}))
     with pytest.raises(rw.AssetError, match=r"are the same weight; remove one|each once"):
         rw.load(experts)
 
 
 def test_an_output_matrix_under_its_older_name(tiny_folder, tmp_path):
-    """Pythia's `embed_out`: beside `lm_head`, and beside a tied embedding."""
+    """Pythia's `embed_out`, together with `lm_head`, and together with a tied embedding."""
     config = GPTNeoXConfig(
         vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=256, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
@@ -237,7 +237,7 @@ def test_an_output_matrix_under_its_older_name(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize(("shape", "is_mask"), [((1, 1, 256, 256), True), ((16,), False), ((1, 2, 256, 256), False)])
 def test_a_bias_that_has_the_name_of_a_mask(tiny_folder, tmp_path, shape, is_mask):
-    """transformers' GPT-NeoX passes over `attention.bias`, the causal mask of old checkpoints, whatever it is."""
+    """transformers' GPT-NeoX ignores `attention.bias`, which is the causal mask in old checkpoints."""
     config = GPTNeoXConfig(
         vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=256, bos_token_id=0, eos_token_id=0,

@@ -21,7 +21,7 @@ NOT_EXPORTED = {
     "recurrent_gemma": "max_position_embeddings=None",
     "youtu": "transformers itself does not give it back from its files: other logits, untouched",
 }
-"""Families of `FAMILIES` that cannot be exported, or not be compared, and why."""
+"""Families of `FAMILIES` that cannot be exported or compared, and the reason."""
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - NOT_EXPORTED.keys()))

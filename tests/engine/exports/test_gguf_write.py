@@ -1,4 +1,4 @@
-"""GGUF files that we write: read back by our own reader they are the same model and tokenizer."""
+"""Written GGUF files, read back, are the same model and tokenizer."""
 
 import json
 import os
@@ -218,14 +218,17 @@ def test_the_built_in_models_vocabulary_is_that_of_its_file(tmp_path):
 
 
 def llama3_folder(variant, **generation):
-    """The tiny model with the ways of Llama 3's tokenizer: its split, pieces that are tokens taken whole, a start."""
+    """The tiny model with properties of Llama 3's tokenizer: its pre-tokenizer, ignore_merges, a start token."""
     split = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
     tokens = {"id": 0, "type_id": 0}
     folder = variant()
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     start = content["added_tokens"][0]["content"]
     merges = content["model"]["merges"]
-    content["model"] |= {"ignore_merges": True, "merges": merges[: len(merges) // 2]}  # the others are taken whole only
+    content["model"] |= {
+        "ignore_merges": True,
+        "merges": merges[: len(merges) // 2],
+    }  # the other tokens need ignore_merges
     content["pre_tokenizer"] = {
         "type": "Sequence",
         "pretokenizers": [
@@ -253,7 +256,7 @@ LLAMA3 = (
 
 @pytest.mark.parametrize("stated", [True, False])
 def test_a_llama_3_vocabulary_reads_back(variant, tmp_path, monkeypatch, stated):
-    """Also from a file that leaves to its readers that texts begin with the start token."""
+    """Also from a file that does not say that texts begin with the start token."""
     folder = llama3_folder(variant)
     if not stated:
         monkeypatch.setattr(gguf.GGUFWriter, "add_add_bos_token", lambda *_: None)

@@ -255,7 +255,7 @@ def test_quantized_weights_give_a_warning(model, tmp_path):
     model.hf_quantizer = None
     with warnings.catch_warnings(action="error"):
         rw.export(model, tmp_path / "out")
-    # what a quantizer makes of a model is stood in for by the mark that it leaves
+    # only the attribute that a quantizer sets is needed here
     from ropewalk.engine.exports.unmodified import check_unmodified
 
     model.hf_quantizer = object()

@@ -1,4 +1,4 @@
-"""Models in memory that are more than their config says are not exported as though they were not."""
+"""A model in memory whose weights or modules differ from its config is not exported."""
 
 import copy
 
@@ -14,7 +14,7 @@ TARGETS = pytest.mark.parametrize("target", ["hf", "vllm", "llama.cpp"])
 
 
 class Adapted(nn.Module):
-    """What adapters make of a layer: the layer itself, and something added to it."""
+    """A layer with an adapter: the layer, and a low-rank product that is added to its output."""
 
     def __init__(self, layer):
         super().__init__()
