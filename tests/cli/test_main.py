@@ -46,7 +46,7 @@ def test_help_begins_with_the_five_commands_for_newcomers():
     assert sections == ["Options:", *(f"{title}:" for title in GROUPS)]
     first = text.partition("First steps:\n")[2].partition("\n\n")[0]
     names = [line.split()[0] for line in first.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert names == ["demo", "generate", "ppl", "tune", "export"]
+    assert names == ["demo", "chat", "generate", "ppl", "tune"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

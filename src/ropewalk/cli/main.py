@@ -20,9 +20,11 @@ GROUPS = {
         "demo": ("measure:demo", "Measure the built-in model past its trained length, in minutes."),
         "chat": ("chat:chat", "Talk to a chat model."),
         "generate": ("generate:generate", "Continue a prompt."),
-        "serve": ("serve:serve", "Serve a model over HTTP, as OpenAI's API does."),
         "ppl": ("measure:ppl", "Loss and perplexity across context lengths."),
         "tune": ("tune:tune", "Find the scaler that carries a model to a length."),
+    },
+    "Serve and export": {
+        "serve": ("serve:serve", "Serve a model over HTTP, as OpenAI's API does."),
         "export": ("export:export", "Write a model under a scaler for other software."),
     },
     "Measure": {

@@ -1,0 +1,133 @@
+"""`ropewalk chat`, `generate --chat` and `ropewalk serve`, on the tiny model with a chat template."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from click.testing import CliRunner
+
+import ropewalk as rw
+from ropewalk.cli.main import cli
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + '\n' + m.content + '<|endoftext|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+)
+GREEDY = ("--temperature", "0", "--max-new-tokens", "6")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat") / "tiny"
+    shutil.copytree(tiny_folder, path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return rw.load(folder)
+
+
+def run(*arguments, lines=()):
+    return CliRunner().invoke(cli, arguments, input="".join(f"{line}\n" for line in lines), catch_exceptions=False)
+
+
+def said(*texts, system=None):
+    start = [] if system is None else [{"role": "system", "content": system}]
+    roles = ("user", "assistant")
+    return start + [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+def answer(model, messages):
+    return model.chat(messages, temperature=0, max_new_tokens=6).text
+
+
+def test_lines_of_a_pipe_are_messages(folder, model, tmp_path):
+    first = answer(model, said("import os", system="Be brief."))
+    second = answer(model, said("import os", first, "class A:", system="Be brief."))
+    stored = tmp_path / "talk"
+    done = run("chat", folder, "--system", "Be brief.", *GREEDY, lines=["import os", "", f"/save {stored}", "class A:"])
+    assert done.stdout == f"{first}\n{second}\n"
+    done = run("chat", folder, "--load", str(stored), *GREEDY, lines=["class A:", "/reset", "import os"])
+    assert done.stdout == f"{second}\n{first}\n"
+
+
+def test_commands(folder, model, tmp_path):
+    (tmp_path / "text.txt").write_text("import os")
+    lines = [
+        "/rope yarn:2",
+        f"/file {tmp_path / 'text.txt'}",
+        "/info",
+        "/help",
+        "/ropes",
+        "/rope",
+        "/exit",
+        "never read",
+    ]
+    done = run("chat", folder, *GREEDY, lines=lines)
+    assert done.stdout == rw.load(folder, "yarn:2").chat(said("import os"), temperature=0, max_new_tokens=6).text + "\n"
+    for text in ("rope yarn:2", "tokens", "/save PATH", "Did you mean '/rope'", "/rope needs a scaler"):
+        assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("/rope yarm:2", "Did you mean 'yarn'"), ("/load /nowhere", "/nowhere"), ("/file /nowhere", "/nowhere")],
+)
+def test_mistakes_in_a_pipe_are_errors(folder, line, message):
+    with pytest.raises(rw.RopewalkError, match=message):
+        run("chat", folder, lines=[line])
+
+
+def test_generate_with_the_template(folder, model):
+    done = run("generate", folder, "import os", "--chat", "--system", "Be brief.", *GREEDY)
+    assert done.stdout == answer(model, said("import os", system="Be brief.")) + "\n"
+
+
+def test_a_question_without_the_template_is_told_of_it(folder, tiny_folder):
+    assert "try --chat" in run("generate", folder, "What is os?", *GREEDY).stderr
+    assert "--chat" not in run("generate", folder, "import os", *GREEDY).stderr
+    assert "--chat" not in run("generate", str(tiny_folder), "What is os?", *GREEDY).stderr
+
+
+def test_a_model_without_a_template_is_no_chat_model(tiny_folder):
+    with pytest.raises(rw.ConfigError, match="no chat template"):
+        run("generate", str(tiny_folder), "import os", "--chat", *GREEDY)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_server_answers_and_ends_when_it_is_asked_to(folder, model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "ropewalk", "serve", folder, "--port", str(port), "--name", "tiny"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+        body = {"model": "tiny", "messages": said("import os"), "temperature": 0, "max_tokens": 6}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        reply = json.load(urllib.request.urlopen(request, timeout=60))
+        assert reply["choices"][0]["message"]["content"] == answer(model, said("import os"))
+        server.send_signal(signal.SIGINT)
+        log = server.communicate(timeout=60)[1]
+    finally:
+        server.kill()
+    assert server.returncode in (0, 130), log
+    assert "rope" in log and "Traceback" not in log
