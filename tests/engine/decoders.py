@@ -1,4 +1,4 @@
-"""Small random models of every family that the compiled kernels describes, with all that a family may have, and the
+"""Small random models of every family that the compiled kernels run, with all that a family may have, and the
 ways to read a text by it."""
 
 import itertools
@@ -79,7 +79,7 @@ def compiled(hf, **options):
 
 @torch.inference_mode()
 def in_chunks(runner, sizes, ids=None, cache=None):
-    """All logits of a text that is read in chunks of these sizes, over and over."""
+    """All logits of a text that is read in chunks; their sizes repeat."""
     text = (IDS if ids is None else ids)[0].tolist()
     cache = runner.new_cache(7) if cache is None else cache
     chunks, at = [], 0
@@ -105,7 +105,7 @@ def in_bfloat16(hf):
 
 
 def noisy(hf):
-    """A model in bfloat16 whose own products are wrong by a tenth, which is worse than on any CPU."""
+    """A bfloat16 model whose own products are wrong by a tenth, which is more than on any CPU."""
     noise = torch.manual_seed(0)
 
     def blur(_module, _args, out):
@@ -142,7 +142,7 @@ __all__ = [
 ]
 
 
-# What readings by several runners are compared on
+# for tests that compare several runners
 
 TOLERANCE = 5e-5  # of the largest logit
 LENGTH = IDS.shape[1]  # 140; models are trained at 64

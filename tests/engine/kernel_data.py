@@ -1,4 +1,4 @@
-"""Numbers as the compiled kernels take them: bits of one kind, and what they stand for in float64."""
+"""Numbers for the compiled kernels: the bits of one kind, and their values in float64."""
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ def from_bfloat16(bits):
 
 
 def stored(random, kind, rows, columns):
-    """A random matrix of `kind`, float32 scales of its rows or None, and what it stands for in float64."""
+    """A random matrix of `kind`, float32 scales of its rows or None, and its values in float64."""
     x = random.standard_normal((rows, columns)).astype(np.float32)
     if kind == np.float32:
         return x, None, x.astype(np.float64)
@@ -28,5 +28,5 @@ def stored(random, kind, rows, columns):
 
 
 def address(x):
-    """Where an array lies; 0 for None. The caller keeps it alive."""
+    """The address of an array; 0 for None. The caller keeps the array alive."""
     return 0 if x is None else x.ctypes.data

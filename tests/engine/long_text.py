@@ -40,7 +40,7 @@ def in_chunks(model, cuts, cache=None):
 
 
 def left_padded(*lengths):
-    """Rows of the text's first tokens, as many as `lengths` say, padded with 0 on the left, and their mask."""
+    """Rows with the first tokens of the text, of these lengths, padded with 0 on the left; and their mask."""
     width = max(lengths)
     rows = [torch.cat((torch.zeros(width - n, dtype=torch.long), IDS[0, :n])) for n in lengths]
     mask = torch.stack([(torch.arange(width) >= width - n).long() for n in lengths])

@@ -1,4 +1,4 @@
-"""What `patch` does with every family: a row of docs/families.md, or a failed assertion."""
+"""The check of a family under `patch`: it gives a row of docs/families.md, or an assertion fails."""
 
 import logging
 from contextlib import contextmanager
@@ -22,13 +22,13 @@ def logits(model, ids=IDS, **inputs):
     return model(input_ids=ids, use_cache=False, **inputs).logits
 
 
-def difference(one, other):
-    """Largest difference, of the largest entry."""
-    return float((one - other).abs().max() / other.abs().max())
+def difference(x, expected):
+    """The largest difference, relative to the largest entry."""
+    return float((x - expected).abs().max() / expected.abs().max())
 
 
 def reason(error):
-    """The first clause of a refusal, without the class name in front."""
+    """The first clause of a refusal, without the class name before it."""
     text = str(error).split(";")[0].split(", so ")[0]
     head, colon, rest = text.partition(": ")
     if colon and " " not in head:
@@ -56,7 +56,7 @@ def frequencies(name, model):
 
 
 def bands(name, model):
-    """Position maps: nothing changes where no distance is far, padding and caching change nothing, undo is exact."""
+    """Position maps: short distances, padding and caches change nothing, and undo is exact."""
     before, short = logits(model), logits(model, IDS[:, :50])
     try:
         handle = rw.patch(model, "rerope:60")
@@ -81,7 +81,7 @@ def bands(name, model):
 
 
 def padding_error(model):
-    """How far a left-padded row of a batch is from the same row alone."""
+    """The difference between a left-padded row of a batch and the same row alone."""
     ids = torch.cat((IDS, torch.cat((torch.zeros(1, 10, dtype=torch.long), IDS[:, :80]), 1)))
     mask = torch.ones(2, 90, dtype=torch.long)
     mask[1, :10] = 0
@@ -90,7 +90,7 @@ def padding_error(model):
 
 
 class Given:
-    """A segment's own frequencies, bands and temperature, in the form that the twin takes."""
+    """The frequencies, bands and temperature of a segment, in the form of a scaler for the reference."""
 
     def __init__(self, segment):
         self.frequencies = lambda *_: segment.frequencies
@@ -101,7 +101,7 @@ class Given:
 
 @contextmanager
 def literal_attention():
-    """The literal twin in the place of banded attention, in every patched model."""
+    """Within it, patched models use the reference instead of banded attention."""
     ours = band_patch.banded_attention
 
     def twin(q, k, v, score, layout, work, sinks=None, _=None):

@@ -1,4 +1,4 @@
-"""The two-part attention against a softmax written out in float64."""
+"""Causal attention in two parts, compared with a softmax in float64."""
 
 import math
 from collections import Counter
@@ -43,7 +43,7 @@ def test_equals_masked_softmax(heads, kv_heads, n, m, dtype, tolerance):
 
 
 class Counted(TorchDispatchMode):
-    """How often each operation runs."""
+    """Counts how often each operation runs."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ def test_no_mask_for_plain_causal_attention_and_one_otherwise():
 
 
 def forward(q, k, v, mask=None, *, training=False, **options):
-    """What transformers' attention layers call, heads in front again."""
+    """The function that transformers' attention layers call; heads come first in its result."""
     module = torch.nn.Identity().train(training)
     out, weights = _attention_forward(module, q, k, v, mask, **options)
     assert weights is None
@@ -92,7 +92,7 @@ def forward(q, k, v, mask=None, *, training=False, **options):
 
 
 @pytest.mark.parametrize("scale", [None, 0.17])
-def test_what_transformers_calls_is_the_same_attention(scale):
+def test_transformers_gets_the_same_attention(scale):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, n, 16, dtype=torch.float64) for heads, n in ((6, 5), (2, 40), (2, 40)))
     expected = brute_force(q, k, v, 0.25 if scale is None else scale)
@@ -133,13 +133,13 @@ def test_a_long_past_is_read_in_parts(monkeypatch):
     assert seen == [3, 16, 16, 15]
 
 
-def test_the_mask_is_that_of_transformers_wherever_there_is_one():
+def test_a_mask_equals_that_of_transformers():
     shape = {"batch_size": 2, "q_length": 4, "kv_length": 9, "q_offset": 5, "mask_function": causal_mask_function}
     padding = torch.ones(2, 9, dtype=torch.bool)
     padding[1, :2] = False
     for case in (
         {**shape, "q_offset": 3},  # the last keys are ahead of every query
-        {**shape, "q_length": 1, "q_offset": 3},  # transformers would leave it out here, for its own attention
+        {**shape, "q_length": 1, "q_offset": 3},  # transformers builds no mask here
         {**shape, "kv_offset": 1},
         {**shape, "kv_offset": 2, "q_offset": 7},
         {**shape, "attention_mask": padding},

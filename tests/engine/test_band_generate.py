@@ -1,4 +1,4 @@
-"""Position maps, temperatures and growing lengths in transformers' own ways of generating: caches, batches, beams."""
+"""Position maps, temperatures and growing lengths in `generate` of transformers: caches, batches, beams."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": 0, "eos_toke
 
 
 def written(model, ids, **options):
-    """Logits of every step of a greedy `generate`: tokens alone would hide small mistakes."""
+    """Logits of every step of a greedy `generate`. Tokens alone would hide small errors."""
     out = model.generate(ids, return_dict_in_generate=True, output_logits=True, **GREEDY, **options)
     return torch.stack(out.logits, 1)
 
@@ -56,7 +56,7 @@ def test_batches_beams_sampling_and_assistance(llama, spec):
         assert torch.equal(assisted[0, 110:], alone[0])
 
 
-def test_the_default_cache_gets_layers_that_keep_turned_keys(llama):
+def test_the_default_cache_gets_layers_that_store_rotated_keys(llama):
     with rw.patch(llama, "self-extend:4,window=20"), torch.inference_mode():
         cache = DynamicCache(config=llama.config)
         llama(input_ids=IDS[:, :100], past_key_values=cache)
@@ -69,7 +69,7 @@ def test_the_default_cache_gets_layers_that_keep_turned_keys(llama):
     assert type(cache.layers[0]) is DynamicLayer
 
 
-def test_packed_texts_are_apart(llama64):
+def test_packed_texts_do_not_see_each_other(llama64):
     ids = torch.cat((IDS[:, :80], IDS[:, 20:150]), 1)
     positions = torch.cat((torch.arange(80), torch.arange(130)))[None]
     with rw.patch(llama64, "rerope:20|logn"):

@@ -1,4 +1,4 @@
-"""The six invariants of position maps, temperatures and growing lengths in transformers models, and the lengths."""
+"""The six invariants (docs/design.md) of position maps, temperatures and growing lengths in transformers models."""
 
 import copy
 
@@ -18,7 +18,7 @@ pytestmark = beyond_reach
 
 
 def rounding(*specs, length=None):
-    """What float64 leaves: transformers' own angles are float32, ours are not."""
+    """The tolerance in float64. Angles of transformers are float32, and ours are float64."""
     scalers = [rw.scaling.parse(spec) for spec in specs]
     ours = all(s.member("positions") or (s.depends_on_length and length is None) for s in scalers)
     return 1e-10 if ours else 3e-5
@@ -99,7 +99,7 @@ def test_3_positions_that_were_changed_in_place_are_seen(llama, spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_4_undone_is_untouched_to_the_bit(llama, spec):
+def test_4_undo_restores_every_bit(llama, spec):
     before, buffers, config = read(llama), dict(llama.named_buffers()), llama.config.to_dict()
     handle = rw.patch(llama, spec)
     assert not torch.equal(read(llama), before)
@@ -112,7 +112,7 @@ def test_4_undone_is_untouched_to_the_bit(llama, spec):
 
 
 @pytest.mark.parametrize("spec", [*MAPS, "dynamic-yarn:step=16", "ntk:4|rerope:20|logn"])
-def test_5_a_cropped_or_forked_cache_is_the_text_run_afresh(llama64, spec):
+def test_5_a_cropped_or_forked_cache_equals_the_text_run_again(llama64, spec):
     with rw.patch(llama64, spec), torch.inference_mode():
         cache = DynamicCache(config=llama64.config)
         llama64(input_ids=IDS[:, :150], past_key_values=cache)
@@ -126,9 +126,11 @@ def test_5_a_cropped_or_forked_cache_is_the_text_run_afresh(llama64, spec):
         assert difference(forked, read(llama64)[:, 150:]) < 1e-10
 
 
-def test_5_a_cache_is_read_anew_under_another_scaler(llama64):
-    """Keys are held un-rotated, so the scaler may change over a live cache; the layers above the first keep what they
-    read under the old one, so a one-layer model shows it."""
+def test_5_a_cache_can_be_used_under_another_scaler(llama64):
+    """Keys are stored un-rotated, so the scaler may change while a cache is in use.
+
+    The model has one layer, because higher layers keep what they read under the old scaler.
+    """
     model = FAMILIES["llama"]().double()
     model.model.layers = model.model.layers[:1]
     with torch.inference_mode():
@@ -189,7 +191,7 @@ def test_invariants_of_random_compositions(llama64, spec, cut, length):
 
 def test_a_growing_length_gives_every_query_the_frequencies_of_its_own_step():
     model = FAMILIES["llama"]().double()
-    model.model.layers = model.model.layers[:1]  # in deeper ones, keys and values remember the steps below them
+    model.model.layers = model.model.layers[:1]  # in higher layers, keys and values depend on the steps of lower ones
     with rw.patch(model, "dynamic-yarn:step=16"):
         growing = read(model)
     for end in (64, 80, 144, 192):
@@ -208,7 +210,7 @@ def test_a_fixed_length_is_the_static_method_of_that_factor(llama64, spec, stati
         assert difference(read(llama64), fixed) > 1e-3
 
 
-def test_a_map_of_a_fixed_length_is_the_literal_twin(llama64):
+def test_a_map_of_a_fixed_length_equals_the_reference(llama64):
     with rw.patch(llama64, "jet-long:20|logn", length=200):
         fixed = read(llama64)
         with literal_attention():
@@ -223,7 +225,7 @@ def test_a_map_of_a_fixed_length_is_the_literal_twin(llama64):
     ],
 )
 def test_transformers_own_dynamic_methods_fail_the_invariants(rope_type, extra):
-    """Why length is explicit here: there, it is the longest that any row of the call or of an earlier one had."""
+    """The reason for explicit lengths: in transformers, the length is that of the longest row so far."""
     model = FAMILIES["llama"](rope_parameters={"rope_type": rope_type, "rope_theta": 1e4, **extra})
     whole = read(model)
     assert difference(in_chunks(model, [40, 100]), whole) > 1e-3  # 1: chunks
@@ -231,4 +233,4 @@ def test_transformers_own_dynamic_methods_fail_the_invariants(rope_type, extra):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     row = read(model, ids, attention_mask=mask, position_ids=positions)[1, 150:]
     alone = read(model, IDS[:, :50])[0]
-    assert difference(row, alone) > 1e-3  # 2: batch mates
+    assert difference(row, alone) > 1e-3  # 2: other rows of the batch

@@ -1,4 +1,4 @@
-"""What position maps and temperatures refuse, what they say, and that a patch which fails leaves no trace."""
+"""Position maps and temperatures refuse what they cannot do, and a patch that fails leaves no trace."""
 
 import warnings
 
@@ -14,7 +14,7 @@ from ropewalk.engine.patches import band_patch
 pytestmark = beyond_reach
 
 
-def test_what_cannot_be_honoured_is_refused_by_name(llama):
+def test_calls_that_do_not_work_are_refused_by_name(llama):
     with rw.patch(llama, "rerope:20"):
         with pytest.raises(rw.PatchError, match="output_attentions=True does not work"):
             llama(input_ids=IDS, output_attentions=True)
@@ -107,8 +107,8 @@ def test_an_interrupted_patch_leaves_the_model_as_it_was(spec, runs):
     rw.patch(model, spec).undo()
 
 
-def test_a_model_that_runs_otherwise_under_another_attention_is_refused(monkeypatch):
-    """Falcon does. What the patch must give is what the untouched model gave, not what it gives while it is watched."""
+def test_a_model_that_computes_differently_when_patched_is_refused(monkeypatch):
+    """Falcon, for example. A patch must give the logits of the unpatched model, and not those of the probe."""
     model = FAMILIES["llama"]()
     forward = model.lm_head.forward
     layer, name = model.model.layers[0].self_attn, model.config._attn_implementation

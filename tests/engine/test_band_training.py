@@ -1,4 +1,4 @@
-"""Models are trained under position maps and temperatures: their gradients are the twins', and the Trainer works."""
+"""Training under position maps and temperatures: gradients equal those of the reference, and the Trainer works."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = beyond_reach
 
 
 @pytest.mark.parametrize("spec", [*MAPS, "sink-window:40", "ntk:4|rerope:20|logn", "yarn:4|dual-chunk|temperature:1.2"])
-def test_gradients_are_the_twins(llama64, spec):
+def test_gradients_equal_those_of_the_reference(llama64, spec):
     ids = IDS[:, :120]
 
     def gradients():
@@ -31,17 +31,17 @@ def test_gradients_are_the_twins(llama64, spec):
 
 
 def loss(model):
-    """In float64 throughout; transformers' own rounds the logits to float32."""
+    """The loss in float64. The loss of transformers rounds the logits to float32."""
     return torch.nn.functional.cross_entropy(model(input_ids=IDS).logits[0, :-1], IDS[0, 1:])
 
 
 @pytest.mark.parametrize("spec", ["logn", "yarn:4", "yarn:4|logn", "temperature:1.3"])
-def test_gradients_of_the_simpler_tiers_are_finite_differences(llama64, spec):
+def test_gradients_of_the_simpler_tiers_equal_finite_differences(llama64, spec):
     weight = llama64.model.layers[0].self_attn.q_proj.weight
     with rw.patch(llama64, spec):
         llama64.zero_grad()
         loss(llama64).backward()
-        direction = weight.grad / weight.grad.norm()  # where the loss moves most, far above rounding
+        direction = weight.grad / weight.grad.norm()  # the direction of the largest change, far above rounding
         losses = []
         with torch.no_grad():
             for step in (1e-3, -1e-3):  # the norms of Llama are float32

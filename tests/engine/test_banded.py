@@ -1,4 +1,4 @@
-"""Banded attention against its literal twin, and its plan against brute force."""
+"""Banded attention compared with the reference, and its blocks with brute force."""
 
 import math
 
@@ -85,7 +85,7 @@ def cases(draw):
     softcap=st.sampled_from([None, 4.0]),
     seed=st.integers(0, 10**6),
 )
-def test_equals_the_literal_twin_in_float64(case, heads, fixed, softcap, seed):
+def test_equals_the_reference_in_float64(case, heads, fixed, softcap, seed):
     scaler, rope, keys, queries, head_dim, layout = case
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
@@ -157,7 +157,7 @@ def test_large_products_do_not_overflow_float16():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers how many entries the largest new tensor had."""
+    """Records the number of entries of the largest new tensor."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +172,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def largest_tensor(spec, dtype, tokens):
-    """Of one layer's prefill in one call, forward only or, in float64, with its gradient."""
+    """The largest tensor in the prefill of one layer in one call, in float64 also of its gradient."""
     rope = RopeSpec(dim=4, base=1e4, trained_length=512)
     trains = dtype == torch.float64
     q, k, v = (torch.ones(1, 1, tokens, 4, dtype=dtype, requires_grad=trains) for _ in range(3))
@@ -191,7 +191,7 @@ def test_memory_grows_with_the_context_and_not_with_its_square(spec, dtype):
     assert largest_tensor(spec, dtype, 4096) <= 2 * largest_tensor(spec, dtype, 2048)
 
 
-def test_a_query_that_sees_nothing_weighs_nothing():
+def test_a_query_without_keys_has_no_weight():
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
     nothing = torch.zeros(3, 5, dtype=torch.bool)
@@ -202,7 +202,7 @@ def test_a_query_that_sees_nothing_weighs_nothing():
             assert torch.allclose(joined, everything[0], atol=1e-6)
 
 
-def test_the_models_own_sinks_take_weight():
+def test_attention_sinks_of_the_model_take_weight():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 6, 8, dtype=torch.float64) for _ in range(3))
     sinks = torch.tensor([0.3, -1.0], dtype=torch.float64)
@@ -215,7 +215,7 @@ def test_the_models_own_sinks_take_weight():
 
 
 @pytest.mark.parametrize("spec", [*MAPS, "ntk:4|rerope:{w}|logn", "dynamic-yarn:step=9"])
-def test_gradients_equal_the_twins(spec):
+def test_gradients_equal_those_of_the_reference(spec):
     rope = RopeSpec(dim=8, base=100.0, trained_length=32)
     scaler, layout = parse(spec.format(w=12)), Layout(0, 8, True)
     torch.manual_seed(0)
@@ -223,6 +223,7 @@ def test_gradients_equal_the_twins(spec):
     weight = torch.randn(1, 4, 90, 8, dtype=torch.float64)
     run = KeyRun(None, 0, 90, 0, 90, 0)
     ours = banded_attention(*tensors, AttentionScore(scale=0.4), layout, work(scaler, rope, run))
-    twins = reference_attention(*tensors, AttentionScore(scale=0.4), layout, scaler, rope)
-    for one, other in zip(*(torch.autograd.grad((out * weight).sum(), tensors) for out in (ours, twins)), strict=True):
-        assert (one - other).abs().max() < 1e-10
+    reference = reference_attention(*tensors, AttentionScore(scale=0.4), layout, scaler, rope)
+    gradients = (torch.autograd.grad((out * weight).sum(), tensors) for out in (ours, reference))
+    for gradient, expected in zip(*gradients, strict=True):
+        assert (gradient - expected).abs().max() < 1e-10

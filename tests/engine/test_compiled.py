@@ -1,4 +1,4 @@
-"""Every described family by the compiled kernels, in any chunks, against transformers' own logits."""
+"""Every described family by the compiled kernels, in any chunks, compared with the logits of transformers."""
 
 import itertools
 
@@ -42,7 +42,7 @@ def test_logits_are_those_of_transformers_in_any_chunks(served, sizes):
     assert difference(in_chunks(runner, sizes), expected) < TOLERANCE
 
 
-def test_only_the_last_logits_that_are_asked_for_come(served):
+def test_only_the_last_logits_to_keep_are_returned(served):
     _, runner, expected = served
     for count in (MAX_STEP_TOKENS, 60):
         for logits_to_keep in (1, 3):
@@ -56,7 +56,7 @@ WINDOWS = (WINDOW, PART, 2 * PART + 7)
 
 @pytest.mark.parametrize(("name", "window"), [("llama", None), *itertools.product(("mistral", "gemma2"), WINDOWS)])
 def test_a_text_of_many_parts(name, window):
-    """A part of attention is 256 keys at most; texts and windows of more are joined from several."""
+    """A part of attention has at most 256 keys. Longer texts and windows are joined from several parts."""
     model_type, fields = ROWS[name]
     hf = build(model_type, {**fields, "sliding_window": window} if window else fields)
     ids = torch.arange(700).mul(37).remainder(89)[None] + 1
@@ -75,7 +75,7 @@ def test_a_large_vocabulary_is_widened_in_pieces(monkeypatch):
 
 
 def test_windows_are_seen_by_the_text():
-    """What the tests above show of windows: a model that ignored them would be far off."""
+    """The tests above would notice a model that ignored its windows."""
     hf = DECODERS["mistral"]()
     expected = read(hf)
     hf.config.sliding_window = WINDOW + 1

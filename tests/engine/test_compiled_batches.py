@@ -1,4 +1,4 @@
-"""Batches, trees and caches of the compiled kernels: rows are on their own, and what is forgotten leaves no trace."""
+"""Batches, trees and caches of the compiled kernels: rows are independent, and dropped tokens leave no trace."""
 
 import copy
 
@@ -48,7 +48,7 @@ def runner(request, runners):
 
 
 def cached(runner, text, chunk=1000):
-    """A cache that holds a text."""
+    """A cache with a text."""
     cache = runner.new_cache(3)
     if text:
         in_chunks(runner, [chunk], torch.tensor([text]), cache)
@@ -56,7 +56,7 @@ def cached(runner, text, chunk=1000):
 
 
 def last(runner, text, chunk=1000):
-    """The logits behind a text that is read afresh."""
+    """The logits after a text that is read into a new cache."""
     return in_chunks(runner, [chunk], torch.tensor([text]))[-1]
 
 
@@ -74,7 +74,7 @@ def test_a_row_of_a_batch_has_the_bits_of_the_row_alone(runner):
 
 
 @torch.inference_mode()
-def test_a_batch_goes_on_as_each_row_alone(runner):
+def test_a_batch_continues_as_each_row_alone(runner):
     lengths = (60, 7, 85)
     rows = [cached(runner, TEXT[:n]) for n in lengths]
     others = copy.deepcopy(rows)
@@ -101,7 +101,7 @@ def test_a_tree_is_each_of_its_paths_and_leaves_the_cache_as_it_was(runner, held
 
 @pytest.mark.parametrize("chunk", [5, 30])
 @torch.inference_mode()
-def test_a_rewound_cache_is_the_text_run_afresh(runner, chunk):
+def test_a_rewound_cache_equals_the_text_run_again(runner, chunk):
     expected = in_chunks(runner, [1000], IDS[:, :LENGTH])
     cache = cached(runner, TEXT[::-1][:20], chunk)
     rewind(cache, 20)
@@ -144,8 +144,8 @@ def test_a_step_that_failed_leaves_no_trace(runner, monkeypatch, error):
 
 @pytest.mark.parametrize("specs", [("rerope:20", "self-extend:4,window=30|logn"), ("dual-chunk", "jet-long:20")])
 @torch.inference_mode()
-def test_a_cache_of_unturned_keys_is_read_anew_under_another_map(specs):
-    """In a model of one layer: those above it keep what they read under the old map."""
+def test_a_cache_of_unrotated_keys_can_be_used_under_another_map(specs):
+    """The model has one layer, because higher layers keep what they read under the old map."""
     hf = DECODERS["llama"]()
     hf.model.layers = hf.model.layers[:1]
     runner = compiled(hf)

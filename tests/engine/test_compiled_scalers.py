@@ -1,4 +1,4 @@
-"""Scalers by the compiled kernels, beyond the trained length, against the same model patched."""
+"""Scalers by the compiled kernels, beyond the trained length, compared with the same model patched."""
 
 import pytest
 from decoders import (
@@ -45,7 +45,7 @@ def test_llama_under_every_kind_of_scaler(llama_and_runner, spec, sizes):
     assert difference(in_chunks(runner, sizes), expected) < TOLERANCE
 
 
-def test_the_scalers_differ_enough_to_be_told_apart(llama_and_runner):
+def test_the_logits_of_the_scalers_differ_clearly(llama_and_runner):
     _, runner = llama_and_runner
     logits = {}
     for spec in SPECS:
@@ -62,7 +62,7 @@ ODD = ["llama-3.1", "llama-one-head", "phi3", "olmo2", "gemma"]
 
 @pytest.mark.parametrize("spec", MIXED)
 @pytest.mark.parametrize("name", LAYERED + ODD)
-def test_layers_of_several_kinds_each_turn_their_own_way(name, spec):
+def test_layers_of_several_kinds_have_their_own_rotation(name, spec):
     hf = DECODERS[name]()
     if name == "phi3" and spec == "yarn:4":
         spec = "ntk:4"
@@ -79,7 +79,7 @@ def test_layers_of_several_kinds_each_turn_their_own_way(name, spec):
 @pytest.mark.parametrize("spec", ["none", "logn", "rerope:20"])
 @pytest.mark.parametrize("length", [60, LENGTH])
 def test_frequencies_of_the_models_own_that_depend_on_length(spec, length):
-    """Phi-3's long models: one set of frequencies within the trained length, another beyond it."""
+    """Long Phi-3 models have one set of frequencies within the trained length, and another beyond it."""
     hf = build("phi3", LONGROPE)
     runner, ids = compiled(hf), IDS[:, :length]
     runner.use(rw.scaling.parse(spec), length)
@@ -97,8 +97,8 @@ DYNAMIC = "llama", {"rope_parameters": {**DEFAULT, "rope_type": "dynamic", "fact
 @pytest.mark.parametrize("spec", ["none", "logn", "rerope:20"])
 @pytest.mark.parametrize("length", [60, LENGTH])
 @pytest.mark.parametrize("row", [("phi3", LONGROPE), DYNAMIC])
-def test_transformers_modules_do_it_too(row, spec, length):
-    """Left alone they would switch in the middle of a text, and keep the keys of before."""
+def test_the_modules_of_transformers_keep_the_frequencies_too(row, spec, length):
+    """Without a scaler slot they would change frequencies in the middle of a text, and keep the old keys."""
     hf, ids, scaler = build(*row), IDS[:, :length], rw.scaling.parse(spec)
     kernels, modules = compiled(hf), TransformersRunner(hf)
     kernels.use(scaler, length)

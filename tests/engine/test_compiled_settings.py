@@ -1,4 +1,4 @@
-"""What runs a model: int8 and bfloat16, refusals with their reasons, and families that are described wrongly."""
+"""The choice of a runner: int8 and bfloat16, refusals with their reasons, and wrong descriptions of families."""
 
 import contextlib
 import copy
@@ -47,7 +47,7 @@ def test_int8_rows_are_within_half_a_step_of_their_own():
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
 def test_int8_weights_are_the_model_with_those_weights(name):
-    """Every linear layer and the head, in both ways of running; the embedding stays as it is, tied or not."""
+    """All linear layers and the head are rounded, for steps and for chunks. The embedding is not, tied or not."""
     hf = DECODERS[name]()
     runner = compiled(hf, weights="int8", cache="float32")
     expected = read(hf)
@@ -77,8 +77,8 @@ def test_bfloat16_weights_are_widened_exactly():
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_bfloat16_models_are_held_against_float32_arithmetic(name):
-    """So the verdict is the same on every CPU, however its own 16-bit products are rounded."""
+def test_bfloat16_models_are_compared_with_float32_arithmetic(name):
+    """So the result of the check is the same on every CPU, whatever its 16-bit arithmetic."""
     hf = noisy(DECODERS[name]())
     exact = read(copy.deepcopy(hf).float())
     assert difference(read(hf), exact) > 3e-2
@@ -97,7 +97,7 @@ def test_an_error_of_a_thousandth_is_refused_in_bfloat16(monkeypatch):
         compiled(in_bfloat16(DECODERS["llama"]()))
 
 
-def test_an_int8_cache_is_near_the_whole_one():
+def test_an_int8_cache_is_close_to_a_float32_one():
     hf = DECODERS["llama"]()
     runner, expected = compiled(hf, cache="int8"), read(hf)
     for sizes in CHUNKS:
@@ -114,7 +114,7 @@ def test_an_int8_cache_is_near_the_whole_one():
 
 @pytest.mark.parametrize("options", [{}, {"weights": "int8", "cache": "float32"}])
 def test_chunks_run_without_inference_mode(options):
-    """Weights are widened into a buffer that an earlier call in inference mode may have made."""
+    """An earlier call in inference mode may have made the buffer for widened weights."""
     hf = DECODERS["llama"]()
     runner = compiled(hf if options else in_bfloat16(hf), **options)
     expected = in_chunks(runner, [40])
@@ -184,7 +184,7 @@ def test_a_terminal_is_told_that_kernels_are_compiled_once(tmp_path, monkeypatch
 
 
 class Adapted(nn.Linear):
-    """An adapter that has learned nothing yet."""
+    """A freshly made adapter."""
 
 
 def adapted(where):
@@ -299,7 +299,7 @@ print(sorted(spent)[4])
 
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs GNU OpenMP and two CPUs")
 def test_threads_that_wait_do_not_spin(tiny_folder):
-    """CPU time of a process that sleeps after a step: a spinning thread takes 5 ms of it, whatever else runs."""
+    """CPU time of a process that sleeps after a step. A spinning thread takes 5 ms of it, on a busy machine too."""
     threads = {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **threads}
     code = WAITING.format(folder=str(tiny_folder))
@@ -311,7 +311,7 @@ def test_threads_that_wait_do_not_spin(tiny_folder):
 
 
 def test_the_kernels_use_as_many_threads_as_torch_does_and_leave_it_its_own():
-    """Numba's start gives OpenMP, which torch uses too, a thread for every core; the tests have set one."""
+    """The start of numba gives OpenMP, and so torch, a thread for every core. The tests set one thread."""
     runner = compiled(DECODERS["llama"]())
     runner.forward([1], runner.new_cache(8), 1)
     assert (torch.get_num_threads(), numba.get_num_threads()) == (1, 1)

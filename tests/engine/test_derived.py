@@ -1,4 +1,4 @@
-"""Models that take a softmax scale from `rope_parameters`, held to transformers' own model with the same config."""
+"""Models with a softmax scale from `rope_parameters`, compared with models of transformers of the same config."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def latent(config_rope: str, family: str = "deepseek_v3") -> torch.nn.Module:
 
 
 def written(spec: str, trained: int) -> dict:
-    """What a user would write into the config for `spec`, by hand."""
+    """The `rope_parameters` that a user would write for `spec` by hand."""
     _, *others = spec.split(",")
     extra = {key: float(value) for key, _, value in (part.partition("=") for part in others)}
     return {**YARN, "factor": 80.0, "original_max_position_embeddings": trained, **extra}
@@ -35,7 +35,7 @@ def written(spec: str, trained: int) -> dict:
 
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("config_rope", ["plain", "both", "all_dim"])
-def test_a_patch_is_transformers_own_model_with_that_config(config_rope, spec):
+def test_a_patch_equals_a_model_with_that_config(config_rope, spec):
     model = latent(config_rope)
     before = logits(model)
     native = FAMILIES["deepseek_v3"](rope_parameters=written(spec, 64 if config_rope == "plain" else 16))
@@ -63,7 +63,7 @@ def test_an_untouched_model_is_exported_as_it_is(config_rope, target, tmp_path):
 
 @pytest.mark.parametrize("spec", [*SPECS, "ntk:80", "linear:80"])
 @pytest.mark.parametrize("target", ["hf", "vllm"])
-def test_an_export_is_the_patch(spec, target, tmp_path):
+def test_an_export_equals_the_patch(spec, target, tmp_path):
     if (spec, target) == ("linear:80", "vllm"):
         pytest.skip("refused, as another test has it")
     model = latent("both")
@@ -84,7 +84,7 @@ def test_an_export_is_the_patch(spec, target, tmp_path):
         ("resonance", "hf", "self_attn.scaling, and 0.46"),
     ],
 )
-def test_what_an_engine_would_read_otherwise_is_refused(spec, target, words, tmp_path):
+def test_an_export_that_an_engine_would_misread_is_refused(spec, target, words, tmp_path):
     with pytest.raises(rw.RopewalkError, match=words):
         rw.export(latent("both"), tmp_path / "out", rope=spec, target=target)
     assert not (tmp_path / "out").exists()
@@ -116,8 +116,8 @@ def test_a_scale_that_was_changed_by_hand_is_not_overwritten():
         rw.patch(model, "yarn:80")
 
 
-class OfItsOwn(LlamaForCausalLM):
-    """A family that transformers does not have, and a rule of its own."""
+class UnknownFamily(LlamaForCausalLM):
+    """A family that transformers does not have, with its own rule."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -125,12 +125,12 @@ class OfItsOwn(LlamaForCausalLM):
             layer.self_attn.scaling *= config.rope_parameters.get("attention_factor", 1.0) ** 3
 
 
-def test_a_rule_that_was_never_seen_is_followed():
+def test_a_rule_of_an_unknown_family_is_followed():
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
     sizes |= {"num_hidden_layers": 2, "max_position_embeddings": 64}
     rope = {**YARN, "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.5}
-    native = OfItsOwn(LlamaConfig(**sizes, rope_parameters=rope)).eval()
-    model = OfItsOwn(LlamaConfig(**sizes)).eval()
+    native = UnknownFamily(LlamaConfig(**sizes, rope_parameters=rope)).eval()
+    model = UnknownFamily(LlamaConfig(**sizes)).eval()
     model.load_state_dict(native.state_dict())
     with torch.no_grad(), rw.patch(model, "yarn:4,attention_factor=1.5"):
         assert model.model.layers[0].self_attn.scaling == pytest.approx(native.model.layers[0].self_attn.scaling)

@@ -1,4 +1,4 @@
-"""16-bit models in float32 arithmetic, and the checks of a patch that compare with it."""
+"""16-bit models in float32 arithmetic, and the checks of a patch that use it."""
 
 import copy
 
@@ -40,7 +40,7 @@ def test_logits_are_those_of_a_float32_copy_and_the_tensors_come_back(name, dtyp
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_an_error_within_gives_the_tensors_back():
+def test_an_error_inside_restores_the_tensors():
     model = in_bfloat16(DECODERS["llama"]())
     held = tensors(model)
     model.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
@@ -58,13 +58,13 @@ def test_a_model_that_is_in_float32_already_is_left_alone():
 
 @pytest.fixture
 def short_products():
-    """Products of float32 matrices rounded to bfloat16, where the CPU can, as a program may have asked for."""
+    """Rounds products of float32 matrices to bfloat16, if the CPU can, as a program may have set it."""
     torch.set_float32_matmul_precision("medium")
     yield
     torch.set_float32_matmul_precision("highest")
 
 
-def test_checks_do_not_depend_on_the_precision_that_a_program_asked_for(short_products):
+def test_checks_do_not_depend_on_the_matmul_precision(short_products):
     set_to = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     a = torch.randn(256, 256, generator=torch.manual_seed(0))
     exact = a.double() @ a.double()
@@ -79,7 +79,7 @@ def test_checks_do_not_depend_on_the_precision_that_a_program_asked_for(short_pr
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "olmo2"])
-def test_a_map_is_patched_into_a_model_whose_own_products_are_noisy(name):
+def test_a_map_is_patched_into_a_model_with_noisy_arithmetic(name):
     model = noisy(DECODERS[name]())
     with rw.patch(model, "rerope:20"):
         pass
@@ -94,7 +94,7 @@ def test_an_attention_that_is_wrong_by_a_hundredth_is_refused_in_bfloat16(monkey
         rw.patch(in_bfloat16(DECODERS["llama"]()), "rerope:20")
 
 
-def test_a_model_that_was_cast_whole_has_rounded_frequencies_and_is_patched_all_the_same():
+def test_a_model_with_rounded_frequencies_is_patched_too():
     exact, rounded = DECODERS["llama"](), DECODERS["llama"]().bfloat16()
     with rw.patch(rounded, "rerope:20"), rw.patch(exact, "rerope:20"):
         assert difference(logits(rounded).float(), logits(exact)) < 0.1

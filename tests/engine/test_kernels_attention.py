@@ -1,4 +1,4 @@
-"""Attention in parts that are joined, against softmax in float64."""
+"""Attention in parts that are joined, compared with softmax in float64."""
 
 import itertools
 
@@ -15,7 +15,7 @@ COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 13, 31, 32, 33, 47, 65, 100, 127, 200, 253, 25
 
 
 class Held:
-    """Keys and values of one head, with what must not be read behind the last."""
+    """Keys and values of one head, followed by numbers that must not be read."""
 
     def __init__(self, kind, count, D, seed=0):
         self.random = np.random.default_rng(seed)
@@ -89,7 +89,7 @@ def test_scores_are_capped(kind, softcap):
         check(held, wide, softcap, tolerance=1e-5)
 
 
-def test_scores_far_below_the_largest_weigh_nothing():
+def test_scores_far_below_the_largest_have_no_weight():
     held = Held(np.float32, 40, 16)
     q = held.queries(3, 1000)
     check(held, q, tolerance=3e-4)  # scores of 2000 are known to 1e-4
@@ -106,7 +106,7 @@ def test_parts_are_joined_to_the_whole(kind, G, cuts):
     held = Held(kind, count, 48, G)
     q = held.queries(G, 4)
     parts = [held.part(q, first=a, count=b - a) for a, b in itertools.pairwise(edges)]
-    junk = [np.full_like(x, np.nan) for x in parts[0]]  # of other tokens, before and behind
+    junk = [np.full_like(x, np.nan) for x in parts[0]]  # parts of other tokens, before and after
     outs, peaks, weights = (np.stack(x) for x in zip(junk, *parts, junk, strict=True))
     result = np.full(G * 48 + 1, 7, np.float32)
     join(outs, peaks, weights, 1, 1 + len(parts), G, 48, result)
@@ -115,7 +115,7 @@ def test_parts_are_joined_to_the_whole(kind, G, cuts):
     assert result[-1] == 7
 
 
-def test_a_part_that_weighs_nothing_changes_nothing():
+def test_a_part_without_weight_changes_nothing():
     random = np.random.default_rng(0)
     outs = random.standard_normal((2, 3, 16)).astype(np.float32)
     weights = random.uniform(1, 9, (2, 3)).astype(np.float32)

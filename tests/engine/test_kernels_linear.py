@@ -1,4 +1,4 @@
-"""Products of every kind of weights with a few vectors, against float64."""
+"""Products of every kind of weights with a few vectors, compared with float64."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from ropewalk.engine.runners.cpu.kernels.linear import rows_of
 
 
 class Case:
-    """Some linears over the same vectors, their table, and what they give."""
+    """Linear layers over the same vectors, their table, and their results."""
 
     def __init__(self, kind, rows, columns, tokens, biased, seed=0):
         random = np.random.default_rng(seed)
@@ -44,7 +44,7 @@ def test_products_are_those_of_float64(kind, biased, tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bits_of_a_row_depend_on_neither_its_company_nor_the_threads(kind):
+def test_bits_of_a_row_do_not_depend_on_other_rows_or_threads(kind):
     case = Case(kind, [19, 8], 80, 9, True)
     whole = case.run()
     for tokens in range(1, 10):
@@ -56,7 +56,7 @@ def test_bits_of_a_row_depend_on_neither_its_company_nor_the_threads(kind):
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 97, 1000])
 @pytest.mark.parametrize("parts", [1, 2, 3, 8, 200])
-def test_shares_of_rows_cover_each_once(count, parts):
+def test_parts_of_rows_cover_each_row_once(count, parts):
     shares = [rows_of(part, parts, count) for part in range(parts)]
     assert [row for share in shares for row in range(*share)] == list(range(count))
     assert all(start % 8 == 0 for start, stop in shares if start < stop)

@@ -1,4 +1,4 @@
-"""Each vector operation against numpy, and bfloat16 against torch."""
+"""Each vector operation compared with numpy, and bfloat16 with torch."""
 
 import numpy as np
 import pytest
@@ -132,7 +132,7 @@ def test_exp_within_2e_7_of_its_value():
     assert out[-1] == 1
 
 
-def test_exp_is_held_at_its_ends():
+def test_exp_is_limited_at_both_ends():
     x = np.array([-np.inf, -1e30, -87.01, -87, 88, 88.01, 1e30, np.inf], np.float32)
     out = np.empty_like(x)
     exponentials(address(x), 8, address(out))
@@ -143,7 +143,7 @@ def test_exp_is_held_at_its_ends():
 
 def test_arithmetic():
     x, y, z = normal(8), normal(8), normal(8)
-    z[:4] = -(x * y)[:4]  # what is left is the rounding of the product, which only a fused sum sees
+    z[:4] = -(x * y)[:4]  # the result is the rounding error of the product, which only a fused sum shows
     out = np.empty(56, np.float32)
     arithmetic(address(x), address(y), address(z), address(out))
     fused = (x.astype(np.float64) * y + z).astype(np.float32)
@@ -161,14 +161,14 @@ def test_total_has_one_order_and_largest_finds_the_largest(sign):
         assert largest == x.max()
 
 
-def test_totals_are_those_of_each_vector_in_turn():
+def test_totals_are_the_sums_of_the_vectors_in_order():
     x = normal(64)
     out = np.empty(8, np.float32)
     eight_totals(address(x), address(out))
     assert np.allclose(out, x.reshape(8, 8).sum(1, dtype=np.float64), rtol=0, atol=2e-6)
 
 
-def test_halves_and_single_numbers_find_their_places():
+def test_halves_and_single_numbers_are_written_to_their_places():
     x, out = normal(8), np.zeros(17, np.float32)
     places(address(x), address(out))
     assert np.array_equal(out, [0, *x[:4], 0, 0, 0, 0, *x[4:], 0, 0, x[7], 0])

@@ -1,4 +1,4 @@
-"""The small kernels of a step: norms, activations, rotation and writing to the cache, against float64 and torch."""
+"""The small kernels of a step: norms, activations, rotation and cache writes, compared with float64 and torch."""
 
 import importlib
 
@@ -11,7 +11,7 @@ from ropewalk.engine.attention.rotation import Angles, Layout
 
 kernels = importlib.import_module("ropewalk.engine.runners.cpu.kernels.step")  # the folder's `step` is the function
 
-EPSILON = np.float32(1e-2)  # large enough to be seen
+EPSILON = np.float32(1e-2)  # large enough to change results
 
 
 def normal(*shape, seed=0):
@@ -36,12 +36,12 @@ def test_norms(size):
         assert close(row, expected)
     kernels._norm(x, 0, EPSILON, out)
     assert np.array_equal(out, x)
-    kernels._norm(x, address(weight), EPSILON, x)  # in place, as the last norm is
+    kernels._norm(x, address(weight), EPSILON, x)  # in place, like the last norm
     assert close(x, rms(normal(3, size) * np.float32([[0.01], [1], [100]]), weight))
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_what_is_added_is_normed_first_where_there_is_a_norm(normed):
+def test_what_is_added_is_normed_first_if_there_is_a_norm(normed):
     x, residual, weight = normal(4, 48), normal(4, 48, seed=1), normal(48, seed=2)
     expected = residual + (rms(x, weight) if normed else x)
     kernels._add(x, address(weight) if normed else 0, EPSILON, residual)
@@ -90,13 +90,13 @@ def turns_of(forms, tokens, half, seed=0):
 
 
 def rotated(layout, x, rotation):
-    """x [tokens, heads, D] by turns [tokens, 2, half]."""
+    """x [tokens, heads, D] rotated by cosines and sines [tokens, 2, half]."""
     cos, sin = (torch.from_numpy(rotation[:, None, n]).double() for n in (0, 1))
     return layout.rotate(torch.from_numpy(x).double(), Angles(cos, sin)).numpy()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_queries_are_turned_in_every_form_and_scaled(layout):
+def test_queries_are_rotated_in_every_form_and_scaled(layout):
     H, K, D, n = 3, 1, 32, 4
     qkv, rotation = normal(n, (H + 2 * K) * D), turns_of(3, n, layout.dim // 2)
     scales = np.array([0.5, 1, 2, 3], np.float32)
@@ -109,10 +109,10 @@ def test_queries_are_turned_in_every_form_and_scaled(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS[1::2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_keys_in_every_form_and_values_are_written_where_they_belong(layout, kind):
+def test_keys_in_every_form_and_values_are_written_to_their_places(layout, kind):
     H, K, D, n, forms = 4, 2, 32, 3, 2
     qkv, rotation = normal(n, (H + 2 * K) * D), turns_of(forms, n, layout.dim // 2)
-    qkv[1, (H + K) * D : (H + K + 1) * D] = 0  # a value of nothing
+    qkv[1, (H + K) * D : (H + K + 1) * D] = 0  # a value of zeros
     places, capacities = np.array([5, 0, 2]), [7, 9, 8]
     held = [np.full((n, K, room, D), 3, kind) for room in capacities]
     scales = [np.full((n, K, room), 3, np.float32) for room in capacities]
@@ -141,7 +141,7 @@ def test_keys_in_every_form_and_values_are_written_where_they_belong(layout, kin
                 assert np.allclose(written, exact, rtol=0, atol=1e-6)
 
 
-def test_a_form_that_a_layer_does_not_hold_is_not_written():
+def test_a_form_that_a_layer_does_not_store_is_not_written():
     D, n = 16, 2
     qkv = normal(n, 3 * D)
     held = np.full((2, n, 1, 4, D), 3, np.float32)

@@ -1,4 +1,4 @@
-"""A release of transformers that nobody has tried: no version is asked for, what the model does decides."""
+"""Unknown releases of transformers: the behaviour of the model decides, and not the version."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ STATIC, MAP = "yarn:4", "rerope:60"  # all 50 tokens of a text are near, so the 
 
 @pytest.fixture(autouse=True)
 def newer(monkeypatch):
-    """The version of a release that is not out."""
+    """The version of a future release."""
     monkeypatch.setattr(transformers, "__version__", "5.999.0")
 
 
 def neighbours(q, k, cos, sin, *_, **__):
-    """Pairs of neighbours in the place of halves."""
+    """Pairs of neighbours instead of halves."""
 
     def rotate(x):
         pairs = x.unflatten(-1, (-1, 2))
@@ -51,7 +51,7 @@ def norm_behind(q, k, cos, sin, *_, **__):
 
 
 def turned_backwards(q, k, cos, sin, *_, **__):
-    """The same scores, by a rotation that we do not know."""
+    """The same scores by an unknown rotation."""
     return neighbours(q, k, cos, -sin)
 
 
@@ -93,7 +93,7 @@ def test_frequencies_under_another_name_or_of_another_formula_are_refused():
         rw.patch(other, STATIC)
 
 
-def test_attention_of_its_own_is_refused_for_maps(monkeypatch):
+def test_attention_outside_of_the_registry_is_refused_for_maps(monkeypatch):
     model = FAMILIES["llama"]()
     sdpa = modeling_llama.ALL_ATTENTION_FUNCTIONS["sdpa"]
     monkeypatch.setattr(modeling_llama.ALL_ATTENTION_FUNCTIONS.__class__, "get_interface", lambda *_: sdpa)
@@ -105,8 +105,8 @@ def test_attention_of_its_own_is_refused_for_maps(monkeypatch):
     assert torch.equal(logits(model), before)
 
 
-def test_attention_with_something_more_in_it_is_refused_for_maps(monkeypatch):
-    """Something that ours leaves out: here a bias that grows with the distance."""
+def test_attention_with_more_terms_is_refused_for_maps(monkeypatch):
+    """An example is a bias that grows with the distance, which our attention does not have."""
     model = FAMILIES["llama"]()
     sdpa = modeling_llama.ALL_ATTENTION_FUNCTIONS["sdpa"]
 

@@ -1,4 +1,4 @@
-"""Models whose config brings a scaling that follows the length: dynamic NTK, and LongRoPE with two lists."""
+"""Models with a scaling in their config that depends on the length: dynamic NTK, and LongRoPE with two lists."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def model_of(kind, family="llama"):
 
 
 def batch():
-    """A long row and a short one with padding before it: ids and what a model takes beside them."""
+    """The inputs of a batch: a long row, and a short one with padding before it."""
     before = LONG.shape[1] - SHORT.shape[1]
     ids = torch.cat([LONG, torch.nn.functional.pad(SHORT, (before, 0))])
     mask = torch.ones_like(ids)
@@ -54,7 +54,7 @@ def test_a_row_of_a_batch_is_the_row_alone(kind, spec):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_what_was_read_before_changes_nothing(kind, spec):
+def test_earlier_texts_change_nothing(kind, spec):
     model = model_of(kind)
     with rw.patch(model, spec):
         fresh = logits(model, SHORT)
@@ -72,8 +72,8 @@ def test_a_model_that_has_read_a_long_text_is_patched_as_a_new_one(kind, spec):
 
 @pytest.mark.parametrize("spec", [*SPECS, "none", "yarn:8"])
 @pytest.mark.parametrize("before", [SHORT, LONG])
-def test_undo_forgets_what_was_read_meanwhile(kind, spec, before):
-    """A text between the trained length and the longest so far shows what transformers remembers."""
+def test_undo_forgets_texts_read_under_the_patch(kind, spec, before):
+    """transformers remembers the longest text so far, which a text of medium length shows."""
     between = LONG[:, :80]
     model, untouched = model_of(kind), model_of(kind)
     for each in (model, untouched):

@@ -1,4 +1,4 @@
-"""`patch` against transformers' own scaled models, and back to the bit."""
+"""`patch` compared with scaled models of transformers, and exact undo."""
 
 import gc
 
@@ -79,7 +79,7 @@ def test_a_hook_of_accelerate_on_the_rotary_module_stays(spec):
     assert rotary.__dict__["forward"] is hooked
 
 
-def test_generate_goes_on_as_plain_transformers():
+def test_generate_works_as_in_plain_transformers():
     model = llama()
     with rw.patch(model, "yarn:4"):
         cached = model.generate(IDS[:, :80], max_new_tokens=8, do_sample=False)
@@ -109,7 +109,7 @@ def test_a_model_with_its_own_scaling_keeps_it_under_none_and_is_not_shortened()
         assert torch.equal(logits(model), before)
     with pytest.raises(rw.ConfigError, match="fewer than its 64; factors count from 16, so take a factor of at least"):
         rw.patch(model, "linear:2")
-    with rw.patch(model, "resonance"):  # laid over the model's own frequencies, not over plain ones
+    with rw.patch(model, "resonance"):  # on the model's own frequencies, not on plain ones
         wavelengths = 2 * torch.pi / model.model.rotary_emb.inv_freq.double()
         assert torch.allclose(wavelengths, wavelengths.round(), rtol=1e-6)
         assert model.model.rotary_emb.attention_scaling == pytest.approx(0.1 * torch.tensor(4.0).log().item() + 1)
@@ -191,7 +191,7 @@ def test_a_model_without_a_head_is_patched_like_the_one_with_it(family, spec):
 @pytest.mark.parametrize("spec", ["linear:4", "logn", "rerope:20"])
 @pytest.mark.parametrize("rope", [DEFAULT, {**DEFAULT, "rope_type": "linear", "factor": 2.0}])
 def test_a_tower_for_pictures_keeps_its_own_rotation(rope, spec):
-    """Even where its frequencies are those of the text model; where they are not, they are not compared."""
+    """Also if its frequencies equal those of the text model. If they differ, they are not compared."""
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CONFIG_MAPPING["kimi_k25"](
         text_config=FAMILIES["deepseek_v3"](rope_parameters=rope).config.to_dict(),
@@ -223,7 +223,7 @@ def test_a_temperature_that_would_do_nothing_is_refused(family, spec):
     assert torch.equal(logits(model), before)
 
 
-def test_undo_after_a_cast_brings_back_the_frequencies_of_before_it():
+def test_undo_after_a_cast_restores_the_frequencies_from_before():
     model = llama()
     before = model.model.rotary_emb.inv_freq
     handle = rw.patch(model, "yarn:4")

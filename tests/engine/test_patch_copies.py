@@ -28,7 +28,7 @@ COPIES = {
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("spec", [*SPECS, "yarn:4"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "moshi"])
-def test_a_copy_is_patched_too_and_by_itself(family, spec, how):
+def test_a_copy_is_patched_independently(family, spec, how):
     model = FAMILIES[family]()
     untouched = read(model)
     handle = rw.patch(model, spec)
@@ -39,7 +39,7 @@ def test_a_copy_is_patched_too_and_by_itself(family, spec, how):
         rw.patch(twin, "logn")
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.zero_()  # nothing of the original is in use
+            parameter.zero_()  # the copy must not use the original
     handle.undo()
     assert torch.equal(read(twin), patched)
     twins.undo()
@@ -91,7 +91,7 @@ class Wrapper(nn.Module):
 
 
 @pytest.mark.parametrize("spec", [*SPECS, "yarn:4"])
-def test_what_is_patched_is_known_from_outside_and_from_inside(llama, spec):
+def test_wrappers_and_the_model_inside_know_the_patch(llama, spec):
     untouched = read(llama)
     with rw.patch(llama, spec):
         patched = read(llama)
@@ -115,7 +115,7 @@ def test_adapters_of_peft_over_a_patched_model(llama, spec):
     handle = rw.patch(llama, spec)
     patched = read(llama)
     wrapped = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    assert torch.equal(read(wrapped), patched)  # LoRA starts as nothing
+    assert torch.equal(read(wrapped), patched)  # a new LoRA changes nothing
     with pytest.raises(rw.PatchError, match="already"):
         rw.patch(wrapped, spec)
     handle.undo()

@@ -88,7 +88,7 @@ def test_threads_do_not_see_each_others_calls(family, spec):
 
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
-def test_a_model_that_picks_its_keys_takes_a_temperature(family):
+def test_a_model_with_an_indexer_takes_a_temperature(family):
     model = FAMILIES[family]()
     before = read(model)
     with rw.patch(model, "temperature:1.3"):
@@ -111,7 +111,7 @@ def test_layers_with_chunks_keep_their_temperature(monkeypatch):
     before = dict(queries)
     with rw.patch(model, "temperature:2"):
         read(model)
-    assert torch.equal(queries[0], before[0])  # below it nothing differs
+    assert torch.equal(queries[0], before[0])  # no layer before it differs
     full = kinds.index("full_attention")
     assert difference(queries[full], before[full]) > 0.1
 
@@ -120,7 +120,7 @@ def test_layers_with_chunks_keep_their_temperature(monkeypatch):
 
 
 def gradients(model, batches):
-    """Of the sum of the losses of several forwards before one backward."""
+    """Gradients of the sum of the losses of several forward passes, by one backward pass."""
     model.zero_grad()
     sum(model(**batch, labels=batch["input_ids"], use_cache=False).loss for batch in batches).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -88,7 +88,7 @@ def test_the_config_of_a_patched_model_is_untouched(llama, spec, tmp_path):
 
 
 @pytest.mark.parametrize("build", [LlamaModel, AutoModel.from_config])
-def test_a_model_built_from_what_the_layers_see_is_refused(llama, build):
+def test_a_model_built_from_the_config_of_a_layer_is_refused(llama, build):
     with rw.patch(llama, "logn"):
         with pytest.raises(rw.PatchError, match="use the config of the model itself"):
             build(llama.model.config)
@@ -98,7 +98,7 @@ def test_a_model_built_from_what_the_layers_see_is_refused(llama, build):
     assert not torch.equal(read(llama), patched)
 
 
-def test_what_is_set_in_the_config_later_is_seen_by_the_layers(llama):
+def test_layers_see_later_changes_of_the_config(llama):
     with rw.patch(llama, "logn"):
         llama.config.use_cache = False
         assert llama(input_ids=IDS).past_key_values is None
@@ -150,7 +150,7 @@ def loaded(tiny_folder):
     return rw.load(tiny_folder, compile=False)
 
 
-def test_the_model_under_a_loaded_one_says_its_scaler(loaded, tmp_path):
+def test_the_model_under_a_loaded_one_names_its_scaler(loaded, tmp_path):
     loaded.rope = "yarn:2"
     with pytest.warns(UserWarning, match="without the patch yarn:2"):
         loaded.hf.save_pretrained(tmp_path / "scaled")

@@ -1,4 +1,4 @@
-"""Skimming: a sample that leaves nothing out is the full reading, and a weight is as good as that many equal keys."""
+"""Skimming: a sample of all tokens equals the full text, and a weight of n equals n equal keys."""
 
 import math
 
@@ -27,7 +27,7 @@ def everything(stretch):
 
 @pytest.mark.parametrize("stretch", [110, 10])
 @pytest.mark.parametrize("spec", SPECS)
-def test_reading_everything_is_the_full_reading(runner, spec, stretch):
+def test_a_sample_of_all_tokens_equals_the_full_text(runner, spec, stretch):
     runner.use(rw.scaling.parse(spec), LENGTH)
     sample = everything(stretch)
     assert sample.positions.tolist() == list(range(LENGTH))
@@ -43,7 +43,7 @@ def test_windows_soft_caps_and_layers_without_rotation(family):
     assert difference(runner.skim(IDS_LIST, everything(10), LENGTH), in_chunks(runner, [1000])) < TOLERANCE
 
 
-def test_a_sample_is_evenly_spaced_and_weighs_what_was_left_out():
+def test_a_sample_is_evenly_spaced_and_has_the_weight_of_all_tokens():
     sample = Sample.of(1000, local=200, far=160, stretch=16)
     assert len(sample.positions) == len(set(sample.positions.tolist())) == 360
     assert sample.positions[:16].tolist() == list(range(16))
@@ -51,16 +51,16 @@ def test_a_sample_is_evenly_spaced_and_weighs_what_was_left_out():
     gaps = sample.positions.diff()
     assert set(gaps[gaps != 1].tolist()) <= {71, 72, 73}  # (800 - 16) / 9 - 15, rounded
     weights = sample.log_weights.exp()
-    assert weights[:4].tolist() == [1] * 4  # the first tokens are like no others
+    assert weights[:4].tolist() == [1] * 4  # attention sinks
     assert float(weights[:160].sum()) == pytest.approx(800)
     assert sample.stretches.unique_consecutive().tolist() == list(range(11))
 
 
 @pytest.mark.parametrize("spec", ["none", "rerope:20|logn", "dual-chunk", "sink-window:30"])
-def test_a_key_counts_for_as_many_as_it_stands_for(runner, spec):
-    """Against a softmax over keys that are literally repeated."""
+def test_a_key_has_the_weight_of_that_many_keys(runner, spec):
+    """Compared with a softmax over repeated keys."""
     runner.use(rw.scaling.parse(spec), LENGTH)
-    sample = Sample.of(LENGTH, local=20, far=40, stretch=10)  # 120 tokens before: each of 36 stands for 116 / 36
+    sample = Sample.of(LENGTH, local=20, far=40, stretch=10)  # 120 tokens before; each of 36 has the weight of 116 / 36
     sample = Sample(
         positions=sample.positions, stretches=sample.stretches, log_weights=(sample.log_weights > 0) * math.log(3)
     )
@@ -78,7 +78,7 @@ def test_a_key_counts_for_as_many_as_it_stands_for(runner, spec):
         copies[query + 1 :] = 0
         index = torch.arange(n).repeat_interleave(copies)
         index = torch.cat([index[index != query], torch.tensor([query])])
-        # The same positions several times: a sample may say so.
+        # a sample may have the same position several times
         repeated = Sample(
             positions=plain.positions[index], stretches=torch.zeros(len(index)), log_weights=torch.zeros(len(index))
         )
@@ -86,6 +86,6 @@ def test_a_key_counts_for_as_many_as_it_stands_for(runner, spec):
         torch.testing.assert_close(computed[:, :, query], expected[:, :, -1], atol=2e-6, rtol=1e-5)
 
 
-def test_a_sample_that_cannot_be_had():
+def test_a_sample_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"10 stretches of 16 tokens .* and the last 900 tokens do not fit into 1000"):
         Sample.of(1000, local=900, far=160, stretch=16)

@@ -1,4 +1,4 @@
-"""Threads that share one model: each gets what it would get alone."""
+"""Threads that share one model get the same results as alone."""
 
 import contextlib
 import threading
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("untouched")
 
 
 def both(model, first, second):
-    """What two threads get, each of which runs before the other is done."""
+    """The results of two threads that run at the same time."""
     completions = {}
     barrier = threading.Barrier(2)
 
@@ -38,8 +38,8 @@ def test_two_threads_under_one_scaler(model, spec):
     assert list(both(model, *prompts)) == alone
 
 
-def test_a_request_of_another_length_does_not_come_between(model, monkeypatch):
-    """A scaler that depends on the length is prepared for one request; another thread's must wait until it has run."""
+def test_a_request_of_another_length_waits(model, monkeypatch):
+    """While a scaler is prepared for the length of one request, the request of another thread must wait."""
     model.rope = "dynamic-yarn"
     long = TEXT * 40
     expected = model.generate(long, greedy(2, logprobs=1))
@@ -54,7 +54,7 @@ def test_a_request_of_another_length_does_not_come_between(model, monkeypatch):
     def interrupted(ids, cache, logits_to_keep):
         if threading.current_thread() is not thread and not thread.ident:
             thread.start()
-            prepared.wait(2)  # in vain where it has to wait for us
+            prepared.wait(2)  # times out if the thread has to wait for this request
         return forward(ids, cache, logits_to_keep=logits_to_keep)
 
     monkeypatch.setattr(model._runner, "forward", interrupted)
@@ -66,7 +66,7 @@ def test_a_request_of_another_length_does_not_come_between(model, monkeypatch):
 
 
 class ChangedMeanwhile:
-    """A lock; whoever waits for it finds, once, that another thread has changed the scaler."""
+    """A lock. Once, while a thread waits for it, another thread changes the scaler."""
 
     def __init__(self, model, waits=0):
         self.model, self.lock, self.waits = model, model._lock, waits
@@ -105,11 +105,11 @@ def test_a_change_of_scaler_at_any_time_leaves_sessions_right(model, monkeypatch
             patch.setattr(model, "_lock", ChangedMeanwhile(model, waits))
             with contextlib.suppress(rw.PatchError):
                 work(session)
-        session.append("")  # turns what it holds
+        session.append("")  # rotates the cached keys
         ids, fresh = session._cached.ids, model.new_cache(session.tokens)
         with torch.inference_mode():
             prefill(model._runner, ids, fresh)
-        assert cache_difference(session._cached.cache, fresh, len(ids), layers=1) < 1e-4  # no others are below it
+        assert cache_difference(session._cached.cache, fresh, len(ids), layers=1) < 1e-4  # of the first layer only
 
 
 def test_a_scaler_is_tried_out_while_no_request_runs(model, monkeypatch):
