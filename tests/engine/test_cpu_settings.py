@@ -23,7 +23,7 @@ AVX2 = {
 TESTS = (
     "test_compiled.py",
     "test_float32.py",
-    "test_compiled_settings.py::test_bfloat16_models_are_held_against_float32_arithmetic",
+    "test_compiled_settings.py::test_bfloat16_models_are_compared_with_float32_arithmetic",
     "test_compiled_settings.py::test_bfloat16_weights_are_widened_exactly",
     "test_cpu_settings.py::test_the_engine_runs_smollm2",
 )
