@@ -55,7 +55,7 @@ GROUPS = {
         "tokenizer_tools.cover.x_shared_length",
     ),
     "attention": Group(
-        ("engine/attention/causal.py",), ("tests/engine/test_attention.py",), 400, "engine.attention.x_register"
+        ("engine/attention/causal.py",), ("tests/engine/attention/test_causal.py",), 400, "engine.attention.x_register"
     ),
     "cache": Group(
         ("engine/cache.py",),

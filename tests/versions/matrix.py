@@ -43,11 +43,11 @@ TRANSFORMERS_TESTS = (
     "tests/scaling/test_hf.py",
     "tests/scaling/test_hf_reach.py",
     "tests/scaling/test_hf_write.py",
-    "tests/engine/test_patch.py",
-    "tests/engine/test_band_refusals.py",
-    "tests/engine/test_band_generate.py",
+    "tests/engine/patches/test_patch.py",
+    "tests/engine/patches/test_band_refusals.py",
+    "tests/engine/patches/test_band_generate.py",
     "tests/engine/test_cache.py",
-    "tests/engine/test_attention.py",
+    "tests/engine/attention/test_causal.py",
     "tests/engine/test_load.py",
     "tests/engine/test_api.py",
 )
@@ -55,19 +55,19 @@ TRANSFORMERS_TESTS = (
 
 TORCH_TESTS = (
     *TRANSFORMERS_TESTS,
-    "tests/engine/test_banded.py",
-    "tests/engine/test_band_training.py",
+    "tests/engine/attention/test_banded.py",
+    "tests/engine/patches/test_band_training.py",
     "tests/engine/test_kv_cache.py",
     "tests/engine/test_sampling.py",
     "tests/engine/test_session_files.py",
-    "tests/engine/test_kernels_attention.py",
-    "tests/engine/test_kernels_linear.py",
-    "tests/engine/test_kernels_simd.py",
-    "tests/engine/test_kernels_step.py",
-    "tests/engine/test_compiled.py",
-    "tests/engine/test_compiled_batches.py",
-    "tests/engine/test_compiled_scalers.py",
-    "tests/engine/test_compiled_settings.py",
+    "tests/engine/runners/test_kernels_attention.py",
+    "tests/engine/runners/test_kernels_linear.py",
+    "tests/engine/runners/test_kernels_simd.py",
+    "tests/engine/runners/test_kernels_step.py",
+    "tests/engine/runners/test_compiled.py",
+    "tests/engine/runners/test_compiled_batches.py",
+    "tests/engine/runners/test_compiled_scalers.py",
+    "tests/engine/runners/test_compiled_settings.py",
 )
 """What touches torch besides: attention in bands, gradients, sampling, files of tensors, and the memory that the
 compiled network shares with it."""
@@ -92,7 +92,7 @@ FAMILIES = [
 ]
 """Architectures that stand for the ways in which rotary positions are done; all of them take minutes."""
 
-FAMILY_TEST = "tests/engine/test_families.py::test_family_is_served_or_refused_as_the_docs_say"
+FAMILY_TEST = "tests/engine/patches/test_families.py::test_family_is_served_or_refused_as_the_docs_say"
 
 ASK = """
 import json, platform, torch, transformers

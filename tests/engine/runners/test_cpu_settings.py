@@ -1,7 +1,7 @@
-"""The fast engine as CPUs of other kinds run it: tests again with fewer instructions than this CPU has.
+"""The compiled kernels on older CPUs: runs some tests again with fewer instructions than this CPU has.
 
-A machine with AVX512-BF16 and one with AVX2 only round their products differently; neither may hide a failure of the
-other. Run on the newer kind of machine, these tests cover both.
+A CPU with AVX512-BF16 and one with AVX2 only round products differently, so a test may fail on only one of them. On a
+newer CPU, these tests cover both.
 """
 
 import os
@@ -13,7 +13,7 @@ import pytest
 
 import ropewalk as rw
 
-HERE = Path(__file__).parent
+ENGINE_TESTS = Path(__file__).parent.parent
 AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -21,11 +21,11 @@ AVX2 = {
     "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi2",
 }
 TESTS = (
-    "test_compiled.py",
-    "test_float32.py",
-    "test_compiled_settings.py::test_bfloat16_models_are_compared_with_float32_arithmetic",
-    "test_compiled_settings.py::test_bfloat16_weights_are_widened_exactly",
-    "test_cpu_settings.py::test_the_engine_runs_smollm2",
+    "runners/test_compiled.py",
+    "patches/test_float32.py",
+    "runners/test_compiled_settings.py::test_bfloat16_models_are_compared_with_float32_arithmetic",
+    "runners/test_compiled_settings.py::test_bfloat16_weights_are_widened_exactly",
+    "runners/test_cpu_settings.py::test_the_engine_runs_smollm2",
 )
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,15 @@ pytestmark = pytest.mark.slow
 def test_the_engine_passes_its_tests_with_avx2():
     env = {**os.environ, **AVX2, "PYTHONPATH": os.pathsep.join(sys.path)}
     env.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(HERE / name) for name in TESTS)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(str(ENGINE_TESTS / name) for name in TESTS),
+    ]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-3000:]
 
