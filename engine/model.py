@@ -95,7 +95,7 @@ class Model(ScaledModel):
 
         Args:
             contexts: texts that are read separately, each followed by the prompt as a question; see `NBCE`. Their
-                caches are reused for the next question, until other contexts come or `clear_contexts` is called.
+                caches are reused for the next question, until it has other contexts or `clear_contexts` is called.
             pooling: how their answers become one: "entropy", "mean", "max", or an `NBCE` with its parameters.
             settings: fields of `SamplingParams`, in place of those of `params`.
 
@@ -126,7 +126,7 @@ class Model(ScaledModel):
         progress: Progress | None = None,
         **settings: Any,
     ) -> abc.Iterator[str]:
-        """The text of `generate`, piece by piece as it is decided.
+        """The text of `generate`, piece by piece.
 
         Args:
             settings: fields of `SamplingParams`, in place of those of `params`.
@@ -142,7 +142,7 @@ class Model(ScaledModel):
     def chat(
         self, messages: abc.Sequence[Message], params: SamplingParams | None = None, **settings: Any
     ) -> Completion:
-        """The assistant's answer to a conversation, by the model's chat template.
+        """The assistant's answer to messages, by the model's chat template.
 
             model.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0).text
 
@@ -165,20 +165,20 @@ class Model(ScaledModel):
         progress: Progress | None = None,
         **settings: Any,
     ) -> abc.Iterator[str]:
-        """The text of `chat`, piece by piece as it is decided. Arguments as of `chat` and `stream`."""
+        """The text of `chat`, piece by piece. Arguments as for `chat` and `stream`."""
         params, ids = with_settings(params, settings), chat_ids(messages, self.tokenizer, self.vocabulary)
         sequence = self._sequence(ids, params, progress=progress)
         return _texts(Batch(self, [sequence], self.check_length(len(ids), params)))
 
     def chat_session(self, system: str | None = None, *, path: str | Path | None = None) -> ChatSession:
-        """A conversation whose cache is never read twice.
+        """A conversation that stays in a cache, so that a question reads only what is new.
 
         Args:
-            system: tells the model how to answer.
-            path: of a file that `ChatSession.save` wrote, to go on from; it has its own system message.
+            system: the system message, which tells the model how to answer.
+            path: a file of `ChatSession.save` to continue from. It has its own system message.
 
         Raises:
-            DataError: the file is no chat of this model.
+            DataError: the file is not a chat of this model.
         """
         session = ChatSession(self, [] if system is None else [{"role": "system", "content": system}])
         if path is not None:
@@ -208,7 +208,7 @@ class Model(ScaledModel):
         """A text that grows and is not read twice. `path` is a file of `Session.save`; None begins an empty text.
 
         Raises:
-            DataError: the file is no session of this model.
+            DataError: the file is not a session of this model.
         """
         session = Session(self)
         if path is not None:
@@ -248,20 +248,20 @@ class Model(ScaledModel):
     def logprob(self, text: str | bytes, given: str | bytes = "") -> float:
         """Log-probability that a text which begins with `given` continues with `text`, nats.
 
-        The sum over all token sequences of such texts that the tokenizer can make, so it depends on the text alone:
-        divided by its bytes it compares models with different tokenizers. Where no token of `given` is certain, the
-        texts begin with the tokenizer's start token.
+        The sum over all token sequences that the tokenizer can make of such texts, so it depends on the text alone.
+        Divided by the bytes of the text it compares models with different tokenizers. If no token of `given` is
+        certain, the texts begin with the tokenizer's start token.
         """
         beginning = _utf8(given)
         before, after = self._cover(beginning), self._cover(beginning + _utf8(text))
         start = None if before.common_prefix else self.tokenizer.bos_token_id
         length = len(after.prompt) + 1
         with self.running(length) as runner:
-            long, short = (  # a text that begins with `given` begins with its certain tokens
-                text_logprob(runner, each, start, len(before.common_prefix), self.new_cache(length), self.vocabulary)
-                for each in (after, before)
+            whole, beginning_alone = (  # a text that begins with `given` begins with its certain tokens
+                text_logprob(runner, covers, start, len(before.common_prefix), self.new_cache(length), self.vocabulary)
+                for covers in (after, before)
             )
-        return long - short
+        return whole - beginning_alone
 
     def score(self, text: str) -> Score:
         """Log-probability of every token of `text` but the first, given all before it.

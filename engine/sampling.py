@@ -28,11 +28,11 @@ _LEAST = 1e-6  # temperature, below which logits divided by it overflow
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens, and when to stop. Names as in vLLM and transformers.
+    """How to choose tokens, and when to stop. Names as in transformers; vLLM's are the same but for `max_tokens`.
 
     Args:
-        max_new_tokens: most tokens to write.
-        temperature: 0 takes the likeliest token; 1, or any from 1e-6 on, samples from the model as it is.
+        max_new_tokens: most tokens of the answer.
+        temperature: divides the logits; 1 samples from the model's own distribution, 0 takes the likeliest token.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the fewest likeliest tokens whose probabilities reach p.
         min_p: keep tokens at least this fraction as likely as the likeliest.
@@ -107,11 +107,11 @@ class SamplingParams:
 
 
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-"""Names in other libraries."""
+"""Names that other libraries use."""
 
 
 def _check_names(kind: type[SamplingParams], settings: dict[str, Any]) -> None:
-    """Refuse names that are no sampling parameter.
+    """Refuse names of settings that do not exist.
 
     Raises:
         ConfigError: with the name that was probably meant.
@@ -119,16 +119,16 @@ def _check_names(kind: type[SamplingParams], settings: dict[str, Any]) -> None:
     known = [field.name for field in fields(kind)]
     for name in settings:
         if name in _OTHER_NAMES:
-            raise ConfigError(f"{name} is no sampling parameter here; did you mean {_OTHER_NAMES[name]}?")
+            raise ConfigError(f"{name} is not a sampling parameter here; did you mean {_OTHER_NAMES[name]}?")
         if name not in known:
-            raise ConfigError(f"{name} is no sampling parameter.{did_you_mean(name, known)}")
+            raise ConfigError(f"{name} is not a sampling parameter.{did_you_mean(name, known)}")
 
 
 def with_settings(params: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
     """`params`, or the defaults, with some of its fields changed.
 
     Args:
-        settings: by the names of `SamplingParams`.
+        settings: values by the names of fields of `SamplingParams`.
 
     Raises:
         ConfigError: a name or a value is wrong.

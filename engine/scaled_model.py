@@ -35,12 +35,12 @@ _LONGEST_NAME = 64  # characters of the name of a special token, which the vocab
 
 @dataclass(frozen=True, kw_only=True)
 class RopePlan:
-    """What a request runs under, at every length.
+    """The scaler of a request, at every length.
 
     Attributes:
-        rope: the scaler as it was asked for.
-        choice: what "auto" stands for; None for any other scaler.
-        reach: tokens that are reached; infinity where that is any length.
+        rope: the scaler that was assigned or requested.
+        choice: what "auto" chooses; None for any other scaler.
+        reach: tokens that the scaler reaches; infinity for any length.
     """
 
     rope: Scaler
@@ -48,7 +48,7 @@ class RopePlan:
     reach: float
 
     def at(self, length: int | None) -> Scaler:
-        """The scaler for a text of `length` tokens; None is within the trained length."""
+        """The scaler for a text of `length` tokens. None means a length within the trained one."""
         return self.rope if self.choice is None else self.choice.at(length)
 
     def __str__(self) -> str:
@@ -146,39 +146,39 @@ class ScaledModel:
 
     @rope.setter
     def rope(self, scaler: str | Scaler | None) -> None:
-        wanted = parse(scaler, self.trained_length)
+        parsed = parse(scaler, self.trained_length)
         with self._lock:
-            if not isinstance(wanted, Auto):
-                self._slot.put(wanted)
-            self.plan = self._plan(wanted)
+            if not isinstance(parsed, Auto):
+                self._slot.put(parsed)
+            self.plan = self._plan(parsed)
             self._slot.prepare(self.plan.at(None), None)
 
     def plan_for(self, rope: str | Scaler) -> RopePlan:
-        """The scalers of a request that brings its own; the model's scaler stays.
+        """The plan of a request with a scaler of its own. The model's scaler stays.
 
         Raises:
             ConfigError, UnsupportedModel: the spec is wrong, or the model does not take the scaler.
         """
-        wanted = parse(rope, self.trained_length)
+        parsed = parse(rope, self.trained_length)
         with self._lock:
-            if not isinstance(wanted, Auto):
-                self._slot.prepare(wanted, None)
-            return self._plan(wanted)
+            if not isinstance(parsed, Auto):
+                self._slot.prepare(parsed, None)
+            return self._plan(parsed)
 
-    def _plan(self, wanted: Scaler) -> RopePlan:
-        if not isinstance(wanted, Auto):
-            return RopePlan(rope=wanted, reach=primary_rotary(self.sites).configured.reach(wanted))
+    def _plan(self, parsed: Scaler) -> RopePlan:
+        if not isinstance(parsed, Auto):
+            return RopePlan(rope=parsed, reach=primary_rotary(self.sites).configured.reach(parsed))
         stored = tuned_scalers.read(self.checkpoint_fingerprint)
         choice = Choice.of(self.spec, self.trained_length, stored, self._slot.takes)
-        return RopePlan(rope=wanted, choice=choice, reach=math.inf)
+        return RopePlan(rope=parsed, choice=choice, reach=math.inf)
 
     def rope_at(self, length: int | None) -> Scaler:
-        """The scaler for a request of `length` tokens: `rope`, or what "auto" stands for there."""
+        """The scaler for a request of `length` tokens: `rope`, or what "auto" chooses for that length."""
         return self.plan.at(length)
 
     @property
     def reach(self) -> float:
-        """Tokens that the scaler in use reaches; infinity where that is any length."""
+        """Tokens that the scaler in use reaches; infinity for any length."""
         return self.plan.reach
 
     def follows_length(self, scaler: Scaler) -> bool:
@@ -201,16 +201,16 @@ class ScaledModel:
     @property
     def max_length(self) -> int:
         """Most tokens that a request may have, prompt and answer together: `given_max_length`, else `reach`."""
-        return self._most(self.plan)
+        return self._limit(self.plan)
 
-    def _most(self, plan: RopePlan) -> int:
+    def _limit(self, plan: RopePlan) -> int:
         if self.given_max_length is not None:
             return self.given_max_length
         return int(plan.reach) if math.isfinite(plan.reach) else _ANY_LENGTH
 
     @property
     def vocabulary_size(self) -> int:
-        """Tokens that the model has; the tokenizer may make fewer, or more."""
+        """Number of tokens of the model. The tokenizer may have fewer or more."""
         return token_rows(self.hf)
 
     @cached_property
@@ -229,7 +229,7 @@ class ScaledModel:
 
     @property
     def run_by(self) -> str:
-        """What runs the model, in a few words, and why nothing faster does."""
+        """What runs the model, in a few words, and why the compiled kernels do not."""
         return self._runner.how
 
     @property
@@ -239,7 +239,7 @@ class ScaledModel:
 
     @property
     def rope_state(self) -> RopeState:
-        """The scaler in place, and the length that it is for where it depends on that."""
+        """The scaler in place, and the length that it is prepared for, if it depends on the length."""
         return self._runner.rope_state
 
     @property
@@ -311,7 +311,7 @@ class ScaledModel:
         longest = max(self.vocabulary.trie.longest, _LONGEST_NAME)
         if not isinstance(prompt, str | bytes | bytearray | memoryview):
             prompt = token_ids(prompt, self.vocabulary_size)
-        elif len(prompt) > (most := self._most(plan or self.plan)) * longest:
+        elif len(prompt) > (most := self._limit(plan or self.plan)) * longest:
             raise ContextOverflow(
                 f"the prompt has {len(prompt):,} characters, more than {format_length(most)} tokens of at most "
                 f"{longest} bytes can hold, which {self.name} reaches with rope {str((plan or self.plan).rope)!r}; "
@@ -334,7 +334,7 @@ class ScaledModel:
             ContextOverflow: they are more than the scaler reaches, or than memory holds.
         """
         total, plan = tokens + params.max_new_tokens, plan or self.plan
-        if total > self._most(plan):
+        if total > self._limit(plan):
             raise too_long(tokens, params, self.name, plan.rope, plan.reach, self.given_max_length)
         self.check_room(total, length=total, caches=caches, plan=plan)
         return total
