@@ -12,6 +12,7 @@ from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import shared_length
 from .cache import CacheLost, restoring, tokens_read
 from .completion import Completion
+from .kv_cache import KVCache
 from .prefix_cache import PrefixCache, PrefixStore, shared_cache
 from .prompt import Prompt
 from .runners.runner import CHUNK, Runner
@@ -75,7 +76,7 @@ class Batch:
             if sequence.done:  # cancelled
                 self.waiting.popleft().release()
                 continue
-            if others and self._lead > 0:
+            if others and (self._lead > 0 or not self._has_room(runner, sequence)):
                 break
             began = time.monotonic()
             if not sequence.caches:
@@ -130,6 +131,21 @@ class Batch:
                 self._ended = sequence
                 continue
             sequence.release()
+
+    def _has_room(self, runner: Runner, sequence: Sequence) -> bool:
+        """True if memory has room for a sequence beside those in progress; caches that nobody uses are freed for it."""
+        needed = [each.length for each in [*self.running, sequence] for _ in each.caches or [None]]
+        caches = [cache for each in [*self.running, sequence] for cache in each.caches]
+        owned = sum(cache.owned for cache in caches if isinstance(cache, KVCache))
+        for _ in range(2):
+            try:
+                runner.check_room(*needed, owned=owned)
+            except ContextOverflow:
+                if not (self._store is not None and self._store.clear()):
+                    return False
+            else:
+                return True
+        return False
 
     def _share(self, sequence: Sequence) -> None:
         """Give a sequence a cache with what others have read of its prompt."""

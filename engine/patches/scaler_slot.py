@@ -11,6 +11,7 @@ from ..runners.runner import Runner
 from .patch import Patch, install, patched_with, record_patch
 
 _UNKNOWN = -1
+_MOST_KEPT = 16  # patches, of the scalers used last
 
 
 class ScalerSlot:
@@ -67,7 +68,10 @@ class ScalerSlot:
             raise
         record_patch(self._hf, self._sites, scaler if scaler.parts else None)
         if remember:
+            self._prepared.pop(scaler, None)
             self._prepared[scaler] = self.installed
+            if len(self._prepared) > _MOST_KEPT:
+                del self._prepared[next(iter(self._prepared))]
 
     def takes(self, scaler: Scaler) -> bool:
         """True if `scaler` can be put into the model. It is tried once."""

@@ -247,3 +247,41 @@ def test_many_clients(model):
             gc.collect()
             used.append(process.memory_info().rss)
         assert used[2] < used[1] + (64 << 20)
+
+
+def test_many_scalers_are_not_all_kept(model):
+    with serving(model) as (url, _):
+        for tenths in range(11, 51):
+            rope = f"yarn:{tenths / 10}"
+            assert post(url, prompt=TEXT, max_tokens=1, rope=rope).status_code == 200
+        assert len(model._slot._prepared) <= 16
+        assert post(url, prompt=TEXT, max_tokens=5).json()["choices"][0]["text"] == model.generate(TEXT, greedy(5)).text
+
+
+def test_a_request_waits_for_memory_that_others_hold(model, monkeypatch):
+    """Memory has room for one long answer at a time, and for any alone."""
+    from ropewalk.engine.runners.cpu.runner import CompiledRunner
+
+    asked = CompiledRunner.check_room
+
+    def small(self, *rows, owned=0):
+        if len(rows) > 1:
+            raise rw.ContextOverflow("no room")
+        asked(self, *rows, owned=owned)
+
+    monkeypatch.setattr(CompiledRunner, "check_room", small)
+    expected = [model.generate(prompt, greedy(40)).text for prompt in (TEXT, TEXT[4:])]
+    with serving(model) as (url, server):
+        answers = {}
+
+        def ask(index, prompt):
+            answers[index] = post(url, prompt=prompt, max_tokens=40).json()["choices"][0]["text"]
+
+        threads = [threading.Thread(target=ask, args=(n, prompt)) for n, prompt in enumerate((TEXT, TEXT[4:]))]
+        for thread in threads:
+            thread.start()
+        most = 0
+        while any(thread.is_alive() for thread in threads):
+            most = max(most, server.scheduler.running)
+        assert most == 1
+        assert [answers[0], answers[1]] == expected
