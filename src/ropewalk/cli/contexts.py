@@ -8,6 +8,7 @@ import click
 
 from .measurement import Measurement, deadline_in, load_measured
 from .options import EXAMPLES, command, loads_a_model, measures, text_option
+from .waiting import waiting
 
 
 @command(
@@ -53,15 +54,16 @@ def facts(
         raise ConfigError(f"--parts {parts!r} must be 1 or more each")
     scalers, hay = asked.scalers(), load_text(text)
     model = load_measured(asked.model, **loading)
-    planned = cells(
-        model,
-        hay,
-        scalers,
-        contexts=[parse_length(length, model.trained_length) for length in lengths.split(",")],
-        parts=counts,
-        documents=documents,
-        questions=questions,
-    )
+    with waiting("reading the text"):
+        planned = cells(
+            model,
+            hay,
+            scalers,
+            contexts=[parse_length(length, model.trained_length) for length in lengths.split(",")],
+            parts=counts,
+            documents=documents,
+            questions=questions,
+        )
 
     finish = publisher("facts", facts_rows, facts_markdown, plot_facts)
     asked.measure(model, planned, finish, name="facts", deadline=deadline)
@@ -100,7 +102,8 @@ def endless(asked: Measurement, lengths: str, text: str, places: int, loading: d
     scalers, document = asked.scalers(), load_text(text)
     model = load_measured(asked.model, **loading)
     contexts = [parse_length(length, model.trained_length) for length in lengths.split(",")]
-    planned = cells(model, document, scalers, contexts=contexts, places=places)
+    with waiting("reading the text"):
+        planned = cells(model, document, scalers, contexts=contexts, places=places)
 
     finish = publisher("endless", endless_rows, endless_markdown, plot_endless)
     asked.measure(model, planned, finish, name="endless", deadline=deadline)

@@ -92,7 +92,7 @@ class LazyGroup(click.Group):
         Raises:
             click.Abort: Ctrl-C; it says whether the command can go on.
         """
-        handles_ctrl_c = {*ctx._protected_args, *ctx.args} & HANDLE_CTRL_C
+        handles_ctrl_c = HANDLE_CTRL_C.issuperset([*ctx._protected_args, *ctx.args][:1])
         try:
             with contextlib.nullcontext() if handles_ctrl_c else stopping_said():
                 return super().invoke(ctx)

@@ -11,6 +11,7 @@ import click
 
 from .measurement import Measurement, ModelTarget, deadline_in
 from .options import EXAMPLES, command, folder_option, loads_a_model, measures, runs_anywhere, text_option
+from .waiting import waiting
 
 
 def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +98,8 @@ def ppl(
     scalers, documents = asked.scalers(), load_text(text)
     model = where.open(asked.model)
     contexts = tuple(parse_length(length, model.trained_length) for length in lengths.split(","))
-    cells = cells_of(model, documents, scalers, named_protocol(protocol, contexts, **settings))
+    with waiting(f"reading {short(text)}"):
+        cells = cells_of(model, documents, scalers, named_protocol(protocol, contexts, **settings))
     title = f"{short(model.name)} on {short(text)}"
     asked.carry_out(model, cells, name=Path(text).stem, title=title, deadline=deadline)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import click
 
 from ..errors import ConfigError
 from .messages import print_json
-from .waiting import load_model
+from .waiting import load_model, waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +51,8 @@ class Measurement:
         Raises:
             ConfigError: a spec names no scaler, or one with values that it cannot have.
         """
+        with waiting("starting"):  # importing torch and transformers takes seconds
+            importlib.import_module("ropewalk.engine.load")
         return [self.scaler(rope) for rope in self.ropes]
 
     def scaler(self, spec: str) -> Scaler:

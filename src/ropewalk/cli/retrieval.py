@@ -9,6 +9,7 @@ import click
 
 from .measurement import Measurement, ModelTarget, deadline_in
 from .options import EXAMPLES, command, measures, runs_anywhere, text_option
+from .waiting import waiting
 
 if TYPE_CHECKING:
     from ..evals.models.local import LocalModel
@@ -148,16 +149,17 @@ def _run(
     before = None
     if fake:
         model, before = _stand_in(model, fake)
-    planned = cells(
-        model,
-        [TASKS[name] for name in names],
-        scalers,
-        contexts=[parse_length(length, model.trained_length) for length in lengths.split(",")],
-        depths=shares,
-        trials=trials,
-        text=haystack,
-        **({"before": before} if before else {}),
-    )
+    with waiting("writing the prompts"):
+        planned = cells(
+            model,
+            [TASKS[name] for name in names],
+            scalers,
+            contexts=[parse_length(length, model.trained_length) for length in lengths.split(",")],
+            depths=shares,
+            trials=trials,
+            text=haystack,
+            **({"before": before} if before else {}),
+        )
     command = str(click.get_current_context().info_name)
     asked.carry_out(model, planned, name=command, title=f"{short(model.name)}: {command}", deadline=deadline)
 

@@ -11,6 +11,7 @@ import click
 from .measurement import Measurement, deadline_in, load_measured, print_run
 from .messages import print_json
 from .options import EXAMPLES, command, json_option, loads_a_model, measures, run_json_option, text_option
+from .waiting import waiting
 
 _FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)
 _NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -47,7 +48,8 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
 
     chosen, scalers, document = PRESETS[preset], asked.scalers(), load_text(text)
     loaded = load_measured(asked.model, **loading)
-    cells = chosen.cells(loaded, document, scalers)
+    with waiting(f"reading {short(text)}"):
+        cells = chosen.cells(loaded, document, scalers)
     minutes = chosen.minutes if asked.max_minutes is None else asked.max_minutes
     title = f"{short(loaded.name)}: {', '.join(asked.ropes)}"
     asked.carry_out(loaded, cells, name=preset, title=title, deadline=deadline_in(minutes))

@@ -9,6 +9,7 @@ import click
 
 from .messages import print_json
 from .options import EXAMPLES, command, folder_option, json_option, loads_a_model, ropes_option, text_option
+from .waiting import load_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +90,6 @@ def tune(
     """
     from rich.console import Console
 
-    from ..engine.load import load
     from ..evals.data import load_text
     from ..evals.runs.compare import short
     from ..evals.runs.measure import new_console
@@ -99,7 +99,7 @@ def tune(
 
     console = Console(stderr=True) if as_json else new_console()
     document = load_text(text)
-    loaded = load(model, **loading, max_length=2**31)  # the harness measures beyond a scaler's reach too
+    loaded = load_model(model, **loading, max_length=2**31)  # candidates are measured beyond their reach too
     run = Run(out or Path("runs") / f"{Path(model).name}-tune")
     run.write_environment()
     outcome = search_scalers(

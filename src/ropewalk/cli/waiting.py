@@ -68,7 +68,8 @@ def _line(counts: bool, unit: str) -> Progress:
             if not task.completed or not task.elapsed or task.remaining is None:
                 return Text("")
             rate = task.completed / task.elapsed
-            return Text(f"{rate:,.4g}/s, {timedelta(seconds=round(task.remaining / rate))} left")
+            shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+            return Text(f"{shown}/s, {timedelta(seconds=round(task.remaining / rate))} left")
 
     columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
     if counts:
