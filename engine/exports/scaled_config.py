@@ -19,6 +19,7 @@ from ...scaling.longrope import LongRoPE, fix_length, follows_length
 from ...scaling.rope import RopeSpec, Scaler
 from ...scaling.spec import Auto, parse
 from ..checkpoints.checkpoint import read_config
+from ..checkpoints.quiet import quiet_transformers
 from ..patches.derived import derived_numbers, derives_numbers, parameters_under
 
 __all__ = ["Derived", "check_written", "is_accepted", "scaler_to_write"]
@@ -104,7 +105,8 @@ def check_written(folder: Path, wanted: Mapping[str | None, tuple[RopeSpec, Scal
 def is_accepted(content: Mapping[str, Any], wanted: Mapping[str | None, tuple[RopeSpec, Scaler]]) -> bool:
     """True if transformers accepts the content of a config.json and computes the frequencies of the scalers from it."""
     try:
-        configured = hf.read(content)
+        with quiet_transformers():  # it warns of keys that are for vLLM and SGLang only
+            configured = hf.read(content)
     except Exception:  # the config classes raise their own
         return False
     return all(_same(rope, scaler, configured[layer_type]) for layer_type, (rope, scaler) in wanted.items())

@@ -1,11 +1,24 @@
-"""The export to vLLM and SGLang: the script that serves a folder."""
+"""The export to vLLM and SGLang: no warning, and a script that serves the folder."""
 
 import json
+import logging
 import os
 import stat
 import subprocess
 
+import pytest
+
 import ropewalk as rw
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+def test_transformers_prints_no_warning(tiny_folder, tmp_path, target, monkeypatch):
+    """It would warn of the keys `short_mscale` and `long_mscale`, which it does not read."""
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: pytest.fail(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+    done = rw.export(tiny_folder, tmp_path / "out", rope="mrrope:4", target=target)
+    assert "short_mscale" in json.loads((done.path / "config.json").read_text())["rope_parameters"]
 
 
 def test_servers_get_a_script_with_the_command_and_the_overrides(tiny_folder, tmp_path):
