@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import reprlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,8 @@ def token_ids(prompt: object, size: int | None = None) -> list[int]:
     try:
         ids = list(map(operator.index, prompt))  # type: ignore[call-overload]
     except TypeError:
+        if isinstance(prompt, Mapping):
+            raise ConfigError("a prompt is text; messages are for model.chat(messages)") from None
         raise ConfigError(
             f"a prompt is text, UTF-8 bytes or a list of token ids, not {reprlib.repr(prompt)}; several go into a list"
         ) from None

@@ -5,12 +5,13 @@
     print(rw.scalers())                                     # every scaling method
     model = rw.load("smollm2-135m", rope="auto")
     print(model)                                            # what runs it, its scaler and its reach
-    print(model.generate("Once upon a time", rw.SamplingParams(max_new_tokens=64)))
+    print(model.generate("Once upon a time", max_new_tokens=64))
+    print(model.chat([{"role": "user", "content": "What is a ropewalk?"}]))
     print(model.score(open("book.txt").read()))             # loss, perplexity, bits per byte
     model.rope = "ntk:4|resonance"                          # another scaler, without loading again
-    with model.session() as chat:                           # a long text that is read once
-        chat.append(open("report.txt").read())
-        print(chat.generate("\\n\\nIn one sentence:").text)
+    with model.session() as text:                           # a long text that is read once
+        text.append(open("report.txt").read())
+        print(text.generate("\\n\\nIn one sentence:").text)
     handle = rw.patch(hf_model, "yarn:4")                   # a transformers model of your own
     handle.undo()
     rw.export("smollm2-135m", "out", rope="yarn:4")         # for vLLM, SGLang, llama.cpp, transformers
@@ -37,6 +38,7 @@ from .errors import (
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .engine.chat import ChatSession
     from .engine.completion import Completion, Score, TokenHealing
     from .engine.exports.export import Export, export
     from .engine.load import load
@@ -64,6 +66,7 @@ _LAZY = {
     "PatchHandle": ".engine.patches.patch",
     "patch": ".engine.patches.patch",
     "SamplingParams": ".engine.sampling",
+    "ChatSession": ".engine.chat",
     "Session": ".engine.session",
     "parse": ".scaling.spec",
     "scalers": ".scaling.spec",
@@ -74,6 +77,7 @@ _LAZY = {
 __all__ = [
     "NBCE",
     "AssetError",
+    "ChatSession",
     "Completion",
     "ConfigError",
     "ContextOverflow",

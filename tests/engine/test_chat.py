@@ -105,6 +105,11 @@ def test_wrong_messages_are_refused(model, messages, reason):
         model.chat(messages)
 
 
+def test_messages_as_a_prompt_are_told_of_chat(model):
+    with pytest.raises(rw.ConfigError, match=r"model\.chat"):
+        model.generate(said("a"))
+
+
 def test_a_template_that_refuses_says_why(model, monkeypatch):
     monkeypatch.setattr(model.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(rw.ConfigError, match="roles must alternate"):

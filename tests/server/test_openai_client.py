@@ -203,7 +203,10 @@ def test_contexts(client, model):
         ({"extra_body": {"temprature": 1}}, "Did you mean 'temperature'"),
         ({"extra_body": {"rope": "yarm:4"}}, "Did you mean 'yarn'"),
         ({"extra_body": {"rope": "yarn:0.5"}}, "0.5"),
-        ({"extra_body": {"rope": "none"}, "prompt": "x " * 400}, "256"),
+        (
+            {"extra_body": {"rope": "none"}, "prompt": "x " * 400},
+            r'max_tokens 4 make .* more than the 256 .*"rope\\?": \\?"auto.*serve the model with --max-length',
+        ),
         ({"extra_body": {"contexts": "a"}}, "contexts must be a list of texts"),
         ({"extra_body": {"contexts": ["a"]}, "prompt": [1, 2]}, "contexts need a prompt that is one text"),
         ({"max_tokens": 0}, "max_tokens 0 needs echo"),

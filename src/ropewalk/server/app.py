@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,7 +27,7 @@ from ..engine.model import Model
 from ..engine.prompt_score import ScoredSequence
 from ..engine.scheduler import QueueFull, Request, Scheduler, Update
 from ..engine.sequence import Sequence
-from ..errors import ContextOverflow, OutOfMemory, RopewalkError, did_you_mean
+from ..errors import ContextOverflow, OutOfMemory, RopewalkError, Setting, did_you_mean
 from . import answers
 from .metrics import Metrics
 from .requests import Asked, BadRequest, read_chat, read_completion, read_json
@@ -369,6 +370,26 @@ def _text_chunk(index: int, text: str, reason: str | None = None) -> dict[str, A
     return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
 
 
+_FIELDS = {"max_new_tokens": "max_tokens"}
+"""Fields of requests whose settings have other names in Python."""
+
+
+def _message(error: Exception) -> str:
+    """The message of an error with its settings as a client or the server's owner gives them."""
+
+    def shown(part: object) -> str:
+        if not isinstance(part, Setting):
+            return str(part)
+        name = _FIELDS.get(part.name, part.name)
+        if part.form == "load":
+            return f"serve the model with --{part.name.replace('_', '-')} {part.value}"
+        if part.form == "name":
+            return name
+        return f"{name} {part.value}" if part.form == "given" else f"give {json.dumps(name)}: {json.dumps(part.value)}"
+
+    return "".join(map(shown, error.args))
+
+
 def _error(message: str, kind: str, code: str | None = None, field: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
@@ -376,13 +397,13 @@ def _error(message: str, kind: str, code: str | None = None, field: str | None =
 def _described(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body for an error."""
     if isinstance(error, QueueFull):
-        return 429, _error(str(error), "rate_limit_error", "queue_full")
+        return 429, _error(_message(error), "rate_limit_error", "queue_full")
     if isinstance(error, OutOfMemory):
-        return 503, _error(str(error), "server_error", "out_of_memory")
+        return 503, _error(_message(error), "server_error", "out_of_memory")
     if isinstance(error, ContextOverflow):
-        return 400, _error(str(error), "invalid_request_error", "context_length_exceeded")
+        return 400, _error(_message(error), "invalid_request_error", "context_length_exceeded")
     if isinstance(error, RopewalkError):
-        return 400, _error(str(error), "invalid_request_error", field=getattr(error, "field", None))
+        return 400, _error(_message(error), "invalid_request_error", field=getattr(error, "field", None))
     _LOG.exception("a request failed", exc_info=error)
     return 500, _error("the server failed; its log says why", "server_error")
 
