@@ -52,10 +52,10 @@ def _features() -> list[str]:
         "formula and paper.",
         f"**Your own transformers model**: `rw.patch` works on it and undoes itself. Of {len(families)} "
         f"[architectures](docs/families.md) {every} take every method.",
-        "**[Measurements](docs/evaluation.md)**: perplexity, harm, passkeys, needles, RULER-11; paired intervals, runs "
-        "that can be resumed, one report file.",
-        "**[`ropewalk tune`](docs/tune.md)** measures which scaler carries your model to a length; `auto` takes the "
-        "winner.",
+        "**[Measurements](docs/evaluation.md)** with paired intervals: perplexity, harm, passkeys, RULER-11. "
+        "[`ropewalk tune`](docs/tune.md) finds the scaler that carries your model to a length.",
+        "**[Chat and server](docs/how-to.md#talk-to-a-chat-model)**: `ropewalk serve` speaks OpenAI's protocol, and "
+        "every request may name its scaler.",
         f"**[Decoding on a CPU](docs/engine.md)** in bfloat16: {decode['hf bfloat16']} times transformers' speed "
         f"(prompts: {prompts['hf bfloat16']}), {decode['llama.cpp bf16']} times llama.cpp's "
         f"({prompts['llama.cpp bf16']}).",
