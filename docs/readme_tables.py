@@ -54,7 +54,7 @@ def _features() -> list[str]:
         f"[architectures](docs/families.md) {every} take every method.",
         "**[Measurements](docs/evaluation.md)** with paired intervals: perplexity, harm, passkeys, RULER-11. "
         "[`ropewalk tune`](docs/tune.md) finds the scaler that carries your model to a length.",
-        "**[Chat and server](docs/how-to.md#talk-to-a-chat-model)**: `ropewalk serve` speaks OpenAI's protocol, and "
+        "**[Chat and server](docs/server.md)**: `ropewalk serve` speaks OpenAI's protocol, and "
         "every request may name its scaler.",
         f"**[Decoding on a CPU](docs/engine.md)** in bfloat16: {decode['hf bfloat16']} times transformers' speed "
         f"(prompts: {prompts['hf bfloat16']}), {decode['llama.cpp bf16']} times llama.cpp's "
