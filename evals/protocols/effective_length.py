@@ -228,13 +228,13 @@ def reaches(group: ScoreGroup) -> dict[str, Reach]:
     trained length, so only where all its tasks were measured, and of methods that were measured at
     that length. One that finds nothing there reaches no length.
     """
-    of_own, trained = group.suite == RULER, group.trained_length
-    if of_own and group.tasks != [*SUITES[RULER]]:
+    is_relative, trained = group.suite == RULER, group.trained_length
+    if is_relative and group.tasks != [*SUITES[RULER]]:
         return {}
     by_method = {}
     for rope in group.methods:
         scores = group.scores(rope)
-        if not of_own and scores:
+        if not is_relative and scores:
             by_method[rope] = reach(scores, LEAST_FOUND)
         elif trained in scores:
             at_trained = scores[trained].mean  # a share of zero is reached everywhere

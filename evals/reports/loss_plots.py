@@ -24,7 +24,7 @@ OFF_SCALE = 1.0
 """Nats above the best loss at the trained length beyond which a value is marked at the edge
 instead."""
 
-_HEIGHT, _LINE = 4.1, 0.2  # inches of a plot, and of each line of its legend
+_HEIGHT, _LINE = 4.1, 0.215  # inches of a plot, and of each line of its legend
 _MARK_WIDTH, _MARK_HEIGHT = 0.16, 0.065  # of a mark of what is off the scale with its text, as shares of the axes
 
 
@@ -41,8 +41,16 @@ class Point:
 Curves = dict[str, list[Point]]
 
 
-def _height(curves: Curves) -> float:
-    return _HEIGHT + _LINE * len(curves)
+def _off_scale(curves: Curves, top: float) -> list[tuple[str, Point]]:
+    """The points above the axis, but those at the end of a curve, whose loss is in the legend."""
+    return [(rope, point) for rope, points in curves.items() for point in points[:-1] if point.loss > top]
+
+
+def _height(curves: Curves, trained_length: int) -> float:
+    """Inches of a plot: the legend has a line for each curve, and what is off the scale is written above."""
+    _, top = scale(curves, trained_length)
+    off_scale = Counter(point.x for _, point in _off_scale(curves, top))
+    return _HEIGHT + _LINE * (len(curves) + max(off_scale.values(), default=0))
 
 
 def plot_run(run: Run) -> list[Path]:
@@ -106,7 +114,7 @@ def plot_loss_curve(rows: Sequence[Row], run: Run, out_stem: Path) -> tuple[Path
     contexts = sorted({row["context"] for row in group})
     if len(contexts) == 1:
         return _plot_one_context(group, run, out_stem)
-    with style.figure(style.WIDTH, _height(curves), _title(group)) as fig:
+    with style.figure(style.WIDTH, _height(curves, group[0]["trained_length"]), _title(group)) as fig:
         axes = fig.add_subplot()
         style.style_axes(axes, x="context (tokens)", y="loss (nats per token)")
         style.length_axis(axes, contexts, min(contexts) / 1.1, max(contexts) * 1.06)
@@ -172,7 +180,7 @@ def plot_by_position(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
             if row is not None
         ]
     edges = {edge for row in group for edge in (_left(row), row["bucket_end"])}
-    with style.figure(style.WIDTH, _height(curves), _title(group)) as fig:
+    with style.figure(style.WIDTH, _height(curves, group[0]["trained_length"]), _title(group)) as fig:
         axes = fig.add_subplot()
         style.style_axes(axes, x="position in the text (tokens)", y="loss (nats per token)")
         style.length_axis(axes, sorted(edges), min(edges), max(edges) * 1.02)
@@ -196,8 +204,7 @@ def _draw(axes: Axes, curves: Curves, trained_length: int) -> None:
         axes.plot(xs, [p.loss for p in points], color=look.color, ls=look.dashes, lw=look.width, zorder=3)
         on_scale = [p for p in points if p.loss <= top]
         axes.plot([p.x for p in on_scale], [p.loss for p in on_scale], look.marker, ms=5, color=look.color, zorder=4)
-    off_scale = [(p, looks[rope]) for rope, points in curves.items() for p in points if p.loss > top]
-    _mark_off_scale(axes, off_scale)
+    _mark_off_scale(axes, [(point, looks[rope]) for rope, point in _off_scale(curves, top)])
     style.legend_below(axes, _end_labels(curves), looks)
 
 

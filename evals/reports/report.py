@@ -72,7 +72,7 @@ def write_report(
     Raises:
         DataError: a plot that is not there or is neither SVG nor PNG.
     """
-    verdict, details = told(run)
+    verdict, details = verdict_and_findings(run)
     sections = [loss_section(run, group) for group in compare.comparable_groups(run.rows)]
     sections += [score_section(group) for group in score_groups(run.rows)]
     return write_page(
@@ -178,7 +178,7 @@ def publish(run: Run, *, title: str, passages: Sequence[Passage] = ()) -> list[P
     return [report, *tables, *plots]
 
 
-def told(run: Run) -> tuple[list[str], list[str]]:
+def verdict_and_findings(run: Run) -> tuple[list[str], list[str]]:
     """The verdict, and the findings behind it, in sentences. Without fixed-target rows the first finding is the
     verdict."""
     sentences = retrieval_findings(run.rows)
@@ -189,7 +189,7 @@ def told(run: Run) -> tuple[list[str], list[str]]:
 
 def print_results(run: Run, files: Sequence[Path], left_out: Sequence[Cell], console: Console) -> None:
     """The verdict, the tables, the findings, what was left out, and where the files are."""
-    verdict, details = told(run)
+    verdict, details = verdict_and_findings(run)
     console.print()
     for sentence in verdict:
         console.print(sentence, style="bold", highlight=False, markup=False)

@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ _COLOUR_OF_METHOD = {
     **dict.fromkeys(("rerope", "leaky-rerope"), 2),
     **dict.fromkeys(("ntk", "dynamic-ntk"), 3),
     **dict.fromkeys(("ntk-mixed", "ntk-fixed", "ntk-by-parts"), 4),
-    **dict.fromkeys(("longrope", "mrrope", "critical-base", "base", "base-bound", "alpharope"), 5),
-    "dual-chunk": 6,
+    **dict.fromkeys(("longrope", "mrrope", "critical-base", "base", "base-bound", "alpharope", "sink-window"), 5),
+    **dict.fromkeys(("dual-chunk", "string", "jet-long"), 6),
     **dict.fromkeys(("linear", "llama3"), 7),
 }
 _OTHER_METHOD = len(_COLOURS) - 1
@@ -144,6 +144,7 @@ def line_styles(ropes: Sequence[str]) -> dict[str, LineStyle]:
     """
     bases = list(dict.fromkeys(map(_without_logn, ropes)))
     colours = _colours([base for base in bases if base != UNTOUCHED])
+    markers = _markers(colours)
     styles = {}
     for rope in ropes:
         base = _without_logn(rope)
@@ -152,8 +153,8 @@ def line_styles(ropes: Sequence[str]) -> dict[str, LineStyle]:
             dashes = LOGN_DASHES if has_logn else _UNTOUCHED_DASHES
             styles[rope] = LineStyle(color=INK, marker="o", dashes=dashes)
         else:
-            marker = _MARKERS[bases.index(base) % len(_MARKERS)]
-            styles[rope] = LineStyle(color=colours[base], marker=marker, dashes=LOGN_DASHES if has_logn else "-")
+            look = LineStyle(color=colours[base], marker=markers[base])
+            styles[rope] = replace(look, dashes=LOGN_DASHES) if has_logn else look
     return styles
 
 
@@ -183,6 +184,16 @@ def _colours(bases: Sequence[str]) -> dict[str, str]:
         colours[base] = _shade(_COLOURS[index], _SHADES[counts[index] % len(_SHADES)])
         counts[index] += 1
     return colours
+
+
+def _markers(colours: Mapping[str, str]) -> dict[str, str]:
+    """A marker for each method, another one for each of those that share a colour."""
+    markers: dict[str, str] = {}
+    for place, (base, color) in enumerate(colours.items()):
+        taken = {markers[other] for other in markers if colours[other] == color}
+        order = [_MARKERS[(place + step) % len(_MARKERS)] for step in range(len(_MARKERS))]
+        markers[base] = next((marker for marker in order if marker not in taken), order[0])
+    return markers
 
 
 def _shade(color: str, towards_white: float) -> str:

@@ -127,8 +127,9 @@ def _score_state(entry: Reach) -> Shown:
 
 
 def _score_rule(group: ScoreGroup) -> str:
-    kept = f"{LEAST_KEPT:.0%} of the method's own score at the trained length" if group.suite == RULER else None
-    return _SCORE_RULE.format(group.name, kept or f"{LEAST_FOUND:.0%}")
+    if group.suite == RULER:
+        return _SCORE_RULE.format(group.name, f"{LEAST_KEPT:.0%} of the method's own score at the trained length")
+    return _SCORE_RULE.format(group.name, f"{LEAST_FOUND:.0%}")
 
 
 def _unused_name(name: str, taken: dict[str, dict[str, Shown]]) -> str:

@@ -14,8 +14,8 @@ def test_colours_are_fixed_and_distinct() -> None:
     assert looks["none"].dashes != "-"
     assert len({look.color for look in looks.values()}) == len(ropes)
     assert style.line_styles(["yarn:8"])["yarn:8"].color == looks["yarn:2"].color
-    many = style.line_styles([f"yarn:{n}" for n in range(1, 13)])
-    assert len({(look.color, look.marker) for look in many.values()}) == 12
+    many = style.line_styles([f"yarn:{n}" for n in range(1, 25)])
+    assert len({(look.color, look.marker) for look in many.values()}) == 24
 
 
 def test_a_colour_and_dashes_mean_one_thing_whatever_else_is_drawn() -> None:

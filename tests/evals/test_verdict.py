@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from ropewalk.evals.reports.report import print_results, publish, told
+from ropewalk.evals.reports.report import print_results, publish, verdict_and_findings
 from ropewalk.evals.reports.verdict import verdicts
 from ropewalk.evals.runs.result import Run
 
@@ -57,7 +57,7 @@ def test_a_scaler_that_helps_and_does_not_reach(make_run: MakeRun) -> None:
 def test_it_is_never_said_that_nothing_helps_where_a_scaler_is_better(make_run: MakeRun) -> None:
     """What a demo once ended with: yarn:2 at 16k better than the untouched model at 8k, and no method is shown to."""
     run = make_run({"none": {8: 3.511, 16: 6.096}, "yarn:2": {16: 3.497}, "ntk:4": {16: 4.0}})
-    for text in (*verdicts(run), *told(run)[1]):
+    for text in (*verdicts(run), *verdict_and_findings(run)[1]):
         assert not re.search(r"[Nn]o (method|scaler)|undecided", text), text
 
 

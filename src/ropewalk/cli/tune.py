@@ -46,7 +46,7 @@ class _Duration(click.ParamType[float]):
     "  ropewalk tune ./my-model --target 4x --search factors"
 )
 @click.argument("model")
-@click.option("--target", default="2x", show_default=True, help="Tokens that are to be carried.")
+@click.option("--target", default="2x", show_default=True, help="Tokens that the scaler is for.")
 @text_option("shakespeare")
 @click.option("--budget", type=_Duration(), help="Time for measuring, such as 10m; else as long as it takes.")
 @click.option(
@@ -82,8 +82,8 @@ def tune(
     """Which scaler carries MODEL to a length?
 
     Measures the closed forms and what lies near the best of them. Candidates are skimmed (the end of a long text
-    after a sample of the rest), the best are read whole at more and more places, and asked for passkeys. Prints a
-    ranked table, the winner, the simplest one that cannot be told from it, and the best that a config can hold.
+    after a sample of the rest), the best are read whole at more and more places, and tested with passkeys. Prints the
+    winner, a ranked table, the simplest scaler that is as good, and the best that a config can hold.
     With --search factors, CMA-ES then looks for better factors of the rotary pairs from the best closed form that a
     config can hold. A search that was stopped goes on from its folder. With --keep the winner is stored in the cache
     folder, where --rope auto of every command and program finds it; `ropewalk tuned` lists and forgets.
