@@ -216,10 +216,10 @@ class Model(ScaledModel):
         return session
 
     def remember(self, tuned: tuned_scalers.TunedScaler) -> Path:
-        """Store what `tune` found, so that "auto" takes it for this model from now on; returns the file.
+        """Store a tuned scaler, which "auto" uses for this model from now on. Returns the file.
 
-            found = rw.tune(model, "2x", text="book.txt")
-            model.remember(found.as_stored(text="book.txt"))
+            result = rw.tune(model, "2x", text="book.txt")
+            model.remember(result.as_stored(text="book.txt"))
             model.rope = "auto"
 
         Args:
@@ -227,7 +227,7 @@ class Model(ScaledModel):
 
         Raises:
             AssetError: the cache folder cannot be written.
-            DataError: the file that is there is damaged.
+            DataError: the existing file is damaged.
         """
         path = tuned_scalers.store(self.checkpoint_fingerprint, self.name, tuned)
         if self.plan.choice is not None:

@@ -1,4 +1,4 @@
-"""What was tuned for a model, kept in the cache folder: a file for each model, an entry for each target."""
+"""Tuned scalers, stored in the cache folder: a file for each checkpoint, an entry for each target length."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _FORMAT = "ropewalk tuned 1"
 
 @dataclass(frozen=True, kw_only=True)
 class TunedScaler:
-    """The outcome of one `tune`, as it is kept.
+    """The result of one `tune`, as it is stored.
 
     Attributes:
-        target: tokens that were to be carried.
-        winner, simplest: the best scaler, and the simplest that could not be told from it.
-        servable: the best that a config can hold, if there was one.
-        loss: of the winner, nats per token; None if it was only skimmed.
-        text: what it was measured on.
+        target: the length that was tuned for, tokens.
+        winner, simplest: the best scaler, and the simplest whose loss does not differ significantly from its.
+        servable: the best scaler that a config can hold, if there was one.
+        loss: that of the winner, nats per token; None if it was only skimmed.
+        text: name of the text that it was measured on.
         date: ISO 8601, UTC.
         ropewalk: the version that measured.
     """
@@ -44,16 +44,20 @@ class TunedScaler:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> TunedScaler:
-        """Of an entry of a file; raises KeyError, TypeError or ValueError where it is none."""
+        """Read an entry of a file.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not an entry.
+        """
         if not (isinstance(entry["target"], int) and entry["target"] > 0):
-            raise ValueError(f"target {entry['target']!r} is no number of tokens")
+            raise ValueError(f"target {entry['target']!r} is not a number of tokens")
         scalers = {name: parse(entry[name]) if entry[name] is not None else None for name in _SCALERS}
         if scalers["winner"] is None or scalers["simplest"] is None:
-            raise ValueError("an entry without winner")
+            raise ValueError("an entry has no winner")
         return cls(**{field.name: entry[field.name] for field in dataclasses.fields(cls)} | scalers)
 
     def as_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The entry that `from_json` reads."""
         entry = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return entry | {name: str(entry[name]) for name in _SCALERS if entry[name] is not None}
 
@@ -63,53 +67,53 @@ _SCALERS = ("winner", "simplest", "servable")
 
 @dataclass(frozen=True, kw_only=True)
 class TunedModel:
-    """What is kept for one model.
+    """The tuned scalers of one model.
 
     Attributes:
-        identity: fingerprint of its checkpoint.
+        fingerprint: that of its checkpoint (`ScaledModel.checkpoint_fingerprint`).
         model: its name when it was tuned.
         tunings: the smallest target first.
     """
 
-    identity: str
+    fingerprint: str
     model: str
     tunings: tuple[TunedScaler, ...]
 
 
-def read(identity: str) -> tuple[TunedScaler, ...]:
-    """All that is kept for the model of that `identity`, the smallest target first.
+def read(fingerprint: str) -> tuple[TunedScaler, ...]:
+    """The tuned scalers of the checkpoint with that fingerprint, the smallest target first.
 
     Raises:
         DataError: the file is damaged.
     """
-    path = _path(identity)
+    path = _path(fingerprint)
     return _read_file(path).tunings if path.exists() else ()
 
 
 def read_all() -> list[TunedModel]:
-    """All that is kept, model by model.
+    """All tuned scalers, model by model.
 
     Raises:
         DataError: a file is damaged.
     """
-    return sorted(map(_read_file, _folder().glob("*.json")), key=lambda model: (model.model, model.identity))
+    return sorted(map(_read_file, _folder().glob("*.json")), key=lambda model: (model.model, model.fingerprint))
 
 
-def store(identity: str, model: str, tuning: TunedScaler) -> Path:
-    """Keep a tuning, in the place of an earlier one for the same target; returns the file.
+def store(fingerprint: str, model: str, tuning: TunedScaler) -> Path:
+    """Store a tuning in place of an earlier one for the same target. Returns the file.
 
     Args:
-        model: its name, for those who look into the file.
+        model: the name of the model, for people who read the file.
 
     Raises:
         AssetError: the cache folder cannot be written.
-        DataError: the file that is there is damaged.
+        DataError: the existing file is damaged.
     """
-    path = _path(identity)
+    path = _path(fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path):
-            by_target = {entry.target: entry for entry in (*read(identity), tuning)}
+            by_target = {entry.target: entry for entry in (*read(fingerprint), tuning)}
             _write(path, model, by_target.values())
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -117,15 +121,15 @@ def store(identity: str, model: str, tuning: TunedScaler) -> Path:
 
 
 def forget(model: TunedModel, target: int | None = None) -> list[TunedScaler]:
-    """Drop what is kept for a model, for one target or for all; returns what was dropped.
+    """Remove the tuned scalers of a model for one target or for all. Returns what was removed.
 
     Raises:
         AssetError: the cache folder cannot be written.
     """
-    path = _path(model.identity)
+    path = _path(model.fingerprint)
     try:
         with _lock(path):
-            entries = read(model.identity)
+            entries = read(model.fingerprint)
             dropped = [entry for entry in entries if target in (None, entry.target)]
             if len(dropped) == len(entries):
                 path.unlink(missing_ok=True)
@@ -144,11 +148,10 @@ def _read_file(path: Path) -> TunedModel:
         entries = [TunedScaler.from_json(entry) for entry in content["tunings"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path} cannot be read as what was tuned for this model ({error}); delete it, and run `ropewalk tune` "
-            "again"
+            f"{path} cannot be read as a file of tuned scalers ({error}); delete it, and run `ropewalk tune` again"
         ) from error
     tunings = tuple(sorted(entries, key=lambda entry: entry.target))
-    return TunedModel(identity=path.stem, model=str(content.get("model", path.stem)), tunings=tunings)
+    return TunedModel(fingerprint=path.stem, model=str(content.get("model", path.stem)), tunings=tunings)
 
 
 def _write(path: Path, model: str, tunings: Iterable[TunedScaler]) -> None:
@@ -172,5 +175,5 @@ def _folder() -> Path:
     return cache_dir() / "tuned"
 
 
-def _path(identity: str) -> Path:
-    return _folder() / f"{identity}.json"
+def _path(fingerprint: str) -> Path:
+    return _folder() / f"{fingerprint}.json"

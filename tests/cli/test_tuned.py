@@ -17,7 +17,7 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path))
 
 
-def store(identity, model, target, winner):
+def store(fingerprint, model, target, winner):
     tuning = TunedScaler(
         target=target,
         winner=parse(winner),
@@ -28,7 +28,7 @@ def store(identity, model, target, winner):
         date="2026-11-29",
         ropewalk="0.1.0",
     )
-    tuned_scalers.store(identity, model, tuning)
+    tuned_scalers.store(fingerprint, model, tuning)
 
 
 def run(*arguments):

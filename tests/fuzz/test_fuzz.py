@@ -241,7 +241,7 @@ def test_json_that_is_nested_deeper_than_a_parser_goes(tmp_path, monkeypatch):
     monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path))
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "m.json").write_bytes(b"[" * 100_000)
-    with pytest.raises(rw.DataError, match="cannot be read as what was tuned"):
+    with pytest.raises(rw.DataError, match="cannot be read as a file of tuned scalers"):
         tuned_scalers.read("m")
     (tmp_path / "results.jsonl").unlink()
     (tmp_path / "env.json").write_bytes(b"[" * 100_000)

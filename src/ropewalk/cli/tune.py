@@ -193,13 +193,13 @@ def _print_stored(models: list[TunedModel], as_json: bool) -> None:
 
     if as_json:
         fields = [
-            {"model": m.model, "fingerprint": m.identity, "tunings": [entry.as_json() for entry in m.tunings]}
+            {"model": m.model, "fingerprint": m.fingerprint, "tunings": [entry.as_json() for entry in m.tunings]}
             for m in models
         ]
         print_json({"models": fields})
         return
     for model in models:
-        click.echo(f"{model.model}  ({model.identity[:12]})")
+        click.echo(f"{model.model}  ({model.fingerprint[:12]})")
         for entry in model.tunings:
             when = f"tuned on {entry.text}, {entry.date}"
             click.echo(f"  up to {format_length(entry.target)}: {entry.winner}  {when}")
@@ -208,4 +208,4 @@ def _print_stored(models: list[TunedModel], as_json: bool) -> None:
 
 
 def _is_named(entry: TunedModel, model: str) -> bool:
-    return model in (entry.model, Path(entry.model).name) or entry.identity.startswith(model)
+    return model in (entry.model, Path(entry.model).name) or entry.fingerprint.startswith(model)
