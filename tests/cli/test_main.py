@@ -65,8 +65,8 @@ BEGINNINGS = {
     "--rope": "Scaler, such as yarn:4",
     "--lengths": "Tokens of ",
     "--text": "Text to read: kjv, shakespeare, pydoc, stdlib, code, chinese, or a file or folder.",
-    "--dtype": "Numbers of the ",
-    "--kv-dtype": "Numbers of keys and values",
+    "--dtype": "Number format of the ",
+    "--kv-dtype": "Number format of keys and values",
     "--seed": "Seed ",
     "--out": ("Folder for the results", "Picture of "),
     "--max-minutes": ("Leave out what would not finish in this time", "End after this time"),
@@ -371,6 +371,10 @@ AS_JSON = {
         ["TINY", "--text", "FILE", "--lengths", "1x", "--target", "64", "--out", "OUT"],
         lambda shown: shown["rows"][0]["context"] == 256 and shown["left_out"] == [],
     ),
+    "continuation": (
+        ["TINY", "--text", "FILE", "--cuts", "1", "--out", "OUT"],
+        lambda shown: len(shown["rows"]) > 0 and shown["folder"].endswith("out"),
+    ),
     "passkey": (
         ["TINY", "--lengths", "1x", "--trials", "1", "--depths", "0", "--out", "OUT"],
         lambda shown: shown["rows"][0]["task"] == "passkey",
@@ -397,4 +401,4 @@ def test_every_command_that_prints_a_result_has_json():
         for name in COMMANDS
         if not any(option.name == "as_json" for option in cli.get_command(click.Context(cli), name).params)
     }
-    assert without <= {"demo", "tune", "tuned", "continuation", "lm-eval", "chat", "serve"}
+    assert without <= {"lm-eval", "chat", "serve"}

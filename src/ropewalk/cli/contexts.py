@@ -16,9 +16,15 @@ from .waiting import waiting
     "  ropewalk facts ./my-model --lengths 2x,4x --parts 4,16 --documents 10"
 )
 @measures(
-    click.option("--parts", default="2,4,8,16", show_default=True, help="Into how many parts, separated by commas."),
-    click.option("--documents", default=4, show_default=True, type=click.IntRange(min=1), help="Of each length."),
-    click.option("--questions", default=8, show_default=True, type=click.IntRange(min=1), help="To each document."),
+    click.option(
+        "--parts", default="2,4,8,16", show_default=True, help="Numbers of parts of a document, separated by commas."
+    ),
+    click.option(
+        "--documents", default=4, show_default=True, type=click.IntRange(min=1), help="Documents of each length."
+    ),
+    click.option(
+        "--questions", default=8, show_default=True, type=click.IntRange(min=1), help="Questions to each document."
+    ),
     text_option("kjv", note=" Facts are put into it."),
     loads_a_model,
     lengths=("1.25x", "of a document with a question and its answer"),
@@ -80,7 +86,7 @@ def facts(
         default=32,
         show_default=True,
         type=click.IntRange(min=2),
-        help="Tokens in each bucket of position that are also predicted from a window read afresh.",
+        help="Tokens in each bucket of position that are also predicted from a window read again.",
     ),
     loads_a_model,
     lengths=("128k", "of the pass"),
@@ -91,7 +97,7 @@ def endless(asked: Measurement, lengths: str, text: str, places: int, loading: d
     """Read a text of any length in constant memory under attention sinks, and see whether the loss stays.
 
     One pass; keys that no later token sees are dropped. In every bucket of position (powers of two) the loss is held
-    against that of the untouched model with the same window read afresh for every token. A run resumes.
+    against that of the untouched model with the same window read again for every token. A run resumes.
     """
     deadline = deadline_in(asked.max_minutes)
     from ..evals.contexts.endless import cells

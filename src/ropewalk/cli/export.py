@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     default="hf",
     show_default=True,
     type=click.Choice(TARGETS),
-    help="What will run it; hf is transformers.",
+    help="Software that will run it; hf is transformers.",
 )
 @click.option("--length", help="Tokens to be served, such as 32k or 4x.  [default: the scaler's reach]")
-@click.option("--dtype", help="Numbers of the matrices of a GGUF file: f32, bf16, f16 or q8_0.  [default: bf16]")
+@click.option("--dtype", help="Number format of the matrices of a GGUF file: f32, bf16, f16 or q8_0.  [default: bf16]")
 @json_option("path, target, scaler, length, carrier, command")
 def export(model: str, out: Path, rope: str, target: Any, length: str | None, dtype: str | None, as_json: bool) -> None:
     """Write MODEL to OUT so that other software runs it under a scaler, unchanged.

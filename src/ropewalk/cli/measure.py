@@ -9,8 +9,17 @@ from typing import Any
 
 import click
 
-from .measurement import Measurement, ModelTarget, deadline_in
-from .options import EXAMPLES, command, folder_option, loads_a_model, measures, runs_anywhere, text_option
+from .measurement import Measurement, ModelTarget, deadline_in, printed
+from .options import (
+    EXAMPLES,
+    command,
+    folder_option,
+    loads_a_model,
+    measures,
+    run_json_option,
+    runs_anywhere,
+    text_option,
+)
 from .waiting import waiting
 
 
@@ -105,7 +114,7 @@ def ppl(
 
 
 @command(epilog=EXAMPLES + "  ropewalk demo\n  ropewalk demo --full --out runs/full")
-@click.option("--full", is_flag=True, help="Go to four times the trained length, and take the time it takes.")
+@click.option("--full", is_flag=True, help="Go to four times the trained length, without a time limit.")
 @click.option(
     "--max-minutes",
     default=5.0,
@@ -113,18 +122,20 @@ def ppl(
     help="Leave out what would not finish in this time, a hard limit; --full takes what it needs.",
 )
 @folder_option("runs/demo", exact=True)
-def demo(full: bool, max_minutes: float, out: Path) -> None:
-    """Read past the trained length of a real model (SmolLM2-135M), and report what came of it.
+@run_json_option()
+def demo(full: bool, max_minutes: float, out: Path, as_json: bool) -> None:
+    """Read past the trained length of a real model (SmolLM2-135M), and report the result.
 
     Fetches the model and a text, measures how fast the machine is, and then the loss on the same last tokens as the
     context grows, for the untouched model, auto and YaRN, as far as there is time. Lets the best one write a passage,
-    and leaves a table, plots and a report that opens with the verdict. Stop it with Ctrl-C and run it again: it goes
-    on where it was.
+    and leaves a table, plots and a report that opens with the verdict. Stop it with Ctrl-C and run it again: it
+    continues where it stopped.
     """
     started = time.monotonic()  # importing is part of the time
     from ..evals.demo import run_demo
 
-    run_demo(max_minutes=None if full else max_minutes, out=out, started=started)
+    with printed(as_json, out):
+        run_demo(max_minutes=None if full else max_minutes, out=out, started=started)
 
 
 @command(
@@ -137,8 +148,11 @@ def demo(full: bool, max_minutes: float, out: Path) -> None:
 @click.option("--seed", default=0, show_default=True, help="Seed of the places of the cuts.")
 @loads_a_model
 @folder_option("runs/continuation", exact=True)
-def continuation(model: str, text: str | None, cuts: int, seed: int, loading: dict[str, Any], out: Path) -> None:
-    """How well MODEL goes on from prompts that end inside a token, by each way of doing it.
+@run_json_option()
+def continuation(
+    model: str, text: str | None, cuts: int, seed: int, loading: dict[str, Any], out: Path, as_json: bool
+) -> None:
+    """How well MODEL continues prompts that end inside a token, by each method.
 
     Texts are cut at random characters, after spaces, and at word borders that fall inside a token. At every cut the
     exact continuation is compared with none, with one token back, with a step-by-step mask, and with transformers'
@@ -146,7 +160,8 @@ def continuation(model: str, text: str | None, cuts: int, seed: int, loading: di
     """
     from ..evals.continuation.benchmark import compare
 
-    compare(model, text, cuts=cuts, seed=seed, loading=loading, out=out)
+    with printed(as_json, out):
+        compare(model, text, cuts=cuts, seed=seed, loading=loading, out=out)
 
 
 @command(
@@ -158,7 +173,7 @@ def continuation(model: str, text: str | None, cuts: int, seed: int, loading: di
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="ARGUMENTS...")
 def lm_eval(arguments: tuple[str, ...]) -> None:
-    """lm-evaluation-harness with a model `ropewalk`, so that any task there runs under any scaler.
+    """lm-evaluation-harness with a model `ropewalk`, so that any of its tasks runs under any scaler.
 
     ARGUMENTS go to the harness's own command, `lm-eval`; `ropewalk lm-eval run --help` is its help. --model_args takes
     model, rope, dtype, kv_dtype, max_length and max_gen_toks. Tasks that download their data need a network.

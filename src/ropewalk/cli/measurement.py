@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +116,21 @@ class Measurement:
 def print_run(run: Run, left_out: Sequence[dict[str, str]] = ()) -> None:
     """A run as one line of JSON."""
     print_json({"folder": run.folder, "rows": run.rows, "left_out": left_out})
+
+
+@contextlib.contextmanager
+def printed(as_json: bool, out: Path) -> Iterator[None]:
+    """Where a measurement prints: on standard output; for JSON on standard error, and its rows follow.
+
+    Args:
+        out: the run's folder.
+    """
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
+    if as_json:
+        from ..evals.runs.result import Run
+
+        print_run(Run(out))
 
 
 def load_measured(model: str, **loading: Any) -> LocalModel:

@@ -145,13 +145,13 @@ _LOADING_OPTIONS = (
         "--dtype",
         default="auto",
         show_default=True,
-        help="Numbers of the weights: auto, float32, bfloat16, float16 or int8 (255 steps, made from the model's own).",
+        help="Number format of the weights: auto, float32, bfloat16, float16 or int8 (quantized on loading).",
     ),
     click.option(
         "--kv-dtype",
         default="auto",
         show_default=True,
-        help="Numbers of keys and values: auto, float32, bfloat16 or int8.",
+        help="Number format of keys and values: auto, float32, bfloat16 or int8.",
     ),
     click.option(
         "--offload",
@@ -164,7 +164,7 @@ _LOADING_OPTIONS = (
         type=click.Choice(["auto"]),
         help="Split every layer over the processes that torchrun started.",
     ),
-    click.option("--compile/--no-compile", default=None, help="Insist on the compiled kernels, or do without."),
+    click.option("--compile/--no-compile", default=None, help="Require the compiled kernels, or do not use them."),
 )
 
 
@@ -222,11 +222,11 @@ _SERVER_OPTIONS = (
     click.option(
         "--endpoint",
         metavar="URL",
-        help="Measure MODEL where it is served, at an OpenAI-compatible server (http://localhost:8000/v1); MODEL then "
-        "names its tokenizer and config.",
+        help="Measure MODEL at an OpenAI-compatible server (http://localhost:8000/v1); MODEL then names its tokenizer "
+        "and config.",
     ),
     click.option(
-        "--served-as", metavar="NAME", help="With --endpoint: the model's name there, where several are served."
+        "--served-as", metavar="NAME", help="With --endpoint: name of the model at the server, if it serves several."
     ),
 )
 

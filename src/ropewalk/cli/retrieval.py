@@ -20,7 +20,7 @@ _DEPTHS = click.option(
     "--depths",
     default="0,0.25,0.5,0.75,1",
     show_default=True,
-    help="Where the needle stands, 0 (beginning) to 1 (end), separated by commas.",
+    help="Positions of the needle, 0 (beginning) to 1 (end), separated by commas.",
 )
 _TEXT = text_option("kjv", note=" It is the haystack.")
 _TRIALS = click.option(
@@ -33,7 +33,7 @@ _TRIALS = click.option(
 _FAKE = click.option(
     "--fake",
     type=click.Choice(["uniform", "oracle"]),
-    help="Check the harness: a network that knows nothing, or every answer.",
+    help="Check the harness with a fake model that knows no answer, or every answer.",
 )
 
 
@@ -51,7 +51,7 @@ def _asks(*own: Callable[[Any], Any]) -> Callable[[Any], Any]:
 )
 @_asks(_DEPTHS)
 def passkey(**options: Any) -> None:
-    """Does MODEL find a number of five digits in a long text of nothing? (arXiv 2305.16300)
+    """Does MODEL find a number of five digits in a long text without meaning? (arXiv 2305.16300)
 
     Every trial is scored twice from one reading of the prompt: the answer that the model writes, and the
     log-probability of the right one. A run resumes: trials that are in --out already are not asked again.

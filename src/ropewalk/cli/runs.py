@@ -28,7 +28,7 @@ _NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
         type=click.Choice(["smoke", "quick", "full"]),
         default="quick",
         show_default=True,
-        help="About 1 minute, 10 minutes, or all the time it takes, for a model of 135M on two cores.",
+        help="About 1 minute, 10 minutes, or without a limit, for a model of 135M on two cores.",
     ),
     text_option("shakespeare", note=" It is the haystack too."),
     loads_a_model,

@@ -41,7 +41,7 @@ def scalers(as_json: bool) -> None:
 @click.option("--dim", default=64, show_default=True, help="Rotary dimension.")
 @click.option("--base", default=1e5, show_default=True, help="Rotary base.")
 @click.option("--trained", default="8k", show_default=True, help="Trained length.")
-@click.option("--length", default="4x", show_default=True, help="Length to draw to, and that dynamic methods see.")
+@click.option("--length", default="4x", show_default=True, help="Length to draw, also for dynamic methods.")
 @picture_option("the scaler")
 @json_option("what is printed, by the same names")
 def show(spec: str, dim: int, base: float, trained: str, length: str, out: Path | None, as_json: bool) -> None:
@@ -78,7 +78,7 @@ _DIM = 128
 @click.argument("length")
 @click.option("--model", help="Take dimension, base and trained length from the config of this model.")
 @click.option("--dim", type=int, help=f"Rotary dimension.  [default: {_DIM}]")
-@click.option("--base", type=float, help="Also tell how far this base carries.")
+@click.option("--base", type=float, help="Also print how many tokens this base carries.")
 @click.option("--trained", help="Trained length; with --base, all rules for a larger base side by side.")
 @picture_option("the bases")
 @json_option("bound, and rules with the base and scaler of each")

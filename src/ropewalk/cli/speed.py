@@ -40,11 +40,13 @@ _OF_PEERS = {"new_tokens": "--new-tokens", "prefill_repeats": "--prefill-repeats
     "--dtype",
     default="auto",
     show_default=True,
-    help="Numbers of the weights: auto, float32, bfloat16, float16 or int8.",
+    help="Number format of the weights: auto, float32, bfloat16, float16 or int8.",
 )
 @ropes_option(note=" It has a position map.  [default: ReRoPE and Self-Extend at L/4, dual chunk]")
 @click.option("--decode/--no-decode", default=True, show_default=True, help="Also time a decode step of the model.")
-@click.option("--public-form", is_flag=True, help="Also time full n x n passes, as public code has them; much memory.")
+@click.option(
+    "--public-form", is_flag=True, help="Also time full n x n attention, as public code computes it; needs much memory."
+)
 @click.option(
     "--new-tokens",
     default=32,
@@ -188,7 +190,7 @@ def _peers(
 @lengths_option("8k,32k", "of the text")
 @text_option("kjv")
 @click.option(
-    "--dtype", default="bfloat16", show_default=True, help="Numbers of the weights: float32, bfloat16 or float16."
+    "--dtype", default="bfloat16", show_default=True, help="Number format of the weights: float32, bfloat16 or float16."
 )
 @click.option("--against-hf", is_flag=True, help="Measure transformers too.")
 @json_option("a list of measurements: engine, length, peak and its parts in MB, seconds, loss")

@@ -18,7 +18,7 @@ from .options import EXAMPLES, command, json_option, text_option
 @click.option("--seed", default=0, show_default=True, help="Seed of the places of the cuts.")
 @json_option("settings, and the numbers of the tables")
 def vocab(model: str, text: str, cuts: int, seed: int, as_json: bool) -> None:
-    """What MODEL's tokenizer is like, and how often a prompt ends inside one of its tokens.
+    """Describe MODEL's tokenizer, and how often a prompt ends inside one of its tokens.
 
     MODEL is a built-in name, a folder, a hub id, a tokenizer.json, a SentencePiece .model or a tekken .json; no
     weights are read. The text is cut at random places, and the tokens of what comes before are compared with those
