@@ -100,7 +100,8 @@ def _check_shared(model: PreTrainedModel, new: PreTrainedModel) -> None:
     """Refuse two weights that share memory and that the config does not tie, such as those of a layer that is used
     twice."""
     tied = new.state_dict(keep_vars=True)
-    ranges = sorted((*place, name) for name, weight in model.state_dict().items() if (place := _memory_range(weight)))
+    memory = {name: _memory_range(weight) for name, weight in model.state_dict().items()}
+    ranges = sorted((*span, name) for name, span in memory.items() if span is not None)
     for (device, _, end, first), (other_device, start, _, second) in itertools.pairwise(ranges):
         if device == other_device and start < end and tied.get(first) is not tied.get(second, second):
             raise UnsupportedModel(
