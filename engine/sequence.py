@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..tokenizer_tools.characters import first_characters
-from ..tokenizer_tools.stream import StopStringMatcher
+from ..tokenizer_tools.stop_strings import StopStringMatcher
 from ..tokenizer_tools.vocabulary import Vocabulary
 from .cache import rewind, tokens_read
 from .completion import Completion, Token, TokenHealing, Usage

@@ -1,4 +1,6 @@
-"""Banded attention: applies a scaler's position map, frequencies and temperature to un-rotated queries and keys.
+"""Attention under a position map (ReRoPE, Self-Extend, Dual Chunk): keys are rotated band by band.
+
+It applies the scaler's map, frequencies and temperature to un-rotated queries and keys.
 
 Each (query, key) pair is scored once, in its band of the position map. The parts are joined by their log-sum-exp. The
 full score matrix is never stored.

@@ -1,4 +1,7 @@
-"""The rotation of queries and keys: the places of the rotary pairs in a head, and their angles."""
+"""One rotation of queries or keys: where the rotary pairs are in a head, and their angles.
+
+`banded.py` decides at which positions keys are rotated under a position map (ReRoPE, Self-Extend, Dual Chunk).
+"""
 
 from __future__ import annotations
 

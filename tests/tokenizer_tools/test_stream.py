@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ropewalk.tokenizer_tools.stream import StopStringMatcher, TextStream
+from ropewalk.tokenizer_tools.stop_strings import StopStringMatcher
+from ropewalk.tokenizer_tools.stream import TextStream
 from ropewalk.tokenizer_tools.vocabulary import Vocabulary
 
 
