@@ -1,4 +1,4 @@
-"""Text from a stream of tokens: whole characters, each once, up to a stop string (`StopStringMatcher`)."""
+"""Text from a stream of tokens: whole characters, each once. Stop strings are in `stop_strings.py`."""
 
 from __future__ import annotations
 
