@@ -46,7 +46,7 @@ def stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozens
 
 
 def weights_state(hf: PreTrainedModel) -> list[tuple[int, int]]:
-    """Changes when a weight is replaced or written to, or when there are others."""
+    """Identities and versions of all weights. They change when a weight is replaced or written to."""
     return [(id(weight), 0 if weight.is_inference() else weight._version) for weight in hf.parameters()]
 
 

@@ -52,10 +52,10 @@ def load(
         model = rw.load(hf_model, rope="auto")  # a transformers model in memory
 
     Args:
-        name: a built-in name (`ropewalk fetch` lists them), a folder, a `.gguf` file, or a hub id. Or a transformers
-            model, whose weights are used where they are. Scalers are put into it too: use `patch` if only it is to
-            run. It must not change afterwards (training, adapters); load it again then.
-        tokenizer: in place of the checkpoint's own.
+        name: a built-in name (`ropewalk fetch` lists them), a folder, a `.gguf` file, a hub id, or a transformers model
+            in memory. That model's weights are shared, and scalers are applied to it, too. After training or an
+            adapter it has to be loaded again. Use `patch` to run it by transformers alone.
+        tokenizer: used in place of the checkpoint's.
         rope: a scaler or a spec string, whose lengths may be multiples of the trained one ("rerope:0.5x"). None is the
             model as it was trained. "auto" chooses by the length of each request: no scaler within the trained length,
             beyond it what `tune` stored for this model, else Self-Extend.
@@ -144,14 +144,14 @@ def _trained_length(name: str | Path | PreTrainedModel) -> int:
 
 
 def _check_in_memory(hf: torch.nn.Module, dtype: str, device_map: Any, tp_plan: str | None) -> None:
-    """Refuse what cannot be loaded as it is, and options that are about reading weights.
+    """Refuse a model in memory that cannot be used as it is, and options that only apply to reading weights.
 
     Raises:
         ConfigError, PatchError: with the next step.
     """
     if not isinstance(hf, PreTrainedModel):
         merge = ", such as model.merge_and_unload() of an adapter" if hasattr(hf, "merge_and_unload") else ""
-        raise ConfigError(f"{type(hf).__name__} is no transformers model; give the model itself{merge}")
+        raise ConfigError(f"{type(hf).__name__} is not a transformers model; give the model itself{merge}")
     if (patched := patched_with(hf)) is not None:
         raise PatchError(f"the model is patched with {patched}; undo that, and give rope= to rw.load")
     if getattr(hf, "_hf_peft_config_loaded", False):

@@ -369,7 +369,7 @@ class ScaledModel:
 def too_long(
     tokens: int, params: SamplingParams, name: str, rope: Scaler, reach: float, max_length: int | None
 ) -> ContextOverflow:
-    """The error where prompt and answer are more tokens than a model takes.
+    """The error for a prompt and an answer that are more tokens than a model takes.
 
     Args:
         tokens: of the prompt.

@@ -121,7 +121,7 @@ class Session:
         """The text of `generate`, piece by piece. If it is closed, the text so far stays in the session.
 
         Args:
-            progress: as of `Model.stream`.
+            progress: as in `Model.stream`.
         """
         return self._start(text, params or SamplingParams(), progress)[1]
 
@@ -192,7 +192,7 @@ class Session:
         Raises:
             ConfigError: the model is not run by the compiled kernels.
             ContextOverflow: the session does not fit into memory.
-            DataError: the file is no session, or belongs to another model or kv_dtype. Nothing has changed then.
+            DataError: the file is not a session, or belongs to another model or kv_dtype. Nothing has changed then.
         """
         self._end_stream()
         header, cached = read_session_file(self._model, path, _FORMAT)

@@ -178,7 +178,7 @@ def _parquet(raw: bytes, name: str) -> list[str]:
             raise DataError(f"{name} has no column `text` ({_fields(file.schema_arrow.names)}); rename the one with it")
         texts: list[Any] = file.read(columns=["text"]).column("text").to_pylist()
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise DataError(f"{name} is a Parquet file, but damaged ({first_line(error)}); copy it anew") from None
+        raise DataError(f"{name} is a Parquet file, but damaged ({first_line(error)}); copy it again") from None
     return [_field({"text": text}, f"{name}, row {n}") for n, text in enumerate(texts, 1)]
 
 
@@ -194,7 +194,7 @@ def _decompress(raw: bytes, name: str) -> tuple[bytes, str]:
                 return unpack(raw), f"{name} (decompressed)"
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
                 raise DataError(
-                    f"{name} is {what}-compressed, and damaged or cut off ({first_line(error)}); copy it anew"
+                    f"{name} is {what}-compressed, and damaged or cut off ({first_line(error)}); copy it again"
                 ) from None
     return raw, name
 

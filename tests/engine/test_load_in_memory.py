@@ -85,7 +85,7 @@ def test_options_about_reading_weights_are_refused(hf, options, reason):
 
 
 def test_what_cannot_be_run_as_it_is_is_refused(hf):
-    with pytest.raises(rw.ConfigError, match="no transformers model"):
+    with pytest.raises(rw.ConfigError, match="not a transformers model"):
         rw.load(torch.nn.Linear(2, 2))
     with pytest.raises(rw.ConfigError, match=r"call model\.eval"):
         rw.load(LlamaForCausalLM(hf.config))

@@ -1,4 +1,4 @@
-"""Sessions on disk: what is saved is what goes on, a file is whole or absent, and what is no session is refused."""
+"""Sessions on disk: what is saved continues, a file is complete or absent, and other files are refused."""
 
 import json
 import os
@@ -142,7 +142,7 @@ def test_transformers_modules_refuse_a_saved_session(tiny_folder, saved):
         rw.load(tiny_folder, compile=False).session(saved)
 
 
-# What is no session
+# Files that are not sessions
 
 
 def rewritten(path, **changes):
