@@ -278,7 +278,7 @@ def test_ctrl_c_keeps_finished_cells_and_says_so(tiny_folder, tmp_path):
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=240)
     assert running.returncode == 130, errors
-    assert f"ropewalk: stopped; 1 finished row is stored in {tmp_path / 'run'}; the same command goes on" in errors
+    assert f"ropewalk: stopped; 1 finished row is stored in {tmp_path / 'run'}; the same command continues" in errors
     assert "ropewalk: stopping\n" in errors
     assert "Traceback" not in errors
     assert len(results.read_text(encoding="utf-8").splitlines()) == 1
