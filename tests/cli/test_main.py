@@ -335,7 +335,7 @@ def test_errors_with_settings_survive_pickling():
 def test_no_error_names_a_setting_as_plain_text():
     """An argument of `load` or of SamplingParams in a message is a Setting, so that the shell can name the option."""
     names = {*inspect.signature(load).parameters, *SamplingParams.__dataclass_fields__} - {"name", "stop", "seed"}
-    assignment = re.compile(rf"(?<![\w.-])({'|'.join(names)}) ?= ?[\w'\"(]|model\.rope =")
+    assignment = re.compile(rf"(?<![\w.-])({'|'.join(names)})(=| = )[\w'\"(]|model\.rope =")
     value = re.compile(rf"(^|(?<![\w.-]))({'|'.join(names - {'rope'})}) $")  # before one in an f-string
     engine = Path(errors.__file__).parent / "engine"
     plain = []
