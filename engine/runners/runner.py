@@ -38,6 +38,7 @@ class Runner(ABC):
         is_compiled: True if compiled kernels run the model.
         vocabulary_size: the number of tokens that the model can both read and write. Logits may have more columns,
             for tokens that it cannot read; such a token must not be drawn.
+        rope_state: the scaler in use, and its length if it depends on the length. `use` sets it.
     """
 
     is_compiled: ClassVar[bool] = False
@@ -45,7 +46,7 @@ class Runner(ABC):
     def __init__(self, hf: PreTrainedModel) -> None:
         self.hf = hf
         self.vocabulary_size = token_rows(hf)
-        self._rope_state: RopeState = Scaler(), None
+        self.rope_state: RopeState = Scaler(), None
         self._sink_window: tuple[int, int] | None = None
 
     def use(self, scaler: Scaler, length: int | None) -> None:
@@ -54,13 +55,8 @@ class Runner(ABC):
         Args:
             length: the length of the sequences, if the frequencies depend on it; else None.
         """
-        self._rope_state = scaler, length
+        self.rope_state = scaler, length
         self._sink_window = _sink_window(scaler, length)
-
-    @property
-    def rope_state(self) -> RopeState:
-        """The scaler in use, and its length if it depends on the length."""
-        return self._rope_state
 
     @property
     def sink_window(self) -> tuple[int, int] | None:

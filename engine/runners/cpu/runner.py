@@ -123,7 +123,7 @@ class CompiledRunner(TransformersRunner):
         return dtype_name(self._tables.stored_head.weight.dtype)
 
     def use(self, scaler: Scaler, length: int | None) -> None:
-        if self._rotations and (scaler, length) == self._rope_state:
+        if self._rotations and (scaler, length) == self.rope_state:
             return
         if self._dtype == torch.int8 and scaler.member("positions"):
             raise ConfigError(
