@@ -204,6 +204,12 @@ def run_demo(*, max_minutes: float | None, out: Path, started: float | None = No
     for passage in passages:
         console.print(f"\nUnder {passage.rope} it wrote, after {passage.prompt.splitlines()[0]}", highlight=False)
         console.print(passage.text.strip(), style="italic", highlight=False, markup=False)
+    lengths = f"{format_length(model.trained_length)},{format_length(plan.longest)}"
+    console.print(
+        f"\nMore places: ropewalk ppl {MODEL} --rope none --rope auto --lengths {lengths} --samples N",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(f"\n{RECOMMENDATION}", highlight=False)
     console.print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Open {files[0]}", highlight=False)
 
