@@ -73,8 +73,9 @@ class Batch:
         self._rope_state = runner.rope_state
         while self.waiting and len(self.running) < self._rows:
             sequence, others = self.waiting[0], self._takes_turns and bool(self.running)
-            if sequence.done:  # cancelled
+            if sequence.done:  # cancelled, or there is nothing to generate
                 self.waiting.popleft().release()
+                pieces.append((sequence, ""))
                 continue
             if others and (self._lead > 0 or not self._has_room(runner, sequence)):
                 break

@@ -202,22 +202,26 @@ class PooledSequence(Sequence):
     def read_ahead(self, runner: Runner, most: int) -> bool:
         if not self._caches:
             self._caches = [runner.new_cache(self._longest) for _ in self._prompts]
-        for prompt, cache in zip(self._prompts, self._caches, strict=True):
-            ids, held = prompt.certain_ids, tokens_read(cache)
+        written = [token.id for token in self.tokens]
+        for prompt, read_ids, cache in zip(self._prompts, self._read_ids, self._caches, strict=True):
+            ids, held = [*read_ids, *written] if written else prompt.certain_ids, tokens_read(cache)
             if len(ids) - held > most:
                 prefill(runner, ids[held : held + most], cache, self.progress)
                 return False
         return True
 
     def first_token(self, runner: Runner) -> str:
-        """Read all prompts and draw the first token, among the covers of the question's end if it has several."""
+        """Read all rows and draw the next token. The first is drawn among the covers of the question's end, if it has
+        several."""
         params, penalty = self._params, self._params.repetition_penalty
-        self._generator = random_source(params, input_device(runner.hf))
+        if self._generator is None:
+            self._generator = random_source(params, input_device(runner.hf))
         covers = [prompt.cover_to_weigh for prompt in self._prompts]
-        if covers[0] is None:
+        if self.tokens or covers[0] is None:
+            written = [token.id for token in self.tokens]
             last = [
-                prefill(runner, prompt.ids[tokens_read(cache) :], cache, self.progress)[-1]
-                for prompt, cache in zip(self._prompts, self._caches, strict=True)
+                prefill(runner, [*read_ids, *written][tokens_read(cache) :], cache, self.progress)[-1]
+                for read_ids, cache in zip(self._read_ids, self._caches, strict=True)
             ]
             self._seen.add(self._prompts[0].ids)
             return self.next_token(runner, torch.stack(last))

@@ -23,7 +23,9 @@ _KINDS = {
     "a whole number, or None": (Integral | None, ("seed", "logprobs")),
     "a number of seconds, or None": (Real | None, ("max_time",)),
 }
-_LEAST = 1e-6  # temperature, below which logits divided by it overflow
+_LEAST = 1e-6  # temperature or penalty, below which logits divided by it overflow
+_MOST = 1e6  # temperature or penalty
+_LONG = 1e9  # seconds, longer than any answer takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +72,18 @@ class SamplingParams:
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (
-                self.temperature == 0 or _LEAST <= self.temperature < math.inf,
-                f"0 (the likeliest token) or at least {_LEAST:g}",
+                self.temperature == 0 or _LEAST <= self.temperature <= _MOST,
+                f"0 (the likeliest token) or from {_LEAST:g} to {_MOST:g}",
             ),
             "seed": (self.seed is None or 0 <= self.seed < 2**64, "at least 0 and below 2^64"),
             "top_k": (self.top_k >= 0, "0 (all) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "max_time": (self.max_time is None or self.max_time > 0, "above 0 seconds"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "max_time": (self.max_time is None or 0 < self.max_time < _LONG, f"above 0 and below {_LONG:g} seconds"),
+            "repetition_penalty": (
+                _LEAST <= self.repetition_penalty <= _MOST,
+                f"from {_LEAST:g} to {_MOST:g}",
+            ),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more, or None"),
         }
         if self.continuation not in get_args(ContinuationMode):
@@ -191,7 +196,7 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, (before > 0) & (before >= top_p))
     return logits.masked_fill(drop, -math.inf)
 
 

@@ -378,13 +378,15 @@ def too_long(
     """
     total = tokens + params.max_new_tokens
     anyway, auto = Setting("max_length", total, "load"), Setting("rope", "auto", "model")
-    limit = int(reach) if max_length is None else max_length
+    limit = int(min(reach, _ANY_LENGTH)) if max_length is None else max_length
     less: tuple[str | Setting, ...] = ("shorten the prompt",)
     if tokens < limit:
         less = ("ask for at most ", Setting("max_new_tokens", limit - tokens))
     if max_length is None:
         most = f"reaches with rope {str(rope)!r}"
-        ways: list[str | Setting] = [auto, ", ", *less, ", or ", anyway, " to go there anyway"]
+        ways: list[str | Setting] = [*less, ", or ", anyway, " to go there anyway"]
+        if reach < _ANY_LENGTH:
+            ways = [auto, ", ", *ways]
     else:
         most = "was loaded for"
         ways = [*less, ", or ", anyway]

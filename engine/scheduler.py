@@ -6,6 +6,7 @@ rounding, no answer depends on the other requests.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from .generation import ROWS, Batch, generate_tokens
 from .prefix_cache import PrefixStore
 from .scaled_model import RopePlan, ScaledModel
 from .sequence import Sequence
+
+_LOG = logging.getLogger("ropewalk.scheduler")
 
 
 class QueueFull(RopewalkError):
@@ -52,7 +55,7 @@ class Request:
         sequence: prompt and parameters.
         scaler: the scaler to generate it under.
         length: tokens of prompt and answer together.
-        report: called with every `Update`, in the scheduler's thread.
+        report: called with every `Update`, in the scheduler's thread. If it raises an error, the request is cancelled.
     """
 
     def __init__(self, sequence: Sequence, scaler: Scaler, length: int, report: Callable[[Update], None]) -> None:
@@ -194,9 +197,16 @@ class Scheduler:
         if sequence.done:
             self._end(sequence, Update(text=piece, tokens=tokens, completion=sequence.completion()))
         else:
-            request.report(Update(text=piece, tokens=tokens))
+            self._send(request, Update(text=piece, tokens=tokens))
 
     def _end(self, sequence: Sequence, update: Update) -> None:
         with self._changed:
             request = self._requests.pop(sequence)
-        request.report(update)
+        self._send(request, update)
+
+    def _send(self, request: Request, update: Update) -> None:
+        try:
+            request.report(update)
+        except Exception:  # must not end the thread, which other requests wait for
+            _LOG.exception("a request was cancelled, because its answer could not be reported")
+            self.cancel(request)

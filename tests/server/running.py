@@ -5,9 +5,13 @@ import threading
 import time
 from contextlib import contextmanager
 
+import httpx2
 import uvicorn
 
+import ropewalk as rw
 from ropewalk.server.app import Limits, ModelServer
+
+TEXT = "def walk(top):\n    for name in sorted(names):\n"
 
 
 @contextmanager
@@ -29,3 +33,18 @@ def serving(model, **options):
         http.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+
+
+def greedy(tokens, **more):
+    return rw.SamplingParams(max_new_tokens=tokens, temperature=0, **more)
+
+
+def post(url, path="/v1/completions", **fields):
+    return httpx2.post(url + path, json={"temperature": 0, **fields}, timeout=60)
+
+
+def waits(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -10,26 +10,9 @@ import time
 import httpx2
 import psutil
 import pytest
-from running import serving
+from running import TEXT, greedy, post, serving, waits
 
 import ropewalk as rw
-
-TEXT = "def walk(top):\n    for name in sorted(names):\n"
-
-
-def greedy(tokens, **more):
-    return rw.SamplingParams(max_new_tokens=tokens, temperature=0, **more)
-
-
-def post(url, path="/v1/completions", **fields):
-    return httpx2.post(url + path, json={"temperature": 0, **fields}, timeout=60)
-
-
-def waits(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_health_and_metrics(served):

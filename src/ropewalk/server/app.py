@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from ..engine.chat_template import chat_ids
 from ..engine.completion import Completion, Token
@@ -55,6 +56,20 @@ class Limits:
     chat_tokens: int = 1024
 
 
+class _EventStream(StreamingResponse):
+    """A stream of events, and what is called when it ends, even if the client went away before the first event."""
+
+    def __init__(self, events: AsyncIterator[bytes], ended: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
+
+
 class _Choice:
     """One of the answers to a request, while it is written."""
 
@@ -63,6 +78,7 @@ class _Choice:
         self.texts: list[str] = []
         self.tokens: list[Token] = []
         self.completion: Completion | None = None
+        self.ended = False
         self.request: Request
         self._queue, self._loop = queue, asyncio.get_running_loop()
 
@@ -167,13 +183,15 @@ class ModelServer:
         header = answers.Header.new(kind, self.name)
         updates = self._updates(request, live, queue, started)
         if asked.stream:
-            events = self._events(asked, header, live, updates)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        async for choice, update in updates:
-            choice.texts.append(update.text)
-            choice.tokens += update.tokens
+            return _EventStream(self._events(asked, header, live, updates), partial(self._stop, live))
+        try:
+            async for choice, update in updates:
+                choice.texts.append(update.text)
+                choice.tokens += update.tokens
+        finally:
+            self._stop(live)
         done = [self._choice(asked, choice) for choice in live]
-        return JSONResponse(header.object(form, done, self._usage(live)))
+        return JSONResponse(header.object(form, done, self._usage(asked, live)))
 
     def _choices(self, asked: Asked) -> list[tuple[Sequence, Any, int]]:
         """A sequence for every answer, with its scaler and length."""
@@ -212,37 +230,38 @@ class ModelServer:
     async def _updates(
         self, request: HttpRequest, live: list[_Choice], queue: asyncio.Queue[tuple[_Choice, Update]], started: float
     ) -> AsyncIterator[tuple[_Choice, Update]]:
-        """What happens to the answers, until all have ended. If the client goes away, they are cancelled.
+        """What happens to the answers, until all have ended.
 
         Raises:
             ClientDisconnect: it went away.
         """
-        open_, first, looked = len(live), True, started
-        try:
-            while open_:
-                if (now := time.monotonic()) > looked + _PATIENCE:
-                    looked = now
-                    if await request.is_disconnected():
-                        raise ClientDisconnect
-                try:
-                    choice, update = await asyncio.wait_for(queue.get(), _PATIENCE)
-                except TimeoutError:
-                    continue
-                if update.error is not None:
-                    raise update.error
-                if first and update.tokens:
-                    self.metrics.first_token_seconds.observe(time.monotonic() - started)
-                    first = False
-                if update.completion is not None:
-                    choice.completion = update.completion
-                    open_ -= 1
-                    self._count(choice)
-                yield choice, update
-            self.metrics.seconds.observe(time.monotonic() - started)
-        finally:
-            if open_:
-                self.metrics.cancelled.inc(open_)
-                self.scheduler.cancel(*(choice.request for choice in live))
+        first, looked = True, started
+        while not all(choice.ended for choice in live):
+            if (now := time.monotonic()) > looked + _PATIENCE:
+                looked = now
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+            try:
+                choice, update = await asyncio.wait_for(queue.get(), _PATIENCE)
+            except TimeoutError:
+                continue
+            choice.ended = update.is_last
+            if update.error is not None:
+                raise update.error
+            if first and update.tokens:
+                self.metrics.first_token_seconds.observe(time.monotonic() - started)
+                first = False
+            if update.completion is not None:
+                choice.completion = update.completion
+                self._count(choice)
+            yield choice, update
+        self.metrics.seconds.observe(time.monotonic() - started)
+
+    def _stop(self, live: list[_Choice]) -> None:
+        """Cancel the answers that have not ended."""
+        unfinished = [choice.request for choice in live if not choice.ended]
+        self.metrics.cancelled.inc(len(unfinished))
+        self.scheduler.cancel(*unfinished)
 
     def _count(self, choice: _Choice) -> None:
         assert choice.completion is not None
@@ -250,12 +269,13 @@ class ModelServer:
         self.metrics.cached_tokens.inc(choice.sequence.reused)
         self.metrics.written_tokens.inc(choice.completion.usage.completion_tokens)
 
-    def _usage(self, live: list[_Choice]) -> dict[str, Any]:
+    def _usage(self, asked: Asked, live: list[_Choice]) -> dict[str, Any]:
+        """Token counts. A prompt with several answers counts once."""
         counts = [choice.completion.usage for choice in live if choice.completion is not None]
         return answers.usage(
-            sum(count.prompt_tokens for count in counts),
+            sum(count.prompt_tokens for count in counts[:: asked.count]),
             sum(count.completion_tokens for count in counts),
-            sum(choice.sequence.reused for choice in live),
+            sum(choice.sequence.reused for choice in live[:: asked.count]),
         )
 
     def _choice(self, asked: Asked, choice: _Choice) -> dict[str, Any]:
@@ -333,7 +353,7 @@ class ModelServer:
             yield answers.sse(body)
             return
         if asked.stream_usage:
-            yield answers.sse(header.object(form, [], self._usage(live)))
+            yield answers.sse(header.object(form, [], self._usage(asked, live)))
         yield answers.sse("[DONE]")
 
     def _answered(
@@ -391,7 +411,12 @@ def _message(error: Exception) -> str:
 
 
 def _error(message: str, kind: str, code: str | None = None, field: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
+    return {"error": {"message": _printable(message), "type": kind, "param": field and _printable(field), "code": code}}
+
+
+def _printable(text: str) -> str:
+    """`text` in which half a surrogate pair, which UTF-8 cannot hold, is written as \\ud800."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _described(error: Exception) -> tuple[int, dict[str, Any]]:
