@@ -140,11 +140,22 @@ def _ids_with_marks(
             ids += text_ids(part, tokenizer, special_tokens=True)[-1:]
             before = part
         elif mark in part:
-            ids += vocabulary.encode_continuation(part.replace(mark, ""))
+            ids += vocabulary.encode_continuation(_as_read(part.replace(mark, ""), before, tokenizer, vocabulary))
         elif part:
             with_token = text_ids(before + part, tokenizer, special_tokens=True)
             ids += with_token[1:] if before else with_token
     return ids
+
+
+def _as_read(text: str, before: str, tokenizer: Any, vocabulary: Vocabulary) -> str:
+    """`text` with the white space that the tokenizer gives it after the special token `before`.
+
+    Some put a space before it, and some drop its own.
+    """
+    rest = text.lstrip()
+    probe = text[: len(text) - len(rest)] + "a"
+    ids = text_ids(before + probe, tokenizer, special_tokens=True)[1 if before else 0 :]
+    return b"".join(vocabulary.tokens[token] for token in ids).decode().removesuffix("a") + rest
 
 
 class _Generation(Extension):

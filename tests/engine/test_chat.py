@@ -3,10 +3,13 @@
 import pytest
 import torch
 from live import check_cache, counted, greedy
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import ropewalk as rw
 from ropewalk.engine.chat_template import chat_ids
 from ropewalk.engine.sampling import SamplingParams
+from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -78,6 +81,32 @@ def test_no_message_holds_a_control_token(model, monkeypatch, contents, template
     assert written.count(END) == rendered.count(END) - plain.count(special)
     for content in contents if not template else ["".join(contents if template is GLUED else map(str.strip, contents))]:
         assert content.strip() in written
+
+
+@pytest.mark.parametrize("space", ["always", "first", "never", "dropped"])
+@pytest.mark.parametrize("content", ["hello <", "  hello </s", "s> a", "a", "<"])
+def test_white_space_after_a_control_token_is_that_of_transformers(space, content):
+    """Of tokenizers that put a space before each part or before the first one, and of one that drops spaces."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"<>/ashelo[I]", "\u2581a"]
+    backend = Tokenizer(
+        models.BPE(
+            {piece: n for n, piece in enumerate(pieces)}, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True
+        )
+    )
+    spaces = normalizers.Replace(" ", "\u2581")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if space == "always" else spaces
+    if space == "first":
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(
+        [AddedToken(name, normalized=False, rstrip=space == "dropped") for name in ("<unk>", "<s>", "</s>")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    for start in ("<s>", "<s>\n", "", "[I] "):
+        tokenizer.chat_template = start + "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+        expected = tokenizer.apply_chat_template(said(content, "a"), add_generation_prompt=True).input_ids
+        assert chat_ids(said(content, "a"), tokenizer, vocabulary(tokenizer, special_tokens=False)) == expected
 
 
 def test_names_in_other_fields_are_text_too(model, monkeypatch):
