@@ -7,6 +7,7 @@ import threading
 import httpx2
 import pytest
 from running import TEXT, greedy, post, serving, waits
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import ropewalk as rw
 from ropewalk.engine.scheduler import Request, Scheduler
@@ -150,3 +151,24 @@ def test_contexts_go_on_after_a_lack_of_memory(model, monkeypatch, question):
     scheduler.close()
     assert failures
     assert answers == expected
+
+
+def test_a_prompt_is_scored_by_a_model_with_windows(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=16,
+    )
+    windowed = rw.load(MistralForCausalLM(config).eval(), tokenizer=tokenizer, compile=False)
+    prompt = TEXT * 20  # longer than what is read at a time
+    with serving(windowed) as (url, _):
+        answer = post(url, prompt=prompt, max_tokens=3, echo=True, logprobs=0).json()["choices"][0]
+    expected = windowed.score_ids(windowed.read(prompt, "off").ids)
+    assert answer["logprobs"]["token_logprobs"][1:-3] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert answer["text"] == prompt + windowed.generate(prompt, greedy(3, continuation="off")).text
