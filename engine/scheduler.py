@@ -174,17 +174,26 @@ class Scheduler:
         return self._batches[key][0]
 
     def _step(self, key: object) -> bool:
-        """Run a step of a batch and report it; False if the batch has ended. An error ends all of its sequences."""
+        """Run a step of a batch and report it; False if the batch has ended.
+
+        An error ends the sequences in progress, or if there are none the one that was about to begin. The others wait.
+        """
         batch, steps = self._batches[key]
         try:
             pieces = next(steps, None)
         except Exception as error:
             self.store.clear()
-            for sequence in [*batch.waiting, *batch.running]:
+            failed = list(batch.running)
+            if not failed and batch.waiting:
+                failed = [batch.waiting.popleft()]
+            batch.running.clear()
+            for sequence in [*failed, *batch.waiting]:
                 sequence.release()
+            for sequence in failed:
                 if sequence in self._requests:
                     self._end(sequence, Update(error=error))
-            return False
+            self._batches[key] = batch, generate_tokens(batch)
+            return bool(batch.waiting)
         for sequence, piece in pieces or []:
             if sequence in self._requests:
                 self._report(sequence, piece)

@@ -172,3 +172,32 @@ def test_a_prompt_is_scored_by_a_model_with_windows(tiny_folder):
     expected = windowed.score_ids(windowed.read(prompt, "off").ids)
     assert answer["logprobs"]["token_logprobs"][1:-3] == pytest.approx(expected.tolist(), abs=1e-4)
     assert answer["text"] == prompt + windowed.generate(prompt, greedy(3, continuation="off")).text
+
+
+def test_a_prompt_that_does_not_fit_fails_alone(model, monkeypatch):
+    """The requests that wait behind it are answered."""
+    forward = model._runner.forward
+
+    def limited(ids, cache, logits_to_keep):
+        if cache.length + len(ids) > 200:
+            raise MemoryError("cannot allocate")
+        return forward(ids, cache, logits_to_keep=logits_to_keep)
+
+    answers = {}
+
+    def request(index, prompt):
+        def report(update):
+            if update.is_last:
+                answers[index] = update.completion or update.error
+
+        sequence = Sequence(model.read(prompt, "auto"), greedy(5), model.vocabulary, model.stop_ids)
+        return Request(sequence, model.rope_at(None), 1000, report)
+
+    expected = model.generate(TEXT, greedy(5))
+    monkeypatch.setattr(model._runner, "forward", limited)
+    scheduler = Scheduler(model)
+    scheduler.submit(request(0, TEXT * 30), request(1, TEXT), request(2, TEXT * 20), request(3, TEXT))
+    scheduler.close()
+    assert isinstance(answers[0], rw.OutOfMemory)
+    assert isinstance(answers[2], rw.OutOfMemory)
+    assert answers[1] == answers[3] == expected
