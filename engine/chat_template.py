@@ -74,7 +74,7 @@ def _render(tokenizer: Any, messages: list[Message], *, tokenize: bool) -> Any:
     options = {} if _is_mistral(tokenizer) else {"add_generation_prompt": True}
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a template is a program, and mistral_common has errors of its own
         raise ConfigError(f"the chat template refuses these messages ({first_line(error)})") from error
     return list(getattr(rendered, "input_ids", rendered)) if tokenize else rendered
 
