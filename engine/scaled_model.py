@@ -1,4 +1,4 @@
-"""A model with its tokenizer and the scaler in use: the only door to what runs it."""
+"""A model with its tokenizer and the scaler in use: the only way to its runner."""
 
 from __future__ import annotations
 
