@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import abc
 from contextlib import AbstractContextManager
 from functools import cached_property
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ...engine.cache import can_rewind
+from ...engine.generation import Batch, generate_tokens
 from ...engine.hf_model import input_device
 from ...engine.model import Model
 from ...engine.prefill import prefill, scored_logits
 from ...engine.prompt import token_ids
 from ...engine.runners.runner import Runner
 from ...engine.sampling import SamplingParams
+from ...engine.sequence import Sequence
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.vocabulary import check_ids
 from ..retrieval.task import Trial, TrialOutput
@@ -71,7 +73,7 @@ class LocalModel(MeasuredModel):
             losses: Losses = -self.model.score_ids(ids, first, advance, self.cache).numpy()
         return losses
 
-    def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
+    def logits(self, ids: Tokens, first: int, advance: Advance) -> abc.Iterator[Tensor]:
         ids = token_ids(ids, self.model.vocabulary_size)
         with self.running(len(ids)) as runner:
             self.cache = self.model.new_cache(len(ids))
@@ -98,15 +100,21 @@ class LocalModel(MeasuredModel):
             ids = trial.prompt_ids + trial.answer_ids[:-1]
             logits = prefill(runner, ids, cache, advance, logits_to_keep=len(trial.answer_ids))
             logprobs = logits.float().log_softmax(-1).cpu()
-            completion = self.model.generate_ids(trial.prompt_ids, params, cache if can_rewind(cache) else None)
+            prompt = self.model.read(trial.prompt_ids, params.continuation)
+            sequence = Sequence(
+                prompt, params, self.model.vocabulary, self.model.stop_ids, cache if can_rewind(cache) else None
+            )
+            self.model.check_room(length, length=length, caches=(sequence.cache,))
+            for _ in generate_tokens(Batch(self.model, [sequence], length)):  # at any length, also beyond the reach
+                pass
         chosen = logprobs.gather(-1, torch.tensor(trial.answer_ids)[:, None])[:, 0]
         return TrialOutput(
             logprobs=chosen.tolist(),
             is_likeliest=logprobs.argmax(-1).tolist() == trial.answer_ids,
-            written=completion.text,
+            written=sequence.text,
         )
 
-    def count_bytes(self, ids: Sequence[int]) -> int:
+    def count_bytes(self, ids: abc.Sequence[int]) -> int:
         return bytes_of(ids, self.model.tokenizer, lambda: self.model.vocabulary)
 
     def time_forward(self, length: int) -> None:

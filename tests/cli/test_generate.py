@@ -159,7 +159,9 @@ def test_ctrl_c_keeps_complete_answers_and_says_so(generate, tmp_path, monkeypat
     )
 
 
-def test_stopping_is_said_while_nothing_of_python_runs(capfd):
+def test_stopping_is_said_while_nothing_of_python_runs(capfd, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), stopping_said():
         os.kill(os.getpid(), signal.SIGINT)
     assert capfd.readouterr().err == "\nropewalk: stopping\n"

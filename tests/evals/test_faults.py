@@ -90,7 +90,7 @@ def test_a_model_in_the_cache_that_was_damaged_by_hand(tiny_folder, cache, harm)
         config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 512}))
     else:
         weights.unlink()
-    with pytest.raises(rw.AssetError, match="delete it, and run again to convert the model again"):
+    with pytest.raises(rw.AssetError, match="delete the folder, and run again to convert the model again"):
         rw.load(folder)
 
 

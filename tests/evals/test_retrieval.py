@@ -13,7 +13,7 @@ from ropewalk.evals.data import Text
 from ropewalk.evals.models.fake import Oracle, replace_runner
 from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.retrieval.cells import cells, rebuild
-from ropewalk.evals.retrieval.task import Place, assemble
+from ropewalk.evals.retrieval.task import Place, Trial, assemble
 from ropewalk.evals.retrieval.tasks import RULER, SUITES, TASKS
 from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import parse
@@ -228,3 +228,15 @@ def test_the_real_model_finds_a_passkey(tmp_path):
     rows = measure(real, Run(tmp_path), contexts=[512], trials=2)
     assert [row["correct"] for row in rows] == [1, 1]
     assert all(row["answer_logprob_per_token"] > -1 for row in rows)
+
+
+def test_a_trial_is_run_beyond_what_the_scaler_reaches(tiny_folder):
+    """`tune` asks for passkeys under the untouched model too, where it is among the best."""
+    model = LocalModel(rw.load(tiny_folder))
+    ids = model.model.vocabulary.encode("def walk(top):\n" * 60)
+    assert len(ids) > model.trained_length
+    trial = Trial(prompt="", prompt_ids=ids, answer_ids=ids[:2], answers=("x",), target="x", new_tokens=4, needle=None)
+    output = model.run_trial(trial)
+    assert len(output.logprobs) == 2
+    params = rw.SamplingParams(max_new_tokens=4, temperature=0)
+    assert output.written == rw.load(tiny_folder, max_length=2048).generate_ids(ids, params).text
