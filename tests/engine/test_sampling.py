@@ -119,3 +119,23 @@ def test_a_step_under_a_repetition_penalty_does_not_build_the_text_again(model, 
 def test_values_out_of_range_are_refused(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))):
         SamplingParams(**fields)
+
+
+@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (0.24, 1), (0.26, 3), (1 - 2**-53, 3)])
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch, uniform, expected):
+    """Probabilities 0, 1/4, 0, 3/4, 0: no draw gives a token that is impossible."""
+    logits = torch.tensor([-math.inf, math.log(0.25), -math.inf, math.log(0.75), -math.inf])
+    monkeypatch.setattr(torch, "rand", lambda *_, **options: torch.tensor(uniform, dtype=options["dtype"]))
+    assert sample(logits, SamplingParams(temperature=1), torch.Generator()) == expected
+
+
+def test_draws_from_many_tokens_follow_their_probabilities():
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * 3
+    generator = torch.Generator().manual_seed(2)
+    draws = torch.tensor([sample(logits, SamplingParams(temperature=1), generator) for _ in range(20_000)])
+    expected = logits.double().softmax(-1) * len(draws)
+    common = expected > 20
+    counts = torch.bincount(draws, minlength=1000)
+    statistic = float(((counts - expected) ** 2 / expected)[common].sum())
+    degrees = int(common.sum())
+    assert abs(statistic - degrees) < 5 * math.sqrt(2 * degrees)
