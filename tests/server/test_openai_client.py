@@ -209,7 +209,20 @@ def test_contexts(client, model):
         ),
         ({"extra_body": {"contexts": "a"}}, "contexts must be a list of texts"),
         ({"extra_body": {"contexts": ["a"]}, "prompt": [1, 2]}, "contexts need a prompt that is one text"),
+        ({"extra_body": {"contexts": ["a"]}, "prompt": " "}, "the prompt is blank"),
+        ({"extra_body": {"contexts": ["a"]}, "prompt": [TEXT, ""]}, "the prompt is blank"),
+        ({"extra_body": {"contexts": ["a"]}, "echo": True}, "with contexts, .* leave out echo"),
+        ({"extra_body": {"contexts": ["a"], "prompt_logprobs": 0}}, "with contexts, .* leave out prompt_logprobs"),
         ({"max_tokens": 0}, "max_tokens 0 needs echo"),
+        ({"max_tokens": 0, "logprobs": 1, "extra_body": {"prompt_logprobs": 1}}, "max_tokens 0 writes no tokens"),
+        ({"echo": True, "logprobs": 1, "extra_body": {"continuation": "exact"}}, "leave out continuation"),
+        ({"extra_body": {"prompt_logprobs": 1, "continuation": "exact"}}, "leave out continuation"),
+        ({"stream": True, "stream_options": {"include_usages": True}}, "stream_options.include_usages.*Did you mean"),
+        ({"stream": True, "stream_options": {"user": "a"}}, "'stream_options.user' is no field"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage must be true or"),
+        ({"stream_options": {"include_usage": True}}, "include_usage needs stream: true"),
+        ({"extra_body": {"store": True}}, "store is not supported"),
+        ({"extra_body": {"service_tier": "flex"}}, "service_tier is not supported"),
     ],
 )
 def test_bad_requests_are_refused_by_name(client, fields, message):
@@ -226,11 +239,42 @@ def test_bad_requests_are_refused_by_name(client, fields, message):
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
         ({"top_logprobs": 3}, "needs logprobs"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens is 5, and max_tokens 4; leave out one"),
+        ({"extra_body": {"contexts": ["a"]}}, "a chat has no contexts"),
+        ({"stream_options": {"include_usage": True}}, "include_usage needs stream: true"),
     ],
 )
 def test_bad_chats_are_refused_by_name(client, fields, message):
     with pytest.raises(openai.BadRequestError, match=message):
         client.chat.completions.create(**{"model": "tiny", "messages": MESSAGES, "max_tokens": 4, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
+        ({"extra_body": {"contexts": ["a"]}, "echo": True}, "echo"),
+        ({"temperature": "hot"}, None),
+    ],
+)
+def test_a_refusal_names_its_field(client, fields, name):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(**{"model": "tiny", "prompt": TEXT, "max_tokens": 4, **fields})
+    assert refused.value.param == name
+
+
+def test_fields_that_change_nothing_are_taken(client, model):
+    neutral = {"store": False, "service_tier": "auto", "contexts": [], "user": "a", "metadata": {"a": "b"}}
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        max_tokens=5,
+        max_completion_tokens=5,
+        temperature=0,
+        stream_options={"include_usage": False},
+        extra_body=neutral,
+    )
+    assert answer.choices[0].message.content == model.chat(MESSAGES, greedy(5)).text
 
 
 def test_an_unknown_model(client):

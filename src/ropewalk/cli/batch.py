@@ -194,22 +194,19 @@ def answer_fields(model: Model, completion: Completion) -> dict[str, Any]:
         "completion_tokens": completion.usage.completion_tokens,
     }
     if completion.logprobs is not None:
+        from ..tokenizer_tools.token_texts import TokenTexts
+
+        texts = TokenTexts(model.vocabulary, model.tokenizer)
         fields["logprobs"] = [
             {
-                "token": _token_text(model, token.id),
+                "token": texts.text(token.id),
                 "id": token.id,
                 "logprob": token.logprob,
                 "top": [
-                    {"token": _token_text(model, other), "id": other, "logprob": logprob}
+                    {"token": texts.text(other), "id": other, "logprob": logprob}
                     for other, logprob in (token.top or {}).items()
                 ],
             }
             for token in completion.logprobs
         ]
     return fields
-
-
-def _token_text(model: Model, token: int) -> str:
-    """A token as text, with bytes that are no character as \\xe4; "" for one that the tokenizer does not have."""
-    tokens = model.vocabulary.tokens
-    return tokens[token].decode(errors="backslashreplace") if token < len(tokens) else ""

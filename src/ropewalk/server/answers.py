@@ -1,8 +1,9 @@
-"""What clients get: the JSON objects of OpenAI's protocol."""
+"""What clients get: the JSON objects of OpenAI's protocol, answers and errors."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 import uuid
@@ -11,9 +12,13 @@ from typing import Any
 
 from ..engine.completion import Completion, Token
 from ..engine.prompt_score import ScoredToken
+from ..engine.scheduler import QueueFull
+from ..errors import ContextOverflow, OutOfMemory, RopewalkError, Setting
 from ..tokenizer_tools.characters import finished_text
-from ..tokenizer_tools.vocabulary import Vocabulary
+from ..tokenizer_tools.token_texts import TokenTexts
 
+_LOG = logging.getLogger("ropewalk.server")
+_FIELDS = {"max_new_tokens": "max_tokens"}  # settings whose fields in a request have other names
 _FINISH_REASONS = {"time": "length"}  # OpenAI's protocol has no word for it
 
 
@@ -40,6 +45,56 @@ def sse(payload: dict[str, Any] | str) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
+def error_object(message: str, kind: str, code: str | None = None, field: str | None = None) -> dict[str, Any]:
+    """The body of an error.
+
+    Args:
+        kind: its type, such as "invalid_request_error".
+        field: the field of the request that is wrong, if one is.
+    """
+    return {"error": {"message": _printable(message), "type": kind, "param": field and _printable(field), "code": code}}
+
+
+def described(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body for an error. One that ropewalk does not raise on purpose goes to the log."""
+    if isinstance(error, QueueFull):
+        return 429, error_object(_message(error), "rate_limit_error", "queue_full")
+    if isinstance(error, OutOfMemory):
+        return 503, error_object(_message(error), "server_error", "out_of_memory")
+    if isinstance(error, ContextOverflow):
+        return 400, error_object(_message(error), "invalid_request_error", "context_length_exceeded")
+    if isinstance(error, RopewalkError):
+        return 400, error_object(_message(error), "invalid_request_error", field=getattr(error, "field", None))
+    _LOG.exception("a request failed", exc_info=error)
+    return 500, error_object("the server failed; its log says why", "server_error")
+
+
+def _message(error: Exception) -> str:
+    """The message of an error with its settings as a client or the server's owner gives them."""
+
+    def shown(part: object) -> str:
+        if not isinstance(part, Setting):
+            return str(part)
+        name = _FIELDS.get(part.name, part.name)
+        if part.form == "load":
+            return f"serve the model with --{part.name.replace('_', '-')} {part.value}"
+        if part.form == "name":
+            return name
+        return f"{name} {part.value}" if part.form == "given" else f"give {json.dumps(name)}: {json.dumps(part.value)}"
+
+    return "".join(map(shown, error.args))
+
+
+def _printable(text: str) -> str:
+    """`text` in which half a surrogate pair, which UTF-8 cannot hold, is written as \\ud800."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def text_chunk(index: int, text: str, reason: str | None = None) -> dict[str, Any]:
+    """A choice of an event of `/v1/completions`."""
+    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+
 def finish_reason(completion: Completion) -> str:
     return _FINISH_REASONS.get(completion.finish_reason, completion.finish_reason)
 
@@ -56,27 +111,6 @@ def usage(prompt_tokens: int, completion_tokens: int, cached: int) -> dict[str, 
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
-
-
-class TokenTexts:
-    """Tokens as texts."""
-
-    def __init__(self, vocabulary: Vocabulary, tokenizer: Any) -> None:
-        self._vocabulary, self._tokenizer = vocabulary, tokenizer
-
-    def data(self, token: int) -> bytes:
-        """The bytes of a token; of a special one, those of its name."""
-        if self._vocabulary.is_special(token):
-            return str(self._tokenizer.convert_ids_to_tokens(token) or f"<token {token}>").encode()
-        return self._vocabulary.tokens[token]
-
-    def text(self, token: int) -> str:
-        """A token as text; one that is no whole characters is written as OpenAI does: bytes:\\xe2\\x80."""
-        data = self.data(token)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 @dataclass

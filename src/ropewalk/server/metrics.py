@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ..engine.completion import Usage
 from ..engine.scheduler import Scheduler
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
@@ -38,6 +39,16 @@ class Metrics:
             ("ropewalk_prefix_cache_bytes", "Bytes of the caches of ended requests.", lambda: scheduler.store.bytes),
         ):
             Gauge(name, text, registry=registry).set_function(value)
+
+    def count(self, usage: Usage, cached: int) -> None:
+        """Count the tokens of an answer.
+
+        Args:
+            cached: tokens of its prompt that an earlier request had read.
+        """
+        self.prompt_tokens.inc(usage.prompt_tokens)
+        self.cached_tokens.inc(cached)
+        self.written_tokens.inc(usage.completion_tokens)
 
     def text(self) -> bytes:
         """All metrics, as Prometheus reads them."""

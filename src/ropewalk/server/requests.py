@@ -16,8 +16,8 @@ _MOST_LOGPROBS = 20
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "max_time", "continuation")
 """Fields that are those of `SamplingParams`; the last five and `top_k` are beyond OpenAI's protocol."""
 
-_IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
-"""Fields that say nothing about the answer."""
+_IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+"""Fields that say who asks, and nothing about the answer."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
@@ -32,6 +32,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "reasoning_effort": (),
     "functions": ([],),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
 }
 """Fields that are refused, and the values at which they change nothing."""
 
@@ -79,6 +81,10 @@ class Asked:
     stream_usage: bool = False
 
     @property
+    def is_chat(self) -> bool:
+        return bool(self.messages)
+
+    @property
     def wants_logprobs(self) -> bool:
         return self.params.logprobs is not None
 
@@ -104,11 +110,16 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 
 class _Body:
-    """The fields of a body, each of them taken once."""
+    """The fields of a body, or of an object in it, each of them taken once.
 
-    def __init__(self, fields: dict[str, Any]) -> None:
+    Args:
+        where: the field that the object is in.
+    """
+
+    def __init__(self, fields: dict[str, Any], where: str = "") -> None:
         self._fields = {name: value for name, value in fields.items() if value is not None}
         self._known: set[str] = set()
+        self._prefix = f"{where}." if where else ""
 
     def take(self, name: str, kind: str, valid: Callable[[Any], bool], default: Any = None) -> Any:
         self._known.add(name)
@@ -116,7 +127,8 @@ class _Body:
             return default
         value = self._fields.pop(name)
         if not valid(value):
-            raise BadRequest(f"{name} must be {kind}, not {_shown(value)}", name)
+            field = self._prefix + name
+            raise BadRequest(f"{field} must be {kind}, not {_shown(value)}", field)
         return value
 
     def flag(self, name: str) -> bool:
@@ -147,11 +159,12 @@ class _Body:
             BadRequest: a field is unknown, or asks for what this server does not do.
         """
         for name, value in self._fields.items():
-            if name in _IGNORED or value in _NEUTRAL.get(name, ()):
+            if not self._prefix and (name in _IGNORED or value in _NEUTRAL.get(name, ())):
                 continue
-            if name in _NEUTRAL:
-                raise BadRequest(f"{name} is not supported by this server; leave it out", name)
-            raise BadRequest(f"{name!r} is no field of this request.{did_you_mean(name, self._known)}", name)
+            field = self._prefix + name
+            if field in _NEUTRAL:
+                raise BadRequest(f"{field} is not supported by this server; leave it out", field)
+            raise BadRequest(f"{field!r} is no field of this request.{did_you_mean(name, self._known)}", field)
 
 
 def read_completion(fields: dict[str, Any], *, default_tokens: int = 16) -> Asked:
@@ -173,6 +186,7 @@ def read_completion(fields: dict[str, Any], *, default_tokens: int = 16) -> Aske
         body,
         {"max_new_tokens": max(1, most), "logprobs": logprobs},
         prompts=prompts,
+        contexts=body.take("contexts", "a list of texts", _are_texts, []),
         echo=echo,
         writes=most > 0,
         prompt_logprobs=prompt_logprobs,
@@ -181,7 +195,28 @@ def read_completion(fields: dict[str, Any], *, default_tokens: int = 16) -> Aske
         raise BadRequest("max_tokens 0 needs echo, which returns the prompt (with logprobs, its score)", "max_tokens")
     if asked.stream and asked.scores_prompt:
         raise BadRequest("log-probabilities of a prompt are not streamed; leave out stream", "stream")
+    if asked.wants_logprobs and not asked.writes and not echo:
+        raise BadRequest(
+            "max_tokens 0 writes no tokens that logprobs could list; add echo, or leave it out", "logprobs"
+        )
+    if asked.scores_prompt and asked.params.continuation == "exact":
+        raise BadRequest(
+            "a prompt whose tokens are scored is continued after them; leave out continuation", "continuation"
+        )
+    if asked.contexts:
+        _check_question(asked)
     return asked
+
+
+def _check_question(asked: Asked) -> None:
+    """Refuse what has no meaning with contexts."""
+    if not all(isinstance(prompt, str) for prompt in asked.prompts):
+        raise BadRequest("contexts need a prompt that is one text, not token ids", "prompt")
+    if not all(str(prompt).strip() for prompt in asked.prompts):
+        raise BadRequest("the prompt is blank; with contexts, it is the question that follows each of them", "prompt")
+    for name, is_given in (("echo", asked.echo), ("prompt_logprobs", asked.prompt_logprobs is not None)):
+        if is_given:
+            raise BadRequest(f"with contexts, several prompts are read; leave out {name}", name)
 
 
 def read_chat(fields: dict[str, Any], *, default_tokens: int) -> Asked:
@@ -194,15 +229,18 @@ def read_chat(fields: dict[str, Any], *, default_tokens: int) -> Asked:
     messages = body.take("messages", 'a list of {"role": ..., "content": ...}', lambda value: isinstance(value, list))
     if not messages:
         raise BadRequest("the field messages is missing or empty", "messages")
-    most = body.number("max_completion_tokens", 1) or body.number("max_tokens", 1, default=default_tokens)
-    body.number("max_tokens", 1)
+    most, older = body.number("max_completion_tokens", 1), body.number("max_tokens", 1)
+    if most and older and most != older:
+        raise BadRequest(f"max_completion_tokens is {most}, and max_tokens {older}; leave out one", "max_tokens")
     wanted = body.flag("logprobs")
     top = body.number("top_logprobs", 0, _MOST_LOGPROBS)
     if top and not wanted:
         raise BadRequest("top_logprobs needs logprobs: true", "top_logprobs")
+    if body.take("contexts", "a list of texts", _are_texts):
+        raise BadRequest("a chat has no contexts; they need a prompt that is one text, at /v1/completions", "contexts")
     return _common(
         body,
-        {"max_new_tokens": most, "logprobs": (top or 0) if wanted else None},
+        {"max_new_tokens": most or older or default_tokens, "logprobs": (top or 0) if wanted else None},
         messages=[_message(number, message) for number, message in enumerate(messages)],
     )
 
@@ -210,18 +248,21 @@ def read_chat(fields: dict[str, Any], *, default_tokens: int) -> Asked:
 def _common(body: _Body, sampling: dict[str, Any], **more: Any) -> Asked:
     """What both kinds of requests have."""
     body.text("model")
-    usage = body.take("stream_options", "an object", lambda value: isinstance(value, dict), {})
-    contexts = body.take("contexts", "a list of texts", _are_texts, [])
+    options = _Body(
+        body.take("stream_options", "an object", lambda value: isinstance(value, dict), {}), "stream_options"
+    )
     asked = Asked(
         params=SamplingParams(**body.sampling(), **sampling),
         count=body.number("n", 1, MOST_CHOICES, 1),  # type: ignore[arg-type]
         rope=body.text("rope"),
-        contexts=contexts,
         stream=body.flag("stream"),
-        stream_usage=bool(usage.get("include_usage", False)),
+        stream_usage=options.flag("include_usage"),
         **more,
     )
+    options.finish()
     body.finish()
+    if asked.stream_usage and not asked.stream:
+        raise BadRequest("stream_options.include_usage needs stream: true; a whole answer has usage", "stream_options")
     return asked
 
 
