@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from ..engine.load import cpu_has_bfloat16, load
 from ..engine.model import Model
 from ..engine.sampling import SamplingParams
 from ..engine.storage import write_atomic
-from ..errors import DataError
 from ..scaling.lengths import format_length
 from ..scaling.spec import parse
 from .data import load_text
+from .demo_plan import DemoPlan, curve, in_order, needed, seconds_for
 from .models.local import LocalModel
 from .models.measured import ForwardCost, MeasuredModel
 from .protocols.fixed_target import FixedTarget
 from .protocols.perplexity_cell import PerplexityCell, cells
 from .reports.report import Passage, print_results, publish
+from .reports.verdict import verdicts
+from .runs.cell import Cell
 from .runs.compare import MEASURED
 from .runs.measure import measure_all
 from .runs.progress import RunProgress
@@ -38,90 +40,9 @@ RECOMMENDATION = (
     "Without time to tune take auto (--rope auto, rope='auto'); for an engine that serves a config file yarn:F, F the "
     "ratio of the lengths. `ropewalk tune` measures your model."
 )
-_RATIOS = (2.0, 1.75, 1.5)  # longest context over trained length; the untouched model fails from about 1.4 on
-_MOST_SAMPLES = 8
 _FIRST_CURVE = 110.0  # seconds, from the start, to the curve of the untouched model
 _LEAST_CLOSING = 15.0  # seconds of the limit kept for the passage and the report
 _MOST_CLOSING = 0.2  # the same as a share of the limit, at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoPlan:
-    """What is measured.
-
-    Attributes:
-        contexts: tokens, ascending; the trained length is among them.
-        samples: places in the text.
-    """
-
-    contexts: tuple[int, ...]
-    samples: int
-
-    @classmethod
-    def full(cls, trained_length: int) -> DemoPlan:
-        """Up to four times the trained length, at one place."""
-        return cls(contexts=tuple(trained_length * n // 4 for n in (1, 2, 4, 8, 16)), samples=1)
-
-    @classmethod
-    def sized(cls, trained_length: int, cost: ForwardCost, rate: float, seconds: float, first: float) -> DemoPlan:
-        """The longest context, then the most places, that a machine has time for.
-
-        Args:
-            rate: operations a second.
-            seconds: for the needed cells.
-            first: seconds in which the untouched model must be measured, with more than one place.
-        """
-
-        def plan(ratio: float, samples: int) -> DemoPlan:
-            contexts = (trained_length // 4, trained_length // 2, trained_length, int(ratio * trained_length))
-            return cls(contexts=contexts, samples=samples)
-
-        longest = next((ratio for ratio in _RATIOS if plan(ratio, 1).fits(cost, rate, seconds)), _RATIOS[-1])
-        samples = 1
-        while samples < _MOST_SAMPLES and plan(longest, samples + 1).fits(cost, rate, seconds):
-            more = plan(longest, samples + 1)
-            if cost.passes((more.shortest, trained_length, more.longest)) * more.samples > rate * first:
-                break
-            samples += 1
-        return plan(longest, samples)
-
-    @property
-    def shortest(self) -> int:
-        """The shortest context."""
-        return self.contexts[0]
-
-    @property
-    def longest(self) -> int:
-        """The longest context."""
-        return self.contexts[-1]
-
-    def fits(self, cost: ForwardCost, rate: float | None, seconds: float) -> bool:
-        """True if there is time for what is `needed`."""
-        return rate is not None and self.needed(cost) <= rate * seconds
-
-    def needed(self, cost: ForwardCost) -> float:
-        """Operations for the untouched model at three lengths, and for two scalers at the longest."""
-        return cost.passes((self.shortest, self.contexts[-2], *[self.longest] * 3)) * self.samples
-
-    def store(self, run: Run) -> None:
-        """Keep it in the run's folder, so that the same command goes on with it."""
-        write_atomic(_plan_file(run), (json.dumps(asdict(self)) + "\n").encode())
-
-    @classmethod
-    def stored(cls, run: Run) -> DemoPlan | None:
-        """The plan of an earlier run in this folder."""
-        file = _plan_file(run)
-        if not file.exists():
-            return None
-        try:
-            fields = json.loads(file.read_bytes())
-            return cls(contexts=tuple(map(int, fields["contexts"])), samples=int(fields["samples"]))
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{file} is damaged; delete it, or name another folder with --out") from None
-
-
-def _plan_file(run: Run) -> Path:
-    return run.folder / "plan.json"
 
 
 @dataclass
@@ -143,8 +64,8 @@ def specs(ratio: float) -> list[str]:
     return ["none", "auto", f"yarn:{factor}", *older]
 
 
-def run_demo(*, max_minutes: float | None, out: Path, started: float | None = None) -> None:
-    """Fetch, measure, write a passage, report.
+def run_demo(*, max_minutes: float | None, out: Path, started: float | None = None) -> list[Cell]:
+    """Fetch, measure, write a passage, report. Returns the cells that were left out for lack of time.
 
     Args:
         max_minutes: hard limit for everything after `started`; None goes to four times the trained length, and takes
@@ -170,17 +91,9 @@ def run_demo(*, max_minutes: float | None, out: Path, started: float | None = No
     spec_list = specs(plan.longest / model.trained_length)
     protocol = FixedTarget(contexts=plan.contexts, target=TARGET, samples=plan.samples)
     every = cells(local, text, [parse(spec) for spec in spec_list], protocol)
-    is_tight = limit is not None and not plan.fits(local.cost, rate, limit - closing - time.monotonic())
     planned = [cell for cell in every if isinstance(cell, PerplexityCell)]
-    planned = _in_order(planned, plan, model.trained_length, is_tight=is_tight)
     _describe(model, plan, spec_list, console)
-    if is_tight and rate is not None:
-        minutes = math.ceil((time.monotonic() - started + closing + plan.needed(local.cost) / rate) / 60)
-        console.print(
-            f"That would take about {minutes} minutes here, so what tells most comes first. The same command goes on "
-            f"with the rest; --max-minutes {minutes + 1} should be enough for the curves.\n",
-            highlight=False,
-        )
+    planned = _in_order(planned, plan, local, run, rate, started, limit, closing, console)
     run.write_environment()
     watcher = _Watcher(run, planned, plan, model.trained_length, console)
     todo = [cell for cell in planned if not watcher.is_untouched_auto(cell)]
@@ -193,8 +106,10 @@ def run_demo(*, max_minutes: float | None, out: Path, started: float | None = No
             deadline=None if limit is None else limit - closing,
             is_hard=True,
             rate=rate,
+            is_wanted=watcher.is_wanted,
             progress=bar,
         )
+    watcher.copy_untouched()
     rate = outcome.rate or rate
     passages = []
     if watcher.best is not None and (passage := _passage(model, watcher.best, run, limit, rate)) is not None:
@@ -204,14 +119,24 @@ def run_demo(*, max_minutes: float | None, out: Path, started: float | None = No
     for passage in passages:
         console.print(f"\nUnder {passage.rope} it wrote, after {passage.prompt.splitlines()[0]}", highlight=False)
         console.print(passage.text.strip(), style="italic", highlight=False, markup=False)
-    lengths = f"{format_length(model.trained_length)},{format_length(plan.longest)}"
-    console.print(
-        f"\nMore places: ropewalk ppl {MODEL} --rope none --rope auto --lengths {lengths} --samples N",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _print_what_decides(run, console)
     console.print(f"\n{RECOMMENDATION}", highlight=False)
     console.print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Open {files[0]}", highlight=False)
+    return outcome.left_out
+
+
+def _print_what_decides(run: Run, console: Console) -> None:
+    """The command with places enough for what the verdict leaves undecided; nothing if it decides all."""
+    for verdict in verdicts(run):
+        if verdict.samples is not None:
+            ropes = " ".join(f"--rope {rope}" for rope in verdict.ropes)
+            lengths = ",".join(map(format_length, verdict.contexts))
+            console.print(
+                f"\nAbout {verdict.samples} places would decide what is undecided: ropewalk ppl {MODEL} {ropes} "
+                f"--text {TEXT} --lengths {lengths} --samples {verdict.samples}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _plan(
@@ -236,6 +161,40 @@ def _plan(
     return plan, rate
 
 
+def _in_order(
+    planned: list[PerplexityCell],
+    plan: DemoPlan,
+    model: LocalModel,
+    run: Run,
+    rate: float | None,
+    started: float,
+    limit: float | None,
+    closing: float,
+    console: Console,
+) -> list[PerplexityCell]:
+    """The cells in the order of measuring; says how long they take where there is no time for those that tell most."""
+    if limit is None or rate is None:
+        return in_order(planned, plan, model.trained_length, is_tight=False)
+    now = time.monotonic()
+    missing = [cell for cell in planned if not cell.is_done(run)]
+    seconds = seconds_for(needed(missing, plan, model.trained_length), model.cost, rate)
+    to_curve = seconds_for(curve(missing, plan, model.trained_length), model.cost, rate)
+    is_too_long = now + seconds > limit - closing
+    if is_too_long:
+        minutes = math.ceil((now - started + closing + seconds) / 60)
+        longest = max(seconds_for([cell], model.cost, rate) for cell in missing)
+        goes_on = "The same command goes on with the rest"
+        if now + longest > limit - closing:
+            goes_on = f"One reading of {format_length(plan.longest)} tokens alone is too long for the limit"
+        console.print(
+            f"That takes about {minutes} minutes here, so what tells most comes first. {goes_on}; --max-minutes "
+            f"{minutes + 1} should be enough for all that the verdict needs.\n",
+            highlight=False,
+        )
+    is_tight = is_too_long or now + to_curve > started + _FIRST_CURVE
+    return in_order(planned, plan, model.trained_length, is_tight=is_tight)
+
+
 def _rate(model: LocalModel, tokens: int) -> float:
     """Operations a second while a text is read, its last token scored."""
 
@@ -246,25 +205,6 @@ def _rate(model: LocalModel, tokens: int) -> float:
 
     seconds(2)  # what is done once only
     return model.cost.step(0, tokens - 1) / seconds(tokens)
-
-
-def _in_order(
-    planned: list[PerplexityCell], plan: DemoPlan, trained_length: int, *, is_tight: bool
-) -> list[PerplexityCell]:
-    """The order in which cells earn their time: a curve of the untouched model, the scalers at the longest context,
-    then what is left, short contexts first. Where not all of that fits, the untouched model and auto at the longest
-    context come before the untouched model at its trained length."""
-
-    def place(cell: PerplexityCell) -> tuple[int, int]:
-        if cell.context == plan.longest:
-            return (1 if not cell.scaler.parts else 2 if str(cell.scaler) == "auto" else 4), 0
-        if not cell.scaler.parts and cell.context == plan.shortest:
-            return 0, 0
-        if not cell.scaler.parts and cell.context == trained_length:
-            return (3 if is_tight else 0), 1
-        return 5, cell.context
-
-    return sorted(planned, key=place)
 
 
 def _describe(model: Model, plan: DemoPlan, spec_list: Sequence[str], console: Console) -> None:
@@ -282,41 +222,52 @@ def _describe(model: Model, plan: DemoPlan, spec_list: Sequence[str], console: C
 
 
 class _Watcher:
-    """Looks at every measured cell: keeps the best one with its cache, and prints the first curve."""
+    """Looks at every measured cell: keeps the best one with its cache, and prints the first curve. Says which cells
+    are wanted."""
 
     def __init__(
         self, run: Run, planned: list[PerplexityCell], plan: DemoPlan, trained_length: int, console: Console
     ) -> None:
         self._run, self._planned, self._plan, self._console = run, planned, plan, console
         self._trained_length = trained_length
+        self._has_curve = False
         self.best = _best_so_far(run, planned, plan.longest)
 
     def is_untouched_auto(self, cell: PerplexityCell) -> bool:
         """True for `auto` within the trained length, which is the untouched model bit for bit."""
         return cell.recipe.get("chosen") == "none"
 
+    def is_wanted(self, cell: Cell) -> bool:
+        """False for a shorter context of a scaler whose longest was left out: its line in the plot would end early."""
+        longest = (c for c in self._planned if c.scaler == cell.scaler and c.context == self._plan.longest)
+        return not cell.scaler.parts or cell.context == self._plan.longest or all(c.is_done(self._run) for c in longest)
+
     def see(self, cell: PerplexityCell, rows: list[Row], measured: MeasuredModel) -> None:
         """After a cell was measured."""
         if cell.context == self._plan.longest and (self.best is None or _loss(rows[0]) < self.best.loss):
             self.best = Winner(cell, _loss(rows[0]), measured.cache)
-        if cell.scaler.parts:
-            return
-        for twin in self._planned:
-            if twin.context == cell.context and self.is_untouched_auto(twin) and not twin.is_done(self._run):
-                fields = {name: value for name, value in rows[0].items() if name in MEASURED and name != "key"}
-                self._run.add(twin.row_recipes()[0], fields, self._run.losses(rows[0]))
-        if cell.context == self._plan.longest:
+        if not cell.scaler.parts:
             self._print_curve()
 
+    def copy_untouched(self) -> None:
+        """Give `auto` the rows of the untouched model where it is that model."""
+        rows = {cell.context: self._run.find(cell.row_recipes()[0]) for cell in self._planned if not cell.scaler.parts}
+        for cell in filter(self.is_untouched_auto, self._planned):
+            row = rows[cell.context]
+            if row is not None and not cell.is_done(self._run) and self.is_wanted(cell):
+                fields = {name: value for name, value in row.items() if name in MEASURED and name != "key"}
+                self._run.add(cell.row_recipes()[0], fields, self._run.losses(row))
+
     def _print_curve(self) -> None:
-        """The losses of the untouched model as bars."""
+        """The losses of the untouched model as bars, once there are some on both sides of its trained length."""
         rows = [
             row
             for cell in sorted(self._planned, key=lambda cell: cell.context)
             if not cell.scaler.parts and (row := self._run.find(cell.row_recipes()[0])) and row["loss"] is not None
         ]
-        if len(rows) < 2:
+        if self._has_curve or len(rows) < 2 or rows[-1]["context"] < self._plan.longest:
             return
+        self._has_curve = True
         most = max(row["loss"] for row in rows)
         self._console.print("\n  The untouched model, nats per token:")
         for row in rows:

@@ -50,11 +50,11 @@ class EffectiveLength:
 
     @property
     def remedy(self) -> str:
-        """What would decide the first of `undecided`, as the command is written: `--samples 24 or more`."""
+        """What would decide the first of `undecided`: `about 24 samples`."""
         return _needed(self.samples)
 
     def __str__(self) -> str:
-        """`reaches 8k, 12k undecided (--samples 24 or more would decide it), fails at 16k`."""
+        """`reaches 8k, 12k undecided (about 24 samples would decide it), fails at 16k`."""
         parts = []
         if self.length:
             but = f" (but not {_lengths(self.breaks)})" if self.breaks else ""
@@ -72,7 +72,7 @@ def remedy(samples: int | None) -> str:
 
 
 def _needed(samples: int | None) -> str:
-    return "too close to the limit to decide" if samples is None else f"--samples {samples} or more"
+    return "too close to the limit to decide" if samples is None else f"about {samples} samples"
 
 
 def _lengths(lengths: Sequence[int]) -> str:

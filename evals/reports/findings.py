@@ -184,7 +184,7 @@ def _costs(view: _View) -> list[str]:
             parts.append(f"{rope} not measured")
             continue
         at = max(known, key=lambda at: known[at].mean)
-        if all(pair.mean == pair.low == pair.high == 0 for pair in known.values()):
+        if all(pair.is_exactly_zero for pair in known.values()):
             parts.append(f"{rope} exactly nothing")
         else:
             certain = ", not distinguishable from the untouched model" if known[at].is_tie else ""

@@ -184,7 +184,8 @@ def verdict_and_findings(run: Run) -> tuple[list[str], list[str]]:
     sentences = retrieval_findings(run.rows)
     if not sentences or compare.comparable_groups(run.rows):
         sentences = [*findings(run), *sentences]
-    return (verdict, sentences) if (verdict := verdicts(run)) else (sentences[:1], sentences[1:])
+    verdict = [verdict.text for verdict in verdicts(run)]
+    return (verdict, sentences) if verdict else (sentences[:1], sentences[1:])
 
 
 def print_results(run: Run, files: Sequence[Path], left_out: Sequence[Cell], console: Console) -> None:

@@ -71,6 +71,11 @@ class Difference:
         return self.low > 0 or self.high < 0
 
     @property
+    def is_exactly_zero(self) -> bool:
+        """True if the losses of all tokens are the same."""
+        return self.mean == self.low == self.high == 0
+
+    @property
     def is_tie(self) -> bool:
         """True if there is an interval and it contains zero."""
         return self.has_interval and not self.is_distinguishable

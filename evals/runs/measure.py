@@ -56,6 +56,7 @@ def measure_all(
     deadline: float | None = None,
     is_hard: bool = False,
     rate: float | None = None,
+    is_wanted: Callable[[Cell], bool] = lambda cell: True,
     then: Callable[[Cell], None] = lambda cell: None,
     progress: RunProgress | None = None,
 ) -> RunOutcome:
@@ -75,6 +76,7 @@ def measure_all(
             far, is left out. Without a `rate` the first cell always begins.
         is_hard: a cell that is still running at the deadline is stopped and left out.
         rate: operations per second of an earlier outcome.
+        is_wanted: asked when it is a cell's turn; a cell that is not wanted is left out.
         then: called with each cell that was measured here.
         progress: the bar of a longer search that this is a part of. None: a new bar is drawn.
 
@@ -91,7 +93,7 @@ def measure_all(
         work = _Work(model, run, bar, todo, rate, deadline, is_hard)
         try:
             while todo:
-                todo = _take(todo, run, work, outcome, then)
+                todo = _take(todo, run, work, outcome, is_wanted, then)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{_stored(run)}{_CONTINUES if run.rows else ''}") from None
         finally:
@@ -104,12 +106,17 @@ _CONTINUES = "; the same command continues from there"
 
 
 def _take(
-    cells: Sequence[Cell], run: Run, work: _Work, outcome: RunOutcome, then: Callable[[Cell], None]
+    cells: Sequence[Cell],
+    run: Run,
+    work: _Work,
+    outcome: RunOutcome,
+    is_wanted: Callable[[Cell], bool],
+    then: Callable[[Cell], None],
 ) -> list[Cell]:
     """Measure the cells that are free and fit in the time. Returns those that other processes hold."""
     busy = []
     for cell in cells:
-        if tensor_parallel.broadcast_from_rank0(work.is_too_late(cell)):
+        if tensor_parallel.broadcast_from_rank0(work.is_too_late(cell)) or not is_wanted(cell):
             outcome.left_out.append(cell)
             work.drop(cell)
             continue

@@ -369,15 +369,15 @@ AS_JSON = {
     "vocab": (["TINY", "--text", "FILE", "--cuts", "5"], lambda shown: shown["seed"] == 0),
     "ppl": (
         ["TINY", "--text", "FILE", "--lengths", "1x", "--target", "64", "--out", "OUT"],
-        lambda shown: shown["rows"][0]["context"] == 256 and shown["left_out"] == [],
+        lambda shown: shown["rows"][0]["context"] == 256 and shown["left_out"] == [] and len(shown["verdict"]) == 1,
     ),
     "continuation": (
         ["TINY", "--text", "FILE", "--cuts", "1", "--out", "OUT"],
-        lambda shown: len(shown["rows"]) > 0 and shown["folder"].endswith("out"),
+        lambda shown: len(shown["rows"]) > 0 and shown["folder"].endswith("out") and shown["verdict"] == [],
     ),
     "passkey": (
         ["TINY", "--lengths", "1x", "--trials", "1", "--depths", "0", "--out", "OUT"],
-        lambda shown: shown["rows"][0]["task"] == "passkey",
+        lambda shown: shown["rows"][0]["task"] == "passkey" and shown["verdict"][0].startswith("passkey: "),
     ),
 }
 

@@ -134,8 +134,8 @@ def demo(full: bool, max_minutes: float, out: Path, as_json: bool) -> None:
     started = time.monotonic()  # importing is part of the time
     from ..evals.demo import run_demo
 
-    with printed(as_json, out):
-        run_demo(max_minutes=None if full else max_minutes, out=out, started=started)
+    with printed(as_json, out) as left_out:
+        left_out += run_demo(max_minutes=None if full else max_minutes, out=out, started=started)
 
 
 @command(

@@ -109,28 +109,39 @@ class Measurement:
         if tensor_parallel.is_first():
             finish(run, outcome.left_out, Console(quiet=True) if self.as_json else console)
         if self.as_json:
-            left_out = [{"rope": str(cell.scaler), "length": cell.label} for cell in outcome.left_out]
-            print_run(run, left_out)
+            print_run(run, outcome.left_out)
 
 
-def print_run(run: Run, left_out: Sequence[dict[str, str]] = ()) -> None:
-    """A run as one line of JSON."""
-    print_json({"folder": run.folder, "rows": run.rows, "left_out": left_out})
+def print_run(run: Run, left_out: Sequence[Cell] = ()) -> None:
+    """A run as one line of JSON. Runs of other kinds than perplexity and retrieval have no verdict."""
+    from ..evals.reports.report import verdict_and_findings
+
+    has_verdict = any(row.get("task") == "ppl" or "suite" in row for row in run.rows)
+    print_json(
+        {
+            "folder": run.folder,
+            "verdict": verdict_and_findings(run)[0] if has_verdict else [],
+            "rows": run.rows,
+            "left_out": [{"rope": str(cell.scaler), "length": cell.label} for cell in left_out],
+        }
+    )
 
 
 @contextlib.contextmanager
-def printed(as_json: bool, out: Path) -> Iterator[None]:
-    """Where a measurement prints: on standard output; for JSON on standard error, and its rows follow.
+def printed(as_json: bool, out: Path) -> Iterator[list[Cell]]:
+    """Where a measurement prints: on standard output; for JSON on standard error, and its rows follow. The block
+    appends what it left out for lack of time.
 
     Args:
         out: the run's folder.
     """
+    left_out: list[Cell] = []
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        yield
+        yield left_out
     if as_json:
         from ..evals.runs.result import Run
 
-        print_run(Run(out))
+        print_run(Run(out), left_out)
 
 
 def load_measured(model: str, **loading: Any) -> LocalModel:

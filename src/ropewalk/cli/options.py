@@ -86,7 +86,9 @@ def json_option(of: str) -> Decorator:
 
 def run_json_option() -> Decorator:
     """`--json` of a command that measures, which prints its run by `print_run`."""
-    return json_option("folder, rows (those of results.jsonl), left_out (for lack of time: rope, length)")
+    return json_option(
+        "folder, verdict (sentences), rows (those of results.jsonl), left_out (for lack of time: rope, length)"
+    )
 
 
 def rope_option(default: str | None = "none", note: str = "") -> Decorator:
