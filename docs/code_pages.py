@@ -230,10 +230,13 @@ def _entry(name: str, value: Any) -> list[str]:
 
 
 def _methods(value: Any) -> list[tuple[str, Any]]:
-    """Public methods of a class."""
+    """Public methods of a class, and of the abstract classes that it completes."""
     if not isinstance(value, type):
         return []
-    found = [(name, one) for name, one in vars(value).items() if inspect.isfunction(one) and one.__doc__]
+    kinds = [value, *filter(inspect.isabstract, value.__mro__[1:])]
+    found = [
+        (name, one) for kind in kinds for name, one in vars(kind).items() if inspect.isfunction(one) and one.__doc__
+    ]
     return [(name, one) for name, one in found if not name.startswith("_")]
 
 

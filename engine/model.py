@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, Setting
 from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.vocabulary import check_text
 from . import tuned_scalers
-from .chat import ChatSession
+from .chat_session import ChatSession
 from .chat_template import Message, chat_ids
 from .completion import Completion, Score
 from .generation import Batch, complete_all, generate_tokens
@@ -178,8 +178,11 @@ class Model(ScaledModel):
             path: a file of `ChatSession.save` to continue from. It has its own system message.
 
         Raises:
+            ConfigError: both are given.
             DataError: the file is not a chat of this model.
         """
+        if system is not None and path is not None:
+            raise ConfigError("a stored chat has its own system message; leave out ", Setting("system", form="name"))
         session = ChatSession(self, [] if system is None else [{"role": "system", "content": system}])
         if path is not None:
             session.load(path)

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Generator, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError, DataError
 from ..tokenizer_tools.characters import finished_text, first_characters, invalid_runs, unfinished
 from ..tokenizer_tools.cover import shared_length
 from ..tokenizer_tools.vocabulary import check_text
 from .cache import can_rewind
+from .cached_session import CachedSession, completed
 from .completion import Completion
 from .generation import stream_on_cache
 from .kv_cache import KVCache
 from .prefill import Progress, prefill
-from .prefix_cache import PrefixCache
 from .prompt import Prompt
-from .sampling import SamplingParams
+from .sampling import SamplingParams, with_settings
 from .scaled_model import ScaledModel
 from .sequence import Sequence
-from .session_file import read_session_file, write_session_file
 
-_FORMAT = "ropewalk session 1"
 _SHOWN = 60  # characters of the end of the text in `print(session)`
 
 
-class Session:
+class Session(CachedSession):
     """A text in progress: append to it, continue it, fork it, crop it, save it. `Model.session` makes one.
 
         with model.session() as chat:
             chat.append(report)
-            print(chat.generate("\n\nIn one sentence:").text)
+            print(chat.generate("\n\nIn one sentence:", max_new_tokens=40).text)
 
     Its answers are those that `Model.generate` gives after the whole text, which is not read again. When `model.rope`
     changes, or the length that it depends on, the cached keys are rotated in place. Upper layers keep what they
@@ -41,11 +40,11 @@ class Session:
     character when it is whole.
     """
 
+    _format = "ropewalk session 1"
+
     def __init__(self, model: ScaledModel) -> None:
-        self._model = model
+        super().__init__(model)
         self._data = b""  # the text in UTF-8
-        self._cached = PrefixCache()
-        self._stream: weakref.ref[Generator[str, None, None]] | None = None  # dropping a stream closes it
 
     @property
     def text(self) -> str:
@@ -56,11 +55,6 @@ class Session:
     def text(self, text: str) -> None:
         check_text(text)
         self._data = text.encode()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in the cache."""
-        return len(self._cached.ids)
 
     def __str__(self) -> str:
         """The model and scaler, how much is held, and how the text ends."""
@@ -77,7 +71,7 @@ class Session:
     def __repr__(self) -> str:
         return f"<Session of {self._model.name}, {self.tokens:,} tokens held>"
 
-    def append(self, text: str, progress: Progress | None = None) -> None:
+    def append(self, text: str, *, progress: Progress | None = None) -> None:
         """Read more text. The last few tokens are read later, when the text after them is known.
 
         After an interruption the text is as it was before. What was read of it is not read again.
@@ -102,40 +96,42 @@ class Session:
                 self._cached.ids = certain_ids
         self._data = data
 
-    def generate(self, text: str = "", params: SamplingParams | None = None) -> Completion:
+    def generate(self, text: str = "", params: SamplingParams | None = None, **settings: Any) -> Completion:
         """Append `text` and continue; the answer becomes part of the session.
 
         After an interruption the text holds what was generated before it.
 
+        Args:
+            settings: fields of `SamplingParams`, in place of those of `params`.
+
         Raises:
             ContextOverflow: the text is longer than the scaler reaches, or than memory holds.
         """
-        sequence, pieces = self._start(text, params or SamplingParams())
-        for _ in pieces:
-            pass
-        return sequence.completion()
+        return completed(*self._answer(text, with_settings(params, settings)))
 
     def stream(
-        self, text: str = "", params: SamplingParams | None = None, progress: Progress | None = None
+        self,
+        text: str = "",
+        params: SamplingParams | None = None,
+        *,
+        progress: Progress | None = None,
+        **settings: Any,
     ) -> Iterator[str]:
         """The text of `generate`, piece by piece. If it is closed, the text so far stays in the session.
 
         Args:
+            settings: fields of `SamplingParams`, in place of those of `params`.
             progress: as in `Model.stream`.
         """
-        return self._start(text, params or SamplingParams(), progress)[1]
+        return self._answer(text, with_settings(params, settings), progress)[1]
 
-    def _start(
+    def _answer(
         self, text: str, params: SamplingParams, progress: Progress | None = None
     ) -> tuple[Sequence, Iterator[str]]:
         self._end_stream()
         data = self._data_with(text)
         prompt = self._read(data, params)
-        length = self._model.check_length(len(prompt.ids), params, self._cached.cache)
-        sequence = Sequence(prompt, params, self._model.vocabulary, self._model.stop_ids, progress=progress)
-        pieces = self._stream_answer(data, sequence, length)
-        self._stream = weakref.ref(pieces)
-        return sequence, pieces
+        return self._start(prompt, params, progress, partial(self._stream_answer, data))
 
     def _stream_answer(self, data: bytes, sequence: Sequence, length: int) -> Generator[str, None, None]:
         before, self._data = self._data, data
@@ -148,11 +144,6 @@ class Session:
             raise
         finally:
             self._data = data + sequence.data if sequence.tokens or not interrupted else before
-
-    def _end_stream(self) -> None:
-        if self._stream is not None and (stream := self._stream()) is not None:
-            stream.close()
-        self._stream = None
 
     def fork(self) -> Session:
         """An independent session that continues from here. Buffers are copied when one of the two writes."""
@@ -173,45 +164,14 @@ class Session:
         certain_ids = self._read(self._data).certain_ids if self._data else []
         self._cached.truncate_to(self._cached.ids[: shared_length(self._cached.ids, certain_ids)])
 
-    def save(self, path: str | Path) -> None:
-        """Write text, keys and values to a `.safetensors` file. `Model.session(path)` continues from it.
+    def _content(self) -> dict[str, Any]:
+        return {"text": self._data.decode(errors="surrogateescape")}
 
-        A file at `path` is replaced when the new one is complete.
-
-        Raises:
-            ConfigError: the model is not run by the compiled kernels; only their caches can be saved.
-            DataError: the file cannot be written.
-        """
-        self._end_stream()
-        content = {"text": self._data.decode(errors="surrogateescape")}
-        write_session_file(self._model, path, self._cached, _FORMAT, content)
-
-    def load(self, path: str | Path) -> None:
-        """Replace this session's text and cache by those of a file that `save` wrote.
-
-        Raises:
-            ConfigError: the model is not run by the compiled kernels.
-            ContextOverflow: the session does not fit into memory.
-            DataError: the file is not a session, or belongs to another model or kv_dtype. Nothing has changed then.
-        """
-        self._end_stream()
-        header, cached = read_session_file(self._model, path, _FORMAT)
+    def _restore(self, content: dict[str, Any], path: str | Path) -> None:
         try:
-            data = header["text"].encode(errors="surrogateescape")
+            self._data = content["text"].encode(errors="surrogateescape")
         except (KeyError, AttributeError, UnicodeEncodeError) as error:
             raise DataError(f"{path} cannot be read as a session: its text is damaged") from error
-        self._data, self._cached = data, cached
-
-    def close(self) -> None:
-        """Free the cache; the text stays."""
-        self._end_stream()
-        self._cached.clear()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _data_with(self, text: str) -> bytes:
         check_text(text)

@@ -38,7 +38,7 @@ from .errors import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .engine.chat import ChatSession
+    from .engine.chat_session import ChatSession
     from .engine.completion import Completion, Score, TokenHealing
     from .engine.exports.export import Export, export
     from .engine.load import load
@@ -66,7 +66,7 @@ _LAZY = {
     "PatchHandle": ".engine.patches.patch",
     "patch": ".engine.patches.patch",
     "SamplingParams": ".engine.sampling",
-    "ChatSession": ".engine.chat",
+    "ChatSession": ".engine.chat_session",
     "Session": ".engine.session",
     "parse": ".scaling.spec",
     "scalers": ".scaling.spec",

@@ -252,9 +252,19 @@ def test_a_crop_outside_of_the_text_is_refused(model, length):
 def test_progress_counts_all_tokens_once_from_where_the_cache_ends(model, monkeypatch):
     monkeypatch.setattr(rw.engine.prefill, "CHUNK", 40)
     session, calls = model.session(), []
-    session.append(TEXT * 3, lambda *call: calls.append(call))
+    session.append(TEXT * 3, progress=lambda *call: calls.append(call))
     first = session.tokens
-    session.append(TEXT * 2, lambda *call: calls.append(call))
+    session.append(TEXT * 2, progress=lambda *call: calls.append(call))
     assert calls[0] == (0, 40)
     assert [start for start, _ in calls] == [sum(n for _, n in calls[:k]) for k in range(len(calls))]
     assert sum(n for _, n in calls) == session.tokens > first
+
+
+def test_sampling_parameters_are_keywords_as_in_generate(model):
+    expected = model.generate(TEXT, greedy(5))
+    assert model.session().generate(TEXT, max_new_tokens=5, temperature=0) == expected
+    assert "".join(model.session().stream(TEXT, greedy(9), max_new_tokens=5)) == expected.text
+    session = model.session()
+    with pytest.raises(rw.ConfigError, match="max_new_tokens"):
+        session.generate(TEXT, max_tokens=5)
+    assert session.text == ""

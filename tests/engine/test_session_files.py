@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import ropewalk as rw
-from ropewalk.engine import session_file as module
+from ropewalk.engine import cached_session as module
 from ropewalk.engine.model import Model
 from ropewalk.engine.runners.choose import RunnerOptions
 

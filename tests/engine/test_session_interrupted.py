@@ -48,10 +48,10 @@ def test_reading_is_interrupted_by_its_progress_and_goes_on_where_it_was(model, 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        session.append(LONG, stop)
+        session.append(LONG, progress=stop)
     assert (session.text, session.tokens) == ("", 80)
     check_cache(model, session)
-    session.append(LONG, stop)
+    session.append(LONG, progress=stop)
     assert calls[2][0] == 80
     continues(model, session)
 

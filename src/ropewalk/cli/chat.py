@@ -14,7 +14,7 @@ from .options import EXAMPLES, command, loads_a_model, rope_option, sampling_opt
 from .waiting import load_model, waiting
 
 if TYPE_CHECKING:
-    from ..engine.chat import ChatSession
+    from ..engine.chat_session import ChatSession
     from ..engine.model import Model
     from ..engine.sampling import SamplingParams
 

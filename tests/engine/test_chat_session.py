@@ -230,6 +230,8 @@ def test_a_stored_chat_goes_on(model, tmp_path, monkeypatch):
             assert other.messages == chat.messages
     with pytest.raises(rw.DataError, match="ropewalk chat 1"):
         model.session(path)
+    with pytest.raises(rw.ConfigError, match="has its own system message; leave out system"):
+        model.chat_session("import sys", path=path)
 
 
 @pytest.mark.model

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import abc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError
+from .cached_session import CachedSession, completed
 from .chat_template import Message, chat_ids
 from .completion import Completion
 from .generation import stream_on_cache
 from .prefill import Progress
-from .prefix_cache import PrefixCache
 from .sampling import SamplingParams, with_settings
 from .scaled_model import ScaledModel
 from .sequence import Sequence
-from .session_file import read_session_file, write_session_file
-
-_FORMAT = "ropewalk chat 1"
 
 
-class ChatSession:
+class ChatSession(CachedSession):
     """Messages, with the keys and values of what was read of them. `Model.chat_session` makes one.
 
         chat = model.chat_session(system="You answer in one sentence.")
@@ -38,17 +35,12 @@ class ChatSession:
         unread: tokens that the last question had to read.
     """
 
+    _format = "ropewalk chat 1"
+
     def __init__(self, model: ScaledModel, messages: abc.Sequence[Message] = ()) -> None:
-        self._model = model
+        super().__init__(model)
         self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
         self.unread = 0
-        self._cached = PrefixCache()
-        self._stream: weakref.ref[abc.Generator[str, None, None]] | None = None  # dropping a stream closes it
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in the cache."""
-        return len(self._cached.ids)
 
     def __repr__(self) -> str:
         return f"<ChatSession with {self._model.name}, {len(self.messages)} messages, {self.tokens:,} tokens held>"
@@ -57,16 +49,13 @@ class ChatSession:
         """Send `text` and return the model's answer. Both become messages.
 
         Args:
-            settings: fields of `SamplingParams`.
+            settings: fields of `SamplingParams`, in place of those of `params`.
 
         Raises:
             ContextOverflow: the conversation is longer than the scaler reaches, or than memory holds. It stays as it
                 was before the question.
         """
-        sequence, pieces = self._start(text, with_settings(params, settings))
-        for _ in pieces:
-            pass
-        return sequence.completion()
+        return completed(*self._answer(text, with_settings(params, settings)))
 
     def stream(
         self, text: str, params: SamplingParams | None = None, *, progress: Progress | None = None, **settings: Any
@@ -77,48 +66,14 @@ class ChatSession:
         Args:
             progress: as in `Model.stream`, for `unread` tokens in all.
         """
-        return self._start(text, with_settings(params, settings), progress)[1]
+        return self._answer(text, with_settings(params, settings), progress)[1]
 
     def reset(self) -> None:
         """Remove all messages but a system message at the beginning."""
         self._end_stream()
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
-    def save(self, path: str | Path) -> None:
-        """Write messages, keys and values to a `.safetensors` file; `Model.chat_session(path=...)` continues from it.
-
-        Raises:
-            ConfigError: the model is not run by the compiled kernels; only their caches can be saved.
-            DataError: the file cannot be written, or JSON cannot hold a message.
-        """
-        self._end_stream()
-        write_session_file(self._model, path, self._cached, _FORMAT, {"messages": self.messages})
-
-    def load(self, path: str | Path) -> None:
-        """Replace this conversation by one that `save` wrote.
-
-        Raises:
-            ConfigError, ContextOverflow, DataError: as `Session.load`. Nothing has changed then.
-        """
-        self._end_stream()
-        header, cached = read_session_file(self._model, path, _FORMAT)
-        messages = header.get("messages")
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-            raise DataError(f"{path} cannot be read as a chat: its messages are damaged")
-        self.messages, self._cached = messages, cached
-
-    def close(self) -> None:
-        """Free the cache; the messages stay."""
-        self._end_stream()
-        self._cached.clear()
-
-    def __enter__(self) -> ChatSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _start(
+    def _answer(
         self, text: str, params: SamplingParams, progress: Progress | None = None
     ) -> tuple[Sequence, abc.Iterator[str]]:
         self._end_stream()
@@ -127,12 +82,9 @@ class ChatSession:
             raise ConfigError(f"a message is text, not {type(text).__name__}")
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = model.read(chat_ids(messages, model.tokenizer, model.vocabulary), params.continuation)
-        length = model.check_length(len(prompt.ids), params, self._cached.cache)
-        sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids, progress=progress)
+        answer = self._start(prompt, params, progress, partial(self._stream_answer, messages))
         self.unread = len(prompt.certain_ids) - self._cached.shared(prompt.certain_ids)
-        pieces = self._stream_answer(messages, sequence, length)
-        self._stream = weakref.ref(pieces)
-        return sequence, pieces
+        return answer
 
     def _stream_answer(
         self, messages: list[dict[str, Any]], sequence: Sequence, length: int
@@ -145,7 +97,11 @@ class ChatSession:
             if finished or sequence.text:
                 self.messages = [*messages, {"role": "assistant", "content": sequence.text}]
 
-    def _end_stream(self) -> None:
-        if self._stream is not None and (stream := self._stream()) is not None:
-            stream.close()
-        self._stream = None
+    def _content(self) -> dict[str, Any]:
+        return {"messages": self.messages}
+
+    def _restore(self, content: dict[str, Any], path: str | Path) -> None:
+        messages = content.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+            raise DataError(f"{path} cannot be read as a chat: its messages are damaged")
+        self.messages = messages
