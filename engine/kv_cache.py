@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,11 +207,26 @@ class KVCache(Cache):  # type: ignore[misc]
         return other
 
 
-def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
-    """Refuse `tokens` more tokens whose keys and values do not fit into memory, or into the folder of the cache.
+def owned_tokens(caches: Iterable[Cache | None]) -> int:
+    """Tokens of caches that have memory already, which no fork shares."""
+    return sum(cache.owned for cache in caches if isinstance(cache, KVCache))
+
+
+def needed_bytes(shape: CacheShape, tokens: int, forms: int) -> int:
+    """Bytes that the values of `tokens` tokens and all copies of their keys take.
 
     Args:
         forms: copies of the keys that the scaler needs, 1 without a position map.
+    """
+    return shape.bytes_per_token * (forms + 1) // 2 * tokens
+
+
+def check_room(shape: CacheShape, tokens: int, forms: int, reserved: int = 0) -> None:
+    """Refuse `tokens` more tokens whose keys and values do not fit into memory, or into the folder of the cache.
+
+    Args:
+        forms: as for `needed_bytes`.
+        reserved: bytes that other caches will take.
 
     Raises:
         ContextOverflow: with the numbers, and the kv_dtype or offload that would fit.
@@ -218,7 +234,8 @@ def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
     available = psutil.virtual_memory().available
     if shape.folder is not None:
         available = shutil.disk_usage(shape.folder).free
-    needed = _bytes(shape, forms) * tokens
+    available = max(0, available - reserved)
+    needed = needed_bytes(shape, tokens, forms)
     if needed <= available:
         return
     ways: list[list[str | Setting]] = []
@@ -228,18 +245,13 @@ def check_room(shape: CacheShape, tokens: int, forms: int) -> None:
             ways.append([Setting("kv_dtype", "int8", "load"), f" ({_gb(smaller.bytes_per_token * tokens)}), or "])
     if shape.folder is None:
         ways.append([Setting("offload", "FOLDER", "load"), ", which keeps keys and values in a file there, or "])
-    ways.append([f"take at most {format_length(available // _bytes(shape, forms))} tokens"])
+    ways.append([f"take at most {format_length(available // needed_bytes(shape, 1, forms))} tokens"])
     where = "memory" if shape.folder is None else f"free space in {shape.folder}"
     raise ContextOverflow(
         f"keys and values of {format_length(tokens)} tokens take {_gb(needed)}, more than the {_gb(available)} of "
         f"{where}; ",
         *(part for way in ways for part in way),
     )
-
-
-def _bytes(shape: CacheShape, forms: int) -> int:
-    """Bytes of a token: all copies of its keys, and its values."""
-    return shape.bytes_per_token * (forms + 1) // 2
 
 
 def _gb(count: int) -> str:

@@ -16,10 +16,11 @@ from ..scaling.rope import Scaler
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.vocabulary import check_text
 from . import tuned_scalers
+from .batch import Batch, generate_tokens
 from .chat_session import ChatSession
 from .chat_template import Message, chat_ids
 from .completion import Completion, Score
-from .generation import Batch, complete_all, generate_tokens
+from .generation import complete_all
 from .nbce import NBCE, PooledSequence, complete_pooled
 from .prefill import Progress, score
 from .prefix_cache import ContextCaches
@@ -293,7 +294,6 @@ class Model(ScaledModel):
         ids = token_ids(ids, self.vocabulary_size)
         if not 1 <= first < len(ids):
             raise DataError(f"first {first} of {len(ids)} token ids: it must be at least 1 and below their number")
-        self.check_weights()
         with self.running(len(ids)) as runner:
             if cache is None:
                 cache = self.new_cache(len(ids))

@@ -16,9 +16,9 @@ from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, ContextOverflow, OutOfMemory, Setting, did_you_mean
 from ..tokenizer_tools.vocabulary import check_text
+from .batch import Batch, generate_tokens
 from .cache import tokens_read
 from .completion import Completion, Usage
-from .generation import Batch, generate_tokens
 from .hf_model import input_device
 from .prefill import Progress, prefill
 from .prefix_cache import ContextCaches
@@ -163,8 +163,8 @@ class PooledSequence(Sequence):
             ContextOverflow: all contexts together are more than memory holds.
         """
         with self._context_caches.borrowed(self._prompts) as prefix_caches:
-            lengths = [len(prompt.ids) + self._params.max_new_tokens for prompt in self._prompts]
-            self._model.check_room(*lengths, length=self._longest, caches=tuple(each.cache for each in prefix_caches))
+            held = [prefix_cache.cache for prefix_cache in prefix_caches]
+            self._model.check_room(*self.row_lengths, length=self._longest, caches=held)
             rope, interrupted = self._model.rope, True
             with self._model.running(self._longest, rope) as runner:
                 self._caches = [
@@ -187,6 +187,10 @@ class PooledSequence(Sequence):
     def length(self) -> int:
         """Tokens of the longest row with its answer."""
         return self._longest
+
+    @property
+    def row_lengths(self) -> list[int]:
+        return [len(prompt.ids) + self._params.max_new_tokens for prompt in self._prompts]
 
     @property
     def caches(self) -> list[Cache]:

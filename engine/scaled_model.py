@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +22,7 @@ from ..tokenizer_tools.vocabulary import Vocabulary
 from . import hf_model, tuned_scalers
 from .auto import Choice
 from .hf_model import stop_ids
-from .kv_cache import KVCache
+from .kv_cache import owned_tokens
 from .patches.scaler_slot import ScalerSlot
 from .prompt import Prompt, token_ids
 from .rotary_site import RotarySite, depends_on_length, primary_rotary
@@ -106,16 +106,20 @@ class ScaledModel:
 
         Args:
             length: None is within the trained length.
-            expected_rope: the scaler that the model has to have: a text was begun under it.
+            expected_rope: the scaler under which a text was begun that goes on now. None begins one.
             rope: a scaler for this block alone; None is the model's.
 
         Raises:
-            PatchError: the model's scaler is no longer `expected_rope`.
+            PatchError: the scaler is no longer `expected_rope`; or, where it is None, a transformers model was changed
+                after it was loaded.
         """
         with self._lock, torch.inference_mode():
-            if expected_rope is not None and self.rope is not expected_rope:
+            asked = self.rope if rope is None else rope
+            if expected_rope is None:
+                self._check_weights()  # 1 ms, too much for every token
+            elif asked is not expected_rope:
                 raise PatchError(
-                    f"the scaler was changed from {expected_rope} to {self.rope} while a text was being streamed; "
+                    f"the scaler was changed from {expected_rope} to {asked} while a text was being streamed; "
                     "finish the stream first, or start it again"
                 )
             scaler = self.plan.at(length) if rope is None else rope
@@ -154,13 +158,15 @@ class ScaledModel:
             self._slot.prepare(self.plan.at(None), None)
 
     def plan_for(self, rope: str | Scaler) -> RopePlan:
-        """The plan of a request with a scaler of its own. The model's scaler stays.
+        """The plan of a request with a scaler of its own. The model's scaler stays; asked for, it gives `plan`.
 
         Raises:
             ConfigError, UnsupportedModel: the spec is wrong, or the model does not take the scaler.
         """
         parsed = parse(rope, self.trained_length)
         with self._lock:
+            if parsed == self.rope:
+                return self.plan
             if not isinstance(parsed, Auto):
                 self._slot.prepare(parsed, None)
             return self._plan(parsed)
@@ -336,34 +342,34 @@ class ScaledModel:
         total, plan = tokens + params.max_new_tokens, plan or self.plan
         if total > self._limit(plan):
             raise too_long(tokens, params, self.name, plan.rope, plan.reach, self.given_max_length)
-        self.check_room(total, length=total, caches=caches, plan=plan)
+        self.check_room(total, length=total, caches=caches, rope=plan.at(total))
         return total
 
-    def check_weights(self) -> None:
-        """Refuse a transformers model that was changed after it was loaded.
-
-        Raises:
-            PatchError: with the next step.
-        """
+    def _check_weights(self) -> None:
+        """Refuse a transformers model that was changed after it was loaded."""
         if self.weights_at_load is not None and self.weights_at_load != hf_model.weights_state(self.hf):
             raise PatchError(
                 f"the weights of {self.name} have changed since it was loaded; load it again: rw.load(model)"
             )
 
     def check_room(
-        self, *rows: int, length: int, caches: tuple[Cache | None, ...] = (), plan: RopePlan | None = None
+        self,
+        *rows: int,
+        length: int,
+        caches: Iterable[Cache | None] = (),
+        rope: Scaler | None = None,
+        reserved: int = 0,
     ) -> None:
         """Raise ContextOverflow if memory is known to lack room for caches of so many tokens.
 
         Args:
             length: tokens of the longest sequence; how much room a token takes depends on the scaler for it.
             caches: what holds a part of them already.
-            plan: the scaler of the request; None is the model's.
+            rope: the scaler of the sequences; None is the model's.
+            reserved: bytes that other caches will take.
         """
-        self.check_weights()
-        owned = sum(cache.owned for cache in caches if isinstance(cache, KVCache))
-        with self.running(length, rope=(plan or self.plan).at(length)) as runner:
-            runner.check_room(*rows, owned=owned)
+        with self.running(length, rope=rope) as runner:
+            runner.check_room(*rows, owned=owned_tokens(caches), reserved=reserved)
 
 
 def too_long(

@@ -1,7 +1,7 @@
 """Many requests on one model: a thread that generates all answers in batches.
 
-Requests join and leave between two steps. Those with the same frequencies are one batch, and batches take turns. Up to
-rounding, no answer depends on the other requests.
+Requests begin in the order in which they arrive, and join and leave between two steps. Those with the same frequencies
+are one batch, and batches take turns. Up to rounding, no answer depends on the other requests.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ..errors import RopewalkError
+from ..errors import ConfigError, RopewalkError
 from ..scaling.rope import Scaler
+from .batch import Admission, Batch, generate_tokens
 from .completion import Completion, Token
-from .generation import ROWS, Batch, generate_tokens
+from .generation import ROWS
 from .prefix_cache import PrefixStore
-from .scaled_model import RopePlan, ScaledModel
+from .scaled_model import ScaledModel
 from .sequence import Sequence
 
 _LOG = logging.getLogger("ropewalk.scheduler")
@@ -67,7 +68,7 @@ class Scheduler:
     """Generates the answers of requests in a thread, until it is closed.
 
     Args:
-        rows: most sequences of a batch that are generated together.
+        rows: most requests that are answered at a time, whatever their scalers.
         waiting: most requests that wait for a place.
         cache_bytes: most bytes of keys and values of ended requests, which later requests that begin alike reuse.
     """
@@ -77,9 +78,10 @@ class Scheduler:
         self.store = PrefixStore(cache_bytes)
         self._rows, self._limit = rows, rows + waiting
         self._changed = threading.Condition()
-        self._arrived: deque[Request] = deque()
+        self._waiting: deque[Request] = deque()
         self._cancelled: set[Request] = set()
-        self._requests: dict[Sequence, Request] = {}
+        self._requests: dict[Sequence, Request] = {}  # those that are in a batch
+        self._admission = Admission(rows, shared=True)
         self._batches: dict[object, tuple[Batch, Iterator[list[tuple[Sequence, str]]]]] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="ropewalk scheduler", daemon=True)
@@ -88,27 +90,25 @@ class Scheduler:
     @property
     def active(self) -> int:
         """Number of requests that wait or are being answered."""
-        return len(self._requests) + len(self._arrived)
+        return len(self._requests) + len(self._waiting)
 
     @property
     def running(self) -> int:
         """Number of requests that are being answered."""
         return sum(len(batch.running) for batch, _ in list(self._batches.values()))
 
-    def plan(self, spec: str | None) -> RopePlan:
-        """The scalers of a request.
-
-        Raises:
-            ConfigError, UnsupportedModel: `spec` is wrong, or the model does not take it.
-        """
-        return self.model.plan if spec is None else self.model.plan_for(spec)
-
     def submit(self, *requests: Request) -> None:
         """Accept requests, all of them or none.
 
         Raises:
+            ConfigError: they are more than the scheduler ever takes.
             QueueFull: too many are waiting, or the scheduler is closed.
         """
+        if len(requests) > self._limit:
+            raise ConfigError(
+                f"{len(requests)} answers at once are more than the {self._limit} that this server takes; ask for "
+                "fewer (n times the prompts), or serve with a larger --queue"
+            )
         with self._changed:
             if self._closed:
                 raise QueueFull("the server is shutting down; send the request to another one")
@@ -117,7 +117,7 @@ class Scheduler:
                     f"{self.active} requests are waiting or being answered, and this server takes {self._limit}; "
                     "try again later, or serve with a larger --queue"
                 )
-            self._arrived.extend(requests)
+            self._waiting.extend(requests)
             self._changed.notify()
 
     def cancel(self, *requests: Request) -> None:
@@ -137,24 +137,33 @@ class Scheduler:
     def _run(self) -> None:
         while self._take():
             for key in list(self._batches):
+                lead = self._admission.lead
                 if not self._step(key):
                     del self._batches[key]
+                elif self._admission.lead > lead:  # it has read a prompt: next, another batch may
+                    self._batches[key] = self._batches.pop(key)
 
     def _take(self) -> bool:
-        """Wait for work, and put new requests into batches. False when the scheduler is closed and all are answered."""
+        """Wait for work, and put requests into batches. False when the scheduler is closed and all are answered."""
         with self._changed:
-            while not (self._arrived or self._batches or self._closed):
+            while not (self._waiting or self._batches or self._closed):
                 self._changed.wait()
-            arrived, self._arrived = self._arrived, deque()
             cancelled, self._cancelled = self._cancelled, set()
-            for request in arrived:
-                if request not in cancelled:
-                    self._requests[request.sequence] = request
-                    self._batch_of(request).waiting.append(request.sequence)
+            self._waiting = deque(request for request in self._waiting if request not in cancelled)
             for request in cancelled:
                 if self._requests.pop(request.sequence, None) is not None:
                     request.sequence.end("cancelled")  # its batch skips it from now on
+            while self._waiting and self._has_place():
+                request = self._waiting.popleft()
+                self._requests[request.sequence] = request
+                self._batch_of(request).waiting.append(request.sequence)
         return bool(self._batches) or not self._closed
+
+    def _has_place(self) -> bool:
+        """True if one more request may enter its batch. Where memory is short, those before it have to begin first."""
+        admission = self._admission
+        all_began = admission.limit == self._rows or self._requests.keys() <= set(admission.in_progress)
+        return all_began and len(self._requests) < self._rows
 
     def _batch_of(self, request: Request) -> Batch:
         """The batch of the requests with the same frequencies."""
@@ -162,13 +171,7 @@ class Scheduler:
         key = (request.scaler, alone)
         if key not in self._batches:
             batch = Batch(
-                self.model,
-                [],
-                request.length,
-                rope=request.scaler,
-                rows=self._rows,
-                store=self.store,
-                takes_turns=True,
+                self.model, [], request.length, rope=request.scaler, admission=self._admission, store=self.store
             )
             self._batches[key] = batch, generate_tokens(batch)
         return self._batches[key][0]

@@ -76,6 +76,11 @@ class Sequence:
         return len(self.prompt.ids) + self._params.max_new_tokens
 
     @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of the prompt and `max_new_tokens` in each row."""
+        return [self.length]
+
+    @property
     def caches(self) -> list[Cache]:
         """The caches of the rows."""
         return [] if self.cache is None else [self.cache]

@@ -88,12 +88,21 @@ class Runner(ABC):
         check_ids(ids, self.vocabulary_size)
 
     @abstractmethod
-    def check_room(self, *rows: int, owned: int = 0) -> None:
+    def check_room(self, *rows: int, owned: int = 0, reserved: int = 0) -> None:
         """Raise ContextOverflow if memory is known to be too small for caches of these lengths.
 
         Args:
             rows: the tokens of each cache.
             owned: how many of all these tokens have allocated memory already.
+            reserved: bytes that other caches will take.
+        """
+
+    @abstractmethod
+    def needed_bytes(self, *rows: int, owned: int = 0) -> int:
+        """Bytes that caches of these lengths will take beside what they have; 0 if that is not known.
+
+        Args:
+            rows, owned: as for `check_room`.
         """
 
     @abstractmethod

@@ -54,8 +54,12 @@ class TransformersRunner(Runner):
         shared = f", split over {dist.get_world_size()} processes" if tensor_parallel.is_split() else ""
         return f"transformers' modules in {self.weights} on {input_device(self.hf).type}{shared}{reason}"
 
-    def check_room(self, *rows: int, owned: int = 0) -> None:
+    def check_room(self, *rows: int, owned: int = 0, reserved: int = 0) -> None:
         """Never raises, because the memory that transformers' modules need is not known."""
+
+    def needed_bytes(self, *rows: int, owned: int = 0) -> int:
+        """0, as it is not known."""
+        return 0
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for one sequence of about `capacity` tokens."""

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...engine.batch import Batch, generate_tokens
 from ...engine.cache import can_rewind
-from ...engine.generation import Batch, generate_tokens
 from ...engine.hf_model import input_device
 from ...engine.model import Model
 from ...engine.prefill import prefill, scored_logits

@@ -1,11 +1,13 @@
 """What the tests of sessions, batches and caches share: texts, a check of a session's cache, interruptions, counts."""
 
 from contextlib import contextmanager
+from weakref import WeakSet
 
+import psutil
 import torch
 
 import ropewalk as rw
-from ropewalk.engine.generation import Batch, generate_tokens
+from ropewalk.engine.batch import Batch, generate_tokens
 from ropewalk.engine.kv_cache import KVCache, KVLayer
 from ropewalk.engine.prefill import prefill
 from ropewalk.engine.runners.cpu.runner import CompiledRunner
@@ -96,6 +98,34 @@ class Memory:
 
     def __init__(self, available):
         self.available = available
+
+
+def limit_memory(monkeypatch, model, total):
+    """Simulate a memory of `total` bytes. Caches that are made from now on take of it what is written into them.
+
+    Returns:
+        A list with the bytes that were free at every look.
+    """
+    caches, new, fork, free = WeakSet(), model._runner.new_cache, KVCache.fork, []
+
+    def made(cache):
+        caches.add(cache)
+        return cache
+
+    def look():
+        written = {}  # by buffer, which forks share
+        for cache in caches:
+            buffer = cache.layers[0].keys.data_ptr()
+            written[buffer] = max(written.get(buffer, 0), cache.length)
+        free.append(total - sum(written.values()) * model.bytes_per_token)
+        return Memory(free[-1])
+
+    step = model._runner.step
+    monkeypatch.setattr(model._runner, "new_cache", lambda capacity: made(new(capacity)))
+    monkeypatch.setattr(KVCache, "fork", lambda cache: made(fork(cache)))
+    monkeypatch.setattr(model._runner, "step", lambda rows: look() and step(rows))
+    monkeypatch.setattr(psutil, "virtual_memory", look)
+    return free
 
 
 def prepare(model, length):

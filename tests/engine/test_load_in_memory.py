@@ -6,6 +6,10 @@ from live import TEXT, greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import ropewalk as rw
+from ropewalk.engine import scaled_model
+from ropewalk.engine.batch import Batch, generate_tokens
+from ropewalk.engine.sequence import Sequence
+from ropewalk.evals.models.local import LocalModel
 
 
 @pytest.fixture
@@ -64,15 +68,44 @@ def add(hf):
 @pytest.mark.parametrize("change", [update, replace, add])
 def test_a_changed_model_is_refused(hf, change):
     model = rw.load(hf)
+    local, session = LocalModel(model), model.session()
+    session.append(TEXT)
+    plan, ids = model.plan_for("yarn:2"), model.vocabulary.encode(TEXT)
     model.generate(TEXT, greedy(2))
     change(hf)
     for call in (
         lambda: model.generate(TEXT, greedy(2)),
-        lambda: model.score(TEXT),
+        lambda: model.stream(TEXT, greedy(2)),
         lambda: model.generate([TEXT, TEXT], greedy(2)),
+        lambda: model.generate(TEXT, greedy(2), contexts=["x"]),
+        lambda: model.generate_ids(ids, greedy(2)),
+        lambda: model.check_length(9, greedy(2), plan=plan),
+        lambda: session.append(TEXT),
+        lambda: session.generate(TEXT, greedy(2)),
+        lambda: model.score(TEXT),
+        lambda: model.logprob(TEXT),
+        lambda: model.next_byte_logprobs(TEXT),
+        lambda: next(local.logits(ids, 1, lambda *_: None)),
+        lambda: local.losses(ids, 1, lambda *_: None),
     ):
         with pytest.raises(rw.PatchError, match=r"load it again: rw\.load"):
             call()
+
+
+@pytest.mark.parametrize("rope", [None, "yarn:2"])
+def test_the_weights_are_not_compared_at_every_token(hf, monkeypatch, rope):
+    model = rw.load(hf)
+    scaler, looks = model.plan_for(rope or "none").rope, []
+    monkeypatch.setattr(scaled_model.hf_model, "weights_state", lambda _: looks.append(None) or model.weights_at_load)
+    counts = []
+    for tokens in (2, 30):
+        sequence = Sequence(model.read(TEXT, "auto"), greedy(tokens), model.vocabulary, model.stop_ids)
+        for _ in generate_tokens(Batch(model, [sequence], sequence.length, rope=rope and scaler)):
+            pass
+        assert len(sequence.tokens) == tokens
+        counts.append(len(looks))
+        looks.clear()
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,34 @@ def test_fewer_texts_are_begun_together_where_memory_runs_out(model, monkeypatch
     assert len(failures) == 1
 
 
+def test_more_texts_are_written_together_again_after_a_lack_of_memory_that_passed(model, monkeypatch):
+    params = rw.SamplingParams(max_new_tokens=6, temperature=1, seed=3)
+    prompts = [f"{BATCH[n % 5]}{n}\n" for n in range(30)]
+    expected = [model.generate(prompt, params).token_ids for prompt in prompts]
+    step, sizes = model._runner.step, []
+
+    def limited(rows):
+        sizes.append(len(rows))
+        if len(sizes) == 1:
+            raise MemoryError("cannot allocate")
+        return step(rows)
+
+    monkeypatch.setattr(model._runner, "step", limited)
+    assert tokens(model.generate(prompts, params)) == expected
+    assert sizes[:2] == [8, 7]
+    assert max(sizes[2:]) == 8
+
+
+def test_few_prompts_are_read_in_vain_where_memory_is_short_for_long(model, monkeypatch):
+    params = rw.SamplingParams(max_new_tokens=6, temperature=0)
+    prompts = [f"x = {n}\n" for n in range(40)]
+    expected = [model.generate(prompt, params).token_ids for prompt in prompts]
+    sizes = most_rows(monkeypatch, model, 2)
+    assert tokens(model.generate(prompts, params)) == expected
+    trials = sum(size > 2 for size in sizes[6:]) / 2  # one more step each, after the cache of an ended text was freed
+    assert 1 <= trials <= 40 / 8
+
+
 def test_answers_that_were_finished_come_with_the_error(model, monkeypatch):
     params = rw.SamplingParams(max_new_tokens=6, temperature=0)
     expected = answer_alone(model, params)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from live import MORE, TEXT, check_cache, counted, greedy
 
 import ropewalk as rw
-from ropewalk.engine.generation import Batch, generate_tokens
+from ropewalk.engine.batch import Batch, generate_tokens
 from ropewalk.engine.sequence import Sequence
 from ropewalk.tokenizer_tools.characters import finished_text, first_characters
 

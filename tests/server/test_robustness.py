@@ -46,6 +46,15 @@ def test_numbers_and_texts_at_the_limits_are_refused(served, field, value):
     assert field.split("_")[0] in answer.json()["error"]["message"]
 
 
+def test_more_answers_than_the_server_ever_takes_are_refused(model):
+    with serving(model, limits={"rows": 1, "queue": 2}) as (url, _):
+        for fields in ({"prompt": TEXT, "n": 4}, {"prompt": [TEXT, TEXT], "n": 2}):
+            answer = post(url, max_tokens=2, **fields)
+            assert answer.status_code == 400
+            assert "more than the 3 that this server takes" in answer.json()["error"]["message"]
+        assert post(url, prompt=TEXT, max_tokens=2, n=3).status_code == 200
+
+
 def test_the_smallest_top_p_keeps_the_likeliest_token(served, model):
     answer = post(served[0], prompt=TEXT, max_tokens=6, temperature=1, top_p=1e-300)
     assert answer.json()["choices"][0]["text"] == model.generate(TEXT, greedy(6)).text

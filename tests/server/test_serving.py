@@ -247,10 +247,10 @@ def test_a_request_waits_for_memory_that_others_hold(model, monkeypatch):
 
     asked = CompiledRunner.check_room
 
-    def small(self, *rows, owned=0):
+    def small(self, *rows, **more):
         if len(rows) > 1:
             raise rw.ContextOverflow("no room")
-        asked(self, *rows, owned=owned)
+        asked(self, *rows, **more)
 
     monkeypatch.setattr(CompiledRunner, "check_room", small)
     expected = [model.generate(prompt, greedy(40)).text for prompt in (TEXT, TEXT[4:])]

@@ -26,7 +26,7 @@ from ....scaling.rope import Scaler
 from ...attention.kernel import AttentionScore
 from ...attention.rows import KeyRun
 from ...cache import rewind
-from ...kv_cache import CacheShape, KVCache, check_room
+from ...kv_cache import CacheShape, KVCache, check_room, needed_bytes
 from ...patches.float32 import float32_arithmetic
 from ...patches.probe import layer_ropes, logits, probe_ids
 from ...rotary_site import RotarySite, primary_rotary
@@ -144,9 +144,20 @@ class CompiledRunner(TransformersRunner):
             layers=len(d.layers), heads=d.key_heads, dim=d.head_dim, dtype=self._dtype, folder=self._folder
         )
 
-    def check_room(self, *rows: int, owned: int = 0) -> None:
-        needed = max(0, sum(map(self._room, rows)) - owned)
-        check_room(self.cache_shape, needed, 1 + max(len(rotation.key_bands) for rotation in self._rotations))
+    def check_room(self, *rows: int, owned: int = 0, reserved: int = 0) -> None:
+        check_room(self.cache_shape, self._missing(rows, owned), self._forms, reserved)
+
+    def needed_bytes(self, *rows: int, owned: int = 0) -> int:
+        return needed_bytes(self.cache_shape, self._missing(rows, owned), self._forms)
+
+    def _missing(self, rows: Sequence[int], owned: int) -> int:
+        """Tokens of caches of these lengths that have no memory yet."""
+        return max(0, sum(map(self._room, rows)) - owned)
+
+    @property
+    def _forms(self) -> int:
+        """Copies of the keys that the scaler needs."""
+        return 1 + max(len(rotation.key_bands) for rotation in self._rotations)
 
     def new_cache(self, capacity: int) -> KVCache:
         return KVCache(self.cache_shape, self._room(capacity))

@@ -272,7 +272,7 @@ def _refuse_too_long(model: str, text: str | bytes, params: SamplingParams, rope
 
 def _continue(model: Model, text: str | bytes | list[int], params: SamplingParams, as_json: bool) -> None:
     """Print the text as it is written, or the answer as JSON; on standard error, how much was read."""
-    from ..engine.generation import Batch, generate_tokens
+    from ..engine.batch import Batch, generate_tokens
     from ..engine.sequence import Sequence
 
     prompt = model.read(text, params.continuation)

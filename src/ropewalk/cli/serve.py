@@ -26,7 +26,9 @@ from .waiting import load_model
 )
 @click.option("--name", help="What clients call the model.  [default: MODEL]")
 @click.option("--api-key", envvar="ROPEWALK_API_KEY", show_envvar=True, help="Key that clients must send.")
-@click.option("--rows", default=8, show_default=True, type=click.IntRange(1), help="Answers written together at most.")
+@click.option(
+    "--rows", default=8, show_default=True, type=click.IntRange(1), help="Requests answered at a time; others wait."
+)
 @click.option(
     "--queue", default=64, show_default=True, type=click.IntRange(0), help="Requests that may wait; more get a 429."
 )

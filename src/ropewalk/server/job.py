@@ -60,7 +60,7 @@ class Job:
         self._asked, self._vocabulary, self._scheduler, self._metrics = asked, model.vocabulary, scheduler, metrics
         self._texts = TokenTexts(model.vocabulary, model.tokenizer)
         self._header = answers.Header.new("chatcmpl" if asked.is_chat else "cmpl", name)
-        self._plan = scheduler.plan(asked.rope)
+        self._plan = model.plan if asked.rope is None else model.plan_for(asked.rope)
         self._choices = [_Choice(*pair) for pair in enumerate(_sequences(asked, model, self._plan))]
         self._updates: asyncio.Queue[tuple[_Choice, Update]] = asyncio.Queue()
 
