@@ -126,11 +126,12 @@ def test_a_short_prompt_begins_while_a_long_one_is_read(model):
 
 @pytest.mark.parametrize("ropes", [["none"] * 4, ["none", "yarn:2", "yarn:3", "none"]], ids=["one scaler", "three"])
 def test_rows_are_counted_over_all_scalers(model, monkeypatch, ropes):
-    expected, begins, seen = [alone(model, TEXT, 20, rope) for rope in ropes], [], []
+    counts, begins, seen = [20, 90, 20, 20], [], []  # the second goes on while the third begins and ends
+    expected = [alone(model, TEXT, tokens, rope) for tokens, rope in zip(counts, ropes, strict=True)]
     with scheduling(model, rows=2) as scheduler:
         step = model._runner.step
         monkeypatch.setattr(model._runner, "step", lambda rows: seen.append(scheduler.running) or step(rows))
-        asked = [Asked(model, TEXT, 20, rope, begins) for rope in ropes]
+        asked = [Asked(model, TEXT, *pair, begins) for pair in zip(counts, ropes, strict=True)]
         submit(scheduler, *asked)
         assert all(each.ended.wait(30) for each in asked)
     assert [each.completion.token_ids for each in asked] == expected
