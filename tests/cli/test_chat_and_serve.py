@@ -9,10 +9,12 @@ import sys
 import time
 import urllib.request
 
+import click
 import pytest
 from click.testing import CliRunner
 
 import ropewalk as rw
+from ropewalk.cli import chat as chat_module
 from ropewalk.cli.main import cli
 
 TEMPLATE = (
@@ -89,6 +91,58 @@ def test_mistakes_in_a_pipe_are_errors(folder, line, message):
 def test_generate_with_the_template(folder, model):
     done = run("generate", folder, "import os", "--chat", "--system", "Be brief.", *GREEDY)
     assert done.stdout == answer(model, said("import os", system="Be brief.")) + "\n"
+
+
+def test_many_chats(folder, model, tmp_path):
+    first = {"role": "user", "content": "import os"}
+    own = [{"role": "system", "content": "Be long."}, first]
+    records = [{"prompt": "import os"}, {"id": "a", "messages": [first]}, {"messages": own}, {"messages": []}]
+    records += [{"prompt": "x", "messages": [first]}, {"messages": ["x"]}, {"text": "x"}]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def lines(*arguments):
+        target.unlink(missing_ok=True)
+        run("generate", folder, "--input", str(source), "--output", str(target), *arguments, *GREEDY)
+        return {line["id"]: line for line in map(json.loads, target.read_text().splitlines())}
+
+    answered = lines("--chat", "--system", "Be brief.")
+    expected = answer(model, said("import os", system="Be brief."))
+    assert answered[1]["text"] == answered["a"]["text"] == expected
+    assert answered[1]["chat"] == {"system": "Be brief."}
+    assert "has a system message of its own; leave out --system" in answered[3]["error"]
+    assert "has an empty list of messages" in answered[4]["error"]
+    assert "has a prompt and messages" in answered[5]["error"]
+    assert "messages[1] must be a dict" in answered[6]["error"]
+    assert "no field prompt that is a string, and no list of messages; it has 'text'" in answered[7]["error"]
+    assert lines("--chat")[3]["text"] == answer(model, own)
+    plain = lines()
+    assert plain[1]["text"] == model.generate("import os", temperature=0, max_new_tokens=6).text
+    assert "it has 'id', 'messages'; add --chat" in plain["a"]["error"]
+
+
+def test_a_terminal_shows_mistakes_in_terms_of_options(folder, model, monkeypatch, capsys):
+    command = cli.get_command(click.Context(cli), "chat")
+    lines = iter(["x " * 3000, "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    with click.Context(command), model.chat_session() as session:
+        terminal = chat_module._Terminal(model, session, rw.SamplingParams())
+        terminal._interactive = True
+        terminal.run()
+    shown = capsys.readouterr().err
+    assert "--max-new-tokens" in shown and "add --max-length" in shown
+    assert "load with" not in shown
+
+
+def test_a_stored_chat_has_its_own_system_message(folder, tmp_path):
+    (tmp_path / "talk").touch()
+    with pytest.raises(click.UsageError, match="--load has its own system message; leave out --system"):
+        CliRunner().invoke(
+            cli,
+            ["chat", folder, "--load", str(tmp_path / "talk"), "--system", "x"],
+            catch_exceptions=False,
+            standalone_mode=False,
+        )
 
 
 def test_a_question_without_the_template_is_told_of_it(folder, tiny_folder):

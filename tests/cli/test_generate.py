@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import click
+import filelock
 import pytest
 from click.testing import CliRunner
 
@@ -58,6 +59,8 @@ MISTAKES = {
     "no context": (["x", "gone.txt", "--contexts"], "gone.txt cannot be read as a context: No such file"),
     "latin-1 as a context": (["x", "LATIN", "--contexts"], "convert it with `iconv -f ENCODING -t UTF-8`"),
     "pooling of nothing": (["x", "--pooling", "max"], "--pooling is for the files of --contexts"),
+    "special tokens of a chat": (["x", "--chat", "--special-tokens"], "are plain text; leave out --special-tokens"),
+    "contexts of a chat": (["x", "FILE", "--contexts", "--chat"], "--chat takes messages; leave out --contexts"),
     "too many new tokens": (["x", "--max-length", "3"], "; ask for at most --max-new-tokens 2, or add --max-length 5"),
     "a number out of range": (["x", "--min-p", "2"], "--min-p 2 must be between 0 and 1"),
 }
@@ -133,6 +136,31 @@ def test_many_prompts_are_answered_once_and_errors_again(generate, batch, tmp_pa
     assert "2 of 2 are in" in again.stderr
 
 
+def test_two_runs_do_not_write_the_same_file(batch, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n')
+    (tmp_path / "out.jsonl").touch()
+    with filelock.FileLock(tmp_path / ".out.jsonl.lock"):
+        refused, lines = batch()
+    assert lines == []
+    assert f"another run is writing {tmp_path / 'out.jsonl'}; wait for it, or name another" in str(refused.exception)
+    assert len(batch()[1]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_only_the_first_of_several_processes_writes(batch, tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n')
+    monkeypatch.setenv("RANK", "1")
+    with filelock.FileLock(tmp_path / ".out.jsonl.lock"):  # of the first one
+        done, lines = batch()
+    assert done.exit_code == 0 and lines == []
+
+
+def test_an_output_that_cannot_be_written_is_named(generate, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n')
+    refused = generate("--input", tmp_path / "in.jsonl", "--output", tmp_path / "in.jsonl" / "out.jsonl")
+    assert "out.jsonl cannot be written: " in str(refused.exception)
+
+
 def test_an_unfinished_line_is_answered_again_and_other_settings_are_refused(batch, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n{"prompt": "def "}\n')
     _, lines = batch()
@@ -141,6 +169,8 @@ def test_an_unfinished_line_is_answered_again_and_other_settings_are_refused(bat
     again, repaired = batch()
     assert "the last line of" in again.stderr and "1 of 2 are in" in again.stderr
     assert repaired == lines
+    assert "has answers under special_tokens False, and this" in str(batch("--special-tokens")[0].exception)
+    assert "has answers under chat None, and this run has" in str(batch("--chat")[0].exception)
     assert "has answers under rope none, and this run has yarn:2" in str(batch("--rope", "yarn:2")[0].exception)
     (tmp_path / "in.jsonl").write_text('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n')
     assert "line 2: the id 1 is that of an earlier line too" in str(batch()[0].exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+import filelock
 
 from ..errors import DataError, RopewalkError, first_line
 from .messages import shell_message
 from .waiting import waiting
 
 if TYPE_CHECKING:
+    from ..engine.chat_template import Message
     from ..engine.completion import Completion
     from ..engine.model import Model
     from ..engine.prompt import Prompt
@@ -26,36 +29,87 @@ Id = str | int
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLine:
-    """A line of the input: a prompt, or why it has none."""
+    """A line of the input: a prompt or the messages of a chat, or why it has none."""
 
     id: Id
     prompt: str = ""
+    messages: list[Message] = dataclasses.field(default_factory=list)
     error: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """That the lines are chats.
+
+    Attributes:
+        system: the system message of each.
+    """
+
+    system: str | None = None
+
+
 def answer_all(
-    source: Path, target: Path, model: str, rope: str, params: SamplingParams, open_model: Callable[[], Model]
+    source: Path,
+    target: Path,
+    settings: dict[str, Any],
+    chat: Chat | None,
+    params: SamplingParams,
+    open_model: Callable[[], Model],
 ) -> None:
     """Answer the prompts of `source` that have no answer in `target` yet, and append the answers as they are complete.
 
     Args:
+        settings: what the answers depend on beside `params` and `chat`, as JSON has it.
+        chat: each line is a message or a list of them; None continues prompts.
         open_model: called if there is anything to answer.
 
     Raises:
-        DataError: a file cannot be read, two lines have the same id, or `target` has answers of another model or of
-            other settings.
+        DataError: a file cannot be read, two lines have the same id, `target` has answers of another model or of other
+            settings, or another run is writing it.
         click.exceptions.Exit: some prompts cannot be answered; exit code 1.
         click.Abort: Ctrl-C.
     """
-    settings = {"model": model, "rope": rope, "sampling": _changed(params)}
-    requests = list(_requests(source))
-    answered = _answered(target, settings)
-    todo = [request for request in requests if request.id not in answered]
-    if len(todo) < len(requests):
-        click.echo(f"ropewalk: {len(requests) - len(todo)} of {len(requests)} are in {target} already", err=True)
-    if not todo:
+    settings = {**settings, "chat": None if chat is None else dataclasses.asdict(chat), "sampling": _changed(params)}
+    requests = list(_requests(source, chat))
+    with _locked(target):
+        answered = _answered(target, settings)
+        todo = [request for request in requests if request.id not in answered]
+        if len(todo) < len(requests):
+            click.echo(f"ropewalk: {len(requests) - len(todo)} of {len(requests)} are in {target} already", err=True)
+        if todo:
+            _answer_missing(todo, target, settings, params, open_model())
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Keep other runs from writing to `target`.
+
+    Raises:
+        DataError: another run does, or its folder cannot be written.
+    """
+    from ..engine import tensor_parallel
+
+    if not tensor_parallel.is_first():  # the first process of the launch writes
+        yield
         return
-    loaded = open_model()
+    file = target.with_name(f".{target.name}.lock")
+    lock = filelock.FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise DataError(f"another run is writing {target}; wait for it, or name another --output") from None
+    except OSError as error:
+        raise DataError(f"{target} cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
+
+
+def _answer_missing(
+    todo: list[PromptLine], target: Path, settings: dict[str, Any], params: SamplingParams, model: Model
+) -> None:
     failed = 0
     try:
         with target.open("a", encoding="utf-8") as file, waiting("answering", len(todo), "prompts") as advance:
@@ -66,13 +120,13 @@ def answer_all(
 
             prompts: list[tuple[PromptLine, Prompt]] = []
             for request in todo:
-                prompt = _read(loaded, request, params)
+                prompt = _read(model, request, params)
                 if isinstance(prompt, str):
                     write(request, {"error": prompt})
                     failed += 1
                 else:
                     prompts.append((request, prompt))
-            _answer(loaded, prompts, params, write)
+            _answer(model, prompts, params, write)
     except KeyboardInterrupt:
         raise click.Abort(f"; complete answers are in {target}, run the same command again to continue") from None
     if failed:
@@ -103,10 +157,13 @@ def _answer(
 
 def _read(model: Model, request: PromptLine, params: SamplingParams) -> Prompt | str:
     """The prompt's tokens, or why it cannot be answered."""
+    from ..engine.chat_template import chat_ids
+
     if request.error is not None:
         return request.error
     try:
-        prompt = model.read(request.prompt, params.continuation)
+        text = chat_ids(request.messages, model.tokenizer, model.vocabulary) if request.messages else request.prompt
+        prompt = model.read(text, params.continuation)
         model.check_length(len(prompt.ids), params)
     except RopewalkError as error:
         return shell_message(error.args, click.get_current_context().command)
@@ -114,11 +171,15 @@ def _read(model: Model, request: PromptLine, params: SamplingParams) -> Prompt |
 
 
 def _write(file: TextIO, line: dict[str, Any]) -> None:
+    from ..engine import tensor_parallel
+
+    if not tensor_parallel.is_first():
+        return
     file.write(json.dumps(line, ensure_ascii=False) + "\n")
     file.flush()
 
 
-def _requests(source: Path) -> Iterator[PromptLine]:
+def _requests(source: Path, chat: Chat | None) -> Iterator[PromptLine]:
     from ..engine.texts import read_prompt
 
     text = read_prompt(source.read_bytes(), str(source))
@@ -127,7 +188,7 @@ def _requests(source: Path) -> Iterator[PromptLine]:
     seen: set[Id] = set()
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            request = _request(line, number)
+            request = _request(line, number, chat)
             if request.id in seen:
                 raise DataError(f"{source}, line {number}: the id {request.id!r} is that of an earlier line too")
             seen.add(request.id)
@@ -136,7 +197,7 @@ def _requests(source: Path) -> Iterator[PromptLine]:
         raise DataError(f'{source} has no prompts; write one JSON object a line, such as {{"prompt": "Once"}}')
 
 
-def _request(line: str, number: int) -> PromptLine:
+def _request(line: str, number: int, chat: Chat | None) -> PromptLine:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -146,10 +207,34 @@ def _request(line: str, number: int) -> PromptLine:
     given = record.get("id", number)
     if not isinstance(given, str | int):
         return PromptLine(id=number, error=f"the id {given!r} of line {number} must be a string or a whole number")
-    if not isinstance(record.get("prompt"), str):
-        has = f"has {', '.join(map(repr, record))}" if record else "is empty"
-        return PromptLine(id=given, error=f"line {number} has no field prompt that is a string; it {has}")
-    return PromptLine(id=given, prompt=record["prompt"])
+    known = ("prompt",) if chat is None else ("prompt", "messages")
+    if len(fields := record.keys() & set(known)) > 1:
+        return PromptLine(id=given, error=f"line {number} has a prompt and messages; leave out one of them")
+    content = record[fields.pop()] if fields else None
+    if isinstance(content, str):
+        return (
+            PromptLine(id=given, prompt=content) if chat is None else _chat_line(given, number, [_user(content)], chat)
+        )
+    if isinstance(content, list) and "messages" in record and chat is not None:
+        return _chat_line(given, number, content, chat)
+    has = f"has {', '.join(map(repr, record))}" if record else "is empty"
+    wanted = "prompt that is a string" + ("" if chat is None else ", and no list of messages")
+    hint = "; add --chat" if chat is None and "messages" in record else ""
+    return PromptLine(id=given, error=f"line {number} has no field {wanted}; it {has}{hint}")
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _chat_line(given: Id, number: int, messages: list[Any], chat: Chat) -> PromptLine:
+    if not messages:
+        return PromptLine(id=given, error=f"line {number} has an empty list of messages")
+    if chat.system is None:
+        return PromptLine(id=given, messages=messages)
+    if isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        return PromptLine(id=given, error=f"line {number} has a system message of its own; leave out --system")
+    return PromptLine(id=given, messages=[{"role": "system", "content": chat.system}, *messages])
 
 
 def _answered(target: Path, settings: dict[str, Any]) -> set[Id]:
@@ -158,6 +243,8 @@ def _answered(target: Path, settings: dict[str, Any]) -> set[Id]:
     Raises:
         DataError: the file holds something else, or answers under other settings.
     """
+    from ..engine import tensor_parallel
+
     if not target.exists():
         return set()
     raw = target.read_bytes()
@@ -178,7 +265,7 @@ def _answered(target: Path, settings: dict[str, Any]) -> set[Id]:
                 f"{target} has answers under {other} {given[other]}, and this run has {settings[other]}; name another "
                 "--output"
             )
-    if len(whole) < len(raw):
+    if len(whole) < len(raw) and tensor_parallel.is_first():
         click.echo(f"ropewalk: the last line of {target} is unfinished; it is removed, and answered again", err=True)
         with target.open("r+b") as file:
             file.truncate(len(whole))

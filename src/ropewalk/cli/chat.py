@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RopewalkError
+from .messages import shell_message
 from .options import EXAMPLES, command, loads_a_model, rope_option, sampling_options
 from .waiting import load_model, waiting
 
@@ -56,6 +57,8 @@ def chat(
     A line is a message, /help lists the commands. The conversation stays in the cache: only what is new is read, also
     after /rope. From a pipe, every line is a message and the answers are all that is printed.
     """
+    if stored and system is not None:
+        raise click.UsageError("the file of --load has its own system message; leave out --system")
     with waiting("starting"):
         from ..engine.sampling import SamplingParams
         from ..scaling.lengths import parse_length
@@ -63,9 +66,7 @@ def chat(
         params = SamplingParams(**sampling)
     longest = parse_length(max_length) if max_length else None
     loaded = load_model(model, rope=rope, **loading, max_length=longest)
-    with loaded.chat_session(system) as session:
-        if stored:
-            session.load(stored)
+    with loaded.chat_session(system, path=stored) as session:
         _Terminal(loaded, session, params).run()
 
 
@@ -97,7 +98,7 @@ class _Terminal:
                 except RopewalkError as error:
                     if not self._interactive:
                         raise
-                    click.echo(f"ropewalk: {error}", err=True)
+                    click.echo(f"ropewalk: {shell_message(error.args, click.get_current_context().command)}", err=True)
         if self._interactive:
             click.echo()
 

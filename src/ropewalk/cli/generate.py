@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from ..errors import DataError
-from .batch import answer_all, answer_fields
+from .batch import Chat, answer_all, answer_fields
 from .messages import print_json
 from .options import EXAMPLES, command, json_option, loads_a_model, rope_option, sampling_options
 from .waiting import fetch_model, load_model, waiting
@@ -70,7 +70,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--input",
     "prompts",
     type=_FILE,
-    help="Answer many prompts: JSON lines with a field prompt and, if wanted, id (else the number of the line).",
+    help="Answer many prompts: JSON lines with a field prompt (with --chat also messages, a list) and, if wanted, id "
+    "(else the number of the line).",
 )
 @click.option(
     "--output",
@@ -130,8 +131,10 @@ def generate(
         raise click.UsageError("--json prints one answer, and --output has a JSON line for each; leave out --json")
     if system is not None and not as_chat:
         raise click.UsageError("--system is a message of a chat; add --chat")
-    if as_chat and (over_contexts or prompts):
-        raise click.UsageError(f"--chat takes one message; leave out {'--contexts' if over_contexts else '--input'}")
+    if as_chat and over_contexts:
+        raise click.UsageError("--chat takes messages; leave out --contexts")
+    if as_chat and special_tokens:
+        raise click.UsageError("names of special tokens in a message are plain text; leave out --special-tokens")
     if prompts is None:
         text = _read_prompt(prompt, file, over_contexts)
         if as_chat and isinstance(text, bytes):
@@ -144,7 +147,9 @@ def generate(
     longest = parse_length(max_length) if max_length else None
     settings = {**loading, "rope": rope, "max_length": longest, "special_tokens": special_tokens}
     if prompts is not None and answers is not None:
-        answer_all(prompts, answers, model, rope, params, lambda: load_model(model, **settings))
+        chat = Chat(system=system) if as_chat else None
+        known = {"model": model, "rope": rope, "special_tokens": special_tokens}
+        answer_all(prompts, answers, known, chat, params, lambda: load_model(model, **settings))
         return
     if not (over_contexts or special_tokens):
         _refuse_too_long(model, text, params, rope, longest)
