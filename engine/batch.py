@@ -215,6 +215,8 @@ class Batch:
         count = len(self._admission.in_progress)
         if count >= self._admission.limit:
             return False
+        if not count and self._store is None and self._ended is None:  # nothing could be freed for it
+            return True
         if self._has_room(sequence) or not count:
             return True
         self._admission.lower_limit(patience=1)

@@ -105,7 +105,7 @@ def test_the_weights_are_not_compared_at_every_token(hf, monkeypatch, rope):
         assert len(sequence.tokens) == tokens
         counts.append(len(looks))
         looks.clear()
-    assert counts[0] == counts[1] > 0
+    assert counts[0] == counts[1] <= 1
 
 
 @pytest.mark.parametrize(
