@@ -177,7 +177,7 @@ def _costs(view: _View) -> list[str]:
     training."""
     within = [at for at in view.columns if at[1] <= view.trained_length]
     parts = []
-    for rope in view.scalers:
+    for rope in view.scalers if within else ():
         pairs = {at: view.difference(view.row(rope, at), view.row(UNTOUCHED, at)) for at in within}
         known = {at: pair for at, pair in pairs.items() if pair is not None}
         if not known:

@@ -98,7 +98,8 @@ def plot_curve(group: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
         style.length_axis(axes, [*lengths], *ends)
         axes.set_ylim(-0.03, 1.03)
         axes.set_yticks(_SHARES, _SHARE_NAMES)
-        style.mark_length(axes, group.trained_length, f"trained length {format_length(group.trained_length)}")
+        label = f"trained length {format_length(group.trained_length)}"
+        style.mark_length(axes, group.trained_length, label, above=True)  # curves lie at 0% and at 100%
         _draw_curves(axes, curves, looks)
         style.footnote(fig, f"Shaded: {note}")
         return style.save(fig, out_stem)
@@ -132,7 +133,8 @@ def _draw_curves(
 
 _COLOURS = colormaps["Blues"]
 _DARK, _LIGHT = "#101418", "#fbfcfd"  # on the colours of cells; not those that a dark page replaces
-_MOST_PANELS = 3  # side by side
+_COLUMN = 0.62  # inches of a column, whose cells have two lines of text
+_LETTER = 0.085  # inches of a letter of a name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +172,13 @@ def plot_heat_maps(
         y: what the lines are.
         footnote: the line below.
     """
-    down = math.ceil(len(panels) / _MOST_PANELS)
+    room = 1.1 + _LETTER * max(map(len, lines))  # inches for the names of the lines and the bar of colours
+    panel_width = max(_COLUMN * len(columns), _LETTER * max(len(panel.title) for panel in panels))
+    most = max(1, int((style.WIDTH - room) / panel_width))  # side by side; text that has to shrink cannot be read
+    down = math.ceil(len(panels) / most)
     across = math.ceil(len(panels) / down)
-    room = 0.085 * max(map(len, lines))  # inches for the names of the lines
-    width = max(6.5, room + 1.6 + across * max(0.95 * len(columns), 1.6))
-    with style.figure(width, 1.5 + down * (0.75 + 0.5 * len(lines)), title) as fig:
+    width = max(style.WIDTH, room + across * panel_width)
+    with style.figure(width, 1.3 + down * (0.75 + 0.42 * len(lines)), title) as fig:
         grid = fig.subplots(down, across, squeeze=False, sharey=True)
         for panel, axes in zip(panels, grid.flat, strict=False):
             _draw_panel(axes, panel, lines, columns)
@@ -183,10 +187,10 @@ def plot_heat_maps(
         for axes in grid[:, 0]:
             axes.set_ylabel(y)
         scale = ScalarMappable(Normalize(0, 1), _COLOURS)
-        bar = fig.colorbar(scale, ax=grid, fraction=0.04, aspect=18, ticks=[0, 0.25, 0.5, 0.75, 1])
+        bar = fig.colorbar(scale, ax=grid, fraction=0.04, aspect=18 * down, ticks=[0, 0.25, 0.5, 0.75, 1])
         bar.set_label("score")
         bar.outline.set_visible(False)
-        fig.supxlabel(footnote, **style.FOOTNOTE)
+        style.footnote(fig, footnote)
         return style.save(fig, out_stem)
 
 

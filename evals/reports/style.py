@@ -224,16 +224,16 @@ def length_axis(axes: Axes, ticks: Sequence[int], low: float, high: float) -> No
     axes.set_xticks([], minor=True)
 
 
-def mark_length(axes: Axes, length: int, label: str) -> None:
-    """A dotted vertical line at `length` with its name along it, on the side that has room."""
+def mark_length(axes: Axes, length: int, label: str, *, above: bool = False) -> None:
+    """A dotted vertical line at `length` with its name at its foot, or above the panel, on the side that has room."""
     axes.axvline(length, color=MUTED, linewidth=1.1, linestyle=":", zorder=1)
     left, right = axes.get_xlim()
     is_right = math.log(length / left) > 0.6 * math.log(right / left)
     axes.annotate(
         label,
-        (length, 0),
+        (length, 1 if above else 0),
         xycoords=axes.get_xaxis_transform(),
-        xytext=(-4 if is_right else 4, 5),
+        xytext=(-4 if is_right else 4, 3 if above else 5),
         textcoords="offset points",
         ha="right" if is_right else "left",
         color=MUTED,

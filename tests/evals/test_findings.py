@@ -88,6 +88,10 @@ def test_baseline_not_run_at_its_trained_length(make_run: MakeRun) -> None:
     assert "a not measured" in said(run)
 
 
+def test_no_cost_is_spoken_of_where_nothing_was_measured_within_the_trained_length(make_run: MakeRun) -> None:
+    assert "Cost" not in said(make_run({"none": {16: 5.0}, "a": {16: 3.6}}))
+
+
 def test_missing_cells_with_reason(make_run: MakeRun) -> None:
     run = make_run({"none": {8: 3.5, 16: 5.0}, "a": {8: 3.5}, "b": {8: 3.5, 16: None}})
     assert "Not run: a at 16k, b at 16k (out of memory)." in said(run)

@@ -18,7 +18,7 @@ from ropewalk.evals.runs.result import Run
 
 MakeRun = Callable[..., Run]
 
-VOID = {"meta", "br", "img", "hr", "link", "input"}
+VOID = {"meta", "br", "img", "hr", "link", "input", "wbr"}
 
 
 class Page(HTMLParser):
@@ -115,6 +115,11 @@ def test_everything_is_in_it(html: str, smollm_run: Run) -> None:
     assert "the same last tokens are scored in all of them" in text
     assert "ropewalk ppl toy --rope yarn:2" in text
     assert "torch threads" in text
+
+
+def test_a_narrow_page_breaks_lines_between_the_parts_of_a_spec_and_the_words_of_the_command(html: str) -> None:
+    assert "<code>rerope:4k|<wbr>logn</code>" in html
+    assert '<span class="word">--rope</span> <span class="word">yarn:2</span>' in html
 
 
 def test_two_plots_do_not_share_ids(make_run: MakeRun) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import random
+import re
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from ropewalk.evals.protocols.effective_length import LEAST_FOUND, reach, trials_to_decide
+from ropewalk.evals.reports import style
 from ropewalk.evals.reports.findings import retrieval_findings
 from ropewalk.evals.reports.retrieval_plots import plot_heat, plot_retrieval
 from ropewalk.evals.reports.tables import score_grids, write_tables
@@ -257,6 +260,24 @@ def test_plots(tmp_path):
     assert {*SUITES[RULER], "0.30", "n=2"} <= {*texts(paths[5])}
     again = plot_heat(score_groups(run.rows)[0], tmp_path / "again")
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths[:2]]
+
+
+def test_plots_are_as_wide_as_a_narrow_page_can_show(tmp_path):
+    """Panels of several methods lie below one another, and no line crosses the name of the trained length."""
+    ropes = ("none", "yarn:2", "linear:2", "self-extend:8,window=2k|logn")
+    rows = [r for rope in ropes for c in (2, 4, 8, 16) for d in (0.0, 1.0) for r in trials(rope, c * K, 4, 6, depth=d)]
+    paths = plot_retrieval(make_run(tmp_path, rows))
+    for svg in paths[1::2]:
+        width = float(re.search(r'width="([\d.]+)pt"', svg.read_text())[1])
+        assert width == pytest.approx(72 * style.WIDTH)
+    names = ET.parse(paths[3]).iter("{http://www.w3.org/2000/svg}text")
+    below = {"".join(name.itertext()).strip(): _y(name) for name in names}
+    assert below["trained length 8k"] < below["100%"] - 5
+
+
+def _y(text):
+    """Where a text of an SVG is, in points from the top."""
+    return float(re.search(r"(?:translate|rotate)\(.*?([\d.]+)\)", text.get("transform"))[1])
 
 
 def test_an_unfinished_ruler_run_has_no_curve(tmp_path):
