@@ -22,6 +22,7 @@ def hub_file(name: str, *files: str) -> Path:
 
     for file in files:
         try:
+            _ask(name, file)
             return Path(hf_hub_download(name, file))
         except RemoteEntryNotFoundError:
             continue
@@ -31,6 +32,24 @@ def hub_file(name: str, *files: str) -> Path:
         f"the Hugging Face hub has {name!r}, but no {' or '.join(files)} in it; give a model in the format of "
         "transformers"
     )
+
+
+def _ask(name: str, file: str) -> None:
+    """Ask the hub once for a file that has no copy here, and raise its answer if it is no.
+
+    `hf_hub_download` asks six times where there is no network, and waits 23 seconds in between.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE or huggingface_hub.try_to_load_from_cache(name, file) is not None:
+        return
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, file))
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the library under huggingface_hub, which depends on its version
+        raise LocalEntryNotFoundError(f"the hub cannot be reached for {file} of {name}") from error
 
 
 def hub_folder(name: str, *patterns: str) -> Path:

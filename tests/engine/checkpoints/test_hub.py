@@ -41,8 +41,8 @@ def refused(request, monkeypatch):
     def fail(*_, **__):
         raise make_error()
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    for function in ("get_hf_file_metadata", "hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, function, fail)
     return words
 
 
@@ -79,12 +79,13 @@ def test_a_repository_without_the_file(monkeypatch):
     def fail(*_):
         raise http_error(errors.RemoteEntryNotFoundError)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
     with pytest.raises(rw.AssetError, match=r"has 'some/model', but no a\.json or b\.json in it"):
         hub_file("some/model", "a.json", "b.json")
 
 
 def test_the_config_is_read_from_the_files_of_the_hub(tiny_folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(tiny_folder / file))
     source, config = find_config("some/model")
     assert source == "some/model" and config.model_type == "llama"
@@ -94,3 +95,19 @@ def test_offline_mode_is_named(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(rw.AssetError, match="has no copy of it; correct the name, or unset HF_HUB_OFFLINE"):
         rw.load("nobody/no-such-model")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """hf_hub_download asks six times, and waits 23 seconds in between."""
+    asked = []
+
+    def unreachable(*_, **__):
+        asked.append(1)
+        raise httpx2.ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(httpx2.Client, "send", unreachable)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} seconds"))
+    with pytest.raises(rw.AssetError, match=r"cannot be reached \(ConnectError: \[Errno -2\] Name or service"):
+        find_config("nobody/no-such-model")
+    assert len(asked) == 1
