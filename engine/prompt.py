@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import operator
 import reprlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ConfigError, DataError, RopewalkWarning, Setting
+from ..errors import ConfigError, DataError, RopewalkWarning, Setting, warn
 from ..tokenizer_tools.characters import split_character, unfinished
 from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.stream import TextStream
@@ -144,13 +143,12 @@ def _unfinished(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
 
 def _warn_of_special_names(vocabulary: Vocabulary, text: str) -> None:
     if not vocabulary.special_tokens and (names := vocabulary.special_names_in(text)):
-        warnings.warn(
+        warn(
             RopewalkWarning(
                 f"the prompt holds {', '.join(names[:3])}, read as the characters that they are; if it comes from a "
                 "chat template, ask for the tokens: ",
                 Setting("special_tokens", True, "load"),
             ),
-            stacklevel=2,
         )
 
 

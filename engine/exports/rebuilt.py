@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from ...errors import UnsupportedModel
+from ...errors import UnsupportedModel, warn
 from ..checkpoints.quiet import quiet_transformers
 from ..hf_model import input_device
 from ..patches.float32 import float32_arithmetic
@@ -120,10 +119,9 @@ def check_computes(model: PreTrainedModel, new: PreTrainedModel, patch: PatchRec
     if reason := _why_not_run(model):
         if patch is None:
             _check_numbers(model, new)
-        warnings.warn(
+        warn(
             f"{name} {reason}, so its logits were not compared with those of a new model of its config; changes of its "
             "modules by hand, such as a hook, are not in the export",
-            stacklevel=2,
         )
         return
     _warn_of_classes(new)
@@ -160,11 +158,10 @@ def _warn_of_classes(new: PreTrainedModel) -> None:
         forward = vars(cls).get("forward")
         origin = getattr(inspect.unwrap(forward), "__module__", None) if callable(forward) else None
         if origin not in (None, cls.__module__):
-            warnings.warn(
+            warn(
                 f"the forward of the class {cls.__name__} was replaced by one of {origin} for every model in this "
                 "process, so it cannot be compared here with that of transformers; compare the export with the model "
                 "in another process",
-                stacklevel=2,
             )
 
 
@@ -243,10 +240,9 @@ def _round_buffers(new: PreTrainedModel, model: PreTrainedModel) -> None:
             _put(new, name, buffer.to(other.dtype))
             rounded = other.dtype if name.endswith("inv_freq") and other.itemsize < buffer.itemsize else rounded
     if rounded is not None:
-        warnings.warn(
+        warn(
             f"the rotary frequencies of this {type(model).__name__} were rounded to {rounded} when it was cast as a "
             f"whole; the export has the exact frequencies, as a model loaded with dtype={rounded} does",
-            stacklevel=2,
         )
 
 

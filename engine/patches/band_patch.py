@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 import weakref
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from ...errors import PatchError, UnsupportedModel
+from ...errors import PatchError, UnsupportedModel, warn
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ..attention.banded import banded_attention
@@ -226,10 +225,9 @@ class BandPatch:
         longest = max((run.first + run.key_stop - run.key_start for run in runs), default=0)
         if longest > reach:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{self.scaler} reaches {format_length(int(reach))} tokens on this model and the text has {longest}: "
                 "some distances are longer than in training",
-                stacklevel=2,
             )
 
     def _rotate_in_window(self, layer: LayerRope, query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor, Tensor]:

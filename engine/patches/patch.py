@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...errors import ConfigError, PatchError, UnsupportedModel
+from ...errors import ConfigError, PatchError, UnsupportedModel, warn
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
@@ -104,10 +103,9 @@ def patched_with(model: nn.Module) -> Scaler | None:
 def _save(model: PreTrainedModel, scaler: Scaler, *args: Any, **options: Any) -> Any:
     exportable = scaler.member("positions") is None and scaler.member("temperature") is None
     export = "; ropewalk.export(model, FOLDER) writes a config that has it" if exportable else ""
-    warnings.warn(
+    warn(
         f"save_pretrained writes the weights and the config without the patch {scaler}, so a model that is loaded from "
         f"them must be patched again{export}",
-        stacklevel=2,
     )
     return type(model).save_pretrained(model, *args, **options)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedModel
 
-from ...errors import ConfigError, RopewalkWarning, Setting, UnsupportedModel, did_you_mean
+from ...errors import ConfigError, RopewalkWarning, Setting, UnsupportedModel, did_you_mean, warn
 from ..rotary_site import RotarySite
 from .cpu.family import supported
 from .cpu.kernels import FOLDER
@@ -79,7 +78,7 @@ def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerO
         if options.needs_kernels:
             raise UnsupportedModel("the compiled kernels cannot run this model: ", *reason.args) from reason
         if supported(hf.config) and hf.device.type == "cpu":
-            warnings.warn(
+            warn(
                 RopewalkWarning(
                     "transformers' modules run this model, which is several times slower: ",
                     *reason.args,
@@ -87,6 +86,5 @@ def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerO
                     Setting("compile", False),
                     " uses them without this warning",
                 ),
-                stacklevel=2,
             )
         return TransformersRunner(hf, why=str(reason))

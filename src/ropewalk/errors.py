@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,6 +38,7 @@ __all__ = [
     "UnsupportedModel",
     "did_you_mean",
     "first_line",
+    "warn",
 ]
 
 
@@ -142,3 +145,15 @@ def first_line(error: BaseException) -> str:
     """An error of another library in one line: its class and the start of its message."""
     text = re.sub(r"\s+", " ", str(error)).strip()
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+_BETWEEN = frozenset(("ropewalk", "torch", "transformers"))
+"""Packages whose code lies between the line that a user wrote and a warning."""
+
+
+def warn(message: Warning | str) -> None:
+    """`warnings.warn` that names the line of the user's code which led to the warning."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -61,8 +61,9 @@ def test_one_call_does_not_change_how_the_next_one_reads(model, asking):
 
 
 def test_a_prompt_that_looks_like_a_chat_is_told_how_to_become_one(model):
-    with pytest.warns(UserWarning, match=r"holds <\|endoftext\|>, read as the characters.*special_tokens=True"):
+    with pytest.warns(UserWarning, match=r"holds <\|endoftext\|>, read as the characters.*special_tokens=True") as told:
         model.generate(TEXT, greedy(1))
+    assert told[0].filename == __file__, "the line that a user can change"
 
 
 def test_contexts_are_read_the_same_way(model, asking):

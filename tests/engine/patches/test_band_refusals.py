@@ -53,8 +53,9 @@ def test_a_text_beyond_the_reach_warns_once(llama):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             read(llama, IDS[:, :144])
-        with pytest.warns(UserWarning, match="reaches 144 tokens on this model and the text has 145"):
+        with pytest.warns(UserWarning, match="reaches 144 tokens on this model and the text has 145") as told:
             read(llama, IDS[:, :145])
+        assert "/tests/engine/" in told[0].filename, "not in transformers, which calls us"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             read(llama)

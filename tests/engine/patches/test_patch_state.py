@@ -133,6 +133,7 @@ def test_save_pretrained_says_that_the_patch_is_not_saved(llama, spec, tmp_path)
     with pytest.warns(UserWarning, match=f"without the patch {spec}.*patched again") as given:
         llama.save_pretrained(tmp_path / "patched")
     assert ("ropewalk.export" in str(given[0].message)) == (spec == "yarn:4")
+    assert given[0].filename == __file__
     assert torch.equal(read(LlamaForCausalLM.from_pretrained(tmp_path / "patched")), untouched)
     with pytest.warns(UserWarning, match="without the patch"):
         llama.model.save_pretrained(tmp_path / "base")

@@ -233,11 +233,12 @@ def test_what_cannot_be_compiled_is_refused_or_run_by_its_own_modules(build_mode
         model(hf, compile=True)
     with pytest.raises(UnsupportedModel, match=message):
         model(hf, weights="int8")
-    told = contextlib.nullcontext() if "family" in message else pytest.warns(UserWarning, match=message)
-    with told, torch.inference_mode():
+    warns = contextlib.nullcontext() if "family" in message else pytest.warns(UserWarning, match=message)
+    with warns as told, torch.inference_mode():
         served = model(hf)
         assert type(served._runner) is TransformersRunner
         logits = served._runner.forward(IDS[0].tolist(), served.new_cache(1), 3)
+    assert told is None or told[0].filename == model.__code__.co_filename
     assert difference(logits, read(hf)[-3:]) < 2e-5
     assert re.search(f"not the compiled kernels: .*{message}", served.describe())
 
