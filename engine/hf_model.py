@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedModel
+from .packed import PackedWeight, packed_weights
 
 _SAMPLED = 64  # weights of each tensor, about
 
@@ -47,7 +50,27 @@ def stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozens
 
 def weights_state(hf: PreTrainedModel) -> list[tuple[int, int]]:
     """Identities and versions of all weights. They change when a weight is replaced or written to."""
-    return [(id(weight), 0 if weight.is_inference() else weight._version) for weight in hf.parameters()]
+    weights: list[Tensor] = [*hf.parameters(), *(packed.data for packed in packed_weights(hf).values())]
+    return [(id(weight), 0 if weight.is_inference() else weight._version) for weight in weights]
+
+
+def weight_count(hf: PreTrainedModel) -> int:
+    """The number of weights, each shared one counted once."""
+    return sum(math.prod(weight.shape) for _, weight in _named_weights(hf))
+
+
+def weight_bytes(hf: PreTrainedModel) -> int:
+    """Bytes of all weights and buffers, in memory or mapped."""
+    return int(hf.get_memory_footprint()) + sum(packed.data.nbytes for packed in packed_weights(hf).values())
+
+
+def stored_dtype(hf: PreTrainedModel) -> str:
+    """The dtype of the weights, such as `bfloat16`, or the formats of packed ones, that of most weights first:
+    `Q4_1 + Q8_0`."""
+    sizes: Counter[str] = Counter()
+    for packed in packed_weights(hf).values():
+        sizes[packed.format.name] += math.prod(packed.shape)
+    return " + ".join(name for name, _ in sizes.most_common()) or str(hf.dtype).removeprefix("torch.")
 
 
 def fingerprint(hf: PreTrainedModel, stored_in: str) -> str:
@@ -85,13 +108,32 @@ def _as_text(config: dict[str, Any]) -> str:
 
 def _digest(hf: PreTrainedModel, config: str, rounded_to: torch.dtype) -> str:
     digest = hashlib.sha256(config.encode())
-    for name, parameter in sorted(hf.named_parameters()):
-        weight = _offloaded(hf, name).to(parameter.dtype) if parameter.is_meta else parameter
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)]
-        if isinstance(sample, DTensor):  # split over processes, each of which gets the whole sample
-            sample = sample.full_tensor()
+    for name, weight in _named_weights(hf):
+        if isinstance(weight, Tensor) and weight.is_meta:
+            weight = _offloaded(hf, name).to(weight.dtype)
+        sample = _sample(weight)
         digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.to(rounded_to).float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _named_weights(hf: PreTrainedModel) -> list[tuple[str, Tensor | PackedWeight]]:
+    """All weights by name, sorted. Packed ones have the names that they would have as parameters."""
+    weights: dict[str, Tensor | PackedWeight] = {**dict(hf.named_parameters()), **packed_weights(hf)}
+    return sorted(weights.items())
+
+
+def _sample(weight: Tensor | PackedWeight) -> Tensor:
+    """About 64 numbers of a weight, evenly spaced."""
+    count = math.prod(weight.shape)
+    step = max(1, count // _SAMPLED)
+    if isinstance(weight, PackedWeight):
+        places, columns = torch.arange(0, count, step), weight.shape[1]
+        rows = PackedWeight(weight.data[places // columns], weight.format).unpack()
+        return rows[torch.arange(len(places)), places % columns]
+    sample = weight.detach().flatten()[::step]
+    if isinstance(sample, DTensor):  # split over processes, each of which gets the whole sample
+        sample = sample.full_tensor()
+    return sample
 
 
 def _offloaded(hf: PreTrainedModel, name: str) -> Tensor:

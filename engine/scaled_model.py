@@ -276,7 +276,7 @@ class ScaledModel:
             relation = "in place of" if self.rope.member("frequencies") else "over"
             rope += f", {relation} the config's own {configured.scaling_text}"
         lines = {
-            "model": f"{self.name} ({type(self.hf).__name__}, {self.hf.num_parameters() / 1e6:.0f}M parameters)",
+            "model": f"{self.name} ({type(self.hf).__name__}, {hf_model.weight_count(self.hf) / 1e6:.0f}M parameters)",
             "run by": self.run_by,
             "rope": rope,
             "reach": "any length" if math.isinf(reach) else f"{format_length(int(reach))} tokens",

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from transformers.cache_utils import Cache
 
+from ..engine.hf_model import weight_count
 from ..engine.load import cpu_has_bfloat16, load
 from ..engine.model import Model
 from ..engine.sampling import SamplingParams
@@ -213,7 +214,7 @@ def _describe(model: Model, plan: DemoPlan, spec_list: Sequence[str], console: C
     beyond = str(model.rope_at(plan.longest))
     plays = "a play" if plan.samples == 1 else f"{plan.samples} plays"
     console.print(
-        f"{model.name}, {model.hf.num_parameters() / 1e6:.0f}M parameters, trained on {trained} tokens, in "
+        f"{model.name}, {weight_count(model.hf) / 1e6:.0f}M parameters, trained on {trained} tokens, in "
         f"{model.precision}. Loss on the same last {TARGET} tokens of {plays}, "
         f"reading {', '.join(map(format_length, plan.contexts))} tokens up to the end, under {', '.join(spec_list)}. "
         f"auto is the untouched model up to {trained} and {beyond} beyond.\n",

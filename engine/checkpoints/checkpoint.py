@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +21,11 @@ from transformers import (
 
 from ...errors import AssetError, ConfigError, Setting, UnsupportedModel, first_line
 from ...scaling.hf import check_counts
+from ..packed import packed_weights
 from ..storage import cache_dir
+from .gguf_conversion import converted_gguf, file_behind
+from .gguf_file import GgufFile
+from .gguf_weights import read_gguf_weights, scales_are_finite, why_not_packed
 from .hub import hub_error, hub_file, hub_folder
 from .quiet import quiet_transformers
 from .tensors import Shapes, check_loaded, stored_shapes, tensors_by_weight
@@ -32,6 +37,7 @@ _DATA_ONLY = {"trust_remote_code": False}
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST_PER_BYTE = 8  # weights in a byte of a file with quantized weights
+_GGUF_OPTIONS = {"dtype", "device_map", "attn_implementation"}  # a GGUF file is converted for all others
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate; all else names devices
 
 
@@ -71,11 +77,14 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 @quiet_transformers()
-def read_weights(source: str, config: Any, **options: Any) -> PreTrainedModel:
-    """The model of a folder or hub id, in eval mode. Every weight comes from its safetensors files and is finite.
+def read_weights(source: str, config: Any, *, keep_blocks: bool = False, **options: Any) -> PreTrainedModel:
+    """The model of a folder or hub id, in eval mode. Every weight comes from its safetensors files, or the GGUF file
+    behind the folder, and is finite.
 
     Args:
         config: the result of `read_config`.
+        keep_blocks: leave the matrices of a GGUF file packed on the CPU, whatever the dtype, if the kernels know all
+            of its formats.
         options: options of transformers' `from_pretrained`.
 
     Raises:
@@ -85,6 +94,11 @@ def read_weights(source: str, config: Any, **options: Any) -> PreTrainedModel:
     """
     _check_devices(options.get("device_map"))
     folder = Path(source) if Path(source).is_dir() else hub_folder(source, "*.json")
+    if (file := file_behind(folder)) is not None:
+        if options.keys() <= _GGUF_OPTIONS and options.get("device_map") in (None, "cpu"):
+            options.pop("device_map", None)
+            return _read_gguf(GgufFile(file), config, keep_blocks, **options)
+        folder = converted_gguf(file)
     stored, empty = _check_size(folder, config)
     tensor_names = tensors_by_weight(source, empty, stored)
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below
@@ -95,6 +109,20 @@ def read_weights(source: str, config: Any, **options: Any) -> PreTrainedModel:
     check_loaded(source, model, info, stored, tensor_names)
     _check_numbers(source, model)
     return model.eval()
+
+
+def _read_gguf(
+    file: GgufFile, config: Any, keep_blocks: bool, dtype: torch.dtype | Literal["auto"] = "auto", **options: Any
+) -> PreTrainedModel:
+    """The model of a GGUF file on the CPU."""
+    wanted: torch.dtype = config.dtype if dtype == "auto" else dtype
+    if keep_blocks and (reason := why_not_packed(file)) is not None:
+        name = str(wanted).removeprefix("torch.")
+        sys.stderr.write(f"{file.path.name}: its weights are expanded to {name}, because {reason}\n")
+        keep_blocks = False
+    model = read_gguf_weights(file, config, dtype=None if keep_blocks else wanted, **options)
+    _check_numbers(str(file.path), model)
+    return model
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -195,7 +223,14 @@ def _check_size(folder: Path, config: Any) -> tuple[Shapes, PreTrainedModel]:
 def _check_numbers(source: str, model: PreTrainedModel) -> None:
     for name, tensor in _numbers(model):
         if not all(bound.isfinite() for bound in tensor.aminmax()):  # one pass; NaN gives NaN
-            raise AssetError(f"{source}: its weight {name!r} holds NaN or infinity; get an undamaged copy of the model")
+            raise _not_finite(source, name)
+    for name, packed in packed_weights(model).items():
+        if not scales_are_finite(packed):
+            raise _not_finite(source, name)
+
+
+def _not_finite(source: str, name: str) -> AssetError:
+    return AssetError(f"{source}: its weight {name!r} holds NaN or infinity; get an undamaged copy of the model")
 
 
 def _numbers(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -1,72 +1,101 @@
-"""Converts a GGUF file once to a Hugging Face folder (float32 safetensors and a tokenizer).
+"""The Hugging Face folders of GGUF files, kept in the cache.
 
-transformers reads the weights. Its reader leaves out the scaling of the rotary frequencies, the end tokens, and most of
-the tokenizer (gguf_tokenizer.py). They are added here, or the file is refused.
-
-The folder has float32 weights, which is exact. Rounding the Q4_1 values of SmolLM2-135M to bfloat16 changes the loss on
-2048 tokens of kjv by 0.001 nat (1.6113 to 1.6100). A caller can still load the folder in bfloat16.
+The small folder has a config, a tokenizer, and the path of the file, from which the weights are read at every load
+(gguf_weights.py). For an architecture that is not read there, and for GPUs, transformers reads the weights once. They
+are stored as float32 safetensors, which is exact. Rounding the Q4_1 values of SmolLM2-135M to bfloat16 changes the loss
+on 2048 tokens of kjv by 0.001 nat (1.6113 to 1.6100). A caller can still load the folder in bfloat16.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import AssetError, UnsupportedModel
+from ...errors import AssetError
 from ..storage import cache_dir, fill_once
 from .quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from .gguf_file import GgufFile
 
-__all__ = ["conversion_folder", "convert_gguf", "converted_gguf"]
+__all__ = ["convert_gguf", "converted_gguf", "file_behind", "folder_of_gguf", "prepared_gguf"]
 
-_REVISION = 3
-"""Part of the cache key. Raise it when the conversion changes."""
+_CONFIG_BYTES = 20_000_000  # of a config and tokenizer, at most
+_REVISION = 4
+"""Part of the cache key. Raise it when the folders change."""
 
-_ATTENTION = (
-    ("attention.sliding_window", "sliding_window", 0),
-    ("attn_logit_softcapping", "attn_logit_softcapping", 0.0),
-    ("final_logit_softcapping", "final_logit_softcapping", 0.0),
-)
-"""Fields that change the attention: the name in a GGUF file, the name in a config, and the value for 'not used'."""
+_PATH = "gguf_path.txt"
+"""The name of the file with the path of the GGUF file."""
 
 
-def converted_gguf(file: Path, *, quiet: bool = False) -> Path:
-    """The Hugging Face folder of a GGUF file, which is converted on the first call and cached.
+def prepared_gguf(file: Path, *, quiet: bool = False) -> Path:
+    """The Hugging Face folder of a GGUF file, made on the first call and cached.
+
+    It holds the weights only if just transformers can read them; else they are read from the GGUF file.
 
     Args:
         quiet: show no progress, even on a terminal.
 
     Raises:
         AssetError: there is no such file, or no disk space.
-        UnsupportedModel: a converted model would differ from the file.
+        UnsupportedModel: transformers cannot read the file, or a config cannot hold its rotary scaling.
     """
-    folder = conversion_folder(file)
-    if not folder.exists():
-        from .gguf_file import GgufFile
+    folder = folder_of_gguf(file)
+    if folder.exists():
+        return folder
+    from .gguf_file import GgufFile
+    from .gguf_weights import ARCHITECTURES
 
-        opened = GgufFile(file)
-        needed = 4 * opened.weights + 20_000_000
-        with fill_once(folder, needed=needed, what=file.name) as work:
-            if work is not None:
-                _convert(opened, work, quiet=quiet)
+    opened = GgufFile(file)
+    whole = opened.arch not in ARCHITECTURES
+    if whole and not quiet:
+        sys.stderr.write(
+            f"{file.name}: its weights are stored once more, as float32, because the blocks of a {opened.arch} model "
+            "cannot be used as they are\n"
+        )
+    with fill_once(folder, needed=4 * opened.weights * whole + _CONFIG_BYTES, what=file.name) as work:
+        if work is not None:
+            (_convert if whole else _write_small_folder)(opened, work, quiet=quiet)
     return folder
 
 
-def conversion_folder(file: Path) -> Path:
-    """The path of the folder that `converted_gguf` makes. It depends on the path, size and modification time of `file`.
+def folder_of_gguf(file: Path) -> Path:
+    """The path of the folder that `prepared_gguf` makes. It depends on the path, size and modification time of `file`.
 
     Raises:
         AssetError: there is no such file.
     """
-    if not file.is_file():
-        raise AssetError(f"{file}: no such file")
-    state = file.stat()
-    key = f"{_REVISION} {file.resolve()} {state.st_size} {state.st_mtime_ns}"
-    return cache_dir() / f"gguf-{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return _folder(file, "gguf")
+
+
+def file_behind(folder: Path) -> Path | None:
+    """The GGUF file that holds the weights of a folder of `prepared_gguf`; None for any other folder."""
+    path = folder / _PATH
+    if folder.parent != cache_dir() or not path.is_file():  # a folder of someone else may not name a file outside
+        return None
+    return Path(path.read_text(encoding="utf-8"))
+
+
+def converted_gguf(file: Path, *, quiet: bool = False) -> Path:
+    """A Hugging Face folder with all of a GGUF file, which is converted on the first call and cached.
+
+    Raises:
+        AssetError: there is no such file, or no disk space.
+        UnsupportedModel: a converted model would differ from the file.
+    """
+    folder = _folder(file, "gguf-float32")
+    if not folder.exists():
+        from .gguf_file import GgufFile
+
+        opened = GgufFile(file)
+        with fill_once(folder, needed=4 * opened.weights + _CONFIG_BYTES, what=file.name) as work:
+            if work is not None:
+                _convert(opened, work, quiet=quiet)
+    return folder
 
 
 def convert_gguf(file: Path, out: Path, *, quiet: bool = False) -> Path:
@@ -83,28 +112,49 @@ def convert_gguf(file: Path, out: Path, *, quiet: bool = False) -> Path:
     return out
 
 
+def _folder(file: Path, kind: str) -> Path:
+    if not file.is_file():
+        raise AssetError(f"{file}: no such file")
+    state = file.stat()
+    key = f"{_REVISION} {file.resolve()} {state.st_size} {state.st_mtime_ns}"
+    return cache_dir() / f"{kind}-{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def _write_small_folder(file: GgufFile, out: Path, *, quiet: bool) -> None:
+    from .gguf_config import write_config
+    from .gguf_tokenizer import read_gguf_tokenizer
+
+    with _shown(f"reading {file.path.name}", quiet), quiet_transformers():
+        write_config(file, out)
+        read_gguf_tokenizer(file).save_pretrained(out)
+    (out / _PATH).write_text(str(file.path.resolve()), encoding="utf-8")
+
+
 def _convert(file: GgufFile, out: Path, *, quiet: bool) -> None:
-    from rich.console import Console
-    from rich.markup import escape
+    from .gguf_config import rope_parameters, set_config
+    from .gguf_tokenizer import read_gguf_tokenizer
 
-    from .gguf_tokenizer import end_ids, read_gguf_tokenizer
-
-    scaling = _rope_parameters(file)
-    console = Console(stderr=True, quiet=quiet)
-    shown = console.status(escape(f"converting {file.path.name}")) if console.is_terminal else contextlib.nullcontext()
-    with shown, quiet_transformers():
+    rope_parameters(file)  # refuses what no config can hold before the weights are read
+    with _shown(f"converting {file.path.name}", quiet), quiet_transformers():
         model, tokenizer = _load_model(file), read_gguf_tokenizer(file)
-        _set_rope(file, model.config, scaling or {})
-        _set_attention(file, model.config)
+        set_config(file, model)
         # transformers marks every model from a GGUF file as quantized, and refuses to save it.
         if hasattr(model, "hf_quantizer"):
             del model.hf_quantizer
         model.is_quantized = False
-        for name in ("quantization_config", "_model_name_or_path"):
-            model.config.__dict__.pop(name, None)
-        _set_end_ids(model, end_ids(file))
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
+
+
+@contextlib.contextmanager
+def _shown(what: str, quiet: bool) -> Iterator[None]:
+    """Show on a terminal what is being done."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True, quiet=quiet)
+    with console.status(escape(what)) if console.is_terminal else contextlib.nullcontext():
+        yield
 
 
 def _load_model(file: GgufFile) -> Any:
@@ -126,76 +176,3 @@ def _dequantize() -> dict[str, Any]:
 
     config = getattr(transformers, "GgufConfig", None)  # older versions always unpack
     return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
-def _set_end_ids(model: Any, ids: list[int]) -> None:
-    """Set the end tokens of a model to `ids`."""
-    eos = ids if len(ids) > 1 else next(iter(ids), None)
-    for config in (model.config.get_text_config(), model.generation_config):
-        config.eos_token_id = eos
-
-
-def _rope_parameters(file: GgufFile) -> dict[str, Any] | None:
-    """The `rope_parameters` for the rotary scaling of the file, which transformers does not read; None for none."""
-    rope = file.rope
-    if not rope.scaling and rope.divisors is None:
-        return None
-    from ...scaling import hf_write
-
-    configured = file.configured
-    if not configured.scaler.parts:
-        return None
-    parameters = hf_write.write(configured.rope, configured.scaler)
-    if parameters["rope_type"] == "linear" and "original_context_length" in rope.scaling:
-        parameters["original_max_position_embeddings"] = configured.rope.trained_length
-    return parameters
-
-
-def _set_rope(file: GgufFile, config: Any, scaling: dict[str, Any]) -> None:
-    """Write the rotary embedding of the file into the config. For some families transformers does not read the base or
-    the rotary dimension, and takes the default of another model.
-
-    Args:
-        scaling: the result of `_rope_parameters`.
-
-    Raises:
-        UnsupportedModel: the config cannot hold the rotary embedding.
-    """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" not in parameters:
-        if scaling:
-            raise UnsupportedModel(
-                f"{file.path}: its {scaling['rope_type']} scaling cannot be read, because the layers of this model "
-                "have different rotary frequencies; load the original checkpoint"
-            )
-        return
-    from ...scaling import hf
-
-    rope, head_dim = file.rope, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if rope.dim != head_dim or "partial_rotary_factor" in parameters:
-        parameters = {**parameters, "partial_rotary_factor": rope.dim / head_dim}
-    config.rope_parameters = {**parameters, "rope_theta": rope.base, **scaling}
-    read = hf.read(config)[None].rope
-    if (read.dim, read.base) != (rope.dim, rope.base):
-        raise UnsupportedModel(
-            f"{file.path}: its rotary dimension is {rope.dim} of {head_dim} and its base {rope.base:g}, but the config "
-            f"that transformers builds has {read.dim} and {read.base:g}; load the original checkpoint"
-        )
-
-
-def _set_attention(file: GgufFile, config: Any) -> None:
-    """Write the other fields that change the attention into the config.
-
-    Raises:
-        UnsupportedModel: the config cannot hold a field.
-    """
-    for key, setting, unused in _ATTENTION:
-        value = file.field(f"{{arch}}.{key}")
-        if value in (None, unused) or (setting == "sliding_window" and value >= file.required("{arch}.context_length")):
-            continue
-        if not hasattr(config, setting):
-            raise UnsupportedModel(
-                f"{file.path}: its {file.arch}.{key} is {value}, and the {type(config).__name__} of transformers has "
-                "no such setting; load the original checkpoint"
-            )
-        setattr(config, setting, value)

@@ -6,22 +6,22 @@ import contextlib
 import functools
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 
 from ...errors import AssetError, ConfigError, UnsupportedModel, first_line
 from ...scaling.gguf_rope import GgufRope
 from ...scaling.hf import ConfiguredRope
+from .gguf_reader import Reader
 from .quiet import quiet_transformers
 from .tensors import next_token_layers
 
-__all__ = ["GgufFile", "check_loaded", "read_by_transformers"]
+__all__ = ["GgufFile", "check_loaded", "check_shapes", "needed_tensors", "read_by_transformers", "unused_error"]
 
 _SCALING_KEYS = {
     "none": {"type", "factor", "original_context_length", "attn_factor"},
@@ -32,28 +32,6 @@ _SCALING_KEYS = {
 
 _ROTARY = re.compile(r"^rope_|(^|\.)rope_freqs\.|attn_rot_embd\.")
 """Rotary tensors: the config has their content, or other programs stored them as a cache."""
-
-
-class _Reader(gguf.GGUFReader):  # type: ignore[misc]
-    """gguf's reader with a plain array as a view of the mapped file.
-
-    A slice of a memmap takes three times as long, and parsing a vocabulary of 49k tokens takes a million slices (4.5 s
-    instead of 1.5 s).
-    """
-
-    @property
-    def data(self) -> Any:
-        return self._data
-
-    @data.setter
-    def data(self, mapped: Any) -> None:
-        self._data = mapped.view(np.ndarray)
-
-    def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
-        values = super()._get(offset, dtype, count, **order)
-        if len(values) < count:  # gguf would continue with empty values, as often as a damaged count states
-            raise ValueError("the file ends within a field or tensor")
-        return values
 
 
 def _part(number: Any) -> str:
@@ -79,7 +57,7 @@ class GgufFile:
         self.path = path
         self._values: dict[str, Any] = {}  # decoding a vocabulary takes seconds
         try:
-            self.reader = _Reader(path)
+            self.reader = Reader(path)
         except Exception as error:  # the reader does not check the bytes: a damaged file raises anything
             raise UnsupportedModel(f"{path}: not a readable GGUF file ({first_line(error)})") from error
         parts = self.field("split.count")
@@ -209,26 +187,45 @@ def check_loaded(file: GgufFile, model: Any, info: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedModel: a tensor is missing, has another shape, or is not used.
     """
-    if missing := sorted(info["missing_keys"]):
+    check_shapes(file, info["missing_keys"], info["mismatched_keys"])
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    needed = needed_tensors(file, model.config, tied=tied)
+    loaded = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
+    if loaded != sum(int(file.tensors[name].n_elements) for name in needed):
+        unused = sorted(needed - _used(file, model)) or sorted(needed)
+        raise unused_error(file, model, unused)
+
+
+def check_shapes(
+    file: GgufFile, missing: Iterable[str], mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]
+) -> None:
+    """Refuse a file without all weights of its model.
+
+    Args:
+        missing: names of the weights that it does not have.
+        mismatched: names, shapes in the file, and shapes in the model, of those that differ.
+
+    Raises:
+        UnsupportedModel: there is one.
+    """
+    if names := sorted(missing):
         raise UnsupportedModel(
-            f"{file.path}: {len(missing)} tensors of the model are not in the file, {missing[0]!r} first; "
+            f"{file.path}: {len(names)} tensors of the model are not in the file, {names[0]!r} first; "
             "transformers would fill them with random numbers"
         )
-    for name, shape, expected in sorted(info["mismatched_keys"]):
+    for name, shape, expected in sorted(mismatched):
         raise UnsupportedModel(
             f"{file.path}: its tensor {name!r} has the shape {list(shape)}, and its fields say {list(expected)}; "
             "get the file again"
         )
-    needed = _needed(file, model)
-    stored = sum(int(file.tensors[name].n_elements) for name in needed)
-    loaded = sum({tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}.values())
-    if stored == loaded:
-        return
-    unused = sorted(needed - _used(file, model)) or sorted(needed)
-    raise UnsupportedModel(
-        f"{file.path}: its tensors hold {stored} weights, and the {type(model).__name__} that transformers builds from "
-        f"its fields has {loaded}, so some are not used ({', '.join(unused[:3])}) and it would compute something else; "
-        "load the original checkpoint"
+
+
+def unused_error(file: GgufFile, model: Any, unused: Sequence[str]) -> UnsupportedModel:
+    """The error for a file with tensors that its model does not use."""
+    return UnsupportedModel(
+        f"{file.path}: the {type(model).__name__} that transformers builds from its fields does not use all of its "
+        f"tensors, so it would compute something else; some are not used ({', '.join(unused[:3])}); load the original "
+        "checkpoint"
     )
 
 
@@ -280,11 +277,14 @@ def _parsed_once(reader: Any) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _needed(file: GgufFile, model: Any) -> set[str]:
-    """Names of the tensors on which the logits depend."""
-    config, extra = model.config.get_text_config(), next_token_layers(file.tensors)
+def needed_tensors(file: GgufFile, config: Any, *, tied: bool) -> set[str]:
+    """Names of the tensors on which the logits depend.
+
+    Args:
+        tied: the output matrix of the model is its embedding.
+    """
+    config, extra = config.get_text_config(), next_token_layers(file.tensors)
     first_shared = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     names = set()
     for name, tensor in file.tensors.items():
         layer, _, kind = name.removeprefix("blk.").partition(".")

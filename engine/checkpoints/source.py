@@ -13,7 +13,7 @@ from ...tokenizer_tools.vocabularies import vocabulary
 from ...tokenizer_tools.vocabulary import Vocabulary
 from . import assets
 from .assets import MODELS
-from .gguf_conversion import conversion_folder, converted_gguf
+from .gguf_conversion import folder_of_gguf, prepared_gguf
 from .hub import hub_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model")
@@ -23,7 +23,7 @@ _MOST_TOKENS = 2**24  # a list as long as the number in a tekken file is made
 
 
 def resolve(name: str) -> str:
-    """The folder of a model, or a hub id. A GGUF file is converted to a folder.
+    """The folder of a model, or a hub id. For a GGUF file it is that of `prepared_gguf`.
 
     Args:
         name: as for `ropewalk.load`.
@@ -32,7 +32,7 @@ def resolve(name: str) -> str:
         AssetError: there is no such file or folder, or the name is close to that of a built-in model.
     """
     if (file := _gguf_file(name)) is not None:
-        return str(converted_gguf(file))
+        return str(prepared_gguf(file))
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -72,7 +72,7 @@ def load_vocabulary(name: str | Path) -> Vocabulary:
             raise AssetError(f"{name}: no such file; name a tokenizer.json, a SentencePiece .model or a tekken .json")
         return _read(path)
     if (file := _gguf_file(str(name))) is not None:
-        converted = conversion_folder(file) / "tokenizer.json"
+        converted = folder_of_gguf(file) / "tokenizer.json"
         return _read(converted if converted.exists() else file)
     source = resolve(str(name))
     folder = Path(source)

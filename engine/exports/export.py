@@ -15,8 +15,9 @@ from ...errors import ConfigError, Setting, UnsupportedModel, did_you_mean
 from ...scaling import hf, hf_write
 from ...scaling.gguf_rope import GgufRope
 from ...scaling.rope import Scaler
-from ..checkpoints.checkpoint import weight_files
+from ..checkpoints.checkpoint import read_tokenizer, read_weights, weight_files
 from ..checkpoints.config import find_config
+from ..checkpoints.gguf_conversion import file_behind
 from ..checkpoints.gguf_file import GgufFile
 from ..checkpoints.hub import hub_folder
 from ..patches.patch import patched_with
@@ -149,12 +150,17 @@ def _source(model: str | Path | ScaledModel | PreTrainedModel, rope: str | Scale
         source, config = find_config(str(model))
         configured = hf.read(config.get_text_config())
         folder = Path(source) if Path(source).is_dir() else hub_folder(source, *COPIED_FILES)
+        if file_behind(folder) is not None:
+            hf_model, tokenizer = read_weights(source, config, dtype="auto"), read_tokenizer(source)
+            return _Source(
+                folder=None, model=hf_model, tokenizer=tokenizer, config=config, configured=configured, scaler=rope
+            )
         return _Source(folder=folder, model=None, tokenizer=None, config=config, configured=configured, scaler=rope)
     if isinstance(model, PreTrainedModel):
         inner, current = model, patched_with(model)
     else:
         inner, current, tokenizer = model.hf, model.rope, model.tokenizer
-    check_unmodified(model)
+    inner = check_unmodified(model)
     configured = hf.read(inner.config.get_text_config())
     scaler = current if rope is None else rope
     return _Source(

@@ -28,6 +28,7 @@ from ...errors import AssetError, ConfigError, Setting, UnsupportedModel, did_yo
 from ...scaling import hf as hf_config
 from ...scaling.gguf_rope import GgufRope
 from ..checkpoints.checkpoint import read_config, read_tokenizer, read_weights
+from ..checkpoints.gguf_conversion import file_behind
 from ..checkpoints.gguf_file import GgufFile
 from ..hf_model import stop_ids
 from ..storage import cache_dir, fill_once
@@ -150,7 +151,9 @@ def cached_gguf(folder: Path, dtype: str) -> Path:
         what = f"{folder.name} as {dtype} GGUF"
         console = Console(file=sys.stderr)
         shown = console.status(escape(f"writing {what}")) if console.is_terminal else contextlib.nullcontext()
-        needed = 2 * sum(size for _, size, _ in states)  # float32 of a checkpoint in 16 bits
+        packed = file_behind(folder)  # its weights may have 4 bits
+        stored = sum(size for _, size, _ in states) + (0 if packed is None else 4 * packed.stat().st_size)
+        needed = 2 * stored  # float32 of a checkpoint in 16 bits
         with shown, fill_once(target, needed=needed, what=what) as work:
             if work is not None:
                 write_gguf(folder, work / file, dtype)

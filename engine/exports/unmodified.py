@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModel
 from ..checkpoints.tensors import untied
+from ..packed import unpacked
 from ..patches.patch import PatchRecord, patch_record
 from ..scaled_model import ScaledModel
 from .rebuilt import check_computes, new_model
@@ -36,7 +37,7 @@ def check_type(model: Any) -> None:
     )
 
 
-def check_unmodified(model: ScaledModel | PreTrainedModel) -> None:
+def check_unmodified(model: ScaledModel | PreTrainedModel) -> PreTrainedModel:
     """Refuse a model that computes something else than a new model of its config with the same weights.
 
     A checkpoint holds the config and the weights only. So these are refused: adapters that are not merged, parametrized
@@ -45,15 +46,21 @@ def check_unmodified(model: ScaledModel | PreTrainedModel) -> None:
     Args:
         model: a model that `load` returned, or a transformers model; patched or not.
 
+    Returns:
+        The transformers model, with the blocks of a GGUF file expanded to float32 weights.
+
     Raises:
         UnsupportedModel: the message names the first difference, and how to remove it.
     """
     if isinstance(model, PreTrainedModel):
-        _check(model, patch_record(model))
-        return
+        plain = unpacked(model)
+        _check(plain, patch_record(model))
+        return plain
     with model.running(None) as runner:
         scaler, length = runner.rope_state
-        _check(model.hf, PatchRecord(scaler, length=length))
+        plain = unpacked(model.hf)
+        _check(plain, PatchRecord(scaler, length=length))
+    return plain
 
 
 def _check(model: PreTrainedModel, patch: PatchRecord | None) -> None:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from .. import tensor_parallel
 from ..attention.causal import ATTENTION_NAME
 from ..cache import new_cache, rewind
-from ..hf_model import input_device
+from ..hf_model import input_device, stored_dtype
 from ..patches.attention_hook import is_replaced
 from .runner import Path, Runner
 
@@ -39,13 +39,14 @@ class TransformersRunner(Runner):
 
     @property
     def weights(self) -> str:
-        """The dtype of the stored weights."""
-        return str(self.hf.dtype).removeprefix("torch.")
+        """The dtype of the stored weights, or the formats of packed ones."""
+        return stored_dtype(self.hf)
 
     @property
     def precision(self) -> str:
-        """The dtype of the model, which is also that of its arithmetic."""
-        return str(self.hf.dtype).removeprefix("torch.")
+        """The dtype of the model, which is also that of its arithmetic, after the formats of packed weights."""
+        dtype = str(self.hf.dtype).removeprefix("torch.")
+        return dtype if self.weights == dtype else f"{self.weights}, {dtype} arithmetic"
 
     @property
     def how(self) -> str:

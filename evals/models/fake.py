@@ -25,7 +25,7 @@ class Uniform(TransformersRunner):
 
     def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
         cache.layers[0].length += len(ids)
-        return torch.zeros(logits_to_keep, self.hf.get_input_embeddings().weight.shape[0])
+        return torch.zeros(logits_to_keep, self.hf.get_input_embeddings().num_embeddings)
 
 
 class Oracle(Uniform):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...engine.batch import Batch, generate_tokens
 from ...engine.cache import can_rewind
-from ...engine.hf_model import input_device
+from ...engine.hf_model import input_device, weight_bytes
 from ...engine.model import Model
 from ...engine.prefill import prefill, scored_logits
 from ...engine.prompt import token_ids
@@ -122,6 +122,6 @@ class LocalModel(MeasuredModel):
             self.model.score_ids([0] * length)
 
     def needs(self, longest: int) -> str:
-        weights = self.model.hf.get_memory_footprint() / 1e6
+        weights = weight_bytes(self.model.hf) / 1e6
         cache = self.model.bytes_per_token * longest / 1e6
         return f"memory about {weights:.0f} MB of weights and {cache:.0f} MB of cache at the longest context"

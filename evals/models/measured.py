@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from ...engine.hf_model import weight_count
 from ...engine.model import Model
 from ...errors import ConfigError, UnsupportedModel
 from ...scaling.rope import Scaler
@@ -41,8 +42,8 @@ class ForwardCost:
     @classmethod
     def of(cls, model: Model) -> ForwardCost:
         """The cost of a loaded model, from the shapes of its weights."""
-        embedding = model.hf.get_input_embeddings().weight.numel()
-        return cls._of(model.hf.config, sum(p.numel() for p in model.hf.parameters()) - embedding)
+        rows = model.hf.get_input_embeddings()
+        return cls._of(model.hf.config, weight_count(model.hf) - rows.num_embeddings * rows.embedding_dim)
 
     @classmethod
     def of_config(cls, config: Any) -> ForwardCost:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGML_QUANT_SIZES
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -209,7 +210,8 @@ READ_BYTES = 256 * 2**20
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 _BYTES |= {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # each 32 weights have a scale of 2 bytes
-"""Bytes of a number, by the name of its type in torch and in GGUF."""
+_BYTES |= {kind.name: size / weights for kind, (weights, size) in GGML_QUANT_SIZES.items()}
+"""Bytes of a number, by the name of its type in torch, of a GGUF file that ropewalk writes, and of packed weights."""
 
 
 class Memory:
@@ -259,7 +261,7 @@ class Traffic:
         """Bytes that a step after `length` tokens reads.
 
         Args:
-            dtype: of the weights, as torch or GGUF calls it.
+            dtype: of the weights, as torch or GGUF calls it. Several formats of packed weights count as the first.
             cache_dtype: of the keys and values.
         """
-        return self.weights * _BYTES[dtype] + length * self.cached * _BYTES[cache_dtype]
+        return self.weights * _BYTES[dtype.partition(" ")[0]] + length * self.cached * _BYTES[cache_dtype]

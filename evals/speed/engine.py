@@ -174,13 +174,14 @@ class RopewalkEngine:
     def __init__(self, spec: EngineSpec) -> None:
         import torch
 
+        from ...engine.hf_model import stored_dtype
         from ...engine.load import load
         from ...version import __version__
 
         torch.set_num_threads(spec.threads)
         self._model = load(spec.source, dtype=spec.dtype)
         self._room = spec.room
-        self.dtype = "int8" if spec.dtype == "int8" else _dtype_name(self._model.hf.dtype)
+        self.dtype = "int8" if spec.dtype == "int8" else stored_dtype(self._model.hf)
         self.prefill([0])  # some caches take their dtype from the first keys
         self.cache_dtype = _dtype_name(self._cache.layers[0].keys.dtype)
         self.versions = {"ropewalk": __version__, **versions_of("torch", "transformers", "numba")}

@@ -83,12 +83,13 @@ class _Loaded:
 
 
 def _ropewalk(model: str, ids: list[int], dtype: str, rope: str) -> _Loaded:
+    from ...engine.hf_model import weight_bytes
     from ...engine.load import load
 
     loaded = load(model, rope, dtype=dtype, max_length=len(ids))
     return _Loaded(
         f"ropewalk {loaded.precision}",
-        loaded.hf.get_memory_footprint(),
+        weight_bytes(loaded.hf),
         loaded.bytes_per_token * len(ids),
         lambda: -float(loaded.score_ids(ids, len(ids) - SCORED_TOKENS).mean()),
     )

@@ -96,7 +96,7 @@ def test_show_tells_and_draws_where_it_is_asked_to(tmp_path, monkeypatch):
 
 def test_the_cache_is_listed_and_entries_are_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path))
-    for name, size in (("gguf-a-1", 3_000_000), ("gguf-b-2", 2_000_000), ("kernels", 10), ("tuned", 10)):
+    for name, size in (("gguf-float32-a-1", 3_000_000), ("gguf-b-2", 2_000_000), ("kernels", 10), ("tuned", 10)):
         (tmp_path / name / "deep").mkdir(parents=True)
         (tmp_path / name / "deep" / "file").write_bytes(b"x" * size)
 
@@ -104,10 +104,10 @@ def test_the_cache_is_listed_and_entries_are_removed(tmp_path, monkeypatch):
         return CliRunner().invoke(cli, ["cache", *arguments])
 
     listed = cache().stdout
-    assert listed.splitlines()[0] == "      3.0 MB  gguf-a-1  (a .gguf file, converted for transformers)"
+    assert listed.splitlines()[0] == "      3.0 MB  gguf-float32-a-1  (a .gguf file, converted for transformers)"
     assert listed.splitlines()[-1] == f"      5.0 MB  in {tmp_path}" and "tuned" not in listed
-    assert "has no entry gguf-c*" in str(cache("--remove", "gguf-a*", "--remove", "gguf-c*").exception)
-    assert (tmp_path / "gguf-a-1").exists(), "nothing is removed then"
+    assert "has no entry gguf-c*" in str(cache("--remove", "gguf-float32*", "--remove", "gguf-c*").exception)
+    assert (tmp_path / "gguf-float32-a-1").exists(), "nothing is removed then"
     assert "5.0 MB  removed from" in cache("--remove", "gguf-*").stdout
     assert cache("--remove", "tuned").exception
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels", "tuned"]

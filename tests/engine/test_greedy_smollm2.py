@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import ropewalk as rw
-from ropewalk.engine.checkpoints.source import resolve
+from ropewalk.engine.checkpoints.checkpoint import read_weights
+from ropewalk.engine.checkpoints.config import find_config
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -29,7 +29,7 @@ def test_greedy_tokens_on_ten_prompts_are_those_of_transformers():
     All prompts are answered together, shortly, and one is answered at length, alone.
     """
     model = rw.load("smollm2-135m", dtype="float32", compile=True)
-    reference = AutoModelForCausalLM.from_pretrained(resolve("smollm2-135m"), dtype=torch.float32).eval()
+    reference = read_weights(*find_config("smollm2-135m"), dtype=torch.float32)
     for prompts, tokens in ((PROMPTS, 40), (PROMPTS[2:3], 256)):
         params = rw.SamplingParams(max_new_tokens=tokens, temperature=0, continuation="off")
         for prompt, completion in zip(prompts, model.generate(prompts, params), strict=True):

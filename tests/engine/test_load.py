@@ -217,8 +217,11 @@ def test_a_device_that_torch_cannot_use_is_named_before_the_weights(tiny_folder,
 def test_the_embedded_model_scores_as_transformers_does():
     model = rw.load("smollm2-135m", dtype="float32")
     from ropewalk.engine.checkpoints import assets
+    from ropewalk.engine.checkpoints.gguf_conversion import converted_gguf
 
-    reference = AutoModelForCausalLM.from_pretrained(assets.fetch("smollm2-135m"), dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        converted_gguf(assets.fetch_files("smollm2-135m")), dtype=torch.float32
+    ).eval()
     score = model.score("It was the best of times, it was the worst of times, it was the age of wisdom. " * 60)
     ids = torch.tensor([score.token_ids])
     with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -10,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import GGUFValueType, GGUFWriter, TokenType
 from hypothesis import strategies as st
 from inputs import deep, header, json_mutants, mutants, parts, written
 from parser import TINY, WORK, Parser, stored
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ropewalk.engine.checkpoints.checkpoint import read_weights
+from ropewalk import RopewalkError
+from ropewalk.engine.checkpoints.checkpoint import read_config, read_weights
 from ropewalk.engine.checkpoints.config import find_config
+from ropewalk.engine.checkpoints.gguf_config import write_config
 from ropewalk.engine.checkpoints.gguf_conversion import convert_gguf
 from ropewalk.engine.checkpoints.gguf_file import GgufFile
+from ropewalk.engine.checkpoints.gguf_weights import read_gguf_weights
 from ropewalk.scaling.hf import read
 
 
@@ -167,7 +172,13 @@ def _gguf_whole(value: bytes) -> None:
     out = WORK / "converted"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    convert_gguf(stored("b.gguf", value), out)
+    file = stored("b.gguf", value)
+    for dtype in (None, torch.float32):
+        with contextlib.suppress(RopewalkError):  # what transformers can read as well is still to be tried
+            opened = GgufFile(file)
+            write_config(opened, out)
+            read_gguf_weights(opened, read_config(str(out)), dtype=dtype)
+    convert_gguf(file, out)
 
 
 CHECKPOINTS: dict[str, Parser] = {

@@ -17,7 +17,8 @@ _TUNED = "tuned"
 """What `ropewalk tune` found is not made again by itself, so it is not listed and not removed."""
 
 _KINDS = {
-    "gguf-": "a .gguf file, converted for transformers",
+    "gguf-float32-": "a .gguf file, converted for transformers",
+    "gguf-": "config and tokenizer of a .gguf file, or all of it converted",
     "bf16-": "a model written for llama.cpp",
     "f16-": "a model written for llama.cpp",
     "f32-": "a model written for llama.cpp",

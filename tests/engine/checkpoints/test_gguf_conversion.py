@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropewalk import UnsupportedModel
 from ropewalk.engine.checkpoints import assets, gguf_tokenizer
-from ropewalk.engine.checkpoints.gguf_conversion import convert_gguf, converted_gguf
+from ropewalk.engine.checkpoints.gguf_conversion import convert_gguf, converted_gguf, prepared_gguf
 from ropewalk.engine.checkpoints.source import load_vocabulary
 
 
@@ -86,7 +86,7 @@ def test_the_vocabulary_alone_is_read_without_the_weights(write, tmp_path, monke
     texts = ["  12x", "a Ġ", "<|endoftext|>"]
     alone = load_vocabulary(path)
     assert not (tmp_path / "cache").exists()
-    converted_gguf(write())
+    prepared_gguf(write())
     monkeypatch.setattr(gguf_tokenizer, "read_gguf_tokenizer", lambda _: pytest.fail("read again"))
     assert [load_vocabulary(path).encode(text) for text in texts] == [alone.encode(text) for text in texts]
 
@@ -221,7 +221,8 @@ def test_a_file_is_converted_once_and_again_when_it_changes(write, monkeypatch):
 
 @pytest.mark.model
 def test_the_built_in_model_is_its_file():
-    folder, path = assets.fetch("smollm2-135m"), assets.fetch_files("smollm2-135m")
+    path = assets.fetch_files("smollm2-135m")
+    folder = converted_gguf(path)
     weights = load_file(folder / "model.safetensors")
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     assert len(weights) == len(stored)
