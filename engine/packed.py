@@ -1,8 +1,7 @@
 """Linear layers and embeddings whose weights stay in the blocks of a GGUF file.
 
 A block holds 32 or 256 weights of a row: small whole numbers and the scales that turn them into weights. The bytes are
-used as they are in the file, which may be mapped into memory. The formats are those of ggml; the gguf library gives
-their sizes and unpacks them.
+used as they are in the file, which may be mapped into memory. The formats are those of ggml.
 """
 
 from __future__ import annotations
@@ -16,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .runners.cpu.kernels import BLOCK_FORMATS
+from .runners.cpu.threads import share_threads
+
 _BYTES_AT_A_TIME = 1 << 22  # the gguf library makes several float32 copies of what it unpacks
+_PLAIN = {
+    gguf.GGMLQuantizationType.F32: torch.float32,
+    gguf.GGMLQuantizationType.F16: torch.float16,
+    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -37,18 +44,34 @@ class PackedWeight:
         block, size = gguf.GGML_QUANT_SIZES[self.format]
         return self.data.shape[0], self.data.shape[1] // size * block
 
-    def rows(self, start: int, stop: int) -> PackedWeight:
-        """The rows [start, stop)."""
-        return PackedWeight(self.data[start:stop], self.format)
+    def __getitem__(self, rows: slice | Tensor) -> PackedWeight:
+        """Some of its rows."""
+        return PackedWeight(self.data[rows], self.format)
 
-    def unpack(self) -> Tensor:
-        """The weights, float32 [rows, columns]."""
-        weights = torch.empty(self.shape)
+    def contiguous(self) -> PackedWeight:
+        """The same rows one after the other in memory."""
+        return PackedWeight(self.data.contiguous(), self.format)
+
+    def unpack(self, out: Tensor | None = None) -> Tensor:
+        """The weights, float32 [rows, columns], written to `out` if it is given."""
+        out = torch.empty(self.shape) if out is None else out
+        if self.format in _PLAIN:
+            return out.copy_(self.data.view(_PLAIN[self.format]))
+        if self.format not in BLOCK_FORMATS:
+            return self._unpack_by_gguf(out)
+        from .runners.cpu.kernels import unpack
+
+        data = self.data.contiguous()
+        rows, row_bytes = data.shape
+        unpack(int(self.format), data.data_ptr(), rows, row_bytes, self.shape[1], out.data_ptr(), share_threads())
+        return out
+
+    def _unpack_by_gguf(self, out: Tensor) -> Tensor:
         step = max(1, _BYTES_AT_A_TIME // self.data.shape[1])
         for start in range(0, len(self.data), step):
             part = self.data[start : start + step].numpy()
-            weights[start : start + step] = torch.from_numpy(gguf.dequantize(part, self.format))
-        return weights
+            out[start : start + step] = torch.from_numpy(gguf.dequantize(part, self.format))
+        return out
 
 
 class _Packed(nn.Module):
@@ -85,8 +108,7 @@ class PackedEmbedding(_Packed):
         self.num_embeddings, self.embedding_dim = packed.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = PackedWeight(self.packed.data[ids.flatten()], self.packed.format).unpack()
-        return rows.view(*ids.shape, -1)
+        return self.packed[ids.flatten()].unpack().view(*ids.shape, -1)
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

@@ -1,7 +1,10 @@
-"""Numbers for the compiled kernels: the bits of one kind, and their values in float64."""
+"""Numbers for the compiled kernels: the bits of one kind or format, and their values."""
 
+import gguf
 import numpy as np
 import torch
+
+from ropewalk.engine.packed import PackedWeight
 
 KINDS = (np.float32, np.uint16, np.int8)
 
@@ -30,3 +33,36 @@ def stored(random, kind, rows, columns):
 def address(x):
     """The address of an array; 0 for None. The caller keeps the array alive."""
     return 0 if x is None else x.ctypes.data
+
+
+_SCALES = {
+    "Q4_0": (0.01, [0]),
+    "Q4_1": (0.01, [0, 2]),
+    "Q5_0": (0.005, [0]),
+    "Q5_1": (0.005, [0, 2]),
+    "Q8_0": (0.0007, [0]),
+    "Q4_K": (0.0003, [0, 2]),
+    "Q5_K": (0.00015, [0, 2]),
+    "Q6_K": (0.00004, [208]),
+}
+"""The size of the scales that gives weights of about 0.05, and where a block has them."""
+
+PLAIN = ("F32", "F16", "BF16")
+FORMATS = (*_SCALES, *PLAIN)
+
+
+def packed(random, name, rows, columns):
+    """A random matrix of a ggml type, and its float32 values by the gguf library."""
+    format_ = gguf.GGMLQuantizationType[name]
+    if name in PLAIN:
+        data = gguf.quantize(0.05 * random.standard_normal((rows, columns)).astype(np.float32), format_)
+        data = np.ascontiguousarray(data).view(np.uint8)
+    else:
+        count, size = gguf.GGML_QUANT_SIZES[format_]
+        data = random.integers(0, 256, (rows * columns // count, size), dtype=np.uint8)
+        scale, places = _SCALES[name]
+        for place, factor in zip(places, (scale, -7 * scale if name.endswith("_1") else 7 * scale), strict=False):
+            halves = (factor * random.uniform(0.5, 1.5, len(data))).astype(np.float16)
+            data[:, place : place + 2] = halves.view(np.uint8).reshape(-1, 2)
+        data = data.reshape(rows, -1)
+    return PackedWeight(torch.from_numpy(data), format_), gguf.dequantize(data, format_)

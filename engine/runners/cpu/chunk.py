@@ -5,6 +5,7 @@ Shape suffixes: N tokens of the chunk, E hidden size, H query heads, K key-value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from ...attention.plan import Segment
 from ...attention.rotation import angles
 from ...attention.rows import KeyRun
 from ...kv_cache import KVLayer
+from ...packed import PackedWeight
 from .family import Decoder
 from .rotation_table import RotationTable
 from .tables import StoredLinear, Tables
@@ -69,11 +71,13 @@ class DecoderLayers:
 
     def _apply(self, stored: StoredLinear, x: Tensor) -> Tensor:
         weight = stored.weight
-        if weight.dtype != torch.float32:
-            if self._buffer.numel() < weight.numel():
+        if isinstance(weight, PackedWeight) or weight.dtype != torch.float32:
+            count = math.prod(weight.shape)
+            if self._buffer.numel() < count:
                 with torch.inference_mode(False):  # calls outside of inference mode write there too
-                    self._buffer = torch.empty(weight.numel())
-            weight = self._buffer[: weight.numel()].view(weight.shape).copy_(weight)
+                    self._buffer = torch.empty(count)
+            wide = self._buffer[:count].view(weight.shape)
+            weight = weight.unpack(wide) if isinstance(weight, PackedWeight) else wide.copy_(weight)
         if stored.scale is None:
             return linear(x, weight, stored.bias)
         out = linear(x, weight).mul_(stored.scale)

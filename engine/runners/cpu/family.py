@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from ....errors import UnsupportedModel
 from ...cache import common_window
+from ...packed import PackedLinear, PackedWeight
+from .kernels import FORMATS
 
 _PRE = ("input_layernorm", None, "post_attention_layernorm", None)
 _POST = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
@@ -65,7 +67,7 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 class LinearLayer:
     """The model's own weights [rows, columns] and bias [rows] or None."""
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None
 
     def rows(self, start: int, stop: int) -> LinearLayer:
@@ -173,10 +175,16 @@ def _layer(family: Family, layer: Any, config: Any) -> DecoderLayer:
     )
 
 
-def _linear(module: nn.Linear) -> LinearLayer:
-    if type(module) is not nn.Linear:  # an adapter or a quantized layer computes something else
+def _linear(module: nn.Linear | PackedLinear) -> LinearLayer:
+    if type(module) is PackedLinear:
+        weight: Tensor | PackedWeight = module.packed
+        if module.packed.format not in FORMATS:
+            raise UnsupportedModel(f"weights in the format {module.packed.format.name} have no compiled form")
+    elif type(module) is nn.Linear:
+        weight = module.weight.detach()
+    else:  # an adapter or a quantized layer computes something else
         raise UnsupportedModel(f"{type(module).__name__} is not a plain linear layer")
-    return LinearLayer(module.weight.detach(), None if module.bias is None else module.bias.detach())
+    return LinearLayer(weight, None if module.bias is None else module.bias.detach())
 
 
 def _window(attention: Any, config: Any) -> int | None:

@@ -9,8 +9,6 @@ Shape suffixes: N tokens of a chunk, E hidden size, H query heads, K key-value h
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path as Folder
 from typing import Any
@@ -27,6 +25,7 @@ from ...attention.kernel import AttentionScore
 from ...attention.rows import KeyRun
 from ...cache import rewind
 from ...kv_cache import CacheShape, KVCache, check_room, needed_bytes
+from ...packed import PackedWeight
 from ...patches.float32 import float32_arithmetic
 from ...patches.probe import layer_ropes, logits, probe_ids
 from ...rotary_site import RotarySite, primary_rotary
@@ -38,6 +37,7 @@ from .kernels import UNAVAILABLE
 from .rotation_table import RotationTable, rotate_cached_keys
 from .skim import Sample, SkimAttention
 from .tables import KINDS, StoredLinear, Tables, dtype_name, groups_of
+from .threads import share_threads
 
 Tree = tuple[int, list[list[int]]]
 """Length of the cache that a tree of tokens continues; for each token, the places of its ancestors and its own."""
@@ -46,9 +46,6 @@ MAX_STEP_TOKENS = 16  # above this, a chunk in torch is faster than the compiled
 
 _MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.int8: 5e-3}
 """Of logits, by the dtype of keys and values: Euclidean norm, relative. Some of those round to the other side."""
-
-_SPIN_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-_sleeping_threads: list[threading.Thread] = []
 
 
 class CompiledRunner(TransformersRunner):
@@ -82,7 +79,7 @@ class CompiledRunner(TransformersRunner):
         self._dtype, self._folder = hf.dtype, folder
         if cache != "auto":
             self._dtype = getattr(torch, cache)
-        elif weights == "int8":
+        elif weights == "int8" or isinstance(self._decoder.head.weight, PackedWeight):
             self._dtype = torch.bfloat16
         self._primary = primary_rotary(sites)
         ropes, _ = layer_ropes(hf, sites)
@@ -103,7 +100,7 @@ class CompiledRunner(TransformersRunner):
 
     @property
     def precision(self) -> str:
-        weights, cache = dtype_name(self._tables.stored_head.weight.dtype), dtype_name(self._dtype)
+        weights, cache = self.weights, dtype_name(self._dtype)
         if weights == cache == "float32":
             return weights
         return f"{weights}, {cache} cache, float32 arithmetic"
@@ -120,7 +117,7 @@ class CompiledRunner(TransformersRunner):
 
     @property
     def weights(self) -> str:
-        return dtype_name(self._tables.stored_head.weight.dtype)
+        return " + ".join(self._tables.formats)
 
     def use(self, scaler: Scaler, length: int | None) -> None:
         if self._rotations and (scaler, length) == self.rope_state:
@@ -389,42 +386,3 @@ class CompiledRunner(TransformersRunner):
             return chunks[self._group_of[index]].attend(q, k, v, score)
 
         return self._layers.logits(self._layers.run(ids, attend)[-logits_to_keep:])
-
-
-def share_threads() -> int:
-    """Let the kernels use as many threads as torch does, and return their number.
-
-    A decode step has about a hundred parallel regions. Between two regions, GNU OpenMP lets idle threads spin for
-    about 10 ms. On a busy machine they take the cores of the threads that they wait for: next to one busy process,
-    decoding fell from 36 to 9 tokens/s. If a process has more OpenMP threads than CPUs, idle threads spin for a few
-    microseconds only (GOMP_SPINCOUNT in the manual of libgomp). So one extra set of threads is started, and it sleeps.
-    """
-    import numba
-
-    wanted = torch.get_num_threads()
-    threads: int = min(wanted, numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(threads)
-    if torch.get_num_threads() != wanted:  # the first call of numba gives OpenMP, and so torch, all cores
-        torch.set_num_threads(wanted)
-    if not _sleeping_threads and not any(name in os.environ for name in _SPIN_VARIABLES):
-        _add_sleeping_threads(numba.config.NUMBA_NUM_THREADS)
-    return threads
-
-
-def _add_sleeping_threads(count: int) -> None:
-    """Start `count` OpenMP threads that sleep from then on."""
-    from .kernels import touch
-
-    started = threading.Event()
-
-    def sleep() -> None:
-        import numba
-
-        numba.set_num_threads(count)
-        touch(count)
-        started.set()
-        threading.Event().wait()
-
-    _sleeping_threads.append(threading.Thread(target=sleep, daemon=True, name="ropewalk: sleeping OpenMP threads"))
-    _sleeping_threads[-1].start()
-    started.wait()

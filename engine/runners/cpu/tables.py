@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ....errors import UnsupportedModel
 from ...attention.rotation import Layout
+from ...packed import PackedWeight
 from ...patches.probe import LayerRope
 from ...rotary_site import RotarySite
 from .family import Decoder, LinearLayer
@@ -44,9 +47,9 @@ def groups_of(d: Decoder, ropes: dict[int, LayerRope]) -> tuple[list[LayerGroup]
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A linear layer for the kernels: weights in their own dtype, float32 scales and bias [rows] or None."""
+    """A linear layer for the kernels: weights in their own dtype or format, float32 scales and bias [rows] or None."""
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     scale: Tensor | None
     bias: Tensor | None
 
@@ -58,7 +61,7 @@ class StoredLinear:
     @classmethod
     def rounded_to_int8(cls, layer: LinearLayer) -> StoredLinear:
         """Weights rounded to int8. The step of a row is 1/127 of its largest weight."""
-        weight = layer.weight.float()
+        weight = layer.weight.unpack() if isinstance(layer.weight, PackedWeight) else layer.weight.float()
         scale = weight.abs().amax(1).clamp(min=1e-30) / 127
         return cls((weight / scale[:, None]).round_().to(torch.int8), scale, StoredLinear.of(layer).bias)
 
@@ -68,10 +71,27 @@ class StoredLinear:
         return StoredLinear(self.weight[start:stop], scale, bias)
 
     @property
+    def kind(self) -> type:
+        """The numpy type by which the kernels read the weights; uint8 for those in blocks, each of its own format."""
+        return np.uint8 if isinstance(self.weight, PackedWeight) else KINDS[self.weight.dtype]
+
+    @property
+    def format(self) -> str:
+        """`bfloat16`, or `Q4_K`."""
+        weight = self.weight
+        return weight.format.name if isinstance(weight, PackedWeight) else dtype_name(weight.dtype)
+
+    @property
     def table(self) -> list[int]:
-        """The addresses and sizes that `project_rows` takes."""
+        """The addresses and sizes that `project_any` takes."""
         scale, bias = (0 if x is None else x.data_ptr() for x in (self.scale, self.bias))
-        return [self.weight.data_ptr(), scale, bias, *self.weight.shape]
+        weight = self.weight
+        if isinstance(weight, PackedWeight):
+            from .kernels import product
+
+            row_bytes = weight.data.shape[1]
+            return [weight.data.data_ptr(), scale, bias, *weight.shape, row_bytes, product(int(weight.format))]
+        return [weight.data_ptr(), scale, bias, *weight.shape, 0, 0]
 
 
 Make = Callable[[LinearLayer], StoredLinear]
@@ -80,7 +100,7 @@ Make = Callable[[LinearLayer], StoredLinear]
 def _check_sizes(d: Decoder) -> None:
     """Refuse weights of unexpected sizes. The kernels have addresses only and would read past the end."""
     E, q, k = len(d.final_norm), d.heads * d.head_dim, d.key_heads * d.head_dim
-    inner = len(d.layers[0].linears[4].weight)
+    inner = d.layers[0].linears[4].weight.shape[0]
     uneven = [size for size in (E, q, inner, d.head_dim) if size % 16]
     if uneven:
         raise UnsupportedModel(f"compiled kernels need sizes that are a multiple of 16, and {uneven[0]} is not")
@@ -93,11 +113,6 @@ def _check_sizes(d: Decoder) -> None:
         )
         if not (linears and norms):
             raise UnsupportedModel(f"the weights of layer {index} do not have the sizes in its family's description")
-    dtypes = {linear.weight.dtype for layer in d.layers for linear in layer.linears} | {d.head.weight.dtype}
-    if len(dtypes) > 1:
-        raise UnsupportedModel(
-            f"its linear layers have more than one dtype: {', '.join(sorted(map(dtype_name, dtypes)))}"
-        )
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,7 @@ class Tables:
     shape: np.ndarray[Any, Any]
     numbers: np.ndarray[Any, Any]
     kind: type
+    formats: list[str]
     linears: np.ndarray[Any, Any]
     norms: np.ndarray[Any, Any]
     groups: np.ndarray[Any, Any]
@@ -129,6 +145,13 @@ class Tables:
         stored = [tuple(map(make, layer.linears)) for layer in d.layers]
         head = make(d.head)
         _check_sizes(d)
+        linears = [*(linear for layer in stored for linear in layer), head]
+        sizes: Counter[str] = Counter()
+        for linear in linears:
+            sizes[linear.format] += math.prod(linear.weight.shape)
+        formats = [name for name, _ in sizes.most_common()]
+        if len({linear.kind for linear in linears}) > 1:
+            raise UnsupportedModel(f"its linear layers have more than one dtype: {', '.join(sorted(formats))}")
         if len({(layer.scale, layer.softcap) for layer in d.layers}) > 1:
             raise UnsupportedModel("its layers scale their scores differently")
         layout = next((group.layout for group in groups if group.layout is not None), None)
@@ -139,7 +162,8 @@ class Tables:
         return cls(
             shape=np.array([*shape, layout.start, layout.dim, layout.interleaved], np.int64),
             numbers=np.array([d.epsilon, d.layers[0].softcap or 0], np.float32),
-            kind=KINDS[head.weight.dtype],
+            kind=head.kind,
+            formats=formats,
             linears=np.array([[linear.table for linear in linears] for linears in stored], np.int64),
             norms=np.array([*norms, [d.final_norm.data_ptr(), 0, 0, 0, 0, 0]], np.int64),
             groups=np.array(group_of, np.int64),

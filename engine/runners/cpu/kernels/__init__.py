@@ -1,35 +1,30 @@
-"""Compiled kernels for the CPU. Import `step` from here: it compiles on first use, and the result is cached.
-
-numba checks the time stamp of a single file to find out whether its cache is stale. But the kernels of this folder are
-inlined into one another. So the name of the cache folder is a hash of all their files.
-"""
+"""Compiled kernels for the CPU. Import `step` from here: it compiles on first use, and the result is cached."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-
-from ....storage import cache_dir
 
 UNAVAILABLE: str | None = None
 """The reason why this machine has no compiled kernels; None if it has them."""
 
+BLOCK_FORMATS: frozenset[int] = frozenset()
+"""The ggml types of blocks that the kernels read."""
+
+FORMATS: frozenset[int] = frozenset()
+"""The ggml types of matrices that the kernels multiply: those of blocks, float32, float16 and bfloat16."""
+
 FOLDER: Path | None = None
-"""The cache folder of the compiled kernels; it has no kernel (`*.nbi`) before the first use."""
+"""The cache folder of the compiled kernels."""
 
 try:
-    import numba
+    import numba  # noqa: F401
 except ImportError as error:  # numba is not installed, or does not support this NumPy
     UNAVAILABLE = f"numba cannot be imported: {error}"
 else:
-    _sources = sorted(Path(__file__).parent.glob("*.py"))
-    _version = hashlib.sha256(b"".join(source.read_bytes() for source in _sources)).hexdigest()[:12]
-    _before = numba.config.CACHE_DIR
-    FOLDER = cache_dir() / "kernels" / _version
-    try:
-        numba.config.CACHE_DIR = str(FOLDER)
-        from .step import project, step, touch
-    finally:
-        numba.config.CACHE_DIR = _before
+    from .folder import FOLDER, cached_in_folder
 
-__all__ = ["FOLDER", "UNAVAILABLE", "project", "step", "touch"]
+    with cached_in_folder():
+        from .blocks import BLOCK_FORMATS, FORMATS, product, unpack
+        from .step import project, step, touch
+
+__all__ = ["BLOCK_FORMATS", "FOLDER", "FORMATS", "UNAVAILABLE", "product", "project", "step", "touch", "unpack"]

@@ -7,7 +7,7 @@ from numba import njit
 
 from .simd import add, fetch, fma, get, load, size_of, splat, total
 
-_AHEAD = 4096  # weights are prefetched this many bytes before their use
+AHEAD = 4096  # weights are prefetched this many bytes before their use
 
 
 @njit(cache=True)
@@ -53,13 +53,13 @@ def project_rows(kind, linear, x, tokens, start, stop, out, offset):
     """Rows [start, stop) of a matrix times `tokens` vectors, into the columns of `out` from `offset` on.
 
     Args:
-        linear: int64 [5]: the addresses of weights, scales and bias (0 for none), and the number of rows and of
-            columns. Columns are a multiple of 16.
+        linear: int64: the addresses of weights, scales and bias (0 for none), and the number of rows and of columns,
+            which is a multiple of 16.
         x: the address of float32 [tokens, columns].
     """
     weights, scales, bias, columns = linear[0], linear[1], linear[2], linear[4]
     for r in range(start, stop):
-        fetch(kind, weights, r * columns + _AHEAD // size_of(kind), columns)
+        fetch(kind, weights, r * columns + AHEAD // size_of(kind), columns)
         scale = get(scales, r) if scales else np.float32(1)
         shift = get(bias, r) if bias else np.float32(0)
         t, column = 0, offset + r

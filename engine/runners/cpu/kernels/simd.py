@@ -5,8 +5,8 @@ are explicit: `f32x8` is a value in a register (two registers where they have 12
 below is one or a few instructions. So the order of every sum is fixed, and a row of a batch has the same bits as the
 row alone.
 
-Memory is given by its address (an integer) and the type of its numbers (`kind`): np.float32, np.uint16 for the bits of
-bfloat16, or np.int8.
+Memory is given by its address (an integer) and the type of its numbers (`kind`): np.float32, np.float16, np.uint16 for
+the bits of bfloat16, or np.int8.
 """
 
 from __future__ import annotations
@@ -67,10 +67,12 @@ def load(_context: Any, kind: Any, address: Any, index: Any) -> tuple[Any, Calla
         _, address, index = args
         if dtype == types.float32:
             return builder.load(builder.bitcast(_pointer(builder, address, index, _F32), _VECTOR.as_pointer()), align=4)
-        bits = ir.IntType(16 if dtype == types.uint16 else 8)
+        bits = ir.IntType(dtype.bitwidth)
         packed = ir.VectorType(bits, WIDTH)
         source = builder.bitcast(_pointer(builder, address, index, bits), packed.as_pointer())
         loaded = builder.load(source, align=bits.width // 8)
+        if dtype == types.float16:
+            return builder.fpext(builder.bitcast(loaded, ir.VectorType(ir.HalfType(), WIDTH)), _VECTOR)
         if dtype == types.uint16:  # bfloat16 is the upper half of float32
             return builder.bitcast(builder.shl(builder.zext(loaded, _INTEGERS), _integer(16)), _VECTOR)
         return builder.sitofp(builder.sext(loaded, _INTEGERS), _VECTOR)

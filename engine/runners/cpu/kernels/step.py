@@ -13,7 +13,8 @@ import numpy as np
 from numba import njit, prange
 
 from .attention import join, part
-from .linear import project_rows, rows_of
+from .blocks import arrange, project_any
+from .linear import rows_of
 from .simd import (
     add,
     div,
@@ -66,8 +67,8 @@ def step(
         shape: int64: H, K, D, activation, whether queries and keys are normed over all heads at once, the first rotated
             number of a head, the count of rotated numbers, whether pairs are neighbours.
         numbers: float32: the epsilon of the norms, and the soft-cap of the scores or 0.
-        weights, cache: the number types of the weights and of the cache.
-        linears: int64 [L, 7, 5], as `project_rows` takes them.
+        weights, cache: the number types of the weights and of the cache; np.uint8 for weights in blocks.
+        linears: int64 [L, 7, 7], as `project_any` takes them.
         norms: int64 [L + 1, 6]: addresses of float32 weights, 0 for none. [L, 0] is the final norm.
         groups: int64 [L]: the row of `rotations`, `firsts` and `scales` for each layer.
         x: float32 [n, E], the embeddings. They are overwritten.
@@ -78,7 +79,7 @@ def step(
         places: int64 [n]: the index of each token's key in its cache.
         buffers: int64 [L, n, F, 3]: the address, the address of the scales of an int8 cache, and the capacity of a head
             in keys; zeros for a form that the layer does not store.
-        head: int64 [1, 5], the linear layer from hidden states to logits.
+        head: int64 [1, 7], the linear layer from hidden states to logits.
         logits: float32 [m, V], the result.
         threads: the number of parts that the work of a linear layer is cut into.
     """
@@ -121,12 +122,13 @@ def touch(count):
 
 @njit(parallel=True, cache=True)
 def project(kind, linears, x, out, threads):
-    """`out` [n, rows of all] = x [n, columns] times several linear layers, int64 [k, 5] as in `project_rows`."""
+    """`out` [n, rows of all] = x [n, columns] times several linear layers, int64 [k, 7] as in `project_any`."""
+    arranged = arrange(kind, x)
     for p in prange(threads):
         offset = 0
         for which in range(len(linears)):
             start, stop = rows_of(p, threads, linears[which, 3])
-            project_rows(kind, linears[which], x.ctypes.data, len(x), start, stop, out, offset)
+            project_any(kind, linears[which], x.ctypes.data, arranged.ctypes.data, len(x), start, stop, out, offset)
             offset += linears[which, 3]
 
 

@@ -1,0 +1,65 @@
+"""Weights in the blocks of a GGUF file: unpacked by the kernels and without them, as by the gguf library."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from kernel_data import FORMATS, packed
+
+from ropewalk.engine.packed import PackedEmbedding, PackedLinear, PackedWeight
+
+
+def bits(x):
+    return x.numpy().view(np.int32)
+
+
+@pytest.fixture(params=["compiled", "gguf"])
+def unpacked_by(request, monkeypatch):
+    if request.param == "gguf":
+        monkeypatch.setattr("ropewalk.engine.packed.BLOCK_FORMATS", frozenset())
+
+
+@pytest.mark.usefixtures("unpacked_by")
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_have_the_bits_that_the_gguf_library_gives(name):
+    weight, expected = packed(np.random.default_rng(0), name, 37, 512)
+    assert weight.shape == (37, 512)
+    assert np.array_equal(bits(weight.unpack()), expected.view(np.int32))
+    assert np.array_equal(bits(weight[3:20].unpack()), expected[3:20].view(np.int32))
+    out = torch.empty(37, 512)
+    assert weight.unpack(out) is out and np.array_equal(bits(out), expected.view(np.int32))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_extreme_scales_are_unpacked_exactly(name):
+    """Zeros, denormal and the largest float16 numbers, of both signs."""
+    weight, _ = packed(np.random.default_rng(0), name, 8, 256)
+    if weight.format.name in ("F32", "F16", "BF16"):
+        return
+    size = gguf.GGML_QUANT_SIZES[weight.format][1]
+    blocks = weight.data.numpy().reshape(-1, size)
+    place = 208 if name == "Q6_K" else 0
+    values = np.array([0.0, -0.0, 6e-8, -6e-8, 3e-5, 65504.0, -65504.0, 1.0], np.float16)
+    blocks[:, place : place + 2] = np.resize(values, len(blocks)).view(np.uint8).reshape(-1, 2)
+    expected = gguf.dequantize(weight.data.numpy(), weight.format)
+    assert np.array_equal(bits(weight.unpack()), expected.view(np.int32))
+
+
+def test_formats_without_a_kernel_are_unpacked_by_the_library():
+    format_ = gguf.GGMLQuantizationType.Q2_K
+    data = np.random.default_rng(0).integers(0, 120, (5, 84), dtype=np.uint8)
+    assert np.array_equal(bits(PackedWeight(torch.from_numpy(data), format_).unpack()), bits_of(data, format_))
+
+
+def bits_of(data, format_):
+    return gguf.dequantize(data, format_).view(np.int32)
+
+
+def test_modules_compute_what_their_weights_say():
+    random = np.random.default_rng(0)
+    weight, expected = packed(random, "Q4_K", 12, 256)
+    x, bias = torch.randn(3, 256), torch.randn(12)
+    product = torch.nn.functional.linear(x, torch.from_numpy(expected), bias)
+    assert torch.equal(PackedLinear(weight, bias)(x), product)
+    ids = torch.tensor([[3, 0], [11, 3]])
+    assert torch.equal(PackedEmbedding(weight)(ids), torch.from_numpy(expected)[ids])
