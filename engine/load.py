@@ -61,11 +61,13 @@ def load(
             beyond it what `tune` stored for this model, else Self-Extend.
         dtype: "float32", "bfloat16", "float16", "float64" or "int8" (weights only, quantized when the model is
             loaded). "auto" is the checkpoint's dtype, but float32 where 16-bit products run several times slower: on
-            CPUs without bfloat16 arithmetic, unless the compiled kernels run the model, which widen the weights.
+            CPUs without bfloat16 arithmetic, unless the compiled kernels run the model, which widen the weights. Under
+            "auto" these use the quantized blocks of a `.gguf` file as they are, and the file stays mapped; any other
+            dtype expands them in memory.
         compile: "auto" uses the compiled kernels where they know the model's family and reproduce its logits. True
             requires them, False uses transformers' modules. `model.describe()` says which run.
-        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the model's dtype, and bfloat16
-            with int8 weights.
+        kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the weights, and bfloat16
+            with int8 weights and quantized blocks.
         offload: a folder for keys and values, in memory-mapped files that are removed when the process ends.
         device_map: as in accelerate ("auto", "cuda:0", {...}); None uses the GPU if there is one. Processes that
             were launched together get one GPU each.
@@ -119,7 +121,7 @@ def load(
     compile = runner_options.compile
     widens = on_cpu and compile is not False and supported(config) and UNAVAILABLE is None
     chosen = _choose_dtype("auto" if dtype == "int8" else dtype, config, on_cpu, widens)
-    options: dict[str, Any] = {"dtype": chosen}
+    options: dict[str, Any] = {"dtype": chosen, "keep_blocks": dtype == "auto" and widens}
     options |= {"device_map": placement} if tp_plan is None else tensor_parallel.options(tp_plan)
     hf = read_weights(source, config, **options)
     tokenizer = tokenizer or read_tokenizer(source)

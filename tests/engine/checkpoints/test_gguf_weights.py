@@ -1,5 +1,8 @@
 """The weights of a GGUF file in a transformers model, packed or expanded, are those that transformers reads."""
 
+import subprocess
+import sys
+
 import gguf
 import numpy as np
 import pytest
@@ -17,7 +20,7 @@ from ropewalk.engine.checkpoints.config import find_config
 from ropewalk.engine.checkpoints.gguf_conversion import converted_gguf, file_behind
 from ropewalk.engine.checkpoints.gguf_weights import scales_are_finite
 from ropewalk.engine.hf_model import checkpoint_fingerprint, fingerprint, stored_dtype, weight_bytes, weight_count
-from ropewalk.engine.packed import PackedWeight, packed_weights, unpacked
+from ropewalk.engine.packed import PackedLinear, PackedWeight, packed_weights, unpacked
 
 PLAIN = [Format.F32, Format.F16, Format.BF16]
 PACKED = [*PLAIN, *sorted(SCALES.keys() - {Format.Q2_K})]
@@ -137,6 +140,43 @@ def test_files_that_differ_have_different_fingerprints(write):
     tensor.data[:] = random_blocks(Format.Q4_0, (512, 256), seed=77)
     second = fingerprint(packed(path), "Q4_0"), checkpoint_fingerprint(packed(path))
     assert first[0] != second[0] and first[1] != second[1]
+
+
+def test_load_keeps_blocks_under_auto_and_expands_them_else(write):
+    path = write("llama", Format.Q4_0)
+    model, plain = rw.load(path), rw.load(path, dtype="float32")
+    assert packed_weights(model.hf) and not packed_weights(plain.hf)
+    assert not packed_weights(rw.load(path, compile=False).hf)
+    assert model.checkpoint_fingerprint == plain.checkpoint_fingerprint and model.fingerprint != plain.fingerprint
+    assert model.describe().splitlines()[0] == plain.describe().splitlines()[0]
+    assert model.vocabulary_size == plain.vocabulary_size == 300
+    again = rw.load(model.hf, tokenizer=model.tokenizer)
+    again.score_ids([1, 2, 3])
+    model.hf.lm_head = PackedLinear(PackedWeight(model.hf.lm_head.packed.data[:], Format.Q4_0))
+    with pytest.raises(rw.PatchError, match="have changed since it was loaded"):
+        again.score_ids([1, 2, 3])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_packed_models_are_exported_with_their_numbers(write, tmp_path, family):
+    path = write(family, Format.Q4_0, tie_word_embeddings=family == "llama")
+    model = rw.load(path, rope="yarn:4")
+    rw.export(model, tmp_path / "loaded")
+    rw.export(str(path), tmp_path / "named", rope="yarn:4")
+    expected = dict(converted(path).named_parameters())
+    for name in ("loaded", "named"):
+        written = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        assert written.config.rope_parameters["rope_type"] == "yarn"
+        for weight, tensor in written.named_parameters():
+            assert torch.equal(tensor, expected[weight]), weight
+    assert packed_weights(model.hf), "the model itself did not change"
+
+
+def test_a_packed_model_that_was_changed_is_not_exported(write, tmp_path):
+    model = rw.load(write("llama", Format.Q4_0))
+    model.hf.model.norm.register_forward_hook(lambda *args: 2 * args[-1])
+    with pytest.raises(UnsupportedModel, match=r"model\.norm"):
+        rw.export(model, tmp_path / "out")
 
 
 def test_every_packed_module_has_the_plain_one_that_it_replaced(write):
@@ -268,6 +308,27 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
 
 
 # The real model
+
+LOADED = """
+import resource, sys
+import ropewalk as rw
+from ropewalk.engine.hf_model import weight_bytes
+import torch, transformers, numba
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = rw.load("smollm2-135m", dtype=sys.argv[1])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, weight_bytes(model.hf))
+"""
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_loading_the_built_in_model_takes_little_memory():
+    assets.fetch("smollm2-135m")
+    peaks = {}
+    for dtype in ("auto", "float32"):
+        out = subprocess.run([sys.executable, "-c", LOADED, dtype], capture_output=True, text=True, check=True).stdout
+        peaks[dtype] = int(out.split()[0])
+    assert peaks["auto"] < 350 < 538 < peaks["float32"]
 
 
 @pytest.mark.model
