@@ -33,7 +33,7 @@ class Limits:
     """What a server takes.
 
     Attributes:
-        rows: answers that are written together.
+        rows: requests that are answered at a time.
         queue: requests that wait beside those.
         cache_bytes: of keys and values that are held for prompts which begin like earlier ones.
         body_bytes: of a request.
