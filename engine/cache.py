@@ -1,15 +1,14 @@
 """The key-value cache: one buffer a layer, allocated once, written in place.
 
 transformers' DynamicCache concatenates, which copies the whole cache at every step. Here a step writes its rows, and
-attention reads a view. Under a position map the cache holds the keys un-rotated, and rotated copies for the bands, so
-that a step rotates only its new keys.
+attention reads a view.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,81 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from ..errors import OutOfMemory, PatchError, Setting
-
-
-def _allocate(like: Tensor, capacity: int) -> Tensor:
-    """An empty buffer for `capacity` keys, otherwise shaped as `like` [batch, kv_heads, n, head_dim]."""
-    batch, heads, _, dim = like.shape
-    return like.new_empty(batch, heads, capacity, dim)
-
-
-class RotatedKeys:
-    """Copies of one layer's keys, rotated for each band; made on first use, then extended.
-
-    Args:
-        allocate: makes a buffer that is shaped as a given one, for a number of keys.
-    """
-
-    def __init__(self, allocate: Callable[[Tensor, int], Tensor] = _allocate) -> None:
-        self._allocate = allocate
-        self._rope_state: Hashable = None
-        self._copies: dict[int, Tensor] = {}
-        self._lengths: dict[int, int] = {}
-
-    def get(self, rope_state: Hashable, band: int, keys: Tensor, rotate: Callable[[int, int], Tensor]) -> Tensor:
-        """All of `keys` [B, K, M, D] rotated; `rotate(start, stop)` makes the part that is missing.
-
-        Args:
-            rope_state: what the angles depend on; copies of another state are dropped.
-        """
-        return self.room(rope_state, band, keys, rotate, 0)[:, :, : keys.shape[2]]
-
-    def crop(self, length: int) -> None:
-        """Drop the keys beyond the first `length`."""
-        self._lengths = {band: min(held, length) for band, held in self._lengths.items()}
-
-    def clear(self) -> None:
-        """Drop all copies."""
-        self._copies, self._lengths = {}, {}
-
-    def room(
-        self, rope_state: Hashable, band: int, keys: Tensor, rotate: Callable[[int, int], Tensor], count: int
-    ) -> Tensor:
-        """The copy of `keys` as `get` returns it, in a buffer with room for `count` more keys.
-
-        The caller writes those and then calls `advance`.
-        """
-        if rope_state != self._rope_state:
-            self.clear()
-            self._rope_state = rope_state
-        length, needed = self._lengths.get(band, 0), keys.shape[2]
-        copy = self._copies.get(band)
-        if copy is None or copy.shape[2] < needed + count:
-            grown = self._allocate(keys, _grown(needed + count, copy))
-            if copy is not None:
-                grown[:, :, :length] = copy[:, :, :length]
-            self._copies[band] = copy = grown
-        if length < needed:
-            copy[:, :, length:needed] = rotate(length, needed)
-            self._lengths[band] = needed
-        return copy
-
-    def advance(self, held: int, count: int) -> None:
-        """Count the `count` rotated keys that the caller wrote after the first `held`."""
-        self._lengths = {band: held + count if length == held else length for band, length in self._lengths.items()}
-
-    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a change of the batch rows to every copy."""
-        self._copies = {band: change(copy) for band, copy in self._copies.items()}
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The buffers held."""
-        return list(self._copies.values())
-
-
-def _grown(needed: int, held: Tensor | None) -> int:
-    return needed if held is None else max(needed, 2 * held.shape[2])
+from .rotated_keys import RotatedKeys, allocate
 
 
 class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -115,12 +40,11 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = 0
         self.evicted = 0
         self.needed = 0
-        self.rotated = RotatedKeys()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = _allocate(key_states, self.capacity)
-        self.values = _allocate(value_states, self.capacity)
+        self.keys = allocate(key_states, self.capacity)
+        self.values = allocate(value_states, self.capacity)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -132,9 +56,7 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         self.length = end
-        keys = self.keys[:, :, :end]
-        keys.rotated = self.rotated  # type: ignore[attr-defined]  # the only way to the attention function
-        return keys, self.values[:, :, :end]
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
     def reserve(self, length: int) -> None:
         """Make room for `length` keys."""
@@ -149,12 +71,16 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         """Drop the last tokens. `tokens_to_remove` is negative, as in transformers."""
         assert -self.length <= tokens_to_remove <= 0, (tokens_to_remove, self.length)
         self.length += tokens_to_remove
-        self.rotated.crop(self.length)
 
-    def evict(self, first: int, count: int, needed: int) -> None:
-        """Drop `count` keys after the first `first`. After an interruption nothing has changed."""
+    def evict(self, first: int, count: int, needed: int, moved: Tensor | None = None) -> None:
+        """Drop `count` keys after the first `first`. After an interruption nothing has changed.
+
+        Args:
+            moved: the keys after them, rotated for their new places; None if they are un-rotated.
+        """
         buffers = self._copied(self.capacity, first, count)
-        self.rotated.crop(first)
+        if moved is not None:
+            self._write_keys(buffers, first, moved)
         self.__dict__.update(buffers, length=self.length - count, evicted=self.evicted + count, needed=needed)
 
     def _copied(self, capacity: int, first: int = 0, skip: int = 0) -> dict[str, Tensor]:
@@ -168,11 +94,15 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
         return buffers
 
     def _new(self, name: str, capacity: int) -> Tensor:
-        return _allocate(getattr(self, name), capacity)
+        return allocate(getattr(self, name), capacity)
+
+    @staticmethod
+    def _write_keys(buffers: dict[str, Tensor], start: int, keys: Tensor) -> None:
+        """Replace keys in `buffers`, from `start` on."""
+        buffers["keys"][:, :, start : start + keys.shape[2]] = keys
 
     def reset(self) -> None:
         self.length = self.evicted = 0
-        self.rotated.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was."""
@@ -189,7 +119,6 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self.keys, self.values = change(self.keys), change(self.values)
-            self.rotated.map_rows(change)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -199,6 +128,35 @@ class ContiguousLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
+
+
+class UnrotatedLayer(ContiguousLayer):
+    """A layer for transformers' modules. Under a position map it also stores rotated copies of its un-rotated keys."""
+
+    def __init__(self, capacity: int = 256) -> None:
+        super().__init__(capacity)
+        self.rotated = RotatedKeys()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
+        keys.rotated = self.rotated  # type: ignore[attr-defined]  # the only way to the attention function
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.rotated.crop(self.length)
+
+    def evict(self, first: int, count: int, needed: int, moved: Tensor | None = None) -> None:
+        self.rotated.crop(first)
+        super().evict(first, count, needed, moved)
+
+    def reset(self) -> None:
+        super().reset()
+        self.rotated.clear()
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._map_rows(change)
+        self.rotated.map_rows(change)
 
 
 def attends_to_everything(config: PreTrainedConfig) -> bool:
@@ -221,10 +179,10 @@ def common_window(config: PreTrainedConfig) -> int | None:
 def adopt(cache: Cache, capacity: int = 256) -> None:
     """Replace the layers of transformers' default cache by ours, if they are empty and see the whole past."""
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = ContiguousLayer
+        cache.layer_class_to_replicate = UnrotatedLayer
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
-            cache.layers[index] = ContiguousLayer(capacity)
+            cache.layers[index] = UnrotatedLayer(capacity)
 
 
 def new_cache(config: PreTrainedConfig, capacity: int) -> Cache:
@@ -250,14 +208,19 @@ def most_held(sink_window: tuple[int, int]) -> int:
     return sum(sink_window) + SPARE + max(sink_window[1], _STRIDE)
 
 
-def evict(cache: Cache, sink_window: tuple[int, int]) -> None:
-    """Drop the keys between the first and the last `sink_window` once there are many. No later token sees them."""
+def evict(cache: Cache, sink_window: tuple[int, int], moved: Callable[[int, int, int], Tensor] | None = None) -> None:
+    """Drop the keys between the first and the last `sink_window` once there are many. No later token sees them.
+
+    Args:
+        moved: the keys of a layer as `ContiguousLayer.evict` takes them, for its index, `first` and `count`.
+    """
     if not all(isinstance(layer, ContiguousLayer) for layer in cache.layers):
         return
     excess = cache.get_seq_length() - sum(sink_window) - SPARE
     if excess >= max(sink_window[1], _STRIDE):
-        for layer in cache.layers:
-            layer.evict(sink_window[0], excess, sum(sink_window) - 1)
+        for index, layer in enumerate(cache.layers):
+            keys = None if moved is None else moved(index, sink_window[0], excess)
+            layer.evict(sink_window[0], excess, sum(sink_window) - 1, keys)
 
 
 def tokens_read(held: Cache | CacheLayerMixin) -> int:
@@ -304,11 +267,11 @@ def rewind(cache: Cache, count: int) -> None:
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes that the cache's tensors occupy."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, torch.Tensor)]
+    tensors = []
     for layer in cache.layers:
-        if isinstance(layer, ContiguousLayer):
-            tensors += layer.rotated.tensors
-    return sum(t.numel() * t.element_size() for t in tensors)
+        tensors += [getattr(layer, name) for name in getattr(layer, "buffers", ContiguousLayer.buffers)]
+        tensors += layer.rotated.tensors if isinstance(layer, UnrotatedLayer) else []
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
 class CacheLost(OutOfMemory):

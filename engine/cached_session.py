@@ -160,8 +160,13 @@ def _read_file(model: ScaledModel, path: str | Path, form: str) -> tuple[dict[st
             if "session" not in metadata:
                 raise DataError(f"{path} is not a session that ropewalk saved")
             header = json.loads(metadata["session"])
-            if header["format"] != form:
-                raise DataError(f"{path} is a {header['format']!r}; give a {form!r}")
+            if (saved := str(header["format"])) != form:
+                if saved.rpartition(" ")[0] == form.rpartition(" ")[0]:
+                    raise DataError(
+                        f"{path} is a {saved!r} of another version of ropewalk, and this one reads {form!r}; read its "
+                        "text again"
+                    )
+                raise DataError(f"{path} is a {saved!r}; give a {form!r}")
             if metadata["weights"] != model.fingerprint:
                 raise DataError(f"{path} was saved by another model than {model.name}")
             ids, rope_state = header["ids"], (parse(header["rope"]), header["length"])

@@ -35,7 +35,7 @@ class ChatSession(CachedSession):
         unread: tokens that the last question had to read.
     """
 
-    _format = "ropewalk chat 1"
+    _format = "ropewalk chat 2"  # 1 held the keys un-rotated under a position map
 
     def __init__(self, model: ScaledModel, messages: abc.Sequence[Message] = ()) -> None:
         super().__init__(model)

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import ContextOverflow, Setting
 from ..scaling.lengths import format_length
-from .cache import ContiguousLayer, RotatedKeys
+from .cache import ContiguousLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +59,16 @@ class CacheShape:
             count = torch.Size(size).numel()
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
 
-    def rotated(self) -> RotatedKeys:
-        """An empty store for rotated copies of keys, in memory or in files as the keys are."""
-        return RotatedKeys(lambda _, capacity: self.buffer(capacity))
-
 
 class KVLayer(ContiguousLayer):
-    """Keys and values of one layer, [1, heads, capacity, dim]. Forks share the buffers until one writes."""
+    """Keys and values of one layer, [1, heads, capacity, dim]. Forks share the buffers until one writes.
+
+    Keys are rotated as the runner's scaler stores them (`RotationTable.stored`).
+    """
 
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         super().__init__(capacity)
         self.shape = shape
-        self.rotated = shape.rotated()
         self._join(set())
         self.dtype, self.device = shape.dtype, torch.device("cpu")
         self.is_initialized = True
@@ -88,8 +86,8 @@ class KVLayer(ContiguousLayer):
         self.__dict__.update(self._copied(capacity), capacity=capacity)
         self._separate()
 
-    def evict(self, first: int, count: int, needed: int) -> None:
-        super().evict(first, count, needed)
+    def evict(self, first: int, count: int, needed: int, moved: Tensor | None = None) -> None:
+        super().evict(first, count, needed, moved)
         self._separate()
 
     def _join(self, sharers: set[object]) -> None:
@@ -116,7 +114,7 @@ class KVLayer(ContiguousLayer):
     def fork(self) -> KVLayer:
         """A layer that continues from here. The buffers are copied when one of the two writes."""
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__ | {"rotated": self.shape.rotated()})
+        other.__dict__.update(self.__dict__)
         other._join(self._sharers)
         return other
 
@@ -126,7 +124,7 @@ class KVLayer(ContiguousLayer):
 
     def write_keys(self, start: int, keys: Tensor) -> None:
         """Replace the keys from `start` on. The layer must own its buffers (`reserve`)."""
-        self.keys[:, :, start : start + keys.shape[2]] = keys
+        self._write_keys(self.__dict__, start, keys)
 
     @property
     def scales(self) -> tuple[int, int]:
@@ -152,8 +150,9 @@ class Int8Layer(KVLayer):
     def key_rows(self, start: int, stop: int) -> Tensor:
         return self.keys[:, :, start:stop].float().mul_(self.key_scales[:, :, start:stop, None])
 
-    def write_keys(self, start: int, keys: Tensor) -> None:
-        _write_codes(self.keys, self.key_scales, start, keys)
+    @staticmethod
+    def _write_keys(buffers: dict[str, Tensor], start: int, keys: Tensor) -> None:
+        _write_codes(buffers["keys"], buffers["key_scales"], start, keys)
 
     @property
     def scales(self) -> tuple[int, int]:
@@ -197,7 +196,6 @@ class KVCache(Cache):  # type: ignore[misc]
     def advance(self, count: int) -> None:
         """Count `count` tokens that the caller wrote into the buffers."""
         for layer in self.layers:
-            layer.rotated.advance(layer.length, count)
             layer.length += count
 
     def fork(self) -> KVCache:
@@ -212,20 +210,10 @@ def owned_tokens(caches: Iterable[Cache | None]) -> int:
     return sum(cache.owned for cache in caches if isinstance(cache, KVCache))
 
 
-def needed_bytes(shape: CacheShape, tokens: int, forms: int) -> int:
-    """Bytes that the values of `tokens` tokens and all copies of their keys take.
-
-    Args:
-        forms: copies of the keys that the scaler needs, 1 without a position map.
-    """
-    return shape.bytes_per_token * (forms + 1) // 2 * tokens
-
-
-def check_room(shape: CacheShape, tokens: int, forms: int, reserved: int = 0) -> None:
+def check_room(shape: CacheShape, tokens: int, reserved: int = 0) -> None:
     """Refuse `tokens` more tokens whose keys and values do not fit into memory, or into the folder of the cache.
 
     Args:
-        forms: as for `needed_bytes`.
         reserved: bytes that other caches will take.
 
     Raises:
@@ -235,17 +223,17 @@ def check_room(shape: CacheShape, tokens: int, forms: int, reserved: int = 0) ->
     if shape.folder is not None:
         available = shutil.disk_usage(shape.folder).free
     available = max(0, available - reserved)
-    needed = needed_bytes(shape, tokens, forms)
+    needed = shape.bytes_per_token * tokens
     if needed <= available:
         return
     ways: list[list[str | Setting]] = []
-    if forms == 1 and shape.dtype != torch.int8:
+    if shape.dtype != torch.int8:
         smaller = replace(shape, dtype=torch.int8)
         if smaller.bytes_per_token * tokens <= available:
             ways.append([Setting("kv_dtype", "int8", "load"), f" ({_gb(smaller.bytes_per_token * tokens)}), or "])
     if shape.folder is None:
         ways.append([Setting("offload", "FOLDER", "load"), ", which keeps keys and values in a file there, or "])
-    ways.append([f"take at most {format_length(available // needed_bytes(shape, 1, forms))} tokens"])
+    ways.append([f"take at most {format_length(available // shape.bytes_per_token)} tokens"])
     where = "memory" if shape.folder is None else f"free space in {shape.folder}"
     raise ContextOverflow(
         f"keys and values of {format_length(tokens)} tokens take {_gb(needed)}, more than the {_gb(available)} of "

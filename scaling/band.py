@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ class Band:
         start: the first key that query i sees, int64 -> int64.
         stop: the key after the last one, at most i + 1, int64 -> int64.
         query: the position of query i in the rotation, int64 -> float64. It can be a fraction.
-        key: the position of key j in the rotation, int64 -> float64. Bands with the same function share their
+        key: the position of key j in the rotation, int64 -> float64. Bands with the same function read the same
             rotated keys.
     """
 
@@ -64,3 +64,17 @@ def near_and_far(window: int, query: PositionMap, key: PositionMap) -> tuple[Ban
     near = Band(name="near", start=border, stop=after, query=same, key=same)
     far = Band(name="far", start=zero, stop=border, query=query, key=key)
     return near, far
+
+
+_FAR = 1 << 40  # tokens; a query there sees more keys in a wide band than in any window
+
+
+def stored_key_map(bands: Sequence[Band]) -> PositionMap:
+    """The key map by which a cache rotates the keys that it holds: that of the bands that see most keys of a long text.
+
+    Bands with another key map rotate these keys again when they read them.
+    """
+    query, counts = torch.tensor([_FAR]), dict.fromkeys((band.key for band in bands), 0)
+    for band in bands:
+        counts[band.key] += max(0, int(band.stop(query)) - max(0, int(band.start(query))))
+    return max(counts, key=counts.__getitem__)

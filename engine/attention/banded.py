@@ -1,6 +1,7 @@
 """Attention under a position map (ReRoPE, Self-Extend, Dual Chunk): keys are rotated band by band.
 
-It applies the scaler's map, frequencies and temperature to un-rotated queries and keys.
+It applies the scaler's map, frequencies and temperature to un-rotated queries, and to keys that are un-rotated or
+rotated as a cache holds them.
 
 Each (query, key) pair is scored once, in its band of the position map. The parts are joined by their log-sum-exp. The
 full score matrix is never stored.
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..cache import RotatedKeys
+from ..rotated_keys import RotatedKeys
 from .blocks import Block
 from .kernel import AttentionScore, attend, join
 from .plan import Segment
@@ -32,13 +33,14 @@ def banded_attention(
     sinks_H: Tensor | None = None,
     rotated: RotatedKeys | None = None,
 ) -> Tensor:
-    """Attention of un-rotated queries over un-rotated keys.
+    """Attention of un-rotated queries over keys that are rotated to `Segment.stored`.
 
     Args:
         layout: the places of the rotary pairs; None for a layer without rotation.
         work: the runs of the batch, each with its segments.
         sinks_H: the model's own attention sinks: one logit a head, which takes weight and has no value.
-        rotated: rotated keys of earlier calls. The keys of this call are added.
+        rotated: rotated keys of earlier calls. The keys of this call are added. None rotates the keys that a call
+            reads, in temporary memory.
 
     Returns:
         [B, H, N, Dv], with zeros for padding.
@@ -87,7 +89,7 @@ def _segment(
     if layout is not None:
         queries = dict(zip(segment.used_bands, layout.rotate(q, segment.query_angles(q)), strict=True))
         maps = {segment.key_map(band) for band in segment.used_bands}
-        rotated_keys = {key_map: _rotated_keys(k, layout, segment, key_map, rotated) for key_map in maps}
+        rotated_keys = {key_map: _rotated_keys(q, k, layout, segment, key_map, rotated) for key_map in maps}
         keys = {band: rotated_keys[segment.key_map(band)] for band in segment.used_bands}
 
     def block_attention(block: Block) -> Tensor:
@@ -106,7 +108,7 @@ def _checkpointed(block_attention: Callable[[Block], Tensor], block: Block) -> T
 
 
 def _rotated_keys(
-    k: Tensor, layout: Layout, segment: Segment, band: int, rotated: RotatedKeys | None
+    q: Tensor, k: Tensor, layout: Layout, segment: Segment, band: int, rotated: RotatedKeys | None
 ) -> tuple[Tensor, int]:
     """The keys as `band` reads them, and the index of the first of them in the run."""
     start, stop = segment.key_range(band)
@@ -114,7 +116,8 @@ def _rotated_keys(
         return k, 0
 
     def rotate(start: int, stop: int) -> Tensor:
-        return layout.rotate(k[:, :, start:stop], segment.key_angles(band, start, stop, k))
+        keys = k[:, :, start:stop].to(q.dtype)  # a cache may be narrower than the arithmetic
+        return layout.rotate(keys, segment.key_angles(band, start, stop, q))
 
     if rotated is None:
         return rotate(start, stop), start

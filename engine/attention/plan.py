@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...scaling.band import Band
+from ...scaling.band import Band, PositionMap, zero
 from ...scaling.rope import Frequencies, Scaler
 from ..rotary_site import RotarySite
 from .blocks import Block, blocks
@@ -27,6 +27,7 @@ class Segment:
         first: the position of the run's key 0.
         offset: the index of the run's query 0 among its keys.
         temperature: the factor on the logits of every query, float64 [n], or None.
+        stored: the positions to which the given keys are rotated already; by default they are un-rotated.
     """
 
     scaler: Scaler
@@ -38,6 +39,7 @@ class Segment:
     bands: tuple[Band, ...]
     frequencies: Frequencies
     temperature: Tensor | None
+    stored: PositionMap = zero
     _angles: dict[object, Angles] = field(default_factory=dict, repr=False)
     _rotation: dict[int, bool] = field(default_factory=dict, repr=False)
 
@@ -75,18 +77,23 @@ class Segment:
         return self._angles[key]
 
     def key_angles(self, band: int, start: int, stop: int, like: Tensor) -> Angles:
-        """Angles of the keys [start, stop) in `band`, [n, d/2]."""
+        """Angles from the keys [start, stop) as they are given to those of `band`, [n, d/2]."""
         key = (band, start, stop, like.dtype)
         if key not in self._angles:
-            positions = self.bands[band].key(torch.arange(start, stop) + self.first)
+            positions = self._key_shift(band, start, stop)
             self._angles[key] = angles(positions, self.frequencies.inv_freq, like=like)
         return self._angles[key]
 
     def rotates(self, band: int) -> bool:
-        """False if `band` maps all keys to position 0, so that they are not rotated."""
+        """False if `band` reads all its keys as they are given."""
         if band not in self._rotation:
-            self._rotation[band] = bool(self.bands[band].key(torch.arange(*self.key_range(band)) + self.first).any())
+            self._rotation[band] = bool(self._key_shift(band, *self.key_range(band)).any())
         return self._rotation[band]
+
+    def _key_shift(self, band: int, start: int, stop: int) -> Tensor:
+        """How far the keys [start, stop) move from the positions where they are given to those of `band`."""
+        j = torch.arange(start, stop) + self.first
+        return self.bands[band].key(j) - self.stored(j)
 
 
 @dataclass

@@ -61,7 +61,11 @@ def angles(positions: Tensor, inv_freq: Tensor, *, factor: float = 1.0, like: Te
         inv_freq: radians per position, float64 [d/2].
         like: the tensor to rotate; the angles have its device, and its dtype or float32 if that has 16 bits.
     """
-    phases = positions[..., None] * inv_freq.to(positions.device)
+    return cos_sin(positions[..., None] * inv_freq.to(positions.device), factor=factor, like=like)
+
+
+def cos_sin(phases: Tensor, *, factor: float = 1.0, like: Tensor) -> Angles:
+    """Cosines and sines, times `factor`, of `phases` in radians (float64), in the dtype that `angles` gives."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     cos, sin = ((f(phases) * factor).to(like.device, dtype) for f in (torch.cos, torch.sin))
     return Angles(cos, sin)

@@ -19,19 +19,17 @@ from torch import Tensor
 from ...engine.attention.banded import banded_attention
 from ...engine.attention.causal import causal_attention
 from ...engine.attention.kernel import AttentionScore
-from ...engine.attention.plan import Plan, Segment
-from ...engine.attention.rotation import Layout, angles
+from ...engine.attention.rotation import Layout, angles, cos_sin
 from ...engine.attention.rows import KeyRun
-from ...engine.cache import RotatedKeys
 from ...engine.model import Model
 from ...engine.prefill import prefill
 from ...engine.rotary_site import RotarySite, primary_rotary
+from ...engine.runners.cpu.rotation_table import LayerGroup, RotationTable
 from ...engine.runners.runner import CHUNK
 from ...errors import ConfigError
 from ...scaling import Scaler
 
 PLAIN = "plain attention"
-Segments = list[tuple[int, int, list[tuple[KeyRun, list[Segment]]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +85,10 @@ def attention_costs(
         q, k, v = (torch.randn(1, h, n, dim, generator=generator) for h in (heads, kv_heads, kv_heads))
         operations: dict[tuple[str, str], Callable[[], object]] = {}
         for scaler in [Scaler(), *scalers]:
-            chunks = _chunks(Plan(site, scaler, n), n)
+            table = RotationTable(LayerGroup(site, layout, None), site, scaler, n)
             name = str(scaler) if scaler.parts else PLAIN
             if scaler.parts:
-                operations["prefill attention", name] = _banded(q, k, v, score, layout, chunks)
+                operations["prefill attention", name] = _banded(q, k, v, score, layout, table)
             else:
                 operations["prefill attention", name] = _plain(q, k, v, score, layout, site)
             if naive and scaler.parts:
@@ -170,24 +168,23 @@ def _time_in_rounds(
         )
 
 
-def _chunks(plan: Plan, n: int) -> Segments:
+def _banded(
+    q: Tensor, k: Tensor, v: Tensor, score: AttentionScore, layout: Layout, table: RotationTable
+) -> Callable[[], object]:
+    n = q.shape[2]
     chunks = []
     for start in range(0, n, CHUNK):
         stop = min(n, start + CHUNK)
         run = KeyRun(None, 0, stop - start, 0, stop, 0)
-        chunks.append((start, stop, [(run, plan.segments(run))]))
-    return chunks
+        chunks.append((start, stop, [(run, [table.segment(run)])]))
+    stored = cos_sin(table.key_phases(torch.arange(n)), like=k)
 
-
-def _banded(
-    q: Tensor, k: Tensor, v: Tensor, score: AttentionScore, layout: Layout, chunks: Segments
-) -> Callable[[], object]:
-    def run() -> None:
-        rotated = RotatedKeys()
+    def run_all() -> None:
+        keys = layout.rotate(k, stored)
         for start, stop, work in chunks:
-            banded_attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], score, layout, work, rotated=rotated)
+            banded_attention(q[:, :, start:stop], keys[:, :, :stop], v[:, :, :stop], score, layout, work)
 
-    return run
+    return run_all
 
 
 def _plain(

@@ -11,7 +11,7 @@ from ropewalk import PatchError
 from ropewalk.engine import cache as caches
 from ropewalk.engine.cache import (
     ContiguousLayer,
-    RotatedKeys,
+    UnrotatedLayer,
     adopt,
     attends_to_everything,
     cache_bytes,
@@ -22,6 +22,7 @@ from ropewalk.engine.cache import (
     rewind,
     tokens_read,
 )
+from ropewalk.engine.rotated_keys import RotatedKeys
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
 
@@ -56,14 +57,14 @@ def test_crop_forgets_the_end():
 
 
 def test_models_with_windows_keep_transformers_cache():
-    assert isinstance(new_cache(LlamaConfig(**SMALL), 8).layers[0], ContiguousLayer)
+    assert isinstance(new_cache(LlamaConfig(**SMALL), 8).layers[0], UnrotatedLayer)
     windows = new_cache(MistralConfig(**SMALL, sliding_window=4), 8)
     assert [type(layer) for layer in windows.layers] == [DynamicSlidingWindowLayer] * 2
 
 
 def test_a_window_that_the_model_does_not_know_drops_no_keys():
     config = LlamaConfig(**SMALL, sliding_window=4)  # as in a Mistral that was converted
-    assert [type(layer) for layer in new_cache(config, 8).layers] == [ContiguousLayer] * 2
+    assert [type(layer) for layer in new_cache(config, 8).layers] == [UnrotatedLayer] * 2
     assert config.sliding_window == 4
 
 
@@ -107,28 +108,8 @@ def test_turned_keys_are_made_once_and_extended():
     assert calls[6:] == [(0, 2)]
 
 
-def test_room_for_turned_keys_is_written_by_the_caller():
-    held, calls = RotatedKeys(), []
-    rotate = rotating(calls)
-    rotate.keys = states(40)
-    exact = held.room("a", 0, rotate.keys[:, :, :4], rotate, 0)
-    assert exact.shape == (1, 2, 4, 8)
-    roomy = held.room("a", 0, rotate.keys[:, :, :4], rotate, 1)
-    assert roomy.shape == (1, 2, 8, 8)
-    assert torch.equal(roomy[:, :, :4], 10 * rotate.keys[:, :, :4])
-    assert held.room("a", 0, rotate.keys[:, :, :4], rotate, 4) is roomy
-    assert held.room("a", 0, rotate.keys[:, :, :4], rotate, 26).shape[2] == 30
-    held.get("a", 1, rotate.keys[:, :, :2], rotate)
-    held.room("a", 0, rotate.keys[:, :, :4], rotate, 26)[:, :, 4:6] = 7
-    held.advance(4, 2)
-    assert (held.get("a", 0, rotate.keys[:, :, :6], rotate)[:, :, 4:] == 7).all()
-    assert calls == [(0, 4), (0, 2)]
-    held.get("a", 1, rotate.keys[:, :, :6], rotate)  # it held 2, not 4, so it was not advanced
-    assert calls[2:] == [(2, 6)]
-
-
 def test_rows_are_chosen_repeated_and_put_in_order():
-    layer, given, rotate = ContiguousLayer(capacity=4), states(3, rows=2), rotating([])
+    layer, given, rotate = UnrotatedLayer(capacity=4), states(3, rows=2), rotating([])
     for change in (layer.reorder_cache, layer.batch_select_indices, layer.batch_repeat_interleave):
         change(torch.tensor([0]))  # nothing is held yet
     layer.update(given, -given)
@@ -144,13 +125,13 @@ def test_rows_are_chosen_repeated_and_put_in_order():
 
 
 def test_room_is_doubled_and_what_is_held_stays():
-    layer, given = ContiguousLayer(), states(3)
+    layer, given = UnrotatedLayer(), states(3)
     assert (layer.capacity, layer.length, layer.evicted, layer.needed) == (256, 0, 0, 0)
     layer.reserve(256)
     assert layer.capacity == 256
     layer.reserve(257)
     assert layer.capacity == 512
-    layer = ContiguousLayer(capacity=3)
+    layer = UnrotatedLayer(capacity=3)
     layer.update(given, -given)
     assert layer.is_initialized
     assert layer.keys.shape[2] == 3
@@ -170,7 +151,7 @@ def test_room_is_doubled_and_what_is_held_stays():
 
 
 def test_crop_and_reset_forget_turned_keys_too():
-    layer, given, calls = ContiguousLayer(), states(6), []
+    layer, given, calls = UnrotatedLayer(), states(6), []
     rotate = rotating(calls)
     rotate.keys = given
     layer.update(given, given)
@@ -192,7 +173,7 @@ def test_crop_and_reset_forget_turned_keys_too():
 
 
 def test_keys_are_dropped_behind_the_first_ones():
-    layer, given, calls = ContiguousLayer(capacity=16), states(10), []
+    layer, given, calls = UnrotatedLayer(capacity=16), states(10), []
     rotate = rotating(calls)
     rotate.keys = given
     layer.update(given, -given)
@@ -254,14 +235,14 @@ def test_caches_of_other_kinds_are_left_alone():
     assert can_rewind(empty)
     assert tokens_read(empty) == 0
     adopt(empty, 32)
-    assert empty.layer_class_to_replicate is ContiguousLayer
+    assert empty.layer_class_to_replicate is UnrotatedLayer
     empty.update(given, given, 0)
-    assert type(empty.layers[0]) is ContiguousLayer
+    assert type(empty.layers[0]) is UnrotatedLayer
     assert can_rewind(empty, 2000)  # nothing was dropped, so nothing is needed
     full = DynamicCache(config=LlamaConfig(**SMALL))
     full.update(given, given, 0)
     adopt(full, 32)
-    assert [type(layer) for layer in full.layers] == [DynamicLayer, ContiguousLayer]  # one holds keys already
+    assert [type(layer) for layer in full.layers] == [DynamicLayer, UnrotatedLayer]  # one holds keys already
     assert full.layers[1].capacity == 32
     mixed = new_cache(LlamaConfig(**SMALL), 8)
     mixed.layers[1] = windows.layers[1]

@@ -30,30 +30,27 @@ def available(monkeypatch):
 def test_the_refusal_has_the_numbers_and_the_ways_out(available):
     big = CacheShape(layers=30, heads=3, dim=64, dtype=torch.float32)  # 46080 bytes a token
     available(1_000_000_000)
-    kv_cache.check_room(big, 21_701, forms=1)
+    kv_cache.check_room(big, 21_701)
     with pytest.raises(rw.ContextOverflow) as refused:
-        kv_cache.check_room(big, 64 * 1024, forms=1)
+        kv_cache.check_room(big, 64 * 1024)
     assert str(refused.value) == (
         "keys and values of 64k tokens take 3.02 GB, more than the 1 GB of memory; load with "
         "kv_dtype='int8' (0.802 GB), "
         "or load with offload=FOLDER, which keeps keys and values in a file there, or take at most 21701 tokens"
     )
     with pytest.raises(rw.ContextOverflow, match=r"1.51 GB.*take at most 21701") as refused:
-        kv_cache.check_room(big, 32 * 1024, forms=1)
+        kv_cache.check_room(big, 32 * 1024)
     with pytest.raises(rw.ContextOverflow) as refused:  # not even int8 is enough
-        kv_cache.check_room(big, 128 * 1024, forms=1)
-    assert "int8" not in str(refused.value)
-    with pytest.raises(rw.ContextOverflow, match="take at most 14467 tokens") as refused:  # keys in two forms
-        kv_cache.check_room(big, 21_701, forms=2)
+        kv_cache.check_room(big, 128 * 1024)
     assert "int8" not in str(refused.value)
 
 
 def test_a_cache_in_a_file_needs_room_on_the_disk(available, tmp_path):
     available(1_000_000)
     small = shape(folder=tmp_path)  # 768 bytes a token
-    kv_cache.check_room(small, 1302, forms=1)
+    kv_cache.check_room(small, 1302)
     with pytest.raises(rw.ContextOverflow, match=r"more than the 0.001 GB of free space in .*") as refused:
-        kv_cache.check_room(small, 1303, forms=1)
+        kv_cache.check_room(small, 1303)
     assert "offload" not in str(refused.value)
     assert "kv_dtype='int8'" in str(refused.value)
 
@@ -61,7 +58,7 @@ def test_a_cache_in_a_file_needs_room_on_the_disk(available, tmp_path):
 def test_each_cache_with_eviction_needs_its_own_room(tiny_folder, available):
     runner = rw.load(tiny_folder, "sink-window:64", compile=True)._runner
     tokens = most_held((4, 64)) + CHUNK  # of one cache
-    available(8 * tokens * runner.cache_shape.bytes_per_token * 3 // 2)  # keys in two forms
+    available(8 * tokens * runner.cache_shape.bytes_per_token)
     runner.check_room(*[20_000] * 8)
     runner.check_room(*[20_000] * 9, owned=tokens)
     runner.check_room(10, *[20_000] * 7)

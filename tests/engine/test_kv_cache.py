@@ -177,20 +177,6 @@ def test_an_int8_session_is_saved_and_rotated(int8, tmp_path):
         int8.rope = None
 
 
-def test_int8_and_a_position_map_are_refused_and_the_scaler_stays(int8, tiny_folder):
-    int8.rope = "yarn:2"
-    try:
-        before = int8.generate(TEXT, greedy())
-        with pytest.raises(rw.ConfigError, match=r"rerope:16 needs its keys in several forms, and an int8 cache"):
-            int8.rope = "rerope:16"
-        assert str(int8.rope) == "yarn:2"
-        assert int8.generate(TEXT, greedy()) == before
-    finally:
-        int8.rope = None
-    with pytest.raises(rw.ConfigError, match="leave out kv_dtype"):
-        rw.load(tiny_folder, "yarn:2|rerope:16", kv_dtype="int8")
-
-
 # Files
 
 
@@ -216,7 +202,7 @@ def test_a_cache_in_a_file_gives_the_same_bits_and_leaves_no_file(tiny_folder, m
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("steps", [True, False])
-def test_rotated_copies_lie_in_files_too(tiny_folder, tmp_path, steps):
+def test_all_keys_under_a_map_lie_in_files(tiny_folder, tmp_path, steps):
     mapped = rw.load(tiny_folder, "rerope:16", offload=tmp_path, max_length=4096)
     prepare(mapped, 100)
     parent, ids = mapped.new_cache(8), mapped.vocabulary.encode(TEXT * 4)[:60]
@@ -233,8 +219,7 @@ def test_rotated_copies_lie_in_files_too(tiny_folder, tmp_path, steps):
     ]
     for cache in (parent, fork):
         for layer in cache.layers:
-            assert layer.rotated.tensors
-            for tensor in (layer.keys, layer.values, *layer.rotated.tensors):
+            for tensor in (layer.keys, layer.values):
                 assert any(start <= tensor.data_ptr() < stop for start, stop in ranges)
 
 
@@ -244,7 +229,7 @@ def test_a_folder_that_is_not_there_is_refused(tiny_folder, tmp_path):
 
 
 @torch.inference_mode()
-def test_rotated_keys_of_an_interrupted_step_are_not_read(model):
+def test_keys_of_an_interrupted_step_are_not_read(model):
     """An interrupted step has made room for keys, but not written them."""
     model.rope = "rerope:16"
     try:
@@ -253,8 +238,7 @@ def test_rotated_keys_of_an_interrupted_step_are_not_read(model):
         prefill(model._runner, ids[:40], cache)
         model._runner._buffer_addresses([(ids[40:44], cache)])
         for layer in cache.layers:
-            for copy_of in layer.rotated.tensors:
-                copy_of[:, :, 40:] = 1e3
+            layer.keys[:, :, 40:] = 1e3
         continued = prefill(model._runner, ids[40:], cache)
         assert torch.allclose(continued, prefill(model._runner, ids, fresh), atol=1e-3)
     finally:

@@ -162,8 +162,12 @@ DAMAGE = {
     "folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read as a session"),
     "weights": (lambda path: save_file({"x": torch.ones(2)}, str(path)), "is not a session that ropewalk saved"),
     "format": (
-        lambda path: rewritten(path, format="ropewalk session 9"),
-        "is a 'ropewalk session 9'; give a 'ropewalk session 1'",
+        lambda path: rewritten(path, format="ropewalk chat 2"),
+        "is a 'ropewalk chat 2'; give a 'ropewalk session 2'",
+    ),
+    "version": (  # its keys are un-rotated under a position map
+        lambda path: rewritten(path, format="ropewalk session 1"),
+        "is a 'ropewalk session 1' of another version of ropewalk, and this one reads 'ropewalk session 2'; read its",
     ),
     "tokens": (lambda path: rewritten(path, ids=[1] * 500), r"holds keys \[.*\] where \[1, 2, 500, 32\] belong"),
     "nested": (

@@ -17,7 +17,7 @@ from ...attention.banded import banded_attention
 from ...attention.causal import causal_attention
 from ...attention.kernel import AttentionScore
 from ...attention.plan import Segment
-from ...attention.rotation import angles
+from ...attention.rotation import cos_sin
 from ...attention.rows import KeyRun
 from ...kv_cache import KVLayer
 from ...packed import PackedWeight
@@ -101,37 +101,34 @@ class ChunkAttention:
     def __init__(self, rotation: RotationTable, run: KeyRun) -> None:
         self._rotation = rotation
         self._run = run
-        group, site = rotation.group, rotation.plan.site
+        group = rotation.group
         positions = torch.arange(run.key_stop - run.query_stop, run.key_stop)
         self._angles = None
-        if group.layout is not None and not rotation.mapped:
-            f = rotation.frequencies
-            self._angles = angles(positions.double(), f.inv_freq, factor=f.attention_factor, like=torch.empty(0))
+        if group.layout is not None:
+            phases = rotation.key_phases(positions)
+            self._angles = cos_sin(phases, factor=rotation.key_factor, like=torch.empty(0))
         self._temperature = None
         if rotation.tempered and not rotation.mapped:
-            self._temperature = site.logit_factor(rotation.plan.scaler, positions).float()[:, None]
+            self._temperature = rotation.site.logit_factor(rotation.scaler, positions).float()[:, None]
         self._work: list[tuple[KeyRun, list[Segment]]] | None = None
         if rotation.mapped:
-            self._work = [(run, rotation.plan.segments(run))]
+            self._work = [(run, [rotation.segment(run)])]
         elif group.window is not None and run.key_stop > group.window:
             self._work = [(run, [_window(rotation, run, group.window)])]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, score: AttentionScore) -> Tensor:
         """Attention of projected q [1, H, N, D], k and v [1, K, N, D] -> [1, H, N, D]; it also writes the cache."""
-        layout = self._rotation.group.layout
-        if self._rotation.mapped:
-            keys, values = layer.update(k, v)
-            assert self._work is not None
-            return banded_attention(q, keys, values, score, layout, self._work, rotated=layer.rotated)
+        layout, mapped = self._rotation.group.layout, self._rotation.mapped
         if layout is not None:
             assert self._angles is not None
-            q, k = layout.rotate(q, self._angles), layout.rotate(k, self._angles)
+            k = layout.rotate(k, self._angles)
+            q = q if mapped else layout.rotate(q, self._angles)
         if self._temperature is not None:
             q = q * self._temperature
         keys, values = layer.update(k, v)
         if self._work is None:
             return causal_attention(q, keys, values, score)
-        return banded_attention(q, keys, values, score, None, self._work)
+        return banded_attention(q, keys, values, score, layout if mapped else None, self._work)
 
 
 def _window(rotation: RotationTable, run: KeyRun, window: int) -> Segment:
@@ -144,7 +141,7 @@ def _window(rotation: RotationTable, run: KeyRun, window: int) -> Segment:
         key=same,
     )
     return Segment(
-        scaler=rotation.plan.scaler,
+        scaler=rotation.scaler,
         start=0,
         stop=run.query_stop,
         length=None,

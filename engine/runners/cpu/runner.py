@@ -10,6 +10,7 @@ Shape suffixes: N tokens of a chunk, E hidden size, H query heads, K key-value h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path as Folder
 from typing import Any
 
@@ -19,12 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ....errors import ConfigError, Setting, UnsupportedModel
+from ....errors import UnsupportedModel
 from ....scaling.rope import Scaler
 from ...attention.kernel import AttentionScore
 from ...attention.rows import KeyRun
-from ...cache import rewind
-from ...kv_cache import CacheShape, KVCache, check_room, needed_bytes
+from ...cache import evict, rewind
+from ...kv_cache import CacheShape, KVCache, check_room
 from ...packed import PackedWeight
 from ...patches.float32 import float32_arithmetic
 from ...patches.probe import layer_ropes, logits, probe_ids
@@ -122,15 +123,10 @@ class CompiledRunner(TransformersRunner):
     def use(self, scaler: Scaler, length: int | None) -> None:
         if self._rotations and (scaler, length) == self.rope_state:
             return
-        if self._dtype == torch.int8 and scaler.member("positions"):
-            raise ConfigError(
-                f"{scaler} needs its keys in several forms, and an int8 cache stores only one; leave out ",
-                Setting("kv_dtype", form="name"),
-            )
         self._rotations = []  # an interrupted call must not leave the old ones
         super().use(scaler, length)
         if any(group.window for group in self._groups):
-            self._sink_window = None  # layers with a window cache rotated keys
+            self._sink_window = None  # such layers see the keys just before a query, which may be evicted
         self._rotations = [RotationTable(group, self._primary, scaler, length) for group in self._groups]
 
     @property
@@ -142,19 +138,14 @@ class CompiledRunner(TransformersRunner):
         )
 
     def check_room(self, *rows: int, owned: int = 0, reserved: int = 0) -> None:
-        check_room(self.cache_shape, self._missing(rows, owned), self._forms, reserved)
+        check_room(self.cache_shape, self._missing(rows, owned), reserved)
 
     def needed_bytes(self, *rows: int, owned: int = 0) -> int:
-        return needed_bytes(self.cache_shape, self._missing(rows, owned), self._forms)
+        return self.cache_shape.bytes_per_token * self._missing(rows, owned)
 
     def _missing(self, rows: Sequence[int], owned: int) -> int:
         """Tokens of caches of these lengths that have no memory yet."""
         return max(0, sum(map(self._room, rows)) - owned)
-
-    @property
-    def _forms(self) -> int:
-        """Copies of the keys that the scaler needs."""
-        return 1 + max(len(rotation.key_bands) for rotation in self._rotations)
 
     def new_cache(self, capacity: int) -> KVCache:
         return KVCache(self.cache_shape, self._room(capacity))
@@ -229,11 +220,19 @@ class CompiledRunner(TransformersRunner):
     def rotate_cached_keys(self, cache: Cache, before: RopeState) -> bool:
         if not isinstance(cache, KVCache) or cache.layers[0].evicted:
             return False
-        used = dict(zip(self._groups, self._rotations, strict=True))
-        for index, layer in enumerate(cache.layers):
-            group = self._groups[self._group_of[index]]
-            rotate_cached_keys(layer, RotationTable(group, self._primary, *before), used[group])
+        earlier = [RotationTable(group, self._primary, *before) for group in self._groups]
+        for group, layer in zip(self._group_of, cache.layers, strict=True):
+            rotate_cached_keys(layer, earlier[group], self._rotations[group])
         return True
+
+    def _evict(self, *caches: Cache) -> None:
+        for cache in caches:
+            if self.sink_window is not None:
+                moved = partial(self._moved_keys, cache) if isinstance(cache, KVCache) else None
+                evict(cache, self.sink_window, moved)
+
+    def _moved_keys(self, cache: KVCache, index: int, first: int, count: int) -> Tensor:
+        return self._rotations[self._group_of[index]].moved_keys(cache.layers[index], first, count)
 
     # decode steps
 
@@ -286,17 +285,14 @@ class CompiledRunner(TransformersRunner):
         return torch.from_numpy(logits) if softcap is None else cap_logits(torch.from_numpy(logits), softcap)
 
     def _angles(self, positions: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
-        """Cosines and sines for the queries and for the keys, each [groups, forms, n, 2, half].
+        """Cosines and sines for the queries, [groups, bands, n, 2, half], and for the keys, [groups, n, 2, half].
 
-        Groups with fewer forms are padded. The kernels do not read the padding.
+        Groups with fewer bands are padded. The kernels do not read the padding.
         """
-        tables = []
-        for groups in zip(
-            *(rotation.angles(positions, self._tables.half) for rotation in self._rotations), strict=True
-        ):
-            forms = max(map(len, groups))
-            tables.append(np.stack([np.resize(group, (forms, *group.shape[1:])) for group in groups]))
-        return tuple(tables)
+        tables = [rotation.angles(positions, self._tables.half) for rotation in self._rotations]
+        bands = max(len(queries) for queries, _ in tables)
+        padded = [np.resize(queries, (bands, *queries.shape[1:])) for queries, _ in tables]
+        return np.stack(padded), np.stack([keys for _, keys in tables])
 
     def _key_parts(
         self, positions: np.ndarray[Any, Any], length: int, ancestors: list[list[int]] | None
@@ -315,39 +311,39 @@ class CompiledRunner(TransformersRunner):
         parts: list[tuple[int, int, int, int, int]] = []
         firsts: list[int] = []
         for rotation in self._rotations:
+            shifts = [rotation.shifts(band, int(positions.max()) + 1) for band in range(len(rotation.bands))]
             for token, position in enumerate(positions.tolist()):
                 firsts.append(len(parts))
-                for band, form, start, count in rotation.visible(position):
-                    stop = start + count
+                for band, start, count in rotation.visible(position):
+                    stop, table = start + count, shifts[band]
+                    address, row = (0, 0) if table is None else (table.ctypes.data, table.strides[0])
                     if ancestors is not None:
-                        in_tree = ancestors[token][max(0, start - length) : max(0, stop - length)]
-                        parts += [(token, band, form, place, 1) for place in in_tree]
+                        inside = range(max(start, length), max(stop, length))
+                        parts += [
+                            (token, band, ancestors[token][key - length], 1, address + key * row) for key in inside
+                        ]
                         stop = min(stop, length)
-                    parts += [(token, band, form, key, min(PART, stop - key)) for key in range(start, stop, PART)]
+                    parts += [
+                        (token, band, key, min(PART, stop - key), address + key * row)
+                        for key in range(start, stop, PART)
+                    ]
             firsts.append(len(parts))
         return np.array(parts, np.int64), np.array(firsts, np.int64).reshape(len(self._rotations), -1)
 
     def _buffer_addresses(self, rows: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray[Any, Any]:
-        """The addresses of every token's keys and values, int64 [layers, n, forms + 1, 3].
+        """The addresses of every token's keys and values, int64 [layers, n, 2, 3].
 
         On the last axis: the address of the numbers, the address of their scales (or 0), and the capacity in tokens.
-        On the third axis: the forms of the keys, then the values.
         """
-        layers = len(self._decoder.layers)
-        forms = 1 + max(len(rotation.key_bands) for rotation in self._rotations)
-        addresses = np.zeros((layers, sum(len(ids) for ids, _ in rows), forms + 1, 3), np.int64)
+        addresses = np.empty((len(self._decoder.layers), sum(len(ids) for ids, _ in rows), 2, 3), np.int64)
         first = 0
         for ids, cache in rows:
             cache.reserve(len(ids))
             for index, layer in enumerate(cache.layers):
-                rotation = self._rotations[self._group_of[index]]
                 key_scales, value_scales = layer.scales
                 tokens = addresses[index, first : first + len(ids)]
-                tokens[:, 0] = layer.keys.data_ptr(), key_scales, layer.keys.shape[2]
-                tokens[:, forms] = layer.values.data_ptr(), value_scales, layer.capacity
-                if rotation.key_bands:
-                    for form, keys in enumerate(rotation.rotated_copies(layer, len(ids)), 1):
-                        tokens[:, form] = keys.data_ptr(), 0, keys.shape[2]
+                tokens[:, 0] = layer.keys.data_ptr(), key_scales, layer.capacity
+                tokens[:, 1] = layer.values.data_ptr(), value_scales, layer.capacity
             first += len(ids)
         return addresses
 

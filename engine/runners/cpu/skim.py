@@ -69,10 +69,9 @@ class SkimAttention:
     """Attention of a sample in one group of layers, and the values that these layers share."""
 
     def __init__(self, rotation: RotationTable, sample: Sample) -> None:
-        self._rotation, self._site = rotation, rotation.plan.site
+        self._rotation = rotation
         positions = sample.positions
-        rope_state = rotation.rope_state[:2]
-        bands = self._site.bands(*rope_state) if rotation.mapped else None
+        bands = rotation.bands if rotation.mapped else None
         self._seen: list[Tensor | None] = [None]  # the keys that every band sees, bool [N, N]
         maps = [(positions.double(), positions.double())]
         if bands is not None:
@@ -91,7 +90,7 @@ class SkimAttention:
             self._angles = [(angles_at(query), angles_at(key)) for query, key in maps]
         self._temperature = None
         if rotation.tempered:
-            self._temperature = self._site.logit_factor(rotation.plan.scaler, positions).float()[:, None]
+            self._temperature = rotation.site.logit_factor(rotation.scaler, positions).float()[:, None]
         same_stretch = sample.stretches[:, None] == sample.stretches
         self._bias = torch.where(same_stretch, 0.0, sample.log_weights)
         hidden = positions[:, None] < positions

@@ -142,18 +142,50 @@ def test_a_step_that_failed_leaves_no_trace(runner, monkeypatch, error):
         assert difference(logits, in_chunks(runner, [1000], IDS[:, :LENGTH])[50:]) < 5e-5
 
 
-@pytest.mark.parametrize("specs", [("rerope:20", "self-extend:4,window=30|logn"), ("dual-chunk", "jet-long:20")])
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize(
+    "specs",
+    [
+        ("rerope:20", "self-extend:4,window=30|logn"),
+        ("dual-chunk", "jet-long:20"),
+        ("yarn:4|leaky-rerope:20,k=4", "rerope:30"),
+        ("none", "yarn:2|self-extend:4,window=20"),
+        ("dynamic-yarn|dual-chunk", "yarn:4"),
+        ("sink-window:30", "string:20,window=4"),
+    ],
+    ids=" ".join,
+)
 @torch.inference_mode()
-def test_a_cache_of_unrotated_keys_can_be_used_under_another_map(specs):
+def test_a_cache_can_be_used_under_another_scaler(specs, kind):
     """The model has one layer, because higher layers keep what they read under the old map."""
     hf = DECODERS["llama"]()
     hf.model.layers = hf.model.layers[:1]
-    runner = compiled(hf)
+    runner = compiled(hf, cache=kind)
     old, new = (rw.scaling.parse(spec) for spec in specs)
     runner.use(new, LENGTH)
     expected = in_chunks(runner, [1000], IDS[:, :LENGTH])[60:]
     for sizes in ([1], [30]):
         runner.use(old, LENGTH)
         cache = cached(runner, TEXT[:60], 7)
+        before = runner.rope_state
         runner.use(new, LENGTH)
-        assert difference(in_chunks(runner, sizes, IDS[:, 60:LENGTH], cache), expected) < 5e-5
+        assert runner.rotate_cached_keys(cache, before)
+        tolerance = 5e-5 if kind == "float32" else 0.1
+        assert difference(in_chunks(runner, sizes, IDS[:, 60:LENGTH], cache), expected) < tolerance
+
+
+@pytest.mark.parametrize("spec", ["jet-long:20", "dynamic-ntk|self-extend:2,window=20", "dynamic-yarn"])
+@torch.inference_mode()
+def test_a_cache_can_be_used_at_another_length(spec):
+    hf = DECODERS["llama"]()
+    hf.model.layers = hf.model.layers[:1]
+    runner = compiled(hf)
+    scaler = rw.scaling.parse(spec)
+    runner.use(scaler, 300)
+    expected = in_chunks(runner, [1000], IDS[:, :LENGTH])[60:]
+    runner.use(scaler, 60)
+    cache = cached(runner, TEXT[:60], 7)
+    runner.use(scaler, 300)
+    assert difference(in_chunks(runner, [30], IDS[:, 60:LENGTH], copy.deepcopy(cache)), expected) > 0.1
+    runner.rotate_cached_keys(cache, (scaler, 60))
+    assert difference(in_chunks(runner, [30], IDS[:, 60:LENGTH], cache), expected) < 5e-5

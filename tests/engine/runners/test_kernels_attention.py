@@ -4,13 +4,16 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from kernel_data import KINDS, address, stored
 
+from ropewalk.engine.attention.rotation import Angles, Layout
 from ropewalk.engine.runners.cpu.kernels.attention import PART, join, part
 
 pytestmark = pytest.mark.usefixtures("freed_memory_is_overwritten")
 
 DIMS = (16, 32, 64, 80, 96, 128, 256)
+LAYOUTS = [Layout(start, dim, pairs) for start, dim in ((0, 48), (8, 32), (4, 24), (0, 8)) for pairs in (False, True)]
 COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 13, 31, 32, 33, 47, 65, 100, 127, 200, 253, 255, 256)
 
 
@@ -31,15 +34,17 @@ class Held:
         q = self.random.standard_normal((G, self.D)) * size / self.D**0.5
         return q.astype(np.float32)
 
-    def part(self, q, softcap=0.0, first=0, count=None):
-        """(output before division, peak, weight) of keys [first, first + count)."""
+    def part(self, q, softcap=0.0, first=0, count=None, layout=None, shift=None):
+        """(output before division, peak, weight) of keys [first, first + count), rotated first if `shift` is given."""
         G, D, count = len(q), self.D, self.count - first if count is None else count
         out = np.full((G + 1, D), 7, np.float32)
         peak, weight = np.empty(G, np.float32), np.empty(G, np.float32)
         data = [address(bits[first:]) for bits, *_ in (self.keys, self.values)]
         scales = [0 if s is None else address(s[first:]) for _, s, _ in (self.keys, self.values)]
         cap = np.float32(softcap)
-        part(self.kind, *data, *scales, count, address(q), G, D, cap, address(out), peak, weight)
+        rotary = (layout.start, layout.dim, layout.interleaved) if layout else (0, D, 0)
+        shape = np.array([G, 1, D, 0, 0, *rotary], np.int64)
+        part(self.kind, *data, *scales, count, address(shift), address(q), G, shape, cap, address(out), peak, weight)
         assert (out[G] == 7).all()
         return out[:G], peak, weight
 
@@ -87,6 +92,24 @@ def test_scores_are_capped(kind, softcap):
         check(held, q, softcap, tolerance=2e-6 + 3e-7 * softcap)
         wide = held.queries(2, 1e4)  # both ends of tanh
         check(held, wide, softcap, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_keys_are_rotated_before_they_are_scored(kind, layout):
+    for G, count in ((1, 1), (2, 33), (3, 64), (5, 250)):
+        held = Held(kind, count, 48, count)
+        angle = held.random.uniform(-9, 9, (count, layout.dim // 2))
+        shift = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)
+        q = held.queries(G, 3)
+        out, peak, weight = held.part(q, layout=layout, shift=shift)
+        cos, sin = (torch.from_numpy(part_of).double() for part_of in (shift[:, 0], shift[:, 1]))
+        keys = torch.from_numpy(held.keys[2][:count])
+        held.keys[2][:count] = layout.rotate(keys, Angles(cos, sin)).numpy()
+        expected, log_sum = held.expected(q)
+        size = np.abs(held.values[2][:count]).max()
+        assert np.abs(out / weight[:, None] - expected).max() < 2e-6 * size
+        assert np.abs(peak + np.log(weight) - log_sum).max() < 2e-6 * max(1, np.abs(log_sum).max())
 
 
 def test_scores_far_below_the_largest_have_no_weight():

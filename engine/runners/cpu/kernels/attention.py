@@ -41,29 +41,29 @@ _LEAST = np.float32(-1e30)
 
 
 @njit(cache=True)
-def part(kind, keys, values, key_scales, value_scales, count, q, G, D, softcap, out, peak, weight):
+def part(kind, keys, values, key_scales, value_scales, count, shift, q, G, shape, softcap, out, peak, weight):
     """Softmax attention of G queries over `count` keys, not yet divided by its weight.
 
     Args:
         keys, values: addresses of [count, D] of `kind`.
         key_scales, value_scales: addresses of the scales of int8 keys and values, float32 [count], or 0.
+        shift: address of the cosines and sines by which the keys are rotated first, float32 [count, 2, d / 2], or 0.
         q: address of float32 [G, D], already multiplied by the factor on the scores.
+        shape: as `step` takes it.
         out: address of the result, float32 [G, D]: the weighted sums of values.
         peak, weight: results, float32 [G]: the largest score, and the sum of e^(score - peak).
     """
+    D, row_of_shift = shape[2], 4 * shape[6]
     scratch = np.empty(G * PART, np.float32)
     scores = scratch.ctypes.data
-    g = 0
-    while g < G:
-        if G - g >= 3 and G - g != 4:
-            _scores_of_3(kind, keys, count, q + 4 * g * D, D, scores + 4 * g * PART)
-            g += 3
-        elif G - g >= 2:
-            _scores_of_2(kind, keys, count, q + 4 * g * D, D, scores + 4 * g * PART)
-            g += 2
-        else:
-            _scores_of_1(kind, keys, count, q + 4 * g * D, D, scores + 4 * g * PART)
-            g += 1
+    if shift:
+        rotated = np.empty(_BLOCK * D, np.float32)
+        for first in range(0, count, _BLOCK):
+            n = min(_BLOCK, count - first)
+            _rotate_keys(shape, kind, keys, first, n, shift + row_of_shift * first, rotated.ctypes.data)
+            _scores(np.float32, rotated.ctypes.data, n, q, G, D, scores + 4 * first)
+    else:
+        _scores(kind, keys, count, q, G, D, scores)
     padded = (count + 7) // 8 * 8
     for g in range(G):
         row = scores + 4 * g * PART
@@ -98,6 +98,45 @@ def part(kind, keys, values, key_scales, value_scales, count, q, G, D, softcap, 
             else:
                 _values_of_1(kind, values, first, n, row, D, target)
                 g += 1
+
+
+@njit(cache=True)
+def _rotate_keys(shape, kind, keys, first, count, angles, out):
+    """Write keys [first, first + count) of `keys`, widened and rotated by `angles` (float32 [count, 2, d / 2])."""
+    D, start, half, neighbours = shape[2], shape[5], shape[6] // 2, shape[7]
+    vectors = 0 if neighbours else half // 8 * 8  # pairs that are rotated eight at a time
+    for j in range(count):
+        key, row, cos, sin = (first + j) * D, out + 4 * j * D, angles + 8 * j * half, angles + 8 * j * half + 4 * half
+        if 2 * vectors < D:
+            for d in range(0, D, 8):
+                store(row, d, load(kind, keys, key + d))
+        for k in range(start, start + vectors, 8):
+            x, y = load(kind, keys, key + k), load(kind, keys, key + half + k)
+            c, s = load(np.float32, cos, k - start), load(np.float32, sin, k - start)
+            store(row, k, sub(mul(x, c), mul(y, s)))
+            store(row, half + k, fma(y, c, mul(x, s)))
+        for k in range(vectors, half):
+            a = start + (2 * k if neighbours else k)
+            b = a + (1 if neighbours else half)
+            u, v = get(row, a), get(row, b)
+            put(row, a, u * get(cos, k) - v * get(sin, k))
+            put(row, b, v * get(cos, k) + u * get(sin, k))
+
+
+@njit(cache=True)
+def _scores(kind, keys, count, q, G, D, out):
+    """The scores of G queries, float32 [G, PART]. Up to three heads are computed together."""
+    g = 0
+    while g < G:
+        if G - g >= 3 and G - g != 4:
+            _scores_of_3(kind, keys, count, q + 4 * g * D, D, out + 4 * g * PART)
+            g += 3
+        elif G - g >= 2:
+            _scores_of_2(kind, keys, count, q + 4 * g * D, D, out + 4 * g * PART)
+            g += 2
+        else:
+            _scores_of_1(kind, keys, count, q + 4 * g * D, D, out + 4 * g * PART)
+            g += 1
 
 
 # Scores of one, two or three heads together, so that a key is widened once for all of them. Sixteen registers hold

@@ -3,8 +3,7 @@
 Tokens are independent. Each may belong to any sequence, sees its own keys, and gets the same bits in any batch. So a
 batch of unequal lengths is a list of tokens, and a row of it equals the row alone.
 
-Shape letters: n tokens, E hidden size, H query heads, K key-value heads, D head dim, L layers, F stored forms (one or
-more of the keys, and last the values).
+Shape letters: n tokens, E hidden size, H query heads, K key-value heads, D head dim, L layers.
 """
 
 from __future__ import annotations
@@ -38,7 +37,8 @@ QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)  # linear layers of a decoder 
 BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, NORM_OF_QUERY, NORM_OF_KEY = range(6)  # norms of a layer
 SILU, GELU_TANH = range(2)
 DATA, SCALES, CAPACITY = range(3)  # of a buffer
-TOKEN, QUERY_FORM, KEY_FORM, START, COUNT = range(5)  # of a part of attention
+KEYS, VALUES = range(2)  # buffers of a layer
+TOKEN, BAND, START, COUNT, SHIFT = range(5)  # of a part of attention
 
 
 @njit(cache=True)
@@ -72,13 +72,14 @@ def step(
         norms: int64 [L + 1, 6]: addresses of float32 weights, 0 for none. [L, 0] is the final norm.
         groups: int64 [L]: the row of `rotations`, `firsts` and `scales` for each layer.
         x: float32 [n, E], the embeddings. They are overwritten.
-        rotations: for queries and for keys, float32 [groups, forms, n, 2, d / 2]: cosines and sines.
-        parts: int64 [parts, 5] of attention: token, form of the query, form of the keys, first key, number of keys.
+        rotations: cosines and sines, float32: for queries [groups, bands, n, 2, d / 2], for keys [groups, n, 2, d / 2].
+        parts: int64 [parts, 5] of attention: token, band, first key, number of keys, and the address of the cosines and
+            sines by which the band rotates these keys, float32 [keys, 2, d / 2]; 0 if it reads them as they are.
         firsts: int64 [groups, n + 1]: the first part of every token. A token has at least one part.
         scales: float32 [groups, n]: the factor on the scores of every token.
         places: int64 [n]: the index of each token's key in its cache.
-        buffers: int64 [L, n, F, 3]: the address, the address of the scales of an int8 cache, and the capacity of a head
-            in keys; zeros for a form that the layer does not store.
+        buffers: int64 [L, n, 2, 3] of keys and of values: the address, the address of the scales of an int8 cache, and
+            the capacity of a head in keys.
         head: int64 [1, 7], the linear layer from hidden states to logits.
         logits: float32 [m, V], the result.
         threads: the number of parts that the work of a linear layer is cut into.
@@ -218,28 +219,25 @@ def _rotate(shape, x, cos, sin, factor, out):
 @njit(cache=True)
 def _rotate_queries(shape, qkv, rotations, scales, queries):
     H, D = shape[0], shape[2]
-    for form in range(len(rotations)):
+    for band in range(len(rotations)):
         for t in range(len(qkv)):
             for h in range(H):
                 row = qkv[t, h * D : (h + 1) * D]
-                _rotate(shape, row, rotations[form, t, 0], rotations[form, t, 1], scales[t], queries[form, t, h])
+                _rotate(shape, row, rotations[band, t, 0], rotations[band, t, 1], scales[t], queries[band, t, h])
 
 
 @njit(cache=True)
 def _write(shape, kind, qkv, rotations, places, buffers):
-    """Write the keys, in every form, and the values into the cache."""
+    """Write the rotated keys and the values into the cache."""
     H, K, D = shape[0], shape[1], shape[2]
-    forms = len(rotations)
     rotated = np.empty(D, np.float32)
     for t in range(len(qkv)):
         for h in range(K):
             key = qkv[t, (H + h) * D : (H + h + 1) * D]
-            for form in range(forms):
-                if buffers[t, form, DATA]:
-                    _rotate(shape, key, rotations[form, t, 0], rotations[form, t, 1], np.float32(1), rotated)
-                    _write_row(kind, rotated.ctypes.data, D, buffers[t, form], h, places[t])
+            _rotate(shape, key, rotations[t, 0], rotations[t, 1], np.float32(1), rotated)
+            _write_row(kind, rotated.ctypes.data, D, buffers[t, KEYS], h, places[t])
             value = qkv[t, (H + K + h) * D : (H + K + h + 1) * D]
-            _write_row(kind, value.ctypes.data, D, buffers[t, forms], h, places[t])
+            _write_row(kind, value.ctypes.data, D, buffers[t, VALUES], h, places[t])
 
 
 @njit(cache=True)
@@ -266,14 +264,14 @@ def _write_row(kind, x, D, buffer, head, place):
 @njit(parallel=True, cache=True)
 def _attend(shape, softcap, kind, queries, parts, firsts, buffers, mixed):
     H, K, D = shape[0], shape[1], shape[2]
-    G, begin, values = H // K, firsts[0], buffers.shape[1] - 1
+    G, begin = H // K, firsts[0]
     count = firsts[len(firsts) - 1] - begin
     outs = np.empty((count, H, D), np.float32)
     peaks, sums = np.empty((count, H), np.float32), np.empty((count, H), np.float32)
     for i in prange(count * K):
         p, h = i // K, i % K
         work = parts[begin + p]
-        keys, vals = buffers[work[TOKEN], work[KEY_FORM]], buffers[work[TOKEN], values]
+        keys, vals = buffers[work[TOKEN], KEYS], buffers[work[TOKEN], VALUES]
         key, value = h * keys[CAPACITY] + work[START], h * vals[CAPACITY] + work[START]
         size = size_of(kind)
         part(
@@ -283,9 +281,10 @@ def _attend(shape, softcap, kind, queries, parts, firsts, buffers, mixed):
             keys[SCALES] + 4 * key if keys[SCALES] else 0,
             vals[SCALES] + 4 * value if vals[SCALES] else 0,
             work[COUNT],
-            queries[work[QUERY_FORM], work[TOKEN], h * G].ctypes.data,
+            work[SHIFT],
+            queries[work[BAND], work[TOKEN], h * G].ctypes.data,
             G,
-            D,
+            shape,
             softcap,
             outs[p, h * G].ctypes.data,
             peaks[p, h * G : (h + 1) * G],
