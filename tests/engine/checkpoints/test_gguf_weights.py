@@ -313,12 +313,10 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
 LOADED = """
 import re, sys
 import ropewalk as rw
-import torch, transformers, numba
 def peak():  # in MB; the resource module would count the parent's memory
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
-before = peak()
 model = rw.load("smollm2-135m", dtype=sys.argv[1])
-print(peak() - before)
+print(peak())
 """
 
 
@@ -331,7 +329,7 @@ def test_loading_the_built_in_model_takes_little_memory():
     for dtype in ("auto", "float32"):
         out = subprocess.run([sys.executable, "-c", LOADED, dtype], capture_output=True, text=True, check=True).stdout
         peaks[dtype] = int(out)
-    assert peaks["auto"] < 400 and peaks["float32"] > 538, peaks
+    assert peaks["auto"] + 300 < peaks["float32"], peaks  # 97 MB of blocks are 538 MB in float32
 
 
 @pytest.mark.model
