@@ -4,7 +4,10 @@ import contextlib
 import json
 import math
 import shutil
+import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +21,12 @@ from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.protocols.by_name import protocol
 from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.protocol import tokens_sha256
+from ropewalk.evals.runs import measure
 from ropewalk.evals.runs.measure import measure_all, new_console
 from ropewalk.evals.runs.progress import RunProgress
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.statistics import paired_difference
+from ropewalk.evals.tuning import rounds
 from ropewalk.evals.tuning.candidates import difference
 from ropewalk.evals.tuning.report import as_json, config_fragment
 from ropewalk.evals.tuning.text import TuneText
@@ -154,8 +159,18 @@ def test_durations_that_are_none(budget):
     assert f"'{budget}' is no duration; write 90s, 10m or 2h" in done.output
 
 
-def test_a_budget_ends_it_with_the_best_so_far(tuned, model, text, tmp_path):
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock for searches on which 5 ms pass whenever it is read, so that a budget allows as much on every machine."""
+    ticks = count()
+    clock = SimpleNamespace(monotonic=lambda: next(ticks) * 0.005, sleep=time.sleep)
+    for module in (rounds, measure):
+        monkeypatch.setattr(module, "time", clock)
+
+
+def test_a_budget_ends_it_with_the_best_so_far(tuned, model, text, tmp_path, monkeypatch, ticking):
     short = rw.tune(model, TARGET, text=text, out=tmp_path, budget=1.0)
+    monkeypatch.undo()
     assert not short.complete
     assert short.ranking
     whole = rw.tune(model, TARGET, text=text, out=tmp_path)
@@ -168,9 +183,9 @@ def test_a_budget_ends_it_with_the_best_so_far(tuned, model, text, tmp_path):
     assert all(places[str(c.scaler)] >= c.places for c in (*tuned.ranking, *short.ranking))
 
 
-def test_a_network_that_cannot_skim_reads_everything(tiny_folder, text, tmp_path):
+def test_a_network_that_cannot_skim_reads_everything(tiny_folder, text, tmp_path, ticking):
     plain = rw.load(tiny_folder, dtype="float32", compile=False, max_length=2**31)
-    tuned = rw.tune(plain, TARGET, text=text, out=tmp_path, budget=8, ropes=["yarn:2.5"])
+    tuned = rw.tune(plain, TARGET, text=text, out=tmp_path, budget=3, ropes=["yarn:2.5"])
     assert not any(c.skimmed for c in tuned.ranking)
     assert sum(c.places > 0 for c in tuned.ranking) > 3
     assert "yarn:2.5" in {str(c.scaler) for c in tuned.ranking}
