@@ -19,6 +19,7 @@ from .runners.cpu.kernels import BLOCK_FORMATS
 from .runners.cpu.threads import share_threads
 
 _BYTES_AT_A_TIME = 1 << 22  # the gguf library makes several float32 copies of what it unpacks
+_WEIGHTS_AT_A_TIME = 1 << 24  # the output matrix of a large vocabulary would take gigabytes
 _PLAIN = {
     gguf.GGMLQuantizationType.F32: torch.float32,
     gguf.GGMLQuantizationType.F16: torch.float16,
@@ -97,7 +98,12 @@ class PackedLinear(_Packed):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.packed.unpack().to(x.dtype), self.bias)
+        step = max(1, _WEIGHTS_AT_A_TIME // self.in_features)
+        parts = []
+        for start in range(0, self.out_features, step):
+            bias = None if self.bias is None else self.bias[start : start + step]
+            parts.append(linear(x, self.packed[start : start + step].unpack().to(x.dtype), bias))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 class PackedEmbedding(_Packed):

@@ -53,10 +53,7 @@ def prepared_gguf(file: Path, *, quiet: bool = False) -> Path:
     opened = GgufFile(file)
     whole = opened.arch not in ARCHITECTURES
     if whole and not quiet:
-        sys.stderr.write(
-            f"{file.name}: its weights are stored once more, as float32, because the blocks of a {opened.arch} model "
-            "cannot be used as they are\n"
-        )
+        _say_converted(file, f"the blocks of a {opened.arch} model cannot be used as they are")
     with fill_once(folder, needed=4 * opened.weights * whole + _CONFIG_BYTES, what=file.name) as work:
         if work is not None:
             (_convert if whole else _write_small_folder)(opened, work, quiet=quiet)
@@ -92,6 +89,8 @@ def converted_gguf(file: Path, *, quiet: bool = False) -> Path:
         from .gguf_file import GgufFile
 
         opened = GgufFile(file)
+        if not quiet:
+            _say_converted(file, "GPUs and other devices of device_map, and tp_plan, cannot use its blocks")
         with fill_once(folder, needed=4 * opened.weights + _CONFIG_BYTES, what=file.name) as work:
             if work is not None:
                 _convert(opened, work, quiet=quiet)
@@ -110,6 +109,10 @@ def convert_gguf(file: Path, out: Path, *, quiet: bool = False) -> Path:
 
     _convert(GgufFile(file), out, quiet=quiet)
     return out
+
+
+def _say_converted(file: Path, why: str) -> None:
+    sys.stderr.write(f"{file.name}: its weights are stored once more, as float32, because {why}\n")
 
 
 def _folder(file: Path, kind: str) -> Path:

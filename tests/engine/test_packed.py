@@ -55,6 +55,17 @@ def bits_of(data, format_):
     return gguf.dequantize(data, format_).view(np.int32)
 
 
+def test_a_large_matrix_is_unpacked_in_parts(monkeypatch):
+    monkeypatch.setattr("ropewalk.engine.packed._WEIGHTS_AT_A_TIME", 5 * 256)
+    weight, expected = packed(np.random.default_rng(0), "Q4_K", 12, 256)
+    x, bias = torch.randn(3, 256), torch.randn(12)
+    product = torch.nn.functional.linear(x, torch.from_numpy(expected), bias)
+    sizes, unpack = [], PackedWeight.unpack
+    monkeypatch.setattr(PackedWeight, "unpack", lambda self: sizes.append(self.shape[0]) or unpack(self))
+    assert torch.allclose(PackedLinear(weight, bias)(x), product, rtol=1e-5, atol=1e-5)
+    assert sizes == [5, 5, 2]
+
+
 def test_modules_compute_what_their_weights_say():
     random = np.random.default_rng(0)
     weight, expected = packed(random, "Q4_K", 12, 256)

@@ -24,7 +24,8 @@ else:
     from .folder import FOLDER, cached_in_folder
 
     with cached_in_folder():
-        from .blocks import BLOCK_FORMATS, FORMATS, product, unpack
+        from .block_formats import BLOCK_FORMATS, FORMATS
+        from .blocks import product, unpack
         from .step import project, step, touch
 
 __all__ = ["BLOCK_FORMATS", "FOLDER", "FORMATS", "UNAVAILABLE", "product", "project", "step", "touch", "unpack"]

@@ -23,8 +23,8 @@ from numba.extending import intrinsic, models, register_model
 
 WIDTH = 8
 
-_F32, _I32 = ir.FloatType(), ir.IntType(32)
-_VECTOR, _INTEGERS = ir.VectorType(_F32, WIDTH), ir.VectorType(_I32, WIDTH)
+F32, I32 = ir.FloatType(), ir.IntType(32)
+VECTOR, INTEGERS = ir.VectorType(F32, WIDTH), ir.VectorType(I32, WIDTH)
 
 
 class _Float32x8(types.Type):  # type: ignore[misc]
@@ -38,19 +38,20 @@ f32x8 = _Float32x8()
 @register_model(_Float32x8)
 class _Model(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, numba_type: Any) -> None:
-        super().__init__(manager, numba_type, _VECTOR)
+        super().__init__(manager, numba_type, VECTOR)
 
 
 def _constant(value: float) -> ir.Constant:
-    return ir.Constant(_VECTOR, [float(np.float32(value))] * WIDTH)
+    return ir.Constant(VECTOR, [float(np.float32(value))] * WIDTH)
 
 
 def _integer(value: int) -> ir.Constant:
-    return ir.Constant(_INTEGERS, [value] * WIDTH)
+    return ir.Constant(INTEGERS, [value] * WIDTH)
 
 
-def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
-    kind = ir.FunctionType(_VECTOR, [_VECTOR] * len(args))
+def call_llvm(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
+    """Call an intrinsic of LLVM, such as fma, on vectors."""
+    kind = ir.FunctionType(VECTOR, [VECTOR] * len(args))
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v8f32"), args)
 
 
@@ -66,16 +67,16 @@ def load(_context: Any, kind: Any, address: Any, index: Any) -> tuple[Any, Calla
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
         _, address, index = args
         if dtype == types.float32:
-            return builder.load(builder.bitcast(_pointer(builder, address, index, _F32), _VECTOR.as_pointer()), align=4)
+            return builder.load(builder.bitcast(_pointer(builder, address, index, F32), VECTOR.as_pointer()), align=4)
         bits = ir.IntType(dtype.bitwidth)
         packed = ir.VectorType(bits, WIDTH)
         source = builder.bitcast(_pointer(builder, address, index, bits), packed.as_pointer())
         loaded = builder.load(source, align=bits.width // 8)
         if dtype == types.float16:
-            return builder.fpext(builder.bitcast(loaded, ir.VectorType(ir.HalfType(), WIDTH)), _VECTOR)
+            return builder.fpext(builder.bitcast(loaded, ir.VectorType(ir.HalfType(), WIDTH)), VECTOR)
         if dtype == types.uint16:  # bfloat16 is the upper half of float32
-            return builder.bitcast(builder.shl(builder.zext(loaded, _INTEGERS), _integer(16)), _VECTOR)
-        return builder.sitofp(builder.sext(loaded, _INTEGERS), _VECTOR)
+            return builder.bitcast(builder.shl(builder.zext(loaded, INTEGERS), _integer(16)), VECTOR)
+        return builder.sitofp(builder.sext(loaded, INTEGERS), VECTOR)
 
     return f32x8(kind, types.int64, types.int64), generate
 
@@ -92,8 +93,8 @@ def store(_context: Any, address: Any, index: Any, x: Any) -> tuple[Any, Callabl
     """Write eight float32 numbers from element `index` on."""
 
     def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
-        target = _pointer(builder, args[0], args[1], _F32)
-        builder.store(args[2], builder.bitcast(target, _VECTOR.as_pointer()), align=4)
+        target = _pointer(builder, args[0], args[1], F32)
+        builder.store(args[2], builder.bitcast(target, VECTOR.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, x), generate
@@ -105,7 +106,7 @@ def store_bfloat16(_context: Any, address: Any, index: Any, x: Any) -> tuple[Any
     packed = ir.VectorType(ir.IntType(16), WIDTH)
 
     def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
-        bits = builder.bitcast(args[2], _INTEGERS)
+        bits = builder.bitcast(args[2], INTEGERS)
         odd = builder.and_(builder.lshr(bits, _integer(16)), _integer(1))
         rounded = builder.lshr(builder.add(builder.add(bits, _integer(0x7FFF)), odd), _integer(16))
         target = _pointer(builder, args[0], args[1], ir.IntType(16))
@@ -121,7 +122,7 @@ def store_int8(_context: Any, address: Any, index: Any, x: Any) -> tuple[Any, Ca
     packed = ir.VectorType(ir.IntType(8), WIDTH)
 
     def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
-        whole = builder.fptosi(_call(builder, "nearbyint", args[2]), _INTEGERS)
+        whole = builder.fptosi(call_llvm(builder, "nearbyint", args[2]), INTEGERS)
         target = _pointer(builder, args[0], args[1], ir.IntType(8))
         builder.store(builder.trunc(whole, packed), builder.bitcast(target, packed.as_pointer()), align=1)
         return context.get_dummy_value()
@@ -134,9 +135,9 @@ def splat(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """A vector of eight times the float32 `x`."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
-        first = builder.insert_element(undefined, args[0], ir.Constant(_I32, 0))
-        return builder.shuffle_vector(first, undefined, ir.Constant(_INTEGERS, [0] * WIDTH))
+        undefined = ir.Constant(VECTOR, ir.Undefined)
+        first = builder.insert_element(undefined, args[0], ir.Constant(I32, 0))
+        return builder.shuffle_vector(first, undefined, ir.Constant(INTEGERS, [0] * WIDTH))
 
     return f32x8(types.float32), generate
 
@@ -144,7 +145,7 @@ def splat(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
 @intrinsic
 def fma(_context: Any, x: Any, y: Any, z: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """x * y + z, rounded once."""
-    return f32x8(x, y, z), lambda _context, builder, _signature, args: _call(builder, "fma", *args)
+    return f32x8(x, y, z), lambda _context, builder, _signature, args: call_llvm(builder, "fma", *args)
 
 
 @intrinsic
@@ -174,17 +175,17 @@ def div(_context: Any, x: Any, y: Any) -> tuple[Any, Callable[..., ir.Value]]:
 @intrinsic
 def maximum(_context: Any, x: Any, y: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """The larger of each pair."""
-    return f32x8(x, y), lambda _context, builder, _signature, args: _call(builder, "maxnum", *args)
+    return f32x8(x, y), lambda _context, builder, _signature, args: call_llvm(builder, "maxnum", *args)
 
 
-def _halved(
+def reduced(
     builder: ir.IRBuilder, x: ir.Value, combine: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]
 ) -> ir.Value:
     """Reduce eight numbers to one: combine the lower half with the upper one until one number is left."""
     for half in (4, 2, 1):
-        places = [ir.Constant(ir.VectorType(_I32, half), list(range(k, k + half))) for k in (0, half)]
+        places = [ir.Constant(ir.VectorType(I32, half), list(range(k, k + half))) for k in (0, half)]
         x = combine(builder, *(builder.shuffle_vector(x, x, place) for place in places))
-    return builder.extract_element(x, ir.Constant(_I32, 0))
+    return builder.extract_element(x, ir.Constant(I32, 0))
 
 
 @intrinsic
@@ -192,7 +193,7 @@ def total(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """The sum of the eight numbers, always in the same order."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
-        return _halved(builder, args[0], lambda b, low, high: b.fadd(low, high))
+        return reduced(builder, args[0], lambda b, low, high: b.fadd(low, high))
 
     return types.float32(x), generate
 
@@ -204,7 +205,7 @@ def largest(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
     def greater(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
         return builder.select(builder.fcmp_ordered(">", low, high), low, high)
 
-    return types.float32(x), lambda _context, builder, _signature, args: _halved(builder, args[0], greater)
+    return types.float32(x), lambda _context, builder, _signature, args: reduced(builder, args[0], greater)
 
 
 @intrinsic
@@ -215,13 +216,13 @@ def totals(
     even, odd = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]  # within the halves of a 256-bit register
 
     def pairs(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-        return builder.fadd(*(builder.shuffle_vector(x, y, ir.Constant(_INTEGERS, places)) for places in (even, odd)))
+        return builder.fadd(*(builder.shuffle_vector(x, y, ir.Constant(INTEGERS, places)) for places in (even, odd)))
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
         twos = [pairs(builder, args[n], args[n + 1]) for n in range(0, WIDTH, 2)]
         low, high = pairs(builder, twos[0], twos[1]), pairs(builder, twos[2], twos[3])
         halves = ([0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
-        return builder.fadd(*(builder.shuffle_vector(low, high, ir.Constant(_INTEGERS, places)) for places in halves))
+        return builder.fadd(*(builder.shuffle_vector(low, high, ir.Constant(INTEGERS, places)) for places in halves))
 
     return f32x8(*[f32x8] * WIDTH), generate
 
@@ -236,17 +237,19 @@ def exp(_context: Any, x: Any) -> tuple[Any, Callable[..., ir.Value]]:
     """e^x with a relative error below 2e-7. Below -87, x counts as -87; above 88, as 88."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
-        bounded = _call(builder, "minnum", _call(builder, "maxnum", args[0], _constant(_LOWEST)), _constant(88.0))
-        whole = _call(builder, "nearbyint", builder.fmul(bounded, _constant(_LOG2_E)))
+        bounded = call_llvm(
+            builder, "minnum", call_llvm(builder, "maxnum", args[0], _constant(_LOWEST)), _constant(88.0)
+        )
+        whole = call_llvm(builder, "nearbyint", builder.fmul(bounded, _constant(_LOG2_E)))
         # log 2 in two parts, the first with few bits, so that x - k log 2 has no cancellation
         high = float(np.float32(0.693359375))
-        rest = _call(builder, "fma", whole, _constant(-high), bounded)
-        rest = _call(builder, "fma", whole, _constant(high - math.log(2)), rest)
+        rest = call_llvm(builder, "fma", whole, _constant(-high), bounded)
+        rest = call_llvm(builder, "fma", whole, _constant(high - math.log(2)), rest)
         value = _constant(1 / math.factorial(7))
         for n in range(6, -1, -1):
-            value = _call(builder, "fma", value, rest, _constant(1 / math.factorial(n)))
-        exponent = builder.shl(builder.add(builder.fptosi(whole, _INTEGERS), _integer(127)), _integer(23))
-        return builder.fmul(value, builder.bitcast(exponent, _VECTOR))
+            value = call_llvm(builder, "fma", value, rest, _constant(1 / math.factorial(n)))
+        exponent = builder.shl(builder.add(builder.fptosi(whole, INTEGERS), _integer(127)), _integer(23))
+        return builder.fmul(value, builder.bitcast(exponent, VECTOR))
 
     return f32x8(x), generate
 
@@ -256,7 +259,7 @@ def get(_context: Any, address: Any, index: Any) -> tuple[Any, Callable[..., ir.
     """Read the float32 number at element `index`."""
 
     def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
-        return builder.load(_pointer(builder, args[0], args[1], _F32), align=4)
+        return builder.load(_pointer(builder, args[0], args[1], F32), align=4)
 
     return types.float32(types.int64, types.int64), generate
 
@@ -266,7 +269,7 @@ def put(_context: Any, address: Any, index: Any, x: Any) -> tuple[Any, Callable[
     """Write one float32 number to element `index`."""
 
     def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
-        builder.store(args[2], _pointer(builder, args[0], args[1], _F32), align=4)
+        builder.store(args[2], _pointer(builder, args[0], args[1], F32), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), generate
@@ -277,13 +280,13 @@ def store_halves(
     _context: Any, low: Any, low_index: Any, high: Any, high_index: Any, x: Any
 ) -> tuple[Any, Callable[..., ir.Value]]:
     """Write the first four of eight float32 numbers to one place and the last four to another."""
-    four = ir.VectorType(_F32, 4)
+    four = ir.VectorType(F32, 4)
 
     def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
         x = args[4]
         for address, index, first in ((args[0], args[1], 0), (args[2], args[3], 4)):
-            places = ir.Constant(ir.VectorType(_I32, 4), list(range(first, first + 4)))
-            target = builder.bitcast(_pointer(builder, address, index, _F32), four.as_pointer())
+            places = ir.Constant(ir.VectorType(I32, 4), list(range(first, first + 4)))
+            target = builder.bitcast(_pointer(builder, address, index, F32), four.as_pointer())
             builder.store(builder.shuffle_vector(x, x, places), target, align=4)
         return context.get_dummy_value()
 
@@ -297,13 +300,13 @@ def fetch(_context: Any, kind: Any, address: Any, index: Any, count: Any) -> tup
 
     def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
         byte = ir.IntType(8)
-        kind_ = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), _I32, _I32, _I32])
+        kind_ = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), I32, I32, I32])
         prefetch = cgutils.get_or_insert_function(builder.module, kind_, "llvm.prefetch.p0")
         scale = ir.Constant(ir.IntType(64), size)
         start = builder.inttoptr(builder.add(args[1], builder.mul(args[2], scale)), byte.as_pointer())
         stop = builder.mul(args[3], scale)
         with cgutils.for_range_slice(builder, stop.type(0), stop, stop.type(64)) as (offset, _):
-            builder.call(prefetch, [builder.gep(start, [offset]), *(ir.Constant(_I32, n) for n in (0, 3, 1))])
+            builder.call(prefetch, [builder.gep(start, [offset]), *(ir.Constant(I32, n) for n in (0, 3, 1))])
         return context.get_dummy_value()
 
     return types.void(kind, types.int64, types.int64, types.int64), generate
