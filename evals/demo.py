@@ -133,7 +133,7 @@ def _print_what_decides(run: Run, console: Console) -> None:
             ropes = " ".join(f"--rope {rope}" for rope in verdict.ropes)
             lengths = ",".join(map(format_length, verdict.contexts))
             console.print(
-                f"\nAbout {verdict.samples} places would decide what is undecided: ropewalk ppl {MODEL} {ropes} "
+                f"\nAbout {verdict.samples} samples would decide what is undecided: ropewalk ppl {MODEL} {ropes} "
                 f"--text {TEXT} --lengths {lengths} --samples {verdict.samples}",
                 highlight=False,
                 soft_wrap=True,

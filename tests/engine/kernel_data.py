@@ -66,3 +66,18 @@ def packed(random, name, rows, columns):
             data[:, place : place + 2] = halves.view(np.uint8).reshape(-1, 2)
         data = data.reshape(rows, -1)
     return PackedWeight(torch.from_numpy(data), format_), gguf.dequantize(data, format_)
+
+
+def check_bits(run, x):
+    """Products have the same bits for any tokens beside theirs and for any number of threads.
+
+    Args:
+        run: the products of some tokens, [n, rows]; it takes `threads=`.
+        x: nine tokens.
+    """
+    whole = run(x)
+    for tokens in range(1, 10):
+        assert np.array_equal(run(x[:tokens]), whole[:tokens])
+        assert np.array_equal(run(x[9 - tokens :]), whole[9 - tokens :])
+    for threads in (2, 3, 7, 40):
+        assert np.array_equal(run(x, threads=threads), whole)

@@ -5,6 +5,17 @@ import numpy as np
 
 HIDDEN, HEADS, KV_HEADS, DIM, INNER, VOCAB = 64, 4, 2, 16, 96, 300
 
+UNUSED = [
+    ("blk.0.attn_q.bias", (HEADS * DIM,)),
+    ("blk.0.ffn_up.bias", (INNER,)),
+    ("blk.0.attn_q_norm.weight", (DIM,)),
+    ("blk.1.ffn_up.weight", (INNER, HIDDEN)),
+    ("blk.0.ffn_up.weight.lora_a", (4, HIDDEN)),
+    ("output.bias", (VOCAB,)),
+    ("unheard.of", (3,)),
+]
+"""Names and shapes of tensors that a plain Llama does not use."""
+
 
 def interleaved(weight, heads):
     """llama.cpp's order of the rows of q and k: the pairs (n, n + d/2) of a head become neighbours."""

@@ -141,7 +141,7 @@ def test_the_end_names_a_number_that_would_decide(small_demo, tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     (one,) = verdicts(Run(tmp_path / "run"))
     assert "samples N" not in shown
-    asked = re.search(r"About (\d+) places would decide what is undecided: ropewalk ppl .* --samples (\d+)", shown)
+    asked = re.search(r"About (\d+) samples would decide what is undecided: ropewalk ppl .* --samples (\d+)", shown)
     assert (asked is not None) == (one.samples is not None) == ("would decide it" in one.text)
     if asked:
         assert asked[1] == asked[2] == str(one.samples)
@@ -172,7 +172,7 @@ def test_nothing_more_is_asked_where_all_is_decided(monkeypatch, capsys, samples
     if samples is None:
         assert not shown
     else:
-        assert "About 24 places would decide" in shown
+        assert "About 24 samples would decide" in shown
         assert "--rope none --rope auto --text shakespeare --lengths 256,512 --samples 24" in shown
 
 
