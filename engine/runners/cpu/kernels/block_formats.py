@@ -23,7 +23,7 @@ _BYTES = ir.VectorType(_I8, PART)
 
 
 @dataclass(frozen=True)
-class Part:
+class BlockPart:
     """32 weights of a block.
 
     Args:
@@ -76,7 +76,7 @@ def load_from(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
     return b.load(b.inttoptr(address, kind.as_pointer()), align=1)
 
 
-class Block:
+class BlockReader:
     """Reads the fields of a block at an address."""
 
     def __init__(self, b: ir.IRBuilder, address: ir.Value) -> None:
@@ -141,41 +141,43 @@ class Block:
         return shuffle(self.b, x, [first] * 4 + [second] * 4)
 
 
-def _q8_0(block: Block) -> Iterator[Part]:
-    yield Part(block.read(2, INTEGERS), 0, block.half(0))
+def _q8_0(block: BlockReader) -> Iterator[BlockPart]:
+    yield BlockPart(block.read(2, INTEGERS), 0, block.half(0))
 
 
-def _q4_0(block: Block) -> Iterator[Part]:
-    yield Part(block.nibbles(2), 15, block.half(0), offset=8)
+def _q4_0(block: BlockReader) -> Iterator[BlockPart]:
+    yield BlockPart(block.nibbles(2), 15, block.half(0), offset=8)
 
 
-def _q4_1(block: Block) -> Iterator[Part]:
-    yield Part(block.nibbles(4), 15, block.half(0), low=block.half(2))
+def _q4_1(block: BlockReader) -> Iterator[BlockPart]:
+    yield BlockPart(block.nibbles(4), 15, block.half(0), low=block.half(2))
 
 
-def _q5_0(block: Block) -> Iterator[Part]:
-    yield Part(block.fives(6, 2), 31, block.half(0), offset=16)
+def _q5_0(block: BlockReader) -> Iterator[BlockPart]:
+    yield BlockPart(block.fives(6, 2), 31, block.half(0), offset=16)
 
 
-def _q5_1(block: Block) -> Iterator[Part]:
-    yield Part(block.fives(8, 4), 31, block.half(0), low=block.half(2))
+def _q5_1(block: BlockReader) -> Iterator[BlockPart]:
+    yield BlockPart(block.fives(8, 4), 31, block.half(0), low=block.half(2))
 
 
-def _q4_k(block: Block) -> Iterator[Part]:
+def _q4_k(block: BlockReader) -> Iterator[BlockPart]:
     yield from _k_parts(block, 16, 15, lambda nibbles, _: nibbles)
 
 
-def _q5_k(block: Block) -> Iterator[Part]:
+def _q5_k(block: BlockReader) -> Iterator[BlockPart]:
     bits = block.read(16, INTEGERS)
     yield from _k_parts(block, 48, 31, lambda nibbles, part: block.joined(nibbles, block.shifted(bits, 4 - part), 0x10))
 
 
-def _k_parts(block: Block, start: int, mask: int, quants: Callable[[ir.Value, int], ir.Value]) -> Iterator[Part]:
+def _k_parts(
+    block: BlockReader, start: int, mask: int, quants: Callable[[ir.Value, int], ir.Value]
+) -> Iterator[BlockPart]:
     """The parts of a K block whose nibbles begin at `start`; `quants` makes quants of the nibbles of a part."""
     scales, lows = block.scales_and_lows()
     for part in range(8):
         nibbles = block.shifted(block.read(start + part // 2 * 32, INTEGERS), -4 if part % 2 else 0)
-        yield Part(
+        yield BlockPart(
             quants(nibbles, part),
             mask,
             block.lanes(scales[part // 4], part % 4, 4 + part % 4),
@@ -184,7 +186,7 @@ def _k_parts(block: Block, start: int, mask: int, quants: Callable[[ir.Value, in
         )
 
 
-def _q6_k(block: Block) -> Iterator[Part]:
+def _q6_k(block: BlockReader) -> Iterator[BlockPart]:
     b, d = block.b, block.half(208)
     for half in range(2):
         whole = b.sext(block.read(192 + 8 * half, ir.VectorType(_I8, WIDTH)), INTEGERS)
@@ -194,16 +196,16 @@ def _q6_k(block: Block) -> Iterator[Part]:
             quants = block.joined(
                 block.shifted(nibbles, -4 if part > 1 else 0), block.shifted(bits, 4 - 2 * part), 0x30
             )
-            yield Part(quants, 63, block.lanes(scales, 2 * part, 2 * part + 1), offset=32)
+            yield BlockPart(quants, 63, block.lanes(scales, 2 * part, 2 * part + 1), offset=32)
 
 
 @dataclass(frozen=True)
-class Format:
+class BlockFormat:
     """How the blocks of a ggml type are read."""
 
     weights: int  # of a block
     size: int  # of a block in bytes
-    parts: Callable[[Block], Iterator[Part]]
+    parts: Callable[[BlockReader], Iterator[BlockPart]]
 
     @property
     def in_order(self) -> bool:
@@ -212,14 +214,14 @@ class Format:
 
 
 BLOCKS = {
-    2: Format(32, 18, _q4_0),
-    3: Format(32, 20, _q4_1),
-    6: Format(32, 22, _q5_0),
-    7: Format(32, 24, _q5_1),
-    8: Format(32, 34, _q8_0),
-    12: Format(256, 144, _q4_k),
-    13: Format(256, 176, _q5_k),
-    14: Format(256, 210, _q6_k),
+    2: BlockFormat(32, 18, _q4_0),
+    3: BlockFormat(32, 20, _q4_1),
+    6: BlockFormat(32, 22, _q5_0),
+    7: BlockFormat(32, 24, _q5_1),
+    8: BlockFormat(32, 34, _q8_0),
+    12: BlockFormat(256, 144, _q4_k),
+    13: BlockFormat(256, 176, _q5_k),
+    14: BlockFormat(256, 210, _q6_k),
 }
 NUMBERS = {0: np.float32, 1: np.float16, 30: np.uint16}
 BLOCK_FORMATS = frozenset(BLOCKS)

@@ -12,7 +12,7 @@ from numba import carray, cfunc, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from .block_formats import BLOCKS, NUMBERS, PART, Block, Format, floats, load_from, shuffle
+from .block_formats import BLOCKS, NUMBERS, PART, BlockFormat, BlockReader, floats, load_from, shuffle
 from .folder import cached_in_folder
 from .linear import AHEAD, project_rows, rows_of
 from .simd import F32, VECTOR, call_llvm, fetch, get, reduced
@@ -28,7 +28,7 @@ def _sum(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return reduced(b, x, lambda b, low, high: b.fadd(low, high))
 
 
-def _dot_blocks(b: ir.IRBuilder, format_: Format, tokens: int, args: Any) -> list[ir.Value]:
+def _dot_blocks(b: ir.IRBuilder, format_: BlockFormat, tokens: int, args: Any) -> list[ir.Value]:
     """The products of two rows and `tokens` consecutive vectors, in the same order of sums for any number of tokens."""
     _, row, row_stride, x, arranged, columns = args
     totals = [cgutils.alloca_once(b, VECTOR) for _ in range(2 * tokens)]
@@ -45,7 +45,7 @@ def _dot_blocks(b: ir.IRBuilder, format_: Format, tokens: int, args: Any) -> lis
         first = b.add(start, b.mul(loop.index, _I64(4 * format_.weights)))
         first_sum = b.add(b.add(start, bytes_of_x), b.mul(loop.index, _I64(format_.weights)))
         first_part_sum = b.add(b.add(start, b.add(bytes_of_x, columns)), b.mul(loop.index, _I64(format_.weights // 8)))
-        two = (format_.parts(Block(b, address)) for address in (block, b.add(block, row_stride)))
+        two = (format_.parts(BlockReader(b, address)) for address in (block, b.add(block, row_stride)))
         for n, parts in enumerate(zip(*two, strict=True)):
             for r, part in enumerate(parts):
                 quants = [part.in_order(b, k) if format_.in_order else part.in_place(b, k) for k in range(4)]
@@ -103,7 +103,7 @@ def _unpack_row(_context: Any, code: Any, row: Any, columns: Any, out: Any) -> t
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
         _, row, columns, out = args
         with cgutils.for_range(b, b.udiv(columns, _I64(format_.weights))) as loop:
-            block = Block(b, b.add(row, b.mul(loop.index, _I64(format_.size))))
+            block = BlockReader(b, b.add(row, b.mul(loop.index, _I64(format_.size))))
             first = b.add(out, b.mul(loop.index, _I64(4 * format_.weights)))
             for n, part in enumerate(format_.parts(block)):
                 for k in range(4):
