@@ -57,9 +57,8 @@ class DemoPlan:
             """Seconds for every scaler at the longest context."""
             return (1 + 2 * _MAP_TIME) * cost.passes([plan(ratio).longest]) / rate
 
-        within = (
-            cost.passes((trained_length // 4, trained_length)) / rate
-        )  # for the rest of the untouched model's curve
+        # seconds for the rest of the untouched model's curve
+        within = cost.passes((trained_length // 4, trained_length)) / rate
         ratio = next((ratio for ratio in _RATIOS if within + beyond(ratio) <= seconds), None)
         if ratio is None:
             return plan(next((ratio for ratio in _SLOW_RATIOS if beyond(ratio) <= seconds), _SLOW_RATIOS[-1]))

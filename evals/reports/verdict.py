@@ -82,7 +82,7 @@ class _Writer:
         self.open: list[_Open] = []
 
     def verdict(self, prefix: str) -> Verdict:
-        """The verdict, its text behind `prefix`."""
+        """The verdict, its text after `prefix`."""
         text = prefix + " ".join(self._sentences())
         decidable = [question for question in self.open if question.samples is not None]
         return Verdict(
