@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -25,6 +26,7 @@ _PLAIN = {
     gguf.GGMLQuantizationType.F16: torch.float16,
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
 }
+_KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,11 @@ class PackedWeight:
         return PackedWeight(self.data.contiguous(), self.format)
 
     def unpack(self, out: Tensor | None = None) -> Tensor:
-        """The weights, float32 [rows, columns], written to `out` if it is given."""
+        """The weights, float32 [rows, columns], written to `out` if it is given.
+
+        Args:
+            out: contiguous; float32, or bfloat16, to which weights are rounded (to nearest, ties to even).
+        """
         out = torch.empty(self.shape) if out is None else out
         if self.format in _PLAIN:
             return out.copy_(self.data.view(_PLAIN[self.format]))
@@ -62,9 +68,9 @@ class PackedWeight:
             return self._unpack_by_gguf(out)
         from .runners.cpu.kernels import unpack
 
-        data = self.data.contiguous()
+        data, kind = self.data.contiguous(), _KINDS[out.dtype]
         rows, row_bytes = data.shape
-        unpack(int(self.format), data.data_ptr(), rows, row_bytes, self.shape[1], out.data_ptr(), share_threads())
+        unpack(int(self.format), kind, data.data_ptr(), rows, row_bytes, self.shape[1], out.data_ptr(), share_threads())
         return out
 
     def _unpack_by_gguf(self, out: Tensor) -> Tensor:

@@ -30,6 +30,33 @@ def test_weights_have_the_bits_that_the_gguf_library_gives(name):
     assert weight.unpack(out) is out and np.array_equal(bits(out), expected.view(np.int32))
 
 
+@pytest.mark.usefixtures("unpacked_by")
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_are_rounded_to_bfloat16_as_float32_numbers_are(name):
+    weight, _ = packed(np.random.default_rng(0), name, 37, 512)
+    check_rounded(weight)
+
+
+def check_rounded(weight):
+    """Rows of a larger bfloat16 tensor get the weights rounded by torch, and its other rows stay."""
+    rows, columns = weight.shape
+    out = torch.full((rows + 2, columns), 7.0, dtype=torch.bfloat16)
+    weight.unpack(out[1:-1])
+    expected = weight.unpack().bfloat16()
+    assert torch.equal(out[1:-1].view(torch.int16), expected.view(torch.int16))
+    assert (out[[0, -1]] == 7).all()
+
+
+def test_ties_are_rounded_to_even():
+    """Quants are powers of two, and scales have nine bits: weights lie between two bfloat16 numbers."""
+    scales = np.array([[257, 259]] * 4, np.float16).reshape(8, 1) / np.float16(256)
+    quants = np.tile(np.int8([1, -1, 2, 64]), (8, 8))
+    blocks = np.concatenate([scales.view(np.uint8), quants.view(np.uint8)], 1)
+    weight = PackedWeight(torch.from_numpy(blocks), gguf.GGMLQuantizationType.Q8_0)
+    assert set((bits(weight.unpack()) & 0x1FFFF).flatten()) == {0x08000, 0x18000}, "ties, below them even and odd bits"
+    check_rounded(weight)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_extreme_scales_are_unpacked_exactly(name):
     """Zeros, denormal and the largest float16 numbers, of both signs."""
@@ -43,6 +70,7 @@ def test_extreme_scales_are_unpacked_exactly(name):
     blocks[:, place : place + 2] = np.resize(values, len(blocks)).view(np.uint8).reshape(-1, 2)
     expected = gguf.dequantize(weight.data.numpy(), weight.format)
     assert np.array_equal(bits(weight.unpack()), expected.view(np.int32))
+    check_rounded(weight)
 
 
 def test_formats_without_a_kernel_are_unpacked_by_the_library():

@@ -1,4 +1,4 @@
-"""Products with weights in the blocks of a GGUF file, and the weights themselves as float32."""
+"""Products with weights in the blocks of a GGUF file, and the weights themselves as float32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from numba.extending import intrinsic, overload
 from .block_formats import BLOCKS, NUMBERS, PART, BlockFormat, BlockReader, floats, load_from, shuffle
 from .folder import cached_in_folder
 from .linear import AHEAD, project_rows, rows_of
-from .simd import F32, VECTOR, call_llvm, fetch, get, reduced
+from .simd import F32, INTEGERS, VECTOR, WIDTH, call_llvm, fetch, get, reduced, size_of
 
-_I64 = ir.IntType(64)
+_I16, _I64 = ir.IntType(16), ir.IntType(64)
 
 
 def _store(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
-    b.store(x, b.inttoptr(address, x.type.as_pointer()), align=4)
+    b.store(x, b.inttoptr(address, x.type.as_pointer()), align=2)
+
+
+def _bfloat16(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """The bits of finite numbers rounded to bfloat16, ties to even."""
+    upper, one, half = (ir.Constant(INTEGERS, [n] * WIDTH) for n in (16, 1, 0x7FFF))
+    bits = b.bitcast(x, INTEGERS)
+    odd = b.and_(b.lshr(bits, upper), one)
+    return b.trunc(b.lshr(b.add(b.add(bits, half), odd), upper), ir.VectorType(_I16, WIDTH))
 
 
 def _sum(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
@@ -96,21 +104,25 @@ dot, dot_4 = _dot_of(1), _dot_of(4)
 
 
 @intrinsic(prefer_literal=True)
-def _unpack_row(_context: Any, code: Any, row: Any, columns: Any, out: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Write the weights of a row of blocks to an address."""
-    format_ = BLOCKS[code.literal_value]
+def _unpack_row(
+    _context: Any, code: Any, kind: Any, row: Any, columns: Any, out: Any
+) -> tuple[Any, Callable[..., ir.Value]]:
+    """Write the weights of a row of blocks to an address, as `kind`: np.float32, or np.uint16 for bfloat16."""
+    format_, size = BLOCKS[code.literal_value], kind.dtype.bitwidth // 8
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
-        _, row, columns, out = args
+        _, _, row, columns, out = args
         with cgutils.for_range(b, b.udiv(columns, _I64(format_.weights))) as loop:
             block = BlockReader(b, b.add(row, b.mul(loop.index, _I64(format_.size))))
-            first = b.add(out, b.mul(loop.index, _I64(4 * format_.weights)))
+            first = b.add(out, b.mul(loop.index, _I64(size * format_.weights)))
             for n, part in enumerate(format_.parts(block)):
                 for k in range(4):
-                    _store(b, b.add(first, _I64(4 * (PART * n + 8 * k))), part.weights(b, k))
+                    weights = part.weights(b, k)
+                    stored = weights if kind.dtype == types.float32 else _bfloat16(b, weights)
+                    _store(b, b.add(first, _I64(size * (PART * n + 8 * k))), stored)
         return context.get_dummy_value()
 
-    return types.void(code, *[types.int64] * 3), generate
+    return types.void(code, kind, *[types.int64] * 3), generate
 
 
 @intrinsic
@@ -193,12 +205,12 @@ def _product(code):
     return blocks
 
 
-def _unpacker(code):
-    """The source of a kernel that unpacks the rows [start, stop) of a matrix of one format."""
+def _unpacker(code, kind):
+    """The source of a kernel that unpacks the rows [start, stop) of a matrix of one format to one kind of numbers."""
 
     def rows(data, row_bytes, columns, start, stop, out):
         for r in range(start, stop):
-            _unpack_row(code, data + r * row_bytes, columns, out + 4 * r * columns)
+            _unpack_row(code, kind, data + r * row_bytes, columns, out + size_of(kind) * r * columns)
 
     return rows
 
@@ -210,9 +222,9 @@ _UNPACKER = types.void(*[types.int64] * 6)
 
 
 @cache
-def _compiled(source, signature, code):
+def _compiled(source, signature, *of):
     with cached_in_folder():
-        return cfunc(signature, cache=True)(source(code))
+        return cfunc(signature, cache=True)(source(*of))
 
 
 def product(code: int) -> int:
@@ -243,9 +255,13 @@ def _unpack(kernel, data, rows, row_bytes, columns, out, threads):
         _call(kernel, (data, row_bytes, columns, start, stop, out))
 
 
-def unpack(code: int, data: int, rows: int, row_bytes: int, columns: int, out: int, threads: int) -> None:
-    """Write the weights of blocks of a ggml type at address `data` to address `out`, float32 [rows, columns]."""
-    _unpack(_compiled(_unpacker, _UNPACKER, code).address, data, rows, row_bytes, columns, out, threads)
+def unpack(code: int, kind: type, data: int, rows: int, row_bytes: int, columns: int, out: int, threads: int) -> None:
+    """Write the weights of blocks of a ggml type at address `data` to address `out`, [rows, columns].
+
+    Args:
+        kind: of the numbers written: np.float32, or np.uint16 for bfloat16, rounded to nearest, ties to even.
+    """
+    _unpack(_compiled(_unpacker, _UNPACKER, code, kind).address, data, rows, row_bytes, columns, out, threads)
 
 
 def project_any(kind, linear, x, arranged, tokens, start, stop, out, offset):
