@@ -112,7 +112,7 @@ class CachedSession(ABC):
         """
         model = self._model
         length = model.check_length(len(prompt.ids), params, self._cached.cache)
-        sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids, progress=progress)
+        sequence = Sequence(prompt, model.resolved(params), model.vocabulary, model.stop_ids, progress=progress)
         pieces = stream(sequence, length)
         self._stream = weakref.ref(pieces)
         return sequence, pieces

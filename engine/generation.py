@@ -64,7 +64,8 @@ def complete_all(
         scaler = model.rope_at(lengths[index])
         alone = index if model.follows_length(scaler) else None  # every length has its own frequencies
         groups.setdefault((scaler, alone), []).append(index)
-    sequences = [Sequence(prompt, params, model.vocabulary, model.stop_ids) for prompt in prompts]
+    resolved = model.resolved(params)
+    sequences = [Sequence(prompt, resolved, model.vocabulary, model.stop_ids) for prompt in prompts]
     index_of = {id(sequence): index for index, sequence in enumerate(sequences)}
     admission = Admission(rows=ROWS)
     try:

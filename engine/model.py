@@ -321,7 +321,7 @@ class Model(ScaledModel):
         progress: Progress | None = None,
     ) -> Sequence:
         read = self.read(prompt, params.continuation)
-        return Sequence(read, params, self.vocabulary, self.stop_ids, cache, progress)
+        return Sequence(read, self.resolved(params), self.vocabulary, self.stop_ids, cache, progress)
 
     def _cover(self, text: str | bytes) -> Cover:
         covers = cover(self.vocabulary, text)

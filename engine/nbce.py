@@ -144,7 +144,8 @@ class PooledSequence(Sequence):
         self._read_ids = [prompt.ids for prompt in self._prompts]
         self._caches: list[Cache] = []
         self._pending: list[list[int]] = []
-        super().__init__(self._prompts[0], params, model.vocabulary, model.stop_ids, progress=progress)
+        resolved = model.resolved(params)
+        super().__init__(self._prompts[0], resolved, model.vocabulary, model.stop_ids, progress=progress)
 
     def completion(self) -> Completion:
         """What `generate` returns; its usage counts the tokens of all rows."""

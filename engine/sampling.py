@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -15,22 +15,45 @@ from ..errors import ConfigError, Setting, did_you_mean
 from ..tokenizer_tools.vocabulary import check_text
 from . import tensor_parallel
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
 ContinuationMode = Literal["auto", "exact", "off"]
 
 _KINDS = {
-    "a whole number": (Integral, ("max_new_tokens", "top_k")),
-    "a number": (Real, ("temperature", "top_p", "min_p", "repetition_penalty")),
-    "a whole number, or None": (Integral | None, ("seed", "logprobs")),
+    "a whole number": (Integral, ("max_new_tokens",)),
+    "a whole number, or None": (Integral | None, ("top_k", "seed", "logprobs")),
+    "a number, or None": (Real | None, ("temperature", "top_p", "min_p", "repetition_penalty")),
     "a number of seconds, or None": (Real | None, ("max_time",)),
 }
 _LEAST = 1e-6  # temperature or penalty, below which logits divided by it overflow
 _MOST = 1e6  # temperature or penalty
 _LONG = 1e9  # seconds, longer than any answer takes
+_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda count: count >= 1, "at least 1"),
+    "temperature": (
+        lambda value: value == 0 or _LEAST <= value <= _MOST,
+        f"0 (the likeliest token) or from {_LEAST:g} to {_MOST:g}",
+    ),
+    "top_k": (lambda count: count >= 0, "0 (all) or more"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "min_p": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "repetition_penalty": (lambda value: _LEAST <= value <= _MOST, f"from {_LEAST:g} to {_MOST:g}"),
+    "max_time": (lambda seconds: 0 < seconds < _LONG, f"above 0 and below {_LONG:g} seconds"),
+    "seed": (lambda seed: 0 <= seed < 2**64, "at least 0 and below 2^64"),
+    "logprobs": (lambda count: count >= 0, "0 or more, or None"),
+}
+_DRAW = ("temperature", "top_k", "top_p", "min_p")
+"""Settings of which one is enough to say how to draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens, and when to stop. Names as in transformers; vLLM's are the same but for `max_tokens`.
+
+    Settings that are None are those that the model's generation config recommends (`Model.default_params`), and without
+    a recommendation the likeliest token is taken. A request that gives a temperature, top_k, top_p or min_p says how to
+    draw: the recommendation is then not used, the temperature is 1 and the others are off unless given.
 
     Args:
         max_new_tokens: most tokens of the answer.
@@ -49,11 +72,11 @@ class SamplingParams:
     """
 
     max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     stop: tuple[str, ...] | list[str] | str = ()
     max_time: float | None = None
     seed: int | None = None
@@ -69,31 +92,13 @@ class SamplingParams:
             for name in names:
                 if not isinstance(value := getattr(self, name), types):
                     raise ConfigError(Setting(name, repr(value), "given"), f" must be {kind}")
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (
-                self.temperature == 0 or _LEAST <= self.temperature <= _MOST,
-                f"0 (the likeliest token) or from {_LEAST:g} to {_MOST:g}",
-            ),
-            "seed": (self.seed is None or 0 <= self.seed < 2**64, "at least 0 and below 2^64"),
-            "top_k": (self.top_k >= 0, "0 (all) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "max_time": (self.max_time is None or 0 < self.max_time < _LONG, f"above 0 and below {_LONG:g} seconds"),
-            "repetition_penalty": (
-                _LEAST <= self.repetition_penalty <= _MOST,
-                f"from {_LEAST:g} to {_MOST:g}",
-            ),
-            "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more, or None"),
-        }
         if self.continuation not in get_args(ContinuationMode):
             raise ConfigError(
                 Setting("continuation", repr(self.continuation), "given"),
                 f" is none of auto, exact, off.{did_you_mean(self.continuation, get_args(ContinuationMode))}",
             )
-        for name, (valid, allowed) in checks.items():
-            if not valid:
-                value = getattr(self, name)
+        for name, (is_valid, allowed) in _LIMITS.items():
+            if (value := getattr(self, name)) is not None and not is_valid(value):
                 shown = f"{value:g}" if isinstance(value, float) else value
                 raise ConfigError(Setting(name, shown, "given"), f" must be {allowed}")
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -109,6 +114,60 @@ class SamplingParams:
     def stops(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
         return tuple(self.stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedParams(SamplingParams):
+    """`SamplingParams` that leave nothing to the model."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def drawing(self) -> str:
+        """How a token is drawn, in a few words."""
+        words = ["the likeliest token" if self.temperature == 0 else f"drawn at temperature {self.temperature:g}"]
+        for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+            if (value := getattr(self, name)) != getattr(ResolvedParams, name):
+                words.append(f"{name} {value:g}")
+        return ", ".join(words)
+
+
+def resolved(params: SamplingParams, config: GenerationConfig | None) -> ResolvedParams:
+    """`params` with what a request leaves to the model, as the model's generation config recommends it.
+
+    Raises:
+        ConfigError: the recommendation is needed, and it is not valid.
+    """
+    if isinstance(params, ResolvedParams):
+        return params
+    settings = {each.name: getattr(params, each.name) for each in fields(params)}
+    given = {name: value for name, value in settings.items() if value is not None}
+    recommended = {} if given.keys() & set(_DRAW) else _recommended(config)
+    return ResolvedParams(**recommended | given)
+
+
+def _recommended(config: GenerationConfig | None) -> dict[str, Any]:
+    """The settings of `SamplingParams` that a generation config recommends; without `do_sample`, the likeliest token.
+
+    Raises:
+        ConfigError: one of them is not valid.
+    """
+    samples = bool(getattr(config, "do_sample", False))
+    names = (*(_DRAW if samples else ()), "repetition_penalty")
+    settings = {name: value for name in names if (value := getattr(config, name, None)) is not None}
+    if not samples:
+        settings["temperature"] = 0.0
+    try:
+        ResolvedParams(**settings)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the model's generation config is wrong: {error}; say how to draw: ", Setting("temperature", 0)
+        ) from error
+    return settings
 
 
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
@@ -200,7 +259,7 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(drop, -math.inf)
 
 
-def filtered(logits_V: Tensor, params: SamplingParams) -> Tensor:
+def filtered(logits_V: Tensor, params: ResolvedParams) -> Tensor:
     """Logits divided by the temperature, with the tokens that top-k, top-p and min-p drop at -inf.
 
     Applied in that order, as transformers does; the likeliest token always stays.
@@ -216,7 +275,7 @@ def filtered(logits_V: Tensor, params: SamplingParams) -> Tensor:
     return logits
 
 
-def sample(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+def sample(logits_V: Tensor, params: ResolvedParams, generator: torch.Generator) -> int:
     """One token drawn from float32 `logits_V`; the likeliest at temperature 0 (ties: the lowest id)."""
     if params.temperature == 0:
         return int(logits_V.argmax())

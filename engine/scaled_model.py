@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from ..errors import ContextOverflow, PatchError, Setting
+from ..errors import ConfigError, ContextOverflow, PatchError, Setting
 from ..scaling.lengths import format_length
 from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.spec import Auto, parse
@@ -27,7 +27,7 @@ from .patches.scaler_slot import ScalerSlot
 from .prompt import Prompt, token_ids
 from .rotary_site import RotarySite, depends_on_length, primary_rotary
 from .runners.runner import RopeState, Runner, token_rows
-from .sampling import ContinuationMode, SamplingParams
+from .sampling import ContinuationMode, ResolvedParams, SamplingParams, resolved
 
 _ANY_LENGTH = 2**31  # more than any text has
 _LONGEST_NAME = 64  # characters of the name of a special token, which the vocabulary's trie does not hold
@@ -234,6 +234,24 @@ class ScaledModel:
         return stop_ids(self.hf, self.tokenizer)
 
     @property
+    def default_params(self) -> ResolvedParams:
+        """The parameters of a request that gives none: what the model's generation config recommends, else the
+        likeliest token.
+
+        Raises:
+            ConfigError: the recommendation is not valid.
+        """
+        return self.resolved(SamplingParams())
+
+    def resolved(self, params: SamplingParams) -> ResolvedParams:
+        """`params`, with the recommendation of the model's generation config where they leave how to draw to it.
+
+        Raises:
+            ConfigError: the recommendation is needed, and it is not valid.
+        """
+        return resolved(params, self.hf.generation_config)
+
+    @property
     def run_by(self) -> str:
         """What runs the model, in a few words, and why the compiled kernels do not."""
         return self._runner.how
@@ -269,7 +287,7 @@ class ScaledModel:
         return hf_model.checkpoint_fingerprint(self.hf)
 
     def describe(self) -> str:
-        """The model, its runner, scaler, reach and trained length, one a line."""
+        """The model, its runner, scaler, reach, trained length, and how it answers by default, one a line."""
         reach, configured = self.reach, primary_rotary(self.sites).configured
         rope = str(self.plan)
         if configured.scaling_text:
@@ -281,9 +299,16 @@ class ScaledModel:
             "rope": rope,
             "reach": "any length" if math.isinf(reach) else f"{format_length(int(reach))} tokens",
             "trained": f"{format_length(configured.rope.trained_length)} tokens{configured.scaling_note}",
+            "answers": self._answers(),
         }
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+    def _answers(self) -> str:
+        try:
+            return f"{self.default_params.drawing}, unless a request says how to draw"
+        except ConfigError as error:
+            return str(error)
 
     def __str__(self) -> str:
         return self.describe()

@@ -19,7 +19,7 @@ from .hf_model import input_device
 from .prefill import Progress, prefill
 from .prompt import Prompt
 from .runners.runner import Runner
-from .sampling import SamplingParams, SeenTokens, random_source, sample
+from .sampling import ResolvedParams, SeenTokens, random_source, sample
 from .token_healing import draw_first_token, weigh
 
 
@@ -49,7 +49,7 @@ class Sequence:
     def __init__(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: ResolvedParams,
         vocabulary: Vocabulary,
         stop_ids: frozenset[int],
         cache: Cache | None = None,
@@ -219,7 +219,7 @@ class Sequence:
         )
 
 
-def draw_token(logits_V: Tensor, seen: SeenTokens, params: SamplingParams, generator: torch.Generator) -> Token:
+def draw_token(logits_V: Tensor, seen: SeenTokens, params: ResolvedParams, generator: torch.Generator) -> Token:
     """Draw a token from float32 logits.
 
     Args:

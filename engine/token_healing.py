@@ -27,7 +27,7 @@ from .prefill import Progress, prefill, score
 from .prompt import Prompt
 from .runners.runner import Runner, token_rows
 from .runners.transformers import TransformersRunner
-from .sampling import SamplingParams, penalize_repetition, random_source, sample
+from .sampling import ResolvedParams, SamplingParams, penalize_repetition, random_source, resolved, sample
 
 END = 256  # the index of "the text ends here" among next bytes
 
@@ -213,7 +213,7 @@ class FirstToken:
     pending: list[int]
 
 
-def draw_first_token(covers: Covers, cache: Cache, params: SamplingParams, generator: torch.Generator) -> FirstToken:
+def draw_first_token(covers: Covers, cache: Cache, params: ResolvedParams, generator: torch.Generator) -> FirstToken:
     """Draw a cover. The cache is rewound to the tokens that it shares with the cover."""
     return first_token_at(covers, cache, sample(covers.scores, params, generator), params.logprobs)
 
@@ -311,7 +311,7 @@ def heal(
     """
     if not prompts and not isinstance(prompts, str | bytes):
         raise ConfigError("prompts is empty; give at least one")
-    params = params or SamplingParams()
+    params = resolved(params or SamplingParams(), hf_model.generation_config)
     tokens = vocabulary(tokenizer, special_tokens=special_tokens, rows=token_rows(hf_model))
     device = input_device(hf_model)
     generator = random_source(params, device)

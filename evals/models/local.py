@@ -16,7 +16,7 @@ from ...engine.model import Model
 from ...engine.prefill import prefill, scored_logits
 from ...engine.prompt import token_ids
 from ...engine.runners.runner import Runner
-from ...engine.sampling import SamplingParams
+from ...engine.sampling import ResolvedParams
 from ...engine.sequence import Sequence
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.vocabulary import check_ids
@@ -94,7 +94,7 @@ class LocalModel(MeasuredModel):
         """
         length = len(trial.prompt_ids) + trial.new_tokens
         check_ids([*trial.prompt_ids, *trial.answer_ids], self.model.vocabulary_size)
-        params = SamplingParams(max_new_tokens=trial.new_tokens, temperature=0)
+        params = ResolvedParams(max_new_tokens=trial.new_tokens, temperature=0)
         with self.running(length) as runner:  # both parts use the scaler that is prepared for this length
             cache = self.model.new_cache(length)
             ids = trial.prompt_ids + trial.answer_ids[:-1]

@@ -62,7 +62,7 @@ MISTAKES = {
     "special tokens of a chat": (["x", "--chat", "--special-tokens"], "are plain text; leave out --special-tokens"),
     "contexts of a chat": (["x", "FILE", "--contexts", "--chat"], "--chat takes messages; leave out --contexts"),
     "too many new tokens": (["x", "--max-length", "3"], "; ask for at most --max-new-tokens 2, or add --max-length 5"),
-    "a number out of range": (["x", "--min-p", "2"], "--min-p 2 must be between 0 and 1"),
+    "a number out of range": (["x", "--max-time", "-1"], "--max-time -1 must be above 0"),
 }
 
 

@@ -118,7 +118,7 @@ def test_version():
 
 
 def test_generate_streams_and_scores_are_repeatable(tiny_folder):
-    arguments = ["generate", str(tiny_folder), "import ", "--max-new-tokens", "8", "--seed", "3"]
+    arguments = ["generate", str(tiny_folder), "import ", "--max-new-tokens", "8", "--temperature", "1", "--seed", "3"]
     first = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert first.exit_code == 0
     assert first.output.strip()
@@ -131,7 +131,7 @@ def test_standard_input_is_text_that_may_end_inside_a_character(tiny_folder, tmp
     def piped(data, *arguments):
         return CliRunner().invoke(cli, ["generate", *map(str, arguments)], input=data)
 
-    short = ["--max-new-tokens", 4, "--seed", 3]
+    short = ["--max-new-tokens", 4, "--temperature", 1, "--seed", 3]
     whole = piped("# A café\nimport os\n".encode(), tiny_folder, "-", *short)
     assert whole.exit_code == 0
     assert piped("# A café\r\nimport os\r\n".encode(), tiny_folder, "-", *short).output == whole.output

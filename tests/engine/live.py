@@ -136,7 +136,7 @@ def prepare(model, length):
 
 def written(model, prompt, params):
     """The completion of a prompt that was read already."""
-    sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids)
+    sequence = Sequence(prompt, model.resolved(params), model.vocabulary, model.stop_ids)
     for _ in generate_tokens(Batch(model, [sequence], sequence.length)):
         pass
     return sequence.completion()

@@ -38,7 +38,7 @@ def model(tiny_folder):
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_nothing_of_the_prompt_is_printed_again_and_nothing_is_missing(model, prompt):
     for seed in range(8):
-        params = rw.SamplingParams(max_new_tokens=6, seed=seed, continuation="exact")
+        params = rw.SamplingParams(max_new_tokens=6, temperature=1, seed=seed, continuation="exact")
         completion = model.generate(prompt, params)
         read = completion.healing.prompt_ids if completion.healing else model.vocabulary.encode(prompt)
         whole = model.vocabulary.text_bytes([*read, *completion.token_ids])
@@ -73,7 +73,8 @@ def test_half_a_character_is_finished_and_shown_whole(model, text):
 def test_a_prompt_that_no_token_goes_over_is_decoded_as_ever_to_the_bit(model):
     prompt = next(p for p in ("x = (1)", "f(1)", "7", "a\n%") if cover(model.vocabulary, p).only_aligned)
     params = [
-        rw.SamplingParams(max_new_tokens=12, seed=3, logprobs=2, continuation=c) for c in ("off", "exact", "auto")
+        rw.SamplingParams(max_new_tokens=12, temperature=1, seed=3, logprobs=2, continuation=c)
+        for c in ("off", "exact", "auto")
     ]
     off, exact, auto = (model.generate(prompt, p) for p in params)
     assert off == exact == auto
@@ -127,11 +128,15 @@ def test_sampling_parameters_hold_for_the_first_token(model):
     assert model.generate(LATER, rw.SamplingParams(max_new_tokens=10, top_k=1, seed=0)).token_ids == best
     assert model.generate(LATER, rw.SamplingParams(max_new_tokens=10, top_p=1e-6, seed=0)).token_ids == best
     drawn = [
-        model.generate("x", rw.SamplingParams(max_new_tokens=1, seed=seed, continuation="exact")).token_ids[0]
+        model.generate(
+            "x", rw.SamplingParams(max_new_tokens=1, temperature=1, seed=seed, continuation="exact")
+        ).token_ids[0]
         for seed in range(12)
     ]
     again = [
-        model.generate("x", rw.SamplingParams(max_new_tokens=1, seed=seed, continuation="exact")).token_ids[0]
+        model.generate(
+            "x", rw.SamplingParams(max_new_tokens=1, temperature=1, seed=seed, continuation="exact")
+        ).token_ids[0]
         for seed in range(12)
     ]
     assert drawn == again
@@ -252,7 +257,7 @@ def test_a_healed_prompt_whose_text_ends_at_once(model, plain):
     hf, tokenizer = plain
     params = next(
         params
-        for params in (rw.SamplingParams(max_new_tokens=1, seed=seed) for seed in range(2000))
+        for params in (rw.SamplingParams(max_new_tokens=1, temperature=1, seed=seed) for seed in range(2000))
         if model.generate("he went.\n\n\n", params).token_ids[0] in model.stop_ids
     )
     healed = rw.heal(hf, tokenizer, "he went.\n\n\n", params)

@@ -35,7 +35,7 @@ def same(rows, alone):
         greedy(12, stop=["a", "\n"]),
         greedy(10, repetition_penalty=1.4),
         greedy(1),
-        rw.SamplingParams(max_new_tokens=10, seed=11),
+        rw.SamplingParams(max_new_tokens=10, temperature=1, seed=11),
         rw.SamplingParams(max_new_tokens=10, seed=4, top_p=0.8, temperature=1.5, continuation="exact"),
     ],
     ids=lambda params: f"{params.continuation}-{params.seed}-{params.max_new_tokens}-{params.stop}",
@@ -107,7 +107,7 @@ def test_a_short_shared_beginning_is_not_worth_a_copy(model, monkeypatch):
 
 def test_sharing_leaves_the_row_that_was_read_first(model):
     prompts = [SHARED + "x = 1\n", SHARED[:-20] + "y = 2\n", SHARED + "x = 1\n    return", SHARED]
-    for params in (greedy(12), rw.SamplingParams(max_new_tokens=12, seed=2)):
+    for params in (greedy(12), rw.SamplingParams(max_new_tokens=12, temperature=1, seed=2)):
         same(model.generate(prompts, params), [model.generate(prompt, params) for prompt in prompts])
 
 

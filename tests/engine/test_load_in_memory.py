@@ -99,7 +99,7 @@ def test_the_weights_are_not_compared_at_every_token(hf, monkeypatch, rope):
     monkeypatch.setattr(scaled_model.hf_model, "weights_state", lambda _: looks.append(None) or model.weights_at_load)
     counts = []
     for tokens in (2, 30):
-        sequence = Sequence(model.read(TEXT, "auto"), greedy(tokens), model.vocabulary, model.stop_ids)
+        sequence = Sequence(model.read(TEXT, "auto"), model.resolved(greedy(tokens)), model.vocabulary, model.stop_ids)
         for _ in generate_tokens(Batch(model, [sequence], sequence.length, rope=rope and scaler)):
             pass
         assert len(sequence.tokens) == tokens

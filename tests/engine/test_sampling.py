@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from ropewalk import ConfigError, SamplingParams
-from ropewalk.engine.sampling import SeenTokens, filtered, penalize_repetition, sample
+from ropewalk.engine.sampling import ResolvedParams, SeenTokens, filtered, penalize_repetition, sample
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
 def remaining(**fields):
-    return [i for i, x in enumerate(filtered(LOGITS, SamplingParams(**fields)).tolist()) if x > -math.inf]
+    return [i for i, x in enumerate(filtered(LOGITS, ResolvedParams(**fields)).tolist()) if x > -math.inf]
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ def test_filters_keep_what_their_definitions_say(fields, expected):
 
 def test_filters_do_not_depend_on_the_order_of_tokens():
     order = torch.tensor([2, 0, 3, 1])
-    params = SamplingParams(top_p=0.79, temperature=0.9)
+    params = ResolvedParams(top_p=0.79, temperature=0.9)
     assert torch.equal(filtered(LOGITS[order], params), filtered(LOGITS, params)[order])
 
 
 def test_draws_follow_the_softmax_at_the_temperature():
     generator = torch.Generator().manual_seed(0)
-    params = SamplingParams(temperature=2.0)
+    params = ResolvedParams(temperature=2.0)
     draws = torch.tensor([sample(LOGITS, params, generator) for _ in range(20_000)])
     frequencies = torch.bincount(draws, minlength=4) / len(draws)
     expected = (LOGITS / 2).softmax(-1)
@@ -51,7 +51,7 @@ def test_draws_follow_the_softmax_at_the_temperature():
 
 
 def test_greedy_takes_the_likeliest():
-    assert sample(LOGITS.flip(0), SamplingParams(temperature=0), torch.Generator()) == 3
+    assert sample(LOGITS.flip(0), ResolvedParams(temperature=0), torch.Generator()) == 3
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
@@ -126,13 +126,13 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch, uniform
     """Probabilities 0, 1/4, 0, 3/4, 0: no draw gives a token that is impossible."""
     logits = torch.tensor([-math.inf, math.log(0.25), -math.inf, math.log(0.75), -math.inf])
     monkeypatch.setattr(torch, "rand", lambda *_, **options: torch.tensor(uniform, dtype=options["dtype"]))
-    assert sample(logits, SamplingParams(temperature=1), torch.Generator()) == expected
+    assert sample(logits, ResolvedParams(temperature=1), torch.Generator()) == expected
 
 
 def test_draws_from_many_tokens_follow_their_probabilities():
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * 3
     generator = torch.Generator().manual_seed(2)
-    draws = torch.tensor([sample(logits, SamplingParams(temperature=1), generator) for _ in range(20_000)])
+    draws = torch.tensor([sample(logits, ResolvedParams(temperature=1), generator) for _ in range(20_000)])
     expected = logits.double().softmax(-1) * len(draws)
     common = expected > 20
     counts = torch.bincount(draws, minlength=1000)

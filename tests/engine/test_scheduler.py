@@ -29,7 +29,9 @@ class Asked:
         self.begun, self.ended = threading.Event(), threading.Event()
         self.completion, self._begins = None, begins
         plan = model.plan_for(rope)
-        self.sequence = Sequence(model.read(prompt, "auto"), greedy(tokens), model.vocabulary, model.stop_ids)
+        self.sequence = Sequence(
+            model.read(prompt, "auto"), model.resolved(greedy(tokens)), model.vocabulary, model.stop_ids
+        )
         length = self.sequence.length
         self.request = Request(self.sequence, plan.at(length), length, self._report)
 

@@ -23,7 +23,7 @@ PARAMS = [
     greedy(continuation="exact", logprobs=2),
     greedy(stop=["a", "\n"]),
     greedy(repetition_penalty=1.3),
-    rw.SamplingParams(max_new_tokens=6, seed=7),
+    rw.SamplingParams(max_new_tokens=6, temperature=1, seed=7),
     rw.SamplingParams(max_new_tokens=5, seed=3, top_k=20, continuation="exact"),
 ]
 
@@ -56,7 +56,7 @@ class CheckedSession:
             prompt = self.model.read(data.decode(), params.continuation)
         except UnicodeDecodeError:  # a tiny model writes bytes that are no characters: they are held as they are
             prompt = self.model.read(data, params.continuation, broken=True)
-        sequence = Sequence(prompt, params, self.model.vocabulary, self.model.stop_ids)
+        sequence = Sequence(prompt, self.model.resolved(params), self.model.vocabulary, self.model.stop_ids)
         batch = Batch(self.model, [sequence], sequence.length)
         pieces = (piece for pieces in generate_tokens(batch) for _, piece in pieces if piece)
         return list(islice(pieces, count)), sequence

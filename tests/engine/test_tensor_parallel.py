@@ -22,7 +22,7 @@ for rope in ropes.split(";"):
     results[rope] = {
         "how": model._runner.how,
         "written": [completion.text for completion in model.generate(["import nump", "class A"], greedy)],
-        "sampled": model.generate("def f(x):", rw.SamplingParams(max_new_tokens=8)).text,
+        "sampled": model.generate("def f(x):", rw.SamplingParams(max_new_tokens=8, temperature=1)).text,
         "losses": model.score_ids([i % 1000 for i in range(400)]).tolist(),
     }
 with open(f"{out}/{os.environ['RANK']}.json", "w") as file:

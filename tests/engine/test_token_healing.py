@@ -18,7 +18,7 @@ import ropewalk as rw
 from ropewalk.engine.cache import can_rewind, new_cache
 from ropewalk.engine.prompt import Prompt
 from ropewalk.engine.runners.transformers import TransformersRunner
-from ropewalk.engine.sampling import random_source
+from ropewalk.engine.sampling import ResolvedParams, random_source
 from ropewalk.engine.sequence import Sequence
 from ropewalk.engine.token_healing import draw_first_token, text_logprob, weigh
 from ropewalk.tokenizer_tools.cover import Node, cover
@@ -103,7 +103,7 @@ def test_answers_are_drawn_with_their_exact_frequency():
     covered = cover(known, prompt)
     assert len(covered.nodes) > 1
     for seed in range(draws):
-        params = rw.SamplingParams(max_new_tokens=12, seed=seed)
+        params = ResolvedParams(max_new_tokens=12, seed=seed)
         prompt_read = Prompt(ids=[], starts_text=False, cover=started(covered, model))
         sequence = Sequence(prompt_read, params, known, frozenset([model.size - 1]), DynamicCache())
         sequence.first_token(runner)
@@ -242,7 +242,7 @@ def test_a_cache_that_cannot_be_rewound_is_copied(tiny_folder):
     assert not can_rewind(cache)
     assert_same(covers, one_forward_each(model, covered, None))
     first = draw_first_token(
-        covers, cache, rw.SamplingParams(temperature=0), random_source(rw.SamplingParams(), model.device)
+        covers, cache, ResolvedParams(temperature=0), random_source(ResolvedParams(), model.device)
     )
     step = model(torch.tensor([first.pending]), past_key_values=cache).logits[0, -1]
     fresh = model(torch.tensor([[*first.token.healing.prompt_ids, first.token.id]])).logits[0, -1]

@@ -81,9 +81,11 @@ def test_no_cover_has_a_token_without_a_row(small):
     for prompt in prompts[:5]:
         assert float(small.next_byte_logprobs(prompt).exp().sum()) == pytest.approx(1, abs=1e-5)
         for seed in range(6):
-            completion = small.generate(prompt, rw.SamplingParams(max_new_tokens=3, seed=seed, continuation="exact"))
+            completion = small.generate(
+                prompt, rw.SamplingParams(max_new_tokens=3, temperature=1, seed=seed, continuation="exact")
+            )
             assert max(completion.token_ids + (completion.healing.prompt_ids if completion.healing else [])) < ROWS
-        healed = rw.heal(small.hf, small.tokenizer, prompt, rw.SamplingParams(seed=1))
+        healed = rw.heal(small.hf, small.tokenizer, prompt, rw.SamplingParams(temperature=1, seed=1))
         assert int(healed.input_ids.max()) < ROWS
 
 
@@ -100,6 +102,10 @@ def test_logits_without_an_embedding_row_are_not_drawn(tiny_folder):
     hf.set_output_embeddings(head)
     model = Model(hf, loaded.tokenizer, name="wide", max_length=4096)
     assert model.vocabulary_size == ROWS
-    for params in (greedy(4), greedy(4, continuation="off"), rw.SamplingParams(max_new_tokens=4, seed=1)):
+    for params in (
+        greedy(4),
+        greedy(4, continuation="off"),
+        rw.SamplingParams(max_new_tokens=4, temperature=1, seed=1),
+    ):
         assert max(model.generate("x = (", params).token_ids) < ROWS
     assert max(model.generate("x = (", greedy(4), contexts=["x = 1"]).token_ids) < ROWS

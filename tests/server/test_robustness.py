@@ -118,7 +118,7 @@ def test_a_report_that_fails_ends_its_request_alone(model):
 
     def request(report, tokens):
         prompt = model.read(TEXT, "auto")
-        sequence = Sequence(prompt, greedy(tokens), model.vocabulary, model.stop_ids)
+        sequence = Sequence(prompt, model.resolved(greedy(tokens)), model.vocabulary, model.stop_ids)
         return Request(sequence, model.rope_at(sequence.length), sequence.length, report)
 
     scheduler.submit(request(fail, 150), request(listen, 20))
@@ -135,7 +135,7 @@ def test_contexts_go_on_after_a_lack_of_memory(model, monkeypatch, question):
     params = rw.SamplingParams(max_new_tokens=12, temperature=1, seed=4)
     expected = {"plain": model.generate(TEXT, params), "pooled": model.generate(question, params, contexts=contexts)}
     sequences = {
-        "plain": Sequence(model.read(TEXT, "auto"), params, model.vocabulary, model.stop_ids),
+        "plain": Sequence(model.read(TEXT, "auto"), model.resolved(params), model.vocabulary, model.stop_ids),
         "pooled": model.over_contexts(question, contexts, "entropy", params),
     }
     step, failures, answers = model._runner.step, [], {}
@@ -199,7 +199,7 @@ def test_a_prompt_that_does_not_fit_fails_alone(model, monkeypatch):
             if update.is_last:
                 answers[index] = update.completion or update.error
 
-        sequence = Sequence(model.read(prompt, "auto"), greedy(5), model.vocabulary, model.stop_ids)
+        sequence = Sequence(model.read(prompt, "auto"), model.resolved(greedy(5)), model.vocabulary, model.stop_ids)
         return Request(sequence, model.rope_at(None), 1000, report)
 
     expected = model.generate(TEXT, greedy(5))

@@ -14,7 +14,7 @@ import click
 import filelock
 
 from ..errors import DataError, RopewalkError, first_line
-from .messages import shell_message
+from .messages import shell_message, warn_of_unused_seed
 from .waiting import waiting
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def _answer_missing(
     todo: list[PromptLine], target: Path, settings: dict[str, Any], params: SamplingParams, model: Model
 ) -> None:
     failed = 0
+    warn_of_unused_seed(model, params)
     try:
         with target.open("a", encoding="utf-8") as file, waiting("answering", len(todo), "prompts") as advance:
 

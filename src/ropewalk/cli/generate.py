@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from ..errors import DataError
 from .batch import Chat, answer_all, answer_fields
-from .messages import print_json
+from .messages import print_json, warn_of_unused_seed
 from .options import EXAMPLES, command, json_option, loads_a_model, rope_option, sampling_options
 from .waiting import fetch_model, load_model, waiting
 
@@ -154,6 +154,7 @@ def generate(
     if not (over_contexts or special_tokens):
         _refuse_too_long(model, text, params, rope, longest)
     loaded = load_model(model, **settings)
+    warn_of_unused_seed(loaded, params)
 
     from ..engine.chat_template import chat_ids, has_chat_template
 
@@ -283,7 +284,8 @@ def _continue(model: Model, text: str | bytes | list[int], params: SamplingParam
     prompt = model.read(text, params.continuation)
     length = model.check_length(len(prompt.ids), params)
     with waiting("reading the prompt", len(prompt.certain_ids)) as advance:
-        sequence = Sequence(prompt, params, model.vocabulary, model.stop_ids, progress=lambda _, count: advance(count))
+        resolved, progress = model.resolved(params), lambda _, count: advance(count)
+        sequence = Sequence(prompt, resolved, model.vocabulary, model.stop_ids, progress=progress)
         steps = generate_tokens(Batch(model, [sequence], length))
         pieces = (piece for step in steps for _, piece in step)
         first = next(pieces)

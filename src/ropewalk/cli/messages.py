@@ -8,10 +8,15 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import RopewalkWarning, Setting
+
+if TYPE_CHECKING:
+    from ..engine.model import Model
+    from ..engine.sampling import SamplingParams
 
 
 def shell_message(parts: Iterable[object], command: click.Command) -> str:
@@ -36,6 +41,12 @@ def _as_option(setting: Setting, option: click.Option) -> str:
     else:
         text = f"{option.opts[0]} {setting.value}"
     return f"add {text}" if setting.form in ("load", "model") else text
+
+
+def warn_of_unused_seed(model: Model, params: SamplingParams) -> None:
+    """Say it where a seed changes nothing, because the model's default is the likeliest token."""
+    if params.seed is not None and model.resolved(params).temperature == 0:
+        click.echo(f"ropewalk: {model.name} takes the likeliest token; for --seed, add --temperature 1", err=True)
 
 
 def print_json(value: object) -> None:

@@ -187,18 +187,18 @@ def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
 
 _SAMPLING_OPTIONS = (
     click.option("--max-new-tokens", default=256, show_default=True, help="Most tokens to write."),
-    click.option("--temperature", default=1.0, show_default=True, help="0 takes the likeliest token."),
     click.option(
-        "--top-p", default=1.0, show_default=True, help="Keep the likeliest tokens that reach this probability."
+        "--temperature",
+        type=float,
+        help="1 draws from the model's own distribution, 0 takes the likeliest token. Without this and the next three, "
+        "the model's generation config decides, else 0.",
     ),
-    click.option("--top-k", default=0, show_default=True, help="Keep this many likeliest tokens; 0 keeps all."),
-    click.option(
-        "--min-p", default=0.0, show_default=True, help="Keep tokens at least this fraction as likely as the likeliest."
-    ),
+    click.option("--top-p", type=float, help="Keep the likeliest tokens that reach this probability; 1 keeps all."),
+    click.option("--top-k", type=int, help="Keep this many likeliest tokens; 0 keeps all."),
+    click.option("--min-p", type=float, help="Keep tokens at least this fraction as likely as the likeliest."),
     click.option(
         "--repetition-penalty",
-        default=1.0,
-        show_default=True,
+        type=float,
         help="Above 1, tokens that are in the text already become less likely.",
     ),
     click.option("--stop", multiple=True, help="End the text before this string; may be repeated."),
@@ -208,12 +208,18 @@ _SAMPLING_OPTIONS = (
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options; the command gets them as `sampling`, keywords for `SamplingParams`, whose defaults they have."""
+    """Add the options; the command gets them as `sampling`, keywords for `SamplingParams`."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "max_time")
-        command(*args, sampling={name: kwargs.pop(name) for name in (*names, "seed")}, **kwargs)
+        sampling = {name: kwargs.pop(name) for name in (*names, "seed")}
+        if sampling["temperature"] == 0:
+            for name in ("top_p", "top_k", "min_p", "seed"):
+                if sampling[name] is not None:
+                    option = f"--{name.replace('_', '-')}"
+                    raise click.UsageError(f"--temperature 0 takes the likeliest token; leave out {option}")
+        command(*args, sampling=sampling, **kwargs)
 
     for option in reversed(_SAMPLING_OPTIONS):
         wrapped = option(wrapped)

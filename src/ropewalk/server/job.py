@@ -250,7 +250,7 @@ def _sequence(asked: Asked, prompt: str | list[int], params: SamplingParams, mod
         return model.over_contexts(prompt, asked.contexts, "entropy", params, plan=plan)
     read = model.read(prompt, params.continuation, plan=plan)
     model.check_length(len(read.ids), params, plan=plan)
-    parts = (read, params, model.vocabulary, model.stop_ids)
+    parts = (read, model.resolved(params), model.vocabulary, model.stop_ids)
     if asked.scores_prompt:
         most = max(asked.prompt_logprobs or 0, (params.logprobs or 0) if asked.echo else 0)
         return ScoredSequence(*parts, alternatives=most, writes=asked.writes)
