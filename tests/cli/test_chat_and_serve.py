@@ -145,6 +145,19 @@ def test_a_stored_chat_has_its_own_system_message(folder, tmp_path):
         )
 
 
+def test_options_without_effect_are_refused(folder, monkeypatch):
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    refusals = {
+        ("chat", "--tp-plan", "auto"): "a conversation runs in one process; leave out --tp-plan",
+        ("serve", "--tp-plan", "auto"): "a server runs in one process; leave out --tp-plan",
+        ("serve", "--api-key", ""): "--api-key is empty; give a key",
+        ("serve", "--no-compile", "--cache-mb", "100"): "only caches of the compiled kernels are kept; leave out",
+    }
+    for (command, *options), message in refusals.items():
+        done = CliRunner().invoke(cli, [command, folder, *options])
+        assert done.exit_code == 2 and message in done.stderr
+
+
 def test_a_question_without_the_template_is_told_of_it(folder, tiny_folder):
     assert "try --chat" in run("generate", folder, "What is os?", *GREEDY).stderr
     assert "--chat" not in run("generate", folder, "import os", *GREEDY).stderr

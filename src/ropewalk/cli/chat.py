@@ -11,7 +11,7 @@ import click
 
 from ..errors import RopewalkError
 from .messages import shell_message, warn_of_unused_seed
-from .options import EXAMPLES, command, loads_a_model, rope_option, sampling_options
+from .options import EXAMPLES, command, loads_a_model, refuse_tensor_parallel, rope_option, sampling_options
 from .waiting import load_model, waiting
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def chat(
     A line is a message, /help lists the commands. The conversation stays in the cache: only what is new is read, also
     after /rope. From a pipe, every line is a message and the answers are all that is printed.
     """
+    refuse_tensor_parallel(loading, "a conversation")
     if stored and system is not None:
         raise click.UsageError("the file of --load has its own system message; leave out --system")
     with waiting("starting"):

@@ -185,6 +185,16 @@ def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def refuse_tensor_parallel(loading: dict[str, Any], what: str) -> None:
+    """Refuse --tp-plan of a command whose requests arrive in one process.
+
+    Raises:
+        click.UsageError: it is given.
+    """
+    if loading["tp_plan"]:
+        raise click.UsageError(f"{what} runs in one process; leave out --tp-plan")
+
+
 _SAMPLING_OPTIONS = (
     click.option("--max-new-tokens", default=256, show_default=True, help="Most tokens to write."),
     click.option(

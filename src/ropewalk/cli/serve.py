@@ -6,9 +6,10 @@ import ipaddress
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..errors import ConfigError
-from .options import EXAMPLES, command, loads_a_model, rope_option
+from .options import EXAMPLES, command, loads_a_model, refuse_tensor_parallel, rope_option
 from .waiting import load_model
 
 
@@ -80,6 +81,9 @@ def serve(
 
     Ctrl-C stops the server when what runs has finished; a second one stops it at once. Needs the extra ropewalk[serve].
     """
+    refuse_tensor_parallel(loading, "a server")
+    if api_key == "":
+        raise click.UsageError("--api-key is empty; give a key, or leave it out to serve without one")
     from ..scaling.lengths import parse_length
 
     try:
@@ -91,10 +95,13 @@ def serve(
             f"{error.name} is not installed, which the server needs; run: pip install 'ropewalk[serve]'"
         ) from error
 
-    if loading["tp_plan"]:
-        raise ConfigError("a server runs in one process; leave out --tp-plan")
     longest = parse_length(max_length) if max_length else None
     loaded = load_model(model, rope=rope, **loading, max_length=longest, special_tokens=special_tokens)
+    if not loaded.is_compiled and _is_given("cache_mb"):
+        raise click.UsageError(
+            "transformers' modules run this model, and only caches of the compiled kernels are kept; leave out "
+            "--cache-mb"
+        )
     limits = Limits(
         rows=rows, queue=queue, cache_bytes=cache_mb << 20, body_bytes=body_mb << 20, chat_tokens=chat_tokens
     )
@@ -103,6 +110,10 @@ def serve(
     if api_key is None and not _is_loopback(host):
         click.echo(f"ropewalk: anyone who reaches {host} can use this server; --api-key KEY asks for a key", err=True)
     uvicorn.run(server.app(), host=host, port=port, log_level="info", timeout_graceful_shutdown=None)
+
+
+def _is_given(option: str) -> bool:
+    return click.get_current_context().get_parameter_source(option) is not ParameterSource.DEFAULT
 
 
 def _is_loopback(host: str) -> bool:
