@@ -120,7 +120,7 @@ class PooledSequence(Sequence):
         prompt_tokens: tokens of all rows together.
 
     Raises:
-        ConfigError: there are no contexts, or one is blank.
+        ConfigError: there are no contexts, or one is blank; or the covers of "exact" cannot be pooled.
         ContextOverflow: a context with the question is longer than the scaler reaches.
     """
 
@@ -295,11 +295,22 @@ def _check_texts(question: str, contexts: abc.Sequence[str]) -> None:
 
 
 def _read_rows(model: ScaledModel, texts: list[str], params: SamplingParams, plan: RopePlan | None) -> list[Prompt]:
-    """The prompts of all rows. If they have covers, those are the same in all rows, so that they can be pooled."""
+    """The prompts of all rows. If they have covers, those are the same in all rows, so that they can be pooled.
+
+    Raises:
+        ConfigError: the covers of two rows differ, and the parameters ask for "exact".
+    """
     rows = [model.read(text, params.continuation, plan=plan) for text in texts]
-    ends = {None if row.cover is None or row.cover.only_aligned else row.cover.nodes for row in rows}
-    if len(ends) == 1 and None not in ends:
+    ends = [None if row.cover_to_weigh is None else row.cover_to_weigh.nodes for row in rows]
+    other = next((number for number, end in enumerate(ends) if end != ends[0]), None)
+    if other is None and ends[0] is not None:
         return rows
+    if other is not None and params.continuation == "exact":
+        raise ConfigError(
+            f"the prompt ends in other covers after contexts[{other - 1}] than without a context, so those of all rows "
+            "cannot be pooled; make the prompt longer, or let a token begin at its end: ",
+            Setting("continuation", "auto"),
+        )
     return [model.read(text, "off", plan=plan) for text in texts]
 
 

@@ -310,6 +310,16 @@ def test_what_is_no_question_over_contexts_is_refused(model, contexts, question,
         model.generate(question, params(), contexts=contexts)
 
 
+def test_covers_that_differ_are_refused_where_exact_ones_are_asked_for(model):
+    joined = NBCE(template="{context}{question}")  # tokens of the context reach the question's end
+    ask = {"contexts": ["x = 1", "def f(x): "], "pooling": joined}
+    with pytest.raises(rw.ConfigError, match=r"other covers after contexts\[1\] .*longer.*continuation='auto'"):
+        model.generate("se", params(continuation="exact"), **ask)
+    assert model.generate("se", params(continuation="auto"), **ask).healing is None
+    assert model.generate("import nump", params(continuation="exact"), **ask).healing is not None
+    assert model.generate("why?", params(continuation="exact"), **ask).healing is None, "no token passes the end"
+
+
 def test_a_context_that_is_too_long_is_named(tiny_folder):
     short = rw.load(tiny_folder)
     with pytest.raises(rw.ContextOverflow, match=r"contexts\[1\] with the question: .*rw.windows"):
