@@ -176,6 +176,35 @@ def test_an_unfinished_line_is_answered_again_and_other_settings_are_refused(bat
     assert "line 2: the id 1 is that of an earlier line too" in str(batch()[0].exception)
 
 
+def test_answers_under_other_settings_are_not_mixed(generate, batch, tmp_path):
+    """Also where the difference is known only when the model is loaded. What has no answer yet hinders nothing."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n{"text": "no prompt"}\n')
+    _, (failed, line) = batch()
+    assert line["dtype"] == failed["dtype"] == "float32"
+    assert line["sampling"] == {"temperature": 0, "max_new_tokens": 4}
+    unfinished = (tmp_path / "out.jsonl").read_text() + '{"id": 3'
+    (tmp_path / "out.jsonl").write_text(unfinished)
+    others = {
+        ("--dtype", "int8"): "under dtype float32, and this run has int8",
+        ("--kv-dtype", "bfloat16"): "under dtype float32, and this run has float32, bfloat16 cache",
+        ("--repetition-penalty", "1.5"): "'max_new_tokens': 4}, and this run has {'temperature': 0.0, 'max_new_tokens'",
+        ("--stop", "x"): "under sampling {'temperature': 0.0, 'max_new_tokens': 4}, and this run has",
+    }
+    files = "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"
+    for options, message in others.items():
+        assert message in str(generate(*files, *options).exception)
+    assert (tmp_path / "out.jsonl").read_text() == unfinished
+    (tmp_path / "out.jsonl").write_text(json.dumps(failed) + "\n")
+    _, lines = batch("--rope", "auto", "--max-length", "600")
+    assert [line["id"] for line in lines if "error" not in line] == [1]
+    assert lines[-1]["chosen"].startswith("up to")
+    tuned = json.dumps(lines[-1] | {"id": 7} | {"chosen": "yarn:2"}) + "\n"
+    (tmp_path / "out.jsonl").write_text(tuned)
+    assert "under chosen yarn:2, and this run has up to" in str(batch("--rope", "auto")[0].exception)
+    (tmp_path / "out.jsonl").write_text('{"id": 1, "prompt": "import os"}\n')
+    assert "has lines without model; name another --output" in str(batch()[0].exception)
+
+
 def test_ctrl_c_keeps_complete_answers_and_says_so(generate, tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt

@@ -59,7 +59,7 @@ def answer_all(
     """Answer the prompts of `source` that have no answer in `target` yet, and append the answers as they are complete.
 
     Args:
-        settings: what the answers depend on beside `params` and `chat`, as JSON has it.
+        settings: what the answers depend on beside `params`, `chat` and the model as it runs, as JSON has it.
         chat: each line is a message or a list of them; None continues prompts.
         open_model: called if there is anything to answer.
 
@@ -69,15 +69,19 @@ def answer_all(
         click.exceptions.Exit: some prompts cannot be answered; exit code 1.
         click.Abort: Ctrl-C.
     """
-    settings = {**settings, "chat": None if chat is None else dataclasses.asdict(chat), "sampling": _changed(params)}
+    settings = {**settings, "chat": None if chat is None else dataclasses.asdict(chat)}
     requests = list(_requests(source, chat))
     with _locked(target):
-        answered = _answered(target, settings)
+        answered, found = _answered(target)
+        _check_same(found, settings, target)
         todo = [request for request in requests if request.id not in answered]
         if len(todo) < len(requests):
             click.echo(f"ropewalk: {len(requests) - len(todo)} of {len(requests)} are in {target} already", err=True)
         if todo:
-            _answer_missing(todo, target, settings, params, open_model())
+            model = open_model()
+            settings |= _settings_of_run(model, params)
+            _check_same(found, settings, target)
+            _answer_missing(todo, target, settings, params, model)
 
 
 @contextlib.contextmanager
@@ -112,6 +116,7 @@ def _answer_missing(
 ) -> None:
     failed = 0
     warn_of_unused_seed(model, params)
+    _remove_unfinished(target)
     try:
         with target.open("a", encoding="utf-8") as file, waiting("answering", len(todo), "prompts") as advance:
 
@@ -135,11 +140,17 @@ def _answer_missing(
         raise click.exceptions.Exit(1)
 
 
-def _changed(params: SamplingParams) -> dict[str, Any]:
-    """The sampling parameters that differ from the defaults, as JSON has them."""
-    usual = dataclasses.asdict(type(params)())
-    changed = {name: value for name, value in dataclasses.asdict(params).items() if value != usual[name]}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+def _settings_of_run(model: Model, params: SamplingParams) -> dict[str, Any]:
+    """What is known of the settings when the model is loaded, as JSON has it: names of results of an evaluation, and
+    the sampling parameters: the temperature, and what differs from the defaults."""
+    resolved = model.resolved(params)
+    usual = type(resolved)()
+    sampling: dict[str, Any] = {"temperature": resolved.temperature}
+    for field in dataclasses.fields(resolved):
+        if (value := getattr(resolved, field.name)) != getattr(usual, field.name):
+            sampling[field.name] = list(value) if isinstance(value, tuple) else value
+    chosen = {} if model.plan.choice is None else {"chosen": str(model.plan.choice)}
+    return {"dtype": model.precision, **chosen, "sampling": sampling}
 
 
 def _answer(
@@ -238,39 +249,65 @@ def _chat_line(given: Id, number: int, messages: list[Any], chat: Chat) -> Promp
     return PromptLine(id=given, messages=[{"role": "system", "content": chat.system}, *messages])
 
 
-def _answered(target: Path, settings: dict[str, Any]) -> set[Id]:
-    """The ids that have an answer. A last line that a killed run left unfinished is removed from the file.
+def _answered(target: Path) -> tuple[set[Id], list[dict[str, Any]]]:
+    """The ids that have an answer, and the settings of the answers, each once. A last line that a killed run left
+    unfinished is not read.
 
     Raises:
-        DataError: the file holds something else, or answers under other settings.
+        DataError: the file holds something else.
     """
-    from ..engine import tensor_parallel
-
-    if not target.exists():
-        return set()
-    raw = target.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
     answered: set[Id] = set()
-    for number, line in enumerate(whole.splitlines(), 1):
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(_whole_lines(target).splitlines(), 1):
         try:
             record = json.loads(line)
-            given = {name: record[name] for name in settings}
-            if "error" not in record:
-                answered.add(record["id"])
+            if "error" in record:
+                continue
+            answered.add(record["id"])
+            settings = {name: value for name, value in record.items() if name not in _ANSWER}
+            if settings not in found:
+                found.append(settings)
         except (ValueError, KeyError, TypeError):
             raise DataError(
                 f"{target}, line {number} is not an answer of this command; name another --output"
             ) from None
-        if other := next((name for name in settings if given[name] != settings[name]), None):
-            raise DataError(
-                f"{target} has answers under {other} {given[other]}, and this run has {settings[other]}; name another "
-                "--output"
-            )
-    if len(whole) < len(raw) and tensor_parallel.is_first():
+    return answered, found
+
+
+def _check_same(found: list[dict[str, Any]], settings: dict[str, Any], target: Path) -> None:
+    """Refuse to add answers under other settings than those of the answers in `target`.
+
+    Raises:
+        DataError: with the setting.
+    """
+    for there in found:
+        for name, value in settings.items():
+            if name not in there:
+                raise DataError(f"{target} has lines without {name}; name another --output")
+            if there[name] != value:
+                raise DataError(
+                    f"{target} has answers under {name} {there[name]}, and this run has {value}; name another --output"
+                )
+
+
+def _whole_lines(target: Path) -> bytes:
+    raw = target.read_bytes() if target.exists() else b""
+    return raw[: raw.rfind(b"\n") + 1]
+
+
+def _remove_unfinished(target: Path) -> None:
+    """Remove a last line that a killed run left unfinished."""
+    from ..engine import tensor_parallel
+
+    whole = len(_whole_lines(target))
+    if target.exists() and whole < target.stat().st_size and tensor_parallel.is_first():
         click.echo(f"ropewalk: the last line of {target} is unfinished; it is removed, and answered again", err=True)
         with target.open("r+b") as file:
-            file.truncate(len(whole))
-    return answered
+            file.truncate(whole)
+
+
+_ANSWER = ("id", "text", "finish_reason", "prompt_tokens", "completion_tokens", "logprobs")
+"""Fields of a line that are no settings."""
 
 
 def answer_fields(model: Model, completion: Completion) -> dict[str, Any]:
