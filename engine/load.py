@@ -40,6 +40,7 @@ def load(
     dtype: str = "auto",
     compile: bool | Literal["auto"] = "auto",
     kv_dtype: str = "auto",
+    precision: str = "auto",
     offload: str | Path | None = None,
     device_map: str | dict[str, Any] | None = None,
     tp_plan: Literal["auto"] | None = None,
@@ -68,6 +69,9 @@ def load(
             requires them, False uses transformers' modules. `model.describe()` says which run.
         kv_dtype: "float32", "bfloat16" or "int8" keys and values; "auto" is the dtype of the weights, and bfloat16
             with int8 weights and quantized blocks.
+        precision: "float32" or "bfloat16" factors of the matrix products that read a prompt; sums are float32. "auto"
+            is bfloat16 on CPUs that multiply it, unless the weights are float32. Single tokens are always computed in
+            float32.
         offload: a folder for keys and values, in memory-mapped files that are removed when the process ends.
         device_map: as in accelerate ("auto", "cuda:0", {...}); None uses the GPU if there is one. Processes that
             were launched together get one GPU each.
@@ -94,7 +98,11 @@ def load(
             Setting("offload", offload, "given"), " is not a folder; make it, on a disk with room for the cache"
         )
     runner_options = RunnerOptions(
-        compile=compile, weights="int8" if dtype == "int8" else "own", cache=kv_dtype, folder=folder
+        compile=compile,
+        weights="int8" if dtype == "int8" else "own",
+        cache=kv_dtype,
+        folder=folder,
+        precision=precision,
     )
     if tp_plan is not None:
         tensor_parallel.check(tp_plan, device_map, needs_kernels=runner_options.needs_kernels)

@@ -38,6 +38,8 @@ def check(tp_plan: str, device_map: object, *, needs_kernels: bool) -> None:
         raise ConfigError(
             "compiled kernels, int8 weights, ",
             Setting("kv_dtype", form="name"),
+            ", ",
+            Setting("precision", form="name"),
             " and ",
             Setting("offload", form="name"),
             " need the whole model in one process; leave them out, or ",

@@ -18,6 +18,7 @@ from .runner import Runner
 from .transformers import TransformersRunner
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,26 +31,31 @@ class RunnerOptions:
         weights: "own" (as loaded), or "int8": 255 steps, with one step size for each row of a linear layer.
         cache: the dtype of keys and values; "auto" is the dtype of the model, and bfloat16 for int8 weights.
         folder: the folder of memory-mapped files for keys and values; None keeps them in memory.
+        precision: the dtype of the factors of the matrix products that read a prompt; "auto" is bfloat16 on CPUs that
+            multiply it, unless the weights are float32.
     """
 
     compile: bool | Literal["auto"] = "auto"
     weights: Literal["own", "int8"] = "own"
     cache: str = "auto"
     folder: Path | None = None
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.compile, bool) and self.compile != "auto":
             raise ConfigError(Setting("compile", repr(self.compile), "given"), " is none of 'auto', True, False")
-        if self.cache not in CACHE_DTYPES:
-            raise ConfigError(
-                "unknown ",
-                Setting("kv_dtype", repr(self.cache), "given"),
-                f".{did_you_mean(self.cache, CACHE_DTYPES)}",
-            )
+        for name, value, known in (
+            ("kv_dtype", self.cache, CACHE_DTYPES),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in known:
+                raise ConfigError("unknown ", Setting(name, repr(value), "given"), f".{did_you_mean(value, known)}")
         if self.compile is False and self.needs_kernels:
             raise ConfigError(
                 "int8 weights, ",
                 Setting("kv_dtype", form="name"),
+                ", ",
+                Setting("precision", form="name"),
                 " and ",
                 Setting("offload", form="name"),
                 " need the compiled kernels; leave out ",
@@ -59,7 +65,8 @@ class RunnerOptions:
     @property
     def needs_kernels(self) -> bool:
         """True if only the compiled kernels can honour these options."""
-        return self.compile is True or self.weights != "own" or self.cache != "auto" or self.folder is not None
+        own = self.weights == "own" and self.cache == "auto" and self.precision == "auto" and self.folder is None
+        return self.compile is True or not own
 
 
 def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerOptions) -> Runner:
@@ -73,7 +80,7 @@ def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerO
     if FOLDER is not None and not any(FOLDER.rglob("*.nbi")) and supported(hf.config) and sys.stderr.isatty():
         sys.stderr.write("ropewalk: compiling kernels for this machine, once (about half a minute)\n")
     try:
-        return CompiledRunner(hf, sites, options.weights, options.cache, options.folder)
+        return CompiledRunner(hf, sites, options.weights, options.cache, options.folder, options.precision)
     except UnsupportedModel as reason:
         if options.needs_kernels:
             raise UnsupportedModel("the compiled kernels cannot run this model: ", *reason.args) from reason

@@ -74,7 +74,8 @@ DECODERS = {name: partial(build, *row) for name, row in ROWS.items()}
 
 
 def compiled(hf, **options):
-    return CompiledRunner(hf, rotary_sites(hf), **options)
+    """A runner whose products are float32 on every CPU, unless `options` has a precision."""
+    return CompiledRunner(hf, rotary_sites(hf), **{"precision": "float32", **options})
 
 
 @torch.inference_mode()

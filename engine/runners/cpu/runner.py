@@ -1,8 +1,8 @@
 """The runner of the compiled kernels, for decoders on the CPU.
 
 A decode step, which is a few tokens of any sequences, is one compiled function. A chunk of a prompt runs in torch.
-All arithmetic is float32. Weights, keys and values stay in their own dtype, such as bfloat16 or int8. They are
-widened to float32 when they are read.
+Weights, keys and values stay in their own dtype, such as bfloat16 or int8. The arithmetic is float32, but on CPUs
+that multiply bfloat16, both factors of a chunk's products are rounded to it (`precision`).
 
 Shape suffixes: N tokens of a chunk, E hidden size, H query heads, K key-value heads, M keys, D head dim.
 """
@@ -32,9 +32,10 @@ from ...patches.probe import layer_ropes, logits, probe_ids
 from ...rotary_site import RotarySite, primary_rotary
 from ..runner import Path, RopeState
 from ..transformers import TransformersRunner
+from .bfloat16_attention import BFloat16Attention
 from .chunk import ChunkAttention, DecoderLayers, cap_logits
 from .family import decoder
-from .kernels import UNAVAILABLE
+from .kernels import HAS_BFLOAT16_PRODUCTS, UNAVAILABLE
 from .rotation_table import RotationTable, rotate_cached_keys
 from .skim import Sample, SkimAttention
 from .tables import KINDS, StoredLinear, Tables, dtype_name, groups_of
@@ -47,6 +48,8 @@ MAX_STEP_TOKENS = 16  # above this, a chunk in torch is faster than the compiled
 
 _MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.int8: 5e-3}
 """Of logits, by the dtype of keys and values: Euclidean norm, relative. Some of those round to the other side."""
+
+_MAX_DIFFERENCE_OF_PRODUCTS = 0.1  # by products in bfloat16; in small random models of all families at most 0.04
 
 
 class CompiledRunner(TransformersRunner):
@@ -65,6 +68,7 @@ class CompiledRunner(TransformersRunner):
         weights: str = "own",
         cache: str = "auto",
         folder: Folder | None = None,
+        precision: str = "auto",
     ) -> None:
         super().__init__(hf)
         if UNAVAILABLE:
@@ -78,10 +82,15 @@ class CompiledRunner(TransformersRunner):
             )
         self._decoder = decoder(hf)
         self._dtype, self._folder = hf.dtype, folder
+        is_rounded = weights == "int8" or isinstance(self._decoder.head.weight, PackedWeight)
         if cache != "auto":
             self._dtype = getattr(torch, cache)
-        elif weights == "int8" or isinstance(self._decoder.head.weight, PackedWeight):
+        elif is_rounded:
             self._dtype = torch.bfloat16
+        if precision == "auto":
+            narrow = HAS_BFLOAT16_PRODUCTS and (is_rounded or hf.dtype == torch.bfloat16)
+            precision = "bfloat16" if narrow else "float32"
+        self._products = getattr(torch, precision)
         self._primary = primary_rotary(sites)
         ropes, _ = layer_ropes(hf, sites)
         self._groups, self._group_of = groups_of(self._decoder, ropes)
@@ -101,10 +110,10 @@ class CompiledRunner(TransformersRunner):
 
     @property
     def precision(self) -> str:
-        weights, cache = self.weights, dtype_name(self._dtype)
-        if weights == cache == "float32":
+        weights, cache, products = self.weights, dtype_name(self._dtype), dtype_name(self._products)
+        if weights == cache == products == "float32":
             return weights
-        return f"{weights}, {cache} cache, float32 arithmetic"
+        return f"{weights}, {cache} cache, " + ("float32 arithmetic" if products == "float32" else "bfloat16 prefill")
 
     @property
     def how(self) -> str:
@@ -114,6 +123,7 @@ class CompiledRunner(TransformersRunner):
         return (
             f"compiled steps (numba {numba.__version__}, {numba.get_num_threads()} threads), chunks in torch; weights "
             f"in {self.weights}, cache in {dtype_name(self._dtype)}, arithmetic in float32"
+            + (", but products of chunks in bfloat16" if self._products == torch.bfloat16 else "")
         )
 
     @property
@@ -196,22 +206,26 @@ class CompiledRunner(TransformersRunner):
         dtype, self._dtype = self._dtype, torch.float32
         with torch.inference_mode(), float32_arithmetic(self.hf):
             expected = logits(self.hf)[0]
-            self._check(self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids)), expected)
+            chunk = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids), torch.float32)
+            self._check(chunk, expected)
         self._dtype = dtype
 
     def _verify_step(self) -> None:
-        """Refuse a model whose logits after a compiled step are not those after a chunk.
+        """Refuse a model whose logits after a compiled step, or a chunk in bfloat16, are not those of the exact chunk.
 
         With weights, keys and values in the dtypes that they will have: the step is compiled for no others.
         """
         ids = probe_ids(self.hf)[0].tolist()
         with torch.inference_mode():
-            expected = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids))
+            expected = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids), torch.float32)
             self._check(self._decode_step([(ids, self.new_cache(len(ids)))], len(ids)), expected)
+            if self._products == torch.bfloat16:
+                chunk = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids))
+                self._check(chunk, expected, _MAX_DIFFERENCE_OF_PRODUCTS)
 
-    def _check(self, computed: Tensor, expected: Tensor) -> None:
+    def _check(self, computed: Tensor, expected: Tensor, limit: float | None = None) -> None:
         difference = float((computed - expected).norm() / expected.norm())
-        if not difference < _MAX_DIFFERENCE[self._dtype]:
+        if not difference < (limit or _MAX_DIFFERENCE[self._dtype]):
             raise UnsupportedModel(
                 f"{type(self.hf).__name__} does not compute what its family's description says: its logits differ by "
                 f"{difference:.2g} of their size"
@@ -349,21 +363,28 @@ class CompiledRunner(TransformersRunner):
 
     # chunks
 
-    def _prefill_chunk(self, ids: Sequence[int], cache: KVCache, logits_to_keep: int) -> Tensor:
+    def _prefill_chunk(
+        self, ids: Sequence[int], cache: KVCache, logits_to_keep: int, products: torch.dtype | None = None
+    ) -> Tensor:
         """Run a chunk of one sequence in torch.
+
+        Args:
+            products: the dtype of the factors of matrix products; None is the runner's own.
 
         Returns:
             The logits after the last `logits_to_keep` tokens, [logits_to_keep, V].
         """
         self.check(ids)
+        products = products or self._products
         start, count = cache.length, len(ids)
         run = KeyRun(None, 0, count, 0, start + count, 0)
-        chunks = [ChunkAttention(rotation, run) for rotation in self._rotations]
+        attention = BFloat16Attention if products == torch.bfloat16 else ChunkAttention
+        chunks = [attention(rotation, run) for rotation in self._rotations]
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
             return chunks[self._group_of[index]].attend(q, k, v, cache.layers[index], score)
 
-        return self._layers.logits(self._layers.run(ids, attend)[-logits_to_keep:])
+        return self._layers.logits(self._layers.run(ids, attend, products)[-logits_to_keep:])
 
     @torch.inference_mode()
     def skim(self, ids: Sequence[int], sample: Sample, logits_to_keep: int) -> Tensor:
@@ -381,4 +402,4 @@ class CompiledRunner(TransformersRunner):
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
             return chunks[self._group_of[index]].attend(q, k, v, score)
 
-        return self._layers.logits(self._layers.run(ids, attend)[-logits_to_keep:])
+        return self._layers.logits(self._layers.run(ids, attend, self._products)[-logits_to_keep:])

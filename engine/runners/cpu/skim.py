@@ -103,6 +103,7 @@ class SkimAttention:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
         """Attention of un-rotated q [1, H, N, D], k and v [1, K, N, D] -> [1, H, N, D]."""
         layout, group = self._rotation.group.layout, q.shape[1] // k.shape[1]
+        q, k, v = q.float(), k.float(), v.float()
         if self._temperature is not None:
             q = q * self._temperature
         rotated = [(q, k)] * len(self._seen)

@@ -17,7 +17,7 @@ EXAMPLES = "\b\nExamples:\n"
 Decorator = Callable[[Any], Any]
 
 _FIRST = ("rope", "ropes", "lengths", "length", "text")
-_LOADING = ("endpoint", "served_as", "dtype", "kv_dtype", "offload", "device_map", "tp_plan", "compile", "max_length")
+_LOADING = ("endpoint", "served_as", "dtype", "kv_dtype", "precision", "offload", "device_map", "tp_plan", "compile", "max_length")
 _HEADINGS: dict[str, tuple[str, ...]] = {
     "Answer": (
         "max_new_tokens",
@@ -156,6 +156,13 @@ _LOADING_OPTIONS = (
         help="Number format of keys and values: auto, float32, bfloat16 or int8.",
     ),
     click.option(
+        "--precision",
+        default="auto",
+        show_default=True,
+        help="Number format of the matrix products that read a prompt: float32, bfloat16, or auto: bfloat16 on CPUs "
+        "that multiply it, unless the weights are float32.",
+    ),
+    click.option(
         "--offload",
         type=click.Path(file_okay=False),
         help="Keep keys and values in a file in this folder, for contexts that memory does not hold.",
@@ -175,7 +182,8 @@ def loads_a_model(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        loading = {name: kwargs.pop(name) for name in ("dtype", "kv_dtype", "offload", "device_map", "tp_plan")}
+        names = ("dtype", "kv_dtype", "precision", "offload", "device_map", "tp_plan")
+        loading = {name: kwargs.pop(name) for name in names}
         chosen = kwargs.pop("compile")
         loading["compile"] = "auto" if chosen is None else chosen
         command(*args, loading=loading, **kwargs)

@@ -13,6 +13,9 @@ BLOCK_FORMATS: frozenset[int] = frozenset()
 FORMATS: frozenset[int] = frozenset()
 """The ggml types of matrices that the kernels multiply: those of blocks, float32, float16 and bfloat16."""
 
+HAS_BFLOAT16_PRODUCTS = False
+"""True if this CPU multiplies pairs of bfloat16 numbers in one instruction."""
+
 FOLDER: Path | None = None
 """The cache folder of the compiled kernels."""
 
@@ -26,6 +29,7 @@ else:
     with cached_in_folder():
         from .block_formats import BLOCK_FORMATS, FORMATS
         from .blocks import product, unpack
+        from .flash import HAS_BFLOAT16_PRODUCTS, flash
         from .step import project, step, touch
 
-__all__ = ["BLOCK_FORMATS", "FOLDER", "FORMATS", "UNAVAILABLE", "product", "project", "step", "touch", "unpack"]
+__all__ = ["BLOCK_FORMATS", "FOLDER", "FORMATS", "HAS_BFLOAT16_PRODUCTS", "UNAVAILABLE", "flash", "product", "project", "step", "touch", "unpack"]

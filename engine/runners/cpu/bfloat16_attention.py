@@ -1,0 +1,180 @@
+"""Attention of one chunk with bfloat16 products: what each band sees, and the operands of the compiled kernel.
+
+Shape suffixes: H query heads, K key-value heads, N queries, M keys, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...attention.kernel import AttentionScore
+from ...attention.rotation import Angles, cos_sin
+from ...attention.rows import KeyRun
+from ...kv_cache import KVLayer
+from .rotation_table import RotationTable
+from .threads import share_threads
+
+_PIECE = 1 << 15  # keys whose values are packed at a time; even
+
+
+@dataclass(frozen=True)
+class _Band:
+    """The part of a chunk's attention that is in one band.
+
+    Args:
+        queries: the angles of its queries; None without rotation.
+        lows, highs: query n sees the keys lows[n] to highs[n] - 1, int32 [N].
+        shift: the angles by which it rotates stored keys from `first` on; None if it reads them as they are.
+        first: even.
+    """
+
+    queries: Angles | None
+    lows: Tensor
+    highs: Tensor
+    shift: Angles | None
+    first: int
+
+
+class BFloat16Attention:
+    """Attention of one chunk in one group of layers, and the values that these layers share.
+
+    Queries, keys, weights and values are rounded to bfloat16. Scores, sums and the softmax are float32.
+    """
+
+    def __init__(self, rotation: RotationTable, run: KeyRun) -> None:
+        self._rotation = rotation
+        like, positions = torch.empty(0), torch.arange(run.key_stop - run.query_stop, run.key_stop)
+        layout, f = rotation.group.layout, rotation.frequencies
+        self._key_angles = None
+        if layout is not None:
+            self._key_angles = cos_sin(rotation.key_phases(positions), factor=rotation.key_factor, like=like)
+        self._temperature = None
+        if rotation.tempered:
+            self._temperature = rotation.site.logit_factor(rotation.scaler, positions).float()[:, None]
+        self._bands: list[_Band] = []
+        if not rotation.mapped:
+            window = rotation.group.window or run.key_stop
+            lows = (positions - window + 1).clamp(min=0)
+            self._bands = [_Band(self._key_angles, lows.int(), (positions + 1).int(), None, 0)]
+            return
+        for band in rotation.bands:
+            lows = band.start(positions).clamp(min=0)
+            highs = torch.maximum(band.stop(positions), lows)
+            seen = highs > lows
+            if not seen.any():
+                continue
+            queries, shift, first = None, None, 0
+            if layout is not None:
+                phases = band.query(positions)[:, None] * f.inv_freq
+                queries = cos_sin(phases, factor=f.attention_factor**2, like=like)
+                if band.key is not rotation.stored:
+                    first = int(lows[seen].min()) // 2 * 2
+                    keys = torch.arange(first, int(highs[seen].max()))
+                    shift = cos_sin((band.key(keys) - rotation.stored(keys))[:, None] * f.inv_freq, like=like)
+            self._bands.append(_Band(queries, lows.int(), highs.int(), shift, first))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, score: AttentionScore) -> Tensor:
+        """Attention of projected q [1, H, N, D], k and v [1, K, N, D] -> [1, H, N, D]; it also writes the cache."""
+        layout = self._rotation.group.layout
+        if layout is not None:
+            assert self._key_angles is not None
+            k = layout.rotate(k, self._key_angles)
+        keys, values = (x[0].bfloat16() for x in layer.update(k, v))
+        q = q[0].float() * (score.scale / math.log(2))
+        if self._temperature is not None:
+            q = q * self._temperature
+        state = Softmax(q.shape, len(keys), score.softcap)
+        operands = []
+        for band in self._bands:
+            queries, seen = q, keys
+            if layout is not None and band.queries is not None:
+                queries = layout.rotate(q, band.queries)
+                if band.shift is not None:
+                    seen = layout.rotate(keys[:, band.first : band.first + len(band.shift.cos)], band.shift)
+            operands.append((band, state.packed(queries), seen))
+        for start in range(0, keys.shape[1], _PIECE):
+            stop = min(start + _PIECE, keys.shape[1])
+            pairs = value_pairs(values[:, start:stop])
+            for band, queries, seen in operands:
+                limits = (x.clamp(start, stop) for x in (band.lows, band.highs))
+                state.add(queries, seen, band.first, pairs, start, *limits)
+        return state.result()[None]
+
+
+class Softmax:
+    """The state of an attention whose keys are added piece by piece.
+
+    Args:
+        shape: H, N, D.
+        key_heads: K.
+    """
+
+    def __init__(self, shape: tuple[int, ...], key_heads: int, softcap: float | None) -> None:
+        from .kernels.flash import TILE
+
+        self._shape, self._tile = shape, TILE
+        self._cap = 0.0 if softcap is None else softcap / math.log(2)
+        H, N, D = shape
+        self._heads, self._rows = key_heads, H // key_heads * N
+        tiles = -(-self._rows // TILE)
+        self._out = torch.zeros(key_heads, tiles, D, TILE)
+        self._peaks = torch.full((key_heads, tiles, TILE), -1e30)
+        self._sums = torch.zeros(key_heads, tiles, TILE)
+
+    def packed(self, q_HND: Tensor) -> Tensor:
+        """Queries as the kernel reads them: int32 [K, tiles, D / 2, TILE]."""
+        K, tiles, D = self._out.shape[:3]
+        rows = torch.zeros(K, tiles * self._tile, D, dtype=torch.bfloat16)
+        rows[:, : self._rows] = q_HND.reshape(K, self._rows, D)
+        return rows.view(torch.int32).view(K, tiles, self._tile, D // 2).transpose(2, 3).contiguous()
+
+    def add(
+        self, queries: Tensor, keys: Tensor, first: int, pairs: Tensor, start: int, lows: Tensor, highs: Tensor
+    ) -> None:
+        """Add the keys that every query sees.
+
+        Args:
+            keys: bfloat16 [K, M, D], from key `first` on.
+            pairs: the values from key `start` on, as `value_pairs` gives them.
+            lows, highs: int32 [N].
+        """
+        from .kernels import flash
+
+        D = self._shape[2]
+        flash(
+            queries.numpy(),
+            keys.data_ptr() - 2 * D * first,
+            2 * keys.stride(0),
+            pairs.data_ptr() - 2 * D * start,
+            4 * pairs.stride(0),
+            self._cap,
+            self._limits(lows).numpy(),
+            self._limits(highs).numpy(),
+            self._out.numpy(),
+            self._peaks.numpy(),
+            self._sums.numpy(),
+            share_threads(),
+        )
+
+    def _limits(self, limits: Tensor) -> Tensor:
+        """The limits of every lane. Lanes without a query have those of the last one."""
+        tiles = self._out.shape[1]
+        rows = limits.repeat(self._rows // len(limits))
+        return torch.cat([rows, rows[-1:].expand(tiles * self._tile - self._rows)]).view(tiles, self._tile)
+
+    def result(self) -> Tensor:
+        """The attention of every query, float32 [H, N, D]."""
+        out = (self._out / self._sums[:, :, None]).transpose(2, 3).flatten(1, 2)
+        return out[:, : self._rows].reshape(self._shape)
+
+
+def value_pairs(v_KMD: Tensor) -> Tensor:
+    """Each pair of neighbouring keys' values side by side, int32 [K, (M + 1) / 2, D]. An odd last one has a zero."""
+    if v_KMD.shape[1] % 2:
+        v_KMD = torch.nn.functional.pad(v_KMD, (0, 0, 0, 1))
+    bits = v_KMD.view(torch.int16)
+    return (bits[:, 0::2].int() & 0xFFFF) | (bits[:, 1::2].int() << 16)
