@@ -78,7 +78,7 @@ class DecoderLayers:
         """The linear layer in the dtype of `x`."""
         weight = stored.weight
         if isinstance(weight, PackedWeight):
-            weight = self._room(weight.shape, x.dtype).copy_(weight.unpack())
+            weight = weight.unpack(self._room(weight.shape, x.dtype))
         elif weight.dtype != x.dtype:
             weight = self._room(weight.shape, x.dtype).copy_(weight)
         bias = None if stored.bias is None else stored.bias.to(x.dtype)

@@ -17,7 +17,18 @@ EXAMPLES = "\b\nExamples:\n"
 Decorator = Callable[[Any], Any]
 
 _FIRST = ("rope", "ropes", "lengths", "length", "text")
-_LOADING = ("endpoint", "served_as", "dtype", "kv_dtype", "precision", "offload", "device_map", "tp_plan", "compile", "max_length")
+_LOADING = (
+    "endpoint",
+    "served_as",
+    "dtype",
+    "kv_dtype",
+    "precision",
+    "offload",
+    "device_map",
+    "tp_plan",
+    "compile",
+    "max_length",
+)
 _HEADINGS: dict[str, tuple[str, ...]] = {
     "Answer": (
         "max_new_tokens",

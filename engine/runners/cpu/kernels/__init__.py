@@ -32,4 +32,16 @@ else:
         from .flash import HAS_BFLOAT16_PRODUCTS, flash
         from .step import project, step, touch
 
-__all__ = ["BLOCK_FORMATS", "FOLDER", "FORMATS", "HAS_BFLOAT16_PRODUCTS", "UNAVAILABLE", "flash", "product", "project", "step", "touch", "unpack"]
+__all__ = [
+    "BLOCK_FORMATS",
+    "FOLDER",
+    "FORMATS",
+    "HAS_BFLOAT16_PRODUCTS",
+    "UNAVAILABLE",
+    "flash",
+    "product",
+    "project",
+    "step",
+    "touch",
+    "unpack",
+]

@@ -14,7 +14,7 @@ from numba.extending import intrinsic, overload
 
 from .block_formats import BLOCKS, NUMBERS, PART, BlockFormat, BlockReader, floats, load_from, shuffle
 from .folder import cached_in_folder
-from .linear import AHEAD, project_rows, rows_of
+from .linear import project_rows, rows_of
 from .simd import F32, INTEGERS, VECTOR, WIDTH, call_llvm, fetch, get, reduced, size_of
 
 _I16, _I64 = ir.IntType(16), ir.IntType(64)
@@ -188,7 +188,7 @@ def _product(code):
         for r in range(start, stop, 2):
             row, second = data + r * row_bytes, min(r + 1, stop - 1)
             stride = (second - r) * row_bytes
-            fetch(np.uint8, row, AHEAD, 2 * row_bytes)
+            fetch(np.uint8, row, _AHEAD, 2 * row_bytes)
             shift, second_shift = (get(bias, r), get(bias, second)) if bias else (np.float32(0), np.float32(0))
             t, column, second_column = 0, offset + r, offset + second
             while t + 4 <= tokens:

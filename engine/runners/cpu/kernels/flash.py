@@ -15,15 +15,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import llvmlite.binding as llvm
 import llvmlite.ir as ir
-import numba
 import numpy as np
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .block_formats import load_from, shuffle
+from .linear import target_has
 
 TILE = 64  # queries
 _BLOCK = 128  # keys whose scores are held at a time
@@ -37,14 +36,8 @@ _ROW = 4 * TILE  # bytes of a row of a tile
 
 _HIDDEN = np.float32(-1e30)  # the score of a key that a query does not see
 
-def _has_bfloat16_products() -> bool:
-    """True if the CPU for which numba compiles multiplies pairs of bfloat16 numbers in one instruction."""
-    if numba.config.CPU_NAME in (None, "host") and numba.config.CPU_FEATURES is None:
-        return bool(llvm.get_host_cpu_features().get("avx512bf16", False))
-    return "+avx512bf16" in (numba.config.CPU_FEATURES or "")
-
-
-HAS_BFLOAT16_PRODUCTS = _has_bfloat16_products()
+HAS_BFLOAT16_PRODUCTS = target_has("avx512bf16")
+"""True if this CPU multiplies pairs of bfloat16 numbers in one instruction."""
 
 
 class _BFloat16(ir.Type):  # type: ignore[misc]
