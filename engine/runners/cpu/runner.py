@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ....errors import UnsupportedModel
+from ....errors import RopewalkWarning, UnsupportedModel, warn
 from ....scaling.rope import Scaler
 from ...attention.kernel import AttentionScore
 from ...attention.rows import KeyRun
@@ -274,7 +274,7 @@ class CompiledRunner(TransformersRunner):
         parts, firsts = self._key_parts(positions, length, ancestors)
         tables = self._tables
         logits = np.empty((logits_to_keep, self._decoder.head.weight.shape[0]), np.float32)
-        step(
+        arguments = (
             tables.shape,
             tables.numbers,
             tables.kind,
@@ -291,8 +291,15 @@ class CompiledRunner(TransformersRunner):
             buffers,
             tables.head,
             logits,
-            threads,
         )
+        if not step(*arguments, threads):
+            warn(
+                RopewalkWarning(
+                    f"the {threads} threads of a step did not start together, so it runs on one; give this process as "
+                    f"many cores as threads, or fewer threads by torch.set_num_threads"
+                )
+            )
+            step(*arguments, 1)
         for tokens, cache in rows:
             cache.advance(len(tokens))
         softcap = self._decoder.softcap

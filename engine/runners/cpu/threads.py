@@ -14,10 +14,10 @@ _sleeping_threads: list[threading.Thread] = []
 def share_threads() -> int:
     """Let the kernels use as many threads as torch does, and return their number.
 
-    A decode step has about a hundred parallel regions. Between two regions, GNU OpenMP lets idle threads spin for
-    about 10 ms. On a busy machine they take the cores of the threads that they wait for: next to one busy process,
-    decoding fell from 36 to 9 tokens/s. If a process has more OpenMP threads than CPUs, idle threads spin for a few
-    microseconds only (GOMP_SPINCOUNT in the manual of libgomp). So one extra set of threads is started, and it sleeps.
+    Between two parallel regions, GNU OpenMP lets idle threads spin for about 10 ms. On a busy machine they take the
+    cores of the threads that they wait for: next to one busy process, decoding fell from 36 to 9 tokens/s. If a
+    process has more OpenMP threads than CPUs, idle threads spin for a few microseconds only (GOMP_SPINCOUNT in the
+    manual of libgomp). So one extra set of threads is started, and it sleeps.
     """
     import numba
 

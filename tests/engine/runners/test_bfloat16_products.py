@@ -1,4 +1,4 @@
-"""Chunks whose products are bfloat16: the attention kernel against float64, and whole models against float32 products."""
+"""Chunks whose products are bfloat16: attention against float64, and whole models against float32 products."""
 
 import functools
 import math

@@ -132,7 +132,8 @@ def test_parts_are_joined_to_the_whole(kind, G, cuts):
     junk = [np.full_like(x, np.nan) for x in parts[0]]  # parts of other tokens, before and after
     outs, peaks, weights = (np.stack(x) for x in zip(junk, *parts, junk, strict=True))
     result = np.full(G * 48 + 1, 7, np.float32)
-    join(outs, peaks, weights, 1, 1 + len(parts), G, 48, result)
+    for head in range(G):
+        join(outs, peaks, weights, 1, 1 + len(parts), head, 48, result)
     expected, _ = held.expected(q)
     assert np.abs(result[:-1].reshape(G, 48) - expected).max() < 2e-6 * np.abs(held.values[2][:count]).max()
     assert result[-1] == 7
@@ -145,6 +146,7 @@ def test_a_part_without_weight_changes_nothing():
     for order in ([0, -2000.0], [-2000.0, 0]):
         peaks = np.array(order, np.float32)[:, None].repeat(3, 1)
         result = np.empty(48, np.float32)
-        join(outs, peaks, weights, 0, 2, 3, 16, result)
+        for head in range(3):
+            join(outs, peaks, weights, 0, 2, head, 16, result)
         heavy = order.index(0)
         assert np.allclose(result.reshape(3, 16), outs[heavy] / weights[heavy][:, None], rtol=1e-6, atol=0)

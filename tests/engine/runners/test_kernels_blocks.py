@@ -30,7 +30,8 @@ class Case:
     def run(self, x=None, threads=1):
         x = self.x if x is None else x
         out = np.full((len(x), self.exact.shape[1]), np.nan, np.float32)
-        project(np.uint8, self.table, np.ascontiguousarray(x), out, threads)
+        for thread in range(threads):
+            project(np.uint8, self.table, np.ascontiguousarray(x), out, thread, threads)
         return out
 
 

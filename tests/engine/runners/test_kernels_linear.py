@@ -30,7 +30,8 @@ class Case:
     def run(self, x=None, threads=1):
         x = self.x if x is None else x
         out = np.full((len(x), sum(self.rows)), np.nan, np.float32)
-        project(self.kind, self.table, x, out, threads)
+        for thread in range(threads):
+            project(self.kind, self.table, x, out, thread, threads)
         return out
 
 

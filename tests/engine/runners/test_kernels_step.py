@@ -44,7 +44,7 @@ def test_norms(size):
 def test_what_is_added_is_normed_first_if_there_is_a_norm(normed):
     x, residual, weight = normal(4, 48), normal(4, 48, seed=1), normal(48, seed=2)
     expected = residual + (rms(x, weight) if normed else x)
-    kernels._add(x, address(weight) if normed else 0, EPSILON, residual)
+    kernels._add(x, address(weight) if normed else 0, EPSILON, residual, np.empty_like(x))
     assert close(residual, expected)
 
 
@@ -75,7 +75,9 @@ def test_activations(name):
     gate = np.concatenate([np.linspace(-120, 120, 2000), np.linspace(-3, 3, 2000)]).astype(np.float32).reshape(2, -1)
     up = normal(*gate.shape)
     out = np.empty_like(gate)
-    kernels._gate(np.concatenate([gate, up], 1), {"silu": kernels.SILU, "gelu_tanh": kernels.GELU_TANH}[name], out)
+    activation = {"silu": kernels.SILU, "gelu_tanh": kernels.GELU_TANH}[name]
+    for thread in range(3):
+        kernels._gate(np.concatenate([gate, up], 1), activation, out, thread, 3)
     exact = torch.from_numpy(gate).double()
     exact = torch.nn.functional.silu(exact) if name == "silu" else torch.nn.functional.gelu(exact, approximate="tanh")
     assert np.allclose(out, exact.numpy() * up, rtol=1e-6, atol=1e-6)
@@ -101,7 +103,8 @@ def test_queries_are_rotated_for_every_band_and_scaled(layout):
     qkv, rotation = normal(n, (H + 2 * K) * D), turns_of(3, n, layout.dim // 2)
     scales = np.array([0.5, 1, 2, 3], np.float32)
     queries = np.empty((3, n, H, D), np.float32)
-    kernels._rotate_queries(shape_of(H, K, D, layout=layout), qkv, rotation, scales, queries)
+    kernels._rotate_queries(shape_of(H, K, D, layout=layout), qkv, rotation, scales, queries, 0, 1)
+    kernels._rotate_queries(shape_of(H, K, D, layout=layout), qkv, rotation, scales, queries, 1, n)
     for band in range(3):
         expected = rotated(layout, qkv[:, : H * D].reshape(n, H, D), rotation[band]) * scales[:, None, None]
         assert close(queries[band], expected)
@@ -120,7 +123,8 @@ def test_rotated_keys_and_values_are_written_to_their_places(layout, kind):
     for t in range(n):
         for which, room in enumerate(capacities):
             buffers[t, which] = address(held[which][t]), address(scales[which][t]) if kind == np.int8 else 0, room
-    kernels._write(shape_of(H, K, D, layout=layout), kind, qkv, rotation, places, buffers)
+    kernels._write(shape_of(H, K, D, layout=layout), kind, qkv, rotation, places, buffers, 0, 2)
+    kernels._write(shape_of(H, K, D, layout=layout), kind, qkv, rotation, places, buffers, 2, n)
     keys, values = (qkv[:, (H + part * K) * D :][:, : K * D].reshape(n, K, D) for part in (0, 1))
     for which, expected in enumerate([rotated(layout, keys, rotation), values]):
         for t in range(n):

@@ -13,6 +13,7 @@ import math
 import numpy as np
 from numba import njit
 
+from .linear import arranged_for
 from .simd import (
     add,
     div,
@@ -20,8 +21,10 @@ from .simd import (
     fetch,
     fma,
     get,
+    in_order,
     largest,
     load,
+    load_two,
     maximum,
     mul,
     put,
@@ -55,7 +58,7 @@ def part(kind, keys, values, key_scales, value_scales, count, shift, q, G, shape
     """
     D, row_of_shift = shape[2], 4 * shape[6]
     scratch = np.empty(G * PART, np.float32)
-    scores = scratch.ctypes.data
+    scores, arranged = scratch.ctypes.data, arranged_for(kind, q, G, D)
     if shift:
         rotated = np.empty(_BLOCK * D, np.float32)
         for first in range(0, count, _BLOCK):
@@ -63,7 +66,7 @@ def part(kind, keys, values, key_scales, value_scales, count, shift, q, G, shape
             _rotate_keys(shape, kind, keys, first, n, shift + row_of_shift * first, rotated.ctypes.data)
             _scores(np.float32, rotated.ctypes.data, n, q, G, D, scores + 4 * first)
     else:
-        _scores(kind, keys, count, q, G, D, scores)
+        _scores(kind, keys, count, arranged.ctypes.data if len(arranged) else q, G, D, scores)
     padded = (count + 7) // 8 * 8
     for g in range(G):
         row = scores + 4 * g * PART
@@ -98,6 +101,7 @@ def part(kind, keys, values, key_scales, value_scales, count, shift, q, G, shape
             else:
                 _values_of_1(kind, values, first, n, row, D, target)
                 g += 1
+    return len(arranged)  # so that numba does not free it before
 
 
 @njit(cache=True)
@@ -151,13 +155,19 @@ def _scores_of_1(kind, keys, count, q, D, out):
         i1, i2, i3 = min(i + D, last), min(i + 2 * D, last), min(i + 3 * D, last)
         i4, i5, i6, i7 = min(i + 4 * D, last), min(i + 5 * D, last), min(i + 6 * D, last), min(i + 7 * D, last)
         a = b = c = d = e = f = g = h = splat(np.float32(0))
-        for k in range(0, D, 8):
-            x = load(np.float32, q, k)
-            a, b = fma(load(kind, keys, i + k), x, a), fma(load(kind, keys, i1 + k), x, b)
-            c, d = fma(load(kind, keys, i2 + k), x, c), fma(load(kind, keys, i3 + k), x, d)
-            e, f = fma(load(kind, keys, i4 + k), x, e), fma(load(kind, keys, i5 + k), x, f)
-            g, h = fma(load(kind, keys, i6 + k), x, g), fma(load(kind, keys, i7 + k), x, h)
+        for k in range(0, D, 16):
+            x, y = load_two(np.float32, q, k)
+            a, b = _two(kind, keys, i + k, x, y, a), _two(kind, keys, i1 + k, x, y, b)
+            c, d = _two(kind, keys, i2 + k, x, y, c), _two(kind, keys, i3 + k, x, y, d)
+            e, f = _two(kind, keys, i4 + k, x, y, e), _two(kind, keys, i5 + k, x, y, f)
+            g, h = _two(kind, keys, i6 + k, x, y, g), _two(kind, keys, i7 + k, x, y, h)
         store(out, j, totals(a, b, c, d, e, f, g, h))
+
+
+@njit(cache=True)
+def _two(kind, keys, index, x, y, total):
+    v, w = load_two(kind, keys, index)
+    return fma(w, y, fma(v, x, total))
 
 
 @njit(cache=True)
@@ -168,16 +178,17 @@ def _scores_of_2(kind, keys, count, q, D, out):
         i1, i2, i3 = min(i + D, last), min(i + 2 * D, last), min(i + 3 * D, last)
         fetch(kind, keys, i + _AHEAD * D, 4 * D)
         a = b = c = d = e = f = g = h = splat(np.float32(0))
-        for k in range(0, D, 8):
-            x, y = load(np.float32, q, k), load(np.float32, q, D + k)
-            w = load(kind, keys, i + k)
-            a, e = fma(w, x, a), fma(w, y, e)
-            w = load(kind, keys, i1 + k)
-            b, f = fma(w, x, b), fma(w, y, f)
-            w = load(kind, keys, i2 + k)
-            c, g = fma(w, x, c), fma(w, y, g)
-            w = load(kind, keys, i3 + k)
-            d, h = fma(w, x, d), fma(w, y, h)
+        for k in range(0, D, 16):
+            x, m = load_two(np.float32, q, k)
+            y, n = load_two(np.float32, q, D + k)
+            v, w = load_two(kind, keys, i + k)
+            a, e = fma(w, m, fma(v, x, a)), fma(w, n, fma(v, y, e))
+            v, w = load_two(kind, keys, i1 + k)
+            b, f = fma(w, m, fma(v, x, b)), fma(w, n, fma(v, y, f))
+            v, w = load_two(kind, keys, i2 + k)
+            c, g = fma(w, m, fma(v, x, c)), fma(w, n, fma(v, y, g))
+            v, w = load_two(kind, keys, i3 + k)
+            d, h = fma(w, m, fma(v, x, d)), fma(w, n, fma(v, y, h))
         store_halves(out, j, out, PART + j, totals(a, b, c, d, e, f, g, h))
 
 
@@ -189,16 +200,18 @@ def _scores_of_3(kind, keys, count, q, D, out):
         i1, i2, i3 = min(i + D, last), min(i + 2 * D, last), min(i + 3 * D, last)
         fetch(kind, keys, i + _AHEAD * D, 4 * D)
         a = b = c = d = e = f = g = h = r = s = t = u = splat(np.float32(0))
-        for k in range(0, D, 8):
-            x, y, z = load(np.float32, q, k), load(np.float32, q, D + k), load(np.float32, q, 2 * D + k)
-            w = load(kind, keys, i + k)
-            a, e, r = fma(w, x, a), fma(w, y, e), fma(w, z, r)
-            w = load(kind, keys, i1 + k)
-            b, f, s = fma(w, x, b), fma(w, y, f), fma(w, z, s)
-            w = load(kind, keys, i2 + k)
-            c, g, t = fma(w, x, c), fma(w, y, g), fma(w, z, t)
-            w = load(kind, keys, i3 + k)
-            d, h, u = fma(w, x, d), fma(w, y, h), fma(w, z, u)
+        for k in range(0, D, 16):
+            x, m = load_two(np.float32, q, k)
+            y, n = load_two(np.float32, q, D + k)
+            z, o = load_two(np.float32, q, 2 * D + k)
+            v, w = load_two(kind, keys, i + k)
+            a, e, r = fma(w, m, fma(v, x, a)), fma(w, n, fma(v, y, e)), fma(w, o, fma(v, z, r))
+            v, w = load_two(kind, keys, i1 + k)
+            b, f, s = fma(w, m, fma(v, x, b)), fma(w, n, fma(v, y, f)), fma(w, o, fma(v, z, s))
+            v, w = load_two(kind, keys, i2 + k)
+            c, g, t = fma(w, m, fma(v, x, c)), fma(w, n, fma(v, y, g)), fma(w, o, fma(v, z, t))
+            v, w = load_two(kind, keys, i3 + k)
+            d, h, u = fma(w, m, fma(v, x, d)), fma(w, n, fma(v, y, h)), fma(w, o, fma(v, z, u))
         store_halves(out, j, out, PART + j, totals(a, b, c, d, e, f, g, h))
         store_halves(out, 2 * PART + j, out, 2 * PART + j, totals(r, s, t, u, r, s, t, u))
 
@@ -237,8 +250,11 @@ def _softmax(row, count):
 
 
 @njit(cache=True)
-def _accumulate(out, index, x):
+def _accumulate(kind, out, index, x, y):
+    """Add sixteen numbers, in the order of `load_two`, to the result."""
+    x, y = in_order(kind, x, y)
     store(out, index, add(load(np.float32, out, index), x))
+    store(out, index + 8, add(load(np.float32, out, index + 8), y))
 
 
 # Weighted sums of the values, sixteen numbers of a head at a time, for one, two or three heads together.
@@ -252,19 +268,19 @@ def _values_of_1(kind, values, first, count, weights, D, out):
             k = (first + j) * D + d
             w, x = splat(get(weights, j)), splat(get(weights, j + 1))
             y, z = splat(get(weights, j + 2)), splat(get(weights, j + 3))
-            a, b = fma(w, load(kind, values, k), a), fma(w, load(kind, values, k + 8), b)
-            k += D
-            c, e = fma(x, load(kind, values, k), c), fma(x, load(kind, values, k + 8), e)
-            k += D
-            f, g = fma(y, load(kind, values, k), f), fma(y, load(kind, values, k + 8), g)
-            k += D
-            h, i = fma(z, load(kind, values, k), h), fma(z, load(kind, values, k + 8), i)
+            m, n = load_two(kind, values, k)
+            a, b = fma(w, m, a), fma(w, n, b)
+            m, n = load_two(kind, values, k + D)
+            c, e = fma(x, m, c), fma(x, n, e)
+            m, n = load_two(kind, values, k + 2 * D)
+            f, g = fma(y, m, f), fma(y, n, g)
+            m, n = load_two(kind, values, k + 3 * D)
+            h, i = fma(z, m, h), fma(z, n, i)
         for j in range(count - count % 4, count):
             w = splat(get(weights, j))
-            a = fma(w, load(kind, values, (first + j) * D + d), a)
-            b = fma(w, load(kind, values, (first + j) * D + d + 8), b)
-        _accumulate(out, d, add(add(a, c), add(f, h)))
-        _accumulate(out, d + 8, add(add(b, e), add(g, i)))
+            m, n = load_two(kind, values, (first + j) * D + d)
+            a, b = fma(w, m, a), fma(w, n, b)
+        _accumulate(kind, out, d, add(add(a, c), add(f, h)), add(add(b, e), add(g, i)))
 
 
 @njit(cache=True)
@@ -273,21 +289,19 @@ def _values_of_2(kind, values, first, count, weights, D, out):
         a = b = c = e = f = g = h = i = splat(np.float32(0))
         for j in range(0, count - count % 2, 2):
             k = (first + j) * D + d
-            v, w = load(kind, values, k), load(kind, values, k + 8)
+            v, w = load_two(kind, values, k)
             x, y = splat(get(weights, j)), splat(get(weights, PART + j))
             a, b, c, e = fma(x, v, a), fma(x, w, b), fma(y, v, c), fma(y, w, e)
-            v, w = load(kind, values, k + D), load(kind, values, k + D + 8)
+            v, w = load_two(kind, values, k + D)
             x, y = splat(get(weights, j + 1)), splat(get(weights, PART + j + 1))
             f, g, h, i = fma(x, v, f), fma(x, w, g), fma(y, v, h), fma(y, w, i)
         if count % 2:
             k = (first + count - 1) * D + d
-            v, w = load(kind, values, k), load(kind, values, k + 8)
+            v, w = load_two(kind, values, k)
             x, y = splat(get(weights, count - 1)), splat(get(weights, PART + count - 1))
             a, b, c, e = fma(x, v, a), fma(x, w, b), fma(y, v, c), fma(y, w, e)
-        _accumulate(out, d, add(a, f))
-        _accumulate(out, d + 8, add(b, g))
-        _accumulate(out, D + d, add(c, h))
-        _accumulate(out, D + d + 8, add(e, i))
+        _accumulate(kind, out, d, add(a, f), add(b, g))
+        _accumulate(kind, out, D + d, add(c, h), add(e, i))
 
 
 @njit(cache=True)
@@ -296,42 +310,38 @@ def _values_of_3(kind, values, first, count, weights, D, out):
         a = b = c = e = f = g = h = i = m = n = o = r = splat(np.float32(0))
         for j in range(0, count - count % 2, 2):
             k = (first + j) * D + d
-            v, w = load(kind, values, k), load(kind, values, k + 8)
+            v, w = load_two(kind, values, k)
             x, y, z = splat(get(weights, j)), splat(get(weights, PART + j)), splat(get(weights, 2 * PART + j))
             a, b, c, e, m, n = fma(x, v, a), fma(x, w, b), fma(y, v, c), fma(y, w, e), fma(z, v, m), fma(z, w, n)
             j += 1
-            v, w = load(kind, values, k + D), load(kind, values, k + D + 8)
+            v, w = load_two(kind, values, k + D)
             x, y, z = splat(get(weights, j)), splat(get(weights, PART + j)), splat(get(weights, 2 * PART + j))
             f, g, h, i, o, r = fma(x, v, f), fma(x, w, g), fma(y, v, h), fma(y, w, i), fma(z, v, o), fma(z, w, r)
         if count % 2:
             j = count - 1
-            v, w = load(kind, values, (first + j) * D + d), load(kind, values, (first + j) * D + d + 8)
+            v, w = load_two(kind, values, (first + j) * D + d)
             x, y, z = splat(get(weights, j)), splat(get(weights, PART + j)), splat(get(weights, 2 * PART + j))
             a, b, c, e, m, n = fma(x, v, a), fma(x, w, b), fma(y, v, c), fma(y, w, e), fma(z, v, m), fma(z, w, n)
-        _accumulate(out, d, add(a, f))
-        _accumulate(out, d + 8, add(b, g))
-        _accumulate(out, D + d, add(c, h))
-        _accumulate(out, D + d + 8, add(e, i))
-        _accumulate(out, 2 * D + d, add(m, o))
-        _accumulate(out, 2 * D + d + 8, add(n, r))
+        _accumulate(kind, out, d, add(a, f), add(b, g))
+        _accumulate(kind, out, D + d, add(c, h), add(e, i))
+        _accumulate(kind, out, 2 * D + d, add(m, o), add(n, r))
 
 
 @njit(cache=True)
-def join(outs, peaks, weights, first, stop, heads, D, result):
-    """Join the parts [first, stop) of one query: `outs` [parts, heads, D] -> `result` [heads * D]."""
-    for h in range(heads):
-        peak = peaks[first, h]
-        for p in range(first + 1, stop):
-            peak = max(peak, peaks[p, h])
-        whole = np.float32(0)
-        for d in range(D):
-            result[h * D + d] = np.float32(0)
-        for p in range(first, stop):
-            factor = np.float32(math.exp(peaks[p, h] - peak))
-            whole += factor * weights[p, h]
-            f = splat(factor)
-            source, target = outs[p, h].ctypes.data, result.ctypes.data
-            for d in range(0, D, 8):
-                store(target, h * D + d, fma(f, load(np.float32, source, d), load(np.float32, target, h * D + d)))
-        for d in range(D):
-            result[h * D + d] /= whole
+def join(outs, peaks, weights, first, stop, h, D, result):
+    """Join the parts [first, stop) of one head of a query: `outs` [parts, heads, D] -> `result` [heads * D]."""
+    peak = peaks[first, h]
+    for p in range(first + 1, stop):
+        peak = max(peak, peaks[p, h])
+    whole = np.float32(0)
+    for d in range(D):
+        result[h * D + d] = np.float32(0)
+    for p in range(first, stop):
+        factor = np.float32(math.exp(peaks[p, h] - peak))
+        whole += factor * weights[p, h]
+        f = splat(factor)
+        source, target = outs[p, h].ctypes.data, result.ctypes.data
+        for d in range(0, D, 8):
+            store(target, h * D + d, fma(f, load(np.float32, source, d), load(np.float32, target, h * D + d)))
+    for d in range(D):
+        result[h * D + d] /= whole

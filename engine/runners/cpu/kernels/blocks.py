@@ -17,6 +17,8 @@ from .folder import cached_in_folder
 from .linear import project_rows, rows_of
 from .simd import F32, INTEGERS, VECTOR, WIDTH, call_llvm, fetch, get, reduced, size_of
 
+_AHEAD = 4096  # blocks are prefetched this many bytes before their use
+
 _I16, _I64 = ir.IntType(16), ir.IntType(64)
 
 

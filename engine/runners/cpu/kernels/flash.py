@@ -34,7 +34,7 @@ _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntT
 _VECTOR, _INTEGERS, _SHORTS = (ir.VectorType(kind, _LANES) for kind in (_F32, _I32, _I16))
 _ROW = 4 * TILE  # bytes of a row of a tile
 
-_HIDDEN = np.float32(-1e30)  # the score of a key that a query does not see
+_HIDDEN = -1e30  # the score of a key that a query does not see
 
 HAS_BFLOAT16_PRODUCTS = target_has("avx512bf16")
 """True if this CPU multiplies pairs of bfloat16 numbers in one instruction."""

@@ -23,11 +23,10 @@ from .simd import (
     size_of,
     split,
     store,
-    widened,
-    widened_pairs,
+    two_vectors,
 )
 
-_AHEAD = 1024  # weights are prefetched this many bytes before their use
+_AHEAD = {1: 2304, 2: 4096}  # by the rows that are read together: bytes by which weights are prefetched
 
 _I64 = ir.IntType(64)
 
@@ -39,7 +38,7 @@ def target_has(feature: str) -> bool:
     return f"+{feature}" in (numba.config.CPU_FEATURES or "")
 
 
-_ROWS = 2 if target_has("avx512vl") else 1  # rows for several vectors at a time: their sums fill the registers
+_ROWS = 2 if target_has("avx512vl") else 1  # rows for eight and more vectors: the sums of two need 32 registers
 
 
 def _dot_of(rows: int, tokens: int) -> Any:
@@ -63,13 +62,10 @@ def _dot_of(rows: int, tokens: int) -> Any:
                 weights = []
                 for start in starts:
                     if tokens > 1:
-                        prefetch(b, b.add(start, b.add(b.mul(place, _I64(size)), _I64(_AHEAD))))
-                    if dtype == types.uint16:
-                        weights.append(widened_pairs(b, start, place))
-                    else:
-                        weights.append(tuple(widened(b, dtype, start, b.add(place, _I64(k))) for k in (0, 8)))
+                        prefetch(b, b.add(start, b.add(b.mul(place, _I64(size)), _I64(_AHEAD[rows]))))
+                    weights.append(two_vectors(b, dtype, start, place))
                 for t, vector in enumerate(vectors):
-                    numbers = [widened(b, types.float32, vector, b.add(place, _I64(k))) for k in (0, 8)]
+                    numbers = two_vectors(b, types.float32, vector, place)
                     for r, pair in enumerate(weights):
                         for k in (0, 1):
                             total = sums[2 * (r * tokens + t) + k]
@@ -86,11 +82,14 @@ def _dot_of(rows: int, tokens: int) -> Any:
 _dot, _dot_4, _dots_4 = _dot_of(1, 1), _dot_of(1, 4), _dot_of(_ROWS, 4)
 
 
-def _arranged(kind, x, tokens, columns):
-    """The vectors at address `x` in the order in which weights of `kind` are read, and their array."""
+def arranged_for(kind, x, tokens, columns):
+    """The vectors [tokens, columns] at address `x` in the order in which `load_two` reads weights of `kind`, float32.
+
+    Empty where that is their own order.
+    """
 
 
-@overload(_arranged)
+@overload(arranged_for)
 def _arranged_for(kind, x, tokens, columns):
     if kind.dtype != types.uint16:
         return lambda kind, x, tokens, columns: np.empty(0, np.float32)
@@ -133,12 +132,12 @@ def project_rows(kind, linear, x, tokens, start, stop, out, offset):
         x: the address of float32 [tokens, columns].
     """
     weights, scales, bias, columns = linear[0], linear[1], linear[2], linear[4]
-    arranged = _arranged(kind, x, tokens, columns)
+    arranged = arranged_for(kind, x, tokens, columns)
     vectors = arranged.ctypes.data if len(arranged) else x
     step = size_of(kind) * columns
     r = start
     while r < stop:
-        rows = _ROWS if r + _ROWS <= stop else 1
+        rows = _ROWS if tokens >= 8 and r + _ROWS <= stop else 1
         row, t = weights + step * r, 0
         while t + 4 <= tokens:
             vector = vectors + 4 * t * columns

@@ -74,15 +74,17 @@ def widened(builder: ir.IRBuilder, dtype: Any, address: ir.Value, index: ir.Valu
     return builder.sitofp(builder.sext(loaded, INTEGERS), VECTOR)
 
 
-def widened_pairs(builder: ir.IRBuilder, address: ir.Value, index: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Sixteen bfloat16 numbers from element `index` on: those at even places, and those at odd places, as float32.
+def two_vectors(builder: ir.IRBuilder, dtype: Any, address: ir.Value, index: ir.Value) -> list[ir.Value]:
+    """Sixteen numbers from element `index` on, as float32: eight and eight.
 
-    That takes half the instructions of two `widened`.
+    Of bfloat16 numbers, those at even places and those at odd places, which takes half the instructions.
     """
+    if dtype != types.uint16:
+        return [widened(builder, dtype, address, builder.add(index, index.type(n))) for n in (0, WIDTH)]
     source = builder.bitcast(_pointer(builder, address, index, ir.IntType(16)), INTEGERS.as_pointer())
     pairs = builder.load(source, align=2)
-    even, odd = builder.shl(pairs, _integer(16)), builder.and_(pairs, _integer(0xFFFF0000))
-    return builder.bitcast(even, VECTOR), builder.bitcast(odd, VECTOR)
+    halves = builder.shl(pairs, _integer(16)), builder.and_(pairs, _integer(0xFFFF0000))
+    return [builder.bitcast(half, VECTOR) for half in halves]
 
 
 @intrinsic
@@ -93,6 +95,30 @@ def load(_context: Any, kind: Any, address: Any, index: Any) -> tuple[Any, Calla
         return widened(builder, kind.dtype, args[1], args[2])
 
     return f32x8(kind, types.int64, types.int64), generate
+
+
+@intrinsic
+def load_two(_context: Any, kind: Any, address: Any, index: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Read sixteen numbers of `kind` as two vectors, in the order of `two_vectors`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return context.make_tuple(builder, signature.return_type, two_vectors(builder, kind.dtype, args[1], args[2]))
+
+    return types.UniTuple(f32x8, 2)(kind, types.int64, types.int64), generate
+
+
+@intrinsic
+def in_order(_context: Any, kind: Any, x: Any, y: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    """Sixteen numbers in the order of `load_two`, in their own order."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        halves = list(args[1:])
+        if kind.dtype == types.uint16:
+            places = ([n // 2 + WIDTH * (n % 2) for n in range(first, first + WIDTH)] for first in (0, WIDTH))
+            halves = [builder.shuffle_vector(*args[1:], ir.Constant(INTEGERS, each)) for each in places]
+        return context.make_tuple(builder, signature.return_type, halves)
+
+    return types.UniTuple(f32x8, 2)(kind, x, y), generate
 
 
 @intrinsic

@@ -32,6 +32,7 @@ from .simd import (
     sub,
     total,
 )
+from .team import COMPLETE, STATE, assemble, new_team, wait
 
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)  # linear layers of a decoder layer
 BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, NORM_OF_QUERY, NORM_OF_KEY = range(6)  # norms of a layer
@@ -41,7 +42,7 @@ KEYS, VALUES = range(2)  # buffers of a layer
 TOKEN, BAND, START, COUNT, SHIFT = range(5)  # of a part of attention
 
 
-@njit(cache=True)
+@njit(parallel=True, cache=True)
 def step(
     shape,
     numbers,
@@ -71,7 +72,7 @@ def step(
         linears: int64 [L, 7, 7], as `project_any` takes them.
         norms: int64 [L + 1, 6]: addresses of float32 weights, 0 for none. [L, 0] is the final norm.
         groups: int64 [L]: the row of `rotations`, `firsts` and `scales` for each layer.
-        x: float32 [n, E], the embeddings. They are overwritten.
+        x: float32 [n, E], the embeddings.
         rotations: cosines and sines, float32: for queries [groups, bands, n, 2, d / 2], for keys [groups, n, 2, d / 2].
         parts: int64 [parts, 5] of attention: token, band, first key, number of keys, and the address of the cosines and
             sines by which the band rotates these keys, float32 [keys, 2, d / 2]; 0 if it reads them as they are.
@@ -82,34 +83,117 @@ def step(
             the capacity of a head in keys.
         head: int64 [1, 7], the linear layer from hidden states to logits.
         logits: float32 [m, V], the result.
-        threads: the number of parts that the work of a linear layer is cut into.
+        threads: the number of threads that work together.
+
+    Returns:
+        False if fewer than `threads` threads came. Then nothing was done.
     """
     H, K, D = shape[0], shape[1], shape[2]
-    n, E = x.shape
-    L, m, inner = len(linears), len(logits), linears[0, GATE, 3]
-    normed, hidden = np.empty((n, E), np.float32), np.empty((n, E), np.float32)
+    n, inner = len(x), linears[0, GATE, 3]
+    count = 0
+    for group in range(len(firsts)):
+        count = max(count, firsts[group, n] - firsts[group, 0])
+    hidden = np.empty(x.shape, np.float32)
     qkv, mixed = np.empty((n, (H + 2 * K) * D), np.float32), np.empty((n, H * D), np.float32)
     gate_up, gated = np.empty((n, 2 * inner), np.float32), np.empty((n, inner), np.float32)
     queries = np.empty((rotations[0].shape[1], n, H, D), np.float32)
+    outs, peaks = np.empty((count, H, D), np.float32), np.empty((count, H), np.float32)
+    sums = np.empty((count, H), np.float32)
+    team = new_team()
+    turns, key_turns = rotations
+    for thread in prange(threads):
+        if assemble(team, threads):
+            _run(
+                thread,
+                threads,
+                team,
+                shape,
+                numbers,
+                weights,
+                cache,
+                linears,
+                norms,
+                groups,
+                x,
+                turns,
+                key_turns,
+                parts,
+                firsts,
+                scales,
+                places,
+                buffers,
+                head,
+                logits,
+                (hidden, qkv, queries, outs, peaks, sums, mixed, gate_up, gated),
+            )
+    return team[STATE] == COMPLETE
+
+
+@njit(cache=True)
+def _run(
+    thread,
+    threads,
+    team,
+    shape,
+    numbers,
+    weights,
+    cache,
+    linears,
+    norms,
+    groups,
+    embeddings,
+    turns,
+    key_turns,
+    parts,
+    firsts,
+    scales,
+    places,
+    buffers,
+    head,
+    logits,
+    shared,
+):
+    """The share of one thread. It has its own copy of the hidden states; `shared` are results that all threads read.
+
+    Between two barriers threads write different numbers of a result, or one thread reads what only it has written.
+    """
+    hidden, qkv, queries, outs, peaks, sums, mixed, gate_up, gated = shared
+    n, L, m = len(embeddings), len(linears), len(logits)
+    x, normed = embeddings.copy(), np.empty_like(embeddings)
+    first, stop = share(thread, threads, n)
     for i in range(L):
         layer, norm, group = linears[i], norms[i], groups[i]
         _norm(x, norm[BEFORE_ATTENTION], numbers[0], normed)
-        project(weights, layer[QUERY:OUT], normed, qkv, threads)
-        _norm_heads(shape, norm, numbers[0], qkv)
-        _rotate_queries(shape, qkv, rotations[0][group], scales[group], queries)
-        _write(shape, cache, qkv, rotations[1][group], places, buffers[i])
-        _attend(shape, numbers[1], cache, queries, parts, firsts[group], buffers[i], mixed)
-        project(weights, layer[OUT:GATE], mixed, hidden, threads)
-        _add(hidden, norm[AFTER_ATTENTION], numbers[0], x)
+        project(weights, layer[QUERY:OUT], normed, qkv, thread, threads)
+        wait(team, threads)
+        _norm_heads(shape, norm, numbers[0], qkv[first:stop])
+        _rotate_queries(shape, qkv, turns[group], scales[group], queries, first, stop)
+        _write(shape, cache, qkv, key_turns[group], places, buffers[i], first, stop)
+        wait(team, threads)
+        _attend(shape, numbers[1], cache, queries, parts, firsts[group], buffers[i], outs, peaks, sums, thread, threads)
+        wait(team, threads)
+        _join(shape, firsts[group], outs, peaks, sums, mixed, thread, threads)
+        wait(team, threads)
+        project(weights, layer[OUT:GATE], mixed, hidden, thread, threads)
+        wait(team, threads)
+        _add(hidden, norm[AFTER_ATTENTION], numbers[0], x, normed)
         _norm(x, norm[BEFORE_MLP], numbers[0], normed)
-        project(weights, layer[GATE:DOWN], normed, gate_up, threads)
-        _gate(gate_up, shape[3], gated)
-        project(weights, layer[DOWN:], gated, hidden, threads)
-        _add(hidden, norm[AFTER_MLP], numbers[0], x)
+        project(weights, layer[GATE:DOWN], normed, gate_up, thread, threads)
+        _gate(gate_up, shape[3], gated, thread, threads)
+        wait(team, threads)
+        project(weights, layer[DOWN:], gated, hidden, thread, threads)
+        wait(team, threads)
+        _add(hidden, norm[AFTER_MLP], numbers[0], x, normed)
     if m:
         last = x[n - m :]
         _norm(last, norms[L, 0], numbers[0], last)
-        project(weights, head, last, logits, threads)
+        project(weights, head, last, logits, thread, threads)
+
+
+@njit(cache=True)
+def share(thread, threads, count):
+    """The tokens [first, stop) of one thread."""
+    return count * thread // threads, count * (thread + 1) // threads
 
 
 @njit(parallel=True, cache=True)
@@ -121,25 +205,30 @@ def touch(count):
     return total_
 
 
-@njit(parallel=True, cache=True)
-def project(kind, linears, x, out, threads):
-    """`out` [n, rows of all] = x [n, columns] times several linear layers, int64 [k, 7] as in `project_any`."""
+@njit(cache=True)
+def project(kind, linears, x, out, thread, threads):
+    """One part of the rows of `out` [n, rows of all] = x [n, columns] times several linear layers.
+
+    Args:
+        linears: int64 [k, 7], as `project_any` takes them.
+    """
     arranged = arrange(kind, x)
-    for p in prange(threads):
-        offset = 0
-        for which in range(len(linears)):
-            start, stop = rows_of(p, threads, linears[which, 3])
-            project_any(kind, linears[which], x.ctypes.data, arranged.ctypes.data, len(x), start, stop, out, offset)
-            offset += linears[which, 3]
+    offset = 0
+    for which in range(len(linears)):
+        start, stop = rows_of(thread, threads, linears[which, 3])
+        project_any(kind, linears[which], x.ctypes.data, arranged.ctypes.data, len(x), start, stop, out, offset)
+        offset += linears[which, 3]
+    return arranged[0, 0]  # numba frees an array after the last line that names it
 
 
 @njit(cache=True)
-def _gate(x, activation, out):
-    """`out` [n, inner] = act(gate) * up of x [n, 2 inner]."""
+def _gate(x, activation, out, thread, threads):
+    """One part of the columns of `out` [n, inner] = act(gate) * up of x [n, 2 inner]."""
     inner = out.shape[1]
+    start, stop = rows_of(thread, threads, inner)
     for t in range(len(x)):
         gate, up, target = x[t].ctypes.data, x[t].ctypes.data + 4 * inner, out[t].ctypes.data
-        for r in range(0, inner, 8):
+        for r in range(start, stop, 8):
             store(target, r, mul(_activate(load(np.float32, gate, r), activation), load(np.float32, up, r)))
 
 
@@ -178,12 +267,13 @@ def _norm(x, weights, epsilon, out):
 
 
 @njit(cache=True)
-def _add(x, weights, epsilon, residual):
-    """`residual` += x, normed if there are weights."""
+def _add(x, weights, epsilon, residual, scratch):
+    """`residual` += x, normed if there are weights, by way of `scratch`."""
     for t in range(len(x)):
         source, target = x[t].ctypes.data, residual[t].ctypes.data
         if weights:
-            _norm_row(source, weights, epsilon, x.shape[1], source)
+            _norm_row(source, weights, epsilon, x.shape[1], scratch[t].ctypes.data)
+            source = scratch[t].ctypes.data
         for c in range(0, x.shape[1], 8):
             store(target, c, add(load(np.float32, target, c), load(np.float32, source, c)))
 
@@ -217,21 +307,22 @@ def _rotate(shape, x, cos, sin, factor, out):
 
 
 @njit(cache=True)
-def _rotate_queries(shape, qkv, rotations, scales, queries):
+def _rotate_queries(shape, qkv, rotations, scales, queries, first, stop):
+    """Rotate the queries of the tokens [first, stop) for every band."""
     H, D = shape[0], shape[2]
     for band in range(len(rotations)):
-        for t in range(len(qkv)):
+        for t in range(first, stop):
             for h in range(H):
                 row = qkv[t, h * D : (h + 1) * D]
                 _rotate(shape, row, rotations[band, t, 0], rotations[band, t, 1], scales[t], queries[band, t, h])
 
 
 @njit(cache=True)
-def _write(shape, kind, qkv, rotations, places, buffers):
-    """Write the rotated keys and the values into the cache."""
+def _write(shape, kind, qkv, rotations, places, buffers, first, stop):
+    """Write the rotated keys and the values of the tokens [first, stop) into the cache."""
     H, K, D = shape[0], shape[1], shape[2]
     rotated = np.empty(D, np.float32)
-    for t in range(len(qkv)):
+    for t in range(first, stop):
         for h in range(K):
             key = qkv[t, (H + h) * D : (H + h + 1) * D]
             _rotate(shape, key, rotations[t, 0], rotations[t, 1], np.float32(1), rotated)
@@ -261,19 +352,18 @@ def _write_row(kind, x, D, buffer, head, place):
             store_int8(buffer[DATA], row * D + d, mul(load(np.float32, x, d), inverse))
 
 
-@njit(parallel=True, cache=True)
-def _attend(shape, softcap, kind, queries, parts, firsts, buffers, mixed):
+@njit(cache=True)
+def _attend(shape, softcap, kind, queries, parts, firsts, buffers, outs, peaks, sums, thread, threads):
+    """One thread's share of the parts of attention."""
     H, K, D = shape[0], shape[1], shape[2]
     G, begin = H // K, firsts[0]
     count = firsts[len(firsts) - 1] - begin
-    outs = np.empty((count, H, D), np.float32)
-    peaks, sums = np.empty((count, H), np.float32), np.empty((count, H), np.float32)
-    for i in prange(count * K):
+    size = size_of(kind)
+    for i in range(thread, count * K, threads):
         p, h = i // K, i % K
         work = parts[begin + p]
         keys, vals = buffers[work[TOKEN], KEYS], buffers[work[TOKEN], VALUES]
         key, value = h * keys[CAPACITY] + work[START], h * vals[CAPACITY] + work[START]
-        size = size_of(kind)
         part(
             kind,
             keys[DATA] + size * key * D,
@@ -290,5 +380,12 @@ def _attend(shape, softcap, kind, queries, parts, firsts, buffers, mixed):
             peaks[p, h * G : (h + 1) * G],
             sums[p, h * G : (h + 1) * G],
         )
-    for t in range(len(mixed)):
-        join(outs, peaks, sums, firsts[t] - begin, firsts[t + 1] - begin, H, D, mixed[t])
+
+
+@njit(cache=True)
+def _join(shape, firsts, outs, peaks, sums, mixed, thread, threads):
+    """One thread's share of the heads whose parts are joined."""
+    H, D = shape[0], shape[2]
+    for i in range(thread, len(mixed) * H, threads):
+        t, h = i // H, i % H
+        join(outs, peaks, sums, firsts[t] - firsts[0], firsts[t + 1] - firsts[0], h, D, mixed[t])

@@ -1,0 +1,59 @@
+"""Threads that work together: nobody passes a barrier early, and a team that does not gather does nothing."""
+
+import numba
+import numpy as np
+import pytest
+import torch
+from decoders import DECODERS, IDS, compiled
+from numba import njit, prange
+
+from ropewalk.engine.runners.cpu import runner as runners
+from ropewalk.engine.runners.cpu.kernels.team import FAILED, STATE, assemble, new_team, wait
+from ropewalk.errors import RopewalkWarning
+
+
+@njit(parallel=True)
+def pass_around(threads, rounds, team, seen):
+    """In every round each thread writes its own number and then reads that of the next thread."""
+    board = np.zeros((threads, 64), np.int64)
+    for thread in prange(threads):
+        if assemble(team, threads):
+            for n in range(rounds):
+                board[thread, 0] = n + 1
+                wait(team, threads)
+                seen[thread] += board[(thread + 1) % threads, 0] == n + 1
+                wait(team, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_every_thread_sees_what_the_others_wrote_before_a_barrier(threads):
+    if threads > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip(f"numba has {numba.config.NUMBA_NUM_THREADS} threads here")
+    before = numba.get_num_threads()
+    numba.set_num_threads(threads)
+    seen = np.zeros(threads, np.int64)
+    pass_around(threads, 500, new_team(), seen)
+    numba.set_num_threads(before)
+    assert (seen == 500).all()
+
+
+def test_a_team_that_does_not_gather_is_given_up_by_all():
+    team = new_team()
+    assert not assemble(team, 2)  # waits for a second thread, which does not come
+    assert team[STATE] == FAILED
+    assert not assemble(team, 2)  # and comes too late
+
+
+def test_a_step_without_enough_threads_runs_on_one_and_says_so(monkeypatch):
+    runner = compiled(DECODERS["llama"]())
+    ids = IDS[0, :3].tolist()
+    expected = runner.forward(ids, runner.new_cache(8), 3)
+
+    def too_few():
+        numba.set_num_threads(1)
+        return 2
+
+    monkeypatch.setattr(runners, "share_threads", too_few)
+    with pytest.warns(RopewalkWarning, match="2 threads of a step did not start together"):
+        found = runner.forward(ids, runner.new_cache(8), 3)
+    assert torch.equal(found, expected)
