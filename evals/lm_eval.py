@@ -37,6 +37,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         rope: a scaler. If it has commas, --model_args must be JSON.
         dtype: as for `load`.
         kv_dtype: as for `load`.
+        precision: as for `load`.
         max_length: most tokens of a text; the beginning of a longer text is cut off. None: the
             reach of the scaler.
         max_gen_toks: most tokens to write if the task does not say.
@@ -51,6 +52,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         rope: str = "none",
         dtype: str = "auto",
         kv_dtype: str = "auto",
+        precision: str = "auto",
         max_length: int | None = None,
         max_gen_toks: int = 256,
         device: str | None = None,
@@ -60,7 +62,8 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # the harness's default is the GPU
-        self.model = load(model, rope, dtype=dtype, kv_dtype=kv_dtype, max_length=max_length, device_map=device)
+        formats: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "precision": precision}
+        self.model = load(model, rope, **formats, max_length=max_length, device_map=device)
         self.tokenizer = self.model.tokenizer
         self.max_length, self.max_gen_toks = self.model.max_length, max_gen_toks
         self._device = input_device(self.model.hf)

@@ -176,7 +176,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     """lm-evaluation-harness with a model `ropewalk`, so that any of its tasks runs under any scaler.
 
     ARGUMENTS go to the harness's own command, `lm-eval`; `ropewalk lm-eval run --help` is its help. --model_args takes
-    model, rope, dtype, kv_dtype, max_length and max_gen_toks. Tasks that download their data need a network.
+    model, rope, dtype, kv_dtype, precision, max_length and max_gen_toks. Tasks that download their data need a network.
     """
     try:
         from lm_eval.__main__ import cli_evaluate
