@@ -12,7 +12,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def model():
-    return rw.load("smollm2-135m")
+    return rw.load("smollm2-135m", precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_after_the_chat_header_nothing_is_drawn_again(chatting):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["yarn:4", "rerope:2k|logn", "self-extend:8,window=1k"])
-def test_every_scaler_gives_the_law_that_transformers_modules_give(model, spec):
+def test_every_scaler_gives_the_distribution_of_transformers_modules(model, spec):
     text = "It was a dark and stormy night; the rain fell in torrents. " * 12 + "import nump"
     model.rope = spec
     try:
