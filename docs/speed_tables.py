@@ -49,11 +49,13 @@ def _table(run: dict[str, Any]) -> str:
     versions = [f"transformers {run['versions']['transformers']}"]
     if "llama-cpp-python" in run["versions"]:
         versions.append(f"llama-cpp-python {run['versions']['llama-cpp-python']}")
+    products = "bfloat16" if "products of chunks in bfloat16" in run["versions"]["network"] else "float32"
     return "\n".join(
         [
             *lines,
             "",
-            f"{run['cpu']}, {run['threads']} threads, memory reads {run['bandwidth_gb_s']:.0f} GB/s; {run['model']}; "
+            f"{run['cpu']}, {run['threads']} threads, memory reads {run['bandwidth_gb_s']:.0f} GB/s; {run['model']}, "
+            f"prompts with {products} products; "
             f"{', '.join(versions)}.",
         ]
     )
