@@ -136,6 +136,7 @@ class Batch:
 
         Raises:
             OutOfMemory: there is no room, although no other sequence is in progress.
+            ContextOverflow: the same, known before it is read.
         """
         pieces: list[tuple[Sequence, str]] = []
         self._rope_state = runner.rope_state
@@ -211,28 +212,40 @@ class Batch:
             sequence.release()
 
     def _may_begin(self, sequence: Sequence) -> bool:
-        """True if a sequence may begin: the limit and memory have room for one more, or no other is in progress."""
+        """True if a sequence may begin: the limit and memory have room for one more, or no other is in progress.
+
+        Raises:
+            ContextOverflow: of a request of a scheduler, which has no room although no other is in progress.
+        """
         count = len(self._admission.in_progress)
         if count >= self._admission.limit:
             return False
         if not count and self._store is None and self._ended is None:  # nothing could be freed for it
             return True
-        if self._has_room(sequence) or not count:
-            return True
-        self._admission.lower_limit(patience=1)
-        return False
+        try:
+            self._make_room(sequence)
+        except ContextOverflow:
+            if not count and self._admission.shared:  # `Scheduler.check_room` counted on memory that others now use
+                raise
+            if count:
+                self._admission.lower_limit(patience=1)
+                return False
+        return True
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """True if memory has room for a sequence beside those in progress; caches not in use are freed for it."""
+    def _make_room(self, sequence: Sequence) -> None:
+        """Free caches that are not in use, if memory has no room for a sequence beside those in progress.
+
+        Raises:
+            ContextOverflow: there is none even then.
+        """
         rows = [*self._row_lengths, *sequence.row_lengths]
         reserved = self._admission.reserved_beside(self)
         try:
             self.model.check_room(*rows, length=self.length, caches=self._caches, rope=self.rope, reserved=reserved)
         except ContextOverflow:
-            if self._free_unused():
-                return self._has_room(sequence)
-            return False
-        return True
+            if not self._free_unused():
+                raise
+            self._make_room(sequence)
 
     @property
     def _row_lengths(self) -> list[int]:

@@ -319,7 +319,7 @@ def _longest_row(model: ScaledModel, rows: abc.Sequence[Prompt], params: Samplin
     lengths = []
     for number, row in enumerate(rows):
         try:
-            lengths.append(model.check_length(len(row.ids), params, plan=plan))
+            lengths.append(model.check_reach(len(row.ids), params, plan))
         except ContextOverflow as error:
             where = f"contexts[{number - 1}] with the question" if number else "the question"
             raise ContextOverflow(

@@ -160,6 +160,11 @@ class PrefixStore:
         """Bytes of all caches."""
         return sum(entry.bytes for entry in self._entries)
 
+    @property
+    def caches(self) -> list[Cache]:
+        """All caches."""
+        return [entry.cache for entry in self._entries]
+
     def take(self, ids: list[int], rope_state: RopeState) -> Cache | None:
         """A cache with the longest stored beginning of `ids` without its last token; None if that is short.
 

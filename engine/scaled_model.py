@@ -364,10 +364,19 @@ class ScaledModel:
         Raises:
             ContextOverflow: they are more than the scaler reaches, or than memory holds.
         """
+        total, plan = self.check_reach(tokens, params, plan), plan or self.plan
+        self.check_room(total, length=total, caches=caches, rope=plan.at(total))
+        return total
+
+    def check_reach(self, tokens: int, params: SamplingParams, plan: RopePlan | None = None) -> int:
+        """`check_length` without a look at the memory.
+
+        Raises:
+            ContextOverflow: prompt and answer are more than the scaler reaches.
+        """
         total, plan = tokens + params.max_new_tokens, plan or self.plan
         if total > self._limit(plan):
             raise too_long(tokens, params, self.name, plan.rope, plan.reach, self.given_max_length)
-        self.check_room(total, length=total, caches=caches, rope=plan.at(total))
         return total
 
     def _check_weights(self) -> None:

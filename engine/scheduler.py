@@ -12,11 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from transformers.cache_utils import Cache
+
 from ..errors import ConfigError, RopewalkError
 from ..scaling.rope import Scaler
 from .batch import Admission, Batch, generate_tokens
 from .completion import Completion, Token
 from .generation import ROWS
+from .kv_cache import owned_tokens
 from .prefix_cache import PrefixStore
 from .scaled_model import ScaledModel
 from .sequence import Sequence
@@ -97,6 +100,16 @@ class Scheduler:
         """Number of requests that are being answered."""
         return sum(len(batch.running) for batch, _ in list(self._batches.values()))
 
+    def check_room(self, sequence: Sequence, scaler: Scaler) -> None:
+        """Refuse a sequence that memory could not hold if no other were answered. It waits for the step in progress.
+
+        Raises:
+            ContextOverflow: with the numbers.
+        """
+        with self.model.running(sequence.length, rope=scaler) as runner:
+            held = owned_tokens(self._held_caches()) * runner.bytes_per_token
+            runner.check_room(*sequence.row_lengths, reserved=-held)
+
     def submit(self, *requests: Request) -> None:
         """Accept requests, all of them or none.
 
@@ -133,6 +146,13 @@ class Scheduler:
             self._changed.notify()
         self._thread.join()
         self.store.clear()
+
+    def _held_caches(self) -> Iterator[Cache]:
+        """The caches of the requests that are being answered, and of the store."""
+        for batch, _ in list(self._batches.values()):
+            for sequence in [*batch.running, *batch.waiting]:
+                yield from sequence.caches
+        yield from self.store.caches
 
     def _run(self) -> None:
         while self._take():

@@ -94,7 +94,7 @@ class Runner(ABC):
         Args:
             rows: the tokens of each cache.
             owned: how many of all these tokens have allocated memory already.
-            reserved: bytes that other caches will take.
+            reserved: bytes that other caches will take; below 0 if they will free memory.
         """
 
     @abstractmethod

@@ -4,8 +4,9 @@ import threading
 import time
 from contextlib import contextmanager
 
+import psutil
 import pytest
-from live import TEXT, greedy, limit_memory
+from live import TEXT, Memory, greedy, limit_memory
 
 import ropewalk as rw
 from ropewalk.engine.batch import _TURN
@@ -177,6 +178,19 @@ def test_no_request_overtakes_one_that_waits_for_memory(model, monkeypatch):
         assert all(each.ended.wait(30) for each in (first, second, large, last))
     assert begins == [first, second, large, last]
     assert min(free) >= 0
+
+
+def test_a_request_that_has_no_room_alone_ends_and_the_next_is_answered(model, monkeypatch):
+    """Other processes took the memory after the request was submitted."""
+    large, small = Asked(model, "x", 200), Asked(model, "x", 20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(100 * model.bytes_per_token))
+    with scheduling(model) as scheduler:
+        submit(scheduler, large, small)
+        assert large.ended.wait(20) and small.ended.wait(20)
+        with pytest.raises(rw.ContextOverflow, match="take at most 100 tokens"):
+            scheduler.check_room(large.sequence, large.request.scaler)
+    assert type(large.completion) is rw.ContextOverflow
+    assert small.completion.token_ids == alone(model, "x", 20)
 
 
 def test_a_lack_of_memory_under_one_scaler_waits_for_another(model, monkeypatch):

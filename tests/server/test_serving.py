@@ -10,6 +10,7 @@ import time
 import httpx2
 import psutil
 import pytest
+from live import limit_memory
 from running import TEXT, greedy, post, serving, waits
 
 import ropewalk as rw
@@ -268,3 +269,30 @@ def test_a_request_waits_for_memory_that_others_hold(model, monkeypatch):
             most = max(most, server.scheduler.running)
         assert most == 1
         assert [answers[0], answers[1]] == expected
+
+
+def test_only_what_never_fits_is_refused_for_its_memory(model, monkeypatch):
+    """Another request holds most of the memory, and the caches of earlier ones some of it."""
+    limit_memory(monkeypatch, model, 300 * model.bytes_per_token)
+    step = model._runner.step
+    monkeypatch.setattr(model._runner, "step", lambda rows: time.sleep(0.01) or step(rows))
+    with serving(model) as (url, server):
+        assert post(url, prompt="import os\n" * 30, max_tokens=2).status_code == 200
+        waits(lambda: server.scheduler.store.bytes)
+        body = {"prompt": TEXT, "max_tokens": 220, "stream": True, "temperature": 0}
+        with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            events = answer.iter_lines()
+            for _ in range(220):
+                next(events)
+            held = post(url, prompt=TEXT, max_tokens=400)
+            assert held.status_code == 400, held.text
+            assert held.json()["error"]["code"] == "context_length_exceeded"
+            assert "take at most 300 tokens" in held.json()["error"]["message"]
+            contexts = [TEXT * 4, TEXT * 5, TEXT * 6]
+            pooled = post(url, prompt="What?", contexts=contexts, max_tokens=100)
+            assert pooled.status_code == 400 and "take at most 300 tokens" in pooled.json()["error"]["message"]
+            assert server.scheduler.running == 1
+            waiting = post(url, prompt=TEXT, max_tokens=250)
+            assert waiting.status_code == 200, waiting.text
+            assert waiting.json()["usage"]["completion_tokens"] == 250
+            list(events)

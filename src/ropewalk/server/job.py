@@ -61,7 +61,10 @@ class Job:
         self._texts = TokenTexts(model.vocabulary, model.tokenizer)
         self._header = answers.Header.new("chatcmpl" if asked.is_chat else "cmpl", name)
         self._plan = model.plan if asked.rope is None else model.plan_for(asked.rope)
-        self._choices = [_Choice(*pair) for pair in enumerate(_sequences(asked, model, self._plan))]
+        sequences = _sequences(asked, model, self._plan)
+        for sequence in sequences:
+            scheduler.check_room(sequence, self._plan.at(sequence.length))
+        self._choices = [_Choice(*pair) for pair in enumerate(sequences)]
         self._updates: asyncio.Queue[tuple[_Choice, Update]] = asyncio.Queue()
 
     def submit(self) -> None:
@@ -249,7 +252,7 @@ def _sequence(asked: Asked, prompt: str | list[int], params: SamplingParams, mod
         assert isinstance(prompt, str)
         return model.over_contexts(prompt, asked.contexts, "entropy", params, plan=plan)
     read = model.read(prompt, params.continuation, plan=plan)
-    model.check_length(len(read.ids), params, plan=plan)
+    model.check_reach(len(read.ids), params, plan)
     parts = (read, model.resolved(params), model.vocabulary, model.stop_ids)
     if asked.scores_prompt:
         most = max(asked.prompt_logprobs or 0, (params.logprobs or 0) if asked.echo else 0)
