@@ -16,12 +16,15 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Small tensors: more threads cost more than they give, and `make test` runs a worker for every core.
+# Small tensors: more threads cost more than they give, and `make test` runs a worker for every core. The variable is
+# for the processes that tests start; libraries here have read it already.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # torch does not see ATEN_CPU_CAPABILITY in its cache of compiled code, and code for other vectors gives wrong masks
 _compiled = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), _compiled)))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else a pool of processes, each of which imports torch
 
 # No deadline: tests share their machine, and a slow example is not a wrong one. `make test` runs the same examples
 # every time, so that a test that fails fails because of a change; `make fuzz` runs other examples, and more of them.

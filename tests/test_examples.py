@@ -14,10 +14,10 @@ EXAMPLES = {
     "perplexity_study": ("--text", "{code}", "--lengths", "64", "300", "--target", "32", "--out", "{folder}"),
 }
 SMOLLM2 = {
-    "long_document": ("--tokens", "900", "--window", "256"),
-    "transformers_pipeline": ("--tokens", "600"),
+    "long_document": ("--tokens", "400", "--window", "150"),
+    "transformers_pipeline": ("--tokens", "300"),
     "code_completion": (),
-    "perplexity_study": ("--lengths", "1k", "1280", "--out", "{folder}"),
+    "perplexity_study": ("--lengths", "256", "320", "--target", "128", "--out", "{folder}"),
 }
 SAYS = {
     "long_document": "sink-window:",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
+
+import pytest
+from prepared import python
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -20,10 +22,20 @@ EXTRA = names(PROJECT["optional-dependencies"]["evals"])
 SENTENCE = "measuring and plotting need ropewalk[evals] (not installed: {}): pip install 'ropewalk[evals]'"
 
 
-def without(hidden: set[str], code: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a process in which some modules cannot be imported."""
-    hide = f"import sys; sys.modules.update(dict.fromkeys({sorted(hidden)}))\n"
-    return subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True, check=False)
+@pytest.fixture
+def without(tmp_path):
+    """A function that runs code in a process in which some packages cannot be imported."""
+
+    def run(hidden: set[str], code: str) -> subprocess.CompletedProcess[str]:
+        hide = (
+            "import sys\n"
+            f"gone = [name for name in sys.modules if name.partition('.')[0] in {sorted(hidden)}]\n"
+            f"sys.modules.update(dict.fromkeys([*gone, *{sorted(hidden)}]))\n"
+        )
+        (tmp_path / "script.py").write_text(hide + code)
+        return python(tmp_path / "script.py")
+
+    return run
 
 
 def test_the_list_in_evals_is_that_of_the_extra():
@@ -46,7 +58,7 @@ def test_tests_and_other_extras_that_measure_have_it():
         assert "ropewalk[evals]" in names(PROJECT["optional-dependencies"][extra])
 
 
-def test_loading_and_patching_work_without_the_extra_and_measuring_says_what_is_missing():
+def test_loading_and_patching_work_without_the_extra_and_measuring_says_what_is_missing(without):
     done = without(
         EXTRA - {"httpx2"},  # huggingface_hub imports it too
         """import ropewalk as rw
@@ -63,6 +75,6 @@ for name in ("evals", "tune"):
     assert done.stdout.splitlines() == 2 * [SENTENCE.format("matplotlib, scipy, cmaes, wonderwords")], done.stderr
 
 
-def test_a_command_says_it_in_one_sentence():
+def test_a_command_says_it_in_one_sentence(without):
     done = without({"scipy"}, "from ropewalk.cli.main import main; sys.argv[1:] = ['ppl', 'no-model']; main()")
     assert (done.returncode, done.stderr) == (2, f"ropewalk: {SENTENCE.format('scipy')}\n")

@@ -17,6 +17,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 LIBRARIES = (
+    "gguf",
     "scipy.optimize",
     "torch.distributed.tensor",
     "torch.nn.attention.bias",

@@ -72,17 +72,17 @@ def test_steps_are_those_of_a_cache_that_holds_everything(endless, ids, soon, mo
     assert (actual - expected).abs().max() < 3e-4
 
 
-def test_a_text_written_without_an_end_takes_the_memory_of_its_window(endless, ids, monkeypatch):
+def test_a_text_written_without_an_end_takes_the_memory_of_its_window(endless, ids, soon, monkeypatch):
     endless.rope = "sink-window:64"
     bound = most_held((4, 64)) + CHUNK
-    params = rw.SamplingParams(max_new_tokens=1500, temperature=0, continuation="off")
+    params = rw.SamplingParams(max_new_tokens=300, temperature=0, continuation="off")
     cache = endless.new_cache(10**9)
-    assert cache.layers[0].capacity == bound  # not a billion
+    assert cache.layers[0].capacity == bound < 1200  # not a billion
     prompt = ids[:1200]
     actual = endless.generate_ids(prompt, params, cache)
     assert cache.layers[0].capacity == bound
     assert tokens_read(cache) == len(prompt) + len(actual.token_ids) - 1
-    assert len(actual.token_ids) == 1500
+    assert len(actual.token_ids) == 300
     assert cache.layers[0].evicted > 1000
     assert actual == holding_all(endless, monkeypatch, lambda: endless.generate_ids(prompt, params))
 

@@ -19,7 +19,6 @@ CONTEXTS = [
     "def parse(text):\n    return text.split()\n",
     "class Reader:\n    def read_line(self):\n        return self.file.readline()\n" * 3,
 ]
-SPECS = ("none", "yarn:2", "rerope:64|logn", "dynamic-ntk")
 
 
 @pytest.fixture
@@ -90,15 +89,14 @@ def naive_answer(model, texts, count, **nbce):
     return written, sources, distributions
 
 
-@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(
-    "settings",
+    ("spec", "settings"),
     [
-        {},
-        {"beta": 0.9, "top_p": 0.6, "stickiness": 1.5},
-        {"pooling": "mean"},
-        {"pooling": "max", "beta": 0.0},
-        {"pooling": "max", "top_p": 1.0},
+        *((spec, {}) for spec in ("none", "yarn:2", "rerope:64|logn", "dynamic-ntk")),
+        ("none", {"beta": 0.9, "top_p": 0.6, "stickiness": 1.5}),
+        ("rerope:64|logn", {"pooling": "mean"}),
+        ("dynamic-ntk", {"pooling": "max", "beta": 0.0}),
+        ("yarn:2", {"pooling": "max", "top_p": 1.0}),
     ],
     ids=str,
 )

@@ -63,7 +63,7 @@ def test_ropewalk_tells_what_it_runs_in(tiny_folder, dtype):
     assert np.abs(engine.prefill(IDS) - reference(tiny_folder)[-1]).max() < 0.5
 
 
-def test_ropewalk_says_in_its_name_that_transformers_modules_run_it(tiny_folder, tmp_path):
+def test_ropewalk_says_in_its_name_that_transformers_modules_run_it(tiny_folder, prepared_processes):
     with ProcessWorker(spec("ropewalk", tiny_folder, "bfloat16")) as worker:
         assert worker.name == "ropewalk bfloat16"
     with ProcessWorker(spec("ropewalk", tiny_folder, "float16")) as worker:
@@ -173,8 +173,7 @@ def test_a_process_is_the_engine_and_can_die(tiny_folder):
             worker.prefill([1, 2])
 
 
-@pytest.mark.slow
-def test_an_engine_that_does_not_load_says_why(tmp_path):
+def test_an_engine_that_does_not_load_says_why(tmp_path, prepared_processes):
     with pytest.raises(rw.AssetError, match="no config"):
         ProcessWorker(spec("ropewalk", tmp_path, "auto"))
     with pytest.raises(rw.RopewalkError, match=r"config.json cannot be used \(ValueError: Unrecognized model"):

@@ -16,7 +16,7 @@ import pytest
 KILLS = 20
 CELLS, ROWS = 30, 55
 
-# A process loads once; its children measure, and are killed.
+# A process loads once; its children measure, and are killed. A folder starts a child, the id of a child waits for it.
 MEASURE = """
 import os, sys, time
 from pathlib import Path
@@ -38,14 +38,16 @@ plan = protocol("by-position", (100, 200, 300, 400, 500, 600))
 subject = LocalModel(model)
 todo = cells(subject, load_text(text), [parse(s) for s in ("none", "yarn:2", "ntk:2", "linear:2", "rerope:64")], plan)
 print("ready", flush=True)
-for line in sys.stdin:
-    folder = Path(line.strip())
+for line in map(str.strip, sys.stdin):
+    if line.isdigit():
+        print(os.waitstatus_to_exitcode(os.waitpid(int(line), 0)[1]), flush=True)
+        continue
+    folder = Path(line)
     folder.mkdir(exist_ok=True)
     child = os.fork()
     if child == 0:
         os._exit(len(measure_all(subject, todo, Run(folder), Console(quiet=True)).measured))
     print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -57,23 +59,28 @@ def text_file(tmp_path_factory, held_out_texts):
 
 
 @pytest.fixture(scope="module")
-def measurers(tiny_folder, text_file):
-    """Two processes that measure the grid into each folder whose name they get."""
+def measurer(tiny_folder, text_file):
+    """A process whose children measure the grid into the folders whose names it gets."""
     command = [sys.executable, "-c", MEASURE, str(tiny_folder), str(text_file)]
-    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in started:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
-    yield started
-    for process in started:
-        process.stdin.close()
-        process.wait()
+        yield process
+
+
+def ask(process, line):
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
 
 
 def measure(process, folder):
-    """Let it measure into a folder; the process that does."""
-    process.stdin.write(f"{folder}\n")
-    process.stdin.flush()
-    return int(process.stdout.readline())
+    """Let a child measure into a folder; the child."""
+    return ask(process, folder)
+
+
+def end(process, child):
+    """How many cells the child has measured, or the signal that ended it, below zero."""
+    return ask(process, child)
 
 
 def lines(folder):
@@ -86,24 +93,21 @@ def timeless(row):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_goes_on_and_no_row_is_lost_or_doubled(measurers, tmp_path):
+def test_killed_at_any_moment_a_run_goes_on_and_no_row_is_lost_or_doubled(measurer, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process, other = measurers
     started = time.monotonic()
-    measure(process, whole)
-    assert process.stdout.readline() == f"{CELLS}\n"
+    assert end(measurer, measure(measurer, whole)) == CELLS
     seconds = time.monotonic() - started
     chance, kills, rows_so_far = random.Random(0), 0, 0
     for _ in range(KILLS):
-        child = measure(other, killed)
+        child = measure(measurer, killed)
         time.sleep(chance.random() * 3 * seconds / CELLS)
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-        kills += other.stdout.readline() == f"{-signal.SIGKILL}\n"
+        kills += end(measurer, child) == -signal.SIGKILL
         assert len(lines_of_whole_rows(killed)) >= rows_so_far
         rows_so_far = len(lines_of_whole_rows(killed))
-    measure(other, killed)
-    assert 0 <= int(other.stdout.readline()) < CELLS
+    assert 0 <= end(measurer, measure(measurer, killed)) < CELLS
     assert kills > KILLS // 4  # the others came after its end, or on a busy machine before its first row
     expected, measured = ({row["key"]: timeless(row) for row in lines(folder)} for folder in (whole, killed))
     assert measured == expected
@@ -119,10 +123,9 @@ def lines_of_whole_rows(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_grid(measurers, tmp_path):
-    for process in measurers:
-        measure(process, tmp_path / "both")
-    assert sum(int(process.stdout.readline()) for process in measurers) == CELLS
+def test_two_processes_share_one_grid(measurer, tmp_path):
+    children = [measure(measurer, tmp_path / "both") for _ in range(2)]
+    assert sum(end(measurer, child) for child in children) == CELLS
     keys = [row["key"] for row in lines(tmp_path / "both")]
     assert len(keys) == len(set(keys)) == ROWS
     assert list((tmp_path / "both" / ".claims").iterdir()) == []

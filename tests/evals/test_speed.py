@@ -75,8 +75,7 @@ def test_against_compares_engines_as_json(tiny_folder):
     assert printed["bandwidth_gb_s"] > 0
 
 
-@pytest.mark.slow
-def test_the_tables_of_a_comparison_say_that_the_fast_engine_did_not_run(tiny_folder):
+def test_the_tables_of_a_comparison_say_that_the_fast_engine_did_not_run(tiny_folder, prepared_processes):
     arguments = ["speed", str(tiny_folder), "--against", "hf:float32", "--lengths", "64", "--dtype", "float16"]
     arguments += ["--new-tokens", "2", "--repeats", "1", "--prefill-repeats", "1", "--threads", "1"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False, env={"COLUMNS": "160"})

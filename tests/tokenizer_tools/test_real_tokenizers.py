@@ -13,9 +13,9 @@ import sentencepiece
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from small_tokenizers import GPT2, LLAMA3, RIGHT_ALIGNED, byte_level
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import LlamaTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
 
-import ropewalk as rw
+from ropewalk.engine.checkpoints.source import resolve
 from ropewalk.errors import UnsupportedModel
 from ropewalk.tokenizer_tools.cover import cover
 from ropewalk.tokenizer_tools.vocabularies import vocabulary
@@ -78,7 +78,7 @@ def t5_like():
 
 
 TOKENIZERS = {
-    "smollm2": lambda: rw.load("smollm2-135m").tokenizer,
+    "smollm2": lambda: AutoTokenizer.from_pretrained(resolve("smollm2-135m")),
     "sentencepiece": lambda: sentencepiece.SentencePieceProcessor(model_file=str(DATA / "tokenizer.model.v1")),
     "tekken": lambda: Tekkenizer.from_file(DATA / "tekken_240911.json"),
     "tiktoken": lambda: Tekkenizer.from_file(DATA / "tekken_240718.json")._model,

@@ -1,7 +1,5 @@
 """The weights of a GGUF file in a transformers model, packed or expanded, are those that transformers reads."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -10,6 +8,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Format
 from gguf_models import FAMILIES, SCALES, logits, random_blocks, write_family
+from prepared import python
 from tiny_gguf import HIDDEN, UNUSED, write_llama
 from transformers import AutoModelForCausalLM
 
@@ -313,12 +312,12 @@ print(peak())
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of a process from /proc")
-def test_loading_the_built_in_model_takes_little_memory():
+def test_loading_the_built_in_model_takes_little_memory(tmp_path):
     assets.fetch("smollm2-135m")
+    (tmp_path / "script.py").write_text(LOADED)
     peaks = {}
     for dtype in ("auto", "float32"):
-        out = subprocess.run([sys.executable, "-c", LOADED, dtype], capture_output=True, text=True, check=True).stdout
-        peaks[dtype] = int(out)
+        peaks[dtype] = int(python(tmp_path / "script.py", dtype).stdout)
     assert peaks["auto"] + 300 < peaks["float32"], peaks  # 97 MB of blocks are 538 MB in float32
 
 

@@ -24,7 +24,7 @@ def rounding(*specs, length=None):
     return 1e-10 if ours else 3e-5
 
 
-@examples(40)
+@examples(25)
 @given(
     spec=st.sampled_from(SPECS),
     cuts=st.lists(st.integers(1, 199), min_size=1, max_size=6, unique=True).map(sorted),
@@ -172,7 +172,7 @@ COMPOSED = st.tuples(
 ).map(lambda parts: "|".join(filter(None, parts)) or "none")
 
 
-@examples(40)
+@examples(25)
 @given(spec=COMPOSED, cut=st.integers(1, 199), length=st.sampled_from([None, 200]))
 def test_invariants_of_random_compositions(llama64, spec, cut, length):
     before = read(llama64)

@@ -10,7 +10,8 @@ VERDICTS = read_families()
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_is_served_or_refused_as_the_docs_say(name):
-    verdict = frequencies(name, FAMILIES[name]()), bands(name, FAMILIES[name]())
+    model = FAMILIES[name]()
+    verdict = frequencies(name, model), bands(name, model)
     assert VERDICTS.get(name) == verdict, "run: python docs/generate.py --families"
 
 

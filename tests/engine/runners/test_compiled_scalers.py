@@ -1,5 +1,7 @@
 """Scalers by the compiled kernels, beyond the trained length, compared with the same model patched."""
 
+import itertools
+
 import pytest
 from decoders import (
     DECODERS,
@@ -60,8 +62,10 @@ MIXED = ["yarn:4", "logn", "rerope:30|logn", "self-extend:4,window=30", "dual-ch
 ODD = ["llama-3.1", "llama-one-head", "phi3", "olmo2", "gemma"]
 
 
-@pytest.mark.parametrize("spec", MIXED)
-@pytest.mark.parametrize("name", LAYERED + ODD)
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [*itertools.product(LAYERED, MIXED), *itertools.product(ODD, ["yarn:4", "rerope:30|logn", "dual-chunk"])],
+)
 def test_layers_of_several_kinds_have_their_own_rotation(name, spec):
     hf = DECODERS[name]()
     if name == "phi3" and spec == "yarn:4":

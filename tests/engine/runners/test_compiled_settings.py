@@ -14,11 +14,13 @@ import pytest
 import torch
 from decoders import DECODERS, IDS, compiled, difference, in_bfloat16, in_chunks, noisy, read
 from families import FAMILIES, build
+from prepared import python
 from torch import nn
 
 from ropewalk.engine.model import Model
 from ropewalk.engine.runners.choose import RunnerOptions
 from ropewalk.engine.runners.cpu import family as families
+from ropewalk.engine.runners.cpu import threads
 from ropewalk.engine.runners.cpu.family import Family, LinearLayer
 from ropewalk.engine.runners.cpu.runner import MAX_STEP_TOKENS, CompiledRunner
 from ropewalk.engine.runners.cpu.tables import StoredLinear
@@ -156,9 +158,8 @@ def test_auto_compiles_what_it_can_and_says_so():
 def test_a_numba_that_cannot_be_imported_is_a_reason(tmp_path, tiny_folder):
     (tmp_path / "numba").mkdir()
     (tmp_path / "numba" / "__init__.py").write_text("raise ImportError('Numba needs NumPy 1.9 or less')")
-    code = f"import ropewalk as rw; print(rw.load({str(tiny_folder)!r}).describe())"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    (tmp_path / "script.py").write_text(f"import ropewalk as rw; print(rw.load({str(tiny_folder)!r}).describe())")
+    run = python(tmp_path / "script.py")  # its folder is the first where Python looks for modules
     reason = "not the compiled kernels: numba cannot be imported: Numba needs NumPy 1.9 or less"
     assert reason in run.stdout, run.stderr
 
@@ -282,28 +283,29 @@ def test_a_family_that_is_described_wrongly_is_refused(monkeypatch, name, wrong,
 WAITING = """
 import time, torch
 torch.set_num_threads(2)
-import ropewalk as rw
-runner = rw.load({folder!r}, compile=True)._runner
-with torch.inference_mode():
-    cache, spent = runner.new_cache(64), []
-    for _ in range(9):
-        runner.forward([5], cache, 1)
-        before = time.process_time()
-        time.sleep(0.05)
-        spent.append(time.process_time() - before)
+from ropewalk.engine.runners.cpu.kernels import touch
+from ropewalk.engine.runners.cpu.threads import share_threads
+share_threads()
+spent = []
+for _ in range(9):
+    touch(2)
+    before = time.process_time()
+    time.sleep(0.05)
+    spent.append(time.process_time() - before)
 print(sorted(spent)[4])
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs GNU OpenMP and two CPUs")
-def test_threads_that_wait_do_not_spin(tiny_folder):
-    """CPU time of a process that sleeps after a step. A spinning thread takes 5 ms of it, on a busy machine too."""
+def test_threads_that_wait_do_not_spin():
+    """CPU time of a process that sleeps after a kernel. A spinning thread takes 5 ms of it, on a busy machine too."""
     threads = {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **threads}
-    code = WAITING.format(folder=str(tiny_folder))
     seconds = []
     for spin in ({}, {"GOMP_SPINCOUNT": "300000"}):
-        run = subprocess.run([sys.executable, "-c", code], env=env | spin, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", WAITING], env=env | spin, capture_output=True, text=True, check=True
+        )
         seconds.append(float(run.stdout))
     assert seconds[0] < 5e-4 and seconds[1] > 3 * seconds[0], "what a user sets is respected, and is seen here to spin"
 
@@ -313,3 +315,4 @@ def test_the_kernels_use_as_many_threads_as_torch_does_and_leave_it_its_own():
     runner = compiled(DECODERS["llama"]())
     runner.forward([1], runner.new_cache(8), 1)
     assert (torch.get_num_threads(), numba.get_num_threads()) == (1, 1)
+    assert len(threads._sleeping_threads) == 1, "they keep the others from spinning"
