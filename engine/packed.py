@@ -20,7 +20,7 @@ from .runners.cpu.kernels import BLOCK_FORMATS
 from .runners.cpu.threads import share_threads
 
 _BYTES_AT_A_TIME = 1 << 22  # the gguf library makes several float32 copies of what it unpacks
-_WEIGHTS_AT_A_TIME = 1 << 24  # the output matrix of a large vocabulary would take gigabytes
+_WEIGHTS_AT_A_TIME = 1 << 22  # 16 MB; the output matrix of a large vocabulary would take gigabytes
 _PLAIN = {
     gguf.GGMLQuantizationType.F32: torch.float32,
     gguf.GGMLQuantizationType.F16: torch.float16,

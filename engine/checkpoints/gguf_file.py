@@ -6,6 +6,7 @@ import contextlib
 import functools
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -102,6 +103,15 @@ class GgufFile:
     def tensors(self) -> dict[str, Any]:
         """The tensors of the gguf library by name."""
         return {tensor.name: tensor for tensor in self.reader.tensors}
+
+    @property
+    def formats(self) -> str:
+        """The formats of the matrices, that of most weights first: `Q4_1 + Q8_0`."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.reader.tensors:
+            if len(tensor.shape) > 1:
+                sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+        return " + ".join(name for name, _ in sizes.most_common())
 
     @property
     def weights(self) -> int:

@@ -50,7 +50,7 @@ _FLOATS = {
 """The formats that stay packed: which 16-bit words of a block are floats, and their exponent. The others are whole
 numbers."""
 
-_BYTES_AT_A_TIME = 1 << 24
+_WORDS_AT_A_TIME = 1 << 20
 
 
 class _ScaledEmbedding(PackedEmbedding):
@@ -231,7 +231,7 @@ def _head(model: PreTrainedModel) -> str:
 def scales_are_finite(packed: PackedWeight) -> bool:
     """True if no float in a block is NaN or infinite. Its other numbers are whole, so its weights are finite too."""
     words = packed.data.numpy().reshape(-1, gguf.GGML_QUANT_SIZES[packed.format][1]).view(np.uint16)
-    (columns, exponent), step = _FLOATS[packed.format], max(1, _BYTES_AT_A_TIME // words.shape[1])
+    (columns, exponent), step = _FLOATS[packed.format], max(1, _WORDS_AT_A_TIME // words.shape[1])
     return all(
         bool(((words[start : start + step, list(columns)] & exponent) != exponent).all())
         for start in range(0, len(words), step)

@@ -31,7 +31,7 @@ def resolve(name: str) -> str:
     Raises:
         AssetError: there is no such file or folder, or the name is close to that of a built-in model.
     """
-    if (file := _gguf_file(name)) is not None:
+    if (file := gguf_file(name)) is not None:
         return str(prepared_gguf(file))
     path = Path(name).expanduser()
     if path.is_dir():
@@ -43,8 +43,12 @@ def resolve(name: str) -> str:
     return name
 
 
-def _gguf_file(name: str) -> Path | None:
-    """The file of a built-in model, or the GGUF file `name`; else None."""
+def gguf_file(name: str) -> Path | None:
+    """The file of a built-in model, which is fetched on first use, or the GGUF file `name`; None for other models.
+
+    Raises:
+        AssetError: there is no such file.
+    """
     if name in MODELS and not Path(name).exists():
         return assets.fetch_files(name)
     path = Path(name).expanduser()
@@ -71,7 +75,7 @@ def load_vocabulary(name: str | Path) -> Vocabulary:
         if not path.is_file():
             raise AssetError(f"{name}: no such file; name a tokenizer.json, a SentencePiece .model or a tekken .json")
         return _read(path)
-    if (file := _gguf_file(str(name))) is not None:
+    if (file := gguf_file(str(name))) is not None:
         converted = folder_of_gguf(file) / "tokenizer.json"
         return _read(converted if converted.exists() else file)
     source = resolve(str(name))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGML_QUANT_SIZES
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...engine.checkpoints.checkpoint import read_config, read_tokenizer
+from ...engine.checkpoints.gguf_file import GgufFile, needed_tensors
+from ...engine.checkpoints.source import gguf_file, resolve
 from ...errors import AssetError, ConfigError, did_you_mean
 from ...scaling import hf as hf_config
 from ...scaling.lengths import parse_length
@@ -62,7 +63,8 @@ def engine_specs(
 
     Args:
         model: as for `load`.
-        engines: from `parse_against`. Without a dtype, llama.cpp runs in bf16 and q8_0. hf runs in
+        engines: from `parse_against`. Without a dtype, llama.cpp runs the GGUF file of `model` if
+            there is one and `dtype` is "auto", as ropewalk does, and else bf16 and q8_0. hf runs in
             bfloat16, in the dtype of ropewalk, and on a CPU without bfloat16 arithmetic also in
             float32.
         dtype: of ropewalk, or "auto".
@@ -70,28 +72,35 @@ def engine_specs(
     Raises:
         RopewalkError: the model cannot be loaded, or cannot be written to GGUF.
     """
-    import torch
-
-    from ...engine.exports.gguf_write import cached_gguf
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = model_folder(model)
     specs = [("ropewalk", dtype, model)]
     for kind, chosen in engines:
-        for kind_dtype in [chosen] if chosen else _usual(kind, dtype, device):
-            source = str(cached_gguf(folder, kind_dtype)) if kind == "llama.cpp" else str(folder)
-            specs.append((kind, kind_dtype, source))
+        if kind == "hf":
+            dtypes = [chosen] if chosen else _usual_of_hf(dtype, device)
+            specs += [(kind, each, str(model_folder(model))) for each in dtypes]
+        else:
+            specs += [(kind, *file) for file in _files_of_llama_cpp(model, chosen, dtype)]
     return [
         EngineSpec(kind=kind, dtype=chosen, source=source, context=context, room=room, threads=threads, device=device)
         for kind, chosen, source in dict.fromkeys(specs)
     ]
 
 
-def _usual(kind: str, dtype: str, device: str) -> list[str]:
+def _files_of_llama_cpp(model: str, chosen: str | None, dtype: str) -> Iterator[tuple[str, str]]:
+    """The formats of each GGUF file that llama.cpp shall run, and its path."""
+    from ...engine.exports.gguf_write import cached_gguf
+
+    if chosen is None and dtype == "auto" and (file := gguf_file(model)) is not None:
+        yield GgufFile(file).formats, str(file)
+        return
+    folder = model_folder(model)
+    for each in [chosen] if chosen else ["bf16", "q8_0"]:
+        yield each, str(cached_gguf(folder, each))
+
+
+def _usual_of_hf(dtype: str, device: str) -> list[str]:
     from ...engine.load import cpu_has_bfloat16
 
-    if kind == "llama.cpp":
-        return ["bf16", "q8_0"]
     usual = {"bfloat16", dtype} & {*HF_DTYPES}
     if device == "cpu" and not cpu_has_bfloat16():
         usual.add("float32")
@@ -105,8 +114,6 @@ def model_folder(model: str) -> Path:
     Raises:
         AssetError: there is no such model.
     """
-    from ...engine.checkpoints.source import resolve
-
     source = resolve(model)
     if Path(source).is_dir():
         return Path(source)
@@ -164,7 +171,7 @@ def measure(
         model, engines, dtype=dtype, context=contexts[-1], room=new_tokens, threads=torch.get_num_threads()
     )
     text = _text(folder, contexts[-1] + new_tokens)
-    memory, traffic = Memory(specs[0].device), Traffic(config)
+    memory, traffic = Memory(specs[0].device), Traffic(config, gguf_file(model))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with contextlib.ExitStack() as stack, Progress(*columns, console=console, transient=True) as progress:
         opening = progress.add_task("", total=len(specs))
@@ -208,10 +215,9 @@ def _text(folder: Path, needed: int) -> list[int]:
 READ_BYTES = 256 * 2**20
 """Much more than any cache."""
 
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
+_BYTES = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 _BYTES |= {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # each 32 weights have a scale of 2 bytes
-_BYTES |= {kind.name: size / weights for kind, (weights, size) in GGML_QUANT_SIZES.items()}
-"""Bytes of a number, by the name of its type in torch, of a GGUF file that ropewalk writes, and of packed weights."""
+"""Bytes of a number, by the name of its type in torch, or of a GGUF file that ropewalk writes."""
 
 
 class Memory:
@@ -242,9 +248,10 @@ class Traffic:
 
     Args:
         config: of a transformers model.
+        file: the GGUF file of the model, which engines may run as it is.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, file: Path | None = None) -> None:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -256,12 +263,21 @@ class Traffic:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.cached: int = 2 * config.num_hidden_layers * heads * dim
+        self._of_file = 0 if file is None else _bytes_read(GgufFile(file), config)
 
     def step_bytes(self, dtype: str, cache_dtype: str, length: float) -> float:
         """Bytes that a step after `length` tokens reads.
 
         Args:
-            dtype: of the weights, as torch or GGUF calls it. Several formats of packed weights count as the first.
+            dtype: of the weights, as torch or GGUF calls it; any other name stands for the weights of the file.
             cache_dtype: of the keys and values.
         """
-        return self.weights * _BYTES[dtype.partition(" ")[0]] + length * self.cached * _BYTES[cache_dtype]
+        weights = self.weights * _BYTES[dtype] if dtype in _BYTES else self._of_file
+        return weights + length * self.cached * _BYTES[cache_dtype]
+
+
+def _bytes_read(file: GgufFile, config: Any) -> int:
+    """The bytes of the weights that a step reads."""
+    tied = config.tie_word_embeddings
+    names = needed_tensors(file, config, tied=tied) - (set() if tied else {"token_embd.weight"})
+    return sum(int(file.tensors[name].n_bytes) for name in names)

@@ -101,23 +101,24 @@ def _transformers(model: str, ids: list[int], dtype: str, _: str) -> _Loaded:
 
     from ...engine.checkpoints.checkpoint import read_config, read_weights
     from ...engine.checkpoints.source import resolve
+    from ...engine.hf_model import stored_dtype
 
     source = resolve(model)
-    hf = read_weights(source, read_config(source), dtype=getattr(torch, dtype))
+    hf = read_weights(source, read_config(source), dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     labels = torch.tensor([[-100] * (len(ids) - SCORED_TOKENS) + ids[-SCORED_TOKENS:]])
 
     def loss() -> float:
         with torch.inference_mode():
             return float(hf(torch.tensor([ids]), labels=labels, use_cache=False).loss)
 
-    return _Loaded(f"transformers {dtype}", hf.get_memory_footprint(), 0, loss)
+    return _Loaded(f"transformers {stored_dtype(hf)}", hf.get_memory_footprint(), 0, loss)
 
 
 _ENGINES = {"ropewalk": _ropewalk, "transformers": _transformers}
 
 
 def _measure(engine: str, model: str, ids: list[int], dtype: str, rope: str, connection: Any) -> None:
-    import transformers  # noqa: F401  (so that it counts as import, not as loading)
+    from ...engine import load  # noqa: F401  (so that torch and transformers count as libraries, not as loading)
 
     imports = peak_resident_mb()
     loaded = _ENGINES[engine](model, ids, dtype, rope)

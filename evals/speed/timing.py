@@ -236,7 +236,7 @@ def _speeds(result: TimingResult, what: str, first: str) -> Table:
 def _table(title: str, headings: list[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("context", justify="right", no_wrap=True)
-    table.add_column("engine", no_wrap=True)
+    table.add_column("engine", overflow="fold")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

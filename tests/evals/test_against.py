@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Format
+from gguf_models import write_family
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 
 import ropewalk as rw
 from ropewalk.engine.checkpoints.assets import fetch_files
+from ropewalk.engine.checkpoints.checkpoint import read_config
 from ropewalk.engine.checkpoints.gguf_conversion import converted_gguf
+from ropewalk.engine.checkpoints.gguf_file import GgufFile
 from ropewalk.engine.checkpoints.source import resolve
 from ropewalk.engine.exports.gguf_write import write_gguf
 from ropewalk.evals.speed.against import Memory, Traffic, engine_specs, parse_against
@@ -61,6 +66,18 @@ def test_ropewalk_tells_what_it_runs_in(tiny_folder, dtype):
     cache = "bfloat16"  # int8 weights keep it too
     assert (engine.dtype, engine.cache_dtype) == (dtype, cache)
     assert np.abs(engine.prefill(IDS) - reference(tiny_folder)[-1]).max() < 0.5
+
+
+def test_ropewalk_has_one_cache_at_a_time(tiny_folder, monkeypatch):
+    engine = open_engine(spec("ropewalk", tiny_folder))
+    before, new_cache = weakref.ref(engine._cache), engine._model.new_cache
+
+    def checked(capacity):
+        assert before() is None, "two caches would count as peak memory"
+        return new_cache(capacity)
+
+    monkeypatch.setattr(engine._model, "new_cache", checked)
+    engine.prefill(IDS)
 
 
 def test_ropewalk_says_in_its_name_that_transformers_modules_run_it(tiny_folder, prepared_processes):
@@ -196,6 +213,29 @@ def test_the_usual_peers(tiny_folder, tmp_path, monkeypatch):
     assert named([("hf", "float32"), ("hf", None)], bfloat16=False)[1:] == ["hf float32", "hf bfloat16"]
 
 
+def test_llama_cpp_runs_the_gguf_file_that_ropewalk_runs(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    file = write_gguf(tiny_folder, tmp_path / "tiny.gguf", "q8_0")
+
+    def found(engines, dtype="auto"):
+        specs = engine_specs(str(file), engines, dtype=dtype, context=8, room=1, threads=1)
+        return {each.name: each.source for each in specs[1:]}
+
+    assert found([("llama.cpp", None)]) == {"llama.cpp Q8_0": str(file)}
+    assert open_engine(spec("ropewalk", file, "auto")).dtype == "Q8_0"
+    for others in (found([("llama.cpp", "bf16")]), found([("llama.cpp", None)], dtype="bfloat16")):
+        assert "llama.cpp bf16" in others and str(file) not in others.values()
+    assert list(found([("hf", "float32"), ("llama.cpp", None)])) == ["hf float32", "llama.cpp Q8_0"]
+
+
+def test_engines_on_one_gguf_file_agree(tiny_folder, tmp_path, llama_cpp):
+    file = write_gguf(tiny_folder, tmp_path / "tiny.gguf", "q8_0")
+    ours, theirs = (open_engine(spec(kind, file, "auto")).prefill(IDS) for kind in ("ropewalk", "llama.cpp"))
+    assert np.abs(ours - reference(tiny_folder)[-1]).max() > 1e-4, "nothing was rounded"
+    assert np.abs(ours - theirs).max() < 0.3  # llama.cpp rounds activations to 8 bits
+
+
 def test_against_is_read_strictly(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert parse_against("hf, llama.cpp:q8_0") == [("hf", None), ("llama.cpp", "q8_0")]
@@ -224,6 +264,22 @@ def test_what_a_step_reads(tiny_folder):
     untied = LlamaConfig(**config.to_dict() | {"tie_word_embeddings": False})
     assert Traffic(untied).weights == weights, "one row of the embedding is next to nothing"
     assert Traffic(MistralConfig(num_hidden_layers=1)).weights > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_step_reads_of_a_gguf_file(tmp_path, monkeypatch, tied):
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path / "cache"))
+
+    def kind(name):
+        return Format.Q6_K if "output" in name or "embd" in name else Format.Q4_0
+
+    file = write_family(tmp_path / "tiny.gguf", "llama", kind, tie_word_embeddings=tied)
+    engine = open_engine(spec("ropewalk", file, "auto"))
+    assert engine.dtype == GgufFile(file).formats == "Q4_0 + Q6_K"
+    config = read_config(resolve(str(file)))
+    unused = set() if tied else {"token_embd.weight"}
+    expected = sum(int(each.n_bytes) for each in GgufFile(file).reader.tensors if each.name not in unused)
+    assert Traffic(config, file).step_bytes(engine.dtype, "bfloat16", 0) == expected
 
 
 def test_memory_gives_something():

@@ -19,6 +19,7 @@ _OF_PEERS = {"new_tokens": "--new-tokens", "prefill_repeats": "--prefill-repeats
 
 @command(
     epilog=EXAMPLES + "  ropewalk speed smollm2-135m\n"
+    "  ropewalk speed my-model-q4_k_m.gguf --against llama.cpp --lengths 1k\n"
     '  ropewalk speed ./my-model --rope "rerope:2k|logn" --lengths 4k,8k --public-form\n'
     "  ropewalk speed smollm2-135m --against hf,llama.cpp\n"
     "  ropewalk speed ./my-model --against hf:bfloat16,llama.cpp:q8_0 --lengths 1k --dtype bfloat16"
@@ -81,7 +82,8 @@ def speed(
 
     With --against: decode and prefill speed of the plain MODEL in ropewalk and in the other engines, each in a
     process of its own; what share of the memory's bandwidth a decode step makes use of; whether the next tokens are
-    the same; and peak memory. llama.cpp gets MODEL as GGUF, written once into the cache.
+    the same; and peak memory. If MODEL is a .gguf file or built in, llama.cpp runs the same file, unless --dtype is
+    given. Else it gets MODEL as bf16 and q8_0, written once into the cache.
 
     Every round times everything, and ratios compare runs of one round.
     """
@@ -190,7 +192,10 @@ def _peers(
 @lengths_option("8k,32k", "of the text")
 @text_option("kjv")
 @click.option(
-    "--dtype", default="bfloat16", show_default=True, help="Number format of the weights: float32, bfloat16 or float16."
+    "--dtype",
+    default="bfloat16",
+    show_default=True,
+    help="Number format of the weights: float32, bfloat16, float16 or auto.",
 )
 @click.option("--against-hf", is_flag=True, help="Measure transformers too.")
 @json_option("a list of measurements: engine, length, peak and its parts in MB, seconds, loss")
