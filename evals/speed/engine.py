@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -180,7 +180,8 @@ class RopewalkEngine:
 
         torch.set_num_threads(spec.threads)
         self._model = load(spec.source, dtype=spec.dtype)
-        self._room, self._cache = spec.room, cast(Any, None)
+        self._room = spec.room
+        self._cache: Any = None
         self.dtype = "int8" if spec.dtype == "int8" else stored_dtype(self._model.hf)
         self.prefill([0])  # some caches take their dtype from the first keys
         self.cache_dtype = _dtype_name(self._cache.layers[0].keys.dtype)
