@@ -68,6 +68,8 @@ interop: $(OWN) $(STOCK) $(STOCK4) $(VLLM) $(LLAMA_CPP)
 	$(SERVING) $(VLLM) tests/interop/vllm_readings.py $(WORK)
 	$(SERVING) $(VLLM) tests/interop/vllm_lengths.py $(WORK)
 	$(SERVING) $(VLLM) tests/interop/vllm_served.py $(WORK) all $(LONGEST)
+	$(LLAMA_CPP) tests/interop/quantized_llama_cpp.py $(WORK)
+	$(OWN) tests/interop/quantized_ropewalk.py $(WORK)
 	$(OWN) tests/interop/report.py $(WORK); failed=$$?; $(OWN) docs/generate.py && exit $$failed
 
 $(BIN)/python: $(VENV)/.ready

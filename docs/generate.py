@@ -33,7 +33,7 @@ PAGES = {
 TABLES = {
     "README.md": readme_tables.tables,
     "docs/choose.md": choice_tables.tables,
-    "docs/engine.md": speed_tables.tables,
+    "docs/engine.md": lambda: speed_tables.tables() | interop_tables.quantized_tables(),
     "docs/continuation.md": continuation_tables.tables,
     "docs/results.md": result_tables.tables,
     "docs/contexts.md": result_tables.contexts_tables,

@@ -1,4 +1,4 @@
-"""The tables of docs/export.md, from docs/results/interop.json, which `make interop` writes."""
+"""The tables of docs/export.md and docs/engine.md from what `make interop` writes into docs/results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-FOUND = Path(__file__).resolve().parent / "results" / "interop.json"
+RESULTS = Path(__file__).resolve().parent / "results"
+FOUND, QUANTIZED = RESULTS / "interop.json", RESULTS / "quantized.json"
 TITLES = {
     "transformers": "transformers",
     "transformers4": "transformers 4",
@@ -32,6 +33,18 @@ def tables() -> dict[str, str]:
         "others": _others(found),
         "explained": _explained(found),
     }
+
+
+def quantized_tables() -> dict[str, str]:
+    """The block of docs/engine.md: what computing with quantized blocks changes."""
+    found = json.loads(QUANTIZED.read_text(encoding="utf-8"))
+    titles = {"blocks": "blocks, float32 arithmetic", "as loaded": "blocks, as loaded", "llama.cpp": "llama.cpp"}
+    lines = [f"| file | formats | {' | '.join(titles.values())} |", "|---" * (2 + len(titles)) + "|"]
+    for file in found["files"]:
+        cells = [f"{file['ways'][how]['divergence']:.0e}, {file['ways'][how]['loss']:+.0e}" for how in titles]
+        lines.append(f"| {file['file']} | {file['formats']} | {' | '.join(cells)} |")
+    [precision] = {file["as_loaded"].removeprefix(f"{file['formats']}, ") for file in found["files"]}
+    return {"quantized": "\n".join([*lines, "", f"{found['tokens']} tokens; as loaded: {precision}."])}
 
 
 def _versions(found: dict[str, Any]) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 
 from cases import FROZEN, MODELS, QUANTIZED, SERVED, STATIC, TUNED, Model, model_path, scaler
 from configs import CONFIGS
-from work import GREEDY, Case, write_cases
+from work import BUILT_IN, GREEDY, QUANTIZED_MODEL, Case, quantized_file, write_cases
 
 import ropewalk as rw
+from ropewalk.engine.checkpoints.assets import fetch_files
 from ropewalk.evals.data import load_text, tokenize_documents
 
 TEXT = "kjv"
@@ -92,11 +93,20 @@ def export_quantized(work: Path, label: str) -> list[Case]:
     ]
 
 
+def link_built_in(work: Path) -> None:
+    """Make the file of the built-in model known to the other engines."""
+    link = quantized_file(work, BUILT_IN)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.symlink_to(fetch_files(MODELS[QUANTIZED_MODEL].name))
+
+
 def main() -> None:
     """Everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     work = parser.parse_args().work.resolve()
+    link_built_in(work)
     if (work / "cases.json").exists():
         return
     shutil.rmtree(work / "exports", ignore_errors=True)  # of a run that was cut off

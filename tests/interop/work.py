@@ -20,6 +20,13 @@ import numpy as np
 GREEDY = 32
 """Tokens that are written after every text."""
 
+BUILT_IN = "built-in"
+QUANTIZED = ("Q4_0", "Q4_K_M", "Q8_0")
+"""Formats to which llama.cpp quantizes the larger model."""
+
+QUANTIZED_MODEL, QUANTIZED_TOKENS = "smollm2", 512
+"""The model that is read in several formats, and the tokens of the text."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -85,6 +92,16 @@ def load(work: Path, engine: str, name: str, length: int) -> dict[str, Any] | No
     """What was kept, or None."""
     file = _file(work, engine, name, length)
     return dict(np.load(file)) if file.exists() else None
+
+
+def quantized_file(work: Path, name: str) -> Path:
+    """The GGUF file in a format, or the built-in one."""
+    return work / "quantized" / f"{name}.gguf"
+
+
+def quantized_logits(work: Path, name: str) -> Path:
+    """Where llama.cpp's logits of such a file are kept, float32 [tokens, vocabulary]."""
+    return work / "quantized" / f"{name}.npy"
 
 
 def save_versions(work: Path, engine: str, *packages: str) -> None:
