@@ -181,7 +181,6 @@ class RopewalkEngine:
         torch.set_num_threads(spec.threads)
         self._model = load(spec.source, dtype=spec.dtype)
         self._room = spec.room
-        self._cache: Any = None
         self.dtype = "int8" if spec.dtype == "int8" else stored_dtype(self._model.hf)
         self.prefill([0])  # some caches take their dtype from the first keys
         self.cache_dtype = _dtype_name(self._cache.layers[0].keys.dtype)
@@ -190,7 +189,7 @@ class RopewalkEngine:
         self.remark = "" if self._model.is_compiled else "(by transformers' modules)"
 
     def prefill(self, ids: list[int]) -> Logits:
-        self._cache = None  # two caches at a time would count as peak memory
+        self._cache: Any = None  # two caches at a time would count as peak memory
         self._cache = self._model.new_cache(len(ids) + self._room)
         return self._run(ids)
 
