@@ -129,10 +129,11 @@ class ScaledModel:
 
     @contextmanager
     def running_under(self, length: int | None, rope: Scaler) -> Iterator[Runner]:
-        """`running`, after `rope` is assigned. It stays assigned afterwards."""
+        """`running`, after `rope` is assigned. It stays assigned afterwards, and its patch is kept: a measurement
+        changes between few scalers often."""
         with self._lock:
             if self.rope != rope:
-                self.rope = rope
+                self._assign(rope, remember=True)
             with self.running(length) as runner:
                 yield runner
 
@@ -150,11 +151,13 @@ class ScaledModel:
 
     @rope.setter
     def rope(self, scaler: str | Scaler | None) -> None:
-        parsed = parse(scaler, self.trained_length)
+        self._assign(parse(scaler, self.trained_length), remember=False)
+
+    def _assign(self, scaler: Scaler, *, remember: bool) -> None:
         with self._lock:
-            if not isinstance(parsed, Auto):
-                self._slot.put(parsed)
-            self.plan = self._plan(parsed)
+            if not isinstance(scaler, Auto):
+                self._slot.put(scaler, remember=remember)
+            self.plan = self._plan(scaler)
             self._slot.prepare(self.plan.at(None), None)
 
     def plan_for(self, rope: str | Scaler) -> RopePlan:

@@ -51,9 +51,8 @@ class LocalModel(MeasuredModel):
         return self.model.running_under(length, self.rope)
 
     def under(self, scaler: Scaler) -> LocalModel:
-        other = LocalModel(self.model, scaler)
-        other.restore()
-        return other
+        with self.model.running_under(None, scaler):
+            return LocalModel(self.model, scaler)
 
     def restore(self) -> None:
         if self.model.rope != self.rope:

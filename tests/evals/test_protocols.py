@@ -8,6 +8,7 @@ import torch
 from byte_model import WORDS, llama_cpp_nats, losses, measure, run_plan, text, tiny_model
 
 import ropewalk as rw
+from ropewalk.engine.patches import scaler_slot
 from ropewalk.evals.models.local import LocalModel
 from ropewalk.evals.protocols import longppl
 from ropewalk.evals.protocols.fixed_target import Repeat
@@ -268,6 +269,13 @@ def test_harm_against_all_logits_at_once(tmp_path, scaler):
     assert row["difference"] == pytest.approx(float(difference.mean()), abs=1e-5)
     assert row["same_top1"] == pytest.approx(100 * float((base.argmax(-1) == scaled.argmax(-1)).double().mean()))
     assert row["tokens"] == 40
+
+
+def test_harm_checks_a_scaler_once_however_often_it_changes_between_the_two(tmp_path, monkeypatch):
+    model, checked, install = tiny_model(), [], scaler_slot.install
+    monkeypatch.setattr(scaler_slot, "install", lambda *args, **more: checked.append(args[2]) or install(*args, **more))
+    run_plan(tmp_path, model, Harm(contexts=(40,), samples=4), WORDS, scaler="rerope:16|logn")
+    assert 0 < len(checked) <= 4
 
 
 def test_harm_does_not_depend_on_how_much_is_held_at_once(monkeypatch):
