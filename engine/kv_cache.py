@@ -160,11 +160,19 @@ class Int8Layer(KVLayer):
 
 
 def _write_codes(codes: Tensor, scales: Tensor, start: int, states: Tensor) -> None:
-    """Round rows to int8. The scale of a row is its largest magnitude over 127."""
+    """Write rows from `start` on as int8."""
     rows = slice(start, start + states.shape[2])
-    steps = states.float().abs().amax(-1) / 127
-    codes[:, :, rows] = (states / steps.clamp(min=1e-30)[..., None]).round_().to(torch.int8)
-    scales[:, :, rows] = steps
+    codes[:, :, rows], scales[:, :, rows] = int8_rows(states)
+
+
+def int8_rows(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Round rows to int8. The scale of a row is its largest magnitude over 127.
+
+    Returns:
+        The codes, and the float32 scale of each row. Code times scale is the number.
+    """
+    scales = states.float().abs().amax(-1) / 127
+    return (states / scales.clamp(min=1e-30)[..., None]).round_().to(torch.int8), scales
 
 
 class KVCache(Cache):  # type: ignore[misc]
