@@ -53,8 +53,12 @@ class RotarySite:
         return scaler.bands(self.configured.rope_for(scaler), length)
 
     def logit_factor(self, scaler: Scaler, positions: Tensor) -> Tensor:
-        """Temperature of the queries at `positions`. Its L is the length that the model reads without a scaler."""
-        rope = dataclasses.replace(self.configured.rope, trained_length=self.configured.max_length)
+        """Temperature of the queries at `positions`.
+
+        Its L is the length that the model reads without a scaler, and its d is the dimension of the whole head.
+        """
+        rope, head_dim = self.configured.rope, self.configured.head_dim
+        rope = dataclasses.replace(rope, dim=head_dim or rope.dim, trained_length=self.configured.max_length)
         return scaler.logit_factor(positions, rope)
 
 

@@ -16,7 +16,7 @@ from .longrope import LongRoPE
 from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
 from .rope import Composition, Factored, Frequencies, RopeSpec, Scaler, compose
 from .spec import METHODS, Auto, MethodSummary, MethodTable, parse, scalers
-from .temperature import LogN, Temperature
+from .temperature import InfoScale, LogN, StepLog, Temperature
 from .yarn import AlphaRoPE, DynamicYaRN, Llama3, MrRoPE, NTKByParts, YaRN
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "DynamicYaRN",
     "Factored",
     "Frequencies",
+    "InfoScale",
     "JetLong",
     "LeakyReRoPE",
     "Linear",
@@ -52,6 +53,7 @@ __all__ = [
     "Scaler",
     "SelfExtend",
     "SinkWindow",
+    "StepLog",
     "String",
     "Temperature",
     "YaRN",

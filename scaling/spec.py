@@ -22,7 +22,7 @@ from .lengths import TrainedLength, format_length, parse_length
 from .longrope import LongRoPE
 from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
 from .rope import Facet, Frequencies, RopeSpec, Scaler, compose
-from .temperature import LogN, Temperature
+from .temperature import InfoScale, LogN, StepLog, Temperature
 from .yarn import AlphaRoPE, DynamicYaRN, Llama3, MrRoPE, NTKByParts, YaRN
 
 
@@ -95,6 +95,8 @@ _BUILT_IN: dict[str, type[Scaler]] = {
         JetLong,
         SinkWindow,
         LogN,
+        InfoScale,
+        StepLog,
         Temperature,
     )
 }

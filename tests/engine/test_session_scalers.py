@@ -23,6 +23,7 @@ SPECS = [
     "ntk:4|dual-chunk:64,window=16",
     "jet-long:16|logn",
     "logn",
+    "step-log:length=16",
     "temperature:0.8",
 ]
 LONG = TEXT * 8  # beyond the trained length

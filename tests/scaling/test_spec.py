@@ -20,6 +20,7 @@ from ropewalk.scaling import (
     DualChunk,
     DynamicNTK,
     DynamicYaRN,
+    InfoScale,
     JetLong,
     LeakyReRoPE,
     Linear,
@@ -35,6 +36,7 @@ from ropewalk.scaling import (
     Scaler,
     SelfExtend,
     SinkWindow,
+    StepLog,
     String,
     Temperature,
     YaRN,
@@ -107,7 +109,9 @@ SCALERS: dict[str, st.SearchStrategy[Scaler]] = {
     "string": st.builds(String, shift=st.none() | tokens, window=tokens),
     "jet-long": st.builds(JetLong, near=tokens, step=st.none() | tokens),
     "sink-window": st.builds(SinkWindow, window=tokens, sinks=st.integers(1, 1000)),
-    "logn": st.just(LogN()),
+    "logn": st.builds(LogN, power=st.floats(1e-3, 100)),
+    "infoscale": st.builds(InfoScale, dim=st.none() | st.integers(1, 1000)),
+    "step-log": st.builds(StepLog, beta=st.floats(1e-6, 1e6), length=st.none() | tokens),
     "temperature": st.builds(Temperature, factor=positive),
 }
 

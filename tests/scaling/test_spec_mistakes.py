@@ -54,7 +54,7 @@ MISTAKES = [
     ("self-extend:4,512", "self-extend: '512' needs a field name, as in 'self-extend:group=4,window=32k'"),
     ("self-extend:2.5,window=512", "self-extend: group='2.5' is not a whole number"),
     ("sink-window:1k,sink=4", "sink-window: unknown field 'sink'. Did you mean 'sinks'?"),
-    ("logn:2", "logn: '2' needs a field name, as in 'logn' (it has no fields)"),
+    ("cope:2", "cope: '2' needs a field name, as in 'cope' (it has no fields)"),
     ("temperature", "temperature: needs factor, as in 'temperature:4'"),
     ("longrope:4,short=1/0,long=1/1", "longrope: short must be finite numbers above 0"),
     ("longrope:4,short=1/1,long=1/nan", "longrope: long must be finite numbers above 0"),

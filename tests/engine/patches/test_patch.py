@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import ropewalk as rw
+from ropewalk.engine.rotary_site import primary_rotary, rotary_sites
+from ropewalk.scaling import InfoScale
 
 SOME = ("llama", "mistral", "qwen2", "qwen3", "cohere", "gpt_neox", "gemma3_text")
 
@@ -230,3 +232,12 @@ def test_undo_after_a_cast_restores_the_frequencies_from_before():
     model.bfloat16()
     handle.undo()
     assert model.model.rotary_emb.inv_freq is before and before.dtype == torch.float32
+
+
+def test_a_temperature_counts_the_dimensions_of_the_whole_head():
+    """Half of Phi-3's head rotates here."""
+    half = {"rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.5}}
+    site = primary_rotary(rotary_sites(FAMILIES["phi3"](**half)))
+    assert site.configured.rope.dim == 8
+    at = torch.tensor([0, 63, 100, 5000])
+    assert torch.equal(site.logit_factor(InfoScale(), at), site.logit_factor(InfoScale(dim=16), at))
