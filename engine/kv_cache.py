@@ -30,6 +30,7 @@ class CacheShape:
     Args:
         layers, heads, dim: numbers of layers and key-value heads, and the head dim.
         dtype: of keys and values. int8 rows have a float32 scale each.
+        device: where they are.
         folder: for memory-mapped files with keys and values; None holds them in memory.
     """
 
@@ -37,6 +38,7 @@ class CacheShape:
     heads: int
     dim: int
     dtype: torch.dtype
+    device: torch.device = torch.device("cpu")
     folder: Path | None = None
 
     @property
@@ -54,7 +56,7 @@ class CacheShape:
         size = (1, self.heads, capacity, *(() if scales else (self.dim,)))
         dtype = torch.float32 if scales else self.dtype
         if self.folder is None:
-            return torch.empty(size, dtype=dtype)
+            return torch.empty(size, dtype=dtype, device=self.device)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="ropewalk-", suffix=".kv") as file:
             count = torch.Size(size).numel()
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
@@ -70,7 +72,7 @@ class KVLayer(ContiguousLayer):
         super().__init__(capacity)
         self.shape = shape
         self._join(set())
-        self.dtype, self.device = shape.dtype, torch.device("cpu")
+        self.dtype, self.device = shape.dtype, shape.device
         self.is_initialized = True
         for name in self.buffers:
             setattr(self, name, self._new(name, capacity))
@@ -227,9 +229,12 @@ def check_room(shape: CacheShape, tokens: int, reserved: int = 0) -> None:
     Raises:
         ContextOverflow: with the numbers, and the kv_dtype or offload that would fit.
     """
-    available = psutil.virtual_memory().available
     if shape.folder is not None:
         available = shutil.disk_usage(shape.folder).free
+    elif shape.device.type == "cuda":
+        available = _free_on_gpu(shape.device)
+    else:
+        available = psutil.virtual_memory().available
     available = max(0, available - reserved)
     needed = shape.bytes_per_token * tokens
     if needed <= available:
@@ -239,15 +244,23 @@ def check_room(shape: CacheShape, tokens: int, reserved: int = 0) -> None:
         smaller = replace(shape, dtype=torch.int8)
         if smaller.bytes_per_token * tokens <= available:
             ways.append([Setting("kv_dtype", "int8", "load"), f" ({_gb(smaller.bytes_per_token * tokens)}), or "])
-    if shape.folder is None:
+    if shape.folder is None and shape.device.type == "cpu":
         ways.append([Setting("offload", "FOLDER", "load"), ", which keeps keys and values in a file there, or "])
     ways.append([f"take at most {format_length(available // shape.bytes_per_token)} tokens"])
-    where = "memory" if shape.folder is None else f"free space in {shape.folder}"
+    where = "GPU memory" if shape.device.type == "cuda" else "memory"
+    if shape.folder is not None:
+        where = f"free space in {shape.folder}"
     raise ContextOverflow(
         f"keys and values of {format_length(tokens)} tokens take {_gb(needed)}, more than the {_gb(available)} of "
         f"{where}; ",
         *(part for way in ways for part in way),
     )
+
+
+def _free_on_gpu(device: torch.device) -> int:
+    """Bytes that torch can still allocate on a GPU: free ones, and those that its allocator holds in reserve."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held
 
 
 def _gb(count: int) -> str:

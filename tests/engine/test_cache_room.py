@@ -55,6 +55,22 @@ def test_a_cache_in_a_file_needs_room_on_the_disk(available, tmp_path):
     assert "kv_dtype='int8'" in str(refused.value)
 
 
+def test_a_cache_on_a_gpu_needs_room_there(available, monkeypatch):
+    """What torch's allocator holds in reserve counts as free."""
+    available(10)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700_000_000, 10**12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200_000_000)
+    big = CacheShape(layers=30, heads=3, dim=64, dtype=torch.float32, device=torch.device("cuda"))
+    kv_cache.check_room(big, 21_701)
+    with pytest.raises(rw.ContextOverflow) as refused:
+        kv_cache.check_room(big, 64 * 1024)
+    assert str(refused.value) == (
+        "keys and values of 64k tokens take 3.02 GB, more than the 1 GB of GPU memory; load with "
+        "kv_dtype='int8' (0.802 GB), or take at most 21701 tokens"
+    )
+
+
 def test_each_cache_with_eviction_needs_its_own_room(tiny_folder, available):
     runner = rw.load(tiny_folder, "sink-window:64", compile=True)._runner
     tokens = most_held((4, 64)) + CHUNK  # of one cache

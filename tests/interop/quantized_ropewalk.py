@@ -23,7 +23,7 @@ from work import (
 
 import ropewalk as rw
 from ropewalk.engine.hf_model import stored_dtype
-from ropewalk.engine.runners.cpu.runner import MAX_STEP_TOKENS
+from ropewalk.engine.runners.decoder_runner import MAX_STEP_TOKENS
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "results" / "quantized.json"
 LIMITS = {"blocks": (1e-9, 1e-6), "as loaded": (1e-2, 1e-2), "llama.cpp": (1e-1, 1e-1)}

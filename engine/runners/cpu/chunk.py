@@ -109,9 +109,14 @@ def _rms(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
 
 
 class ChunkAttention:
-    """Attention of one chunk in one group of layers, and the values that these layers share."""
+    """Attention of one chunk in one group of layers, and the values that these layers share.
 
-    def __init__(self, rotation: RotationTable, run: KeyRun) -> None:
+    Args:
+        like: has the device, and the dtype of the arithmetic; None is float32 on the CPU.
+    """
+
+    def __init__(self, rotation: RotationTable, run: KeyRun, like: Tensor | None = None) -> None:
+        like = torch.empty(0) if like is None else like
         self._rotation = rotation
         self._run = run
         group = rotation.group
@@ -119,10 +124,10 @@ class ChunkAttention:
         self._angles = None
         if group.layout is not None:
             phases = rotation.key_phases(positions)
-            self._angles = cos_sin(phases, factor=rotation.key_factor, like=torch.empty(0))
+            self._angles = cos_sin(phases, factor=rotation.key_factor, like=like)
         self._temperature = None
         if rotation.tempered and not rotation.mapped:
-            self._temperature = rotation.site.logit_factor(rotation.scaler, positions).float()[:, None]
+            self._temperature = rotation.site.logit_factor(rotation.scaler, positions).to(like)[:, None]
         self._work: list[tuple[KeyRun, list[Segment]]] | None = None
         if rotation.mapped:
             self._work = [(run, [rotation.segment(run)])]

@@ -10,7 +10,6 @@ Shape suffixes: N tokens of a chunk, E hidden size, H query heads, K key-value h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path as Folder
 from typing import Any
 
@@ -18,33 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from ....errors import RopewalkWarning, UnsupportedModel, warn
 from ....scaling.rope import Scaler
 from ...attention.kernel import AttentionScore
 from ...attention.rows import KeyRun
-from ...cache import evict, rewind
-from ...kv_cache import CacheShape, KVCache, check_room
+from ...kv_cache import KVCache
 from ...packed import PackedWeight
 from ...patches.float32 import float32_arithmetic
-from ...patches.probe import layer_ropes, logits, probe_ids
-from ...rotary_site import RotarySite, primary_rotary
-from ..runner import Path, RopeState
-from ..transformers import TransformersRunner
+from ...patches.probe import logits, probe_ids
+from ...rotary_site import RotarySite
+from ..decoder_runner import DecoderRunner, Rows, Tree
 from .bfloat16_attention import BFloat16Attention
-from .chunk import ChunkAttention, DecoderLayers, cap_logits
+from .chunk import Attend, ChunkAttention, DecoderLayers, cap_logits
 from .family import decoder
 from .kernels import HAS_BFLOAT16_PRODUCTS, UNAVAILABLE
-from .rotation_table import RotationTable, rotate_cached_keys
-from .skim import Sample, SkimAttention
-from .tables import KINDS, StoredLinear, Tables, dtype_name, groups_of
+from .tables import KINDS, StoredLinear, Tables, dtype_name
 from .threads import share_threads
-
-Tree = tuple[int, list[list[int]]]
-"""Length of the cache that a tree of tokens continues; for each token, the places of its ancestors and its own."""
-
-MAX_STEP_TOKENS = 16  # above this, a chunk in torch is faster than the compiled step
 
 _MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.int8: 5e-3}
 """Of logits, by the dtype of keys and values: Euclidean norm, relative. Some of those round to the other side."""
@@ -52,14 +41,12 @@ _MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.int8: 5e-3}
 _MAX_DIFFERENCE_OF_PRODUCTS = 0.1  # by products in bfloat16; in small random models of all families at most 0.04
 
 
-class CompiledRunner(TransformersRunner):
+class CompiledRunner(DecoderRunner):
     """Runs a decoder of one of the families in `family.py` on the CPU.
 
     Raises:
         UnsupportedModel: no family describes the model, or the kernels do not reproduce its logits.
     """
-
-    is_compiled = True
 
     def __init__(
         self,
@@ -70,7 +57,6 @@ class CompiledRunner(TransformersRunner):
         folder: Folder | None = None,
         precision: str = "auto",
     ) -> None:
-        super().__init__(hf)
         if UNAVAILABLE:
             raise UnsupportedModel(UNAVAILABLE)
         places = sorted({weight.device.type for weight in hf.parameters()} - {"cpu"})
@@ -80,33 +66,26 @@ class CompiledRunner(TransformersRunner):
             raise UnsupportedModel(
                 f"compiled kernels run on the CPU in float32 or bfloat16, not {', '.join(places) or hf.dtype}"
             )
-        self._decoder = decoder(hf)
-        self._dtype, self._folder = hf.dtype, folder
-        is_rounded = weights == "int8" or isinstance(self._decoder.head.weight, PackedWeight)
+        described = decoder(hf)
+        is_rounded = weights == "int8" or isinstance(described.head.weight, PackedWeight)
+        dtype = hf.dtype
         if cache != "auto":
-            self._dtype = getattr(torch, cache)
+            dtype = getattr(torch, cache)
         elif is_rounded:
-            self._dtype = torch.bfloat16
+            dtype = torch.bfloat16
+        super().__init__(hf, sites, described, dtype, folder)
         if precision == "auto":
             narrow = HAS_BFLOAT16_PRODUCTS and (is_rounded or hf.dtype == torch.bfloat16)
             precision = "bfloat16" if narrow else "float32"
         self._products = getattr(torch, precision)
-        self._primary = primary_rotary(sites)
-        ropes, _ = layer_ropes(hf, sites)
-        self._groups, self._group_of = groups_of(self._decoder, ropes)
         self._tables = Tables.of(self._decoder, self._groups, self._group_of)
         self._layers = DecoderLayers(self._decoder, self._tables)
-        self._rotations: list[RotationTable] = []
         self.use(Scaler(), None)
         self._verify_chunk()  # before weights are rounded
         if weights == "int8":
             self._tables = Tables.of(self._decoder, self._groups, self._group_of, StoredLinear.rounded_to_int8)
             self._layers = DecoderLayers(self._decoder, self._tables)
         self._verify_step()
-
-    @property
-    def bytes_per_token(self) -> int:
-        return self.cache_shape.bytes_per_token
 
     @property
     def precision(self) -> str:
@@ -130,73 +109,6 @@ class CompiledRunner(TransformersRunner):
     def weights(self) -> str:
         return " + ".join(self._tables.formats)
 
-    def use(self, scaler: Scaler, length: int | None) -> None:
-        if self._rotations and (scaler, length) == self.rope_state:
-            return
-        self._rotations = []  # an interrupted call must not leave the old ones
-        super().use(scaler, length)
-        if any(group.window for group in self._groups):
-            self._sink_window = None  # such layers see the keys just before a query, which may be evicted
-        self._rotations = [RotationTable(group, self._primary, scaler, length) for group in self._groups]
-
-    @property
-    def cache_shape(self) -> CacheShape:
-        """The shape and dtype of a cache for this runner."""
-        d = self._decoder
-        return CacheShape(
-            layers=len(d.layers), heads=d.key_heads, dim=d.head_dim, dtype=self._dtype, folder=self._folder
-        )
-
-    def check_room(self, *rows: int, owned: int = 0, reserved: int = 0) -> None:
-        check_room(self.cache_shape, self._missing(rows, owned), reserved)
-
-    def needed_bytes(self, *rows: int, owned: int = 0) -> int:
-        return self.cache_shape.bytes_per_token * self._missing(rows, owned)
-
-    def _missing(self, rows: Sequence[int], owned: int) -> int:
-        """Tokens of caches of these lengths that have no memory yet."""
-        return max(0, sum(map(self._room, rows)) - owned)
-
-    def new_cache(self, capacity: int) -> KVCache:
-        return KVCache(self.cache_shape, self._room(capacity))
-
-    @torch.no_grad()
-    def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
-        if not isinstance(cache, KVCache):
-            return super().forward(ids, cache, logits_to_keep)
-        if len(ids) <= MAX_STEP_TOKENS:
-            logits = self._decode_step([(ids, cache)], logits_to_keep)
-        else:
-            logits = self._prefill_chunk(ids, cache, logits_to_keep)
-        if self._sink_window is not None:
-            self._evict(cache)
-        return logits
-
-    @property
-    def runs_trees(self) -> bool:
-        return True
-
-    @torch.no_grad()
-    def tree(self, paths: Sequence[Path], cache: Cache) -> Tensor:
-        if not isinstance(cache, KVCache):
-            return super().tree(paths, cache)
-        length = cache.length
-        place = {path: length + n for n, path in enumerate(paths)}
-        ancestors = [[place[path[: k + 1]] for k in range(len(path))] for path in paths]
-        logits = self._decode_step([([path[-1] for path in paths], cache)], len(paths), (length, ancestors))
-        rewind(cache, len(paths))
-        return logits
-
-    @torch.no_grad()
-    def step(self, rows: Sequence[tuple[Sequence[int], Cache]]) -> Tensor:
-        if not all(isinstance(cache, KVCache) for _, cache in rows):
-            return super().step(rows)
-        counts = [len(ids) for ids, _ in rows]
-        logits = self._decode_step(rows, sum(counts))
-        if self._sink_window is not None:
-            self._evict(*(cache for _, cache in rows))
-        return logits[torch.tensor(counts).cumsum(0) - 1]
-
     def _verify_chunk(self) -> None:
         """Refuse a model whose logits after a chunk, which is not compiled, are not those of its own modules.
 
@@ -207,7 +119,7 @@ class CompiledRunner(TransformersRunner):
         with torch.inference_mode(), float32_arithmetic(self.hf):
             expected = logits(self.hf)[0]
             chunk = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids), torch.float32)
-            self._check(chunk, expected)
+            self._check(chunk, expected, _MAX_DIFFERENCE[torch.float32])
         self._dtype = dtype
 
     def _verify_step(self) -> None:
@@ -218,46 +130,15 @@ class CompiledRunner(TransformersRunner):
         ids = probe_ids(self.hf)[0].tolist()
         with torch.inference_mode():
             expected = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids), torch.float32)
-            self._check(self._decode_step([(ids, self.new_cache(len(ids)))], len(ids)), expected)
+            step = self._decode_step([(ids, self.new_cache(len(ids)))], len(ids))
+            self._check(step, expected, _MAX_DIFFERENCE[self._dtype])
             if self._products == torch.bfloat16:
                 chunk = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids))
                 self._check(chunk, expected, _MAX_DIFFERENCE_OF_PRODUCTS)
 
-    def _check(self, computed: Tensor, expected: Tensor, limit: float | None = None) -> None:
-        difference = float((computed - expected).norm() / expected.norm())
-        if not difference < (limit or _MAX_DIFFERENCE[self._dtype]):
-            raise UnsupportedModel(
-                f"{type(self.hf).__name__} does not compute what its family's description says: its logits differ by "
-                f"{difference:.2g} of their size"
-            )
-
-    def rotate_cached_keys(self, cache: Cache, before: RopeState) -> bool:
-        if not isinstance(cache, KVCache) or cache.layers[0].evicted:
-            return False
-        earlier = [RotationTable(group, self._primary, *before) for group in self._groups]
-        for group, layer in zip(self._group_of, cache.layers, strict=True):
-            rotate_cached_keys(layer, earlier[group], self._rotations[group])
-        return True
-
-    def _evict(self, *caches: Cache) -> None:
-        for cache in caches:
-            if self.sink_window is not None:
-                moved = partial(self._moved_keys, cache) if isinstance(cache, KVCache) else None
-                evict(cache, self.sink_window, moved)
-
-    def _moved_keys(self, cache: KVCache, index: int, first: int, count: int) -> Tensor:
-        return self._rotations[self._group_of[index]].moved_keys(cache.layers[index], first, count)
-
     # decode steps
 
-    def _decode_step(
-        self, rows: Sequence[tuple[Sequence[int], KVCache]], logits_to_keep: int, tree: Tree | None = None
-    ) -> Tensor:
-        """Run a few tokens of any sequences by the compiled step.
-
-        Returns:
-            The logits after the last `logits_to_keep` tokens, [logits_to_keep, V].
-        """
+    def _decode_step(self, rows: Rows, logits_to_keep: int, tree: Tree | None = None) -> Tensor:
         threads = share_threads()
         from .kernels import step
 
@@ -351,7 +232,7 @@ class CompiledRunner(TransformersRunner):
             firsts.append(len(parts))
         return np.array(parts, np.int64), np.array(firsts, np.int64).reshape(len(self._rotations), -1)
 
-    def _buffer_addresses(self, rows: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray[Any, Any]:
+    def _buffer_addresses(self, rows: Rows) -> np.ndarray[Any, Any]:
         """The addresses of every token's keys and values, int64 [layers, n, 2, 3].
 
         On the last axis: the address of the numbers, the address of their scales (or 0), and the capacity in tokens.
@@ -373,14 +254,6 @@ class CompiledRunner(TransformersRunner):
     def _prefill_chunk(
         self, ids: Sequence[int], cache: KVCache, logits_to_keep: int, products: torch.dtype | None = None
     ) -> Tensor:
-        """Run a chunk of one sequence in torch.
-
-        Args:
-            products: the dtype of the factors of matrix products; None is the runner's own.
-
-        Returns:
-            The logits after the last `logits_to_keep` tokens, [logits_to_keep, V].
-        """
         self.check(ids)
         products = products or self._products
         start, count = cache.length, len(ids)
@@ -391,22 +264,10 @@ class CompiledRunner(TransformersRunner):
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
             return chunks[self._group_of[index]].attend(q, k, v, cache.layers[index], score)
 
-        return self._layers.logits(self._layers.run(ids, attend, products)[-logits_to_keep:])
+        return self._run_chunk(ids, attend, logits_to_keep, products)
 
-    @torch.inference_mode()
-    def skim(self, ids: Sequence[int], sample: Sample, logits_to_keep: int) -> Tensor:
-        """Run a sample of the tokens of a text.
-
-        Args:
-            ids: the tokens at `sample.positions`.
-
-        Returns:
-            The logits after the last `logits_to_keep` tokens, [logits_to_keep, V].
-        """
-        self.check(ids)
-        chunks = [SkimAttention(rotation, sample) for rotation in self._rotations]
-
-        def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
-            return chunks[self._group_of[index]].attend(q, k, v, score)
-
-        return self._layers.logits(self._layers.run(ids, attend, self._products)[-logits_to_keep:])
+    def _run_chunk(
+        self, ids: Sequence[int], attend: Attend, logits_to_keep: int, products: torch.dtype | None = None
+    ) -> Tensor:
+        hidden = self._layers.run(ids, attend, products or self._products)
+        return self._layers.logits(hidden[-logits_to_keep:])

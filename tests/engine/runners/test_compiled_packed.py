@@ -12,7 +12,7 @@ from kernel_data import FORMATS, packed
 from torch import nn
 
 from ropewalk.engine.packed import PackedEmbedding, PackedLinear, PackedWeight
-from ropewalk.engine.runners.cpu.runner import MAX_STEP_TOKENS
+from ropewalk.engine.runners.decoder_runner import MAX_STEP_TOKENS
 from ropewalk.errors import UnsupportedModel
 
 pytestmark = pytest.mark.usefixtures("freed_memory_is_overwritten")

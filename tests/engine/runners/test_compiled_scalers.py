@@ -22,7 +22,7 @@ from families import DEFAULT, build
 import ropewalk as rw
 from ropewalk.engine.patches.scaler_slot import ScalerSlot
 from ropewalk.engine.rotary_site import rotary_sites
-from ropewalk.engine.runners.cpu.runner import MAX_STEP_TOKENS
+from ropewalk.engine.runners.decoder_runner import MAX_STEP_TOKENS
 from ropewalk.engine.runners.transformers import TransformersRunner
 
 pytestmark = [

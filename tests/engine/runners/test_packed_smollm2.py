@@ -5,7 +5,7 @@ import torch
 from decoders import in_chunks
 
 import ropewalk as rw
-from ropewalk.engine.runners.cpu.runner import MAX_STEP_TOKENS
+from ropewalk.engine.runners.decoder_runner import MAX_STEP_TOKENS
 from ropewalk.evals.data import load_text
 
 pytestmark = pytest.mark.model
