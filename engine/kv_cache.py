@@ -22,6 +22,8 @@ from ..errors import ContextOverflow, Setting
 from ..scaling.lengths import format_length
 from .cache import ContiguousLayer
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheShape:
@@ -38,7 +40,7 @@ class CacheShape:
     heads: int
     dim: int
     dtype: torch.dtype
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
     folder: Path | None = None
 
     @property

@@ -208,5 +208,3 @@ class DecoderRunner(TransformersRunner):
 
     def _moved_keys(self, cache: KVCache, index: int, first: int, count: int) -> Tensor:
         return self._rotations[self._group_of[index]].moved_keys(cache.layers[index], first, count)
-
-

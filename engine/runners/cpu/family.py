@@ -60,7 +60,11 @@ FAMILIES = {
 }
 """Families by their `model_type`."""
 
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Decoder:
     heads: int
     key_heads: int
     head_dim: int
-    activation: str
+    activation: Literal["silu", "gelu_tanh"]
     norms_whole: bool
     softcap: float | None
 

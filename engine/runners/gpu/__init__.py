@@ -1,1 +1,1 @@
-"""The engine on a GPU: its operations, as tensor operations and as Triton kernels."""
+"""The engine on a GPU: steps of single tokens by kernels of our own, chunks of a prompt in torch."""
