@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 from families import FAMILIES
+from pretend_cuda import pretend_cuda
 
 import ropewalk as rw
 
@@ -41,3 +42,10 @@ def freed_memory_is_overwritten():
     mallopt(perturb, 165)
     yield
     mallopt(perturb, 0)
+
+
+@pytest.fixture
+def cuda():
+    """A machine with one GPU, a pretended one."""
+    with pretend_cuda() as device:
+        yield device

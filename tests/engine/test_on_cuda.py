@@ -1,0 +1,178 @@
+"""transformers' modules on a GPU: no operation mixes devices, and the host rarely waits. The GPU is a pretended one."""
+
+import pytest
+import torch
+from live import MORE, TEXT, greedy
+from pretend_cuda import CudaTensor, move
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ropewalk as rw
+from ropewalk.engine.model import Model
+from ropewalk.scaling import METHODS
+
+LONG = (TEXT + MORE) * 6  # beyond the trained length
+SPECS = {
+    "none": (1, 1),
+    "linear:4": (1, 1),
+    "ntk:4": (1, 1),
+    "ntk-fixed:4": (1, 1),
+    "ntk-mixed:4": (1, 1),
+    "ntk-by-parts:4": (1, 1),
+    "yarn:4": (1, 1),
+    "llama3:4": (1, 1),
+    "base:2e5": (1, 1),
+    "critical-base:4x": (1, 1),
+    "base-bound:4x": (1, 1),
+    "mrrope:4": (1, 1),
+    "alpharope:4": (1, 1),
+    "cope": (1, 1),
+    "yarn:4|resonance": (1, 1),
+    "dynamic-ntk": (1, 1),
+    "dynamic-yarn": (1, 1),
+    "logn": (1, 1),
+    "temperature:1.2": (1, 1),
+    "rerope:64": (2, 5),
+    "leaky-rerope:64,k=8": (2, 7),
+    "self-extend:group=4,window=64": (2, 7),
+    "dual-chunk": (2, 5),
+    "string:shift=100,window=32": (2, 5),
+    "jet-long:near=64": (2, 7),
+    "sink-window:sinks=4,window=64": (2, 5),
+    "rerope:64|logn|yarn:2": (2, 9),
+}
+"""Each scaler, with the waits of the host and the uploads of a token."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture
+def on_both(tiny_folder, tokenizer, cuda):
+    """Makes the tiny model twice: on the CPU, and on the pretend device."""
+
+    def make(rope=None, dtype=torch.float32):
+        for put in (lambda model: model, move):
+            hf = put(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype).eval())
+            yield Model(hf, tokenizer, name="tiny", rope=rope, max_length=4096)
+
+    return make
+
+
+def test_every_scaler_is_listed():
+    listed = {part.partition(":")[0] for spec in SPECS for part in spec.split("|")}
+    assert listed == set(METHODS) - {"longrope"}  # its factors are those of a model
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_scaler(spec, on_both, cuda):
+    here, there = on_both(spec)
+    scores, expected = there.score(LONG).logprobs, here.score(LONG).logprobs
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
+    expected = here.generate(LONG, greedy(6)).text
+    counts = []
+    for tokens in (2, 6):
+        cuda.reset()
+        answer = there.generate(LONG, greedy(tokens)).text
+        counts.append((cuda.syncs.total(), cuda.uploads.total()))
+    assert answer == expected
+    assert tuple((after - before) / 4 for before, after in zip(*counts, strict=True)) == SPECS[spec]
+
+
+def generated(model):
+    params = rw.SamplingParams(
+        max_new_tokens=6, temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=3, logprobs=2
+    )
+    return model.generate(TEXT, params).token_ids
+
+
+def batch(model):
+    return [answer.text for answer in model.generate([TEXT, TEXT + MORE, MORE], greedy(4))]
+
+
+def contexts(model):
+    return model.generate("def f(", greedy(4), contexts=[TEXT, MORE]).text
+
+
+def session(model):
+    one = model.session()
+    one.append(LONG)
+    texts = [one.generate("\ndef ", greedy(4)).text]
+    other = one.fork()
+    texts.append(other.generate("x", greedy(3)).text)
+    model.rope = "yarn:4"
+    texts.append(one.generate("y", greedy(3)).text)
+    one.crop(100)
+    return [*texts, one.generate("z", greedy(3)).text]
+
+
+def covers(model):
+    return model.generate(TEXT[:-2], greedy(4)).text, model.logprob(MORE[3:20], TEXT + MORE[:3])
+
+
+def next_bytes(model):
+    return model.next_byte_logprobs(TEXT[:-2]).tolist()
+
+
+def descriptions(model):
+    return model.fingerprint, model.checkpoint_fingerprint
+
+
+def patched(model):
+    ids = model.tokenizer(LONG, return_tensors="pt").input_ids.to(model.hf.device)
+    with rw.patch(model.hf, "dynamic-ntk"):
+        grown = model.hf.generate(ids, max_new_tokens=3, do_sample=False)
+    short = torch.nn.functional.pad(ids[:, :50], (ids.shape[1] - 50, 0))
+    mask = torch.ones_like(ids).repeat(2, 1)
+    mask[1, : ids.shape[1] - 50] = 0
+    with rw.patch(model.hf, "rerope:64|logn"):
+        two = model.hf.generate(torch.cat([ids, short]), attention_mask=mask, max_new_tokens=3, do_sample=False)
+    with rw.patch(model.hf, "logn"):
+        tempered = model.hf.generate(torch.cat([ids, short]), attention_mask=mask, max_new_tokens=3, do_sample=False)
+    return grown.tolist(), two.tolist(), tempered.tolist()
+
+
+PATHS = (generated, batch, contexts, session, covers, next_bytes, descriptions, patched)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)
+def test_path(path, on_both):
+    here, there = on_both()
+    assert path(there) == pytest.approx(path(here), abs=1e-5) if path is next_bytes else path(there) == path(here)
+
+
+@pytest.mark.parametrize("rope", ["rerope:64", "auto"])
+def test_session_under_a_map(rope, on_both):
+    here, there = on_both(rope)
+    assert session(there) == session(here)
+
+
+class TestDevice:
+    """The pretend device refuses what CUDA refuses."""
+
+    def test_mixed_devices(self, cuda):
+        on_device = torch.ones(3, device="cuda:0")
+        with pytest.raises(RuntimeError, match="same device"):
+            on_device + torch.ones(3)
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.cat([on_device, torch.ones(3)])
+        with pytest.raises(RuntimeError, match="indices"):
+            torch.ones(3)[torch.tensor([0], device="cuda:0")]
+        with pytest.raises(RuntimeError, match="numpy"):
+            on_device.numpy()
+        assert (on_device + torch.tensor(1.0)).tolist() == [2, 2, 2]  # a number may be on the CPU
+
+    def test_counts(self, cuda):
+        x = torch.tensor([1.0, 2.0], device="cuda:0")
+        y = (x * 2)[:1]
+        assert (cuda.uploads.total(), cuda.kernels.total(), cuda.syncs.total()) == (1, 1, 0)
+        assert isinstance(y, CudaTensor) and y.device.type == "cuda"
+        assert int(y) == 2 and bool(x.any()) and x.nonzero().shape == (2, 1)
+        assert cuda.syncs.total() == 3
+        assert x[torch.tensor([1])].tolist() == [2.0]
+        assert cuda.uploads.total() == 2
+
+    def test_cpu_tensors_are_not_counted(self, cuda):
+        assert torch.arange(3).sum().item() == 3
+        assert not cuda.kernels and not cuda.syncs and not cuda.uploads
