@@ -302,6 +302,7 @@ class ScaledModel:
             "rope": rope,
             "reach": "any length" if math.isinf(reach) else f"{format_length(int(reach))} tokens",
             "trained": f"{format_length(configured.rope.trained_length)} tokens{configured.scaling_note}",
+            **({"temperature": f"{own}, the model's own"} if (own := configured.temperature) is not None else {}),
             "answers": self._answers(),
         }
         width = max(map(len, lines))

@@ -7,15 +7,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
-from .hf_write import write
+from .hf_write import STEP_LOG_BETA, write
 from .interpolation import DynamicNTK, Linear
 from .longrope import LongRoPE
 from .rope import ConfiguredRope, RopeSpec, Scaler
+from .temperature import StepLog
 from .yarn import Llama3, YaRN
 
 __all__ = ["ConfiguredRope", "check_counts", "is_local", "merged_parameters", "read", "text_config", "write"]
@@ -38,6 +40,9 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 _LENGTH_TYPES = {"su", *(kind for kind, (required, optional) in _KEYS.items() if _LENGTH in required + optional)}
 _COMMON_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _ALIASES = {"su": "longrope"}  # Phi-3's name for it before transformers had the type
+_STEP_LOG_FAMILIES = ("ministral3", "mistral4")
+"""Families whose code reads `llama_4_scaling_beta`."""
+
 _MODEL_CODE_KEYS = {
     "mrope_section": "positions on several axes (multimodal RoPE)",
     "xdrope_section": "positions on several axes (multimodal RoPE)",
@@ -198,6 +203,25 @@ def _with_outside_length(config: Any, parameters: Mapping[str, Any]) -> Mapping[
 
 
 def _read_entry(name: str, config: Any, parameters: Mapping[str, Any]) -> ConfiguredRope:
+    if getattr(config, "model_type", None) in _STEP_LOG_FAMILIES:
+        parameters, temperature = _without_step_log(name, parameters)
+        return dataclasses.replace(_read_frequencies(name, config, parameters), temperature=temperature)
+    return _read_frequencies(name, config, parameters)
+
+
+def _without_step_log(name: str, parameters: Mapping[str, Any]) -> tuple[Mapping[str, Any], StepLog | None]:
+    """`parameters` without the keys of the model's own temperature, and the temperature."""
+    own = ("max_position_embeddings", STEP_LOG_BETA)  # the first repeats the key outside, and nothing reads it here
+    others = {key: value for key, value in parameters.items() if key not in own}
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind not in _LENGTH_TYPES:
+        others.pop(_LENGTH, None)
+    if parameters.get(STEP_LOG_BETA) is None or not (beta := _number(name, parameters, STEP_LOG_BETA)):
+        return others, None
+    return others, StepLog(beta=beta, length=_length(name, _LENGTH, parameters.get(_LENGTH)))
+
+
+def _read_frequencies(name: str, config: Any, parameters: Mapping[str, Any]) -> ConfiguredRope:
     kind, values = _checked(name, config, parameters)
     max_length = _length(name, "max_position_embeddings", getattr(config, "max_position_embeddings", None))
     trained_length = _length(name, _LENGTH, values[_LENGTH]) if _LENGTH in values else max_length

@@ -13,9 +13,13 @@ from .base import Base, BaseBound, CriticalBase
 from .interpolation import NTK, DynamicNTK, Linear
 from .longrope import LongRoPE
 from .rope import Composition, Frequencies, RopeSpec, Scaler
+from .temperature import StepLog
 from .yarn import Llama3, NTKByParts, YaRN
 
 __all__ = ["check_frequencies_only", "divisors", "write", "write_served"]
+
+STEP_LOG_BETA = "llama_4_scaling_beta"
+"""The key of `StepLog.beta` in a config; its length is `original_max_position_embeddings`."""
 
 _NO_ROTATION = 1e30
 """Divisor of a pair that does not rotate: finite in float32 and in JSON, and the angle is 0 at every position."""
@@ -24,7 +28,14 @@ _NO_MSCALE = 1e-9
 """An `mscale_all_dim` without effect, because `mscale` needs one."""
 
 
-def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None, as_longrope: bool = False) -> dict[str, Any]:
+def write(
+    rope: RopeSpec,
+    scaler: Scaler,
+    *,
+    head_dim: int | None = None,
+    as_longrope: bool = False,
+    temperature: Scaler | None = None,
+) -> dict[str, Any]:
     """The `rope_parameters` with which unmodified transformers computes `scaler.frequencies(rope)`.
 
     A method that transformers has keeps its rope type. Every other static frequency method becomes LongRoPE factors
@@ -35,14 +46,16 @@ def write(rope: RopeSpec, scaler: Scaler, *, head_dim: int | None = None, as_lon
         head_dim: the dimension of the whole head, if only `rope.dim` of it rotates. It adds `partial_rotary_factor`,
             without which a family that rotates a part of the head uses its own default.
         as_longrope: write LongRoPE factors in any case, for families such as Phi-3 whose configs have no other type.
+        temperature: the model's own temperature (`ConfiguredRope.temperature`), which its code reads from there.
 
     Raises:
         ConfigError: the scaler depends on the length in a way that transformers does not have, or it sets more than
-            the frequencies.
+            the frequencies, or the keys of the temperature have other values for the scaler.
     """
     check_frequencies_only(scaler)
     scaler.check(rope)
-    return _completed(rope, head_dim, (None if as_longrope else _native(rope, scaler)) or _as_longrope(rope, scaler))
+    parameters = (None if as_longrope else _native(rope, scaler)) or _as_longrope(rope, scaler)
+    return _completed(rope, head_dim, _with_temperature(parameters, scaler, temperature))
 
 
 def write_served(
@@ -105,6 +118,18 @@ def _read_as_yarn(scaler: Scaler, parameters: dict[str, Any] | None) -> dict[str
             f"mscale and mscale_all_dim, and {m:g} needs an mscale that is not above 0; take a larger one"
         )
     return {**parameters, "mscale": mscale, "mscale_all_dim": all_dim}
+
+
+def _with_temperature(parameters: dict[str, Any], scaler: Scaler, temperature: Scaler | None) -> dict[str, Any]:
+    if not isinstance(temperature, StepLog):
+        return parameters
+    key = "original_max_position_embeddings"
+    if parameters.get(key, temperature.length) != temperature.length:
+        raise ConfigError(
+            f"'{scaler}' cannot be written for this model: its own {temperature} takes its length from {key}, which "
+            f"must be {parameters[key]} for this scaler; patch the model where it runs"
+        )
+    return {**parameters, key: temperature.length, STEP_LOG_BETA: temperature.beta}
 
 
 def _completed(rope: RopeSpec, head_dim: int | None, parameters: dict[str, Any]) -> dict[str, Any]:

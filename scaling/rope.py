@@ -273,6 +273,8 @@ class ConfiguredRope:
         head_dim: the dimension of the whole head; None if all of it rotates.
         declares_trained_length: True if `max_position_embeddings` is the trained length although the scaler reaches
             further. Configs to which a user has added yarn, as model cards advise, look like this.
+        temperature: the temperature that the model was trained with, which its own code applies under every scaler;
+            None for most models.
     """
 
     rope: RopeSpec
@@ -280,6 +282,7 @@ class ConfiguredRope:
     max_length: int
     head_dim: int | None = None
     declares_trained_length: bool = False
+    temperature: Scaler | None = None
 
     @classmethod
     def of(cls, rope: RopeSpec, scaler: Scaler, declared: int, *, head_dim: int | None = None) -> ConfiguredRope:

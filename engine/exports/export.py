@@ -172,8 +172,9 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
     """Write a Hugging Face folder."""
     configured = source.configured
     _check_layer_types(configured, target)
+    _check_temperature(configured, target)
     scalers, tokens = _static_scalers(source, target, length)
-    wanted = {kind: (rope.rope, scalers[kind]) for kind, rope in configured.items()}
+    wanted = {kind: (rope, scalers[kind]) for kind, rope in configured.items()}
     derived = Derived.of(source.config, source.model)
     outside = hasattr(source.config.get_text_config(), "original_max_position_embeddings")
 
@@ -197,7 +198,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
     def check(folder: Path) -> None:
         check_written(folder, wanted)
         if derived is not None:
-            derived.check(folder, {kind: (rope, scalers[kind]) for kind, rope in configured.items()})
+            derived.check(folder, wanted)
 
     if source.folder is not None:
         write_copy(source.folder, out, change, extra, check)
@@ -228,6 +229,15 @@ def _check_layer_types(configured: Mapping[str | None, hf.ConfiguredRope], targe
         )
 
 
+def _check_temperature(configured: Mapping[str | None, hf.ConfiguredRope], target: str) -> None:
+    own = next((rope.temperature for rope in configured.values() if rope.temperature is not None), None)
+    if own is not None and target != "hf":
+        raise UnsupportedModel(
+            f"this model has a temperature of its own, {own}; how {target} reads it was not checked, so take ",
+            Setting("target", "hf"),
+        )
+
+
 def _static_scalers(source: _Source, target: str, length: int | str | None) -> tuple[dict[str | None, Scaler], int]:
     """The scaler to be written for each layer type, and the tokens that all layers reach."""
     scalers: dict[str | None, Scaler] = {}
@@ -245,13 +255,16 @@ def _rope_parameters(
     rope: hf.ConfiguredRope, scaler: Scaler, target: str, *, latent_attention: bool, as_longrope: bool = False
 ) -> dict[str, Any]:
     if target == "hf":
-        return hf_write.write(rope.rope, scaler, head_dim=rope.head_dim, as_longrope=as_longrope)
+        return hf_write.write(
+            rope.rope, scaler, head_dim=rope.head_dim, as_longrope=as_longrope, temperature=rope.temperature
+        )
     return vllm_sglang.rope_parameters(rope, scaler, latent_attention=latent_attention, as_longrope=as_longrope)
 
 
 def _write_gguf(source: _Source, out: Path, target: str, length: int | str | None, dtype: str) -> Export:
     """Write a checkpoint as a GGUF file."""
     configured = source.configured
+    _check_temperature(configured, target)
     if None not in configured:
         raise UnsupportedModel(
             f"this model has different frequencies for {', '.join(map(str, configured))}; a GGUF file holds one set"

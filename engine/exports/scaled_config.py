@@ -16,7 +16,7 @@ from ...scaling import hf, hf_write
 from ...scaling.interpolation import DynamicNTK
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.longrope import LongRoPE, fix_length, follows_length
-from ...scaling.rope import RopeSpec, Scaler
+from ...scaling.rope import Scaler
 from ...scaling.spec import Auto, parse
 from ..checkpoints.checkpoint import read_config
 from ..checkpoints.quiet import quiet_transformers
@@ -81,12 +81,12 @@ def _check_carried(scaler: Scaler, configured: hf.ConfiguredRope) -> None:
         ) from None
 
 
-def check_written(folder: Path, wanted: Mapping[str | None, tuple[RopeSpec, Scaler]]) -> None:
-    """Refuse a folder if transformers does not accept its config, or computes other frequencies from it.
+Wanted = Mapping[str | None, tuple[hf.ConfiguredRope, Scaler]]
+"""The model's rotary embedding and the scaler to be written, of each layer type."""
 
-    Args:
-        wanted: the rotary geometry and the scaler of each layer type.
-    """
+
+def check_written(folder: Path, wanted: Wanted) -> None:
+    """Refuse a folder if transformers does not accept its config, or computes other frequencies from it."""
     try:
         configured = hf.read(read_config(str(folder)).get_text_config())
     except Exception as error:  # the config classes raise their own
@@ -102,7 +102,7 @@ def check_written(folder: Path, wanted: Mapping[str | None, tuple[RopeSpec, Scal
             )
 
 
-def is_accepted(content: Mapping[str, Any], wanted: Mapping[str | None, tuple[RopeSpec, Scaler]]) -> bool:
+def is_accepted(content: Mapping[str, Any], wanted: Wanted) -> bool:
     """True if transformers accepts the content of a config.json and computes the frequencies of the scalers from it."""
     try:
         with quiet_transformers():  # it warns of keys that are for vLLM and SGLang only
@@ -112,7 +112,10 @@ def is_accepted(content: Mapping[str, Any], wanted: Mapping[str | None, tuple[Ro
     return all(_same(rope, scaler, configured[layer_type]) for layer_type, (rope, scaler) in wanted.items())
 
 
-def _same(rope: RopeSpec, scaler: Scaler, configured: hf.ConfiguredRope) -> bool:
+def _same(source: hf.ConfiguredRope, scaler: Scaler, configured: hf.ConfiguredRope) -> bool:
+    rope = source.rope
+    if source.temperature != configured.temperature:
+        return False
     for length in (1, 2 * rope.trained_length):
         ours, theirs = scaler.frequencies(rope, length), configured.scaler.frequencies(configured.rope, length)
         if not torch.allclose(ours.inv_freq, theirs.inv_freq, rtol=1e-6, atol=1e-20):
@@ -148,12 +151,8 @@ class Derived:
             model_class = type(model)
         return cls(model_class, config) if derives_numbers(model_class, config) else None
 
-    def check(self, folder: Path, wanted: Mapping[str | None, tuple[hf.ConfiguredRope, Scaler]]) -> None:
-        """Refuse a folder if transformers derives other numbers from its config than those of the scalers.
-
-        Args:
-            wanted: the model's rotary embedding and the scaler of each layer type.
-        """
+    def check(self, folder: Path, wanted: Wanted) -> None:
+        """Refuse a folder if transformers derives other numbers from its config than those of the scalers."""
         written = read_config(str(folder))
         written = written if isinstance(written, type(self.config)) else written.get_text_config()
         derived = derived_numbers(self.model_class, written)

@@ -95,7 +95,8 @@ def parameters_under(configured: ConfiguredRope, scaler: Scaler) -> dict[str, An
     """The `rope_parameters`, in the form of transformers, for the frequencies of `scaler` without a wavelength grid."""
     host = configured.effective(scaler).member("frequencies") or Scaler()
     rope = configured.rope
-    return write(rope, fix_length(host, rope, rope.trained_length), head_dim=configured.head_dim)
+    static = fix_length(host, rope, rope.trained_length)
+    return write(rope, static, head_dim=configured.head_dim, temperature=configured.temperature)
 
 
 def derives_numbers(kind: type[PreTrainedModel], config: Any) -> bool:

@@ -175,6 +175,8 @@ class PatchHandle:
             "factor on cos and sin": f"{frequencies.attention_factor:.6g}",
             "cost": self._installed.cost,
         }
+        if site.configured.temperature is not None:
+            lines["temperature"] = f"{site.configured.temperature}, the model's own, under every scaler"
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 

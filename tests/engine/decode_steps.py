@@ -146,7 +146,8 @@ class DecodeStep:
         if layout:
             keys = rotate(keys, layout, -table.key_phases(place), 1 / table.key_factor)
         here = torch.tensor([position])
-        temperature = table.site.logit_factor(table.scaler, here) if table.tempered else 1.0
+        temperature = table.temperature(here)
+        temperature = 1.0 if temperature is None else temperature
         group = self.q.shape[1] // len(keys)
         keys, values = (x.repeat_interleave(group, 0) for x in (keys, values))
         scores = torch.full((self.q.shape[1], position + 1), -torch.inf, dtype=torch.float64)

@@ -49,6 +49,17 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+STEP_LOG = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+    "max_position_embeddings": 256,
+}
+
 # name: (model type, config fields)
 ROWS = {
     "llama": ("llama", {**THREE, **BIASED, "mlp_bias": True, **SIX_HEADS}),
@@ -58,6 +69,7 @@ ROWS = {
     "mistral": ("mistral", {**THREE, "sliding_window": WINDOW}),
     "mistral-wide": ("mistral", {**THREE, "sliding_window": None, "tie_word_embeddings": True}),
     "ministral": ("ministral", layer_types(1)),
+    "ministral3": ("ministral3", {**THREE, "rope_parameters": STEP_LOG, "max_position_embeddings": 256}),
     "qwen2": ("qwen2", {**layer_types(0, 2), "use_sliding_window": True, "max_window_layers": 2}),
     "qwen2-wide": ("qwen2", {**THREE, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**layer_types(1, 3), **BIASED, "use_sliding_window": True, "max_window_layers": 2}),

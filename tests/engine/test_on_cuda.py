@@ -30,6 +30,8 @@ SPECS = {
     "dynamic-ntk": (1, 1),
     "dynamic-yarn": (1, 1),
     "logn": (1, 1),
+    "infoscale": (1, 1),
+    "step-log:length=64": (1, 1),
     "temperature:1.2": (1, 1),
     "rerope:64": (2, 5),
     "leaky-rerope:64,k=8": (2, 7),

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
-from families import DEFAULT, FAMILIES
+from decoders import IDS, STEP_LOG
+from families import DEFAULT, FAMILIES, SMALL
 from serving import TOLERANCE, difference, logits
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Ministral3Config, Ministral3ForCausalLM
 
 import ropewalk as rw
 
@@ -137,3 +138,25 @@ def test_a_trained_length_outside_of_rope_parameters_is_kept_there(tmp_path, tra
     for length in (trained, trained + 1):
         ids = torch.arange(1, length + 1)[None] % 96
         assert difference(logits(out, ids), logits(own, ids)) < TOLERANCE
+
+
+def test_a_temperature_of_the_models_own(tiny_folder, tmp_path):
+    """A small Ministral 3, loaded from a folder, and exported with another scaler."""
+    vocabulary = json.loads((tiny_folder / "config.json").read_text())["vocab_size"]
+    fields = {**SMALL, "vocab_size": vocabulary, "max_position_embeddings": 256, "rope_parameters": {**STEP_LOG}}
+    torch.manual_seed(0)
+    hf = Ministral3ForCausalLM(Ministral3Config(**fields)).eval()
+    hf.save_pretrained(tmp_path / "model")
+    for file in tiny_folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    model = rw.load(tmp_path / "model", compile=True)
+    assert "temperature  step-log:0.5,length=64, the model's own" in model.describe()
+    assert "step-log:0.5,length=64, the model's own" in rw.patch(hf, "none").describe()
+    ids = IDS[0].tolist()
+    scores = logits(hf, torch.tensor([ids])).log_softmax(-1)[0, :-1].gather(1, torch.tensor(ids[1:])[:, None])
+    assert torch.allclose(torch.as_tensor(model.score_ids(ids)).float(), scores[:, 0], rtol=0, atol=1e-4)
+    rw.export(tmp_path / "model", tmp_path / "out", rope="yarn:8")
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    model.rope = "yarn:8"
+    scores = logits(served, torch.tensor([ids])).log_softmax(-1)[0, :-1].gather(1, torch.tensor(ids[1:])[:, None])
+    assert torch.allclose(torch.as_tensor(model.score_ids(ids)).float(), scores[:, 0], rtol=0, atol=1e-4)

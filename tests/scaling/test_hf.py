@@ -10,7 +10,7 @@ import torch
 import transformers
 from hf_configs import TINY, TYPES, assert_like_its_model, difference, llama, old, rotary_modules
 
-from ropewalk.errors import ConfigError, RopewalkError, UnsupportedModel
+from ropewalk.errors import ConfigError, RopewalkError
 from ropewalk.scaling import (
     DynamicNTK,
     Linear,
@@ -18,6 +18,7 @@ from ropewalk.scaling import (
     LongRoPE,
     RopeSpec,
     Scaler,
+    StepLog,
     YaRN,
 )
 from ropewalk.scaling.hf import ConfiguredRope, read
@@ -114,6 +115,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**TYPES["yarn, mscale"], "rope_theta": 1e4},
         },
     ),
+    "ministral3": ("Ministral3Config", {"head_dim": 16}),
     "mistral4 shares the head": ("Mistral4Config", {"qk_rope_head_dim": 8, "qk_nope_head_dim": 24}),
     "cohere": ("CohereConfig", {}),
     "cohere2": ("Cohere2Config", {}),
@@ -122,17 +124,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "laguna": ("LagunaConfig", TWO_KINDS),
     "llama4": ("Llama4TextConfig", {"head_dim": 16}),
 }
-REFUSED = {"mistral4 shares the head": UnsupportedModel}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str) -> None:
     cls, fields = FAMILIES[name]
     config = getattr(transformers, cls)(**{**TINY, **json.loads(json.dumps(fields))})
-    if name in REFUSED:
-        with pytest.raises(REFUSED[name]):
-            read(config)
-        return
     before = config.to_dict()
     configured = assert_like_its_model(config)
     assert config.to_dict() == before  # reading does not change the config
@@ -263,3 +260,27 @@ def test_a_factor_that_engines_read_differently_is_refused(extra: dict[str, floa
     assert read(document | {"rope_parameters": yarn | {"attn_factor": 1.0}})[None].scaler == plain
     if not extra:
         assert "replace it by attention_factor: 1 for" in str(caught.value)
+
+
+def test_a_temperature_of_the_models_own() -> None:
+    entry = read(transformers.Ministral3Config())[None]
+    assert entry.temperature == StepLog(beta=0.1, length=16384)
+    assert entry.rope == RopeSpec(dim=128, base=1e6, trained_length=16384)
+    assert entry.scaler == YaRN(factor=16, mscale=1, mscale_all_dim=1)
+    assert entry.max_length == 262144
+    assert read(transformers.Mistral4Config())[None].temperature == StepLog(beta=0.1, length=8192)
+    assert read(transformers.LlamaConfig())[None].temperature is None
+
+
+@pytest.mark.parametrize("rope_type", ["default", "linear", "yarn"])
+def test_a_temperature_beside_every_rope_type(rope_type: str) -> None:
+    own = {"llama_4_scaling_beta": 0.25, "original_max_position_embeddings": 256}
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, **({} if rope_type == "default" else {"factor": 4.0})}
+    entry = read(transformers.Ministral3Config(**TINY, head_dim=16, rope_parameters={**rope, **own}))[None]
+    assert entry.temperature == StepLog(beta=0.25, length=256)
+    assert entry.rope.trained_length == (1024 if rope_type == "default" else 256)
+
+
+def test_no_beta_is_no_temperature() -> None:
+    rope = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.0, "original_max_position_embeddings": 256}
+    assert read(transformers.Ministral3Config(**TINY, head_dim=16, rope_parameters=rope))[None].temperature is None

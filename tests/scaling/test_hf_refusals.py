@@ -33,7 +33,27 @@ BAD: dict[str, tuple[Any, type[RopewalkError], str]] = {
         UnsupportedModel,
         "qwen2_vl_text: 'mrope_section' in rope_parameters means positions on several axes",
     ),
-    "ministral3": (transformers.Ministral3Config(), UnsupportedModel, "'llama_4_scaling_beta'"),
+    "a temperature in another family": (
+        entry(llama_4_scaling_beta=0.1),
+        UnsupportedModel,
+        "'llama_4_scaling_beta' in rope_parameters means queries scaled by their position; not supported",
+    ),
+    "no length of a temperature": (
+        transformers.Ministral3Config(rope_parameters={"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}),
+        ConfigError,
+        "ministral3: original_max_position_embeddings=None must be a whole number",
+    ),
+    "negative beta": (
+        transformers.Ministral3Config(
+            rope_parameters={
+                "rope_theta": 1e4,
+                "llama_4_scaling_beta": -1,
+                "original_max_position_embeddings": 64,
+            }
+        ),
+        ConfigError,
+        "step-log: beta -1 must be above 0",
+    ),
     "axial": (entry(rope_type="axial"), UnsupportedModel, "rope type 'axial' is not supported. Known: default,"),
     "unknown type": (entry(rope_type="yran"), UnsupportedModel, "'yran' is not supported. Did you mean 'yarn'?"),
     "unknown model": ({"model_type": "zzz"}, UnsupportedModel, "the installed transformers has no model_type 'zzz'"),

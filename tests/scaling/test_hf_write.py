@@ -33,6 +33,7 @@ from ropewalk.scaling import (
     Resonance,
     RopeSpec,
     Scaler,
+    StepLog,
     YaRN,
 )
 from ropewalk.scaling.hf import ConfiguredRope, read, write
@@ -197,3 +198,25 @@ def test_facets_beyond_the_frequencies_are_refused() -> None:
 
     with pytest.raises(ConfigError, match="'sharper' sets the temperature, which a model file cannot hold"):
         write(SMALL, YaRN(factor=4) | Sharper())
+
+
+@pytest.mark.parametrize(
+    "scaler", [Scaler(), Linear(factor=4), YaRN(factor=4), Base(base=5e5), MrRoPE(factor=4)], ids=str
+)
+def test_a_temperature_of_the_models_own_is_written_beside_every_scaler(scaler: Scaler) -> None:
+    own = StepLog(beta=0.25, length=256)
+    parameters = write(SMALL, scaler, temperature=own)
+    config = transformers.Ministral3Config(
+        **{**TINY, "max_position_embeddings": 256}, head_dim=16, rope_parameters=json.loads(json.dumps(parameters))
+    )
+    configured = assert_like_its_model(config)[None]
+    assert configured.temperature == own
+    ours, theirs = scaler.frequencies(SMALL), configured.scaler.frequencies(configured.rope)
+    assert torch.allclose(ours.inv_freq, theirs.inv_freq, rtol=1e-6)
+
+
+def test_a_temperature_whose_length_is_another_one_is_not_written() -> None:
+    own = StepLog(beta=0.25, length=64)
+    assert write(SMALL, NTK(factor=4), temperature=own)["original_max_position_embeddings"] == 64
+    with pytest.raises(ConfigError, match="takes its length from original_max_position_embeddings"):
+        write(SMALL, YaRN(factor=4), temperature=own)

@@ -52,9 +52,8 @@ class BFloat16Attention:
         self._key_angles = None
         if layout is not None:
             self._key_angles = cos_sin(rotation.key_phases(positions), factor=rotation.key_factor, like=like)
-        self._temperature = None
-        if rotation.tempered:
-            self._temperature = rotation.site.logit_factor(rotation.scaler, positions).float()[:, None]
+        temperature = rotation.temperature(positions)
+        self._temperature = None if temperature is None else temperature.float()[:, None]
         self._bands: list[_Band] = []
         if not rotation.mapped:
             window = rotation.group.window or run.key_stop

@@ -125,9 +125,8 @@ class ChunkAttention:
         if group.layout is not None:
             phases = rotation.key_phases(positions)
             self._angles = cos_sin(phases, factor=rotation.key_factor, like=like)
-        self._temperature = None
-        if rotation.tempered and not rotation.mapped:
-            self._temperature = rotation.site.logit_factor(rotation.scaler, positions).to(like)[:, None]
+        temperature = None if rotation.mapped else rotation.temperature(positions)
+        self._temperature = None if temperature is None else temperature.to(like)[:, None]
         self._work: list[tuple[KeyRun, list[Segment]]] | None = None
         if rotation.mapped:
             self._work = [(run, [rotation.segment(run)])]

@@ -49,6 +49,7 @@ FAMILIES = {
     "llama": Family(),
     "mistral": Family(),
     "ministral": Family(),
+    "ministral3": Family(),
     "qwen2": Family(),
     "qwen3": Family(query_key_norm="heads"),
     "smollm3": Family(),

@@ -57,7 +57,7 @@ class RotationTable:
         self.group = group
         self.site, self.scaler = group.site or primary_rotary, scaler
         local = group.window is not None
-        self.tempered = not local and scaler.member("temperature") is not None
+        self._tempered = not local and scaler.member("temperature") is not None
         self.mapped = not local and scaler.member("positions") is not None
         self.bands = self.site.bands(scaler, length) if self.mapped else (PLAIN,)
         self.stored = stored_key_map(self.bands)
@@ -122,10 +122,19 @@ class RotationTable:
 
     def scales(self, positions: Integers, scale: float) -> Floats:
         """The factor on the scores of every token, [n]."""
-        if not self.tempered:
+        factor = self.temperature(torch.from_numpy(positions))
+        if factor is None:
             return np.full(len(positions), scale, np.float32)
-        factor = self.site.logit_factor(self.scaler, torch.from_numpy(positions))
         return (factor.numpy() * scale).astype(np.float32)
+
+    def temperature(self, positions: Tensor) -> Tensor | None:
+        """The factor on the logits of every token, float64 [n], with the model's own temperature; None if it is 1."""
+        own = self.site.configured.temperature
+        factor = self.site.logit_factor(self.scaler, positions) if self._tempered else None
+        if own is None:
+            return factor
+        applied = own.logit_factor(positions, self.site.configured.rope)
+        return applied if factor is None else factor * applied
 
     def visible(self, position: int) -> list[tuple[int, int, int]]:
         """The keys that the query at `position` sees: (band, first key, number of keys)."""
@@ -152,7 +161,7 @@ class RotationTable:
             offset=run.key_stop - run.query_stop,
             bands=self.bands,
             frequencies=self.frequencies,
-            temperature=self.site.logit_factor(self.scaler, positions) if self.tempered else None,
+            temperature=self.temperature(positions),
             stored=self.stored,
         )
 

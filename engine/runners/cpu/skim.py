@@ -88,9 +88,8 @@ class SkimAttention:
                 return angles(mapped, f.inv_freq, factor=f.attention_factor, like=like)
 
             self._angles = [(angles_at(query), angles_at(key)) for query, key in maps]
-        self._temperature = None
-        if rotation.tempered:
-            self._temperature = rotation.site.logit_factor(rotation.scaler, positions).float()[:, None]
+        temperature = rotation.temperature(positions)
+        self._temperature = None if temperature is None else temperature.float()[:, None]
         same_stretch = sample.stretches[:, None] == sample.stretches
         self._bias = torch.where(same_stretch, 0.0, sample.log_weights)
         hidden = positions[:, None] < positions

@@ -67,8 +67,8 @@ class StepAngles:
             starts = torch.zeros_like(positions) if window is None else (positions + 1 - window).clamp(min=0)
             starts, stops = starts[:, None], positions[:, None] + 1
         scales = torch.full_like(positions, self._scale, dtype=self._dtype)
-        if rotation.tempered:
-            scales = scales * rotation.site.logit_factor(rotation.scaler, positions).to(self._dtype)
+        if (temperature := rotation.temperature(positions)) is not None:
+            scales = scales * temperature.to(self._dtype)
         edges = torch.stack((starts, torch.maximum(starts, stops)), -1).int()
         return StepBands(queries=queries, edges=edges, scales=scales, shifts=self._shifts), keys
 

@@ -16,7 +16,6 @@ NOT_EXPORTED = {
     "gemma4_text": "does not accept the scaled config",
     "gemma4_unified_text": "does not accept the scaled config",
     "gptj": "has no rotary embedding",
-    "ministral3": "queries scaled by their position",
     "phimoe": "its rotary module computes its angles anew in every call, so it is not patched either",
     "recurrent_gemma": "max_position_embeddings=None",
     "youtu": "transformers itself does not give it back from its files: other logits, untouched",
@@ -53,3 +52,10 @@ def test_families_that_cannot_be_exported_are_refused_with_the_reason(family, tm
 def test_frequencies_by_layer_type_are_written_for_transformers_only(tmp_path, target):
     with pytest.raises(rw.UnsupportedModel, match="different frequencies"):
         rw.export(FAMILIES["gemma3_text"](), tmp_path / "no", rope="ntk:4", target=target)
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang", "llama.cpp", "ollama"])
+def test_a_temperature_of_the_models_own_is_written_for_transformers_only(tmp_path, target):
+    with pytest.raises(rw.UnsupportedModel, match=rf"temperature of its own, step-log.*how {target} reads it was not"):
+        rw.export(FAMILIES["ministral3"](), tmp_path / "no", rope="ntk:4", target=target)
+    assert not any(tmp_path.iterdir())

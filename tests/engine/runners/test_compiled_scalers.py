@@ -116,3 +116,17 @@ def test_the_modules_of_transformers_keep_the_frequencies_too(row, spec, length)
         switch.prepare(scaler, None)
     switch.put(rw.scaling.Scaler())
     assert difference(read(hf), read(build(*row))) == 0
+
+
+@pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("spec", ["none", "step-log:0.4,length=20", "rerope:20|logn", "yarn:8|temperature:1.2"])
+def test_a_temperature_of_the_models_own_is_multiplied(spec, sizes):
+    """transformers' module computes it from the position ids."""
+    hf = DECODERS["ministral3"]()
+    runner = compiled(hf)
+    with under(runner, hf, spec, LENGTH):
+        expected = read(hf)
+    assert difference(in_chunks(runner, sizes), expected) < TOLERANCE
+    hf.config.rope_parameters["llama_4_scaling_beta"] = 0.0
+    with under(runner, hf, spec, LENGTH):
+        assert difference(read(hf), expected) > 0.1
