@@ -125,7 +125,9 @@ def load(
     source, config = find_config(str(name))
     primary_rope(config)  # refuses what has no RoPE before any weight is read
     placement = device_map if device_map is not None else _default_device()
-    on_cpu = placement == "cpu"
+    on_cpu = _is_cpu(placement)
+    if not on_cpu:
+        _check_off_cpu(runner_options, placement)
     compile = runner_options.compile
     widens = on_cpu and compile is not False and supported(config) and UNAVAILABLE is None
     chosen = _choose_dtype("auto" if dtype == "int8" else dtype, config, on_cpu, widens)
@@ -134,7 +136,8 @@ def load(
     hf = read_weights(source, config, **options)
     tokenizer = tokenizer or read_tokenizer(source)
     text_config = hf.config.get_text_config()
-    if on_cpu and text_config._attn_implementation == "sdpa" and attends_to_everything(text_config):
+    is_plain = text_config._attn_implementation == "sdpa" and attends_to_everything(text_config)
+    if is_plain and hf.device.type in ("cpu", "cuda"):
         hf.set_attn_implementation(causal.register())  # in place of SDPA only: others cap scores or have sinks
     if tp_plan is not None:
         tensor_parallel.begin()
@@ -194,6 +197,39 @@ def _default_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}" if "LOCAL_RANK" in os.environ else "cuda"
+
+
+def _is_cpu(placement: Any) -> bool:
+    places = placement.values() if isinstance(placement, dict) else (placement,)
+    return all(str(place) == "cpu" for place in places)
+
+
+def _check_off_cpu(options: RunnerOptions, placement: Any) -> None:
+    """Refuse options that only the compiled kernels honour, before weights are read to another place than the CPU.
+
+    Raises:
+        ConfigError: with the options.
+    """
+    if not options.needs_kernels or not torch.cuda.is_available():  # "auto" is then the CPU
+        return
+    given: list[Setting] = []
+    if options.weights == "int8":
+        given.append(Setting("dtype", "int8", "given"))
+    if options.cache != "auto":
+        given.append(Setting("kv_dtype", options.cache, "given"))
+    if options.precision != "auto":
+        given.append(Setting("precision", options.precision, "given"))
+    if options.folder is not None:
+        given.append(Setting("offload", options.folder, "given"))
+    if options.compile is True:
+        given.append(Setting("compile", True, "given"))
+    named = [part for setting in given for part in (setting, ", ")][:-1]
+    raise ConfigError(
+        *named,
+        f": only the compiled kernels do this; they run on the CPU, and the weights would go to {placement!r}; ",
+        Setting("device_map", "cpu", "load"),
+        " to use them there, or leave this out",
+    )
 
 
 def _choose_dtype(dtype: str, config: Any, on_cpu: bool, widens: bool) -> torch.dtype:

@@ -1,13 +1,15 @@
 """Attention over one rectangle of keys, with the log-sum-exp that joins it to other rectangles.
 
-Two kernels compute the same function. On the CPU, for inference, it is torch's fused kernel. In all other cases it is
-plain tensor operations, which support gradients, float64, soft-caps and dropout.
+Two kernels compute the same function. For inference it is torch's fused kernel, on the CPU, and on a GPU for 16-bit
+numbers. In all other cases it is plain tensor operations, which support gradients, float64, soft-caps and dropout.
+Scores and their softmax are float32 at least in both.
 
 Shape suffixes: B batch, H query heads, K key-value heads, G = H / K, N queries, M keys, D head dim.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +21,12 @@ Sees = Literal["all", "lower", "upper"]
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
+_FLASH_DIM = 256  # largest head dim of torch's flash kernel on a GPU, a multiple of 8
+
 _SMALLEST_TRIANGLE = 64
-_PLAIN_KEYS = 2048  # keys that the plain kernel takes at a time; it bounds the memory of the scores
+_PLAIN_KEYS = 2048  # fewest keys that the plain kernel takes at a time
+_PLAIN_SCORES = 2**17  # scores of a head that it holds at a time, where few queries leave room for more keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +58,13 @@ def attend(
         are finite, and their weight in `join` is 0.
     """
     k_BKMD, v_BKMD = k_BKMD.to(q_BHND.dtype), v_BKMD.to(q_BHND.dtype)  # a cache may be narrower than the arithmetic
-    if _fused(q_BHND, v_BKMD, score):
+    if is_fused(q_BHND, v_BKMD, score) and not (q_BHND.is_cuda and isinstance(sees, Tensor)):
         return _attend_fused(q_BHND, k_BKMD, v_BKMD, score.scale, sees)
-    if sees == "all" and k_BKMD.shape[2] > _PLAIN_KEYS:
+    most = max(_PLAIN_KEYS, _PLAIN_SCORES // q_BHND.shape[2])
+    if sees == "all" and k_BKMD.shape[2] > most:
         joined = None
-        for start in range(0, k_BKMD.shape[2], _PLAIN_KEYS):
-            keys = slice(start, start + _PLAIN_KEYS)
+        for start in range(0, k_BKMD.shape[2], most):
+            keys = slice(start, start + most)
             part = _attend_plain(q_BHND, k_BKMD[:, :, keys], v_BKMD[:, :, keys], score, sees)
             joined = part if joined is None else join(*joined, *part)
         assert joined is not None
@@ -74,10 +81,10 @@ def join(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Te
     return torch.lerp(out_1, out_2, weight_2.to(out_1.dtype)), torch.logaddexp(lse_1, lse_2)
 
 
-def _fused(q: Tensor, v: Tensor, score: AttentionScore) -> bool:
+def is_fused(q: Tensor, v: Tensor, score: AttentionScore) -> bool:
+    """True if torch's fused kernel computes this attention."""
     return (
-        q.device.type == "cpu"
-        and q.dtype in FUSED_DTYPES
+        _takes(q)
         and q.shape[-1] == v.shape[-1]
         and score.softcap is None
         and not score.dropout
@@ -85,8 +92,23 @@ def _fused(q: Tensor, v: Tensor, score: AttentionScore) -> bool:
     )
 
 
+def _takes(q: Tensor) -> bool:
+    if not q.is_cuda:
+        return q.device.type == "cpu" and q.dtype in FUSED_DTYPES
+    fits = q.dtype in _FLASH_DTYPES and q.shape[-1] <= _FLASH_DIM and q.shape[-1] % 8 == 0
+    return fits and _has_flash(q.device)
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """torch's fused CPU kernel: the output [B, H, N, D] and the float32 log-sum-exp [B, H, N]."""
+    """torch's fused kernel: the output [B, H, N, D] and the float32 log-sum-exp [B, H, N]."""
+    if q.is_cuda:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        return found[0], found[1]
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
         q, k, v, 0.0, causal, attn_mask=None, scale=scale
     )
@@ -114,9 +136,12 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, sees: Sees | Te
 def _lower_triangle(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention of N queries over N keys by the fused kernel: output [B, H, N, D], log-sum-exp [B, H, N].
 
-    The kernel works in blocks of 512 keys and computes most of the hidden scores too. So a triangle is split into two
-    triangles of half the size, which form a batch, and one square.
+    The CPU's kernel works in blocks of 512 keys and computes most of the hidden scores too. So a triangle is split into
+    two triangles of half the size, which form a batch, and one square. The GPU's leaves hidden blocks out, and reads
+    the keys of a group once.
     """
+    if q.is_cuda:
+        return _flash(q, k, v, scale, causal=True)
     B, H, N, _ = q.shape
     if N % 2 or N <= _SMALLEST_TRIANGLE:
         k, v = (t.repeat_interleave(H // k.shape[1], dim=1) for t in (k, v))
@@ -136,7 +161,7 @@ def _attend_plain(q: Tensor, k: Tensor, v: Tensor, score: AttentionScore, sees: 
     K = k.shape[1]
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.reshape(B, K, H // K, N, D)
-    scores = (grouped * score.scale @ k.unsqueeze(2).transpose(-1, -2)).to(exact)  # unscaled float16 overflows
+    scores = grouped.to(exact) * score.scale @ k.to(exact).unsqueeze(2).transpose(-1, -2)
     if score.softcap is not None:
         scores = score.softcap * torch.tanh(scores / score.softcap)
     if sees != "all":

@@ -150,6 +150,55 @@ def test_session_under_a_map(rope, on_both):
     assert session(there) == session(here)
 
 
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"dtype": "int8"}, "dtype int8"),
+        ({"kv_dtype": "int8"}, "kv_dtype int8"),
+        ({"precision": "bfloat16"}, "precision bfloat16"),
+        ({"compile": True}, "compile True"),
+        ({"offload": "."}, r"offload \."),
+        ({"dtype": "int8", "kv_dtype": "bfloat16"}, "dtype int8, kv_dtype bfloat16"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+@pytest.mark.parametrize("device_map", [None, "auto", "cuda:0"])
+def test_what_needs_the_compiled_kernels_is_refused_before_the_weights(
+    option, named, device_map, tiny_folder, cuda, monkeypatch
+):
+    monkeypatch.setattr("ropewalk.engine.load.read_weights", lambda *_, **__: pytest.fail("weights"))
+    with pytest.raises(rw.ConfigError, match=f"^{named}: only the compiled kernels .*device_map='cpu'"):
+        rw.load(tiny_folder, device_map=device_map, **option)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}])
+def test_the_cpu_honours_them_beside_a_gpu(device_map, tiny_folder, cuda):
+    model = rw.load(tiny_folder, device_map=device_map, dtype="int8", kv_dtype="int8")
+    assert model.is_compiled and not cuda.uploads
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_in_chunks_needs_no_mask(dtype, tiny_folder, tokenizer, cuda, monkeypatch):
+    """Attention of ours reads every chunk of a prompt. Without a patch, and under static frequencies."""
+    monkeypatch.setattr("ropewalk.engine.load.read_weights", lambda *_, dtype, **__: on_gpu(tiny_folder, dtype))
+    model = rw.load(tiny_folder, "yarn:4", device_map="cuda:0", dtype=dtype, tokenizer=tokenizer)
+    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", 100)
+    cuda.reset()
+    there = model.generate(LONG, greedy(4)).text
+    layers = model.hf.config.num_hidden_layers
+    chunks = -(-len(tokenizer.encode(LONG)) // 100)
+    flash = layers * (2 * chunks - 1 + 3) if dtype == "bfloat16" else 0  # a chunk after the first has two parts
+    assert cuda.kernels["flash attention"] == flash
+    assert not cuda.kernels["attention"] and not cuda.kernels["attention with a mask"]
+    if dtype == "float32":
+        here = rw.load(tiny_folder, "yarn:4", device_map="cpu", dtype=dtype, compile=False)
+        assert here.generate(LONG, greedy(4)).text == there
+
+
+def on_gpu(folder, dtype):
+    return move(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
+
+
 class TestDevice:
     """The pretend device refuses what CUDA refuses."""
 
