@@ -13,6 +13,7 @@ from .base import Base, BaseBound, CriticalBase
 from .interpolation import NTK, CoPE, DynamicNTK, Linear, NTKFixed, NTKMixed, Resonance
 from .lengths import format_length, parse_length
 from .longrope import LongRoPE
+from .position_groups import DPE, SelfLogistic
 from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
 from .rope import Composition, Factored, Frequencies, RopeSpec, Scaler, compose
 from .spec import METHODS, Auto, MethodSummary, MethodTable, parse, scalers
@@ -20,6 +21,7 @@ from .temperature import InfoScale, LogN, StepLog, Temperature
 from .yarn import AlphaRoPE, DynamicYaRN, Llama3, MrRoPE, NTKByParts, YaRN
 
 __all__ = [
+    "DPE",
     "METHODS",
     "NTK",
     "AlphaRoPE",
@@ -52,6 +54,7 @@ __all__ = [
     "RopeSpec",
     "Scaler",
     "SelfExtend",
+    "SelfLogistic",
     "SinkWindow",
     "StepLog",
     "String",

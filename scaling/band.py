@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 PositionMap = Callable[[Tensor], Tensor]
-"""A function from integer positions to positions of the same shape."""
+"""A function from integer positions to positions of the same shape, or of that shape and d/2 if rotary pairs have
+positions of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +25,9 @@ class Band:
         name: name of the band in plots.
         start: the first key that query i sees, int64 -> int64.
         stop: the key after the last one, at most i + 1, int64 -> int64.
-        query: the position of query i in the rotation, int64 -> float64. It can be a fraction.
-        key: the position of key j in the rotation, int64 -> float64. Bands with the same function read the same
-            rotated keys.
+        query: the position of query i in the rotation, int64 [...] -> float64 [...], or [..., d/2] with a position for
+            each rotary pair. It can be a fraction.
+        key: the position of key j in the rotation, as `query`. Bands with the same function read the same rotated keys.
     """
 
     name: str
@@ -34,6 +35,12 @@ class Band:
     stop: PositionMap
     query: PositionMap
     key: PositionMap
+
+
+def pair_positions(position_map: PositionMap, tokens: Tensor) -> Tensor:
+    """The positions of `tokens` for the rotary pairs, [..., d/2], or [..., 1] if all pairs have the same."""
+    positions = position_map(tokens)
+    return positions if positions.dim() > tokens.dim() else positions[..., None]
 
 
 def same(x: Tensor) -> Tensor:

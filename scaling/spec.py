@@ -20,6 +20,7 @@ from .base import Base, BaseBound, CriticalBase
 from .interpolation import NTK, CoPE, DynamicNTK, Linear, NTKFixed, NTKMixed, Resonance
 from .lengths import TrainedLength, format_length, parse_length
 from .longrope import LongRoPE
+from .position_groups import DPE, SelfLogistic
 from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
 from .rope import Facet, Frequencies, RopeSpec, Scaler, compose
 from .temperature import InfoScale, LogN, StepLog, Temperature
@@ -90,6 +91,8 @@ _BUILT_IN: dict[str, type[Scaler]] = {
         ReRoPE,
         LeakyReRoPE,
         SelfExtend,
+        DPE,
+        SelfLogistic,
         DualChunk,
         String,
         JetLong,
@@ -272,8 +275,9 @@ def _parse_value(method: str, key: str, text: str, annotation: Any) -> Any:
     try:
         if bool in options:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-        if any(typing.get_origin(option) is tuple for option in options):
-            return tuple(float(number) for number in text.split("/"))
+        for option in options:
+            if typing.get_origin(option) is tuple:
+                return tuple(map(typing.get_args(option)[0], text.split("/")))
         return int(text) if int in options else float(text)
     except (KeyError, ValueError):
         kinds = {bool: "true or false", int: "a whole number", float: "a number"}

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...scaling.band import Band, PositionMap, zero
+from ...scaling.band import Band, PositionMap, pair_positions, zero
 from ...scaling.rope import Frequencies, Scaler
 from ..rotary_site import RotarySite
 from .blocks import Block, blocks
@@ -71,7 +71,9 @@ class Segment:
         key = ("queries", like.dtype)
         if key not in self._angles:
             i = torch.arange(self.start, self.stop) + self.offset + self.first
-            positions = torch.stack([self.bands[band].query(i) for band in self.used_bands])[:, None, None]
+            shape = len(i), len(self.frequencies.inv_freq)
+            queries = [pair_positions(self.bands[band].query, i).expand(shape) for band in self.used_bands]
+            positions = torch.stack(queries)[:, None, None]
             factor = self.frequencies.attention_factor**2
             self._angles[key] = angles(positions, self.frequencies.inv_freq, factor=factor, like=like)
         return self._angles[key]
@@ -91,9 +93,9 @@ class Segment:
         return self._rotation[band]
 
     def _key_shift(self, band: int, start: int, stop: int) -> Tensor:
-        """How far the keys [start, stop) move from the positions where they are given to those of `band`."""
+        """How far the keys [start, stop) move from where they are given to their positions in `band`, [n, 1 or d/2]."""
         j = torch.arange(start, stop) + self.first
-        return self.bands[band].key(j) - self.stored(j)
+        return pair_positions(self.bands[band].key, j) - pair_positions(self.stored, j)
 
 
 @dataclass

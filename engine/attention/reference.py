@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...scaling.band import pair_positions
 from ...scaling.rope import RopeSpec, Scaler
 from .kernel import AttentionScore
 from .rotation import Layout
@@ -45,8 +46,8 @@ def reference_attention(
         inv_freq, factor = scaler.frequencies(rope, step)
         in_step = torch.tensor([query_length == step for query_length in lengths])[:, None]
         for band in scaler.bands(rope, step):
-            rotated_q = _rotate(q_BHND, layout, band.query(i), inv_freq, factor)
-            rotated_k = _rotate(k, layout, band.key(j), inv_freq, factor)
+            rotated_q = _rotate(q_BHND, layout, pair_positions(band.query, i), inv_freq, factor)
+            rotated_k = _rotate(k, layout, pair_positions(band.key, j), inv_freq, factor)
             seen = in_step & (band.start(i)[:, None] <= j) & (j < band.stop(i)[:, None])
             scores = torch.where(seen, rotated_q @ rotated_k.transpose(-1, -2), scores)
     scores = scores * score.scale * scaler.logit_factor(i, rope)[:, None].to(scores.dtype)
@@ -66,7 +67,7 @@ def _rotate(x: Tensor, layout: Layout, positions: Tensor, inv_freq: Tensor, fact
     columns = torch.arange(layout.start, layout.start + layout.dim)
     real, imaginary = (columns[0::2], columns[1::2]) if layout.interleaved else columns.chunk(2)
     pairs = torch.complex(x[..., real].double(), x[..., imaginary].double())
-    angle = positions[:, None] * inv_freq
+    angle = positions * inv_freq
     pairs = pairs * torch.polar(torch.full_like(angle, factor), angle)
     out = x.clone()
     out[..., real], out[..., imaginary] = pairs.real.to(x.dtype), pairs.imag.to(x.dtype)

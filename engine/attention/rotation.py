@@ -53,15 +53,16 @@ class Layout:
 
 
 def angles(positions: Tensor, inv_freq: Tensor, *, factor: float = 1.0, like: Tensor) -> Angles:
-    """Cosines and sines, times `factor`, at real-valued `positions` (float64 [...]): [..., d/2].
+    """Cosines and sines, times `factor`, at real-valued `positions`: [..., d/2].
 
     They are computed in float64 and rounded once. Angles in float32 are wrong by 0.01 rad at position 100,000.
 
     Args:
+        positions: float64, [..., d/2] for each pair or [..., 1] for all.
         inv_freq: radians per position, float64 [d/2].
         like: the tensor to rotate; the angles have its device, and its dtype or float32 if that has 16 bits.
     """
-    return cos_sin(positions[..., None] * inv_freq.to(positions.device), factor=factor, like=like)
+    return cos_sin(positions * inv_freq.to(positions.device), factor=factor, like=like)
 
 
 def cos_sin(phases: Tensor, *, factor: float = 1.0, like: Tensor) -> Angles:

@@ -247,7 +247,7 @@ class BandPatch:
         frequencies = used.frequencies(layer.site.configured.rope, length)
         rotated = []
         for x, start in ((query, offset), (key, 0)):
-            positions = torch.arange(start, start + x.shape[2], dtype=torch.float64)
+            positions = torch.arange(start, start + x.shape[2], dtype=torch.float64)[:, None]
             x_angles = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor, like=x)
             rotated.append(layer.layout.rotate(x, x_angles))
         return rotated[0], rotated[1]

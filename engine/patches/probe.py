@@ -250,7 +250,7 @@ def _layouts(dim: int, head_dim: int) -> list[Layout]:
 
 
 def _rotates(layout: Layout, site: RotarySite, rotated: Tensor, plain: Tensor) -> bool:
-    positions = torch.arange(plain.shape[2], dtype=torch.float64)
+    positions = torch.arange(plain.shape[2], dtype=torch.float64)[:, None]
     frequencies = site.configured.scaler.frequencies(site.configured.rope, plain.shape[2])
     pair_angles = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor / _GAIN, like=plain)
     expected = layout.rotate(plain, pair_angles)

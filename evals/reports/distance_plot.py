@@ -12,9 +12,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import FuncFormatter, NullLocator
+from torch import Tensor
 
 from ...scaling import format_length
-from ...scaling.band import Band
+from ...scaling.band import Band, PositionMap, pair_positions
 from . import style
 
 Array = np.ndarray[tuple[int], np.dtype[np.float64]]
@@ -40,7 +41,7 @@ class Seen:
 
 def distances_seen(bands: Sequence[Band], query: int) -> list[Seen]:
     """The distances that `query` (0-based) sees, band by band from the nearest; bands without keys
-    are left out.
+    are left out. Where rotary pairs have positions of their own, they are those of the slowest.
 
     A band of more than 2048 keys is read at about that many, even in the logarithm of the distance,
     its ends included.
@@ -51,9 +52,14 @@ def distances_seen(bands: Sequence[Band], query: int) -> list[Seen]:
         start, stop = int(band.start(i)), int(band.stop(i))
         if start < stop:
             true = _spaced(query - stop + 1, query - start)
-            key = band.key(torch.from_numpy(query - true)).numpy()
-            rows.append(Seen(band=band.name, true=true, seen=float(band.query(i)) - key))
+            key = _slowest(band.key, torch.from_numpy(query - true)).numpy()
+            rows.append(Seen(band=band.name, true=true, seen=float(_slowest(band.query, i)) - key))
     return sorted(rows, key=lambda row: int(row.true[0]))
+
+
+def _slowest(position_map: PositionMap, tokens: Tensor) -> Tensor:
+    """The positions of `tokens` for the slowest rotary pair."""
+    return pair_positions(position_map, tokens)[..., -1]
 
 
 def distance_map(bands: Sequence[Band], length: int, cells: int = _CELLS) -> Matrix:
@@ -70,7 +76,7 @@ def distance_map(bands: Sequence[Band], length: int, cells: int = _CELLS) -> Mat
     distances = np.full((size, size), np.nan)
     for band in bands:
         inside = ((j >= band.start(i)) & (j < band.stop(i))).numpy()
-        distances[inside] = (band.query(i) - band.key(j)).numpy()[inside]
+        distances[inside] = (_slowest(band.query, i) - _slowest(band.key, j)).numpy()[inside]
     return distances
 
 

@@ -28,6 +28,7 @@ from ...engine.runners.cpu.rotation_table import LayerGroup, RotationTable
 from ...engine.runners.runner import CHUNK
 from ...errors import ConfigError
 from ...scaling import Scaler
+from ...scaling.band import pair_positions
 
 PLAIN = "plain attention"
 
@@ -57,8 +58,8 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scale
     i = torch.arange(n)
     scores: Tensor | None = None
     for band in site.bands(scaler, n):
-        rotated_q = layout.rotate(q, angles(band.query(i), inv_freq, like=q))
-        rotated_k = layout.rotate(k, angles(band.key(i), inv_freq, like=k))
+        rotated_q = layout.rotate(q, angles(pair_positions(band.query, i), inv_freq, like=q))
+        rotated_k = layout.rotate(k, angles(pair_positions(band.key, i), inv_freq, like=k))
         square = rotated_q @ rotated_k.transpose(-1, -2)
         if scores is None:
             scores = square

@@ -13,6 +13,7 @@ from ropewalk.engine.rotary_site import RotarySite
 from ropewalk.engine.runners.cpu.rotation_table import LayerGroup, RotationTable
 from ropewalk.engine.runners.gpu.ops import CacheRows, StepBands, TokenTree
 from ropewalk.scaling import parse
+from ropewalk.scaling.band import pair_positions
 from ropewalk.scaling.rope import ConfiguredRope, RopeSpec, Scaler
 
 TRAINED = 64
@@ -20,6 +21,7 @@ MAPS = [
     "rerope:20",
     "leaky-rerope:20,k=4",
     "self-extend:4,window=20",
+    "dpe:4/2,window=20",
     "dual-chunk:chunk=24,window=5",
     "string:window=5",
     "jet-long:20",
@@ -154,8 +156,8 @@ class DecodeStep:
         for band in table.bands:
             q, k = self.q[n].double()[:, None], keys
             if layout:
-                q = rotate(q, layout, band.query(here)[:, None] * w, m)
-                k = rotate(k, layout, band.key(place)[:, None] * w, m)
+                q = rotate(q, layout, pair_positions(band.query, here) * w, m)
+                k = rotate(k, layout, pair_positions(band.key, place) * w, m)
             seen = (band.start(here) <= place) & (place < band.stop(here))
             if table.group.window is not None:
                 seen &= place > position - table.group.window

@@ -179,6 +179,8 @@ SPECS = [
     "rerope:20|logn",
     "leaky-rerope:20,k=4",
     "self-extend:4,window=20",
+    "dpe:5/1/2/8,window=20",
+    "self-logistic:20,rate=0.2,capacity=6",
     "dual-chunk",
     "dual-chunk:chunk=24,window=5|temperature:1.1",
     "string:window=5",

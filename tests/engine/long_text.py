@@ -12,6 +12,7 @@ beyond_reach = pytest.mark.filterwarnings("ignore:.*some distances are longer th
 
 IDS = torch.arange(3, 203).remainder(95)[None] + 1  # 0 is padding
 MAPS = ["rerope:20", "leaky-rerope:20,k=4", "self-extend:4,window=20", "dual-chunk", "string:window=5", "jet-long:20"]
+MAPS += ["dpe:5/1/2/8,window=20", "self-logistic:20,rate=0.2,capacity=6"]
 SPECS = [
     *MAPS,
     "sink-window:40",

@@ -36,6 +36,8 @@ SPECS = {
     "rerope:64": (2, 5),
     "leaky-rerope:64,k=8": (2, 7),
     "self-extend:group=4,window=64": (2, 7),
+    "dpe:groups=4/2,window=64": (2, 7),
+    "self-logistic:window=64": (2, 7),
     "dual-chunk": (2, 5),
     "string:shift=100,window=32": (2, 5),
     "jet-long:near=64": (2, 7),

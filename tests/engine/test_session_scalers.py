@@ -20,6 +20,8 @@ SPECS = [
     "rerope:16",
     "yarn:4|rerope:16|logn",
     "self-extend:4,window=16",
+    "dpe:4/2,window=16",
+    "self-logistic:16,rate=0.5",
     "ntk:4|dual-chunk:64,window=16",
     "jet-long:16|logn",
     "logn",

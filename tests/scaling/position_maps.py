@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +11,20 @@ import torch
 from geometries import trained_on
 from hypothesis import strategies as st
 
-from ropewalk.scaling import DualChunk, JetLong, LeakyReRoPE, ReRoPE, RopeSpec, Scaler, SelfExtend, SinkWindow, String
-from ropewalk.scaling.band import Band
+from ropewalk.scaling import (
+    DPE,
+    DualChunk,
+    JetLong,
+    LeakyReRoPE,
+    ReRoPE,
+    RopeSpec,
+    Scaler,
+    SelfExtend,
+    SelfLogistic,
+    SinkWindow,
+    String,
+)
+from ropewalk.scaling.band import Band, PositionMap
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 Draw = st.DrawFn
@@ -19,7 +32,7 @@ Draw = st.DrawFn
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A map, the trained length, the number of tokens, and the distance of every pair (None: evicted)."""
+    """A map, the trained length, the number of tokens, and the distance of query i and key j (None: evicted)."""
 
     scaler: Scaler
     trained: int
@@ -27,6 +40,7 @@ class Case:
     distance: Callable[[int, int], float | None]
     length: int | None = None
     chunk: int | None = None  # borders can jump where a chunk ends
+    pair: int = 0  # the rotary pair whose distances are given
 
     @property
     def rope(self) -> RopeSpec:
@@ -64,6 +78,37 @@ def self_extend(draw: Draw) -> Case:
         return i - j if i - j < W else (i // G + W - W // G) - j // G
 
     return Case(scaler=SelfExtend(group=G, window=W), trained=trained, n=n, distance=distance)
+
+
+@st.composite
+def dpe(draw: Draw) -> Case:
+    """Four rotary pairs."""
+    trained, n, pair = draw(st.integers(2, 40)), draw(st.integers(1, 80)), draw(st.integers(0, 3))
+    W, blocks = draw(st.integers(1, trained - 1)), draw(st.sampled_from([1, 2, 4]))
+    groups = tuple(draw(st.lists(st.integers(1, 9), min_size=blocks, max_size=blocks)))
+    G = [G for G in groups for _ in range(4 // blocks)][pair]
+
+    def distance(i: int, j: int) -> float:
+        return i - j if i - j < W else (i // G + W - W // G) - j // G
+
+    return Case(scaler=DPE(groups=groups, window=W), trained=trained, n=n, distance=distance, pair=pair)
+
+
+@st.composite
+def self_logistic(draw: Draw) -> Case:
+    trained, n = draw(st.integers(2, 40)), draw(st.integers(1, 80))
+    W, r, C = draw(st.integers(1, trained - 1)), draw(st.floats(0.01, 3)), draw(st.integers(2, 12))
+    group_of: list[int] = []  # written down token by token
+    k = 0
+    while len(group_of) < n:
+        growth = math.exp(r * k)
+        group_of += [k] * min(C - 1, math.floor(C * growth / (C - 1 + growth)))
+        k += 1
+
+    def distance(i: int, j: int) -> float:
+        return i - j if i - j < W else W + group_of[i - W] - group_of[j]
+
+    return Case(scaler=SelfLogistic(window=W, rate=r, capacity=C), trained=trained, n=n, distance=distance)
 
 
 @st.composite
@@ -130,6 +175,8 @@ MAPS: dict[str, st.SearchStrategy[Case]] = {
     "rerope": rerope(),
     "leaky-rerope": leaky(),
     "self-extend": self_extend(),
+    "dpe": dpe(),
+    "self-logistic": self_logistic(),
     "dual-chunk": dual_chunk(),
     "string": string(),
     "jet-long": jet_long(),
@@ -137,13 +184,19 @@ MAPS: dict[str, st.SearchStrategy[Case]] = {
 }
 
 
-def seen(bands: tuple[Band, ...], n: int) -> tuple[Matrix, Matrix]:
+def at(position_map: PositionMap, tokens: torch.Tensor, pair: int) -> torch.Tensor:
+    """The positions of one rotary pair."""
+    positions = position_map(tokens)
+    return positions if positions.shape == tokens.shape else positions[..., pair]
+
+
+def seen(bands: tuple[Band, ...], n: int, pair: int = 0) -> tuple[Matrix, Matrix]:
     """The distance of query i (row) and key j (column), NaN without a band; and the number of bands with both."""
     j = torch.arange(n)
     distance, count = np.full((n, n), np.nan), np.zeros((n, n))
     for band in bands:
         inside = ((j >= band.start(j)[:, None]) & (j < band.stop(j)[:, None])).numpy()
-        between = (band.query(j)[:, None] - band.key(j)[None, :]).numpy()
+        between = (at(band.query, j, pair)[:, None] - at(band.key, j, pair)).numpy()
         distance[inside], count[inside] = between[inside], count[inside] + 1
     return distance, count
 
@@ -154,6 +207,6 @@ def plain(n: int) -> Matrix:
     return np.where(i[:, None] >= i, i[:, None] - i, np.nan)
 
 
-def largest(scaler: Scaler, trained: int, n: int) -> float:
+def largest(scaler: Scaler, trained: int, n: int, pair: int = 0) -> float:
     """The largest distance in a text of n tokens."""
-    return float(np.nanmax(seen(scaler.bands(trained_on(trained), n), n)[0]))
+    return float(np.nanmax(seen(scaler.bands(trained_on(trained), n), n, pair)[0]))

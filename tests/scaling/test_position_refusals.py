@@ -8,7 +8,18 @@ import pytest
 from geometries import trained_on
 
 from ropewalk.errors import ConfigError
-from ropewalk.scaling import DualChunk, JetLong, LeakyReRoPE, ReRoPE, Scaler, SelfExtend, SinkWindow, String
+from ropewalk.scaling import (
+    DPE,
+    DualChunk,
+    JetLong,
+    LeakyReRoPE,
+    ReRoPE,
+    Scaler,
+    SelfExtend,
+    SelfLogistic,
+    SinkWindow,
+    String,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +32,13 @@ from ropewalk.scaling import DualChunk, JetLong, LeakyReRoPE, ReRoPE, Scaler, Se
         (lambda: LeakyReRoPE(window=4, k=float("nan")), "leaky-rerope: k nan must be 1 to 2"),
         (lambda: SelfExtend(group=0, window=4), "self-extend: group 0 must be at least 1"),
         (lambda: SelfExtend(group=4, window=-1), "self-extend: window -1 must be at least 1"),
+        (lambda: DPE(groups=(), window=4), "dpe: groups must be sizes of at least 1, joined by '/'"),
+        (lambda: DPE(groups=(4, 0), window=4), "dpe: groups must be sizes of at least 1, joined by '/'"),
+        (lambda: DPE(groups=(4,), window=0), "dpe: window 0 must be at least 1"),
+        (lambda: SelfLogistic(window=0), "self-logistic: window 0 must be at least 1"),
+        (lambda: SelfLogistic(window=4, rate=0), "self-logistic: rate 0 must be 0.001 to 10"),
+        (lambda: SelfLogistic(window=4, rate=float("nan")), "self-logistic: rate nan must be 0.001 to 10"),
+        (lambda: SelfLogistic(window=4, capacity=1), "self-logistic: capacity 1 must be 2 to 1024"),
         (lambda: DualChunk(chunk=0), "dual-chunk: chunk 0 must be at least 1"),
         (lambda: DualChunk(window=0), "dual-chunk: window 0 must be at least 1"),
         (lambda: String(shift=0), "string: shift 0 must be at least 1"),
@@ -45,6 +63,13 @@ BEYOND = "{}: {} must be below 100, the length that the model reaches without it
         (ReRoPE(window=99), ReRoPE(window=100), BEYOND.format("rerope", "window 100")),
         (LeakyReRoPE(window=99, k=2), LeakyReRoPE(window=100, k=2), BEYOND.format("leaky-rerope", "window 100")),
         (SelfExtend(group=2, window=99), SelfExtend(group=2, window=100), BEYOND.format("self-extend", "window 100")),
+        (DPE(groups=(2,), window=99), DPE(groups=(2,), window=100), BEYOND.format("dpe", "window 100")),
+        (
+            DPE(groups=(2, 3), window=9),
+            DPE(groups=(2, 3, 4), window=9),
+            "dpe: 3 groups cannot divide the 4 rotary pairs",
+        ),
+        (SelfLogistic(window=99), SelfLogistic(window=100), BEYOND.format("self-logistic", "window 100")),
         (JetLong(near=99), JetLong(near=100), BEYOND.format("jet-long", "near 100")),
         (String(shift=99, window=5), String(shift=100, window=5), BEYOND.format("string", "shift 100")),
         (String(window=33), String(window=34), "window 34 must not exceed the shift 33; its authors take L/3 and 128"),

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from geometries import trained_on
+from geometries import LLAMA3, trained_on
 from hypothesis import given
 from hypothesis import strategies as st
-from position_maps import MAPS, largest, plain, seen
+from position_maps import MAPS, at, largest, plain, seen
 
 from ropewalk.scaling import (
+    DPE,
     METHODS,
     DualChunk,
     JetLong,
     LeakyReRoPE,
     ReRoPE,
+    RopeSpec,
     Scaler,
     SelfExtend,
+    SelfLogistic,
     SinkWindow,
     String,
     YaRN,
@@ -36,7 +41,7 @@ def test_every_map_is_here() -> None:
 def test_bands_give_the_distances_of_the_table(name: str, data: st.DataObject) -> None:
     case = data.draw(MAPS[name])
     case.scaler.check(case.rope)
-    got, count = seen(case.scaler.bands(case.rope, case.length), case.n)
+    got, count = seen(case.scaler.bands(case.rope, case.length), case.n, case.pair)
     for i in range(case.n):
         for j in range(case.n):
             wanted = case.distance(i, j) if j <= i else None
@@ -76,7 +81,7 @@ def test_a_position_is_mapped_by_itself(name: str, data: st.DataObject) -> None:
             assert torch.equal(function(some[:, None]), function(i)[some][:, None])
 
 
-@pytest.mark.parametrize("name", ["leaky-rerope", "self-extend", "string"])
+@pytest.mark.parametrize("name", ["leaky-rerope", "self-extend", "self-logistic", "string"])
 @given(data=st.data())
 def test_a_finite_reach_is_the_last_context_within_the_trained_distances(name: str, data: st.DataObject) -> None:
     case = data.draw(MAPS[name])
@@ -84,6 +89,58 @@ def test_a_finite_reach_is_the_last_context_within_the_trained_distances(name: s
     assert reach == int(reach) >= case.trained
     assert largest(case.scaler, case.trained, int(reach)) < case.trained
     assert largest(case.scaler, case.trained, int(reach) + 1) >= case.trained
+
+
+@given(data=st.data())
+def test_dpe_reaches_the_trained_distances_of_the_pairs_without_a_full_rotation(data: st.DataObject) -> None:
+    case = data.draw(MAPS["dpe"])
+    wavelengths = [2 * math.pi * 1e4 ** (2 * i / 8) for i in range(4)]
+    slow = [pair for pair in range(4) if wavelengths[pair] > case.trained]
+    reach = case.scaler.reach(case.rope)
+    assert reach == int(reach)
+
+    def far(n: int) -> float:
+        return max(largest(case.scaler, case.trained, n, pair) for pair in slow)
+
+    assert far(int(reach)) < case.trained <= far(int(reach) + 1)
+
+
+def test_dpe_where_all_pairs_complete_a_rotation_reaches_as_far_as_every_pair() -> None:
+    rope = RopeSpec(dim=4, base=100, trained_length=1000)
+    assert DPE(groups=(2, 8), window=100).reach(rope) == 900 * 2 + 100
+
+
+def test_dpe_of_llama_3() -> None:
+    """Its authors read 128k tokens with it. The pairs from 35 on complete no rotation over 8k."""
+    scaler = DPE(groups=(4, 4, 2, 16, 32, 32, 16, 128), window=1024)
+    scaler.check(LLAMA3)
+    assert scaler.reach(LLAMA3) == (8192 - 1024) * 16 + 1024
+    far = scaler.bands(LLAMA3)[1]
+    distance = far.query(torch.tensor(100_000)) - far.key(torch.tensor(0))
+    assert distance.shape == (64,)
+    assert distance[::8].tolist() == [100_000 // G + 1024 - 1024 // G for G in scaler.groups]
+
+
+def test_dpe_with_one_size_is_self_extend() -> None:
+    i = torch.arange(200)
+    for mine, theirs in zip(
+        DPE(groups=(5, 5), window=30).bands(trained_on(64)),
+        SelfExtend(group=5, window=30).bands(trained_on(64)),
+        strict=True,
+    ):
+        for pair in range(4):
+            assert torch.equal(at(mine.query, i, pair), theirs.query(i))
+            assert torch.equal(at(mine.key, i, pair), theirs.key(i))
+
+
+def test_the_groups_of_self_logistic() -> None:
+    """r = 0.02 and C = 33: group k is the first with y tokens from k = ln(32 y / (33 - y)) / r on."""
+    far = SelfLogistic(window=1).bands(trained_on(64))[1]
+    groups = far.key(torch.arange(20_000)).long()
+    sizes = torch.bincount(groups)[:-1]  # the last one may be cut
+    firsts = [int((sizes >= y).nonzero()[0]) for y in range(2, 33)]
+    assert firsts == [math.ceil(math.log(32 * y / (33 - y)) / 0.02) for y in range(2, 33)]
+    assert sizes[0] == 1 and sizes.diff().min() == 0 and sizes.max() == 32
 
 
 @pytest.mark.parametrize("name", ["rerope", "dual-chunk", "jet-long", "sink-window"])
@@ -144,6 +201,10 @@ def test_scalers_that_do_not_change_the_distances(n: int, window: int, more: int
         Scaler(),
         YaRN(factor=4),
         SelfExtend(group=1, window=window),
+        DPE(groups=(1, 1), window=window),
+        DPE(groups=(3, 2), window=wide),
+        SelfLogistic(window=window, capacity=2),
+        SelfLogistic(window=wide),
         LeakyReRoPE(window=window, k=1),
         String(shift=window, window=window),
         ReRoPE(window=wide),
@@ -185,6 +246,8 @@ def test_a_worked_example_of_each() -> None:
         ReRoPE(window=4): [4, 4, 4, 4, 4, 4, 3, 2, 1, 0],
         LeakyReRoPE(window=4, k=2): [6.5, 6, 5.5, 5, 4.5, 4, 3, 2, 1, 0],
         SelfExtend(group=3, window=4): [6, 6, 6, 5, 5, 5, 3, 2, 1, 0],
+        DPE(groups=(3, 2), window=4): [6, 6, 6, 5, 5, 5, 3, 2, 1, 0],
+        SelfLogistic(window=4, rate=1, capacity=4): [7, 6, 5, 5, 4, 4, 3, 2, 1, 0],
         DualChunk(chunk=6, window=2): [6, 5, 4, 3, 5, 4, 3, 2, 1, 0],
         String(shift=5, window=2): [6, 5, 4, 3, 2, 4, 3, 2, 1, 0],
         JetLong(near=3): [4, 4, 3, 3, 2, 2, 1, 2, 1, 0],
@@ -201,6 +264,8 @@ def test_a_worked_example_of_each() -> None:
         ("rerope:64", "near, far"),
         ("leaky-rerope:window=64,k=4", "near, far"),
         ("self-extend:4,window=64", "near, far"),
+        ("dpe:4/2,window=64", "near, far"),
+        ("self-logistic:64", "near, far"),
         ("dual-chunk", "same chunk, chunk before, older"),
         ("string", "near, far"),
         ("jet-long:64", "near, far"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import (
+    DPE,
     METHODS,
     NTK,
     AlphaRoPE,
@@ -35,6 +36,7 @@ from ropewalk.scaling import (
     Resonance,
     Scaler,
     SelfExtend,
+    SelfLogistic,
     SinkWindow,
     StepLog,
     String,
@@ -105,6 +107,8 @@ SCALERS: dict[str, st.SearchStrategy[Scaler]] = {
     "rerope": st.builds(ReRoPE, window=tokens),
     "leaky-rerope": st.builds(LeakyReRoPE, window=tokens, k=factor),
     "self-extend": st.builds(SelfExtend, group=st.integers(1, 1000), window=tokens),
+    "dpe": st.builds(DPE, groups=st.lists(st.integers(1, 500), min_size=1, max_size=9).map(tuple), window=tokens),
+    "self-logistic": st.builds(SelfLogistic, window=tokens, rate=st.floats(1e-3, 10), capacity=st.integers(2, 1024)),
     "dual-chunk": st.builds(DualChunk, chunk=st.none() | tokens, window=st.none() | tokens),
     "string": st.builds(String, shift=st.none() | tokens, window=tokens),
     "jet-long": st.builds(JetLong, near=tokens, step=st.none() | tokens),
@@ -204,7 +208,7 @@ LENGTH_FIELDS = [
 
 @pytest.mark.parametrize(("name", "field"), LENGTH_FIELDS)
 def test_every_length_may_be_a_multiple_of_the_trained_one(name: str, field: str) -> None:
-    others = {"self-extend": "group=4,", "leaky-rerope": "k=2,"}.get(name, "")
+    others = {"self-extend": "group=4,", "dpe": "groups=4/2,", "leaky-rerope": "k=2,"}.get(name, "")
     scaler = parse(f"{name}:{others}{field}=0.5x", trained_length=8192)
     assert scaler == parse(f"{name}:{others}{field}=4096")
     assert getattr(scaler, field) == 4096

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ....scaling.band import pair_positions
 from ...attention.kernel import AttentionScore
 from ...attention.rotation import Angles, cos_sin
 from ...attention.rows import KeyRun
@@ -68,12 +69,12 @@ class BFloat16Attention:
                 continue
             queries, shift, first = None, None, 0
             if layout is not None:
-                phases = band.query(positions)[:, None] * f.inv_freq
+                phases = pair_positions(band.query, positions) * f.inv_freq
                 queries = cos_sin(phases, factor=f.attention_factor**2, like=like)
                 if band.key is not rotation.stored:
                     first = int(lows[seen].min()) // 2 * 2
                     keys = torch.arange(first, int(highs[seen].max()))
-                    shift = cos_sin((band.key(keys) - rotation.stored(keys))[:, None] * f.inv_freq, like=like)
+                    shift = cos_sin(rotation.shift(band.key, keys) * f.inv_freq, like=like)
             self._bands.append(_Band(queries, lows.int(), highs.int(), shift, first))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, score: AttentionScore) -> Tensor:

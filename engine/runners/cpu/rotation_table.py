@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....scaling.band import PLAIN, PositionMap, stored_key_map
+from ....scaling.band import PLAIN, PositionMap, pair_positions, same, stored_key_map
 from ....scaling.rope import Frequencies, Scaler
 from ...attention.plan import Segment
 from ...attention.rotation import Layout, cos_sin
@@ -78,7 +78,7 @@ class RotationTable:
 
     def key_phases(self, positions: Tensor) -> Tensor:
         """The angles of stored keys at `positions`, float64 [n, half]."""
-        return self.stored(positions)[:, None] * self.frequencies.inv_freq
+        return pair_positions(self.stored, positions) * self.frequencies.inv_freq
 
     def angles(self, positions: Integers, half: int) -> tuple[Floats, Floats]:
         """Cosines and sines for the tokens at `positions`.
@@ -86,13 +86,12 @@ class RotationTable:
         Returns:
             For the queries in every band, [bands, n, 2, half], and for the stored keys, [n, 2, half].
         """
-        factor = self.frequencies.attention_factor
+        factor, tokens = self.frequencies.attention_factor, torch.from_numpy(positions)
         if not self.mapped:
-            both = self._cos_sin(positions, factor, half)
+            both = self._cos_sin(pair_positions(same, tokens), factor, half)
             return both[None], both
-        tokens = torch.from_numpy(positions)
-        queries = [self._cos_sin(band.query(tokens).numpy(), factor**2, half) for band in self.bands]
-        return np.stack(queries), self._cos_sin(self.stored(tokens).numpy(), 1.0, half)
+        queries = [self._cos_sin(pair_positions(band.query, tokens), factor**2, half) for band in self.bands]
+        return np.stack(queries), self._cos_sin(pair_positions(self.stored, tokens), 1.0, half)
 
     def shifts(self, band: int, count: int) -> Floats | None:
         """Cosines and sines by which `band` rotates stored keys, float32 [at least `count`, 2, half].
@@ -107,16 +106,20 @@ class RotationTable:
         held = self._shifts.get(key, np.empty((0, 2, half), np.float32))
         if len(held) < count:
             positions = torch.arange(len(held), max(count, 2 * len(held)))
-            new = self._cos_sin((key(positions) - self.stored(positions)).numpy(), 1.0, half)
+            new = self._cos_sin(self.shift(key, positions), 1.0, half)
             self._shifts[key] = held = np.concatenate([held, new])
         return held
 
-    def _cos_sin(self, positions: NDArray[np.generic], factor: float, half: int) -> Floats:
+    def shift(self, key: PositionMap, positions: Tensor) -> Tensor:
+        """How far keys move from their stored positions to those of the map `key`, [n, half], or [n, 1] for all."""
+        return pair_positions(key, positions) - pair_positions(self.stored, positions)
+
+    def _cos_sin(self, positions: Tensor, factor: float, half: int) -> Floats:
         result = np.empty((len(positions), 2, half), np.float32)
         if self.group.layout is None:
             result[:, 0], result[:, 1] = 1, 0
             return result
-        phases = np.asarray(positions, np.float64)[:, None] * self.frequencies.inv_freq.numpy()
+        phases = (positions * self.frequencies.inv_freq).numpy()
         result[:, 0], result[:, 1] = np.cos(phases) * factor, np.sin(phases) * factor
         return result
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ....errors import ConfigError
+from ....scaling.band import pair_positions, same
 from ...attention.kernel import AttentionScore
 from ...attention.rotation import Angles, angles
 from .rotation_table import RotationTable
@@ -73,9 +74,9 @@ class SkimAttention:
         positions = sample.positions
         bands = rotation.bands if rotation.mapped else None
         self._seen: list[Tensor | None] = [None]  # the keys that every band sees, bool [N, N]
-        maps = [(positions.double(), positions.double())]
+        maps = [(pair_positions(same, positions),) * 2]
         if bands is not None:
-            maps = [(band.query(positions), band.key(positions)) for band in bands]
+            maps = [(pair_positions(band.query, positions), pair_positions(band.key, positions)) for band in bands]
             self._seen = [
                 (band.start(positions)[:, None] <= positions) & (positions < band.stop(positions)[:, None])
                 for band in bands

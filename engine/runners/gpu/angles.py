@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ....scaling.band import pair_positions, same
 from ...attention.rotation import Layout
 from ..cpu.rotation_table import RotationTable
 from .ops import StepBands
@@ -44,7 +45,7 @@ class StepAngles:
         count = max(_FEWEST_SHIFTS, 1 << (positions - 1).bit_length())
         keys = torch.arange(count, device=self._device)
         self._shifts = tuple(
-            self._cos_sin(band.key(keys) - rotation.stored(keys), 1.0) if need else None
+            self._cos_sin(rotation.shift(band.key, keys), 1.0) if need else None
             for band, need in zip(rotation.bands, needs, strict=True)
         )
         return True
@@ -57,12 +58,14 @@ class StepAngles:
         """
         rotation, factor = self._rotation, self._rotation.frequencies.attention_factor
         if rotation.mapped:
-            queries = torch.stack([self._cos_sin(band.query(positions), factor**2) for band in rotation.bands])
-            keys = self._cos_sin(rotation.stored(positions), 1.0)
+            queries = torch.stack(
+                [self._cos_sin(pair_positions(band.query, positions), factor**2) for band in rotation.bands]
+            )
+            keys = self._cos_sin(pair_positions(rotation.stored, positions), 1.0)
             starts = torch.stack([band.start(positions).clamp(min=0) for band in rotation.bands], -1)
             stops = torch.stack([band.stop(positions) for band in rotation.bands], -1)
         else:
-            keys = self._cos_sin(positions, factor)
+            keys = self._cos_sin(pair_positions(same, positions), factor)
             queries, window = keys[None], rotation.group.window
             starts = torch.zeros_like(positions) if window is None else (positions + 1 - window).clamp(min=0)
             starts, stops = starts[:, None], positions[:, None] + 1
@@ -73,8 +76,8 @@ class StepAngles:
         return StepBands(queries=queries, edges=edges, scales=scales, shifts=self._shifts), keys
 
     def _cos_sin(self, positions: Tensor, factor: float) -> Tensor:
-        """Cosines and sines, times `factor`, [n, 2, half]; without rotation 1 and 0."""
-        phases = positions.double()[:, None] * self._inv_freq
+        """Cosines and sines, times `factor`, [n, 2, half]; without rotation 1 and 0. `positions` is [n, 1 or half]."""
+        phases = positions.double() * self._inv_freq
         if self.layout is None:
             phases, factor = torch.zeros_like(phases), 1.0
         return torch.stack((torch.cos(phases) * factor, torch.sin(phases) * factor), 1).to(self._dtype)

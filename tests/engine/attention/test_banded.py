@@ -28,6 +28,8 @@ MAPS = [
     "rerope:{w}",
     "leaky-rerope:{w},k=2.5",
     "self-extend:3,window={w}",
+    "dpe:3/2,window={w}",
+    "self-logistic:{w},rate=0.3,capacity=5",
     "dual-chunk",
     "dual-chunk:{w},window=1",
     "string:{w},window=1",

@@ -110,7 +110,9 @@ def test_every_scaler_sees_the_same_keys_as_with_float32_products(llama_runner, 
     assert out.shape == expected.shape and difference(out, expected) < 6e-3
 
 
-@pytest.mark.parametrize("spec", ["none", "rerope:20|logn", "self-extend:4,window=20", "jet-long:20"])
+@pytest.mark.parametrize(
+    "spec", ["none", "rerope:20|logn", "self-extend:4,window=20", "dpe:4/2,window=20", "jet-long:20"]
+)
 def test_values_in_small_pieces(llama_runner, spec, monkeypatch):
     llama_runner.use(rw.scaling.parse(spec), LENGTH)
     whole, _ = attention_of(BFloat16Attention, llama_runner, spec, 77, 63, torch.bfloat16)

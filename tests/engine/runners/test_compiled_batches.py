@@ -22,6 +22,7 @@ SPECS = [
     "dynamic-ntk",
     "rerope:20|logn",
     "self-extend:4,window=20",
+    "dpe:4/2,window=20",
     "dual-chunk",
     "jet-long:20",
     "sink-window:30",

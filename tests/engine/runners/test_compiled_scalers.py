@@ -59,6 +59,7 @@ def test_the_logits_of_the_scalers_differ_clearly(llama_and_runner):
 
 
 MIXED = ["yarn:4", "logn", "rerope:30|logn", "self-extend:4,window=30", "dual-chunk", "sink-window:30", "jet-long:20"]
+MIXED += ["dpe:4/1,window=30"]
 ODD = ["llama-3.1", "llama-one-head", "phi3", "olmo2", "gemma"]
 
 

@@ -22,7 +22,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*some distances are longer than in training:UserWarning"),
 ]
 CHUNKS = {"whole": [1000], "one by one": [1], "mixed": [50, 1, 1, MAX_STEP_TOKENS, 3, 30]}
-MAPS = ["rerope:20|logn", "self-extend:4,window=20", "dual-chunk", "jet-long:20", "sink-window:30", "yarn:4|logn"]
+MAPS = [
+    "rerope:20|logn",
+    "dpe:4/2,window=20",
+    "self-extend:4,window=20",
+    "dual-chunk",
+    "jet-long:20",
+    "sink-window:30",
+    "yarn:4|logn",
+]
 PATHS = [(5,), (9,), (5, 7), (5, 8), (9, 7), (5, 7, 1), (9, 7, 3), (5, 7, 1, 4)]
 TEXT = IDS[0].tolist()
 

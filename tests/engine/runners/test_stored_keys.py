@@ -21,6 +21,8 @@ MAPS = [
     "dual-chunk",
     "string:20,window=4",
     "jet-long:20",
+    "dpe:4/1/8/2,window=20",
+    "self-logistic:20,rate=0.2,capacity=6",
     "sink-window:30",
     "yarn:2|rerope:20|logn",
 ]
@@ -80,7 +82,9 @@ def test_only_narrow_bands_with_a_key_map_of_their_own_rotate_stored_keys(runner
     assert rotating == ([] if spec.startswith(("dual-chunk", "string", "sink-window")) else ["near"])
 
 
-@pytest.mark.parametrize("spec", ["rerope:20", "self-extend:4,window=20", "dynamic-yarn|jet-long:20"])
+@pytest.mark.parametrize(
+    "spec", ["rerope:20", "self-extend:4,window=20", "dpe:4/2,window=20", "dynamic-yarn|jet-long:20"]
+)
 @torch.inference_mode()
 def test_shifts_lead_from_the_stored_position_to_that_of_the_band(runners, spec):
     runner = runners["float32"]
@@ -91,7 +95,8 @@ def test_shifts_lead_from_the_stored_position_to_that_of_the_band(runners, spec)
     table.shifts(0, 3)
     rows = torch.from_numpy(table.shifts(0, 200))  # grown
     j = torch.arange(len(rows))
-    angle = (near.key(j) - table.stored(j))[:, None] * table.frequencies.inv_freq
+    stored = table.stored(j) if "dpe" in spec else table.stored(j)[:, None]
+    angle = (near.key(j)[:, None] - stored) * table.frequencies.inv_freq
     assert len(rows) >= 200
     assert torch.allclose(rows, torch.stack((angle.cos(), angle.sin()), 1).float(), atol=1e-6)
 
