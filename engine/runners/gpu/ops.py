@@ -47,11 +47,6 @@ class CacheRows:
         """The dtype of keys and values: float32, float16, bfloat16 or int8."""
         return self.layers[0].shape.dtype
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit into the largest of the caches."""
-        return max(layer.capacity for layer in self.layers)
-
 
 def buffer_addresses(layers: Sequence[KVLayer]) -> list[list[tuple[int, int, int]]]:
     """The `addresses` of `CacheRows`, as integers."""

@@ -139,7 +139,7 @@ def test_addresses_are_those_of_the_buffers():
         [layer.keys.data_ptr(), layer.key_scales.data_ptr(), layer.capacity],
         [layer.values.data_ptr(), layer.value_scales.data_ptr(), layer.capacity],
     ]
-    assert rows.addresses.tolist() == [expected] and rows.dtype == torch.int8 and rows.capacity == layer.capacity
+    assert rows.addresses.tolist() == [expected] and rows.dtype == torch.int8
 
 
 def test_only_the_kernels_import_triton():

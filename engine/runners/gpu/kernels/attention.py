@@ -184,9 +184,8 @@ def join(
     out = tl.zeros([D_BLOCK], tl.float32)
     for block in range(0, shares, SHARES_AT_A_TIME):
         part = block + tl.arange(0, SHARES_AT_A_TIME)
-        is_part = part < shares
-        factor = tl.exp2(tl.load(PEAKS + row + part, mask=is_part, other=-float("inf")) - top)
-        here = is_part[:, None] & is_number[None]
+        peak = tl.load(PEAKS + row + part, mask=part < shares, other=-float("inf"))
+        here = (peak > -float("inf"))[:, None] & is_number[None]  # shares without keys are not read
         mixed = tl.load(MIXED + (row + part[:, None]) * D + d[None], mask=here, other=0.0)
-        out += tl.sum(mixed * factor[:, None], 0)
+        out += tl.sum(mixed * tl.exp2(peak - top)[:, None], 0)
     tl.store(OUT + head * D + d, (out / weight).to(OUT.dtype.element_ty), mask=is_number)

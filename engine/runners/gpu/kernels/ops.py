@@ -15,8 +15,8 @@ from . import attention, elementwise, heads
 
 _NUMBERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
 
-_SMALLEST_SHARE = 128  # keys of a program; parts of fewer cost more to join than they save
 _PROGRAMS_PER_PROCESSOR = 2  # of `attend`, that run at the same time
+_FEWEST_SHARES = 16  # of a token's keys, so that one long row of many is not left to a few programs
 
 
 class TritonOps:
@@ -98,8 +98,8 @@ class TritonOps:
         if q_NHD.device.type == "cpu":  # the interpreter multiplies the bits of bfloat16 as integers
             products = torch.float32
         block = 64 if D <= 128 and products != torch.float32 else 32
-        shares = -(-_PROGRAMS_PER_PROCESSOR * _processors(q_NHD.device) // (N * K))
-        shares = min(shares, -(-rows.capacity // _SMALLEST_SHARE))
+        # a CUDA graph keeps the number of shares, whatever the lengths of later steps are; empty ones cost little
+        shares = max(triton.cdiv(_PROGRAMS_PER_PROCESSOR * _processors(q_NHD.device), N * K), _FEWEST_SHARES)
         rotation = _rotation(layout)
         device, d_block = q_NHD.device, max(16, triton.next_power_of_2(D))
         mixed = torch.empty(N, H, shares, D, dtype=torch.float32, device=device)
