@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -50,16 +49,11 @@ class RotarySite:
 
     def bands(self, scaler: Scaler, length: int | None) -> tuple[Band, ...]:
         """The bands of `scaler` for a sequence of `length` tokens."""
-        return scaler.bands(self.configured.rope_for(scaler), length)
+        return self.configured.bands(scaler, length)
 
     def logit_factor(self, scaler: Scaler, positions: Tensor) -> Tensor:
-        """Temperature of the queries at `positions`.
-
-        Its L is the length that the model reads without a scaler, and its d is the dimension of the whole head.
-        """
-        rope, head_dim = self.configured.rope, self.configured.head_dim
-        rope = dataclasses.replace(rope, dim=head_dim or rope.dim, trained_length=self.configured.max_length)
-        return scaler.logit_factor(positions, rope)
+        """Temperature of the queries at `positions`, as `ConfiguredRope.logit_factor` gives it."""
+        return self.configured.logit_factor(scaler, positions)
 
 
 def rotary_sites(model: PreTrainedModel) -> list[RotarySite]:

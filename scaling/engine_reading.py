@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from .configured_rope import ConfiguredRope
 from .longrope import LongRoPE
-from .rope import ConfiguredRope, Frequencies, RopeSpec, Scaler
+from .rope import Frequencies, RopeSpec, Scaler
 
 __all__ = ["SERVED_LENGTHS", "EngineReading", "EngineRope", "same_frequencies"]
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import hf_write
+from .configured_rope import ConfiguredRope
 from .interpolation import Linear
 from .longrope import LongRoPE
-from .rope import ConfiguredRope, RopeSpec, Scaler
+from .rope import RopeSpec, Scaler
 from .yarn import Llama3, YaRN
 
 __all__ = ["GgufRope"]

@@ -13,14 +13,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModel, did_you_mean
+from .configured_rope import ConfiguredRope
 from .hf_write import STEP_LOG_BETA, write
 from .interpolation import DynamicNTK, Linear
 from .longrope import LongRoPE
-from .rope import ConfiguredRope, RopeSpec, Scaler
+from .rope import RopeSpec, Scaler
 from .temperature import StepLog
 from .yarn import Llama3, YaRN
 
 __all__ = ["ConfiguredRope", "check_counts", "is_local", "merged_parameters", "read", "text_config", "write"]
+
+NAMED_TYPE, SCALER_KEY = "ropewalk", "ropewalk_scaler"
+"""The rope type of a config that names a scaler for an engine (`named_scaler.py`), and the key of its spec."""
 
 _LENGTH = "original_max_position_embeddings"
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -239,6 +243,11 @@ def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str
     """The rope type and its keys without nulls, after a check for unknown and missing keys."""
     kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
     kind = _ALIASES.get(kind, kind)
+    if kind == NAMED_TYPE:
+        raise UnsupportedModel(
+            f"{name}: the config names the scaler {getattr(config, SCALER_KEY, None)!r} for vLLM with ropewalk's "
+            "plug-in; load the original model, and give it this scaler"
+        )
     if kind not in _KEYS:
         raise UnsupportedModel(f"{name}: rope type {kind!r} is not supported.{did_you_mean(kind, _KEYS)}")
     # transformers reads a null `truncate` as false, but every other null as absent.

@@ -15,6 +15,7 @@ from ...errors import ConfigError, Setting, UnsupportedModel, did_you_mean
 from ...scaling import hf, hf_write
 from ...scaling.gguf_rope import GgufRope
 from ...scaling.rope import Scaler
+from ...scaling.spec import parse
 from ..checkpoints.checkpoint import read_tokenizer, read_weights, weight_files
 from ..checkpoints.config import find_config
 from ..checkpoints.gguf_conversion import file_behind
@@ -26,6 +27,7 @@ from . import TARGETS, Target, llama_cpp_ollama, vllm_sglang
 from .gguf_write import rewrite_gguf, write_gguf
 from .hf_folder import COPIED_FILES, with_rope, write_copy, write_loaded
 from .llama_cpp_ollama import GGUF_TARGETS, write_for
+from .named_folder import NamedExport, needs_name
 from .scaled_config import Derived, check_written, is_accepted, scaler_to_write
 from .unmodified import check_type, check_unmodified
 
@@ -90,10 +92,12 @@ def export(
     dtype: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Export:
-    """Write a model so that `target` runs it under a scaler, without ropewalk.
+    """Write a model so that `target` runs it under a scaler, without ropewalk. Position maps and temperatures are for
+    vLLM with ropewalk installed beside it.
 
         rw.export("smollm2-135m", "out", rope="ntk-mixed:4")                    # for stock transformers
         rw.export("model-q4_k_m.gguf", "long.gguf", rope="yarn:4", target="llama.cpp")
+        rw.export("./my-model", "served", rope="self-extend:8,window=0.25x|logn", target="vllm")
 
     Args:
         model: a name that `load` takes, a model that `load` returned, or a transformers model, patched or not.
@@ -107,9 +111,9 @@ def export(
         tokenizer: the tokenizer of a transformers model.
 
     Raises:
-        ConfigError: the scaler acts on more than the frequencies, does not reach `length`, or depends on the length
-            and none is given; the target or dtype is unknown; `out` is the name of a GGUF file, and the target reads
-            a folder.
+        ConfigError: the scaler acts on more than the frequencies and the target is not vLLM, it does not reach
+            `length`, or it needs a length and none is given; the target or dtype is unknown; `out` is the name of a
+            GGUF file, and the target reads a folder.
         UnsupportedModel: the target cannot hold the model, or the model computes something else than its config and
             weights say: an adapter that is not merged, a parametrized weight, a hook, a replaced forward, a config
             that was edited after the model was built.
@@ -171,6 +175,8 @@ def _source(model: str | Path | ScaledModel | PreTrainedModel, rope: str | Scale
 def _write_folder(source: _Source, out: Path, target: str, length: int | str | None) -> Export:
     """Write a Hugging Face folder."""
     configured = source.configured
+    if target == "vllm" and needs_name(parse(source.scaler, next(iter(configured.values())).max_length)):
+        return _write_named(source, out, length)
     _check_layer_types(configured, target)
     _check_temperature(configured, target)
     scalers, tokens = _static_scalers(source, target, length)
@@ -212,6 +218,27 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
         length=tokens,
         carrier=f"rope_type {written[shown]['rope_type']!r} in config.json",
         command="" if target == "hf" else vllm_sglang.serve_command(target, out, tokens),
+    )
+
+
+def _write_named(source: _Source, out: Path, length: int | str | None) -> Export:
+    """Write a Hugging Face folder whose config names the scaler, for vLLM with ropewalk installed."""
+    named = NamedExport.of(source.scaler, source.configured, length, source.config.architectures)
+    script = vllm_sglang.serve_script(
+        "vllm", str(named.named.scaler), named.tokens, named.overrides(source.content), plugin=True
+    )
+    if source.folder is not None:
+        write_copy(source.folder, out, named.change, {"serve.sh": script}, named.check)
+    else:
+        assert source.model is not None
+        write_loaded(source.model, source.tokenizer, out, named.change, {"serve.sh": script}, named.check)
+    return Export(
+        path=out,
+        target="vllm",
+        scaler=named.named.scaler,
+        length=named.tokens,
+        carrier="its name in config.json, which ropewalk's plug-in for vLLM reads",
+        command=vllm_sglang.serve_command("vllm", out, named.tokens),
     )
 
 

@@ -77,7 +77,9 @@ def _check_carried(scaler: Scaler, configured: hf.ConfiguredRope) -> None:
         factor = reach / configured.rope.trained_length
         nearest = str(member) if member else f"yarn:{factor:g}" if math.isfinite(factor) and factor > 1 else "yarn:4"
         raise ConfigError(
-            f"{error}. The nearest scaler that a config can hold is {nearest}; `ropewalk tune` measures which is best"
+            f"{error}. The nearest scaler that a config can hold is {nearest}; `ropewalk tune` measures which is best. "
+            "vLLM with ropewalk installed serves it by name: ",
+            Setting("target", "vllm"),
         ) from None
 
 

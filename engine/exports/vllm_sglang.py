@@ -50,12 +50,13 @@ def serve_command(target: str, folder: Path, length: int) -> str:
     return _SERVERS[target][0].format(model=shlex.quote(str(folder)), length=length)
 
 
-def serve_script(target: str, scaler: str, length: int, overrides: Mapping[str, Any]) -> str:
+def serve_script(target: str, scaler: str, length: int, overrides: Mapping[str, Any], *, plugin: bool = False) -> str:
     """A shell script that serves the folder in which it lies.
 
     Args:
         overrides: the changed keys of config.json. A comment gives the command that serves the original checkpoint
             with these keys.
+        plugin: the scaler is one that ropewalk's plug-in computes.
     """
     command, option = _SERVERS[target]
     exported = command.format(model='"$(dirname "$0")"', length=length)
@@ -63,6 +64,7 @@ def serve_script(target: str, scaler: str, length: int, overrides: Mapping[str, 
     return (
         "#!/bin/sh\n"
         f"# Serves the folder of this file under {scaler}, up to {length} tokens.\n"
-        f"# This command serves the original checkpoint in the same way:\n#   {original}\n"
+        + ("# It needs ropewalk in the Python environment of vLLM, which refuses the folder without it.\n" * plugin)
+        + f"# This command serves the original checkpoint in the same way:\n#   {original}\n"
         f'exec {exported} "$@"\n'
     )

@@ -14,7 +14,8 @@ from ropewalk.engine.runners.cpu.rotation_table import LayerGroup, RotationTable
 from ropewalk.engine.runners.gpu.ops import CacheRows, StepBands, TokenTree
 from ropewalk.scaling import parse
 from ropewalk.scaling.band import pair_positions
-from ropewalk.scaling.rope import ConfiguredRope, RopeSpec, Scaler
+from ropewalk.scaling.configured_rope import ConfiguredRope
+from ropewalk.scaling.rope import RopeSpec, Scaler
 
 TRAINED = 64
 MAPS = [

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 @command(
     epilog=EXAMPLES + '  ropewalk export smollm2-135m out --rope "ntk-mixed:4"\n'
     "  ropewalk export ./my-model served --rope yarn:4 --target vllm\n"
+    '  ropewalk export ./my-model mapped --rope "self-extend:8,window=0.25x|logn" --target vllm\n'
     "  ropewalk export ./my-model long.gguf --rope ntk:4 --target llama.cpp --dtype q8_0\n"
     "  ropewalk export my-model-q4_k_m.gguf long-q4_k_m.gguf --rope yarn:4 --target llama.cpp\n"
     "  ropewalk export ./my-model still --rope dynamic-yarn --length 32k"
 )
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@rope_option(note=" It acts on the frequencies alone: yarn:F, F the ratio of the lengths, if in doubt.")
+@rope_option(note=" yarn:F, F the ratio of the lengths, if in doubt.")
 @click.option(
     "--target",
     default="hf",
@@ -47,8 +48,9 @@ def export(model: str, out: Path, rope: str, target: Any, length: str | None, dt
     quantized weights of a .gguf file; only a checkpoint that becomes a GGUF file is written in another form.
 
     The frequencies are written in the simplest way that the target reads exactly: a base, a method of its own, or one
-    factor for every rotary pair. Position maps and temperatures of queries cannot be written, and are refused with what
-    comes nearest. A scaler that depends on the length is fixed to --length.
+    factor for every rotary pair. Position maps and temperatures of queries are written by name for vllm, which serves
+    them with ropewalk installed beside it; the other targets refuse them, with what comes nearest. A scaler that
+    depends on the length is fixed to --length.
     """
     from ..engine.exports.export import export as export_
     from ..scaling.lengths import format_length

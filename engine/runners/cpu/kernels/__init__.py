@@ -30,6 +30,7 @@ else:
         from .block_formats import BLOCK_FORMATS, FORMATS
         from .blocks import product, unpack
         from .flash import HAS_BFLOAT16_PRODUCTS, flash
+        from .paged import paged
         from .step import project, step, touch
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "HAS_BFLOAT16_PRODUCTS",
     "UNAVAILABLE",
     "flash",
+    "paged",
     "product",
     "project",
     "step",

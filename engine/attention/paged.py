@@ -1,0 +1,125 @@
+"""Attention over keys in pages, as serving engines store them: a scaler on a batch of texts of all lengths.
+
+A page holds the keys and values of a few consecutive tokens of one text. Every key is stored once, rotated by the key
+map of the bands that see most keys (`stored_key_map`), which depends on its own position only. So texts with the same
+beginning can share its pages. A text's last token is computed by a compiled kernel that reads the pages in place, and
+longer ends of a text by `banded_attention` over a copy of its keys.
+
+Shape letters: T tokens of the batch, R texts, H query heads, K key-value heads, D head dim, S tokens of a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..runners.cpu.kernels import UNAVAILABLE
+from .banded import banded_attention
+from .kernel import AttentionScore
+from .paged_rope import PagedRope
+from .paged_steps import PagedSteps
+from .rotation import Angles
+from .rows import KeyRun
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, stop) of a batch: the last of `length` tokens of the text in row `row` of the block table."""
+
+    row: int
+    start: int
+    stop: int
+    length: int
+
+
+def chunks_of(starts: Sequence[int], lengths: Sequence[int]) -> list[Chunk]:
+    """The chunks of a batch; rows without tokens are left out.
+
+    Args:
+        starts: the first token of each text in the batch, and the number of all tokens.
+        lengths: tokens of each text, with those of the batch.
+    """
+    return [
+        Chunk(row, start, stop, length)
+        for row, (start, stop, length) in enumerate(zip(starts, starts[1:], lengths, strict=False))
+        if stop > start
+    ]
+
+
+class PagedBatch:
+    """One forward pass of a batch. All layers share it, since it does not depend on the layer.
+
+    Args:
+        starts, lengths: as for `chunks_of`.
+        blocks: block table, int [R, pages]: the page of each S tokens of a text.
+        page: S.
+    """
+
+    def __init__(
+        self, rope: PagedRope, starts: Sequence[int], lengths: Sequence[int], blocks: Tensor, page: int
+    ) -> None:
+        self.rope, self._blocks, self._page = rope, blocks.long(), page
+        chunks = chunks_of(starts, lengths)
+        self.tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+        self._single = [chunk for chunk in chunks if chunk.stop - chunk.start == 1]
+        self._longer = [chunk for chunk in chunks if chunk.stop - chunk.start > 1]
+        counts = torch.tensor([chunk.stop - chunk.start for chunk in chunks])
+        rows = torch.tensor([chunk.row for chunk in chunks]).repeat_interleave(counts)
+        ends = torch.tensor([chunk.length - chunk.stop for chunk in chunks]).repeat_interleave(counts)
+        self._positions = torch.arange(self.tokens) + ends
+        self._places = self._blocks[rows, self._positions // page], self._positions % page
+        self._segments = {chunk: rope.segment(chunk.stop - chunk.start, chunk.length) for chunk in self._longer}
+        self._key_angles: dict[torch.dtype, Angles] = {}
+
+    def write(self, k_TKD: Tensor, v_TKD: Tensor, pages: Tensor) -> None:
+        """Rotate the keys of the batch and write them and the values into the pages of a layer.
+
+        Args:
+            k_TKD: un-rotated keys.
+            pages: [blocks, K, 2, S, D], keys and values.
+        """
+        if k_TKD.dtype not in self._key_angles:
+            found = self.rope.key_angles(self._positions, k_TKD)
+            self._key_angles[k_TKD.dtype] = Angles(found.cos[:, None], found.sin[:, None])
+        block, place = self._places
+        pages[block, :, 0, place] = self.rope.layout.rotate(k_TKD, self._key_angles[k_TKD.dtype]).to(pages.dtype)
+        pages[block, :, 1, place] = v_TKD.to(pages.dtype)
+
+    def attend(self, q_THD: Tensor, pages: Tensor, score: AttentionScore, out_THD: Tensor) -> None:
+        """Attention of un-rotated queries over the pages of a layer, which hold the keys of the batch already."""
+        steps = self._steps
+        if steps is not None and steps.reads(pages, q_THD):
+            steps.attend(q_THD, pages, score, out_THD)
+        else:
+            for chunk in self._single:
+                self._attend_chunk(chunk, q_THD, pages, score, out_THD)
+        for chunk in self._longer:
+            self._attend_chunk(chunk, q_THD, pages, score, out_THD)
+
+    @cached_property
+    def _steps(self) -> PagedSteps | None:
+        if not self._single or UNAVAILABLE is not None:
+            return None
+        tokens = torch.tensor([chunk.start for chunk in self._single])
+        blocks = self._blocks[[chunk.row for chunk in self._single]]
+        return PagedSteps(self.rope, tokens, self._positions[tokens], blocks, self._page)
+
+    def _attend_chunk(self, chunk: Chunk, q: Tensor, pages: Tensor, score: AttentionScore, out: Tensor) -> None:
+        if chunk not in self._segments:
+            self._segments[chunk] = self.rope.segment(1, chunk.length)
+        count, length = chunk.stop - chunk.start, chunk.length
+        k, v = (self._gathered(pages[:, :, part], chunk) for part in (0, 1))
+        run = KeyRun(None, 0, count, 0, length, 0)
+        queries = q[chunk.start : chunk.stop].transpose(0, 1)[None]
+        mixed = banded_attention(queries, k, v, score, self.rope.layout, [(run, [self._segments[chunk]])])
+        out[chunk.start : chunk.stop] = mixed[0].transpose(0, 1)
+
+    def _gathered(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """The keys or values of a text, [1, K, M, D], from [blocks, K, S, D]."""
+        blocks = self._blocks[chunk.row, : -(-chunk.length // self._page)]
+        found = x.transpose(0, 1).index_select(1, blocks)
+        return found.flatten(1, 2)[None, :, : chunk.length]

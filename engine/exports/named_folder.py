@@ -1,0 +1,95 @@
+"""A config that names its scaler, for vLLM with ropewalk installed: position maps, log n and temperatures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from ...errors import ConfigError, Setting, UnsupportedModel
+from ...scaling import hf
+from ...scaling.lengths import parse_length
+from ...scaling.named_scaler import NamedScaler, changed_keys, check_named, with_named_scaler
+from ...scaling.rope import Scaler
+from ...scaling.spec import parse
+from ..vllm_plugin.vllm_objects import ARCHITECTURES
+
+__all__ = ["NamedExport", "needs_name"]
+
+
+def needs_name(scaler: Scaler) -> bool:
+    """True if a scaler acts on more than the frequencies, so that a config cannot hold it as numbers."""
+    return any(part.facet in ("positions", "temperature") for part in scaler.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedExport:
+    """A scaler on a model, to be named in its config.
+
+    Attributes:
+        named: the scaler.
+        tokens: the tokens to be served.
+    """
+
+    named: NamedScaler
+    tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        asked: str | Scaler | None,
+        configured: Mapping[str | None, hf.ConfiguredRope],
+        length: int | str | None,
+        architectures: list[str] | None,
+    ) -> Self:
+        """The export of the scaler `asked`.
+
+        Args:
+            configured: the rotary embeddings of the model by layer type.
+            length: tokens to be served; None is the scaler's reach.
+            architectures: those of the model's config.
+
+        Raises:
+            ConfigError: the scaler does not work on the model, does not reach `length`, or needs one.
+            UnsupportedModel: the plug-in was not verified with the model.
+        """
+        if None not in configured or not set(architectures or [""]) <= ARCHITECTURES.keys():
+            raise UnsupportedModel(
+                f"{asked} acts on more than the frequencies, and the plug-in for vLLM that computes it was verified "
+                f"with {', '.join(ARCHITECTURES)}, not with {', '.join(architectures or ['this model'])}; take static "
+                "frequencies such as yarn:4, or ropewalk.patch"
+            )
+        rope = configured[None]
+        scaler = parse(asked, rope.max_length)
+        tokens = None if length is None else parse_length(length, rope.max_length)
+        fixed = tokens if rope.effective(scaler).depends_on_length else None
+        check_named(scaler, rope, fixed)
+        reach = rope.reach(scaler)
+        if tokens is None and math.isinf(reach):
+            raise ConfigError(
+                f"{scaler} reaches any length; give the number of tokens to be served, such as ",
+                Setting("length", "4x"),
+            )
+        if tokens is not None and tokens > reach and scaler.member("positions") is not None:
+            raise ConfigError(
+                f"{scaler} reaches {int(reach)} tokens on this model, fewer than the requested {tokens}; take a larger "
+                "group or factor, or a smaller length"
+            )
+        return cls(named=NamedScaler(configured=rope, scaler=scaler, length=fixed), tokens=tokens or int(reach))
+
+    def change(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of a config.json that names the scaler."""
+        return with_named_scaler(config, self.named, self.tokens)
+
+    def overrides(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys by which the changed config differs from `config`."""
+        return changed_keys(config, self.named, self.tokens)
+
+    def check(self, folder: Path) -> None:
+        """Refuse a written folder from which the scaler, or the model's own rotary embedding, is not read back."""
+        found = NamedScaler.read(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        if found != self.named:
+            raise UnsupportedModel(f"the config of this model does not hold {self.named.scaler}; use ropewalk.patch")

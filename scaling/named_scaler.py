@@ -1,0 +1,150 @@
+"""A scaler that a config names, for serving engines with the plug-in of ropewalk.
+
+A config can hold the frequencies of a scaler as numbers. A position map or log n is computed by the engine's attention,
+so the config holds its spec, and the rotary embedding that the model was trained with. The rope type is one that no
+engine knows: without the plug-in, vLLM, SGLang and transformers refuse the config.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from ..errors import ConfigError
+from . import hf
+from .configured_rope import ConfiguredRope
+from .hf import NAMED_TYPE, SCALER_KEY
+from .lengths import format_length
+from .rope import Scaler
+from .spec import Auto, parse
+
+__all__ = [
+    "LENGTH_KEY",
+    "NAMED_TYPE",
+    "SCALER_KEY",
+    "TRAINED_KEY",
+    "NamedScaler",
+    "changed_keys",
+    "check_named",
+    "is_named",
+    "with_named_scaler",
+]
+
+LENGTH_KEY, TRAINED_KEY = "ropewalk_length", "ropewalk_trained"
+"""The tokens for which a scaler that depends on the length is computed, and the keys that were replaced."""
+
+_REPLACED = (
+    "max_position_embeddings",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "original_max_position_embeddings",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedScaler:
+    """A scaler on the model of a config.
+
+    Attributes:
+        configured: the rotary embedding that the model was trained with.
+        scaler: the scaler, as it is named.
+        length: the tokens for which its frequencies and bands are computed; None if they do not depend on a length.
+    """
+
+    configured: ConfiguredRope
+    scaler: Scaler
+    length: int | None
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Self:
+        """The scaler that the content of a config.json names.
+
+        Raises:
+            ConfigError: the keys are not complete; the scaler does not work on the model, has no place in a config, or
+                depends on the length and the config gives none.
+            UnsupportedModel: no RoPE, or different frequencies for each type of layer.
+        """
+        text = config.get("text_config", config)
+        missing = [key for key in (SCALER_KEY, TRAINED_KEY) if text.get(key) is None]
+        if missing:
+            raise ConfigError(
+                f"a config with rope type {NAMED_TYPE!r} needs {' and '.join(missing)}; write it with `ropewalk export "
+                "MODEL OUT --rope SCALER --target vllm`"
+            )
+        configured = hf.read(_as_trained(config))
+        if None not in configured:
+            kinds = ", ".join(map(str, configured))
+            raise ConfigError(f"rope type {NAMED_TYPE!r} needs one rotary embedding for all layers, not {kinds}")
+        scaler, length = parse(text[SCALER_KEY], configured[None].max_length), text.get(LENGTH_KEY)
+        check_named(scaler, configured[None], length)
+        return cls(configured=configured[None], scaler=scaler, length=length)
+
+    @property
+    def effective(self) -> Scaler:
+        """The scaler, with the model's own frequencies if it sets none."""
+        return self.configured.effective(self.scaler)
+
+
+def check_named(scaler: Scaler, configured: ConfiguredRope, length: int | None) -> None:
+    """Check a scaler for `NamedScaler`; `length` is the one of the config.
+
+    Raises:
+        ConfigError: as for `NamedScaler.read`.
+    """
+    if isinstance(scaler, Auto):
+        raise ConfigError("'auto' chooses a scaler for every request, and a config names one; name it")
+    configured.check(scaler)
+    if configured.effective(scaler).depends_on_length and length is None:
+        raise ConfigError(
+            f"{scaler} depends on the length of the text, and the pages of a serving engine are shared by texts of all "
+            f"lengths; export with a length to which it is fixed, such as {format_length(4 * configured.max_length)}"
+        )
+
+
+def is_named(rope_parameters: Any) -> bool:
+    """True if `rope_parameters` of a config are those of a named scaler."""
+    return isinstance(rope_parameters, Mapping) and rope_parameters.get("rope_type") == NAMED_TYPE
+
+
+def with_named_scaler(config: Mapping[str, Any], named: NamedScaler, max_length: int) -> dict[str, Any]:
+    """The content of a config.json that names a scaler.
+
+    Args:
+        config: the content as it is.
+        max_length: the tokens to be served.
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    text = changed.get("text_config", changed)
+    keys = changed_keys(config, named, max_length)
+    for key in _REPLACED:
+        text.pop(key, None)
+    text.update(keys)
+    return changed
+
+
+def changed_keys(config: Mapping[str, Any], named: NamedScaler, max_length: int) -> dict[str, Any]:
+    """The keys of a config.json that change if it names a scaler. Arguments as for `with_named_scaler`."""
+    text, base = config.get("text_config", config), named.configured.rope.base
+    keys: dict[str, Any] = {
+        "max_position_embeddings": max_length,
+        "rope_parameters": {"rope_type": NAMED_TYPE, "rope_theta": base},
+        "rope_scaling": {"rope_type": NAMED_TYPE},  # for engines on transformers 4, which read only this key
+        "rope_theta": base,
+        SCALER_KEY: str(named.scaler),
+        TRAINED_KEY: {key: text[key] for key in _REPLACED if key in text},
+    }
+    return keys if named.length is None else {**keys, LENGTH_KEY: named.length}
+
+
+def _as_trained(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as it was before it named a scaler."""
+    restored: dict[str, Any] = json.loads(json.dumps(config))
+    text = restored.get("text_config", restored)
+    trained = text[TRAINED_KEY]
+    for key in (*_REPLACED, SCALER_KEY, LENGTH_KEY, TRAINED_KEY):
+        text.pop(key, None)
+    text.update(trained)
+    return restored

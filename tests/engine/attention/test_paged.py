@@ -1,0 +1,94 @@
+"""Attention over pages compared with the literal form, text by text, for any division of the texts into calls."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from ropewalk.engine.attention.kernel import AttentionScore
+from ropewalk.engine.attention.paged import PagedBatch
+from ropewalk.engine.attention.paged_rope import PagedRope
+from ropewalk.engine.attention.reference import reference_attention
+from ropewalk.engine.attention.rotation import Layout
+from ropewalk.scaling import RopeSpec, Scaler, parse
+from ropewalk.scaling.configured_rope import ConfiguredRope
+from ropewalk.scaling.named_scaler import NamedScaler
+
+L, PAGE, HEADS, GROUPS, DIM = 32, 16, 6, 2, 32
+SPECS = [
+    "none",
+    "logn",
+    "temperature:1.3",
+    "yarn:4",
+    "rerope:8|logn",
+    "leaky-rerope:9,k=2.5",
+    "self-extend:3,window=10|logn",
+    "dual-chunk|logn",
+    "string:16,window=4",
+    "dpe:4/2,window=8",
+    "jet-long:9",
+    "sink-window:20,sinks=2",
+    "dynamic-ntk:4|logn",
+    "yarn:4|rerope:20",
+]
+TEXTS = [5, 61, 127, 70, 1]
+CALLS = [[5, 40, 100, 1, 0], [0, 20, 1, 1, 0], [0, 1, 26, 67, 1], [0, 0, 0, 1, 0]]
+"""Tokens of every text in each call."""
+
+
+def rope_of(spec: str, layout: Layout) -> PagedRope:
+    rope = RopeSpec(dim=layout.dim, base=1e3, trained_length=L)
+    configured = ConfiguredRope(rope=rope, scaler=Scaler(), max_length=L)
+    scaler = parse(spec)
+    length = 4 * L if scaler.depends_on_length else None
+    return PagedRope(NamedScaler(configured=configured, scaler=scaler, length=length), layout)
+
+
+def paged(rope, q, k, v, score, dtype):
+    """The texts through pages in shuffled places, call by call."""
+    counts = [-(-length // PAGE) for length in TEXTS]
+    order = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(1))
+    blocks = torch.zeros(len(TEXTS), max(counts), dtype=torch.int32)
+    for row, count in enumerate(counts):
+        begin = sum(counts[:row])
+        blocks[row, :count] = order[begin : begin + count]
+    pages = torch.full((len(order), GROUPS, 2, PAGE, DIM), 7.0, dtype=dtype)
+    read, outs = [0] * len(TEXTS), [[] for _ in TEXTS]
+    for call in CALLS:
+        ends = [done + new for done, new in zip(read, call, strict=True)]
+        starts = torch.tensor([0, *call]).cumsum(0).tolist()
+        batch = PagedBatch(rope, starts, ends, blocks, PAGE)
+        part = [torch.cat([x[i][a:b] for i, (a, b) in enumerate(zip(read, ends, strict=True))]) for x in (q, k, v)]
+        out = torch.zeros_like(part[0])
+        batch.write(part[1], part[2], pages)
+        batch.attend(part[0], pages, score, out)
+        for row, (a, b) in enumerate(itertools.pairwise(starts)):
+            outs[row].append(out[a:b])
+        read = ends
+    assert read == TEXTS
+    return [torch.cat(rows) for rows in outs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("spec", SPECS)
+def test_texts_in_pages_get_the_attention_of_each_text_alone(spec: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    part, neighbours = spec in ("rerope:8|logn", "yarn:4"), spec == "string:16,window=4"
+    layout = Layout(0, 16 if part else DIM, neighbours)
+    rope, score = rope_of(spec, layout), AttentionScore(scale=0.3)
+    q, k, v = (
+        [torch.randn(length, heads, DIM, generator=generator).to(dtype) for length in TEXTS]
+        for heads in (HEADS, GROUPS, GROUPS)
+    )
+    with torch.inference_mode():
+        outs = paged(rope, q, k, v, score, dtype)
+    for one, *qkv in zip(outs, q, k, v, strict=True):
+        q_, k_, v_ = (x.double().transpose(0, 1)[None] for x in qkv)
+        named = rope.named
+        want = reference_attention(
+            q_, k_, v_, score, layout, named.scaler, named.configured.rope, length=named.length or L
+        )
+        error = (one.double() - want[0].transpose(0, 1)).abs().max()
+        assert error < {torch.float64: 1e-10, torch.float32: 3e-5, torch.bfloat16: 0.06}[dtype]

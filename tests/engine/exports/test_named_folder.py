@@ -1,0 +1,126 @@
+"""Folders whose config names a scaler: written, read back, changed, and refused where they would be served wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import ropewalk as rw
+from ropewalk.scaling import hf
+from ropewalk.scaling.named_scaler import LENGTH_KEY, SCALER_KEY, TRAINED_KEY, NamedScaler
+
+TRAINED = 256
+SPECS = ["rerope:64|logn", "self-extend:8,window=64|logn", "dual-chunk", "yarn:4|rerope:128", "string:100,window=8"]
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_scaler_and_the_trained_embedding_are_read_back(tiny_folder, tmp_path, spec):
+    length = None if spec.startswith(("self-extend", "string")) else "4x"
+    done = rw.export(tiny_folder, tmp_path / "out", rope=spec, target="vllm", length=length)
+    before, content = config_of(tiny_folder), config_of(done.path)
+    named = NamedScaler.read(content)
+    assert str(named.scaler) == str(rw.parse(spec, TRAINED)) and named.length is None
+    assert named.configured == hf.read(before)[None]
+    assert content["max_position_embeddings"] == done.length > TRAINED
+    assert content[TRAINED_KEY]["rope_parameters"] == before["rope_parameters"]
+    assert "plug-in" in done.carrier and f"--max-model-len {done.length}" in done.command
+
+
+def test_multiples_of_the_trained_length_become_tokens(tiny_folder, tmp_path):
+    done = rw.export(tiny_folder, tmp_path / "out", rope="self-extend:8,window=0.25x|logn", target="vllm")
+    assert config_of(done.path)[SCALER_KEY] == "self-extend:8,window=64|logn"
+
+
+def test_a_scaler_that_depends_on_the_length_is_held_at_the_given_one(tiny_folder, tmp_path):
+    with pytest.raises(rw.ConfigError, match=r"jet-long:64 depends on the length of the text.*such as 1k"):
+        rw.export(tiny_folder, tmp_path / "out", rope="jet-long:64", target="vllm")
+    done = rw.export(tiny_folder, tmp_path / "out", rope="jet-long:64", target="vllm", length="4x")
+    content = config_of(done.path)
+    assert NamedScaler.read(content).length == content[LENGTH_KEY] == 1024
+    del content[LENGTH_KEY]
+    with pytest.raises(rw.ConfigError, match="depends on the length"):
+        NamedScaler.read(content)
+
+
+def test_the_overrides_of_the_script_turn_the_original_config_into_the_written_one(tiny_folder, tmp_path):
+    done = rw.export(tiny_folder, tmp_path / "out", rope="rerope:64|logn", target="vllm", length="4x")
+    script = (done.path / "serve.sh").read_text()
+    line = next(line for line in script.split("\n") if "--hf-overrides" in line)
+    overrides = json.loads(line[line.index("{") : line.rindex("}") + 1])
+    assert config_of(tiny_folder) | overrides == config_of(done.path)
+    assert "It needs ropewalk" in script
+
+
+def test_another_scaler_can_take_its_place_by_one_key(tiny_folder, tmp_path):
+    done = rw.export(tiny_folder, tmp_path / "out", rope="rerope:64|logn", target="vllm", length="4x")
+    named = NamedScaler.read(config_of(done.path) | {SCALER_KEY: "self-extend:8,window=0.5x"})
+    assert named.scaler == rw.parse("self-extend:8,window=128")
+
+
+def test_a_patched_model_is_written_with_its_weights_and_own_scaling(tiny_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    rw.patch(model, "dual-chunk|logn")
+    done = rw.export(model, tmp_path / "out", target="vllm", length="4x")
+    assert NamedScaler.read(config_of(done.path)).scaler == rw.parse("dual-chunk|logn")
+
+
+def test_a_model_with_yarn_of_its_own_keeps_it(tiny_folder, tmp_path):
+    scaled = rw.export(tiny_folder, tmp_path / "scaled", rope="yarn:4").path
+    done = rw.export(scaled, tmp_path / "out", rope="rerope:512", target="vllm", length="4x")
+    named = NamedScaler.read(config_of(done.path))
+    assert str(named.effective) == "yarn:4|rerope:512" and named.configured.max_length == 4 * TRAINED
+
+
+def test_static_frequencies_stay_numbers_that_need_no_plug_in(tiny_folder, tmp_path):
+    done = rw.export(tiny_folder, tmp_path / "out", rope="yarn:4", target="vllm")
+    assert config_of(done.path)["rope_parameters"]["rope_type"] == "yarn" and SCALER_KEY not in config_of(done.path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rope": "rerope:64"}, "reaches any length; give the number of tokens to be served, such as length='4x'"),
+        ({"rope": "self-extend:2,window=64", "length": "4x"}, "reaches 448 tokens on this model, fewer than .* 1024"),
+        ({"rope": "rerope:256", "length": "4x"}, "window 256 must be below 256"),
+        ({"rope": "rerope:64", "target": "sglang"}, "vLLM with ropewalk installed serves it by name: target='vllm'"),
+    ],
+)
+def test_scalers_that_are_refused(tiny_folder, tmp_path, options, words):
+    with pytest.raises(rw.ConfigError, match=words):
+        rw.export(tiny_folder, tmp_path / "out", **({"target": "vllm"} | options))
+    assert not any(tmp_path.iterdir())
+
+
+def test_models_that_the_plug_in_does_not_serve_are_refused(tiny_folder, tmp_path):
+    config = config_of(tiny_folder) | {"architectures": ["UnheardOfForCausalLM"]}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(rw.UnsupportedModel, match=r"verified with LlamaForCausalLM.*not with UnheardOfForCausalLM"):
+        rw.export(folder, tmp_path / "out", rope="rerope:64", target="vllm", length="4x")
+
+
+def test_neither_transformers_nor_ropewalk_run_the_folder_as_if_it_had_no_scaler(tiny_folder, tmp_path):
+    done = rw.export(tiny_folder, tmp_path / "out", rope="rerope:64", target="vllm", length="4x")
+    with pytest.raises(KeyError, match="ropewalk"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(done.path))
+    with pytest.raises(rw.UnsupportedModel, match="names the scaler 'rerope:64' for vLLM"):
+        rw.load(done.path)
+
+
+@pytest.mark.parametrize("key", [SCALER_KEY, TRAINED_KEY])
+def test_a_config_without_one_of_the_keys_is_refused(tiny_folder, tmp_path, key):
+    done = rw.export(tiny_folder, tmp_path / "out", rope="rerope:64", target="vllm", length="4x")
+    content = config_of(done.path)
+    del content[key]
+    with pytest.raises(rw.ConfigError, match=f"rope type 'ropewalk' needs {key}"):
+        NamedScaler.read(content)

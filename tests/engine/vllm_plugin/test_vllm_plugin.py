@@ -1,0 +1,211 @@
+"""The plug-in for vLLM without vLLM: what it changes, what it refuses, and how it reads the description of a batch.
+
+`make interop` runs it in vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ropewalk as rw
+from ropewalk.engine.attention.paged import Chunk, chunks_of
+from ropewalk.engine.attention.paged_rope import PagedRope
+from ropewalk.engine.vllm_plugin.register import register
+from ropewalk.engine.vllm_plugin.vllm_objects import (
+    batch_of,
+    check_config,
+    check_layer,
+    check_version,
+    is_named_config,
+    layout_of,
+)
+from ropewalk.scaling.named_scaler import NamedScaler
+
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "tiny-llama"
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory):
+    out = tmp_path_factory.mktemp("named") / "out"
+    rw.export(FOLDER, out, rope="rerope:64|logn", target="vllm", length="4x")
+    return json.loads((out / "config.json").read_text())
+
+
+def vllm_config(content, **changes):
+    """What the plug-in reads of vLLM's configuration."""
+    hf_config = SimpleNamespace(**content, to_dict=lambda: content)
+    found = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=hf_config, hf_text_config=hf_config, use_mla=False, max_model_len=1024),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        speculative_config=None,
+        device_config=SimpleNamespace(device_type="cpu"),
+    )
+    for path, value in changes.items():
+        section, _, name = path.partition("__")
+        setattr(getattr(found, section) if name else found, name or section, value)
+    return found
+
+
+@pytest.fixture
+def vllm(monkeypatch, content):
+    """As much of vLLM as the plug-in calls before a model is built."""
+    backends = {}
+
+    def get_rope(*args, **options):
+        return args, options
+
+    parts = {
+        "vllm": {"__version__": "0.32.0"},
+        "vllm.config": {"get_current_vllm_config": lambda: vllm_config(content)},
+        "vllm.model_executor": {},
+        "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.rotary_embedding": {"get_rope": get_rope},
+        "vllm.v1": {},
+        "vllm.v1.attention": {},
+        "vllm.v1.attention.backends": {},
+        "vllm.v1.attention.backends.registry": {
+            "AttentionBackendEnum": SimpleNamespace(CPU_ATTN="CPU_ATTN"),
+            "register_backend": backends.__setitem__,
+        },
+    }
+    for name, values in parts.items():
+        module = types.ModuleType(name)
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, name, module)
+        above, _, last = name.rpartition(".")
+        if above:
+            monkeypatch.setattr(sys.modules[above], last, module, raising=False)
+    rotary = sys.modules["vllm.model_executor.layers.rotary_embedding"]
+    return SimpleNamespace(rotary=rotary, get_rope=get_rope, backends=backends, module=sys.modules["vllm"])
+
+
+def test_a_second_call_changes_nothing(vllm):
+    register()
+    replaced = vllm.rotary.get_rope
+    register()
+    assert vllm.rotary.get_rope is replaced is not vllm.get_rope and len(vllm.backends) == 1
+
+
+def test_other_models_get_the_embedding_of_vllm(vllm):
+    register()
+    for parameters in (None, {"rope_type": "yarn", "factor": 4.0}):
+        assert vllm.rotary.get_rope(64, 128, True, parameters, dtype="x") == (
+            (64, 128, True, parameters),
+            {"dtype": "x"},
+        )
+        assert vllm.rotary.get_rope(64, max_position=128, rope_parameters=parameters)[0][3] is parameters
+
+
+def test_a_named_scaler_gets_queries_and_keys_as_they_are(vllm, content):
+    register()
+    embedding = vllm.rotary.get_rope(32, 1024, rope_parameters=content["rope_parameters"])
+    q, k = torch.randn(3, 8), torch.randn(3, 4)
+    assert all(torch.equal(x, y) for x, y in zip(embedding(torch.arange(3), q, k), (q, k), strict=True))
+
+
+def test_another_version_is_refused_for_named_scalers_only(vllm, content):
+    vllm.module.__version__ = "0.31.2"
+    register()
+    assert vllm.rotary.get_rope(64, 128)
+    with pytest.raises(rw.UnsupportedModel, match=r"verified with vLLM 0\.32\.x, and this is 0\.31\.2"):
+        vllm.rotary.get_rope(32, 1024, rope_parameters=content["rope_parameters"])
+
+
+def test_a_model_whose_pairs_lie_otherwise_is_refused(vllm, content):
+    register()
+    with pytest.raises(rw.UnsupportedModel, match="in another way"):
+        vllm.rotary.get_rope(32, 1024, is_neox_style=False, rope_parameters=content["rope_parameters"])
+
+
+def test_the_entry_point_is_cheap_to_import():
+    heavy = "{'torch', 'transformers', 'numba'} & set(sys.modules)"
+    code = f"import sys, ropewalk.engine.vllm_plugin.register; sys.exit(repr({heavy}) if {heavy} else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "v0.32.1", "0.32.1rc1+cpu"])
+def test_verified_versions(version):
+    check_version(version)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode context parallel"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "prefill context parallel"),
+        ({"model_config__use_mla": True}, "latent attention"),
+        ({"cache_config__cache_dtype": "fp8_e4m3"}, "a cache of fp8_e4m3"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "speculative decoding with eagle"),
+        ({"device_config": SimpleNamespace(device_type="cuda")}, "device cuda"),
+    ],
+)
+def test_options_that_are_refused(content, changes, words):
+    check_config(vllm_config(content))
+    with pytest.raises(rw.UnsupportedModel, match=f"does not serve a named scaler with {words}"):
+        check_config(vllm_config(content, **changes))
+
+
+def test_architectures_that_were_not_verified_are_refused(content):
+    with pytest.raises(rw.UnsupportedModel, match="GptOssForCausalLM"):
+        check_config(vllm_config(content | {"architectures": ["GptOssForCausalLM"]}))
+
+
+@pytest.mark.parametrize(
+    ("properties", "words"),
+    [
+        ({"sliding_window": 128}, "layers with a sliding window of 128"),
+        ({"sinks": True}, "attention sinks of the model"),
+        ({"alibi": True}, "ALiBi"),
+        ({"attn_type": "encoder"}, "attention of type encoder"),
+        ({"cache_dtype": "fp8"}, "a cache of fp8"),
+        ({"kv_shared": True}, "layers that share a cache"),
+        ({"others": ["chunk_lookback"]}, "the options chunk_lookback"),
+    ],
+)
+def test_layers_that_are_refused(properties, words):
+    check_layer()
+    with pytest.raises(rw.UnsupportedModel, match=words):
+        check_layer(**properties)
+
+
+def test_only_configs_that_name_a_scaler_are_taken(content):
+    assert is_named_config(vllm_config(content))
+    assert not is_named_config(vllm_config(content | {"rope_parameters": {"rope_type": "default"}}))
+    assert not is_named_config(SimpleNamespace(model_config=None))
+
+
+def test_rows_without_tokens_are_left_out():
+    assert chunks_of([0, 3, 3, 4, 4], [10, 0, 7, 0]) == [Chunk(0, 0, 3, 10), Chunk(2, 3, 4, 7)]
+
+
+def test_a_batch_of_vllm_is_read_as_runs_over_pages(content):
+    config, named = vllm_config(content), NamedScaler.read(content)
+    metadata = SimpleNamespace(
+        num_reqs=2,
+        causal=True,
+        query_start_loc_cpu=torch.tensor([0, 2, 3, 3], dtype=torch.int32),
+        seq_lens=torch.tensor([5, 33, 0], dtype=torch.int32),
+        block_table_tensor=torch.tensor([[4, 0], [2, 7], [0, 0]], dtype=torch.int32),
+    )
+    batch = batch_of(PagedRope(named, layout_of(config, named)), metadata, page=32)
+    pages = torch.zeros(8, 2, 2, 32, 32)
+    values = torch.arange(3.0)[:, None, None].expand(3, 2, 32) + 1
+    batch.write(torch.ones(3, 2, 32), values, pages)
+    written = pages[:, :, 1].amax((1, 3)).nonzero().tolist()  # [page, place]
+    assert batch.tokens == 3 and written == [[4, 3], [4, 4], [7, 0]]
+    assert [float(pages[block, 0, 1, place, 0]) for block, place in written] == [1, 2, 3]
+
+
+def test_attention_in_both_directions_is_refused(content):
+    config, named = vllm_config(content), NamedScaler.read(content)
+    with pytest.raises(rw.UnsupportedModel, match="not causal"):
+        batch_of(PagedRope(named, layout_of(config, named)), SimpleNamespace(causal=False), page=32)
