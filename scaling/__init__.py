@@ -10,6 +10,7 @@ if not __name__.startswith("ropewalk."):
     raise ImportError("import this package as 'ropewalk.scaling'")
 
 from .base import Base, BaseBound, CriticalBase
+from .dprope import DPRoPE
 from .interpolation import NTK, CoPE, DynamicNTK, Linear, NTKFixed, NTKMixed, Resonance
 from .lengths import format_length, parse_length
 from .longrope import LongRoPE
@@ -31,6 +32,7 @@ __all__ = [
     "CoPE",
     "Composition",
     "CriticalBase",
+    "DPRoPE",
     "DualChunk",
     "DynamicNTK",
     "DynamicYaRN",

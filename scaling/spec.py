@@ -17,6 +17,7 @@ from ..errors import ConfigError, did_you_mean
 from ..plugins import Plugins
 from .band import Band
 from .base import Base, BaseBound, CriticalBase
+from .dprope import DPRoPE
 from .interpolation import NTK, CoPE, DynamicNTK, Linear, NTKFixed, NTKMixed, Resonance
 from .lengths import TrainedLength, format_length, parse_length
 from .longrope import LongRoPE
@@ -86,6 +87,7 @@ _BUILT_IN: dict[str, type[Scaler]] = {
         BaseBound,
         MrRoPE,
         AlphaRoPE,
+        DPRoPE,
         Resonance,
         CoPE,
         ReRoPE,

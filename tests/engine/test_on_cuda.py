@@ -25,6 +25,7 @@ SPECS = {
     "base-bound:4x": (1, 1),
     "mrrope:4": (1, 1),
     "alpharope:4": (1, 1),
+    "dprope:4": (1, 1),
     "cope": (1, 1),
     "yarn:4|resonance": (1, 1),
     "dynamic-ntk": (1, 1),

@@ -17,6 +17,7 @@ STATIC = [
     "critical-base:4x",
     "mrrope:4",
     "alpharope:4",
+    "dprope:4",
     "yarn:4|resonance",
     "cope",
 ]

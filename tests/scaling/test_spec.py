@@ -18,6 +18,7 @@ from ropewalk.scaling import (
     BaseBound,
     CoPE,
     CriticalBase,
+    DPRoPE,
     DualChunk,
     DynamicNTK,
     DynamicYaRN,
@@ -102,6 +103,7 @@ SCALERS: dict[str, st.SearchStrategy[Scaler]] = {
         lambda s, betas, uniform: MrRoPE(factor=s, uniform=uniform, **betas), factor, betas, st.booleans()
     ),
     "alpharope": st.builds(AlphaRoPE, factor=factor),
+    "dprope": st.builds(DPRoPE, factor=factor),
     "resonance": st.just(Resonance()),
     "cope": st.just(CoPE()),
     "rerope": st.builds(ReRoPE, window=tokens),
