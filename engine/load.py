@@ -23,6 +23,7 @@ from .patches.patch import patched_with
 from .runners.choose import RunnerOptions
 from .runners.cpu.family import supported
 from .runners.cpu.kernels import UNAVAILABLE
+from .runners.gpu.kernels import UNAVAILABLE as KERNELS_UNAVAILABLE
 
 _DTYPES = {
     "float32": torch.float32,
@@ -127,7 +128,7 @@ def load(
     placement = device_map if device_map is not None else _default_device()
     on_cpu = _is_cpu(placement)
     if not on_cpu:
-        _check_off_cpu(runner_options, placement)
+        _check_off_cpu(runner_options, placement, config)
     compile = runner_options.compile
     widens = on_cpu and compile is not False and supported(config) and UNAVAILABLE is None
     chosen = _choose_dtype("auto" if dtype == "int8" else dtype, config, on_cpu, widens)
@@ -204,8 +205,8 @@ def _is_cpu(placement: Any) -> bool:
     return all(str(place) == "cpu" for place in places)
 
 
-def _check_off_cpu(options: RunnerOptions, placement: Any) -> None:
-    """Refuse options that only the compiled kernels honour, before weights are read to another place than the CPU.
+def _check_off_cpu(options: RunnerOptions, placement: Any, config: Any) -> None:
+    """Refuse options that no engine of ours can honour there, before weights are read to another place than the CPU.
 
     Raises:
         ConfigError: with the options.
@@ -213,22 +214,30 @@ def _check_off_cpu(options: RunnerOptions, placement: Any) -> None:
     if not options.needs_kernels or not torch.cuda.is_available():  # "auto" is then the CPU
         return
     given: list[Setting] = []
-    if options.weights == "int8":
-        given.append(Setting("dtype", "int8", "given"))
-    if options.cache != "auto":
-        given.append(Setting("kv_dtype", options.cache, "given"))
     if options.precision != "auto":
         given.append(Setting("precision", options.precision, "given"))
     if options.folder is not None:
         given.append(Setting("offload", options.folder, "given"))
-    if options.compile is True:
-        given.append(Setting("compile", True, "given"))
+    reason = "only the engine for CPUs does this"
+    if not given:
+        if options.weights == "int8":
+            given.append(Setting("dtype", "int8", "given"))
+        if options.cache != "auto":
+            given.append(Setting("kv_dtype", options.cache, "given"))
+        if options.compile is True:
+            given.append(Setting("compile", True, "given"))
+        if KERNELS_UNAVAILABLE:
+            reason = f"only our own engines do this, and {KERNELS_UNAVAILABLE}"
+        elif not supported(config):
+            reason = "only our own engines do this, and they do not know this family"
+        else:
+            return
     named = [part for setting in given for part in (setting, ", ")][:-1]
     raise ConfigError(
         *named,
-        f": only the compiled kernels do this; they run on the CPU, and the weights would go to {placement!r}; ",
+        f": {reason}; the weights would go to {placement!r}; ",
         Setting("device_map", "cpu", "load"),
-        " to use them there, or leave this out",
+        " for the engine for CPUs, or leave this out",
     )
 
 

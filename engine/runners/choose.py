@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from ...errors import ConfigError, RopewalkWarning, Setting, UnsupportedModel, did_you_mean, warn
@@ -14,6 +16,9 @@ from ..rotary_site import RotarySite
 from .cpu.family import supported
 from .cpu.kernels import FOLDER
 from .cpu.runner import CompiledRunner
+from .gpu.kernels import UNAVAILABLE as KERNELS_UNAVAILABLE
+from .gpu.runner import GpuRunner
+from .gpu.step import capture
 from .runner import Runner
 from .transformers import TransformersRunner
 
@@ -77,21 +82,52 @@ def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerO
     """
     if options.compile is False:
         return TransformersRunner(hf)
+    if hf.device.type == "cuda":
+        return _on_gpu(hf, sites, options)
     if FOLDER is not None and not any(FOLDER.rglob("*.nbi")) and supported(hf.config) and sys.stderr.isatty():
         sys.stderr.write("ropewalk: compiling kernels for this machine, once (about half a minute)\n")
     try:
         return CompiledRunner(hf, sites, options.weights, options.cache, options.folder, options.precision)
     except UnsupportedModel as reason:
-        if options.needs_kernels:
-            raise UnsupportedModel("the compiled kernels cannot run this model: ", *reason.args) from reason
-        if supported(hf.config) and hf.device.type == "cpu":
-            warn(
-                RopewalkWarning(
-                    "transformers' modules run this model, which is several times slower: ",
-                    *reason.args,
-                    "; ",
-                    Setting("compile", False),
-                    " uses them without this warning",
-                ),
-            )
-        return TransformersRunner(hf, why=str(reason))
+        return _by_transformers(hf, options, reason)
+
+
+def _on_gpu(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerOptions) -> Runner:
+    try:
+        for is_set, name in (
+            (options.folder is not None, "a cache in files"),
+            (options.precision != "auto", "a precision of its own"),
+            (hf.dtype == torch.float64, "float64"),
+        ):
+            if is_set:
+                raise UnsupportedModel(f"the engine for GPUs does not have {name}")
+        if KERNELS_UNAVAILABLE:
+            raise UnsupportedModel(KERNELS_UNAVAILABLE)
+        from .gpu.kernels.ops import TritonOps
+
+        try:
+            return GpuRunner(hf, sites, TritonOps(), options.weights, options.cache, capture)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, OSError, RuntimeError, SubprocessError) as error:  # no C compiler, for example
+            why = str(error).strip().partition("\n")[0]
+            raise UnsupportedModel(f"Triton's kernels do not run here ({type(error).__name__}: {why})") from error
+    except UnsupportedModel as reason:
+        return _by_transformers(hf, options, reason)
+
+
+def _by_transformers(hf: PreTrainedModel, options: RunnerOptions, reason: UnsupportedModel) -> Runner:
+    """The runner of transformers' modules, because of `reason`, with a warning if it is slower than ours would be."""
+    if options.needs_kernels:
+        raise UnsupportedModel("the compiled kernels cannot run this model: ", *reason.args) from reason
+    if supported(hf.config) and hf.device.type in ("cpu", "cuda"):
+        warn(
+            RopewalkWarning(
+                "transformers' modules run this model, which is several times slower: ",
+                *reason.args,
+                "; ",
+                Setting("compile", False),
+                " uses them without this warning",
+            ),
+        )
+    return TransformersRunner(hf, why=str(reason))

@@ -149,7 +149,7 @@ class DecoderRunner(TransformersRunner):
             The logits after the last `logits_to_keep` tokens, [logits_to_keep, V].
         """
         self.check(ids)
-        chunks = [SkimAttention(rotation, sample) for rotation in self._rotations]
+        chunks = [SkimAttention(rotation, sample, self.cache_shape.device) for rotation in self._rotations]
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
             return chunks[self._group_of[index]].attend(q, k, v, score)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ...engine.model import Model
-from ...engine.runners.cpu.runner import CompiledRunner
 from ...engine.runners.cpu.skim import Sample
+from ...engine.runners.decoder_runner import DecoderRunner
 from ...errors import DataError
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
@@ -28,7 +28,7 @@ from ..runs.result import Row, Run, loss_text
 
 
 def can_skim(model: Model) -> bool:
-    """True if the model runs on the compiled kernels. Only they can skim."""
+    """True if an engine of our own runs the model. Only these can skim."""
     return model.is_compiled
 
 
@@ -65,9 +65,10 @@ class SkimCell(Cell):
         ids = [self.window.ids[place] for place in self.sample.positions.tolist()]
         scored = ids[self.window.first - len(self.window.ids) :]
         with model.running(self.context) as runner:
-            assert isinstance(runner, CompiledRunner)
+            assert isinstance(runner, DecoderRunner)
             logits = runner.skim(ids, self.sample, len(scored) + 1)[:-1]
-        losses = (logits.logsumexp(-1) - logits.gather(-1, torch.tensor(scored)[:, None])[:, 0]).numpy()
+        targets = torch.tensor(scored, device=logits.device)[:, None]
+        losses = (logits.logsumexp(-1) - logits.gather(-1, targets)[:, 0]).cpu().numpy()
         advance(0, len(ids))
         measured = {
             "loss": float(losses.mean(dtype="float64")),

@@ -105,6 +105,7 @@ def run(step, dtype, cache, N, H, K, D, E, inner, layout, bands, softcap=None, t
     qkv = empty(N, (H + 2 * K) * D, dtype=dtype)
     q = step.heads(qkv, H, K, *weights, norms == "whole", 1e-6, empty(N, 2, half), layout, rows)
     step.attention(q, rows, at, layout, softcap, paths)
+    step.int8_linear(empty(N, E, dtype=dtype), empty(inner, E, dtype=torch.int8), empty(inner))
     step.gate(empty(N, 2 * inner, dtype=dtype), "gelu_tanh" if softcap else "silu")
 
 

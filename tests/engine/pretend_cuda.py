@@ -56,6 +56,9 @@ class CudaTensor(Tensor):
     def get_device(self) -> int:
         return 0
 
+    def data_ptr(self) -> int:
+        return self.values.data_ptr()
+
     def cpu(self) -> Tensor:
         return self.to("cpu")
 
@@ -110,7 +113,7 @@ class PretendCuda(TorchDispatchMode):
         there = [leaf for leaf in leaves if not isinstance(leaf, CudaTensor)]
         to_device = bool(here) if target is None else self._is_device(target, leaves, here, name)
         if not here and not to_device:
-            return func(*args, **kwargs)
+            return func(*args, **{**kwargs, **({"pin_memory": False} if kwargs.get("pin_memory") else {})})
         if name in _COPIES:
             return self._copy(func, name, args, kwargs, to_device)
         if here:

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropewalk as rw
 from ropewalk.engine.model import Model
+from ropewalk.engine.runners.gpu.reference import TorchOps
+from ropewalk.engine.runners.gpu.runner import GpuRunner
 from ropewalk.scaling import METHODS
 
 LONG = (TEXT + MORE) * 6  # beyond the trained length
@@ -154,23 +156,25 @@ def test_session_under_a_map(rope, on_both):
 
 
 @pytest.mark.parametrize(
-    ("option", "named"),
+    ("option", "named", "reason"),
     [
-        ({"dtype": "int8"}, "dtype int8"),
-        ({"kv_dtype": "int8"}, "kv_dtype int8"),
-        ({"precision": "bfloat16"}, "precision bfloat16"),
-        ({"compile": True}, "compile True"),
-        ({"offload": "."}, r"offload \."),
-        ({"dtype": "int8", "kv_dtype": "bfloat16"}, "dtype int8, kv_dtype bfloat16"),
+        ({"precision": "bfloat16"}, "precision bfloat16", "only the engine for CPUs does this"),
+        ({"offload": ".", "dtype": "int8"}, r"offload \.", "only the engine for CPUs does this"),
+        ({"dtype": "int8"}, "dtype int8", "no Triton"),
+        ({"compile": True, "kv_dtype": "int8"}, "kv_dtype int8, compile True", "no Triton"),
+        ({"dtype": "int8", "kv_dtype": "bfloat16"}, "dtype int8, kv_dtype bfloat16", "do not know this family"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 @pytest.mark.parametrize("device_map", [None, "auto", "cuda:0"])
-def test_what_needs_the_compiled_kernels_is_refused_before_the_weights(
-    option, named, device_map, tiny_folder, cuda, monkeypatch
+def test_what_no_engine_can_do_is_refused_before_the_weights(
+    option, named, reason, device_map, tiny_folder, cuda, monkeypatch
 ):
     monkeypatch.setattr("ropewalk.engine.load.read_weights", lambda *_, **__: pytest.fail("weights"))
-    with pytest.raises(rw.ConfigError, match=f"^{named}: only the compiled kernels .*device_map='cpu'"):
+    monkeypatch.setattr("ropewalk.engine.load.KERNELS_UNAVAILABLE", "no Triton" if reason == "no Triton" else None)
+    if "family" in reason:
+        monkeypatch.setattr("ropewalk.engine.load.supported", lambda _: False)
+    with pytest.raises(rw.ConfigError, match=f"^{named}: .*{reason}.*device_map='cpu'"):
         rw.load(tiny_folder, device_map=device_map, **option)
 
 
@@ -184,7 +188,7 @@ def test_the_cpu_honours_them_beside_a_gpu(device_map, tiny_folder, cuda):
 def test_a_prompt_in_chunks_needs_no_mask(dtype, tiny_folder, tokenizer, cuda, monkeypatch):
     """Attention of ours reads every chunk of a prompt. Without a patch, and under static frequencies."""
     monkeypatch.setattr("ropewalk.engine.load.read_weights", lambda *_, dtype, **__: on_gpu(tiny_folder, dtype))
-    model = rw.load(tiny_folder, "yarn:4", device_map="cuda:0", dtype=dtype, tokenizer=tokenizer)
+    model = rw.load(tiny_folder, "yarn:4", device_map="cuda:0", dtype=dtype, tokenizer=tokenizer, compile=False)
     monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", 100)
     cuda.reset()
     there = model.generate(LONG, greedy(4)).text
@@ -230,3 +234,48 @@ class TestDevice:
     def test_cpu_tensors_are_not_counted(self, cuda):
         assert torch.arange(3).sum().item() == 3
         assert not cuda.kernels and not cuda.syncs and not cuda.uploads
+
+
+STEPS = {"none": (1, 1), "yarn:4|logn": (1, 1), "rerope:64|logn": (1, 1), "self-extend:group=4,window=64": (1, 1)}
+"""Scalers under the engine for GPUs, with the waits of the host and the uploads of a token."""
+
+
+@pytest.fixture
+def by_engine(tiny_folder, tokenizer, cuda, monkeypatch):
+    """Makes the tiny model twice, run by the engine for GPUs: on the CPU, and on the pretend device."""
+
+    def make(rope):
+        for put in (lambda model: model, move):
+            hf = put(AutoModelForCausalLM.from_pretrained(tiny_folder).eval())
+            model = Model(hf, tokenizer, name="tiny", rope=None, max_length=4096)
+            model.replace_runner(GpuRunner(hf, model.sites, TorchOps()))
+            model.rope = rope
+            yield model
+
+    return make
+
+
+@pytest.mark.parametrize("spec", STEPS)
+def test_the_engine_under_a_scaler(spec, by_engine, cuda):
+    here, there = by_engine(spec)
+    scores, expected = there.score(LONG).logprobs, here.score(LONG).logprobs
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
+    expected = here.generate(LONG, greedy(6)).text
+    counts = []
+    for tokens in (2, 6):
+        cuda.reset()
+        answer = there.generate(LONG, greedy(tokens)).text
+        counts.append((cuda.syncs.total(), cuda.uploads.total()))
+    assert answer == expected
+    assert tuple((after - before) / 4 for before, after in zip(*counts, strict=True)) == STEPS[spec]
+
+
+@pytest.mark.parametrize("rope", [None, "rerope:64|logn"])
+@pytest.mark.parametrize("path", [path for path in PATHS if path is not patched], ids=lambda path: path.__name__)
+def test_a_path_by_the_engine(path, rope, by_engine):
+    here, there = by_engine(rope)
+    if path is covers:
+        (text, logprob), (expected, exact) = path(there), path(here)
+        assert text == expected and logprob == pytest.approx(exact, abs=1e-4)
+    else:
+        assert path(there) == pytest.approx(path(here), abs=1e-5) if path is next_bytes else path(there) == path(here)

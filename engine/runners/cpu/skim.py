@@ -67,9 +67,13 @@ class Sample:
 
 
 class SkimAttention:
-    """Attention of a sample in one group of layers, and the values that these layers share."""
+    """Attention of a sample in one group of layers, and the values that these layers share.
 
-    def __init__(self, rotation: RotationTable, sample: Sample) -> None:
+    Args:
+        device: of the queries, keys and values.
+    """
+
+    def __init__(self, rotation: RotationTable, sample: Sample, device: torch.device) -> None:
         self._rotation = rotation
         positions = sample.positions
         bands = rotation.bands if rotation.mapped else None
@@ -83,14 +87,14 @@ class SkimAttention:
             ]
         self._angles = None
         if rotation.group.layout is not None:
-            f, like = rotation.frequencies, torch.empty(0)
+            f, like = rotation.frequencies, torch.empty(0, device=device)
 
             def angles_at(mapped: Tensor) -> Angles:
                 return angles(mapped, f.inv_freq, factor=f.attention_factor, like=like)
 
             self._angles = [(angles_at(query), angles_at(key)) for query, key in maps]
         temperature = rotation.temperature(positions)
-        self._temperature = None if temperature is None else temperature.float()[:, None]
+        self._temperature = None if temperature is None else temperature.float()[:, None].to(device)
         same_stretch = sample.stretches[:, None] == sample.stretches
         self._bias = torch.where(same_stretch, 0.0, sample.log_weights)
         hidden = positions[:, None] < positions
@@ -99,6 +103,8 @@ class SkimAttention:
         if bands is not None:
             hidden |= ~torch.stack([seen for seen in self._seen if seen is not None]).any(0)
         self._bias[hidden] = -torch.inf
+        self._bias = self._bias.to(device)
+        self._seen = [None if seen is None else seen.to(device) for seen in self._seen]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
         """Attention of un-rotated q [1, H, N, D], k and v [1, K, N, D] -> [1, H, N, D]."""

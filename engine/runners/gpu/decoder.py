@@ -19,6 +19,8 @@ from ....errors import UnsupportedModel
 from ...packed import PackedWeight
 from ..cpu.chunk import cap_logits
 from ..cpu.family import Decoder, LinearLayer
+from ..cpu.tables import StoredLinear
+from ..decoder_runner import MAX_STEP_TOKENS
 from .ops import Ops
 
 Mix = Callable[[int, Tensor], Tensor]
@@ -27,15 +29,28 @@ Mix = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Linear:
-    """A matrix [rows, columns] and its bias [rows] or None."""
+    """A matrix [rows, columns], float32 scales of its rows if it is int8, and its bias [rows] or None."""
 
     weight: Tensor
     bias: Tensor | None
+    scale: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, ops: Ops) -> Tensor:
         """The linear layer in the dtype of `x`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.weight.to(x.dtype), bias)
+        if self.scale is None:
+            return linear(x, self.weight.to(x.dtype), bias)
+        if len(x) <= MAX_STEP_TOKENS:
+            out = ops.int8_linear(x, self.weight, self.scale)
+        else:
+            out = (linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
+        return out if bias is None else out + bias
+
+    def rounded(self) -> _Linear:
+        """The same with weights in int8, by the rule of the CPU's engine."""
+        stored = StoredLinear.rounded_to_int8(LinearLayer(self.weight, self.bias))
+        assert isinstance(stored.weight, Tensor)
+        return _Linear(stored.weight, self.bias, stored.scale)
 
 
 def _linear(layer: LinearLayer) -> _Linear:
@@ -109,31 +124,46 @@ class DeviceDecoder:
             decoder.layers[index] = replace(layer, linears=(query, key, value, out, gate, up, down))
             self._layers.append(_Layer(qkv, _linear(out), gate_up, _linear(down), *layer.norms[:4]))
         self._head = _linear(decoder.head)
+        self._dtype = self._head.weight.dtype
+
+    def round_to_int8(self) -> None:
+        """Hold the weights in int8 from now on, beside the model's own."""
+        self._layers = [
+            replace(
+                layer,
+                qkv=layer.qkv.rounded(),
+                out=layer.out.rounded(),
+                gate_up=layer.gate_up.rounded(),
+                down=layer.down.rounded(),
+            )
+            for layer in self._layers
+        ]
+        self._head = self._head.rounded()
 
     def run(self, ids: Tensor, mix: Mix, products: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Run the tokens `ids` [N] through all layers.
 
         Args:
             mix: the attention.
-            products: the dtype of both factors, and so of the results, of the linear layers; None is the weights'.
+            products: the dtype of both factors, and so of the results, of the linear layers; None is the model's.
 
         Returns:
             The residual stream before the last addition, float32 [N, E], and what has to be added, [N, E].
         """
-        d, ops, products = self._decoder, self._ops, products or self._head.weight.dtype
+        d, ops, products = self._decoder, self._ops, products or self._dtype
         x: Tensor = d.embedding(ids).to(torch.promote_types(products, torch.float32))
         delta, after = None, None
         for index, layer in enumerate(self._layers):
             normed = ops.add_norm(x, delta, after, layer.before, d.epsilon, products)
-            delta = layer.out(mix(index, layer.qkv(normed)))
+            delta = layer.out(mix(index, layer.qkv(normed, ops)), ops)
             normed = ops.add_norm(x, delta, layer.after, layer.before_mlp, d.epsilon, products)
-            delta, after = layer.down(ops.gate(layer.gate_up(normed), d.activation)), layer.after_mlp
+            delta, after = layer.down(ops.gate(layer.gate_up(normed, ops), d.activation), ops), layer.after_mlp
         assert delta is not None
         return x, delta
 
     def logits(self, x: Tensor, delta: Tensor) -> Tensor:
         """The logits for the last positions of what `run` returned, float32 [N, V] (float64 if `x` is)."""
-        d, after = self._decoder, self._layers[-1].after_mlp
-        last = self._ops.add_norm(x, delta, after, d.final_norm, d.epsilon, delta.dtype)
-        logits = self._head(last).to(x.dtype)
+        d, ops, after = self._decoder, self._ops, self._layers[-1].after_mlp
+        last = ops.add_norm(x, delta, after, d.final_norm, d.epsilon, delta.dtype)
+        logits = self._head(last, ops).to(x.dtype)
         return logits if d.softcap is None else cap_logits(logits, d.softcap)

@@ -170,5 +170,9 @@ class Ops(Protocol):
             [N, H D] in the dtype of `q_NHD`.
         """
 
+    def int8_linear(self, x_NI: Tensor, weight_RI: Tensor, scale_R: Tensor) -> Tensor:
+        """The product with int8 weights, each row of which has a float32 scale: x weight^T * scale, [N, R] in the
+        dtype of `x_NI`. Few tokens: the weights are read once and not widened in memory."""
+
     def gate(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """activation(gate) * up, of the two halves of `gate_up` [N, 2 I]: [N, I] in its dtype."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, rms_norm, silu
+from torch.nn.functional import gelu, linear, rms_norm, silu
 
 from ...attention.rotation import Angles, Layout
 from ...kv_cache import Int8Layer, KVLayer, int8_rows
@@ -69,6 +69,10 @@ class TorchOps:
     ) -> Tensor:
         mixed = [_attend(q_NHD, n, layer, bands, layout, softcap, tree) for n, layer in enumerate(rows.layers)]
         return torch.stack(mixed).flatten(1).to(q_NHD.dtype)
+
+    def int8_linear(self, x_NI: Tensor, weight_RI: Tensor, scale_R: Tensor) -> Tensor:
+        dtype = _arithmetic(x_NI)
+        return (linear(x_NI.to(dtype), weight_RI.to(dtype)) * scale_R).to(x_NI.dtype)
 
     def gate(self, gate_up: Tensor, activation: Activation) -> Tensor:
         gate, up = gate_up.to(_arithmetic(gate_up)).chunk(2, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class GpuRunner(DecoderRunner):
 
     Args:
         ops: the operations of a step.
-        cache: the dtype of keys and values; "auto" is the model's.
+        weights: "own", or "int8": 255 steps, with one step size for each row of a linear layer.
+        cache: the dtype of keys and values; "auto" is the model's, and bfloat16 with int8 weights.
         captures: makes a step a graph (`step.capture`); None runs its operations one by one.
 
     Raises:
@@ -54,6 +56,7 @@ class GpuRunner(DecoderRunner):
         hf: PreTrainedModel,
         sites: list[RotarySite],
         ops: Ops,
+        weights: Literal["own", "int8"] = "own",
         cache: str = "auto",
         captures: _CAPTURES | None = None,
     ) -> None:
@@ -61,16 +64,23 @@ class GpuRunner(DecoderRunner):
         if len(places) > 1:
             raise UnsupportedModel(f"the engine for GPUs needs all weights on one device, not on {', '.join(places)}")
         described = decoder(hf)
-        super().__init__(hf, sites, described, hf.dtype if cache == "auto" else getattr(torch, cache))
+        if cache == "auto":
+            cache = "bfloat16" if weights == "int8" else dtype_name(hf.dtype)
+        super().__init__(hf, sites, described, getattr(torch, cache))
+        self._weights = dtype_name(hf.dtype)
         self._device, self._ops, self._captures = hf.device, ops, captures
         self._layers = DeviceDecoder(described, ops, hf.parameters())
         self.use(Scaler(), None)
-        self._verify()
+        self._verify_chunk()
+        if weights == "int8":
+            self._layers.round_to_int8()
+            self._weights = weights
+        self._verify_step()
 
     @property
     def weights(self) -> str:
         """The dtype of the weights."""
-        return dtype_name(self.hf.dtype)
+        return self._weights
 
     @property
     def precision(self) -> str:
@@ -103,22 +113,23 @@ class GpuRunner(DecoderRunner):
         """The factor on the scores of a group's layers."""
         return self._decoder.layers[self._group_of.index(group)].scale
 
-    def _verify(self) -> None:
-        """Refuse a model whose logits by this engine are not those of its own modules."""
+    def _verify_chunk(self) -> None:
+        """Refuse a model whose logits after a chunk are not those of its own modules, both in float32 arithmetic."""
         ids, own = probe_ids(self.hf)[0].tolist(), self._dtype
+        self._dtype = torch.promote_types(self.hf.dtype, torch.float32)
+        with torch.inference_mode(), float32_arithmetic(self.hf):
+            chunk = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids), self._dtype)
+            self._check(chunk, logits(self.hf)[0], _MAX_DIFFERENCE)
+        self._dtype = own
+
+    def _verify_step(self) -> None:
+        """Refuse a model whose logits in its own dtypes are not those in float32 arithmetic."""
+        ids, exact = probe_ids(self.hf)[0].tolist(), torch.promote_types(self.hf.dtype, torch.float32)
+        limit = max(_MAX_DIFFERENCE_OF_STEP[self.hf.dtype], _OF_INT8_CACHE if self._dtype == torch.int8 else 0)
         with torch.inference_mode():
-            if own == torch.int8:
-                self._dtype = self.hf.dtype
-            with float32_arithmetic(self.hf):
-                exact = torch.promote_types(self.hf.dtype, torch.float32)
-                self._dtype = exact
-                expected = logits(self.hf)[0]
-                chunk = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids), exact)
-                self._check(chunk, expected, _MAX_DIFFERENCE)
-            self._dtype = own
-            limit = max(_MAX_DIFFERENCE_OF_STEP[self.hf.dtype], _OF_INT8_CACHE if own == torch.int8 else 0)
+            expected = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids), exact)
             for run in (self._prefill_chunk, self._probe_step):
-                self._check(run(ids, self.new_cache(len(ids)), len(ids)), chunk, limit)
+                self._check(run(ids, self.new_cache(len(ids)), len(ids)), expected, limit)
 
     def _probe_step(self, ids: Sequence[int], cache: KVCache, logits_to_keep: int) -> Tensor:
         return self._decode_step([(ids, cache)], logits_to_keep)

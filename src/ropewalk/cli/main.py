@@ -40,6 +40,7 @@ GROUPS = {
         "lm-eval": ("measure:lm_eval", "Run lm-evaluation-harness under any scaler."),
         "speed": ("speed:speed", "Time position maps, or compare with other engines."),
         "memory": ("speed:memory", "Peak memory of reading a long text."),
+        "gpu-check": ("gpu_check:gpu_check", "Is the engine right on this GPU, and how fast is it?"),
         "report": ("runs:report", "Make tables, plots and report of one or more runs again."),
         "compare": ("runs:compare", "Compare two runs, cell by cell."),
         "reconstruct": ("runs:reconstruct", "Print the exact text behind a row of a run."),

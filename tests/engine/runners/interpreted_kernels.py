@@ -120,3 +120,11 @@ def test_heads(norms, cache, dtype, layout, D):
 def test_a_gate(activation, dtype):
     gate_up = (3 * torch.randn(2, 1100)).to(dtype)
     assert is_close(KERNELS.gate(gate_up, activation), TWIN.gate(gate_up, activation))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 50, 80), (3, 33, 300), (16, 16, 16)])
+def test_int8_weights(tokens, rows, columns, dtype):
+    x = torch.randn(tokens, columns).to(dtype)
+    weight, scale = torch.randint(-127, 128, (rows, columns), dtype=torch.int8), torch.rand(rows)
+    assert is_close(KERNELS.int8_linear(x, weight, scale), TWIN.int8_linear(x, weight, scale))

@@ -36,7 +36,7 @@ def test_the_kernels_compile_without_spills(capability):
     ran = run([str(ENGINE_TESTS / "compile_kernels.py"), str(capability)], interpret=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     kernels = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert {kernel["kernel"] for kernel in kernels} == {"add_norm", "heads", "attend", "join", "gate"}
+    assert {kernel["kernel"] for kernel in kernels} == {"add_norm", "heads", "attend", "join", "gate", "int8_linear"}
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
         programs = 1 if kernel["case"] == "float32" else 2

@@ -2,20 +2,27 @@
 
 import copy
 import itertools
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
-from decoders import DECODERS, IDS, LAYERED, LENGTH, SPECS, TOLERANCE, difference, in_chunks, read, under
+from decoders import DECODERS, IDS, LAYERED, LENGTH, SPECS, TOLERANCE, compiled, difference, in_chunks, read, under
 
 import ropewalk as rw
 from ropewalk.engine.cache import rewind
 from ropewalk.engine.rotary_site import rotary_sites
+from ropewalk.engine.runners import choose
+from ropewalk.engine.runners.choose import RunnerOptions
+from ropewalk.engine.runners.cpu.skim import Sample
 from ropewalk.engine.runners.decoder_runner import MAX_STEP_TOKENS
 from ropewalk.engine.runners.gpu import step
 from ropewalk.engine.runners.gpu.angles import StepAngles
 from ropewalk.engine.runners.gpu.reference import TorchOps
 from ropewalk.engine.runners.gpu.runner import GpuRunner
-from ropewalk.errors import DataError, UnsupportedModel
+from ropewalk.engine.runners.transformers import TransformersRunner
+from ropewalk.errors import DataError, RopewalkWarning, UnsupportedModel
 
 pytestmark = [
     pytest.mark.usefixtures("freed_memory_is_overwritten"),
@@ -75,8 +82,8 @@ def test_steps_and_chunks_agree_in_float64(spec):
     assert difference(in_chunks(runner, [1]), in_chunks(runner, [1000])) < 1e-10
 
 
-def cached(runner, text, chunk=1000):
-    cache = runner.new_cache(3)
+def cached(runner, text, chunk=1000, capacity=3):
+    cache = runner.new_cache(capacity)
     in_chunks(runner, [chunk], torch.tensor([text]), cache)
     return cache
 
@@ -194,19 +201,21 @@ def test_a_step_is_captured_once_for_each_number_of_rows(llama, spec):
     assert len(captured) == 3
 
 
+@pytest.mark.parametrize(("spec", "capacity", "captures"), [("rerope:20", 100, 2), ("none", 100, 1), ("none", 21, 1)])
 @torch.inference_mode()
-def test_a_longer_table_of_shifts_needs_a_new_capture(llama, monkeypatch):
+def test_longer_tables_of_shifts_need_a_new_capture(llama, monkeypatch, spec, capacity, captures):
+    """The table moves. Caches may: a graph reads their addresses."""
     hf, plain = llama
     monkeypatch.setattr("ropewalk.engine.runners.gpu.angles._FEWEST_SHIFTS", 32)
     captured = []
     runner = on_gpu(hf, captures=lambda run: captured.append(run) or run)
     for each in (plain, runner):
-        each.use(rw.scaling.parse("rerope:20"), LENGTH)
+        each.use(rw.scaling.parse(spec), LENGTH)
     captured.clear()
-    cache, other = cached(runner, TEXT[:20]), cached(plain, TEXT[:20])
+    cache, other = (cached(each, TEXT[:20], capacity=capacity) for each in (runner, plain))
     for token in TEXT[20:50]:
         assert difference(runner.step([([token], cache)]), plain.step([([token], other)])) < TOLERANCE
-    assert len(captured) == 2
+    assert len(captured) == captures
 
 
 @torch.inference_mode()
@@ -248,3 +257,84 @@ def test_the_host_does_not_read_the_angles_of_a_step(llama, spec):
         bands, keys = angles.at(torch.empty(3, dtype=torch.int64, device="meta"))
         tables = [table for table in bands.shifts if table is not None]
         assert all(tensor.is_meta for tensor in (bands.queries, bands.edges, bands.scales, keys, *tables))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_int8_weights_are_those_of_the_engine_on_the_cpu(name):
+    """Also with a cache in float32, so that nothing else is rounded."""
+    runner = on_gpu(DECODERS[name](), weights="int8", cache="float32")
+    expected = in_chunks(compiled(DECODERS[name](), weights="int8", cache="float32"), [1000])
+    for sizes in ([1000], [1]):
+        assert difference(in_chunks(runner, sizes), expected) < TOLERANCE
+    assert runner.precision == "int8, float32 cache"
+    assert difference(expected, read(DECODERS[name]())) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("spec", ["none", "rerope:20|logn"])
+def test_a_skim_is_that_of_the_engine_on_the_cpu(llama, spec):
+    hf, runner = llama
+    sample = Sample.of(LENGTH, local=60, far=20, stretch=10)
+    logits = []
+    for each in (runner, compiled(hf)):
+        each.use(rw.scaling.parse(spec), LENGTH)
+        logits.append(each.skim([TEXT[place] for place in sample.positions.tolist()], sample, 60))
+    assert difference(*logits) < TOLERANCE
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """A small model that says that it is on a GPU, and what becomes its runner there."""
+    hf = DECODERS["llama"]()
+    monkeypatch.setattr(type(hf), "device", torch.device("cuda:0"), raising=False)
+    monkeypatch.setattr(choose, "GpuRunner", lambda hf, sites, ops, *options: options)
+    monkeypatch.setattr(choose, "KERNELS_UNAVAILABLE", None)
+    module = types.ModuleType("ropewalk.engine.runners.gpu.kernels.ops")
+    module.TritonOps = TorchOps
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return hf
+
+
+def test_a_model_on_a_gpu_gets_the_engine(on_cuda):
+    sites = rotary_sites(on_cuda)
+    assert choose.choose_runner(on_cuda, sites, RunnerOptions()) == ("own", "auto", step.capture)
+    assert choose.choose_runner(on_cuda, sites, RunnerOptions(weights="int8", cache="int8")) == (
+        "int8",
+        "int8",
+        step.capture,
+    )
+    assert type(choose.choose_runner(on_cuda, sites, RunnerOptions(compile=False))) is TransformersRunner
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (RunnerOptions(precision="float32"), "a precision of its own"),
+        (RunnerOptions(folder=Path()), "a cache in files"),
+        (RunnerOptions(compile=True), "no Triton"),
+    ],
+)
+def test_what_the_engine_on_a_gpu_does_not_have_is_refused(on_cuda, monkeypatch, options, reason):
+    if reason == "no Triton":
+        monkeypatch.setattr(choose, "KERNELS_UNAVAILABLE", reason)
+    with pytest.raises(UnsupportedModel, match=reason):
+        choose.choose_runner(on_cuda, rotary_sites(on_cuda), options)
+
+
+def test_a_gpu_without_the_engine_is_told_of_it(on_cuda, monkeypatch):
+    monkeypatch.setattr(choose, "KERNELS_UNAVAILABLE", "no Triton")
+    with pytest.warns(RopewalkWarning, match="slower: no Triton; compile=False uses them without"):
+        runner = choose.choose_runner(on_cuda, rotary_sites(on_cuda), RunnerOptions())
+    assert "no Triton" in runner.how
+
+
+def test_kernels_that_do_not_run_are_told_of(on_cuda, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    monkeypatch.setattr(choose, "GpuRunner", fails)
+    with pytest.warns(
+        RopewalkWarning, match=r"do not run here \(RuntimeError: Failed to find C compiler\.\); compile=False"
+    ):
+        assert type(choose.choose_runner(on_cuda, rotary_sites(on_cuda), RunnerOptions())) is TransformersRunner
+    with pytest.raises(UnsupportedModel, match="C compiler"):
+        choose.choose_runner(on_cuda, rotary_sites(on_cuda), RunnerOptions(compile=True))

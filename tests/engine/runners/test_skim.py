@@ -69,7 +69,7 @@ def test_a_key_has_the_weight_of_that_many_keys(runner, spec):
     heads, dim = 6, runner._decoder.head_dim
     q, k, v = (torch.randn(1, h, n, dim, generator=g) for h in (heads, 2, 2))
     score = AttentionScore(scale=0.3)
-    computed = SkimAttention(rotation, sample).attend(q, k, v, score)
+    computed = SkimAttention(rotation, sample, q.device).attend(q, k, v, score)
     plain = Sample(positions=sample.positions, stretches=sample.stretches, log_weights=torch.zeros(n))
     for query in (n - 1, n - 20, 15):
         copies = torch.where(
@@ -82,7 +82,9 @@ def test_a_key_has_the_weight_of_that_many_keys(runner, spec):
         repeated = Sample(
             positions=plain.positions[index], stretches=torch.zeros(len(index)), log_weights=torch.zeros(len(index))
         )
-        expected = SkimAttention(rotation, repeated).attend(q[:, :, index], k[:, :, index], v[:, :, index], score)
+        expected = SkimAttention(rotation, repeated, q.device).attend(
+            q[:, :, index], k[:, :, index], v[:, :, index], score
+        )
         torch.testing.assert_close(computed[:, :, query], expected[:, :, -1], atol=2e-6, rtol=1e-5)
 
 

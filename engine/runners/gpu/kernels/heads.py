@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .elementwise import rms_factor
+from .layers import rms_factor
 from .memory import address_of
 
 _ROUND: tl.constexpr = tl.constexpr(

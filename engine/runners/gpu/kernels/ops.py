@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....attention.rotation import Layout
 from ..ops import Activation, CacheRows, StepBands, TokenTree
-from . import attention, elementwise, heads
+from . import attention, heads, layers
 
 _NUMBERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
 
@@ -40,7 +40,7 @@ class TritonOps:
         delta = None if delta_NE is None else delta_NE.contiguous()
         block = triton.next_power_of_2(E)
         warps = min(max(block // 512, 1), 16)
-        elementwise.add_norm[(N,)](x_NE, delta, after_E, before_E, out, epsilon, E, block, num_warps=warps)
+        layers.add_norm[(N,)](x_NE, delta, after_E, before_E, out, epsilon, E, block, num_warps=warps)
         return out
 
     def heads(
@@ -142,11 +142,33 @@ class TritonOps:
         )
         return out
 
+    def int8_linear(self, x_NI: Tensor, weight_RI: Tensor, scale_R: Tensor) -> Tensor:
+        N, rows = len(x_NI), len(weight_RI)
+        out = x_NI.new_empty(N, rows)
+        products = torch.float32 if x_NI.device.type == "cpu" else x_NI.dtype  # as in `attention`
+        r_block = 16 if rows < 32 * _processors(x_NI.device) else 32
+        layers.int8_linear[(triton.cdiv(rows, r_block),)](
+            x_NI.contiguous(),
+            weight_RI,
+            scale_R,
+            out,
+            N,
+            rows,
+            weight_RI.shape[1],
+            _NUMBERS[products],
+            max(16, triton.next_power_of_2(N)),
+            r_block,
+            256 if products != torch.float32 else 128,
+            4,
+            num_warps=4,
+        )
+        return out
+
     def gate(self, gate_up: Tensor, activation: Activation) -> Tensor:
         N, inner = len(gate_up), gate_up.shape[1] // 2
         out = gate_up.new_empty(N, inner)
         block = 512
-        elementwise.gate[(N, triton.cdiv(inner, block))](
+        layers.gate[(N, triton.cdiv(inner, block))](
             gate_up.contiguous(), out, inner, activation == "silu", block, num_warps=2
         )
         return out

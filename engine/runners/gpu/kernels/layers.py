@@ -1,4 +1,4 @@
-"""The kernels between the matrix products of a decode step: sum and norms, and the gate of an MLP."""
+"""What a layer computes beside attention: sums with norms, gates, and products with int8 weights."""
 
 import triton
 import triton.language as tl
@@ -44,3 +44,31 @@ def gate(GATE_UP, OUT, INNER: tl.constexpr, IS_SILU: tl.constexpr, BLOCK: tl.con
         argument = 2 * 0.7978845608028654 * (x + 0.044715 * x * x * x)
     y = x / (1.0 + tl.exp(-argument)) * up
     tl.store(OUT + row * INNER + column, y.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def int8_linear(
+    X, WEIGHT, SCALE, OUT, N, R, C: tl.constexpr, PRODUCTS: tl.constexpr, N_BLOCK: tl.constexpr, R_BLOCK: tl.constexpr,
+    C_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The product of few tokens with int8 weights: every weight is read once, and widened in registers.
+
+    A program has some rows of the weights, and all tokens.
+
+    Args:
+        X: [N, C]. WEIGHT: int8 [R, C]. SCALE: float32 [R]. OUT: [N, R].
+        PRODUCTS: the dtype of the factors. int8 is exact in each.
+        STAGES: the number of reads in flight.
+    """
+    n, r = tl.arange(0, N_BLOCK), tl.program_id(0) * R_BLOCK + tl.arange(0, R_BLOCK)
+    is_token, is_row = n < N, r < R
+    ROW = WEIGHT + r[:, None].to(tl.int64) * C
+    sums = tl.zeros([N_BLOCK, R_BLOCK], tl.float32)
+    for first in tl.range(0, C, C_BLOCK, num_stages=STAGES):
+        c = first + tl.arange(0, C_BLOCK)
+        inside = c < C
+        x = tl.load(X + n[:, None] * C + c[None], mask=is_token[:, None] & inside[None], other=0.0)
+        weight = tl.load(ROW + c[None], mask=is_row[:, None] & inside[None], other=0)
+        sums = tl.dot(x.to(PRODUCTS), tl.trans(weight.to(PRODUCTS)), sums, input_precision="tf32x3")
+    sums *= tl.load(SCALE + r, mask=is_row, other=0.0)[None]
+    tl.store(OUT + n[:, None] * R + r[None], sums.to(OUT.dtype.element_ty), mask=is_token[:, None] & is_row[None])
