@@ -7,12 +7,16 @@ own. It cuts float32 to bfloat16 where a GPU rounds.
 import pytest
 import torch
 from decode_steps import MAPS, DecodeStep, difference, random_layer
+from decoders import DECODERS, IDS, in_chunks
 
 from ropewalk.engine.attention.rotation import Layout
+from ropewalk.engine.rotary_site import rotary_sites
 from ropewalk.engine.runners.gpu.kernels import ops as wrappers
 from ropewalk.engine.runners.gpu.kernels.ops import TritonOps
 from ropewalk.engine.runners.gpu.ops import CacheRows
 from ropewalk.engine.runners.gpu.reference import TorchOps
+from ropewalk.engine.runners.gpu.runner import GpuRunner
+from ropewalk.scaling.spec import parse
 
 KERNELS, TWIN = TritonOps(), TorchOps()
 BF16 = torch.bfloat16
@@ -128,3 +132,17 @@ def test_int8_weights(tokens, rows, columns, dtype):
     x = torch.randn(tokens, columns).to(dtype)
     weight, scale = torch.randint(-127, 128, (rows, columns), dtype=torch.int8), torch.rand(rows)
     assert is_close(KERNELS.int8_linear(x, weight, scale), TWIN.int8_linear(x, weight, scale))
+
+
+@torch.inference_mode()
+def test_a_whole_model_whose_graph_is_used_with_other_caches(monkeypatch):
+    """What stands for a graph is made with the first cache, and then reads others by their addresses."""
+    monkeypatch.setattr(GpuRunner, "_verify_step", lambda self: None)  # it takes half a minute in the interpreter
+    hf, captured = DECODERS["llama"](), []
+    engine = GpuRunner(hf, rotary_sites(hf), KERNELS, captures=lambda run: captured.append(run) or run)
+    twin = GpuRunner(hf, rotary_sites(hf), TWIN)
+    for runner in (engine, twin):
+        runner.use(parse("rerope:5|logn"), 40)
+    for text in (IDS[:, :20], IDS[:, 20:40]):
+        assert difference(in_chunks(engine, [18, 1], text), in_chunks(twin, [18, 1], text)) < 1e-5
+    assert len(captured) == 1
