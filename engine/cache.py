@@ -139,6 +139,7 @@ class UnrotatedLayer(ContiguousLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
+        self.rotated.capacity = self.capacity
         keys.rotated = self.rotated  # type: ignore[attr-defined]  # the only way to the attention function
         return keys, values
 

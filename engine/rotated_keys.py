@@ -14,9 +14,14 @@ def allocate(like: Tensor, capacity: int) -> Tensor:
 
 
 class RotatedKeys:
-    """Copies of one layer's keys, rotated for each band; made on first use, then extended."""
+    """Copies of one layer's keys, rotated for each band; made on first use, then extended.
+
+    Attributes:
+        capacity: keys that the layer has room for; the copies get as much.
+    """
 
     def __init__(self) -> None:
+        self.capacity = 0
         self._rope_state: Hashable = None
         self._copies: dict[int, Tensor] = {}
         self._lengths: dict[int, int] = {}
@@ -33,7 +38,7 @@ class RotatedKeys:
         length, needed = self._lengths.get(band, 0), keys.shape[2]
         copy = self._copies.get(band)
         if copy is None or copy.shape[2] < needed:
-            grown = allocate(keys, needed if copy is None else max(needed, 2 * copy.shape[2]))
+            grown = allocate(keys, max(needed, self.capacity))
             if copy is not None:
                 grown[:, :, :length] = copy[:, :, :length]
             self._copies[band] = copy = grown

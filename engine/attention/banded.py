@@ -83,8 +83,8 @@ def _segment(
     rotated: RotatedKeys | None,
 ) -> Tensor:
     q = _part(q, None, segment.start, segment.stop)
-    if segment.temperature is not None:
-        q = (q * segment.temperature.to(q.device)[:, None]).to(q.dtype)
+    if (temperature := segment.temperature_on(q.device)) is not None:
+        q = (q * temperature[:, None]).to(q.dtype)
     queries, keys = dict.fromkeys(segment.used_bands, q), dict.fromkeys(segment.used_bands, (k, 0))
     if layout is not None:
         queries = dict(zip(segment.used_bands, layout.rotate(q, segment.query_angles(q)), strict=True))
@@ -95,7 +95,7 @@ def _segment(
     def block_attention(block: Block) -> Tensor:
         return _block(queries, keys, v, score, block, segment.offset + segment.start, sinks)
 
-    outs = [_checkpointed(block_attention, block) for block in segment.blocks]
+    outs = [_checkpointed(block_attention, block) for block in segment.blocks_on(q.device)]
     return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
 

@@ -8,7 +8,7 @@ pieces. No mask is needed, except for a narrow band.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ class Block:
     start: int
     stop: int
     pieces: tuple[Piece, ...]
+
+    def to(self, device: torch.device) -> Block:
+        """The block with its masks on `device`."""
+        moved = (
+            replace(piece, sees=piece.sees.to(device)) if isinstance(piece.sees, Tensor) else piece
+            for piece in self.pieces
+        )
+        return replace(self, pieces=tuple(moved))
 
 
 def blocks(bands: Sequence[Band], first: int, start: int, stop: int) -> Iterator[Block]:

@@ -12,7 +12,7 @@ from ...scaling.band import Band, PositionMap, pair_positions, zero
 from ...scaling.rope import Frequencies, Scaler
 from ..rotary_site import RotarySite
 from .blocks import Block, blocks
-from .rotation import Angles, angles
+from .rotation import Angles, Copies, angles
 from .rows import KeyRun
 
 
@@ -28,6 +28,7 @@ class Segment:
         offset: the index of the run's query 0 among its keys.
         temperature: the factor on the logits of every query, float64 [n], or None.
         stored: the positions to which the given keys are rotated already; by default they are un-rotated.
+        inv_freq: the frequencies on every device; by default they are copied there for this segment.
     """
 
     scaler: Scaler
@@ -40,8 +41,25 @@ class Segment:
     frequencies: Frequencies
     temperature: Tensor | None
     stored: PositionMap = zero
+    inv_freq: Copies | None = None
+    _temperature: Copies | None = field(default=None, repr=False)
+    _blocks: dict[torch.device, list[Block]] = field(default_factory=dict, repr=False)
     _angles: dict[object, Angles] = field(default_factory=dict, repr=False)
     _rotation: dict[int, bool] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.inv_freq = self.inv_freq or Copies(self.frequencies.inv_freq)
+        self._temperature = None if self.temperature is None else Copies(self.temperature)
+
+    def temperature_on(self, device: torch.device) -> Tensor | None:
+        """`temperature` on a device."""
+        return None if self._temperature is None else self._temperature.on(device)
+
+    def blocks_on(self, device: torch.device) -> list[Block]:
+        """`blocks` with their masks on a device."""
+        if device not in self._blocks:
+            self._blocks[device] = [block.to(device) for block in self.blocks]
+        return self._blocks[device]
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -68,23 +86,28 @@ class Segment:
 
         The attention factor is in them twice, for the queries and for the keys.
         """
-        key = ("queries", like.dtype)
+        key = ("queries", like.dtype, like.device)
         if key not in self._angles:
-            i = torch.arange(self.start, self.stop) + self.offset + self.first
+            first = self.offset + self.first
+            i = torch.arange(first + self.start, first + self.stop, device=like.device)
             shape = len(i), len(self.frequencies.inv_freq)
             queries = [pair_positions(self.bands[band].query, i).expand(shape) for band in self.used_bands]
             positions = torch.stack(queries)[:, None, None]
             factor = self.frequencies.attention_factor**2
-            self._angles[key] = angles(positions, self.frequencies.inv_freq, factor=factor, like=like)
+            self._angles[key] = self._angles_at(positions, factor, like)
         return self._angles[key]
 
     def key_angles(self, band: int, start: int, stop: int, like: Tensor) -> Angles:
         """Angles from the keys [start, stop) as they are given to those of `band`, [n, d/2]."""
-        key = (band, start, stop, like.dtype)
+        key = (band, start, stop, like.dtype, like.device)
         if key not in self._angles:
-            positions = self._key_shift(band, start, stop)
-            self._angles[key] = angles(positions, self.frequencies.inv_freq, like=like)
+            positions = self._key_shift(band, start, stop, like.device)
+            self._angles[key] = self._angles_at(positions, 1.0, like)
         return self._angles[key]
+
+    def _angles_at(self, positions: Tensor, factor: float, like: Tensor) -> Angles:
+        assert self.inv_freq is not None
+        return angles(positions, self.inv_freq.on(positions.device), factor=factor, like=like)
 
     def rotates(self, band: int) -> bool:
         """False if `band` reads all its keys as they are given."""
@@ -92,9 +115,9 @@ class Segment:
             self._rotation[band] = bool(self._key_shift(band, *self.key_range(band)).any())
         return self._rotation[band]
 
-    def _key_shift(self, band: int, start: int, stop: int) -> Tensor:
+    def _key_shift(self, band: int, start: int, stop: int, device: torch.device | None = None) -> Tensor:
         """How far the keys [start, stop) move from where they are given to their positions in `band`, [n, 1 or d/2]."""
-        j = torch.arange(start, stop) + self.first
+        j = torch.arange(self.first + start, self.first + stop, device=device)
         return pair_positions(self.bands[band].key, j) - pair_positions(self.stored, j)
 
 
@@ -109,9 +132,14 @@ class Plan:
     site: RotarySite
     scaler: Scaler
     length: int | None = None
+    _frequencies: dict[int | None, tuple[Frequencies, Copies]] = field(default_factory=dict, repr=False)
 
-    def segments(self, run: KeyRun) -> list[Segment]:
-        """The queries of a run, cut where a growing length takes its next step."""
+    def segments(self, run: KeyRun, device: torch.device | None = None) -> list[Segment]:
+        """The queries of a run, cut where a growing length takes its next step.
+
+        Args:
+            device: where attention runs. What depends on the positions is computed there.
+        """
         effective, rope = self.site.configured.effective(self.scaler), self.site.configured.rope
         offset = run.key_stop - run.key_start - (run.query_stop - run.query_start)
         position, end = run.first + offset, run.first + run.key_stop - run.key_start
@@ -122,7 +150,8 @@ class Plan:
                 length = effective.growing_length(position, rope)
                 stop = min(end, length)
             start = position - run.first - offset
-            queries = torch.arange(position, stop)
+            queries = torch.arange(position, stop, device=device)
+            frequencies, inv_freq = self._frequencies_for(length)
             tempered = self.scaler.member("temperature") is not None
             segments.append(
                 Segment(
@@ -133,9 +162,18 @@ class Plan:
                     first=run.first,
                     offset=offset,
                     bands=self.site.bands(self.scaler, length),
-                    frequencies=effective.frequencies(rope, length),
+                    frequencies=frequencies,
+                    inv_freq=inv_freq,
                     temperature=self.site.logit_factor(self.scaler, queries) if tempered else None,
                 )
             )
             position = stop
         return segments
+
+    def _frequencies_for(self, length: int | None) -> tuple[Frequencies, Copies]:
+        """The frequencies for a length, and their copies. Those of the last length are kept."""
+        if length not in self._frequencies:
+            effective, rope = self.site.configured.effective(self.scaler), self.site.configured.rope
+            frequencies = effective.frequencies(rope, length)
+            self._frequencies = {length: (frequencies, Copies(frequencies.inv_freq))}
+        return self._frequencies[length]

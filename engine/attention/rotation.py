@@ -19,6 +19,20 @@ class Angles(NamedTuple):
     sin: Tensor
 
 
+class Copies:
+    """A small tensor, copied once to each device that reads it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copies = {tensor.device: tensor}
+        self._tensor = tensor
+
+    def on(self, device: torch.device) -> Tensor:
+        """The tensor on `device`."""
+        if device not in self._copies:
+            self._copies[device] = self._tensor.to(device)
+        return self._copies[device]
+
+
 @dataclass(frozen=True)
 class Layout:
     """The numbers of a head that form the d/2 rotated pairs.

@@ -17,6 +17,13 @@ HIDDEN = -(2**62)
 """In the tensor of `key_slots`: a key that no query may see."""
 
 
+def counting_up(start: int, count: int, device: torch.device) -> Tensor:
+    """Position ids [1, count] that count up from `start`. `key_runs` knows them without a copy from the device."""
+    positions = torch.arange(start, start + count, device=device)[None]
+    positions.ropewalk_start = start  # type: ignore[attr-defined]
+    return positions
+
+
 @dataclass(frozen=True)
 class KeyRun:
     """Queries [query_start, query_stop) of the call, and the keys [key_start, key_stop) that end with theirs.
@@ -62,6 +69,10 @@ def key_runs(positions: Tensor, mask: Tensor | None, batch: int, queries: int, k
     Raises:
         PatchError: the mask is not causal or hides keys in the middle, or positions do not count up by one.
     """
+    start: int | None = getattr(positions, "ropewalk_start", None)
+    if start is not None:
+        known = list(range(start, start + queries))
+        positions = torch.tensor(known)  # on the CPU
     positions = positions.expand(batch, queries)
     rows: list[KeyRun | None]
     if mask is None:

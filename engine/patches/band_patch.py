@@ -14,11 +14,11 @@ from transformers.masking_utils import causal_mask_function
 
 from ...errors import PatchError, UnsupportedModel, warn
 from ...scaling.lengths import format_length
-from ...scaling.rope import Scaler
+from ...scaling.rope import Frequencies, Scaler
 from ..attention.banded import banded_attention
 from ..attention.kernel import AttentionScore
 from ..attention.plan import Plan, Segment
-from ..attention.rotation import angles
+from ..attention.rotation import Copies, angles
 from ..attention.rows import KeyRun, key_runs, key_slots
 from ..cache import adopt
 from ..rotary_site import RotarySite, depends_on_length, primary_rotary
@@ -62,6 +62,7 @@ class BandPatch:
         self._rotary = RotaryHook(site.module for site in sites)
         self._layers, self._without_positions = self._probed()
         self._plan(Scaler(), None)
+        self._window_frequencies: dict[object, tuple[Frequencies, Copies]] = {}
         self._warned = False
         self._install()
 
@@ -214,7 +215,7 @@ class BandPatch:
             return work
         runs = key_runs(positions, mask, query.shape[0], query.shape[2], key.shape[2])
         self._warn_beyond_reach(runs)
-        work = [(run, self._plans[site].segments(run)) for run in runs]
+        work = [(run, self._plans[site].segments(run, query.device)) for run in runs]
         _last_call.last = call, work
         return work
 
@@ -244,11 +245,15 @@ class BandPatch:
         effective = layer.site.configured.effective(scaler)
         grows = effective.depends_on_length and length is None
         used = layer.site.configured.scaler if layer.site.is_local or grows else effective
-        frequencies = used.frequencies(layer.site.configured.rope, length)
+        key = (layer.site, used, length)
+        if key not in self._window_frequencies:
+            found = used.frequencies(layer.site.configured.rope, length)
+            self._window_frequencies[key] = found, Copies(found.inv_freq)
+        frequencies, inv_freq = self._window_frequencies[key]
         rotated = []
         for x, start in ((query, offset), (key, 0)):
-            positions = torch.arange(start, start + x.shape[2], dtype=torch.float64)[:, None]
-            x_angles = angles(positions, frequencies.inv_freq, factor=frequencies.attention_factor, like=x)
+            positions = torch.arange(start, start + x.shape[2], dtype=torch.float64, device=x.device)[:, None]
+            x_angles = angles(positions, inv_freq.on(x.device), factor=frequencies.attention_factor, like=x)
             rotated.append(layer.layout.rotate(x, x_angles))
         return rotated[0], rotated[1]
 

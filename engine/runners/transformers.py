@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ...scaling.rope import Scaler
 from .. import tensor_parallel
 from ..attention.causal import ATTENTION_NAME
+from ..attention.rows import counting_up
 from ..cache import new_cache, rewind
 from ..hf_model import input_device, stored_dtype
 from ..patches.attention_hook import is_replaced
@@ -28,6 +31,13 @@ class TransformersRunner(Runner):
     def __init__(self, hf: PreTrainedModel, why: str | None = None) -> None:
         super().__init__(hf)
         self._why = why
+        takes_positions = "position_ids" in inspect.signature(hf.forward).parameters
+        self._takes_positions = takes_positions and hf.config.get_text_config() is hf.config
+        self._needs_positions = False
+
+    def use(self, scaler: Scaler, length: int | None) -> None:
+        super().use(scaler, length)
+        self._needs_positions = self._takes_positions and is_replaced(self.hf)
 
     @property
     def bytes_per_token(self) -> int:
@@ -69,9 +79,13 @@ class TransformersRunner(Runner):
     def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
         """Run `ids` on top of `cache` and return the logits after the last tokens, [logits_to_keep, V]."""
         self.check(ids)
-        batch = torch.tensor([ids], device=input_device(self.hf))
+        device = input_device(self.hf)
+        batch = torch.tensor([ids], device=device)
+        options = {}
+        if self._needs_positions:  # attention would read the model's own from the device, and wait for it
+            options["position_ids"] = counting_up(cache.get_seq_length(), len(ids), device)
         logits: Tensor = self.hf(
-            input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep
+            input_ids=batch, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep, **options
         ).logits
         self._evict(cache)
         return logits[0, -logits_to_keep:]

@@ -82,14 +82,28 @@ def rotating(calls):
     return rotate
 
 
+def test_rotated_keys_get_their_room_at_once():
+    """They do not grow at the first token after a prompt, which would take twice their memory and a copy."""
+    layer, calls = UnrotatedLayer(capacity=20), []
+    rotate = rotating(calls)
+    for count in (12, 1, 1):
+        keys, _ = layer.update(states(count), states(count))
+        rotate.keys = keys
+        layer.rotated.get("a", 0, keys, rotate)
+        assert [copy.shape[2] for copy in layer.rotated.tensors] == [20]
+    assert calls == [(0, 12), (12, 13), (13, 14)]
+
+
 def test_turned_keys_are_made_once_and_extended():
     held, calls = RotatedKeys(), []
+    held.capacity = 6
     rotate = rotating(calls)
     rotate.keys = states(20)
     for length in (3, 4, 4, 9):
+        held.capacity = 6 if length < 6 else 12  # as the layer grows
         assert torch.equal(held.get("a", 0, rotate.keys[:, :, :length], rotate), 10 * rotate.keys[:, :, :length])
     assert calls == [(0, 3), (3, 4), (4, 9)]
-    assert [copy.shape[2] for copy in held.tensors] == [12]  # twice 3, then twice 6
+    assert [copy.shape[2] for copy in held.tensors] == [12]
     held.get("a", 1, rotate.keys[:, :, :2], rotate)  # another band
     held.get("a", 0, rotate.keys[:, :, :9], rotate)
     assert calls[3:] == [(0, 2)]

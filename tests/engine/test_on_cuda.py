@@ -13,41 +13,41 @@ from ropewalk.engine.runners.gpu.runner import GpuRunner
 from ropewalk.scaling import METHODS
 
 LONG = (TEXT + MORE) * 6  # beyond the trained length
-SPECS = {
-    "none": (1, 1),
-    "linear:4": (1, 1),
-    "ntk:4": (1, 1),
-    "ntk-fixed:4": (1, 1),
-    "ntk-mixed:4": (1, 1),
-    "ntk-by-parts:4": (1, 1),
-    "yarn:4": (1, 1),
-    "llama3:4": (1, 1),
-    "base:2e5": (1, 1),
-    "critical-base:4x": (1, 1),
-    "base-bound:4x": (1, 1),
-    "mrrope:4": (1, 1),
-    "alpharope:4": (1, 1),
-    "dprope:4": (1, 1),
-    "cope": (1, 1),
-    "yarn:4|resonance": (1, 1),
-    "dynamic-ntk": (1, 1),
-    "dynamic-yarn": (1, 1),
-    "logn": (1, 1),
-    "infoscale": (1, 1),
-    "step-log:length=64": (1, 1),
-    "temperature:1.2": (1, 1),
-    "rerope:64": (2, 5),
-    "leaky-rerope:64,k=8": (2, 7),
-    "self-extend:group=4,window=64": (2, 7),
-    "dpe:groups=4/2,window=64": (2, 7),
-    "self-logistic:window=64": (2, 7),
-    "dual-chunk": (2, 5),
-    "string:shift=100,window=32": (2, 5),
-    "jet-long:near=64": (2, 7),
-    "sink-window:sinks=4,window=64": (2, 5),
-    "rerope:64|logn|yarn:2": (2, 9),
-}
-"""Each scaler, with the waits of the host and the uploads of a token."""
+SPECS = [
+    "none",
+    "linear:4",
+    "ntk:4",
+    "ntk-fixed:4",
+    "ntk-mixed:4",
+    "ntk-by-parts:4",
+    "yarn:4",
+    "llama3:4",
+    "base:2e5",
+    "critical-base:4x",
+    "base-bound:4x",
+    "mrrope:4",
+    "alpharope:4",
+    "dprope:4",
+    "cope",
+    "yarn:4|resonance",
+    "dynamic-ntk",
+    "dynamic-yarn",
+    "logn",
+    "infoscale",
+    "step-log:length=64",
+    "temperature:1.2",
+    "rerope:64",
+    "leaky-rerope:64,k=8",
+    "self-extend:group=4,window=64",
+    "dpe:groups=4/2,window=64",
+    "self-logistic:window=64",
+    "dual-chunk",
+    "string:shift=100,window=32",
+    "jet-long:near=64",
+    "sink-window:sinks=4,window=64",
+    "rerope:64|logn|yarn:2",
+    "self-extend:group=4,window=8",  # its window is a narrow band, with a mask
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_scaler(spec, on_both, cuda):
         answer = there.generate(LONG, greedy(tokens)).text
         counts.append((cuda.syncs.total(), cuda.uploads.total()))
     assert answer == expected
-    assert tuple((after - before) / 4 for before, after in zip(*counts, strict=True)) == SPECS[spec]
+    assert tuple((after - before) / 4 for before, after in zip(*counts, strict=True)) == (1, 1)  # the token
 
 
 def generated(model):
