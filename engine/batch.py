@@ -153,7 +153,7 @@ class Batch:
             others_wait, began = self._admission.others_wait, time.monotonic()
             try:
                 with restoring(*sequence.caches):
-                    is_read = sequence.read_ahead(runner, _TURN if others_wait else CHUNK)
+                    is_read = sequence.read_ahead(runner, _TURN if others_wait else CHUNK * runner.chunk_factor)
                     if is_read:
                         piece = "" if sequence.done else sequence.first_token(runner)
             except OutOfMemory:

@@ -219,7 +219,13 @@ class KVCache(Cache):  # type: ignore[misc]
 
 def owned_tokens(caches: Iterable[Cache | None]) -> int:
     """Tokens of caches that have memory already, which no fork shares."""
-    return sum(cache.owned for cache in caches if isinstance(cache, KVCache))
+    return sum(cache.owned if isinstance(cache, KVCache) else _held(cache) for cache in caches if cache is not None)
+
+
+def _held(cache: Cache) -> int:
+    """Keys in a cache of transformers' modules that has our layers."""
+    first = next(iter(cache.layers), None)
+    return first.length if isinstance(first, ContiguousLayer) else 0
 
 
 def check_room(shape: CacheShape, tokens: int, reserved: int = 0) -> None:
@@ -234,7 +240,7 @@ def check_room(shape: CacheShape, tokens: int, reserved: int = 0) -> None:
     if shape.folder is not None:
         available = shutil.disk_usage(shape.folder).free
     elif shape.device.type == "cuda":
-        available = _free_on_gpu(shape.device)
+        available = free_on_gpu(shape.device)
     else:
         available = psutil.virtual_memory().available
     available = max(0, available - reserved)
@@ -245,7 +251,7 @@ def check_room(shape: CacheShape, tokens: int, reserved: int = 0) -> None:
     if shape.dtype != torch.int8:
         smaller = replace(shape, dtype=torch.int8)
         if smaller.bytes_per_token * tokens <= available:
-            ways.append([Setting("kv_dtype", "int8", "load"), f" ({_gb(smaller.bytes_per_token * tokens)}), or "])
+            ways.append([Setting("kv_dtype", "int8", "load"), f" ({gigabytes(smaller.bytes_per_token * tokens)}), or "])
     if shape.folder is None and shape.device.type == "cpu":
         ways.append([Setting("offload", "FOLDER", "load"), ", which keeps keys and values in a file there, or "])
     ways.append([f"take at most {format_length(available // shape.bytes_per_token)} tokens"])
@@ -253,17 +259,18 @@ def check_room(shape: CacheShape, tokens: int, reserved: int = 0) -> None:
     if shape.folder is not None:
         where = f"free space in {shape.folder}"
     raise ContextOverflow(
-        f"keys and values of {format_length(tokens)} tokens take {_gb(needed)}, more than the {_gb(available)} of "
-        f"{where}; ",
+        f"keys and values of {format_length(tokens)} tokens take {gigabytes(needed)}, more than the "
+        f"{gigabytes(available)} of {where}; ",
         *(part for way in ways for part in way),
     )
 
 
-def _free_on_gpu(device: torch.device) -> int:
+def free_on_gpu(device: torch.device) -> int:
     """Bytes that torch can still allocate on a GPU: free ones, and those that its allocator holds in reserve."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + held
 
 
-def _gb(count: int) -> str:
+def gigabytes(count: int) -> str:
+    """A number of bytes for a message."""
     return f"{count / 1e9:.3g} GB"

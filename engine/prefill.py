@@ -14,7 +14,7 @@ from .hf_model import input_device
 from .runners.runner import CHUNK, Runner
 
 _SMALLEST = 64  # tokens of the smallest chunk that is tried
-LOGITS_BUDGET = 2**24  # most float32 logits held at once: 64 MiB
+LOGITS_BUDGET = 2**24  # most float32 logits held at once: 64 MiB, and on a GPU 512
 _ROWS = 64  # rows of logits that are normalised at a time
 
 Progress = Callable[[int, int], None]
@@ -33,7 +33,7 @@ def prefill(
         OutOfMemory: not even a small chunk fits. The cache holds the chunks before it.
     """
     assert 1 <= logits_to_keep <= len(ids), (logits_to_keep, len(ids))
-    start, size, held, first_logits = 0, CHUNK, tokens_read(cache), len(ids) - logits_to_keep
+    start, size, held, first_logits = 0, CHUNK * runner.chunk_factor, tokens_read(cache), len(ids) - logits_to_keep
     parts: list[Tensor] = []
     while start < len(ids):
         stop = min(start + size, len(ids))
@@ -94,11 +94,12 @@ def scored_logits(
         ids, first, cache, progress: as for `score`.
     """
     vocabulary = runner.hf.config.get_text_config().vocab_size
-    scored_chunk = min(CHUNK, max(1, LOGITS_BUDGET // vocabulary))
+    chunk, budget = CHUNK * runner.chunk_factor, LOGITS_BUDGET * runner.chunk_factor
+    scored_chunk = min(chunk, max(1, budget // vocabulary))
     start, end = 0, len(ids) - 1  # token t is predicted at position t - 1, so the last token is not run
     while start < end:
         is_scored = start >= first - 1
-        stop = min(start + scored_chunk, end) if is_scored else min(start + CHUNK, first - 1)
+        stop = min(start + scored_chunk, end) if is_scored else min(start + chunk, first - 1)
         logits = prefill(runner, ids[start:stop], cache, logits_to_keep=stop - start if is_scored else 1)
         if progress:
             progress(start, stop - start)

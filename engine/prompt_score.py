@@ -56,7 +56,9 @@ class ScoredSequence(Sequence):
             self.cache, self.scored = runner.new_cache(self.length), []
         start = len(self.scored)
         rewind(self.cache, tokens_read(self.cache) - start)  # drops a chunk in which memory ran out
-        stop = min(start + min(most, CHUNK, max(1, _LOGITS_BUDGET // runner.vocabulary_size)), len(ids) - 1)
+        factor = runner.chunk_factor
+        chunk = min(most, CHUNK * factor, max(1, _LOGITS_BUDGET * factor // runner.vocabulary_size))
+        stop = min(start + chunk, len(ids) - 1)
         if start < stop:
             logits = prefill(runner, ids[start:stop], self.cache, logits_to_keep=stop - start)
             self.scored += _scored(

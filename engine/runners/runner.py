@@ -38,10 +38,12 @@ class Runner(ABC):
         is_compiled: True if compiled kernels run the model.
         vocabulary_size: the number of tokens that the model can both read and write. Logits may have more columns,
             for tokens that it cannot read; such a token must not be drawn.
+        chunk_factor: how many times `CHUNK` tokens it reads at a time.
         rope_state: the scaler in use, and its length if it depends on the length. `use` sets it.
     """
 
     is_compiled: ClassVar[bool] = False
+    chunk_factor: int = 1
 
     def __init__(self, hf: PreTrainedModel) -> None:
         self.hf = hf
@@ -151,7 +153,9 @@ class Runner(ABC):
 
     def _room(self, tokens: int) -> int:
         """The most keys that a cache stores while it reads `tokens` tokens."""
-        return tokens if self.sink_window is None else min(tokens, most_held(self.sink_window) + CHUNK)
+        return (
+            tokens if self.sink_window is None else min(tokens, most_held(self.sink_window) + CHUNK * self.chunk_factor)
+        )
 
     def _evict(self, *caches: Cache) -> None:
         """Drop the keys that no later token sees."""

@@ -11,14 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ...errors import ContextOverflow, Setting
+from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from .. import tensor_parallel
 from ..attention.causal import ATTENTION_NAME
 from ..attention.rows import counting_up
-from ..cache import new_cache, rewind
+from ..cache import attends_to_everything, new_cache, rewind
 from ..hf_model import input_device, stored_dtype
+from ..kv_cache import free_on_gpu, gigabytes
 from ..patches.attention_hook import is_replaced
 from .runner import Path, Runner
+
+_GPU_CHUNK_FACTOR = 8  # a GPU that multiplies small matrices waits for its memory
 
 
 class TransformersRunner(Runner):
@@ -34,6 +39,8 @@ class TransformersRunner(Runner):
         takes_positions = "position_ids" in inspect.signature(hf.forward).parameters
         self._takes_positions = takes_positions and hf.config.get_text_config() is hf.config
         self._needs_positions = False
+        if hf.device.type == "cuda":
+            self.chunk_factor = _GPU_CHUNK_FACTOR
 
     def use(self, scaler: Scaler, length: int | None) -> None:
         super().use(scaler, length)
@@ -66,11 +73,34 @@ class TransformersRunner(Runner):
         return f"transformers' modules in {self.weights} on {input_device(self.hf).type}{shared}{reason}"
 
     def check_room(self, *rows: int, owned: int = 0, reserved: int = 0) -> None:
-        """Never raises, because the memory that transformers' modules need is not known."""
+        """Refuse, on a GPU that holds the whole model, keys and values that do not fit beside what is there.
+
+        Elsewhere it never raises, because the memory that transformers' modules need is not known.
+
+        Raises:
+            ContextOverflow: with the numbers.
+        """
+        device = input_device(self.hf)
+        if not (needed := self.needed_bytes(*rows, owned=owned)):
+            return
+        available = max(0, free_on_gpu(device) - reserved)
+        if needed > available:
+            raise ContextOverflow(
+                f"keys and values of {format_length(sum(rows))} tokens take {gigabytes(needed)}, more than the "
+                f"{gigabytes(available)} of GPU memory that are free; take at most "
+                f"{format_length(available // self.bytes_per_token)} tokens, or ",
+                Setting("device_map", "cpu", "load"),
+            )
 
     def needed_bytes(self, *rows: int, owned: int = 0) -> int:
-        """0, as it is not known."""
-        return 0
+        """Bytes of the keys and values on a GPU that holds the whole model; 0 elsewhere, as it is not known.
+
+        Copies that a position map rotates, and the states of layers in between, are not in them.
+        """
+        one_gpu = input_device(self.hf).type == "cuda" and len(set(getattr(self.hf, "hf_device_map", {}).values())) < 2
+        if not (one_gpu and attends_to_everything(self.hf.config.get_text_config()) and not tensor_parallel.is_split()):
+            return 0
+        return self.bytes_per_token * max(0, sum(map(self._room, rows)) - owned)
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for one sequence of about `capacity` tokens."""

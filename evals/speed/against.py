@@ -215,6 +215,9 @@ def _text(folder: Path, needed: int) -> list[int]:
 READ_BYTES = 256 * 2**20
 """Much more than any cache."""
 
+GPU_READ_BYTES = 4 * 2**30
+"""A GPU reads them in a millisecond or more, beside which the start of a kernel does not count."""
+
 _BYTES = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 _BYTES |= {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}  # each 32 weights have a scale of 2 bytes
 """Bytes of a number, by the name of its type in torch, or of a GGUF file that ropewalk writes."""
@@ -228,7 +231,8 @@ class Memory:
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        self._numbers = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
+        self._bytes = READ_BYTES if device == "cpu" else GPU_READ_BYTES
+        self._numbers = torch.ones(self._bytes // 4, dtype=torch.float32, device=device)
 
     def bandwidth(self, tries: int = 3) -> float:
         """Bytes per second, the best of `tries` sums."""
@@ -237,7 +241,7 @@ class Memory:
             started = time.perf_counter()
             self._numbers.sum().item()  # item() waits for the device
             best = min(best, time.perf_counter() - started)
-        return READ_BYTES / best
+        return self._bytes / best
 
 
 class Traffic:

@@ -21,6 +21,7 @@ from ...engine.attention.causal import causal_attention
 from ...engine.attention.kernel import AttentionScore
 from ...engine.attention.rotation import Layout, angles, cos_sin
 from ...engine.attention.rows import KeyRun
+from ...engine.hf_model import input_device
 from ...engine.model import Model
 from ...engine.prefill import prefill
 from ...engine.rotary_site import RotarySite, primary_rotary
@@ -55,7 +56,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, scaler: Scale
     n, layout = q.shape[2], Layout(0, site.configured.rope.dim, interleaved=False)
     inv_freq, factor = site.configured.effective(scaler).frequencies(site.configured.rope, n)
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    i = torch.arange(n)
+    i = torch.arange(n, device=q.device)
     scores: Tensor | None = None
     for band in site.bands(scaler, n):
         rotated_q = layout.rotate(q, angles(pair_positions(band.query, i), inv_freq, like=q))
@@ -81,9 +82,12 @@ def attention_costs(
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     layout = Layout(0, site.configured.rope.dim, interleaved=False)
     score = AttentionScore(scale=dim**-0.5)
+    device = input_device(model.hf)
+    dtype = torch.float32 if device.type == "cpu" else model.hf.dtype
     for n in lengths:
         generator = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(1, h, n, dim, generator=generator) for h in (heads, kv_heads, kv_heads))
+        drawn = (torch.randn(1, h, n, dim, generator=generator) for h in (heads, kv_heads, kv_heads))
+        q, k, v = (numbers.to(device, dtype) for numbers in drawn)
         operations: dict[tuple[str, str], Callable[[], object]] = {}
         for scaler in [Scaler(), *scalers]:
             table = RotationTable(LayerGroup(site, layout, None), site, scaler, n)
@@ -94,7 +98,7 @@ def attention_costs(
                 operations["prefill attention", name] = _plain(q, k, v, score, layout, site)
             if naive and scaler.parts:
                 operations["prefill attention, public form", name] = _naive(q, k, v, score.scale, scaler, site)
-        yield from _time_in_rounds(operations, ("prefill attention", PLAIN), n, repeats, progress)
+        yield from _time_in_rounds(operations, ("prefill attention", PLAIN), n, repeats, progress, device)
 
 
 def decode_costs(
@@ -102,13 +106,15 @@ def decode_costs(
 ) -> Iterator[MapCost]:
     """A decode step of the whole model with `length` tokens in its cache, under every scaler and
     under `none`."""
-    before = model.rope
+    before, device = model.rope, input_device(model.hf)
     try:
         for n in lengths:
             operations: dict[tuple[str, str], Callable[[], object]] = {}
             for scaler in [Scaler(), *scalers]:
                 operations["decode", str(scaler)] = _decoding(model, scaler, n, progress)
-            yield from _time_in_rounds(operations, ("decode", "none"), n, repeats, progress, _switch(model, operations))
+            yield from _time_in_rounds(
+                operations, ("decode", "none"), n, repeats, progress, device, _switch(model, operations)
+            )
     finally:
         model.rope = before
 
@@ -141,6 +147,7 @@ def _time_in_rounds(
     length: int,
     repeats: int,
     progress: Progress,
+    device: torch.device,
     prepare: Callable[[str], None] = lambda _: None,
 ) -> Iterator[MapCost]:
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in operations}
@@ -150,8 +157,10 @@ def _time_in_rounds(
             if round_ == 0 and key[0].endswith("public form"):
                 continue
             prepare(key[1])
+            _wait_for(device)
             started = time.perf_counter()
             run()
+            _wait_for(device)
             if round_:
                 seconds[key].append(time.perf_counter() - started)
                 progress.advance(task)
@@ -167,6 +176,12 @@ def _time_in_rounds(
             lowest=min(ratios),
             highest=max(ratios),
         )
+
+
+def _wait_for(device: torch.device) -> None:
+    """A GPU works on after a call has returned."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _banded(

@@ -155,6 +155,47 @@ def test_session_under_a_map(rope, on_both):
     assert session(there) == session(here)
 
 
+def test_keys_that_do_not_fit_are_refused_before_the_text_is_read(on_both, cuda, monkeypatch):
+    _, there = on_both()
+    needed = there.bytes_per_token * (len(there.tokenizer.encode(LONG)) + 4)
+    cuda.free = needed - 1
+    monkeypatch.setattr(there._runner, "forward", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(rw.ContextOverflow, match=r"of GPU memory that are free; take at most \d+ tokens.*device_map="):
+        there.generate(LONG, greedy(4, continuation="off"))
+    cuda.free = needed
+    monkeypatch.undo()
+
+
+def test_what_a_session_holds_needs_no_room(on_both, cuda):
+    _, there = on_both()
+    session = there.session()
+    session.append(LONG)
+    cuda.free = there.bytes_per_token * 40
+    assert session.generate("x", greedy(4)).text
+    with pytest.raises(rw.ContextOverflow, match="GPU memory"):
+        session.generate("x", greedy(400))
+
+
+def test_a_gpu_reads_larger_chunks(on_both, cuda, monkeypatch):
+    here, there = on_both()
+    ids = there.tokenizer.encode(LONG)
+    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", 40)
+    counts = []
+    for model in (here, there):
+        forward, counted = model._runner.forward, []
+        monkeypatch.setattr(
+            model._runner,
+            "forward",
+            lambda ids, *rest, forward=forward, counted=counted, **more: (
+                counted.append(len(ids)) or forward(ids, *rest, **more)
+            ),
+        )
+        model.score(LONG)
+        counts.append(counted)
+    assert [max(counted) for counted in counts] == [40, 320]
+    assert sum(counts[1]) == len(ids) - 1
+
+
 @pytest.mark.parametrize(
     ("option", "named", "reason"),
     [
