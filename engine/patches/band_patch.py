@@ -245,11 +245,11 @@ class BandPatch:
         effective = layer.site.configured.effective(scaler)
         grows = effective.depends_on_length and length is None
         used = layer.site.configured.scaler if layer.site.is_local or grows else effective
-        key = (layer.site, used, length)
-        if key not in self._window_frequencies:
+        wanted = (layer.site, used, length)
+        if wanted not in self._window_frequencies:
             found = used.frequencies(layer.site.configured.rope, length)
-            self._window_frequencies[key] = found, Copies(found.inv_freq)
-        frequencies, inv_freq = self._window_frequencies[key]
+            self._window_frequencies[wanted] = found, Copies(found.inv_freq)
+        frequencies, inv_freq = self._window_frequencies[wanted]
         rotated = []
         for x, start in ((query, offset), (key, 0)):
             positions = torch.arange(start, start + x.shape[2], dtype=torch.float64, device=x.device)[:, None]
