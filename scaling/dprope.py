@@ -15,7 +15,7 @@ from .rope import Factored, Frequencies, RopeSpec
 
 _BINS = 360
 _EMPTY = 2.0**-14  # added to every count, as in the public code, so that each logarithm is finite
-_LONGEST = 1 << 22  # tokens whose angles are counted
+_LONGEST = 1 << 20  # tokens whose angles are counted
 
 
 @dataclass(frozen=True, kw_only=True)
