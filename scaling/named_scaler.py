@@ -2,7 +2,7 @@
 
 A config can hold the frequencies of a scaler as numbers. A position map or log n is computed by the engine's attention,
 so the config holds its spec, and the rotary embedding that the model was trained with. The rope type is one that no
-engine knows: without the plug-in, vLLM, SGLang and transformers refuse the config.
+engine knows: without the plug-in, vLLM refuses the config, and so does transformers.
 """
 
 from __future__ import annotations

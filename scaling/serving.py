@@ -16,6 +16,7 @@ from .base import Base
 from .engine_reading import SERVED_LENGTHS, EngineReading, EngineRope, same_frequencies
 from .gguf_rope import GgufRope
 from .longrope import LongRoPE
+from .named_scaler import NamedScaler, is_named
 from .rope import Scaler
 from .yarn import YaRN, yarn_temperature
 
@@ -37,12 +38,16 @@ _LENGTH_OPTIONS = {"vLLM": "--max-model-len", "SGLang": "--context-length", "lla
 def read_all(config: Mapping[str, Any]) -> list[EngineReading]:
     """Every engine's reading of the content of a config.json, with transformers first.
 
+    If the config names a scaler, vLLM is first.
+
     If each type of layer has its own frequencies, the layers that see the whole text are read.
 
     Raises:
         UnsupportedModel: no RoPE.
         ConfigError: transformers does not accept the config.
     """
+    if is_named(config.get("text_config", config).get("rope_parameters")):
+        return _named_readings(NamedScaler.read(config), config)
     text_config = hf.text_config(config)
     notes = [_remove_model_code_keys(text_config), _dual_chunk_note(text_config)]
     configured = hf.read(text_config)
@@ -67,6 +72,24 @@ def read_all(config: Mapping[str, Any]) -> list[EngineReading]:
         for name, read in ENGINES.items()
     ]
     return [replace(readings[0], notes=(*readings[0].notes, *filter(None, notes))), *readings[1:]]
+
+
+def _named_readings(named: NamedScaler, config: Mapping[str, Any]) -> list[EngineReading]:
+    """The readings of a config that names a scaler, with vLLM first."""
+    rope, length = named.configured.rope, int(config.get("text_config", config)["max_position_embeddings"])
+    notes = ["computes it with ropewalk installed beside it, and refuses the config without (docs/export.md)"]
+    if named.length is not None:
+        notes.append(f"holds it at a length of {named.length} for all texts")
+    refused = EngineReading(
+        engine="transformers", rope=rope, scaler=None, max_length=None, notes=("does not know the rope type",)
+    )
+    others = [
+        replace(refused, engine=name, is_read=False, notes=("has not been read for a named scaler",))
+        for name in ENGINES
+        if name not in ("vLLM", "transformers")
+    ]
+    served = replace(refused, engine="vLLM", scaler=named.effective, max_length=length, notes=tuple(notes))
+    return [served, refused, *others]
 
 
 def _remove_model_code_keys(config: Any) -> str:

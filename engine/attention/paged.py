@@ -13,17 +13,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..runners.cpu.kernels import UNAVAILABLE
 from .banded import banded_attention
 from .kernel import AttentionScore
 from .paged_rope import PagedRope
-from .paged_steps import PagedSteps
 from .rotation import Angles
 from .rows import KeyRun
+
+if TYPE_CHECKING:
+    from .paged_steps import PagedSteps
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,12 @@ class PagedBatch:
 
     @cached_property
     def _steps(self) -> PagedSteps | None:
+        from ..runners.cpu.kernels import UNAVAILABLE  # numba must not be loaded before vLLM has started its worker
+
         if not self._single or UNAVAILABLE is not None:
             return None
+        from .paged_steps import PagedSteps
+
         tokens = torch.tensor([chunk.start for chunk in self._single])
         blocks = self._blocks[[chunk.row for chunk in self._single]]
         return PagedSteps(self.rope, tokens, self._positions[tokens], blocks, self._page)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ropewalk as rw
 from ropewalk.scaling import hf
 from ropewalk.scaling.named_scaler import LENGTH_KEY, SCALER_KEY, TRAINED_KEY, NamedScaler
+from ropewalk.scaling.serving import read_all
 
 TRAINED = 256
 SPECS = ["rerope:64|logn", "self-extend:8,window=64|logn", "dual-chunk", "yarn:4|rerope:128", "string:100,window=8"]
@@ -124,3 +125,11 @@ def test_a_config_without_one_of_the_keys_is_refused(tiny_folder, tmp_path, key)
     del content[key]
     with pytest.raises(rw.ConfigError, match=f"rope type 'ropewalk' needs {key}"):
         NamedScaler.read(content)
+
+
+def test_explain_says_that_vllm_serves_it_with_the_plug_in_and_transformers_refuses_it(tiny_folder, tmp_path):
+    done = rw.export(tiny_folder, tmp_path / "out", rope="jet-long:64", target="vllm", length="4x")
+    vllm, transformers, *others = read_all(config_of(done.path))
+    assert (vllm.engine, vllm.label, vllm.max_length) == ("vLLM", "jet-long:64", 1024)
+    assert "refuses the config without" in vllm.notes[0] and "length of 1024" in vllm.notes[1]
+    assert transformers.label == "refuses it" and {other.label for other in others} == {"not read"}

@@ -209,3 +209,10 @@ def test_attention_in_both_directions_is_refused(content):
     config, named = vllm_config(content), NamedScaler.read(content)
     with pytest.raises(rw.UnsupportedModel, match="not causal"):
         batch_of(PagedRope(named, layout_of(config, named)), SimpleNamespace(causal=False), page=32)
+
+
+def test_numba_is_not_loaded_before_the_first_decode_step():
+    """vLLM's worker does not start where it is."""
+    modules = "ropewalk.engine.vllm_plugin.rotary, ropewalk.engine.attention.paged"
+    code = f"import sys, {modules}; sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
