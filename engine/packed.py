@@ -105,11 +105,12 @@ class PackedLinear(_Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         step = max(1, _WEIGHTS_AT_A_TIME // self.in_features)
-        parts = []
+        out = x.new_empty(*x.shape[:-1], self.out_features)
         for start in range(0, self.out_features, step):
-            bias = None if self.bias is None else self.bias[start : start + step]
-            parts.append(linear(x, self.packed[start : start + step].unpack().to(x.dtype), bias))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            rows = slice(start, start + step)
+            bias = None if self.bias is None else self.bias[rows]
+            out[..., rows] = linear(x, self.packed[rows].unpack().to(x.dtype), bias)
+        return out
 
 
 class PackedEmbedding(_Packed):
