@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import tempfile
 import weakref
@@ -23,6 +24,11 @@ from ..scaling.lengths import format_length
 from .cache import ContiguousLayer
 
 _CPU = torch.device("cpu")
+_MAPPED_BYTES = 1 << 20
+"""Buffers from this size on are mapped, so that the system has their memory again when they are freed. The C library
+keeps holes of freed buffers, into which those of a longer text do not fit."""
+
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +63,12 @@ class CacheShape:
         """
         size = (1, self.heads, capacity, *(() if scales else (self.dim,)))
         dtype = torch.float32 if scales else self.dtype
+        count = torch.Size(size).numel()
         if self.folder is None:
-            return torch.empty(size, dtype=dtype, device=self.device)
+            if self.device.type != "cpu" or count * dtype.itemsize < _MAPPED_BYTES:
+                return torch.empty(size, dtype=dtype, device=self.device)
+            return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, **_PRIVATE), dtype=dtype).view(size)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="ropewalk-", suffix=".kv") as file:
-            count = torch.Size(size).numel()
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(size)
 
 

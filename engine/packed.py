@@ -73,6 +73,14 @@ class PackedWeight:
         unpack(int(self.format), kind, data.data_ptr(), rows, row_bytes, self.shape[1], out.data_ptr(), share_threads())
         return out
 
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        """The weights as numbers of any dtype, [rows, columns], by way of a few float32 rows at a time."""
+        out = torch.empty(self.shape, dtype=dtype)
+        step = max(1, _WEIGHTS_AT_A_TIME // self.shape[1])
+        for start in range(0, len(out), step):
+            out[start : start + step] = self[start : start + step].unpack()
+        return out
+
     def _unpack_by_gguf(self, out: Tensor) -> Tensor:
         step = max(1, _BYTES_AT_A_TIME // self.data.shape[1])
         for start in range(0, len(self.data), step):

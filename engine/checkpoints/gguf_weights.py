@@ -91,8 +91,8 @@ class _Stored:
 
     def expanded(self, dtype: torch.dtype) -> nn.Parameter:
         """Its numbers."""
-        weight = self.packed.unpack() - self.offset if self.offset else self.packed.unpack()
-        return nn.Parameter((weight[0] if len(self.tensor.shape) == 1 else weight).to(dtype))
+        weight = (self.packed.unpack() - self.offset).to(dtype) if self.offset else self.packed.expanded(dtype)
+        return nn.Parameter(weight[0] if len(self.tensor.shape) == 1 else weight)
 
 
 def read_gguf_weights(

@@ -1,7 +1,10 @@
 """The cache of the compiled kernels: forks, growth, int8 rows, and memory-mapped files."""
 
 import copy
+import gc
+import mmap
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,30 @@ def test_a_write_moves_the_writer_only(dtype):
     assert (moved(cache), moved(third)) == ([False] * 3, [True] * 3)
     assert unchanged(third, before, 10)
     assert cache.owned == 15
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_the_memory_of_large_buffers_goes_back_when_they_are_freed(monkeypatch, dtype):
+    mapped = []
+
+    class Recorded(mmap.mmap):
+        def __init__(self, *_, **__):
+            mapped.append(weakref.ref(self))
+
+    monkeypatch.setattr(mmap, "mmap", Recorded)
+    sizes = shape(dtype)
+    capacity = 2 * 2**20 // (sizes.heads * sizes.dim * dtype.itemsize)
+    cache = KVCache(sizes, capacity)
+    assert len(mapped) >= 2 * sizes.layers
+    fill(cache, 10)
+    fork = cache.fork()
+    del cache
+    gc.collect()
+    assert all(part() is not None for part in mapped)
+    assert len(KVCache(sizes, 4).layers) == sizes.layers and len(mapped) <= 4 * sizes.layers
+    del fork
+    gc.collect()
+    assert all(part() is None for part in mapped)
 
 
 def test_a_freed_fork_does_not_share():

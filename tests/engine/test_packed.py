@@ -94,6 +94,13 @@ def test_a_large_matrix_is_unpacked_in_parts(monkeypatch):
     assert sizes == [5, 5, 2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_expanded_in_parts(monkeypatch, dtype):
+    monkeypatch.setattr("ropewalk.engine.packed._WEIGHTS_AT_A_TIME", 5 * 256)
+    weight, expected = packed(np.random.default_rng(0), "Q4_K", 12, 256)
+    assert torch.equal(weight.expanded(dtype), torch.from_numpy(expected).to(dtype))
+
+
 def test_modules_compute_what_their_weights_say():
     random = np.random.default_rng(0)
     weight, expected = packed(random, "Q4_K", 12, 256)
