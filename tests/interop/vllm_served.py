@@ -1,4 +1,4 @@
-"""Serves every folder exported for vLLM with vLLM: python vllm_served.py WORK all, without ropewalk installed.
+"""Serves every folder exported for vLLM with vLLM: python vllm_served.py WORK all. It imports nothing of ropewalk.
 
 The folders of the group "counter" are in the form for transformers, which vLLM reads otherwise.
 """
