@@ -207,7 +207,7 @@ def _plain(
     q: Tensor, k: Tensor, v: Tensor, score: AttentionScore, layout: Layout, site: RotarySite
 ) -> Callable[[], object]:
     n, inv_freq = q.shape[2], site.configured.rope.theta
-    cos_sin = angles(torch.arange(n, dtype=torch.float64), inv_freq, like=q)
+    cos_sin = angles(torch.arange(n, dtype=torch.float64)[:, None], inv_freq, like=q)
 
     def run() -> None:
         rotated = layout.rotate(k, cos_sin)
