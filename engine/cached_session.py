@@ -10,12 +10,17 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from ..errors import ConfigError, DataError
 from ..scaling.spec import parse
+from .cache import ContiguousLayer
 from .completion import Completion
+from .hf_model import input_device
 from .kv_cache import KVCache
 from .prefill import Progress
 from .prefix_cache import PrefixCache
@@ -54,7 +59,7 @@ class CachedSession(ABC):
         new one is complete.
 
         Raises:
-            ConfigError: the model is not run by the compiled kernels; only their caches can be saved.
+            ConfigError: the model has layers with a window or a state under transformers' modules.
             DataError: the file cannot be written, or JSON cannot hold a message.
         """
         self._end_stream()
@@ -66,7 +71,7 @@ class CachedSession(ABC):
         After an error nothing has changed.
 
         Raises:
-            ConfigError: the model is not run by the compiled kernels.
+            ConfigError: as for `save`.
             ContextOverflow: the session does not fit into memory.
             DataError: the file is not such a session, or belongs to another model or kv_dtype.
         """
@@ -131,12 +136,12 @@ def completed(sequence: Sequence, pieces: Iterator[str]) -> Completion:
 
 
 def _write_file(model: ScaledModel, path: Path, cached: PrefixCache, content: dict[str, Any]) -> None:
-    if cached.cache is not None and not isinstance(cached.cache, KVCache):
-        raise ConfigError("only sessions of the compiled kernels can be saved; this model is run by transformers")
+    if cached.cache is not None:
+        _check_layers(cached.cache)
     tensors = {}
-    for index, layer in enumerate(cached.cache.layers if cached.cache is not None else []):
+    for index, layer in enumerate(cached.cache.layers if cached.cache is not None and cached.ids else []):
         for name in layer.buffers:
-            tensors[f"{index}.{name}"] = getattr(layer, name)[:, :, : layer.length].contiguous()
+            tensors[f"{index}.{name}"] = getattr(layer, name)[:, :, : layer.length].contiguous().cpu()
     scaler, length = cached.rope_state
     header = {**content, "ids": cached.ids, "rope": str(scaler), "length": length}
     if cached.cache is not None:
@@ -180,8 +185,9 @@ def _read_file(model: ScaledModel, path: str | Path, form: str) -> tuple[dict[st
                 raise ValueError("its number of keys does not match its tokens")
             model.check_room(held + _SPARE, length=held)
             cache = model.new_cache(held + _SPARE)
+            _check_layers(cache)
             if not isinstance(cache, KVCache):
-                raise ConfigError("sessions can be loaded by the compiled kernels only")
+                _allocate(cache, model.hf)
             _fill(cache, file, held, (evicted, needed), path)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         if isinstance(error, ConfigError):  # a ValueError too
@@ -192,8 +198,34 @@ def _read_file(model: ScaledModel, path: str | Path, form: str) -> tuple[dict[st
     return header, cached
 
 
-def _fill(cache: KVCache, file: Any, count: int, dropped: tuple[int, int], path: str | Path) -> None:
-    cache.reserve(count)
+def _check_layers(cache: Cache) -> None:
+    if not all(isinstance(layer, ContiguousLayer) for layer in cache.layers):
+        raise ConfigError(
+            "this model has layers with a sliding window or a state, whose sessions only the compiled kernels save and "
+            "load; keep the text, and append it to a new session"
+        )
+
+
+@torch.inference_mode()  # as a forward pass makes them
+def _allocate(cache: Cache, hf: PreTrainedModel) -> None:
+    """Give a cache of transformers' modules its memory, which its layers otherwise get with their first keys."""
+    config, first = hf.config.get_text_config(), input_device(hf)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    places = {
+        getattr(m, "layer_idx", None): next(m.parameters(), None) for m in hf.modules() if hasattr(m, "layer_idx")
+    }
+    for index, layer in enumerate(cache.layers):
+        weight = places.get(index)
+        device = first if weight is None or weight.is_meta else weight.device
+        like = torch.empty(1, heads, 0, dim, dtype=hf.dtype, device=device)
+        layer.lazy_initialization(like, like)
+
+
+@torch.inference_mode()
+def _fill(cache: Cache, file: Any, count: int, dropped: tuple[int, int], path: str | Path) -> None:
+    for layer in cache.layers:
+        layer.reserve(count)
     for index, layer in enumerate(cache.layers if count else ()):
         for name in layer.buffers:
             saved, rows = file.get_tensor(f"{index}.{name}"), getattr(layer, name)[:, :, :count]
@@ -205,6 +237,6 @@ def _fill(cache: KVCache, file: Any, count: int, dropped: tuple[int, int], path:
             if saved.shape != rows.shape:
                 raise DataError(f"{path} holds {name} {list(saved.shape)} where {list(rows.shape)} belong")
             rows.copy_(saved)
-    cache.advance(count)
     for layer in cache.layers:
+        layer.length += count
         layer.evicted, layer.needed = dropped

@@ -155,6 +155,19 @@ def test_session_under_a_map(rope, on_both):
     assert session(there) == session(here)
 
 
+def test_a_session_is_saved_and_loaded(on_both, tmp_path):
+    texts = []
+    for model in on_both("rerope:64"):
+        session = model.session()
+        session.append(LONG)
+        session.save(tmp_path / "session")
+        loaded = model.session(tmp_path / "session")
+        kinds = {type(layer.keys) for layer in loaded._cached.cache.layers}
+        assert kinds == {type(layer.keys) for layer in session._cached.cache.layers}
+        texts.append(loaded.generate("\ndef ", greedy(4)).text)
+    assert texts[0] == texts[1]
+
+
 def test_keys_that_do_not_fit_are_refused_before_the_text_is_read(on_both, cuda, monkeypatch):
     _, there = on_both()
     needed = there.bytes_per_token * (len(there.tokenizer.encode(LONG)) + 4)

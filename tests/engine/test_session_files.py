@@ -137,9 +137,15 @@ def test_another_dtype_is_refused(tiny_folder, saved):
         narrow.session(saved)
 
 
-def test_transformers_modules_refuse_a_saved_session(tiny_folder, saved):
-    with pytest.raises(rw.ConfigError, match="loaded by the compiled kernels only"):
-        rw.load(tiny_folder, compile=False).session(saved)
+def test_transformers_modules_go_on_with_a_saved_session(tiny_folder, tmp_path):
+    model = rw.load(tiny_folder, compile=False)
+    session = model.session()
+    session.append(TEXT)
+    session.save(tmp_path / "session")
+    expected = session.generate(MORE, temperature=0, max_new_tokens=6).text
+    loaded = rw.load(tiny_folder, compile=False).session(tmp_path / "session")
+    assert loaded.text == TEXT and loaded.tokens > 0
+    assert loaded.generate(MORE, temperature=0, max_new_tokens=6).text == expected
 
 
 # Files that are not sessions

@@ -4,6 +4,7 @@ import pytest
 import torch
 from live import MORE, TEXT, cache_difference, check_cache, counted, greedy, written
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import ropewalk as rw
 from ropewalk.engine.model import Model
@@ -222,9 +223,22 @@ def test_under_another_scaler_transformers_reads_again(plain):
         same_as_text(plain, session, MORE, greedy(5))
 
 
-def test_its_sessions_are_not_saved(plain, tmp_path):
+@pytest.mark.parametrize("spec", ["yarn:4", "rerope:16", "sink-window:sinks=4,window=64"])
+def test_its_saved_sessions_hold_what_was_read(plain, spec, tmp_path):
+    plain.rope = spec
+    session = plain.session()
+    session.append(TEXT * 3)
+    session.save(tmp_path / "session")
+    loaded = plain.session(tmp_path / "session")
+    assert cache_difference(loaded._cached.cache, session._cached.cache, session.tokens) == 0
+    assert loaded.tokens == session.tokens
+    plain.rope = None
+
+
+def test_windows_of_transformers_modules_are_not_saved(plain, tmp_path):
     session = plain.session()
     session.append(TEXT)
-    with pytest.raises(rw.ConfigError, match="only sessions of the compiled kernels can be saved"):
+    session._cached.cache.layers[0] = DynamicSlidingWindowLayer(sliding_window=8)
+    with pytest.raises(rw.ConfigError, match="a sliding window or a state"):
         session.save(tmp_path / "session")
     assert not list(tmp_path.iterdir())
