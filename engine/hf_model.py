@@ -64,6 +64,11 @@ def weight_bytes(hf: PreTrainedModel) -> int:
     return int(hf.get_memory_footprint()) + sum(packed.data.nbytes for packed in packed_weights(hf).values())
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def stored_dtype(hf: PreTrainedModel) -> str:
     """The dtype of the weights, such as `bfloat16`, or the formats of packed ones, that of most weights first:
     `Q4_1 + Q8_0`."""

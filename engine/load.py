@@ -21,8 +21,8 @@ from .hf_model import weights_state
 from .model import Model
 from .patches.patch import patched_with
 from .runners.choose import RunnerOptions
-from .runners.cpu.family import supported
 from .runners.cpu.kernels import UNAVAILABLE
+from .runners.family import supported
 from .runners.gpu.kernels import UNAVAILABLE as KERNELS_UNAVAILABLE
 
 _DTYPES = {

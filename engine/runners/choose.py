@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from ...errors import ConfigError, RopewalkWarning, Setting, UnsupportedModel, did_you_mean, warn
 from ..rotary_site import RotarySite
-from .cpu.family import supported
 from .cpu.kernels import FOLDER
 from .cpu.runner import CompiledRunner
+from .family import supported
 from .gpu.kernels import UNAVAILABLE as KERNELS_UNAVAILABLE
 from .gpu.runner import GpuRunner
 from .gpu.step import capture

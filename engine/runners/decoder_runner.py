@@ -19,12 +19,11 @@ from ..cache import evict, rewind
 from ..kv_cache import CacheShape, KVCache, check_room
 from ..patches.probe import layer_ropes
 from ..rotary_site import RotarySite, primary_rotary
-from .cpu.chunk import Attend
-from .cpu.family import Decoder
-from .cpu.rotation_table import RotationTable, rotate_cached_keys
-from .cpu.skim import Sample, SkimAttention
-from .cpu.tables import groups_of
+from .chunk_attention import Attend
+from .family import Decoder
+from .rotation_table import RotationTable, groups_of, rotate_cached_keys
 from .runner import Path, RopeState
+from .skim import Sample, SkimAttention
 from .transformers import TransformersRunner
 
 Tree = tuple[int, list[list[int]]]

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from ...engine.prefill import prefill
 from ...engine.rotary_site import rotary_sites
 from ...engine.runners.choose import RunnerOptions, choose_runner
-from ...engine.runners.cpu.family import FAMILIES
+from ...engine.runners.family import FAMILIES
 from ...engine.runners.gpu.reference import TorchOps
 from ...engine.runners.gpu.runner import GpuRunner
 from ...engine.runners.runner import Runner

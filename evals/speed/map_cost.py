@@ -25,7 +25,7 @@ from ...engine.hf_model import input_device
 from ...engine.model import Model
 from ...engine.prefill import prefill
 from ...engine.rotary_site import RotarySite, primary_rotary
-from ...engine.runners.cpu.rotation_table import LayerGroup, RotationTable
+from ...engine.runners.rotation_table import LayerGroup, RotationTable
 from ...engine.runners.runner import CHUNK
 from ...errors import ConfigError
 from ...scaling import Scaler

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ...engine.model import Model
-from ...engine.runners.cpu.skim import Sample
 from ...engine.runners.decoder_runner import DecoderRunner
+from ...engine.runners.skim import Sample
 from ...errors import DataError
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler

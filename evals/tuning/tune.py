@@ -15,7 +15,7 @@ Each round takes the best of the previous round, best first:
     passkeys    passkeys at the target length, for the best three
 
 Skimming costs a tenth of reading and ranks scalers nearly as reading does
-(`engine.runners.cpu.skim`). If the model is not compiled it cannot skim, and every starting point
+(`engine.runners.skim`). If the model is not compiled it cannot skim, and every starting point
 is read whole. A budget can end the search at any time. Every measurement is stored, and the same
 call continues from there.
 """

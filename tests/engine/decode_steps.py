@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ropewalk.engine.attention.rotation import Layout
 from ropewalk.engine.kv_cache import CacheShape, Int8Layer, KVLayer
 from ropewalk.engine.rotary_site import RotarySite
-from ropewalk.engine.runners.cpu.rotation_table import LayerGroup, RotationTable
 from ropewalk.engine.runners.gpu.ops import CacheRows, StepBands, TokenTree
+from ropewalk.engine.runners.rotation_table import LayerGroup, RotationTable
 from ropewalk.scaling import parse
 from ropewalk.scaling.band import pair_positions
 from ropewalk.scaling.configured_rope import ConfiguredRope

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 import ropewalk as rw
 from ropewalk.cli.main import cli
-from ropewalk.engine.runners.cpu.family import FAMILIES
+from ropewalk.engine.runners.family import FAMILIES
 from ropewalk.evals.speed import gpu_check
 from ropewalk.evals.speed.gpu_check import GpuCheck
 

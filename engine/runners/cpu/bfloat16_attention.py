@@ -16,7 +16,7 @@ from ...attention.kernel import AttentionScore
 from ...attention.rotation import Angles, cos_sin
 from ...attention.rows import KeyRun
 from ...kv_cache import KVLayer
-from .rotation_table import RotationTable
+from ..rotation_table import RotationTable
 from .threads import share_threads
 
 _PIECE = 1 << 15  # keys whose values are packed at a time; even

@@ -22,17 +22,19 @@ from ....errors import RopewalkWarning, UnsupportedModel, warn
 from ....scaling.rope import Scaler
 from ...attention.kernel import AttentionScore
 from ...attention.rows import KeyRun
+from ...hf_model import dtype_name
 from ...kv_cache import KVCache
 from ...packed import PackedWeight
 from ...patches.float32 import float32_arithmetic
 from ...patches.probe import logits, probe_ids
 from ...rotary_site import RotarySite
+from ..chunk_attention import Attend, ChunkAttention
 from ..decoder_runner import DecoderRunner, Rows, Tree
+from ..family import decoder
 from .bfloat16_attention import BFloat16Attention
-from .chunk import Attend, ChunkAttention, DecoderLayers, cap_logits
-from .family import decoder
+from .chunk import DecoderLayers
 from .kernels import HAS_BFLOAT16_PRODUCTS, UNAVAILABLE
-from .tables import KINDS, StoredLinear, Tables, dtype_name
+from .tables import KINDS, StoredLinear, Tables
 from .threads import share_threads
 
 _MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.int8: 5e-3}
@@ -183,8 +185,7 @@ class CompiledRunner(DecoderRunner):
             step(*arguments, 1)
         for tokens, cache in rows:
             cache.advance(len(tokens))
-        softcap = self._decoder.softcap
-        return torch.from_numpy(logits) if softcap is None else cap_logits(torch.from_numpy(logits), softcap)
+        return self._decoder.capped(torch.from_numpy(logits))
 
     def _angles(self, positions: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
         """Cosines and sines for the queries, [groups, bands, n, 2, half], and for the keys, [groups, n, 2, half].

@@ -13,36 +13,14 @@ import torch
 from torch import Tensor
 
 from ....errors import UnsupportedModel
-from ...attention.rotation import Layout
+from ...hf_model import dtype_name
 from ...packed import PackedWeight
-from ...patches.probe import LayerRope
-from ...rotary_site import RotarySite
-from .family import Decoder, LinearLayer
-from .rotation_table import LayerGroup
+from ..family import Decoder, LinearLayer
+from ..rotation_table import LayerGroup
+from .kernels import FORMATS
 
 KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}
 """The numpy type by which the kernels read a dtype; uint16 holds the bits of bfloat16."""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def groups_of(d: Decoder, ropes: dict[int, LayerRope]) -> tuple[list[LayerGroup], list[int]]:
-    """The groups of layers with the same rotation, and the index of every layer's group."""
-    groups: dict[tuple[RotarySite | None, Layout | None, int | None], int] = {}
-    group_of = []
-    for index, layer in enumerate(d.layers):
-        rope = ropes[index]
-        if rope.is_local != (layer.window is not None):
-            raise UnsupportedModel(f"the local attention of layer {index} is not a sliding window")
-        key = (rope.site, rope.layout, layer.window)
-        group_of.append(groups.setdefault(key, len(groups)))
-    layouts = {layout for _, layout, _ in groups if layout is not None}
-    if len(layouts) > 1:
-        raise UnsupportedModel("its layers have their rotary pairs at different places")
-    return [LayerGroup(*key) for key in groups], group_of
 
 
 @dataclass(frozen=True)
@@ -60,10 +38,9 @@ class StoredLinear:
 
     @classmethod
     def rounded_to_int8(cls, layer: LinearLayer) -> StoredLinear:
-        """Weights rounded to int8. The step of a row is 1/127 of its largest weight."""
-        weight = layer.weight.unpack() if isinstance(layer.weight, PackedWeight) else layer.weight.float()
-        scale = weight.abs().amax(1).clamp(min=1e-30) / 127
-        return cls((weight / scale[:, None]).round_().to(torch.int8), scale, StoredLinear.of(layer).bias)
+        """Weights rounded to int8."""
+        codes, scale = layer.rounded_to_int8()
+        return cls(codes, scale, StoredLinear.of(layer).bias)
 
     def rows(self, start: int, stop: int) -> StoredLinear:
         """The rows [start, stop)."""
@@ -101,6 +78,9 @@ def _check_sizes(d: Decoder) -> None:
     """Refuse weights of unexpected sizes. The kernels have addresses only and would read past the end."""
     E, q, k = len(d.final_norm), d.heads * d.head_dim, d.key_heads * d.head_dim
     inner = d.layers[0].linears[4].weight.shape[0]
+    for linear in (*(linear for layer in d.layers for linear in layer.linears), d.head):
+        if isinstance(linear.weight, PackedWeight) and linear.weight.format not in FORMATS:
+            raise UnsupportedModel(f"weights in the format {linear.weight.format.name} have no compiled form")
     uneven = [size for size in (E, q, inner, d.head_dim) if size % 16]
     if uneven:
         raise UnsupportedModel(f"compiled kernels need sizes that are a multiple of 16, and {uneven[0]} is not")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ....scaling.band import pair_positions, same
 from ...attention.rotation import Layout
-from ..cpu.rotation_table import RotationTable
+from ..rotation_table import RotationTable
 from .ops import StepBands
 
 _FEWEST_SHIFTS = 4096  # rows of a new table of shifts

@@ -17,10 +17,8 @@ from torch.nn.functional import linear
 
 from ....errors import UnsupportedModel
 from ...packed import PackedWeight
-from ..cpu.chunk import cap_logits
-from ..cpu.family import Decoder, LinearLayer
-from ..cpu.tables import StoredLinear
 from ..decoder_runner import MAX_STEP_TOKENS
+from ..family import Decoder, LinearLayer
 from .ops import Ops
 
 Mix = Callable[[int, Tensor], Tensor]
@@ -48,9 +46,8 @@ class _Linear:
 
     def rounded(self) -> _Linear:
         """The same with weights in int8, by the rule of the CPU's engine."""
-        stored = StoredLinear.rounded_to_int8(LinearLayer(self.weight, self.bias))
-        assert isinstance(stored.weight, Tensor)
-        return _Linear(stored.weight, self.bias, stored.scale)
+        codes, steps = LinearLayer(self.weight, self.bias).rounded_to_int8()
+        return _Linear(codes, self.bias, steps)
 
 
 def _linear(layer: LinearLayer) -> _Linear:
@@ -166,4 +163,4 @@ class DeviceDecoder:
         d, ops, after = self._decoder, self._ops, self._layers[-1].after_mlp
         last = ops.add_norm(x, delta, after, d.final_norm, d.epsilon, delta.dtype)
         logits = self._head(last, ops).to(x.dtype)
-        return logits if d.softcap is None else cap_logits(logits, d.softcap)
+        return d.capped(logits)

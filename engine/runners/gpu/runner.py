@@ -13,14 +13,14 @@ from ....errors import UnsupportedModel
 from ....scaling.rope import Scaler
 from ...attention.kernel import AttentionScore
 from ...attention.rows import KeyRun
+from ...hf_model import dtype_name
 from ...kv_cache import KVCache
 from ...patches.float32 import float32_arithmetic
 from ...patches.probe import logits, probe_ids
 from ...rotary_site import RotarySite
-from ..cpu.chunk import Attend, ChunkAttention
-from ..cpu.family import decoder
-from ..cpu.tables import dtype_name
+from ..chunk_attention import Attend, ChunkAttention
 from ..decoder_runner import DecoderRunner, Rows, Tree
+from ..family import decoder
 from .angles import StepAngles
 from .decoder import DeviceDecoder
 from .ops import Ops

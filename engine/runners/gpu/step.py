@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...kv_cache import KVCache
-from ..cpu.family import Decoder
 from ..decoder_runner import Rows
+from ..family import Decoder
 from .angles import StepAngles
 from .decoder import DeviceDecoder
 from .ops import CacheRows, Ops, TokenTree, buffer_addresses

@@ -13,9 +13,9 @@ from ropewalk.engine.attention.kernel import AttentionScore
 from ropewalk.engine.attention.rows import KeyRun
 from ropewalk.engine.model import Model
 from ropewalk.engine.runners.choose import RunnerOptions
+from ropewalk.engine.runners.chunk_attention import ChunkAttention
 from ropewalk.engine.runners.cpu import bfloat16_attention
 from ropewalk.engine.runners.cpu.bfloat16_attention import BFloat16Attention, Softmax, value_pairs
-from ropewalk.engine.runners.cpu.chunk import ChunkAttention
 from ropewalk.engine.runners.cpu.kernels import HAS_BFLOAT16_PRODUCTS
 
 pytestmark = pytest.mark.usefixtures("freed_memory_is_overwritten")

@@ -7,9 +7,9 @@ import torch
 from decoders import DECODERS, IDS, ROWS, WINDOW, compiled, difference, in_chunks, read
 from families import build
 
-from ropewalk.engine.runners.cpu.family import FAMILIES
 from ropewalk.engine.runners.cpu.kernels.attention import PART
 from ropewalk.engine.runners.decoder_runner import MAX_STEP_TOKENS
+from ropewalk.engine.runners.family import FAMILIES
 from ropewalk.errors import UnsupportedModel
 
 pytestmark = [

@@ -18,13 +18,13 @@ from prepared import python
 from torch import nn
 
 from ropewalk.engine.model import Model
+from ropewalk.engine.runners import family as families
 from ropewalk.engine.runners.choose import RunnerOptions
-from ropewalk.engine.runners.cpu import family as families
 from ropewalk.engine.runners.cpu import threads
-from ropewalk.engine.runners.cpu.family import Family, LinearLayer
 from ropewalk.engine.runners.cpu.runner import CompiledRunner
 from ropewalk.engine.runners.cpu.tables import StoredLinear
 from ropewalk.engine.runners.decoder_runner import MAX_STEP_TOKENS
+from ropewalk.engine.runners.family import Family, LinearLayer
 from ropewalk.engine.runners.transformers import TransformersRunner
 from ropewalk.errors import ConfigError, UnsupportedModel
 

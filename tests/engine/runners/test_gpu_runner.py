@@ -15,12 +15,12 @@ from ropewalk.engine.cache import rewind
 from ropewalk.engine.rotary_site import rotary_sites
 from ropewalk.engine.runners import choose
 from ropewalk.engine.runners.choose import RunnerOptions
-from ropewalk.engine.runners.cpu.skim import Sample
 from ropewalk.engine.runners.decoder_runner import MAX_STEP_TOKENS
 from ropewalk.engine.runners.gpu import step
 from ropewalk.engine.runners.gpu.angles import StepAngles
 from ropewalk.engine.runners.gpu.reference import TorchOps
 from ropewalk.engine.runners.gpu.runner import GpuRunner
+from ropewalk.engine.runners.skim import Sample
 from ropewalk.engine.runners.transformers import TransformersRunner
 from ropewalk.errors import DataError, RopewalkWarning, UnsupportedModel
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from kernel_data import FORMATS, address, check_bits, packed
 
-from ropewalk.engine.runners.cpu.family import LinearLayer
 from ropewalk.engine.runners.cpu.kernels import project
 from ropewalk.engine.runners.cpu.tables import StoredLinear
+from ropewalk.engine.runners.family import LinearLayer
 
 
 class Case:

@@ -8,7 +8,7 @@ from decoders import DECODERS, IDS, LAYERED, LENGTH, SPECS, TOLERANCE, compiled,
 
 import ropewalk as rw
 from ropewalk.engine.attention.kernel import AttentionScore
-from ropewalk.engine.runners.cpu.skim import Sample, SkimAttention
+from ropewalk.engine.runners.skim import Sample, SkimAttention
 from ropewalk.errors import ConfigError
 
 IDS_LIST = IDS[0].tolist()

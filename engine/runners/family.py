@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ....errors import UnsupportedModel
-from ...cache import common_window
-from ...packed import PackedLinear, PackedWeight
-from .kernels import FORMATS
+from ...errors import UnsupportedModel
+from ..cache import common_window
+from ..packed import PackedLinear, PackedWeight
 
 _PRE = ("input_layernorm", None, "post_attention_layernorm", None)
 _POST = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
@@ -79,6 +79,12 @@ class LinearLayer:
         """Some of its rows."""
         return LinearLayer(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
 
+    def rounded_to_int8(self) -> tuple[Tensor, Tensor]:
+        """Its weights in int8, and the float32 step of each row, which is 1/127 of its largest weight."""
+        weight = self.weight.unpack() if isinstance(self.weight, PackedWeight) else self.weight.float()
+        steps = weight.abs().amax(1).clamp(min=1e-30) / 127
+        return (weight / steps[:, None]).round_().to(torch.int8), steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderLayer:
@@ -115,6 +121,10 @@ class Decoder:
     norms_whole: bool
     softcap: float | None
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """cap * tanh(logits / cap), the soft-cap of Gemma's logits; the same tensor without a cap."""
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
 
 def decoder(hf: PreTrainedModel) -> Decoder:
     """Read the weights of a transformers model by its family's description. Only the norms are copied.
@@ -125,7 +135,7 @@ def decoder(hf: PreTrainedModel) -> Decoder:
     config: Any = hf.config.get_text_config()
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UnsupportedModel(f"the family {config.model_type!r} is not described in engine/runners/cpu/family.py")
+        raise UnsupportedModel(f"the family {config.model_type!r} is not described in engine/runners/family.py")
     name = getattr(config, "hidden_activation", None) or config.hidden_act
     activation = _ACTIVATIONS.get(name)
     if activation is None:
@@ -183,8 +193,6 @@ def _layer(family: Family, layer: Any, config: Any) -> DecoderLayer:
 def _linear(module: nn.Linear | PackedLinear) -> LinearLayer:
     if type(module) is PackedLinear:
         weight: Tensor | PackedWeight = module.packed
-        if module.packed.format not in FORMATS:
-            raise UnsupportedModel(f"weights in the format {module.packed.format.name} have no compiled form")
     elif type(module) is nn.Linear:
         weight = module.weight.detach()
     else:  # an adapter or a quantized layer computes something else

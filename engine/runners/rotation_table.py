@@ -13,13 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ....scaling.band import PLAIN, PositionMap, pair_positions, same, stored_key_map
-from ....scaling.rope import Frequencies, Scaler
-from ...attention.plan import Segment
-from ...attention.rotation import Layout, cos_sin
-from ...attention.rows import KeyRun
-from ...kv_cache import KVLayer
-from ...rotary_site import RotarySite
+from ...errors import UnsupportedModel
+from ...scaling.band import PLAIN, PositionMap, pair_positions, same, stored_key_map
+from ...scaling.rope import Frequencies, Scaler
+from ..attention.plan import Segment
+from ..attention.rotation import Layout, cos_sin
+from ..attention.rows import KeyRun
+from ..kv_cache import KVLayer
+from ..patches.probe import LayerRope
+from ..rotary_site import RotarySite
+from .family import Decoder
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -38,6 +41,22 @@ class LayerGroup:
     site: RotarySite | None
     layout: Layout | None
     window: int | None
+
+
+def groups_of(d: Decoder, ropes: dict[int, LayerRope]) -> tuple[list[LayerGroup], list[int]]:
+    """The groups of layers with the same rotation, and the index of every layer's group."""
+    groups: dict[tuple[RotarySite | None, Layout | None, int | None], int] = {}
+    group_of = []
+    for index, layer in enumerate(d.layers):
+        rope = ropes[index]
+        if rope.is_local != (layer.window is not None):
+            raise UnsupportedModel(f"the local attention of layer {index} is not a sliding window")
+        key = (rope.site, rope.layout, layer.window)
+        group_of.append(groups.setdefault(key, len(groups)))
+    layouts = {layout for _, layout, _ in groups if layout is not None}
+    if len(layouts) > 1:
+        raise UnsupportedModel("its layers have their rotary pairs at different places")
+    return [LayerGroup(*key) for key in groups], group_of
 
 
 class RotationTable:

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ....errors import ConfigError
-from ....scaling.band import pair_positions, same
-from ...attention.kernel import AttentionScore
-from ...attention.rotation import Angles, angles
+from ...errors import ConfigError
+from ...scaling.band import pair_positions, same
+from ..attention.kernel import AttentionScore
+from ..attention.rotation import Angles, angles
 from .rotation_table import RotationTable
 
 _SINKS = 4  # first tokens of a text, the attention sinks of most models; each has the weight of one token
