@@ -15,7 +15,7 @@ SOURCE = Path(rw.__file__).parent
 DOOR = "engine/scaled_model.py"
 FRAMES = 8  # of ours between a call of `generate` and a step
 CALLS = 60  # of our functions for one decoded token, beside those for each layer
-MODULES = 13  # of ours that one decoded token passes through
+MODULES = 15  # of ours that one decoded token passes through
 
 TEXT = "def walk(top):\n    return [name for name in os.listdir(top)]\n"
 
@@ -102,4 +102,4 @@ def test_a_token_takes_few_calls_in_few_modules(tiny_folder):
     layers = model.hf.config.num_hidden_layers
     once = sum(n for n in calls.values() if n < layers)
     assert once <= CALLS, calls
-    assert len(modules) <= MODULES, modules
+    assert len(modules) <= MODULES, "\n".join(sorted(modules))

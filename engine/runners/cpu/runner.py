@@ -185,7 +185,8 @@ class CompiledRunner(DecoderRunner):
             step(*arguments, 1)
         for tokens, cache in rows:
             cache.advance(len(tokens))
-        return self._decoder.capped(torch.from_numpy(logits))
+        result = torch.from_numpy(logits)
+        return result if self._decoder.softcap is None else self._decoder.capped(result)
 
     def _angles(self, positions: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
         """Cosines and sines for the queries, [groups, bands, n, 2, half], and for the keys, [groups, n, 2, half].

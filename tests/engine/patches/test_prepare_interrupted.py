@@ -5,13 +5,13 @@ from live import TEXT
 
 import ropewalk as rw
 from ropewalk.engine.patches.derived import DerivedNumbers
-from ropewalk.engine.runners.cpu import runner as compiled_runner
+from ropewalk.engine.runners import decoder_runner
 from ropewalk.engine.runners.runner import Runner
 
 STAGES = {
     "frequencies are written": (DerivedNumbers, "apply"),
     "the runner is told": (Runner, "use"),
-    "the angles are computed": (compiled_runner, "RotationTable"),
+    "the angles are computed": (decoder_runner, "RotationTable"),
 }
 
 
