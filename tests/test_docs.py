@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -169,7 +170,17 @@ def check_launch(arguments, runs):
     check_python(arguments[at:], runs)
 
 
+def check_vllm(arguments, runs):
+    """A folder that a line before wrote is served; an override names a scaler."""
+    action, folder, *rest = arguments
+    assert action == "serve" and Path(folder, "config.json").is_file(), arguments
+    for option, value in pairwise(rest):
+        if option == "--hf-overrides":
+            parse(json.loads(value)["ropewalk_scaler"], 8192)
+
+
 CHECKS = {
+    "vllm": check_vllm,
     "ropewalk": check_ropewalk,
     "python": check_python,
     "pip": check_pip,
