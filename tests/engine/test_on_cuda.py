@@ -243,7 +243,8 @@ def test_a_prompt_in_chunks_needs_no_mask(dtype, tiny_folder, tokenizer, cuda, m
     """Attention of ours reads every chunk of a prompt. Without a patch, and under static frequencies."""
     monkeypatch.setattr("ropewalk.engine.load.read_weights", lambda *_, dtype, **__: on_gpu(tiny_folder, dtype))
     model = rw.load(tiny_folder, "yarn:4", device_map="cuda:0", dtype=dtype, tokenizer=tokenizer, compile=False)
-    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", 100)
+    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", 100 // 4)
+    monkeypatch.setattr(model._runner, "chunk_factor", 4)
     cuda.reset()
     there = model.generate(LONG, greedy(4)).text
     layers = model.hf.config.num_hidden_layers

@@ -41,7 +41,10 @@ class ExactModel:
             get_text_config=lambda: SimpleNamespace(vocab_size=self.size, _attn_implementation="exact")
         )
 
-    def __call__(self, input_ids, past_key_values, use_cache, logits_to_keep):
+    def __call__(self, **arguments):
+        return self.forward(**arguments)
+
+    def forward(self, input_ids, past_key_values, use_cache, logits_to_keep):
         states = input_ids.float()[:, None, :, None]
         keys, _ = past_key_values.update(states, states, 0)
         ids = tuple(int(i) for i in keys[0, 0, :, 0] if i != self.start)

@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
+from example_count import examples
 from geometries import SMALL
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ropewalk.errors import ConfigError
@@ -38,7 +39,7 @@ def distances(rope: RopeSpec, s: float, theta: float) -> tuple[float, float]:
     return distance(theta), distance(theta / s)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(rope=ropes, s=st.floats(1, 8))
 def test_a_pair_takes_the_nearer_distribution(rope: RopeSpec, s: float) -> None:
     got = DPRoPE(factor=s).frequencies(rope)
