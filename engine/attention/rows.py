@@ -67,7 +67,8 @@ def key_runs(positions: Tensor, mask: Tensor | None, batch: int, queries: int, k
             transformers [B or 1, 1, N, M], which is True or 0 for visible keys.
 
     Raises:
-        PatchError: the mask is not causal or hides keys in the middle, or positions do not count up by one.
+        PatchError: the mask is not causal or hides keys in the middle, positions do not count up by one, or keys are
+            missing in the cache.
     """
     start: int | None = getattr(positions, "ropewalk_start", None)
     if start is not None:
@@ -103,6 +104,12 @@ def _row(
         raise PatchError(
             f"row {row} has {key_stop - key_start} keys, but its last position is {run[-1]}; position ids must also "
             "count the tokens in the cache"
+        )
+    if first not in (0, key_start) and key_stop - key_start > len(run):
+        raise PatchError(
+            f"row {row} has {key_stop - key_start} keys, and its last position is {run[-1]}: its cache has dropped "
+            "keys, or its text does not begin at position 0. A position map needs the positions of all keys; use a "
+            "cache that keeps them, or positions from 0"
         )
     return KeyRun(row, query_start, query_stop, key_start, key_stop, first)
 

@@ -76,6 +76,12 @@ def test_a_part_that_fails_does_not_stop_the_rest(monkeypatch):
     assert any("prefill" in row for row in check.rows)
 
 
+def test_a_gpu_that_the_engine_does_not_run_on_is_a_failure():
+    check = GpuCheck("cuda", "tiny", [50], 0)
+    check.rows = [{"part": "equality", "family": "llama", "engine": engine} for engine in (True, False)]
+    assert check.failures == [check.rows[1]]
+
+
 def test_it_stops_in_time():
     check = GpuCheck("cpu", "tiny", [50], 0)
     check.run()

@@ -36,6 +36,13 @@ def test_calls_that_do_not_work_are_refused_by_name(llama):
         llama(input_ids=IDS[:, :20], past_key_values=cache)
         with pytest.raises(rw.PatchError, match="position ids must also count the tokens in the cache"):
             llama(input_ids=IDS[:, :4], past_key_values=cache, position_ids=torch.arange(4)[None])
+        dropped = DynamicCache(config=llama.config)
+        llama(input_ids=IDS[:, :20], past_key_values=dropped)
+        for layer in dropped.layers:  # as cache compression does
+            layer.keys, layer.values = (x[:, :, [0, 1, *range(10, 20)]] for x in (layer.keys, layer.values))
+            layer.length = 12
+        with pytest.raises(rw.PatchError, match="row 0 has 16 keys, and its last position is 23: its cache"):
+            llama(input_ids=IDS[:, :4], past_key_values=dropped, position_ids=torch.arange(20, 24)[None])
 
 
 def test_maps_that_do_not_fit_are_refused_with_numbers(llama):

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import DECODERS, IDS, LAYERED, LENGTH, SPECS, TOLERANCE, compiled, difference, in_chunks, read, under
+from decoders import (
+    DECODERS,
+    IDS,
+    LAYERED,
+    LENGTH,
+    SPECS,
+    TOLERANCE,
+    compiled,
+    difference,
+    in_bfloat16,
+    in_chunks,
+    read,
+    under,
+)
 
 import ropewalk as rw
 from ropewalk.engine.cache import rewind
@@ -257,6 +270,19 @@ def test_the_host_does_not_read_the_angles_of_a_step(llama, spec):
         bands, keys = angles.at(torch.empty(3, dtype=torch.int64, device="meta"))
         tables = [table for table in bands.shifts if table is not None]
         assert all(tensor.is_meta for tensor in (bands.queries, bands.edges, bands.scales, keys, *tables))
+
+
+@pytest.mark.parametrize("spec", ["none", "rerope:20|logn", "yarn:4|self-extend:4,window=20"])
+def test_bfloat16_is_as_near_to_float64_as_transformers_in_bfloat16(spec):
+    hf = in_bfloat16(DECODERS["llama"]())
+    exact, runner = on_gpu(copy.deepcopy(hf).double()), on_gpu(hf)
+    for each in (exact, runner):
+        each.use(rw.scaling.parse(spec), LENGTH)
+    expected = in_chunks(exact, [1000])
+    with under(runner, hf, spec, LENGTH):
+        theirs = difference(read(hf), expected)
+    for sizes in ([1000], [20, 1, 3]):
+        assert difference(in_chunks(runner, sizes), expected) < 1.5 * theirs
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
