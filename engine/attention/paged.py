@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ...errors import RopewalkWarning, warn
 from .banded import banded_attention
 from .kernel import AttentionScore
 from .paged_rope import PagedRope
@@ -50,6 +51,12 @@ def chunks_of(starts: Sequence[int], lengths: Sequence[int]) -> list[Chunk]:
         for row, (start, stop, length) in enumerate(zip(starts, starts[1:], lengths, strict=False))
         if stop > start
     ]
+
+
+@cache
+def _warn_of_copies(reason: str) -> None:
+    """Say once why single tokens are slow."""
+    warn(RopewalkWarning(f"the keys of a text are copied for each of its tokens, which is slow: {reason}"))
 
 
 class PagedBatch:
@@ -97,6 +104,12 @@ class PagedBatch:
         if steps is not None and steps.reads(pages, q_THD):
             steps.attend(q_THD, pages, score, out_THD)
         else:
+            if self._single:
+                from ..runners.cpu.kernels import UNAVAILABLE
+
+                _warn_of_copies(
+                    UNAVAILABLE or f"the kernel does not read {pages.dtype} keys of {pages.shape[-1]} numbers"
+                )
             for chunk in self._single:
                 self._attend_chunk(chunk, q_THD, pages, score, out_THD)
         for chunk in self._longer:

@@ -7,11 +7,13 @@ import itertools
 import pytest
 import torch
 
+from ropewalk.engine.attention import paged as module
 from ropewalk.engine.attention.kernel import AttentionScore
 from ropewalk.engine.attention.paged import PagedBatch
 from ropewalk.engine.attention.paged_rope import PagedRope
 from ropewalk.engine.attention.reference import reference_attention
 from ropewalk.engine.attention.rotation import Layout
+from ropewalk.errors import RopewalkWarning
 from ropewalk.scaling import RopeSpec, Scaler, parse
 from ropewalk.scaling.configured_rope import ConfiguredRope
 from ropewalk.scaling.named_scaler import NamedScaler
@@ -92,3 +94,12 @@ def test_texts_in_pages_get_the_attention_of_each_text_alone(spec: str, dtype: t
         )
         error = (one.double() - want[0].transpose(0, 1)).abs().max()
         assert error < {torch.float64: 1e-10, torch.float32: 3e-5, torch.bfloat16: 0.06}[dtype]
+
+
+def test_keys_that_the_kernel_does_not_read_are_told_of() -> None:
+    layout = Layout(0, DIM, False)
+    rope, score = rope_of("rerope:8|logn", layout), AttentionScore(scale=0.3)
+    texts = [[torch.zeros(length, heads, DIM).double() for length in TEXTS] for heads in (HEADS, GROUPS, GROUPS)]
+    module._warn_of_copies.cache_clear()
+    with torch.inference_mode(), pytest.warns(RopewalkWarning, match=r"slow: the kernel does not read torch\.float64"):
+        paged(rope, *texts, score, torch.float64)
