@@ -31,19 +31,20 @@ class Uniform(TransformersRunner):
 class Oracle(Uniform):
     """Writes the right answer of the trial given to `learn`, then an end token.
 
-    It checks that the tokens it reads are those of the trial, at their positions.
+    It checks that the tokens it reads are those of the trial's prompt, at their positions.
     """
 
     truth: Sequence[int] = ()
+    prompt: int = 0
     end: int = 0
 
     def learn(self, trial: Trial) -> None:
         """Set the next trial."""
-        self.truth = [*trial.prompt_ids, *trial.answer_ids]
+        self.truth, self.prompt = [*trial.prompt_ids, *trial.answer_ids], len(trial.prompt_ids)
 
     def forward(self, ids: Sequence[int], cache: Cache, logits_to_keep: int) -> Tensor:
         start = cache.get_seq_length()
-        known = self.truth[start : start + len(ids)]
+        known = self.truth[start : min(start + len(ids), self.prompt)]  # a choice may differ from the answer
         assert [*known] == [*ids][: len(known)], f"tokens from position {start} differ from the trial's"
         logits = super().forward(ids, cache, logits_to_keep)
         for row, position in enumerate(range(start + len(ids) - logits_to_keep, start + len(ids))):

@@ -8,9 +8,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from ...engine.batch import Batch, generate_tokens
-from ...engine.cache import can_rewind
+from ...engine.cache import can_rewind, rewind, tokens_read
 from ...engine.hf_model import input_device, weight_bytes
 from ...engine.model import Model
 from ...engine.prefill import prefill, scored_logits
@@ -99,6 +100,7 @@ class LocalModel(MeasuredModel):
             ids = trial.prompt_ids + trial.answer_ids[:-1]
             logits = prefill(runner, ids, cache, advance, logits_to_keep=len(trial.answer_ids))
             logprobs = logits.float().log_softmax(-1).cpu()
+            choice_logprobs = [self._choice_logprob(runner, trial, ids, logprobs[0], cache) for ids in trial.choices]
             prompt = self.model.read(trial.prompt_ids, params.continuation)
             sequence = Sequence(
                 prompt, params, self.model.vocabulary, self.model.stop_ids, cache if can_rewind(cache) else None
@@ -111,7 +113,27 @@ class LocalModel(MeasuredModel):
             logprobs=chosen.tolist(),
             is_likeliest=logprobs.argmax(-1).tolist() == trial.answer_ids,
             written=sequence.text,
+            choice_logprobs=choice_logprobs,
         )
+
+    def _choice_logprob(self, runner: Runner, trial: Trial, ids: Tokens, first: Tensor, cache: Cache) -> float:
+        """Log-probability of the tokens `ids` of a choice after the trial's prompt.
+
+        Args:
+            first: log-probabilities of the token after the prompt, [V].
+            cache: begins with the prompt. If it can be rewound, it then ends with this choice.
+        """
+        nats = [float(first[ids[0]])]
+        if len(ids) > 1:
+            read = ids[:-1]
+            if can_rewind(cache):
+                rewind(cache, tokens_read(cache) - len(trial.prompt_ids))
+            else:
+                cache = self.model.new_cache(len(trial.prompt_ids) + len(read))
+                read = trial.prompt_ids + read
+            logits = prefill(runner, read, cache, logits_to_keep=len(ids) - 1).float().log_softmax(-1).cpu()
+            nats += logits.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        return sum(nats)
 
     def count_bytes(self, ids: abc.Sequence[int]) -> int:
         return bytes_of(ids, self.model.tokenizer, lambda: self.model.vocabulary)

@@ -288,8 +288,9 @@ class ServedModel(MeasuredModel):
         if self.form is None:
             raise ConfigError(
                 f"{self.device} gives no log-probabilities of a prompt's tokens (neither `prompt_logprobs` nor `echo` "
-                "with `logprobs`), which losses need: serve the model with vLLM or SGLang, or leave out "
-                "--endpoint; passkey, niah, kv and ruler work with this server too"
+                "with `logprobs`), which losses need, and tasks that choose the likeliest of some answers (many-shot): "
+                "serve the model with vLLM or SGLang, or leave out --endpoint; passkey, niah, kv and ruler work with "
+                "this server too"
             )
         self.check(length, spare=1)
 
@@ -311,7 +312,7 @@ class ServedModel(MeasuredModel):
 
     def run_trial(self, trial: Trial, advance: Advance) -> TrialOutput:
         """Two requests: one scores the right answer after the prompt, the other continues the
-        prompt greedily."""
+        prompt greedily. Each choice is another one."""
         ids = [*trial.prompt_ids, *trial.answer_ids]
         check_ids(ids, self._rows)
         scored = None if self.form is None else self.score(ids, len(trial.prompt_ids))
@@ -326,7 +327,13 @@ class ServedModel(MeasuredModel):
         if scored is None:
             return TrialOutput(logprobs=None, is_likeliest=None, written=text)
         nats, likeliest = [token[0] for token in scored], [token[1] for token in scored]
-        return TrialOutput(logprobs=nats, is_likeliest=None if None in likeliest else all(likeliest), written=text)
+        choices = [self.score([*trial.prompt_ids, *choice], len(trial.prompt_ids)) for choice in trial.choices]
+        return TrialOutput(
+            logprobs=nats,
+            is_likeliest=None if None in likeliest else all(likeliest),
+            written=text,
+            choice_logprobs=[sum(token[0] for token in choice) for choice in choices],
+        )
 
     def score(self, ids: Tokens, first: int) -> list[Scored]:
         """The score of each of `ids[first:]`, given all tokens before it.

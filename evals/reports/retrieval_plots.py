@@ -67,7 +67,7 @@ def plot_heat(group: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
         lines=lines,
         columns=[format_length(length) for length in group.lengths],
         y="depth of the needle" if by_depth else "",
-        footnote=f"Share of right answers of n trials. {note}",
+        footnote=f"Share of right answers of n trials.{group.chance_note} {note}",
     )
 
 
@@ -78,7 +78,7 @@ def plot_curve(group: ScoreGroup, out_stem: Path) -> tuple[Path, Path]:
     looks = style.line_styles(list(curves))
     each = ", all tasks counting alike" if len(group.tasks) > 1 else ", all depths together"
     fewest = min(score.trials for scores in curves.values() for score in scores.values())
-    note = f"95% intervals of {fewest} trials or more a point{each}."
+    note = f"95% intervals of {fewest} trials or more a point{each}.{group.chance_note}"
     title = f"{group.name}: {group.measured_on}"
     if len(group.lengths) == 1:
         (length,) = group.lengths

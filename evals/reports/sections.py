@@ -140,6 +140,8 @@ _SUITES = {
     "passkey": "A number of five digits stands in a long text of the same few sentences, and is asked for at its end.",
     "niah": "A sentence with a number stands in a real text, and the number is asked for at its end.",
     "kv": "One of many random pairs of a JSON object is asked for.",
+    "many-shot": "Words of four kinds stand with the letters that name the kinds, and the letter of a new word is "
+    "chosen: the likeliest of the four.",
     "ruler-11-offline": "Eleven tasks of RULER (arXiv 2404.06654) that need no download, on another text: the scores "
     "are not RULER's. Every task counts alike.",
 }
@@ -157,6 +159,7 @@ def _score_method(group: ScoreGroup) -> dict[str, str]:
         "Task": _SUITES.get(group.suite, f"The task {group.suite} of another package."),
         "Trials": f"{len(rows)} in all, {_range([trial['prompt_tokens'] for trial in rows])} tokens of prompt",
         "Depths": depths,
+        **({"Chance": group.chance_note.strip()} if group.chance_note else {}),
         **({"Text": f"{row['text']}, sha256 {row['text_sha256']}"} if row.get("text") else {}),
         "Model": f"{row['model']}, trained length {row['trained_length']:,} tokens, {row['dtype']} on {row['device']}",
         "Intervals": "95%: Wilson's for answers that are right or wrong, bootstrap over trials for the others.",

@@ -170,7 +170,8 @@ def score_grids(group: ScoreGroup) -> list[Grid]:
     lines = [(rope, [group.score(rope, length) for length in group.lengths]) for rope in group.methods]
     depths = f", depths {', '.join(f'{depth:g}' for depth in group.depths)} together" if group.depths else ""
     alike = ", each task counting alike" if len(group.tasks) > 1 else ""
-    what = f"Share of the trials whose written answer is right{depths}{alike}"
+    answer = "chosen" if any("choice_margin" in row for row in group.rows) else "written"
+    what = f"Share of the trials whose {answer} answer is right{depths}{alike}"
     tokens = f"Of the right answer's own tokens behind the prompt{depths}: a graded signal where no answer is right yet"
     grids = [_shares(group, "Right answers", what, lines)]
     if any(row["answer_logprob_per_token"] is not None for row in group.rows):
@@ -202,9 +203,11 @@ def _shares(group: ScoreGroup, title: str, what: str, lines: Sequence[ScoreLine]
     in each."""
     trials = {score.trials for _, scores in lines for score in scores if score is not None}
     if len(trials) == 1:
-        note = f"{what}; 95% intervals, n={trials.pop()} trials in each cell."
+        note = f"{what}; 95% intervals, n={trials.pop()} trials in each cell.{group.chance_note}"
         return _score_grid(group, title, note, lines, share, corner)
-    return _score_grid(group, title, f"{what}; 95% intervals, n trials.", lines, _share_of_trials, corner)
+    return _score_grid(
+        group, title, f"{what}; 95% intervals, n trials.{group.chance_note}", lines, _share_of_trials, corner
+    )
 
 
 def _share_of_trials(score: TrialScore) -> Shown:

@@ -69,8 +69,12 @@ class RetrievalCell(Cell):
         read = len(trial.prompt_ids) + len(trial.answer_ids) - 1
         advance(read, self.context - read)  # the written answer, and the rest of the length
         total = None if output.logprobs is None else sum(output.logprobs)
-        return {
-            "correct": self.task.mark(output.written, trial.answers),
+        written = self.task.mark(output.written, trial.answers)
+        chosen: dict[str, Any] = {"correct": written}
+        if trial.choices:
+            chose, margin = trial.choose(output.choice_logprobs)
+            chosen = {"correct": chose, "choice_margin": margin, "correct_written": written}
+        return chosen | {
             "answer": trial.target,
             "generated": output.written,
             "answer_logprob": total,
@@ -132,8 +136,9 @@ def cells(
         for task in tasks
         for depth in (depths if task.has_depth else (None,))
     ]
-    for task, place in places:
-        assemble(task, model.tokenizer, place, 0)  # raises if a length is too short, before anything is measured
+    for task, place in places:  # raises before anything is measured
+        if assemble(task, model.tokenizer, place, 0).choices:
+            model.check_scoring(place.context)
     return [
         RetrievalCell(
             scaler=scaler,

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import accumulate, cycle, islice
 from random import Random
+from typing import Literal
 from uuid import UUID
 
 from ...errors import DataError, Setting
@@ -113,6 +114,12 @@ def _list(kind: str) -> tuple[str, ...]:
     from wonderwords import RandomWord
 
     return tuple(sorted(set(RandomWord().filter(include_categories=[kind]))))
+
+
+@functools.cache
+def plain_words(kind: Literal["noun", "adjective", "verb"]) -> tuple[str, ...]:
+    """The words of one kind that consist of lower-case letters, sorted and without duplicates."""
+    return tuple(word for word in _list(kind) if word.isascii() and word.isalpha() and word.islower())
 
 
 @functools.cache

@@ -23,6 +23,7 @@ MEASURED = frozenset(
     (
         *("key", "correct", "answer", "generated", "answer_tokens", "prompt_tokens", "actual_depth", "prompt_sha256"),
         *("answer_logprob", "answer_logprob_per_token", "answer_is_likeliest", "seconds", "peak_memory_mb"),
+        *("choice_margin", "correct_written"),
     )
 )
 """Fields of a trial's row that are not part of its recipe."""
@@ -151,6 +152,17 @@ class ScoreGroup:
     def caption(self) -> str:
         """The suite, the model and the text in one line."""
         return f"{self.name}: {self.measured_on}."
+
+    @property
+    def chance(self) -> float:
+        """The score of a guess, as a mean over tasks; 0 where there are too many answers to guess."""
+        tasks = [TASKS.get(name) for name in self.tasks]
+        return fmean(0.0 if task is None else task.chance for task in tasks) if tasks else 0.0
+
+    @property
+    def chance_note(self) -> str:
+        """A blank and `A guess scores 25%.`, or nothing where a guess scores 0."""
+        return f" A guess scores {self.chance:.0%}." if self.chance else ""
 
     def score(
         self, rope: str, length: int, *, task: str | None = None, depth: float | None = None

@@ -7,7 +7,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any, ClassVar
 
@@ -48,16 +48,21 @@ class Draft:
         target: a right answer as the text after the prompt. Its first character is a blank.
         needle: the character of `prompt` at which the needle begins. None if several needles are
             asked for.
+        choices: the texts of which `target` is one, if the answer is the likeliest of them. Empty:
+            the answer is what the model writes.
     """
 
     prompt: str
     answers: tuple[str, ...]
     target: str
     needle: int | None = None
+    choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert not self.prompt[-1].isspace(), f"the prompt ends in a blank: {self.prompt[-40:]!r}"
-        assert self.target.startswith(" "), f"the answer must follow after a blank: {self.target!r}"
+        for text in (self.target, *self.choices):
+            assert text.startswith(" "), f"the answer must follow after a blank: {text!r}"
+        assert not self.choices or self.choices.count(self.target) == 1, f"{self.target!r} is not one of {self.choices}"
 
 
 class Task(ABC):
@@ -68,12 +73,14 @@ class Task(ABC):
         new_tokens: tokens that the model may write.
         least: units of the smallest prompt.
         has_depth: True if the needle is put at a requested depth.
+        chance: the score of a guess among the possible answers; 0 if they are too many to guess.
     """
 
     name: str
     new_tokens: ClassVar[int]
     least: ClassVar[int] = 1
     has_depth: ClassVar[bool] = False
+    chance: ClassVar[float] = 0.0
 
     @abstractmethod
     def draft(self, random: Random, units: int, place: Place) -> Draft:
@@ -134,11 +141,13 @@ class TrialOutput:
         is_likeliest: True if every token of the right answer was the likeliest one. None if
             unknown.
         written: the model's answer under greedy decoding.
+        choice_logprobs: log-probability of each of the trial's choices, nats.
     """
 
     logprobs: list[float] | None
     is_likeliest: bool | None
     written: str
+    choice_logprobs: list[float] = field(default_factory=list)
 
 
 Tokens = list[int]
@@ -159,6 +168,7 @@ class Trial:
         new_tokens: tokens that the model may write. Together with the prompt they stay within the
             requested length.
         needle: tokens of the prompt before the needle. None if several needles are asked for.
+        choices: tokens of each text of which the right answer is one. Empty if there are none.
     """
 
     prompt: str
@@ -168,6 +178,7 @@ class Trial:
     target: str
     new_tokens: int
     needle: int | None
+    choices: tuple[Tokens, ...] = ()
 
     @property
     def depth(self) -> float | None:
@@ -178,6 +189,21 @@ class Trial:
     def sha256(self) -> str:
         """Hash of the prompt in UTF-8."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()
+
+    def choose(self, logprobs: Sequence[float]) -> tuple[float, float]:
+        """How the choice of the likeliest of `choices` scores.
+
+        Args:
+            logprobs: log-probability of each of `choices`, nats.
+
+        Returns:
+            1 if the right one is the likeliest, 1/k if it is one of k that are, else 0; and its
+            log-probability less that of the likeliest other one.
+        """
+        right = logprobs[self.choices.index(self.answer_ids)]
+        others = [nats for ids, nats in zip(self.choices, logprobs, strict=True) if ids != self.answer_ids]
+        equal = sum(nats == right for nats in others)
+        return 0.0 if max(others) > right else 1 / (1 + equal), right - max(others)
 
 
 def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
@@ -195,22 +221,26 @@ def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
     def draft(units: int) -> Draft:
         return task.draft(Random(source), units, place)
 
+    def most_written(drafted: Draft) -> int:
+        texts = (drafted.target, *drafted.choices)
+        return max(task.new_tokens, *(len(answer_ids(drafted.prompt, text, tokenizer)) for text in texts))
+
     def needed(units: int) -> int:
         drafted = draft(units)
-        answer = answer_ids(drafted, tokenizer)
-        return len(encode(drafted.prompt, tokenizer)) + max(task.new_tokens, len(answer))
+        return len(encode(drafted.prompt, tokenizer)) + most_written(drafted)
 
     units = most_within(place.context, needed, task, place)
     filled = draft(units)
-    prompt_ids, answer = encode(filled.prompt, tokenizer), answer_ids(filled, tokenizer)
+    prompt_ids = encode(filled.prompt, tokenizer)
     return Trial(
         prompt=filled.prompt,
         prompt_ids=prompt_ids,
-        answer_ids=answer,
+        answer_ids=answer_ids(filled.prompt, filled.target, tokenizer),
         answers=filled.answers,
         target=filled.target.strip(),
-        new_tokens=max(task.new_tokens, len(answer)),
+        new_tokens=most_written(filled),
         needle=None if filled.needle is None else len(encode(filled.prompt[: filled.needle].rstrip(), tokenizer)),
+        choices=tuple(answer_ids(filled.prompt, choice, tokenizer) for choice in filled.choices),
     )
 
 
@@ -252,17 +282,17 @@ def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Pl
     return low
 
 
-def answer_ids(draft: Draft, tokenizer: Any) -> Tokens:
-    """Tokens of the answer after those of the prompt.
+def answer_ids(prompt: str, answer: str, tokenizer: Any) -> Tokens:
+    """Tokens of an answer after those of the prompt.
 
     If the tokenizer merges the end of the prompt with the answer, these are the tokens of the
     answer alone.
     """
     ids = functools.partial(text_ids, tokenizer=tokenizer)
-    tail = draft.prompt[-_TAIL:]
-    before, both = ids(tail), ids(tail + draft.target)
+    tail = prompt[-_TAIL:]
+    before, both = ids(tail), ids(tail + answer)
     if both[: len(before)] == before:
         return both[len(before) :]
-    alone = [ids(draft.target), ids(draft.target[1:])]  # SentencePiece adds a blank at the beginning
-    end = tail[-20:] + draft.target
+    alone = [ids(answer), ids(answer[1:])]  # SentencePiece adds a blank at the beginning
+    end = tail[-20:] + answer
     return next((candidate for candidate in alone if tokenizer.decode(before + candidate).endswith(end)), alone[0])

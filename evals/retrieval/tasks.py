@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...errors import ConfigError
 from ...plugins import Plugins
 from .lookup_tasks import KeyValue, Needles, Niah, Passkey, VariableTracking
+from .pattern_tasks import ManyShot
 from .task import Task
 from .word_tasks import CommonWords, FrequentWords
 
@@ -27,6 +28,7 @@ _ALL: tuple[tuple[str, Task], ...] = (
     (RULER, VariableTracking()),
     (RULER, CommonWords()),
     (RULER, FrequentWords()),
+    ("many-shot", ManyShot()),
 )
 
 

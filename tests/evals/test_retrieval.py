@@ -104,8 +104,14 @@ def test_an_oracle_is_always_right_and_a_uniform_network_exactly_uniform(tiny_fo
                 assert row["correct"] == 1
                 assert row["answer_logprob"] == 0
                 assert row["answer_is_likeliest"]
+            elif "choice_margin" in row:
+                counts = sorted(map(len, rebuild(row, model.tokenizer, STORY).choices))
+                shares = {counts[0]: 1 / counts.count(counts[0])}  # the likeliest choices are the shortest
+                assert row["correct"] == shares.get(row["answer_tokens"], 0)
+                assert row["correct_written"] == 0
             else:
                 assert row["correct"] == 0
+            if kind == "uniform":
                 assert row["answer_logprob"] == pytest.approx(-row["answer_tokens"] * math.log(1024), rel=1e-6)
                 assert not row["answer_is_likeliest"]
 

@@ -65,6 +65,28 @@ def sticky_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
+FEW_ANSWERS = {"many-shot"}
+"""Tasks whose trials may have equal answers."""
+
+DIGESTS = {
+    "passkey": "a392c4b5",
+    "niah": "f463a831",
+    "kv": "0109f55f",
+    "niah_single_1": "00d65308",
+    "niah_single_2": "77b593cd",
+    "niah_single_3": "ff9ef6a3",
+    "niah_multikey_1": "4552bc25",
+    "niah_multikey_2": "cd9d56cf",
+    "niah_multikey_3": "117fc2ac",
+    "niah_multivalue": "d3d64662",
+    "niah_multiquery": "25d3f565",
+    "vt": "aa4bd37c",
+    "cwe": "fa43a46b",
+    "fwe": "1e789342",
+    "many-shot": "cbfad721",
+}
+"""Of the prompt and answer of each task."""
+
 MAKERS = {
     "bytes": lambda folder: byte_tokenizer(),
     "tiny": lambda folder: AutoTokenizer.from_pretrained(folder),
@@ -94,6 +116,7 @@ def unit_tokens(task, tokenizer):
         "kv": "0a1b2c3d" * 9 + NOISE_LINE,
         "cwe": "1234. " + "representative " * 3,
         "fwe": " abcdef " * 3,
+        "many-shot": "incompetent screwdriver: X\n" * 2,
     }
     return len(encode(longest.get(task.name, NOISE_LINE * 2), tokenizer)) * (30 if task.name == "cwe" else 1)
 
@@ -115,11 +138,11 @@ def test_prompts_fill_the_length_and_leave_room_for_the_answer(name, tokenizer):
 def test_the_answer_is_tokenised_behind_its_prompt_or_alone(tiny):
     draft = Draft(prompt="The pass key is", answers=("12345",), target=" 12345")
     whole = encode(draft.prompt + draft.target, tiny)
-    assert encode(draft.prompt, tiny) + answer_ids(draft, tiny) == whole
+    assert encode(draft.prompt, tiny) + answer_ids(draft.prompt, draft.target, tiny) == whole
     sticky = sticky_tokenizer()
     before = encode(draft.prompt, sticky)
     assert encode(draft.prompt + draft.target, sticky)[: len(before)] != before
-    assert sticky.decode(before + answer_ids(draft, sticky)) == draft.prompt + draft.target
+    assert sticky.decode(before + answer_ids(draft.prompt, draft.target, sticky)) == draft.prompt + draft.target
 
 
 @pytest.mark.parametrize("name", ["passkey", "niah", "kv", "niah_single_1", "niah_single_3", "niah_multikey_3"])
@@ -180,16 +203,21 @@ def test_the_same_trial_comes_out_the_same_and_every_other_differs(name, tiny):
     others = [assemble(task, tiny, place(task, length), 8), assemble(task, tiny, place(task, length - 1), 7)]
     if task.has_depth:
         others.append(assemble(task, tiny, place(task, length, depth=0.31), 7))
-    assert all(not {*other.answers} & {*first.answers} for other in others)
+    if name in FEW_ANSWERS:
+        lines = {*first.prompt.splitlines()}
+        assert all(len(lines & {*other.prompt.splitlines()}) < 0.1 * len(lines) for other in others)
+    else:
+        assert all(not {*other.answers} & {*first.answers} for other in others)
 
 
-def test_prompts_of_the_first_form_stay_what_they_are():
+@pytest.mark.parametrize("name", TASKS)
+def test_prompts_of_the_first_form_stay_what_they_are(name):
     """A prompt that changes needs another `FORM`, or rows of two kinds are compared."""
     if WORDS_VERSION != "wonderwords 3.0.1":
         pytest.skip("other words, other prompts; the recipe says so")
-    drafts = [task.draft(random.Random(0), 100, place(task)) for task in TASKS.values()]
-    digest = hashlib.sha256("".join(draft.prompt + draft.target for draft in drafts).encode()).hexdigest()
-    assert (FORM, digest[:16]) == (1, "ebc24ecebcc90a14")
+    draft = TASKS[name].draft(random.Random(0), 100, place(TASKS[name]))
+    digest = hashlib.sha256((draft.prompt + draft.target).encode()).hexdigest()
+    assert (FORM, digest[:8]) == (1, DIGESTS[name])
 
 
 @pytest.mark.parametrize("name", ["passkey", "niah", "niah_single_1", "cwe"])

@@ -106,13 +106,19 @@ def ruler(tasks: str, **options: Any) -> None:
     _run(RULER, tasks=tasks, **options)
 
 
-@command(epilog=EXAMPLES + "  ropewalk ask niah_single_2 smollm2-135m --lengths 2k --trials 5")
+@command(
+    epilog=EXAMPLES + "  ropewalk ask niah_single_2 smollm2-135m --lengths 2k --trials 5\n"
+    "  ropewalk ask many-shot smollm2-135m --lengths 512,1k"
+)
 @click.argument("task")
 @_asks(_DEPTHS, _TEXT)
 def ask(task: str, text: str, **options: Any) -> None:
     """Measure TASK on MODEL, as `ropewalk passkey` does its own.
 
-    TASK is one of the tasks of `ropewalk passkey`, `niah`, `kv` and `ruler`, or of another package.
+    TASK is one of the tasks of `ropewalk passkey`, `niah`, `kv` and `ruler`, of another package, or one of these:
+
+    \b
+    many-shot       the letter of a kind of things, after many examples (arXiv 2404.11018)
     """
     from ..errors import ConfigError, did_you_mean
     from ..evals.retrieval.tasks import TASKS
