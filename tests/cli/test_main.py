@@ -391,6 +391,23 @@ def test_a_result_as_json_is_one_line_and_nothing_else(name, tiny_folder, tmp_pa
     assert is_right(json.loads(done.stdout)), done.stdout
 
 
+def test_fetch_without_names_leaves_out_large_models(tmp_path, monkeypatch):
+    from ropewalk.engine.checkpoints import assets
+
+    monkeypatch.setattr(assets, "fetch", lambda name, **_: tmp_path / name)
+    here = {"gemma3-270m": tmp_path / "gemma3-270m"}
+    monkeypatch.setattr(assets, "cached", here.get)
+    done = CliRunner().invoke(cli, ["fetch"], catch_exceptions=False)
+    assert re.search(rf"^smollm2-135m +{tmp_path}/smollm2-135m$", done.stdout, re.MULTILINE)
+    assert re.search(rf"^gemma3-270m +{tmp_path}/gemma3-270m$", done.stdout, re.MULTILINE)
+    assert "qwen2.5-coder-0.5b not here (478 MB); ropewalk fetch qwen2.5-coder-0.5b\n" in done.stdout
+    paths = json.loads(CliRunner().invoke(cli, ["fetch", "--json"], catch_exceptions=False).stdout)
+    assert set(paths) == set(assets.ASSETS)
+    assert paths["qwen2.5-coder-0.5b"] is None
+    done = CliRunner().invoke(cli, ["fetch", "qwen2.5-coder-0.5b"], catch_exceptions=False)
+    assert done.stdout == f"qwen2.5-coder-0.5b {tmp_path}/qwen2.5-coder-0.5b\n"
+
+
 def test_every_command_that_prints_a_result_has_json():
     without = {
         name

