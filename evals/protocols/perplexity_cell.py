@@ -25,7 +25,7 @@ from ..runs.cell import Cell, rope_recipe, shared_recipe
 from ..runs.result import Losses, Row, Run, loss_text
 from ..statistics import block_interval
 from .longppl import JudgeCell, LongPPL
-from .protocol import Protocol, Window, tokens_sha256
+from .protocol import Protocol, ProtocolResult, Window, tokens_sha256
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,7 +63,23 @@ class PerplexityCell(Cell):
         keys = self.judge.keys(run) if self.judge else None
         started = time.perf_counter()
         result = self.protocol.measure(model, self.windows, advance)
-        seconds = time.perf_counter() - started
+        return self.store(model, run, result, time.perf_counter() - started, keys)
+
+    def store(
+        self,
+        model: MeasuredModel,
+        run: Run,
+        result: ProtocolResult,
+        seconds: float,
+        keys: np.ndarray[Any, Any] | None = None,
+    ) -> list[Row]:
+        """Store the rows of what was measured, and return them.
+
+        Args:
+            result: of all windows.
+            seconds: of the passes.
+            keys: which of the scored tokens count, bool [tokens]; None: all.
+        """
         rows = []
         for recipe in self.row_recipes():
             chosen = self._chosen(recipe["bucket_start"] or 0, recipe["bucket_end"] or math.inf, keys)
@@ -75,7 +91,7 @@ class PerplexityCell(Cell):
                 "tokens_sha256": tokens_sha256([token for window in scored for token in window]),
                 "documents": len(self.windows),
                 "seconds": seconds,
-                "tokens_per_second": sum(self.pass_lengths) / seconds,
+                "tokens_per_second": self.protocol.passes * sum(len(w.ids) - 1 for w in self.windows) / seconds,
                 "peak_memory_mb": model.memory_mb,
                 "run_started": run.started,
             }

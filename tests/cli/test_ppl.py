@@ -78,9 +78,28 @@ def test_the_judge_of_an_interrupted_run_is_not_asked_again(tiny_folder, source,
     assert "key tokens among 64 (512 of context against 256); longppl needs at least 16" in str(few.exception)
 
 
+def test_places_are_added_until_the_interval_is_narrow(tiny_folder, source, tmp_path):
+    options = ("--rope", "none", "--rope", "yarn:2", "--lengths", "0.5x,1x", "--target", "32", "--interval")
+    done = ppl(tiny_folder, source, tmp_path, *options, "9")
+    assert done.exception is None, done.output
+    assert "4 places: every difference is known well enough" in done.output
+    rows = Run(tmp_path).rows
+    assert {row["documents"] for row in rows if row["task"] == "ppl"} == {4}
+    assert len([row for row in rows if row["task"] == "place"]) == 16
+    table = (tmp_path / "table.md").read_text()
+    assert "| `yarn:2` |" in table
+    again = ppl(tiny_folder, source, tmp_path, *options, "1e-9", "--samples", "8")
+    assert "8 places: " in again.output
+    assert {row["documents"] for row in Run(tmp_path).rows if row["task"] == "ppl"} == {4, 8}
+    planned = ppl(tiny_folder, source, tmp_path / "planned", *options, "1e-9", "--samples", "8", "--dry-run")
+    assert "4 cells" in planned.output
+    assert not (tmp_path / "planned").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--protocol", "harm", "--interval", "1"], "--interval has no effect on harm; .* --protocol fixed-target"),
         (["--protocol", "harm", "--stride", "3"], "--stride has no effect on harm; .* --protocol sliding"),
         (["--judge", "none"], "--judge has no effect on fixed-target; leave it out, or use --protocol longppl"),
         (

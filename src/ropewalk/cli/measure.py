@@ -66,6 +66,12 @@ def _settings(protocol: str, given: dict[str, Any]) -> dict[str, Any]:
         type=int,
         help="by-position, truncate: documents; fixed-target, longppl, repeat, harm: places in the text.  [default: 1]",
     ),
+    click.option(
+        "--interval",
+        type=float,
+        help="fixed-target: add places until the 95 % interval of every difference to the untouched model is at most "
+        "so wide (nats), or a tenth of the difference; --samples are then the most.  [default: 64]",
+    ),
     click.option("--stride", type=int, help="sliding: tokens by which the window moves.  [default: 256]"),
     click.option("--tokens", help="sliding, llamacpp, disjoint: tokens of the text that are read.  [default: 32k]"),
     click.option("--judge", help="longppl: the scaler that chooses the key tokens.  [default: dual-chunk]"),
@@ -80,6 +86,7 @@ def ppl(
     protocol: str,
     target: int | None,
     samples: int | None,
+    interval: float | None,
     stride: int | None,
     tokens: str | None,
     judge: str | None,
@@ -91,9 +98,12 @@ def ppl(
     table.csv, plots and a self-contained report.html.
     """
     deadline = deadline_in(asked.max_minutes)
+    from ..errors import ConfigError
     from ..evals.data import load_text
     from ..evals.protocols.by_name import protocol as named_protocol
-    from ..evals.protocols.perplexity_cell import cells as cells_of
+    from ..evals.protocols.fixed_target import FixedTarget
+    from ..evals.protocols.perplexity_cell import Source, plan
+    from ..evals.protocols.places import MOST, GrowingPlaces
     from ..evals.runs.compare import short
     from ..scaling import parse_length
 
@@ -104,13 +114,23 @@ def ppl(
         "judge": str(asked.scaler(judge)) if judge else None,
     }
     settings = _settings(protocol, given | {"text_tokens": parse_length(tokens) if tokens else None})
+    if interval is not None:
+        if protocol != FixedTarget.name:
+            raise ConfigError(f"--interval has no effect on {protocol}; leave it out, or use --protocol fixed-target")
+        settings.setdefault("samples", MOST)
     scalers, documents = asked.scalers(), load_text(text)
     model = where.open(asked.model)
     contexts = tuple(parse_length(length, model.trained_length) for length in lengths.split(","))
     with waiting(f"reading {short(text)}"):
-        cells = cells_of(model, documents, scalers, named_protocol(protocol, contexts, **settings))
+        chosen = named_protocol(protocol, contexts, **settings)
+        source = Source.of(documents, model.tokenizer, chosen)
+        growing = None
+        if interval is not None and isinstance(chosen, FixedTarget):
+            growing = GrowingPlaces(model, source, scalers, chosen, interval)
+        cells = plan(model, source, scalers, chosen) if growing is None else growing.cells
     title = f"{short(model.name)} on {short(text)}"
-    asked.carry_out(model, cells, name=Path(text).stem, title=title, deadline=deadline)
+    work = None if growing is None else growing.measure
+    asked.carry_out(model, cells, name=Path(text).stem, title=title, deadline=deadline, work=work)
 
 
 @command(epilog=EXAMPLES + "  ropewalk demo\n  ropewalk demo --full --out runs/full")

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from ..evals.models.local import LocalModel
     from ..evals.models.measured import MeasuredModel
     from ..evals.runs.cell import Cell
+    from ..evals.runs.measure import RunOutcome
     from ..evals.runs.result import Run
     from ..scaling.rope import Scaler
+
+    Work = Callable[[Run, Console, float | None], RunOutcome]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,14 @@ class Measurement:
         return parse(spec, lambda: trained_length(self.model))
 
     def carry_out(
-        self, model: MeasuredModel, cells: Sequence[Cell], *, name: str, title: str, deadline: float | None
+        self,
+        model: MeasuredModel,
+        cells: Sequence[Cell],
+        *,
+        name: str,
+        title: str,
+        deadline: float | None,
+        work: Work | None = None,
     ) -> None:
         """Measure `cells` and publish the run; of several processes the first one publishes.
 
@@ -75,13 +85,14 @@ class Measurement:
             name: of the run where no folder was given: runs/MODEL-NAME.
             title: the report's heading.
             deadline: `time.monotonic()` value; what would not finish before it is left out. None for no limit.
+            work: measures in another way than all cells in their order; `cells` are then the most that it measures.
         """
         from ..evals.reports.report import print_results, publish
 
         def finish(run: Run, left_out: Sequence[Cell], console: Console) -> None:
             print_results(run, publish(run, title=title), left_out, console)
 
-        self.measure(model, cells, finish, name=name, deadline=deadline)
+        self.measure(model, cells, finish, name=name, deadline=deadline, work=work)
 
     def measure(
         self,
@@ -91,6 +102,7 @@ class Measurement:
         *,
         name: str,
         deadline: float | None,
+        work: Work | None = None,
     ) -> None:
         """Measure `cells` as `carry_out` does; `finish` then gets the run and the cells left out for lack of time."""
         from rich.console import Console
@@ -105,7 +117,10 @@ class Measurement:
             return
         run = open_run_of_rank(self.out or Path("runs") / f"{Path(self.model).name}-{name}")
         run.write_environment()
-        outcome = measure_all(model, cells, run, console, deadline=deadline)
+        if work is None:
+            outcome = measure_all(model, cells, run, console, deadline=deadline)
+        else:
+            outcome = work(run, console, deadline)
         if tensor_parallel.is_first():
             finish(run, outcome.left_out, Console(quiet=True) if self.as_json else console)
         if self.as_json:
