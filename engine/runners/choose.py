@@ -103,13 +103,13 @@ def _on_gpu(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerOptions
                 raise UnsupportedModel(f"the engine for GPUs does not have {name}")
         if KERNELS_UNAVAILABLE:
             raise UnsupportedModel(KERNELS_UNAVAILABLE)
-        from .gpu.kernels.ops import TritonOps
+        from .gpu.kernels.ops import KernelError, TritonOps
 
         try:
             return GpuRunner(hf, sites, TritonOps(), options.weights, options.cache, capture)
         except torch.OutOfMemoryError:
             raise
-        except (AssertionError, OSError, RuntimeError, SubprocessError) as error:  # no C compiler, for example
+        except (KernelError, AssertionError, OSError, RuntimeError, SubprocessError) as error:  # no C compiler, say
             why = str(error).strip().partition("\n")[0]
             raise UnsupportedModel(f"Triton's kernels do not run here ({type(error).__name__}: {why})") from error
     except UnsupportedModel as reason:

@@ -57,7 +57,7 @@ class ChunkAttention:
             k = layout.rotate(k, self._angles)
             q = q if mapped else layout.rotate(q, self._angles)
         if self._temperature is not None:
-            q = q * self._temperature
+            q = (q * self._temperature).to(q.dtype)
         keys, values = layer.update(k, v)
         if self._work is None:
             return causal_attention(q, keys, values, score)

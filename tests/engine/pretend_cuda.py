@@ -1,7 +1,8 @@
 """A pretend CUDA device, for tests without a GPU.
 
 Its tensors say `cuda:0` and hold CPU values. They refuse what CUDA refuses, such as operations on tensors of two
-devices. Every kernel, every wait of the host for the device, and every upload is counted.
+devices. Every kernel, every wait of the host for the device, and every upload is counted. A graph records the kernels,
+and runs them again on the same memory.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from ropewalk.engine.runners.gpu import step
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 _HALF = (torch.float16, torch.bfloat16)
@@ -87,12 +90,32 @@ class PretendCuda(TorchDispatchMode):
         syncs: waits of the host for the device: copies from it, and operations whose result the host needs.
         uploads: copies to the device.
         free: bytes of memory that the device says are free.
+        current: the index of the device that the host has chosen, or None.
+        recorded: the kernels of the graph that is being captured, or None.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels, self.syncs, self.uploads = Counter[str](), Counter[str](), Counter[str]()
         self.free = 1 << 40
+        self.current: int | None = None
+        self.recorded: list[Callable[[], object]] | None = None
+
+    @contextlib.contextmanager
+    def choose(self, device: torch.device) -> Iterator[None]:
+        """`torch.cuda.device`."""
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def capture(self, graph: _Graph, stream: _Stream, capture_error_mode: str) -> Iterator[None]:
+        """`torch.cuda.graph`."""
+        self.recorded = graph.kernels
+        try:
+            yield
+        finally:
+            self.recorded = None
 
     def reset(self) -> None:
         """Set all counts to 0."""
@@ -121,14 +144,15 @@ class PretendCuda(TorchDispatchMode):
             if "for_cpu" in name:
                 raise NotImplementedError(f"Could not run '{func.name()}' with arguments from the 'CUDA' backend")
         if name in _WAITS:
-            self.syncs[name] += 1
+            self._count_host(self.syncs, name)
         if name == "_scaled_dot_product_flash_attention":
             return self._flash(*args, **kwargs)
-        values = tree_map(_on_cpu, kwargs)
+        values, places = tree_map(_on_cpu, kwargs), tree_map(_on_cpu, args)
         values.pop("pin_memory", None)
-        result = func(*tree_map(_on_cpu, args), **values)
+        result = func(*places, **values)
         if name not in _NO_KERNEL and not _is_view(func):
             self.kernels[name] += 1
+            self._record(func, places, values, result)
         if func._schema.is_mutable:
             written = [
                 args[place] if place < len(args) else kwargs[argument.name]
@@ -150,16 +174,39 @@ class PretendCuda(TorchDispatchMode):
         from_device = isinstance(source, CudaTensor)
         if target is not None:
             to_device = isinstance(target, CudaTensor)
-        counts = self.kernels if from_device and to_device else self.uploads if to_device else self.syncs
-        counts[f"copy {list(source.shape)}" if counts is not self.kernels else name] += 1
-        values = tree_map(_on_cpu, kwargs)
+        values, places = tree_map(_on_cpu, kwargs), tree_map(_on_cpu, args)
         values.pop("pin_memory", None)
-        copied = func(*tree_map(_on_cpu, args), **values)
+        copied = func(*places, **values)
+        if from_device and to_device:
+            self.kernels[name] += 1
+            self._record(func, places, values, copied)
+        else:
+            self._count_host(self.uploads if to_device else self.syncs, f"copy {list(source.shape)}")
         if target is not None:
             return target
         if from_device != to_device:
             copied = copied.clone()  # another memory, as between two devices
         return CudaTensor(copied) if to_device else copied
+
+    def _count_host(self, counts: Counter[str], what: str) -> None:
+        """Count what the host does beside starting kernels. A graph cannot hold it."""
+        if self.recorded is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing ({what})")
+        counts[what] += 1
+
+    def _record(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Add a kernel to the graph that is being captured."""
+        if self.recorded is None:
+            return
+        if func._schema.is_mutable:
+            self.recorded.append(lambda: func(*args, **kwargs))
+            return
+
+        def again() -> None:
+            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                old.copy_(new)
+
+        self.recorded.append(again)
 
     def _check_devices(self, name: str, args: Any, there: list[Tensor]) -> None:
         """Refuse tensors on the CPU beside some on the device, except for numbers, and for indices."""
@@ -169,7 +216,7 @@ class PretendCuda(TorchDispatchMode):
             indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)]
             for index in indices:
                 if not isinstance(index, CudaTensor):
-                    self.uploads[f"index {list(index.shape)}"] += 1
+                    self._count_host(self.uploads, f"index {list(index.shape)}")
             there = [leaf for leaf in there if not any(leaf is index for index in indices)]
         numbers_alone = name in ("cat", "stack", "bmm", "mm", "embedding", "gather", "index_select", "scatter")
         if any(leaf.dim() or numbers_alone for leaf in there):
@@ -268,6 +315,12 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         "current_device": lambda: 0,
         "synchronize": lambda *_: None,
         "get_device_capability": lambda *_: (9, 0),
+        "Stream": _Stream,
+        "current_stream": _Stream,
+        "stream": lambda _: contextlib.nullcontext(),
+        "CUDAGraph": _Graph,
+        "graph": device.capture,
+        "device": device.choose,
         "mem_get_info": lambda *_: (device.free, device.free),
         "memory_reserved": lambda *_: 0,
         "memory_allocated": lambda *_: 0,
@@ -277,6 +330,7 @@ def pretend_cuda() -> Iterator[PretendCuda]:
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
         stack.enter_context(mock.patch.object(torch.backends.cuda, "is_flash_attention_available", lambda: True))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
+        stack.callback(step._side_stream.cache_clear)
         before = torch._C._only_lift_cpu_tensors()
         stack.callback(torch._C._set_only_lift_cpu_tensors, before)
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` builds on the CPU, and its copy is seen
@@ -284,6 +338,25 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         stack.callback(_active.pop)
         stack.enter_context(device)
         yield device
+
+
+class _Stream:
+    """A stream of the device, which has one order of everything."""
+
+    def wait_stream(self, _: _Stream) -> None:
+        pass
+
+
+class _Graph:
+    """A graph, whose kernels the device records."""
+
+    def __init__(self) -> None:
+        self.kernels: list[Callable[[], object]] = []
+
+    def replay(self) -> None:
+        with torch._C._DisableTorchDispatch():
+            for kernel in self.kernels:
+                kernel()
 
 
 class _Generator(torch.Generator):

@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from decoders import DECODERS, IDS
+from decoders import SPECS as ENGINE_SPECS
 from live import MORE, TEXT, greedy
 from pretend_cuda import CudaTensor, move
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropewalk as rw
 from ropewalk.engine.model import Model
+from ropewalk.engine.rotary_site import rotary_sites
+from ropewalk.engine.runners.gpu import step
 from ropewalk.engine.runners.gpu.reference import TorchOps
 from ropewalk.engine.runners.gpu.runner import GpuRunner
-from ropewalk.scaling import METHODS
+from ropewalk.scaling import METHODS, parse
 
 LONG = (TEXT + MORE) * 6  # beyond the trained length
 SPECS = [
@@ -327,3 +331,50 @@ def test_a_path_by_the_engine(path, rope, by_engine):
         assert text == expected and logprob == pytest.approx(exact, abs=1e-4)
     else:
         assert path(there) == pytest.approx(path(here), abs=1e-5) if path is next_bytes else path(there) == path(here)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in ENGINE_SPECS if spec != "sink-window:30"])  # it replaces buffers
+def test_a_graph_of_a_step(spec, cuda):
+    """The host does nothing in it, and it computes the next tokens when it runs again on what was uploaded."""
+    logits, text = [], IDS[0].tolist()
+    for put, captures in ((lambda hf: hf, None), (move, step.capture)):
+        hf = put(DECODERS["llama"]())
+        runner = GpuRunner(hf, rotary_sites(hf), TorchOps(), captures=captures)
+        runner.use(parse(spec), len(text))
+        caches = [runner.new_cache(len(text)) for _ in range(2)]
+        for cache, length in zip(caches, (100, 40), strict=True):
+            runner.forward(text[:length], cache, 1)
+        logits.append([runner.step([([token], cache) for cache in caches]).cpu() for token in text[100:108]])
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+
+
+def test_the_engine_chooses_the_device_of_the_weights(cuda):
+    """Triton starts its kernels on the current device."""
+
+    class Ops(TorchOps):
+        def add_norm(self, *arguments):
+            assert cuda.current == 0
+            return super().add_norm(*arguments)
+
+        def attention(self, *arguments):
+            assert cuda.current == 0
+            return super().attention(*arguments)
+
+    hf = move(DECODERS["llama"]())
+    runner = GpuRunner(hf, rotary_sites(hf), Ops(), captures=step.capture)
+    runner.tree([(5,), (5, 7)], runner.new_cache(4))
+    assert cuda.current is None
+
+
+@pytest.mark.parametrize("rope", ["none", "logn", "yarn:4|logn", "rerope:64|logn"])
+def test_a_prompt_in_bfloat16_is_read_by_the_fused_kernel(rope, tiny_folder, cuda, monkeypatch):
+    """A temperature must not widen the queries: the kernel takes 16 bits only."""
+    monkeypatch.setattr(GpuRunner, "_verify_chunk", lambda _: None)  # pretended weights cannot be widened
+    hf = on_gpu(tiny_folder, torch.bfloat16)
+    runner = GpuRunner(hf, rotary_sites(hf), TorchOps())
+    runner.use(parse(rope), None)
+    cache = runner.new_cache(300)
+    runner.forward([5] * 100, cache, 1)
+    cuda.reset()
+    runner.forward([5] * 100, cache, 1)
+    assert cuda.kernels["flash attention"] >= 2 * hf.config.num_hidden_layers and not cuda.kernels["bmm"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from ...rotary_site import RotarySite
 from ..chunk_attention import Attend, ChunkAttention
 from ..decoder_runner import DecoderRunner, Rows, Tree
 from ..family import decoder
+from ..runner import RopeState
 from .angles import StepAngles
 from .decoder import DeviceDecoder
 from .ops import Ops
@@ -35,6 +37,9 @@ _MAX_DIFFERENCE_OF_STEP = {torch.float64: 1e-4, torch.float32: 1e-3, torch.bfloa
 """Of the logits of a step, by the dtype of the weights. Products of bfloat16 in small random models give 0.04."""
 
 _OF_INT8_CACHE = 0.05
+
+_MOST_STEPS = 4
+"""Scalers whose graphs are kept. Requests that run at the same time may have one each, and take turns every token."""
 
 
 class GpuRunner(DecoderRunner):
@@ -70,6 +75,7 @@ class GpuRunner(DecoderRunner):
         self._weights = dtype_name(hf.dtype)
         self._device, self._ops, self._captures = hf.device, ops, captures
         self._layers = DeviceDecoder(described, ops, hf.parameters())
+        self._steps: dict[RopeState, DecodeStep] = {}
         self.use(Scaler(), None)
         self._verify_chunk()
         if weights == "int8":
@@ -102,12 +108,17 @@ class GpuRunner(DecoderRunner):
         super().use(scaler, length)
         if self._rotations is before:
             return
-        exact = self.hf.dtype == torch.float64
-        groups = [
-            StepAngles(rotation, self._scale_of(group), self._device, exact=exact)
-            for group, rotation in enumerate(self._rotations)
-        ]
-        self._step = DecodeStep(self._decoder, self._layers, self._ops, groups, self._group_of, self._captures)
+        step = self._steps.pop(self.rope_state, None)
+        if step is None:
+            exact = self.hf.dtype == torch.float64
+            groups = [
+                StepAngles(rotation, self._scale_of(group), self._device, exact=exact)
+                for group, rotation in enumerate(self._rotations)
+            ]
+            step = DecodeStep(self._decoder, self._layers, self._ops, groups, self._group_of, self._captures)
+        self._step = self._steps[self.rope_state] = step
+        if len(self._steps) > _MOST_STEPS:
+            del self._steps[next(iter(self._steps))]
 
     def _scale_of(self, group: int) -> float:
         """The factor on the scores of a group's layers."""
@@ -141,7 +152,8 @@ class GpuRunner(DecoderRunner):
             positions = [cache.length + k for ids, cache in rows for k in range(len(ids))]
         else:
             positions = [tree[0] + len(path) - 1 for path in tree[1]]
-        logits = self._step.run(rows, positions, tree)
+        with self._on_its_device():
+            logits = self._step.run(rows, positions, tree)
         for ids, cache in rows:
             cache.advance(len(ids))
         return logits[-logits_to_keep:]
@@ -178,8 +190,13 @@ class GpuRunner(DecoderRunner):
             return mixed[0].transpose(0, 1).reshape(count, H * D).to(qkv.dtype)
 
         batch = torch.tensor(ids, device=self._device)
-        x, delta = self._layers.run(batch, mix, products or self.hf.dtype)
-        return self._layers.logits(x[-logits_to_keep:], delta[-logits_to_keep:])
+        with self._on_its_device():
+            x, delta = self._layers.run(batch, mix, products or self.hf.dtype)
+            return self._layers.logits(x[-logits_to_keep:], delta[-logits_to_keep:])
+
+    def _on_its_device(self) -> AbstractContextManager[object]:
+        """Makes the device of the weights the current one, on which Triton starts its kernels."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
 
 def _rms(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:

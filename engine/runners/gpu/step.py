@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,16 +23,23 @@ _MOST_CAPTURED = 32  # tokens of a step that becomes a graph; larger ones are ru
 _WARM_UPS = 3  # runs before a capture, in which libraries allocate their workspaces
 
 
+@functools.cache
+def _side_stream(_device: int) -> Any:
+    """The stream of all captures on a device. cuBLAS keeps a workspace of 32 MB for each stream that it has met."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 def capture(run: Replay) -> Replay:
-    """A CUDA graph of `run`. Replaying it computes on the same memory, and returns the same tensor."""
-    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    """A CUDA graph of `run` on the current device. Replaying it computes on the same memory, and returns the same
+    tensor. Other threads may use the device meanwhile."""
+    side = _side_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(_WARM_UPS):
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         out = run()
 
     def replay() -> Tensor:
@@ -42,18 +50,24 @@ def capture(run: Replay) -> Replay:
 
 
 class _Inputs:
-    """What a step of N tokens reads, int64, in one buffer on the device: a step uploads it in one copy."""
+    """What a step of N tokens reads, int64, in one buffer on the device: a step uploads it in one copy.
 
+    The kernels read the addresses of a layer and the slots. Both lie at multiples of 16 bytes for every N, so that
+    Triton compiles one form of them.
+    """
+
+    @torch.inference_mode()
     def __init__(self, tokens: int, layers: int, device: torch.device) -> None:
-        size = 3 * tokens + layers * tokens * 6
+        size = layers * tokens * 6 + 3 * tokens
         self._host = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(size, dtype=torch.int64, device=device)
-        ids, positions, slots, addresses = torch.split(self._device, [tokens, tokens, tokens, 6 * layers * tokens])
-        self.ids, self.positions, self.slots = ids, positions, slots
+        addresses, slots, ids, positions = torch.split(self._device, [6 * layers * tokens, tokens, tokens, tokens])
         self.addresses = addresses.view(layers, tokens, 2, 3)
+        self.slots, self.ids, self.positions = slots, ids, positions
 
+    @torch.inference_mode()  # a graph that was made in this mode may be used outside of it
     def fill(self, *parts: Any) -> None:
-        """Upload ids, positions, slots and addresses."""
+        """Upload addresses, slots, ids and positions."""
         np.concatenate([np.asarray(part, np.int64).ravel() for part in parts], out=self._host.numpy())
         self._device.copy_(self._host)
 
@@ -98,7 +112,7 @@ class DecodeStep:
         slots = [cache.length + k for tokens, cache in rows for k in range(len(tokens))]
         for tokens, cache in rows:
             cache.reserve(len(tokens))
-        fill = (ids, positions, slots, _addresses(caches))
+        fill = (_addresses(caches), slots, ids, positions)
         if tree is not None or self._captures is None or len(ids) > _MOST_CAPTURED:
             inputs = self._inputs(len(ids))
             inputs.fill(*fill)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from decode_steps import MAPS, DecodeStep, difference, random_layer
 from decoders import DECODERS, IDS, in_chunks
+from triton.runtime.errors import OutOfResources
 
 from ropewalk.engine.attention.rotation import Layout
 from ropewalk.engine.rotary_site import rotary_sites
@@ -23,6 +24,11 @@ BF16 = torch.bfloat16
 PART, NEIGHBOURS = Layout(4, 10, False), Layout(2, 12, True)
 FLOAT32 = 1e-6
 TEXT = {"lengths": (90,), "tokens": (1,)}
+
+
+def test_what_triton_raises():
+    """It is no RuntimeError."""
+    assert issubclass(OutOfResources, wrappers.KernelError)
 
 
 def is_close(got, expected):

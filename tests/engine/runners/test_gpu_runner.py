@@ -22,6 +22,7 @@ from decoders import (
     read,
     under,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ropewalk as rw
 from ropewalk.engine.cache import rewind
@@ -214,6 +215,30 @@ def test_a_step_is_captured_once_for_each_number_of_rows(llama, spec):
     assert len(captured) == 3
 
 
+@torch.inference_mode()
+def test_requests_that_take_turns_keep_their_graphs(llama):
+    hf, plain = llama
+    captured, texts = [], []
+    runner = on_gpu(hf, captures=lambda run: captured.append(run) or run)
+    captured.clear()
+    for each in (plain, runner):
+        specs = ("rerope:20", "yarn:2", "dynamic-ntk")
+        caches = {}
+        for spec in specs:
+            each.use(rw.scaling.parse(spec), LENGTH)
+            caches[spec] = cached(each, TEXT[:30], capacity=50)
+        for token in TEXT[:3]:
+            for spec in specs:
+                each.use(rw.scaling.parse(spec), LENGTH)
+                texts.append(each.step([([token], caches[spec])]))
+    assert len(captured) == 3
+    assert all(difference(*pair) < TOLERANCE for pair in zip(texts[:9], texts[9:], strict=True))
+    for spec in ("yarn:3", "yarn:4", "yarn:5", "rerope:20"):
+        runner.use(rw.scaling.parse(spec), LENGTH)
+    runner.step([([1], caches["rerope:20"])])
+    assert len(captured) == 4 and len(runner._steps) == 4
+
+
 @pytest.mark.parametrize(("spec", "capacity", "captures"), [("rerope:20", 100, 2), ("none", 100, 1), ("none", 21, 1)])
 @torch.inference_mode()
 def test_longer_tables_of_shifts_need_a_new_capture(llama, monkeypatch, spec, capacity, captures):
@@ -246,6 +271,76 @@ def test_a_model_that_computes_something_else_is_refused():
     hf.model.layers[1].mlp.register_forward_hook(lambda _module, _args, out: out * 1.01)
     with pytest.raises(UnsupportedModel, match="differ by"):
         on_gpu(hf)
+
+
+@torch.inference_mode()
+def test_an_upload_of_inference_mode_is_replaced_outside_of_it():
+    inputs = step._Inputs(1, 1, torch.device("cpu"))
+    with torch.inference_mode(False):
+        inputs.fill(range(6), [7], [8], [9])
+    assert (inputs.slots, inputs.ids, inputs.positions) == (7, 8, 9)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8])
+def test_what_the_kernels_read_of_an_upload_is_aligned(tokens):
+    """Triton compiles a kernel once more for a pointer that is no multiple of 16 bytes."""
+    inputs = step._Inputs(tokens, 3, torch.device("cpu"))
+    start = inputs._device.data_ptr()
+    assert {(each.data_ptr() - start) % 16 for each in (*inputs.addresses, inputs.slots)} == {0}
+    inputs.fill(range(18 * tokens), *(range(n * tokens, (n + 1) * tokens) for n in (100, 200, 300)))
+    assert inputs.addresses.flatten().tolist() == list(range(18 * tokens))
+    assert [int(each[0]) // tokens for each in (inputs.slots, inputs.ids, inputs.positions)] == [100, 200, 300]
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations on tensors that are no views, which a GPU would start. Those inside an `Ops` do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.inside = 0, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returns_view = any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
+        self.count += not (self.inside or returns_view or "empty" in func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+class CountedOps:
+    """`TorchOps` that counts the kernels of `TritonOps`."""
+
+    def __init__(self, launches):
+        self._launches = launches
+
+    def __getattr__(self, name):
+        def run(*args):
+            self._launches.count += {"attention": 2}.get(name, 1)
+            self._launches.inside = True
+            result = getattr(TorchOps(), name)(*args)
+            self._launches.inside = False
+            return result
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("spec", "once"), [("none", 17), ("yarn:4|logn", 23), ("rerope:20|logn", 48), ("dual-chunk", 59)]
+)
+@torch.inference_mode()
+def test_the_launches_of_a_step(spec, once):
+    """Ten a layer. The others are the angles and borders of bands, the embedding and the output layer."""
+    hf, launches, counts = in_bfloat16(DECODERS["mistral-wide"]()), Launches(), []
+    for layers in (3, 2):
+        hf.model.layers = hf.model.layers[:layers]
+        runner = GpuRunner(hf, rotary_sites(hf), CountedOps(launches))
+        runner.use(rw.scaling.parse(spec), LENGTH)
+        cache = cached(runner, TEXT[:70])
+        runner.step([([1], cache)])  # makes the tables of shifts
+        launches.count = 0
+        with launches:
+            runner.step([([2], cache)])
+        counts.append(launches.count)
+    assert counts[0] - counts[1] == 10
+    assert counts[1] - 20 == once
 
 
 def test_the_uploads_of_a_step(llama, monkeypatch):
@@ -315,7 +410,7 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(choose, "GpuRunner", lambda hf, sites, ops, *options: options)
     monkeypatch.setattr(choose, "KERNELS_UNAVAILABLE", None)
     module = types.ModuleType("ropewalk.engine.runners.gpu.kernels.ops")
-    module.TritonOps = TorchOps
+    module.TritonOps, module.KernelError = TorchOps, type("OutOfResources", (Exception,), {})
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return hf
 
@@ -353,14 +448,16 @@ def test_a_gpu_without_the_engine_is_told_of_it(on_cuda, monkeypatch):
     assert "no Triton" in runner.how
 
 
-def test_kernels_that_do_not_run_are_told_of(on_cuda, monkeypatch):
+@pytest.mark.parametrize("kind", ["Python's", "Triton's"])
+def test_kernels_that_do_not_run_are_told_of(kind, on_cuda, monkeypatch):
     def fails(*_):
-        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+        raise error
 
+    error = RuntimeError("Failed to find C compiler.\nSet CC.")
+    if kind == "Triton's":
+        error = sys.modules["ropewalk.engine.runners.gpu.kernels.ops"].KernelError("out of resource: no C compiler.")
     monkeypatch.setattr(choose, "GpuRunner", fails)
-    with pytest.warns(
-        RopewalkWarning, match=r"do not run here \(RuntimeError: Failed to find C compiler\.\); compile=False"
-    ):
+    with pytest.warns(RopewalkWarning, match=r"do not run here \(\w+: .*C compiler\.\); compile=False"):
         assert type(choose.choose_runner(on_cuda, rotary_sites(on_cuda), RunnerOptions())) is TransformersRunner
     with pytest.raises(UnsupportedModel, match="C compiler"):
         choose.choose_runner(on_cuda, rotary_sites(on_cuda), RunnerOptions(compile=True))

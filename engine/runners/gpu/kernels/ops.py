@@ -8,12 +8,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from ....attention.rotation import Layout
 from ..ops import Activation, CacheRows, StepBands, TokenTree
 from . import attention, heads, layers
 
 _NUMBERS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
+
+KernelError = TritonError
+"""What Triton raises where a kernel does not compile, or the GPU has too little memory for it."""
 
 _PROGRAMS_PER_PROCESSOR = 2  # of `attend`, that run at the same time
 _FEWEST_SHARES = 16  # of a token's keys, so that one long row of many is not left to a few programs
