@@ -23,13 +23,14 @@ from ...engine.runners.choose import RunnerOptions, choose_runner
 from ...engine.runners.family import FAMILIES
 from ...engine.runners.gpu.reference import TorchOps
 from ...engine.runners.gpu.runner import GpuRunner
-from ...engine.runners.runner import Runner
-from ...errors import ConfigError, did_you_mean
+from ...engine.runners.runner import CHUNK, Runner
+from ...errors import ConfigError, OutOfMemory, did_you_mean
 from ...scaling.lengths import format_length
 from ...scaling.spec import parse
 from .against import Memory, Traffic
 
 Row = dict[str, Any]
+_Times = Callable[[PreTrainedModel, Runner, list[int], float], Row]
 
 _LLAMA = {"model_type": "llama", "max_position_embeddings": 8192, "rope_parameters": {"rope_theta": 5e5}}
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -99,6 +100,7 @@ _LAYERS: dict[str, dict[str, Any]] = {
 """Families whose layers have windows: some of their layers have none, so that scalers act on them."""
 _TEXT = 140  # tokens of the comparison, whose models are trained at 64
 _PIECES = (50, 1, 1, 5, 30, 1)  # tokens read at a time; small ones are steps
+_LENGTHS = (70, 33)  # of rows of a batch
 MOST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Of the logits from those in float64: Euclidean norm, relative. The CPU's engine has 0.004 to 0.04 in bfloat16."""
 
@@ -136,6 +138,7 @@ class GpuCheck:
 
     def run(self) -> None:
         """Run all parts. What they find is in `rows`."""
+        self._part("forms", 0.2, self._forms())
         self._part("equality", 0.4, self._equality())
         self._part("speed", 1.0, self._speed())
 
@@ -161,40 +164,72 @@ class GpuCheck:
                     self._add({"part": name, "stopped": "its time is used up"})
                     return
         except Exception as error:  # a device can fail in any way, and the other parts are of use then
-            self._add({"part": name, "failed": f"{type(error).__name__}: {error}"})
+            self._add({"part": name, "failed": _named(error)})
         finally:
             rows.close()  # type: ignore[attr-defined]
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
+            self._free()
+
+    def _free(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)
         self.report(row)
 
+    def _forms(self) -> Iterator[Row]:
+        """Rows of a batch and a tree of tokens, also with int8 weights and cache, of one small model."""
+        exact, paths = small_model("llama"), [(5,), (9,), (5, 7), (5, 7, 1)]
+        for numbers, weights, cache in (("own", "own", "auto"), ("int8", "int8", "int8")):
+            hf = _copied(exact, self.device, torch.bfloat16)
+            hf_64 = _copied(hf, "cpu", torch.float64)
+            reference = GpuRunner(hf_64, rotary_sites(hf_64), TorchOps(), weights, cache)  # type: ignore[arg-type]
+            options = RunnerOptions(weights=weights, cache=cache)  # type: ignore[arg-type]
+            runner = choose_runner(hf, rotary_sites(hf), options)
+            about = {"family": "llama", "dtype": "bfloat16", "numbers": numbers}
+            yield {**about, "run_by": runner.how, "engine": runner.is_compiled}
+            for spec in ("none", "rerope:20|logn") if runner.is_compiled else ():
+                rows: dict[str, list[Tensor]] = {"rows": [], "tree": []}
+                for each in (reference, runner):
+                    each.use(parse(spec), None)
+                    caches = [each.new_cache(length) for length in _LENGTHS]
+                    for held, length in zip(caches, _LENGTHS, strict=True):
+                        each.forward(_text(length), held, 1)
+                    rows["tree"].append(each.tree(paths, caches[0]).double().cpu())
+                    for token in (7, 8):  # the second step uses the graph of the first
+                        logits = each.step([([token], held) for held in caches])
+                    rows["rows"].append(logits.double().cpu())
+                for form, (expected, found) in rows.items():
+                    yield {**about, "form": form, "rope": spec, "difference": _difference(found, expected)}
+
     def _equality(self) -> Iterator[Row]:
         """Logits of small models of every family under every kind of scaler, against the same in float64 on the CPU."""
-        ids = [n * 37 % 95 + 1 for n in range(_TEXT)]
         for family in FAMILIES:
-            exact = small_model(family)
-            dtypes = {name: _copied(exact, self.device, getattr(torch, name)) for name in MOST_DIFFERENCE}
-            for dtype, hf in dtypes.items():
-                reference = GpuRunner(hf_64 := _copied(hf, "cpu", torch.float64), rotary_sites(hf_64), TorchOps())
-                runner = choose_runner(hf, rotary_sites(hf), RunnerOptions())
-                yield {"family": family, "dtype": dtype, "run_by": runner.how, "engine": runner.is_compiled}
-                for spec in SCALERS:
-                    scaler = parse(spec)
-                    reference.use(scaler, _TEXT)
-                    expected = reference.forward(ids, reference.new_cache(_TEXT), _TEXT)
-                    if runner.is_compiled:
-                        runner.use(scaler, _TEXT)
-                    elif spec != "none":
-                        continue
-                    found = _in_pieces(runner, ids).double().cpu()
-                    difference = float((found - expected).norm() / expected.norm())
-                    if spec == "none":
-                        untouched = expected
-                    effect = float((untouched - expected).norm() / expected.norm())
-                    yield {"family": family, "dtype": dtype, "rope": spec, "difference": difference, "effect": effect}
+            try:
+                yield from self._of_family(family)
+            except Exception as error:  # other families may run
+                yield {"family": family, "failed": _named(error)}
+
+    def _of_family(self, family: str) -> Iterator[Row]:
+        exact, ids = small_model(family), _text(_TEXT)
+        dtypes = {name: _copied(exact, self.device, getattr(torch, name)) for name in MOST_DIFFERENCE}
+        for dtype, hf in dtypes.items():
+            reference = GpuRunner(hf_64 := _copied(hf, "cpu", torch.float64), rotary_sites(hf_64), TorchOps())
+            runner = choose_runner(hf, rotary_sites(hf), RunnerOptions())
+            yield {"family": family, "dtype": dtype, "run_by": runner.how, "engine": runner.is_compiled}
+            for spec in SCALERS:
+                scaler = parse(spec)
+                reference.use(scaler, _TEXT)
+                expected = reference.forward(ids, reference.new_cache(_TEXT), _TEXT)
+                if runner.is_compiled:
+                    runner.use(scaler, _TEXT)
+                elif spec != "none":
+                    continue
+                difference = _difference(_in_pieces(runner, ids).double().cpu(), expected)
+                if spec == "none":
+                    untouched = expected
+                effect = _difference(untouched, expected)
+                yield {"family": family, "dtype": dtype, "rope": spec, "difference": difference, "effect": effect}
 
     def _speed(self) -> Iterator[Row]:
         """Prefill and decode at every length, beside transformers' modules and what the memory allows."""
@@ -208,25 +243,44 @@ class GpuCheck:
         for length in self.lengths:
             ids = [n * 7919 % vocabulary for n in range(length)]
             floor = traffic.step_bytes("bfloat16", "bfloat16", length) / bandwidth
-            for engine, times in (("transformers", self._of_transformers), ("ropewalk", self._of_runner)):
-                yield {"engine": engine, "length": length, "rope": "none", **times(hf, runner, ids, floor)}
+            for engine, times in (("ropewalk", self._of_runner), ("transformers", self._of_transformers)):
+                yield self._tried({"engine": engine, "length": length, "rope": "none"}, times, hf, runner, ids, floor)
+            if length == self.lengths[0]:
+                about = {"engine": "ropewalk", "length": length, "rope": "none", "rows": _ROWS}
+                yield self._tried(about, self._of_rows, hf, runner, ids, floor)
             for spec in _MAPS if runner.is_compiled else ():
                 runner.use(parse(spec, fields["max_position_embeddings"]), None)
-                yield {"engine": "ropewalk", "length": length, "rope": spec, **self._of_runner(hf, runner, ids, floor)}
+                about = {"engine": "ropewalk", "length": length, "rope": spec}
+                yield self._tried(about, self._of_runner, hf, runner, ids, floor)
             runner.use(parse("none"), None)
-        length = self.lengths[0]
-        caches = [runner.new_cache(length + _STEPS) for _ in range(_ROWS)]
-        for cache in caches:
-            prefill(runner, [n * 7919 % vocabulary for n in range(length)], cache)
-        seconds = self._times(lambda: runner.step([([5], cache) for cache in caches]))
-        yield {"engine": "ropewalk", "length": length, "rope": "none", "rows": _ROWS, "step": median(seconds)}
+
+    def _tried(
+        self, about: Row, times: _Times, hf: PreTrainedModel, runner: Runner, ids: list[int], floor: float
+    ) -> Row:
+        """A measurement. If it fails, its row says why, and the next can be tried."""
+        try:
+            with torch.inference_mode():
+                return {**about, **times(hf, runner, ids, floor)}
+        except (torch.OutOfMemoryError, OutOfMemory):
+            return {**about, "no_memory": True}
+        except Exception as error:
+            return {**about, "failed": _named(error)}
+        finally:
+            self._free()
 
     def _of_runner(self, _: PreTrainedModel, runner: Runner, ids: list[int], floor: float) -> Row:
-        with torch.inference_mode():
-            cache = runner.new_cache(len(ids) + _STEPS + 2)
-            read = self._seconds(lambda: prefill(runner, ids, cache))
-            steps = self._times(lambda: runner.forward([5], cache, 1))
+        warm_up = ids[: CHUNK * runner.chunk_factor]  # the driver loads kernels at their first use
+        prefill(runner, warm_up, runner.new_cache(len(warm_up)))
+        cache = runner.new_cache(len(ids) + _STEPS + 2)
+        read = self._seconds(lambda: prefill(runner, ids, cache))
+        steps = self._times(lambda: runner.forward([5], cache, 1))
         return self._measured(read, steps, floor)
+
+    def _of_rows(self, _: PreTrainedModel, runner: Runner, ids: list[int], __: float) -> Row:
+        caches = [runner.new_cache(len(ids) + _STEPS) for _ in range(_ROWS)]
+        for cache in caches:
+            prefill(runner, ids, cache)
+        return {"step": median(self._times(lambda: runner.step([([5], cache) for cache in caches])))}
 
     def _of_transformers(self, hf: PreTrainedModel, _: Runner, ids: list[int], floor: float) -> Row:
         cache, batch = DynamicCache(config=hf.config), torch.tensor([ids], device=hf.device)
@@ -235,9 +289,9 @@ class GpuCheck:
             logits: Tensor = hf(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             return logits
 
-        with torch.inference_mode():
-            read = self._seconds(lambda: run(batch))
-            steps = self._times(lambda: run(batch[:, :1]))
+        hf(input_ids=batch[:, :CHUNK], use_cache=False, logits_to_keep=1)
+        read = self._seconds(lambda: run(batch))
+        steps = self._times(lambda: run(batch[:, :1]))
         return self._measured(read, steps, floor)
 
     def _measured(self, read: float, steps: list[float], floor: float) -> Row:
@@ -292,6 +346,18 @@ def _copied(hf: PreTrainedModel, device: str, dtype: torch.dtype) -> PreTrainedM
     return other.eval()
 
 
+def _text(length: int) -> list[int]:
+    return [n * 37 % 95 + 1 for n in range(length)]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _in_pieces(runner: Runner, ids: list[int]) -> Tensor:
     """All logits of a text that is read in pieces."""
     cache, logits, at, turn = runner.new_cache(8), list[Tensor](), 0, 0
@@ -325,7 +391,10 @@ def tables(check: GpuCheck) -> list[Table]:
                 f"{row['of_bandwidth']:.0%}",
                 f"{row['peak_gb']:.1f} GB" if "peak_gb" in row else "",
             )
-        elif "rows" in row:
+        elif "no_memory" in row:
+            rope = f"{row['rows']} rows" if "rows" in row else row["rope"]
+            fast.add_row(format_length(row["length"]), row["engine"], rope, "no memory")
+        elif "rows" in row and "step" in row:
             fast.add_row(
                 format_length(row["length"]), row["engine"], f"{row['rows']} rows", "", f"{1000 * row['step']:.2f} ms"
             )

@@ -1,5 +1,6 @@
 """`ropewalk gpu-check`, whose parts run on the CPU here."""
 
+import itertools
 import json
 
 import pytest
@@ -31,7 +32,7 @@ def test_all_parts_on_the_cpu():
     done = run("--device", "cpu", "--geometry", "tiny", "--lengths", "100", "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
-    compared = [row for row in found["rows"] if "difference" in row]
+    compared = [row for row in found["rows"] if row["part"] == "equality" and "difference" in row]
     assert [(row["family"], row["dtype"], row["rope"]) for row in compared] == [
         (family, dtype, rope)
         for family in ("llama", "gemma2")
@@ -40,8 +41,10 @@ def test_all_parts_on_the_cpu():
     ]
     assert all(row["effect"] > 0.1 for row in compared if row["rope"] != "none")
     timed = [(row["engine"], row["rope"]) for row in found["rows"] if "prefill" in row]
-    assert timed[:2] == [("transformers", "none"), ("ropewalk", "none")]
+    assert timed[:2] == [("ropewalk", "none"), ("transformers", "none")]
     assert len(timed) == 5
+    forms = [(row["numbers"], row["rope"], row["form"]) for row in found["rows"] if "form" in row]
+    assert forms == list(itertools.product(("own", "int8"), ("none", "rerope:20|logn"), ("rows", "tree")))
     assert [row["rows"] for row in found["rows"] if "rows" in row] == [8]
     assert found["machine"]["device"] == "cpu"
     for text in ("equality with float64", "100", "8 rows"):
@@ -67,13 +70,35 @@ def test_a_wrong_engine_is_found(monkeypatch):
 @pytest.mark.usefixtures("short")
 def test_a_part_that_fails_does_not_stop_the_rest(monkeypatch):
     def fails(*_):
+        raise ValueError("wrong")
+
+    in_pieces, calls = gpu_check._in_pieces, iter([fails])
+    monkeypatch.setattr(gpu_check, "_in_pieces", lambda *arguments: next(calls, in_pieces)(*arguments))
+    monkeypatch.setattr(GpuCheck, "_forms", lambda _: (row for row in ()))
+    check = GpuCheck("cpu", "tiny", [50], 60)
+    monkeypatch.setattr(check, "_of_transformers", fails)
+    check.run()
+    assert check.failures == [
+        {"part": "equality", "family": "llama", "failed": "ValueError: wrong"},
+        {"part": "speed", "engine": "transformers", "length": 50, "rope": "none", "failed": "ValueError: wrong"},
+    ]
+    assert {row["family"] for row in check.rows if "difference" in row} == {"gemma2"}
+    assert [row["rope"] for row in check.rows if "prefill" in row] == ["none", *gpu_check._MAPS]
+
+
+@pytest.mark.usefixtures("short")
+def test_lack_of_memory_is_no_failure_and_the_next_is_tried(monkeypatch):
+    def fails(*_):
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr(gpu_check, "_in_pieces", fails)
+    monkeypatch.setattr(GpuCheck, "_forms", lambda _: (row for row in ()))
     check = GpuCheck("cpu", "tiny", [50], 60)
-    check.run()
-    assert check.failures == [{"part": "equality", "failed": "OutOfMemoryError: none left"}]
-    assert any("prefill" in row for row in check.rows)
+    monkeypatch.setattr(check, "_of_transformers", fails)
+    check._part("speed", 1.0, check._speed())
+    assert not check.failures
+    assert [row["engine"] for row in check.rows if row.get("no_memory")] == ["transformers"]
+    assert [row["rope"] for row in check.rows if "prefill" in row] == ["none", *gpu_check._MAPS]
+    assert "no memory" in str(list(gpu_check.tables(check)[1].columns[3].cells))
 
 
 def test_a_gpu_that_the_engine_does_not_run_on_is_a_failure():
@@ -85,7 +110,7 @@ def test_a_gpu_that_the_engine_does_not_run_on_is_a_failure():
 def test_it_stops_in_time():
     check = GpuCheck("cpu", "tiny", [50], 0)
     check.run()
-    assert [row.get("stopped") for row in check.rows] == [None, "its time is used up"] * 2
+    assert [row.get("stopped") for row in check.rows] == [None, "its time is used up"] * 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
