@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ropewalk.cli.main import COMMANDS, cli
-from ropewalk.scaling import METHODS, Auto, Scaler
+from ropewalk.scaling import METHODS, Auto, OnLayers, Scaler
 
 SHARED_BY = 2
 """An option that as many commands have in the same words is described once in docs/cli.md."""
@@ -139,6 +139,12 @@ def scaler_table() -> str:
         for name, method in METHODS.built_in.items():
             if method.facet == facet:
                 parts += _method_section(name, method)
+    parts += [
+        "",
+        "## For some layers",
+        "",
+        *_paragraphs(inspect.cleandoc(OnLayers.__doc__ or "").partition("\nArgs:")[0]),
+    ]
     parts += ["", f"## `{Auto.name}`", "", *_paragraphs(Auto.__doc__)]
     return "\n".join(parts) + "\n"
 

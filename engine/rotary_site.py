@@ -147,7 +147,9 @@ class DynamicFrequencies:
 
 def depends_on_length(sites: list[RotarySite], scaler: Scaler) -> bool:
     """True if `scaler`, or a scaling of the model's own that it leaves in place, depends on length."""
-    return any(site.configured.effective(scaler).depends_on_length for site in sites)
+    return any(
+        site.configured.effective(each).depends_on_length for site in sites for each in site.configured.by_layer(scaler)
+    )
 
 
 def primary_rotary(sites: list[RotarySite]) -> RotarySite:

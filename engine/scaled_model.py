@@ -294,7 +294,10 @@ class ScaledModel:
         reach, configured = self.reach, primary_rotary(self.sites).configured
         rope = str(self.plan)
         if configured.scaling_text:
-            relation = "in place of" if self.rope.member("frequencies") else "over"
+            method = self.rope.member("frequencies")
+            relation = "over" if method is None else "in place of"
+            if method is not None and method.differs_by_layer:
+                relation = "in its layers in place of"
             rope += f", {relation} the config's own {configured.scaling_text}"
         lines = {
             "model": f"{self.name} ({type(self.hf).__name__}, {hf_model.weight_count(self.hf) / 1e6:.0f}M parameters)",

@@ -10,6 +10,7 @@ if not __name__.startswith("ropewalk."):
     raise ImportError("import this package as 'ropewalk.scaling'")
 
 from .base import Base, BaseBound, CriticalBase
+from .by_layer import OnLayers
 from .dprope import DPRoPE
 from .interpolation import NTK, CoPE, DynamicNTK, Linear, NTKFixed, NTKMixed, Resonance
 from .lengths import format_length, parse_length
@@ -51,6 +52,7 @@ __all__ = [
     "NTKByParts",
     "NTKFixed",
     "NTKMixed",
+    "OnLayers",
     "ReRoPE",
     "Resonance",
     "RopeSpec",

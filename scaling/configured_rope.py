@@ -28,6 +28,7 @@ class ConfiguredRope:
             further. Configs to which a user has added yarn, as model cards advise, look like this.
         temperature: the temperature that the model was trained with, which its own code applies under every scaler;
             None for most models.
+        layers: the indices of the layers with this embedding; None if they are not known.
     """
 
     rope: RopeSpec
@@ -36,6 +37,7 @@ class ConfiguredRope:
     head_dim: int | None = None
     declares_trained_length: bool = False
     temperature: Scaler | None = None
+    layers: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, rope: RopeSpec, scaler: Scaler, declared: int, *, head_dim: int | None = None) -> ConfiguredRope:
@@ -80,6 +82,18 @@ class ConfiguredRope:
             "original_max_position_embeddings in rope_parameters would state it"
         )
 
+    def by_layer(self, scaler: Scaler) -> tuple[Scaler, ...]:
+        """The different scalers of the layers under `scaler`; the methods below take one of these.
+
+        Raises:
+            ConfigError: the layers differ, and it is not known which layers have this embedding.
+        """
+        if not scaler.differs_by_layer:
+            return (scaler,)
+        if self.layers is None:
+            raise ConfigError(f"{scaler}: it is not known which layers have which frequencies; use one for all layers")
+        return tuple(dict.fromkeys(scaler.on(layer) for layer in self.layers))
+
     def effective(self, scaler: Scaler) -> Scaler:
         """`scaler`, joined with the model's own scaling if it does not set the frequencies itself."""
         return scaler if scaler.member("frequencies") else compose(*self.scaler.parts, *scaler.parts)
@@ -92,15 +106,26 @@ class ConfiguredRope:
         return dataclasses.replace(self.rope, trained_length=self.max_length)
 
     def reach(self, scaler: Scaler) -> float:
-        """The number of tokens that the model reaches under `scaler`."""
+        """The number of tokens that the model reaches under `scaler`, which may differ by layer."""
+        return min((self._reach(each) for each in self.by_layer(scaler)), default=math.inf)
+
+    def _reach(self, scaler: Scaler) -> float:
         if not scaler.member("frequencies") and math.isinf(self.scaler.reach(self.rope)):
             return math.inf
         return scaler.reach(self.rope_for(scaler))
 
     def check(self, scaler: Scaler) -> None:
-        """Raise ConfigError if a scaler does not work here, or reaches less than the model's own scaling."""
+        """Raise ConfigError if a scaler does not work here, or reaches less than the model's own scaling.
+
+        Args:
+            scaler: it may differ by layer.
+        """
+        for each in self.by_layer(scaler):
+            self._check(each)
+
+    def _check(self, scaler: Scaler) -> None:
         scaler.check(self.rope_for(scaler))
-        reach, limit, trained = self.reach(scaler), self.max_length, self.rope.trained_length
+        reach, limit, trained = self._reach(scaler), self.max_length, self.rope.trained_length
         if self.scaler.parts and reach < limit:
             raise ConfigError(
                 f"{scaler} replaces this model's own {self.scaler.name} scaling and reaches "

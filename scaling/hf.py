@@ -86,11 +86,25 @@ def read(config: Any) -> dict[str | None, ConfiguredRope]:
             f"{name} has no rotary embedding to scale: no rope_parameters, rope_scaling or rope_theta in its config"
         )
     if not any(isinstance(value, Mapping) for value in parameters.values()):
-        return {None: _read_entry(name, config, _with_outside_length(config, parameters))}
+        entry = _read_entry(name, config, _with_outside_length(config, parameters))
+        return {None: dataclasses.replace(entry, layers=_layers_of(config, None))}
     return {
-        layer_type: _read_entry(f"{name} ({layer_type})", _layer_config(name, config, layer_type), entry)
+        layer_type: dataclasses.replace(
+            _read_entry(f"{name} ({layer_type})", _layer_config(name, config, layer_type), entry),
+            layers=_layers_of(config, layer_type),
+        )
         for layer_type, entry in _layer_entries(name, config, parameters).items()
     }
+
+
+def _layers_of(config: Any, layer_type: str | None) -> tuple[int, ...] | None:
+    """The indices of the layers of a type, None for all; None if the config does not give them."""
+    count, types = getattr(config, "num_hidden_layers", None), getattr(config, "layer_types", None)
+    if layer_type is None:
+        return tuple(range(count)) if isinstance(count, int) else None
+    if not isinstance(types, list | tuple) or layer_type not in types:
+        return None
+    return tuple(index for index, kind in enumerate(types) if kind == layer_type)
 
 
 def is_local(layer_type: str | None) -> bool:

@@ -158,6 +158,8 @@ def check_frequencies_only(scaler: Scaler) -> None:
     Raises:
         ConfigError: it sets more; names the part that does.
     """
+    if scaler.differs_by_layer:
+        raise ConfigError(f"{scaler} differs by layer, which a model file cannot hold; patch the model where it runs")
     for part in scaler.parts:
         if part.facet not in ("frequencies", "wavelength grid"):
             raise ConfigError(

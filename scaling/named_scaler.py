@@ -96,6 +96,11 @@ def check_named(scaler: Scaler, configured: ConfiguredRope, length: int | None) 
     """
     if isinstance(scaler, Auto):
         raise ConfigError("'auto' chooses a scaler for every request, and a config names one; name it")
+    if scaler.differs_by_layer:
+        raise ConfigError(
+            f"{scaler} differs by layer, which ropewalk's plug-in for vLLM does not compute; take one scaler for all "
+            "layers, or ropewalk.patch"
+        )
     configured.check(scaler)
     if configured.effective(scaler).depends_on_length and length is None:
         raise ConfigError(

@@ -6,13 +6,14 @@ The score of query i on key j in a RoPE model is
 
 A context-extension method changes the frequencies `w` (with one factor on cos and sin), the position
 maps `Pq, Pk`, or the temperature `t`. A `Scaler` is a frozen value that sets one of these facets.
-Scalers of different facets compose with `|`.
+Scalers of different facets compose with `|`, and so do scalers of one facet for different layers (`by_layer.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -23,6 +24,8 @@ from .band import PLAIN, Band
 from .lengths import format_length
 
 Facet = Literal["frequencies", "wavelength grid", "positions", "temperature"]
+
+ALL_LAYERS = (range(sys.maxsize),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,8 +131,22 @@ class Scaler:
         """The scalers that are composed here, in order. `none` has no parts."""
         return () if type(self) is Scaler else (self,)
 
+    @property
+    def changed_layers(self) -> tuple[range, ...]:
+        """The layers that it changes, counted from 0."""
+        return ALL_LAYERS
+
+    @property
+    def differs_by_layer(self) -> bool:
+        """True if it is not the same for all layers. Then only `on` gives a scaler that can be computed."""
+        return False
+
+    def on(self, layer: int) -> Scaler:
+        """The scaler of the layer with this index."""
+        return self
+
     def member(self, facet: Facet) -> Scaler | None:
-        """The part that sets `facet`, or None."""
+        """The part that sets `facet`, or None. If the layers differ, it is the first of such parts."""
         return next((part for part in self.parts if part.facet == facet), None)
 
     def rope_for_positions(self, rope: RopeSpec) -> RopeSpec:
@@ -157,16 +174,18 @@ class Composition(Scaler):
     members: tuple[Scaler, ...]
 
     def __post_init__(self) -> None:
-        seen: dict[str, Scaler] = {}
-        for member in self.members:
+        for index, member in enumerate(self.members):
             if member.facet is None:
                 raise ConfigError(
                     f"{member.name!r} is a whole scaler and cannot be joined with others by '|'; use it alone"
                 )
-            facet = str(member.facet)
-            if facet in seen:
-                raise ConfigError(f"{seen[facet].name!r} and {member.name!r} both set the {facet}; keep one of them")
-            seen[facet] = member
+            for other in self.members[:index]:
+                if other.facet == member.facet and (layer := _shared_layer(other, member)) is not None:
+                    by_layer = other.differs_by_layer or member.differs_by_layer
+                    where = f" of layer {layer}" if by_layer else ""
+                    raise ConfigError(
+                        f"{other.name!r} and {member.name!r} both set the {member.facet}{where}; keep one of them"
+                    )
 
     def __str__(self) -> str:
         return "|".join(map(str, self.members))
@@ -178,6 +197,15 @@ class Composition(Scaler):
     @property
     def parts(self) -> tuple[Scaler, ...]:
         return self.members
+
+    @property
+    def differs_by_layer(self) -> bool:
+        return any(m.differs_by_layer for m in self.members)
+
+    def on(self, layer: int) -> Scaler:
+        if not self.differs_by_layer:
+            return self
+        return compose(*(part for m in self.members for part in m.on(layer).parts))
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
         method, grid = self.member("frequencies") or Scaler(), self.member("wavelength grid") or Scaler()
@@ -209,6 +237,12 @@ def compose(*scalers: Scaler) -> Scaler:
     if not scalers:
         return Scaler()
     return scalers[0] if len(scalers) == 1 else Composition(members=tuple(scalers))
+
+
+def _shared_layer(one: Scaler, other: Scaler) -> int | None:
+    """The first layer that both scalers change, or None."""
+    pairs = [(a, b) for a in one.changed_layers for b in other.changed_layers]
+    return min((max(a.start, b.start) for a, b in pairs if max(a.start, b.start) < min(a.stop, b.stop)), default=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,14 @@ from ..errors import ConfigError, did_you_mean
 from ..plugins import Plugins
 from .band import Band
 from .base import Base, BaseBound, CriticalBase
+from .by_layer import OnLayers, parse_layers
 from .dprope import DPRoPE
 from .interpolation import NTK, CoPE, DynamicNTK, Linear, NTKFixed, NTKMixed, Resonance
 from .lengths import TrainedLength, format_length, parse_length
 from .longrope import LongRoPE
 from .position_groups import DPE, SelfLogistic
 from .positions import DualChunk, JetLong, LeakyReRoPE, ReRoPE, SelfExtend, SinkWindow, String
-from .rope import Facet, Frequencies, RopeSpec, Scaler, compose
+from .rope import ALL_LAYERS, Facet, Frequencies, RopeSpec, Scaler, compose
 from .temperature import InfoScale, LogN, StepLog, Temperature
 from .yarn import AlphaRoPE, DynamicYaRN, Llama3, MrRoPE, NTKByParts, YaRN
 
@@ -201,10 +202,13 @@ def parse(spec: str | Scaler | None, trained_length: TrainedLength = None) -> Sc
 
     A spec is one or more methods joined by `|`. A method is `name`, `name:value` or `name:field=value,...`; the first
     value needs no field name. Lists of numbers are joined by `/`. Lengths are 512, 8k (k = 1024) or, if
-    the trained length is known, a multiple such as 0.5x. `"auto"` selects a scaler by the length of each request.
+    the trained length is known, a multiple such as 0.5x. A method for some layers has them at its end, after `@`:
+    `OnLayers`. `"auto"` selects a scaler by the length of each request.
 
     >>> parse("yarn:4").factor
     4.0
+    >>> parse("yarn:2@0-9|yarn:4@10-").on(12)
+    YaRN(factor=4.0)
     >>> parse("rerope:0.5x", trained_length=8192).window
     4096
 
@@ -223,8 +227,17 @@ def parse(spec: str | Scaler | None, trained_length: TrainedLength = None) -> Sc
         return spec
     if not isinstance(spec, str):
         raise ConfigError(f"a scaler must be a string such as 'yarn:4', not {type(spec).__name__}")
-    members = [_parse_method(part, trained_length) for part in spec.split("|")]
+    members = [_parse_part(part, trained_length) for part in spec.split("|")]
     return compose(*(part for member in members for part in member.parts))
+
+
+def _parse_part(text: str, trained_length: TrainedLength) -> Scaler:
+    written, at, layers = text.partition("@")
+    method = _parse_method(written, trained_length)
+    if not at:
+        return method
+    found = parse_layers(layers)
+    return method if found == ALL_LAYERS else OnLayers(scaler=method, layers=found)
 
 
 def _parse_method(text: str, trained_length: TrainedLength) -> Scaler:

@@ -121,9 +121,9 @@ class Segment:
         return pair_positions(self.bands[band].key, j) - pair_positions(self.stored, j)
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
-    """A scaler on the layers of one rotary site.
+    """A scaler on layers of one rotary site.
 
     Args:
         length: the fixed length of a scaler that depends on the length; None lets it grow with each sequence.

@@ -72,6 +72,8 @@ def _check_carried(scaler: Scaler, configured: hf.ConfiguredRope) -> None:
     try:
         hf_write.check_frequencies_only(scaler)
     except ConfigError as error:
+        if scaler.differs_by_layer:
+            raise
         reach = configured.reach(scaler)
         member = scaler.member("frequencies")
         factor = reach / configured.rope.trained_length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import weakref
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from ...errors import PatchError, UnsupportedModel, warn
+from ...errors import ConfigError, PatchError, UnsupportedModel, warn
 from ...scaling.lengths import format_length
 from ...scaling.rope import Frequencies, Scaler
 from ..attention.banded import banded_attention
@@ -33,7 +34,9 @@ _TOLERANCE_16_BIT = 5e-2
 
 Work = list[tuple[KeyRun, list[Segment]]]
 
-_last_call = threading.local()  # `last`: the last call of this thread and its work
+_NO_CALL: tuple[None, list[KeyRun], dict[Plan, Work]] = (None, [], {})
+
+_last_call = threading.local()  # `last`: the last call of this thread, its runs, and the work of every plan
 
 
 class BandPatch:
@@ -61,6 +64,7 @@ class BandPatch:
         self._hook = AttentionHook(model)
         self._rotary = RotaryHook(site.module for site in sites)
         self._layers, self._without_positions = self._probed()
+        self._check_layers()
         self._plan(Scaler(), None)
         self._window_frequencies: dict[object, tuple[Frequencies, Copies]] = {}
         self._warned = False
@@ -87,9 +91,10 @@ class BandPatch:
         self.derived.restore()
 
     def _plan(self, scaler: Scaler, length: int | None) -> None:
-        used = {layer.site for layer in self._layers.values() if not layer.is_local}
-        plans = {site: Plan(site or primary_rotary(self.sites), scaler, length) for site in used}
-        self._plans, self._planned = plans, (scaler, length)
+        keys = {index: (rope.site, scaler.on(index)) for index, rope in self._layers.items() if not rope.is_local}
+        plans = {key: Plan(key[0] or primary_rotary(self.sites), key[1], length) for key in set(keys.values())}
+        self._plans = {index: plans[key] for index, key in keys.items()}
+        self._planned = scaler, length
 
     def _probed(self) -> tuple[dict[int, LayerRope], list[nn.Module]]:
         layers, without_positions = layer_ropes(self._model, self.sites)
@@ -100,6 +105,21 @@ class BandPatch:
                 "give length= to a scaler that depends on the length"
             )
         return layers, without_positions
+
+    def _check_layers(self) -> None:
+        """Refuse a part of the scaler for layers that the model does not have, or in which it does nothing."""
+        last = max(self._layers)
+        for part in self.scaler.parts:
+            if not part.differs_by_layer:
+                continue
+            named = part.changed_layers[-1]
+            if named.start > last or last + 1 < named.stop < sys.maxsize:
+                raise ConfigError(f"{part}: the model has the layers 0 to {last} only")
+            if not any(part.on(index).parts and _changes(part, rope) for index, rope in self._layers.items()):
+                raise ConfigError(
+                    f"{part} changes nothing: these layers of {type(self._model).__name__} see a sliding window only, "
+                    "or do not rotate"
+                )
 
     def _install(self) -> None:
         rounded = any(site.inv_freq.dtype not in _TOLERANCE for site in self.sites)  # as after `model.bfloat16()`
@@ -186,7 +206,8 @@ class BandPatch:
         _check_call(others)
         layer = self._layers[module.layer_idx]  # type: ignore[index]
         if layer.is_local:
-            query, key = self._rotate_in_window(layer, query, key, attention_mask)
+            scaler = self._planned[0].on(module.layer_idx)  # type: ignore[arg-type]
+            query, key = self._rotate_in_window(layer, scaler, query, key, attention_mask)
             arguments = {**others, "position_ids": position_ids, "dropout": dropout, "scaling": scaling}
             arguments |= {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux)) if v is not None}
             out, _ = unpatched_attention(module)(module, query, key, value, attention_mask, **arguments)
@@ -199,25 +220,24 @@ class BandPatch:
             value,
             AttentionScore(scale=scale, softcap=softcap, dropout=dropout if module.training else 0.0),
             layer.layout,
-            self._work(layer.site, positions, attention_mask, query, key),
+            self._work(self._plans[module.layer_idx], positions, attention_mask, query, key),  # type: ignore[index]
             s_aux,
             getattr(key, "rotated", None),
         )
         return out.transpose(1, 2).contiguous(), None
 
-    def _work(
-        self, site: RotarySite | None, positions: Tensor, mask: Tensor | None, query: Tensor, key: Tensor
-    ) -> Work:
-        """The runs of the call with their segments. All layers of a forward pass have the same, so it is made once."""
-        call = (self._planned, key.shape[2], *map(_reference, (self, site, positions, mask)))
-        last_call, work = getattr(_last_call, "last", (None, []))
-        if last_call == call:
-            return work
-        runs = key_runs(positions, mask, query.shape[0], query.shape[2], key.shape[2])
-        self._warn_beyond_reach(runs)
-        work = [(run, self._plans[site].segments(run, query.device)) for run in runs]
-        _last_call.last = call, work
-        return work
+    def _work(self, plan: Plan, positions: Tensor, mask: Tensor | None, query: Tensor, key: Tensor) -> Work:
+        """The runs of the call with their segments. All layers of a plan have the same, so it is made once."""
+        call = (self._planned, key.shape[2], *map(_reference, (self, positions, mask)))
+        last_call, runs, works = getattr(_last_call, "last", _NO_CALL)
+        if last_call != call:
+            runs = key_runs(positions, mask, query.shape[0], query.shape[2], key.shape[2])
+            self._warn_beyond_reach(runs)
+            works = {}
+            _last_call.last = call, runs, works
+        if plan not in works:
+            works[plan] = [(run, plan.segments(run, query.device)) for run in runs]
+        return works[plan]
 
     def _warn_beyond_reach(self, runs: list[KeyRun]) -> None:
         reach = primary_rotary(self.sites).configured.reach(self.scaler)
@@ -231,7 +251,9 @@ class BandPatch:
                 "some distances are longer than in training",
             )
 
-    def _rotate_in_window(self, layer: LayerRope, query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    def _rotate_in_window(
+        self, layer: LayerRope, scaler: Scaler, query: Tensor, key: Tensor, mask: Any
+    ) -> tuple[Tensor, Tensor]:
         """Rotate the queries and keys of a layer with a sliding window, before attention.
 
         Positions count from the first key of the layer, and not from the start of the text. If such a layer shares its
@@ -241,7 +263,7 @@ class BandPatch:
         if layer.layout is None or layer.site is None:
             return query, key
         offset = _first_query_index(mask, query.shape[2], key.shape[2])
-        scaler, length = self._planned
+        length = self._planned[1]
         effective = layer.site.configured.effective(scaler)
         grows = effective.depends_on_length and length is None
         used = layer.site.configured.scaler if layer.site.is_local or grows else effective
@@ -282,7 +304,7 @@ def _use_rotated_layers(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _clear_last_call(*_: Any) -> None:
-    _last_call.last = None, []
+    _last_call.last = _NO_CALL
 
 
 def _reference(value: Any) -> Any:
@@ -295,6 +317,13 @@ class _Reference(weakref.ref):  # type: ignore[type-arg]
         return isinstance(other, _Reference) and self() is other() is not None
 
     __hash__ = weakref.ref.__hash__
+
+
+def _changes(part: Scaler, layer: LayerRope) -> bool:
+    """False if `part` of a scaler changes nothing in a layer."""
+    if part.facet in ("positions", "temperature"):
+        return not layer.is_local
+    return layer.site is not None and not layer.site.is_local
 
 
 def _first_query_index(mask: Any, queries: int, keys: int) -> int:

@@ -52,15 +52,22 @@ class DerivedNumbers:
         sites: the rotary sites whose frequencies the scaler replaces.
 
     Raises:
-        UnsupportedModel: the model cannot be built from its config, or its numbers differ from those of its config.
+        UnsupportedModel: the model cannot be built from its config, or its numbers differ from those of its config; or
+            it has such numbers, and the scaler sets other frequencies in some layers than in others.
     """
 
     def __init__(self, model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler) -> None:
         model = language_model(model)
         self._wanted: list[tuple[nn.Module, str, float]] = []
         self._originals: list[float] = []
-        if scaler.member("frequencies") is None or not derives_numbers(type(model), model.config):
+        method = scaler.member("frequencies")
+        if method is None or not derives_numbers(type(model), model.config):
             return
+        if method.differs_by_layer:
+            raise UnsupportedModel(
+                f"{type(model).__name__} computes more than its frequencies from rope_parameters, for all layers at "
+                f"once, and {scaler} differs by layer; take one frequency method for all layers"
+            )
         parameters = {site.layer_type: parameters_under(site.configured, scaler) for site in sites}
         before = derived_numbers(type(model), model.config)
         for (name, attribute), value in derived_numbers(type(model), model.config, parameters).items():

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import ConfigError, PatchError, UnsupportedModel, warn
+from ...scaling.by_layer import format_layers, layer_groups
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
@@ -40,7 +41,7 @@ def install(model: PreTrainedModel, sites: list[RotarySite], scaler: Scaler, *, 
         UnsupportedModel: the model does not allow the patch that this scaler needs.
     """
     follows = depends_on_length([site for site in sites if not site.is_local], scaler)
-    if scaler.member("positions") or (grows and follows and scaler.parts):
+    if scaler.differs_by_layer or scaler.member("positions") or (grows and follows and scaler.parts):
         return BandPatch(model, sites, scaler)
     if scaler.member("temperature"):
         return TemperaturePatch(model, sites, scaler)
@@ -101,7 +102,9 @@ def patched_with(model: nn.Module) -> Scaler | None:
 
 
 def _save(model: PreTrainedModel, scaler: Scaler, *args: Any, **options: Any) -> Any:
-    exportable = scaler.member("positions") is None and scaler.member("temperature") is None
+    exportable = not scaler.differs_by_layer and all(
+        scaler.member(facet) is None for facet in ("positions", "temperature")
+    )
     export = "; ropewalk.export(model, FOLDER) writes a config that has it" if exportable else ""
     warn(
         f"save_pretrained writes the weights and the config without the patch {scaler}, so a model that is loaded from "
@@ -155,30 +158,38 @@ class PatchHandle:
         left_alone = [s.layer_type or "" for s in self._installed.sites if s.is_local]
         layers = ", ".join(s.layer_type or "all" for s in sites)
         reach = "any length" if math.isinf(self.reach) else f"{format_length(int(self.reach))} tokens"
-        effective = site.configured.effective(self.scaler)
-        frequencies = effective.frequencies(site.configured.rope, self.length)
+        trained = format_length(site.configured.rope.trained_length)
         lines = {
             "scaler": str(self.scaler),
             "tier": self._installed.tier,
             "layers": layers + (f" (left alone: {', '.join(left_alone)})" if left_alone else ""),
+            "reach": f"{reach} (trained: {trained}{site.configured.scaling_note})",
         }
-        if self.scaler.member("positions"):
-            lines["bands"] = ", ".join(band.name for band in site.bands(self.scaler, self.length))
+        if self.scaler.differs_by_layer:
+            count = self._model.config.get_text_config().num_hidden_layers
+            for scaler, ranges in layer_groups(self.scaler, count).items():
+                details = ", ".join(f"{name} {text}" for name, text in self._details(site, scaler).items())
+                lines[f"layers {format_layers(ranges)}"] = f"{scaler}: {details}"
+        else:
+            lines |= self._details(site, self.scaler)
+        lines["cost"] = self._installed.cost
+        if site.configured.temperature is not None:
+            lines["temperature"] = f"{site.configured.temperature}, the model's own, under every scaler"
+        width = max(map(len, lines))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+    def _details(self, site: RotarySite, scaler: Scaler) -> dict[str, str]:
+        """Bands, length and factor of a scaler that is the same for all layers."""
+        effective, lines = site.configured.effective(scaler), {}
+        if scaler.member("positions"):
+            lines["bands"] = ", ".join(band.name for band in site.bands(scaler, self.length))
         if effective.depends_on_length:
             step = effective.growing_step(site.configured.rope)
             grows = f"grows with each sequence, in steps of {step} beyond {site.configured.rope.trained_length}"
             grows = grows if self.scaler.parts else "as in transformers: that of the longest text of a batch"
             lines["length"] = grows if self.length is None else f"fixed at {format_length(self.length)} tokens"
-        trained = format_length(site.configured.rope.trained_length)
-        lines |= {
-            "reach": f"{reach} (trained: {trained}{site.configured.scaling_note})",
-            "factor on cos and sin": f"{frequencies.attention_factor:.6g}",
-            "cost": self._installed.cost,
-        }
-        if site.configured.temperature is not None:
-            lines["temperature"] = f"{site.configured.temperature}, the model's own, under every scaler"
-        width = max(map(len, lines))
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+        frequencies = effective.frequencies(site.configured.rope, self.length)
+        return {**lines, "factor on cos and sin": f"{frequencies.attention_factor:.6g}"}
 
     def __str__(self) -> str:
         return self.describe() if self.active else f"the patch {self.scaler}, undone"

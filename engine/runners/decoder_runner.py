@@ -58,8 +58,9 @@ class DecoderRunner(TransformersRunner):
         self._decoder, self._dtype, self._folder = decoder, cache, folder
         self._primary = primary_rotary(sites)
         ropes, _ = layer_ropes(hf, sites)
-        self._groups, self._group_of = groups_of(decoder, ropes)
+        self._groups, self._group_of_layer = groups_of(decoder, ropes)
         self._rotations: list[RotationTable] = []
+        self._rotation_of: list[int] = []
 
     def use(self, scaler: Scaler, length: int | None) -> None:
         if self._rotations and (scaler, length) == self.rope_state:
@@ -68,7 +69,14 @@ class DecoderRunner(TransformersRunner):
         super().use(scaler, length)
         if any(group.window for group in self._groups):
             self._sink_window = None  # such layers see the keys just before a query, which may be evicted
-        self._rotations = [RotationTable(group, self._primary, scaler, length) for group in self._groups]
+        self._rotations, self._rotation_of = self._rotations_under(scaler, length)
+
+    def _rotations_under(self, scaler: Scaler, length: int | None) -> tuple[list[RotationTable], list[int]]:
+        """A table for every group of layers that also have the same scaler, and the index of every layer's table."""
+        keys = [(group, scaler.on(layer)) for layer, group in enumerate(self._group_of_layer)]
+        places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        tables = [RotationTable(self._groups[group], self._primary, each, length) for group, each in places]
+        return tables, [places[key] for key in keys]
 
     @property
     def bytes_per_token(self) -> int:
@@ -151,7 +159,7 @@ class DecoderRunner(TransformersRunner):
         chunks = [SkimAttention(rotation, sample, self.cache_shape.device) for rotation in self._rotations]
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
-            return chunks[self._group_of[index]].attend(q, k, v, score)
+            return chunks[self._rotation_of[index]].attend(q, k, v, score)
 
         return self._run_chunk(ids, attend, logits_to_keep)
 
@@ -194,9 +202,9 @@ class DecoderRunner(TransformersRunner):
     def rotate_cached_keys(self, cache: Cache, before: RopeState) -> bool:
         if not isinstance(cache, KVCache) or cache.layers[0].evicted:
             return False
-        earlier = [RotationTable(group, self._primary, *before) for group in self._groups]
-        for group, layer in zip(self._group_of, cache.layers, strict=True):
-            rotate_cached_keys(layer, earlier[group], self._rotations[group])
+        earlier, earlier_of = self._rotations_under(*before)
+        for layer, old, new in zip(cache.layers, earlier_of, self._rotation_of, strict=True):
+            rotate_cached_keys(layer, earlier[old], self._rotations[new])
         return True
 
     def _evict(self, *caches: Cache) -> None:
@@ -206,4 +214,4 @@ class DecoderRunner(TransformersRunner):
                 evict(cache, self.sink_window, moved)
 
     def _moved_keys(self, cache: KVCache, index: int, first: int, count: int) -> Tensor:
-        return self._rotations[self._group_of[index]].moved_keys(cache.layers[index], first, count)
+        return self._rotations[self._rotation_of[index]].moved_keys(cache.layers[index], first, count)

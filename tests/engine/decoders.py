@@ -191,6 +191,11 @@ SPECS = [
     "dynamic-ntk|dual-chunk|temperature:1.1",
     "dynamic-yarn|jet-long:20|logn",
     "resonance|self-extend:4,window=20|logn",
+    "yarn:2@0|yarn:4@1-",
+    "logn@1|yarn:4@0/2|resonance@2",
+    "rerope:20@1|yarn:2@0|logn@1-",
+    "self-extend:4,window=20@0|dual-chunk@1|sink-window:30@2",
+    "dynamic-yarn@1-|jet-long:20@0",
 ]
 
 LAYERED = ["ministral", "qwen2", "smollm3", "smollm3-windows", "gemma2", "gemma3_text"]

@@ -27,6 +27,8 @@ SPECS = [
     "ntk:4|rerope:20|logn",
     "dynamic-ntk|dual-chunk|temperature:1.1",
     "resonance|self-extend:4,window=20|logn",
+    "yarn:2@0|yarn:4@1-",
+    "dynamic-yarn:step=16@1|rerope:20@0|logn@1",
 ]
 
 

@@ -28,6 +28,7 @@ SPECS = [
     "logn",
     "step-log:length=16",
     "temperature:0.8",
+    "yarn:4@0|logn@0",
 ]
 LONG = TEXT * 8  # beyond the trained length
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import string
 from typing import Any
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from inputs import text
 from parser import Parser
 
-from ropewalk.scaling import METHODS, BaseBound, RopeSpec, parse
+from ropewalk.scaling import METHODS, BaseBound, OnLayers, RopeSpec, parse
+from ropewalk.scaling.by_layer import layer_groups
 from ropewalk.scaling.lengths import format_length, parse_length
 
 ROPE = RopeSpec(dim=64, base=10_000.0, trained_length=8192)
@@ -71,6 +73,13 @@ def _valid_values() -> dict[str, st.SearchStrategy[str]]:
     }  # fmt: skip
 
 
+def _layers() -> st.SearchStrategy[str]:
+    """What stands behind a method: nothing, or its layers."""
+    bounds = st.lists(st.integers(0, 60), min_size=1, max_size=4, unique=True).map(sorted)
+    several = bounds.map(lambda at: "@" + "/".join(f"{a}-{a + (b - a) // 2}" for a, b in itertools.pairwise([*at, 99])))
+    return st.sampled_from(["", "", "", "", "", "@3", "@0-9", " @ 10-", "@0-", "@5/6-7", "@9-1", "@"]) | several
+
+
 def _valid_specs() -> st.SearchStrategy[str]:
     """Methods of different facets with fields and values of their own; a few are refused for how values go together."""
     values, facets = _valid_values(), sorted({method.facet for method in METHODS.values() if method.facet})
@@ -89,7 +98,7 @@ def _valid_specs() -> st.SearchStrategy[str]:
         named = [f"{field.name}={value}" for field, value in draw(st.permutations(items[len(bare) :]))]
         joined = draw(st.sampled_from([",", ", "])).join([value for _, value in bare] + named)
         shown = draw(st.sampled_from([name, name, name.upper(), f" {name} "]))
-        return f"{shown}:{joined}" if joined else shown
+        return (f"{shown}:{joined}" if joined else shown) + draw(_layers())
 
     @st.composite
     def several(draw: st.DrawFn) -> str:
@@ -137,16 +146,18 @@ def _specs() -> st.SearchStrategy[str]:
 def _spec(value: str) -> None:
     scaler = parse(value, 8192)
     assert parse(str(scaler)) == scaler
-    searched = [part.length for part in scaler.parts if isinstance(part, BaseBound)]
+    methods = [part.scaler if isinstance(part, OnLayers) else part for part in scaler.parts]
+    searched = [method.length for method in methods if isinstance(method, BaseBound)]
     if max(searched, default=0) > 2**15:
         return  # a base that is searched exactly takes time by the length, which is no matter of parsing
-    scaler.check(ROPE)
-    for length in (None, 100, 16384):
-        found = scaler.frequencies(ROPE, length)
-        assert found.inv_freq.isfinite().all() and math.isfinite(found.attention_factor)
-        assert scaler.bands(ROPE, length)
-    assert scaler.logit_factor(torch.tensor([0, 100, 16383]), ROPE).isfinite().all()
-    assert scaler.reach(ROPE) > 0 and scaler.growing_step(ROPE) > 0
+    for each in layer_groups(scaler):
+        each.check(ROPE)
+        for length in (None, 100, 16384):
+            found = each.frequencies(ROPE, length)
+            assert found.inv_freq.isfinite().all() and math.isfinite(found.attention_factor)
+            assert each.bands(ROPE, length)
+        assert each.logit_factor(torch.tensor([0, 100, 16383]), ROPE).isfinite().all()
+        assert each.reach(ROPE) > 0 and each.growing_step(ROPE) > 0
 
 
 SPECS: dict[str, Parser] = {

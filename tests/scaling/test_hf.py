@@ -237,7 +237,10 @@ def test_config_json_of_a_released_model() -> None:
     document = json.loads(text)
     assert read(document) == {
         None: ConfiguredRope(
-            rope=RopeSpec(dim=16, base=5e5, trained_length=8192), scaler=Llama3(factor=8), max_length=131072
+            rope=RopeSpec(dim=16, base=5e5, trained_length=8192),
+            scaler=Llama3(factor=8),
+            max_length=131072,
+            layers=tuple(range(32)),
         )
     }
     assert document == json.loads(text)  # the classes of transformers change their input

@@ -80,12 +80,12 @@ class CompiledRunner(DecoderRunner):
             narrow = HAS_BFLOAT16_PRODUCTS and (is_rounded or hf.dtype == torch.bfloat16)
             precision = "bfloat16" if narrow else "float32"
         self._products = getattr(torch, precision)
-        self._tables = Tables.of(self._decoder, self._groups, self._group_of)
+        self._tables = Tables.of(self._decoder, self._groups)
         self._layers = DecoderLayers(self._decoder, self._tables)
         self.use(Scaler(), None)
         self._verify_chunk()  # before weights are rounded
         if weights == "int8":
-            self._tables = Tables.of(self._decoder, self._groups, self._group_of, StoredLinear.rounded_to_int8)
+            self._tables = Tables.of(self._decoder, self._groups, StoredLinear.rounded_to_int8)
             self._layers = DecoderLayers(self._decoder, self._tables)
         self._verify_step()
 
@@ -164,7 +164,7 @@ class CompiledRunner(DecoderRunner):
             KINDS[self._dtype],
             tables.linears,
             tables.norms,
-            tables.groups,
+            np.array(self._rotation_of, np.int64),
             x,
             self._angles(positions),
             parts,
@@ -264,7 +264,7 @@ class CompiledRunner(DecoderRunner):
         chunks = [attention(rotation, run) for rotation in self._rotations]
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
-            return chunks[self._group_of[index]].attend(q, k, v, cache.layers[index], score)
+            return chunks[self._rotation_of[index]].attend(q, k, v, cache.layers[index], score)
 
         return self._run_chunk(ids, attend, logits_to_keep, products)
 

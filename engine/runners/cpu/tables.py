@@ -105,14 +105,13 @@ class Tables:
     formats: list[str]
     linears: np.ndarray[Any, Any]
     norms: np.ndarray[Any, Any]
-    groups: np.ndarray[Any, Any]
     head: np.ndarray[Any, Any]
     half: int
     stored: list[tuple[StoredLinear, ...]] = field(repr=False)
     stored_head: StoredLinear = field(repr=False)
 
     @classmethod
-    def of(cls, d: Decoder, groups: list[LayerGroup], group_of: list[int], make: Make | None = None) -> Tables:
+    def of(cls, d: Decoder, groups: list[LayerGroup], make: Make | None = None) -> Tables:
         """The tables of a decoder.
 
         Args:
@@ -146,7 +145,6 @@ class Tables:
             formats=formats,
             linears=np.array([[linear.table for linear in linears] for linears in stored], np.int64),
             norms=np.array([*norms, [d.final_norm.data_ptr(), 0, 0, 0, 0, 0]], np.int64),
-            groups=np.array(group_of, np.int64),
             head=np.array([head.table], np.int64),
             half=layout.dim // 2,
             stored=stored,

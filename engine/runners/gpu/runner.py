@@ -112,17 +112,17 @@ class GpuRunner(DecoderRunner):
         if step is None:
             exact = self.hf.dtype == torch.float64
             groups = [
-                StepAngles(rotation, self._scale_of(group), self._device, exact=exact)
-                for group, rotation in enumerate(self._rotations)
+                StepAngles(rotation, self._scale_of(place), self._device, exact=exact)
+                for place, rotation in enumerate(self._rotations)
             ]
-            step = DecodeStep(self._decoder, self._layers, self._ops, groups, self._group_of, self._captures)
+            step = DecodeStep(self._decoder, self._layers, self._ops, groups, self._rotation_of, self._captures)
         self._step = self._steps[self.rope_state] = step
         if len(self._steps) > _MOST_STEPS:
             del self._steps[next(iter(self._steps))]
 
-    def _scale_of(self, group: int) -> float:
-        """The factor on the scores of a group's layers."""
-        return self._decoder.layers[self._group_of.index(group)].scale
+    def _scale_of(self, rotation: int) -> float:
+        """The factor on the scores of the layers with this rotation."""
+        return self._decoder.layers[self._rotation_of.index(rotation)].scale
 
     def _verify_chunk(self) -> None:
         """Refuse a model whose logits after a chunk are not those of its own modules, both in float32 arithmetic."""
@@ -168,7 +168,7 @@ class GpuRunner(DecoderRunner):
         chunks = [ChunkAttention(rotation, run, like) for rotation in self._rotations]
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor, score: AttentionScore) -> Tensor:
-            return chunks[self._group_of[index]].attend(q, k, v, cache.layers[index], score)
+            return chunks[self._rotation_of[index]].attend(q, k, v, cache.layers[index], score)
 
         self.check(ids)
         return self._run_chunk(ids, attend, logits_to_keep, products)

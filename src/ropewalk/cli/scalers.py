@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -35,7 +35,8 @@ def scalers(as_json: bool) -> None:
 @command(
     epilog=EXAMPLES
     + '  ropewalk show yarn:4\n  ropewalk show "rerope:2k|logn" --length 64k --out rerope.png\n'
-    + '  ropewalk show "ntk:8|resonance" --dim 128 --base 5e5 --trained 8k --length 64k'
+    + '  ropewalk show "ntk:8|resonance" --dim 128 --base 5e5 --trained 8k --length 64k\n'
+    + '  ropewalk show "yarn:2@0-9|yarn:4@10-"'
 )
 @click.argument("spec")
 @click.option("--dim", default=64, show_default=True, help="Rotary dimension.")
@@ -48,21 +49,33 @@ def show(spec: str, dim: int, base: float, trained: str, length: str, out: Path 
     """Print what SPEC does in short, and draw it with --out.
 
     Frequency methods: wavelengths, stretch, and long-range decay of attention. Position maps: the distance seen at
-    every true distance, and between every query and key. Temperatures: the factor at every position.
+    every true distance, and between every query and key. Temperatures: the factor at every position. A scaler that
+    differs by layer is printed for every group of layers, and each has a picture of its own.
     """
     from ..evals.reports.scaler_plot import in_short, plot_scaler
     from ..scaling import RopeSpec, parse, parse_length
+    from ..scaling.by_layer import format_layers, layer_groups
 
     rope = RopeSpec(dim=dim, base=base, trained_length=parse_length(trained))
     scaler = parse(spec, rope.trained_length)
     tokens = parse_length(length, rope.trained_length)
-    numbers = in_short(scaler, rope, tokens)
-    paths = () if out is None else plot_scaler(scaler, rope, tokens, out.with_suffix(""))
+    groups = {}
+    for each, layers in layer_groups(scaler).items():
+        name = format_layers(layers)
+        numbers: dict[str, Any] = in_short(each, rope, tokens)
+        stem = None if out is None else out.with_suffix("")
+        if stem is not None and scaler.differs_by_layer:
+            stem = stem.with_name(f"{stem.name}-layers-{name.replace('/', '_')}")
+        groups[name] = {**numbers, "drawn": () if stem is None else plot_scaler(each, rope, tokens, stem)}
     if as_json:
-        print_json({**numbers, "drawn": paths})
+        print_json({"scaler": str(scaler), "layers": groups} if scaler.differs_by_layer else groups[name])
         return
-    for label, value in [*numbers.items(), *(("drawn", path) for path in paths)]:
-        click.echo(f"{label:<20} {value}")
+    for name, numbers in groups.items():
+        if scaler.differs_by_layer:
+            click.echo(click.style(f"layers {name}", bold=True))
+        drawn = [("drawn", path) for path in numbers.pop("drawn")]
+        for label, value in [*numbers.items(), *drawn]:
+            click.echo(f"{label:<20} {value}")
     if out is None:
         click.echo("To draw it: --out scaler.png")
 

@@ -26,6 +26,7 @@ SPECS = [
     "dual-chunk",
     "jet-long:20",
     "sink-window:30",
+    "yarn:4@0|rerope:20@1|dynamic-ntk@2",
 ]
 CASES = [("llama", spec) for spec in SPECS] + [
     (name, spec)
