@@ -142,6 +142,9 @@ _SUITES = {
     "kv": "One of many random pairs of a JSON object is asked for.",
     "many-shot": "Words of four kinds stand with the letters that name the kinds, and the letter of a new word is "
     "chosen: the likeliest of the four.",
+    "ngram-copy": "A passage of 16 random words stands among others. Its first four words stand again at the end, and "
+    "the other 12 are asked for.",
+    "latent-list": "Six operations of a long Python program change a list, and what it is at the end is asked for.",
     "ruler-11-offline": "Eleven tasks of RULER (arXiv 2404.06654) that need no download, on another text: the scores "
     "are not RULER's. Every task counts alike.",
 }

@@ -1,4 +1,4 @@
-"""Retrieval tasks that continue a pattern of the prompt: the labels of many examples."""
+"""Retrieval tasks that continue a pattern of the prompt: the labels of many examples, and a copy of words."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from random import Random
 from typing import Any, ClassVar
 
-from .haystack import WORDS_VERSION, plain_words
+from .haystack import WORDS_VERSION, boundary, plain_words, with_needles
 from .task import Draft, Place, Task
 
 _KINDS = (
@@ -83,3 +84,41 @@ class ManyShot(Task):
     def mark(self, written: str, answers: Sequence[str]) -> float:
         letter = re.search(r"\b[A-Z]\b", written)
         return float(letter is not None and letter[0] == answers[0])
+
+
+_CUE = 4  # words of the passage that come again at the end
+_COPIED = 12  # words that follow them
+
+
+@dataclass(frozen=True)
+class NgramCopy(Task):
+    """Continue a passage of random words that comes again: copying an n-gram, as induction heads do
+    (Olsson et al., arXiv 2209.11895).
+
+    The prompt consists of random nouns. Its last four are the first four of a passage of 16 that
+    lies at the depth; no noun of the passage occurs elsewhere. The score of an answer is the share of the
+    other 12 that are written before the first mistake. A unit is a noun.
+    """
+
+    name: str = "ngram-copy"
+    new_tokens: ClassVar[int] = 32
+    has_depth: ClassVar[bool] = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"words": WORDS_VERSION}
+
+    def draft(self, random: Random, units: int, place: Place) -> Draft:
+        assert place.depth is not None
+        passage = random.sample(plain_words("noun"), _CUE + _COPIED)
+        others = sorted({*plain_words("noun")} - {*passage})
+        hay = [f"{word} " for word in random.choices(others, k=units)]
+        assert not {*hay} & {f"{word} " for word in passage}, f"the haystack contains a word of {passage}"
+        body, (start,) = with_needles(hay, [(boundary(hay, place.depth), " ".join(passage) + " ")])
+        cue, copied = " ".join(passage[:_CUE]), " ".join(passage[_CUE:])
+        return Draft(prompt=f"{body} {cue}", answers=(copied,), target=f" {copied}", needle=start)
+
+    def mark(self, written: str, answers: Sequence[str]) -> float:
+        expected, words = answers[0].split(), re.findall(r"[a-z]+", written.lower())
+        right = takewhile(lambda pair: pair[0] == pair[1], zip(expected, words, strict=False))
+        return sum(1 for _ in right) / len(expected)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ...errors import ConfigError
 from ...plugins import Plugins
+from .list_tasks import LatentList
 from .lookup_tasks import KeyValue, Needles, Niah, Passkey, VariableTracking
-from .pattern_tasks import ManyShot
+from .pattern_tasks import ManyShot, NgramCopy
 from .task import Task
 from .word_tasks import CommonWords, FrequentWords
 
@@ -29,6 +30,8 @@ _ALL: tuple[tuple[str, Task], ...] = (
     (RULER, CommonWords()),
     (RULER, FrequentWords()),
     ("many-shot", ManyShot()),
+    ("ngram-copy", NgramCopy()),
+    ("latent-list", LatentList()),
 )
 
 

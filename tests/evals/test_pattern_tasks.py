@@ -55,6 +55,32 @@ def test_an_example_of_the_question_is_caught(monkeypatch):
         drafts("many-shot", count=1)
 
 
+def test_a_passage_of_words_stands_once_and_its_beginning_at_the_end():
+    for draft in drafts("ngram-copy"):
+        words = draft.prompt.split()
+        passage = [*words[-4:], *draft.answers[0].split()]
+        assert len({*passage}) == 16
+        start = draft.prompt[: draft.needle].count(" ")
+        assert words[start : start + 16] == passage
+        assert all(words.count(word) == (2 if word in passage[:4] else 1) for word in passage)
+        assert 0.4 < start / len(words) < 0.6
+
+
+def test_words_of_a_copy_count_until_the_first_mistake():
+    task, answers = TASKS["ngram-copy"], ("ant bee cow dog",)
+    assert task.mark(" ant bee cow dog eel", answers) == 1
+    assert task.mark(" Ant, bee.\ncow fly", answers) == 3 / 4
+    assert task.mark(" bee cow dog", answers) == 0
+    assert task.mark(" antbee cow dog", answers) == task.mark("", answers) == 0
+
+
+def test_hay_that_holds_a_word_of_the_passage_is_caught(monkeypatch):
+    monkeypatch.setattr(random.Random, "choices", lambda self, words, k: ["stone"] * k)
+    monkeypatch.setattr(random.Random, "sample", lambda self, words, k: ["stone"] * k)
+    with pytest.raises(AssertionError, match="haystack contains a word of"):
+        drafts("ngram-copy", count=1)
+
+
 def trial(model, choices, right):
     prompt = "import os\nimport sys\n\n\ndef walk(top):\n    for name in os.listdir("
     ids = [tuple(model.vocabulary.encode(choice)) for choice in choices]

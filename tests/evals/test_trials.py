@@ -65,7 +65,7 @@ def sticky_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
-FEW_ANSWERS = {"many-shot"}
+FEW_ANSWERS = {"many-shot", "latent-list"}
 """Tasks whose trials may have equal answers."""
 
 DIGESTS = {
@@ -84,6 +84,8 @@ DIGESTS = {
     "cwe": "fa43a46b",
     "fwe": "1e789342",
     "many-shot": "cbfad721",
+    "ngram-copy": "f3d983f7",
+    "latent-list": "216207de",
 }
 """Of the prompt and answer of each task."""
 
@@ -116,6 +118,8 @@ def unit_tokens(task, tokenizer):
         "kv": "0a1b2c3d" * 9 + NOISE_LINE,
         "cwe": "1234. " + "representative " * 3,
         "fwe": " abcdef " * 3,
+        "latent-list": "other = [10, 20, 30]\nuninteresting counterintelligence",
+        "ngram-copy": " counterintelligence" * 3,
         "many-shot": "incompetent screwdriver: X\n" * 2,
     }
     return len(encode(longest.get(task.name, NOISE_LINE * 2), tokenizer)) * (30 if task.name == "cwe" else 1)
@@ -145,12 +149,14 @@ def test_the_answer_is_tokenised_behind_its_prompt_or_alone(tiny):
     assert sticky.decode(before + answer_ids(draft.prompt, draft.target, sticky)) == draft.prompt + draft.target
 
 
-@pytest.mark.parametrize("name", ["passkey", "niah", "kv", "niah_single_1", "niah_single_3", "niah_multikey_3"])
+@pytest.mark.parametrize(
+    "name", ["passkey", "niah", "kv", "niah_single_1", "niah_single_3", "niah_multikey_3", "ngram-copy"]
+)
 @pytest.mark.parametrize("depth", [0, 1])
 def test_the_needle_stands_at_the_recorded_depth(name, depth, tokenizer):
     task = TASKS[name]
     trial = assemble(task, tokenizer, place(task, 5000, depth), seed=2)
-    begins = {"passkey": "The pass key is ", "kv": '"'}.get(name, "One of the special magic ")
+    begins = {"passkey": "The pass key is ", "kv": '"', "ngram-copy": ""}.get(name, "One of the special magic ")
     after = tokenizer.decode(trial.prompt_ids[trial.needle :]).lstrip()
     assert after.startswith(begins)
     assert trial.answers[0] in after[:200]

@@ -119,6 +119,8 @@ def ask(task: str, text: str, **options: Any) -> None:
 
     \b
     many-shot       the letter of a kind of things, after many examples (arXiv 2404.11018)
+    ngram-copy      the rest of a passage of random words that begins again (arXiv 2209.11895)
+    latent-list     a list after the operations of a long program (arXiv 2409.12640)
     """
     from ..errors import ConfigError, did_you_mean
     from ..evals.retrieval.tasks import TASKS
