@@ -145,6 +145,12 @@ _SUITES = {
     "ngram-copy": "A passage of 16 random words stands among others. Its first four words stand again at the end, and "
     "the other 12 are asked for.",
     "latent-list": "Six operations of a long Python program change a list, and what it is at the end is asked for.",
+    **{
+        f"facts-noise-{needed}": f"Facts about persons stand among the sentences of a real text, and the place of a "
+        f"person or a thing is asked for, which {needed} of them tell."
+        for needed in (1, 2, 3)
+    },
+    "needle-meaning": "Sentences about four persons stand in a real text, and one person is asked for in other words.",
     "ruler-11-offline": "Eleven tasks of RULER (arXiv 2404.06654) that need no download, on another text: the scores "
     "are not RULER's. Every task counts alike.",
 }

@@ -18,7 +18,7 @@ Numbers = list[int]
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Operation:
     """A call of a method of the list."""
 
     method: str
@@ -31,7 +31,7 @@ class _Call:
         getattr(items, self.method)(*self.arguments)
 
 
-def _after(items: Numbers, calls: Sequence[_Call]) -> Numbers:
+def _after(items: Numbers, calls: Sequence[_Operation]) -> Numbers:
     items = [*items]
     for call in calls:
         call.run(items)
@@ -62,7 +62,7 @@ class LatentList(Task):
         fillers = [_filler(random) for _ in range(units)]
         hay = [text for text, _ in fillers]
         indices = [boundary(hay, share) for share in places]
-        whole: list[_Call] = []
+        whole: list[_Operation] = []
         for number, (_, own) in enumerate([*fillers, ("", [])]):
             whole += [call for call, index in zip(calls, indices, strict=True) if index == number]
             whole += own
@@ -102,34 +102,40 @@ def _question(random: Random) -> _Question:
     )
 
 
-def _program(random: Random) -> tuple[Numbers, list[_Call], _Question, str]:
+def _program(random: Random) -> tuple[Numbers, list[_Operation], _Question, str]:
     """The first list, the operations, the question and its answer."""
     question = _question(random)
     while True:
         fresh = iter(random.sample(_NUMBERS, 20))  # no number comes twice
         first = [next(fresh) for _ in range(random.randint(4, 6))]
         items = [*first]
-        calls: list[_Call] = []
+        calls: list[_Operation] = []
         while len(calls) < _OPERATIONS:
-            calls.append(_operation(random, items, fresh))
+            calls.append(_drawn_operation(random, items, fresh))
             calls[-1].run(items)
         answer = question.value(items)
         if answer not in (question.value(first), question.value(_after(first, calls[:-1]))):
             return first, calls, question, str(answer)
 
 
-def _operation(random: Random, items: Numbers, fresh: Iterator[int]) -> _Call:
+def _drawn_operation(random: Random, items: Numbers, fresh: Iterator[int]) -> _Operation:
     """An operation on the list as it is; it keeps at least three numbers."""
-    grows = [_Call("append", (next(fresh),)), _Call("insert", (random.randrange(len(items)), next(fresh)))]
-    shrinks = [_Call("pop"), _Call("pop", (random.randrange(len(items)),)), _Call("remove", (random.choice(items),))]
-    calls: list[_Call] = [*grows, *(shrinks if len(items) > 3 else ()), _Call("sort"), _Call("reverse")]
+    grows = [_Operation("append", (next(fresh),)), _Operation("insert", (random.randrange(len(items)), next(fresh)))]
+    shrinks = [
+        _Operation("pop"),
+        _Operation("pop", (random.randrange(len(items)),)),
+        _Operation("remove", (random.choice(items),)),
+    ]
+    calls: list[_Operation] = [*grows, *(shrinks if len(items) > 3 else ()), _Operation("sort"), _Operation("reverse")]
     return random.choice(calls)
 
 
-def _filler(random: Random) -> tuple[str, list[_Call]]:
+def _filler(random: Random) -> tuple[str, list[_Operation]]:
     """Lines that leave the list as it is, and their operations on it."""
     phrase = f"{random.choice(plain_words('adjective'))} {random.choice(plain_words('noun'))}"
     number = random.choice(_NUMBERS)
     texts = [f'print("{phrase}")\n', f"# {phrase}\n", f"other = {random.sample(_NUMBERS, 3)}\n", "size = len(items)\n"]
-    calls = random.choice([[_Call("append", (number,)), _Call("pop")], [_Call("reverse"), _Call("reverse")]])
+    calls = random.choice(
+        [[_Operation("append", (number,)), _Operation("pop")], [_Operation("reverse"), _Operation("reverse")]]
+    )
     return random.choice([*((text, []) for text in texts), ("".join(map(str, calls)), calls)])

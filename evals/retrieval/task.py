@@ -46,8 +46,8 @@ class Draft:
         prompt: ends where the answer begins, without a trailing blank.
         answers: the strings that a right answer contains.
         target: a right answer as the text after the prompt. Its first character is a blank.
-        needle: the character of `prompt` at which the needle begins. None if several needles are
-            asked for.
+        needle: the character of `prompt` at which the needle begins, or the first of the facts that
+            one answer needs. None if several needles are asked for.
         choices: the texts of which `target` is one, if the answer is the likeliest of them. Empty:
             the answer is what the model writes.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...errors import ConfigError
 from ...plugins import Plugins
+from .fact_tasks import FactsNoise, NeedleMeaning
 from .list_tasks import LatentList
 from .lookup_tasks import KeyValue, Needles, Niah, Passkey, VariableTracking
 from .pattern_tasks import ManyShot, NgramCopy
@@ -32,6 +33,10 @@ _ALL: tuple[tuple[str, Task], ...] = (
     ("many-shot", ManyShot()),
     ("ngram-copy", NgramCopy()),
     ("latent-list", LatentList()),
+    ("facts-noise-1", FactsNoise(name="facts-noise-1", needed=1)),
+    ("facts-noise-2", FactsNoise(name="facts-noise-2", needed=2)),
+    ("facts-noise-3", FactsNoise(name="facts-noise-3", needed=3)),
+    ("needle-meaning", NeedleMeaning()),
 )
 
 

@@ -66,7 +66,7 @@ def test_operations_lie_anywhere_and_fillers_between():
 
 def test_a_filler_that_changes_the_list_is_caught(monkeypatch):
     seed = next(n for n in range(99) if list_tasks._program(random.Random(n))[2].source == "len(items)")
-    monkeypatch.setattr(list_tasks, "_filler", lambda random: ("", [list_tasks._Call("append", (5,))]))
+    monkeypatch.setattr(list_tasks, "_filler", lambda random: ("", [list_tasks._Operation("append", (5,))]))
     with pytest.raises(AssertionError, match="a filler changes the answer"):
         draft(seed)
 

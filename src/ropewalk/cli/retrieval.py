@@ -121,6 +121,8 @@ def ask(task: str, text: str, **options: Any) -> None:
     many-shot       the letter of a kind of things, after many examples (arXiv 2404.11018)
     ngram-copy      the rest of a passage of random words that begins again (arXiv 2209.11895)
     latent-list     a list after the operations of a long program (arXiv 2409.12640)
+    facts-noise-1   a place that one of many facts in a real text tells; -2, -3: two or three facts (arXiv 2406.10149)
+    needle-meaning  a person in a real text, asked for in other words (arXiv 2502.05167)
     """
     from ..errors import ConfigError, did_you_mean
     from ..evals.retrieval.tasks import TASKS
