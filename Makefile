@@ -72,7 +72,8 @@ interop: $(OWN) $(STOCK) $(STOCK4) $(VLLM) $(LLAMA_CPP)
 	$(SERVING) $(VLLM) tests/interop/plugin_vllm.py $(WORK)
 	$(LLAMA_CPP) tests/interop/quantized_llama_cpp.py $(WORK)
 	$(OWN) tests/interop/quantized_ropewalk.py $(WORK)
-	$(OWN) tests/interop/report.py $(WORK); failed=$$?; $(OWN) docs/generate.py && exit $$failed
+	$(OWN) tests/interop/report.py $(WORK); failed=$$?; $(OWN) tests/interop/plugin_report.py $(WORK) || failed=1; \
+	$(OWN) docs/generate.py && exit $$failed
 
 $(BIN)/python: $(VENV)/.ready
 

@@ -33,7 +33,7 @@ def tables() -> dict[str, str]:
         "largest": _largest(found),
         "others": _others(found),
         "explained": _explained(found),
-        "plugin": _plugin(json.loads(PLUGIN.read_text(encoding="utf-8"))),
+        **_plugin_tables(json.loads(PLUGIN.read_text(encoding="utf-8"))),
     }
 
 
@@ -49,14 +49,38 @@ def quantized_tables() -> dict[str, str]:
     return {"quantized": "\n".join([*lines, "", f"{found['tokens']} tokens; as loaded: {precision}."])}
 
 
+def _plugin_tables(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """vLLM with the plug-in: compared with patched models."""
+    return {
+        "plugin": _plugin([row for row in rows if row["group"] == "served"]),
+        "plugin-ways": _plugin_ways([row for row in rows if row["group"] != "served"]),
+    }
+
+
 def _plugin(rows: list[dict[str, Any]]) -> str:
-    """vLLM with the plug-in, compared with patched models."""
-    lines = ["| scaler | requests | log-probability | same text | tokens from the prefix cache |", "|---" * 5 + "|"]
+    """A row for each model and scaler, with all checks of it."""
+    lines = ["| model | scaler | effect | log-probability | same text | from the prefix cache |", "|---" * 6 + "|"]
+    for model, scaler in dict.fromkeys((row["model"], row["scaler"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["scaler"]) == (model, scaler)]
+        largest = max(row["max"] for row in own if row["max"] is not None)
+        same, texts = (sum(row[key] for row in own) for key in ("same_text", "requests"))
+        cells = f"{model} | `{_escaped(scaler)}` | {_effect(own[0])} | {largest:.0e} | {same} of {texts}"
+        lines.append(f"| {cells} | {sum(row['cached'] for row in own)} |")
+    return "\n".join(lines)
+
+
+def _effect(row: dict[str, Any]) -> str:
+    return f"{row['effect']:.2g}" if "effect" in row else ""
+
+
+def _plugin_ways(rows: list[dict[str, Any]]) -> str:
+    """A row for each check in an engine with other options."""
+    lines = ["| model | scaler | requests | log-probability | same text |", "|---" * 5 + "|"]
     for row in rows:
         largest = "" if row["max"] is None else f"{row['max']:.0e}"
-        check = row["check"] + (f", {row['preempted']} times" if "preempted" in row else "")
-        cells = f"`{_escaped(row['scaler'])}` | {check} | {largest} | {row['same_text']} of {row['requests']}"
-        lines.append(f"| {cells} | {row['cached'] or ''} |")
+        check = row["check"] + (f" ({row['preempted']})" if "preempted" in row else "")
+        cells = f"{row['model']} | `{_escaped(row['scaler'])}` | {check} | {largest}"
+        lines.append(f"| {cells} | {row['same_text']} of {row['requests']} |")
     return "\n".join(lines)
 
 

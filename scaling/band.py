@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -62,15 +63,16 @@ PLAIN = Band(name="all", start=zero, stop=after, query=same, key=same)
 """The only band of a model without a position map."""
 
 
+def newest(window: int) -> Band:
+    """The `window` newest keys at their own distance, the query's own included: a layer with a sliding window."""
+    return Band(name="window", start=lambda i: (i - window + 1).clamp(min=0), stop=after, query=same, key=same)
+
+
 def near_and_far(window: int, query: PositionMap, key: PositionMap) -> tuple[Band, Band]:
     """Keys nearer than `window` at their own distance; keys at `window` or farther at the given positions."""
 
-    def border(i: Tensor) -> Tensor:
-        return (i - window + 1).clamp(min=0)
-
-    near = Band(name="near", start=border, stop=after, query=same, key=same)
-    far = Band(name="far", start=zero, stop=border, query=query, key=key)
-    return near, far
+    near = dataclasses.replace(newest(window), name="near")
+    return near, Band(name="far", start=zero, stop=near.start, query=query, key=key)
 
 
 _FAR = 1 << 40  # tokens; a query there sees more keys in a wide band than in any window

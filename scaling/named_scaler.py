@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModel
 from . import hf
 from .configured_rope import ConfiguredRope
 from .hf import NAMED_TYPE, SCALER_KEY
 from .lengths import format_length
-from .rope import Scaler
+from .rope import Frequencies, Scaler
 from .spec import Auto, parse
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "changed_keys",
     "check_named",
     "is_named",
+    "ropes_of_layers",
     "with_named_scaler",
 ]
 
@@ -49,14 +50,16 @@ class NamedScaler:
     """A scaler on the model of a config.
 
     Attributes:
-        configured: the rotary embedding that the model was trained with.
+        configured: the rotary embedding that the model was trained with; that of the layers which see the whole text.
         scaler: the scaler, as it is named.
         length: the tokens for which its frequencies and bands are computed; None if they do not depend on a length.
+        local: the rotary embedding of the layers with a sliding window; None if they share the other one.
     """
 
     configured: ConfiguredRope
     scaler: Scaler
     length: int | None
+    local: ConfiguredRope | None = None
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Self:
@@ -65,7 +68,7 @@ class NamedScaler:
         Raises:
             ConfigError: the keys are not complete; the scaler does not work on the model, has no place in a config, or
                 depends on the length and the config gives none.
-            UnsupportedModel: no RoPE, or different frequencies for each type of layer.
+            UnsupportedModel: no RoPE, or types of layers that are not known.
         """
         text = config.get("text_config", config)
         missing = [key for key in (SCALER_KEY, TRAINED_KEY) if text.get(key) is None]
@@ -74,18 +77,49 @@ class NamedScaler:
                 f"a config with rope type {NAMED_TYPE!r} needs {' and '.join(missing)}; write it with `ropewalk export "
                 "MODEL OUT --rope SCALER --target vllm`"
             )
-        configured = hf.read(_as_trained(config))
-        if None not in configured:
-            kinds = ", ".join(map(str, configured))
-            raise ConfigError(f"rope type {NAMED_TYPE!r} needs one rotary embedding for all layers, not {kinds}")
-        scaler, length = parse(text[SCALER_KEY], configured[None].max_length), text.get(LENGTH_KEY)
-        check_named(scaler, configured[None], length)
-        return cls(configured=configured[None], scaler=scaler, length=length)
+        configured, local = ropes_of_layers(hf.read(_as_trained(config)))
+        scaler, length = parse(text[SCALER_KEY], configured.max_length), text.get(LENGTH_KEY)
+        check_named(scaler, configured, length)
+        return cls(configured=configured, scaler=scaler, length=length, local=local)
 
     @property
     def effective(self) -> Scaler:
         """The scaler, with the model's own frequencies if it sets none."""
         return self.configured.effective(self.scaler)
+
+    @property
+    def frequencies(self) -> Frequencies:
+        """The frequencies of the layers that see the whole text."""
+        return self.effective.frequencies(self.configured.rope, self.length)
+
+    @property
+    def window_frequencies(self) -> Frequencies:
+        """The frequencies of the layers with a sliding window: their own, or those that they share."""
+        return self.frequencies if self.local is None else self.local.scaler.frequencies(self.local.rope)
+
+
+def ropes_of_layers(configured: Mapping[str | None, ConfiguredRope]) -> tuple[ConfiguredRope, ConfiguredRope | None]:
+    """The rotary embeddings of the layers that see the whole text, and of those with a sliding window.
+
+    Args:
+        configured: as `hf.read` gives it.
+
+    Returns:
+        The second is None if all layers share one.
+
+    Raises:
+        UnsupportedModel: other types of layers, or a scaling of the windows that depends on the length.
+    """
+    if None in configured:
+        return configured[None], None
+    wide = [rope for kind, rope in configured.items() if not hf.is_local(kind)]
+    local = [rope for kind, rope in configured.items() if hf.is_local(kind)]
+    if len(wide) != 1 or len(local) != 1 or local[0].scaler.depends_on_length:
+        kinds = ", ".join(f"{kind} ({rope.scaler})" for kind, rope in configured.items())
+        raise UnsupportedModel(
+            f"a named scaler needs layers that see the whole text and, at most, one kind with a window, not {kinds}"
+        )
+    return wide[0], local[0]
 
 
 def check_named(scaler: Scaler, configured: ConfiguredRope, length: int | None) -> None:
@@ -110,8 +144,10 @@ def check_named(scaler: Scaler, configured: ConfiguredRope, length: int | None) 
 
 
 def is_named(rope_parameters: Any) -> bool:
-    """True if `rope_parameters` of a config are those of a named scaler."""
-    return isinstance(rope_parameters, Mapping) and rope_parameters.get("rope_type") == NAMED_TYPE
+    """True if `rope_parameters` of a config, or those of a type of layers, are those of a named scaler."""
+    if not isinstance(rope_parameters, Mapping):
+        return False
+    return rope_parameters.get("rope_type") == NAMED_TYPE or any(map(is_named, rope_parameters.values()))
 
 
 def with_named_scaler(config: Mapping[str, Any], named: NamedScaler, max_length: int) -> dict[str, Any]:
@@ -132,16 +168,26 @@ def with_named_scaler(config: Mapping[str, Any], named: NamedScaler, max_length:
 
 def changed_keys(config: Mapping[str, Any], named: NamedScaler, max_length: int) -> dict[str, Any]:
     """The keys of a config.json that change if it names a scaler. Arguments as for `with_named_scaler`."""
-    text, base = config.get("text_config", config), named.configured.rope.base
+    text = config.get("text_config", config)
     keys: dict[str, Any] = {
         "max_position_embeddings": max_length,
-        "rope_parameters": {"rope_type": NAMED_TYPE, "rope_theta": base},
-        "rope_scaling": {"rope_type": NAMED_TYPE},  # for engines on transformers 4, which read only this key
-        "rope_theta": base,
+        **_named_rope(named),
         SCALER_KEY: str(named.scaler),
         TRAINED_KEY: {key: text[key] for key in _REPLACED if key in text},
     }
     return keys if named.length is None else {**keys, LENGTH_KEY: named.length}
+
+
+def _named_rope(named: NamedScaler) -> dict[str, Any]:
+    wide = {"rope_type": NAMED_TYPE, "rope_theta": named.configured.rope.base}
+    if named.local is not None:
+        local = {"rope_type": NAMED_TYPE, "rope_theta": named.local.rope.base}
+        return {"rope_parameters": {"full_attention": wide, "sliding_attention": local}}
+    return {
+        "rope_parameters": wide,
+        "rope_scaling": {"rope_type": NAMED_TYPE},  # for engines on transformers 4, which read only this key
+        "rope_theta": named.configured.rope.base,
+    }
 
 
 def _as_trained(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ...errors import RopewalkWarning, warn
 from .banded import banded_attention
 from .kernel import AttentionScore
 from .paged_rope import PagedRope
+from .plan import Segment
 from .rotation import Angles
 from .rows import KeyRun
 
@@ -81,7 +82,7 @@ class PagedBatch:
         ends = torch.tensor([chunk.length - chunk.stop for chunk in chunks]).repeat_interleave(counts)
         self._positions = torch.arange(self.tokens) + ends
         self._places = self._blocks[rows, self._positions // page], self._positions % page
-        self._segments = {chunk: rope.segment(chunk.stop - chunk.start, chunk.length) for chunk in self._longer}
+        self._segments: dict[Chunk, tuple[int, Segment]] = {}
         self._key_angles: dict[torch.dtype, Angles] = {}
 
     def write(self, k_TKD: Tensor, v_TKD: Tensor, pages: Tensor) -> None:
@@ -128,17 +129,20 @@ class PagedBatch:
         return PagedSteps(self.rope, tokens, self._positions[tokens], blocks, self._page)
 
     def _attend_chunk(self, chunk: Chunk, q: Tensor, pages: Tensor, score: AttentionScore, out: Tensor) -> None:
-        if chunk not in self._segments:
-            self._segments[chunk] = self.rope.segment(1, chunk.length)
         count, length = chunk.stop - chunk.start, chunk.length
-        k, v = (self._gathered(pages[:, :, part], chunk) for part in (0, 1))
-        run = KeyRun(None, 0, count, 0, length, 0)
+        if chunk not in self._segments:  # all layers share it
+            page = self.rope.first_key(count, length) // self._page
+            self._segments[chunk] = page, self.rope.segment(count, length, page * self._page)
+        page, segment = self._segments[chunk]
+        k, v = self._gathered(pages, chunk, page)
+        run = KeyRun(None, 0, count, 0, k.shape[2], segment.first)
         queries = q[chunk.start : chunk.stop].transpose(0, 1)[None]
-        mixed = banded_attention(queries, k, v, score, self.rope.layout, [(run, [self._segments[chunk]])])
+        mixed = banded_attention(queries, k, v, score, self.rope.layout, [(run, [segment])])
         out[chunk.start : chunk.stop] = mixed[0].transpose(0, 1)
 
-    def _gathered(self, x: Tensor, chunk: Chunk) -> Tensor:
-        """The keys or values of a text, [1, K, M, D], from [blocks, K, S, D]."""
-        blocks = self._blocks[chunk.row, : -(-chunk.length // self._page)]
-        found = x.transpose(0, 1).index_select(1, blocks)
-        return found.flatten(1, 2)[None, :, : chunk.length]
+    def _gathered(self, pages: Tensor, chunk: Chunk, page: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of a text from a page on, each [1, K, M, D], from [blocks, K, 2, S, D]."""
+        blocks = self._blocks[chunk.row, page : -(-chunk.length // self._page)]
+        # indexing reads these pages only; `index_select` copies the whole of a tensor that is not contiguous
+        k, v = pages[blocks].permute(2, 1, 0, 3, 4).flatten(2, 3)[:, None, :, : chunk.length - page * self._page]
+        return k, v

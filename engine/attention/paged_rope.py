@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ...scaling.band import Band, pair_positions, stored_key_map
+from ...scaling.band import Band, newest, pair_positions, stored_key_map
 from ...scaling.named_scaler import NamedScaler
 from ...scaling.rope import Frequencies
 from .plan import Segment
@@ -21,20 +21,29 @@ class PagedRope:
 
     Args:
         layout: the places of the rotary pairs.
+        window: the keys that a query sees, itself included; None for all. Position maps and temperatures do not change
+            layers with a window.
     """
 
     named: NamedScaler
     layout: Layout
+    window: int | None = None
 
     @cached_property
     def bands(self) -> tuple[Band, ...]:
         """The bands, which are the same for texts of every length."""
+        if self.window is not None:
+            return (newest(self.window),)
         return self.named.configured.bands(self.named.scaler, self.named.length)
 
     @cached_property
     def frequencies(self) -> Frequencies:
         """The frequencies. Queries have the attention factor twice, and keys not."""
-        return self.named.effective.frequencies(self.named.configured.rope, self.named.length)
+        return self.named.frequencies if self.window is None else self.named.window_frequencies
+
+    def first_key(self, queries: int, length: int) -> int:
+        """The first key that the last `queries` of `length` tokens of a text see."""
+        return 0 if self.window is None else max(0, length - queries - self.window + 1)
 
     def key_angles(self, positions: Tensor, like: Tensor) -> Angles:
         """Angles of stored keys at `positions`, [n, d/2]."""
@@ -48,7 +57,7 @@ class PagedRope:
 
     def temperature(self, positions: Tensor) -> Tensor | None:
         """The factor on the logits of queries at `positions`, float64 [n]; None if it is 1."""
-        if self.named.scaler.member("temperature") is None:
+        if self.window is not None or self.named.scaler.member("temperature") is None:
             return None
         return self.named.configured.logit_factor(self.named.scaler, positions)
 
@@ -73,15 +82,15 @@ class PagedRope:
     def _shifts(self) -> dict[int, Tensor]:
         return {}
 
-    def segment(self, queries: int, length: int) -> Segment:
-        """The last `queries` of `length` tokens of a text, for keys as they are stored."""
+    def segment(self, queries: int, length: int, first: int) -> Segment:
+        """The last `queries` of `length` tokens of a text, for keys from `first` on, as they are stored."""
         return Segment(
             scaler=self.named.scaler,
             start=0,
             stop=queries,
             length=self.named.length,
-            first=0,
-            offset=length - queries,
+            first=first,
+            offset=length - queries - first,
             bands=self.bands,
             frequencies=self.frequencies,
             temperature=self.temperature(torch.arange(length - queries, length)),

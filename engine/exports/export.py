@@ -223,7 +223,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
 
 def _write_named(source: _Source, out: Path, length: int | str | None) -> Export:
     """Write a Hugging Face folder whose config names the scaler, for vLLM with ropewalk installed."""
-    named = NamedExport.of(source.scaler, source.configured, length, source.config.architectures)
+    named = NamedExport.of(source.scaler, source.configured, length, source.config)
     script = vllm_sglang.serve_script(
         "vllm", str(named.named.scaler), named.tokens, named.overrides(source.content), plugin=True
     )

@@ -12,10 +12,10 @@ from typing import Any, Self
 from ...errors import ConfigError, Setting, UnsupportedModel
 from ...scaling import hf
 from ...scaling.lengths import parse_length
-from ...scaling.named_scaler import NamedScaler, changed_keys, check_named, with_named_scaler
+from ...scaling.named_scaler import NamedScaler, changed_keys, check_named, ropes_of_layers, with_named_scaler
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
-from ..vllm_plugin.vllm_objects import ARCHITECTURES
+from ..vllm_plugin.vllm_objects import architecture_of
 
 __all__ = ["NamedExport", "needs_name"]
 
@@ -43,26 +43,24 @@ class NamedExport:
         asked: str | Scaler | None,
         configured: Mapping[str | None, hf.ConfiguredRope],
         length: int | str | None,
-        architectures: list[str] | None,
+        config: Any,
     ) -> Self:
         """The export of the scaler `asked`.
 
         Args:
             configured: the rotary embeddings of the model by layer type.
             length: tokens to be served; None is the scaler's reach.
-            architectures: those of the model's config.
+            config: transformers' config of the model.
 
         Raises:
             ConfigError: the scaler does not work on the model, does not reach `length`, or needs one.
             UnsupportedModel: the plug-in was not verified with the model.
         """
-        if None not in configured or not set(architectures or [""]) <= ARCHITECTURES.keys():
-            raise UnsupportedModel(
-                f"{asked} acts on more than the frequencies, and the plug-in for vLLM that computes it was verified "
-                f"with {', '.join(ARCHITECTURES)}, not with {', '.join(architectures or ['this model'])}; take static "
-                "frequencies such as yarn:4, or ropewalk.patch"
-            )
-        rope = configured[None]
+        try:
+            architecture_of(config)
+            rope, local = ropes_of_layers(configured)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{asked} acts on more than the frequencies, and {error}") from None
         scaler = parse(asked, rope.max_length)
         tokens = None if length is None else parse_length(length, rope.max_length)
         fixed = tokens if rope.effective(scaler).depends_on_length else None
@@ -78,7 +76,8 @@ class NamedExport:
                 f"{scaler} reaches {int(reach)} tokens on this model, fewer than the requested {tokens}; take a larger "
                 "group or factor, or a smaller length"
             )
-        return cls(named=NamedScaler(configured=rope, scaler=scaler, length=fixed), tokens=tokens or int(reach))
+        named = NamedScaler(configured=rope, scaler=scaler, length=fixed, local=local)
+        return cls(named=named, tokens=tokens or int(reach))
 
     def change(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The content of a config.json that names the scaler."""

@@ -5,6 +5,8 @@ For models without a named scaler the classes are those of vLLM.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from ...errors import UnsupportedModel
 from ..attention.kernel import AttentionScore
 from ..attention.paged import PagedBatch
 from ..attention.paged_rope import PagedRope
-from .vllm_objects import batch_of, check_layer, is_named_config, layout_of, named_scaler
+from .vllm_objects import check_layer, is_named_config, layout_of, named_scaler, texts_of
 
 
 class RopewalkCPUBackend(CPUAttentionBackend):  # type: ignore[misc]
@@ -39,19 +41,20 @@ class BatchBuilder(CPUAttentionBackend.get_builder_cls()):  # type: ignore[misc]
     """Makes the description of a batch that all layers share."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        self._rope: PagedRope | None = None
+        self._rope_of: Callable[[int | None], PagedRope] | None = None
         if not is_named_config(vllm_config):
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
             return
         AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
-        named = named_scaler(vllm_config)
-        self._rope, self._page = PagedRope(named, layout_of(vllm_config, named)), kv_cache_spec.block_size
+        named, self._page = named_scaler(vllm_config), kv_cache_spec.block_size
+        self._rope_of = functools.cache(functools.partial(PagedRope, named, layout_of(vllm_config, named)))
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """The batch of a forward pass."""
-        if self._rope is None:
+        """The batch of a forward pass: a function from the window of a layer to the `PagedBatch` of such layers."""
+        if self._rope_of is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        return batch_of(self._rope, common_attn_metadata, self._page)
+        rope_of, texts, page = self._rope_of, texts_of(common_attn_metadata), self._page
+        return functools.cache(lambda window: PagedBatch(rope_of(window), *texts, page))
 
 
 class BandedAttention(AttentionImpl):  # type: ignore[misc]
@@ -73,7 +76,6 @@ class BandedAttention(AttentionImpl):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         check_layer(
-            sliding_window=sliding_window,
             sinks=sinks is not None,
             alibi=alibi_slopes is not None,
             attn_type=attn_type,
@@ -83,6 +85,7 @@ class BandedAttention(AttentionImpl):  # type: ignore[misc]
         )
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads, kv_cache_dtype
+        self._window = sliding_window
         self._score = AttentionScore(scale=self.scale, softcap=logits_soft_cap or None)
 
     def do_kv_cache_update(self, *_: Any) -> None:
@@ -95,7 +98,7 @@ class BandedAttention(AttentionImpl):  # type: ignore[misc]
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: PagedBatch | None,
+        attn_metadata: Callable[[int | None], PagedBatch] | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -105,7 +108,7 @@ class BandedAttention(AttentionImpl):  # type: ignore[misc]
             raise UnsupportedModel("a named scaler does not work with quantized outputs of attention")
         if attn_metadata is None:  # vLLM measures memory
             return output
-        batch = attn_metadata
+        batch = attn_metadata(self._window)
         blocks, heads, page, _ = kv_cache.shape
         pages = kv_cache.view(blocks, heads, 2, page, self.head_size)
         batch.write(key[: batch.tokens], value[: batch.tokens], pages)

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ...errors import UnsupportedModel
+from ...scaling.hf import is_local
 from ...scaling.named_scaler import NamedScaler, is_named
-from ..attention.paged import PagedBatch
-from ..attention.paged_rope import PagedRope
 from ..attention.rotation import Layout
 
 VERIFIED = ("0.32.",)
 """The beginnings of the vLLM versions with which the plug-in was verified (`make interop`)."""
 
-ARCHITECTURES = {"LlamaForCausalLM": False}
-"""The architectures that were verified, and whether their rotary pairs are neighbours in a head. In all of them, every
-layer rotates its queries and keys in the same way, immediately before attention."""
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What differs between the architectures that were verified. All of them rotate immediately before attention.
+
+    Attributes:
+        interleaved: rotary pairs are neighbours in a head.
+        windows: some layers have a sliding window.
+    """
+
+    interleaved: bool = False
+    windows: bool = False
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(),
+    "MistralForCausalLM": Architecture(),
+    "Qwen2ForCausalLM": Architecture(),
+    "Qwen3ForCausalLM": Architecture(),
+    "GraniteForCausalLM": Architecture(),
+    "Gemma2ForCausalLM": Architecture(windows=True),
+    "Gemma3ForCausalLM": Architecture(windows=True),
+}
+"""The architectures that were verified (`make interop`)."""
 
 
 def check_version(version: str) -> None:
@@ -45,8 +68,32 @@ def named_scaler(vllm_config: Any) -> NamedScaler:
 
 def layout_of(vllm_config: Any, named: NamedScaler) -> Layout:
     """The places of the rotary pairs in the heads of the model."""
-    (architecture,) = vllm_config.model_config.hf_config.architectures
-    return Layout(start=0, dim=named.configured.rope.dim, interleaved=ARCHITECTURES[architecture])
+    architecture = architecture_of(vllm_config.model_config.hf_config)
+    return Layout(start=0, dim=named.configured.rope.dim, interleaved=architecture.interleaved)
+
+
+def architecture_of(config: Any) -> Architecture:
+    """What is known about the model of a transformers config.
+
+    Raises:
+        UnsupportedModel: its architecture, or the windows of its layers, are not among those that were verified.
+    """
+    names, text = config.architectures or ["a model without a name"], config.get_text_config()
+    architecture = ARCHITECTURES.get(names[0])
+    layer_types = getattr(text, "layer_types", None)
+    windows = [is_local(kind) for kind in layer_types or ()] or [getattr(text, "sliding_window", None) is not None]
+    if architecture is None or len(names) > 1:
+        verified, found = ", ".join(ARCHITECTURES), ", ".join(names)
+    elif any(windows) and not architecture.windows:
+        verified, found = f"{names[0]} without sliding windows", "them"
+    elif all(windows):
+        verified, found = "layers that see the whole text", "a window in every layer"
+    else:
+        return architecture
+    raise UnsupportedModel(
+        f"ropewalk's plug-in for vLLM was verified with {verified}, not with {found}; take static "
+        "frequencies such as yarn:4, which vLLM reads itself, or ropewalk.patch"
+    )
 
 
 def check_config(vllm_config: Any) -> None:
@@ -59,12 +106,12 @@ def check_config(vllm_config: Any) -> None:
         UnsupportedModel: names the model or the option.
     """
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
-    unknown = [name for name in model.hf_config.architectures or ["a model"] if name not in ARCHITECTURES]
+    architecture_of(model.hf_config)
     device = getattr(getattr(vllm_config, "device_config", None), "device_type", "cpu")
     refused = {
-        f"{', '.join(unknown)} (verified: {', '.join(ARCHITECTURES)})": bool(unknown),
         f"device {device}; it runs on the CPU": device != "cpu",
         "latent attention (MLA)": getattr(model, "use_mla", False),
+        "the option disable_sliding_window": getattr(model, "disable_sliding_window", False),
         "decode context parallel": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallel": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         f"speculative decoding with {_draft(vllm_config)}": _draft(vllm_config) not in (None, "ngram"),
@@ -75,7 +122,6 @@ def check_config(vllm_config: Any) -> None:
 
 def check_layer(
     *,
-    sliding_window: int | None = None,
     sinks: bool = False,
     alibi: bool = False,
     attn_type: str = "decoder",
@@ -89,7 +135,6 @@ def check_layer(
         UnsupportedModel: names the property of the layer.
     """
     refused = {
-        f"layers with a sliding window of {sliding_window}": sliding_window is not None,
         "attention sinks of the model": sinks,
         "a linear bias on distances (ALiBi)": alibi,
         f"attention of type {attn_type}": attn_type != "decoder",
@@ -114,11 +159,9 @@ def _draft(vllm_config: Any) -> str | None:
     return None if speculative is None else str(speculative.method)
 
 
-def batch_of(rope: PagedRope, metadata: Any, page: int) -> PagedBatch:
-    """The batch that vLLM's `CommonAttentionMetadata` describes.
-
-    Args:
-        page: tokens of a page.
+def texts_of(metadata: Any) -> tuple[list[int], list[int], Tensor]:
+    """The texts of a batch that vLLM's `CommonAttentionMetadata` describes: the first three arguments of `PagedBatch`
+    after the rope.
 
     Raises:
         UnsupportedModel: attention of the batch is not causal.
@@ -126,10 +169,5 @@ def batch_of(rope: PagedRope, metadata: Any, page: int) -> PagedBatch:
     if metadata.causal is not True:
         raise UnsupportedModel("a named scaler needs causal attention, and this batch is not causal")
     count = metadata.num_reqs
-    return PagedBatch(
-        rope,
-        metadata.query_start_loc_cpu[: count + 1].tolist(),
-        metadata.seq_lens[:count].tolist(),
-        metadata.block_table_tensor[:count],
-        page,
-    )
+    starts, lengths = metadata.query_start_loc_cpu[: count + 1].tolist(), metadata.seq_lens[:count].tolist()
+    return starts, lengths, metadata.block_table_tensor[:count]

@@ -12,7 +12,7 @@ from ropewalk.engine.attention.kernel import AttentionScore
 from ropewalk.engine.attention.paged import PagedBatch
 from ropewalk.engine.attention.paged_rope import PagedRope
 from ropewalk.engine.attention.reference import reference_attention
-from ropewalk.engine.attention.rotation import Layout
+from ropewalk.engine.attention.rotation import Angles, Layout
 from ropewalk.errors import RopewalkWarning
 from ropewalk.scaling import RopeSpec, Scaler, parse
 from ropewalk.scaling.configured_rope import ConfiguredRope
@@ -40,12 +40,15 @@ CALLS = [[5, 40, 100, 1, 0], [0, 20, 1, 1, 0], [0, 1, 26, 67, 1], [0, 0, 0, 1, 0
 """Tokens of every text in each call."""
 
 
-def rope_of(spec: str, layout: Layout) -> PagedRope:
-    rope = RopeSpec(dim=layout.dim, base=1e3, trained_length=L)
-    configured = ConfiguredRope(rope=rope, scaler=Scaler(), max_length=L)
+def rope_of(spec: str, layout: Layout, window: int | None = None, local_base: float | None = None) -> PagedRope:
+    configured, local = (
+        base
+        and ConfiguredRope(rope=RopeSpec(dim=layout.dim, base=base, trained_length=L), scaler=Scaler(), max_length=L)
+        for base in (1e3, local_base)
+    )
     scaler = parse(spec)
     length = 4 * L if scaler.depends_on_length else None
-    return PagedRope(NamedScaler(configured=configured, scaler=scaler, length=length), layout)
+    return PagedRope(NamedScaler(configured=configured, scaler=scaler, length=length, local=local), layout, window)
 
 
 def paged(rope, q, k, v, score, dtype):
@@ -96,6 +99,36 @@ def test_texts_in_pages_get_the_attention_of_each_text_alone(spec: str, dtype: t
         assert error < {torch.float64: 1e-10, torch.float32: 3e-5, torch.bfloat16: 0.06}[dtype]
 
 
+@pytest.mark.parametrize("window", [1, 7, 16, 40, 500])
+@pytest.mark.parametrize(
+    ("spec", "local_base", "own"),
+    [("yarn:4|rerope:8|logn", None, "yarn:4"), ("dual-chunk|logn", None, "none"), ("yarn:4|rerope:8", 50.0, "none")],
+)
+def test_layers_with_a_window_keep_it_without_the_map_and_the_temperature(
+    spec: str, local_base: float | None, own: str, window: int
+) -> None:
+    layout, score = Layout(0, DIM, False), AttentionScore(scale=0.3)
+    rope = rope_of(spec, layout, window, local_base)
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (
+        [torch.randn(length, heads, DIM, generator=generator) for length in TEXTS] for heads in (HEADS, GROUPS, GROUPS)
+    )
+    with torch.inference_mode():
+        outs = paged(rope, q, k, v, score, torch.float32)
+    frequencies = parse(own).frequencies(RopeSpec(dim=DIM, base=local_base or 1e3, trained_length=L), None)
+    for one, *qkv in zip(outs, q, k, v, strict=True):
+        count = len(one)
+        phases = torch.arange(count)[:, None] * frequencies.inv_freq
+        turn = Angles(phases.cos() * frequencies.attention_factor, phases.sin() * frequencies.attention_factor)
+        q_, k_, v_ = (x.double().transpose(0, 1) for x in qkv)
+        k_, v_ = (x.repeat_interleave(HEADS // GROUPS, 0) for x in (k_, v_))
+        scores = layout.rotate(q_, turn) @ layout.rotate(k_, turn).transpose(1, 2) * score.scale
+        distance = torch.arange(count)[:, None] - torch.arange(count)
+        hidden = (distance < 0) | (distance >= window)
+        want = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v_
+        assert (one.double() - want.transpose(0, 1)).abs().max() < 3e-5
+
+
 def test_keys_that_the_kernel_does_not_read_are_told_of() -> None:
     layout = Layout(0, DIM, False)
     rope, score = rope_of("rerope:8|logn", layout), AttentionScore(scale=0.3)
@@ -103,3 +136,15 @@ def test_keys_that_the_kernel_does_not_read_are_told_of() -> None:
     module._warn_of_copies.cache_clear()
     with torch.inference_mode(), pytest.warns(RopewalkWarning, match=r"slow: the kernel does not read torch\.float64"):
         paged(rope, *texts, score, torch.float64)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_only_the_pages_of_the_texts_are_copied(tokens: int) -> None:
+    rope = rope_of("rerope:8|logn", Layout(0, DIM, False))
+    pages = torch.zeros(2000, GROUPS, 2, PAGE, DIM)
+    batch = PagedBatch(rope, [0, tokens], [60], torch.tensor([[7, 1900, 3, 5]]), PAGE)
+    q, k = torch.randn(tokens, HEADS, DIM), torch.randn(tokens, GROUPS, DIM)
+    with torch.inference_mode(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        batch.write(k, k, pages)
+        batch.attend(q, pages, AttentionScore(scale=0.3), torch.zeros_like(q))
+    assert max(event.cpu_memory_usage for event in profile.key_averages()) < pages.nbytes / 20

@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from families import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ropewalk as rw
 from ropewalk.scaling import hf
-from ropewalk.scaling.named_scaler import LENGTH_KEY, SCALER_KEY, TRAINED_KEY, NamedScaler
+from ropewalk.scaling.named_scaler import LENGTH_KEY, SCALER_KEY, TRAINED_KEY, NamedScaler, ropes_of_layers
 from ropewalk.scaling.serving import read_all
 
 TRAINED = 256
@@ -97,6 +98,28 @@ def test_scalers_that_are_refused(tiny_folder, tmp_path, options, words):
     with pytest.raises(rw.ConfigError, match=words):
         rw.export(tiny_folder, tmp_path / "out", **({"target": "vllm"} | options))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_layers_with_windows_keep_their_own_embedding(tmp_path, family):
+    FAMILIES[family]().save_pretrained(tmp_path / "model")
+    done = rw.export(tmp_path / "model", tmp_path / "out", rope="rerope:16|logn", target="vllm", length="4x")
+    before, content = hf.read(config_of(tmp_path / "model")), config_of(done.path)
+    named = NamedScaler.read(content)
+    assert (named.configured, named.local) == (
+        before.get(None, before.get("full_attention")),
+        before.get("sliding_attention"),
+    )
+    assert "rope_theta" not in content if named.local else content["rope_theta"] == 1e4
+    assert read_all(content)[0].label == "rerope:16|logn"
+    with pytest.raises(rw.UnsupportedModel, match=r"names the scaler 'rerope:16\|logn' for vLLM"):
+        rw.load(done.path)
+
+
+def test_layers_of_three_kinds_are_refused():
+    rope = hf.read({"model_type": "llama", "max_position_embeddings": 64})[None]
+    with pytest.raises(rw.UnsupportedModel, match=r"at most, one kind with a window, not full_attention \(none\), hy"):
+        ropes_of_layers({"full_attention": rope, "hybrid": rope, "sliding_attention": rope})
 
 
 def test_models_that_the_plug_in_does_not_serve_are_refused(tiny_folder, tmp_path):

@@ -16,16 +16,17 @@ import pytest
 import torch
 
 import ropewalk as rw
-from ropewalk.engine.attention.paged import Chunk, chunks_of
+from ropewalk.engine.attention.paged import Chunk, PagedBatch, chunks_of
 from ropewalk.engine.attention.paged_rope import PagedRope
 from ropewalk.engine.vllm_plugin.register import register
 from ropewalk.engine.vllm_plugin.vllm_objects import (
-    batch_of,
+    architecture_of,
     check_config,
     check_layer,
     check_version,
     is_named_config,
     layout_of,
+    texts_of,
 )
 from ropewalk.scaling.named_scaler import NamedScaler
 
@@ -41,7 +42,7 @@ def content(tmp_path_factory):
 
 def vllm_config(content, **changes):
     """What the plug-in reads of vLLM's configuration."""
-    hf_config = SimpleNamespace(**content, to_dict=lambda: content)
+    hf_config = SimpleNamespace(**content, to_dict=lambda: content, get_text_config=lambda: hf_config)
     found = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=hf_config, hf_text_config=hf_config, use_mla=False, max_model_len=1024),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
@@ -143,6 +144,7 @@ def test_verified_versions(version):
         ({"parallel_config__decode_context_parallel_size": 2}, "decode context parallel"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill context parallel"),
         ({"model_config__use_mla": True}, "latent attention"),
+        ({"model_config__disable_sliding_window": True}, "the option disable_sliding_window"),
         ({"cache_config__cache_dtype": "fp8_e4m3"}, "a cache of fp8_e4m3"),
         ({"speculative_config": SimpleNamespace(method="eagle")}, "speculative decoding with eagle"),
         ({"device_config": SimpleNamespace(device_type="cuda")}, "device cuda"),
@@ -160,9 +162,25 @@ def test_architectures_that_were_not_verified_are_refused(content):
 
 
 @pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 64}, "MistralForCausalLM without sliding windows, not with them"),
+        ("Qwen2ForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}, "Qwen2ForCausalLM without"),
+        ("Gemma3ForCausalLM", {"layer_types": ["sliding_attention"] * 2}, "not with a window in every layer"),
+    ],
+)
+def test_windows_that_were_not_verified_are_refused(name, fields, words):
+    def config(**fields):
+        return SimpleNamespace(architectures=[name], get_text_config=lambda: SimpleNamespace(**fields))
+
+    assert not architecture_of(config(layer_types=["full_attention"], sliding_window=64)).interleaved
+    with pytest.raises(rw.UnsupportedModel, match=words):
+        architecture_of(config(**fields))
+
+
+@pytest.mark.parametrize(
     ("properties", "words"),
     [
-        ({"sliding_window": 128}, "layers with a sliding window of 128"),
         ({"sinks": True}, "attention sinks of the model"),
         ({"alibi": True}, "ALiBi"),
         ({"attn_type": "encoder"}, "attention of type encoder"),
@@ -180,6 +198,8 @@ def test_layers_that_are_refused(properties, words):
 def test_only_configs_that_name_a_scaler_are_taken(content):
     assert is_named_config(vllm_config(content))
     assert not is_named_config(vllm_config(content | {"rope_parameters": {"rope_type": "default"}}))
+    nested = {"full_attention": content["rope_parameters"], "sliding_attention": None}
+    assert is_named_config(vllm_config(content | {"rope_parameters": nested}))
     assert not is_named_config(SimpleNamespace(model_config=None))
 
 
@@ -196,7 +216,7 @@ def test_a_batch_of_vllm_is_read_as_runs_over_pages(content):
         seq_lens=torch.tensor([5, 33, 0], dtype=torch.int32),
         block_table_tensor=torch.tensor([[4, 0], [2, 7], [0, 0]], dtype=torch.int32),
     )
-    batch = batch_of(PagedRope(named, layout_of(config, named)), metadata, page=32)
+    batch = PagedBatch(PagedRope(named, layout_of(config, named)), *texts_of(metadata), 32)
     pages = torch.zeros(8, 2, 2, 32, 32)
     values = torch.arange(3.0)[:, None, None].expand(3, 2, 32) + 1
     batch.write(torch.ones(3, 2, 32), values, pages)
@@ -205,10 +225,9 @@ def test_a_batch_of_vllm_is_read_as_runs_over_pages(content):
     assert [float(pages[block, 0, 1, place, 0]) for block, place in written] == [1, 2, 3]
 
 
-def test_attention_in_both_directions_is_refused(content):
-    config, named = vllm_config(content), NamedScaler.read(content)
+def test_attention_in_both_directions_is_refused():
     with pytest.raises(rw.UnsupportedModel, match="not causal"):
-        batch_of(PagedRope(named, layout_of(config, named)), SimpleNamespace(causal=False), page=32)
+        texts_of(SimpleNamespace(causal=False))
 
 
 def test_numba_is_not_loaded_before_the_first_decode_step():

@@ -1,0 +1,51 @@
+"""Writes what was found with the plug-in for vLLM to docs/results/vllm_plugin.json: python plugin_report.py WORK."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from report import LIMIT, OUT
+
+from ropewalk.scaling.spec import parse
+
+PLUGIN = OUT.with_name("vllm_plugin.json")
+
+LARGEST = 1e-4
+"""Of a log-probability between vLLM with the plug-in and a patched model under a position map."""
+
+FLOAT32_TOKENS = 1000
+"""Without a map, transformers computes the angles in float32, and the plug-in in float64. The longest text has fewer
+tokens."""
+
+
+def failures(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What vLLM with the plug-in computed otherwise than it must."""
+    for row in rows:
+        what = f"plug-in, {row['model']}, {row['scaler']}, {row['check']}"
+        largest = LARGEST if parse(row["scaler"], 1024).member("positions") else LIMIT * FLOAT32_TOKENS
+        if row["max"] is not None and row["max"] > largest:
+            yield f"{what}: a log-probability differs by {row['max']:.2g}"
+        if row["max"] is not None and row["effect"] < 100 * largest:
+            yield f"{what}: the scaler changes log-probabilities by {row['effect']:.2g} only, so this shows nothing"
+        if row["same_text"] < row["requests"]:
+            yield f"{what}: {row['same_text']} of {row['requests']} texts are the same"
+        if row["check"] in ("same prompt again", "shared prefix") and not row["cached"]:
+            yield f"{what}: no token came from the prefix cache"
+        if row.get("preempted") == 0:
+            yield f"{what}: no request was preempted"
+
+
+def main() -> None:
+    """Everything that was found; fails if something is not as it was promised."""
+    found = json.loads((Path(sys.argv[1]) / "plugin" / "found.json").read_text(encoding="utf-8"))
+    PLUGIN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if wrong := list(failures(found)):
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
