@@ -15,6 +15,7 @@ import numpy as np
 from ...engine.tuned_scalers import TunedScaler
 from ...errors import ConfigError
 from ...scaling import hf_write
+from ...scaling.position_groups import DPE, SelfLogistic
 from ...scaling.positions import SelfExtend
 from ...scaling.rope import RopeSpec, Scaler, compose
 from ...scaling.spec import parse
@@ -49,6 +50,20 @@ def starting_points(rope: RopeSpec, target: int) -> list[Scaler]:
         k = math.ceil(1.02 * (target - window) / (L - window) * 100) / 100  # 2 % beyond the target
         return f"leaky-rerope:{window},k={k:g}"
 
+    def by_pairs(window: int) -> str:
+        """DPE with the smallest group for the slow half of the pairs, and half of it for the fast half."""
+        group = 2
+        while DPE(groups=(max(1, group // 2), group), window=window).reach(rope) < target:
+            group += 1
+        return f"dpe:{max(1, group // 2)}/{group},window={window}"
+
+    def logistic(window: int) -> str:
+        """SELF with the smallest capacity that reaches the target."""
+        capacity = 2
+        while SelfLogistic(window=window, capacity=capacity).reach(rope) < target:
+            capacity += 1
+        return f"self-logistic:{window},capacity={capacity}"
+
     specs = [
         f"yarn:{s:g}",
         f"rerope:{L // 2}|logn",
@@ -81,7 +96,14 @@ def starting_points(rope: RopeSpec, target: int) -> list[Scaler]:
         f"llama3:{s:g}",
         f"yarn:{2 * s:g}",
         f"linear:{s:g}",
+        f"dprope:{s:g}",
+        logistic(L // 4),
+        f"yarn:{s:g}|infoscale",
+        f"yarn:{s:g}|step-log",
+        f"rerope:{L // 2}|infoscale",
     ]
+    if rope.dim % 4 == 0:  # DPE's two blocks of pairs are equal
+        specs.append(by_pairs(L // 4))
     return [parse(spec) for spec in specs]
 
 

@@ -15,7 +15,7 @@ from ropewalk.evals.tuning.candidates import (
     starting_points,
 )
 from ropewalk.evals.tuning.report import as_json, sentences
-from ropewalk.scaling import RopeSpec, parse
+from ropewalk.scaling import METHODS, RopeSpec, parse
 
 ROPE = RopeSpec(dim=64, base=1e5, trained_length=8192)
 TOKENS = 256
@@ -127,6 +127,19 @@ def test_starting_points_are_all_different_and_work(rope, target):
         scaler.frequencies(rope, target)
         if scaler.member("positions"):
             assert scaler.reach(rope) >= target
+    named = {part.name for scaler in scalers for part in scaler.parts}
+    ours = {name for name, method in METHODS.built_in.items() if method.facet in ("frequencies", "positions")}
+    assert ours - named == {
+        *("dynamic-ntk", "dynamic-yarn"),  # at the target length they are ntk and yarn
+        *("base", "longrope", "cope"),  # need numbers or training of their own
+        *("string", "sink-window"),  # do not lengthen what is read
+    }
+
+
+def test_a_scaler_that_differs_by_layer_can_be_tried():
+    scaler = parse("yarn:2@0-9|yarn:4@10-")
+    assert not fits_config(scaler, ROPE) and simplicity(scaler, ROPE) == (3, 2)
+    assert {str(n) for n in neighbours(scaler)} == {"yarn:2@0-9|yarn:4@10-|logn"}
 
 
 def test_neighbours_differ_in_one_thing():
