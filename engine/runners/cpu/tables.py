@@ -58,17 +58,20 @@ class StoredLinear:
         weight = self.weight
         return weight.format.name if isinstance(weight, PackedWeight) else dtype_name(weight.dtype)
 
-    @property
-    def table(self) -> list[int]:
-        """The addresses and sizes that `project_any` takes."""
+    def table(self, rounds: int = 1) -> list[int]:
+        """The addresses and sizes that `project_any` takes.
+
+        Args:
+            rounds: how often vectors are rounded to 16 bits for weights in blocks.
+        """
         scale, bias = (0 if x is None else x.data_ptr() for x in (self.scale, self.bias))
         weight = self.weight
         if isinstance(weight, PackedWeight):
             from .kernels import product
 
             row_bytes = weight.data.shape[1]
-            return [weight.data.data_ptr(), scale, bias, *weight.shape, row_bytes, product(int(weight.format))]
-        return [weight.data_ptr(), scale, bias, *weight.shape, 0, 0]
+            return [weight.data.data_ptr(), scale, bias, *weight.shape, row_bytes, product(int(weight.format)), rounds]
+        return [weight.data_ptr(), scale, bias, *weight.shape, 0, 0, 0]
 
 
 Make = Callable[[LinearLayer], StoredLinear]
@@ -111,11 +114,12 @@ class Tables:
     stored_head: StoredLinear = field(repr=False)
 
     @classmethod
-    def of(cls, d: Decoder, groups: list[LayerGroup], make: Make | None = None) -> Tables:
+    def of(cls, d: Decoder, groups: list[LayerGroup], make: Make | None = None, rounds: int = 1) -> Tables:
         """The tables of a decoder.
 
         Args:
             make: stores a linear layer; None keeps the model's own weights.
+            rounds: how often vectors are rounded to 16 bits for weights in blocks: 1, or 2 for float32 arithmetic.
 
         Raises:
             UnsupportedModel: the decoder breaks an assumption of a kernel.
@@ -143,9 +147,9 @@ class Tables:
             numbers=np.array([d.epsilon, d.layers[0].softcap or 0], np.float32),
             kind=head.kind,
             formats=formats,
-            linears=np.array([[linear.table for linear in linears] for linears in stored], np.int64),
+            linears=np.array([[linear.table(rounds) for linear in linears] for linears in stored], np.int64),
             norms=np.array([*norms, [d.final_norm.data_ptr(), 0, 0, 0, 0, 0]], np.int64),
-            head=np.array([head.table], np.int64),
+            head=np.array([head.table(rounds)], np.int64),
             half=layout.dim // 2,
             stored=stored,
             stored_head=head,

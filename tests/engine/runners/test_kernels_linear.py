@@ -6,6 +6,7 @@ from kernel_data import KINDS, address, check_bits, stored
 
 from ropewalk.engine.runners.cpu.kernels import project
 from ropewalk.engine.runners.cpu.kernels.linear import rows_of
+from ropewalk.engine.runners.cpu.kernels.team import new_team
 
 
 class Case:
@@ -30,8 +31,7 @@ class Case:
     def run(self, x=None, threads=1):
         x = self.x if x is None else x
         out = np.full((len(x), sum(self.rows)), np.nan, np.float32)
-        for thread in range(threads):
-            project(self.kind, self.table, x, out, thread, threads)
+        project(self.kind, self.table, x, out, new_team(1), 0, threads)
         return out
 
 

@@ -8,7 +8,7 @@ from decoders import DECODERS, IDS, compiled
 from numba import njit, prange
 
 from ropewalk.engine.runners.cpu import runner as runners
-from ropewalk.engine.runners.cpu.kernels.team import FAILED, STATE, assemble, new_team, wait
+from ropewalk.engine.runners.cpu.kernels.team import FAILED, STATE, assemble, new_team, take, wait
 from ropewalk.errors import RopewalkWarning
 
 
@@ -32,13 +32,54 @@ def test_every_thread_sees_what_the_others_wrote_before_a_barrier(threads):
     before = numba.get_num_threads()
     numba.set_num_threads(threads)
     seen = np.zeros(threads, np.int64)
-    pass_around(threads, 500, new_team(), seen)
+    pass_around(threads, 500, new_team(0), seen)
     numba.set_num_threads(before)
     assert (seen == 500).all()
 
 
+@pytest.mark.parametrize(("count", "least", "threads"), [(0, 1, 2), (7, 1, 1), (960, 16, 2), (1001, 16, 3), (5, 16, 4)])
+def test_ranges_that_are_taken_are_all_and_shrink(count, least, threads):
+    team, taken = new_team(2), []
+    while True:
+        start, stop = take(team, 1, count, least, threads)
+        if start == stop:
+            break
+        taken.append((start, stop))
+    assert [start for start, _ in taken] == [0, *(stop for _, stop in taken)][: len(taken)]
+    assert not taken or taken[-1][1] == count
+    sizes = [stop - start for start, stop in taken]
+    assert all(size % least == 0 for size in sizes[:-1])
+    assert sizes == sorted(sizes, reverse=True)
+    if taken:
+        assert sizes[0] <= max(count / (2 * threads), least)
+    assert take(team, 0, 1, 1, 1) == (0, 1)  # another piece of work
+
+
+@njit(parallel=True)
+def take_together(threads, count, team, seen):
+    for _thread in prange(threads):
+        if assemble(team, threads):
+            start, stop = take(team, 0, count, 1, threads)
+            while start < stop:
+                for n in range(start, stop):
+                    seen[n] += 1
+                start, stop = take(team, 0, count, 1, threads)
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_threads_take_everything_once(threads):
+    if threads > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip(f"numba has {numba.config.NUMBA_NUM_THREADS} threads here")
+    before = numba.get_num_threads()
+    numba.set_num_threads(threads)
+    seen = np.zeros(100_000, np.int64)
+    take_together(threads, len(seen), new_team(1), seen)
+    numba.set_num_threads(before)
+    assert (seen == 1).all()
+
+
 def test_a_team_that_does_not_gather_is_given_up_by_all():
-    team = new_team()
+    team = new_team(0)
     assert not assemble(team, 2)  # waits for a second thread, which does not come
     assert team[STATE] == FAILED
     assert not assemble(team, 2)  # and comes too late

@@ -1,8 +1,7 @@
-"""How the blocks of GGUF files are read: as LLVM code that turns their bytes into numbers.
+"""How the blocks of GGUF files are read: as LLVM code that turns their bytes into whole numbers of 16 bits.
 
-A block is a few parts of 32 weights, and a weight is scale * (quant - offset) + low. A part is read as eight lanes of
-four bytes, one quant a byte. Bytes are not shifted to the bottom of their lanes: byte k, converted where it is, gives
-2^(8 k) times its quant. The vectors are divided by this factor instead, once for all rows (`arrange` in blocks.py).
+A block is a few parts of 32 weights, and a weight is scale * quant + low. The quants are signed: what a format
+subtracts from its bits is subtracted here.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ import numpy as np
 from .simd import I32, INTEGERS, VECTOR, WIDTH
 
 PART = 32  # weights of a part
+HALF = PART // 2  # whole numbers in a register of 256 bits
 
-_I8, _I16, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
-_BYTES = ir.VectorType(_I8, PART)
+_I1, _I8, _I16, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 64))
+HALVES = ir.VectorType(_I16, HALF)
 
 
 @dataclass(frozen=True)
@@ -27,43 +27,45 @@ class BlockPart:
     """32 weights of a block.
 
     Args:
-        quants: <8 x i32>, a quant in some bits of each byte, in the order of the weights.
-        mask: these bits; 0 for signed bytes.
-        scale, low: a number for each lane; `low` may be None.
-        offset: subtracted from each quant.
+        quants: two vectors <16 x i16>, in the order of the weights.
+        scale: a number, eight times.
+        factors: of each half, a whole number by which its quants are multiplied, <16 x i16>; None for 1.
+        low: a number, eight times; None for 0.
         lows: in a block of eight parts, the `low` of each.
     """
 
-    quants: ir.Value
-    mask: int
+    quants: tuple[ir.Value, ir.Value]
     scale: ir.Value
-    offset: int = 0
+    factors: tuple[ir.Value, ir.Value] | None = None
     low: ir.Value | None = None
     lows: ir.Value | None = None
 
-    def in_place(self, b: ir.IRBuilder, k: int) -> ir.Value:
-        """Byte k of every lane, times 2^(8 k)."""
-        return b.sitofp(b.and_(self.quants, _integers(self.mask << 8 * k)), VECTOR)
-
-    def in_order(self, b: ir.IRBuilder, k: int) -> ir.Value:
-        """The quants 8 k to 8 k + 7."""
-        masked = b.and_(self.quants, _integers(self.mask * 0x01010101)) if self.mask else self.quants
-        eight = shuffle(b, b.bitcast(masked, _BYTES), range(8 * k, 8 * k + 8))
-        return b.sitofp((b.zext if self.mask else b.sext)(eight, INTEGERS), VECTOR)
+    def whole(self, b: ir.IRBuilder) -> list[ir.Value]:
+        """The quants times their factors."""
+        if self.factors is None:
+            return list(self.quants)
+        return [b.mul(quants, factor) for quants, factor in zip(self.quants, self.factors, strict=True)]
 
     def weights(self, b: ir.IRBuilder, k: int) -> ir.Value:
         """The weights 8 k to 8 k + 7, rounded after each operation."""
-        lanes = [2 * k] * 4 + [2 * k + 1] * 4
-        weights = b.fmul(b.fsub(self.in_order(b, k), floats(self.offset)), shuffle(b, self.scale, lanes))
-        return weights if self.low is None else b.fadd(weights, shuffle(b, self.low, lanes))
+        scale = self.scale
+        if self.factors is not None:
+            scale = b.fmul(scale, _as_floats(b, self.factors[k // 2], range(8)))
+        first = k % 2 * 8
+        weights = b.fmul(_as_floats(b, self.quants[k // 2], range(first, first + 8)), scale)
+        return weights if self.low is None else b.fadd(weights, self.low)
 
 
-def _integers(value: int | list[int]) -> ir.Constant:
-    return ir.Constant(INTEGERS, value if isinstance(value, list) else [value] * WIDTH)
+def _as_floats(b: ir.IRBuilder, halves: ir.Value, places: range) -> ir.Value:
+    return b.sitofp(b.sext(shuffle(b, halves, places), INTEGERS), VECTOR)
 
 
 def floats(value: float) -> ir.Constant:
     return ir.Constant(VECTOR, [value] * WIDTH)
+
+
+def _halves(value: int) -> ir.Constant:
+    return ir.Constant(HALVES, [value] * HALF)
 
 
 def shuffle(b: ir.IRBuilder, x: ir.Value, places: Any) -> ir.Value:
@@ -85,9 +87,9 @@ class BlockReader:
     def read(self, offset: int, kind: ir.Type) -> ir.Value:
         return load_from(self.b, self.b.add(self._address, _I64(offset)), kind)
 
-    def splat(self, x: ir.Value) -> ir.Value:
-        kind = ir.VectorType(x.type, WIDTH)
-        return shuffle(self.b, self.b.insert_element(ir.Constant(kind, ir.Undefined), x, I32(0)), [0] * WIDTH)
+    def splat(self, x: ir.Value, count: int = WIDTH) -> ir.Value:
+        kind = ir.VectorType(x.type, count)
+        return shuffle(self.b, self.b.insert_element(ir.Constant(kind, ir.Undefined), x, I32(0)), [0] * count)
 
     def half(self, offset: int) -> ir.Value:
         """A float16 number for all lanes. It is converted there: a scalar would be inserted into a register in use."""
@@ -95,31 +97,41 @@ class BlockReader:
         halves = b.bitcast(self.splat(self.read(offset, _I16)), ir.VectorType(ir.HalfType(), WIDTH))
         return b.fpext(halves, VECTOR)
 
+    def bytes(self, offset: int, signed: bool = False) -> ir.Value:
+        """16 bytes, as whole numbers of 16 bits."""
+        found = self.read(offset, ir.VectorType(_I8, HALF))
+        return (self.b.sext if signed else self.b.zext)(found, HALVES)
+
     def shifted(self, x: ir.Value, left: int) -> ir.Value:
         """x shifted to the left, or to the right if `left` is negative."""
-        return self.b.shl(x, _integers(left)) if left >= 0 else self.b.lshr(x, _integers(-left))
+        return self.b.shl(x, _halves(left)) if left >= 0 else self.b.lshr(x, _halves(-left))
 
-    def nibbles(self, offset: int) -> ir.Value:
-        """The low halves of 16 bytes, then the high halves."""
-        four = self.read(offset, ir.VectorType(I32, 4))
-        return self.b.lshr(shuffle(self.b, four, [0, 1, 2, 3] * 2), _integers([0] * 4 + [4] * 4))
+    def masked(self, x: ir.Value, mask: int) -> ir.Value:
+        return self.b.and_(x, _halves(mask))
 
-    def joined(self, low: ir.Value, high: ir.Value, high_mask: int) -> ir.Value:
-        """In each byte, four bits of `low` and the masked bits of `high`."""
+    def less(self, x: ir.Value, offset: int) -> ir.Value:
+        return self.b.sub(x, _halves(offset))
+
+    def nibble(self, x: ir.Value, high: bool) -> ir.Value:
+        """The low or the high half of each byte."""
+        return self.shifted(x, -4) if high else self.masked(x, 15)
+
+    def nibbles(self, offset: int) -> list[ir.Value]:
+        """The low halves of 16 bytes, and the high halves."""
+        found = self.bytes(offset)
+        return [self.nibble(found, high) for high in (False, True)]
+
+    def fives(self, nibbles: int, bits: int, offset: int = 0) -> tuple[ir.Value, ir.Value]:
+        """The nibbles at an offset with a fifth bit from 16 and 16 bits at another, less `offset`."""
         b = self.b
-        return b.or_(b.and_(low, _integers(0x0F0F0F0F)), b.and_(high, _integers(high_mask * 0x01010101)))
+        found = []
+        for n, nibble in enumerate(self.nibbles(nibbles)):
+            is_set = b.bitcast(self.read(bits + 2 * n, _I16), ir.VectorType(_I1, HALF))
+            found.append(b.add(nibble, b.select(is_set, _halves(16 - offset), _halves(-offset))))
+        return found[0], found[1]
 
-    def fives(self, nibbles: int, bits: int) -> ir.Value:
-        """The nibbles at an offset with a fifth bit from 32 bits at another."""
-        b = self.b
-        spread = shuffle(b, b.bitcast(self.splat(self.read(bits, I32)), _BYTES), [n // 8 for n in range(PART)])
-        places = ir.Constant(_BYTES, [1 << n % 8 for n in range(PART)])
-        is_set = b.icmp_unsigned("==", b.and_(spread, places), places)
-        fifth = b.select(is_set, ir.Constant(_BYTES, [16] * PART), ir.Constant(_BYTES, [0] * PART))
-        return self.joined(self.nibbles(nibbles), b.bitcast(fifth, INTEGERS), 0x10)
-
-    def scales_and_lows(self) -> tuple[list[ir.Value], ir.Value]:
-        """Of a K block, by part: 6-bit numbers in 12 bytes, times float16 numbers. Four scales, twice, are a vector."""
+    def scales_and_lows(self) -> tuple[ir.Value, ir.Value]:
+        """Of a K block, by part: 6-bit numbers in 12 bytes, times float16 numbers."""
         b = self.b
         first, second, third = (self.read(offset, I32) for offset in (4, 8, 12))
 
@@ -133,70 +145,72 @@ class BlockReader:
             return b.fmul(factor, b.sitofp(b.zext(both, INTEGERS), VECTOR))
 
         d, lowest = self.half(0), b.fneg(self.half(2))
-        scales = [numbers(d, four, four) for four in fours(first, third)]
+        scales = numbers(d, *fours(first, third))
         return scales, numbers(lowest, *fours(second, b.lshr(third, I32(4))))
 
-    def lanes(self, x: ir.Value, first: int, second: int) -> ir.Value:
-        """Number `first` of x for four lanes and number `second` for the others."""
-        return shuffle(self.b, x, [first] * 4 + [second] * 4)
+    def lane(self, x: ir.Value, n: int) -> ir.Value:
+        """Number `n` of x for all lanes."""
+        return shuffle(self.b, x, [n] * WIDTH)
 
 
 def _q8_0(block: BlockReader) -> Iterator[BlockPart]:
-    yield BlockPart(block.read(2, INTEGERS), 0, block.half(0))
+    yield BlockPart((block.bytes(2, signed=True), block.bytes(18, signed=True)), block.half(0))
 
 
 def _q4_0(block: BlockReader) -> Iterator[BlockPart]:
-    yield BlockPart(block.nibbles(2), 15, block.half(0), offset=8)
+    low, high = (block.less(nibbles, 8) for nibbles in block.nibbles(2))
+    yield BlockPart((low, high), block.half(0))
 
 
 def _q4_1(block: BlockReader) -> Iterator[BlockPart]:
-    yield BlockPart(block.nibbles(4), 15, block.half(0), low=block.half(2))
+    low, high = block.nibbles(4)
+    yield BlockPart((low, high), block.half(0), low=block.half(2))
 
 
 def _q5_0(block: BlockReader) -> Iterator[BlockPart]:
-    yield BlockPart(block.fives(6, 2), 31, block.half(0), offset=16)
+    yield BlockPart(block.fives(6, 2, 16), block.half(0))
 
 
 def _q5_1(block: BlockReader) -> Iterator[BlockPart]:
-    yield BlockPart(block.fives(8, 4), 31, block.half(0), low=block.half(2))
+    yield BlockPart(block.fives(8, 4), block.half(0), low=block.half(2))
 
 
 def _q4_k(block: BlockReader) -> Iterator[BlockPart]:
-    yield from _k_parts(block, 16, 15, lambda nibbles, _: nibbles)
+    yield from _k_parts(block, 16, lambda nibbles, _part, _half: nibbles)
 
 
 def _q5_k(block: BlockReader) -> Iterator[BlockPart]:
-    bits = block.read(16, INTEGERS)
-    yield from _k_parts(block, 48, 31, lambda nibbles, part: block.joined(nibbles, block.shifted(bits, 4 - part), 0x10))
+    bits = [block.bytes(16 + HALF * half) for half in range(2)]
+
+    def quants(nibbles: ir.Value, part: int, half: int) -> ir.Value:
+        return block.b.or_(nibbles, block.masked(block.shifted(bits[half], 4 - part), 16))
+
+    yield from _k_parts(block, 48, quants)
 
 
-def _k_parts(
-    block: BlockReader, start: int, mask: int, quants: Callable[[ir.Value, int], ir.Value]
-) -> Iterator[BlockPart]:
-    """The parts of a K block whose nibbles begin at `start`; `quants` makes quants of the nibbles of a part."""
+def _k_parts(block: BlockReader, start: int, quants: Callable[[ir.Value, int, int], ir.Value]) -> Iterator[BlockPart]:
+    """The parts of a K block whose nibbles begin at `start`; `quants` makes quants of the nibbles of half a part."""
     scales, lows = block.scales_and_lows()
-    for part in range(8):
-        nibbles = block.shifted(block.read(start + part // 2 * 32, INTEGERS), -4 if part % 2 else 0)
-        yield BlockPart(
-            quants(nibbles, part),
-            mask,
-            block.lanes(scales[part // 4], part % 4, 4 + part % 4),
-            low=block.lanes(lows, part, part),
-            lows=lows,
-        )
+    for pair in range(4):
+        both = [block.bytes(start + PART * pair + HALF * half) for half in range(2)]
+        for part in (2 * pair, 2 * pair + 1):
+            first, second = (quants(block.nibble(both[half], part % 2 == 1), part, half) for half in range(2))
+            yield BlockPart((first, second), block.lane(scales, part), low=block.lane(lows, part), lows=lows)
 
 
 def _q6_k(block: BlockReader) -> Iterator[BlockPart]:
-    b, d = block.b, block.half(208)
+    b, scale = block.b, block.half(208)
     for half in range(2):
-        whole = b.sext(block.read(192 + 8 * half, ir.VectorType(_I8, WIDTH)), INTEGERS)
-        scales, bits = b.fmul(d, b.sitofp(whole, VECTOR)), block.read(128 + 32 * half, INTEGERS)
+        bits = [block.bytes(128 + PART * half + HALF * n) for n in range(2)]
+        bytes_ = [block.bytes(64 * half + HALF * n) for n in range(4)]
         for part in range(4):
-            nibbles = block.read(64 * half + part % 2 * 32, INTEGERS)
-            quants = block.joined(
-                block.shifted(nibbles, -4 if part > 1 else 0), block.shifted(bits, 4 - 2 * part), 0x30
-            )
-            yield BlockPart(quants, 63, block.lanes(scales, 2 * part, 2 * part + 1), offset=32)
+            quants, factors = [], []
+            for n in range(2):
+                nibbles = block.nibble(bytes_[2 * (part % 2) + n], part > 1)
+                upper = block.masked(block.shifted(bits[n], 4 - 2 * part), 0x30)
+                quants.append(block.less(b.or_(nibbles, upper), 32))
+                factors.append(block.splat(b.sext(block.read(192 + 8 * half + 2 * part + n, _I8), _I16), HALF))
+            yield BlockPart((quants[0], quants[1]), scale, (factors[0], factors[1]))
 
 
 @dataclass(frozen=True)
@@ -206,11 +220,6 @@ class BlockFormat:
     weights: int  # of a block
     size: int  # of a block in bytes
     parts: Callable[[BlockReader], Iterator[BlockPart]]
-
-    @property
-    def in_order(self) -> bool:
-        """Signed bytes are not read in place; their vectors are not arranged."""
-        return self.parts is _q8_0
 
 
 BLOCKS = {

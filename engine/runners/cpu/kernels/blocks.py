@@ -12,10 +12,10 @@ from numba import carray, cfunc, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from .block_formats import BLOCKS, NUMBERS, PART, BlockFormat, BlockReader, floats, load_from, shuffle
+from .block_formats import BLOCKS, HALF, HALVES, NUMBERS, PART, BlockFormat, BlockReader, floats, shuffle
 from .folder import cached_in_folder
 from .linear import project_rows, rows_of
-from .simd import F32, INTEGERS, VECTOR, WIDTH, call_llvm, fetch, get, reduced, size_of
+from .simd import F32, I32, INTEGERS, VECTOR, WIDTH, call_llvm, fetch, get, reduced, size_of
 
 _AHEAD = 4096  # blocks are prefetched this many bytes before their use
 
@@ -38,48 +38,47 @@ def _sum(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return reduced(b, x, lambda b, low, high: b.fadd(low, high))
 
 
+def _add_products(b: ir.IRBuilder, x: ir.Value, y: ir.Value, total: ir.Value | None) -> ir.Value:
+    """The sums of two products of <16 x i16> and <16 x i16>, as <8 x i32>, plus `total`."""
+    wide = ir.VectorType(I32, HALF)
+    products = b.mul(b.sext(x, wide), b.sext(y, wide))
+    pairs = b.add(shuffle(b, products, range(0, HALF, 2)), shuffle(b, products, range(1, HALF, 2)))
+    return pairs if total is None else b.add(total, pairs)
+
+
 def _dot_blocks(b: ir.IRBuilder, format_: BlockFormat, tokens: int, args: Any) -> list[ir.Value]:
     """The products of two rows and `tokens` consecutive vectors, in the same order of sums for any number of tokens."""
-    _, row, row_stride, x, arranged, columns = args
-    totals = [cgutils.alloca_once(b, VECTOR) for _ in range(2 * tokens)]
-    lows = [cgutils.alloca_once(b, VECTOR) for _ in range(2 * tokens)]
-    for place in (*totals, *lows):
-        b.store(floats(0), place)
-
-    bytes_of_x = b.mul(columns, _I64(4))
-    start, stride = x, bytes_of_x
-    if not format_.in_order:
-        start, stride = arranged, b.add(b.add(bytes_of_x, columns), b.udiv(columns, _I64(8)))
+    _, row, row_stride, x, columns = args
+    totals = [cgutils.alloca_once_value(b, floats(0)) for _ in range(2 * tokens)]
+    lows = [cgutils.alloca_once_value(b, floats(0)) for _ in range(2 * tokens)]
+    scales = b.add(x, b.mul(columns, _I64(2)))
+    sums = b.add(scales, b.udiv(columns, _I64(8)))
+    stride = b.add(b.mul(columns, _I64(2)), b.udiv(columns, _I64(4)))
     with cgutils.for_range(b, b.udiv(columns, _I64(format_.weights))) as loop:
         block = b.add(row, b.mul(loop.index, _I64(format_.size)))
-        first = b.add(start, b.mul(loop.index, _I64(4 * format_.weights)))
-        first_sum = b.add(b.add(start, bytes_of_x), b.mul(loop.index, _I64(format_.weights)))
-        first_part_sum = b.add(b.add(start, b.add(bytes_of_x, columns)), b.mul(loop.index, _I64(format_.weights // 8)))
         two = (format_.parts(BlockReader(b, address)) for address in (block, b.add(block, row_stride)))
         for n, parts in enumerate(zip(*two, strict=True)):
-            for r, part in enumerate(parts):
-                quants = [part.in_order(b, k) if format_.in_order else part.in_place(b, k) for k in range(4)]
-                for t in range(tokens):
-                    offset = b.mul(stride, _I64(t))
-                    sums = b.add(b.add(first_sum, offset), _I64(PART * n))
-                    total = None
-                    if part.offset:
-                        total = b.fmul(load_from(b, sums, VECTOR), floats(-part.offset))
-                    for k, quant in enumerate(quants):
-                        vector = load_from(b, b.add(b.add(first, offset), _I64(4 * (PART * n + 8 * k))), VECTOR)
-                        total = b.fmul(quant, vector) if total is None else call_llvm(b, "fma", quant, vector, total)
-                    place = r * tokens + t
-                    b.store(call_llvm(b, "fma", part.scale, total, b.load(totals[place])), totals[place])
+            of_part = b.add(b.mul(loop.index, _I64(format_.weights // PART)), _I64(n))
+            rows = [(part, part.whole(b)) for part in parts]
+            for t in range(tokens):
+                offset = b.mul(stride, _I64(t))
+                vector = BlockReader(b, b.add(b.add(x, offset), b.mul(of_part, _I64(2 * PART))))
+                halves = [vector.read(2 * HALF * k, HALVES) for k in range(2)]
+                of_number = b.add(offset, b.mul(of_part, _I64(4)))
+                scale = BlockReader(b, b.add(scales, of_number))
+                summed = BlockReader(b, b.add(sums, of_number))
+                for r, (part, quants) in enumerate(rows):
+                    total, low = totals[r * tokens + t], lows[r * tokens + t]
+                    products = None
+                    for k in range(2):
+                        products = _add_products(b, quants[k], halves[k], products)
+                    factor = b.fmul(part.scale, scale.splat(scale.read(0, F32)))
+                    b.store(call_llvm(b, "fma", b.sitofp(products, VECTOR), factor, b.load(total)), total)
                     if part.lows is not None and n == 0:
-                        sums = b.add(first_part_sum, offset)
-                        b.store(
-                            call_llvm(b, "fma", part.lows, load_from(b, sums, VECTOR), b.load(lows[place])), lows[place]
-                        )
+                        b.store(call_llvm(b, "fma", part.lows, summed.read(0, VECTOR), b.load(low)), low)
                     elif part.lows is None and part.low is not None:
-                        b.store(
-                            call_llvm(b, "fma", part.low, load_from(b, sums, VECTOR), b.load(lows[place])), lows[place]
-                        )
-
+                        each = b.fmul(summed.splat(summed.read(0, F32)), floats(1 / WIDTH))
+                        b.store(call_llvm(b, "fma", part.low, each, b.load(low)), low)
     return [_sum(b, b.fadd(b.load(total), b.load(low))) for total, low in zip(totals, lows, strict=True)]
 
 
@@ -90,14 +89,14 @@ def _dot_of(tokens: int) -> Any:
     """
 
     def dot(
-        _context: Any, code: Any, row: Any, row_stride: Any, x: Any, arranged: Any, columns: Any
+        _context: Any, code: Any, row: Any, row_stride: Any, x: Any, columns: Any
     ) -> tuple[Any, Callable[..., ir.Value]]:
         format_ = BLOCKS[code.literal_value]
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
             return context.make_tuple(builder, signature.return_type, _dot_blocks(builder, format_, tokens, args))
 
-        return types.UniTuple(types.float32, 2 * tokens)(code, *[types.int64] * 5), generate
+        return types.UniTuple(types.float32, 2 * tokens)(code, *[types.int64] * 4), generate
 
     return intrinsic(prefer_literal=True)(dot)
 
@@ -128,48 +127,76 @@ def _unpack_row(
 
 
 @intrinsic
-def _arrange_part(_context: Any, x: Any, out: Any, sums: Any, part_sum: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Write 32 numbers in the order in which a part is read, the sums of each lane, and their sum."""
+def _round_part(
+    _context: Any, x: Any, out: Any, scale: Any, total: Any, rest: Any
+) -> tuple[Any, Callable[..., ir.Value]]:
+    """Round 32 numbers to whole multiples of a scale, at most 32767 of it.
+
+    Write the whole numbers, the scale, their sum times the scale, and what they leave of each number. Numbers below
+    1e-30 count as 0. If a number is not finite, the scale and the sum are not.
+    """
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
-        x, out, sums, part_sum = args
-        numbers, total = load_from(b, x, ir.VectorType(F32, PART)), None
-        for k in range(4):
-            lane = shuffle(b, numbers, range(k, PART, 4))
-            total = lane if total is None else b.fadd(total, lane)
-            _store(b, b.add(out, _I64(32 * k)), b.fmul(lane, floats(2.0 ** (-8 * k))))
-        _store(b, sums, total)
-        _store(b, part_sum, _sum(b, total))
+        x, out, scale_at, total_at, rest = args
+        reader = BlockReader(b, x)
+        vectors = [reader.read(32 * k, VECTOR) for k in range(4)]
+        highest, unfinite = floats(0), floats(0)
+        for vector in vectors:
+            highest = call_llvm(b, "maxnum", highest, call_llvm(b, "fabs", vector))
+            unfinite = call_llvm(b, "fma", vector, floats(0), unfinite)
+        greatest = reduced(b, highest, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
+        scale = b.fadd(b.fmul(greatest, F32(1 / 32767)), _sum(b, unfinite))
+        inverse = b.select(b.fcmp_ordered(">", greatest, F32(1e-30)), b.fdiv(F32(32767), greatest), F32(0))
+        scales, inverses = reader.splat(scale), reader.splat(inverse)
+        sums = None
+        for k, vector in enumerate(vectors):
+            nearest = call_llvm(b, "nearbyint", b.fmul(vector, inverses))
+            whole = b.fptosi(nearest, INTEGERS)
+            sums = whole if sums is None else b.add(sums, whole)
+            _store(b, b.add(out, _I64(16 * k)), b.trunc(whole, ir.VectorType(_I16, WIDTH)))
+            _store(b, b.add(rest, _I64(32 * k)), call_llvm(b, "fma", b.fneg(nearest), scales, vector))
+        summed = reduced(b, sums, lambda b, x, y: b.add(x, y))
+        _store(b, scale_at, scale)
+        _store(b, total_at, b.fmul(b.sitofp(summed, F32), scale))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), generate
+    return types.void(*[types.int64] * 5), generate
 
 
-def arrange(kind, x):
-    """x [n, columns] as `project_any` takes it besides x itself. For other kinds than np.uint8 it is x.
+def rounded(kind, x, linears):
+    """x [n, columns] as `project_any` takes it: for np.uint8 rounded to 16 bits, else x itself.
+
+    Args:
+        linears: as `project_any` takes them. With two rounds, the second rounds what the first has left.
 
     Returns:
-        Float32 [n, columns + columns / 4 + columns / 32]: the numbers of each part in the order in which its quants are
-        read, then the sums of its lanes, then its sum.
+        Int16 [rounds n, columns + columns / 8]: whole numbers, then a float32 scale for each 32 of them, then their sum
+        times the scale, float32.
     """
 
 
-@overload(arrange)
-def _arrange(kind, x):
+@overload(rounded)
+def _rounded(kind, x, linears):
     if kind.dtype != types.uint8:
-        return lambda kind, x: x
+        return lambda kind, x, linears: x
 
-    def arranged(kind, x):
-        n, columns = x.shape
-        out = np.empty((n, columns + columns // 4 + columns // 32), np.float32)
+    def to_16_bits(kind, x, linears):
+        n, columns, rounds = x.shape[0], x.shape[1], linears[0, 7]
+        out = np.empty((rounds * n, columns + columns // 8), np.int16)
+        rest = np.empty(columns, np.float32)
         for t in range(n):
-            source, target = x[t].ctypes.data, out[t].ctypes.data
-            lanes, parts = target + 4 * columns, target + 5 * columns
-            for part in range(columns // PART):
-                _arrange_part(source + 128 * part, target + 128 * part, lanes + 32 * part, parts + 4 * part)
+            source = x[t].ctypes.data
+            for k in range(rounds):
+                target = out[k * n + t].ctypes.data
+                scales, sums = target + 2 * columns, target + 2 * columns + columns // 8
+                for part in range(columns // PART):
+                    place, left = source + 128 * part, rest.ctypes.data + 128 * part
+                    _round_part(place, target + 64 * part, scales + 4 * part, sums + 4 * part, left)
+                source = rest.ctypes.data
+        rest[0] = 0  # numba frees an array after the last line that names it
         return out
 
-    return arranged
+    return to_16_bits
 
 
 def _product(code):
@@ -177,30 +204,33 @@ def _product(code):
     if code in NUMBERS:
         kind = NUMBERS[code]
 
-        def numbers(linear, x, arranged, tokens, start, stop, out, out_columns, offset):
+        def numbers(linear, x, vectors, tokens, start, stop, out, out_columns, offset):
             table, target = carray(linear, 5), carray(out, (tokens, out_columns))
             project_rows(kind, table, x, tokens, start, stop, target, offset)
 
         return numbers
 
-    def blocks(linear, x, arranged, tokens, start, stop, out, out_columns, offset):
-        data, bias, columns, row_bytes = linear[0], linear[2], linear[4], linear[5]
+    def blocks(linear, x, vectors, tokens, start, stop, out, out_columns, offset):
+        data, bias, columns, row_bytes, rounds = linear[0], linear[2], linear[4], linear[5], linear[7]
         target = carray(out, (tokens, out_columns))
-        x_size, arranged_size = 4 * columns, 5 * columns + columns // 8
+        size = 2 * columns + columns // 4
         for r in range(start, stop, 2):
             row, second = data + r * row_bytes, min(r + 1, stop - 1)
             stride = (second - r) * row_bytes
             fetch(np.uint8, row, _AHEAD, 2 * row_bytes)
             shift, second_shift = (get(bias, r), get(bias, second)) if bias else (np.float32(0), np.float32(0))
             t, column, second_column = 0, offset + r, offset + second
-            while t + 4 <= tokens:
-                products = dot_4(code, row, stride, x + t * x_size, arranged + t * arranged_size, columns)
+            while rounds == 1 and t + 4 <= tokens:
+                products = dot_4(code, row, stride, vectors + t * size, columns)
                 for k in range(4):
                     target[t + k, column] = products[k] + shift
                     target[t + k, second_column] = products[4 + k] + second_shift
                 t += 4
             while t < tokens:
-                a, b = dot(code, row, stride, x + t * x_size, arranged + t * arranged_size, columns)
+                a, b = dot(code, row, stride, vectors + t * size, columns)
+                for k in range(1, rounds):
+                    rest = dot(code, row, stride, vectors + (k * tokens + t) * size, columns)
+                    a, b = a + rest[0], b + rest[1]
                 target[t, column], target[t, second_column] = a + shift, b + second_shift
                 t += 1
 
@@ -266,26 +296,27 @@ def unpack(code: int, kind: type, data: int, rows: int, row_bytes: int, columns:
     _unpack(_compiled(_unpacker, _UNPACKER, code, kind).address, data, rows, row_bytes, columns, out, threads)
 
 
-def project_any(kind, linear, x, arranged, tokens, start, stop, out, offset):
+def project_any(kind, linear, x, vectors, tokens, start, stop, out, offset):
     """`project_rows` for any kind of weights. For np.uint8 each matrix has a format of its own.
 
     Args:
-        linear: int64 [7]: as in `project_rows`, then the bytes of a row and the `product` of the format.
-        arranged: the address of the result of `arrange`.
+        linear: int64 [8]: as in `project_rows`, then the bytes of a row, the `product` of the format, and the `rounds`
+            of `vectors`.
+        vectors: the address of the result of `rounded`.
     """
 
 
 @overload(project_any)
-def _project_any(kind, linear, x, arranged, tokens, start, stop, out, offset):
+def _project_any(kind, linear, x, vectors, tokens, start, stop, out, offset):
     if kind.dtype != types.uint8:
 
-        def plain(kind, linear, x, arranged, tokens, start, stop, out, offset):
+        def plain(kind, linear, x, vectors, tokens, start, stop, out, offset):
             project_rows(kind, linear, x, tokens, start, stop, out, offset)
 
         return plain
 
-    def packed(kind, linear, x, arranged, tokens, start, stop, out, offset):
+    def packed(kind, linear, x, vectors, tokens, start, stop, out, offset):
         target = out.ctypes.data, out.shape[1], offset
-        _call(linear[6], (linear.ctypes.data, x, arranged, tokens, start, stop, *target))
+        _call(linear[6], (linear.ctypes.data, x, vectors, tokens, start, stop, *target))
 
     return packed

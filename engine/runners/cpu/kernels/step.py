@@ -12,8 +12,7 @@ import numpy as np
 from numba import njit, prange
 
 from .attention import join, part
-from .blocks import arrange, project_any
-from .linear import rows_of
+from .blocks import project_any, rounded
 from .simd import (
     add,
     div,
@@ -32,13 +31,15 @@ from .simd import (
     sub,
     total,
 )
-from .team import COMPLETE, STATE, assemble, new_team, wait
+from .team import COMPLETE, STATE, assemble, new_team, take, wait
 
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)  # linear layers of a decoder layer
 BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP, NORM_OF_QUERY, NORM_OF_KEY = range(6)  # norms of a layer
 SILU, GELU_TANH = range(2)
 DATA, SCALES, CAPACITY = range(3)  # of a buffer
 KEYS, VALUES = range(2)  # buffers of a layer
+SHARED = 5  # pieces of work of a layer whose threads take what is left: four projections and attention
+_ROWS = 16  # that a thread takes at least: whole vectors
 TOKEN, BAND, START, COUNT, SHIFT = range(5)  # of a part of attention
 
 
@@ -69,7 +70,7 @@ def step(
             number of a head, the count of rotated numbers, whether pairs are neighbours.
         numbers: float32: the epsilon of the norms, and the soft-cap of the scores or 0.
         weights, cache: the number types of the weights and of the cache; np.uint8 for weights in blocks.
-        linears: int64 [L, 7, 7], as `project_any` takes them.
+        linears: int64 [L, 7, 8], as `project_any` takes them.
         norms: int64 [L + 1, 6]: addresses of float32 weights, 0 for none. [L, 0] is the final norm.
         groups: int64 [L]: the row of `rotations`, `firsts` and `scales` for each layer.
         x: float32 [n, E], the embeddings.
@@ -81,7 +82,7 @@ def step(
         places: int64 [n]: the index of each token's key in its cache.
         buffers: int64 [L, n, 2, 3] of keys and of values: the address, the address of the scales of an int8 cache, and
             the capacity of a head in keys.
-        head: int64 [1, 7], the linear layer from hidden states to logits.
+        head: int64 [1, 8], the linear layer from hidden states to logits.
         logits: float32 [m, V], the result.
         threads: the number of threads that work together.
 
@@ -99,7 +100,7 @@ def step(
     queries = np.empty((rotations[0].shape[1], n, H, D), np.float32)
     outs, peaks = np.empty((count, H, D), np.float32), np.empty((count, H), np.float32)
     sums = np.empty((count, H), np.float32)
-    team = new_team()
+    team = new_team(SHARED * len(linears) + 1)
     turns, key_turns = rotations
     for thread in prange(threads):
         if assemble(team, threads):
@@ -162,32 +163,45 @@ def _run(
     x, normed = embeddings.copy(), np.empty_like(embeddings)
     first, stop = share(thread, threads, n)
     for i in range(L):
-        layer, norm, group = linears[i], norms[i], groups[i]
+        layer, norm, group, work = linears[i], norms[i], groups[i], SHARED * i
         _norm(x, norm[BEFORE_ATTENTION], numbers[0], normed)
-        project(weights, layer[QUERY:OUT], normed, qkv, thread, threads)
+        project(weights, layer[QUERY:OUT], normed, qkv, team, work, threads)
         wait(team, threads)
         _norm_heads(shape, norm, numbers[0], qkv[first:stop])
         _rotate_queries(shape, qkv, turns[group], scales[group], queries, first, stop)
         _write(shape, cache, qkv, key_turns[group], places, buffers[i], first, stop)
         wait(team, threads)
-        _attend(shape, numbers[1], cache, queries, parts, firsts[group], buffers[i], outs, peaks, sums, thread, threads)
+        _attend(
+            shape,
+            numbers[1],
+            cache,
+            queries,
+            parts,
+            firsts[group],
+            buffers[i],
+            outs,
+            peaks,
+            sums,
+            team,
+            work + 1,
+            threads,
+        )
         wait(team, threads)
         _join(shape, firsts[group], outs, peaks, sums, mixed, thread, threads)
         wait(team, threads)
-        project(weights, layer[OUT:GATE], mixed, hidden, thread, threads)
+        project(weights, layer[OUT:GATE], mixed, hidden, team, work + 2, threads)
         wait(team, threads)
         _add(hidden, norm[AFTER_ATTENTION], numbers[0], x, normed)
         _norm(x, norm[BEFORE_MLP], numbers[0], normed)
-        project(weights, layer[GATE:DOWN], normed, gate_up, thread, threads)
-        _gate(gate_up, shape[3], gated, thread, threads)
+        _project_gated(weights, layer[GATE:DOWN], normed, shape[3], gate_up, gated, team, work + 3, threads)
         wait(team, threads)
-        project(weights, layer[DOWN:], gated, hidden, thread, threads)
+        project(weights, layer[DOWN:], gated, hidden, team, work + 4, threads)
         wait(team, threads)
         _add(hidden, norm[AFTER_MLP], numbers[0], x, normed)
     if m:
         last = x[n - m :]
         _norm(last, norms[L, 0], numbers[0], last)
-        project(weights, head, last, logits, thread, threads)
+        project(weights, head, last, logits, team, SHARED * L, threads)
 
 
 @njit(cache=True)
@@ -206,28 +220,49 @@ def touch(count):
 
 
 @njit(cache=True)
-def project(kind, linears, x, out, thread, threads):
-    """One part of the rows of `out` [n, rows of all] = x [n, columns] times several linear layers.
+def project(kind, linears, x, out, team, work, threads):
+    """What this thread takes of the rows of `out` [n, rows of all] = x [n, columns] times several linear layers.
 
     Args:
-        linears: int64 [k, 7], as `project_any` takes them.
+        linears: int64 [k, 8], as `project_any` takes them.
+        work: the number of this piece of work of the team.
     """
-    arranged = arrange(kind, x)
-    offset = 0
-    for which in range(len(linears)):
-        start, stop = rows_of(thread, threads, linears[which, 3])
-        project_any(kind, linears[which], x.ctypes.data, arranged.ctypes.data, len(x), start, stop, out, offset)
-        offset += linears[which, 3]
-    return arranged[0, 0]  # numba frees an array after the last line that names it
+    vectors = rounded(kind, x, linears)
+    count = 0
+    for linear in linears:
+        count += linear[3]
+    start, stop = take(team, work, count, _ROWS, threads)
+    while start < stop:
+        offset = 0
+        for linear in linears:
+            rows = linear[3]
+            first, last = max(start - offset, 0), min(stop - offset, rows)
+            if first < last:
+                project_any(kind, linear, x.ctypes.data, vectors.ctypes.data, len(x), first, last, out, offset)
+            offset += rows
+        start, stop = take(team, work, count, _ROWS, threads)
+    return vectors[0, 0]  # numba frees an array after the last line that names it
 
 
 @njit(cache=True)
-def _gate(x, activation, out, thread, threads):
-    """One part of the columns of `out` [n, inner] = act(gate) * up of x [n, 2 inner]."""
-    inner = out.shape[1]
-    start, stop = rows_of(thread, threads, inner)
+def _project_gated(kind, linears, x, activation, both, out, team, work, threads):
+    """What this thread takes of the columns of `out` [n, inner] = act(gate x) * (up x). `both` is [n, 2 inner]."""
+    vectors, inner = rounded(kind, x, linears), out.shape[1]
+    start, stop = take(team, work, inner, _ROWS, threads)
+    while start < stop:
+        for which in range(2):
+            addresses = x.ctypes.data, vectors.ctypes.data
+            project_any(kind, linears[which], *addresses, len(x), start, stop, both, which * inner)
+        _gate(both, activation, out, start, stop)
+        start, stop = take(team, work, inner, _ROWS, threads)
+    return vectors[0, 0]  # as in `project`
+
+
+@njit(cache=True)
+def _gate(x, activation, out, start, stop):
+    """The columns [start, stop) of `out` [n, inner] = act(gate) * up of x [n, 2 inner]."""
     for t in range(len(x)):
-        gate, up, target = x[t].ctypes.data, x[t].ctypes.data + 4 * inner, out[t].ctypes.data
+        gate, up, target = x[t].ctypes.data, x[t].ctypes.data + 4 * out.shape[1], out[t].ctypes.data
         for r in range(start, stop, 8):
             store(target, r, mul(_activate(load(np.float32, gate, r), activation), load(np.float32, up, r)))
 
@@ -353,26 +388,27 @@ def _write_row(kind, x, D, buffer, head, place):
 
 
 @njit(cache=True)
-def _attend(shape, softcap, kind, queries, parts, firsts, buffers, outs, peaks, sums, thread, threads):
-    """One thread's share of the parts of attention."""
+def _attend(shape, softcap, kind, queries, parts, firsts, buffers, outs, peaks, sums, team, work, threads):
+    """What this thread takes of the parts of attention."""
     H, K, D = shape[0], shape[1], shape[2]
     G, begin = H // K, firsts[0]
     count = firsts[len(firsts) - 1] - begin
     size = size_of(kind)
-    for i in range(thread, count * K, threads):
+    i, stop = take(team, work, count * K, 1, threads)
+    while i < stop:
         p, h = i // K, i % K
-        work = parts[begin + p]
-        keys, vals = buffers[work[TOKEN], KEYS], buffers[work[TOKEN], VALUES]
-        key, value = h * keys[CAPACITY] + work[START], h * vals[CAPACITY] + work[START]
+        some = parts[begin + p]
+        keys, vals = buffers[some[TOKEN], KEYS], buffers[some[TOKEN], VALUES]
+        key, value = h * keys[CAPACITY] + some[START], h * vals[CAPACITY] + some[START]
         part(
             kind,
             keys[DATA] + size * key * D,
             vals[DATA] + size * value * D,
             keys[SCALES] + 4 * key if keys[SCALES] else 0,
             vals[SCALES] + 4 * value if vals[SCALES] else 0,
-            work[COUNT],
-            work[SHIFT],
-            queries[work[BAND], work[TOKEN], h * G].ctypes.data,
+            some[COUNT],
+            some[SHIFT],
+            queries[some[BAND], some[TOKEN], h * G].ctypes.data,
             G,
             shape,
             softcap,
@@ -380,6 +416,9 @@ def _attend(shape, softcap, kind, queries, parts, firsts, buffers, outs, peaks, 
             peaks[p, h * G : (h + 1) * G],
             sums[p, h * G : (h + 1) * G],
         )
+        i += 1
+        if i == stop:
+            i, stop = take(team, work, count * K, 1, threads)
 
 
 @njit(cache=True)

@@ -17,7 +17,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-STATE, ARRIVED = 0, 8  # of a team, on cache lines of their own
+STATE, ARRIVED, TAKEN = 0, 8, 16  # of a team, on cache lines of their own
 WAITING, COMPLETE, FAILED = range(3)  # states
 
 # A thread that waits longer than this sleeps: where all cores are busy, it is run again sooner than one that spins.
@@ -97,8 +97,27 @@ def _hold(waits):
 
 
 @njit(cache=True)
-def new_team():
-    return np.zeros(16, np.int64)
+def new_team(works):
+    """A team that shares `works` pieces of work, one after the other."""
+    return np.zeros(TAKEN + 8 * works, np.int64)
+
+
+@njit(cache=True)
+def take(team, work, count, least, threads):
+    """The next range [start, stop) of `count` things that no thread has taken; empty if all are.
+
+    Ranges shrink from a part of what is left to `least`: cores are rarely equally fast, and none should wait long.
+    """
+    place = team.ctypes.data + 8 * (TAKEN + 8 * work)
+    start = _read(place)
+    while start < count:
+        size = max((count - start) // (2 * threads * least), 1) * least
+        stop = min(start + size, count)
+        before = _change(place, start, stop)
+        if before == start:
+            return start, stop
+        start = before
+    return count, count
 
 
 @njit(cache=True)
