@@ -57,7 +57,6 @@ def _hay(random: Random, units: int, text: Text, words: Sequence[str]) -> list[s
 class _InText(Task):
     """A task whose haystack is a text."""
 
-    least: ClassVar[int] = 8
     new_tokens: ClassVar[int] = 16
 
     @property

@@ -69,8 +69,8 @@ class LatentList(Task):
         assert str(question.value(_after(first, whole))) == answer, f"a filler changes the answer {answer}"
         body, _ = with_needles(hay, list(zip(indices, map(str, calls), strict=True)))
         return Draft(
-            prompt=f"This is a Python program.\n\nitems = {first}\n{body}\nprint({question.source})\n\n"
-            f"Question: What does the last line print? Answer: It prints",
+            prompt=f"This is a Python program.\n\nitems = {first}\n{body}\n\n"
+            f"At the end of the program, {question.source} ==",
             answers=(answer,),
             target=f" {answer}",
         )

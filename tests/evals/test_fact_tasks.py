@@ -66,6 +66,12 @@ def test_a_reader_of_the_facts_needs_as_many_as_the_task_says(needed):
         assert first in [subset[0] for subset in enough]
 
 
+@pytest.mark.parametrize("name", ["facts-noise-3", "needle-meaning"])
+def test_prompts_may_be_as_short_as_one_sentence_of_the_text(name):
+    draft = TASKS[name].draft(random.Random(0), TASKS[name].least, Place(context=9, depth=0.5, text=STORY))
+    assert draft.prompt.count("a crew of nine") + draft.prompt.count("A ship went") == 1
+
+
 def test_the_text_has_none_of_the_words():
     for name, known in (("facts-noise-3", f"{NAMES} {THINGS} {PLACES}"), ("needle-meaning", NAMES)):
         prompt = drafts(name, count=1, depth=0.5)[0].prompt

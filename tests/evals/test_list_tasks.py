@@ -20,7 +20,8 @@ def draft(seed, units=60):
 
 
 def program(prompt):
-    return prompt.partition("program.\n\n")[2].partition("\n\nQuestion")[0]
+    lines, _, question = prompt.partition("program.\n\n")[2].partition("\n\nAt the end of the program, ")
+    return f"{lines}\nprint({question.removesuffix(' ==')})"
 
 
 def last_line_of(source):

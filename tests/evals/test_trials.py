@@ -85,7 +85,7 @@ DIGESTS = {
     "fwe": "1e789342",
     "many-shot": "cbfad721",
     "ngram-copy": "f3d983f7",
-    "latent-list": "216207de",
+    "latent-list": "c393a66b",
     "facts-noise-1": "3041a0ed",
     "facts-noise-2": "df7cc00b",
     "facts-noise-3": "aa008291",
