@@ -16,7 +16,8 @@ from configs import CONFIGS, HEAD_DIM, MAX_LENGTH
 from work import Case, load, read_cases
 
 from ropewalk.errors import RopewalkError
-from ropewalk.scaling.serving import Reading, read_all
+from ropewalk.scaling.engine_reading import EngineReading
+from ropewalk.scaling.serving import read_all
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "results" / "interop.json"
 SERVED = Path(__file__).resolve().parents[1] / "data" / "served.json"
@@ -97,7 +98,7 @@ def lengths(work: Path) -> Iterator[dict[str, Any]]:
         yield {"model": name, "promised": said["transformers"], "vllm": theirs, "described": said["vLLM"]}
 
 
-def _said(parameters: dict[str, Any]) -> list[Reading]:
+def _said(parameters: dict[str, Any]) -> list[EngineReading]:
     config = {
         "model_type": "llama",
         "head_dim": HEAD_DIM,
@@ -113,7 +114,7 @@ def _said(parameters: dict[str, Any]) -> list[Reading]:
         return []
 
 
-def holds(theirs: dict[str, Any], said: Reading) -> bool:
+def holds(theirs: dict[str, Any], said: EngineReading) -> bool:
     """True if an engine's table is what a reading says for texts of every length."""
     if said.scaler is None or "refused" in theirs:
         return said.scaler is None and "refused" in theirs
