@@ -13,7 +13,9 @@ from ropewalk.evals.protocols.harm import Harm
 from ropewalk.evals.reports.grid import Shown
 from ropewalk.evals.reports.loss_plots import named_groups, plot_run
 from ropewalk.evals.reports.tables import extra_grids, loss_table, reach_table
-from ropewalk.evals.runs.result import Run
+from ropewalk.evals.runs.compare import UNTOUCHED, difference
+from ropewalk.evals.runs.result import Row, Run
+from ropewalk.scaling import format_length
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RUNS = ("tiny", "smollm2")
@@ -49,7 +51,12 @@ ONE_SINK = "sink-window:128,sinks=1"
 
 def tables() -> dict[str, str]:
     """Every table of docs/results.md by the name of its block."""
-    return {**{name: _run(name) for name in RUNS}, "maps-tiny": _maps_tiny(), "repetition": _repetition()}
+    return {
+        **{name: _run(name) for name in RUNS},
+        "models": _models(),
+        "maps-tiny": _maps_tiny(),
+        "repetition": _repetition(),
+    }
 
 
 def contexts_tables() -> dict[str, str]:
@@ -124,6 +131,23 @@ def _beside_recomputation(row: dict[str, Any] | None) -> str:
         return ""
     difference, low, high = (f"{row[key]:+.3f}" for key in ("difference", "difference_low", "difference_high"))
     return f"{row['loss']:.3f}, {difference} ({low} to {high})"
+
+
+def _models() -> str:
+    """What each method costs each model of docs/results/models: the paired difference to the untouched model at the
+    same context."""
+    run = Run(RESULTS / "models")
+    columns: dict[str, dict[str, Row]] = {}
+    for row in run.rows:
+        columns.setdefault(f"{row['model']}, {format_length(row['context'])}", {})[row["rope"]] = row
+    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    untouched = [f"loss {rows[UNTOUCHED]['loss']:.3f}" for rows in columns.values()]
+    lines.append(f"| `{UNTOUCHED}` | {' | '.join(untouched)} |")
+    for rope in dict.fromkeys(row["rope"] for row in run.rows if row["rope"] != UNTOUCHED):
+        found = (difference(run, rows.get(rope), rows[UNTOUCHED]) for rows in columns.values())
+        cells = ["" if one is None else f"{one.mean:+.3f} ({one.low:+.3f} to {one.high:+.3f})" for one in found]
+        lines.append(f"| `{rope.replace('|', chr(92) + '|')}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _repetition() -> str:
