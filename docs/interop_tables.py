@@ -40,7 +40,12 @@ def tables() -> dict[str, str]:
 def quantized_tables() -> dict[str, str]:
     """The block of docs/engine.md: what computing with quantized blocks changes."""
     found = json.loads(QUANTIZED.read_text(encoding="utf-8"))
-    titles = {"blocks": "blocks, float32 arithmetic", "as loaded": "blocks, as loaded", "llama.cpp": "llama.cpp"}
+    titles = {
+        "blocks": "blocks, float32 arithmetic",
+        "steps": "steps, float32 cache",
+        "as loaded": "blocks, as loaded",
+        "llama.cpp": "llama.cpp",
+    }
     lines = [f"| file | formats | {' | '.join(titles.values())} |", "|---" * (2 + len(titles)) + "|"]
     for file in found["files"]:
         cells = [f"{file['ways'][how]['divergence']:.0e}, {file['ways'][how]['loss']:+.0e}" for how in titles]

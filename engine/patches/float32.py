@@ -28,7 +28,7 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
     quantized, offloaded or distributed, or its attention kernel takes only 16 bits.
     """
     if not _can_be_widened(model):
-        with _exact_products():
+        with exact_products():
             yield
         return
     embedding = model.get_input_embeddings()
@@ -36,7 +36,7 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
     in_layers = {module for layer in layers for module in layer.modules()}
     others = [module for module in model.modules() if module not in in_layers and module is not embedding]
     with ExitStack() as undo:
-        undo.enter_context(_exact_products())
+        undo.enter_context(exact_products())
         hooks = [embedding.register_forward_hook(lambda _module, _args, out: out.float())]
         for layer in layers:
             widened = _Widened(list(layer.modules()))
@@ -52,7 +52,8 @@ def float32_arithmetic(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _exact_products() -> Iterator[None]:
+def exact_products() -> Iterator[None]:
+    """Within this context products of float32 matrices are not rounded, whatever torch was set to."""
     torch_backends: Any = torch.backends  # has no types for these
     backends = [torch_backends.mkldnn.matmul, torch_backends.cuda.matmul]
     before = [backend.fp32_precision for backend in backends]

@@ -25,7 +25,7 @@ from ...attention.rows import KeyRun
 from ...hf_model import dtype_name
 from ...kv_cache import KVCache
 from ...packed import PackedWeight
-from ...patches.float32 import float32_arithmetic
+from ...patches.float32 import exact_products, float32_arithmetic
 from ...patches.probe import logits, probe_ids
 from ...rotary_site import RotarySite
 from ..chunk_attention import Attend, ChunkAttention
@@ -136,7 +136,8 @@ class CompiledRunner(DecoderRunner):
         """
         ids = probe_ids(self.hf)[0].tolist()
         with torch.inference_mode():
-            expected = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids), torch.float32)
+            with exact_products():
+                expected = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids), torch.float32)
             step = self._decode_step([(ids, self.new_cache(len(ids)))], len(ids))
             largest = _MAX_DIFFERENCE[self._dtype]
             if self._rounds_vectors:
