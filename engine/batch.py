@@ -17,7 +17,7 @@ from .kv_cache import owned_tokens
 from .prefix_cache import PrefixStore, shared_cache
 from .runners.runner import CHUNK, Runner
 from .scaled_model import ScaledModel
-from .sequence import Sequence
+from .sequence import Sequence, next_tokens
 
 _TURN = 256  # tokens of a prompt that are read at a time while others wait for their next token
 _PATIENCE = 8  # sequences that end after memory ran out, until one more is tried; each trial may read a prompt in vain
@@ -299,10 +299,7 @@ def generate_tokens(batch: Batch) -> abc.Iterator[list[tuple[Sequence, str]]]:
                     batch.recover(error)
                 else:
                     batch.count_step(time.monotonic() - began)
-                    for sequence in running:
-                        count = len(sequence.caches)
-                        pieces.append((sequence, sequence.next_token(runner, logits[:count])))
-                        logits = logits[count:]
+                    pieces = list(zip(running, next_tokens(runner, running, logits), strict=True))
         yield pieces
         batch.remove_ended()
 

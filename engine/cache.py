@@ -293,7 +293,7 @@ def restoring(*caches: Cache) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_lack_of_memory(error):
+        if not is_lack_of_memory(error):
             raise
         kind = OutOfMemory
         for cache, held in zip(caches, before, strict=True):
@@ -312,6 +312,13 @@ def restoring(*caches: Cache) -> Iterator[None]:
         ) from error
 
 
-def _is_lack_of_memory(error: Exception) -> bool:
-    """True if an error means that memory ran out. Torch raises a plain RuntimeError on the CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+_LACK_OF_MEMORY = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+"""In plain RuntimeErrors of torch: on the CPU, from CUDA, and from its libraries."""
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """True if an error means that memory ran out, or follows from such an error: a graph whose capture failed cannot
+    be ended, which hides the reason."""
+    followed = isinstance(error.__context__, torch.OutOfMemoryError)
+    named = any(words in str(error) for words in _LACK_OF_MEMORY)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or followed or named

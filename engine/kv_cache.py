@@ -9,11 +9,12 @@ import mmap
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ _CPU = torch.device("cpu")
 _MAPPED_BYTES = 1 << 20
 """Buffers from this size on are mapped, so that the system has their memory again when they are freed. The C library
 keeps holes of freed buffers, into which those of a longer text do not fit."""
+
+Addresses = tuple[tuple[int, int, int], ...]
+"""Of the keys and of the values of a layer: the address of the numbers, that of their scales (0 where there are none),
+and the capacity in tokens."""
 
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
 
@@ -78,14 +83,31 @@ class KVLayer(ContiguousLayer):
     Keys are rotated as the runner's scaler stores them (`RotationTable.stored`).
     """
 
+    addresses: Addresses
+
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         super().__init__(capacity)
         self.shape = shape
         self._join(set())
         self.dtype, self.device = shape.dtype, shape.device
         self.is_initialized = True
-        for name in self.buffers:
-            setattr(self, name, self._new(name, capacity))
+        buffers = {name: self._new(name, capacity) for name in self.buffers}
+        self.__dict__.update(buffers, addresses=self._addresses(buffers))
+
+    @staticmethod
+    def _addresses(buffers: dict[str, Any]) -> Addresses:
+        """The `addresses` of a layer with these buffers."""
+        return tuple(
+            (buffers[name].data_ptr(), buffers[scales].data_ptr() if scales in buffers else 0, buffers[name].shape[2])
+            for name, scales in (("keys", "key_scales"), ("values", "value_scales"))
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a deep copy has buffers of its own
+        self.__dict__.update(state, addresses=self._addresses(state))
+
+    def _copied(self, capacity: int, first: int = 0, skip: int = 0) -> dict[str, Any]:
+        buffers = super()._copied(capacity, first, skip)
+        return {**buffers, "addresses": self._addresses(buffers)}  # one update of the layer replaces both
 
     def _new(self, name: str, capacity: int) -> Tensor:
         return self.shape.buffer(capacity, name.endswith("scales"))
@@ -138,11 +160,6 @@ class KVLayer(ContiguousLayer):
         """Replace the keys from `start` on. The layer must own its buffers (`reserve`)."""
         self._write_keys(self.__dict__, start, keys)
 
-    @property
-    def scales(self) -> tuple[int, int]:
-        """Addresses of the scales of keys and values, 0 where there are none."""
-        return 0, 0
-
 
 class Int8Layer(KVLayer):
     """Keys and values as int8, with one float32 scale for each row of a head."""
@@ -157,24 +174,28 @@ class Int8Layer(KVLayer):
         self.write_keys(start, key_states)
         _write_codes(self.values, self.value_scales, start, value_states)
         self.length = end
-        return self.key_rows(0, end), self.values[:, :, :end].float().mul_(self.value_scales[:, :, :end, None])
+        return (
+            _numbers(self.keys, self.key_scales, 0, end, key_states.dtype),
+            _numbers(self.values, self.value_scales, 0, end, value_states.dtype),
+        )
 
     def key_rows(self, start: int, stop: int) -> Tensor:
-        return self.keys[:, :, start:stop].float().mul_(self.key_scales[:, :, start:stop, None])
+        return _numbers(self.keys, self.key_scales, start, stop, torch.float32)
 
     @staticmethod
     def _write_keys(buffers: dict[str, Tensor], start: int, keys: Tensor) -> None:
         _write_codes(buffers["keys"], buffers["key_scales"], start, keys)
-
-    @property
-    def scales(self) -> tuple[int, int]:
-        return self.key_scales.data_ptr(), self.value_scales.data_ptr()
 
 
 def _write_codes(codes: Tensor, scales: Tensor, start: int, states: Tensor) -> None:
     """Write rows from `start` on as int8."""
     rows = slice(start, start + states.shape[2])
     codes[:, :, rows], scales[:, :, rows] = int8_rows(states)
+
+
+def _numbers(codes: Tensor, scales: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    """Rows [start, stop) as numbers, rounded once to `dtype`. An int8 code is exact in each."""
+    return codes[:, :, start:stop].to(dtype).mul_(scales[:, :, start:stop, None])
 
 
 def int8_rows(states: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,11 +218,20 @@ class KVCache(Cache):  # type: ignore[misc]
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         kind = Int8Layer if shape.dtype == torch.int8 else KVLayer
         super().__init__(layers=[kind(shape, max(capacity, 1)) for _ in range(shape.layers)])
+        self._addresses: tuple[list[Addresses], np.ndarray[Any, Any]] = [], np.empty(0)
 
     @property
     def length(self) -> int:
         """Keys held."""
         return int(self.layers[0].length)
+
+    @property
+    def addresses(self) -> np.ndarray[Any, Any]:
+        """Those of all layers, int64 [layers, 2, 3]; the same array until a buffer is replaced."""
+        now = [layer.addresses for layer in self.layers]
+        if self._addresses[0] != now:
+            self._addresses = now, np.array(now, np.int64)
+        return self._addresses[1]
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens."""
@@ -222,7 +252,19 @@ class KVCache(Cache):  # type: ignore[misc]
         """An independent cache that continues from here."""
         other = KVCache.__new__(KVCache)
         Cache.__init__(other, layers=[layer.fork() for layer in self.layers])
+        other._addresses = self._addresses
         return other
+
+
+def addresses_of(caches: Sequence[KVCache]) -> np.ndarray[Any, Any]:
+    """The addresses of the keys and values of several tokens, int64 [layers, N, 2, 3].
+
+    On the last axis: the address of the numbers, that of their scales (or 0), and the capacity in tokens.
+
+    Args:
+        caches: that of every token.
+    """
+    return np.stack([cache.addresses for cache in caches], 1)
 
 
 def owned_tokens(caches: Iterable[Cache | None]) -> int:

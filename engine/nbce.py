@@ -26,7 +26,7 @@ from .prompt import Prompt
 from .runners.runner import Runner
 from .sampling import SamplingParams, nucleus, random_source
 from .scaled_model import RopePlan, ScaledModel
-from .sequence import Sequence, draw_token
+from .sequence import Sequence, draw_token, next_tokens, read_token
 from .token_healing import draw_first_token, first_token_at, weigh
 
 POOLINGS = ("entropy", "mean", "max")
@@ -229,7 +229,7 @@ class PooledSequence(Sequence):
                 for read_ids, cache in zip(self._read_ids, self._caches, strict=True)
             ]
             self._seen.add(self._prompts[0].ids)
-            return self.next_token(runner, torch.stack(last))
+            return next_tokens(runner, [self], torch.stack(last))[0]
         weighed = [
             weigh(runner, cover, prompt.start, cache, self._vocabulary, penalty, self.progress)
             for cover, prompt, cache in zip(covers, self._prompts, self._caches, strict=True)
@@ -242,21 +242,24 @@ class PooledSequence(Sequence):
         others = zip(weighed[1:], self._caches[1:], strict=True)
         firsts = [first, *(first_token_at(covers, cache, first.index) for covers, cache in others)]
         self._read_ids = [each.token.healing.prompt_ids for each in firsts if each.token.healing]
-        piece = self.push(replace(first.token, source=_source(support, first.index)))
+        chosen = torch.tensor([first.index], device=support.device)
+        piece = self.push(replace(first.token, source=int(_source(support, chosen))))
         self._pending = [each.pending for each in firsts]
         return piece
 
-    def next_token(self, runner: Runner, logits: Tensor) -> str:
-        """Draw the next token of all rows.
+    takes_likeliest = False
 
-        Args:
-            logits: after each row, [1 + n, V].
-        """
+    def draw(self, logits: Tensor) -> Tensor:
         assert self._generator is not None
         last = self.tokens[-1].source if self.tokens else None
-        scores, support = self._nbce.pool(logits[:, : runner.vocabulary_size].float(), last)
+        scores, support = self._nbce.pool(logits, last)
         token = draw_token(scores, self._seen, self._params, self._generator)
-        piece = self.push(replace(token, source=_source(support, token.id)))
+        return torch.cat((token, _source(support, token[:1].long())))
+
+    def take(self, drawn: list[float]) -> str:
+        *numbers, source = drawn
+        token = read_token(numbers)
+        piece = self.push(replace(token, source=int(source)))
         self._pending = [[token.id]] * len(self._caches)
         return piece
 
@@ -331,6 +334,6 @@ def _longest_row(model: ScaledModel, rows: abc.Sequence[Prompt], params: Samplin
     return max(lengths)
 
 
-def _source(support: Tensor, outcome: int) -> int:
-    """The index of the context that supports an outcome most."""
-    return int(support[:, min(outcome, support.shape[1] - 1)].argmax())
+def _source(support: Tensor, outcome: Tensor) -> Tensor:
+    """The index of the context that supports an outcome most; both are int64 [1] on the device of `support`."""
+    return support.index_select(1, outcome.clamp(max=support.shape[1] - 1)).argmax(0)

@@ -275,13 +275,17 @@ def filtered(logits_V: Tensor, params: ResolvedParams) -> Tensor:
     return logits
 
 
-def sample(logits_V: Tensor, params: ResolvedParams, generator: torch.Generator) -> int:
-    """One token drawn from float32 `logits_V`; the likeliest at temperature 0 (ties: the lowest id)."""
+def sample(logits_V: Tensor, params: ResolvedParams, generator: torch.Generator) -> Tensor:
+    """One token drawn from float32 `logits_V`; the likeliest at temperature 0 (ties: the lowest id).
+
+    Returns:
+        The token, int64 [], on the device of the logits. The host does not wait for it.
+    """
     if params.temperature == 0:
-        return int(logits_V.argmax())
+        return logits_V.argmax()
     # 0.2 ms with 49k tokens, where torch.multinomial, which draws a number for every token, takes 1.9 ms
     cumulative = filtered(logits_V, params).softmax(-1).double().cumsum(-1)
     total = cumulative[-1]
     drawn = torch.rand((), dtype=torch.float64, device=total.device, generator=generator) * total
     drawn = torch.minimum(drawn, torch.nextafter(total, torch.zeros_like(total)))  # the product may be rounded up
-    return int(torch.searchsorted(cumulative, drawn, right=True))
+    return torch.searchsorted(cumulative, drawn, right=True)

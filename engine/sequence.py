@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import abc
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -26,7 +28,7 @@ from .token_healing import draw_first_token, weigh
 class Sequence:
     """One answer in progress; not a `collections.abc.Sequence`.
 
-    `generate_tokens` runs its `rows` and gives the logits to `next_token`. `tokenizer_tools.stream` makes text of the
+    `generate_tokens` runs its `rows` and gives the logits to `next_tokens`. `tokenizer_tools.stream` makes text of the
     tokens: `TextStream` whole characters, `StopStringMatcher` the part before a stop string.
 
     Args:
@@ -134,20 +136,34 @@ class Sequence:
             rewind(self.cache, excess)
         if not self.tokens:
             self._seen.add(ids)
-        return self.next_token(runner, prefill(runner, ids[tokens_read(self.cache) :], self.cache, self.progress))
+        logits = prefill(runner, ids[tokens_read(self.cache) :], self.cache, self.progress)
+        return next_tokens(runner, [self], logits)[0]
 
-    def next_token(self, runner: Runner, logits: Tensor) -> str:
-        """Draw the token that follows `rows`.
+    @property
+    def takes_likeliest(self) -> bool:
+        """True if the next token is that of the largest logit, and nothing else is asked about it."""
+        params = self._params
+        return params.temperature == 0 and params.repetition_penalty == 1 and params.logprobs is None
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Draw the token that follows `rows`. The host does not wait for it.
 
         Args:
-            logits: after each row, [1, V].
+            logits: after each row, float32 [rows, V].
+
+        Returns:
+            Numbers for `take`, int64 or float64 [n] on the device of the logits.
+        """
+        assert self._generator is not None
+        return draw_token(logits[-1], self._seen, self._params, self._generator)
+
+    def take(self, drawn: list[float]) -> str:
+        """Append the token that `draw` has drawn.
 
         Returns:
             The text that became certain.
         """
-        assert self._generator is not None
-        scores = logits[-1, : runner.vocabulary_size].float()
-        return self.push(draw_token(scores, self._seen, self._params, self._generator))
+        return self.push(read_token(drawn))
 
     def push(self, token: Token, pending: list[int] | None = None) -> str:
         """Append the next token.
@@ -219,20 +235,53 @@ class Sequence:
         )
 
 
-def draw_token(logits_V: Tensor, seen: SeenTokens, params: ResolvedParams, generator: torch.Generator) -> Token:
-    """Draw a token from float32 logits.
+def next_tokens(runner: Runner, sequences: abc.Sequence[Sequence], logits: Tensor) -> list[str]:
+    """Draw and append the token that follows the rows of each sequence. The host waits for the device once.
+
+    Args:
+        logits: after each row of the sequences, in order, [rows, V].
+
+    Returns:
+        The text that became certain in each sequence.
+    """
+    counts = [len(sequence.caches) for sequence in sequences]
+    logits = logits[:, : runner.vocabulary_size].float()
+    draws = list(torch.split(logits, counts))
+    if any(sequence.takes_likeliest for sequence in sequences):
+        likeliest = torch.split(logits.argmax(-1), counts)
+    for index, sequence in enumerate(sequences):
+        draws[index] = likeliest[index] if sequence.takes_likeliest else sequence.draw(draws[index])
+    numbers = iter(torch.cat(draws).tolist())
+    return [sequence.take(list(islice(numbers, len(drawn)))) for sequence, drawn in zip(sequences, draws, strict=True)]
+
+
+def draw_token(logits_V: Tensor, seen: SeenTokens, params: ResolvedParams, generator: torch.Generator) -> Tensor:
+    """Draw a token from float32 logits. The host does not wait for it.
 
     Args:
         seen: tokens that the repetition penalty applies to.
+
+    Returns:
+        What `read_token` reads, on the device of the logits: the token, int64 [1]. If log-probabilities are asked for,
+        float64, which holds all exactly: the token, its log-probability, the likeliest tokens, and theirs.
     """
-    token = sample(seen.penalized(logits_V), params, generator)
+    token = sample(seen.penalized(logits_V), params, generator)[None]
     if params.logprobs is None:
-        return Token(id=token)
+        return token
     logprobs = logits_V.log_softmax(-1)
     top = logprobs.topk(min(params.logprobs, len(logprobs)))
-    likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return torch.cat([part.double() for part in (token, logprobs[token], top.indices, top.values)])
+
+
+def read_token(drawn: list[float]) -> Token:
+    """The token that `draw_token` has drawn."""
+    token, *rest = drawn
+    if not rest:
+        return Token(id=int(token))
+    logprob, *top = rest
+    likeliest = zip(top[: len(top) // 2], top[len(top) // 2 :], strict=True)
     return Token(
-        id=token,
-        logprob=float(logprobs[token]),
-        top={index: logprob for index, logprob in likeliest if logprob > -math.inf},
+        id=int(token),
+        logprob=logprob,
+        top={int(index): value for index, value in likeliest if value > -math.inf},
     )

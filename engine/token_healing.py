@@ -215,7 +215,7 @@ class FirstToken:
 
 def draw_first_token(covers: Covers, cache: Cache, params: ResolvedParams, generator: torch.Generator) -> FirstToken:
     """Draw a cover. The cache is rewound to the tokens that it shares with the cover."""
-    return first_token_at(covers, cache, sample(covers.scores, params, generator), params.logprobs)
+    return first_token_at(covers, cache, int(sample(covers.scores, params, generator)), params.logprobs)
 
 
 def first_token_at(covers: Covers, cache: Cache, index: int, top: int | None = None) -> FirstToken:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...errors import ConfigError, RopewalkWarning, Setting, UnsupportedModel, did_you_mean, warn
+from ..cache import is_lack_of_memory
 from ..rotary_site import RotarySite
 from .cpu.kernels import FOLDER
 from .cpu.runner import CompiledRunner
@@ -107,9 +108,9 @@ def _on_gpu(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerOptions
 
         try:
             return GpuRunner(hf, sites, TritonOps(), options.weights, options.cache, capture)
-        except torch.OutOfMemoryError:
-            raise
         except (KernelError, AssertionError, OSError, RuntimeError, SubprocessError) as error:  # no C compiler, say
+            if is_lack_of_memory(error):
+                raise
             why = str(error).strip().partition("\n")[0]
             raise UnsupportedModel(f"Triton's kernels do not run here ({type(error).__name__}: {why})") from error
     except UnsupportedModel as reason:

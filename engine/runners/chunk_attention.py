@@ -61,6 +61,8 @@ class ChunkAttention:
         keys, values = layer.update(k, v)
         if self._work is None:
             return causal_attention(q, keys, values, score)
+        if mapped:  # once for all blocks, where the cache is narrower
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
         return banded_attention(q, keys, values, score, layout if mapped else None, self._work)
 
 

@@ -188,6 +188,7 @@ def measure(
             new_tokens=new_tokens,
             repeats=repeats,
             prefill_repeats=prefill_repeats,
+            device=specs[0].device,
             bandwidth=memory.bandwidth,
             step_bytes=traffic.step_bytes,
             progress=progress,

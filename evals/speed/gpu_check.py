@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from ...engine.cache import is_lack_of_memory
 from ...engine.prefill import prefill
 from ...engine.rotary_site import rotary_sites
 from ...engine.runners.choose import RunnerOptions, choose_runner
@@ -261,9 +262,9 @@ class GpuCheck:
         try:
             with torch.inference_mode():
                 return {**about, **times(hf, runner, ids, floor)}
-        except (torch.OutOfMemoryError, OutOfMemory):
-            return {**about, "no_memory": True}
         except Exception as error:
+            if isinstance(error, OutOfMemory) or is_lack_of_memory(error):
+                return {**about, "no_memory": True}
             return {**about, "failed": _named(error)}
         finally:
             self._free()

@@ -85,11 +85,12 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class TimingResult:
-    """The result of a comparison. `bandwidth` is in bytes per second."""
+    """The result of a comparison. `bandwidth` is in bytes per second, `device` "cpu" or "cuda"."""
 
     timings: list[Timing]
     agreements: list[Agreement]
     bandwidth: float
+    device: str
 
 
 def time_engines(
@@ -100,24 +101,28 @@ def time_engines(
     new_tokens: int,
     repeats: int,
     prefill_repeats: int,
+    device: str,
     bandwidth: Callable[[], float],
     step_bytes: Callable[[str, str, float], float],
     progress: Progress,
 ) -> TimingResult:
     """Time all `workers` at every length. The first one is the reference of the others.
 
-    At every length the prompt is read `prefill_repeats` times. All decode rounds continue from the
-    state after the last time; one warm-up round comes first.
+    At every length the prompt is read `prefill_repeats` times, on a GPU once more before. All decode
+    rounds continue from the state after the last time; one warm-up round comes first.
 
     Args:
         text: token ids, at least the longest length plus `new_tokens`. Prompts are its beginnings.
             The tokens after a prompt are decoded, independent of what the engines would choose.
+        device: "cpu", or "cuda", where the first prompt of a length takes longer: libraries choose kernels, and the
+            allocator takes memory.
         bandwidth: measures the memory bandwidth, bytes per second. It is called once per round; the
             best value counts.
         step_bytes: the bytes that a decode step reads, from the dtype of the weights, that of the
             cache, and a length.
     """
-    runs = len(workers) * (1 + len(lengths) * (prefill_repeats + 1 + repeats))
+    first_reads = 0 if device == "cpu" else 1
+    runs = len(workers) * (1 + len(lengths) * (first_reads + prefill_repeats + 1 + repeats))
     task = progress.add_task("", total=runs)
 
     def run_round(doing: str, run: Callable[[Worker], TimedRun]) -> list[TimedRun]:
@@ -138,15 +143,18 @@ def time_engines(
     for n in sorted(lengths):
         prompt, rest = text[:n], text[n : n + new_tokens]
         prefills = [
-            run_round(f"reading {n} tokens, round {i + 1}", methodcaller("prefill", prompt))
-            for i in range(prefill_repeats)
+            run_round(
+                f"reading {n} tokens, round {i}" if i else f"reading {n} tokens, warming up",
+                methodcaller("prefill", prompt),
+            )
+            for i in range(1 - first_reads, prefill_repeats + 1)
         ]
         decodes = []
         for i in range(repeats + 1):
             widths.append(bandwidth())
             doing = f"decoding after {n} tokens, round {i}" if i else f"decoding after {n} tokens, warming up"
             decodes.append(run_round(doing, methodcaller("decode", n, rest)))
-        by_length.append((n, prefills, decodes[1:], [worker.peak_memory_mb() for worker in workers]))
+        by_length.append((n, prefills[first_reads:], decodes[1:], [worker.peak_memory_mb() for worker in workers]))
     progress.remove_task(task)
 
     best = max(widths)
@@ -157,7 +165,7 @@ def time_engines(
         shares = [step_bytes(worker.dtype, worker.cache_dtype, n + new_tokens / 2) / best for worker in workers]
         timings += _timings(workers, "decode", n, new_tokens, decodes, shares)
         agreements += _agreements(workers, n, [prefills[-1], decodes[-1]], peaks)
-    return TimingResult(timings=timings, agreements=agreements, bandwidth=best)
+    return TimingResult(timings=timings, agreements=agreements, bandwidth=best, device=device)
 
 
 def _timings(
@@ -267,7 +275,8 @@ def _is_last(result: TimingResult, timing: Timing) -> bool:
 
 def _checks(result: TimingResult, first: str) -> Table:
     headings = ["same next token", "logits off by", "peak memory"]
-    table = _table(f"the same model as {first}? (peak memory: resident, with libraries and loading)", headings)
+    memory = "resident, with libraries and loading" if result.device == "cpu" else "of the GPU, as torch allocates it"
+    table = _table(f"the same model as {first}? (peak memory: {memory})", headings)
     rows = result.agreements
     for index, agreement in enumerate(rows):
         peak = "?" if agreement.peak_memory_mb is None else f"{agreement.peak_memory_mb:.0f} MB"

@@ -115,6 +115,40 @@ def test_a_copy_of_a_fork_is_its_own():
     assert unchanged(fork, before, 10)
 
 
+@pytest.mark.parametrize("dtype", KINDS)
+def test_the_addresses_are_those_of_the_buffers(dtype):
+    """They are read again only where a buffer was replaced, also in forks and copies."""
+
+    def of_buffers(cache):
+        return [
+            [
+                [buffer.data_ptr(), scale.data_ptr() if scale is not None else 0, layer.capacity]
+                for buffer, scale in (
+                    (layer.keys, getattr(layer, "key_scales", None)),
+                    (layer.values, getattr(layer, "value_scales", None)),
+                )
+            ]
+            for layer in cache.layers
+        ]
+
+    cache = KVCache(shape(dtype), 16)
+    fill(cache, 10)
+    first, fork = cache.addresses, cache.fork()
+    assert fork.addresses is first
+    copied = copy.deepcopy(cache)
+    fork.reserve(1)
+    for each in (cache, fork, copied):
+        assert each.addresses.tolist() == of_buffers(each)
+    fill(fork, 30)
+    for layer in fork.layers:
+        layer.evict(4, 20, 10)
+    assert fork.addresses.tolist() == of_buffers(fork)
+    held = fork.addresses
+    fill(fork, 2)
+    assert fork.addresses is held and cache.addresses is first
+    assert len({fork.addresses[0, 0, 0], cache.addresses[0, 0, 0], copied.addresses[0, 0, 0]}) == 3
+
+
 # int8
 
 

@@ -9,11 +9,13 @@ from pretend_cuda import CudaTensor, move
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropewalk as rw
+from ropewalk.engine.batch import Admission, Batch, generate_tokens
 from ropewalk.engine.model import Model
 from ropewalk.engine.rotary_site import rotary_sites
 from ropewalk.engine.runners.gpu import step
 from ropewalk.engine.runners.gpu.reference import TorchOps
 from ropewalk.engine.runners.gpu.runner import GpuRunner
+from ropewalk.engine.sequence import Sequence
 from ropewalk.scaling import METHODS, parse
 
 LONG = (TEXT + MORE) * 6  # beyond the trained length
@@ -322,6 +324,45 @@ def test_the_engine_under_a_scaler(spec, by_engine, cuda):
     check_a_token_waits_once(*by_engine(spec), cuda)
 
 
+ROWS = {
+    "greedy": [{}] * 8,
+    "drawn": [{"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "logprobs": 2}] * 8,
+    "mixed": [{}, {"temperature": 1.0}, {"logprobs": 0}, {"temperature": 0.7, "logprobs": 3}] * 2,
+}
+
+
+@pytest.mark.parametrize("kinds", ROWS.values(), ids=ROWS)
+def test_a_step_of_eight_rows_waits_once_and_a_row_is_drawn_as_alone(kinds, by_engine, cuda):
+    here, there = by_engine(None)
+    texts = [TEXT[n : n + 40] for n in range(8)]
+
+    def answers(model, tokens, *indices):
+        params = [
+            model.resolved(rw.SamplingParams(**{"temperature": 0.0, "seed": n, **kinds[n]}, max_new_tokens=tokens))
+            for n in indices
+        ]
+        prompts = [model.read(texts[n], "off") for n in indices]
+        sequences = [
+            Sequence(prompt, each, model.vocabulary, frozenset()) for prompt, each in zip(prompts, params, strict=True)
+        ]
+        for _ in generate_tokens(Batch(model, sequences, 200, admission=Admission(rows=8))):
+            pass
+        return [(sequence.read_ids, sequence.completion().logprobs) for sequence in sequences]
+
+    counts = []
+    for tokens in (2, 6):
+        cuda.reset()
+        together = answers(there, tokens, *range(8))
+        counts.append((cuda.syncs.total(), cuda.uploads.total()))
+    assert tuple((after - before) / 4 for before, after in zip(*counts, strict=True)) == (1, 1)
+    for n, (ids, logprobs) in enumerate(together):
+        (alone, expected), *_ = answers(here, 6, n)
+        assert ids == alone and (logprobs is None) == (expected is None)
+        if logprobs is not None:
+            assert [each.logprob for each in logprobs] == pytest.approx([each.logprob for each in expected], abs=1e-4)
+            assert [list(each.top) for each in logprobs] == [list(each.top) for each in expected]
+
+
 @pytest.mark.parametrize("rope", [None, "rerope:64|logn"])
 @pytest.mark.parametrize("path", [path for path in PATHS if path is not patched], ids=lambda path: path.__name__)
 def test_a_path_by_the_engine(path, rope, by_engine):
@@ -346,6 +387,55 @@ def test_a_graph_of_a_step(spec, cuda):
             runner.forward(text[:length], cache, 1)
         logits.append([runner.step([([token], cache) for cache in caches]).cpu() for token in text[100:108]])
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+
+
+def test_lack_of_memory_in_a_capture_is_told_of_as_such(by_engine, cuda, monkeypatch):
+    """CUDA refuses to end a capture in which an operation failed. That error hides the first."""
+    _, there = by_engine(None)
+    monkeypatch.setattr(there._runner._step, "_captures", step.capture)
+    texts, compute = there.generate(TEXT, greedy(3, continuation="off")).text, step.DecodeStep._compute
+
+    def fails(*arguments):
+        try:
+            if cuda.recorded is not None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return compute(*arguments)
+        finally:
+            if cuda.recorded is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    there._runner._step._graphs.clear()
+    monkeypatch.setattr(step.DecodeStep, "_compute", fails)
+    with pytest.raises(rw.OutOfMemory, match="shorten the text"):
+        there.generate(TEXT, greedy(3, continuation="off"))
+    monkeypatch.setattr(step.DecodeStep, "_compute", compute)
+    assert there.generate(TEXT, greedy(3, continuation="off")).text == texts
+
+
+@pytest.mark.parametrize(("spec", "blocks"), [("rerope:20|logn", 2), ("dual-chunk", 3)])
+def test_an_int8_cache_is_widened_once_for_a_chunk(spec, blocks, cuda, tiny_folder, monkeypatch):
+    """Each key and value becomes a 16-bit number once, however many blocks of queries read it."""
+    monkeypatch.setattr(GpuRunner, "_verify_chunk", lambda _: None)  # pretended weights cannot be widened
+    hf, widened, attended = on_gpu(tiny_folder, torch.bfloat16), [], []
+    runner = GpuRunner(hf, rotary_sites(hf), TorchOps(), cache="int8")
+    runner.use(parse(spec), None)
+    cache = runner.new_cache(700)
+    for _ in range(2):
+        runner.forward([5] * 300, cache, 1)
+    run, flash = cuda.run, cuda._flash
+
+    def counted(func, args, kwargs):
+        if func._schema.name == "aten::_to_copy" and isinstance(args[0], CudaTensor) and args[0].ndim == 4:
+            widened.append((args[0].dtype, args[0].shape[2]))
+        return run(func, args, kwargs)
+
+    monkeypatch.setattr(cuda, "run", counted)
+    monkeypatch.setattr(cuda, "_flash", lambda q, k, *rest, **more: attended.append(k) or flash(q, k, *rest, **more))
+    runner.forward([5] * 100, cache, 1)
+    layers = hf.config.num_hidden_layers
+    assert len(attended) >= blocks * layers
+    assert widened.count((torch.int8, 700)) == 2 * layers
+    assert not [length for dtype, length in widened if dtype == torch.float32 and length == 700]
 
 
 def test_the_engine_chooses_the_device_of_the_weights(cuda):

@@ -19,7 +19,7 @@ from ropewalk.engine.cache import can_rewind, new_cache
 from ropewalk.engine.prompt import Prompt
 from ropewalk.engine.runners.transformers import TransformersRunner
 from ropewalk.engine.sampling import ResolvedParams, random_source
-from ropewalk.engine.sequence import Sequence
+from ropewalk.engine.sequence import Sequence, next_tokens
 from ropewalk.engine.token_healing import draw_first_token, text_logprob, weigh
 from ropewalk.tokenizer_tools.cover import Node, cover
 from ropewalk.tokenizer_tools.vocabularies import vocabulary
@@ -111,7 +111,7 @@ def test_answers_are_drawn_with_their_exact_frequency():
         sequence = Sequence(prompt_read, params, known, frozenset([model.size - 1]), DynamicCache())
         sequence.first_token(runner)
         while not sequence.done:
-            sequence.next_token(runner, runner.step(sequence.rows))
+            next_tokens(runner, [sequence], runner.step(sequence.rows))
         tokens = sequence.tokens
         ids = [*tokens[0].healing.prompt_ids, *(token.id for token in tokens)]
         counts[known.text_bytes(ids)] += 1

@@ -41,14 +41,20 @@ class FakeLane:
 
 @pytest.fixture
 def contest():
+    return contest_on("cpu")
+
+
+def contest_on(device, first_reads=0):
     """One length of 4 tokens, two turns of prefill and three of decode; first warm-ups that took an age."""
     log = []
     workers = [
-        FakeLane("ropewalk float32", log, prefill=[99, 2.0, 4.0], decode=[99, 99, 1.0, 2.0, 4.0]),
+        FakeLane(
+            "ropewalk float32", log, prefill=[99] * (1 + first_reads) + [2.0, 4.0], decode=[99, 99, 1.0, 2.0, 4.0]
+        ),
         FakeLane(
             "llama.cpp q8_0",
             log,
-            prefill=[99, 1.0, 1.0],
+            prefill=[99] * (1 + first_reads) + [1.0, 1.0],
             decode=[99, 99, 2.0, 2.0, 2.0],
             logits=(0.0, 1.0, 1.25),
             dtype="q8_0",
@@ -63,6 +69,7 @@ def contest():
             new_tokens=2,
             repeats=3,
             prefill_repeats=2,
+            device=device,
             bandwidth=lambda: next(widths),
             step_bytes=lambda dtype, cache, length: (
                 ({"float32": 3.0, "q8_0": 0.5}[dtype] + {"float32 cache": 1.0, "q8_0 cache": 0.5}[cache]) * length
@@ -91,6 +98,15 @@ def test_speeds_and_ratios_are_medians_of_turns_without_the_warm_up(contest):
     assert prefill.speed == Spread(median=4.0, lowest=4.0, highest=4.0)
     assert prefill.ratio == Spread(median=0.375, lowest=0.25, highest=0.5)
     assert prefill.memory_share is None
+
+
+def test_a_gpu_reads_each_prompt_once_more_and_tells_of_its_own_memory(contest):
+    result, log = contest_on("cuda", first_reads=1)
+    prompts = [entry for entry in log if entry[1] == "prefill"]
+    assert len(prompts) == 8 and len([entry for entry in contest[1] if entry[1] == "prefill"]) == 6
+    assert [timing.seconds for timing in result.timings if timing.what == "prefill"] == [[2.0, 4.0], [1.0, 1.0]]
+    titles = [tables(each, "ropewalk float32")[-1].title for each in (contest[0], result)]
+    assert "peak memory: resident" in titles[0] and "peak memory: of the GPU" in titles[1]
 
 
 def test_the_share_of_memory_is_that_of_the_best_bandwidth(contest):

@@ -23,7 +23,7 @@ from ....scaling.rope import Scaler
 from ...attention.kernel import AttentionScore
 from ...attention.rows import KeyRun
 from ...hf_model import dtype_name
-from ...kv_cache import KVCache
+from ...kv_cache import KVCache, addresses_of
 from ...packed import PackedWeight
 from ...patches.float32 import exact_products, float32_arithmetic
 from ...patches.probe import logits, probe_ids
@@ -244,21 +244,10 @@ class CompiledRunner(DecoderRunner):
         return np.array(parts, np.int64), np.array(firsts, np.int64).reshape(len(self._rotations), -1)
 
     def _buffer_addresses(self, rows: Rows) -> np.ndarray[Any, Any]:
-        """The addresses of every token's keys and values, int64 [layers, n, 2, 3].
-
-        On the last axis: the address of the numbers, the address of their scales (or 0), and the capacity in tokens.
-        """
-        addresses = np.empty((len(self._decoder.layers), sum(len(ids) for ids, _ in rows), 2, 3), np.int64)
-        first = 0
+        """The `addresses_of` every token's cache, with room for the tokens."""
         for ids, cache in rows:
             cache.reserve(len(ids))
-            for index, layer in enumerate(cache.layers):
-                key_scales, value_scales = layer.scales
-                tokens = addresses[index, first : first + len(ids)]
-                tokens[:, 0] = layer.keys.data_ptr(), key_scales, layer.capacity
-                tokens[:, 1] = layer.values.data_ptr(), value_scales, layer.capacity
-            first += len(ids)
-        return addresses
+        return addresses_of([cache for ids, cache in rows for _ in ids])
 
     # chunks
 

@@ -40,23 +40,13 @@ class CacheRows:
     @classmethod
     def of(cls, layers: Sequence[KVLayer], slots: Tensor) -> CacheRows:
         """The rows of these caches. The addresses are copied to the device of `slots`."""
-        return cls(layers=layers, addresses=torch.tensor(buffer_addresses(layers), device=slots.device), slots=slots)
+        addresses = torch.tensor([layer.addresses for layer in layers], device=slots.device)
+        return cls(layers=layers, addresses=addresses, slots=slots)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of keys and values: float32, float16, bfloat16 or int8."""
         return self.layers[0].shape.dtype
-
-
-def buffer_addresses(layers: Sequence[KVLayer]) -> list[list[tuple[int, int, int]]]:
-    """The `addresses` of `CacheRows`, as integers."""
-    return [
-        [
-            (numbers.data_ptr(), scale, layer.capacity)
-            for numbers, scale in zip((layer.keys, layer.values), layer.scales, strict=True)
-        ]
-        for layer in layers
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)

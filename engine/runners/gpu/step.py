@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kv_cache import KVCache
+from ...kv_cache import KVCache, addresses_of
 from ..decoder_runner import Rows
 from ..family import Decoder
 from .angles import StepAngles
 from .decoder import DeviceDecoder
-from .ops import CacheRows, Ops, TokenTree, buffer_addresses
+from .ops import CacheRows, Ops, TokenTree
 
 Replay = Callable[[], Tensor]
 
@@ -112,7 +112,7 @@ class DecodeStep:
         slots = [cache.length + k for tokens, cache in rows for k in range(len(tokens))]
         for tokens, cache in rows:
             cache.reserve(len(tokens))
-        fill = (_addresses(caches), slots, ids, positions)
+        fill = (addresses_of(caches), slots, ids, positions)
         if tree is not None or self._captures is None or len(ids) > _MOST_CAPTURED:
             inputs = self._inputs(len(ids))
             inputs.fill(*fill)
@@ -158,9 +158,3 @@ class DecodeStep:
             return ops.attention(q, rows, bands, layout, layer.softcap, tree)
 
         return self._layers.logits(*self._layers.run(inputs.ids, mix))
-
-
-def _addresses(caches: list[KVCache]) -> np.ndarray[Any, Any]:
-    """The addresses of every token's keys and values, as `CacheRows` has them, [layers, N, 2, 3]."""
-    layers = zip(*(cache.layers for cache in caches), strict=True)
-    return np.array([buffer_addresses(each) for each in layers], np.int64)
