@@ -43,7 +43,7 @@ def _lines(name: str) -> list[dict[str, Any]]:
 
 def _table(run: dict[str, Any]) -> str:
     engines = {timing["engine"] for timing in run["timings"]}
-    rows = _rows(run, {engine: engine for engine in SAME_FORMAT if engine in engines})
+    rows = _rows(run, {engine: engine for engine in SAME_FORMAT if engine in engines}, _columns(run))
     return "\n".join([*_heading(run), *rows, "", _below(run, run["model"])])
 
 
@@ -53,7 +53,8 @@ def _gguf_table() -> str:
     for run in found:
         format_ = run["model"].removesuffix(".gguf").rpartition(".")[2]
         engines = dict.fromkeys(timing["engine"] for timing in run["timings"])
-        lines += _rows(run, {engine: f"{engine.partition(' ')[0]} {format_}" for engine in engines})
+        names = {engine: f"{engine.partition(' ')[0]} {format_}" for engine in engines}
+        lines += _rows(run, names, _columns(found[0]))
     speeds = [run["bandwidth_gb_s"] for run in found]
     about = found[0] | {"bandwidth_gb_s": min(speeds)}
     return "\n".join([*lines, "", _below(about, "SmolLM2-135M", most=max(speeds))])
@@ -69,11 +70,11 @@ def _heading(run: dict[str, Any]) -> list[str]:
     return [f"| tokens a second | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
 
 
-def _rows(run: dict[str, Any], engines: dict[str, str]) -> list[str]:
-    """A line of the table for each of `engines`, which have names there."""
-    cells = {(t["engine"], t["what"], t["length"]): t for t in run["timings"]}
+def _rows(run: dict[str, Any], engines: dict[str, str], columns: list[tuple[str, int]]) -> list[str]:
+    """A line of the table for each of `engines`, which have names there. What was not measured is empty."""
+    cells = {(t["engine"], t["what"], t["length"]): _speed(t) for t in run["timings"]}
     return [
-        f"| {name} | {' | '.join(_speed(cells[engine, *column]) for column in _columns(run))} |"
+        f"| {name} | {' | '.join(cells.get((engine, *column), '') for column in columns)} |"
         for engine, name in engines.items()
     ]
 

@@ -16,7 +16,7 @@ from ...attention.kernel import AttentionScore
 from ...attention.rows import KeyRun
 from ...hf_model import dtype_name
 from ...kv_cache import KVCache
-from ...patches.float32 import float32_arithmetic
+from ...patches.float32 import exact_products, float32_arithmetic
 from ...patches.probe import logits, probe_ids
 from ...rotary_site import RotarySite
 from ..chunk_attention import Attend, ChunkAttention
@@ -137,7 +137,7 @@ class GpuRunner(DecoderRunner):
         """Refuse a model whose logits in its own dtypes are not those in float32 arithmetic."""
         ids, exact = probe_ids(self.hf)[0].tolist(), torch.promote_types(self.hf.dtype, torch.float32)
         limit = max(_MAX_DIFFERENCE_OF_STEP[self.hf.dtype], _OF_INT8_CACHE if self._dtype == torch.int8 else 0)
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_products():
             expected = self._prefill_chunk(ids, self.new_cache(len(ids)), len(ids), exact)
             for run in (self._prefill_chunk, self._probe_step):
                 self._check(run(ids, self.new_cache(len(ids)), len(ids)), expected, limit)
