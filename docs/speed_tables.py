@@ -14,7 +14,7 @@ DOCS = Path(__file__).resolve().parent
 RUNS = ("speed.jsonl", "results/speed-avx512-bf16.jsonl")
 
 GGUF_RUN = "results/speed-avx512-gguf.jsonl"
-"""One line for each GGUF file, which both engines ran as it is."""
+"""One or more lines for each GGUF file, which both engines ran as it is."""
 
 SAME_FORMAT = ("ropewalk bfloat16", "hf bfloat16", "llama.cpp bf16")
 """Engines whose weights are in the same format as ours. Others are not compared with."""
@@ -50,8 +50,11 @@ def _table(run: dict[str, Any]) -> str:
 def _gguf_table() -> str:
     found = _lines(GGUF_RUN)
     lines = _heading(found[0])
+    files: dict[str, dict[str, Any]] = {}
     for run in found:
-        format_ = run["model"].removesuffix(".gguf").rpartition(".")[2]
+        files.setdefault(run["model"], {"timings": []})["timings"] += run["timings"]
+    for model, run in files.items():
+        format_ = model.removesuffix(".gguf").rpartition(".")[2]
         engines = dict.fromkeys(timing["engine"] for timing in run["timings"])
         names = {engine: f"{engine.partition(' ')[0]} {format_}" for engine in engines}
         lines += _rows(run, names, _columns(found[0]))
