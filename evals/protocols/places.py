@@ -233,7 +233,7 @@ class GrowingPlaces:
     def _sentence(self, known: Known, count: int) -> str:
         widest = f"{known.of} differs by {known.widest}"
         if known.is_enough:
-            return f"every difference is known well enough; the least, {widest}."
+            return f"every difference is known well enough. The least certain: {widest}."
         if not math.isfinite(known.excess):
             return f"{widest}."
         return f"{widest}; about {known.needed(count)} places would be enough."

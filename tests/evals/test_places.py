@@ -89,7 +89,9 @@ def test_the_rows_are_those_of_fixed_target_with_as_many_samples_and_every_place
 def test_it_stops_when_the_differences_are_known(tmp_path, measured):
     run, _, shown = carry_out(growing(measured, WORDS, interval=100, target=32), tmp_path)
     assert {row["documents"] for row in final(run)} == {4}
-    assert re.search(r"4 places: every difference is known well enough; the least, \S+ at \d+ differs by", shown)
+    assert re.search(
+        r"4 places: every difference is known well enough. The least certain: \S+ at \d+ differs by", shown
+    )
     assert "8 places" not in shown
 
 

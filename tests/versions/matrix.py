@@ -63,7 +63,7 @@ TORCH_TESTS = (
     "tests/engine/runners/test_kernels_attention.py",
     "tests/engine/runners/test_kernels_linear.py",
     "tests/engine/runners/test_kernels_simd.py",
-    "tests/engine/runners/test_kernels_step.py",
+    "tests/engine/runners/test_kernels_elementwise.py",
     "tests/engine/runners/test_compiled.py",
     "tests/engine/runners/test_compiled_batches.py",
     "tests/engine/runners/test_compiled_scalers.py",

@@ -98,7 +98,9 @@ class CompiledRunner(DecoderRunner):
         weights, cache, products = self.weights, dtype_name(self._dtype), dtype_name(self._products)
         if weights == cache == products == "float32":
             return weights
-        return f"{weights}, {cache} cache, " + ("float32 arithmetic" if products == "float32" else "bfloat16 prefill")
+        steps = ", 16-bit vectors in steps" if self._rounds_vectors else ""
+        arithmetic = "float32 arithmetic" if products == "float32" and not steps else f"{products} prefill"
+        return f"{weights}, {cache} cache, {arithmetic}{steps}"
 
     @property
     def how(self) -> str:
@@ -109,7 +111,7 @@ class CompiledRunner(DecoderRunner):
             f"compiled steps (numba {numba.__version__}, {numba.get_num_threads()} threads), chunks in torch; weights "
             f"in {self.weights}, cache in {dtype_name(self._dtype)}, arithmetic in float32"
             + (", but products of chunks in bfloat16" if self._products == torch.bfloat16 else "")
-            + (", vectors of steps in 16 bits" if self._rounds_vectors else "")
+            + (", vectors of steps rounded to 16 bits" if self._rounds_vectors else "")
         )
 
     @property

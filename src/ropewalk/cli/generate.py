@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-from click.core import ParameterSource
 
 from ..errors import DataError
 from .batch import Chat, answer_all, answer_fields
 from .messages import print_json, warn_of_unused_seed
-from .options import EXAMPLES, command, json_option, loads_a_model, rope_option, sampling_options
+from .options import EXAMPLES, command, is_given, json_option, loads_a_model, rope_option, sampling_options
 from .waiting import fetch_model, load_model, waiting
 
 if TYPE_CHECKING:
@@ -206,8 +205,7 @@ def _check_usage(
             if over_contexts
             else f"{files[0]} is a second prompt; put prompts of several words in quotes, and files after --contexts"
         )
-    pooling_given = click.get_current_context().get_parameter_source("pooling") is ParameterSource.COMMANDLINE
-    if (window or pooling_given) and not over_contexts:
+    if (window or is_given("pooling")) and not over_contexts:
         option = "--window" if window else "--pooling"
         raise click.UsageError(f"{option} is for the files of --contexts, and there are none; leave it out")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .measurement import Measurement, ModelTarget
 
@@ -117,6 +118,11 @@ def lengths_option(default: str | None, of: str, note: str = "") -> Decorator:
     """`--lengths`: tokens `of` what."""
     text = f"Tokens {of}, separated by commas: 512, 8k or 2x.{note}"
     return click.option("--lengths", default=default, show_default=default is not None, help=text)
+
+
+def is_given(option: str) -> bool:
+    """True if the user gave an option of the current command, by the name of its parameter; False if it has none."""
+    return click.get_current_context().get_parameter_source(option) not in (None, ParameterSource.DEFAULT)
 
 
 def text_option(default: str | None, note: str = "") -> Decorator:

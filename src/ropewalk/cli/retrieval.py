@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .measurement import Measurement, ModelTarget, deadline_in
-from .options import EXAMPLES, command, measures, runs_anywhere, text_option
+from .options import EXAMPLES, command, is_given, measures, runs_anywhere, text_option
 from .waiting import waiting
 
 if TYPE_CHECKING:
     from ..evals.models.local import LocalModel
     from ..evals.models.measured import MeasuredModel
-    from ..evals.retrieval.task import Trial
+    from ..evals.retrieval.task import Task, Trial
 
 _DEPTHS = click.option(
     "--depths",
@@ -112,7 +112,7 @@ def ruler(tasks: str, **options: Any) -> None:
 )
 @click.argument("task")
 @_asks(_DEPTHS, _TEXT)
-def ask(task: str, text: str, **options: Any) -> None:
+def ask(task: str, **options: Any) -> None:
     """Measure TASK on MODEL, as `ropewalk passkey` does its own.
 
     TASK is one of the tasks of `ropewalk passkey`, `niah`, `kv` and `ruler`, of another package, or one of these:
@@ -129,7 +129,7 @@ def ask(task: str, text: str, **options: Any) -> None:
 
     if task not in TASKS:
         raise ConfigError(f"unknown task {task!r}.{did_you_mean(task, TASKS.names)}")
-    _run(task, text=text if TASKS[task].needs_text else None, **options)
+    _run(task, **options)
 
 
 def _run(
@@ -147,14 +147,13 @@ def _run(
     deadline = deadline_in(asked.max_minutes)
     from ..evals.data import load_text
     from ..evals.retrieval.cells import cells
-    from ..evals.retrieval.tasks import TASKS
     from ..evals.runs.compare import short
     from ..scaling import parse_length
 
-    names = _names(tasks, suite)
+    chosen = _chosen(tasks, suite)
     scalers = asked.scalers()
     shares = _numbers(depths)
-    haystack = None if text is None else load_text(text)
+    haystack = load_text(text) if text is not None and any(task.needs_text for task in chosen) else None
     model = where.open(asked.model)
     before = None
     if fake:
@@ -162,7 +161,7 @@ def _run(
     with waiting("writing the prompts"):
         planned = cells(
             model,
-            [TASKS[name] for name in names],
+            chosen,
             scalers,
             contexts=[parse_length(length, model.trained_length) for length in lengths.split(",")],
             depths=shares,
@@ -186,14 +185,26 @@ def _stand_in(model: MeasuredModel, fake: str) -> tuple[LocalModel, Callable[[Tr
     return LocalModel(model.model), stand_in.learn if isinstance(stand_in, Oracle) else None
 
 
-def _names(tasks: str, suite: str) -> list[str]:
+def _chosen(tasks: str, suite: str) -> list[Task]:
+    """The tasks of a suite by their names, or all.
+
+    Raises:
+        ConfigError: an unknown name, or --text or --depths is given and none of the tasks uses it.
+    """
     from ..errors import ConfigError, did_you_mean
-    from ..evals.retrieval.tasks import SUITES
+    from ..evals.retrieval.tasks import SUITES, TASKS
 
     names = list(SUITES[suite]) if tasks == "all" else [name.strip() for name in tasks.split(",")]
     if unknown := [name for name in names if name not in SUITES[suite]]:
         raise ConfigError(f"unknown task {unknown[0]!r}.{did_you_mean(unknown[0], SUITES[suite])}")
-    return names
+    chosen = [TASKS[name] for name in names]
+    for option, is_used in (
+        ("text", any(task.needs_text for task in chosen)),
+        ("depths", any(task.has_depth for task in chosen)),
+    ):
+        if is_given(option) and not is_used:
+            raise ConfigError(f"--{option} has no effect on {', '.join(names)}; leave it out")
+    return chosen
 
 
 def _numbers(depths: str) -> list[float]:

@@ -6,10 +6,9 @@ import ipaddress
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from ..errors import ConfigError
-from .options import EXAMPLES, command, loads_a_model, refuse_tensor_parallel, rope_option
+from .options import EXAMPLES, command, is_given, loads_a_model, refuse_tensor_parallel, rope_option
 from .waiting import load_model
 
 
@@ -97,7 +96,7 @@ def serve(
 
     longest = parse_length(max_length) if max_length else None
     loaded = load_model(model, rope=rope, **loading, max_length=longest, special_tokens=special_tokens)
-    if not loaded.is_compiled and _is_given("cache_mb"):
+    if not loaded.is_compiled and is_given("cache_mb"):
         raise click.UsageError(
             "transformers' modules run this model, and only caches of the compiled kernels are kept; leave out "
             "--cache-mb"
@@ -110,10 +109,6 @@ def serve(
     if api_key is None and not _is_loopback(host):
         click.echo(f"ropewalk: anyone who reaches {host} can use this server; --api-key KEY asks for a key", err=True)
     uvicorn.run(server.app(), host=host, port=port, log_level="info", timeout_graceful_shutdown=None)
-
-
-def _is_given(option: str) -> bool:
-    return click.get_current_context().get_parameter_source(option) is not ParameterSource.DEFAULT
 
 
 def _is_loopback(host: str) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .messages import print_json
-from .options import EXAMPLES, command, json_option, lengths_option, rope_option, ropes_option, text_option
+from .options import EXAMPLES, command, is_given, json_option, lengths_option, rope_option, ropes_option, text_option
 from .waiting import load_model
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def speed(
     """
     from rich.console import Console
 
-    _refuse_unused(click.get_current_context(), against)
+    _refuse_unused(against)
     console = Console(stderr=as_json)
     if against is None:
         found = _maps(model, ropes, lengths or "4k,8k", repeats, decode, public_form, dtype, console)
@@ -100,10 +100,10 @@ def speed(
         print_json(found)
 
 
-def _refuse_unused(context: click.Context, against: str | None) -> None:
+def _refuse_unused(against: str | None) -> None:
     """An option of the other measurement, given by the user, is a mistake."""
     for parameter, option in (_OF_PEERS if against is None else _OF_MAPS).items():
-        if context.get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE:
+        if is_given(parameter):
             if against is None:
                 raise click.UsageError(f"{option} needs --against, such as --against hf,llama.cpp")
             raise click.UsageError(f"--against measures the plain model; leave out {option}")

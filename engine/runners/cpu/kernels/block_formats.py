@@ -1,4 +1,4 @@
-"""How the blocks of GGUF files are read: as LLVM code that turns their bytes into whole numbers of 16 bits.
+"""How the blocks of GGUF files are read: as LLVM code that turns their bytes into 16-bit integers.
 
 A block is a few parts of 32 weights, and a weight is scale * quant + low. The quants are signed: what a format
 subtracts from its bits is subtracted here.
@@ -16,10 +16,10 @@ import numpy as np
 from .simd import I32, INTEGERS, VECTOR, WIDTH
 
 PART = 32  # weights of a part
-HALF = PART // 2  # whole numbers in a register of 256 bits
+LANES = PART // 2  # 16-bit integers of a register of 256 bits
 
 _I1, _I8, _I16, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 64))
-HALVES = ir.VectorType(_I16, HALF)
+SHORTS = ir.VectorType(_I16, LANES)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class BlockPart:
     Args:
         quants: two vectors <16 x i16>, in the order of the weights.
         scale: a number, eight times.
-        factors: of each half, a whole number by which its quants are multiplied, <16 x i16>; None for 1.
+        factors: for each vector of quants, an integer by which they are multiplied, <16 x i16>; None for 1.
         low: a number, eight times; None for 0.
         lows: in a block of eight parts, the `low` of each.
     """
@@ -40,7 +40,7 @@ class BlockPart:
     low: ir.Value | None = None
     lows: ir.Value | None = None
 
-    def whole(self, b: ir.IRBuilder) -> list[ir.Value]:
+    def integers(self, b: ir.IRBuilder) -> list[ir.Value]:
         """The quants times their factors."""
         if self.factors is None:
             return list(self.quants)
@@ -56,16 +56,16 @@ class BlockPart:
         return weights if self.low is None else b.fadd(weights, self.low)
 
 
-def _as_floats(b: ir.IRBuilder, halves: ir.Value, places: range) -> ir.Value:
-    return b.sitofp(b.sext(shuffle(b, halves, places), INTEGERS), VECTOR)
+def _as_floats(b: ir.IRBuilder, integers: ir.Value, places: range) -> ir.Value:
+    return b.sitofp(b.sext(shuffle(b, integers, places), INTEGERS), VECTOR)
 
 
 def floats(value: float) -> ir.Constant:
     return ir.Constant(VECTOR, [value] * WIDTH)
 
 
-def _halves(value: int) -> ir.Constant:
-    return ir.Constant(HALVES, [value] * HALF)
+def _shorts(value: int) -> ir.Constant:
+    return ir.Constant(SHORTS, [value] * LANES)
 
 
 def shuffle(b: ir.IRBuilder, x: ir.Value, places: Any) -> ir.Value:
@@ -98,19 +98,19 @@ class BlockReader:
         return b.fpext(halves, VECTOR)
 
     def bytes(self, offset: int, signed: bool = False) -> ir.Value:
-        """16 bytes, as whole numbers of 16 bits."""
-        found = self.read(offset, ir.VectorType(_I8, HALF))
-        return (self.b.sext if signed else self.b.zext)(found, HALVES)
+        """16 bytes, as 16-bit integers."""
+        found = self.read(offset, ir.VectorType(_I8, LANES))
+        return (self.b.sext if signed else self.b.zext)(found, SHORTS)
 
     def shifted(self, x: ir.Value, left: int) -> ir.Value:
         """x shifted to the left, or to the right if `left` is negative."""
-        return self.b.shl(x, _halves(left)) if left >= 0 else self.b.lshr(x, _halves(-left))
+        return self.b.shl(x, _shorts(left)) if left >= 0 else self.b.lshr(x, _shorts(-left))
 
     def masked(self, x: ir.Value, mask: int) -> ir.Value:
-        return self.b.and_(x, _halves(mask))
+        return self.b.and_(x, _shorts(mask))
 
-    def less(self, x: ir.Value, offset: int) -> ir.Value:
-        return self.b.sub(x, _halves(offset))
+    def minus(self, x: ir.Value, offset: int) -> ir.Value:
+        return self.b.sub(x, _shorts(offset))
 
     def nibble(self, x: ir.Value, high: bool) -> ir.Value:
         """The low or the high half of each byte."""
@@ -126,8 +126,8 @@ class BlockReader:
         b = self.b
         found = []
         for n, nibble in enumerate(self.nibbles(nibbles)):
-            is_set = b.bitcast(self.read(bits + 2 * n, _I16), ir.VectorType(_I1, HALF))
-            found.append(b.add(nibble, b.select(is_set, _halves(16 - offset), _halves(-offset))))
+            is_set = b.bitcast(self.read(bits + 2 * n, _I16), ir.VectorType(_I1, LANES))
+            found.append(b.add(nibble, b.select(is_set, _shorts(16 - offset), _shorts(-offset))))
         return found[0], found[1]
 
     def scales_and_lows(self) -> tuple[ir.Value, ir.Value]:
@@ -158,7 +158,7 @@ def _q8_0(block: BlockReader) -> Iterator[BlockPart]:
 
 
 def _q4_0(block: BlockReader) -> Iterator[BlockPart]:
-    low, high = (block.less(nibbles, 8) for nibbles in block.nibbles(2))
+    low, high = (block.minus(nibbles, 8) for nibbles in block.nibbles(2))
     yield BlockPart((low, high), block.half(0))
 
 
@@ -180,7 +180,7 @@ def _q4_k(block: BlockReader) -> Iterator[BlockPart]:
 
 
 def _q5_k(block: BlockReader) -> Iterator[BlockPart]:
-    bits = [block.bytes(16 + HALF * half) for half in range(2)]
+    bits = [block.bytes(16 + LANES * half) for half in range(2)]
 
     def quants(nibbles: ir.Value, part: int, half: int) -> ir.Value:
         return block.b.or_(nibbles, block.masked(block.shifted(bits[half], 4 - part), 16))
@@ -192,7 +192,7 @@ def _k_parts(block: BlockReader, start: int, quants: Callable[[ir.Value, int, in
     """The parts of a K block whose nibbles begin at `start`; `quants` makes quants of the nibbles of half a part."""
     scales, lows = block.scales_and_lows()
     for pair in range(4):
-        both = [block.bytes(start + PART * pair + HALF * half) for half in range(2)]
+        both = [block.bytes(start + PART * pair + LANES * half) for half in range(2)]
         for part in (2 * pair, 2 * pair + 1):
             first, second = (quants(block.nibble(both[half], part % 2 == 1), part, half) for half in range(2))
             yield BlockPart((first, second), block.lane(scales, part), low=block.lane(lows, part), lows=lows)
@@ -201,15 +201,15 @@ def _k_parts(block: BlockReader, start: int, quants: Callable[[ir.Value, int, in
 def _q6_k(block: BlockReader) -> Iterator[BlockPart]:
     b, scale = block.b, block.half(208)
     for half in range(2):
-        bits = [block.bytes(128 + PART * half + HALF * n) for n in range(2)]
-        bytes_ = [block.bytes(64 * half + HALF * n) for n in range(4)]
+        bits = [block.bytes(128 + PART * half + LANES * n) for n in range(2)]
+        bytes_ = [block.bytes(64 * half + LANES * n) for n in range(4)]
         for part in range(4):
             quants, factors = [], []
             for n in range(2):
                 nibbles = block.nibble(bytes_[2 * (part % 2) + n], part > 1)
                 upper = block.masked(block.shifted(bits[n], 4 - 2 * part), 0x30)
-                quants.append(block.less(b.or_(nibbles, upper), 32))
-                factors.append(block.splat(b.sext(block.read(192 + 8 * half + 2 * part + n, _I8), _I16), HALF))
+                quants.append(block.minus(b.or_(nibbles, upper), 32))
+                factors.append(block.splat(b.sext(block.read(192 + 8 * half + 2 * part + n, _I8), _I16), LANES))
             yield BlockPart((quants[0], quants[1]), scale, (factors[0], factors[1]))
 
 

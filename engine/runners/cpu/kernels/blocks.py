@@ -12,7 +12,7 @@ from numba import carray, cfunc, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from .block_formats import BLOCKS, HALF, HALVES, NUMBERS, PART, BlockFormat, BlockReader, floats, shuffle
+from .block_formats import BLOCKS, LANES, NUMBERS, PART, SHORTS, BlockFormat, BlockReader, floats, shuffle
 from .folder import cached_in_folder
 from .linear import project_rows, rows_of
 from .simd import F32, I32, INTEGERS, VECTOR, WIDTH, call_llvm, fetch, get, reduced, size_of
@@ -40,9 +40,9 @@ def _sum(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 def _add_products(b: ir.IRBuilder, x: ir.Value, y: ir.Value, total: ir.Value | None) -> ir.Value:
     """The sums of two products of <16 x i16> and <16 x i16>, as <8 x i32>, plus `total`."""
-    wide = ir.VectorType(I32, HALF)
+    wide = ir.VectorType(I32, LANES)
     products = b.mul(b.sext(x, wide), b.sext(y, wide))
-    pairs = b.add(shuffle(b, products, range(0, HALF, 2)), shuffle(b, products, range(1, HALF, 2)))
+    pairs = b.add(shuffle(b, products, range(0, LANES, 2)), shuffle(b, products, range(1, LANES, 2)))
     return pairs if total is None else b.add(total, pairs)
 
 
@@ -59,11 +59,11 @@ def _dot_blocks(b: ir.IRBuilder, format_: BlockFormat, tokens: int, args: Any) -
         two = (format_.parts(BlockReader(b, address)) for address in (block, b.add(block, row_stride)))
         for n, parts in enumerate(zip(*two, strict=True)):
             of_part = b.add(b.mul(loop.index, _I64(format_.weights // PART)), _I64(n))
-            rows = [(part, part.whole(b)) for part in parts]
+            rows = [(part, part.integers(b)) for part in parts]
             for t in range(tokens):
                 offset = b.mul(stride, _I64(t))
                 vector = BlockReader(b, b.add(b.add(x, offset), b.mul(of_part, _I64(2 * PART))))
-                halves = [vector.read(2 * HALF * k, HALVES) for k in range(2)]
+                halves = [vector.read(2 * LANES * k, SHORTS) for k in range(2)]
                 of_number = b.add(offset, b.mul(of_part, _I64(4)))
                 scale = BlockReader(b, b.add(scales, of_number))
                 summed = BlockReader(b, b.add(sums, of_number))
@@ -130,22 +130,22 @@ def _unpack_row(
 def _round_part(
     _context: Any, x: Any, out: Any, scale: Any, total: Any, rest: Any
 ) -> tuple[Any, Callable[..., ir.Value]]:
-    """Round 32 numbers to whole multiples of a scale, at most 32767 of it.
+    """Round 32 numbers to multiples of a scale, the largest to 32767 times it.
 
-    Write the whole numbers, the scale, their sum times the scale, and what they leave of each number. Numbers below
-    1e-30 count as 0. If a number is not finite, the scale and the sum are not.
+    Write the 16-bit integers, the scale, their sum times the scale, and the rounding error of each number. A part
+    without a number above 1e-30 counts as 0. If a number is not finite, the scale and the sum are not.
     """
 
     def generate(context: Any, b: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
         x, out, scale_at, total_at, rest = args
         reader = BlockReader(b, x)
         vectors = [reader.read(32 * k, VECTOR) for k in range(4)]
-        highest, unfinite = floats(0), floats(0)
+        highest, not_finite = floats(0), floats(0)
         for vector in vectors:
             highest = call_llvm(b, "maxnum", highest, call_llvm(b, "fabs", vector))
-            unfinite = call_llvm(b, "fma", vector, floats(0), unfinite)
+            not_finite = call_llvm(b, "fma", vector, floats(0), not_finite)
         greatest = reduced(b, highest, lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y))
-        scale = b.fadd(b.fmul(greatest, F32(1 / 32767)), _sum(b, unfinite))
+        scale = b.fadd(b.fmul(greatest, F32(1 / 32767)), _sum(b, not_finite))
         inverse = b.select(b.fcmp_ordered(">", greatest, F32(1e-30)), b.fdiv(F32(32767), greatest), F32(0))
         scales, inverses = reader.splat(scale), reader.splat(inverse)
         sums = None
@@ -167,10 +167,10 @@ def rounded(kind, x, linears):
     """x [n, columns] as `project_any` takes it: for np.uint8 rounded to 16 bits, else x itself.
 
     Args:
-        linears: as `project_any` takes them. With two rounds, the second rounds what the first has left.
+        linears: as `project_any` takes them. With two rounds, the second rounds the errors of the first.
 
     Returns:
-        Int16 [rounds n, columns + columns / 8]: whole numbers, then a float32 scale for each 32 of them, then their sum
+        Int16 [rounds n, columns + columns / 8]: the integers, then a float32 scale for each 32 of them, then their sum
         times the scale, float32.
     """
 
