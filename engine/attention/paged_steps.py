@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..runners.cpu.tables import KINDS
+from ..runners.cpu.tables import CACHE_DTYPES, cache_kernels
 from .kernel import AttentionScore
 from .paged_rope import PagedRope
 
@@ -40,8 +40,8 @@ class PagedSteps:
 
     def reads(self, pages: Tensor, queries: Tensor) -> bool:
         """True if the kernel reads these pages [blocks, K, 2, S, D]."""
-        kind, D = KINDS.get(pages.dtype), pages.shape[-1]
-        return kind is not None and D % 16 == 0 and pages.is_contiguous() and queries.shape[-1] == D
+        D = pages.shape[-1]
+        return pages.dtype in CACHE_DTYPES and D % 16 == 0 and pages.is_contiguous() and queries.shape[-1] == D
 
     def attend(self, q_THD: Tensor, pages: Tensor, score: AttentionScore, out_THD: Tensor) -> None:
         """Write the attention of the tokens into `out_THD`. Their keys are in the pages already."""
@@ -62,16 +62,18 @@ class PagedSteps:
         threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
         if numba.get_num_threads() != threads:
             numba.set_num_threads(threads)
-        result = torch.empty(n, H * D)
+        result, (outs, peaks, sums) = torch.empty(n, H * D), self._buffers(H, D)
         paged(
             shape,
-            np.float32(score.softcap or 0),
-            KINDS[pages.dtype],
+            np.array([score.softcap or 0], np.float32),
+            cache_kernels(pages.dtype, any(shifts is not None for shifts in self._shifts)),
             rotated.numpy(),
             self._parts,
             self._firsts,
             places,
-            *self._buffers(H, D),
+            outs,
+            peaks,
+            sums,
             result.numpy(),
             threads,
         )

@@ -86,7 +86,7 @@ def choose_runner(hf: PreTrainedModel, sites: list[RotarySite], options: RunnerO
     if hf.device.type == "cuda":
         return _on_gpu(hf, sites, options)
     if FOLDER is not None and not any(FOLDER.rglob("*.nbi")) and supported(hf.config) and sys.stderr.isatty():
-        sys.stderr.write("ropewalk: compiling kernels for this machine, once (about half a minute)\n")
+        sys.stderr.write("ropewalk: compiling kernels for this machine, once (about ten seconds)\n")
     try:
         return CompiledRunner(hf, sites, options.weights, options.cache, options.folder, options.precision)
     except UnsupportedModel as reason:

@@ -121,6 +121,11 @@ class Decoder:
     norms_whole: bool
     softcap: float | None
 
+    @property
+    def linears(self) -> list[LinearLayer]:
+        """Those of all layers, and the head."""
+        return [*(linear for layer in self.layers for linear in layer.linears), self.head]
+
     def capped(self, logits: Tensor) -> Tensor:
         """cap * tanh(logits / cap), the soft-cap of Gemma's logits; the same tensor without a cap."""
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

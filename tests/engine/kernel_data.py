@@ -1,10 +1,16 @@
-"""Numbers for the compiled kernels: the bits of one kind or format, and their values."""
+"""Numbers for the compiled kernels: the bits of one kind or format, and their values; and calls of inner kernels."""
+
+from functools import cache
 
 import gguf
 import numpy as np
 import torch
+from numba import njit
 
 from ropewalk.engine.packed import PackedWeight
+from ropewalk.engine.runners.cpu.kernels import project
+from ropewalk.engine.runners.cpu.kernels.blocks import room
+from ropewalk.engine.runners.cpu.kernels.team import new_team
 
 KINDS = (np.float32, np.uint16, np.int8)
 
@@ -28,6 +34,18 @@ def stored(random, kind, rows, columns):
     bits = random.integers(-127, 128, (rows, columns)).astype(np.int8)
     scales = random.uniform(0.002, 0.02, rows).astype(np.float32)
     return bits, scales, bits * scales[:, None].astype(np.float64)
+
+
+@cache
+def from_python(kernel):
+    """A function of Python that calls a kernel which only other kernels can call."""
+    return njit(lambda *args: kernel(*args))
+
+
+def products(linears, x, out, threads):
+    """`project` by one of `threads` threads, which takes all rows."""
+    vectors = np.empty(room(*x.shape, 2), np.int16)
+    from_python(project)(linears, x, out, address(vectors), new_team(1), 0, threads)
 
 
 def address(x):

@@ -19,8 +19,25 @@ from ..family import Decoder, LinearLayer
 from ..rotation_table import LayerGroup
 from .kernels import FORMATS
 
-KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}
-"""The numpy type by which the kernels read a dtype; uint16 holds the bits of bfloat16."""
+_CODES = {torch.float32: 0, torch.float16: 1, torch.int8: 24, torch.bfloat16: 30}
+"""The ggml types of weights that are not in blocks."""
+
+_KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.int8: np.int8}
+CACHE_DTYPES = frozenset(_KINDS)
+"""The dtypes of keys and values that the kernels read."""
+
+
+def cache_kernels(dtype: torch.dtype, rotates: bool) -> np.ndarray[Any, Any]:
+    """The bytes of a number, and the addresses of attention kernels, as `step` takes them. Each is compiled when used.
+
+    Args:
+        dtype: of keys and values.
+        rotates: whether a part rotates its keys.
+    """
+    from .kernels import part
+
+    addresses = [part(_KINDS[dtype], rotating).address for rotating in (False, True)[: 1 + rotates]]
+    return np.array([dtype.itemsize, *addresses, 0], np.int64)
 
 
 @dataclass(frozen=True)
@@ -48,11 +65,6 @@ class StoredLinear:
         return StoredLinear(self.weight[start:stop], scale, bias)
 
     @property
-    def kind(self) -> type:
-        """The numpy type by which the kernels read the weights; uint8 for those in blocks, each of its own format."""
-        return np.uint8 if isinstance(self.weight, PackedWeight) else KINDS[self.weight.dtype]
-
-    @property
     def format(self) -> str:
         """`bfloat16`, or `Q4_K`."""
         weight = self.weight
@@ -64,14 +76,15 @@ class StoredLinear:
         Args:
             rounds: how often vectors are rounded to 16 bits for weights in blocks.
         """
-        scale, bias = (0 if x is None else x.data_ptr() for x in (self.scale, self.bias))
-        weight = self.weight
-        if isinstance(weight, PackedWeight):
-            from .kernels import product
+        from .kernels import product
 
-            row_bytes = weight.data.shape[1]
-            return [weight.data.data_ptr(), scale, bias, *weight.shape, row_bytes, product(int(weight.format)), rounds]
-        return [weight.data_ptr(), scale, bias, *weight.shape, 0, 0, 0]
+        weight, row_bytes = self.weight, 0
+        scale, bias = (0 if x is None else x.data_ptr() for x in (self.scale, self.bias))
+        if isinstance(weight, PackedWeight):
+            data, code, row_bytes = weight.data, int(weight.format), weight.data.shape[1]
+        else:
+            data, code, rounds = weight, _CODES[weight.dtype], 0
+        return [data.data_ptr(), scale, bias, *weight.shape, row_bytes, product(code), rounds]
 
 
 Make = Callable[[LinearLayer], StoredLinear]
@@ -81,9 +94,11 @@ def _check_sizes(d: Decoder) -> None:
     """Refuse weights of unexpected sizes. The kernels have addresses only and would read past the end."""
     E, q, k = len(d.final_norm), d.heads * d.head_dim, d.key_heads * d.head_dim
     inner = d.layers[0].linears[4].weight.shape[0]
-    for linear in (*(linear for layer in d.layers for linear in layer.linears), d.head):
-        if isinstance(linear.weight, PackedWeight) and linear.weight.format not in FORMATS:
-            raise UnsupportedModel(f"weights in the format {linear.weight.format.name} have no compiled form")
+    for weight in (linear.weight for linear in d.linears):
+        if isinstance(weight, PackedWeight) and weight.format not in FORMATS:
+            raise UnsupportedModel(f"weights in the format {weight.format.name} have no compiled form")
+        if not isinstance(weight, PackedWeight) and weight.dtype not in _CODES:
+            raise UnsupportedModel(f"weights in {dtype_name(weight.dtype)} have no compiled form")
     uneven = [size for size in (E, q, inner, d.head_dim) if size % 16]
     if uneven:
         raise UnsupportedModel(f"compiled kernels need sizes that are a multiple of 16, and {uneven[0]} is not")
@@ -104,7 +119,6 @@ class Tables:
 
     shape: np.ndarray[Any, Any]
     numbers: np.ndarray[Any, Any]
-    kind: type
     formats: list[str]
     linears: np.ndarray[Any, Any]
     norms: np.ndarray[Any, Any]
@@ -133,8 +147,6 @@ class Tables:
         for linear in linears:
             sizes[linear.format] += math.prod(linear.weight.shape)
         formats = [name for name, _ in sizes.most_common()]
-        if len({linear.kind for linear in linears}) > 1:
-            raise UnsupportedModel(f"its linear layers have more than one dtype: {', '.join(sorted(formats))}")
         if len({(layer.scale, layer.softcap) for layer in d.layers}) > 1:
             raise UnsupportedModel("its layers scale their scores differently")
         layout = next((group.layout for group in groups if group.layout is not None), None)
@@ -145,7 +157,6 @@ class Tables:
         return cls(
             shape=np.array([*shape, layout.start, layout.dim, layout.interleaved], np.int64),
             numbers=np.array([d.epsilon, d.layers[0].softcap or 0], np.float32),
-            kind=head.kind,
             formats=formats,
             linears=np.array([[linear.table(rounds) for linear in linears] for linears in stored], np.int64),
             norms=np.array([*norms, [d.final_norm.data_ptr(), 0, 0, 0, 0, 0]], np.int64),

@@ -106,8 +106,13 @@ def test_a_format_without_a_kernel_is_refused_by_name():
         compiled(hf)
 
 
-def test_a_plain_layer_among_packed_ones_is_refused():
+@pytest.mark.parametrize("where", ["head", "projection"])
+def test_a_plain_layer_among_packed_ones_keeps_its_dtype(where):
     hf, plain = mixed(["Q4_K"])
-    hf.lm_head = plain.lm_head
-    with pytest.raises(UnsupportedModel, match="more than one dtype: Q4_K, float32"):
-        compiled(hf)
+    if where == "head":
+        hf.lm_head = plain.lm_head
+    else:
+        hf.model.layers[0].self_attn.k_proj = plain.model.layers[0].self_attn.k_proj
+    runner = compiled(hf, cache="float32", precision="float32")
+    assert runner.weights == "Q4_K + float32"
+    assert difference(in_chunks(runner, [1]), read(plain)) < 2e-5

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from kernel_data import KINDS, address, stored
+from kernel_data import KINDS, address, from_python, stored
 
 from ropewalk.engine.attention.rotation import Angles, Layout
 from ropewalk.engine.runners.cpu.kernels.attention import PART, join, part
@@ -41,10 +41,12 @@ class Held:
         peak, weight = np.empty(G, np.float32), np.empty(G, np.float32)
         data = [address(bits[first:]) for bits, *_ in (self.keys, self.values)]
         scales = [0 if s is None else address(s[first:]) for _, s, _ in (self.keys, self.values)]
-        cap = np.float32(softcap)
+        cap = np.array([softcap], np.float32)
         rotary = (layout.start, layout.dim, layout.interleaved) if layout else (0, D, 0)
         shape = np.array([G, 1, D, 0, 0, *rotary], np.int64)
-        part(self.kind, *data, *scales, count, address(shift), address(q), G, shape, cap, address(out), peak, weight)
+        results = address(out), address(peak), address(weight)
+        about = address(q), G, address(shape), address(cap)
+        part(self.kind, shift is not None).ctypes(*data, *scales, count, address(shift), *about, *results)
         assert (out[G] == 7).all()
         return out[:G], peak, weight
 
@@ -133,7 +135,7 @@ def test_parts_are_joined_to_the_whole(kind, G, cuts):
     outs, peaks, weights = (np.stack(x) for x in zip(junk, *parts, junk, strict=True))
     result = np.full(G * 48 + 1, 7, np.float32)
     for head in range(G):
-        join(outs, peaks, weights, 1, 1 + len(parts), head, 48, result)
+        from_python(join)(outs, peaks, weights, 1, 1 + len(parts), head, 48, result)
     expected, _ = held.expected(q)
     assert np.abs(result[:-1].reshape(G, 48) - expected).max() < 2e-6 * np.abs(held.values[2][:count]).max()
     assert result[-1] == 7
@@ -147,6 +149,6 @@ def test_a_part_without_weight_changes_nothing():
         peaks = np.array(order, np.float32)[:, None].repeat(3, 1)
         result = np.empty(48, np.float32)
         for head in range(3):
-            join(outs, peaks, weights, 0, 2, head, 16, result)
+            from_python(join)(outs, peaks, weights, 0, 2, head, 16, result)
         heavy = order.index(0)
         assert np.allclose(result.reshape(3, 16), outs[heavy] / weights[heavy][:, None], rtol=1e-6, atol=0)

@@ -4,10 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-from kernel_data import FORMATS, PLAIN, address, check_bits, packed
+from kernel_data import FORMATS, PLAIN, address, check_bits, packed, products
 
-from ropewalk.engine.runners.cpu.kernels import project
-from ropewalk.engine.runners.cpu.kernels.team import new_team
 from ropewalk.engine.runners.cpu.tables import StoredLinear
 from ropewalk.engine.runners.family import LinearLayer
 
@@ -32,7 +30,7 @@ class Case:
     def run(self, x=None, threads=1):
         x = self.x if x is None else x
         out = np.full((len(x), self.exact.shape[1]), np.nan, np.float32)
-        project(np.uint8, self.table, np.ascontiguousarray(x), out, new_team(1), 0, threads)
+        products(self.table, np.ascontiguousarray(x), out, threads)
         return out
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from kernel_data import KINDS, address, bfloat16_bits, from_bfloat16
+from kernel_data import KINDS, address, bfloat16_bits, from_bfloat16, from_python
 
 from ropewalk.engine.attention.rotation import Angles, Layout
 from ropewalk.engine.runners.cpu.kernels import elementwise as kernels
@@ -28,12 +28,12 @@ def close(one, other, tolerance=1e-6):
 def test_norms(size):
     x, weight = normal(3, size) * np.float32([[0.01], [1], [100]]), normal(size, seed=1)
     out = np.empty((3, size), np.float32)
-    kernels.rms_norm(x, address(weight), EPSILON, out)
+    from_python(kernels.rms_norm)(x, address(weight), EPSILON, out)
     for row, expected in zip(out, rms(x, weight), strict=True):
         assert close(row, expected)
-    kernels.rms_norm(x, 0, EPSILON, out)
+    from_python(kernels.rms_norm)(x, 0, EPSILON, out)
     assert np.array_equal(out, x)
-    kernels.rms_norm(x, address(weight), EPSILON, x)  # in place, like the last norm
+    from_python(kernels.rms_norm)(x, address(weight), EPSILON, x)  # in place, like the last norm
     assert close(x, rms(normal(3, size) * np.float32([[0.01], [1], [100]]), weight))
 
 
@@ -41,7 +41,7 @@ def test_norms(size):
 def test_what_is_added_is_normed_first_if_there_is_a_norm(normed):
     x, residual, weight = normal(4, 48), normal(4, 48, seed=1), normal(48, seed=2)
     expected = residual + (rms(x, weight) if normed else x)
-    kernels.add_to_residual(x, address(weight) if normed else 0, EPSILON, residual, np.empty_like(x))
+    from_python(kernels.add_to_residual)(x, address(weight) if normed else 0, EPSILON, residual, np.empty_like(x))
     assert close(residual, expected)
 
 
@@ -59,7 +59,7 @@ def test_queries_and_keys_are_normed_by_heads_or_together(together, which):
     weights = [normal(heads * D if together else D, seed=1) for heads in (H, K)]
     used = which in ("both", "queries"), which in ("both", "keys")
     norms = np.array([0, 0, 0, 0, *(address(w) * u for w, u in zip(weights, used, strict=True))], np.int64)
-    kernels.norm_heads(shape_of(H, K, D, together), norms, EPSILON, qkv)
+    from_python(kernels.norm_heads)(shape_of(H, K, D, together), norms, EPSILON, qkv)
     expected = []
     for x, heads, weight, use in zip((q, k), (H, K), weights, used, strict=True):
         by_head = x if together else x.reshape(3, heads, D)
@@ -74,7 +74,7 @@ def test_activations(name):
     out = np.empty_like(gate)
     activation = {"silu": kernels.SILU, "gelu_tanh": kernels.GELU_TANH}[name]
     for start, stop in ((0, 32), (32, gate.shape[1])):
-        kernels.gate(np.concatenate([gate, up], 1), activation, out, start, stop)
+        from_python(kernels.gate)(np.concatenate([gate, up], 1), activation, out, start, stop)
     exact = torch.from_numpy(gate).double()
     exact = torch.nn.functional.silu(exact) if name == "silu" else torch.nn.functional.gelu(exact, approximate="tanh")
     assert np.allclose(out, exact.numpy() * up, rtol=1e-6, atol=1e-6)
@@ -100,8 +100,8 @@ def test_queries_are_rotated_for_every_band_and_scaled(layout):
     qkv, rotation = normal(n, (H + 2 * K) * D), turns_of(3, n, layout.dim // 2)
     scales = np.array([0.5, 1, 2, 3], np.float32)
     queries = np.empty((3, n, H, D), np.float32)
-    kernels.rotate_queries(shape_of(H, K, D, layout=layout), qkv, rotation, scales, queries, 0, 1)
-    kernels.rotate_queries(shape_of(H, K, D, layout=layout), qkv, rotation, scales, queries, 1, n)
+    from_python(kernels.rotate_queries)(shape_of(H, K, D, layout=layout), qkv, rotation, scales, queries, 0, 1)
+    from_python(kernels.rotate_queries)(shape_of(H, K, D, layout=layout), qkv, rotation, scales, queries, 1, n)
     for band in range(3):
         expected = rotated(layout, qkv[:, : H * D].reshape(n, H, D), rotation[band]) * scales[:, None, None]
         assert close(queries[band], expected)
@@ -120,8 +120,9 @@ def test_rotated_keys_and_values_are_written_to_their_places(layout, kind):
     for t in range(n):
         for which, room in enumerate(capacities):
             buffers[t, which] = address(held[which][t]), address(scales[which][t]) if kind == np.int8 else 0, room
-    kernels.write_keys_values(shape_of(H, K, D, layout=layout), kind, qkv, rotation, places, buffers, 0, 2)
-    kernels.write_keys_values(shape_of(H, K, D, layout=layout), kind, qkv, rotation, places, buffers, 2, n)
+    shape, size = shape_of(H, K, D, layout=layout), np.dtype(kind).itemsize
+    from_python(kernels.write_keys_values)(shape, size, qkv, rotation, places, buffers, 0, 2)
+    from_python(kernels.write_keys_values)(shape, size, qkv, rotation, places, buffers, 2, n)
     keys, values = (qkv[:, (H + part * K) * D :][:, : K * D].reshape(n, K, D) for part in (0, 1))
     for which, expected in enumerate([rotated(layout, keys, rotation), values]):
         for t in range(n):

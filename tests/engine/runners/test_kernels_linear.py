@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from kernel_data import KINDS, address, check_bits, stored
+from kernel_data import KINDS, address, check_bits, from_python, products, stored
 
-from ropewalk.engine.runners.cpu.kernels import project
+from ropewalk.engine.runners.cpu.kernels import product
 from ropewalk.engine.runners.cpu.kernels.linear import rows_of
-from ropewalk.engine.runners.cpu.kernels.team import new_team
+
+CODES = {np.float32: 0, np.int8: 24, np.uint16: 30}
 
 
 class Case:
@@ -19,7 +20,10 @@ class Case:
         matrices = [stored(random, kind, r, columns) for r in rows]
         biases = [random.standard_normal(r).astype(np.float32) if biased else None for r in rows]
         self.table = np.array(
-            [[address(w), address(s), address(b), *w.shape] for (w, s, _), b in zip(matrices, biases, strict=True)],
+            [
+                [address(w), address(s), address(b), *w.shape, 0, product(CODES[kind]), 0]
+                for (w, s, _), b in zip(matrices, biases, strict=True)
+            ],
             np.int64,
         )
         self.alive = matrices, biases
@@ -31,7 +35,7 @@ class Case:
     def run(self, x=None, threads=1):
         x = self.x if x is None else x
         out = np.full((len(x), sum(self.rows)), np.nan, np.float32)
-        project(self.kind, self.table, x, out, new_team(1), 0, threads)
+        products(self.table, x, out, threads)
         return out
 
 
@@ -53,6 +57,6 @@ def test_bits_of_a_row_do_not_depend_on_other_rows_or_threads(kind):
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 97, 1000])
 @pytest.mark.parametrize("parts", [1, 2, 3, 8, 200])
 def test_parts_of_rows_cover_each_row_once(count, parts):
-    shares = [rows_of(part, parts, count) for part in range(parts)]
+    shares = [from_python(rows_of)(part, parts, count) for part in range(parts)]
     assert [row for share in shares for row in range(*share)] == list(range(count))
     assert all(start % 8 == 0 for start, stop in shares if start < stop)

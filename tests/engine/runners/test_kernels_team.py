@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import DECODERS, IDS, compiled
+from kernel_data import from_python
 from numba import njit, prange
 
 from ropewalk.engine.runners.cpu import runner as runners
@@ -41,7 +42,7 @@ def test_every_thread_sees_what_the_others_wrote_before_a_barrier(threads):
 def test_ranges_that_are_taken_are_all_and_shrink(count, least, threads):
     team, taken = new_team(2), []
     while True:
-        start, stop = take(team, 1, count, least, threads)
+        start, stop = from_python(take)(team, 1, count, least, threads)
         if start == stop:
             break
         taken.append((start, stop))
@@ -52,7 +53,7 @@ def test_ranges_that_are_taken_are_all_and_shrink(count, least, threads):
     assert sizes == sorted(sizes, reverse=True)
     if taken:
         assert sizes[0] <= max(count / (2 * threads), least)
-    assert take(team, 0, 1, 1, 1) == (0, 1)  # another piece of work
+    assert from_python(take)(team, 0, 1, 1, 1) == (0, 1)  # another piece of work
 
 
 @njit(parallel=True)
@@ -80,9 +81,9 @@ def test_threads_take_everything_once(threads):
 
 def test_a_team_that_does_not_gather_is_given_up_by_all():
     team = new_team(0)
-    assert not assemble(team, 2)  # waits for a second thread, which does not come
+    assert not from_python(assemble)(team, 2)  # waits for a second thread, which does not come
     assert team[STATE] == FAILED
-    assert not assemble(team, 2)  # and comes too late
+    assert not from_python(assemble)(team, 2)  # and comes too late
 
 
 def test_a_step_without_enough_threads_runs_on_one_and_says_so(monkeypatch):

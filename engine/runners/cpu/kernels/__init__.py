@@ -27,11 +27,13 @@ else:
     from .folder import FOLDER, cached_in_folder
 
     with cached_in_folder():
+        from .attention import part
         from .block_formats import BLOCK_FORMATS, FORMATS
         from .blocks import product, unpack
+        from .by_address import touch
         from .flash import HAS_BFLOAT16_PRODUCTS, flash
         from .paged import paged
-        from .step import project, step, touch
+        from .step import project, step
 
 __all__ = [
     "BLOCK_FORMATS",
@@ -41,6 +43,7 @@ __all__ = [
     "UNAVAILABLE",
     "flash",
     "paged",
+    "part",
     "product",
     "project",
     "step",

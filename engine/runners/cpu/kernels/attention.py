@@ -9,10 +9,12 @@ Shape letters: G query heads of a group, D head dim.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray
 
+from .by_address import compiled, inner, pointer
 from .linear import arranged_for
 from .simd import (
     add,
@@ -43,68 +45,85 @@ _BLOCK = 32  # keys whose values stay in the L1 cache while all heads and column
 _LEAST = np.float32(-1e30)
 
 
-@njit(cache=True)
-def part(kind, keys, values, key_scales, value_scales, count, shift, q, G, shape, softcap, out, peak, weight):
-    """Softmax attention of G queries over `count` keys, not yet divided by its weight.
+def part(kind: type, rotates: bool) -> Any:
+    """Softmax attention of G queries over `count` keys of a kind, not yet divided by its weight.
 
     Args:
+        rotates: whether keys are rotated first, by `shift`.
+
+    Returns:
+        The compiled function of these 64-bit integers:
         keys, values: addresses of [count, D] of `kind`.
         key_scales, value_scales: addresses of the scales of int8 keys and values, float32 [count], or 0.
-        shift: address of the cosines and sines by which the keys are rotated first, float32 [count, 2, d / 2], or 0.
+        count: of the keys.
+        shift: address of the cosines and sines by which the keys are rotated first, float32 [count, 2, d / 2].
         q: address of float32 [G, D], already multiplied by the factor on the scores.
-        shape: as `step` takes it.
+        G: of the queries.
+        about: address of the `shape` that `step` takes.
+        softcap: address of the soft-cap of the scores or 0, float32.
         out: address of the result, float32 [G, D]: the weighted sums of values.
-        peak, weight: results, float32 [G]: the largest score, and the sum of e^(score - peak).
+        peaks, sums: addresses of results, float32 [G]: the largest score, and the sum of e^(score - peak).
     """
-    D, row_of_shift = shape[2], 4 * shape[6]
-    scratch = np.empty(G * PART, np.float32)
-    scores, arranged = scratch.ctypes.data, arranged_for(kind, q, G, D)
-    if shift:
-        rotated = np.empty(_BLOCK * D, np.float32)
+    return compiled(_part, kind, rotates)
+
+
+def _part(kind, rotates):
+    def part(keys, values, key_scales, value_scales, count, shift, q, G, about, softcap, out, peaks, sums):
+        shape, cap = carray(pointer(np.int64, about), 8), get(softcap, 0)
+        D, row_of_shift = shape[2], 4 * shape[6]
+        scratch = np.empty(G * PART, np.float32)
+        scores, arranged = scratch.ctypes.data, arranged_for(kind, q, G, D)
+        if rotates:
+            rotated = np.empty(_BLOCK * D, np.float32)
+            for first in range(0, count, _BLOCK):
+                n = min(_BLOCK, count - first)
+                _rotate_keys(shape, kind, keys, first, n, shift + row_of_shift * first, rotated.ctypes.data)
+                _scores(np.float32, rotated.ctypes.data, n, q, G, D, scores + 4 * first)
+        else:
+            _scores(kind, keys, count, np.int64(arranged.ctypes.data) if len(arranged) else q, G, D, scores)
+            if len(arranged):
+                arranged[0] = 0  # numba frees an array after the last line that names it
+        padded = (count + 7) // 8 * 8
+        for g in range(G):
+            row = scores + 4 * g * PART
+            if key_scales:
+                _scale(row, count, key_scales)
+            if cap > 0:
+                _cap(row, padded, cap)
+            for j in range(count, padded):
+                scratch[g * PART + j] = _LEAST
+            highest, sum_ = _softmax(row, padded)
+            put(peaks, g, highest)
+            put(sums, g, sum_)
+            for j in range(count, padded):
+                scratch[g * PART + j] = np.float32(0)
+            if value_scales:
+                _scale(row, count, value_scales)
+        for g in range(G):
+            for d in range(0, D, 8):
+                store(out, g * D + d, splat(np.float32(0)))
         for first in range(0, count, _BLOCK):
             n = min(_BLOCK, count - first)
-            _rotate_keys(shape, kind, keys, first, n, shift + row_of_shift * first, rotated.ctypes.data)
-            _scores(np.float32, rotated.ctypes.data, n, q, G, D, scores + 4 * first)
-    else:
-        _scores(kind, keys, count, arranged.ctypes.data if len(arranged) else q, G, D, scores)
-    padded = (count + 7) // 8 * 8
-    for g in range(G):
-        row = scores + 4 * g * PART
-        if key_scales:
-            _scale(row, count, key_scales)
-        if softcap > 0:
-            _cap(row, padded, softcap)
-        for j in range(count, padded):
-            scratch[g * PART + j] = _LEAST
-        peak[g], weight[g] = _softmax(row, padded)
-        for j in range(count, padded):
-            scratch[g * PART + j] = np.float32(0)
-        if value_scales:
-            _scale(row, count, value_scales)
-    for g in range(G):
-        for d in range(0, D, 8):
-            store(out, g * D + d, splat(np.float32(0)))
-    for first in range(0, count, _BLOCK):
-        n = min(_BLOCK, count - first)
-        if first + n < count:
-            fetch(kind, values, (first + n) * D, min(_BLOCK, count - first - n) * D)
-        g = 0
-        while g < G:
-            # `scratch` must be named here: numba frees an array after the last line that names it
-            row, target = scratch.ctypes.data + 4 * (g * PART + first), out + 4 * g * D
-            if G - g >= 3 and G - g != 4:
-                _values_of_3(kind, values, first, n, row, D, target)
-                g += 3
-            elif G - g >= 2:
-                _values_of_2(kind, values, first, n, row, D, target)
-                g += 2
-            else:
-                _values_of_1(kind, values, first, n, row, D, target)
-                g += 1
-    return len(arranged)  # so that numba does not free it before
+            if first + n < count:
+                fetch(kind, values, (first + n) * D, min(_BLOCK, count - first - n) * D)
+            g = 0
+            while g < G:
+                # `scratch` must be named here: numba frees an array after the last line that names it
+                row, target = scratch.ctypes.data + 4 * (g * PART + first), out + 4 * g * D
+                if G - g >= 3 and G - g != 4:
+                    _values_of_3(kind, values, first, n, row, D, target)
+                    g += 3
+                elif G - g >= 2:
+                    _values_of_2(kind, values, first, n, row, D, target)
+                    g += 2
+                else:
+                    _values_of_1(kind, values, first, n, row, D, target)
+                    g += 1
+
+    return part
 
 
-@njit(cache=True)
+@inner
 def _rotate_keys(shape, kind, keys, first, count, angles, out):
     """Write keys [first, first + count) of `keys`, widened and rotated by `angles` (float32 [count, 2, d / 2])."""
     D, start, half, neighbours = shape[2], shape[5], shape[6] // 2, shape[7]
@@ -127,7 +146,7 @@ def _rotate_keys(shape, kind, keys, first, count, angles, out):
             put(row, b, v * get(cos, k) + u * get(sin, k))
 
 
-@njit(cache=True)
+@inner
 def _scores(kind, keys, count, q, G, D, out):
     """The scores of G queries, float32 [G, PART]. Up to three heads are computed together."""
     g = 0
@@ -147,7 +166,7 @@ def _scores(kind, keys, count, q, G, D, out):
 # the sums, and eight sums become one vector. In place of keys after the last one, the last one is read again.
 
 
-@njit(cache=True)
+@inner
 def _scores_of_1(kind, keys, count, q, D, out):
     for j in range(0, count, 8):
         last = (count - 1) * D
@@ -164,13 +183,13 @@ def _scores_of_1(kind, keys, count, q, D, out):
         store(out, j, totals(a, b, c, d, e, f, g, h))
 
 
-@njit(cache=True)
+@inner
 def _two(kind, keys, index, x, y, total):
     v, w = load_two(kind, keys, index)
     return fma(w, y, fma(v, x, total))
 
 
-@njit(cache=True)
+@inner
 def _scores_of_2(kind, keys, count, q, D, out):
     last = (count - 1) * D
     for j in range(0, count, 4):
@@ -192,7 +211,7 @@ def _scores_of_2(kind, keys, count, q, D, out):
         store_halves(out, j, out, PART + j, totals(a, b, c, d, e, f, g, h))
 
 
-@njit(cache=True)
+@inner
 def _scores_of_3(kind, keys, count, q, D, out):
     last = (count - 1) * D
     for j in range(0, count, 4):
@@ -216,7 +235,7 @@ def _scores_of_3(kind, keys, count, q, D, out):
         store_halves(out, 2 * PART + j, out, 2 * PART + j, totals(r, s, t, u, r, s, t, u))
 
 
-@njit(cache=True)
+@inner
 def _scale(row, count, scales):
     for j in range(0, count - count % 8, 8):
         store(row, j, mul(load(np.float32, row, j), load(np.float32, scales, j)))
@@ -224,7 +243,7 @@ def _scale(row, count, scales):
         put(row, j, get(row, j) * get(scales, j))
 
 
-@njit(cache=True)
+@inner
 def _cap(row, count, softcap):
     """Scores s become c tanh(s / c), with tanh x = 1 - 2 / (1 + e^2x)."""
     one, two = splat(np.float32(1)), splat(np.float32(2))
@@ -234,7 +253,7 @@ def _cap(row, count, softcap):
         store(row, j, mul(cap, sub(one, div(two, weight))))
 
 
-@njit(cache=True)
+@inner
 def _softmax(row, count):
     """Replace scores by e^(score - peak), and return the peak and the sum."""
     highest = splat(_LEAST)
@@ -249,7 +268,7 @@ def _softmax(row, count):
     return peak, total(weight)
 
 
-@njit(cache=True)
+@inner
 def _accumulate(kind, out, index, x, y):
     """Add sixteen numbers, in the order of `load_two`, to the result."""
     x, y = in_order(kind, x, y)
@@ -260,7 +279,7 @@ def _accumulate(kind, out, index, x, y):
 # Weighted sums of the values, sixteen numbers of a head at a time, for one, two or three heads together.
 
 
-@njit(cache=True)
+@inner
 def _values_of_1(kind, values, first, count, weights, D, out):
     for d in range(0, D, 16):
         a = b = c = e = f = g = h = i = splat(np.float32(0))
@@ -283,7 +302,7 @@ def _values_of_1(kind, values, first, count, weights, D, out):
         _accumulate(kind, out, d, add(add(a, c), add(f, h)), add(add(b, e), add(g, i)))
 
 
-@njit(cache=True)
+@inner
 def _values_of_2(kind, values, first, count, weights, D, out):
     for d in range(0, D, 16):
         a = b = c = e = f = g = h = i = splat(np.float32(0))
@@ -304,7 +323,7 @@ def _values_of_2(kind, values, first, count, weights, D, out):
         _accumulate(kind, out, D + d, add(c, h), add(e, i))
 
 
-@njit(cache=True)
+@inner
 def _values_of_3(kind, values, first, count, weights, D, out):
     for d in range(0, D, 16):
         a = b = c = e = f = g = h = i = m = n = o = r = splat(np.float32(0))
@@ -327,7 +346,7 @@ def _values_of_3(kind, values, first, count, weights, D, out):
         _accumulate(kind, out, 2 * D + d, add(m, o), add(n, r))
 
 
-@njit(cache=True)
+@inner
 def join(outs, peaks, weights, first, stop, h, D, result):
     """Join the parts [first, stop) of one head of a query: `outs` [parts, heads, D] -> `result` [heads * D]."""
     peak = peaks[first, h]

@@ -232,6 +232,6 @@ BLOCKS = {
     13: BlockFormat(256, 176, _q5_k),
     14: BlockFormat(256, 210, _q6_k),
 }
-NUMBERS = {0: np.float32, 1: np.float16, 30: np.uint16}
+NUMBERS = {0: np.float32, 1: np.float16, 24: np.int8, 30: np.uint16}
 BLOCK_FORMATS = frozenset(BLOCKS)
-FORMATS = BLOCK_FORMATS | NUMBERS.keys()
+FORMATS = BLOCK_FORMATS | {0, 1, 30}

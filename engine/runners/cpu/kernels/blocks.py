@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import carray, cfunc, njit, prange, types
+from numba import carray, int64, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 from .block_formats import BLOCKS, LANES, NUMBERS, PART, SHORTS, BlockFormat, BlockReader, floats, shuffle
-from .folder import cached_in_folder
+from .by_address import Arguments, call, compiled, inner, pointer
 from .linear import project_rows, rows_of
 from .simd import F32, I32, INTEGERS, VECTOR, WIDTH, call_llvm, fetch, get, reduced, size_of
 
@@ -163,40 +162,35 @@ def _round_part(
     return types.void(*[types.int64] * 5), generate
 
 
-def rounded(kind, x, linears):
-    """x [n, columns] as `project_any` takes it: for np.uint8 rounded to 16 bits, else x itself.
+def room(tokens: int, columns: int, rounds: int) -> int:
+    """The 16-bit integers that `rounded` writes."""
+    return rounds * tokens * (columns + columns // 8) + 2 * columns
+
+
+@inner
+def rounded(x, linears, out):
+    """Round vectors x [n, columns] to 16 bits, as `project_any` takes them.
 
     Args:
-        linears: as `project_any` takes them. With two rounds, the second rounds the errors of the first.
-
-    Returns:
-        Int16 [rounds n, columns + columns / 8]: the integers, then a float32 scale for each 32 of them, then their sum
-        times the scale, float32.
+        linears: as `project_any` takes them, with the rounds that each needs. The second round rounds the errors of the
+            first.
+        out: the address of int16 [rounds n, columns + columns / 8]: the integers, then a float32 scale for each 32 of
+            them, then their sum times the scale, float32. The errors of a vector follow.
     """
-
-
-@overload(rounded)
-def _rounded(kind, x, linears):
-    if kind.dtype != types.uint8:
-        return lambda kind, x, linears: x
-
-    def to_16_bits(kind, x, linears):
-        n, columns, rounds = x.shape[0], x.shape[1], linears[0, 7]
-        out = np.empty((rounds * n, columns + columns // 8), np.int16)
-        rest = np.empty(columns, np.float32)
-        for t in range(n):
-            source = x[t].ctypes.data
-            for k in range(rounds):
-                target = out[k * n + t].ctypes.data
-                scales, sums = target + 2 * columns, target + 2 * columns + columns // 8
-                for part in range(columns // PART):
-                    place, left = source + 128 * part, rest.ctypes.data + 128 * part
-                    _round_part(place, target + 64 * part, scales + 4 * part, sums + 4 * part, left)
-                source = rest.ctypes.data
-        rest[0] = 0  # numba frees an array after the last line that names it
-        return out
-
-    return to_16_bits
+    n, columns, rounds = x.shape[0], x.shape[1], 0
+    for linear in linears:
+        rounds = max(rounds, linear[7])
+    row = 2 * columns + columns // 4
+    rest = out + rounds * n * row
+    for t in range(n):
+        source = np.int64(x[t].ctypes.data)
+        for k in range(rounds):
+            target = out + (k * n + t) * row
+            scales, sums = target + 2 * columns, target + 2 * columns + columns // 8
+            for part in range(columns // PART):
+                place = source + 128 * part
+                _round_part(place, target + 64 * part, scales + 4 * part, sums + 4 * part, rest + 128 * part)
+            source = rest
 
 
 def _product(code):
@@ -205,14 +199,16 @@ def _product(code):
         kind = NUMBERS[code]
 
         def numbers(linear, x, vectors, tokens, start, stop, out, out_columns, offset):
-            table, target = carray(linear, 5), carray(out, (tokens, out_columns))
+            table = carray(pointer(np.int64, linear), 5)
+            target = carray(pointer(np.float32, out), (tokens, out_columns))
             project_rows(kind, table, x, tokens, start, stop, target, offset)
 
         return numbers
 
     def blocks(linear, x, vectors, tokens, start, stop, out, out_columns, offset):
-        data, bias, columns, row_bytes, rounds = linear[0], linear[2], linear[4], linear[5], linear[7]
-        target = carray(out, (tokens, out_columns))
+        table = carray(pointer(np.int64, linear), 8)
+        data, bias, columns, row_bytes, rounds = table[0], table[2], table[4], table[5], table[7]
+        target = carray(pointer(np.float32, out), (tokens, out_columns))
         size = 2 * columns + columns // 4
         for r in range(start, stop, 2):
             row, second = data + r * row_bytes, min(r + 1, stop - 1)
@@ -247,44 +243,9 @@ def _unpacker(code, kind):
     return rows
 
 
-_PRODUCT = types.void(
-    types.CPointer(types.int64), *[types.int64] * 5, types.CPointer(types.float32), types.int64, types.int64
-)
-_UNPACKER = types.void(*[types.int64] * 6)
-
-
-@cache
-def _compiled(source, signature, *of):
-    with cached_in_folder():
-        return cfunc(signature, cache=True)(source(*of))
-
-
 def product(code: int) -> int:
-    """The address of the kernel that multiplies by weights of a ggml type. It is compiled for the first matrix.
-
-    Kernels are called by address: numba would compile one that it can see again for each of its callers.
-    """
-    return int(_compiled(_product, _PRODUCT, code).address)
-
-
-@intrinsic
-def _call(_context: Any, address: Any, arguments: Any) -> tuple[Any, Callable[..., ir.Value]]:
-    """Call the function at an address with 64-bit integers."""
-
-    def generate(context: Any, b: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
-        values = cgutils.unpack_tuple(b, args[1])
-        kind = ir.FunctionType(ir.VoidType(), [_I64] * len(values))
-        b.call(b.inttoptr(args[0], kind.as_pointer()), values)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, arguments), generate
-
-
-@njit(parallel=True, cache=True)
-def _unpack(kernel, data, rows, row_bytes, columns, out, threads):
-    for p in prange(threads):
-        start, stop = rows_of(p, threads, rows)
-        _call(kernel, (data, row_bytes, columns, start, stop, out))
+    """The address of the kernel that multiplies by weights of a ggml type. It is compiled for the first matrix."""
+    return int(compiled(_product, code).address)
 
 
 def unpack(code: int, kind: type, data: int, rows: int, row_bytes: int, columns: int, out: int, threads: int) -> None:
@@ -293,30 +254,29 @@ def unpack(code: int, kind: type, data: int, rows: int, row_bytes: int, columns:
     Args:
         kind: of the numbers written: np.float32, or np.uint16 for bfloat16, rounded to nearest, ties to even.
     """
-    _unpack(_compiled(_unpacker, _UNPACKER, code, kind).address, data, rows, row_bytes, columns, out, threads)
+    of = np.array([compiled(_unpacker, code, kind).address, data, rows, row_bytes, columns, out], np.int64)
+    _UNPACK.run(_unpack_share, threads, of=of)
 
 
-def project_any(kind, linear, x, vectors, tokens, start, stop, out, offset):
-    """`project_rows` for any kind of weights. For np.uint8 each matrix has a format of its own.
+_UNPACK = Arguments(of=int64[::1])
+_unpack = _UNPACK.unpack
+
+
+def _unpack_share(thread, threads, address):
+    of = _unpack(address).of
+    kernel, data, rows, row_bytes, columns, out = of[0], of[1], of[2], of[3], of[4], of[5]
+    start, stop = rows_of(thread, threads, rows)
+    call(kernel, (data, row_bytes, columns, start, stop, out))
+
+
+@inner
+def project_any(linear, x, vectors, tokens, start, stop, out, offset):
+    """`project_rows` for weights of any kind or format.
 
     Args:
         linear: int64 [8]: as in `project_rows`, then the bytes of a row, the `product` of the format, and the `rounds`
             of `vectors`.
-        vectors: the address of the result of `rounded`.
+        vectors: the address of what `rounded` wrote.
     """
-
-
-@overload(project_any)
-def _project_any(kind, linear, x, vectors, tokens, start, stop, out, offset):
-    if kind.dtype != types.uint8:
-
-        def plain(kind, linear, x, vectors, tokens, start, stop, out, offset):
-            project_rows(kind, linear, x, tokens, start, stop, out, offset)
-
-        return plain
-
-    def packed(kind, linear, x, vectors, tokens, start, stop, out, offset):
-        target = out.ctypes.data, out.shape[1], offset
-        _call(linear[6], (linear.ctypes.data, x, vectors, tokens, start, stop, *target))
-
-    return packed
+    target = out.ctypes.data, out.shape[1], offset
+    call(linear[6], (linear.ctypes.data, x, vectors, tokens, start, stop, *target))

@@ -7,8 +7,8 @@ Shape letters: n tokens, H query heads, K key-value heads, D head dim. `shape` a
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from .by_address import inner
 from .simd import (
     add,
     div,
@@ -19,7 +19,6 @@ from .simd import (
     maximum,
     mul,
     put,
-    size_of,
     splat,
     store,
     store_bfloat16,
@@ -34,7 +33,7 @@ DATA, SCALES, CAPACITY = range(3)  # of a buffer
 KEYS, VALUES = range(2)  # buffers of a layer
 
 
-@njit(cache=True)
+@inner
 def gate(x, activation, out, start, stop):
     """The columns [start, stop) of `out` [n, inner] = act(gate) * up of x [n, 2 inner]."""
     for t in range(len(x)):
@@ -43,7 +42,7 @@ def gate(x, activation, out, start, stop):
             store(target, r, mul(_activate(load(np.float32, gate, r), activation), load(np.float32, up, r)))
 
 
-@njit(cache=True)
+@inner
 def _activate(x, activation):
     """x sigmoid(x), or GELU in its tanh form, which is x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
     one, zero = splat(np.float32(1)), splat(np.float32(0))
@@ -54,7 +53,7 @@ def _activate(x, activation):
     return div(x, add(one, exp(sub(zero, u))))
 
 
-@njit(cache=True)
+@inner
 def _norm_row(x, weights, epsilon, count, out):
     """RMS norm of the `count` numbers at address `x`, written to address `out`."""
     squares = splat(np.float32(0))
@@ -66,7 +65,7 @@ def _norm_row(x, weights, epsilon, count, out):
         store(out, c, mul(mul(load(np.float32, x, c), factor), load(np.float32, weights, c)))
 
 
-@njit(cache=True)
+@inner
 def rms_norm(x, weights, epsilon, out):
     """RMS norm of each row of x [n, E]; a copy if the address `weights` is 0."""
     for t in range(len(x)):
@@ -78,7 +77,7 @@ def rms_norm(x, weights, epsilon, out):
                 store(target, c, load(np.float32, source, c))
 
 
-@njit(cache=True)
+@inner
 def add_to_residual(x, weights, epsilon, residual, scratch):
     """`residual` += x, normed if there are weights, by way of `scratch`."""
     for t in range(len(x)):
@@ -90,7 +89,7 @@ def add_to_residual(x, weights, epsilon, residual, scratch):
             store(target, c, add(load(np.float32, target, c), load(np.float32, source, c)))
 
 
-@njit(cache=True)
+@inner
 def norm_heads(shape, norms, epsilon, qkv):
     """RMS norms of the queries and keys in `qkv` [n, (H + 2 K) D], of each head or of all together, in place."""
     H, K, D, together = shape[0], shape[1], shape[2], shape[4]
@@ -105,7 +104,7 @@ def norm_heads(shape, norms, epsilon, qkv):
                         _norm_row(row + 4 * h * D, norms[which], epsilon, D, row + 4 * h * D)
 
 
-@njit(cache=True)
+@inner
 def _rotate(shape, x, cos, sin, factor, out):
     """Rotate and scale one head."""
     D, start, rotating, neighbours = shape[2], shape[5], shape[6], shape[7]
@@ -119,7 +118,7 @@ def _rotate(shape, x, cos, sin, factor, out):
         out[a], out[b] = x[a] * c - x[b] * s, x[b] * c + x[a] * s
 
 
-@njit(cache=True)
+@inner
 def rotate_queries(shape, qkv, rotations, scales, queries, first, stop):
     """Rotate the queries of the tokens [first, stop) for every band."""
     H, D = shape[0], shape[2]
@@ -130,27 +129,31 @@ def rotate_queries(shape, qkv, rotations, scales, queries, first, stop):
                 _rotate(shape, row, rotations[band, t, 0], rotations[band, t, 1], scales[t], queries[band, t, h])
 
 
-@njit(cache=True)
-def write_keys_values(shape, kind, qkv, rotations, places, buffers, first, stop):
-    """Write the rotated keys and the values of the tokens [first, stop) into the cache."""
+@inner
+def write_keys_values(shape, size, qkv, rotations, places, buffers, first, stop):
+    """Write the rotated keys and the values of the tokens [first, stop) into the cache.
+
+    Args:
+        size: the bytes of a number of the cache: 4 are float32, 2 bfloat16, 1 int8.
+    """
     H, K, D = shape[0], shape[1], shape[2]
     rotated = np.empty(D, np.float32)
     for t in range(first, stop):
         for h in range(K):
             key = qkv[t, (H + h) * D : (H + h + 1) * D]
             _rotate(shape, key, rotations[t, 0], rotations[t, 1], np.float32(1), rotated)
-            _write_row(kind, rotated.ctypes.data, D, buffers[t, KEYS], h, places[t])
+            _write_row(size, rotated.ctypes.data, D, buffers[t, KEYS], h, places[t])
             value = qkv[t, (H + K + h) * D : (H + K + h + 1) * D]
-            _write_row(kind, value.ctypes.data, D, buffers[t, VALUES], h, places[t])
+            _write_row(size, value.ctypes.data, D, buffers[t, VALUES], h, places[t])
 
 
-@njit(cache=True)
-def _write_row(kind, x, D, buffer, head, place):
+@inner
+def _write_row(size, x, D, buffer, head, place):
     row = head * buffer[CAPACITY] + place
-    if size_of(kind) == 4:
+    if size == 4:
         for d in range(0, D, 8):
             store(buffer[DATA], row * D + d, load(np.float32, x, d))
-    elif size_of(kind) == 2:
+    elif size == 2:
         for d in range(0, D, 8):
             store_bfloat16(buffer[DATA], row * D + d, load(np.float32, x, d))
     else:

@@ -17,11 +17,12 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import njit, prange, types
+from numba import float32, int32, int64, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .block_formats import load_from, shuffle
+from .by_address import Arguments, inner
 from .linear import target_has
 
 TILE = 64  # queries
@@ -277,11 +278,14 @@ def _softmax(
     return _addresses(6, generate)
 
 
-@njit(cache=True)
+@inner
 def _tile(queries, keys, values, D, cap, lows, highs, out, peaks, sums):
     """Add the keys that the queries of a tile see to its result. Arguments as in `flash`, for one tile."""
-    first, stop = max(lows.min(), np.int32(0)) // 2 * 2, highs.max()
-    latest, earliest = lows.max(), highs.min()
+    first, latest, stop, earliest = lows[0], lows[0], highs[0], highs[0]
+    for lane in range(1, TILE):
+        first, latest = min(first, lows[lane]), max(latest, lows[lane])
+        stop, earliest = max(stop, highs[lane]), min(earliest, highs[lane])
+    first = max(first, np.int32(0)) // 2 * 2
     scores, weights = np.empty((_BLOCK, TILE), np.float32), np.empty((_BLOCK // 2, TILE), np.int32)
     factors = np.empty(TILE, np.float32)
     for start in range(first, stop, _BLOCK):
@@ -323,8 +327,20 @@ def _tile(queries, keys, values, D, cap, lows, highs, out, peaks, sums):
     return scores[0, 0], weights[0, 0], factors[0]  # numba frees an array after the last line that names it
 
 
-@njit(parallel=True, cache=True)
-def flash(queries, keys, key_stride, values, value_stride, cap, lows, highs, out, peaks, sums, threads):
+def flash(
+    queries: Any,
+    keys: int,
+    key_stride: int,
+    values: int,
+    value_stride: int,
+    cap: float,
+    lows: Any,
+    highs: Any,
+    out: Any,
+    peaks: Any,
+    sums: Any,
+    threads: int,
+) -> None:
     """Add keys to the softmax attention of queries.
 
     Args:
@@ -337,19 +353,39 @@ def flash(queries, keys, key_stride, values, value_stride, cap, lows, highs, out
         peaks: float32 [K, tiles, 64]: the largest score so far, -1e30 before the first key. Scores are powers of 2.
         sums: float32 [K, tiles, 64]: the sums of the weights 2^(score - peak) so far.
     """
-    K, tiles, D = queries.shape[0], queries.shape[1], 2 * queries.shape[2]
-    for p in prange(threads):
-        for n in range(p, K * tiles, threads):
-            h, t = n // tiles, n % tiles
-            _tile(
-                queries[h, t].ctypes.data,
-                keys + key_stride * h,
-                values + value_stride * h,
-                D,
-                cap,
-                lows[t],
-                highs[t],
-                out[h, t],
-                peaks[h, t],
-                sums[h, t],
-            )
+    _ARGUMENTS.run(
+        _share,
+        threads,
+        queries=queries,
+        held=np.array([keys, key_stride, values, value_stride], np.int64),
+        cap=np.array([cap], np.float32),
+        lows=lows,
+        highs=highs,
+        out=out,
+        peaks=peaks,
+        sums=sums,
+    )
+
+
+_ARGUMENTS = Arguments(
+    queries=int32[:, :, :, ::1],
+    held=int64[::1],
+    cap=float32[::1],
+    lows=int32[:, ::1],
+    highs=int32[:, ::1],
+    out=float32[:, :, :, ::1],
+    peaks=float32[:, :, ::1],
+    sums=float32[:, :, ::1],
+)
+_unpack = _ARGUMENTS.unpack
+
+
+def _share(thread, threads, address):
+    """The tiles of one thread."""
+    a = _unpack(address)
+    K, tiles, D = a.queries.shape[0], a.queries.shape[1], 2 * a.queries.shape[2]
+    keys, key_stride, values, value_stride = a.held[0], a.held[1], a.held[2], a.held[3]
+    for n in range(thread, K * tiles, threads):
+        h, t = n // tiles, n % tiles
+        query, key, value = a.queries[h, t].ctypes.data, keys + key_stride * h, values + value_stride * h
+        _tile(query, key, value, D, a.cap[0], a.lows[t], a.highs[t], a.out[h, t], a.peaks[h, t], a.sums[h, t])

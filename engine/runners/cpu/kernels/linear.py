@@ -9,10 +9,11 @@ import llvmlite.binding as llvm
 import llvmlite.ir as ir
 import numba
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from .by_address import inner
 from .simd import (
     VECTOR,
     call_llvm,
@@ -105,14 +106,14 @@ def _arranged_for(kind, x, tokens, columns):
     return in_pairs
 
 
-@njit(cache=True)
+@inner
 def rows_of(part, parts, count):
     """The rows [start, stop) of one part, if `count` rows are split into parts of a multiple of 8 rows."""
     size = ((count + parts - 1) // parts + 7) // 8 * 8
     return min(part * size, count), min((part + 1) * size, count)
 
 
-@njit(cache=True)
+@inner
 def _put(products, tokens, scales, bias, row, out, token, offset):
     """Write products with `tokens` vectors, scaled and shifted: those of `row`, then those of the next row."""
     for k in range(len(products)):
@@ -122,7 +123,7 @@ def _put(products, tokens, scales, bias, row, out, token, offset):
         out[token + k % tokens, offset + r] = products[k] * scale + shift
 
 
-@njit(cache=True)
+@inner
 def project_rows(kind, linear, x, tokens, start, stop, out, offset):
     """Rows [start, stop) of a matrix times `tokens` vectors, into the columns of `out` from `offset` on.
 

@@ -5,23 +5,37 @@ Shape letters: n queries, H query heads, K key-value heads, G = H / K, D head di
 
 from __future__ import annotations
 
-from numba import njit, prange
+from typing import Any
 
-from .attention import join, part
-from .simd import size_of
+from numba import float32, int64
+
+from .attention import join
+from .by_address import Arguments, call
 
 TOKEN, BAND, BLOCK, PLACE, COUNT, SHIFT = range(6)  # of a part
 
 
-@njit(parallel=True, cache=True)
-def paged(shape, softcap, kind, queries, parts, firsts, pages, outs, peaks, sums, result, threads):
+def paged(
+    shape: Any,
+    softcap: Any,
+    kernels: Any,
+    queries: Any,
+    parts: Any,
+    firsts: Any,
+    pages: Any,
+    outs: Any,
+    peaks: Any,
+    sums: Any,
+    result: Any,
+    threads: int,
+) -> None:
     """Softmax attention of n queries.
 
     Args:
         shape: int64, as `step` takes it: H, K, D, 0, 0, the first rotated number of a head, the count of rotated
             numbers, whether pairs are neighbours.
-        softcap: of the scores, or 0.
-        kind: the number type of keys and values.
+        softcap: of the scores, or 0; float32 [1].
+        kernels: as `step` takes them.
         queries: float32 [bands, n, H, D], rotated, and multiplied by the factor on the scores.
         parts: int64 [parts, 6]: query, band, page, place of the first key in the page, number of keys, and the address
             of the cosines and sines by which the band rotates these keys, float32 [keys, 2, d / 2], or 0.
@@ -31,30 +45,58 @@ def paged(shape, softcap, kind, queries, parts, firsts, pages, outs, peaks, sums
         outs, peaks, sums: float32 [parts, H, D], [parts, H] and [parts, H], for intermediate results.
         result: float32 [n, H * D].
     """
-    H, K, D = shape[0], shape[1], shape[2]
-    G, size = H // K, size_of(kind)
-    for thread in prange(threads):
-        for i in range(thread, len(parts) * K, threads):
-            p, h = i // K, i % K
-            work = parts[p]
-            key = size * (work[BLOCK] * pages[2] + h * pages[3] + work[PLACE] * D)
-            part(
-                kind,
-                pages[0] + key,
-                pages[1] + key,
-                0,
-                0,
-                work[COUNT],
-                work[SHIFT],
-                queries[work[BAND], work[TOKEN], h * G].ctypes.data,
-                G,
-                shape,
-                softcap,
-                outs[p, h * G].ctypes.data,
-                peaks[p, h * G : (h + 1) * G],
-                sums[p, h * G : (h + 1) * G],
-            )
-    for thread in prange(threads):
-        for i in range(thread, len(result) * H, threads):
-            t, h = i // H, i % H
-            join(outs, peaks, sums, firsts[t], firsts[t + 1], h, D, result[t])
+    arrays = {
+        "shape": shape,
+        "softcap": softcap,
+        "kernels": kernels,
+        "queries": queries,
+        "parts": parts,
+        "firsts": firsts,
+        "pages": pages,
+        "outs": outs,
+        "peaks": peaks,
+        "sums": sums,
+        "result": result,
+    }
+    _ARGUMENTS.run(_attend, threads, **arrays)
+    _ARGUMENTS.run(_join, threads, **arrays)
+
+
+_ARGUMENTS = Arguments(
+    shape=int64[::1],
+    softcap=float32[::1],
+    kernels=int64[::1],
+    queries=float32[:, :, :, ::1],
+    parts=int64[:, ::1],
+    firsts=int64[::1],
+    pages=int64[::1],
+    outs=float32[:, :, ::1],
+    peaks=float32[:, ::1],
+    sums=float32[:, ::1],
+    result=float32[:, ::1],
+)
+_unpack = _ARGUMENTS.unpack
+
+
+def _attend(thread, threads, address):
+    """One thread's share of the parts."""
+    a = _unpack(address)
+    H, K, D, pages, size = a.shape[0], a.shape[1], a.shape[2], a.pages, a.kernels[0]
+    G = H // K
+    for i in range(thread, len(a.parts) * K, threads):
+        p, h = i // K, i % K
+        work = a.parts[p]
+        key = size * (work[BLOCK] * pages[2] + h * pages[3] + work[PLACE] * D)
+        q = a.queries[work[BAND], work[TOKEN], h * G].ctypes.data
+        about = work[COUNT], work[SHIFT], q, G, a.shape.ctypes.data, a.softcap.ctypes.data
+        results = a.outs[p, h * G].ctypes.data, a.peaks[p, h * G :].ctypes.data, a.sums[p, h * G :].ctypes.data
+        call(a.kernels[2 if work[SHIFT] else 1], (pages[0] + key, pages[1] + key, 0, 0, *about, *results))
+
+
+def _join(thread, threads, address):
+    """One thread's share of the heads whose parts are joined."""
+    a = _unpack(address)
+    H, D = a.shape[0], a.shape[2]
+    for i in range(thread, len(a.result) * H, threads):
+        t, h = i // H, i % H
+        join(a.outs, a.peaks, a.sums, a.firsts[t], a.firsts[t + 1], h, D, a.result[t])

@@ -8,11 +8,14 @@ Shape letters: n tokens, E hidden size, H query heads, K key-value heads, D head
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit, prange
+from typing import Any
 
-from .attention import join, part
-from .blocks import project_any, rounded
+import numpy as np
+from numba import float32, int16, int64
+
+from .attention import join
+from .blocks import project_any, room, rounded
+from .by_address import Arguments, call, inner
 from .elementwise import (
     AFTER_ATTENTION,
     AFTER_MLP,
@@ -30,7 +33,6 @@ from .elementwise import (
     rotate_queries,
     write_keys_values,
 )
-from .simd import size_of
 from .team import COMPLETE, STATE, assemble, new_team, take, wait
 
 QUERY, KEY, VALUE, OUT, GATE, UP, DOWN = range(7)  # linear layers of a decoder layer
@@ -39,33 +41,32 @@ _ROWS = 16  # that a thread takes at least: whole vectors
 TOKEN, BAND, START, COUNT, SHIFT = range(5)  # of a part of attention
 
 
-@njit(parallel=True, cache=True)
 def step(
-    shape,
-    numbers,
-    weights,
-    cache,
-    linears,
-    norms,
-    groups,
-    x,
-    rotations,
-    parts,
-    firsts,
-    scales,
-    places,
-    buffers,
-    head,
-    logits,
-    threads,
-):
+    shape: Any,
+    numbers: Any,
+    kernels: Any,
+    linears: Any,
+    norms: Any,
+    groups: Any,
+    x: Any,
+    rotations: Any,
+    parts: Any,
+    firsts: Any,
+    scales: Any,
+    places: Any,
+    buffers: Any,
+    head: Any,
+    logits: Any,
+    threads: int,
+) -> bool:
     """Run n tokens, write their keys and values, and compute the logits of the last m.
 
     Args:
         shape: int64: H, K, D, activation, whether queries and keys are normed over all heads at once, the first rotated
             number of a head, the count of rotated numbers, whether pairs are neighbours.
         numbers: float32: the epsilon of the norms, and the soft-cap of the scores or 0.
-        weights, cache: the number types of the weights and of the cache; np.uint8 for weights in blocks.
+        kernels: int64: the bytes of a number of the cache, and the addresses of the kernels of `attention.part` that
+            read keys as they are and that rotate them; 0 if no part rotates them.
         linears: int64 [L, 7, 8], as `project_any` takes them.
         norms: int64 [L + 1, 6]: addresses of float32 weights, 0 for none. [L, 0] is the final norm.
         groups: int64 [L]: the row of `rotations`, `firsts` and `scales` for each layer.
@@ -85,145 +86,138 @@ def step(
     Returns:
         False if fewer than `threads` threads came. Then nothing was done.
     """
-    H, K, D = shape[0], shape[1], shape[2]
-    n, inner = len(x), linears[0, GATE, 3]
-    count = 0
-    for group in range(len(firsts)):
-        count = max(count, firsts[group, n] - firsts[group, 0])
-    hidden = np.empty(x.shape, np.float32)
-    qkv, mixed = np.empty((n, (H + 2 * K) * D), np.float32), np.empty((n, H * D), np.float32)
-    gate_up, gated = np.empty((n, 2 * inner), np.float32), np.empty((n, inner), np.float32)
-    queries = np.empty((rotations[0].shape[1], n, H, D), np.float32)
-    outs, peaks = np.empty((count, H, D), np.float32), np.empty((count, H), np.float32)
-    sums = np.empty((count, H), np.float32)
-    team = new_team(SHARED * len(linears) + 1)
+    H, K, D = shape[:3]
+    n, inner, rounds = len(x), linears[0, GATE, 3], max(linears[:, :, 7].max(), head[0, 7])
+    count = (firsts[:, n] - firsts[:, 0]).max()
     turns, key_turns = rotations
-    for thread in prange(threads):
-        if assemble(team, threads):
-            _run(
-                thread,
-                threads,
-                team,
-                shape,
-                numbers,
-                weights,
-                cache,
-                linears,
-                norms,
-                groups,
-                x,
-                turns,
-                key_turns,
-                parts,
-                firsts,
-                scales,
-                places,
-                buffers,
-                head,
-                logits,
-                (hidden, qkv, queries, outs, peaks, sums, mixed, gate_up, gated),
-            )
-    return team[STATE] == COMPLETE
+    team = new_team(SHARED * len(linears) + 1)
+    _ARGUMENTS.run(
+        _share,
+        threads,
+        team=team,
+        shape=shape,
+        numbers=numbers,
+        kernels=kernels,
+        linears=linears,
+        norms=norms,
+        groups=groups,
+        x=np.repeat(x[None], threads, 0),
+        normed=np.empty((threads, *x.shape), np.float32),
+        vectors=np.empty((threads, room(n, max(x.shape[1], H * D, inner), rounds)), np.int16),
+        turns=turns,
+        key_turns=key_turns,
+        parts=parts,
+        firsts=firsts,
+        scales=scales,
+        places=places,
+        buffers=buffers,
+        head=head,
+        logits=logits,
+        hidden=np.empty_like(x),
+        qkv=np.empty((n, (H + 2 * K) * D), np.float32),
+        queries=np.empty((turns.shape[1], n, H, D), np.float32),
+        outs=np.empty((count, H, D), np.float32),
+        peaks=np.empty((count, H), np.float32),
+        sums=np.empty((count, H), np.float32),
+        mixed=np.empty((n, H * D), np.float32),
+        gate_up=np.empty((n, 2 * inner), np.float32),
+        gated=np.empty((n, inner), np.float32),
+    )
+    return bool(team[STATE] == COMPLETE)
 
 
-@njit(cache=True)
-def _run(
-    thread,
-    threads,
-    team,
-    shape,
-    numbers,
-    weights,
-    cache,
-    linears,
-    norms,
-    groups,
-    embeddings,
-    turns,
-    key_turns,
-    parts,
-    firsts,
-    scales,
-    places,
-    buffers,
-    head,
-    logits,
-    shared,
-):
-    """The share of one thread. It has its own copy of the hidden states; `shared` are results that all threads read.
+_ARGUMENTS = Arguments(
+    team=int64[::1],
+    shape=int64[::1],
+    numbers=float32[::1],
+    kernels=int64[::1],
+    linears=int64[:, :, ::1],
+    norms=int64[:, ::1],
+    groups=int64[::1],
+    x=float32[:, :, ::1],
+    normed=float32[:, :, ::1],
+    vectors=int16[:, ::1],
+    turns=float32[:, :, :, :, ::1],
+    key_turns=float32[:, :, :, ::1],
+    parts=int64[:, ::1],
+    firsts=int64[:, ::1],
+    scales=float32[:, ::1],
+    places=int64[::1],
+    buffers=int64[:, :, :, ::1],
+    head=int64[:, ::1],
+    logits=float32[:, ::1],
+    hidden=float32[:, ::1],
+    qkv=float32[:, ::1],
+    queries=float32[:, :, :, ::1],
+    outs=float32[:, :, ::1],
+    peaks=float32[:, ::1],
+    sums=float32[:, ::1],
+    mixed=float32[:, ::1],
+    gate_up=float32[:, ::1],
+    gated=float32[:, ::1],
+)
+_unpack = _ARGUMENTS.unpack
+
+
+def _share(thread, threads, address):
+    """The share of one thread. It has its own copy of the hidden states; all threads read the other results.
 
     Between two barriers threads write different numbers of a result, or one thread reads what only it has written.
     """
-    hidden, qkv, queries, outs, peaks, sums, mixed, gate_up, gated = shared
-    n, L, m = len(embeddings), len(linears), len(logits)
-    x, normed = embeddings.copy(), np.empty_like(embeddings)
+    a = _unpack(address)
+    team, shape, numbers, kernels, linears, norms = a.team, a.shape, a.numbers, a.kernels, a.linears, a.norms
+    hidden, qkv, queries, outs, peaks, sums = a.hidden, a.qkv, a.queries, a.outs, a.peaks, a.sums
+    mixed, gate_up, gated, logits = a.mixed, a.gate_up, a.gated, a.logits
+    if not assemble(team, threads):
+        return
+    x, normed, vectors = a.x[thread], a.normed[thread], a.vectors[thread].ctypes.data
+    n, L, m = len(x), len(linears), len(logits)
     first, stop = share(thread, threads, n)
     for i in range(L):
-        layer, norm, group, work = linears[i], norms[i], groups[i], SHARED * i
+        layer, norm, group, work = linears[i], norms[i], a.groups[i], SHARED * i
         rms_norm(x, norm[BEFORE_ATTENTION], numbers[0], normed)
-        project(weights, layer[QUERY:OUT], normed, qkv, team, work, threads)
+        project(layer[QUERY:OUT], normed, qkv, vectors, team, work, threads)
         wait(team, threads)
         norm_heads(shape, norm, numbers[0], qkv[first:stop])
-        rotate_queries(shape, qkv, turns[group], scales[group], queries, first, stop)
-        write_keys_values(shape, cache, qkv, key_turns[group], places, buffers[i], first, stop)
+        rotate_queries(shape, qkv, a.turns[group], a.scales[group], queries, first, stop)
+        write_keys_values(shape, kernels[0], qkv, a.key_turns[group], a.places, a.buffers[i], first, stop)
         wait(team, threads)
-        _attend(
-            shape,
-            numbers[1],
-            cache,
-            queries,
-            parts,
-            firsts[group],
-            buffers[i],
-            outs,
-            peaks,
-            sums,
-            team,
-            work + 1,
-            threads,
-        )
+        seen = a.parts, a.firsts[group], a.buffers[i]
+        _attend(shape, numbers[1:].ctypes.data, kernels, queries, seen, (outs, peaks, sums), team, work + 1, threads)
         wait(team, threads)
-        _join(shape, firsts[group], outs, peaks, sums, mixed, thread, threads)
+        _join(shape, a.firsts[group], outs, peaks, sums, mixed, thread, threads)
         wait(team, threads)
-        project(weights, layer[OUT:GATE], mixed, hidden, team, work + 2, threads)
+        project(layer[OUT:GATE], mixed, hidden, vectors, team, work + 2, threads)
         wait(team, threads)
         add_to_residual(hidden, norm[AFTER_ATTENTION], numbers[0], x, normed)
         rms_norm(x, norm[BEFORE_MLP], numbers[0], normed)
-        _project_gated(weights, layer[GATE:DOWN], normed, shape[3], gate_up, gated, team, work + 3, threads)
+        _project_gated(layer[GATE:DOWN], normed, shape[3], gate_up, gated, vectors, team, work + 3, threads)
         wait(team, threads)
-        project(weights, layer[DOWN:], gated, hidden, team, work + 4, threads)
+        project(layer[DOWN:], gated, hidden, vectors, team, work + 4, threads)
         wait(team, threads)
         add_to_residual(hidden, norm[AFTER_MLP], numbers[0], x, normed)
     if m:
         last = x[n - m :]
         rms_norm(last, norms[L, 0], numbers[0], last)
-        project(weights, head, last, logits, team, SHARED * L, threads)
+        project(a.head, last, logits, vectors, team, SHARED * L, threads)
 
 
-@njit(cache=True)
+@inner
 def share(thread, threads, count):
     """The tokens [first, stop) of one thread."""
     return count * thread // threads, count * (thread + 1) // threads
 
 
-@njit(parallel=True, cache=True)
-def touch(count):
-    """A parallel region of `count` small parts. It wakes `count` threads."""
-    total_ = 0
-    for p in prange(count):
-        total_ += p
-    return total_
-
-
-@njit(cache=True)
-def project(kind, linears, x, out, team, work, threads):
+@inner
+def project(linears, x, out, vectors, team, work, threads):
     """What this thread takes of the rows of `out` [n, rows of all] = x [n, columns] times several linear layers.
 
     Args:
         linears: int64 [k, 8], as `project_any` takes them.
+        vectors: the address of `room` for rounded vectors, of this thread.
         work: the number of this piece of work of the team.
     """
-    vectors = rounded(kind, x, linears)
+    rounded(x, linears, vectors)
     count = 0
     for linear in linears:
         count += linear[3]
@@ -234,61 +228,51 @@ def project(kind, linears, x, out, team, work, threads):
             rows = linear[3]
             first, last = max(start - offset, 0), min(stop - offset, rows)
             if first < last:
-                project_any(kind, linear, x.ctypes.data, vectors.ctypes.data, len(x), first, last, out, offset)
+                project_any(linear, x.ctypes.data, vectors, len(x), first, last, out, offset)
             offset += rows
         start, stop = take(team, work, count, _ROWS, threads)
-    return vectors[0, 0]  # numba frees an array after the last line that names it
 
 
-@njit(cache=True)
-def _project_gated(kind, linears, x, activation, both, out, team, work, threads):
+@inner
+def _project_gated(linears, x, activation, both, out, vectors, team, work, threads):
     """What this thread takes of the columns of `out` [n, inner] = act(gate x) * (up x). `both` is [n, 2 inner]."""
-    vectors, inner = rounded(kind, x, linears), out.shape[1]
-    start, stop = take(team, work, inner, _ROWS, threads)
+    rounded(x, linears, vectors)
+    inner_size = out.shape[1]
+    start, stop = take(team, work, inner_size, _ROWS, threads)
     while start < stop:
         for which in range(2):
-            addresses = x.ctypes.data, vectors.ctypes.data
-            project_any(kind, linears[which], *addresses, len(x), start, stop, both, which * inner)
+            project_any(linears[which], x.ctypes.data, vectors, len(x), start, stop, both, which * inner_size)
         gate(both, activation, out, start, stop)
-        start, stop = take(team, work, inner, _ROWS, threads)
-    return vectors[0, 0]  # as in `project`
+        start, stop = take(team, work, inner_size, _ROWS, threads)
 
 
-@njit(cache=True)
-def _attend(shape, softcap, kind, queries, parts, firsts, buffers, outs, peaks, sums, team, work, threads):
-    """What this thread takes of the parts of attention."""
+@inner
+def _attend(shape, softcap, kernels, queries, seen, results, team, work, threads):
+    """What this thread takes of the parts of attention. `softcap` is an address."""
+    (parts, firsts, buffers), (outs, peaks, sums) = seen, results
     H, K, D = shape[0], shape[1], shape[2]
-    G, begin = H // K, firsts[0]
+    G, begin, size = H // K, firsts[0], kernels[0]
     count = firsts[len(firsts) - 1] - begin
-    size = size_of(kind)
     i, stop = take(team, work, count * K, 1, threads)
     while i < stop:
         p, h = i // K, i % K
         some = parts[begin + p]
         keys, vals = buffers[some[TOKEN], KEYS], buffers[some[TOKEN], VALUES]
         key, value = h * keys[CAPACITY] + some[START], h * vals[CAPACITY] + some[START]
-        part(
-            kind,
-            keys[DATA] + size * key * D,
-            vals[DATA] + size * value * D,
-            keys[SCALES] + 4 * key if keys[SCALES] else 0,
-            vals[SCALES] + 4 * value if vals[SCALES] else 0,
-            some[COUNT],
-            some[SHIFT],
-            queries[some[BAND], some[TOKEN], h * G].ctypes.data,
-            G,
-            shape,
-            softcap,
-            outs[p, h * G].ctypes.data,
-            peaks[p, h * G : (h + 1) * G],
-            sums[p, h * G : (h + 1) * G],
+        scales = keys[SCALES] + 4 * key if keys[SCALES] else 0, vals[SCALES] + 4 * value if vals[SCALES] else 0
+        data = keys[DATA] + size * key * D, vals[DATA] + size * value * D
+        q = queries[some[BAND], some[TOKEN], h * G].ctypes.data
+        out = outs[p, h * G].ctypes.data, peaks[p, h * G :].ctypes.data, sums[p, h * G :].ctypes.data
+        call(
+            kernels[2 if some[SHIFT] else 1],
+            (*data, *scales, some[COUNT], some[SHIFT], q, G, shape.ctypes.data, softcap, *out),
         )
         i += 1
         if i == stop:
             i, stop = take(team, work, count * K, 1, threads)
 
 
-@njit(cache=True)
+@inner
 def _join(shape, firsts, outs, peaks, sums, mixed, thread, threads):
     """One thread's share of the heads whose parts are joined."""
     H, D = shape[0], shape[2]

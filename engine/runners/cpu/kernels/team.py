@@ -13,9 +13,11 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from .by_address import inner
 
 STATE, ARRIVED, TAKEN = 0, 8, 16  # of a team, on cache lines of their own
 WAITING, COMPLETE, FAILED = range(3)  # states
@@ -88,7 +90,7 @@ def _sleep(_context: Any) -> tuple[Any, Callable[..., ir.Value]]:
     return types.void(), generate
 
 
-@njit(cache=True)
+@inner
 def _hold(waits):
     if waits > _SPINS:
         _sleep()
@@ -96,13 +98,12 @@ def _hold(waits):
         _pause()
 
 
-@njit(cache=True)
-def new_team(works):
+def new_team(works: int) -> np.ndarray[Any, Any]:
     """A team that shares `works` pieces of work, one after the other."""
     return np.zeros(TAKEN + 8 * works, np.int64)
 
 
-@njit(cache=True)
+@inner
 def take(team, work, count, least, threads):
     """The next range [start, stop) of `count` things that no thread has taken; empty if all are.
 
@@ -120,7 +121,7 @@ def take(team, work, count, least, threads):
     return count, count
 
 
-@njit(cache=True)
+@inner
 def assemble(team, threads):
     """Wait until all threads of a team are here.
 
@@ -139,7 +140,7 @@ def assemble(team, threads):
     return _read(state) == COMPLETE
 
 
-@njit(cache=True)
+@inner
 def wait(team, threads):
     """Wait until all threads of a team are here, and see what they wrote before."""
     arrived = team.ctypes.data + 8 * ARRIVED
