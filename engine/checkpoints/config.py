@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import AssetError
 from ...scaling import hf
+from ...scaling.named_scaler import NamedScaler, is_named
 from .checkpoint import read_config
 from .source import resolve
 
@@ -36,6 +37,20 @@ def primary_rope(config: Any) -> hf.ConfiguredRope:
     configured = hf.read(config.get_text_config())
     global_ropes = (rope for layer_type, rope in configured.items() if not hf.is_local(layer_type))
     return next(global_ropes, next(iter(configured.values())))
+
+
+def served_length(config: Any) -> int:
+    """Tokens that a server reads with the model of a config: under a scaler that it names (`ropewalk export --target
+    vllm`) those of the export, else as `trained_length`.
+
+    Raises:
+        UnsupportedModel, ConfigError: as `primary_rope` and `NamedScaler.read`.
+    """
+    text = config.get_text_config()
+    if not is_named(getattr(text, "rope_parameters", None)):
+        return primary_rope(config).max_length
+    NamedScaler.read(config.to_dict())  # refuses what the plug-in does not serve
+    return int(text.max_position_embeddings)
 
 
 def trained_length(name: str) -> int:

@@ -183,11 +183,15 @@ def _masks_for_generate(unpatched: Callable[..., Any], replacement: Replacement,
     return unpatched(config=_config_view(config, config.get_text_config(), replacement), **others)
 
 
-def unpatched_attention(module: nn.Module) -> AttentionFunction:
-    """The attention function that the unpatched model calls for the layer `module`, as its config is set now."""
+def unpatched_attention(module: nn.Module, *, updated: bool = False) -> AttentionFunction:
+    """The attention function that the unpatched model calls for the layer `module`, as its config is set now.
+
+    Args:
+        updated: the cache of continuous batching is updated already, so the function is called without it.
+    """
     name = module.config._attn_implementation_internal  # type: ignore[union-attr]
     file = sys.modules[type(module).__module__]
-    if name == "eager":
+    if name == "eager" or (updated and name == "paged|eager"):
         function = getattr(file, "eager_attention_forward", None)
         if function is None:
             raise UnsupportedModel(

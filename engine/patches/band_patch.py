@@ -15,19 +15,20 @@ from transformers.masking_utils import causal_mask_function
 
 from ...errors import ConfigError, PatchError, UnsupportedModel, warn
 from ...scaling.lengths import format_length
-from ...scaling.rope import Frequencies, Scaler
+from ...scaling.rope import Scaler
 from ..attention.banded import banded_attention
 from ..attention.kernel import AttentionScore
 from ..attention.plan import Plan, Segment
-from ..attention.rotation import Copies, angles
 from ..attention.rows import KeyRun, key_runs, key_slots
 from ..cache import adopt
 from ..rotary_site import RotarySite, depends_on_length, primary_rotary
 from .attention_hook import AttentionHook, unpatched_attention, unpatched_mask
 from .derived import DerivedNumbers
 from .float32 import float32_arithmetic
-from .positions import RotaryHook, positions_of_call, visible_keys
+from .paged_call import is_paged, places_in_texts, text_runs, update_pages
+from .positions import RotaryHook, positions_of_call
 from .probe import LayerRope, layer_ropes, logits
+from .window_rotation import WindowRotation, places_in_window
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}  # largest difference of logits, relative to the largest logit
 _TOLERANCE_16_BIT = 5e-2
@@ -66,7 +67,7 @@ class BandPatch:
         self._layers, self._without_positions = self._probed()
         self._check_layers()
         self._plan(Scaler(), None)
-        self._window_frequencies: dict[object, tuple[Frequencies, Copies]] = {}
+        self._windows = WindowRotation()
         self._warned = False
         self._install()
 
@@ -204,13 +205,18 @@ class BandPatch:
     ) -> tuple[Tensor, None]:
         """Attention by the signature of transformers' registry; query [B, H, N, D] -> [B, N, H, Dv]."""
         _check_call(others)
+        paged = others.get("cache") is not None
+        if paged:
+            key, value = update_pages(module, key, value, others)
         layer = self._layers[module.layer_idx]  # type: ignore[index]
         if layer.is_local:
-            scaler = self._planned[0].on(module.layer_idx)  # type: ignore[arg-type]
-            query, key = self._rotate_in_window(layer, scaler, query, key, attention_mask)
+            scaler, length = self._planned
+            places = places_in_texts(query, key, others) if paged else places_in_window(query, key, attention_mask)
+            query, key = self._windows.rotate(layer, scaler.on(module.layer_idx), length, query, key, places)  # type: ignore[arg-type]
             arguments = {**others, "position_ids": position_ids, "dropout": dropout, "scaling": scaling}
             arguments |= {k: v for k, v in (("softcap", softcap), ("s_aux", s_aux)) if v is not None}
-            out, _ = unpatched_attention(module)(module, query, key, value, attention_mask, **arguments)
+            function = unpatched_attention(module, updated=paged)
+            out, _ = function(module, query, key, value, attention_mask, **arguments)
             return out, None
         positions = positions_of_call(position_ids)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -220,18 +226,23 @@ class BandPatch:
             value,
             AttentionScore(scale=scale, softcap=softcap, dropout=dropout if module.training else 0.0),
             layer.layout,
-            self._work(self._plans[module.layer_idx], positions, attention_mask, query, key),  # type: ignore[index]
+            self._work(self._plans[module.layer_idx], positions, attention_mask, query, key, others),  # type: ignore[index]
             s_aux,
             getattr(key, "rotated", None),
         )
         return out.transpose(1, 2).contiguous(), None
 
-    def _work(self, plan: Plan, positions: Tensor, mask: Tensor | None, query: Tensor, key: Tensor) -> Work:
+    def _work(
+        self, plan: Plan, positions: Tensor, mask: Any, query: Tensor, key: Tensor, others: dict[str, Any]
+    ) -> Work:
         """The runs of the call with their segments. All layers of a plan have the same, so it is made once."""
         call = (self._planned, key.shape[2], *map(_reference, (self, positions, mask)))
         last_call, runs, works = getattr(_last_call, "last", _NO_CALL)
         if last_call != call:
-            runs = key_runs(positions, mask, query.shape[0], query.shape[2], key.shape[2])
+            if is_paged(others):
+                runs = text_runs(positions, others)
+            else:
+                runs = key_runs(positions, mask, query.shape[0], query.shape[2], key.shape[2])
             self._warn_beyond_reach(runs)
             works = {}
             _last_call.last = call, runs, works
@@ -251,34 +262,6 @@ class BandPatch:
                 "some distances are longer than in training",
             )
 
-    def _rotate_in_window(
-        self, layer: LayerRope, scaler: Scaler, query: Tensor, key: Tensor, mask: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Rotate the queries and keys of a layer with a sliding window, before attention.
-
-        Positions count from the first key of the layer, and not from the start of the text. If such a layer shares its
-        frequencies with the other layers, a scaler changes them too, as it would in a config. A growing length does not
-        change them.
-        """
-        if layer.layout is None or layer.site is None:
-            return query, key
-        offset = _first_query_index(mask, query.shape[2], key.shape[2])
-        length = self._planned[1]
-        effective = layer.site.configured.effective(scaler)
-        grows = effective.depends_on_length and length is None
-        used = layer.site.configured.scaler if layer.site.is_local or grows else effective
-        wanted = (layer.site, used, length)
-        if wanted not in self._window_frequencies:
-            found = used.frequencies(layer.site.configured.rope, length)
-            self._window_frequencies[wanted] = found, Copies(found.inv_freq)
-        frequencies, inv_freq = self._window_frequencies[wanted]
-        rotated = []
-        for x, start in ((query, offset), (key, 0)):
-            positions = torch.arange(start, start + x.shape[2], dtype=torch.float64, device=x.device)[:, None]
-            x_angles = angles(positions, inv_freq.on(x.device), factor=frequencies.attention_factor, like=x)
-            rotated.append(layer.layout.rotate(x, x_angles))
-        return rotated[0], rotated[1]
-
 
 def _check_call(others: dict[str, Any]) -> None:
     if others.get("output_attentions"):
@@ -286,9 +269,9 @@ def _check_call(others: dict[str, Any]) -> None:
             "output_attentions=True does not work under a position map, which never stores the attention weights; undo "
             "the patch first"
         )
-    if others.get("position_bias") is not None or others.get("cache") is not None:
-        raise PatchError("position bias and paged caches do not work under a position map; undo the patch first")
-    if others.get("is_causal") is False:
+    if others.get("position_bias") is not None:
+        raise PatchError("position bias does not work under a position map; undo the patch first")
+    if others.get("is_causal") is False and others.get("cache") is None:  # continuous batching gives masks
         raise PatchError(
             "a position map needs causal attention, and this call asks for attention in both directions; undo the "
             "patch first"
@@ -324,17 +307,3 @@ def _changes(part: Scaler, layer: LayerRope) -> bool:
     if part.facet in ("positions", "temperature"):
         return not layer.is_local
     return layer.site is not None and not layer.site.is_local
-
-
-def _first_query_index(mask: Any, queries: int, keys: int) -> int:
-    """The index of query 0 among the keys of a layer with a window. A static cache has room after the last query.
-
-    Args:
-        mask: the mask of the model's own attention. The last key that a query sees is its own, unless it is padding.
-    """
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2) or queries == keys:
-        return keys - queries
-    seen = visible_keys(mask, keys).any(0)
-    last = keys - 1 - seen.flip(1).to(torch.uint8).argmax(1)
-    first_query = queries - len(last)
-    return int((last - torch.arange(first_query, queries, device=last.device)).max())

@@ -208,8 +208,8 @@ class PatchHandle:
 def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | None = None) -> PatchHandle:
     """Put `scaler` into a transformers causal language model, in place.
 
-    The model remains a plain transformers model: `model(...)`, `model.generate(...)`, any cache and training work. Its
-    weights and config do not change.
+    The model remains a plain transformers model: `model(...)`, `model.generate(...)`, `model.generate_batch(...)`, any
+    cache and training work. Its weights and config do not change.
 
         handle = patch(model, "ntk:4|rerope:512|logn")
         model.generate(...)

@@ -14,7 +14,7 @@ import httpx2
 import numpy as np
 
 from ...engine.checkpoints.checkpoint import read_tokenizer
-from ...engine.checkpoints.config import find_config, primary_rope
+from ...engine.checkpoints.config import find_config, served_length
 from ...errors import ConfigError, ContextOverflow, EndpointError, did_you_mean
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.encode import text_ids
@@ -243,7 +243,7 @@ class ServedModel(MeasuredModel):
 
     def __init__(self, model: str, url: str, served_as: str | None = None) -> None:
         source, config = find_config(model)
-        self.trained_length = primary_rope(config).max_length
+        self.trained_length = served_length(config)
         self._cost = ForwardCost.of_config(config)
         self.tokenizer: Any = read_tokenizer(source)
         self._rows = int(config.get_text_config().vocab_size)

@@ -99,24 +99,31 @@ class JudgeCell(Cell):
             if run.find(recipe) is None:  # after a kill, one of the two may be stored
                 losses = np.concatenate([model.losses(w.ids, w.first, advance) for w in windows])
                 run.add(recipe, {"tokens": len(losses), "loss": float(losses.mean())}, losses)
-        self.keys(run)
         return [row for recipe in self.row_recipes() if (row := run.find(recipe)) is not None]
 
     def outcome(self, rows: Sequence[Row]) -> str:
         short, full = rows
         return ", ".join(f"{loss_text(row)} at {format_length(row['context'])}" for row in (short, full))
 
-    def keys(self, run: Run) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def is_key(self, run: Run) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Which of the scored tokens are key tokens, bool [tokens].
 
         Raises:
-            DataError: there are too few, or the judge's losses are missing.
+            DataError: the judge's losses are missing.
         """
         rows = [run.find(recipe) for recipe in self.row_recipes()]
         losses = [None if row is None else run.losses(row) for row in rows]
         if losses[0] is None or losses[1] is None:
             raise DataError(f"{run.folder} has no losses of the judge {self.scaler}; measure in another folder")
-        is_key = key_tokens(losses[0], losses[1])
+        return key_tokens(losses[0], losses[1])
+
+    def keys(self, run: Run) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """The same.
+
+        Raises:
+            DataError: there are too few, or the judge's losses are missing.
+        """
+        is_key = self.is_key(run)
         if (count := int(is_key.sum())) < LEAST_KEYS:
             short, full = (format_length(recipe["context"]) for recipe in self.row_recipes())
             raise DataError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from statistics import fmean
+from typing import Literal
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from ..protocols.effective_length import TOLERANCE
 from ..runs.compare import Difference
 from ..runs.result import Losses
 from ..statistics import paired_difference
+
+Objective = Literal["loss", "key-tokens"]
+"""What the readings are ranked by: the loss on all scored tokens, or on those that need far context."""
 
 _STEP = 2**0.25  # ratio of neighbouring factors; for windows it is squared, whole numbers change by at least one
 
@@ -238,8 +242,8 @@ def _by_losses(candidates: Sequence[Candidate], kind: str) -> list[Candidate]:
     order: list[Candidate] = []
     for count in counts:
         group = [c for c in candidates if len(getattr(c, kind)) >= count and c not in order]
-        shared = set.intersection(*(set(getattr(c, kind)) for c in group))
-        order += sorted(group, key=lambda c: fmean(float(getattr(c, kind)[place].mean()) for place in shared))
+        shared = [place for place in getattr(group[0], kind) if all(place in getattr(c, kind) for c in group)]
+        order += sorted(group, key=lambda c: float(_joined(getattr(c, kind), shared).mean(dtype=np.float64)))
     return order
 
 
@@ -248,11 +252,13 @@ def difference(a: Candidate, b: Candidate) -> Difference | None:
     those both skimmed."""
     for first, other in ((a.read, b.read), (a.skimmed, b.skimmed)):
         if shared := [place for place in first if place in other]:
-            mean, low, high = paired_difference(
-                np.concatenate([first[place] for place in shared]), np.concatenate([other[place] for place in shared])
-            )
+            mean, low, high = paired_difference(_joined(first, shared), _joined(other, shared))
             return Difference(mean=mean, low=low, high=high)
     return None
+
+
+def _joined(losses: dict[str, Losses], places: Sequence[str]) -> Losses:
+    return np.concatenate([losses[place] for place in places])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +271,7 @@ class Tuned:
         ranking: every measured candidate, best first.
         keep_short: True if a scaler that harms short texts cannot win.
         complete: False if the budget ended the search.
+        objective: what the readings are ranked by.
     """
 
     target: int
@@ -272,6 +279,7 @@ class Tuned:
     ranking: tuple[Candidate, ...]
     keep_short: bool
     complete: bool
+    objective: Objective = "loss"
 
     @cached_property
     def eligible(self) -> list[Candidate]:

@@ -13,6 +13,7 @@ from ...engine.storage import write_atomic
 from ...scaling import hf_write
 from ...scaling.lengths import format_length
 from ..protocols.effective_length import TOLERANCE
+from ..protocols.longppl import GAIN, MOST_LOSS
 from ..reports.grid import NOTHING, Grid, Section, Shown, interval, signed
 from ..reports.report import environment_of, write_page
 from ..reports.style import GRID, INK, WIDTH, categories, figure, footnote, save, style_axes
@@ -56,7 +57,7 @@ def publish_tuned(tuned: Tuned, run: Run, *, model: str, text: str) -> list[Path
 def sentences(tuned: Tuned) -> list[str]:
     """The result in plain sentences."""
     winner, simplest, servable = tuned.winner, tuned.simplest, tuned.servable
-    lines = [f"Winner at {format_length(tuned.target)}: {winner.label}{_loss_words(winner)}."]
+    lines = [f"Winner at {format_length(tuned.target)}: {winner.label}{_loss_words(winner, _counted(tuned))}."]
     if len(tuned.ties) > 1:
         others = ", ".join(c.label for c in tuned.ties if c is not winner)
         lines.append(f"Not distinguishable from it on the same tokens: {others}.")
@@ -93,7 +94,8 @@ def ranking_grid(tuned: Tuned) -> Grid:
     )
     columns = ("loss", "to the winner", "places", "skimmed", "harm", "passkeys", "in a config")
     rows = [(c.label, _cells(tuned, c, winner)) for c in tuned.ranking]
-    return Grid(title=f"Loss at {format_length(tuned.target)}, nats per token", note=note, columns=columns, rows=rows)
+    title = f"Loss at {format_length(tuned.target)}, nats per {_counted(tuned)}"
+    return Grid(title=title, note=note, columns=columns, rows=rows)
 
 
 def _cells(tuned: Tuned, c: Candidate, winner: Candidate) -> list[Shown]:
@@ -140,6 +142,7 @@ def as_json(tuned: Tuned) -> dict[str, Any]:
 
     return {
         "target": tuned.target,
+        "objective": tuned.objective,
         "trained_length": tuned.rope.trained_length,
         "winner": str(tuned.winner.scaler),
         "simplest": str(tuned.simplest.scaler),
@@ -159,11 +162,16 @@ def config_fragment(tuned: Tuned) -> dict[str, Any]:
     }
 
 
-def _loss_words(c: Candidate) -> str:
+def _counted(tuned: Tuned) -> str:
+    """What the losses of readings are the mean of."""
+    return "token" if tuned.objective == "loss" else "key token"
+
+
+def _loss_words(c: Candidate, counted: str) -> str:
     if c.loss is None:
         return ""
     places = f"{c.places} place{'s' if c.places > 1 else ''}"
-    return f", {c.loss:.3f} nats per token over {places}"
+    return f", {c.loss:.3f} nats per {counted} over {places}"
 
 
 def _method(tuned: Tuned, text: str) -> dict[str, str]:
@@ -175,6 +183,12 @@ def _method(tuned: Tuned, text: str) -> dict[str, str]:
         "passkeys, then the one with the lowest loss. The best of many is partly luck: measure it on another text.",
         "Intervals": "95%, percentile bootstrap over blocks of 32 consecutive tokens, widened by Student's t.",
     }
+    if tuned.objective == "key-tokens":
+        method["Key tokens"] = (
+            f"Tokens whose loss under the untouched model falls by more than {GAIN:g} nats, to less than "
+            f"{MOST_LOSS:g}, from an eighth of the trained length to all of it. Only they count in readings; skims "
+            "count all tokens."
+        )
     if any(c.name for c in tuned.ranking):
         method["Factors"] = (
             "Searched by CMA-ES from the best closed form that a config can hold, skimmed at other "
@@ -190,7 +204,7 @@ def _plot(tuned: Tuned, out: Path, measured_on: str) -> list[Path]:
     names = [c.label for c in drawn]
     with figure(WIDTH, 1.6 + 0.3 * len(drawn), f"Loss at {format_length(tuned.target)}, {measured_on}") as fig:
         axes = fig.subplots()
-        style_axes(axes, x="nats per token", y="")
+        style_axes(axes, x=f"nats per {_counted(tuned)}", y="")
         limit = _limit([loss for c in drawn for loss in (c.loss, c.skimmed_loss) if loss is not None])
         for row, c in enumerate(drawn):
             color = _WINNER if c is tuned.winner else INK

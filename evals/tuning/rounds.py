@@ -26,7 +26,7 @@ from ..runs.compare import Difference
 from ..runs.measure import measure_all
 from ..runs.progress import RunProgress
 from ..runs.result import Row, Run
-from .candidates import Candidate, Tuned, by_skimming, fits_config, neighbours, ranked, starting_points
+from .candidates import Candidate, Objective, Tuned, by_skimming, fits_config, neighbours, ranked, starting_points
 from .factor_search import FactorSpace, FoundFactors, search_factors
 from .text import TuneText, can_skim
 
@@ -48,7 +48,7 @@ class Progress:
     """What `tune` passes to its caller after every measurement.
 
     Attributes:
-        round: `skim`, `near`, `skim more`, `factors`, `read`, `harm` or `passkeys`.
+        round: `judge`, `skim`, `near`, `skim more`, `factors`, `read`, `harm` or `passkeys`.
         scaler: the scaler that was measured.
         candidates: all candidates so far, best first.
     """
@@ -68,13 +68,14 @@ class Rounds:
         text: TuneText,
         run: Run,
         budget: float | None,
+        objective: Objective,
         keep_short: bool,
         progress: Callable[[Progress], None],
         console: Console,
     ) -> None:
         self._model, self._target, self._text, self._run, self._console = model, target, text, run, console
         self._local = LocalModel(model)
-        self._keep_short, self._progress = keep_short, progress
+        self._objective, self._keep_short, self._progress = objective, keep_short, progress
         self._deadline = None if budget is None else time.monotonic() + budget
         self._bar = RunProgress(console, self._deadline)
         self._rate: float | None = None
@@ -102,6 +103,11 @@ class Rounds:
         L = self._model.trained_length
         given = [parse(rope, L) if isinstance(rope, str) else rope for rope in ropes]
         start = [*given, *starting_points(self._model.spec, self._target)]
+        if self._text.judge is not None:
+            self._carry_out("judge", [self._text.judge], lambda row: None)
+            if not self._text.judge.is_done(self._run):
+                return  # no time was left
+            self._text.choose_keys(self._run)
         if can_skim(self._model):
             self._skim("skim", self._new(start), 1)
             best = self._ranking()[:3]
@@ -133,7 +139,7 @@ class Rounds:
             for window in self._text.windows:
                 row = self._run.find(self._text.read(candidate.scaler, window).row_recipes()[0])
                 if row is not None and (losses := self._run.losses(row)) is not None:
-                    candidate.read[window.place] = losses
+                    candidate.read[window.place] = self._text.counted(losses, window.place)
 
     def _climb(self) -> None:
         """Measure the neighbours of the leader. Repeat while the leader changes."""
@@ -163,6 +169,7 @@ class Rounds:
             ranking=tuple(self._ranking()),
             keep_short=self._keep_short,
             complete=self._complete,
+            objective=self._objective,
         )
 
     def _ranking(self) -> list[Candidate]:
@@ -217,7 +224,7 @@ class Rounds:
 
         def store(row: Row) -> None:
             if (losses := self._run.losses(row)) is not None:
-                self._candidates[row["rope"]].read[row["places"]] = losses
+                self._candidates[row["rope"]].read[row["places"]] = self._text.counted(losses, row["places"])
 
         self._carry_out("read", cells, store)
 

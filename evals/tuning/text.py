@@ -21,10 +21,13 @@ from ..data import Text
 from ..models.local import LocalModel
 from ..models.measured import Advance, MeasuredModel
 from ..protocols.fixed_target import FixedTarget
+from ..protocols.longppl import JudgeCell
 from ..protocols.perplexity_cell import PerplexityCell, Source
 from ..protocols.protocol import Window, tokens_sha256
 from ..runs.cell import Cell, shared_recipe
-from ..runs.result import Row, Run, loss_text
+from ..runs.result import Losses, Row, Run, loss_text
+from . import key_tokens
+from .candidates import Objective
 
 
 def can_skim(model: Model) -> bool:
@@ -93,6 +96,7 @@ class TuneText:
     """Windows of `target` tokens of a text, for a model.
 
     Args:
+        objective: which of the tokens that are read whole count.
         searches: also provide places for a search of factors. They differ from the places that are
             read whole.
 
@@ -100,14 +104,18 @@ class TuneText:
         DataError: the text is too short.
     """
 
-    def __init__(self, model: Model, text: Text, target: int, *, searches: bool) -> None:
+    def __init__(self, model: Model, text: Text, target: int, *, searches: bool, objective: Objective = "loss") -> None:
         self._model, self._target = model, target
         self._scored = min(1024, target // 4)
+        if objective == "key-tokens":  # few tokens are key tokens, so more are scored
+            self._scored = min(4096, target // 4, model.trained_length // 2)
         self._recipe_model = LocalModel(model)
         self._protocol = self._places(MOST_PLACES)
         protocol = self._places(MOST_PLACES + self._search_places) if searches else self._protocol
         self.source = Source.of(text, model.tokenizer, protocol)
         self.windows = self._windows(self._protocol)
+        self.judge = self._judge() if objective == "key-tokens" else None
+        self._keys: key_tokens.Keys | None = None
         self.searched = self._unread_windows(self._windows(protocol)) if searches else []
 
     @cached_property
@@ -137,6 +145,20 @@ class TuneText:
         return PerplexityCell(
             scaler=scaler, context=self._target, protocol=self._protocol, windows=(window,), recipe=recipe
         )
+
+    def choose_keys(self, run: Run) -> None:
+        """Choose the tokens that count, from the losses of `judge`. Places with too few are left out."""
+        if self.judge is not None:
+            self._keys = key_tokens.choose(self.judge, self.windows, run)
+            self.windows = [window for window in self.windows if window.place in self._keys]
+
+    def counted(self, losses: Losses, place: str) -> Losses:
+        """Of the losses of a reading, those of the tokens that count."""
+        return losses if self._keys is None else losses[self._keys[place]]
+
+    def _judge(self) -> JudgeCell:
+        recipe = shared_recipe(self._recipe_model, self.source) | {"target": self._scored}
+        return key_tokens.judge(self.windows, self._model.trained_length, self.source.start.prefix, recipe)
 
     @property
     def _local(self) -> int:

@@ -7,6 +7,8 @@ Each round takes the best of the previous round, best first:
     skim 3      the best third, at two more places
     factors     if asked for: the factors of every rotary pair, searched from the best scaler that a config can hold,
                 at places that no other round uses (`factor_search`)
+    judge       for the objective `key-tokens`, before all others: the untouched model reads all places within the
+                trained length, and chooses the tokens that count when the text is read whole (`key_tokens`)
     read 1      the best four, and two that a config can hold; the text read whole, at another place
     read 3, 9   the best three, and two, at more places
     near        neighbours of the leader, skimmed; the better two read; again while the leader changes
@@ -38,7 +40,7 @@ from ...scaling.rope import Scaler
 from ...scaling.spec import Auto
 from ..data import Text, load_text
 from ..runs.result import Run
-from .candidates import Tuned
+from .candidates import Objective, Tuned
 from .factor_search import FactorSpace
 from .rounds import Progress, Rounds, Search
 from .text import TuneText, can_skim
@@ -52,6 +54,7 @@ def tune(
     *,
     text: str | Path | Text = "shakespeare",
     budget: float | None = None,
+    objective: Objective = "loss",
     search: Search = "methods",
     largest_factor: float | None = None,
     keep_short: bool = False,
@@ -70,6 +73,8 @@ def tune(
         text: the name of a built-in text, a file or folder, or a loaded text, with documents of
             `target` tokens.
         budget: seconds for measuring. None: no limit.
+        objective: "loss" ranks readings by the loss on all scored tokens, "key-tokens" by that on
+            the tokens that need far context.
         search: "methods" measures closed forms and their neighbours. "factors" also searches one
             LongRoPE factor for every rotary pair; it needs a compiled model.
         largest_factor: upper bound of those factors, above 1. None: the ratio of target and trained
@@ -92,6 +97,7 @@ def tune(
             f"target {format_length(tokens)} is not beyond the trained length {format_length(model.trained_length)}, "
             "which the untouched model reads; give a longer one, such as 2x"
         )
+    _check_objective(objective, search)
     _check_search(model, tokens, search, largest_factor)
     if any(str(rope).strip() == Auto.name for rope in ropes):
         raise ConfigError(
@@ -104,11 +110,24 @@ def tune(
     try:
         with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="ropewalk-") as folder:
             run = Run(Path(folder))
-            measured = TuneText(model, document, tokens, searches=search == "factors")
-            rounds = Rounds(model, tokens, measured, run, budget, keep_short, progress, console)
+            measured = TuneText(model, document, tokens, objective=objective, searches=search == "factors")
+            rounds = Rounds(model, tokens, measured, run, budget, objective, keep_short, progress, console)
             return rounds.run(ropes, search, largest_factor)
     finally:
         model.rope = before
+
+
+def _check_objective(objective: str, search: str) -> None:
+    if objective not in get_args(Objective):
+        raise ConfigError(f"unknown objective {objective!r}; choose one of {', '.join(get_args(Objective))}")
+    if objective == "key-tokens" and search == "factors":
+        raise ConfigError(
+            Setting("search", "factors"),
+            " ranks by skims, which leave out most of the text that key tokens need; use ",
+            Setting("search", "methods"),
+            " or ",
+            Setting("objective", "loss"),
+        )
 
 
 def _check_search(model: Model, target: int, search: str, largest_factor: float | None) -> None:

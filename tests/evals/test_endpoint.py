@@ -128,6 +128,22 @@ def test_losses_are_those_of_the_same_model_here(model, tiny_folder, named, book
         np.testing.assert_allclose(losses, here.losses(other), atol=1e-4)
 
 
+@pytest.mark.usefixtures("unpublished")
+def test_an_export_that_names_a_scaler_is_measured_where_it_is_served(tiny_folder, book, tmp_path):
+    """vLLM with the plug-in runs such a folder. Here the server runs the model under the scaler that it names."""
+    scaler = "rerope:64|logn"
+    exported = rw.export(tiny_folder, tmp_path / "exported", rope=scaler, target="vllm", length="4x").path
+    there, here = tmp_path / "there", tmp_path / "here"
+    with serving(rw.load(tiny_folder, rope=scaler, max_length=2**31, compile=False)) as server:
+        options = ("--text", book, "--target", 64)
+        ropewalk("ppl", exported, "--endpoint", server.url, *options, "--lengths", "0.5x", "--out", there)
+        assert passkey(exported, server, tmp_path / "passkey")
+    ropewalk("ppl", tiny_folder, "--no-compile", *options, "--lengths", "512", "--rope", scaler, "--out", here)
+    (row,), (other,) = Run(there).rows, Run(here).rows
+    assert (row["trained_length"], row["context"], row["tokenizer"]) == (1024, 512, str(exported))
+    np.testing.assert_allclose(Run(there).losses(row), Run(here).losses(other), atol=1e-4)
+
+
 def test_the_report_tells_where_it_was_measured(model, named, book, tmp_path):
     with serving(model) as server:
         ropewalk(

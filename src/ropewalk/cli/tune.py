@@ -50,6 +50,13 @@ class _Duration(click.ParamType[float]):
 @text_option("shakespeare")
 @click.option("--budget", type=_Duration(), help="Time for measuring, such as 10m; else as long as it takes.")
 @click.option(
+    "--objective",
+    type=click.Choice(["loss", "key-tokens"]),
+    default="loss",
+    show_default=True,
+    help="key-tokens: of a text that is read whole, only tokens that need far context count.",
+)
+@click.option(
     "--search",
     type=click.Choice(["methods", "factors"]),
     default="methods",
@@ -70,6 +77,7 @@ def tune(
     target: str,
     text: str,
     budget: float | None,
+    objective: Literal["loss", "key-tokens"],
     search: Literal["methods", "factors"],
     largest_factor: float | None,
     keep_short: bool,
@@ -107,6 +115,7 @@ def tune(
         target,
         text=document,
         budget=budget,
+        objective=objective,
         search=search,
         largest_factor=largest_factor,
         keep_short=keep_short,
