@@ -16,7 +16,7 @@ from . import tensor_parallel
 from .attention import causal
 from .cache import attends_to_everything
 from .checkpoints.checkpoint import read_tokenizer, read_weights
-from .checkpoints.config import find_config, primary_rope, trained_length
+from .checkpoints.config import find_config, named_scaler, primary_rope, trained_length
 from .hf_model import weights_state
 from .model import Model
 from .patches.patch import patched_with
@@ -59,8 +59,9 @@ def load(
             adapter it has to be loaded again. Use `patch` to run it by transformers alone.
         tokenizer: used in place of the checkpoint's.
         rope: a scaler or a spec string, whose lengths may be multiples of the trained one ("rerope:0.5x"). None is the
-            model as it was trained. "auto" chooses by the length of each request: no scaler within the trained length,
-            beyond it what `tune` stored for this model, else Self-Extend.
+            scaler that the config names (`export`), else "none", the model as it was trained. "auto" chooses by the
+            length of each request: no scaler within the trained length, beyond it what `tune` stored for this model,
+            else Self-Extend.
         dtype: "float32", "bfloat16", "float16", "float64" or "int8" (weights only, quantized when the model is
             loaded). "auto" is the checkpoint's dtype, but float32 where 16-bit products run several times slower: on
             CPUs without bfloat16 arithmetic, unless the compiled kernels run the model, which widen the weights. Under
@@ -125,6 +126,8 @@ def load(
         return model
     source, config = find_config(str(name))
     primary_rope(config)  # refuses what has no RoPE before any weight is read
+    if rope is None and (named := named_scaler(source)) is not None:
+        scaler = named.scaler
     placement = device_map if device_map is not None else _default_device()
     on_cpu = _is_cpu(placement)
     if not on_cpu:

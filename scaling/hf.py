@@ -24,7 +24,7 @@ from .yarn import Llama3, YaRN
 __all__ = ["ConfiguredRope", "check_counts", "is_local", "merged_parameters", "read", "text_config", "write"]
 
 NAMED_TYPE, SCALER_KEY = "ropewalk", "ropewalk_scaler"
-"""The rope type of a config that names a scaler for an engine (`named_scaler.py`), and the key of its spec."""
+"""The rope type of a config that names a scaler (`named_scaler.py`), and the key of its spec."""
 
 _LENGTH = "original_max_position_embeddings"
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -259,8 +259,7 @@ def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str
     kind = _ALIASES.get(kind, kind)
     if kind == NAMED_TYPE:
         raise UnsupportedModel(
-            f"{name}: the config names the scaler {getattr(config, SCALER_KEY, None)!r} for vLLM with ropewalk's "
-            "plug-in; load the original model, and give it this scaler"
+            f"{name}: the config names the scaler {getattr(config, SCALER_KEY, None)!r}; ropewalk.load reads its folder"
         )
     if kind not in _KEYS:
         raise UnsupportedModel(f"{name}: rope type {kind!r} is not supported.{did_you_mean(kind, _KEYS)}")

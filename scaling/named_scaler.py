@@ -1,8 +1,8 @@
-"""A scaler that a config names, for serving engines with the plug-in of ropewalk.
+"""A scaler that a config names, for `ropewalk.load` and for serving engines with ropewalk installed.
 
 A config can hold the frequencies of a scaler as numbers. A position map or log n is computed by the engine's attention,
 so the config holds its spec, and the rotary embedding that the model was trained with. The rope type is one that no
-engine knows: without the plug-in, vLLM refuses the config, and so does transformers.
+engine knows: without ropewalk, vLLM refuses the config, and so does transformers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ __all__ = [
     "SCALER_KEY",
     "TRAINED_KEY",
     "NamedScaler",
+    "as_trained",
     "changed_keys",
     "check_named",
     "is_named",
+    "names_scaler",
     "ropes_of_layers",
     "with_named_scaler",
 ]
@@ -71,13 +73,7 @@ class NamedScaler:
             UnsupportedModel: no RoPE, or types of layers that are not known.
         """
         text = config.get("text_config", config)
-        missing = [key for key in (SCALER_KEY, TRAINED_KEY) if text.get(key) is None]
-        if missing:
-            raise ConfigError(
-                f"a config with rope type {NAMED_TYPE!r} needs {' and '.join(missing)}; write it with `ropewalk export "
-                "MODEL OUT --rope SCALER --target vllm`"
-            )
-        configured, local = ropes_of_layers(hf.read(_as_trained(config)))
+        configured, local = ropes_of_layers(hf.read(as_trained(config)))
         scaler, length = parse(text[SCALER_KEY], configured.max_length), text.get(LENGTH_KEY)
         check_named(scaler, configured, length)
         return cls(configured=configured, scaler=scaler, length=length, local=local)
@@ -132,8 +128,7 @@ def check_named(scaler: Scaler, configured: ConfiguredRope, length: int | None) 
         raise ConfigError("'auto' chooses a scaler for every request, and a config names one; name it")
     if scaler.differs_by_layer:
         raise ConfigError(
-            f"{scaler} differs by layer, which ropewalk's plug-in for vLLM does not compute; take one scaler for all "
-            "layers, or ropewalk.patch"
+            f"{scaler} differs by layer, and a config names one scaler for all; take one, or ropewalk.patch"
         )
     configured.check(scaler)
     if configured.effective(scaler).depends_on_length and length is None:
@@ -141,6 +136,11 @@ def check_named(scaler: Scaler, configured: ConfiguredRope, length: int | None) 
             f"{scaler} depends on the length of the text, and the pages of a serving engine are shared by texts of all "
             f"lengths; export with a length to which it is fixed, such as {format_length(4 * configured.max_length)}"
         )
+
+
+def names_scaler(config: Mapping[str, Any]) -> bool:
+    """True if the content of a config.json names a scaler."""
+    return is_named(config.get("text_config", config).get("rope_parameters"))
 
 
 def is_named(rope_parameters: Any) -> bool:
@@ -190,10 +190,22 @@ def _named_rope(named: NamedScaler) -> dict[str, Any]:
     }
 
 
-def _as_trained(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as it was before it named a scaler."""
+def as_trained(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a config.json as it was before it named a scaler, if it names one.
+
+    Raises:
+        ConfigError: the keys for this are not complete.
+    """
     restored: dict[str, Any] = json.loads(json.dumps(config))
+    if not names_scaler(restored):
+        return restored
     text = restored.get("text_config", restored)
+    missing = [key for key in (SCALER_KEY, TRAINED_KEY) if text.get(key) is None]
+    if missing:
+        raise ConfigError(
+            f"a config with rope type {NAMED_TYPE!r} needs {' and '.join(missing)}; write it with `ropewalk export "
+            "MODEL OUT --rope SCALER`"
+        )
     trained = text[TRAINED_KEY]
     for key in (*_REPLACED, SCALER_KEY, LENGTH_KEY, TRAINED_KEY):
         text.pop(key, None)

@@ -16,7 +16,7 @@ from .base import Base
 from .engine_reading import SERVED_LENGTHS, EngineReading, EngineRope, same_frequencies
 from .gguf_rope import GgufRope
 from .longrope import LongRoPE
-from .named_scaler import NamedScaler, is_named
+from .named_scaler import NamedScaler, names_scaler
 from .rope import Scaler
 from .yarn import YaRN, yarn_temperature
 
@@ -46,7 +46,7 @@ def read_all(config: Mapping[str, Any]) -> list[EngineReading]:
         UnsupportedModel: no RoPE.
         ConfigError: transformers does not accept the config.
     """
-    if is_named(config.get("text_config", config).get("rope_parameters")):
+    if names_scaler(config):
         return _named_readings(NamedScaler.read(config), config)
     text_config = hf.text_config(config)
     notes = [_remove_model_code_keys(text_config), _dual_chunk_note(text_config)]
@@ -81,7 +81,11 @@ def _named_readings(named: NamedScaler, config: Mapping[str, Any]) -> list[Engin
     if named.length is not None:
         notes.append(f"holds it at a length of {named.length} for all texts")
     refused = EngineReading(
-        engine="transformers", rope=rope, scaler=None, max_length=None, notes=("does not know the rope type",)
+        engine="transformers",
+        rope=rope,
+        scaler=None,
+        max_length=None,
+        notes=("does not know the rope type; `ropewalk transformers-serve` starts its server with the scaler",),
     )
     others = [
         replace(refused, engine=name, is_read=False, notes=("has not been read for a named scaler",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from transformers import (
 
 from ...errors import AssetError, ConfigError, Setting, UnsupportedModel, first_line
 from ...scaling.hf import check_counts
+from ...scaling.named_scaler import as_trained, names_scaler
 from ..packed import packed_weights
 from ..storage import cache_dir
 from .gguf_conversion import converted_gguf, file_behind
@@ -30,7 +32,7 @@ from .hub import hub_error, hub_file, hub_folder
 from .quiet import quiet_transformers
 from .tensors import Shapes, check_loaded, stored_shapes, tensors_by_weight
 
-__all__ = ["read_config", "read_tokenizer", "read_weights", "weight_files"]
+__all__ = ["config_content", "read_config", "read_tokenizer", "read_weights", "weight_files"]
 
 # Without this, transformers asks on the terminal whether to run code, and may read a `y` from a piped prompt.
 _DATA_ONLY = {"trust_remote_code": False}
@@ -41,22 +43,54 @@ _GGUF_OPTIONS = {"dtype", "device_map", "attn_implementation"}  # a GGUF file is
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate; all else names devices
 
 
+def config_content(source: str) -> dict[str, Any]:
+    """The content of the config.json of a folder or hub id, as transformers reads it.
+
+    Raises:
+        AssetError: the hub does not give it, or it cannot be read.
+    """
+    folder = _config_folder(source)
+    try:
+        content: dict[str, Any] = dict(PreTrainedConfig.get_config_dict(folder)[0])
+    except Exception as error:  # of the file system, or of the parser
+        raise _unusable_config(source, error) from error
+    return content
+
+
 @quiet_transformers()
 def read_config(source: str) -> Any:
-    """The transformers config of a folder or hub id.
+    """The transformers config of a folder or hub id. If it names a scaler, it is the one from before that.
 
     Raises:
         AssetError: the hub does not give it, or transformers cannot read it.
     """
-    folder = Path(source) if Path(source).is_dir() else hub_file(source, "config.json").parent
+    folder, content = _config_folder(source), config_content(source)
     try:
-        content, _ = PreTrainedConfig.get_config_dict(folder)
         check_counts(content)
-        config = AutoConfig.from_pretrained(folder, **_DATA_ONLY)
+        if names_scaler(content):
+            config = _trained_config(folder, content)
+        else:
+            config = AutoConfig.from_pretrained(folder, **_DATA_ONLY)
     except Exception as error:  # each config class raises other errors
-        raise AssetError(f"{source}: its config.json cannot be used ({_reason(error)})") from error
+        raise _unusable_config(source, error) from error
     if "/" in str(config._attn_implementation):
         config._attn_implementation = None  # this kernel would be fetched from the hub
+    return config
+
+
+def _config_folder(source: str) -> Path:
+    return Path(source) if Path(source).is_dir() else hub_file(source, "config.json").parent
+
+
+def _unusable_config(source: str, error: Exception) -> AssetError:
+    return AssetError(f"{source}: its config.json cannot be used ({_reason(error)})")
+
+
+def _trained_config(folder: Path, content: Mapping[str, Any]) -> Any:
+    with tempfile.TemporaryDirectory() as trained:
+        Path(trained, "config.json").write_text(json.dumps(as_trained(content)), encoding="utf-8")
+        config = AutoConfig.from_pretrained(trained, **_DATA_ONLY)
+    config.name_or_path = str(folder)
     return config
 
 

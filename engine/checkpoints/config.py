@@ -7,8 +7,8 @@ from typing import Any
 
 from ...errors import AssetError
 from ...scaling import hf
-from ...scaling.named_scaler import NamedScaler, is_named
-from .checkpoint import read_config
+from ...scaling.named_scaler import NamedScaler, names_scaler
+from .checkpoint import config_content, read_config
 from .source import resolve
 
 
@@ -39,18 +39,31 @@ def primary_rope(config: Any) -> hf.ConfiguredRope:
     return next(global_ropes, next(iter(configured.values())))
 
 
-def served_length(config: Any) -> int:
-    """Tokens that a server reads with the model of a config: under a scaler that it names (`ropewalk export --target
-    vllm`) those of the export, else as `trained_length`.
+def named_scaler(source: str) -> NamedScaler | None:
+    """The scaler that the config of a folder or hub id names (`ropewalk export`); None if it names none.
+
+    Raises:
+        AssetError: as `find_config`.
+        UnsupportedModel, ConfigError: as `NamedScaler.read`.
+    """
+    content = config_content(source)
+    return NamedScaler.read(content) if names_scaler(content) else None
+
+
+def served_length(source: str, config: Any) -> int:
+    """Tokens that a server reads with a model: under a scaler that its config names those of the export, else as
+    `trained_length`.
+
+    Args:
+        source, config: the results of `find_config`.
 
     Raises:
         UnsupportedModel, ConfigError: as `primary_rope` and `NamedScaler.read`.
     """
-    text = config.get_text_config()
-    if not is_named(getattr(text, "rope_parameters", None)):
+    if named_scaler(source) is None:
         return primary_rope(config).max_length
-    NamedScaler.read(config.to_dict())  # refuses what the plug-in does not serve
-    return int(text.max_position_embeddings)
+    content = config_content(source)
+    return int(content.get("text_config", content)["max_position_embeddings"])
 
 
 def trained_length(name: str) -> int:

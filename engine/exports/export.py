@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...errors import ConfigError, Setting, UnsupportedModel, did_you_mean
 from ...scaling import hf, hf_write
 from ...scaling.gguf_rope import GgufRope
+from ...scaling.named_scaler import as_trained
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
 from ..checkpoints.checkpoint import read_tokenizer, read_weights, weight_files
-from ..checkpoints.config import find_config
+from ..checkpoints.config import find_config, named_scaler
 from ..checkpoints.gguf_conversion import file_behind
 from ..checkpoints.gguf_file import GgufFile
 from ..checkpoints.hub import hub_folder
@@ -44,7 +46,7 @@ class Export:
         scaler: the scaler in the files. A scaler that depends on the length is fixed to `length`.
         length: the context length that the files state, in tokens.
         carrier: how the files express the frequencies, in a few words.
-        command: the command that starts the engine; empty for hf.
+        command: the command that starts the engine; empty for transformers alone.
     """
 
     path: Path
@@ -76,10 +78,10 @@ class _Source:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The content of its config.json."""
+        """The content of its config.json, from before it named a scaler."""
         if self.folder is None:
             return dict(self.config.to_dict())
-        return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+        return as_trained(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
 
 
 def export(
@@ -93,7 +95,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Export:
     """Write a model so that `target` runs it under a scaler, without ropewalk. Position maps and temperatures are for
-    vLLM with ropewalk installed beside it.
+    ropewalk itself, and for vLLM and the server of transformers with ropewalk installed beside them.
 
         rw.export("smollm2-135m", "out", rope="ntk-mixed:4")                    # for stock transformers
         rw.export("model-q4_k_m.gguf", "long.gguf", rope="yarn:4", target="llama.cpp")
@@ -103,7 +105,7 @@ def export(
         model: a name that `load` takes, a model that `load` returned, or a transformers model, patched or not.
         out: a new folder; for llama.cpp a new file.
         target: "hf" (transformers), "vllm", "sglang", "llama.cpp" or "ollama".
-        rope: a spec or scaler; None is the scaler of a loaded or patched model.
+        rope: a spec or scaler; None is the scaler of a loaded or patched model, or the one that a folder names.
         length: tokens to be served, such as 32768, "32k" or "4x"; None is the scaler's reach. A scaler that depends
             on the length is fixed to it.
         dtype: of the matrices of a new GGUF file: "f32", "bf16" (if None), "f16" or "q8_0". Other targets, and GGUF
@@ -111,7 +113,7 @@ def export(
         tokenizer: the tokenizer of a transformers model.
 
     Raises:
-        ConfigError: the scaler acts on more than the frequencies and the target is not vLLM, it does not reach
+        ConfigError: the scaler acts on more than the frequencies and the target is not hf or vllm, it does not reach
             `length`, or it needs a length and none is given; the target or dtype is unknown; `out` is the name of a
             GGUF file, and the target reads a folder.
         UnsupportedModel: the target cannot hold the model, or the model computes something else than its config and
@@ -154,6 +156,8 @@ def _source(model: str | Path | ScaledModel | PreTrainedModel, rope: str | Scale
         source, config = find_config(str(model))
         configured = hf.read(config.get_text_config())
         folder = Path(source) if Path(source).is_dir() else hub_folder(source, *COPIED_FILES)
+        if rope is None and (named := named_scaler(str(folder))) is not None:
+            rope = named.scaler
         if file_behind(folder) is not None:
             hf_model, tokenizer = read_weights(source, config, dtype="auto"), read_tokenizer(source)
             return _Source(
@@ -175,8 +179,8 @@ def _source(model: str | Path | ScaledModel | PreTrainedModel, rope: str | Scale
 def _write_folder(source: _Source, out: Path, target: str, length: int | str | None) -> Export:
     """Write a Hugging Face folder."""
     configured = source.configured
-    if target == "vllm" and needs_name(parse(source.scaler, next(iter(configured.values())).max_length)):
-        return _write_named(source, out, length)
+    if target in ("hf", "vllm") and needs_name(parse(source.scaler, next(iter(configured.values())).max_length)):
+        return _write_named(source, out, target, length)
     _check_layer_types(configured, target)
     _check_temperature(configured, target)
     scalers, tokens = _static_scalers(source, target, length)
@@ -199,7 +203,7 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
         extra["serve.sh"] = vllm_sglang.serve_script(target, str(scalers[shown]), tokens, overrides)
 
     def change(config: dict[str, Any]) -> dict[str, Any]:
-        return with_rope(config, written, tokens, outside_length=outside)
+        return with_rope(as_trained(config), written, tokens, outside_length=outside)
 
     def check(folder: Path) -> None:
         check_written(folder, wanted)
@@ -221,24 +225,31 @@ def _write_folder(source: _Source, out: Path, target: str, length: int | str | N
     )
 
 
-def _write_named(source: _Source, out: Path, length: int | str | None) -> Export:
-    """Write a Hugging Face folder whose config names the scaler, for vLLM with ropewalk installed."""
-    named = NamedExport.of(source.scaler, source.configured, length, source.config)
-    script = vllm_sglang.serve_script(
-        "vllm", str(named.named.scaler), named.tokens, named.overrides(source.content), plugin=True
-    )
+def _write_named(source: _Source, out: Path, target: str, length: int | str | None) -> Export:
+    """Write a Hugging Face folder whose config names the scaler, which is the same for all targets that read it."""
+    for_vllm = target == "vllm"
+    named = NamedExport.of(source.scaler, source.configured, length, source.config if for_vllm else None)
+    extra, carrier = {}, "its name in config.json, which ropewalk reads"
+    command = f"ropewalk transformers-serve {shlex.quote(str(out))} --continuous-batching"
+    if for_vllm:
+        overrides = named.overrides(source.content)
+        extra["serve.sh"] = vllm_sglang.serve_script(
+            "vllm", str(named.named.scaler), named.tokens, overrides, plugin=True
+        )
+        carrier = "its name in config.json, which ropewalk's plug-in for vLLM reads"
+        command = vllm_sglang.serve_command("vllm", out, named.tokens)
     if source.folder is not None:
-        write_copy(source.folder, out, named.change, {"serve.sh": script}, named.check)
+        write_copy(source.folder, out, named.change, extra, named.check)
     else:
         assert source.model is not None
-        write_loaded(source.model, source.tokenizer, out, named.change, {"serve.sh": script}, named.check)
+        write_loaded(source.model, source.tokenizer, out, named.change, extra, named.check)
     return Export(
         path=out,
-        target="vllm",
+        target=target,
         scaler=named.named.scaler,
         length=named.tokens,
-        carrier="its name in config.json, which ropewalk's plug-in for vLLM reads",
-        command=vllm_sglang.serve_command("vllm", out, named.tokens),
+        carrier=carrier,
+        command=command,
     )
 
 

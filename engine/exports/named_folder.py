@@ -1,4 +1,4 @@
-"""A config that names its scaler, for vLLM with ropewalk installed: position maps, log n and temperatures."""
+"""A config that names its scaler, for ropewalk, and for engines with ropewalk installed: maps, log n, temperatures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from typing import Any, Self
 from ...errors import ConfigError, Setting, UnsupportedModel
 from ...scaling import hf
 from ...scaling.lengths import parse_length
-from ...scaling.named_scaler import NamedScaler, changed_keys, check_named, ropes_of_layers, with_named_scaler
+from ...scaling.named_scaler import (
+    NamedScaler,
+    as_trained,
+    changed_keys,
+    check_named,
+    ropes_of_layers,
+    with_named_scaler,
+)
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
 from ..vllm_plugin.vllm_objects import architecture_of
@@ -43,21 +50,23 @@ class NamedExport:
         asked: str | Scaler | None,
         configured: Mapping[str | None, hf.ConfiguredRope],
         length: int | str | None,
-        config: Any,
+        vllm_config: Any,
     ) -> Self:
         """The export of the scaler `asked`.
 
         Args:
             configured: the rotary embeddings of the model by layer type.
             length: tokens to be served; None is the scaler's reach.
-            config: transformers' config of the model.
+            vllm_config: transformers' config of a model for vLLM, else None.
 
         Raises:
             ConfigError: the scaler does not work on the model, does not reach `length`, or needs one.
-            UnsupportedModel: the plug-in was not verified with the model.
+            UnsupportedModel: layers of several kinds see the whole text, or the plug-in for vLLM was not verified with
+                the model.
         """
         try:
-            architecture_of(config)
+            if vllm_config is not None:
+                architecture_of(vllm_config)
             rope, local = ropes_of_layers(configured)
         except UnsupportedModel as error:
             raise UnsupportedModel(f"{asked} acts on more than the frequencies, and {error}") from None
@@ -81,11 +90,11 @@ class NamedExport:
 
     def change(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The content of a config.json that names the scaler."""
-        return with_named_scaler(config, self.named, self.tokens)
+        return with_named_scaler(as_trained(config), self.named, self.tokens)
 
     def overrides(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The keys by which the changed config differs from `config`."""
-        return changed_keys(config, self.named, self.tokens)
+        return changed_keys(as_trained(config), self.named, self.tokens)
 
     def check(self, folder: Path) -> None:
         """Refuse a written folder from which the scaler, or the model's own rotary embedding, is not read back."""

@@ -80,8 +80,10 @@ def _check_carried(scaler: Scaler, configured: hf.ConfiguredRope) -> None:
         nearest = str(member) if member else f"yarn:{factor:g}" if math.isfinite(factor) and factor > 1 else "yarn:4"
         raise ConfigError(
             f"{error}. The nearest scaler that a config can hold is {nearest}; `ropewalk tune` measures which is best. "
-            "vLLM with ropewalk installed serves it by name: ",
+            "vLLM and transformers with ropewalk installed serve it by name: ",
             Setting("target", "vllm"),
+            " or ",
+            Setting("target", "hf"),
         ) from None
 
 

@@ -243,7 +243,7 @@ class ServedModel(MeasuredModel):
 
     def __init__(self, model: str, url: str, served_as: str | None = None) -> None:
         source, config = find_config(model)
-        self.trained_length = served_length(config)
+        self.trained_length = served_length(source, config)
         self._cost = ForwardCost.of_config(config)
         self.tokenizer: Any = read_tokenizer(source)
         self._rows = int(config.get_text_config().vocab_size)

@@ -11,7 +11,15 @@ import click
 
 from ..errors import RopewalkError
 from .messages import shell_message, warn_of_unused_seed
-from .options import EXAMPLES, command, loads_a_model, refuse_tensor_parallel, rope_option, sampling_options
+from .options import (
+    EXAMPLES,
+    chosen_rope,
+    command,
+    loads_a_model,
+    refuse_tensor_parallel,
+    rope_option,
+    sampling_options,
+)
 from .waiting import load_model, waiting
 
 if TYPE_CHECKING:
@@ -66,7 +74,7 @@ def chat(
 
         params = SamplingParams(**sampling)
     longest = parse_length(max_length) if max_length else None
-    loaded = load_model(model, rope=rope, **loading, max_length=longest)
+    loaded = load_model(model, rope=chosen_rope(model, rope), **loading, max_length=longest)
     warn_of_unused_seed(loaded, params)
     with loaded.chat_session(system, path=stored) as session:
         _Terminal(loaded, session, params).run()

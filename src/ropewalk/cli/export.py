@@ -12,7 +12,7 @@ import click
 
 from ..engine.exports import TARGETS
 from .messages import print_json
-from .options import EXAMPLES, command, json_option, picture_option, rope_option
+from .options import EXAMPLES, command, is_given, json_option, picture_option, rope_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,14 +48,14 @@ def export(model: str, out: Path, rope: str, target: Any, length: str | None, dt
     quantized weights of a .gguf file; only a checkpoint that becomes a GGUF file is written in another form.
 
     The frequencies are written in the simplest way that the target reads exactly: a base, a method of its own, or one
-    factor for every rotary pair. Position maps and temperatures of queries are written by name for vllm, which serves
-    them with ropewalk installed beside it; the other targets refuse them, with what comes nearest. A scaler that
-    depends on the length is fixed to --length.
+    factor for every rotary pair. Position maps and temperatures of queries are written by name for hf and vllm, which
+    serve them with ropewalk installed beside them; the other targets refuse them, with what comes nearest. A scaler
+    that depends on the length is fixed to --length.
     """
     from ..engine.exports.export import export as export_
     from ..scaling.lengths import format_length
 
-    done = export_(model, out, rope=rope, target=target, length=length, dtype=dtype)
+    done = export_(model, out, rope=rope if is_given("rope") else None, target=target, length=length, dtype=dtype)
     if as_json:
         print_json({field.name: getattr(done, field.name) for field in dataclasses.fields(done)})
         return

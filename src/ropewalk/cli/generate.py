@@ -13,7 +13,7 @@ import click
 from ..errors import DataError
 from .batch import Chat, answer_all, answer_fields
 from .messages import print_json, warn_of_unused_seed
-from .options import EXAMPLES, command, is_given, json_option, loads_a_model, rope_option, sampling_options
+from .options import EXAMPLES, chosen_rope, command, is_given, json_option, loads_a_model, rope_option, sampling_options
 from .waiting import fetch_model, load_model, waiting
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def generate(
 
         params = SamplingParams(**sampling, logprobs=logprobs, continuation=continuation)
     longest = parse_length(max_length) if max_length else None
+    rope = chosen_rope(model, rope)
     settings = {**loading, "rope": rope, "max_length": longest, "special_tokens": special_tokens}
     if prompts is not None and answers is not None:
         chat = Chat(system=system) if as_chat else None

@@ -26,6 +26,7 @@ GROUPS = {
     "Serve and export": {
         "serve": ("serve:serve", "Serve a model over HTTP, as OpenAI's API does."),
         "export": ("export:export", "Write a model under a scaler for other software."),
+        "transformers-serve": ("serve:transformers_serve", "transformers serve for a folder that names a scaler."),
     },
     "Measure": {
         "all": ("runs:all_", "Loss, harm, passkeys and RULER-11 in one run, by preset."),
@@ -63,7 +64,7 @@ GROUPS = {
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
-HANDLE_CTRL_C = {"chat", "serve"}
+HANDLE_CTRL_C = {"chat", "serve", "transformers-serve"}
 """Commands that Ctrl-C does not end at once."""
 
 

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from .measurement import Measurement, ModelTarget
+from .waiting import fetch_model, waiting
 
 EXAMPLES = "\b\nExamples:\n"
 """Heading of an epilog."""
@@ -105,7 +106,9 @@ def run_json_option() -> Decorator:
 
 def rope_option(default: str | None = "none", note: str = "") -> Decorator:
     """`--rope`, one scaler."""
-    return click.option("--rope", default=default, show_default=True, help=f"Scaler, such as yarn:4.{note}")
+    return click.option(
+        "--rope", default=default, show_default=True, help=f"Scaler, such as yarn:4; a folder may name its own.{note}"
+    )
 
 
 def ropes_option(default: tuple[str, ...] = (), note: str = "") -> Decorator:
@@ -123,6 +126,23 @@ def lengths_option(default: str | None, of: str, note: str = "") -> Decorator:
 def is_given(option: str) -> bool:
     """True if the user gave an option of the current command, by the name of its parameter; False if it has none."""
     return click.get_current_context().get_parameter_source(option) not in (None, ParameterSource.DEFAULT)
+
+
+def chosen_rope(name: str, rope: str) -> str:
+    """The scaler of a command: `--rope` if it is given, else the one that the folder of the model names, else `rope`.
+
+    Raises:
+        RopewalkError: as `load`.
+    """
+    if is_given("rope"):
+        return rope
+    fetch_model(name)
+    with waiting(f"reading the config of {Path(name).name}"):
+        from ..engine.checkpoints.config import named_scaler
+        from ..engine.checkpoints.source import resolve
+
+        named = named_scaler(resolve(name))
+    return rope if named is None else str(named.scaler)
 
 
 def text_option(default: str | None, note: str = "") -> Decorator:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ..errors import ConfigError
-from .options import EXAMPLES, command, is_given, loads_a_model, refuse_tensor_parallel, rope_option
+from .options import EXAMPLES, chosen_rope, command, is_given, loads_a_model, refuse_tensor_parallel, rope_option
 from .waiting import load_model
 
 
@@ -95,7 +95,9 @@ def serve(
         ) from error
 
     longest = parse_length(max_length) if max_length else None
-    loaded = load_model(model, rope=rope, **loading, max_length=longest, special_tokens=special_tokens)
+    loaded = load_model(
+        model, rope=chosen_rope(model, rope), **loading, max_length=longest, special_tokens=special_tokens
+    )
     if not loaded.is_compiled and is_given("cache_mb"):
         raise click.UsageError(
             "transformers' modules run this model, and only caches of the compiled kernels are kept; leave out "
@@ -109,6 +111,25 @@ def serve(
     if api_key is None and not _is_loopback(host):
         click.echo(f"ropewalk: anyone who reaches {host} can use this server; --api-key KEY asks for a key", err=True)
     uvicorn.run(server.app(), host=host, port=port, log_level="info", timeout_graceful_shutdown=None)
+
+
+@command(
+    "transformers-serve",
+    context_settings={"ignore_unknown_options": True},
+    epilog=EXAMPLES + '  ropewalk export ./my-model mapped --rope "self-extend:8,window=0.25x|logn"\n'
+    "  ropewalk transformers-serve mapped --continuous-batching --port 9000",
+)
+@click.argument("folder")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def transformers_serve(folder: str, options: tuple[str, ...]) -> None:
+    """Run the server of transformers with a FOLDER whose config names a scaler.
+
+    `ropewalk export` writes such folders. OPTIONS are those of `transformers serve`, such as --continuous-batching,
+    which writes many answers together. Needs the extra transformers[serving].
+    """
+    from ..engine.exports.transformers_serve import serve
+
+    serve(folder, options)
 
 
 def _is_loopback(host: str) -> bool:

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .messages import print_json
-from .options import EXAMPLES, command, is_given, json_option, lengths_option, rope_option, ropes_option, text_option
+from .options import (
+    EXAMPLES,
+    chosen_rope,
+    command,
+    is_given,
+    json_option,
+    lengths_option,
+    rope_option,
+    ropes_option,
+    text_option,
+)
 from .waiting import load_model
 
 if TYPE_CHECKING:
@@ -221,7 +231,7 @@ def memory(model: str, rope: str, lengths: str, text: str, dtype: str, against_h
     ids = tokenize_documents(load_text(text), read_tokenizer(resolve(model)), limit_tokens=max(contexts))[0]
     if len(ids) < max(contexts):
         raise DataError(f"{text} holds {len(ids)} tokens, and --lengths asks for {max(contexts)}")
-    footprints = []
+    footprints, rope = [], chosen_rope(model, rope)
     for length in contexts:
         for engine in ("ropewalk", "transformers") if against_hf else ("ropewalk",):
             footprint = measure_footprint(engine, model, ids[:length], dtype, rope)

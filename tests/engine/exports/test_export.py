@@ -108,9 +108,18 @@ def test_models_in_memory_are_written_as_they_are_now(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rope": "yarn:4|logn"}, r"'logn' sets the temperature, .* nearest scaler that a config can hold is yarn:4;"),
-        ({"rope": "rerope:64"}, r"'rerope' sets the positions, .* nearest scaler that a config can hold is yarn:4;"),
-        ({"rope": "self-extend:2,window=64"}, r"nearest scaler that a config can hold is yarn:1\.75;"),
+        (
+            {"rope": "yarn:4|logn", "target": "sglang"},
+            r"'logn' sets the temperature, .* nearest scaler that a config can hold is yarn:4;",
+        ),
+        (
+            {"rope": "rerope:64", "target": "sglang"},
+            r"'rerope' sets the positions, .* nearest scaler that a config can hold is yarn:4;",
+        ),
+        (
+            {"rope": "self-extend:2,window=64", "target": "sglang"},
+            r"nearest scaler that a config can hold is yarn:1\.75;",
+        ),
         ({"rope": "auto"}, "'auto' chooses a scaler for every request"),
         ({"rope": "yarn:2", "length": "4x"}, "yarn:2 reaches 512 tokens on this model, fewer than the requested 1k"),
         ({"target": "tgi"}, "unknown target 'tgi'"),

@@ -91,7 +91,10 @@ def test_static_frequencies_stay_numbers_that_need_no_plug_in(tiny_folder, tmp_p
         ({"rope": "rerope:64"}, "reaches any length; give the number of tokens to be served, such as length='4x'"),
         ({"rope": "self-extend:2,window=64", "length": "4x"}, "reaches 448 tokens on this model, fewer than .* 1024"),
         ({"rope": "rerope:256", "length": "4x"}, "window 256 must be below 256"),
-        ({"rope": "rerope:64", "target": "sglang"}, "vLLM with ropewalk installed serves it by name: target='vllm'"),
+        (
+            {"rope": "rerope:64", "target": "sglang"},
+            "ropewalk installed serve it by name: target='vllm' or target='hf'",
+        ),
     ],
 )
 def test_scalers_that_are_refused(tiny_folder, tmp_path, options, words):
@@ -112,8 +115,6 @@ def test_layers_with_windows_keep_their_own_embedding(tmp_path, family):
     )
     assert "rope_theta" not in content if named.local else content["rope_theta"] == 1e4
     assert read_all(content)[0].label == "rerope:16|logn"
-    with pytest.raises(rw.UnsupportedModel, match=r"names the scaler 'rerope:16\|logn' for vLLM"):
-        rw.load(done.path)
 
 
 def test_layers_of_three_kinds_are_refused():
@@ -133,12 +134,41 @@ def test_models_that_the_plug_in_does_not_serve_are_refused(tiny_folder, tmp_pat
         rw.export(folder, tmp_path / "out", rope="rerope:64", target="vllm", length="4x")
 
 
-def test_neither_transformers_nor_ropewalk_run_the_folder_as_if_it_had_no_scaler(tiny_folder, tmp_path):
+def test_transformers_does_not_run_the_folder_as_if_it_had_no_scaler(tiny_folder, tmp_path):
     done = rw.export(tiny_folder, tmp_path / "out", rope="rerope:64", target="vllm", length="4x")
     with pytest.raises(KeyError, match="ropewalk"):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(done.path))
-    with pytest.raises(rw.UnsupportedModel, match="names the scaler 'rerope:64' for vLLM"):
-        rw.load(done.path)
+    with pytest.raises(rw.UnsupportedModel, match=r"names the scaler 'rerope:64'; ropewalk.load reads"):
+        hf.read(config_of(done.path))
+
+
+def test_ropewalk_loads_the_folder_under_its_scaler(tiny_folder, tmp_path):
+    done = rw.export(tiny_folder, tmp_path / "out", rope="self-extend:8,window=64|logn")
+    assert done.target == "hf" and done.command.startswith("ropewalk transformers-serve ")
+    model, original = rw.load(done.path, dtype="float32"), rw.load(tiny_folder, dtype="float32")
+    text = "def add(a, b):\n    return a + b\n" * 40
+    assert str(model.rope) == "self-extend:8,window=64|logn" and model.reach == done.length
+    original.rope = model.rope
+    assert torch.equal(model.score(text).logprobs, original.score(text).logprobs)
+    model.rope = original.rope = None
+    assert torch.equal(model.score(text[:300]).logprobs, original.score(text[:300]).logprobs)
+    assert not rw.load(done.path, rope="none").rope.parts
+
+
+def test_both_targets_write_the_same_folder_but_for_the_script(tiny_folder, tmp_path):
+    for target in ("hf", "vllm"):
+        rw.export(tiny_folder, tmp_path / target, rope="rerope:64|logn", length="4x", target=target)
+    assert config_of(tmp_path / "hf") == config_of(tmp_path / "vllm")
+    names = {target: {file.name for file in (tmp_path / target).iterdir()} for target in ("hf", "vllm")}
+    assert names["vllm"] - names["hf"] == {"serve.sh"}
+
+
+def test_a_named_folder_is_exported_again_from_the_trained_embedding(tiny_folder, tmp_path):
+    first = rw.export(tiny_folder, tmp_path / "first", rope="self-extend:8,window=64")
+    again = rw.export(first.path, tmp_path / "again", target="vllm")
+    assert config_of(again.path) == config_of(first.path)
+    static = rw.export(first.path, tmp_path / "static", rope="yarn:4")
+    assert config_of(static.path) == config_of(rw.export(tiny_folder, tmp_path / "direct", rope="yarn:4").path)
 
 
 @pytest.mark.parametrize("key", [SCALER_KEY, TRAINED_KEY])
@@ -155,4 +185,8 @@ def test_explain_says_that_vllm_serves_it_with_the_plug_in_and_transformers_refu
     vllm, transformers, *others = read_all(config_of(done.path))
     assert (vllm.engine, vllm.label, vllm.max_length) == ("vLLM", "jet-long:64", 1024)
     assert "refuses the config without" in vllm.notes[0] and "length of 1024" in vllm.notes[1]
-    assert transformers.label == "refuses it" and {other.label for other in others} == {"not read"}
+    assert (
+        transformers.label == "refuses it"
+        and "transformers-serve" in transformers.notes[0]
+        and {other.label for other in others} == {"not read"}
+    )
