@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import position_tables
+
 from ropewalk.evals.contexts.report import facts_markdown, plot_endless, plot_facts
 from ropewalk.evals.continuation.report import plot_continuation, summarize
 from ropewalk.evals.protocols.fixed_target import Repeat
@@ -54,6 +56,8 @@ def tables() -> dict[str, str]:
     return {
         **{name: _run(name) for name in RUNS},
         "models": _models(),
+        "positions-within": position_tables.within(),
+        "positions-beyond": position_tables.beyond(),
         "maps-tiny": _maps_tiny(),
         "repetition": _repetition(),
     }

@@ -1,0 +1,133 @@
+"""The tables of docs/results.md from passes over long texts, by position: three models side by side."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ropewalk.evals.protocols.whole_text import ByPosition, Sliding
+from ropewalk.evals.runs.compare import UNTOUCHED, Difference, column_name, difference
+from ropewalk.evals.runs.result import Losses, Row, Run
+from ropewalk.evals.statistics import paired_difference
+from ropewalk.scaling import format_length
+
+RUN = Path(__file__).resolve().parent / "results" / "positions"
+
+Bucket = dict[str, Row]
+"""The rows of one range of positions in one text, by scaler."""
+
+
+def within() -> str:
+    """What each scaler costs in the second half of the trained length: the paired difference to the untouched model."""
+    run = Run(RUN)
+    buckets = [rows for rows in _buckets(run) if _first(rows)["bucket_end"] == _first(rows)["trained_length"]]
+    lines = [_cells("untouched", [f"loss {rows[UNTOUCHED]['loss']:.3f}" for rows in buckets])]
+    for rope in _ropes(buckets):
+        if rope != UNTOUCHED:
+            changes = [difference(run, rows.get(rope), rows[UNTOUCHED]) for rows in buckets]
+            lines.append(_cells(_code(rope), list(map(_change, changes))))
+    return _table(buckets, lines)
+
+
+def beyond() -> str:
+    """The loss beyond the trained length, and the paired difference to the untouched model that reads less of the text:
+    windows of the trained length."""
+    run = Run(RUN)
+    buckets = [rows for rows in _buckets(run) if _first(rows)["bucket_start"] >= _first(rows)["trained_length"]]
+    cut = [_cut(run, rows) for rows in buckets]
+    shown = ["" if losses is None else f"{losses.mean(dtype=np.float64):.3f}" for losses in cut]
+    lines = [_cells("untouched, cut to the trained length", shown)]
+    for rope in _ropes(buckets):
+        cells = [_beside(run, rows.get(rope), losses) for rows, losses in zip(buckets, cut, strict=True)]
+        lines.append(_cells("untouched" if rope == UNTOUCHED else _code(rope), cells))
+    return _table(buckets, lines)
+
+
+def _beside(run: Run, row: Row | None, cut: Losses | None) -> str:
+    if row is None:
+        return ""
+    losses = run.losses(row)
+    if cut is None or losses is None:
+        return f"{row['loss']:.3f}"
+    mean, low, high = paired_difference(losses, cut)
+    return f"{row['loss']:.3f}, {_change(Difference(mean=mean, low=low, high=high))}"
+
+
+def _cut(run: Run, rows: Bucket) -> Losses | None:
+    """The losses of the untouched model on the same tokens, in windows of the trained length that slide over the
+    text; None if it was not measured."""
+    first = _first(rows)
+    shared = ("model", "text_sha256", "dtype", "weights")
+    for row in run.rows:
+        if row["protocol"] == Sliding.name and all(row[name] == first[name] for name in shared):
+            losses = run.losses(row)
+            assert losses is not None and row["text_tokens"] >= first["bucket_end"], "the windows end before the pass"
+            _check_alignment(run, losses, first)
+            return losses[first["bucket_start"] - 1 : first["bucket_end"] - 1]  # the first token is not scored
+    return None
+
+
+def _check_alignment(run: Run, losses: Losses, pass_row: Row) -> None:
+    """The first window is the beginning of the pass, so its losses are those of the untouched model there."""
+    for other in _buckets(run):
+        row = other.get(UNTOUCHED)
+        if row is not None and row["bucket_end"] <= row["trained_length"] and _same_pass(row, pass_row):
+            expected = run.losses(row)
+            assert expected is not None
+            found = losses[row["bucket_start"] - 1 : row["bucket_end"] - 1]
+            assert np.abs(found - expected).mean() < 0.01, "windows and pass score different tokens"
+
+
+def _same_pass(a: Row, b: Row) -> bool:
+    return all(a[name] == b[name] for name in ("model", "text_sha256", "context", "places"))
+
+
+def _buckets(run: Run) -> list[Bucket]:
+    """Every range of positions of every text and model, in order."""
+    found: dict[tuple[object, ...], Bucket] = {}
+    for row in run.rows:
+        if row["protocol"] == ByPosition.name and row["loss"] is not None:
+            key = (row["model"], row["text"], row["context"], row["bucket_start"])
+            found.setdefault(key, {})[_relative(row["rope"], row["trained_length"])] = row
+    return list(found.values())
+
+
+def _relative(rope: str, trained_length: int) -> str:
+    """A spec with its lengths as multiples of the trained one, which is the same for every model."""
+    return re.sub(r"\b(\d+)k\b", lambda found: f"{int(found[1]) * 1024 / trained_length:g}x", rope)
+
+
+def _ropes(buckets: Sequence[Bucket]) -> list[str]:
+    return list(dict.fromkeys(rope for rows in buckets for rope in rows))
+
+
+def _first(rows: Bucket) -> Row:
+    return next(iter(rows.values()))
+
+
+def _table(buckets: Sequence[Bucket], lines: Sequence[str]) -> str:
+    heads = []
+    for rows in buckets:
+        row = _first(rows)
+        heads.append(f"{row['model']} ({format_length(row['trained_length'])}), {row['text']}, {column_name(row)}")
+    return "\n".join([_cells("method", heads), "|---" * (len(buckets) + 1) + "|", *lines])
+
+
+def _cells(name: str, cells: Sequence[str]) -> str:
+    return f"| {' | '.join([name, *cells])} |"
+
+
+def _code(rope: str) -> str:
+    return f"`{rope.replace('|', chr(92) + '|')}`"
+
+
+def _change(change: Difference | None) -> str:
+    if change is None or not math.isfinite(change.low):
+        return ""
+    if change.is_exactly_zero:
+        return "0"
+    return f"{change.mean:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
