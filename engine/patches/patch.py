@@ -102,10 +102,7 @@ def patched_with(model: nn.Module) -> Scaler | None:
 
 
 def _save(model: PreTrainedModel, scaler: Scaler, *args: Any, **options: Any) -> Any:
-    exportable = not scaler.differs_by_layer and all(
-        scaler.member(facet) is None for facet in ("positions", "temperature")
-    )
-    export = "; ropewalk.export(model, FOLDER) writes a config that has it" if exportable else ""
+    export = "" if scaler.differs_by_layer else "; ropewalk.export(model, FOLDER) writes a config that has it"
     warn(
         f"save_pretrained writes the weights and the config without the patch {scaler}, so a model that is loaded from "
         f"them must be patched again{export}",
