@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import ConfigError
-from .rope import Facet, Factored, Frequencies, RopeSpec, Scaler
+from .rope import LARGEST_FACTOR, Facet, Factored, Frequencies, RopeSpec, Scaler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ class DynamicNTK(Scaler):
     step: int | None = field(default=None, metadata={"length": True})
 
     def __post_init__(self) -> None:
-        if not 1 <= self.factor <= 2**63:
+        if not 1 <= self.factor <= LARGEST_FACTOR:
             raise ConfigError(f"dynamic-ntk: factor {self.factor:g} must be at least 1 and at most 2^63")
         if self.step is not None and self.step < 1:
             raise ConfigError(f"dynamic-ntk: step {self.step} must be at least 1")
@@ -139,8 +139,8 @@ class DynamicNTK(Scaler):
         return math.inf
 
     def frequencies(self, rope: RopeSpec, length: int | None = None) -> Frequencies:
-        stretch = max(length or 0, rope.trained_length) / rope.trained_length
-        return _stretch_base(rope, self.factor * stretch - (self.factor - 1))
+        beyond = max(length or 0, rope.trained_length) / rope.trained_length - 1
+        return _stretch_base(rope, 1 + self.factor * beyond)  # exactly 1 within L, whatever the factor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,8 +38,8 @@ class LongRoPE(Factored):
         for label, factors in (("short", self.short), ("long", self.long)):
             if not factors or not all(math.inf > number > 0 for number in factors):
                 raise ConfigError(f"longrope: {label} must be finite numbers above 0, one for each rotary pair")
-        if self.attention_factor is not None and not math.inf > self.attention_factor > 0:
-            raise ConfigError(f"longrope: attention_factor {self.attention_factor:g} must be finite and above 0")
+        if self.attention_factor is not None and not 0 < self.attention_factor <= 1e6:
+            raise ConfigError(f"longrope: attention_factor {self.attention_factor:g} must be above 0 and at most 1e6")
 
     @property
     def depends_on_length(self) -> bool:  # type: ignore[override]
@@ -50,6 +50,8 @@ class LongRoPE(Factored):
         return f"longrope:{self.factor:g} with {len(self.long)} factors"
 
     def check(self, rope: RopeSpec) -> None:
+        if self.attention_factor is None and rope.trained_length < 2:
+            raise ConfigError("longrope: its rule for m needs a trained length of at least 2; give attention_factor")
         for label, factors in (("short", self.short), ("long", self.long)):
             if len(factors) != rope.dim // 2:
                 raise ConfigError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .band import Band, after, near_and_far, same, zero
-from .rope import Facet, RopeSpec, Scaler
+from .rope import LARGEST_FACTOR, Facet, RopeSpec, Scaler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class LeakyReRoPE(PositionScaler):
 
     def __post_init__(self) -> None:
         self._check_positive(window=self.window)
-        if not 1 <= self.k <= 2**63:
+        if not 1 <= self.k <= LARGEST_FACTOR:
             raise ConfigError(f"leaky-rerope: k {self.k:g} must be 1 to 2^63; for a larger one use rerope")
 
     def check(self, rope: RopeSpec) -> None:

@@ -27,6 +27,11 @@ Facet = Literal["frequencies", "wavelength grid", "positions", "temperature"]
 
 ALL_LAYERS = (range(sys.maxsize),)
 
+LARGEST_FACTOR = 2**63
+"""The largest factor on a length. Positions are int64, so a larger one changes nothing, and numbers may overflow."""
+
+_LONGEST = 2**62  # tokens; position maps add to positions, which are int64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeSpec:
@@ -153,7 +158,7 @@ class Scaler:
         """`rope` for the position map: its trained length is the reach of the frequency method."""
         frequencies = self.member("frequencies")
         reach = frequencies.reach(rope) if frequencies else math.inf
-        return dataclasses.replace(rope, trained_length=int(reach)) if math.isfinite(reach) else rope
+        return dataclasses.replace(rope, trained_length=int(min(reach, _LONGEST))) if math.isfinite(reach) else rope
 
     def __or__(self, other: Scaler) -> Scaler:
         return compose(*self.parts, *other.parts)
@@ -253,9 +258,10 @@ class Factored(Scaler):
     factor: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.factor) and self.factor >= 1):
+        if not 1 <= self.factor <= LARGEST_FACTOR:
             raise ConfigError(
-                f"{self.name}: factor {self.factor:g} must be at least 1 (target length / trained length)"
+                f"{self.name}: factor {self.factor:g} must be at least 1 (target length / trained length) and at most "
+                "2^63"
             )
 
     def reach(self, rope: RopeSpec) -> float:

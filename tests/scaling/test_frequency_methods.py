@@ -29,6 +29,7 @@ from ropewalk.scaling import (
     RopeSpec,
     Scaler,
     YaRN,
+    parse,
 )
 
 # Dynamic methods.
@@ -221,3 +222,24 @@ def test_reach() -> None:
     stretched = 1e4 * 4 ** (128 / 126)
     assert Base(base=stretched).reach(LLAMA2) == pytest.approx(NTK(factor=4).reach(LLAMA2), abs=1)
     assert Base(base=100).reach(LLAMA2) == 4096
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0, 1e9, 2.0**53, 1e18, 2.0**63])
+def test_dynamic_ntk_is_the_untouched_model_within_l_at_every_factor(factor: float) -> None:
+    assert torch.equal(DynamicNTK(factor=factor).frequencies(LLAMA2, 4096).inv_freq, LLAMA2.theta)
+
+
+@pytest.mark.parametrize("spec", ["yarn:1e18|dual-chunk", "linear:9e18|string", "base:1e300|jet-long:1k"])
+def test_maps_over_a_reach_beyond_int64_have_positions(spec: str) -> None:
+    scaler, i = parse(spec), torch.tensor([0, 5000])
+    scaler.check(LLAMA2)
+    for band in scaler.bands(LLAMA2, 10_000):
+        assert bool(band.query(i).isfinite().all()) and bool(band.key(i).isfinite().all())
+        assert bool((band.start(i) >= 0).all()) and bool((band.stop(i) <= i + 1).all())
+
+
+def test_the_rule_of_longrope_needs_two_tokens() -> None:
+    rope, lists = RopeSpec(dim=4, base=1e4, trained_length=1), {"short": (1.0, 1.0), "long": (2.0, 2.0)}
+    with pytest.raises(ConfigError, match=r"needs a trained length of at least 2; give attention_factor"):
+        LongRoPE(factor=4, **lists).check(rope)
+    LongRoPE(factor=4, **lists, attention_factor=1.0).check(rope)
