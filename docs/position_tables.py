@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ def within() -> str:
     for rope in _ropes(buckets):
         if rope != UNTOUCHED:
             changes = [difference(run, rows.get(rope), rows[UNTOUCHED]) for rows in buckets]
-            lines.append(_cells(_code(rope), list(map(_change, changes))))
+            lines.append(_cells(_code(rope), ["" if change is None else changed(change) for change in changes]))
     return _table(buckets, lines)
 
 
@@ -54,7 +53,7 @@ def _beside(run: Run, row: Row | None, cut: Losses | None) -> str:
     if cut is None or losses is None:
         return f"{row['loss']:.3f}"
     mean, low, high = paired_difference(losses, cut)
-    return f"{row['loss']:.3f}, {_change(Difference(mean=mean, low=low, high=high))}"
+    return f"{row['loss']:.3f}, {changed(Difference(mean=mean, low=low, high=high))}"
 
 
 def _cut(run: Run, rows: Bucket) -> Losses | None:
@@ -125,9 +124,6 @@ def _code(rope: str) -> str:
     return f"`{rope.replace('|', chr(92) + '|')}`"
 
 
-def _change(change: Difference | None) -> str:
-    if change is None or not math.isfinite(change.low):
-        return ""
-    if change.is_exactly_zero:
-        return "0"
+def changed(change: Difference) -> str:
+    """A difference with its interval."""
     return f"{change.mean:+.3f} ({change.low:+.3f} to {change.high:+.3f})"

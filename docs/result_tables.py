@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import position_tables
+from position_tables import changed
 
 from ropewalk.evals.contexts.report import facts_markdown, plot_endless, plot_facts
 from ropewalk.evals.continuation.report import plot_continuation, summarize
@@ -16,7 +17,7 @@ from ropewalk.evals.reports.grid import Shown
 from ropewalk.evals.reports.loss_plots import named_groups, plot_run
 from ropewalk.evals.reports.tables import extra_grids, loss_table, reach_table
 from ropewalk.evals.runs.compare import UNTOUCHED, difference
-from ropewalk.evals.runs.result import Row, Run
+from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import format_length
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -139,17 +140,23 @@ def _beside_recomputation(row: dict[str, Any] | None) -> str:
 
 def _models() -> str:
     """What each method costs each model of docs/results/models: the paired difference to the untouched model at the
-    same context."""
+    same context, or at the trained length if the context is beyond it."""
     run = Run(RESULTS / "models")
-    columns: dict[str, dict[str, Row]] = {}
-    for row in run.rows:
-        columns.setdefault(f"{row['model']}, {format_length(row['context'])}", {})[row["rope"]] = row
-    lines = [f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    untouched = [f"loss {rows[UNTOUCHED]['loss']:.3f}" for rows in columns.values()]
-    lines.append(f"| `{UNTOUCHED}` | {' | '.join(untouched)} |")
-    for rope in dict.fromkeys(row["rope"] for row in run.rows if row["rope"] != UNTOUCHED):
-        found = (difference(run, rows.get(rope), rows[UNTOUCHED]) for rows in columns.values())
-        cells = ["" if one is None else f"{one.mean:+.3f} ({one.low:+.3f} to {one.high:+.3f})" for one in found]
+    rows = {(row["model"], row["tokens_sha256"], row["context"], row["rope"]): row for row in run.rows}
+
+    def cell(model: str, scored: str, context: int, rope: str) -> str:
+        row = rows.get((model, scored, context, rope))
+        if row is None:
+            return ""
+        base = rows[model, scored, min(context, row["trained_length"]), UNTOUCHED]
+        change = None if base is row else difference(run, row, base)
+        return f"loss {row['loss']:.3f}" if change is None else changed(change)
+
+    columns = list(dict.fromkeys(key[:3] for key in rows))
+    heads = [f"{model}, {format_length(context)}" for model, _, context in columns]
+    lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
+    for rope in dict.fromkeys(row["rope"] for row in run.rows):
+        cells = [cell(*column, rope) for column in columns]
         lines.append(f"| `{rope.replace('|', chr(92) + '|')}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -37,9 +37,9 @@ from .kernels import HAS_BFLOAT16_PRODUCTS, UNAVAILABLE
 from .tables import StoredLinear, Tables, cache_kernels
 from .threads import share_threads
 
-_MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.int8: 2e-2}
+_MAX_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.int8: 5e-2}
 """Of logits, by the dtype of keys and values: Euclidean norm, relative. Rounding to bfloat16 changes a number by up to
-0.002 of itself; the logits of Gemma 3 270M differ by 0.0024 with it, and by 2e-6 without."""
+0.002 of itself; the logits of Gemma 3 270M differ by 0.0024 with it, by 0.028 with int8, and by 2e-6 with neither."""
 
 _MAX_DIFFERENCE_OF_BLOCKS = 2e-3  # by vectors rounded to 16 bits
 
