@@ -152,6 +152,11 @@ class KVLayer(ContiguousLayer):
         other._join(self._sharers)
         return other
 
+    def update(self, key_states: Tensor, value_states: Tensor, first: int = 0, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append [1, heads, n, dim] and return the keys and values from `first` on."""
+        keys, values = super().update(key_states, value_states)
+        return keys[:, :, first:], values[:, :, first:]
+
     def key_rows(self, start: int, stop: int) -> Tensor:
         """Keys [start, stop), float32 [1, heads, n, dim]."""
         return self.keys[:, :, start:stop].float()
@@ -168,15 +173,15 @@ class Int8Layer(KVLayer):
     key_scales: Tensor
     value_scales: Tensor
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, first: int = 0, **__: Any) -> tuple[Tensor, Tensor]:
         start, end = self.length, self.length + key_states.shape[2]
         self.reserve(end)
         self.write_keys(start, key_states)
         _write_codes(self.values, self.value_scales, start, value_states)
         self.length = end
         return (
-            _numbers(self.keys, self.key_scales, 0, end, key_states.dtype),
-            _numbers(self.values, self.value_scales, 0, end, value_states.dtype),
+            _numbers(self.keys, self.key_scales, first, end, key_states.dtype),
+            _numbers(self.values, self.value_scales, first, end, value_states.dtype),
         )
 
     def key_rows(self, start: int, stop: int) -> Tensor:

@@ -6,6 +6,7 @@ Shape suffixes: N tokens of the chunk, H query heads, K key-value heads, D head 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,7 +35,6 @@ class ChunkAttention:
     def __init__(self, rotation: RotationTable, run: KeyRun, like: Tensor | None = None) -> None:
         like = torch.empty(0) if like is None else like
         self._rotation = rotation
-        self._run = run
         group = rotation.group
         positions = torch.arange(run.key_stop - run.query_stop, run.key_stop)
         self._angles = None
@@ -46,8 +46,10 @@ class ChunkAttention:
         self._work: list[tuple[KeyRun, list[Segment]]] | None = None
         if rotation.mapped:
             self._work = [(run, [rotation.segment(run)])]
-        elif group.window is not None and run.key_stop > group.window:
-            self._work = [(run, [_window(rotation, run, group.window)])]
+        self._first = 0 if rotation.mapped else first_seen(group.window, run)
+        if group.window is not None and not rotation.mapped and run.key_stop > group.window:
+            held = replace(run, key_stop=run.key_stop - self._first)
+            self._work = [(held, [_window(rotation, held, group.window)])]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, score: AttentionScore) -> Tensor:
         """Attention of projected q [1, H, N, D], k and v [1, K, N, D] -> [1, H, N, D]; it also writes the cache."""
@@ -58,12 +60,17 @@ class ChunkAttention:
             q = q if mapped else layout.rotate(q, self._angles)
         if self._temperature is not None:
             q = (q * self._temperature).to(q.dtype)
-        keys, values = layer.update(k, v)
+        keys, values = layer.update(k, v, self._first)
         if self._work is None:
             return causal_attention(q, keys, values, score)
         if mapped:  # once for all blocks, where the cache is narrower
             keys, values = keys.to(q.dtype), values.to(q.dtype)
         return banded_attention(q, keys, values, score, layout if mapped else None, self._work)
+
+
+def first_seen(window: int | None, run: KeyRun) -> int:
+    """The first key that a query of the run sees in layers with a window, or the one before it: it is even."""
+    return 0 if window is None else max(run.key_stop - run.query_stop - window + 1, 0) // 2 * 2
 
 
 def _window(rotation: RotationTable, run: KeyRun, window: int) -> Segment:

@@ -16,6 +16,7 @@ from ...attention.kernel import AttentionScore
 from ...attention.rotation import Angles, cos_sin
 from ...attention.rows import KeyRun
 from ...kv_cache import KVLayer
+from ..chunk_attention import first_seen
 from ..rotation_table import RotationTable
 from .threads import share_threads
 
@@ -55,11 +56,13 @@ class BFloat16Attention:
             self._key_angles = cos_sin(rotation.key_phases(positions), factor=rotation.key_factor, like=like)
         temperature = rotation.temperature(positions)
         self._temperature = None if temperature is None else temperature.float()[:, None]
+        self._first = 0  # of the keys that are read
         self._bands: list[_Band] = []
         if not rotation.mapped:
             window = rotation.group.window or run.key_stop
-            lows = (positions - window + 1).clamp(min=0)
-            self._bands = [_Band(self._key_angles, lows.int(), (positions + 1).int(), None, 0)]
+            self._first = first_seen(rotation.group.window, run)
+            lows, highs = (positions - window + 1).clamp(min=0) - self._first, positions + 1 - self._first
+            self._bands = [_Band(self._key_angles, lows.int(), highs.int(), None, 0)]
             return
         for band in rotation.bands:
             lows = band.start(positions).clamp(min=0)
@@ -83,7 +86,7 @@ class BFloat16Attention:
         if layout is not None:
             assert self._key_angles is not None
             k = layout.rotate(k, self._key_angles)
-        keys, values = (x[0].bfloat16() for x in layer.update(k, v))
+        keys, values = (x[0].bfloat16() for x in layer.update(k, v, self._first))
         q = q[0].float() * (score.scale / math.log(2))
         if self._temperature is not None:
             q = q * self._temperature

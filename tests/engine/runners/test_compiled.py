@@ -7,6 +7,8 @@ import torch
 from decoders import DECODERS, IDS, ROWS, WINDOW, compiled, difference, in_chunks, read
 from families import build
 
+from ropewalk.engine.kv_cache import Int8Layer, KVLayer
+from ropewalk.engine.runners.cpu.kernels import HAS_BFLOAT16_PRODUCTS
 from ropewalk.engine.runners.cpu.kernels.attention import PART
 from ropewalk.engine.runners.decoder_runner import MAX_STEP_TOKENS
 from ropewalk.engine.runners.family import FAMILIES
@@ -64,6 +66,27 @@ def test_a_text_of_many_parts(name, window):
     assert (
         difference(in_chunks(runner, [250, 5, 1, 1, 200, MAX_STEP_TOKENS, 1], ids), expected) < 1e-4
     )  # angles in float32
+
+
+@pytest.mark.parametrize("past", [60, 61])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"][: 1 + HAS_BFLOAT16_PRODUCTS])
+@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
+def test_a_chunk_reads_the_keys_in_its_windows_only(cache, precision, past, monkeypatch):
+    runner = compiled(DECODERS["mistral"](), cache=cache, precision=precision)  # all its layers have windows
+    expected = in_chunks(runner, [1000])[past:]
+    held = runner.new_cache(200)
+    in_chunks(runner, [past], IDS[:, :past], held)
+    update, read_ = KVLayer.update if cache == "bfloat16" else Int8Layer.update, []
+
+    def counted(*args):
+        keys, values = update(*args)
+        read_.append((keys.shape[2], values.shape[2]))
+        return keys, values
+
+    monkeypatch.setattr(KVLayer if cache == "bfloat16" else Int8Layer, "update", counted)
+    found = in_chunks(runner, [1000], IDS[:, past:], held)
+    assert set(read_) == {(len(found) + WINDOW - past % 2,) * 2}
+    assert difference(found, expected) < 0.05
 
 
 def test_a_large_vocabulary_is_widened_in_pieces(monkeypatch):
