@@ -70,6 +70,7 @@ interop: $(OWN) $(STOCK) $(STOCK4) $(VLLM) $(LLAMA_CPP)
 	$(SERVING) $(VLLM) tests/interop/vllm_served.py $(WORK) all $(LONGEST)
 	$(OWN) tests/interop/plugin_prepare.py $(WORK)
 	$(SERVING) $(VLLM) tests/interop/plugin_vllm.py $(WORK)
+	$(SERVING) $(VLLM) tests/interop/plugin_speed.py $(WORK)
 	$(LLAMA_CPP) tests/interop/quantized_llama_cpp.py $(WORK)
 	$(OWN) tests/interop/quantized_ropewalk.py $(WORK)
 	$(OWN) tests/interop/report.py $(WORK); failed=$$?; $(OWN) tests/interop/plugin_report.py $(WORK) || failed=1; \

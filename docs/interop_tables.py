@@ -9,7 +9,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FOUND, QUANTIZED = RESULTS / "interop.json", RESULTS / "quantized.json"
-PLUGIN = RESULTS / "vllm_plugin.json"
+PLUGIN, SPEED = RESULTS / "vllm_plugin.json", RESULTS / "vllm_speed.json"
 TITLES = {
     "transformers": "transformers",
     "transformers4": "transformers 4",
@@ -34,6 +34,7 @@ def tables() -> dict[str, str]:
         "others": _others(found),
         "explained": _explained(found),
         **_plugin_tables(json.loads(PLUGIN.read_text(encoding="utf-8"))),
+        "plugin-speed": _speed(json.loads(SPEED.read_text(encoding="utf-8"))["rows"]),
     }
 
 
@@ -86,6 +87,18 @@ def _plugin_ways(rows: list[dict[str, Any]]) -> str:
         check = row["check"] + (f" ({row['preempted']})" if "preempted" in row else "")
         cells = f"{row['model']} | `{_escaped(row['scaler'])}` | {check} | {largest}"
         lines.append(f"| {cells} | {row['same_text']} of {row['requests']} |")
+    return "\n".join(lines)
+
+
+def _speed(rows: list[dict[str, Any]]) -> str:
+    """Tokens a second, and how many times those of the first row of the same length."""
+    lines = ["| prompt | served by | prompt, tokens/s | | answer, tokens/s | |", "|---" * 6 + "|"]
+    stock: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        first = stock.setdefault(row["tokens"], row)
+        way = row["way"] if row is first else f"plug-in, `{_escaped(row['way'])}`"
+        cells = [f"{row[key]:.0f} | {row[key] / first[key]:.2f}x" for key in ("read", "written")]
+        lines.append(f"| {row['tokens']} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ from .rotation import Angles
 from .rows import KeyRun
 
 if TYPE_CHECKING:
+    from .paged_products import ChunkProducts
     from .paged_steps import PagedSteps
 
 
@@ -60,6 +61,13 @@ def _warn_of_copies(reason: str) -> None:
     warn(RopewalkWarning(f"the keys of a text are copied for each of its tokens, which is slow: {reason}"))
 
 
+def _has_products(q: Tensor, pages: Tensor) -> bool:
+    """True if the compiled kernel with bfloat16 products computes the attention of longer ends of a text."""
+    from ..runners.cpu.kernels import HAS_BFLOAT16_PRODUCTS
+
+    return HAS_BFLOAT16_PRODUCTS and q.dtype == pages.dtype == torch.bfloat16 and q.shape[-1] % 16 == 0
+
+
 class PagedBatch:
     """One forward pass of a batch. All layers share it, since it does not depend on the layer.
 
@@ -82,7 +90,8 @@ class PagedBatch:
         ends = torch.tensor([chunk.length - chunk.stop for chunk in chunks]).repeat_interleave(counts)
         self._positions = torch.arange(self.tokens) + ends
         self._places = self._blocks[rows, self._positions // page], self._positions % page
-        self._segments: dict[Chunk, tuple[int, Segment]] = {}
+        self._segments: dict[Chunk, Segment] = {}  # all layers share them
+        self._products: dict[Chunk, ChunkProducts] = {}
         self._key_angles: dict[torch.dtype, Angles] = {}
 
     def write(self, k_TKD: Tensor, v_TKD: Tensor, pages: Tensor) -> None:
@@ -130,15 +139,22 @@ class PagedBatch:
 
     def _attend_chunk(self, chunk: Chunk, q: Tensor, pages: Tensor, score: AttentionScore, out: Tensor) -> None:
         count, length = chunk.stop - chunk.start, chunk.length
-        if chunk not in self._segments:  # all layers share it
-            page = self.rope.first_key(count, length) // self._page
-            self._segments[chunk] = page, self.rope.segment(count, length, page * self._page)
-        page, segment = self._segments[chunk]
+        page = self.rope.first_key(count, length) // self._page
         k, v = self._gathered(pages, chunk, page)
-        run = KeyRun(None, 0, count, 0, k.shape[2], segment.first)
-        queries = q[chunk.start : chunk.stop].transpose(0, 1)[None]
-        mixed = banded_attention(queries, k, v, score, self.rope.layout, [(run, [segment])])
-        out[chunk.start : chunk.stop] = mixed[0].transpose(0, 1)
+        queries, first = q[chunk.start : chunk.stop].transpose(0, 1), page * self._page
+        if _has_products(q, pages):
+            from .paged_products import ChunkProducts
+
+            if chunk not in self._products:
+                self._products[chunk] = ChunkProducts(self.rope, count, length, first)
+            mixed = self._products[chunk].attend(queries, k[0], v[0], score)
+        else:
+            if chunk not in self._segments:
+                self._segments[chunk] = self.rope.segment(count, length, first)
+            run = KeyRun(None, 0, count, 0, k.shape[2], first)
+            work = [(run, [self._segments[chunk]])]
+            mixed = banded_attention(queries[None], k, v, score, self.rope.layout, work)[0]
+        out[chunk.start : chunk.stop] = mixed.transpose(0, 1)
 
     def _gathered(self, pages: Tensor, chunk: Chunk, page: int) -> tuple[Tensor, Tensor]:
         """The keys and values of a text from a page on, each [1, K, M, D], from [blocks, K, 2, S, D]."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..runners.cpu.tables import CACHE_DTYPES, cache_kernels
+from ..runners.cpu.threads import use_threads
 from .kernel import AttentionScore
 from .paged_rope import PagedRope
 
@@ -45,8 +46,6 @@ class PagedSteps:
 
     def attend(self, q_THD: Tensor, pages: Tensor, score: AttentionScore, out_THD: Tensor) -> None:
         """Write the attention of the tokens into `out_THD`. Their keys are in the pages already."""
-        import numba
-
         from ..runners.cpu.kernels import paged
 
         _, K, _, S, D = pages.shape
@@ -59,9 +58,6 @@ class PagedSteps:
         shape = np.array([H, K, D, 0, 0, layout.start, layout.dim, layout.interleaved], np.int64)
         start, step = pages.data_ptr(), S * D
         places = np.array([start, start + step * pages.element_size(), pages.stride(0), pages.stride(1)], np.int64)
-        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        if numba.get_num_threads() != threads:
-            numba.set_num_threads(threads)
         result, (outs, peaks, sums) = torch.empty(n, H * D), self._buffers(H, D)
         paged(
             shape,
@@ -75,7 +71,7 @@ class PagedSteps:
             peaks,
             sums,
             result.numpy(),
-            threads,
+            use_threads(),
         )
         out_THD[self._tokens] = result.view(n, H, D).to(out_THD.dtype)
 

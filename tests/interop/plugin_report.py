@@ -1,4 +1,5 @@
-"""Writes what was found with the plug-in for vLLM to docs/results/vllm_plugin.json: python plugin_report.py WORK."""
+"""Writes what was found with the plug-in for vLLM to docs/results (vllm_plugin.json, vllm_speed.json):
+python plugin_report.py WORK."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from report import LIMIT, OUT
 
 from ropewalk.scaling.spec import parse
 
-PLUGIN = OUT.with_name("vllm_plugin.json")
+PLUGIN, SPEED = OUT.with_name("vllm_plugin.json"), OUT.with_name("vllm_speed.json")
 
 LARGEST = 1e-4
 """Of a log-probability between vLLM with the plug-in and a patched model under a position map."""
@@ -43,7 +44,9 @@ def failures(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def main() -> None:
     """Everything that was found; fails if something is not as it was promised."""
-    found = json.loads((Path(sys.argv[1]) / "plugin" / "found.json").read_text(encoding="utf-8"))
+    work = Path(sys.argv[1]) / "plugin"
+    SPEED.write_text((work / "speed.json").read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    found = json.loads((work / "found.json").read_text(encoding="utf-8"))
     PLUGIN.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if wrong := list(failures(found)):
         raise SystemExit("\n".join(wrong))

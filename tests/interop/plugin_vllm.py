@@ -118,8 +118,12 @@ GROUPS: dict[str, Check] = {
     "many": functools.partial(opened, "mixed lengths", text="many"),
     "preempted": preempted,
     "two processes": functools.partial(opened, "tensor parallel, 2 processes", text="together", tensor_parallel_size=2),
-    "two stages": functools.partial(
-        opened, "pipeline parallel, 2 processes", text="together", pipeline_parallel_size=2
+    "two stages": functools.partial(  # with eager execution vLLM 0.32 fails in this way for all models on the CPU
+        opened,
+        "pipeline parallel, 2 processes, compiled",
+        text="together",
+        pipeline_parallel_size=2,
+        enforce_eager=False,
     ),
     "compiled": functools.partial(opened, "compiled", text="together", enforce_eager=False),
     "long": functools.partial(opened, "long text", text="long", max_num_batched_tokens=1024),

@@ -6,6 +6,7 @@ Shape suffixes: H query heads, K key-value heads, N queries, M keys, D head dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ....scaling.band import pair_positions
 from ...attention.kernel import AttentionScore
-from ...attention.rotation import Angles, cos_sin
+from ...attention.rotation import Angles, Layout, cos_sin
 from ...attention.rows import KeyRun
 from ...kv_cache import KVLayer
 from ..chunk_attention import first_seen
@@ -24,7 +25,7 @@ _PIECE = 1 << 15  # keys whose values are packed at a time; even
 
 
 @dataclass(frozen=True)
-class _Band:
+class BandPart:
     """The part of a chunk's attention that is in one band.
 
     Args:
@@ -32,6 +33,8 @@ class _Band:
         lows, highs: query n sees the keys lows[n] to highs[n] - 1, int32 [N].
         shift: the angles by which it rotates stored keys from `first` on; None if it reads them as they are.
         first: even.
+
+    Keys are counted from the first one that is given to `banded_products`.
     """
 
     queries: Angles | None
@@ -57,12 +60,12 @@ class BFloat16Attention:
         temperature = rotation.temperature(positions)
         self._temperature = None if temperature is None else temperature.float()[:, None]
         self._first = 0  # of the keys that are read
-        self._bands: list[_Band] = []
+        self._bands: list[BandPart] = []
         if not rotation.mapped:
             window = rotation.group.window or run.key_stop
             self._first = first_seen(rotation.group.window, run)
             lows, highs = (positions - window + 1).clamp(min=0) - self._first, positions + 1 - self._first
-            self._bands = [_Band(self._key_angles, lows.int(), highs.int(), None, 0)]
+            self._bands = [BandPart(self._key_angles, lows.int(), highs.int(), None, 0)]
             return
         for band in rotation.bands:
             lows = band.start(positions).clamp(min=0)
@@ -78,7 +81,7 @@ class BFloat16Attention:
                     first = int(lows[seen].min()) // 2 * 2
                     keys = torch.arange(first, int(highs[seen].max()))
                     shift = cos_sin(rotation.shift(band.key, keys) * f.inv_freq, like=like)
-            self._bands.append(_Band(queries, lows.int(), highs.int(), shift, first))
+            self._bands.append(BandPart(queries, lows.int(), highs.int(), shift, first))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: KVLayer, score: AttentionScore) -> Tensor:
         """Attention of projected q [1, H, N, D], k and v [1, K, N, D] -> [1, H, N, D]; it also writes the cache."""
@@ -87,25 +90,46 @@ class BFloat16Attention:
             assert self._key_angles is not None
             k = layout.rotate(k, self._key_angles)
         keys, values = (x[0].bfloat16() for x in layer.update(k, v, self._first))
-        q = q[0].float() * (score.scale / math.log(2))
-        if self._temperature is not None:
-            q = q * self._temperature
-        state = Softmax(q.shape, len(keys), score.softcap)
-        operands = []
-        for band in self._bands:
-            queries, seen = q, keys
-            if layout is not None and band.queries is not None:
-                queries = layout.rotate(q, band.queries)
-                if band.shift is not None:
-                    seen = layout.rotate(keys[:, band.first : band.first + len(band.shift.cos)], band.shift)
-            operands.append((band, state.packed(queries), seen))
-        for start in range(0, keys.shape[1], _PIECE):
-            stop = min(start + _PIECE, keys.shape[1])
-            pairs = value_pairs(values[:, start:stop])
-            for band, queries, seen in operands:
-                limits = (x.clamp(start, stop) for x in (band.lows, band.highs))
-                state.add(queries, seen, band.first, pairs, start, *limits)
-        return state.result()[None]
+        return banded_products(q[0], keys, values, self._bands, layout, score, self._temperature, share_threads())[None]
+
+
+def banded_products(
+    q_HND: Tensor,
+    k_KMD: Tensor,
+    v_KMD: Tensor,
+    bands: Sequence[BandPart],
+    layout: Layout | None,
+    score: AttentionScore,
+    temperature: Tensor | None,
+    threads: int,
+) -> Tensor:
+    """The attention of a chunk, float32 [H, N, D].
+
+    Args:
+        q_HND: un-rotated.
+        k_KMD, v_KMD: bfloat16; the keys as they are stored.
+        layout: None for a layer without rotation.
+        temperature: the factor on the logits of every query, float32 [N, 1]; None if it is 1.
+    """
+    q = q_HND.float() * (score.scale / math.log(2))
+    if temperature is not None:
+        q = q * temperature
+    state = Softmax(q.shape, len(k_KMD), score.softcap, threads)
+    operands = []
+    for band in bands:
+        queries, seen = q, k_KMD
+        if layout is not None and band.queries is not None:
+            queries = layout.rotate(q, band.queries)
+            if band.shift is not None:
+                seen = layout.rotate(k_KMD[:, band.first : band.first + len(band.shift.cos)], band.shift)
+        operands.append((band, state.packed(queries), seen))
+    for start in range(0, k_KMD.shape[1], _PIECE):
+        stop = min(start + _PIECE, k_KMD.shape[1])
+        pairs = value_pairs(v_KMD[:, start:stop])
+        for band, queries, seen in operands:
+            limits = (x.clamp(start, stop) for x in (band.lows, band.highs))
+            state.add(queries, seen, band.first, pairs, start, *limits)
+    return state.result()
 
 
 class Softmax:
@@ -116,10 +140,10 @@ class Softmax:
         key_heads: K.
     """
 
-    def __init__(self, shape: tuple[int, ...], key_heads: int, softcap: float | None) -> None:
+    def __init__(self, shape: tuple[int, ...], key_heads: int, softcap: float | None, threads: int) -> None:
         from .kernels.flash import TILE
 
-        self._shape, self._tile = shape, TILE
+        self._shape, self._tile, self._threads = shape, TILE, threads
         self._cap = 0.0 if softcap is None else softcap / math.log(2)
         H, N, D = shape
         self._heads, self._rows = key_heads, H // key_heads * N
@@ -160,7 +184,7 @@ class Softmax:
             self._out.numpy(),
             self._peaks.numpy(),
             self._sums.numpy(),
-            share_threads(),
+            self._threads,
         )
 
     def _limits(self, limits: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def in_float64(q, k, v, lows, highs, softcap):
 
 def in_bands(q, k, v, bands, softcap, piece):
     """The same by the kernel, in several bands and several pieces of the keys."""
-    state = Softmax(q.shape, len(k), softcap)
+    state = Softmax(q.shape, len(k), softcap, threads=2)
     queries = state.packed(q.float())
     for start in range(0, k.shape[1], piece):
         stop = min(start + piece, k.shape[1])
