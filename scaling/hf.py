@@ -21,7 +21,17 @@ from .rope import RopeSpec, Scaler
 from .temperature import StepLog
 from .yarn import Llama3, YaRN
 
-__all__ = ["ConfiguredRope", "check_counts", "is_local", "merged_parameters", "read", "text_config", "write"]
+__all__ = [
+    "ConfiguredRope",
+    "check_counts",
+    "is_local",
+    "merged_parameters",
+    "read",
+    "text_config",
+    "text_content",
+    "tokens",
+    "write",
+]
 
 NAMED_TYPE, SCALER_KEY = "ropewalk", "ropewalk_scaler"
 """The rope type of a config that names a scaler (`named_scaler.py`), and the key of its spec."""
@@ -156,6 +166,21 @@ def text_config(config: Any) -> Any:
         return config.get_text_config(decoder=True)
     except ValueError as error:
         raise UnsupportedModel(f"the config has several text models; pass one of them ({error})") from None
+
+
+def text_content(content: Mapping[str, Any]) -> Any:
+    """The part of a config.json's content that describes the text model: its `text_config`, or all of it."""
+    part = content.get("text_config")
+    return part if isinstance(part, Mapping) else content
+
+
+def tokens(content: Mapping[str, Any], key: str) -> int:
+    """The number of tokens under a key of a config.json.
+
+    Raises:
+        ConfigError: there is none, or it is not a number of tokens.
+    """
+    return _length("config.json", key, content.get(key))
 
 
 def _from_json(config: Mapping[str, Any]) -> Any:

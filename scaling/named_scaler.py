@@ -68,13 +68,14 @@ class NamedScaler:
         """The scaler that the content of a config.json names.
 
         Raises:
-            ConfigError: the keys are not complete; the scaler does not work on the model, has no place in a config, or
-                depends on the length and the config gives none.
+            ConfigError: a key is missing, or its value is not valid; the scaler does not work on the model, has no
+                place in a config, or depends on the length and the config gives none.
             UnsupportedModel: no RoPE, or types of layers that are not known.
         """
-        text = config.get("text_config", config)
+        text = hf.text_content(config)
         configured, local = ropes_of_layers(hf.read(as_trained(config)))
-        scaler, length = parse(text[SCALER_KEY], configured.max_length), text.get(LENGTH_KEY)
+        scaler = parse(text[SCALER_KEY], configured.max_length)
+        length = None if text.get(LENGTH_KEY) is None else hf.tokens(text, LENGTH_KEY)
         check_named(scaler, configured, length)
         return cls(configured=configured, scaler=scaler, length=length, local=local)
 
@@ -140,7 +141,7 @@ def check_named(scaler: Scaler, configured: ConfiguredRope, length: int | None) 
 
 def names_scaler(config: Mapping[str, Any]) -> bool:
     """True if the content of a config.json names a scaler."""
-    return is_named(config.get("text_config", config).get("rope_parameters"))
+    return is_named(hf.text_content(config).get("rope_parameters"))
 
 
 def is_named(rope_parameters: Any) -> bool:
@@ -158,7 +159,7 @@ def with_named_scaler(config: Mapping[str, Any], named: NamedScaler, max_length:
         max_length: the tokens to be served.
     """
     changed: dict[str, Any] = json.loads(json.dumps(config))
-    text = changed.get("text_config", changed)
+    text = hf.text_content(changed)
     keys = changed_keys(config, named, max_length)
     for key in _REPLACED:
         text.pop(key, None)
@@ -168,7 +169,7 @@ def with_named_scaler(config: Mapping[str, Any], named: NamedScaler, max_length:
 
 def changed_keys(config: Mapping[str, Any], named: NamedScaler, max_length: int) -> dict[str, Any]:
     """The keys of a config.json that change if it names a scaler. Arguments as for `with_named_scaler`."""
-    text = config.get("text_config", config)
+    text = hf.text_content(config)
     keys: dict[str, Any] = {
         "max_position_embeddings": max_length,
         **_named_rope(named),
@@ -194,12 +195,12 @@ def as_trained(config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a config.json as it was before it named a scaler, if it names one.
 
     Raises:
-        ConfigError: the keys for this are not complete.
+        ConfigError: a key for this is missing, or its value is not valid.
     """
     restored: dict[str, Any] = json.loads(json.dumps(config))
     if not names_scaler(restored):
         return restored
-    text = restored.get("text_config", restored)
+    text = hf.text_content(restored)
     missing = [key for key in (SCALER_KEY, TRAINED_KEY) if text.get(key) is None]
     if missing:
         raise ConfigError(
@@ -207,6 +208,10 @@ def as_trained(config: Mapping[str, Any]) -> dict[str, Any]:
             "MODEL OUT --rope SCALER`"
         )
     trained = text[TRAINED_KEY]
+    if not isinstance(trained, Mapping):
+        raise ConfigError(
+            f"{TRAINED_KEY}={trained!r:.40} must hold the keys that were replaced; export the model again"
+        )
     for key in (*_REPLACED, SCALER_KEY, LENGTH_KEY, TRAINED_KEY):
         text.pop(key, None)
     text.update(trained)

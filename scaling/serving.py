@@ -52,7 +52,7 @@ def read_all(config: Mapping[str, Any]) -> list[EngineReading]:
     notes = [_remove_model_code_keys(text_config), _dual_chunk_note(text_config)]
     configured = hf.read(text_config)
     kind = next((kind for kind in configured if not hf.is_local(kind)), next(iter(configured)))
-    text, length = config.get("text_config", config), "original_max_position_embeddings"
+    text, length = hf.text_content(config), "original_max_position_embeddings"
     if kind is None:
         parameters, written = hf.merged_parameters(text_config), text.get("rope_parameters")
     else:
@@ -76,7 +76,7 @@ def read_all(config: Mapping[str, Any]) -> list[EngineReading]:
 
 def _named_readings(named: NamedScaler, config: Mapping[str, Any]) -> list[EngineReading]:
     """The readings of a config that names a scaler, with vLLM first."""
-    rope, length = named.configured.rope, int(config.get("text_config", config)["max_position_embeddings"])
+    rope, length = named.configured.rope, hf.tokens(hf.text_content(config), "max_position_embeddings")
     notes = ["computes it with ropewalk installed beside it, and refuses the config without (docs/export.md)"]
     if named.length is not None:
         notes.append(f"holds it at a length of {named.length} for all texts")

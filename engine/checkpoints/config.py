@@ -63,7 +63,7 @@ def served_length(source: str, config: Any) -> int:
     if named_scaler(source) is None:
         return primary_rope(config).max_length
     content = config_content(source)
-    return int(content.get("text_config", content)["max_position_embeddings"])
+    return hf.tokens(hf.text_content(content), "max_position_embeddings")
 
 
 def trained_length(name: str) -> int:

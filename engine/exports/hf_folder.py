@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import AssetError
+from ...scaling import hf
 from ..checkpoints.checkpoint import weight_files
 from ..checkpoints.quiet import quiet_transformers
 from ..storage import new_folder
@@ -47,7 +48,7 @@ def with_rope(
         outside_length: the family stores the trained length outside of `rope_parameters`, and that one takes priority.
     """
     changed: dict[str, Any] = json.loads(json.dumps(config))
-    text = changed.get("text_config", changed)
+    text = hf.text_content(changed)
     for key in _FLAT_KEYS:
         text.pop(key, None)
     text["max_position_embeddings"] = length

@@ -180,6 +180,27 @@ def test_a_config_without_one_of_the_keys_is_refused(tiny_folder, tmp_path, key)
         NamedScaler.read(content)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((LENGTH_KEY, value) for value in ("8k", 0, -1, True, 1.5)),
+        *((TRAINED_KEY, value) for value in (5, [1, 2], "ab")),
+        ("max_position_embeddings", None),
+    ],
+)
+def test_a_config_with_an_impossible_value_is_refused(tiny_folder, tmp_path, key, value):
+    done = rw.export(tiny_folder, tmp_path / "out", rope="jet-long:64", target="vllm", length="4x")
+    with pytest.raises(rw.ConfigError, match=f"{key}="):
+        read_all({**config_of(done.path), key: value})
+
+
+def test_a_text_config_of_null_is_none(tiny_folder, tmp_path):
+    done = rw.export(tiny_folder, tmp_path / "out", rope="rerope:64", target="vllm", length="4x")
+    for folder in (tiny_folder, done.path):
+        content = config_of(folder)
+        assert read_all({**content, "text_config": None}) == read_all(content)
+
+
 def test_explain_says_that_vllm_serves_it_with_the_plug_in_and_transformers_refuses_it(tiny_folder, tmp_path):
     done = rw.export(tiny_folder, tmp_path / "out", rope="jet-long:64", target="vllm", length="4x")
     vllm, transformers, *others = read_all(config_of(done.path))
