@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,8 +110,8 @@ def load(
     if tp_plan is not None:
         tensor_parallel.check(tp_plan, device_map, needs_kernels=runner_options.needs_kernels)
         runner_options = RunnerOptions(compile=False)
-    if max_length is not None and max_length < 1:
-        raise ConfigError(Setting("max_length", max_length, "given"), " must be at least 1")
+    if max_length is not None and not (isinstance(max_length, Integral) and max_length >= 1):
+        raise ConfigError(Setting("max_length", repr(max_length), "given"), " must be a whole number of at least 1")
     if in_memory is not None:
         _check_in_memory(in_memory, dtype, device_map, tp_plan)
         model = Model(

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, Setting, did_you_mean
+from ..errors import ConfigError, Setting, UnsupportedModel, did_you_mean
 from ..tokenizer_tools.vocabulary import check_text
 from . import tensor_parallel
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel
 
 ContinuationMode = Literal["auto", "exact", "off"]
 
@@ -207,8 +207,17 @@ def random_source(params: SamplingParams, device: torch.device) -> torch.Generat
     if params.seed is None:
         generator.manual_seed(tensor_parallel.fresh_seed())
     else:
-        generator.manual_seed(params.seed)
+        generator.manual_seed(int(params.seed))
     return generator
+
+
+def not_finite(hf: PreTrainedModel) -> UnsupportedModel:
+    """The error for a model whose logits are NaN or infinite."""
+    return UnsupportedModel(
+        f"the logits of this {type(hf).__name__} are NaN or infinite, so no token can be drawn: its weights hold such "
+        "numbers, or its arithmetic overflows; get an undamaged copy, take another scaler, or ",
+        Setting("dtype", "float32", "load"),
+    )
 
 
 def penalize_repetition(logits_V: Tensor, seen_ids: Tensor, penalty: float) -> Tensor:

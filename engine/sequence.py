@@ -21,7 +21,7 @@ from .hf_model import input_device
 from .prefill import Progress, prefill
 from .prompt import Prompt
 from .runners.runner import Runner
-from .sampling import ResolvedParams, SeenTokens, random_source, sample
+from .sampling import ResolvedParams, SeenTokens, not_finite, random_source, sample
 from .token_healing import draw_first_token, weigh
 
 
@@ -243,15 +243,20 @@ def next_tokens(runner: Runner, sequences: abc.Sequence[Sequence], logits: Tenso
 
     Returns:
         The text that became certain in each sequence.
+
+    Raises:
+        UnsupportedModel: a logit is NaN or infinite.
     """
     counts = [len(sequence.caches) for sequence in sequences]
     logits = logits[:, : runner.vocabulary_size].float()
     draws = list(torch.split(logits, counts))
-    if any(sequence.takes_likeliest for sequence in sequences):
-        likeliest = torch.split(logits.argmax(-1), counts)
+    peaks, indices = logits.max(-1)
+    likeliest, is_finite = torch.split(indices, counts), peaks.isfinite().all()
     for index, sequence in enumerate(sequences):
         draws[index] = likeliest[index] if sequence.takes_likeliest else sequence.draw(draws[index])
-    numbers = iter(torch.cat(draws).tolist())
+    numbers = iter(torch.cat([is_finite[None], *draws]).tolist())
+    if not next(numbers):
+        raise not_finite(runner.hf)
     return [sequence.take(list(islice(numbers, len(drawn)))) for sequence, drawn in zip(sequences, draws, strict=True)]
 
 

@@ -27,7 +27,7 @@ from .prefill import Progress, prefill, score
 from .prompt import Prompt
 from .runners.runner import Runner, token_rows
 from .runners.transformers import TransformersRunner
-from .sampling import ResolvedParams, SamplingParams, penalize_repetition, random_source, resolved, sample
+from .sampling import ResolvedParams, SamplingParams, not_finite, penalize_repetition, random_source, resolved, sample
 
 END = 256  # the index of "the text ends here" among next bytes
 
@@ -102,6 +102,7 @@ def weigh(
     Raises:
         ConfigError: no token is certain and there is no start token.
         PatchError: the cache holds more than the certain tokens and cannot be rewound.
+        UnsupportedModel: a logit is NaN or infinite.
     """
     context = list(cover.common_prefix) or ([] if start is None else [start])
     if not context:
@@ -134,6 +135,8 @@ def weigh(
         tokens = tokens.to(row.device)
         parts.append((torch.full_like(tokens, n), tokens, scores[tokens], logprobs[tokens]))
     nodes, tokens, scores, logprobs = (torch.cat(part) for part in zip(*parts, strict=True))
+    if not logprobs.max().isfinite():
+        raise not_finite(runner.hf)
     return Covers(
         cover=cover,
         context=context,

@@ -10,6 +10,7 @@ from sentencex import get_sentence_boundaries
 
 from ..errors import ConfigError
 from .encode import texts_ids
+from .vocabulary import check_text
 
 _LONGEST = 16  # most characters of a window for each token, so that a word of megabytes does not take hours
 
@@ -31,8 +32,10 @@ def windows(text: str, tokenizer: Any, tokens: int, overlap: int = 0, *, languag
         is split between words, or inside a word if there is no space. A blank text has no windows.
 
     Raises:
-        ConfigError: overlap is not below tokens.
+        ConfigError: the text is not a string, or overlap is not below tokens.
+        DataError: the text has half a surrogate pair.
     """
+    check_text(text)
     if tokens < 1:
         raise ConfigError(f"tokens {tokens} must be at least 1")
     if not 0 <= overlap < tokens:

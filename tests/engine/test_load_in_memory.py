@@ -1,5 +1,6 @@
 """A transformers model in memory becomes a model of ours: the same answers, and none after it was changed."""
 
+import numpy as np
 import pytest
 import torch
 from live import TEXT, greedy
@@ -124,3 +125,32 @@ def test_what_cannot_be_run_as_it_is_is_refused(hf):
         rw.load(LlamaForCausalLM(hf.config))
     with rw.patch(hf, "yarn:2"), pytest.raises(rw.PatchError, match="patched with yarn:2"):
         rw.load(hf)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 1}, {"logprobs": 2}])
+@pytest.mark.parametrize("continuation", ["exact", "off"])
+def test_no_token_is_drawn_from_logits_that_are_not_finite(hf, settings, continuation, number):
+    model = rw.load(hf, compile=False)
+    with torch.no_grad():
+        hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight.clone())
+        hf.lm_head.weight[7] = number
+    model.weights_at_load = None
+    for prompt in ("the qui", ["the qui", "a"]):
+        with pytest.raises(rw.UnsupportedModel, match=r"logits of this LlamaForCausalLM are NaN or infinite"):
+            model.generate(prompt, max_new_tokens=2, continuation=continuation, **settings)
+    if continuation == "exact":
+        with pytest.raises(rw.UnsupportedModel, match="NaN or infinite"):
+            model.next_byte_logprobs("the qui")
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, "8k"])
+def test_a_limit_that_is_no_number_of_tokens_is_refused(hf, length):
+    with pytest.raises(rw.ConfigError, match=r"max_length .* must be a whole number of at least 1"):
+        rw.load(hf, max_length=length)
+
+
+def test_whole_numbers_of_numpy_are_settings(from_files):
+    given, plain = ({"seed": kind(3), "max_new_tokens": kind(4), "top_k": kind(9)} for kind in (np.int64, int))
+    answers = [from_files.generate(TEXT, temperature=1.0, **settings) for settings in (given, plain)]
+    assert answers[0].token_ids == answers[1].token_ids

@@ -94,3 +94,11 @@ def test_a_word_of_a_quarter_megabyte_is_split_in_seconds(tokenizer):
 def test_impossible_sizes_are_refused(tokenizer, tokens, overlap):
     with pytest.raises(rw.ConfigError, match="must be at least"):
         rw.windows(TEXT, tokenizer, tokens=tokens, overlap=overlap)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"), [(None, rw.ConfigError), (b"a", rw.ConfigError), ("a\ud800b", rw.DataError)]
+)
+def test_what_is_no_text_is_refused(tokenizer, text, error):
+    with pytest.raises(error, match=r"must be a string|half a surrogate pair"):
+        rw.windows(text, tokenizer, tokens=5)
