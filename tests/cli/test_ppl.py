@@ -117,3 +117,15 @@ def test_mistakes(tiny_folder, source, tmp_path, options, message):
     assert isinstance(done.exception, rw.RopewalkError), done.output
     with pytest.raises(rw.RopewalkError, match=message):
         raise done.exception
+
+
+@pytest.mark.parametrize(("ropes", "measured"), [((), ["none", "rerope:64"]), (("none",), ["none"])])
+def test_the_scaler_that_a_folder_names_is_measured_unless_others_are_asked_for(
+    tiny_folder, source, tmp_path, ropes, measured
+):
+    folder = rw.export(tiny_folder, tmp_path / "named", rope="rerope:64", length="4x").path
+    options = [word for rope in ropes for word in ("--rope", rope)]
+    done = ppl(folder, source, tmp_path / "run", *options, "--lengths", "2x", "--samples", "1", "--target", "8")
+    assert done.exception is None, done.output
+    assert [row["rope"] for row in Run(tmp_path / "run").rows] == measured
+    assert ("names rerope:64, which is measured too" in done.output) == (ropes == ())

@@ -134,15 +134,22 @@ def chosen_rope(name: str, rope: str) -> str:
     Raises:
         RopewalkError: as `load`.
     """
-    if is_given("rope"):
-        return rope
+    return rope if is_given("rope") else named_rope(name) or rope
+
+
+def named_rope(name: str) -> str | None:
+    """The scaler that the folder of a model names; None if it names none.
+
+    Raises:
+        RopewalkError: as `load`.
+    """
     fetch_model(name)
     with waiting(f"reading the config of {Path(name).name}"):
         from ..engine.checkpoints.config import named_scaler
         from ..engine.checkpoints.source import resolve
 
         named = named_scaler(resolve(name))
-    return rope if named is None else str(named.scaler)
+    return None if named is None else str(named.scaler)
 
 
 def text_option(default: str | None, note: str = "") -> Decorator:
@@ -323,7 +330,9 @@ def measures(
         lengths: default of --lengths, and what they are tokens of; None for a command without.
         max_minutes: help of --max-minutes.
     """
-    head: list[Decorator] = [click.argument("model"), ropes_option(ropes)]
+    compares = "none" in ropes
+    note = " One that the folder of MODEL names is measured too." if compares else ""
+    head: list[Decorator] = [click.argument("model"), ropes_option(ropes, note)]
     if lengths is not None:
         head.append(lengths_option(*lengths))
     tail = (
@@ -347,6 +356,9 @@ def measures(
         ) -> None:
             if dry_run and as_json:
                 raise click.UsageError("--dry-run prints a plan, and --json results; leave out one of them")
+            if compares and not is_given("ropes") and not is_given("endpoint") and (named := named_rope(model)):
+                click.echo(f"{model} names {named}, which is measured too; --rope measures others", err=True)
+                ropes = (*ropes, named)
             asked = Measurement(
                 model=model, ropes=ropes, out=out, max_minutes=max_minutes, dry_run=dry_run, as_json=as_json
             )
