@@ -15,7 +15,7 @@ from ..tokenizer_tools.cover import shared_length
 from .cache import CacheLost, restoring, tokens_read
 from .kv_cache import owned_tokens
 from .prefix_cache import PrefixStore, shared_cache
-from .runners.runner import CHUNK, Runner
+from .runners.runner import Runner
 from .scaled_model import ScaledModel
 from .sequence import Sequence, next_tokens
 
@@ -153,7 +153,7 @@ class Batch:
             others_wait, began = self._admission.others_wait, time.monotonic()
             try:
                 with restoring(*sequence.caches):
-                    is_read = sequence.read_ahead(runner, _TURN if others_wait else CHUNK * runner.chunk_factor)
+                    is_read = sequence.read_ahead(runner, _TURN if others_wait else runner.chunk)
                     if is_read:
                         piece = "" if sequence.done else sequence.first_token(runner)
             except OutOfMemory:

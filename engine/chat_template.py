@@ -18,7 +18,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from ..errors import ConfigError, first_line
-from ..tokenizer_tools.encode import text_ids
+from ..tokenizer_tools.encode import is_mistral, text_ids
 from ..tokenizer_tools.vocabulary import Vocabulary, check_text
 
 Message = Mapping[str, Any]
@@ -29,7 +29,7 @@ _PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning of their ow
 
 def has_chat_template(tokenizer: Any) -> bool:
     """True if the tokenizer can make a prompt of messages."""
-    return bool(getattr(tokenizer, "chat_template", None)) or _is_mistral(tokenizer)
+    return bool(getattr(tokenizer, "chat_template", None)) or is_mistral(tokenizer)
 
 
 def chat_ids(messages: Sequence[Message], tokenizer: Any, vocabulary: Vocabulary) -> list[int]:
@@ -50,7 +50,7 @@ def chat_ids(messages: Sequence[Message], tokenizer: Any, vocabulary: Vocabulary
     texts = list(_strings(list(messages)))
     for text in texts:
         check_text(text)
-    if _is_mistral(tokenizer):  # it never reads names as special tokens
+    if is_mistral(tokenizer):  # it never reads names as special tokens
         return vocabulary.checked(_render(tokenizer, list(messages), tokenize=True))
     names = _special_names(tokenizer)
     mark = _unused_character([*texts, str(tokenizer.chat_template), *names])
@@ -61,17 +61,13 @@ def chat_ids(messages: Sequence[Message], tokenizer: Any, vocabulary: Vocabulary
     return vocabulary.checked(_ids_with_marks(rendered, names, mark, tokenizer, vocabulary))
 
 
-def _is_mistral(tokenizer: Any) -> bool:
-    return hasattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer")
-
-
 def _render(tokenizer: Any, messages: list[Message], *, tokenize: bool) -> Any:
     if not has_chat_template(tokenizer):
         raise ConfigError(
             f"{getattr(tokenizer, 'name_or_path', '') or 'this tokenizer'} has no chat template, so the model is "
             "not a chat model; use generate, or set model.tokenizer.chat_template"
         )
-    options = {} if _is_mistral(tokenizer) else {"add_generation_prompt": True}
+    options = {} if is_mistral(tokenizer) else {"add_generation_prompt": True}
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
     except Exception as error:  # a template is a program, and mistral_common has errors of its own

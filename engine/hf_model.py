@@ -75,7 +75,7 @@ def stored_dtype(hf: PreTrainedModel) -> str:
     sizes: Counter[str] = Counter()
     for packed in packed_weights(hf).values():
         sizes[packed.format.name] += math.prod(packed.shape)
-    return " + ".join(name for name, _ in sizes.most_common()) or str(hf.dtype).removeprefix("torch.")
+    return " + ".join(name for name, _ in sizes.most_common()) or dtype_name(hf.dtype)
 
 
 def fingerprint(hf: PreTrainedModel, stored_in: str) -> str:

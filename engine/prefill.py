@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ..errors import OutOfMemory
 from .cache import CacheLost, restoring, tokens_read
 from .hf_model import input_device
-from .runners.runner import CHUNK, Runner
+from .runners.runner import Runner
 
 _SMALLEST = 64  # tokens of the smallest chunk that is tried
 LOGITS_BUDGET = 2**24  # most float32 logits held at once: 64 MiB, and on a GPU 512
@@ -33,7 +33,7 @@ def prefill(
         OutOfMemory: not even a small chunk fits. The cache holds the chunks before it.
     """
     assert 1 <= logits_to_keep <= len(ids), (logits_to_keep, len(ids))
-    start, size, held, first_logits = 0, CHUNK * runner.chunk_factor, tokens_read(cache), len(ids) - logits_to_keep
+    start, size, held, first_logits = 0, runner.chunk, tokens_read(cache), len(ids) - logits_to_keep
     parts: list[Tensor] = []
     while start < len(ids):
         stop = min(start + size, len(ids))
@@ -79,6 +79,12 @@ def score(runner: Runner, ids: Sequence[int], first: int, cache: Cache, progress
     return torch.cat(logprobs)
 
 
+def most_scored(runner: Runner) -> int:
+    """The most tokens whose logits are held at once."""
+    vocabulary: int = runner.hf.config.get_text_config().vocab_size
+    return min(runner.chunk, max(1, LOGITS_BUDGET * runner.chunk_factor // vocabulary))
+
+
 def scored_logits(
     runner: Runner,
     ids: Sequence[int],
@@ -93,13 +99,11 @@ def scored_logits(
     Args:
         ids, first, cache, progress: as for `score`.
     """
-    vocabulary = runner.hf.config.get_text_config().vocab_size
-    chunk, budget = CHUNK * runner.chunk_factor, LOGITS_BUDGET * runner.chunk_factor
-    scored_chunk = min(chunk, max(1, budget // vocabulary))
+    scored_chunk = most_scored(runner)
     start, end = 0, len(ids) - 1  # token t is predicted at position t - 1, so the last token is not run
     while start < end:
         is_scored = start >= first - 1
-        stop = min(start + scored_chunk, end) if is_scored else min(start + chunk, first - 1)
+        stop = min(start + scored_chunk, end) if is_scored else min(start + runner.chunk, first - 1)
         logits = prefill(runner, ids[start:stop], cache, logits_to_keep=stop - start if is_scored else 1)
         if progress:
             progress(start, stop - start)

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from .cache import rewind, tokens_read
-from .prefill import prefill
-from .runners.runner import CHUNK, Runner
+from .prefill import most_scored, prefill
+from .runners.runner import Runner
 from .sequence import Sequence
-
-_LOGITS_BUDGET = 2**24  # most float32 logits held at once: 64 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +54,7 @@ class ScoredSequence(Sequence):
             self.cache, self.scored = runner.new_cache(self.length), []
         start = len(self.scored)
         rewind(self.cache, tokens_read(self.cache) - start)  # drops a chunk in which memory ran out
-        factor = runner.chunk_factor
-        chunk = min(most, CHUNK * factor, max(1, _LOGITS_BUDGET * factor // runner.vocabulary_size))
-        stop = min(start + chunk, len(ids) - 1)
+        stop = min(start + min(most, most_scored(runner)), len(ids) - 1)
         if start < stop:
             logits = prefill(runner, ids[start:stop], self.cache, logits_to_keep=stop - start)
             self.scored += _scored(

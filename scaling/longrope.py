@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import ConfigError
-from .rope import Factored, Frequencies, RopeSpec, Scaler, compose
+from .rope import Factored, Frequencies, RopeSpec, Scaler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +77,19 @@ def follows_length(scaler: Scaler) -> bool:
 def fix_length(scaler: Scaler, rope: RopeSpec, length: int) -> Scaler:
     """`scaler` with the frequencies for a text of `length` tokens, for texts of every length.
 
-    The frequencies become `LongRoPE` factors, with their factor on cos and sin. Position maps and temperatures of
-    queries do not change. A scaler whose frequencies do not depend on the length is returned unchanged.
+    They become `LongRoPE` factors, with their factor on cos and sin. A scaler whose frequencies do not depend on the
+    length is returned unchanged.
+
+    Args:
+        scaler: it sets frequencies and a wavelength grid only.
     """
     if not follows_length(scaler):
         return scaler
     frequencies = scaler.frequencies(rope, length)
     factors = tuple((rope.theta / frequencies.inv_freq).nan_to_num(1.0).tolist())  # 0 / 0: pairs that do not rotate
-    fixed = LongRoPE(
+    return LongRoPE(
         factor=max(length / rope.trained_length, 1.0),
         short=factors,
         long=factors,
         attention_factor=frequencies.attention_factor,
     )
-    return compose(fixed, *(part for part in scaler.parts if part.facet in ("positions", "temperature")))

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UnsupportedModel
 
-__all__ = ["prompt_ids", "start_ids", "text_ids", "texts_ids"]
+__all__ = ["is_mistral", "prompt_ids", "start_ids", "text_ids", "texts_ids"]
 
 _PROBES = ("a", "0", ".", " ", "\u4e2d")
 
@@ -70,6 +70,11 @@ def start_ids(tokenizer: Any) -> list[int]:
     return []
 
 
+def is_mistral(tokenizer: Any) -> bool:
+    """True for a tokenizer of mistral_common, also inside transformers'."""
+    return hasattr(getattr(tokenizer, "tokenizer", None), "instruct_tokenizer")
+
+
 def _ids(text: str | list[str], tokenizer: Any, *, special_tokens: bool, around: bool) -> Any:
     """The token ids of a text, or with a transformers tokenizer of each of several texts."""
     if hasattr(tokenizer, "encode_special_tokens"):  # of the `tokenizers` library
@@ -78,8 +83,6 @@ def _ids(text: str | list[str], tokenizer: Any, *, special_tokens: bool, around:
             tokenizer.no_padding()
         tokenizer.encode_special_tokens = not special_tokens
         return tokenizer.encode(text, add_special_tokens=around).ids
-    if hasattr(
-        getattr(tokenizer, "tokenizer", None), "instruct_tokenizer"
-    ):  # of mistral_common: names are never tokens
+    if is_mistral(tokenizer):  # names are never tokens
         return tokenizer(text, add_special_tokens=around).input_ids
     return tokenizer(text, add_special_tokens=around, split_special_tokens=not special_tokens, verbose=False).input_ids

@@ -108,8 +108,8 @@ def _row(
     if first not in (0, key_start) and key_stop - key_start > len(run):
         raise PatchError(
             f"row {row} has {key_stop - key_start} keys, and its last position is {run[-1]}: its cache has dropped "
-            "keys, or its text does not begin at position 0. A position map needs the positions of all keys; use a "
-            "cache that keeps them, or positions from 0"
+            "keys, or its text does not begin at position 0. This scaler needs the positions of all keys; use a cache "
+            "that keeps them, or positions from 0"
         )
     return KeyRun(row, query_start, query_stop, key_start, key_stop, first)
 
@@ -155,7 +155,7 @@ def _packed(positions: Tensor, mask: Tensor, queries: int, keys: int) -> list[Ke
             square |= torch.ones_like(square).tril(key_stop - key_start - (stop - start))
         if not torch.equal(seen[row if seen.shape[0] > 1 else 0, 0], expected):
             raise PatchError(
-                f"the attention mask of row {row} is not causal over its texts; a position map or a growing length "
-                "needs a causal mask, with padding on the left or on the right only"
+                f"the attention mask of row {row} is not causal over its texts; this scaler needs a causal "
+                "mask, with padding on the left or on the right only"
             )
     return runs

@@ -23,6 +23,7 @@ from transformers import (
 from ...errors import AssetError, ConfigError, Setting, UnsupportedModel, first_line
 from ...scaling.hf import check_counts
 from ...scaling.named_scaler import as_trained, names_scaler
+from ..hf_model import dtype_name
 from ..packed import packed_weights
 from ..storage import cache_dir
 from .gguf_conversion import converted_gguf, file_behind
@@ -151,8 +152,7 @@ def _read_gguf(
     """The model of a GGUF file on the CPU."""
     wanted: torch.dtype = config.dtype if dtype == "auto" else dtype
     if keep_blocks and (reason := why_not_packed(file)) is not None:
-        name = str(wanted).removeprefix("torch.")
-        sys.stderr.write(f"{file.path.name}: its weights are expanded to {name}, because {reason}\n")
+        sys.stderr.write(f"{file.path.name}: its weights are expanded to {dtype_name(wanted)}, because {reason}\n")
         keep_blocks = False
     model = read_gguf_weights(file, config, dtype=None if keep_blocks else wanted, **options)
     _check_numbers(str(file.path), model)

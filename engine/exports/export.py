@@ -165,9 +165,9 @@ def _source(model: str | Path | ScaledModel | PreTrainedModel, rope: str | Scale
             )
         return _Source(folder=folder, model=None, tokenizer=None, config=config, configured=configured, scaler=rope)
     if isinstance(model, PreTrainedModel):
-        inner, current = model, patched_with(model)
+        current = patched_with(model)
     else:
-        inner, current, tokenizer = model.hf, model.rope, model.tokenizer
+        current, tokenizer = model.rope, model.tokenizer
     inner = check_unmodified(model)
     configured = hf.read(inner.config.get_text_config())
     scaler = current if rope is None else rope

@@ -266,14 +266,14 @@ class BandPatch:
 def _check_call(others: dict[str, Any]) -> None:
     if others.get("output_attentions"):
         raise PatchError(
-            "output_attentions=True does not work under a position map, which never stores the attention weights; undo "
-            "the patch first"
+            "output_attentions=True does not work under this scaler, whose attention stores no weights; undo the patch "
+            "first"
         )
     if others.get("position_bias") is not None:
-        raise PatchError("position bias does not work under a position map; undo the patch first")
+        raise PatchError("position bias does not work under this scaler; undo the patch first")
     if others.get("is_causal") is False and others.get("cache") is None:  # continuous batching gives masks
         raise PatchError(
-            "a position map needs causal attention, and this call asks for attention in both directions; undo the "
+            "this scaler needs causal attention, and this call asks for attention in both directions; undo the "
             "patch first"
         )
 

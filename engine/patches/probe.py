@@ -238,10 +238,13 @@ def _layer(model: PreTrainedModel, index: int, rotated: _Call, plain: _Call, sit
 
 def _is_local(model: PreTrainedModel, call: _Call) -> bool:
     """True for a layer with a sliding window."""
-    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    index = getattr(call.module, "layer_idx", None)
-    named = index is not None and 0 <= index < len(layer_types) and is_local(layer_types[index])
-    return call.sliding_window is not None or named
+    return call.sliding_window is not None or has_local_type(call.module, model.config.get_text_config())
+
+
+def has_local_type(layer: nn.Module, config: Any) -> bool:
+    """True if `config` gives an attention layer a type with a sliding window."""
+    layer_types, index = getattr(config, "layer_types", None) or [], getattr(layer, "layer_idx", None)
+    return index is not None and 0 <= index < len(layer_types) and is_local(layer_types[index])
 
 
 def _layouts(dim: int, head_dim: int) -> list[Layout]:

@@ -7,13 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...scaling.hf import is_local
 from ...scaling.rope import Scaler
 from ..rotary_site import RotarySite, primary_rotary
 from .attention_hook import AttentionHook, unpatched_attention, unpatched_mask
 from .frequency_patch import FrequencyPatch
 from .positions import RotaryHook, positions_of_call, positions_without_padding
-from .probe import layers_without_positions
+from .probe import has_local_type, layers_without_positions
 
 
 class TemperaturePatch:
@@ -65,16 +64,10 @@ class TemperaturePatch:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **others: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The model's own attention. The queries are first multiplied by the temperature at their positions."""
-        if others.get("sliding_window") is None and not _has_window(module):
+        if others.get("sliding_window") is None and not has_local_type(module, module.config):
             positions = positions_without_padding(
                 positions_of_call(others.get("position_ids")), attention_mask, key.shape[2]
             )
             factor = primary_rotary(self.sites).logit_factor(self.scaler, positions)
             query = (query * factor[:, None, :, None]).to(query.dtype)
         return unpatched_attention(module)(module, query, key, value, attention_mask, **others)
-
-
-def _has_window(module: nn.Module) -> bool:
-    layer_types = getattr(module.config, "layer_types", None) or []
-    index = getattr(module, "layer_idx", None)
-    return index is not None and 0 <= index < len(layer_types) and is_local(layer_types[index])

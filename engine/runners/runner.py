@@ -38,7 +38,7 @@ class Runner(ABC):
         is_compiled: True if compiled kernels run the model.
         vocabulary_size: the number of tokens that the model can both read and write. Logits may have more columns,
             for tokens that it cannot read; such a token must not be drawn.
-        chunk_factor: how many times `CHUNK` tokens it reads at a time.
+        chunk_factor: how many times the tokens of a CPU's prefill step it reads at a time.
         rope_state: the scaler in use, and its length if it depends on the length. `use` sets it.
     """
 
@@ -59,6 +59,11 @@ class Runner(ABC):
         """
         self.rope_state = scaler, length
         self._sink_window = _sink_window(scaler, length)
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens of a prefill step."""
+        return CHUNK * self.chunk_factor
 
     @property
     def sink_window(self) -> tuple[int, int] | None:
@@ -153,9 +158,7 @@ class Runner(ABC):
 
     def _room(self, tokens: int) -> int:
         """The most keys that a cache stores while it reads `tokens` tokens."""
-        return (
-            tokens if self.sink_window is None else min(tokens, most_held(self.sink_window) + CHUNK * self.chunk_factor)
-        )
+        return tokens if self.sink_window is None else min(tokens, most_held(self.sink_window) + self.chunk)
 
     def _evict(self, *caches: Cache) -> None:
         """Drop the keys that no later token sees."""

@@ -18,7 +18,7 @@ from .. import tensor_parallel
 from ..attention.causal import ATTENTION_NAME
 from ..attention.rows import counting_up
 from ..cache import attends_to_everything, new_cache, rewind
-from ..hf_model import input_device, stored_dtype
+from ..hf_model import dtype_name, input_device, stored_dtype
 from ..kv_cache import free_on_gpu, gigabytes
 from ..patches.attention_hook import is_replaced
 from .runner import Path, Runner
@@ -62,7 +62,7 @@ class TransformersRunner(Runner):
     @property
     def precision(self) -> str:
         """The dtype of the model, which is also that of its arithmetic, after the formats of packed weights."""
-        dtype = str(self.hf.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.hf.dtype)
         return dtype if self.weights == dtype else f"{self.weights}, {dtype} arithmetic"
 
     @property

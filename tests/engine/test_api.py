@@ -315,7 +315,7 @@ def test_numbers_of_other_libraries_are_numbers(model):
 
 @pytest.mark.parametrize("continuation", ["off", "exact"])
 def test_a_stream_tells_how_much_of_the_prompt_was_read(model, continuation, monkeypatch):
-    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", 32)
+    monkeypatch.setattr("ropewalk.engine.runners.runner.CHUNK", 32)
     steps = []
     params = rw.SamplingParams(max_new_tokens=1, continuation=continuation, temperature=0)
     "".join(model.stream(TEXT, params, progress=lambda start, count: steps.append((start, count))))

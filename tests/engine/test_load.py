@@ -215,7 +215,7 @@ def test_a_device_that_torch_cannot_use_is_named_before_the_weights(tiny_folder,
 @pytest.mark.model
 @pytest.mark.slow
 def test_the_embedded_model_scores_as_transformers_does(monkeypatch):
-    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", 128)
+    monkeypatch.setattr("ropewalk.engine.runners.runner.CHUNK", 128)
     model = rw.load("smollm2-135m", dtype="float32")
     from ropewalk.engine.checkpoints import assets
     from ropewalk.engine.checkpoints.gguf_conversion import converted_gguf

@@ -202,7 +202,7 @@ def test_what_a_session_holds_needs_no_room(on_both, cuda):
 def test_a_gpu_reads_larger_chunks(on_both, cuda, monkeypatch):
     here, there = on_both()
     ids = there.tokenizer.encode(LONG)
-    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", 40)
+    monkeypatch.setattr("ropewalk.engine.runners.runner.CHUNK", 40)
     counts = []
     for model in (here, there):
         forward, counted = model._runner.forward, []
@@ -253,7 +253,7 @@ def test_a_prompt_in_chunks_needs_no_mask(dtype, tiny_folder, tokenizer, cuda, m
     """Attention of ours reads every chunk of a prompt. Without a patch, and under static frequencies."""
     monkeypatch.setattr("ropewalk.engine.load.read_weights", lambda *_, dtype, **__: on_gpu(tiny_folder, dtype))
     model = rw.load(tiny_folder, "yarn:4", device_map="cuda:0", dtype=dtype, tokenizer=tokenizer, compile=False)
-    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", 100 // 4)
+    monkeypatch.setattr("ropewalk.engine.runners.runner.CHUNK", 100 // 4)
     monkeypatch.setattr(model._runner, "chunk_factor", 4)
     cuda.reset()
     there = model.generate(LONG, greedy(4)).text

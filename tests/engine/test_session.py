@@ -250,7 +250,7 @@ def test_a_crop_outside_of_the_text_is_refused(model, length):
 
 
 def test_progress_counts_all_tokens_once_from_where_the_cache_ends(model, monkeypatch):
-    monkeypatch.setattr(rw.engine.prefill, "CHUNK", 40)
+    monkeypatch.setattr("ropewalk.engine.runners.runner.CHUNK", 40)
     session, calls = model.session(), []
     session.append(TEXT * 3, progress=lambda *call: calls.append(call))
     first = session.tokens

@@ -27,7 +27,7 @@ SPECS = pytest.mark.parametrize("spec", ["none", "rerope:16|logn", "ntk:4|self-e
 @pytest.mark.parametrize(("where", "after"), [("layer", 0), ("layer", 2), ("layer", 6)])
 def test_reading_is_interrupted_inside_a_chunk(model, monkeypatch, spec, where, after):
     model.rope = spec
-    monkeypatch.setattr(rw.engine.prefill, "CHUNK", 50)
+    monkeypatch.setattr("ropewalk.engine.runners.runner.CHUNK", 50)
     session = model.session()
     session.append(TEXT)
     with interrupted(monkeypatch, where, after), pytest.raises(KeyboardInterrupt):
@@ -39,7 +39,7 @@ def test_reading_is_interrupted_inside_a_chunk(model, monkeypatch, spec, where, 
 @SPECS
 def test_reading_is_interrupted_by_its_progress_and_goes_on_where_it_was(model, monkeypatch, spec):
     model.rope = spec
-    monkeypatch.setattr(rw.engine.prefill, "CHUNK", 40)
+    monkeypatch.setattr("ropewalk.engine.runners.runner.CHUNK", 40)
     session, calls = model.session(), []
 
     def stop(start, count):

@@ -208,7 +208,7 @@ def test_transformers_models_are_interrupted(request, monkeypatch, which, after)
     for write in (session.append, lambda text: session.generate(text, greedy(5))):
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(rw.engine.prefill, "CHUNK", 20)
+            patch.setattr("ropewalk.engine.runners.runner.CHUNK", 20)
             patch.setattr(layer, "forward", stops)
             with pytest.raises(KeyboardInterrupt):
                 write(TEXT + MORE)

@@ -269,7 +269,7 @@ def test_a_uniform_model_gives_exactly_log2_of_the_vocabulary(tmp_path, monkeypa
 def test_results_do_not_depend_on_the_chunk_or_on_the_order_of_cells(tmp_path, monkeypatch, chunk):
     plan = FixedTarget(contexts=(64, 128), target=48)
     whole = run_plan(tmp_path / "a", tiny_model(), plan, WORDS, scaler="dynamic-ntk")
-    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", chunk)
+    monkeypatch.setattr("ropewalk.engine.runners.runner.CHUNK", chunk)
     model, chunked = tiny_model(), Run(tmp_path / "b")
     for cell in reversed(cells(LocalModel(model), text(WORDS), [parse("linear:3"), parse("dynamic-ntk")], plan)):
         measure(model, cell, chunked)

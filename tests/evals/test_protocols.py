@@ -285,7 +285,7 @@ def test_harm_does_not_depend_on_how_much_is_held_at_once(monkeypatch):
     whole = compare_distributions(*readers, window, lambda past, count: None)
     monkeypatch.setattr("ropewalk.engine.prefill.LOGITS_BUDGET", 257 * 5)
     monkeypatch.setattr("ropewalk.evals.protocols.harm._ROWS", 3)
-    monkeypatch.setattr("ropewalk.engine.prefill.CHUNK", 7)
+    monkeypatch.setattr("ropewalk.engine.runners.runner.CHUNK", 7)
     steps = []
     parts = compare_distributions(*readers, window, lambda past, count: steps.append((past, count)))
     for one, other in zip(whole, parts, strict=True):
