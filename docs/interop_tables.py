@@ -10,6 +10,7 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 FOUND, QUANTIZED = RESULTS / "interop.json", RESULTS / "quantized.json"
 PLUGIN, SPEED = RESULTS / "vllm_plugin.json", RESULTS / "vllm_speed.json"
+SERVED = RESULTS / "vllm-served" / "results.jsonl"
 TITLES = {
     "transformers": "transformers",
     "transformers4": "transformers 4",
@@ -34,6 +35,7 @@ def tables() -> dict[str, str]:
         "others": _others(found),
         "explained": _explained(found),
         **_plugin_tables(json.loads(PLUGIN.read_text(encoding="utf-8"))),
+        "plugin-served": _served([json.loads(line) for line in SERVED.read_text(encoding="utf-8").splitlines()]),
         "plugin-speed": _speed(json.loads(SPEED.read_text(encoding="utf-8"))["rows"]),
     }
 
@@ -87,6 +89,19 @@ def _plugin_ways(rows: list[dict[str, Any]]) -> str:
         check = row["check"] + (f" ({row['preempted']})" if "preempted" in row else "")
         cells = f"{row['model']} | `{_escaped(row['scaler'])}` | {check} | {largest}"
         lines.append(f"| {cells} | {row['same_text']} of {row['requests']} |")
+    return "\n".join(lines)
+
+
+def _served(rows: list[dict[str, Any]]) -> str:
+    """Losses at every length: of vLLM, and of ropewalk's engine under the same scaler and under none."""
+    cells: dict[int, dict[str, float]] = {}
+    for row in rows:
+        way = "vLLM" if row["dtype"] == "served" else "ropewalk" if row["rope"] != "none" else "untouched"
+        cells.setdefault(row["context"], {})[way] = row["loss"]
+    lines = ["| tokens | vLLM with the plug-in | ropewalk | ropewalk, `none` |", "|---" * 4 + "|"]
+    for context, losses in sorted(cells.items()):
+        shown = (f"{losses[way]:.4f}" if way in losses else "" for way in ("vLLM", "ropewalk", "untouched"))
+        lines.append(f"| {context} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
