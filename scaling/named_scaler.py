@@ -15,7 +15,7 @@ from typing import Any, Self
 from ..errors import ConfigError, UnsupportedModel
 from . import hf
 from .configured_rope import ConfiguredRope
-from .hf import NAMED_TYPE, SCALER_KEY
+from .hf_entry import NAMED_TYPE, SCALER_KEY
 from .lengths import format_length
 from .rope import Frequencies, Scaler
 from .spec import Auto, parse
