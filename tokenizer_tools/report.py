@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median, quantiles
 
+from ..errors import DataError
 from . import cuts as prompt_cuts
 from .cover import cover, shared_length
 from .cuts import Cut
@@ -88,11 +89,13 @@ def report(vocabulary: Vocabulary, text: str, *, cuts: int = 1000, seed: int = 0
         seed: seed of their places.
 
     Raises:
-        DataError: the text is too short to cut.
+        DataError: the text is too short to cut, or all of it is unknown to the tokenizer.
     """
     drawn = {kind: prompt_cuts.draw(vocabulary, text, kind, cuts, seed) for kind in KINDS}
     sample = text[:_COMPRESSED]
     tokens = sum(i not in vocabulary.special_ids for i in vocabulary.encode(sample))
+    if not tokens:
+        raise DataError(f"{vocabulary.name} knows no character of this text; give a text that it has tokens for")
     return Report(
         kind=vocabulary.kind,
         size=len(vocabulary.tokens),

@@ -102,6 +102,8 @@ class HuggingFaceVocabulary(Vocabulary):
     def _read_tokens(self) -> None:
         ids = self._backend.get_vocab(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
+        if not (ids or added):
+            raise UnsupportedModel(f"{self.name} has no tokens; get the tokenizer again")
         unknown = ids.get(getattr(self._backend.model, "unk_token", None))
         fallback = not self.byte_level and "<0x00>" in ids
         self.tokens = [b""] * (max([*ids.values(), *added]) + 1)

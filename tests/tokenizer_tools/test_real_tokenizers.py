@@ -176,6 +176,7 @@ def test_transformers_wrapper_of_sentencepiece_has_the_same_covers(tmp_path):
         (lambda: Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1})), "is a WordLevel tokenizer"),
         (lambda: Tokenizer(models.BPE({"a": 0}, [], dropout=0.1)), "dropout = 0.1"),
         (lambda: Tokenizer(models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>")), "end_of_word_suffix"),
+        (lambda: Tokenizer(models.BPE({}, [])), "has no tokens"),
         (lambda: object(), "object is not supported"),
     ],
 )

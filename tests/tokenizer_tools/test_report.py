@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from click.testing import CliRunner
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 import ropewalk as rw
 from ropewalk.cli.main import cli
@@ -20,6 +20,7 @@ from ropewalk.engine.checkpoints.source import load_vocabulary
 from ropewalk.tokenizer_tools import cuts
 from ropewalk.tokenizer_tools.cuts import KINDS, draw
 from ropewalk.tokenizer_tools.report import report
+from ropewalk.tokenizer_tools.vocabularies import vocabulary
 from ropewalk.tokenizer_tools.vocabulary import Vocabulary
 
 
@@ -136,6 +137,13 @@ def test_risk_agrees_with_the_encoder(tiny, code):
 def test_a_text_that_cannot_be_cut_is_refused():
     with pytest.raises(rw.DataError, match="the text has 300 characters; cuts need more than 328"):
         report(Grouped(), "x" * 300)
+
+
+def test_a_text_of_unknown_characters_is_refused():
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    with pytest.raises(rw.DataError, match="Tokenizer knows no character of this text"):
+        report(vocabulary(tokenizer), "日本" * 400, cuts=3)
 
 
 def test_text_that_the_tokenizer_changes_is_not_cut(tmp_path):
