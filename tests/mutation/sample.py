@@ -49,7 +49,7 @@ class Group:
 GROUPS = {
     "scaling": Group(("scaling/*.py",), ("tests/scaling",), 80, "scaling.lengths.x_format_length"),
     "cover": Group(
-        ("tokenizer_tools/cover.py",),
+        ("tokenizer_tools/cover.py", "tokenizer_tools/splits.py"),
         ("tests/tokenizer_tools/test_cover_small.py",),
         500,
         "tokenizer_tools.cover.x_shared_length",

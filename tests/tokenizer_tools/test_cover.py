@@ -10,6 +10,7 @@ from small_tokenizers import KINDS
 
 from ropewalk.errors import DataError
 from ropewalk.tokenizer_tools import cover as cover_module
+from ropewalk.tokenizer_tools import splits
 from ropewalk.tokenizer_tools.cover import cover, split_character
 
 
@@ -20,7 +21,7 @@ def test_next_byte_distribution_is_the_sum_over_all_strings(kind, seed):
 
 
 def one_probe(monkeypatch):
-    monkeypatch.setattr(cover_module, "CONTINUATIONS", ("",))
+    monkeypatch.setattr(splits, "CONTINUATIONS", ("",))
 
 
 def one_deep(monkeypatch):
