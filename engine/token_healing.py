@@ -165,8 +165,8 @@ def text_logprob(
 
 def _leaves(paths: Sequence[Path]) -> list[Path]:
     """The paths that no other path extends, the longest first."""
-    leaves = [path for path in dict.fromkeys(paths) if not any(_extends(other, path) for other in paths)]
-    return sorted(leaves, key=len, reverse=True)
+    extended = {path[:count] for path in paths for count in range(len(path))}
+    return sorted((path for path in dict.fromkeys(paths) if path not in extended), key=len, reverse=True)
 
 
 def _path_logits(
@@ -195,10 +195,6 @@ def _path_logits(
         rows = runner.forward(list(leaf[common:]), branch, logits_to_keep=len(leaf) - common).float()
         logits.update({leaf[: common + k + 1]: row for k, row in enumerate(rows)})
     return logits, cached
-
-
-def _extends(longer: Path, path: Path) -> bool:
-    return len(longer) > len(path) and longer[: len(path)] == path
 
 
 @dataclass(frozen=True, kw_only=True)
