@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any
 
@@ -115,14 +115,23 @@ def _unused_character(texts: Sequence[str]) -> str:
 def _with_marks(text: str, names: Sequence[str], mark: str) -> str:
     """`text` with a mark inside every name of a special token, and inside a part of a name at either end."""
     if names:
-        text = re.sub("|".join(map(re.escape, names)), lambda name: name[0][0] + mark + name[0][1:], text)
+        whole, beginnings, ends, longest = _parts(tuple(names))
+        text = whole.sub(lambda name: name[0][0] + mark + name[0][1:], text)
         body = text.rstrip()
-        if any(body.endswith(name[:n]) for name in names for n in range(1, len(name))):
+        if any(body[-n:] in beginnings for n in range(1, longest)):
             text = body + mark + text[len(body) :]
         body = text.lstrip()
-        if any(body.startswith(name[n:]) for name in names for n in range(1, len(name))):
+        if any(body[:n] in ends for n in range(1, longest)):
             text = text[: len(text) - len(body)] + mark + body
     return text
+
+
+@lru_cache(maxsize=4)
+def _parts(names: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str], frozenset[str], int]:
+    """A pattern of names, their proper beginnings, their proper ends, and the length of the longest name."""
+    beginnings = frozenset(name[:n] for name in names for n in range(1, len(name)))
+    ends = frozenset(name[n:] for name in names for n in range(1, len(name)))
+    return re.compile("|".join(map(re.escape, names))), beginnings, ends, max(map(len, names))
 
 
 def _ids_with_marks(

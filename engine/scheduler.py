@@ -110,6 +110,18 @@ class Scheduler:
             held = owned_tokens(self._held_caches()) * runner.bytes_per_token
             runner.check_room(*sequence.row_lengths, reserved=-held)
 
+    def check_count(self, requests: int) -> None:
+        """Refuse a number of requests that the scheduler never takes at once.
+
+        Raises:
+            ConfigError: with the numbers.
+        """
+        if requests > self._limit:
+            raise ConfigError(
+                f"{requests:,} answers at once are more than the {self._limit} that this server takes; ask for "
+                "fewer (n times the prompts), or serve with a larger --queue"
+            )
+
     def submit(self, *requests: Request) -> None:
         """Accept requests, all of them or none.
 
@@ -117,11 +129,7 @@ class Scheduler:
             ConfigError: they are more than the scheduler ever takes.
             QueueFull: too many are waiting, or the scheduler is closed.
         """
-        if len(requests) > self._limit:
-            raise ConfigError(
-                f"{len(requests)} answers at once are more than the {self._limit} that this server takes; ask for "
-                "fewer (n times the prompts), or serve with a larger --queue"
-            )
+        self.check_count(len(requests))
         with self._changed:
             if self._closed:
                 raise QueueFull("the server is shutting down; send the request to another one")

@@ -24,7 +24,12 @@ class StopStringMatcher:
             safe, self._held = self._held[: min(starts)], ""
             return safe
         length = max(
-            (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])),
+            (
+                n
+                for stop in self._stops
+                for n in range(1, min(len(stop), len(self._held) + 1))
+                if self._held.endswith(stop[:n])
+            ),
             default=0,
         )
         end = len(self._held) - length

@@ -134,10 +134,13 @@ class EndpointError(RopewalkError):
     """A server that cannot be reached, or whose answer cannot be used."""
 
 
+_COMPARED = 100  # characters of a word that are compared with names
+
+
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """`" Did you mean 'yarn'?"` if `word` is close to one of `known`, else a list of all names."""
     names = sorted(known)
-    close = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word)[:_COMPARED].lower(), names, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(names)}."
 
 

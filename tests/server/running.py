@@ -1,5 +1,6 @@
 """A server in a thread of this process, for the tests."""
 
+import json
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ import uvicorn
 
 import ropewalk as rw
 from ropewalk.server.app import Limits, ModelServer
+from ropewalk.server.connection import http_options
 
 TEXT = "def walk(top):\n    for name in sorted(names):\n"
 
@@ -19,16 +21,24 @@ def serving(model, **options):
     """The root URL of a server for `model`, and the server."""
     limits = Limits(**options.pop("limits", {}))
     server = ModelServer(model, "tiny", limits=limits, **options)
+    with listening(server.app()) as url:
+        yield url, server
+
+
+@contextmanager
+def listening(app):
+    """The root URL of an ASGI application."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    http = uvicorn.Server(uvicorn.Config(server.app(), host="127.0.0.1", port=port, log_level="warning"))
+    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", **http_options())
+    http = uvicorn.Server(config)
     thread = threading.Thread(target=http.run)
     thread.start()
     while not http.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{port}", server
+        yield f"http://127.0.0.1:{port}"
     finally:
         http.should_exit = True
         thread.join(60)
@@ -41,6 +51,29 @@ def greedy(tokens, **more):
 
 def post(url, path="/v1/completions", **fields):
     return httpx2.post(url + path, json={"temperature": 0, **fields}, timeout=60)
+
+
+def refused(url, fields, status=400, path="/v1/completions"):
+    """The message of a refusal, which is short and quick."""
+    began = time.monotonic()
+    answer = httpx2.post(url + path, content=json.dumps(fields).encode(), timeout=60)
+    assert answer.status_code == status, answer.text[:300]
+    assert len(answer.content) < 5000
+    assert time.monotonic() - began < 10
+    return answer.json()["error"]["message"]
+
+
+def raw(url, text, timeout=20):
+    """All that a server answers to the bytes of `text`."""
+    with connected(url, timeout) as client:
+        client.sendall(text.encode())
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+@contextmanager
+def connected(url, timeout=20):
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout) as client:
+        yield client
 
 
 def waits(condition, seconds=20):

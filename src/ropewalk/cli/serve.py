@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any
 
 import click
@@ -40,7 +39,7 @@ from .waiting import load_model
     help="Keys and values kept for prompts that begin like earlier ones.",
 )
 @click.option(
-    "--body-mb", default=32, show_default=True, type=click.IntRange(1), help="Largest request; a larger one gets a 413."
+    "--body-mb", default=8, show_default=True, type=click.IntRange(1), help="Largest request; a larger one gets a 413."
 )
 @click.option(
     "--chat-tokens",
@@ -89,6 +88,7 @@ def serve(
         import uvicorn
 
         from ..server.app import Limits, ModelServer
+        from ..server.connection import http_options, is_loopback
     except ImportError as error:
         raise ConfigError(
             f"{error.name} is not installed, which the server needs; run: pip install 'ropewalk[serve]'"
@@ -106,11 +106,11 @@ def serve(
     limits = Limits(
         rows=rows, queue=queue, cache_bytes=cache_mb << 20, body_bytes=body_mb << 20, chat_tokens=chat_tokens
     )
-    server = ModelServer(loaded, name or model, api_key=api_key, limits=limits)
+    server = ModelServer(loaded, name or model, api_key=api_key, local=is_loopback(host), limits=limits)
     click.echo(loaded.describe(), err=True)
-    if api_key is None and not _is_loopback(host):
+    if api_key is None and not is_loopback(host):
         click.echo(f"ropewalk: anyone who reaches {host} can use this server; --api-key KEY asks for a key", err=True)
-    uvicorn.run(server.app(), host=host, port=port, log_level="info", timeout_graceful_shutdown=None)
+    uvicorn.run(server.app(), host=host, port=port, log_level="info", **http_options())
 
 
 @command(
@@ -130,10 +130,3 @@ def transformers_serve(folder: str, options: tuple[str, ...]) -> None:
     from ..engine.exports.transformers_serve import serve
 
     serve(folder, options)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

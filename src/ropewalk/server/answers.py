@@ -14,7 +14,7 @@ from ..engine.completion import Completion, Token
 from ..engine.prompt_score import ScoredToken
 from ..engine.scheduler import QueueFull
 from ..errors import ContextOverflow, OutOfMemory, RopewalkError, Setting
-from ..tokenizer_tools.characters import finished_text
+from ..tokenizer_tools.characters import finished_text, unfinished
 from ..tokenizer_tools.token_texts import TokenTexts
 
 _LOG = logging.getLogger("ropewalk.server")
@@ -55,16 +55,22 @@ def error_object(message: str, kind: str, code: str | None = None, field: str | 
     return {"error": {"message": _printable(message), "type": kind, "param": field and _printable(field), "code": code}}
 
 
-def described(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Status and body for an error. One that ropewalk does not raise on purpose goes to the log."""
+def described(error: Exception, own: str, name: str) -> tuple[int, dict[str, Any]]:
+    """Status and body for an error. One that ropewalk does not raise on purpose goes to the log.
+
+    Args:
+        own: the model's name in messages, which may be a path.
+        name: what clients call the model.
+    """
+    message = _message(error).replace(own, name)
     if isinstance(error, QueueFull):
-        return 429, error_object(_message(error), "rate_limit_error", "queue_full")
+        return 429, error_object(message, "rate_limit_error", "queue_full")
     if isinstance(error, OutOfMemory):
-        return 503, error_object(_message(error), "server_error", "out_of_memory")
+        return 503, error_object(message, "server_error", "out_of_memory")
     if isinstance(error, ContextOverflow):
-        return 400, error_object(_message(error), "invalid_request_error", "context_length_exceeded")
+        return 400, error_object(message, "invalid_request_error", "context_length_exceeded")
     if isinstance(error, RopewalkError):
-        return 400, error_object(_message(error), "invalid_request_error", field=getattr(error, "field", None))
+        return 400, error_object(message, "invalid_request_error", field=getattr(error, "field", None))
     _LOG.exception("a request failed", exc_info=error)
     return 500, error_object("the server failed; its log says why", "server_error")
 
@@ -127,7 +133,8 @@ class CompletionLogprobs:
     token_logprobs: list[float | None] = field(default_factory=list)
     top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
     text_offset: list[int] = field(default_factory=list)
-    _data: bytes = b""
+    _length: int = 0  # characters so far
+    _rest: bytes = b""  # after those: the beginning of one
 
     def add(self, token: int, logprob: float | None, top: dict[int, float] | None) -> None:
         self.tokens.append(self.texts.text(token))
@@ -137,8 +144,10 @@ class CompletionLogprobs:
             named = {self.texts.text(other): value for other, value in top.items()}
             named.setdefault(self.texts.text(token), logprob)
         self.top_logprobs.append(named)
-        self.text_offset.append(len(finished_text(self._data)))
-        self._data += self.texts.data(token)
+        self.text_offset.append(self._length)
+        data = self._rest + self.texts.data(token)
+        self._length += len(finished_text(data))
+        self._rest = unfinished(data)
 
     def take(self) -> dict[str, Any]:
         """What was added since the last call."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,9 +24,13 @@ from ..engine.model import Model
 from ..engine.scheduler import Scheduler
 from ..errors import did_you_mean
 from . import answers
+from .bodies import Bodies
+from .connection import host_name, is_loopback
 from .job import Job
 from .metrics import Metrics
 from .requests import Asked, read_chat, read_completion, read_json
+
+_LARGE = 256 << 10  # bytes of a body; larger ones are tokenized one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,7 @@ class Limits:
     rows: int = 8
     queue: int = 64
     cache_bytes: int = 1 << 30
-    body_bytes: int = 32 << 20
+    body_bytes: int = 8 << 20
     chat_tokens: int = 1024
 
 
@@ -67,10 +72,22 @@ class ModelServer:
     Args:
         name: what clients call the model.
         api_key: clients have to send it, if given.
+        local: only programs of this machine use the server, so without a key no web page may.
     """
 
-    def __init__(self, model: Model, name: str, *, api_key: str | None = None, limits: Limits | None = None) -> None:
-        self.model, self.name, self._key, self._limits = model, name, api_key, limits or Limits()
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        *,
+        api_key: str | None = None,
+        local: bool = False,
+        limits: Limits | None = None,
+    ) -> None:
+        self.model, self.name, self._key, self._local = model, name, api_key, local
+        self._limits = limits or Limits()
+        self._bodies = Bodies(self._limits.body_bytes)
+        self._large = asyncio.Semaphore(1)  # tokenizing one takes seconds, and much memory
         self.scheduler = Scheduler(
             model, rows=self._limits.rows, waiting=self._limits.queue, cache_bytes=self._limits.cache_bytes
         )
@@ -93,7 +110,9 @@ class ModelServer:
             Route("/v1/completions", self._answered(self.completions), methods=["POST"]),
             Route("/v1/chat/completions", self._answered(self.chat), methods=["POST"]),
         ]
-        return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+        app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+        app.router.redirect_slashes = False  # a redirection would go to the host that the request names
+        return app
 
     async def health(self, _: HttpRequest) -> Response:
         return JSONResponse({"status": "ok"})
@@ -110,29 +129,15 @@ class ModelServer:
 
     async def completions(self, request: HttpRequest) -> Response:
         """`/v1/completions`."""
-        asked = await self._read(request, read_completion)
-        return await self._answer(request, asked)
+        return await self._answer(request, read_completion)
 
     async def chat(self, request: HttpRequest) -> Response:
         """`/v1/chat/completions`."""
-        asked = await self._read(request, partial(read_chat, default_tokens=self._limits.chat_tokens))
-        return await self._answer(request, asked)
-
-    async def _read(self, request: HttpRequest, read: Callable[[dict[str, Any]], Asked]) -> Asked:
-        limit = self._limits.body_bytes
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise HTTPException(413, f"the body has more than the {limit:,} bytes that this server takes")
-        fields = read_json(bytes(body))
-        if isinstance(name := fields.get("model"), str):
-            self._check_model(name)
-        return read(fields)
+        return await self._answer(request, partial(read_chat, default_tokens=self._limits.chat_tokens))
 
     def _check_model(self, name: str) -> None:
         if name not in (self.name, self.model.name):
-            raise HTTPException(404, f"this server has no model {name!r}.{did_you_mean(name, [self.name])}")
+            raise HTTPException(404, f"this server has no model {name[:100]!r}.{did_you_mean(name, [self.name])}")
 
     def _listed(self) -> dict[str, Any]:
         limit = self.model.max_length
@@ -145,9 +150,17 @@ class ModelServer:
             "rope": str(self.model.rope),
         }
 
-    async def _answer(self, request: HttpRequest, asked: Asked) -> Response:
-        job = await run_in_threadpool(Job, asked, self.model, self.scheduler, self.metrics, self.name)
-        job.submit()
+    async def _answer(self, request: HttpRequest, read: Callable[[dict[str, Any]], Asked]) -> Response:
+        async with self._bodies.read(request) as body:
+            fields = read_json(body)
+            if isinstance(name := fields.get("model"), str):
+                self._check_model(name)
+            asked = read(fields)
+            async with self._large if len(body) > _LARGE else nullcontext():
+                if len(body) > _LARGE and await request.is_disconnected():
+                    raise ClientDisconnect
+                job = await run_in_threadpool(Job, asked, self.model, self.scheduler, self.metrics, self.name)
+            job.submit()
         if asked.stream:
             return _EventStream(job.events(request.is_disconnected), job.cancel)
         try:
@@ -162,6 +175,7 @@ class ModelServer:
 
         async def handle(request: HttpRequest) -> Response:
             try:
+                self._check_sender(request)
                 if protected:
                     self._check_key(request)
                 response = await handler(request)
@@ -170,12 +184,24 @@ class ModelServer:
             except HTTPException as error:
                 response = await _http_error(request, error)
             except Exception as error:
-                status, body = answers.described(error)
+                status, body = answers.described(error, self.model.name, self.name)
                 response = JSONResponse(body, status, headers={"Retry-After": "5"} if status in (429, 503) else None)
             self.metrics.requests.labels(request.scope["route"].path, response.status_code).inc()
             return response
 
         return handle
+
+    def _check_sender(self, request: HttpRequest) -> None:
+        """Refuse web pages of other servers, which a browser on this machine may show, where no key keeps them away."""
+        if self._key is not None or not self._local:
+            return
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if host and not is_loopback(host_name(host)):
+            raise HTTPException(
+                403, "this server answers to localhost only; for other names, serve with --api-key, or --host ADDRESS"
+            )
+        if origin is not None and origin.partition("://")[2] != host:
+            raise HTTPException(403, "a web page of another server asks; for those, serve with --api-key")
 
     def _check_key(self, request: HttpRequest) -> None:
         if self._key is None:

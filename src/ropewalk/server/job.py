@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from ..engine.chat_template import chat_ids
 from ..engine.completion import Completion, Token
 from ..engine.model import Model
+from ..engine.prompt import Prompt
 from ..engine.prompt_score import ScoredSequence
 from ..engine.sampling import SamplingParams
 from ..engine.scaled_model import RopePlan
@@ -59,8 +60,10 @@ class Job:
         self._started = time.monotonic()
         self._asked, self._vocabulary, self._scheduler, self._metrics = asked, model.vocabulary, scheduler, metrics
         self._texts = TokenTexts(model.vocabulary, model.tokenizer)
+        self._own_name = model.name
         self._header = answers.Header.new("chatcmpl" if asked.is_chat else "cmpl", name)
         self._plan = model.plan if asked.rope is None else model.plan_for(asked.rope)
+        scheduler.check_count(asked.count * max(1, len(asked.prompts)))
         sequences = _sequences(asked, model, self._plan)
         for sequence in sequences:
             scheduler.check_room(sequence, self._plan.at(sequence.length))
@@ -128,7 +131,7 @@ class Job:
         except ClientDisconnect:
             return
         except Exception as error:
-            _, body = answers.described(error)
+            _, body = answers.described(error, self._own_name, self._header.model)
             yield answers.sse(body)
             return
         if asked.stream_usage:
@@ -244,14 +247,17 @@ def _sequences(asked: Asked, model: Model, plan: RopePlan) -> list[Sequence]:
     prompts: list[str | list[int]] = asked.prompts
     if asked.is_chat:
         prompts = [chat_ids(asked.messages, model.tokenizer, model.vocabulary)]
-    return [_sequence(asked, prompt, params, model, plan) for prompt in prompts for params in each]
-
-
-def _sequence(asked: Asked, prompt: str | list[int], params: SamplingParams, model: Model, plan: RopePlan) -> Sequence:
     if asked.contexts:
-        assert isinstance(prompt, str)
-        return model.over_contexts(prompt, asked.contexts, "entropy", params, plan=plan)
-    read = model.read(prompt, params.continuation, plan=plan)
+        return [
+            model.over_contexts(str(prompt), asked.contexts, "entropy", params, plan=plan)
+            for prompt in prompts
+            for params in each
+        ]
+    read = [model.read(prompt, params.continuation, plan=plan) for prompt in prompts]
+    return [_sequence(asked, prompt, params, model, plan) for prompt in read for params in each]
+
+
+def _sequence(asked: Asked, read: Prompt, params: SamplingParams, model: Model, plan: RopePlan) -> Sequence:
     model.check_reach(len(read.ids), params, plan)
     parts = (read, model.resolved(params), model.vocabulary, model.stop_ids)
     if asked.scores_prompt:

@@ -11,6 +11,9 @@ from ..engine.sampling import SamplingParams
 from ..errors import ConfigError, did_you_mean
 
 MOST_CHOICES = 16  # answers to one request
+MOST_CONTEXTS, CONTEXT_TEXT = 256, 8 << 20  # of all answers of a request together, and their characters
+MOST_STOPS, LONGEST_STOP = 16, 1000  # stop strings, and characters of one
+LONGEST_TEXT, DEEPEST = 4096, 8  # characters of `rope`; lists and objects in one another, in a message
 _MOST_LOGPROBS = 20
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "max_time", "continuation")
@@ -144,13 +147,17 @@ class _Body:
         return value
 
     def text(self, name: str) -> str | None:
-        value: str | None = self.take(name, "a text", lambda value: isinstance(value, str))
+        kind = f"a text of at most {LONGEST_TEXT:,} characters"
+        value: str | None = self.take(name, kind, lambda value: isinstance(value, str) and len(value) <= LONGEST_TEXT)
         return value
 
     def sampling(self) -> dict[str, Any]:
-        return {
-            name: value for name in _SAMPLING if (value := self.take(name, "given", lambda value: True)) is not None
+        stops = f"a text or at most {MOST_STOPS}, of at most {LONGEST_STOP:,} characters each", _are_stops
+        given = {
+            name: self.take(name, *(stops if name == "stop" else ("a number or one word", _is_short)))
+            for name in _SAMPLING
         }
+        return {name: value for name, value in given.items() if value is not None}
 
     def finish(self) -> None:
         """Refuse what nobody took.
@@ -161,7 +168,7 @@ class _Body:
         for name, value in self._fields.items():
             if not self._prefix and (name in _IGNORED or value in _NEUTRAL.get(name, ())):
                 continue
-            field = self._prefix + name
+            field = (self._prefix + name)[:100]
             if field in _NEUTRAL:
                 raise BadRequest(f"{field} is not supported by this server; leave it out", field)
             raise BadRequest(f"{field!r} is no field of this request.{did_you_mean(name, self._known)}", field)
@@ -209,7 +216,14 @@ def read_completion(fields: dict[str, Any], *, default_tokens: int = 16) -> Aske
 
 
 def _check_question(asked: Asked) -> None:
-    """Refuse what has no meaning with contexts."""
+    """Refuse what has no meaning with contexts, and contexts that would be read too often."""
+    answers = asked.count * len(asked.prompts)
+    if answers * len(asked.contexts) > MOST_CONTEXTS or answers * sum(map(len, asked.contexts)) > CONTEXT_TEXT:
+        raise BadRequest(
+            f"contexts are read for each answer (n times the prompts): at most {MOST_CONTEXTS} together, of "
+            f"{CONTEXT_TEXT:,} characters; this request asks for {answers * len(asked.contexts):,}",
+            "contexts",
+        )
     if not all(isinstance(prompt, str) for prompt in asked.prompts):
         raise BadRequest("contexts need a prompt that is one text, not token ids", "prompt")
     if not all(str(prompt).strip() for prompt in asked.prompts):
@@ -300,11 +314,29 @@ def _message(number: int, message: Any) -> dict[str, Any]:
         content = "".join(map(str, parts))
     if not isinstance(content, str):
         raise BadRequest(f"messages[{number}] must have a text as its content", "messages")
-    return {**message, "content": content}
+    more = {name: value for name, value in message.items() if name != "content"}
+    if not _is_within(more, DEEPEST):
+        raise BadRequest(f"messages[{number}] holds lists or objects in one another, more than {DEEPEST}", "messages")
+    return {**more, "content": content}
 
 
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def _are_stops(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return _are_texts(texts) and len(texts) <= MOST_STOPS and all(len(text) <= LONGEST_STOP for text in texts)
+
+
+def _is_short(value: Any) -> bool:
+    return not isinstance(value, list | dict) and not (isinstance(value, str) and len(value) > 100)
+
+
+def _is_within(value: Any, depth: int) -> bool:
+    """True if `value` has at most `depth` lists and objects in one another."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return parts is None or (depth > 0 and all(_is_within(part, depth - 1) for part in parts))
 
 
 def _is_int(value: Any) -> bool:
@@ -312,5 +344,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
+    if value and isinstance(value, list | dict):  # may be nested more deeply than JSON can be written
+        return f"a {type(value).__name__} of {len(value):,}"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

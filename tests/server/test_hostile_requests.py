@@ -1,0 +1,158 @@
+"""No request reads a file, reaches another host, takes the memory or holds the server."""
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from running import TEXT, greedy, post, raw, refused, serving
+
+import ropewalk as rw
+from ropewalk.engine.chat_template import _with_marks
+from ropewalk.server import bodies, connection, requests
+from ropewalk.server.answers import CompletionLogprobs
+from ropewalk.tokenizer_tools.characters import finished_text
+from ropewalk.tokenizer_tools.stop_strings import StopStringMatcher
+
+CHAT = "/v1/chat/completions"
+DEEP = json.loads("[" * 900 + "]" * 900)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"a" * 4_000_000: 1}, "is no field of this request"),
+        ({"rope": "yarn:2|" * 1000}, "rope must be a text of at most 4,096 characters"),
+        ({"rope": "a" * 4000}, "unknown scaler"),
+        ({"rope": "yarn:" + "a" * 4000 + "=1"}, "unknown field"),
+        ({"rope": "yarn:2,2" + "a" * 4000}, "needs a field name"),
+        ({"rope": "yarn:" + "a" * 4000}, "is not a number"),
+        ({"rope": "yarn:2@" + "a" * 4000}, "are no layers"),
+        ({"rope": "rerope:" + "a" * 4000}, "is not a length"),
+        ({"rope": "/etc/passwd"}, "unknown scaler '/etc/passwd'"),
+        ({"rope": "file:///etc/passwd"}, "unknown scaler 'file'"),
+        ({"model": "a" * 4_000_000}, "this server has no model"),
+        ({"stop": "a" * 1001}, "stop must be a text or at most 16"),
+        ({"stop": ["a"] * 17}, "stop must be a text or at most 16"),
+        ({"stop": DEEP}, "stop must be a text or at most 16"),
+        ({"temperature": DEEP}, "temperature must be a number"),
+        ({"temperature": "a" * 1_000_000}, "temperature must be a number"),
+        ({"continuation": "a" * 1_000_000}, "continuation must be"),
+        ({"n": DEEP}, "n must be a whole number"),
+        ({"n": ["a"] * 500_000}, "n must be a whole number from 1 to 16, not a list of 500,000"),
+        ({"tools": DEEP}, "tools is not supported"),
+        ({"prompt": ["x"] * 200_000, "n": 16}, "3,200,000 answers at once are more than the 72"),
+        ({"prompt": [[5]] * 73}, "73 answers at once"),
+        ({"prompt": [10**4000]}, "token"),
+        ({"contexts": ["x"] * 257}, "at most 256 together"),
+        ({"contexts": ["x"] * 17, "n": 16}, "this request asks for 272"),
+        ({"contexts": ["x" * (1 << 20)], "n": 9}, "8,388,608 characters"),
+    ],
+)
+def test_large_and_nested_fields_are_refused_at_once(served, fields, message):
+    assert message in refused(served[0], {"prompt": "x", "max_tokens": 2, **fields}, 404 if "model" in fields else 400)
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ({"role": "user", "content": "a", "more": DEEP}, "more than 8"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]},
+            "texts only",
+        ),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a.b/c"}}]}, "texts only"),
+    ],
+)
+def test_messages_hold_texts_alone(served, message, wanted):
+    assert wanted in refused(served[0], {"messages": [message], "max_tokens": 2}, path=CHAT)
+
+
+def test_a_message_is_no_template(served, model):
+    """Neither the template nor its options come from a client, and text in braces stays what it is."""
+    messages = [{"role": "user", "content": "{% for i in range(10**9) %}{{ 7 * 7 }}{{ cycler.__init__ }}{% endfor %}"}]
+    answer = post(served[0], CHAT, messages=messages, max_tokens=3).json()
+    assert answer["choices"][0]["message"]["content"] == model.chat(messages, greedy(3)).text
+    for field in ("chat_template", "chat_template_kwargs", "documents", "prompt_template"):
+        fields = {"messages": messages, field: "{{ 1 }}"}
+        assert f"{field!r} is no field" in refused(served[0], fields, path=CHAT)
+
+
+def test_no_message_names_a_folder(tiny_folder, served, monkeypatch):
+    plain = rw.load(tiny_folder, compile=True)
+    assert str(tiny_folder) == plain.name
+    with serving(plain) as (url, _):
+        message = refused(url, {"messages": [{"role": "user", "content": "a"}]}, path=CHAT)
+        assert "that tiny reaches" in refused(url, {"prompt": "x", "max_tokens": 300})
+        assert "which tiny reaches" in refused(url, {"prompt": "x" * 100_000})
+    assert "no chat template" in message and str(tiny_folder.parent) not in message
+    for path in ("/v1/models/../../etc/passwd", "/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/..%2f..%2fetc%2fpasswd"):
+        answer = raw(served[0], f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert b" 404 " in answer.split(b"\r\n")[0] and b"root:" not in answer
+
+
+def test_a_prompt_with_several_answers_is_tokenized_once(served, model, monkeypatch):
+    read, seen = type(model).read, []
+    monkeypatch.setattr(type(model), "read", lambda self, *args, **more: seen.append(args) or read(self, *args, **more))
+    assert post(served[0], prompt=TEXT, max_tokens=2, n=4).status_code == 200
+    assert len(seen) == 1
+
+
+def test_the_cost_of_stop_strings():
+    """A long one costs no more than the text that is held."""
+    matcher = StopStringMatcher(("a" * 3_000_000,))
+    began = time.process_time()
+    assert [matcher.push("ab") for _ in range(100)] == ["ab"] * 100
+    assert time.process_time() - began < 5
+
+
+def test_the_cost_of_many_messages():
+    names = [f"<|reserved_special_token_{n}|>" for n in range(250)]
+    began = time.process_time()
+    for _ in range(20_000):
+        assert _with_marks("a", names, "\ue000") == "a"
+    assert time.process_time() - began < 10
+    assert _with_marks("x<|res ", names, "\ue000") == "x<|res\ue000 "
+    assert _with_marks(" l|>x", names, "\ue000") == " l|>x"
+    assert _with_marks(" _7|>x", names, "\ue000") == " \ue000_7|>x"
+
+
+def test_offsets_are_those_of_the_whole_text():
+    """The cost of one does not grow with the text."""
+    pieces = [
+        b"a",
+        "é".encode()[:1],
+        "é".encode()[1:],
+        b"\xff",
+        "\u20ac".encode()[:2],
+        b"b",
+        "😀".encode()[:3],
+        "😀".encode()[3:],
+        b"c",
+    ]
+    texts = SimpleNamespace(text=str, data=lambda token: pieces[token % len(pieces)])
+    table = CompletionLogprobs(texts, 0)
+    expected, data = [], b""
+    for token in range(4 * len(pieces)):
+        table.add(token, None, None)
+        expected.append(len(finished_text(data)))
+        data += pieces[token % len(pieces)]
+    assert table.take()["text_offset"] == expected
+    assert len(table._rest) < 4
+
+
+def test_limits_are_those_of_the_page():
+    page = (Path(__file__).parents[2] / "docs/server.md").read_text()
+    rows = [
+        f"| answers to one request (`n`) | {requests.MOST_CHOICES},",
+        f"of {requests.LONGEST_STOP:,} characters each | 400",
+        f"| stop strings | {requests.MOST_STOPS},",
+        f"| characters of `rope` | {requests.LONGEST_TEXT:,} |",
+        f"| contexts times answers | {requests.MOST_CONTEXTS}, of {requests.CONTEXT_TEXT >> 20}M characters |",
+        f"in one another in a message | {requests.DEEPEST} |",
+        f"| all bodies that are being read | {bodies.TOGETHER} times `--body-mb` |",
+        f"| header | {connection.HEADER_BYTES >> 10} KB |",
+        f"less than {connection.LEAST_BYTES >> 10} KB of it in {connection.LOOK_SECONDS:.0f} s |",
+    ]
+    assert [row for row in rows if row not in page] == []
