@@ -14,7 +14,7 @@ from . import hf_write
 from .configured_rope import ConfiguredRope
 from .interpolation import Linear
 from .longrope import LongRoPE
-from .rope import RopeSpec, Scaler
+from .rope import LARGEST_FACTOR, RopeSpec, Scaler
 from .yarn import Llama3, YaRN
 
 __all__ = ["GgufRope"]
@@ -100,7 +100,8 @@ class GgufRope:
         divisors = torch.ones(self.dim // 2) if self.divisors is None else self.divisors
         m = float(self.scaling.get("attn_factor", 1.0))
         llama = dataclasses.replace(rope, trained_length=_LLAMA3_LENGTH)
-        released = Llama3(factor=max(float(divisors.max()), 1.0))
+        largest = min(max(float(divisors.max()), 1.0), LARGEST_FACTOR)  # CoPE's divisors are far above it
+        released = Llama3(factor=largest)
         expected = llama.theta / released.frequencies(llama).inv_freq
         is_llama = expected.shape == divisors.shape and torch.allclose(expected, divisors.double(), rtol=1e-4, atol=0)
         if m == 1 and is_llama:

@@ -38,8 +38,8 @@ class LongRoPE(Factored):
         for label, factors in (("short", self.short), ("long", self.long)):
             if not factors or not all(math.inf > number > 0 for number in factors):
                 raise ConfigError(f"longrope: {label} must be finite numbers above 0, one for each rotary pair")
-        if self.attention_factor is not None and not 0 < self.attention_factor <= 1e6:
-            raise ConfigError(f"longrope: attention_factor {self.attention_factor:g} must be above 0 and at most 1e6")
+        if self.attention_factor is not None and not 0 < self.attention_factor <= 1e9:
+            raise ConfigError(f"longrope: attention_factor {self.attention_factor:g} must be above 0 and at most 1e9")
 
     @property
     def depends_on_length(self) -> bool:  # type: ignore[override]

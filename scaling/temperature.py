@@ -128,8 +128,8 @@ class Temperature(TemperatureScaler):
     factor: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.factor <= 1e6:
-            raise ConfigError(f"temperature: factor {self.factor:g} must be above 0 and at most 1e6")
+        if not 0 < self.factor <= 1e9:
+            raise ConfigError(f"temperature: factor {self.factor:g} must be above 0 and at most 1e9")
 
     def logit_factor(self, positions: Tensor, rope: RopeSpec) -> Tensor:
         return torch.full_like(positions, self.factor, dtype=torch.float64)

@@ -111,8 +111,8 @@ class YaRN(NTKByParts):
         super().__post_init__()
         for key in ("attention_factor", "mscale", "mscale_all_dim"):
             value = getattr(self, key)
-            if value is not None and not 0 < value <= 1e6:
-                raise ConfigError(f"yarn: {key} {value:g} must be above 0 and at most 1e6")
+            if value is not None and not 0 < value <= 1e9:
+                raise ConfigError(f"yarn: {key} {value:g} must be above 0 and at most 1e9")
         if self.mscale is not None and self.mscale_all_dim is None:
             raise ConfigError("yarn: mscale needs mscale_all_dim; give both or neither")
         if self.attention_factor is not None and self.mscale is not None:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ CACHE_DTYPES = frozenset(_KINDS)
 """The dtypes of keys and values that the kernels read."""
 
 
+@cache
 def cache_kernels(dtype: torch.dtype, rotates: bool) -> np.ndarray[Any, Any]:
     """The bytes of a number, and the addresses of attention kernels, as `step` takes them. Each is compiled when used.
 

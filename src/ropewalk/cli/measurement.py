@@ -15,7 +15,7 @@ import click
 
 from ..errors import ConfigError
 from .messages import print_json
-from .waiting import load_model, waiting
+from .waiting import fetch_model, load_model, waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +30,21 @@ if TYPE_CHECKING:
     Work = Callable[[Run, Console, float | None], RunOutcome]
 
 
+def named_rope(name: str) -> str | None:
+    """The scaler that the folder of a model names; None if it names none.
+
+    Raises:
+        RopewalkError: as `load`.
+    """
+    fetch_model(name)
+    with waiting(f"reading the config of {Path(name).name}"):
+        from ..engine.checkpoints.config import named_scaler
+        from ..engine.checkpoints.source import resolve
+
+        named = named_scaler(resolve(name))
+    return None if named is None else str(named.scaler)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """What every measuring command is asked.
@@ -37,6 +52,7 @@ class Measurement:
     Args:
         model: built-in name, hub id or folder.
         ropes: specs of the scalers, as they were written.
+        adds_named: whether the scaler that the model's folder names is added to them.
         out: the run's folder; None for the command's own.
         max_minutes: leave out what would not finish in this time; None for what the command takes.
         dry_run: print the plan, and measure nothing.
@@ -45,20 +61,26 @@ class Measurement:
 
     model: str
     ropes: tuple[str, ...]
+    adds_named: bool
     out: Path | None
     max_minutes: float | None
     dry_run: bool
     as_json: bool
 
     def scalers(self) -> list[Scaler]:
-        """Of `ropes`, in their order.
+        """Of `ropes`, in their order, and then the one that the folder names.
 
         Raises:
             ConfigError: a spec names no scaler, or one with values that it cannot have.
         """
         with waiting("starting"):  # importing torch and transformers takes seconds
             importlib.import_module("ropewalk.engine.load")
-        return [self.scaler(rope) for rope in self.ropes]
+        scalers = [self.scaler(rope) for rope in self.ropes]
+        named = named_rope(self.model) if self.adds_named else None
+        if named is not None:
+            click.echo(f"{self.model} names {named}, which is measured too; --rope measures others", err=True)
+            scalers.append(self.scaler(named))
+        return scalers
 
     def scaler(self, spec: str) -> Scaler:
         """One scaler; multiples in its lengths are of the model's trained length."""

@@ -10,8 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from .measurement import Measurement, ModelTarget
-from .waiting import fetch_model, waiting
+from .measurement import Measurement, ModelTarget, named_rope
 
 EXAMPLES = "\b\nExamples:\n"
 """Heading of an epilog."""
@@ -135,21 +134,6 @@ def chosen_rope(name: str, rope: str) -> str:
         RopewalkError: as `load`.
     """
     return rope if is_given("rope") else named_rope(name) or rope
-
-
-def named_rope(name: str) -> str | None:
-    """The scaler that the folder of a model names; None if it names none.
-
-    Raises:
-        RopewalkError: as `load`.
-    """
-    fetch_model(name)
-    with waiting(f"reading the config of {Path(name).name}"):
-        from ..engine.checkpoints.config import named_scaler
-        from ..engine.checkpoints.source import resolve
-
-        named = named_scaler(resolve(name))
-    return None if named is None else str(named.scaler)
 
 
 def text_option(default: str | None, note: str = "") -> Decorator:
@@ -356,11 +340,14 @@ def measures(
         ) -> None:
             if dry_run and as_json:
                 raise click.UsageError("--dry-run prints a plan, and --json results; leave out one of them")
-            if compares and not is_given("ropes") and not is_given("endpoint") and (named := named_rope(model)):
-                click.echo(f"{model} names {named}, which is measured too; --rope measures others", err=True)
-                ropes = (*ropes, named)
             asked = Measurement(
-                model=model, ropes=ropes, out=out, max_minutes=max_minutes, dry_run=dry_run, as_json=as_json
+                model=model,
+                ropes=ropes,
+                adds_named=compares and not is_given("ropes") and not is_given("endpoint"),
+                out=out,
+                max_minutes=max_minutes,
+                dry_run=dry_run,
+                as_json=as_json,
             )
             command(asked=asked, **rest)
 

@@ -51,7 +51,7 @@ def all_(asked: Measurement, preset: str, text: str, loading: dict[str, Any]) ->
     with waiting(f"reading {short(text)}"):
         cells = chosen.cells(loaded, document, scalers)
     minutes = chosen.minutes if asked.max_minutes is None else asked.max_minutes
-    title = f"{short(loaded.name)}: {', '.join(asked.ropes)}"
+    title = f"{short(loaded.name)}: {', '.join(map(str, scalers))}"
     asked.carry_out(loaded, cells, name=preset, title=title, deadline=deadline_in(minutes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import llvmlite.ir as ir
@@ -162,6 +163,7 @@ def _round_part(
     return types.void(*[types.int64] * 5), generate
 
 
+@cache
 def room(tokens: int, columns: int, rounds: int) -> int:
     """The 16-bit integers that `rounded` writes."""
     return rounds * tokens * (columns + columns // 8) + 2 * columns
