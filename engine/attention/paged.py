@@ -24,7 +24,7 @@ from .kernel import AttentionScore
 from .paged_rope import PagedRope
 from .plan import Segment
 from .rotation import Angles
-from .rows import KeyRun
+from .rows import KeyRun, first_seen
 
 if TYPE_CHECKING:
     from .paged_products import ChunkProducts
@@ -139,7 +139,7 @@ class PagedBatch:
 
     def _attend_chunk(self, chunk: Chunk, q: Tensor, pages: Tensor, score: AttentionScore, out: Tensor) -> None:
         count, length = chunk.stop - chunk.start, chunk.length
-        page = self.rope.first_key(count, length) // self._page
+        page = first_seen(self.rope.window, count, length) // self._page
         k, v = self._gathered(pages, chunk, page)
         queries, first = q[chunk.start : chunk.stop].transpose(0, 1), page * self._page
         if _has_products(q, pages):

@@ -41,10 +41,6 @@ class PagedRope:
         """The frequencies. Queries have the attention factor twice, and keys not."""
         return self.named.frequencies if self.window is None else self.named.window_frequencies
 
-    def first_key(self, queries: int, length: int) -> int:
-        """The first key that the last `queries` of `length` tokens of a text see."""
-        return 0 if self.window is None else max(0, length - queries - self.window + 1)
-
     def key_angles(self, positions: Tensor, like: Tensor) -> Angles:
         """Angles of stored keys at `positions`, [n, d/2]."""
         return angles(pair_positions(stored_key_map(self.bands), positions), self.frequencies.inv_freq, like=like)

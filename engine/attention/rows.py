@@ -159,3 +159,8 @@ def _packed(positions: Tensor, mask: Tensor, queries: int, keys: int) -> list[Ke
                 "mask, with padding on the left or on the right only"
             )
     return runs
+
+
+def first_seen(window: int | None, queries: int, length: int) -> int:
+    """The first key that the last `queries` of `length` tokens of a text see; None is no window."""
+    return 0 if window is None else max(0, length - queries - window + 1)

@@ -17,7 +17,7 @@ from ..attention.causal import causal_attention
 from ..attention.kernel import AttentionScore
 from ..attention.plan import Segment
 from ..attention.rotation import cos_sin
-from ..attention.rows import KeyRun
+from ..attention.rows import KeyRun, first_seen
 from ..kv_cache import KVLayer
 from .rotation_table import RotationTable
 
@@ -46,7 +46,7 @@ class ChunkAttention:
         self._work: list[tuple[KeyRun, list[Segment]]] | None = None
         if rotation.mapped:
             self._work = [(run, [rotation.segment(run)])]
-        self._first = 0 if rotation.mapped else first_seen(group.window, run)
+        self._first = 0 if rotation.mapped else first_seen(group.window, run.query_stop, run.key_stop)
         if group.window is not None and not rotation.mapped and run.key_stop > group.window:
             held = replace(run, key_stop=run.key_stop - self._first)
             self._work = [(held, [_window(rotation, held, group.window)])]
@@ -66,11 +66,6 @@ class ChunkAttention:
         if mapped:  # once for all blocks, where the cache is narrower
             keys, values = keys.to(q.dtype), values.to(q.dtype)
         return banded_attention(q, keys, values, score, layout if mapped else None, self._work)
-
-
-def first_seen(window: int | None, run: KeyRun) -> int:
-    """The first key that a query of the run sees in layers with a window, or the one before it: it is even."""
-    return 0 if window is None else max(run.key_stop - run.query_stop - window + 1, 0) // 2 * 2
 
 
 def _window(rotation: RotationTable, run: KeyRun, window: int) -> Segment:

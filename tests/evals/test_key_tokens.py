@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import torch
+from copier import VOCABULARY, copier
 
 import ropewalk as rw
 from ropewalk.errors import ConfigError, DataError
@@ -16,20 +16,8 @@ from ropewalk.evals.runs.result import Run
 from ropewalk.evals.tuning.key_tokens import choose, judge
 from ropewalk.evals.tuning.report import as_json, ranking_grid, sentences
 
-VOCABULARY = 5000
 L, TARGET, SCORED = 128, 512, 64
 NEAR, FAR, BEYOND = range(448, 456), range(456, 480), range(480, 504)  # which context tells these tokens
-
-
-def copier(ids):
-    """Sure that what followed a token the last time follows it again; knows nothing of new tokens."""
-    logits, followed = torch.zeros(len(ids), VOCABULARY), {}
-    for i, token in enumerate(ids):
-        if token in followed:
-            logits[i, followed[token]] = 100.0
-        if i + 1 < len(ids):
-            followed[token] = ids[i + 1]
-    return logits
 
 
 def document(seed, *, has_far=True):

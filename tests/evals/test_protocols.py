@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from byte_model import WORDS, llama_cpp_nats, losses, measure, run_plan, text, tiny_model
+from copier import VOCABULARY, copier
 
 import ropewalk as rw
 from ropewalk.engine.patches import scaler_slot
@@ -155,20 +156,6 @@ def under(model, scaler, ids):
     model.rope = None
     with rw.patch(model.hf, scaler):
         return losses(model, ids)
-
-
-VOCABULARY = 5000
-
-
-def copier(ids):
-    """Sure that what followed a token the last time follows it again; knows nothing of new tokens."""
-    logits, followed = torch.zeros(len(ids), VOCABULARY), {}
-    for i, token in enumerate(ids):
-        if token in followed:
-            logits[i, followed[token]] = 100.0
-        if i + 1 < len(ids):
-            followed[token] = ids[i + 1]
-    return logits
 
 
 def distinct_tokens(count):

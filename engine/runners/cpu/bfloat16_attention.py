@@ -15,9 +15,8 @@ from torch import Tensor
 from ....scaling.band import pair_positions
 from ...attention.kernel import AttentionScore
 from ...attention.rotation import Angles, Layout, cos_sin
-from ...attention.rows import KeyRun
+from ...attention.rows import KeyRun, first_seen
 from ...kv_cache import KVLayer
-from ..chunk_attention import first_seen
 from ..rotation_table import RotationTable
 from .threads import share_threads
 
@@ -63,7 +62,7 @@ class BFloat16Attention:
         self._bands: list[BandPart] = []
         if not rotation.mapped:
             window = rotation.group.window or run.key_stop
-            self._first = first_seen(rotation.group.window, run)
+            self._first = first_seen(rotation.group.window, run.query_stop, run.key_stop) // 2 * 2  # pairs of keys
             lows, highs = (positions - window + 1).clamp(min=0) - self._first, positions + 1 - self._first
             self._bands = [BandPart(self._key_angles, lows.int(), highs.int(), None, 0)]
             return

@@ -9,11 +9,11 @@ from numba import float32, int64
 from ropewalk.engine.runners.cpu.kernels.by_address import Arguments, compiled
 
 SUMS = Arguments(x=float32[:, :, ::1], out=int64[::1])
-unpack = SUMS.unpack
+arrays_at = SUMS.arrays_at
 
 
 def add_rows(thread, threads, address):
-    a = unpack(address)
+    a = arrays_at(address)
     for row in range(thread, len(a.out), threads):
         a.out[row] = a.x[row].sum()
 

@@ -257,15 +257,16 @@ def unpack(code: int, kind: type, data: int, rows: int, row_bytes: int, columns:
         kind: of the numbers written: np.float32, or np.uint16 for bfloat16, rounded to nearest, ties to even.
     """
     of = np.array([compiled(_unpacker, code, kind).address, data, rows, row_bytes, columns, out], np.int64)
-    _UNPACK.run(_unpack_share, threads, of=of)
+    _ARGUMENTS.run(_unpack_share, threads, of=of)
 
 
-_UNPACK = Arguments(of=int64[::1])
-_unpack = _UNPACK.unpack
+_ARGUMENTS = Arguments(of=int64[::1])
+_arrays_at = _ARGUMENTS.arrays_at
 
 
 def _unpack_share(thread, threads, address):
-    of = _unpack(address).of
+    """The rows of one thread."""
+    of = _arrays_at(address).of
     kernel, data, rows, row_bytes, columns, out = of[0], of[1], of[2], of[3], of[4], of[5]
     start, stop = rows_of(thread, threads, rows)
     call(kernel, (data, row_bytes, columns, start, stop, out))

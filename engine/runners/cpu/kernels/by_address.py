@@ -96,12 +96,12 @@ class Arguments:
         kinds: their types in numba's notation.
 
     Attributes:
-        unpack: a function of numba: the arrays whose table is at an address, as a named tuple.
+        arrays_at: a function of numba: the arrays whose table is at an address, as a named tuple.
     """
 
     def __init__(self, **kinds: Any) -> None:
         self._kinds = [(name, as_dtype(kind.dtype), kind.ndim) for name, kind in kinds.items()]
-        self.unpack = _unpack_of(types.NamedTuple(list(kinds.values()), namedtuple("Arguments", kinds)))
+        self.arrays_at = _arrays_at_of(types.NamedTuple(list(kinds.values()), namedtuple("Arguments", kinds)))
 
     def run(self, kernel: Callable[..., Any], threads: int, **arrays: np.ndarray[Any, Any]) -> None:
         """Run kernel(thread, threads, address of the table) in `threads` threads."""
@@ -114,9 +114,9 @@ class Arguments:
         _run(compiled(kernel).address, table.ctypes.data, threads)
 
 
-def _unpack_of(arguments: Any) -> Any:
+def _arrays_at_of(arguments: Any) -> Any:
     @intrinsic
-    def unpack(_context: Any, address: Any) -> tuple[Any, Callable[..., ir.Value]]:
+    def arrays_at(_context: Any, address: Any) -> tuple[Any, Callable[..., ir.Value]]:
         def generate(context: Any, b: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
             table = b.inttoptr(args[0], _I64.as_pointer())
             arrays = []
@@ -134,4 +134,4 @@ def _unpack_of(arguments: Any) -> Any:
 
         return arguments(types.int64), generate
 
-    return unpack
+    return arrays_at

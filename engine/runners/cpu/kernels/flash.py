@@ -377,12 +377,12 @@ _ARGUMENTS = Arguments(
     peaks=float32[:, :, ::1],
     sums=float32[:, :, ::1],
 )
-_unpack = _ARGUMENTS.unpack
+_arrays_at = _ARGUMENTS.arrays_at
 
 
 def _share(thread, threads, address):
     """The tiles of one thread."""
-    a = _unpack(address)
+    a = _arrays_at(address)
     K, tiles, D = a.queries.shape[0], a.queries.shape[1], 2 * a.queries.shape[2]
     keys, key_stride, values, value_stride = a.held[0], a.held[1], a.held[2], a.held[3]
     for n in range(thread, K * tiles, threads):

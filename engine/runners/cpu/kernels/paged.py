@@ -75,12 +75,12 @@ _ARGUMENTS = Arguments(
     sums=float32[:, ::1],
     result=float32[:, ::1],
 )
-_unpack = _ARGUMENTS.unpack
+_arrays_at = _ARGUMENTS.arrays_at
 
 
 def _attend(thread, threads, address):
     """One thread's share of the parts."""
-    a = _unpack(address)
+    a = _arrays_at(address)
     H, K, D, pages, size = a.shape[0], a.shape[1], a.shape[2], a.pages, a.kernels[0]
     G = H // K
     for i in range(thread, len(a.parts) * K, threads):
@@ -95,7 +95,7 @@ def _attend(thread, threads, address):
 
 def _join(thread, threads, address):
     """One thread's share of the heads whose parts are joined."""
-    a = _unpack(address)
+    a = _arrays_at(address)
     H, D = a.shape[0], a.shape[2]
     for i in range(thread, len(a.result) * H, threads):
         t, h = i // H, i % H

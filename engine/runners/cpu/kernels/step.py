@@ -156,7 +156,7 @@ _ARGUMENTS = Arguments(
     gate_up=float32[:, ::1],
     gated=float32[:, ::1],
 )
-_unpack = _ARGUMENTS.unpack
+_arrays_at = _ARGUMENTS.arrays_at
 
 
 def _share(thread, threads, address):
@@ -164,7 +164,7 @@ def _share(thread, threads, address):
 
     Between two barriers threads write different numbers of a result, or one thread reads what only it has written.
     """
-    a = _unpack(address)
+    a = _arrays_at(address)
     team, shape, numbers, kernels, linears, norms = a.team, a.shape, a.numbers, a.kernels, a.linears, a.norms
     hidden, qkv, queries, outs, peaks, sums = a.hidden, a.qkv, a.queries, a.outs, a.peaks, a.sums
     mixed, gate_up, gated, logits = a.mixed, a.gate_up, a.gated, a.logits
