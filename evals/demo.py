@@ -30,7 +30,7 @@ from .reports.report import Passage, print_results, publish
 from .reports.verdict import verdicts
 from .runs.cell import Cell
 from .runs.compare import MEASURED
-from .runs.measure import measure_all
+from .runs.measure import forward_rate, measure_all
 from .runs.progress import RunProgress
 from .runs.result import Row, Run
 
@@ -149,7 +149,7 @@ def _plan(
     rate = None
     if deadline is not None:
         with console.status("measuring how fast this machine is"):
-            rate = _rate(model, max(2, model.trained_length // 8))
+            rate = forward_rate(model, max(2, model.trained_length // 8))
         console.print(f"It computes about {rate / 1e9:.0f} GFLOP/s with this model.", highlight=False)
     if stored is not None:
         return stored, rate
@@ -194,18 +194,6 @@ def _in_order(
         )
     is_tight = is_too_long or now + to_curve > started + _FIRST_CURVE
     return in_order(planned, plan, model.trained_length, is_tight=is_tight)
-
-
-def _rate(model: LocalModel, tokens: int) -> float:
-    """Operations a second while a text is read, its last token scored."""
-
-    def seconds(length: int) -> float:
-        started = time.monotonic()
-        model.losses([0] * length, length - 1, lambda past, n: None)
-        return time.monotonic() - started
-
-    seconds(2)  # what is done once only
-    return model.cost.step(0, tokens - 1) / seconds(tokens)
 
 
 def _describe(model: Model, plan: DemoPlan, spec_list: Sequence[str], console: Console) -> None:

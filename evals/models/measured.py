@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from ...engine.cache import common_window
 from ...engine.hf_model import weight_count
 from ...engine.model import Model
 from ...errors import ConfigError, UnsupportedModel
@@ -32,12 +33,24 @@ Advance = Callable[[int, int], None]
 """Called as tokens are read, with the number of tokens in the cache and the number of new tokens."""
 
 
+_WINDOWED = "sliding_attention"  # one of a config's layer_types
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForwardCost:
-    """Operations of a forward pass: `dense` per token, `attention` per pair of token and key."""
+    """Operations of a forward pass.
+
+    Args:
+        dense: per token.
+        attention: per pair of token and key, in the layers that read all keys.
+        windowed: per pair of token and key, in the layers with a sliding window.
+        window: keys that those layers read.
+    """
 
     dense: float
     attention: float
+    windowed: float = 0.0
+    window: int = 0
 
     @classmethod
     def of(cls, model: Model) -> ForwardCost:
@@ -56,15 +69,30 @@ class ForwardCost:
     def _of(cls, config: Any, weights: int) -> ForwardCost:
         config = config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(dense=2 * weights, attention=4 * config.num_hidden_layers * config.num_attention_heads * head_dim)
+        layer = 4 * config.num_attention_heads * head_dim
+        layers, window = config.num_hidden_layers, common_window(config)
+        kinds = getattr(config, "layer_types", None) or [_WINDOWED if window is not None else None] * layers
+        windowed = kinds.count(_WINDOWED)
+        return cls(
+            dense=2 * weights,
+            attention=layer * (layers - windowed),
+            windowed=layer * windowed,
+            window=(window or 0) if windowed else 0,
+        )
 
     def step(self, past: int, tokens: int) -> float:
         """Operations of `tokens` new tokens after `past` tokens in the cache."""
-        return tokens * (self.dense + self.attention * (past + tokens / 2))
+        return self._until(past + tokens) - self._until(past)
 
     def passes(self, windows: Iterable[int]) -> float:
         """Operations of forward passes over windows of these lengths."""
-        return sum(self.step(0, tokens) for tokens in windows)
+        return sum(map(self._until, windows))
+
+    def _until(self, tokens: int) -> float:
+        """Operations of a pass over `tokens` tokens."""
+        begun = min(tokens, self.window)  # tokens that the window does not limit
+        pairs = begun**2 / 2 + (tokens - begun) * self.window
+        return tokens * self.dense + self.attention * tokens**2 / 2 + self.windowed * pairs
 
 
 Tokens = list[int]
@@ -174,7 +202,7 @@ class MeasuredModel(ABC):
 
     @abstractmethod
     def time_forward(self, length: int) -> None:
-        """Read `length` tokens, so that the caller can time it."""
+        """Read `length` tokens and score the last, so that the caller can time it."""
 
     @abstractmethod
     def needs(self, longest: int) -> str:

@@ -95,6 +95,7 @@ def measure_all(
             while todo:
                 todo = _take(todo, run, work, outcome, is_wanted, then)
         except KeyboardInterrupt:
+            run.refresh()  # the interrupt may have come between a row's line and its place in `run`
             raise KeyboardInterrupt(f"{_stored(run)}{_CONTINUES if run.rows else ''}") from None
         finally:
             model.restore()
@@ -250,7 +251,8 @@ def _shown(cell: Cell) -> str:
 
 
 def forward_rate(model: MeasuredModel, tokens: int) -> float:
-    """Operations per second of one forward pass over `tokens` tokens."""
+    """Operations per second of one forward pass over `tokens` tokens, the last of them scored."""
+    model.time_forward(2)  # what is done once only
     started = time.monotonic()
     model.time_forward(tokens)
     return model.cost.step(0, tokens - 1) / (time.monotonic() - started)

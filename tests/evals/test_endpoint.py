@@ -324,10 +324,10 @@ def test_what_a_server_cannot_do(model, named, book, tmp_path, command, options,
     assert Run(tmp_path).rows == []
 
 
-def test_a_dry_run_asks_once_and_measures_nothing(model, named, tmp_path):
+def test_a_dry_run_asks_for_the_time_only(model, named, tmp_path):
     with serving(model, limit=512) as server:
         shown = " ".join(passkey(named, server, tmp_path / "run", "--dry-run").split())
-        assert len(server.asked) == 3  # two probes, and a prompt for the time
+        assert len(server.asked) == 4  # two probes, a first prompt, and one for the time
         assert len(server.asked[-1]["prompt"]) == 256
     assert "2 cells, about" in shown
     assert f"{server.url} reads prompts of up to 300 tokens" in shown

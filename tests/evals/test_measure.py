@@ -92,6 +92,16 @@ def test_ctrl_c_says_what_is_stored(tmp_path, clock):
         measure_all(MODEL, [Clocked(1, clock), Clocked(2, clock, stop=True)], run, screen())
 
 
+def test_ctrl_c_at_the_moment_a_row_is_written(tmp_path, clock):
+    class Interrupted(Clocked):
+        def measure(self, model, run, advance):
+            super().measure(model, Run(run.folder), advance)  # in the file, and `run` does not know it yet
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"^1 finished row is stored"):
+        measure_all(MODEL, [Interrupted(1, clock)], Run(tmp_path), screen())
+
+
 def test_the_bar_goes_to_the_limit_or_to_the_end(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from byte_model import WORDS, losses, measure, run_plan, text, tiny_model
 from rich.console import Console
+from transformers import Gemma3TextConfig, MistralConfig
 
 import ropewalk as rw
 from ropewalk.evals.contexts.endless import EndlessCell
@@ -331,3 +332,19 @@ def test_cost_counts_the_steps_of_a_cell_once():
     weights = sum(p.numel() for p in model.hf.parameters()) - embedding
     assert cost.dense == 2 * weights
     assert cost.attention == 4 * 2 * 4 * 8
+    assert cost.windowed == 0
+
+
+def test_cost_counts_the_keys_in_a_window():
+    full = ForwardCost.of_config(tiny_model().hf.config)
+    windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    gemma = Gemma3TextConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8, **windows)
+    mistral = MistralConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, sliding_window=8)
+    for config, windowed in ((gemma, 1), (mistral, 2)):
+        cost = ForwardCost.of_config(config)
+        assert (cost.dense, cost.window) == (full.dense, 8)
+        assert (cost.attention, cost.windowed) == (full.attention * (2 - windowed) / 2, full.attention * windowed / 2)
+        pairs = sum(min(past + 0.5, 8) for past in range(100))  # a token half reads itself
+        expected = 100 * cost.dense + cost.attention * 100**2 / 2 + cost.windowed * pairs
+        assert cost.passes([100]) == pytest.approx(expected, rel=1e-9)
+        assert sum(cost.step(past, 5) for past in range(0, 100, 5)) == pytest.approx(expected, rel=1e-9)

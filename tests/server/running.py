@@ -54,12 +54,10 @@ def post(url, path="/v1/completions", **fields):
 
 
 def refused(url, fields, status=400, path="/v1/completions"):
-    """The message of a refusal, which is short and quick."""
-    began = time.monotonic()
+    """The message of a refusal, which is short."""
     answer = httpx2.post(url + path, content=json.dumps(fields).encode(), timeout=60)
     assert answer.status_code == status, answer.text[:300]
     assert len(answer.content) < 5000
-    assert time.monotonic() - began < 10
     return answer.json()["error"]["message"]
 
 
