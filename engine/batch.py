@@ -142,9 +142,10 @@ class Batch:
         self._rope_state = runner.rope_state
         while self.waiting:
             sequence = self.waiting[0]
-            if sequence.done:  # cancelled, or there is nothing to generate
+            held_back = sequence.end_if_late()
+            if sequence.done:  # late, cancelled, or there is nothing to generate
                 self.waiting.popleft().release()
-                pieces.append((sequence, ""))
+                pieces.append((sequence, held_back))
                 continue
             if not (self._admission.has_turn and (sequence.caches or self._may_begin(sequence))):
                 break

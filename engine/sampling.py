@@ -63,7 +63,8 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as likely as the likeliest.
         repetition_penalty: divides positive (multiplies negative) logits of tokens already in the text; 1 is off.
         stop: strings that end the text; they are not part of it.
-        max_time: most seconds to generate. The token in progress at that time is the last.
+        max_time: most seconds to wait, read the prompt and write, from when its tokens are known. The token in
+            progress at that time is the last; a prompt that is still being read gets no answer.
         seed: makes sampling repeatable. None draws a new one for each request.
         logprobs: also return each token's log-probability and this many alternatives; None returns neither.
         continuation: how to go on where a prompt may end inside a token. "exact" draws the first token among all that

@@ -172,7 +172,11 @@ class Scheduler:
                     self._batches[key] = self._batches.pop(key)
 
     def _take(self) -> bool:
-        """Wait for work, and put requests into batches. False when the scheduler is closed and all are answered."""
+        """Wait for work, report what ended while it waited, and put the other requests into batches.
+
+        Returns:
+            False when the scheduler is closed and all are answered.
+        """
         with self._changed:
             while not (self._waiting or self._batches or self._closed):
                 self._changed.wait()
@@ -181,10 +185,16 @@ class Scheduler:
             for request in cancelled:
                 if self._requests.pop(request.sequence, None) is not None:
                     request.sequence.end("cancelled")  # its batch skips it from now on
+            for request in self._waiting:
+                request.sequence.end_if_late()
+            ended = [request for request in self._waiting if request.sequence.done]
+            self._waiting = deque(request for request in self._waiting if not request.sequence.done)
             while self._waiting and self._has_place():
                 request = self._waiting.popleft()
                 self._requests[request.sequence] = request
                 self._batch_of(request).waiting.append(request.sequence)
+        for request in ended:
+            self._send(request, Update(completion=request.sequence.completion()))
         return bool(self._batches) or not self._closed
 
     def _has_place(self) -> bool:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from ..tokenizer_tools.characters import first_characters
 from ..tokenizer_tools.stop_strings import StopStringMatcher
 from ..tokenizer_tools.vocabulary import Vocabulary
+from . import tensor_parallel
 from .cache import rewind, tokens_read
 from .completion import Completion, Token, TokenHealing, Usage
 from .hf_model import input_device
@@ -189,7 +190,7 @@ class Sequence:
                 self.finish_reason, self.done = "stop", True
             elif len(self.tokens) == self._params.max_new_tokens:
                 piece += self.end("length")
-            elif self._deadline != math.inf and time.monotonic() > self._deadline:
+            elif self._is_late:
                 piece += self.end("time")
         if piece:
             self._pieces.append(piece)
@@ -203,6 +204,24 @@ class Sequence:
         """
         self.finish_reason, self.done = reason, True
         return self._matcher.finish()
+
+    def end_if_late(self) -> str:
+        """End an answer that waits for its next token, if its time is over.
+
+        Returns:
+            The text that was held back because a stop string might have begun in it.
+        """
+        if self.done or not self._is_late:
+            return ""
+        piece = self.end("time")
+        self._pieces.append(piece)
+        return piece
+
+    @property
+    def _is_late(self) -> bool:
+        if self._deadline == math.inf:
+            return False
+        return bool(tensor_parallel.broadcast_from_rank0(time.monotonic() > self._deadline))
 
     @property
     def healing(self) -> TokenHealing | None:

@@ -310,5 +310,7 @@ def _passage(model: Model, best: Winner, run: Run, limit: float | None, rate: fl
         best.cache.crop(len(ids) - 1 - best.cache.get_seq_length())
     model.rope = best.cell.scaler
     text = model.generate_ids(ids, replace(PASSAGE, **seconds), best.cache).text
+    if not text:  # reading took longer than expected
+        return None
     write_atomic(file, json.dumps({"prompt": prompt, "text": text, "rope": rope}).encode())
     return Passage(prompt=prompt, text=text, rope=rope)

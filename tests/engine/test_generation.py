@@ -10,6 +10,7 @@ from live import MORE, TEXT, counted, greedy, limit_memory
 import ropewalk as rw
 from ropewalk.engine import generation, sequence
 from ropewalk.engine.kv_cache import KVCache
+from ropewalk.engine.runners.runner import CHUNK
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -123,6 +124,50 @@ def test_max_time_ends_with_time(model, monkeypatch, many):
         assert 1 <= len(row.token_ids) <= 7
         assert row.token_ids == expected.token_ids[: len(row.token_ids)]
         assert expected.text.startswith(row.text)
+
+
+@pytest.fixture
+def slow_reading(model, monkeypatch):
+    """A clock on which every forward pass over a prompt takes ten seconds, and nothing else takes time."""
+    clock, forward = [0.0], model._runner.forward
+
+    def slow(*args, **more):
+        clock[0] += 10
+        return forward(*args, **more)
+
+    monkeypatch.setattr(sequence.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(model._runner, "forward", slow)
+    return clock
+
+
+LONG = TEXT * 80
+
+
+@pytest.mark.parametrize("prompt", [LONG, [LONG, LONG]], ids=["one", "two"])
+def test_max_time_ends_the_reading_of_a_prompt(model, slow_reading, prompt):
+    """A prompt of three chunks: the second is read, the third is not."""
+    answers = model.generate(prompt, greedy(5, max_time=15))
+    for answer in answers if isinstance(prompt, list) else [answers]:
+        assert (answer.finish_reason, answer.text, answer.token_ids) == ("time", "", [])
+    assert slow_reading[0] == 20
+
+
+def test_a_session_goes_on_where_max_time_ended_the_reading(model, slow_reading):
+    with model.session() as session:
+        session.generate(LONG, greedy(5, max_time=15))
+        assert session.tokens == 2 * CHUNK
+        assert session.generate("", greedy(5)).text == model.generate(LONG, greedy(5)).text
+
+
+def test_max_time_holds_over_contexts(model, slow_reading):
+    answer = model.generate("\nQuestion", greedy(5, max_time=15), contexts=[LONG, TEXT])
+    assert (answer.finish_reason, answer.text) == ("time", "")
+    assert model.generate("\nQuestion", greedy(5), contexts=[LONG, TEXT]).finish_reason == "length"
+
+
+def test_processes_that_split_a_model_have_one_clock(model, monkeypatch):
+    monkeypatch.setattr(sequence.tensor_parallel, "broadcast_from_rank0", lambda late: True)
+    assert model.generate(TEXT, greedy(5, max_time=1e6)).finish_reason == "time"
 
 
 def test_one_prompt_that_is_too_long_refuses_all_before_any_work(model, monkeypatch):

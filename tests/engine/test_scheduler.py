@@ -9,6 +9,7 @@ import pytest
 from live import TEXT, Memory, greedy, limit_memory
 
 import ropewalk as rw
+from ropewalk.engine import sequence
 from ropewalk.engine.batch import _TURN
 from ropewalk.engine.runners.runner import CHUNK
 from ropewalk.engine.scheduler import Request, Scheduler
@@ -26,12 +27,12 @@ class Asked:
         begun, ended: set with the first and the last update.
     """
 
-    def __init__(self, model, prompt, tokens, rope="none", begins=None):
+    def __init__(self, model, prompt, tokens, rope="none", begins=None, **params):
         self.begun, self.ended = threading.Event(), threading.Event()
         self.completion, self._begins = None, begins
         plan = model.plan_for(rope)
         self.sequence = Sequence(
-            model.read(prompt, "auto"), model.resolved(greedy(tokens)), model.vocabulary, model.stop_ids
+            model.read(prompt, "auto"), model.resolved(greedy(tokens, **params)), model.vocabulary, model.stop_ids
         )
         length = self.sequence.length
         self.request = Request(self.sequence, plan.at(length), length, self._report)
@@ -140,6 +141,23 @@ def test_rows_are_counted_over_all_scalers(model, monkeypatch, ropes):
     assert [each.completion.token_ids for each in asked] == expected
     assert max(seen) == 2
     assert begins == asked
+
+
+def test_max_time_holds_while_a_request_waits(model, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(sequence.time, "monotonic", lambda: clock[0])
+    with scheduling(model, rows=1) as scheduler:
+        going, late, patient = Asked(model, TEXT, 3000), Asked(model, TEXT, 5, max_time=1), Asked(model, TEXT, 5)
+        submit(scheduler, going, late, patient)
+        assert going.begun.wait(20)
+        clock[0] = 2.0
+        assert late.ended.wait(20)
+        assert not going.ended.is_set()
+        scheduler.cancel(going.request)
+        assert patient.ended.wait(20)
+    assert (late.completion.finish_reason, late.completion.token_ids) == ("time", [])
+    assert late.sequence.cache is None
+    assert patient.completion.finish_reason == "length"
 
 
 def test_more_answers_than_the_queue_ever_holds_are_refused(model):

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from ropewalk.cli.main import cli
+from ropewalk.engine.completion import Completion, Usage
 from ropewalk.engine.model import Model
 from ropewalk.evals import demo
 from ropewalk.evals.demo_plan import DemoPlan
@@ -226,6 +227,15 @@ def test_the_passage_is_the_same_from_the_measured_cache_and_from_the_start(smal
     (first / "passage.json").unlink()
     small_demo(max_minutes=10, out=first)  # nothing left to measure, so no cache to go on from
     assert (first / "passage.json").read_text(encoding="utf-8") == passage
+
+
+def test_a_passage_without_time_to_write_is_left_for_the_next_run(small_demo, tmp_path, monkeypatch):
+    completion = Completion(
+        text="", token_ids=[], finish_reason="time", usage=Usage(prompt_tokens=9, completion_tokens=0)
+    )
+    monkeypatch.setattr(Model, "generate_ids", lambda *_, **__: completion)
+    small_demo(max_minutes=10, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "passage.json").exists()
 
 
 def test_full_goes_to_four_times_the_trained_length(small_demo, tmp_path):

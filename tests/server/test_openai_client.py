@@ -217,6 +217,8 @@ def test_contexts(client, model):
         ({"max_tokens": 0, "logprobs": 1, "extra_body": {"prompt_logprobs": 1}}, "max_tokens 0 writes no tokens"),
         ({"echo": True, "logprobs": 1, "extra_body": {"continuation": "exact"}}, "leave out continuation"),
         ({"extra_body": {"prompt_logprobs": 1, "continuation": "exact"}}, "leave out continuation"),
+        ({"echo": True, "logprobs": 1, "extra_body": {"max_time": 1}}, "given whole; leave out max_time"),
+        ({"extra_body": {"prompt_logprobs": 1, "max_time": 1}}, "given whole; leave out max_time"),
         ({"stream": True, "stream_options": {"include_usages": True}}, "stream_options.include_usages.*Did you mean"),
         ({"stream": True, "stream_options": {"user": "a"}}, "'stream_options.user' is no field"),
         ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage must be true or"),

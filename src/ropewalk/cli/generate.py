@@ -344,7 +344,7 @@ def _answer_over_files(
         pieces = answer.pieces()
         first = next(pieces, "")
     for piece in itertools.chain([first], pieces):
-        source = answer.tokens[-1].source
+        source = answer.tokens[-1].source if answer.tokens else None  # none if --max-time was over before
         if not as_json and source is not None:
             _print_piece(piece, _COLORS[source % len(_COLORS)])
     counts = Counter(labels[token.source] for token in answer.tokens if token.source is not None)

@@ -248,7 +248,11 @@ _SAMPLING_OPTIONS = (
         help="Above 1, tokens that are in the text already become less likely.",
     ),
     click.option("--stop", multiple=True, help="End the text before this string; may be repeated."),
-    click.option("--max-time", type=float, help="Most seconds to write; the token in progress then is the last."),
+    click.option(
+        "--max-time",
+        type=float,
+        help="Most seconds to read the prompt and write; the token in progress then is the last.",
+    ),
     click.option("--seed", type=int, help="Seed that makes sampling repeatable."),
 )
 

@@ -210,6 +210,8 @@ def read_completion(fields: dict[str, Any], *, default_tokens: int = 16) -> Aske
         raise BadRequest(
             "a prompt whose tokens are scored is continued after them; leave out continuation", "continuation"
         )
+    if asked.scores_prompt and asked.params.max_time is not None:
+        raise BadRequest("the scores of a prompt are given whole; leave out max_time", "max_time")
     if asked.contexts:
         _check_question(asked)
     return asked
