@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_sharing_leaves_the_row_that_was_read_first(model):
 @pytest.mark.parametrize("many", [False, True])
 def test_max_time_ends_with_time(model, monkeypatch, many):
     now = iter(range(1000))
-    monkeypatch.setattr(sequence.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(sequence, "time", SimpleNamespace(monotonic=lambda: next(now)))
     params = greedy(50, max_time=6)
     rows = model.generate([TEXT, MORE], params) if many else [model.generate(TEXT, params)]
     whole = [model.generate(prompt, greedy(50)) for prompt in (TEXT, MORE)]
@@ -135,7 +136,7 @@ def slow_reading(model, monkeypatch):
         clock[0] += 10
         return forward(*args, **more)
 
-    monkeypatch.setattr(sequence.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sequence, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(model._runner, "forward", slow)
     return clock
 

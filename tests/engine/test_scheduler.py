@@ -3,6 +3,7 @@
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -145,7 +146,7 @@ def test_rows_are_counted_over_all_scalers(model, monkeypatch, ropes):
 
 def test_max_time_holds_while_a_request_waits(model, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(sequence.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sequence, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     with scheduling(model, rows=1) as scheduler:
         going, late, patient = Asked(model, TEXT, 3000), Asked(model, TEXT, 5, max_time=1), Asked(model, TEXT, 5)
         submit(scheduler, going, late, patient)
