@@ -1,3 +1,3 @@
-"""The version of ropewalk; pyproject.toml has it too."""
+"""The version of ropewalk, which pyproject.toml takes from here."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
