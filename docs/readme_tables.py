@@ -34,7 +34,6 @@ def _bullet(text: str) -> str:
 
 def _features() -> list[str]:
     facets = [method.facet for method in METHODS.built_in.values()]
-    frequencies = facets.count("frequencies") + facets.count("wavelength grid")
     families = read_families()
     every = sum(verdict == (SERVED, SERVED) for verdict in families.values())
     decode = {engine: _range(speed_tables.ratios(engine, "decode")) for engine in ("hf bfloat16", "llama.cpp bf16")}
@@ -47,9 +46,9 @@ def _features() -> list[str]:
     whole = [way for way in ways if way.way == "whole"]
     pooled = max((way for way in ways if way.parts > 1), key=lambda way: way.right)
     return [
-        f"**{frequencies} frequency methods, {facets.count('positions')} position maps, {facets.count('temperature')} "
-        'temperatures**, in any composition: `"ntk:4|resonance|logn"`. [Each](docs/scalers.md) has its '
-        "formula and paper.",
+        f"**{facets.count('frequencies')} frequency methods, {facets.count('positions')} position maps, "
+        f"{facets.count('temperature')} temperatures, a wavelength grid**, in any composition: "
+        '`"ntk:4|resonance|logn"`. [Each](docs/scalers.md) has its formula and paper.',
         f"**Your own transformers model**: `rw.patch` works on it and undoes itself. Of {len(families)} "
         f"[architectures](docs/families.md) {every} take every method.",
         "**[Measurements](docs/evaluation.md)** with paired intervals: perplexity, harm, passkeys, RULER-11. "
@@ -63,8 +62,8 @@ def _features() -> list[str]:
         f"the prompt's end, drawn exactly: the next byte of code takes {bits[EXACT]:.1f} bits, not {bits[OFF]:.1f}.",
         f"**[Many texts](docs/contexts.md)**: read in parts, SmolLM2 found {pooled.right:.0%} of {pooled.trials} facts "
         f"in {format_length(pooled.context)} tokens; read whole, {_shares(whole)} under any scaler tried.",
-        "**[Export](docs/export.md)** of frequency methods to transformers, vLLM, SGLang, llama.cpp and Ollama; "
-        "`ropewalk explain` says where engines differ.",
+        "**[Export](docs/export.md)** of frequency methods to transformers, vLLM, SGLang, llama.cpp and Ollama. "
+        "With ropewalk beside it, vLLM on a CPU serves position maps too.",
     ]
 
 
