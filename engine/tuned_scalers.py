@@ -157,7 +157,7 @@ def _read_file(path: Path) -> TunedModel:
 def _write(path: Path, model: str, tunings: Iterable[TunedScaler]) -> None:
     entries = [tuning.as_json() for tuning in sorted(tunings, key=lambda entry: entry.target)]
     content = {"format": _FORMAT, "model": model, "tunings": entries}
-    write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomic(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def _lock(path: Path) -> FileLock:

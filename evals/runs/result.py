@@ -120,7 +120,10 @@ class Run:
             DataError: the folder cannot be written, or the disk is full. Rows that were written
                 before remain complete.
         """
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        line = text.encode(
+            errors="backslashreplace"
+        )  # half of a surrogate pair, as of a file's name, as JSON escapes it
         try:
             if losses is not None:
                 buffer = io.BytesIO()
@@ -130,7 +133,7 @@ class Run:
                 self.refresh()
                 if not self._unended:
                     file.truncate(self._read)  # the incomplete line of a killed process
-                file.write(b"\n" * self._unended + line.encode())
+                file.write(b"\n" * self._unended + line)
                 file.flush()
                 os.fsync(file.fileno())
                 self.refresh()

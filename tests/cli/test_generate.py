@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import ropewalk as rw
 from ropewalk.cli import waiting as waiting_module
 from ropewalk.cli.main import cli
-from ropewalk.cli.messages import stopping_said
+from ropewalk.cli.messages import print_json, stopping_said
 
 
 @pytest.fixture
@@ -203,6 +203,19 @@ def test_answers_under_other_settings_are_not_mixed(generate, batch, tmp_path):
     assert "under chosen yarn:2, and this run has up to" in str(batch("--rope", "auto")[0].exception)
     (tmp_path / "out.jsonl").write_text('{"id": 1, "prompt": "import os"}\n')
     assert "has lines without model; name another --output" in str(batch()[0].exception)
+
+
+def test_an_id_with_half_a_surrogate_pair_comes_back(generate, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": "a\\ud800", "prompt": "import os"}\n')
+    files = "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"
+    assert generate(*files, "--max-new-tokens", "1").exit_code == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["id"] == "a\ud800"
+    assert "1 of 1 are in" in generate(*files, "--max-new-tokens", "1").stderr
+
+
+def test_json_on_the_screen_escapes_half_a_surrogate_pair(capsys):
+    print_json({"folder": os.fsdecode(b"tiny\xff"), "text": "é"})
+    assert capsys.readouterr().out == '{"folder": "tiny\\udcff", "text": "é"}\n'
 
 
 def test_ctrl_c_keeps_complete_answers_and_says_so(generate, tmp_path, monkeypatch):

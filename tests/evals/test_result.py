@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,11 @@ def test_numpy_values_are_stored_as_json_numbers(tmp_path: Path) -> None:
     assert row["loss_low"] is None
     assert json.loads((tmp_path / "results.jsonl").read_text()) == row
     assert recipe_key({"context": np.int64(8)}) == recipe_key({"context": 8})
+
+
+def test_half_a_surrogate_pair_as_of_a_folders_name_comes_back(tmp_path: Path) -> None:
+    Run(tmp_path).add({"model": os.fsdecode(b"tiny\xff")}, {"loss": 0.5})
+    assert [row["model"] for row in Run(tmp_path).rows] == ["tiny\udcff"]
 
 
 @pytest.mark.parametrize("cut", [1, 20, -3])

@@ -118,7 +118,11 @@ def _answer_missing(
     warn_of_unused_seed(model, params)
     _remove_unfinished(target)
     try:
-        with target.open("a", encoding="utf-8") as file, waiting("answering", len(todo), "prompts") as advance:
+        with (
+            # half of a surrogate pair, in an id, is escaped as JSON does
+            target.open("a", encoding="utf-8", errors="backslashreplace") as file,
+            waiting("answering", len(todo), "prompts") as advance,
+        ):
 
             def write(request: PromptLine, fields: dict[str, Any]) -> None:
                 _write(file, {"id": request.id, **settings, **fields})

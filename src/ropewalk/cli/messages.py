@@ -52,7 +52,8 @@ def warn_of_unused_seed(model: Model, params: SamplingParams) -> None:
 def print_json(value: object) -> None:
     """One line of JSON on standard output; from the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
-        click.echo(json.dumps(value, ensure_ascii=False, default=str))
+        text = json.dumps(value, ensure_ascii=False, default=str)
+        click.echo(text.encode(errors="backslashreplace").decode())  # half of a surrogate pair, as JSON escapes it
 
 
 def warning_line(message: Warning | str) -> str:
