@@ -121,9 +121,7 @@ class Run:
                 before remain complete.
         """
         text = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        line = text.encode(
-            errors="backslashreplace"
-        )  # half of a surrogate pair, as of a file's name, as JSON escapes it
+        line = text.encode(errors="backslashreplace")  # half of a surrogate pair in a name, as JSON escapes it
         try:
             if losses is not None:
                 buffer = io.BytesIO()
