@@ -142,6 +142,25 @@ def test_offsets_are_those_of_the_whole_text():
     assert len(table._rest) < 4
 
 
+@pytest.mark.parametrize(
+    ("fields", "scores"),
+    [
+        ({"prompt_logprobs": 1}, 2),
+        ({"prompt_logprobs": 20, "prompt": [TEXT] * 2}, 42),
+        ({"echo": True, "logprobs": 3, "n": 2}, 8),
+    ],
+)
+def test_scores_of_prompts_have_a_limit(served, model, monkeypatch, fields, scores):
+    fields = {"prompt": TEXT, "max_tokens": 1, **fields}
+    tokens = len(model.vocabulary.encode(TEXT))
+    monkeypatch.setattr(requests, "MOST_SCORES", scores * tokens)
+    assert post(served[0], **fields).status_code == 200
+    monkeypatch.setattr(requests, "MOST_SCORES", scores * tokens - 1)
+    message = refused(served[0], fields)
+    assert f"{scores * tokens:,} log-probabilities" in message and f"the {scores * tokens - 1:,} of a request" in message
+    assert post(served[0], **{**fields, "echo": False, "prompt_logprobs": None}).status_code == 200  # nothing is scored
+
+
 def test_limits_are_those_of_the_page():
     page = (Path(__file__).parents[2] / "docs/server.md").read_text()
     rows = [
@@ -150,6 +169,7 @@ def test_limits_are_those_of_the_page():
         f"| stop strings | {requests.MOST_STOPS},",
         f"| characters of `rope` | {requests.LONGEST_TEXT:,} |",
         f"| contexts times answers | {requests.MOST_CONTEXTS}, of {requests.CONTEXT_TEXT >> 20}M characters |",
+        f"| log-probabilities of prompts, with their alternatives | {requests.MOST_SCORES:,} |",
         f"in one another in a message | {requests.DEEPEST} |",
         f"| all bodies that are being read | {bodies.TOGETHER} times `--body-mb` |",
         f"| header | {connection.HEADER_BYTES >> 10} KB |",

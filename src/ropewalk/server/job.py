@@ -254,6 +254,7 @@ def _sequences(asked: Asked, model: Model, plan: RopePlan) -> list[Sequence]:
             for params in each
         ]
     read = [model.read(prompt, params.continuation, plan=plan) for prompt in prompts]
+    asked.check_scores(sum(len(prompt.ids) for prompt in read))
     return [_sequence(asked, prompt, params, model, plan) for prompt in read for params in each]
 
 
@@ -261,8 +262,7 @@ def _sequence(asked: Asked, read: Prompt, params: SamplingParams, model: Model, 
     model.check_reach(len(read.ids), params, plan)
     parts = (read, model.resolved(params), model.vocabulary, model.stop_ids)
     if asked.scores_prompt:
-        most = max(asked.prompt_logprobs or 0, (params.logprobs or 0) if asked.echo else 0)
-        return ScoredSequence(*parts, alternatives=most, writes=asked.writes)
+        return ScoredSequence(*parts, alternatives=asked.scored_alternatives, writes=asked.writes)
     sequence = Sequence(*parts)
     if not asked.writes:
         sequence.end("length")

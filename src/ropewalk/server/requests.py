@@ -14,6 +14,7 @@ MOST_CHOICES = 16  # answers to one request
 MOST_CONTEXTS, CONTEXT_TEXT = 256, 8 << 20  # of all answers of a request together, and their characters
 MOST_STOPS, LONGEST_STOP = 16, 1000  # stop strings, and characters of one
 LONGEST_TEXT, DEEPEST = 4096, 8  # characters of `rope`; lists and objects in one another, in a message
+MOST_SCORES = 1 << 19  # log-probabilities of prompts' tokens, with their alternatives, in a request
 _MOST_LOGPROBS = 20
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "max_time", "continuation")
@@ -95,6 +96,29 @@ class Asked:
     def scores_prompt(self) -> bool:
         """True if log-probabilities of the prompt's tokens are returned."""
         return self.prompt_logprobs is not None or (self.echo and self.wants_logprobs)
+
+    @property
+    def scored_alternatives(self) -> int:
+        """Likeliest tokens that are returned for each token of a scored prompt."""
+        return max(self.prompt_logprobs or 0, (self.params.logprobs or 0) if self.echo else 0)
+
+    def check_scores(self, tokens: int) -> None:
+        """Refuse prompts with more log-probabilities than are held at once.
+
+        Args:
+            tokens: of all prompts.
+
+        Raises:
+            BadRequest: with the numbers.
+        """
+        scores = self.count * tokens * (1 + self.scored_alternatives) if self.scores_prompt else 0
+        if scores > MOST_SCORES:
+            raise BadRequest(
+                f"{scores:,} log-probabilities (the tokens of all prompts, each with its alternatives, for each of n "
+                f"answers) are more than the {MOST_SCORES:,} of a request; ask for fewer alternatives or answers, or "
+                "send fewer prompts at a time",
+                "logprobs" if self.prompt_logprobs is None else "prompt_logprobs",
+            )
 
 
 def read_json(body: bytes) -> dict[str, Any]:
