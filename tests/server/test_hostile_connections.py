@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import threading
 import time
@@ -11,7 +12,7 @@ import pytest
 from running import TEXT, connected, listening, post, raw, refused, serving, waits
 from starlette.testclient import TestClient
 
-from ropewalk.server import app, connection
+from ropewalk.server import app, connection, job
 
 
 def test_headers_have_a_limit(served):
@@ -157,6 +158,19 @@ async def answer(send, parts, pause=0):
         await asyncio.sleep(pause)
 
 
+def test_connections_have_a_limit(model, monkeypatch):
+    monkeypatch.setattr(connection, "MOST_CONNECTIONS", 5)
+    with serving(model) as (url, _):
+        health = "GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+        with contextlib.ExitStack() as stack:
+            held = [stack.enter_context(connected(url)) for _ in range(4)]
+            for client in held:  # an answer shows that the server has the connection
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+                assert b" 200 " in client.recv(65536)
+            assert b" 503 " in raw(url, health).split(b"\r\n")[0]
+        waits(lambda: b" 200 " in raw(url, health).split(b"\r\n")[0])
+
+
 def test_bodies_together_have_a_limit(model):
     with serving(model, limits={"body_bytes": 100_000}) as (url, server), contextlib.ExitStack() as stack:
         head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
@@ -172,7 +186,7 @@ def test_large_requests_leave_small_ones_their_turn(model, monkeypatch):
     """More large requests than there are threads; none of them is read while the first is."""
     monkeypatch.setattr(app, "_LARGE", 1000)
     at_once, most, gate = [0], [0], threading.Event()
-    job = app.Job
+    make = app.Job
 
     def slow(asked, *rest):
         if len(asked.prompts[0]) > 1000:
@@ -180,7 +194,7 @@ def test_large_requests_leave_small_ones_their_turn(model, monkeypatch):
             most[0] = max(most[0], at_once[0])
             gate.wait(30)
             at_once[0] -= 1
-        return job(asked, *rest)
+        return make(asked, *rest)
 
     monkeypatch.setattr(app, "Job", slow)
     with serving(model) as (url, _):
@@ -198,6 +212,35 @@ def test_large_requests_leave_small_ones_their_turn(model, monkeypatch):
         for thread in threads:
             thread.join()
     assert most[0] == 1
+
+
+def test_prompts_of_a_client_that_went_away_are_not_tokenized(model, monkeypatch):
+    """The client leaves while the first of three is."""
+    read, seen, begun, left = type(model).read, [], threading.Event(), threading.Event()
+    until_left = job._until_left
+
+    def slow(self, prompt, *args, **more):
+        seen.append(prompt)
+        begun.set()
+        assert left.wait(20)
+        return read(self, prompt, *args, **more)
+
+    def watched(prompts, has_left):
+        threading.Thread(target=lambda: waits(has_left) or left.set()).start()
+        return until_left(prompts, has_left)
+
+    monkeypatch.setattr(type(model), "read", slow)
+    monkeypatch.setattr(job, "_until_left", watched)
+    with serving(model) as (url, server):
+        body = json.dumps({"prompt": ["a", "b", "c"], "max_tokens": 2}).encode()
+        with connected(url) as client:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            assert begun.wait(20)
+        count = server.metrics.requests.labels("/v1/completions", 499)._value.get
+        waits(lambda: count() == 1)
+    assert seen == ["a"]
 
 
 def test_logs_have_one_line_for_a_request(model, caplog):

@@ -157,7 +157,9 @@ def test_scores_of_prompts_have_a_limit(served, model, monkeypatch, fields, scor
     assert post(served[0], **fields).status_code == 200
     monkeypatch.setattr(requests, "MOST_SCORES", scores * tokens - 1)
     message = refused(served[0], fields)
-    assert f"{scores * tokens:,} log-probabilities" in message and f"the {scores * tokens - 1:,} of a request" in message
+    assert (
+        f"{scores * tokens:,} log-probabilities" in message and f"the {scores * tokens - 1:,} of a request" in message
+    )
     assert post(served[0], **{**fields, "echo": False, "prompt_logprobs": None}).status_code == 200  # nothing is scored
 
 
@@ -172,6 +174,7 @@ def test_limits_are_those_of_the_page():
         f"| log-probabilities of prompts, with their alternatives | {requests.MOST_SCORES:,} |",
         f"in one another in a message | {requests.DEEPEST} |",
         f"| all bodies that are being read | {bodies.TOGETHER} times `--body-mb` |",
+        f"| connections | {connection.MOST_CONNECTIONS:,} |",
         f"| header | {connection.HEADER_BYTES >> 10} KB |",
         f"less than {connection.LEAST_BYTES >> 10} KB of it in {connection.LOOK_SECONDS:.0f} s |",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
@@ -26,7 +27,7 @@ from ..errors import did_you_mean
 from . import answers
 from .bodies import Bodies
 from .connection import host_name, is_loopback
-from .job import Job
+from .job import PATIENCE, Job
 from .metrics import Metrics
 from .requests import Asked, read_chat, read_completion, read_json
 
@@ -159,7 +160,7 @@ class ModelServer:
             async with self._large if len(body) > _LARGE else nullcontext():
                 if len(body) > _LARGE and await request.is_disconnected():
                     raise ClientDisconnect
-                job = await run_in_threadpool(Job, asked, self.model, self.scheduler, self.metrics, self.name)
+                job = await self._prepared(request, asked)
             job.submit()
         if asked.stream:
             return _EventStream(job.events(request.is_disconnected), job.cancel)
@@ -167,6 +168,21 @@ class ModelServer:
             return JSONResponse(await job.answer(request.is_disconnected))
         finally:
             job.cancel()
+
+    async def _prepared(self, request: HttpRequest, asked: Asked) -> Job:
+        """The job of a request, made in a thread.
+
+        Raises:
+            ClientDisconnect: the client went away meanwhile.
+        """
+        left = threading.Event()
+        made = asyncio.create_task(
+            run_in_threadpool(Job, asked, self.model, self.scheduler, self.metrics, self.name, left.is_set)
+        )
+        while not (await asyncio.wait([made], timeout=PATIENCE))[0]:
+            if await request.is_disconnected():
+                left.set()
+        return made.result()
 
     def _answered(
         self, handler: Callable[[HttpRequest], Awaitable[Response]], *, protected: bool = True

@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 LOOK_SECONDS = 30.0  # between two looks at a connection
 LEAST_BYTES = 16 << 10  # that a client has to send or take between two looks
 HEADER_BYTES = 16 << 10  # of all header fields of a request
-_MOST_CONNECTIONS = 1000
+MOST_CONNECTIONS = 1000  # the last of them gets a 503
 
 
 class _State(NamedTuple):
@@ -74,7 +74,7 @@ def http_options() -> dict[str, Any]:
         "http": Connection,
         "ws": "none",
         "h11_max_incomplete_event_size": HEADER_BYTES,
-        "limit_concurrency": _MOST_CONNECTIONS,
+        "limit_concurrency": MOST_CONNECTIONS,
         "timeout_graceful_shutdown": None,
     }
 

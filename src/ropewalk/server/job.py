@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from . import answers
 from .metrics import Metrics
 from .requests import Asked
 
-_PATIENCE = 0.5  # seconds between two looks whether a client is still there
+PATIENCE = 0.5  # seconds between two looks whether a client is still there
 
 IsGone = Callable[[], Awaitable[bool]]
 """Tells whether the client went away."""
@@ -51,12 +51,22 @@ class Job:
 
     Args:
         name: what the client calls the model.
+        has_left: tells whether the client went away; it is asked before each prompt.
 
     Raises:
+        ClientDisconnect: the client went away.
         RopewalkError: the model cannot answer it, for example because a prompt is too long.
     """
 
-    def __init__(self, asked: Asked, model: Model, scheduler: Scheduler, metrics: Metrics, name: str) -> None:
+    def __init__(
+        self,
+        asked: Asked,
+        model: Model,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        name: str,
+        has_left: Callable[[], bool],
+    ) -> None:
         self._started = time.monotonic()
         self._asked, self._vocabulary, self._scheduler, self._metrics = asked, model.vocabulary, scheduler, metrics
         self._texts = TokenTexts(model.vocabulary, model.tokenizer)
@@ -64,7 +74,7 @@ class Job:
         self._header = answers.Header.new("chatcmpl" if asked.is_chat else "cmpl", name)
         self._plan = model.plan if asked.rope is None else model.plan_for(asked.rope)
         scheduler.check_count(asked.count * max(1, len(asked.prompts)))
-        sequences = _sequences(asked, model, self._plan)
+        sequences = _sequences(asked, model, self._plan, has_left)
         for sequence in sequences:
             scheduler.check_room(sequence, self._plan.at(sequence.length))
         self._choices = [_Choice(*pair) for pair in enumerate(sequences)]
@@ -146,12 +156,12 @@ class Job:
         """
         is_first, looked = True, self._started
         while not all(choice.has_ended for choice in self._choices):
-            if (now := time.monotonic()) > looked + _PATIENCE:
+            if (now := time.monotonic()) > looked + PATIENCE:
                 looked = now
                 if await is_gone():
                     raise ClientDisconnect
             try:
-                choice, update = await asyncio.wait_for(self._updates.get(), _PATIENCE)
+                choice, update = await asyncio.wait_for(self._updates.get(), PATIENCE)
             except TimeoutError:
                 continue
             choice.has_ended = update.is_last
@@ -235,7 +245,7 @@ class Job:
         return self._vocabulary.text_bytes(sequence.prompt.ids).decode(errors="replace")
 
 
-def _sequences(asked: Asked, model: Model, plan: RopePlan) -> list[Sequence]:
+def _sequences(asked: Asked, model: Model, plan: RopePlan, has_left: Callable[[], bool]) -> list[Sequence]:
     """A sequence for every answer, `asked.count` for each prompt."""
     params = asked.params
     if asked.scores_prompt:
@@ -250,12 +260,19 @@ def _sequences(asked: Asked, model: Model, plan: RopePlan) -> list[Sequence]:
     if asked.contexts:
         return [
             model.over_contexts(str(prompt), asked.contexts, "entropy", params, plan=plan)
-            for prompt in prompts
+            for prompt in _until_left(prompts, has_left)
             for params in each
         ]
-    read = [model.read(prompt, params.continuation, plan=plan) for prompt in prompts]
+    read = [model.read(prompt, params.continuation, plan=plan) for prompt in _until_left(prompts, has_left)]
     asked.check_scores(sum(len(prompt.ids) for prompt in read))
     return [_sequence(asked, prompt, params, model, plan) for prompt in read for params in each]
+
+
+def _until_left(prompts: list[str | list[int]], has_left: Callable[[], bool]) -> Iterator[str | list[int]]:
+    for prompt in prompts:
+        if has_left():
+            raise ClientDisconnect
+        yield prompt
 
 
 def _sequence(asked: Asked, read: Prompt, params: SamplingParams, model: Model, plan: RopePlan) -> Sequence:
