@@ -49,7 +49,7 @@ def load(
     max_length: int | None = None,
     special_tokens: bool = False,
 ) -> Model:
-    """Load a Llama-style model and give it a position scaler.
+    """Load a language model with rotary positions and give it a position scaler.
 
         model = rw.load("smollm2-135m", rope="auto")
         model = rw.load(hf_model, rope="auto")  # a transformers model in memory

@@ -94,8 +94,10 @@ def export(
     dtype: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Export:
-    """Write a model so that `target` runs it under a scaler, without ropewalk. Position maps and temperatures are for
-    ropewalk itself, and for vLLM and the server of transformers with ropewalk installed beside them.
+    """Write a model so that `target` runs it under a scaler.
+
+    A frequency method needs no ropewalk there. Position maps and temperatures are for ropewalk itself, and for vLLM
+    and the server of transformers with ropewalk installed beside them.
 
         rw.export("smollm2-135m", "out", rope="ntk-mixed:4")                    # for stock transformers
         rw.export("model-q4_k_m.gguf", "long.gguf", rope="yarn:4", target="llama.cpp")

@@ -35,7 +35,7 @@ def serve(folder: str, options: Sequence[str]) -> None:
     if named_scaler(folder) is None:
         raise ConfigError(
             f"the config of {folder} names no scaler, so `transformers serve` reads it without ropewalk; `ropewalk "
-            "export` names position maps, log n and temperatures"
+            "export` names position maps and temperatures"
         )
     try:
         from transformers.cli.serving.model_manager import ModelManager

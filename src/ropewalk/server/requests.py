@@ -18,7 +18,7 @@ MOST_SCORES = 1 << 19  # log-probabilities of prompts' tokens, with their altern
 _MOST_LOGPROBS = 20
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "max_time", "continuation")
-"""Fields that are those of `SamplingParams`; the last five and `top_k` are beyond OpenAI's protocol."""
+"""Fields that are those of `SamplingParams`."""
 
 _IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
 """Fields that say who asks, and nothing about the answer."""
