@@ -243,8 +243,14 @@ def _by_losses(candidates: Sequence[Candidate], kind: str) -> list[Candidate]:
     for count in counts:
         group = [c for c in candidates if len(getattr(c, kind)) >= count and c not in order]
         shared = [place for place in getattr(group[0], kind) if all(place in getattr(c, kind) for c in group)]
-        order += sorted(group, key=lambda c: float(_joined(getattr(c, kind), shared).mean(dtype=np.float64)))
+        order += sorted(group, key=lambda c: _finite_or_worst(_joined(getattr(c, kind), shared)))
     return order
+
+
+def _finite_or_worst(losses: Losses) -> float:
+    """The mean in nats; infinite if it is NaN, which would sort anywhere."""
+    mean = float(losses.mean(dtype=np.float64))
+    return math.inf if math.isnan(mean) else mean
 
 
 def difference(a: Candidate, b: Candidate) -> Difference | None:
@@ -297,11 +303,11 @@ class Tuned:
     @staticmethod
     def is_worse(candidate: Candidate, other: Candidate) -> bool:
         """True if the interval of the paired difference lies above zero; without an interval the
-        mean decides."""
+        mean decides, and NaN is worse."""
         change = difference(candidate, other)
         if change is None:
             return True
-        return change.low > 0 if change.has_interval else change.mean > 0
+        return change.low > 0 if change.has_interval else not change.mean <= 0
 
     @cached_property
     def winner(self) -> Candidate:

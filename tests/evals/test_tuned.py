@@ -164,3 +164,14 @@ def test_simplicity_and_what_a_config_holds():
     specs = ["none", "yarn:2", "ntk-mixed:2", "rerope:4k", "rerope:4k|logn"]
     assert sorted({*specs}, key=lambda spec: simplicity(parse(spec), ROPE)) == specs
     assert [fits_config(parse(spec), ROPE) for spec in specs] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf])
+def test_losses_that_are_not_finite_rank_last_and_tie_with_nothing(lost):
+    good = [candidate("linear:2", read=[3.0]), candidate("ntk:4", read=[2.0]), candidate("ntk:8", read=[1.0])]
+    bad = [candidate("yarn:2", read=[lost]), candidate("dual-chunk", read=[lost])]
+    for place in range(4):
+        result = tuned(*good[:place], *bad, *good[place:])
+        assert [str(c.scaler) for c in result.ranking[:3]] == ["ntk:8", "ntk:4", "linear:2"]
+        assert result.ties == [good[2]]
+    assert tuned(*bad).ties == bad[:1]
