@@ -53,12 +53,15 @@ def block_interval(losses: Losses, block: int = 32, confidence: float = 0.95, se
         seed: seed of the resampling.
 
     Returns:
-        Lower and upper bound in nats per token. Both are NaN with fewer than `LEAST_BLOCKS` blocks.
+        Lower and upper bound in nats per token. Both are NaN with fewer than `LEAST_BLOCKS` blocks,
+        and where a loss is not finite.
     """
     means = block_means(losses, block)
     count = len(means)
-    if count < LEAST_BLOCKS:
+    if count < LEAST_BLOCKS or not np.isfinite(means).all():
         return math.nan, math.nan
+    if (means == means[0]).all():  # scipy warns of these
+        return float(means[0]), float(means[0])
     interval = bootstrap(
         (means,),
         np.mean,

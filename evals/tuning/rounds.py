@@ -274,8 +274,11 @@ class Rounds:
         scalers = [*{str(c.scaler): c.scaler for c in candidates if c.scaler.parts}.values()]
 
         def store(row: Row) -> None:
-            low, high = (math.nan if row[name] is None else row[name] for name in ("difference_low", "difference_high"))
-            self._candidates[row["rope"]].harm = Difference(mean=row["difference"], low=low, high=high)
+            mean, low, high = (
+                math.nan if row[name] is None else row[name]
+                for name in ("difference", "difference_low", "difference_high")
+            )
+            self._candidates[row["rope"]].harm = Difference(mean=mean, low=low, high=high)
 
         self._carry_out("harm", plan(self._local, self._text.source, scalers, self._harm), store)
 

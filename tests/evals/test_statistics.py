@@ -73,8 +73,15 @@ def test_wider_confidence_is_wider() -> None:
     assert lower < low < losses.mean() < high < higher
 
 
+@pytest.mark.filterwarnings("error")
 def test_constant_losses_have_a_point() -> None:
     assert block_interval(np.full(256, math.log(256))) == pytest.approx((math.log(256),) * 2)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_losses_that_are_not_finite_have_no_interval(lost: float) -> None:
+    assert all(map(math.isnan, block_interval(np.array([lost, *np.ones(255)]))))
 
 
 def test_too_few_tokens_have_no_interval() -> None:

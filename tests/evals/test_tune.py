@@ -28,7 +28,7 @@ from ropewalk.evals.runs.result import Run
 from ropewalk.evals.statistics import paired_difference
 from ropewalk.evals.tuning import rounds
 from ropewalk.evals.tuning.candidates import difference
-from ropewalk.evals.tuning.report import as_json, config_fragment
+from ropewalk.evals.tuning.report import as_json, config_fragment, publish_tuned
 from ropewalk.evals.tuning.text import TuneText
 from ropewalk.scaling import hf
 from ropewalk.scaling.rope import Scaler
@@ -292,3 +292,16 @@ def test_a_skim_tells_which_tokens_it_scored(model, text, tmp_path):
 def test_candidates_are_told_apart(tuned):
     specs = [str(c.scaler) for c in tuned.ranking]
     assert len(specs) == len(set(specs)) >= 35
+
+
+def test_a_harm_that_is_not_finite_is_reported(tuned, model, text, folder, tmp_path):
+    winner, out = str(tuned.winner.scaler), shutil.copytree(folder, tmp_path / "broken")
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["rope"] == winner and row.get("protocol") == "harm":
+            row |= dict.fromkeys(("loss", "difference", "difference_low", "difference_high"))
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = rw.tune(model, TARGET, text=text, out=out)
+    assert str(result.winner.scaler) == winner
+    assert not result.winner.is_harmless
+    assert publish_tuned(result, Run(out), model="tiny", text="held out")
