@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ...engine.model import Model
 from ...engine.nbce import NBCE
 from ...engine.sampling import SamplingParams
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, Setting
 from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ...tokenizer_tools.encode import prompt_ids, text_ids
@@ -53,7 +53,7 @@ class Document:
         tokens.
 
         Raises:
-            DataError: the facts and one sentence do not fit.
+            DataError: the facts and one sentence do not fit, or the text is shorter than `tokens`.
         """
         random = Random(f"facts {FORM} {text.sha256} {facts} {seed}")
         taken: list[str] = []
@@ -87,6 +87,12 @@ class Document:
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if count("".join(assembled(middle))) <= tokens else (low, middle - 1)
+        if low == len(sentences(text)):
+            raise DataError(
+                f"{text.name} has only {count(''.join(assembled(low)))} tokens with the facts, and {tokens} are "
+                "needed; give a shorter length or a longer ",
+                Setting("text", form="name"),
+            )
         return cls(assembled(low), pairs)
 
     @property
@@ -245,7 +251,7 @@ def cells(
     Raises:
         ConfigError: a scaler cannot work on this model, or a part is longer than the trained
             length.
-        DataError: a length cannot hold the facts.
+        DataError: a length cannot hold the facts, or the text is shorter.
     """
     trained = model.trained_length
     ropes: dict[tuple[Scaler, int], dict[str, str]] = {}
@@ -256,7 +262,6 @@ def cells(
     numbers = tuple(n * facts // questions + facts // (2 * questions) for n in range(questions))
     ways: list[tuple[Way, int, Scaler]] = [("whole", 1, scaler) for scaler in scalers]
     ways += [("cut", 1, Scaler()), *(("parts", count, Scaler()) for count in parts)]
-    _document(model.model, text, min(contexts), facts, 0)  # raises if it does not fit, before anything is measured
     planned = []
     for context in contexts:
         if short := [count for count in parts if context / count > 0.97 * trained]:
@@ -265,6 +270,7 @@ def cells(
                 f"{format_length(trained)}; use {1 + int(context / (0.97 * trained))} parts or more"
             )
         for document in range(documents):
+            _document(model.model, text, context, facts, document)  # raises before anything is measured
             for way, count, scaler in ways:
                 planned.append(
                     FactsCell(

@@ -1,5 +1,6 @@
 """Facts in long documents: the documents themselves, and their questions asked in every way of reading."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -46,6 +47,14 @@ def test_documents_that_do_not_fit_are_refused(subject):
         assert count(Document.draw(HAY, count, tokens, 16, seed=0).text) <= tokens
     with pytest.raises(rw.DataError, match="give a longer length"):
         cells(subject, HAY, [rw.parse("none")], contexts=[320, 128], parts=[2], documents=1, questions=8)
+
+
+def test_a_text_shorter_than_the_document_is_refused(subject):
+    short = dataclasses.replace(HAY, documents=(HAY.documents[0][:500],))
+    with pytest.raises(rw.DataError, match=r"has only \d+ tokens with the facts, and 450 are needed; .* longer text"):
+        Document.draw(short, count, 450, 4, seed=0)
+    with pytest.raises(rw.DataError, match="longer text"):  # before anything is measured
+        cells(subject, short, [rw.parse("none")], contexts=[300, 1024], parts=[5], documents=1, questions=1)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8, 16])
