@@ -15,7 +15,7 @@ from ..data import Text, load_text
 from ..models.measured import Advance, MeasuredModel
 from ..runs.cell import Cell, rope_recipe, shared_recipe
 from ..runs.result import Row, Run
-from .task import Place, Task, Trial, assemble
+from .task import Place, Task, Trial, assemble, check_smallest
 from .tasks import SUITE_OF, TASKS
 
 
@@ -116,7 +116,7 @@ def cells(
     Raises:
         ConfigError: a scaler cannot work on this model, or a depth is missing or not between 0 and
             1.
-        DataError: the shortest length cannot hold a prompt of some task.
+        DataError: a length cannot hold a prompt of some task, or the text is too short for it.
         ContextOverflow: a length is more than the model can hold.
     """
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
@@ -137,6 +137,7 @@ def cells(
         for depth in (depths if task.has_depth else (None,))
     ]
     for task, place in places:  # raises before anything is measured
+        check_smallest(task, model.tokenizer, place, range(trials))
         if assemble(task, model.tokenizer, place, 0).choices:
             model.check_scoring(place.context)
     return [

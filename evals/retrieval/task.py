@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, ClassVar
@@ -215,21 +215,12 @@ def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
     Raises:
         DataError: the smallest prompt does not fit, or the task has too few units for the length.
     """
-    source = f"{task.name} {task.settings} {place.context} {place.depth} {seed}"
 
     @functools.cache
     def draft(units: int) -> Draft:
-        return task.draft(Random(source), units, place)
+        return _draft(task, place, seed, units)
 
-    def most_written(drafted: Draft) -> int:
-        texts = (drafted.target, *drafted.choices)
-        return max(task.new_tokens, *(len(answer_ids(drafted.prompt, text, tokenizer)) for text in texts))
-
-    def needed(units: int) -> int:
-        drafted = draft(units)
-        return len(encode(drafted.prompt, tokenizer)) + most_written(drafted)
-
-    units = most_within(place.context, needed, task, place)
+    units = most_within(place.context, lambda units: _needed(task, draft(units), tokenizer), task, place)
     filled = draft(units)
     prompt_ids = encode(filled.prompt, tokenizer)
     return Trial(
@@ -238,9 +229,39 @@ def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
         answer_ids=answer_ids(filled.prompt, filled.target, tokenizer),
         answers=filled.answers,
         target=filled.target.strip(),
-        new_tokens=most_written(filled),
+        new_tokens=_most_written(task, filled, tokenizer),
         needle=None if filled.needle is None else len(encode(filled.prompt[: filled.needle].rstrip(), tokenizer)),
         choices=tuple(answer_ids(filled.prompt, choice, tokenizer) for choice in filled.choices),
+    )
+
+
+def check_smallest(task: Task, tokenizer: Any, place: Place, seeds: Iterable[int]) -> None:
+    """Raise DataError if the smallest prompt of one of the seeds does not fit into `place.context`."""
+    tokens = max(_needed(task, _draft(task, place, seed, task.least), tokenizer) for seed in seeds)
+    if tokens > place.context:
+        raise _does_not_fit(task, place.context, tokens)
+
+
+def _draft(task: Task, place: Place, seed: int, units: int) -> Draft:
+    source = f"{task.name} {task.settings} {place.context} {place.depth} {seed}"
+    return task.draft(Random(source), units, place)
+
+
+def _most_written(task: Task, draft: Draft, tokenizer: Any) -> int:
+    """Tokens that may be written: those of the task, or of the longest answer if that is more."""
+    texts = (draft.target, *draft.choices)
+    return max(task.new_tokens, *(len(answer_ids(draft.prompt, text, tokenizer)) for text in texts))
+
+
+def _needed(task: Task, draft: Draft, tokenizer: Any) -> int:
+    """Tokens of the prompt and of what may be written."""
+    return len(encode(draft.prompt, tokenizer)) + _most_written(task, draft, tokenizer)
+
+
+def _does_not_fit(task: Task, budget: int, tokens: int) -> DataError:
+    return DataError(
+        f"{task.name} at {format_length(budget)}: the shortest prompt and its answer take {tokens} tokens with "
+        f"this tokenizer; give a length of at least {tokens}"
     )
 
 
@@ -250,10 +271,7 @@ def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Pl
     low, most = task.least, task.most(place)
     at_low = needed(low)
     if at_low > budget:
-        raise DataError(
-            f"{task.name} at {format_length(budget)}: the shortest prompt and its answer take {at_low} tokens with "
-            f"this tokenizer; give a length of at least {at_low}"
-        )
+        raise _does_not_fit(task, budget, at_low)
     if most is not None and most <= low:
         raise DataError(
             f"{task.name}: the haystack has {most} sentences of {low + 1} needed; give a longer ",

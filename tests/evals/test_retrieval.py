@@ -179,6 +179,14 @@ def test_cells_come_scaler_by_scaler_and_mistakes_are_told(model):
         cells(LocalModel(model), [TASKS["kv"]], [parse("none")], contexts=[50], depths=[1])
 
 
+def test_a_length_that_holds_the_prompts_of_some_seeds_only_is_refused(model):
+    """The smallest prompts of many-shot take 92 to 119 tokens."""
+    task, shared = TASKS["many-shot"], {"contexts": [105], "trials": 20}
+    assert len(assemble(task, model.tokenizer, Place(context=105), 0).prompt_ids) < 105
+    with pytest.raises(rw.DataError, match=r"the shortest prompt .* give a length of at least 1\d\d"):
+        cells(LocalModel(model), [task], [parse("none")], **shared)
+
+
 def ropewalk(*arguments):
     return CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False)
 
