@@ -93,7 +93,7 @@ def compare_runs(a: Run, b: Run) -> Comparison:
     Raises:
         DataError: several rows of a run could be the partner of one row.
     """
-    one_scaler_each = all(len({row["rope"] for row in run.rows if "rope" in row}) == 1 for run in (a, b))
+    one_scaler_each = all(len({row["rope"] for row in run.rows if _is_compared(row)}) == 1 for run in (a, b))
     rope = () if one_scaler_each else ("rope",)
     pairs, matched = [], [0, 0]
     groups_a, groups_b = (_groups(run.rows, rope) for run in (a, b))
@@ -102,12 +102,14 @@ def compare_runs(a: Run, b: Run) -> Comparison:
         for partners_a, partners_b in _partners(rows_a, rows_b):
             for run, rows in ((a, partners_a), (b, partners_b)):
                 _refuse_ambiguous_rows(run, rows)
-            pair = (
-                _trials(partners_a, partners_b) if "suite" in rows_a[0] else _losses(a, b, partners_a[0], partners_b[0])
-            )
+            if "suite" in rows_a[0]:
+                both = _same_trials(partners_a, partners_b)
+                pair, counts = _trials(both) if both else None, (len(both), len(both))
+            else:
+                pair, counts = _losses(a, b, partners_a[0], partners_b[0]), (len(partners_a), len(partners_b))
             if pair is not None:
                 pairs.append(pair)
-                matched = [matched[0] + len(partners_a), matched[1] + len(partners_b)]
+                matched = [matched[0] + counts[0], matched[1] + counts[1]]
     return Comparison(pairs=pairs, only_a=_count(groups_a) - matched[0], only_b=_count(groups_b) - matched[1])
 
 
@@ -118,10 +120,15 @@ def _groups(rows: Iterable[Row], rope: tuple[str, ...]) -> Groups:
     """Rows of one loss, or all trials of one task and length."""
     groups: Groups = {}
     for row in rows:
-        if "suite" in row or row.get("task") == "ppl":
+        if _is_compared(row):
             fields = (*(_TRIALS if "suite" in row else _LOSS), *rope)
             groups.setdefault(tuple(row.get(field) for field in fields), []).append(row)
     return groups
+
+
+def _is_compared(row: Row) -> bool:
+    """False for rows that others are made of, such as the judge's."""
+    return "suite" in row or row.get("task") == "ppl"
 
 
 def _count(groups: Groups) -> int:
@@ -190,17 +197,19 @@ def _same_tokens(a: Row, b: Row, equal_count: bool) -> bool:
     return equal_count and a.get("places") == b.get("places")
 
 
-def _trials(a: Sequence[Row], b: Sequence[Row]) -> Pair | None:
-    """The pair of the trials that both runs have, with equal prompts."""
+def _same_trials(a: Sequence[Row], b: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The trials that both runs have, with equal prompts."""
     trials_b = {tuple(row.get(field) for field in _TRIAL): row for row in b}
-    both = [(row, trials_b[key]) for row in a if (key := tuple(row.get(field) for field in _TRIAL)) in trials_b]
-    if not both:
-        return None
+    return [(row, trials_b[key]) for row in a if (key := tuple(row.get(field) for field in _TRIAL)) in trials_b]
+
+
+def _trials(both: Sequence[tuple[Row, Row]]) -> Pair:
+    a, b = both[0]
     first, second = ([float(pair[side]["correct"]) for pair in both] for side in (0, 1))
     low, high = paired_score_interval(second, first)
     return Pair(
-        what=f"{a[0]['task']} at {format_length(a[0]['context'])}, n={len(both)}",
-        ropes=(a[0]["rope"], b[0]["rope"]),
+        what=f"{a['task']} at {format_length(a['context'])}, n={len(both)}",
+        ropes=(a["rope"], b["rope"]),
         unit=RIGHT,
         a=fmean(first),
         b=fmean(second),

@@ -240,6 +240,27 @@ def test_four_trials_tell_nothing_apart(tmp_path):
     assert pair.difference.low < 0
 
 
+def test_trials_that_only_one_run_has_are_counted(tmp_path):
+    a, b = Run(tmp_path / "a"), Run(tmp_path / "b")
+    for seed in range(10):
+        trial(a, seed, 1.0)
+    for seed in range(7, 12):
+        trial(b, seed, 1.0)
+    comparison = compare_runs(a, b)
+    assert [pair.what for pair in comparison.pairs] == ["niah at 256, n=3"]
+    assert (comparison.only_a, comparison.only_b) == (7, 2)
+
+
+def test_the_judge_of_longppl_is_not_a_scaler_of_the_run(tmp_path, make_run):
+    whole = make_run({"none": {8: 3.5}, "yarn:2": {8: 3.6}})
+    parts = [Run(tmp_path / name) for name in ("a", "b")]
+    for part, row in zip(parts, whole.rows, strict=True):
+        part.copy(row, whole.losses(row))
+        part.add({"task": "judge", "rope": "dual-chunk"}, {"loss": 3.0})
+    (pair,) = compare_runs(*parts).pairs
+    assert pair.rope == "none against yarn:2"
+
+
 def test_other_tokens_are_not_paired(make_run, tmp_path):
     a = make_run({"none": {8: 3.5}})
     b = Run(tmp_path / "b")
