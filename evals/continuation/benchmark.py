@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.progress import track
 
 from ...engine import tensor_parallel
-from ...engine.hf_model import input_device
 from ...engine.load import load
 from ...engine.model import Model
 from ...engine.storage import write_atomic
@@ -34,6 +33,8 @@ from ...tokenizer_tools import cuts
 from ...tokenizer_tools.cuts import Cut
 from ...tokenizer_tools.vocabulary import Vocabulary
 from ..data import Text, load_text
+from ..models.local import LocalModel
+from ..runs.cell import shared_recipe
 from ..runs.result import Row, Run
 from .methods import HEALING, METHODS, OFF, Ending
 from .report import LEGEND, plot_continuation, summarize, tables, to_markdown
@@ -90,9 +91,10 @@ def measure_all(model: Model, texts: Sequence[CutText], run: Run, seed: int, con
     """Measure every cut that is not in `run` yet, with a progress bar. Returns the rows of all
     cuts."""
     all_rows: list[Row] = []
+    local = LocalModel(model)
     todo = [(text, cut) for text in texts for cut in text.cuts]
     for text, cut in track(todo, "cuts", console=console):
-        recipes = {method: _recipe(model, text, cut, seed) | {"method": method} for method in METHODS}
+        recipes = {method: _recipe(local, text, cut, seed) | {"method": method} for method in METHODS}
         rows = [run.find(recipe) for recipe in recipes.values()]
         if None in rows:
             measured = measure(model, cut)
@@ -101,17 +103,13 @@ def measure_all(model: Model, texts: Sequence[CutText], run: Run, seed: int, con
     return all_rows
 
 
-def _recipe(model: Model, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
-    return {
+def _recipe(model: LocalModel, text: CutText, cut: Cut, seed: int) -> dict[str, Any]:
+    return shared_recipe(model, text.text) | {
         "task": "continuation",
-        "model": model.name,
-        "text": text.text.name,
-        "text_sha256": text.text.sha256,
+        "rope": str(model.rope),
         "kind": text.kind,
         "place": cut.place,
         "seed": seed,
-        "dtype": model.precision,
-        "device": input_device(model.hf).type,
         "transformers": transformers.__version__,
     }
 

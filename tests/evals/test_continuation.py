@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections import Counter
 
 import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ropewalk as rw
 from ropewalk.cli.main import cli
@@ -261,6 +263,16 @@ def test_the_command_resumes_and_writes_tables_and_a_plot(tiny_folder, text_file
     assert len(calls) - 10 == 9 - 3
     assert without_time(tmp_path / "parts") == without_time(tmp_path / "whole")
     assert {row["seed"] for row in without_time(tmp_path / "parts").values()} == {0}
+
+
+def test_cuts_of_other_weights_at_the_same_path_are_measured_anew(tiny_folder, text_file, tmp_path):
+    out, folder = tmp_path / "out", shutil.copytree(tiny_folder, tmp_path / "model")
+    run_command(folder, text_file, out, 1)
+    before = without_time(out)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 1.01 * weight for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    run_command(folder, text_file, out, 1)
+    assert len(without_time(out)) == 2 * len(before)
 
 
 def test_a_text_without_places_is_refused(tiny_folder, tmp_path):
