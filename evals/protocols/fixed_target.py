@@ -23,6 +23,10 @@ def usual_target(contexts: Sequence[int], most: int = 1024) -> int:
     return max(1, min(most, min(contexts, default=2) // 2))
 
 
+def _room(context: int, start: Start) -> int:
+    return context - max(len(start.prefix), 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamePlaces(Protocol):
     """Base of the protocols whose windows end at the same places for every context.
@@ -34,8 +38,12 @@ class SamePlaces(Protocol):
     samples: int = 1
 
     @abstractmethod
-    def scored_tokens(self, context: int) -> int:
-        """Number of scored tokens at the end of a window."""
+    def scored_tokens(self, room: int) -> int:
+        """Number of scored tokens at the end of a window.
+
+        Args:
+            room: tokens of the window that have a token before them and are of the text.
+        """
 
     @property
     def limit(self) -> int | None:
@@ -45,34 +53,36 @@ class SamePlaces(Protocol):
         return sum(len(d) >= self.longest for d in documents) >= self.samples
 
     def windows(self, documents: Sequence[Tokens], context: int, start: Start) -> list[Window]:
-        target = self.scored_tokens(context)
-        if target >= context:
+        room = _room(context, start)
+        target = self.scored_tokens(room)
+        if target > room:
             raise ConfigError(
                 Setting("target", target, "given"), f" leaves no context within {context} tokens; score fewer tokens"
             )
         windows = []
-        for number, end in self._places(documents, self.longest - len(start.prefix)):
+        for number, end in self._places(documents, start):
             ids = start.prefix + documents[number][end - context + len(start.prefix) : end]
             windows.append(Window(ids=ids, first=len(ids) - target, place=f"{number}:{end}"))
         return windows
 
-    def _places(self, documents: Sequence[Tokens], room: int) -> list[tuple[int, int]]:
+    def _places(self, documents: Sequence[Tokens], start: Start) -> list[tuple[int, int]]:
         """The document and the end of each window.
 
-        Let D be the number of documents with at least `room` tokens. Sample k ends at the fraction
-        (k // D + 1) / ceil(samples / D) of document k mod D. A sample that would score tokens of
-        the previous sample in its document is left out.
+        Let D be the number of documents that hold the longest context. Sample k ends at the
+        fraction (k // D + 1) / ceil(samples / D) of document k mod D. A sample that would score
+        tokens of the previous sample in its document is left out.
         """
-        usable = [number for number, doc in enumerate(documents) if len(doc) >= room]
+        body = self.longest - len(start.prefix)
+        usable = [number for number, doc in enumerate(documents) if len(doc) >= body]
         if not usable:
             raise too_short(documents, self.longest)
         rounds = math.ceil(self.samples / len(usable))
-        most = max(map(self.scored_tokens, self.contexts))
+        most = max(self.scored_tokens(_room(context, start)) for context in self.contexts)
         places: list[tuple[int, int]] = []
         last: dict[int, int] = {}
         for k in range(self.samples):
             number = usable[k % len(usable)]
-            end = max(len(documents[number]) * (k // len(usable) + 1) // rounds, room)
+            end = max(len(documents[number]) * (k // len(usable) + 1) // rounds, body)
             if number not in last or end - last[number] >= most:
                 places.append((number, end))
                 last[number] = end
@@ -89,7 +99,7 @@ class SameTarget(SamePlaces):
 
     target: int
 
-    def scored_tokens(self, context: int) -> int:
+    def scored_tokens(self, room: int) -> int:
         return self.target
 
 

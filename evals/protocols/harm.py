@@ -31,15 +31,15 @@ class Harm(SamePlaces):
     tokens with the same likeliest next token, and the paired difference of losses.
 
     Args:
-        target: tokens scored at the end of each window. None: all except the first.
+        target: tokens scored at the end of each window. None: all that have a token before them.
     """
 
     name: ClassVar[str] = "harm"
     passes: ClassVar[int] = 2
     target: int | None = None
 
-    def scored_tokens(self, context: int) -> int:
-        return context - 1 if self.target is None else self.target
+    def scored_tokens(self, room: int) -> int:
+        return room if self.target is None else self.target
 
     def check(self, model: MeasuredModel) -> None:
         L = model.trained_length

@@ -69,7 +69,10 @@ class Sliding(ByDocument):
     def of_document(self, doc: Tokens, number: int, context: int, start: Start) -> list[Window]:
         body, scored_to = context - len(start.prefix), 0
         if not 1 <= self.stride <= body:
-            raise ConfigError(Setting("stride", self.stride, "given"), f" must be between 1 and the context {context}")
+            raise ConfigError(
+                Setting("stride", self.stride, "given"),
+                f" must be between 1 and {body}, the tokens of the text in a window of {context}",
+            )
         windows = []
         for end in range(min(body, len(doc)), len(doc) + self.stride, self.stride):
             end = min(end, len(doc))
@@ -165,7 +168,8 @@ class FromStart(Protocol):
         if len(usable) < self.samples:
             raise too_short(documents, context, self.samples)
         chosen = usable[: self.samples]
-        return [Window(ids=start.prefix + doc[:body], first=1, place=f"{n}:{body}") for n, doc in chosen]
+        first = max(len(start.prefix), 1)
+        return [Window(ids=start.prefix + doc[:body], first=first, place=f"{n}:{body}") for n, doc in chosen]
 
 
 @dataclass(frozen=True, kw_only=True)

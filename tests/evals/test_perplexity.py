@@ -292,6 +292,16 @@ def test_the_head_in_small_chunks_is_the_head_at_once(monkeypatch):
     assert torch.allclose(whole, -torch.from_numpy(losses(model, ids)[19:]).float(), atol=1e-4)
 
 
+@pytest.mark.parametrize("plan", [ByPosition, Truncate, Harm])
+@pytest.mark.parametrize("prefix", [[], [256], [256, 257]])
+def test_tokens_before_the_text_are_not_scored(plan, prefix):
+    """Some tokenizers add two, such as that of GLM-4. The first of all tokens has none before it."""
+    (window,) = plan(contexts=(64,)).windows([[*range(100)]], 64, Start(prefix=prefix, token=None))
+    assert window.ids[: len(prefix)] == prefix
+    assert window.first == max(len(prefix), 1)
+    assert len(window.ids) == 64
+
+
 def test_user_mistakes():
     model = tiny_model()
     with pytest.raises(rw.DataError, match=r"too short: 1 document\(s\) of 8k tokens needed, it has 0"):
@@ -300,8 +310,10 @@ def test_user_mistakes():
         cells(LocalModel(model), text(WORDS), [Scaler()], Truncate(contexts=(64,), samples=2))
     with pytest.raises(rw.ConfigError, match="target 64 leaves no context within 64 tokens"):
         cells(LocalModel(model), text(WORDS), [Scaler()], FixedTarget(contexts=(64,), target=64))
-    with pytest.raises(rw.ConfigError, match="stride 65 must be between 1 and the context 64"):
-        cells(LocalModel(model), text(WORDS), [Scaler()], Sliding(contexts=(64,), stride=65))
+    with pytest.raises(rw.ConfigError, match="target 63 leaves no context within 64 tokens"):
+        FixedTarget(contexts=(64,), target=63).windows([[*range(99)]], 64, Start(prefix=[256, 257], token=None))
+    with pytest.raises(rw.ConfigError, match="stride 64 must be between 1 and 63, the tokens of the text in a window"):
+        Sliding(contexts=(64,), stride=64).windows([[*range(99)]], 64, Start(prefix=[256], token=256))
     with pytest.raises(rw.ConfigError, match="Did you mean 'sliding'"):
         protocol("slidng", (64,))
     with pytest.raises(rw.ConfigError, match="stride has no effect on fixed-target; leave it out, or use sliding"):
