@@ -34,7 +34,7 @@ from .perplexity_cell import PerplexityCell, Source, plan
 from .protocol import ProtocolResult, Window
 
 FEWEST = 4
-"""The first number of places: the spread between places is part of every interval."""
+"""The first number of places: one place says little of a text, and its interval does not tell how little."""
 
 MOST = 64
 """The number of places that is not exceeded if none is given."""
