@@ -176,6 +176,24 @@ def test_an_unfinished_line_is_answered_again_and_other_settings_are_refused(bat
     assert "line 2: the id 1 is that of an earlier line too" in str(batch()[0].exception)
 
 
+@pytest.mark.parametrize("text", ["notes", '{"prompt": "a"}', '{"ID": 3'])
+def test_a_file_of_something_else_is_not_cut(generate, batch, tmp_path, text):
+    """A file without a newline is all an unfinished line."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n')
+    (tmp_path / "out.jsonl").write_text(text)
+    done = generate("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert "is not the beginning of an answer; name another --output" in str(done.exception)
+    assert (tmp_path / "out.jsonl").read_text() == text
+
+
+def test_prompts_are_not_overwritten_by_their_answers(generate, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "import os"}')
+    (tmp_path / "link").symlink_to(tmp_path / "in.jsonl")
+    done = generate("--input", tmp_path / "in.jsonl", "--output", tmp_path / "link")
+    assert "name another --output" in done.output
+    assert (tmp_path / "in.jsonl").read_text() == '{"id": 1, "prompt": "import os"}'
+
+
 def test_answers_under_other_settings_are_not_mixed(generate, batch, tmp_path):
     """Also where the difference is known only when the model is loaded. What has no answer yet hinders nothing."""
     (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n{"text": "no prompt"}\n')

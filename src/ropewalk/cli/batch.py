@@ -262,7 +262,10 @@ def _answered(target: Path) -> tuple[set[Id], list[dict[str, Any]]]:
     """
     answered: set[Id] = set()
     found: list[dict[str, Any]] = []
-    for number, line in enumerate(_whole_lines(target).splitlines(), 1):
+    lines, rest = _lines(target)
+    if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
+        raise DataError(f"the last line of {target} is not the beginning of an answer; name another --output")
+    for number, line in enumerate(lines.splitlines(), 1):
         try:
             record = json.loads(line)
             if "error" in record:
@@ -294,20 +297,25 @@ def _check_same(found: list[dict[str, Any]], settings: dict[str, Any], target: P
                 )
 
 
-def _whole_lines(target: Path) -> bytes:
+_BEGINNING = b'{"id": '  # of every answer
+
+
+def _lines(target: Path) -> tuple[bytes, bytes]:
+    """The whole lines of a file, and what follows them."""
     raw = target.read_bytes() if target.exists() else b""
-    return raw[: raw.rfind(b"\n") + 1]
+    end = raw.rfind(b"\n") + 1
+    return raw[:end], raw[end:]
 
 
 def _remove_unfinished(target: Path) -> None:
     """Remove a last line that a killed run left unfinished."""
     from ..engine import tensor_parallel
 
-    whole = len(_whole_lines(target))
-    if target.exists() and whole < target.stat().st_size and tensor_parallel.is_first():
+    lines, rest = _lines(target)
+    if rest and tensor_parallel.is_first():
         click.echo(f"ropewalk: the last line of {target} is unfinished; it is removed, and answered again", err=True)
         with target.open("r+b") as file:
-            file.truncate(whole)
+            file.truncate(len(lines))
 
 
 _ANSWER = ("id", "text", "finish_reason", "prompt_tokens", "completion_tokens", "logprobs")

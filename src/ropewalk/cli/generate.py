@@ -198,6 +198,8 @@ def _check_usage(
     if (prompts is None) != (answers is None):
         given, missing = ("--input", "--output") if answers is None else ("--output", "--input")
         raise click.UsageError(f"{given} needs {missing}, a .jsonl file each")
+    if prompts and answers and answers.exists() and answers.samefile(prompts):
+        raise click.UsageError(f"--input and --output are both {prompts}; name another --output")
     if over_contexts and prompts:
         raise click.UsageError("--contexts takes one question; leave out --input")
     if over_contexts != bool(files):
