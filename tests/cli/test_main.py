@@ -198,6 +198,15 @@ def in_this_process(monkeypatch, *arguments):
         ),
         (["show", "yarn"], "yarn: needs factor, as in 'yarn:4'"),
         (["show", "yarn:4", "--out", "a.jpg"], "a.jpg is no .png; a .png and an .svg are written"),
+        (["ppl", "a", "--max-minutes", "nan"], "'--max-minutes': nan is no time to measure in; give a number above 0"),
+        (["demo", "--max-minutes", "0"], "'--max-minutes': 0 is no time to measure in"),
+        (["demo", "--max-minutes", "-1"], "'--max-minutes': -1 is no time to measure in"),
+        (["gpu-check", "--minutes", "inf"], "'--minutes': inf is no time to measure in"),
+        (
+            ["ppl", "a", "--no-compile", "--endpoint", "http://localhost:1", "--text", __file__],
+            "--no-compile has no effect",
+        ),
+        (["show", "yarn:4", "--out", f"{__file__}/a.png"], f"{__file__}: File exists; check the path"),
     ],
 )
 def test_mistakes_of_usage_are_a_sentence_too(arguments, message, monkeypatch, capfd, tmp_path):

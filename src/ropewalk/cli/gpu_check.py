@@ -8,15 +8,13 @@ import click
 
 from ..errors import ConfigError
 from .messages import print_json
-from .options import EXAMPLES, command, json_option, lengths_option
+from .options import EXAMPLES, Minutes, command, json_option, lengths_option
 
 
 @command(
     name="gpu-check", epilog=EXAMPLES + "  ropewalk gpu-check\n  ropewalk gpu-check --minutes 3 --geometry llama-3.2-1b"
 )
-@click.option(
-    "--minutes", default=8.0, show_default=True, type=click.FloatRange(min=0.1), help="The check stops after them."
-)
+@click.option("--minutes", default=8.0, show_default=True, type=Minutes(), help="The check stops after them.")
 @click.option(
     "--geometry",
     default="llama-3-8b",

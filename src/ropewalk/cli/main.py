@@ -137,7 +137,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: errors that ropewalk raises on purpose become one sentence and exit code 2."""
+    """Entry point: errors that ropewalk raises on purpose, and those of files, become one sentence and exit code 2."""
     warnings.formatwarning = lambda message, *_, **__: warning_line(message)
     try:
         if exit_code := cli(prog_name="ropewalk", standalone_mode=False):
@@ -152,6 +152,12 @@ def main() -> None:
         sys.exit(2)
     except RopewalkError as error:
         click.echo(f"ropewalk: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        click.echo(f"ropewalk: {place}{error.strerror}; check the path, its permissions and the free space", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort) as stop:
         click.echo(f"\nropewalk: stopped{stop}", err=True)

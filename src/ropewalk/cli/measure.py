@@ -12,6 +12,7 @@ import click
 from .measurement import Measurement, ModelTarget, deadline_in, printed
 from .options import (
     EXAMPLES,
+    Minutes,
     command,
     folder_option,
     loads_a_model,
@@ -139,6 +140,7 @@ def ppl(
     "--max-minutes",
     default=5.0,
     show_default=True,
+    type=Minutes(),
     help="Leave out what would not finish in this time, a hard limit; --full takes what it needs.",
 )
 @folder_option("runs/demo", exact=True)

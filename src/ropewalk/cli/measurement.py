@@ -222,8 +222,9 @@ class ModelTarget:
             return load_measured(model, **self.loading)
         from ..evals.models.served import ServedModel
 
-        if given := [name.replace("_", "-") for name, value in self.loading.items() if value not in ("auto", None)]:
-            raise ConfigError(f"--{given[0]} has no effect on a model that is served; leave it out, or --endpoint")
+        if given := [name for name, value in self.loading.items() if value not in ("auto", None)]:
+            option = "--no-compile" if self.loading[given[0]] is False else f"--{given[0].replace('_', '-')}"
+            raise ConfigError(f"{option} has no effect on a model that is served; leave it out, or --endpoint")
         served = ServedModel(model, self.endpoint, self.served_as)
         click.echo(served.describe(), err=True)
         return served

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,18 @@ class Command(click.Command):
 def command(name: str | None = None, **settings: Any) -> Callable[[Callable[..., None]], Command]:
     """`click.command` with headings."""
     return click.command(name, cls=Command, **settings)
+
+
+class Minutes(click.ParamType[float]):
+    """A limited time."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        minutes = float(click.FLOAT.convert(value, param, ctx))
+        if not 0 < minutes < math.inf:
+            self.fail(f"{minutes:g} is no time to measure in; give a number above 0", param, ctx)
+        return minutes
 
 
 def json_option(of: str) -> Decorator:
@@ -325,7 +338,7 @@ def measures(
         head.append(lengths_option(*lengths))
     tail = (
         folder_option(out),
-        click.option("--max-minutes", type=float, help=max_minutes),
+        click.option("--max-minutes", type=Minutes(), help=max_minutes),
         click.option("--dry-run", is_flag=True, help="Print what would be measured, and how long it would take."),
         run_json_option(),
     )
