@@ -95,30 +95,33 @@ class NgramCopy(Task):
     """Continue a passage of random words that comes again: copying an n-gram, as induction heads do
     (Olsson et al., arXiv 2209.11895).
 
-    The prompt consists of random nouns. Its last four are the first four of a passage of 16 that
-    lies at the depth; no noun of the passage occurs elsewhere. The score of an answer is the share of the
-    other 12 that are written before the first mistake. A unit is a noun.
+    The prompt is a list of random nouns, one a line. Its last four are the first four of a passage of 16 that
+    lies at the depth; no noun of the passage occurs elsewhere. The score of an answer is the share of the other
+    12 that are written before the first mistake. A unit is a noun.
     """
 
     name: str = "ngram-copy"
-    new_tokens: ClassVar[int] = 32
+    new_tokens: ClassVar[int] = 64
     has_depth: ClassVar[bool] = True
 
     @property
     def settings(self) -> dict[str, Any]:
-        return super().settings | {"words": WORDS_VERSION}
+        return super().settings | {"words": WORDS_VERSION, "layout": "list"}  # rows of the first layout have none
 
     def draft(self, random: Random, units: int, place: Place) -> Draft:
         assert place.depth is not None
         passage = random.sample(plain_words("noun"), _CUE + _COPIED)
         others = sorted({*plain_words("noun")} - {*passage})
-        hay = [f"{word} " for word in random.choices(others, k=units)]
-        assert not {*hay} & {f"{word} " for word in passage}, f"the haystack contains a word of {passage}"
-        body, (start,) = with_needles(hay, [(boundary(hay, place.depth), " ".join(passage) + " ")])
-        cue, copied = " ".join(passage[:_CUE]), " ".join(passage[_CUE:])
-        return Draft(prompt=f"{body} {cue}", answers=(copied,), target=f" {copied}", needle=start)
+        hay = [f"- {word}\n" for word in random.choices(others, k=units)]
+        lines = [f"- {word}\n" for word in passage]
+        assert not {*hay} & {*lines}, f"the haystack contains a word of {passage}"
+        body, (start,) = with_needles(hay, [(boundary(hay, place.depth), "".join(lines))])
+        copied = "\n- ".join(passage[_CUE:])
+        return Draft(
+            prompt="".join([body, "\n", *lines[:_CUE], "-"]), answers=(copied,), target=f" {copied}", needle=start
+        )
 
     def mark(self, written: str, answers: Sequence[str]) -> float:
-        expected, words = answers[0].split(), re.findall(r"[a-z]+", written.lower())
+        expected, words = (re.findall(r"[a-z]+", text.lower()) for text in (answers[0], written))
         right = takewhile(lambda pair: pair[0] == pair[1], zip(expected, words, strict=False))
         return sum(1 for _ in right) / len(expected)

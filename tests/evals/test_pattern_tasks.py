@@ -57,10 +57,10 @@ def test_an_example_of_the_question_is_caught(monkeypatch):
 
 def test_a_passage_of_words_stands_once_and_its_beginning_at_the_end():
     for draft in drafts("ngram-copy"):
-        words = draft.prompt.split()
-        passage = [*words[-4:], *draft.answers[0].split()]
+        words = draft.prompt.replace("-", "").split()
+        passage = [*words[-4:], *draft.answers[0].split("\n- ")]
         assert len({*passage}) == 16
-        start = draft.prompt[: draft.needle].count(" ")
+        start = draft.prompt[: draft.needle].count("\n")
         assert words[start : start + 16] == passage
         assert all(words.count(word) == (2 if word in passage[:4] else 1) for word in passage)
         assert 0.4 < start / len(words) < 0.6

@@ -84,7 +84,7 @@ DIGESTS = {
     "cwe": "fa43a46b",
     "fwe": "1e789342",
     "many-shot": "cbfad721",
-    "ngram-copy": "f3d983f7",
+    "ngram-copy": "c74ec409",
     "latent-list": "c393a66b",
     "facts-noise-1": "3041a0ed",
     "facts-noise-2": "df7cc00b",
@@ -123,7 +123,7 @@ def unit_tokens(task, tokenizer):
         "cwe": "1234. " + "representative " * 3,
         "fwe": " abcdef " * 3,
         "latent-list": "other = [10, 20, 30]\nuninteresting counterintelligence",
-        "ngram-copy": " counterintelligence" * 3,
+        "ngram-copy": "- counterintelligence\n" * 2,
         "many-shot": "incompetent screwdriver: X\n" * 2,
     }
     return len(encode(longest.get(task.name, NOISE_LINE * 2), tokenizer)) * (30 if task.name == "cwe" else 1)
@@ -160,7 +160,7 @@ def test_the_answer_is_tokenised_behind_its_prompt_or_alone(tiny):
 def test_the_needle_stands_at_the_recorded_depth(name, depth, tokenizer):
     task = TASKS[name]
     trial = assemble(task, tokenizer, place(task, 5000, depth), seed=2)
-    begins = {"passkey": "The pass key is ", "kv": '"', "ngram-copy": ""}.get(name, "One of the special magic ")
+    begins = {"passkey": "The pass key is ", "kv": '"', "ngram-copy": "- "}.get(name, "One of the special magic ")
     after = tokenizer.decode(trial.prompt_ids[trial.needle :]).lstrip()
     assert after.startswith(begins)
     assert trial.answers[0] in after[:200]
