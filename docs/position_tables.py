@@ -28,7 +28,7 @@ def within() -> str:
     for rope in _ropes(buckets):
         if rope != UNTOUCHED:
             changes = [difference(run, rows.get(rope), rows[UNTOUCHED]) for rows in buckets]
-            lines.append(_cells(_code(rope), ["" if change is None else changed(change) for change in changes]))
+            lines.append(_cells(code(rope), ["" if change is None else changed(change) for change in changes]))
     return _table(buckets, lines)
 
 
@@ -42,7 +42,7 @@ def beyond() -> str:
     lines = [_cells("untouched, cut to the trained length", shown)]
     for rope in _ropes(buckets):
         cells = [_beside(run, rows.get(rope), losses) for rows, losses in zip(buckets, cut, strict=True)]
-        lines.append(_cells("untouched" if rope == UNTOUCHED else _code(rope), cells))
+        lines.append(_cells("untouched" if rope == UNTOUCHED else code(rope), cells))
     return _table(buckets, lines)
 
 
@@ -120,7 +120,8 @@ def _cells(name: str, cells: Sequence[str]) -> str:
     return f"| {' | '.join([name, *cells])} |"
 
 
-def _code(rope: str) -> str:
+def code(rope: str) -> str:
+    """A spec in a cell of a table."""
     return f"`{rope.replace('|', chr(92) + '|')}`"
 
 

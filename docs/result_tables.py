@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import position_tables
-from position_tables import changed
+from position_tables import changed, code
 
 from ropewalk.evals.contexts.report import facts_markdown, plot_endless, plot_facts
 from ropewalk.evals.continuation.report import plot_continuation, summarize
@@ -15,7 +15,8 @@ from ropewalk.evals.protocols.fixed_target import Repeat
 from ropewalk.evals.protocols.harm import Harm
 from ropewalk.evals.reports.grid import Shown
 from ropewalk.evals.reports.loss_plots import named_groups, plot_run
-from ropewalk.evals.reports.tables import extra_grids, loss_table, reach_table
+from ropewalk.evals.reports.tables import extra_grids, loss_table, nats, reach_table, share
+from ropewalk.evals.retrieval.score import score
 from ropewalk.evals.runs.compare import UNTOUCHED, difference
 from ropewalk.evals.runs.result import Run
 from ropewalk.scaling import format_length
@@ -57,6 +58,7 @@ def tables() -> dict[str, str]:
     return {
         **{name: _run(name) for name in RUNS},
         "models": _models(),
+        "retrieval": _retrieval(),
         "positions-within": position_tables.within(),
         "positions-beyond": position_tables.beyond(),
         "maps-tiny": _maps_tiny(),
@@ -157,7 +159,20 @@ def _models() -> str:
     lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
     for rope in dict.fromkeys(row["rope"] for row in run.rows):
         cells = [cell(*column, rope) for column in columns]
-        lines.append(f"| `{rope.replace('|', chr(92) + '|')}` | {' | '.join(cells)} |")
+        lines.append(f"| {code(rope)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _retrieval() -> str:
+    """The trials of docs/results/retrieval by model, task, length and method."""
+    found: dict[tuple[str, str, int, str], list[dict[str, Any]]] = {}
+    for row in Run(RESULTS / "retrieval").rows:
+        found.setdefault((row["model"], row["task"], row["context"], row["rope"]), []).append(row)
+    lines = ["| model | task | length | method | trials | right | log-probability, nats a token |", "|---" * 7 + "|"]
+    for (model, task, length, rope), rows in sorted(found.items()):
+        told = score(rows)
+        cells = [model, task, format_length(length), code(rope), str(told.trials), share(told).text, nats(told).text]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -171,7 +186,7 @@ def _repetition() -> str:
     for one in found:
         ours = [f"{100 * one[kind]['mean']:.1f}" for kind in ("within", "repeated", "fresh")]
         theirs = ["" if value is None else f"{value:.1f}" for value in PUBLISHED[one["rope"]]]
-        lines.append(f"| `{one['rope'].replace('|', chr(92) + '|')}` | {' | '.join([*ours, *theirs])} |")
+        lines.append(f"| {code(one['rope'])} | {' | '.join([*ours, *theirs])} |")
     return "\n".join(lines)
 
 

@@ -12,7 +12,6 @@ import ropewalk as rw
 SOURCE = Path(rw.__file__).parent
 ROOT = Path(__file__).parent.parent
 SMALLEST = 40  # lines of a module that only one other imports
-README = 12 * 1024
 PROSE = 100  # characters of a line of prose
 
 
@@ -65,10 +64,6 @@ def test_no_room_is_too_small():
         if path.name not in ("__init__.py", "__main__.py") and lines < SMALLEST and len(importers[dotted(path)]) == 1:
             small[str(path)] = lines
     assert small == {}
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_bytes()) <= README
 
 
 PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if not path.is_symlink())
