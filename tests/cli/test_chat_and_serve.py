@@ -169,6 +169,16 @@ def test_a_model_without_a_template_is_no_chat_model(tiny_folder):
         run("generate", str(tiny_folder), "import os", "--chat", *GREEDY)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "no such host"])
+def test_an_address_that_cannot_be_used_is_refused_before_the_model_is_loaded(tmp_path, host):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = ["serve", str(tmp_path / "no-model"), "--host", host, "--port", str(taken.getsockname()[1])]
+        asked = CliRunner().invoke(cli, words)
+    assert isinstance(asked.exception, rw.ConfigError)
+    assert str(asked.exception).startswith(f"cannot listen on {host}, port ")
+    assert str(asked.exception).endswith("; name another --port or --host")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_server_answers_and_ends_when_it_is_asked_to(folder, model):
     with socket.create_server(("127.0.0.1", 0)) as taken:

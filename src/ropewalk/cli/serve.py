@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import click
@@ -94,6 +95,7 @@ def serve(
             f"{error.name} is not installed, which the server needs; run: pip install 'ropewalk[serve]'"
         ) from error
 
+    _check_free(host, port)
     longest = parse_length(max_length) if max_length else None
     loaded = load_model(
         model, rope=chosen_rope(model, rope), **loading, max_length=longest, special_tokens=special_tokens
@@ -111,6 +113,16 @@ def serve(
     if api_key is None and not is_loopback(host):
         click.echo(f"ropewalk: anyone who reaches {host} can use this server; --api-key KEY asks for a key", err=True)
     uvicorn.run(server.app(), host=host, port=port, log_level="info", **http_options())
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on, before the model is loaded."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {host}, port {port} ({reason}); name another --port or --host") from None
 
 
 @command(
