@@ -208,3 +208,17 @@ def test_a_server_answers_and_ends_when_it_is_asked_to(folder, model):
         server.kill()
     assert server.returncode in (0, 130), log
     assert "rope" in log and "Traceback" not in log
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_a_limit_may_be_a_multiple_of_the_trained_length(command, folder, monkeypatch):
+    limits = []
+
+    def load(*_, max_length, **__):
+        limits.append(max_length)
+        raise rw.ConfigError("enough is known")
+
+    monkeypatch.setattr(f"ropewalk.cli.{command}.load_model", load)
+    for limit in ("0.5x", "300"):
+        CliRunner().invoke(cli, [command, folder, "--max-length", limit])
+    assert limits == [128, 300]

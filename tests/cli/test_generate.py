@@ -82,7 +82,8 @@ def test_a_prompt_that_is_too_long_is_refused_before_the_weights_are_read(genera
     refused = str(generate("import os\n" * 200).exception)
     assert "600 prompt tokens and --max-new-tokens 4 make 604, more than the 256" in refused
     assert refused.endswith("add --rope auto, shorten the prompt, or add --max-length 604 to go there anyway")
-    assert "more than the 300" in str(generate("import os\n" * 200, "--max-length", "300").exception)
+    for limit, tokens in (("300", 300), ("0.5x", 128)):
+        assert f"more than the {tokens}" in str(generate("import os\n" * 200, "--max-length", limit).exception)
 
 
 def test_json_has_the_answer_and_the_log_probabilities(generate, tiny_folder):

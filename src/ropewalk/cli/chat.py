@@ -15,6 +15,7 @@ from .options import (
     EXAMPLES,
     chosen_rope,
     command,
+    given_max_length,
     loads_a_model,
     refuse_tensor_parallel,
     rope_option,
@@ -70,10 +71,9 @@ def chat(
         raise click.UsageError("the file of --load has its own system message; leave out --system")
     with waiting("starting"):
         from ..engine.sampling import SamplingParams
-        from ..scaling.lengths import parse_length
 
         params = SamplingParams(**sampling)
-    longest = parse_length(max_length) if max_length else None
+    longest = given_max_length(model, max_length)
     loaded = load_model(model, rope=chosen_rope(model, rope), **loading, max_length=longest)
     warn_of_unused_seed(loaded, params)
     with loaded.chat_session(system, path=stored) as session:

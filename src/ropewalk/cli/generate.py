@@ -13,7 +13,17 @@ import click
 from ..errors import DataError
 from .batch import Chat, answer_all, answer_fields
 from .messages import print_json, warn_of_unused_seed
-from .options import EXAMPLES, chosen_rope, command, is_given, json_option, loads_a_model, rope_option, sampling_options
+from .options import (
+    EXAMPLES,
+    chosen_rope,
+    command,
+    given_max_length,
+    is_given,
+    json_option,
+    loads_a_model,
+    rope_option,
+    sampling_options,
+)
 from .waiting import fetch_model, load_model, waiting
 
 if TYPE_CHECKING:
@@ -140,10 +150,9 @@ def generate(
             raise DataError("the prompt ends inside a character; a message to a chat model is a whole text")
     with waiting("starting"):
         from ..engine.sampling import SamplingParams
-        from ..scaling.lengths import parse_length
 
         params = SamplingParams(**sampling, logprobs=logprobs, continuation=continuation)
-    longest = parse_length(max_length) if max_length else None
+    longest = given_max_length(model, max_length)
     rope = chosen_rope(model, rope)
     settings = {**loading, "rope": rope, "max_length": longest, "special_tokens": special_tokens}
     if prompts is not None and answers is not None:
@@ -159,6 +168,8 @@ def generate(
     from ..engine.chat_template import chat_ids, has_chat_template
 
     if over_contexts:
+        from ..scaling.lengths import parse_length
+
         assert isinstance(text, str)
         size = parse_length(window, loaded.trained_length) if window else None
         _answer_over_files(loaded, text, files, size, pooling, params, as_json)

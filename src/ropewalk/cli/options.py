@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from .measurement import Measurement, ModelTarget, named_rope
+from .waiting import waiting
 
 EXAMPLES = "\b\nExamples:\n"
 """Heading of an epilog."""
@@ -147,6 +148,21 @@ def chosen_rope(name: str, rope: str) -> str:
         RopewalkError: as `load`.
     """
     return rope if is_given("rope") else named_rope(name) or rope
+
+
+def given_max_length(name: str, max_length: str | None) -> int | None:
+    """The tokens of `--max-length`, of which `2x` is a multiple of the model's trained length; None if not given.
+
+    Raises:
+        RopewalkError: not a length; for a multiple also as `load`.
+    """
+    if max_length is None:
+        return None
+    with waiting("starting"):
+        from ..engine.checkpoints.config import trained_length
+        from ..scaling.lengths import parse_length
+
+    return parse_length(max_length, lambda: trained_length(name))
 
 
 def text_option(default: str | None, note: str = "") -> Decorator:

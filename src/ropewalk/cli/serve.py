@@ -8,7 +8,16 @@ from typing import Any
 import click
 
 from ..errors import ConfigError
-from .options import EXAMPLES, chosen_rope, command, is_given, loads_a_model, refuse_tensor_parallel, rope_option
+from .options import (
+    EXAMPLES,
+    chosen_rope,
+    command,
+    given_max_length,
+    is_given,
+    loads_a_model,
+    refuse_tensor_parallel,
+    rope_option,
+)
 from .waiting import load_model
 
 
@@ -83,8 +92,6 @@ def serve(
     refuse_tensor_parallel(loading, "a server")
     if api_key == "":
         raise click.UsageError("--api-key is empty; give a key, or leave it out to serve without one")
-    from ..scaling.lengths import parse_length
-
     try:
         import uvicorn
 
@@ -96,7 +103,7 @@ def serve(
         ) from error
 
     _check_free(host, port)
-    longest = parse_length(max_length) if max_length else None
+    longest = given_max_length(model, max_length)
     loaded = load_model(
         model, rope=chosen_rope(model, rope), **loading, max_length=longest, special_tokens=special_tokens
     )
