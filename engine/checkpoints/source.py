@@ -33,6 +33,8 @@ def resolve(name: str) -> str:
     """
     if (file := gguf_file(name)) is not None:
         return str(prepared_gguf(file))
+    if not name:
+        raise AssetError("the name of the model is empty; give a built-in name, a hub id, a folder or a .gguf file")
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)

@@ -225,6 +225,10 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
         UnsupportedModel: the model's position encoding cannot be verified.
         PatchError: the model is patched already.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"patch needs a model of transformers, not {model!r:.100}; load it first with from_pretrained"
+        )
     if (before := patched_with(model)) is not None:
         raise PatchError(
             f"this model is patched with {before} already; undo that first (for a copy of a patched model this takes a "

@@ -186,6 +186,8 @@ def test_mistakes_in_names_and_options(tmp_path, tiny_folder, monkeypatch):
         rw.load(tmp_path / "nothing")
     with pytest.raises(rw.AssetError, match=r"no config.json"):
         rw.load(tmp_path)
+    with pytest.raises(rw.AssetError, match="the name of the model is empty"):
+        rw.load("")
     with pytest.raises(rw.AssetError, match="no such file"):
         rw.load(tmp_path / "model.gguf")
     with pytest.raises(rw.AssetError, match=r"Did you mean 'smollm2-135m'\?"):

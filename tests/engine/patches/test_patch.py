@@ -172,6 +172,8 @@ def test_refusals():
     for spec in ("yarn:4", "rerope:16", "logn"):
         with pytest.raises(rw.UnsupportedModel, match=r"Module has no device, so it is no model of transformers"):
             rw.patch(wrapper, spec)
+    with pytest.raises(rw.ConfigError, match=r"not 'a/folder'; load it first with from_pretrained"):
+        rw.patch("a/folder", "yarn:4")
     with pytest.raises(rw.UnsupportedModel, match="DataParallel has no config"):
         rw.patch(torch.nn.DataParallel(llama()), "linear:2")
 
