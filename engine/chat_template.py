@@ -65,7 +65,8 @@ def _render(tokenizer: Any, messages: list[Message], *, tokenize: bool) -> Any:
     if not has_chat_template(tokenizer):
         raise ConfigError(
             f"{getattr(tokenizer, 'name_or_path', '') or 'this tokenizer'} has no chat template, so the model is "
-            "not a chat model; use generate, or set model.tokenizer.chat_template"
+            "not a chat model; give it a prompt in place of messages (generate, or a server's /v1/completions), or set "
+            "model.tokenizer.chat_template"
         )
     options = {} if is_mistral(tokenizer) else {"add_generation_prompt": True}
     try:

@@ -86,7 +86,7 @@ def test_no_message_names_a_folder(tiny_folder, served, monkeypatch):
         message = refused(url, {"messages": [{"role": "user", "content": "a"}]}, path=CHAT)
         assert "that tiny reaches" in refused(url, {"prompt": "x", "max_tokens": 300})
         assert "which tiny reaches" in refused(url, {"prompt": "x" * 100_000})
-    assert "no chat template" in message and str(tiny_folder.parent) not in message
+    assert "no chat template" in message and "/v1/completions" in message and str(tiny_folder.parent) not in message
     for path in ("/v1/models/../../etc/passwd", "/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/..%2f..%2fetc%2fpasswd"):
         answer = raw(served[0], f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         assert b" 404 " in answer.split(b"\r\n")[0] and b"root:" not in answer

@@ -48,6 +48,10 @@ def test_malformed_bodies(served, body, message):
 
 def test_unknown_paths_and_methods(served):
     assert httpx2.get(f"{served[0]}/v1/embeddings").status_code == 404
+    answer = httpx2.post(f"{served[0]}/chat/completions", json={"messages": []})  # the base URL lacks /v1
+    assert answer.status_code == 404
+    message = "this server has no path '/chat/completions'; the base URL of an OpenAI client ends in /v1"
+    assert answer.json()["error"]["message"] == message
     assert httpx2.get(f"{served[0]}/v1/completions").status_code == 405
 
 

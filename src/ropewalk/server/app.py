@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from starlette.applications import Starlette
@@ -227,8 +228,12 @@ class ModelServer:
             raise HTTPException(401, "this server wants its API key: Authorization: Bearer KEY")
 
 
-async def _http_error(_: HttpRequest, error: Exception) -> Response:
+async def _http_error(request: HttpRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    detail = error.detail
+    if detail == HTTPStatus.NOT_FOUND.phrase:  # Starlette's own, for a path without a route
+        path = request.url.path[:100]
+        detail = f"this server has no path {path!r}; the base URL of an OpenAI client ends in /v1"
     kind = {401: "authentication_error", 404: "not_found_error"}.get(error.status_code, "invalid_request_error")
     headers = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else error.headers
-    return JSONResponse(answers.error_object(error.detail, kind), error.status_code, headers=headers)
+    return JSONResponse(answers.error_object(detail, kind), error.status_code, headers=headers)
