@@ -119,3 +119,12 @@ def test_the_bar_goes_to_the_limit_or_to_the_end(monkeypatch):
         bar.expect(220.0)
         assert "0:01:00 left" in clock.render(task).plain
         assert drawn.render(task).percentage_completed == pytest.approx(50)
+
+
+def test_where_the_screen_is_no_terminal_only_the_lines_are_printed():
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    with RunProgress(console) as bar:
+        bar.describe("none at 256")
+        bar.print("a line")
+        bar.expect(None)
+    assert console.file.getvalue() == "a line\n"
