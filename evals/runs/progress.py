@@ -17,14 +17,14 @@ class RunProgress:
     """A bar of time: from the start to when all is done, or to the time limit if that comes first.
 
     Args:
-        console: where it is drawn, if it is a terminal; elsewhere only the lines are printed.
+        console: where it is drawn, if it is a terminal or a notebook; elsewhere only the lines are printed.
         deadline: `time.monotonic()` value of the limit, which is shown; None for no limit.
         started: where the time begins; None is now.
     """
 
     def __init__(self, console: Console, deadline: float | None = None, started: float | None = None) -> None:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), _TimeBar(bar_width=28), _Clock())
-        hidden = not console.is_terminal  # its last frame would stay in a file
+        hidden = not (console.is_terminal or console.is_jupyter)  # its last frame would stay in a file
         self._progress = Progress(*columns, console=console, get_time=time.monotonic, disable=hidden)
         self._started = time.monotonic() if started is None else started
         self._deadline = deadline
