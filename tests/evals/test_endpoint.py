@@ -312,7 +312,7 @@ def test_the_key_of_the_environment_is_sent_and_a_password_not_kept(model, named
         ("passkey", ["--fake", "oracle"], "--fake replaces a network that is loaded here"),
         ("passkey", ["--dtype", "int8"], "--dtype has no effect on a model that is served"),
         ("kv", ["--kv-dtype", "int8"], "--kv-dtype has no effect on a model that is served"),
-        ("ppl", ["--no-compile"], "--compile has no effect on a model that is served"),
+        ("ppl", ["--no-compile"], "^--no-compile has no effect on a model that is served"),
         ("ppl", ["--protocol", "harm", "--lengths", "128"], "compares the logits of all; leave out --endpoint"),
         ("ppl", ["--protocol", "longppl", "--lengths", "1x,2x"], "not under dual-chunk.*--judge none"),
     ],

@@ -172,7 +172,7 @@ def test_limits_are_those_of_the_page():
         f"| characters of `rope` | {requests.LONGEST_TEXT:,} |",
         f"| contexts times answers | {requests.MOST_CONTEXTS}, of {requests.CONTEXT_TEXT >> 20}M characters |",
         f"| log-probabilities of prompts, with their alternatives | {requests.MOST_SCORES:,} |",
-        f"in one another in a message | {requests.DEEPEST} |",
+        f"| nested lists and objects in a message | {requests.DEEPEST} deep |",
         f"| all bodies that are being read | {bodies.TOGETHER} times `--body-mb` |",
         f"| connections | {connection.MOST_CONNECTIONS:,} |",
         f"| header | {connection.HEADER_BYTES >> 10} KB |",
