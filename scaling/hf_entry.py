@@ -12,7 +12,7 @@ from .configured_rope import ConfiguredRope
 from .hf_write import STEP_LOG_BETA
 from .interpolation import DynamicNTK, Linear
 from .longrope import LongRoPE
-from .rope import RopeSpec, Scaler
+from .rope import WIDEST_HEAD, RopeSpec, Scaler
 from .temperature import StepLog
 from .yarn import Llama3, YaRN
 
@@ -52,7 +52,6 @@ _MODEL_CODE_KEYS = {
 }
 """Keys of single families that act outside the rotary frequencies, and what they mean."""
 
-_WIDEST_HEAD = 2**16
 _LONGEST = 2**48  # tokens
 
 
@@ -165,8 +164,8 @@ def _head_dim(name: str, config: Any) -> int:
     # RuntimeError where heads differ from layer to layer.
     except (AttributeError, RuntimeError, TypeError, ArithmeticError) as error:
         raise UnsupportedModel(f"{name}: the head dimension is not in the config ({error})") from None
-    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim > _WIDEST_HEAD:
-        raise ConfigError(f"{name}: head_dim={head_dim!r:.40} must be a whole number up to {_WIDEST_HEAD}")
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim > WIDEST_HEAD:
+        raise ConfigError(f"{name}: head_dim={head_dim!r:.40} must be a whole number up to {WIDEST_HEAD}")
     return head_dim
 
 

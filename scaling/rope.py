@@ -30,6 +30,9 @@ ALL_LAYERS = (range(sys.maxsize),)
 LARGEST_FACTOR = 2**63
 """The largest factor on a length. Positions are int64, so a larger one changes nothing, and numbers may overflow."""
 
+WIDEST_HEAD = 2**16
+"""The largest dimension of a head."""
+
 _LONGEST = 2**62  # tokens; position maps add to positions, which are int64
 
 

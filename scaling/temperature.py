@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .rope import Facet, RopeSpec, Scaler
+from .rope import WIDEST_HEAD, Facet, RopeSpec, Scaler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class InfoScale(TemperatureScaler):
     it is `logn` with the power 1/2. Source: Li et al., arXiv 2501.08570.
 
     Args:
-        dim: d, the dimension of a query; by default that of a head in the config.
+        dim: d, the dimension of a query, up to 65536; by default that of a head in the config.
     """
 
     name: ClassVar[str] = "infoscale"
@@ -69,8 +69,8 @@ class InfoScale(TemperatureScaler):
     dim: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dim is not None and self.dim < 1:
-            raise ConfigError(f"infoscale: dim {self.dim} must be at least 1")
+        if self.dim is not None and not 1 <= self.dim <= WIDEST_HEAD:
+            raise ConfigError(f"infoscale: dim {self.dim!r:.40} must be from 1 to {WIDEST_HEAD}")
 
     def check(self, rope: RopeSpec) -> None:
         _check_logarithm(self.name, rope)
