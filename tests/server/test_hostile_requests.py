@@ -109,10 +109,10 @@ def test_a_long_stop_string_is_not_copied():
 
 def test_many_messages_prepare_the_names_once():
     names = [f"<|reserved_special_token_{n}|>" for n in range(250)]
-    before = _parts.cache_info().misses
+    _parts.cache_clear()
     for _ in range(100):
         assert _with_marks("a", names, "\ue000") == "a"
-    assert _parts.cache_info().misses == before + 1
+    assert _parts.cache_info().misses == 1
     assert _with_marks("x<|res ", names, "\ue000") == "x<|res\ue000 "
     assert _with_marks(" l|>x", names, "\ue000") == " l|>x"
     assert _with_marks(" _7|>x", names, "\ue000") == " \ue000_7|>x"
