@@ -17,16 +17,17 @@ class RunProgress:
     """A bar of time: from the start to when all is done, or to the time limit if that comes first.
 
     Args:
-        console: where it is drawn, if it is a terminal or a notebook; elsewhere only the lines are printed.
+        console: where it is drawn, if it is a terminal or a notebook. Elsewhere the lines are printed, and every five
+            minutes one that says what is being done and how long all will take.
         deadline: `time.monotonic()` value of the limit, which is shown; None for no limit.
         started: where the time begins; None is now.
     """
 
     def __init__(self, console: Console, deadline: float | None = None, started: float | None = None) -> None:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), _TimeBar(bar_width=28), _Clock())
-        hidden = not (console.is_terminal or console.is_jupyter)  # its last frame would stay in a file
-        self._progress = Progress(*columns, console=console, get_time=time.monotonic, disable=hidden)
-        self._started = time.monotonic() if started is None else started
+        self._is_file = not (console.is_terminal or console.is_jupyter)  # the bar's last frame would stay in it
+        self._progress = Progress(*columns, console=console, get_time=time.monotonic, disable=self._is_file)
+        self._started = self._said = time.monotonic() if started is None else started
         self._deadline = deadline
         self._stage, self._is_quiet = "", False
         self._task: TaskID | None = None
@@ -60,15 +61,27 @@ class RunProgress:
         if self._deadline is not None:
             end = self._deadline if end is None else min(end, self._deadline)
         self._update(end=end)
+        if self._is_file and end is not None and time.monotonic() - self._said >= _SAID_EVERY:
+            self._say_end()
 
     def print(self, line: str) -> None:
         """A line above the bar, which stays."""
         if not self._is_quiet:
             self._progress.console.print(line)
 
+    def _say_end(self) -> None:
+        """The bar as a line."""
+        self._said = time.monotonic()
+        (task,) = self._progress.tasks
+        self.print(f"  {task.description}: {_Clock().render(task)}")
+
     def _update(self, **fields: Any) -> None:
         assert self._task is not None, "the bar is used as a context manager"
         self._progress.update(self._task, **fields)
+
+
+_SAID_EVERY = 300.0
+"""Seconds between the lines that replace the bar in a file."""
 
 
 class _TimeBar(BarColumn):

@@ -128,3 +128,17 @@ def test_where_the_screen_is_no_terminal_only_the_lines_are_printed():
         bar.print("a line")
         bar.expect(None)
     assert console.file.getvalue() == "a line\n"
+
+
+def test_a_log_is_told_every_five_minutes_how_long_it_takes(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=120, force_terminal=False)
+    with RunProgress(console) as bar:
+        bar.describe("none at 32k")
+        for now[0] in (100.0, 299.0, 300.0, 400.0, 601.0):
+            bar.expect(now[0] + 1200.0)
+    assert console.file.getvalue().splitlines() == [
+        "  none at 32k: 0:05:00, 0:20:00 left",
+        "  none at 32k: 0:10:01, 0:20:00 left",
+    ]
