@@ -155,7 +155,7 @@ def refuse(reasons: list[str]) -> None:
 
 
 def _draft(vllm_config: Any) -> str | None:
-    speculative = getattr(vllm_config, "speculative_config", None)
+    speculative = vllm_config.speculative_config
     return None if speculative is None else str(speculative.method)
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from ropewalk.engine.attention import paged as module
+from ropewalk.engine.attention import paged_products
 from ropewalk.engine.attention.kernel import AttentionScore
 from ropewalk.engine.attention.paged import PagedBatch
 from ropewalk.engine.attention.paged_rope import PagedRope
+from ropewalk.engine.attention.paged_products import ChunkProducts
 from ropewalk.engine.attention.reference import reference_attention
 from ropewalk.engine.attention.rotation import Angles, Layout
+from ropewalk.engine.runners.cpu import kernels
+from ropewalk.engine.runners.cpu.kernels import UNAVAILABLE
 from ropewalk.errors import RopewalkWarning
 from ropewalk.scaling import RopeSpec, Scaler, parse
 from ropewalk.scaling.configured_rope import ConfiguredRope
@@ -76,9 +82,38 @@ def paged(rope, q, k, v, score, dtype):
     return [torch.cat(rows) for rows in outs]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, narrow: bool) -> Iterator[None]:
+    """The attention of longer ends of a text by bfloat16 products or without, on every CPU; the test fails if it is
+    computed in another way."""
+    made = []
+
+    def counted(*args: Any) -> ChunkProducts:
+        made.append(args)
+        return ChunkProducts(*args)
+
+    monkeypatch.setattr(kernels, "HAS_BFLOAT16_PRODUCTS", narrow)
+    monkeypatch.setattr(paged_products, "ChunkProducts", counted)
+    yield
+    assert bool(made) == (narrow and dtype == torch.bfloat16)
+
+
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "narrow", "most"),
+    [
+        (torch.float64, False, 1e-10),
+        (torch.float32, False, 3e-5),
+        (torch.float32, True, 3e-5),
+        (torch.bfloat16, False, 0.06),
+        pytest.param(torch.bfloat16, True, 0.06, marks=pytest.mark.skipif(bool(UNAVAILABLE), reason=str(UNAVAILABLE))),
+    ],
+)
+
+
+@DTYPES
 @pytest.mark.parametrize("spec", SPECS)
-def test_texts_in_pages_get_the_attention_of_each_text_alone(spec: str, dtype: torch.dtype) -> None:
+@pytest.mark.usefixtures("products")
+def test_texts_in_pages_get_the_attention_of_each_text_alone(spec: str, dtype: torch.dtype, most: float) -> None:
     generator = torch.Generator().manual_seed(3)
     part, neighbours = spec in ("rerope:8|logn", "yarn:4"), spec == "string:16,window=4"
     layout = Layout(0, 16 if part else DIM, neighbours)
@@ -95,8 +130,7 @@ def test_texts_in_pages_get_the_attention_of_each_text_alone(spec: str, dtype: t
         want = reference_attention(
             q_, k_, v_, score, layout, named.scaler, named.configured.rope, length=named.length or L
         )
-        error = (one.double() - want[0].transpose(0, 1)).abs().max()
-        assert error < {torch.float64: 1e-10, torch.float32: 3e-5, torch.bfloat16: 0.06}[dtype]
+        assert (one.double() - want[0].transpose(0, 1)).abs().max() < most
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 40, 500])
@@ -104,7 +138,8 @@ def test_texts_in_pages_get_the_attention_of_each_text_alone(spec: str, dtype: t
     ("spec", "local_base", "own"),
     [("yarn:4|rerope:8|logn", None, "yarn:4"), ("dual-chunk|logn", None, "none"), ("yarn:4|rerope:8", 50.0, "none")],
 )
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 3e-5), (torch.bfloat16, 0.06)])
+@DTYPES
+@pytest.mark.usefixtures("products")
 def test_layers_with_a_window_keep_it_without_the_map_and_the_temperature(
     spec: str, local_base: float | None, own: str, window: int, dtype: torch.dtype, most: float
 ) -> None:
@@ -136,7 +171,7 @@ def test_keys_that_the_kernel_does_not_read_are_told_of() -> None:
     rope, score = rope_of("rerope:8|logn", layout), AttentionScore(scale=0.3)
     texts = [[torch.zeros(length, heads, DIM).double() for length in TEXTS] for heads in (HEADS, GROUPS, GROUPS)]
     module._warn_of_copies.cache_clear()
-    with torch.inference_mode(), pytest.warns(RopewalkWarning, match=r"slow: the kernel does not read torch\.float64"):
+    with torch.inference_mode(), pytest.warns(RopewalkWarning, match=r"slow: the kernel .* torch\.float64 keys of 32 numbers"):
         paged(rope, *texts, score, torch.float64)
 
 

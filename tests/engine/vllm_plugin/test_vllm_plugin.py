@@ -156,9 +156,17 @@ def test_options_that_are_refused(content, changes, words):
         check_config(vllm_config(content, **changes))
 
 
-def test_architectures_that_were_not_verified_are_refused(content):
-    with pytest.raises(rw.UnsupportedModel, match="GptOssForCausalLM"):
-        check_config(vllm_config(content | {"architectures": ["GptOssForCausalLM"]}))
+def test_an_option_that_vllm_lacks_is_not_in_use(content):
+    config = vllm_config(content, parallel_config=SimpleNamespace())
+    del config.device_config, config.model_config.use_mla
+    check_config(config)
+
+
+@pytest.mark.parametrize("names", [["GptOssForCausalLM"], None])
+def test_architectures_that_were_not_verified_are_refused(content, names):
+    found = names[0] if names else "a model without a name"
+    with pytest.raises(rw.UnsupportedModel, match=f"not with {found}; "):
+        check_config(vllm_config(content | {"architectures": names}))
 
 
 @pytest.mark.parametrize(
@@ -182,16 +190,16 @@ def test_windows_that_were_not_verified_are_refused(name, fields, words):
     ("properties", "words"),
     [
         ({"sinks": True}, "attention sinks of the model"),
-        ({"alibi": True}, "ALiBi"),
+        ({"alibi": True}, r"a linear bias on distances \(ALiBi\)"),
         ({"attn_type": "encoder"}, "attention of type encoder"),
         ({"cache_dtype": "fp8"}, "a cache of fp8"),
         ({"kv_shared": True}, "layers that share a cache"),
-        ({"others": ["chunk_lookback"]}, "the options chunk_lookback"),
+        ({"others": ["chunk_lookback"]}, "the options chunk_lookback of attention"),
     ],
 )
 def test_layers_that_are_refused(properties, words):
     check_layer()
-    with pytest.raises(rw.UnsupportedModel, match=words):
+    with pytest.raises(rw.UnsupportedModel, match=rf"with {words}\. Export"):
         check_layer(**properties)
 
 
