@@ -171,7 +171,10 @@ def test_keys_that_the_kernel_does_not_read_are_told_of() -> None:
     rope, score = rope_of("rerope:8|logn", layout), AttentionScore(scale=0.3)
     texts = [[torch.zeros(length, heads, DIM).double() for length in TEXTS] for heads in (HEADS, GROUPS, GROUPS)]
     module._warn_of_copies.cache_clear()
-    with torch.inference_mode(), pytest.warns(RopewalkWarning, match=r"slow: the kernel .* torch\.float64 keys of 32 numbers"):
+    with (
+        torch.inference_mode(),
+        pytest.warns(RopewalkWarning, match=r"slow: the kernel .* torch\.float64 keys of 32 numbers"),
+    ):
         paged(rope, *texts, score, torch.float64)
 
 
