@@ -13,8 +13,8 @@ from ropewalk.engine.attention import paged as module
 from ropewalk.engine.attention import paged_products
 from ropewalk.engine.attention.kernel import AttentionScore
 from ropewalk.engine.attention.paged import PagedBatch
-from ropewalk.engine.attention.paged_rope import PagedRope
 from ropewalk.engine.attention.paged_products import ChunkProducts
+from ropewalk.engine.attention.paged_rope import PagedRope
 from ropewalk.engine.attention.reference import reference_attention
 from ropewalk.engine.attention.rotation import Angles, Layout
 from ropewalk.engine.runners.cpu import kernels
