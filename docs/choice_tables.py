@@ -1,4 +1,4 @@
-"""The tables behind the recommendation: README.md and docs/choose.md, from the runs in docs/results."""
+"""The table and the plot behind the recommendation, docs/choose.md, from the runs in docs/results."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ from pathlib import Path
 from ropewalk.evals.reports.loss_plots import plot_loss_curve
 from ropewalk.evals.runs import compare
 from ropewalk.evals.runs.result import Row, Run
-from ropewalk.scaling import format_length, parse
+from ropewalk.scaling import parse
 
 DOCS = Path(__file__).resolve().parent
 
 SMOLLM2, PLAY, L = "smollm2", "1:41813", 8192  # As You Like It: the play that is long enough for four times L
 
-README_METHODS = {
-    "none": "the model as it was trained",
-    "self-extend:8,window=2k": "`auto` beyond 8k",
-    "dual-chunk": "",
-    "rerope:4k|logn": "",
-    "yarn:4": "for a served engine",
-}
-"""The methods of the README's table and plot, with what is said of each."""
+PLOTTED = ("none", "self-extend:8,window=2k", "dual-chunk", "rerope:4k|logn", "yarn:4")
+"""The methods of the plot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,28 +61,9 @@ def tables() -> dict[str, str]:
     return {"choice": choice_table()}
 
 
-def readme_table() -> str:
-    """The plot and the table of the README."""
-    rows = {(row["rope"], row["context"]): row["loss"] for row in _readme_rows()}
-    contexts = sorted({context for _, context in rows})
-    best = {at: min(loss for (_, context), loss in rows.items() if context == at) for at in contexts}
-    lines = [
-        "![Loss against context](docs/length.svg)",
-        "",
-        f"| method | {' | '.join(map(format_length, contexts))} |",
-        "|---" * (len(contexts) + 1) + "|",
-    ]
-    for method, remark in README_METHODS.items():
-        losses = [rows[method, at] for at in contexts]
-        shown = [f"**{x:.3f}**" if x == best[at] else f"{x:.3f}" for x, at in zip(losses, contexts, strict=True)]
-        name = f"`{_cell_text(method)}`" + (f" ({remark})" if remark else "")
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    return "\n".join(lines)
-
-
 def draw() -> None:
-    """The plot of the README."""
-    png, _ = plot_loss_curve(_readme_rows(), _run(SMOLLM2), DOCS / "length")
+    """The plot of docs/choose.md."""
+    png, _ = plot_loss_curve(_plotted_rows(), _run(SMOLLM2), DOCS / "length")
     png.unlink()
 
 
@@ -129,9 +104,9 @@ def _rows(cell: Cell) -> dict[tuple[str, float], Row]:
     }
 
 
-def _readme_rows() -> list[Row]:
-    rows = [row for row in _run(SMOLLM2).rows if row["places"] == PLAY and row["rope"] in README_METHODS]
-    return sorted(rows, key=lambda row: list(README_METHODS).index(row["rope"]))
+def _plotted_rows() -> list[Row]:
+    rows = [row for row in _run(SMOLLM2).rows if row["places"] == PLAY and row["rope"] in PLOTTED]
+    return sorted(rows, key=lambda row: PLOTTED.index(row["rope"]))
 
 
 def _cell_text(spec: str) -> str:

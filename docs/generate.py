@@ -15,6 +15,7 @@ import choice_tables
 import code_pages
 import continuation_tables
 import interop_tables
+import position_tables
 import readme_tables
 import reliability_tables
 import result_tables
@@ -85,6 +86,7 @@ def main() -> None:
         (ROOT / "docs" / "families.md").write_text(families_page(), encoding="utf-8")
     if arguments.results:
         choice_tables.draw()
+        position_tables.draw()
         result_tables.draw()
     for path, content in generated().items():
         path.write_text(content, encoding="utf-8")

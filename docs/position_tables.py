@@ -1,4 +1,4 @@
-"""The tables of docs/results.md from passes over long texts, by position: three models side by side."""
+"""The tables and the plot of README.md and docs/results.md from passes over long texts, by position."""
 
 from __future__ import annotations
 
@@ -9,12 +9,25 @@ from pathlib import Path
 import numpy as np
 
 from ropewalk.evals.protocols.whole_text import ByPosition, Sliding
+from ropewalk.evals.reports import style
 from ropewalk.evals.runs.compare import UNTOUCHED, Difference, column_name, difference
 from ropewalk.evals.runs.result import Losses, Row, Run
 from ropewalk.evals.statistics import paired_difference
-from ropewalk.scaling import format_length
+from ropewalk.scaling import format_length, parse
 
 RUN = Path(__file__).resolve().parent / "results" / "positions"
+
+README_METHODS = {
+    UNTOUCHED: "the model as it was trained",
+    "self-extend:4,window=0.5x": "",
+    "dual-chunk": "",
+    "rerope:0.5x|logn": "",
+    "yarn:2": "for a served engine",
+}
+"""The methods of the README's table and plot, with what is said of each."""
+
+SMOLLM2_LENGTH = 8192
+_BLOCK = 1024  # positions of a point of the plot
 
 Bucket = dict[str, Row]
 """The rows of one range of positions in one text, by scaler."""
@@ -44,6 +57,87 @@ def beyond() -> str:
         cells = [_beside(run, rows.get(rope), losses) for rows, losses in zip(buckets, cut, strict=True)]
         lines.append(_cells("untouched" if rope == UNTOUCHED else code(rope), cells))
     return _table(buckets, lines)
+
+
+def readme_table() -> str:
+    """The plot and the table of the README: the losses of `README_METHODS` beyond the trained length."""
+    run = Run(RUN)
+    buckets = [rows for rows in _buckets(run) if _first(rows)["bucket_start"] >= _first(rows)["trained_length"]]
+    cut = [_cut(run, rows) for rows in buckets]
+    lines = [
+        "![Loss by position, compared with the untouched model on a cut text](docs/positions.svg)",
+        "",
+        _cells("method", [rows[UNTOUCHED]["text"] for rows in buckets] + ["passkeys at 12k"]),
+        "|---" * (len(buckets) + 2) + "|",
+        _cells(
+            "untouched, text cut to 8k", [f"{one.mean(dtype=np.float64):.3f}" for one in cut if one is not None] + [""]
+        ),
+    ]
+    for method, remark in README_METHODS.items():
+        name = code(_absolute(method, SMOLLM2_LENGTH)) + (f" ({remark})" if remark else "")
+        cells = [_beside(run, rows[method], losses) for rows, losses in zip(buckets, cut, strict=True)]
+        lines.append(_cells(name, [*cells, _passkeys(_absolute(method, SMOLLM2_LENGTH))]))
+    return "\n".join(lines)
+
+
+def _passkeys(rope: str) -> str:
+    """How many passkeys were found in 12k tokens; empty if that was not measured."""
+    rows = [
+        row
+        for row in Run(RUN.parent / "retrieval").rows
+        if (row["task"], row["context"], row["rope"]) == ("passkey", 12288, rope)
+    ]
+    return f"{round(sum(row['correct'] for row in rows))} of {len(rows)}" if rows else ""
+
+
+def draw() -> None:
+    """The plot of the README: what reading on costs or gains, by position, beside the untouched model on a text that
+    is cut to its trained length; means over the texts."""
+    run = Run(RUN)
+    passes = [_pass(run, text) for text in dict.fromkeys(row["text"] for row in run.rows)]
+    looks = style.line_styles(list(README_METHODS))
+    names = {method: _absolute(method, SMOLLM2_LENGTH) for method in README_METHODS}
+    with style.figure(style.WIDTH, 4.9, "SmolLM2-135M reads 16k tokens of three texts") as fig:
+        axes = fig.add_subplot()
+        style.style_axes(axes, x="position in the text (tokens)", y="loss, less that on the cut text (nats)")
+        axes.set_ylim(-0.1, 0.5)
+        ends = {}
+        for method, look in looks.items():
+            apart = np.mean([one[method] - one["cut"] for one in passes], axis=0)
+            edges = range(_BLOCK - 1, len(apart), _BLOCK)  # the first token is not scored
+            means = np.array([block.mean() for block in np.split(apart, edges)])
+            centres = (np.arange(len(means)) + 0.5) * _BLOCK
+            axes.plot(centres, means, color=look.color, ls=look.dashes, lw=look.width, marker=look.marker, ms=4)
+            ends[method] = float(apart[SMOLLM2_LENGTH - 1 :].mean())
+        ticks = range(0, 2 * SMOLLM2_LENGTH + 1, 2048)
+        axes.set_xticks(list(ticks), [format_length(tick) if tick else "0" for tick in ticks])
+        axes.axvline(SMOLLM2_LENGTH, color=style.MUTED, linewidth=1.1, linestyle=":", zorder=1)
+        axes.annotate("trained length", (SMOLLM2_LENGTH - 150, 0.46), ha="right", color=style.MUTED, fontsize=9)
+        labels = {
+            method: f"{names[method]}  {ends[method]:+.3f} beyond 8k"
+            for method in sorted(ends, key=lambda one: -ends[one])
+        }
+        style.legend_below(axes, labels, looks)
+        png, _ = style.save(fig, RUN.parent.parent / "positions")
+    png.unlink()
+
+
+def _pass(run: Run, text: str) -> dict[str, Losses]:
+    """The losses at every position of one text, by scaler, and of the model on the cut text as "cut"."""
+    found: dict[str, list[Losses]] = {}
+    for rows in _buckets(run):
+        if _first(rows)["text"] == text:
+            for method in README_METHODS:
+                found.setdefault(method, []).append(_stored(run, rows[method]))
+    (cut,) = (_stored(run, row) for row in run.rows if row["protocol"] == Sliding.name and row["text"] == text)
+    joined = {method: np.concatenate(parts) for method, parts in found.items()}
+    return joined | {"cut": cut[: len(joined[UNTOUCHED])]}
+
+
+def _stored(run: Run, row: Row) -> Losses:
+    losses = run.losses(row)
+    assert losses is not None
+    return losses
 
 
 def _beside(run: Run, row: Row | None, cut: Losses | None) -> str:
@@ -98,6 +192,11 @@ def _buckets(run: Run) -> list[Bucket]:
 def _relative(rope: str, trained_length: int) -> str:
     """A spec with its lengths as multiples of the trained one, which is the same for every model."""
     return re.sub(r"\b(\d+)k\b", lambda found: f"{int(found[1]) * 1024 / trained_length:g}x", rope)
+
+
+def _absolute(rope: str, trained_length: int) -> str:
+    """A spec with its lengths in tokens."""
+    return str(parse(rope, trained_length))
 
 
 def _ropes(buckets: Sequence[Bucket]) -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-import choice_tables
 import continuation_tables
+import position_tables
 import speed_tables
 from families_page import SERVED, read_families
 
@@ -22,7 +22,7 @@ WIDTH = 100
 
 def tables() -> dict[str, str]:
     """Every block by its name."""
-    return {"choice": choice_tables.readme_table(), "features": "\n".join(map(_bullet, _features()))}
+    return {"choice": position_tables.readme_table(), "features": "\n".join(map(_bullet, _features()))}
 
 
 def _bullet(text: str) -> str:
