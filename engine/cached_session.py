@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, Setting
 from ..scaling.spec import parse
 from .cache import ContiguousLayer
 from .completion import Completion
@@ -73,7 +73,7 @@ class CachedSession(ABC):
         Raises:
             ConfigError: as for `save`.
             ContextOverflow: the session does not fit into memory.
-            DataError: the file is not such a session, or belongs to another model or kv_dtype.
+            DataError: the file is not such a session, or belongs to another model, engine or kv_dtype.
         """
         self._end_stream()
         header, cached = _read_file(self._model, path, self._format)
@@ -143,7 +143,7 @@ def _write_file(model: ScaledModel, path: Path, cached: PrefixCache, content: di
         for name in layer.buffers:
             tensors[f"{index}.{name}"] = getattr(layer, name)[:, :, : layer.length].contiguous().cpu()
     scaler, length = cached.rope_state
-    header = {**content, "ids": cached.ids, "rope": str(scaler), "length": length}
+    header = {**content, "ids": cached.ids, "rope": str(scaler), "length": length, "compiled": model.is_compiled}
     if cached.cache is not None:
         header["dropped"] = [cached.cache.layers[0].evicted, cached.cache.layers[0].needed]
     try:
@@ -174,6 +174,12 @@ def _read_file(model: ScaledModel, path: str | Path, form: str) -> tuple[dict[st
                 raise DataError(f"{path} is a {saved!r}; give a {form!r}")
             if metadata["weights"] != model.fingerprint:
                 raise DataError(f"{path} was saved by another model than {model.name}")
+            if header["compiled"] != model.is_compiled:  # under a position map their keys are rotated differently
+                wrote = "the compiled kernels" if header["compiled"] else "transformers' modules"
+                raise DataError(
+                    f"{path} was saved by {wrote}, which rotate keys at another place; ",
+                    Setting("compile", header["compiled"], "load"),
+                )
             ids, rope_state = header["ids"], (parse(header["rope"]), header["length"])
             if not (isinstance(ids, list) and all(isinstance(i, int) for i in ids)):
                 raise TypeError("its token ids have the wrong type")

@@ -35,7 +35,7 @@ class ChatSession(CachedSession):
         unread: tokens that the last question had to read.
     """
 
-    _format = "ropewalk chat 2"  # 1 held the keys un-rotated under a position map
+    _format = "ropewalk chat 3"  # 2 did not say which engine wrote the keys
 
     def __init__(self, model: ScaledModel, messages: abc.Sequence[Message] = ()) -> None:
         super().__init__(model)

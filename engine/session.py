@@ -40,7 +40,7 @@ class Session(CachedSession):
     character when it is whole.
     """
 
-    _format = "ropewalk session 2"  # 1 held the keys un-rotated under a position map
+    _format = "ropewalk session 3"  # 2 did not say which engine wrote the keys
 
     def __init__(self, model: ScaledModel) -> None:
         super().__init__(model)

@@ -228,7 +228,7 @@ def test_a_stored_chat_goes_on(model, tmp_path, monkeypatch):
             assert other.ask("class A:", greedy(5)) == expected
             assert sum(counts) < 60
             assert other.messages == chat.messages
-    with pytest.raises(rw.DataError, match="is a 'ropewalk chat 2'; give a 'ropewalk session 2'"):
+    with pytest.raises(rw.DataError, match="is a 'ropewalk chat 3'; give a 'ropewalk session 3'"):
         model.session(path)
     with pytest.raises(rw.ConfigError, match="has its own system message; leave out system"):
         model.chat_session("import sys", path=path)

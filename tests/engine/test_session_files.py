@@ -148,6 +148,17 @@ def test_transformers_modules_go_on_with_a_saved_session(tiny_folder, tmp_path):
     assert loaded.generate(MORE, temperature=0, max_new_tokens=6).text == expected
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_session_of_the_other_engine_is_refused(tiny_folder, tmp_path, compile):
+    """Under a position map one stores keys rotated and the other un-rotated: the answer was wrong, without a word."""
+    writer, reader = (rw.load(tiny_folder, "self-extend:4,window=16", compile=which) for which in (compile, not compile))
+    session = writer.session()
+    session.append(TEXT)
+    session.save(tmp_path / "session")
+    with pytest.raises(rw.DataError, match=f"rotate keys at another place; load with compile={compile}"):
+        reader.session(tmp_path / "session")
+
+
 # Files that are not sessions
 
 
@@ -168,12 +179,12 @@ DAMAGE = {
     "folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read as a session"),
     "weights": (lambda path: save_file({"x": torch.ones(2)}, str(path)), "is not a session that ropewalk saved"),
     "format": (
-        lambda path: rewritten(path, format="ropewalk chat 2"),
-        "is a 'ropewalk chat 2'; give a 'ropewalk session 2'",
+        lambda path: rewritten(path, format="ropewalk chat 3"),
+        "is a 'ropewalk chat 3'; give a 'ropewalk session 3'",
     ),
-    "version": (  # its keys are un-rotated under a position map
-        lambda path: rewritten(path, format="ropewalk session 1"),
-        "is a 'ropewalk session 1' of another version of ropewalk, and this one reads 'ropewalk session 2'; read its",
+    "version": (  # it does not say which engine wrote its keys
+        lambda path: rewritten(path, format="ropewalk session 2"),
+        "is a 'ropewalk session 2' of another version of ropewalk, and this one reads 'ropewalk session 3'; read its",
     ),
     "tokens": (lambda path: rewritten(path, ids=[1] * 500), r"holds keys \[.*\] where \[1, 2, 500, 32\] belong"),
     "nested": (
