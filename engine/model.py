@@ -25,10 +25,11 @@ from .nbce import NBCE, PooledSequence, complete_pooled
 from .prefill import Progress, score
 from .prefix_cache import ContextCaches
 from .prompt import token_ids
+from .rope_plan import RopePlan
 from .rotary_site import rotary_sites
 from .runners.choose import RunnerOptions, choose_runner
 from .sampling import SamplingParams, with_settings
-from .scaled_model import RopePlan, ScaledModel
+from .scaled_model import ScaledModel
 from .sequence import Sequence
 from .session import Session
 from .token_healing import text_logprob, weigh

@@ -23,9 +23,10 @@ from .hf_model import input_device
 from .prefill import Progress, prefill
 from .prefix_cache import ContextCaches
 from .prompt import Prompt
+from .rope_plan import RopePlan
 from .runners.runner import Runner
 from .sampling import SamplingParams, nucleus, random_source
-from .scaled_model import RopePlan, ScaledModel
+from .scaled_model import ScaledModel
 from .sequence import Sequence, draw_token, next_tokens, read_token
 from .token_healing import draw_first_token, first_token_at, weigh
 

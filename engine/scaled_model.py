@@ -6,7 +6,6 @@ import math
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -25,34 +24,12 @@ from .hf_model import stop_ids
 from .kv_cache import owned_tokens
 from .patches.scaler_slot import ScalerSlot
 from .prompt import Prompt, token_ids
+from .rope_plan import RopePlan
 from .rotary_site import RotarySite, depends_on_length, primary_rotary
 from .runners.runner import RopeState, Runner, token_rows
 from .sampling import ContinuationMode, ResolvedParams, SamplingParams, resolved
 
-_ANY_LENGTH = 2**31  # more than any text has
 _LONGEST_NAME = 64  # characters of the name of a special token, which the vocabulary's trie does not hold
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopePlan:
-    """The scaler of a request, at every length.
-
-    Attributes:
-        rope: the scaler that was assigned or requested.
-        choice: what "auto" chooses; None for any other scaler.
-        reach: tokens that the scaler reaches; infinity for any length.
-    """
-
-    rope: Scaler
-    choice: Choice | None = None
-    reach: float
-
-    def at(self, length: int | None) -> Scaler:
-        """The scaler for a text of `length` tokens. None means a length within the trained one."""
-        return self.rope if self.choice is None else self.choice.at(length)
-
-    def __str__(self) -> str:
-        return str(self.rope) if self.choice is None else f"{self.rope}: {self.choice}"
 
 
 class ScaledModel:
@@ -176,10 +153,11 @@ class ScaledModel:
 
     def _plan(self, parsed: Scaler) -> RopePlan:
         if not isinstance(parsed, Auto):
-            return RopePlan(rope=parsed, reach=primary_rotary(self.sites).configured.reach(parsed))
+            reach = primary_rotary(self.sites).configured.reach(parsed)
+            return RopePlan(rope=parsed, reach=reach, given_max_length=self.given_max_length)
         stored = tuned_scalers.read(self.checkpoint_fingerprint)
         choice = Choice.of(self.spec, self.trained_length, stored, self._slot.takes)
-        return RopePlan(rope=parsed, choice=choice, reach=math.inf)
+        return RopePlan(rope=parsed, choice=choice, reach=math.inf, given_max_length=self.given_max_length)
 
     def rope_at(self, length: int | None) -> Scaler:
         """The scaler for a request of `length` tokens: `rope`, or what "auto" chooses for that length."""
@@ -210,12 +188,7 @@ class ScaledModel:
     @property
     def max_length(self) -> int:
         """Most tokens that a request may have, prompt and answer together: `given_max_length`, else `reach`."""
-        return self._limit(self.plan)
-
-    def _limit(self, plan: RopePlan) -> int:
-        if self.given_max_length is not None:
-            return self.given_max_length
-        return int(plan.reach) if math.isfinite(plan.reach) else _ANY_LENGTH
+        return self.plan.max_length
 
     @property
     def vocabulary_size(self) -> int:
@@ -346,14 +319,13 @@ class ScaledModel:
             ConfigError: it is neither text nor token ids.
             DataError: the model has no such token.
         """
-        longest = max(self.vocabulary.trie.longest, _LONGEST_NAME)
+        longest, plan = max(self.vocabulary.trie.longest, _LONGEST_NAME), plan or self.plan
         if not isinstance(prompt, str | bytes | bytearray | memoryview):
             prompt = token_ids(prompt, self.vocabulary_size)
-        elif len(prompt) > (most := self._limit(plan or self.plan)) * longest:
+        elif len(prompt) > plan.max_length * longest:
             raise ContextOverflow(
-                f"the prompt has {len(prompt):,} characters, more than {format_length(most)} tokens of at most "
-                f"{longest} bytes can hold, which {self.name} reaches with rope {str((plan or self.plan).rope)!r}; "
-                "shorten it",
+                f"the prompt has {len(prompt):,} characters, more than {format_length(plan.max_length)} tokens of at "
+                f"most {longest} bytes can hold, which {self.name} reaches with rope {str(plan.rope)!r}; shorten it",
                 *((", or ", Setting("rope", "auto", "model")) if self.given_max_length is None else ()),
             )
         return Prompt.read(prompt, self.tokenizer, self.vocabulary, continuation, broken=broken)
@@ -381,10 +353,8 @@ class ScaledModel:
         Raises:
             ContextOverflow: prompt and answer are more than the scaler reaches.
         """
-        total, plan = tokens + params.max_new_tokens, plan or self.plan
-        if total > self._limit(plan):
-            raise too_long(tokens, params, self.name, plan.rope, plan.reach, self.given_max_length)
-        return total
+        (plan or self.plan).check(tokens, params, self.name)
+        return tokens + params.max_new_tokens
 
     def _check_weights(self) -> None:
         """Refuse a transformers model that was changed after it was loaded."""
@@ -411,36 +381,3 @@ class ScaledModel:
         """
         with self.running(length, rope=rope) as runner:
             runner.check_room(*rows, owned=owned_tokens(caches), reserved=reserved)
-
-
-def too_long(
-    tokens: int, params: SamplingParams, name: str, rope: Scaler, reach: float, max_length: int | None
-) -> ContextOverflow:
-    """The error for a prompt and an answer that are more tokens than a model takes.
-
-    Args:
-        tokens: of the prompt.
-        reach: of the scaler, in tokens.
-        max_length: the limit that the user set, if any.
-    """
-    total = tokens + params.max_new_tokens
-    anyway, auto = Setting("max_length", total, "load"), Setting("rope", "auto", "model")
-    limit = int(min(reach, _ANY_LENGTH)) if max_length is None else max_length
-    less: tuple[str | Setting, ...] = ("shorten the prompt",)
-    if tokens < limit:
-        less = ("ask for at most ", Setting("max_new_tokens", limit - tokens))
-    if max_length is None:
-        most = f"reaches with rope {str(rope)!r}"
-        ways: list[str | Setting] = [*less, ", or ", anyway, " to go there anyway"]
-        if reach < _ANY_LENGTH:
-            ways = [auto, ", ", *ways]
-    else:
-        most = "was loaded for"
-        ways = [*less, ", or ", anyway]
-        ways += [] if total <= reach else [" and ", Setting("rope", "auto")]
-    return ContextOverflow(
-        f"{tokens} prompt tokens and ",
-        Setting("max_new_tokens", params.max_new_tokens, "given"),
-        f" make {total}, more than the {format_length(limit)} that {name} {most}; ",
-        *ways,
-    )

@@ -151,7 +151,9 @@ def test_transformers_modules_go_on_with_a_saved_session(tiny_folder, tmp_path):
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_session_of_the_other_engine_is_refused(tiny_folder, tmp_path, compile):
     """Under a position map one stores keys rotated and the other un-rotated: the answer was wrong, without a word."""
-    writer, reader = (rw.load(tiny_folder, "self-extend:4,window=16", compile=which) for which in (compile, not compile))
+    writer, reader = (
+        rw.load(tiny_folder, "self-extend:4,window=16", compile=which) for which in (compile, not compile)
+    )
     session = writer.session()
     session.append(TEXT)
     session.save(tmp_path / "session")

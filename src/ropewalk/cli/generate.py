@@ -270,7 +270,7 @@ def _refuse_too_long(model: str, text: str | bytes, params: SamplingParams, rope
     with waiting(f"reading the config of {Path(model).name}"):
         from ..engine.checkpoints.checkpoint import read_tokenizer
         from ..engine.checkpoints.config import find_config, primary_rope
-        from ..engine.scaled_model import too_long
+        from ..engine.rope_plan import RopePlan
         from ..scaling import Auto, parse
         from ..tokenizer_tools.vocabularies import vocabulary
 
@@ -278,14 +278,13 @@ def _refuse_too_long(model: str, text: str | bytes, params: SamplingParams, rope
     configured = primary_rope(config)
     scaler = parse(rope, configured.max_length)
     reach = float("inf") if isinstance(scaler, Auto) else configured.reach(scaler)
-    most = reach if limit is None else limit
+    plan = RopePlan(rope=scaler, reach=reach, given_max_length=limit)
     whole = text if isinstance(text, str) else text.decode(errors="ignore")
-    if len(whole.encode()) + params.max_new_tokens <= most:
+    if len(whole.encode()) + params.max_new_tokens <= plan.max_length:
         return  # a token is a byte at least
     with waiting("counting the tokens of the prompt"):
         tokens = len(vocabulary(read_tokenizer(source)).encode(whole))
-    if tokens + params.max_new_tokens > most:
-        raise too_long(tokens, params, model, scaler, reach, limit)
+    plan.check(tokens, params, model)
 
 
 def _continue(model: Model, text: str | bytes | list[int], params: SamplingParams, as_json: bool) -> None:

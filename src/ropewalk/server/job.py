@@ -16,8 +16,8 @@ from ..engine.completion import Completion, Token
 from ..engine.model import Model
 from ..engine.prompt import Prompt
 from ..engine.prompt_score import ScoredSequence
+from ..engine.rope_plan import RopePlan
 from ..engine.sampling import SamplingParams
-from ..engine.scaled_model import RopePlan
 from ..engine.scheduler import Request, Scheduler, Update
 from ..engine.sequence import Sequence
 from ..tokenizer_tools.token_texts import TokenTexts
