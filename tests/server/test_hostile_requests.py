@@ -1,16 +1,19 @@
 """No request reads a file, reaches another host, takes the memory or holds the server."""
 
 import json
+import math
+import threading
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx2
 import pytest
 from running import TEXT, greedy, post, raw, refused, serving
 
 import ropewalk as rw
 from ropewalk.engine.chat_template import _parts, _with_marks
-from ropewalk.server import bodies, connection, requests
+from ropewalk.server import answers, app, bodies, connection, requests
 from ropewalk.server.answers import CompletionLogprobs
 from ropewalk.tokenizer_tools.characters import finished_text
 from ropewalk.tokenizer_tools.stop_strings import StopStringMatcher
@@ -179,3 +182,46 @@ def test_limits_are_those_of_the_page():
         f"less than {connection.LEAST_BYTES >> 10} KB of it in {connection.LOOK_SECONDS:.0f} s |",
     ]
     assert [row for row in rows if row not in page] == []
+
+
+@pytest.mark.parametrize(("module", "slow"), [(app, "read_json"), (answers, "prompt_logprobs"), (answers, "encoded")])
+def test_a_large_request_does_not_hold_the_others(model, monkeypatch, module, slow):
+    """Its body is read, and its answer made, beside the server's own loop."""
+    work, begun, gate = getattr(module, slow), threading.Event(), threading.Event()
+
+    def waiting(*args):
+        begun.set()
+        assert gate.wait(60)
+        return work(*args)
+
+    monkeypatch.setattr(module, slow, waiting)
+    with serving(model) as (url, _):
+        large = threading.Thread(
+            target=post, args=(url,), kwargs={"prompt": TEXT, "max_tokens": 1, "prompt_logprobs": 1}
+        )
+        large.start()
+        assert begun.wait(60)
+        try:
+            assert httpx2.get(f"{url}/health", timeout=20).status_code == 200
+        finally:
+            gate.set()
+            large.join()
+
+
+def test_an_answer_is_written_in_small_pieces(monkeypatch):
+    rows = [{str(token): {"logprob": -1.5, "decoded_token": "é"} for token in range(3)}] * 1000
+    answer = {
+        "id": "a",
+        "choices": [{"text": '"', "prompt_logprobs": [None, *rows], "logprobs": {"tokens": ["a"] * 999}}],
+    }
+    encode, largest = answers._JSON.encode, []
+    pieces = SimpleNamespace(encode=lambda value: largest.append(len(encode(value))) or encode(value))
+    monkeypatch.setattr(answers, "_JSON", pieces)
+    assert json.loads(answers.encoded(answer)) == answer
+    assert max(largest) < 200
+
+
+def test_what_cannot_be_drawn_is_a_number_in_json():
+    table = CompletionLogprobs(SimpleNamespace(text=str, data=lambda token: b"a"), 1)
+    table.add(1, -math.inf, {2: -0.5, 3: -math.inf})
+    assert table.take()["top_logprobs"] == [{"1": -9999.0, "2": -0.5, "3": -9999.0}]

@@ -19,6 +19,7 @@ from ..tokenizer_tools.token_texts import TokenTexts
 
 _LOG = logging.getLogger("ropewalk.server")
 _FIELDS = {"max_new_tokens": "max_tokens"}  # settings whose fields in a request have other names
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _FINISH_REASONS = {"time": "length"}  # OpenAI's protocol has no word for it
 
 
@@ -41,8 +42,23 @@ class Header:
 
 def sse(payload: dict[str, Any] | str) -> bytes:
     """A server-sent event."""
-    text = payload if isinstance(payload, str) else json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
+    text = payload if isinstance(payload, str) else _JSON.encode(payload)
     return f"data: {text}\n\n".encode()
+
+
+def encoded(value: dict[str, Any]) -> bytes:
+    """An answer as JSON, in small pieces: while one is written, Python runs no other thread."""
+
+    def text(value: Any, levels: int) -> str:
+        if levels and isinstance(value, dict):
+            return (
+                "{" + ",".join(f"{_JSON.encode(name)}:{text(part, levels - 1)}" for name, part in value.items()) + "}"
+            )
+        if levels and isinstance(value, list):
+            return "[" + ",".join(text(part, levels - 1) for part in value) + "]"
+        return _JSON.encode(value)
+
+    return text(value, 5).encode()
 
 
 def error_object(message: str, kind: str, code: str | None = None, field: str | None = None) -> dict[str, Any]:
@@ -131,7 +147,7 @@ class CompletionLogprobs:
     alternatives: int
     tokens: list[str] = field(default_factory=list)
     token_logprobs: list[float | None] = field(default_factory=list)
-    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float | None] | None] = field(default_factory=list)
     text_offset: list[int] = field(default_factory=list)
     _length: int = 0  # characters so far
     _rest: bytes = b""  # after those: the beginning of one
@@ -141,8 +157,8 @@ class CompletionLogprobs:
         self.token_logprobs.append(_finite(logprob))
         named = None
         if top is not None and logprob is not None and self.alternatives:
-            named = {self.texts.text(other): value for other, value in top.items()}
-            named.setdefault(self.texts.text(token), logprob)
+            named = {self.texts.text(other): _finite(value) for other, value in top.items()}
+            named.setdefault(self.texts.text(token), _finite(logprob))
         self.top_logprobs.append(named)
         self.text_offset.append(self._length)
         data = self._rest + self.texts.data(token)

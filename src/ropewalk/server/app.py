@@ -32,7 +32,7 @@ from .job import PATIENCE, Job
 from .metrics import Metrics
 from .requests import Asked, read_chat, read_completion, read_json
 
-_LARGE = 256 << 10  # bytes of a body; larger ones are tokenized one by one
+_LARGE = 256 << 10  # bytes of a body; larger ones are prepared one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class ModelServer:
         self.model, self.name, self._key, self._local = model, name, api_key, local
         self._limits = limits or Limits()
         self._bodies = Bodies(self._limits.body_bytes)
-        self._large = asyncio.Semaphore(1)  # tokenizing one takes seconds, and much memory
+        self._large = asyncio.Semaphore(1)  # preparing one takes seconds, and much memory
         self.scheduler = Scheduler(
             model, rows=self._limits.rows, waiting=self._limits.queue, cache_bytes=self._limits.cache_bytes
         )
@@ -154,36 +154,36 @@ class ModelServer:
 
     async def _answer(self, request: HttpRequest, read: Callable[[dict[str, Any]], Asked]) -> Response:
         async with self._bodies.read(request) as body:
-            fields = read_json(body)
-            if isinstance(name := fields.get("model"), str):
-                self._check_model(name)
-            asked = read(fields)
             async with self._large if len(body) > _LARGE else nullcontext():
                 if len(body) > _LARGE and await request.is_disconnected():
                     raise ClientDisconnect
-                job = await self._prepared(request, asked)
+                job = await self._prepared(request, body, read)
             job.submit()
-        if asked.stream:
+        if job.asked.stream:
             return _EventStream(job.events(request.is_disconnected), job.cancel)
         try:
-            return JSONResponse(await job.answer(request.is_disconnected))
+            return Response(await job.answer(request.is_disconnected), media_type="application/json")
         finally:
             job.cancel()
 
-    async def _prepared(self, request: HttpRequest, asked: Asked) -> Job:
+    async def _prepared(self, request: HttpRequest, body: bytes, read: Callable[[dict[str, Any]], Asked]) -> Job:
         """The job of a request, made in a thread.
 
         Raises:
             ClientDisconnect: the client went away meanwhile.
         """
         left = threading.Event()
-        made = asyncio.create_task(
-            run_in_threadpool(Job, asked, self.model, self.scheduler, self.metrics, self.name, left.is_set)
-        )
+        made = asyncio.create_task(run_in_threadpool(self._job, body, read, left.is_set))
         while not (await asyncio.wait([made], timeout=PATIENCE))[0]:
             if await request.is_disconnected():
                 left.set()
         return made.result()
+
+    def _job(self, body: bytes, read: Callable[[dict[str, Any]], Asked], has_left: Callable[[], bool]) -> Job:
+        fields = read_json(body)
+        if isinstance(name := fields.get("model"), str):
+            self._check_model(name)
+        return Job(read(fields), self.model, self.scheduler, self.metrics, self.name, has_left)
 
     def _answered(
         self, handler: Callable[[HttpRequest], Awaitable[Response]], *, protected: bool = True

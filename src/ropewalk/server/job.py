@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from ..engine.chat_template import chat_ids
@@ -53,6 +54,9 @@ class Job:
         name: what the client calls the model.
         has_left: tells whether the client went away; it is asked before each prompt.
 
+    Attributes:
+        asked: the request.
+
     Raises:
         ClientDisconnect: the client went away.
         RopewalkError: the model cannot answer it, for example because a prompt is too long.
@@ -68,7 +72,7 @@ class Job:
         has_left: Callable[[], bool],
     ) -> None:
         self._started = time.monotonic()
-        self._asked, self._vocabulary, self._scheduler, self._metrics = asked, model.vocabulary, scheduler, metrics
+        self.asked, self._vocabulary, self._scheduler, self._metrics = asked, model.vocabulary, scheduler, metrics
         self._texts = TokenTexts(model.vocabulary, model.tokenizer)
         self._own_name = model.name
         self._header = answers.Header.new("chatcmpl" if asked.is_chat else "cmpl", name)
@@ -103,8 +107,8 @@ class Job:
         self._metrics.cancelled.inc(len(unfinished))
         self._scheduler.cancel(*unfinished)
 
-    async def answer(self, is_gone: IsGone) -> dict[str, Any]:
-        """The whole answer.
+    async def answer(self, is_gone: IsGone) -> bytes:
+        """The whole answer as JSON. It is written in a thread: one with many log-probabilities takes seconds.
 
         Raises:
             ClientDisconnect: the client went away.
@@ -113,16 +117,18 @@ class Job:
         async for choice, update in self._reported(is_gone):
             choice.texts.append(update.text)
             choice.tokens += update.tokens
+        return await run_in_threadpool(self._written)
+
+    def _written(self) -> bytes:
         choices = [
-            self._chat_choice(choice) if self._asked.is_chat else self._choice(choice) for choice in self._choices
+            self._chat_choice(choice) if self.asked.is_chat else self._choice(choice) for choice in self._choices
         ]
-        return self._header.object(
-            "chat.completion" if self._asked.is_chat else "text_completion", choices, self._usage()
-        )
+        form = "chat.completion" if self.asked.is_chat else "text_completion"
+        return answers.encoded(self._header.object(form, choices, self._usage()))
 
     async def events(self, is_gone: IsGone) -> AsyncIterator[bytes]:
         """The answers as server-sent events. An error is an event, too; it is the last."""
-        asked = self._asked
+        asked = self.asked
         form = "chat.completion.chunk" if asked.is_chat else "text_completion"
         tables = {choice: self._logprobs_table() for choice in self._choices}
         for choice in self._choices:
@@ -179,7 +185,7 @@ class Job:
     def _usage(self) -> dict[str, Any]:
         """Token counts. A prompt with several answers counts once."""
         counts = [choice.completion.usage for choice in self._choices if choice.completion is not None]
-        each = self._asked.count
+        each = self.asked.count
         return answers.usage(
             sum(count.prompt_tokens for count in counts[::each]),
             sum(count.completion_tokens for count in counts),
@@ -193,12 +199,12 @@ class Job:
             "index": choice.index,
             "finish_reason": answers.finish_reason(choice.completion),
             "message": {"role": "assistant", "content": "".join(choice.texts)},
-            "logprobs": answers.chat_logprobs(self._texts, choice.tokens) if self._asked.wants_logprobs else None,
+            "logprobs": answers.chat_logprobs(self._texts, choice.tokens) if self.asked.wants_logprobs else None,
         }
 
     def _choice(self, choice: _Choice) -> dict[str, Any]:
         """A whole completion, with what its prompt was asked for."""
-        asked, completion, sequence = self._asked, choice.completion, choice.sequence
+        asked, completion, sequence = self.asked, choice.completion, choice.sequence
         assert completion is not None
         answer = answers.text_chunk(choice.index, "".join(choice.texts), answers.finish_reason(completion))
         if completion.sources is not None:
@@ -224,7 +230,7 @@ class Job:
         reason = None if update.completion is None else answers.finish_reason(update.completion)
         delta = {} if reason and not update.text else {"content": update.text}
         chunk = {"index": choice.index, "delta": delta, "finish_reason": reason}
-        if self._asked.wants_logprobs:
+        if self.asked.wants_logprobs:
             chunk["logprobs"] = answers.chat_logprobs(self._texts, update.tokens)
         return chunk
 
@@ -232,14 +238,14 @@ class Job:
         """A choice of an event of a completion."""
         reason = None if update.completion is None else answers.finish_reason(update.completion)
         chunk = answers.text_chunk(choice.index, update.text, reason)
-        if self._asked.wants_logprobs:
+        if self.asked.wants_logprobs:
             for token in update.tokens:
                 table.add(token.id, token.logprob, token.top)
             chunk["logprobs"] = table.take()
         return chunk
 
     def _logprobs_table(self) -> answers.CompletionLogprobs:
-        return answers.CompletionLogprobs(self._texts, self._asked.params.logprobs or 0)
+        return answers.CompletionLogprobs(self._texts, self.asked.params.logprobs or 0)
 
     def _prompt_text(self, sequence: Sequence) -> str:
         return self._vocabulary.text_bytes(sequence.prompt.ids).decode(errors="replace")
