@@ -55,13 +55,43 @@ GROUPS = {
         "tokenizer_tools.cover.x_shared_length",
     ),
     "attention": Group(
-        ("engine/attention/causal.py",), ("tests/engine/attention/test_causal.py",), 400, "engine.attention.x_register"
+        ("engine/attention/causal.py", "engine/attention/banded.py", "engine/attention/blocks.py"),
+        ("tests/engine/attention/test_causal.py", "tests/engine/attention/test_banded.py"),
+        120,
+        "engine.attention.causal.x_register",
     ),
     "cache": Group(
         ("engine/cache.py",),
         ("tests/engine/test_cache.py",),
         80,
         "engine.cache.x__grown",
+    ),
+    "generation": Group(
+        ("engine/generation.py", "engine/sequence.py", "engine/batch.py", "engine/scheduler.py", "engine/sampling.py"),
+        (
+            "tests/engine/test_generation.py",
+            "tests/engine/test_sampling.py",
+            "tests/engine/test_scheduler.py",
+            "tests/engine/test_texts.py",
+            "tests/engine/test_half_characters.py",
+            "tests/engine/test_printed.py",
+            "tests/engine/test_packed.py",
+            "tests/engine/test_out_of_memory.py",
+        ),
+        80,
+        "engine.sampling.x__check_names",
+    ),
+    "plug-in": Group(  # backend.py imports vLLM: make interop runs it
+        (
+            "engine/vllm_plugin/register.py",
+            "engine/vllm_plugin/rotary.py",
+            "engine/vllm_plugin/vllm_objects.py",
+            "engine/attention/paged.py",
+            "engine/attention/paged_rope.py",
+        ),
+        ("tests/engine/vllm_plugin", "tests/engine/attention/test_paged.py"),
+        80,
+        "engine.vllm_plugin.vllm_objects.x_check_version",
     ),
 }
 
@@ -108,7 +138,7 @@ def exit_codes(work: Path) -> dict[str, dict[str, int | None]]:
     folder = work / "mutants" / "src" / "ropewalk"
     return {
         str(path.relative_to(folder)).removesuffix(".meta"): json.loads(path.read_text())["exit_code_by_key"]
-        for path in sorted(folder.glob("*/*.meta"))
+        for path in sorted(folder.rglob("*.meta"))
     }
 
 
