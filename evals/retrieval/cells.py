@@ -136,8 +136,10 @@ def cells(
         for task in tasks
         for depth in (depths if task.has_depth else (None,))
     ]
-    for task, place in places:  # raises before anything is measured
-        check_smallest(task, model.tokenizer, place, range(trials))
+    for context in contexts:  # raises before anything is measured
+        at = [(task, place) for task, place in places if place.context == context]
+        check_smallest(at, context, model.tokenizer, range(trials))
+    for task, place in places:
         if assemble(task, model.tokenizer, place, 0).choices:
             model.check_scoring(place.context)
     return [

@@ -6,8 +6,8 @@ import functools
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, ClassVar
 
@@ -197,13 +197,14 @@ class Trial:
             logprobs: log-probability of each of `choices`, nats.
 
         Returns:
-            1 if the right one is the likeliest, 1/k if it is one of k that are, else 0; and its
-            log-probability less that of the likeliest other one.
+            1 if the right one is the likeliest, 1/k if it is one of k that are, else 0, also where a
+            number is NaN; and its log-probability less that of the likeliest other one.
         """
         right = logprobs[self.choices.index(self.answer_ids)]
         others = [nats for ids, nats in zip(self.choices, logprobs, strict=True) if ids != self.answer_ids]
         equal = sum(nats == right for nats in others)
-        return 0.0 if max(others) > right else 1 / (1 + equal), right - max(others)
+        is_likeliest = all(nats <= right for nats in others)  # false beside NaN
+        return 1 / (1 + equal) if is_likeliest else 0.0, right - max(others)
 
 
 def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
@@ -235,11 +236,27 @@ def assemble(task: Task, tokenizer: Any, place: Place, seed: int) -> Trial:
     )
 
 
-def check_smallest(task: Task, tokenizer: Any, place: Place, seeds: Iterable[int]) -> None:
-    """Raise DataError if the smallest prompt of one of the seeds does not fit into `place.context`."""
-    tokens = max(_needed(task, _draft(task, place, seed, task.least), tokenizer) for seed in seeds)
-    if tokens > place.context:
-        raise _does_not_fit(task, place.context, tokens)
+def check_smallest(places: Sequence[tuple[Task, Place]], context: int, tokenizer: Any, seeds: Sequence[int]) -> None:
+    """Check that the smallest prompts of `context` tokens fit.
+
+    Raises:
+        DataError: one does not; names a length at which all do. Prompts of another length are other draws.
+    """
+
+    def longest(length: int) -> tuple[int, Task]:
+        needed = (
+            (_needed(task, _draft(task, replace(place, context=length), seed, task.least), tokenizer), task)
+            for task, place in places
+            for seed in seeds
+        )
+        return max(needed, key=lambda pair: pair[0])
+
+    tokens, task = longest(context)
+    if tokens > context:
+        least = tokens
+        while (more := longest(least)[0]) > least:
+            least = more
+        raise _does_not_fit(task, context, tokens, least)
 
 
 def _draft(task: Task, place: Place, seed: int, units: int) -> Draft:
@@ -258,10 +275,10 @@ def _needed(task: Task, draft: Draft, tokenizer: Any) -> int:
     return len(encode(draft.prompt, tokenizer)) + _most_written(task, draft, tokenizer)
 
 
-def _does_not_fit(task: Task, budget: int, tokens: int) -> DataError:
+def _does_not_fit(task: Task, budget: int, tokens: int, least: int) -> DataError:
     return DataError(
         f"{task.name} at {format_length(budget)}: the shortest prompt and its answer take {tokens} tokens with "
-        f"this tokenizer; give a length of at least {tokens}"
+        f"this tokenizer; give a length of at least {least}"
     )
 
 
@@ -271,7 +288,7 @@ def most_within(budget: int, needed: Callable[[int], int], task: Task, place: Pl
     low, most = task.least, task.most(place)
     at_low = needed(low)
     if at_low > budget:
-        raise _does_not_fit(task, budget, at_low)
+        raise _does_not_fit(task, budget, at_low, at_low)
     if most is not None and most <= low:
         raise DataError(
             f"{task.name}: the haystack has {most} sentences of {low + 1} needed; give a longer ",

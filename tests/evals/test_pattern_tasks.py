@@ -128,6 +128,8 @@ def test_the_choice_and_its_margin(model):
     assert asked.choose([-3.0, -2.5, -2.0, -5.0]) == (0, -0.5)
     assert asked.choose([-2.0, -2.0, -2.0, -2.0]) == (1 / 4, 0)
     assert asked.choose([-3.0, -2.0, -2.0, -5.0]) == (1 / 2, 0)
+    assert asked.choose([float("nan")] * 4)[0] == 0
+    assert asked.choose([-3.0, float("nan"), -2.0, -5.0])[0] == 0
     with pytest.raises(AssertionError, match="' d' is not one of"):
         Draft(prompt="a", answers=("d",), target=" d", choices=(" b", " c"))
     with pytest.raises(AssertionError, match="must follow after a blank"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -185,6 +186,16 @@ def test_a_length_that_holds_the_prompts_of_some_seeds_only_is_refused(model):
     assert len(assemble(task, model.tokenizer, Place(context=105), 0).prompt_ids) < 105
     with pytest.raises(rw.DataError, match=r"the shortest prompt .* give a length of at least 1\d\d"):
         cells(LocalModel(model), [task], [parse("none")], **shared)
+
+
+def test_the_length_that_a_refusal_names_is_enough_for_all(model):
+    tasks = [TASKS[name] for name in ("many-shot", "passkey", "kv", "ngram-copy")]
+    for context in range(40, 130, 10):
+        shared = {"depths": [0, 0.5, 1], "trials": 3}
+        with pytest.raises(rw.DataError, match="give a length of at least") as refused:
+            cells(LocalModel(model), tasks, [parse("none")], contexts=[context], **shared)
+        enough = int(re.search(r"at least (\d+)", str(refused.value))[1])
+        cells(LocalModel(model), tasks, [parse("none")], contexts=[enough], **shared)
 
 
 def ropewalk(*arguments):
