@@ -132,10 +132,10 @@ def as_json(tuned: Tuned) -> dict[str, Any]:
         return {
             "rope": str(c.scaler),
             "label": c.label,
-            "loss": c.loss,
+            "loss": number(c.loss),
             "places": c.places,
             "difference": None if change is None else [number(v) for v in (change.mean, change.low, change.high)],
-            "skimmed_loss": c.skimmed_loss,
+            "skimmed_loss": number(c.skimmed_loss),
             "harm": None if c.harm is None else [number(v) for v in (c.harm.mean, c.harm.low, c.harm.high)],
             "passkeys": c.passkeys or None,
         }

@@ -14,6 +14,7 @@ from rich.console import Console
 from ...engine.model import Model
 from ...engine.rotary_site import primary_rotary
 from ...errors import ConfigError, DataError, UnsupportedModel
+from ...scaling.lengths import format_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
 from ..models.local import LocalModel
@@ -102,6 +103,8 @@ class Rounds:
     def _run_rounds(self, ropes: Sequence[str | Scaler], search: Search, largest_factor: float | None) -> None:
         L = self._model.trained_length
         given = [parse(rope, L) if isinstance(rope, str) else rope for rope in ropes]
+        for scaler in given:
+            self._require(scaler)
         start = [*given, *starting_points(self._model.spec, self._target)]
         if self._text.judge is not None:
             self._carry_out("judge", [self._text.judge], lambda row: None)
@@ -193,19 +196,27 @@ class Rounds:
     def _new(self, scalers: Sequence[Scaler]) -> list[Candidate]:
         """Candidates for those scalers that work on this model and reach the target."""
         candidates = []
-        site = primary_rotary(self._model.sites)
         for scaler in scalers:
             if str(scaler) in self._candidates:
                 continue
             try:
-                self._model.rope = scaler
+                self._require(scaler)
             except (ConfigError, UnsupportedModel):
-                continue
-            if scaler.member("positions") and site.configured.reach(scaler) < self._target:
                 continue
             candidates.append(Candidate(scaler=scaler))
             self._candidates[str(scaler)] = candidates[-1]
         return candidates
+
+    def _require(self, scaler: Scaler) -> None:
+        """Raise ConfigError or UnsupportedModel if a scaler does not work on this model, or if it has a position map
+        and does not reach the target."""
+        self._model.rope = scaler
+        reach = primary_rotary(self._model.sites).configured.reach(scaler)
+        if scaler.member("positions") and reach < self._target:
+            raise ConfigError(
+                f"{scaler} reaches {format_length(int(reach))} tokens, fewer than the target, "
+                f"{format_length(self._target)}; give it another window or group, or leave it out"
+            )
 
     # Rounds
 

@@ -191,6 +191,19 @@ def test_a_network_that_cannot_skim_reads_everything(tiny_folder, text, tmp_path
     assert "yarn:2.5" in {str(c.scaler) for c in tuned.ranking}
 
 
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("self-extend:2,window=128", "reaches 384 tokens, fewer than the target, 512"),
+        ("dpe:2/2/2,window=64", "3 groups cannot divide"),
+    ],
+)
+def test_a_given_scaler_that_cannot_be_tried_is_refused(model, text, tmp_path, spec, words):
+    with pytest.raises(ConfigError, match=words):
+        rw.tune(model, TARGET, text=text, out=tmp_path, ropes=["yarn:2.5", spec])
+    assert not Run(tmp_path).rows
+
+
 def test_what_an_earlier_search_has_read_is_taken_in(model, text, folder, tuned, tmp_path):
     last = next(c for c in reversed(tuned.ranking) if not c.read)
     run = Run(Path(shutil.copytree(folder, tmp_path / "run")))

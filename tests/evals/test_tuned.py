@@ -1,5 +1,7 @@
 """Which candidate is named, from losses that are made up; and which candidates there are."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -175,3 +177,4 @@ def test_losses_that_are_not_finite_rank_last_and_tie_with_nothing(lost):
         assert [str(c.scaler) for c in result.ranking[:3]] == ["ntk:8", "ntk:4", "linear:2"]
         assert result.ties == [good[2]]
     assert tuned(*bad).ties == bad[:1]
+    assert json.dumps(as_json(tuned(*good, *bad)), allow_nan=False)
