@@ -85,7 +85,8 @@ class EndlessCell(Cell):
             streamed = np.array([losses[t - 1] for t in at], np.float32)
             low, high = block_interval(bucket_losses)
             difference, *bounds = paired_difference(streamed, recomputed, block=1)
-            inside = [n for n, (tokens, _, _) in enumerate(progress) if start <= tokens <= end] or [len(progress) - 1]
+            inside = [n for n, (tokens, _, _) in enumerate(progress) if start <= tokens <= end]
+            inside = inside or [next(n for n, (tokens, _, _) in enumerate(progress) if tokens > end)]
             first, last = progress[max(inside[0] - 1, 0)], progress[inside[-1]]
             rows.append(
                 run.add(

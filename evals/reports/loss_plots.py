@@ -194,9 +194,7 @@ def _draw(axes: Axes, curves: Curves, trained_length: int) -> None:
     curve."""
     bottom, top = scale(curves, trained_length)
     axes.set_ylim(bottom, top)
-    left, right = axes.get_xlim()
-    if left < trained_length < right:
-        style.mark_length(axes, trained_length, f"trained length {format_length(trained_length)}")
+    style.mark_length(axes, trained_length, f"trained length {format_length(trained_length)}")
     looks = style.line_styles(list(curves))
     for rope, points in curves.items():
         look, xs = looks[rope], [p.x for p in points]

@@ -184,8 +184,7 @@ def _temperature(fig: Figure, grid: GridSpec, row: int, scaler: Scaler, rope: Ro
     axes.plot(at, factor, color=look[name].color, lw=look[name].width, label=name)
     length_ticks(axes, low, length)
     axes.margins(y=0.15)
-    if low < rope.trained_length < length:
-        style.mark_length(axes, rope.trained_length, f"trained length {format_length(rope.trained_length)}")
+    style.mark_length(axes, rope.trained_length, f"trained length {format_length(rope.trained_length)}")
     legend_above(axes)
     return []
 
@@ -227,5 +226,4 @@ def _decay(axes: Axes, curves: Curves, looks: Looks, lengths: dict[str, int]) ->
         axes.fill_between(middle, least, greatest, color=look.color, alpha=0.14, lw=0)
         axes.plot(middle, mean, color=look.color, ls=look.dashes, lw=look.width * 0.8)
     trained = lengths["trained length"]
-    if 1 < trained < length:
-        style.mark_length(axes, trained, f"trained length {format_length(trained)}")
+    style.mark_length(axes, trained, f"trained length {format_length(trained)}")

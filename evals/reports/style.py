@@ -225,9 +225,12 @@ def length_axis(axes: Axes, ticks: Sequence[int], low: float, high: float) -> No
 
 
 def mark_length(axes: Axes, length: int, label: str, *, above: bool = False) -> None:
-    """A dotted vertical line at `length` with its name at its foot, or above the panel, on the side that has room."""
-    axes.axvline(length, color=MUTED, linewidth=1.1, linestyle=":", zorder=1)
+    """A dotted vertical line at `length` with its name at its foot, or above the panel, on the side that has room.
+    Nothing if the axis ends before it."""
     left, right = axes.get_xlim()
+    if not left < length < right:
+        return
+    axes.axvline(length, color=MUTED, linewidth=1.1, linestyle=":", zorder=1)
     is_right = math.log(length / left) > 0.6 * math.log(right / left)
     axes.annotate(
         label,

@@ -1,5 +1,7 @@
 """One pass over a long text, and its loss by position against recomputation."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from click.testing import CliRunner
 
 import ropewalk as rw
 from ropewalk.cli.main import cli
+from ropewalk.evals.contexts import endless
 from ropewalk.evals.contexts.endless import cells
 from ropewalk.evals.contexts.report import endless_markdown, endless_rows, plot_endless
 from ropewalk.evals.data import Text
@@ -76,6 +79,21 @@ def test_the_start_token_stands_before_the_text_and_every_window(tmp_path, monke
     assert (list(bare.ids), bare.start) == (plain[:300], 0)
 
 
+def test_buckets_within_one_chunk_have_the_numbers_of_that_chunk(subject, text, tmp_path, monkeypatch):
+    (cell,) = cells(subject, text, [rw.parse("sink-window:64")], contexts=[1400], places=2)
+    sizes = iter([1e6, 2e6, 3e6])
+
+    def losses(model, ids, first, advance):
+        for past in (0, 600, 1200):
+            advance(past, min(600, 1399 - past))
+        return np.zeros(len(ids) - first, np.float32)
+
+    monkeypatch.setattr(LocalModel, "losses", losses)
+    monkeypatch.setattr(endless, "cache_bytes", lambda cache: next(sizes))
+    rows = cell.measure(subject.under(cell.scaler), Run(tmp_path), lambda *_: None)
+    assert [row["cache_mb"] for row in rows] == [1, 1, 1, 3]
+
+
 @pytest.mark.parametrize("spec", ["none", "rerope:64", "yarn:2"])
 def test_scalers_that_hold_every_key_are_refused(subject, text, spec):
     with pytest.raises(rw.ConfigError, match=r"sees every key.* use one such as sink-window"):
@@ -121,3 +139,9 @@ def test_settings_have_tables_and_plots_of_their_own(tmp_path):
         "endless_2.png",
         "endless_2.svg",
     ]
+
+
+def test_a_pass_that_ends_before_the_trained_length_is_drawn(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_endless([endless_row(1, end=16, context=16)], tmp_path / "endless")
