@@ -205,6 +205,9 @@ class GrowingPlaces:
                 break
             finished = cells
             known = self.known(run, cells)
+            if known is None:
+                _say(console, f"{count} places: no difference is finite, and more places would not change that.")
+                break
             _say(console, f"{count} places: {self._sentence(known, count)}")
             if known.is_enough:
                 break
@@ -212,17 +215,19 @@ class GrowingPlaces:
             return RunOutcome(left_out=[*self._rounds[0]])
         return measure_all(self._model, finished, run, console)
 
-    def known(self, run: Run, cells: Sequence[JoinedCell]) -> Known:
-        """How well the differences of a round are known."""
+    def known(self, run: Run, cells: Sequence[JoinedCell]) -> Known | None:
+        """How well the differences of a round are known; None if none is finite. One that is not finite stays so."""
         losses = [np.concatenate(cell.stored_losses(run)) for cell in cells]
         found = []
         for k, base in self._pairs:
             mean, low, high = paired_difference(losses[k], losses[base])
+            if not math.isfinite(mean):
+                continue
             width = high - low if math.isfinite(high - low) else math.inf
             excess = width / max(self._interval, RELATIVE * abs(mean))
             of = f"{cells[k].scaler} at {format_length(cells[k].context)}"
             found.append(Known(widest=Difference(mean=mean, low=low, high=high), of=of, excess=excess))
-        return max(found, key=lambda one: one.excess)
+        return max(found, key=lambda one: one.excess, default=None)
 
     def _base(self, cells: Sequence[JoinedCell], cell: JoinedCell) -> int | None:
         """The index of the cell that `cell` is compared with: the untouched model at its trained length, or if that is

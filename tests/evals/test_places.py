@@ -113,6 +113,20 @@ def test_how_well_the_differences_are_known(tmp_path, measured):
     assert abs(np.mean(losses[rope, context] - losses["none", 64])) > 0.01, "the tenth does not count"
 
 
+def test_losses_that_are_not_finite_ask_for_no_more_places(tmp_path, measured, monkeypatch):
+    losses = LocalModel.losses
+
+    def lost(self, *args):
+        return losses(self, *args) * (math.nan if str(self.rope) == "yarn:2" else 1)
+
+    monkeypatch.setattr(LocalModel, "losses", lost)
+    run, _, shown = carry_out(growing(measured, WORDS, contexts=(64,)), tmp_path / "all")
+    assert [row["loss"] is None for row in final(run)] == [False, True]
+    assert "4 places: no difference is finite" in shown and "8 places" not in shown
+    _, _, shown = carry_out(growing(measured, WORDS, interval=100), tmp_path / "one")
+    assert "4 places: every difference is known well enough. The least certain: none at 96" in shown
+
+
 def test_a_finished_run_reads_nothing_again_and_more_places_read_only_the_new_ones(tmp_path, measured, read):
     carry_out(growing(measured, WORDS, interval=1e-6, most=4), tmp_path)
     assert len(read) == 16
