@@ -116,19 +116,25 @@ class Distribution:
         self._reader, self._forks = reader, forks
 
     @cached_property
-    def _weights(self) -> Tensor:
-        """Weight of every next byte, not normalized; float64 [257]."""
-        weights = torch.zeros(END + 1, dtype=torch.float64)
-        for fork in self._forks:
-            ids, following = self._reader.extensions(fork.suffix)
-            weights.index_add_(0, following, (self._reader.after(fork.path)[ids] + fork.logweight).exp())
-        return weights
+    def _logweights(self) -> Tensor:
+        """Logarithm of the weight of every next byte, not normalized; float64 [257]."""
+        parts = [self._reader.extensions(fork.suffix) for fork in self._forks]
+        nats = torch.cat(
+            [
+                self._reader.after(fork.path)[ids] + fork.logweight
+                for fork, (ids, _) in zip(self._forks, parts, strict=True)
+            ]
+        )
+        following = torch.cat([next_bytes for _, next_bytes in parts])
+        most = torch.full((END + 1,), -math.inf, dtype=torch.float64).scatter_reduce(0, following, nats, "amax")
+        most = most.nan_to_num(neginf=0.0)  # of a byte that no token has
+        return torch.zeros_like(most).index_add(0, following, (nats - most[following]).exp()).log() + most
 
     @property
     def next_byte_logprobs(self) -> Tensor:
         """Log-probability of every next byte, and at index 256 of the end of the text; float64
         [257], nats."""
-        return (self._weights / self._weights.sum()).log()
+        return self._logweights - self._logweights.logsumexp(0)
 
     def logprob(self, rest: bytes) -> float:
         """Log-probability that the text continues with `rest`, over all token sequences, nats.
@@ -139,27 +145,35 @@ class Distribution:
         trie, tokens = self._reader.vocabulary.trie, self._reader.vocabulary.tokens
         first, ties = list(self._forks), count()
         waiting: list[tuple[float, int, Fork]] = []  # after the `suffix` of these, any text may follow
-        reached = unseen = 0.0
-        computed = 0
-        while first or (waiting and unseen > _MISSED * reached and (computed < _MOST_DISTRIBUTIONS or not reached)):
+        reached, computed = -math.inf, 0  # nats: a probability may be too small for a float
+
+        def is_open() -> bool:
+            unseen = _log_sum([-negative for negative, _, _ in waiting])
+            return unseen > reached + math.log(_MISSED) and (computed < _MOST_DISTRIBUTIONS or reached == -math.inf)
+
+        while first or is_open():
             computed += 1
             if first:
                 fork = first.pop()
                 least = len(fork.suffix)
                 fork = Fork(path=fork.path, suffix=fork.suffix + rest, logweight=fork.logweight)
             else:
-                negative, _, fork = heapq.heappop(waiting)
-                least, unseen = 0, unseen - math.exp(-negative)
+                _, _, fork = heapq.heappop(waiting)
+                least = 0
             row = self._reader.after(fork.path) + fork.logweight
             complete = [*trie.exact(fork.suffix), *trie.extensions(fork.suffix)]
-            reached += float(row[torch.tensor(complete, dtype=torch.long)].exp().sum())
+            reached = _log_sum([reached, *row[torch.tensor(complete, dtype=torch.long)].tolist()])
             for token in trie.prefixes(fork.suffix[:-1]):
                 if len(tokens[token]) > least:
                     weight = float(row[token])
-                    unseen += math.exp(weight)
                     later = Fork(path=(*fork.path, token), suffix=fork.suffix[len(tokens[token]) :], logweight=weight)
                     heapq.heappush(waiting, (-weight, next(ties), later))
-        return math.log(reached / float(self._weights.sum()))
+        return reached - float(self._logweights.logsumexp(0))
+
+
+def _log_sum(nats: Sequence[float]) -> float:
+    """The logarithm of the sum of probabilities; -inf for none."""
+    return float(torch.tensor(nats, dtype=torch.float64).logsumexp(0)) if nats else -math.inf
 
 
 OFF, ONE_BACK, STEPS, HEALING, EXACT = "off", "one token back", "step mask", "transformers", "exact"

@@ -79,6 +79,15 @@ def test_the_law_of_the_next_bytes_is_the_sum_over_all_token_sequences(model, dr
         assert law.logprob(cut.rest[:1]) == pytest.approx(float(law.next_byte_logprobs[cut.rest[0]]), abs=0.011)
 
 
+def test_a_probability_may_be_too_small_for_a_float(model, drawn, monkeypatch):
+    cut = drawn[cuts.ANYWHERE][0]
+    ending = Ending(model, model._runner, cut.prompt)
+    law, after = ending.distribution(EXACT), ending.reader.after
+    monkeypatch.setattr(ending.reader, "after", lambda path: 1000 * after(path))
+    assert -math.inf < law.logprob(cut.rest[:8]) < math.log(5e-324)
+    assert -math.inf < float(law.next_byte_logprobs[ord("~")]) < 0
+
+
 def _end_weight(ending, law):
     (end,) = ending.model.vocabulary.special_ids
     return sum(
@@ -87,7 +96,9 @@ def _end_weight(ending, law):
 
 
 def test_steps_are_each_normalized(model, every):
-    totals = [float(Ending(model, model._runner, cut.prompt).distribution(STEPS)._weights.sum()) for cut in every]
+    totals = [
+        float(Ending(model, model._runner, cut.prompt).distribution(STEPS)._logweights.exp().sum()) for cut in every
+    ]
     assert max(totals) < 1 + 1e-9
     assert min(totals) > 1 - 1e-9
 
