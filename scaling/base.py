@@ -9,7 +9,14 @@ from decimal import ROUND_CEILING, Context, Decimal
 from typing import ClassVar
 
 from ..errors import ConfigError
-from .base_bound import ASYMPTOTIC, RESOLUTION, first_failure, largest_infeasible_base, smallest_feasible_base
+from .base_bound import (
+    ASYMPTOTIC,
+    RESOLUTION,
+    check_sizes,
+    first_failure,
+    largest_infeasible_base,
+    smallest_feasible_base,
+)
 from .interpolation import NTK
 from .rope import Facet, Frequencies, RopeSpec, Scaler
 
@@ -104,11 +111,6 @@ class CriticalBase(_ForLength):
         return with_base(rope, self.base(rope))
 
 
-def critical_dimension(rope: RopeSpec) -> int:
-    """2 ceil(d/2 log_b(L / 2pi)). Dimensions below it complete a full rotation over L. arXiv 2310.05209."""
-    return 2 * math.ceil(rope.dim / 2 * math.log(rope.trained_length / (2 * math.pi), rope.base))
-
-
 @dataclass(frozen=True, kw_only=True)
 class BaseBound(_ForLength):
     """The smallest base, not below the model's own, that satisfies the base bound for N:
@@ -122,6 +124,10 @@ class BaseBound(_ForLength):
 
     name: ClassVar[str] = "base-bound"
     source: ClassVar[str] = "arXiv 2405.14591"
+
+    def check(self, rope: RopeSpec) -> None:
+        super().check(rope)
+        check_sizes(self.length, rope.dim)
 
     def base(self, rope: RopeSpec) -> float:
         """The smallest feasible base that is not below the model's own."""

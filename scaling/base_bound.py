@@ -28,13 +28,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .lengths import format_length
 
 __all__ = [
     "ASYMPTOTIC",
+    "LONGEST",
     "RESOLUTION",
     "BaseAnswer",
     "base_report",
     "ceiling_base",
+    "check_sizes",
     "first_failure",
     "largest_infeasible_base",
     "preference",
@@ -43,6 +46,9 @@ __all__ = [
 
 ASYMPTOTIC = 0.6165
 """The zero of the cosine integral. As d grows, the bound becomes b >= N / 0.6165."""
+
+LONGEST = 2**24
+"""The largest length that is searched, tokens."""
 
 _ABOVE_ONE = 1 + 1e-6  # start of the search for the smallest base; b = 1 is not a rotary base
 
@@ -103,9 +109,9 @@ def first_failure(base: float, dim: int, limit: int) -> int | None:
     of a head's dimensions are not rotated, their cos is 1, f >= 0 always holds, and no search is needed.
 
     Raises:
-        ConfigError: dim odd or below 2, limit below 1, or base not above 1.
+        ConfigError: dim odd or below 2, limit below 1 or above `LONGEST`, or base not above 1.
     """
-    _check(limit, dim, fewest=2)
+    check_sizes(limit, dim, fewest=2)
     _check_base(base)
     with _one_thread():
         return _find_failure(base, dim, limit)
@@ -117,7 +123,7 @@ def preference(base: float, dim: int, length: int) -> Tensor:
     Raises:
         ConfigError: as `first_failure`.
     """
-    _check(length, dim, fewest=2)
+    check_sizes(length, dim, fewest=2)
     _check_base(base)
     with _one_thread():
         return torch.cat([f for _, f in _preference_blocks(base, dim, length)])
@@ -135,9 +141,9 @@ def smallest_feasible_base(length: int, dim: int, *, at_least: float = _ABOVE_ON
     CPU time for d = 128 on one core: 2 s at N = 32k, 5 s at 128k, 24 s at 1M.
 
     Raises:
-        ConfigError: dim odd or below 6, length below 1, or at_least not above 1.
+        ConfigError: dim odd or below 6, length below 1 or above `LONGEST`, or at_least not above 1.
     """
-    _check(length, dim, fewest=6)
+    check_sizes(length, dim)
     _check_base(at_least)
     with _one_thread():
         if _find_failure(at_least, dim, length) is None:
@@ -154,9 +160,9 @@ def largest_infeasible_base(length: int, dim: int) -> float | None:
     than 1e-10 (relative, `RESOLUTION`).
 
     Raises:
-        ConfigError: dim odd or below 6, or length below 1.
+        ConfigError: dim odd or below 6, or length below 1 or above `LONGEST`.
     """
-    _check(length, dim, fewest=6)
+    check_sizes(length, dim)
     if length < 3:
         return None  # f(0) = d/2 and f(1) >= d/2 cos(1) > 0 for every base; at m = 2 bases near 1 fail
     top, highest = math.log(ceiling_base(length, dim)), None
@@ -177,9 +183,9 @@ def ceiling_base(length: int, dim: int) -> float:
     these bounds grows with b, so bisection is correct here, and only here. For d = 128 it is 0.65 to 0.8 N^2.
 
     Raises:
-        ConfigError: dim odd or below 6, or length below 1.
+        ConfigError: dim odd or below 6, or length below 1 or above `LONGEST`.
     """
-    _check(length, dim, fewest=6)
+    check_sizes(length, dim)
 
     def safe(x: float) -> bool:
         phases = [(length - 1) * math.exp(-2 * i / dim * x) for i in range(dim // 2)]
@@ -194,11 +200,17 @@ def ceiling_base(length: int, dim: int) -> float:
     return math.exp(high)
 
 
-def _check(length: int, dim: int, *, fewest: int) -> None:
+def check_sizes(length: int, dim: int, *, fewest: int = 6) -> None:
+    """Raise ConfigError for a length or a dimension that is not searched."""
     if dim % 2 or dim < fewest:
         raise ConfigError(f"base bound: dim {dim} must be even and at least {fewest}")
     if length < 1:
         raise ConfigError(f"base bound: length {length} must be at least 1")
+    if length > LONGEST:
+        raise ConfigError(
+            f"base bound: length {format_length(length)} is above {format_length(LONGEST)}, beyond which the search "
+            "takes many minutes; take a shorter one"
+        )
 
 
 def _check_base(base: float) -> None:

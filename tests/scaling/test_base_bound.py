@@ -10,6 +10,7 @@ import torch
 from closed_forms import brute, brute_first
 
 from ropewalk.errors import ConfigError
+from ropewalk.scaling import BaseBound, RopeSpec
 from ropewalk.scaling.base_bound import (
     RESOLUTION,
     base_report,
@@ -251,6 +252,9 @@ def test_the_thread_count_is_restored() -> None:
         (lambda: largest_infeasible_base(0, 64), "length 0"),
         (lambda: ceiling_base(10, 2), "dim 2"),
         (lambda: base_report(10, 64, base=math.inf), "base inf"),
+        (lambda: first_failure(1e4, 64, 2**24 + 1), "length 16777217 is above 16M"),
+        (lambda: base_report(10 * 2**30, 64), "length 10240M is above 16M"),
+        (lambda: BaseBound(length=2**30).check(RopeSpec(dim=64, base=1e4, trained_length=64)), "1024M is above 16M"),
     ],
 )
 def test_errors_name_the_value(call: object, words: str) -> None:

@@ -32,7 +32,6 @@ from ropewalk.scaling import (
     Scaler,
     YaRN,
 )
-from ropewalk.scaling.base import critical_dimension
 
 
 @given(rope=ropes, s=factors)
@@ -183,7 +182,6 @@ def test_published_bases_of_llama2_at_four_times() -> None:
     d = LLAMA2.dim
     slowest = NTK(factor=4).frequencies(LLAMA2).inv_freq[-1].item()
     assert slowest ** (-d / (d - 2)) == pytest.approx(40_890, abs=1)
-    assert critical_dimension(LLAMA2) == 92  # arXiv 2310.05209 gives 92 for Llama 2
 
 
 def test_base_bound_of_llama2_at_four_times() -> None:

@@ -10,6 +10,7 @@ import click
 
 from .messages import print_json
 from .options import EXAMPLES, command, json_option, picture_option
+from .waiting import waiting
 
 if TYPE_CHECKING:
     from ..scaling.base import BaseRule
@@ -121,12 +122,13 @@ def base(
     if out is not None and known is None:
         raise click.UsageError("--out draws the rules' bases; give --model, or --base and --trained")
     tokens = parse_length(length, known.max_length if known else None)
-    rules = base_rules(known.rope, tokens) if known else ()
-    answer = (
-        base_report(tokens, known.rope.dim, base=known.rope.base)
-        if known
-        else base_report(tokens, _DIM if dim is None else dim, base=base)
-    )
+    with waiting(f"searching bases for {format_length(tokens)} tokens"):
+        rules = base_rules(known.rope, tokens) if known else ()
+        answer = (
+            base_report(tokens, known.rope.dim, base=known.rope.base)
+            if known
+            else base_report(tokens, _DIM if dim is None else dim, base=base)
+        )
     paths: tuple[Path, ...] = ()
     if known is not None and out is not None:
         from ..evals.reports.rope_plots import plot_bases
