@@ -222,3 +222,11 @@ def test_a_tekken_file():
     vocabulary = load_vocabulary(data)
     assert vocabulary.kind == "byte-level BPE (tiktoken)"
     assert vocabulary.text_bytes(vocabulary.encode("naïve")) == "naïve".encode()
+
+
+def test_what_a_text_has_not_is_said(tiny_folder):
+    arguments = ["vocab", str(tiny_folder), "--text", "chinese", "--cuts", "3"]
+    shown = CliRunner().invoke(cli, arguments, catch_exceptions=False).output
+    assert "chinese has no such place to cut: after a space, word border in a token" in " ".join(shown.split())
+    assert "No cut is inside a token" in shown
+    assert "the prompt ends in" not in shown

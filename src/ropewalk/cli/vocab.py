@@ -32,6 +32,7 @@ def vocab(model: str, text: str, cuts: int, seed: int, as_json: bool) -> None:
 
     from ..engine.checkpoints.source import load_vocabulary
     from ..evals.data import load_text
+    from ..tokenizer_tools.cuts import KINDS
     from ..tokenizer_tools.report import report
 
     vocabulary, document = load_vocabulary(model), load_text(text)
@@ -61,8 +62,12 @@ def vocab(model: str, text: str, cuts: int, seed: int, as_json: bool) -> None:
     examples = Table("the prompt ends in", "inside the token")
     for example in found.examples:
         examples.add_row(escaped(example.prompt_end.encode()), escaped(example.token))
-    for table in (about, risks, examples):
+    for table in (about, risks, *([examples] if found.examples else [])):
         console.print(table)
+    if missing := [kind for kind in KINDS if kind not in [risk.kind for risk in found.risks]]:
+        console.print(f"{text} has no such place to cut: {', '.join(missing)}")
+    if not found.examples:
+        console.print("No cut is inside a token, so there are no examples.")
 
 
 def whole(token: bytes) -> str:
