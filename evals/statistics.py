@@ -23,7 +23,8 @@ LEAST_BLOCKS = 4
 """With fewer blocks the interval is NaN: a bootstrap of two or three numbers is meaningless."""
 
 _VALUES_AT_ONCE = 2**22
-_Z = float(norm.ppf(0.975))
+Z = float(norm.ppf(0.975))
+"""95 % of a normal distribution lie so many standard deviations around its mean."""
 
 
 def block_means(losses: Losses, block: int = 32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -193,7 +194,7 @@ def _tango(only_a: int, only_b: int, trials: int) -> tuple[float, float]:
         root = math.sqrt(linear**2 + 8 * trials * only_b * difference * (1 - difference))
         share = (root - linear) / (4 * trials)  # only b right: the maximum likelihood estimate
         variance = trials * (2 * share + difference * (1 - difference))
-        return max(abs(more - trials * difference) - 1, 0) ** 2 - _Z**2 * variance
+        return max(abs(more - trials * difference) - 1, 0) ** 2 - Z**2 * variance
 
     # the continuity correction: within one trial of the observed difference nothing is rejected
     low = -1.0 if rejects(-1) <= 0 else brentq(rejects, -1, (more - 1) / trials)
@@ -217,7 +218,7 @@ def _effective_trials(groups: Sequence[Sequence[float]]) -> float:
     return mean * (1 - mean) / variance
 
 
-def _wilson(share: float, trials: float, z: float = _Z) -> tuple[float, float]:
+def _wilson(share: float, trials: float, z: float = Z) -> tuple[float, float]:
     """Wilson's 95% interval for a share and a number of trials that need not be whole."""
     centre = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)

@@ -166,8 +166,8 @@ class CoPE(Scaler):
 
 @dataclass(frozen=True, kw_only=True)
 class Resonance(Scaler):
-    """Rounds every wavelength 2pi / theta_i to an integer, so that rotations repeat exactly. It applies to the result
-    of any frequency method (`yarn:4|resonance`) and does not change its factor on cos and sin.
+    """Rounds every wavelength 2pi / theta_i to a whole number, so that rotations repeat exactly. It applies to the
+    result of any frequency method (`yarn:4|resonance`) and does not change its factor on cos and sin.
 
     Source: Wang et al., arXiv 2403.00071.
     """

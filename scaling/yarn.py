@@ -60,8 +60,9 @@ class NTKByParts(Factored):
     """NTK-by-parts: theta_i (1 - r_i) + theta_i / s * r_i, r_i = clamp((i - low) / (high - low), 0, 1).
 
     low and high are the pairs with `beta_fast` and `beta_slow` rotations. These are YaRN's frequencies without its
-    temperature, as section 3.2 of arXiv 2309.00071 defines the method. The public code from before the paper is
-    another method: it mixes in NTK-aware frequencies at two further thresholds.
+    temperature. The ramp is linear in the index of the pair, as in YaRN's public code and in transformers; section 3.2
+    of arXiv 2309.00071 has one that is linear in the rotations. The public code from before the paper is another
+    method: it mixes in NTK-aware frequencies at two further thresholds.
 
     Args:
         factor: s, target length over trained length, at least 1.

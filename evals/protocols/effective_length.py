@@ -11,14 +11,13 @@ from ..retrieval.score import ScoreGroup, TrialScore
 from ..retrieval.tasks import RULER, SUITES
 from ..runs.compare import Difference
 from ..runs.result import Row
+from ..statistics import Z
 
 TOLERANCE = 0.02
 """Nats per token by which a context may be worse than the trained length and still count."""
 
 MOST_SAMPLES = 1000
 """Samples beyond which no advice is given."""
-
-_Z = 1.959964  # 95% of a normal distribution lie so many standard deviations around its mean
 
 LEAST_FOUND = 0.80
 """Share of passkeys, needles or values that a length must give to count."""
@@ -217,7 +216,7 @@ def reach(scores: Mapping[int, TrialScore], least: float) -> Reach:
 def trials_to_decide(mean: float, least: float) -> int | None:
     """How many trials would move Wilson's 95% interval around `mean` off `least`; None above `MOST_SAMPLES`."""
     gap = abs(mean - least)
-    needed = _Z**2 * least * (1 - least) / gap**2 if gap else math.inf
+    needed = Z**2 * least * (1 - least) / gap**2 if gap else math.inf
     return math.floor(needed) + 1 if needed < MOST_SAMPLES else None
 
 
