@@ -59,7 +59,7 @@ def unpublished(monkeypatch):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("ropewalk.evals.models.served.PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("ropewalk.evals.models.openai_server.PAUSES", (0.01, 0.01))
 
 
 def ropewalk(*arguments):
