@@ -98,7 +98,8 @@ def paired_difference(a: Losses, b: Losses, block: int = 32) -> tuple[float, flo
     """
     if np.shape(a) != np.shape(b):
         raise DataError(f"losses of {np.size(a)} and {np.size(b)} tokens cannot be paired; they must score the same")
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # the difference of two infinite losses is NaN
+        difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     return float(difference.mean()), *block_interval(difference, block)
 
 

@@ -123,7 +123,7 @@ def test_losses_that_are_not_finite_ask_for_no_more_places(tmp_path, measured, m
     run, _, shown = carry_out(growing(measured, WORDS, contexts=(64,)), tmp_path / "all")
     assert [row["loss"] is None for row in final(run)] == [False, True]
     assert "4 places: no difference is finite" in shown and "8 places" not in shown
-    _, _, shown = carry_out(growing(measured, WORDS, interval=100), tmp_path / "one")
+    _, _, shown = carry_out(growing(measured, WORDS, interval=100, target=32), tmp_path / "one")
     assert "4 places: every difference is known well enough. The least certain: none at 96" in shown
 
 

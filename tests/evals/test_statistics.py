@@ -195,3 +195,8 @@ def test_paired_fractions_have_a_width_and_cover() -> None:
         low, high = paired_score_interval(a, b)
         held += low <= 0.4375 - 0.275 <= high
     assert 0.93 < held / 1000 < 0.995
+
+
+def test_infinite_losses_of_both_have_no_difference_and_no_warning():
+    with np.errstate(invalid="raise"):
+        assert np.isnan(paired_difference(np.full(200, np.inf), np.full(200, np.inf))).all()
