@@ -124,6 +124,7 @@ class Batch:
         self._store, self._admission = store, admission or Admission(rows=1)
         self._admission.batches.add(self)
         self._ended: Sequence | None = None  # the last to end; the next sequence may begin like it
+        self._begins = False  # the first of `waiting` is about to begin
         self._rope_state = model.rope_state
 
     @property
@@ -141,40 +142,57 @@ class Batch:
         pieces: list[tuple[Sequence, str]] = []
         self._rope_state = runner.rope_state
         while self.waiting:
-            sequence = self.waiting[0]
-            held_back = sequence.end_if_late()
-            if sequence.done:  # late, cancelled, or there is nothing to generate
-                self.waiting.popleft().release()
-                pieces.append((sequence, held_back))
-                continue
-            if not (self._admission.has_turn and (sequence.caches or self._may_begin(sequence))):
-                break
-            if not sequence.caches:
-                self._share(sequence)
-            others_wait, began = self._admission.others_wait, time.monotonic()
+            self._begins = True
             try:
-                with restoring(*sequence.caches):
-                    is_read = sequence.read_ahead(runner, _TURN if others_wait else runner.chunk)
-                    if is_read:
-                        piece = "" if sequence.done else sequence.first_token(runner)
-            except OutOfMemory:
-                sequence.release()
-                if self._free_unused():
-                    continue
-                if not self._admission.in_progress:
+                piece = self._begin_first(runner)
+            except Exception:
+                if not pieces:
                     raise
-                self._admission.lower_limit(_PATIENCE)
+                piece = None  # the error comes again in the next call, after these pieces were reported
+            if piece is None:
                 break
-            finally:
-                if others_wait:
-                    self._admission.count_reading(time.monotonic() - began)
-            if not is_read:
-                break
-            pieces.append((sequence, piece))
-            self.running.append(self.waiting.popleft())
+            pieces.append(piece)
+        self._begins = False
         if self._admission.shared:
             self.reserved = runner.needed_bytes(*self._row_lengths, owned=owned_tokens(self._caches))
         return pieces
+
+    def _begin_first(self, runner: Runner) -> tuple[Sequence, str] | None:
+        """Read the prompt of the first waiting sequence and draw its first token.
+
+        Returns:
+            The sequence, and the text that became certain; None if the sequence still waits.
+        """
+        sequence = self.waiting[0]
+        held_back = sequence.end_if_late()
+        if sequence.done:  # late, cancelled, or there is nothing to generate
+            self.waiting.popleft().release()
+            return sequence, held_back
+        if not (self._admission.has_turn and (sequence.caches or self._may_begin(sequence))):
+            return None
+        if not sequence.caches:
+            self._share(sequence)
+        others_wait, began = self._admission.others_wait, time.monotonic()
+        try:
+            with restoring(*sequence.caches):
+                is_read = sequence.read_ahead(runner, _TURN if others_wait else runner.chunk)
+                if is_read:
+                    piece = "" if sequence.done else sequence.first_token(runner)
+        except OutOfMemory:
+            sequence.release()
+            if self._free_unused():
+                return self._begin_first(runner)
+            if not self._admission.in_progress:
+                raise
+            self._admission.lower_limit(_PATIENCE)
+            return None
+        finally:
+            if others_wait:
+                self._admission.count_reading(time.monotonic() - began)
+        if not is_read:
+            return None
+        self.running.append(self.waiting.popleft())
+        return sequence, piece
 
     def recover(self, error: OutOfMemory) -> None:
         """Make room after memory ran out in a step: free caches that are not in use, else let the last sequence wait.
@@ -211,6 +229,19 @@ class Batch:
                 self._ended = sequence
                 continue
             sequence.release()
+
+    def remove_failed(self) -> list[Sequence]:
+        """Remove the sequences that an error of `generate_tokens` ends, and return them: the one that was about to
+        begin, else all that are generated. Those that wait give up their caches."""
+        if self._begins or not self.running:
+            failed = [self.waiting.popleft()] if self.waiting else []
+        else:
+            failed = list(self.running)
+            self.running.clear()
+        self._begins = False
+        for sequence in [*failed, *self.waiting]:
+            sequence.release()
+        return failed
 
     def _may_begin(self, sequence: Sequence) -> bool:
         """True if a sequence may begin: the limit and memory have room for one more, or no other is in progress.

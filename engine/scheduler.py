@@ -217,24 +217,18 @@ class Scheduler:
     def _step(self, key: object) -> bool:
         """Run a step of a batch and report it; False if the batch has ended.
 
-        An error ends the sequences in progress, or if there are none the one that was about to begin. The others wait.
+        An error ends the sequence that was about to begin, else those in progress. The others go on.
         """
         batch, steps = self._batches[key]
         try:
             pieces = next(steps, None)
         except Exception as error:
             self.store.clear()
-            failed = list(batch.running)
-            if not failed and batch.waiting:
-                failed = [batch.waiting.popleft()]
-            batch.running.clear()
-            for sequence in [*failed, *batch.waiting]:
-                sequence.release()
-            for sequence in failed:
+            for sequence in batch.remove_failed():
                 if sequence in self._requests:
                     self._end(sequence, Update(error=error))
             self._batches[key] = batch, generate_tokens(batch)
-            return bool(batch.waiting)
+            return bool(batch.waiting or batch.running)
         for sequence, piece in pieces or []:
             if sequence in self._requests:
                 self._report(sequence, piece)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from live import TEXT, Memory, greedy, limit_memory
+from live import MORE, TEXT, Memory, greedy, limit_memory
 
 import ropewalk as rw
 from ropewalk.engine import batch, sequence
@@ -236,3 +236,23 @@ def test_a_lack_of_memory_under_one_scaler_waits_for_another(model, monkeypatch)
         assert first.ended.wait(30)
     assert [each.completion.token_ids for each in (first, second)] == expected
     assert failures
+
+
+def test_an_error_at_the_end_of_a_prompt_ends_its_request_alone(model, monkeypatch):
+    """It ended every request in progress."""
+    good, late, bad = Asked(model, TEXT, 60), Asked(model, MORE, 8), Asked(model, TEXT, 5)
+    error = rw.ConfigError("no token is certain")
+
+    def fails(runner):
+        raise error
+
+    monkeypatch.setattr(bad.sequence, "first_token", fails)
+    with scheduling(model) as scheduler:
+        submit(scheduler, good)
+        assert good.begun.wait(30)
+        submit(scheduler, late, bad)
+        for each in (good, late, bad):
+            assert each.ended.wait(60)
+    assert bad.completion is error
+    assert good.completion.token_ids == alone(model, TEXT, 60)
+    assert late.completion.text == model.generate(MORE, greedy(8)).text
