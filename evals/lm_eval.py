@@ -148,7 +148,7 @@ class RopewalkLM(TemplateLM):  # type: ignore[misc]
         first = max(len(ids) - len(continuation), 1)
         targets, total, done, is_greedy = torch.tensor(ids[first:]), 0.0, 0, True
         with torch.inference_mode():
-            for logits in LocalModel(self.model).logits(ids, first, lambda past, count: None):
+            for logits in LocalModel(self.model).logits(ids, first, lambda past, count: None, len(ids) - 1):
                 block_targets = targets[done : done + len(logits)].to(logits.device)
                 chosen = logits.gather(-1, block_targets[:, None])[:, 0] - logits.logsumexp(-1)
                 total += float(chosen.double().sum())

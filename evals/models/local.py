@@ -14,7 +14,7 @@ from ...engine.batch import Batch, generate_tokens
 from ...engine.cache import can_rewind, rewind, tokens_read
 from ...engine.hf_model import input_device, weight_bytes
 from ...engine.model import Model
-from ...engine.prefill import prefill, scored_logits
+from ...engine.prefill import prefill, score, scored_logits
 from ...engine.prompt import token_ids
 from ...engine.runners.runner import Runner
 from ...engine.sampling import ResolvedParams
@@ -67,19 +67,20 @@ class LocalModel(MeasuredModel):
     def cost(self) -> ForwardCost:
         return ForwardCost.of(self.model)
 
-    def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
-        with self.running(len(ids)):
+    def losses(self, ids: Tokens, first: int, advance: Advance, length: int | None = None) -> Losses:
+        ids = token_ids(ids, self.model.vocabulary_size)
+        with self.running(length or len(ids)) as runner:
             self.cache = self.model.new_cache(len(ids))
-            losses: Losses = -self.model.score_ids(ids, first, advance, self.cache).numpy()
+            losses: Losses = -score(runner, ids, first, self.cache, advance).cpu().numpy()
         return losses
 
-    def logits(self, ids: Tokens, first: int, advance: Advance) -> abc.Iterator[Tensor]:
-        ids = token_ids(ids, self.model.vocabulary_size)
-        with self.running(len(ids)) as runner:
+    def logits(self, ids: Tokens, first: int, advance: Advance, length: int | None = None) -> abc.Iterator[Tensor]:
+        ids, length = token_ids(ids, self.model.vocabulary_size), length or len(ids)
+        with self.running(length) as runner:
             self.cache = self.model.new_cache(len(ids))
             pieces = scored_logits(runner, ids, first, self.cache, advance)
         while True:
-            with self.running(len(ids)):  # another scaler may have been set since the last piece
+            with self.running(length):  # another scaler may have been set since the last piece
                 piece = next(pieces, None)
             if piece is None:
                 return

@@ -184,9 +184,13 @@ class MeasuredModel(ABC):
         self.check(length)
 
     @abstractmethod
-    def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
+    def losses(self, ids: Tokens, first: int, advance: Advance, length: int | None = None) -> Losses:
         """Losses of `ids[first:]` in nats, each given all tokens before it, float32 [len(ids) -
-        first]."""
+        first].
+
+        Args:
+            length: tokens that the scaler is for, if it depends on them; None: those of `ids`.
+        """
 
     @abstractmethod
     def logits(self, ids: Tokens, first: int, advance: Advance) -> Iterator[Tensor]:
@@ -244,7 +248,7 @@ class FunctionModel(MeasuredModel):
             )
         return self
 
-    def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
+    def losses(self, ids: Tokens, first: int, advance: Advance, length: int | None = None) -> Losses:
         import torch
 
         rows, targets = self._read(ids, first, advance), torch.tensor(ids[first:])

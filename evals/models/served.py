@@ -157,7 +157,7 @@ class ServedModel(MeasuredModel):
             )
         self.check(length, spare=1)
 
-    def losses(self, ids: Tokens, first: int, advance: Advance) -> Losses:
+    def losses(self, ids: Tokens, first: int, advance: Advance, length: int | None = None) -> Losses:
         self.check_scoring(len(ids))
         scored = self.score(ids, first)
         advance(0, len(ids) - 1)

@@ -234,7 +234,7 @@ def plan(model: MeasuredModel, source: Source, scalers: Sequence[Scaler], protoc
             protocol=protocol,
             windows=windows[context],
             recipe=shared
-            | rope_recipe(scaler, scaled[scaler].rope_at, [len(window.ids) for window in windows[context]])
+            | rope_recipe(scaler, scaled[scaler].rope_at, [w.length or len(w.ids) for w in windows[context]])
             | {"context": context, "places": places_of(windows[context])},
             judge=judge,
         )

@@ -26,12 +26,14 @@ class Window:
 
     Args:
         place: where the window ends, `document:token`.
+        length: tokens that the scaler is for, if it is not the number of `ids`.
         twin: ids of a second pass that scores the same tokens; None if there is none.
     """
 
     ids: Tokens
     first: int
     place: str
+    length: int | None = None
     twin: Tokens | None = None
 
 
@@ -113,7 +115,7 @@ class Protocol(ABC):
 
     def measure(self, model: MeasuredModel, windows: Sequence[Window], advance: Advance) -> ProtocolResult:
         """Read the windows and return their losses."""
-        return ProtocolResult(losses=[model.losses(w.ids, w.first, advance) for w in windows])
+        return ProtocolResult(losses=[model.losses(w.ids, w.first, advance, w.length) for w in windows])
 
     @classmethod
     @abstractmethod

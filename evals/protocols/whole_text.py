@@ -107,7 +107,8 @@ class Disjoint(ByDocument):
         for scored in range(1, len(whole), context):
             end = min(scored + context, len(whole))
             ids = whole[max(0, end - context - 1) : end]
-            windows.append(Window(ids=ids, first=len(ids) - (end - scored), place=f"{number}:{end}"))
+            first, fed = len(ids) - (end - scored), len(ids) - 1
+            windows.append(Window(ids=ids, first=first, place=f"{number}:{end}", length=fed))
         return windows
 
     @classmethod

@@ -61,6 +61,16 @@ def test_rolling_is_the_harness_and_is_disjoint(ours, theirs):
         assert row.bits_per_byte == pytest.approx(-nats / len(document.encode()) / 0.6931472, abs=1e-3)
 
 
+def test_auto_is_the_untouched_model_where_the_harness_feeds_the_trained_length(harness, tiny_folder):
+    from ropewalk.evals.lm_eval import RopewalkLM
+
+    lm, asked, found = RopewalkLM(str(tiny_folder), max_length=256), requests("loglikelihood_rolling", (CODE * 2,)), []
+    for rope in ("none", "auto"):
+        lm.model.rope = rope
+        found += lm.loglikelihood_rolling(asked, disable_tqdm=True)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 200])
 def test_windows_are_the_harness_windows(harness, length):
     from lm_eval.utils import get_rolling_token_windows
