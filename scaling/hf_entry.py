@@ -16,7 +16,7 @@ from .rope import WIDEST_HEAD, RopeSpec, Scaler
 from .temperature import StepLog
 from .yarn import Llama3, YaRN
 
-__all__ = ["NAMED_TYPE", "SCALER_KEY", "checked_length", "read_entry", "with_outside_length"]
+__all__ = ["MODEL_CODE_KEYS", "NAMED_TYPE", "SCALER_KEY", "checked_length", "read_entry", "with_outside_length"]
 
 NAMED_TYPE, SCALER_KEY = "ropewalk", "ropewalk_scaler"
 """The rope type of a config that names a scaler (`named_scaler.py`), and the key of its spec."""
@@ -42,7 +42,7 @@ _ALIASES = {"su": "longrope"}  # Phi-3's name for it before transformers had the
 _STEP_LOG_FAMILIES = ("ministral3", "mistral4")
 """Families whose code reads `llama_4_scaling_beta`."""
 
-_MODEL_CODE_KEYS = {
+MODEL_CODE_KEYS = {
     "mrope_section": "positions on several axes (multimodal RoPE)",
     "xdrope_section": "positions on several axes (multimodal RoPE)",
     "llama_4_scaling_beta": "queries scaled by their position",
@@ -126,8 +126,8 @@ def _checked(name: str, config: Any, parameters: Mapping[str, Any]) -> tuple[str
     required, optional = _KEYS[kind]
     known = {*_COMMON_KEYS, *required, *optional}
     for key in sorted(values.keys() - known):
-        if key in _MODEL_CODE_KEYS:
-            raise UnsupportedModel(f"{name}: {key!r} in rope_parameters means {_MODEL_CODE_KEYS[key]}; not supported")
+        if key in MODEL_CODE_KEYS:
+            raise UnsupportedModel(f"{name}: {key!r} in rope_parameters means {MODEL_CODE_KEYS[key]}; not supported")
         raise ConfigError(f"{name}: unknown key {key!r} for rope type {kind!r}.{did_you_mean(key, known)}")
     for key in ("rope_theta", *required):
         if key not in values:

@@ -15,6 +15,7 @@ from . import hf
 from .base import Base
 from .engine_reading import SERVED_LENGTHS, EngineReading, EngineRope, same_frequencies
 from .gguf_rope import GgufRope
+from .hf_entry import MODEL_CODE_KEYS
 from .longrope import LongRoPE
 from .named_scaler import NamedScaler, names_scaler
 from .rope import Scaler
@@ -25,12 +26,8 @@ __all__ = ["ENGINES", "read_all", "read_gguf"]
 _BY_LAYER = ("transformers", "vLLM")
 """Engines whose sources have been read for configs with frequencies for each type of layer."""
 
-_MODEL_CODE_KEYS = {
-    "mrope_section": "positions on several axes for pictures",
-    "xdrope_section": "positions on several axes for pictures",
-    "llama_4_scaling_beta": "queries scaled by their position",
-}
-"""Keys that act outside the frequencies, and what they mean."""
+_LEFT_OUT = ("mrope_section", "xdrope_section", "llama_4_scaling_beta")
+"""Keys that act outside the frequencies, which a table of frequencies leaves out."""
 
 _LENGTH_OPTIONS = {"vLLM": "--max-model-len", "SGLang": "--context-length", "llama.cpp": "--ctx-size"}
 
@@ -99,11 +96,11 @@ def _named_readings(named: NamedScaler, config: Mapping[str, Any]) -> list[Engin
 def _remove_model_code_keys(config: Any) -> str:
     """Remove the keys that the model's own code uses from a config object. The result is a note that names them."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    meanings = {key: meaning for key, meaning in _MODEL_CODE_KEYS.items() if parameters.get(key) is not None}
-    if not meanings:
+    keys = [key for key in _LEFT_OUT if parameters.get(key) is not None]
+    if not keys:
         return ""
-    config.rope_parameters = {key: value for key, value in parameters.items() if key not in meanings}
-    removed = ", ".join(f"{meaning} ({key})" for key, meaning in meanings.items())
+    config.rope_parameters = {key: value for key, value in parameters.items() if key not in keys}
+    removed = ", ".join(f"{MODEL_CODE_KEYS[key]} ({key})" for key in keys)
     return f"also has {removed}, which the table leaves out"
 
 
