@@ -17,11 +17,12 @@ from ..tokenizer_tools.cover import Cover, cover
 from ..tokenizer_tools.vocabulary import check_text
 from . import tuned_scalers
 from .batch import Batch, generate_tokens
+from .cache import tokens_read
 from .chat_session import ChatSession
 from .chat_template import Message, chat_ids
 from .completion import Completion, Score
 from .generation import complete_all
-from .nbce import NBCE, PooledSequence, complete_pooled
+from .nbce import NBCE, PooledSequence, check_pooling, complete_pooled
 from .prefill import Progress, score
 from .prefix_cache import ContextCaches
 from .prompt import token_ids
@@ -106,6 +107,7 @@ class Model(ScaledModel):
             OutOfMemory: memory ran out; its `finished` holds the answers of a list that were complete.
         """
         params = with_settings(params, settings)
+        check_pooling(pooling, contexts)
         if contexts is not None:
             questions = prompt if isinstance(prompt, list) else [prompt]
             answers = complete_pooled(self.over_contexts(each, contexts, pooling, params) for each in questions)
@@ -135,6 +137,7 @@ class Model(ScaledModel):
             progress: called while the prompt is read, with the tokens in the cache before a step and those of the step.
         """
         params = with_settings(params, settings)
+        check_pooling(pooling, contexts)
         if contexts is not None:
             return self.over_contexts(prompt, contexts, pooling, params, progress).pieces()
         sequence = self._sequence(prompt, params, progress=progress)
@@ -290,6 +293,7 @@ class Model(ScaledModel):
         An empty `cache` (`new_cache`) holds `ids[:-1]` afterwards.
 
         Raises:
+            ConfigError: the cache is not empty.
             DataError: there are fewer than 2 ids, none from `first` on, or one that the model does not have.
         """
         ids = token_ids(ids, self.vocabulary_size)
@@ -298,6 +302,8 @@ class Model(ScaledModel):
         with self.running(len(ids)) as runner:
             if cache is None:
                 cache = self.new_cache(len(ids))
+            if held := tokens_read(cache):
+                raise ConfigError(f"the cache holds {held} tokens, and scoring begins at the first; give an empty one")
             return score(runner, ids, first, cache, progress).cpu()
 
     def generate_ids(self, ids: list[int], params: SamplingParams, cache: Cache | None = None) -> Completion:

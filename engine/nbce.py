@@ -265,6 +265,16 @@ class PooledSequence(Sequence):
         return piece
 
 
+def check_pooling(pooling: object, contexts: abc.Sequence[str] | None) -> None:
+    """Refuse a pooling without contexts, where it would do nothing.
+
+    Raises:
+        ConfigError: with the next step.
+    """
+    if contexts is None and pooling != "entropy":
+        raise ConfigError(f"pooling {pooling!r} is for answers over contexts; give contexts=[...], or leave it out")
+
+
 def complete_pooled(questions: abc.Iterable[PooledSequence]) -> list[Completion]:
     """Generate several answers over contexts, one after another.
 

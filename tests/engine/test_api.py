@@ -306,6 +306,16 @@ def test_ids_that_cannot_be_scored_are_refused(model, ids, first, words):
         model.score_ids(ids, first)
 
 
+def test_a_cache_that_holds_tokens_is_refused_for_scoring(model):
+    """The text was scored after them, without a word."""
+    cache = model.new_cache(16)
+    model.score_ids([5, 6, 7], cache=cache)
+    with pytest.raises(
+        rw.ConfigError, match="the cache holds 2 tokens, and scoring begins at the first; give an empty"
+    ):
+        model.score_ids([5, 6, 7], cache=cache)
+
+
 def test_numbers_of_other_libraries_are_numbers(model):
     ids = np.array([5, 6, 7])
     assert torch.equal(model.score_ids(ids), model.score_ids([5, 6, 7]))

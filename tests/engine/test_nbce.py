@@ -308,6 +308,14 @@ def test_what_is_no_question_over_contexts_is_refused(model, contexts, question,
         model.generate(question, params(), contexts=contexts)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "medain", NBCE(beta=0.5)])
+def test_a_pooling_without_contexts_is_refused(model, pooling):
+    """It did nothing, without a word."""
+    for ask in (model.generate, model.stream):
+        with pytest.raises(rw.ConfigError, match=r"is for answers over contexts; give contexts=\[\.\.\.\], or leave"):
+            ask(QUESTION, params(), pooling=pooling)
+
+
 def test_covers_that_differ_are_refused_where_exact_ones_are_asked_for(model):
     joined = NBCE(template="{context}{question}")  # tokens of the context reach the question's end
     ask = {"contexts": ["x = 1", "def f(x): "], "pooling": joined}
