@@ -20,7 +20,7 @@ from ..errors import ConfigError, DataError, Setting
 from ..scaling.spec import parse
 from .cache import ContiguousLayer
 from .completion import Completion
-from .hf_model import input_device
+from .hf_model import input_device, key_shape
 from .kv_cache import KVCache
 from .prefill import Progress
 from .prefix_cache import PrefixCache
@@ -215,9 +215,7 @@ def _check_layers(cache: Cache) -> None:
 @torch.inference_mode()  # as a forward pass makes them
 def _allocate(cache: Cache, hf: PreTrainedModel) -> None:
     """Give a cache of transformers' modules its memory, which its layers otherwise get with their first keys."""
-    config, first = hf.config.get_text_config(), input_device(hf)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    (heads, dim), first = key_shape(hf.config), input_device(hf)
     places = {
         getattr(m, "layer_idx", None): next(m.parameters(), None) for m in hf.modules() if hasattr(m, "layer_idx")
     }

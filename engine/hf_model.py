@@ -48,6 +48,13 @@ def stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozens
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
 
 
+def key_shape(config: Any) -> tuple[int, int]:
+    """The number of key-value heads of a layer, and the head dim."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def weights_state(hf: PreTrainedModel) -> list[tuple[int, int]]:
     """Identities and versions of all weights. They change when a weight is replaced or written to."""
     weights: list[Tensor] = [*hf.parameters(), *(packed.data for packed in packed_weights(hf).values())]

@@ -25,13 +25,11 @@ from .completion import Token, TokenHealing
 from .hf_model import input_device, stop_ids
 from .prefill import Progress, prefill, score
 from .prompt import Prompt
-from .runners.runner import Runner, token_rows
+from .runners.runner import Path, Runner, token_rows
 from .runners.transformers import TransformersRunner
 from .sampling import ResolvedParams, SamplingParams, not_finite, penalize_repetition, random_source, resolved, sample
 
 END = 256  # the index of "the text ends here" among next bytes
-
-Path = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...scaling.band import Band, same
+from ...scaling.band import newest
 from ..attention.banded import banded_attention
 from ..attention.causal import causal_attention
 from ..attention.kernel import AttentionScore
@@ -70,13 +70,6 @@ class ChunkAttention:
 
 def _window(rotation: RotationTable, run: KeyRun, window: int) -> Segment:
     """The queries of a run as one segment whose only band is a sliding window."""
-    band = Band(
-        name="window",
-        start=lambda i: (i - window + 1).clamp(min=0),
-        stop=lambda i: i + 1,
-        query=same,
-        key=same,
-    )
     return Segment(
         scaler=rotation.scaler,
         start=0,
@@ -84,7 +77,7 @@ def _window(rotation: RotationTable, run: KeyRun, window: int) -> Segment:
         length=None,
         first=0,
         offset=run.key_stop - run.query_stop,
-        bands=(band,),
+        bands=(newest(window),),
         frequencies=rotation.frequencies,
         temperature=None,
     )

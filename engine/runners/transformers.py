@@ -18,7 +18,7 @@ from .. import tensor_parallel
 from ..attention.causal import ATTENTION_NAME
 from ..attention.rows import counting_up
 from ..cache import attends_to_everything, new_cache, rewind
-from ..hf_model import dtype_name, input_device, stored_dtype
+from ..hf_model import dtype_name, input_device, key_shape, stored_dtype
 from ..kv_cache import free_on_gpu, gigabytes
 from ..patches.attention_hook import is_replaced
 from .runner import Path, Runner
@@ -49,10 +49,8 @@ class TransformersRunner(Runner):
     @property
     def bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token."""
-        config = self.hf.config.get_text_config()
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return int(2 * config.num_hidden_layers * heads * dim * self.hf.dtype.itemsize)
+        heads, dim = key_shape(self.hf.config)
+        return int(2 * self.hf.config.get_text_config().num_hidden_layers * heads * dim * self.hf.dtype.itemsize)
 
     @property
     def weights(self) -> str:

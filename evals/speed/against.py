@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ...engine.checkpoints.checkpoint import read_config, read_tokenizer
 from ...engine.checkpoints.gguf_file import GgufFile, needed_tensors
 from ...engine.checkpoints.source import gguf_file, resolve
+from ...engine.hf_model import key_shape
 from ...errors import AssetError, ConfigError, did_you_mean
 from ...scaling import hf as hf_config
 from ...scaling.lengths import parse_length
@@ -265,8 +266,7 @@ class Traffic:
         self.weights: int = sum(parameter.numel() for parameter in model.parameters())
         if not config.tie_word_embeddings:
             self.weights -= model.get_input_embeddings().weight.numel()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, dim = key_shape(config)
         self.cached: int = 2 * config.num_hidden_layers * heads * dim
         self._of_file = 0 if file is None else _bytes_read(GgufFile(file), config)
 
