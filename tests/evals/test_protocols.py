@@ -85,8 +85,9 @@ def test_disjoint_goes_document_by_document(tmp_path, model):
     assert np.allclose(run.losses(run.rows[0]), np.concatenate(parts), atol=1e-4)
 
 
-def test_disjoint_at_the_trained_length_is_the_untouched_model_under_auto(tmp_path, model):
+def test_disjoint_at_the_trained_length_is_the_untouched_model_under_auto(tmp_path):
     """Its windows feed L tokens and score as many; L + 1 ids took Self-Extend."""
+    model = tiny_model()
     plan = Disjoint(contexts=(model.trained_length,), text_tokens=3 * model.trained_length)
     runs = [run_plan(tmp_path / spec, model, plan, WORDS, scaler=spec) for spec in ("none", "auto")]
     assert [run.rows[0].get("chosen") for run in runs] == [None, "none"]
