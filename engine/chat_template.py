@@ -42,6 +42,10 @@ def chat_ids(messages: Sequence[Message], tokenizer: Any, vocabulary: Vocabulary
         ConfigError: the tokenizer has no chat template, a message has no role, or the template refuses the messages.
         DataError: a message holds half a surrogate pair, or a token that the model does not have.
     """
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise ConfigError(
+            f'messages must be a list such as [{{"role": "user", "content": "Hello"}}], not {messages!r:.100}'
+        )
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ConfigError(f'messages[{number}] must be a dict such as {{"role": "user", "content": "Hello"}}')

@@ -91,6 +91,10 @@ def load(
         ConfigError: the scaler or an option is wrong.
     """
     in_memory = name if isinstance(name, torch.nn.Module) else None
+    if in_memory is None and not isinstance(name, str | Path):
+        raise ConfigError(
+            f"a model is a built-in name, a hub id, a folder, a .gguf file or a transformers model, not {name!r:.100}"
+        )
     scaler = parse(rope, lambda: _trained_length(name))
     if dtype not in ("auto", "int8") and dtype not in _DTYPES:
         suggestion = did_you_mean(dtype, [*_DTYPES, "auto", "int8"])

@@ -61,9 +61,7 @@ class NBCE:
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
-            raise ConfigError(
-                f"pooling {self.pooling!r} is none of {', '.join(POOLINGS)}.{did_you_mean(self.pooling, POOLINGS)}"
-            )
+            raise ConfigError(f"unknown pooling {self.pooling!r}.{did_you_mean(self.pooling, POOLINGS)}")
         checks = (
             (0 <= self.beta < math.inf, f"beta {self.beta:g} must be 0 or more"),
             (0 < self.top_p <= 1, f"top_p {self.top_p:g} must be above 0 and at most 1"),

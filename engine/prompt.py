@@ -34,7 +34,8 @@ def token_ids(prompt: object, size: int | None = None) -> list[int]:
         if isinstance(prompt, Mapping):
             raise ConfigError("a prompt is text; messages are for model.chat(messages)") from None
         raise ConfigError(
-            f"a prompt is text, UTF-8 bytes or a list of token ids, not {reprlib.repr(prompt)}; several go into a list"
+            f"a prompt is text, UTF-8 bytes or a list of token ids, not {reprlib.repr(prompt)}; several go into a "
+            "list, and so does one of token ids: [[1, 2, 3]]"
         ) from None
     if size is not None:
         check_ids(ids, size)

@@ -95,8 +95,9 @@ class SamplingParams:
                     raise ConfigError(Setting(name, repr(value), "given"), f" must be {kind}")
         if self.continuation not in get_args(ContinuationMode):
             raise ConfigError(
+                "unknown ",
                 Setting("continuation", repr(self.continuation), "given"),
-                f" is none of auto, exact, off.{did_you_mean(self.continuation, get_args(ContinuationMode))}",
+                f".{did_you_mean(self.continuation, get_args(ContinuationMode))}",
             )
         for name, (is_valid, allowed) in _LIMITS.items():
             if (value := getattr(self, name)) is not None and not is_valid(value):
@@ -199,6 +200,10 @@ def with_settings(params: SamplingParams | None, settings: dict[str, Any]) -> Sa
         ConfigError: a name or a value is wrong.
     """
     _check_names(SamplingParams, settings)
+    if params is not None and not isinstance(params, SamplingParams):
+        raise ConfigError(
+            f"{params!r:.100} is no rw.SamplingParams; give settings by their names, such as max_new_tokens=20"
+        )
     return replace(params or SamplingParams(), **settings)
 
 

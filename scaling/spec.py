@@ -243,6 +243,8 @@ def _parse_part(text: str, trained_length: TrainedLength) -> Scaler:
 def _parse_method(text: str, trained_length: TrainedLength) -> Scaler:
     name, _, arguments = text.strip().partition(":")
     name = name.strip().lower()
+    if not name:
+        raise ConfigError("a scaler is empty; 'none' is the untouched model, and 'yarn:4' an example of others")
     if name not in METHODS and name != Auto.name:
         raise ConfigError(f"unknown scaler {name!r}.{did_you_mean(name, [*METHODS.names, Auto.name])}")
     method = Auto if name == Auto.name else METHODS[name]

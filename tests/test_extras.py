@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -78,3 +79,14 @@ for name in ("evals", "tune"):
 def test_a_command_says_it_in_one_sentence(without):
     done = without({"scipy"}, "from ropewalk.cli.main import main; sys.argv[1:] = ['ppl', 'no-model']; main()")
     assert (done.returncode, done.stderr) == (2, f"ropewalk: {SENTENCE.format('scipy')}\n")
+
+
+def test_the_source_package_has_all_of_ropewalk_and_no_tests(tmp_path):
+    """setuptools would take test modules from `tests`, without what they import."""
+    build = ["-c", "import setuptools; setuptools.setup()", "-q", "egg_info", "--egg-base", tmp_path]
+    subprocess.run([sys.executable, *build], cwd=ROOT, check=True)
+    listed = (tmp_path / "ropewalk.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines()
+    assert not [name for name in listed if name.startswith("tests")]
+    assert {"README.md", "LICENSE", "src/ropewalk/engine/load.py", "src/ropewalk/evals/reports/report.html.j2"} <= set(
+        listed
+    )

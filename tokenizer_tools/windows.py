@@ -32,10 +32,12 @@ def windows(text: str, tokenizer: Any, tokens: int, overlap: int = 0, *, languag
         is split between words, or inside a word if there is no space. A blank text has no windows.
 
     Raises:
-        ConfigError: the text is not a string, or overlap is not below tokens.
+        ConfigError: the text is not a string, the tokenizer is none, or overlap is not below tokens.
         DataError: the text has half a surrogate pair.
     """
     check_text(text)
+    if not callable(tokenizer):
+        raise ConfigError(f"windows needs a tokenizer of transformers, such as model.tokenizer, not {tokenizer!r:.100}")
     if tokens < 1:
         raise ConfigError(f"tokens {tokens} must be at least 1")
     if not 0 <= overlap < tokens:

@@ -226,9 +226,8 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
         PatchError: the model is patched already.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"patch needs a model of transformers, not {model!r:.100}; load it first with from_pretrained"
-        )
+        advice = "set its rope" if hasattr(model, "rope") else "load it first with from_pretrained"
+        raise ConfigError(f"patch needs a model of transformers, not {model!r:.100}; {advice}")
     if (before := patched_with(model)) is not None:
         raise PatchError(
             f"this model is patched with {before} already; undo that first (for a copy of a patched model this takes a "

@@ -91,6 +91,8 @@ def tune(
         DataError: the text is too short.
     """
     tensor_parallel.refuse("tune")
+    if not isinstance(model, Model):
+        raise ConfigError(f"tune needs a model that ropewalk.load gave, not {model!r:.100}")
     tokens = parse_length(str(target), model.trained_length)
     if tokens <= model.trained_length:
         raise ConfigError(

@@ -275,7 +275,7 @@ def test_a_dynamic_scaler_is_the_static_one_at_the_requests_length(model):
     [
         (("And", "God"), rw.ConfigError, "several go into a list"),
         ([[1.5]], rw.ConfigError, "a prompt is text"),
-        ([5], rw.ConfigError, "not 5"),
+        ([5], rw.ConfigError, r"not 5; several go into a list, and so does one of token ids: \[\[1, 2, 3\]\]"),
         ([[5, 10**6]], rw.DataError, "token id 1000000"),
         ([[-1]], rw.DataError, "token id -1"),
         (None, rw.ConfigError, "not None"),
@@ -284,6 +284,28 @@ def test_a_dynamic_scaler_is_the_static_one_at_the_requests_length(model):
 def test_what_is_no_prompt_is_refused(model, wrong, error, words):
     with pytest.raises(error, match=words):
         model.generate(wrong, greedy(1))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model: model.generate("a", 20), "20 is no rw.SamplingParams; give settings by their names"),
+        (lambda model: model.stream("a", {"top_k": 2}), "'top_k': 2} is no rw.SamplingParams"),
+        (lambda model: model.session().generate("a", 20), "20 is no rw.SamplingParams"),
+        (lambda model: model.chat("Hello"), r"messages must be a list such as \[.*, not \'Hello\'"),
+        (lambda model: model.chat(None), r"messages must be a list such as \[.*, not None"),
+        (lambda model: model.chat(iter([{"role": "user", "content": "a"}])), "messages must be a list"),
+        (lambda model: rw.windows("a b", model, tokens=8), "such as model.tokenizer, not <Model"),
+        (lambda model: rw.tune("tiny"), "a model that ropewalk.load gave, not 'tiny'"),
+        (lambda model: rw.patch(model, "yarn:2"), "not <Model .*; set its rope$"),
+        (lambda model: rw.load(None), "transformers model, not None"),
+        (lambda model: rw.load(["tiny"]), "transformers model, not .'tiny'"),
+        (lambda model: rw.SamplingParams(continuation="exat"), "unknown continuation 'exat'. Did you mean 'exact'"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused(model, call, words):
+    with pytest.raises(rw.ConfigError, match=words):
+        call(model)
 
 
 def test_bytes_of_any_kind_are_text(model):

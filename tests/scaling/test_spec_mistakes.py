@@ -11,8 +11,8 @@ from ropewalk.scaling import Linear, YaRN, parse
 
 MISTAKES = [
     ("yran:4", "unknown scaler 'yran'. Did you mean 'yarn'?"),
-    ("", "unknown scaler ''. Known: "),
-    ("yarn:4|", "unknown scaler ''. Known: "),
+    ("", "a scaler is empty; 'none' is the untouched model"),
+    ("yarn:4|", "a scaler is empty; 'none' is the untouched model"),
     ("zigzag", "unknown scaler 'zigzag'. Known: alpharope, auto, base, "),
     ("yarn:4,beta_fats=3", "yarn: unknown field 'beta_fats'. Did you mean 'beta_fast'?"),
     ("yarn:four", "yarn: factor='four' is not a number"),
