@@ -126,8 +126,8 @@ def perplexity(
     text: str | Path | Text | Sequence[Sequence[int]],
     *,
     protocol: str = "fixed-target",
-    lengths: Sequence[int | str] = ("1x",),
-    ropes: Sequence[str | Scaler] | None = None,
+    lengths: Sequence[int | str] | int | str = ("1x",),
+    ropes: Sequence[str | Scaler] | str | Scaler | None = None,
     tokenizer: Any = None,
     trained_length: int | None = None,
     **settings: Any,
@@ -142,8 +142,8 @@ def perplexity(
         text: the name of a built-in text, a file or folder, a loaded text, or documents as token
             ids.
         protocol: its name; `ropewalk ppl --help` lists them.
-        lengths: contexts in tokens, or as "8k" and "2x" (times the trained length).
-        ropes: scalers. None: the current scaler of the model. A function takes none.
+        lengths: one or several contexts in tokens, or as "8k" and "2x" (times the trained length).
+        ropes: one or several scalers. None: the current scaler of the model. A function takes none.
         tokenizer: a transformers tokenizer. A transformers model always needs it, a function only
             if `text` is text.
         trained_length: of a function, if the protocol or "2x" needs it.
@@ -180,11 +180,12 @@ def perplexity(
 
 
 def _of_model(
-    model: Model, text: Any, name: str, lengths: Any, ropes: Sequence[str | Scaler] | None, settings: dict[str, Any]
+    model: Model, text: Any, name: str, lengths: Any, ropes: Any, settings: dict[str, Any]
 ) -> list[PerplexityRow]:
     """Measure a ropewalk model. Its scaler is restored at the end."""
     before = model.rope
-    scalers = [before] if ropes is None else [parse(rope, model.trained_length) for rope in ropes]
+    given = (ropes,) if ropes is None or isinstance(ropes, str | Scaler) else ropes
+    scalers = [before if rope is None else parse(rope, model.trained_length) for rope in given]
     chosen = _protocol(name, lengths, model.trained_length, settings)
     try:
         return _rows(LocalModel(model), _source(text, model.tokenizer, chosen), scalers, chosen)

@@ -58,7 +58,7 @@ def tune(
     search: Search = "methods",
     largest_factor: float | None = None,
     keep_short: bool = False,
-    ropes: Sequence[str | Scaler] = (),
+    ropes: Sequence[str | Scaler] | str | Scaler = (),
     out: str | Path | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     console: Console | None = None,
@@ -101,6 +101,7 @@ def tune(
         )
     _check_objective(objective, search)
     _check_search(model, tokens, search, largest_factor)
+    ropes = (ropes,) if isinstance(ropes, str | Scaler) else ropes
     if any(str(rope).strip() == Auto.name for rope in ropes):
         raise ConfigError(
             "auto is no scaler but chooses among tuned ones; leave it out of ",

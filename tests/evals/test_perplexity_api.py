@@ -104,6 +104,9 @@ def test_scalers_in_turn_and_the_model_is_given_back(model):
     assert [row.rope for row in rows] == ["none", "linear:3", "rerope:16"]
     assert np.array_equal(rows[1].losses, native.losses)
     assert not np.array_equal(rows[0].losses, native.losses)
+    for one in ("rerope:16", rw.parse("rerope:16")):
+        (row,) = perplexity(model, text(WORDS), lengths="1x", target=32, ropes=one)
+        assert np.array_equal(row.losses, rows[2].losses)
     assert str(model.rope) == "linear:3"
     with pytest.raises(rw.ConfigError, match="window"):
         perplexity(model, text(WORDS), lengths=64, target=32, ropes=["linear:2", "rerope:64"])

@@ -249,6 +249,11 @@ def test_targets_that_make_no_sense(model, text, target, error, message):
         rw.tune(model, target, text=text)
 
 
+def test_one_scaler_is_one(model, text):
+    with pytest.raises(ConfigError, match="auto is no scaler"):
+        rw.tune(model, "2x", text=text, ropes="auto")
+
+
 def grid(rope, target):
     """Every method at several values; position maps with log n and without, which hardly helps the others."""
     L, s = rope.trained_length, target / rope.trained_length
