@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...errors import ConfigError, Setting, UnsupportedModel, did_you_mean
+from ...errors import ConfigError, Setting, UnsupportedModel, did_you_mean, warn
 from ...scaling import hf, hf_write
 from ...scaling.gguf_rope import GgufRope
 from ...scaling.named_scaler import as_trained
@@ -27,7 +27,7 @@ from ..patches.patch import patched_with
 from ..scaled_model import ScaledModel
 from . import TARGETS, Target, llama_cpp_ollama, vllm_sglang
 from .gguf_write import rewrite_gguf, write_gguf
-from .hf_folder import COPIED_FILES, with_rope, write_copy, write_loaded
+from .hf_folder import COPIED_FILES, has_tokenizer, with_rope, write_copy, write_loaded
 from .llama_cpp_ollama import GGUF_TARGETS, write_for
 from .named_folder import NamedExport, needs_name
 from .scaled_config import Derived, check_written, is_accepted, scaler_to_write
@@ -112,7 +112,7 @@ def export(
             on the length is fixed to it.
         dtype: of the matrices of a new GGUF file: "f32", "bf16" (if None), "f16" or "q8_0". Other targets, and GGUF
             files that exist already, keep the weights as they are.
-        tokenizer: the tokenizer of a transformers model.
+        tokenizer: the tokenizer of a transformers model. Servers need it; without it a warning says so.
 
     Raises:
         ConfigError: the scaler acts on more than the frequencies and the target is not hf or vllm, it does not reach
@@ -150,7 +150,13 @@ def export(
     source = _source(model, rope, tokenizer)
     if target in GGUF_TARGETS:
         return _write_gguf(source, out, target, length, dtype or "bf16")
-    return _write_folder(source, out, target, length)
+    written = _write_folder(source, out, target, length)
+    if target != "hf" and not has_tokenizer(out):
+        warn(
+            f"{out} has no tokenizer, which {target} needs; export with tokenizer=, or put the files of the tokenizer "
+            "into the folder"
+        )
+    return written
 
 
 def _source(model: str | Path | ScaledModel | PreTrainedModel, rope: str | Scaler | None, tokenizer: Any) -> _Source:

@@ -14,9 +14,10 @@ from ...errors import AssetError
 from ...scaling import hf
 from ..checkpoints.checkpoint import weight_files
 from ..checkpoints.quiet import quiet_transformers
+from ..checkpoints.source import TOKENIZER_FILES
 from ..storage import new_folder
 
-__all__ = ["COPIED_FILES", "with_rope", "write_copy", "write_loaded"]
+__all__ = ["COPIED_FILES", "has_tokenizer", "with_rope", "write_copy", "write_loaded"]
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 """A function that changes the content of a config.json."""
@@ -65,6 +66,11 @@ def with_rope(
         None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
     )
     return changed
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True if a written folder has a file that holds a tokenizer."""
+    return any(any(folder.glob(name)) for name in (*TOKENIZER_FILES, "vocab.*", "*.tiktoken"))
 
 
 def write_copy(source: Path, out: Path, change: Change, extra: Mapping[str, str], check: Check) -> None:

@@ -5,8 +5,10 @@ import logging
 import os
 import stat
 import subprocess
+import warnings
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ropewalk as rw
 
@@ -42,3 +44,15 @@ def test_servers_get_a_script_with_the_command_and_the_overrides(tiny_folder, tm
         overrides = json.loads(quoted[quoted.index("{") : quoted.rindex("}") + 1])
         config = json.loads((done.path / "config.json").read_text())
         assert all(config[key] == value for key, value in overrides.items())
+
+
+@pytest.mark.parametrize("target", ["vllm", "sglang"])
+def test_a_folder_for_a_server_without_a_tokenizer_is_said(tiny_folder, tmp_path, target):
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with pytest.warns(UserWarning, match=f"bare has no tokenizer, which {target} needs; export with tokenizer="):
+        rw.export(hf_model, tmp_path / "bare", rope="yarn:2", target=target)
+    with warnings.catch_warnings(action="error"):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+        rw.export(hf_model, tmp_path / "whole", rope="yarn:2", target=target, tokenizer=tokenizer)
+        rw.export(tiny_folder, tmp_path / "copy", rope="yarn:2", target=target)
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").vocab == tokenizer.vocab
