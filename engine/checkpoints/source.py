@@ -29,7 +29,8 @@ def resolve(name: str) -> str:
         name: as for `ropewalk.load`.
 
     Raises:
-        AssetError: there is no such file or folder, or the name is close to that of a built-in model.
+        AssetError: there is no such file or folder, or one of another kind, or the name is close to that of a built-in
+            model.
     """
     if (file := gguf_file(name)) is not None:
         return str(prepared_gguf(file))
@@ -38,6 +39,8 @@ def resolve(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
+    if path.is_file():
+        raise AssetError(f"{name} is a file that is no .gguf; give the folder of a model, or a .gguf file")
     if "/" not in name and difflib.get_close_matches(name.lower(), MODELS, cutoff=0.8):
         raise AssetError(f"there is no model {name!r}.{did_you_mean(name, MODELS)}")
     if path.is_absolute() or name.startswith((".", "~")):

@@ -130,6 +130,7 @@ def test_many_prompts_are_answered_once_and_errors_again(generate, batch, tmp_pa
     assert "no field prompt that is a string; it has 'text'" in by_id[3]["error"]
     assert "add --rope auto" in by_id[4]["error"]
     assert "line 5 is not JSON" in by_id[5]["error"]
+    assert f"instead of an answer; the first: {by_id[3]['error']}" in first.stderr
 
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:2]))
     again, same = batch()

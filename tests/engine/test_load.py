@@ -190,6 +190,8 @@ def test_mistakes_in_names_and_options(tmp_path, tiny_folder, monkeypatch):
         rw.load("")
     with pytest.raises(rw.AssetError, match="no such file"):
         rw.load(tmp_path / "model.gguf")
+    with pytest.raises(rw.AssetError, match=r"config.json is a file that is no .gguf; give the folder of a model"):
+        rw.load(tiny_folder / "config.json")
     with pytest.raises(rw.AssetError, match=r"Did you mean 'smollm2-135m'\?"):
         rw.load("smollm2-135")
     with pytest.raises(

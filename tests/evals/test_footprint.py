@@ -14,6 +14,19 @@ def test_lengths_without_room_for_what_is_scored_are_refused(tiny_folder):
     assert "each must be more than the 1024 tokens that are scored" in result.output
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "foo"], "'foo' is not one of 'float32', 'bfloat16'"),
+        (["--rope", "yran:2"], "unknown scaler 'yran'"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_text_is_read(tiny_folder, monkeypatch, options, message):
+    monkeypatch.setattr("ropewalk.evals.data.load_text", lambda name: pytest.fail("the text was read"))
+    result = CliRunner().invoke(cli, ["memory", str(tiny_folder), *options])
+    assert message in result.output + str(result.exception)
+
+
 @pytest.mark.slow
 def test_both_engines_score_the_text_and_tell_their_memory(tiny_folder, tmp_path, held_out_texts, prepared_processes):
     (tmp_path / "text.txt").write_text("".join(held_out_texts))

@@ -114,7 +114,7 @@ def _locked(target: Path) -> Iterator[None]:
 def _answer_missing(
     todo: list[PromptLine], target: Path, settings: dict[str, Any], params: SamplingParams, model: Model
 ) -> None:
-    failed = 0
+    errors = []
     warn_of_unused_seed(model, params)
     _remove_unfinished(target)
     try:
@@ -133,14 +133,18 @@ def _answer_missing(
                 prompt = _read(model, request, params)
                 if isinstance(prompt, str):
                     write(request, {"error": prompt})
-                    failed += 1
+                    errors.append(prompt)
                 else:
                     prompts.append((request, prompt))
             _answer(model, prompts, params, write)
     except KeyboardInterrupt:
         raise click.Abort(f"; complete answers are in {target}, run the same command again to continue") from None
-    if failed:
-        click.echo(f"ropewalk: {failed} of {len(todo)} have an error in {target} instead of an answer", err=True)
+    if errors:
+        click.echo(
+            f"ropewalk: {len(errors)} of {len(todo)} have an error in {target} instead of an answer; the first: "
+            f"{errors[0]}",
+            err=True,
+        )
         raise click.exceptions.Exit(1)
 
 

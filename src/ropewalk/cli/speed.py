@@ -203,9 +203,10 @@ def _peers(
 @text_option("kjv")
 @click.option(
     "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
     default="bfloat16",
     show_default=True,
-    help="Number format of the weights: float32, bfloat16, float16 or auto.",
+    help="Number format of the weights.",
 )
 @click.option("--against-hf", is_flag=True, help="Measure transformers too.")
 @json_option("a list of measurements: engine, length, peak and its parts in MB, seconds, loss")
@@ -217,21 +218,25 @@ def memory(model: str, rope: str, lengths: str, text: str, dtype: str, against_h
     from dataclasses import asdict
 
     from ..engine.checkpoints.checkpoint import read_tokenizer
+    from ..engine.checkpoints.config import trained_length
     from ..engine.checkpoints.source import resolve
     from ..errors import DataError
     from ..evals.data import load_text, tokenize_documents
     from ..evals.speed.memory import SCORED_TOKENS, measure_footprint
     from ..scaling.lengths import format_length, parse_length
+    from ..scaling.spec import parse
 
     contexts = [parse_length(length) for length in lengths.split(",")]
     if min(contexts) <= SCORED_TOKENS:
         raise click.UsageError(
             f"--lengths {lengths}: each must be more than the {SCORED_TOKENS} tokens that are scored"
         )
+    rope = chosen_rope(model, rope)
+    parse(rope, lambda: trained_length(model))  # a wrong one is refused before the text is read
     ids = tokenize_documents(load_text(text), read_tokenizer(resolve(model)), limit_tokens=max(contexts))[0]
     if len(ids) < max(contexts):
         raise DataError(f"{text} holds {len(ids)} tokens, and --lengths asks for {max(contexts)}")
-    footprints, rope = [], chosen_rope(model, rope)
+    footprints = []
     for length in contexts:
         for engine in ("ropewalk", "transformers") if against_hf else ("ropewalk",):
             footprint = measure_footprint(engine, model, ids[:length], dtype, rope)
