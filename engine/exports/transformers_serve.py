@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...errors import ConfigError, UnsupportedModel
 from ..checkpoints.checkpoint import read_config, read_weights
-from ..checkpoints.config import named_scaler
+from ..checkpoints.config import find_config, named_scaler
 from ..patches.patch import patch
 
 __all__ = ["serve"]
@@ -32,7 +32,8 @@ def serve(folder: str, options: Sequence[str]) -> None:
         ConfigError: it names no scaler, or packages of the server are not installed.
         UnsupportedModel: this version of transformers loads models in another way.
     """
-    if named_scaler(folder) is None:
+    source, _ = find_config(folder)
+    if named_scaler(source) is None:
         raise ConfigError(
             f"the config of {folder} names no scaler, so `transformers serve` reads it without ropewalk; `ropewalk "
             "export` names position maps and temperatures"
