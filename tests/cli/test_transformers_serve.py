@@ -59,7 +59,7 @@ def test_clients_get_the_texts_of_the_patched_model(folder):
 
 
 def test_folders_without_a_name_are_refused(tiny_folder, tmp_path):
-    with pytest.raises(rw.AssetError, match="this folder has no config.json"):
+    with pytest.raises(rw.AssetError, match=r"this folder has no config\.json"):
         CliRunner().invoke(cli, ["transformers-serve", str(tmp_path)], catch_exceptions=False)
     with pytest.raises(rw.ConfigError, match="names no scaler, so `transformers serve` reads it without ropewalk"):
         CliRunner().invoke(cli, ["transformers-serve", str(tiny_folder)], catch_exceptions=False)
