@@ -36,9 +36,9 @@ DEEP = json.loads("[" * 900 + "]" * 900)
         ({"rope": "/etc/passwd"}, "unknown scaler '/etc/passwd'"),
         ({"rope": "file:///etc/passwd"}, "unknown scaler 'file'"),
         ({"model": "a" * 4_000_000}, "this server has no model"),
-        ({"stop": "a" * 1001}, "stop must be a text or at most 16"),
-        ({"stop": ["a"] * 17}, "stop must be a text or at most 16"),
-        ({"stop": DEEP}, "stop must be a text or at most 16"),
+        ({"stop": "a" * 1001}, "stop must be a text, or a list of at most 16"),
+        ({"stop": ["a"] * 17}, "stop must be a text, or a list of at most 16"),
+        ({"stop": DEEP}, "stop must be a text, or a list of at most 16"),
         ({"temperature": DEEP}, "temperature must be a number"),
         ({"temperature": "a" * 1_000_000}, "temperature must be a number"),
         ({"continuation": "a" * 1_000_000}, "continuation must be"),
@@ -225,3 +225,8 @@ def test_what_cannot_be_drawn_is_a_number_in_json():
     table = CompletionLogprobs(SimpleNamespace(text=str, data=lambda token: b"a"), 1)
     table.add(1, -math.inf, {2: -0.5, 3: -math.inf})
     assert table.take()["top_logprobs"] == [{"1": -9999.0, "2": -0.5, "3": -9999.0}]
+
+
+def test_a_prompt_that_leaves_too_little_says_how_many_tokens_it_may_ask_for(served):
+    message = refused(served[0], {"prompt": [5] * 250, "max_tokens": 16, "rope": "none"})
+    assert '; ask for at most "max_tokens": 6, ' in message and 'give "rope": "auto"' in message

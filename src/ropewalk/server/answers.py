@@ -102,7 +102,10 @@ def _message(error: Exception) -> str:
             return f"serve the model with --{part.name.replace('_', '-')} {part.value}"
         if part.form == "name":
             return name
-        return f"{name} {part.value}" if part.form == "given" else f"give {json.dumps(name)}: {json.dumps(part.value)}"
+        if part.form == "given":
+            return f"{name} {part.value}"
+        field = f"{json.dumps(name)}: {json.dumps(part.value)}"
+        return f"give {field}" if part.form == "model" else field
 
     return "".join(map(shown, error.args))
 

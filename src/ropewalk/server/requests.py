@@ -176,7 +176,7 @@ class _Body:
         return value
 
     def sampling(self) -> dict[str, Any]:
-        stops = f"a text or at most {MOST_STOPS}, of at most {LONGEST_STOP:,} characters each", _are_stops
+        stops = f"a text, or a list of at most {MOST_STOPS}, of at most {LONGEST_STOP:,} characters each", _are_stops
         given = {
             name: self.take(name, *(stops if name == "stop" else ("a number or one word", _is_short)))
             for name in _SAMPLING
