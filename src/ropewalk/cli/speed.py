@@ -204,9 +204,10 @@ def _peers(
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+    metavar="TEXT",
     default="bfloat16",
     show_default=True,
-    help="Number format of the weights.",
+    help="Number format of the weights: float32, bfloat16, float16 or auto.",
 )
 @click.option("--against-hf", is_flag=True, help="Measure transformers too.")
 @json_option("a list of measurements: engine, length, peak and its parts in MB, seconds, loss")
