@@ -174,7 +174,11 @@ def test_architectures_that_were_not_verified_are_refused(content, names):
     [
         ("MistralForCausalLM", {"sliding_window": 64}, "MistralForCausalLM without sliding windows, not with them"),
         ("Qwen2ForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}, "Qwen2ForCausalLM without"),
-        ("Gemma3ForCausalLM", {"layer_types": ["sliding_attention"] * 2}, "not with a window in every layer"),
+        (
+            "Gemma3ForCausalLM",
+            {"layer_types": ["sliding_attention"] * 2},
+            "with layers that see the whole text, not with a window",
+        ),
     ],
 )
 def test_windows_that_were_not_verified_are_refused(name, fields, words):
@@ -198,7 +202,8 @@ def test_windows_that_were_not_verified_are_refused(name, fields, words):
     ],
 )
 def test_layers_that_are_refused(properties, words):
-    check_layer()
+    for dtype in ("auto", "bfloat16", "float16", "float32"):
+        check_layer(cache_dtype=dtype)
     with pytest.raises(rw.UnsupportedModel, match=rf"with {words}\. Export"):
         check_layer(**properties)
 
