@@ -37,7 +37,14 @@ def test_a_key_is_asked_for(model):
 
 @pytest.mark.parametrize(
     ("body", "message"),
-    [(b"", "no JSON"), (b"{", "no JSON"), (b"[]", "JSON list"), (b"\xff", "no JSON"), (b"[" * 100_000, "no JSON")],
+    [
+        (b"", "no JSON"),
+        (b"{", "no JSON"),
+        (b"[]", "the body is [], not a JSON object"),
+        (b"[0]", "the body is a list of 1, not"),
+        (b"\xff", "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+    ],
 )
 def test_malformed_bodies(served, body, message):
     for path in ("/v1/completions", "/v1/chat/completions"):
@@ -50,7 +57,10 @@ def test_unknown_paths_and_methods(served):
     assert httpx2.get(f"{served[0]}/v1/embeddings").status_code == 404
     answer = httpx2.post(f"{served[0]}/chat/completions", json={"messages": []})  # the base URL lacks /v1
     assert answer.status_code == 404
-    message = "this server has no path '/chat/completions'; the base URL of an OpenAI client ends in /v1"
+    message = (
+        "this server has no path '/chat/completions'; it answers /v1/chat/completions, /v1/completions and /v1/models, "
+        "so the base URL of an OpenAI client ends in /v1"
+    )
     assert answer.json()["error"]["message"] == message
     assert httpx2.get(f"{served[0]}/v1/completions").status_code == 405
 

@@ -233,7 +233,10 @@ async def _http_error(request: HttpRequest, error: Exception) -> Response:
     detail = error.detail
     if detail == HTTPStatus.NOT_FOUND.phrase:  # Starlette's own, for a path without a route
         path = request.url.path[:100]
-        detail = f"this server has no path {path!r}; the base URL of an OpenAI client ends in /v1"
+        detail = (
+            f"this server has no path {path!r}; it answers /v1/chat/completions, /v1/completions and /v1/models, so "
+            "the base URL of an OpenAI client ends in /v1"
+        )
     kind = {401: "authentication_error", 404: "not_found_error"}.get(error.status_code, "invalid_request_error")
     headers = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else error.headers
     return JSONResponse(answers.error_object(detail, kind), error.status_code, headers=headers)

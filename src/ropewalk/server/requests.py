@@ -132,7 +132,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the body is no JSON: {error}") from None
     if not isinstance(value, dict):
-        raise BadRequest(f"the body is a JSON {type(value).__name__}, not an object")
+        raise BadRequest(f"the body is {_shown(value)}, not a JSON object")
     return value
 
 
@@ -371,6 +371,6 @@ def _is_int(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     if value and isinstance(value, list | dict):  # may be nested more deeply than JSON can be written
-        return f"a {type(value).__name__} of {len(value):,}"
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
