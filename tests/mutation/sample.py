@@ -56,7 +56,11 @@ GROUPS = {
     ),
     "attention": Group(
         ("engine/attention/causal.py", "engine/attention/banded.py", "engine/attention/blocks.py"),
-        ("tests/engine/attention/test_causal.py", "tests/engine/attention/test_banded.py"),
+        (
+            "tests/engine/attention/test_causal.py",
+            "tests/engine/attention/test_banded.py",
+            "tests/engine/attention/test_kernel.py",
+        ),
         120,
         "engine.attention.causal.x_register",
     ),
