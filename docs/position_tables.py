@@ -19,7 +19,7 @@ RUN = Path(__file__).resolve().parent / "results" / "positions"
 
 README_METHODS = {
     UNTOUCHED: "the model as it was trained",
-    "self-extend:4,window=0.5x": "",
+    "self-extend:4,window=0.5x": "`auto` takes 8 and 2k",
     "dual-chunk": "",
     "rerope:0.5x|logn": "",
     "yarn:2": "for a served engine",
@@ -67,27 +67,25 @@ def readme_table() -> str:
     lines = [
         "![Loss by position, compared with the untouched model on a cut text](docs/positions.svg)",
         "",
-        _cells("method", [rows[UNTOUCHED]["text"] for rows in buckets] + ["passkeys at 12k"]),
-        "|---" * (len(buckets) + 2) + "|",
-        _cells(
-            "untouched, text cut to 8k", [f"{one.mean(dtype=np.float64):.3f}" for one in cut if one is not None] + [""]
-        ),
+        _cells("method", [rows[UNTOUCHED]["text"] for rows in buckets]),
+        "|---" * (len(buckets) + 1) + "|",
+        _cells("untouched, text cut to 8k", [f"{one.mean(dtype=np.float64):.3f}" for one in cut if one is not None]),
     ]
     for method, remark in README_METHODS.items():
         name = code(_absolute(method, SMOLLM2_LENGTH)) + (f" ({remark})" if remark else "")
         cells = [_beside(run, rows[method], losses) for rows, losses in zip(buckets, cut, strict=True)]
-        lines.append(_cells(name, [*cells, _passkeys(_absolute(method, SMOLLM2_LENGTH))]))
-    return "\n".join(lines)
+        lines.append(_cells(name, cells))
+    return "\n".join([*lines, "", _passkeys()])
 
 
-def _passkeys(rope: str) -> str:
-    """How many passkeys were found in 12k tokens; empty if that was not measured."""
-    rows = [
-        row
-        for row in Run(RUN.parent / "retrieval").rows
-        if (row["task"], row["context"], row["rope"]) == ("passkey", 12288, rope)
-    ]
-    return f"{round(sum(row['correct'] for row in rows))} of {len(rows)}" if rows else ""
+def _passkeys() -> str:
+    """How many passkeys each method found in 12k tokens."""
+    found: dict[str, list[Row]] = {}
+    for row in Run(RUN.parent / "retrieval").rows:
+        if (row["task"], row["context"]) == ("passkey", 12288):
+            found.setdefault(row["rope"], []).append(row)
+    told = [f"`{rope}` {round(sum(row['correct'] for row in rows))} of {len(rows)}" for rope, rows in found.items()]
+    return f"Passkeys found in 12k tokens: {', '.join(told)}."
 
 
 def draw() -> None:
