@@ -202,7 +202,8 @@ def with_settings(params: SamplingParams | None, settings: dict[str, Any]) -> Sa
     _check_names(SamplingParams, settings)
     if params is not None and not isinstance(params, SamplingParams):
         raise ConfigError(
-            f"{params!r:.100} is no rw.SamplingParams; give settings by their names, such as max_new_tokens=20"
+            f"{params!r:.100} is no rw.SamplingParams; give settings by their names, such as ",
+            Setting("max_new_tokens", 20),
         )
     return replace(params or SamplingParams(), **settings)
 

@@ -71,7 +71,7 @@ def machine(small_demo, monkeypatch):
         nonlocal now
         now, done = load_seconds, {}
 
-        def slow(model, ids, first, advance):
+        def slow(model, ids, first, advance, length=None):
             def later(past, tokens):
                 nonlocal now
                 slices = 16  # of a second or so, as SmolLM2's chunks are
@@ -80,7 +80,7 @@ def machine(small_demo, monkeypatch):
                     advance(past, 0)
                 advance(past, tokens)
 
-            return losses(model, ids, first, later)
+            return losses(model, ids, first, later, length)
 
         def added(self, recipe, *rest):
             done.setdefault((recipe["rope"], recipe["context"]), now)
@@ -245,12 +245,12 @@ def test_full_goes_to_four_times_the_trained_length(small_demo, tmp_path):
 
 
 def test_a_method_without_a_finite_loss_writes_no_passage(small_demo, tmp_path, monkeypatch):
-    score = Model.score_ids
+    losses = LocalModel.losses
 
-    def broken(model, ids, *more):
-        return score(model, ids, *more) * (float("nan") if len(ids) == 512 and not model.rope.parts else 1)
+    def broken(local, ids, *more):
+        return losses(local, ids, *more) * (float("nan") if len(ids) == 512 and not local.model.rope.parts else 1)
 
-    monkeypatch.setattr(Model, "score_ids", broken)
+    monkeypatch.setattr(LocalModel, "losses", broken)
     for _ in range(2):  # the second one finds the measurements of the first
         small_demo(max_minutes=10, out=tmp_path / "run")
         assert json.loads((tmp_path / "run" / "passage.json").read_text(encoding="utf-8"))["rope"] != "none"

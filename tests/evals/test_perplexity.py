@@ -150,10 +150,13 @@ def test_auto_is_told_by_what_it_stands_for_and_measured_anew_when_that_changes(
 @pytest.fixture
 def broken(monkeypatch):
     """A model whose losses are NaN at 64 tokens."""
-    model = tiny_model()
-    score = model.score_ids
-    monkeypatch.setattr(model, "score_ids", lambda ids, *more: score(ids, *more) * (np.nan if len(ids) == 64 else 1))
-    return model
+    losses = LocalModel.losses
+
+    def broken(model, ids, *more):
+        return losses(model, ids, *more) * (np.nan if len(ids) == 64 else 1)
+
+    monkeypatch.setattr(LocalModel, "losses", broken)
+    return tiny_model()
 
 
 def test_a_loss_that_is_not_finite_does_not_end_the_run(tmp_path, broken):
