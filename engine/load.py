@@ -145,6 +145,8 @@ def load(
     hf = read_weights(source, config, **options)
     tokenizer = tokenizer or read_tokenizer(source)
     text_config = hf.config.get_text_config()
+    if text_config._attn_implementation == "sdpa" and getattr(text_config, "attn_logit_softcapping", None):
+        hf.set_attn_implementation("eager")  # transformers up to 5.20 leaves the cap out in SDPA
     is_plain = text_config._attn_implementation == "sdpa" and attends_to_everything(text_config)
     if is_plain and hf.device.type in ("cpu", "cuda"):
         hf.set_attn_implementation(causal.register())  # in place of SDPA only: others cap scores or have sinks

@@ -1,5 +1,7 @@
 """Threads that work together: nobody passes a barrier early, and a team that does not gather does nothing."""
 
+import contextlib
+
 import numba
 import numpy as np
 import pytest
@@ -26,15 +28,25 @@ def pass_around(threads, rounds, team, seen):
                 wait(team, threads)
 
 
+@contextlib.contextmanager
+def numba_threads(count):
+    """numba with `count` threads. Its first call gives torch, too, a thread for every core: that is undone."""
+    if count > numba.config.NUMBA_NUM_THREADS:
+        pytest.skip(f"numba has {numba.config.NUMBA_NUM_THREADS} threads here")
+    of_torch, before = torch.get_num_threads(), numba.get_num_threads()
+    numba.set_num_threads(count)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+        torch.set_num_threads(of_torch)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_every_thread_sees_what_the_others_wrote_before_a_barrier(threads):
-    if threads > numba.config.NUMBA_NUM_THREADS:
-        pytest.skip(f"numba has {numba.config.NUMBA_NUM_THREADS} threads here")
-    before = numba.get_num_threads()
-    numba.set_num_threads(threads)
     seen = np.zeros(threads, np.int64)
-    pass_around(threads, 500, new_team(0), seen)
-    numba.set_num_threads(before)
+    with numba_threads(threads):
+        pass_around(threads, 500, new_team(0), seen)
     assert (seen == 500).all()
 
 
@@ -69,13 +81,9 @@ def take_together(threads, count, team, seen):
 
 @pytest.mark.parametrize("threads", [2, 4])
 def test_threads_take_everything_once(threads):
-    if threads > numba.config.NUMBA_NUM_THREADS:
-        pytest.skip(f"numba has {numba.config.NUMBA_NUM_THREADS} threads here")
-    before = numba.get_num_threads()
-    numba.set_num_threads(threads)
     seen = np.zeros(100_000, np.int64)
-    take_together(threads, len(seen), new_team(1), seen)
-    numba.set_num_threads(before)
+    with numba_threads(threads):
+        take_together(threads, len(seen), new_team(1), seen)
     assert (seen == 1).all()
 
 
