@@ -82,7 +82,7 @@ def _passkeys() -> str:
     """How many passkeys each method found in 12k tokens."""
     found: dict[str, list[Row]] = {}
     for row in Run(RUN.parent / "retrieval").rows:
-        if (row["task"], row["context"]) == ("passkey", 12288):
+        if (row["model"], row["task"], row["context"]) == ("smollm2-135m", "passkey", 12288):
             found.setdefault(row["rope"], []).append(row)
     told = [f"`{rope}` {round(sum(row['correct'] for row in rows))} of {len(rows)}" for rope, rows in found.items()]
     return f"Passkeys found in 12k tokens: {', '.join(told)}."

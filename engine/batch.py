@@ -173,6 +173,7 @@ class Batch:
         if not sequence.caches:
             self._share(sequence)
         others_wait, began = self._admission.others_wait, time.monotonic()
+        is_read = is_freed = False
         try:
             with restoring(*sequence.caches):
                 is_read = sequence.read_ahead(runner, _TURN if others_wait else runner.chunk)
@@ -180,15 +181,16 @@ class Batch:
                     piece = "" if sequence.done else sequence.first_token(runner)
         except OutOfMemory:
             sequence.release()
-            if self._free_unused():
-                return self._begin_first(runner)
-            if not self._admission.in_progress:
-                raise
-            self._admission.lower_limit(_PATIENCE)
-            return None
+            is_read, is_freed = False, self._free_unused()
+            if not is_freed:
+                if not self._admission.in_progress:
+                    raise
+                self._admission.lower_limit(_PATIENCE)
         finally:
             if others_wait:
                 self._admission.count_reading(time.monotonic() - began)
+        if is_freed:
+            return self._begin_first(runner)
         if not is_read:
             return None
         self.running.append(self.waiting.popleft())

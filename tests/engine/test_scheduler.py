@@ -15,6 +15,7 @@ from ropewalk.engine.batch import _TURN
 from ropewalk.engine.runners.runner import CHUNK
 from ropewalk.engine.scheduler import Request, Scheduler
 from ropewalk.engine.sequence import Sequence
+from ropewalk.errors import OutOfMemory
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -256,3 +257,22 @@ def test_an_error_at_the_end_of_a_prompt_ends_its_request_alone(model, monkeypat
     assert bad.completion is error
     assert good.completion.token_ids == alone(model, TEXT, 60)
     assert late.completion.text == model.generate(MORE, greedy(8)).text
+
+
+def test_the_time_of_reading_is_counted_once_where_memory_runs_out(model, monkeypatch):
+    clock, counted, unused = [0.0], [], ["a cache"]
+
+    def forward(*given, **options):
+        clock[0] += 1
+        if unused:
+            raise OutOfMemory("no room")
+        return read(*given, **options)
+
+    read = model._runner.forward
+    monkeypatch.setattr(model._runner, "forward", forward)
+    monkeypatch.setattr(batch, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(batch.Admission, "others_wait", property(lambda self: True))
+    monkeypatch.setattr(batch.Admission, "count_reading", lambda self, seconds: counted.append(seconds))
+    monkeypatch.setattr(batch.Batch, "_free_unused", lambda self: bool(unused and unused.pop()))
+    model.generate(TEXT, greedy(1))
+    assert len(counted) > 1 and sum(counted) == clock[0]
