@@ -40,8 +40,8 @@ class DemoPlan:
     def sized(cls, trained_length: int, cost: ForwardCost, rate: float, seconds: float, first: float) -> DemoPlan:
         """The longest context, then the most places, that a machine has time for.
 
-        The longest context is the same for all scalers. A slow machine gets one for which there is time for the three
-        of them there; the rest is for the next run.
+        The longest context is the same for all scalers. A slow machine gets one for which there is time for the
+        untouched model and one scaler there; the rest is for the next run.
 
         Args:
             rate: operations a second.
@@ -53,15 +53,15 @@ class DemoPlan:
             contexts = (trained_length // 4, trained_length // 2, trained_length, int(ratio * trained_length))
             return cls(contexts=contexts, samples=samples)
 
-        def beyond(ratio: float) -> float:
-            """Seconds for every scaler at the longest context."""
-            return (1 + 2 * _MAP_TIME) * cost.passes([plan(ratio).longest]) / rate
+        def beyond(ratio: float, scalers: int = 2) -> float:
+            """Seconds for the untouched model and for scalers at the longest context."""
+            return (1 + scalers * _MAP_TIME) * cost.passes([plan(ratio).longest]) / rate
 
         # seconds for the rest of the untouched model's curve
         within = cost.passes((trained_length // 4, trained_length)) / rate
         ratio = next((ratio for ratio in _RATIOS if within + beyond(ratio) <= seconds), None)
         if ratio is None:
-            return plan(next((ratio for ratio in _SLOW_RATIOS if beyond(ratio) <= seconds), _SLOW_RATIOS[-1]))
+            return plan(next((ratio for ratio in _SLOW_RATIOS if beyond(ratio, scalers=1) <= seconds), _SLOW_RATIOS[-1]))
         to_curve = within + cost.passes([plan(ratio).longest]) / rate
         samples = min(_MOST_SAMPLES, int(seconds / (within + beyond(ratio))), int(first / to_curve))
         return plan(ratio, max(1, samples))

@@ -21,7 +21,7 @@ class WindowRotation:
     """
 
     def __init__(self) -> None:
-        self._frequencies: dict[object, tuple[Frequencies, Copies]] = {}
+        self._last: dict[object, tuple[int | None, Frequencies, Copies]] = {}
 
     def rotate(
         self,
@@ -43,11 +43,11 @@ class WindowRotation:
         effective = layer.site.configured.effective(scaler)
         grows = effective.depends_on_length and length is None
         used = layer.site.configured.scaler if layer.site.is_local or grows else effective
-        wanted = (layer.site, used, length)
-        if wanted not in self._frequencies:
+        last = self._last.get((layer.site, used))
+        if last is None or last[0] != length:
             found = used.frequencies(layer.site.configured.rope, length)
-            self._frequencies[wanted] = found, Copies(found.inv_freq)
-        frequencies, inv_freq = self._frequencies[wanted]
+            last = self._last[layer.site, used] = length, found, Copies(found.inv_freq)
+        _, frequencies, inv_freq = last
         rotated = []
         for x, positions in zip((query, key), places, strict=True):
             at = positions.to(torch.float64)[:, None]

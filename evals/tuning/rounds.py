@@ -297,8 +297,9 @@ class Rounds:
         scalers, task = [c.scaler for c in candidates], TASKS["passkey"]
         try:
             cells = retrieval_cells(self._local, [task], scalers, contexts=[self._target], depths=_DEPTHS, trials=1)
-        except DataError:
-            return  # the prompt does not fit into the length
+        except DataError as error:
+            self._console.print(f"No passkeys at {format_length(self._target)}: {error}", highlight=False)
+            return
 
         def store(row: Row) -> None:
             self._candidates[row["rope"]].passkeys[row["depth"]] = float(row["correct"])

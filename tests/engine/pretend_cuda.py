@@ -8,6 +8,7 @@ and runs them again on the same memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ropewalk.engine.runners.gpu import step
 
@@ -127,11 +127,11 @@ class PretendCuda(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """One operation: on the CPU if nothing of it is on the device, else refused or counted."""
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
         name, target = func._schema.name.split("::")[1], kwargs.get("device")
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         here = [leaf for leaf in leaves if isinstance(leaf, CudaTensor)]
         there = [leaf for leaf in leaves if not isinstance(leaf, CudaTensor)]
         to_device = bool(here) if target is None else self._is_device(target, leaves, here, name)
@@ -147,7 +147,7 @@ class PretendCuda(TorchDispatchMode):
             self._count_host(self.syncs, name)
         if name == "_scaled_dot_product_flash_attention":
             return self._flash(*args, **kwargs)
-        values, places = tree_map(_on_cpu, kwargs), tree_map(_on_cpu, args)
+        values, places = _mapped(_on_cpu, kwargs), _mapped(_on_cpu, args)
         values.pop("pin_memory", None)
         result = func(*places, **values)
         if name not in _NO_KERNEL and not _is_view(func):
@@ -160,7 +160,7 @@ class PretendCuda(TorchDispatchMode):
                 if argument.alias_info is not None and argument.alias_info.is_write
             ]
             return written[0] if len(written) == 1 else tuple(written)
-        return tree_map(_on_device, result) if to_device else result
+        return _mapped(_on_device, result) if to_device else result
 
     @staticmethod
     def _is_device(target: Any, leaves: list[Tensor], here: list[Tensor], name: str) -> bool:
@@ -174,7 +174,7 @@ class PretendCuda(TorchDispatchMode):
         from_device = isinstance(source, CudaTensor)
         if target is not None:
             to_device = isinstance(target, CudaTensor)
-        values, places = tree_map(_on_cpu, kwargs), tree_map(_on_cpu, args)
+        values, places = _mapped(_on_cpu, kwargs), _mapped(_on_cpu, args)
         values.pop("pin_memory", None)
         copied = func(*places, **values)
         if from_device and to_device:
@@ -203,7 +203,7 @@ class PretendCuda(TorchDispatchMode):
             return
 
         def again() -> None:
-            for old, new in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+            for old, new in zip(_leaves(result), _leaves(func(*args, **kwargs)), strict=True):
                 old.copy_(new)
 
         self.recorded.append(again)
@@ -213,7 +213,7 @@ class PretendCuda(TorchDispatchMode):
         if name in _SCALES_ON_CPU:
             if not isinstance(args[0], CudaTensor):
                 raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-            indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)]
+            indices = [leaf for leaf in _leaves(args[1]) if isinstance(leaf, Tensor)]
             for index in indices:
                 if not isinstance(index, CudaTensor):
                     self._count_host(self.uploads, f"index {list(index.shape)}")
@@ -289,6 +289,28 @@ def _on_device(leaf: Any) -> Any:
     return CudaTensor(leaf) if isinstance(leaf, Tensor) else leaf
 
 
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Arguments or results of an operation with every leaf changed. torch's own for any tree takes most of a test."""
+    if type(value) in (list, tuple):
+        return type(value)([_mapped(change, each) for each in value])
+    if type(value) is dict:
+        return {name: _mapped(change, each) for name, each in value.items()}
+    return change(value)
+
+
+def _leaves(value: Any) -> list[Any]:
+    leaves: list[Any] = []
+    _mapped(leaves.append, value)
+    return leaves
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """True if the operation is made of others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")  # type: ignore[no-any-return]
+
+
+@functools.cache
 def _is_view(func: Any) -> bool:
     return any(
         argument.alias_info is not None and not argument.alias_info.is_write for argument in func._schema.returns

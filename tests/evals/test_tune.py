@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 import ropewalk as rw
 from ropewalk.cli.main import cli
@@ -90,6 +91,15 @@ def test_another_call_measures_nothing_anew(tuned, model, text, folder):
 
     again = rw.tune(model, TARGET, text=text, out=folder, progress=never)
     assert as_json(again) == as_json(tuned)
+
+
+def test_passkeys_that_do_not_fit_are_left_out_aloud(model, text, folder, tuned, monkeypatch, capsys):
+    def too_long(*_, **__):
+        raise DataError("the smallest passkey has 600 tokens")
+
+    monkeypatch.setattr(rounds, "retrieval_cells", too_long)
+    rw.tune(model, TARGET, text=text, out=folder, console=Console(width=200))
+    assert "No passkeys at 512: the smallest passkey has 600 tokens" in capsys.readouterr().out
 
 
 def test_the_scaler_is_put_back(tuned, model):
