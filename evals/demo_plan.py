@@ -61,7 +61,9 @@ class DemoPlan:
         within = cost.passes((trained_length // 4, trained_length)) / rate
         ratio = next((ratio for ratio in _RATIOS if within + beyond(ratio) <= seconds), None)
         if ratio is None:
-            return plan(next((ratio for ratio in _SLOW_RATIOS if beyond(ratio, scalers=1) <= seconds), _SLOW_RATIOS[-1]))
+            return plan(
+                next((ratio for ratio in _SLOW_RATIOS if beyond(ratio, scalers=1) <= seconds), _SLOW_RATIOS[-1])
+            )
         to_curve = within + cost.passes([plan(ratio).longest]) / rate
         samples = min(_MOST_SAMPLES, int(seconds / (within + beyond(ratio))), int(first / to_curve))
         return plan(ratio, max(1, samples))

@@ -46,8 +46,18 @@ def sized(rate, seconds=250.0):
 
 
 def test_a_faster_machine_reads_longer_then_more_places():
-    found = {rate: (sized(rate * 1e9).longest / L, sized(rate * 1e9).samples) for rate in (20, 50, 80, 110, 140, 180, 250)}
-    assert found == {20: (1.125, 1), 50: (1.25, 1), 80: (1.5, 1), 110: (1.5, 1), 140: (1.5, 1), 180: (1.75, 1), 250: (2.0, 1)}
+    found = {
+        rate: (sized(rate * 1e9).longest / L, sized(rate * 1e9).samples) for rate in (20, 50, 80, 110, 140, 180, 250)
+    }
+    assert found == {
+        20: (1.125, 1),
+        50: (1.25, 1),
+        80: (1.5, 1),
+        110: (1.5, 1),
+        140: (1.5, 1),
+        180: (1.75, 1),
+        250: (2.0, 1),
+    }
     assert (sized(1e12).longest, sized(1e12).samples) == (2 * L, 4)
     for rate, scalers in ((50e9, 1), (80e9, 1), (110e9, 2), (250e9, 2), (1e12, 2)):
         plan = sized(rate)
