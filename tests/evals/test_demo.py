@@ -104,7 +104,7 @@ def machine(small_demo, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("gflops", [600, 161, 100, 66])
+@pytest.mark.parametrize("gflops", [600, 161, 100])
 def test_every_scaler_is_measured_beyond_the_trained_length_first(machine, tmp_path, gflops):
     seconds, done = machine(tmp_path / "run", gflops=gflops, max_minutes=5)
     assert seconds <= 300
@@ -119,6 +119,14 @@ def test_every_scaler_is_measured_beyond_the_trained_length_first(machine, tmp_p
         assert {("none", 64), ("none", 256)} <= {*order[: order.index(beyond[0])]}
     else:
         assert order[:3] == beyond
+
+
+def test_a_slow_machine_goes_where_the_untouched_model_fails_without_the_last_scaler(machine, tmp_path):
+    seconds, done = machine(tmp_path / "run", gflops=66, max_minutes=5)
+    assert seconds <= 300
+    assert list(done)[:2] == [("none", 384), ("auto", 384)] and "yarn:2" not in {rope for rope, _ in done}
+    losses = {(row["rope"], row["context"]): row["loss"] for row in Run(tmp_path / "run").rows}
+    assert losses["auto", 384] + 1 < losses["none", 384]
 
 
 def test_a_machine_too_slow_for_all_goes_on_with_the_next_run(machine, tmp_path, capsys):
