@@ -20,6 +20,7 @@ from ropewalk.engine.attention.reference import reference_attention
 from ropewalk.engine.attention.rotation import Layout
 from ropewalk.engine.attention.rows import KeyRun
 from ropewalk.engine.rotary_site import RotarySite
+from ropewalk.engine.rotated_keys import RotatedKeys
 from ropewalk.scaling import RopeSpec, Scaler, parse
 from ropewalk.scaling.band import PLAIN
 from ropewalk.scaling.hf import ConfiguredRope
@@ -146,6 +147,49 @@ def test_the_fused_kernel_agrees_with_the_plain_one(spec):
             *(t.double() for t in (q, k, v)), AttentionScore(scale=0.25), layout, work(scaler, rope, run)
         )
     assert (fused - plain).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("spec", ["rerope:9", "dynamic-ntk:step=16", "dynamic-yarn:step=40|rerope:9|logn"])
+@pytest.mark.parametrize("padding", [(0, 7), (5, 5)], ids=["one row", "both rows"])
+def test_a_padded_row_is_the_row_alone(spec, padding):
+    rope, scaler, layout = RopeSpec(dim=8, base=100.0, trained_length=32), parse(spec), Layout(0, 8, False)
+    score, N = AttentionScore(scale=0.4), 70
+    q, k, v = torch.randn(3, 2, 2, N, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    v = v[..., :6]
+    runs = [KeyRun(row, start, N, start, N, 0) for row, start in enumerate(padding)]
+    if padding[0] == padding[1]:
+        runs = [KeyRun(None, padding[0], N, padding[0], N, 0)]
+    with torch.no_grad():
+        got = banded_attention(q, k, v, score, layout, [work(scaler, rope, run)[0] for run in runs])
+    for row, start in enumerate(padding):
+        alone = (t[row : row + 1, :, start:] for t in (q, k, v))
+        expected = reference_attention(*alone, score, layout, scaler, rope)
+        assert (got[row : row + 1, :, start:] - expected).abs().max() < 1e-10
+        assert not got[row, :, :start].any()
+
+
+def test_keys_that_were_rotated_once_are_not_rotated_again(monkeypatch):
+    """Under a growing length those of its last step are kept."""
+    rope, scaler = RopeSpec(dim=8, base=100.0, trained_length=32), parse("dynamic-ntk:step=16|self-extend:2,window=9")
+    layout, score, rotated = Layout(0, 8, False), AttentionScore(scale=0.4), RotatedKeys()
+    q, k, v = torch.randn(3, 1, 2, 64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    counts, rotate = [], Layout.rotate
+    monkeypatch.setattr(Layout, "rotate", lambda self, x, to: counts.append(x.shape[2]) or rotate(self, x, to))
+
+    def rotations(start, stop, held):
+        """Of keys and queries, in the call that brings the tokens start .. stop."""
+        counts.clear()
+        run = KeyRun(None, 0, stop - start, 0, stop, 0)
+        at = (t[:, :, a:stop] for t, a in ((q, start), (k, 0), (v, 0)))
+        with torch.no_grad():
+            return banded_attention(*at, score, layout, work(scaler, rope, run), rotated=held), sum(counts)
+
+    for start, stop in ((0, 56), (56, 60), (60, 64)):
+        expected, every = rotations(start, stop, None)
+        got, new = rotations(start, stop, rotated)
+        assert torch.equal(got, expected)
+        if start:
+            assert new == 3 * (stop - start) < every, "the queries, and the new keys of two bands"
 
 
 def test_large_products_do_not_overflow_float16():

@@ -158,3 +158,17 @@ def test_transformers_finds_it_by_name():
     assert name == causal.ATTENTION_NAME
     assert ALL_ATTENTION_FUNCTIONS[name] is _attention_forward
     assert ALL_MASK_ATTENTION_FUNCTIONS[name] is _mask
+
+
+@pytest.mark.parametrize(
+    ("device", "kv_heads", "dtype", "expected"),
+    [
+        ("cuda:0", 4, torch.float32, True),
+        ("cuda:0", 2, torch.float32, False),  # torch would repeat the keys
+        ("cuda:0", 4, torch.bfloat16, False),  # our fused kernel takes them
+        ("cpu", 4, torch.float64, False),
+    ],
+)
+def test_torch_computes_what_it_does_faster_on_a_gpu(device, kv_heads, dtype, expected, cuda):
+    q, k = (torch.ones(1, heads, 8, 16, dtype=dtype, device=device) for heads in (4, kv_heads))
+    assert causal._torch_is_faster(q, k, k, AttentionScore(scale=1.0)) == expected
