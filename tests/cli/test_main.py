@@ -281,7 +281,7 @@ def test_ctrl_c_keeps_finished_cells_and_says_so(tiny_folder, tmp_path):
     while running.poll() is None and not (results.exists() and results.read_text(encoding="utf-8")):
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=240)
+    _, errors = running.communicate(timeout=600)
     assert running.returncode == 130, errors
     assert f"ropewalk: stopped; 1 finished row is stored in {tmp_path / 'run'}; the same command continues" in errors
     assert "ropewalk: stopping\n" in errors
@@ -297,14 +297,13 @@ def test_dry_run_measures_nothing(tiny_folder, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_error_names_the_options_of_the_command(tiny_folder):
+def test_an_error_names_the_options_of_the_command(tiny_folder, tmp_path):
     done = CliRunner().invoke(cli, ["generate", str(tiny_folder), "import os\n" * 200])
     assert re.search(r"add --rope auto, shorten the prompt, or add --max-length \d+ to go there", str(done.exception))
     words = ["generate", str(tiny_folder), "import os\n" * 200, "--rope", "self-extend:2,window=64"]
     assert "with rope 'self-extend:2,window=64'; add --rope auto" in str(CliRunner().invoke(cli, words).exception)
-    (file := tiny_folder / "long.txt").write_text("import os\n" * 200)
+    (file := tmp_path / "long.txt").write_text("import os\n" * 200)
     asked = CliRunner().invoke(cli, ["generate", str(tiny_folder), "x", str(file), "--contexts"])
-    file.unlink()
     assert "or split it: --window 2k" in str(asked.exception)
 
 

@@ -33,13 +33,13 @@ def test_clients_get_the_texts_of_the_patched_model(folder):
     command = [sys.executable, "-m", "ropewalk", "transformers-serve", str(folder), "--continuous-batching"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--cb-num-blocks", "40", "--cb-max-batch-tokens", "256"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
     def completion(text: str) -> str:
         return client.completions.create(model=str(folder), prompt=text, max_tokens=NEW, temperature=0).choices[0].text
 
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while True:
             try:
                 completion("a")
@@ -51,7 +51,7 @@ def test_clients_get_the_texts_of_the_patched_model(folder):
             answers = list(together.map(completion, TEXTS))
     finally:
         server.kill()
-    log = server.communicate(timeout=60)[1]
+    log = server.communicate()[1]
     model = rw.load(folder, dtype="float32", compile=False)
     params = rw.SamplingParams(max_new_tokens=NEW, temperature=0, continuation="off")
     assert answers == [model.generate(text, params).text for text in TEXTS]

@@ -39,8 +39,8 @@ def reason(error):
 
 
 def frequencies(name, model):
-    """Static frequencies: a YaRN patch is the same architecture under a YaRN config."""
-    before = logits(model)
+    """Static frequencies: a YaRN patch is the same architecture under a YaRN config, and undo is exact."""
+    before, buffers = logits(model), dict(model.named_buffers())
     try:
         handle = rw.patch(model, "yarn:4")
     except rw.RopewalkError as error:
@@ -49,6 +49,7 @@ def frequencies(name, model):
     patched = logits(model)
     assert handle.describe()
     handle.undo()
+    assert {key: id(value) for key, value in model.named_buffers()} == {key: id(buffers[key]) for key in buffers}
     assert torch.equal(logits(model), before)
     assert not torch.equal(patched, before)
     if name not in WITHOUT_YARN:

@@ -20,6 +20,7 @@ from ropewalk.errors import OutOfMemory
 pytestmark = pytest.mark.usefixtures("untouched")
 
 LONG = TEXT * 50
+PATIENCE = 300.0  # seconds; what takes longer never comes
 
 
 class Asked:
@@ -97,14 +98,14 @@ def test_a_long_prompt_leaves_others_their_turn(model, passes, rope):
     with scheduling(model) as scheduler:
         short, long = Asked(model, TEXT, 2000), Asked(model, LONG, 2, rope)
         submit(scheduler, short)
-        assert short.begun.wait(20)
+        assert short.begun.wait(PATIENCE)
         passes.clear()
         submit(scheduler, long)
-        assert long.begun.wait(60)
+        assert long.begun.wait(PATIENCE)
         during = list(passes)
         assert not short.ended.is_set()
         scheduler.cancel(short.request)
-        assert long.ended.wait(20)
+        assert long.ended.wait(PATIENCE)
     assert long.completion.token_ids == expected
     reads = [(tokens, seconds) for tokens, seconds in during if tokens != "step"]
     assert len(reads) > 4
@@ -117,7 +118,7 @@ def test_a_prompt_that_is_read_alone_is_read_at_once(model, passes):
     with scheduling(model) as scheduler:
         long = Asked(model, LONG, 2)
         submit(scheduler, long)
-        assert long.ended.wait(60)
+        assert long.ended.wait(PATIENCE)
     assert passes[0][0] == CHUNK
 
 
@@ -126,9 +127,9 @@ def test_a_short_prompt_begins_while_a_long_one_is_read(model):
     with scheduling(model) as scheduler:
         going, long, short = Asked(model, TEXT, 3000), Asked(model, LONG, 2, "yarn:20"), Asked(model, "x", 2, "yarn:2")
         submit(scheduler, going)
-        assert going.begun.wait(20)
+        assert going.begun.wait(PATIENCE)
         submit(scheduler, long, short)
-        assert short.ended.wait(20)
+        assert short.ended.wait(PATIENCE)
         assert not long.begun.is_set()
         scheduler.cancel(going.request, long.request)
 
@@ -142,7 +143,7 @@ def test_rows_are_counted_over_all_scalers(model, monkeypatch, ropes):
         monkeypatch.setattr(model._runner, "step", lambda rows: seen.append(scheduler.running) or step(rows))
         asked = [Asked(model, TEXT, *pair, begins) for pair in zip(counts, ropes, strict=True)]
         submit(scheduler, *asked)
-        assert all(each.ended.wait(30) for each in asked)
+        assert all(each.ended.wait(PATIENCE) for each in asked)
     assert [each.completion.token_ids for each in asked] == expected
     assert max(seen) == 2
     assert begins == asked
@@ -154,12 +155,12 @@ def test_max_time_holds_while_a_request_waits(model, monkeypatch):
     with scheduling(model, rows=1) as scheduler:
         going, late, patient = Asked(model, TEXT, 3000), Asked(model, TEXT, 5, max_time=1), Asked(model, TEXT, 5)
         submit(scheduler, going, late, patient)
-        assert going.begun.wait(20)
+        assert going.begun.wait(PATIENCE)
         clock[0] = 2.0
-        assert late.ended.wait(20)
+        assert late.ended.wait(PATIENCE)
         assert not going.ended.is_set()
         scheduler.cancel(going.request)
-        assert patient.ended.wait(20)
+        assert patient.ended.wait(PATIENCE)
     assert (late.completion.finish_reason, late.completion.token_ids) == ("time", [])
     assert late.sequence.cache is None
     assert patient.completion.finish_reason == "length"
@@ -171,7 +172,7 @@ def test_more_answers_than_the_queue_ever_holds_are_refused(model):
             submit(scheduler, *(Asked(model, TEXT, 2) for _ in range(4)))
         asked = [Asked(model, TEXT, 2) for _ in range(3)]
         submit(scheduler, *asked)
-        assert all(each.ended.wait(20) for each in asked)
+        assert all(each.ended.wait(PATIENCE) for each in asked)
 
 
 @pytest.mark.parametrize("ropes", [["none", "none"], ["none", "yarn:2"]], ids=["same scaler", "another scaler"])
@@ -182,7 +183,7 @@ def test_a_request_waits_for_the_memory_that_others_will_take(model, monkeypatch
     free = limit_memory(monkeypatch, model, int(1.5 * asked[0].sequence.length * model.bytes_per_token))
     with scheduling(model) as scheduler:
         submit(scheduler, *asked)
-        assert all(each.ended.wait(30) for each in asked)
+        assert all(each.ended.wait(PATIENCE) for each in asked)
     assert [each.completion.token_ids for each in asked] == expected
     assert min(free) >= 0
 
@@ -194,11 +195,11 @@ def test_no_request_overtakes_one_that_waits_for_memory(model, monkeypatch):
     free = limit_memory(monkeypatch, model, 240 * model.bytes_per_token)
     with scheduling(model, rows=4) as scheduler:
         submit(scheduler, first, second, large)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while scheduler._admission.limit == 4:
             assert time.monotonic() < deadline
         submit(scheduler, last)
-        assert all(each.ended.wait(30) for each in (first, second, large, last))
+        assert all(each.ended.wait(PATIENCE) for each in (first, second, large, last))
     assert begins == [first, second, large, last]
     assert min(free) >= 0
 
@@ -209,7 +210,7 @@ def test_a_request_that_has_no_room_alone_ends_and_the_next_is_answered(model, m
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(100 * model.bytes_per_token))
     with scheduling(model) as scheduler:
         submit(scheduler, large, small)
-        assert large.ended.wait(20) and small.ended.wait(20)
+        assert large.ended.wait(PATIENCE) and small.ended.wait(PATIENCE)
         with pytest.raises(rw.ContextOverflow, match="take at most 100 tokens"):
             scheduler.check_room(large.sequence, large.request.scaler)
     assert type(large.completion) is rw.ContextOverflow
@@ -230,11 +231,11 @@ def test_a_lack_of_memory_under_one_scaler_waits_for_another(model, monkeypatch)
 
     with scheduling(model, cache_bytes=0) as scheduler:
         submit(scheduler, first)
-        assert first.begun.wait(20)
+        assert first.begun.wait(PATIENCE)
         monkeypatch.setattr(model._runner, "forward", limited)
         submit(scheduler, second)
-        assert second.ended.wait(30)
-        assert first.ended.wait(30)
+        assert second.ended.wait(PATIENCE)
+        assert first.ended.wait(PATIENCE)
     assert [each.completion.token_ids for each in (first, second)] == expected
     assert failures
 
@@ -250,10 +251,10 @@ def test_an_error_at_the_end_of_a_prompt_ends_its_request_alone(model, monkeypat
     monkeypatch.setattr(bad.sequence, "first_token", fails)
     with scheduling(model) as scheduler:
         submit(scheduler, good)
-        assert good.begun.wait(30)
+        assert good.begun.wait(PATIENCE)
         submit(scheduler, late, bad)
         for each in (good, late, bad):
-            assert each.ended.wait(60)
+            assert each.ended.wait(PATIENCE)
     assert bad.completion is error
     assert good.completion.token_ids == alone(model, TEXT, 60)
     assert late.completion.text == model.generate(MORE, greedy(8)).text

@@ -48,8 +48,8 @@ def split(tiny_folder, measured, tmp_path_factory):
     (out / "script.py").write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = [out / "script.py", tiny_folder, out, ";".join(ROPES)]
-    command = [*measured, "--max-minutes", "5", "--tp-plan", "auto", "--out", out / "run"]
-    done = subprocess.run([*launch, *script, *command], capture_output=True, text=True, timeout=300)
+    command = [*measured, "--max-minutes", "60", "--tp-plan", "auto", "--out", out / "run"]
+    done = subprocess.run([*launch, *script, *command], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done.stdout
 

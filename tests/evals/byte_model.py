@@ -64,6 +64,7 @@ def run_plan(tmp_path, model, plan, *documents, scaler="none"):
     run = Run(tmp_path)
     for cell in cells(LocalModel(model), text(*documents), [parse(scaler)], plan):
         measure(model, cell, run)
+    assert run.rows
     return run
 
 

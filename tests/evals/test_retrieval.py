@@ -50,6 +50,7 @@ def measure(model, run, names=("passkey",), spec="none", **options):
     for cell in planned:
         model.rope = cell.scaler
         rows += cell.measure(LocalModel(model), run, lambda past, count: None)
+    assert len(rows) == sum(len(cell.seeds) for cell in planned)
     return rows
 
 

@@ -37,7 +37,7 @@ def disturbed(model, monkeypatch):
     """At every step of the network another thread asks for texts of other lengths and scalers, if it gets the lock."""
 
     def other():
-        if model._lock.acquire(timeout=0.05):
+        if model._lock.acquire(blocking=False):  # the thread that measures waits for this one
             before, model.rope = model.rope, "linear:8"
             model.generate_ids([5, 6, 7], rw.SamplingParams(max_new_tokens=1))
             model.rope = before

@@ -47,7 +47,7 @@ def test_input_is_read_or_refused(name):
     @examples(
         5 if name in SLOW else 30,
         database=None,
-        deadline=10_000,
+        deadline=60_000,  # milliseconds
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )

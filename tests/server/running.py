@@ -14,6 +14,7 @@ from ropewalk.server.app import Limits, ModelServer
 from ropewalk.server.connection import http_options
 
 TEXT = "def walk(top):\n    for name in sorted(names):\n"
+PATIENCE = 300.0  # seconds; what takes longer never comes
 
 
 @contextmanager
@@ -28,20 +29,18 @@ def serving(model, **options):
 @contextmanager
 def listening(app):
     """The root URL of an ASGI application."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", **http_options())
-    http = uvicorn.Server(config)
-    thread = threading.Thread(target=http.run)
+    listener = socket.create_server(("127.0.0.1", 0))
+    http = uvicorn.Server(uvicorn.Config(app, log_level="warning", **http_options()))
+    thread = threading.Thread(target=http.run, args=([listener],))
     thread.start()
     while not http.started:
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         http.should_exit = True
-        thread.join(60)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -50,32 +49,32 @@ def greedy(tokens, **more):
 
 
 def post(url, path="/v1/completions", **fields):
-    return httpx2.post(url + path, json={"temperature": 0, **fields}, timeout=60)
+    return httpx2.post(url + path, json={"temperature": 0, **fields}, timeout=PATIENCE)
 
 
 def refused(url, fields, status=400, path="/v1/completions"):
     """The message of a refusal, which is short."""
-    answer = httpx2.post(url + path, content=json.dumps(fields).encode(), timeout=60)
+    answer = httpx2.post(url + path, content=json.dumps(fields).encode(), timeout=PATIENCE)
     assert answer.status_code == status, answer.text[:300]
     assert len(answer.content) < 5000
     return answer.json()["error"]["message"]
 
 
-def raw(url, text, timeout=20):
+def raw(url, text):
     """All that a server answers to the bytes of `text`."""
-    with connected(url, timeout) as client:
+    with connected(url) as client:
         client.sendall(text.encode())
         return b"".join(iter(lambda: client.recv(65536), b""))
 
 
 @contextmanager
-def connected(url, timeout=20):
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout) as client:
+def connected(url):
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), PATIENCE) as client:
         yield client
 
 
-def waits(condition, seconds=20):
-    deadline = time.monotonic() + seconds
+def waits(condition):
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

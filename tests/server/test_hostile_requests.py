@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
-from running import TEXT, greedy, post, raw, refused, serving
+from running import PATIENCE, TEXT, greedy, post, raw, refused, serving
 
 import ropewalk as rw
 from ropewalk.engine.chat_template import _parts, _with_marks
@@ -191,7 +191,7 @@ def test_a_large_request_does_not_hold_the_others(model, monkeypatch, module, sl
 
     def waiting(*args):
         begun.set()
-        assert gate.wait(60)
+        assert gate.wait(PATIENCE)
         return work(*args)
 
     monkeypatch.setattr(module, slow, waiting)
@@ -200,9 +200,9 @@ def test_a_large_request_does_not_hold_the_others(model, monkeypatch, module, sl
             target=post, args=(url,), kwargs={"prompt": TEXT, "max_tokens": 1, "prompt_logprobs": 1}
         )
         large.start()
-        assert begun.wait(60)
+        assert begun.wait(PATIENCE)
         try:
-            assert httpx2.get(f"{url}/health", timeout=20).status_code == 200
+            assert httpx2.get(f"{url}/health", timeout=PATIENCE).status_code == 200
         finally:
             gate.set()
             large.join()

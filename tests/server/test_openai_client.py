@@ -2,15 +2,11 @@
 
 import openai
 import pytest
+from running import TEXT, greedy
 
 import ropewalk as rw
 
-TEXT = "def walk(top):\n    for name in sorted(names):\n"
 HEAL = "import nump"
-
-
-def greedy(tokens, **more):
-    return rw.SamplingParams(max_new_tokens=tokens, temperature=0, **more)
 
 
 def test_models_are_listed(client):
@@ -34,14 +30,11 @@ def test_a_completion_is_what_generate_writes(client, model, prompt):
 
 def test_token_ids_and_lists_of_prompts(client, model):
     ids = model.vocabulary.encode(TEXT)
-    for prompt, texts in ((ids, [TEXT]), ([ids, ids[:9]], [TEXT, None]), ([TEXT, HEAL], [TEXT, HEAL])):
+    whole, part = (model.generate_ids(each, greedy(6)).text for each in (ids, ids[:9]))
+    texts = [model.generate(prompt, greedy(6)).text for prompt in (TEXT, HEAL)]
+    for prompt, expected in ((ids, [whole]), ([ids, ids[:9]], [whole, part]), ([TEXT, HEAL], texts)):
         answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=6, temperature=0)
-        assert [choice.index for choice in answer.choices] == list(range(len(texts)))
-        for choice, text in zip(answer.choices, texts, strict=True):
-            if isinstance(text, str) and isinstance(prompt[0], str):
-                assert choice.text == model.generate(text, greedy(6)).text
-            elif text:
-                assert choice.text == model.generate_ids(ids, greedy(6)).text
+        assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(expected))
 
 
 def test_a_stream_has_the_same_text(client, model):

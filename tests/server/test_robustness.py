@@ -6,7 +6,7 @@ import threading
 
 import httpx2
 import pytest
-from running import TEXT, greedy, post, serving, waits
+from running import PATIENCE, TEXT, greedy, post, serving, waits
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import ropewalk as rw
@@ -41,7 +41,7 @@ def test_a_prompt_comes_back_alone(served, stream):
 )
 def test_numbers_and_texts_at_the_limits_are_refused(served, field, value):
     body = f'{{"prompt": "import os", "max_tokens": 4, "{field}": {value}}}'
-    answer = httpx2.post(f"{served[0]}/v1/completions", content=body.encode(), timeout=60)
+    answer = httpx2.post(f"{served[0]}/v1/completions", content=body.encode(), timeout=PATIENCE)
     assert answer.status_code == 400
     assert field.split("_")[0] in answer.json()["error"]["message"]
 
@@ -87,7 +87,7 @@ def test_a_client_that_goes_away_before_the_first_event(model, path):
             if not arrived.is_set():
                 arrived.set()
                 return {"type": "http.request", "body": body, "more_body": False}
-            await asyncio.sleep(60)
+            await asyncio.sleep(PATIENCE)
             return {"type": "http.disconnect"}
 
         async def send(message):
@@ -122,7 +122,7 @@ def test_a_report_that_fails_ends_its_request_alone(model):
         return Request(sequence, model.rope_at(sequence.length), sequence.length, report)
 
     scheduler.submit(request(fail, 150), request(listen, 20))
-    assert ended.wait(30)
+    assert ended.wait(PATIENCE)
     waits(lambda: scheduler.active == 0)
     scheduler.close()
     assert "".join(update.text for update in updates) == model.generate(TEXT, greedy(20)).text

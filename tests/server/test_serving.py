@@ -6,12 +6,13 @@ import json
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import psutil
 import pytest
 from live import limit_memory
-from running import TEXT, greedy, post, serving, waits
+from running import PATIENCE, TEXT, connected, greedy, post, serving, waits
 
 import ropewalk as rw
 
@@ -74,7 +75,7 @@ def test_a_large_body_is_refused(model):
 def test_a_full_queue_refuses(model, monkeypatch):
     with serving(model, limits={"rows": 1, "queue": 1}) as (url, server):
         answers, gate, send = [], threading.Event(), server.scheduler._send
-        monkeypatch.setattr(server.scheduler, "_send", lambda *update: gate.wait(60) and send(*update))
+        monkeypatch.setattr(server.scheduler, "_send", lambda *update: gate.wait(PATIENCE) and send(*update))
 
         def ask():
             answers.append(post(url, prompt=TEXT, max_tokens=2).status_code)
@@ -130,36 +131,30 @@ def test_a_small_budget_holds_few_caches(model):
 def test_a_client_that_goes_away_is_not_written_for(model):
     with serving(model) as (url, server):
         for stream in (False, True):
-            with pytest.raises(httpx2.ReadTimeout):
-                httpx2.post(
-                    f"{url}/v1/completions",
-                    json={"prompt": TEXT, "max_tokens": 100_000, "stream": False, "temperature": 0},
-                    timeout=0.5,
-                ) if not stream else _read_a_little(url)
+            body = json.dumps({"prompt": TEXT, "max_tokens": 100_000, "stream": stream, "temperature": 0})
+            with connected(url) as client:
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+                client.sendall((head + body).encode())
+                waits(lambda: server.scheduler.running)
             waits(lambda: server.scheduler.active == 0)
         assert server.metrics.cancelled._value.get() == 2
         assert post(url, prompt=TEXT, max_tokens=3).json()["choices"][0]["text"] == model.generate(TEXT, greedy(3)).text
 
 
-def _read_a_little(url):
-    body = {"prompt": TEXT, "max_tokens": 100_000, "stream": True, "temperature": 0}
-    with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=5) as answer:
-        next(answer.iter_bytes())
-    raise httpx2.ReadTimeout("left")
-
-
-def test_a_shutdown_finishes_what_runs(model):
-    answers = []
-    with serving(model) as (url, server):
+def test_a_shutdown_finishes_what_runs(model, monkeypatch):
+    expected, answers = model.generate(TEXT, greedy(50)).text, []
+    step, begun = model._runner.step, threading.Event()
+    monkeypatch.setattr(model._runner, "step", lambda rows: begun.set() or time.sleep(0.01) or step(rows))
+    with serving(model) as (url, _):
 
         def ask():
-            answers.append(post(url, prompt=TEXT, max_tokens=150).json()["choices"][0]["text"])
+            answers.append(post(url, prompt=TEXT, max_tokens=50).json()["choices"][0]["text"])
 
         thread = threading.Thread(target=ask)
         thread.start()
-        waits(lambda: server.scheduler.running)
+        assert begun.wait(PATIENCE)
     thread.join()
-    assert answers == [model.generate(TEXT, greedy(150)).text]
+    assert answers == [expected]
 
 
 def test_an_error_in_a_step_ends_its_requests_alone(model, monkeypatch):
@@ -178,30 +173,9 @@ def test_an_error_in_a_step_ends_its_requests_alone(model, monkeypatch):
         assert post(url, prompt=TEXT, max_tokens=5).status_code == 200
 
 
-def test_long_prompts_leave_others_their_turn(model):
-    """A stream goes on while a long prompt is read."""
-    with serving(model) as (url, _):
-        seen = []  # a line of the stream, or "answered"
-
-        def listen():
-            body = {"prompt": TEXT, "max_tokens": 400, "stream": True, "temperature": 0}
-            with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
-                for _ in answer.iter_lines():
-                    seen.append("line")
-
-        thread = threading.Thread(target=listen)
-        thread.start()
-        waits(lambda: len(seen) > 5)
-        before = len(seen)
-        assert post(url, prompt=TEXT * 400, max_tokens=1, rope="auto").status_code == 200
-        seen.append("answered")
-        thread.join()
-        assert seen.index("answered") > before + 10
-
-
 @pytest.mark.slow
 def test_many_clients(model):
-    """200 clients at once, some of which go away or send nonsense: every answer is that of the prompt alone, and the
+    """100 clients at once, some of which go away or send nonsense: every answer is that of the prompt alone, and the
     memory does not grow."""
     random.seed(1)
     prompts = [TEXT[: 8 + n % 30] + "x" * (n % 7) for n in range(40)]
@@ -235,10 +209,10 @@ def test_many_clients(model):
 
     async def crowd(url):
         limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
-            await asyncio.gather(*(client(http, n) for n in range(200)))
+        async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits) as http:
+            await asyncio.gather(*(client(http, n) for n in range(100)))
 
-    with serving(model, limits={"queue": 300}) as (url, server):
+    with serving(model, limits={"queue": 100}) as (url, server):
         used = []
         for _ in range(3):
             asyncio.run(crowd(url))
@@ -250,55 +224,30 @@ def test_many_clients(model):
 
 def test_many_scalers_are_not_all_kept(model):
     with serving(model) as (url, _):
-        for tenths in range(11, 51):
+        for tenths in range(11, 31):
             rope = f"yarn:{tenths / 10}"
             assert post(url, prompt=TEXT, max_tokens=1, rope=rope).status_code == 200
-        assert len(model._slot._prepared) <= 16
+        assert len(model._slot._prepared) == 16
         assert post(url, prompt=TEXT, max_tokens=5).json()["choices"][0]["text"] == model.generate(TEXT, greedy(5)).text
-
-
-def test_a_request_waits_for_memory_that_others_hold(model, monkeypatch):
-    """Memory has room for one long answer at a time, and for any alone."""
-    from ropewalk.engine.runners.cpu.runner import CompiledRunner
-
-    asked = CompiledRunner.check_room
-
-    def small(self, *rows, **more):
-        if len(rows) > 1:
-            raise rw.ContextOverflow("no room")
-        asked(self, *rows, **more)
-
-    monkeypatch.setattr(CompiledRunner, "check_room", small)
-    expected = [model.generate(prompt, greedy(40)).text for prompt in (TEXT, TEXT[4:])]
-    with serving(model) as (url, server):
-        answers = {}
-
-        def ask(index, prompt):
-            answers[index] = post(url, prompt=prompt, max_tokens=40).json()["choices"][0]["text"]
-
-        threads = [threading.Thread(target=ask, args=(n, prompt)) for n, prompt in enumerate((TEXT, TEXT[4:]))]
-        for thread in threads:
-            thread.start()
-        most = 0
-        while any(thread.is_alive() for thread in threads):
-            most = max(most, server.scheduler.running)
-        assert most == 1
-        assert [answers[0], answers[1]] == expected
 
 
 def test_only_what_never_fits_is_refused_for_its_memory(model, monkeypatch):
     """Another request holds most of the memory, and the caches of earlier ones some of it."""
     limit_memory(monkeypatch, model, 300 * model.bytes_per_token)
-    step = model._runner.step
-    monkeypatch.setattr(model._runner, "step", lambda rows: time.sleep(0.01) or step(rows))
     with serving(model) as (url, server):
         assert post(url, prompt="import os\n" * 30, max_tokens=2).status_code == 200
         waits(lambda: server.scheduler.store.bytes)
-        body = {"prompt": TEXT, "max_tokens": 220, "stream": True, "temperature": 0}
-        with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
-            events = answer.iter_lines()
-            for _ in range(220):
-                next(events)
+        sent, go_on, send = [], threading.Event(), server.scheduler._send
+
+        def stops_at_half(*update):
+            sent.append(update)
+            assert len(sent) < 110 or go_on.wait(PATIENCE)
+            send(*update)
+
+        monkeypatch.setattr(server.scheduler, "_send", stops_at_half)
+        with ThreadPoolExecutor() as pool:
+            first = pool.submit(post, url, prompt=TEXT, max_tokens=220)
+            waits(lambda: len(sent) == 110)
             held = post(url, prompt=TEXT, max_tokens=400)
             assert held.status_code == 400, held.text
             assert held.json()["error"]["code"] == "context_length_exceeded"
@@ -306,8 +255,9 @@ def test_only_what_never_fits_is_refused_for_its_memory(model, monkeypatch):
             contexts = [TEXT * 4, TEXT * 5, TEXT * 6]
             pooled = post(url, prompt="What?", contexts=contexts, max_tokens=100)
             assert pooled.status_code == 400 and "take at most 300 tokens" in pooled.json()["error"]["message"]
+            waiting = pool.submit(post, url, prompt=TEXT, max_tokens=250)
+            waits(lambda: server.scheduler.active == 2)
             assert server.scheduler.running == 1
-            waiting = post(url, prompt=TEXT, max_tokens=250)
-            assert waiting.status_code == 200, waiting.text
-            assert waiting.json()["usage"]["completion_tokens"] == 250
-            list(events)
+            go_on.set()
+            answered = [each.result().json()["usage"]["completion_tokens"] for each in (first, waiting)]
+    assert answered == [220, 250]

@@ -46,28 +46,13 @@ def test_patched_model_equals_transformers_own_scaled_model(spec, rope):
     assert difference(logits(patched), logits(native)) > 1e-3
 
 
-@pytest.mark.parametrize("spec", ["ntk:8", "yarn:4"])
 @pytest.mark.parametrize("family", SOME)
-def test_undo_restores_every_family_to_the_bit(family, spec):
-    model = FAMILIES[family]()
-    buffers = dict(model.named_buffers())
-    before = logits(model)
-    handle = rw.patch(model, spec)
-    assert not torch.equal(logits(model), before)
-    handle.undo()
-    after = dict(model.named_buffers())
-    assert after.keys() == buffers.keys()
-    assert all(after[name] is buffers[name] for name in buffers)
-    assert torch.equal(logits(model), before)
-
-
-@pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("spec", ["none", "linear:1", "ntk:1", "ntk-mixed:1", "yarn:1", "mrrope:1", "critical-base:64"])
-def test_factor_one_is_the_untouched_model_to_the_bit(family, spec):
+def test_factor_one_is_the_untouched_model_to_the_bit(family):
     model = FAMILIES[family]()
     before = logits(model)
-    with rw.patch(model, spec):
-        assert torch.equal(logits(model), before)
+    for spec in ("none", "linear:1", "ntk:1", "ntk-mixed:1", "yarn:1", "mrrope:1", "critical-base:64"):
+        with rw.patch(model, spec):
+            assert torch.equal(logits(model), before), spec
 
 
 @pytest.mark.parametrize("spec", ["yarn:4", "logn", "rerope:16"])
