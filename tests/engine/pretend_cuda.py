@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ropewalk.engine.runners.gpu import step
 
@@ -116,6 +116,11 @@ class PretendCuda(TorchDispatchMode):
             yield
         finally:
             self.recorded = None
+
+    @staticmethod
+    def aside() -> contextlib.AbstractContextManager[object]:
+        """For what runs on the CPU alone: within it, no operation is looked at."""
+        return _disable_current_modes()
 
     def reset(self) -> None:
         """Set all counts to 0."""
