@@ -308,7 +308,7 @@ def test_threads_that_wait_do_not_spin():
             [sys.executable, "-c", WAITING], env=env | spin, capture_output=True, text=True, check=True
         )
         seconds.append(float(run.stdout))
-    assert seconds[1] > 10 * seconds[0], "what a user sets is respected, and is seen here to spin"
+    assert seconds[1] > 3 * seconds[0], "what a user sets is respected, and is seen here to spin"
 
 
 def test_the_kernels_use_as_many_threads_as_torch_does_and_leave_it_its_own():
