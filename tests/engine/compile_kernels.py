@@ -42,7 +42,7 @@ def record(kernel, *arguments, grid, warmup, **options):
 
 
 def usage(kernel, arguments, options, capability):
-    """Registers, bytes of stack (where spilled registers go) and shared memory, and how many loads have 16 bytes."""
+    """Registers, bytes of stack (where spilled registers go) and shared memory; of attention also its loads, and those of 16 bytes."""
     signature, constants, aligned = {}, {}, {}
 
     def describe(value, place, is_constant=False):
@@ -64,22 +64,25 @@ def usage(kernel, arguments, options, capability):
         signature[parameter.name] = describe(value, (index,), parameter.is_constexpr)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        resources, code = (
-            subprocess.run([TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", resources).groups()
-    return {
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump(compiled.asm["cubin"], "-res-usage")).groups()
+    found = {
         "kernel": kernel.__name__,
         "registers": int(registers),
         "stack": int(stack),
         "shared": compiled.metadata.shared,
-        "wide loads": len(re.findall(r"LDG\S*\.128", code)),
-        "loads": len(re.findall(r"LDG", code)),
     }
+    if kernel.__name__ == "attend":
+        code = dump(compiled.asm["cubin"], "-sass")  # over a second
+        found |= {"wide loads": len(re.findall(r"LDG\S*\.128", code)), "loads": len(re.findall(r"LDG", code))}
+    return found
+
+
+def dump(cubin, flag):
+    """What cuobjdump says of machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def empty(*size, dtype=torch.float32):
