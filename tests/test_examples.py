@@ -15,10 +15,9 @@ EXAMPLES = {
 }
 SMOLLM2 = {
     "long_document": ("--tokens", "400", "--window", "150"),
-    "transformers_pipeline": ("--tokens", "300"),
     "code_completion": (),
-    "perplexity_study": ("--lengths", "256", "320", "--target", "128", "--out", "{folder}"),
 }
+"""Those that say what the tiny model cannot."""
 SAYS = {
     "long_document": "sink-window:",
     "transformers_pipeline": "untouched: ",

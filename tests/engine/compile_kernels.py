@@ -42,7 +42,7 @@ def record(kernel, *arguments, grid, warmup, **options):
 
 
 def usage(kernel, arguments, options, capability):
-    """Registers, bytes of stack (where spilled registers go) and shared memory; of attention also its loads, and those of 16 bytes."""
+    """Registers, bytes of stack (where spilled registers go) and shared memory; for attention also its loads."""
     signature, constants, aligned = {}, {}, {}
 
     def describe(value, place, is_constant=False):
