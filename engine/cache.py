@@ -174,7 +174,7 @@ def common_window(config: PreTrainedConfig) -> int | None:
     It is None for a family without windows, whatever the config says: a config that was converted from Mistral may
     still have a window, which the model does not read.
     """
-    return getattr(config, "sliding_window", None) if hasattr(type(config), "sliding_window") else None
+    return config.sliding_window if hasattr(type(config), "sliding_window") else None
 
 
 def adopt(cache: Cache, capacity: int = 256) -> None:

@@ -189,7 +189,7 @@ def ceiling_base(length: int, dim: int) -> float:
 
     def safe(x: float) -> bool:
         phases = [(length - 1) * math.exp(-2 * i / dim * x) for i in range(dim // 2)]
-        return sum(math.cos(p) if p <= math.pi else -1.0 for p in phases) >= 0
+        return sum(math.cos(min(p, math.pi)) for p in phases) >= 0
 
     low, high = 0.0, 1.0
     while not safe(high):

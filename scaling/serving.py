@@ -51,13 +51,12 @@ def read_all(config: Mapping[str, Any]) -> list[EngineReading]:
     kind = next((kind for kind in configured if not hf.is_local(kind)), next(iter(configured)))
     text, length = hf.text_content(config), "original_max_position_embeddings"
     if kind is None:
-        parameters, written = hf.merged_parameters(text_config), text.get("rope_parameters")
+        parameters = hf.merged_parameters(text_config)
+        if not any(length in (part or {}) for part in (text, text.get("rope_scaling"), text.get("rope_parameters"))):
+            parameters.pop(length, None)  # transformers adds it; the other engines do not see it
     else:
         parameters = {key: value for key, value in text_config.rope_parameters[kind].items() if value is not None}
-        written = (text.get("rope_parameters") or {}).get(kind)
         notes.append(_layers_note(kind, configured))
-    if not any(length in (part or {}) for part in (text, text.get("rope_scaling"), written)):
-        parameters.pop(length, None)  # transformers adds it; the other engines do not see it
     engine_rope = EngineRope(
         config=text_config,
         parameters=parameters,

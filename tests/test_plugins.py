@@ -85,7 +85,7 @@ BROKEN = {
     "no facet": (
         SCALER.replace("Factored", "Scaler"),
         "stretching:Stretch",
-        "Stretch.facet is None; it must be one of",
+        "Stretch.facet is None; it must be one of frequencies, wavelength grid, ",
     ),
 }
 

@@ -7,9 +7,10 @@ import torch
 from transformers import LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ropewalk import PatchError
+from ropewalk import OutOfMemory, PatchError
 from ropewalk.engine import cache as caches
 from ropewalk.engine.cache import (
+    CacheLost,
     ContiguousLayer,
     UnrotatedLayer,
     adopt,
@@ -17,8 +18,11 @@ from ropewalk.engine.cache import (
     cache_bytes,
     can_rewind,
     evict,
+    is_lack_of_memory,
+    layers_agree,
     most_held,
     new_cache,
+    restoring,
     rewind,
     tokens_read,
 )
@@ -204,6 +208,15 @@ def test_keys_are_dropped_behind_the_first_ones():
     assert layer.evicted == 4
 
 
+@pytest.mark.parametrize("kind", [ContiguousLayer, UnrotatedLayer])
+def test_rotated_keys_move_up_as_they_are_given(kind):
+    layer, given, moved = kind(capacity=16), states(10), states(5)
+    layer.update(given, -given)
+    layer.evict(2, 3, 6, moved)
+    assert torch.equal(layer.keys[:, :, :7], torch.cat((given[:, :, :2], moved), 2))
+    assert torch.equal(layer.values[:, :, :7], -torch.cat((given[:, :, :2], given[:, :, 5:]), 2))
+
+
 def filled(tokens, layers=2, capacity=16):
     cache = new_cache(LlamaConfig(**SMALL), capacity)
     for index in range(layers):
@@ -220,7 +233,10 @@ def test_many_keys_are_dropped_at_once_and_the_end_stays():
     evict(cache, (first, last))
     assert cache.get_seq_length() == most - 1
     cache = filled(most)
+    given = [layer.keys.clone() for layer in cache.layers]
     evict(cache, (first, last))
+    for layer, keys in zip(cache.layers, given, strict=True):
+        assert torch.equal(layer.keys[:, :, : layer.length], keys[:, :, [*range(4), *range(1028, most)]])
     assert [layer.length for layer in cache.layers] == [68 + caches.SPARE] * 2
     assert [layer.evicted for layer in cache.layers] == [caches._STRIDE] * 2
     assert [layer.needed for layer in cache.layers] == [67] * 2
@@ -230,11 +246,26 @@ def test_many_keys_are_dropped_at_once_and_the_end_stays():
     rewind(cache, caches.SPARE + 1)
     assert cache.get_seq_length() == 67
     rewind(cache, 0)
-    with pytest.raises(PatchError, match="the last 1 tokens of this cache have to be read again, and its layers"):
+    with pytest.raises(
+        PatchError, match=r"the last 1 tokens of this cache .* dropped\) cannot be rewound; give a new cache"
+    ):
         rewind(cache, 1)
     wide = filled(5004 + caches.SPARE + 4999)
     evict(wide, (4, 5000))
     assert wide.layers[0].evicted == 0
+
+
+def test_every_layer_is_asked_for_its_rotated_keys():
+    cache, moved, asked = filled(most_held((4, 64))), states(64 + caches.SPARE), []
+
+    def rotated(*place):
+        asked.append(place)
+        return moved + place[0]
+
+    evict(cache, (4, 64), rotated)
+    assert asked == [(0, 4, caches._STRIDE), (1, 4, caches._STRIDE)]
+    for index, layer in enumerate(cache.layers):
+        assert torch.equal(layer.keys[:, :, 4 : layer.length], moved + index)
 
 
 def test_caches_of_other_kinds_are_left_alone():
@@ -282,3 +313,50 @@ def test_bytes_are_those_of_buffers_and_rotated_keys():
     cache.layers[0].rotated.get("a", 0, rotate.keys, rotate)
     assert cache_bytes(cache) == 5 * layer_bytes
     assert cache_bytes(new_cache(LlamaConfig(**SMALL), 8)) == 0
+    plain = DynamicCache()
+    plain.update(states(10), states(10), 0)
+    assert cache_bytes(plain) == 2 * 2 * 10 * 8 * 4
+
+
+LACKS = [
+    MemoryError(),
+    torch.OutOfMemoryError("no words that are known"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", LACKS, ids=str)
+def test_a_step_without_memory_leaves_the_caches_as_they_were(error):
+    cache, other = filled(10), filled(6)
+    with pytest.raises(OutOfMemory, match="out of memory after 16 tokens; shorten") as raised, restoring(cache, other):
+        cache.update(states(3), states(3), 0)  # the second layer does not come to it
+        raise error
+    assert raised.type is OutOfMemory
+    assert [layer.length for held in (cache, other) for layer in held.layers] == [10, 10, 6, 6]
+
+
+def test_other_errors_leave_a_step_as_it_is():
+    cache = filled(10)
+    with pytest.raises(RuntimeError, match="shapes do not match"), restoring(cache):
+        cache.update(states(3), states(3), 0)
+        raise RuntimeError("shapes do not match")
+    assert cache.layers[0].length == 13
+
+
+def test_an_error_that_follows_from_a_lack_of_memory_is_one():
+    error = RuntimeError("the capture failed")
+    assert not is_lack_of_memory(error)
+    error.__context__ = torch.OutOfMemoryError()
+    assert is_lack_of_memory(error)
+
+
+def test_a_cache_that_cannot_go_back_is_lost():
+    torn = filled(most_held((4, 64)))
+    torn.layers[0].evict(4, 100, 0)
+    assert layers_agree(filled(3)) and not layers_agree(torn)
+    windows = new_cache(MistralConfig(**SMALL, sliding_window=4), 8)
+    for cache in (torn, windows):
+        with pytest.raises(CacheLost), restoring(cache):
+            raise MemoryError

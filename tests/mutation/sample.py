@@ -55,7 +55,11 @@ class Group:
 
 
 GROUPS = {
-    "scaling": Group(("scaling/*.py",), ("tests/scaling",), 80),
+    "scaling": Group(
+        ("scaling/*.py",),
+        ("tests/scaling", "tests/test_plugins.py::test_a_scaler_that_cannot_be_used_is_refused_by_name"),
+        80,
+    ),
     "cover": Group(
         ("tokenizer_tools/cover.py", "tokenizer_tools/splits.py"),
         ("tests/tokenizer_tools/test_cover_small.py",),

@@ -208,7 +208,7 @@ def test_ntk_refuses_a_single_pair(scaler: Scaler) -> None:
 
 
 def test_length_rules_refuse_lengths_below_the_trained_one() -> None:
-    with pytest.raises(ConfigError, match="length 100 is below the trained length 4096"):
+    with pytest.raises(ConfigError, match="below the trained length 4096; take at least the trained length"):
         CriticalBase(length=100).check(LLAMA2)
     with pytest.raises(ConfigError, match="trained length 6"):
         CriticalBase(length=100).check(RopeSpec(dim=8, base=1e4, trained_length=6))

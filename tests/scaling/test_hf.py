@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -50,9 +51,13 @@ def test_types_are_read_as_their_methods() -> None:
     assert scaler("longrope, factor") == LongRoPE(factor=16, short=(1.0,) * 8, long=(2.0,) * 8, attention_factor=1.25)
     assert scaler("proportional") == Scaler()
     assert scaler("proportional, factor") == Linear(factor=4)
-    assert read(llama(dict(TYPES["proportional"])))[None].rope == RopeSpec(
-        dim=16, base=1e4, trained_length=1024, rotating_pairs=2
-    )
+
+    def rope(name: str, **fields: float) -> RopeSpec:
+        return read(llama({**TYPES[name], **fields}))[None].rope
+
+    plain = RopeSpec(dim=16, base=1e4, trained_length=1024)
+    assert rope("proportional") == dataclasses.replace(plain, rotating_pairs=2)
+    assert rope("proportional", partial_rotary_factor=1.0) == rope("default") == plain
 
 
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
@@ -256,7 +261,7 @@ def test_a_factor_that_engines_read_differently_is_refused(extra: dict[str, floa
     """DeepSeek-R1-0528-Qwen3-8B: 0.878 times 0.1 ln 4 + 1 is 1 in vLLM; transformers ignores it."""
     document = {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 131072}
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6, **extra}
-    with pytest.raises(ConfigError, match=r"engines disagree about attn_factor=0\.878") as caught:
+    with pytest.raises(ConfigError, match=r"qwen3: engines disagree about attn_factor=0\.878") as caught:
         read(document | {"rope_parameters": yarn | {"attn_factor": 0.8782488562869419}})
     assert left in str(caught.value)
     plain = read(document | {"rope_parameters": yarn})[None].scaler

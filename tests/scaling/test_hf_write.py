@@ -97,6 +97,13 @@ def test_native_types(scaler: Scaler, rope_type: str) -> None:
             assert back.scaler == scaler
 
 
+@pytest.mark.parametrize("scaler", [Scaler(), NTK(factor=4), YaRN(factor=4, attention_factor=1.2)], ids=str)
+def test_every_method_is_written_as_longrope_on_request(scaler: Scaler) -> None:
+    parameters = write(SMALL, scaler, as_longrope=True)
+    assert parameters["rope_type"] == "longrope"
+    assert_same(scaler, SMALL, reread(parameters), rtol=1e-6)
+
+
 @pytest.mark.parametrize("scaler", CARRIED, ids=str)
 def test_the_others_are_written_as_longrope_exactly(scaler: Scaler) -> None:
     parameters = write(SMALL, scaler)

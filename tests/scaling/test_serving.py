@@ -53,6 +53,60 @@ def test_transformers_vllm_and_sglang_read_the_served_form_alike(spec):
             assert frequencies.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-6), engine
 
 
+@pytest.mark.parametrize("spec", ["none", "ntk:4", "yarn:4"])
+def test_longrope_factors_are_served_on_request(spec):
+    scaler = parse(spec)
+    parameters = hf_write.write_served(ROPE, scaler, as_longrope=True)
+    assert parameters["rope_type"] == "longrope"
+    frequencies, wanted = readings(parameters)["vLLM"].frequencies(8192), scaler.frequencies(ROPE)
+    torch.testing.assert_close(frequencies.inv_freq, wanted.inv_freq, rtol=1e-6, atol=0)
+    assert frequencies.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rope_type"),
+    [
+        ("none", "default"),
+        ("base:5e5", "default"),
+        ("yarn:4", "yarn"),
+        ("yarn:4,mscale=1,mscale_all_dim=0.7", "yarn"),
+        ("yarn:4,attention_factor=1.3", "yarn"),
+        ("yarn:4,attention_factor=1", "yarn"),
+        ("yarn:1,attention_factor=1", "yarn"),
+        ("yarn:4,attention_factor=1.3,mscale_all_dim=0.7", "yarn"),
+    ],
+)
+def test_latent_attention_is_served_as_yarn_with_the_m_of_its_mscales(spec, rope_type):
+    scaler = parse(spec)
+    parameters = hf_write.write_served(ROPE, scaler, yarn_only=True)
+    assert parameters["rope_type"] == rope_type and "attention_factor" not in parameters
+    wanted = scaler.frequencies(ROPE)
+    for engine in ("transformers", "vLLM", "SGLang"):
+        frequencies = readings(parameters)[engine].frequencies(8192)
+        torch.testing.assert_close(frequencies.inv_freq, wanted.inv_freq, rtol=1e-6, atol=0)
+        assert frequencies.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-6), engine
+    if "mscale_all_dim" in spec:
+        assert parameters["mscale_all_dim"] == 0.7  # latent attention multiplies its logits by it
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (
+            "linear:4",
+            "they read every scaling of it as the yarn of DeepSeek, with truncated ends; take yarn or another",
+        ),
+        ("cope", "they read every scaling of it as the yarn of DeepSeek"),
+        ("yarn:4,truncate=false", "they read every scaling of it as the yarn of DeepSeek"),
+        ("yarn:4,attention_factor=0.9", "0.9 needs an mscale that is not above 0; take a larger one"),
+        ("yarn:1,attention_factor=1.3", "1.3 needs an mscale that is not above 0"),
+    ],
+)
+def test_latent_attention_refuses_what_yarn_cannot_say(spec, words):
+    with pytest.raises(ConfigError, match=f"cannot be written for vLLM and SGLang.*{words}"):
+        hf_write.write_served(ROPE, parse(spec), yarn_only=True)
+
+
 @pytest.mark.parametrize("scaler", [Linear(factor=4), YaRN(factor=4), Llama3(factor=4)])
 def test_factors_are_written_as_floats(scaler):
     for write in (hf_write.write, hf_write.write_served):
