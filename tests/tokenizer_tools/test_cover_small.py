@@ -14,6 +14,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from ropewalk.errors import DataError, UnsupportedModel
 from ropewalk.tokenizer_tools import cover as cover_module
 from ropewalk.tokenizer_tools.cover import Node, _is_fixed_border, _loses_end, cover
+from ropewalk.tokenizer_tools.splits import possible_splits
 from ropewalk.tokenizer_tools.vocabularies import vocabulary
 
 
@@ -249,6 +250,53 @@ def test_a_prompt_of_token_ids_is_that_of_its_text():
     long = 200 * text  # only its end is tokenized again
     assert cover(known, 200 * letters) == cover(known, long)
     assert cover(known, long).prompt == tuple(known.encode(long))
+
+
+@pytest.mark.parametrize(
+    "before", [[b"\xa9"], [b"ab", b"\xff"], [b"\xa9", b"a", b"b", b"\xff"], [b"\xff", b"a", b"\xa9", b"abc", b"\xc3"]]
+)
+@pytest.mark.parametrize("special", [[], [b"<s>"], [b"a", b"<s>"]])
+def test_token_ids_up_to_an_invalid_character_stay_as_they_are(before, special):
+    tokenizer = by_merges(("a", "b"), ("ab", "c"))
+    tokenizer.add_special_tokens(["<s>"])
+    known, special_id = vocabulary(tokenizer, special_tokens=True), tokenizer.token_to_id("<s>")
+
+    def ids(tokens):
+        return tuple(known.tokens.index(token) if token in known.tokens else special_id for token in tokens)
+
+    covered, alone = cover(known, [*ids([*special, *before]), *ids([b"a", b"b"])]), cover(known, "ab")
+    assert covered.text == b"ab"
+    assert covered.common_prefix == (*ids([*special, *before]), *alone.common_prefix)
+    assert covered.nodes == alone.nodes
+
+
+def test_the_splits_of_a_text_and_how_it_can_go_on():
+    """Words, runs of digits, marks, and white space are pieces."""
+    known = vocabulary(SPACED)
+    for text, inside, outside in (
+        (b"a", b"aXz\xc3\xe4", b"1 -.\n"),
+        (b"1", b"19\xc2", b"aX -.\n"),
+        (b"-", b"-.=", b"a1 \n"),
+        (b" ", b" \n\ta1-", b""),
+        (b"\n", b" \n\t\r", b"a1-\x00"),
+        (b"a\xe4", bytes(range(256)), b""),
+    ):
+        splits = possible_splits(known, text)
+        together = splits[0].next_bytes
+        assert set(inside) <= together and not set(outside) & together, text
+        assert all(0 < start < len(text) for split in splits for start in split.piece_starts)
+    starts = {split.piece_starts for split in possible_splits(known, b"a  ")}
+    assert starts == {(1,), (1, 2)}, "the last space may belong to a word after it"
+
+
+def test_tokens_that_the_model_has_not_are_in_no_cover():
+    """The tokenizer's last token, abc, has no row."""
+    tokenizer = by_merges(("a", "b"), ("ab", "c"))
+    known, fewer = vocabulary(tokenizer), vocabulary(tokenizer, rows=len(vocabulary(tokenizer).tokens) - 1)
+    paths = [[node.path for node in cover(each, [known.tokens.index(b"a")]).nodes] for each in (known, fewer)]
+    assert paths[0] == paths[1]
+    with pytest.raises(DataError):
+        cover(fewer, "abc")
 
 
 def test_an_empty_prompt_has_one_node_and_no_common_prefix():
