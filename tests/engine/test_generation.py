@@ -226,3 +226,12 @@ def test_nothing_is_written_together_with_what_needs_other_frequencies(model, mo
     monkeypatch.setattr(model._runner, "step", lambda rows: sizes.append(len(rows)) or step(rows))
     model.generate([TEXT, TEXT * 3], greedy(4))
     assert set(sizes) == {1}
+
+
+def test_a_session_beyond_the_trained_length_writes_under_the_frequencies_of_its_length(tiny_folder):
+    grown = rw.load(tiny_folder, rope="dynamic-ntk", compile=False, max_length=4096)
+    session = grown.session()
+    session.append((TEXT + MORE) * 6)
+    assert session.tokens > grown.trained_length
+    expected = grown.generate((TEXT + MORE) * 6 + "\ndef ", greedy(6))
+    assert session.generate("\ndef ", greedy(6)).token_ids == expected.token_ids

@@ -1,12 +1,13 @@
 """Filters against their definitions on small vectors, and draws against probabilities."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ropewalk import ConfigError, SamplingParams
-from ropewalk.engine.sampling import ResolvedParams, SeenTokens, filtered, penalize_repetition, sample
+from ropewalk.engine.sampling import ResolvedParams, SeenTokens, filtered, not_finite, penalize_repetition, sample
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
@@ -139,3 +140,9 @@ def test_draws_from_many_tokens_follow_their_probabilities():
     statistic = float(((counts - expected) ** 2 / expected)[common].sum())
     degrees = int(common.sum())
     assert abs(statistic - degrees) < 5 * math.sqrt(2 * degrees)
+
+
+def test_numbers_that_are_none_are_told_of_with_what_to_do():
+    words = str(not_finite(SimpleNamespace()))
+    assert words.startswith("the logits of this SimpleNamespace are NaN or infinite")
+    assert words.endswith("take another scaler, or load with dtype='float32'")

@@ -277,3 +277,14 @@ def test_the_time_of_reading_is_counted_once_where_memory_runs_out(model, monkey
     monkeypatch.setattr(batch.Batch, "_free_unused", lambda self: bool(unused and unused.pop()))
     model.generate(TEXT, greedy(1))
     assert len(counted) > 1 and sum(counted) == clock[0]
+
+
+def test_the_lead_of_reading_is_what_steps_have_not_made_up_for():
+    admission = batch.Admission(rows=4)
+    admission.count_reading(2.0)
+    admission.count_reading(1.5)
+    assert admission.lead == 3.5
+    admission.count_step(1.0)
+    assert admission.lead == 2.5
+    admission.count_step(4.0)
+    assert admission.lead == 0

@@ -91,6 +91,7 @@ GROUPS = {
             "tests/engine/test_printed.py",
             "tests/engine/test_packed.py",
             "tests/engine/test_out_of_memory.py",
+            "tests/test_default_params.py",
         ),
         80,
     ),
