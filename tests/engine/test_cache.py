@@ -289,6 +289,9 @@ def test_caches_of_other_kinds_are_left_alone():
     adopt(full, 32)
     assert [type(layer) for layer in full.layers] == [DynamicLayer, UnrotatedLayer]  # one holds keys already
     assert full.layers[1].capacity == 32
+    plain = DynamicCache(config=LlamaConfig(**SMALL))
+    adopt(plain)
+    assert plain.layers[0].capacity == 256
     mixed = new_cache(LlamaConfig(**SMALL), 8)
     mixed.layers[1] = windows.layers[1]
     assert not can_rewind(mixed)
