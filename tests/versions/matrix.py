@@ -113,7 +113,10 @@ def run(interpreter: Path, in_front: list[Path], tests: list[str]) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         chosen = ["-m", "not slow and not model", f"--junitxml={report}", *tests]
-        chosen += ["--deselect", "tests/test_public.py::test_generated_docs_are_fresh"]  # a row of before makes them old
+        chosen += [
+            "--deselect",
+            "tests/test_public.py::test_generated_docs_are_fresh",
+        ]  # a row of before makes them old
         subprocess.run([interpreter, "-m", "pytest", "-q", *chosen], cwd=ROOT, env=environment, check=False)
         cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [
