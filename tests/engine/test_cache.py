@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kv_caches import shape
 from transformers import LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -26,6 +27,7 @@ from ropewalk.engine.cache import (
     rewind,
     tokens_read,
 )
+from ropewalk.engine.kv_cache import KVCache
 from ropewalk.engine.rotated_keys import RotatedKeys
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
@@ -319,6 +321,7 @@ def test_bytes_are_those_of_buffers_and_rotated_keys():
     plain = DynamicCache()
     plain.update(states(10), states(10), 0)
     assert cache_bytes(plain) == 2 * 2 * 10 * 8 * 4
+    assert cache_bytes(KVCache(shape(torch.int8), 16)) == 16 * shape(torch.int8).bytes_per_token  # with its scales
 
 
 LACKS = [
