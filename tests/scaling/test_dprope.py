@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ropewalk.errors import ConfigError
 from ropewalk.scaling import DPRoPE, RopeSpec
+from ropewalk.scaling.dprope import _distribution
 
 ropes = st.builds(
     RopeSpec,
@@ -49,6 +50,11 @@ def test_a_pair_takes_the_nearer_distribution(rope: RopeSpec, s: float) -> None:
         assert new in (theta, theta / s)
         if abs(kept - divided) > 1e-9:
             assert new == (theta if kept < divided else theta / s)
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.3, 0.007])
+def test_a_share_is_counted_exactly_in_a_long_text(theta: float) -> None:
+    assert _distribution(theta, 50_000).tolist() == pytest.approx(shares(theta, 50_000), rel=1e-12)
 
 
 def test_factor_one_is_the_untouched_model() -> None:

@@ -53,6 +53,12 @@ def test_transformers_vllm_and_sglang_read_the_served_form_alike(spec):
             assert frequencies.attention_factor == pytest.approx(wanted.attention_factor, rel=1e-6), engine
 
 
+@pytest.mark.parametrize("spec", ["none", "linear:4", "yarn:4", "ntk-mixed:4"])
+def test_a_head_that_rotates_in_part_says_its_share(spec):
+    parameters = hf_write.write_served(ROPE, parse(spec), head_dim=128)
+    assert parameters == {**hf_write.write_served(ROPE, parse(spec)), "partial_rotary_factor": 0.5}
+
+
 @pytest.mark.parametrize("spec", ["none", "ntk:4", "yarn:4"])
 def test_longrope_factors_are_served_on_request(spec):
     scaler = parse(spec)
