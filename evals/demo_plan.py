@@ -14,7 +14,7 @@ from .protocols.perplexity_cell import PerplexityCell
 from .runs.result import Run
 
 _RATIOS = (2.0, 1.75, 1.5)  # longest context over trained length; the untouched model fails from about 1.4 on
-_SLOW_RATIOS = (1.5, 1.25, 1.125)  # where there is no time for the trained length too
+_SLOW_RATIOS = (1.5, 1.25, 1.125)  # where there is no time for the trained length and a second scaler too
 _MOST_SAMPLES = 8
 _MAP_TIME = 1.15  # of a scaler over that of the untouched model: a position map takes longer
 
@@ -61,9 +61,8 @@ class DemoPlan:
         within = cost.passes((trained_length // 4, trained_length)) / rate
         ratio = next((ratio for ratio in _RATIOS if within + beyond(ratio) <= seconds), None)
         if ratio is None:
-            return plan(
-                next((ratio for ratio in _SLOW_RATIOS if beyond(ratio, scalers=1) <= seconds), _SLOW_RATIOS[-1])
-            )
+            fitting = (ratio for ratio in _SLOW_RATIOS if beyond(ratio, scalers=1) <= seconds)
+            return plan(next(fitting, _SLOW_RATIOS[-1]))
         to_curve = within + cost.passes([plan(ratio).longest]) / rate
         samples = min(_MOST_SAMPLES, int(seconds / (within + beyond(ratio))), int(first / to_curve))
         return plan(ratio, max(1, samples))

@@ -21,6 +21,7 @@ class WindowRotation:
     """
 
     def __init__(self) -> None:
+        # by site and scaler, those of the last length: a growing one would leave many
         self._last: dict[object, tuple[int | None, Frequencies, Copies]] = {}
 
     def rotate(

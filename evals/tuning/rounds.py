@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ from ..runs.result import Row, Run
 from .candidates import Candidate, Objective, Tuned, by_skimming, fits_config, neighbours, ranked, starting_points
 from .factor_search import FactorSpace, FoundFactors, search_factors
 from .text import TuneText, can_skim
+
+_LOG = logging.getLogger(__name__)
 
 SEARCHED = "longrope (searched)"
 """The name of the scaler with searched factors, whose spec is too long."""
@@ -298,7 +301,7 @@ class Rounds:
         try:
             cells = retrieval_cells(self._local, [task], scalers, contexts=[self._target], depths=_DEPTHS, trials=1)
         except DataError as error:
-            self._console.print(f"No passkeys at {format_length(self._target)}: {error}", highlight=False)
+            _LOG.warning("passkeys were left out: %s", error)
             return
 
         def store(row: Row) -> None:

@@ -112,11 +112,9 @@ def run(interpreter: Path, in_front: list[Path], tests: list[str]) -> dict[str, 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        chosen = ["-m", "not slow and not model", f"--junitxml={report}", *tests]
-        chosen += [
-            "--deselect",
-            "tests/test_public.py::test_generated_docs_are_fresh",
-        ]  # a row of before makes them old
+        # the row of an earlier release is not in the docs yet
+        stale = ["--deselect", "tests/test_public.py::test_generated_docs_are_fresh"]
+        chosen = ["-m", "not slow and not model", *stale, f"--junitxml={report}", *tests]
         subprocess.run([interpreter, "-m", "pytest", "-q", *chosen], cwd=ROOT, env=environment, check=False)
         cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [
