@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -14,7 +15,8 @@ from .protocols.perplexity_cell import PerplexityCell
 from .runs.result import Run
 
 _RATIOS = (2.0, 1.75, 1.5)  # longest context over trained length; the untouched model fails from about 1.4 on
-_SLOW_RATIOS = (1.5, 1.25, 1.125)  # where there is no time for the trained length and a second scaler too
+_RATIOS_OF_ONE = (1.5, 1.375)  # where there is no time for a second scaler
+_RATIOS_ALONE = (1.5, 1.25, 1.125)  # where there is none for the untouched model at the trained length either
 _MOST_SAMPLES = 8
 _MAP_TIME = 1.15  # of a scaler over that of the untouched model: a position map takes longer
 
@@ -41,7 +43,8 @@ class DemoPlan:
         """The longest context, then the most places, that a machine has time for.
 
         The longest context is the same for all scalers. A slow machine gets one for which there is time for the
-        untouched model and one scaler there; the rest is for the next run.
+        untouched model and one scaler there, if possible beside the untouched model at the trained length; the rest is
+        for the next run.
 
         Args:
             rate: operations a second.
@@ -61,8 +64,9 @@ class DemoPlan:
         within = cost.passes((trained_length // 4, trained_length)) / rate
         ratio = next((ratio for ratio in _RATIOS if within + beyond(ratio) <= seconds), None)
         if ratio is None:
-            fitting = (ratio for ratio in _SLOW_RATIOS if beyond(ratio, scalers=1) <= seconds)
-            return plan(next(fitting, _SLOW_RATIOS[-1]))
+            one = (ratio for ratio in _RATIOS_OF_ONE if within + beyond(ratio, scalers=1) <= seconds)
+            alone = (ratio for ratio in _RATIOS_ALONE if beyond(ratio, scalers=1) <= seconds)
+            return plan(next(itertools.chain(one, alone), _RATIOS_ALONE[-1]))
         to_curve = within + cost.passes([plan(ratio).longest]) / rate
         samples = min(_MOST_SAMPLES, int(seconds / (within + beyond(ratio))), int(first / to_curve))
         return plan(ratio, max(1, samples))
