@@ -10,7 +10,7 @@ import numpy as np
 
 from ropewalk.evals.protocols.whole_text import ByPosition, Sliding
 from ropewalk.evals.reports import style
-from ropewalk.evals.runs.compare import UNTOUCHED, Difference, column_name, difference
+from ropewalk.evals.runs.compare import UNTOUCHED, Difference, column_name
 from ropewalk.evals.runs.result import Losses, Row, Run
 from ropewalk.evals.statistics import paired_difference
 from ropewalk.scaling import format_length, parse
@@ -37,11 +37,10 @@ def within() -> str:
     """What each scaler costs in the second half of the trained length: the paired difference to the untouched model."""
     run = Run(RUN)
     buckets = [rows for rows in _buckets(run) if _first(rows)["bucket_end"] == _first(rows)["trained_length"]]
-    lines = [_cells("untouched", [f"loss {rows[UNTOUCHED]['loss']:.3f}" for rows in buckets])]
+    lines = [_cells("untouched", [f"loss {_cut(run, rows[UNTOUCHED]).mean():.3f}" for rows in buckets])]
     for rope in _ropes(buckets):
         if rope != UNTOUCHED:
-            changes = [difference(run, rows.get(rope), rows[UNTOUCHED]) for rows in buckets]
-            lines.append(_cells(code(rope), ["" if change is None else changed(change) for change in changes]))
+            lines.append(_cells(code(rope), [changed(_difference(run, rows[rope])) for rows in buckets]))
     return _table(buckets, lines)
 
 
@@ -49,12 +48,10 @@ def beyond() -> str:
     """The loss beyond the trained length, and the paired difference to the untouched model that reads less of the text:
     windows of the trained length."""
     run = Run(RUN)
-    buckets = [rows for rows in _buckets(run) if _first(rows)["bucket_start"] >= _first(rows)["trained_length"]]
-    cut = [_cut(run, rows) for rows in buckets]
-    shown = ["" if losses is None else f"{losses.mean(dtype=np.float64):.3f}" for losses in cut]
-    lines = [_cells("untouched, cut to the trained length", shown)]
+    buckets = _beyond(run)
+    lines = [_cells("untouched, cut to the trained length", _cut_losses(run, buckets))]
     for rope in _ropes(buckets):
-        cells = [_beside(run, rows.get(rope), losses) for rows, losses in zip(buckets, cut, strict=True)]
+        cells = [_beside(run, rows[rope]) for rows in buckets]
         lines.append(_cells("untouched" if rope == UNTOUCHED else code(rope), cells))
     return _table(buckets, lines)
 
@@ -62,19 +59,17 @@ def beyond() -> str:
 def readme_table() -> str:
     """The plot and the table of the README: the losses of `README_METHODS` beyond the trained length."""
     run = Run(RUN)
-    buckets = [rows for rows in _buckets(run) if _first(rows)["bucket_start"] >= _first(rows)["trained_length"]]
-    cut = [_cut(run, rows) for rows in buckets]
+    buckets = _beyond(run)
     lines = [
         "![Loss by position, compared with the untouched model on a cut text](docs/positions.svg)",
         "",
         _cells("method", [rows[UNTOUCHED]["text"] for rows in buckets]),
         "|---" * (len(buckets) + 1) + "|",
-        _cells("untouched, text cut to 8k", [f"{one.mean(dtype=np.float64):.3f}" for one in cut if one is not None]),
+        _cells("untouched, text cut to 8k", _cut_losses(run, buckets)),
     ]
     for method, remark in README_METHODS.items():
         name = code(_absolute(method, SMOLLM2_LENGTH)) + (f" ({remark})" if remark else "")
-        cells = [_beside(run, rows[method], losses) for rows, losses in zip(buckets, cut, strict=True)]
-        lines.append(_cells(name, cells))
+        lines.append(_cells(name, [_beside(run, rows[method]) for rows in buckets]))
     return "\n".join([*lines, "", _passkeys()])
 
 
@@ -92,7 +87,7 @@ def draw() -> None:
     """The plot of the README: what reading on costs or gains, by position, beside the untouched model on a text that
     is cut to its trained length; means over the texts."""
     run = Run(RUN)
-    passes = [_pass(run, text) for text in dict.fromkeys(row["text"] for row in run.rows)]
+    texts = list(dict.fromkeys(row["text"] for row in run.rows))
     looks = style.line_styles(list(README_METHODS))
     names = {method: _absolute(method, SMOLLM2_LENGTH) for method in README_METHODS}
     with style.figure(style.WIDTH, 4.9, "SmolLM2-135M reads 16k tokens of three texts") as fig:
@@ -101,7 +96,7 @@ def draw() -> None:
         axes.set_ylim(-0.1, 0.5)
         ends = {}
         for method, look in looks.items():
-            apart = np.mean([one[method] - one["cut"] for one in passes], axis=0)
+            apart = np.mean([_apart(run, method, text) for text in texts], axis=0)
             edges = range(_BLOCK - 1, len(apart), _BLOCK)  # the first token is not scored
             means = np.array([block.mean() for block in np.split(apart, edges)])
             centres = (np.arange(len(means)) + 0.5) * _BLOCK
@@ -120,16 +115,18 @@ def draw() -> None:
     png.unlink()
 
 
-def _pass(run: Run, text: str) -> dict[str, Losses]:
-    """The losses at every position of one text, by scaler, and of the model on the cut text as "cut"."""
-    found: dict[str, list[Losses]] = {}
-    for rows in _buckets(run):
-        if _first(rows)["text"] == text:
-            for method in README_METHODS:
-                found.setdefault(method, []).append(_stored(run, rows[method]))
-    (cut,) = (_stored(run, row) for row in run.rows if row["protocol"] == Sliding.name and row["text"] == text)
-    joined = {method: np.concatenate(parts) for method, parts in found.items()}
-    return joined | {"cut": cut[: len(joined[UNTOUCHED])]}
+def _apart(run: Run, method: str, text: str) -> Losses:
+    """The losses at every position of one text under one method, less those of the model on the cut text."""
+    rows = [rows[method] for rows in _buckets(run) if _first(rows)["text"] == text]
+    return np.concatenate([_stored(run, row) - _cut(run, row) for row in rows])
+
+
+def _beyond(run: Run) -> list[Bucket]:
+    return [rows for rows in _buckets(run) if _first(rows)["bucket_start"] >= _first(rows)["trained_length"]]
+
+
+def _cut_losses(run: Run, buckets: Sequence[Bucket]) -> list[str]:
+    return [f"{_cut(run, rows[UNTOUCHED]).mean(dtype=np.float64):.3f}" for rows in buckets]
 
 
 def _stored(run: Run, row: Row) -> Losses:
@@ -138,39 +135,38 @@ def _stored(run: Run, row: Row) -> Losses:
     return losses
 
 
-def _beside(run: Run, row: Row | None, cut: Losses | None) -> str:
-    if row is None:
-        return ""
-    losses = run.losses(row)
-    if cut is None or losses is None:
-        return f"{row['loss']:.3f}"
-    mean, low, high = paired_difference(losses, cut)
-    return f"{row['loss']:.3f}, {changed(Difference(mean=mean, low=low, high=high))}"
+def _beside(run: Run, row: Row) -> str:
+    return f"{row['loss']:.3f}, {changed(_difference(run, row))}"
 
 
-def _cut(run: Run, rows: Bucket) -> Losses | None:
-    """The losses of the untouched model on the same tokens, in windows of the trained length that slide over the
-    text; None if it was not measured."""
-    first = _first(rows)
+def _difference(run: Run, row: Row) -> Difference:
+    """How a row differs from the model on the cut text, in pairs of tokens."""
+    mean, low, high = paired_difference(_stored(run, row), _cut(run, row))
+    return Difference(mean=mean, low=low, high=high)
+
+
+def _cut(run: Run, row: Row) -> Losses:
+    """The losses of the untouched model on the tokens of a row, in windows of the trained length that slide over the
+    text, computed in the same number formats."""
     shared = ("model", "text_sha256", "dtype", "weights")
-    for row in run.rows:
-        if row["protocol"] == Sliding.name and all(row[name] == first[name] for name in shared):
-            losses = run.losses(row)
-            assert losses is not None and row["text_tokens"] >= first["bucket_end"], "the windows end before the pass"
-            _check_alignment(run, losses, first)
-            return losses[first["bucket_start"] - 1 : first["bucket_end"] - 1]  # the first token is not scored
-    return None
+    (cut,) = (
+        other
+        for other in run.rows
+        if other["protocol"] == Sliding.name and all(other[name] == row[name] for name in shared)
+    )
+    assert cut["text_tokens"] >= row["bucket_end"], "the windows end before the pass"
+    losses = _stored(run, cut)
+    _check_alignment(run, losses, row)
+    return losses[row["bucket_start"] - 1 : row["bucket_end"] - 1]  # the first token is not scored
 
 
 def _check_alignment(run: Run, losses: Losses, pass_row: Row) -> None:
     """The first window is the beginning of the pass, so its losses are those of the untouched model there."""
     for other in _buckets(run):
-        row = other.get(UNTOUCHED)
-        if row is not None and row["bucket_end"] <= row["trained_length"] and _same_pass(row, pass_row):
-            expected = run.losses(row)
-            assert expected is not None
+        row = other[UNTOUCHED]
+        if row["bucket_end"] <= row["trained_length"] and _same_pass(row, pass_row):
             found = losses[row["bucket_start"] - 1 : row["bucket_end"] - 1]
-            assert np.abs(found - expected).mean() < 0.01, "windows and pass score different tokens"
+            assert np.abs(found - _stored(run, row)).mean() < 0.01, "windows and pass score different tokens"
 
 
 def _same_pass(a: Row, b: Row) -> bool:

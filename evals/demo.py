@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from transformers.cache_utils import Cache
 
+from ..engine.checkpoints.source import resolve
 from ..engine.hf_model import weight_count
 from ..engine.load import cpu_has_bfloat16, load
 from ..engine.model import Model
@@ -65,23 +66,23 @@ def specs(ratio: float) -> list[str]:
     return ["none", "auto", f"yarn:{factor}", *older]
 
 
-def run_demo(*, max_minutes: float | None, out: Path, started: float | None = None) -> list[Cell]:
+def run_demo(*, max_minutes: float | None, out: Path) -> list[Cell]:
     """Fetch, measure, write a passage, report. Returns the cells that were left out for lack of time.
 
     Args:
-        max_minutes: hard limit for everything after `started`; None goes to four times the trained length, and takes
-            the time it takes.
+        max_minutes: hard limit for everything after the fetching; None goes to four times the trained length, and
+            takes the time it takes.
         out: the run's folder.
-        started: `time.monotonic()` value; None is now.
     """
-    started = time.monotonic() if started is None else started
-    limit = None if max_minutes is None else started + 60 * max_minutes
     console = Console()
     run = Run(out)
     console.print(f"[bold]How far does {MODEL} read, and which scaler carries it further?[/bold]\n", highlight=False)
+    resolve(MODEL)
+    text = load_text(TEXT)
+    started = time.monotonic()  # after the downloads: a slow network leaves as much time as a fast one
+    limit = None if max_minutes is None else started + 60 * max_minutes
     if max_minutes is not None:
         console.print(f"This takes at most {max_minutes:g} minutes (--max-minutes).", highlight=False)
-    text = load_text(TEXT)
     # max_length: the passage may be the untouched model's, past its reach. The checkpoint was bfloat16 once.
     model = load(MODEL, dtype="bfloat16" if cpu_has_bfloat16() else "auto", max_length=2**20)
     closing = max(_LEAST_CLOSING, time.monotonic() - started)  # a machine that loads slowly reports slowly

@@ -118,7 +118,7 @@ def plot_loss_curve(rows: Sequence[Row], run: Run, out_stem: Path) -> tuple[Path
         axes = fig.add_subplot()
         style.style_axes(axes, x="context (tokens)", y="loss (nats per token)")
         style.length_axis(axes, contexts, min(contexts) / 1.1, max(contexts) * 1.06)
-        _draw(axes, curves, group[0]["trained_length"])
+        _draw(axes, curves, group[0]["trained_length"], has_gap=True)
         style.footnote(fig, f"{_scored(group)} Shaded: 95% interval of {of}.")
         return style.save(fig, out_stem)
 
@@ -189,17 +189,22 @@ def plot_by_position(rows: Sequence[Row], out_stem: Path) -> tuple[Path, Path]:
         return style.save(fig, out_stem)
 
 
-def _draw(axes: Axes, curves: Curves, trained_length: int) -> None:
-    """Curves, the trained length, marks for what is off the scale, and a label at the end of each
-    curve."""
+def _draw(axes: Axes, curves: Curves, trained_length: int, *, has_gap: bool = False) -> None:
+    """Curves, the trained length, marks for what is off the scale, and a label at the end of each curve.
+
+    With `has_gap` no line crosses the trained length: without a point there it is unknown where a curve begins to rise.
+    """
     bottom, top = scale(curves, trained_length)
     axes.set_ylim(bottom, top)
     style.mark_length(axes, trained_length, f"trained length {format_length(trained_length)}")
     looks = style.line_styles(list(curves))
     for rope, points in curves.items():
-        look, xs = looks[rope], [p.x for p in points]
-        axes.fill_between(xs, [p.low for p in points], [p.high for p in points], color=look.color, alpha=0.13, lw=0)
-        axes.plot(xs, [p.loss for p in points], color=look.color, ls=look.dashes, lw=look.width, zorder=3)
+        look = looks[rope]
+        halves = [p for p in points if p.x <= trained_length], [p for p in points if p.x >= trained_length]
+        for part in halves if has_gap else (points,):
+            xs = [p.x for p in part]
+            axes.fill_between(xs, [p.low for p in part], [p.high for p in part], color=look.color, alpha=0.13, lw=0)
+            axes.plot(xs, [p.loss for p in part], color=look.color, ls=look.dashes, lw=look.width, zorder=3)
         on_scale = [p for p in points if p.loss <= top]
         axes.plot([p.x for p in on_scale], [p.loss for p in on_scale], look.marker, ms=5, color=look.color, zorder=4)
     _mark_off_scale(axes, [(point, looks[rope]) for rope, point in _off_scale(curves, top)])

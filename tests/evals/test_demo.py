@@ -67,11 +67,22 @@ def machine(small_demo, monkeypatch):
     for module in (demo, measure, progress):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(LocalModel, "cost", cost)
-    losses, add = LocalModel.losses, Run.add
+    losses, add, load, load_text = LocalModel.losses, Run.add, demo.load, demo.load_text
 
-    def run(out, *, gflops, load_seconds=15.0, **settings):
+    def run(out, *, gflops, load_seconds=15.0, fetch_seconds=0.0, **settings):
         nonlocal now
-        now, done = load_seconds, {}
+        now, done = 0.0, {}
+
+        def after(seconds, function):
+            def delayed(*args, **named):
+                nonlocal now
+                now += seconds
+                return function(*args, **named)
+
+            return delayed
+
+        monkeypatch.setattr(demo, "load", after(load_seconds, load))
+        monkeypatch.setattr(demo, "load_text", after(fetch_seconds, load_text))
 
         def slow(model, ids, first, advance, length=None):
             def later(past, tokens):
@@ -90,7 +101,7 @@ def machine(small_demo, monkeypatch):
 
         monkeypatch.setattr(LocalModel, "losses", slow)
         monkeypatch.setattr(Run, "add", added)
-        small_demo(out=out, started=0.0, **settings)
+        small_demo(out=out, **settings)
         return now, done
 
     return run
@@ -119,6 +130,13 @@ def test_a_slow_machine_goes_where_the_untouched_model_fails_without_the_last_sc
     assert list(done)[:2] == [("none", 384), ("auto", 384)] and "yarn:2" not in {rope for rope, _ in done}
     losses = {(row["rope"], row["context"]): row["loss"] for row in Run(tmp_path / "run").rows}
     assert losses["auto", 384] + 1 < losses["none", 384]
+
+
+def test_a_slow_network_takes_none_of_the_time(machine, tmp_path):
+    _, done = machine(tmp_path / "near", gflops=161, max_minutes=5)
+    seconds, slowly = machine(tmp_path / "far", gflops=161, max_minutes=5, fetch_seconds=1000.0)
+    assert list(slowly) == list(done)
+    assert 1000 < seconds <= 1300
 
 
 def test_a_machine_too_slow_for_all_goes_on_with_the_next_run(machine, tmp_path, capsys):

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from drawings import assert_drawn, texts
+from matplotlib.figure import Figure
 
 from ropewalk.errors import DataError
+from ropewalk.evals.reports import style
 from ropewalk.evals.reports.loss_plots import Point, plot_by_position, plot_harm, plot_loss_curve, plot_run, scale
 from ropewalk.evals.runs.result import Run
 
@@ -26,6 +28,20 @@ def test_loss_curve(smollm_run: Run, tmp_path: Path) -> None:
     assert "none  7.50" in shown
     assert "rerope:4k|logn  3.47 at 16k" in shown
     assert "Loss against context: toy on novel" in shown
+
+
+def test_no_line_crosses_the_trained_length_where_it_was_not_measured(make_run: MakeRun, tmp_path, monkeypatch) -> None:
+    """Such a line would rise from the last short context on, as if the model began to fail there."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(style, "save", lambda figure, stem: (drawn.append(figure), (stem, stem))[1])
+    for losses in ({2: 3.5, 12: 4.2}, {2: 3.5, 8: 3.4, 12: 4.2}):
+        run = make_run({"none": losses})
+        plot_loss_curve(run.rows, run, tmp_path / "loss")
+    joined = [
+        [line.get_xdata() for line in figure.axes[0].lines if line.get_linestyle() == "--" and len(line.get_xdata())]
+        for figure in drawn
+    ]
+    assert [[list(xs) for xs in lines] for lines in joined] == [[[2048], [12288]], [[2048, 8192], [8192, 12288]]]
 
 
 def test_svg_is_the_same_each_time(smollm_run: Run, tmp_path: Path) -> None:

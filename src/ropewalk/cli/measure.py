@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,7 @@ def ppl(
     default=5.0,
     show_default=True,
     type=Minutes(),
-    help="Leave out what would not finish in this time, a hard limit; --full takes what it needs.",
+    help="Leave out what would not finish in this time after fetching, a hard limit; --full takes what it needs.",
 )
 @folder_option("runs/demo", exact=True)
 @run_json_option()
@@ -153,11 +152,10 @@ def demo(full: bool, max_minutes: float, out: Path, as_json: bool) -> None:
     and leaves a table, plots and a report that opens with the verdict. Stop it with Ctrl-C and run it again: it
     continues where it stopped.
     """
-    started = time.monotonic()  # importing is part of the time
     from ..evals.demo import run_demo
 
     with printed(as_json, out) as left_out:
-        left_out += run_demo(max_minutes=None if full else max_minutes, out=out, started=started)
+        left_out += run_demo(max_minutes=None if full else max_minutes, out=out)
 
 
 @command(
