@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from position_tables import code
+
+from ropewalk.engine.auto import self_extend
 from ropewalk.evals.reports.loss_plots import plot_loss_curve
 from ropewalk.evals.runs import compare
 from ropewalk.evals.runs.result import Row, Run
-from ropewalk.scaling import parse
+from ropewalk.scaling import RopeSpec, parse
 
 DOCS = Path(__file__).resolve().parent
 
@@ -31,6 +34,9 @@ class Cell:
 
     def rope(self, method: str) -> str:
         """The spec of a method as the rows have it."""
+        if method == AUTO:
+            rope = RopeSpec(dim=64, base=10_000.0, trained_length=self.trained_length)
+            return str(self_extend(rope, self.trained_length, self.times * self.trained_length))
         return str(parse(method.replace("yarn:F", f"yarn:{self.times}"), self.trained_length))
 
 
@@ -42,7 +48,11 @@ CELLS = (
     Cell(title="4x", run="choice-tiny", trained_length=256, times=4),
 )
 
+AUTO, AUTO_NAME = "auto", "`auto`: `self-extend:4,window=0.5x`, at 4x a group of 16"
+
 METHODS = (
+    AUTO,
+    "self-extend:8,window=0.5x",
     "self-extend:8,window=0.25x",
     "self-extend:8,window=0.25x|logn",
     "dual-chunk",
@@ -85,7 +95,7 @@ def choice_table() -> str:
             shown.append(f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})")
             losses = [other["loss"] for one in METHODS if (other := found[cell, one]) is not None]
             behind.append(row["loss"] - min(losses))
-        lines.append(f"| `{_cell_text(method)}` | {' | '.join(shown)} | {max(behind):.3f} |")
+        lines.append(f"| {AUTO_NAME if method == AUTO else code(method)} | {' | '.join(shown)} | {max(behind):.3f} |")
     return "\n".join(lines)
 
 
@@ -107,7 +117,3 @@ def _rows(cell: Cell) -> dict[tuple[str, float], Row]:
 def _plotted_rows() -> list[Row]:
     rows = [row for row in _run(SMOLLM2).rows if row["places"] == PLAY and row["rope"] in PLOTTED]
     return sorted(rows, key=lambda row: PLOTTED.index(row["rope"]))
-
-
-def _cell_text(spec: str) -> str:
-    return spec.replace("|", "\\|")

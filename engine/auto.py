@@ -12,8 +12,11 @@ from ..scaling.rope import RopeSpec, Scaler
 from ..scaling.yarn import YaRN
 from .tuned_scalers import TunedScaler
 
-GROUP = 8
-"""Self-Extend's group. With a window of a quarter of the trained length it reaches 6.25 times that length."""
+GROUP = 4
+"""Self-Extend's smallest group. With a window of half of the trained length it reaches 2.5 times that length."""
+
+MARGIN = 1.25
+"""What a scaler must reach, over the length of the request: the farthest distances were trained least."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +85,8 @@ class Choice:
         parts += [f"up to {format_length(step.target)} {step.scaler} ({step.why})" for step in self.steps]
         if self.takes_maps:
             default = self_extend(self.rope, self.trained_length)
-            reach = format_length(int(default.reach(replace(self.rope, trained_length=self.trained_length))))
-            parts.append(f"beyond {default} (the default; its group is doubled where a text is longer than {reach})")
+            longest = format_length(int(default.reach(replace(self.rope, trained_length=self.trained_length)) / MARGIN))
+            parts.append(f"beyond {default} (the default; its group is doubled where a text is longer than {longest})")
         else:
             parts.append("beyond yarn by the length (the default of a model that takes no position map)")
         return ", ".join(parts)
@@ -95,11 +98,11 @@ def self_extend(rope: RopeSpec, trained_length: int, length: int = 0) -> SelfExt
     Args:
         rope: the model's geometry.
         trained_length: tokens that the model reads without a scaler.
-        length: tokens of the request. The group is `GROUP`, doubled until the scaler reaches them.
+        length: tokens of the request. The group is `GROUP`, doubled until the scaler reaches `MARGIN` times as far.
     """
     geometry = replace(rope, trained_length=trained_length)
-    scaler = SelfExtend(group=GROUP, window=max(1, trained_length // 4))
-    while scaler.reach(geometry) < length:
+    scaler = SelfExtend(group=GROUP, window=max(1, trained_length // 2))
+    while scaler.reach(geometry) < MARGIN * length:
         scaler = replace(scaler, group=2 * scaler.group)
     return scaler
 

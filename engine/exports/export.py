@@ -101,7 +101,7 @@ def export(
 
         rw.export("smollm2-135m", "out", rope="ntk-mixed:4")                    # for stock transformers
         rw.export("model-q4_k_m.gguf", "long.gguf", rope="yarn:4", target="llama.cpp")
-        rw.export("./my-model", "served", rope="self-extend:8,window=0.25x|logn", target="vllm")
+        rw.export("./my-model", "served", rope="self-extend:8,window=0.5x|logn", target="vllm")
 
     Args:
         model: a name that `load` takes, a model that `load` returned, or a transformers model, patched or not.

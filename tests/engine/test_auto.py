@@ -17,7 +17,8 @@ from ropewalk.scaling import Auto
 
 SHORT = TEXT  # far within the trained length of 256
 LONG = TEXT * 8  # 296 tokens, between once and twice that
-DEFAULT = "self-extend:8,window=64"  # reaches 1600 tokens
+DEFAULT = "self-extend:4,window=128"  # for texts up to 512 tokens
+FARTHER = "self-extend:16,window=128"  # for 1024 tokens and some more
 
 
 @pytest.fixture(autouse=True)
@@ -181,42 +182,45 @@ def test_a_session_saved_under_it(compiled, tmp_path):
 def test_what_was_tuned_is_taken_up_to_its_target(compiled, cache):
     compiled.rope = "auto"
     assert compiled.rope_at(None) == compiled.rope_at(256) == rw.parse("none")
-    assert str(compiled.rope_at(257)) == str(compiled.rope_at(1600)) == DEFAULT
+    assert str(compiled.rope_at(257)) == str(compiled.rope_at(512)) == DEFAULT
     path = compiled.remember(tuned(compiled, 1024, "yarn:4", "rerope:64").as_stored(text="book"))
     assert path.parent == cache / "tuned"
     compiled.remember(tuned(compiled, 512, "dual-chunk", "none").as_stored(text="shakespeare"))
     chosen = {n: str(compiled.rope_at(n)) for n in (256, 257, 512, 513, 1024, 1025, 1600)}
     assert chosen == {
-        256: "none", 257: "dual-chunk", 512: "dual-chunk", 513: "yarn:4", 1024: "yarn:4", 1025: DEFAULT, 1600: DEFAULT,
+        256: "none", 257: "dual-chunk", 512: "dual-chunk", 513: "yarn:4", 1024: "yarn:4", 1025: FARTHER, 1600: FARTHER,
     }  # fmt: skip
     for text, spec in ((LONG, "dual-chunk"), (LONG * 2, "yarn:4")):
         assert torch.equal(scored(text)(compiled), under(compiled, spec, scored(text)))
     assert (
         "auto: up to 256 the untouched model, up to 512 dual-chunk (tuned on shakespeare), up to 1k yarn:4 "
-        f"(tuned on book), beyond {DEFAULT} (the default; its group is doubled where a text is longer than 1600)"
+        f"(tuned on book), beyond {DEFAULT} (the default; its group is doubled where a text is longer than 512)"
     ) in compiled.describe()
     assert "any length" in compiled.describe()
     compiled.remember(tuned(compiled, 512, "ntk:4").as_stored(text="shakespeare"))
     assert str(compiled.rope_at(300)) == "ntk:4"
 
 
-@pytest.mark.parametrize("length", [1601, 3104, 3105, 10**6])
-def test_beyond_the_reach_of_its_group_it_is_doubled(compiled, length):
+@pytest.mark.parametrize("length", [512, 513, 921, 922, 10**6])
+def test_the_group_is_the_smallest_that_reaches_a_quarter_farther(compiled, length):
     compiled.rope = "auto"
     scaler = compiled.rope_at(length)
-    group = 8
-    while (256 - 64 + 64 // group) * group < length:  # the reach in the scaler's docstring
+    group = 4
+    while (256 - 128 + 128 // group) * group < 1.25 * length:  # the reach in the scaler's docstring
         group *= 2
-    assert str(scaler) == f"self-extend:{group},window=64"
+    assert str(scaler) == f"self-extend:{group},window=128"
     compiled.rope = scaler
-    assert compiled.max_length >= length
-    compiled.rope = f"self-extend:{group // 2},window=64"
-    assert compiled.max_length < length
+    assert compiled.max_length >= 1.25 * length
+    compiled.rope = f"self-extend:{group // 2},window=128"
+    assert compiled.max_length < 1.25 * length
 
 
 def test_the_scaler_of_auto_is_the_one_that_the_docs_name(compiled, tiny_folder):
     compiled.rope = "auto"
-    assert compiled.rope_at(257) == rw.parse("self-extend:8,window=0.25x", 256)
+    lengths = {257: 4, 512: 4, 513: 8, 921: 8, 922: 16}
+    assert {n: str(compiled.rope_at(n)) for n in lengths} == {
+        n: str(rw.parse(f"self-extend:{group},window=0.5x", 256)) for n, group in lengths.items()
+    }
 
 
 def test_it_is_kept_for_the_model_in_other_dtypes_and_for_no_other(compiled, tiny_folder, cache, monkeypatch):

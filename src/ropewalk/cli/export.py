@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @command(
     epilog=EXAMPLES + '  ropewalk export smollm2-135m out --rope "ntk-mixed:4"\n'
     "  ropewalk export ./my-model served --rope yarn:4 --target vllm\n"
-    '  ropewalk export ./my-model mapped --rope "self-extend:8,window=0.25x|logn" --target vllm\n'
+    '  ropewalk export ./my-model mapped --rope "self-extend:8,window=0.5x|logn" --target vllm\n'
     "  ropewalk export ./my-model long.gguf --rope ntk:4 --target llama.cpp --dtype q8_0\n"
     "  ropewalk export my-model-q4_k_m.gguf long-q4_k_m.gguf --rope yarn:4 --target llama.cpp\n"
     "  ropewalk export ./my-model still --rope dynamic-yarn --length 32k"

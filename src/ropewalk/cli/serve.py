@@ -135,7 +135,7 @@ def _check_free(host: str, port: int) -> None:
 @command(
     "transformers-serve",
     context_settings={"ignore_unknown_options": True},
-    epilog=EXAMPLES + '  ropewalk export ./my-model mapped --rope "self-extend:8,window=0.25x|logn"\n'
+    epilog=EXAMPLES + '  ropewalk export ./my-model mapped --rope "self-extend:8,window=0.5x|logn"\n'
     "  ropewalk transformers-serve mapped --continuous-batching --port 9000",
 )
 @click.argument("folder")
