@@ -106,13 +106,19 @@ class ConfiguredRope:
         return dataclasses.replace(self.rope, trained_length=self.max_length)
 
     def reach(self, scaler: Scaler) -> float:
-        """The number of tokens that the model reaches under `scaler`, which may differ by layer."""
+        """The number of tokens that the model reaches under `scaler`, which may differ by layer.
+
+        Raises:
+            ConfigError: the scaler does not fit the geometry; a window above the trained length, say.
+        """
         return min((self._reach(each) for each in self.by_layer(scaler)), default=math.inf)
 
     def _reach(self, scaler: Scaler) -> float:
+        rope = self.rope_for(scaler)
+        scaler.check(rope)
         if not scaler.member("frequencies") and math.isinf(self.scaler.reach(self.rope)):
             return math.inf
-        return scaler.reach(self.rope_for(scaler))
+        return scaler.reach(rope)
 
     def check(self, scaler: Scaler) -> None:
         """Raise ConfigError if a scaler does not work here, or reaches less than the model's own scaling.
@@ -124,7 +130,6 @@ class ConfiguredRope:
             self._check(each)
 
     def _check(self, scaler: Scaler) -> None:
-        scaler.check(self.rope_for(scaler))
         reach, limit, trained = self._reach(scaler), self.max_length, self.rope.trained_length
         if self.scaler.parts and reach < limit:
             raise ConfigError(

@@ -87,7 +87,12 @@ def plot_scaler(scaler: Scaler, rope: RopeSpec, length: int, out_stem: Path) -> 
 
 
 def in_short(scaler: Scaler, rope: RopeSpec, length: int) -> dict[str, str]:
-    """The numbers behind the panels of `plot_scaler`, in words, by label."""
+    """The numbers behind the panels of `plot_scaler`, in words, by label.
+
+    Raises:
+        ConfigError: the scaler does not fit the geometry.
+    """
+    scaler.check(rope)
     reach, facets = scaler.reach(rope), facets_drawn(scaler)
     carried = "any length" if math.isinf(reach) else f"{int(reach)} tokens"
     lines = {"scaler": str(scaler), "reach": f"{carried} (trained {rope.trained_length})"}

@@ -197,6 +197,17 @@ def in_this_process(monkeypatch, *arguments):
             "No such option '--lenth'. Did you mean '--length'? (",
         ),
         (["show", "yarn"], "yarn: needs factor, as in 'yarn:4'"),
+        (["show", "self-extend:8,window=10k"], "self-extend: window 10240 must be below 8192, the length"),
+        (
+            [
+                "generate",
+                str(Path(__file__).parents[1] / "data" / "tiny-llama"),
+                "x",
+                "--rope",
+                "self-extend:8,window=10k",
+            ],
+            "self-extend: window 10240 must be below 256, the length",
+        ),
         (["show", "yarn:4", "--out", "a.jpg"], "a.jpg is no .png; a .png and an .svg are written"),
         (["ppl", "a", "--max-minutes", "nan"], "'--max-minutes': nan is no time to measure in; give a number above 0"),
         (["demo", "--max-minutes", "0"], "'--max-minutes': 0 is no time to measure in"),
