@@ -58,8 +58,8 @@ def _features() -> list[str]:
         f"**[Decoding on a CPU](docs/engine.md)** in bfloat16: {decode['hf bfloat16']} times transformers' speed "
         f"(prompts: {prompts['hf bfloat16']}), {decode['llama.cpp bf16']} times llama.cpp's "
         f"({prompts['llama.cpp bf16']}).",
-        "**[A prompt may end inside a word](docs/continuation.md)**: answers begin with a *cover*, tokens that pass "
-        f"the prompt's end, drawn exactly: the next byte of code takes {bits[EXACT]:.1f} bits, not {bits[OFF]:.1f}.",
+        "**[A prompt may end inside a word](docs/continuation.md)**: its last tokens are drawn again, exactly, with "
+        f"what follows; the next byte of code then takes {bits[EXACT]:.1f} bits, not {bits[OFF]:.1f}.",
         f"**[Many texts](docs/contexts.md)**: read in parts, SmolLM2 found {pooled.right:.0%} of {pooled.trials} facts "
         f"in {format_length(pooled.context)} tokens; read whole, {_shares(whole)} under any scaler tried.",
         "**[Export](docs/export.md)** of frequency methods to transformers, vLLM, SGLang, llama.cpp and Ollama. "
