@@ -29,6 +29,11 @@ def generate(tiny_folder):
     return run
 
 
+def test_an_answer_that_the_time_ended_says_so(generate):
+    assert "--max-time ended after" in generate("import os", "--max-time", "1e-6").stderr
+    assert "--max-time" not in generate("import os", "--max-time", "1000").stderr
+
+
 def test_the_defaults_are_those_of_sampling_params():
     command, params = cli.get_command(click.Context(cli), "generate"), rw.SamplingParams()
     defaults = {option.name: option.default for option in command.params if hasattr(params, option.name)}

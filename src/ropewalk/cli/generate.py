@@ -289,6 +289,7 @@ def _refuse_too_long(model: str, text: str | bytes, params: SamplingParams, rope
 
 def _continue(model: Model, text: str | bytes | list[int], params: SamplingParams, as_json: bool) -> None:
     """Print the text as it is written, or the answer as JSON; on standard error, how much was read."""
+    from ..engine import tensor_parallel
     from ..engine.batch import Batch, generate_tokens
     from ..engine.sequence import Sequence
 
@@ -312,6 +313,8 @@ def _continue(model: Model, text: str | bytes | list[int], params: SamplingParam
     for piece in pieces:
         _print_piece(piece)
     _print_piece("\n")
+    if sequence.finish_reason == "time" and tensor_parallel.is_first():
+        click.echo(f"ropewalk: --max-time ended after {len(sequence.completion().token_ids)} tokens", err=True)
 
 
 def _print_piece(piece: str, color: str | None = None) -> None:
