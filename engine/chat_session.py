@@ -69,9 +69,15 @@ class ChatSession(CachedSession):
         return self._answer(text, with_settings(params, settings), progress)[1]
 
     def reset(self) -> None:
-        """Remove all messages but a system message at the beginning."""
+        """Remove all messages but a system message at the beginning, and what the cache holds of them."""
         self._end_stream()
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+        if not self.messages:
+            self._cached.clear()
+        elif self._cached.ids:
+            model, question = self._model, {"role": "user", "content": "?"}
+            beginning = chat_ids([*self.messages, question], model.tokenizer, model.vocabulary)
+            self._cached.truncate_to(beginning[: self._cached.shared(beginning)])
 
     def _answer(
         self, text: str, params: SamplingParams, progress: Progress | None = None

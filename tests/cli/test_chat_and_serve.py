@@ -83,9 +83,19 @@ def test_commands(folder, model, tmp_path):
     ("line", "message"),
     [("/rope yarm:2", "Did you mean 'yarn'"), ("/load /nowhere", "/nowhere"), ("/file /nowhere", "/nowhere")],
 )
-def test_mistakes_in_a_pipe_are_errors(folder, line, message):
-    with pytest.raises(rw.RopewalkError, match=message):
-        run("chat", folder, lines=[line])
+def test_a_wrong_command_in_a_pipe_is_told_and_the_chat_goes_on(folder, model, line, message):
+    done = run("chat", folder, *GREEDY, lines=[line, "import os"])
+    assert done.exit_code == 0 and message in done.stderr
+    assert done.stdout == answer(model, said("import os")) + "\n"
+
+
+def test_a_message_in_a_pipe_that_cannot_be_answered_is_an_error(folder):
+    with pytest.raises(rw.ContextOverflow):
+        run("chat", folder, "--max-length", "300", lines=["x " * 3000, "import os"])
+
+
+def test_reset_forgets_what_was_read(folder):
+    assert "read     0 tokens" in run("chat", folder, *GREEDY, lines=["import os", "/reset", "/info"]).stderr
 
 
 def test_generate_with_the_template(folder, model):

@@ -215,7 +215,20 @@ def test_an_answer_that_is_closed_stays_and_a_question_without_one_is_dropped(mo
         assert chat.messages == held
         assert chat.ask("ok", greedy(3)).token_ids
         chat.reset()
-        assert chat.messages == []
+        assert (chat.messages, chat.tokens) == ([], 0)
+
+
+def test_reset_keeps_what_was_read_of_the_system_message_alone(model, monkeypatch):
+    system = "import os\n" * 10
+    with model.chat_session(system) as chat:
+        expected = chat.ask("class A:", greedy(5))
+        chat.ask("def walk(top):\n" * 20, greedy(5))
+        read = chat.tokens
+        chat.reset()
+        assert 20 < chat.tokens < read - 60
+        with counted(model, monkeypatch) as counts:
+            assert chat.ask("class A:", greedy(5)) == expected
+        assert sum(counts) < 25
 
 
 def test_a_stored_chat_goes_on(model, tmp_path, monkeypatch):

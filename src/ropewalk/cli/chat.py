@@ -103,10 +103,11 @@ class _Terminal:
             if line.strip() in ("/exit", "/quit"):
                 return
             if line.strip():
+                is_command = line.startswith("/")
                 try:
-                    self._obey(line) if line.startswith("/") else self._answer(line)
+                    self._obey(line) if is_command else self._answer(line)
                 except RopewalkError as error:
-                    if not self._interactive:
+                    if not (self._interactive or is_command):
                         raise
                     click.echo(f"ropewalk: {shell_message(error.args, click.get_current_context().command)}", err=True)
         if self._interactive:
