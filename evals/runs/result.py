@@ -19,6 +19,7 @@ result.
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import importlib.metadata
 import io
@@ -43,6 +44,12 @@ import numpy as np
 from ...engine import tensor_parallel
 from ...engine.storage import write_atomic
 from ...errors import DataError, Setting
+
+_MENDS: dict[int | None, str] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, or "),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "allow writing to it, or "),
+}
+"""What the user of a folder that cannot be written can do, by the error."""
 
 _KEY = re.compile(r"\w{1,64}")  # also a file name
 
@@ -69,6 +76,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._rows: dict[str, Row] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
@@ -77,7 +85,6 @@ class Run:
             raise self._unwritable(error) from error
         self._file = self.folder / "results.jsonl"
         self._lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
-        self._rows: dict[str, Row] = {}
         self._read, self._lines = 0, 0  # bytes and complete lines of the file that are in `_rows`
         self._unended = False  # True: a complete row without a newline follows them
         self.refresh()
@@ -166,10 +173,14 @@ class Run:
         return values
 
     def _unwritable(self, error: OSError) -> DataError:
+        stored = (
+            "Finished rows are stored, and the same command continues from there" if self._rows else "Nothing is stored"
+        )
         return DataError(
-            f"{self.folder} cannot be written ({error.strerror or error}); free some space, or give another folder (",
+            f"{self.folder} cannot be written ({error.strerror or error}); {_MENDS.get(error.errno, '')}give another "
+            "folder (",
             Setting("out", "FOLDER"),
-            "). Finished rows are stored, and the same command continues from there",
+            f"). {stored}",
         )
 
     def _losses_file(self, row: Row) -> Path:

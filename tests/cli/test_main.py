@@ -236,7 +236,7 @@ def test_a_stopped_command_says_whether_it_resumes(command, goes_on, monkeypatch
 
     monkeypatch.setattr(cli.get_command(click.Context(cli), command), "invoke", stopped)
     assert in_this_process(monkeypatch, command, "a", *(["b"] if command == "generate" else [])) == 130
-    rest = "; what was measured is stored, run the same command again to continue" if goes_on else ""
+    rest = "; what was finished, if anything, is stored; the same command continues" if goes_on else ""
     assert capfd.readouterr().err.strip() == f"ropewalk: stopped{rest}"
 
 

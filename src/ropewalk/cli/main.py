@@ -101,7 +101,7 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt as stop:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             resumes = command is not None and any(map(_is_folder_of_results, command.params))
-            usual = "what was measured is stored, run the same command again to continue" if resumes else ""
+            usual = "what was finished, if anything, is stored; the same command continues" if resumes else ""
             rest = str(stop) or usual  # the measurement itself says what it stored
             raise click.Abort(f"; {rest}" if rest else "") from None
         except RopewalkError as error:
