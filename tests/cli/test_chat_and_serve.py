@@ -174,9 +174,17 @@ def test_a_question_without_the_template_is_told_of_it(folder, tiny_folder):
     assert "--chat" not in run("generate", str(tiny_folder), "What is os?", *GREEDY).stderr
 
 
-def test_a_model_without_a_template_is_no_chat_model(tiny_folder):
-    with pytest.raises(rw.ConfigError, match="no chat template"):
-        run("generate", str(tiny_folder), "import os", "--chat", *GREEDY)
+@pytest.mark.parametrize("prompt", [["import os"], ["--input", "in.jsonl", "--output", "out.jsonl"]])
+def test_a_model_without_a_template_is_no_chat_model(prompt, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n')
+    with pytest.raises(rw.ConfigError, match=r"no chat template, so it is not a chat model; leave out --chat$"):
+        run("generate", str(tiny_folder), *prompt, "--chat", *GREEDY)
+
+
+def test_a_chat_with_a_model_without_a_template_is_refused_before_it_begins(tiny_folder):
+    with pytest.raises(rw.ConfigError, match=r"no chat template.*; to continue a text, use ropewalk generate$"):
+        run("chat", str(tiny_folder))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1", "no such host"])

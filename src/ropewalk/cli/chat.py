@@ -18,6 +18,7 @@ from .options import (
     given_max_length,
     loads_a_model,
     refuse_tensor_parallel,
+    refuse_without_template,
     rope_option,
     sampling_options,
 )
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _HELP = """\
 /reset          begin again; the system message stays
 /rope SPEC      go on under another scaler, such as yarn:4 or auto; the cache is rotated in place
-/file PATH      say what a text file holds
+/file PATH      send the text of a file as your message
 /save PATH      store the conversation with its cache
 /load PATH      go on from a stored one
 /info           the model, its scaler, and how much is read
@@ -75,6 +76,7 @@ def chat(
         params = SamplingParams(**sampling)
     longest = given_max_length(model, max_length)
     loaded = load_model(model, rope=chosen_rope(model, rope), **loading, max_length=longest)
+    refuse_without_template(loaded, "to continue a text, use ropewalk generate")
     warn_of_unused_seed(loaded, params)
     with loaded.chat_session(system, path=stored) as session:
         _Terminal(loaded, session, params).run()

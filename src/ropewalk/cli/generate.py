@@ -21,6 +21,7 @@ from .options import (
     is_given,
     json_option,
     loads_a_model,
+    refuse_without_template,
     rope_option,
     sampling_options,
 )
@@ -123,7 +124,7 @@ def generate(
     standard input; --file and --input take its place. The text is printed as it is written.
 
     With --contexts, the next token is drawn from one distribution: those after every one of FILES, each with PROMPT
-    behind it, are pooled. In a terminal every context has its color, and so has what it answered. Contexts have no
+    after it, are pooled. In a terminal every context has its color, and so has what it answered. Contexts have no
     order, a part of the answer comes from one of them, and a confident answer from a context that does not know may
     win.
 
@@ -155,14 +156,21 @@ def generate(
     longest = given_max_length(model, max_length)
     rope = chosen_rope(model, rope)
     settings = {**loading, "rope": rope, "max_length": longest, "special_tokens": special_tokens}
+
+    def load() -> Model:
+        loaded = load_model(model, **settings)
+        if as_chat:
+            refuse_without_template(loaded, "leave out --chat")
+        return loaded
+
     if prompts is not None and answers is not None:
         chat = Chat(system=system) if as_chat else None
         known = {"model": model, "rope": rope, "special_tokens": special_tokens}
-        answer_all(prompts, answers, known, chat, params, lambda: load_model(model, **settings))
+        answer_all(prompts, answers, known, chat, params, load)
         return
     if not (over_contexts or special_tokens):
         _refuse_too_long(model, text, params, rope, longest)
-    loaded = load_model(model, **settings)
+    loaded = load()
     warn_of_unused_seed(loaded, params)
 
     from ..engine.chat_template import chat_ids, has_chat_template

@@ -6,13 +6,17 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from ..errors import ConfigError
 from .measurement import Measurement, ModelTarget, named_rope
 from .waiting import waiting
+
+if TYPE_CHECKING:
+    from ..engine.model import Model
 
 EXAMPLES = "\b\nExamples:\n"
 """Heading of an epilog."""
@@ -258,6 +262,21 @@ def refuse_tensor_parallel(loading: dict[str, Any], what: str) -> None:
     """
     if loading["tp_plan"]:
         raise click.UsageError(f"{what} runs in one process; leave out --tp-plan")
+
+
+def refuse_without_template(model: Model, instead: str) -> None:
+    """Refuse messages to a model that is not a chat model.
+
+    Args:
+        instead: what to do.
+
+    Raises:
+        ConfigError: its tokenizer has no chat template.
+    """
+    from ..engine.chat_template import has_chat_template
+
+    if not has_chat_template(model.tokenizer):
+        raise ConfigError(f"{model.name} has no chat template, so it is not a chat model; {instead}")
 
 
 _SAMPLING_OPTIONS = (
