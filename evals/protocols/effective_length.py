@@ -39,6 +39,7 @@ class EffectiveLength:
         fails: contexts beyond `length` whose interval lies above the tolerance.
         samples: how many samples, at least, would decide the first of `undecided`; None if it is
             too close.
+        is_used_up: whether the text has no room for more samples there.
     """
 
     length: int | None
@@ -46,11 +47,12 @@ class EffectiveLength:
     undecided: tuple[int, ...] = ()
     fails: tuple[int, ...] = ()
     samples: int | None = None
+    is_used_up: bool = False
 
     @property
     def remedy(self) -> str:
         """What would decide the first of `undecided`: `about 24 samples`."""
-        return _needed(self.samples)
+        return _needed(self.samples, self.is_used_up)
 
     def __str__(self) -> str:
         """`reaches 8k, 12k undecided (about 24 samples would decide it), fails at 16k`."""
@@ -59,19 +61,27 @@ class EffectiveLength:
             but = f" (but not {_lengths(self.breaks)})" if self.breaks else ""
             parts.append(f"reaches {format_length(self.length)}{but}")
         if self.undecided:
-            parts.append(f"{_lengths(self.undecided)} undecided ({remedy(self.samples)})")
+            parts.append(f"{_lengths(self.undecided)} undecided ({remedy(self.samples, self.is_used_up)})")
         if self.fails:
             parts.append(f"fails at {_lengths(self.fails)}")
         return ", ".join(parts)
 
 
-def remedy(samples: int | None) -> str:
+def remedy(samples: int | None, is_used_up: bool) -> str:
     """What would decide an interval, in words. None is more than can be advised."""
-    return _needed(samples) if samples is None else f"{_needed(samples)} would decide it"
+    needed = _needed(samples, is_used_up)
+    return needed if samples is None else f"{needed} would decide it"
 
 
-def _needed(samples: int | None) -> str:
-    return "too close to the limit to decide" if samples is None else f"about {samples} samples"
+def _needed(samples: int | None, is_used_up: bool) -> str:
+    if samples is None:
+        return "too close to the limit to decide"
+    return f"about {samples} samples{' of a longer text' if is_used_up else ''}"
+
+
+def is_used_up(row: Row) -> bool:
+    """True if the text had no room for as many samples as were asked for."""
+    return bool(row["documents"] < (row.get("samples") or 0))
 
 
 def _lengths(lengths: Sequence[int]) -> str:
@@ -116,6 +126,7 @@ def effective_length(rows: Sequence[Row], delta: Mapping[str, Difference], rope:
         undecided=undecided,
         fails=tuple(c for c, change in beyond.items() if change.low > TOLERANCE),
         samples=None if first is None else samples_to_decide(differences[first], measured[first]["documents"]),
+        is_used_up=first is not None and is_used_up(measured[first]),
     )
 
 

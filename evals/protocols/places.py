@@ -157,7 +157,7 @@ class GrowingPlaces:
     ) -> None:
         if not 0 < interval < math.inf:
             raise ConfigError(Setting("interval", interval, "given"), " must be above 0 nats")
-        self._model, self._interval = model, interval
+        self._model, self._interval, self._most = model, interval, protocol.samples
         self._rounds = [
             [_joined(cell) for cell in plan(model, source, scalers, replace(protocol, samples=count))]
             for count in _counts(source, protocol)
@@ -211,6 +211,8 @@ class GrowingPlaces:
             _say(console, f"{count} places: {self._sentence(known, count)}")
             if known.is_enough:
                 break
+        else:
+            _say(console, self._why_no_more(cells))
         if not finished:
             return RunOutcome(left_out=[*self._rounds[0]])
         return measure_all(self._model, finished, run, console)
@@ -234,6 +236,13 @@ class GrowingPlaces:
         not measured, at the same context."""
         untouched = {c.context: k for k, c in enumerate(cells) if str(c.scaler) == UNTOUCHED}
         return untouched.get(self._model.trained_length or 0, untouched.get(cell.context))
+
+    def _why_no_more(self, cells: Sequence[JoinedCell]) -> str:
+        count, asked = len(cells[0].windows), cells[0].recipe["samples"]
+        wanted = 2 * count if count == asked else asked
+        if wanted > self._most:
+            return f"No more places: {wanted} would come next, and at most {self._most} samples were asked for."
+        return f"No more places: the text has no room for {wanted}; a longer one may have."
 
     def _sentence(self, known: Known, count: int) -> str:
         widest = f"{known.of} differs by {known.widest}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...scaling import format_length
-from ..protocols.effective_length import TOLERANCE, remedy, samples_to_decide
+from ..protocols.effective_length import TOLERANCE, is_used_up, remedy, samples_to_decide
 from ..protocols.fixed_target import FixedTarget
 from ..runs import compare
 from ..runs.compare import UNTOUCHED, Difference
@@ -21,7 +21,7 @@ class Verdict:
     Args:
         text: one to four sentences. "Undecided" is an answer of its own.
         samples: about how many places in the text would decide what is undecided, as far as any number below 1000
-            does; None if nothing is.
+            does for which the text may have room; None if nothing is.
         ropes: the scalers to measure for that.
         contexts: the contexts to measure for that, tokens.
     """
@@ -53,7 +53,8 @@ def verdicts(run: Run) -> list[Verdict]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Open:
-    """A question that is undecided: how many samples would decide it (None is too many), under which scalers, where."""
+    """A question that is undecided: how many samples would decide it (None is too many, for the text too), under which
+    scalers, where."""
 
     samples: int | None
     ropes: tuple[str, ...]
@@ -269,8 +270,9 @@ class _Writer:
         samples = [samples_to_decide(change, row["documents"], limit) for limit in limits]
         fewest = min((count for count in samples if count is not None), default=None)
         ropes = tuple(dict.fromkeys((UNTOUCHED, str(row["rope"]))))
-        self.open.append(_Open(samples=fewest, ropes=ropes, contexts=(row["context"], *contexts)))
-        return remedy(fewest)
+        samples_here = None if is_used_up(row) else fewest
+        self.open.append(_Open(samples=samples_here, ropes=ropes, contexts=(row["context"], *contexts)))
+        return remedy(fewest, is_used_up(row))
 
 
 def _name(row: Row) -> str:

@@ -135,6 +135,9 @@ def test_effective_length_undecided(make_run: MakeRun) -> None:
     assert reach(run, "a") == (8192, (), (16384,))
     found = effective_length(run.rows, compare.deltas(run, run.rows), "a")
     assert found is not None and f"a reaches 8k, 16k undecided ({found.remedy} would decide it)" in said(run)
+    rows = [row | {"samples": 2} for row in run.rows]
+    found = effective_length(rows, compare.deltas(run, run.rows), "a")
+    assert found is not None and found.remedy.endswith(" samples of a longer text")
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ def test_the_rows_are_those_of_fixed_target_with_as_many_samples_and_every_place
     assert outcome.left_out == []
     assert "4 places: " in shown
     assert f"{count} places: " in shown
+    assert f"No more places: {2 * count} would come next, and at most 8 samples were asked for." in shown
 
 
 def test_it_stops_when_the_differences_are_known(tmp_path, measured):
@@ -190,6 +191,13 @@ def test_a_text_without_room_ends_the_counts():
     protocol = FixedTarget(contexts=(16,), target=8, samples=64)
     source = Source(documents=[list(range(64))], start=Start(prefix=[], token=None), name="", sha256="")
     assert _counts(source, protocol) == [4]
+
+
+@pytest.mark.parametrize(("letters", "most", "room", "wanted"), [(330, 64, 4, 8), (128, 4, 2, 4)])
+def test_a_text_without_room_is_named_as_the_reason(tmp_path, measured, letters, most, room, wanted):
+    run, _, shown = carry_out(growing(measured, WORDS[:letters], interval=1e-6, most=most), tmp_path)
+    assert {row["documents"] for row in final(run)} == {room}
+    assert f"No more places: the text has no room for {wanted}; a longer one may have." in shown
 
 
 @pytest.mark.parametrize("interval", [0, -1, math.nan, math.inf])

@@ -191,6 +191,13 @@ def test_what_would_decide_can_be_measured(make_run: MakeRun) -> None:
     assert change.mean + (change.high - change.mean) / (one.samples - 1) ** 0.5 > 0.02
 
 
+def test_a_text_without_room_for_the_samples_asks_for_a_longer_one(make_run: MakeRun) -> None:
+    run = make_run({"none": {8: 3.5, 16: 6.1}, "yarn:2": {8: 3.5, 16: 3.519}}, samples=216)
+    (one,) = verdicts(run)
+    assert re.search(r"; about \d+ samples of a longer text would decide it\.", one.text)
+    assert one.samples is None and not one.contexts
+
+
 def test_nothing_has_to_be_measured_where_all_is_decided(make_run: MakeRun) -> None:
     (one,) = verdicts(make_run({"none": {8: 3.5, 16: 6.1}, "yarn:2": {8: 3.5, 16: 3.4}}))
     assert one.samples is None and not one.ropes and not one.contexts
