@@ -65,10 +65,10 @@ class RopePlan:
                 ways = [auto, ", ", *ways]
         else:
             most = "was loaded for"
-            ways = [*less, ", or ", anyway]
-            ways += [] if total <= self.reach else [" and ", Setting("rope", "auto")]
+            ways = [*less, ", or raise ", Setting("max_length", form="name"), f" to {total}"]
+            ways += [] if total <= self.reach else [" and ", auto]
         raise ContextOverflow(
-            f"{tokens} prompt tokens and ",
+            f"{tokens} prompt token{'' if tokens == 1 else 's'} and ",
             Setting("max_new_tokens", params.max_new_tokens, "given"),
             f" make {total}, more than the {format_length(limit)} that {name} {most}; ",
             *ways,

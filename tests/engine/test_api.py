@@ -176,10 +176,10 @@ def test_a_limit_that_was_set_is_named_and_no_scaler_is_advised_that_would_not_h
     longer = rw.load(tiny_folder, max_length=400)
     assert longer.generate("x", rw.SamplingParams(max_new_tokens=300)).usage.completion_tokens <= 300
     params = rw.SamplingParams(max_new_tokens=600)
-    with pytest.raises(rw.ContextOverflow, match=r"was loaded for.*load with max_length=\d+ and rope='auto'$"):
+    with pytest.raises(rw.ContextOverflow, match=r"loaded for.*raise max_length to \d+ and set model\.rope = 'auto'$"):
         longer.generate("x", params)
     longer.rope = "auto"
-    with pytest.raises(rw.ContextOverflow, match=r"was loaded for.*load with max_length=\d+$"):
+    with pytest.raises(rw.ContextOverflow, match=r"was loaded for.*raise max_length to \d+$"):
         longer.generate("x", params)
 
 
