@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from ..retrieval.cells import rebuild
 from ..retrieval.score import score_groups
 from ..runs import compare
 from ..runs.cell import Cell
-from ..runs.result import Row, Run
+from ..runs.result import Row, Run, environment_of
 from . import style
 from .findings import findings, retrieval_findings
 from .grid import Grid, Section
@@ -128,18 +127,6 @@ def _subtitle(rows: Sequence[Row]) -> str:
     if not rows:
         return "Nothing has been measured yet."
     return f"{models} on {texts}" if texts else models
-
-
-def environment_of(run: Run) -> dict[str, Any]:
-    """What env.json of a run says; nothing if it is not there."""
-    file = run.folder / "env.json"
-    if not file.exists():
-        return {}
-    try:
-        environment: dict[str, Any] = dict(json.loads(file.read_bytes()))
-    except (ValueError, TypeError, RecursionError):
-        raise DataError(f"{file} is damaged; delete it, and the next run writes it anew") from None
-    return environment
 
 
 def _picture(path: Path) -> Markup:

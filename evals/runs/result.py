@@ -163,9 +163,9 @@ class Run:
             raise DataError(f"{file} cannot be read ({error}); delete it and measure the cell again") from None
         return losses
 
-    def write_environment(self) -> dict[str, Any]:
-        """Write `environment()` to env.json, and return it."""
-        values = environment()
+    def write_environment(self, values: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        """Write `values`, or else `environment()`, to env.json, and return them."""
+        values = environment() if values is None else values
         try:
             write_atomic(self.folder / "env.json", (json.dumps(values, indent=2) + "\n").encode())
         except OSError as error:
@@ -279,6 +279,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def environment_of(run: Run) -> dict[str, Any]:
+    """What env.json of a run says; nothing if it is not there."""
+    file = run.folder / "env.json"
+    if not file.exists():
+        return {}
+    try:
+        found: dict[str, Any] = dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError, RecursionError):
+        raise DataError(f"{file} is damaged; delete it, and the next run writes it anew") from None
+    return found
+
+
 def _parse(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
@@ -354,9 +366,15 @@ def _check(row: Row, folder: Path) -> None:
 
 
 def merge(runs: Sequence[Run], out: Path) -> Run:
-    """Copy the rows and losses of all runs into the folder `out`. If several runs have the same
-    recipe, the last one counts."""
+    """Copy the rows, losses and environments of all runs into the folder `out`. If several runs have
+    the same recipe, the last one counts."""
     merged = Run(out)
+    found = [environment_of(run) for run in runs]
+    names = dict.fromkeys(name for values in found for name in values)
+    if names:
+        merged.write_environment(
+            {name: "; ".join(dict.fromkeys(str(values[name]) for values in found if name in values)) for name in names}
+        )
     for run in runs:
         for row in run.rows:
             if merged.find_key(row["key"]) != row:

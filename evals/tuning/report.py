@@ -15,9 +15,9 @@ from ...scaling.lengths import format_length
 from ..protocols.effective_length import TOLERANCE
 from ..protocols.longppl import GAIN, MOST_LOSS
 from ..reports.grid import NOTHING, Grid, Section, Shown, interval, signed
-from ..reports.report import environment_of, write_page
+from ..reports.report import write_page
 from ..reports.style import GRID, INK, WIDTH, categories, figure, footnote, save, style_axes
-from ..runs.result import Run
+from ..runs.result import Run, environment_of
 from .candidates import Candidate, Tuned, difference
 
 _DRAWN = 24  # candidates in the plot

@@ -16,7 +16,7 @@ from ropewalk.evals.retrieval.score import MEASURED as TRIAL_MEASURED
 from ropewalk.evals.runs import preset
 from ropewalk.evals.runs.compare import MEASURED
 from ropewalk.evals.runs.compare_runs import compare_runs
-from ropewalk.evals.runs.result import Run, merge, open_run, recipe_key
+from ropewalk.evals.runs.result import Run, environment_of, merge, open_run, recipe_key
 
 SMALL = preset.Preset(
     minutes=None,
@@ -170,7 +170,10 @@ def test_several_runs_become_one(make_run, tmp_path):
     row = first.rows[0]
     second.copy(row | {"loss": 3.6}, np.full(1024, 3.6, np.float32))  # the same cell, measured later
     third = second.copy(row | {"key": "x", "rope": "yarn:2"}, None)
+    first.write_environment({"python": "3.12", "command": "ropewalk ppl a"})
+    second.write_environment({"python": "3.12", "command": "ropewalk ppl b"})
     merged = merge([first, second], tmp_path / "merged")
+    assert environment_of(merged) == {"python": "3.12", "command": "ropewalk ppl a; ropewalk ppl b"}
     assert {r["key"] for r in merged.rows} == {*(r["key"] for r in first.rows), "x"}
     assert merged.find_key(row["key"])["loss"] == 3.6 and merged.losses(row)[0] == np.float32(3.6)
     assert merged.find_key("x") == third
@@ -312,6 +315,9 @@ def test_what_is_not_of_the_recipe_is_known(whole):
 def test_runs_with_nothing_in_common(whole, make_run):
     other = make_run({"none": {8: 3.5}})
     assert "have no cell in common" in mistake("compare", whole, other.folder)
+    more = Run(other.folder.parent / "more")
+    more.copy(other.rows[0] | {"samples": 2}, None)
+    assert "other settings of a protocol, such as --samples" in mistake("compare", other.folder, more.folder)
 
 
 def test_presets_grow():

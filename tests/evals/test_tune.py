@@ -138,6 +138,7 @@ def test_the_command_names_and_writes_what_was_found(tuned, text_folder, folder,
     )
     assert not (tmp_path / "cache" / "tuned").exists()
     assert "--rope auto is as before. The same command with --keep stores the winner" in words
+    assert "nothing is measured again" in words
     assert "measurements of an earlier search are in" in words
     done = CliRunner().invoke(cli, [*command, "--out", str(folder), "--keep"], catch_exceptions=False)
     (stored,) = (tmp_path / "cache" / "tuned").glob("*.json")
@@ -188,6 +189,14 @@ def test_a_budget_ends_it_with_the_best_so_far(tuned, model, text, tmp_path, mon
     places = {str(c.scaler): c.places for c in whole.ranking}  # what the short one has read is taken in
     assert {str(c.scaler) for c in tuned.ranking} == set(places)
     assert all(places[str(c.scaler)] >= c.places for c in (*tuned.ranking, *short.ranking))
+
+
+def test_after_a_budget_keeping_measures_on(text_folder, tiny_folder, tmp_path, ticking):
+    command = ["tune", str(tiny_folder), "--target", "512", "--text", str(text_folder), "--budget", "1"]
+    done = CliRunner().invoke(cli, [*command, "--out", str(tmp_path)], catch_exceptions=False)
+    words = " ".join(done.output.split())
+    assert "The same command with --keep goes on with the search, and then stores its winner for it." in words
+    assert "nothing is measured again" not in words
 
 
 def test_a_network_that_cannot_skim_reads_everything(tiny_folder, text, tmp_path, ticking):

@@ -18,9 +18,8 @@ from parser import TINY, WORK, Parser, stored, tiny_model
 import ropewalk as rw
 from ropewalk.engine import tuned_scalers
 from ropewalk.evals.data import load_text
-from ropewalk.evals.reports.report import environment_of
 from ropewalk.evals.reports.tables import loss_table
-from ropewalk.evals.runs.result import Run, open_run
+from ropewalk.evals.runs.result import Run, environment_of, open_run
 
 
 @functools.cache

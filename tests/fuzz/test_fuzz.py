@@ -28,8 +28,7 @@ import ropewalk as rw
 from ropewalk.engine import tuned_scalers
 from ropewalk.engine.checkpoints.gguf_file import GgufFile
 from ropewalk.engine.checkpoints.source import load_vocabulary
-from ropewalk.evals.reports.report import environment_of
-from ropewalk.evals.runs.result import Run, open_run
+from ropewalk.evals.runs.result import Run, environment_of, open_run
 from ropewalk.scaling import parse
 from ropewalk.scaling.hf import read
 from ropewalk.scaling.lengths import parse_length

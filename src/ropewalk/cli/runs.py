@@ -100,7 +100,10 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
 
     found = compare_runs(open_run(a), open_run(b))
     if not found.pairs:
-        raise DataError(f"{a} and {b} have no cell in common: other texts, lengths, protocols or scalers")
+        raise DataError(
+            f"{a} and {b} have no cell in common: other texts, lengths, scalers or protocols, or other settings of a "
+            "protocol, such as --samples"
+        )
     if as_json:
         pairs = [{**asdict(pair), "verdict": pair.verdict} for pair in found.pairs]
         print_json({"pairs": pairs, "only_a": found.only_a, "only_b": found.only_b})

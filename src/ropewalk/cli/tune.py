@@ -132,11 +132,10 @@ def tune(
     if stored is not None:
         console.print(f"\nStored for --rope auto: {stored}", highlight=False, soft_wrap=True, markup=False)
         return
-    console.print(
-        "\n--rope auto is as before. The same command with --keep stores the winner for it; nothing is measured again.",
-        highlight=False,
-        markup=False,
-    )
+    keeping = "stores the winner for it; nothing is measured again"
+    if not outcome.complete:
+        keeping = "goes on with the search, and then stores its winner for it"
+    console.print(f"\n--rope auto is as before. The same command with --keep {keeping}.", highlight=False, markup=False)
 
 
 def _print_outcome(outcome: Tuned, files: list[Path], console: Console) -> None:
