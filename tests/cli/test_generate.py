@@ -16,6 +16,8 @@ import ropewalk as rw
 from ropewalk.cli import waiting as waiting_module
 from ropewalk.cli.main import cli
 from ropewalk.cli.messages import print_json, stopping_said
+from ropewalk.engine.load import _DTYPES
+from ropewalk.engine.runners.choose import CACHE_DTYPES, PRECISIONS
 
 
 @pytest.fixture
@@ -51,6 +53,13 @@ def test_a_prompt_from_a_file_or_standard_input(generate, tmp_path):
     assert generate("-", input="import os\n").output == given.output
 
 
+def test_the_number_formats_are_those_of_load():
+    command = cli.get_command(click.Context(cli), "generate")
+    offered = {option.name: set(getattr(option.type, "choices", ())) for option in command.params}
+    assert offered["dtype"] == {"auto", "int8", *_DTYPES}
+    assert (offered["kv_dtype"], offered["precision"]) == (set(CACHE_DTYPES), set(PRECISIONS))
+
+
 MISTAKES = {
     "the name of a file": (["FILE"], "is the name of a file; add --file"),
     "an empty file": (["--file", "EMPTY"], "is empty; give another one"),
@@ -71,6 +80,8 @@ MISTAKES = {
         "1 prompt token and --max-new-tokens 4 make 5, more than the 3 that FOLDER was loaded for; "
         "ask for at most --max-new-tokens 2, or raise --max-length to 5",
     ),
+    "a dtype that there is not": (["x" * 999, "--dtype", "int9"], "'int9' is not one of 'auto', 'float32'"),
+    "a dtype of keys that there is not": (["x" * 999, "--kv-dtype", "float16"], "'float16' is not one of 'auto'"),
     "a number out of range": (["x", "--max-time", "-1"], "--max-time -1 must be above 0"),
 }
 

@@ -206,22 +206,25 @@ def _picture(ctx: click.Context, param: click.Parameter, value: Path | None) -> 
 _LOADING_OPTIONS = (
     click.option(
         "--dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16", "float64", "int8"]),
         default="auto",
         show_default=True,
-        help="Number format of the weights: auto, float32, bfloat16, float16 or int8 (quantized on loading).",
+        help="Number format of the weights; int8 quantizes them on loading.",
     ),
     click.option(
         "--kv-dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
         default="auto",
         show_default=True,
-        help="Number format of keys and values: auto, float32, bfloat16 or int8.",
+        help="Number format of keys and values.",
     ),
     click.option(
         "--precision",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
         default="auto",
         show_default=True,
-        help="Number format of the matrix products that read a prompt: float32, bfloat16, or auto: bfloat16 on CPUs "
-        "that multiply it, unless the weights are float32.",
+        help="Number format of the matrix products that read a prompt; auto is bfloat16 on CPUs that multiply it, "
+        "unless the weights are float32.",
     ),
     click.option(
         "--offload",
