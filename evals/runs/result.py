@@ -174,7 +174,9 @@ class Run:
 
     def _unwritable(self, error: OSError) -> DataError:
         stored = (
-            "Finished rows are stored, and the same command continues from there" if self._rows else "Nothing is stored"
+            "Finished rows are stored, and the same command continues from there"
+            if self._rows
+            else "Nothing was stored"
         )
         return DataError(
             f"{self.folder} cannot be written ({error.strerror or error}); {_MENDS.get(error.errno, '')}give another "

@@ -59,12 +59,12 @@ def test_a_disk_that_is_full_for_the_losses(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_made_or_written(tmp_path, monkeypatch):
-    with pytest.raises(rw.DataError, match=r"cannot be written.*Nothing is stored"):
+    with pytest.raises(rw.DataError, match=r"cannot be written.*Nothing was stored"):
         Run(tmp_path.__class__("/proc/nothing/run"))
     run = Run(tmp_path)
     refusal = PermissionError(13, "Permission denied")
     monkeypatch.setattr("pathlib.Path.open", lambda *_, **__: (_ for _ in ()).throw(refusal))
-    with pytest.raises(rw.DataError, match=r"\(Permission denied\); allow writing to it, or .*Nothing is stored$"):
+    with pytest.raises(rw.DataError, match=r"\(Permission denied\); allow writing to it, or .*Nothing was stored$"):
         run.add({"cell": 0}, {"loss": 1.0})
     monkeypatch.undo()
     monkeypatch.setattr("pathlib.Path.mkdir", lambda *_, **__: (_ for _ in ()).throw(refusal))
