@@ -64,3 +64,8 @@ def test_the_readme_is_short():
 def test_generated_docs_are_fresh():
     for path, content in generated().items():
         assert path.read_text(encoding="utf-8") == content, f"{path.name} is stale: run `make docs`"
+
+
+def test_no_stored_result_names_a_path_of_the_machine_it_was_measured_on():
+    rows = [row for file in (ROOT / "docs" / "results").rglob("*.jsonl") for row in file.read_text().splitlines()]
+    assert rows and not [row[:200] for row in rows if re.search(r'"/\w+/', row)]

@@ -31,9 +31,10 @@ def generate(tiny_folder):
     return run
 
 
-def test_an_answer_that_the_time_ended_says_so(generate):
-    assert "--max-time ended after" in generate("import os", "--max-time", "1e-6").stderr
-    assert "--max-time" not in generate("import os", "--max-time", "1000").stderr
+@pytest.mark.parametrize("contexts", [[], [__file__, "--contexts", "--window", "64"]])
+def test_an_answer_that_the_time_ended_says_so(contexts, generate):
+    assert "--max-time ended the answer" in generate("import os", *contexts, "--max-time", "1e-6").stderr
+    assert "--max-time" not in generate("import os", *contexts, "--max-time", "1000").stderr
 
 
 def test_the_defaults_are_those_of_sampling_params():

@@ -28,6 +28,7 @@ from .options import (
 from .waiting import fetch_model, load_model, waiting
 
 if TYPE_CHECKING:
+    from ..engine.completion import Completion
     from ..engine.model import Model
     from ..engine.sampling import SamplingParams
 
@@ -297,7 +298,6 @@ def _refuse_too_long(model: str, text: str | bytes, params: SamplingParams, rope
 
 def _continue(model: Model, text: str | bytes | list[int], params: SamplingParams, as_json: bool) -> None:
     """Print the text as it is written, or the answer as JSON; on standard error, how much was read."""
-    from ..engine import tensor_parallel
     from ..engine.batch import Batch, generate_tokens
     from ..engine.sequence import Sequence
 
@@ -321,8 +321,16 @@ def _continue(model: Model, text: str | bytes | list[int], params: SamplingParam
     for piece in pieces:
         _print_piece(piece)
     _print_piece("\n")
-    if sequence.finish_reason == "time" and tensor_parallel.is_first():
-        click.echo(f"ropewalk: --max-time ended after {len(sequence.completion().token_ids)} tokens", err=True)
+    _tell_of_time(sequence.completion())
+
+
+def _tell_of_time(completion: Completion) -> None:
+    """Say on standard error that --max-time ended an answer, if it did."""
+    from ..engine import tensor_parallel
+
+    if completion.finish_reason == "time" and tensor_parallel.is_first():
+        count = len(completion.token_ids)
+        click.echo(f"ropewalk: --max-time ended the answer, after {count} of its tokens", err=True)
 
 
 def _print_piece(piece: str, color: str | None = None) -> None:
@@ -376,6 +384,7 @@ def _answer_over_files(
         print_json({"model": model.name, "rope": str(model.rope), **fields, "sources": dict(counts.most_common())})
         return
     _print_piece("\n")
+    _tell_of_time(answer.completion())
     if tensor_parallel.is_first():
         for label, count in counts.most_common():
             share = f"{count / len(answer.tokens):>4.0%} of the answer  "
