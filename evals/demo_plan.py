@@ -114,15 +114,15 @@ def in_order(
     cells: Iterable[PerplexityCell], plan: DemoPlan, trained_length: int, *, is_tight: bool
 ) -> list[PerplexityCell]:
     """The order in which cells earn their time: a curve of the untouched model, every scaler at the longest context,
-    then what is left, short contexts first. Where time is short the longest context is first, then the trained length,
-    which it is compared with."""
+    then what is left, short contexts first. Where time is short: the untouched model and `auto` at the longest context,
+    the trained length that they are compared with, then the other scalers at the longest."""
 
     def place(cell: PerplexityCell) -> tuple[int, int]:
         if cell.context == plan.longest:
-            return 1, 0 if not cell.scaler.parts else 1 if str(cell.scaler) == "auto" else 2
+            return (1, 0) if not cell.scaler.parts else (2, 0) if str(cell.scaler) == "auto" else (4, 0)
         if curve([cell], plan, trained_length):
-            return (2, -cell.context) if is_tight else (0, cell.context)
-        return 3, cell.context
+            return (3 if cell.context == trained_length else 5, 0) if is_tight else (0, cell.context)
+        return 6, cell.context
 
     return sorted(cells, key=place)
 

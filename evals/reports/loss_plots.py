@@ -200,10 +200,14 @@ def _draw(axes: Axes, curves: Curves, trained_length: int, *, has_gap: bool = Fa
     looks = style.line_styles(list(curves))
     for rope, points in curves.items():
         look = looks[rope]
-        halves = [p for p in points if p.x <= trained_length], [p for p in points if p.x >= trained_length]
-        for part in halves if has_gap else (points,):
+        parts = [points]
+        if has_gap and trained_length not in {p.x for p in points}:
+            parts = [[p for p in points if p.x < trained_length], [p for p in points if p.x > trained_length]]
+        for part in parts:
             xs = [p.x for p in part]
             axes.fill_between(xs, [p.low for p in part], [p.high for p in part], color=look.color, alpha=0.13, lw=0)
+            if len(part) == 1:  # a band without width cannot be seen
+                axes.vlines(xs, part[0].low, part[0].high, color=look.color, alpha=0.4, lw=look.width)
             axes.plot(xs, [p.loss for p in part], color=look.color, ls=look.dashes, lw=look.width, zorder=3)
         on_scale = [p for p in points if p.loss <= top]
         axes.plot([p.x for p in on_scale], [p.loss for p in on_scale], look.marker, ms=5, color=look.color, zorder=4)

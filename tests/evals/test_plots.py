@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from drawings import assert_drawn, texts
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from ropewalk.errors import DataError
@@ -41,7 +42,9 @@ def test_no_line_crosses_the_trained_length_where_it_was_not_measured(make_run: 
         [line.get_xdata() for line in figure.axes[0].lines if line.get_linestyle() == "--" and len(line.get_xdata())]
         for figure in drawn
     ]
-    assert [[list(xs) for xs in lines] for lines in joined] == [[[2048], [12288]], [[2048, 8192], [8192, 12288]]]
+    assert [[list(xs) for xs in lines] for lines in joined] == [[[2048], [12288]], [[2048, 8192, 12288]]]
+    intervals = [[c for c in figure.axes[0].collections if isinstance(c, LineCollection)] for figure in drawn]
+    assert [len(lines) for lines in intervals] == [2, 0], "a lone point has no band"
 
 
 def test_svg_is_the_same_each_time(smollm_run: Run, tmp_path: Path) -> None:
