@@ -129,7 +129,8 @@ def test_heads(norms, cache, dtype, layout, D):
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_a_gate(activation, dtype):
     gate_up = (3 * torch.randn(2, 1100)).to(dtype)
-    assert is_close(KERNELS.gate(gate_up, activation), TWIN.gate(gate_up, activation))
+    expected = TWIN.gate(gate_up.double(), activation)  # float32 loses small values of 1 + tanh
+    assert is_close(KERNELS.gate(gate_up, activation), expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
