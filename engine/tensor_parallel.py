@@ -20,16 +20,16 @@ def check(tp_plan: str, device_map: object, *, needs_kernels: bool) -> None:
     """Refuse options that exclude each other.
 
     Raises:
-        ConfigError: no launcher started this process, or an option needs the whole model in one process.
+        ConfigError: no launcher started several processes, or an option needs the whole model in one process.
     """
     if tp_plan != "auto":
         raise ConfigError(
             Setting("tp_plan", repr(tp_plan), "given"), " is not 'auto', the plan that the model's own config has"
         )
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
         raise ConfigError(
             Setting("tp_plan", form="name"),
-            " splits the model over processes, and this one was started alone; start it by torchrun --nproc-per-node N",
+            " splits the model over processes, and this one was started alone; start two or more by torchrun --nproc-per-node N",
         )
     if device_map is not None:
         names = Setting("tp_plan", form="name"), " and ", Setting("device_map", form="name")

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ropewalk.engine.runners.gpu import step
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _HALF = (torch.float16, torch.bfloat16)
 _WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "repeat_interleave"}
 _COPIES = {"_to_copy", "copy_", "_copy_from"}
@@ -132,11 +133,12 @@ class PretendCuda(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """One operation: on the CPU if nothing of it is on the device, else refused or counted."""
-        if _is_composite(func):
+        name, is_composite, is_view = _known(func)
+        if is_composite:
             with self:
-                return func.decompose(*args, **kwargs)
-        name, target = func._schema.name.split("::")[1], kwargs.get("device")
-        leaves = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+                return func._op_dk(_COMPOSITE, *args, **kwargs)  # `decompose` is torch's slow twin in Python
+        target = kwargs.get("device")
+        leaves = _tensors((*args, *kwargs.values()))
         here = [leaf for leaf in leaves if isinstance(leaf, CudaTensor)]
         there = [leaf for leaf in leaves if not isinstance(leaf, CudaTensor)]
         to_device = bool(here) if target is None else self._is_device(target, leaves, here, name)
@@ -152,10 +154,10 @@ class PretendCuda(TorchDispatchMode):
             self._count_host(self.syncs, name)
         if name == "_scaled_dot_product_flash_attention":
             return self._flash(*args, **kwargs)
-        values, places = _mapped(_on_cpu, kwargs), _mapped(_on_cpu, args)
+        values, places = {key: _on_cpu(value) for key, value in kwargs.items()}, _on_cpu(args)
         values.pop("pin_memory", None)
         result = func(*places, **values)
-        if name not in _NO_KERNEL and not _is_view(func):
+        if name not in _NO_KERNEL and not is_view:
             self.kernels[name] += 1
             self._record(func, places, values, result)
         if func._schema.is_mutable:
@@ -165,7 +167,7 @@ class PretendCuda(TorchDispatchMode):
                 if argument.alias_info is not None and argument.alias_info.is_write
             ]
             return written[0] if len(written) == 1 else tuple(written)
-        return _mapped(_on_device, result) if to_device else result
+        return _on_device(result) if to_device else result
 
     @staticmethod
     def _is_device(target: Any, leaves: list[Tensor], here: list[Tensor], name: str) -> bool:
@@ -179,7 +181,7 @@ class PretendCuda(TorchDispatchMode):
         from_device = isinstance(source, CudaTensor)
         if target is not None:
             to_device = isinstance(target, CudaTensor)
-        values, places = _mapped(_on_cpu, kwargs), _mapped(_on_cpu, args)
+        values, places = {key: _on_cpu(value) for key, value in kwargs.items()}, _on_cpu(args)
         values.pop("pin_memory", None)
         copied = func(*places, **values)
         if from_device and to_device:
@@ -208,7 +210,7 @@ class PretendCuda(TorchDispatchMode):
             return
 
         def again() -> None:
-            for old, new in zip(_leaves(result), _leaves(func(*args, **kwargs)), strict=True):
+            for old, new in zip(_tensors([result]), _tensors([func(*args, **kwargs)]), strict=True):
                 old.copy_(new)
 
         self.recorded.append(again)
@@ -218,7 +220,7 @@ class PretendCuda(TorchDispatchMode):
         if name in _SCALES_ON_CPU:
             if not isinstance(args[0], CudaTensor):
                 raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-            indices = [leaf for leaf in _leaves(args[1]) if isinstance(leaf, Tensor)]
+            indices = _tensors(args[1])
             for index in indices:
                 if not isinstance(index, CudaTensor):
                     self._count_host(self.uploads, f"index {list(index.shape)}")
@@ -284,42 +286,38 @@ class PretendCuda(TorchDispatchMode):
         return CudaTensor(out.to(query.dtype)), CudaTensor(lse), None, None, N, M, None, None, None
 
 
-def _on_cpu(leaf: Any) -> Any:
-    if isinstance(leaf, CudaTensor):
-        return leaf.values
-    return CPU if isinstance(leaf, torch.device) else leaf
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors among the arguments of an operation, or in lists among them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) in (list, tuple):
+            found += _tensors(value)
+    return found
 
 
-def _on_device(leaf: Any) -> Any:
-    return CudaTensor(leaf) if isinstance(leaf, Tensor) else leaf
-
-
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    """Arguments or results of an operation with every leaf changed. torch's own for any tree takes most of a test."""
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, CudaTensor):
+        return value.values
     if type(value) in (list, tuple):
-        return type(value)([_mapped(change, each) for each in value])
-    if type(value) is dict:
-        return {name: _mapped(change, each) for name, each in value.items()}
-    return change(value)
+        return type(value)([_on_cpu(each) for each in value])
+    return CPU if isinstance(value, torch.device) else value
 
 
-def _leaves(value: Any) -> list[Any]:
-    leaves: list[Any] = []
-    _mapped(leaves.append, value)
-    return leaves
-
-
-@functools.cache
-def _is_composite(func: Any) -> bool:
-    """True if the operation is made of others."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")  # type: ignore[no-any-return]
+def _on_device(result: Any) -> Any:
+    if type(result) in (list, tuple):
+        return type(result)([_on_device(each) for each in result])
+    return CudaTensor(result) if isinstance(result, Tensor) else result
 
 
 @functools.cache
-def _is_view(func: Any) -> bool:
-    return any(
-        argument.alias_info is not None and not argument.alias_info.is_write for argument in func._schema.returns
-    )
+def _known(func: Any) -> tuple[str, bool, bool]:
+    """The name of an operation, whether it is made of others, and whether its result is a view."""
+    is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    returned = [argument.alias_info for argument in func._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in returned)
+    return func._schema.name.split("::")[1], is_composite, is_view
 
 
 _active: list[PretendCuda] = []

@@ -72,7 +72,8 @@ def test_two_processes_compute_what_one_does(tiny_folder, split):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "this one was started alone; start it by torchrun"),
+        ({}, "this one was started alone; start two or more by torchrun"),
+        ({"rank": "0", "world_size": "1"}, "this one was started alone"),
         ({"tp_plan": "rows"}, "tp_plan 'rows' is not 'auto'"),
         ({"device_map": "auto", "rank": "0"}, "both say where the weights are"),
         ({"compile": True, "rank": "0"}, "need the whole model in one process"),
@@ -81,8 +82,9 @@ def test_two_processes_compute_what_one_does(tiny_folder, split):
 )
 def test_what_cannot_be_split_is_refused(tiny_folder, monkeypatch, options, words):
     options = {"tp_plan": "auto"} | options
-    if rank := options.pop("rank", None):
-        monkeypatch.setenv("RANK", rank)
+    for name in ("rank", "world_size"):
+        if name in options:
+            monkeypatch.setenv(name.upper(), options.pop(name))
     with pytest.raises(rw.ConfigError, match=words):
         rw.load(tiny_folder, **options)
 
