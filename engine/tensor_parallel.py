@@ -29,7 +29,8 @@ def check(tp_plan: str, device_map: object, *, needs_kernels: bool) -> None:
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
         raise ConfigError(
             Setting("tp_plan", form="name"),
-            " splits the model over processes, and this one was started alone; start two or more by torchrun --nproc-per-node N",
+            " splits the model over processes, and this one was started alone; start two or more by torchrun "
+            "--nproc-per-node N",
         )
     if device_map is not None:
         names = Setting("tp_plan", form="name"), " and ", Setting("device_map", form="name")

@@ -314,7 +314,7 @@ STEPS = ("none", "yarn:4|logn", "rerope:64|logn", "self-extend:group=4,window=64
 
 @pytest.fixture
 def unverified(monkeypatch):
-    """Engines do not compare themselves with the modules, which takes most of a test. The last tests have them do it."""
+    """Engines do not compare themselves with the modules, which takes most of a test. Others have them do it."""
     for check in ("_verify_chunk", "_verify_step"):
         monkeypatch.setattr(GpuRunner, check, lambda _: None)
 

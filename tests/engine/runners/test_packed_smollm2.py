@@ -9,7 +9,7 @@ from ropewalk.engine.runners.decoder_runner import MAX_STEP_TOKENS
 from ropewalk.evals.data import load_text
 
 pytestmark = pytest.mark.model
-TOKENS = 512
+TOKENS = 256
 
 
 def test_blocks_give_the_distributions_of_the_expanded_weights():
