@@ -184,7 +184,7 @@ def test_many_clients(model):
 
     async def client(http, n):
         prompt = prompts[n % len(prompts)]
-        await asyncio.sleep(random.random() * 2)
+        await asyncio.sleep(random.random() / 2)
         kind = n % 5
         if kind == 0:
             answer = await http.post("/v1/completions", json={"prompt": prompt, "max_tokens": "many"})
