@@ -47,11 +47,22 @@ def publish_tuned(tuned: Tuned, run: Run, *, model: str, text: str) -> list[Path
     summary = run.folder / "tuned.json"
     write_atomic(summary, (json.dumps(as_json(tuned), indent=2) + "\n").encode())
     files = [report, table, summary, *plots]
-    if tuned.servable is not None:
-        config = run.folder / "config.json"
+    config = run.folder / "config.json"
+    if tuned.servable is None:
+        config.unlink(missing_ok=True)  # of a search for another target
+    else:
         write_atomic(config, (json.dumps(config_fragment(tuned), indent=2) + "\n").encode())
         files.append(config)
     return files
+
+
+def replaced_target(tuned: Tuned, run: Run) -> int | None:
+    """The target of the search whose result is in the run's folder, if it is another one."""
+    try:
+        target = json.loads((run.folder / "tuned.json").read_text(encoding="utf-8"))["target"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return target if isinstance(target, int) and target != tuned.target else None
 
 
 def sentences(tuned: Tuned) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -339,3 +340,15 @@ def test_a_harm_that_is_not_finite_is_reported(tuned, model, text, folder, tmp_p
     assert str(result.winner.scaler) == winner
     assert not result.winner.is_harmless
     assert publish_tuned(result, Run(out), model="tiny", text="held out")
+
+
+def test_a_result_for_another_target_is_replaced_with_a_word(tuned, text_folder, folder, tiny_folder, tmp_path):
+    out = Path(shutil.copytree(folder, tmp_path / "run"))
+    nothing_to_serve = tuple(c for c in tuned.ranking if c.scaler.member("positions"))
+    publish_tuned(replace(tuned, target=1024, ranking=nothing_to_serve), Run(out), model="tiny", text="held out")
+    assert not (out / "config.json").exists()
+    command = ["tune", str(tiny_folder), "--target", "512", "--text", str(text_folder), "--dtype", "float32"]
+    first, second = (CliRunner().invoke(cli, [*command, "--out", str(out)], catch_exceptions=False) for _ in range(2))
+    assert "These files replace the result of --target 1k" in " ".join(first.output.split())
+    assert "These files replace" not in second.output
+    assert json.loads((out / "config.json").read_text(encoding="utf-8")) == config_fragment(tuned)

@@ -104,6 +104,7 @@ def tune(
     from ..evals.runs.result import Run
     from ..evals.tuning import report
     from ..evals.tuning.tune import tune as search_scalers
+    from ..scaling.lengths import format_length
 
     console = Console(stderr=True) if as_json else new_console()
     document = load_text(text)
@@ -123,12 +124,20 @@ def tune(
         out=run.folder,
         console=console,
     )
+    replaced = report.replaced_target(outcome, run)
     files = report.publish_tuned(outcome, run, model=short(loaded.name), text=short(text))
     stored = loaded.remember(outcome.as_stored(text=short(text))) if keep else None
     if as_json:
         print_json(report.as_json(outcome))
         return
     _print_outcome(outcome, files, console)
+    if replaced is not None:
+        console.print(
+            f"\nThese files replace the result of --target {format_length(replaced)}, whose measurements are kept: "
+            "the same command with that target shows it again. With another --out both stay.",
+            highlight=False,
+            markup=False,
+        )
     if stored is not None:
         console.print(f"\nStored for --rope auto: {stored}", highlight=False, soft_wrap=True, markup=False)
         return
