@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from functools import cache
 
 from small_tokenizers import KINDS, strings
 
@@ -62,15 +63,17 @@ class Distribution:
 
     def error(self, count=150):
         """The largest difference of the two, relative to the weight of the prompt."""
-        worst = 0.0
+        return max(self.errors(count), default=0.0)
+
+    def errors(self, count=150):
+        """This difference for each of so many prompts."""
         for prompt in self.prompts(count):
             covered = cover(self.vocabulary, prompt)
             expected, got = self.by_bytes(covered.text), self.by_cover(covered)
             whole = self.bytes[covered.text]
             if whole:
                 keys = expected.keys() | got.keys()
-                worst = max(worst, *(abs(expected.get(k, 0.0) - got.get(k, 0.0)) / whole for k in keys))
-        return worst
+                yield max(abs(expected.get(k, 0.0) - got.get(k, 0.0)) for k in keys) / whole
 
     def has_cover_of_its_tokens(self, whole, prompt):
         """True if the text's own tokens start with a cover of a prefix of it."""
@@ -86,3 +89,9 @@ class Distribution:
             and len(last) > len(node.suffix)
             for node in covered.nodes
         )
+
+
+@cache
+def distribution(kind, seed):
+    """A distribution that tests share: to be left as it is."""
+    return Distribution(kind, seed)

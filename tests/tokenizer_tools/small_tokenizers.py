@@ -97,7 +97,7 @@ def by_scores(scores: dict[str, float]) -> Tokenizer:
 
 KINDS = {
     "plain": ("ab ", 7, lambda alphabet, seed: byte_level(alphabet, None, seed)),
-    "gpt2": ("a s'\n", 6, lambda alphabet, seed: byte_level(alphabet, GPT2, seed)),
+    "gpt2": ("a s'\n", 5, lambda alphabet, seed: byte_level(alphabet, GPT2, seed)),
     "llama3": ("1as'\n ", 5, lambda alphabet, seed: byte_level(alphabet, LLAMA3, seed, ignore_merges=True)),
     "right-aligned digits": ("12a", 7, lambda alphabet, seed: byte_level(alphabet, RIGHT_ALIGNED, seed)),
     "cased": ("aB 1", 6, lambda alphabet, seed: byte_level(alphabet, CASED, seed)),
