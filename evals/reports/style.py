@@ -100,16 +100,15 @@ def figure(width: float, height: float, title: str) -> Iterator[Figure]:
 def save(fig: Figure, out_stem: Path) -> tuple[Path, Path]:
     """Write `out_stem`.png and `out_stem`.svg, the same bytes for the same figure; returns both
     paths."""
-    paths = []
-    for kind in ("png", "svg"):
-        path = Path(out_stem).with_name(f"{Path(out_stem).name}.{kind}")
+    png, svg = (Path(out_stem).with_name(f"{Path(out_stem).name}.{kind}") for kind in ("png", "svg"))
+    for path, kind in ((svg, "svg"), (png, "png")):
         buffer = io.BytesIO()
         fig.savefig(
             buffer, format=kind, dpi=_PIXELS / fig.get_figwidth(), metadata={"Date": None} if kind == "svg" else {}
         )
         write_atomic(path, buffer.getvalue())
-        paths.append(path)
-    return paths[0], paths[1]
+        fig.set_layout_engine("none")  # the places of the first file, which take as long to find as to draw, are kept
+    return png, svg
 
 
 def stems(first: Path) -> Iterator[Path]:

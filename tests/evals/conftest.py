@@ -12,7 +12,7 @@ import prepared
 import pytest
 from drawings import overlaps
 
-from ropewalk.evals.reports import style
+from ropewalk.evals.reports import report, style
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.statistics import block_interval
 
@@ -20,6 +20,13 @@ K = 1024
 TRAINED = 8 * K
 
 MakeRun = Callable[..., Run]
+
+SMOLLM2 = {
+    "none": {2: 3.53, 8: 3.48, 10: 3.48, 16: 6.1, 24: 7.5},
+    "linear:2": {2: 4.25, 8: 4.20, 10: 4.19, 16: 4.16, 24: 7.9},
+    "yarn:2": {2: 3.54, 8: 3.485, 10: 3.49, 16: 3.49, 24: 5.9},
+    "rerope:4k|logn": {2: 3.53, 8: 3.48, 10: 3.48, 16: 3.47},
+}
 
 
 def fill(folder: Path, losses: Mapping[str, Mapping[int, float | None]], **recipe: Any) -> Run:
@@ -78,14 +85,19 @@ def make_run(tmp_path: Path) -> MakeRun:
 @pytest.fixture
 def smollm_run(make_run: MakeRun) -> Run:
     """The shape of SmolLM2-135M: a baseline that breaks past 10k, and methods that hold more or less."""
-    return make_run(
-        {
-            "none": {2: 3.53, 8: 3.48, 10: 3.48, 16: 6.1, 24: 7.5},
-            "linear:2": {2: 4.25, 8: 4.20, 10: 4.19, 16: 4.16, 24: 7.9},
-            "yarn:2": {2: 3.54, 8: 3.485, 10: 3.49, 16: 3.49, 24: 5.9},
-            "rerope:4k|logn": {2: 3.53, 8: 3.48, 10: 3.48, 16: 3.47},
-        }
-    )
+    return make_run(SMOLLM2)
+
+
+@pytest.fixture(scope="module")
+def shared_smollm_run(tmp_path_factory) -> Run:
+    """The same, to be left as it is."""
+    return fill(tmp_path_factory.mktemp("smollm") / "run", SMOLLM2)
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Runs are reported without plots, which take longer than what is measured."""
+    monkeypatch.setattr(report, "plot_run", lambda run: [])
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +106,9 @@ def _no_text_over_another(monkeypatch):
     save = style.save
 
     def checked(fig, out_stem):
+        paths = save(fig, out_stem)
         assert overlaps(fig) == []
-        return save(fig, out_stem)
+        return paths
 
     monkeypatch.setattr(style, "save", checked)
 

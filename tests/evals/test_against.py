@@ -174,7 +174,7 @@ def test_a_file_that_llama_cpp_cannot_load(tmp_path, llama_cpp):
         open_engine(spec("llama.cpp", tmp_path / "text.gguf", "f16"))
 
 
-def test_a_process_is_the_engine_and_can_die(tiny_folder):
+def test_a_process_is_the_engine_and_can_die(tiny_folder, prepared_processes):
     with ProcessWorker(spec("hf", tiny_folder)) as worker:
         assert (worker.name, worker.dtype) == ("hf float32", "float32")
         expected = reference(tiny_folder)

@@ -57,7 +57,7 @@ def test_a_machine_gets_what_it_has_time_for():
 
 
 @pytest.fixture
-def machine(small_demo, monkeypatch):
+def machine(small_demo, no_plots, monkeypatch):
     """A function that runs the demo as a machine of so many GFLOP/s would with SmolLM2-135M, for which the tiny
     model stands: a context of it counts as one 32 times as long. Returns the seconds that it took, and when and in
     which order the cells were done."""
@@ -169,7 +169,7 @@ def test_a_busy_machine_says_so_and_an_idle_one_makes_a_plan_of_its_own(machine,
     assert ("yarn:2", 448) in done and ("none", 128) not in done
 
 
-def test_the_end_names_a_number_that_would_decide(small_demo, tmp_path, capsys):
+def test_the_end_names_a_number_that_would_decide(small_demo, no_plots, tmp_path, capsys):
     small_demo(max_minutes=10, out=tmp_path / "run")
     shown = " ".join(capsys.readouterr().out.split())
     (one,) = verdicts(Run(tmp_path / "run"))
@@ -242,7 +242,7 @@ def test_a_short_limit_is_kept_and_the_next_run_goes_on(small_demo, tmp_path, ca
         assert (out / name).stat().st_size > 0
 
 
-def test_auto_within_the_trained_length_is_measured_once_and_exact(small_demo, tmp_path):
+def test_auto_within_the_trained_length_is_measured_once_and_exact(small_demo, no_plots, tmp_path):
     small_demo(max_minutes=10, out=tmp_path / "run")
     run = Run(tmp_path / "run")
     untouched, auto = (
@@ -252,7 +252,7 @@ def test_auto_within_the_trained_length_is_measured_once_and_exact(small_demo, t
     assert auto["chosen"] == "none"
 
 
-def test_the_passage_is_the_same_from_the_measured_cache_and_from_the_start(small_demo, tmp_path):
+def test_the_passage_is_the_same_from_the_measured_cache_and_from_the_start(small_demo, no_plots, tmp_path):
     first = tmp_path / "a"
     small_demo(max_minutes=10, out=first)
     passage = (first / "passage.json").read_text(encoding="utf-8")
@@ -261,7 +261,7 @@ def test_the_passage_is_the_same_from_the_measured_cache_and_from_the_start(smal
     assert (first / "passage.json").read_text(encoding="utf-8") == passage
 
 
-def test_a_passage_without_time_to_write_is_left_for_the_next_run(small_demo, tmp_path, monkeypatch):
+def test_a_passage_without_time_to_write_is_left_for_the_next_run(small_demo, no_plots, tmp_path, monkeypatch):
     completion = Completion(
         text="", token_ids=[], finish_reason="time", usage=Usage(prompt_tokens=9, completion_tokens=0)
     )
@@ -270,13 +270,13 @@ def test_a_passage_without_time_to_write_is_left_for_the_next_run(small_demo, tm
     assert not (tmp_path / "run" / "passage.json").exists()
 
 
-def test_full_goes_to_four_times_the_trained_length(small_demo, tmp_path):
+def test_full_goes_to_four_times_the_trained_length(small_demo, no_plots, tmp_path):
     small_demo(max_minutes=None, out=tmp_path / "run")
     ropes = ("none", "auto", "yarn:4", "linear:4", "ntk:8")
     assert cells(tmp_path / "run") == {(m, c) for m in ropes for c in (64, 128, 256, 512, 1024)}
 
 
-def test_a_method_without_a_finite_loss_writes_no_passage(small_demo, tmp_path, monkeypatch):
+def test_a_method_without_a_finite_loss_writes_no_passage(small_demo, no_plots, tmp_path, monkeypatch):
     losses = LocalModel.losses
 
     def broken(local, ids, *more):

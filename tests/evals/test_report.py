@@ -50,16 +50,18 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.fixture
-def html(smollm_run: Run, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(sys, "argv", ["ropewalk", "ppl", "toy", "--rope", "yarn:2"])
-    smollm_run.write_environment()
+@pytest.fixture(scope="module")
+def html(shared_smollm_run: Run) -> str:
+    run = shared_smollm_run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ropewalk", "ppl", "toy", "--rope", "yarn:2"])
+        run.write_environment()
     out = write_report(
-        smollm_run,
-        smollm_run.folder / "report.html",
+        run,
+        run.folder / "report.html",
         title="toy & <b>co</b>",
         passages=[Passage(prompt="To be, <script>alert(1)</script>", text="or <img src=x onerror=y>", rope="a|b")],
-        plots=plot_run(smollm_run),
+        plots=plot_run(run),
     )
     return out.read_text("utf-8")
 
@@ -105,9 +107,9 @@ def test_neutral_colours_follow_the_page(html: str) -> None:
     assert "prefers-color-scheme: dark" in html
 
 
-def test_everything_is_in_it(html: str, smollm_run: Run) -> None:
+def test_everything_is_in_it(html: str, shared_smollm_run: Run) -> None:
     text = Page(html).text
-    for sentence in findings(smollm_run):
+    for sentence in findings(shared_smollm_run):
         assert sentence in text
     for part in ("3.480", "+2.620", "−0.010", "reference", "not run", "340", "900 MB", "1,024 tokens per cell"):
         assert part in text, part

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-KILLS = 20
+KILLS = 12
 CELLS, ROWS = 30, 55
 
 # A process loads once; its children measure, and are killed. A folder starts a child, the id of a child waits for it.
