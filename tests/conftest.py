@@ -71,6 +71,13 @@ def held_out_texts() -> list[str]:
 
 
 @pytest.fixture
+def no_plots(monkeypatch):
+    """Runs are reported without plots, which take longer than what is measured."""
+    for plots in ("plot_run", "plot_retrieval"):
+        monkeypatch.setattr(f"ropewalk.evals.reports.report.{plots}", lambda run: [])
+
+
+@pytest.fixture
 def installed(tmp_path, monkeypatch):
     """Installs a package for the length of a test: its files by name, `pyproject.toml` among them. They are put, with
     the metadata that pip would write, into a folder of the path."""

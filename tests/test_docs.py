@@ -22,6 +22,7 @@ from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
 from ropewalk.cli.main import COMMANDS, cli
+from ropewalk.evals.tuning import rounds
 from ropewalk.scaling import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,6 @@ STANDS_FOR = {
     "path/or/hub-id": str(TINY),
     "./my-model": str(TINY),
     "MODEL": str(TINY),
-    "budget=1200": "budget=6",
     '"shakespeare"': '"book.txt"',
     '["1k"]': '["1x"]',
 }
@@ -65,7 +65,9 @@ set -uf
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where the blocks run: empty but for a text."""
+    """Where the blocks run: empty but for a text. Searches have few scalers to try."""
+    monkeypatch.setattr(rounds, "starting_points", lambda *_: [parse("yarn:2"), parse("rerope:64")])
+    monkeypatch.setattr(rounds, "neighbours", lambda _: [])
     (tmp_path / "book.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 300)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -398,7 +398,7 @@ AS_JSON = {
 
 
 @pytest.mark.parametrize("name", AS_JSON)
-def test_a_result_as_json_is_one_line_and_nothing_else(name, tiny_folder, tmp_path, monkeypatch):
+def test_a_result_as_json_is_one_line_and_nothing_else(name, tiny_folder, no_plots, tmp_path, monkeypatch):
     monkeypatch.setattr("ropewalk.engine.checkpoints.assets.fetch", lambda name, **_: tmp_path / name)
     (tmp_path / "text.py").write_text("def add(a, b):\n    return a + b\n\n" * 100, encoding="utf-8")
     files = {"TINY": tiny_folder, "FILE": tmp_path / "text.py", "OUT": tmp_path / "out"}

@@ -35,7 +35,7 @@ def ppl(tiny_folder, source, out, *options):
     return CliRunner().invoke(cli, [*arguments, *options])
 
 
-def test_harm_leaves_tables_and_bars(tiny_folder, source, tmp_path):
+def test_harm_leaves_tables_and_bars(tiny_folder, source, tmp_path, request):
     options = ("--protocol", "harm", "--rope", "yarn:2", "--rope", "linear:2", "--lengths", "0.5x,1x", "--samples", "2")
     done = ppl(tiny_folder, source, tmp_path, *options)
     assert done.exception is None, done.output
@@ -51,12 +51,13 @@ def test_harm_leaves_tables_and_bars(tiny_folder, source, tmp_path):
     ]
     assert all(0 < row["kl_low"] < row["kl"] < row["kl_high"] for row in rows)
     assert all(0 < row["same_top1"] < 100 for row in rows)
+    request.getfixturevalue("no_plots")
     again = ppl(tiny_folder, source, tmp_path, *options)
     assert "tokens scored" in done.output
     assert "tokens scored" not in again.output
 
 
-def test_the_judge_of_an_interrupted_run_is_not_asked_again(tiny_folder, source, tmp_path, monkeypatch):
+def test_the_judge_of_an_interrupted_run_is_not_asked_again(tiny_folder, source, no_plots, tmp_path, monkeypatch):
     monkeypatch.setattr(longppl, "GAIN", 0.0)
     options = ("--protocol", "longppl", "--lengths", "1x,2x", "--target", "64", "--rope")
     done = ppl(tiny_folder, source, tmp_path, *options, "none", "--samples", "2")
@@ -78,7 +79,7 @@ def test_the_judge_of_an_interrupted_run_is_not_asked_again(tiny_folder, source,
     assert "key tokens among 64 (512 of context against 256); longppl needs at least 16" in str(few.exception)
 
 
-def test_places_are_added_until_the_interval_is_narrow(tiny_folder, source, tmp_path):
+def test_places_are_added_until_the_interval_is_narrow(tiny_folder, source, no_plots, tmp_path):
     options = ("--rope", "none", "--rope", "yarn:2", "--lengths", "0.5x,1x", "--target", "32", "--interval")
     done = ppl(tiny_folder, source, tmp_path, *options, "9")
     assert done.exception is None, done.output
@@ -121,7 +122,7 @@ def test_mistakes(tiny_folder, source, tmp_path, options, message):
 
 @pytest.mark.parametrize(("ropes", "measured"), [((), ["none", "rerope:64"]), (("none",), ["none"])])
 def test_the_scaler_that_a_folder_names_is_measured_unless_others_are_asked_for(
-    tiny_folder, source, tmp_path, ropes, measured
+    tiny_folder, source, no_plots, tmp_path, ropes, measured
 ):
     folder = rw.export(tiny_folder, tmp_path / "named", rope="rerope:64", length="4x").path
     options = [word for rope in ropes for word in ("--rope", rope)]

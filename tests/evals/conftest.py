@@ -12,7 +12,7 @@ import prepared
 import pytest
 from drawings import overlaps
 
-from ropewalk.evals.reports import report, style
+from ropewalk.evals.reports import style
 from ropewalk.evals.runs.result import Run
 from ropewalk.evals.statistics import block_interval
 
@@ -92,12 +92,6 @@ def smollm_run(make_run: MakeRun) -> Run:
 def shared_smollm_run(tmp_path_factory) -> Run:
     """The same, to be left as it is."""
     return fill(tmp_path_factory.mktemp("smollm") / "run", SMOLLM2)
-
-
-@pytest.fixture
-def no_plots(monkeypatch):
-    """Runs are reported without plots, which take longer than what is measured."""
-    monkeypatch.setattr(report, "plot_run", lambda run: [])
 
 
 @pytest.fixture(autouse=True)

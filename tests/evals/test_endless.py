@@ -106,9 +106,11 @@ def test_a_text_that_is_too_short_is_refused(subject):
         cells(subject, short, [rw.parse("sink-window:64")], contexts=[4096], places=4)
 
 
-def test_the_command(tiny_folder, tmp_path):
-    out = tmp_path / "run"
-    arguments = ["endless", str(tiny_folder), "--text", "stdlib", "--lengths", "4x", "--places", "4", "--out", str(out)]
+def test_the_command(tiny_folder, held_out_texts, tmp_path):
+    out, text = tmp_path / "run", tmp_path / "text.py"
+    text.write_text(max(held_out_texts, key=len), encoding="utf-8")
+    arguments = ["endless", str(tiny_folder), "--text", str(text), "--lengths", "4x", "--places", "4"]
+    arguments += ["--out", str(out)]
     for _ in range(2):
         done = CliRunner().invoke(cli, arguments)
         assert done.exit_code == 0, done.output

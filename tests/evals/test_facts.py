@@ -164,9 +164,10 @@ def test_the_question_ends_where_the_answer_begins():
     assert question("red rope").endswith("The secret number of the red rope is")
 
 
-def test_the_command(tiny_folder, tmp_path):
-    out = tmp_path / "run"
-    arguments = ["facts", str(tiny_folder), "--text", "stdlib", "--lengths", "2x", "--parts", "4", "--documents", "1"]
+def test_the_command(tiny_folder, held_out_texts, tmp_path):
+    out, text = tmp_path / "run", tmp_path / "text.py"
+    text.write_text(max(held_out_texts, key=len), encoding="utf-8")
+    arguments = ["facts", str(tiny_folder), "--text", str(text), "--lengths", "2x", "--parts", "4", "--documents", "1"]
     arguments += ["--questions", "2", "--rope", "none", "--out", str(out)]
     for _ in range(2):
         done = CliRunner().invoke(cli, arguments)
@@ -174,7 +175,7 @@ def test_the_command(tiny_folder, tmp_path):
         assert "4 parts" in done.output
     assert {path.name for path in out.iterdir()} >= {"results.jsonl", "table.md", "facts.png", "facts.svg"}
     assert len(Run(out).rows) == 6
-    assert load_text("stdlib").sha256 == Run(out).rows[0]["text_sha256"]
+    assert load_text(text).sha256 == Run(out).rows[0]["text_sha256"]
     done = CliRunner().invoke(cli, [*arguments[:2], "--parts", "four"])
     assert isinstance(done.exception, rw.ConfigError)
 

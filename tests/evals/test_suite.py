@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from ropewalk.cli.main import cli
 from ropewalk.errors import DataError, RopewalkError
+from ropewalk.evals.reports import report
 from ropewalk.evals.reports.report import passages_of
 from ropewalk.evals.reports.tables import reach_table
 from ropewalk.evals.retrieval.score import MEASURED as TRIAL_MEASURED
@@ -57,7 +58,10 @@ def whole(tmp_path_factory, tiny_folder, text_file):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(preset.PRESETS, "smoke", SMALL)
         command = ("all", tiny_folder, "--preset", "smoke", "--rope", "none", "--rope", "yarn:2", "--text", text_file)
-        done = ropewalk(*command, "--out", out)
+        with pytest.MonkeyPatch.context() as plotless:
+            for plots in ("plot_run", "plot_retrieval"):
+                plotless.setattr(report, plots, lambda run: [])
+            done = ropewalk(*command, "--out", out)
         assert done.exit_code == 0, done.output
         again = ropewalk(*command, "--out", out)
     assert again.exit_code == 0, again.output
@@ -119,7 +123,7 @@ def test_every_row_has_its_text_again(whole, tiny_folder, monkeypatch):
 
 
 def test_rows_of_many_windows_have_their_text_again_with_the_hash_of_their_places_or_without(
-    tiny_folder, text_file, tmp_path
+    tiny_folder, text_file, no_plots, tmp_path
 ):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     options = ("--lengths", "64", "--target", "16", "--samples", "20", "--text", text_file, "--out", tmp_path)
@@ -152,7 +156,7 @@ def test_presets_for_a_model_that_was_trained_on_little(tiny_folder, text_file, 
     assert "niah_single_1 at " in caplog.text and "the shortest prompt and its answer take" in caplog.text
 
 
-def test_the_usual_command_for_a_model_that_was_trained_on_little(tiny_folder, text_file, tmp_path):
+def test_the_usual_command_for_a_model_that_was_trained_on_little(tiny_folder, text_file, no_plots, tmp_path):
     done = ropewalk("ppl", tiny_folder, "--text", text_file, "--out", tmp_path)
     assert done.exit_code == 0, done.output
     assert [(row["context"], row["target"]) for row in open_run(tmp_path).rows] == [
@@ -180,7 +184,7 @@ def test_several_runs_become_one(make_run, tmp_path):
     assert len(merge([first, second], tmp_path / "merged").rows) == 3
 
 
-def test_report_needs_a_folder_for_several_runs_and_results_in_each(whole, tmp_path):
+def test_report_needs_a_folder_for_several_runs_and_results_in_each(whole, no_plots, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "name it with --out" in mistake("report", whole, whole)
     assert "not the folder of a run" in mistake("report", tmp_path / "empty")

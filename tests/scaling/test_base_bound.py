@@ -162,7 +162,7 @@ def test_smallest_by_a_grid_of_bases(length: int, dim: int, answer: float) -> No
     smallest = smallest_feasible_base(length, dim)
     assert smallest == pytest.approx(answer, rel=1e-6)
     assert carries(smallest * (1 + 1e-12), dim, length)
-    below = np.linspace(1e-6, math.log(smallest), 3000, endpoint=False)
+    below = np.linspace(1e-6, math.log(smallest), 1500, endpoint=False)
     near = math.log(smallest) - np.geomspace(3e-10, 1e-2, 200)
     assert not any(carries(base, dim, length) for base in np.exp([*below, *near]))
 
