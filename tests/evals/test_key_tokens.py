@@ -13,7 +13,6 @@ from ropewalk.evals.models.measured import FunctionModel
 from ropewalk.evals.protocols import longppl
 from ropewalk.evals.protocols.protocol import Window
 from ropewalk.evals.runs.result import Run
-from ropewalk.evals.tuning import rounds
 from ropewalk.evals.tuning.key_tokens import choose, judge
 from ropewalk.evals.tuning.report import as_json, ranking_grid, sentences
 
@@ -59,8 +58,6 @@ def test_a_text_without_key_tokens_is_refused(tmp_path):
 def test_only_key_tokens_rank_what_was_read(tiny_folder, held_out_texts, tmp_path, monkeypatch):
     monkeypatch.setattr(longppl, "GAIN", 0.5)
     monkeypatch.setattr(longppl, "MOST_LOSS", 4.0)
-    specs = ("none", "linear:2", "yarn:2", "ntk:3", "rerope:64", "self-extend:4,window=64")
-    monkeypatch.setattr(rounds, "starting_points", lambda *_: [rw.parse(spec) for spec in specs])
     for number, source in enumerate(sorted(held_out_texts, key=len)[-6:]):
         (tmp_path / f"{number}.py").write_text(source, encoding="utf-8")
     text, folder = load_text(tmp_path), tmp_path / "run"
