@@ -18,8 +18,6 @@ from ropewalk.cli.main import cli
 from ropewalk.errors import ConfigError, DataError
 from ropewalk.evals.data import load_text
 from ropewalk.evals.models.local import LocalModel
-from ropewalk.evals.protocols.by_name import protocol
-from ropewalk.evals.protocols.perplexity_cell import cells
 from ropewalk.evals.protocols.protocol import tokens_sha256
 from ropewalk.evals.runs import measure
 from ropewalk.evals.runs.measure import measure_all, new_console
