@@ -1,11 +1,12 @@
-"""A model that torchrun splits over two processes computes what the whole model does."""
+"""A model that is split over two processes, as torchrun starts them, computes what the whole model does."""
 
 import json
-import subprocess
-import sys
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from click.testing import CliRunner
+from prepared import python
 
 import ropewalk as rw
 from ropewalk.cli.main import cli
@@ -46,12 +47,20 @@ def split(tiny_folder, measured, tmp_path_factory):
     """The folder that two processes have written, each with a half of the model, and what they said."""
     out = tmp_path_factory.mktemp("split")
     (out / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = [out / "script.py", tiny_folder, out, ";".join(ROPES)]
     command = [*measured, "--max-minutes", "60", "--tp-plan", "auto", "--out", out / "run"]
-    done = subprocess.run([*launch, *script, *command], capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out, done.stdout
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def launch(rank):
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+        return python(*script, *command, env={**where, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+
+    with ThreadPoolExecutor() as threads:
+        processes = list(threads.map(launch, range(2)))
+    assert not any(done.returncode for done in processes), processes[0].stderr[-3000:] + processes[1].stderr[-3000:]
+    return out, "".join(done.stdout for done in processes)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_a_scaler_without_a_map_is_refused():
 
 
 @pytest.mark.slow
-def test_against_compares_engines_as_json(tiny_folder):
+def test_against_compares_engines_as_json(tiny_folder, prepared_processes):
     arguments = ["speed", str(tiny_folder), "--against", "hf:float32", "--lengths", "2x,64"]
     arguments += ["--new-tokens", "4", "--repeats", "2", "--prefill-repeats", "1", "--threads", "1", "--json"]
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
