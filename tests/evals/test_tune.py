@@ -107,8 +107,8 @@ def take_in(folder, other):
     shutil.copytree(folder / "losses", other / "losses", dirs_exist_ok=True)
 
 
-def test_a_search_that_was_stopped_puts_the_scaler_back_and_comes_to_the_same(tuned, model, text, folder, tmp_path):
-    seen, model.rope = [], "temperature:1.5"  # no search tries it
+def test_a_search_that_was_stopped_comes_to_the_same(tuned, model, text, folder, tmp_path):
+    seen = []
 
     def stop(progress):
         seen.append(progress.round)
@@ -118,8 +118,7 @@ def test_a_search_that_was_stopped_puts_the_scaler_back_and_comes_to_the_same(tu
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             rw.tune(model, TARGET, text=text, out=tmp_path, progress=stop)
-        assert str(model.rope) == "temperature:1.5"
-    model.rope = None
+        assert str(model.rope) == "none"
     assert len(Run(tmp_path).rows) == 20
     take_in(folder, tmp_path)
     assert as_json(rw.tune(model, TARGET, text=text, out=tmp_path)) == as_json(tuned)
@@ -225,6 +224,7 @@ def test_a_given_scaler_that_cannot_be_tried_is_refused(model, text, tmp_path, s
     with pytest.raises(ConfigError, match=words):
         rw.tune(model, TARGET, text=text, out=tmp_path, ropes=["yarn:2.5", spec])
     assert not Run(tmp_path).rows
+    assert str(model.rope) == "none", "the scaler that was tried is still in use"
 
 
 def test_what_an_earlier_search_has_read_is_taken_in(model, text, folder, tuned, tmp_path):
