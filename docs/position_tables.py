@@ -63,24 +63,25 @@ def readme_table() -> str:
     lines = [
         "![Loss by position, compared with the untouched model on a cut text](docs/positions.svg)",
         "",
-        _cells("method", [rows[UNTOUCHED]["text"] for rows in buckets]),
-        "|---" * (len(buckets) + 1) + "|",
-        _cells("untouched, text cut to 8k", _cut_losses(run, buckets)),
+        _cells("method", [*(rows[UNTOUCHED]["text"] for rows in buckets), "passkeys found"]),
+        "|---" * (len(buckets) + 2) + "|",
+        _cells("untouched, text cut to 8k", [*_cut_losses(run, buckets), ""]),
     ]
+    passkeys = _passkeys()
     for method, remark in README_METHODS.items():
-        name = code(_absolute(method, SMOLLM2_LENGTH)) + (f" ({remark})" if remark else "")
-        lines.append(_cells(name, [_beside(run, rows[method]) for rows in buckets]))
-    return "\n".join([*lines, "", _passkeys()])
+        rope = _absolute(method, SMOLLM2_LENGTH)
+        name = code(rope) + (f" ({remark})" if remark else "")
+        lines.append(_cells(name, [*(_beside(run, rows[method]) for rows in buckets), passkeys[rope]]))
+    return "\n".join(lines)
 
 
-def _passkeys() -> str:
+def _passkeys() -> dict[str, str]:
     """How many passkeys each method found in 12k tokens."""
     found: dict[str, list[Row]] = {}
     for row in Run(RUN.parent / "retrieval").rows:
         if (row["model"], row["task"], row["context"]) == ("smollm2-135m", "passkey", 12288):
             found.setdefault(row["rope"], []).append(row)
-    told = [f"`{rope}` {round(sum(row['correct'] for row in rows))} of {len(rows)}" for rope, rows in found.items()]
-    return f"Passkeys found in 12k tokens: {', '.join(told)}."
+    return {rope: f"{round(sum(row['correct'] for row in rows))} of {len(rows)}" for rope, rows in found.items()}
 
 
 def draw() -> None:
