@@ -5,11 +5,10 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test fuzz check docs site versions mutants interop clean
 
-# Python compiles what is imported; most of what is installed never is, and compiling it takes as long as the rest.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ropewalk needs Python 3.11 or newer; set PYTHON=python3.12, say")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: $(VENV)/.ready
