@@ -16,6 +16,7 @@ from ropewalk.evals.statistics import paired_difference
 from ropewalk.scaling import format_length, parse
 
 RUN = Path(__file__).resolve().parent / "results" / "positions"
+FOUR_TIMES = RUN.with_name("positions-4x")
 
 README_METHODS = {
     UNTOUCHED: "the model as it was trained",
@@ -44,10 +45,10 @@ def within() -> str:
     return _table(buckets, lines)
 
 
-def beyond() -> str:
+def beyond(folder: Path = RUN) -> str:
     """The loss beyond the trained length, and the paired difference to the untouched model that reads less of the text:
     windows of the trained length."""
-    run = Run(RUN)
+    run = Run(folder)
     buckets = _beyond(run)
     lines = [_cells("untouched, cut to the trained length", _cut_losses(run, buckets))]
     for rope in _ropes(buckets):
@@ -127,7 +128,7 @@ def _beyond(run: Run) -> list[Bucket]:
 
 
 def _cut_losses(run: Run, buckets: Sequence[Bucket]) -> list[str]:
-    return [f"{_cut(run, rows[UNTOUCHED]).mean(dtype=np.float64):.3f}" for rows in buckets]
+    return [f"{_cut(run, rows.get(UNTOUCHED, _first(rows))).mean(dtype=np.float64):.3f}" for rows in buckets]
 
 
 def _stored(run: Run, row: Row) -> Losses:
@@ -164,8 +165,8 @@ def _cut(run: Run, row: Row) -> Losses:
 def _check_alignment(run: Run, losses: Losses, pass_row: Row) -> None:
     """The first window is the beginning of the pass, so its losses are those of the untouched model there."""
     for other in _buckets(run):
-        row = other[UNTOUCHED]
-        if row["bucket_end"] <= row["trained_length"] and _same_pass(row, pass_row):
+        row = other.get(UNTOUCHED)
+        if row is not None and row["bucket_end"] <= row["trained_length"] and _same_pass(row, pass_row):
             found = losses[row["bucket_start"] - 1 : row["bucket_end"] - 1]
             # not equal: products may be in another format
             assert np.corrcoef(found, _stored(run, row))[0, 1] > 0.99, "windows and pass score different tokens"

@@ -61,6 +61,7 @@ def tables() -> dict[str, str]:
         "retrieval": _retrieval(),
         "positions-within": position_tables.within(),
         "positions-beyond": position_tables.beyond(),
+        "positions-four": position_tables.beyond(position_tables.FOUR_TIMES),
         "maps-tiny": _maps_tiny(),
         "repetition": _repetition(),
     }
