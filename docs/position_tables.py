@@ -128,7 +128,7 @@ def _beyond(run: Run) -> list[Bucket]:
 
 
 def _cut_losses(run: Run, buckets: Sequence[Bucket]) -> list[str]:
-    return [f"{_cut(run, rows.get(UNTOUCHED, _first(rows))).mean(dtype=np.float64):.3f}" for rows in buckets]
+    return [f"{_cut(run, _nearest(rows)).mean(dtype=np.float64):.3f}" for rows in buckets]
 
 
 def _stored(run: Run, row: Row) -> Losses:
@@ -163,13 +163,15 @@ def _cut(run: Run, row: Row) -> Losses:
 
 
 def _check_alignment(run: Run, losses: Losses, pass_row: Row) -> None:
-    """The first window is the beginning of the pass, so its losses are those of the untouched model there."""
-    for other in _buckets(run):
-        row = other.get(UNTOUCHED)
-        if row is not None and row["bucket_end"] <= row["trained_length"] and _same_pass(row, pass_row):
+    """The first window is the beginning of the pass, so its losses are those of the untouched model there, or near
+    those of a scaler."""
+    checked = 0
+    for row in map(_nearest, _buckets(run)):
+        if row["bucket_end"] <= row["trained_length"] and _same_pass(row, pass_row):
             found = losses[row["bucket_start"] - 1 : row["bucket_end"] - 1]
-            # not equal: products may be in another format
-            assert np.corrcoef(found, _stored(run, row))[0, 1] > 0.99, "windows and pass score different tokens"
+            assert np.corrcoef(found, _stored(run, row))[0, 1] > 0.95, "windows and pass score different tokens"
+            checked += 1
+    assert checked, "nothing shows that windows and pass score the same tokens"
 
 
 def _same_pass(a: Row, b: Row) -> bool:
@@ -198,6 +200,11 @@ def _absolute(rope: str, trained_length: int) -> str:
 
 def _ropes(buckets: Sequence[Bucket]) -> list[str]:
     return list(dict.fromkeys(rope for rows in buckets for rope in rows))
+
+
+def _nearest(rows: Bucket) -> Row:
+    """The row of the untouched model, or if it was not measured, of the first scaler."""
+    return rows.get(UNTOUCHED, _first(rows))
 
 
 def _first(rows: Bucket) -> Row:

@@ -107,7 +107,7 @@ def save(fig: Figure, out_stem: Path) -> tuple[Path, Path]:
             buffer, format=kind, dpi=_PIXELS / fig.get_figwidth(), metadata={"Date": None} if kind == "svg" else {}
         )
         write_atomic(path, buffer.getvalue())
-        fig.set_layout_engine("none")  # the places of the first file, which take as long to find as to draw, are kept
+        fig.set_layout_engine("none")  # the layout is that of the first file; to compute it takes as long as to draw
     return png, svg
 
 

@@ -56,13 +56,17 @@ def publish_tuned(tuned: Tuned, run: Run, *, model: str, text: str) -> list[Path
     return files
 
 
-def replaced_target(tuned: Tuned, run: Run) -> int | None:
-    """The target of the search whose result is in the run's folder, if it is another one."""
+def replaced(tuned: Tuned, run: Run) -> str | None:
+    """The target and objective of the search whose result is in the run's folder, if they are others, as options of
+    the command."""
     try:
-        target = json.loads((run.folder / "tuned.json").read_text(encoding="utf-8"))["target"]
-    except (OSError, ValueError, KeyError, TypeError):
+        before = json.loads((run.folder / "tuned.json").read_text(encoding="utf-8"))
+        target, objective = before["target"], before["objective"]
+        if (target, objective) == (tuned.target, tuned.objective):
+            return None
+        return f"--target {format_length(target)} --objective {objective}"
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not of tune
         return None
-    return target if isinstance(target, int) and target != tuned.target else None
 
 
 def sentences(tuned: Tuned) -> list[str]:

@@ -18,8 +18,8 @@ from prepared import python
 
 import ropewalk as rw
 from ropewalk import ConfigError, ContextOverflow, SamplingParams, errors, load
+from ropewalk.cli.help_page import place
 from ropewalk.cli.main import COMMANDS, GROUPS, cli, main, shell_message
-from ropewalk.cli.options import place
 from ropewalk.errors import Setting
 
 

@@ -359,8 +359,8 @@ def test_a_result_for_another_target_is_replaced_with_a_word(tuned, text_folder,
     nothing_to_serve = tuple(c for c in tuned.ranking if c.scaler.member("positions"))
     publish_tuned(replace(tuned, target=1024, ranking=nothing_to_serve), Run(out), model="tiny", text="held out")
     assert not (out / "config.json").exists()
-    command = ["tune", str(tiny_folder), "--target", "512", "--text", str(text_folder), "--dtype", "float32"]
+    command = ["tune", str(tiny_folder), "--target", "512", "--text", str(text_folder), "--dtype", "float32", "--json"]
     first, second = (CliRunner().invoke(cli, [*command, "--out", str(out)], catch_exceptions=False) for _ in range(2))
-    assert "These files replace the result of --target 1k" in " ".join(first.output.split())
-    assert "These files replace" not in second.output
+    assert "The files of --target 1k --objective loss in" in " ".join(first.stderr.split())
+    assert "The files of" not in second.stderr
     assert json.loads((out / "config.json").read_text(encoding="utf-8")) == config_fragment(tuned)

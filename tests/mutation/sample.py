@@ -71,7 +71,7 @@ GROUPS = {
             "tests/engine/attention/test_causal.py",
             "tests/engine/attention/test_banded.py",
             "tests/engine/attention/test_kernel.py",
-            "tests/engine/test_on_cuda.py::test_a_prompt_in_bfloat16_is_read_by_the_fused_kernel",
+            "tests/engine/runners/test_gpu_on_cuda.py::test_a_prompt_in_bfloat16_is_read_by_the_fused_kernel",
         ),
         120,
     ),

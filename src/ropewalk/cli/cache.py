@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
+from .help_page import EXAMPLES, command
 from .messages import print_json
-from .options import EXAMPLES, command, json_option
+from .options import json_option
 
 _TUNED = "tuned"
 """What `ropewalk tune` found is not made again by itself, so it is not listed and not removed."""

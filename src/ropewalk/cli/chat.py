@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import RopewalkError
+from .help_page import EXAMPLES, command
 from .messages import shell_message, warn_of_unused_seed
 from .options import (
-    EXAMPLES,
     chosen_rope,
-    command,
     given_max_length,
     loads_a_model,
     refuse_tensor_parallel,

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+from .help_page import EXAMPLES, command
 from .measurement import Measurement, deadline_in, load_measured
-from .options import EXAMPLES, command, loads_a_model, measures, text_option
+from .options import loads_a_model, measures, text_option
 from .waiting import waiting
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..engine.exports import TARGETS
+from .help_page import EXAMPLES, command
 from .messages import print_json
-from .options import EXAMPLES, command, is_given, json_option, picture_option, rope_option
+from .options import is_given, json_option, picture_option, rope_option
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from ..errors import ConfigError
+from .help_page import EXAMPLES, command
 from .messages import print_json
-from .options import EXAMPLES, Minutes, command, json_option, lengths_option
+from .options import Minutes, json_option, lengths_option
 
 
 @command(

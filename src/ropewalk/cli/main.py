@@ -12,8 +12,8 @@ import click
 
 from ..errors import RopewalkError
 from ..version import __version__
+from .help_page import place
 from .messages import shell_message, stopping_said, warning_line
-from .options import place
 
 GROUPS = {
     "First steps": {

@@ -8,18 +8,9 @@ from typing import Any
 
 import click
 
+from .help_page import EXAMPLES, command
 from .measurement import Measurement, ModelTarget, deadline_in, printed
-from .options import (
-    EXAMPLES,
-    Minutes,
-    command,
-    folder_option,
-    loads_a_model,
-    measures,
-    run_json_option,
-    runs_anywhere,
-    text_option,
-)
+from .options import Minutes, folder_option, loads_a_model, measures, run_json_option, runs_anywhere, text_option
 from .waiting import waiting
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .help_page import EXAMPLES, command
 from .measurement import Measurement, ModelTarget, deadline_in
-from .options import EXAMPLES, command, is_given, measures, runs_anywhere, text_option
+from .options import is_given, measures, runs_anywhere, text_option
 from .waiting import waiting
 
 if TYPE_CHECKING:

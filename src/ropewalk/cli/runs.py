@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from .help_page import EXAMPLES, command
 from .measurement import Measurement, deadline_in, load_measured, print_run
 from .messages import print_json
-from .options import EXAMPLES, command, json_option, loads_a_model, measures, run_json_option, text_option
+from .options import json_option, loads_a_model, measures, run_json_option, text_option
 from .waiting import waiting
 
 _FOLDER = click.Path(file_okay=False, exists=True, path_type=Path)

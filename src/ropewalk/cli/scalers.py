@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .help_page import EXAMPLES, command
 from .messages import print_json
-from .options import EXAMPLES, command, json_option, picture_option
+from .options import json_option, picture_option
 from .waiting import waiting
 
 if TYPE_CHECKING:

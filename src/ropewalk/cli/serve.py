@@ -8,16 +8,8 @@ from typing import Any
 import click
 
 from ..errors import ConfigError
-from .options import (
-    EXAMPLES,
-    chosen_rope,
-    command,
-    given_max_length,
-    is_given,
-    loads_a_model,
-    refuse_tensor_parallel,
-    rope_option,
-)
+from .help_page import EXAMPLES, command
+from .options import chosen_rope, given_max_length, is_given, loads_a_model, refuse_tensor_parallel, rope_option
 from .waiting import load_model
 
 

@@ -6,18 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .help_page import EXAMPLES, command
 from .messages import print_json
-from .options import (
-    EXAMPLES,
-    chosen_rope,
-    command,
-    is_given,
-    json_option,
-    lengths_option,
-    rope_option,
-    ropes_option,
-    text_option,
-)
+from .options import chosen_rope, is_given, json_option, lengths_option, rope_option, ropes_option, text_option
 from .waiting import load_model
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from .help_page import EXAMPLES, command
 from .messages import print_json
-from .options import EXAMPLES, command, folder_option, json_option, loads_a_model, ropes_option, text_option
+from .options import folder_option, json_option, loads_a_model, ropes_option, text_option
 from .waiting import load_model
 
 if TYPE_CHECKING:
@@ -104,7 +105,6 @@ def tune(
     from ..evals.runs.result import Run
     from ..evals.tuning import report
     from ..evals.tuning.tune import tune as search_scalers
-    from ..scaling.lengths import format_length
 
     console = Console(stderr=True) if as_json else new_console()
     document = load_text(text)
@@ -124,20 +124,20 @@ def tune(
         out=run.folder,
         console=console,
     )
-    replaced = report.replaced_target(outcome, run)
+    replaced = report.replaced(outcome, run)
     files = report.publish_tuned(outcome, run, model=short(loaded.name), text=short(text))
     stored = loaded.remember(outcome.as_stored(text=short(text))) if keep else None
+    if replaced is not None:
+        console.print(
+            f"\nThe files of {replaced} in {run.folder} are replaced. Its measurements are kept: the same command with "
+            "these options shows them again. With another --out both stay.",
+            highlight=False,
+            markup=False,
+        )
     if as_json:
         print_json(report.as_json(outcome))
         return
     _print_outcome(outcome, files, console)
-    if replaced is not None:
-        console.print(
-            f"\nThese files replace the result of --target {format_length(replaced)}, whose measurements are kept: "
-            "the same command with that target shows it again. With another --out both stay.",
-            highlight=False,
-            markup=False,
-        )
     if stored is not None:
         console.print(f"\nStored for --rope auto: {stored}", highlight=False, soft_wrap=True, markup=False)
         return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from .options import EXAMPLES, command, json_option, text_option
+from .help_page import EXAMPLES, command
+from .options import json_option, text_option
 
 
 @command(

@@ -38,7 +38,7 @@ def test_1_any_chunks_are_the_one_shot_prefill_in_float64(llama64, spec, cuts):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_1_token_by_token_is_the_one_shot_prefill(llama64, spec):
+def test_1_few_tokens_at_a_time_are_the_one_shot_prefill(llama64, spec):
     with rw.patch(llama64, spec):
         assert difference(in_chunks(llama64, [*range(90, 126), *range(126, 200, 9)]), read(llama64)) < 1e-10
 
