@@ -8,7 +8,7 @@ from prepared import python
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {
     "transformers_pipeline": ("--tokens", "300"),
-    "tune_and_export": ("--target", "300", "--text", "{code}", "--budget", "3", "--out", "{folder}/exported"),
+    "tune_and_export": ("--target", "300", "--text", "{code}", "--budget", "600", "--out", "{folder}/exported"),
     "perplexity_study": ("--text", "{code}", "--lengths", "64", "300", "--target", "32", "--out", "{folder}"),
 }
 SMOLLM2 = {
