@@ -15,6 +15,7 @@ from ...engine.cache import can_rewind, rewind, tokens_read
 from ...engine.hf_model import input_device, weight_bytes
 from ...engine.model import Model
 from ...engine.prefill import prefill, score, scored_logits
+from ...engine.prefix_cache import PrefixCache
 from ...engine.prompt import token_ids
 from ...engine.runners.runner import Runner
 from ...engine.sampling import ResolvedParams
@@ -24,6 +25,8 @@ from ...tokenizer_tools.vocabulary import check_ids
 from ..retrieval.task import Trial, TrialOutput
 from ..runs.result import Losses
 from .measured import Advance, ForwardCost, MeasuredModel, Tokens, bytes_of
+
+_SPARE = 64  # tokens that the next prompt may be longer without a larger cache
 
 
 class LocalModel(MeasuredModel):
@@ -45,6 +48,7 @@ class LocalModel(MeasuredModel):
         self.device, self.trained_length = input_device(model.hf).type, model.trained_length
         self.metadata = {"weights": model.fingerprint[:16]}  # distinguishes it from another model at the same path
         self.tokenizer = model.tokenizer
+        self._last = PrefixCache()  # of the last trial
 
     def running(self, length: int) -> AbstractContextManager[Runner]:
         """The runner, prepared for `length` tokens under this scaler. Other threads wait until the
@@ -90,16 +94,20 @@ class LocalModel(MeasuredModel):
         """Read the prompt once, score the right answer after it, and let the model write its own
         answer.
 
-        If the cache cannot be rewound (sliding windows in transformers' own cache), the prompt is
-        read twice.
+        What the last prompt began with too is not read again, in whole chunks, so that the numbers
+        are the same bit for bit. If the cache cannot be rewound (sliding windows in transformers'
+        own cache), the prompt is read twice.
         """
         length = len(trial.prompt_ids) + trial.new_tokens
         check_ids([*trial.prompt_ids, *trial.answer_ids], self.model.vocabulary_size)
         params = ResolvedParams(max_new_tokens=trial.new_tokens, temperature=0)
         with self.running(length) as runner:  # both parts use the scaler that is prepared for this length
-            cache = self.model.new_cache(length)
+            cache = self._trial_cache(runner, trial.prompt_ids, length)
+            held = tokens_read(cache)
+            if advance:
+                advance(0, held)
             ids = trial.prompt_ids + trial.answer_ids[:-1]
-            logits = prefill(runner, ids, cache, advance, logits_to_keep=len(trial.answer_ids))
+            logits = prefill(runner, ids[held:], cache, advance, logits_to_keep=len(trial.answer_ids))
             logprobs = logits.float().log_softmax(-1).cpu()
             choice_logprobs = [self._choice_logprob(runner, trial, ids, logprobs[0], cache) for ids in trial.choices]
             prompt = self.model.read(trial.prompt_ids, params.continuation)
@@ -109,6 +117,7 @@ class LocalModel(MeasuredModel):
             self.model.check_room(length, length=length, caches=(sequence.cache,))
             for _ in generate_tokens(Batch(self.model, [sequence], length)):  # at any length, also beyond the reach
                 pass
+            self._last.hold(cache, trial.prompt_ids, runner.rope_state)
         chosen = logprobs.gather(-1, torch.tensor(trial.answer_ids)[:, None])[:, 0]
         return TrialOutput(
             logprobs=chosen.tolist(),
@@ -116,6 +125,17 @@ class LocalModel(MeasuredModel):
             written=sequence.text,
             choice_logprobs=choice_logprobs,
         )
+
+    def _trial_cache(self, runner: Runner, prompt_ids: Tokens, length: int) -> Cache:
+        """A cache for `length` tokens that holds the whole chunks at the beginning of the prompt that
+        the last prompt began with too."""
+        last, self._last = self._last, PrefixCache()
+        held = last.shared(prompt_ids[:-1]) // runner.chunk * runner.chunk
+        if last.rope_state == runner.rope_state:
+            last.truncate_to(prompt_ids[:held])
+            if last.cache is not None:
+                return last.cache
+        return self.model.new_cache(length + _SPARE)
 
     def _choice_logprob(self, runner: Runner, trial: Trial, ids: Tokens, first: Tensor, cache: Cache) -> float:
         """Log-probability of the tokens `ids` of a choice after the trial's prompt.

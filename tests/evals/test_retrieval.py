@@ -86,6 +86,23 @@ def test_the_prompt_is_read_once(model, monkeypatch):
     assert sum(read) == len(trial.prompt_ids) + len(trial.answer_ids) - 1 + trial.new_tokens
 
 
+@pytest.mark.parametrize("spec", ["none", "yarn:4", "dynamic-ntk", "rerope:100"])
+@pytest.mark.parametrize("settings", [{"compile": False}, {"precision": "bfloat16"}], ids=["modules", "bfloat16"])
+def test_what_the_last_prompt_began_with_is_not_read_again_and_nothing_changes(tiny_folder, spec, settings):
+    model = rw.load(tiny_folder, spec, max_length=2**31, **settings)
+    trials = [trial_of(model, length=length, seed=seed) for length, seed in ((3000, 0), (3000, 1), (2900, 2), (400, 3))]
+    alone = [LocalModel(model).run_trial(trial) for trial in trials]
+    together, answers, begun_with = LocalModel(model), [], []
+    for trial in trials:
+        steps = []
+        answers.append(together.run_trial(trial, lambda past, count, steps=steps: steps.append((past, count))))
+        assert sum(count for _, count in steps) == len(trial.prompt_ids) + len(trial.answer_ids) - 1
+        begun_with.append(steps[0][1])
+    assert answers == alone
+    assert len(trials[0].prompt_ids) == len(trials[1].prompt_ids)  # so that a scaler of the length is the same
+    assert begun_with == [0, 1024, 0 if parse(spec).depends_on_length else 1024, 0]
+
+
 def test_a_cache_that_cannot_forget_is_not_gone_on_from(model, monkeypatch):
     trial = trial_of(model)
     whole = LocalModel(model).run_trial(trial)
