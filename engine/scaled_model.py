@@ -276,7 +276,8 @@ class ScaledModel:
             "model": f"{self.name} ({type(self.hf).__name__}, {hf_model.weight_count(self.hf) / 1e6:.0f}M parameters)",
             "run by": self.run_by,
             "rope": rope,
-            "reach": "any length" if math.isinf(reach) else f"{format_length(int(reach))} tokens",
+            "reach": ("any length" if math.isinf(reach) else f"{format_length(int(reach))} tokens")
+            + (f"; requests may have {format_length(given)} (max_length)" if (given := self.given_max_length) else ""),
             "trained": f"{format_length(configured.rope.trained_length)} tokens{configured.scaling_note}",
             **({"temperature": f"{own}, the model's own"} if (own := configured.temperature) is not None else {}),
             "answers": self._answers(),

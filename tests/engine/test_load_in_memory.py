@@ -25,6 +25,7 @@ def from_files(tiny_folder):
 
 def test_it_answers_as_the_model_from_files_and_shares_its_weights(hf, from_files, tiny_folder):
     model = rw.load(hf, max_length=4096)
+    assert "reach    256 tokens; requests may have 4k (max_length)" in model.describe()
     assert model.is_compiled
     assert model.hf is hf
     assert model.name == str(tiny_folder)
