@@ -249,7 +249,11 @@ def test_bad_chats_are_refused_by_name(client, fields, message):
     [
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
         ({"extra_body": {"contexts": ["a"]}, "echo": True}, "echo"),
-        ({"temperature": "hot"}, None),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"stop": [""]}, "stop"),
+        ({"extra_body": {"continuation": "never"}}, "continuation"),
+        ({"prompt": [10**6]}, None),
     ],
 )
 def test_a_refusal_names_its_field(client, fields, name):

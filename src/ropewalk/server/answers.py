@@ -86,7 +86,7 @@ def described(error: Exception, own: str, name: str) -> tuple[int, dict[str, Any
     if isinstance(error, ContextOverflow):
         return 400, error_object(message, "invalid_request_error", "context_length_exceeded")
     if isinstance(error, RopewalkError):
-        return 400, error_object(message, "invalid_request_error", field=getattr(error, "field", None))
+        return 400, error_object(message, "invalid_request_error", field=getattr(error, "field", None) or _given(error))
     _LOG.exception("a request failed", exc_info=error)
     return 500, error_object("the server failed; its log says why", "server_error")
 
@@ -108,6 +108,13 @@ def _message(error: Exception) -> str:
         return f"give {field}" if part.form == "model" else field
 
     return "".join(map(shown, error.args))
+
+
+def _given(error: RopewalkError) -> str | None:
+    """The field of the request whose value an error of the model's names as wrong."""
+    wrong = (part.name for part in error.args if isinstance(part, Setting) and part.form in ("given", "name"))
+    name = next(wrong, None)
+    return _FIELDS.get(name, name) if name else None
 
 
 def _printable(text: str) -> str:
