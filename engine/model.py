@@ -6,6 +6,7 @@ from collections import abc
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +30,7 @@ from .prompt import token_ids
 from .rope_plan import RopePlan
 from .rotary_site import rotary_sites
 from .runners.choose import RunnerOptions, choose_runner
+from .runners.runner import RopeState
 from .sampling import SamplingParams, with_settings
 from .scaled_model import ScaledModel
 from .sequence import Sequence
@@ -57,6 +59,7 @@ class Model(ScaledModel):
         super().__init__(
             hf, tokenizer, sites, runner, name=name, rope=rope, max_length=max_length, special_tokens=special_tokens
         )
+        self._written_under: WeakKeyDictionary[Cache, RopeState] = WeakKeyDictionary()  # the callers' caches
 
     @cached_property
     def _contexts(self) -> ContextCaches:
@@ -304,6 +307,7 @@ class Model(ScaledModel):
                 cache = self.new_cache(len(ids))
             if held := tokens_read(cache):
                 raise ConfigError(f"the cache holds {held} tokens, and scoring begins at the first; give an empty one")
+            self._written_under[cache] = runner.rope_state
             return score(runner, ids, first, cache, progress).cpu()
 
     def generate_ids(self, ids: list[int], params: SamplingParams, cache: Cache | None = None) -> Completion:
@@ -312,13 +316,28 @@ class Model(ScaledModel):
         The answer begins where the ids end, unless `params.continuation` is "exact".
 
         Raises:
+            ConfigError: the cache was written under another scaler, or for another length where the scaler depends on
+                it.
             DataError: the model has no such token.
         """
         sequence = self._sequence(ids, params, cache)
         length = self.check_length(len(sequence.prompt.ids), params, cache)
+        if cache is not None:
+            self._check_written(cache, length)
         for _ in generate_tokens(Batch(self, [sequence], length)):
             pass
         return sequence.completion()
+
+    def _check_written(self, cache: Cache, length: int) -> None:
+        """Refuse a cache whose keys are rotated for other positions than those of a text of `length` tokens."""
+        with self.running(length) as runner:
+            before, now = self._written_under.get(cache), runner.rope_state
+            if before is not None and before != now and tokens_read(cache):
+                raise ConfigError(
+                    f"the cache was written under {_shown(before)}, and a text of {length} tokens is read under "
+                    f"{_shown(now)}; give an empty one, or use model.session(), which rotates its keys"
+                )
+            self._written_under[cache] = now
 
     def _sequence(
         self,
@@ -342,6 +361,11 @@ class Model(ScaledModel):
 
 def _texts(batch: Batch) -> abc.Iterator[str]:
     return (piece for pieces in generate_tokens(batch) for _, piece in pieces if piece)
+
+
+def _shown(state: RopeState) -> str:
+    scaler, length = state
+    return str(scaler) if length is None else f"{scaler} for {length} tokens"
 
 
 def _utf8(text: str | bytes) -> bytes:

@@ -227,7 +227,8 @@ class PooledSequence(Sequence):
                 prefill(runner, [*read_ids, *written][tokens_read(cache) :], cache, self.progress)[-1]
                 for read_ids, cache in zip(self._read_ids, self._caches, strict=True)
             ]
-            self._seen.add(self._prompts[0].ids)
+            if not self.tokens:
+                self._seen.add(self._prompts[0].ids)
             return next_tokens(runner, [self], torch.stack(last))[0]
         weighed = [
             weigh(runner, cover, prompt.start, cache, self._vocabulary, penalty, self.progress)

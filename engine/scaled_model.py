@@ -88,7 +88,7 @@ class ScaledModel:
 
         Raises:
             PatchError: the scaler is no longer `expected_rope`; or, where it is None, a transformers model was changed
-                after it was loaded.
+                after it was loaded; or its modules run, and another patch was put into them.
         """
         with self._lock, torch.inference_mode():
             asked = self.rope if rope is None else rope
@@ -99,6 +99,8 @@ class ScaledModel:
                     f"the scaler was changed from {expected_rope} to {asked} while a text was being streamed; "
                     "finish the stream first, or start it again"
                 )
+            if not self.is_compiled:
+                self._slot.check_own()
             scaler = self.plan.at(length) if rope is None else rope
             if self._slot.follows_length or scaler is not self._slot.installed.scaler:
                 self._slot.prepare(scaler, length)

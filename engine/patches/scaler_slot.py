@@ -44,8 +44,7 @@ class ScalerSlot:
             PatchError: another patch was put into the model from outside.
         """
         before = self.installed
-        if (patched := patched_with(self._hf)) not in (None, before.scaler):
-            raise PatchError(f"the model underneath is patched with {patched}; undo that first")
+        self.check_own()
         before.restore()
         try:
             if remember and scaler in self._prepared:
@@ -72,6 +71,12 @@ class ScalerSlot:
             self._prepared[scaler] = self.installed
             if len(self._prepared) > _MOST_KEPT:
                 del self._prepared[next(iter(self._prepared))]
+
+    def check_own(self) -> None:
+        """Raise PatchError if another patch was put into the model from outside."""
+        for site in self._sites:
+            if (patched := patched_with(site.module)) not in (None, self.installed.scaler):
+                raise PatchError(f"the model underneath is patched with {patched}; undo that first")
 
     def takes(self, scaler: Scaler) -> bool:
         """True if `scaler` can be put into the model. It is tried once."""

@@ -338,6 +338,37 @@ def test_a_cache_that_holds_tokens_is_refused_for_scoring(model):
         model.score_ids([5, 6, 7], cache=cache)
 
 
+@pytest.mark.parametrize(
+    ("spec", "later", "words"),
+    [
+        ("auto", None, "written under none, and a text of 270 tokens is read under self-extend:4,window=128; give"),
+        (
+            "dynamic-ntk",
+            None,
+            "under dynamic-ntk for 251 tokens, and a text of 270 tokens .* under dynamic-ntk for 270",
+        ),
+        ("yarn:2", "none", "written under yarn:2, and a text of 270 tokens is read under none"),
+    ],
+)
+@pytest.mark.parametrize("compile", ["auto", False])
+def test_a_cache_written_under_other_positions_is_refused(tiny_folder, spec, later, words, compile):
+    """The answer went on from it, 2 nats away from the right one, without a word."""
+    model = rw.load(tiny_folder, rope=spec, max_length=1024, compile=compile)
+    ids = [5 + i % 90 for i in range(251)]
+    cache = model.new_cache(300)
+    model.score_ids(ids, cache=cache)
+    model.rope = later or spec
+    with pytest.raises(rw.ConfigError, match=words):
+        model.generate_ids(ids, greedy(19), cache)
+    fresh = model.new_cache(300)
+    written = model.generate_ids(ids, greedy(4), fresh).token_ids
+    assert model.generate_ids(ids, greedy(4), fresh).token_ids == written
+    with pytest.raises(rw.ConfigError, match="dynamic-ntk for 256 tokens, and a text of 263 tokens"):
+        model.rope = "dynamic-ntk"
+        model.generate_ids(ids, greedy(5), reused := model.new_cache(300))
+        model.generate_ids(ids, greedy(12), reused)
+
+
 def test_numbers_of_other_libraries_are_numbers(model):
     ids = np.array([5, 6, 7])
     assert torch.equal(model.score_ids(ids), model.score_ids([5, 6, 7]))

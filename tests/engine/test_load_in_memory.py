@@ -1,5 +1,7 @@
 """A transformers model in memory becomes a model of ours: the same answers, and none after it was changed."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,32 @@ def test_a_changed_model_is_refused(hf, change):
     ):
         with pytest.raises(rw.PatchError, match=r"load it again: rw\.load"):
             call()
+
+
+@pytest.mark.parametrize("by", ["patch", "another model"])
+def test_a_patch_from_outside_is_refused_where_the_modules_run(hf, by):
+    """The model said "none" and read under yarn:4, 5 nats a token away."""
+    model, compiled = rw.load(hf, compile=False), rw.load(hf, compile=True)
+    other = rw.load(hf, compile=False)
+    ids, ours = model.vocabulary.encode(TEXT), compiled.score(TEXT).logprobs
+    stream = model.stream(TEXT, greedy(4))
+    next(stream)
+    if by == "patch":
+        undo = rw.patch(hf, "yarn:4").undo
+    else:
+        other.rope = "yarn:4"
+        undo = functools.partial(setattr, other, "rope", "none")
+    for call in (
+        lambda: list(stream),
+        lambda: model.score(TEXT),
+        lambda: model.generate_ids(ids, greedy(2)),
+        lambda: setattr(model, "rope", "ntk:2"),
+    ):
+        with pytest.raises(rw.PatchError, match="the model underneath is patched with yarn:4; undo that first"):
+            call()
+    assert torch.equal(compiled.score(TEXT).logprobs, ours)
+    undo()
+    assert torch.allclose(model.score(TEXT).logprobs, ours, atol=1e-4)
 
 
 @pytest.mark.parametrize("rope", [None, "yarn:2"])

@@ -157,6 +157,22 @@ def test_a_question_cut_inside_a_token_is_gone_on_with(model):
     assert completion.healing.overlap > 0
 
 
+def test_an_answer_that_gave_up_its_memory_penalizes_the_same_tokens(model):
+    """The prompt's own last tokens were added, which the first token had replaced."""
+    sequence = model.over_contexts(
+        "    retur", CONTEXTS, "entropy", params(continuation="auto", repetition_penalty=1.3)
+    )
+    with model.running(sequence.length) as runner:
+        assert sequence.read_ahead(runner, 1024)
+        sequence.first_token(runner)
+        assert sequence.healing.overlap
+        before = set(sequence._seen._known)
+        sequence.release()
+        assert sequence.read_ahead(runner, 1024)
+        sequence.first_token(runner)
+    assert sequence._seen._known == before | {sequence.tokens[1].id}
+
+
 def test_contexts_are_read_once(model, monkeypatch):
     first = model.generate(QUESTION, params(), contexts=CONTEXTS)
     with counted(model, monkeypatch) as read:
