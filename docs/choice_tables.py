@@ -48,7 +48,7 @@ CELLS = (
     Cell(title="4x", run="choice-tiny", trained_length=256, times=4),
 )
 
-AUTO, AUTO_NAME = "auto", "`auto`: `self-extend:4,window=0.5x`, at 4x a group of 16"
+AUTO, AUTO_NAME = "auto", "`auto`: `self-extend:8,window=0.5x`, at 4x a group of 16"
 
 METHODS = (
     AUTO,

@@ -20,7 +20,7 @@ FOUR_TIMES = RUN.with_name("positions-4x")
 
 README_METHODS = {
     UNTOUCHED: "the model as it was trained",
-    "self-extend:4,window=0.5x": "`auto`",
+    "self-extend:8,window=0.5x": "`auto`",
     "dual-chunk": "",
     "rerope:0.5x|logn": "",
     "yarn:2": "for a served engine",
@@ -77,10 +77,10 @@ def readme_table() -> str:
 
 
 def _passkeys() -> dict[str, str]:
-    """How many passkeys each method found in 12k tokens."""
+    """How many passkeys each method found at twice the trained length."""
     found: dict[str, list[Row]] = {}
     for row in Run(RUN.parent / "retrieval").rows:
-        if (row["model"], row["task"], row["context"]) == ("smollm2-135m", "passkey", 12288):
+        if (row["model"], row["task"], row["context"]) == ("smollm2-135m", "passkey", 2 * SMOLLM2_LENGTH):
             found.setdefault(row["rope"], []).append(row)
     return {rope: f"{round(sum(row['correct'] for row in rows))} of {len(rows)}" for rope, rows in found.items()}
 

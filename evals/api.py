@@ -162,12 +162,13 @@ def perplexity(
             raise ConfigError("a transformers model needs its tokenizer too: perplexity(..., tokenizer=tokenizer)")
         if (scaler := patched_with(model)) is not None:
             raise ConfigError(f"this model is patched with {scaler}; undo the patch, and give the scaler in `ropes`")
-        was_training = model.training
+        was_training = {module: module.training for module in model.modules()}
         try:
             wrapped = Model(model.eval(), tokenizer, name=model.name_or_path or type(model).__name__)
             return _of_model(wrapped, text, protocol, lengths, ropes, settings)
         finally:
-            model.train(was_training)
+            for module, training in was_training.items():
+                module.training = training
     if not callable(model):
         raise ConfigError(f"{type(model).__name__} is neither a model nor a function from token ids to logits")
     _check_call("a function from tokens to logits", ropes=ropes)

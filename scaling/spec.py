@@ -35,9 +35,9 @@ class Auto(Scaler):
 
     Up to the trained length L it is the untouched model, bit for bit. Beyond L it is the scaler that `ropewalk tune`
     has found for this model: among the results in the cache folder, the one for the smallest target that is long
-    enough. If there is none it is `self-extend:4,window=0.5x`, with a group of 8 for texts longer than 2 L, of 16 from
-    3.6 L on, and so forth (docs/choose.md gives the reason), or `yarn:F` on a model without support for position maps,
-    where F is the ratio of the lengths, rounded up. `model.describe()` names the scaler.
+    enough. If there is none it is `self-extend:8,window=0.5x`, with a group of 16 for texts longer than 2.25 L, of 32
+    from 4.25 L on, and so forth (docs/choose.md gives the reason), or `yarn:F` on a model without support for position
+    maps, where F is the ratio of the lengths, rounded up. `model.describe()` names the scaler.
 
     It cannot be joined with others, and works only on a model that ropewalk runs. Its own methods raise ConfigError.
     """
@@ -65,7 +65,7 @@ class Auto(Scaler):
 def _refuse() -> NoReturn:
     raise ConfigError(
         "'auto' selects a scaler by the length of each request, which only a model of ropewalk knows: "
-        "rw.load(..., rope='auto') or model.rope = 'auto'; here give one scaler, such as self-extend:4,window=0.5x"
+        "rw.load(..., rope='auto') or model.rope = 'auto'; here give one scaler, such as self-extend:8,window=0.5x"
     )
 
 

@@ -26,7 +26,7 @@ from ..retrieval.task import Trial, TrialOutput
 from ..runs.result import Losses
 from .measured import Advance, ForwardCost, MeasuredModel, Tokens, bytes_of
 
-_SPARE = 64  # tokens that the next prompt may be longer without a larger cache
+_SPARE = 1024  # tokens that the next prompt may be longer without a larger cache
 
 
 class LocalModel(MeasuredModel):
@@ -135,6 +135,7 @@ class LocalModel(MeasuredModel):
             last.truncate_to(prompt_ids[:held])
             if last.cache is not None:
                 return last.cache
+        last.clear()  # before another is allocated
         return self.model.new_cache(length + _SPARE)
 
     def _choice_logprob(self, runner: Runner, trial: Trial, ids: Tokens, first: Tensor, cache: Cache) -> float:

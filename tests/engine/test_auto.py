@@ -17,8 +17,8 @@ from ropewalk.scaling import Auto
 
 SHORT = TEXT  # far within the trained length of 256
 LONG = TEXT * 8  # 296 tokens, between once and twice that
-DEFAULT = "self-extend:4,window=128"  # for texts up to 512 tokens
-FARTHER = "self-extend:16,window=128"  # for 1024 tokens and some more
+DEFAULT = "self-extend:8,window=128"  # for texts up to 576 tokens
+FARTHER = "self-extend:16,window=128"  # for 577 to 1088 tokens
 
 
 @pytest.fixture(autouse=True)
@@ -186,38 +186,38 @@ def test_what_was_tuned_is_taken_up_to_its_target(compiled, cache):
     path = compiled.remember(tuned(compiled, 1024, "yarn:4", "rerope:64").as_stored(text="book"))
     assert path.parent == cache / "tuned"
     compiled.remember(tuned(compiled, 512, "dual-chunk", "none").as_stored(text="shakespeare"))
-    chosen = {n: str(compiled.rope_at(n)) for n in (256, 257, 512, 513, 1024, 1025, 1600)}
+    chosen = {n: str(compiled.rope_at(n)) for n in (256, 257, 512, 513, 1024, 1025, 1088)}
     assert chosen == {
-        256: "none", 257: "dual-chunk", 512: "dual-chunk", 513: "yarn:4", 1024: "yarn:4", 1025: FARTHER, 1600: FARTHER,
+        256: "none", 257: "dual-chunk", 512: "dual-chunk", 513: "yarn:4", 1024: "yarn:4", 1025: FARTHER, 1088: FARTHER,
     }  # fmt: skip
     for text, spec in ((LONG, "dual-chunk"), (LONG * 2, "yarn:4")):
         assert torch.equal(scored(text)(compiled), under(compiled, spec, scored(text)))
     assert (
         "auto: up to 256 the untouched model, up to 512 dual-chunk (tuned on shakespeare), up to 1k yarn:4 "
-        f"(tuned on book), beyond {DEFAULT} (the default; its group is doubled where a text is longer than 512)"
+        f"(tuned on book), beyond {DEFAULT} (the default; its group is doubled where a text is longer than 576)"
     ) in compiled.describe()
     assert "any length" in compiled.describe()
     compiled.remember(tuned(compiled, 512, "ntk:4").as_stored(text="shakespeare"))
     assert str(compiled.rope_at(300)) == "ntk:4"
 
 
-@pytest.mark.parametrize("length", [512, 513, 921, 922, 10**6])
-def test_the_group_is_the_smallest_that_reaches_a_quarter_farther(compiled, length):
+@pytest.mark.parametrize("length", [576, 577, 1088, 1089, 10**6])
+def test_the_group_is_the_smallest_that_reaches_twice_as_far(compiled, length):
     compiled.rope = "auto"
     scaler = compiled.rope_at(length)
-    group = 4
-    while (256 - 128 + 128 // group) * group < 1.25 * length:  # the reach in the scaler's docstring
+    group = 8
+    while (256 - 128 + 128 // group) * group < 2 * length:  # the reach in the scaler's docstring
         group *= 2
     assert str(scaler) == f"self-extend:{group},window=128"
     compiled.rope = scaler
-    assert compiled.max_length >= 1.25 * length
+    assert compiled.max_length >= 2 * length
     compiled.rope = f"self-extend:{group // 2},window=128"
-    assert compiled.max_length < 1.25 * length
+    assert compiled.max_length < 2 * length
 
 
 def test_the_scaler_of_auto_is_the_one_that_the_docs_name(compiled, tiny_folder):
     compiled.rope = "auto"
-    lengths = {257: 4, 512: 4, 513: 8, 921: 8, 922: 16}
+    lengths = {257: 8, 576: 8, 577: 16, 1088: 16, 1089: 32}
     assert {n: str(compiled.rope_at(n)) for n in lengths} == {
         n: str(rw.parse(f"self-extend:{group},window=0.5x", 256)) for n, group in lengths.items()
     }

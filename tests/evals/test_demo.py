@@ -222,7 +222,7 @@ def test_a_short_limit_is_kept_and_the_next_run_goes_on(small_demo, tmp_path, ca
     assert cells(out) == {(rope, n) for rope in ("none", "auto", "yarn:2") for n in contexts}
     shown = " ".join(capsys.readouterr().out.split())
     assert "Left out" not in shown
-    assert "auto is the untouched model up to 256 and self-extend:4,window=128 beyond" in shown
+    assert "auto is the untouched model up to 256 and self-extend:8,window=128 beyond" in shown
     assert "The untouched model, nats per token: 64" in shown
     assert demo.RECOMMENDATION in shown
     rows = {(row["rope"], row["context"]): row["loss"] for row in Run(out).rows}

@@ -129,7 +129,7 @@ def test_auto_is_told_by_what_it_stands_for_and_measured_anew_when_that_changes(
         asked = retrieval_cells(LocalModel(model), [TASKS["passkey"]], [auto], contexts=[1024], depths=[0.5], trials=1)
         return [*found, *asked]
 
-    default, far = "self-extend:4,window=32", "self-extend:64,window=32"
+    default, far = "self-extend:8,window=32", "self-extend:64,window=32"
     before = planned()
     assert [(cell.recipe["rope"], cell.recipe.get("chosen")) for cell in before] == [
         *(("none", None), ("none", None), ("auto", "none"), ("auto", default), ("auto", far))

@@ -123,9 +123,11 @@ def test_scalers_in_turn_and_the_model_is_given_back(model):
 
 def test_a_model_that_is_refused_is_left_as_it_was(model):
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=64)).train()
+    gpt2.transformer.h.eval()  # as where only some layers are trained
     with pytest.raises(rw.UnsupportedModel):
         perplexity(gpt2, [list(range(60))], tokenizer=model.tokenizer, lengths=[32])
     assert gpt2.training
+    assert not any(module.training for module in gpt2.transformer.h.modules())
 
 
 def test_rows_have_the_fields_of_their_protocol(model):
