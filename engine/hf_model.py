@@ -55,10 +55,19 @@ def key_shape(config: Any) -> tuple[int, int]:
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def weights_state(hf: PreTrainedModel) -> list[tuple[int, int]]:
-    """Identities and versions of all weights. They change when a weight is replaced or written to."""
+def weights_state(hf: PreTrainedModel) -> list[tuple[int, int, int]]:
+    """Identities, versions and addresses of all weights. They change when a weight is replaced or written to, and when
+    it is given other data, as a cast does."""
     weights: list[Tensor] = [*hf.parameters(), *(packed.data for packed in packed_weights(hf).values())]
-    return [(id(weight), 0 if weight.is_inference() else weight._version) for weight in weights]
+    return [(id(weight), 0 if weight.is_inference() else weight._version, _address(weight)) for weight in weights]
+
+
+def _address(weight: Tensor) -> int:
+    """Where a weight lies in memory; 0 for one without memory of its own, such as a quantized one."""
+    try:
+        return weight.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def weight_count(hf: PreTrainedModel) -> int:

@@ -69,7 +69,7 @@ class ScaledModel:
         self._runner = runner
         self._slot = ScalerSlot(hf, self.sites, self._runner)
         self._lock = threading.RLock()
-        self.weights_at_load: list[tuple[int, int]] | None = None
+        self.weights_at_load: list[tuple[int, int, int]] | None = None
         self.rope = rope
 
     @contextmanager
