@@ -124,12 +124,13 @@ def _lengths_read(site: RotarySite) -> list[int | None]:
     return [None, rope.rope.trained_length + 1, *([] if longest is None else [int(longest)])]
 
 
-class DynamicFrequencies:
-    """What transformers stores in rotary modules whose config has a dynamic scaling: the frequencies and the length of
-    the longest text so far. Saved here, to be restored after texts of ours."""
+class SavedFrequencies:
+    """The frequencies in rotary modules. With a dynamic scaling in its config, transformers changes them in place and
+    stores the length of the longest text so far. Saved here, to be restored after casts, and after texts of ours."""
 
     def __init__(self, sites: list[RotarySite]) -> None:
-        self._saved = [
+        self._saved = [(site, site.inv_freq) for site in sites]
+        self._dynamic = [
             (site, site.inv_freq, site.inv_freq.clone(), getattr(site.module, site.attribute(_LONGEST), None))
             for site in sites
             if site.configured.scaler.depends_on_length
@@ -137,12 +138,13 @@ class DynamicFrequencies:
 
     def restore(self) -> None:
         """Restore them in the same tensors."""
-        for site, buffer, values, longest in self._saved:
+        for site, buffer, values, longest in self._dynamic:
             with torch.inference_mode():  # a text read in this mode may have made the buffer
                 buffer.copy_(values)
-            site.module._buffers[site.attribute("inv_freq")] = buffer.to(site.inv_freq.device)
             if longest is not None:
                 setattr(site.module, site.attribute(_LONGEST), longest)
+        for site, buffer in self._saved:
+            site.module._buffers[site.attribute("inv_freq")] = buffer.to(site.inv_freq.device)
 
 
 def depends_on_length(sites: list[RotarySite], scaler: Scaler) -> bool:

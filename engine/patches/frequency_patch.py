@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModel
@@ -12,6 +13,7 @@ from ..rotary_site import RotarySite, depends_on_length
 from .derived import DerivedNumbers
 
 _UNKNOWN = -1  # no frequencies of ours are in place, or only some of them
+_WRITTEN = "ropewalk_frequencies"  # attribute of a rotary module: our buffers by name
 
 
 class FrequencyPatch:
@@ -36,6 +38,7 @@ class FrequencyPatch:
             site.configured.check(scaler)
         self.derived = DerivedNumbers(model, self.scaled_sites, scaler)
         self._originals: list[dict[str, Any]] = []
+        self._hooks: list[Any] = []
         self._written_for: int | None = _UNKNOWN
 
     @property
@@ -59,12 +62,15 @@ class FrequencyPatch:
             return
         if not self._originals:
             self._originals = [self._remember(site) for site in self.scaled_sites]
+            modules = dict.fromkeys(site.module for site in self.scaled_sites)
+            self._hooks = [module.register_forward_pre_hook(_put_back) for module in modules]
         self._written_for = _UNKNOWN  # an interruption here makes the next call write everything again
         for site in self.scaled_sites:
             effective = site.configured.effective(self.scaler)
             frequencies = effective.frequencies(site.configured.rope, length)
-            device = site.inv_freq.device
-            site.module._buffers[site.attribute("inv_freq")] = frequencies.inv_freq.float().to(device)
+            written = frequencies.inv_freq.float().to(site.inv_freq.device)
+            site.module._buffers[site.attribute("inv_freq")] = written
+            vars(site.module).setdefault(_WRITTEN, {})[site.attribute("inv_freq")] = written
             setattr(site.module, site.attribute("attention_scaling"), frequencies.attention_factor)
             # `forward` recomputes `dynamic` and `longrope` frequencies, but must not replace ours
             types: Any = site.module.rope_type
@@ -79,13 +85,16 @@ class FrequencyPatch:
 
     def restore(self) -> None:
         """Undo every write. The model is then what it was, bit for bit."""
+        for hook in self._hooks:
+            hook.remove()
         for site, original in zip(self.scaled_sites, self._originals, strict=False):
             buffer = original["inv_freq"]
             site.module._buffers[site.attribute("inv_freq")] = buffer.to(site.inv_freq.device)
             setattr(site.module, site.attribute("attention_scaling"), original["attention_scaling"])
             site.module.rope_type = original["rope_type"]
+            vars(site.module).pop(_WRITTEN, None)
         self.derived.restore()
-        self._originals = []
+        self._originals, self._hooks = [], []
         self._written_for = _UNKNOWN
 
     @staticmethod
@@ -95,3 +104,12 @@ class FrequencyPatch:
             "attention_scaling": getattr(site.module, site.attribute("attention_scaling")),
             "rope_type": site.module.rope_type,
         }
+
+
+def _put_back(module: nn.Module, _args: Any) -> None:
+    """Put our frequencies in the place of a copy that a cast of the model has rounded."""
+    ours = vars(module).get(_WRITTEN, {})
+    for name, written in ours.items():
+        buffer: Any = module._buffers[name]
+        if buffer is not written and not buffer.is_meta:
+            module._buffers[name] = ours[name] = written.to(buffer.device)

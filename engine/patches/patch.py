@@ -20,7 +20,7 @@ from ...scaling.by_layer import format_layers, layer_groups
 from ...scaling.lengths import format_length, parse_length
 from ...scaling.rope import Scaler
 from ...scaling.spec import parse
-from ..rotary_site import DynamicFrequencies, RotarySite, depends_on_length, primary_rotary, rotary_sites
+from ..rotary_site import RotarySite, SavedFrequencies, depends_on_length, primary_rotary, rotary_sites
 from .band_patch import BandPatch
 from .frequency_patch import FrequencyPatch
 from .probe import check_frequencies_used
@@ -119,7 +119,7 @@ class PatchHandle:
         active: True until `undo`.
     """
 
-    def __init__(self, model: PreTrainedModel, installed: Patch, length: int | None, state: DynamicFrequencies) -> None:
+    def __init__(self, model: PreTrainedModel, installed: Patch, length: int | None, state: SavedFrequencies) -> None:
         self._model = model
         self._installed = installed
         self._state = state
@@ -136,7 +136,7 @@ class PatchHandle:
         """Restore the model, bit for bit. Do not use caches that were filled under the patch any more.
 
         If the model was cast meanwhile (`model.bfloat16()`), its frequencies return in the dtype from before the cast,
-        as in a model that is loaded in 16 bits.
+        as in a model that is loaded in 16 bits. Those of a scaler are never rounded by a cast.
 
         Raises:
             PatchError: the patch was undone already.
@@ -249,7 +249,7 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
             f"{scaler} reaches {format_length(int(reach))} tokens on this model, fewer than the "
             f"{format_length(tokens)} asked for; use a larger factor, or rerope, which reaches any length"
         )
-    state = DynamicFrequencies(sites)
+    state = SavedFrequencies(sites)
     try:
         installed = install(model, sites, scaler, grows=tokens is None)
         installed.set_length(tokens)
