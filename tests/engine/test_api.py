@@ -341,7 +341,7 @@ def test_a_cache_that_holds_tokens_is_refused_for_scoring(model):
 @pytest.mark.parametrize(
     ("spec", "later", "words"),
     [
-        ("auto", None, "written under none, and a text of 270 tokens is read under self-extend:4,window=128; give"),
+        ("auto", None, "written under none, and a text of 270 tokens is read under self-extend:8,window=128; give"),
         (
             "dynamic-ntk",
             None,
