@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from position_tables import code
+from position_tables import auto, code, relative
 
-from ropewalk.engine.auto import self_extend
 from ropewalk.evals.reports.loss_plots import plot_loss_curve
 from ropewalk.evals.runs import compare
 from ropewalk.evals.runs.result import Row, Run
-from ropewalk.scaling import RopeSpec, parse
+from ropewalk.scaling import parse
 
 DOCS = Path(__file__).resolve().parent
 
@@ -35,8 +34,7 @@ class Cell:
     def rope(self, method: str) -> str:
         """The spec of a method as the rows have it."""
         if method == AUTO:
-            rope = RopeSpec(dim=64, base=10_000.0, trained_length=self.trained_length)
-            return str(self_extend(rope, self.trained_length, self.times * self.trained_length))
+            return auto(self.trained_length, self.times)
         return str(parse(method.replace("yarn:F", f"yarn:{self.times}"), self.trained_length))
 
 
@@ -48,7 +46,8 @@ CELLS = (
     Cell(title="4x", run="choice-tiny", trained_length=256, times=4),
 )
 
-AUTO, AUTO_NAME = "auto", "`auto`: `self-extend:8,window=0.5x`, at 4x a group of 16"
+AUTO = "auto"
+AUTO_AT = [code(relative(auto(L, times), L)) for times in (2, 4)]
 
 METHODS = (
     AUTO,
@@ -95,7 +94,8 @@ def choice_table() -> str:
             shown.append(f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})")
             losses = [other["loss"] for one in METHODS if (other := found[cell, one]) is not None]
             behind.append(row["loss"] - min(losses))
-        lines.append(f"| {AUTO_NAME if method == AUTO else code(method)} | {' | '.join(shown)} | {max(behind):.3f} |")
+        name = f"`auto`: {AUTO_AT[0]}, at 4x {AUTO_AT[1]}" if method == AUTO else code(method)
+        lines.append(f"| {name} | {' | '.join(shown)} | {max(behind):.3f} |")
     return "\n".join(lines)
 
 

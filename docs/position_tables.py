@@ -8,26 +8,40 @@ from pathlib import Path
 
 import numpy as np
 
+from ropewalk.engine.auto import self_extend
 from ropewalk.evals.protocols.whole_text import ByPosition, Sliding
 from ropewalk.evals.reports import style
 from ropewalk.evals.runs.compare import UNTOUCHED, Difference, column_name
 from ropewalk.evals.runs.result import Losses, Row, Run
 from ropewalk.evals.statistics import paired_difference
-from ropewalk.scaling import format_length, parse
+from ropewalk.scaling import RopeSpec, format_length, parse
 
 RUN = Path(__file__).resolve().parent / "results" / "positions"
 FOUR_TIMES = RUN.with_name("positions-4x")
 
+SMOLLM2_LENGTH = 8192
+
+
+def auto(trained_length: int, times: int) -> str:
+    """What `auto` is, untuned, at a multiple of the trained length."""
+    rope = RopeSpec(dim=64, base=10_000.0, trained_length=trained_length)
+    return str(self_extend(rope, trained_length, times * trained_length))
+
+
+def relative(rope: str, trained_length: int) -> str:
+    """A spec with its lengths as multiples of the trained one, which is the same for every model."""
+    return re.sub(r"\b(\d+)k\b", lambda found: f"{int(found[1]) * 1024 / trained_length:g}x", rope)
+
+
 README_METHODS = {
     UNTOUCHED: "the model as it was trained",
-    "self-extend:8,window=0.5x": "`auto`",
+    relative(auto(SMOLLM2_LENGTH, 2), SMOLLM2_LENGTH): "`auto`",
     "dual-chunk": "",
     "rerope:0.5x|logn": "",
     "yarn:2": "for a served engine",
 }
 """The methods of the README's table and plot, with what is said of each."""
 
-SMOLLM2_LENGTH = 8192
 _BLOCK = 1024  # positions of a point of the plot
 
 Bucket = dict[str, Row]
@@ -184,13 +198,8 @@ def _buckets(run: Run) -> list[Bucket]:
     for row in run.rows:
         if row["protocol"] == ByPosition.name and row["loss"] is not None:
             key = (row["model"], row["text"], row["context"], row["bucket_start"])
-            found.setdefault(key, {})[_relative(row["rope"], row["trained_length"])] = row
+            found.setdefault(key, {})[relative(row["rope"], row["trained_length"])] = row
     return list(found.values())
-
-
-def _relative(rope: str, trained_length: int) -> str:
-    """A spec with its lengths as multiples of the trained one, which is the same for every model."""
-    return re.sub(r"\b(\d+)k\b", lambda found: f"{int(found[1]) * 1024 / trained_length:g}x", rope)
 
 
 def _absolute(rope: str, trained_length: int) -> str:
