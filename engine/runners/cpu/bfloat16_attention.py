@@ -20,7 +20,8 @@ from ...kv_cache import KVLayer
 from ..rotation_table import RotationTable
 from .threads import share_threads
 
-_PIECE = 1 << 15  # keys whose values are packed at a time; even
+GROUP = 32  # keys whose values are stored together
+_PIECE = 1 << 15  # keys whose values are stored at a time, in whole groups
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class BandPart:
         queries: the angles of its queries; None without rotation.
         lows, highs: query n sees the keys lows[n] to highs[n] - 1, int32 [N].
         shift: the angles by which it rotates stored keys from `first` on; None if it reads them as they are.
-        first: even.
+        first: the first key of a group.
 
     Keys are counted from the first one that is given to `banded_products`.
     """
@@ -62,7 +63,7 @@ class BFloat16Attention:
         self._bands: list[BandPart] = []
         if not rotation.mapped:
             window = rotation.group.window or run.key_stop
-            self._first = first_seen(rotation.group.window, run.query_stop, run.key_stop) // 2 * 2  # pairs of keys
+            self._first = first_seen(rotation.group.window, run.query_stop, run.key_stop)
             lows, highs = (positions - window + 1).clamp(min=0) - self._first, positions + 1 - self._first
             self._bands = [BandPart(self._key_angles, lows.int(), highs.int(), None, 0)]
             return
@@ -77,7 +78,7 @@ class BFloat16Attention:
                 phases = pair_positions(band.query, positions) * f.inv_freq
                 queries = cos_sin(phases, factor=f.attention_factor**2, like=like)
                 if band.key is not rotation.stored:
-                    first = int(lows[seen].min()) // 2 * 2
+                    first = int(lows[seen].min()) // GROUP * GROUP
                     keys = torch.arange(first, int(highs[seen].max()))
                     shift = cos_sin(rotation.shift(band.key, keys) * f.inv_freq, like=like)
             self._bands.append(BandPart(queries, lows.int(), highs.int(), shift, first))
@@ -124,10 +125,10 @@ def banded_products(
         operands.append((band, state.packed(queries), seen))
     for start in range(0, k_KMD.shape[1], _PIECE):
         stop = min(start + _PIECE, k_KMD.shape[1])
-        pairs = value_pairs(v_KMD[:, start:stop])
+        values = in_groups(v_KMD[:, start:stop])
         for band, queries, seen in operands:
             limits = (x.clamp(start, stop) for x in (band.lows, band.highs))
-            state.add(queries, seen, band.first, pairs, start, *limits)
+            state.add(queries, seen, band.first, values, start, *limits)
     return state.result()
 
 
@@ -140,7 +141,7 @@ class Softmax:
     """
 
     def __init__(self, shape: tuple[int, ...], key_heads: int, softcap: float | None, threads: int) -> None:
-        from .kernels.flash import TILE
+        from .kernels.lanes import TILE
 
         self._shape, self._tile, self._threads = shape, TILE, threads
         self._cap = 0.0 if softcap is None else softcap / math.log(2)
@@ -159,13 +160,13 @@ class Softmax:
         return rows.view(torch.int32).view(K, tiles, self._tile, D // 2).transpose(2, 3).contiguous()
 
     def add(
-        self, queries: Tensor, keys: Tensor, first: int, pairs: Tensor, start: int, lows: Tensor, highs: Tensor
+        self, queries: Tensor, keys: Tensor, first: int, values: Tensor, start: int, lows: Tensor, highs: Tensor
     ) -> None:
         """Add the keys that every query sees.
 
         Args:
             keys: bfloat16 [K, M, D], from key `first` on.
-            pairs: the values from key `start` on, as `value_pairs` gives them.
+            values: the values from key `start` on, as `in_groups` gives them.
             lows, highs: int32 [N].
         """
         from .kernels import flash
@@ -175,8 +176,8 @@ class Softmax:
             queries.numpy(),
             keys.data_ptr() - 2 * D * first,
             2 * keys.stride(0),
-            pairs.data_ptr() - 2 * D * start,
-            4 * pairs.stride(0),
+            values.data_ptr() - 2 * D * start,
+            2 * values.stride(0),
             self._cap,
             self._limits(lows).numpy(),
             self._limits(highs).numpy(),
@@ -198,9 +199,8 @@ class Softmax:
         return out[:, : self._rows].reshape(self._shape)
 
 
-def value_pairs(v_KMD: Tensor) -> Tensor:
-    """Each pair of neighbouring keys' values side by side, int32 [K, (M + 1) / 2, D]. An odd last one has a zero."""
-    if v_KMD.shape[1] % 2:
-        v_KMD = torch.nn.functional.pad(v_KMD, (0, 0, 0, 1))
-    bits = v_KMD.view(torch.int16)
-    return (bits[:, 0::2].int() & 0xFFFF) | (bits[:, 1::2].int() << 16)
+def in_groups(v_KMD: Tensor) -> Tensor:
+    """The values of each group of keys side by side, [K, groups, D, 32]. A last group that is not full has zeros."""
+    K, M, D = v_KMD.shape
+    padded = torch.nn.functional.pad(v_KMD, (0, 0, 0, -M % GROUP))
+    return padded.view(K, -1, GROUP, D).transpose(2, 3).contiguous()

@@ -109,10 +109,13 @@ class CompiledRunner(DecoderRunner):
         """A short description of the runner."""
         import numba
 
+        from .kernels.flash import uses_amx
+
+        with_amx = " (attention by AMX)" if uses_amx(self._decoder.head_dim) else ""
         return (
             f"compiled steps (numba {numba.__version__}, {numba.get_num_threads()} threads), chunks in torch; weights "
             f"in {self.weights}, cache in {dtype_name(self._dtype)}, arithmetic in float32"
-            + (", but products of chunks in bfloat16" if self._products == torch.bfloat16 else "")
+            + (f", but products of chunks in bfloat16{with_amx}" if self._products == torch.bfloat16 else "")
             + (", vectors of steps rounded to 16 bits" if self._rounds_vectors else "")
         )
 

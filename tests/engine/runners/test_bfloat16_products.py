@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -15,12 +16,20 @@ from ropewalk.engine.model import Model
 from ropewalk.engine.runners.choose import RunnerOptions
 from ropewalk.engine.runners.chunk_attention import ChunkAttention
 from ropewalk.engine.runners.cpu import bfloat16_attention
-from ropewalk.engine.runners.cpu.bfloat16_attention import BFloat16Attention, Softmax, value_pairs
-from ropewalk.engine.runners.cpu.kernels import HAS_BFLOAT16_PRODUCTS
+from ropewalk.engine.runners.cpu.bfloat16_attention import BFloat16Attention, Softmax, in_groups
+from ropewalk.engine.runners.cpu.kernels import HAS_BFLOAT16_PRODUCTS, flash
+from ropewalk.engine.runners.cpu.kernels.tile_products import may_use_amx
 
 pytestmark = pytest.mark.usefixtures("freed_memory_is_overwritten")
 
 ROUNDING = 2.0**-8  # half a step of bfloat16 for a weight, and as much again for what is not rounded to the nearest
+
+
+@pytest.fixture(params=[False, True][: 1 + may_use_amx()], ids=["no-amx", "amx"][: 1 + may_use_amx()])
+def amx(request, monkeypatch):
+    """Whether AMX multiplies, on CPUs that have it."""
+    monkeypatch.setattr(sys.modules[flash.__module__], "may_use_amx", lambda: request.param)
+    return request.param
 
 
 def numbers(*shape, seed, scale=1.0):
@@ -46,18 +55,24 @@ def in_bands(q, k, v, bands, softcap, piece):
     queries = state.packed(q.float())
     for start in range(0, k.shape[1], piece):
         stop = min(start + piece, k.shape[1])
-        pairs = value_pairs(v[:, start:stop])
+        values = in_groups(v[:, start:stop])
         for lows, highs in bands:
-            state.add(queries, k, 0, pairs, start, lows.clamp(start, stop), highs.clamp(start, stop))
+            state.add(queries, k, 0, values, start, lows.clamp(start, stop), highs.clamp(start, stop))
     return state.result()
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(
     ("H", "K", "N", "M", "D", "piece"),
-    [(1, 1, 1, 1, 16, 2), (3, 1, 70, 333, 48, 1000), (4, 2, 64, 257, 80, 64), (6, 3, 33, 128, 64, 30)],
+    [
+        (1, 1, 1, 1, 16, 32),
+        (3, 1, 70, 333, 48, 1024),
+        (4, 2, 64, 257, 80, 64),
+        (6, 3, 33, 128, 64, 32),
+        (4, 2, 70, 1500, 96, 2048),
+    ],
 )
-def test_the_kernel_is_softmax_attention_to_the_rounding_of_its_weights(H, K, N, M, D, piece, softcap):
+def test_the_kernel_is_softmax_attention_to_the_rounding_of_its_weights(H, K, N, M, D, piece, softcap, amx):
     """For any range of keys of each query, cut into two bands at any key, and for any pieces of the keys."""
     q, k, v = numbers(H, N, D, seed=1, scale=0.5), numbers(K, M, D, seed=2), numbers(K, M, D, seed=3)
     random = np.random.default_rng(M)
@@ -70,14 +85,25 @@ def test_the_kernel_is_softmax_attention_to_the_rounding_of_its_weights(H, K, N,
         assert ((out - expected).abs() <= ROUNDING * magnitude + 1e-6).all()
 
 
-def test_large_scores_neither_overflow_nor_hide_a_late_peak():
+def test_large_scores_neither_overflow_nor_hide_a_late_peak(amx):
     """Scores of thousands, whose largest is the last one that is read."""
-    q, v = torch.ones(1, 1, 16).bfloat16(), numbers(1, 300, 16, seed=4)
-    k = torch.linspace(-500, 500, 300)[None, :, None].expand(1, 300, 16).bfloat16()
+    q, v = torch.ones(1, 1, 32).bfloat16() / 2, numbers(1, 300, 32, seed=4)
+    k = torch.linspace(-500, 500, 300)[None, :, None].expand(1, 300, 32).bfloat16()
     whole = torch.tensor([0]).int(), torch.tensor([300]).int()
-    out = in_bands(q, k, v, [whole], None, 1000)
+    out = in_bands(q, k, v, [whole], None, 1024)
     expected, _ = in_float64(q, k, v, *whole, None)
     assert torch.allclose(out.double(), expected, atol=1e-2)
+
+
+@pytest.mark.skipif(not may_use_amx(), reason="a CPU without AMX")
+def test_amx_leaves_its_registers_to_others():
+    """Products of torch, which may use them too, before and after ours in the same threads."""
+    x = numbers(300, 320, seed=8)
+    before = x @ x.T
+    q, v = numbers(2, 64, 64, seed=1), numbers(2, 200, 64, seed=2)
+    limits = torch.zeros(64).int(), torch.full((64,), 200).int()
+    first = in_bands(q, v, v, [limits], None, 256)
+    assert torch.equal(x @ x.T, before) and torch.equal(in_bands(q, v, v, [limits], None, 256), first)
 
 
 def attention_of(kind, runner, spec, past, count, cache):
@@ -116,7 +142,7 @@ def test_every_scaler_sees_the_same_keys_as_with_float32_products(llama_runner, 
 def test_values_in_small_pieces(llama_runner, spec, monkeypatch):
     llama_runner.use(rw.scaling.parse(spec), LENGTH)
     whole, _ = attention_of(BFloat16Attention, llama_runner, spec, 77, 63, torch.bfloat16)
-    monkeypatch.setattr(bfloat16_attention, "_PIECE", 34)
+    monkeypatch.setattr(bfloat16_attention, "_PIECE", 64)
     pieces, _ = attention_of(BFloat16Attention, llama_runner, spec, 77, 63, torch.bfloat16)
     assert not torch.equal(pieces, whole) and difference(pieces, whole) < 4e-3
 

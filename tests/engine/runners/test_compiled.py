@@ -85,8 +85,7 @@ def test_a_chunk_reads_the_keys_in_its_windows_only(cache, precision, past, monk
 
     monkeypatch.setattr(KVLayer if cache == "bfloat16" else Int8Layer, "update", counted)
     found = in_chunks(runner, [1000], IDS[:, past:], held)
-    first = past - WINDOW + 1 if precision == "float32" else (past - WINDOW + 1) // 2 * 2  # pairs of keys
-    assert set(read_) == {(len(IDS[0]) - first,) * 2}
+    assert set(read_) == {(len(IDS[0]) - (past - WINDOW + 1),) * 2}
     assert difference(found, expected) < 0.05
 
 

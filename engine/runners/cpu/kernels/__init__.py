@@ -31,9 +31,10 @@ else:
         from .block_formats import BLOCK_FORMATS, FORMATS
         from .blocks import product, unpack
         from .by_address import touch
-        from .flash import HAS_BFLOAT16_PRODUCTS, flash
+        from .flash import flash
         from .paged import paged
         from .step import project, step
+        from .tile_products import HAS_BFLOAT16_PRODUCTS
 
 __all__ = [
     "BLOCK_FORMATS",
