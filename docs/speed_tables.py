@@ -11,7 +11,7 @@ from ropewalk.scaling import format_length
 
 DOCS = Path(__file__).resolve().parent
 
-RUNS = ("speed.jsonl", "results/speed-avx512-bf16.jsonl")
+RUNS = ("speed.jsonl", "results/speed-avx512-bf16.jsonl", "results/speed-amx.jsonl")
 
 GGUF_RUN = "results/speed-avx512-gguf.jsonl"
 """One or more lines for each GGUF file, which both engines ran as it is."""
@@ -88,16 +88,19 @@ def _below(run: dict[str, Any], model: str, most: float | None = None) -> str:
     for package in ("transformers", "llama-cpp-python"):
         if package in run["versions"]:
             versions.append(f"{package} {run['versions'][package]}")
-    products = "bfloat16" if "products of chunks in bfloat16" in run["versions"]["network"] else "float32"
+    network = run["versions"]["network"]
+    products = "bfloat16" if "products of chunks in bfloat16" in network else "float32"
+    amx = " by AMX" if "attention by AMX" in network else ""
     speed = f"{run['bandwidth_gb_s']:.0f}" + (f" to {most:.0f}" if most is not None else "")
     return (
         f"{run['cpu']}, {run['threads']} threads, memory reads {speed} GB/s; {model}, prompts with {products} "
-        f"products; {', '.join(versions)}."
+        f"products{amx}; {', '.join(versions)}."
     )
 
 
 def _speed(timing: dict[str, Any]) -> str:
-    share, speed = timing["memory_share"], f"{timing['speed']['median']:.3g}"
+    share, median = timing["memory_share"], timing["speed"]["median"]
+    speed = f"{median:.3g}" if median < 1000 else f"{median:,.0f}"
     if timing["engine"].startswith("ropewalk"):
         return f"**{speed}**" + (f" ({share:.0%})" if share is not None else "")
     return f"{speed} ({timing['ratio']['median']:.2g}x)"
