@@ -159,6 +159,28 @@ def test_many_prompts_are_answered_once_and_errors_again(generate, batch, tmp_pa
     assert "2 of 2 are in" in again.stderr
 
 
+def test_an_answer_is_not_taken_for_that_to_another_prompt(batch, tmp_path):
+    """Lines without ids are named by their numbers, which a line put before them moves."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n{"prompt": "def "}\n')
+    _, lines = batch()
+    (tmp_path / "in.jsonl").write_text('{"prompt": "class"}\n{"prompt": "import os"}\n{"prompt": "def "}\n')
+    refused, same = batch()
+    assert "has an answer 1 to another prompt than this input has" in str(refused.exception)
+    assert same == lines
+    (tmp_path / "out.jsonl").write_text(
+        "".join(json.dumps({k: v for k, v in line.items() if k != "prompt_sha256"}) + "\n" for line in lines)
+    )
+    assert "has lines without prompt_sha256; name another" in str(batch()[0].exception)
+
+
+def test_answers_of_other_weights_are_not_mixed(batch, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n')
+    _, (line,) = batch()
+    (tmp_path / "out.jsonl").write_text(json.dumps(line | {"weights": "0" * 16}) + "\n")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n{"prompt": "def "}\n')
+    assert "has answers under weights 0000000000000000, and this run has" in str(batch()[0].exception)
+
+
 def test_two_runs_do_not_write_the_same_file(batch, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n')
     (tmp_path / "out.jsonl").touch()

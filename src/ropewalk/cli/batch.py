@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ class PromptLine:
     messages: list[Message] = dataclasses.field(default_factory=list)
     error: str | None = None
 
+    @property
+    def sha256(self) -> str:
+        """The beginning of a hash of what is asked: an answer belongs to it, whatever its line is called."""
+        return hashlib.sha256(json.dumps(self.messages or self.prompt, sort_keys=True).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
@@ -64,8 +70,8 @@ def answer_all(
         open_model: called if there is anything to answer.
 
     Raises:
-        DataError: a file cannot be read, two lines have the same id, `target` has answers of another model or of other
-            settings, or another run is writing it.
+        DataError: a file cannot be read, two lines have the same id, `target` has answers of another model, of other
+            settings or to other prompts, or another run is writing it.
         click.exceptions.Exit: some prompts cannot be answered; exit code 1.
         click.Abort: Ctrl-C.
     """
@@ -74,6 +80,7 @@ def answer_all(
     with _locked(target):
         answered, found = _answered(target)
         _check_same(found, settings, target)
+        _check_prompts(answered, requests, target)
         todo = [request for request in requests if request.id not in answered]
         if len(todo) < len(requests):
             click.echo(f"ropewalk: {len(requests) - len(todo)} of {len(requests)} are in {target} already", err=True)
@@ -158,7 +165,7 @@ def _settings_of_run(model: Model, params: SamplingParams) -> dict[str, Any]:
         if (value := getattr(resolved, field.name)) != getattr(usual, field.name):
             sampling[field.name] = list(value) if isinstance(value, tuple) else value
     chosen = {} if model.plan.choice is None else {"chosen": str(model.plan.choice)}
-    return {"dtype": model.precision, **chosen, "sampling": sampling}
+    return {"dtype": model.precision, **chosen, "sampling": sampling, "weights": model.fingerprint[:16]}
 
 
 def _answer(
@@ -170,7 +177,8 @@ def _answer(
     from ..engine.generation import complete_all
 
     def ended(index: int, completion: Completion) -> None:
-        write(prompts[index][0], answer_fields(model, completion))
+        request = prompts[index][0]
+        write(request, {"prompt_sha256": request.sha256, **answer_fields(model, completion)})
 
     complete_all(model, [prompt for _, prompt in prompts], params, ended)
 
@@ -257,14 +265,14 @@ def _chat_line(given: Id, number: int, messages: list[Any], chat: Chat) -> Promp
     return PromptLine(id=given, messages=[{"role": "system", "content": chat.system}, *messages])
 
 
-def _answered(target: Path) -> tuple[set[Id], list[dict[str, Any]]]:
-    """The ids that have an answer, and the settings of the answers, each once. A last line that a killed run left
-    unfinished is not read.
+def _answered(target: Path) -> tuple[dict[Id, str | None], list[dict[str, Any]]]:
+    """The ids that have an answer, with the hash of what was asked, and the settings of the answers, each once. A last
+    line that a killed run left unfinished is not read.
 
     Raises:
         DataError: the file holds something else.
     """
-    answered: set[Id] = set()
+    answered: dict[Id, str | None] = {}
     found: list[dict[str, Any]] = []
     lines, rest = _lines(target)
     if not (rest.startswith(_BEGINNING) or _BEGINNING.startswith(rest)):
@@ -274,7 +282,7 @@ def _answered(target: Path) -> tuple[set[Id], list[dict[str, Any]]]:
             record = json.loads(line)
             if "error" in record:
                 continue
-            answered.add(record["id"])
+            answered[record["id"]] = record.get("prompt_sha256")
             settings = {name: value for name, value in record.items() if name not in _ANSWER}
             if settings not in found:
                 found.append(settings)
@@ -301,6 +309,25 @@ def _check_same(found: list[dict[str, Any]], settings: dict[str, Any], target: P
                 )
 
 
+def _check_prompts(answered: dict[Id, str | None], requests: list[PromptLine], target: Path) -> None:
+    """Refuse to take an answer for that to another prompt, as where a line was put before others without ids.
+
+    Raises:
+        DataError: with the id.
+    """
+    for request in requests:
+        if request.id not in answered or request.error is not None:
+            continue
+        there = answered[request.id]
+        if there is None:
+            raise DataError(f"{target} has lines without prompt_sha256; name another --output")
+        if there != request.sha256:
+            raise DataError(
+                f"{target} has an answer {request.id!r} to another prompt than this input has; name another --output, "
+                "or give each prompt an id of its own"
+            )
+
+
 _BEGINNING = b'{"id": '  # of every answer
 
 
@@ -322,7 +349,7 @@ def _remove_unfinished(target: Path) -> None:
             file.truncate(len(lines))
 
 
-_ANSWER = ("id", "text", "finish_reason", "prompt_tokens", "completion_tokens", "logprobs")
+_ANSWER = ("id", "prompt_sha256", "text", "finish_reason", "prompt_tokens", "completion_tokens", "logprobs")
 """Fields of a line that are no settings."""
 
 
