@@ -2,6 +2,7 @@
 
 `fingerprint` identifies a model as it runs: a saved session and a row of results belong to one.
 `checkpoint_fingerprint` identifies a checkpoint in any dtype: a tuned scaler belongs to one.
+`tokenizer_fingerprint` identifies a tokenizer: a row of results belongs to one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..errors import UnsupportedModel
 from .packed import PackedWeight, packed_weights
 
 _SAMPLED = 64  # weights of each tensor, about
+_TEXT = "The 3 dogs' naïve owner:\n\tx += 10\r\n  日本語 🙂"
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -110,6 +112,21 @@ def checkpoint_fingerprint(hf: PreTrainedModel) -> str:
     differs.
     """
     return _digest(hf, _as_text(_without_dtypes(_stable_config(hf))), torch.bfloat16)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the tokens, of the rules by which texts become tokens, and of the chat template.
+
+    The rules of a tokenizer without a fast one of `tokenizers` are known by a sample only.
+    """
+    described: list[Any] = [tokenizer(_TEXT)["input_ids"], str(tokenizer.chat_template)]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        described.append(sorted(tokenizer.get_vocab().items()))
+    else:
+        rules = json.loads(backend.to_str())
+        described.append({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _stable_config(hf: PreTrainedModel) -> dict[str, Any]:

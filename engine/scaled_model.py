@@ -264,6 +264,11 @@ class ScaledModel:
         """A hash of the checkpoint, the same in every dtype: tuned scalers belong to one."""
         return hf_model.checkpoint_fingerprint(self.hf)
 
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """A hash of the tokenizer: rows of results belong to one."""
+        return hf_model.tokenizer_fingerprint(self.tokenizer)
+
     def describe(self) -> str:
         """The model, its runner, scaler, reach, trained length, and how it answers by default, one a line."""
         reach, configured = self.reach, primary_rotary(self.sites).configured

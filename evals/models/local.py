@@ -46,7 +46,10 @@ class LocalModel(MeasuredModel):
         self.rope = model.rope if scaler is None else scaler
         self.name, self.precision = model.name, model.precision
         self.device, self.trained_length = input_device(model.hf).type, model.trained_length
-        self.metadata = {"weights": model.fingerprint[:16]}  # distinguishes it from another model at the same path
+        self.metadata = {  # distinguishes it from another model at the same path
+            "weights": model.fingerprint[:16],
+            "tokenizer": model.tokenizer_fingerprint[:16],
+        }
         self.tokenizer = model.tokenizer
         self._last = PrefixCache()  # of the last trial
 
