@@ -48,7 +48,7 @@ class LocalModel(MeasuredModel):
         self.device, self.trained_length = input_device(model.hf).type, model.trained_length
         self.metadata = {  # distinguishes it from another model at the same path
             "weights": model.fingerprint[:16],
-            "tokenizer": model.tokenizer_fingerprint[:16],
+            "tokenizer_sha256": model.tokenizer_fingerprint[:16],
         }
         self.tokenizer = model.tokenizer
         self._last = PrefixCache()  # of the last trial

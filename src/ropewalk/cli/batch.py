@@ -165,7 +165,7 @@ def _settings_of_run(model: Model, params: SamplingParams) -> dict[str, Any]:
         if (value := getattr(resolved, field.name)) != getattr(usual, field.name):
             sampling[field.name] = list(value) if isinstance(value, tuple) else value
     chosen = {} if model.plan.choice is None else {"chosen": str(model.plan.choice)}
-    fingerprints = {"weights": model.fingerprint[:16], "tokenizer": model.tokenizer_fingerprint[:16]}
+    fingerprints = {"weights": model.fingerprint[:16], "tokenizer_sha256": model.tokenizer_fingerprint[:16]}
     return {"dtype": model.precision, **chosen, "sampling": sampling, **fingerprints}
 
 
