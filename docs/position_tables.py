@@ -18,6 +18,7 @@ from ropewalk.scaling import RopeSpec, format_length, parse
 
 RUN = Path(__file__).resolve().parent / "results" / "positions"
 FOUR_TIMES = RUN.with_name("positions-4x")
+QWEN = RUN.with_name("positions-qwen")
 
 SMOLLM2_LENGTH = 8192
 

@@ -62,6 +62,7 @@ def tables() -> dict[str, str]:
         "positions-within": position_tables.within(),
         "positions-beyond": position_tables.beyond(),
         "positions-four": position_tables.beyond(position_tables.FOUR_TIMES),
+        "positions-qwen": position_tables.beyond(position_tables.QWEN),
         "maps-tiny": _maps_tiny(),
         "repetition": _repetition(),
     }
@@ -164,7 +165,7 @@ def _models() -> str:
         change = None if base is row else difference(run, row, base)
         return f"loss {row['loss']:.3f}" if change is None else changed(change)
 
-    columns = list(dict.fromkeys(key[:3] for key in rows))
+    columns = sorted({key[:3] for key in rows}, key=lambda column: (column[0], column[2]))
     heads = [f"{model}, {format_length(context)}" for model, _, context in columns]
     lines = [f"| method | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
     for rope in dict.fromkeys(row["rope"] for row in run.rows):
