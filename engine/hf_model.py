@@ -22,7 +22,7 @@ from ..errors import UnsupportedModel
 from .packed import PackedWeight, packed_weights
 
 _SAMPLED = 64  # weights of each tensor, about
-_TEXT = "The 3 dogs' naïve owner:\n\tx += 10\r\n  日本語 🙂"
+_SAMPLE_TEXT = "The 3 dogs' naïve owner:\n\tx += 10\r\n  日本語 🙂"
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -119,7 +119,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
     The rules of a tokenizer without a fast one of `tokenizers` are known by a sample only.
     """
-    described: list[Any] = [tokenizer(_TEXT)["input_ids"], str(tokenizer.chat_template)]
+    described: list[Any] = [tokenizer(_SAMPLE_TEXT)["input_ids"], str(tokenizer.chat_template)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         described.append(sorted(tokenizer.get_vocab().items()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runners.cpu.bfloat16_attention import GROUP, BandPart, banded_products
+from ..runners.cpu.bfloat16_attention import BandPart, banded_products, first_in_group
 from ..runners.cpu.threads import use_threads
 from .kernel import AttentionScore
 from .paged_rope import PagedRope
@@ -32,7 +32,7 @@ class ChunkProducts:
                 continue
             shift, shifted = None, 0
             if (shifts := rope.shifts(index, length)) is not None:
-                shifted = int(lows[seen].min()) // GROUP * GROUP
+                shifted = first_in_group(int(lows[seen].min()))
                 shift = Angles(*shifts[shifted : int(highs[seen].max())].unbind(1))
             lows, highs = (x.sub(first).clamp(min=0).int() for x in (lows, highs))
             self._bands.append(BandPart(Angles(*(x[index] for x in angles)), lows, highs, shift, shifted))

@@ -20,7 +20,6 @@ from ...kv_cache import KVLayer
 from ..rotation_table import RotationTable
 from .threads import share_threads
 
-GROUP = 32  # keys whose values are stored together
 _PIECE = 1 << 15  # keys whose values are stored at a time, in whole groups
 
 
@@ -78,7 +77,7 @@ class BFloat16Attention:
                 phases = pair_positions(band.query, positions) * f.inv_freq
                 queries = cos_sin(phases, factor=f.attention_factor**2, like=like)
                 if band.key is not rotation.stored:
-                    first = int(lows[seen].min()) // GROUP * GROUP
+                    first = first_in_group(int(lows[seen].min()))
                     keys = torch.arange(first, int(highs[seen].max()))
                     shift = cos_sin(rotation.shift(band.key, keys) * f.inv_freq, like=like)
             self._bands.append(BandPart(queries, lows.int(), highs.int(), shift, first))
@@ -199,8 +198,17 @@ class Softmax:
         return out[:, : self._rows].reshape(self._shape)
 
 
+def first_in_group(key: int) -> int:
+    """The first key of the group of a key."""
+    from .kernels.lanes import GROUP
+
+    return key // GROUP * GROUP
+
+
 def in_groups(v_KMD: Tensor) -> Tensor:
     """The values of each group of keys side by side, [K, groups, D, 32]. A last group that is not full has zeros."""
+    from .kernels.lanes import GROUP
+
     K, M, D = v_KMD.shape
     padded = torch.nn.functional.pad(v_KMD, (0, 0, 0, -M % GROUP))
     return padded.view(K, -1, GROUP, D).transpose(2, 3).contiguous()

@@ -95,17 +95,6 @@ def test_large_scores_neither_overflow_nor_hide_a_late_peak(amx):
     assert torch.allclose(out.double(), expected, atol=1e-2)
 
 
-@pytest.mark.skipif(not may_use_amx(), reason="a CPU without AMX")
-def test_amx_leaves_its_registers_to_others():
-    """Products of torch, which may use them too, before and after ours in the same threads."""
-    x = numbers(300, 320, seed=8)
-    before = x @ x.T
-    q, v = numbers(2, 64, 64, seed=1), numbers(2, 200, 64, seed=2)
-    limits = torch.zeros(64).int(), torch.full((64,), 200).int()
-    first = in_bands(q, v, v, [limits], None, 256)
-    assert torch.equal(x @ x.T, before) and torch.equal(in_bands(q, v, v, [limits], None, 256), first)
-
-
 def attention_of(kind, runner, spec, past, count, cache):
     """Attention of `count` random queries after `past` random keys, and what the layer then holds."""
     rotation = runner._rotations[0]

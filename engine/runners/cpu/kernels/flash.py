@@ -16,9 +16,8 @@ import numpy as np
 from numba import float32, int32, int64
 
 from .by_address import Arguments, inner
-from .lanes import ROW, TILE
+from .lanes import GROUP, ROW, TILE
 from .tile_products import (
-    GROUP,
     ROWS,
     add_values,
     add_values_in_tiles,
@@ -31,7 +30,7 @@ from .tile_products import (
 from .tile_softmax import cap_scores, hide, scale, softmax
 
 _BLOCK = 128  # keys whose scores are held at a time
-_PIECE = 1 << 17  # numbers of keys that all tiles see in turn, while they are in the CPU's cache
+_AT_ONCE = 1 << 17  # numbers of the keys of a head that all tiles see in turn, so that the CPU's cache holds them
 
 
 def uses_amx(head_dim: int) -> bool:
@@ -146,10 +145,10 @@ def _share(thread, threads, address):
     keys, key_stride, values, value_stride, amx = a.held[0], a.held[1], a.held[2], a.held[3], a.held[4] != 0
     if amx:
         set_up_tiles()
-    piece = max(_BLOCK, _PIECE // D // _BLOCK * _BLOCK)
+    keys_seen, piece = a.highs.max(), max(_BLOCK, _AT_ONCE // D // _BLOCK * _BLOCK)
     for h in range(K):
         query, key, value = a.queries[h], keys + key_stride * h, values + value_stride * h
-        for begin in range(0, a.highs.max(), piece):
+        for begin in range(0, keys_seen, piece):
             end = begin + piece
             for t in range((thread - h * tiles) % threads, tiles, threads):
                 state = a.out[h, t], a.peaks[h, t], a.sums[h, t]

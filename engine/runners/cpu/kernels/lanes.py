@@ -13,6 +13,7 @@ from numba.core import cgutils
 from .block_formats import load_from, shuffle
 
 TILE = 64  # queries
+GROUP = 32  # keys whose values are stored together
 LANES = 16
 VECTORS = TILE // LANES
 

@@ -38,7 +38,6 @@ from .lanes import (
 from .linear import target_has
 
 ROWS = 4  # rows that are multiplied together: 4 x 4 sums stay in registers
-GROUP = 32  # keys whose values are stored together, and rows that AMX multiplies together
 
 _RUN = 64  # bytes of a row of values in a group
 _I8 = ir.IntType(8)

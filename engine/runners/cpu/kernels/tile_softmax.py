@@ -46,8 +46,9 @@ def _pair(b: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
     return b.or_(b.lshr(low, integers(16)), b.and_(high, integers(0xFFFF0000)))
 
 
-# 2^x = 2^k 2^r with k a whole number and |r| <= 1/2. There, the series to r^5 has an error of 3e-6, and the polynomial
-# one of 1e-4, in place of 6e-4 of the series; a weight is rounded to bfloat16, which has an error of 2e-3.
+# 2^x = 2^k 2^r with k a whole number and |r| <= 1/2. There, the series to r^5 has an error of 3e-6. A weight is rounded
+# to bfloat16, which has an error of 2e-3, so it gets a polynomial of degree 3 with an error of 1e-4: that whose largest
+# relative error is least, with exactly 1 at 0.
 _SERIES = [math.log(2) ** n / math.factorial(n) for n in range(6)]
 _FOR_WEIGHTS = [1, 0.6932829, 0.2422110, 0.0550089]
 _ROUNDER = 1.5 * 2**23  # x + this has the nearest whole number in its last bits
