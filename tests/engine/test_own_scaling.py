@@ -82,7 +82,8 @@ def test_what_each_kind_reaches_is_said(tiny_folder, tmp_path, name):
 
 
 @pytest.mark.parametrize(("stated", "reach"), [(True, 1024), (False, 256)])
-def test_a_gguf_file_with_linear_scaling(tiny_folder, tmp_path, stated, reach):
+def test_a_gguf_file_with_linear_scaling(tiny_folder, tmp_path, monkeypatch, stated, reach):
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path / "cache"))
     scaling = {"rope_type": "linear", "factor": 4.0}
     folder = with_scaling(tiny_folder, tmp_path / "own", 256, **scaling)
     rw.export(folder, tmp_path / "out.gguf", target="llama.cpp")
@@ -103,7 +104,8 @@ def test_a_gguf_file_with_linear_scaling(tiny_folder, tmp_path, stated, reach):
     assert ("not stated" in model.describe()) != stated
 
 
-def test_multiples_and_exports_count_from_what_is_carried(tiny_folder, tmp_path):
+def test_multiples_and_exports_count_from_what_is_carried(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPEWALK_CACHE", str(tmp_path / "cache"))
     folder = with_scaling(tiny_folder, tmp_path / "own", 256, **YARN)
     assert rw.load(folder, compile=False).trained_length == 1024
     done = rw.export(folder, tmp_path / "out")
