@@ -72,6 +72,12 @@ def beyond(folder: Path = RUN) -> str:
     return _table(buckets, lines)
 
 
+def costs(folder: Path) -> list[tuple[Row, Difference]]:
+    """The rows beyond the trained length, each with its paired difference to the untouched model that reads less."""
+    run = Run(folder)
+    return [(row, _difference(run, row)) for rows in _beyond(run) for row in rows.values()]
+
+
 def readme_table() -> str:
     """The plot and the table of the README: the losses of `README_METHODS` beyond the trained length."""
     run = Run(RUN)

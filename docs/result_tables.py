@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import position_tables
+from across_tables import across
 from position_tables import changed, code
 
 from ropewalk.evals.contexts.report import facts_markdown, plot_endless, plot_facts
@@ -57,6 +58,7 @@ def tables() -> dict[str, str]:
     """Every table of docs/results.md by the name of its block."""
     return {
         **{name: _run(name) for name in RUNS},
+        "across": across(),
         "models": _models(),
         "retrieval": _retrieval(),
         "positions-within": position_tables.within(),
