@@ -101,7 +101,8 @@ class Model(ScaledModel):
 
         Args:
             contexts: texts that are read separately, each followed by the prompt as a question; see `NBCE`. Their
-                caches are reused for the next question, until it has other contexts or `clear_contexts` is called.
+                caches are reused for the next question, until it has other contexts or another scaler, or
+                `clear_contexts` is called.
             pooling: how their answers become one: "entropy", "mean", "max", or an `NBCE` with its parameters.
             settings: fields of `SamplingParams`, in place of those of `params`.
 

@@ -167,6 +167,9 @@ class PooledSequence(Sequence):
             self._model.check_room(*self.row_lengths, length=self._longest, caches=held)
             rope, interrupted = self._model.rope, True
             with self._model.running(self._longest, rope) as runner:
+                for prefix_cache in prefix_caches:
+                    if prefix_cache.rope_state != runner.rope_state:  # an answer depends on no earlier question
+                        prefix_cache.clear()
                 self._caches = [
                     prefix_cache.prepare_for(runner, prompt.certain_ids, self._longest)
                     for prefix_cache, prompt in zip(prefix_caches, self._prompts, strict=True)

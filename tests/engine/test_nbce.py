@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from live import cache_difference, counted, prepare
+from live import counted, prepare
 
 import ropewalk as rw
 from ropewalk.engine.nbce import NBCE
@@ -195,19 +195,18 @@ def test_contexts_may_come_and_go(model):
         assert model.generate(QUESTION, params(), contexts=[CONTEXTS[n] for n in order]) == fresh[order]
 
 
-def test_a_new_scaler_turns_what_was_read(model):
-    for spec in ("yarn:2", "none", "rerope:64|logn", "yarn:4"):
-        model.rope = spec
-        model.generate(QUESTION, params(1), contexts=CONTEXTS)
-    model.rope = "none"
-    model.generate(QUESTION, params(1), contexts=CONTEXTS)
-    rotated = model._contexts._cached
-    model.clear_contexts()
-    model.generate(QUESTION, params(1), contexts=CONTEXTS)
-    for nucleus, fresh in zip(rotated, model._contexts._cached, strict=True):
-        # of the first layer: beyond it, what was read stays as it was understood
-        tokens = min(len(nucleus.ids), len(fresh.ids))
-        assert cache_difference(nucleus.cache, fresh.cache, tokens, layers=1) < 1e-4
+@pytest.mark.parametrize("specs", [("rerope:64|logn", "none"), ("none", "yarn:2"), ("dynamic-ntk", "dynamic-ntk")])
+def test_earlier_questions_under_another_scaler_change_nothing(model, specs):
+    """A scaler that follows the length is another one for a longer question."""
+    contexts, questions = [context * 4 for context in CONTEXTS], (QUESTION, "\n" * 40 + QUESTION)
+    answers = []
+    for asked in (zip(specs, questions, strict=True), [(specs[1], questions[1])]):
+        for spec, question in asked:
+            model.rope = spec
+            answer = model.generate(question, params(20, logprobs=0), contexts=contexts)
+        answers.append([token.logprob for token in answer.logprobs])
+        model.clear_contexts()
+    assert answers[0] == pytest.approx(answers[1], abs=1e-5)
 
 
 def test_a_stream_is_the_answer_and_may_be_dropped(model):
