@@ -48,6 +48,10 @@ class ScoredSequence(Sequence):
 
     shares_prefix = False  # what is not read here is not scored
 
+    @property
+    def length(self) -> int:
+        return super().length if self._writes else len(self.prompt.ids)
+
     def read_ahead(self, runner: Runner, most: int) -> bool:
         ids = self.prompt.ids
         if self.cache is None:

@@ -102,6 +102,29 @@ def test_echo_scores_the_prompt(client, model):
             assert nats <= max(top.values()) + 1e-6
 
 
+@pytest.mark.parametrize("rope", ["none", "auto", "dynamic-ntk"])
+@pytest.mark.parametrize("tokens", [256, 300])
+def test_a_prompt_without_an_answer_has_its_own_length(client, model, tiny_folder, rope, tokens):
+    """`score` reads 256 tokens, the trained length, under the untouched model."""
+    ids = (model.vocabulary.encode(TEXT) * 20)[:tokens]
+    fields = {"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 0}
+    if rope == "none" and tokens > 256:
+        with pytest.raises(openai.BadRequestError, match="more than the 256"):
+            client.completions.create(**fields, extra_body={"rope": rope})
+        return
+    logprobs = client.completions.create(**fields, extra_body={"rope": rope}).choices[0].logprobs
+    alone = rw.load(tiny_folder, rope=rope, compile=True)
+    assert logprobs.token_logprobs[1:] == pytest.approx(alone.score_ids(ids).tolist(), abs=1e-4)
+
+
+def test_an_echo_holds_a_character_once_that_the_answer_completes(client, model):
+    ids = model.vocabulary.encode('x = "é')[:-1]
+    answer = client.completions.create(model="tiny", prompt=ids, max_tokens=4, temperature=0, echo=True)
+    assert answer.choices[0].text == 'x = "' + model.generate_ids(ids, greedy(4)).text
+    answer = client.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True)
+    assert answer.choices[0].text == 'x = "\ufffd'
+
+
 def test_prompt_logprobs_as_vllm_gives_them(client, model):
     ids = model.vocabulary.encode(TEXT)
     answer = client.completions.create(
@@ -206,6 +229,7 @@ def test_contexts(client, model):
         ({"extra_body": {"contexts": ["a"]}, "prompt": [TEXT, ""]}, "the prompt is blank"),
         ({"extra_body": {"contexts": ["a"]}, "echo": True}, "with contexts, .* leave out echo"),
         ({"extra_body": {"contexts": ["a"], "prompt_logprobs": 0}}, "with contexts, .* leave out prompt_logprobs"),
+        ({"extra_body": {"contexts": []}}, "contexts must be a list of texts, at least one"),
         ({"max_tokens": 0}, "max_tokens 0 needs echo"),
         ({"max_tokens": 0, "logprobs": 1, "extra_body": {"prompt_logprobs": 1}}, "max_tokens 0 writes no tokens"),
         ({"echo": True, "logprobs": 1, "extra_body": {"continuation": "exact"}}, "leave out continuation"),

@@ -248,7 +248,10 @@ class Job:
         return answers.CompletionLogprobs(self._texts, self.asked.params.logprobs or 0)
 
     def _prompt_text(self, sequence: Sequence) -> str:
-        return self._vocabulary.text_bytes(sequence.prompt.ids).decode(errors="replace")
+        data = self._vocabulary.text_bytes(sequence.prompt.ids)
+        if self.asked.writes:  # the answer begins with the character that the prompt ends in
+            data = data.removesuffix(sequence.prompt.unfinished)
+        return data.decode(errors="replace")
 
 
 def _sequences(asked: Asked, model: Model, plan: RopePlan, has_left: Callable[[], bool]) -> list[Sequence]:
@@ -282,7 +285,7 @@ def _until_left(prompts: list[str | list[int]], has_left: Callable[[], bool]) ->
 
 
 def _sequence(asked: Asked, read: Prompt, params: SamplingParams, model: Model, plan: RopePlan) -> Sequence:
-    model.check_reach(len(read.ids), params, plan)
+    model.check_reach(len(read.ids) - (not asked.writes), params, plan)  # `params` counts one token at least
     parts = (read, model.resolved(params), model.vocabulary, model.stop_ids)
     if asked.scores_prompt:
         return ScoredSequence(*parts, alternatives=asked.scored_alternatives, writes=asked.writes)

@@ -217,7 +217,7 @@ def read_completion(fields: dict[str, Any], *, default_tokens: int = 16) -> Aske
         body,
         {"max_new_tokens": max(1, most), "logprobs": logprobs},
         prompts=prompts,
-        contexts=body.take("contexts", "a list of texts", _are_texts, []),
+        contexts=body.take("contexts", "a list of texts, at least one", lambda value: value and _are_texts(value), []),
         echo=echo,
         writes=most > 0,
         prompt_logprobs=prompt_logprobs,
