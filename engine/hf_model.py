@@ -57,19 +57,23 @@ def key_shape(config: Any) -> tuple[int, int]:
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def weights_state(hf: PreTrainedModel) -> list[tuple[int, int, int]]:
-    """Identities, versions and addresses of all weights. They change when a weight is replaced or written to, and when
-    it is given other data, as a cast does."""
+def weights_state(hf: PreTrainedModel) -> list[tuple[int, int, int, bytes]]:
+    """Identities, versions and addresses of all weights, and some of their numbers. They change when a weight is
+    replaced or written to, and when it is given other data, as a cast does. Writing to `weight.data`, as merging an
+    adapter does, changes the numbers alone."""
     weights: list[Tensor] = [*hf.parameters(), *(packed.data for packed in packed_weights(hf).values())]
-    return [(id(weight), 0 if weight.is_inference() else weight._version, _address(weight)) for weight in weights]
+    return [(id(w), 0 if w.is_inference() else w._version, *_content(w)) for w in weights]
 
 
-def _address(weight: Tensor) -> int:
-    """Where a weight lies in memory; 0 for one without memory of its own, such as a quantized one."""
+def _content(weight: Tensor) -> tuple[int, bytes]:
+    """Where a weight lies in memory, and some of its numbers; 0 and none for one without memory of its own, such as a
+    quantized one."""
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight
     try:
-        return weight.data_ptr()
+        address = weight.data_ptr()
     except RuntimeError:
-        return 0
+        address = 0
+    return address, _sample(weight).float().cpu().numpy().tobytes() if address else b""
 
 
 def weight_count(hf: PreTrainedModel) -> int:

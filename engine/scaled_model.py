@@ -69,7 +69,7 @@ class ScaledModel:
         self._runner = runner
         self._slot = ScalerSlot(hf, self.sites, self._runner)
         self._lock = threading.RLock()
-        self.weights_at_load: list[tuple[int, int, int]] | None = None
+        self.weights_at_load: list[tuple[int, int, int, bytes]] | None = None
         self.rope = rope
 
     @contextmanager
@@ -93,7 +93,7 @@ class ScaledModel:
         with self._lock, torch.inference_mode():
             asked = self.rope if rope is None else rope
             if expected_rope is None:
-                self._check_weights()  # 1 ms, too much for every token
+                self._check_weights()  # 2 ms, too much for every token
             elif asked is not expected_rope:
                 raise PatchError(
                     f"the scaler was changed from {expected_rope} to {asked} while a text was being streamed; "

@@ -253,6 +253,15 @@ def test_one_healed_prompt(plain):
     assert healed.texts(output)[0].startswith("er.add_")
 
 
+def test_a_healed_prompt_draws_the_same_in_any_list(model, plain):
+    params = rw.SamplingParams(max_new_tokens=1, temperature=1, seed=7)
+    for row, prompt in zip(rw.heal(*plain, PROMPTS * 2, params).input_ids.tolist(), PROMPTS * 2, strict=True):
+        alone = rw.heal(*plain, prompt, params)
+        assert row[-alone.input_ids.shape[1] :] == alone.input_ids[0].tolist()
+        if alone.healings[0] is not None:
+            assert row[-1] == model.generate(prompt, params).token_ids[0]
+
+
 def test_a_healed_prompt_whose_text_ends_at_once(model, plain):
     hf, tokenizer = plain
     params = next(
