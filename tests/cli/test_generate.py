@@ -121,8 +121,9 @@ def test_json_has_the_answer_and_the_log_probabilities(generate, tiny_folder):
 
 def test_json_over_contexts_counts_the_tokens_of_each_source(generate, tmp_path):
     (file := tmp_path / "a.txt").write_text("import os\nimport sys\n")
-    shown = json.loads(generate("import", file, "--contexts", "--json").stdout)
+    shown = json.loads(generate("import", file, "--contexts", "--json", "--rope", "auto").stdout)
     assert shown["sources"] == {str(file): shown["completion_tokens"]}
+    assert shown["rope"] == "none"
 
 
 @pytest.fixture
@@ -177,8 +178,18 @@ def test_answers_of_other_weights_are_not_mixed(batch, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n')
     _, (line,) = batch()
     (tmp_path / "out.jsonl").write_text(json.dumps(line | {"weights": "0" * 16}) + "\n")
-    (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n{"prompt": "def "}\n')
-    assert "has answers under weights 0000000000000000, and this run has" in str(batch()[0].exception)
+    for new in ("", '{"prompt": "def "}\n'):
+        (tmp_path / "in.jsonl").write_text('{"prompt": "import os"}\n' + new)
+        refused, lines = batch()
+        assert "has answers under weights 0000000000000000, and this run has" in str(refused.exception)
+        assert "already" not in refused.stderr and len(lines) == 1
+
+
+def test_answers_under_auto_say_which_scaler_wrote_each(batch, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "x\n" * 200}) + '\n{"prompt": "def "}\n')
+    _, lines = batch("--rope", "auto")
+    assert {line["id"]: line["scaler"] for line in lines} == {1: "self-extend:8,window=128", 2: "none"}
+    assert batch("--rope", "auto")[0].exit_code == 0
 
 
 def test_two_runs_do_not_write_the_same_file(batch, tmp_path):

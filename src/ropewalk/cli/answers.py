@@ -105,7 +105,8 @@ def answer_over_files(
     counts = Counter(labels[token.source] for token in answer.tokens if token.source is not None)
     if as_json:
         fields = answer_fields(model, answer.completion())
-        print_json({"model": model.name, "rope": str(model.rope), **fields, "sources": dict(counts.most_common())})
+        rope = str(model.rope_at(answer.length))
+        print_json({"model": model.name, "rope": rope, **fields, "sources": dict(counts.most_common())})
         return
     _print_piece("\n")
     _tell_of_time(answer.completion())

@@ -67,7 +67,7 @@ def answer_all(
     Args:
         settings: what the answers depend on beside `params`, `chat` and the model as it runs, as JSON has it.
         chat: each line is a message or a list of them; None continues prompts.
-        open_model: called if there is anything to answer.
+        open_model: loads the model, once the files are found to go together.
 
     Raises:
         DataError: a file cannot be read, two lines have the same id, `target` has answers of another model, of other
@@ -82,12 +82,12 @@ def answer_all(
         _check_same(found, settings, target)
         _check_prompts(answered, requests, target)
         todo = [request for request in requests if request.id not in answered]
+        model = open_model()  # also where nothing is left to answer: the weights may have changed
+        settings |= _settings_of_run(model, params)
+        _check_same(found, settings, target)
         if len(todo) < len(requests):
             click.echo(f"ropewalk: {len(requests) - len(todo)} of {len(requests)} are in {target} already", err=True)
         if todo:
-            model = open_model()
-            settings |= _settings_of_run(model, params)
-            _check_same(found, settings, target)
             _answer_missing(todo, target, settings, params, model)
 
 
@@ -178,8 +178,10 @@ def _answer(
     from ..engine.generation import complete_all
 
     def ended(index: int, completion: Completion) -> None:
-        request = prompts[index][0]
-        write(request, {"prompt_sha256": request.sha256, **answer_fields(model, completion)})
+        request, prompt = prompts[index]
+        scaler = model.rope_at(len(prompt.ids) + params.max_new_tokens)
+        chosen = {} if model.plan.choice is None else {"scaler": str(scaler)}
+        write(request, {"prompt_sha256": request.sha256, **chosen, **answer_fields(model, completion)})
 
     complete_all(model, [prompt for _, prompt in prompts], params, ended)
 
@@ -350,7 +352,7 @@ def _remove_unfinished(target: Path) -> None:
             file.truncate(len(lines))
 
 
-_ANSWER = ("id", "prompt_sha256", "text", "finish_reason", "prompt_tokens", "completion_tokens", "logprobs")
+_ANSWER = ("id", "prompt_sha256", "scaler", "text", "finish_reason", "prompt_tokens", "completion_tokens", "logprobs")
 """Fields of a line that are no settings."""
 
 
