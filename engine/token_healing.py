@@ -311,7 +311,6 @@ def heal(
     params = resolved(params or SamplingParams(), hf_model.generation_config)
     tokens = vocabulary(tokenizer, special_tokens=special_tokens, rows=token_rows(hf_model))
     device = input_device(hf_model)
-    generator = random_source(params, device)
     read = [
         Prompt.read(prompt, tokenizer, tokens, params.continuation)
         for prompt in ([prompts] if isinstance(prompts, str | bytes) else prompts)
@@ -329,7 +328,7 @@ def heal(
         cache = new_cache(hf_model.config, len(prompt.ids))
         with torch.inference_mode():
             covers = weigh(runner, cover, prompt.start, cache, tokens, params.repetition_penalty)
-            first = draw_first_token(covers, cache, params, generator).token
+            first = draw_first_token(covers, cache, params, random_source(params, device)).token
         assert first.healing is not None
         rows.append([*first.healing.prompt_ids, first.id])
         healings.append(first.healing)

@@ -75,11 +75,16 @@ def give_other_data(hf):
     hf.model.layers[1].mlp.up_proj.weight.data = hf.model.layers[1].mlp.up_proj.weight.data * 2
 
 
+def write_to_data(hf):
+    """As merging an adapter does. int8 kernels, and those of bfloat16 norms, went on with the old weights."""
+    hf.model.norm.weight.data.mul_(2)
+
+
 def cast(hf):
     hf.bfloat16()
 
 
-@pytest.mark.parametrize("change", [update, replace, add, give_other_data, cast])
+@pytest.mark.parametrize("change", [update, replace, add, give_other_data, write_to_data, cast])
 def test_a_changed_model_is_refused(hf, change):
     model = rw.load(hf)
     local, session = LocalModel(model), model.session()
