@@ -131,17 +131,43 @@ def test_many_chats(folder, model, tmp_path):
     assert "it has 'id', 'messages'; add --chat" in plain["a"]["error"]
 
 
-def test_a_terminal_shows_mistakes_in_terms_of_options(folder, model, monkeypatch, capsys):
-    command = cli.get_command(click.Context(cli), "chat")
-    lines = iter(["x " * 3000, "/exit"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    with click.Context(command), model.chat_session() as session:
-        terminal = chat_module._Terminal(model, session, rw.SamplingParams())
-        terminal._interactive = True
-        terminal.run()
+@pytest.fixture
+def terminal(model, monkeypatch):
+    """Runs a chat in a terminal, in which these lines are typed; an exception is raised in place of a line."""
+
+    def run(*lines):
+        rest = iter([*lines, "/exit"])
+        monkeypatch.setattr("builtins.input", lambda _: next(rest))
+        with click.Context(cli.get_command(click.Context(cli), "chat")), model.chat_session() as session:
+            terminal = chat_module._Terminal(model, session, rw.SamplingParams(temperature=0, max_new_tokens=6))
+            terminal._interactive = True
+            terminal.run()
+            return session.messages
+
+    return run
+
+
+def test_a_terminal_shows_mistakes_in_terms_of_options(terminal, capsys):
+    terminal("x " * 3000)
     shown = capsys.readouterr().err
     assert "--max-new-tokens" in shown and "add --max-length" in shown
     assert "load with" not in shown
+
+
+@pytest.mark.parametrize("when", ["read", "check_length", "running"])
+def test_ctrl_c_before_an_answer_begins_does_not_end_the_chat(terminal, model, monkeypatch, when):
+    """The messages before it stay."""
+    count, usual = 0, getattr(type(model), when)
+
+    def stopped(*args, **options):
+        nonlocal count
+        if (count := count + 1) == 1:
+            raise KeyboardInterrupt
+        return usual(*args, **options)
+
+    monkeypatch.setattr(type(model), when, stopped)
+    messages = terminal("def", "import os")
+    assert [message["content"] for message in messages] == ["import os", answer(model, said("import os"))]
 
 
 def test_a_stored_chat_has_its_own_system_message(folder, tmp_path):

@@ -96,23 +96,27 @@ class _Terminal:
         while True:
             try:
                 line = input("> " if self._interactive else "")
+                if line.strip() in ("/exit", "/quit"):
+                    return
+                if line.strip():
+                    self._respond(line)
             except EOFError:
                 break
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # at the prompt, or before an answer begins
+                if not self._interactive:
+                    raise
                 click.echo(err=True)
-                continue
-            if line.strip() in ("/exit", "/quit"):
-                return
-            if line.strip():
-                is_command = line.startswith("/")
-                try:
-                    self._obey(line) if is_command else self._answer(line)
-                except RopewalkError as error:
-                    if not (self._interactive or is_command):
-                        raise
-                    click.echo(f"ropewalk: {shell_message(error.args, click.get_current_context().command)}", err=True)
         if self._interactive:
             click.echo()
+
+    def _respond(self, line: str) -> None:
+        is_command = line.startswith("/")
+        try:
+            self._obey(line) if is_command else self._answer(line)
+        except RopewalkError as error:
+            if not (self._interactive or is_command):
+                raise
+            click.echo(f"ropewalk: {shell_message(error.args, click.get_current_context().command)}", err=True)
 
     def _answer(self, text: str) -> None:
         pieces = self._session.stream(text, self._params, progress=lambda _, count: advance(count))
