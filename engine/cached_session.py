@@ -36,7 +36,8 @@ _SPARE = 256  # tokens of spare room after loading a file
 class CachedSession(ABC):
     """A text or a chat with the keys and values of what was read of it.
 
-    Every call ends a stream that is in progress.
+    Every call ends a stream that is in progress. The keys and values belong to token ids: before each use the tokens of
+    the text are compared with them, so a file may be read under another tokenizer or chat template.
     """
 
     _format: ClassVar[str]

@@ -131,6 +131,21 @@ def test_another_models_session_is_refused(tiny_folder, saved, change, config):
         other(tiny_folder, change, **config).session(saved)
 
 
+def test_a_session_under_another_tokenizer_reads_again_what_differs(tiny_folder, saved, tmp_path):
+    """Its keys belong to token ids, and those of its text are made anew. So no tokenizer needs to be refused."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "other")
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    del rules["model"]["merges"][100:]
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    other = rw.load(folder, compile=True)
+    session = other.session(saved)
+    assert session._cached.ids != other.vocabulary.encode(TEXT * 4)[: session.tokens]
+    again, whole = session.generate(MORE, greedy(8, logprobs=0)), other.generate(TEXT * 4 + MORE, greedy(8, logprobs=0))
+    assert again.text == whole.text
+    nats = [[token.logprob for token in answer.logprobs] for answer in (again, whole)]
+    assert nats[0] == pytest.approx(nats[1], abs=1e-4)
+
+
 def test_another_dtype_is_refused(tiny_folder, saved):
     narrow = rw.load(tiny_folder, kv_dtype="bfloat16", compile=True)
     with pytest.raises(rw.DataError, match=r"holds torch.float32 keys, and this model torch.bfloat16; .*kv_dtype"):
