@@ -8,7 +8,7 @@ import math
 import operator
 import reprlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -185,7 +185,7 @@ def _of_model(
 ) -> list[PerplexityRow]:
     """Measure a ropewalk model. Its scaler is restored at the end."""
     before = model.rope
-    given = (ropes,) if ropes is None or isinstance(ropes, str | Scaler) else ropes
+    given = (ropes,) if isinstance(ropes, str) or not isinstance(ropes, Iterable) else ropes
     scalers = [before if rope is None else parse(rope, model.trained_length) for rope in given]
     chosen = _protocol(name, lengths, model.trained_length, settings)
     try:
@@ -209,7 +209,7 @@ def _rows(
 
 
 def _protocol(name: str, lengths: Any, trained_length: int | None, settings: dict[str, Any]) -> Protocol:
-    given = (lengths,) if isinstance(lengths, str | int) else lengths
+    given = (lengths,) if isinstance(lengths, str) or not isinstance(lengths, Iterable) else lengths
     if settings.get("judge") is not None:
         settings = settings | {"judge": str(parse(settings["judge"], trained_length))}
     return named_protocol(name, [parse_length(length, trained_length) for length in given], **settings)

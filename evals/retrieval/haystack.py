@@ -12,7 +12,7 @@ from random import Random
 from typing import Literal
 from uuid import UUID
 
-from ...errors import DataError, Setting
+from ...errors import ConfigError, DataError, Setting
 from ..data import Text
 
 NOISE = ("The grass is green. ", "The sky is blue. ", "The sun is yellow. ", "Here we go. ", "There and back again. ")
@@ -75,7 +75,13 @@ def drawn_anew(draw: Callable[[], str], taken: Sequence[str], text: Text | None 
 
 def boundary(units: Sequence[str], depth: float) -> int:
     """The number of units before the boundary that is nearest to `depth` (0 to 1) of all
-    characters."""
+    characters.
+
+    Raises:
+        ConfigError: the depth is not between 0 and 1.
+    """
+    if not 0 <= depth <= 1:
+        raise ConfigError(f"depth {depth:g} must lie between 0 (the beginning) and 1 (the end)")
     ends = [0, *accumulate(map(len, units))]
     target = depth * ends[-1]
     right = bisect_left(ends, target)
@@ -92,7 +98,13 @@ def with_needles(units: Sequence[str], needles: Sequence[tuple[int, str]]) -> tu
 
     Returns:
         The text without blanks at its end, and the character at which each needle begins.
+
+    Raises:
+        ConfigError: the needles are not in the order of the text, or one is outside it.
     """
+    places = [index for index, _ in needles]
+    if sorted([0, *places, len(units)]) != [0, *places, len(units)]:
+        raise ConfigError(f"needles must be in the order of the text, from 0 to {len(units)} units, not at {places}")
     parts: list[str] = []
     starts, length, used = [], 0, 0
     for index, needle in needles:

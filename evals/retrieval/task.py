@@ -59,7 +59,8 @@ class Draft:
     choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        assert not self.prompt[-1].isspace(), f"the prompt ends in a blank: {self.prompt[-40:]!r}"
+        assert self.prompt and not self.prompt[-1].isspace(), f"the prompt ends in a blank: {self.prompt[-40:]!r}"
+        assert self.answers and not isinstance(self.answers, str), f"answers are several strings: {self.answers!r}"
         for text in (self.target, *self.choices):
             assert text.startswith(" "), f"the answer must follow after a blank: {text!r}"
         assert not self.choices or self.choices.count(self.target) == 1, f"{self.target!r} is not one of {self.choices}"

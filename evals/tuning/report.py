@@ -88,7 +88,8 @@ def sentences(tuned: Tuned) -> list[str]:
         lines.append(f"The best that a config can hold, for other engines, is {servable.label}{cost}.")
     plain = next((c for c in tuned.ranking if not c.scaler.parts), None)
     if plain is not None and plain is not winner and (change := difference(winner, plain)) is not None:
-        lines.append(f"Against the untouched model the winner changes the loss by {change}.")
+        skimmed = "" if winner.read.keys() & plain.read.keys() else ", skimmed"
+        lines.append(f"Against the untouched model the winner changes the loss by {change}{skimmed}.")
     if named := [c.label for c in (winner, servable) if c is not None and c.name]:
         lines.append(f"tuned.json has the spec of {named[0]}.")
     if not winner.read:

@@ -107,6 +107,8 @@ def test_places_are_added_until_the_interval_is_narrow(tiny_folder, source, no_p
             ["--protocol", "repeat", "--tokens", "8k"],
             "--tokens has no effect on repeat; .* sliding, llamacpp, disjoint",
         ),
+        (["--tokens", ""], "'' is not a length"),  # a shell variable that is not set
+        (["--judge", ""], "a scaler is empty"),
         (["--protocol", "llama"], "unknown protocol 'llama'. Did you mean 'llamacpp'"),
         (["--protocol", "harm", "--lengths", "2x"], "trained length is 256; the context 512 is beyond it"),
         (["--protocol", "longppl", "--lengths", "1x"], "the longest context, 256, with the trained length, 256"),

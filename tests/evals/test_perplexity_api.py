@@ -180,8 +180,12 @@ def test_what_cannot_be_measured_is_refused(model):
     for name in ("fixed-target", "harm"):
         with pytest.raises(rw.DataError, match="token id 257 is not among this model's 0 to 256"):
             perplexity(model, [[257] * 64], protocol=name, lengths=64)
-    (row,) = perplexity(model, [np.arange(80)], lengths=64, target=np.int64(16))
+    (row,) = perplexity(model, [np.arange(80)], lengths=np.int64(64), target=np.int64(16))
     assert row.tokens == 16
+    with pytest.raises(rw.ConfigError, match="None is not a length"):
+        perplexity(model, text(WORDS), lengths=None)
+    with pytest.raises(rw.ConfigError, match="a scaler must be a string such as 'yarn:4', not int"):
+        perplexity(model, text(WORDS), lengths=64, ropes=4)
     with pytest.raises(rw.ConfigError, match="int is neither a model nor a function"):
         perplexity(3, text(WORDS))
     with rw.patch(model.hf, "linear:2"), pytest.raises(rw.ConfigError, match="patched with linear:2; undo the patch"):

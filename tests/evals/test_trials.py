@@ -324,6 +324,19 @@ def test_hay():
     assert boundary(["aaaa", "b", "ccccc"], 0.5) == 2
     assert boundary(["aaaa", "b", "ccccc"], 1) == 3
     assert with_needles(["a ", "b ", "c "], [(0, "X "), (2, "Y "), (2, "Z ")]) == ("X a b Y Z c", [0, 6, 8])
+    for places in ([2, 1], [-1], [4]):  # the first gave "a b N M b c"
+        with pytest.raises(rw.ConfigError, match="in the order of the text, from 0 to 3 units"):
+            with_needles(["a ", "b ", "c "], [(place, "N ") for place in places])
+    for depth in (-0.1, 1.1, float("nan")):
+        with pytest.raises(rw.ConfigError, match="must lie between 0"):
+            boundary(["aaaa", "b"], depth)
+
+
+@pytest.mark.parametrize("answers", ["12345", ()])
+def test_the_answers_of_a_draft_are_several_strings(answers):
+    """Of one string, every digit counted as an answer."""
+    with pytest.raises(AssertionError, match="answers are several strings"):
+        Draft(prompt="The key is", answers=answers, target=" 12345")
     assert stretch(STORY, 999, 2) == [sentences(STORY)[999], sentences(STORY)[0]]
     assert noise(6)[5] == noise(1)[0]
 

@@ -178,3 +178,14 @@ def test_losses_that_are_not_finite_rank_last_and_tie_with_nothing(lost):
         assert result.ties == [good[2]]
     assert tuned(*bad).ties == bad[:1]
     assert json.dumps(as_json(tuned(*good, *bad)), allow_nan=False)
+
+
+def test_a_difference_that_is_only_skimmed_says_so():
+    """A skim said -1.998 where reading gave -1.497, in a sentence after one about losses that were read."""
+
+    def last_sentence(**plain):
+        result = tuned(candidate("yarn:2", read=[3.0], skimmed=[3.0]), candidate("none", **plain))
+        return next(s for s in sentences(result) if s.startswith("Against the untouched model"))
+
+    assert last_sentence(skimmed=[5.0]).endswith("), skimmed.")
+    assert last_sentence(read=[4.5], skimmed=[5.0]).endswith("interval -1.503 to -1.497).")

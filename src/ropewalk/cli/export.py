@@ -90,7 +90,9 @@ def explain(model: str, length: str | None, out: Path | None, as_json: bool) -> 
     readings = _readings(model)
     first = readings[0]
     tokens = (
-        parse_length(length, first.rope.trained_length) if length else first.max_length or first.rope.trained_length
+        parse_length(length, first.rope.trained_length)
+        if length is not None
+        else first.max_length or first.rope.trained_length
     )
     paths: tuple[Path, ...] = ()
     if out is not None:

@@ -177,7 +177,7 @@ def generate(
         from ..scaling.lengths import parse_length
 
         assert isinstance(text, str)
-        size = parse_length(window, loaded.trained_length) if window else None
+        size = None if window is None else parse_length(window, loaded.trained_length)
         answer_over_files(loaded, text, files, size, pooling, params, as_json)
     elif as_chat:
         assert isinstance(text, str)
@@ -225,8 +225,8 @@ def _check_usage(
             if over_contexts
             else f"{files[0]} is a second prompt; put prompts of several words in quotes, and files after --contexts"
         )
-    if (window or is_given("pooling")) and not over_contexts:
-        option = "--window" if window else "--pooling"
+    if (window is not None or is_given("pooling")) and not over_contexts:
+        option = "--pooling" if window is None else "--window"
         raise click.UsageError(f"{option} is for the files of --contexts, and there are none; leave it out")
 
 

@@ -102,9 +102,9 @@ def ppl(
         "target": target,
         "samples": samples,
         "stride": stride,
-        "judge": str(asked.scaler(judge)) if judge else None,
+        "judge": None if judge is None else str(asked.scaler(judge)),
     }
-    settings = _settings(protocol, given | {"text_tokens": parse_length(tokens) if tokens else None})
+    settings = _settings(protocol, given | {"text_tokens": None if tokens is None else parse_length(tokens)})
     if interval is not None:
         if protocol != FixedTarget.name:
             raise ConfigError(f"--interval has no effect on {protocol}; leave it out, or use --protocol fixed-target")
