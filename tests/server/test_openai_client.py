@@ -145,6 +145,17 @@ def test_logprobs_of_an_answer(client, model):
     assert "".join(shown.tokens) == expected.text
 
 
+def test_places_of_tokens_in_an_answer_whose_first_begins_inside_the_prompt(client):
+    asked = {"model": "tiny", "prompt": "class A(objec", "max_tokens": 5, "temperature": 0, "logprobs": 0}
+    choice = client.completions.create(**asked).choices[0]
+    shown = choice.logprobs
+    assert len(shown.tokens[0]) > shown.text_offset[1] > 0 == shown.text_offset[0]
+    for text, start in zip(shown.tokens[1:], shown.text_offset[1:], strict=True):
+        assert choice.text[start:].startswith(text)
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+    assert [offset for part in chunks if part for offset in part.text_offset] == shown.text_offset
+
+
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import os<|endoftext|>"}]
 
 

@@ -162,7 +162,16 @@ class CompletionLogprobs:
     _length: int = 0  # characters so far
     _rest: bytes = b""  # after those: the beginning of one
 
-    def add(self, token: int, logprob: float | None, top: dict[int, float] | None) -> None:
+    def add_written(self, token: Token) -> None:
+        """Add a token of the answer. The first may begin inside the prompt."""
+        self.add(token.id, token.logprob, token.top, 0 if token.healing is None else token.healing.overlap)
+
+    def add(self, token: int, logprob: float | None, top: dict[int, float] | None, overlap: int = 0) -> None:
+        """Add a token.
+
+        Args:
+            overlap: bytes of it that belong to a text before.
+        """
         self.tokens.append(self.texts.text(token))
         self.token_logprobs.append(_finite(logprob))
         named = None
@@ -171,7 +180,7 @@ class CompletionLogprobs:
             named.setdefault(self.texts.text(token), _finite(logprob))
         self.top_logprobs.append(named)
         self.text_offset.append(self._length)
-        data = self._rest + self.texts.data(token)
+        data = self._rest + self.texts.data(token)[overlap:]
         self._length += len(finished_text(data))
         self._rest = unfinished(data)
 

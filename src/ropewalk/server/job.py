@@ -221,7 +221,7 @@ class Job:
                 for token in scored:
                     table.add(token.id, token.logprob, dict(list(token.top.items())[: asked.params.logprobs]))
             for written in choice.tokens:
-                table.add(written.id, written.logprob, written.top)
+                table.add_written(written)
             answer["logprobs"] = table.take()
         return answer
 
@@ -240,7 +240,7 @@ class Job:
         chunk = answers.text_chunk(choice.index, update.text, reason)
         if self.asked.wants_logprobs:
             for token in update.tokens:
-                table.add(token.id, token.logprob, token.top)
+                table.add_written(token)
             chunk["logprobs"] = table.take()
         return chunk
 
