@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -44,9 +45,9 @@ def publish_tuned(tuned: Tuned, run: Run, *, model: str, text: str) -> list[Path
     )
     table = run.folder / "table.md"
     write_atomic(table, grid.to_markdown().encode())
-    summary = run.folder / "tuned.json"
-    write_atomic(summary, (json.dumps(as_json(tuned), indent=2) + "\n").encode())
-    files = [report, table, summary, *plots]
+    file = run.folder / "tuned.json"
+    write_atomic(file, (json.dumps(summary(tuned, model=model, text=text), indent=2) + "\n").encode())
+    files = [report, table, file, *plots]
     config = run.folder / "config.json"
     if tuned.servable is None:
         config.unlink(missing_ok=True)  # of a search for another target
@@ -56,15 +57,15 @@ def publish_tuned(tuned: Tuned, run: Run, *, model: str, text: str) -> list[Path
     return files
 
 
-def replaced(tuned: Tuned, run: Run) -> str | None:
-    """The target and objective of the search whose result is in the run's folder, if they are others, as options of
-    the command."""
+def replaced(tuned: Tuned, run: Run, *, model: str, text: str) -> str | None:
+    """The search whose result is in the run's folder, as arguments of the command; None if it is this one, or none."""
     try:
         before = json.loads((run.folder / "tuned.json").read_text(encoding="utf-8"))
-        target, objective = before["target"], before["objective"]
-        if (target, objective) == (tuned.target, tuned.objective):
+        old_model, old_text, target, objective = (before[name] for name in ("model", "text", "target", "objective"))
+        if (old_model, old_text, target, objective) == (model, text, tuned.target, tuned.objective):
             return None
-        return f"--target {format_length(target)} --objective {objective}"
+        options = ["--text", old_text, "--target", format_length(target), "--objective", objective]
+        return shlex.join([old_model, *options])
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not of tune
         return None
 
@@ -135,6 +136,11 @@ def _cells(tuned: Tuned, c: Candidate, winner: Candidate) -> list[Shown]:
         Shown(main=f"{fmean(c.passkeys.values()):.0%}", small=(f"n={len(c.passkeys)}",)) if c.passkeys else NOTHING,
         Shown(main="yes") if tuned.fits_config(c) else NOTHING,
     ]
+
+
+def summary(tuned: Tuned, *, model: str, text: str) -> dict[str, Any]:
+    """The content of `tuned.json`."""
+    return {"model": model, "text": text, **as_json(tuned)}
 
 
 def as_json(tuned: Tuned) -> dict[str, Any]:

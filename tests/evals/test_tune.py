@@ -133,7 +133,8 @@ def test_the_command_names_and_writes_what_was_found(tuned, text_folder, folder,
     assert f"Winner at 512: {tuned.winner.scaler}," in words
     assert f"for other engines, is {tuned.servable.scaler}" in words
     summary = json.loads((folder / "tuned.json").read_text(encoding="utf-8"))
-    assert summary == json.loads(json.dumps(as_json(tuned)))
+    names = {"model": tiny_folder.name, "text": text_folder.name}
+    assert summary == {**names, **json.loads(json.dumps(as_json(tuned)))}
     assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == config_fragment(tuned)
     report = (folder / "report.html").read_text(encoding="utf-8")
     assert str(tuned.winner.scaler) in report
@@ -354,13 +355,16 @@ def test_a_harm_that_is_not_finite_is_reported(tuned, model, text, folder, tmp_p
     assert publish_tuned(result, Run(out), model="tiny", text="held out")
 
 
-def test_a_result_for_another_target_is_replaced_with_a_word(tuned, text_folder, folder, tiny_folder, tmp_path):
+def test_the_result_of_another_search_is_replaced_with_a_word(tuned, text_folder, folder, tiny_folder, tmp_path):
     out = Path(shutil.copytree(folder, tmp_path / "run"))
     nothing_to_serve = tuple(c for c in tuned.ranking if c.scaler.member("positions"))
     publish_tuned(replace(tuned, target=1024, ranking=nothing_to_serve), Run(out), model="tiny", text="held out")
     assert not (out / "config.json").exists()
     command = ["tune", str(tiny_folder), "--target", "512", "--text", str(text_folder), "--dtype", "float32", "--json"]
     first, second = (CliRunner().invoke(cli, [*command, "--out", str(out)], catch_exceptions=False) for _ in range(2))
-    assert "The files of --target 1k --objective loss in" in " ".join(first.stderr.split())
+    assert "The files of tiny --text 'held out' --target 1k --objective loss in" in " ".join(first.stderr.split())
     assert "The files of" not in second.stderr
+    publish_tuned(tuned, Run(out), model=tiny_folder.name, text="another")
+    third = CliRunner().invoke(cli, [*command, "--out", str(out)], catch_exceptions=False)
+    assert f"The files of {tiny_folder.name} --text another --target 512" in " ".join(third.stderr.split())
     assert json.loads((out / "config.json").read_text(encoding="utf-8")) == config_fragment(tuned)

@@ -124,8 +124,9 @@ def tune(
         out=run.folder,
         console=console,
     )
-    replaced = report.replaced(outcome, run)
-    files = report.publish_tuned(outcome, run, model=short(loaded.name), text=short(text))
+    measured = {"model": short(loaded.name), "text": short(text)}
+    replaced = report.replaced(outcome, run, **measured)
+    files = report.publish_tuned(outcome, run, **measured)
     stored = loaded.remember(outcome.as_stored(text=short(text))) if keep else None
     if replaced is not None:
         console.print(
@@ -135,7 +136,7 @@ def tune(
             markup=False,
         )
     if as_json:
-        print_json(report.as_json(outcome))
+        print_json(report.summary(outcome, **measured))
         return
     _print_outcome(outcome, files, console)
     if stored is not None:
