@@ -17,6 +17,7 @@ from ropewalk.server import answers, app, bodies, connection, requests
 from ropewalk.server.answers import CompletionLogprobs
 from ropewalk.tokenizer_tools.characters import finished_text
 from ropewalk.tokenizer_tools.stop_strings import StopStringMatcher
+from ropewalk.tokenizer_tools.stream import TextStream
 
 CHAT = "/v1/chat/completions"
 DEEP = json.loads("[" * 900 + "]" * 900)
@@ -134,15 +135,13 @@ def test_offsets_are_those_of_the_whole_text():
         "😀".encode()[3:],
         b"c",
     ]
-    texts = SimpleNamespace(text=str, data=lambda token: pieces[token % len(pieces)])
-    table = CompletionLogprobs(texts, 0)
-    expected, data = [], b""
-    for token in range(4 * len(pieces)):
+    pieces *= 4
+    stream = TextStream(SimpleNamespace(tokens=pieces))
+    table = CompletionLogprobs(SimpleNamespace(text=str), stream, 0)
+    for token in range(len(pieces)):
         table.add(token, None, None)
-        expected.append(len(finished_text(data)))
-        data += pieces[token % len(pieces)]
-    assert table.take()["text_offset"] == expected
-    assert len(table._rest) < 4
+    assert table.take()["text_offset"] == [len(finished_text(b"".join(pieces[:count]))) for count in range(len(pieces))]
+    assert len(stream.unfinished) < 4
 
 
 @pytest.mark.parametrize(

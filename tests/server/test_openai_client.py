@@ -2,9 +2,12 @@
 
 import openai
 import pytest
-from running import TEXT, greedy
+from running import TEXT, greedy, post, serving
+from small_tokenizers import byte_fallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import ropewalk as rw
+from ropewalk.engine.model import Model
 
 HEAL = "import nump"
 
@@ -154,6 +157,41 @@ def test_places_of_tokens_in_an_answer_whose_first_begins_inside_the_prompt(clie
         assert choice.text[start:].startswith(text)
     chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
     assert [offset for part in chunks if part for offset in part.text_offset] == shown.text_offset
+
+
+@pytest.mark.parametrize("prompt", ["", [0], [5, 0, 6], [0, 265]])
+def test_special_tokens_take_no_place_in_the_text(client, prompt):
+    """Their names are not in it."""
+    asked = {"model": "tiny", "prompt": prompt, "max_tokens": 3, "temperature": 0, "logprobs": 0, "echo": True}
+    choice = client.completions.create(**asked).choices[0]
+    assert "<|endoftext|>" in choice.logprobs.tokens and "<|endoftext|>" not in choice.text
+    assert_places(choice)
+
+
+def assert_places(choice):
+    """Each token that is text stands where its offset says, and together they are the text."""
+    at = 0
+    for text, start in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+        assert start == at
+        if text != "<|endoftext|>":
+            assert choice.text[start:].startswith(text)
+            at += len(text)
+    assert at == len(choice.text)
+
+
+@pytest.mark.parametrize("prompt", ["ab", "", " b"])
+def test_an_echo_has_no_space_that_the_tokenizer_adds(prompt):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_fallback("ab ", 0))
+    tokenizer.add_special_tokens({"bos_token": "<|endoftext|>"})
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.3, **sizes)
+    with serving(Model(LlamaForCausalLM(config).eval(), tokenizer, name="fallback", max_length=512)) as (url, _):
+        fields = {"prompt": prompt, "max_tokens": 5, "continuation": "off"}
+        alone = post(url, **fields, logprobs=0).json()["choices"][0]
+        echoed = post(url, **fields, logprobs=0, echo=True).json()["choices"][0]
+    assert echoed["text"] == prompt + alone["text"]
+    starts, written = (choice["logprobs"]["text_offset"] for choice in (echoed, alone))
+    assert [start - len(prompt) for start in starts[-5:]] == written
 
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import os<|endoftext|>"}]

@@ -14,7 +14,7 @@ from ..engine.completion import Completion, Token
 from ..engine.prompt_score import ScoredToken
 from ..engine.scheduler import QueueFull
 from ..errors import ContextOverflow, OutOfMemory, RopewalkError, Setting
-from ..tokenizer_tools.characters import finished_text, unfinished
+from ..tokenizer_tools.stream import TextStream
 from ..tokenizer_tools.token_texts import TokenTexts
 
 _LOG = logging.getLogger("ropewalk.server")
@@ -150,17 +150,18 @@ class CompletionLogprobs:
     """The `logprobs` of a choice of `/v1/completions`, token by token.
 
     Args:
+        stream: makes the text of the choice, in which `text_offset` counts. Special tokens have none there.
         alternatives: likeliest tokens shown for each.
     """
 
     texts: TokenTexts
+    stream: TextStream
     alternatives: int
     tokens: list[str] = field(default_factory=list)
     token_logprobs: list[float | None] = field(default_factory=list)
     top_logprobs: list[dict[str, float | None] | None] = field(default_factory=list)
     text_offset: list[int] = field(default_factory=list)
     _length: int = 0  # characters so far
-    _rest: bytes = b""  # after those: the beginning of one
 
     def add_written(self, token: Token) -> None:
         """Add a token of the answer. The first may begin inside the prompt."""
@@ -180,9 +181,7 @@ class CompletionLogprobs:
             named.setdefault(self.texts.text(token), _finite(logprob))
         self.top_logprobs.append(named)
         self.text_offset.append(self._length)
-        data = self._rest + self.texts.data(token)[overlap:]
-        self._length += len(finished_text(data))
-        self._rest = unfinished(data)
+        self._length += len(self.stream.push(token, overlap))
 
     def take(self) -> dict[str, Any]:
         """What was added since the last call."""

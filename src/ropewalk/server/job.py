@@ -21,6 +21,7 @@ from ..engine.rope_plan import RopePlan
 from ..engine.sampling import SamplingParams
 from ..engine.scheduler import Request, Scheduler, Update
 from ..engine.sequence import Sequence
+from ..tokenizer_tools.stream import TextStream
 from ..tokenizer_tools.token_texts import TokenTexts
 from . import answers
 from .metrics import Metrics
@@ -130,7 +131,7 @@ class Job:
         """The answers as server-sent events. An error is an event, too; it is the last."""
         asked = self.asked
         form = "chat.completion.chunk" if asked.is_chat else "text_completion"
-        tables = {choice: self._logprobs_table() for choice in self._choices}
+        tables = {choice: self._logprobs_table(choice) for choice in self._choices}
         for choice in self._choices:
             if asked.is_chat:
                 begin = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
@@ -215,7 +216,7 @@ class Job:
         if asked.prompt_logprobs is not None:
             answer["prompt_logprobs"] = answers.prompt_logprobs(self._texts, scored)
         if asked.wants_logprobs:
-            table = self._logprobs_table()
+            table = self._logprobs_table(choice)
             if asked.echo:
                 table.add(sequence.prompt.ids[0], None, None)
                 for token in scored:
@@ -244,11 +245,18 @@ class Job:
             chunk["logprobs"] = table.take()
         return chunk
 
-    def _logprobs_table(self) -> answers.CompletionLogprobs:
-        return answers.CompletionLogprobs(self._texts, self.asked.params.logprobs or 0)
+    def _logprobs_table(self, choice: _Choice) -> answers.CompletionLogprobs:
+        """An empty table for an answer, with the prompt if that is echoed."""
+        if self.asked.echo:
+            stream = TextStream(self._vocabulary, starts_text=True)
+        else:
+            stream = choice.sequence.prompt.text_stream(self._vocabulary)
+        return answers.CompletionLogprobs(self._texts, stream, self.asked.params.logprobs or 0)
 
     def _prompt_text(self, sequence: Sequence) -> str:
         data = self._vocabulary.text_bytes(sequence.prompt.ids)
+        if self._vocabulary.adds_space:
+            data = data.removeprefix(b" ")
         if self.asked.writes:  # the answer begins with the character that the prompt ends in
             data = data.removesuffix(sequence.prompt.unfinished)
         return data.decode(errors="replace")
