@@ -64,7 +64,8 @@ def chat(
     """Talk to MODEL, which has to be a chat model.
 
     A line is a message, /help lists the commands. The conversation stays in the cache: only what is new is read, also
-    after /rope. From a pipe, every line is a message and the answers are all that is printed.
+    after /rope. From a pipe, every line is a message, the answers are all that is printed, and a mistake ends the
+    chat.
     """
     refuse_tensor_parallel(loading, "a conversation")
     if stored and system is not None:
@@ -110,11 +111,10 @@ class _Terminal:
             click.echo()
 
     def _respond(self, line: str) -> None:
-        is_command = line.startswith("/")
         try:
-            self._obey(line) if is_command else self._answer(line)
+            self._obey(line) if line.startswith("/") else self._answer(line)
         except RopewalkError as error:
-            if not (self._interactive or is_command):
+            if not self._interactive:
                 raise
             click.echo(f"ropewalk: {shell_message(error.args, click.get_current_context().command)}", err=True)
 
@@ -135,14 +135,14 @@ class _Terminal:
 
     def _obey(self, line: str) -> None:
         from ..engine.texts import read_prompt
-        from ..errors import DataError, did_you_mean
+        from ..errors import ConfigError, DataError, did_you_mean
 
         command, _, argument = line.strip().partition(" ")
         argument = argument.strip()
         session = self._session
         if command in ("/rope", "/save", "/load", "/file") and not argument:
-            click.echo(f"{command} needs {'a scaler' if command == '/rope' else 'a path'}", err=True)
-        elif command == "/reset":
+            raise ConfigError(f"{command} needs {'a scaler' if command == '/rope' else 'a path'}")
+        if command == "/reset":
             session.reset()
         elif command == "/rope":
             self._model.rope = argument
@@ -169,4 +169,4 @@ class _Terminal:
         else:
             known = ["/reset", "/rope", "/file", "/save", "/load", "/info", "/help", "/exit"]
             hint = f"{did_you_mean(command, known)} A message may begin with a space."
-            click.echo(f"no command {command}.{hint}", err=True)
+            raise ConfigError(f"no command {command}.{hint}")
