@@ -115,6 +115,8 @@ class ServedModel(MeasuredModel):
         listed = self._server.model(served_as)
         self._served = str(listed["id"])
         self.limit: int | None = listed.get("max_model_len")
+        # written after what is scored. ropewalk's scaler may depend on the length with it; vLLM refuses to write none
+        self._spare = 0 if listed.get("owned_by") == "ropewalk" else 1
         self.device = self._server.address
         self.name = f"{self._served} at {self._server.host}"
         self.form = self._find_form()
@@ -155,7 +157,7 @@ class ServedModel(MeasuredModel):
                 "serve the model with vLLM or SGLang, or leave out --endpoint; passkey, niah, kv and ruler work with "
                 "this server too"
             )
-        self.check(length, spare=1)
+        self.check(length, spare=self._spare)
 
     def losses(self, ids: Tokens, first: int, advance: Advance, length: int | None = None) -> Losses:
         self.check_scoring(len(ids))
@@ -178,7 +180,8 @@ class ServedModel(MeasuredModel):
         prompt greedily. Each choice is another one."""
         ids = [*trial.prompt_ids, *trial.answer_ids]
         check_ids(ids, self._rows)
-        scored = None if self.form is None else self.score(ids, len(trial.prompt_ids))
+        first, length = len(trial.prompt_ids), len(trial.prompt_ids) + trial.new_tokens
+        scored = None if self.form is None else self.score(ids, first, length)
         written = self._server.complete(
             self._served,
             trial.prompt_ids,
@@ -190,7 +193,7 @@ class ServedModel(MeasuredModel):
         if scored is None:
             return TrialOutput(logprobs=None, is_likeliest=None, written=text)
         nats, likeliest = [token[0] for token in scored], [token[1] for token in scored]
-        choices = [self.score([*trial.prompt_ids, *choice], len(trial.prompt_ids)) for choice in trial.choices]
+        choices = [self.score([*trial.prompt_ids, *choice], first, length) for choice in trial.choices]
         return TrialOutput(
             logprobs=nats,
             is_likeliest=None if None in likeliest else all(likeliest),
@@ -198,15 +201,19 @@ class ServedModel(MeasuredModel):
             choice_logprobs=[sum(token[0] for token in choice) for choice in choices],
         )
 
-    def score(self, ids: Tokens, first: int) -> list[Scored]:
+    def score(self, ids: Tokens, first: int, length: int = 0) -> list[Scored]:
         """The score of each of `ids[first:]`, given all tokens before it.
 
         `first` is at least 1, and the server must give log-probabilities.
+
+        Args:
+            length: tokens that ropewalk's scaler is for, if it depends on them and they are more than `ids`.
         """
         assert self.form is not None and first >= 1
         check_ids(ids, self._rows)
-        self.check(len(ids), spare=1)
-        choice = self._server.complete(self._served, ids, max_tokens=1, **self.form.fields)
+        self.check(len(ids), spare=self._spare)
+        most = self._spare or max(0, length - len(ids))
+        choice = self._server.complete(self._served, ids, max_tokens=most, **self.form.fields)
         scored = self.form.read(choice, ids)
         if scored is None:
             raise EndpointError(

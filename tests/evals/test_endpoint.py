@@ -6,6 +6,7 @@ import socket
 
 import numpy as np
 import pytest
+import running
 import torch
 from click.testing import CliRunner
 from served import serving
@@ -249,6 +250,23 @@ def test_longer_than_the_server_goes_is_refused_before_anything_is_asked(model, 
         assert len(server.asked) == asked + 4  # the probes
         assert not (tmp_path / "long").exists()
         ropewalk(*ppl, "--lengths", "399")
+
+
+@pytest.mark.usefixtures("unpublished")
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("ppl", ("--lengths", "1x,257", "--target", 64)), ("passkey", ("--lengths", "1x,268", "--depths", 0))],
+)
+def test_a_scaler_of_ropewalk_that_depends_on_the_length(tiny_folder, book, tmp_path, command, options):
+    """The server and a model here use the scaler of the same length, at and just above the trained one too."""
+    options += ("--text", book) if command == "ppl" else ("--trials", 1)
+    ropewalk(command, tiny_folder, "--rope", "auto", "--no-compile", *options, "--out", tmp_path / "here")
+    with running.serving(rw.load(tiny_folder, rope="auto", compile=False)) as (url, _):
+        ropewalk(command, tiny_folder, "--endpoint", f"{url}/v1", *options, "--out", tmp_path / "there")
+    here, there = Run(tmp_path / "here").rows, Run(tmp_path / "there").rows
+    assert [row["chosen"] for row in here] == ["none", "self-extend:8,window=128"]
+    loss = "loss" if command == "ppl" else "answer_logprob"
+    assert [row[loss] for row in there] == pytest.approx([row[loss] for row in here], abs=1e-4)
 
 
 @pytest.mark.parametrize("tells", ["prompt_logprobs", "echo"])
