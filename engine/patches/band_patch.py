@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.masking_utils import causal_mask_function
 
 from ...errors import ConfigError, PatchError, UnsupportedModel, warn
@@ -279,10 +280,25 @@ def _check_call(others: dict[str, Any]) -> None:
 
 
 def _use_rotated_layers(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Give transformers' default cache layers that also store rotated keys."""
+    """Give transformers' default cache layers that also store rotated keys. Refuse one that was filled before."""
     cache = kwargs.get("past_key_values")
-    if cache is not None and not torch.is_grad_enabled():
+    if cache is None:
+        return
+    if not hasattr(cache, "ropewalk_unrotated"):
+        _check_empty(cache)
+        cache.ropewalk_unrotated = True
+    if not torch.is_grad_enabled():
         adopt(cache)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _check_empty(cache: Cache) -> None:
+    """Refuse a cache of transformers that holds keys. Those that the model stored without the patch are rotated."""
+    if any(isinstance(layer, DynamicLayer | StaticLayer) and layer.get_seq_length() for layer in cache.layers):
+        raise PatchError(
+            "this cache was filled without the patch, so its keys are rotated already, and this scaler needs them "
+            "un-rotated; begin with an empty cache"
+        )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

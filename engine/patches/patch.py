@@ -206,7 +206,7 @@ def patch(model: PreTrainedModel, scaler: str | Scaler, *, length: int | str | N
     """Put `scaler` into a transformers causal language model, in place.
 
     The model remains a plain transformers model: `model(...)`, `model.generate(...)`, `model.generate_batch(...)`, any
-    cache and training work. Its weights and config do not change.
+    cache and training work. Its weights and config do not change. Begin with empty caches.
 
         handle = patch(model, "ntk:4|rerope:512|logn")
         model.generate(...)

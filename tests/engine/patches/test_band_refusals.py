@@ -1,12 +1,14 @@
 """Position maps and temperatures refuse what they cannot do, and a patch that fails leaves no trace."""
 
+import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from families import FAMILIES
 from long_text import IDS, beyond_reach, read
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import ropewalk as rw
 from ropewalk.engine.patches import band_patch
@@ -43,6 +45,22 @@ def test_calls_that_do_not_work_are_refused_by_name(llama):
             layer.length = 12
         with pytest.raises(rw.PatchError, match="row 0 has 16 keys, and its last position is 23: its cache"):
             llama(input_ids=IDS[:, :4], past_key_values=dropped, position_ids=torch.arange(20, 24)[None])
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, partial(StaticCache, max_cache_len=300)])
+def test_a_cache_that_the_unpatched_model_filled_is_refused(llama, kind):
+    """Its keys are rotated; before, they were rotated once more."""
+    filled = kind(config=llama.config)
+    with torch.no_grad():
+        llama(input_ids=IDS[:, :150], past_key_values=filled)
+        with rw.patch(llama, "rerope:20"):
+            with pytest.raises(rw.PatchError, match="filled without the patch"):
+                llama(input_ids=IDS[:, 150:], past_key_values=filled)
+            begun = kind(config=llama.config)
+            llama(input_ids=IDS[:, :150], past_key_values=begun)
+            forked = copy.deepcopy(begun)
+            got = llama(input_ids=IDS[:, 150:], past_key_values=forked).logits
+            torch.testing.assert_close(got, read(llama)[:, 150:], rtol=0, atol=1e-4)
 
 
 def test_maps_that_do_not_fit_are_refused_with_numbers(llama):
