@@ -55,14 +55,19 @@ def _ask(name: str, file: str) -> None:
 def hub_folder(name: str, *patterns: str) -> Path:
     """A folder with the weights of the hub id `name`, and with the files whose names match `patterns`.
 
+    A pattern without a slash is for files that are in no folder.
+
     Raises:
         AssetError: the hub does not give them.
     """
     from huggingface_hub import snapshot_download
 
-    wanted = ["model*.safetensors", *patterns]
+    nested = [pattern for pattern in patterns if "/" in pattern]
+    outer = ["model*.safetensors", *(pattern for pattern in patterns if pattern not in nested)]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        if nested:
+            snapshot_download(name, allow_patterns=nested)
+        return Path(snapshot_download(name, allow_patterns=outer, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
         raise _error(name, error) from error
 

@@ -25,7 +25,8 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]
 Check = Callable[[Path], None]
 """A function that raises an error if a written folder is wrong."""
 
-COPIED_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README*")
+_TEMPLATES = "additional_chat_templates"
+COPIED_FILES = ("*.json", "*.model", "*.txt", "*.jinja", f"{_TEMPLATES}/*.jinja", "*.tiktoken", "LICENSE*", "README*")
 """The files of a checkpoint beside its weights: config, tokenizer, licence and description."""
 
 _LENGTH = "original_max_position_embeddings"
@@ -88,8 +89,10 @@ def write_copy(source: Path, out: Path, change: Change, extra: Mapping[str, str]
     files = sorted({*weight_files(source), *beside})
     with new_folder(out, needed=sum(file.stat().st_size for file in files)) as work:
         for file in files:
+            copy = work / file.relative_to(source)
             try:
-                shutil.copyfile(file, work / file.name)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
             except OSError as error:
                 if error.filename != str(file):
                     raise

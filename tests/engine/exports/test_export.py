@@ -39,6 +39,7 @@ def test_only_the_files_that_are_used_are_fetched_from_the_hub(tiny_folder, tmp_
     from huggingface_hub.utils import filter_repo_objects
 
     used = {"model-00001-of-00002.safetensors", "config.json", "tokenizer.json", "README.md"}
+    used.add("additional_chat_templates/tool_use.jinja")
     others = {"consolidated.safetensors", "original/model.safetensors", "onnx/config.json", "pytorch_model.bin"}
     fetched = []
 
@@ -60,6 +61,17 @@ def test_weights_and_tokenizer_are_the_same_bytes(tiny_folder, tmp_path):
     text = "def f(x):\n    return 1990"
     ids = [AutoTokenizer.from_pretrained(folder)(text).input_ids for folder in (tiny_folder, tmp_path / "out")]
     assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("rope", ["yarn:4", "rerope:64"])
+def test_named_chat_templates_arrive(tiny_folder, tmp_path, rope):
+    """transformers stores all but the default one in a folder, and takes "tool_use" where tools are given."""
+    shutil.copytree(tiny_folder, tmp_path / "in")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = {"default": "plain", "tool_use": "with tools"}
+    tokenizer.save_pretrained(tmp_path / "in")
+    rw.export(tmp_path / "in", tmp_path / "out", rope=rope, length="4x")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
 @pytest.mark.parametrize("spec", ["dynamic-ntk:4", "dynamic-yarn"])
