@@ -20,6 +20,9 @@ _ATTENTION = (
 )
 """Fields that change the attention: the name in a GGUF file, the name in a config, and the value for 'not used'."""
 
+_LARGEST_GEMMA = {("gemma2", 46), ("gemma3", 62)}
+"""Architecture and layers of the models of 27B. No field has the scale of attention, which llama.cpp derives so."""
+
 
 def write_config(file: GgufFile, out: Path) -> None:
     """Write config.json and generation_config.json of a GGUF file into the folder `out`.
@@ -128,3 +131,8 @@ def _set_attention(file: GgufFile, config: Any) -> None:
                 "no such setting; load the original checkpoint"
             )
         setattr(config, setting, value)
+    if hasattr(config, "query_pre_attn_scalar"):  # transformers would take 256
+        is_largest = (file.arch, config.num_hidden_layers) in _LARGEST_GEMMA
+        config.query_pre_attn_scalar = (
+            config.hidden_size // config.num_attention_heads if is_largest else config.head_dim
+        )

@@ -28,8 +28,8 @@ FAMILIES = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 128, "num_attention_heads": 2}),  # transformers does not read the dimension
     "phi3": ("phi3", {"tie_word_embeddings": False}),
-    "gemma2": ("gemma2", {"query_pre_attn_scalar": 256, **SOFTCAPS}),
-    "gemma3_text": ("gemma3", {"query_pre_attn_scalar": 256}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 64, **SOFTCAPS}),
+    "gemma3_text": ("gemma3", {"query_pre_attn_scalar": 64}),
 }
 """Architecture in GGUF and config, by model_type of transformers."""
 
@@ -108,7 +108,9 @@ def write_family(path, family, kind, extra=None, **settings):
             writer.add_float32(f"{arch}.{name}", value)
     if extra is not None:
         extra(writer)
-    names = gguf.get_tensor_name_map(next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), 2)
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), config.num_hidden_layers
+    )
     for number, (hf_name, tensor) in enumerate(model.state_dict().items()):
         if hf_name == "lm_head.weight" and config.tie_word_embeddings:
             continue

@@ -3,7 +3,9 @@
 import gguf
 import pytest
 import torch
+from gguf_models import write_family
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     NemotronConfig,
@@ -13,7 +15,9 @@ from transformers import (
 )
 
 from ropewalk import UnsupportedModel
+from ropewalk.engine.checkpoints.gguf_config import write_config
 from ropewalk.engine.checkpoints.gguf_conversion import convert_gguf
+from ropewalk.engine.checkpoints.gguf_file import GgufFile
 
 VOCAB, LENGTH = 300, 128
 SMALL = {
@@ -117,3 +121,15 @@ def test_a_field_that_the_config_cannot_hold_is_refused(write, tmp_path):
     with pytest.raises(UnsupportedModel, match=r"its llama\.attention\.sliding_window is 10, and the LlamaConfig"):
         convert_gguf(write(model, "llama", 16, window), tmp_path / "out")
     assert convert_gguf(write(model, "llama", 16, lambda writer: writer.add_sliding_window(LENGTH)), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "scalar"),
+    [("gemma2", 2, 64), ("gemma2", 46, 128), ("gemma3_text", 2, 64), ("gemma3_text", 62, 128)],
+)
+def test_the_scale_of_gemmas_attention_is_that_of_llama_cpp(tmp_path, family, layers, scalar):
+    """No field has it. It follows from the dimension of a head, and in the models of 27B from that of the model."""
+    settings = {"num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 256}
+    file = write_family(tmp_path / "gemma.gguf", family, gguf.GGMLQuantizationType.Q8_0, **settings)
+    write_config(GgufFile(file), tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).query_pre_attn_scalar == scalar
