@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["convert_gguf", "converted_gguf", "file_behind", "folder_of_gguf", "prepared_gguf"]
 
 _CONFIG_BYTES = 20_000_000  # of a config and tokenizer, at most
-_REVISION = 4
+_REVISION = 5
 """Part of the cache key. Raise it when the folders change."""
 
 _PATH = "gguf_path.txt"
