@@ -221,7 +221,7 @@ def test_an_answer_is_written_in_small_pieces(monkeypatch):
 
 
 def test_what_cannot_be_drawn_is_a_number_in_json():
-    table = CompletionLogprobs(SimpleNamespace(text=str, data=lambda token: b"a"), 1)
+    table = CompletionLogprobs(SimpleNamespace(text=str), TextStream(SimpleNamespace(tokens=[b"a"] * 4)), 1)
     table.add(1, -math.inf, {2: -0.5, 3: -math.inf})
     assert table.take()["top_logprobs"] == [{"1": -9999.0, "2": -0.5, "3": -9999.0}]
 
