@@ -51,7 +51,7 @@ def across() -> str:
     cells: dict[Column, dict[str, str]] = {}
     for column, method, cell in (*_positions(), *_places(), *_passkeys()):
         cells.setdefault(column, {})[method] = cell
-    columns = sorted(column for column in cells if column.times in (2, 4))
+    columns = sorted(column for column in cells if column.times >= 2)
     lines = [f"| method | {' | '.join(column.title for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for method, remark in METHODS.items():
         shown = " | ".join(cells[column].get(method, "") for column in columns)
